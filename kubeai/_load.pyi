@@ -1,0 +1,98 @@
+"""The load table: in-flight counts in memory that all processes of one KubeAI share."""
+
+from typing import Literal, final
+
+Kind = Literal["http", "message"]
+
+@final
+class LoadTable:
+    """Rows × columns of counters in one memfd.
+
+    A row is a model or an endpoint. A column belongs to one worker process, which alone writes
+    it; one more column (the last) is the supervisor's, for what other replicas of KubeAI serve.
+    A load is the sum of a row over all columns.
+    """
+
+    fd: int  # the memfd, inheritable; hand it to a worker with pass_fds
+    rows: int
+    columns: int  # workers + 1
+    column: int  # the column that this process writes; -1 in the supervisor until set
+
+    @staticmethod
+    def create(rows: int, workers: int) -> LoadTable:
+        """A new table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
+    @staticmethod
+    def attach(fd: int, column: int) -> LoadTable:
+        """Map a table made elsewhere; ValueError when its header does not fit."""
+    def close(self) -> None: ...
+
+    # -- rows: the supervisor's --------------------------------------------------------------
+    def open_row(self, row: int) -> int:
+        """Begin a new life of a free row: counters zeroed, a new generation, which is returned."""
+    def generation(self, row: int) -> int: ...
+    def row_is_zero(self, row: int) -> bool:
+        """Whether no column holds a gauge (active, held, in-flight) in this row."""
+    def clear_column(self, column: int) -> None:
+        """Zero all gauges of a column whose worker is dead and reaped (counters stay)."""
+
+    # -- reads: anyone -----------------------------------------------------------------------
+    def active(self, row: int, kind: Kind | None = None) -> int:
+        """Requests of a model that are being served or held: sum over the columns."""
+    def held(self, row: int) -> int:
+        """Requests of a model that wait for an endpoint."""
+    def in_flight(self, row: int) -> int:
+        """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
+    def lookups(self, row: int) -> tuple[int, int, int]:
+        """Of an endpoint: hash lookups in which it was (initial, final, default) choice."""
+    def iterations(self) -> tuple[list[int], int]:
+        """Histogram of distinct endpoints looked at by a hashed pick, all models.
+
+        Returns per-bucket counts for the upper bounds ``ITERATION_BUCKETS`` (+Inf last, not
+        cumulative) and the sum of the values.
+        """
+    def active_total(self) -> int:
+        """Requests active in all columns that workers write."""
+
+    # -- what a worker says of itself: its column's header -------------------------------------
+    def acknowledge(self, version: int) -> None:
+        """This worker has applied the routing table's ``version``."""
+    def acknowledged(self, column: int) -> int: ...
+
+    # -- health: any worker writes, all read ---------------------------------------------------
+    def eject(self, row: int, generation: int, until_s: float) -> None:
+        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds)."""
+    def ejected_until(self, row: int) -> float: ...
+
+    # -- counting a request: a worker ----------------------------------------------------------
+    def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...
+
+@final
+class Admission:
+    """One request counted as active for a model, once, until closed."""
+
+    def hold(self) -> None:
+        """Count it as held too (idempotent)."""
+    def unhold(self) -> None: ...
+    def close(self) -> None:
+        """Count it no more (idempotent; also when garbage-collected)."""
+
+@final
+class Reservation:
+    """One pick of an endpoint, counted in its row and its model's row until released."""
+
+    name: str  # the endpoint's (its pod's) name
+    target: object  # what Ring.set was given for it
+    iterations: int  # distinct endpoints looked at (0 for LeastLoad)
+    first: str  # the name of the ring's first endpoint that can serve; == name when not moved
+    first_load: int  # its load when it was passed over (or taken), before this pick
+    bound: int  # the load that no endpoint may exceed by this pick
+
+    @property
+    def released(self) -> bool: ...
+    def release(self) -> None:
+        """Count it no more (idempotent; also when garbage-collected)."""
+
+ITERATION_BUCKETS: tuple[int, ...]
+
+def live() -> tuple[int, int]:
+    """(Admissions, Reservations) of this process that are not closed: leak check for tests."""

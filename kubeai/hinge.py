@@ -1,0 +1,113 @@
+"""The hinge between the supervisor and its workers: two one-way streets on one socket pair.
+
+Down go routes, up go wake-ups; loads travel in the load table. Messages are msgpack, each after
+its length (4 bytes, big-endian). Either end that sees the other gone stops: a worker drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from kubeai.routing import Route
+
+MESSAGE_MAX_BYTES = 256 << 20
+_LENGTH = struct.Struct(">I")
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
+    """Every route, when a worker starts."""
+
+    version: int
+    routes: tuple[Route, ...]
+
+
+class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
+    """One model's new route, or None when the model is gone."""
+
+    version: int
+    model: str
+    route: Route | None
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
+    """Finish what is open, then exit.
+
+    New requests are served with ``Connection: close`` for ``accept_s``, then the listener closes;
+    what is still open after ``timeout_s`` is cut.
+    """
+
+    accept_s: float
+    timeout_s: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    """The worker has a routing table and accepts connections."""
+
+    pid: int
+
+
+class Demand(msgspec.Struct, frozen=True, tag="demand", array_like=True):
+    """A request is held for a model without an endpoint: look at the load table now."""
+
+    model: str
+
+
+Down = Snapshot | Delta | Drain
+Up = Ready | Demand
+
+
+class Channel(asyncio.Protocol):
+    """One end of the hinge. ``message``: the union that this end receives."""
+
+    def __init__(
+        self,
+        message: type,
+        received: Callable[[object], None],
+        closed: Callable[[], None],
+    ) -> None:
+        self._decoder = msgspec.msgpack.Decoder(message)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._received = received
+        self._closed = closed
+        self._buffer = bytearray()
+        self._transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= 4:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MESSAGE_MAX_BYTES:
+                self.close()
+                return
+            end = start + 4 + length
+            if len(buffer) < end:
+                break
+            message = self._decoder.decode(bytes(buffer[start + 4 : end]))
+            start = end
+            self._received(message)
+        del buffer[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._closed()
+
+    def send(self, message: Down | Up) -> None:
+        """Queue a message; dropped when the other end is gone (``closed`` says so)."""
+        if self._transport is None:
+            return
+        body = self._encoder.encode(message)
+        self._transport.write(_LENGTH.pack(len(body)) + body)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()

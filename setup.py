@@ -1,0 +1,56 @@
+"""Builds the compiled core: ``_load`` (load table), ``_ring`` (routing), ``_relay`` (HTTP relay).
+
+``KUBEAI_CYTHON_STRICT=1`` turns C compiler warnings into errors (``make check``);
+``KUBEAI_SANITIZE=address`` builds with AddressSanitizer.
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from Cython.Compiler import Options
+from setuptools import Extension, setup
+
+Options.warning_errors = True
+
+compile_args = ["-O3"]
+link_args = []
+if os.environ.get("KUBEAI_CYTHON_STRICT"):
+    # Cython's own C has unused parameters and helpers everywhere; the rest of -Wextra is meant.
+    compile_args += [
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+        "-Wno-unused-function",
+        "-Wno-cast-function-type",
+        "-Wno-missing-field-initializers",
+    ]
+if sanitize := os.environ.get("KUBEAI_SANITIZE"):
+    compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
+    link_args += [f"-fsanitize={sanitize}"]
+
+modules = [name for name in ("_load", "_ring", "_relay") if Path(f"kubeai/{name}.pyx").exists()]
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"kubeai.{name}",
+                [f"kubeai/{name}.pyx"],
+                extra_compile_args=compile_args,
+                extra_link_args=link_args,
+            )
+            for name in modules
+        ],
+        language_level=3,
+        compiler_directives={
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "freethreading_compatible": False,
+        },
+        annotate=False,
+    ),
+)
