@@ -1,0 +1,52 @@
+# Everything that a person or CI runs. Needs python3 (≥ 3.11) with venv and dev, gcc, make.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd)
+
+.DEFAULT_GOAL := help
+.PHONY: help build run test check bench asan clean
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(CORE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt setuptools cython wheel
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+.venv/installed-check: .venv/installed-test
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,check]'
+	touch $@
+
+build: .venv/installed  ## the virtual environment and the compiled core
+
+run: build  ## kubeai local with the manifests of examples/
+	$(BIN)/kubeai local examples --config examples/config.yaml --data-dir .kubeai
+
+test: .venv/installed-test  ## all tests that need nothing but Python
+	$(BIN)/pytest tests
+
+check: .venv/installed-check  ## the fast gate: style, types, import floors, C warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	KUBEAI_CYTHON_STRICT=1 $(BIN)/python setup.py -q build_ext --force \
+		--build-temp build/strict --build-lib build/strict-lib
+	$(BIN)/python -m kubeai crd | diff charts/kubeai/crds/kubeai.org_models.yaml -
+
+bench: .venv/installed-test  ## ring, load table; the gateway against nginx when it is installed
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only
+	$(BIN)/python bench/gateway_vs_nginx.py
+
+asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
+	tests/asan.sh
+
+clean:  ## everything that was built
+	rm -rf .venv build dist *.egg-info kubeai/*.so kubeai/_*.c .kubeai

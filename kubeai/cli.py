@@ -1,0 +1,161 @@
+"""The commands: serve · local · mock-engine · crd.
+
+What a person did wrong ends in one line on stderr and exit status 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+from kubeai.errors import KubeAIError
+
+USAGE_ERROR = 2
+
+
+def main() -> None:
+    """Entry point of ``kubeai``."""
+    try:
+        if sys.argv[1:2] == ["mock-engine"]:
+            # Engines start on demand while a request waits: not through typer, which alone takes
+            # 150 ms to import.
+            from kubeai import mock_engine
+
+            raise SystemExit(mock_engine.main(sys.argv[2:]))
+        _app()()
+    except KubeAIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
+def _app() -> Any:
+    import typer
+
+    app = typer.Typer(
+        name="kubeai",
+        help="Inference gateway and model operator for Kubernetes.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def version(show: bool) -> None:
+        if show:
+            from kubeai import __version__
+
+            print(__version__)
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        _: Annotated[
+            bool,
+            typer.Option("--version", callback=version, is_eager=True, help="Print the version."),
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def serve(
+        host: Annotated[str, typer.Option(help="Address of the OpenAI endpoint.")] = "0.0.0.0",
+        port: Annotated[int, typer.Option(help="Port of the OpenAI endpoint.", min=0)] = 8000,
+        workers: Annotated[int, typer.Option(help="Data-plane processes.", min=1, max=63)] = 1,
+    ) -> None:
+        """Run against a Kubernetes cluster.
+
+        Reads the system config from $CONFIG_PATH and Models in $POD_NAMESPACE; $POD_NAME names
+        the holder of the lease. Connects by $KUBECONFIG, or by the pod's service account.
+        """
+        _run(_serve(host, port, workers))
+
+    @app.command()
+    def local(
+        manifests: Annotated[
+            list[Path] | None, typer.Argument(help="Manifests, or folders of them, to apply.")
+        ] = None,
+        host: Annotated[str, typer.Option(help="Address of the OpenAI endpoint.")] = "127.0.0.1",
+        port: Annotated[
+            int, typer.Option(help="Port of the OpenAI endpoint; 0 takes a free one.", min=0)
+        ] = 8000,
+        workers: Annotated[int, typer.Option(help="Data-plane processes.", min=1, max=63)] = 1,
+        data_dir: Annotated[
+            Path | None,
+            typer.Option(help="State, logs and kubeconfig. Default: $XDG_DATA_HOME/kubeai."),
+        ] = None,
+        config: Annotated[Path | None, typer.Option(help="System config (YAML).")] = None,
+        api_port: Annotated[
+            int, typer.Option(help="Port of the Kubernetes API; 0 takes a free one.", min=0)
+        ] = 0,
+    ) -> None:
+        """Run on this machine, without a cluster: same manifests, stock kubectl."""
+        from kubeai.local import Options, run
+
+        data_home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        options = Options(
+            manifests=tuple(manifests or ()),
+            host=host,
+            port=port,
+            workers=workers,
+            data_dir=(data_dir or data_home / "kubeai").absolute(),
+            config=config,
+            api_port=api_port,
+        )
+        _run(run(options))
+
+    @app.command()
+    def crd() -> None:
+        """Print the CustomResourceDefinition of Model, to apply with kubectl."""
+        from kubeai.api.crd import crd_yaml
+
+        print(crd_yaml(), end="")
+
+    @app.command("mock-engine", add_help_option=False)
+    def mock_engine() -> None:
+        """Run an engine that answers like vLLM, made-up text, real timing: no GPU needed."""
+        raise AssertionError("main() answers this command before typer is imported")
+
+    return app
+
+
+async def _serve(host: str, port: int, workers: int) -> None:
+    import structlog
+
+    from kubeai.api.config import load_config
+    from kubeai.kube import Kube
+    from kubeai.supervisor import Supervisor
+
+    config_path = os.environ.get("CONFIG_PATH")
+    config = load_config(Path(config_path) if config_path else None)
+    kube = await Kube.connect()
+    try:
+        supervisor = Supervisor(
+            kube,
+            config,
+            namespace=os.environ.get("POD_NAMESPACE") or kube.namespace,
+            identity=os.environ.get("POD_NAME") or f"{socket.gethostname()}-{os.getpid()}",
+            host=host,
+            port=port,
+            workers=workers,
+        )
+        log = structlog.get_logger(__name__)
+        log.info("serving", endpoint=f"http://{host}:{supervisor.port}/openai/v1", workers=workers)
+        await supervisor.run()
+    finally:
+        await kube.close()
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a command's coroutine on uvloop."""
+    import uvloop
+
+    from kubeai.logs import setup_logging
+
+    setup_logging()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)

@@ -1,0 +1,139 @@
+"""Manifests given on the command line: read, checked, applied as ``kubectl apply`` would."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from kubeai import kube
+from kubeai.errors import KubeAIError
+from kubeai.kube import ApiError, Kube, Resource
+
+SUFFIXES = (".yaml", ".yml", ".json")
+FILE_MAX_BYTES = 4 << 20
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+CONFLICT_RETRIES = 5
+
+# What makes sense to hand to `kubeai local`; more can be applied with kubectl.
+RESOURCES: dict[tuple[str, str], Resource] = {
+    (f"{r.group}/{r.version}" if r.group else r.version, r.kind): r
+    for r in (kube.MODELS, kube.CONFIGMAPS, kube.SECRETS, kube.PVCS, kube.NAMESPACES)
+}
+
+
+class Manifest(NamedTuple):
+    source: str  # "file" or "file (document 2)"
+    resource: Resource
+    object: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.object["metadata"]["name"])
+
+
+def read_manifests(paths: Iterable[Path]) -> list[Manifest]:
+    """All manifests of files and folders (not their subfolders), in order.
+
+    KubeAIError names the place of what is wrong.
+    """
+    return [manifest for path in paths for file in _files(path) for manifest in _read(file)]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        if not files:
+            raise KubeAIError(f"{path}: no manifests ({', '.join(SUFFIXES)}) in this folder")
+        return files
+    if not path.exists():
+        raise KubeAIError(f"{path}: no such file or folder")
+    return [path]
+
+
+def _read(file: Path) -> Iterator[Manifest]:
+    try:
+        if file.stat().st_size > FILE_MAX_BYTES:
+            raise KubeAIError(f"{file}: larger than {FILE_MAX_BYTES} bytes")
+        documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        raise KubeAIError(f"{where}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise KubeAIError(f"{file}: {error}") from None
+    for index, document in enumerate(documents, 1):
+        if document is None:
+            continue
+        source = str(file) if len(documents) == 1 else f"{file} (document {index})"
+        yield _check(source, document)
+
+
+def _check(source: str, document: Any) -> Manifest:
+    if not isinstance(document, dict):
+        raise KubeAIError(f"{source}: a manifest is a mapping, not a {type(document).__name__}")
+    for key in ("apiVersion", "kind"):
+        if not isinstance(document.get(key), str):
+            raise KubeAIError(f"{source}: {key}: missing, or not a string")
+    metadata = document.get("metadata")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
+        raise KubeAIError(f"{source}: metadata.name: missing, or not a string")
+    resource = RESOURCES.get((document["apiVersion"], document["kind"]))
+    if resource is None:
+        known = ", ".join(f"{version}/{kind}" for version, kind in RESOURCES)
+        raise KubeAIError(
+            f"{source}: {document['apiVersion']}/{document['kind']}: not one of {known}"
+        )
+    return Manifest(source, resource, document)
+
+
+async def apply(client: Kube, manifest: Manifest) -> str:
+    """Create the object, or change it to what the manifest says; what others set stays.
+
+    Returns ``created``, ``configured`` or ``unchanged``. Three-way, by the annotation that
+    ``kubectl apply`` keeps, so that both can be used on one object.
+    """
+    resource, wanted = manifest.resource, json.loads(json.dumps(manifest.object))
+    namespace = wanted["metadata"].get("namespace") or client.namespace
+    namespace = namespace if resource.namespaced else ""
+    annotations = wanted["metadata"].setdefault("annotations", {})
+    annotations[LAST_APPLIED] = json.dumps(manifest.object, separators=(",", ":")) + "\n"
+    for _ in range(CONFLICT_RETRIES):
+        try:
+            try:
+                live = await client.get(resource, manifest.name, namespace)
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                await client.create(resource, wanted, namespace)
+                return "created"
+            last = json.loads(live["metadata"].get("annotations", {}).get(LAST_APPLIED, "{}"))
+            patch = merge_patch(last, live, wanted)
+            if not patch:
+                return "unchanged"
+            await client.patch(resource, manifest.name, patch, namespace)
+            return "configured"
+        except ApiError as error:
+            if error.status != 409:
+                raise KubeAIError(
+                    f"{manifest.source}: {resource.kind} {manifest.name}: {error}"
+                ) from None
+    raise KubeAIError(f"{manifest.source}: {resource.kind} {manifest.name}: changed all the time")
+
+
+def merge_patch(last: Any, live: Any, wanted: Any) -> dict[str, Any]:
+    """The JSON merge patch that brings ``live`` to ``wanted`` and drops what only ``last`` had."""
+    patch: dict[str, Any] = {key: None for key in last if key not in wanted and key in live}
+    for key, value in wanted.items():
+        have = live.get(key)
+        if isinstance(value, dict) and isinstance(have, dict):
+            before = last.get(key)
+            inner = merge_patch(before if isinstance(before, dict) else {}, have, value)
+            if inner:
+                patch[key] = inner
+        elif have != value or key not in live:
+            patch[key] = value
+    return patch

@@ -1,0 +1,301 @@
+"""The process that a person starts with ``kubeai local``.
+
+It owns the data directory, the embedded API and the process kubelet as child processes (each is
+restarted when it dies), applies the CRD and the given manifests, runs the supervisor, and tells
+the person what happens. Everything ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import structlog
+from rich.console import Console
+
+from kubeai import kube
+from kubeai.api.config import load_config
+from kubeai.api.crd import model_crd
+from kubeai.errors import KubeAIError
+from kubeai.kube import ApiError, Kube
+from kubeai.local.manifests import Manifest, apply, read_manifests
+from kubeai.supervisor import Supervisor
+
+log = structlog.get_logger(__name__)
+
+NODE_NAME = "local"
+CHILD_START_TIMEOUT_S = 30.0
+CHILD_STOP_TIMEOUT_S = 15.0
+CHILD_RESTART_DELAY_S = 0.2
+CRD_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+# What a person at a terminal expects of one machine: replicas that go away soon after the last
+# request, a quick end. A config file overrides each key.
+LOCAL_DEFAULTS: dict[str, Any] = {
+    "metricsAddr": "127.0.0.1:0",
+    "healthAddress": "127.0.0.1:0",
+    "modelAutoscaling": {"interval": "2s", "timeWindow": "20s"},
+    "gateway": {"drainAccept": "0s", "drainTimeout": "10s"},
+}
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The command line of ``kubeai local``."""
+
+    manifests: tuple[Path, ...]
+    host: str
+    port: int
+    workers: int
+    data_dir: Path
+    config: Path | None
+    api_port: int
+
+
+class Child:
+    """One helper process: started, waited for, restarted when it dies, ended with us."""
+
+    def __init__(self, name: str, command: Callable[[], list[str]], log_file: Path) -> None:
+        self.name = name
+        self.port = 0
+        self._command = command
+        self._log_file = log_file
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._spawn()
+        self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
+
+    async def _spawn(self) -> None:
+        """Start the process and wait until it says that it is ready."""
+        reader, writer = os.pipe()
+        try:
+            with self._log_file.open("ab") as log_to:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    *self._command(),
+                    "--ready-fd",
+                    str(writer),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log_to,
+                    stderr=log_to,
+                    pass_fds=(writer,),
+                    start_new_session=True,  # a Ctrl-C is ours to pass on, in our order
+                    preexec_fn=_die_with_parent,
+                )
+        finally:
+            os.close(writer)
+        line = await _read_line(reader, CHILD_START_TIMEOUT_S)
+        if not line.startswith("ready"):
+            await self.stop()
+            raise KubeAIError(f"the {self.name} did not start; see {self._log_file}")
+        words = line.split()
+        self.port = int(words[1]) if len(words) > 1 else 0
+
+    async def _keep(self) -> None:
+        while True:
+            assert self._process is not None
+            code = await self._process.wait()
+            log.error("restarting", process=self.name, exit_code=code)
+            await asyncio.sleep(CHILD_RESTART_DELAY_S)
+            try:
+                await self._spawn()
+            except KubeAIError as error:
+                log.error("could not restart", process=self.name, error=str(error))
+
+    async def stop(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), CHILD_STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+async def _read_line(fd: int, timeout_s: float) -> str:
+    """One line from a pipe, or what came before its end or the deadline."""
+    loop = asyncio.get_running_loop()
+    stream = asyncio.StreamReader()
+    pipe = os.fdopen(fd, "rb")
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
+    try:
+        return (await asyncio.wait_for(stream.readline(), timeout_s)).decode()
+    except TimeoutError:
+        return ""
+    finally:
+        transport.close()
+
+
+async def run(options: Options) -> None:
+    """``kubeai local``, until Ctrl-C or SIGTERM."""
+    config = load_config(options.config, defaults=LOCAL_DEFAULTS)
+    manifests = read_manifests(options.manifests)
+    lock = _lock(options.data_dir)
+    kubeconfig = options.data_dir / "kubeconfig"
+    api = Child("Kubernetes API", lambda: _api_command(options, api), options.data_dir / "api.log")
+    kubelet = Child(
+        "kubelet",
+        lambda: [
+            "kubeai.local.kubelet",
+            f"--kubeconfig={kubeconfig}",
+            f"--data-dir={options.data_dir}",
+            f"--node-name={NODE_NAME}",
+        ],
+        options.data_dir / "kubelet.log",
+    )
+    try:
+        await api.start()
+        client = await Kube.connect(str(kubeconfig))
+        try:
+            supervisor = Supervisor(
+                client,
+                config,
+                namespace=client.namespace,
+                identity=f"local-{os.getpid()}",
+                host=options.host,
+                port=options.port,
+                workers=options.workers,
+                started=lambda: _greet(options, supervisor, api.port),
+            )
+            await _install_crd(client)
+            await kubelet.start()
+            await _apply(client, manifests)
+            reporter = asyncio.create_task(_report(client))
+            try:
+                await supervisor.run()
+            finally:
+                reporter.cancel()
+                await asyncio.gather(reporter, return_exceptions=True)
+        finally:
+            await client.close()
+    finally:
+        await kubelet.stop()
+        await api.stop()
+        lock.close()
+
+
+def _api_command(options: Options, api: Child) -> list[str]:
+    return [
+        "kubeai.local.apiserver",
+        f"--data-dir={options.data_dir}",
+        f"--port={api.port or options.api_port}",  # a restarted API keeps its port
+    ]
+
+
+def _lock(data_dir: Path) -> IO[str]:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (data_dir / "lock").open("w")
+    except OSError as error:
+        raise KubeAIError(f"--data-dir: {data_dir}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise KubeAIError(f"--data-dir: {data_dir} is in use by another `kubeai local`") from None
+    return file
+
+
+async def _install_crd(client: Kube) -> None:
+    """Create or update the Model CRD, and wait until the API serves it."""
+    crd = model_crd()
+    name = crd["metadata"]["name"]
+    try:
+        live = await client.get(kube.CRDS, name)
+        crd["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
+        await client.update(kube.CRDS, crd)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        await client.create(kube.CRDS, crd)
+    async with asyncio.timeout(CRD_TIMEOUT_S):
+        while True:
+            live = await client.get(kube.CRDS, name)
+            conditions = live.get("status", {}).get("conditions", [])
+            if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
+                return
+            await asyncio.sleep(0.02)
+
+
+async def _apply(client: Kube, manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        outcome = await apply(client, manifest)
+        _print(f"{manifest.resource.kind.lower()} {manifest.name} {outcome}")
+
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def _print(text: str) -> None:
+    _console.print(text, markup=False)
+
+
+def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    _print("")
+    _print(f"OpenAI endpoint  http://{host}:{supervisor.port}/openai/v1")
+    _print(f"Kubernetes API   http://127.0.0.1:{api_port}")
+    _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
+    _print(f"kubectl          export KUBECONFIG={options.data_dir / 'kubeconfig'}")
+    _print("Ctrl-C ends everything; Models stay in the data directory.")
+    _print("")
+
+
+async def _report(client: Kube) -> None:
+    """Tell the person what becomes of the pods, one line a change."""
+    told: dict[str, str] = {}
+
+    def tell(kind: str, pod: dict[str, Any]) -> None:
+        name = pod["metadata"]["name"]
+        line = "gone" if kind == "DELETED" else _pod_line(pod)
+        if line and told.get(name) != line:
+            _print(f"pod {name}: {line}")
+            told[name] = line
+        if kind == "DELETED":
+            told.pop(name, None)
+
+    def replaced(pods: list[dict[str, Any]]) -> None:
+        for pod in pods:
+            tell("ADDED", pod)
+
+    await client.follow(
+        kube.PODS, client.namespace, labels="app=model", replaced=replaced, changed=tell
+    )
+
+
+def _pod_line(pod: dict[str, Any]) -> str:
+    status = pod.get("status", {})
+    mock = (
+        " (mock engine)"
+        if pod["metadata"].get("annotations", {}).get("kubeai.org/mock-engine") == "true"
+        else ""
+    )
+    if pod["metadata"].get("deletionTimestamp"):
+        return "terminating"
+    for container in status.get("containerStatuses", []):
+        waiting = container.get("state", {}).get("waiting")
+        if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+    for condition in status.get("conditions", []):
+        if condition["type"] == "Ready" and condition["status"] == "True":
+            return f"ready at {status.get('podIP', '?')}{mock}"
+    return f"starting{mock}"

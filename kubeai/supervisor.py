@@ -1,0 +1,367 @@
+"""The control-plane process: owns the listeners, the load table and the worker processes.
+
+It publishes routes down to the workers, hears of held requests, restarts workers that die,
+answers ``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It never touches a
+request. ``kubeai serve`` and ``kubeai local`` both run :class:`Supervisor`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from kubeai import hinge
+from kubeai._load import LoadTable
+from kubeai.api.config import SystemConfig
+from kubeai.errors import KubeAIError
+from kubeai.kube import Kube
+from kubeai.metrics import Metrics
+from kubeai.operator import Operator
+from kubeai.routing import Publisher, Route
+
+log = structlog.get_logger(__name__)
+
+# 1,000 Models and 10,000 pods, three lives of each before rows must be free again; the memory is
+# only taken once a row is touched.
+TABLE_ROWS = 32_768
+WORKERS_MAX = 63
+LISTEN_BACKLOG = 4_096
+SWEEP_INTERVAL_S = 0.5
+RESPAWN_BACKOFF_MAX_S = 5.0
+# A worker that lived this long did not die of its start-up.
+RESPAWN_SETTLED_S = 10.0
+# After the drain's own limit, before SIGKILL.
+EXIT_GRACE_S = 5.0
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """``host:port`` or ``:port`` (all interfaces), as the system config writes it."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def listen(host: str, port: int, count: int) -> list[socket.socket]:
+    """``count`` listening sockets on one port; the kernel spreads connections over them.
+
+    The first socket is bound without SO_REUSEPORT set yet, so that a port which another program
+    listens on is an error even when that program set it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets: list[socket.socket] = []
+    try:
+        probe = socket.socket(family, socket.SOCK_STREAM)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with probe:
+            probe.bind((host, port))
+            port = probe.getsockname()[1]
+        for _ in range(count):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((host, port))
+            sock.listen(LISTEN_BACKLOG)
+            sock.setblocking(False)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise KubeAIError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return sockets
+
+
+class TableLoads:
+    """What the operator asks of the load table, by name."""
+
+    def __init__(self, table: LoadTable, publisher: Publisher) -> None:
+        self._table = table
+        self._publisher = publisher
+
+    def active(self, model: str) -> int:
+        row = self._publisher.row(model)
+        return 0 if row is None else self._table.active(row)
+
+    def held(self, model: str) -> int:
+        row = self._publisher.row(model)
+        return 0 if row is None else self._table.held(row)
+
+    def in_flight(self, model: str, endpoint: str) -> int:
+        row = self._publisher.endpoint_rows(model).get(endpoint)
+        return 0 if row is None else self._table.in_flight(row)
+
+
+class Worker:
+    """One column of the load table, one listener, and the process that has them just now."""
+
+    def __init__(self, supervisor: Supervisor, column: int, listener: socket.socket) -> None:
+        self.column = column
+        self.listener = listener
+        self.ready = False
+        self.pid = 0
+        self._supervisor = supervisor
+        self._channel: hinge.Channel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        """Start the process, and its successors, until the supervisor stops."""
+        loop = asyncio.get_running_loop()
+        backoff_s = 0.0
+        while not self._supervisor.stopping:
+            started = loop.time()
+            code = await self._live()
+            # The column is only zeroed once the process is reaped: it can write no more.
+            self._supervisor.table.clear_column(self.column)
+            if self._supervisor.stopping:
+                return
+            log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
+            settled = loop.time() - started > RESPAWN_SETTLED_S
+            backoff_s = 0.0 if settled else min(RESPAWN_BACKOFF_MAX_S, 2 * backoff_s + 0.1)
+            await asyncio.sleep(0.0 if settled else backoff_s - 0.1)
+
+    async def _live(self) -> int:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            spec = {
+                "column": self.column,
+                "table_fd": self._supervisor.table.fd,
+                "listen_fd": self.listener.fileno(),
+                "hinge_fd": theirs.fileno(),
+                "gateway": msgspec.to_builtins(self._supervisor.config.gateway),
+            }
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "kubeai.worker",
+                env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
+                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["hinge_fd"]),
+            )
+            self._process = process
+            self.pid = process.pid
+            theirs.close()
+            channel = hinge.Channel(hinge.Up, self._received, lambda: None)
+            await loop.create_connection(lambda: channel, sock=ours.dup())
+        self._channel = channel
+        if self._supervisor.synced:
+            self.send(self._supervisor.publisher.snapshot())
+        try:
+            return await process.wait()
+        finally:
+            self.ready = False
+            self._channel = None
+            self._process = None
+            channel.close()
+
+    def _received(self, message: object) -> None:
+        if isinstance(message, hinge.Ready):
+            self.ready = True
+            self._supervisor.worker_ready()
+        elif isinstance(message, hinge.Demand):
+            self._supervisor.operator.demand(message.model)
+
+    def send(self, message: hinge.Down) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+
+class Supervisor:
+    """Wires the two halves together and keeps the processes alive.
+
+    ``identity`` names this replica of KubeAI as holder of the lease. ``started`` is called once,
+    when every worker accepts requests.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        config: SystemConfig,
+        *,
+        namespace: str,
+        identity: str,
+        host: str = "0.0.0.0",
+        port: int = 8000,
+        workers: int = 1,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        if not 1 <= workers <= WORKERS_MAX:
+            raise KubeAIError(f"--workers: {workers} is not between 1 and {WORKERS_MAX}")
+        self.config = config
+        self.table = LoadTable.create(TABLE_ROWS, workers)
+        self.publisher = Publisher(self.table)
+        self.operator = Operator(
+            kube,
+            config,
+            namespace=namespace,
+            identity=identity,
+            publish=self._publish,
+            loads=TableLoads(self.table, self.publisher),
+        )
+        self.synced = False
+        self.stopping = False
+        self.metrics_address = ""
+        self.health_address = ""
+        self._started = started
+        self._announced = False
+        listeners = listen(host, port, workers)
+        self.port: int = listeners[0].getsockname()[1]
+        self._workers = [Worker(self, column, sock) for column, sock in enumerate(listeners)]
+        self._metrics = Metrics(self.table, self.publisher)
+        self._stop = asyncio.Event()
+        self._signals = 0
+
+    # -- what the workers and the operator call ------------------------------------------------
+
+    def _publish(self, model: str, route: Route | None) -> None:
+        delta = self.publisher.update(model, route)
+        if delta is not None and self.synced:
+            for worker in self._workers:
+                worker.send(delta)
+
+    def worker_ready(self) -> None:
+        if self.ready and not self._announced:
+            self._announced = True
+            self._started()
+
+    @property
+    def ready(self) -> bool:
+        return self.synced and not self.stopping and all(w.ready for w in self._workers)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until :meth:`stop` or a signal; then drain, hand over, return."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        runner = await self._serve_pages()
+        operator = asyncio.create_task(self.operator.run(), name="operator")
+        operator.add_done_callback(lambda _: self._stop.set())
+        lives = [asyncio.create_task(worker.run()) for worker in self._workers]
+        for life in lives:
+            life.add_done_callback(lambda _: self._stop.set())
+        background = [
+            asyncio.create_task(self._hand_out_routes()),
+            asyncio.create_task(self._sweep()),
+        ]
+        try:
+            await self._stop.wait()
+            log.info("stopping")
+            self.stopping = True
+            await self._drain(lives)
+            await self.operator.stop()
+            await asyncio.gather(operator, return_exceptions=True)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+            for task in (operator, *lives, *background):
+                task.cancel()
+            await asyncio.gather(operator, *lives, *background, return_exceptions=True)
+            await runner.cleanup()
+            for worker in self._workers:
+                worker.listener.close()
+            self.table.close()
+        for task in (operator, *lives):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _signalled(self) -> None:
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:  # asked twice: no more patience
+            for worker in self._workers:
+                worker.kill()
+
+    async def _hand_out_routes(self) -> None:
+        await self.operator.synced.wait()
+        self.synced = True
+        snapshot = self.publisher.snapshot()
+        for worker in self._workers:
+            worker.send(snapshot)
+
+    async def _sweep(self) -> None:
+        """Free rows that nobody uses; notice demand whose wake-up was lost."""
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            self.publisher.reclaim(
+                self.table.acknowledged(worker.column) for worker in self._workers if worker.alive
+            )
+            for model in self.publisher.models():
+                row = self.publisher.row(model)
+                if (
+                    row is not None
+                    and self.table.held(row)
+                    and not self.publisher.endpoint_rows(model)
+                ):
+                    self.operator.demand(model)
+
+    async def _drain(self, lives: list[asyncio.Task[None]]) -> None:
+        gateway = self.config.gateway
+        message = hinge.Drain(gateway.drain_accept_s, gateway.drain_timeout_s)
+        for worker in self._workers:
+            worker.send(message)
+        if any(worker.alive for worker in self._workers):
+            await asyncio.wait(lives, timeout=gateway.drain_accept_s)
+        # The workers close their copies of the listeners now; so must the owner of the originals,
+        # or the kernel would go on queueing connections that nobody accepts.
+        for worker in self._workers:
+            worker.listener.close()
+        _, late = await asyncio.wait(lives, timeout=gateway.drain_timeout_s + EXIT_GRACE_S)
+        if late:
+            log.error("workers did not finish in time and are killed", count=len(late))
+
+    # -- pages -------------------------------------------------------------------------------------
+
+    async def _serve_pages(self) -> web.AppRunner:
+        """``/metrics`` on one address, ``/healthz`` and ``/readyz`` on the other."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get("/healthz", self._get_healthz)
+        app.router.add_get("/readyz", self._get_readyz)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        self.metrics_address = await _serve(runner, "metricsAddr", self.config.metrics_addr)
+        self.health_address = await _serve(runner, "healthAddress", self.config.health_address)
+        return runner
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _get_healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _get_readyz(self, _: web.Request) -> web.Response:
+        if self.ready:
+            return web.Response(text="ok\n")
+        return web.Response(status=503, text="stopping\n" if self.stopping else "not synced\n")
+
+
+async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
+    host, port = parse_address(address)
+    try:
+        (sock,) = listen(host, port, 1)
+    except KubeAIError as error:
+        await runner.cleanup()
+        raise KubeAIError(f"{key}: {error}") from None
+    await web.SockSite(runner, sock).start()
+    name = sock.getsockname()
+    return f"{name[0]}:{name[1]}"
