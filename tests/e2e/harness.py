@@ -1,0 +1,231 @@
+"""Runs the real thing as a person would: `kubeai local` as a process of its own.
+
+Waits are for states, with deadlines; nothing here sleeps for a fixed time and hopes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from kubeai import kube
+from kubeai.kube import Kube
+
+START_TIMEOUT_S = 40.0
+STOP_TIMEOUT_S = 25.0
+POLL_S = 0.05
+CONFIG = {
+    "modelAutoscaling": {"interval": "1s", "timeWindow": "10s"},
+    "gateway": {"drainAccept": "0s", "drainTimeout": "5s"},
+}
+
+
+def model(
+    name: str,
+    *,
+    engine: str = "VLLM",
+    features: tuple[str, ...] = ("TextGeneration",),
+    args: tuple[str, ...] = (),
+    **spec: Any,
+) -> dict[str, Any]:
+    """A Model that the mock engine serves."""
+    url = {"OLlama": f"ollama://{name}"}.get(engine, f"hf://mock/{name}")
+    return {
+        "apiVersion": "kubeai.org/v1",
+        "kind": "Model",
+        "metadata": {"name": name},
+        "spec": {
+            "url": url,
+            "engine": engine,
+            "features": list(features),
+            "image": "kubeai/mock-engine",
+            "args": list(args),
+            "scaleDownDelaySeconds": 2,
+            **spec,
+        },
+    }
+
+
+async def until(
+    what: str, check: Callable[[], Awaitable[Any] | Any], timeout_s: float = 20.0
+) -> Any:
+    """Poll until ``check`` gives something true, and return it."""
+    last: Any = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                last = check()
+                if isinstance(last, Awaitable):
+                    last = await last
+                if last:
+                    return last
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout_s} s: {what} (last: {last!r})") from None
+
+
+class Local:
+    """One `kubeai local`; ``log`` collects its stderr, ``out`` its stdout."""
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *models: dict[str, Any],
+        config: dict[str, Any] | None = None,
+        workers: int = 1,
+        arguments: tuple[str, ...] = (),
+    ) -> None:
+        self.data_dir = data_dir
+        self.out: list[str] = []
+        self.log: list[str] = []
+        self.endpoint = ""
+        self.metrics = ""
+        self.kubeconfig = str(data_dir / "state" / "kubeconfig")
+        data_dir.mkdir(parents=True, exist_ok=True)
+        (data_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG | (config or {})))
+        self._command = [
+            *(sys.executable, "-m", "kubeai", "local"),
+            *("--port", "0"),
+            *("--workers", str(workers)),
+            *("--data-dir", str(data_dir / "state")),
+            *("--config", str(data_dir / "config.yaml")),
+            *arguments,
+        ]
+        if models:
+            (data_dir / "models.yaml").write_text(yaml.safe_dump_all(models))
+            self._command.append(str(data_dir / "models.yaml"))
+        self.process: asyncio.subprocess.Process | None = None
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {"COLUMNS": "200"},
+            limit=1 << 20,
+            start_new_session=True,
+        )
+        self._readers = [
+            asyncio.create_task(self._read(self.process.stdout, self.out)),
+            asyncio.create_task(self._read(self.process.stderr, self.log)),
+        ]
+        await until(
+            "kubeai local says where it listens",
+            lambda: self.process.returncode is not None or self._said("Ctrl-C"),
+            START_TIMEOUT_S,
+        )
+        if self.process.returncode is not None:
+            raise AssertionError(f"kubeai local ended: {self.out} {self.log}")
+        self.endpoint = self._said(r"OpenAI endpoint\s+(\S+)")
+        self.metrics = self._said(r"Metrics\s+(\S+)")
+
+    def _said(self, pattern: str) -> str:
+        match = re.search(pattern, "\n".join(self.out))
+        return "" if match is None else match.group(match.re.groups and 1)
+
+    @staticmethod
+    async def _read(stream: asyncio.StreamReader, lines: list[str]) -> None:
+        async for line in stream:
+            lines.append(line.decode(errors="replace").rstrip())
+
+    async def stop(self, number: int = signal.SIGINT) -> int:
+        """Signal it and wait; returns the exit status."""
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self.process.wait()
+        await asyncio.gather(*self._readers)
+        return self.process.returncode
+
+    @contextlib.asynccontextmanager
+    async def kube(self) -> AsyncIterator[Kube]:
+        client = await Kube.connect(self.kubeconfig)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    def processes(self) -> dict[int, str]:
+        """All processes of this `kubeai local` (pid → command line), itself included.
+
+        Known by the data directory in their command line or environment, so that one that has
+        lost its parent is seen too.
+        """
+        mark = str(self.data_dir).encode()
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                if command and (mark in command or mark in (entry / "environ").read_bytes()):
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+        # Workers carry no path; they are children of the one that does.
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) in found:
+                continue
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent in found:
+                    command = (entry / "cmdline").read_bytes()
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
+        return found
+
+    def workers(self) -> list[int]:
+        return [pid for pid, command in self.processes().items() if "kubeai.worker" in command]
+
+    def engines(self) -> list[int]:
+        return [
+            pid
+            for pid, command in self.processes().items()
+            if "mock-engine" in command and "shim" not in command
+        ]
+
+
+@contextlib.asynccontextmanager
+async def running(data_dir: Path, *models: dict[str, Any], **options: Any) -> AsyncIterator[Local]:
+    """A `kubeai local` that is up inside the block and whose end is clean."""
+    local = Local(data_dir, *models, **options)
+    try:
+        await local.start()
+        yield local
+    finally:
+        if local.process is not None:
+            await local.stop()
+
+
+async def pods(client: Kube, name: str) -> list[dict[str, Any]]:
+    items, _ = await client.list(kube.PODS, client.namespace, labels=f"model={name}")
+    return items
+
+
+async def replicas(client: Kube, name: str) -> tuple[int, int, int]:
+    """(wanted, all, ready) of a Model."""
+    found = await client.get(kube.MODELS, name, client.namespace)
+    status = found.get("status", {}).get("replicas", {})
+    wanted = found["spec"].get("replicas") or 0
+    return wanted, status.get("all", 0), status.get("ready", 0)
+
+
+async def scrape(url: str) -> dict[str, float]:
+    """Prometheus text as {series: value}."""
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        text = await response.text()
+    samples = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            series, _, value = line.rpartition(" ")
+            samples[series] = float(value)
+    return samples
