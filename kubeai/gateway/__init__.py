@@ -1,0 +1,56 @@
+"""The data plane: what one worker process does with the requests that reach it.
+
+:class:`Gateway` is what the rooms of a worker share: the routing table, the limits, the way to say
+that a cold model is wanted, and how much is open. The worker makes one; connection.py and
+exchange.py (the relay's side) and pages.py (the aiohttp application) read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kubeai.api.config import GatewayConfig
+    from kubeai.routing import RoutingTable
+
+
+class Gateway:
+    """What the parts of one worker share."""
+
+    def __init__(
+        self, table: RoutingTable, config: GatewayConfig, demand: Callable[[str], None]
+    ) -> None:
+        """``demand``: sends word up the hinge that a request waits for a model."""
+        self.table = table
+        self.config = config
+        self.demand = demand
+        self.ready = False  # a routing table has arrived
+        self.draining = False
+        self.connections = 0  # downstream connections that are open
+        self.exchanges = 0  # requests between their head and the end of their answer
+        self._held: dict[str, int] = {}
+
+    def hold(self, model: str) -> bool:
+        """Take a place among the requests held for a model; False when all places are taken.
+
+        The limit is ``hold_max_requests`` a model and worker. Each True is given back with
+        :meth:`unhold`.
+        """
+        held = self._held.get(model, 0)
+        if held >= self.config.hold_max_requests:
+            return False
+        self._held[model] = held + 1
+        return True
+
+    def unhold(self, model: str) -> None:
+        """Give a place back."""
+        held = self._held[model] - 1
+        if held:
+            self._held[model] = held
+        else:
+            del self._held[model]
+
+    def held(self, model: str) -> int:
+        """Requests that this worker holds for a model."""
+        return self._held.get(model, 0)
