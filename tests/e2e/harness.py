@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +140,7 @@ class Local:
     @staticmethod
     async def _read(stream: asyncio.StreamReader, lines: list[str]) -> None:
         async for line in stream:
-            lines.append(line.decode(errors="replace").rstrip())
+            lines.append(line.decode(errors="replace").rstrip())  # noqa: PERF401 (read live)
 
     async def stop(self, number: int = signal.SIGINT) -> int:
         """Signal it and wait; returns the exit status."""
@@ -204,6 +207,75 @@ async def running(data_dir: Path, *models: dict[str, Any], **options: Any) -> As
     finally:
         if local.process is not None:
             await local.stop()
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a client saw of one streamed chat."""
+
+    status: int = 0
+    text: str = ""
+    chunks: int = 0
+    replica: str = ""  # the mock engine's system_fingerprint
+    cached_tokens: int = 0
+    prompt_tokens: int = 0
+    first_s: float = 0.0  # from sending to the first token
+    whole: bool = False  # `data: [DONE]` and a tidy end came
+    error: str = ""
+
+
+async def chat(
+    session: aiohttp.ClientSession,
+    endpoint: str,
+    model: str,
+    messages: list[dict[str, str]] | str,
+    *,
+    max_tokens: int = 16,
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    """One streamed chat completion; whatever goes wrong is in the Answer."""
+    answer = Answer()
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    body = {
+        "model": model,
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started = time.monotonic()
+    try:
+        async with session.post(
+            f"{endpoint}/chat/completions", json=body, headers=headers
+        ) as response:
+            answer.status = response.status
+            if response.status != 200:
+                answer.error = await response.text()
+                return answer
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    _take(answer, line[6:].strip(), started)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        answer.error = repr(error)
+        answer.whole = False
+    return answer
+
+
+def _take(answer: Answer, data: bytes, started: float) -> None:
+    if data == b"[DONE]":
+        answer.whole = True
+        return
+    chunk = json.loads(data)
+    answer.replica = chunk.get("system_fingerprint") or answer.replica
+    for choice in chunk["choices"]:
+        if content := choice["delta"].get("content"):
+            answer.first_s = answer.first_s or time.monotonic() - started
+            answer.text += content
+            answer.chunks += 1
+    if usage := chunk.get("usage"):
+        answer.prompt_tokens = usage["prompt_tokens"]
+        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
 
 
 async def pods(client: Kube, name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""The main job: a model that had no replica answers, token by token, and goes away again."""
+
+import io
+import signal
+import time
+import wave
+
+import aiohttp
+import openai
+import pytest
+from harness import chat, model, pods, replicas, running, until
+
+DELAY_S = 1.0
+ARGS = (f"--startup-delay={DELAY_S:.0f}s", "--decode-tokens-per-second=50")
+# A cold model may take what its engine takes, and this.
+OVERHEAD_S = 3.0
+
+
+@pytest.fixture
+async def local(tmp_path):
+    async with running(
+        tmp_path,
+        model("chat", args=ARGS, maxReplicas=2),
+        model("text", engine="OLlama", args=ARGS),
+        model("vectors", engine="Infinity", features=("TextEmbedding",), args=ARGS),
+        model("ears", engine="FasterWhisper", features=("SpeechToText",), args=ARGS),
+        workers=2,
+    ) as local:
+        yield local
+
+
+def wav(seconds: float) -> io.BytesIO:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(8000)
+        out.writeframes(bytes(int(16000 * seconds)))
+    file.seek(0)
+    file.name = "speech.wav"
+    return file
+
+
+async def test_models_at_zero_answer_every_kind_of_request(local):
+    async with (
+        openai.AsyncOpenAI(base_url=local.endpoint, api_key="none", max_retries=0) as client,
+        local.kube() as kube,
+    ):
+        listed = [item.id async for item in client.models.list()]
+        assert listed == ["chat", "text"]
+        for name in ("chat", "text", "vectors", "ears"):
+            assert await replicas(kube, name) == (0, 0, 0)
+
+        started = time.monotonic()
+        stream = await client.chat.completions.create(
+            model="chat", messages=[{"role": "user", "content": "Hello!"}], stream=True
+        )
+        arrivals = [
+            time.monotonic() - started
+            async for chunk in stream
+            if chunk.choices and chunk.choices[0].delta.content
+        ]
+        assert arrivals[0] <= DELAY_S + OVERHEAD_S
+        # Token by token: 50 a second, not all in one piece at the end.
+        assert len(arrivals) >= 5
+        assert arrivals[-1] - arrivals[0] >= 0.5 * (len(arrivals) - 1) / 50
+
+        started = time.monotonic()
+        completion = await client.completions.create(model="text", prompt="Once", max_tokens=5)
+        assert completion.choices[0].text
+        assert completion.usage.completion_tokens == 5
+        assert time.monotonic() - started <= DELAY_S + OVERHEAD_S
+
+        started = time.monotonic()
+        embeddings = await client.embeddings.create(model="vectors", input=["one", "two"])
+        assert [len(item.embedding) > 1 for item in embeddings.data] == [True, True]
+        assert embeddings.data[0].embedding != embeddings.data[1].embedding
+        assert time.monotonic() - started <= DELAY_S + OVERHEAD_S
+
+        started = time.monotonic()
+        transcription = await client.audio.transcriptions.create(model="ears", file=wav(1.0))
+        assert transcription.text
+        assert time.monotonic() - started <= DELAY_S + OVERHEAD_S
+
+        (pod,) = await pods(kube, "chat")
+        assert pod["metadata"]["annotations"]["kubeai.org/mock-engine"] == "true"
+        for name in ("chat", "text", "vectors", "ears"):
+            await until(
+                f"{name} is at zero again", lambda name=name: _gone(kube, name), timeout_s=30
+            )
+
+
+async def _gone(kube, name):
+    return await replicas(kube, name) == (0, 0, 0) and not await pods(kube, name)
+
+
+async def test_a_second_start_finds_its_models_and_ctrl_c_leaves_no_process(tmp_path):
+    async with running(tmp_path, model("chat", args=ARGS)) as first:
+        async with aiohttp.ClientSession() as session:
+            answer = await chat(session, first.endpoint, "chat", "hi")
+        assert answer.whole
+        processes = first.processes()
+        assert len(processes) >= 5  # itself, API, kubelet, worker, engine
+        assert await first.stop(signal.SIGINT) == 0
+        assert first.processes() == {}
+    async with running(tmp_path) as second, aiohttp.ClientSession() as session:
+        answer = await chat(session, second.endpoint, "chat", "hi")
+        assert answer.whole, answer
