@@ -1,0 +1,342 @@
+"""A continuous-batching engine with a paged, prefix-cached KV memory, as a pure state machine.
+
+It owns the queue, the batch and the KV blocks of one replica and knows tokens only as counts and
+block hashes: what a sequence will say is its caller's business and known when it is submitted.
+Time is a number that callers hand in (seconds, any origin), so the same engine runs in real time
+(the mock engine) and in virtual time. It is deterministic: same calls, same answers.
+
+The rules are those of vLLM's scheduler (V1), which this module follows:
+
+- Work goes in steps. A step takes the running sequences first, in the order they came, then
+  waiting ones, until ``max_batch`` sequences or ``step_tokens`` tokens are in it. A prompt that
+  is longer than what is left of the budget is computed in several steps (chunked prefill).
+- A sequence whose prompt is computed makes one token a step, the first with the step that ends
+  its prefill.
+- Before a sequence enters, the leading full blocks of it whose hashes are in the cache are taken
+  over, but for the last token, which must be computed to have something to sample from.
+- When the blocks run out, the sequence that came last gives its own back and starts again, at the
+  head of the queue (preemption by recomputation).
+- Blocks of finished sequences stay findable until their place is needed: least recently used
+  first, the tail of a sequence before its head.
+
+One difference: two sequences that compute the same block at the same time share it from then on,
+where vLLM keeps both copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine can do. A rate of 0 means: in no time."""
+
+    max_batch: int = 256  # sequences in a step
+    step_tokens: int = 2048  # tokens in a step
+    prefill_tokens_per_s: float = 8000.0  # of the whole engine
+    decode_tokens_per_s: float = 50.0  # of each sequence in the batch
+    cache_blocks: int = 4096
+    block_tokens: int = 16
+
+    def step_s(self, prefill_tokens: int, decodes: int) -> float:
+        """How long a step takes for so many prompt tokens and so many decoding sequences."""
+        duration = 0.0
+        if prefill_tokens and self.prefill_tokens_per_s:
+            duration += prefill_tokens / self.prefill_tokens_per_s
+        if decodes and self.decode_tokens_per_s:
+            duration += 1.0 / self.decode_tokens_per_s
+        return duration
+
+
+class Sequence:
+    """One prompt and what becomes of it. Made by :meth:`Engine.submit`; read-only for others."""
+
+    __slots__ = (
+        "arrived_s",
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "done",
+        "finished_s",
+        "first_token_s",
+        "hashes",
+        "output_tokens",
+        "owner",
+        "produced",
+        "prompt_tokens",
+        "scheduled",
+        "shared",
+        "total",
+    )
+
+    def __init__(
+        self, prompt_tokens: int, output_tokens: int, hashes: Seq[int], owner: object, now: float
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens  # how many it will make
+        self.hashes = hashes  # of its full blocks, prompt and output together
+        self.owner = owner  # the caller's; the engine does not look at it
+        self.arrived_s = now
+        self.first_token_s = math.nan
+        self.finished_s = math.nan
+        self.cached_tokens = 0  # of the prompt, found in the cache when it first entered
+        self.produced = 0  # output tokens so far
+        self.done = False  # finished or cancelled
+        self.total = prompt_tokens  # tokens known: prompt + produced
+        self.computed = 0  # of those, tokens with their keys and values in memory
+        self.scheduled = 0  # tokens of it in the step under way
+        self.blocks = 0  # KV blocks that it holds
+        self.shared = 0  # of those, the leading ones that others may find by their hash
+
+
+class Step(NamedTuple):
+    """What happened up to now, and when to call again."""
+
+    advanced: list[Sequence]  # each made one token more, or (``output_tokens`` 0) was computed
+    next_s: float | None  # the end of the step under way; None: nothing to do
+
+
+class Engine:
+    """One replica's engine. ``submit``, then ``step`` whenever the time it named has come."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.cache = BlockCache(config.cache_blocks)
+        self.prefix_queries = 0  # prompt tokens looked up in the cache
+        self.prefix_hits = 0  # of those, found
+        self.prompt_tokens = 0  # of sequences that have entered
+        self.output_tokens = 0
+        self.finished = 0
+        self.preemptions = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._batch: list[Sequence] = []
+        self._ends_s: float | None = None  # of the step under way
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def submit(
+        self,
+        now: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        hashes: Seq[int] = (),
+        owner: object = None,
+    ) -> Sequence:
+        """Queue a sequence. Call ``step`` afterwards when none was under way.
+
+        ``output_tokens`` 0: only the prompt is computed (embeddings). ``hashes``: one number for
+        each full block of prompt and output, each standing for all the tokens up to its end; ()
+        keeps the sequence out of the prefix cache. ValueError: it could never fit.
+        """
+        if prompt_tokens < 1 or output_tokens < 0:
+            raise ValueError("a sequence needs a prompt")
+        if prompt_tokens + output_tokens > self.config.cache_blocks * self.config.block_tokens:
+            raise ValueError("the sequence is longer than the KV cache")
+        sequence = Sequence(prompt_tokens, output_tokens, hashes, owner, now)
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Forget a sequence (its client is gone); nothing when it is done already."""
+        if sequence.done:
+            return
+        sequence.done = True
+        try:
+            self._waiting.remove(sequence)
+        except ValueError:
+            self._running.remove(sequence)
+            self._release(sequence)
+
+    def step(self, now: float) -> Step:
+        """End the step that is due, and begin the next one at ``now`` if there is work."""
+        advanced: list[Sequence] = []
+        if self._ends_s is not None:
+            if now < self._ends_s:
+                return Step(advanced, self._ends_s)
+            advanced = self._complete(self._ends_s)
+            self._ends_s = None
+        if self._running or self._waiting:
+            self._ends_s = self._begin(now)
+        return Step(advanced, self._ends_s)
+
+    def _begin(self, now: float) -> float | None:
+        self._batch = []
+        prefill, decodes = 0, 0
+        budget = self.config.step_tokens
+        preemptions = self.preemptions
+        index = 0
+        while budget and index < len(self._running):
+            sequence = self._running[index]
+            tokens = min(sequence.total - sequence.computed, budget)
+            if not self._grow(sequence, sequence.computed + tokens):
+                self._preempt(self._running.pop())
+                continue
+            if sequence.produced and tokens == 1:
+                decodes += 1
+            else:
+                prefill += tokens
+            budget -= tokens
+            sequence.scheduled = tokens
+            self._batch.append(sequence)
+            index += 1
+        if preemptions == self.preemptions:  # else memory is short: let nobody else in
+            prefill += self._enter(budget)
+        return now + self.config.step_s(prefill, decodes) if self._batch else None
+
+    def _enter(self, budget: int) -> int:
+        """Let waiting sequences into the step; returns how many tokens of theirs it computes."""
+        entered = 0
+        block = self.config.block_tokens
+        while self._waiting and entered < budget and len(self._running) < self.config.max_batch:
+            sequence = self._waiting[0]
+            findable = min((sequence.total - 1) // block, len(sequence.hashes))
+            found = self.cache.match(sequence.hashes, findable)
+            cached = found * block
+            tokens = min(sequence.total - cached, budget - entered)
+            needed = -(-(cached + tokens) // block)
+            if not self.cache.admit(sequence.hashes, found, needed - found):
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.blocks, sequence.shared, sequence.computed = needed, found, cached
+            self._share(sequence, cached + tokens)
+            if not sequence.produced:
+                self._count_lookup(sequence, cached)
+            sequence.scheduled = tokens
+            self._batch.append(sequence)
+            entered += tokens
+        return entered
+
+    def _count_lookup(self, sequence: Sequence, cached: int) -> None:
+        sequence.cached_tokens = cached
+        self.prompt_tokens += sequence.prompt_tokens
+        if sequence.hashes:
+            self.prefix_queries += sequence.prompt_tokens
+            self.prefix_hits += cached
+
+    def _complete(self, ended_s: float) -> list[Sequence]:
+        advanced = []
+        finished = False
+        for sequence in self._batch:
+            if sequence.done:  # cancelled meanwhile
+                continue
+            sequence.computed += sequence.scheduled
+            if sequence.computed < sequence.total:
+                continue
+            advanced.append(sequence)
+            if sequence.output_tokens:
+                if not sequence.produced:
+                    sequence.first_token_s = ended_s
+                sequence.produced += 1
+                sequence.total += 1
+                self.output_tokens += 1
+            if sequence.produced == sequence.output_tokens:
+                sequence.done = finished = True
+                sequence.finished_s = ended_s
+                self.finished += 1
+                self._release(sequence)
+        if finished:
+            self._running = [sequence for sequence in self._running if not sequence.done]
+        self._batch = []
+        return advanced
+
+    def _grow(self, sequence: Sequence, computed: int) -> bool:
+        needed = -(-computed // self.config.block_tokens) - sequence.blocks
+        if needed > 0:
+            if not self.cache.take(needed):
+                return False
+            sequence.blocks += needed
+        self._share(sequence, computed)
+        return True
+
+    def _share(self, sequence: Sequence, computed: int) -> None:
+        """Make the blocks findable that are full once ``computed`` tokens are."""
+        full = min(computed // self.config.block_tokens, len(sequence.hashes))
+        if full > sequence.shared:
+            self.cache.share(sequence.hashes[sequence.shared : full])
+            sequence.shared = full
+
+    def _release(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.hashes[: sequence.shared], sequence.blocks - sequence.shared)
+        sequence.blocks = sequence.shared = 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.computed = 0
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
+
+class BlockCache:
+    """KV blocks by count: private ones, shared ones with their holders, idle ones to evict."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._private = 0
+        self._shared: dict[int, int] = {}  # hash → holders
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences hold."""
+        return self._private + len(self._shared)
+
+    def match(self, hashes: Seq[int], limit: int) -> int:
+        """How many of the first ``limit`` blocks are in memory, up to the first that is not."""
+        shared, idle = self._shared, self._idle
+        for index in range(limit):
+            found = hashes[index]
+            if found not in shared and found not in idle:
+                return index
+        return limit
+
+    def admit(self, hashes: Seq[int], found: int, fresh: int) -> bool:
+        """Take over the first ``found`` blocks and ``fresh`` private ones; False: no room."""
+        revived = sum(1 for index in range(found) if hashes[index] not in self._shared)
+        if self.used + revived + fresh > self.capacity:
+            return False
+        for index in range(found):
+            self._hold(hashes[index])
+        return self.take(fresh)
+
+    def take(self, count: int) -> bool:
+        """Take private blocks, evicting idle ones; False and nothing taken: no room."""
+        if self.used + count > self.capacity:
+            return False
+        for _ in range(self.used + len(self._idle) + count - self.capacity):
+            self._idle.popitem(last=False)
+        self._private += count
+        return True
+
+    def share(self, hashes: Seq[int]) -> None:
+        """Private blocks are full now: let others find them."""
+        self._private -= len(hashes)
+        for block in hashes:
+            self._hold(block)
+
+    def release(self, hashes: Seq[int], private: int) -> None:
+        """Give back shared blocks, the last first so that it is evicted first, and private ones."""
+        self._private -= private
+        for block in reversed(hashes):
+            holders = self._shared[block] - 1
+            if holders:
+                self._shared[block] = holders
+            else:
+                del self._shared[block]
+                self._idle[block] = None
+
+    def _hold(self, block: int) -> None:
+        self._idle.pop(block, None)
+        self._shared[block] = self._shared.get(block, 0) + 1
