@@ -1,0 +1,164 @@
+"""What a person or a client does wrong: one clear error that names the place; nothing is lost."""
+
+import asyncio
+import json
+import socket
+import sys
+
+import aiohttp
+import pytest
+import yaml
+from harness import chat, model, pods, running, until
+
+from kubeai import kube as k
+
+RUN_TIMEOUT_S = 40
+
+
+async def kubeai(*arguments, env=None):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kubeai", *map(str, arguments)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=env,
+    )
+    async with asyncio.timeout(RUN_TIMEOUT_S):
+        out, err = await process.communicate()
+    return process.returncode, out.decode(), err.decode()
+
+
+async def refused(tmp_path, *arguments):
+    """Run `kubeai local` with something wrong; returns its one line of error."""
+    code, _, err = await kubeai(
+        "local", "--port", "0", "--data-dir", tmp_path / "state", *arguments
+    )
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "named"),
+    [
+        ("kind: [", ":1:"),
+        ("apiVersion: v1", "kind"),
+        (yaml.safe_dump(model("a") | {"spec": {"engine": "VLLM"}}), "spec.url"),
+        (yaml.safe_dump(model("a", targetRequests=0)), "spec.targetRequests"),
+        (yaml.safe_dump(model("a", minReplicas=3, maxReplicas=1)), "minReplicas"),
+        (yaml.safe_dump(model("a" * 41)), "40 characters"),
+    ],
+    ids=["not-yaml", "no-kind", "no-url", "below-minimum", "cel", "name-too-long"],
+)
+async def test_a_wrong_manifest(tmp_path, manifest, named):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(manifest)
+    line = await refused(tmp_path, file)
+    assert str(file) in line
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("modelAutoscaling: {intervall: 1s}", "modelAutoscaling.intervall"),
+        ("modelAutoscaling: {interval: 1 parsec}", "modelAutoscaling.interval"),
+        ("metricsAddr: [", "config.yaml"),
+        ("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes"),
+    ],
+)
+async def test_a_wrong_config(tmp_path, config, named):
+    (tmp_path / "config.yaml").write_text(config)
+    line = await refused(tmp_path, "--config", tmp_path / "config.yaml")
+    assert named in line
+
+
+async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in await refused(tmp_path, "--port", port)
+    async with running(tmp_path):
+        assert "in use by another" in await refused(tmp_path)
+
+
+async def test_serve_without_a_cluster_or_with_a_wrong_config_says_so(tmp_path):
+    code, _, err = await kubeai("serve", env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "KUBECONFIG" in err
+    (tmp_path / "c.yaml").write_text("nope: 1")
+    code, _, err = await kubeai(
+        "serve", env={"PATH": "/usr/bin:/bin", "CONFIG_PATH": str(tmp_path / "c.yaml")}
+    )
+    assert code == 2
+    assert "nope" in err
+
+
+async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tmp_path):
+    wrong = model("wrong", minReplicas=1, resourceProfile="nvidia-gpu-l44:1")
+    right = model("right", minReplicas=1)
+    async with running(tmp_path, wrong, right) as local, local.kube() as kube:
+
+        async def told():
+            found = await kube.get(k.MODELS, "wrong", kube.namespace)
+            conditions = found.get("status", {}).get("conditions", [])
+            return [c for c in conditions if "nvidia-gpu-l44" in c.get("message", "")]
+
+        (condition, *_) = await until("the condition names the profile", told)
+        assert condition["status"] == "False"
+        assert "spec.resourceProfile" in condition["message"]
+        assert await pods(kube, "wrong") == []
+        async with aiohttp.ClientSession() as session:
+            assert (await chat(session, local.endpoint, "right", "hi")).whole
+        # It is mended by hand, and can be deleted as it is.
+        await kube.delete(k.MODELS, "wrong", kube.namespace)
+
+
+async def test_an_engine_that_is_not_installed_is_told_in_one_line(tmp_path):
+    real = model("real", engine="OLlama", minReplicas=1)
+    del real["spec"]["image"]
+    path = "/usr/bin:/bin"
+    async with running(tmp_path, real) as local:
+        line = await until(
+            f"ollama is not on {path}",
+            lambda: [line for line in local.out if "ollama" in line and "not installed" in line],
+        )
+        assert "real" in line[0]
+
+
+async def test_wrong_requests_get_openais_errors_and_others_go_on(tmp_path):
+    small = {"gateway": {"bodyMaxBytes": 10_000, "drainAccept": "0s", "drainTimeout": "5s"}}
+    async with (
+        running(tmp_path, model("chat", minReplicas=1), config=small) as local,
+        aiohttp.ClientSession() as session,
+    ):
+        assert (await chat(session, local.endpoint, "chat", "hi")).whole
+
+        async def post(path, data, status, **headers):
+            url = local.endpoint + path
+            async with session.post(
+                url, data=data, headers={"Content-Type": "application/json"} | headers
+            ) as response:
+                assert response.status == status, await response.text()
+                error = json.loads(await response.read())["error"]
+                assert set(error) == {"message", "type", "param", "code"}
+                return error
+
+        ok = json.dumps({"model": "chat", "messages": [{"role": "user", "content": "hi"}]})
+        assert (await post("/chat/completions", "{not json", 400))["message"]
+        assert (await post("/chat/completions", "{}", 400))["param"] == "model"
+        assert "bytes" in (await post("/chat/completions", b" " * 20_000, 413))["message"]
+        unknown = await post("/chat/completions", ok.replace("chat", "nobody"), 404)
+        assert unknown["code"] == "model_not_found"
+        assert "nobody" in unknown["message"]
+        assert (await post("/load_lora_adapter", ok, 404))["message"]
+        assert (await post("/chat/completions/../../v1/load_lora_adapter", ok, 404))["message"]
+        assert (
+            "selector"
+            in (await post("/chat/completions", ok, 400, **{"X-Label-Selector": "a in ("}))[
+                "message"
+            ].lower()
+        )
+        await post("/chat/completions", ok, 404, **{"X-Label-Selector": "team=other"})
+        assert (await chat(session, local.endpoint, "chat", "still here")).whole
