@@ -1,0 +1,532 @@
+"""What a request asks for, by OpenAI's (and vLLM's, and Anthropic's) HTTP API. Pure: no I/O.
+
+Owns the route table, reading a JSON body as far as routing needs it, the hash key, the model's
+replacement for adapters, label selectors and the shape of error bodies. Called by the gateway for
+every request, and by whoever else carries such bodies.
+
+Paths: nothing is decoded, folded or repaired. A target in absolute form loses scheme and
+authority, what follows the first ``?`` is the query, and the rest must be *exactly* a listed path:
+``%63hat``, ``//``, ``/./``, ``..``, ``;x``, a trailing slash or another case are all 404. What is
+sent to an engine is the path of the table, never the client's spelling of it. The one variable
+path, ``/openai/v1/models/{id}``, is answered here and reaches no engine.
+
+Bodies: the gateway routes by what it reads as ``model``, the engine answers to what *it* reads; a
+body that two JSON readers may understand differently is refused with 400. So: strict JSON (no NaN,
+no trailing comma, no raw control characters), valid UTF-8 throughout without a BOM, no lone
+surrogate, one top-level ``model`` however its key is escaped, and no key that differs from it only
+by case (Go's decoder would take it). Everything else in the body is the engine's business: unknown
+fields, odd shapes and wrong types pass through, and at most make the hash key coarser.
+
+Parsing is two passes of msgspec's scanner at most (0.25 ns a byte each for ASCII), and copies only
+what the hash needs. It keeps state between calls: one thread.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mmh3
+import msgspec
+from msgspec import Raw
+
+PREFIX = "/openai"
+TOP_LEVEL_KEYS_MAX_COUNT = 1000
+ECHO_MAX_CHARS = 200  # of a client's text that an error message repeats
+
+Labels = Mapping[str, str]
+Selector = Callable[[Labels], bool]
+
+
+class Kind(StrEnum):
+    """What is asked of a model; the value is the engine's path."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RERANK = "/v1/rerank"
+    TRANSCRIPTIONS = "/v1/audio/transcriptions"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+    MODELS = "/v1/models"  # answered by the gateway itself
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the request is a POST whose JSON body :func:`parse` reads."""
+        return self not in (Kind.TRANSCRIPTIONS, Kind.MODELS)
+
+
+route_table: dict[str, Kind] = {PREFIX + kind.value: kind for kind in Kind}
+_MODEL_PATH = PREFIX + Kind.MODELS.value + "/"
+_GET = ("GET", "HEAD")
+_POST = ("POST",)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+class BadRequest(Exception):
+    """The client's mistake: answered with ``status`` and ``body()``; nothing went to an engine."""
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+    def body(self) -> bytes:
+        return error_body(self.message, code=self.code, param=self.param)
+
+
+class _ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorDetail
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def error_body(
+    message: str,
+    type: str = "invalid_request_error",
+    code: str | None = None,
+    param: str | None = None,
+) -> bytes:
+    """OpenAI's error object as JSON. Lone surrogates in ``message`` are replaced."""
+    message = message.encode("utf-8", "replace").decode()
+    return _encode(_ErrorBody(_ErrorDetail(message, type, param, code)))
+
+
+def model_not_found(model: str) -> BadRequest:
+    """404 for a model, an adapter or a selector that does not match: the client learns no more."""
+    return BadRequest(
+        f"The model {_echo(model)} does not exist or you do not have access to it.",
+        param="model",
+        status=404,
+        code="model_not_found",
+    )
+
+
+def _echo(text: str) -> str:
+    return repr(text if len(text) <= ECHO_MAX_CHARS else text[:ECHO_MAX_CHARS] + "…")
+
+
+# -- paths -----------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """Where a request goes. ``status`` 200: ``kind`` is set; else 404, or 405 with ``allow``."""
+
+    status: int
+    kind: Kind | None = None
+    query: str = ""  # without the "?", as it came
+    model_id: str | None = None  # of GET /openai/v1/models/{id}, not decoded
+    allow: tuple[str, ...] = ()
+
+
+_TARGETS = {
+    (method, path): Target(200, kind)
+    for path, kind in route_table.items()
+    for method in (_GET if kind is Kind.MODELS else _POST)
+}
+
+
+def classify(method: str, target: str) -> Target:
+    """Look a request line up in the route table; see the module's docstring for the rules."""
+    if found := _TARGETS.get((method, target)):
+        return found
+    if not target.startswith("/"):  # absolute form: http://authority/path
+        scheme, separator, rest = target.partition("://")
+        if not separator or scheme.lower() not in ("http", "https"):
+            return Target(404)
+        slash = rest.find("/")
+        target = rest[slash:] if slash >= 0 else "/"
+    path, _, query = target.partition("?")
+    kind = route_table.get(path)
+    model_id = None
+    if kind is None:
+        model_id = path.removeprefix(_MODEL_PATH)
+        if model_id == path or not model_id or "/" in model_id:
+            return Target(404)
+        kind = Kind.MODELS
+    allow = _GET if kind is Kind.MODELS else _POST
+    if method not in allow:
+        return Target(405, allow=allow)
+    return Target(200, kind, query, model_id)
+
+
+# -- bodies ----------------------------------------------------------------------------------------
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What one request asks for."""
+
+    kind: Kind
+    model: str  # as the client wrote it
+    name: str  # the Model's
+    adapter: str | None = None  # "" for a name that ends in its first "_": no adapter has it
+    stream: bool = False
+    hash_input: dict[str, Raw] = {}  # the fields that hash_key reads, still encoded
+
+
+_HASH_FIELDS: dict[Kind, frozenset[str]] = {
+    Kind.CHAT: frozenset({"messages"}),
+    Kind.COMPLETIONS: frozenset({"prompt"}),
+    Kind.EMBEDDINGS: frozenset({"input"}),
+    Kind.RERANK: frozenset({"query", "documents"}),
+    Kind.RESPONSES: frozenset({"instructions", "input"}),
+    Kind.MESSAGES: frozenset({"system", "messages"}),
+}
+
+
+def split_model(model: str) -> tuple[str, str | None]:
+    """``<model>_<adapter>`` parts at the first ``_``; no Model's name contains one."""
+    name, separator, adapter = model.partition("_")
+    return name, adapter if separator else None
+
+
+def named(kind: Kind, model: str) -> Ask:
+    """The Ask of a request whose model came outside of a JSON body (a form's part, a message)."""
+    if not model:
+        raise BadRequest("You must provide a model parameter.", param="model")
+    name, adapter = split_model(model)
+    return Ask(kind, model, name, adapter)
+
+
+def parse(kind: Kind, body: bytes) -> Ask:
+    """Read a request's JSON body; BadRequest when it is not to be agreed on what it asks for."""
+    model: Raw | None = None
+    stream = False
+    hashed: dict[str, Raw] = {}
+    wanted = _HASH_FIELDS[kind]
+    for key, value in _top_level(body).items():
+        text = key.text
+        if text in wanted:
+            hashed[text] = value
+        elif text == "stream":
+            stream = bytes(value) == b"true"
+        elif len(text) == 5 and text.lower() == "model":
+            if model is not None or text != "model":
+                raise BadRequest(
+                    "The body has several keys that may be read as 'model'."
+                    if model is not None
+                    else f"Unknown parameter {_echo(text)}: did you mean 'model'?",
+                    param="model",
+                )
+            model = value
+    if model is None:
+        raise BadRequest("You must provide a model parameter.", param="model")
+    asked = _model_value(model)
+    name, adapter = split_model(asked)
+    return Ask(kind, asked, name, adapter, stream, hashed)
+
+
+def replace_model(body: bytes, new: str) -> bytes:
+    """The body with another top-level ``model``; every other byte stays as it came.
+
+    ``body`` is one that :func:`parse` took.
+    """
+    position = 0
+    for key, value in _top_level(body).items():
+        member = _MEMBER.match(body, position)
+        assert member is not None, "msgspec has validated the body"
+        start = member.end()
+        position = start + len(memoryview(value))
+        if key.text == "model":
+            return b"".join((body[:start], _encode(new), body[position:]))
+    raise BadRequest("You must provide a model parameter.", param="model")
+
+
+# What stands before a top-level value: an opening brace or a comma, the key, a colon.
+_MEMBER = re.compile(
+    rb'[ \t\r\n]*[{,][ \t\r\n]*"[^"\\]*(?:\\.[^"\\]*)*"[ \t\r\n]*:[ \t\r\n]*', re.DOTALL
+)
+
+
+class _Key:
+    """A key of the top-level object. Equal to itself alone, so duplicates stay apart in a dict."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+_keys_left = 0
+
+
+def _make_key(_type: type, text: Any) -> _Key:
+    global _keys_left
+    if not _keys_left:
+        raise ValueError(f"more than {TOP_LEVEL_KEYS_MAX_COUNT} keys")
+    _keys_left -= 1
+    return _Key(text)
+
+
+_top_level_decoder = msgspec.json.Decoder(dict[_Key, Raw], dec_hook=_make_key)
+_string_decoder = msgspec.json.Decoder(str)
+
+
+def _top_level(body: bytes) -> dict[_Key, Raw]:
+    """Every member of the body's object, in order, duplicates too; values are views of the body."""
+    global _keys_left
+    _keys_left = TOP_LEVEL_KEYS_MAX_COUNT
+    try:
+        if not body.isascii():
+            body.decode()  # msgspec does not look into strings that it skips
+        return _top_level_decoder.decode(body)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"The body is not valid UTF-8 (byte {error.start}).") from None
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"The body is not a JSON object that can be read: {error}.") from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise BadRequest("The body is nested too deeply.") from None
+
+
+def _model_value(raw: Raw) -> str:
+    try:
+        model = _string_decoder.decode(raw)
+    except msgspec.ValidationError:
+        raise BadRequest("'model' must be a string.", param="model") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise BadRequest("'model' is not valid text.", param="model") from None
+    if not model:
+        raise BadRequest("You must provide a model parameter.", param="model")
+    return model
+
+
+# -- the hash key ----------------------------------------------------------------------------------
+
+_EMPTY = Raw(b"")
+_SYSTEM_ROLES = ("system", "developer")
+# A code point takes at most 12 bytes in JSON: two \\uXXXX escapes, a surrogate pair.
+_CODE_POINT_MAX_BYTES = 12
+_TOKEN_MAX_BYTES = 24
+
+
+class _Message(msgspec.Struct, gc=False):
+    role: str = ""
+    content: Raw = _EMPTY
+
+
+class _Part(msgspec.Struct, gc=False):
+    text: Raw = _EMPTY
+
+
+_messages_decoder = msgspec.json.Decoder(list[_Message])
+_parts_decoder = msgspec.json.Decoder(list[_Part | str])
+_part_decoder = msgspec.json.Decoder(_Part)
+_list_decoder = msgspec.json.Decoder(list[Raw])
+
+
+def hash_key(adapter: str | None, ask: Ask, prefix_char_length: int) -> int:
+    """The 64-bit key that places a request on the ring; the same in every process and release.
+
+    mmh3 of: a hash of all the system text, the adapter, and the first ``prefix_char_length`` code
+    points of the first user message (chat, responses, messages), the prompt, the query or the
+    first input. A token id counts as a code point. Shapes that an engine would refuse hash as if
+    they were empty.
+    """
+    try:
+        system, prefix = _hash_text(ask, max(prefix_char_length, 0))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        system, prefix = [], ""
+    system_hash = mmh3.hash64("\0".join(system).encode(), signed=False)[0]
+    material = struct.pack("<Q", system_hash) + f"{adapter or ''}\0{prefix}".encode()
+    return int(mmh3.hash64(material, signed=False)[0])
+
+
+def _hash_text(ask: Ask, limit: int) -> tuple[list[str], str]:
+    """(all system texts, the first ``limit`` code points of what the user says first)."""
+    fields = ask.hash_input
+    if ask.kind is Kind.CHAT or ask.kind is Kind.MESSAGES:
+        system, prefix = _conversation(fields.get("messages", _EMPTY), limit)
+    elif ask.kind is Kind.RESPONSES:
+        system, prefix = _conversation(fields.get("input", _EMPTY), limit)
+    else:
+        names = ("query", "documents", "prompt", "input")
+        first = next((fields[name] for name in names if name in fields), _EMPTY)
+        return [], _first_input(memoryview(first), limit)
+    for name in ("instructions", "system"):
+        if name in fields:
+            system.insert(0, "\n".join(_texts(fields[name], None)))
+    return system, prefix
+
+
+def _conversation(raw: Raw, limit: int) -> tuple[list[str], str]:
+    if _opens(raw) != b"[":
+        return [], "\n".join(_texts(raw, limit))[:limit]
+    system: list[str] = []
+    first: Raw | None = None
+    for message in _messages_decoder.decode(raw):
+        if message.role in _SYSTEM_ROLES:
+            system.append("\n".join(_texts(message.content, None)))
+        elif first is None and message.role == "user":
+            first = message.content
+    prefix = "" if first is None else "\n".join(_texts(first, limit))[:limit]
+    return system, prefix
+
+
+def _texts(content: Raw, limit: int | None) -> Iterator[str]:
+    """The texts of a message's content: a string, or the text parts of a list."""
+    opens = _opens(content)
+    if opens == b'"':
+        yield _string(memoryview(content), limit)
+    elif opens == b"[":
+        for part in _parts_decoder.decode(content):
+            if isinstance(part, str):
+                yield part
+            elif _opens(part.text) == b'"':
+                yield _string(memoryview(part.text), limit)
+
+
+def _first_input(view: memoryview, limit: int) -> str:
+    opens = bytes(view[:1])
+    if opens == b'"':
+        return _string(view, limit)
+    if opens != b"[":
+        return ""
+    inner = bytes(view[1:65]).lstrip()[:1]
+    if inner in (b'"', b"{"):
+        first = _list_decoder.decode(view)[0]
+        return _string(
+            memoryview(_part_decoder.decode(first).text if inner == b"{" else first), limit
+        )
+    # Token ids, or a list of lists of them: read off the text, for a list may have 100,000.
+    head = bytes(view[: _TOKEN_MAX_BYTES * (limit + 1)]).lstrip(b"[ \t\r\n").partition(b"]")[0]
+    return ",".join(token.strip().decode() for token in head.split(b",")[:limit])
+
+
+def _string(view: memoryview, limit: int | None) -> str:
+    """Decode a JSON string, or only its first ``limit`` code points, however long the rest is."""
+    if bytes(view[:1]) != b'"':
+        return ""
+    if limit is None or len(view) <= _CODE_POINT_MAX_BYTES * (limit + 1):
+        return _string_decoder.decode(view)[:limit]
+    head = bytes(view[: _CODE_POINT_MAX_BYTES * (limit + 1) + 1])
+    # The cut may fall into an escape or a UTF-8 sequence; one of the last twelve places does not.
+    for end in range(len(head), len(head) - _CODE_POINT_MAX_BYTES, -1):
+        try:
+            return _string_decoder.decode(head[:end] + b'"')[:limit]
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+    return ""
+
+
+def _opens(raw: Raw) -> bytes:
+    return bytes(memoryview(raw)[:1])
+
+
+# -- label selectors -------------------------------------------------------------------------------
+
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
+_KEY = re.compile(rf"(?:(?=.{{1,253}}/){_DOMAIN}/)?{_NAME}")
+_VALUE = re.compile(rf"(?:{_NAME})?")
+_TOKEN = re.compile(r"\s*(==|!=|[=!<>(),]|[^\s=!<>(),]+)")
+
+
+@lru_cache(maxsize=256)
+def parse_selector(text: str) -> Selector:
+    """A Kubernetes label selector as a test of labels. An empty one matches everything.
+
+    ``k``, ``!k``, ``k=v``, ``k==v``, ``k!=v``, ``k in (a,b)``, ``k notin (a,b)``, ``k>1``,
+    ``k<1``, joined by commas. As in Kubernetes ``!=`` and ``notin`` also match a missing label.
+    """
+    try:
+        requirements = tuple(_requirements(text))
+    except ValueError as error:
+        raise BadRequest(
+            f"X-Label-Selector {_echo(text)} is not a label selector: {error}.",
+            param="X-Label-Selector",
+        ) from None
+    return lambda labels: all(requirement(labels) for requirement in requirements)
+
+
+def _requirements(text: str) -> Iterator[Selector]:
+    tokens = _TOKEN.findall(text)
+    if not tokens:
+        return
+    while True:
+        yield _requirement(tokens)
+        if not tokens:
+            return
+        if (token := tokens.pop(0)) != ",":
+            raise ValueError(f"{_echo(token)} where a comma is due")
+
+
+def _requirement(tokens: list[str]) -> Selector:
+    """Take one requirement from the front of ``tokens``."""
+    if tokens[:1] == ["!"]:
+        del tokens[0]
+        absent = _checked(_KEY, "key", tokens)
+        return lambda labels: absent not in labels
+    key = _checked(_KEY, "key", tokens)
+    operator = tokens.pop(0) if tokens and tokens[0] != "," else ""
+    if operator == "":
+        return lambda labels: key in labels
+    if operator in ("in", "notin"):
+        values = _value_set(tokens)
+        if operator == "in":
+            return lambda labels: labels.get(key) in values
+        return lambda labels: labels.get(key) not in values
+    value = "" if not tokens or tokens[0] == "," else _checked(_VALUE, "value", tokens)
+    if operator in ("=", "=="):
+        return lambda labels: labels.get(key) == value
+    if operator == "!=":
+        return lambda labels: labels.get(key) != value
+    if operator in (">", "<"):
+        sign, bound = (1 if operator == ">" else -1), _integer(value)
+        return lambda labels: _exceeds(labels.get(key), bound, sign)
+    raise ValueError(f"{_echo(operator)} is not an operator")
+
+
+def _value_set(tokens: list[str]) -> frozenset[str]:
+    if tokens[:1] != ["("]:
+        raise ValueError("a list in parentheses is due after in and notin")
+    del tokens[0]
+    values = set()
+    while True:
+        values.add("" if tokens[:1] in ([","], [")"]) else _checked(_VALUE, "value", tokens))
+        token = tokens.pop(0) if tokens else "the end"
+        if token == ")":
+            return frozenset(values)
+        if token != ",":
+            raise ValueError(f"{_echo(token)} where a comma or ) is due")
+
+
+def _checked(pattern: re.Pattern[str], what: str, tokens: list[str]) -> str:
+    if not tokens:
+        raise ValueError(f"a {what} is missing at the end")
+    token = tokens.pop(0)
+    if not pattern.fullmatch(token):
+        raise ValueError(f"{_echo(token)} is not a label's {what}")
+    return token
+
+
+def _integer(value: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,18}", value):
+        raise ValueError(f"{_echo(value)} is not an integer")
+    return int(value)
+
+
+def _exceeds(value: str | None, bound: int, sign: int) -> bool:
+    try:
+        return value is not None and sign * (_integer(value) - bound) > 0
+    except ValueError:
+        return False
