@@ -23,8 +23,12 @@ class LoadTable:
         """A new table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
     @staticmethod
     def attach(fd: int, column: int) -> LoadTable:
-        """Map a table made elsewhere; ValueError when its header does not fit."""
-    def close(self) -> None: ...
+        """Map a table made elsewhere; ValueError when its header does not fit.
+
+        The descriptor stays the caller's: ``close`` only unmaps.
+        """
+    def close(self) -> None:
+        """Unmap; what is still counted stays counted, and is released into nothing."""
 
     # -- rows: the supervisor's --------------------------------------------------------------
     def open_row(self, row: int) -> int:
@@ -71,7 +75,7 @@ class Admission:
     """One request counted as active for a model, once, until closed."""
 
     def hold(self) -> None:
-        """Count it as held too (idempotent)."""
+        """Count it as held too (idempotent; nothing once closed)."""
     def unhold(self) -> None: ...
     def close(self) -> None:
         """Count it no more (idempotent; also when garbage-collected)."""
@@ -85,7 +89,7 @@ class Reservation:
     iterations: int  # distinct endpoints looked at (0 for LeastLoad)
     first: str  # the name of the ring's first endpoint that can serve; == name when not moved
     first_load: int  # its load when it was passed over (or taken), before this pick
-    bound: int  # the load that no endpoint may exceed by this pick
+    bound: int  # the load that no endpoint may exceed by this pick (0, none, for LeastLoad)
 
     @property
     def released(self) -> bool: ...

@@ -5,6 +5,9 @@ from typing import final
 
 from kubeai._load import LoadTable, Reservation
 
+LOAD_FLOOR: int  # no endpoint is passed over for a load, this pick included, up to this
+REPLICATION_MAX: int  # virtual nodes an endpoint; more are not made
+
 @final
 class Ring:
     """One model's endpoints. One thread; reads loads that other processes write."""
@@ -20,7 +23,10 @@ class Ring:
     ) -> None:
         """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100."""
     def configure(self, *, replication: int, mean_load_factor: int) -> None:
-        """Change the parameters; a new replication rebuilds the ring, once."""
+        """Change the parameters; a new replication rebuilds the ring, once.
+
+        ``replication`` counts as 1 when it is less and as ``REPLICATION_MAX`` when it is more.
+        """
     def set(
         self,
         name: str,

@@ -1,0 +1,135 @@
+"""The load table as other compiled modules see it; ``_load.pyx`` says what it promises.
+
+The atomics stand here and nowhere else. All are relaxed: a cell has one writer, a reader wants
+a recent number and orders nothing by it. On x86-64 and arm64 they are plain aligned moves.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #define kb_get(cell) __atomic_load_n((cell), __ATOMIC_RELAXED)
+    #define kb_put(cell, value) __atomic_store_n((cell), (value), __ATOMIC_RELAXED)
+
+    static inline double kb_get_time(const double *cell) {
+        double value;
+        __atomic_load(cell, &value, __ATOMIC_RELAXED);
+        return value;
+    }
+    static inline void kb_put_time(double *cell, double value) {
+        __atomic_store(cell, &value, __ATOMIC_RELAXED);
+    }
+    /* A gauge moves by one and stops at 0: what a dead worker's cleared column, or a row's next
+       life, no longer knows of is released into nothing. */
+    static inline void kb_up(int32_t *cell) { kb_put(cell, kb_get(cell) + 1); }
+    static inline void kb_down(int32_t *cell) {
+        int32_t value = kb_get(cell);
+        if (value > 0) kb_put(cell, value - 1);
+    }
+    static inline void kb_count(uint64_t *cell, uint64_t by) { kb_put(cell, kb_get(cell) + by); }
+
+    static inline int64_t kb_sum(const int32_t *cells, int columns) {
+        int64_t sum = kb_get(cells);
+        for (int column = 1; column < columns; column++) sum += kb_get(cells + column);
+        return sum;
+    }
+    """
+    int32_t get_i32 "kb_get"(const int32_t *cell) nogil
+    uint32_t get_u32 "kb_get"(const uint32_t *cell) nogil
+    int64_t get_i64 "kb_get"(const int64_t *cell) nogil
+    uint64_t get_u64 "kb_get"(const uint64_t *cell) nogil
+    void put_i32 "kb_put"(int32_t *cell, int32_t value) nogil
+    void put_u32 "kb_put"(uint32_t *cell, uint32_t value) nogil
+    void put_i64 "kb_put"(int64_t *cell, int64_t value) nogil
+    void put_u64 "kb_put"(uint64_t *cell, uint64_t value) nogil
+    double get_time "kb_get_time"(const double *cell) nogil
+    void put_time "kb_put_time"(double *cell, double value) nogil
+    void up "kb_up"(int32_t *cell) nogil
+    void down "kb_down"(int32_t *cell) nogil
+    void count "kb_count"(uint64_t *cell, uint64_t by) nogil
+    int64_t sum_row "kb_sum"(const int32_t *cells, int columns) nogil
+
+
+cdef enum:
+    BUCKETS = 12  # 1, 2, 4 … 1024, +Inf
+
+
+cdef struct Header:
+    uint64_t magic
+    uint64_t version
+    uint64_t rows
+    uint64_t columns
+    uint64_t rows_used  # rows from here on were never opened
+    uint64_t spare[3]
+
+
+cdef struct Column:
+    uint64_t acknowledged
+    int64_t active
+    double ejected_latest  # the latest ejected_until that this column's worker has written
+    uint64_t iterations_sum
+    uint64_t iterations[BUCKETS]
+
+
+cdef class LoadTable:
+    cdef readonly int fd
+    cdef readonly int rows
+    cdef readonly int columns
+    cdef int _column
+    cdef bint _owns_fd
+    cdef size_t _size
+    cdef int stride  # cells from one row of in_flight to the next
+    cdef Header *header  # NULL once closed
+    cdef Column *column_headers
+    cdef uint32_t *generations
+    cdef double *ejected
+    cdef int32_t *in_flight_cells  # [rows][stride]: a pick reads whole rows
+    cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells lie together
+    cdef int32_t *held_cells  # [columns][rows]
+    cdef uint64_t *lookup_cells  # [columns][rows][3]
+
+    cdef void _map(self, int fd, size_t size, int rows, int columns) except *
+    cdef int _check_row(self, Py_ssize_t row) except -1
+    cdef int _check_writer(self) except -1
+    cdef int _check_column(self, int column) except -1
+    cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept
+    cdef double ejected_latest(self) noexcept
+    cdef void count_lookup(
+        self, int initial, int chosen, bint defaulted, int iterations
+    ) noexcept
+
+
+cdef class Admission:
+    cdef LoadTable table
+    cdef int32_t *active_cell
+    cdef int32_t *held_cell
+    cdef int64_t *column_active
+    cdef int row
+    cdef uint32_t generation
+    cdef bint _open
+    cdef bint _held
+    cdef bint _counts(self) noexcept
+
+
+cdef class Reservation:
+    cdef LoadTable table
+    cdef int32_t *cell
+    cdef int32_t *model_cell
+    cdef int row
+    cdef int model_row
+    cdef uint32_t generation
+    cdef uint32_t model_generation
+    cdef bint _released
+    cdef readonly int iterations
+    cdef readonly int64_t first_load
+    cdef readonly int64_t bound
+    cdef readonly str name
+    cdef readonly str first
+    cdef readonly object target
+    cdef void _release(self) noexcept
+
+
+cdef Reservation reserve(
+    LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
+)

@@ -1,0 +1,705 @@
+"""Consistent hashing with bounded loads, and least load, over one model's endpoints.
+
+Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads" (2016). An endpoint
+stands on the ring ``replication`` times. Its places come from one 64-bit hash of its name and a
+mixer that steps from there, so they depend on nothing else: not on the order in which endpoints
+came, not on the process. A key belongs to the first endpoint clockwise of it. A pick passes on
+clockwise while an endpoint's load would exceed
+
+    max(LOAD_FLOOR, ceil(mean_load_factor × (total + 1) / n))
+
+total and n being the load and the number of the endpoints that can serve the request (they have
+the adapter and are not ejected). The floor keeps a conversation where it is when it sends a second
+request at a time. n loads that each reached the bound would sum to more than the total, so
+someone is within it, unless those are excluded; then the first that can serve is taken.
+
+Changes are noted by ``set`` and ``remove`` and merged into the sorted array, in place, by the next
+lookup: a snapshot of a thousand endpoints costs one merge, not a thousand.
+
+A worker's routing table owns one Ring a model and calls it from one thread. Loads come from the
+load table, where other processes write theirs: workers that pick at the same instant do not see
+each other, and may exceed the bound by at most their number − 1.
+"""
+
+cimport cython
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memmove, memset
+
+from kubeai._load cimport (
+    LoadTable,
+    Reservation,
+    get_i32,
+    get_time,
+    get_u32,
+    reserve,
+    sum_row,
+)
+
+from mmh3 import hash64
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+    int CLOCK_MONOTONIC
+
+LOAD_FLOOR = 2
+REPLICATION_MAX = 4096
+
+cdef enum:
+    _FLOOR = 2
+    _REPLICATION_MAX = 4096
+    NODES_A_BUCKET = 4
+
+
+cdef struct Node:  # a virtual node; 16 bytes, four to a cache line
+    uint64_t place
+    int32_t slot
+    int32_t spare
+
+
+cdef struct Slot:  # an endpoint, as the walk needs it
+    int32_t row
+    uint32_t generation
+    uint64_t seen  # the walk that last looked at it
+    uint64_t excluded  # the walk that was told to leave it out
+    bint gone  # removed, but still on the ring until the next merge
+
+
+cdef struct Departed:  # removed with requests still open, which its model's row counts on
+    int32_t row
+    uint32_t generation
+
+
+cdef struct Survey:  # who can serve one request
+    double now_s  # > 0: endpoints ejected beyond it are passed over
+    int64_t n
+    int64_t total
+    int64_t open  # of the n, those that are not excluded
+
+
+cdef double _monotonic_s() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+cdef inline uint64_t _mix(uint64_t value) noexcept nogil:
+    """The finaliser of SplitMix64 (Stafford's variant 13): every bit of the input moves half."""
+    value = (value ^ (value >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
+    value = (value ^ (value >> 27)) * <uint64_t> 0x94D049BB133111EB
+    return value ^ (value >> 31)
+
+
+cdef inline uint64_t _place(uint64_t name_hash, uint64_t index) noexcept nogil:
+    return _mix(name_hash + (index + 1) * <uint64_t> 0x9E3779B97F4A7C15)
+
+
+cdef void *_grown(void *array, size_t size) except NULL:
+    array = realloc(array, size)
+    if array == NULL:
+        raise MemoryError(f"{size} bytes for a ring")
+    return array
+
+
+@cython.final
+cdef class _Endpoint:
+    """One endpoint as it was last set; never changed, so that a Reservation can outlive it."""
+
+    cdef str name
+    cdef object target
+    cdef frozenset adapters
+    cdef uint64_t name_hash
+    cdef int32_t slot
+
+
+@cython.final
+@cython.no_gc
+cdef class _Members:
+    """The slots that can serve one adapter (or anything), dense and as a map."""
+
+    cdef int32_t *slots
+    cdef int32_t *rows  # beside slots, so that a scan of loads reads one array
+    cdef uint8_t *has  # by slot
+    cdef int32_t n
+    cdef int32_t capacity
+    cdef int32_t has_capacity
+    cdef int32_t cursor  # where the next least-load scan begins
+
+    def __dealloc__(self):
+        free(self.slots)
+        free(self.rows)
+        free(self.has)
+
+    cdef inline bint contains(self, int32_t slot) noexcept:
+        return slot < self.has_capacity and self.has[slot]
+
+    cdef int add(self, int32_t slot, int32_t row) except -1:
+        cdef int32_t capacity
+        if slot >= self.has_capacity:
+            capacity = max(2 * self.has_capacity, slot + 16)
+            self.has = <uint8_t *> _grown(self.has, capacity)
+            memset(self.has + self.has_capacity, 0, capacity - self.has_capacity)
+            self.has_capacity = capacity
+        if self.n == self.capacity:
+            capacity = 2 * self.capacity + 16
+            self.slots = <int32_t *> _grown(self.slots, capacity * sizeof(int32_t))
+            self.rows = <int32_t *> _grown(self.rows, capacity * sizeof(int32_t))
+            self.capacity = capacity
+        self.slots[self.n] = slot
+        self.rows[self.n] = row
+        self.has[slot] = 1
+        self.n += 1
+        return 0
+
+    cdef int32_t position(self, int32_t slot) noexcept:
+        cdef int32_t at = 0
+        while self.slots[at] != slot:
+            at += 1
+        return at
+
+    cdef void drop(self, int32_t slot) noexcept:
+        cdef int32_t at = self.position(slot)
+        self.n -= 1
+        self.slots[at] = self.slots[self.n]
+        self.rows[at] = self.rows[self.n]
+        self.has[slot] = 0
+        if self.cursor >= self.n:
+            self.cursor = 0
+
+
+@cython.final
+cdef class Ring:
+    """One model's endpoints. One thread; reads loads that other processes write."""
+
+    cdef LoadTable table
+    cdef int32_t row
+    cdef uint32_t generation
+    cdef int64_t replication
+    cdef int64_t factor
+    cdef dict endpoints  # name → _Endpoint
+    cdef list by_slot  # slot → _Endpoint, or None
+    cdef list free_slots
+    cdef list gone_slots  # on the ring until the next merge
+    cdef list new_slots  # not on the ring until the next merge
+    cdef dict adapters  # name → _Members
+    cdef _Members everyone
+    cdef Slot *slots
+    cdef int32_t slots_capacity
+    cdef Node *nodes  # sorted by place, then by the endpoint's name
+    cdef size_t nodes_n
+    cdef size_t nodes_capacity
+    cdef uint32_t *buckets  # first node of each range of places; one more than there are ranges
+    cdef int bucket_shift
+    cdef uint64_t walk
+    cdef double ejected_passed_s  # no endpoint is ejected whose ejection ends by this time
+    cdef Departed *departed
+    cdef int32_t departed_n
+    cdef int32_t departed_capacity
+
+    def __init__(
+        self,
+        LoadTable table not None,
+        int32_t row,
+        uint32_t generation,
+        *,
+        replication=20,
+        mean_load_factor=125,
+    ):
+        """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100."""
+        table._check_row(row)
+        self.table = table
+        self.row = row
+        self.generation = generation
+        self.endpoints = {}
+        self.by_slot = []
+        self.free_slots = []
+        self.gone_slots = []
+        self.new_slots = []
+        self.adapters = {}
+        self.everyone = _Members()
+        self.configure(replication=replication, mean_load_factor=mean_load_factor)
+
+    def __dealloc__(self):
+        free(self.slots)
+        free(self.nodes)
+        free(self.buckets)
+        free(self.departed)
+
+    # -- who is on the ring --------------------------------------------------------------------
+
+    def configure(self, *, replication, mean_load_factor):
+        """Change the parameters; a new replication rebuilds the ring, once.
+
+        ``replication`` counts as 1 when it is less and as ``REPLICATION_MAX`` when it is more.
+        """
+        if mean_load_factor < 100:
+            raise ValueError(f"mean_load_factor must be at least 100, not {mean_load_factor}")
+        # Beyond this no product below can overflow, and no endpoint is ever over the bound.
+        self.factor = min(mean_load_factor, 100 << 20)
+        replication = min(max(replication, 1), REPLICATION_MAX)
+        if replication == self.replication:
+            return
+        self.replication = replication
+        self.nodes_n = 0
+        self.free_slots += self.gone_slots
+        self.gone_slots = []
+        self.new_slots = [(<_Endpoint> e).slot for e in self.endpoints.values()]
+
+    def set(self, str name not None, Py_ssize_t row, uint32_t generation, adapters=(), target=None):
+        """Add an endpoint, or replace what is known of it. Merges; does not rebuild."""
+        self.table._check_row(row)
+        cdef _Endpoint old = self.endpoints.get(name)
+        cdef _Endpoint endpoint = _Endpoint()
+        cdef Slot *slot
+        endpoint.name = name
+        endpoint.target = target
+        endpoint.adapters = frozenset(adapters)
+        if old is None:
+            endpoint.name_hash = hash64(name.encode(), signed=False)[0]
+            endpoint.slot = self._take_slot()
+            self.slots[endpoint.slot].gone = False
+            self.everyone.add(endpoint.slot, <int32_t> row)
+            self.new_slots.append(endpoint.slot)
+        else:
+            endpoint.name_hash = old.name_hash
+            endpoint.slot = old.slot
+            slot = &self.slots[old.slot]
+            if slot.row != row or slot.generation != generation:
+                self._depart(slot.row, slot.generation)
+            self.everyone.rows[self.everyone.position(old.slot)] = <int32_t> row
+            self._leave_adapters(old)
+        slot = &self.slots[endpoint.slot]
+        slot.row = <int32_t> row
+        slot.generation = generation
+        self._return(slot.row, generation)
+        self.endpoints[name] = endpoint
+        self.by_slot[endpoint.slot] = endpoint
+        self._join_adapters(endpoint)
+
+    def remove(self, str name not None):
+        """Forget an endpoint; unknown names are ignored. Open Reservations stay valid."""
+        cdef _Endpoint endpoint = self.endpoints.pop(name, None)
+        if endpoint is None:
+            return
+        cdef Slot *slot = &self.slots[endpoint.slot]
+        self._depart(slot.row, slot.generation)
+        self._leave_adapters(endpoint)
+        self.everyone.drop(endpoint.slot)
+        self.by_slot[endpoint.slot] = None
+        if endpoint.slot in self.new_slots:
+            self.new_slots.remove(endpoint.slot)
+            self.free_slots.append(endpoint.slot)
+        else:
+            slot.gone = True
+            self.gone_slots.append(endpoint.slot)
+
+    def __len__(self):
+        return len(self.endpoints)
+
+    def __contains__(self, name):
+        return name in self.endpoints
+
+    def names(self):
+        return list(self.endpoints)
+
+    def can_serve(self, str adapter=None):
+        """Whether any endpoint has the adapter (None: whether there is any endpoint)."""
+        return self._members(adapter) is not None
+
+    cdef inline _Members _members(self, str adapter):
+        if adapter is not None:
+            return <_Members> self.adapters.get(adapter)
+        return self.everyone if self.everyone.n else None
+
+    cdef int32_t _take_slot(self) except -1:
+        cdef int32_t capacity
+        if self.free_slots:
+            return self.free_slots.pop()
+        cdef int32_t slot = <int32_t> len(self.by_slot)
+        if slot == self.slots_capacity:
+            capacity = 2 * self.slots_capacity + 16
+            self.slots = <Slot *> _grown(self.slots, capacity * sizeof(Slot))
+            memset(self.slots + slot, 0, (capacity - slot) * sizeof(Slot))
+            self.slots_capacity = capacity
+        self.by_slot.append(None)
+        return slot
+
+    cdef int _join_adapters(self, _Endpoint endpoint) except -1:
+        cdef _Members members
+        for adapter in endpoint.adapters:
+            members = self.adapters.get(adapter)
+            if members is None:
+                members = self.adapters[adapter] = _Members()
+            members.add(endpoint.slot, self.slots[endpoint.slot].row)
+        return 0
+
+    cdef int _leave_adapters(self, _Endpoint endpoint) except -1:
+        cdef _Members members
+        for adapter in endpoint.adapters:
+            members = self.adapters[adapter]
+            members.drop(endpoint.slot)
+            if members.n == 0:
+                del self.adapters[adapter]
+        return 0
+
+    cdef int _depart(self, int32_t row, uint32_t generation) except -1:
+        cdef int32_t capacity
+        if self.departed_n == self.departed_capacity:
+            capacity = 2 * self.departed_capacity + 4
+            self.departed = <Departed *> _grown(self.departed, capacity * sizeof(Departed))
+            self.departed_capacity = capacity
+        self.departed[self.departed_n].row = row
+        self.departed[self.departed_n].generation = generation
+        self.departed_n += 1
+        return 0
+
+    cdef void _return(self, int32_t row, uint32_t generation) noexcept:
+        cdef int32_t at
+        for at in range(self.departed_n - 1, -1, -1):
+            if self.departed[at].row == row and self.departed[at].generation == generation:
+                self.departed_n -= 1
+                self.departed[at] = self.departed[self.departed_n]
+
+    # -- the sorted array ----------------------------------------------------------------------
+
+    cdef int _merge(self) except -1:
+        """Bring the nodes up to date with the endpoints."""
+        cdef Node *added = NULL
+        cdef size_t added_n = 0
+        cdef int32_t slot
+        cdef int64_t index
+        cdef uint64_t name_hash
+        if self.gone_slots:
+            self._compact()
+        if self.new_slots:
+            added = <Node *> _grown(
+                NULL, <size_t> len(self.new_slots) * self.replication * sizeof(Node)
+            )
+            try:
+                for slot in self.new_slots:
+                    name_hash = (<_Endpoint> self.by_slot[slot]).name_hash
+                    for index in range(self.replication):
+                        added[added_n].place = _place(name_hash, index)
+                        added[added_n].slot = slot
+                        added_n += 1
+                added = self._sorted(added, added_n)
+                self._insert(added, added_n)
+            finally:
+                free(added)
+            self.new_slots = []
+        return self._index()
+
+    cdef void _compact(self) noexcept:
+        cdef size_t source, target = 0
+        for source in range(self.nodes_n):
+            self.nodes[target] = self.nodes[source]
+            target += not self.slots[self.nodes[source].slot].gone
+        self.nodes_n = target
+        self.free_slots += self.gone_slots
+        self.gone_slots = []
+
+    cdef inline bint _before(self, const Node *one, const Node *other) noexcept:
+        if one.place != other.place:
+            return one.place < other.place
+        return (
+            (<_Endpoint> self.by_slot[one.slot]).name < (<_Endpoint> self.by_slot[other.slot]).name
+        )
+
+    cdef Node *_sorted(self, Node *nodes, size_t n) except NULL:
+        """Sort, and free ``nodes``: places are uniform, so one scatter leaves little to do."""
+        cdef int shift = 63
+        while (<size_t> 1 << (64 - shift)) < n and shift > 1:
+            shift -= 1
+        cdef size_t ranges = <size_t> 1 << (64 - shift)
+        cdef Node *result = <Node *> malloc(n * sizeof(Node))
+        cdef uint32_t *ends = <uint32_t *> malloc((ranges + 1) * sizeof(uint32_t))
+        cdef size_t at, back
+        cdef Node node
+        if result == NULL or ends == NULL:
+            free(result)
+            free(ends)
+            raise MemoryError(f"{n} virtual nodes")
+        memset(ends, 0, (ranges + 1) * sizeof(uint32_t))
+        for at in range(n):
+            ends[(nodes[at].place >> shift) + 1] += 1
+        for at in range(ranges):
+            ends[at + 1] += ends[at]
+        for at in range(n):
+            back = ends[nodes[at].place >> shift]
+            ends[nodes[at].place >> shift] += 1
+            result[back] = nodes[at]
+        for at in range(1, n):
+            node = result[at]
+            back = at
+            while back > 0 and self._before(&node, &result[back - 1]):
+                result[back] = result[back - 1]
+                back -= 1
+            result[back] = node
+        free(ends)
+        free(nodes)
+        return result
+
+    cdef int _insert(self, const Node *added, size_t added_n) except -1:
+        """Merge sorted nodes into the array from its end, moving each stretch once."""
+        cdef size_t total = self.nodes_n + added_n
+        cdef size_t old = self.nodes_n
+        cdef size_t start, low, high, middle
+        if total > <size_t> 0xFFFFFFFF:
+            raise MemoryError(f"{total} virtual nodes")
+        if total > self.nodes_capacity:
+            self.nodes = <Node *> _grown(self.nodes, total * sizeof(Node))
+            self.nodes_capacity = total
+        while added_n:
+            low = 0
+            high = old
+            while low < high:
+                middle = (low + high) // 2
+                if self._before(&added[added_n - 1], &self.nodes[middle]):
+                    high = middle
+                else:
+                    low = middle + 1
+            memmove(&self.nodes[low + added_n], &self.nodes[low], (old - low) * sizeof(Node))
+            old = low
+            added_n -= 1
+            self.nodes[old + added_n] = added[added_n]
+        self.nodes_n = total
+        return 0
+
+    cdef int _index(self) except -1:
+        cdef int shift = 63
+        cdef size_t ranges, at, bucket = 0
+        while (<size_t> NODES_A_BUCKET << (64 - shift)) < self.nodes_n:
+            shift -= 1
+        ranges = <size_t> 1 << (64 - shift)
+        self.buckets = <uint32_t *> _grown(self.buckets, (ranges + 1) * sizeof(uint32_t))
+        self.bucket_shift = shift
+        for at in range(self.nodes_n):
+            while bucket <= (self.nodes[at].place >> shift):
+                self.buckets[bucket] = <uint32_t> at
+                bucket += 1
+        while bucket <= ranges:
+            self.buckets[bucket] = <uint32_t> self.nodes_n
+            bucket += 1
+        return 0
+
+    cdef inline size_t _first_node(self, uint64_t key) noexcept:
+        """The first node at or after the key's place, round the end."""
+        cdef uint64_t place = _mix(key)
+        cdef size_t at = self.buckets[place >> self.bucket_shift]
+        while at < self.nodes_n and self.nodes[at].place < place:
+            at += 1
+        return at if at < self.nodes_n else 0
+
+    # -- picks ---------------------------------------------------------------------------------
+
+    def pick_hashed(self, uint64_t key, str adapter=None, exclude=()):
+        """Bounded-load pick for a 64-bit key; None when nobody can serve.
+
+        Clockwise from the key, each distinct endpoint once; the first that can serve and whose
+        load with this pick stays within max(floor, ceil(factor × (total + 1) / n)). Nobody
+        within: the first that can serve. ``exclude``: endpoint names already tried. Ejected
+        endpoints are passed over unless nobody else is left.
+        """
+        self._begin()
+        if self.everyone.n == 0:
+            return None
+        cdef _Members members = self._members(adapter)
+        cdef size_t at = self._first_node(key)
+        cdef int32_t initial = self.slots[self.nodes[at].slot].row
+        cdef Survey survey
+        if members is None or not self._survey(&survey, members, exclude, True):
+            self.table.count_lookup(initial, -1, False, 0)
+            return None
+        cdef int64_t bound = max(
+            _FLOOR, (self.factor * (survey.total + 1) + 100 * survey.n - 1) // (100 * survey.n)
+        )
+        cdef int32_t slot, chosen = -1, first = -1
+        cdef int64_t load, first_load = 0
+        cdef int iterations = 0
+        while iterations < self.everyone.n and survey.open:
+            slot = self.nodes[at].slot
+            at += 1
+            if at == self.nodes_n:
+                at = 0
+            if self.slots[slot].seen == self.walk:
+                continue
+            self.slots[slot].seen = self.walk
+            iterations += 1
+            if not members.contains(slot) or not self._is_open(slot, survey.now_s):
+                continue
+            survey.open -= 1
+            load = self._load(self.slots[slot].row)
+            if first < 0:
+                first = slot
+                first_load = load
+            if load < bound:
+                chosen = slot
+                break
+        if first < 0:
+            first = members.slots[self._any(members)]
+            first_load = self._load(self.slots[first].row)
+        if chosen < 0:
+            self.table.count_lookup(initial, self.slots[first].row, True, iterations)
+            chosen = first
+        else:
+            self.table.count_lookup(initial, self.slots[chosen].row, False, iterations)
+        return self._reserve(chosen, first, first_load, bound, iterations)
+
+    def pick_least(self, str adapter=None, exclude=()):
+        """The endpoint with the fewest in flight; ties go round, not always to the first."""
+        self._begin()
+        cdef _Members members = self._members(adapter)
+        cdef Survey survey
+        if members is None or not self._survey(&survey, members, exclude, False):
+            return None
+        cdef int32_t best = -1, at = members.cursor, left
+        cdef int64_t load, best_load = INT64_MAX
+        cdef bint all_open = survey.open == members.n
+        for left in range(members.n, 0, -1):
+            load = self._load(members.rows[at])
+            if load < best_load and (all_open or self._is_open(members.slots[at], survey.now_s)):
+                best_load = load
+                best = at
+                if load == 0:
+                    break
+            at += 1
+            if at == members.n:
+                at = 0
+        if best < 0:
+            best = self._any(members)
+            best_load = self._load(members.rows[best])
+        members.cursor = best + 1 if best + 1 < members.n else 0
+        return self._reserve(members.slots[best], members.slots[best], best_load, 0, 0)
+
+    def lookup(self, uint64_t key, str adapter=None):
+        """Pure: where the key lives when nobody has any load."""
+        cdef _Members members = self._members(adapter)
+        if members is None:
+            return None
+        if self.new_slots or self.gone_slots:
+            self._merge()
+        cdef size_t at = self._first_node(key)
+        while not members.contains(self.nodes[at].slot):
+            at += 1
+            if at == self.nodes_n:
+                at = 0
+        return (<_Endpoint> self.by_slot[self.nodes[at].slot]).name
+
+    cdef inline int _begin(self) except -1:
+        self.table._check_row(0)
+        self.table._check_writer()
+        if self.new_slots or self.gone_slots:
+            self._merge()
+        self.walk += 1
+        return 0
+
+    cdef inline int64_t _load(self, int32_t row) noexcept:
+        return sum_row(&self.table.in_flight_cells[<size_t> row * self.table.stride],
+                       self.table.columns)
+
+    cdef inline bint _is_open(self, int32_t slot, double now_s) noexcept:
+        if self.slots[slot].excluded == self.walk:
+            return False
+        return now_s == 0 or get_time(&self.table.ejected[self.slots[slot].row]) <= now_s
+
+    cdef bint _survey(
+        self, Survey *survey, _Members members, object exclude, bint loads
+    ) except -1:
+        """Who can serve; False when nobody can. ``loads``: n and total are wanted too."""
+        cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
+        cdef double latest_s = self.table.ejected_latest()
+        survey.now_s = 0
+        if latest_s > self.ejected_passed_s:
+            survey.now_s = _monotonic_s()
+            if survey.now_s >= latest_s:
+                self.ejected_passed_s = latest_s
+                survey.now_s = 0
+        if survey.now_s and self._survey_ejected(survey, members):
+            return True
+        survey.now_s = 0
+        survey.n = members.n
+        survey.open = members.n - excluded
+        if loads:
+            if members is self.everyone:
+                survey.total = max(0, self._load(self.row) - self._departed_load())
+            else:
+                survey.total = self._total(members)
+        return survey.open > 0
+
+    cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept:
+        """While anyone is ejected anywhere: look at each; False when that leaves nobody."""
+        cdef int32_t at
+        survey.n = 0
+        survey.total = 0
+        survey.open = 0
+        for at in range(members.n):
+            if get_time(&self.table.ejected[members.rows[at]]) > survey.now_s:
+                continue
+            survey.n += 1
+            survey.total += self._load(members.rows[at])
+            survey.open += self.slots[members.slots[at]].excluded != self.walk
+        return survey.open > 0
+
+    cdef int32_t _exclude(self, _Members members, object exclude) except -1:
+        cdef _Endpoint endpoint
+        cdef int32_t excluded = 0
+        for name in exclude:
+            endpoint = self.endpoints.get(name)
+            if endpoint is None or self.slots[endpoint.slot].excluded == self.walk:
+                continue
+            self.slots[endpoint.slot].excluded = self.walk
+            excluded += members.contains(endpoint.slot)
+        return excluded
+
+    cdef int64_t _total(self, _Members members) noexcept:
+        cdef int64_t total = 0
+        cdef int32_t at
+        for at in range(members.n):
+            total += self._load(members.rows[at])
+        return total
+
+    cdef int64_t _departed_load(self) noexcept:
+        """What the model's row still counts for endpoints that left."""
+        cdef int64_t total = 0, load
+        cdef int32_t at
+        for at in range(self.departed_n - 1, -1, -1):
+            load = 0
+            if get_u32(&self.table.generations[self.departed[at].row]) == (
+                self.departed[at].generation
+            ):
+                load = self._load(self.departed[at].row)
+            if load == 0:
+                self.departed_n -= 1
+                self.departed[at] = self.departed[self.departed_n]
+            total += load
+        return total
+
+    cdef int32_t _any(self, _Members members) noexcept:
+        """Of those not excluded, one: the last were ejected since the survey found them open."""
+        cdef int32_t at
+        for at in range(members.n):
+            if self.slots[members.slots[at]].excluded != self.walk:
+                return at
+        return 0
+
+    cdef Reservation _reserve(
+        self, int32_t chosen, int32_t first, int64_t first_load, int64_t bound, int iterations
+    ):
+        cdef _Endpoint endpoint = <_Endpoint> self.by_slot[chosen]
+        cdef Reservation reservation = reserve(
+            self.table,
+            self.slots[chosen].row,
+            self.slots[chosen].generation,
+            self.row,
+            self.generation,
+        )
+        reservation.name = endpoint.name
+        reservation.target = endpoint.target
+        reservation.first = (<_Endpoint> self.by_slot[first]).name
+        reservation.first_load = first_load
+        reservation.bound = bound
+        reservation.iterations = iterations
+        return reservation
