@@ -1,0 +1,424 @@
+"""The system config: how KubeAI itself runs, as YAML (or JSON) at ``CONFIG_PATH``.
+
+It is read once, at start, and strictly: an unknown key, a wrong type, a duration without a unit or
+a negative number is a ConfigError that carries the key's dotted path. Every key has a default, so
+that an empty config works. docs/configuration.md lists all keys.
+
+`load_config` is called by the commands; the operator and the engines get a SystemConfig, the
+workers its `gateway` section (as msgspec builtins, through their environment).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from kubeai.api.model import Engine
+from kubeai.api.quantity import parse_quantity
+from kubeai.api.strict import did_you_mean, read, read_yaml
+from kubeai.errors import ConfigError, ModelError
+
+CONFIG_MAX_BYTES = 4 << 20  # a ConfigMap holds 1 MiB
+PROFILE_COUNT_MAX = 10_000
+DEFAULT_IMAGE = "default"  # the image name that stands in for all others
+
+Duration = Annotated[float, Meta(extra={"unit": "duration"})]
+PositiveDuration = Annotated[float, Meta(extra={"unit": "duration", "positive": True})]
+Bytes = Annotated[int, Meta(extra={"unit": "bytes", "positive": True})]
+Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
+Address = Annotated[str, Meta(extra={"unit": "address"})]
+Count = Annotated[int, Meta(ge=0)]
+PositiveCount = Annotated[int, Meta(ge=1)]
+
+
+class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
+    """One section of the config; its keys are camelCase in the file."""
+
+
+class SecretNames(_Section, frozen=True, kw_only=True):
+    """Secrets (in the Models' namespace) that hold credentials for where weights come from."""
+
+    alibaba: str = "kubeai-alibaba"
+    aws: str = "kubeai-aws"
+    gcp: str = "kubeai-gcp"
+    huggingface: str = "kubeai-huggingface"
+
+
+class ModelServer(_Section, frozen=True, kw_only=True):
+    """Images of one engine, by the names that resource profiles use."""
+
+    images: dict[str, str]
+
+
+def _vllm() -> ModelServer:
+    release = "vllm/vllm-openai:v0.10.2"
+    images = {
+        "default": release,
+        "nvidia-gpu": release,
+        "gh200": release,
+        "cpu": "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo:v0.10.2",
+        "google-tpu": "vllm/vllm-tpu:23194d83e8f2a6783b0d8c275f5f8a22faab9aec",
+        "amd-gpu": "rocm/vllm/rocm6.4.1_vllm_0.10.1_20250909",
+    }
+    return ModelServer(images=images)
+
+
+def _ollama() -> ModelServer:
+    release = "ollama/ollama:0.11.11"
+    images = {"default": release, "nvidia-gpu": release, "amd-gpu": f"{release}-rocm"}
+    return ModelServer(images=images)
+
+
+def _faster_whisper() -> ModelServer:
+    images = {
+        "default": "fedirz/faster-whisper-server:latest-cpu",
+        "nvidia-gpu": "fedirz/faster-whisper-server:latest-cuda",
+    }
+    return ModelServer(images=images)
+
+
+def _infinity() -> ModelServer:
+    release = "michaelf34/infinity:0.0.77"
+    images = {
+        "default": release,
+        "nvidia-gpu": release,
+        "cpu": f"{release}-cpu",
+        "amd-gpu": f"{release}-rocm",
+    }
+    return ModelServer(images=images)
+
+
+class ModelServers(_Section, frozen=True, kw_only=True):
+    """The images of each engine. An engine that is given replaces that engine's defaults whole."""
+
+    ollama: ModelServer = field(name="OLlama", default_factory=_ollama)
+    vllm: ModelServer = field(name="VLLM", default_factory=_vllm)
+    faster_whisper: ModelServer = field(name="FasterWhisper", default_factory=_faster_whisper)
+    infinity: ModelServer = field(name="Infinity", default_factory=_infinity)
+
+    def images(self, engine: Engine) -> dict[str, str]:
+        servers = {
+            "OLlama": self.ollama,
+            "VLLM": self.vllm,
+            "FasterWhisper": self.faster_whisper,
+            "Infinity": self.infinity,
+        }
+        return servers[engine].images
+
+
+class ModelLoading(_Section, frozen=True, kw_only=True):
+    """What copies weights into caches and adapters into pods."""
+
+    image: str = "ghcr.io/kubeai-project/kubeai-model-loader:v0.14.0"
+
+
+class Toleration(_Section, frozen=True, kw_only=True, omit_defaults=True):
+    """A taint that the pods may ignore (Kubernetes' Toleration)."""
+
+    key: str = ""
+    operator: str = ""
+    value: str = ""
+    effect: str = ""
+    toleration_seconds: int | None = None
+
+
+class Affinity(_Section, frozen=True, kw_only=True, omit_defaults=True):
+    """Where pods should land (Kubernetes' Affinity; its three parts are passed on as they are)."""
+
+    node_affinity: dict[str, Any] | None = None
+    pod_affinity: dict[str, Any] | None = None
+    pod_anti_affinity: dict[str, Any] | None = None
+
+
+class ResourceProfile(_Section, frozen=True, kw_only=True):
+    """What one unit of a profile gives a replica; a Model asks for a count of it."""
+
+    image_name: str = ""
+    requests: dict[str, Quantity] = {}
+    limits: dict[str, Quantity] = {}
+    node_selector: dict[str, str] = {}
+    affinity: Affinity | None = None
+    tolerations: tuple[Toleration, ...] = ()
+    scheduler_name: str = ""
+    runtime_class_name: str = ""
+
+
+def _default_profiles() -> dict[str, ResourceProfile]:
+    """The CPU profile and the common accelerators, by the names that published Models use."""
+    gpu = {"nvidia.com/gpu": "1"}
+    bigger = {**gpu, "cpu": "6", "memory": "24Gi"}
+
+    def accelerator(
+        requests: dict[str, str], image: str = "nvidia-gpu", resource: str = "nvidia.com/gpu"
+    ) -> ResourceProfile:
+        taint = Toleration(key=resource, operator="Equal", value="present", effect="NoSchedule")
+        limits = {resource: "1"}
+        return ResourceProfile(
+            image_name=image, limits=limits, requests=requests, tolerations=(taint,)
+        )
+
+    return {
+        "cpu": ResourceProfile(image_name="cpu", requests={"cpu": "1", "memory": "2Gi"}),
+        # As published: T4 nodes are expected to have no taint.
+        "nvidia-gpu-t4": ResourceProfile(image_name="nvidia-gpu", limits=gpu, requests=gpu),
+        "nvidia-gpu-l4": accelerator(bigger),
+        "nvidia-gpu-l40s": accelerator(bigger),
+        "nvidia-gpu-h100": accelerator({}),
+        "nvidia-gpu-gh200": accelerator(gpu, image="gh200"),
+        "nvidia-gpu-a100-80gb": accelerator({}),
+        "nvidia-gpu-a100-40gb": accelerator({}),
+        "nvidia-gpu-a16": accelerator({}),
+        "nvidia-gpu-rtx4070-8gb": accelerator({}),
+        "amd-gpu-mi300x": accelerator({}, image="amd-gpu", resource="amd.com/gpu"),
+    }
+
+
+class SharedFilesystem(_Section, frozen=True, kw_only=True):
+    """A file system that many pods can write: by its class, or one volume that exists."""
+
+    storage_class_name: str = ""
+    persistent_volume_name: str = ""
+
+
+class CacheProfile(_Section, frozen=True, kw_only=True):
+    """Where the files of cached Models are kept."""
+
+    shared_filesystem: SharedFilesystem
+
+
+class MessageStream(_Section, frozen=True, kw_only=True):
+    """One pair of topics: requests come from one, answers go to the other."""
+
+    requests_url: str = field(name="requestsURL")
+    responses_url: str = field(name="responsesURL")
+    max_handlers: PositiveCount = 1
+
+
+class Messaging(_Section, frozen=True, kw_only=True):
+    """Requests that come by message instead of HTTP."""
+
+    error_max_backoff_s: PositiveDuration = field(name="errorMaxBackoff", default=30.0)
+    streams: tuple[MessageStream, ...] = ()
+
+
+class ModelAutoscaling(_Section, frozen=True, kw_only=True):
+    """How often the autoscaler looks, over how long it averages, where it keeps what it knows."""
+
+    interval_s: PositiveDuration = field(name="interval", default=10.0)
+    time_window_s: PositiveDuration = field(name="timeWindow", default=600.0)
+    state_config_map_name: str = "kubeai-autoscaler-state"
+
+
+class LocalObjectReference(_Section, frozen=True, kw_only=True):
+    """An object in the same namespace."""
+
+    name: str
+
+
+class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
+    """One operation of RFC 6902 on the pod of every Model."""
+
+    op: Literal["add", "remove", "replace", "move", "copy", "test"]
+    path: str
+    value: Any = None
+    from_: str | UnsetType = field(name="from", default=UNSET)
+
+    def operation(self) -> dict[str, Any]:
+        """As the jsonpatch package takes it."""
+        operation: dict[str, Any] = {"op": self.op, "path": self.path}
+        if self.op in ("add", "replace", "test"):
+            operation["value"] = self.value
+        if self.from_ is not UNSET:
+            operation["from"] = self.from_
+        return operation
+
+
+class ModelServerPods(_Section, frozen=True, kw_only=True):
+    """What all engine pods have in common."""
+
+    service_account_name: str = ""
+    pod_security_context: dict[str, Any] = {}
+    security_context: dict[str, Any] = {}
+    image_pull_secrets: tuple[LocalObjectReference, ...] = ()
+    json_patches: tuple[JSONPatch, ...] = ()
+
+
+class ModelRollouts(_Section, frozen=True, kw_only=True):
+    """How pods are replaced when a Model changes."""
+
+    surge: Count = 1
+
+
+class LeaderElection(_Section, frozen=True, kw_only=True):
+    """The lease by which one replica of KubeAI leads."""
+
+    lease_duration_s: PositiveDuration = field(name="leaseDuration", default=15.0)
+    renew_deadline_s: PositiveDuration = field(name="renewDeadline", default=10.0)
+    retry_period_s: PositiveDuration = field(name="retryPeriod", default=2.0)
+
+
+class GatewayConfig(_Section, frozen=True, kw_only=True):
+    """Limits of the gateway's workers. All counts are for one worker."""
+
+    # How long, and how many, requests wait for a model that has no endpoint (count: per model).
+    hold_timeout_s: Duration = field(name="holdTimeout", default=600.0)
+    hold_max_requests: Count = 1000
+    # What a client may send, and how slowly.
+    body_max_bytes: Bytes = 64 << 20
+    multipart_max_bytes: Bytes = 1 << 30
+    head_max_bytes: Bytes = 64 << 10
+    head_max_count: PositiveCount = 100
+    head_timeout_s: PositiveDuration = field(name="headTimeout", default=10.0)
+    body_timeout_s: PositiveDuration = field(name="bodyTimeout", default=60.0)
+    keep_alive_timeout_s: PositiveDuration = field(name="keepAliveTimeout", default=75.0)
+    # Connections to engines. Idle ones go before uvicorn's 5 s keep-alive closes them.
+    connect_timeout_s: PositiveDuration = field(name="connectTimeout", default=5.0)
+    upstream_idle_timeout_s: PositiveDuration = field(name="upstreamIdleTimeout", default=4.0)
+    upstream_max_idle: Count = 256
+    first_byte_timeout_s: PositiveDuration = field(name="firstByteTimeout", default=600.0)
+    between_bytes_timeout_s: PositiveDuration = field(name="betweenBytesTimeout", default=120.0)
+    # Further attempts before the first byte of an answer.
+    retries: Count = 3
+    # On SIGTERM: how long new requests are still taken, and how long open ones may last.
+    drain_accept_s: Duration = field(name="drainAccept", default=5.0)
+    drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
+
+
+class SystemConfig(_Section, frozen=True, kw_only=True):
+    """The whole config."""
+
+    secret_names: SecretNames = field(default_factory=SecretNames)
+    model_servers: ModelServers = field(default_factory=ModelServers)
+    model_loading: ModelLoading = field(default_factory=ModelLoading)
+    resource_profiles: dict[str, ResourceProfile] = field(default_factory=_default_profiles)
+    cache_profiles: dict[str, CacheProfile] = {}
+    messaging: Messaging = field(default_factory=Messaging)
+    metrics_addr: Address = ":8080"
+    health_address: Address = ":8081"
+    model_autoscaling: ModelAutoscaling = field(default_factory=ModelAutoscaling)
+    model_server_pods: ModelServerPods = field(default_factory=ModelServerPods)
+    model_rollouts: ModelRollouts = field(default_factory=ModelRollouts)
+    leader_election: LeaderElection = field(default_factory=LeaderElection)
+    allow_pod_address_override: bool = False
+    fixed_self_metric_addrs: tuple[Address, ...] = ()
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+
+
+def load_config(path: str | Path | None) -> SystemConfig:
+    """The config in a file, or the defaults when there is none; ConfigError when it is wrong."""
+    if path is None:
+        return SystemConfig()
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(CONFIG_MAX_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError("", f"cannot read the config {path}: {reason}") from None
+    if len(raw) > CONFIG_MAX_BYTES:
+        raise ConfigError("", f"the config {path} is larger than {CONFIG_MAX_BYTES} bytes")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise ConfigError("", f"the config {path} is not UTF-8") from None
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, source: str = "config") -> SystemConfig:
+    """The config in a text; ``source`` is its name in errors about YAML itself."""
+    value = read_yaml(text, source)
+    if value is None:
+        return SystemConfig()
+    if not isinstance(value, dict):
+        raise ConfigError("", f"{source}: must hold a map of keys")
+    config = read(value, SystemConfig)
+    _check_leader_election(config.leader_election)
+    _check_profiles(config)
+    _check_patches(config.model_server_pods)
+    if config.gateway.drain_accept_s > config.gateway.drain_timeout_s:
+        raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
+    return config
+
+
+def _check_leader_election(lease: LeaderElection) -> None:
+    """A leader must notice that it cannot renew before others may take over."""
+    if lease.lease_duration_s <= lease.renew_deadline_s:
+        raise ConfigError(
+            "leaderElection.leaseDuration", "must be longer than leaderElection.renewDeadline"
+        )
+    if lease.renew_deadline_s <= lease.retry_period_s:
+        raise ConfigError(
+            "leaderElection.renewDeadline", "must be longer than leaderElection.retryPeriod"
+        )
+
+
+def _check_profiles(config: SystemConfig) -> None:
+    for name in config.resource_profiles:
+        if not name or ":" in name:
+            raise ConfigError(
+                f"resourceProfiles.{name}", "a profile's name must not be empty or hold a colon"
+            )
+    for name, cache in config.cache_profiles.items():
+        shared = cache.shared_filesystem
+        if not shared.storage_class_name and not shared.persistent_volume_name:
+            raise ConfigError(
+                f"cacheProfiles.{name}.sharedFilesystem",
+                "needs a storageClassName or a persistentVolumeName",
+            )
+
+
+def _check_patches(pods: ModelServerPods) -> None:
+    for i, patch in enumerate(pods.json_patches):
+        place = f"modelServerPods.jsonPatches[{i}]"
+        if patch.path and not patch.path.startswith("/"):
+            raise ConfigError(f"{place}.path", f"must start with '/', not {patch.path!r}")
+        if patch.op in ("move", "copy") and patch.from_ is UNSET:
+            raise ConfigError(f"{place}.from", f"must be given with op {patch.op}")
+
+
+def resolve_profile(config: SystemConfig, wanted: str) -> ResourceProfile:
+    """What ``name:count`` gives a replica, quantities multiplied; ModelError when it is unknown.
+
+    An empty ``wanted`` asks for nothing: no requests, no limits, the default image.
+    """
+    if not wanted:
+        return ResourceProfile()
+    name, colon, count_text = wanted.partition(":")
+    if not colon or not count_text.isascii() or not count_text.isdigit():
+        raise _bad_profile(f"{wanted!r} must be <profile>:<count>, as nvidia-gpu-l4:2")
+    count = int(count_text[:9])
+    if not 1 <= count <= PROFILE_COUNT_MAX:
+        raise _bad_profile(f"the count of {wanted!r} must be from 1 to {PROFILE_COUNT_MAX}")
+    profile = config.resource_profiles.get(name)
+    if profile is None:
+        hint = did_you_mean(name, config.resource_profiles)
+        raise _bad_profile(f"the system config has no resource profile {name!r}{hint}")
+    return msgspec.structs.replace(
+        profile,
+        requests=_multiply(profile.requests, count),
+        limits=_multiply(profile.limits, count),
+    )
+
+
+def _multiply(amounts: dict[str, str], count: int) -> dict[str, str]:
+    return {name: str(parse_quantity(amount) * count) for name, amount in amounts.items()}
+
+
+def _bad_profile(message: str) -> ModelError:
+    return ModelError("spec.resourceProfile", message, "InvalidProfile")
+
+
+def server_image(config: SystemConfig, engine: Engine, profile: ResourceProfile) -> str:
+    """The image of ``engine`` for ``profile``: the profile's image name, else the default."""
+    images = config.model_servers.images(engine)
+    image = images.get(profile.image_name) or images.get(DEFAULT_IMAGE)
+    if not image:
+        raise ModelError(
+            "spec.image",
+            f"is empty, and the system config has no default image for it "
+            f"(modelServers.{engine}.images.{DEFAULT_IMAGE})",
+            "NoImage",
+        )
+    return image

@@ -1,0 +1,80 @@
+"""Durations as Go writes them (``1m30s``, ``250ms``), in seconds here."""
+
+from __future__ import annotations
+
+import re
+
+# Nanoseconds, so that sums are exact until the end.
+_UNITS = {
+    "ns": 1,
+    "us": 1_000,
+    "µs": 1_000,  # U+00B5, micro sign
+    "μs": 1_000,  # U+03BC, Greek mu
+    "ms": 1_000_000,
+    "s": 1_000_000_000,
+    "m": 60_000_000_000,
+    "h": 3_600_000_000_000,
+}
+_PART = re.compile(r"(?P<whole>\d*)(?:\.(?P<fraction>\d*))?(?P<unit>[a-zµμ]+)", re.ASCII | re.I)
+_MAX_NS = 2**63 - 1  # what Go can hold, some 292 years
+
+
+def parse_duration(text: str) -> float:
+    """Seconds; ValueError says what is wrong with the text. Follows Go's time.ParseDuration."""
+    negative = text.startswith("-")
+    rest = text[1:] if text[:1] in ("-", "+") else text
+    if rest == "0":
+        return 0.0
+    if not rest:
+        raise ValueError(f"{text!r} is not a duration such as 1m30s or 250ms")
+    total = 0
+    position = 0
+    while position < len(rest):
+        match = _PART.match(rest, position)
+        if match is None:
+            missing = re.fullmatch(r"\d*\.?\d*", rest[position:]) is not None
+            why = "has no unit at its end" if missing else "is not a duration"
+            raise ValueError(f"{text!r} {why}; write it as 1m30s or 250ms")
+        total += _part_ns(text, match)
+        position = match.end()
+    if total > _MAX_NS:
+        raise ValueError(f"{text!r} is too long")
+    return (-total if negative else total) / 1e9
+
+
+def _part_ns(text: str, match: re.Match[str]) -> int:
+    whole, fraction, unit = match["whole"], match["fraction"] or "", match["unit"]
+    if unit not in _UNITS:
+        raise ValueError(f"{text!r} has the unknown unit {unit!r}; known are ns, us, ms, s, m, h")
+    if not whole and not fraction:
+        raise ValueError(f"{text!r} has no number before {unit!r}")
+    scale = _UNITS[unit]
+    divisor: int = 10 ** len(fraction)
+    return int(whole or 0) * scale + int(fraction or 0) * scale // divisor
+
+
+def format_duration(seconds: float) -> str:
+    """The text that Go prints for it: ``90`` is ``1m30s``, ``0.25`` is ``250ms``."""
+    ns = round(seconds * 1e9)
+    if ns == 0:
+        return "0s"
+    sign, ns = ("-", -ns) if ns < 0 else ("", ns)
+    for unit, scale in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000)):
+        if ns < scale * 1_000:
+            return f"{sign}{_decimal(ns, scale)}{unit}"
+    minutes, rest = divmod(ns, _UNITS["m"])
+    hours, minutes = divmod(minutes, 60)
+    text = f"{_decimal(rest, _UNITS['s'])}s"
+    if hours or minutes:
+        text = f"{minutes}m{text}"
+    if hours:
+        text = f"{hours}h{text}"
+    return sign + text
+
+
+def _decimal(value: int, scale: int) -> str:
+    whole, rest = divmod(value, scale)
+    if not rest:
+        return str(whole)
+    digits = len(str(scale)) - 1
+    return f"{whole}.{rest:0{digits}d}".rstrip("0")

@@ -1,0 +1,99 @@
+"""Kubernetes quantities (``500m``, ``1.5Gi``, ``2e3``): exact, and written as Kubernetes does.
+
+Used to multiply a resource profile by its count, and to read sizes in the system config. The
+canonical form follows apimachinery's resource.Quantity: no number is lost, no fraction is shown,
+and the suffix is the largest that allows it.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from fractions import Fraction
+from typing import NamedTuple
+
+_NANO = 10**9
+_MAX_NANOS = (2**63 - 1) * _NANO
+_BINARY = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}  # powers of 1024
+_DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY_SUFFIX = {power: suffix for suffix, power in _BINARY.items()} | {0: ""}
+_DECIMAL_SUFFIX = {exponent: suffix for suffix, exponent in _DECIMAL.items()}
+_QUANTITY = re.compile(
+    r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))(?:[eE](?P<exponent>[+-]?\d{1,3})|(?P<suffix>[a-zA-Z]*))",
+    re.ASCII,
+)
+
+
+class Format(Enum):
+    """How a quantity was written, and so how it is written again."""
+
+    BINARY = "binary"  # 1Gi
+    DECIMAL = "decimal"  # 500m
+    EXPONENT = "exponent"  # 2e3
+
+
+class Quantity(NamedTuple):
+    """An exact amount in billionths, the finest that Kubernetes knows."""
+
+    nanos: int
+    format: Format = Format.DECIMAL
+
+    def __mul__(self, count: object) -> Quantity:
+        if not isinstance(count, int):
+            return NotImplemented
+        return Quantity(self.nanos * count, self.format)
+
+    def whole(self) -> int | None:
+        """The amount as a whole number, or None where it has a fraction."""
+        value, rest = divmod(self.nanos, _NANO)
+        return None if rest else value
+
+    def __str__(self) -> str:
+        if self.nanos == 0:
+            return "0"
+        sign, nanos = ("-", -self.nanos) if self.nanos < 0 else ("", self.nanos)
+        value, rest = divmod(nanos, _NANO)
+        # Below 1024, and with a fraction, Kubernetes leaves the binary suffixes.
+        if self.format is Format.BINARY and value >= 1024 and not rest:
+            return sign + _binary(value)
+        return sign + _decimal(nanos, self.format is Format.EXPONENT)
+
+
+def parse_quantity(text: str | int | float) -> Quantity:
+    """Read a quantity; ValueError says what is wrong. Finer than a billionth is rounded up."""
+    match = _QUANTITY.fullmatch(str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is not a quantity such as 500m, 2 or 1.5Gi")
+    suffix = match["suffix"] or ""
+    if match["exponent"] is not None:
+        scale, form = Fraction(10) ** int(match["exponent"]), Format.EXPONENT
+    elif suffix in _BINARY:
+        scale, form = Fraction(1024) ** _BINARY[suffix], Format.BINARY
+    elif suffix in _DECIMAL:
+        scale, form = Fraction(10) ** _DECIMAL[suffix], Format.DECIMAL
+    else:
+        known = ", ".join([*(s for s in _DECIMAL if s), *_BINARY])
+        raise ValueError(f"{text!r} has the unknown suffix {suffix!r}; known are {known}")
+    exact = Fraction(match["number"]) * scale * _NANO
+    nanos = -(-abs(exact.numerator) // exact.denominator)  # away from zero, as Kubernetes does
+    if nanos > _MAX_NANOS:
+        raise ValueError(f"{text!r} is more than Kubernetes can hold (2^63 - 1)")
+    return Quantity(-nanos if exact < 0 else nanos, form)
+
+
+def _binary(value: int) -> str:
+    power = 0
+    while power < 6 and value % 1024 == 0:
+        value //= 1024
+        power += 1
+    return f"{value}{_BINARY_SUFFIX[power]}"
+
+
+def _decimal(nanos: int, exponential: bool) -> str:
+    exponent = -9
+    while exponent < 18 and nanos % 1000 == 0:
+        nanos //= 1000
+        exponent += 3
+    if not exponential:
+        return f"{nanos}{_DECIMAL_SUFFIX[exponent]}"
+    return f"{nanos}e{exponent}" if exponent else str(nanos)
