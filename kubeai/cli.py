@@ -94,7 +94,7 @@ def _app() -> Any:
         ] = 0,
     ) -> None:
         """Run on this machine, without a cluster: same manifests, stock kubectl."""
-        from kubeai.local import Options, run
+        from kubeai.local.run import Options, run
 
         data_home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
         options = Options(
