@@ -10,6 +10,7 @@ workers its `gateway` section (as msgspec builtins, through their environment).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -307,10 +308,16 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
 
 
-def load_config(path: str | Path | None) -> SystemConfig:
-    """The config in a file, or the defaults when there is none; ConfigError when it is wrong."""
+def load_config(
+    path: str | Path | None, *, defaults: Mapping[str, Any] | None = None
+) -> SystemConfig:
+    """The config in a file; ConfigError when it is wrong.
+
+    Without a file all keys have their defaults; ``defaults`` (as it would stand in a file)
+    replaces some of them, and the file wins over both, key by key.
+    """
     if path is None:
-        return SystemConfig()
+        return _config({}, defaults)
     try:
         with Path(path).open("rb") as file:
             raw = file.read(CONFIG_MAX_BYTES + 1)
@@ -323,23 +330,41 @@ def load_config(path: str | Path | None) -> SystemConfig:
         text = raw.decode()
     except UnicodeDecodeError:
         raise ConfigError("", f"the config {path} is not UTF-8") from None
-    return parse_config(text, str(path))
+    return parse_config(text, str(path), defaults=defaults)
 
 
-def parse_config(text: str, source: str = "config") -> SystemConfig:
+def parse_config(
+    text: str, source: str = "config", *, defaults: Mapping[str, Any] | None = None
+) -> SystemConfig:
     """The config in a text; ``source`` is its name in errors about YAML itself."""
     value = read_yaml(text, source)
     if value is None:
-        return SystemConfig()
+        value = {}
     if not isinstance(value, dict):
         raise ConfigError("", f"{source}: must hold a map of keys")
-    config = read(value, SystemConfig)
+    return _config(value, defaults)
+
+
+def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> SystemConfig:
+    config = read(_merge(defaults or {}, value), SystemConfig)
     _check_leader_election(config.leader_election)
     _check_profiles(config)
     _check_patches(config.model_server_pods)
     if config.gateway.drain_accept_s > config.gateway.drain_timeout_s:
         raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
     return config
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, key by key at every depth; null means that a key is not given."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            merged[key] = _merge(under, value)
+        elif value is not None or key not in merged:
+            merged[key] = value
+    return merged
 
 
 def _check_leader_election(lease: LeaderElection) -> None:
