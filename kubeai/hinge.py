@@ -12,25 +12,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from kubeai.routing import Route
+from kubeai.routing import Delta as Delta
+from kubeai.routing import Snapshot as Snapshot
 
 MESSAGE_MAX_BYTES = 256 << 20
 _LENGTH = struct.Struct(">I")
-
-
-class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
-    """Every route, when a worker starts."""
-
-    version: int
-    routes: tuple[Route, ...]
-
-
-class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
-    """One model's new route, or None when the model is gone."""
-
-    version: int
-    model: str
-    route: Route | None
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
@@ -69,7 +55,7 @@ class Channel(asyncio.Protocol):
         received: Callable[[object], None],
         closed: Callable[[], None],
     ) -> None:
-        self._decoder = msgspec.msgpack.Decoder(message)
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(message)
         self._encoder = msgspec.msgpack.Encoder()
         self._received = received
         self._closed = closed

@@ -2,15 +2,26 @@
 
 The operator describes each model as a :class:`Route`; the supervisor's :class:`Publisher` gives
 rows of the load table to the model and its endpoints and a version to each change; a worker's
-:class:`RoutingTable` applies them and answers who serves a request.
+:class:`RoutingTable` applies them, in order, and answers who serves a request. Every worker that
+has applied version v has the Publisher's view of version v.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import asyncio
+import heapq
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Literal, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
+from kubeai._load import Admission, LoadTable, Reservation
+from kubeai._ring import Ring
+from kubeai.errors import KubeAIError
+from kubeai.openai import Ask, hash_key
+
+RequestType = Literal["http", "message"]
 Strategy = Literal["LeastLoad", "PrefixHash"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
 
@@ -42,3 +53,318 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     endpoints: tuple[Endpoint, ...] = ()
     row: int = -1
     generation: int = 0
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
+    """Every route, when a worker starts."""
+
+    version: int
+    routes: tuple[Route, ...]
+
+
+class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
+    """One model's new route, or None when the model is gone."""
+
+    version: int
+    model: str
+    route: Route | None
+
+
+# -- the supervisor's side -------------------------------------------------------------------------
+
+
+class Publisher:
+    """Gives every model and endpoint a row of the load table, and every change a version.
+
+    A row has one owner at a time. It is dropped when its model or endpoint goes, and used again
+    only when every live worker has acknowledged the version that dropped it and all its cells are
+    0: until then some request may still count in it.
+    """
+
+    def __init__(self, table: LoadTable) -> None:
+        self.version = 0
+        self._table = table
+        self._routes: dict[str, Route] = {}
+        self._unused = 0  # the first row that never had an owner
+        self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
+        self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+
+    def update(self, model: str, route: Route | None) -> Delta | None:
+        """Take a model's new route (rows and order of endpoints are ignored), or its end.
+
+        None when nothing changed. KubeAIError when the table is full; nothing has changed then.
+        """
+        old = self._routes.get(model)
+        if route is None:
+            if old is None:
+                return None
+            del self._routes[model]
+            new = None
+        else:
+            new = self._with_rows(route, old)
+            if new == old:
+                return None
+            self._routes[model] = new
+        self.version += 1
+        kept = _rows(new)
+        self._dropped += [(row, self.version) for row in _rows(old) - kept]
+        return Delta(self.version, model, new)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.version, tuple(self._routes.values()))
+
+    def reclaim(self, acknowledged: Iterable[int]) -> None:
+        """Free what was dropped. ``acknowledged``: the version each live worker has applied."""
+        safe = min(acknowledged, default=self.version)
+        waiting = []
+        for row, version in self._dropped:
+            if version <= safe and self._table.row_is_zero(row):
+                heapq.heappush(self._free, row)
+            else:
+                waiting.append((row, version))
+        self._dropped = waiting
+
+    def models(self) -> list[str]:
+        return list(self._routes)
+
+    def row(self, model: str) -> int | None:
+        route = self._routes.get(model)
+        return None if route is None else route.row
+
+    def endpoint_rows(self, model: str) -> dict[str, int]:
+        """Endpoint name → row; empty for an unknown model."""
+        route = self._routes.get(model)
+        return {} if route is None else {e.name: e.row for e in route.endpoints}
+
+    def _with_rows(self, route: Route, old: Route | None) -> Route:
+        known = {} if old is None else {e.name: e for e in old.endpoints}
+        wanted = {e.name: e for e in route.endpoints}
+        fresh = [name for name in wanted if name not in known]
+        rows = iter(self._open_rows(len(fresh) + (old is None)))
+        row, generation = (old.row, old.generation) if old is not None else next(rows)
+        endpoints = []
+        for name in sorted(wanted):
+            before = known.get(name)
+            lease = (before.row, before.generation) if before is not None else next(rows)
+            endpoints.append(replace(wanted[name], row=lease[0], generation=lease[1]))
+        return replace(route, endpoints=tuple(endpoints), row=row, generation=generation)
+
+    def _open_rows(self, count: int) -> list[tuple[int, int]]:
+        """All of ``count`` rows with their generations, or an error and none."""
+        if count > len(self._free) + self._table.rows - self._unused:
+            raise KubeAIError(
+                f"the load table is full: {self._table.rows} rows hold a model or an endpoint "
+                f"each, {len(self._dropped)} of them gone but still counted or not yet acknowledged"
+            )
+        opened = []
+        for _ in range(count):
+            if self._free:
+                row = heapq.heappop(self._free)
+            else:
+                row = self._unused
+                self._unused += 1
+            opened.append((row, self._table.open_row(row)))
+        return opened
+
+
+def _rows(route: Route | None) -> set[int]:
+    return set() if route is None else {route.row, *(e.row for e in route.endpoints)}
+
+
+# -- a worker's side -------------------------------------------------------------------------------
+
+
+class NoEndpoint(Exception):
+    """Nothing could serve the request before its deadline."""
+
+
+class ModelGone(Exception):
+    """The model was deleted while the request waited."""
+
+
+class Upstream(Protocol):
+    """What a worker keeps for an endpoint's address: its connections."""
+
+    def close(self) -> None:
+        """The endpoint is gone, or has moved; what is under way may finish."""
+
+
+class RoutingTable:
+    """A worker's view of every model; changed by the hinge's messages alone, on one event loop.
+
+    ``target`` makes what a Reservation carries for an endpoint. It is made once for an address
+    and closed when the endpoint goes or moves.
+    """
+
+    def __init__(self, table: LoadTable, target: Callable[[Endpoint], Upstream]) -> None:
+        self.version = 0
+        self._table = table
+        self._target = target
+        self._models: dict[str, RoutedModel] = {}
+
+    def apply(self, message: Snapshot | Delta) -> None:
+        """Take a change and acknowledge its version. What is not news is ignored."""
+        if isinstance(message, Snapshot):
+            if message.version >= self.version:
+                self._replace(message)
+        elif message.version > self.version:
+            if message.version != self.version + 1:
+                raise RuntimeError(
+                    f"routing table is at version {self.version}, the next delta is "
+                    f"{message.version}: one is lost"
+                )
+            self._set(message.model, message.route)
+            self.version = message.version
+        self._table.acknowledge(self.version)
+
+    def find(self, model: str) -> RoutedModel | None:
+        return self._models.get(model)
+
+    def __iter__(self) -> Iterator[RoutedModel]:
+        return iter(self._models.values())
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def close(self) -> None:
+        """Forget every model, and close what was made for their endpoints."""
+        for model in list(self._models):
+            self._set(model, None)
+
+    def _replace(self, snapshot: Snapshot) -> None:
+        for gone in self._models.keys() - {route.model for route in snapshot.routes}:
+            self._set(gone, None)
+        for route in snapshot.routes:
+            self._set(route.model, route)
+        self.version = snapshot.version
+
+    def _set(self, model: str, route: Route | None) -> None:
+        known = self._models.get(model)
+        if known is not None and (route is None or not known.is_life_of(route)):
+            del self._models[model]
+            known.end()
+            known = None
+        if route is None:
+            return
+        if known is None:
+            self._models[model] = RoutedModel(self._table, route, self._target)
+        else:
+            known.update(route)
+
+
+class RoutedModel:
+    """One model's route, ring and waiting requests."""
+
+    def __init__(
+        self, table: LoadTable, route: Route, target: Callable[[Endpoint], Upstream]
+    ) -> None:
+        self.route = replace(route, endpoints=())
+        self.ring = Ring(
+            table,
+            route.row,
+            route.generation,
+            replication=route.replication,
+            mean_load_factor=route.mean_load_factor,
+        )
+        self._table = table
+        self._target = target
+        self._upstreams: dict[str, Upstream] = {}  # by endpoint name
+        self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._gone = False
+        self.update(route)
+
+    # -- what the exchange asks --------------------------------------------------------------------
+
+    def key(self, ask: Ask) -> int:
+        """The request's place on the ring; 0 where the strategy has no use for one."""
+        if self.route.strategy != "PrefixHash":
+            return 0
+        return hash_key(ask.adapter, ask, self.route.prefix_char_length)
+
+    def pick(
+        self, key: int, adapter: str | None = None, exclude: Iterable[str] = ()
+    ) -> Reservation | None:
+        """Count a request on an endpoint; None when nobody (outside ``exclude``) can serve it."""
+        if self.route.strategy == "PrefixHash":
+            return self.ring.pick_hashed(key, adapter, exclude)
+        return self.ring.pick_least(adapter, exclude)
+
+    def admit(self, kind: RequestType = "http") -> Admission:
+        """Count a request as active until the Admission is closed."""
+        return self._table.admit(self.route.row, self.route.generation, kind)
+
+    def can_serve(self, adapter: str | None = None, exclude: Collection[str] = ()) -> bool:
+        """Whether an endpoint outside ``exclude`` serves the adapter (None: the model itself)."""
+        if not exclude:
+            return self.ring.can_serve(adapter)
+        return any(
+            endpoint.name not in exclude and (adapter is None or adapter in endpoint.adapters)
+            for endpoint in self.route.endpoints
+        )
+
+    async def wait(
+        self, adapter: str | None, timeout_s: float, exclude: Collection[str] = ()
+    ) -> None:
+        """Return once :meth:`can_serve` holds; NoEndpoint after ``timeout_s``, or ModelGone.
+
+        Only a change of the route wakes it. How many may wait is the caller's to limit.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Another change may come between a wake-up and this task's turn: look again.
+                while not self._gone and not self.can_serve(adapter, exclude):
+                    woken: asyncio.Future[None] = loop.create_future()
+                    self._waiters[woken] = lambda: self.can_serve(adapter, exclude)
+                    try:
+                        await woken
+                    finally:
+                        self._waiters.pop(woken, None)
+        except TimeoutError:
+            raise NoEndpoint from None
+        if self._gone:
+            raise ModelGone
+
+    # -- what the routing table does ---------------------------------------------------------------
+
+    def is_life_of(self, route: Route) -> bool:
+        """Whether ``route`` is of this same model, not of one deleted and made again."""
+        return (self.route.row, self.route.generation) == (route.row, route.generation)
+
+    def update(self, route: Route) -> None:
+        """Take the new route; wake those who can be served now."""
+        old, self.route = self.route, route
+        if (old.replication, old.mean_load_factor) != (route.replication, route.mean_load_factor):
+            self.ring.configure(
+                replication=route.replication, mean_load_factor=route.mean_load_factor
+            )
+        before = {endpoint.name: endpoint for endpoint in old.endpoints}
+        for endpoint in route.endpoints:
+            known = before.pop(endpoint.name, None)
+            if endpoint != known:
+                self._set_endpoint(endpoint, known)
+        for name in before:
+            self.ring.remove(name)
+            self._upstreams.pop(name).close()
+        for woken, served in self._waiters.items():
+            if not woken.done() and served():
+                woken.set_result(None)
+
+    def end(self) -> None:
+        """The model is gone: nobody waits, no connection is kept."""
+        self._gone = True
+        for woken in self._waiters:
+            if not woken.done():
+                woken.set_result(None)
+        for name, upstream in self._upstreams.items():
+            self.ring.remove(name)
+            upstream.close()
+        self._upstreams.clear()
+
+    def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
+        moved = known is None or known.address != endpoint.address
+        upstream = self._target(endpoint) if moved else self._upstreams[endpoint.name]
+        self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
+        if known is not None and moved:
+            self._upstreams[endpoint.name].close()
+        self._upstreams[endpoint.name] = upstream
