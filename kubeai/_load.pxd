@@ -29,10 +29,43 @@ cdef extern from *:
     }
     static inline void kb_count(uint64_t *cell, uint64_t by) { kb_put(cell, kb_get(cell) + by); }
 
+    /* The sum of a row, two cells to a load: rows are an even number of cells long, those after
+       the last column are 0, and no half can reach 2^32. */
+    typedef uint64_t __attribute__((may_alias)) kb_pair;
     static inline int64_t kb_sum(const int32_t *cells, int columns) {
-        int64_t sum = kb_get(cells);
-        for (int column = 1; column < columns; column++) sum += kb_get(cells + column);
-        return sum;
+        const kb_pair *pairs = (const kb_pair *) cells;
+        uint64_t sum = kb_get(pairs);
+        for (int pair = 1; pair < (columns + 1) / 2; pair++) sum += kb_get(pairs + pair);
+        return (int64_t) ((sum & 0xFFFFFFFF) + (sum >> 32));
+    }
+
+    /* The first of rows[from:to] with the smallest sum below *least, or -1. Inlined for each
+       number of columns: a thousand rows are read in well under a microsecond. */
+    static inline __attribute__((always_inline)) int kb_least_of(
+        const int32_t *cells, size_t stride, int columns,
+        const int32_t *rows, int from, int to, int64_t *least)
+    {
+        int64_t smallest = *least;
+        int at = -1;
+        #pragma GCC unroll 4
+        for (int i = from; i < to; i++) {
+            int64_t sum = kb_sum(cells + (size_t) rows[i] * stride, columns);
+            if (__builtin_expect(sum < smallest, 0)) { smallest = sum; at = i; }
+        }
+        *least = smallest;
+        return at;
+    }
+    static inline int kb_least(
+        const int32_t *cells, int stride, int columns,
+        const int32_t *rows, int from, int to, int64_t *least)
+    {
+        switch (columns) {
+            case 2: return kb_least_of(cells, 2, 2, rows, from, to, least);
+            case 3: return kb_least_of(cells, 4, 3, rows, from, to, least);
+            case 5: return kb_least_of(cells, 8, 5, rows, from, to, least);
+            case 9: return kb_least_of(cells, 16, 9, rows, from, to, least);
+            default: return kb_least_of(cells, (size_t) stride, columns, rows, from, to, least);
+        }
     }
     """
     int32_t get_i32 "kb_get"(const int32_t *cell) nogil
@@ -49,6 +82,10 @@ cdef extern from *:
     void down "kb_down"(int32_t *cell) nogil
     void count "kb_count"(uint64_t *cell, uint64_t by) nogil
     int64_t sum_row "kb_sum"(const int32_t *cells, int columns) nogil
+    int least_row "kb_least"(
+        const int32_t *cells, int stride, int columns,
+        const int32_t *rows, int start, int end, int64_t *least
+    ) nogil
 
 
 cdef enum:
