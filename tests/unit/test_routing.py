@@ -141,29 +141,35 @@ def test_a_full_table_names_its_size_and_changes_nothing():
     assert publisher.update("n", route(endpoint("c"), endpoint("d"), model="n")) is not None
 
 
-def test_a_row_is_used_again_only_when_all_know_and_none_counts(publisher, table):
+def row_of_a_newcomer(publisher, table, name):
+    publisher.reclaim(table.acknowledged(column) for column in (0, 1))
+    publisher.update("m", route(endpoint(name)))
+    return publisher.endpoint_rows("m")[name]
+
+
+def test_a_row_is_used_again_only_when_every_worker_knows(publisher, table):
     workers = [Worker(table, 0), Worker(table, 1)]
-    for delta in (publisher.update("m", route(endpoint("a"))),):
-        for worker in workers:
-            worker.routing.apply(delta)
+    publisher.update("m", route(endpoint("a")))
     dropped = publisher.endpoint_rows("m")["a"]
-    reservation = workers[1].routing.find("m").pick(1)
-    delta = publisher.update("m", route())
+    publisher.update("m", route())
+    assert row_of_a_newcomer(publisher, table, "b") != dropped
+    workers[0].routing.apply(publisher.snapshot())
+    assert row_of_a_newcomer(publisher, table, "c") != dropped
+    workers[1].routing.apply(publisher.snapshot())
+    assert row_of_a_newcomer(publisher, table, "d") == dropped
 
-    def row_of_a_newcomer(name):
-        publisher.reclaim(table.acknowledged(column) for column in (0, 1))
-        publisher.update("m", route(endpoint(name)))
-        row = publisher.endpoint_rows("m")[name]
+
+def test_a_row_is_used_again_only_when_nobody_counts_in_it(publisher, table, worker):
+    model = publish(publisher, worker, "m", route(endpoint("a")))
+    dropped = publisher.endpoint_rows("m")["a"]
+    other = Worker(table, 1).routing
+    reservation = model.pick(1)
+    for routing in (worker.routing, other):
         publisher.update("m", route())
-        return row
-
-    assert row_of_a_newcomer("b") != dropped  # nobody has heard
-    workers[0].routing.apply(delta)
-    assert row_of_a_newcomer("c") != dropped  # one has not
-    workers[1].routing.apply(delta)
-    assert row_of_a_newcomer("d") != dropped  # one still counts
+        routing.apply(publisher.snapshot())
+    assert row_of_a_newcomer(publisher, table, "b") != dropped
     reservation.release()
-    assert row_of_a_newcomer("e") == dropped
+    assert row_of_a_newcomer(publisher, table, "c") == dropped
 
 
 def test_a_request_of_an_earlier_life_counts_in_no_later_one(publisher, table, worker):
@@ -498,6 +504,13 @@ class Hinge(RuleBasedStateMachine):
             lives = [published, *published.endpoints]
             assert all(self.table.generation(x.row) == x.generation for x in lives)
         assert len(rows) == len(set(rows))
+
+    @invariant()
+    def no_row_that_a_worker_knows_has_begun_another_life(self):
+        for worker in self.workers:
+            for known in worker.view().values():
+                for owner in (known, *known.endpoints):
+                    assert self.table.generation(owner.row) == owner.generation
 
     @invariant()
     def what_is_counted_is_what_is_reserved(self):
