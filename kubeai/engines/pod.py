@@ -1,0 +1,257 @@
+"""From a Model and the system config to the pod that serves it. Pure; the operator calls it.
+
+A pod is the engine's `Server` (one file an engine) in the frame that all engines share: probes,
+resources, credentials, files, labels, and last the system config's JSON patches. Its hash covers
+all of that, so a pod whose hash differs from the Model's is outdated.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jsonpatch
+import msgspec
+
+from kubeai.api.config import (
+    JSONPatch,
+    ResourceProfile,
+    SystemConfig,
+    resolve_profile,
+    server_image,
+)
+from kubeai.api.model import (
+    POD_HASH_LABEL,
+    POD_IP_ANNOTATION,
+    POD_MODEL_LABEL,
+    POD_PORT_ANNOTATION,
+    Engine,
+    Model,
+    ModelURL,
+)
+from kubeai.engines import faster_whisper, infinity, mock, ollama, sources, vllm
+from kubeai.engines.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
+from kubeai.engines.server import (
+    PORT,
+    PORT_NAME,
+    SERVER_CONTAINER,
+    Object,
+    Server,
+    http_probe,
+)
+from kubeai.errors import ModelError
+
+GRACE_MIN_S = 10  # what KubeAI in Go gives
+_HASH_BYTES = 5  # 8 characters of base32
+# Besides its own errors, jsonpatch lets through what Python says of a path into a wrong type.
+_PATCH_ERRORS = (
+    jsonpatch.JsonPatchException,
+    jsonpatch.JsonPointerException,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+_SERVERS: dict[Engine, Callable[[Model, ModelURL], Server]] = {
+    "VLLM": vllm.server,
+    "OLlama": ollama.server,
+    "FasterWhisper": faster_whisper.server,
+    "Infinity": infinity.server,
+}
+
+
+def build_pod(model: Model, config: SystemConfig) -> Object:
+    """The manifest of one replica: all but its name. ModelError names the field that is wrong."""
+    _refuse_unsupported(model)
+    profile = resolve_profile(config, model.spec.resource_profile)
+    url = sources.model_url(model.spec)
+    image = model.spec.image or server_image(config, model.spec.engine, profile)
+    server = _SERVERS[model.spec.engine](model, url)
+    annotations = _annotations(model)
+    if mock.is_mock(image):
+        server = mock.server(model, url, server)
+        annotations[mock.ANNOTATION] = "true"
+    source = sources.source(url, config.secret_names)
+    container = _container(model, config, profile, image, server, source)
+    pod: Object = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"labels": _labels(model), "annotations": annotations},
+        "spec": {
+            **_pod_settings(model, config, profile),
+            "containers": [container],
+            "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory"}}, *source.volumes],
+        },
+    }
+    _add_files(model, pod, container)
+    pod = copy.deepcopy(pod)  # parts are the config's own, which nobody may change through it
+    pod = _patched(pod, model, config.model_server_pods.json_patches)
+    metadata = pod["metadata"]
+    metadata["labels"][POD_HASH_LABEL] = pod_hash(pod)
+    metadata["namespace"] = model.metadata.namespace
+    metadata["ownerReferences"] = [owner_reference(model)]
+    return pod
+
+
+def pod_hash(pod: Object) -> str:
+    """Eight letters and digits that change with the spec, a label or an annotation of the pod.
+
+    Of a manifest as `build_pod` makes it, not of a pod that the API server has completed.
+    """
+    metadata = pod["metadata"]
+    labels = {k: v for k, v in metadata.get("labels", {}).items() if k != POD_HASH_LABEL}
+    covered = [pod["spec"], labels, metadata.get("annotations", {})]
+    digest = hashlib.sha256(msgspec.json.encode(covered, order="sorted")).digest()
+    return base64.b32encode(digest[:_HASH_BYTES]).decode().lower()
+
+
+def _refuse_unsupported(model: Model) -> None:
+    if model.spec.cache_profile:
+        raise ModelError(
+            "spec.cacheProfile", "caches are not supported yet in this version", "Unsupported"
+        )
+    if model.spec.adapters:
+        raise ModelError(
+            "spec.adapters", "adapters are not supported yet in this version", "Unsupported"
+        )
+
+
+def _labels(model: Model) -> dict[str, str]:
+    engine = model.spec.engine.lower()
+    name = model.metadata.name
+    return {
+        "app": "model",
+        POD_MODEL_LABEL: name,
+        "app.kubernetes.io/name": engine,
+        "app.kubernetes.io/instance": f"{engine}-{name}",
+        "app.kubernetes.io/managed-by": "kubeai",
+    }
+
+
+def _annotations(model: Model) -> dict[str, str]:
+    given = model.metadata.annotations
+    annotations = {POD_PORT_ANNOTATION: given.get(POD_PORT_ANNOTATION, str(PORT))}
+    if POD_IP_ANNOTATION in given:
+        annotations[POD_IP_ANNOTATION] = given[POD_IP_ANNOTATION]
+    return annotations
+
+
+def _pod_settings(model: Model, config: SystemConfig, profile: ResourceProfile) -> Object:
+    """The part of the pod's spec around its container. Empty settings are left out."""
+    pods = config.model_server_pods
+    spec: dict[str, Any] = {
+        "serviceAccountName": pods.service_account_name,
+        "securityContext": pods.pod_security_context,
+        "imagePullSecrets": msgspec.to_builtins(pods.image_pull_secrets),
+        "priorityClassName": model.spec.priority_class_name,
+        "nodeSelector": profile.node_selector,
+        "affinity": msgspec.to_builtins(profile.affinity),
+        "tolerations": msgspec.to_builtins(profile.tolerations),
+        "schedulerName": profile.scheduler_name,
+        "runtimeClassName": profile.runtime_class_name,
+    }
+    spec = {key: value for key, value in spec.items() if value}
+    # A deleted pod gets no new requests; those that it has may take as long as in a drain.
+    drain_s = math.ceil(config.gateway.drain_timeout_s)
+    return spec | {"terminationGracePeriodSeconds": max(GRACE_MIN_S, drain_s)}
+
+
+def _container(
+    model: Model,
+    config: SystemConfig,
+    profile: ResourceProfile,
+    image: str,
+    server: Server,
+    source: sources.Source,
+) -> Object:
+    resources = {"requests": profile.requests, "limits": profile.limits}
+    optional: dict[str, Any] = {
+        "command": server.command,
+        "args": [*server.args, *model.spec.args, *server.more_args],
+        "env": _env(model, server, source),
+        "envFrom": msgspec.to_builtins(model.spec.env_from),
+        "resources": {key: amounts for key, amounts in resources.items() if amounts},
+        "securityContext": config.model_server_pods.security_context,
+    }
+    return {
+        "name": SERVER_CONTAINER,
+        "image": image,
+        **{key: value for key, value in optional.items() if value},
+        "ports": [{"name": PORT_NAME, "containerPort": PORT, "protocol": "TCP"}],
+        "startupProbe": server.startup_probe,
+        "readinessProbe": http_probe(server.health_path, period_s=10, failures=3, timeout_s=2),
+        "livenessProbe": http_probe(server.health_path, period_s=30, failures=3, timeout_s=3),
+        "volumeMounts": [{"name": "dshm", "mountPath": "/dev/shm"}, *source.mounts],
+    }
+
+
+def _env(model: Model, server: Server, source: sources.Source) -> list[Object]:
+    """The engine's variables, then credentials, then the Model's own, which win over both.
+
+    The Model's come last, so that they may refer to the others as ``$(NAME)``.
+    """
+    own = model.spec.env
+    env: list[Object] = [{"name": name, "value": value} for name, value in server.env.items()]
+    env += [
+        {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+        for name, path in server.pod_fields.items()
+    ]
+    env += source.env
+    env = [variable for variable in env if variable["name"] not in own]
+    return env + [{"name": name, "value": own[name]} for name in sorted(own)]
+
+
+def _add_files(model: Model, pod: Object, container: Object) -> None:
+    """Mount the Model's files, and note their hash: an edited file makes a new pod."""
+    if not model.spec.files:
+        return
+    volume, mounts = files_volume(model)
+    taken = {mount["mountPath"] for mount in container["volumeMounts"]}
+    for i, mount in enumerate(mounts):
+        if mount["mountPath"] in taken:
+            raise ModelError(
+                f"spec.files[{i}].path",
+                f"{mount['mountPath']!r} is where the pod has a volume already",
+                "InvalidFile",
+            )
+    container["volumeMounts"] += mounts
+    pod["spec"]["volumes"].append(volume)
+    pod["metadata"]["annotations"][HASH_ANNOTATION] = files_hash(model)
+
+
+def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...]) -> Object:
+    """The pod after the config's patches, one by one so that an error names the one at fault."""
+    for i, patch in enumerate(patches):
+        operation = copy.deepcopy(patch.operation())  # the patch's value becomes part of the pod
+        try:
+            pod = jsonpatch.apply_patch(pod, [operation], in_place=True)
+        except _PATCH_ERRORS as error:
+            raise _bad_patch(i, patch, str(error) or type(error).__name__) from None
+        _check_patched(pod, model, i, patch)
+    return pod
+
+
+def _check_patched(pod: Any, model: Model, index: int, patch: JSONPatch) -> None:
+    """The operator finds pods by their labels, and the endpoint by the server container."""
+    try:
+        labels = pod["metadata"]["labels"]
+        kept = all(labels[key] == value for key, value in _labels(model).items())
+        named = any(c["name"] == SERVER_CONTAINER for c in pod["spec"]["containers"])
+    except (LookupError, TypeError):
+        kept = named = False
+    if not kept:
+        raise _bad_patch(index, patch, "it takes or changes a label that KubeAI needs")
+    if not named:
+        raise _bad_patch(index, patch, f"no container {SERVER_CONTAINER!r} is left")
+
+
+def _bad_patch(index: int, patch: JSONPatch, why: str) -> ModelError:
+    return ModelError(
+        f"modelServerPods.jsonPatches[{index}]",
+        f"{patch.op} {patch.path!r} cannot be applied to the pod: {why}",
+        "InvalidPatch",
+    )
