@@ -86,24 +86,22 @@ def block_hashes(tokens: bytes, salt: str = "", block_tokens: int = 16) -> list[
 def reply(
     prompt: bytes,
     *,
-    limit: int,
-    exact: bool = False,
-    minimum: int = 0,
+    limit: int | None,
+    room: int = 1 << 20,
     typical: int = 48,
     stops: Sequence[str] = (),
     salt: str = "",
 ) -> Reply:
     """The answer to a prompt: the same for the same prompt and salt.
 
-    It is ``typical`` tokens long, give or take half, at least ``minimum`` and at most ``limit``;
-    ``exact`` (a request's ``ignore_eos``): just ``limit``. The first of ``stops`` in it ends it.
+    A simulated model always has more to say: it makes ``limit`` tokens (finish "length"). Without
+    a limit it makes ``typical`` ones, give or take half, and ends by itself (finish "stop") unless
+    the ``room`` in its context ends it before. The first of ``stops`` in the text ends it.
     """
     source = random.Random(mmh3.hash_bytes(prompt) + salt.encode())
-    natural = max(source.randint(max(1, typical // 2), max(1, typical + typical // 2)), minimum)
-    tokens = limit if exact else min(natural, limit)
-    finish: Literal["stop", "length"] = "stop" if tokens < limit or tokens == natural else "length"
-    if exact:
-        finish = "length"
+    natural = source.randint(max(1, typical // 2), max(1, typical + typical // 2))
+    tokens = min(natural if limit is None else limit, room)
+    finish: Literal["stop", "length"] = "length" if limit or tokens < natural else "stop"
     text = _FIRST_WORD + "".join(source.choices(_WORDS, k=tokens - 1))
     places = ((text.find(stop), stop) for stop in stops if stop)
     found = min(((at, stop) for at, stop in places if at >= 0), default=None)

@@ -1,0 +1,50 @@
+"""The mock engine's ``/metrics``, under vLLM's names. Imported at the first scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector as Base
+
+from kubeai.simulation.engine import Engine
+
+if TYPE_CHECKING:
+    from kubeai.mock_engine.server import Record
+
+
+class Collector(Base):
+    """Reads the engine when it is asked; nothing is counted twice to be exported."""
+
+    def __init__(self, engine: Engine, record: Record, model: str) -> None:
+        self._engine = engine
+        self._record = record
+        self._model = model
+
+    def collect(self) -> Iterable[Metric]:
+        engine = self._engine
+        used = engine.cache.used / engine.cache.capacity
+        yield self._gauge("num_requests_running", "In the batch.", engine.running)
+        yield self._gauge("num_requests_waiting", "In the queue.", engine.waiting)
+        yield self._gauge("kv_cache_usage_perc", "KV blocks held, 1 is all.", used)
+        for name, meaning, value in (
+            ("prefix_cache_queries", "Prompt tokens looked up.", engine.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found.", engine.prefix_hits),
+            ("prompt_tokens", "Prompt tokens that entered.", engine.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", engine.output_tokens),
+            ("num_preemptions", "Sequences set back.", engine.preemptions),
+            ("request_success", "Sequences finished.", engine.finished),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", meaning, labels=("engine", "model_name"))
+            counter.add_metric(("0", self._model), value)
+            yield counter
+        received = CounterMetricFamily("mock_requests", "POSTs received.", labels=("path",))
+        for path, value in self._record.received.items():
+            received.add_metric((path,), value)
+        yield received
+
+    def _gauge(self, name: str, meaning: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(f"vllm:{name}", meaning, labels=("engine", "model_name"))
+        gauge.add_metric(("0", self._model), value)
+        return gauge
