@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import gc
 
 import pytest
 from hypothesis import settings
@@ -17,7 +16,7 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from kubeai._load import LoadTable, live
+from kubeai._load import LoadTable
 from kubeai.errors import KubeAIError
 from kubeai.openai import Kind, parse
 from kubeai.routing import (
@@ -70,14 +69,6 @@ def route(*endpoints, model="m", **values):
 
 def endpoint(name, *adapters, address=None):
     return Endpoint(name, address or f"{name}:8000", adapters)
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_in_flight():
-    before = live()
-    yield
-    gc.collect()
-    assert live() == before
 
 
 @pytest.fixture

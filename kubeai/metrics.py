@@ -1,0 +1,136 @@
+"""Prometheus metrics, read off the load table when somebody scrapes.
+
+Nothing is counted here: workers count in their cells of the load table, in the hot path; this
+names the cells, by the Publisher's rows. So one scrape of the supervisor is the whole replica of
+KubeAI, and a series exists exactly as long as its model or endpoint does: a name that a client
+invents makes none.
+
+The supervisor owns one :class:`Metrics` and serves what it renders at ``metricsAddr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from kubeai import __version__
+from kubeai._load import ITERATION_BUCKETS, LoadTable
+from kubeai.routing import Publisher, RequestType, Route
+
+REQUESTS = "kubeai_inference_requests"
+_REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
+
+
+class Metrics:
+    """All metrics of this replica of KubeAI."""
+
+    def __init__(self, table: LoadTable, publisher: Publisher) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(LoadCollector(table, publisher))
+        ProcessCollector(registry=self._registry)  # of the supervisor
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """(body, content type): Prometheus text or OpenMetrics, as the Accept header asks."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+class LoadCollector(Collector):
+    """The load table's cells as metric families."""
+
+    def __init__(self, table: LoadTable, publisher: Publisher) -> None:
+        self._table = table
+        self._publisher = publisher
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # spares the registry a collection while it registers
+
+    def collect(self) -> Iterable[Metric]:
+        snapshot = self._publisher.snapshot()
+        yield from self._models(snapshot.routes)
+        yield from self._endpoints(snapshot.routes)
+        yield self._iterations()
+        yield from self._hinge(snapshot.version)
+        yield InfoMetricFamily("kubeai_build", "This program.", {"version": __version__})
+
+    def _models(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
+        active = GaugeMetricFamily(
+            f"{REQUESTS}_active",
+            "Requests that are being served or held, by model.",
+            labels=("request_model", "request_type"),
+        )
+        held = GaugeMetricFamily(
+            f"{REQUESTS}_held",
+            "Requests that wait for an endpoint, by model.",
+            labels=("request_model",),
+        )
+        for route in routes:
+            for kind in _REQUEST_TYPES:
+                active.add_metric((route.model, kind), self._table.active(route.row, kind))
+            held.add_metric((route.model,), self._table.held(route.row))
+        return active, held
+
+    def _endpoints(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
+        in_flight = GaugeMetricFamily(
+            "kubeai_endpoint_requests_in_flight",
+            "Requests sent to an endpoint and not yet ended.",
+            labels=("request_model", "endpoint"),
+        )
+        choices = [
+            CounterMetricFamily(
+                f"{REQUESTS}_hash_lookup_{choice}", f"Hash lookups {what}", labels=("endpoint",)
+            )
+            for choice, what in (
+                ("initial", "that looked at this endpoint first."),
+                ("final", "that took this endpoint."),
+                ("default", "that took this endpoint because none was within the load bound."),
+            )
+        ]
+        for route in routes:
+            hashed = route.strategy == "PrefixHash"
+            for endpoint in route.endpoints:
+                in_flight.add_metric(
+                    (route.model, endpoint.name), self._table.in_flight(endpoint.row)
+                )
+                counts = self._table.lookups(endpoint.row)
+                if hashed or any(counts):
+                    for family, count in zip(choices, counts, strict=True):
+                        family.add_metric((endpoint.name,), count)
+        return in_flight, *choices
+
+    def _iterations(self) -> Metric:
+        counts, total = self._table.iterations()
+        bounds = [*(str(float(bound)) for bound in ITERATION_BUCKETS), "+Inf"]
+        cumulative, buckets = 0, []
+        for bound, count in zip(bounds, counts, strict=True):
+            cumulative += count
+            buckets.append((bound, float(cumulative)))
+        return HistogramMetricFamily(
+            f"{REQUESTS}_hash_lookup_iterations",
+            "Distinct endpoints that a hash lookup looked at.",
+            buckets=buckets,
+            sum_value=total,
+        )
+
+    def _hinge(self, version: int) -> Iterable[Metric]:
+        yield GaugeMetricFamily(
+            "kubeai_routing_table_version", "Version of the routing table, as published.", version
+        )
+        applied = GaugeMetricFamily(
+            "kubeai_worker_routing_table_version",
+            "Version of the routing table that a worker has applied.",
+            labels=("worker",),
+        )
+        for column in range(self._table.columns - 1):
+            applied.add_metric((str(column),), self._table.acknowledged(column))
+        yield applied
