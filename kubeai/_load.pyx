@@ -350,7 +350,7 @@ cdef class LoadTable:
         """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds)."""
         self._check_row(row)
         self._check_writer()
-        if get_u32(&self.generations[row]) != generation:
+        if not self.lives(row, generation):
             return
         cdef Column *column = &self.column_headers[self._column]
         # A column's latest only rises, and is raised first: a picker that sees it passed knows
@@ -393,7 +393,7 @@ cdef class LoadTable:
         admission._open = True
         live_admissions += 1
         put_i64(admission.column_active, get_i64(admission.column_active) + 1)
-        if get_u32(&self.generations[row]) == generation:
+        if self.lives(row, generation):
             up(admission.active_cell)
         return admission
 
@@ -426,10 +426,7 @@ cdef class Admission:
         raise TypeError("use LoadTable.admit")
 
     cdef bint _counts(self) noexcept:
-        return (
-            self.table.header != NULL
-            and get_u32(&self.table.generations[self.row]) == self.generation
-        )
+        return self.table.header != NULL and self.table.lives(self.row, self.generation)
 
     def hold(self):
         """Count it as held too (idempotent; nothing once closed)."""
@@ -485,9 +482,9 @@ cdef class Reservation:
         cdef LoadTable table = self.table
         if table.header == NULL:
             return
-        if get_u32(&table.generations[self.row]) == self.generation:
+        if table.lives(self.row, self.generation):
             down(self.cell)
-        if get_u32(&table.generations[self.model_row]) == self.model_generation:
+        if table.lives(self.model_row, self.model_generation):
             down(self.model_cell)
 
     def release(self):
@@ -516,8 +513,8 @@ cdef Reservation reserve(
         &table.in_flight_cells[<size_t> model_row * table.stride + table._column]
     )
     live_reservations += 1
-    if get_u32(&table.generations[row]) == generation:
+    if table.lives(row, generation):
         up(reservation.cell)
-    if get_u32(&table.generations[model_row]) == model_generation:
+    if table.lives(model_row, model_generation):
         up(reservation.model_cell)
     return reservation

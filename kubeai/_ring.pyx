@@ -31,7 +31,6 @@ from kubeai._load cimport (
     Reservation,
     get_i32,
     get_time,
-    get_u32,
     least_row,
     reserve,
     sum_row,
@@ -680,9 +679,7 @@ cdef class Ring:
         cdef int32_t at
         for at in range(self.departed_n - 1, -1, -1):
             load = 0
-            if get_u32(&self.table.generations[self.departed[at].row]) == (
-                self.departed[at].generation
-            ):
+            if self.table.lives(self.departed[at].row, self.departed[at].generation):
                 load = self._load(self.departed[at].row)
             if load == 0:
                 self.departed_n -= 1

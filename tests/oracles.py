@@ -1,0 +1,166 @@
+"""The ring and the load table in plain Python: what hypothesis compares the compiled ones with.
+
+Written from the rules alone, as slowly as is convenient: a table is dictionaries, a ring is a
+sorted list of pairs. Nothing here runs outside the tests.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil, inf
+
+import mmh3
+
+MASK = (1 << 64) - 1
+
+
+class OracleTable:
+    """Cells by (row, column); a row's generation; when a row's ejection ends."""
+
+    def __init__(self, workers: int) -> None:
+        self.columns = workers + 1
+        self.generations: Counter[int] = Counter()
+        self.in_flight: Counter[tuple[int, int]] = Counter()
+        self.active: Counter[tuple[int, int, str]] = Counter()
+        self.held: Counter[tuple[int, int]] = Counter()
+        self.lookups: Counter[tuple[int, str]] = Counter()
+        self.iterations: list[int] = []
+        self.column_active: Counter[int] = Counter()
+        self.ejected: dict[int, float] = {}
+
+    def gauges(self) -> tuple[Counter, ...]:
+        return (self.in_flight, self.active, self.held)
+
+    def open_row(self, row: int) -> int:
+        self.generations[row] += 1
+        self.ejected.pop(row, None)
+        for gauge in self.gauges():
+            for cell in [cell for cell in gauge if cell[0] == row]:
+                del gauge[cell]
+        for which in ("initial", "final", "default"):
+            self.lookups[row, which] = 0
+        return self.generations[row]
+
+    def clear_column(self, column: int) -> None:
+        for gauge in self.gauges():
+            for cell in [cell for cell in gauge if cell[1] == column]:
+                del gauge[cell]
+        self.column_active[column] = 0
+
+    def row_sum(self, gauge: Counter, row: int) -> int:
+        return sum(count for cell, count in gauge.items() if cell[0] == row)
+
+    def load(self, row: int) -> int:
+        return self.row_sum(self.in_flight, row)
+
+    def up(self, gauge: Counter, cell: tuple, generation: int) -> None:
+        if self.generations[cell[0]] == generation > 0:
+            gauge[cell] += 1
+
+    def down(self, gauge: Counter, cell: tuple, generation: int) -> None:
+        if self.generations[cell[0]] == generation > 0:
+            gauge[cell] = max(0, gauge[cell] - 1)
+
+
+@dataclass
+class OraclePick:
+    name: str
+    first: str
+    first_load: int
+    bound: int
+    iterations: int
+    initial: str
+    defaulted: bool
+
+
+@dataclass
+class OracleEndpoint:
+    row: int
+    generation: int
+    adapters: frozenset[str] = frozenset()
+
+
+def mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def places(name: str, replication: int) -> list[int]:
+    start = mmh3.hash64(name.encode(), signed=False)[0]
+    return [mix((start + i * 0x9E3779B97F4A7C15) & MASK) for i in range(1, replication + 1)]
+
+
+class OracleRing:
+    """Decides as the ring does; counts nothing itself."""
+
+    def __init__(self, table: OracleTable, replication: int, mean_load_factor: int) -> None:
+        self.table = table
+        self.floor = 2
+        self.replication = replication
+        self.mean_load_factor = mean_load_factor
+        self.endpoints: dict[str, OracleEndpoint] = {}
+
+    def set(self, name: str, row: int, generation: int, adapters: frozenset[str]) -> None:
+        self.endpoints[name] = OracleEndpoint(row, generation, adapters)
+
+    def remove(self, name: str) -> None:
+        self.endpoints.pop(name, None)
+
+    def clockwise(self, key: int) -> list[str]:
+        """Every endpoint once, in the order in which a walk from the key meets them."""
+        ring = sorted(
+            (place, name) for name in self.endpoints for place in places(name, self.replication)
+        )
+        start = mix(key)
+        ahead = [name for place, name in ring if place >= start]
+        behind = [name for place, name in ring if place < start]
+        return list(dict.fromkeys(ahead + behind))
+
+    def load(self, name: str) -> int:
+        return self.table.load(self.endpoints[name].row)
+
+    def able(self, adapter: str | None) -> set[str]:
+        return {
+            name for name, e in self.endpoints.items() if adapter is None or adapter in e.adapters
+        }
+
+    def who_can_serve(
+        self, adapter: str | None, exclude: frozenset[str], now_s: float
+    ) -> tuple[set[str], set[str]]:
+        """(Whom the mean is taken over, which of them may be chosen)."""
+        able = self.able(adapter)
+        healthy = {n for n in able if self.table.ejected.get(self.endpoints[n].row, -inf) <= now_s}
+        if healthy - exclude:
+            return healthy, healthy - exclude
+        return able, able - exclude
+
+    def pick_hashed(
+        self, key: int, adapter: str | None, exclude: frozenset[str], now_s: float
+    ) -> OraclePick | None:
+        counted, allowed = self.who_can_serve(adapter, exclude, now_s)
+        if not allowed:
+            return None
+        total = sum(self.load(name) for name in counted)
+        mean = (total + 1) / len(counted)
+        bound = max(self.floor, ceil(round(self.mean_load_factor * mean / 100, 9)))
+        walk = self.clockwise(key)
+        on_the_way = [name for name in walk if name in allowed]
+        within = [name for name in on_the_way if self.load(name) + 1 <= bound]
+        chosen = within[0] if within else on_the_way[0]
+        looked_at = walk.index(chosen if within else on_the_way[-1]) + 1
+        first = on_the_way[0]
+        return OraclePick(
+            chosen, first, self.load(first), bound, looked_at, walk[0], defaulted=not within
+        )
+
+    def least(self, adapter: str | None, exclude: frozenset[str], now_s: float) -> set[str]:
+        """All that a least-load pick may take."""
+        _, allowed = self.who_can_serve(adapter, exclude, now_s)
+        least = min((self.load(name) for name in allowed), default=0)
+        return {name for name in allowed if self.load(name) == least}
+
+    def lookup(self, key: int, adapter: str | None) -> str | None:
+        able = self.able(adapter)
+        return next((name for name in self.clockwise(key) if name in able), None)

@@ -1,0 +1,473 @@
+"""The load table: cells, columns and lives of rows, and what a Reservation gives back."""
+
+import gc
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from oracles import OracleTable
+
+from kubeai._load import ITERATION_BUCKETS, LoadTable, live
+from kubeai._ring import Ring
+
+ROWS = 6
+WORKERS = 2
+
+
+@pytest.fixture
+def table():
+    table = LoadTable.create(rows=64, workers=WORKERS)
+    yield table
+    table.close()
+    gc.collect()
+    assert live() == (0, 0)
+
+
+@pytest.fixture
+def worker(table):
+    worker = LoadTable.attach(table.fd, 0)
+    yield worker
+    worker.close()
+
+
+def reserve(table: LoadTable, row: int, model_row: int = 0):
+    """A pick of the endpoint in ``row``, counted on the model in ``model_row`` too."""
+    ring = Ring(table, model_row, table.generation(model_row))
+    ring.set("pod", row, table.generation(row))
+    return ring.pick_least()
+
+
+def test_a_new_table_is_all_zero(table):
+    assert (table.rows, table.columns, table.column) == (64, WORKERS + 1, -1)
+    assert all(table.row_is_zero(row) for row in range(64))
+    assert table.active_total() == 0
+    assert table.iterations() == ([0] * (len(ITERATION_BUCKETS) + 1), 0)
+
+
+def test_an_admission_counts_once_however_often_it_is_closed(table, worker):
+    generation = table.open_row(3)
+    admission = worker.admit(3, generation)
+    other = worker.admit(3, generation, "message")
+    assert (table.active(3), table.active(3, "http"), table.active(3, "message")) == (2, 1, 1)
+    assert table.active_total() == 2
+    admission.close()
+    admission.close()
+    assert (table.active(3), table.active(3, "http")) == (1, 0)
+    del other
+    assert table.active(3) == 0
+    assert table.active_total() == 0
+
+
+def test_a_held_request_is_counted_as_held_until_it_is_not(table, worker):
+    admission = worker.admit(3, table.open_row(3))
+    admission.hold()
+    admission.hold()
+    assert (table.held(3), table.active(3)) == (1, 1)
+    admission.unhold()
+    admission.unhold()
+    assert table.held(3) == 0
+    admission.hold()
+    admission.close()
+    assert table.held(3) == 0
+    admission.hold()
+    assert table.held(3) == 0
+
+
+def test_a_load_is_the_sum_over_the_columns(table):
+    table.open_row(0), table.open_row(1)
+    workers = [LoadTable.attach(table.fd, column) for column in range(WORKERS)]
+    held = [reserve(w, 1) for w in workers for _ in range(3)]
+    assert [t.in_flight(1) for t in (table, *workers)] == [6, 6, 6]
+    assert table.in_flight(0) == 6
+    held[0].release()
+    held[0].release()
+    assert held[0].released
+    assert not held[1].released
+    assert table.in_flight(1) == table.in_flight(0) == 5
+    del held
+    assert table.in_flight(1) == table.in_flight(0) == 0
+
+
+def test_a_reservation_of_an_earlier_life_releases_into_nothing(table, worker):
+    table.open_row(0), table.open_row(1)
+    stale = reserve(worker, 1)
+    stale_admission = worker.admit(0, table.generation(0))
+    table.open_row(0), table.open_row(1)
+    fresh = reserve(worker, 1)
+    stale.release()
+    stale_admission.close()
+    assert table.in_flight(1) == table.in_flight(0) == 1
+    fresh.release()
+    assert table.row_is_zero(1)
+    assert table.active_total() == 0
+
+
+def test_what_knows_an_old_generation_counts_nothing(table, worker):
+    old = table.open_row(1)
+    table.open_row(0)
+    ring = Ring(worker, 0, table.generation(0))
+    ring.set("pod", 1, old)
+    table.open_row(1)
+    with_old = ring.pick_least()
+    admission = worker.admit(1, old)
+    admission.hold()
+    assert table.row_is_zero(1)
+    with_old.release()
+    admission.close()
+    assert table.row_is_zero(1)
+
+
+def test_clearing_a_column_forgets_its_gauges_and_no_others(table):
+    generation = table.open_row(0)
+    table.open_row(1)
+    dead, alive = (LoadTable.attach(table.fd, column) for column in range(2))
+    kept = [reserve(alive, 1), alive.admit(0, generation)]
+    lost = [reserve(dead, 1), dead.admit(0, generation), dead.admit(0, generation, "message")]
+    lost[1].hold()
+    table.clear_column(0)
+    assert (table.in_flight(0), table.in_flight(1)) == (1, 1)
+    assert (table.active(0), table.held(0), table.active_total()) == (1, 0, 1)
+    # Nothing falls below 0 when the cleared ones are released after all.
+    del lost
+    assert (table.in_flight(0), table.in_flight(1), table.active(0)) == (1, 1, 1)
+    del kept
+    assert table.row_is_zero(0)
+
+
+def test_counters_survive_a_cleared_column_and_end_with_the_row(table, worker):
+    table.open_row(0), table.open_row(1)
+    ring = Ring(worker, 0, table.generation(0))
+    ring.set("pod", 1, table.generation(1))
+    for key in range(5):
+        ring.pick_hashed(key).release()
+    table.clear_column(0)
+    assert table.lookups(1) == (5, 5, 0)
+    assert table.iterations() == ([5] + [0] * len(ITERATION_BUCKETS), 5)
+    table.open_row(1)
+    assert table.lookups(1) == (0, 0, 0)
+
+
+def test_a_row_tells_its_generation(table):
+    assert table.generation(7) == 0
+    assert [table.open_row(7) for _ in range(3)] == [1, 2, 3]
+    assert table.generation(7) == 3
+
+
+def test_an_ejection_is_seen_by_all_and_ends_with_the_rows_life(table, worker):
+    generation = table.open_row(7)
+    until_s = time.monotonic() + 100
+    worker.eject(7, generation + 1, until_s)
+    assert table.ejected_until(7) == 0
+    worker.eject(7, generation, until_s)
+    assert table.ejected_until(7) == until_s
+    table.open_row(7)
+    assert table.ejected_until(7) == 0
+
+
+def test_each_worker_acknowledges_for_itself(table, worker):
+    worker.acknowledge(2**40)
+    assert [table.acknowledged(column) for column in range(WORKERS)] == [2**40, 0]
+
+
+def test_a_reservation_outlives_its_table(table, worker):
+    table.open_row(0), table.open_row(1)
+    reservation, admission = reserve(worker, 1), worker.admit(0, 1)
+    worker.close()
+    reservation.release()
+    admission.close()
+    with pytest.raises(ValueError, match="closed"):
+        worker.in_flight(1)
+    assert table.in_flight(1) == table.active(0) == 1
+
+
+def test_a_process_without_a_column_counts_nothing(table):
+    table.open_row(0), table.open_row(1)
+    for call in (
+        lambda: table.admit(0, 1),
+        lambda: table.acknowledge(1),
+        lambda: table.eject(1, 1, 1.0),
+        lambda: reserve(table, 1),
+    ):
+        with pytest.raises(ValueError, match="no column"):
+            call()
+    table.column = WORKERS
+    admission = table.admit(0, 1)
+    assert table.active(0) == 1
+    assert table.active_total() == 0, "the supervisor's column is not a worker's"
+    admission.close()
+    with pytest.raises(ValueError, match="column must be"):
+        table.column = WORKERS + 1
+
+
+@pytest.mark.parametrize("row", [-1, 64, 2**40])
+def test_rows_outside_the_table_are_refused(table, worker, row):
+    for call in (
+        table.open_row,
+        table.generation,
+        table.row_is_zero,
+        table.active,
+        table.held,
+        table.in_flight,
+        table.lookups,
+        table.ejected_until,
+        lambda row: worker.admit(row, 1),
+        lambda row: worker.eject(row, 1, 1.0),
+        lambda row: Ring(worker, 0, 1).set("pod", row, 1),
+    ):
+        with pytest.raises(IndexError, match="row must be"):
+            call(row)
+    for call in (table.clear_column, table.acknowledged):
+        with pytest.raises(IndexError, match="column must be"):
+            call(WORKERS + 1)
+
+
+def test_a_kind_that_does_not_exist_is_refused(table, worker):
+    with pytest.raises(ValueError, match="'smoke'"):
+        worker.admit(0, 0, "smoke")
+    with pytest.raises(ValueError, match="'smoke'"):
+        table.active(0, "smoke")
+
+
+@pytest.mark.parametrize(("rows", "workers"), [(0, 1), (2**20 + 1, 1), (1, 0), (1, 64)])
+def test_a_size_out_of_bounds_is_refused(rows, workers):
+    with pytest.raises(ValueError, match="must be"):
+        LoadTable.create(rows, workers)
+
+
+def test_the_largest_table_works_and_is_sparse():
+    table = LoadTable.create(2**20, 63)
+    table.column = 62
+    generation = table.open_row(2**20 - 1)
+    admission = table.admit(2**20 - 1, generation)
+    assert table.active(2**20 - 1) == 1
+    assert os.fstat(table.fd).st_blocks * 512 < 4 << 20
+    admission.close()
+    table.close()
+
+
+def test_a_file_that_is_no_load_table_is_refused(table, tmp_path: Path):
+    good = os.pread(table.fd, 1 << 20, 0)
+    bad = {
+        "too short": good[:8],
+        "magic": b"x" + good[1:],
+        "layout": good[:8] + b"\x09" + good[9:],
+        "rows": good[:16] + b"\x00" + good[17:],
+        "size": good[:-1],
+        "column": good,
+    }
+    for what, content in bad.items():
+        file = tmp_path / what
+        file.write_bytes(content)
+        with file.open("r+b") as f, pytest.raises(ValueError, match=what):
+            LoadTable.attach(f.fileno(), 99)
+
+
+def test_a_table_cannot_be_cut_short_under_a_process_that_maps_it(table):
+    with pytest.raises(PermissionError):
+        os.ftruncate(table.fd, 0)
+
+
+def test_only_the_table_and_the_ring_make_what_counts():
+    from kubeai._load import Admission, Reservation
+
+    for cls in (LoadTable, Admission, Reservation):
+        with pytest.raises(TypeError):
+            cls()
+
+
+def test_a_reservation_in_a_garbage_cycle_is_released(table, worker):
+    class Knot:
+        pass
+
+    table.open_row(0), table.open_row(1)
+    knot = Knot()
+    ring = Ring(worker, 0, 1)
+    ring.set("pod", 1, 1, target=knot)
+    knot.reservation = ring.pick_least()
+    knot.admission = worker.admit(0, 1)
+    assert live() == (1, 1)
+    del knot, ring
+    gc.collect()
+    assert live() == (0, 0)
+    assert table.row_is_zero(0)
+    assert table.row_is_zero(1)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_neither_counting_nor_mapping_leaks():
+    def churn(times: int) -> None:
+        for i in range(times):
+            table = LoadTable.create(256, 1)
+            table.column = 0
+            ring = Ring(table, 0, table.open_row(0), replication=32)
+            for row in range(1, 20):
+                ring.set(f"pod-{row}", row, table.open_row(row), {"a", f"b{row % 3}"})
+            for key in range(50):
+                picked = ring.pick_hashed(key, "a", ["pod-1", "pod-2"])
+                admission = table.admit(0, 1)
+                admission.hold()
+                del admission
+                if i % 2:
+                    picked.release()
+            ring.remove("pod-3")
+            ring.configure(replication=7 + i % 5, mean_load_factor=125)
+            ring.lookup(1)
+            if i % 3:
+                table.close()
+
+    churn(200)
+    gc.collect()
+    before = resident_bytes(), len(os.listdir("/proc/self/fd"))
+    churn(1000)
+    gc.collect()
+    assert resident_bytes() - before[0] < 2 << 20
+    assert len(os.listdir("/proc/self/fd")) == before[1]
+    assert live() == (0, 0)
+
+
+class Tables(RuleBasedStateMachine):
+    """The table, seen from two workers and their supervisor, beside its oracle."""
+
+    @initialize()
+    def start(self):
+        self.table = LoadTable.create(ROWS, WORKERS)
+        self.oracle = OracleTable(WORKERS)
+        self.workers = [LoadTable.attach(self.table.fd, c) for c in range(WORKERS)]
+        self.admissions = []
+        self.reservations = []
+        for row in range(3):
+            self.open_row(row)
+
+    def teardown(self):
+        if hasattr(self, "table"):
+            self.admissions.clear()
+            self.reservations.clear()
+            self.table.close()
+            assert live() == (0, 0)
+
+    @rule(row=st.integers(0, ROWS - 1))
+    def open_row(self, row):
+        assert self.table.open_row(row) == self.oracle.open_row(row)
+
+    @rule(
+        row=st.integers(0, ROWS - 1),
+        column=st.integers(0, WORKERS - 1),
+        stale=st.booleans(),
+        kind=st.sampled_from(["http", "message"]),
+    )
+    def admit(self, row, column, stale, kind):
+        generation = max(0, self.oracle.generations[row] - stale)
+        self.admissions.append(
+            [self.workers[column].admit(row, generation, kind), column, row, generation, kind, 0]
+        )
+        self.oracle.up(self.oracle.active, (row, column, kind), generation)
+        self.oracle.column_active[column] += 1
+
+    @rule(which=st.integers(0, 99), again=st.booleans())
+    def hold(self, which, again):
+        if self.admissions:
+            entry = self.admissions[which % len(self.admissions)]
+            admission, column, row, generation, _, held = entry
+            for _ in range(1 + again):
+                admission.hold()
+            if not held:
+                self.oracle.up(self.oracle.held, (row, column), generation)
+            entry[-1] = 1
+
+    def unheld(self, entry):
+        _, column, row, generation, _, held = entry
+        if held:
+            self.oracle.down(self.oracle.held, (row, column), generation)
+        entry[-1] = 0
+
+    @rule(which=st.integers(0, 99))
+    def unhold(self, which):
+        if self.admissions:
+            entry = self.admissions[which % len(self.admissions)]
+            entry[0].unhold()
+            self.unheld(entry)
+
+    @rule(which=st.integers(0, 99), drop=st.booleans())
+    def close(self, which, drop):
+        if self.admissions:
+            entry = self.admissions.pop(which % len(self.admissions))
+            self.unheld(entry)
+            _, column, row, generation, kind, _ = entry
+            self.oracle.down(self.oracle.active, (row, column, kind), generation)
+            self.oracle.column_active[column] = max(0, self.oracle.column_active[column] - 1)
+            if not drop:
+                entry[0].close()
+                entry[0].close()
+            entry.clear()
+
+    @rule(
+        row=st.integers(0, ROWS - 1),
+        model=st.integers(0, ROWS - 1),
+        column=st.integers(0, WORKERS - 1),
+        stale=st.booleans(),
+    )
+    def reserve(self, row, model, column, stale):
+        generations = self.oracle.generations
+        lives = (max(0, generations[row] - stale), generations[model])
+        ring = Ring(self.workers[column], model, lives[1])
+        ring.set("pod", row, lives[0])
+        self.reservations.append((ring.pick_least(), column, row, model, lives))
+        self.oracle.up(self.oracle.in_flight, (row, column), lives[0])
+        self.oracle.up(self.oracle.in_flight, (model, column), lives[1])
+
+    @rule(which=st.integers(0, 99), drop=st.booleans())
+    def release(self, which, drop):
+        if self.reservations:
+            entry = self.reservations.pop(which % len(self.reservations))
+            reservation, column, row, model, lives = entry
+            if not drop:
+                reservation.release()
+                assert reservation.released
+            del reservation, entry
+            self.oracle.down(self.oracle.in_flight, (row, column), lives[0])
+            self.oracle.down(self.oracle.in_flight, (model, column), lives[1])
+
+    @rule(column=st.integers(0, WORKERS - 1))
+    def clear_column(self, column):
+        self.table.clear_column(column)
+        self.oracle.clear_column(column)
+
+    @rule(column=st.integers(0, WORKERS - 1))
+    def die(self, column):
+        """A worker is gone with all that it counted; a successor takes its column."""
+        self.workers[column].close()
+        self.admissions = [entry for entry in self.admissions if entry[1] != column]
+        self.reservations = [entry for entry in self.reservations if entry[1] != column]
+        self.clear_column(column)
+        self.workers[column] = LoadTable.attach(self.table.fd, column)
+
+    @invariant()
+    def agree(self):
+        if not hasattr(self, "table"):
+            return
+        oracle = self.oracle
+        for row in range(ROWS):
+            assert self.table.generation(row) == oracle.generations[row]
+            assert self.table.in_flight(row) == oracle.load(row)
+            assert self.table.held(row) == oracle.row_sum(oracle.held, row)
+            assert self.table.active(row) == oracle.row_sum(oracle.active, row)
+            for kind in ("http", "message"):
+                assert self.table.active(row, kind) == sum(
+                    oracle.active[row, column, kind] for column in range(WORKERS)
+                )
+            assert self.table.row_is_zero(row) == (
+                not any(oracle.row_sum(gauge, row) for gauge in oracle.gauges())
+            )
+        assert self.table.active_total() == sum(oracle.column_active.values())
+        assert live() == (len(self.admissions), len(self.reservations))
+
+
+TestTables = Tables.TestCase
+TestTables.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
