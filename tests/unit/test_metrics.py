@@ -98,7 +98,7 @@ def test_hash_lookups_are_counted_by_endpoint(replica):
     assert scraped[prefix + "iterations_sum",] == sum(pick.iterations for pick in picks)
     assert scraped[prefix + "iterations_bucket", "+Inf"] == 3
     assert scraped[prefix + "iterations_bucket", "1.0"] == sum(p.iterations == 1 for p in picks)
-    assert scraped["kubeai_endpoint_requests_in_flight", "m", home] == sum(
+    assert scraped["kubeai_endpoint_requests_in_flight", home, "m"] == sum(
         pick.name == home for pick in picks
     )
     for pick in picks:
