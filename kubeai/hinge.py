@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -47,11 +48,11 @@ Up = Ready | Demand
 
 
 class Channel(asyncio.Protocol):
-    """One end of the hinge. ``message``: the union that this end receives."""
+    """One end of the hinge. ``message``: the union that this end receives, ``Down`` or ``Up``."""
 
     def __init__(
         self,
-        message: type,
+        message: Any,
         received: Callable[[object], None],
         closed: Callable[[], None],
     ) -> None:

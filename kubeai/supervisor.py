@@ -228,7 +228,11 @@ class Supervisor:
     # -- what the workers and the operator call ------------------------------------------------
 
     def _publish(self, model: str, route: Route | None) -> None:
-        delta = self.publisher.update(model, route)
+        try:
+            delta = self.publisher.update(model, route)
+        except KubeAIError as error:  # the table is full: the model keeps the route it had
+            log.error("route not published", model=model, error=str(error))
+            return
         if delta is not None and self.synced:
             for worker in self._workers:
                 worker.send(delta)

@@ -1,0 +1,35 @@
+"""What every test ends with: nothing in flight, no task alive."""
+
+import asyncio
+import gc
+
+import pytest
+import pytest_asyncio
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_flight():
+    """Every Admission and Reservation that a test made is closed or gone when it ends."""
+    from kubeai import _load
+
+    yield
+    if _load.live() != (0, 0):
+        gc.collect()
+        assert _load.live() == (0, 0), "(Admissions, Reservations) are left"
+
+
+@pytest_asyncio.fixture
+async def no_task_alive():
+    before = asyncio.all_tasks()
+    yield
+    # One turn, for tasks whose cancellation has been asked for and awaited by their owner.
+    await asyncio.sleep(0)
+    left = [task for task in asyncio.all_tasks() - before if not task.done()]
+    left = [task for task in left if task is not asyncio.current_task()]
+    assert not left, f"tasks are left: {left}"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if pytest_asyncio.is_async_test(item):
+            item.fixturenames.insert(0, "no_task_alive")
