@@ -27,7 +27,7 @@ help:  ## what there is
 build: .venv/installed  ## the virtual environment and the compiled core
 
 run: build  ## kubeai local with the manifests of examples/
-	$(BIN)/kubeai local examples --config examples/config.yaml --data-dir .kubeai
+	$(BIN)/kubeai local examples --data-dir .kubeai
 
 test: .venv/installed-test  ## all tests that need nothing but Python
 	$(BIN)/pytest tests

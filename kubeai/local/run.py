@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 LOCAL_DEFAULTS: dict[str, Any] = {
     "metricsAddr": "127.0.0.1:0",
     "healthAddress": "127.0.0.1:0",
-    "modelAutoscaling": {"interval": "2s", "timeWindow": "20s"},
+    "modelAutoscaling": {"interval": "1s", "timeWindow": "10s"},
     "gateway": {"drainAccept": "0s", "drainTimeout": "10s"},
 }
 
