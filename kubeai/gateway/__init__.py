@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kubeai._relay import Relay
     from kubeai.api.config import GatewayConfig
     from kubeai.routing import RoutingTable
 
@@ -27,9 +28,18 @@ class Gateway:
         self.demand = demand
         self.ready = False  # a routing table has arrived
         self.draining = False
-        self.connections = 0  # downstream connections that are open
-        self.exchanges = 0  # requests between their head and the end of their answer
+        self.relay: Relay | None = None
         self._held: dict[str, int] = {}
+
+    @property
+    def connections(self) -> int:
+        """Downstream connections that are open."""
+        return 0 if self.relay is None else self.relay.connections
+
+    @property
+    def exchanges(self) -> int:
+        """Requests between their head and the end of their answer."""
+        return 0 if self.relay is None else self.relay.exchanges
 
     def hold(self, model: str) -> bool:
         """Take a place among the requests held for a model; False when all places are taken.

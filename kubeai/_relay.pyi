@@ -1,0 +1,141 @@
+"""HTTP/1.1 between a client's connection and the engine that answers it; knows no models."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol, final
+
+CONNECT: int  # why an attempt failed: no connection, or not in time
+LOST: int  # the connection ended before an answer's head was whole
+INVALID: int  # what came is not an HTTP answer
+TIMEOUT: int  # no first byte in time
+STATUS: int  # an answer that the Exchange may not want to pass on
+
+class Connecting(Protocol):
+    """A connection that is being made."""
+
+    def cancel(self) -> object: ...
+
+class Pool(Protocol):
+    """The connections to one upstream."""
+
+    relay: Relay
+    host: str  # for the Host header
+    first_byte_timeout_s: float  # 0: no limit
+    between_bytes_timeout_s: float  # 0: no limit
+    idle_timeout_s: float
+
+    def take(self) -> Upstream | None: ...
+    def connect(self, exchange: Exchange) -> Connecting: ...
+    def give(self, upstream: Upstream) -> None: ...
+    def forget(self, upstream: Upstream) -> None: ...
+
+@final
+class Relay:
+    """All connections of one worker, their limits and their clock."""
+
+    owner: Any  # what the exchanges share
+    downstreams: set[Downstream]
+    upstreams: set[Upstream]
+    exchanges: int  # requests between their head and the end of their answer
+    draining: bool  # answers say Connection: close
+
+    def __init__(
+        self,
+        owner: Any,
+        exchange: Callable[[Downstream], Exchange],
+        error_body: Callable[[int, str], bytes],
+        *,
+        head_max_bytes: int,
+        head_max_count: int,
+        head_timeout_s: float,
+        body_timeout_s: float,
+        keep_alive_timeout_s: float,
+        stall_timeout_s: float,
+        tick_s: float = 0.25,
+    ) -> None:
+        """``error_body(status, message)``: the JSON of the relay's own refusals.
+
+        ``stall_timeout_s``: how long a client may read nothing of what is ready for it.
+        ``tick_s``: how late a deadline may be noticed.
+        """
+    @property
+    def connections(self) -> int:
+        """Downstream connections that are open."""
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the clock."""
+    def stop(self) -> None:
+        """Cut whatever is still open, and stop the clock."""
+    def downstream(self) -> Downstream:
+        """The protocol of one accepted connection (for ``loop.create_server``)."""
+    def close_idle(self) -> None:
+        """From here on a connection without a request is closed, now or at its answer's end."""
+
+@final
+class Downstream(asyncio.Protocol):
+    """One client's connection. Made by :meth:`Relay.downstream`."""
+
+class Exchange:
+    """One request and its answer. Subclasses say what becomes of it.
+
+    The hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``) are called by the relay; the
+    actions (``collect``, ``stream``, ``send``, ``answer``) by the hooks, or later while the
+    exchange is not ``finished``. An action after the client has left does nothing.
+    """
+
+    method: str
+    target: str
+    body: bytes  # once collected
+    answered: bool  # the head of an answer has been written
+    finished: bool
+
+    def __init__(self, downstream: Downstream) -> None: ...
+    @property
+    def owner(self) -> Any: ...
+    def headers(self, name: bytes) -> list[bytes]:
+        """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
+    # actions
+    def collect(self, max_bytes: int) -> None:
+        """Read the whole body; then comes ``on_body``."""
+    def stream(self, pool: Pool, path: bytes, max_bytes: int) -> None:
+        """Relay the request to an upstream while it comes, and the answer back. No retries."""
+    def send(self, pool: Pool, path: bytes, body: bytes) -> None:
+        """Attempt: send the request with this body to an upstream, relay its answer."""
+    def answer(self, status: int, body: bytes, headers: bytes = b"") -> None:
+        """Answer without an upstream: JSON. ``headers``: more of them, each ending in CRLF."""
+    # from pools
+    def connected(self, upstream: Upstream) -> None:
+        """The connection that ``pool.connect`` was asked for is there."""
+    def connect_failed(self) -> None: ...
+    # hooks
+    def on_head(self) -> None:
+        """The head is whole: call ``collect``, ``stream`` or ``answer``."""
+    def on_body(self) -> None:
+        """The body is whole, in ``body``: call ``send`` or ``answer``, now or later."""
+    def wants_retry(self, failure: int, status: int) -> bool:
+        """Whether to make another attempt (``retry`` follows) rather than ``give_up``.
+
+        Nothing has reached the client. ``status``: of the answer, where ``failure`` is STATUS;
+        False then passes that answer on.
+        """
+    def retry(self) -> None:
+        """Make another attempt, or ``answer``, now or later."""
+    def give_up(self, failure: int) -> None:
+        """Answer for a failure."""
+    def on_end(self) -> None:
+        """It is over, answered or not: give back what was taken. Called once."""
+
+@final
+class Upstream(asyncio.Protocol):
+    """One connection to an engine; idle in its pool, or at work for one Exchange."""
+
+    def __init__(self, pool: Pool) -> None: ...
+    def usable(self) -> bool:
+        """Whether a request can be written to it: not seen closed."""
+    def close(self) -> None:
+        """Close it, now. What it is at work for fails."""
+
+def unchunk(*pieces: bytes) -> tuple[bytes, int, bool]:
+    """Walk chunked framing given in pieces: (data, bytes used, ended); ValueError when it is bad.
+
+    For tests and fuzzers: the relay itself never joins pieces.
+    """

@@ -1,0 +1,1806 @@
+# cython: language_level=3
+"""The relay: HTTP/1.1 between one client's connection and whichever engine answers it.
+
+Owns every downstream connection (:class:`Downstream`), every upstream one (:class:`Upstream`) and
+what passes between the two. It knows no models: an :class:`Exchange`, made for each request by the
+class that the :class:`Relay` was given, says where a request goes; the relay says how.
+
+A head is judged by llhttp (through httptools), on exactly the bytes up to its empty line, after a
+check that every line of it ends in CRLF and none is folded: no two parsers can disagree where it
+ends. What is sent on is written anew from what was parsed, with one framing header and without
+hop-by-hop headers. Bodies are never decoded on their way. A body of known length is counted; the
+chunk framing of others is walked (``chunks_scan``, stricter than llhttp: no bare LF, extensions
+and trailers limited) and passed through as it came, since httptools tells neither where a message
+ends nor what its chunks were.
+
+Promises:
+- a request that is malformed, too big or too slow is answered (400, 408, 413, 417, 431), its
+  connection closed, and no byte of it reaches an upstream;
+- one request of a connection at a time; what a client sends meanwhile waits, reading paused;
+- one write a direction and wake-up, and flow control both ways: a reader that is slow pauses its
+  own upstream and no other;
+- before the first byte of an answer a failure is the Exchange's to mend (``wants_retry``); after
+  it, the client's connection is cut: what is broken never looks complete;
+- a client that leaves closes its upstream connection at once;
+- ``on_end`` is called exactly once for each Exchange, whatever happens;
+- every wait has a deadline, looked at every ``tick_s``.
+
+One thread, one event loop (uvloop; asyncio's own works too).
+
+        client ── Downstream ── Exchange ── Upstream ── engine
+                      │             │           │
+                  one a connection  one a request  one a connection, in a pool when idle
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport free, realloc
+from libc.string cimport memchr, memcmp, memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from http import HTTPStatus
+
+from httptools import HttpParserUpgrade, HttpRequestParser, HttpResponseParser
+
+cdef extern from *:
+    """
+    #include <sys/socket.h>
+    /* Closing such a socket sends RST: for answers that end when the connection does, the only
+       way to say that this is not the end. */
+    static void kb_reset_on_close(int fd) {
+        struct linger linger = {1, 0};
+        (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+    }
+    """
+    void kb_reset_on_close(int fd) nogil
+
+# Why an attempt failed, as Exchange.wants_retry and give_up are told.
+CONNECT = 1  # no connection, or not in time
+LOST = 2  # the connection ended before an answer's head was whole
+INVALID = 3  # what came is not an HTTP answer
+TIMEOUT = 4  # no first byte in time
+STATUS = 5  # an answer that the Exchange may not want to pass on
+
+cdef enum:
+    BODY_IN_HEAD_WRITE_MAX_BYTES = 65536  # above it, a second buffer is cheaper than a copy
+    EXACT_BODY_MAX_BYTES = 4 << 20  # larger ones grow as they come: a length is only a claim
+    CHUNK_LINE_MAX_BYTES = 256
+    TRAILERS_MAX_BYTES = 8192
+    LINGER_MAX_S = 2  # after an answer to a request that was not read to its end
+
+
+cdef double now() noexcept:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + t.tv_nsec * 1e-9
+
+
+# -- growing text ----------------------------------------------------------------------------------
+
+cdef struct Text:
+    char *at
+    Py_ssize_t size
+    Py_ssize_t room
+
+
+cdef int text_add(Text *text, const char *data, Py_ssize_t size) except -1:
+    cdef Py_ssize_t room
+    cdef char *grown
+    if text.size + size > text.room:
+        room = max(text.size + size, 2 * text.room, 1024)
+        grown = <char *> realloc(text.at, room)
+        if grown is NULL:
+            raise MemoryError()
+        text.at = grown
+        text.room = room
+    memcpy(text.at + text.size, data, size)
+    text.size += size
+    return 0
+
+
+cdef int text_add_header(Text *text, bytes name, bytes value) except -1:
+    text_add(text, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
+    text_add(text, b": ", 2)
+    text_add(text, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+    text_add(text, b"\r\n", 2)
+    return 0
+
+
+cdef void text_free(Text *text) noexcept:
+    free(text.at)
+    text.at = NULL
+    text.size = text.room = 0
+
+
+cdef inline char *put(char *at, const char *data, Py_ssize_t size) noexcept:
+    memcpy(at, data, size)
+    return at + size
+
+
+cdef inline char *put_bytes(char *at, bytes data) noexcept:
+    return put(at, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+
+# -- heads -----------------------------------------------------------------------------------------
+
+cdef enum HeaderKind:
+    PLAIN
+    HOST
+    CONNECTION
+    CONTENT_LENGTH
+    TRANSFER_ENCODING
+    EXPECT
+    FORWARDED_FOR
+    FORWARDED_PROTO
+    DROPPED  # hop by hop
+
+
+cdef bint is_name(const char *name, const char *lower, Py_ssize_t size) noexcept:
+    """Whether a header name (a token: no control characters) is ``lower``, whatever its case."""
+    cdef Py_ssize_t i
+    for i in range(size):
+        if (name[i] | 0x20) != lower[i]:
+            return False
+    return True
+
+
+cdef HeaderKind header_kind(bytes header) noexcept:
+    cdef const char *name = PyBytes_AS_STRING(header)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(header)
+    if size == 2:
+        return DROPPED if is_name(name, b"te", 2) else PLAIN
+    if size == 4:
+        return HOST if is_name(name, b"host", 4) else PLAIN
+    if size == 6:
+        return EXPECT if is_name(name, b"expect", 6) else PLAIN
+    if size == 7:
+        return DROPPED if is_name(name, b"upgrade", 7) else PLAIN
+    if size == 10:
+        if is_name(name, b"connection", 10):
+            return CONNECTION
+        return DROPPED if is_name(name, b"keep-alive", 10) else PLAIN
+    if size == 14:
+        return CONTENT_LENGTH if is_name(name, b"content-length", 14) else PLAIN
+    if size == 15:
+        return FORWARDED_FOR if is_name(name, b"x-forwarded-for", 15) else PLAIN
+    if size == 16:
+        return DROPPED if is_name(name, b"proxy-connection", 16) else PLAIN
+    if size == 17:
+        if is_name(name, b"transfer-encoding", 17):
+            return TRANSFER_ENCODING
+        return FORWARDED_PROTO if is_name(name, b"x-forwarded-proto", 17) else PLAIN
+    if size == 18:
+        return DROPPED if is_name(name, b"proxy-authenticate", 18) else PLAIN
+    if size == 19:
+        return DROPPED if is_name(name, b"proxy-authorization", 19) else PLAIN
+    return PLAIN
+
+
+cdef struct Scan:
+    Py_ssize_t at  # looked at so far
+    Py_ssize_t line  # where the current line begins
+    Py_ssize_t first_end  # where the first line's CR is
+    int lines
+
+
+cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept:
+    """The offset after a head's empty line; 0 when it is not there yet; -1 when malformed.
+
+    Every line must end in CRLF and none may be a fold. Empty lines before the first are skipped.
+    """
+    cdef const char *found
+    cdef Py_ssize_t end
+    while True:
+        found = <const char *> memchr(data + scan.at, c"\n", size - scan.at)
+        if found is NULL:
+            scan.at = size
+            return 0
+        end = found - data
+        if end == scan.line or data[end - 1] != c"\r":
+            return -1
+        scan.at = end + 1
+        if end - 1 == scan.line:
+            if scan.lines:
+                return end + 1
+        else:
+            if scan.lines == 0:
+                scan.first_end = end - 1
+            elif data[scan.line] == c" " or data[scan.line] == c"\t":
+                return -1
+            scan.lines += 1
+        scan.line = end + 1
+
+
+cdef void scan_reset(Scan *scan, Py_ssize_t at) noexcept:
+    scan.at = scan.line = at
+    scan.lines = 0
+
+
+cdef class Head:
+    """What is common to the head of a request and of an answer; fed by llhttp."""
+
+    cdef Text text  # the headers that travel on, as "name: value\r\n" each
+    cdef Scan scan
+    cdef object parser
+    cdef int64_t length  # Content-Length, or -1
+    cdef bint chunked
+    cdef bint close  # Connection: close
+    cdef bint keep  # Connection: keep-alive
+    cdef bytes named  # other tokens of Connection, lower case
+    cdef str fault
+
+    def __dealloc__(self):
+        text_free(&self.text)
+
+    cdef void _clear(self) noexcept:
+        self.text.size = 0
+        self.length = -1
+        self.chunked = self.close = self.keep = False
+        self.named = None
+        self.fault = None
+
+    cdef int _framing(self, HeaderKind kind, bytes value) except -1:
+        """Take one of the headers that say where a message ends, or whether its connection does."""
+        cdef bytes token
+        value = value.strip(b" \t")
+        if kind == CONTENT_LENGTH:
+            if self.length >= 0 or self.chunked or not value.isdigit() or len(value) > 18:
+                self.fault = "Content-Length is not one number, or not alone"
+                return 0
+            self.length = int(value)
+        elif kind == TRANSFER_ENCODING:
+            if self.length >= 0 or self.chunked or value.lower() != b"chunked":
+                self.fault = "Transfer-Encoding is not chunked, or not alone"
+                return 0
+            self.chunked = True
+        else:
+            for token in value.lower().split(b","):
+                token = token.strip(b" \t")
+                if token == b"close":
+                    self.close = True
+                elif token == b"keep-alive":
+                    self.keep = True
+                elif token:
+                    self.named = token if self.named is None else self.named + b"," + token
+        return 0
+
+    cdef int _drop_named(self) except -1:
+        """Take out the headers that Connection names: they were meant for this hop."""
+        cdef set named = set(self.named.split(b","))
+        cdef bytes line
+        cdef list lines = self.text.at[:self.text.size].split(b"\r\n") if self.text.size else []
+        self.text.size = 0
+        for line in lines:
+            if line and line.partition(b":")[0].lower() not in named:
+                text_add(&self.text, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line))
+                text_add(&self.text, b"\r\n", 2)
+        return 0
+
+
+# -- chunked framing -------------------------------------------------------------------------------
+
+cdef enum ChunkState:
+    CHUNK_SIZE_FIRST  # at least one digit
+    CHUNK_SIZE
+    CHUNK_EXTENSION
+    CHUNK_SIZE_LF
+    CHUNK_DATA
+    CHUNK_DATA_CR
+    CHUNK_DATA_LF
+    TRAILER_START
+    TRAILER
+    TRAILER_LF
+    LAST_LF
+    CHUNKS_END
+    CHUNKS_BAD
+
+
+cdef struct Chunks:
+    ChunkState state
+    uint64_t left  # of the chunk's data
+    int line  # bytes of the size line, or of all trailers, so far
+
+
+cdef inline int hex_digit(char c) noexcept:
+    if c"0" <= c <= c"9":
+        return c - c"0"
+    c |= 0x20
+    if c"a" <= c <= c"f":
+        return c - c"a" + 10
+    return -1
+
+
+cdef Py_ssize_t chunks_scan(
+    Chunks *chunks, const char *data, Py_ssize_t size, Text *into
+) except -1:
+    """Walk chunked framing; the bytes that belong to it, which is all unless it ended or is bad.
+
+    ``into``: collects the data of the chunks, NULL: nobody wants it.
+    """
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t take
+    cdef int digit
+    cdef char c
+    while at < size and chunks.state < CHUNKS_END:
+        if chunks.state == CHUNK_DATA:
+            take = size - at
+            if <uint64_t> take > chunks.left:
+                take = <Py_ssize_t> chunks.left
+            if into is not NULL:
+                text_add(into, data + at, take)
+            at += take
+            chunks.left -= <uint64_t> take
+            if chunks.left == 0:
+                chunks.state = CHUNK_DATA_CR
+            continue
+        c = data[at]
+        at += 1
+        if chunks.state <= CHUNK_EXTENSION or chunks.state == TRAILER:
+            chunks.line += 1
+        if chunks.state <= CHUNK_SIZE:
+            digit = hex_digit(c)
+            if digit >= 0:
+                if chunks.left >> 56:
+                    chunks.state = CHUNKS_BAD
+                else:
+                    chunks.left = (chunks.left << 4) | <uint64_t> digit
+                    chunks.state = CHUNK_SIZE
+            elif chunks.state == CHUNK_SIZE_FIRST:
+                chunks.state = CHUNKS_BAD
+            elif c == c"\r":
+                chunks.state = CHUNK_SIZE_LF
+            elif c == c";":
+                chunks.state = CHUNK_EXTENSION
+            else:
+                chunks.state = CHUNKS_BAD
+        elif chunks.state == CHUNK_EXTENSION:
+            if c == c"\r":
+                chunks.state = CHUNK_SIZE_LF
+            elif <unsigned char> c < 32 and c != c"\t" or c == 127:
+                chunks.state = CHUNKS_BAD
+        elif chunks.state == CHUNK_SIZE_LF:
+            if c != c"\n":
+                chunks.state = CHUNKS_BAD
+            else:
+                chunks.line = 0
+                chunks.state = CHUNK_DATA if chunks.left else TRAILER_START
+        elif chunks.state == CHUNK_DATA_CR:
+            chunks.state = CHUNK_DATA_LF if c == c"\r" else CHUNKS_BAD
+        elif chunks.state == CHUNK_DATA_LF:
+            chunks.state = CHUNK_SIZE_FIRST if c == c"\n" else CHUNKS_BAD
+        elif chunks.state == TRAILER_START:
+            chunks.line += 1
+            if c == c"\r":
+                chunks.state = LAST_LF
+            elif <unsigned char> c <= 32 or c == c":" or c == 127:
+                chunks.state = CHUNKS_BAD
+            else:
+                chunks.state = TRAILER
+        elif chunks.state == TRAILER:
+            if c == c"\r":
+                chunks.state = TRAILER_LF
+            elif <unsigned char> c < 32 and c != c"\t" or c == 127:
+                chunks.state = CHUNKS_BAD
+        elif chunks.state == TRAILER_LF:
+            chunks.state = TRAILER_START if c == c"\n" else CHUNKS_BAD
+        else:
+            chunks.state = CHUNKS_END if c == c"\n" else CHUNKS_BAD
+        if chunks.line > CHUNK_LINE_MAX_BYTES and (
+            chunks.state <= CHUNK_EXTENSION or chunks.line > TRAILERS_MAX_BYTES
+        ):
+            chunks.state = CHUNKS_BAD
+    return at
+
+
+cdef void chunks_reset(Chunks *chunks) noexcept:
+    chunks.state = CHUNK_SIZE_FIRST
+    chunks.left = 0
+    chunks.line = 0
+
+
+cdef bytes one_chunk(bytes prefix, bytes data, Py_ssize_t at, Py_ssize_t size):
+    """``prefix``, then ``data[at:at + size]`` as one chunk of at least one byte."""
+    cdef char line[24]
+    cdef int line_size = snprintf(line, sizeof(line), b"%zx\r\n", size)
+    cdef Py_ssize_t prefix_size = 0 if prefix is None else PyBytes_GET_SIZE(prefix)
+    cdef bytes out = PyBytes_FromStringAndSize(NULL, prefix_size + line_size + size + 2)
+    cdef char *to = PyBytes_AS_STRING(out)
+    if prefix_size:
+        to = put_bytes(to, prefix)
+    to = put(to, line, line_size)
+    to = put(to, PyBytes_AS_STRING(data) + at, size)
+    put(to, b"\r\n", 2)
+    return out
+
+
+cdef bytes cut(bytes data, Py_ssize_t at, Py_ssize_t size):
+    """``data[at:at + size]``, without a copy where that is all of it."""
+    if at == 0 and size == PyBytes_GET_SIZE(data):
+        return data
+    return PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + at, size)
+
+
+def unchunk(*pieces):
+    """Walk chunked framing given in pieces: (data, bytes used, ended); ValueError when it is bad.
+
+    For tests and fuzzers: the relay itself never joins pieces.
+    """
+    cdef Chunks chunks
+    cdef Text into
+    cdef bytes piece
+    cdef Py_ssize_t used = 0
+    cdef bytes data
+    into.at = NULL
+    into.size = into.room = 0
+    chunks_reset(&chunks)
+    try:
+        for piece in pieces:
+            used += chunks_scan(&chunks, PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece), &into)
+            if chunks.state == CHUNKS_BAD:
+                raise ValueError(f"bad chunked framing before byte {used}")
+            if chunks.state == CHUNKS_END:
+                break
+        data = into.at[:into.size] if into.size else b""
+        return data, used, chunks.state == CHUNKS_END
+    finally:
+        text_free(&into)
+
+
+# -- the relay -------------------------------------------------------------------------------------
+
+cdef class Relay:
+    """All connections of one worker, their limits and their clock."""
+
+    cdef readonly object owner
+    cdef readonly set downstreams
+    cdef readonly set upstreams
+    cdef readonly Py_ssize_t exchanges
+    cdef public bint draining  # answers say Connection: close
+    cdef bint closing  # a connection without a request is closed
+    cdef object exchange
+    cdef object error_body
+    cdef object loop
+    cdef object timer
+    cdef double tick_s
+    cdef Py_ssize_t head_max_bytes
+    cdef int head_max_count
+    cdef double head_timeout_s
+    cdef double body_timeout_s
+    cdef double keep_alive_timeout_s
+    cdef double stall_timeout_s
+
+    def __init__(
+        self,
+        owner,
+        exchange,
+        error_body,
+        *,
+        Py_ssize_t head_max_bytes,
+        int head_max_count,
+        double head_timeout_s,
+        double body_timeout_s,
+        double keep_alive_timeout_s,
+        double stall_timeout_s,
+        double tick_s=0.25,
+    ):
+        self.owner = owner
+        self.exchange = exchange
+        self.error_body = error_body
+        self.head_max_bytes = head_max_bytes
+        self.head_max_count = head_max_count
+        self.head_timeout_s = head_timeout_s
+        self.body_timeout_s = body_timeout_s
+        self.keep_alive_timeout_s = keep_alive_timeout_s
+        self.stall_timeout_s = stall_timeout_s
+        self.tick_s = tick_s
+        self.downstreams = set()
+        self.upstreams = set()
+
+    def start(self, loop):
+        self.loop = loop
+        self.timer = loop.call_later(self.tick_s, self._tick)
+
+    def stop(self):
+        """Cut whatever is still open, and stop the clock."""
+        cdef Downstream downstream
+        cdef Upstream upstream
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        for downstream in list(self.downstreams):
+            downstream._abort()
+        for upstream in list(self.upstreams):
+            upstream._abort()
+
+    def downstream(self):
+        """The protocol of one accepted connection (for ``loop.create_server``)."""
+        return Downstream(self)
+
+    def close_idle(self):
+        """From here on a connection without a request is closed, now or at its answer's end."""
+        cdef Downstream downstream
+        self.draining = self.closing = True
+        for downstream in list(self.downstreams):
+            if downstream.state == IDLE and downstream.input is None:
+                downstream._close()
+
+    @property
+    def connections(self):
+        """Downstream connections that are open."""
+        return len(self.downstreams)
+
+    def _tick(self):
+        cdef Downstream downstream
+        cdef Upstream upstream
+        cdef double time = now()
+        for downstream in list(self.downstreams):
+            if 0 < downstream.deadline < time:
+                downstream._expired()
+        for upstream in list(self.upstreams):
+            if 0 < upstream.deadline < time:
+                upstream._expired()
+        self.timer = self.loop.call_later(self.tick_s, self._tick)
+
+    cdef void _report(self, str what, object error) noexcept:
+        try:
+            self.loop.call_exception_handler({"message": what, "exception": error})
+        except BaseException:  # a broken handler must not break the relay
+            pass
+
+
+# -- downstream ------------------------------------------------------------------------------------
+
+cdef enum State:
+    IDLE  # no request, or part of a head
+    BODY  # a head is taken, its body is not whole
+    BUSY  # a request is whole, its answer is not
+    LEAVING  # what is written is being flushed; what comes is thrown away
+    CLOSED
+
+
+cdef class Downstream(Head):
+    """One client's connection."""
+
+    cdef Relay relay
+    cdef object transport
+    cdef State state
+    cdef double deadline
+    cdef Exchange exchange
+    cdef bytes input  # received; from ``used`` on it waits to be taken
+    cdef Py_ssize_t used
+    cdef bint head_started  # the clock of a head that is not whole runs
+    cdef bint reading
+    cdef bint write_paused
+    cdef bint pumping
+    # of the request
+    cdef bytes method
+    cdef bytes target
+    cdef bytes host
+    cdef bytes forwarded  # X-Forwarded-For and -Proto, as lines
+    cdef bytes forwarded_for
+    cdef bint has_proto
+    cdef bint expects
+    cdef bint keep_alive
+    cdef bint old  # HTTP/1.0
+    # of its body
+    cdef Chunks chunks
+    cdef int64_t left
+    cdef int64_t body_bytes  # taken so far, of a body that streams
+    cdef int64_t body_max_bytes
+    cdef bytes collected  # of known length, being filled
+    cdef Text grown  # of unknown or incredible length
+    # of the connection
+    cdef bytes peer
+    cdef bytes peer_forwarded
+
+    def __cinit__(self, Relay relay):
+        self.relay = relay
+        self.state = IDLE
+        self.reading = True
+
+    def __dealloc__(self):
+        text_free(&self.grown)
+
+    # what the loop calls
+
+    def connection_made(self, transport):
+        self.transport = transport
+        address = transport.get_extra_info("peername")
+        self.peer = address[0].encode() if isinstance(address, tuple) else b"unknown"
+        self.peer_forwarded = (
+            b"X-Forwarded-For: " + self.peer + b"\r\nX-Forwarded-Proto: http\r\n"
+        )
+        self.relay.downstreams.add(self)
+        self.deadline = now() + self.relay.keep_alive_timeout_s
+
+    def data_received(self, bytes data):
+        if self.state >= LEAVING:
+            return
+        if self.input is None:
+            self.input = data
+            self.used = 0
+        else:
+            self._append(data)
+        if self.state == BODY:
+            self._take_body()
+        if self.state == IDLE:
+            self._pump()
+        self._set_reading()
+
+    def eof_received(self):
+        """A client that has stopped sending has left (nginx and Go see it so too)."""
+        if self.exchange is not None:
+            self._abort()
+        return False
+
+    def connection_lost(self, error):
+        self.relay.downstreams.discard(self)
+        self.state = CLOSED
+        self.transport = None
+        self.parser = None  # the two refer to each other
+        self.input = self.collected = None
+        if self.exchange is not None:
+            self._finish()
+
+    def pause_writing(self):
+        self.write_paused = True
+        self.deadline = now() + self.relay.stall_timeout_s
+        if self.exchange is not None and self.exchange.upstream is not None:
+            self.exchange.upstream._pause()
+
+    def resume_writing(self):
+        self.write_paused = False
+        if self.state == IDLE:
+            self.deadline = now() + self.relay.keep_alive_timeout_s
+        elif self.state < LEAVING:
+            self.deadline = 0
+        if self.exchange is not None and self.exchange.upstream is not None:
+            self.exchange.upstream._resume()
+        if self.state == IDLE:
+            self._pump()
+        self._set_reading()
+
+    # what llhttp calls
+
+    def on_url(self, bytes url):
+        self.target = url
+
+    def on_header(self, bytes name, bytes value):
+        cdef HeaderKind kind = header_kind(name)
+        if kind == PLAIN:
+            text_add_header(&self.text, name, value)
+        elif kind == HOST:
+            if self.host is not None:
+                self.fault = "There is more than one Host."
+            self.host = value
+        elif kind == EXPECT:
+            self.expects = True
+            if value.strip().lower() != b"100-continue":
+                self.fault = "Expect: nothing but 100-continue can be met."
+        elif kind == FORWARDED_FOR:
+            value = value.strip()
+            self.forwarded_for = (
+                value if self.forwarded_for is None else self.forwarded_for + b", " + value
+            )
+        elif kind == FORWARDED_PROTO:
+            self.has_proto = True
+            text_add_header(&self.text, name, value)
+        elif kind != DROPPED:
+            self._framing(kind, value)
+
+    # the input
+
+    cdef int _append(self, bytes data) except -1:
+        if self.used:
+            self.input = self.input[self.used:]
+            self.scan.at -= self.used
+            self.scan.line -= self.used
+            self.scan.first_end -= self.used
+            self.used = 0
+        self.input += data
+        return 0
+
+    cdef void _use(self, Py_ssize_t until) noexcept:
+        """Take the input up to an offset."""
+        if until == PyBytes_GET_SIZE(self.input):
+            self.input = None
+            self.used = 0
+        else:
+            self.used = until
+
+    cdef int _set_reading(self) except -1:
+        """Read only what can be used, but see a client leave wherever that is possible."""
+        cdef bint reading
+        cdef bint streaming
+        if self.state >= LEAVING:
+            return 0
+        streaming = self.state == BODY and not self.exchange.collecting
+        if streaming:
+            reading = (
+                self.exchange.upstream is not None and not self.exchange.upstream.write_paused
+            )
+        elif self.state == IDLE:
+            reading = self.input is None or not self.write_paused
+        else:
+            reading = self.state == BODY or self.input is None
+        if reading != self.reading:
+            self.reading = reading
+            if reading:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
+        if streaming and not self.write_paused:
+            self.deadline = now() + self.relay.body_timeout_s if reading else 0
+        return 0
+
+    # heads
+
+    cdef int _pump(self) except -1:
+        """Take requests from the input, one after another, as long as each is answered at once."""
+        if self.pumping:
+            return 0
+        self.pumping = True
+        try:
+            while (
+                self.state == IDLE
+                and self.input is not None
+                and not self.write_paused
+                and self._take_head()
+            ):
+                pass
+        finally:
+            self.pumping = False
+        return 0
+
+    cdef bint _take_head(self) except -1:
+        """Take a request's head from the input, and begin it; False: not whole yet, or no good."""
+        cdef const char *data = PyBytes_AS_STRING(self.input)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(self.input)
+        cdef Py_ssize_t end
+        if not self.head_started:
+            scan_reset(&self.scan, self.used)
+            if not (c"A" <= data[self.used] <= c"Z" or data[self.used] == c"\r"):
+                return self._refuse(400, "This is not an HTTP request.")
+        end = find_head_end(&self.scan, data, size)
+        if end < 0:
+            return self._refuse(
+                400, "A line of the request's head does not end in CRLF, or is folded."
+            )
+        if (end if end else size) - self.used > self.relay.head_max_bytes:
+            return self._refuse(
+                431, f"The request's head is longer than {self.relay.head_max_bytes} bytes."
+            )
+        if self.scan.lines - 1 > self.relay.head_max_count:
+            return self._refuse(
+                431, f"The request has more than {self.relay.head_max_count} headers."
+            )
+        if end == 0:
+            if self.scan.lines == 0 and self.scan.line == size:
+                self._use(size)  # only empty lines, which old clients send after a body
+            elif not self.head_started:
+                self.head_started = True
+                self.deadline = now() + self.relay.head_timeout_s
+            return False
+        self.head_started = False
+        return self._parse_head(end) and self._begin(end)
+
+    cdef bint _parse_head(self, Py_ssize_t end) except -1:
+        cdef bytes head = cut(self.input, self.used, end - self.used)
+        self._clear()
+        self.target = self.host = self.forwarded_for = None
+        self.has_proto = self.expects = False
+        if self.parser is None:
+            self.parser = HttpRequestParser(self)
+        try:
+            self.parser.feed_data(head)
+        except HttpParserUpgrade:
+            self.parser = None  # an upgrade is not offered: the request is an ordinary one
+        except Exception as error:
+            return self._refuse(400, f"The request's head is malformed: {error}.")
+        self._judge_line(PyBytes_AS_STRING(self.input) + self.scan.first_end)
+        if self.fault is not None:
+            return self._refuse(417 if self.fault.startswith("Expect") else 400, self.fault)
+        return True
+
+    cdef int _judge_line(self, const char *end) except -1:
+        """Look at what llhttp lets pass; ``end``: of the request line."""
+        cdef const char *begin = PyBytes_AS_STRING(self.input) + self.used
+        cdef const char *space
+        while begin[0] == c"\r" or begin[0] == c"\n":
+            begin += 1
+        space = <const char *> memchr(begin, c" ", end - begin)
+        if space is NULL or end - space < 10 or memcmp(end - 9, b" HTTP/1.", 8) != 0:
+            self.fault = "Only HTTP/1.1 and HTTP/1.0 are spoken here."
+            return 0
+        self.method = begin[:space - begin]
+        self.old = end[-1] == c"0"
+        if self.method == b"CONNECT" or self.target is None:
+            self.fault = "This is not a proxy."
+        elif self.chunked and self.old:
+            self.fault = "HTTP/1.0 has no Transfer-Encoding."
+        elif self.host is None and not self.old:
+            self.fault = "There is no Host."
+        self.keep_alive = not self.close and (self.keep or not self.old)
+        return 0
+
+    cdef bint _begin(self, Py_ssize_t end) except -1:
+        """A whole, good head: make the Exchange, and let it say what becomes of the request."""
+        cdef Exchange exchange
+        if self.named is not None:
+            self._drop_named()
+        if self.forwarded_for is None and not self.has_proto:
+            self.forwarded = self.peer_forwarded
+        else:
+            self.forwarded = b"X-Forwarded-For: "
+            if self.forwarded_for is not None:
+                self.forwarded += self.forwarded_for + b", "
+            self.forwarded += self.peer + b"\r\n"
+            if not self.has_proto:
+                self.forwarded += b"X-Forwarded-Proto: http\r\n"
+        self._use(end)
+        self.deadline = 0
+        self.left = self.length
+        self.body_bytes = 0
+        chunks_reset(&self.chunks)
+        self.state = BODY if self.chunked or self.length > 0 else BUSY
+        exchange = self.relay.exchange(self)
+        self.exchange = exchange
+        self.relay.exchanges += 1
+        try:
+            exchange.on_head()
+            if self.exchange is exchange and not exchange.decided:
+                raise RuntimeError("on_head decided nothing")
+        except Exception as error:
+            self._crashed(exchange, error)
+        if self.exchange is exchange and exchange.collecting:
+            if self.state == BODY:
+                self._take_body()
+            elif exchange.body is None:
+                self._body_whole(b"")
+        return True
+
+    # bodies
+
+    cdef int _take_body(self) except -1:
+        """Take what there is of the current request's body."""
+        cdef Upstream upstream
+        cdef bytes piece
+        if self.exchange.collecting:
+            if self.input is not None:
+                self._collect()
+            if self.state == BODY and self.deadline == 0:
+                self.deadline = now() + self.relay.body_timeout_s
+        elif self.input is not None:
+            upstream = self.exchange.upstream
+            if upstream is not None and not upstream.write_paused:
+                piece = self._piece()
+                if piece is not None:
+                    upstream._write(piece)
+        return 0
+
+    cdef int _expect_body(self) except -1:
+        """The body is wanted: say so to a client that waits for that."""
+        if self.expects and self.state == BODY and self.input is None and not self.old:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return 0
+
+    cdef int _collect(self) except -1:
+        cdef const char *data = PyBytes_AS_STRING(self.input) + self.used
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(self.input) - self.used
+        cdef bytes body
+        if self.chunked:
+            size = chunks_scan(&self.chunks, data, size, &self.grown)
+            if self.chunks.state == CHUNKS_BAD:
+                self._refuse(400, "The chunks of the request's body are malformed.")
+                return 0
+            if self.grown.size > self.body_max_bytes:
+                self._refuse(413, f"The body is longer than {self.body_max_bytes} bytes.")
+                return 0
+            self._use(self.used + size)
+            if self.chunks.state != CHUNKS_END:
+                return 0
+            body = self._take_grown()
+        else:
+            if size > self.left:
+                size = <Py_ssize_t> self.left
+            if size == self.length:
+                body = cut(self.input, self.used, size)
+            else:
+                body = self._fill(data, size)
+            self.left -= size
+            self._use(self.used + size)
+            if self.left:
+                return 0
+        self._body_whole(body)
+        return 0
+
+    cdef bytes _fill(self, const char *data, Py_ssize_t size):
+        """Add to a body of known length; what is returned is whole when nothing is left."""
+        cdef bytes body
+        if self.length > EXACT_BODY_MAX_BYTES:
+            text_add(&self.grown, data, size)
+            return self._take_grown() if size == self.left else None
+        if self.collected is None:
+            self.collected = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> self.length)
+        memcpy(PyBytes_AS_STRING(self.collected) + (self.length - self.left), data, size)
+        if size < self.left:
+            return None
+        body = self.collected
+        self.collected = None
+        return body
+
+    cdef bytes _take_grown(self):
+        cdef bytes body = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+        text_free(&self.grown)
+        return body
+
+    cdef int _body_whole(self, bytes body) except -1:
+        cdef Exchange exchange = self.exchange
+        self.state = BUSY
+        self.deadline = 0
+        # llhttp does not look at a body, only at its length; the chunks it does not see.
+        if self.chunked:
+            self.parser = None if self.parser is None else self._past(b"0\r\n\r\n")
+        elif body and self.parser is not None:
+            self.parser.feed_data(body)
+        exchange.body = body
+        try:
+            exchange.on_body()
+        except Exception as error:
+            self._crashed(exchange, error)
+        return 0
+
+    cdef object _past(self, bytes rest):
+        self.parser.feed_data(rest)
+        return self.parser
+
+    cdef bytes _piece(self):
+        """Take the next piece of a body that streams; None when there is none, or it is no good."""
+        cdef const char *data
+        cdef Py_ssize_t size
+        cdef bytes piece
+        if self.input is None:
+            return None
+        data = PyBytes_AS_STRING(self.input) + self.used
+        size = PyBytes_GET_SIZE(self.input) - self.used
+        if self.chunked:
+            size = chunks_scan(&self.chunks, data, size, NULL)
+            if self.chunks.state == CHUNKS_BAD:
+                self._refuse(400, "The chunks of the request's body are malformed.")
+                return None
+        elif size > self.left:
+            size = <Py_ssize_t> self.left
+        self.body_bytes += size
+        if self.body_bytes > self.body_max_bytes:
+            self._refuse(413, f"The body is longer than {self.body_max_bytes} bytes.")
+            return None
+        piece = cut(self.input, self.used, size)
+        self._use(self.used + size)
+        if self.chunked:
+            if self.chunks.state == CHUNKS_END:
+                self.state = BUSY
+                if self.parser is not None:
+                    self.parser.feed_data(b"0\r\n\r\n")
+        else:
+            self.left -= size
+            if self.parser is not None:
+                self.parser.feed_data(piece)
+            if self.left == 0:
+                self.state = BUSY
+        if self.state == BUSY and not self.write_paused:
+            self.deadline = 0
+        return piece
+
+    # answers
+
+    cdef int _write(self, bytes data) except -1:
+        if self.state < CLOSED and self.transport is not None:
+            self.transport.write(data)
+        return 0
+
+    cdef bint _settle(self) except -1:
+        """Decide, before an answer's head goes out, whether the connection outlives the answer."""
+        if (
+            self.state == BODY
+            and self.input is not None
+            and not self.chunked
+            and self.parser is not None
+            and PyBytes_GET_SIZE(self.input) - self.used >= self.left
+        ):  # nobody wanted the body, but it is here
+            self.parser.feed_data(cut(self.input, self.used, <Py_ssize_t> self.left))
+            self._use(self.used + <Py_ssize_t> self.left)
+            self.state = BUSY
+        if self.relay.draining or self.state == BODY:
+            self.keep_alive = False
+        return self.keep_alive
+
+    cdef bytes _own_answer(self, int status, bytes body, bytes headers, bint keep_alive):
+        """An answer of the relay's or the Exchange's own, JSON."""
+        cdef bytes connection = b""
+        if not keep_alive:
+            connection = b"Connection: close\r\n"
+        elif self.old:
+            connection = b"Connection: keep-alive\r\n"
+        return b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s%s\r\n%s" % (
+            status,
+            HTTPStatus(status).phrase.encode(),
+            len(body),
+            headers,
+            connection,
+            b"" if self.method == b"HEAD" else body,
+        )
+
+    cdef bint _refuse(self, int status, str message) except -1:
+        """Answer a request that cannot be gone on with, and close; False."""
+        cdef bint answered = self.exchange is not None and self.exchange.answered
+        if self.exchange is not None:
+            self._finish()
+        if self.state >= LEAVING:
+            return False
+        if answered:
+            self._abort()
+            return False
+        if self.state == IDLE:
+            self.method = b""
+        self._write(
+            self._own_answer(status, self.relay.error_body(status, message), b"", False)
+        )
+        self._linger()
+        return False
+
+    cdef int _crashed(self, Exchange exchange, object error) except -1:
+        """A hook raised: a fault of ours, which ends this request and no other."""
+        self.relay._report("an exchange failed", error)
+        if self.exchange is exchange:
+            self._refuse(500, "Something is wrong with the gateway.")
+        return 0
+
+    cdef int _finish(self) except -1:
+        """Part with the current Exchange."""
+        cdef Exchange exchange = self.exchange
+        self.exchange = None
+        self.collected = None
+        text_free(&self.grown)
+        self.relay.exchanges -= 1
+        exchange._detach()
+        exchange.finished = True
+        try:
+            exchange.on_end()
+        except Exception as error:
+            self.relay._report("an exchange did not end well", error)
+        return 0
+
+    cdef int _answer_ended(self) except -1:
+        """The last byte of an answer is written."""
+        self._finish()
+        if self.state >= LEAVING:
+            return 0
+        if self.state == BODY:
+            self._linger()
+        elif not self.keep_alive or (self.relay.closing and self.input is None):
+            self._close()
+        else:
+            self.state = IDLE
+            if not self.write_paused:
+                self.deadline = now() + self.relay.keep_alive_timeout_s
+            if self.input is not None:
+                self._pump()
+            self._set_reading()
+        return 0
+
+    # ends
+
+    cdef int _close(self) except -1:
+        """Flush what is written, then close."""
+        if self.input is not None:  # closing now would send RST and could destroy the answer
+            return self._linger()
+        self.state = LEAVING
+        self.deadline = now() + self.relay.stall_timeout_s
+        self.transport.close()
+        return 0
+
+    cdef int _linger(self) except -1:
+        """Flush, say that no more comes, and wait a little for the client to close."""
+        self.state = LEAVING
+        self.deadline = now() + LINGER_MAX_S
+        self.input = None
+        if not self.reading:
+            self.reading = True
+            self.transport.resume_reading()
+        self.transport.write_eof()
+        return 0
+
+    cdef int _abort(self) except -1:
+        """Close at once; what is not sent is lost."""
+        if self.state == CLOSED:
+            return 0
+        self.state = CLOSED
+        if self.exchange is not None:
+            self._finish()
+        if self.transport is not None:
+            self.transport.abort()
+        return 0
+
+    cdef int _cut(self, bint looks_complete) except -1:
+        """The answer is broken: end the connection so that the client sees it."""
+        if looks_complete and self.transport is not None:
+            kb_reset_on_close(self.transport.get_extra_info("socket").fileno())
+        return self._abort()
+
+    cdef int _expired(self) except -1:
+        self.deadline = 0
+        if self.state == LEAVING or self.write_paused or self.state == BUSY:
+            self._abort()
+        elif self.state == BODY:
+            self._refuse(408, "The request's body did not come in time.")
+        elif self.input is not None:
+            self._refuse(408, "The request's head did not come in time.")
+        else:
+            self._close()
+        return 0
+
+
+# -- exchange --------------------------------------------------------------------------------------
+
+cdef class Exchange:
+    """One request and its answer. Subclasses say what becomes of it.
+
+    The hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``) are called by the relay; the
+    actions (``collect``, ``stream``, ``send``, ``answer``) by the hooks, or later while the
+    exchange is not ``finished``. An action after the client has left does nothing.
+    """
+
+    cdef Downstream downstream
+    cdef Upstream upstream
+    cdef object connecting  # a connection being made: cancel() ends it
+    cdef object pool
+    cdef bytes path
+    cdef bytes sending
+    cdef bint decided
+    cdef bint collecting
+    cdef bint streaming
+    cdef bint replayed
+    cdef readonly bint answered  # the head of an answer has been written
+    cdef readonly bint finished
+    cdef readonly str method
+    cdef readonly str target
+    cdef readonly bytes body  # once collected
+
+    def __cinit__(self, Downstream downstream, *args):
+        self.downstream = downstream
+        self.method = downstream.method.decode("ascii")
+        self.target = downstream.target.decode("latin-1")
+
+    @property
+    def owner(self):
+        return self.downstream.relay.owner
+
+    def headers(self, bytes name):
+        """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
+        cdef Text *text = &self.downstream.text
+        cdef const char *at = text.at
+        cdef const char *end = text.at + text.size
+        cdef const char *line_end
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
+        cdef list values = []
+        while at < end:
+            line_end = <const char *> memchr(at, c"\r", end - at)
+            if line_end - at > size and at[size] == c":" and is_name(
+                at, PyBytes_AS_STRING(name), size
+            ):
+                values.append(at[size + 1:line_end - at].strip(b" \t"))
+            at = line_end + 2
+        return values
+
+    # actions
+
+    def collect(self, int64_t max_bytes):
+        """Read the whole body; then comes ``on_body``."""
+        self.decided = self.collecting = True
+        self.downstream.body_max_bytes = max_bytes
+        if self.downstream.length > max_bytes:
+            self.downstream._refuse(413, f"The body is longer than {max_bytes} bytes.")
+        else:
+            self.downstream._expect_body()
+
+    def stream(self, pool, bytes path, int64_t max_bytes):
+        """Relay the request to an upstream while it comes, and the answer back. No retries."""
+        cdef Upstream upstream = None
+        self.decided = self.streaming = True
+        self.downstream.body_max_bytes = max_bytes
+        if self.downstream.length > max_bytes:
+            self.downstream._refuse(413, f"The body is longer than {max_bytes} bytes.")
+            return
+        self.pool = pool
+        self.path = path
+        self.sending = None
+        self.downstream._expect_body()
+        if self.downstream.state == BUSY:  # a body that is on its way cannot be replayed
+            upstream = pool.take()
+        if upstream is None:
+            self.connecting = pool.connect(self)
+        else:
+            upstream._start(self)
+
+    def send(self, pool, bytes path, bytes body):
+        """Attempt: send the request with this body to an upstream, relay its answer."""
+        cdef Upstream upstream
+        if self.finished:
+            return
+        self.decided = True
+        self.pool = pool
+        self.path = path
+        self.sending = body
+        self.replayed = False
+        upstream = pool.take()
+        if upstream is None:
+            self.connecting = pool.connect(self)
+        else:
+            upstream._start(self)
+
+    def answer(self, int status, bytes body, bytes headers=b""):
+        """Answer without an upstream: JSON. ``headers``: more of them, each ending in CRLF."""
+        cdef Downstream downstream = self.downstream
+        if self.finished or self.answered:
+            return
+        self.decided = self.answered = True
+        self._detach()
+        downstream._write(
+            downstream._own_answer(status, body, headers, downstream._settle())
+        )
+        downstream._answer_ended()
+
+    # from pools
+
+    def connected(self, Upstream upstream):
+        """The connection that ``pool.connect`` was asked for is there."""
+        if self.connecting is None:
+            upstream._abort()
+            return
+        self.connecting = None
+        upstream._start(self)
+        if not self.finished:
+            self.downstream._set_reading()
+
+    def connect_failed(self):
+        if self.connecting is not None:
+            self.connecting = None
+            self._failed(CONNECT)
+
+    # hooks
+
+    def on_head(self):
+        """The head is whole: call ``collect``, ``stream`` or ``answer``."""
+
+    def on_body(self):
+        """The body is whole, in ``body``: call ``send`` or ``answer``, now or later."""
+
+    def wants_retry(self, int failure, int status):
+        """Whether to make another attempt (``retry`` follows) rather than ``give_up``.
+
+        Nothing has reached the client. ``status``: of the answer, where ``failure`` is STATUS;
+        False then passes that answer on.
+        """
+        return False
+
+    def retry(self):
+        """Make another attempt, or ``answer``, now or later."""
+
+    def give_up(self, int failure):
+        """Answer for a failure."""
+
+    def on_end(self):
+        """It is over, answered or not: give back what was taken. Called once."""
+
+    # inside
+
+    cdef int _failed(self, int failure) except -1:
+        """An attempt failed and its upstream is gone; nothing has reached the client."""
+        try:
+            if not self.streaming and self.wants_retry(failure, 0):
+                self.retry()
+            else:
+                self.give_up(failure)
+        except Exception as error:
+            self.downstream._crashed(self, error)
+        return 0
+
+    cdef int _retry(self) except -1:
+        try:
+            self.retry()
+        except Exception as error:
+            self.downstream._crashed(self, error)
+        return 0
+
+    cdef int _detach(self) except -1:
+        """Let go of the upstream, if any: an answer that nobody waits for is stopped."""
+        cdef Upstream upstream = self.upstream
+        cdef object connecting = self.connecting
+        self.upstream = None
+        self.connecting = None
+        if connecting is not None:
+            connecting.cancel()
+        if upstream is not None:
+            upstream.exchange = None
+            upstream._abort()
+        return 0
+
+
+# -- upstream --------------------------------------------------------------------------------------
+
+cdef enum Framing:
+    NOTHING
+    LENGTH
+    CHUNKED
+    UNTIL_CLOSE
+
+
+cdef class Upstream(Head):
+    """One connection to an engine; idle in its pool, or at work for one Exchange.
+
+    The pool has ``relay``, ``host`` (for the Host header), ``first_byte_timeout_s``,
+    ``between_bytes_timeout_s`` (0: no limit) and ``idle_timeout_s``; it is asked to ``take()`` an
+    idle connection, ``connect(exchange)``, ``give(upstream)`` one back, ``forget(upstream)`` one.
+    """
+
+    cdef Relay relay
+    cdef object pool
+    cdef object transport
+    cdef Exchange exchange
+    cdef bytes host_line
+    cdef double first_byte_timeout_s
+    cdef double between_bytes_timeout_s
+    cdef double deadline
+    cdef bint ended  # closed, or the other end has closed
+    cdef bint idle
+    cdef bint write_paused
+    cdef bint paused
+    cdef Py_ssize_t served
+    # of the answer
+    cdef bytes input  # of a head that is not whole
+    cdef bint touched  # a byte of an answer has come
+    cdef bint head_done
+    cdef bint reusable
+    cdef int status
+    cdef Framing framing
+    cdef bint unchunk  # for a client that knows no chunks
+    cdef bint rechunk  # for an answer that would end with its connection
+    cdef int64_t left
+    cdef Chunks chunks
+    cdef Text grown
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.relay = pool.relay
+        self.host_line = b"Host: " + pool.host.encode("ascii") + b"\r\n"
+        self.first_byte_timeout_s = pool.first_byte_timeout_s
+        self.between_bytes_timeout_s = pool.between_bytes_timeout_s
+
+    def __dealloc__(self):
+        text_free(&self.grown)
+
+    # what the pool asks
+
+    def usable(self):
+        return not self.ended and self.transport is not None
+
+    def close(self):
+        """Close an idle connection."""
+        self.idle = False
+        self._abort()
+
+    # what the loop calls
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.relay.upstreams.add(self)
+
+    def data_received(self, bytes data):
+        if self.exchange is None:
+            self._lose()  # an answer to nothing
+            return
+        try:
+            self._take(data)
+        except Exception as error:
+            self.relay._report("an answer could not be relayed", error)
+            self._broken(INVALID)
+
+    def eof_received(self):
+        self.ended = True
+        if self.exchange is not None and self.head_done and self.framing == UNTIL_CLOSE:
+            self._complete()
+        else:
+            self._abort()  # what is not written yet has no reader
+        return False
+
+    def connection_lost(self, error):
+        self.relay.upstreams.discard(self)
+        self.ended = True
+        self.transport = None
+        self.parser = None
+        self._lose()
+        if self.exchange is None:
+            return
+        if self.served and not self.touched and not self.head_done and self._replay():
+            return
+        self._broken(LOST)
+
+    def pause_writing(self):
+        self.write_paused = True
+        if self.exchange is not None:
+            self.exchange.downstream._set_reading()
+
+    def resume_writing(self):
+        self.write_paused = False
+        if self.exchange is not None and self.exchange.streaming:
+            if self.exchange.downstream.state == BODY:
+                self.exchange.downstream._take_body()
+            if self.exchange is not None:
+                self.exchange.downstream._set_reading()
+
+    def on_header(self, bytes name, bytes value):
+        cdef HeaderKind kind = header_kind(name)
+        if kind == CONTENT_LENGTH or kind == TRANSFER_ENCODING or kind == CONNECTION:
+            self._framing(kind, value)
+        elif kind != DROPPED:
+            text_add_header(&self.text, name, value)
+
+    # the request
+
+    cdef int _start(self, Exchange exchange) except -1:
+        cdef Downstream downstream = exchange.downstream
+        cdef bytes body = exchange.sending
+        self.exchange = exchange
+        exchange.upstream = self
+        self.idle = False
+        self.touched = self.head_done = False
+        if exchange.streaming:
+            body = downstream._piece()
+            if exchange.finished:  # that piece was no good
+                return 0
+        self._write_request(exchange, downstream, body)
+        self.deadline = now() + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
+        return 0
+
+    cdef int _write_request(self, Exchange exchange, Downstream downstream, bytes body) except -1:
+        cdef char framing[64]
+        cdef int framing_size = 0
+        cdef Py_ssize_t body_size = 0 if body is None else PyBytes_GET_SIZE(body)
+        cdef bint together = body_size <= BODY_IN_HEAD_WRITE_MAX_BYTES
+        cdef bytes out
+        cdef char *to
+        if not exchange.streaming:
+            framing_size = snprintf(framing, 64, b"Content-Length: %zd\r\n\r\n", body_size)
+        elif downstream.chunked:
+            framing_size = snprintf(framing, 64, b"Transfer-Encoding: chunked\r\n\r\n")
+        elif downstream.length >= 0:
+            framing_size = snprintf(
+                framing, 64, b"Content-Length: %lld\r\n\r\n", <long long> downstream.length
+            )
+        else:
+            framing_size = snprintf(framing, 64, b"\r\n")
+        out = PyBytes_FromStringAndSize(
+            NULL,
+            PyBytes_GET_SIZE(downstream.method)
+            + PyBytes_GET_SIZE(exchange.path)
+            + 12
+            + PyBytes_GET_SIZE(self.host_line)
+            + downstream.text.size
+            + PyBytes_GET_SIZE(downstream.forwarded)
+            + framing_size
+            + (body_size if together else 0),
+        )
+        to = put_bytes(PyBytes_AS_STRING(out), downstream.method)
+        to = put(to, b" ", 1)
+        to = put_bytes(to, exchange.path)
+        to = put(to, b" HTTP/1.1\r\n", 11)
+        to = put_bytes(to, self.host_line)
+        to = put(to, downstream.text.at, downstream.text.size)
+        to = put_bytes(to, downstream.forwarded)
+        to = put(to, framing, framing_size)
+        if body_size and together:
+            put_bytes(to, body)
+        self.transport.write(out)
+        if not together:
+            self.transport.write(body)
+        return 0
+
+    cdef int _write(self, bytes data) except -1:
+        if self.transport is not None and not self.ended:
+            self.transport.write(data)
+        return 0
+
+    cdef bint _replay(self) except -1:
+        """Send the request once more, on a fresh connection to the same upstream."""
+        cdef Exchange exchange = self.exchange
+        if exchange.replayed or (exchange.streaming and exchange.downstream.body_bytes):
+            return False
+        exchange.replayed = True
+        exchange.upstream = None
+        self.exchange = None
+        exchange.connecting = exchange.pool.connect(exchange)
+        return True
+
+    # the answer
+
+    cdef int _take(self, bytes data) except -1:
+        cdef Py_ssize_t at = 0
+        cdef bytes prefix = None
+        if not self.head_done:
+            self.touched = True
+            if self.input is not None:
+                data = self.input + data
+            else:
+                scan_reset(&self.scan, 0)
+            at = self._take_head(data)
+            if at <= 0:
+                return 0
+            prefix = self._answer_head(data)
+        if self.between_bytes_timeout_s and not self.paused:
+            self.deadline = now() + self.between_bytes_timeout_s
+        self._pass(prefix, data, at)
+        return 0
+
+    cdef Py_ssize_t _take_head(self, bytes data) except -2:
+        """Where the answer's body begins; 0: its head is not whole; -1: it goes no further."""
+        cdef const char *text = PyBytes_AS_STRING(data)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+        cdef Py_ssize_t begin = 0
+        cdef Py_ssize_t end
+        while True:
+            end = find_head_end(&self.scan, text, size)
+            if end < 0 or (end if end else size) - begin > self.relay.head_max_bytes or (
+                size > begin and text[begin] != c"H"
+            ):
+                self._broken(INVALID)
+                return -1
+            if end == 0:
+                self.input = data[begin:]
+                self.scan.at -= begin
+                self.scan.line -= begin
+                self.scan.first_end -= begin
+                if self.between_bytes_timeout_s:
+                    self.deadline = now() + self.between_bytes_timeout_s
+                return 0
+            if not self._parse_head(cut(data, begin, end - begin), text + begin):
+                self._broken(INVALID)
+                return -1
+            if self.status >= 200:
+                break
+            begin = end  # an interim answer: nobody asked for it
+            scan_reset(&self.scan, begin)
+        self.input = None
+        if self.status >= 500 and not self.exchange.streaming and self._diverted(data, end):
+            return -1
+        self.head_done = True
+        self.scan.line = begin  # where the answer's status line is, for _answer_head
+        return end
+
+    cdef bint _parse_head(self, bytes head, const char *line) except -1:
+        self._clear()
+        if self.parser is None:
+            self.parser = HttpResponseParser(self)
+        try:
+            self.parser.feed_data(head)
+        except Exception:
+            return False
+        if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0:
+            return False
+        self.status = (line[9] - c"0") * 100 + (line[10] - c"0") * 10 + line[11] - c"0"
+        self.reusable = not self.close and (self.keep or line[7] == c"1")
+        if self.named is not None:
+            self._drop_named()
+        if self.exchange.downstream.method == b"HEAD" or self.status == 204 or self.status == 304:
+            self.framing = NOTHING
+            if self.length > 0 or self.chunked:
+                self.parser = None  # it would wait for a body
+        elif self.chunked:
+            self.framing = CHUNKED
+            chunks_reset(&self.chunks)
+        elif self.length >= 0:
+            self.framing = LENGTH
+            self.left = self.length
+        else:
+            self.framing = UNTIL_CLOSE
+            self.reusable = False
+        return 100 <= self.status != 101
+
+    cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1:
+        """Ask whether a 5xx is to be passed on; True: no, another attempt is under way."""
+        cdef Exchange exchange = self.exchange
+        cdef Py_ssize_t rest = PyBytes_GET_SIZE(data) - at
+        try:
+            if not exchange.wants_retry(STATUS, self.status):
+                return False
+        except Exception as error:
+            exchange.downstream._crashed(exchange, error)
+            return True
+        exchange.upstream = None
+        self.exchange = None
+        if self.framing == LENGTH and rest == self.left and self.reusable:
+            if rest:
+                self.parser.feed_data(cut(data, at, rest))
+            self._rest()
+        else:
+            self._abort()
+        exchange._retry()
+        return True
+
+    cdef bytes _answer_head(self, bytes data):
+        """The head as the client gets it; decides how the body is framed for it."""
+        cdef Downstream downstream = self.exchange.downstream
+        cdef const char *line = PyBytes_AS_STRING(data) + self.scan.line + 8
+        cdef Py_ssize_t line_size = PyBytes_AS_STRING(data) + self.scan.first_end - line
+        cdef char framing[96]
+        cdef int size = 0
+        cdef bint keep_alive
+        cdef bytes out
+        cdef char *to
+        self.rechunk = self.framing == UNTIL_CLOSE and not downstream.old
+        self.unchunk = self.framing == CHUNKED and downstream.old
+        keep_alive = downstream._settle()
+        if downstream.old and (self.framing == UNTIL_CLOSE or self.unchunk):
+            keep_alive = downstream.keep_alive = False
+        if self.length >= 0 and self.status != 204:
+            size = snprintf(framing, 64, b"Content-Length: %lld\r\n", <long long> self.length)
+        elif (self.chunked or self.rechunk) and not downstream.old and self.status != 204:
+            size = snprintf(framing, 64, b"Transfer-Encoding: chunked\r\n")
+        if not keep_alive:
+            size += snprintf(framing + size, 30, b"Connection: close\r\n")
+        elif downstream.old:
+            size += snprintf(framing + size, 30, b"Connection: keep-alive\r\n")
+        out = PyBytes_FromStringAndSize(NULL, 8 + line_size + 2 + self.text.size + size + 2)
+        to = put(PyBytes_AS_STRING(out), b"HTTP/1.1", 8)
+        to = put(to, line, line_size)
+        to = put(to, b"\r\n", 2)
+        to = put(to, self.text.at, self.text.size)
+        to = put(to, framing, size)
+        put(to, b"\r\n", 2)
+        self.exchange.answered = True
+        return out
+
+    cdef int _pass(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
+        """Pass on what came of the answer's body, after ``prefix``."""
+        cdef Downstream downstream = self.exchange.downstream
+        cdef Py_ssize_t came = PyBytes_GET_SIZE(data) - at
+        cdef Py_ssize_t size = came
+        cdef bint complete = False
+        cdef bytes piece = None
+        if self.framing == LENGTH:
+            if size > self.left:
+                size = <Py_ssize_t> self.left
+            self.left -= size
+            complete = self.left == 0
+        elif self.framing == CHUNKED:
+            size = chunks_scan(
+                &self.chunks,
+                PyBytes_AS_STRING(data) + at,
+                came,
+                &self.grown if self.unchunk else NULL,
+            )
+            complete = self.chunks.state == CHUNKS_END
+        elif self.framing == NOTHING:
+            size = 0
+            complete = True
+        if size < came:  # bytes after the answer's end belong to nothing
+            self.reusable = False
+        if size:
+            piece = cut(data, at, size)
+            if self.framing == LENGTH and self.parser is not None:
+                self.parser.feed_data(piece)
+        if self.unchunk:
+            piece = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+            self.grown.size = 0
+        elif self.rechunk and size:
+            piece = one_chunk(prefix, piece, 0, size)
+            prefix = None
+        self._pass_on(downstream, prefix, piece)
+        if self.framing == CHUNKED and self.chunks.state == CHUNKS_BAD:
+            self._broken(INVALID)
+        elif complete:
+            if self.framing == CHUNKED and self.parser is not None:
+                self.parser.feed_data(b"0\r\n\r\n")
+            self._complete()
+        return 0
+
+    cdef int _pass_on(self, Downstream downstream, bytes prefix, bytes piece) except -1:
+        cdef bytes out
+        if prefix is not None:
+            if piece is None or PyBytes_GET_SIZE(piece) > BODY_IN_HEAD_WRITE_MAX_BYTES:
+                downstream._write(prefix)
+            else:
+                out = PyBytes_FromStringAndSize(
+                    NULL, PyBytes_GET_SIZE(prefix) + PyBytes_GET_SIZE(piece)
+                )
+                put_bytes(put_bytes(PyBytes_AS_STRING(out), prefix), piece)
+                piece = out
+        if piece is not None:
+            downstream._write(piece)
+        return 0
+
+    cdef int _complete(self) except -1:
+        """The answer has ended well."""
+        cdef Downstream downstream = self.exchange.downstream
+        if self.rechunk:
+            downstream._write(b"0\r\n\r\n")
+        self.exchange.upstream = None
+        self.exchange = None
+        if (
+            self.reusable
+            and not self.ended
+            and downstream.state != BODY
+            and self.transport.get_write_buffer_size() == 0
+        ):
+            self._rest()
+        else:
+            self._abort()
+        downstream._answer_ended()
+        return 0
+
+    cdef int _rest(self) except -1:
+        """Back to the pool."""
+        self.served += 1
+        self.idle = True
+        self.deadline = now() + <double> self.pool.idle_timeout_s
+        self._resume()
+        self.pool.give(self)
+        return 0
+
+    # ends
+
+    cdef int _broken(self, int failure) except -1:
+        """What comes from upstream cannot be gone on with."""
+        cdef Exchange exchange = self.exchange
+        cdef Downstream downstream
+        self._abort()
+        if exchange is None:
+            return 0
+        self.exchange = None
+        exchange.upstream = None
+        downstream = exchange.downstream
+        if exchange.answered:
+            downstream._cut(downstream.old and self.framing != LENGTH)
+        else:
+            exchange._failed(failure)
+        return 0
+
+    cdef int _lose(self) except -1:
+        """No longer to be taken from the pool."""
+        if self.idle:
+            self.idle = False
+            self.pool.forget(self)
+        if self.exchange is None:
+            self._abort()
+        return 0
+
+    cdef int _abort(self) except -1:
+        self.ended = True
+        self.deadline = 0
+        if self.transport is not None:
+            self.transport.abort()
+        return 0
+
+    cdef int _pause(self) except -1:
+        if not self.paused and self.transport is not None:
+            self.paused = True
+            self.deadline = 0  # it is the client who is slow
+            self.transport.pause_reading()
+        return 0
+
+    cdef int _resume(self) except -1:
+        if self.paused:
+            self.paused = False
+            if self.exchange is not None and self.between_bytes_timeout_s:
+                self.deadline = now() + self.between_bytes_timeout_s
+            if self.transport is not None:
+                self.transport.resume_reading()
+        return 0
+
+    cdef int _expired(self) except -1:
+        self.deadline = 0
+        if self.exchange is None:
+            self._lose()
+        else:
+            self._broken(TIMEOUT)
+        return 0

@@ -1,0 +1,102 @@
+"""The front of a worker: accepts connections, and stops to.
+
+:class:`Front` owns the relay with the config's limits, the way to the pages, and the end: draining
+is unready at once, new requests still served (with ``Connection: close``) for a while, then the
+listener closed and what is open given time to finish. The worker makes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import structlog
+
+from kubeai._relay import Relay
+from kubeai.api.config import GatewayConfig
+from kubeai.gateway import Gateway
+from kubeai.gateway.exchange import Exchange, error_body
+from kubeai.gateway.pool import PagesPool, Pool
+from kubeai.routing import Endpoint
+
+log = structlog.get_logger(__name__)
+
+LISTEN_BACKLOG = 4_096
+DRAIN_POLL_S = 0.02
+
+
+class Front:
+    """One worker's listener, connections and drain; ``owner`` of its exchanges.
+
+    Made before the routing table, whose endpoints get their pools from :meth:`pool`; ``serve``
+    puts it to work.
+    """
+
+    gateway: Gateway
+    pages: PagesPool
+
+    def __init__(self, config: GatewayConfig, *, tick_s: float = 0.25) -> None:
+        self.config = config
+        self.relay = Relay(
+            self,
+            Exchange,
+            error_body,
+            head_max_bytes=config.head_max_bytes,
+            head_max_count=config.head_max_count,
+            head_timeout_s=config.head_timeout_s,
+            body_timeout_s=config.body_timeout_s,
+            keep_alive_timeout_s=config.keep_alive_timeout_s,
+            stall_timeout_s=config.between_bytes_timeout_s,
+            tick_s=tick_s,
+        )
+        self._server: asyncio.Server | None = None
+
+    def pool(self, endpoint: Endpoint) -> Pool:
+        """What a routing table keeps for an endpoint's address."""
+        config = self.config
+        return Pool(
+            self.relay,
+            endpoint.address,
+            connect_timeout_s=config.connect_timeout_s,
+            idle_timeout_s=config.upstream_idle_timeout_s,
+            max_idle=config.upstream_max_idle,
+            first_byte_timeout_s=config.first_byte_timeout_s,
+            between_bytes_timeout_s=config.between_bytes_timeout_s,
+        )
+
+    async def serve(
+        self, gateway: Gateway, pages: Callable[[], asyncio.BaseProtocol], sock: socket.socket
+    ) -> None:
+        """Accept on a listening socket. ``pages``: the aiohttp application's protocol factory."""
+        loop = asyncio.get_running_loop()
+        self.gateway = gateway
+        self.pages = PagesPool(self.relay, pages)
+        gateway.relay = self.relay
+        self.relay.start(loop)
+        self._server = await loop.create_server(
+            self.relay.downstream, sock=sock, backlog=LISTEN_BACKLOG
+        )
+
+    async def drain(self, accept_s: float, timeout_s: float) -> None:
+        """Finish: see the module. What is open after ``timeout_s`` is cut."""
+        self.gateway.draining = True
+        self.relay.draining = True
+        log.info("draining", exchanges=self.relay.exchanges, connections=self.relay.connections)
+        await asyncio.sleep(accept_s)
+        if self._server is not None:
+            self._server.close()
+        self.relay.close_idle()
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while self.relay.connections:
+            if asyncio.get_running_loop().time() > deadline_s:
+                log.warning("drain timed out", exchanges=self.relay.exchanges)
+                break
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    def close(self) -> None:
+        """Cut whatever is still open."""
+        if self._server is not None:
+            self._server.close()
+        self.pages.close()
+        self.relay.stop()

@@ -1,0 +1,141 @@
+"""One data-plane process: ``python -m kubeai.worker``, started by the supervisor.
+
+It gets its column of the load table, a listening socket and its end of the hinge as descriptors,
+named in the environment variable ``KUBEAI_WORKER`` (JSON, :class:`Settings`). It serves once the
+first routing table has come, and drains on ``Drain``, on SIGTERM, and when the hinge ends: a
+worker whose supervisor is gone finishes what it has, then exits 0. SIGINT is the supervisor's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+
+import msgspec
+import structlog
+import uvloop
+from aiohttp import web
+
+from kubeai import hinge
+from kubeai._load import LoadTable
+from kubeai.api.config import GatewayConfig
+from kubeai.gateway import Gateway
+from kubeai.gateway.connection import Front
+from kubeai.gateway.pages import make_app
+from kubeai.logs import setup_logging
+from kubeai.routing import Delta, RoutingTable, Snapshot
+
+log = structlog.get_logger(__name__)
+
+ENVIRONMENT = "KUBEAI_WORKER"
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the supervisor says to a worker when it starts it."""
+
+    column: int  # of the load table
+    table_fd: int
+    listen_fd: int
+    hinge_fd: int
+    gateway: GatewayConfig
+
+
+class Worker:
+    """The parts of the process, and why it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._table = LoadTable.attach(settings.table_fd, settings.column)
+        self._front = Front(settings.gateway)
+        self._routes = RoutingTable(self._table, self._front.pool)
+        self._gateway = Gateway(self._routes, settings.gateway, self._demand)
+        self._channel = hinge.Channel(hinge.Down, self._received, self._hinge_ended)
+        self._started = asyncio.Event()  # the first routing table is here
+        self._stopped: asyncio.Future[hinge.Drain] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Serve until told to drain, then drain."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop, None)
+        sock = socket.socket(fileno=self._settings.hinge_fd)
+        sock.setblocking(False)
+        await loop.create_unix_connection(lambda: self._channel, sock=sock)
+        started = asyncio.ensure_future(self._started.wait())
+        await asyncio.wait((started, self._stopped), return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        if self._stopped.done():
+            return
+        runner = web.AppRunner(make_app(self._gateway), handle_signals=False, access_log=None)
+        await runner.setup()
+        try:
+            await self._serve(runner)
+        finally:
+            self._front.close()
+            self._routes.close()
+            await runner.cleanup()
+            self._channel.close()
+
+    async def _serve(self, runner: web.AppRunner) -> None:
+        assert runner.server is not None, "set up"
+        listener = socket.socket(fileno=self._settings.listen_fd)
+        listener.setblocking(False)
+        await self._front.serve(self._gateway, runner.server, listener)
+        self._gateway.ready = True
+        self._channel.send(hinge.Ready(os.getpid()))
+        # What start-up made lives as long as the process; collections need not look at it again.
+        gc.collect()
+        gc.freeze()
+        drain = await self._stopped
+        await self._front.drain(drain.accept_s, drain.timeout_s)
+
+    def _demand(self, model: str) -> None:
+        self._channel.send(hinge.Demand(model))
+
+    def _received(self, message: object) -> None:
+        if isinstance(message, hinge.Drain):
+            self._stop(message)
+        else:
+            assert isinstance(message, Snapshot | Delta)
+            self._routes.apply(message)
+            self._started.set()
+
+    def _hinge_ended(self) -> None:
+        if not self._stopped.done():
+            log.warning("the supervisor is gone")
+        self._stop(None)
+
+    def _stop(self, drain: hinge.Drain | None) -> None:
+        """Begin the end; ``drain``: how, or as the config says."""
+        config = self._settings.gateway
+        if not self._stopped.done():
+            self._stopped.set_result(
+                drain or hinge.Drain(config.drain_accept_s, config.drain_timeout_s)
+            )
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setup_logging()
+    text = os.environ.pop(ENVIRONMENT, None)
+    if text is None:
+        print(f"kubeai.worker is started by kubeai serve ({ENVIRONMENT} is not set)")
+        return 2
+    settings = msgspec.json.decode(text, type=Settings)
+
+    async def run() -> None:
+        structlog.contextvars.bind_contextvars(worker=settings.column)
+        await Worker(settings).run()
+
+    began = time.monotonic()
+    uvloop.run(run())
+    log.info("worker ended", worker=settings.column, lived_s=round(time.monotonic() - began, 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
