@@ -1,0 +1,95 @@
+"""The embedded API's process: ``python -m kubeai.local.apiserver --data-dir D``.
+
+Writes ``ready <port>`` to the descriptor it was given once it serves, and ends on SIGTERM or
+when its parent does, however that ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from kubeai.errors import KubeAIError
+from kubeai.local.apiserver import credentials
+from kubeai.local.apiserver.collector import Collector
+from kubeai.local.apiserver.registry import Registry
+from kubeai.local.apiserver.resources import Catalog
+from kubeai.local.apiserver.server import Server
+from kubeai.local.apiserver.store import Store
+from kubeai.logs import setup_logging
+
+log = structlog.get_logger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGTERM when the parent ends; exit if it has already."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent or parent == 1:
+        sys.exit(0)
+
+
+async def serve(directory: Path, port: int, ready_fd: int | None) -> None:
+    """Until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    identity = credentials.load(directory)
+    store = Store(directory / "objects.db")
+    registry = Registry(store, Catalog())
+    collector = asyncio.create_task(Collector(registry).run())
+    server = Server(registry, identity.token)
+    try:
+        port = await server.start(port, identity.tls)
+        kubeconfig = identity.write_kubeconfig(port)
+        log.info("the Kubernetes API is ready", port=port, kubeconfig=str(kubeconfig))
+        if ready_fd is not None:
+            os.write(ready_fd, f"ready {port}\n".encode())
+            os.close(ready_fd)
+        await _first(stop.wait(), collector)
+    finally:
+        await server.stop()
+        collector.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await collector
+        store.close()
+
+
+async def _first(stop: object, collector: asyncio.Task[None]) -> None:
+    """Wait for the stop; the end of the collector is a failure, and is raised."""
+    stopping = asyncio.ensure_future(stop)  # type: ignore[call-overload]
+    await asyncio.wait((stopping, collector), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if collector.done():
+        collector.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kubeai.local.apiserver", description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--ready-fd", type=int)
+    options = parser.parse_args()
+    die_with_parent()
+    setup_logging()
+    os.umask(0o077)
+    try:
+        options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        asyncio.run(serve(options.data_dir, options.port, options.ready_fd))
+    except (KubeAIError, OSError) as error:
+        sys.exit(f"kubeai local: the Kubernetes API cannot start: {error}")
+
+
+if __name__ == "__main__":
+    main()

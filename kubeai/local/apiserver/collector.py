@@ -1,0 +1,236 @@
+"""What follows from a write: garbage collection, namespaces, definitions, old Events.
+
+Level-based: a write puts the objects that it may concern into a queue; working one off looks at
+the whole state and does the next step. At start everything is queued, so nothing is lost when
+the process is killed between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+
+from kubeai.local.apiserver.definitions import CLEANUP
+from kubeai.local.apiserver.metadata import parse_time
+from kubeai.local.apiserver.registry import FOREGROUND, ORPHAN, DeleteOptions, Registry
+from kubeai.local.apiserver.resources import CRDS, EVENTS, NAMESPACES, Resource
+from kubeai.local.apiserver.status import StatusError
+from kubeai.local.apiserver.store import Event, Key, Stored
+
+log = structlog.get_logger(__name__)
+Object = dict[str, Any]
+Place = tuple[str, Key]
+
+EVENT_AGE_MAX_S = 3600.0
+EVENT_SWEEP_S = 60.0
+STEPS_AT_ONCE = 20  # then requests have their turn
+
+
+class Collector:
+    """Run `run` as a task for as long as the registry is used."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._store = registry.store
+        self._queue: dict[Place, None] = {}  # ordered, each place once
+        self._work = asyncio.Event()
+        self._store.listeners.append(self._follow)
+        for resource, key, stored in self._store.all():
+            metadata = stored.metadata
+            if metadata.get("deletionTimestamp") or metadata.get("ownerReferences"):
+                self._add((resource, key))
+
+    def _add(self, place: Place) -> None:
+        self._queue[place] = None
+        self._work.set()
+
+    def _follow(self, event: Event) -> None:
+        metadata = event.last.metadata
+        if event.new is None:
+            for place in self._store.dependents(event.last.uid):
+                self._add(place)
+            for owner in metadata.get("ownerReferences", ()):
+                self._add_owner(owner["uid"])
+            self._add_containers(event)
+        elif metadata.get("deletionTimestamp") or metadata.get("ownerReferences"):
+            self._add((event.resource, event.key))
+            if metadata.get("deletionTimestamp"):
+                for owner in metadata.get("ownerReferences", ()):
+                    self._add_owner(owner["uid"])
+
+    def _add_owner(self, uid: str) -> None:
+        place = self._store.by_uid(uid)
+        if place is not None:
+            self._add(place)
+
+    def _add_containers(self, event: Event) -> None:
+        """A namespace or a definition may have waited for this object to go."""
+        for place in (
+            (NAMESPACES.key, ("", event.key[0])),
+            (CRDS.key, ("", event.resource)),
+        ):
+            holder = self._store.get(*place)
+            if holder is not None and holder.metadata.get("deletionTimestamp"):
+                self._add(place)
+
+    async def run(self) -> None:
+        sweeper = asyncio.create_task(self._sweep_events())
+        try:
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                while self._queue:
+                    for _ in range(min(STEPS_AT_ONCE, len(self._queue))):
+                        self._step(next(iter(self._queue)))
+                    await asyncio.sleep(0)
+        finally:
+            sweeper.cancel()
+
+    def _step(self, place: Place) -> None:
+        del self._queue[place]
+        stored = self._store.get(*place)
+        resource = self._registry.catalog.by_key(place[0])
+        if stored is None or resource is None:
+            return
+        try:
+            if stored.metadata.get("deletionTimestamp"):
+                self._go_on_deleting(resource, place[1], stored)
+            elif stored.metadata.get("ownerReferences"):
+                self._check_owners(resource, place[1], stored)
+        except StatusError as error:
+            log.warning("collecting an object failed", object=place, error=error.message)
+
+    # Objects that are being deleted.
+
+    def _go_on_deleting(self, resource: Resource, key: Key, stored: Stored) -> None:
+        finalizers = stored.metadata.get("finalizers", ())
+        if resource is NAMESPACES:
+            self._empty_namespace(key, stored)
+        elif resource is CRDS and CLEANUP in finalizers:
+            self._empty_definition(key, stored)
+        elif ORPHAN in finalizers:
+            for place in self._store.dependents(stored.uid):
+                self._drop_owners(place, {stored.uid})
+            self._registry.change(resource, key, lambda obj: _unfinalize(obj, ORPHAN))
+        elif FOREGROUND in finalizers:
+            self._delete_dependents_first(resource, key, stored)
+
+    def _delete_dependents_first(self, resource: Resource, key: Key, stored: Stored) -> None:
+        blocking = False
+        for place in self._store.dependents(stored.uid):
+            dependent = self._store.get(*place)
+            kind = self._registry.catalog.by_key(place[0])
+            if dependent is None or kind is None:
+                continue
+            blocking = blocking or _blocks(dependent, stored.uid)
+            if not dependent.metadata.get("deletionTimestamp"):
+                self._check_owners(kind, place[1], dependent)
+        if not any(
+            _blocks(left, stored.uid)
+            for place in self._store.dependents(stored.uid)
+            if (left := self._store.get(*place)) is not None
+        ):
+            self._registry.change(resource, key, lambda obj: _unfinalize(obj, FOREGROUND))
+
+    def _empty_namespace(self, key: Key, stored: Stored) -> None:
+        name, left = key[1], False
+        for resource in self._registry.catalog.all():
+            if resource.namespaced:
+                left = self._delete_all(resource, name) or left
+        if not left and not stored.metadata.get("finalizers"):
+            self._store.remove(NAMESPACES.key, key)
+
+    def _empty_definition(self, key: Key, stored: Stored) -> None:
+        spec = stored.object["spec"]
+        resource = self._registry.catalog.by_key(f"{spec['names']['plural']}.{spec['group']}")
+        if resource is None or not self._delete_all(resource, ""):
+            self._registry.change(CRDS, key, lambda obj: _unfinalize(obj, CLEANUP))
+
+    def _delete_all(self, resource: Resource, namespace: str) -> bool:
+        """Whether anything is left."""
+        for stored in self._store.items(resource.key, namespace):
+            if not stored.metadata.get("deletionTimestamp"):
+                where = stored.metadata.get("namespace", "")
+                self._registry.delete(resource, where, stored.metadata["name"], DeleteOptions())
+        return bool(self._store.items(resource.key, namespace))
+
+    # Objects with owners.
+
+    def _check_owners(self, resource: Resource, key: Key, stored: Stored) -> None:
+        """Delete the object if no owner of it is left, as Kubernetes' garbage collector does."""
+        living, waiting, gone = set(), set(), set()
+        for reference in stored.metadata["ownerReferences"]:
+            owner = self._owner(key[0], reference)
+            if owner is None:
+                gone.add(reference["uid"])
+            elif _waits_for_dependents(owner):
+                waiting.add(reference["uid"])
+            else:
+                living.add(reference["uid"])
+        if living:
+            if gone or waiting:
+                self._drop_owners((resource.key, key), gone | waiting)
+            return
+        policy = None
+        if waiting and self._store.dependents(stored.uid):
+            policy = "Foreground"
+        elif not set(stored.metadata.get("finalizers", ())) & {ORPHAN, FOREGROUND}:
+            policy = "Background"
+        options = DeleteOptions(uid=stored.uid, propagation=policy)
+        self._registry.delete(resource, *key, options)
+
+    def _owner(self, namespace: str, reference: Object) -> Stored | None:
+        """The living object that a reference means; owners are in the same namespace or none."""
+        place = self._store.by_uid(reference["uid"])
+        if place is None or place[1][0] not in ("", namespace):
+            return None
+        owner = self._store.get(*place)
+        if owner is None or owner.metadata["name"] != reference["name"]:
+            return None
+        return owner if owner.object["kind"] == reference["kind"] else None
+
+    def _drop_owners(self, place: Place, uids: set[str]) -> None:
+        resource = self._registry.catalog.by_key(place[0])
+        if resource is not None:
+            self._registry.change(resource, place[1], lambda obj: _disown(obj, uids))
+
+    # Events.
+
+    async def _sweep_events(self) -> None:
+        while True:
+            oldest = datetime.now(UTC) - timedelta(seconds=EVENT_AGE_MAX_S)
+            for stored in self._store.items(EVENTS.key):
+                metadata = stored.metadata
+                seen = stored.object.get("lastTimestamp") or metadata["creationTimestamp"]
+                if parse_time(seen) < oldest:
+                    self._store.remove(EVENTS.key, (metadata["namespace"], metadata["name"]))
+            await asyncio.sleep(EVENT_SWEEP_S)
+
+
+def _blocks(dependent: Stored, uid: str) -> bool:
+    return any(
+        reference["uid"] == uid and reference.get("blockOwnerDeletion")
+        for reference in dependent.metadata.get("ownerReferences", ())
+    )
+
+
+def _waits_for_dependents(owner: Stored) -> bool:
+    metadata = owner.metadata
+    return bool(metadata.get("deletionTimestamp")) and FOREGROUND in metadata.get("finalizers", ())
+
+
+def _unfinalize(obj: Object, finalizer: str) -> None:
+    left = [name for name in obj["metadata"].get("finalizers", ()) if name != finalizer]
+    obj["metadata"]["finalizers"] = left
+    if not left:
+        del obj["metadata"]["finalizers"]
+
+
+def _disown(obj: Object, uids: set[str]) -> None:
+    left = [r for r in obj["metadata"].get("ownerReferences", ()) if r["uid"] not in uids]
+    obj["metadata"]["ownerReferences"] = left
+    if not left:
+        del obj["metadata"]["ownerReferences"]

@@ -1,0 +1,165 @@
+"""Which resources there are: the built-in ones, and those that CustomResourceDefinitions add.
+
+A `Resource` is what the registry, the printer and discovery need to know of a collection. The
+`Catalog` finds them by path and by kind, and changes as definitions come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kubeai.local.apiserver.schema import Schema
+from kubeai.local.apiserver.status import group_resource
+
+Object = dict[str, Any]
+
+VERBS = (
+    "create", "delete", "deletecollection", "get", "list", "patch", "update", "watch",
+)  # fmt: skip
+
+
+@dataclass(slots=True, frozen=True)
+class ScalePaths:
+    """Where ``/scale`` finds its numbers, as JSONPaths such as ``.spec.replicas``."""
+
+    spec: str
+    status: str
+    selector: str | None
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Resource:
+    """One collection at one version."""
+
+    group: str
+    version: str
+    plural: str
+    kind: str
+    namespaced: bool = True
+    short_names: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    subresources: tuple[str, ...] = ()  # of: status, scale, log, binding
+    # Built-in objects may be written without a resourceVersion, custom ones may not.
+    unconditional_update: bool = True
+    generation: bool = False  # metadata.generation counts changes of what is wanted
+    custom: bool = False
+    singular: str = ""
+    list_kind: str = ""
+    storage_version: str = ""
+    schema: Schema | None = None
+    scale: ScalePaths | None = None
+    columns: tuple[Object, ...] | None = None  # additionalPrinterColumns
+    selectable: tuple[str, ...] = field(default=())  # fields that a field selector may name
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    @property
+    def key(self) -> str:
+        """What the store calls the collection; the same at every version."""
+        return group_resource(self.group, self.plural)
+
+    @property
+    def lists(self) -> str:
+        return self.list_kind or self.kind + "List"
+
+    @property
+    def one(self) -> str:
+        return self.singular or self.kind.lower()
+
+
+_META = ("metadata.name", "metadata.namespace")
+CORE = ""
+CRDS = Resource(
+    "apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition",
+    namespaced=False, short_names=("crd", "crds"), categories=("api-extensions",),
+    subresources=("status",), unconditional_update=False, generation=True, selectable=_META,
+)  # fmt: skip
+PODS = Resource(
+    CORE, "v1", "pods", "Pod", short_names=("po",), categories=("all",), generation=True,
+    subresources=("status", "log", "binding"),
+    selectable=(*_META, "spec.nodeName", "spec.restartPolicy", "spec.schedulerName",
+                "spec.serviceAccountName", "spec.hostNetwork", "status.phase", "status.podIP",
+                "status.nominatedNodeName"),
+)  # fmt: skip
+NAMESPACES = Resource(
+    CORE, "v1", "namespaces", "Namespace", namespaced=False, short_names=("ns",),
+    subresources=("status",), selectable=(*_META, "status.phase"),
+)  # fmt: skip
+EVENTS = Resource(
+    CORE, "v1", "events", "Event", short_names=("ev",),
+    selectable=(*_META, "involvedObject.kind", "involvedObject.namespace", "involvedObject.name",
+                "involvedObject.uid", "involvedObject.apiVersion",
+                "involvedObject.resourceVersion", "involvedObject.fieldPath", "reason",
+                "reportingComponent", "source", "type"),
+)  # fmt: skip
+BUILT_IN = (
+    NAMESPACES,
+    PODS,
+    EVENTS,
+    CRDS,
+    Resource(CORE, "v1", "configmaps", "ConfigMap", short_names=("cm",), selectable=_META),
+    Resource(CORE, "v1", "secrets", "Secret", selectable=(*_META, "type")),
+    Resource(
+        CORE, "v1", "services", "Service", short_names=("svc",), categories=("all",),
+        subresources=("status",), selectable=(*_META, "spec.clusterIP", "spec.type"),
+    ),
+    Resource(CORE, "v1", "serviceaccounts", "ServiceAccount", short_names=("sa",),
+             selectable=_META),
+    Resource(
+        CORE, "v1", "persistentvolumeclaims", "PersistentVolumeClaim", short_names=("pvc",),
+        subresources=("status",), selectable=_META,
+    ),
+    Resource(
+        CORE, "v1", "nodes", "Node", namespaced=False, short_names=("no",),
+        subresources=("status",), selectable=(*_META, "spec.unschedulable"),
+    ),
+    Resource(
+        "batch", "v1", "jobs", "Job", categories=("all",), subresources=("status",),
+        generation=True, selectable=(*_META, "status.successful"),
+    ),
+    Resource(
+        "coordination.k8s.io", "v1", "leases", "Lease", unconditional_update=False,
+        selectable=_META,
+    ),
+)  # fmt: skip
+
+
+class Catalog:
+    """The resources that are served now."""
+
+    def __init__(self) -> None:
+        self._served: dict[tuple[str, str, str], Resource] = {}
+        for resource in BUILT_IN:
+            self._served[resource.group, resource.version, resource.plural] = resource
+
+    def find(self, group: str, version: str, plural: str) -> Resource | None:
+        return self._served.get((group, version, plural))
+
+    def by_key(self, key: str) -> Resource | None:
+        """Any served version of the collection that the store calls `key`."""
+        plural, _, group = key.partition(".")
+        for resource in self._served.values():
+            if resource.plural == plural and resource.group == group:
+                return resource
+        return None
+
+    def all(self) -> Iterable[Resource]:
+        return list(self._served.values())
+
+    def of_group(self, group: str) -> list[Resource]:
+        return [resource for resource in self._served.values() if resource.group == group]
+
+    def groups(self) -> list[str]:
+        """Their names, core left out."""
+        return list(dict.fromkeys(r.group for r in self._served.values() if r.group))
+
+    def replace(self, group: str, plural: str, resources: Iterable[Resource]) -> None:
+        """Serve these versions of a custom collection and no others."""
+        for old in [r for r in self._served.values() if (r.group, r.plural) == (group, plural)]:
+            del self._served[old.group, old.version, old.plural]
+        for resource in resources:
+            self._served[resource.group, resource.version, resource.plural] = resource

@@ -1,0 +1,65 @@
+"""autoscaling/v1 Scale: three numbers of an object, at the paths that its definition names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kubeai.local.apiserver import status as errors
+from kubeai.local.apiserver.resources import Resource
+from kubeai.local.apiserver.status import Cause
+
+Object = dict[str, Any]
+
+
+def scale_of(resource: Resource, obj: Object) -> Object:
+    """The Scale of an object."""
+    paths = resource.scale
+    assert paths is not None
+    metadata = {
+        name: obj["metadata"][name]
+        for name in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
+        if name in obj["metadata"]
+    }
+    status: Object = {"replicas": _at(obj, paths.status) or 0}
+    if paths.selector:
+        status["selector"] = _at(obj, paths.selector) or ""
+    spec: Object = {}
+    replicas = _at(obj, paths.spec)
+    if replicas is not None:
+        spec["replicas"] = replicas
+    return {
+        "kind": "Scale",
+        "apiVersion": "autoscaling/v1",
+        "metadata": metadata,
+        "spec": spec,
+        "status": status,
+    }
+
+
+def with_replicas(resource: Resource, obj: Object, scale: Object) -> Object:
+    """`obj` with ``spec.replicas`` of the Scale at its own path (in place)."""
+    assert resource.scale is not None
+    replicas = (scale.get("spec") or {}).get("replicas", 0)
+    if not isinstance(replicas, int) or isinstance(replicas, bool):
+        raise errors.bad_request(f"spec.replicas of a Scale must be an integer, not {replicas!r}")
+    if replicas < 0:
+        why = f"Invalid value: {replicas}: must be greater than or equal to 0"
+        cause = Cause("FieldValueInvalid", why, "spec.replicas")
+        raise errors.invalid("autoscaling", "Scale", obj["metadata"]["name"], [cause])
+    *parents, last = _parts(resource.scale.spec)
+    place = obj
+    for name in parents:
+        place = place.setdefault(name, {})
+    place[last] = replicas
+    return obj
+
+
+def _parts(path: str) -> list[str]:
+    return path.lstrip(".").split(".")
+
+
+def _at(obj: Object, path: str) -> Any:
+    value: Any = obj
+    for name in _parts(path):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

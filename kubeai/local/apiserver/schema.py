@@ -1,0 +1,267 @@
+"""Structural schemas: what happens to an object before it is stored.
+
+`Schema` prunes fields that nobody declared, fills in defaults, and validates: JSON schema by
+jsonschema-rs, list types here, ``x-kubernetes-validations`` by `rules`. Errors come back as
+Kubernetes words them, one `Cause` a field. Used for custom resources and for built-in ones.
+
+Paths are written as in ``spec.adapters[0].name``; array elements of JSONPath-like tuples inside.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema_rs
+import orjson
+
+from kubeai.local.apiserver.rules import Rules
+from kubeai.local.apiserver.status import Cause
+
+Object = dict[str, Any]
+Path = tuple[str | int, ...]
+
+_PRESERVE = "x-kubernetes-preserve-unknown-fields"
+_EMBEDDED = "x-kubernetes-embedded-resource"
+_INT_OR_STRING = "x-kubernetes-int-or-string"
+_ERRORS_MAX = 50
+_TYPE_META = ("apiVersion", "kind", "metadata")
+# jsonschema-rs knows more formats than Kubernetes checks; these mean the same to both.
+_FORMATS = {"date-time", "date", "email", "ipv4", "ipv6", "uri", "uuid", "hostname"}
+_KEPT = (
+    "enum", "pattern", "minLength", "maxLength", "minimum", "maximum", "multipleOf", "minItems",
+    "maxItems", "uniqueItems", "minProperties", "maxProperties", "required",
+)  # fmt: skip
+
+
+def show_path(path: Path) -> str:
+    """``spec.adapters[0].name``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def show(value: Any) -> str:
+    """A value as error messages quote it."""
+    return orjson.dumps(value).decode()
+
+
+class Schema:
+    """One version's schema. `definitions` are what ``$ref: #/$defs/…`` inside it points to."""
+
+    def __init__(self, root: Object, definitions: Object | None = None) -> None:
+        self.root = root
+        self._definitions = definitions or {}
+        document = _json_schema(root)
+        if self._definitions:
+            document["$defs"] = {
+                name: _json_schema(schema) for name, schema in self._definitions.items()
+            }
+        self._validator = jsonschema_rs.Draft202012Validator(
+            document, validate_formats=True, pattern_options=jsonschema_rs.RegexOptions()
+        )
+        self._rules = Rules(root)
+        self.mistakes = self._rules.mistakes
+
+    # Pruning.
+
+    def prune(self, obj: Object) -> list[str]:
+        """Remove undeclared fields in place; their paths."""
+        unknown: list[str] = []
+        self._prune(obj, self.root, (), unknown, embedded=True)
+        return unknown
+
+    def _prune(
+        self, value: Any, schema: Object, path: Path, unknown: list[str], embedded: bool = False
+    ) -> None:
+        schema = self._resolve(schema)
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                self._prune(item, schema.get("items") or {}, (*path, index), unknown)
+        elif isinstance(value, dict):
+            embedded = embedded or bool(schema.get(_EMBEDDED))
+            for name in list(value):
+                if embedded and name in _TYPE_META:
+                    continue
+                child = self._child(schema, name)
+                if child is not None:
+                    self._prune(value[name], child, (*path, name), unknown)
+                elif not schema.get(_PRESERVE):
+                    del value[name]
+                    unknown.append(show_path((*path, name)))
+
+    def _resolve(self, schema: Object) -> Object:
+        while "$ref" in schema:
+            schema = self._definitions[schema["$ref"].rpartition("/")[2]]
+        return schema
+
+    def _child(self, schema: Object, name: str) -> Object | None:
+        """The schema of a member, or None when nothing declares it."""
+        properties = schema.get("properties") or {}
+        if name in properties:
+            return self._resolve(properties[name])
+        extra = schema.get("additionalProperties")
+        if isinstance(extra, dict):
+            return self._resolve(extra)
+        return {_PRESERVE: True} if extra is True else None
+
+    # Defaulting.
+
+    def default(self, obj: Object) -> None:
+        """Fill in defaults in place."""
+        self._default(obj, self.root)
+
+    def _default(self, value: Any, schema: Object) -> None:
+        schema = self._resolve(schema)
+        if isinstance(value, list):
+            for item in value:
+                self._default(item, schema.get("items") or {})
+        elif isinstance(value, dict):
+            for name, declared in (schema.get("properties") or {}).items():
+                declared = {**self._resolve(declared), **declared}
+                absent = name not in value or (value[name] is None and not declared.get("nullable"))
+                if absent and "default" in declared:
+                    value[name] = copy.deepcopy(declared["default"])
+            for name, member in value.items():
+                child = self._child(schema, name)
+                if child is not None:
+                    self._default(member, child)
+
+    # Validation.
+
+    def validate(self, obj: Object, old: Object | None = None) -> list[Cause]:
+        """What is wrong with a pruned and defaulted object; `old` enables transition rules.
+
+        As in Kubernetes, rules are evaluated only on objects that fit the schema.
+        """
+        causes: list[Cause] = []
+        for error in self._validator.iter_errors(obj):
+            causes.append(_cause(error))
+            if len(causes) >= _ERRORS_MAX:
+                return causes
+        causes += self._duplicates(obj, self.root, ())
+        return causes or self._rules.check(obj, old)
+
+    def _duplicates(self, value: Any, schema: Object, path: Path) -> Iterator[Cause]:
+        schema = self._resolve(schema)
+        if isinstance(value, list):
+            yield from _repeated(value, schema, path)
+            for index, item in enumerate(value):
+                yield from self._duplicates(item, schema.get("items") or {}, (*path, index))
+        elif isinstance(value, dict):
+            for name, member in value.items():
+                child = self._child(schema, name)
+                if child is not None and isinstance(member, (dict, list)):
+                    yield from self._duplicates(member, child, (*path, name))
+
+
+def _repeated(items: list[Any], schema: Object, path: Path) -> Iterator[Cause]:
+    kind = schema.get("x-kubernetes-list-type")
+    if kind not in ("set", "map"):
+        return
+    keys = schema.get("x-kubernetes-list-map-keys") or []
+    seen = set()
+    for index, item in enumerate(items):
+        identity = item if kind == "set" else {key: item.get(key) for key in keys}
+        text = show(identity)
+        if text in seen:
+            field = show_path((*path, index))
+            yield Cause("FieldValueDuplicate", f"Duplicate value: {text}", field)
+        seen.add(text)
+
+
+def _json_schema(schema: Object) -> Object:
+    """The part of a structural schema that is plain JSON schema, in its 2020 words."""
+    if "$ref" in schema:
+        return {"$ref": schema["$ref"]}
+    out: Object = {name: schema[name] for name in _KEPT if name in schema}
+    kind = schema.get("type")
+    if schema.get(_INT_OR_STRING):
+        kind = ["integer", "string"]
+    if kind:
+        nullable = schema.get("nullable")
+        kinds = kind if isinstance(kind, list) else [kind]
+        out["type"] = [*kinds, "null"] if nullable else kind
+        if nullable and "enum" in out:
+            out["enum"] = [*out["enum"], None]
+    if schema.get("format") in _FORMATS:
+        out["format"] = schema["format"]
+    for name in ("minimum", "maximum"):  # OpenAPI's booleans are numbers of their own now
+        strict = "exclusive" + name.capitalize()
+        if schema.get(strict) is True and name in out:
+            out[strict] = out.pop(name)
+    for name in ("properties", "patternProperties"):
+        if schema.get(name):
+            out[name] = {key: _json_schema(value) for key, value in schema[name].items()}
+    for name in ("items", "additionalProperties", "not"):
+        if isinstance(schema.get(name), dict):
+            out[name] = _json_schema(schema[name])
+    for name in ("allOf", "anyOf", "oneOf"):
+        if schema.get(name):
+            out[name] = [_json_schema(value) for value in schema[name]]
+    return out
+
+
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array",
+          dict: "object", type(None): "null"}  # fmt: skip
+
+
+def _cause(error: jsonschema_rs.ValidationError) -> Cause:
+    """A JSON schema error in Kubernetes' words."""
+    path: Path = tuple(error.instance_path)
+    field, value, limit = show_path(path), error.instance, error.kind.value
+    keyword = error.kind.name
+    if keyword == "required":
+        return Cause("FieldValueRequired", "Required value", show_path((*path, str(limit))))
+    if keyword == "enum":
+        options = ", ".join(show(option) for option in limit if option is not None)
+        return Cause(
+            "FieldValueNotSupported",
+            f"Unsupported value: {show(value)}: supported values: {options}",
+            field,
+        )
+    if keyword == "maxLength":
+        return Cause("FieldValueTooLong", f"Too long: may not be more than {limit} bytes", field)
+    if keyword == "maxItems":
+        count = len(value) if isinstance(value, list) else 0
+        why = f"Too many: {count}: must have at most {limit} items"
+        return Cause("FieldValueTooMany", why, field)
+    if keyword == "type":
+        kind = show(_TYPES[type(value)])
+        wanted = ", ".join(str(name) for name in limit if name != "null")
+        return Cause(
+            "FieldValueTypeInvalid",
+            f"Invalid value: {kind}: {field} in body must be of type {wanted}: {kind}",
+            field,
+        )
+    said = _SAID.get(keyword)
+    what = said.format(limit) if said else f"is not valid: {error.message}"
+    return Cause(
+        "FieldValueInvalid", f"Invalid value: {_shown(value)}: {field} in body {what}", field
+    )
+
+
+_SAID = {
+    "minimum": "should be greater than or equal to {}",
+    "maximum": "should be less than or equal to {}",
+    "exclusiveMinimum": "should be greater than {}",
+    "exclusiveMaximum": "should be less than {}",
+    "multipleOf": "should be a multiple of {}",
+    "pattern": "should match '{}'",
+    "minLength": "should be at least {} chars long",
+    "minItems": "should have at least {} items",
+    "uniqueItems": "shouldn't contain duplicates",
+    "minProperties": "should have at least {} properties",
+    "maxProperties": "should have at most {} properties",
+    "format": "must be of type {}",
+    "oneOf": "must validate one and only one schema (oneOf)",
+    "anyOf": "must validate at least one schema (anyOf)",
+    "allOf": "must validate all the schemas (allOf)",
+    "not": "must not validate the schema (not)",
+}
+
+
+def _shown(value: Any) -> str:
+    return show(value)

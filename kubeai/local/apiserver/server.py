@@ -1,0 +1,605 @@
+"""HTTP in front of the registry: who may ask, what a path means, and how the answer is written.
+
+Listens on loopback over TLS. A request needs the token, a Host header that names loopback (so
+that no web page reaches this API by rebinding a name), and no Origin. Every refusal is a
+metav1.Status. JSON only: clients that would rather speak protobuf are answered in JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import random
+import ssl
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import orjson
+import structlog
+from aiohttp import web
+
+from kubeai.local.apiserver import discovery, printing, selectors, watching
+from kubeai.local.apiserver import status as errors
+from kubeai.local.apiserver.credentials import LOOPBACK
+from kubeai.local.apiserver.podlogs import PodLogs
+from kubeai.local.apiserver.registry import DeleteOptions, Registry, WriteOptions
+from kubeai.local.apiserver.resources import PODS, Resource
+from kubeai.local.apiserver.status import StatusError
+from kubeai.local.apiserver.store import Stored
+from kubeai.local.apiserver.watching import ListOptions
+
+log = structlog.get_logger(__name__)
+Object = dict[str, Any]
+
+BODY_MAX_BYTES = 3 << 20
+WATCH_TIMEOUT_S = (1800.0, 3600.0)
+WATCHES_MAX = 2000
+SHUTDOWN_TIMEOUT_S = 2.0
+_OPEN_PATHS = ("/healthz", "/livez", "/readyz")
+_TABLE, _PARTIAL, _PARTIAL_LIST = "Table", "PartialObjectMetadata", "PartialObjectMetadataList"
+_JSON = "application/json"
+
+
+class Target(NamedTuple):
+    """What a resource path names."""
+
+    resource: Resource
+    namespace: str
+    name: str
+    subresource: str
+
+
+class Form(NamedTuple):
+    """How the client wants objects: JSON as they are, a Table, or metadata alone."""
+
+    kind: str = ""
+
+    @property
+    def content_type(self) -> str:
+        return f"{_JSON};as={self.kind};v=v1;g=meta.k8s.io" if self.kind else _JSON
+
+
+class Server:
+    """One listening address, until `stop`."""
+
+    def __init__(self, registry: Registry, token: str) -> None:
+        self._registry = registry
+        self._authorization = f"Bearer {token}".encode()
+        self._logs = PodLogs(registry, token)
+        self._hosts: set[str] = set()
+        self._watches = 0
+        self._stopping = asyncio.Event()
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, port: int, tls: ssl.SSLContext) -> int:
+        """Listen on 127.0.0.1; the port, which is chosen when 0 is given."""
+        app = web.Application(client_max_size=BODY_MAX_BYTES)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
+        )
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
+        await site.start()
+        port = self._runner.addresses[0][1]
+        self._hosts = {f"[{h}]:{port}" if ":" in h else f"{h}:{port}" for h in LOOPBACK}
+        return port
+
+    async def stop(self) -> None:
+        self._stopping.set()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self._logs.close()
+
+    # One request.
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._check_client(request)
+            return await self._route(request)
+        except StatusError as error:
+            return _json(error.body(), error.code)
+        except web.HTTPRequestEntityTooLarge:
+            return _json(errors.too_large(BODY_MAX_BYTES).body(), 413)
+        except (ConnectionResetError, asyncio.CancelledError):
+            raise
+        except Exception as failure:
+            log.exception("a request failed", method=request.method, path=request.path)
+            message = f"Internal error occurred: {type(failure).__name__}"
+            return _json(StatusError(500, "InternalError", message).body(), 500)
+
+    def _check_client(self, request: web.Request) -> None:
+        if request.headers.get("Host", "") not in self._hosts:
+            raise StatusError(403, "Forbidden", "the Host header does not name this API")
+        if "Origin" in request.headers:
+            raise StatusError(403, "Forbidden", "requests with an Origin header are refused")
+        if request.path in _OPEN_PATHS:
+            return
+        given = request.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(given, self._authorization):
+            raise StatusError(401, "Unauthorized", "Unauthorized")
+
+    async def _route(self, request: web.Request) -> web.StreamResponse:
+        # Split before unquoting, so that a quoted slash stays inside its name.
+        parts = [unquote(part) for part in request.rel_url.raw_path.split("/") if part]
+        if not parts:
+            return _json({"paths": ["/api", "/apis", "/healthz", "/openapi/v3", "/version"]})
+        if parts[0] in ("api", "apis"):
+            depth = 2 if parts[0] == "api" else 3
+            if len(parts) <= depth:
+                return self._discovery(request, parts)
+            group = "" if parts[0] == "api" else parts[1]
+            return await self._resource(request, group, parts[depth - 1], parts[depth:])
+        if request.method not in ("GET", "HEAD"):
+            raise errors.method_not_allowed()
+        if "/" + parts[0] in _OPEN_PATHS:
+            return web.Response(text="ok")
+        if parts == ["version"]:
+            return _json(discovery.version())
+        if parts[0] == "openapi":
+            return self._openapi(request, parts[1:])
+        raise errors.no_such_path()
+
+    # Discovery.
+
+    def _discovery(self, request: web.Request, parts: list[str]) -> web.Response:
+        if request.method not in ("GET", "HEAD"):
+            raise errors.method_not_allowed()
+        catalog = self._registry.catalog
+        if len(parts) == 1:
+            version = _wants_aggregated(request)
+            if version:
+                document = discovery.aggregated(catalog, parts[0] == "api", version)
+                kind = f"{_JSON};g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList"
+                return _json(document, content_type=kind)
+            if parts[0] == "api":
+                return _json(discovery.api_versions())
+            return _json(discovery.group_list(catalog))
+        group = "" if parts[0] == "api" else parts[1]
+        served = {resource.version for resource in catalog.of_group(group)}
+        if parts[0] == "apis" and len(parts) == 2 and served:
+            return _json(discovery.group(catalog, group))
+        if parts[-1] in served and len(parts) == (2 if parts[0] == "api" else 3):
+            return _json(discovery.resource_list(catalog, group, parts[-1]))
+        raise errors.no_such_path()
+
+    def _openapi(self, request: web.Request, parts: list[str]) -> web.Response:
+        catalog = self._registry.catalog
+        if not _accepts_json(request):
+            raise StatusError(406, "NotAcceptable", "only application/json can be accepted here")
+        if parts == ["v2"]:
+            return _json(discovery.openapi_v2(catalog))
+        if parts == ["v3"]:
+            return _json(discovery.openapi_index(catalog))
+        document = None
+        if parts[:2] == ["v3", "api"] and len(parts) == 3:
+            document = discovery.openapi_v3(catalog, "", parts[2])
+        elif parts[:2] == ["v3", "apis"] and len(parts) == 4:
+            document = discovery.openapi_v3(catalog, parts[2], parts[3])
+        if document is None:
+            raise errors.no_such_path()
+        return _json(document)
+
+    # Resources.
+
+    async def _resource(
+        self, request: web.Request, group: str, version: str, parts: list[str]
+    ) -> web.StreamResponse:
+        if request.method == "POST" and (group, parts) in _REVIEWS:
+            return await self._review(request, group, version, parts[0])
+        target = self._target(group, version, parts)
+        method = request.method
+        if target.subresource:
+            return await self._subresource(request, target)
+        if target.name:
+            if method in ("GET", "HEAD"):
+                stored = self._registry.get(target.resource, target.namespace, target.name)
+                return self._one(request, target.resource, stored)
+            if method in ("PUT", "PATCH"):
+                return await self._write(request, target)
+            if method == "DELETE":
+                return await self._delete(request, target)
+        else:
+            if method in ("GET", "HEAD"):
+                return await self._list_or_watch(request, target)
+            if method == "POST":
+                return await self._create(request, target)
+            if method == "DELETE":
+                return await self._delete_collection(request, target)
+        raise errors.method_not_allowed()
+
+    def _target(self, group: str, version: str, parts: list[str]) -> Target:
+        namespace = ""
+        if (
+            parts[0] == "namespaces"
+            and len(parts) > 2
+            and not (len(parts) == 3 and parts[2] in ("status", "finalize"))
+        ):
+            namespace, parts = parts[1], parts[2:]
+        resource = self._registry.catalog.find(group, version, parts[0])
+        if resource is None or len(parts) > 3 or (namespace and not resource.namespaced):
+            raise errors.no_such_path()
+        name, subresource = (*parts[1:], "", "")[:2]
+        if name and resource.namespaced and not namespace:
+            raise errors.no_such_path()
+        if subresource and subresource not in resource.subresources:
+            raise errors.no_such_path()
+        return Target(resource, namespace, name, subresource)
+
+    async def _subresource(self, request: web.Request, target: Target) -> web.StreamResponse:
+        resource, namespace, name, subresource = target
+        method = request.method
+        if subresource == "log" and method == "GET":
+            return await self._logs.stream(request, namespace, name)
+        if subresource == "binding" and method == "POST":
+            options = _write_options(request)
+            self._registry.bind(namespace, name, await _body(request), options)
+            return _json(_success(), 201)
+        if subresource == "scale":
+            return await self._scale(request, target)
+        if subresource == "status":
+            if method == "GET":
+                return self._one(request, resource, self._registry.get(resource, namespace, name))
+            if method in ("PUT", "PATCH"):
+                return await self._write(request, target)
+        raise errors.method_not_allowed()
+
+    async def _scale(self, request: web.Request, target: Target) -> web.Response:
+        resource, namespace, name, _ = target
+        if request.method == "GET":
+            return _json(self._registry.scale(resource, namespace, name))
+        options = _write_options(request)
+        if request.method == "PUT":
+            scale = await _body(request)
+            return _json(self._registry.set_scale(resource, namespace, name, scale, options))
+        if request.method == "PATCH":
+            patch = await _body(request, anything=True)
+            scale = self._registry.patch_scale(
+                resource, namespace, name, request.content_type, patch, options
+            )
+            return _json(scale)
+        raise errors.method_not_allowed()
+
+    async def _create(self, request: web.Request, target: Target) -> web.Response:
+        options = _write_options(request)
+        obj = await _body(request)
+        stored = self._registry.create(target.resource, target.namespace, obj, options)
+        return self._one(request, target.resource, stored, 201, options.warnings)
+
+    async def _write(self, request: web.Request, target: Target) -> web.Response:
+        resource, namespace, name, subresource = target
+        options = _write_options(request)
+        if request.method == "PUT":
+            stored = self._registry.update(
+                resource, namespace, name, await _body(request), options, subresource
+            )
+        else:
+            patch = await _body(request, anything=True)
+            stored = self._registry.patch(
+                resource, namespace, name, request.content_type, patch, options, subresource
+            )
+        return self._one(request, resource, stored, 200, options.warnings)
+
+    async def _delete(self, request: web.Request, target: Target) -> web.Response:
+        resource, namespace, name, _ = target
+        options = await _delete_options(request)
+        stored, gone = self._registry.delete(resource, namespace, name, options)
+        if not gone:
+            return self._one(request, resource, stored)
+        return _json(errors.success(name, resource.group, resource.plural, stored.uid))
+
+    async def _delete_collection(self, request: web.Request, target: Target) -> web.Response:
+        resource = target.resource
+        options = await _delete_options(request)
+        page = watching.list_page(self._registry.store, resource, _list_options(request, target))
+        for index, stored in enumerate(page.items):
+            metadata = stored.metadata
+            self._registry.delete(
+                resource, metadata.get("namespace", ""), metadata["name"], options
+            )
+            if index % 100 == 99:
+                await asyncio.sleep(0)
+        return self._page(request, resource, page)
+
+    async def _review(
+        self, request: web.Request, group: str, version: str, plural: str
+    ) -> web.Response:
+        """Whoever has the token may do everything."""
+        review = await _body(request)
+        if plural == "selfsubjectaccessreviews":
+            review |= {"kind": "SelfSubjectAccessReview", "status": {"allowed": True}}
+        else:
+            user: Object = {
+                "username": "kubeai",
+                "groups": ["system:masters", "system:authenticated"],
+            }
+            review |= {"kind": "SelfSubjectReview", "status": {"userInfo": user}}
+        return _json({**review, "apiVersion": f"{group}/{version}"}, 201)
+
+    # Lists and watches.
+
+    async def _list_or_watch(self, request: web.Request, target: Target) -> web.StreamResponse:
+        options = _list_options(request, target)
+        if request.query.get("watch", "").lower() in ("1", "true", "t"):
+            return await self._watch(request, target.resource, options)
+        page = watching.list_page(self._registry.store, target.resource, options)
+        return self._page(request, target.resource, page)
+
+    def _page(self, request: web.Request, resource: Resource, page: watching.Page) -> web.Response:
+        form = _form(request, _PARTIAL_LIST)
+        if form.kind == _TABLE:
+            table = printing.table(
+                resource,
+                [_shown(resource, stored) for stored in page.items],
+                page.metadata,
+                request.query.get("includeObject", "Metadata"),
+            )
+            return _json(table, content_type=form.content_type)
+        if form.kind:
+            items = [printing.partial(stored.object) for stored in page.items]
+            listed: Object = {"kind": form.kind, "apiVersion": "meta.k8s.io/v1"}
+            listed |= {"metadata": page.metadata, "items": items}
+            return _json(listed, content_type=form.content_type)
+        head = {
+            "kind": resource.lists,
+            "apiVersion": resource.api_version,
+            "metadata": page.metadata,
+        }
+        items_raw = b",".join(_raw(resource, stored) for stored in page.items)
+        body = orjson.dumps(head)[:-1] + b',"items":[' + items_raw + b"]}"
+        return _respond(request, body)
+
+    async def _watch(
+        self, request: web.Request, resource: Resource, options: ListOptions
+    ) -> web.StreamResponse:
+        if self._watches >= WATCHES_MAX:
+            raise StatusError(429, "TooManyRequests", f"there are {WATCHES_MAX} watches already")
+        encode = self._encoder(request, resource)
+        events = watching.watch(self._registry.store, resource, options)
+        # The first step may refuse, and then the answer is a Status and not a stream.
+        first = asyncio.ensure_future(anext(events, None))
+        response = web.StreamResponse(headers={"Content-Type": _JSON, "Cache-Control": "no-cache"})
+        self._watches += 1
+        stop = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.sleep(0)
+            if first.done() and (refusal := first.exception()) is not None:
+                raise refusal
+            await response.prepare(request)
+            step = first
+            while True:
+                await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)
+                if stop.done() or (seen := step.result()) is None:
+                    break
+                await response.write(encode(seen))
+                step = asyncio.ensure_future(anext(events, None))
+            await response.write_eof()
+        finally:
+            self._watches -= 1
+            stop.cancel()
+            for task in {first, locals().get("step", first)}:
+                task.cancel()
+            await asyncio.gather(first, locals().get("step", first), return_exceptions=True)
+            await events.aclose()  # type: ignore[attr-defined]
+        return response
+
+    def _encoder(
+        self, request: web.Request, resource: Resource
+    ) -> Callable[[watching.Seen], bytes]:
+        """A function from events to lines, in the form that the client asked for."""
+        form = _form(request, _PARTIAL)
+        include = request.query.get("includeObject", "Metadata")
+        headers = True
+
+        def encode(seen: watching.Seen) -> bytes:
+            nonlocal headers
+            if seen.stored is not None and not form.kind:
+                raw = _raw(resource, seen.stored)
+            elif form.kind == _TABLE and seen.type != "ERROR":
+                obj = {**seen.object, "apiVersion": resource.api_version}
+                metadata = {"resourceVersion": obj["metadata"]["resourceVersion"]}
+                shown = [] if seen.type == "BOOKMARK" else [obj]
+                table = printing.table(resource, shown, metadata, include, headers)
+                if seen.type == "BOOKMARK":
+                    table["rows"] = [{"cells": [], "object": printing.partial(obj)}]
+                raw, headers = orjson.dumps(table), False
+            elif form.kind and seen.type != "ERROR":
+                raw = orjson.dumps(printing.partial(seen.object))
+            else:
+                raw = orjson.dumps(seen.object)
+            return b'{"type":"' + seen.type.encode() + b'","object":' + raw + b"}\n"
+
+        return encode
+
+    def _one(
+        self,
+        request: web.Request,
+        resource: Resource,
+        stored: Stored,
+        code: int = 200,
+        warnings: list[str] | None = None,
+    ) -> web.Response:
+        form = _form(request, _PARTIAL)
+        if form.kind == _TABLE:
+            metadata = {"resourceVersion": stored.metadata.get("resourceVersion", "")}
+            include = request.query.get("includeObject", "Metadata")
+            table = printing.table(resource, [_shown(resource, stored)], metadata, include)
+            response = _json(table, code, form.content_type)
+        elif form.kind:
+            response = _json(printing.partial(stored.object), code, form.content_type)
+        else:
+            response = _respond(request, _raw(resource, stored), code)
+        for text in warnings or ():
+            response.headers.add("Warning", f"299 - {orjson.dumps(text).decode()}")
+        return response
+
+
+_REVIEWS = (
+    ("authorization.k8s.io", ["selfsubjectaccessreviews"]),
+    ("authentication.k8s.io", ["selfsubjectreviews"]),
+)
+
+
+# Requests.
+
+
+async def _body(request: web.Request, anything: bool = False) -> Any:
+    """The JSON that was sent: an object, unless `anything` may come."""
+    if not anything and request.content_type not in (_JSON, "application/octet-stream"):
+        raise errors.unsupported_media_type(request.content_type, (_JSON,))
+    raw = await request.read()
+    try:
+        body = orjson.loads(raw)
+    except ValueError as error:
+        raise errors.bad_request(f"the body of the request is not JSON: {error}") from None
+    if not anything and not isinstance(body, dict):
+        raise errors.bad_request("the body of the request is not a JSON object")
+    return body
+
+
+def _write_options(request: web.Request) -> WriteOptions:
+    validation = request.query.get("fieldValidation") or "Warn"
+    if validation not in ("Ignore", "Warn", "Strict"):
+        raise errors.bad_request(f"fieldValidation: Unsupported value: {validation!r}")
+    return WriteOptions(_dry_run(_all(request, "dryRun")), validation)
+
+
+def _all(request: web.Request, name: str) -> list[str]:
+    return [value for key, value in request.query.items() if key == name]
+
+
+def _dry_run(given: list[str]) -> bool:
+    if given not in ([], ["All"]):
+        raise errors.bad_request(f"dryRun: Unsupported value: {given!r}")
+    return bool(given)
+
+
+async def _delete_options(request: web.Request) -> DeleteOptions:
+    body = await _body(request) if request.can_read_body and await request.read() else {}
+    query = request.query
+    conditions = body.get("preconditions") or {}
+    grace = body.get("gracePeriodSeconds", query.get("gracePeriodSeconds"))
+    try:
+        grace_s = None if grace is None else int(grace)
+    except (TypeError, ValueError):
+        raise errors.bad_request(f"gracePeriodSeconds: not a number: {grace!r}") from None
+    propagation = body.get("propagationPolicy") or query.get("propagationPolicy")
+    orphan = body.get("orphanDependents")
+    if orphan is None and "orphanDependents" in query:
+        orphan = query["orphanDependents"] == "true"
+    if orphan is not None and not propagation:
+        propagation = "Orphan" if orphan else "Background"
+    return DeleteOptions(
+        grace_s,
+        conditions.get("uid"),
+        conditions.get("resourceVersion"),
+        propagation,
+        _dry_run(body.get("dryRun") or _all(request, "dryRun")),
+    )
+
+
+def _list_options(request: web.Request, target: Target) -> ListOptions:
+    query, resource = request.query, target.resource
+    match = selectors.selector(
+        query.get("labelSelector", ""),
+        query.get("fieldSelector", ""),
+        resource.selectable,
+        f"{resource.kind}",
+    )
+    timeout_s = _number(query.get("timeoutSeconds"), "timeoutSeconds")
+    return ListOptions(
+        namespace=target.namespace,
+        match=match,
+        limit=_number(query.get("limit"), "limit"),
+        continue_=query.get("continue", ""),
+        resource_version=query.get("resourceVersion", ""),
+        version_match=query.get("resourceVersionMatch", ""),
+        timeout_s=timeout_s or random.uniform(*WATCH_TIMEOUT_S),
+        bookmarks=query.get("allowWatchBookmarks", "").lower() in ("1", "true"),
+        initial_events=query.get("sendInitialEvents", "").lower() in ("1", "true"),
+    )
+
+
+def _number(text: str | None, name: str) -> int:
+    if not text:
+        return 0
+    if not text.isdecimal():
+        raise errors.bad_request(f"{name}: not a number: {text!r}")
+    return int(text)
+
+
+def _accepts(request: web.Request) -> list[tuple[str, dict[str, str]]]:
+    """Media types and their parameters, in the client's order."""
+    found = []
+    for item in request.headers.get("Accept", "*/*").split(","):
+        kind, *parameters = (part.strip() for part in item.split(";"))
+        found.append((kind, dict(p.partition("=")[::2] for p in parameters)))
+    return found
+
+
+def _accepts_json(request: web.Request) -> bool:
+    return any(kind in (_JSON, "*/*", "application/*") for kind, _ in _accepts(request))
+
+
+def _wants_aggregated(request: web.Request) -> str:
+    for kind, parameters in _accepts(request):
+        if kind == _JSON and parameters.get("as") == "APIGroupDiscoveryList":
+            if parameters.get("v") in ("v2", "v2beta1"):
+                return parameters["v"]
+        elif kind in (_JSON, "*/*"):
+            return ""
+    return ""
+
+
+def _form(request: web.Request, partial: str) -> Form:
+    """The first form in the Accept header that is known here."""
+    for kind, parameters in _accepts(request):
+        if kind not in (_JSON, "*/*", "application/*"):
+            continue
+        wanted = parameters.get("as", "")
+        if not wanted:
+            return Form()
+        if parameters.get("v") == "v1" and parameters.get("g") == "meta.k8s.io":
+            if wanted == _TABLE:
+                return Form(_TABLE)
+            if wanted in (_PARTIAL, _PARTIAL_LIST):
+                return Form(partial)
+    accepted = f"{_JSON}, {_JSON};as=Table;v=v1;g=meta.k8s.io"
+    raise StatusError(
+        406, "NotAcceptable", f"only the following media types are accepted: {accepted}"
+    )
+
+
+# Answers.
+
+
+def _shown(resource: Resource, stored: Stored) -> Object:
+    """The object at the version that was asked for (versions differ in name only)."""
+    if stored.object["apiVersion"] == resource.api_version:
+        return stored.object
+    return {**stored.object, "apiVersion": resource.api_version}
+
+
+def _raw(resource: Resource, stored: Stored) -> bytes:
+    if stored.object["apiVersion"] == resource.api_version:
+        return stored.raw
+    return orjson.dumps(_shown(resource, stored))
+
+
+def _respond(request: web.Request, body: bytes, code: int = 200) -> web.Response:
+    if request.query.get("pretty", "").lower() in ("1", "true"):
+        body = orjson.dumps(orjson.loads(body), option=orjson.OPT_INDENT_2)
+    return web.Response(body=body, status=code, headers={"Content-Type": _JSON})
+
+
+def _json(body: Object, code: int = 200, content_type: str = _JSON) -> web.Response:
+    headers = {"Content-Type": content_type}
+    return web.Response(body=orjson.dumps(body), status=code, headers=headers)
+
+
+def _success() -> Object:
+    return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
+
+
+__all__ = ["PODS", "Server"]

@@ -1,0 +1,136 @@
+"""Errors as Kubernetes tells them: an HTTP code, a reason for programs, a message for people.
+
+Everything that refuses a request raises `StatusError`; the server turns it into a metav1.Status.
+Messages follow the words of a real API server, because clients and people match on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Object = dict[str, Any]
+
+
+class Cause(NamedTuple):
+    """One wrong field: `reason` is a CauseType such as ``FieldValueInvalid``."""
+
+    reason: str
+    message: str
+    field: str
+
+    def line(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class StatusError(Exception):
+    """A request is refused."""
+
+    def __init__(self, code: int, reason: str, message: str, details: Object | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.details = details
+
+    def body(self) -> Object:
+        """The metav1.Status."""
+        status: Object = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": self.message,
+            "reason": self.reason,
+            "code": self.code,
+        }
+        if self.details:
+            status["details"] = self.details
+        return status
+
+
+def success(name: str, group: str, kind: str, uid: str) -> Object:
+    """The answer to a delete that left nothing behind; `kind` is the resource's plural."""
+    details = {"name": name, "group": group, "kind": kind, "uid": uid}
+    return {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Success",
+        "details": {key: value for key, value in details.items() if value},
+    }
+
+
+def group_resource(group: str, plural: str) -> str:
+    return f"{plural}.{group}" if group else plural
+
+
+def _details(group: str, kind: str, name: str) -> Object:
+    details = {"name": name, "group": group, "kind": kind}
+    return {key: value for key, value in details.items() if value}
+
+
+def bad_request(message: str) -> StatusError:
+    return StatusError(400, "BadRequest", message)
+
+
+def not_found(group: str, plural: str, name: str) -> StatusError:
+    message = f'{group_resource(group, plural)} "{name}" not found'
+    return StatusError(404, "NotFound", message, _details(group, plural, name))
+
+
+def no_such_path() -> StatusError:
+    return StatusError(404, "NotFound", "the server could not find the requested resource")
+
+
+def already_exists(group: str, plural: str, name: str) -> StatusError:
+    message = f'{group_resource(group, plural)} "{name}" already exists'
+    return StatusError(409, "AlreadyExists", message, _details(group, plural, name))
+
+
+def conflict(group: str, plural: str, name: str, why: str) -> StatusError:
+    message = f'Operation cannot be fulfilled on {group_resource(group, plural)} "{name}": {why}'
+    return StatusError(409, "Conflict", message, _details(group, plural, name))
+
+
+MODIFIED = (
+    "the object has been modified; please apply your changes to the latest version and try again"
+)
+
+
+def forbidden(group: str, plural: str, name: str, why: str) -> StatusError:
+    message = f'{group_resource(group, plural)} "{name}" is forbidden: {why}'
+    return StatusError(403, "Forbidden", message, _details(group, plural, name))
+
+
+def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> StatusError:
+    lines = list(dict.fromkeys(cause.line() for cause in causes))
+    said = lines[0] if len(lines) == 1 else "[" + ", ".join(lines) + "]"
+    of = f"{kind}.{group}" if group else kind
+    details = _details(group, kind, name)
+    details["causes"] = [
+        {"reason": cause.reason, "message": cause.message, "field": cause.field} for cause in causes
+    ]
+    return StatusError(422, "Invalid", f'{of} "{name}" is invalid: {said}', details)
+
+
+def expired(why: str) -> StatusError:
+    return StatusError(410, "Expired", why)
+
+
+def method_not_allowed() -> StatusError:
+    return StatusError(
+        405, "MethodNotAllowed", "the server does not allow this method on the requested resource"
+    )
+
+
+def unsupported_media_type(got: str, accepted: tuple[str, ...]) -> StatusError:
+    message = (
+        "the body of the request was in an unknown format - accepted media types include: "
+        f"{', '.join(accepted)} (not {got or 'none'})"
+    )
+    return StatusError(415, "UnsupportedMediaType", message)
+
+
+def too_large(limit_bytes: int) -> StatusError:
+    message = f"the request is too large: the limit is {limit_bytes} bytes"
+    return StatusError(413, "RequestEntityTooLarge", message)

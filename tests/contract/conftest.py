@@ -1,0 +1,265 @@
+"""The two APIs that the contract tests run against: the embedded one, and a real kube-apiserver.
+
+`kube_api` is the path of a kubeconfig whose namespace is made for the test alone; the Models CRD
+is installed. The servers themselves are started once a session. The real one runs where
+KUBEBUILDER_ASSETS holds etcd and kube-apiserver (see tests/cluster); it has no controllers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import pytest
+import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from kubeai.local.apiserver import credentials
+
+START_TIMEOUT_S = 60.0
+
+
+class ApiServer(NamedTuple):
+    """A running API."""
+
+    kind: str  # embedded or real
+    url: str
+    token: str
+    ca_file: str
+
+    def request(self, method: str, path: str, body: object = None, kind: str = "application/json"):
+        """Status code and decoded answer, over a connection of its own."""
+        request = urllib.request.Request(
+            self.url + path, None if body is None else orjson.dumps(body), method=method
+        )
+        request.add_header("Authorization", f"Bearer {self.token}")
+        request.add_header("Accept", "application/json")
+        request.add_header("Content-Type", kind)
+        context = ssl.create_default_context(cafile=self.ca_file)
+        try:
+            with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+                return answer.status, orjson.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, orjson.loads(error.read())
+
+    def kubeconfig(self, path: Path, namespace: str) -> Path:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [
+                {
+                    "name": "test",
+                    "cluster": {"server": self.url, "certificate-authority": self.ca_file},
+                }
+            ],
+            "users": [{"name": "test", "user": {"token": self.token}}],
+            "contexts": [
+                {
+                    "name": "test",
+                    "context": {"cluster": "test", "user": "test", "namespace": namespace},
+                }
+            ],
+        }
+        path.write_text(yaml.safe_dump(config))
+        path.chmod(0o600)
+        return path
+
+
+def start_embedded(directory: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], ApiServer]:
+    """The embedded API as a process, once it says that it is ready."""
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "kubeai.local.apiserver"),
+            *("--data-dir", str(directory), "--port", str(port), "--ready-fd", str(write)),
+        ],
+        pass_fds=(write,),
+    )
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        line = pipe.readline().split()
+    assert line[:1] == ["ready"], f"the embedded API ended with {process.wait()}"
+    server = ApiServer(
+        "embedded",
+        f"https://127.0.0.1:{line[1]}",
+        (directory / "token").read_text(),
+        str(directory / "ca.crt"),
+    )
+    return process, server
+
+
+@contextlib.contextmanager
+def embedded(directory: Path):
+    process, server = start_embedded(directory)
+    try:
+        yield server
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def assets(*names: str) -> Path | None:
+    """The folder with these binaries, if there is one."""
+    folder = os.environ.get("KUBEBUILDER_ASSETS")
+    if folder and all((Path(folder) / name).exists() for name in names):
+        return Path(folder)
+    return None
+
+
+def kubectl_path() -> str | None:
+    folder = assets("kubectl")
+    return str(folder / "kubectl") if folder else shutil.which("kubectl")
+
+
+@contextlib.contextmanager
+def real(directory: Path):
+    """etcd and kube-apiserver on loopback, nothing else."""
+    folder = assets("etcd", "kube-apiserver")
+    assert folder is not None
+    directory.mkdir(parents=True)
+    etcd_port, peer_port, port = _free_ports(3)
+    token = secrets.token_hex(16)
+    (directory / "tokens.csv").write_text(f'{token},admin,admin,"system:masters"\n')
+    credentials.load(directory)  # certificates for loopback
+    key = directory / "service-accounts.key"
+    _make_rsa_key(key)
+    etcd_url = f"http://127.0.0.1:{etcd_port}"
+    peer_url = f"http://127.0.0.1:{peer_port}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            _running(
+                directory / "etcd.log",
+                str(folder / "etcd"),
+                f"--data-dir={directory / 'etcd'}",
+                f"--listen-client-urls={etcd_url}",
+                f"--advertise-client-urls={etcd_url}",
+                f"--listen-peer-urls={peer_url}",
+                f"--initial-advertise-peer-urls={peer_url}",
+                f"--initial-cluster=default={peer_url}",
+                "--unsafe-no-fsync",
+            )
+        )
+        stack.enter_context(
+            _running(
+                directory / "kube-apiserver.log",
+                str(folder / "kube-apiserver"),
+                f"--etcd-servers={etcd_url}",
+                f"--secure-port={port}",
+                "--bind-address=127.0.0.1",
+                f"--cert-dir={directory / 'certificates'}",
+                f"--tls-cert-file={directory / 'tls.crt'}",
+                f"--tls-private-key-file={directory / 'tls.key'}",
+                "--service-cluster-ip-range=10.0.0.0/24",
+                f"--service-account-key-file={key}",
+                f"--service-account-signing-key-file={key}",
+                "--service-account-issuer=https://kubernetes.default.svc",
+                "--authorization-mode=RBAC",
+                f"--token-auth-file={directory / 'tokens.csv'}",
+                "--disable-admission-plugins=ServiceAccount",
+            )
+        )
+        server = ApiServer("real", f"https://127.0.0.1:{port}", token, str(directory / "ca.crt"))
+        _wait_until_ready(server, directory / "kube-apiserver.log")
+        yield server
+
+
+def _make_rsa_key(path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago: these servers cannot say which one they chose."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextlib.contextmanager
+def _running(log: Path, *command: str):
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(server: ApiServer, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, orjson.JSONDecodeError):
+            if server.request("GET", "/api/v1/namespaces/default")[0] == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"kube-apiserver is not ready: {log.read_text()[-2000:]}")
+
+
+def _install_models(server: ApiServer) -> None:
+    from kubeai.api.crd import model_crd
+
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    code, answer = server.request("POST", path, model_crd())
+    assert code in (201, 409), answer
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while server.request("GET", "/apis/kubeai.org/v1/models")[0] != 200:
+        assert time.monotonic() < deadline, "the Models CRD is not served"
+        time.sleep(0.05)
+
+
+@pytest.fixture(
+    scope="session",
+    params=["embedded", pytest.param("real", marks=pytest.mark.cluster)],
+)
+def api_server(request, tmp_path_factory) -> ApiServer:
+    """Both APIs in turn, shared by the tests of a session."""
+    if request.param == "real" and assets("etcd", "kube-apiserver") is None:
+        pytest.skip("KUBEBUILDER_ASSETS holds no etcd and kube-apiserver")
+    start = real if request.param == "real" else embedded
+    with start(tmp_path_factory.mktemp("api") / request.param) as server:
+        _install_models(server)
+        yield server
+
+
+@pytest.fixture
+def namespace(api_server: ApiServer) -> str:
+    """A namespace that no other test uses."""
+    name = f"test-{secrets.token_hex(4)}"
+    path = "/api/v1/namespaces"
+    code, answer = api_server.request("POST", path, {"metadata": {"name": name}})
+    assert code == 201, answer
+    return name
+
+
+@pytest.fixture
+def kube_api(api_server: ApiServer, namespace: str, tmp_path: Path) -> str:
+    """The path of a kubeconfig for one of the two APIs."""
+    return str(api_server.kubeconfig(tmp_path / "kubeconfig", namespace))
