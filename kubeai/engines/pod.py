@@ -88,7 +88,8 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
         },
     }
     _add_files(model, pod, container)
-    pod = copy.deepcopy(pod)  # parts are the config's own, which nobody may change through it
+    # A plain copy: parts of it are the config's own, which nobody may change through the pod.
+    pod = msgspec.json.decode(msgspec.json.encode(pod))
     pod = _patched(pod, model, config.model_server_pods.json_patches)
     metadata = pod["metadata"]
     metadata["labels"][POD_HASH_LABEL] = pod_hash(pod)

@@ -1,0 +1,355 @@
+"""The system config: every key read, every mistake named by its path, every default usable."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec import inspect
+
+from kubeai.api.config import (
+    GatewayConfig,
+    SystemConfig,
+    load_config,
+    parse_config,
+    resolve_profile,
+    server_image,
+)
+from kubeai.errors import ConfigError, ModelError
+
+ROOT = Path(__file__).parents[2]
+
+EVERYTHING = """
+secretNames: {alibaba: s1, aws: s2, gcp: s3, huggingface: s4}
+modelServers:
+  OLlama: {images: {default: o}}
+  VLLM: {images: {default: v, cpu: vc}}
+  FasterWhisper: {images: {default: f}}
+  Infinity: {images: {default: i}}
+modelLoading: {image: loader}
+resourceProfiles:
+  gpu:
+    imageName: nvidia-gpu
+    requests: {cpu: 500m, memory: 1Gi, nvidia.com/gpu: "1"}
+    limits: {nvidia.com/gpu: 1}
+    nodeSelector: {pool: gpu}
+    affinity:
+      nodeAffinity:
+        requiredDuringSchedulingIgnoredDuringExecution:
+          nodeSelectorTerms: [{matchExpressions: [{key: a, operator: Exists}]}]
+    tolerations: [{key: k, operator: Equal, value: v, effect: NoExecute, tolerationSeconds: 5}]
+    schedulerName: special
+    runtimeClassName: nvidia
+cacheProfiles:
+  efs: {sharedFilesystem: {storageClassName: efs-sc}}
+  old: {sharedFilesystem: {persistentVolumeName: pv}}
+messaging:
+  errorMaxBackoff: 5s
+  streams:
+    - {requestsURL: "nats://in", responsesURL: "nats://out"}
+    - {requestsURL: "kafka://in", responsesURL: "kafka://out", maxHandlers: 3}
+metricsAddr: 127.0.0.1:9090
+healthAddress: ":9091"
+modelAutoscaling: {interval: 250ms, timeWindow: 1m30s, stateConfigMapName: state}
+modelServerPods:
+  serviceAccountName: models
+  podSecurityContext: {runAsNonRoot: true}
+  securityContext: {capabilities: {drop: [ALL]}}
+  imagePullSecrets: [{name: pull}]
+  jsonPatches:
+    - {op: add, path: /spec/priorityClassName, value: high}
+    - {op: move, from: /a, path: /b}
+modelRollouts: {surge: 0}
+leaderElection: {leaseDuration: 3s, renewDeadline: 2s, retryPeriod: 500ms}
+allowPodAddressOverride: true
+fixedSelfMetricAddrs: ["10.0.0.1:8080", "[::1]:8080"]
+gateway: {holdTimeout: 1m, bodyMaxBytes: 1Mi, retries: 0, drainAccept: 0, drainTimeout: 1s}
+"""
+
+
+def test_every_key_is_read():
+    config = parse_config(EVERYTHING)
+    assert config.secret_names.huggingface == "s4"
+    assert config.model_servers.images("VLLM") == {"default": "v", "cpu": "vc"}
+    assert config.model_loading.image == "loader"
+    gpu = config.resource_profiles["gpu"]
+    assert gpu.requests == {"cpu": "500m", "memory": "1Gi", "nvidia.com/gpu": "1"}
+    assert gpu.limits == {"nvidia.com/gpu": "1"}
+    assert gpu.tolerations[0].toleration_seconds == 5
+    assert "requiredDuringSchedulingIgnoredDuringExecution" in gpu.affinity.node_affinity
+    assert (gpu.scheduler_name, gpu.runtime_class_name) == ("special", "nvidia")
+    assert config.cache_profiles["efs"].shared_filesystem.storage_class_name == "efs-sc"
+    assert config.cache_profiles["old"].shared_filesystem.persistent_volume_name == "pv"
+    assert config.messaging.error_max_backoff_s == 5
+    assert [stream.max_handlers for stream in config.messaging.streams] == [1, 3]
+    assert config.messaging.streams[1].requests_url == "kafka://in"
+    assert (config.metrics_addr, config.health_address) == ("127.0.0.1:9090", ":9091")
+    assert config.model_autoscaling.interval_s == 0.25
+    assert config.model_autoscaling.time_window_s == 90
+    assert config.model_autoscaling.state_config_map_name == "state"
+    pods = config.model_server_pods
+    assert pods.pod_security_context == {"runAsNonRoot": True}
+    assert pods.image_pull_secrets[0].name == "pull"
+    assert [patch.operation() for patch in pods.json_patches] == [
+        {"op": "add", "path": "/spec/priorityClassName", "value": "high"},
+        {"op": "move", "path": "/b", "from": "/a"},
+    ]
+    assert config.model_rollouts.surge == 0
+    assert config.leader_election.retry_period_s == 0.5
+    assert config.allow_pod_address_override is True
+    assert config.fixed_self_metric_addrs == ("10.0.0.1:8080", "[::1]:8080")
+    assert config.gateway.hold_timeout_s == 60
+    assert config.gateway.body_max_bytes == 1 << 20
+    assert config.gateway.retries == 0
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "modelRollouts:\n", "null"])
+def test_an_empty_config_has_all_defaults(text):
+    assert parse_config(text) == SystemConfig() == load_config(None)
+
+
+def test_the_defaults_of_the_reference():
+    config = SystemConfig()
+    assert (config.metrics_addr, config.health_address) == (":8080", ":8081")
+    assert config.model_autoscaling.interval_s == 10
+    assert config.model_autoscaling.time_window_s == 600
+    assert config.model_rollouts.surge == 1
+    lease = config.leader_election
+    assert (lease.lease_duration_s, lease.renew_deadline_s, lease.retry_period_s) == (15, 10, 2)
+    assert {"cpu", "nvidia-gpu-l4", "nvidia-gpu-h100"} <= set(config.resource_profiles)
+    for engine in ("OLlama", "VLLM", "FasterWhisper", "Infinity"):
+        assert config.model_servers.images(engine)["default"]
+
+
+def test_json_is_read_too():
+    assert parse_config('{"modelRollouts": {"surge": 4}}').model_rollouts.surge == 4
+
+
+MISTAKES = [
+    ("modelAutoscalling: {}", "modelAutoscalling", "did you mean 'modelAutoscaling'?"),
+    ("gateway: {bodyMaxSize: 1}", "gateway.bodyMaxSize", "did you mean 'bodyMaxBytes'?"),
+    ("modelservers: {}", "modelservers", "did you mean 'modelServers'?"),
+    ("modelAutoscaling: {interval: 10}", "modelAutoscaling.interval", 'unit, as "10s"'),
+    ("modelAutoscaling: {interval: 10d}", "modelAutoscaling.interval", "unknown unit 'd'"),
+    ("modelAutoscaling: {interval: -1s}", "modelAutoscaling.interval", "negative"),
+    ("modelAutoscaling: {interval: 0s}", "modelAutoscaling.interval", "more than zero"),
+    ("modelAutoscaling: {interval: [1s]}", "modelAutoscaling.interval", "a duration"),
+    ("modelAutoscaling: 3", "modelAutoscaling", "must be a map"),
+    ("modelRollouts: {surge: -1}", "modelRollouts.surge", "at least 0"),
+    ("modelRollouts: {surge: 1.5}", "modelRollouts.surge", "whole number"),
+    ("modelRollouts: {surge: true}", "modelRollouts.surge", "whole number"),
+    ("modelRollouts: {surge: '1'}", "modelRollouts.surge", "whole number"),
+    ("allowPodAddressOverride: 1", "allowPodAddressOverride", "true or false"),
+    ("metricsAddr: 8080", "metricsAddr", "an address such as"),
+    ("metricsAddr: ':99999'", "metricsAddr", "an address such as"),
+    ("fixedSelfMetricAddrs: [':1', localhost]", "fixedSelfMetricAddrs[1]", "an address"),
+    ("fixedSelfMetricAddrs: ':1'", "fixedSelfMetricAddrs", "must be a list"),
+    ("secretNames: {aws: 5}", "secretNames.aws", "put it in quotes"),
+    ("gateway: {bodyMaxBytes: 64KB}", "gateway.bodyMaxBytes", "unknown suffix 'KB'"),
+    ("gateway: {bodyMaxBytes: 100m}", "gateway.bodyMaxBytes", "whole number of bytes"),
+    ("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes", "negative"),
+    ("gateway: {drainAccept: 10m}", "gateway.drainAccept", "not be longer than"),
+    (
+        "resourceProfiles: {g: {requests: {cpu: lots}}}",
+        "resourceProfiles.g.requests.cpu",
+        "not a quantity",
+    ),
+    (
+        "resourceProfiles: {g: {limits: {nvidia.com/gpu: -1}}}",
+        "resourceProfiles.g.limits.nvidia.com/gpu",
+        "negative",
+    ),
+    (
+        "resourceProfiles: {g: {nodeSelector: {gpu: true}}}",
+        "resourceProfiles.g.nodeSelector.gpu",
+        "put it in quotes",
+    ),
+    (
+        "resourceProfiles: {g: {tolerations: [{key: a}, {kye: b}]}}",
+        "resourceProfiles.g.tolerations[1].kye",
+        "did you mean 'key'?",
+    ),
+    ("resourceProfiles: {'a:b': {}}", "resourceProfiles.a:b", "colon"),
+    ("resourceProfiles: {5: {}}", "resourceProfiles", "key 5 must be a string"),
+    (
+        "resourceProfiles: {g: {imageName: a, imageName: b}}",
+        "resourceProfiles.g.imageName",
+        "given twice",
+    ),
+    ("cacheProfiles: {c: {}}", "cacheProfiles.c.sharedFilesystem", "must be given"),
+    (
+        "cacheProfiles: {c: {sharedFilesystem: {}}}",
+        "cacheProfiles.c.sharedFilesystem",
+        "needs a storageClassName or a persistentVolumeName",
+    ),
+    ("modelServers: {VLLM: {}}", "modelServers.VLLM.images", "must be given"),
+    ("modelServers: {vLLM: {images: {}}}", "modelServers.vLLM", "did you mean 'VLLM'?"),
+    (
+        "messaging: {streams: [{requestsURL: a}]}",
+        "messaging.streams[0].responsesURL",
+        "must be given",
+    ),
+    (
+        "messaging: {streams: [{requestsURL: a, responsesURL: b, maxHandlers: 0}]}",
+        "messaging.streams[0].maxHandlers",
+        "at least 1",
+    ),
+    (
+        "modelServerPods: {jsonPatches: [{op: put, path: /a}]}",
+        "modelServerPods.jsonPatches[0].op",
+        "must be one of",
+    ),
+    (
+        "modelServerPods: {jsonPatches: [{op: add, path: a}]}",
+        "modelServerPods.jsonPatches[0].path",
+        "start with '/'",
+    ),
+    (
+        "modelServerPods: {jsonPatches: [{op: copy, path: /a}]}",
+        "modelServerPods.jsonPatches[0].from",
+        "must be given with op copy",
+    ),
+    (
+        "leaderElection: {leaseDuration: 5s}",
+        "leaderElection.leaseDuration",
+        "longer than leaderElection.renewDeadline",
+    ),
+    (
+        "leaderElection: {renewDeadline: 1s}",
+        "leaderElection.renewDeadline",
+        "longer than leaderElection.retryPeriod",
+    ),
+    ("a: 1\na: 2", "a", "given twice (again in line 2)"),
+]
+
+
+@pytest.mark.parametrize(("text", "path", "reason"), MISTAKES)
+def test_a_mistake_is_named_by_its_path(text, path, reason):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    assert caught.value.path == path
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [1", "sys.yaml:1:6: not YAML"),
+        ("a: b: c", "sys.yaml:1:5: not YAML"),
+        ("- a", "sys.yaml: must hold a map"),
+        ("words", "sys.yaml: must hold a map"),
+        ("a: !!python/object/apply:os.getpid []", "sys.yaml:1:4: not YAML"),
+        ("--- {}\n--- {}", "not YAML"),
+        ("a: \x00", "not YAML"),
+    ],
+)
+def test_what_is_not_a_yaml_map_is_refused_with_its_place(text, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        parse_config(text, "sys.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*missing.yaml: No such file"):
+        load_config(tmp_path / "missing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_defaults_of_a_caller_stand_below_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("gateway: {drainTimeout: 7s, retries:}\n")
+    defaults = {"gateway": {"drainTimeout": "9s", "drainAccept": "1s", "retries": 5}}
+    config = load_config(file, defaults=defaults)
+    assert config.gateway.drain_timeout_s == 7
+    assert (config.gateway.drain_accept_s, config.gateway.retries) == (1, 5)
+    assert load_config(None, defaults=defaults).gateway.drain_timeout_s == 9
+
+
+def test_the_gateway_section_travels_to_a_worker_unchanged():
+    gateway = parse_config(EVERYTHING).gateway
+    wire = msgspec.json.encode(msgspec.to_builtins(gateway))
+    assert msgspec.json.decode(wire, type=GatewayConfig) == gateway
+
+
+def test_a_profile_is_multiplied_by_its_count():
+    config = parse_config(EVERYTHING)
+    three = resolve_profile(config, "gpu:3")
+    assert three.requests == {"cpu": "1500m", "memory": "3Gi", "nvidia.com/gpu": "3"}
+    assert three.limits == {"nvidia.com/gpu": "3"}
+    assert three.node_selector == {"pool": "gpu"}
+    assert config.resource_profiles["gpu"].requests["cpu"] == "500m"
+
+
+def test_no_profile_asks_for_nothing():
+    profile = resolve_profile(SystemConfig(), "")
+    assert (profile.requests, profile.limits, profile.image_name) == ({}, {}, "")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("nvidia-gpu-l5:1", "did you mean 'nvidia-gpu-l4'?"),
+        ("nosuch:1", "no resource profile 'nosuch'"),
+        ("cpu", "must be <profile>:<count>"),
+        ("cpu:", "must be <profile>:<count>"),
+        ("cpu:two", "must be <profile>:<count>"),
+        ("cpu:-1", "must be <profile>:<count>"),
+        ("cpu:1:2", "must be <profile>:<count>"),
+        ("cpu:0", "from 1 to"),
+        ("cpu:" + "9" * 5000, "from 1 to"),
+    ],
+)
+def test_a_profile_that_is_wrong_or_unknown_is_named(wanted, reason):
+    with pytest.raises(ModelError, match=re.escape(reason)) as caught:
+        resolve_profile(SystemConfig(), wanted)
+    assert (caught.value.field, caught.value.reason) == ("spec.resourceProfile", "InvalidProfile")
+
+
+def test_the_image_of_a_profile_falls_back_to_the_default():
+    config = parse_config("modelServers: {VLLM: {images: {default: d, cpu: c}}}")
+    cpu, gpu = (resolve_profile(config, wanted) for wanted in ("cpu:1", "nvidia-gpu-l4:1"))
+    assert server_image(config, "VLLM", cpu) == "c"
+    assert server_image(config, "VLLM", gpu) == "d"
+    assert server_image(config, "VLLM", resolve_profile(config, "")) == "d"
+
+
+def test_an_engine_without_a_default_image_is_named():
+    config = parse_config("modelServers: {VLLM: {images: {cpu: c}}}")
+    with pytest.raises(ModelError, match=r"modelServers\.VLLM\.images\.default") as caught:
+        server_image(config, "VLLM", resolve_profile(config, ""))
+    assert caught.value.field == "spec.image"
+
+
+def keys(type_, path=""):
+    """Each key of the config, with <name> for the keys of a map and [] for items of a list."""
+    match type_:
+        case inspect.Metadata(type=inner):
+            yield from keys(inner, path)
+        case inspect.UnionType(types=types):
+            for inner in types:
+                yield from keys(inner, path)
+        case inspect.StructType():
+            for field in type_.fields:
+                below = f"{path}.{field.encode_name}".lstrip(".")
+                yield below
+                yield from keys(field.type, below)
+        case inspect.DictType(value_type=value):
+            yield from keys(value, f"{path}.<name>")
+        case inspect.VarTupleType(item_type=item):
+            yield from keys(item, f"{path}[]")
+
+
+ALL_KEYS = sorted(set(keys(inspect.type_info(SystemConfig))))
+
+
+def test_the_document_has_every_key_and_no_other():
+    text = (ROOT / "docs/configuration.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
+    assert documented == {
+        key for key in ALL_KEYS if not any(k.startswith((key + ".", key + "[]")) for k in ALL_KEYS)
+    }
+
+
+def test_the_local_example_is_a_valid_config():
+    load_config(ROOT / "examples/config/local.yaml")
