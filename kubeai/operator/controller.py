@@ -1,0 +1,343 @@
+"""Reconcile: bring one Model's pods and status to what its spec says.
+
+Owns the writes of the leader, but for its scaling. ``changed(name)`` puts a model into the queue;
+for each model, one after another, the controller looks at the store, asks :func:`plan`, and sends
+the actions. Promises: no write unless this replica leads at that moment; a create or a delete that
+is not observed yet is not repeated; deletes carry the pod's uid, patches of a Model its
+resourceVersion; no write while nothing changes; and at most two writes a second to one object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+import structlog
+
+from kubeai.api.config import SystemConfig
+from kubeai.api.model import Model, ModelStatus
+from kubeai.kube import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.operator.leader import Leader, NotLeader
+from kubeai.operator.plan import (
+    Action,
+    AdoptPod,
+    CreatePod,
+    DeletePod,
+    Observed,
+    PatchModel,
+    PatchStatus,
+    plan,
+)
+from kubeai.operator.pods import HASH_ANNOTATION, MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
+from kubeai.operator.queue import Queue
+from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
+
+log = structlog.get_logger(__name__)
+PARALLEL_MODELS_MAX = 16
+PARALLEL_WRITES_MAX = 32
+STATUS_INTERVAL_S = MODEL_INTERVAL_S = 0.5  # between two writes of the same kind to one Model
+FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # rest before a pod that ended is replaced again
+
+
+class _Memory(msgspec.Struct):
+    """What is remembered of one Model between two reconciles; none of it must survive a restart."""
+
+    create_error: Trouble | None = None
+    taken: dict[str, float] = {}  # pod names of others → believed until
+    patched_s: float = float("-inf")
+    status_sent_s: float = float("-inf")
+    status_sent: tuple[ModelStatus, ModelStatus] | None = None  # what we sent, what came back
+    finished: Backoff = msgspec.field(
+        default_factory=lambda: Backoff(FINISHED_FIRST_S, FINISHED_MAX_S)
+    )
+    finished_until_s: float = float("-inf")
+
+
+class Controller:
+    """Started by the operator on every replica; writes only while ``leader`` leads."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        config: SystemConfig,
+        namespace: str,
+        store: Store,
+        leader: Leader,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kube = kube
+        self._config = config
+        self._namespace = namespace
+        self._store = store
+        self._leader = leader
+        self._clock = clock
+        self._memories: dict[str, _Memory] = {}
+        self._writes = asyncio.Semaphore(PARALLEL_WRITES_MAX)
+        self.queue = Queue(self.reconcile, PARALLEL_MODELS_MAX)
+
+    def changed(self, name: str) -> None:
+        """Something about the model is new; called for each event."""
+        if self._leader.leads and self._store.listed:
+            self.queue.add(name)
+
+    def all_changed(self) -> None:
+        """This replica leads from now on, or knows the world from now on."""
+        for name in self._store.names():
+            self.changed(name)
+
+    async def stop(self) -> None:
+        await self.queue.stop()
+
+    async def reconcile(self, name: str) -> float | None:
+        """One round for one model; seconds until the next, None when only news brings it."""
+        if not self._leader.leads or not self._store.listed:
+            return None
+        try:
+            model = self._store.models.get(name)
+            again_s = await self._sweep(name, model)
+            if model is None:
+                self._memories.pop(name, None)
+                return again_s
+            memory = self._memories.setdefault(name, _Memory())
+            return _sooner(again_s, await self._round(model, memory))
+        except NotLeader:
+            return None
+
+    async def _round(self, model: Model, memory: _Memory) -> float | None:
+        observed, wait_s = self._observe(model, memory)
+        actions = self._plan(model, observed)
+        if memory.create_error and not any(isinstance(a, CreatePod) for a in actions):
+            memory.create_error = None  # nothing is to be created any more
+            actions = self._plan(model, msgspec.structs.replace(observed, create_error=None))
+        changes = [action for action in actions if not isinstance(action, PatchStatus)]
+        try:
+            again_s = await self._apply(model, memory, changes)
+        except ApiError as error:
+            await self._tell(model, memory, error)
+            raise
+        if again_s is not None:
+            return again_s
+        for action in actions:
+            if isinstance(action, PatchStatus):
+                again_s = await self._patch_status(model, memory, action.status)
+        expected_s = self._store.oldest_expectation_s(model.metadata.name)
+        return _sooner(again_s, _sooner(wait_s, expected_s))
+
+    def _plan(self, model: Model, observed: Observed) -> list[Action]:
+        return plan(model, self._config, observed, datetime.now(UTC).replace(microsecond=0))
+
+    def _observe(self, model: Model, memory: _Memory) -> tuple[Observed, float | None]:
+        """The plan's view, and seconds until pods that ended may be replaced (if they wait)."""
+        now_s = self._clock()
+        name, uid = model.metadata.name, model.metadata.uid
+        memory.taken = {n: until_s for n, until_s in memory.taken.items() if until_s > now_s}
+        pods = tuple(self._store.pods_of(name))
+        wait_s = None
+        if any(p.finished and not p.terminating and p.owner == uid for p in pods):
+            if now_s >= memory.finished_until_s:
+                if now_s > memory.finished_until_s + FINISHED_MAX_S:
+                    memory.finished.reset()
+                memory.finished_until_s = now_s + memory.finished.next_s()
+            else:
+                wait_s = memory.finished_until_s - now_s
+        observed = Observed(
+            pods=tuple(pod for pod in pods if pod.owner == uid),
+            taken=frozenset(memory.taken) | {pod.name for pod in pods if pod.owner != uid},
+            replace_finished=wait_s is None,
+            create_error=memory.create_error,
+        )
+        return observed, wait_s
+
+    # -- apply -----------------------------------------------------------------------------------
+
+    async def _apply(
+        self, model: Model, memory: _Memory, actions: Sequence[Action]
+    ) -> float | None:
+        """Send the actions, in order; seconds until the next plan, None when these were all."""
+        creates = [action for action in actions if isinstance(action, CreatePod)]
+        again_s = None
+        for action in actions:
+            if isinstance(action, DeletePod):
+                await self._delete(action)
+                again_s = 0.0
+            elif isinstance(action, AdoptPod):
+                await self._adopt(action)
+            elif isinstance(action, PatchModel):
+                wait_s = memory.patched_s + MODEL_INTERVAL_S - self._clock()
+                if wait_s > 0:
+                    return wait_s
+                memory.patched_s = self._clock()
+                await self._patch_model(model, action)
+                again_s = 0.0
+        # The first alone: what refuses one pod (a quota, a webhook) mostly refuses them all.
+        await self._create_all(model, memory, creates[:1])
+        await self._create_all(model, memory, creates[1:])
+        return 0.0 if creates else again_s
+
+    async def _create_all(
+        self, model: Model, memory: _Memory, creates: Sequence[CreatePod]
+    ) -> None:
+        results = await asyncio.gather(
+            *(self._create(model, memory, create) for create in creates), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _create(self, model: Model, memory: _Memory, create: CreatePod) -> None:
+        meta = {"name": create.name, "namespace": self._namespace}
+        manifest = {**create.manifest, "metadata": {**create.manifest["metadata"], **meta}}
+        pod = Pod(
+            name=create.name,
+            model=model.metadata.name,
+            owner=model.metadata.uid,
+            hash=create.hash,
+            created_s=time.time(),
+        )
+        try:
+            async with self._writes:
+                self._leader.check()
+                self._store.creating(pod)
+                await self._kube.create(PODS, manifest, self._namespace, type=PodObject)
+        except ApiError as error:
+            if error.status == 409 and await self._is_ours(model, create.name):
+                memory.create_error = None
+                return
+            self._store.not_created(pod)
+            if error.status != 409:
+                raise
+            memory.taken[create.name] = self._clock() + EXPECTATION_TIMEOUT_S
+            return
+        except BaseException:
+            self._store.not_created(pod)
+            raise
+        memory.create_error = None
+        log.info("pod created", model=model.metadata.name, pod=create.name)
+
+    async def _is_ours(self, model: Model, name: str) -> bool:
+        """Whether the pod that has the name already is the replica that was wanted."""
+        try:
+            obj = await self._kube.get(PODS, name, self._namespace, type=PodObject)
+        except ApiError as error:
+            if error.status == 404:
+                return False
+            raise
+        owners = {owner.uid for owner in obj.metadata.owner_references}
+        return model.metadata.uid in owners and obj.metadata.deletion_timestamp is None
+
+    async def _delete(self, delete: DeletePod) -> None:
+        try:
+            async with self._writes:
+                self._leader.check()
+                self._store.deleting(delete.uid)
+                await self._kube.delete(PODS, delete.name, self._namespace, uid=delete.uid)
+        except ApiError as error:
+            if error.status in (404, 409):  # that very pod is gone
+                return
+            self._store.not_deleted(delete.uid)
+            raise
+        except BaseException:
+            self._store.not_deleted(delete.uid)
+            raise
+        log.info("pod deleted", pod=delete.name, why=delete.why)
+
+    async def _adopt(self, adopt: AdoptPod) -> None:
+        patch = {"metadata": {"uid": adopt.uid, "annotations": {HASH_ANNOTATION: adopt.hash}}}
+        try:
+            async with self._writes:
+                self._leader.check()
+                await self._kube.patch(PODS, adopt.name, patch, self._namespace)
+        except ApiError as error:
+            if error.status not in (404, 409, 422):  # else it is another pod by now
+                raise
+            return
+        log.info("pod adopted", pod=adopt.name)
+
+    async def _patch_model(self, model: Model, action: PatchModel) -> None:
+        meta = action.patch.get("metadata", {})
+        version = {"resourceVersion": model.metadata.resource_version}
+        patch = action.patch | {"metadata": {**meta, **version}}
+        async with self._writes:
+            self._leader.check()
+            answer = await self._kube.patch(
+                MODELS, model.metadata.name, patch, self._namespace, type=Model
+            )
+        self._store.model_written(answer)
+
+    async def _patch_status(
+        self, model: Model, memory: _Memory, status: ModelStatus
+    ) -> float | None:
+        if memory.status_sent == (_timeless(status), model.status):
+            return None  # the API keeps something else (a CRD without conditions): leave it
+        wait_s = memory.status_sent_s + STATUS_INTERVAL_S - self._clock()
+        if wait_s > 0:
+            return wait_s
+        memory.status_sent_s = self._clock()
+        patch = {
+            "metadata": {"resourceVersion": model.metadata.resource_version},
+            "status": msgspec.to_builtins(status),
+        }
+        try:
+            async with self._writes:
+                self._leader.check()
+                answer = await self._kube.patch(
+                    MODELS,
+                    model.metadata.name,
+                    patch,
+                    self._namespace,
+                    subresource="status",
+                    type=Model,
+                )
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            if error.status == 409:  # the Model has changed: its event is on the way
+                return STATUS_INTERVAL_S
+            raise
+        memory.status_sent = (_timeless(status), answer.status)
+        self._store.model_written(answer)
+        return None
+
+    async def _tell(self, model: Model, memory: _Memory, error: ApiError) -> None:
+        """Put a refusal that a person has to mend into the Model's conditions."""
+        if not 400 <= error.status < 500 or error.status in (409, 429):
+            return
+        memory.create_error = Trouble("PodRefused", str(error)[:MESSAGE_MAX_CHARS])
+        observed, _ = self._observe(model, memory)
+        for action in self._plan(model, observed):
+            if isinstance(action, PatchStatus):
+                await self._patch_status(model, memory, action.status)
+
+    async def _sweep(self, name: str, model: Model | None) -> float | None:
+        """Delete pods whose Model is gone, should Kubernetes' garbage collection not do it."""
+        uid = model.metadata.uid if model is not None else None
+        orphans = [
+            pod
+            for pod in self._store.pods_of(name)
+            if pod.owner and pod.uid and pod.owner != uid and not pod.terminating
+        ]
+        if not orphans:
+            return None
+        try:  # the store's two watches are not in step: ask before anything is deleted
+            live = await self._kube.get(MODELS, name, self._namespace)
+            uid = str(live["metadata"]["uid"])
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            uid = None
+        for pod in orphans:
+            if pod.owner != uid:
+                await self._delete(DeletePod(pod.name, pod.uid, "its Model is gone"))
+        return EXPECTATION_TIMEOUT_S
+
+
+def _sooner(a: float | None, b: float | None) -> float | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _timeless(status: ModelStatus) -> ModelStatus:
+    conditions = (msgspec.structs.replace(c, last_transition_time=None) for c in status.conditions)
+    return msgspec.structs.replace(status, conditions=tuple(conditions))

@@ -1,0 +1,214 @@
+"""Which replica of KubeAI writes: the Lease ``kubeai.org``, by the rules of client-go.
+
+Owns the lease and the answer to "may I write now?". A candidate takes the lease when it has not
+changed for its duration by the candidate's own clock (clocks of machines are never compared).
+The holder renews it every ``retry_period_s`` and stops leading when it has not succeeded for
+``renew_deadline_s``. :meth:`Leader.check` stands before each write of a leader: the age of the
+lease is taken from a clock that goes on while the machine sleeps, so a process that was frozen
+finds out before it writes, not after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import structlog
+
+from kubeai.kube import LEASES, ApiError, Resource
+
+log = structlog.get_logger(__name__)
+LEASE_NAME = "kubeai.org"
+RELEASE_TIMEOUT_S = 3.0
+
+
+class NotLeader(Exception):
+    """This replica must not write (any more)."""
+
+
+class LeaseApi(Protocol):
+    """What is used of :class:`kubeai.kube.Kube`."""
+
+    async def get(self, r: Resource, name: str, namespace: str = "") -> dict[str, Any]: ...
+    async def create(
+        self, r: Resource, obj: dict[str, Any], namespace: str = ""
+    ) -> dict[str, Any]: ...
+    async def update(
+        self, r: Resource, obj: dict[str, Any], namespace: str = ""
+    ) -> dict[str, Any]: ...
+
+
+def boot_time_s() -> float:
+    """Seconds since boot, suspended time included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Leader:
+    """One candidate. ``run`` until cancelled, then ``release``."""
+
+    def __init__(
+        self,
+        kube: LeaseApi,
+        namespace: str,
+        identity: str,
+        *,
+        lease_duration_s: float,
+        renew_deadline_s: float,
+        retry_period_s: float,
+        changed: Callable[[bool], None] = lambda leads: None,
+        clock: Callable[[], float] = boot_time_s,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._identity = identity
+        # Written in whole seconds; what others are told must cover what we count on.
+        self._lease_duration_s = math.ceil(lease_duration_s)
+        self._renew_deadline_s = renew_deadline_s
+        self._retry_period_s = retry_period_s
+        self._changed = changed
+        self._clock = clock
+        self._sleep = sleep
+        self._random = rand
+        self._lease: dict[str, Any] | None = None  # as last seen
+        self._seen_s = -math.inf  # when it last changed, by our clock
+        self._renewed_s = -math.inf  # when our last successful renewal was *sent*
+        self._leads = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this replica may write at this moment."""
+        return self._leads and self._clock() - self._renewed_s < self._renew_deadline_s
+
+    def check(self) -> None:
+        """Raise NotLeader unless this replica may write at this moment."""
+        if not self.leads:
+            raise NotLeader
+
+    async def run(self) -> None:
+        """Acquire, renew, lose, acquire again, until cancelled. ``changed`` hears of each turn."""
+        while True:
+            try:
+                held = await self._try_once()
+            except ApiError as error:
+                held = self.leads
+                log.info("lease not renewed", leads=held, status=error.status, error=str(error))
+            self._turn(held)
+            await self._sleep(self._wait_s())
+
+    async def release(self) -> None:
+        """Give the lease up, so that a successor need not wait. Call after ``run`` has ended."""
+        if not self._leads or self._lease is None:
+            return
+        self._turn(False)
+        spec = self._lease["spec"] | {
+            "holderIdentity": "",
+            "leaseDurationSeconds": 1,
+            "renewTime": _now(),
+        }
+        with contextlib.suppress(ApiError, TimeoutError):  # then it runs out by itself
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                await self._kube.update(LEASES, self._lease | {"spec": spec}, self._namespace)
+
+    def _turn(self, leads: bool) -> None:
+        if leads == self._leads:
+            return
+        self._leads = leads
+        log.info("leading" if leads else "not leading any more", identity=self._identity)
+        self._changed(leads)
+
+    def _wait_s(self) -> float:
+        if self._leads:
+            return self._retry_period_s
+        # Candidates spread out, and none oversleeps the end of a lease.
+        wait_s = self._retry_period_s * (0.8 + 0.2 * self._random())
+        left_s = self._seen_s + self._duration_s() - self._clock()
+        return min(wait_s, left_s + 0.01) if left_s > 0 else wait_s
+
+    def _duration_s(self) -> float:
+        spec = (self._lease or {}).get("spec") or {}
+        return float(spec.get("leaseDurationSeconds") or self._lease_duration_s)
+
+    async def _try_once(self) -> bool:
+        """One attempt to renew or acquire; whether the lease is ours afterwards."""
+        sent_s = self._clock()
+        limit_s = self._renew_deadline_s
+        if self._leads:
+            limit_s = max(0.05, self._renewed_s + self._renew_deadline_s - sent_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                if not self._leads or self._lease is None:
+                    await self._look()
+                    if self._taken():
+                        return False
+                    sent_s = self._clock()
+                try:
+                    await self._write()
+                except ApiError as error:
+                    if error.status not in (404, 409):
+                        raise
+                    # Changed or gone since we looked. Somebody else has it now, unless they only
+                    # touched it, or it was a write of our own whose answer was lost.
+                    await self._look()
+                    return self.leads and _holder(self._lease) == self._identity
+        except TimeoutError:
+            raise ApiError(0, "Timeout", "the API did not answer in time") from None
+        self._renewed_s = sent_s
+        return True
+
+    async def _look(self) -> None:
+        try:
+            lease = await self._kube.get(LEASES, LEASE_NAME, self._namespace)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self._lease = None
+            return
+        self._see(lease)
+
+    def _see(self, lease: dict[str, Any]) -> None:
+        known = ((self._lease or {}).get("metadata") or {}).get("resourceVersion")
+        if self._lease is None or lease["metadata"]["resourceVersion"] != known:
+            self._seen_s = self._clock()
+        self._lease = lease
+
+    def _taken(self) -> bool:
+        """Whether somebody else holds the lease and it has not run out."""
+        holder = _holder(self._lease)
+        if not holder or holder == self._identity:
+            return False
+        return self._clock() < self._seen_s + self._duration_s()
+
+    async def _write(self) -> None:
+        now = _now()
+        old = (self._lease or {}).get("spec") or {}
+        again = old.get("holderIdentity") == self._identity
+        spec = old | {
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": self._lease_duration_s,
+            "acquireTime": old.get("acquireTime", now) if again else now,
+            "renewTime": now,
+            "leaseTransitions": old.get("leaseTransitions", 0) + (0 if again or not old else 1),
+        }
+        if self._lease is None:
+            meta = {"name": LEASE_NAME, "namespace": self._namespace}
+            lease = {"metadata": meta, "spec": spec}
+            self._see(await self._kube.create(LEASES, lease, self._namespace))
+        else:  # with the resourceVersion that we saw: of two candidates one is refused
+            lease = self._lease | {"spec": spec}
+            self._see(await self._kube.update(LEASES, lease, self._namespace))
+
+
+def _holder(lease: dict[str, Any] | None) -> str:
+    return str(((lease or {}).get("spec") or {}).get("holderIdentity") or "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # Kubernetes' MicroTime

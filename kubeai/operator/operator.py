@@ -1,0 +1,166 @@
+"""The control plane of one KubeAI replica: wires store, routes, leader, controller, scaling.
+
+Every replica follows Models and pods, publishes routes and answers demand. One of them leads, and
+it alone reconciles and autoscales. The supervisor makes one Operator, runs it, and reads `synced`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+
+from kubeai.api.config import SystemConfig
+from kubeai.api.model import Model
+from kubeai.kube import MODELS, PODS, Kube
+from kubeai.operator.controller import Controller
+from kubeai.operator.leader import Leader
+from kubeai.operator.pods import PodObject
+from kubeai.operator.routes import route_of
+from kubeai.operator.scaling import Loads, Scaler, Wakes
+from kubeai.operator.store import Store
+from kubeai.routing import Route
+
+log = structlog.get_logger(__name__)
+POD_SELECTOR = "app.kubernetes.io/managed-by=kubeai,model"
+
+
+class Operator:
+    """``publish(model, route)`` is called from watch callbacks: it must not block.
+
+    ``synced`` is set once every Model and pod is listed and every route published.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        config: SystemConfig,
+        namespace: str,
+        identity: str,
+        publish: Callable[[str, Route | None], None],
+        loads: Loads,
+    ) -> None:
+        self.synced = asyncio.Event()
+        self._kube = kube
+        self._namespace = namespace
+        self._publish = publish
+        self._stop = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._ended.set()  # until `run` begins, there is nothing to wait for
+        self.store = Store(self._changed, address_override=config.allow_pod_address_override)
+        lease = config.leader_election
+        self.leader = Leader(
+            kube,
+            namespace,
+            identity,
+            lease_duration_s=lease.lease_duration_s,
+            renew_deadline_s=lease.renew_deadline_s,
+            retry_period_s=lease.retry_period_s,
+            changed=self._turn,
+        )
+        self.controller = Controller(kube, config, namespace, self.store, self.leader)
+        self._wakes = Wakes(kube, namespace, self.store, loads)
+        self._scaler = Scaler(
+            kube, namespace, config.model_autoscaling, self.store, self.leader, loads
+        )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this replica writes."""
+        return self.leader.leads
+
+    def demand(self, model: str) -> None:
+        """A request is held for the model: at least one replica is wanted."""
+        if not self._stop.is_set():
+            self._wakes.demand(model)
+
+    async def run(self) -> None:
+        """Until :meth:`stop`. Raises only what is a fault of the program."""
+        jobs = [
+            self._follow_models(),
+            self._follow_pods(),
+            self.leader.run(),
+            self._wakes.run(),
+            self._scaler.run(),
+            self._stop.wait(),
+        ]
+        tasks = [asyncio.create_task(job) for job in jobs]
+        self._ended.clear()
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._stop.set()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.controller.stop()
+            await self._wakes.stop()
+            with contextlib.suppress(Exception):
+                await self.leader.release()
+            self._ended.set()
+
+    async def stop(self) -> None:
+        """Stop writing, then give up the lease. Returns when ``run`` is at its end."""
+        self._stop.set()
+        await self._ended.wait()
+
+    # -- what the store and the leader tell ------------------------------------------------------
+
+    def _changed(self, name: str) -> None:
+        if not self.synced.is_set():
+            return  # `_begin` does them all
+        self._route(name)
+        self.controller.changed(name)
+
+    def _begin(self) -> None:
+        """Once both collections are known: all routes, then all reconciles."""
+        if self.synced.is_set() or not self.store.listed:
+            return
+        for name in self.store.models:
+            self._route(name)
+        self.synced.set()
+        log.info("synced", models=len(self.store.models))
+        self.controller.all_changed()
+
+    def _route(self, name: str) -> None:
+        model = self.store.models.get(name)
+        route = None if model is None else route_of(model, self.store.observed_pods(name))
+        self._publish(name, route)
+
+    def _turn(self, leads: bool) -> None:
+        if leads:
+            self.controller.all_changed()
+
+    def _replace_models(self, models: list[Model]) -> None:
+        self.store.replace_models(models)
+        self._begin()
+
+    def _replace_pods(self, pods: list[PodObject]) -> None:
+        self.store.replace_pods(pods)
+        self._begin()
+
+    async def _follow_models(self) -> None:
+        await self._kube.follow(
+            MODELS,
+            self._namespace,
+            type=Model,
+            replaced=self._replace_models,
+            changed=self.store.model_changed,
+        )
+
+    async def _follow_pods(self) -> None:
+        await self._kube.follow(
+            PODS,
+            self._namespace,
+            labels=POD_SELECTOR,
+            type=PodObject,
+            replaced=self._replace_pods,
+            changed=self.store.pod_changed,
+        )
+
+
+__all__ = ["Operator"]

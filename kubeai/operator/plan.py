@@ -1,0 +1,364 @@
+"""What to do next for one Model: from what is wanted and what is observed to a list of actions.
+
+Pure, level-based: :func:`plan` looks only at the present, and applying its actions in their order
+brings the Model closer to what is wanted. Called by the controller for every reconcile; an empty
+list means that nothing is to be done.
+
+Replacing outdated pods keeps these promises, which the tests check on random histories:
+
+- never more than replicas + surge pods (pods that are going away are not counted);
+- outdated pods that are not ready go at once: they serve nobody;
+- outdated pods that are ready go one at a time, and only while the wanted number is ready without
+  them (with surge 0: while all wanted are ready); so a broken new version stops after ``surge``
+  pods, and the old ones go on serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from kubeai.api.config import SystemConfig
+from kubeai.api.model import (
+    FEATURE_LABEL_PREFIX,
+    POD_MODEL_LABEL,
+    Condition,
+    Model,
+    ModelStatus,
+    ModelStatusReplicas,
+)
+from kubeai.engines import build_pod
+from kubeai.errors import ModelError
+from kubeai.operator.pods import HASH_ANNOTATION, POD_HASH_LABEL, Pod, Trouble
+
+MANAGED_BY_LABEL, MANAGED_BY = "app.kubernetes.io/managed-by", "kubeai"
+SUFFIX_CHARS = 5
+_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words by accident
+_OURS = ("Ready", "Progressing")
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the controller knows of one Model's pods, its own unobserved writes included."""
+
+    pods: tuple[Pod, ...] = ()  # owned by this very Model (uid)
+    taken: frozenset[str] = frozenset()  # pod names that cannot be had
+    replace_finished: bool = True  # False: pods failed lately, wait before making new ones
+    create_error: Trouble | None = None  # why the last creation of a pod was refused
+
+
+class CreatePod(msgspec.Struct, frozen=True):
+    name: str
+    manifest: dict[str, Any]
+    hash: str
+
+
+class DeletePod(msgspec.Struct, frozen=True):
+    name: str
+    uid: str
+    why: str
+
+
+class AdoptPod(msgspec.Struct, frozen=True):
+    """Write down that a pod of upstream's counts as made from the Model as it is now."""
+
+    name: str
+    uid: str
+    hash: str
+
+
+class PatchModel(msgspec.Struct, frozen=True):
+    """Merge patch of metadata.labels and spec.replicas."""
+
+    patch: dict[str, Any]
+
+
+class PatchStatus(msgspec.Struct, frozen=True):
+    status: ModelStatus
+
+
+Action = CreatePod | DeletePod | AdoptPod | PatchModel | PatchStatus
+
+
+class Template(msgspec.Struct, frozen=True):
+    """What a new pod of the Model would be."""
+
+    manifest: dict[str, Any]
+    hash: str
+
+
+def plan(model: Model, config: SystemConfig, observed: Observed, now: datetime) -> list[Action]:
+    """The next actions, in order. ``now`` only becomes the time of changed conditions."""
+    alive = [pod for pod in observed.pods if pod.counts]
+    if model.metadata.deletion_timestamp is not None:
+        doomed = [pod for pod in observed.pods if not pod.terminating and pod.uid]
+        return [DeletePod(pod.name, pod.uid, "its Model is being deleted") for pod in doomed]
+    template, error = _template(model, config)
+    hash_ = template.hash if template is not None else None
+    wanted = wanted_replicas(model)
+    deletes, creates = _change_pods(alive, wanted, config.model_rollouts.surge, hash_)
+    actions: list[Action] = [*_patch_model(model), *deletes]
+    if observed.replace_finished:
+        actions += _clear_finished(observed)
+    elif any(pod.finished for pod in observed.pods):
+        creates = 0  # they would end as the last ones did
+    if template is None:
+        creates = 0
+    else:
+        actions += _adopt(alive, deletes, template.hash)
+        used = observed.taken | {pod.name for pod in observed.pods}
+        for name in free_names(model, template.hash, used, creates):
+            actions.append(CreatePod(name, template.manifest, template.hash))
+    gone = {delete.uid for delete in deletes}
+    left = [pod for pod in alive if pod.uid not in gone]
+    made = creates if observed.create_error is None else 0
+    status = _status(model, observed, left, made, wanted, hash_, error)
+    if status != model.status:
+        actions.append(PatchStatus(_dated(status, now)))
+    return actions
+
+
+def wanted_replicas(model: Model) -> int:
+    """How many replicas there should be: spec.replicas within its bounds.
+
+    With autoscaling disabled the number is the user's, as it stands.
+    """
+    spec = model.spec
+    if spec.autoscaling_disabled:
+        return spec.replicas or 0
+    return bounded(model, spec.min_replicas if spec.replicas is None else spec.replicas)
+
+
+def bounded(model: Model, replicas: int) -> int:
+    """``replicas`` within minReplicas and maxReplicas (which wins, should they contradict)."""
+    spec = model.spec
+    replicas = max(replicas, spec.min_replicas)
+    return replicas if spec.max_replicas is None else min(replicas, spec.max_replicas)
+
+
+def free_names(model: Model, hash_: str, used: frozenset[str], count: int) -> list[str]:
+    """The first ``count`` names of pods that nobody has.
+
+    They follow from the Model's uid, the hash and an ordinal alone, so two leaders that want the
+    same replica ask for the same name, and one of them is refused. And a replica that is made
+    again gets its old place on the hash ring.
+    """
+    names: list[str] = []
+    ordinal = 0
+    while len(names) < count:
+        name = pod_name(model, hash_, ordinal)
+        if name not in used and name not in names:
+            names.append(name)
+        ordinal += 1
+    return names
+
+
+def pod_name(model: Model, hash_: str, ordinal: int) -> str:
+    """``model-<name>-<hash>-<suffix>``; the suffix hides uid and ordinal."""
+    digest = hashlib.blake2b(f"{model.metadata.uid}/{ordinal}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "big")
+    suffix = ""
+    for _ in range(SUFFIX_CHARS):
+        number, index = divmod(number, len(_ALPHABET))
+        suffix += _ALPHABET[index]
+    return f"model-{model.metadata.name}-{hash_}-{suffix}"
+
+
+# -- pods ----------------------------------------------------------------------------------------
+
+
+def _template(model: Model, config: SystemConfig) -> tuple[Template | None, ModelError | None]:
+    try:
+        pod = build_pod(model, config)
+    except ModelError as error:
+        return None, error
+    meta = pod["metadata"]
+    hash_: str = meta["labels"][POD_HASH_LABEL]
+    # How the operator finds it again, whatever a patch of the config has done to its labels:
+    meta["labels"] |= {POD_MODEL_LABEL: model.metadata.name, MANAGED_BY_LABEL: MANAGED_BY}
+    meta["annotations"][HASH_ANNOTATION] = hash_
+    return Template(pod, hash_), None
+
+
+def _change_pods(
+    alive: Sequence[Pod], wanted: int, surge: int, hash_: str | None
+) -> tuple[list[DeletePod], int]:
+    """Which pods go, and how many new ones come. No hash: no pod is outdated, none is made."""
+    deletes: list[DeletePod] = []
+    left: list[Pod] = []
+    for pod in alive:
+        if _outdated(pod, hash_) and not pod.ready and pod.uid:
+            deletes.append(DeletePod(pod.name, pod.uid, "outdated and not ready"))
+        else:
+            left.append(pod)
+    outdated = [pod for pod in left if _outdated(pod, hash_)]
+    limit = wanted + (surge if outdated and wanted else 0)
+    for pod in _deletion_order(left, hash_)[: max(0, len(left) - limit)]:
+        deletes.append(DeletePod(pod.name, pod.uid, "more than wanted"))
+        left.remove(pod)
+    outdated = [pod for pod in _deletion_order(left, hash_) if _outdated(pod, hash_)]
+    ready = sum(pod.ready for pod in left)
+    enough = ready > wanted if surge else ready >= wanted
+    if outdated and enough:
+        pod = outdated[0]
+        deletes.append(DeletePod(pod.name, pod.uid, "outdated, and enough others are ready"))
+        left.remove(pod)
+        outdated.remove(pod)
+    current = len(left) - len(outdated)
+    limit = wanted + (surge if outdated and wanted else 0)
+    creates = max(0, min(wanted - current, limit - len(left)))
+    return deletes, creates
+
+
+def _outdated(pod: Pod, hash_: str | None) -> bool:
+    return hash_ is not None and pod.hash is not None and pod.hash != hash_
+
+
+def _deletion_order(pods: Sequence[Pod], hash_: str | None) -> list[Pod]:
+    """Those that can be deleted, the one that is missed least first.
+
+    Not ready, not scheduled, outdated, youngest. A pod without uid is not observed yet: a delete
+    of it could not be told from a delete of its successor, so it waits.
+    """
+    return sorted(
+        (pod for pod in pods if pod.uid),
+        key=lambda p: (p.ready, p.scheduled, not _outdated(p, hash_), -p.created_s, p.name),
+    )
+
+
+def _clear_finished(observed: Observed) -> list[DeletePod]:
+    finished = [pod for pod in observed.pods if pod.finished and not pod.terminating and pod.uid]
+    return [DeletePod(pod.name, pod.uid, "it ended and will not come back") for pod in finished]
+
+
+def _adopt(alive: Sequence[Pod], deletes: Sequence[DeletePod], hash_: str) -> list[AdoptPod]:
+    gone = {delete.uid for delete in deletes}
+    foreign = (p for p in alive if p.hash is None and p.uid and p.uid not in gone)
+    return [AdoptPod(pod.name, pod.uid, hash_) for pod in foreign]
+
+
+# -- the Model itself ----------------------------------------------------------------------------
+
+
+def _patch_model(model: Model) -> list[PatchModel]:
+    """Bounds on spec.replicas, and a label for each feature, by which Models can be selected."""
+    patch: dict[str, Any] = {}
+    spec = model.spec
+    if not spec.autoscaling_disabled and spec.replicas != wanted_replicas(model):
+        patch["spec"] = {"replicas": wanted_replicas(model)}
+    features = {FEATURE_LABEL_PREFIX + feature: "true" for feature in spec.features}
+    labels: dict[str, str | None] = {
+        label: value for label, value in features.items() if label not in model.metadata.labels
+    }
+    for label in model.metadata.labels:
+        if label.startswith(FEATURE_LABEL_PREFIX) and label not in features:
+            labels[label] = None
+    if labels:
+        patch["metadata"] = {"labels": labels}
+    return [PatchModel(patch)] if patch else []
+
+
+def _status(
+    model: Model,
+    observed: Observed,
+    left: Sequence[Pod],
+    made: int,
+    wanted: int,
+    hash_: str | None,
+    error: ModelError | None,
+) -> ModelStatus:
+    """The status once the other actions are done: ``left`` pods stay, ``made`` are new."""
+    ready = sum(pod.ready for pod in left)
+    outdated = sum(_outdated(pod, hash_) for pod in left)
+    conditions = [
+        _ready(model, observed, left, ready, wanted, error),
+        _progressing(len(left) + made, ready, outdated, wanted, observed.create_error, error),
+    ]
+    others = [c for c in model.status.conditions if c.type not in _OURS]
+    return msgspec.structs.replace(
+        model.status,
+        replicas=ModelStatusReplicas(all=len(left) + made, ready=ready),
+        selector=f"app=model,{POD_MODEL_LABEL}={model.metadata.name}",
+        conditions=tuple(_since(model, c) for c in conditions) + tuple(others),
+    )
+
+
+def _ready(
+    model: Model,
+    observed: Observed,
+    left: Sequence[Pod],
+    ready: int,
+    wanted: int,
+    error: ModelError | None,
+) -> Condition:
+    if error is not None:
+        return _condition("Ready", False, error.reason, str(error))
+    if ready and ready >= wanted:
+        return _condition("Ready", True, "AllReplicasReady", _of(ready, max(ready, wanted)))
+    if ready:
+        return _condition("Ready", True, "SomeReplicasReady", _of(ready, wanted))
+    if wanted == 0 and model.spec.autoscaling_disabled:
+        message = "replicas is 0 and autoscaling is disabled: requests wait for a replica"
+        return _condition("Ready", False, "ScaledToZero", message)
+    if wanted == 0:
+        return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")
+    troubles = [pod.trouble for pod in (*left, *observed.pods) if pod.trouble is not None]
+    trouble = observed.create_error or (troubles[0] if troubles else None)
+    if trouble is not None:
+        return _condition("Ready", False, trouble.reason, trouble.message)
+    return _condition("Ready", False, "ReplicasStarting", _of(0, wanted))
+
+
+def _progressing(
+    all_: int,
+    ready: int,
+    outdated: int,
+    wanted: int,
+    create_error: Trouble | None,
+    error: ModelError | None,
+) -> Condition:
+    if error is not None:
+        return _condition("Progressing", False, error.reason, "no pod is made from such a Model")
+    if create_error is not None:
+        return _condition("Progressing", False, create_error.reason, create_error.message)
+    if outdated:
+        message = f"{outdated} outdated of {all_} replicas are still to be replaced"
+        return _condition("Progressing", True, "RollingOut", message)
+    if all_ > wanted:
+        return _condition("Progressing", True, "ScalingDown", f"from {all_} to {wanted} replicas")
+    if ready < wanted:
+        return _condition("Progressing", True, "ReplicasStarting", _of(ready, wanted))
+    return _condition("Progressing", False, "UpToDate", "all replicas are as wanted")
+
+
+def _of(ready: int, wanted: int) -> str:
+    return f"{ready} of {wanted} replica{'s are' if wanted != 1 else ' is'} ready"
+
+
+def _condition(type_: str, holds: bool, reason: str, message: str) -> Condition:
+    return Condition(
+        type=type_, status="True" if holds else "False", reason=reason, message=message
+    )
+
+
+def _since(model: Model, new: Condition) -> Condition:
+    """With the time of the last change, if the status is what it was; else without a time."""
+    old = next((c for c in model.status.conditions if c.type == new.type), None)
+    return msgspec.structs.replace(
+        new,
+        last_transition_time=(
+            old.last_transition_time if old is not None and old.status == new.status else None
+        ),
+        observed_generation=model.metadata.generation,
+    )
+
+
+def _dated(status: ModelStatus, now: datetime) -> ModelStatus:
+    conditions = (
+        c if c.last_transition_time else msgspec.structs.replace(c, last_transition_time=now)
+        for c in status.conditions
+    )
+    return msgspec.structs.replace(status, conditions=tuple(conditions))

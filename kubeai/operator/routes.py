@@ -1,0 +1,42 @@
+"""From a Model and its pods to the Route that the data plane uses. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kubeai.api.model import Model
+from kubeai.operator.pods import Pod
+from kubeai.routing import Endpoint, Route
+
+
+def route_of(model: Model, pods: Iterable[Pod]) -> Route | None:
+    """The Model's route, endpoints in the order of their names; None while it is being deleted.
+
+    Only pods of this very Model (by uid) that are ready and not going away are endpoints, and
+    only adapters that the Model still declares are offered.
+    """
+    meta, spec = model.metadata, model.spec
+    if meta.deletion_timestamp is not None:
+        return None
+    declared = tuple(adapter.name for adapter in spec.adapters)
+    endpoints = [
+        Endpoint(pod.name, pod.address, tuple(a for a in pod.adapters if a in declared))
+        for pod in pods
+        if pod.owner == meta.uid and pod.serves
+    ]
+    balancing = spec.load_balancing
+    created = meta.creation_timestamp
+    return Route(
+        model=meta.name,
+        engine=spec.engine,
+        features=spec.features,
+        labels=meta.labels,
+        owner=spec.owner,
+        created_s=int(created.timestamp()) if created is not None else 0,
+        adapters=declared,
+        strategy=balancing.strategy,
+        mean_load_factor=balancing.prefix_hash.mean_load_factor,
+        replication=balancing.prefix_hash.replication,
+        prefix_char_length=balancing.prefix_hash.prefix_char_length,
+        endpoints=tuple(sorted(endpoints, key=lambda endpoint: endpoint.name)),
+    )

@@ -1,0 +1,292 @@
+"""Writes of spec.replicas: from zero at once, by any replica; up and down by the leader.
+
+:class:`Wakes` answers demand for a Model at zero. It is the one write that needs no leadership:
+the patch carries the Model's resourceVersion, so of several that try, and of one that is behind
+the times, only a true 0 → 1 is accepted. :class:`Scaler` runs the autoscaler while this replica
+leads, and keeps its averages in a ConfigMap for the next leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from kubeai.api.config import ModelAutoscaling
+from kubeai.api.model import Model
+from kubeai.kube import CONFIGMAPS, MODELS, ApiError, Backoff, Kube
+from kubeai.operator.autoscaler import Autoscaler, Sample
+from kubeai.operator.leader import Leader, NotLeader
+from kubeai.operator.plan import bounded
+from kubeai.operator.store import Store
+
+log = structlog.get_logger(__name__)
+WAKE_ATTEMPTS_MAX = 5
+HELD_INTERVAL_S = 0.5  # how often held requests are looked for that nobody told of
+REST_FIRST_S, REST_MAX_S = 1.0, 30.0
+STATE_NAME_DEFAULT = "kubeai-autoscaler-state"
+STATE_KEY = "models"
+
+
+class Loads(Protocol):
+    """What is read of the load table, by name. The supervisor implements it."""
+
+    def active(self, model: str) -> int:
+        """Requests served and held, over all workers."""
+        ...
+
+    def held(self, model: str) -> int:
+        """Requests that wait for an endpoint."""
+        ...
+
+    def in_flight(self, model: str, endpoint: str) -> int:
+        """Requests that one endpoint serves."""
+        ...
+
+
+def sleeps(model: Model) -> bool:
+    """Whether the Model has no replica and demand should give it one."""
+    spec = model.spec
+    return (
+        not spec.replicas
+        and not spec.autoscaling_disabled
+        and model.metadata.deletion_timestamp is None
+    )
+
+
+class Wakes:
+    """From zero to one: at most one write under way a model, however many wait."""
+
+    def __init__(self, kube: Kube, namespace: str, store: Store, loads: Loads) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._store = store
+        self._loads = loads
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._backoffs: dict[str, Backoff] = {}
+
+    def demand(self, name: str) -> None:
+        """At least one replica is wanted. Returns at once; nothing to do in most cases."""
+        model = self._store.models.get(name)
+        if model is None or name in self._tasks or not sleeps(model):
+            return
+        task = asyncio.get_running_loop().create_task(self._wake(name, model))
+        self._tasks[name] = task
+        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+
+    async def run(self) -> None:
+        """Look for held requests of sleeping Models, for ever: a lost message costs a moment."""
+        while True:
+            for name, model in list(self._store.models.items()):
+                if sleeps(model) and self._loads.held(name) > 0:
+                    self.demand(name)
+            await asyncio.sleep(HELD_INTERVAL_S)
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _wake(self, name: str, model: Model) -> None:
+        try:
+            await self._raise(name, model)
+            self._backoffs.pop(name, None)
+        except ApiError as error:
+            # The demand stays: `run` comes back to it. The task is held until then, so nothing
+            # is sent meanwhile.
+            backoff = self._backoffs.setdefault(name, Backoff(REST_FIRST_S, REST_MAX_S))
+            log.warning("model not woken", model=name, status=error.status, error=str(error))
+            await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
+
+    async def _raise(self, name: str, model: Model) -> None:
+        retries = Backoff(0.02, 0.5)
+        for _ in range(WAKE_ATTEMPTS_MAX):
+            if not sleeps(model):
+                return
+            patch = {
+                "metadata": {"resourceVersion": model.metadata.resource_version},
+                "spec": {"replicas": bounded(model, 1)},
+            }
+            try:
+                woken = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
+            except ApiError as error:
+                if error.status == 404:
+                    return
+                if error.status != 409:
+                    raise
+                await asyncio.sleep(retries.next_s())
+                model = await self._kube.get(MODELS, name, self._namespace, type=Model)
+                self._store.model_written(model)
+                continue
+            log.info("model woken", model=name, replicas=woken.spec.replicas)
+            self._store.model_written(woken)
+            return
+        raise ApiError(409, "Conflict", f"{name} changed {WAKE_ATTEMPTS_MAX} times meanwhile")
+
+
+class _ModelState(msgspec.Struct, rename="camel"):
+    average_active_requests: float = 0.0
+
+
+class _State(msgspec.Struct, rename="camel"):
+    """What the ConfigMap holds under the key ``models``."""
+
+    models: dict[str, _ModelState] = {}
+    last_calculation_time: datetime | None = None
+
+
+class Scaler:
+    """The autoscaler's hands: samples in, patches of spec.replicas out, while we lead."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        namespace: str,
+        config: ModelAutoscaling,
+        store: Store,
+        leader: Leader,
+        loads: Loads,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._config = config
+        self._store = store
+        self._leader = leader
+        self._loads = loads
+        self._clock = clock
+        self._state_name = config.state_config_map_name or STATE_NAME_DEFAULT
+        self._core = Autoscaler(config.interval_s, config.time_window_s)
+        self._saved: dict[str, float] | None = None  # None: not read since we lead
+
+    async def run(self) -> None:
+        """Every interval, for ever; idle while another replica leads."""
+        while True:
+            began_s = self._clock()
+            try:
+                if self._leader.leads and self._store.listed:
+                    await self._turn()
+                else:
+                    self._saved = None
+            except NotLeader:
+                self._saved = None
+            except ApiError as error:
+                log.warning("not scaled", status=error.status, error=str(error))
+            except Exception:
+                log.exception("not scaled")
+            wait_s = self._config.interval_s
+            if self._saved is None:  # a new leader begins without waiting for an interval's end
+                wait_s = min(wait_s, 1.0)
+            await asyncio.sleep(max(0.01, wait_s - (self._clock() - began_s)))
+
+    async def _turn(self) -> None:
+        if self._saved is None:
+            await self._restore()
+        samples = {
+            name: self._sample(model)
+            for name, model in self._store.models.items()
+            if not model.spec.autoscaling_disabled and model.metadata.deletion_timestamp is None
+        }
+        decisions = self._core.step(samples, self._clock())
+        for name, decision in decisions.items():
+            model = self._store.models.get(name)
+            if model is None or decision.replicas == (model.spec.replicas or 0):
+                continue
+            if decision.replicas == 0 and self._loads.active(name):
+                continue  # it came since the sample was taken
+            await self._scale(model, decision.replicas, decision.average)
+        await self._save({name: decision.average for name, decision in decisions.items()})
+
+    def _sample(self, model: Model) -> Sample:
+        spec = model.spec
+        return Sample(
+            active=self._loads.active(model.metadata.name),
+            replicas=spec.replicas or 0,
+            target_requests=spec.target_requests,
+            min_replicas=spec.min_replicas,
+            max_replicas=spec.max_replicas,
+            scale_down_delay_s=spec.scale_down_delay_seconds,
+        )
+
+    async def _scale(self, model: Model, replicas: int, average: float) -> None:
+        name = model.metadata.name
+        patch = {
+            "metadata": {"resourceVersion": model.metadata.resource_version},
+            "spec": {"replicas": replicas},
+        }
+        self._leader.check()
+        try:
+            answer = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
+        except ApiError as error:  # the next interval decides anew
+            log.info("model not scaled", model=name, status=error.status, error=str(error))
+            return
+        log.info(
+            "model scaled",
+            model=name,
+            before=model.spec.replicas,
+            replicas=replicas,
+            average=average,
+        )
+        self._store.model_written(answer)
+
+    # -- what the next leader should know ----------------------------------------------------------
+
+    async def _restore(self) -> None:
+        state = _State()
+        try:
+            found = await self._kube.get(CONFIGMAPS, self._state_name, self._namespace)
+            state = _parse_state((found.get("data") or {}).get(STATE_KEY) or "{}")
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            await self._create_state()
+        averages = {name: m.average_active_requests for name, m in state.models.items()}
+        age_s = 0.0
+        if state.last_calculation_time is not None:
+            age_s = (datetime.now(UTC) - state.last_calculation_time).total_seconds()
+        # Older than the window: of that time, nothing would be left in it.
+        self._core.restore(averages if age_s <= self._config.time_window_s else {}, self._clock())
+        self._saved = averages
+        log.info("autoscaler's state read", models=len(averages), age_s=round(age_s, 1))
+
+    async def _create_state(self) -> None:
+        empty = {"metadata": {"name": self._state_name}, "data": {STATE_KEY: _text({})}}
+        self._leader.check()
+        try:
+            await self._kube.create(CONFIGMAPS, empty, self._namespace)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+
+    async def _save(self, averages: Mapping[str, float]) -> None:
+        if averages == self._saved:
+            return
+        patch = {"data": {STATE_KEY: _text(averages)}}
+        self._leader.check()
+        try:
+            await self._kube.patch(CONFIGMAPS, self._state_name, patch, self._namespace)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            await self._create_state()  # somebody deleted it; it is filled in the next interval
+            return
+        self._saved = dict(averages)
+
+
+def _text(averages: Mapping[str, float]) -> str:
+    models = {name: _ModelState(average) for name, average in averages.items()}
+    return msgspec.json.encode(_State(models, datetime.now(UTC))).decode()
+
+
+def _parse_state(text: str) -> _State:
+    try:
+        return msgspec.json.decode(text, type=_State)
+    except msgspec.DecodeError as error:
+        log.warning("autoscaler's state is not readable: begun anew", error=str(error))
+        return _State()

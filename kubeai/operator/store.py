@@ -1,0 +1,221 @@
+"""The operator's view of the world: every Model and every pod of one, as the watches tell it.
+
+Owns the two collections, an index of pods by model name, and the expectations: writes that were
+sent and are not observed yet. Promises: ``changed(name)`` is called synchronously for each model
+that an event touches; :meth:`Store.pods_of` shows a created pod from the moment the create is
+sent and a deleted one as going away, so that no plan repeats a write; an expectation that is
+never observed is given up after ``EXPECTATION_TIMEOUT_S``, and the next plan sees what is there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from kubeai.api.model import Model
+from kubeai.operator.pods import Pod, PodObject, observe
+
+EXPECTATION_TIMEOUT_S = 30.0
+
+
+class _Expected(msgspec.Struct):
+    pod: Pod
+    until_s: float
+
+
+class Store:
+    """Fed by :meth:`Kube.follow`; read by the controller, the routes and the autoscaler."""
+
+    def __init__(
+        self,
+        changed: Callable[[str], None],
+        *,
+        address_override: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._changed = changed
+        self._address_override = address_override
+        self._clock = clock
+        self.models: dict[str, Model] = {}
+        self.models_listed = False
+        self.pods_listed = False
+        self._pods: dict[str, dict[str, Pod]] = {}  # model → pod name → pod
+        self._model_of: dict[str, str] = {}  # pod name → model
+        self._creating: dict[str, dict[str, _Expected]] = {}  # model → pod name →
+        self._deleting: dict[str, float] = {}  # pod uid → given up at
+
+    # -- Models ----------------------------------------------------------------------------------
+
+    def replace_models(self, models: list[Model]) -> None:
+        """A whole list: what it lacks is gone."""
+        names = {model.metadata.name for model in models}
+        gone = [name for name in self.models if name not in names]
+        for name in gone:
+            del self.models[name]
+        self.models_listed = True
+        for model in models:  # believed as it is, even if the API has gone back in time
+            self.models[model.metadata.name] = model
+        for name in [*gone, *names]:
+            self._changed(name)
+
+    def model_changed(self, kind: str, model: Model) -> None:
+        """One event of the watch."""
+        name = model.metadata.name
+        if kind != "DELETED":
+            if not self._put_model(model):
+                return
+        elif (old := self.models.get(name)) is not None:
+            if old.metadata.uid != model.metadata.uid:
+                return  # its successor is known already
+            del self.models[name]
+        self._changed(name)
+
+    def model_written(self, model: Model) -> None:
+        """The API's answer to a write of ours, which may be ahead of the watch."""
+        self.model_changed("MODIFIED", model)
+
+    def _put_model(self, model: Model) -> bool:
+        old = self.models.get(model.metadata.name)
+        if old is not None and _older(model, old):
+            return False
+        self.models[model.metadata.name] = model
+        return True
+
+    # -- pods ------------------------------------------------------------------------------------
+
+    def replace_pods(self, objects: list[PodObject]) -> None:
+        """A whole list: what it lacks is gone."""
+        touched = set(self._pods)
+        self._pods.clear()
+        self._model_of.clear()
+        self.pods_listed = True
+        for obj in objects:
+            touched.add(self._put_pod(obj))
+        self._deleting = {u: t for u, t in self._deleting.items() if u in self._uids()}
+        for name in touched:
+            self._changed(name)
+
+    def pod_changed(self, kind: str, obj: PodObject) -> None:
+        """One event of the watch."""
+        before = self._model_of.get(obj.metadata.name)
+        name = self._drop_pod(obj) if kind == "DELETED" else self._put_pod(obj)
+        if before is not None and before != name:
+            self._changed(before)
+        self._changed(name)
+
+    def _put_pod(self, obj: PodObject) -> str:
+        pod = observe(obj, address_override=self._address_override)
+        before = self._model_of.get(pod.name)
+        if before is not None and before != pod.model:
+            self._pods[before].pop(pod.name, None)
+        self._pods.setdefault(pod.model, {})[pod.name] = pod
+        self._model_of[pod.name] = pod.model
+        self._observed(pod)
+        return pod.model
+
+    def _drop_pod(self, obj: PodObject) -> str:
+        pod = observe(obj)
+        name = self._model_of.pop(pod.name, pod.model)
+        pods = self._pods.get(name, {})
+        pods.pop(pod.name, None)
+        if not pods:
+            self._pods.pop(name, None)
+        self._observed(msgspec.structs.replace(pod, terminating=True))
+        return name
+
+    def _observed(self, pod: Pod) -> None:
+        if pod.terminating:
+            self._deleting.pop(pod.uid, None)
+        creating = self._creating.get(pod.model, {})
+        expected = creating.get(pod.name)
+        if expected is not None:
+            del creating[pod.name]
+            if not creating:
+                del self._creating[pod.model]
+
+    def _uids(self) -> set[str]:
+        return {pod.uid for pods in self._pods.values() for pod in pods.values()}
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def listed(self) -> bool:
+        """Whether both collections are known."""
+        return self.models_listed and self.pods_listed
+
+    def observed_pods(self, model: str) -> Iterable[Pod]:
+        """Pods with the model's label, as the watch has them."""
+        return self._pods.get(model, {}).values()
+
+    def pods_of(self, model: str) -> Iterator[Pod]:
+        """The same with our unobserved writes: created ones there, deleted ones going away."""
+        now_s = self._clock()
+        observed = self._pods.get(model, {})
+        for pod in observed.values():
+            if not pod.terminating and self._deleting.get(pod.uid, now_s) > now_s:
+                yield msgspec.structs.replace(pod, terminating=True)
+            else:
+                yield pod
+        for name, expected in self._creating.get(model, {}).items():
+            if expected.until_s > now_s and name not in observed:
+                yield expected.pod
+
+    def names(self) -> set[str]:
+        """Every model name that has a Model or a pod."""
+        return self.models.keys() | self._pods.keys()
+
+    # -- expectations ----------------------------------------------------------------------------
+
+    def creating(self, pod: Pod) -> None:
+        """A create is about to be sent. The pod has no uid until it is observed."""
+        self._expire(pod.model)
+        until_s = self._clock() + EXPECTATION_TIMEOUT_S
+        self._creating.setdefault(pod.model, {})[pod.name] = _Expected(pod, until_s)
+
+    def not_created(self, pod: Pod) -> None:
+        """The create was refused, or nobody knows: the same name makes a second try harmless."""
+        creating = self._creating.get(pod.model, {})
+        creating.pop(pod.name, None)
+        if not creating:
+            self._creating.pop(pod.model, None)
+
+    def deleting(self, uid: str) -> None:
+        """A delete is about to be sent."""
+        self._deleting[uid] = self._clock() + EXPECTATION_TIMEOUT_S
+
+    def not_deleted(self, uid: str) -> None:
+        """The delete failed."""
+        self._deleting.pop(uid, None)
+
+    def oldest_expectation_s(self, model: str) -> float | None:
+        """Seconds until an expectation of the model is given up; None when it has none."""
+        self._expire(model)
+        untils = [expected.until_s for expected in self._creating.get(model, {}).values()]
+        pods = self._pods.get(model, {}).values()
+        untils += [self._deleting[pod.uid] for pod in pods if pod.uid in self._deleting]
+        return max(0.0, min(untils) - self._clock()) if untils else None
+
+    def _expire(self, model: str) -> None:
+        now_s = self._clock()
+        creating = self._creating.get(model, {})
+        for name in [name for name, expected in creating.items() if expected.until_s <= now_s]:
+            del creating[name]
+        for pod in self._pods.get(model, {}).values():
+            if self._deleting.get(pod.uid, math.inf) <= now_s:
+                del self._deleting[pod.uid]
+
+
+def _older(new: Model, old: Model) -> bool:
+    """Whether ``new`` is an event that our own write has overtaken.
+
+    Kubernetes lets resourceVersions of one resource be compared as numbers (since 1.35, and in
+    fact ever since etcd 3). Where they are no numbers, an event is believed.
+    """
+    if new.metadata.uid != old.metadata.uid:
+        created, known = new.metadata.creation_timestamp, old.metadata.creation_timestamp
+        return created is not None and known is not None and created < known
+    a, b = new.metadata.resource_version, old.metadata.resource_version
+    return a.isdecimal() and b.isdecimal() and int(a) < int(b)
