@@ -1,0 +1,152 @@
+"""``python -m kubeai.local.kubelet``: the process kubelet of one Node.
+
+``--ready-fd``: gets ``ready <port of the logs>`` once the Node is registered and every pod found
+in the API has a true status. Then this process belongs to the one that started it: it ignores
+Ctrl-C and dies when its parent does. SIGTERM ends every process within ``SHUTDOWN_GRACE_S`` and
+leaves the Pods in the API; a second start goes on with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import structlog
+import yaml
+
+from kubeai.errors import KubeAIError
+from kubeai.kube import Kube
+from kubeai.local.kubelet import shim
+from kubeai.local.kubelet.agent import Agent, KubeObjects
+from kubeai.local.kubelet.memory import MemoryGuard
+from kubeai.local.kubelet.node import Node
+from kubeai.local.kubelet.probes import Prober
+from kubeai.local.kubelet.process import become_subreaper, kill_leftovers
+from kubeai.local.kubelet.runner import Host
+from kubeai.local.kubelet.server import LogServer
+from kubeai.logs import setup_logging
+
+log = structlog.get_logger(__name__)
+
+SHUTDOWN_GRACE_S = 5.0
+HOST_IP = "127.0.0.1"
+
+
+def main() -> None:
+    options = _parse(sys.argv[1:])
+    try:
+        setup_logging()
+        if options.ready_fd is not None:
+            os.set_inheritable(options.ready_fd, False)
+            # Not SIGTERM: nobody is left to wait for a grace, and the shims end the engines.
+            ctypes.CDLL(None).prctl(shim.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        become_subreaper()
+        with _lock(options.data_dir):
+            asyncio.run(_run(options))
+    except KubeAIError as error:
+        sys.exit(f"kubelet: {error}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kubeai.local.kubelet", description="run pods as processes of this machine"
+    )
+    parser.add_argument("--kubeconfig", help="default: $KUBECONFIG")
+    parser.add_argument("--data-dir", type=Path, required=True, help="logs, volumes")
+    parser.add_argument("--node-name", default="local")
+    parser.add_argument("--ready-fd", type=int)
+    parser.add_argument(
+        "--no-bind",
+        action="store_true",
+        help="the cluster has a scheduler: take only pods that it gave to this node",
+    )
+    return parser.parse_args(arguments)
+
+
+async def _run(options: argparse.Namespace) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(
+        signal.SIGINT, (lambda: None) if options.ready_fd is not None else stopping.set
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        kube = await Kube.connect(options.kubeconfig)
+        stack.push_async_callback(kube.close)
+        prober = Prober()
+        stack.push_async_callback(prober.close)
+        host = Host(
+            data_dir=options.data_dir.resolve(),
+            objects=KubeObjects(kube),
+            prober=prober,
+            memory=MemoryGuard(),
+            ip=HOST_IP,
+        )
+        if killed := kill_leftovers(host.marker):
+            log.warning("processes of an earlier kubelet were killed", count=killed)
+        agent = Agent(kube, host, options.node_name, bind=not options.no_bind)
+        token = _token(options.kubeconfig or os.environ.get("KUBECONFIG", ""))
+        server = LogServer(agent, token)
+        stack.push_async_callback(server.close)
+        port = await server.start()
+        node = Node(kube, options.node_name, host.ip, lease=options.no_bind)
+        await node.register(port)
+        tasks = [asyncio.create_task(agent.run()), asyncio.create_task(node.run())]
+        tasks.append(asyncio.create_task(_tell_ready(agent, port, options.ready_fd)))
+        stop = asyncio.create_task(stopping.wait())
+        await asyncio.wait([stop, *tasks[:2]], return_when=asyncio.FIRST_COMPLETED)
+        for task in (*tasks, stop):
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await agent.stop(SHUTDOWN_GRACE_S)
+        for outcome in ended:  # following and heartbeats end only by an error or our cancel
+            if isinstance(outcome, Exception):
+                raise outcome
+
+
+async def _tell_ready(agent: Agent, port: int, ready_fd: int | None) -> None:
+    await agent.synced.wait()
+    log.info("kubelet ready", log_port=port)
+    if ready_fd is not None:
+        os.write(ready_fd, f"ready {port}\n".encode())
+        os.close(ready_fd)
+
+
+def _lock(data_dir: Path) -> IO[str]:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (data_dir / "kubelet.lock").open("w")
+    except OSError as error:
+        raise KubeAIError(f"--data-dir: {data_dir}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise KubeAIError(f"--data-dir: {data_dir} is in use by another kubelet") from None
+    return file
+
+
+def _token(kubeconfig: str) -> str:
+    """The API's bearer token, which readers of logs must show; else one that nobody knows."""
+    try:
+        content: Any = yaml.safe_load(Path(kubeconfig.split(":")[0]).read_text())
+        context = _named(content["contexts"], content["current-context"])["context"]
+        return str(_named(content["users"], context["user"])["user"]["token"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration):
+        return secrets.token_urlsafe()
+
+
+def _named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next(item for item in items if item["name"] == name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""The kubelet's side towards the API: which pods to run, what became of them.
+
+Owns: following the Node's pods, binding pods that have no node (there is no scheduler on one
+machine), one :class:`_PodWorker` a pod, and the writes. A worker starts the pod's runner, patches
+``status`` when it differs from what was written last, and deletes the object when a deleted pod's
+processes are gone. Nothing is written while nothing changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from kubeai.errors import KubeAIError
+from kubeai.kube import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
+from kubeai.local.kubelet.addresses import PodAddress
+from kubeai.local.kubelet.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
+from kubeai.local.kubelet.runner import Host, PodRunner
+from kubeai.local.kubelet.server import NoLog
+from kubeai.local.kubelet.volumes import config_map_data, secret_data
+
+log = structlog.get_logger(__name__)
+
+FIRST_STATUS_TIMEOUT_S = 10.0
+FLUSH_TIMEOUT_S = 3.0
+ADDRESS_RETRY_MAX_S = 10.0
+TERMINAL = ("Succeeded", "Failed")
+Object = dict[str, Any]
+
+
+class KubeObjects:
+    """The objects that pods refer to, read from the API when they are needed."""
+
+    def __init__(self, kube: Kube) -> None:
+        self._kube = kube
+
+    async def config_map(self, namespace: str, name: str) -> Data | None:
+        obj = await self._get(CONFIGMAPS, namespace, name)
+        return None if obj is None else config_map_data(obj)
+
+    async def secret(self, namespace: str, name: str) -> Data | None:
+        obj = await self._get(SECRETS, namespace, name)
+        return None if obj is None else secret_data(obj)
+
+    async def has_claim(self, namespace: str, name: str) -> bool:
+        return await self._get(PVCS, namespace, name) is not None
+
+    async def _get(self, resource: Resource, namespace: str, name: str) -> Object | None:
+        if not name:
+            return None
+        try:
+            return await self._kube.get(resource, name, namespace)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+
+class Agent:
+    """All pods of one Node. ``synced`` is set once every pod found at the start has its status."""
+
+    def __init__(self, kube: Kube, host: Host, node: str, *, bind: bool) -> None:
+        self.kube = kube
+        self.host = host
+        self.synced = asyncio.Event()
+        self._node = node
+        self._bind = bind
+        self._workers: dict[str, _PodWorker] = {}
+        self._binding: dict[str, asyncio.Task[None]] = {}
+        self._sync: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Follow the pods, until cancelled."""
+        fields = "" if self._bind else f"spec.nodeName={self._node}"
+        await self.kube.follow(PODS, fields=fields, replaced=self._replaced, changed=self._changed)
+
+    async def stop(self, grace_s: float) -> None:
+        """End every process, leave every Pod: the next kubelet starts them. Call after run."""
+        for task in self._binding.values():
+            task.cancel()
+        await asyncio.gather(*(worker.leave(grace_s) for worker in self._workers.values()))
+
+    def find_log(
+        self, namespace: str, pod: str, container: str, previous: bool
+    ) -> tuple[Path, Callable[[], bool]]:
+        """See server.Logs."""
+        found = [w for w in self._workers.values() if w.is_named(namespace, pod)]
+        if not found:
+            raise NoLog(404, f'pod "{pod}" is not on this node')
+        return found[-1].find_log(container, previous)
+
+    # -- what the API says -----------------------------------------------------------------------
+
+    def _replaced(self, pods: list[Object]) -> None:
+        uids = {pod["metadata"]["uid"] for pod in pods}
+        for uid, worker in self._workers.items():
+            if uid not in uids:
+                worker.vanished()
+        if self._sync is None:
+            self._remove_old_directories(uids)
+        for pod in pods:
+            self._changed("ADDED", pod)
+        if self._sync is None:
+            self._sync = asyncio.create_task(self._wait_for_statuses())
+
+    def _changed(self, kind: str, obj: Object) -> None:
+        meta, spec = obj["metadata"], obj.get("spec") or {}
+        uid, node = meta["uid"], spec.get("nodeName") or ""
+        worker = self._workers.get(uid)
+        if kind == "DELETED":
+            if uid in self._binding:
+                self._binding[uid].cancel()
+            if worker is not None:
+                worker.vanished()
+        elif node == self._node:
+            if worker is None:
+                self._workers[uid] = _PodWorker(self, obj, lambda: self._workers.pop(uid, None))
+            else:
+                worker.observe(obj)
+        elif not node and self._bind and not meta.get("deletionTimestamp"):
+            self._bind_soon(uid, meta)
+
+    def _bind_soon(self, uid: str, meta: Object) -> None:
+        if uid not in self._binding and uid not in self._workers:
+            task = self._binding[uid] = asyncio.create_task(self._bind_pod(meta))
+            task.add_done_callback(lambda _: self._binding.pop(uid, None))
+
+    async def _bind_pod(self, meta: Object) -> None:
+        backoff = Backoff()
+        patch = {"metadata": {"uid": meta["uid"]}, "spec": {"nodeName": self._node}}
+        while True:
+            try:
+                bound = await self.kube.patch(PODS, meta["name"], patch, meta["namespace"])
+            except ApiError as error:
+                if error.status in (404, 409):
+                    return  # gone, or another one by now: the watch says which
+                log.warning("a pod could not be bound", pod=meta["name"], error=str(error))
+                await asyncio.sleep(backoff.next_s())
+            else:
+                self._changed("MODIFIED", bound)  # sooner than the watch says it
+                return
+
+    async def _wait_for_statuses(self) -> None:
+        written = [asyncio.create_task(w.written.wait()) for w in self._workers.values()]
+        if written:
+            _, late = await asyncio.wait(written, timeout=FIRST_STATUS_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+        self.synced.set()
+
+    def _remove_old_directories(self, uids: set[str]) -> None:
+        for directory in (self.host.data_dir / "pods").glob("*_*_*"):
+            if directory.name.rsplit("_", 1)[-1] not in uids:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+class _PodWorker:
+    """One pod of this Node, from when it is first seen until its object is gone."""
+
+    def __init__(self, agent: Agent, obj: Object, done: Callable[[], object]) -> None:
+        self.written = asyncio.Event()  # a status of ours is in the API, or none is needed
+        self._agent = agent
+        self._meta = msgspec.convert(_metadata(obj), ObjectMeta)
+        self._phase = (obj.get("status") or {}).get("phase") or ""
+        self._directory = agent.host.pod_directory(self._meta)
+        self._pod: Pod | None = None
+        self._runner: PodRunner | None = None
+        self._override: Object | None = None  # the status of a pod that has no runner
+        self._last: Mapping[str, Any] | None = None
+        self._dirty = asyncio.Event()
+        self._vanished = asyncio.Event()
+        self._deleting = False
+        self._leaving = False
+        self._grace_s = float("inf")  # the shortest that was asked for
+        try:
+            self._pod = decode_pod(obj)
+        except PodError as error:
+            self._override = {"phase": "Failed", "reason": error.reason, "message": str(error)}
+        self._task = asyncio.create_task(self._work(), name=f"pod {self._meta.name}")
+        self._task.add_done_callback(lambda task: self._finished(task, done))
+
+    def is_named(self, namespace: str, name: str) -> bool:
+        return (self._meta.namespace, self._meta.name) == (namespace, name)
+
+    def observe(self, obj: Object) -> None:
+        """A newer version of the object."""
+        self._meta = msgspec.convert(_metadata(obj), ObjectMeta)
+        try:
+            self._pod = decode_pod(obj)
+        except PodError as error:
+            log.warning("a change to a pod was passed over", pod=self._meta.name, error=str(error))
+        if self._runner is not None and self._pod is not None:
+            self._runner.update(self._pod)
+        self._heed_deletion()
+        self._dirty.set()
+
+    def vanished(self) -> None:
+        """The object is gone from the API, however that came: nothing may be left of it here."""
+        self._vanished.set()
+        self.written.set()
+        self._stop(0)
+        self._dirty.set()
+
+    async def leave(self, grace_s: float) -> None:
+        """The kubelet ends: end the processes, tell the API, keep the object and the logs."""
+        self._leaving = True
+        if self._runner is None or self._deleting:
+            self._task.cancel()
+            return
+        if not self._runner.over.is_set():
+            await self._runner.leave(grace_s)
+        self._dirty.set()
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(self._task), FLUSH_TIMEOUT_S)
+        self._task.cancel()
+
+    def find_log(self, container: str, previous: bool) -> tuple[Path, Callable[[], bool]]:
+        runner = self._runner
+        if runner is None:
+            return self._find_old_log(container, previous)
+        one = runner.container(container)
+        if one is None:
+            name = self._meta.name
+            raise NoLog(400, f"container {container} is not valid for pod {name}")
+        run = one.record.restarts
+        path = self._directory / container / f"{run - previous}.log"
+        if not path.exists():
+            state, name = one.record.state, self._meta.name
+            if previous:
+                what = f'previous terminated container "{container}" in pod "{name}" not found'
+            elif isinstance(state, Waiting):
+                why = ": ".join(filter(None, (state.reason, state.message)))
+                what = f'container "{container}" in pod "{name}" is waiting to start: {why}'
+            else:
+                what = f'container "{container}" in pod "{name}" has no log'
+            raise NoLog(400, what)
+        process = one.process
+        return path, lambda: not previous and process is not None and not process.exited.done()
+
+    def _find_old_log(self, container: str, previous: bool) -> tuple[Path, Callable[[], bool]]:
+        """Of a pod that ended in the life of an earlier kubelet."""
+        runs = sorted(
+            (path for path in (self._directory / container).glob("*.log")),
+            key=lambda path: int(path.stem),
+        )
+        if len(runs) <= previous:
+            raise NoLog(400, f'container "{container}" in pod "{self._meta.name}" has no log')
+        return runs[-1 - previous], lambda: False
+
+    # -- its life --------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        if self._pod is None or self._phase in TERMINAL or self._meta.deletion_timestamp:
+            # Nothing of it runs: what an earlier kubelet ran ended with that one.
+            if self._phase in TERMINAL or self._meta.deletion_timestamp:
+                self.written.set()
+            await self._write_until(lambda: False)
+        else:
+            await self._run(self._pod)
+        if self._leaving:
+            return
+        self._deleting = True
+        if not self._gone:
+            await self._delete()
+        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+        log.info("pod ended", pod=f"{self._meta.namespace}/{self._meta.name}")
+        await self._vanished.wait()  # so that a late event of it does not look like a new pod
+
+    @property
+    def _gone(self) -> bool:
+        return self._vanished.is_set()
+
+    async def _run(self, pod: Pod) -> None:
+        address = await self._claim_address(pod)
+        if address is None:
+            return
+        running = None
+        try:
+            runner = PodRunner(pod, address.ip, self._agent.host, self._dirty.set)
+            running = asyncio.create_task(runner.run(), name=f"runner {pod.key}")
+            running.add_done_callback(lambda _: address.release())
+            self._runner = runner
+            log.info("pod started", pod=pod.key, ip=address.ip)
+            self._heed_deletion()
+            self._dirty.set()
+            await self._write_until(lambda: not runner.over.is_set())
+        finally:
+            if running is not None:
+                await asyncio.wait({running})
+
+    async def _write_until(self, is_running: Callable[[], bool]) -> None:
+        """Write each change, until the object may go (or is gone) and nothing of it runs."""
+        self._dirty.set()
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            if not self._gone:
+                await self._write_status()
+            over = not is_running()
+            leave = self._leaving and over and not self._dirty.is_set()
+            if leave or (over and (self._gone or self._meta.deletion_timestamp is not None)):
+                return
+
+    async def _claim_address(self, pod: Pod) -> PodAddress | None:
+        backoff = Backoff(max_s=ADDRESS_RETRY_MAX_S)
+        ports = [p.container_port for c in pod.spec.containers for p in c.ports]
+        while not (self._gone or self._meta.deletion_timestamp or self._leaving):
+            try:
+                return PodAddress.claim(pod.status.pod_ip, ports)
+            except KubeAIError as error:
+                self._override = {
+                    "phase": "Pending",
+                    "reason": "NoAddress",
+                    "message": str(error),
+                }
+            await self._write_status()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._dirty.wait(), backoff.next_s())
+        return None
+
+    def _heed_deletion(self) -> None:
+        meta = self._meta
+        if meta.deletion_timestamp is None:
+            return
+        grace_s = meta.deletion_grace_period_seconds
+        if grace_s is None and self._pod is not None:
+            grace_s = self._pod.spec.termination_grace_period_seconds
+        self._stop(grace_s or 0)
+
+    def _stop(self, grace_s: float) -> None:
+        """End the processes; once more only when the grace got shorter."""
+        runner = self._runner
+        if runner is not None and not runner.over.is_set() and grace_s < self._grace_s:
+            self._grace_s = grace_s
+            runner.spawn(runner.stop(grace_s))
+
+    # -- writes ----------------------------------------------------------------------------------
+
+    async def _write_status(self) -> None:
+        """Patch the status if it differs from the one written last; until it is written."""
+        backoff = Backoff()
+        meta = self._meta
+        while not self._gone:
+            status = self._runner.status() if self._runner is not None else self._override
+            if status is None or status == self._last:
+                return
+            patch = {"metadata": {"uid": meta.uid}, "status": status}
+            try:
+                await self._agent.kube.patch(
+                    PODS, meta.name, patch, meta.namespace, subresource="status"
+                )
+            except ApiError as error:
+                if error.status == 404:
+                    self.vanished()
+                    return
+                log.warning("a status was not written", pod=meta.name, error=str(error))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
+            else:
+                self._last = status
+                self.written.set()
+                return
+
+    async def _delete(self) -> None:
+        backoff = Backoff()
+        meta = self._meta
+        while not self._gone:
+            try:
+                await self._agent.kube.delete(
+                    PODS, meta.name, meta.namespace, uid=meta.uid, grace_s=0
+                )
+            except ApiError as error:
+                if error.status in (404, 409):
+                    self._vanished.set()
+                    break
+                log.warning("a pod was not deleted", pod=meta.name, error=str(error))
+                await asyncio.sleep(backoff.next_s())
+            else:
+                break
+
+    def _finished(self, task: asyncio.Task[None], done: Callable[[], object]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a pod's worker failed", pod=self._meta.name, exc_info=error)
+        done()
+
+
+def _metadata(obj: Object) -> Object:
+    return {key: value for key, value in obj["metadata"].items() if value is not None}

@@ -1,0 +1,173 @@
+"""The Node object of this machine, and its heartbeat.
+
+Owns: what the machine has (CPUs, memory, NVIDIA GPUs) and that the API knows where its logs are
+served. On `kubeai local` the heartbeat is one status patch in five minutes; on a cluster, whose
+controllers take a silent node for a dead one, it is a Lease that is renewed every ten seconds, as
+every kubelet's is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import socket
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+import kubeai
+from kubeai.kube import LEASES, NODES, ApiError, Backoff, Kube
+from kubeai.local.kubelet.process import run_helper
+from kubeai.local.kubelet.status import timestamp
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_INTERVAL_S = 300.0
+LEASE_INTERVAL_S, LEASE_DURATION_S = 10.0, 40
+LEASE_NAMESPACE = "kube-node-lease"
+PODS_MAX = 1000
+_CONDITIONS = (
+    ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
+    ("DiskPressure", "False", "KubeletHasNoDiskPressure"),
+    ("PIDPressure", "False", "KubeletHasSufficientPID"),
+    ("Ready", "True", "KubeletReady"),
+)
+
+
+class Node:
+    """This machine, as the API shows it."""
+
+    def __init__(self, kube: Kube, name: str, host_ip: str, *, lease: bool) -> None:
+        self._kube = kube
+        self._name = name
+        self._ip = host_ip
+        self._lease = lease
+        self._since = timestamp(time.time())
+        self._port = 0
+        self._gpus = 0
+
+    async def register(self, port: int) -> None:
+        """Create the Node or take it over; ``port`` serves the logs."""
+        self._port = port
+        self._gpus = await _gpu_count()
+        labels = {
+            "kubernetes.io/hostname": self._name,
+            "kubernetes.io/os": "linux",
+            "kubernetes.io/arch": _architecture(),
+            "kubeai.org/process-kubelet": "true",
+        }
+        try:
+            await self._kube.create(NODES, {"metadata": {"name": self._name, "labels": labels}})
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            await self._kube.patch(NODES, self._name, {"metadata": {"labels": labels}})
+        await self._write_status()
+
+    async def run(self) -> None:
+        """Heartbeats, until cancelled; a Node that somebody deleted comes back."""
+        backoff = Backoff()
+        while True:
+            await asyncio.sleep(LEASE_INTERVAL_S if self._lease else HEARTBEAT_INTERVAL_S)
+            try:
+                await (self._renew() if self._lease else self._write_status())
+                backoff.reset()
+            except ApiError as error:
+                log.warning("heartbeat failed", node=self._name, error=str(error))
+                await asyncio.sleep(backoff.next_s())
+                if error.status == 404:
+                    await self._try_to_register()
+
+    async def _try_to_register(self) -> None:
+        try:
+            await self.register(self._port)
+        except ApiError as error:
+            log.warning("the node could not be registered", node=self._name, error=str(error))
+
+    async def _write_status(self) -> None:
+        await self._kube.patch(NODES, self._name, {"status": self._status()}, subresource="status")
+
+    def _status(self) -> dict[str, Any]:
+        now = timestamp(time.time())
+        capacity = {
+            "cpu": str(os.cpu_count() or 1),
+            "memory": f"{_memory_kib()}Ki",
+            "pods": str(PODS_MAX),
+        }
+        if self._gpus:
+            capacity["nvidia.com/gpu"] = str(self._gpus)
+        return {
+            "addresses": [
+                {"type": "InternalIP", "address": self._ip},
+                {"type": "Hostname", "address": socket.gethostname()},
+            ],
+            "capacity": capacity,
+            "allocatable": capacity,
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port}},
+            "conditions": [
+                {
+                    "type": kind,
+                    "status": status,
+                    "reason": reason,
+                    "message": reason,
+                    "lastHeartbeatTime": now,
+                    "lastTransitionTime": self._since,
+                }
+                for kind, status, reason in _CONDITIONS
+            ],
+            "nodeInfo": {
+                "architecture": _architecture(),
+                "operatingSystem": "linux",
+                "kernelVersion": platform.release(),
+                "osImage": _os_name(),
+                "kubeletVersion": f"kubeai-{kubeai.__version__}",
+                "kubeProxyVersion": "",
+                "containerRuntimeVersion": f"process://{kubeai.__version__}",
+                "machineID": "",
+                "systemUUID": "",
+                "bootID": "",
+            },
+        }
+
+    async def _renew(self) -> None:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec = {
+            "holderIdentity": self._name,
+            "leaseDurationSeconds": LEASE_DURATION_S,
+            "renewTime": now,
+        }
+        try:
+            await self._kube.patch(LEASES, self._name, {"spec": spec}, LEASE_NAMESPACE)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            lease = {"metadata": {"name": self._name}, "spec": spec}
+            await self._kube.create(LEASES, lease, LEASE_NAMESPACE)
+
+
+async def _gpu_count() -> int:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    code, output = await run_helper([program, "-L"])
+    return sum(line.startswith("GPU ") for line in output.splitlines()) if code == 0 else 0
+
+
+def _memory_kib() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 10
+
+
+def _architecture() -> str:
+    machine = os.uname().machine
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def _os_name() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
+    except OSError:
+        return "Linux"

@@ -1,0 +1,393 @@
+"""Container processes, as the runner sees them: started, signalled, probed, gone.
+
+Owns: the shim processes (shim.py) and the control socket to each. Promises: a
+:class:`Process` whose ``exited`` is set has no process left; when a shim is killed, what it
+guarded is found and killed here, because the kubelet is a subreaper (:func:`become_subreaper`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import marshal
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from kubeai.local.kubelet import shim
+
+log = structlog.get_logger(__name__)
+
+LOG_FILE_MAX_BYTES = 10 << 20
+START_TIMEOUT_S = 20.0
+SHIM_KILL_TIMEOUT_S = 35.0  # a shim that did not end its container by then is ended itself
+ORPHAN_KILL_TIMEOUT_S = 5.0
+HELPER_TIMEOUT_S = 10.0
+_MESSAGE_MAX_BYTES = 1 << 20
+
+# Children that are not orphans: shims, and the short programs of run_helper.
+_known: set[int] = set()
+_reaping = False
+
+
+class StartError(Exception):
+    """A container's main process could not be started."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Mount(msgspec.Struct, frozen=True):
+    """``source`` on this machine is shown to the container at ``path``."""
+
+    source: str
+    path: str
+    read_only: bool = False
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """All that a container's main process needs."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+    log: Path
+    mounts: tuple[Mount, ...] = ()
+    root: Path = Path("/nonexistent")  # where the private root is put together; only with mounts
+    log_max_bytes: int = LOG_FILE_MAX_BYTES
+    namespace: str = "auto"  # see shim.realise_mounts
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """How a main process ended."""
+
+    code: int  # 128 + the signal's number when one ended it
+    signal: int
+    finished_s: float  # since the epoch
+    message: str = ""
+
+
+class ExecResult(msgspec.Struct, frozen=True):
+    """What a command in the container came to; ``code`` is -1 when it could not be started."""
+
+    code: int
+    output: str
+
+
+def become_subreaper() -> None:
+    """From now on orphans of killed shims become children of this process, which kills them.
+
+    Only for a process whose every other child is known to this module.
+    """
+    global _reaping
+    ctypes.CDLL(None).prctl(shim.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _reaping = True
+
+
+class Process:
+    """A container's main process and all that descends from it."""
+
+    def __init__(
+        self, shim_pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.shim_pid = shim_pid
+        self.pid = 0
+        self.started_s = 0.0
+        self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._execs: dict[int, asyncio.Future[ExecResult]] = {}
+        self._next_exec = 0
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._writer = writer
+        self._reading = asyncio.create_task(self._read(reader), name=f"shim {shim_pid}")
+        self._last_resort: asyncio.TimerHandle | None = None
+
+    @classmethod
+    async def start(cls, launch: Launch) -> Process:
+        """Start; StartError when the program, its directory or a mount is not to be had."""
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            shim_pid = _spawn_shim(theirs.fileno())
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        process = cls(shim_pid, reader, writer)
+        process._send(
+            (
+                "start",
+                {
+                    "argv": list(launch.argv),
+                    "env": launch.env,
+                    "cwd": launch.cwd,
+                    "log": str(launch.log),
+                    "log_max_bytes": launch.log_max_bytes,
+                    "mounts": [(m.source, m.path, m.read_only) for m in launch.mounts],
+                    "root": str(launch.root),
+                    "namespace": launch.namespace,
+                },
+            )
+        )
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await asyncio.shield(process._started)
+        except TimeoutError:
+            process.kill()
+            raise StartError("StartError", f"not started after {START_TIMEOUT_S:.0f} s") from None
+        except asyncio.CancelledError:
+            process.kill()
+            raise
+        return process
+
+    async def wait(self) -> Exit:
+        """Until no process of it is left."""
+        return await asyncio.shield(self.exited)
+
+    def signal(self, number: int) -> None:
+        """Signal the main process alone, as a container runtime does."""
+        self._send(("signal", number))
+
+    def kill(self) -> None:
+        """SIGKILL the whole tree."""
+        if self.exited.done():
+            return
+        self._send(("kill",))
+        if self._last_resort is None:
+            loop = asyncio.get_running_loop()
+            self._last_resort = loop.call_later(
+                SHIM_KILL_TIMEOUT_S, shim.kill, self.shim_pid, signal.SIGKILL
+            )
+
+    async def exec(self, argv: list[str], env: dict[str, str], timeout_s: float) -> ExecResult:
+        """Run a command beside the main process, with the same mounts; TimeoutError kills it."""
+        if self.exited.done():
+            return ExecResult(-1, "the container has ended")
+        self._next_exec += 1
+        id = self._next_exec
+        done: asyncio.Future[ExecResult] = asyncio.get_running_loop().create_future()
+        self._execs[id] = done
+        try:
+            self._send(("exec", id, argv, env))
+            async with asyncio.timeout(timeout_s):
+                result = await done
+        except (TimeoutError, asyncio.CancelledError):
+            self._send(("exec-kill", id))
+            raise
+        finally:
+            self._execs.pop(id, None)
+        return result
+
+    def memory_bytes(self, processes: ProcessTable) -> int:
+        """Resident memory of the tree: each one's own pages, and the largest one's shared."""
+        own = shared = 0
+        for pid in processes.below(self.shim_pid):
+            pages = _resident_pages(pid)
+            own += pages[0]
+            shared = max(shared, pages[1])
+        return (own + shared) * _PAGE_BYTES
+
+    # -- the control socket ----------------------------------------------------------------------
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        if not self._writer.is_closing():
+            data = marshal.dumps(message)
+            self._writer.write(len(data).to_bytes(4, "big") + data)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        end: Exit | None = None
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(4), "big")
+                if size > _MESSAGE_MAX_BYTES:
+                    break
+                end = self._take(marshal.loads(await reader.readexactly(size))) or end
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self._writer.close()
+        await _wait_for_exit(self.shim_pid)
+        if end is None:
+            end = Exit(137, signal.SIGKILL, time.time(), "the container's guardian was killed")
+            if _reaping:
+                await kill_orphans()
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+        if not self._started.done():
+            self._started.set_exception(StartError("StartError", end.message))
+            self._started.exception()  # somebody may have stopped waiting
+        for future in self._execs.values():
+            if not future.done():
+                future.set_result(ExecResult(-1, "the container has ended"))
+        self.exited.set_result(end)
+
+    def _take(self, message: tuple[Any, ...]) -> Exit | None:
+        kind, *rest = message
+        if kind == "started":
+            self.pid, self.started_s = rest[0], time.time()
+            self._started.set_result(None)
+        elif kind == "failed":
+            self._started.set_exception(StartError(rest[0], rest[1]))
+            self._started.exception()
+            return Exit(128, 0, time.time(), rest[1])
+        elif kind == "exec":
+            future = self._execs.get(rest[0])
+            if future is not None and not future.done():
+                future.set_result(ExecResult(_code(rest[1]), rest[2].decode(errors="replace")))
+        elif kind == "exited":
+            status, finished_ns, survivors = rest
+            left = f"{survivors} processes could not be killed" if survivors else ""
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            return Exit(_code(status), number, finished_ns / 1e9, left)
+        return None
+
+
+def _code(status: int) -> int:
+    if status == -1:
+        return -1
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def _spawn_shim(control: int) -> int:
+    popen = subprocess.Popen(
+        [sys.executable, "-I", "-S", shim.__file__, str(control)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(control,),
+        start_new_session=True,  # a terminal's Ctrl-C is not for the engines
+        cwd="/",
+    )
+    popen.returncode = 0  # reaped by _wait_for_exit, not by Popen
+    _known.add(popen.pid)
+    return popen.pid
+
+
+async def _wait_for_exit(pid: int) -> None:
+    """Wait for a child of ours and reap it."""
+    loop = asyncio.get_running_loop()
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        _known.discard(pid)
+        return
+    ended = asyncio.Event()
+    loop.add_reader(fd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+    _reap(pid)
+    _known.discard(pid)
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+async def kill_orphans() -> None:
+    """Kill what was inherited from a dead shim, and all below it."""
+    give_up = time.monotonic() + ORPHAN_KILL_TIMEOUT_S
+    while time.monotonic() < give_up:
+        table = ProcessTable()
+        orphans = [pid for pid in table.children(os.getpid()) if pid not in _known]
+        if not orphans:
+            return
+        for pid in orphans:
+            for descendant in (pid, *table.below(pid)):
+                shim.kill(descendant, signal.SIGKILL)
+        for pid in orphans:
+            _reap(pid)
+        await asyncio.sleep(0.005)
+    log.error("orphans could not be killed", pids=orphans)
+
+
+async def run_helper(argv: list[str], timeout_s: float = HELPER_TIMEOUT_S) -> tuple[int, str]:
+    """Run a short program; its exit code (-1: not to be run, or too slow) and its output."""
+    try:
+        # Started on this thread, so that kill_orphans never meets it before it is known.
+        popen = subprocess.Popen(  # noqa: ASYNC220
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
+    except OSError:
+        return -1, ""
+    _known.add(popen.pid)
+    try:
+        output, _ = await asyncio.to_thread(popen.communicate, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return -1, ""
+    finally:
+        if popen.returncode is None:
+            popen.kill()
+            await asyncio.to_thread(popen.communicate)
+        _known.discard(popen.pid)
+    return popen.returncode, output.decode(errors="replace")
+
+
+# -- /proc ---------------------------------------------------------------------------------------
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class ProcessTable:
+    """Who descends from whom, from one scan of /proc."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, list[int]] = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                self._children.setdefault(shim.parent_of(int(entry)), []).append(int(entry))
+
+    def children(self, pid: int) -> list[int]:
+        return self._children.get(pid, [])
+
+    def below(self, pid: int) -> list[int]:
+        found: list[int] = []
+        todo = [pid]
+        while todo:
+            children = self.children(todo.pop())
+            found += children
+            todo += children
+        return found
+
+
+def _resident_pages(pid: int) -> tuple[int, int]:
+    """(own, shared) resident pages; zeros when the process is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_bytes().split()
+        resident, shared = int(fields[1]), int(fields[2])
+    except (OSError, IndexError, ValueError):
+        return 0, 0
+    return resident - shared, shared
+
+
+def kill_leftovers(marker: str, spare: Callable[[int], bool] = lambda pid: False) -> int:
+    """Kill every process whose environment holds ``marker`` (``NAME=value``); how many.
+
+    For what an earlier kubelet of the same data directory left when it and a shim were killed in
+    the same moment. Only environments that this user may read are seen.
+    """
+    wanted = marker.encode()
+    killed = 0
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid() or spare(int(entry)):
+            continue
+        try:
+            environment = Path(f"/proc/{entry}/environ").read_bytes()
+        except OSError:
+            continue
+        if wanted in environment.split(b"\0"):
+            shim.kill(int(entry), signal.SIGKILL)
+            killed += 1
+    return killed

@@ -1,0 +1,637 @@
+"""One pod's life: from its manifest to processes, probes and a status.
+
+Owns: a pod's containers and what is made for them in the pod's directory. Knows no API: it is
+given the objects a pod refers to (:class:`~.volumes.Objects`), tells that its status changed, and
+is told to stop. Called by agent.py; tests call it with plain pods.
+
+Life: volumes → init containers in order (a sidecar is started and left running) → containers,
+each restarted under its policy with back-off → once all have ended, the sidecars are ended.
+``stop`` ends it earlier: preStop, SIGTERM, the grace, SIGKILL to every descendant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from kubeai.errors import KubeAIError
+from kubeai.local.kubelet import programs
+from kubeai.local.kubelet.logs import last_lines
+from kubeai.local.kubelet.memory import MemoryGuard
+from kubeai.local.kubelet.pod import (
+    Condition,
+    Container,
+    ContainerStatus,
+    Handler,
+    ObjectMeta,
+    Pod,
+    PodError,
+    Running,
+    Terminated,
+    Waiting,
+    container_environment,
+    environment_references,
+    expand,
+)
+from kubeai.local.kubelet.probes import Attempt, Loops, Outcome, Prober
+from kubeai.local.kubelet.process import (
+    ExecResult,
+    Exit,
+    Launch,
+    Process,
+    StartError,
+)
+from kubeai.local.kubelet.status import PodOutcome, Record, pod_status, timestamp
+from kubeai.local.kubelet.volumes import Objects, mounts_of, prepare_volumes
+
+log = structlog.get_logger(__name__)
+
+POD_UID_VARIABLE, NODE_VARIABLE = "KUBEAI_POD_UID", "KUBEAI_NODE_DIR"
+LAST_GRACE_S = 2.0  # what SIGTERM gets at least after a preStop hook that took the whole grace
+POST_START_TIMEOUT_S = 60.0
+_HIDDEN_VARIABLES = ("KUBEAI_", "KUBERNETES_", "KUBECONFIG", "POD_", "CONFIG_PATH")
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Waits between starts; tests shorten them."""
+
+    restart_first_s: float = 10.0
+    restart_max_s: float = 300.0
+    restart_reset_s: float = 600.0  # a container that ran this long begins anew
+    config_first_s: float = 1.0  # something is missing that may yet come
+    config_max_s: float = 60.0
+
+
+class Host(msgspec.Struct):
+    """What all pods of a kubelet share."""
+
+    data_dir: Path
+    objects: Objects
+    prober: Prober
+    memory: MemoryGuard
+    timing: Timing = Timing()
+    ip: str = "127.0.0.1"
+    namespace: str = "auto"  # of mounts; see shim.realise_mounts
+
+    def pod_directory(self, meta: ObjectMeta) -> Path:
+        return self.data_dir / "pods" / f"{meta.namespace}_{meta.name}_{meta.uid}"
+
+    @property
+    def marker(self) -> str:
+        """In the environment of every process of this data directory."""
+        return f"{NODE_VARIABLE}={self.data_dir.resolve()}"
+
+
+class RestartBackoff:
+    """Kubernetes' crash loop: at once, then ``first_s``, doubled up to ``max_s``."""
+
+    def __init__(self, first_s: float, max_s: float, reset_s: float) -> None:
+        self._first_s, self._max_s, self._reset_s = first_s, max_s, reset_s
+        self._next_s = 0.0
+
+    def after(self, ran_s: float) -> float:
+        """Seconds to wait after a run of ``ran_s`` seconds."""
+        if ran_s >= self._reset_s:
+            self._next_s = 0.0
+        wait_s = self._next_s
+        self._next_s = min(self._max_s, 2 * wait_s or self._first_s)
+        return wait_s
+
+
+class ContainerRunner:
+    """One container: its runs, and the record of them. A probe's Target."""
+
+    def __init__(self, pod: PodRunner, spec: Container, policy: str) -> None:
+        self.spec = spec
+        self.ip = pod.ip
+        initial = "PodInitializing" if pod.pod.spec.init_containers else "ContainerCreating"
+        self.record = Record(spec.name, spec.image, Waiting(initial))
+        self.started = asyncio.Event()  # its start-up is over; what a sidecar's successor waits for
+        self.process: Process | None = None
+        self._pod = pod
+        self._host = pod.host
+        self._policy = policy
+        self._stopping = asyncio.Event()
+        self._ending: Process | None = None
+        self._grace_s = 0.0
+        self._env: dict[str, str] = {}
+        self._has_run = False
+        self._over = False
+        self._cause: tuple[str, str] | None = None  # why it is being killed: reason, message
+        timing = pod.host.timing
+        self._restart = RestartBackoff(
+            timing.restart_first_s, timing.restart_max_s, timing.restart_reset_s
+        )
+
+    # -- its runs --------------------------------------------------------------------------------
+
+    def remember(self, status: ContainerStatus, *, again: bool) -> None:
+        """Take over from an earlier kubelet, whose processes are gone.
+
+        ``again``: run it even if it had ended (an init container).
+        """
+        state, self.record.restarts = status.state, status.restart_count
+        ended = state.terminated
+        if state.running is not None:
+            ended = Terminated(
+                137,
+                "ContainerStatusUnknown",
+                "the kubelet that ran it is gone",
+                started_at=state.running.started_at,
+                finished_at=timestamp(time.time()),
+            )
+        self.record.last = ended or status.last_state.terminated
+        self._has_run = self.record.last is not None
+        if ended is not None and not again and not self._restarts_after(ended.exit_code):
+            self.record.state, self.record.last = ended, status.last_state.terminated
+            self._over = True
+
+    async def run(self) -> bool:
+        """Until it is not to be started again; whether it ended well."""
+        while not (self._over or self._stopping.is_set()):
+            process = await self._start()
+            if process is None:
+                break
+            began = time.monotonic()
+            end = await self._live(process)
+            if self._stopping.is_set() or not self._restarts_after(end.code):
+                break
+            await self._back_off(time.monotonic() - began)
+        state = self.record.state
+        return isinstance(state, Terminated) and state.exit_code == 0
+
+    async def stop(self, grace_s: float) -> None:
+        """End it and do not start it again. A second call can only shorten the grace."""
+        self._grace_s = grace_s if not self._stopping.is_set() else min(grace_s, self._grace_s)
+        self._stopping.set()
+        if self.process is not None:
+            await self._end(self.process, self._grace_s)
+
+    def _restarts_after(self, code: int) -> bool:
+        return self._policy == "Always" or (self._policy == "OnFailure" and code != 0)
+
+    async def _start(self) -> Process | None:
+        """Start it, however long what it needs takes to come; None when told to stop."""
+        timing = self._host.timing
+        wait_s = timing.config_first_s
+        if not self._has_run:
+            self._set(Waiting("ContainerCreating"))
+        while not self._stopping.is_set():
+            try:
+                launch = await self._plan()
+                process = await Process.start(launch)
+            except (PodError, StartError) as error:
+                self._set(Waiting(error.reason, str(error)))
+            except (KubeAIError, OSError) as error:
+                self._set(Waiting("CreateContainerError", str(error)))
+            else:
+                self.record.program = f"process://{launch.argv[0]}"
+                return process
+            await self._sleep(wait_s)
+            wait_s = min(timing.config_max_s, 2 * wait_s)
+        return None
+
+    async def _live(self, process: Process) -> Exit:
+        """One run: from the process's start to its end."""
+        self.process, self._cause = process, None
+        record, uid = self.record, self._pod.pod.metadata.uid
+        if self._has_run:
+            record.restarts += 1
+        self._has_run = True
+        record.container_id = f"process://{uid}/{record.name}/{record.restarts}"
+        self._prune_logs()
+        self._up(startup_over=self.spec.startup_probe is None)
+        self._set(Running(timestamp(process.started_s)))
+        tasks = [asyncio.create_task(self._watch_health(process))]
+        tasks[0].add_done_callback(_tell_failure)
+        if self._stopping.is_set():
+            tasks.append(asyncio.create_task(self._end(process, self._grace_s)))
+        limit = self.spec.memory_limit_bytes()
+        try:
+            with self._host.memory.watching(process, limit, self._out_of_memory):
+                end = await process.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self.process = None
+        record.ready = record.started = False
+        self._set(self._terminated(process, end))
+        return end
+
+    def _terminated(self, process: Process, end: Exit) -> Terminated:
+        reason, message = "Completed" if end.code == 0 else "Error", end.message
+        if self._cause is not None:
+            reason, message = self._cause[0] or reason, self._cause[1]
+        elif end.code and not message:
+            message = last_lines(self._log_path(self.record.restarts))
+        return Terminated(
+            end.code,
+            reason,
+            message,
+            end.signal,
+            timestamp(process.started_s),
+            timestamp(end.finished_s),
+            self.record.container_id,
+        )
+
+    async def _back_off(self, ran_s: float) -> None:
+        wait_s = self._restart.after(ran_s)
+        if wait_s:
+            name = f"container={self.spec.name} pod={self._pod.pod.key}"
+            message = f"back-off {wait_s:g}s restarting failed {name}"
+            self._set(Waiting("CrashLoopBackOff", message))
+            await self._sleep(wait_s)
+
+    async def _sleep(self, wait_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), wait_s)
+
+    # -- what it is started with -----------------------------------------------------------------
+
+    async def _plan(self) -> Launch:
+        pod, spec, ip = self._pod.pod, self.spec, self.ip
+        directory = self._host.pod_directory(pod.metadata)
+        declared = await self._declared_environment()
+        words = [expand(word, declared) for word in (*spec.command, *spec.args)]
+        command, args = words[: len(spec.command)], words[len(spec.command) :]
+        base = {k: v for k, v in os.environ.items() if not k.startswith(_HIDDEN_VARIABLES)}
+        name, _, value = self._host.marker.partition("=")
+        self._env = {
+            **base,
+            "PYTHONUNBUFFERED": "1",  # so that a log shows what happens when it happens
+            "POD_IP": ip,
+            **programs.engine_environment(spec.image, command, ip),
+            **{k: programs.bind_to_pod(v, ip) for k, v in declared.items()},
+            POD_UID_VARIABLE: pod.metadata.uid,
+            name: value,
+        }
+        cwd = spec.working_dir
+        if not cwd:
+            scratch = directory / ".work" / spec.name
+            scratch.mkdir(parents=True, exist_ok=True)
+            cwd = str(scratch)
+        return Launch(
+            argv=tuple(await programs.resolve(spec.image, command, args, self._env, ip)),
+            env=self._env,
+            cwd=cwd,
+            log=self._log_path(self.record.restarts + self._has_run),
+            mounts=mounts_of(pod, spec, self._pod.places, declared),
+            root=directory / ".root" / spec.name,
+            namespace=self._host.namespace,
+        )
+
+    async def _declared_environment(self) -> dict[str, str]:
+        pod, objects = self._pod.pod, self._host.objects
+        maps, secrets = environment_references(self.spec)
+        namespace = pod.metadata.namespace
+        found = await asyncio.gather(
+            *(objects.config_map(namespace, name) for name in maps),
+            *(objects.secret(namespace, name) for name in secrets),
+        )
+        fields = {
+            "status.podIP": self.ip,
+            "status.podIPs": self.ip,
+            "status.hostIP": self._host.ip,
+            "status.hostIPs": self._host.ip,
+        }
+        return container_environment(
+            pod,
+            self.spec,
+            fields,
+            dict(zip(maps, found, strict=False)),
+            dict(zip(secrets, found[len(maps) :], strict=True)),
+        )
+
+    def _log_path(self, run: int) -> Path:
+        return self._host.pod_directory(self._pod.pod.metadata) / self.spec.name / f"{run}.log"
+
+    def _prune_logs(self) -> None:
+        """Keep the logs of this run and the one before."""
+        old = self._log_path(self.record.restarts - 2)
+        for path in (old, old.with_suffix(".log.1")):
+            path.unlink(missing_ok=True)
+
+    # -- its health ------------------------------------------------------------------------------
+
+    def port(self, wanted: int | str) -> int:
+        return self.spec.port(wanted)
+
+    async def exec(self, command: tuple[str, ...], timeout_s: float) -> ExecResult:
+        """Run a command beside the main process (an exec probe, a hook)."""
+        if self.process is None:
+            return ExecResult(-1, "the container is not running")
+        try:
+            words = [programs.bind_to_pod(word, self.ip) for word in command]
+            argv = await programs.locate(words, self._env)
+        except PodError as error:
+            return ExecResult(-1, str(error))
+        return await self.process.exec(argv, self._env, timeout_s)
+
+    async def _attempt(self, probe: Any) -> Attempt:
+        return await self._host.prober.attempt(probe, self)
+
+    async def _watch_health(self, process: Process) -> None:
+        """postStart, then the startup probe, then liveness and readiness, while it runs."""
+        spec = self.spec
+        loops = Loops(self._attempt, asyncio.get_running_loop().time())
+        if spec.lifecycle.post_start is not None:
+            why = await self._hook(spec.lifecycle.post_start, POST_START_TIMEOUT_S)
+            if why:
+                await self._unhealthy(process, None, f"postStart hook failed: {why}")
+                return
+        if spec.startup_probe is not None:
+            failure = await loops.startup(spec.startup_probe)
+            if failure is not None:
+                grace_s = spec.startup_probe.termination_grace_period_seconds
+                await self._unhealthy(process, grace_s, f"startup probe failed: {failure}")
+                return
+            self._up(startup_over=True)
+            self._pod.changed()
+        checks = []
+        if spec.readiness_probe is not None:
+            checks.append(loops.readiness(spec.readiness_probe, self._readiness))
+        if spec.liveness_probe is not None:
+            checks.append(self._liveness(process, loops))
+        await asyncio.gather(*checks)
+
+    async def _liveness(self, process: Process, loops: Loops) -> None:
+        probe = self.spec.liveness_probe
+        assert probe is not None
+        failure = await loops.liveness(probe)
+        grace_s = probe.termination_grace_period_seconds
+        await self._unhealthy(process, grace_s, f"liveness probe failed: {failure}")
+
+    def _up(self, *, startup_over: bool) -> None:
+        self.record.started = startup_over
+        if startup_over:
+            self.started.set()
+        ready = startup_over and self.spec.readiness_probe is None
+        self.record.ready = ready and not self._stopping.is_set()
+
+    def _readiness(self, ready: bool, message: str) -> None:
+        if self._ending is not self.process:
+            self.record.ready = ready
+            log.info("readiness", pod=self._pod.pod.key, container=self.spec.name, ready=ready)
+            self._pod.changed()
+
+    async def _unhealthy(self, process: Process, grace_s: int | None, why: str) -> None:
+        log.info("unhealthy", pod=self._pod.pod.key, container=self.spec.name, why=why)
+        self._cause = ("", why)
+        pod_grace_s = self._pod.pod.spec.termination_grace_period_seconds
+        # Not awaited: this task is cancelled when the process ends.
+        self._pod.spawn(self._end(process, pod_grace_s if grace_s is None else grace_s))
+
+    def _out_of_memory(self, used_bytes: int, limit_bytes: int) -> None:
+        if self.process is not None:
+            self._cause = ("OOMKilled", f"used {used_bytes} bytes, its limit is {limit_bytes}")
+            self.process.kill()
+
+    # -- its end ---------------------------------------------------------------------------------
+
+    async def _end(self, process: Process, grace_s: float) -> None:
+        """preStop, SIGTERM, and SIGKILL to the tree ``grace_s`` after now; until it is gone."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        timer = loop.call_later(grace_s, process.kill)
+        try:
+            if self._ending is not process:
+                self._ending = process
+                self.record.ready = False
+                self._pod.changed()
+                hook = self.spec.lifecycle.pre_stop
+                if hook is not None and grace_s > 0:
+                    await self._hook(hook, grace_s)
+                    if loop.time() > deadline - LAST_GRACE_S:
+                        timer.cancel()
+                        timer = loop.call_later(LAST_GRACE_S, process.kill)
+                process.signal(signal.SIGTERM)
+            await process.wait()
+        finally:
+            timer.cancel()
+
+    async def _hook(self, hook: Handler, timeout_s: float) -> str:
+        """Run a lifecycle hook; why it failed, or nothing."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if hook.sleep is not None:
+                    await asyncio.sleep(hook.sleep.seconds)
+                elif hook.exec is not None:
+                    result = await self.exec(hook.exec.command, timeout_s)
+                    return result.output[-512:] or "failed" if result.code else ""
+                elif hook.http_get is not None:
+                    outcome, why = await self._host.prober.http(hook.http_get, self, timeout_s)
+                    return "" if outcome is Outcome.SUCCESS else why
+        except TimeoutError:
+            return f"not done within {timeout_s:g} s"
+        except PodError as error:
+            return str(error)
+        return ""
+
+    def _set(self, state: Waiting | Running | Terminated) -> None:
+        if isinstance(self.record.state, Terminated):
+            self.record.last = self.record.state
+        self.record.state = state
+        self._pod.changed()
+
+
+class PodRunner:
+    """A pod on this machine. ``changed`` is called whenever :meth:`status` may differ."""
+
+    def __init__(self, pod: Pod, ip: str, host: Host, changed: Callable[[], None]) -> None:
+        self.pod = pod
+        self.ip = ip
+        self.host = host
+        self.changed = changed
+        self.places: dict[str, Path] = {}
+        self.over = asyncio.Event()  # no process of it is left, and none will be started
+        self._stopping = asyncio.Event()
+        self._deadline = float("inf")
+        self._initialized = False
+        self._outcome: PodOutcome | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._start_time = pod.status.start_time or timestamp(time.time())
+        self._conditions: dict[str, Condition] = {c.type: c for c in pod.status.conditions}
+        policy = pod.spec.restart_policy
+        init_policy = "Never" if policy == "Never" else "OnFailure"
+        self._init = [
+            ContainerRunner(self, spec, spec.restart_policy or init_policy)
+            for spec in pod.spec.init_containers
+        ]
+        self._main = [ContainerRunner(self, spec, policy) for spec in pod.spec.containers]
+        self._sidecars = [c for c in self._init if c.spec.restart_policy == "Always"]
+        self._remember()
+
+    def _remember(self) -> None:
+        status = self.pod.status
+        for statuses, containers, again in (
+            (status.init_container_statuses, self._init, True),
+            (status.container_statuses, self._main, False),
+        ):
+            by_name = {s.name: s for s in statuses}
+            for container in containers:
+                if container.spec.name in by_name:
+                    container.remember(by_name[container.spec.name], again=again)
+
+    # -- its life --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until every container has ended for good, or :meth:`stop`; then no process is left."""
+        alarm: asyncio.TimerHandle | None = None
+        if (limit_s := self.pod.spec.active_deadline_seconds) is not None:
+            loop = asyncio.get_running_loop()
+            alarm = loop.call_later(limit_s, self._out_of_time)
+        try:
+            if await self._prepare() and await self._initialize():
+                self._initialized = True
+                self.changed()
+                await asyncio.gather(*(container.run() for container in self._main))
+        except Exception:
+            log.exception("a pod's runner failed", pod=self.pod.key)
+            self._outcome = PodOutcome("Failed", "KubeletError", "see the kubelet's log")
+            self.spawn(self.stop(0))
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+        await self._end_sidecars()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._stopping.is_set() and self._outcome is None:
+            self._outcome = PodOutcome("Succeeded" if self._all_well() else "Failed")
+        self.over.set()
+        self.changed()
+
+    def _all_well(self) -> bool:
+        states = [c.record.state for c in self._main]
+        return all(isinstance(state, Terminated) and state.exit_code == 0 for state in states)
+
+    async def stop(self, grace_s: float) -> None:
+        """End every container; called again, it can only shorten the grace."""
+        loop = asyncio.get_running_loop()
+        self._deadline = min(self._deadline, loop.time() + grace_s)
+        self._stopping.set()
+        ending = [c for c in (*self._init, *self._main) if c not in self._sidecars]
+        await asyncio.gather(*(c.stop(grace_s) for c in ending))
+        await self._end_sidecars()
+
+    def spawn(self, work: Any) -> None:
+        """Run something beside the containers; the pod is not over before it is."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_tell_failure)
+
+    async def _prepare(self) -> bool:
+        timing = self.host.timing
+        wait_s = timing.config_first_s
+        while not self._stopping.is_set():
+            try:
+                directory = self.host.pod_directory(self.pod.metadata)
+                directory.mkdir(parents=True, exist_ok=True)
+                self.places = await prepare_volumes(
+                    self.pod, directory, self.host.data_dir / "volumes", self.host.objects
+                )
+                return True
+            except (KubeAIError, OSError) as error:
+                reason = error.reason if isinstance(error, PodError) else "ContainerCreating"
+                for container in (*self._init, *self._main):
+                    if isinstance(container.record.state, Waiting):
+                        container.record.state = Waiting(reason, str(error))
+                self.changed()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait_s)
+            wait_s = min(timing.config_max_s, 2 * wait_s)
+        return False
+
+    async def _initialize(self) -> bool:
+        """Run the init containers in order; False when one failed for good, or on stop."""
+        for container in self._init:
+            if self._stopping.is_set():
+                return False
+            if container in self._sidecars:
+                self.spawn(container.run())
+                await self._first_of(container.started, self._stopping)
+            elif not await container.run():
+                return False
+        return not self._stopping.is_set()
+
+    @staticmethod
+    async def _first_of(*events: asyncio.Event) -> None:
+        waits = [asyncio.create_task(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _end_sidecars(self) -> None:
+        """In reverse order, within what is left of the grace."""
+        loop = asyncio.get_running_loop()
+        for container in reversed(self._sidecars):
+            grace_s = float(self.pod.spec.termination_grace_period_seconds)
+            if self._stopping.is_set():
+                grace_s = min(grace_s, self._deadline - loop.time())
+            await container.stop(max(0.0, grace_s))
+
+    def _out_of_time(self) -> None:
+        message = "Pod was active on the node longer than the specified deadline"
+        self._outcome = PodOutcome("Failed", "DeadlineExceeded", message)
+        self.spawn(self.stop(self.pod.spec.termination_grace_period_seconds))
+
+    # -- its status ------------------------------------------------------------------------------
+
+    def update(self, pod: Pod) -> None:
+        """The API's newer version: labels, annotations, others' conditions."""
+        self.pod = pod
+
+    async def leave(self, grace_s: float) -> None:
+        """The kubelet goes, the pod stays: end its processes; the next kubelet starts them."""
+        self._outcome = self._outcome or PodOutcome(str(self.status()["phase"]))
+        going = [c.record for c in (*self._init, *self._main) if c.process is not None]
+        await self.stop(grace_s)
+        await self.over.wait()
+        for record in going:
+            if isinstance(record.state, Terminated):
+                record.last = record.state
+            record.state = Waiting("KubeletStopped", "starts again with the kubelet")
+        self.changed()
+
+    def container(self, name: str) -> ContainerRunner | None:
+        every = (*self._init, *self._main)
+        return next((c for c in every if c.spec.name == name), None)
+
+    def status(self) -> Mapping[str, Any]:
+        """What the API should say."""
+        status = pod_status(
+            self.pod,
+            [c.record for c in self._init],
+            [c.record for c in self._main],
+            sidecars=frozenset(c.spec.name for c in self._sidecars),
+            initialized=self._initialized,
+            ip=self.ip,
+            host_ip=self.host.ip,
+            start_time=self._start_time,
+            now=timestamp(time.time()),
+            before=self._conditions,
+            outcome=self._outcome,
+        )
+        for condition in status["conditions"]:
+            since = condition.get("lastTransitionTime")
+            self._conditions[condition["type"]] = Condition(
+                condition["type"], condition["status"], last_transition_time=since
+            )
+        return status
+
+
+def _tell_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a pod's task failed", exc_info=error)

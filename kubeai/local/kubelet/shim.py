@@ -1,0 +1,591 @@
+"""The guardian of one container: a small process between the kubelet and the container's main one.
+
+Owns: the container's processes (every descendant, also those that daemonised: it is their
+subreaper), its private view of the file system, its log. Promises: when the main process ends,
+when the kubelet says so, or when the kubelet is gone (the control socket ends), every descendant
+is killed before this process exits. When this process itself is SIGKILLed, the kernel kills the
+main process (PR_SET_PDEATHSIG) and the kubelet, which inherits the others, kills those.
+
+Started by process.py as ``python -I -S shim.py <control fd>``. It imports little and nothing of
+kubeai, because its start is part of a model's cold start. Messages in both directions are marshal
+(both ends are the same interpreter), each after its length in 4 bytes, network order:
+
+to the shim     ("start", {argv, env, cwd, log, log_max_bytes, mounts, root, namespace})
+                ("signal", number) · ("kill",) · ("exec", id, argv, env) · ("exec-kill", id)
+from the shim   ("started", pid) | ("failed", reason, message), once
+                ("exec", id, wait status or -1, output)
+                ("exited", wait status, ns since the epoch, survivors), last
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import marshal
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+LOG_LINE_MAX_BYTES = 16 << 10  # a longer line is written in parts, tagged P, as CRI does
+EXEC_OUTPUT_MAX_BYTES = 10 << 10
+KILL_TIMEOUT_S = 30.0  # for processes that even SIGKILL does not end (uninterruptible in a driver)
+DRAIN_MAX_READS = 64  # what may still be in a pipe once all of its writers are dead
+MIRROR_MAX_ENTRIES = 5000
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC = 0x1, 0x20, 0x1000, 0x4000
+MS_UNBINDABLE, MS_PRIVATE, MS_RELATIME = 1 << 17, 1 << 18, 1 << 21
+MNT_DETACH = 2
+# Flags that a read-only remount must repeat: statvfs's f_flag (left) and mount's (right).
+KEPT_FLAGS = ((2, 2), (4, 4), (8, 8), (1024, 1024), (2048, 2048), (4096, MS_RELATIME))
+DEFAULT_SIGNALS = (
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+)
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ContainerError(Exception):
+    """The container cannot be started; ``reason`` becomes that of its status."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Log:
+    """A container's log in CRI's format: ``<time> stdout|stderr F|P <line>``.
+
+    At ``max_bytes`` the file becomes ``<name>.1`` (replacing an older one) and a new one begins,
+    so that a log takes at most twice that.
+    """
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        directory, self._name = os.path.split(path)
+        # The directory by descriptor: the private mounts may hide its path.
+        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._max_bytes = max_bytes
+        self._rest = {b"stdout": b"", b"stderr": b""}
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(self._name, flags, 0o600, dir_fd=self._directory)
+        self._size = os.fstat(self._file).st_size
+
+    def write(self, stream: bytes, data: bytes) -> None:
+        """Append output; what has no newline yet is kept until it has, or the line is full."""
+        lines = (self._rest[stream] + data).split(b"\n")
+        rest = lines.pop()
+        now = _timestamp()
+        records: list[bytes] = []
+        for line in lines:
+            rest_of_line = self._cut(records, now, stream, line)
+            records.append(b"%b %b F %b\n" % (now, stream, rest_of_line))
+        self._rest[stream] = self._cut(records, now, stream, rest)
+        self._append(records)
+
+    def finish(self) -> None:
+        """Write what never got its newline."""
+        now = _timestamp()
+        for stream, rest in self._rest.items():
+            if rest:
+                self._append([b"%b %b F %b\n" % (now, stream, rest)])
+                self._rest[stream] = b""
+
+    @staticmethod
+    def _cut(records: list[bytes], now: bytes, stream: bytes, line: bytes) -> bytes:
+        while len(line) > LOG_LINE_MAX_BYTES:
+            records.append(b"%b %b P %b\n" % (now, stream, line[:LOG_LINE_MAX_BYTES]))
+            line = line[LOG_LINE_MAX_BYTES:]
+        return line
+
+    def _append(self, records: list[bytes]) -> None:
+        block = b"".join(records)
+        if not block:
+            return
+        if self._size and self._size + len(block) > self._max_bytes:
+            os.close(self._file)
+            os.rename(
+                self._name,
+                self._name + ".1",
+                src_dir_fd=self._directory,
+                dst_dir_fd=self._directory,
+            )
+            self._open()
+        try:  # noqa: SIM105 - contextlib would be one more import at each start
+            self._size += os.write(self._file, block)
+        except OSError:
+            pass  # a full disk loses log lines, not the engine
+
+
+def _timestamp() -> bytes:
+    second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
+    return b"%b.%09dZ" % (
+        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode(),
+        nanosecond,
+    )
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def descendants(root: int) -> list[int]:
+    """Every process below ``root``, from one scan of /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry[0] in "123456789":
+            parent = parent_of(int(entry))
+            if parent:
+                children.setdefault(parent, []).append(int(entry))
+    found: list[int] = []
+    todo = [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def parent_of(pid: int) -> int:
+    """The parent of ``pid``; 0 when it is gone. (The name in parentheses may hold anything.)"""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(fd, 1024).rpartition(b")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    finally:
+        os.close(fd)
+
+
+def kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        pass  # it became another user (a setuid program); only that user can end it
+
+
+def spawn(
+    argv: list[str], env: dict[str, str], cwd: str, stdin: int, stdout: int, stderr: int
+) -> int:
+    """Fork and exec in a session of its own; OSError when the exec (or the chdir) fails."""
+    parent = os.getpid()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        failure = os.read(reader, 4096)
+        os.close(reader)
+        if not failure:
+            return pid
+        os.waitpid(pid, 0)
+        number, _, path = failure.partition(b" ")
+        raise OSError(int(number), os.strerror(int(number)), path.decode())
+    place = cwd
+    try:
+        os.setsid()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(127)  # the shim died before the line above
+        for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
+            os.dup2(source, target)
+        for ignored in DEFAULT_SIGNALS:
+            signal.signal(ignored, signal.SIG_DFL)
+        os.chdir(cwd)
+        place = argv[0]
+        os.execvpe(argv[0], argv, env)
+    except OSError as error:
+        os.write(writer, b"%d %b" % (error.errno or 0, place.encode()))
+    except BaseException:
+        os.write(writer, b"%d %b" % (errno.EINVAL, place.encode()))
+    os._exit(127)
+
+
+class Exec:
+    """One command beside the main process: an exec probe or a lifecycle hook."""
+
+    def __init__(self, id: int, pid: int, output: int) -> None:
+        self.id, self.pid, self.output = id, pid, output
+        self.kept = b""
+        self.closed = False
+
+
+class Shim:
+    """The loop over the control socket, the pipes and SIGCHLD."""
+
+    def __init__(self, control: int) -> None:
+        self._control = control
+        self._received = b""
+        self._main = 0
+        self._exited: tuple[int, int] | None = None
+        self._log: Log | None = None
+        self._env: dict[str, str] = {}
+        self._cwd = "/"
+        self._streams: dict[int, bytes] = {}
+        self._execs: dict[int, Exec] = {}
+        self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
+        self._wakeup = self._signals()
+
+    def _signals(self) -> int:
+        reader, writer = os.pipe()
+        for fd in (reader, writer):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the kubelet alone decides
+        self._poll.register(reader, select.POLLIN)
+        return reader
+
+    def run(self) -> None:
+        while self._exited is None:
+            for fd, _ in self._poll.poll():
+                if fd == self._control:
+                    self._receive()
+                elif fd == self._wakeup:
+                    _read(fd)
+                    self._reap()
+                elif fd in self._streams:
+                    self._copy(fd)
+                else:
+                    self._collect(fd)
+        status, finished_ns = self._exited
+        survivors = kill_all()
+        self._drain()
+        self._send(("exited", status, finished_ns, survivors))
+
+    # -- the kubelet -----------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        data = _read(self._control)
+        if not data:
+            kill_all()
+            self._drain()
+            os._exit(0)
+        self._received += data
+        while len(self._received) >= 4:
+            size = int.from_bytes(self._received[:4], "big")
+            if len(self._received) < 4 + size:
+                return
+            message = marshal.loads(self._received[4 : 4 + size])
+            self._received = self._received[4 + size :]
+            self._obey(message)
+
+    def _obey(self, message: tuple[Any, ...]) -> None:
+        kind, *rest = message
+        if kind == "start":
+            self._start(rest[0])
+        elif kind == "signal":
+            if self._main and self._exited is None:
+                kill(self._main, rest[0])
+        elif kind == "kill":
+            for pid in descendants(os.getpid()):
+                kill(pid, signal.SIGKILL)
+        elif kind == "exec":
+            self._exec(*rest)
+        elif kind == "exec-kill":
+            for job in self._execs.values():
+                if job.id == rest[0]:
+                    for pid in [job.pid, *descendants(job.pid)]:
+                        kill(pid, signal.SIGKILL)
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        data = marshal.dumps(message)
+        data = len(data).to_bytes(4, "big") + data
+        try:
+            while data:
+                data = data[os.write(self._control, data) :]
+        except OSError:
+            pass  # the kubelet is gone; the next read says so too
+
+    def _start(self, spec: dict[str, Any]) -> None:
+        try:
+            self._log = Log(spec["log"], spec["log_max_bytes"])
+            if spec["mounts"]:
+                realise_mounts(spec["mounts"], spec["root"], spec["namespace"])
+            self._env, self._cwd = spec["env"], spec["cwd"]
+            out, err = os.pipe(), os.pipe()
+            self._main = spawn(spec["argv"], self._env, self._cwd, self._null, out[1], err[1])
+        except ContainerError as error:
+            self._fail(error.reason, str(error))
+        except OSError as error:
+            self._fail("StartError", f"{error.filename}: {error.strerror}")
+        for (reader, writer), stream in ((out, b"stdout"), (err, b"stderr")):
+            os.close(writer)
+            self._streams[reader] = stream
+            self._poll.register(reader, select.POLLIN)
+        self._send(("started", self._main))
+
+    def _fail(self, reason: str, message: str) -> None:
+        self._send(("failed", reason, message))
+        sys.exit(0)
+
+    # -- children and their output ---------------------------------------------------------------
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if pid == self._main:
+                self._exited = (status, time.time_ns())
+            for job in self._execs.values():
+                if job.pid == pid:
+                    self._ended(job, status)
+                    break
+
+    def _copy(self, fd: int) -> None:
+        data = _read(fd)
+        if data:
+            assert self._log is not None
+            self._log.write(self._streams[fd], data)
+        else:
+            self._poll.unregister(fd)
+            os.close(fd)
+            del self._streams[fd]
+
+    def _exec(self, id: int, argv: list[str], env: dict[str, str]) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        try:
+            pid = spawn(argv, env, self._cwd, self._null, writer, writer)
+        except OSError as error:
+            os.close(reader)
+            self._send(("exec", id, -1, f"{error.filename}: {error.strerror}".encode()))
+            return
+        finally:
+            os.close(writer)
+        self._execs[reader] = Exec(id, pid, reader)
+        self._poll.register(reader, select.POLLIN)
+
+    def _collect(self, fd: int) -> None:
+        """Take a command's output; what is over the limit is read and dropped."""
+        job = self._execs.get(fd)
+        if job is None:
+            return
+        data = _read(fd)
+        if data:
+            job.kept += data[: EXEC_OUTPUT_MAX_BYTES - len(job.kept)]
+        elif not job.closed:
+            job.closed = True  # its exit is still to come
+            self._poll.unregister(fd)
+
+    def _ended(self, job: Exec, status: int) -> None:
+        for _ in range(DRAIN_MAX_READS):
+            data = _read(job.output)
+            if not data:
+                break
+            job.kept += data[: EXEC_OUTPUT_MAX_BYTES - len(job.kept)]
+        if not job.closed:
+            self._poll.unregister(job.output)
+        os.close(job.output)
+        del self._execs[job.output]
+        self._send(("exec", job.id, status, job.kept))
+
+    def _drain(self) -> None:
+        if self._log is None:
+            return
+        for fd, stream in self._streams.items():
+            os.set_blocking(fd, False)
+            for _ in range(DRAIN_MAX_READS):
+                data = _read(fd)
+                if not data:
+                    break
+                self._log.write(stream, data)
+        self._log.finish()
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:  # EAGAIN, or a reset that means the end as well
+        return b""
+
+
+def kill_all() -> int:
+    """SIGKILL every descendant until none is left; returns how many would not die."""
+    pause_s, give_up = 0.001, time.monotonic() + KILL_TIMEOUT_S
+    while True:
+        left = descendants(os.getpid())
+        for pid in left:
+            kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return 0
+        if time.monotonic() > give_up:
+            return len(left)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.05)
+
+
+# -- mounts --------------------------------------------------------------------------------------
+
+
+def realise_mounts(mounts: list[tuple[str, str, bool]], root: str, namespace: str) -> None:
+    """Show each ``source`` at its ``path`` (read-only if so) to this process and what it starts.
+
+    In a mount namespace of our own, a new root is put together on a tmpfs at ``root``: every entry
+    of / is bound into it, the volumes are bound over that, then it becomes /. A mount point that
+    the machine lacks is made in a mirror of the directory it belongs to (a tmpfs with each of its
+    entries bound), so that nothing is created on the machine itself.
+
+    ``namespace``: "auto" (as root a mount namespace, else with a user namespace), "user" (always
+    with a user namespace), "none" (no namespaces: only mounts that change nothing are possible).
+    """
+    wanted = []
+    for source, path, read_only in mounts:
+        real = os.path.realpath(path)
+        if os.path.realpath(source) != real or read_only:
+            wanted.append((source, real, read_only))
+    if not wanted:
+        return
+    try:
+        _unshare(namespace)
+        _Root(root).realise(sorted(wanted, key=lambda mount: mount[1].count("/")))
+    except OSError as error:
+        where = ", ".join(path for _, path, _ in wanted)
+        raise ContainerError(
+            "MountError",
+            f"cannot mount {where} without root: {error.filename or 'unshare'}: {error.strerror} "
+            "(this kernel must allow unprivileged user namespaces, or run as root)",
+        ) from None
+
+
+def _unshare(namespace: str) -> None:
+    if namespace == "none":
+        raise OSError(errno.EPERM, "namespaces are switched off", "unshare")
+    if namespace == "auto" and libc.unshare(CLONE_NEWNS) == 0:
+        return
+    uid, gid = os.geteuid(), os.getegid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise _os_error("unshare")
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{uid} {uid} 1"),
+        ("gid_map", f"{gid} {gid} 1"),
+    ):
+        fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+
+class _Root:
+    """The new root while it is being put together at ``at``."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+        self._mirrored: set[str] = set()
+
+    def realise(self, mounts: list[tuple[str, str, bool]]) -> None:
+        _mount("none", "/", "", MS_REC | MS_PRIVATE)
+        os.makedirs(self._at, mode=0o700, exist_ok=True)
+        self._mirror("/")
+        # Binding an ancestor of the new root must not bind the new root into itself.
+        _mount("none", self._at, "", MS_UNBINDABLE)
+        paths = [path for _, path, _ in mounts]
+        outer = [m for m in mounts if not any(m[1].startswith(p + "/") for p in paths)]
+        for source, path, _ in outer:
+            self._make_point(source, path)
+        for source, path, read_only in mounts:
+            target = self._at + path
+            if (source, path, read_only) not in outer:
+                _point(source, target)  # inside another volume, as container runtimes do
+            _mount(source, target, "", MS_BIND | MS_REC)
+            if read_only:
+                flags = os.statvfs(target).f_flag
+                kept = sum(flag for bit, flag in KEPT_FLAGS if flags & bit)
+                _mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
+        self._enter()
+
+    def _make_point(self, source: str, path: str) -> None:
+        at = ""
+        for part in path.strip("/").split("/"):
+            parent, at = at or "/", f"{at}/{part}"
+            if os.path.lexists(self._at + at):
+                continue
+            if parent not in self._mirrored:
+                self._mirror(parent)
+            _point(source if at == path else "/", self._at + at)
+            self._mirrored.add(at)
+
+    def _mirror(self, directory: str) -> None:
+        """Cover ``directory`` with a tmpfs that shows the same entries and can take more."""
+        target = self._at if directory == "/" else self._at + directory
+        entries = list(os.scandir(directory))
+        if len(entries) > MIRROR_MAX_ENTRIES:
+            raise OSError(
+                errno.E2BIG, f"has more than {MIRROR_MAX_ENTRIES} entries to mirror", directory
+            )
+        _mount("tmpfs", target, "tmpfs", 0)
+        os.chmod(target, os.stat(directory).st_mode & 0o7777)
+        self._mirrored.add(directory)
+        for entry in entries:
+            shown = os.path.join(target, entry.name)
+            if entry.is_symlink():
+                os.symlink(os.readlink(entry.path), shown)
+                continue
+            try:
+                _point(entry.path, shown)
+                _mount(entry.path, shown, "", MS_BIND | MS_REC)
+            except OSError:
+                pass  # gone, or not ours to show: left empty
+
+    def _enter(self) -> None:
+        os.chdir(self._at)
+        if libc.pivot_root(b".", b".") == 0:
+            if libc.umount2(b".", MNT_DETACH):
+                raise _os_error("/")
+        else:
+            os.chroot(".")  # the machine runs from its initial RAM disk, which cannot be pivoted
+        os.chdir("/")
+
+
+def _point(source: str, target: str) -> None:
+    """An empty file or directory to bind ``source`` over."""
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    elif not os.path.lexists(target):
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+
+
+def _mount(source: str, target: str, kind: str, flags: int) -> None:
+    if libc.mount(source.encode(), target.encode(), kind.encode(), flags, None):
+        raise _os_error(target)
+
+
+def _os_error(path: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), path)
+
+
+def main() -> None:
+    control = int(sys.argv[1])
+    os.set_inheritable(control, False)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    Shim(control).run()
+
+
+if __name__ == "__main__":
+    main()
