@@ -225,8 +225,8 @@ cdef class Head:
     cdef object parser
     cdef int64_t length  # Content-Length, or -1
     cdef bint chunked
-    cdef bint close  # Connection: close
-    cdef bint keep  # Connection: keep-alive
+    cdef bint says_close  # Connection: close
+    cdef bint says_keep  # Connection: keep-alive
     cdef bytes named  # other tokens of Connection, lower case
     cdef str fault
 
@@ -236,7 +236,7 @@ cdef class Head:
     cdef void _clear(self) noexcept:
         self.text.size = 0
         self.length = -1
-        self.chunked = self.close = self.keep = False
+        self.chunked = self.says_close = self.says_keep = False
         self.named = None
         self.fault = None
 
@@ -258,9 +258,9 @@ cdef class Head:
             for token in value.lower().split(b","):
                 token = token.strip(b" \t")
                 if token == b"close":
-                    self.close = True
+                    self.says_close = True
                 elif token == b"keep-alive":
-                    self.keep = True
+                    self.says_keep = True
                 elif token:
                     self.named = token if self.named is None else self.named + b"," + token
         return 0
@@ -821,7 +821,7 @@ cdef class Downstream(Head):
             self.fault = "HTTP/1.0 has no Transfer-Encoding."
         elif self.host is None and not self.old:
             self.fault = "There is no Host."
-        self.keep_alive = not self.close and (self.keep or not self.old)
+        self.keep_alive = not self.says_close and (self.says_keep or not self.old)
         return 0
 
     cdef bint _begin(self, Py_ssize_t end) except -1:
@@ -1588,7 +1588,7 @@ cdef class Upstream(Head):
         if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0:
             return False
         self.status = (line[9] - c"0") * 100 + (line[10] - c"0") * 10 + line[11] - c"0"
-        self.reusable = not self.close and (self.keep or line[7] == c"1")
+        self.reusable = not self.says_close and (self.says_keep or line[7] == c"1")
         if self.named is not None:
             self._drop_named()
         if self.exchange.downstream.method == b"HEAD" or self.status == 204 or self.status == 304:

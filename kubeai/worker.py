@@ -128,7 +128,6 @@ def main() -> int:
     settings = msgspec.json.decode(text, type=Settings)
 
     async def run() -> None:
-        structlog.contextvars.bind_contextvars(worker=settings.column)
         await Worker(settings).run()
 
     began = time.monotonic()

@@ -16,7 +16,8 @@ next pick. All that only before the first byte reaches the client, which the rel
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -211,10 +212,10 @@ class Exchange(_relay.Exchange):
 
     # -- waits -------------------------------------------------------------------------------------
 
-    def _wait(self, waiting: asyncio._CoroutineLike[None]) -> None:
+    def _wait(self, waiting: Coroutine[Any, Any, None]) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(waiting))
 
-    async def _run(self, waiting: asyncio._CoroutineLike[None]) -> None:
+    async def _run(self, waiting: Coroutine[Any, Any, None]) -> None:
         try:
             await waiting
         except Exception:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
-from kubeai._relay import Connecting, Exchange, Relay, Upstream
+from kubeai._relay import Upstream
+
+if TYPE_CHECKING:
+    from kubeai._relay import Connecting, Exchange, Relay
 
 log = structlog.get_logger(__name__)
 

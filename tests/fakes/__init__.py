@@ -1,0 +1,1 @@
+"""Scripted other ends for tests with real sockets on loopback."""

@@ -1,0 +1,109 @@
+"""A worker's data plane in one process: load table, routing table, front, and scripted engines."""
+
+import asyncio
+import socket
+import uuid
+
+from aiohttp import web
+from fakes.wire import Engine, Script, Wire, connect, until
+
+from kubeai._load import LoadTable
+from kubeai.api.config import GatewayConfig
+from kubeai.gateway import Gateway
+from kubeai.gateway.connection import Front
+from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
+
+
+class World:
+    """``await World.start(...)`` … ``await world.close()``, which checks that nothing is left."""
+
+    @classmethod
+    async def start(
+        cls, *, app: web.Application | None = None, tick_s: float = 0.01, **config: object
+    ) -> "World":
+        world = cls()
+        world.supervisors = LoadTable.create(64, 1)
+        world.loads = LoadTable.attach(world.supervisors.fd, 0)
+        world.publisher = Publisher(world.supervisors)
+        world.config = GatewayConfig(**config)
+        world.front = Front(world.config, tick_s=tick_s)
+        world.table = RoutingTable(world.loads, world.front.pool)
+        world.demanded = []
+        world.gateway = Gateway(world.table, world.config, world.demanded.append)
+        world.runner = web.AppRunner(app or web.Application(), access_log=None)
+        await world.runner.setup()
+        listener = socket.create_server(("127.0.0.1", 0))
+        world.port = listener.getsockname()[1]
+        await world.front.serve(world.gateway, world.runner.server, listener)
+        world.engines = {}
+        world.routes = {}
+        world.wires = []
+        return world
+
+    async def engine(self, script: Script) -> Engine:
+        engine = await Engine(script).start()
+        self.engines[engine.address] = engine
+        return engine
+
+    def route(self, model: str, endpoints: dict[str, object], **fields: object) -> None:
+        """Publish a model with endpoints: name → Engine, or "ip:port", or (either, adapters)."""
+        made = []
+        for name, where in endpoints.items():
+            where, adapters = where if isinstance(where, tuple) else (where, ())
+            address = where if isinstance(where, str) else where.address
+            made.append(Endpoint(name, address, tuple(adapters)))
+        route = Route(model=model, engine="VLLM", endpoints=tuple(made), **fields)
+        self.routes[model] = route
+        delta = self.publisher.update(model, route)
+        if delta is not None:
+            self.table.apply(delta)
+
+    def unroute(self, model: str) -> None:
+        self.table.apply(self.publisher.update(model, None))
+
+    async def client(self, **options: object) -> Wire:
+        wire = await connect(self.port, **options)
+        self.wires.append(wire)
+        return wire
+
+    def active(self, model: str) -> int:
+        return self.loads.active(self.publisher.row(model))
+
+    def held(self, model: str) -> int:
+        return self.loads.held(self.publisher.row(model))
+
+    def in_flight(self, model: str) -> int:
+        return self.loads.in_flight(self.publisher.row(model))
+
+    async def at_rest(self) -> None:
+        """No request is open and none is counted."""
+        await until(lambda: self.front.relay.exchanges == 0, "no exchange open")
+        for model in self.publisher.models():
+            assert self.active(model) == 0
+            assert self.held(model) == 0
+            assert self.in_flight(model) == 0
+            assert set(self.endpoint_loads(model).values()) <= {0}
+            assert self.gateway.held(model) == 0
+
+    def endpoint_loads(self, model: str) -> dict[str, int]:
+        rows = self.publisher.endpoint_rows(model)
+        return {name: self.loads.in_flight(row) for name, row in rows.items()}
+
+    async def close(self) -> None:
+        for wire in self.wires:
+            wire.close()
+        await self.at_rest()
+        self.front.close()
+        self.table.close()
+        await self.runner.cleanup()
+        for engine in self.engines.values():
+            await engine.stop()
+        relay = self.front.relay
+        await until(lambda: not relay.downstreams and not relay.upstreams, "no connection left")
+        await asyncio.sleep(0)
+        self.loads.close()
+        self.supervisors.close()
+
+
+def unique(prefix: str = "m") -> str:
+    return f"{prefix}-{uuid.uuid4().hex[:6]}"
