@@ -70,7 +70,7 @@ _POST = ("POST",)
 
 
 class BadRequest(Exception):
-    """The client's mistake: answered with ``status`` and ``body()``; nothing went to an engine."""
+    """A request that the gateway answers itself, with ``status`` and ``body()``."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, code: str | None = None
@@ -82,7 +82,8 @@ class BadRequest(Exception):
         self.code = code
 
     def body(self) -> bytes:
-        return error_body(self.message, code=self.code, param=self.param)
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return error_body(self.message, kind, self.code, self.param)
 
 
 class _ErrorDetail(msgspec.Struct):

@@ -1,0 +1,156 @@
+"""What a worker answers that is not an inference POST with a JSON body.
+
+The relay forwards all of it here, so this aiohttp application sees one request at a time on a
+connection that the relay owns: the list of models, audio transcriptions (transcriptions.py),
+health, and the 404s and 405s of what is not in the route table, in OpenAI's error shape. The
+worker serves it with :func:`make_runner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from urllib.parse import unquote
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from kubeai.gateway import Gateway
+from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
+from kubeai.openai import (
+    BadRequest,
+    Kind,
+    Target,
+    classify,
+    error_body,
+    model_not_found,
+    split_model,
+)
+from kubeai.routing import Route
+
+log = structlog.get_logger(__name__)
+
+RETRY_AFTER_S = 5  # what a client is told when too many wait
+DEFAULT_FEATURE = "TextGeneration"
+
+
+def make_runner(gateway: Gateway) -> web.AppRunner:
+    """The application as the worker serves it; ``runner.server`` makes a connection's protocol.
+
+    A client that leaves cancels its handler. The relay has already limited a request's head, so
+    what it lets through is not refused here.
+    """
+    return web.AppRunner(
+        make_app(gateway),
+        access_log=None,
+        handler_cancellation=True,
+        auto_decompress=False,
+        max_line_size=gateway.config.head_max_bytes,
+        max_field_size=gateway.config.head_max_bytes,
+        max_headers=gateway.config.head_max_count + 10,  # the relay's own
+    )
+
+
+def make_app(gateway: Gateway) -> web.Application:
+    app = web.Application(middlewares=[_errors])
+    app[GATEWAY] = gateway
+    app.cleanup_ctx.append(client)
+    app.router.add_route("*", "/{path:.*}", _dispatch)
+    return app
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Every failure before an answer began, in OpenAI's shape."""
+    try:
+        return await handler(request)
+    except BadRequest as error:
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
+        return _json(error.body(), error.status, headers)
+    except web.HTTPException as error:
+        return _json(error_body(error.reason), error.status)
+    except (ConnectionError, web.RequestPayloadError):
+        raise  # the client has left, or its answer is cut
+    except Exception:
+        log.exception("a page failed", method=request.method, path=request.path)
+        return _json(error_body("The gateway has failed; its log says why.", "server_error"), 500)
+
+
+async def _dispatch(request: web.Request) -> web.StreamResponse:
+    if request.path in ("/healthz", "/readyz"):
+        return _health(request)
+    target = classify(request.method, request.raw_path)
+    if target.status == 405:
+        allow = ", ".join(target.allow)
+        message = f"The method {request.method} is not allowed here, only {allow}."
+        return _json(error_body(message, code="method_not_allowed"), 405, {"Allow": allow})
+    if target.kind is Kind.MODELS:
+        return _models(request, target)
+    if target.kind is Kind.TRANSCRIPTIONS:
+        return await transcribe(request, target)
+    message = f"Invalid URL ({request.method} {request.path[:200]})"
+    return _json(error_body(message, code="unknown_url"), 404)
+
+
+def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+
+
+def _health(request: web.Request) -> web.Response:
+    """``/healthz``: this worker's loop turns. ``/readyz``: it wants new requests."""
+    gateway = request.app[GATEWAY]
+    if request.method not in ("GET", "HEAD"):
+        raise web.HTTPMethodNotAllowed(request.method, ("GET", "HEAD"))
+    if request.path == "/healthz" or (gateway.ready and not gateway.draining):
+        return web.Response(text="ok\n")
+    return web.Response(status=503, text="draining\n" if gateway.draining else "not ready\n")
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+class _Item(msgspec.Struct):
+    id: str
+    created: int
+    object: str
+    owned_by: str
+    features: tuple[str, ...]
+
+
+class _List(msgspec.Struct):
+    object: str
+    data: list[_Item]
+
+
+def _models(request: web.Request, target: Target) -> web.Response:
+    gateway = request.app[GATEWAY]
+    if target.model_id is not None:
+        return _json(msgspec.json.encode(_one_model(request, target.model_id)))
+    features = set(request.query.getall("feature", [DEFAULT_FEATURE]))
+    selected = selection(request)
+    routes = (model.route for model in gateway.table)
+    items = [
+        item
+        for route in sorted(routes, key=lambda route: route.model)
+        if features.intersection(route.features) and selected(route)
+        for item in _items(route)
+    ]
+    return _json(msgspec.json.encode(_List("list", items)))
+
+
+def _one_model(request: web.Request, encoded_id: str) -> _Item:
+    model_id = unquote(encoded_id)
+    found = request.app[GATEWAY].table.find(split_model(model_id)[0])
+    if found is not None and selection(request)(found.route):
+        for item in _items(found.route):
+            if item.id == model_id:
+                return item
+    raise model_not_found(model_id)
+
+
+def _items(route: Route) -> Iterable[_Item]:
+    """The model, and one more item for each adapter that it declares."""
+    for name in (route.model, *(f"{route.model}_{adapter}" for adapter in route.adapters)):
+        yield _Item(name, route.created_s, "model", route.owner, route.features)

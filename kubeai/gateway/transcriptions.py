@@ -1,0 +1,386 @@
+"""POST /openai/v1/audio/transcriptions: a multipart form, sent on to an engine.
+
+It takes the same way as a JSON request: the body is read whole, under a limit and a clock, before
+any load is counted; then admit → wait → pick → attempt, with retries. The form is spooled, so that
+``model`` may stand anywhere in it and an attempt can be repeated: at most about
+``SPOOL_MEMORY_MAX_BYTES`` of it in memory, the rest in an unnamed temporary file; all of it has at
+most ``multipart_max_bytes`` and 100 parts (multipart.py), ``model`` at most ``MODEL_MAX_BYTES``.
+``model`` is left out for FasterWhisper and named as the engine knows it for others; every other
+part reaches the engine byte for byte. The answer streams. Called by pages.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import IO
+
+import aiohttp
+import structlog
+from aiohttp import web
+from yarl import URL
+
+from kubeai._load import Admission, Reservation
+from kubeai.gateway import Gateway
+from kubeai.gateway.multipart import Content, Part, Splitter, boundary_of, form_type
+from kubeai.openai import Ask, BadRequest, Kind, Target, model_not_found, named, parse_selector
+from kubeai.routing import ModelGone, NoEndpoint, Route, RoutedModel
+
+log = structlog.get_logger(__name__)
+
+SPOOL_MEMORY_MAX_BYTES = 1 << 20
+MODEL_MAX_BYTES = 1024
+READ_BYTES = 256 << 10
+RETRY_PAUSE_S = 0.05  # before an endpoint that has failed is tried again; doubled each time
+
+GATEWAY = web.AppKey("gateway", Gateway)
+_SESSION = web.AppKey("session", aiohttp.ClientSession)
+
+_HOP_BY_HOP = frozenset(
+    ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+     "te", "trailer", "transfer-encoding", "upgrade")
+)  # fmt: skip
+_OURS = frozenset(("host", "content-length", "content-type", "expect"))
+
+
+async def client(app: web.Application) -> AsyncIterator[None]:
+    """The application's HTTP client, while it runs."""
+    # A connection an attempt: what is odd about pooled connections is the relay's business.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    timeout = aiohttp.ClientTimeout(sock_connect=app[GATEWAY].config.connect_timeout_s, total=None)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+    ) as session:
+        app[_SESSION] = session
+        yield
+
+
+def selection(request: web.Request) -> Callable[[Route], bool]:
+    """Whether a route's labels match every X-Label-Selector of the request."""
+    selectors = [parse_selector(text) for text in request.headers.getall("X-Label-Selector", [])]
+    return lambda route: all(selector(route.labels) for selector in selectors)
+
+
+async def transcribe(request: web.Request, target: Target) -> web.StreamResponse:
+    """Answer one request with an engine's answer, or raise BadRequest."""
+    gateway = request.app[GATEWAY]
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise BadRequest("A compressed body cannot be read here: send it as it is.", status=415)
+    selected = selection(request)
+    with Form(boundary_of(request.headers.get("Content-Type", ""))) as form:
+        await _read_form(request, form, gateway)
+        ask = named(Kind.TRANSCRIPTIONS, form.model)
+        model = gateway.table.find(ask.name)
+        if model is None or not selected(model.route):
+            raise model_not_found(ask.model)
+        if ask.adapter is not None and ask.adapter not in model.route.adapters:
+            raise model_not_found(ask.model)
+        admission = model.admit()
+        try:
+            return await _Attempts(request, target, form, ask, model, admission).run()
+        finally:
+            admission.close()
+
+
+async def _read_form(request: web.Request, form: Form, gateway: Gateway) -> None:
+    """Spool the whole body, under ``multipart_max_bytes`` and a clock between its bytes."""
+    max_bytes = gateway.config.multipart_max_bytes
+    too_long = BadRequest(f"The form is longer than {max_bytes} bytes.", status=413)
+    if (request.content_length or 0) > max_bytes:
+        raise too_long
+    content, received_bytes = request.content, 0
+    while not content.at_eof():
+        try:
+            async with asyncio.timeout(gateway.config.body_timeout_s):
+                data = await content.readany()
+        except TimeoutError:
+            raise BadRequest("The form did not arrive in time.", status=408) from None
+        received_bytes += len(data)
+        if received_bytes > max_bytes:
+            raise too_long
+        await form.feed(data)
+    form.finish()
+
+
+class Form:
+    """A form that has been read: its model's name, and all the other parts, spooled."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self._boundary = boundary
+        self._splitter = Splitter(boundary)
+        self._model: bytearray | None = None
+        self._model_head = b""
+        self._model_at = 0  # where it stood among the other parts
+        self._in_model = False
+        self._in_part = False
+        self._written_bytes = 0
+        self._memory = bytearray()
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Form:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def model(self) -> str:
+        """The ``model`` part's value."""
+        try:
+            return (self._model or b"").decode()
+        except UnicodeDecodeError:
+            raise BadRequest("'model' is not valid UTF-8.", "model") from None
+
+    @property
+    def content_type(self) -> str:
+        return form_type(self._boundary)
+
+    async def feed(self, data: bytes) -> None:
+        for event in self._splitter.feed(data):
+            if isinstance(event, Content):
+                self._take(event.data)
+                continue
+            if self._in_part:
+                self._write(b"\r\n")
+            self._in_part = False
+            if isinstance(event, Part):
+                self._begin(event)
+        if len(self._memory) > SPOOL_MEMORY_MAX_BYTES:
+            await self._spill()
+
+    def finish(self) -> None:
+        self._splitter.finish()
+        if self._model is None:
+            raise BadRequest("You must provide a model parameter.", "model")
+
+    def pieces(self, model: str | None) -> tuple[bytes, bytes]:
+        """(the ``model`` part, the closing delimiter) to send; no such part for None."""
+        end = b"--" + self._boundary + b"--\r\n"
+        if model is None:
+            return b"", end
+        return self._head(self._model_head) + model.encode() + b"\r\n", end
+
+    def length_bytes(self, model: str | None) -> int:
+        return self._written_bytes + sum(map(len, self.pieces(model)))
+
+    async def chunks(self, model: str | None) -> AsyncIterator[bytes]:
+        """The form to send, with another model's name where ``model`` stood, or without it."""
+        part, end = self.pieces(model)
+        async for chunk in self._spooled(0, self._model_at):
+            yield chunk
+        if part:
+            yield part
+        async for chunk in self._spooled(self._model_at, self._written_bytes):
+            yield chunk
+        yield end
+
+    def _begin(self, part: Part) -> None:
+        self._in_model = part.name == "model"
+        if not self._in_model:
+            self._in_part = True
+            self._write(self._head(part.head))
+            return
+        if self._model is not None:
+            raise BadRequest("The form has several parts named 'model'.", "model")
+        self._model = bytearray()
+        self._model_head = part.head
+        self._model_at = self._written_bytes
+
+    def _take(self, data: bytes) -> None:
+        if not self._in_model:
+            self._write(data)
+            return
+        assert self._model is not None
+        self._model += data
+        if len(self._model) > MODEL_MAX_BYTES:
+            raise BadRequest(f"'model' is longer than {MODEL_MAX_BYTES} bytes.", "model")
+
+    def _head(self, head: bytes) -> bytes:
+        return b"--" + self._boundary + b"\r\n" + head + b"\r\n\r\n"
+
+    def _write(self, data: bytes) -> None:
+        self._memory += data
+        self._written_bytes += len(data)
+
+    async def _spill(self) -> None:
+        """Move what is in memory to the file; the disk must not stall the loop."""
+        if self._file is None:
+            self._file = await asyncio.to_thread(tempfile.TemporaryFile)
+        data, self._memory = self._memory, bytearray()
+        await asyncio.to_thread(self._file.write, data)
+
+    async def _spooled(self, start: int, end: int) -> AsyncIterator[bytes]:
+        in_file = self._written_bytes - len(self._memory)
+        if self._file is not None and start < in_file:
+            await asyncio.to_thread(self._file.seek, start)
+        while start < min(end, in_file):
+            assert self._file is not None
+            size = min(READ_BYTES, end - start, in_file - start)
+            data = await asyncio.to_thread(self._file.read, size)
+            if not data:
+                raise OSError("the spool file is shorter than what was written to it")
+            start += len(data)
+            yield data
+        if start < end:
+            yield bytes(self._memory[start - in_file : end - in_file])
+
+
+class _Attempts:
+    """One admitted transcription: wait → pick → attempt, until an answer begins."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        target: Target,
+        form: Form,
+        ask: Ask,
+        model: RoutedModel,
+        admission: Admission,
+    ) -> None:
+        self._request = request
+        self._gateway = request.app[GATEWAY]
+        self._target = target
+        self._form = form
+        self._ask = ask
+        self._model = model
+        self._admission = admission
+        self._key = model.key(ask)
+        self._deadline_s = asyncio.get_running_loop().time() + self._gateway.config.hold_timeout_s
+        self._tried: list[str] = []
+        self._retries = 0
+        self._retry_of_500 = False
+
+    async def run(self) -> web.StreamResponse:
+        while True:
+            reservation = await self._reserve()
+            try:
+                answer = await self._attempt(reservation)
+                if answer is not None:
+                    async with answer:
+                        return await self._relay(answer)
+            finally:
+                reservation.release()
+            self._retries += 1
+
+    async def _reserve(self) -> Reservation:
+        """An endpoint that was not tried yet, else one that was; held until there is one."""
+        if reservation := self._model.pick(self._key, self._ask.adapter, self._tried):
+            return reservation
+        if self._tried:
+            await asyncio.sleep(RETRY_PAUSE_S * 2 ** (self._retries - 1))
+            for exclude in (self._tried[-1:], []):
+                if reservation := self._model.pick(self._key, self._ask.adapter, exclude):
+                    return reservation
+        name = self._model.route.model
+        if not self._gateway.hold(name):
+            raise self._failure(503, "too many requests wait for it", "overloaded")
+        self._admission.hold()
+        try:
+            self._gateway.demand(name)
+            return await self._wait()
+        except NoEndpoint:
+            raise self._failure(504, "no replica was ready in time", "timeout") from None
+        except ModelGone:
+            raise model_not_found(self._ask.model) from None
+        finally:
+            self._admission.unhold()
+            self._gateway.unhold(name)
+
+    async def _wait(self) -> Reservation:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._model.wait(self._ask.adapter, max(0.0, self._deadline_s - loop.time()))
+            if reservation := self._model.pick(self._key, self._ask.adapter):
+                return reservation
+
+    async def _attempt(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
+        """The answer that is to be passed on; None for another attempt."""
+        name = reservation.name
+        self._tried.append(name)
+        may_retry = self._retries < self._gateway.config.retries
+        try:
+            async with asyncio.timeout(self._gateway.config.first_byte_timeout_s):
+                answer = await self._post(name)
+        except TimeoutError as error:
+            # An engine that has not begun to answer after minutes would not on the next try.
+            if not isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise self._failure(504, "it did not answer in time", "timeout") from None
+            reason = "no connection in time"
+        except (aiohttp.ClientError, OSError) as error:
+            reason = str(error) or type(error).__name__
+        else:
+            if not (may_retry and self._wants_retry(answer.status)):
+                return answer
+            answer.close()
+            reason = f"status {answer.status}"
+        if not may_retry:
+            raise self._failure(502, f"no replica could be reached: {reason}", "bad_gateway")
+        log.info("attempt failed, retrying", model=self._ask.name, endpoint=name, reason=reason)
+        return None
+
+    def _failure(self, status: int, reason: str, code: str) -> BadRequest:
+        log.warning("request failed", model=self._ask.name, status=status, reason=reason)
+        return BadRequest(f"The model {self._ask.model!r}: {reason}.", status=status, code=code)
+
+    def _wants_retry(self, status: int) -> bool:
+        if status in (502, 503, 504):
+            return True
+        again = status == 500 and not self._retry_of_500
+        self._retry_of_500 = self._retry_of_500 or again
+        return again
+
+    async def _post(self, endpoint: str) -> aiohttp.ClientResponse:
+        route = self._model.route
+        address = next(e.address for e in route.endpoints if e.name == endpoint)
+        # FasterWhisper refuses a name that is not its model's own, and serves only one.
+        model = None if route.engine == "FasterWhisper" else self._ask.adapter or self._ask.name
+        query = f"?{self._target.query}" if self._target.query else ""
+        headers = _end_to_end(self._request.headers.items(), _OURS)
+        headers.append(("Content-Type", self._form.content_type))
+        headers.append(("Content-Length", str(self._form.length_bytes(model))))
+        return await self._request.app[_SESSION].post(
+            URL(f"http://{address}{self._ask.kind}{query}", encoded=True),
+            data=self._form.chunks(model),
+            headers=headers,
+            allow_redirects=False,
+        )
+
+    async def _relay(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        """Pass the answer on as it comes. One that breaks is cut, so that it never looks whole."""
+        response = web.StreamResponse(status=answer.status, reason=answer.reason)
+        for name, value in _end_to_end(answer.headers.items()):
+            response.headers.add(name, value)
+        await response.prepare(self._request)
+        try:
+            while not answer.content.at_eof():
+                async with asyncio.timeout(self._gateway.config.between_bytes_timeout_s):
+                    data = await answer.content.readany()
+                await response.write(data)
+        except (aiohttp.ClientError, OSError) as error:
+            log.warning("answer broke", model=self._ask.model, reason=str(error))
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the engine's answer broke") from None
+        await response.write_eof()
+        return response
+
+
+def _end_to_end(
+    headers: Iterable[tuple[str, str]], drop: frozenset[str] = frozenset()
+) -> list[tuple[str, str]]:
+    """The headers that are not only for this connection, less ``drop``."""
+    headers = list(headers)
+    listed = {
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == "connection"
+        for token in value.split(",")
+    }
+    gone = _HOP_BY_HOP | listed | drop
+    return [(name, value) for name, value in headers if name.lower() not in gone]
