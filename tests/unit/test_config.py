@@ -15,6 +15,8 @@ from kubeai.api.config import (
     resolve_profile,
     server_image,
 )
+from kubeai.api.duration import parse_duration
+from kubeai.api.quantity import parse_quantity
 from kubeai.errors import ConfigError, ModelError
 
 ROOT = Path(__file__).parents[2]
@@ -321,34 +323,62 @@ def test_an_engine_without_a_default_image_is_named():
     assert caught.value.field == "spec.image"
 
 
-def keys(type_, path=""):
-    """Each key of the config, with <name> for the keys of a map and [] for items of a list."""
+def leaves(type_, default, path="", unit=None):
+    """Each key of the config that has no keys below it: its path, default and unit."""
     match type_:
-        case inspect.Metadata(type=inner):
-            yield from keys(inner, path)
+        case inspect.Metadata(type=inner, extra=extra):
+            yield from leaves(inner, default, path, (extra or {}).get("unit", unit))
         case inspect.UnionType(types=types):
-            for inner in types:
-                yield from keys(inner, path)
+            yield from leaves(types[0], default, path, unit)
         case inspect.StructType():
             for field in type_.fields:
-                below = f"{path}.{field.encode_name}".lstrip(".")
-                yield below
-                yield from keys(field.type, below)
-        case inspect.DictType(value_type=value):
-            yield from keys(value, f"{path}.<name>")
-        case inspect.VarTupleType(item_type=item):
-            yield from keys(item, f"{path}[]")
+                unset = None if field.default is msgspec.NODEFAULT else field.default
+                value = getattr(default, field.name, msgspec.NODEFAULT if field.required else unset)
+                name = f"{path}.{field.encode_name}".lstrip(".")
+                yield from leaves(field.type, value, name, unit)
+        case inspect.DictType(value_type=inspect.StructType() as value):
+            yield from leaves(value, None, f"{path}.<name>")
+        case inspect.VarTupleType(item_type=inspect.StructType() as item):
+            yield from leaves(item, None, f"{path}[]")
+        case _:
+            yield path, default, unit
 
 
-ALL_KEYS = sorted(set(keys(inspect.type_info(SystemConfig))))
+def written(default, unit):
+    """A default as the document shows it."""
+    if default is msgspec.NODEFAULT:
+        return "required"
+    if unit == "duration":
+        return parse_duration
+    if unit == "bytes":
+        return lambda text: parse_quantity(text).whole()
+    if default in ("", None, {}, (), msgspec.UNSET):
+        return "—"
+    return f"`{default}`".replace("True", "true").replace("False", "false")
 
 
-def test_the_document_has_every_key_and_no_other():
+def test_the_document_has_every_key_with_its_default_and_no_other_key():
     text = (ROOT / "docs/configuration.md").read_text()
-    documented = set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
-    assert documented == {
-        key for key in ALL_KEYS if not any(k.startswith((key + ".", key + "[]")) for k in ALL_KEYS)
+    tables = text.partition("## Images")[0]
+    documented = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", tables, re.MULTILINE))
+    known = {
+        path: (default, unit)
+        for path, default, unit in leaves(inspect.type_info(SystemConfig), SystemConfig())
     }
+    assert set(documented) == set(known)
+    for path, (default, unit) in known.items():
+        shown = written(default, unit)
+        if callable(shown):
+            assert shown(documented[path].strip("`")) == default, path
+        elif path.endswith(".images"):
+            assert documented[path] == "see below"
+            for name, image in default.items():
+                row = rf"^\| {path.split('.')[1]} \| .*`{name}`.* \| `{re.escape(image)}` \|$"
+                assert re.search(row, text, re.MULTILINE), (path, name)
+        elif path.endswith("[].value") and default is None:
+            assert documented[path] in ("—", "`null`")
+        else:
+            assert documented[path] == shown, path
 
 
 def test_the_local_example_is_a_valid_config():

@@ -5,6 +5,7 @@ interpreter. A real kube-apiserver accepts this CRD, and its answers to the same
 """
 
 import copy
+import re
 from pathlib import Path
 
 import cel
@@ -232,3 +233,36 @@ def test_a_change_is_accepted_or_refused(case):
     old, new, reason = CHANGES[case]
     found = errors(new, old)
     assert (found == []) if reason is None else any(reason in m for m in found)
+
+
+def documented_leaves(schema, path=""):
+    """Fields that the document lists: those below objects and lists of objects."""
+    for name, below in schema["properties"].items():
+        item = below.get("items", {})
+        where = f"{path}{name}"
+        if where.endswith("Ref") or where == "conditions":
+            yield where, below, False
+        elif "properties" in below:
+            yield from documented_leaves(below, f"{where}.")
+        elif "properties" in item:
+            yield from documented_leaves(item, f"{where}[].")
+        else:
+            yield where, below, name in schema.get("required", ())
+
+
+def test_the_document_has_every_field_with_its_default():
+    text = (FILE.parents[3] / "docs/model.md").read_text()
+    spec, status = (re.split(r"^## ", text, flags=re.MULTILINE)[i] for i in (1, 4))
+    assert spec.startswith("spec\n")
+    assert status.startswith("status\n")
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| ([^|]+) \|", spec, re.MULTILINE)
+    documented = {name: default for name, _, default in rows}
+    fields = {name: (below, needed) for name, below, needed in documented_leaves(SPEC)}
+    assert set(documented) == set(fields)
+    for name, (below, needed) in fields.items():
+        default = f"`{below['default']}`" if "default" in below else "—"
+        if below["type"] == "boolean":
+            default = "`false`"
+        assert documented[name] == ("required" if needed else default), name
+    named = set(re.findall(r"^\| `([^`]+)` ", status, re.MULTILINE))
+    assert named == {name for name, _, _ in documented_leaves(SCHEMA["properties"]["status"])}
