@@ -3,8 +3,7 @@
 What a person did wrong ends in one line on stderr and exit status 2, never in a traceback.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: typer evaluates those of the commands, whose names are local to _app.
 import asyncio
 import os
 import socket
