@@ -2,7 +2,7 @@
 
 The gateway reads a form's ``model`` and hands every other part on as it came, so it must see the
 parts that an engine's parser sees. Hence stricter than RFC 2046: no preamble, CRLF alone ends a
-line, nothing but ``--`` or CRLF follows a delimiter, every part has one ``Content-Disposition:
+line, nothing but CRLF or ``--`` follows a delimiter, every part has one ``Content-Disposition:
 form-data`` with one plain ``name``, and a part's own Content-Length is not believed. What comes
 after the closing delimiter is dropped.
 
@@ -116,7 +116,8 @@ class Splitter:
             raise self._bad("the form does not begin with its boundary")
         if len(buffer) < len(delimiter) + 2:
             return False
-        after = buffer[len(delimiter) : len(delimiter) + 2]
+        after = bytes(buffer[len(delimiter) : len(delimiter) + 2])
+        del buffer[: len(delimiter) + 2]
         if after == b"--":
             self._read = self._read_end
             self._ended = True
@@ -124,7 +125,6 @@ class Splitter:
             return True
         if after != b"\r\n":
             raise self._bad("a boundary is followed by neither -- nor the line's end")
-        del buffer[: len(delimiter) + 2]
         self._name = ""
         self._parts_count += 1
         if self._parts_count > PARTS_MAX_COUNT:
@@ -169,7 +169,9 @@ class Splitter:
         return True
 
     def _read_end(self) -> bool:
-        self._buffer.clear()
+        if not b"\r\n".startswith(self._buffer[:2]):
+            raise self._bad("a closing boundary is followed by more than the line's end")
+        del self._buffer[2:]
         return False
 
     def _name_in(self, head: bytes) -> str:
