@@ -1,0 +1,564 @@
+"""The operator against a Kubernetes API, embedded and real: the state of the world, no calls.
+
+There is no kubelet and no controller-manager here: `Nodes` says that pods are ready, and pods of
+a deleted Model go because the operator deletes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+
+import msgspec
+import pytest
+
+from kubeai.api.config import parse_config
+from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS, ApiError, Kube
+from kubeai.operator import Operator
+from kubeai.operator.pods import HASH_ANNOTATION
+
+DEADLINE_S = 20.0
+CONFIG = """
+modelAutoscaling: {interval: 100ms, timeWindow: 400ms}
+leaderElection: {leaseDuration: 2s, renewDeadline: 1s, retryPeriod: 200ms}
+resourceProfiles: {cpu: {requests: {cpu: 100m}}}
+"""
+
+
+class FakeLoads:
+    def __init__(self):
+        self.active_by_model = Counter()
+        self.held_by_model = Counter()
+
+    def active(self, model):
+        return self.active_by_model[model] + self.held_by_model[model]
+
+    def held(self, model):
+        return self.held_by_model[model]
+
+    def in_flight(self, model, endpoint):
+        return 0
+
+
+class Replica:
+    """One KubeAI replica's control plane, and what it published."""
+
+    def __init__(self, kube, identity, config=CONFIG):
+        self.routes = {}
+        self.published = []  # (model, names of its endpoints), one after the other
+        self.loads = FakeLoads()
+        self.operator = Operator(
+            kube, parse_config(config), kube.namespace, identity, self._publish, self.loads
+        )
+        self.task = asyncio.create_task(self.operator.run())
+
+    def _publish(self, model, route):
+        if route is None:
+            self.routes.pop(model, None)
+        else:
+            self.routes[model] = route
+        self.published.append((model, self.endpoints(model)))
+
+    def endpoints(self, model):
+        route = self.routes.get(model)
+        return None if route is None else [endpoint.name for endpoint in route.endpoints]
+
+    async def stop(self):
+        await self.operator.stop()
+        await self.task
+
+    async def kill(self):
+        """Gone without a word: the lease stays."""
+        self.task.cancel()
+        self.operator.leader.release = nothing
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+
+async def nothing():
+    pass
+
+
+class Nodes:
+    """Says of pods that they are ready, when `ready(pod)` says so; counts what it sees."""
+
+    def __init__(self, kube):
+        self.kube = kube
+        self.ready = lambda pod: True
+        self.pods = {}
+        self.most = 0
+        self.least_ready = None  # set to a number to begin watching it
+        self._told = set()
+        self._wake = asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(
+                kube.follow(PODS, kube.namespace, replaced=self._replaced, changed=self._changed)
+            ),
+            asyncio.create_task(self._tell()),
+        ]
+
+    def _replaced(self, pods):
+        self.pods = {pod["metadata"]["name"]: pod for pod in pods}
+        self._count()
+
+    def _changed(self, kind, pod):
+        name = pod["metadata"]["name"]
+        if kind == "DELETED":
+            self.pods.pop(name, None)
+        else:
+            self.pods[name] = pod
+        self._count()
+
+    def _count(self):
+        alive = [p for p in self.pods.values() if "deletionTimestamp" not in p["metadata"]]
+        self.most = max(self.most, len(alive))
+        if self.least_ready is not None:
+            self.least_ready = min(self.least_ready, sum(map(is_ready, alive)))
+        self._wake.set()
+
+    async def _tell(self):
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            for name, pod in list(self.pods.items()):
+                uid = pod["metadata"]["uid"]
+                if uid not in self._told and self.ready(pod):
+                    self._told.add(uid)
+                    with contextlib.suppress(ApiError):
+                        await self.set_ready(name, ip=f"127.1.0.{len(self._told) % 250 + 1}")
+
+    def look_again(self):
+        self._wake.set()
+
+    async def set_ready(self, name, ready=True, ip="127.1.0.1"):
+        status = {
+            "phase": "Running",
+            "podIP": ip,
+            "podIPs": [{"ip": ip}],
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+        }
+        await self.kube.patch(PODS, name, {"status": status}, subresource="status")
+
+    async def stop(self):
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def is_ready(pod):
+    conditions = pod.get("status", {}).get("conditions") or []
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+class World:
+    def __init__(self, kube):
+        self.kube = kube
+        self.nodes = Nodes(kube)
+        self.replicas = []
+
+    def start(self, identity="one", config=CONFIG):
+        replica = Replica(self.kube, identity, config)
+        self.replicas.append(replica)
+        return replica
+
+    async def create(self, name="m", **spec):
+        model = {
+            "metadata": {"name": name},
+            "spec": {
+                "url": "hf://org/name",
+                "engine": "VLLM",
+                "features": ["TextGeneration"],
+                "resourceProfile": "cpu:1",
+                "image": "registry.example/mock-engine:1",
+                "minReplicas": 0,
+                **spec,
+            },
+        }
+        return await self.kube.create(MODELS, model)
+
+    async def model(self, name="m"):
+        return await self.kube.get(MODELS, name)
+
+    async def pods(self, name="m"):
+        """Pods of the model that are not going away."""
+        pods, _ = await self.kube.list(PODS, self.kube.namespace, labels=f"model={name}")
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    async def status(self, name="m"):
+        return (await self.model(name)).get("status") or {}
+
+    async def condition(self, type_, name="m"):
+        conditions = (await self.status(name)).get("conditions") or []
+        return next(((c["status"], c["reason"]) for c in conditions if c["type"] == type_), None)
+
+    async def replicas_are(self, all_, ready, name="m"):
+        async def told():
+            status = await self.status(name)
+            return status.get("replicas") == {"all": all_, "ready": ready}
+
+        await until(told, f"{all_} replicas, {ready} ready")
+
+    async def versions(self):
+        """resourceVersions of everything that the operator writes, but for the lease."""
+        found = {}
+        for resource in (MODELS, PODS, CONFIGMAPS):
+            items, _ = await self.kube.list(resource, self.kube.namespace)
+            for item in items:
+                key = resource.plural, item["metadata"]["name"]
+                found[key] = item["metadata"]["resourceVersion"]
+        return found
+
+
+async def until(true, what):
+    """Wait for a state, with a deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        result = true()
+        if asyncio.iscoroutine(result):
+            result = await result
+        if result:
+            return
+        assert time.monotonic() < deadline, f"still not: {what}"
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def world(kube_api):
+    kube = await Kube.connect(kube_api)
+    world = World(kube)
+    try:
+        yield world
+    finally:
+        await asyncio.gather(*(replica.stop() for replica in world.replicas))
+        await world.nodes.stop()
+        await kube.close()
+
+
+async def test_a_model_becomes_pods_a_status_and_a_route(world):
+    replica = world.start()
+    made = await world.create(minReplicas=2)
+    await world.replicas_are(2, 2)
+    pods = await world.pods()
+    for pod in pods:
+        meta = pod["metadata"]
+        assert meta["name"].startswith(f"model-m-{meta['labels']['pod-hash']}-")
+        assert [o["uid"] for o in meta["ownerReferences"]] == [made["metadata"]["uid"]]
+    assert replica.endpoints("m") == sorted(pod["metadata"]["name"] for pod in pods)
+    model = await world.model()
+    assert model["spec"]["replicas"] == 2
+    assert model["metadata"]["labels"] == {"features.kubeai.org/TextGeneration": "true"}
+    assert model["status"]["selector"] == "app=model,model=m"
+    await until(lambda: has(world, "Ready", "True", "AllReplicasReady"), "Ready")
+    assert await world.condition("Progressing") == ("False", "UpToDate")
+
+
+async def has(world, type_, status, reason):
+    return await world.condition(type_) == (status, reason)
+
+
+async def test_replicas_go_up_and_down_with_the_spec(world):
+    replica = world.start()
+    await world.create(autoscalingDisabled=True, replicas=1)
+    await world.replicas_are(1, 1)
+    first = replica.endpoints("m")
+    await world.kube.patch(MODELS, "m", {"spec": {"replicas": 3}}, subresource="scale")
+    await world.replicas_are(3, 3)
+    assert set(first) < set(replica.endpoints("m"))
+    await world.kube.patch(MODELS, "m", {"spec": {"replicas": 0}}, subresource="scale")
+    await world.replicas_are(0, 0)
+    assert await world.pods() == []
+    assert replica.endpoints("m") == []
+    assert await world.condition("Ready") == ("False", "ScaledToZero")
+
+
+async def test_nothing_is_written_while_nothing_changes(world):
+    replica = world.start()
+    await world.create(minReplicas=2)
+    await world.create("cold")
+    await world.create("broken", resourceProfile="nowhere:1", minReplicas=1)
+    await world.replicas_are(2, 2)
+    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "settled")
+    await world.replicas_are(0, 0, "cold")
+    await world.replicas_are(0, 0, "broken")
+    before = await world.versions()
+    lease = (await world.kube.get(LEASES, "kubeai.org"))["spec"]["renewTime"]
+    for _ in range(3):  # and were it asked again and again
+        replica.operator.controller.all_changed()
+        renewed = await next_renewal(world, lease)
+        lease = renewed
+    assert await world.versions() == before
+
+
+async def next_renewal(world, before):
+    async def renewed():
+        return (await world.kube.get(LEASES, "kubeai.org"))["spec"]["renewTime"] != before
+
+    await until(renewed, "the lease is renewed")
+    return (await world.kube.get(LEASES, "kubeai.org"))["spec"]["renewTime"]
+
+
+async def test_many_waiters_wake_a_model_with_one_write(world):
+    leader, follower = world.start("leader"), None
+    await until(lambda: leader.operator.leads, "leading")
+    follower = world.start("follower")
+    await world.create()
+    await world.replicas_are(0, 0)
+    await until(lambda: "m" in follower.routes, "the follower knows the model")
+    generation = (await world.model())["metadata"]["generation"]
+    for replica in (follower, leader):  # none of them scales it down again meanwhile
+        replica.loads.held_by_model["m"] = 100
+    began = time.monotonic()
+    for _ in range(100):
+        follower.operator.demand("m")
+        leader.operator.demand("m")
+    await until(lambda: len(world.nodes.pods) == 1, "a pod")
+    print(f"demand to pod seen: {(time.monotonic() - began) * 1000:.1f} ms")
+    await world.replicas_are(1, 1)
+    model = await world.model()
+    assert model["spec"]["replicas"] == 1
+    assert model["metadata"]["generation"] == generation + 1
+    assert world.nodes.most == 1
+    assert not follower.operator.leads
+
+
+async def test_held_requests_wake_a_model_even_if_no_message_came(world):
+    replica = world.start()
+    await world.create()
+    await world.replicas_are(0, 0)
+    replica.loads.held_by_model["m"] = 1
+    await world.replicas_are(1, 1)
+
+
+async def test_a_stale_store_does_not_set_a_running_model_to_one(world):
+    replica = world.start()
+    await world.create(maxReplicas=4)
+    await world.replicas_are(0, 0)
+    stale = replica.operator.store.models["m"]
+    replica.loads.active_by_model["m"] = 400
+    await world.kube.patch(MODELS, "m", {"spec": {"replicas": 4}})
+    await until(lambda: replica.operator.store.models["m"].spec.replicas == 4, "seen")
+    replica.operator.store.models["m"] = stale
+    replica.operator.demand("m")
+    await until(lambda: replica.operator.store.models["m"].spec.replicas == 4, "re-read")
+    await world.replicas_are(4, 4)
+
+
+async def test_demand_leaves_a_model_alone_whose_autoscaling_is_disabled(world):
+    replica = world.start()
+    await world.create(autoscalingDisabled=True, replicas=0)
+    await world.create("other")
+    await world.replicas_are(0, 0)
+    replica.operator.demand("m")
+    replica.operator.demand("other")
+    replica.loads.held_by_model["other"] = 1
+    await world.replicas_are(1, 1, "other")
+    assert (await world.model())["spec"]["replicas"] == 0
+
+
+async def test_a_changed_model_is_rolled_out_without_losing_a_ready_replica(world):
+    replica = world.start()
+    await world.create(minReplicas=3)
+    await world.replicas_are(3, 3)
+    old = set(replica.endpoints("m"))
+    world.nodes.least_ready = 3
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
+    await until(lambda: len(set(replica.endpoints("m")) - old) == 3, "three new endpoints")
+    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "rolled out")
+    await world.replicas_are(3, 3)
+    assert not old & set(replica.endpoints("m"))
+    assert world.nodes.most <= 4
+    assert world.nodes.least_ready >= 3
+
+
+async def test_a_broken_version_stops_after_the_surge_and_the_old_one_serves(world):
+    replica = world.start()
+    await world.create(minReplicas=3)
+    await world.replicas_are(3, 3)
+    old = replica.endpoints("m")
+    world.nodes.ready = lambda pod: "--broken" not in pod["spec"]["containers"][0]["args"]
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--broken"]}})
+    await world.replicas_are(4, 3)
+    assert replica.endpoints("m") == old
+    assert await world.condition("Progressing") == ("True", "RollingOut")
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--mended"]}})
+    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "mended")
+    assert world.nodes.most <= 4
+
+
+async def test_a_deleted_model_takes_its_pods_with_it_though_its_profile_is_gone(world):
+    replica = world.start()
+    await world.create(minReplicas=2)
+    await world.replicas_are(2, 2)
+    await replica.stop()
+    world.replicas.clear()
+    second = world.start(config=CONFIG.replace("cpu: {", "other: {"))
+    await until(lambda: has(world, "Ready", "False", "InvalidProfile"), "profile missed")
+    assert len(await world.pods()) == 2  # what runs goes on running
+    assert len(second.endpoints("m")) == 2
+    await world.kube.delete(MODELS, "m")
+    await until(lambda: not world.nodes.pods, "no pods")
+    await until(lambda: "m" not in second.routes, "no route")
+
+
+async def test_a_model_with_a_finalizer_loses_pods_and_route_at_once(world):
+    replica = world.start()
+    await world.create(minReplicas=1)
+    await world.kube.patch(MODELS, "m", {"metadata": {"finalizers": ["example.com/wait"]}})
+    await until(lambda: replica.endpoints("m"), "an endpoint")
+    await world.kube.delete(MODELS, "m")
+    await until(lambda: not world.nodes.pods, "no pods")
+    await until(lambda: "m" not in replica.routes, "no route")
+    await world.kube.patch(MODELS, "m", {"metadata": {"finalizers": None}})
+
+
+async def test_a_model_made_anew_under_its_name_gets_pods_of_its_own(world):
+    replica = world.start()
+    first = await world.create(minReplicas=1)
+    await until(lambda: replica.endpoints("m"), "an endpoint")
+    (old,) = replica.endpoints("m")
+    await world.kube.delete(MODELS, "m")
+    second = await world.create(minReplicas=1)
+    assert first["metadata"]["uid"] != second["metadata"]["uid"]
+    await until(lambda: replica.endpoints("m") not in (None, [], [old]), "its own endpoint")
+    assert len(replica.endpoints("m")) == 1
+    await until(lambda: old not in world.nodes.pods, "the old pod is gone")
+
+
+async def test_a_pod_that_goes_away_or_loses_readiness_leaves_the_route(world):
+    replica = world.start()
+    await world.create(minReplicas=2)
+    await until(lambda: len(replica.endpoints("m") or []) == 2, "two endpoints")
+    first, second = replica.endpoints("m")
+    await world.nodes.set_ready(first, ready=False)
+    await until(lambda: replica.endpoints("m") == [second], "unready")
+    uid = world.nodes.pods[second]["metadata"]["uid"]
+    await world.kube.delete(PODS, second)
+    # Its successor may have its name, so look at what was published on the way.
+    await until(lambda: ("m", []) in replica.published[-10:], "deleted")
+    await world.nodes.set_ready(first)
+    await world.replicas_are(2, 2)
+    assert uid not in [pod["metadata"]["uid"] for pod in await world.pods()]
+
+
+async def test_a_pod_that_failed_is_replaced(world):
+    replica = world.start()
+    await world.create(minReplicas=1)
+    await until(lambda: replica.endpoints("m"), "an endpoint")
+    (name,) = replica.endpoints("m")
+    failed = {"status": {"phase": "Failed", "reason": "Evicted", "message": "disk pressure"}}
+    await world.kube.patch(PODS, name, failed, subresource="status")
+    await until(lambda: replica.endpoints("m") not in ([], [name]), "another endpoint")
+    await until(lambda: name not in world.nodes.pods, "the failed pod is gone")
+
+
+async def test_a_second_operator_takes_over_and_makes_no_pod_twice(world):
+    one = world.start("one")
+    await world.create(minReplicas=3)
+    await world.replicas_are(3, 3)
+    two = world.start("two")
+    await until(lambda: len(two.endpoints("m") or []) == 3, "followers publish routes too")
+    assert one.operator.leads
+    assert not two.operator.leads
+    before = await world.versions()
+    began = time.monotonic()
+    await one.stop()
+    await until(lambda: two.operator.leads, "handed over")
+    assert time.monotonic() - began < 1.0
+    await world.kube.patch(MODELS, "m", {"spec": {"minReplicas": 4}})
+    await world.replicas_are(4, 4)
+    after = await world.versions()
+    assert before.keys() < after.keys()
+    assert world.nodes.most == 4
+
+
+async def test_a_killed_leader_is_followed_within_the_lease(world):
+    one = world.start("one")
+    await until(lambda: one.operator.leads, "leading")
+    two = world.start("two")
+    await until(lambda: two.operator.synced.is_set(), "synced")
+    await one.kill()
+    world.replicas.remove(one)
+    began = time.monotonic()
+    await until(lambda: two.operator.leads, "taken over")
+    assert time.monotonic() - began < 2 + 2 * 0.2 + 0.5
+
+
+async def test_a_restarted_operator_finds_everything_as_it_should_be(world):
+    first = world.start("one")
+    await world.create(minReplicas=2)
+    await world.replicas_are(2, 2)
+    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "settled")
+    before = await world.versions()
+    await first.kill()
+    world.replicas.clear()
+    again = world.start("one")
+    await until(lambda: again.operator.leads and again.operator.synced.is_set(), "leading")
+    again.operator.controller.all_changed()
+    lease = (await world.kube.get(LEASES, "kubeai.org"))["spec"]["renewTime"]
+    await next_renewal(world, lease)
+    assert await world.versions() == before
+
+
+async def test_load_scales_a_model_up_within_its_bounds_and_back_to_zero(world):
+    replica = world.start()
+    await world.create(maxReplicas=3, targetRequests=10, scaleDownDelaySeconds=1)
+    await world.replicas_are(0, 0)
+    replica.loads.active_by_model["m"] = 25
+    await world.replicas_are(3, 3)
+    replica.loads.active_by_model["m"] = 200
+    await until(lambda: kept_average(world, 200.0), "the average is kept")
+    assert (await world.model())["spec"]["replicas"] == 3
+    replica.loads.active_by_model["m"] = 0
+    await world.replicas_are(0, 0)
+    await until(lambda: kept_average(world, 0.0), "the average is kept")
+
+
+async def kept_average(world, value):
+    try:
+        found = await world.kube.get(CONFIGMAPS, "kubeai-autoscaler-state")
+    except ApiError:
+        return False
+    state = msgspec.json.decode(found["data"]["models"])
+    assert state["lastCalculationTime"]
+    return state["models"].get("m", {}).get("averageActiveRequests") == value
+
+
+async def test_the_averages_of_a_former_leader_are_read_back(world):
+    state = '{"models":{"m":{"averageActiveRequests":30}},"lastCalculationTime":null}'
+    meta = {"name": "kubeai-autoscaler-state"}
+    await world.kube.create(CONFIGMAPS, {"metadata": meta, "data": {"models": state}})
+    await world.create(maxReplicas=3, targetRequests=10)
+    slow = CONFIG.replace("timeWindow: 400ms", "timeWindow: 1h")
+    world.start(config=slow)
+    await world.replicas_are(3, 3)
+
+
+async def test_pods_made_by_another_kubeai_are_adopted_until_their_model_changes(world):
+    made = await world.create(minReplicas=1)
+    owner = {
+        "apiVersion": "kubeai.org/v1",
+        "kind": "Model",
+        "name": "m",
+        "uid": made["metadata"]["uid"],
+        "controller": True,
+    }
+    labels = {"app": "model", "model": "m", "app.kubernetes.io/managed-by": "kubeai"}
+    pod = {
+        "metadata": {
+            "name": "model-m-5d4f-abcde",
+            "labels": labels | {"pod-hash": "5d4f"},
+            "ownerReferences": [owner],
+        },
+        "spec": {"containers": [{"name": "server", "image": "vllm"}]},
+    }
+    await world.kube.create(PODS, pod)
+    replica = world.start()
+    await until(lambda: replica.endpoints("m") == ["model-m-5d4f-abcde"], "adopted")
+    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "settled")
+    (kept,) = await world.pods()
+    assert kept["metadata"]["annotations"][HASH_ANNOTATION]
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
+    await until(lambda: "model-m-5d4f-abcde" not in world.nodes.pods, "replaced")
+    await world.replicas_are(1, 1)
