@@ -44,6 +44,7 @@ def make_runner(gateway: Gateway) -> web.AppRunner:
         make_app(gateway),
         access_log=None,
         handler_cancellation=True,
+        shutdown_timeout=1.0,  # the worker has drained by then
         auto_decompress=False,
         max_line_size=gateway.config.head_max_bytes,
         max_field_size=gateway.config.head_max_bytes,
