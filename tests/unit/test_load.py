@@ -79,9 +79,9 @@ def test_a_held_request_is_counted_as_held_until_it_is_not(table, worker):
 
 def test_a_load_is_the_sum_over_the_columns(table):
     table.open_row(0), table.open_row(1)
-    workers = [LoadTable.attach(table.fd, column) for column in range(WORKERS)]
-    held = [reserve(w, 1) for w in workers for _ in range(3)]
-    assert [t.in_flight(1) for t in (table, *workers)] == [6, 6, 6]
+    columns = [LoadTable.attach(table.fd, column) for column in range(WORKERS + 1)]
+    held = [reserve(column, 1) for column in columns for _ in range(2)]
+    assert [t.in_flight(1) for t in (table, *columns)] == [6] * (WORKERS + 2)
     assert table.in_flight(0) == 6
     held[0].release()
     held[0].release()
@@ -280,17 +280,16 @@ def test_only_the_table_and_the_ring_make_what_counts():
 
 
 def test_a_reservation_in_a_garbage_cycle_is_released(table, worker):
-    class Knot:
-        pass
-
     table.open_row(0), table.open_row(1)
-    knot = Knot()
+    # The collector takes objects in the order in which it began to track them: this dictionary
+    # only once something is in it, so the Reservation is the first to be cleared.
+    knot = {}
     ring = Ring(worker, 0, 1)
     ring.set("pod", 1, 1, target=knot)
-    knot.reservation = ring.pick_least()
-    knot.admission = worker.admit(0, 1)
-    assert live() == (1, 1)
+    knot["reservation"] = ring.pick_least()
+    knot["admission"] = worker.admit(0, 1)
     del knot, ring
+    assert live() == (1, 1)
     gc.collect()
     assert live() == (0, 0)
     assert table.row_is_zero(0)
@@ -301,6 +300,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.skipif("KUBEAI_ASAN" in os.environ, reason="the sanitizer keeps freed memory")
 def test_neither_counting_nor_mapping_leaks():
     def churn(times: int) -> None:
         for i in range(times):

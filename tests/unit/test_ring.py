@@ -389,7 +389,7 @@ def test_what_is_no_key_or_no_column_is_refused(make_ring, table):
     assert ring.lookup(1) == "a"
 
 
-# -- beside the oracle ------------------------------------------------------------------------------
+# -- beside the oracle -----------------------------------------------------------------------------
 
 ROWS = 12
 MODEL = 0
