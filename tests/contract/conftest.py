@@ -52,9 +52,9 @@ class ApiServer(NamedTuple):
         context = ssl.create_default_context(cafile=self.ca_file)
         try:
             with urllib.request.urlopen(request, timeout=30, context=context) as answer:
-                return answer.status, orjson.loads(answer.read())
+                return answer.status, _decoded(answer.read())
         except urllib.error.HTTPError as error:
-            return error.code, orjson.loads(error.read())
+            return error.code, _decoded(error.read())
 
     def kubeconfig(self, path: Path, namespace: str) -> Path:
         config = {
@@ -78,6 +78,14 @@ class ApiServer(NamedTuple):
         path.write_text(yaml.safe_dump(config))
         path.chmod(0o600)
         return path
+
+
+def _decoded(body: bytes):
+    """JSON, or the text that a real API says before it is ready."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode()
 
 
 def start_embedded(directory: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], ApiServer]:
@@ -216,7 +224,7 @@ def _running(log: Path, *command: str):
 def _wait_until_ready(server: ApiServer, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, orjson.JSONDecodeError):
+        with contextlib.suppress(OSError):
             if server.request("GET", "/api/v1/namespaces/default")[0] == 200:
                 return
         time.sleep(0.1)

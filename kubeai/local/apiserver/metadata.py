@@ -136,7 +136,8 @@ def _invalid(value: str, why: str, field: str) -> Cause:
 
 def _check_name(name: str, one_label: bool) -> list[Cause]:
     if not name:
-        return [Cause("FieldValueRequired", "name or generateName is required", "metadata.name")]
+        why = "name or generateName is required"
+        return [Cause("FieldValueRequired", f"Required value: {why}", "metadata.name")]
     if one_label and (len(name) > LABEL_VALUE_MAX_CHARS or not re.fullmatch(_LABEL, name)):
         why = (
             "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or "

@@ -14,7 +14,7 @@ import jsonpatch
 import jsonpointer
 
 from kubeai.local.apiserver.schema import Schema
-from kubeai.local.apiserver.status import Cause, StatusError, bad_request, unsupported_media_type
+from kubeai.local.apiserver.status import StatusError, bad_request, unsupported_media_type
 
 Object = dict[str, Any]
 
@@ -50,12 +50,8 @@ def _json(target: Object, patch: Any) -> Object:
     try:
         patched = jsonpatch.JsonPatch(patch).apply(copy.deepcopy(target))
     except (jsonpatch.JsonPatchException, jsonpointer.JsonPointerException, KeyError) as error:
-        if isinstance(error, jsonpatch.InvalidJsonPatch):
-            raise bad_request(f"invalid JSON patch: {error}") from None
         message = f"the server rejected our request due to an error in our request: {error}"
-        raise StatusError(
-            422, "Invalid", message, {"causes": [Cause("", str(error), "patch")._asdict()]}
-        ) from None
+        raise StatusError(422, "Invalid", message) from None
     if not isinstance(patched, dict):
         raise bad_request("the patched object is not a JSON object")
     return patched

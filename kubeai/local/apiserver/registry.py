@@ -122,7 +122,12 @@ class Registry:
         self._decode(resource, obj, options)
         metadata = obj["metadata"]
         _check_namespace_matches(resource, namespace, metadata)
-        if metadata.setdefault("name", name) != name:
+        if not metadata.get("name"):
+            raise errors.bad_request(
+                f"the name of the object ({name} based on URL) was undeterminable: "
+                "name must be provided"
+            )
+        if metadata["name"] != name:
             raise errors.bad_request(
                 f"the name of the object ({metadata['name']}) does not match the name on the "
                 f"URL ({name})"
@@ -161,7 +166,10 @@ class Registry:
         old = self.get(resource, namespace, name)
         patched = self._patched(resource, kind, old.object, patch)
         if (patched.get("metadata") or {}).get("name", name) != name:
-            raise errors.bad_request(f"the name of the object cannot be changed from {name}")
+            raise errors.bad_request(
+                f"the name of the object ({patched['metadata']['name']}) does not match the name "
+                f"on the URL ({name})"
+            )
         return self.update(resource, namespace, name, patched, options, subresource)
 
     def scale(self, resource: Resource, namespace: str, name: str) -> Object:
@@ -245,14 +253,14 @@ class Registry:
         self, resource: Resource, name: str, old: Stored, options: DeleteOptions
     ) -> None:
         version = old.metadata["resourceVersion"]
-        for label, wanted, found in (
-            ("UID", options.uid, old.uid),
-            ("ResourceVersion", options.resource_version, version),
+        for label, wanted, found, perhaps in (
+            ("UID", options.uid, old.uid, "deleted and then recreated"),
+            ("ResourceVersion", options.resource_version, version, "modified"),
         ):
             if wanted is not None and wanted != found:
                 why = (
-                    f"Precondition failed: {label} in precondition: {wanted}, "
-                    f"{label} in object meta: {found}"
+                    f"the {label} in the precondition ({wanted}) does not match the {label} in "
+                    f"record ({found}). The object might have been {perhaps}"
                 )
                 raise errors.conflict(resource.group, resource.plural, name, why)
 
@@ -279,6 +287,11 @@ class Registry:
     def _decode(self, resource: Resource, obj: Object, options: WriteOptions) -> None:
         """Check what the object says it is, and take out what nobody declared."""
         kind, version = obj.get("kind") or resource.kind, obj.get("apiVersion")
+        if resource.custom and not obj.get("kind"):
+            raise errors.bad_request(
+                f"the object provided is unrecognized (must be of type {resource.kind}): "
+                "Object 'Kind' is missing"
+            )
         if kind != resource.kind or (version or resource.api_version) != resource.api_version:
             raise errors.bad_request(
                 f"the object provided is unrecognized or does not match the resource: "
@@ -330,7 +343,7 @@ class Registry:
             if version != old.metadata["resourceVersion"]:
                 raise errors.conflict(resource.group, resource.plural, name, errors.MODIFIED)
         elif not resource.unconditional_update:
-            why = "Invalid value: 0x0: must be specified for an update"
+            why = "Invalid value: 0: must be specified for an update"
             cause = Cause("FieldValueInvalid", why, "metadata.resourceVersion")
             raise errors.invalid(resource.group, resource.kind, name, [cause])
 

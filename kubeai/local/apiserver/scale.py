@@ -21,8 +21,8 @@ def scale_of(resource: Resource, obj: Object) -> Object:
         if name in obj["metadata"]
     }
     status: Object = {"replicas": _at(obj, paths.status) or 0}
-    if paths.selector:
-        status["selector"] = _at(obj, paths.selector) or ""
+    if paths.selector and _at(obj, paths.selector):
+        status["selector"] = _at(obj, paths.selector)
     spec: Object = {}
     replicas = _at(obj, paths.spec)
     if replicas is not None:
@@ -43,9 +43,9 @@ def with_replicas(resource: Resource, obj: Object, scale: Object) -> Object:
     if not isinstance(replicas, int) or isinstance(replicas, bool):
         raise errors.bad_request(f"spec.replicas of a Scale must be an integer, not {replicas!r}")
     if replicas < 0:
-        why = f"Invalid value: {replicas}: must be greater than or equal to 0"
+        why = f"Invalid value: {replicas}: should be a non-negative integer"
         cause = Cause("FieldValueInvalid", why, "spec.replicas")
-        raise errors.invalid("autoscaling", "Scale", obj["metadata"]["name"], [cause])
+        raise errors.invalid(resource.group, resource.kind, obj["metadata"]["name"], [cause])
     *parents, last = _parts(resource.scale.spec)
     place = obj
     for name in parents:

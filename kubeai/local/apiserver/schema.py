@@ -10,7 +10,7 @@ Paths are written as in ``spec.adapters[0].name``; array elements of JSONPath-li
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonschema_rs
@@ -121,8 +121,9 @@ class Schema:
         elif isinstance(value, dict):
             for name, declared in (schema.get("properties") or {}).items():
                 declared = {**self._resolve(declared), **declared}
-                absent = name not in value or (value[name] is None and not declared.get("nullable"))
-                if absent and "default" in declared:
+                if name in value and value[name] is None and not declared.get("nullable"):
+                    del value[name]  # such a null means that the field is absent
+                if name not in value and "default" in declared:
                     value[name] = copy.deepcopy(declared["default"])
             for name, member in value.items():
                 child = self._child(schema, name)
@@ -132,17 +133,21 @@ class Schema:
     # Validation.
 
     def validate(self, obj: Object, old: Object | None = None) -> list[Cause]:
-        """What is wrong with a pruned and defaulted object; `old` enables transition rules.
+        """What is wrong with a pruned and defaulted object; `old` is the one that it replaces.
 
-        As in Kubernetes, rules are evaluated only on objects that fit the schema.
+        Transition rules need `old`. What was already wrong in it and has not changed is let
+        pass, so that a stricter definition does not lock up the objects that are there.
         """
         causes: list[Cause] = []
         for error in self._validator.iter_errors(obj):
-            causes.append(_cause(error))
+            if old is None or not _is_unchanged(obj, old, error.instance_path):
+                causes.append(_cause(error))
             if len(causes) >= _ERRORS_MAX:
                 return causes
         causes += self._duplicates(obj, self.root, ())
-        return causes or self._rules.check(obj, old)
+        if not any(cause.reason in _BLOCKING for cause in causes):
+            return causes + self._rules.check(obj, old)
+        return causes + self._rules.unchecked
 
     def _duplicates(self, value: Any, schema: Object, path: Path) -> Iterator[Cause]:
         schema = self._resolve(schema)
@@ -155,6 +160,24 @@ class Schema:
                 child = self._child(schema, name)
                 if child is not None and isinstance(member, (dict, list)):
                     yield from self._duplicates(member, child, (*path, name))
+
+
+# As in Kubernetes, rules are not evaluated on an object that is wrong in one of these ways.
+_BLOCKING = (
+    "FieldValueNotSupported", "FieldValueRequired", "FieldValueTooLong", "FieldValueTooMany",
+    "FieldValueTypeInvalid",
+)  # fmt: skip
+
+
+def _is_unchanged(new: Any, old: Any, path: Sequence[str | int]) -> bool:
+    """Whether the value at the path, or one around it, is what it was (places in lists move)."""
+    for part in path:
+        if isinstance(part, int) or not (isinstance(old, dict) and part in old):
+            return False
+        new, old = new[part], old[part]
+        if new == old:
+            return True
+    return False
 
 
 def _repeated(items: list[Any], schema: Object, path: Path) -> Iterator[Cause]:
