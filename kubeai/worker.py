@@ -26,7 +26,7 @@ from kubeai._load import LoadTable
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
 from kubeai.gateway.connection import Front
-from kubeai.gateway.pages import make_app
+from kubeai.gateway.pages import make_runner
 from kubeai.logs import setup_logging
 from kubeai.routing import Delta, RoutingTable, Snapshot
 
@@ -70,7 +70,7 @@ class Worker:
         started.cancel()
         if self._stopped.done():
             return
-        runner = web.AppRunner(make_app(self._gateway), handle_signals=False, access_log=None)
+        runner = make_runner(self._gateway)
         await runner.setup()
         try:
             await self._serve(runner)
