@@ -89,7 +89,7 @@ def mix(value: int) -> int:
 
 def places(name: str, replication: int) -> list[int]:
     start = mmh3.hash64(name.encode(), signed=False)[0]
-    return [mix((start + i * 0x9E3779B97F4A7C15) & MASK) for i in range(1, replication + 1)]
+    return [mix((start + i * 0x9E3779B97F4A7C15) & MASK) >> 20 for i in range(1, replication + 1)]
 
 
 class OracleRing:
@@ -113,7 +113,7 @@ class OracleRing:
         ring = sorted(
             (place, name) for name in self.endpoints for place in places(name, self.replication)
         )
-        start = mix(key)
+        start = mix(key) >> 20
         ahead = [name for place, name in ring if place >= start]
         behind = [name for place, name in ring if place < start]
         return list(dict.fromkeys(ahead + behind))

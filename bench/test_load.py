@@ -1,0 +1,45 @@
+"""The load table, from Python: counting a request, reading a row, clearing a dead worker's column.
+
+Rounds of 1,000 operations: the reported time divided by 1,000 is one.
+"""
+
+import pytest
+
+from kubeai._load import LoadTable
+
+TIMES = range(1000)
+
+
+def test_admit_hold_and_close(benchmark, table):
+    def thousand():
+        for _ in TIMES:
+            admission = table.admit(0, 1)
+            admission.hold()
+            admission.close()
+
+    benchmark.pedantic(thousand, rounds=200, warmup_rounds=5)
+
+
+@pytest.mark.parametrize("read", ["in_flight", "active", "held", "lookups"])
+def test_read_a_row(benchmark, table, read):
+    def thousand():
+        get = getattr(table, read)
+        for row in TIMES:
+            get(row)
+
+    benchmark.pedantic(thousand, rounds=200, warmup_rounds=5)
+
+
+def test_clear_a_column_of_16_384_rows(benchmark):
+    table = LoadTable.create(16_384, 8)
+    for row in range(16_384):
+        table.open_row(row)
+    benchmark.pedantic(table.clear_column, args=(3,), rounds=100, warmup_rounds=1)
+
+
+def test_open_a_row(benchmark, table):
+    benchmark(table.open_row, 7)
+
+
+def test_attach(benchmark, table):
+    benchmark(lambda: LoadTable.attach(table.fd, 1).close())
