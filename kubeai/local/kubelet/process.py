@@ -153,7 +153,7 @@ class Process:
 
     def signal(self, number: int) -> None:
         """Signal the main process alone, as a container runtime does."""
-        self._send(("signal", number))
+        self._send(("signal", int(number)))  # marshal knows no enum
 
     def kill(self) -> None:
         """SIGKILL the whole tree."""
