@@ -76,13 +76,17 @@ class Autoscaler:
         track.replicas = sample.replicas
 
         track.samples.append((now_s, sample.active))
-        _forget(track.samples, now_s - self._window_s)
+        while track.samples[0][0] <= now_s - self._window_s:
+            track.samples.popleft()
         average = sum(value for _, value in track.samples) / len(track.samples)
         # a hair less, so that 3.0000000001 (a sum of fractions that were restored) stays 3
         wanted = _bounded(math.ceil(average / sample.target_requests - 1e-9), sample)
 
         track.wanted.append((now_s, wanted))
-        _forget(track.wanted, now_s - sample.scale_down_delay_s)
+        # What was wanted holds until the next step, so the last one before the delay still counts.
+        since_s = now_s - sample.scale_down_delay_s
+        while len(track.wanted) > 1 and track.wanted[1][0] <= since_s:
+            track.wanted.popleft()
         return Decision(round(average, AVERAGE_DIGITS), self._settle(track, sample, wanted, now_s))
 
     def _settle(self, track: _Track, sample: Sample, wanted: int, now_s: float) -> int:
@@ -92,12 +96,6 @@ class Autoscaler:
         if now_s - track.grown_s < sample.scale_down_delay_s:
             return within
         return min(within, max(count for _, count in track.wanted))
-
-
-def _forget(entries: deque[tuple[float, float]] | deque[tuple[float, int]], until_s: float) -> None:
-    """Drop what is at or before ``until_s``, but for the last entry."""
-    while len(entries) > 1 and entries[0][0] <= until_s:
-        entries.popleft()
 
 
 def _bounded(replicas: int, sample: Sample) -> int:

@@ -357,8 +357,11 @@ def _since(model: Model, new: Condition) -> Condition:
 
 
 def _dated(status: ModelStatus, now: datetime) -> ModelStatus:
+    """With ``now`` as the time of our conditions that have changed."""
     conditions = (
-        c if c.last_transition_time else msgspec.structs.replace(c, last_transition_time=now)
+        msgspec.structs.replace(c, last_transition_time=now)
+        if c.type in _OURS and c.last_transition_time is None
+        else c
         for c in status.conditions
     )
     return msgspec.structs.replace(status, conditions=tuple(conditions))

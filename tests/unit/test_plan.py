@@ -1,0 +1,407 @@
+"""What is done next for a Model: tables of situations, and random histories."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kubeai.api.config import parse_config
+from kubeai.api.model import decode_model
+from kubeai.operator.plan import (
+    AdoptPod,
+    CreatePod,
+    DeletePod,
+    Observed,
+    PatchModel,
+    PatchStatus,
+    free_names,
+    plan,
+    pod_name,
+)
+from kubeai.operator.pods import HASH_ANNOTATION, Pod, Trouble
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
+LABELS = {"features.kubeai.org/TextGeneration": "true"}
+
+
+def config(surge=1):
+    return parse_config(
+        f"resourceProfiles: {{cpu: {{requests: {{cpu: 1}}}}}}\nmodelRollouts: {{surge: {surge}}}"
+    )
+
+
+def make_model(meta=None, status=None, **spec):
+    return decode_model(
+        {
+            "metadata": {
+                "name": "m", "namespace": "default", "uid": "u1", "generation": 1,
+                "resourceVersion": "7", "labels": LABELS, **(meta or {}),
+            },
+            "spec": {
+                "url": "hf://org/name", "engine": "VLLM", "features": ["TextGeneration"],
+                "resourceProfile": "cpu:1", "image": "vllm:1", **spec,
+            },
+            "status": status or {},
+        }
+    )  # fmt: skip
+
+
+def hash_of(model):
+    creates = plan_of(make_model(replicas=1, args=list(model.spec.args)))[0]
+    return creates[0].hash
+
+
+def plan_of(model, *pods, surge=1, **observed):
+    """(creates, deletes, adoptions, patches, the status or None)"""
+    actions = plan(model, config(surge), Observed(pods=tuple(pods), **observed), NOW)
+    status = next((a.status for a in actions if isinstance(a, PatchStatus)), None)
+    return (
+        [a for a in actions if isinstance(a, CreatePod)],
+        [a.name for a in actions if isinstance(a, DeletePod)],
+        [a.name for a in actions if isinstance(a, AdoptPod)],
+        [a.patch for a in actions if isinstance(a, PatchModel)],
+        status,
+    )
+
+
+CURRENT = "current"
+
+
+def make_pod(name, **facts):
+    facts = {"hash": CURRENT, "ready": True, "scheduled": True, "uid": f"uid-{name}"} | facts
+    if facts["hash"] == CURRENT:
+        facts["hash"] = hash_of(make_model())
+    return Pod(name=name, model="m", owner="u1", **facts)
+
+
+def conditions(status):
+    return {c.type: (c.status, c.reason) for c in status.conditions}
+
+
+# -- replicas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted", "patched"),
+    [
+        ({}, 0, 0),
+        ({"minReplicas": 2}, 2, 2),
+        ({"replicas": 1, "minReplicas": 2}, 2, 2),
+        ({"replicas": 9, "maxReplicas": 3}, 3, 3),
+        ({"replicas": 2, "minReplicas": 1, "maxReplicas": 3}, 2, None),
+        ({"replicas": 0}, 0, None),
+        ({"replicas": 1, "minReplicas": 5, "maxReplicas": 3}, 3, 3),
+        ({"autoscalingDisabled": True}, 0, None),
+        ({"autoscalingDisabled": True, "replicas": 4, "maxReplicas": 2}, 4, None),
+        ({"autoscalingDisabled": True, "replicas": 0, "minReplicas": 2}, 0, None),
+    ],
+)
+def test_replicas_are_kept_within_bounds_unless_they_are_the_users(spec, wanted, patched):
+    creates, _, _, patches, _ = plan_of(make_model(**spec))
+    assert len(creates) == wanted
+    assert [p["spec"]["replicas"] for p in patches] == ([] if patched is None else [patched])
+
+
+def test_a_label_for_each_feature_is_kept():
+    model = make_model(
+        meta={"labels": {"features.kubeai.org/SpeechToText": "true", "mine": "1"}},
+        features=["TextGeneration", "TextEmbedding"], replicas=0,
+    )  # fmt: skip
+    _, _, _, patches, _ = plan_of(model)
+    assert patches == [
+        {
+            "metadata": {
+                "labels": {
+                    "features.kubeai.org/TextGeneration": "true",
+                    "features.kubeai.org/TextEmbedding": "true",
+                    "features.kubeai.org/SpeechToText": None,
+                }
+            }
+        }
+    ]
+
+
+# -- pods ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "surge", "pods", "creates", "deletes"),
+    [
+        ("nothing is there", 2, 1, [], 2, []),
+        ("one of two is there", 2, 1, [make_pod("a")], 1, []),
+        ("all are there", 2, 1, [make_pod("a"), make_pod("b", ready=False)], 0, []),
+        ("going away is not there", 1, 1, [make_pod("a", terminating=True)], 1, []),
+        ("ended is not there", 1, 1, [make_pod("a", finished=True, ready=False)], 1, ["a"]),
+        ("created, not observed", 1, 1, [make_pod("a", uid="", ready=False)], 0, []),
+        ("too many, one not observed", 0, 1, [make_pod("a", uid="", ready=False)], 0, []),
+        ("not ready goes first", 1, 1, [make_pod("a"), make_pod("b", ready=False)], 0, ["b"]),
+        ("then not scheduled", 1, 1,
+         [make_pod("a", ready=False), make_pod("b", ready=False, scheduled=False)], 0, ["b"]),
+        ("then the old hash", 1, 0, [make_pod("a"), make_pod("b", hash="old")], 0, ["b"]),
+        ("then the youngest", 1, 1,
+         [make_pod("a", created_s=2.0), make_pod("b", created_s=1.0)], 0, ["a"]),
+        ("scaled to zero", 0, 1, [make_pod("a"), make_pod("b", hash="old")], 0, ["a", "b"]),
+        ("outdated: surge", 2, 1, [make_pod("a", hash="o"), make_pod("b", hash="o")], 1, []),
+        ("outdated: surge of 2", 2, 2, [make_pod("a", hash="o"), make_pod("b", hash="o")], 2, []),
+        ("outdated, no surge", 2, 0, [make_pod("a", hash="o"), make_pod("b", hash="o")], 1, ["a"]),
+        ("no surge, one is not ready", 2, 0,
+         [make_pod("a", hash="o"), make_pod("b", ready=False)], 0, []),
+        ("outdated and not ready goes at once", 2, 1,
+         [make_pod("a", hash="o", ready=False), make_pod("b", hash="o")], 2, ["a"]),
+        ("the new one is not ready", 2, 1,
+         [make_pod("a", hash="o"), make_pod("b", hash="o"), make_pod("c", ready=False)], 0, []),
+        ("the new one is ready: one old goes", 2, 1,
+         [make_pod("a", hash="o"), make_pod("b", hash="o"), make_pod("c")], 1, ["a"]),
+        ("the last old one goes, none comes", 2, 1,
+         [make_pod("a", hash="o"), make_pod("b"), make_pod("c")], 0, ["a"]),
+        ("scaled up while rolling out", 3, 1, [make_pod("a", hash="o")], 3, []),
+        ("scaled down while rolling out", 1, 1,
+         [make_pod("a", hash="o"), make_pod("b", hash="o"), make_pod("c")], 0, ["a", "b"]),
+        ("upstream's hash is not outdated", 1, 1, [make_pod("a", hash=None)], 0, []),
+    ],
+)  # fmt: skip
+def test_pods(name, replicas, surge, pods, creates, deletes):
+    got_creates, got_deletes, *_ = plan_of(make_model(replicas=replicas), *pods, surge=surge)
+    assert (len(got_creates), sorted(got_deletes)) == (creates, sorted(deletes))
+
+
+def test_a_pod_is_the_models_and_says_its_hash():
+    (create,), *_ = plan_of(make_model(replicas=1))
+    meta = create.manifest["metadata"]
+    assert meta["labels"]["pod-hash"] == meta["annotations"][HASH_ANNOTATION] == create.hash
+    assert meta["labels"]["model"] == "m"
+    assert [(o["uid"], o["controller"]) for o in meta["ownerReferences"]] == [("u1", True)]
+    assert create.name == pod_name(make_model(), create.hash, 0)
+
+
+def test_names_are_the_same_for_whoever_plans_and_never_those_of_others():
+    model = make_model(replicas=3)
+    first = [create.name for create in plan_of(model)[0]]
+    assert first == [create.name for create in plan_of(model)[0]]
+    assert len(set(first)) == 3
+    pods = [make_pod(first[0], terminating=True), make_pod(first[2])]
+    again = [c.name for c in plan_of(model, *pods, taken=frozenset({first[1]}))[0]]
+    assert len(again) == 2
+    assert not set(again) & set(first)
+    anew = make_model(meta={"uid": "u2"}, replicas=3)
+    assert not set(first) & {create.name for create in plan_of(anew)[0]}
+
+
+@given(st.integers(0, 200), st.frozensets(st.integers(0, 300)))
+def test_free_names_are_free(count, used):
+    model = make_model()
+    taken = frozenset(pod_name(model, "h", ordinal) for ordinal in used)
+    names = free_names(model, "h", taken, count)
+    assert len(names) == len(set(names)) == count
+    assert not set(names) & taken
+
+
+def test_pods_of_upstream_are_adopted_as_current():
+    creates, deletes, adopted, _, _ = plan_of(make_model(replicas=1), make_pod("a", hash=None))
+    assert (creates, deletes, adopted) == ([], [], ["a"])
+
+
+def test_while_pods_keep_ending_none_is_made():
+    ended = make_pod("a", finished=True, ready=False)
+    creates, deletes, *_ = plan_of(make_model(replicas=2), ended, replace_finished=False)
+    assert (creates, deletes) == ([], [])
+
+
+def test_of_a_model_being_deleted_every_pod_goes_even_if_its_profile_is_gone():
+    model = make_model(
+        meta={"deletionTimestamp": "2026-01-01T00:00:00Z"},
+        replicas=2,
+        resourceProfile="gone:1",
+    )
+    pods = [make_pod("a"), make_pod("b", finished=True), make_pod("c", terminating=True)]
+    creates, deletes, _, patches, status = plan_of(model, *pods)
+    assert (creates, sorted(deletes), patches, status) == ([], ["a", "b"], [], None)
+
+
+# -- what cannot be run --------------------------------------------------------------------------
+
+
+def test_a_model_error_becomes_a_condition_and_what_runs_goes_on_running():
+    model = make_model(replicas=2, resourceProfile="gone:1")
+    creates, deletes, adopted, _, status = plan_of(model, make_pod("a", hash="old"))
+    assert (creates, deletes, adopted) == ([], [], [])
+    assert conditions(status) == {
+        "Ready": ("False", "InvalidProfile"),
+        "Progressing": ("False", "InvalidProfile"),
+    }
+    assert "gone" in status.conditions[0].message
+    assert (status.replicas.all, status.replicas.ready) == (1, 1)
+
+
+def test_a_model_in_error_can_still_be_scaled_down():
+    model = make_model(replicas=0, resourceProfile="gone:1")
+    _, deletes, *_ = plan_of(model, make_pod("a"))
+    assert deletes == ["a"]
+
+
+# -- status --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "pods", "ready", "progressing"),
+    [
+        ({"replicas": 0}, [], ("True", "ScaledToZero"), ("False", "UpToDate")),
+        ({"replicas": 0, "autoscalingDisabled": True}, [],
+         ("False", "ScaledToZero"), ("False", "UpToDate")),
+        ({"replicas": 1}, [], ("False", "ReplicasStarting"), ("True", "ReplicasStarting")),
+        ({"replicas": 2}, [make_pod("a"), make_pod("b")],
+         ("True", "AllReplicasReady"), ("False", "UpToDate")),
+        ({"replicas": 2}, [make_pod("a"), make_pod("b", ready=False)],
+         ("True", "SomeReplicasReady"), ("True", "ReplicasStarting")),
+        ({"replicas": 1},
+         [make_pod("a", ready=False, trouble=Trouble("Unschedulable", "no GPU"))],
+         ("False", "Unschedulable"), ("True", "ReplicasStarting")),
+        ({"replicas": 1}, [make_pod("a", hash="old")],
+         ("True", "AllReplicasReady"), ("True", "RollingOut")),
+    ],
+)  # fmt: skip
+def test_conditions_say_what_goes_on(spec, pods, ready, progressing):
+    *_, status = plan_of(make_model(**spec), *pods)
+    assert conditions(status) == {"Ready": ready, "Progressing": progressing}
+    assert status.selector == "app=model,model=m"
+
+
+def test_a_refused_creation_is_told_and_tried_again():
+    trouble = Trouble("PodRefused", "exceeded quota")
+    creates, *_, status = plan_of(make_model(replicas=1), create_error=trouble)
+    assert len(creates) == 1
+    assert conditions(status)["Ready"] == ("False", "PodRefused")
+    assert status.replicas.all == 0
+
+
+def test_a_status_that_says_it_already_is_not_written():
+    model = make_model(replicas=1)
+    *_, status = plan_of(model, make_pod("a"))
+    told = msgspec.structs.replace(model, status=status)
+    later = Observed(pods=(make_pod("a"),))
+    assert plan(told, CONFIG, later, NOW + timedelta(hours=1)) == []
+
+
+def test_a_condition_keeps_its_time_until_its_status_changes_and_others_stay():
+    theirs = {"type": "Theirs", "status": "True"}
+    model = make_model(replicas=2, status={"conditions": [theirs]})
+    *_, first = plan_of(model, make_pod("a"), make_pod("b"))
+    model = msgspec.structs.replace(model, status=first)
+    later = NOW + timedelta(minutes=1)
+    observed = Observed(pods=(make_pod("a"), make_pod("b", ready=False)))
+    (patch,) = plan(model, CONFIG, observed, later)
+    times = {c.type: c.last_transition_time for c in patch.status.conditions}
+    assert times == {"Ready": NOW, "Progressing": later, "Theirs": None}
+
+
+# -- random histories ----------------------------------------------------------------------------
+
+
+class History:
+    """A Model, its pods, and what may happen to them."""
+
+    def __init__(self, surge):
+        self.config = config(surge)
+        self.surge = surge
+        self.model = make_model(replicas=0)
+        self.pods = {}
+        self.clock_s = 0.0
+        self.names_ever = 0
+
+    def wanted(self):
+        return self.model.spec.replicas
+
+    def step(self):
+        """Plan and apply, all at once; the actions that were not status."""
+        before = [pod for pod in self.pods.values() if pod.counts]
+        observed = Observed(pods=tuple(self.pods.values()))
+        actions = plan(self.model, self.config, observed, NOW)
+        ready_left = sum(pod.ready for pod in before)
+        for action in actions:
+            self.clock_s += 1
+            if isinstance(action, CreatePod):
+                assert action.name not in self.pods
+                self.names_ever += 1
+                self.pods[action.name] = Pod(
+                    name=action.name, uid=f"u-{self.names_ever}", model="m", owner="u1",
+                    hash=action.hash, created_s=self.clock_s,
+                )  # fmt: skip
+            elif isinstance(action, DeletePod):
+                pod = self.pods[action.name]
+                assert pod.uid == action.uid
+                if pod.ready and pod.counts:
+                    ready_left -= 1
+                    if action.why.startswith("outdated"):
+                        assert ready_left >= self.wanted() - (0 if self.surge else 1)
+                self.pods[action.name] = msgspec.structs.replace(pod, terminating=True)
+            elif isinstance(action, PatchStatus):
+                self.model = msgspec.structs.replace(self.model, status=action.status)
+        alive = [pod for pod in self.pods.values() if pod.counts]
+        assert len(alive) <= self.wanted() + self.surge
+        assert self.model.status.replicas.all == len(alive)
+        assert self.model.status.replicas.ready == sum(pod.ready for pod in alive)
+        return [a for a in actions if not isinstance(a, PatchStatus)]
+
+    def happen(self, what, which, number):
+        spec = self.model.spec
+        pods = sorted(self.pods)
+        if what == "scale":
+            spec = msgspec.structs.replace(spec, replicas=number)
+        elif what == "edit":
+            spec = msgspec.structs.replace(spec, args=(f"--version={number % 3}",))
+        elif pods:
+            name = pods[which % len(pods)]
+            pod = self.pods[name]
+            if pod.terminating:
+                del self.pods[name]
+            elif what == "ready" and not pod.finished:
+                pod = msgspec.structs.replace(pod, scheduled=True, ready=True)
+                self.pods[name] = pod
+            elif what == "unready":
+                self.pods[name] = msgspec.structs.replace(pod, ready=False)
+            elif what == "fail":
+                self.pods[name] = msgspec.structs.replace(pod, ready=False, finished=True)
+            elif what == "lose":
+                del self.pods[name]
+            elif what == "delete":
+                self.pods[name] = msgspec.structs.replace(pod, terminating=True)
+        self.model = msgspec.structs.replace(self.model, spec=spec)
+
+
+EVENTS = st.tuples(
+    st.sampled_from(["scale", "edit", "ready", "ready", "unready", "fail", "lose", "delete"]),
+    st.integers(0, 9),
+    st.integers(0, 5),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 3), st.lists(EVENTS, max_size=25))
+def test_whatever_happens_it_converges_within_its_limits_and_then_rests(surge, events):
+    history = History(surge)
+    for event in events:
+        history.happen(*event)
+        history.step()
+    for _ in range(60):  # from here on all pods become ready, and those that go are soon gone
+        changed = history.step()
+        for name, pod in list(history.pods.items()):
+            if pod.terminating:
+                del history.pods[name]
+            elif not pod.finished:
+                history.pods[name] = msgspec.structs.replace(pod, ready=True, scheduled=True)
+        if not changed and not history.step():
+            break
+    assert history.step() == []
+    assert plan(history.model, history.config, history_view(history), NOW) == []
+    alive = [pod for pod in history.pods.values() if pod.counts]
+    assert len(alive) == len(history.pods) == history.wanted()
+    assert {pod.hash for pod in alive} <= {hash_of(history.model)}
+
+
+def history_view(history):
+    return Observed(pods=tuple(history.pods.values()))
