@@ -195,6 +195,7 @@ class Exchange(_relay.Exchange):
         if reservation.first != reservation.name:
             log.info(
                 "moved off its endpoint",
+                request_id=self._request_id(),
                 model=self._ask.name,
                 endpoint=reservation.name,
                 first=reservation.first,
@@ -202,6 +203,11 @@ class Exchange(_relay.Exchange):
                 bound=reservation.bound,
             )
         self.send(reservation.target, self._path, self._payload)  # type: ignore[arg-type]
+
+    def _request_id(self) -> str:
+        """What the client calls the request, to find it in the log; "" for nothing."""
+        given = self.headers(b"x-request-id")
+        return given[0][: openai.ECHO_MAX_CHARS].decode("latin-1") if given else ""
 
     def _release(self) -> str:
         """Count the attempt no more; the name of its endpoint."""
