@@ -187,7 +187,7 @@ _HASH_FIELDS: dict[Kind, frozenset[str]] = {
     Kind.CHAT: frozenset({"messages"}),
     Kind.COMPLETIONS: frozenset({"prompt"}),
     Kind.EMBEDDINGS: frozenset({"input"}),
-    Kind.RERANK: frozenset({"query", "documents"}),
+    Kind.RERANK: frozenset({"query"}),
     Kind.RESPONSES: frozenset({"instructions", "input"}),
     Kind.MESSAGES: frozenset({"system", "messages"}),
 }
@@ -218,7 +218,7 @@ def parse(kind: Kind, body: bytes) -> Ask:
         if text in wanted:
             hashed[text] = value
         elif text == "stream":
-            stream = bytes(value) == b"true"
+            stream = len(memoryview(value)) == 4 and bytes(value) == b"true"
         elif len(text) == 5 and text.lower() == "model":
             if model is not None or text != "model":
                 raise BadRequest(
@@ -247,7 +247,8 @@ def replace_model(body: bytes, new: str) -> bytes:
         start = member.end()
         position = start + len(memoryview(value))
         if key.text == "model":
-            return b"".join((body[:start], _encode(new), body[position:]))
+            view = memoryview(body)  # one copy of a long body, not three
+            return b"".join((view[:start], _encode(new), view[position:]))
     raise BadRequest("You must provide a model parameter.", param="model")
 
 
@@ -318,6 +319,12 @@ _SYSTEM_ROLES = ("system", "developer")
 # A code point takes at most 12 bytes in JSON: two \\uXXXX escapes, a surrogate pair.
 _CODE_POINT_MAX_BYTES = 12
 _TOKEN_MAX_BYTES = 24
+# Of messages and parts that are looked at; { and " are counted instead. Decoding so many takes
+# some 10 ms; 64 MiB of them would take seconds, and gigabytes of memory. Counting has its cost
+# too (1.5 ns a byte), so what is shorter than a mebibyte is not suspected.
+HASH_MAX_COUNT = 200_000
+HASH_SURE_BYTES = 1 << 20
+CROWDED_BYTES = 4096  # what is hashed instead: a later turn begins with the same bytes
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -331,8 +338,7 @@ class _Part(msgspec.Struct, gc=False):
 
 _messages_decoder = msgspec.json.Decoder(list[_Message])
 _parts_decoder = msgspec.json.Decoder(list[_Part | str])
-_part_decoder = msgspec.json.Decoder(_Part)
-_list_decoder = msgspec.json.Decoder(list[Raw])
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def hash_key(adapter: str | None, ask: Ask, prefix_char_length: int) -> int:
@@ -341,7 +347,7 @@ def hash_key(adapter: str | None, ask: Ask, prefix_char_length: int) -> int:
     mmh3 of: a hash of all the system text, the adapter, and the first ``prefix_char_length`` code
     points of the first user message (chat, responses, messages), the prompt, the query or the
     first input. A token id counts as a code point. Shapes that an engine would refuse hash as if
-    they were empty.
+    they were empty; conversations of more than ``HASH_MAX_COUNT`` messages by their first bytes.
     """
     try:
         system, prefix = _hash_text(ask, max(prefix_char_length, 0))
@@ -354,72 +360,78 @@ def hash_key(adapter: str | None, ask: Ask, prefix_char_length: int) -> int:
 
 def _hash_text(ask: Ask, limit: int) -> tuple[list[str], str]:
     """(all system texts, the first ``limit`` code points of what the user says first)."""
-    fields = ask.hash_input
-    if ask.kind is Kind.CHAT or ask.kind is Kind.MESSAGES:
-        system, prefix = _conversation(fields.get("messages", _EMPTY), limit)
-    elif ask.kind is Kind.RESPONSES:
-        system, prefix = _conversation(fields.get("input", _EMPTY), limit)
+    fields, kind = ask.hash_input, ask.kind
+    if kind is Kind.CHAT:
+        return _conversation(fields.get("messages", _EMPTY), limit)
+    if kind is Kind.MESSAGES or kind is Kind.RESPONSES:
+        messages = fields.get("messages" if kind is Kind.MESSAGES else "input", _EMPTY)
+        system, prefix = _conversation(messages, limit)
     else:
-        names = ("query", "documents", "prompt", "input")
-        first = next((fields[name] for name in names if name in fields), _EMPTY)
-        return [], _first_input(memoryview(first), limit)
+        return [], _first_input(memoryview(next(iter(fields.values()), _EMPTY)), limit)
     for name in ("instructions", "system"):
-        if name in fields:
-            system.insert(0, "\n".join(_texts(fields[name], None)))
+        if name in fields and not _is_crowded(fields[name]):
+            system.insert(0, _text(fields[name], None))
     return system, prefix
 
 
 def _conversation(raw: Raw, limit: int) -> tuple[list[str], str]:
-    if _opens(raw) != b"[":
-        return [], "\n".join(_texts(raw, limit))[:limit]
+    if _is_crowded(raw):
+        return [], bytes(memoryview(raw)[:CROWDED_BYTES]).decode("latin-1")
+    if bytes(memoryview(raw)[:1]) != b"[":
+        return [], _text(raw, limit)
     system: list[str] = []
     first: Raw | None = None
     for message in _messages_decoder.decode(raw):
-        if message.role in _SYSTEM_ROLES:
-            system.append("\n".join(_texts(message.content, None)))
-        elif first is None and message.role == "user":
-            first = message.content
-    prefix = "" if first is None else "\n".join(_texts(first, limit))[:limit]
-    return system, prefix
+        role = message.role
+        if role == "user":
+            if first is None:
+                first = message.content
+        elif role in _SYSTEM_ROLES:
+            system.append(_text(message.content, None))
+    return system, "" if first is None else _text(first, limit)
 
 
-def _texts(content: Raw, limit: int | None) -> Iterator[str]:
-    """The texts of a message's content: a string, or the text parts of a list."""
-    opens = _opens(content)
-    if opens == b'"':
-        yield _string(memoryview(content), limit)
-    elif opens == b"[":
-        for part in _parts_decoder.decode(content):
-            if isinstance(part, str):
-                yield part
-            elif _opens(part.text) == b'"':
-                yield _string(memoryview(part.text), limit)
-
-
-def _first_input(view: memoryview, limit: int) -> str:
+def _text(content: Raw, limit: int | None) -> str:
+    """The text of a message's content: a string, or the text parts of a list, a line each."""
+    view = memoryview(content)
     opens = bytes(view[:1])
     if opens == b'"':
         return _string(view, limit)
     if opens != b"[":
         return ""
-    inner = bytes(view[1:65]).lstrip()[:1]
-    if inner in (b'"', b"{"):
-        first = _list_decoder.decode(view)[0]
-        return _string(
-            memoryview(_part_decoder.decode(first).text if inner == b"{" else first), limit
-        )
-    # Token ids, or a list of lists of them: read off the text, for a list may have 100,000.
-    head = bytes(view[: _TOKEN_MAX_BYTES * (limit + 1)]).lstrip(b"[ \t\r\n").partition(b"]")[0]
-    return ",".join(token.strip().decode() for token in head.split(b",")[:limit])
+    texts = (
+        part if isinstance(part, str) else _string(memoryview(part.text), limit)
+        for part in _parts_decoder.decode(content)
+        if isinstance(part, str) or bytes(memoryview(part.text)[:1]) == b'"'
+    )
+    return "\n".join(texts)[:limit]
+
+
+def _first_input(view: memoryview, limit: int) -> str:
+    """Of a string, a list of strings, of token ids, or of lists of token ids."""
+    opens = bytes(view[:1])
+    if opens == b'"':
+        return _string(view, limit)
+    if opens != b"[":
+        return ""
+    # Its beginning is enough: a list may have 100,000 members.
+    head = bytes(view[: _TOKEN_MAX_BYTES * (limit + 3)]).lstrip(b"[ \t\r\n")
+    if head.startswith(b'"'):
+        whole = _STRING.match(head)
+        return _string_decoder.decode(whole[0])[:limit] if whole else _cut_string(head, limit)
+    tokens = head.partition(b"]")[0].split(b",")[:limit]
+    return ",".join(token.strip().decode() for token in tokens)
 
 
 def _string(view: memoryview, limit: int | None) -> str:
     """Decode a JSON string, or only its first ``limit`` code points, however long the rest is."""
-    if bytes(view[:1]) != b'"':
-        return ""
     if limit is None or len(view) <= _CODE_POINT_MAX_BYTES * (limit + 1):
         return _string_decoder.decode(view)[:limit]
-    head = bytes(view[: _CODE_POINT_MAX_BYTES * (limit + 1) + 1])
+    return _cut_string(bytes(view[: _CODE_POINT_MAX_BYTES * (limit + 1) + 1]), limit)
+
+
+def _cut_string(head: bytes, limit: int) -> str:
+    """The first ``limit`` code points of a JSON string that is cut somewhere behind them."""
     # The cut may fall into an escape or a UTF-8 sequence; one of the last twelve places does not.
     for end in range(len(head), len(head) - _CODE_POINT_MAX_BYTES, -1):
         try:
@@ -429,8 +441,13 @@ def _string(view: memoryview, limit: int | None) -> str:
     return ""
 
 
-def _opens(raw: Raw) -> bytes:
-    return bytes(memoryview(raw)[:1])
+def _is_crowded(raw: Raw) -> bool:
+    """Whether there may be more than ``HASH_MAX_COUNT`` messages or parts."""
+    view = memoryview(raw)
+    if len(view) <= HASH_SURE_BYTES:
+        return False
+    text = bytes(view)
+    return text.count(b"{") + text.count(b'"') - text.count(b'\\"') > HASH_MAX_COUNT
 
 
 # -- label selectors -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 
 import mmh3
 import pytest
@@ -414,13 +415,48 @@ def test_the_first_input_is_the_prefix(kind, name):
     assert of([]) == of([[]]) == of("") == of({"odd": 1})
 
 
+@given(st.text(max_size=20), st.integers(0, 30), st.booleans(), st.integers(0, 300))
+def test_the_first_of_a_list_is_cut_as_a_string_is(text, n, ascii_only, more):
+    text = (text + '\U0001f600\\"' * more).encode("utf-8", "replace").decode()
+
+    def of(value, indent=None):
+        body = json.dumps({"model": "m", "input": value}, ensure_ascii=ascii_only, indent=indent)
+        return hash_key(None, parse(Kind.EMBEDDINGS, body.encode()), n)
+
+    assert of(text) == of([text, "other"]) == of([text], indent=2) == of(text[:n])
+
+
 def test_a_rerank_goes_by_its_query():
     def of(**body):
         return key_of(body, Kind.RERANK)
 
     assert of(query="q", documents=["a"]) == of(query="q", documents=["b"])
     assert of(query="q", documents=["a"]) != of(query="r", documents=["a"])
-    assert of(documents=["a"]) == of(documents=[{"text": "a"}]) != of(documents=["b"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (Kind.CHAT, b'{"model":"m","messages":[' + b"{}," * 5_000_000 + b"{}]}"),
+        (Kind.CHAT, b'{"model":"m","messages":[{"role":"user","content":['
+         + b'"",' * 5_000_000 + b'""]}]}'),
+        (Kind.MESSAGES, b'{"model":"m","system":[' + b'"",' * 5_000_000 + b'""]}'),
+        (Kind.EMBEDDINGS, b'{"model":"m","input":[' + b'"",' * 5_000_000 + b'""]}'),
+        (Kind.COMPLETIONS, b'{"model":"m","prompt":[' + b"1," * 5_000_000 + b"1]}"),
+    ],
+)  # fmt: skip
+def test_a_body_of_very_many_parts_costs_no_memory(kind, body):
+    tracemalloc.start()
+    hash_key(None, parse(kind, body), 100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(body)
+
+
+def test_a_conversation_with_very_many_parts_keeps_its_key():
+    turns = [("user", [{"type": "text", "text": f"part {n}"} for n in range(40_000)])]
+    first, second = conversation(*turns), conversation(*turns, ("user", "more"))
+    assert key_of(first) == key_of(second) != key_of(conversation(("user", "part 0")))
 
 
 def test_megabytes_are_read_in_milliseconds():
