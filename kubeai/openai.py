@@ -36,6 +36,7 @@ from msgspec import Raw
 
 PREFIX = "/openai"
 TOP_LEVEL_KEYS_MAX_COUNT = 1000
+SELECTOR_MAX_CHARS = 4096
 ECHO_MAX_CHARS = 200  # of a client's text that an error message repeats
 
 Labels = Mapping[str, str]
@@ -467,6 +468,8 @@ def parse_selector(text: str) -> Selector:
     ``k<1``, joined by commas. As in Kubernetes ``!=`` and ``notin`` also match a missing label.
     """
     try:
+        if len(text) > SELECTOR_MAX_CHARS:
+            raise ValueError(f"it is longer than {SELECTOR_MAX_CHARS} characters")
         requirements = tuple(_requirements(text))
     except ValueError as error:
         raise BadRequest(
