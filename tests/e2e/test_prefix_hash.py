@@ -84,6 +84,11 @@ async def test_conversations_stay_with_their_cache_and_what_moves_says_why(tmp_p
             check_reason(event)
 
         assert len(spread.strays()) > 0.3 * len(spread.turns), "least load is no rival"
+        print(
+            f"PrefixHash: {len(strays)} of {len(hashed.turns)} turns elsewhere, "
+            f"{len(moves(local))} moved, hit rate {hashed.hit_rate():.1%}; "
+            f"LeastLoad: {len(spread.strays())} elsewhere, hit rate {spread.hit_rate():.1%}"
+        )
         assert hashed.hit_rate() >= spread.hit_rate() + 0.20
 
         await a_hot_prefix_spills_over(local)
