@@ -7,6 +7,7 @@ diff, edit and field validation. OpenAPI v2 has the same schemas, as JSON.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from typing import Any
@@ -20,6 +21,7 @@ Object = dict[str, Any]
 
 # The release whose behaviour the contract tests compare with.
 MAJOR, MINOR, PATCH = 1, 36, 3
+DOCUMENTS_MAX = 64  # kept until the resources change
 _READS = ("get", "patch", "update")
 
 
@@ -192,14 +194,19 @@ def _group_versions(catalog: Catalog) -> dict[str, tuple[str, str]]:
 def openapi_index(catalog: Catalog) -> Object:
     paths: Object = {}
     for path, (group, version) in _group_versions(catalog).items():
-        document = orjson.dumps(openapi_v3(catalog, group, version))
+        document = openapi_v3(catalog, group, version) or b""
         digest = hashlib.sha256(document).hexdigest()[:32].upper()
         paths[path] = {"serverRelativeURL": f"/openapi/v3/{path}?hash={digest}"}
     return {"paths": paths}
 
 
-def openapi_v3(catalog: Catalog, group: str, version: str) -> Object | None:
+def openapi_v3(catalog: Catalog, group: str, version: str) -> bytes | None:
     """The document of one group and version; None when nothing is served there."""
+    return _openapi_v3(catalog, catalog.changes, group, version)
+
+
+@functools.lru_cache(maxsize=DOCUMENTS_MAX)
+def _openapi_v3(catalog: Catalog, _changes: int, group: str, version: str) -> bytes | None:
     resources = [r for r in catalog.of_group(group) if r.version == version]
     if not resources:
         return None
@@ -208,13 +215,16 @@ def openapi_v3(catalog: Catalog, group: str, version: str) -> Object | None:
     for resource in resources:
         name = _schema_name(resource)
         schemas[name] = _schema(resource)
+        if resource.schema is not None:
+            schemas |= resource.schema.definitions
         paths |= _paths(resource, {"$ref": f"#/components/schemas/{name}"})
-    return {
+    document = {
         "openapi": "3.0.0",
         "info": {"title": "KubeAI's embedded Kubernetes API", "version": version_text()},
         "paths": paths,
         "components": {"schemas": schemas},
     }
+    return orjson.dumps(document).replace(b'"#/$defs/', b'"#/components/schemas/')
 
 
 def version_text() -> str:
@@ -283,10 +293,16 @@ def _operation(
     return operation
 
 
-def openapi_v2(catalog: Catalog) -> Object:
-    return {
+def openapi_v2(catalog: Catalog) -> bytes:
+    definitions: Object = {}
+    for resource in catalog.all():
+        definitions[_schema_name(resource)] = _schema(resource)
+        if resource.schema is not None:
+            definitions |= resource.schema.definitions
+    document = {
         "swagger": "2.0",
         "info": {"title": "KubeAI's embedded Kubernetes API", "version": version_text()},
         "paths": {},
-        "definitions": {_schema_name(resource): _schema(resource) for resource in catalog.all()},
+        "definitions": definitions,
     }
+    return orjson.dumps(document).replace(b'"#/$defs/', b'"#/definitions/')

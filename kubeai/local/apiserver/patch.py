@@ -28,11 +28,12 @@ def apply(kind: str, target: Object, patch: Any, schema: Schema | None, custom: 
     """`target` with the patch applied. `kind` is the request's content type."""
     if kind == JSON:
         return _json(target, patch)
-    if kind == MERGE or (kind == STRATEGIC and not custom):
+    if kind == MERGE or (kind == STRATEGIC and not custom and schema is not None):
         if not isinstance(patch, dict):
             raise bad_request("the patch must be a JSON object")
-        merged = merge(target, patch) if kind == MERGE else strategic(target, patch, schema)
-        assert isinstance(merged, dict)
+        if schema is not None and kind == STRATEGIC:
+            return strategic(target, patch, schema)
+        merged: Object = merge(target, patch)
         return merged
     accepted = (JSON, MERGE) if custom else (JSON, MERGE, STRATEGIC)
     raise unsupported_media_type(kind, accepted)
@@ -70,5 +71,118 @@ def merge(target: Any, patch: Any) -> Any:
     return out
 
 
-def strategic(target: Any, patch: Any, schema: Schema | None) -> Any:
-    raise unsupported_media_type(STRATEGIC, (JSON, MERGE))
+# Strategic merge.
+
+_ORDER, _DROP = "$setElementOrder/", "$deleteFromPrimitiveList/"
+_RETAIN, _DIRECTIVE = "$retainKeys", "$patch"
+_PLAIN: Object = {}
+
+
+def strategic(target: Object, patch: Object, schema: Schema) -> Object:
+    """Lists are merged by their keys, as the schema says; directives in the patch are obeyed."""
+    return _merge_map(target, patch, schema.root, schema)
+
+
+def _merge_map(target: Any, patch: Object, place: Object, schema: Schema) -> Object:
+    """`place` is the schema of the two."""
+    directive = patch.get(_DIRECTIVE)
+    if directive == "delete":
+        return {}
+    if directive not in (None, "merge", "replace"):
+        raise bad_request(f"Unknown patch type found: {directive}")
+    out = dict(target) if isinstance(target, dict) and directive != "replace" else {}
+    if _RETAIN in patch:
+        out = {name: out[name] for name in out if name in patch[_RETAIN]}
+    for name, value in patch.items():
+        if name.startswith(_DROP):
+            field = name.removeprefix(_DROP)
+            out[field] = [item for item in out.get(field) or () if item not in value]
+        elif name in (_DIRECTIVE, _RETAIN) or name.startswith(_ORDER):
+            continue
+        elif value is None:
+            out.pop(name, None)
+        else:
+            order = patch.get(_ORDER + name)
+            out[name] = _merge_member(out.get(name), value, _member(place, name), schema, order)
+    for name, order in patch.items():  # an order may come without a change
+        field = name.removeprefix(_ORDER)
+        if name.startswith(_ORDER) and field not in patch and out.get(field):
+            key = _member(place, field).get(_KEY)
+            out[field] = _ordered(out[field], out[field], order, key)
+    return out
+
+
+_KEY, _STRATEGY = "x-kubernetes-patch-merge-key", "x-kubernetes-patch-strategy"
+
+
+def _member(place: Object, name: str) -> Object:
+    """The schema of a member as it stands there: the strategy is not the referred type's."""
+    properties = place.get("properties") or {}
+    member: Object = properties.get(name) or place.get("additionalProperties") or _PLAIN
+    return member
+
+
+def _merge_member(
+    target: Any, value: Any, place: Object, schema: Schema, order: list[Any] | None
+) -> Any:
+    strategies = str(place.get(_STRATEGY, "")).split(",")
+    if isinstance(value, dict):
+        if "replace" in strategies:
+            return copy.deepcopy(value)
+        return _merge_map(target, value, schema.resolve(place), schema)
+    if isinstance(value, list) and "merge" in strategies:
+        return _merge_list(target if isinstance(target, list) else [], value, place, schema, order)
+    return copy.deepcopy(value)
+
+
+def _merge_list(
+    target: list[Any], patch: list[Any], place: Object, schema: Schema, order: list[Any] | None
+) -> list[Any]:
+    key = place.get(_KEY)
+    if key is None:
+        merged = [*target, *(item for item in patch if item not in target)]
+        return _ordered(merged, target, order, None)
+    item_schema = schema.resolve(place.get("items") or _PLAIN)
+    merged = list(target)
+    for item in patch:
+        if not isinstance(item, dict):
+            raise bad_request(f"the patch has {item!r} in a list of objects with the key {key}")
+        if item.get(_DIRECTIVE) == "replace":
+            rest = [other for other in patch if _DIRECTIVE not in other]
+            return copy.deepcopy(rest)
+        if key not in item:
+            raise bad_request(f"map: {item} does not contain declared merge key: {key}")
+        found = [n for n, other in enumerate(merged) if other.get(key) == item[key]]
+        if item.get(_DIRECTIVE) == "delete":
+            merged = [other for other in merged if other.get(key) != item[key]]
+        elif found:
+            merged[found[0]] = _merge_map(merged[found[0]], item, item_schema, schema)
+        else:
+            merged.append(_merge_map({}, item, item_schema, schema))
+    return _ordered(merged, target, order, key)
+
+
+def _ordered(
+    items: list[Any], before: list[Any], order: list[Any] | None, key: str | None
+) -> list[Any]:
+    """In the order that the patch wants; items that it does not know stay where they were."""
+    if not order:
+        return items
+
+    def identity(item: Any) -> Any:
+        return item.get(key) if key and isinstance(item, dict) else item
+
+    wanted = [identity(item) for item in order]
+    places = [identity(item) for item in before]
+    known = sorted((i for i in items if identity(i) in wanted), key=lambda i: wanted.index(
+        identity(i)))  # fmt: skip
+    for item in items:
+        if identity(item) in wanted:
+            continue
+        at = places.index(identity(item)) if identity(item) in places else len(places)
+        after = [
+            n for n, other in enumerate(known)
+            if identity(other) in places and places.index(identity(other)) < at
+        ]  # fmt: skip
+        known.insert(after[-1] + 1 if after else 0, item)
+    return known

@@ -302,6 +302,13 @@ class Registry:
         unknown = meta.tidy(obj, resource.version, resource.kind)
         if resource.schema is not None:
             unknown += resource.schema.prune(obj)
+            resource.schema.default(obj)
+            misfits = [] if resource.custom else resource.schema.misfits(obj)
+            if misfits:
+                raise errors.bad_request(
+                    f'{resource.kind} in version "{resource.version}" cannot be handled as a '
+                    f"{resource.kind}: {misfits[0].line()}"
+                )
         if not unknown or options.field_validation == "Ignore":
             return
         said = [f'unknown field "{path}"' for path in sorted(set(unknown))]

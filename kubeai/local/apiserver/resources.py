@@ -6,9 +6,13 @@ A `Resource` is what the registry, the printer and discovery need to know of a c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import orjson
 
 from kubeai.local.apiserver.schema import Schema
 from kubeai.local.apiserver.status import group_resource
@@ -71,25 +75,57 @@ class Resource:
         return self.singular or self.kind.lower()
 
 
+@functools.cache
+def _definitions() -> Object:
+    """Schemas of the built-in kinds, by kind; tests/cluster/schemas.py writes the file."""
+    content: Object = orjson.loads(Path(__file__).with_name("builtins.json").read_bytes())
+    return content
+
+
+def _references(value: Any) -> set[str]:
+    if isinstance(value, list):
+        return set().union(*map(_references, value))
+    if not isinstance(value, dict):
+        return set()
+    target = value.get("$ref")
+    found = {target.rpartition("/")[2]} if isinstance(target, str) else set()
+    return found.union(*map(_references, value.values()))
+
+
+def _built_in_schema(kind: str) -> Schema:
+    """The schema of a built-in kind, with no more definitions than it needs."""
+    known = _definitions()
+    needed: set[str] = set()
+    wanted = _references(known[kind])
+    while wanted:
+        needed |= wanted
+        wanted = set().union(*(_references(known[name]) for name in wanted)) - needed
+    return Schema(known[kind], {name: known[name] for name in sorted(needed)})
+
+
+def _built_in(group: str, version: str, plural: str, kind: str, **rest: Any) -> Resource:
+    return Resource(group, version, plural, kind, schema=_built_in_schema(kind), **rest)
+
+
 _META = ("metadata.name", "metadata.namespace")
 CORE = ""
-CRDS = Resource(
+CRDS = _built_in(
     "apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition",
     namespaced=False, short_names=("crd", "crds"), categories=("api-extensions",),
     subresources=("status",), unconditional_update=False, generation=True, selectable=_META,
 )  # fmt: skip
-PODS = Resource(
+PODS = _built_in(
     CORE, "v1", "pods", "Pod", short_names=("po",), categories=("all",), generation=True,
     subresources=("status", "log", "binding"),
     selectable=(*_META, "spec.nodeName", "spec.restartPolicy", "spec.schedulerName",
                 "spec.serviceAccountName", "spec.hostNetwork", "status.phase", "status.podIP",
                 "status.nominatedNodeName"),
 )  # fmt: skip
-NAMESPACES = Resource(
+NAMESPACES = _built_in(
     CORE, "v1", "namespaces", "Namespace", namespaced=False, short_names=("ns",),
     subresources=("status",), selectable=(*_META, "status.phase"),
 )  # fmt: skip
-EVENTS = Resource(
+EVENTS = _built_in(
     CORE, "v1", "events", "Event", short_names=("ev",),
     selectable=(*_META, "involvedObject.kind", "involvedObject.namespace", "involvedObject.name",
                 "involvedObject.uid", "involvedObject.apiVersion",
@@ -101,27 +137,27 @@ BUILT_IN = (
     PODS,
     EVENTS,
     CRDS,
-    Resource(CORE, "v1", "configmaps", "ConfigMap", short_names=("cm",), selectable=_META),
-    Resource(CORE, "v1", "secrets", "Secret", selectable=(*_META, "type")),
-    Resource(
+    _built_in(CORE, "v1", "configmaps", "ConfigMap", short_names=("cm",), selectable=_META),
+    _built_in(CORE, "v1", "secrets", "Secret", selectable=(*_META, "type")),
+    _built_in(
         CORE, "v1", "services", "Service", short_names=("svc",), categories=("all",),
         subresources=("status",), selectable=(*_META, "spec.clusterIP", "spec.type"),
     ),
-    Resource(CORE, "v1", "serviceaccounts", "ServiceAccount", short_names=("sa",),
+    _built_in(CORE, "v1", "serviceaccounts", "ServiceAccount", short_names=("sa",),
              selectable=_META),
-    Resource(
+    _built_in(
         CORE, "v1", "persistentvolumeclaims", "PersistentVolumeClaim", short_names=("pvc",),
         subresources=("status",), selectable=_META,
     ),
-    Resource(
+    _built_in(
         CORE, "v1", "nodes", "Node", namespaced=False, short_names=("no",),
         subresources=("status",), selectable=(*_META, "spec.unschedulable"),
     ),
-    Resource(
+    _built_in(
         "batch", "v1", "jobs", "Job", categories=("all",), subresources=("status",),
         generation=True, selectable=(*_META, "status.successful"),
     ),
-    Resource(
+    _built_in(
         "coordination.k8s.io", "v1", "leases", "Lease", unconditional_update=False,
         selectable=_META,
     ),
@@ -133,6 +169,7 @@ class Catalog:
 
     def __init__(self) -> None:
         self._served: dict[tuple[str, str, str], Resource] = {}
+        self.changes = 0  # counts them, for whoever derives something from the whole
         for resource in BUILT_IN:
             self._served[resource.group, resource.version, resource.plural] = resource
 
@@ -159,6 +196,7 @@ class Catalog:
 
     def replace(self, group: str, plural: str, resources: Iterable[Resource]) -> None:
         """Serve these versions of a custom collection and no others."""
+        self.changes += 1
         for old in [r for r in self._served.values() if (r.group, r.plural) == (group, plural)]:
             del self._served[old.group, old.version, old.plural]
         for resource in resources:

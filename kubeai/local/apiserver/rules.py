@@ -11,6 +11,7 @@ here, is refused when it is created.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -238,10 +239,11 @@ def _by_keys(items: Any, keys: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
 
 # Values as CEL sees them.
 
-_RESERVED = frozenset(
-    "true false null in as break const continue else for function if import let loop package "
-    "namespace return var void while".split()
-)
+_RESERVED = frozenset((
+    "true", "false", "null", "in", "as", "break", "const", "continue", "else", "for",
+    "function", "if", "import", "let", "loop", "package", "namespace", "return", "var",
+    "void", "while",
+))  # fmt: skip
 
 
 def _escaped(name: str) -> str:
@@ -316,7 +318,7 @@ def _last_index_of(where: Any, what: Any) -> int:
 
 
 def _is_sorted(items: list[Any]) -> bool:
-    return all(a <= b for a, b in zip(items, items[1:], strict=False))
+    return all(a <= b for a, b in itertools.pairwise(items))
 
 
 def _find(text: str, pattern: str) -> str:
@@ -352,12 +354,13 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "trim": lambda text: text.strip(),
     "upperAscii": lambda text: text.upper(),
 }
-_STANDARD = frozenset(
-    "size contains startsWith endsWith matches type string int uint double bytes dyn duration "
-    "timestamp getFullYear getMonth getDayOfYear getDayOfMonth getDate getDayOfWeek getHours "
-    "getMinutes getSeconds getMilliseconds all exists exists_one map filter has of none "
-    "ofNonZeroValue hasValue value orValue or optMap".split()
-)
+_STANDARD = frozenset((
+    "size", "contains", "startsWith", "endsWith", "matches", "type", "string", "int", "uint",
+    "double", "bytes", "dyn", "duration", "timestamp", "getFullYear", "getMonth",
+    "getDayOfYear", "getDayOfMonth", "getDate", "getDayOfWeek", "getHours", "getMinutes",
+    "getSeconds", "getMilliseconds", "all", "exists", "exists_one", "map", "filter", "has",
+    "of", "none", "ofNonZeroValue", "hasValue", "value", "orValue", "or", "optMap",
+))  # fmt: skip
 
 
 def _is_known(name: str) -> bool:

@@ -10,6 +10,7 @@ Paths are written as in ``spec.adapters[0].name``; array elements of JSONPath-li
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,21 +50,30 @@ def show(value: Any) -> str:
 
 
 class Schema:
-    """One version's schema. `definitions` are what ``$ref: #/$defs/…`` inside it points to."""
+    """One version's schema. `definitions` are what ``$ref: #/$defs/…`` inside it points to.
+
+    A schema with definitions is a built-in resource's: it has no rules, and its list types only
+    say how lists are merged. Raises ValueError when it is not a JSON schema.
+    """
 
     def __init__(self, root: Object, definitions: Object | None = None) -> None:
         self.root = root
-        self._definitions = definitions or {}
-        document = _json_schema(root)
-        if self._definitions:
-            document["$defs"] = {
-                name: _json_schema(schema) for name, schema in self._definitions.items()
-            }
-        self._validator = jsonschema_rs.Draft202012Validator(
-            document, validate_formats=True, pattern_options=jsonschema_rs.RegexOptions()
-        )
+        self.definitions = definitions or {}
         self._rules = Rules(root)
         self.mistakes = self._rules.mistakes
+        if not definitions:
+            _ = self._validator
+
+    @functools.cached_property
+    def _validator(self) -> jsonschema_rs.Draft202012Validator:
+        document = _json_schema(self.root)
+        if self.definitions:
+            document["$defs"] = {
+                name: _json_schema(schema) for name, schema in self.definitions.items()
+            }
+        return jsonschema_rs.Draft202012Validator(
+            document, validate_formats=True, pattern_options=jsonschema_rs.RegexOptions()
+        )
 
     # Pruning.
 
@@ -76,7 +86,7 @@ class Schema:
     def _prune(
         self, value: Any, schema: Object, path: Path, unknown: list[str], embedded: bool = False
     ) -> None:
-        schema = self._resolve(schema)
+        schema = self.resolve(schema)
         if isinstance(value, list):
             for index, item in enumerate(value):
                 self._prune(item, schema.get("items") or {}, (*path, index), unknown)
@@ -85,26 +95,26 @@ class Schema:
             for name in list(value):
                 if embedded and name in _TYPE_META:
                     continue
-                child = self._child(schema, name)
+                child = self.child(schema, name)
                 if child is not None:
                     self._prune(value[name], child, (*path, name), unknown)
                 elif not schema.get(_PRESERVE):
                     del value[name]
                     unknown.append(show_path((*path, name)))
 
-    def _resolve(self, schema: Object) -> Object:
+    def resolve(self, schema: Object) -> Object:
         while "$ref" in schema:
-            schema = self._definitions[schema["$ref"].rpartition("/")[2]]
+            schema = self.definitions[schema["$ref"].rpartition("/")[2]]
         return schema
 
-    def _child(self, schema: Object, name: str) -> Object | None:
+    def child(self, schema: Object, name: str) -> Object | None:
         """The schema of a member, or None when nothing declares it."""
         properties = schema.get("properties") or {}
         if name in properties:
-            return self._resolve(properties[name])
+            return self.resolve(properties[name])
         extra = schema.get("additionalProperties")
         if isinstance(extra, dict):
-            return self._resolve(extra)
+            return self.resolve(extra)
         return {_PRESERVE: True} if extra is True else None
 
     # Defaulting.
@@ -114,23 +124,31 @@ class Schema:
         self._default(obj, self.root)
 
     def _default(self, value: Any, schema: Object) -> None:
-        schema = self._resolve(schema)
+        schema = self.resolve(schema)
         if isinstance(value, list):
             for item in value:
                 self._default(item, schema.get("items") or {})
         elif isinstance(value, dict):
             for name, declared in (schema.get("properties") or {}).items():
-                declared = {**self._resolve(declared), **declared}
+                declared = {**self.resolve(declared), **declared}
                 if name in value and value[name] is None and not declared.get("nullable"):
                     del value[name]  # such a null means that the field is absent
                 if name not in value and "default" in declared:
                     value[name] = copy.deepcopy(declared["default"])
             for name, member in value.items():
-                child = self._child(schema, name)
+                child = self.child(schema, name)
                 if child is not None:
                     self._default(member, child)
 
     # Validation.
+
+    def misfits(self, obj: Object) -> list[Cause]:
+        """Values of the wrong type: what Go could not have decoded."""
+        return [
+            _cause(error)
+            for error in self._validator.iter_errors(obj)
+            if error.kind.name in ("type", "format")
+        ]
 
     def validate(self, obj: Object, old: Object | None = None) -> list[Cause]:
         """What is wrong with a pruned and defaulted object; `old` is the one that it replaces.
@@ -144,20 +162,21 @@ class Schema:
                 causes.append(_cause(error))
             if len(causes) >= _ERRORS_MAX:
                 return causes
-        causes += self._duplicates(obj, self.root, ())
+        if not self.definitions:
+            causes += self._duplicates(obj, self.root, ())
         if not any(cause.reason in _BLOCKING for cause in causes):
             return causes + self._rules.check(obj, old)
         return causes + self._rules.unchecked
 
     def _duplicates(self, value: Any, schema: Object, path: Path) -> Iterator[Cause]:
-        schema = self._resolve(schema)
+        schema = self.resolve(schema)
         if isinstance(value, list):
             yield from _repeated(value, schema, path)
             for index, item in enumerate(value):
                 yield from self._duplicates(item, schema.get("items") or {}, (*path, index))
         elif isinstance(value, dict):
             for name, member in value.items():
-                child = self._child(schema, name)
+                child = self.child(schema, name)
                 if child is not None and isinstance(member, (dict, list)):
                     yield from self._duplicates(member, child, (*path, name))
 

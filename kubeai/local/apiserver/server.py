@@ -169,7 +169,7 @@ class Server:
         if not _accepts_json(request):
             raise StatusError(406, "NotAcceptable", "only application/json can be accepted here")
         if parts == ["v2"]:
-            return _json(discovery.openapi_v2(catalog))
+            return _respond(request, discovery.openapi_v2(catalog))
         if parts == ["v3"]:
             return _json(discovery.openapi_index(catalog))
         document = None
@@ -179,7 +179,7 @@ class Server:
             document = discovery.openapi_v3(catalog, parts[2], parts[3])
         if document is None:
             raise errors.no_such_path()
-        return _json(document)
+        return _respond(request, document)
 
     # Resources.
 

@@ -1,0 +1,98 @@
+"""Write the schemas of the embedded API's built-in resources, as a real kube-apiserver tells them.
+
+    KUBEBUILDER_ASSETS=$(tests/cluster/build.sh) python tests/cluster/schemas.py
+
+To be run again when the version in go.mod changes. What the embedded API has no use for is left
+out: descriptions, the zero values that OpenAPI calls defaults, and `required` (Go fills such
+fields with zero values; what a real API server insists on is checked by hand).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import orjson
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "contract"))
+TARGET = ROOT / "kubeai" / "local" / "apiserver" / "builtins.json"
+GROUPS = {
+    "api/v1": (
+        "ConfigMap", "Event", "Namespace", "Node", "PersistentVolumeClaim", "Pod", "Secret",
+        "Service", "ServiceAccount",
+    ),
+    "apis/batch/v1": ("Job",),
+    "apis/coordination.k8s.io/v1": ("Lease",),
+    "apis/apiextensions.k8s.io/v1": ("CustomResourceDefinition",),
+}  # fmt: skip
+KEPT = (
+    "type", "x-kubernetes-patch-strategy", "x-kubernetes-patch-merge-key", "x-kubernetes-list-type",
+    "x-kubernetes-list-map-keys", "x-kubernetes-map-type",
+)  # fmt: skip
+OBSERVED = ("Status", "Condition", "State", "Address", "Info")  # an enum there is not enforced
+ANYTHING = {"x-kubernetes-preserve-unknown-fields": True}
+
+
+def short(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def slim(schema: dict, enums: bool) -> dict:
+    """One schema, and the names of the others that it needs in `$ref`s."""
+    reference = schema.get("$ref") or next(
+        (part["$ref"] for part in schema.get("allOf", ()) if "$ref" in part), None
+    )
+    out = {key: schema[key] for key in KEPT if key in schema}
+    if reference:
+        return {**out, "$ref": f"#/$defs/{short(reference.rpartition('/')[2])}"}
+    if "oneOf" in schema:  # IntOrString and Quantity
+        out["type"] = [kind["type"] for kind in schema["oneOf"]]
+    if schema.get("format") == "date-time":
+        out["format"] = "date-time"
+    if enums and "enum" in schema:
+        out["enum"] = schema["enum"]
+    if "properties" in schema:
+        out["properties"] = {key: slim(value, enums) for key, value in schema["properties"].items()}
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            out[key] = slim(schema[key], enums)
+    plain_object = out.get("type") == "object" and not (
+        "properties" in out or "additionalProperties" in out
+    )
+    return out if "type" in out and not plain_object else {**out, **ANYTHING}
+
+
+def references(value: object) -> set[str]:
+    if isinstance(value, dict):
+        target = value.get("$ref")  # a definition's schema has a property of that name
+        found = {short(target.rpartition("/")[2])} if isinstance(target, str) else set()
+        return found.union(*(references(member) for member in value.values()))
+    if isinstance(value, list):
+        return set().union(*(references(item) for item in value))
+    return set()
+
+
+def main() -> None:
+    from conftest import real
+
+    known: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder, real(Path(folder) / "api") as server:
+        for path in GROUPS:
+            document = server.request("GET", f"/openapi/v3/{path}")[1]
+            for name, schema in document["components"]["schemas"].items():
+                converted = slim(schema, not short(name).endswith(OBSERVED))
+                assert known.setdefault(short(name), converted) == converted, name
+    wanted = {kind for kinds in GROUPS.values() for kind in kinds}
+    needed: set[str] = set()
+    while wanted:
+        needed |= wanted
+        wanted = set().union(*(references(known[name]) for name in wanted)) - needed
+    chosen = {name: known[name] for name in sorted(needed)}
+    TARGET.write_bytes(orjson.dumps(chosen, option=orjson.OPT_SORT_KEYS) + b"\n")
+    print(f"{TARGET.relative_to(ROOT)}: {len(chosen)} schemas, {TARGET.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
