@@ -542,7 +542,7 @@ def _decode_leniently(r: Resource, raw: msgspec.Raw, type_: Any) -> Any:
     try:
         return _decoder(type_).decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.error("object passed over", resource=r.plural, error=str(error), start=bytes(raw[:200]))
+        log.error("object passed over", resource=r.plural, error=str(error), start=bytes(raw)[:200])
         return None
 
 

@@ -1,0 +1,384 @@
+"""The Kubernetes client against a server that behaves as told: verbs, errors, watches, auth."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+import orjson
+import pytest
+import yaml
+from aiohttp import web
+
+from kubeai.errors import KubeAIError
+from kubeai.kube import CONFIGMAPS, LEASES, MODELS, NODES, PODS, ApiError, Backoff, Kube
+
+DEADLINE_S = 10.0
+
+
+def thing(name, version, **data):
+    return {"metadata": {"name": name, "resourceVersion": str(version)}, "data": data}
+
+
+def event(kind, obj):
+    return orjson.dumps({"type": kind, "object": obj}) + b"\n"
+
+
+def gone():
+    return event("ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "old"})
+
+
+class Server:
+    """Answers from scripts: `lists` and `watches` are taken in turn, the last one again."""
+
+    def __init__(self):
+        self.requests = []
+        self.lists = [([], "1")]
+        self.watches = []
+        self.answer = None  # (status, body, headers) for everything else
+        self.tokens = None
+        self.open_watches = 0
+        self.done = asyncio.Event()
+        self.again = asyncio.Event()  # set when the last watch of the script is open
+
+    async def handle(self, request):
+        body = await request.read()
+        self.requests.append((request.method, request.path_qs, request.headers, body))
+        if self.tokens and request.headers.get("Authorization") not in self.tokens:
+            return web.json_response({"message": "who are you", "code": 401}, status=401)
+        if self.answer is not None:
+            status, body, headers = self.answer
+            return web.Response(status=status, body=body, headers=headers)
+        if "watch" in request.query:
+            return await self.watch(request)
+        items, version = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
+        meta = {"resourceVersion": version}
+        if isinstance(items, dict):  # pages by their continue token
+            items, meta["continue"] = items[request.query.get("continue", "")]
+        return web.json_response({"metadata": meta, "items": items})
+
+    async def watch(self, request):
+        if not self.watches:
+            self.again.set()
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await self.done.wait()
+            return response
+        chunks = self.watches.pop(0)
+        if isinstance(chunks, int):
+            return web.json_response({"code": chunks, "message": "no"}, status=chunks)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for chunk in chunks:
+            await response.write(chunk)
+            await asyncio.sleep(0)
+        return response
+
+    def watched_from(self):
+        queries = [path for _, path, _, _ in self.requests if "watch=1" in path]
+        return [q.split("resourceVersion=")[1].split("&")[0] for q in queries]
+
+
+def kubeconfig(path, url, user):
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "users": [{"name": "u", "user": user}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "ns"}}],
+    }
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+@pytest.fixture
+async def server():
+    server = Server()
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_route("*", "/{path:.*}", server.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    yield server
+    server.done.set()
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def kube(server, tmp_path):
+    kube = await Kube.connect(kubeconfig(tmp_path / "kubeconfig", server.url, {"token": "secret"}))
+    yield kube
+    await kube.close()
+
+
+class View:
+    """What a follower knows."""
+
+    def __init__(self):
+        self.objects = {}
+        self.lists = 0
+        self.events = []
+
+    def replaced(self, items):
+        self.lists += 1
+        self.objects = {item["metadata"]["name"]: item for item in items}
+
+    def changed(self, kind, item):
+        name = item["metadata"]["name"]
+        self.events.append((kind, name))
+        if kind == "DELETED":
+            self.objects.pop(name, None)
+        else:
+            self.objects[name] = item
+
+
+async def following(kube, server, **options):
+    """Follow until the server's script is at its end; the view that resulted."""
+    view = View()
+    follow = kube.follow(CONFIGMAPS, "ns", replaced=view.replaced, changed=view.changed, **options)
+    task = asyncio.create_task(follow)
+    end = asyncio.create_task(server.again.wait())
+    try:
+        done, _ = await asyncio.wait(
+            {task, end}, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        assert done, "the script was not played to its end"
+        if task in done:
+            task.result()
+    finally:
+        task.cancel()
+        end.cancel()
+        await asyncio.gather(task, end, return_exceptions=True)
+    return view
+
+
+# -- verbs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("resource", "arguments", "path"),
+    [
+        (PODS, ("ns", "p"), "/api/v1/namespaces/ns/pods/p"),
+        (PODS, (), "/api/v1/pods"),
+        (NODES, ("ns", "n"), "/api/v1/nodes/n"),
+        (LEASES, ("ns",), "/apis/coordination.k8s.io/v1/namespaces/ns/leases"),
+        (MODELS, ("ns", "m", "scale"), "/apis/kubeai.org/v1/namespaces/ns/models/m/scale"),
+    ],
+)
+def test_a_resource_knows_its_path(resource, arguments, path):
+    assert resource.path(*arguments) == path
+
+
+async def test_verbs_send_what_kubernetes_wants(kube, server):
+    server.answer = 200, orjson.dumps(thing("a", 1)), {}
+    await kube.get(CONFIGMAPS, "a")
+    await kube.create(CONFIGMAPS, {"metadata": {"name": "a"}})
+    await kube.update(CONFIGMAPS, {"metadata": {"name": "a", "namespace": "other"}})
+    await kube.patch(PODS, "a", {"status": {}}, subresource="status", kind="strategic")
+    await kube.delete(PODS, "a", uid="u1", grace_s=0, propagation="Background")
+    sent = [(m, p, h.get("Content-Type"), b) for m, p, h, b in server.requests]
+    base = "/api/v1/namespaces/ns"
+    created = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"}}
+    assert sent[0] == ("GET", f"{base}/configmaps/a", None, b"")
+    assert sent[1][:2] == ("POST", f"{base}/configmaps")
+    assert orjson.loads(sent[1][3]) == created
+    assert sent[2][:2] == ("PUT", "/api/v1/namespaces/other/configmaps/a")
+    kind = "application/strategic-merge-patch+json"
+    assert sent[3] == ("PATCH", f"{base}/pods/a/status", kind, b'{"status":{}}')
+    assert orjson.loads(sent[4][3]) == {
+        "apiVersion": "v1",
+        "kind": "DeleteOptions",
+        "preconditions": {"uid": "u1"},
+        "gracePeriodSeconds": 0,
+        "propagationPolicy": "Background",
+    }
+    assert {h["Authorization"] for _, _, h, _ in server.requests} == {"Bearer secret"}
+
+
+async def test_answers_are_decoded_as_the_type_that_is_asked_for(kube, server):
+    class Data(msgspec.Struct):
+        data: dict[str, str]
+
+    server.answer = 200, orjson.dumps(thing("a", 1, key="value")), {}
+    assert (await kube.get(CONFIGMAPS, "a", type=Data)).data == {"key": "value"}
+    assert (await kube.get(CONFIGMAPS, "a"))["data"] == {"key": "value"}
+
+
+async def test_a_long_list_comes_in_pages(kube, server):
+    pages = {"": ([thing("a", 1)], "next"), "next": ([thing("b", 2)], "")}
+    server.lists = [(pages, "9")]
+    items, version = await kube.list(CONFIGMAPS, "ns", labels="x=y")
+    assert [item["metadata"]["name"] for item in items] == ["a", "b"]
+    assert version == "9"
+    assert all("labelSelector=x%3Dy" in path for _, path, _, _ in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason", "message"),
+    [
+        (409, b'{"reason":"AlreadyExists","message":"a exists"}', "AlreadyExists", "a exists"),
+        (503, b"<html>no</html>", "Service Unavailable", "<html>no</html>"),
+        (500, b"", "Internal Server Error", "HTTP 500"),
+    ],
+)
+async def test_a_refusal_is_an_api_error(kube, server, status, body, reason, message):
+    server.answer = status, body, {"Retry-After": "3"}
+    with pytest.raises(ApiError) as caught:
+        await kube.get(CONFIGMAPS, "a")
+    error = caught.value
+    assert (error.status, error.reason, str(error)) == (status, reason, message)
+    assert error.retry_after_s == 3.0
+    assert isinstance(error, KubeAIError)
+
+
+async def test_no_answer_and_nonsense_are_api_errors_too(kube, server, tmp_path):
+    server.answer = 200, b"[1, 2", {}
+    with pytest.raises(ApiError, match="decode"):
+        await kube.get(CONFIGMAPS, "a")
+    nobody = kubeconfig(tmp_path / "nobody", "http://127.0.0.1:1", {})
+    other = await Kube.connect(nobody)
+    with pytest.raises(ApiError) as caught:
+        await other.get(CONFIGMAPS, "a")
+    assert (caught.value.status, caught.value.reason) == (0, "Unreachable")
+    await other.close()
+
+
+# -- who we are ----------------------------------------------------------------------------------
+
+
+async def test_a_token_that_was_replaced_in_its_file_is_read_again(server, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("first")
+    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
+    kube = await Kube.connect(path)
+    server.tokens = {"Bearer second"}
+    server.answer = 200, orjson.dumps(thing("a", 1)), {}
+    token.write_text("second")
+    assert (await kube.get(CONFIGMAPS, "a"))["metadata"]["name"] == "a"
+    server.tokens = {"Bearer third"}
+    with pytest.raises(ApiError) as caught:
+        await kube.get(CONFIGMAPS, "a")
+    assert caught.value.status == 401
+    await kube.close()
+
+
+async def test_a_kubeconfig_that_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
+    with pytest.raises(KubeAIError, match="nowhere: no such file"):
+        await Kube.connect(str(tmp_path / "nowhere"))
+    (tmp_path / "wrong").write_text("clusters: 7")
+    with pytest.raises(KubeAIError, match="wrong"):
+        await Kube.connect(str(tmp_path / "wrong"))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(KubeAIError, match="KUBECONFIG is not set"):
+        await Kube.connect()
+
+
+async def test_a_proxy_of_the_environment_is_not_asked_for_this_machines_api(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    kube = await Kube.connect(kubeconfig(tmp_path / "kubeconfig", server.url, {}))
+    server.answer = 200, orjson.dumps(thing("a", 1)), {}
+    await kube.get(CONFIGMAPS, "a")
+    await kube.close()
+
+
+# -- following -----------------------------------------------------------------------------------
+
+
+async def test_a_view_follows_events(kube, server):
+    server.lists = [([thing("a", 1), thing("b", 2)], "5")]
+    server.watches = [
+        [
+            event("ADDED", thing("c", 6)),
+            event("MODIFIED", thing("a", 7, new="1")),
+            event("DELETED", thing("b", 8)),
+            event("BOOKMARK", {"metadata": {"resourceVersion": "20"}}),
+        ]
+    ]
+    view = await following(kube, server)
+    assert view.objects.keys() == {"a", "c"}
+    assert view.objects["a"]["data"] == {"new": "1"}
+    assert view.events == [("ADDED", "c"), ("MODIFIED", "a"), ("DELETED", "b")]
+    assert server.watched_from() == ["5", "20"]  # after the watch ended: from the bookmark
+    assert view.lists == 1
+
+
+async def test_a_version_that_is_too_old_makes_it_list_again(kube, server):
+    server.lists = [([thing("a", 1)], "5"), ([thing("b", 30)], "30"), ([thing("c", 40)], "40")]
+    server.watches = [[event("ADDED", thing("x", 6)), gone()], 410]
+    view = await following(kube, server)
+    assert view.lists == 3
+    assert view.objects.keys() == {"c"}
+    assert server.watched_from() == ["5", "30", "40"]
+
+
+async def test_a_watch_that_breaks_is_resumed_where_it_was(kube, server):
+    half = event("ADDED", thing("b", 7))
+    server.watches = [[event("ADDED", thing("a", 6)), half[:20]], 500, [half]]
+    view = await following(kube, server)
+    assert view.objects.keys() == {"a", "b"}
+    assert view.lists == 1
+    assert server.watched_from() == ["1", "6", "6", "7"]
+
+
+async def test_events_may_come_in_any_pieces_and_any_size(kube, server):
+    long = event("ADDED", thing("long", 8, text="x" * 3_000_000))
+    stream = event("ADDED", thing("a", 6)) + b"\n" + event("ADDED", thing("b", 7)) + long
+    pieces = [stream[i : i + 70_001] for i in range(0, len(stream), 70_001)]
+    server.watches = [[stream[:5], stream[5:8], *[]], pieces]
+    view = await following(kube, server)
+    assert view.objects.keys() == {"a", "b", "long"}
+    assert len(view.objects["long"]["data"]["text"]) == 3_000_000
+
+
+class Typed(msgspec.Struct):
+    metadata: dict[str, str]
+    data: dict[str, str]
+
+    def __getitem__(self, key):
+        return getattr(self, key)
+
+
+async def test_an_object_that_does_not_decode_is_passed_over(kube, server):
+    odd = {"metadata": {"name": "odd", "resourceVersion": "3"}, "data": 7}
+    server.lists = [([thing("a", 1), odd], "5"), ([], "9")]
+    server.watches = [
+        [
+            event("MODIFIED", odd | {"metadata": {"name": "a", "resourceVersion": "6"}}),
+            event("ADDED", thing("b", 7)),
+        ]
+    ]
+    view = await following(kube, server, type=Typed)
+    assert view.objects.keys() == {"a", "b"}
+    assert view.events == [("ADDED", "b")]
+
+
+async def test_when_it_cannot_tell_what_was_deleted_it_lists_again(kube, server):
+    odd = {"metadata": {"name": "a", "resourceVersion": "6"}, "data": 7}
+    server.lists = [([thing("a", 1)], "5"), ([], "9")]
+    server.watches = [[event("DELETED", odd)]]
+    view = await following(kube, server, type=Typed)
+    assert view.objects == {}
+    assert view.lists == 2
+
+
+async def test_failures_are_retried_less_and_less_often(kube, server):
+    server.watches = [500] * 5
+    began = time.monotonic()
+    await following(kube, server)
+    # at least 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s of rests
+    assert 1.5 < time.monotonic() - began < DEADLINE_S
+
+
+def test_backoff_grows_to_its_limit_with_jitter():
+    low, high = Backoff(1.0, 30.0, lambda: 0.0), Backoff(1.0, 30.0, lambda: 1.0)
+    assert [low.next_s() for _ in range(7)] == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
+    assert [high.next_s() for _ in range(7)] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    high.reset()
+    assert high.next_s() == 1.0
