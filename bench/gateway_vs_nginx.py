@@ -349,9 +349,10 @@ def nginx(core: int, engines: dict[str, int]) -> Iterator[tuple[list[int], dict[
         config = Path(name, "nginx.conf")
         config.write_text(nginx_config(Path(name), ports, engines))
         with process([find_nginx(), "-p", name, "-e", "stderr", "-c", str(config)], core) as master:
-            wait_until(lambda: all(map(accepts, ports.values())), "nginx")
-            children = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
-            yield [master.pid, *map(int, children)], ports
+            children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+            # The sockets listen before the worker exists.
+            wait_until(lambda: children.read_text() and all(map(accepts, ports.values())), "nginx")
+            yield [master.pid, *map(int, children.read_text().split())], ports
 
 
 @contextmanager
