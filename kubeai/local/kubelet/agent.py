@@ -133,19 +133,23 @@ class Agent:
             task.add_done_callback(lambda _: self._binding.pop(uid, None))
 
     async def _bind_pod(self, meta: Object) -> None:
+        """Give the pod to this Node, as a scheduler does; the watch then brings it back."""
+        name, namespace = meta["name"], meta["namespace"]
+        collection = Resource("", "v1", f"pods/{name}/binding", "Binding")
+        binding = {
+            "metadata": {"name": name, "namespace": namespace, "uid": meta["uid"]},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": self._node},
+        }
         backoff = Backoff()
-        patch = {"metadata": {"uid": meta["uid"]}, "spec": {"nodeName": self._node}}
         while True:
             try:
-                bound = await self.kube.patch(PODS, meta["name"], patch, meta["namespace"])
+                await self.kube.create(collection, binding, namespace)
+                return
             except ApiError as error:
                 if error.status in (404, 409):
-                    return  # gone, or another one by now: the watch says which
-                log.warning("a pod could not be bound", pod=meta["name"], error=str(error))
+                    return  # gone, or bound already: the watch says which
+                log.warning("a pod could not be bound", pod=name, error=str(error))
                 await asyncio.sleep(backoff.next_s())
-            else:
-                self._changed("MODIFIED", bound)  # sooner than the watch says it
-                return
 
     async def _wait_for_statuses(self) -> None:
         written = [asyncio.create_task(w.written.wait()) for w in self._workers.values()]

@@ -416,6 +416,9 @@ class ContainerRunner:
                         timer = loop.call_later(LAST_GRACE_S, process.kill)
                 process.signal(signal.SIGTERM)
             await process.wait()
+        except Exception:
+            process.kill()  # whatever failed, it must end
+            raise
         finally:
             timer.cancel()
 
