@@ -1,4 +1,7 @@
-"""Write the schemas of the embedded API's built-in resources, as a real kube-apiserver tells them.
+"""Write what the embedded API knows of the built-in kinds: builtins.json and protobuf.json.
+
+The schemas are those that a real kube-apiserver tells; the numbers of protobuf's fields are read
+from the Go modules of the same version.
 
     KUBEBUILDER_ASSETS=$(tests/cluster/build.sh) python tests/cluster/schemas.py
 
@@ -9,6 +12,8 @@ fields with zero values; what a real API server insists on is checked by hand).
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +22,7 @@ import orjson
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "contract"))
-TARGET = ROOT / "kubeai" / "local" / "apiserver" / "builtins.json"
+TARGET = ROOT / "kubeai" / "local" / "apiserver"
 GROUPS = {
     "api/v1": (
         "ConfigMap", "Event", "Namespace", "Node", "PersistentVolumeClaim", "Pod", "Secret",
@@ -27,6 +32,13 @@ GROUPS = {
     "apis/coordination.k8s.io/v1": ("Lease",),
     "apis/apiextensions.k8s.io/v1": ("CustomResourceDefinition",),
 }  # fmt: skip
+# What typed Go clients may send without it being stored.
+ALSO_SENT = ("DeleteOptions", "SelfSubjectAccessReview")
+PROTOS = {
+    "k8s.io/api": ("core/v1", "batch/v1", "coordination/v1", "authorization/v1"),
+    "k8s.io/apimachinery": ("pkg/apis/meta/v1",),
+}
+SCALARS = {"string", "bytes", "bool", "int32", "int64", "double"}
 KEPT = (
     "type", "x-kubernetes-patch-strategy", "x-kubernetes-patch-merge-key", "x-kubernetes-list-type",
     "x-kubernetes-list-map-keys", "x-kubernetes-map-type",
@@ -64,6 +76,44 @@ def slim(schema: dict, enums: bool) -> dict:
     return out if "type" in out and not plain_object else {**out, **ANYTHING}
 
 
+def messages() -> dict[str, dict[str, list[str]]]:
+    """Message → number → [name, type, "" | repeated | map], of every message in PROTOS."""
+    line = re.compile(r"\s*(?:(optional|repeated) (\S+)|(map)<string, *(\S+?)>) (\w+) = (\d+);")
+    found: dict[str, dict[str, list[str]]] = {}
+    for module, folders in PROTOS.items():
+        command = ["go", "list", "-m", "-f", "{{.Dir}}", module]
+        root = subprocess.check_output(command, cwd=Path(__file__).parent, text=True).strip()
+        for folder in folders:
+            fields: dict[str, list[str]] = {}
+            for text in (Path(root) / folder / "generated.proto").read_text().splitlines():
+                if text.startswith("message "):
+                    fields = found.setdefault(text.split()[1], {})
+                elif match := line.match(text):
+                    label = "map" if match[3] else match[1].replace("optional", "")
+                    fields[match[6]] = [match[5], short(match[2] or match[4]), label]
+    return found
+
+
+def wire_format(known: dict[str, dict], kinds: set[str]) -> dict[str, dict[str, list[str]]]:
+    """The messages that the kinds need. A name of "" marks a message that JSON inlines."""
+    declared = messages()
+    chosen: dict[str, dict[str, list[str]]] = {}
+    wanted = set(kinds)
+    while wanted:
+        name = wanted.pop()
+        if name in chosen or name in SCALARS or name not in declared:
+            continue
+        members = known.get(name, {}).get("properties")
+        chosen[name] = {}
+        for number, (field, kind, label) in declared[name].items():
+            inlined = members is not None and field not in members
+            if inlined and kind in SCALARS:
+                continue
+            chosen[name][number] = ["" if inlined else field, kind, label]
+            wanted.add(kind)
+    return {name: chosen[name] for name in sorted(chosen)}
+
+
 def references(value: object) -> set[str]:
     if isinstance(value, dict):
         target = value.get("$ref")  # a definition's schema has a property of that name
@@ -79,7 +129,7 @@ def main() -> None:
 
     known: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder, real(Path(folder) / "api") as server:
-        for path in GROUPS:
+        for path in (*GROUPS, "apis/authorization.k8s.io/v1"):
             document = server.request("GET", f"/openapi/v3/{path}")[1]
             for name, schema in document["components"]["schemas"].items():
                 converted = slim(schema, not short(name).endswith(OBSERVED))
@@ -90,8 +140,12 @@ def main() -> None:
         needed |= wanted
         wanted = set().union(*(references(known[name]) for name in wanted)) - needed
     chosen = {name: known[name] for name in sorted(needed)}
-    TARGET.write_bytes(orjson.dumps(chosen, option=orjson.OPT_SORT_KEYS) + b"\n")
-    print(f"{TARGET.relative_to(ROOT)}: {len(chosen)} schemas, {TARGET.stat().st_size} bytes")
+    kinds = {kind for kinds in GROUPS.values() for kind in kinds} | set(ALSO_SENT)
+    wire = wire_format(known, kinds - {"CustomResourceDefinition"})
+    for name, content in (("builtins.json", chosen), ("protobuf.json", wire)):
+        data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS) + b"\n"
+        (TARGET / name).write_bytes(data)
+        print(f"{name}: {len(content)} types, {len(data)} bytes")
 
 
 if __name__ == "__main__":

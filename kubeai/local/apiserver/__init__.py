@@ -10,5 +10,6 @@ Bottom up:
 - ``registry``: the rules of create, update and delete; ``collector``: what happens afterwards
   (garbage collection, namespaces, old Events);
 - ``server``: HTTP in front of the registry; ``watching``, ``podlogs``: its two streams;
+- ``protobuf``: the other form that Go clients send objects in;
 - ``credentials``: token, certificates and kubeconfig.
 """

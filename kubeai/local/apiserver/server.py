@@ -2,7 +2,7 @@
 
 Listens on loopback over TLS. A request needs the token, a Host header that names loopback (so
 that no web page reaches this API by rebinding a name), and no Origin. Every refusal is a
-metav1.Status. JSON only: clients that would rather speak protobuf are answered in JSON.
+metav1.Status. Answers are JSON, also for clients that send protobuf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from kubeai.local.apiserver import discovery, printing, selectors, watching
+from kubeai.local.apiserver import discovery, printing, protobuf, selectors, watching
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.podlogs import PodLogs
@@ -446,9 +446,12 @@ _REVIEWS = (
 
 async def _body(request: web.Request, anything: bool = False) -> Any:
     """The JSON that was sent: an object, unless `anything` may come."""
-    if not anything and request.content_type not in (_JSON, "application/octet-stream"):
-        raise errors.unsupported_media_type(request.content_type, (_JSON,))
     raw = await request.read()
+    if request.content_type == protobuf.CONTENT_TYPE and not anything:
+        return protobuf.decode(raw)
+    if not anything and request.content_type not in (_JSON, "application/octet-stream"):
+        accepted = (_JSON, protobuf.CONTENT_TYPE)
+        raise errors.unsupported_media_type(request.content_type, accepted)
     try:
         body = orjson.loads(raw)
     except ValueError as error:
