@@ -131,7 +131,18 @@ async def _serve(host: str, port: int, workers: int) -> None:
 
     config_path = os.environ.get("CONFIG_PATH")
     config = load_config(Path(config_path) if config_path else None)
+    log = structlog.get_logger(__name__)
     kube = await Kube.connect()
+
+    def started() -> None:
+        log.info(
+            "serving",
+            endpoint=f"http://{host}:{supervisor.port}/openai/v1",
+            metrics=f"http://{supervisor.metrics_address}/metrics",
+            health=f"http://{supervisor.health_address}",
+            workers=workers,
+        )
+
     try:
         supervisor = Supervisor(
             kube,
@@ -141,9 +152,8 @@ async def _serve(host: str, port: int, workers: int) -> None:
             host=host,
             port=port,
             workers=workers,
+            started=started,
         )
-        log = structlog.get_logger(__name__)
-        log.info("serving", endpoint=f"http://{host}:{supervisor.port}/openai/v1", workers=workers)
         await supervisor.run()
     finally:
         await kube.close()

@@ -253,7 +253,7 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     _print("")
     _print(f"OpenAI endpoint  http://{host}:{supervisor.port}/openai/v1")
-    _print(f"Kubernetes API   http://127.0.0.1:{api_port}")
+    _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
     _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
     _print(f"kubectl          export KUBECONFIG={options.data_dir / 'kubeconfig'}")
     _print("Ctrl-C ends everything; Models stay in the data directory.")

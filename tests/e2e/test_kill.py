@@ -67,10 +67,12 @@ async def test_an_engine_killed_fails_only_its_own_requests(tmp_path, session):
         assert len(engines) == 2
         os.kill(engines[0], signal.SIGKILL)
         answers = await asyncio.gather(*chats)
-        lost = {a.replica for a in answers if not a.whole}
+        # An answer that was cut between its head and its first token names no replica.
+        assert {a.status for a in answers} == {200}
+        lost = {a.replica for a in answers if not a.whole} - {""}
         kept = {a.replica for a in answers if a.whole}
         assert len(lost) == 1, "only streams of the dead engine are cut, and not tidily"
-        assert kept
+        assert len(kept) == 1
         assert not lost & kept
         await nothing_in_flight(local, 2)
         await ready(kube, "chat", 2)

@@ -205,6 +205,7 @@ async def running(data_dir: Path, *models: dict[str, Any], **options: Any) -> As
         await local.start()
         yield local
     finally:
+        print(*local.out, *local.log, sep="\n")  # pytest shows it with a failure
         if local.process is not None:
             await local.stop()
 

@@ -1,0 +1,170 @@
+"""`kubeai serve` against a Kubernetes API, with the process kubelet as the node's agent."""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import sys
+
+import aiohttp
+import pytest
+import yaml
+from harness import CONFIG, START_TIMEOUT_S, chat, model, until
+
+from kubeai import kube as k
+from kubeai.kube import Kube
+
+STREAMS = 50
+TOKENS = 40  # 2 s at the model's rate
+ARGS = ("--startup-delay=1s", "--decode-tokens-per-second=20", "--max-batch=64")
+
+
+class Serve:
+    """A `kubeai serve` process and what it logged."""
+
+    def __init__(self, process):
+        self.process = process
+        self.log = []
+
+    async def read(self):
+        async for line in self.process.stderr:
+            with contextlib.suppress(ValueError):
+                self.log.append(json.loads(line))
+
+    def said(self, event):
+        return next((entry for entry in self.log if entry.get("event") == event), None)
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path, kubeconfig, namespace, **config):
+    file = tmp_path / "serve.yaml"
+    addresses = {"metricsAddr": "127.0.0.1:0", "healthAddress": "127.0.0.1:0"}
+    file.write_text(yaml.safe_dump(CONFIG | addresses | config))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kubeai", "serve", "--host", "127.0.0.1", "--port", "0"),
+        *("--workers", "2"),
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ
+        | {
+            "CONFIG_PATH": str(file),
+            "KUBECONFIG": kubeconfig,
+            "POD_NAME": "kubeai-1",
+            "POD_NAMESPACE": namespace,
+        },
+    )
+    serve = Serve(process)
+    reader = asyncio.create_task(serve.read())
+    try:
+        await until(
+            "kubeai serve is up",
+            lambda: process.returncode is not None or serve.said("serving"),
+            START_TIMEOUT_S,
+        )
+        assert process.returncode is None, serve.log
+        yield serve
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await reader
+        print(*serve.log, sep="\n")
+
+
+@contextlib.asynccontextmanager
+async def node(tmp_path, kubeconfig):
+    """A node whose pods are processes of this machine."""
+    reader, writer = os.pipe()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kubeai.local.kubelet", "--kubeconfig", kubeconfig),
+        *("--data-dir", str(tmp_path / "node"), "--node-name", f"node-{secrets.token_hex(4)}"),
+        *("--ready-fd", str(writer)),
+        pass_fds=(writer,),
+    )
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as pipe:
+            assert "ready" in await asyncio.to_thread(pipe.readline)
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@pytest.fixture
+async def cluster(kube_api, namespace, tmp_path):
+    async with node(tmp_path, kube_api):
+        client = await Kube.connect(kube_api)
+        yield client
+        for found in (await client.list(k.MODELS, namespace))[0]:
+            await client.delete(k.MODELS, found["metadata"]["name"], namespace)
+        await client.close()
+
+
+async def apply(client, namespace, manifest):
+    await client.create(k.MODELS, manifest, namespace)
+
+
+async def test_a_model_is_woken_streams_and_sigterm_drains(kube_api, cluster, namespace, tmp_path):
+    await apply(cluster, namespace, model("chat", args=ARGS, maxReplicas=1))
+    async with (
+        serving(tmp_path, kube_api, namespace) as serve,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+    ):
+        up = serve.said("serving")
+        async with session.get(f"{up['health']}/readyz") as response:
+            assert response.status == 200
+        answer = await chat(session, up["endpoint"], "chat", "wake up")
+        assert answer.whole, answer
+        lease = await cluster.get(k.LEASES, "kubeai.org", namespace)
+        assert lease["spec"]["holderIdentity"] == "kubeai-1"
+        await until("the autoscaler's state is kept", lambda: state(cluster, namespace))
+
+        chats = [
+            asyncio.create_task(chat(session, up["endpoint"], "chat", f"{n}", max_tokens=TOKENS))
+            for n in range(STREAMS)
+        ]
+
+        async def all_in_flight():
+            async with session.get(up["metrics"]) as response:
+                text = await response.text()
+            return f'request_model="chat",request_type="http"}} {STREAMS}.0' in text
+
+        await until("all streams are in flight", all_in_flight)
+        serve.process.send_signal(signal.SIGTERM)
+        answers = await asyncio.gather(*chats)
+        assert [answer.error for answer in answers if not answer.whole] == []
+        async with asyncio.timeout(10):
+            assert await serve.process.wait() == 0
+        lease = await cluster.get(k.LEASES, "kubeai.org", namespace)
+        assert not lease["spec"].get("holderIdentity"), "handed over, not left to expire"
+
+
+async def state(client, namespace):
+    found, _ = await client.list(k.CONFIGMAPS, namespace)
+    return [c for c in found if "lastCalculationTime" in c.get("data", {}).get("models", "")]
+
+
+async def test_requests_during_the_drain_are_served_and_connections_closed(
+    kube_api, cluster, namespace, tmp_path
+):
+    await apply(cluster, namespace, model("chat", args=ARGS, minReplicas=1))
+    gateway = {"gateway": {"drainAccept": "2s", "drainTimeout": "20s"}}
+    async with (
+        serving(tmp_path, kube_api, namespace, **gateway) as serve,
+        aiohttp.ClientSession() as session,
+    ):
+        up = serve.said("serving")
+        assert (await chat(session, up["endpoint"], "chat", "hi")).whole
+        serve.process.send_signal(signal.SIGTERM)
+        await until("the drain has begun", lambda: serve.said("stopping"))
+        async with session.get(f"{up['health']}/readyz") as response:
+            assert response.status == 503
+        async with session.get(f"{up['endpoint']}/models") as response:
+            assert response.status == 200
+            assert response.headers["Connection"] == "close"
+        async with asyncio.timeout(15):
+            assert await serve.process.wait() == 0
+        answer = await chat(session, up["endpoint"], "chat", "too late")
+        assert answer.error
