@@ -1,10 +1,10 @@
 #!/bin/sh
 # Builds the compiled core with AddressSanitizer in a folder of its own and runs its unit tests
-# there. PYTHON: the interpreter of an environment with the test dependencies (default: python3).
+# there. PYTHON: the interpreter of an environment with the test dependencies (default: .venv's).
 # Arguments: the tests to run, as paths from the root (default: the table's and the ring's).
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-python=${PYTHON:-python3}
+python=${PYTHON:-$root/.venv/bin/python}
 case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/${python##*/} ;; esac
 [ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py
 
