@@ -207,8 +207,8 @@ class Engine:
                 request = await wire.request()
                 self.requests.append(request)
                 await self.script(wire, request)
-        except (Broken, ConnectionError):
-            pass
+        except (Broken, ConnectionError, asyncio.CancelledError):
+            pass  # cancelled by stop(): asyncio's streams would call that an error
         finally:
             self.open.discard(wire)
             writer.close()
