@@ -19,8 +19,9 @@ cd "$work"
 KUBEAI_SANITIZE=address "$python" setup.py -q build_ext --inplace
 
 # Without the preload the sanitizer refuses to start inside a plain interpreter. Leaks are not
-# looked for: the interpreter itself ends with plenty. pymalloc would hide what it hands out.
+# looked for: the interpreter itself ends with plenty. pymalloc would hide what it hands out, and
+# pytest must not capture the descriptor that the sanitizer reports on.
 LD_PRELOAD=$(gcc -print-file-name=libasan.so) \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:strict_init_order=1 \
 PYTHONMALLOC=malloc PYTHONPATH="$work" KUBEAI_ASAN=1 \
-    "$python" -m pytest -q --timeout 300 -o addopts= -p no:cacheprovider "$@"
+    "$python" -m pytest -q --timeout 300 -o addopts= -p no:cacheprovider --capture=sys "$@"
