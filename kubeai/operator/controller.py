@@ -19,7 +19,9 @@ import structlog
 
 from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model, ModelStatus
-from kubeai.kube import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.engines import files_config_map
+from kubeai.errors import ModelError
+from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError, Backoff, Kube
 from kubeai.operator.leader import Leader, NotLeader
 from kubeai.operator.plan import (
     Action,
@@ -47,6 +49,7 @@ class _Memory(msgspec.Struct):
 
     create_error: Trouble | None = None
     taken: dict[str, float] = {}  # pod names of others → believed until
+    files: dict[str, str] = {}  # what the ConfigMap of the Model's files holds
     patched_s: float = float("-inf")
     status_sent_s: float = float("-inf")
     status_sent: tuple[ModelStatus, ModelStatus] | None = None  # what we sent, what came back
@@ -107,6 +110,8 @@ class Controller:
             return None
 
     async def _round(self, model: Model, memory: _Memory) -> float | None:
+        if model.spec.files and model.metadata.deletion_timestamp is None:
+            await self._ensure_files(model, memory)
         observed, wait_s = self._observe(model, memory)
         actions = self._plan(model, observed)
         if memory.create_error and not any(isinstance(a, CreatePod) for a in actions):
@@ -300,6 +305,36 @@ class Controller:
         memory.status_sent = (_timeless(status), answer.status)
         self._store.model_written(answer)
         return None
+
+    async def _ensure_files(self, model: Model, memory: _Memory) -> None:
+        """The ConfigMap that the pods mount: looked at once, and when the files change."""
+        try:
+            wanted = files_config_map(model)
+        except ModelError:
+            return  # the plan says it
+        if wanted is None or memory.files == wanted["data"]:
+            return
+        name = wanted["metadata"]["name"]
+        try:
+            found = await self._kube.get(CONFIGMAPS, name, self._namespace)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            found = {}
+        meta = found.get("metadata", {})
+        owners = [owner["uid"] for owner in meta.get("ownerReferences", ())]
+        async with self._writes:
+            self._leader.check()
+            if found and owners != [model.metadata.uid]:  # of a Model that was; it goes anyway
+                await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=meta["uid"])
+                found = {}
+            if not found:
+                await self._kube.create(CONFIGMAPS, wanted, self._namespace)
+            elif found.get("data") != wanted["data"]:
+                gone = dict.fromkeys(found.get("data") or {})
+                patch = {"metadata": {"uid": meta["uid"]}, "data": gone | wanted["data"]}
+                await self._kube.patch(CONFIGMAPS, name, patch, self._namespace)
+        memory.files = wanted["data"]
 
     async def _tell(self, model: Model, memory: _Memory, error: ApiError) -> None:
         """Put a refusal that a person has to mend into the Model's conditions."""

@@ -18,6 +18,7 @@ from kubeai.kube import ApiError, Backoff
 log = structlog.get_logger(__name__)
 # The shortest rest is half of it: at most two attempts a second.
 REST_FIRST_S, REST_MAX_S = 1.0, 30.0
+DELAY_MIN_S = 0.001  # a sliver left by rounding must not become a busy loop
 
 
 class Queue:
@@ -53,6 +54,7 @@ class Queue:
     def add_later(self, name: str, delay_s: float) -> None:
         """Work on the name in ``delay_s``, or earlier when it is added or due earlier."""
         loop = asyncio.get_running_loop()
+        delay_s = max(delay_s, DELAY_MIN_S)
         timer = self._timers.get(name)
         if self._stopped or (timer is not None and timer.when() <= loop.time() + delay_s):
             return
