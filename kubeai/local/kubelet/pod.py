@@ -323,7 +323,10 @@ def decode_pod(obj: Object) -> Pod:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", volume.name):
             raise PodError(f"spec: the volume name {volume.name!r} is wrong", "InvalidPod")
     for container in (*pod.spec.init_containers, *pod.spec.containers):
-        container.memory_limit_bytes()  # a wrong quantity is an error now, not in mid-run
+        try:
+            container.memory_limit_bytes()  # a wrong quantity is an error now, not in mid-run
+        except PodError as error:
+            raise PodError(f"container {container.name}: {error}", "InvalidPod") from None
     if not pod.spec.containers:
         raise PodError("spec.containers: is empty", "InvalidPod")
     return pod

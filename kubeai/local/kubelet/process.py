@@ -142,6 +142,9 @@ class Process:
         except TimeoutError:
             process.kill()
             raise StartError("StartError", f"not started after {START_TIMEOUT_S:.0f} s") from None
+        except StartError:
+            await process.wait()
+            raise
         except asyncio.CancelledError:
             process.kill()
             raise
@@ -149,7 +152,8 @@ class Process:
 
     async def wait(self) -> Exit:
         """Until no process of it is left."""
-        return await asyncio.shield(self.exited)
+        await asyncio.shield(self._reading)
+        return self.exited.result()
 
     def signal(self, number: int) -> None:
         """Signal the main process alone, as a container runtime does."""

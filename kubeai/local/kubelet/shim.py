@@ -109,22 +109,29 @@ class Log:
         return line
 
     def _append(self, records: list[bytes]) -> None:
-        block = b"".join(records)
-        if not block:
-            return
-        if self._size and self._size + len(block) > self._max_bytes:
-            os.close(self._file)
-            os.rename(
-                self._name,
-                self._name + ".1",
-                src_dir_fd=self._directory,
-                dst_dir_fd=self._directory,
-            )
-            self._open()
+        block: list[bytes] = []
+        size = self._size
+        for record in records:
+            if size and size + len(record) > self._max_bytes:
+                self._write(block)
+                self._rotate()
+                block, size = [], 0
+            block.append(record)
+            size += len(record)
+        self._write(block)
+
+    def _write(self, block: list[bytes]) -> None:
         try:  # noqa: SIM105 - contextlib would be one more import at each start
-            self._size += os.write(self._file, block)
+            self._size += os.write(self._file, b"".join(block))
         except OSError:
             pass  # a full disk loses log lines, not the engine
+
+    def _rotate(self) -> None:
+        os.close(self._file)
+        os.rename(
+            self._name, self._name + ".1", src_dir_fd=self._directory, dst_dir_fd=self._directory
+        )
+        self._open()
 
 
 def _timestamp() -> bytes:
