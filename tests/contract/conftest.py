@@ -41,13 +41,20 @@ class ApiServer(NamedTuple):
     token: str
     ca_file: str
 
-    def request(self, method: str, path: str, body: object = None, kind: str = "application/json"):
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        kind: str = "application/json",
+        accept: str = "application/json",
+    ):
         """Status code and decoded answer, over a connection of its own."""
         request = urllib.request.Request(
             self.url + path, None if body is None else orjson.dumps(body), method=method
         )
         request.add_header("Authorization", f"Bearer {self.token}")
-        request.add_header("Accept", "application/json")
+        request.add_header("Accept", accept)
         request.add_header("Content-Type", kind)
         context = ssl.create_default_context(cafile=self.ca_file)
         try:
@@ -55,6 +62,16 @@ class ApiServer(NamedTuple):
                 return answer.status, _decoded(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, _decoded(error.read())
+
+    @contextlib.contextmanager
+    def watch(self, path: str, accept: str = "application/json"):
+        """The events of a watch, decoded, as an iterator that waits for the next."""
+        request = urllib.request.Request(self.url + path)
+        request.add_header("Authorization", f"Bearer {self.token}")
+        request.add_header("Accept", accept)
+        context = ssl.create_default_context(cafile=self.ca_file)
+        with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+            yield (orjson.loads(line) for line in answer)
 
     def kubeconfig(self, path: Path, namespace: str) -> Path:
         config = {

@@ -7,13 +7,15 @@ restart policy and pull policy, ports' protocols.
 
 from __future__ import annotations
 
+import base64
 import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kubeai.api.quantity import parse_quantity
 from kubeai.local.apiserver import metadata as meta
 from kubeai.local.apiserver.definitions import check_definition, prepare_definition
-from kubeai.local.apiserver.status import Cause
+from kubeai.local.apiserver.status import Cause, bad_request
 
 if TYPE_CHECKING:
     from kubeai.local.apiserver.resources import Resource
@@ -115,6 +117,8 @@ class _Nodes(Strategy):
 
     def prepare(self, obj: Object, old: Object | None) -> None:
         obj.setdefault("spec", {})
+        for amounts in ("capacity", "allocatable"):
+            canonical(obj.get("status", {}).get(amounts))
 
 
 @dataclass(slots=True, frozen=True)
@@ -138,7 +142,9 @@ class _Claims(Strategy):
     metadata_with_status: bool = True
 
     def prepare(self, obj: Object, old: Object | None) -> None:
-        obj.setdefault("spec", {}).setdefault("volumeMode", "Filesystem")
+        spec = obj.setdefault("spec", {})
+        spec.setdefault("volumeMode", "Filesystem")
+        canonical((spec.get("resources") or {}).get("requests"))
         if old is None:
             obj["status"] = {"phase": "Pending"}
 
@@ -211,10 +217,18 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+def canonical(amounts: Object | None) -> None:
+    """Write the quantities as Kubernetes does, in place: 1 → "1", "1000m" → "1"."""
+    for name, amount in (amounts or {}).items():
+        try:
+            amounts[name] = str(parse_quantity(str(amount)))  # type: ignore[index]
+        except ValueError:
+            why = f"quantities must match the regular expression, not {amount!r}"
+            raise bad_request(f"{name}: {why}") from None
+
+
 def _text_to_data(secret: Object) -> None:
     """``stringData`` is written, ``data`` is read."""
-    import base64
-
     for name, text in (secret.pop("stringData", None) or {}).items():
         secret.setdefault("data", {})[name] = base64.b64encode(text.encode()).decode()
 
@@ -268,6 +282,8 @@ def _default_container(container: Object) -> None:
         if container.get(name) is None:
             container[name] = value
     resources = container["resources"]
+    for amounts in ("limits", "requests"):
+        canonical(resources.get(amounts))
     for name, limit in (resources.get("limits") or {}).items():
         resources.setdefault("requests", {}).setdefault(name, limit)
     for port in container.get("ports") or ():
@@ -333,16 +349,6 @@ def check_pod_spec(spec: Any) -> list[Cause]:
     for group in ("initContainers", "containers"):
         for index, container in enumerate(spec.get(group) or ()):
             causes += _check_container(container, f"spec.{group}[{index}]", volumes, seen)
-    policies = ("Always", "OnFailure", "Never")
-    if spec["restartPolicy"] not in policies:
-        supported = ", ".join(f'"{policy}"' for policy in policies)
-        causes.append(
-            Cause(
-                "FieldValueNotSupported",
-                f'Unsupported value: "{spec["restartPolicy"]}": supported values: {supported}',
-                "spec.restartPolicy",
-            )
-        )
     return causes
 
 

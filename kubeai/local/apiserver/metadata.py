@@ -62,6 +62,10 @@ _SCHEMA = Schema(
         "properties": {"apiVersion": _STRING, "kind": _STRING, "metadata": OBJECT_META},
     }
 )
+_STANDARD_FINALIZERS = (
+    "orphan", "foregroundDeletion", "kubernetes",
+    "customresourcecleanup.apiextensions.k8s.io",
+)  # fmt: skip
 _DROPPED_WHEN_EMPTY = ("labels", "annotations", "finalizers", "ownerReferences")
 
 
@@ -105,10 +109,11 @@ def _is_object(shown: Object) -> bool:
     return isinstance(shown["metadata"], dict)
 
 
-def check(metadata: Object, one_label: bool = False) -> list[Cause]:
+def check(metadata: Object, one_label: bool = False, custom: bool = False) -> list[Cause]:
     """What is wrong with names, labels, annotations, finalizers and owners.
 
-    `one_label`: the name must be a DNS label, not a subdomain.
+    `one_label`: the name must be a DNS label, not a subdomain. `custom`: of a custom resource,
+    whose finalizers need no domain.
     """
     causes = [*_check_name(metadata.get("name", ""), one_label)]
     for key, value in (metadata.get("labels") or {}).items():
@@ -125,8 +130,11 @@ def check(metadata: Object, one_label: bool = False) -> list[Cause]:
                 "metadata.annotations",
             )
         )
-    for finalizer in metadata.get("finalizers") or ():
+    for index, finalizer in enumerate(metadata.get("finalizers") or ()):
         causes += _check_key(finalizer, "metadata.finalizers")
+        if not custom and "/" not in finalizer and finalizer not in _STANDARD_FINALIZERS:
+            why = "name is neither a standard finalizer name nor is it fully qualified"
+            causes.append(_invalid(finalizer, why, f"metadata.finalizers[{index}]"))
     return causes + _check_owners(metadata.get("ownerReferences") or [])
 
 

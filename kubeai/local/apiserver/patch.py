@@ -141,7 +141,7 @@ def _merge_list(
     key = place.get(_KEY)
     if key is None:
         merged = [*target, *(item for item in patch if item not in target)]
-        return _ordered(merged, target, order, None)
+        return _ordered(merged, target, order or patch, None)
     item_schema = schema.resolve(place.get("items") or _PLAIN)
     merged = list(target)
     for item in patch:
@@ -159,30 +159,33 @@ def _merge_list(
             merged[found[0]] = _merge_map(merged[found[0]], item, item_schema, schema)
         else:
             merged.append(_merge_map({}, item, item_schema, schema))
-    return _ordered(merged, target, order, key)
+    return _ordered(merged, target, order or patch, key)
 
 
-def _ordered(
-    items: list[Any], before: list[Any], order: list[Any] | None, key: str | None
-) -> list[Any]:
-    """In the order that the patch wants; items that it does not know stay where they were."""
-    if not order:
-        return items
+def _ordered(items: list[Any], before: list[Any], order: list[Any], key: str | None) -> list[Any]:
+    """In the order that the patch wants, the items that it does not know put between.
+
+    Each of those comes before the first item that stood behind it; new items have no such place.
+    """
 
     def identity(item: Any) -> Any:
         return item.get(key) if key and isinstance(item, dict) else item
 
     wanted = [identity(item) for item in order]
     places = [identity(item) for item in before]
-    known = sorted((i for i in items if identity(i) in wanted), key=lambda i: wanted.index(
-        identity(i)))  # fmt: skip
+    out = sorted(
+        (item for item in items if identity(item) in wanted),
+        key=lambda item: wanted.index(identity(item)),
+    )
+    at = 0
     for item in items:
         if identity(item) in wanted:
             continue
-        at = places.index(identity(item)) if identity(item) in places else len(places)
-        after = [
-            n for n, other in enumerate(known)
-            if identity(other) in places and places.index(identity(other)) < at
-        ]  # fmt: skip
-        known.insert(after[-1] + 1 if after else 0, item)
-    return known
+        place = places.index(identity(item))
+        while at < len(out) and not (
+            identity(out[at]) in places and places.index(identity(out[at])) > place
+        ):
+            at += 1
+        out.insert(at, item)
+        at += 1
+    return out

@@ -203,6 +203,11 @@ class Registry:
     def bind(self, namespace: str, name: str, binding: Object, options: WriteOptions) -> None:
         """Give a pod its node: ``POST pods/<name>/binding``."""
         old = self.get(PODS, namespace, name)
+        about = binding.get("metadata") or {}
+        if about.get("name") != name:
+            raise errors.bad_request("name in URL does not match name in Binding object")
+        if about.get("uid", old.uid) != old.uid:
+            raise errors.conflict("", "pods/binding", name, errors.MODIFIED)
         node = (binding.get("target") or {}).get("name")
         if not node:
             raise errors.invalid(
@@ -359,7 +364,7 @@ class Registry:
     ) -> None:
         """Raise a 422 that names everything that is wrong."""
         strategy = _strategy(resource)
-        causes = meta.check(obj["metadata"], strategy.name_is_label)
+        causes = meta.check(obj["metadata"], strategy.name_is_label, resource.custom)
         if old is not None:
             causes += _check_finalizers(obj["metadata"], old["metadata"])
         if not causes and resource.schema is not None:

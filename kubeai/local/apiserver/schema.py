@@ -272,7 +272,7 @@ def _cause(error: jsonschema_rs.ValidationError) -> Cause:
         return Cause("FieldValueTooMany", why, field)
     if keyword == "type":
         kind = show(_TYPES[type(value)])
-        wanted = ", ".join(str(name) for name in limit if name != "null")
+        wanted = ",".join(str(name) for name in limit if name != "null")
         return Cause(
             "FieldValueTypeInvalid",
             f"Invalid value: {kind}: {field} in body must be of type {wanted}: {kind}",

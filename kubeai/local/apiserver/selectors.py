@@ -79,7 +79,7 @@ def _number_test(key: str, operator: str, text: str) -> Callable[[Mapping[str, s
     return test
 
 
-def fields(text: str, selectable: tuple[str, ...], resource: str) -> Match:
+def fields(text: str, selectable: tuple[str, ...]) -> Match:
     """A predicate over objects for ``metadata.name=a,spec.nodeName!=b``."""
     tests: list[tuple[tuple[str, ...], bool, str]] = []
     for term in filter(None, (part.strip() for part in _split(text))):
@@ -87,7 +87,7 @@ def fields(text: str, selectable: tuple[str, ...], resource: str) -> Match:
         if match is None:
             raise bad_request(f"invalid selector: '{text}'; can't understand '{term}'")
         if match[1] not in selectable:
-            raise bad_request(f"field label not supported for {resource}: {match[1]}")
+            raise bad_request(f"field label not supported: {match[1]}")
         value = re.sub(r"\\([\\,=])", r"\1", match[3])
         tests.append((tuple(match[1].split(".")), match[2] != "!=", value))
     return lambda obj: all((field(obj, path) == value) is same for path, same, value in tests)
@@ -110,12 +110,10 @@ def field(obj: Object, path: tuple[str, ...]) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def selector(
-    label_text: str, field_text: str, selectable: tuple[str, ...], resource: str
-) -> Match | None:
+def selector(label_text: str, field_text: str, selectable: tuple[str, ...]) -> Match | None:
     """Both at once; None when everything matches."""
     if not label_text and not field_text:
         return None
     by_label = labels(label_text)
-    by_field = fields(field_text, selectable, resource)
+    by_field = fields(field_text, selectable)
     return lambda obj: by_label(obj["metadata"].get("labels") or {}) and by_field(obj)

@@ -508,7 +508,6 @@ def _list_options(request: web.Request, target: Target) -> ListOptions:
         query.get("labelSelector", ""),
         query.get("fieldSelector", ""),
         resource.selectable,
-        f"{resource.kind}",
     )
     timeout_s = _number(query.get("timeoutSeconds"), "timeoutSeconds")
     return ListOptions(
