@@ -356,7 +356,9 @@ def nginx(core: int, engines: dict[str, int]) -> Iterator[tuple[list[int], dict[
 
 
 @contextmanager
-def kubeai(core: int, engines: dict[str, int]) -> Iterator[tuple[list[int], dict[str, int]]]:
+def kubeai(
+    core: int, engines: dict[str, int], mean_load_factor: int
+) -> Iterator[tuple[list[int], dict[str, int]]]:
     """A worker with its routes, as the supervisor starts one."""
     from kubeai import hinge
     from kubeai._load import LoadTable
@@ -369,7 +371,12 @@ def kubeai(core: int, engines: dict[str, int]) -> Iterator[tuple[list[int], dict
             Endpoint(f"model-{answer}-{i}", f"{host}:{port}") for i, host in enumerate(ENGINES)
         )
         route = Route(
-            answer, "VLLM", ("TextGeneration",), strategy="PrefixHash", endpoints=endpoints
+            answer,
+            "VLLM",
+            ("TextGeneration",),
+            strategy="PrefixHash",
+            mean_load_factor=mean_load_factor,
+            endpoints=endpoints,
         )
         publisher.update(answer, route)
     ours, theirs = socket.socketpair()
@@ -475,7 +482,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
             raise SystemExit("the mock engines did not start")
         proxies = {
             "nginx": stack.enter_context(nginx(proxy_core, engines)),
-            "kubeai": stack.enter_context(kubeai(proxy_core, engines)),
+            "kubeai": stack.enter_context(kubeai(proxy_core, engines, options.mean_load_factor)),
         }
         for turn in range(options.rounds):
             for scenario in scenarios:
@@ -526,6 +533,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument(
+        "--mean-load-factor",
+        type=int,
+        default=125,
+        metavar="PERCENT",
+        help="of KubeAI's ring; a closed loop moves, and logs, many requests at 125",
+    )
     parser.add_argument("--only", action="append", choices=[s.name for s in SCENARIOS])
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="proxies' and load's")
     parser.add_argument("--json", type=Path, help="write the results here too")
