@@ -7,7 +7,7 @@ import secrets
 from datetime import UTC, datetime
 from typing import Any
 
-from kubeai.local.apiserver.schema import Schema
+from kubeai.local.apiserver.schema import Schema, show
 from kubeai.local.apiserver.status import Cause, bad_request
 
 Object = dict[str, Any]
@@ -136,6 +136,20 @@ def check(metadata: Object, one_label: bool = False, custom: bool = False) -> li
             why = "name is neither a standard finalizer name nor is it fully qualified"
             causes.append(_invalid(finalizer, why, f"metadata.finalizers[{index}]"))
     return causes + _check_owners(metadata.get("ownerReferences") or [])
+
+
+def check_unchanged(metadata: Object, old: Object) -> list[Cause]:
+    """What a write gives and cannot give; what it leaves out is kept as it was."""
+    causes = []
+    for name in ("creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"):
+        given, kept = metadata.get(name), old.get(name)
+        same = given == kept
+        if isinstance(given, str) and isinstance(kept, str):
+            same = parse_time(given) == parse_time(kept)
+        if given is not None and not same:
+            why = f"Invalid value: {show(given)}: field is immutable"
+            causes.append(Cause("FieldValueInvalid", why, f"metadata.{name}"))
+    return causes
 
 
 def _invalid(value: str, why: str, field: str) -> Cause:

@@ -134,6 +134,9 @@ class Registry:
             )
         self._check_version(resource, name, metadata, old)
         strategy = _strategy(resource)
+        fixed = meta.check_unchanged(metadata, old.metadata)
+        if fixed:
+            raise errors.invalid(resource.group, resource.kind, name, fixed)
         _keep_what_clients_cannot_change(metadata, old.metadata)
         if subresource == "status":
             obj = strategy.only_status(obj, copy.deepcopy(old.object), resource)

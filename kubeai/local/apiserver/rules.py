@@ -24,7 +24,6 @@ import orjson
 from kubeai.local.apiserver.status import Cause
 
 Object = dict[str, Any]
-Path = tuple[str | int, ...]
 
 CAUSES_MAX = 50
 
@@ -84,7 +83,7 @@ class Rules:
             metadata = {k: v for k, v in old["metadata"].items() if k in known}
             before = {**old, "metadata": metadata}
         causes = []
-        for cause in self._check(self._root, shown, before, (), old is not None):
+        for cause in self._check(self._root, shown, before, "", old is not None):
             causes.append(cause)
             if len(causes) >= CAUSES_MAX:
                 break
@@ -147,7 +146,7 @@ class Rules:
     # Evaluating.
 
     def _check(
-        self, node: _Node, value: Any, old: Any, path: Path, has_old: bool
+        self, node: _Node, value: Any, old: Any, path: str, has_old: bool
     ) -> Iterator[Cause]:
         if value is None:
             return
@@ -156,29 +155,31 @@ class Rules:
             if cause is not None:
                 yield cause
         if isinstance(value, dict):
-            for name, below in self._below(node, value):
+            for name, below, where in self._below(node, value, path):
                 before = old.get(name) if has_old and isinstance(old, dict) else None
                 known = has_old and isinstance(old, dict) and name in old
-                yield from self._check(below, value[name], before, (*path, name), known)
+                yield from self._check(below, value[name], before, where, known)
         elif isinstance(value, list) and node.each is not None:
             earlier = _by_keys(old, node.keys) if has_old and node.keys else {}
             for index, item in enumerate(value):
                 identity = _identity(item, node.keys)
                 yield from self._check(
-                    node.each, item, earlier.get(identity), (*path, index), identity in earlier
+                    node.each, item, earlier.get(identity), f"{path}[{index}]", identity in earlier
                 )
 
     @staticmethod
-    def _below(node: _Node, value: Object) -> Iterator[tuple[str, _Node]]:
+    def _below(node: _Node, value: Object, path: str) -> Iterator[tuple[str, _Node, str]]:
+        """Members that have rules, and where: ``path.property``, or ``path[key]`` in a map."""
+        properties = node.schema.get("properties") or {}
         for name in value:
-            below = node.members.get(name)
-            if below is None and name not in (node.schema.get("properties") or {}):
-                below = node.each
+            below, where = node.members.get(name), f"{path}.{name}" if path else name
+            if below is None and name not in properties:
+                below, where = node.each, f"{path}[{name}]"
             if below:
-                yield name, below
+                yield name, below, where
 
     def _evaluate(
-        self, rule: _Rule, schema: Object, value: Any, old: Any, path: Path, has_old: bool
+        self, rule: _Rule, schema: Object, value: Any, old: Any, path: str, has_old: bool
     ) -> Cause | None:
         if rule.transition and not has_old and not rule.optional_old:
             return None
@@ -189,7 +190,7 @@ class Rules:
                 some = cel.OptionalValue
                 variables["oldSelf"] = some.of(variables["oldSelf"]) if has_old else some.none()
         self._context.update(variables)
-        where = _show_path(path) + rule.field_path
+        where = (path + rule.field_path).removeprefix("." if not path else "")
         kind = schema.get("type", "")
         try:
             if rule.program.execute(self._context) is True:
@@ -221,12 +222,6 @@ def _broken(rule: _Rule, message: str, value: Any, where: str) -> Cause:
     if rule.reason == "FieldValueDuplicate":
         return Cause(rule.reason, f"Duplicate value: {shown.removesuffix(': ')}", where)
     return Cause("FieldValueInvalid", f"Invalid value: {shown}{message}", where)
-
-
-def _show_path(path: Path) -> str:
-    from kubeai.local.apiserver.schema import show_path
-
-    return show_path(path)
 
 
 def _identity(item: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
