@@ -1,0 +1,399 @@
+"""The process kubelet as a process, against an API: pods run, end, and never leave a process.
+
+The pods' processes are real, and so are the kills. Where the API is a cluster's, the kubelet is
+given its pods by node name, as a scheduler would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
+DEADLINE_S = 20.0
+# A server, and below it two daemons that nothing but their environment and parents remember: one
+# keeps its environment, the other empties it. Both ignore signals.
+NASTY = """
+import os, signal, socket, sys
+children = []
+def forget():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+    d = os.environ["PIDS"]
+    with open(f"{d}/{os.getpid()}.tmp", "w"):
+        pass
+    os.rename(f"{d}/{os.getpid()}.tmp", f"{d}/{os.getpid()}")
+for empty in (False, True):
+    if os.fork() == 0:
+        forget()
+        program = [sys.executable, "-S", "-E", "-c", "import time; time.sleep(600)"]
+        os.execve(program[0], program, {} if empty else os.environ)
+os.close(os.open(f"{os.environ['PIDS']}/{os.getpid()}", os.O_CREAT))
+with socket.create_server((os.environ["POD_IP"], 8000)) as server:
+    print("serving on", os.environ["POD_IP"])
+    while True:
+        c, _ = server.accept()
+        c.recv(4096)
+        print("asked")
+        c.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+        c.close()
+"""
+
+
+def until(condition, what="the state did not come"):
+    """Wait for a state; what it came to."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+    return value
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Kubelet:
+    """The kubelet's process; `start` again goes on with the same data directory."""
+
+    def __init__(self, server, kubeconfig: str, directory: Path, node: str, *, bind: bool) -> None:
+        self.server, self.node, self.directory = server, node, directory
+        self.pids = directory / "pids"
+        self.pids.mkdir(parents=True)
+        self._command = [
+            *(sys.executable, "-m", "kubeai.local.kubelet"),
+            *("--kubeconfig", kubeconfig, "--data-dir", str(directory / "data")),
+            *("--node-name", node, *(() if bind else ("--no-bind",))),
+        ]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *prefix: str) -> None:
+        read, write = os.pipe()
+        command = [*prefix, *self._command, "--ready-fd", str(write)]
+        self.process = subprocess.Popen(command, pass_fds=(write,))
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            assert select.select([pipe], [], [], DEADLINE_S)[0], "the kubelet is not ready"
+            assert pipe.readline().startswith("ready ")
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(DEADLINE_S)
+
+    def engine_pids(self) -> list[int]:
+        """The main process and the two daemons below it, once all of them are there."""
+        return until(lambda: p if len(p := [int(f.name) for f in self._pid_files()]) == 3 else None)
+
+    def forget_pids(self) -> None:
+        for file in self._pid_files():
+            file.unlink()
+
+    def _pid_files(self) -> list[Path]:
+        return [file for file in self.pids.iterdir() if file.name.isdigit()]
+
+    def shims(self) -> list[int]:
+        assert self.process is not None
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+
+class Pods:
+    """Pods of one namespace."""
+
+    def __init__(self, server, namespace: str) -> None:
+        self._server = server
+        self.namespace = namespace
+        self.collection = f"/api/v1/namespaces/{namespace}/pods"
+
+    def create(self, name: str = "p", *, node: str = "", pids: Path | None = None, **spec):
+        container = {
+            "name": "server",
+            "image": "engine",
+            "command": [*PYTHON, NASTY],
+            "env": [{"name": "PIDS", "value": str(pids)}],
+            "ports": [{"name": "http", "containerPort": 8000}],
+            "readinessProbe": {"httpGet": {"path": "/", "port": "http"}, "periodSeconds": 1},
+        }
+        spec = {"containers": [container], "nodeName": node, **spec}
+        spec.setdefault("terminationGracePeriodSeconds", 1)
+        code, pod = self._server.request(
+            "POST", self.collection, {"metadata": {"name": name}, "spec": spec}
+        )
+        assert code == 201, pod
+        return pod
+
+    def get(self, name: str = "p"):
+        code, pod = self._server.request("GET", f"{self.collection}/{name}")
+        return pod if code == 200 else None
+
+    def delete(self, name: str = "p") -> None:
+        code, answer = self._server.request("DELETE", f"{self.collection}/{name}")
+        assert code in (200, 202), answer
+
+    def until_ready(self, name: str = "p", restarts: int = 0):
+        def ready():
+            pod = self.get(name)
+            statuses = pod["status"].get("containerStatuses") or [{}]
+            return pod if statuses[0].get("ready") and restarts_of(pod) >= restarts else None
+
+        return until(ready, f"pod {name} is not ready: {self.get(name)}")
+
+
+def restarts_of(pod) -> int:
+    return pod["status"]["containerStatuses"][0]["restartCount"]
+
+
+def is_ready(pod) -> bool:
+    conditions = pod["status"].get("conditions", ())
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+@pytest.fixture
+def pods(api_server, namespace):
+    return Pods(api_server, namespace)
+
+
+@pytest.fixture
+def kubelet(api_server, namespace, kube_api, tmp_path):
+    """A kubelet whose node is the test's alone; pods are given to it by name."""
+    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=False)
+    kubelet.start()
+    yield kubelet
+    if kubelet.process.poll() is None:
+        kubelet.kill()
+    for file in kubelet.pids.iterdir():  # what a failed test left
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int(file.name), signal.SIGKILL)
+
+
+def test_the_node_shows_what_the_machine_has(api_server, kubelet):
+    code, node = api_server.request("GET", f"/api/v1/nodes/{kubelet.node}")
+    assert code == 200
+    status = node["status"]
+    assert status["capacity"]["cpu"] == str(os.cpu_count())
+    assert status["addresses"][0] == {"type": "InternalIP", "address": "127.0.0.1"}
+    assert status["daemonEndpoints"]["kubeletEndpoint"]["Port"] > 0
+    assert {c["type"]: c["status"] for c in status["conditions"]}["Ready"] == "True"
+
+
+def test_a_pod_runs_becomes_ready_and_ends_when_it_is_deleted(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pod = pods.until_ready()
+    assert pod["status"]["phase"] == "Running"
+    assert is_ready(pod)
+    with urllib.request.urlopen(f"http://{pod['status']['podIP']}:8000/", timeout=5) as answer:
+        assert answer.status == 200
+    engine = kubelet.engine_pids()
+    assert list((kubelet.directory / "data" / "pods").iterdir())
+    pods.delete()
+    until(lambda: pods.get() is None)
+    assert not any(map(is_alive, engine))
+    until(lambda: not list((kubelet.directory / "data" / "pods").iterdir()))
+
+
+def test_a_pod_without_a_node_is_bound(api_server, kube_api, namespace, pods, tmp_path):
+    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=True)
+    pods.create(pids=kubelet.pids)
+    kubelet.start()
+    try:
+        assert pods.until_ready()["spec"]["nodeName"] == namespace
+    finally:
+        kubelet.kill()
+
+
+def test_nothing_is_written_while_nothing_changes(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    before = pods.until_ready()["metadata"]["resourceVersion"]
+    log = next((kubelet.directory / "data" / "pods").glob("*/server/0.log"))
+    asked = log.read_text().count("asked")
+    until(lambda: log.read_text().count("asked") >= asked + 3)
+    assert pods.get()["metadata"]["resourceVersion"] == before
+
+
+def test_a_pod_that_makes_no_sense_fails_and_can_be_deleted(kubelet, pods):
+    container = {"name": "c", "image": "i", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}
+    volume = {"name": "v", "nfs": {"server": "s", "path": "/"}}
+    pods.create(node=kubelet.node, containers=[container], volumes=[volume])
+
+    def waiting():
+        statuses = pods.get()["status"].get("containerStatuses") or [{}]
+        return statuses[0].get("state", {}).get("waiting", {}).get("message")
+
+    assert "volume 'v': its type is not supported" in until(waiting)
+    pods.delete()
+    until(lambda: pods.get() is None)
+
+
+# -- kills ---------------------------------------------------------------------------------------
+
+
+def test_kill_9_of_the_kubelet_leaves_no_process_and_the_next_one_goes_on(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pods.until_ready()
+    engine, shims = kubelet.engine_pids(), kubelet.shims()
+    kubelet.kill()
+    until(lambda: not any(map(is_alive, engine + shims)))
+    kubelet.forget_pids()
+    kubelet.start()
+    pod = pods.until_ready(restarts=1)
+    ended = pod["status"]["containerStatuses"][0]["lastState"]["terminated"]
+    assert ended["reason"] == "ContainerStatusUnknown"
+
+
+def test_kill_9_of_a_guardian_leaves_no_process_and_the_container_is_restarted(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pods.until_ready()
+    engine = kubelet.engine_pids()
+    (shim,) = kubelet.shims()
+    kubelet.forget_pids()
+    os.kill(shim, signal.SIGKILL)
+    until(lambda: not any(map(is_alive, engine)))
+    pod = pods.until_ready(restarts=1)
+    ended = pod["status"]["containerStatuses"][0]["lastState"]["terminated"]
+    assert ended["exitCode"] == 137
+    assert "guardian" in ended["message"]
+
+
+def test_kill_9_of_an_engine_leaves_no_process_and_it_is_restarted(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pod = pods.until_ready()
+    engine = kubelet.engine_pids()
+    (shim,) = kubelet.shims()
+    main = next(p for p in engine if f" {shim} " in f" {_parent(p)} " and _is_main(p))
+    kubelet.forget_pids()
+    os.kill(main, signal.SIGKILL)
+    until(lambda: not any(map(is_alive, engine)))
+    again = pods.until_ready(restarts=1)
+    assert again["status"]["podIP"] == pod["status"]["podIP"]
+    assert again["status"]["containerStatuses"][0]["lastState"]["terminated"]["signal"] == 9
+
+
+def _parent(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+
+
+def _is_main(pid: int) -> bool:
+    return b"socket.create_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_kill_9_of_the_kubelet_and_a_guardian_at_once_is_cleaned_up_by_the_next(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pods.until_ready()
+    engine = kubelet.engine_pids()
+    (shim,) = kubelet.shims()
+    kubelet.process.send_signal(signal.SIGSTOP)  # so that it cannot clean up in between
+    os.kill(shim, signal.SIGKILL)
+    kubelet.kill()
+    until(lambda: not any(map(is_alive, [p for p in engine if _was_main(p)])))
+    kubelet.forget_pids()
+    kubelet.start()
+    pods.until_ready(restarts=1)
+    marked = [p for p in engine if is_alive(p) and b"KUBEAI_POD_UID" in _environment(p)]
+    assert marked == []
+    for pid in engine:  # the one that emptied its environment is beyond the sweep: documented
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _was_main(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return _is_main(pid)
+    return False
+
+
+def _environment(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
+
+
+def test_the_kubelet_and_all_engines_die_with_the_kubelets_parent(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pods.until_ready()
+    kubelet.kill(signal.SIGTERM)
+    kubelet.forget_pids()
+    parent = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], close_fds=False))"
+    kubelet.start(*PYTHON, parent)
+    pods.until_ready(restarts=1)
+    engine, (child,) = kubelet.engine_pids(), kubelet.shims()
+    assert is_alive(child)
+    kubelet.kill()  # of the parent
+    until(lambda: not any(map(is_alive, [child, *engine])))
+
+
+def test_sigterm_ends_the_engines_and_leaves_the_pods(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pods.until_ready()
+    engine = kubelet.engine_pids()
+    kubelet.kill(signal.SIGTERM)
+    assert kubelet.process.returncode == 0
+    assert not any(map(is_alive, engine))
+    pod = pods.get()
+    assert not is_ready(pod)
+    assert "deletionTimestamp" not in pod["metadata"]
+    kubelet.forget_pids()
+    kubelet.start()
+    pods.until_ready(restarts=1)
+
+
+def test_a_pod_deleted_while_there_was_no_kubelet_goes_with_the_next(kubelet, pods):
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    pods.until_ready()
+    kubelet.kill()
+    pods.delete()
+    assert pods.get() is not None
+    kubelet.start()
+    until(lambda: pods.get() is None)
+
+
+def test_one_data_directory_has_one_kubelet(kubelet):
+    second = subprocess.run(kubelet._command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert second.returncode == 1
+    assert second.stderr.strip().endswith("is in use by another kubelet")
+    assert "Traceback" not in second.stderr
+
+
+# -- logs ----------------------------------------------------------------------------------------
+
+
+def test_logs_come_through_the_embedded_api(api_server, kubelet, pods):
+    if api_server.kind == "real":
+        pytest.skip("a cluster's API asks kubelets over TLS only")
+    pods.create(node=kubelet.node, pids=kubelet.pids)
+    ip = pods.until_ready()["status"]["podIP"]
+    url = f"{api_server.url}{pods.collection}/p/log?tailLines=1000&timestamps=true"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_server.token}"})
+    import ssl
+
+    context = ssl.create_default_context(cafile=api_server.ca_file)
+    with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        first = answer.read().decode().splitlines()[0]
+    time_, _, text = first.partition(" ")
+    assert text == f"serving on {ip}"
+    assert time_.endswith("Z")
+
+
+def test_logs_are_not_for_strangers(api_server, kubelet, pods):
+    code, node = api_server.request("GET", f"/api/v1/nodes/{kubelet.node}")
+    assert code == 200
+    port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"]
+    url = f"http://127.0.0.1:{port}/containerLogs/{pods.namespace}/p/server"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(url, timeout=5)
