@@ -141,7 +141,7 @@ def check(metadata: Object, one_label: bool = False, custom: bool = False) -> li
 def check_unchanged(metadata: Object, old: Object) -> list[Cause]:
     """What a write gives and cannot give; what it leaves out is kept as it was."""
     causes = []
-    for name in ("creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"):
+    for name in ("deletionTimestamp", "deletionGracePeriodSeconds"):
         given, kept = metadata.get(name), old.get(name)
         same = given == kept
         if isinstance(given, str) and isinstance(kept, str):
