@@ -168,6 +168,11 @@ class Registry:
         """Apply a patch of that content type to the object or its status."""
         old = self.get(resource, namespace, name)
         patched = self._patched(resource, kind, old.object, patch)
+        uid = (patched.get("metadata") or {}).get("uid", old.uid)
+        if uid != old.uid:
+            why = f'Invalid value: "{uid}": field is immutable'
+            cause = Cause("FieldValueInvalid", why, "metadata.uid")
+            raise errors.invalid(resource.group, resource.kind, name, [cause])
         if (patched.get("metadata") or {}).get("name", name) != name:
             raise errors.bad_request(
                 f"the name of the object ({patched['metadata']['name']}) does not match the name "
