@@ -5,8 +5,8 @@ import socket
 import uuid
 
 from aiohttp import web
-from fakes.wire import Engine, Script, Wire, connect, until
 
+from fakes.wire import Engine, Script, Wire, connect, until
 from kubeai._load import LoadTable
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
