@@ -6,9 +6,10 @@ when the kubelet says so, or when the kubelet is gone (the control socket ends),
 is killed before this process exits. When this process itself is SIGKILLed, the kernel kills the
 main process (PR_SET_PDEATHSIG) and the kubelet, which inherits the others, kills those.
 
-Started by process.py as ``python -I -S shim.py <control fd>``. It imports little and nothing of
-kubeai, because its start is part of a model's cold start. Messages in both directions are marshal
-(both ends are the same interpreter), each after its length in 4 bytes, network order:
+Started by process.py with ``python -I -S`` and a control socket's descriptor. It imports little
+and nothing of kubeai, because its start is part of a model's cold start. Messages in both
+directions are marshal (both ends are the same interpreter), each after its length in 4 bytes,
+network order:
 
 to the shim     ("start", {argv, env, cwd, log, log_max_bytes, mounts, root, namespace})
                 ("signal", number) · ("kill",) · ("exec", id, argv, env) · ("exec-kill", id)
