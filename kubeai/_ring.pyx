@@ -45,15 +45,15 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int clock, timespec *now)
     int CLOCK_MONOTONIC
 
-LOAD_FLOOR = 2
-REPLICATION_MAX = 4096
-
 cdef enum:
-    _FLOOR = 2
+    _LOAD_FLOOR = 2
     _REPLICATION_MAX = 4096
     NODES_A_BUCKET = 4
     SLOT_BITS = 20
     SLOTS_MAX = 1 << SLOT_BITS
+
+LOAD_FLOOR = _LOAD_FLOOR
+REPLICATION_MAX = _REPLICATION_MAX
 
 
 # A virtual node: its place on the ring in the upper 44 bits, the slot of its endpoint in the lower
@@ -245,7 +245,7 @@ cdef class Ring:
             raise ValueError(f"mean_load_factor must be at least 100, not {mean_load_factor}")
         # Beyond this no product below can overflow, and no endpoint is ever over the bound.
         self.factor = min(mean_load_factor, 100 << 20)
-        replication = min(max(replication, 1), REPLICATION_MAX)
+        replication = min(max(replication, 1), _REPLICATION_MAX)
         if replication == self.replication:
             return
         self.replication = replication
@@ -522,7 +522,7 @@ cdef class Ring:
             self.table.count_lookup(initial, -1, False, 0)
             return None
         cdef int64_t bound = max(
-            _FLOOR, (self.factor * (survey.total + 1) + 100 * survey.n - 1) // (100 * survey.n)
+            _LOAD_FLOOR, (self.factor * (survey.total + 1) + 100 * survey.n - 1) // (100 * survey.n)
         )
         cdef int32_t slot, chosen = -1, first = -1
         cdef int64_t load, first_load = 0

@@ -1,4 +1,4 @@
-"""The comparison with nginx runs, and measures both (whether it is fast, only a quiet run tells)."""
+"""The comparison with nginx runs and measures both; whether it is fast, only a quiet run tells."""
 
 import json
 import os
