@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, nonecheck=True
 """The relay: HTTP/1.1 between one client's connection and whichever engine answers it.
 
 Owns every downstream connection (:class:`Downstream`), every upstream one (:class:`Upstream`) and
@@ -814,7 +814,7 @@ cdef class Downstream(Head):
             self.fault = "Only HTTP/1.1 and HTTP/1.0 are spoken here."
             return 0
         self.method = begin[:space - begin]
-        self.old = end[-1] == c"0"
+        self.old = (end - 1)[0] == c"0"
         if self.method == b"CONNECT" or self.target is None:
             self.fault = "This is not a proxy."
         elif self.chunked and self.old:
@@ -960,7 +960,7 @@ cdef class Downstream(Head):
         cdef const char *data
         cdef Py_ssize_t size
         cdef bytes piece
-        if self.input is None:
+        if self.state != BODY or self.input is None:
             return None
         data = PyBytes_AS_STRING(self.input) + self.used
         size = PyBytes_GET_SIZE(self.input) - self.used

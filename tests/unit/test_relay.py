@@ -951,11 +951,9 @@ async def test_the_connection_that_was_given_back_last_is_taken_first(start):
     for wire in wires:
         await wire.send(post(body=b'{"model":"m","wait":1}'))
     await until(lambda: len(running.engine.requests) == 3)
-    ports = []
     for _ in wires:
         at_work.release()
-    for wire in wires:
-        ports.append((await wire.answer()).body)
+    ports = [(await wire.answer()).body for wire in wires]
     assert len(set(ports)) == 3
     used = set()
     for _ in range(5):
