@@ -122,3 +122,9 @@ def test_an_outcome_is_told_with_its_reason():
     answer = status(pod(), [record(BAD)], outcome=PodOutcome("Failed", "DeadlineExceeded", "late"))
     assert (answer["phase"], answer["reason"]) == ("Failed", "DeadlineExceeded")
     assert conditions(answer)["Ready"]["reason"] == "PodFailed"
+
+
+def test_a_pending_pod_tells_what_it_waits_for():
+    waiting = Waiting("EngineNotInstalled", "vllm is not installed")
+    assert status(pod(), [record(waiting)])["message"] == "vllm is not installed"
+    assert status(pod(), [record(UP)])["message"] is None

@@ -101,7 +101,7 @@ async def _run(options: argparse.Namespace) -> None:
         node = Node(kube, options.node_name, host.ip, lease=options.no_bind)
         await node.register(port)
         tasks = [asyncio.create_task(agent.run()), asyncio.create_task(node.run())]
-        tasks.append(asyncio.create_task(_tell_ready(agent, port, options.ready_fd)))
+        tasks.append(asyncio.create_task(_tell_ready(agent, port, options.ready_fd, stopping)))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([stop, *tasks[:2]], return_when=asyncio.FIRST_COMPLETED)
         for task in (*tasks, stop):
@@ -113,12 +113,17 @@ async def _run(options: argparse.Namespace) -> None:
                 raise outcome
 
 
-async def _tell_ready(agent: Agent, port: int, ready_fd: int | None) -> None:
+async def _tell_ready(
+    agent: Agent, port: int, ready_fd: int | None, stopping: asyncio.Event
+) -> None:
     await agent.synced.wait()
     log.info("kubelet ready", log_port=port)
     if ready_fd is not None:
-        os.write(ready_fd, f"ready {port}\n".encode())
-        os.close(ready_fd)
+        try:
+            os.write(ready_fd, f"ready {port}\n".encode())
+            os.close(ready_fd)
+        except OSError:
+            stopping.set()  # the parent died before this process could ask to die with it
 
 
 def _lock(data_dir: Path) -> IO[str]:

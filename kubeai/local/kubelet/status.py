@@ -76,7 +76,7 @@ def pod_status(
     return {
         "phase": phase,
         "reason": outcome.reason or None if outcome else None,
-        "message": outcome.message or None if outcome else None,
+        "message": outcome.message or None if outcome else _why_pending(init, main, phase),
         "conditions": [_condition(c) for c in conditions],
         "hostIP": host_ip,
         "hostIPs": [{"ip": host_ip}],
@@ -115,6 +115,12 @@ def _phase(
     if all(isinstance(state, Terminated) and state.exit_code == 0 for state in states):
         return "Succeeded"
     return "Failed" if pod.spec.restart_policy == "Never" else "Running"
+
+
+def _why_pending(init: Sequence[Record], main: Sequence[Record], phase: str) -> str | None:
+    """What the first container is waiting for: `kubectl describe` shows the pod's message only."""
+    waiting = [r.state.message for r in (*init, *main) if isinstance(r.state, Waiting)]
+    return next(filter(None, waiting), None) if phase == "Pending" else None
 
 
 def _conditions(
