@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def main() -> None:
     try:
         options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         asyncio.run(serve(options.data_dir, options.port, options.ready_fd))
-    except (KubeAIError, OSError) as error:
+    except (KubeAIError, OSError, sqlite3.Error) as error:
         sys.exit(f"kubeai local: the Kubernetes API cannot start: {error}")
 
 

@@ -32,6 +32,13 @@ _TYPE_META, _RAW, _CONTENT_ENCODING = 1, 2, 3
 _KEPT_WHEN_EMPTY = ("storageClassName",)  # there "" says something
 
 
+# A field may have any wire type, so that a number can stand where bytes should.
+_MALFORMED = (
+    ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, OSError,
+    struct.error,
+)  # fmt: skip
+
+
 @functools.cache
 def _messages() -> dict[str, dict[str, tuple[str, str, str]]]:
     """Message → field number → name ("": inlined in JSON), type, "" or repeated or map."""
@@ -54,7 +61,7 @@ def decode(body: bytes) -> Object:
             raise ValueError(f"the kind {kind} is only understood as JSON")
         obj = _message(kind, fields.get(_RAW, b""), 0)
         return {"apiVersion": names.get(1, b"").decode(), "kind": kind, **obj}
-    except (ValueError, KeyError, IndexError, AttributeError, struct.error) as error:
+    except _MALFORMED as error:
         raise bad_request(f"the body of the request is not protobuf: {error}") from None
 
 

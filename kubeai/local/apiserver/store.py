@@ -26,6 +26,7 @@ Key = tuple[str, str]  # (namespace, name); namespace is "" for cluster-wide obj
 
 WINDOW_MAX_EVENTS = 8192
 WINDOW_MAX_BYTES = 64 << 20
+LOCK_TIMEOUT_S = 2.0  # for a predecessor on the same file to end
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS objects (
@@ -120,7 +121,7 @@ class Store:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db = sqlite3.connect(path, isolation_level=None, timeout=LOCK_TIMEOUT_S)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")

@@ -1,0 +1,221 @@
+"""The embedded API as a process: who may talk to it, what it keeps, how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import ssl
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+import yaml
+
+TIMEOUT_S = 20.0
+
+
+class Api:
+    """One process on one data directory."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.directory = directory
+        read, write = os.pipe()
+        command = [sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory)]
+        self.process = subprocess.Popen(
+            [*command, "--ready-fd", str(write), *arguments],
+            pass_fds=(write,),
+            stderr=subprocess.PIPE,
+        )
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            line = pipe.readline().split()
+        self.port = int(line[1]) if line[:1] == ["ready"] else 0
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str):
+        """Code and answer; headers replace those that a client would send."""
+        token = (self.directory / "token").read_text()
+        tls = ssl.create_default_context(cafile=str(self.directory / "ca.crt"))
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=tls, timeout=10)
+        known = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        data = body if isinstance(body, bytes) else None if body is None else orjson.dumps(body)
+        with contextlib.closing(connection):
+            connection.request(method, path, data, known | headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        is_json = answer.headers["Content-Type"].startswith("application/json")
+        return answer.status, orjson.loads(text) if is_json else text.decode()
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.communicate(timeout=TIMEOUT_S)
+
+
+CONFIGS = "/api/v1/namespaces/default/configmaps"
+
+
+@contextlib.contextmanager
+def running(directory: Path, *arguments: str) -> Iterator[Api]:
+    api = Api(directory, *arguments)
+    try:
+        assert api.port, api.process.communicate(timeout=TIMEOUT_S)[1].decode()
+        yield api
+    finally:
+        api.end(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Iterator[Api]:
+    with running(tmp_path_factory.mktemp("api") / "data") as api:
+        yield api
+
+
+def test_its_secrets_are_the_owners_alone(shared: Api):
+    assert stat.S_IMODE(shared.directory.stat().st_mode) == 0o700
+    for name in ("token", "kubeconfig", "tls.key", "objects.db"):
+        assert stat.S_IMODE((shared.directory / name).stat().st_mode) == 0o600, name
+
+
+def test_the_kubeconfig_leads_to_it(shared: Api):
+    config = yaml.safe_load((shared.directory / "kubeconfig").read_text())
+    cluster = config["clusters"][0]["cluster"]
+    assert cluster["server"] == f"https://127.0.0.1:{shared.port}"
+    assert Path(cluster["certificate-authority"]).exists()
+    assert config["users"][0]["user"]["token"] == (shared.directory / "token").read_text()
+    assert config["contexts"][0]["context"]["namespace"] == "default"
+
+
+def test_the_token_is_wanted(shared: Api):
+    for given in ("", "Bearer ", "Bearer wrong", "Basic abc"):
+        code, answer = shared.ask("GET", CONFIGS, Authorization=given)
+        assert (code, answer["reason"]) == (401, "Unauthorized")
+    for path in ("/healthz", "/readyz", "/livez"):
+        assert shared.ask("GET", path, Authorization="") == (200, "ok")
+
+
+def test_only_loopback_names_are_answered(shared: Api):
+    for host in (f"evil.example:{shared.port}", "127.0.0.1:1", "127.0.0.1", "localhost"):
+        code, answer = shared.ask("GET", CONFIGS, Host=host)
+        assert (code, answer["reason"]) == (403, "Forbidden"), host
+    for host in (f"localhost:{shared.port}", f"127.0.0.1:{shared.port}", f"[::1]:{shared.port}"):
+        assert shared.ask("GET", CONFIGS, Host=host)[0] == 200
+
+
+def test_web_pages_are_refused(shared: Api):
+    for origin in ("https://evil.example", "null", f"https://127.0.0.1:{shared.port}"):
+        assert shared.ask("GET", CONFIGS, Origin=origin)[0] == 403
+
+
+def test_a_body_over_the_limit_is_refused(shared: Api):
+    body = {"metadata": {"name": "big"}, "data": {"a": "x" * (4 << 20)}}
+    code, answer = shared.ask("POST", CONFIGS, body)
+    assert (code, answer["reason"]) == (413, "RequestEntityTooLarge")
+    assert shared.ask("GET", CONFIGS)[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b"\xff", b"[" * 100_000, b"null"])
+def test_a_body_that_is_no_object_is_a_bad_request(shared: Api, body: bytes):
+    code, answer = shared.ask("POST", CONFIGS, body)
+    assert (code, answer["reason"]) == (400, "BadRequest")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/nope", "/api/v2", "/apis/none", "/api/v1/none", "/api/v1/pods/x",
+     f"{CONFIGS}/a/b/c/d", "/apis/batch/v1/namespaces/default/jobs/x/scale", "//", "/api//v1"],
+)  # fmt: skip
+def test_odd_paths_are_answered(shared: Api, path: str):
+    assert shared.ask("GET", path)[0] in (200, 404)
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):
+    made = {}
+    with running(tmp_path) as api:
+        for index in range(20):
+            code, answer = api.ask("POST", CONFIGS, {"metadata": {"name": f"c{index}"}})
+            assert code == 201
+            made[answer["metadata"]["name"]] = answer
+        assert api.ask("DELETE", f"{CONFIGS}/c0")[0] == 200
+        port, last = api.port, int(api.ask("GET", CONFIGS)[1]["metadata"]["resourceVersion"])
+        api.end(signal.SIGKILL)
+    del made["c0"]
+    with running(tmp_path, "--port", str(port)) as api:
+        assert api.port == port
+        listed = api.ask("GET", CONFIGS)[1]
+        assert {item["metadata"]["name"]: item for item in listed["items"]} == made
+        assert int(listed["metadata"]["resourceVersion"]) >= last
+        _, answer = api.ask("POST", CONFIGS, {"metadata": {"name": "new"}})
+        assert int(answer["metadata"]["resourceVersion"]) > last
+        api.end()
+        assert api.process.returncode == 0
+
+
+def test_a_watch_ends_with_the_server(tmp_path: Path):
+    with running(tmp_path) as api:
+        token = (api.directory / "token").read_text()
+        tls = ssl.create_default_context(cafile=str(api.directory / "ca.crt"))
+        connection = http.client.HTTPSConnection("127.0.0.1", api.port, context=tls, timeout=10)
+        with contextlib.closing(connection):
+            headers = {"Authorization": f"Bearer {token}"}
+            connection.request("GET", f"{CONFIGS}?watch=1&resourceVersion=1", headers=headers)
+            answer = connection.getresponse()
+            assert answer.status == 200
+            started = time.monotonic()
+            api.process.send_signal(signal.SIGTERM)
+            assert answer.read() == b""
+            api.end()
+            assert time.monotonic() - started < 5
+
+
+def test_one_data_directory_has_one_server(tmp_path: Path):
+    with running(tmp_path):
+        second = Api(tmp_path)
+        said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
+        assert second.port == 0
+        assert said.splitlines()[-1].startswith("kubeai local: the Kubernetes API cannot start: ")
+        assert "Traceback" not in said
+
+
+def test_a_port_in_use_is_one_clear_line(tmp_path: Path):
+    with running(tmp_path / "a") as first:
+        second = Api(tmp_path / "b", "--port", str(first.port))
+        said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
+        assert second.port == 0
+        assert str(first.port) in said
+        assert "Traceback" not in said
+
+
+def test_it_ends_with_its_parent(tmp_path: Path):
+    program = (
+        "import os, subprocess, sys, time\n"
+        "read, write = os.pipe()\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'kubeai.local.apiserver', '--data-dir',"
+        " sys.argv[1], '--ready-fd', str(write)], pass_fds=(write,))\n"
+        "print(child.pid, os.read(read, 99).decode(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    pid, ready, _ = parent.stdout.readline().split()
+    assert ready == "ready"
+    parent.kill()
+    parent.communicate(timeout=TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while _is_alive(int(pid)):
+        assert time.monotonic() < deadline, "the server outlived its parent"
+        time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
