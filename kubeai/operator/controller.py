@@ -10,9 +10,11 @@ resourceVersion; no write while nothing changes; and at most two writes a second
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import structlog
@@ -31,15 +33,19 @@ from kubeai.operator.plan import (
     Observed,
     PatchModel,
     PatchStatus,
+    Template,
     plan,
+    template_of,
 )
 from kubeai.operator.pods import HASH_ANNOTATION, MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
 from kubeai.operator.queue import Queue
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 log = structlog.get_logger(__name__)
-PARALLEL_MODELS_MAX = 16
+PARALLEL_MODELS_MAX = 64
+CREATES_AT_FIRST_MAX = 8
 PARALLEL_WRITES_MAX = 32
+STATUS_SETTLE_S = 0.1  # changes come in flocks: tell them in one write
 STATUS_INTERVAL_S = MODEL_INTERVAL_S = 0.5  # between two writes of the same kind to one Model
 FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # rest before a pod that ended is replaced again
 
@@ -49,14 +55,16 @@ class _Memory(msgspec.Struct):
 
     create_error: Trouble | None = None
     taken: dict[str, float] = {}  # pod names of others → believed until
+    template: tuple[Any, Template | ModelError] | None = None  # what it was made from, and it
     files: dict[str, str] = {}  # what the ConfigMap of the Model's files holds
-    patched_s: float = float("-inf")
-    status_sent_s: float = float("-inf")
+    patched_s: float = -math.inf
+    status_due_s: float = math.inf  # when a status that differs is to be written
+    status_sent_s: float = -math.inf
     status_sent: tuple[ModelStatus, ModelStatus] | None = None  # what we sent, what came back
     finished: Backoff = msgspec.field(
         default_factory=lambda: Backoff(FINISHED_FIRST_S, FINISHED_MAX_S)
     )
-    finished_until_s: float = float("-inf")
+    finished_until_s: float = -math.inf
 
 
 class Controller:
@@ -113,10 +121,12 @@ class Controller:
         if model.spec.files and model.metadata.deletion_timestamp is None:
             await self._ensure_files(model, memory)
         observed, wait_s = self._observe(model, memory)
-        actions = self._plan(model, observed)
+        actions = self._plan(model, memory, observed)
         if memory.create_error and not any(isinstance(a, CreatePod) for a in actions):
             memory.create_error = None  # nothing is to be created any more
-            actions = self._plan(model, msgspec.structs.replace(observed, create_error=None))
+            actions = self._plan(
+                model, memory, msgspec.structs.replace(observed, create_error=None)
+            )
         changes = [action for action in actions if not isinstance(action, PatchStatus)]
         try:
             again_s = await self._apply(model, memory, changes)
@@ -131,8 +141,13 @@ class Controller:
         expected_s = self._store.oldest_expectation_s(model.metadata.name)
         return _sooner(again_s, _sooner(wait_s, expected_s))
 
-    def _plan(self, model: Model, observed: Observed) -> list[Action]:
-        return plan(model, self._config, observed, datetime.now(UTC).replace(microsecond=0))
+    def _plan(self, model: Model, memory: _Memory, observed: Observed) -> list[Action]:
+        kept = memory.template
+        made_from = (model.spec, model.metadata.uid, model.metadata.annotations)
+        if kept is None or kept[0] != made_from:  # building it is most of a plan's cost
+            kept = memory.template = made_from, template_of(model, self._config)
+        now = datetime.now(UTC).replace(microsecond=0)
+        return plan(model, self._config, observed, now, kept[1])
 
     def _observe(self, model: Model, memory: _Memory) -> tuple[Observed, float | None]:
         """The plan's view, and seconds until pods that ended may be replaced (if they wait)."""
@@ -161,36 +176,40 @@ class Controller:
     async def _apply(
         self, model: Model, memory: _Memory, actions: Sequence[Action]
     ) -> float | None:
-        """Send the actions, in order; seconds until the next plan, None when these were all."""
-        creates = [action for action in actions if isinstance(action, CreatePod)]
+        """Send the actions; seconds until the next plan, None when these were all.
+
+        Deletes first, so that no node is added for a pod whose place is about to be free.
+        """
         again_s = None
+        deletes = [self._delete(action) for action in actions if isinstance(action, DeletePod)]
+        await _together(deletes)
+        creates = [
+            self._create(model, memory, action)
+            for action in actions
+            if isinstance(action, CreatePod)
+        ]
+        if deletes or creates:
+            again_s = 0.0
+        # What refuses one pod (a quota, a webhook) mostly refuses them all: few at first.
+        few = CREATES_AT_FIRST_MAX if memory.create_error is None else 1
+        first, rest = creates[:few], creates[few:]
         for action in actions:
-            if isinstance(action, DeletePod):
-                await self._delete(action)
-                again_s = 0.0
-            elif isinstance(action, AdoptPod):
-                await self._adopt(action)
+            if isinstance(action, AdoptPod):
+                first.append(self._adopt(action))
             elif isinstance(action, PatchModel):
                 wait_s = memory.patched_s + MODEL_INTERVAL_S - self._clock()
-                if wait_s > 0:
-                    return wait_s
-                memory.patched_s = self._clock()
-                await self._patch_model(model, action)
-                again_s = 0.0
-        # The first alone: what refuses one pod (a quota, a webhook) mostly refuses them all.
-        await self._create_all(model, memory, creates[:1])
-        await self._create_all(model, memory, creates[1:])
-        return 0.0 if creates else again_s
-
-    async def _create_all(
-        self, model: Model, memory: _Memory, creates: Sequence[CreatePod]
-    ) -> None:
-        results = await asyncio.gather(
-            *(self._create(model, memory, create) for create in creates), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+                again_s = _sooner(again_s, max(0.0, wait_s))
+                if wait_s <= 0:
+                    memory.patched_s = self._clock()
+                    first.append(self._patch_model(model, action))
+        try:
+            await _together(first)
+        except BaseException:
+            for coroutine in rest:
+                coroutine.close()
+            raise
+        await _together(rest)
+        return again_s
 
     async def _create(self, model: Model, memory: _Memory, create: CreatePod) -> None:
         meta = {"name": create.name, "namespace": self._namespace}
@@ -277,10 +296,13 @@ class Controller:
     ) -> float | None:
         if memory.status_sent == (_timeless(status), model.status):
             return None  # the API keeps something else (a CRD without conditions): leave it
-        wait_s = memory.status_sent_s + STATUS_INTERVAL_S - self._clock()
-        if wait_s > 0:
-            return wait_s
-        memory.status_sent_s = self._clock()
+        now_s = self._clock()
+        earliest_s = max(now_s + STATUS_SETTLE_S, memory.status_sent_s + STATUS_INTERVAL_S)
+        memory.status_due_s = min(memory.status_due_s, earliest_s)
+        if now_s < memory.status_due_s:
+            return memory.status_due_s - now_s
+        memory.status_due_s = math.inf
+        memory.status_sent_s = now_s
         patch = {
             "metadata": {"resourceVersion": model.metadata.resource_version},
             "status": msgspec.to_builtins(status),
@@ -342,7 +364,7 @@ class Controller:
             return
         memory.create_error = Trouble("PodRefused", str(error)[:MESSAGE_MAX_CHARS])
         observed, _ = self._observe(model, memory)
-        for action in self._plan(model, observed):
+        for action in self._plan(model, memory, observed):
             if isinstance(action, PatchStatus):
                 await self._patch_status(model, memory, action.status)
 
@@ -367,6 +389,13 @@ class Controller:
             if pod.owner != uid:
                 await self._delete(DeletePod(pod.name, pod.uid, "its Model is gone"))
         return EXPECTATION_TIMEOUT_S
+
+
+async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """All of them, even if one fails; then the first failure."""
+    for result in await asyncio.gather(*writes, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 def _sooner(a: float | None, b: float | None) -> float | None:

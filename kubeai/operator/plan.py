@@ -90,14 +90,24 @@ class Template(msgspec.Struct, frozen=True):
     hash: str
 
 
-def plan(model: Model, config: SystemConfig, observed: Observed, now: datetime) -> list[Action]:
-    """The next actions, in order. ``now`` only becomes the time of changed conditions."""
+def plan(
+    model: Model,
+    config: SystemConfig,
+    observed: Observed,
+    now: datetime,
+    template: Template | ModelError | None = None,
+) -> list[Action]:
+    """The next actions, in order. ``now`` only becomes the time of changed conditions.
+
+    ``template``: what :func:`template_of` gave for this Model, should the caller have kept it.
+    """
     alive = [pod for pod in observed.pods if pod.counts]
     if model.metadata.deletion_timestamp is not None:
         doomed = [pod for pod in observed.pods if not pod.terminating and pod.uid]
         return [DeletePod(pod.name, pod.uid, "its Model is being deleted") for pod in doomed]
-    template, error = _template(model, config)
-    hash_ = template.hash if template is not None else None
+    template = template or template_of(model, config)
+    error = template if isinstance(template, ModelError) else None
+    hash_ = template.hash if isinstance(template, Template) else None
     wanted = wanted_replicas(model)
     deletes, creates = _change_pods(alive, wanted, config.model_rollouts.surge, hash_)
     actions: list[Action] = [*_patch_model(model), *deletes]
@@ -105,7 +115,7 @@ def plan(model: Model, config: SystemConfig, observed: Observed, now: datetime) 
         actions += _clear_finished(observed)
     elif any(pod.finished for pod in observed.pods):
         creates = 0  # they would end as the last ones did
-    if template is None:
+    if isinstance(template, ModelError):
         creates = 0
     else:
         actions += _adopt(alive, deletes, template.hash)
@@ -170,17 +180,18 @@ def pod_name(model: Model, hash_: str, ordinal: int) -> str:
 # -- pods ----------------------------------------------------------------------------------------
 
 
-def _template(model: Model, config: SystemConfig) -> tuple[Template | None, ModelError | None]:
+def template_of(model: Model, config: SystemConfig) -> Template | ModelError:
+    """What a new pod would be, or why there can be none: from the spec and the annotations."""
     try:
         pod = build_pod(model, config)
     except ModelError as error:
-        return None, error
+        return error
     meta = pod["metadata"]
     hash_: str = meta["labels"][POD_HASH_LABEL]
     # How the operator finds it again, whatever a patch of the config has done to its labels:
     meta["labels"] |= {POD_MODEL_LABEL: model.metadata.name, MANAGED_BY_LABEL: MANAGED_BY}
     meta["annotations"][HASH_ANNOTATION] = hash_
-    return Template(pod, hash_), None
+    return Template(pod, hash_)
 
 
 def _change_pods(

@@ -13,10 +13,11 @@ import pytest
 from kubeai.api.config import parse_config
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
-from kubeai.operator.controller import Controller
+from kubeai.operator.controller import CREATES_AT_FIRST_MAX, Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.queue import Queue
+from kubeai.operator.scaling import Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 pytestmark = pytest.mark.looptime
@@ -474,10 +475,94 @@ async def test_no_write_after_leadership_is_lost(world):
             world.leader.leads = False
 
     world.kube.before = lose
-    world.apply(replicas=5)
+    world.apply(replicas=50)
     await asyncio.sleep(60.0)
-    assert world.kube.count("create", "pods") == 1
+    assert 1 <= world.kube.count("create", "pods") <= CREATES_AT_FIRST_MAX  # sent together
     assert world.kube.count("patch status") == 0
+
+
+# -- from zero ------------------------------------------------------------------------------------
+
+
+class Held(dict):
+    """Loads: how many requests are held by model."""
+
+    def held(self, model):
+        return self.get(model, 0)
+
+    active = held
+
+    def in_flight(self, model, endpoint):
+        return 0
+
+
+@pytest.fixture
+async def wakes(world):
+    world.start()
+    world.held = Held()
+    wakes = Wakes(world.kube, "default", world.store, world.held)
+    yield wakes
+    await wakes.stop()
+
+
+async def test_demand_is_answered_with_one_write_and_a_pod_at_once(world, wakes):
+    world.apply(replicas=0)
+    await world.settled(0, 0)
+    began = now_s()
+    for _ in range(100):
+        wakes.demand("m")
+    await world.until(world.pods)
+    assert now_s() - began < 0.05
+    assert world.kube.count("patch", "models") == 1
+    await world.settled(1, 1)
+
+
+async def test_demand_asks_for_the_least_that_the_model_allows(world, wakes):
+    world.leader.leads = False
+    world.apply(minReplicas=3)
+    wakes.demand("m")
+    await world.until(lambda: world.model()["spec"].get("replicas") == 3)
+
+
+async def test_demand_on_what_is_unknown_awake_or_the_users_writes_nothing(world, wakes):
+    world.apply("awake", replicas=2)
+    world.apply("theirs", replicas=0, autoscalingDisabled=True)
+    await world.until(lambda: len(world.pods()) == 2)
+    for name in ("awake", "theirs", "unknown"):
+        wakes.demand(name)
+    await asyncio.sleep(10.0)
+    assert world.kube.count("patch", "models") == 0
+
+
+async def test_demand_survives_a_storm_of_errors_patiently(world, wakes):
+    def refuse(verb, plural, name):
+        if now_s() < until_s:
+            raise ApiError(503, "Storm", "no")
+
+    world.apply(replicas=0)
+    await world.settled(0, 0)
+    world.kube.writes.clear()
+    until_s = now_s() + 60.0
+    world.kube.before = refuse
+    world.held["m"] = 7
+    for _ in range(500):
+        wakes.demand("m")
+        await asyncio.sleep(0.1)
+    assert rates(world.kube.writes) <= 2
+    looking = asyncio.create_task(wakes.run())  # no message comes any more; it is held still
+    await world.until(lambda: world.model()["spec"]["replicas"] == 1, limit_s=60.0)
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+
+
+async def test_demand_that_was_behind_the_times_reads_again(world, wakes):
+    world.apply(replicas=0, maxReplicas=5)
+    await world.settled(0, 0)
+    world.kube.held_events = []
+    world.apply(replicas=5)
+    wakes.demand("m")  # the store still says 0
+    await world.until(lambda: len(world.pods()) == 5)
+    assert world.model()["spec"]["replicas"] == 5
 
 
 # -- pods without a Model ------------------------------------------------------------------------
