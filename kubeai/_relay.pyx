@@ -289,6 +289,7 @@ cdef enum ChunkState:
     CHUNK_DATA_CR
     CHUNK_DATA_LF
     TRAILER_START
+    TRAILER_NAME
     TRAILER
     TRAILER_LF
     LAST_LF
@@ -309,6 +310,15 @@ cdef inline int hex_digit(char c) noexcept:
     if c"a" <= c <= c"f":
         return c - c"a" + 10
     return -1
+
+
+cdef inline bint is_token(char c) noexcept:
+    return (
+        c"a" <= c <= c"z"
+        or c"A" <= c <= c"Z"
+        or c"0" <= c <= c"9"
+        or (c > 32 and c != 127 and memchr(b"!#$%&'*+-.^_`|~", c, 15) is not NULL)
+    )
 
 
 cdef Py_ssize_t chunks_scan(
@@ -336,7 +346,7 @@ cdef Py_ssize_t chunks_scan(
             continue
         c = data[at]
         at += 1
-        if chunks.state <= CHUNK_EXTENSION or chunks.state == TRAILER:
+        if chunks.state <= CHUNK_EXTENSION or TRAILER_START <= chunks.state <= TRAILER:
             chunks.line += 1
         if chunks.state <= CHUNK_SIZE:
             digit = hex_digit(c)
@@ -370,13 +380,15 @@ cdef Py_ssize_t chunks_scan(
         elif chunks.state == CHUNK_DATA_LF:
             chunks.state = CHUNK_SIZE_FIRST if c == c"\n" else CHUNKS_BAD
         elif chunks.state == TRAILER_START:
-            chunks.line += 1
             if c == c"\r":
                 chunks.state = LAST_LF
-            elif <unsigned char> c <= 32 or c == c":" or c == 127:
-                chunks.state = CHUNKS_BAD
             else:
+                chunks.state = TRAILER_NAME if is_token(c) else CHUNKS_BAD
+        elif chunks.state == TRAILER_NAME:
+            if c == c":":
                 chunks.state = TRAILER
+            elif not is_token(c):
+                chunks.state = CHUNKS_BAD
         elif chunks.state == TRAILER:
             if c == c"\r":
                 chunks.state = TRAILER_LF
