@@ -10,6 +10,8 @@ import contextlib
 import os
 import select
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -241,6 +243,18 @@ def test_a_pod_that_makes_no_sense_fails_and_can_be_deleted(kubelet, pods):
     until(lambda: pods.get() is None)
 
 
+def test_a_pod_whose_port_is_taken_on_every_address_says_so_and_waits(kubelet, pods):
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        sleep = [*PYTHON, "import time; time.sleep(600)"]
+        ports = [{"containerPort": port}]
+        container = {"name": "c", "image": "i", "command": sleep, "ports": ports}
+        pods.create(node=kubelet.node, containers=[container])
+        message = until(lambda: pods.get()["status"].get("message"))
+        assert f"has its ports {port} free" in message
+    assert "message" not in pods.until_ready()["status"]
+
+
 # -- kills ---------------------------------------------------------------------------------------
 
 
@@ -380,8 +394,6 @@ def test_logs_come_through_the_embedded_api(api_server, kubelet, pods):
     ip = pods.until_ready()["status"]["podIP"]
     url = f"{api_server.url}{pods.collection}/p/log?tailLines=1000&timestamps=true"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_server.token}"})
-    import ssl
-
     context = ssl.create_default_context(cafile=api_server.ca_file)
     with urllib.request.urlopen(request, timeout=10, context=context) as answer:
         first = answer.read().decode().splitlines()[0]
