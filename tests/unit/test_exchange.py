@@ -1,0 +1,622 @@
+"""Which engine gets a request, how often, and what is counted meanwhile."""
+
+import asyncio
+import json
+
+import pytest
+import uvloop
+from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
+from fakes.world import World
+from structlog.testing import capture_logs
+
+CHAT = "/openai/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy():
+    return uvloop.EventLoopPolicy()
+
+
+@pytest.fixture
+async def start():
+    worlds = []
+
+    async def start(**config) -> World:
+        worlds.append(await World.start(**config))
+        return worlds[-1]
+
+    yield start
+    for world in worlds:
+        await world.close()
+
+
+def ask(model: str = "m", *headers: str, path: str = CHAT, **fields: object) -> bytes:
+    return post(path, json.dumps({"model": model, **fields}).encode(), *headers)
+
+
+async def error_of(wire: Wire, status: int) -> dict:
+    answered = await wire.answer()
+    assert answered.status == status, answered
+    assert answered.one("content-type") == "application/json"
+    error = json.loads(answered.body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def naming(name: str):
+    return says(name.encode())
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+async def test_unknown_names_are_a_404(start):
+    world = await start()
+    world.route("m", {"a": await world.engine(says(b""))}, adapters=("fin",))
+    wire = await world.client()
+    for model in ("other", "m_other", "m_", "_m"):
+        await wire.send(ask(model))
+        error = await error_of(wire, 404)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert model in error["message"]
+    assert world.demanded == []
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"{}", b'{"model":1}', b'{"model":"m"}x', b"\xff"]
+)
+async def test_what_cannot_be_read_is_a_400(start, body):
+    world = await start()
+    engine = await world.engine(says(b""))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(post(CHAT, body))
+    assert (await error_of(wire, 400))["type"] == "invalid_request_error"
+    assert engine.requests == []
+    await wire.send(ask())
+    assert (await wire.answer()).status == 200
+
+
+async def test_every_selector_must_match(start):
+    world = await start()
+    world.route("m", {"a": await world.engine(says(b""))}, labels={"team": "a", "tier": "1"})
+    wire = await world.client()
+    for selectors, status in (
+        (["team=a"], 200),
+        (["team=a", "tier in (1,2)"], 200),
+        (["team=a,tier=1"], 200),
+        (["team=a", "tier=2"], 404),
+        (["team=b", "tier=1"], 404),
+        (["team="], 404),
+        (["team in"], 400),
+    ):
+        await wire.send(ask("m", *(f"x-label-SELECTOR: {each}" for each in selectors)))
+        assert (await wire.answer()).status == status, selectors
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["chat/completions", "completions", "embeddings", "rerank", "responses", "messages"],
+)
+async def test_the_engine_sees_its_own_path_and_the_body_as_it_came(start, path):
+    world = await start()
+    engine = await world.engine(says(b""))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    body = b'{ "x":[1,{"y":null}] ,"model" : "m", "messages":null,"prompt":"\\u00e9" }'
+    await wire.send(post(f"/openai/v1/{path}?api-version=1", body))
+    assert (await wire.answer()).status == 200
+    (got,) = engine.requests
+    assert got.target == f"/v1/{path}?api-version=1"
+    assert got.body == body
+
+
+async def test_an_adapter_is_asked_for_by_its_own_name(start):
+    world = await start()
+    plain = await world.engine(says(b"plain"))
+    tuned = await world.engine(says(b"tuned"))
+    world.route("m", {"a": plain, "b": (tuned, ["fin"])}, adapters=("fin",))
+    wire = await world.client()
+    for _ in range(4):
+        await wire.send(post(CHAT, b'{"x": 1, "model": "m_fin", "y": {"model": "m_fin"}}'))
+        assert (await wire.answer()).body == b"tuned"
+    assert plain.requests == []
+    assert tuned.requests[0].body == b'{"x": 1, "model": "fin", "y": {"model": "m_fin"}}'
+
+
+# -- what is counted -------------------------------------------------------------------------------
+
+
+async def test_a_request_is_counted_from_its_last_byte_to_the_end_of_its_answer(start):
+    world = await start()
+    go_on = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED + chunk(b"x"))
+        await go_on.wait()
+        await wire.send(b"0\r\n\r\n")
+
+    world.route("m", {"a": await world.engine(script)})
+    wire = await world.client()
+    request = ask()
+    await wire.send(request[:-1])
+    await until(lambda: world.front.relay.exchanges == 1)
+    assert (world.active("m"), world.in_flight("m")) == (0, 0)
+    await wire.send(request[-1:])
+    head = await wire.head()
+    assert (world.active("m"), world.in_flight("m"), world.held("m")) == (1, 1, 0)
+    assert world.endpoint_loads("m") == {"a": 1}
+    go_on.set()
+    await wire.body(head)
+    await world.at_rest()
+
+
+async def test_loads_are_spread(start):
+    world = await start()
+    both = asyncio.Barrier(4)
+
+    async def script(wire: Wire, request: Message) -> None:
+        await both.wait()
+        await wire.send(answer())
+
+    world.route("m", {name: await world.engine(script) for name in "abcd"})
+    wires = [await world.client() for _ in range(4)]
+    for wire in wires:
+        await wire.send(ask())
+    for wire in wires:
+        assert (await wire.answer()).status == 200
+    assert [len(engine.requests) for engine in world.engines.values()] == [1, 1, 1, 1]
+
+
+async def test_a_hashed_request_that_moved_is_logged_with_the_loads(start):
+    world = await start()
+    go_on = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        await go_on.wait()
+        await wire.send(answer())
+
+    world.route(
+        "m",
+        {name: await world.engine(script) for name in "abcd"},
+        strategy="PrefixHash",
+        mean_load_factor=100,
+    )
+    wires = [await world.client() for _ in range(12)]
+    with capture_logs() as logs:
+        for wire in wires:
+            await wire.send(ask(messages=[{"role": "user", "content": "same"}]))
+        await until(lambda: world.in_flight("m") == 12)
+    go_on.set()
+    for wire in wires:
+        await wire.answer()
+    moved = [entry for entry in logs if entry["event"] == "moved off its endpoint"]
+    assert moved
+    counts = sorted(len(engine.requests) for engine in world.engines.values())
+    assert sum(counts) - counts[-1] == len(moved)
+    for entry in moved:
+        assert entry["model"] == "m"
+        assert entry["endpoint"] != entry["first"]
+        assert entry["first_load"] + 1 > entry["bound"]
+        assert entry["log_level"] == "info"
+
+
+# -- held requests ---------------------------------------------------------------------------------
+
+
+async def test_a_request_for_a_cold_model_is_held_and_answered_when_it_is_ready(start):
+    world = await start()
+    engine = await world.engine(says(b"warm"))
+    world.route("m", {})
+    wires = [await world.client() for _ in range(5)]
+    for wire in wires:
+        await wire.send(ask())
+    await until(lambda: world.held("m") == 5)
+    assert world.active("m") == 5
+    assert world.in_flight("m") == 0
+    assert set(world.demanded) == {"m"}
+    world.route("m", {"a": engine})
+    for wire in wires:
+        assert (await wire.answer()).body == b"warm"
+    assert len(engine.requests) == 5
+
+
+async def test_a_held_request_whose_client_leaves_is_forgotten(start):
+    world = await start()
+    engine = await world.engine(says(b""))
+    world.route("m", {})
+    for leave in (Wire.close, Wire.reset):
+        wire = await world.client()
+        await wire.send(ask())
+        await until(lambda: world.held("m") == 1)
+        leave(wire)
+        await until(lambda: world.held("m") == 0)
+        await world.at_rest()
+    world.route("m", {"a": engine})
+    other = await world.client()
+    await other.send(ask())
+    await other.answer()
+    assert len(engine.requests) == 1
+
+
+async def test_the_wait_for_an_endpoint_has_an_end(start):
+    world = await start(hold_timeout_s=0.05)
+    world.route("m", {})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await error_of(wire, 504))["type"] == "server_error"
+    await wire.send(ask())
+    await error_of(wire, 504)
+
+
+async def test_only_so_many_requests_are_held_for_a_model(start):
+    world = await start(hold_max_requests=2)
+    world.route("m", {})
+    world.route("n", {})
+    wires = [await world.client() for _ in range(2)]
+    for wire in wires:
+        await wire.send(ask())
+    await until(lambda: world.held("m") == 2)
+    third = await world.client()
+    await third.send(ask())
+    answered = await third.answer()
+    assert answered.status == 503
+    assert int(answered.one("retry-after")) > 0
+    await third.send(ask("n"))
+    await until(lambda: world.held("n") == 1)
+    world.route("m", {"a": await world.engine(says(b""))})
+    for wire in wires:
+        assert (await wire.answer()).status == 200
+
+
+async def test_a_model_that_goes_away_ends_the_wait(start):
+    world = await start()
+    world.route("m", {})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: world.held("m") == 1)
+    world.unroute("m")
+    assert (await error_of(wire, 404))["code"] == "model_not_found"
+
+
+async def test_a_request_for_an_adapter_waits_for_an_endpoint_that_has_it(start):
+    world = await start()
+    engine = await world.engine(says(b""))
+    world.route("m", {"a": engine}, adapters=("fin",))
+    wire = await world.client()
+    await wire.send(ask("m_fin"))
+    await until(lambda: world.held("m") == 1)
+    world.route("m", {"a": (engine, ["fin"])}, adapters=("fin",))
+    assert (await wire.answer()).status == 200
+    assert json.loads(engine.requests[0].body)["model"] == "fin"
+
+
+# -- retries ---------------------------------------------------------------------------------------
+
+
+def failing(status: int):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(status, b"failed", reason="Bad"))
+
+    return script
+
+
+async def lose(wire: Wire, request: Message) -> None:
+    wire.close()
+
+
+async def reset(wire: Wire, request: Message) -> None:
+    wire.reset()
+
+
+async def nonsense(wire: Wire, request: Message) -> None:
+    await wire.send(b"nonsense\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "script", [failing(500), failing(502), failing(503), failing(504), lose, reset, nonsense]
+)
+async def test_a_failed_attempt_goes_to_another_endpoint(start, script):
+    world = await start()
+    bad = await world.engine(script)
+    good = await world.engine(says(b"good"))
+    world.route("m", {"a": bad, "b": good}, strategy="PrefixHash")
+    wire = await world.client()
+    for number in range(20):
+        body = {"messages": [{"role": "user", "content": f"text {number}"}]}
+        await wire.send(ask(**body))
+        assert (await wire.answer()).body == b"good"
+    assert len(bad.requests) > 0, "none of them was the bad one's"
+    assert len(good.requests) == 20
+
+
+async def test_an_endpoint_that_does_not_listen_is_left_for_another(start):
+    world = await start()
+    gone = await world.engine(says(b""))
+    await gone.stop()
+    good = await world.engine(says(b"good"))
+    world.route("m", {"a": gone, "b": good})
+    wire = await world.client()
+    for _ in range(5):
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+
+
+async def test_no_endpoint_is_tried_twice_while_there_is_another(start):
+    world = await start(retries=3)
+    engines = {name: await world.engine(failing(503)) for name in "abcd"}
+    world.route("m", engines)
+    wire = await world.client()
+    await wire.send(ask())
+    answered = await wire.answer()
+    assert (answered.status, answered.line, answered.body) == (503, "HTTP/1.1 503 Bad", b"failed")
+    assert [len(engine.requests) for engine in engines.values()] == [1, 1, 1, 1]
+
+
+async def test_the_only_endpoint_is_tried_again_after_a_pause(start):
+    world = await start(retries=2)
+
+    async def script(wire: Wire, request: Message) -> None:
+        times.append(asyncio.get_running_loop().time())
+        assert world.in_flight("m") == 1
+        await wire.send(answer(200 if len(times) == 3 else 503, b"third"))
+
+    times: list[float] = []
+    world.route("m", {"a": await world.engine(script)})
+    wire = await world.client()
+    await wire.send(ask())
+    answered = await wire.answer()
+    assert (answered.status, answered.body) == (200, b"third")
+    assert times[1] - times[0] > 0.09
+    assert times[2] - times[1] > 0.18
+
+
+async def test_a_client_may_leave_during_the_pause_before_a_retry(start):
+    world = await start()
+    engine = await world.engine(failing(503))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: engine.requests and world.in_flight("m") == 0)
+    assert world.active("m") == 1
+    wire.reset()
+    await world.at_rest()
+    assert len(engine.requests) == 1
+
+
+async def test_the_endpoints_may_all_go_during_a_retry(start):
+    world = await start()
+    bad = await world.engine(failing(503))
+    world.route("m", {"a": bad})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: bad.requests)
+    world.route("m", {})
+    await until(lambda: world.held("m") == 1)
+    world.route("m", {"b": await world.engine(says(b"new"))})
+    assert (await wire.answer()).body == b"new"
+
+
+async def test_a_500_is_tried_again_once(start):
+    world = await start(retries=3)
+    engines = {name: await world.engine(failing(500)) for name in "abcd"}
+    world.route("m", engines)
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).status == 500
+    assert sum(len(engine.requests) for engine in engines.values()) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 501, 505])
+async def test_other_answers_pass_through(start, status):
+    world = await start()
+    engines = {name: await world.engine(failing(status)) for name in "ab"}
+    world.route("m", engines)
+    wire = await world.client()
+    await wire.send(ask())
+    answered = await wire.answer()
+    assert (answered.status, answered.body) == (status, b"failed")
+    assert sum(len(engine.requests) for engine in engines.values()) == 1
+
+
+async def test_when_nobody_can_be_reached_it_is_a_502(start):
+    world = await start(retries=3)
+    engines = {name: await world.engine(lose) for name in "abcde"}
+    world.route("m", engines)
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await error_of(wire, 502))["type"] == "server_error"
+    assert sum(len(engine.requests) for engine in engines.values()) == 4
+    await wire.send(ask())
+    await error_of(wire, 502)
+
+
+async def test_a_failed_attempt_is_not_counted_during_the_next(start):
+    world = await start()
+    loads = []
+
+    async def look(wire: Wire, request: Message) -> None:
+        loads.append((world.in_flight("m"), sorted(world.endpoint_loads("m").values())))
+        await wire.send(answer(503))
+
+    world.route("m", {name: await world.engine(look) for name in "abc"})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).status == 503
+    assert set(map(repr, loads)) == {"(1, [0, 0, 1])"}
+
+
+async def test_there_is_no_retry_after_the_first_byte(start):
+    world = await start()
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED)
+        wire.close()
+
+    bad = await world.engine(script)
+    good = await world.engine(says(b"good"))
+    world.route("m", {"a": bad})
+    wire = await world.client()
+    await wire.send(ask())
+    head = await wire.head()
+    world.route("m", {"a": bad, "b": good})
+    with pytest.raises(Broken):
+        await wire.body(head)
+    assert good.requests == []
+
+
+async def test_an_engine_that_never_answers_is_a_504_and_not_asked_again(start):
+    world = await start(first_byte_timeout_s=0.05)
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.reader.read()
+
+    engines = {name: await world.engine(script) for name in "ab"}
+    world.route("m", engines)
+    wire = await world.client()
+    await wire.send(ask())
+    await error_of(wire, 504)
+    assert sum(len(engine.requests) for engine in engines.values()) == 1
+    await until(lambda: not any(engine.open for engine in engines.values()))
+
+
+async def test_a_connection_that_is_not_made_in_time_is_given_up(start):
+    world = await start(connect_timeout_s=0.05, retries=0)
+    # A listener whose queue is full does not answer a SYN.
+    import socket
+
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = []
+        for _ in range(3):
+            each = socket.socket()
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+            waiting.append(each)
+        world.route("m", {"a": "{}:{}".format(*full.getsockname())})
+        wire = await world.client()
+        await wire.send(ask())
+        await error_of(wire, 502)
+        for each in waiting:
+            each.close()
+
+
+async def test_a_client_may_leave_while_a_connection_is_made(start):
+    world = await start()
+    import socket
+
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = []
+        for _ in range(3):
+            each = socket.socket()
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+            waiting.append(each)
+        world.route("m", {"a": "{}:{}".format(*full.getsockname())})
+        wire = await world.client()
+        await wire.send(ask())
+        await until(lambda: world.in_flight("m") == 1)
+        wire.reset()
+        await world.at_rest()
+        for each in waiting:
+            each.close()
+
+
+async def test_an_endpoint_that_is_gone_keeps_no_connection(start):
+    world = await start()
+    engine = await world.engine(says(b""))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(ask())
+    await wire.answer()
+    assert len(engine.open) == 1
+    world.route("m", {})
+    await until(lambda: not engine.open)
+
+
+async def test_a_fault_of_ours_ends_one_request_and_no_other(start, monkeypatch):
+    from kubeai import openai
+
+    world = await start()
+    world.route("m", {"a": await world.engine(says(b"fine"))})
+    wire = await world.client()
+    with monkeypatch.context() as patch:
+        patch.setattr(openai, "parse", lambda *_: 1 / 0)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        await wire.send(ask())
+        assert (await error_of(wire, 500))["type"] == "server_error"
+        assert await wire.ended() is False
+    other = await world.client()
+    await other.send(ask())
+    assert (await other.answer()).body == b"fine"
+
+
+# -- draining --------------------------------------------------------------------------------------
+
+
+async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(start):
+    world = await start()
+    go_on = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        if b"slow" in request.body:
+            await wire.send(CHUNKED + chunk(b"1"))
+            await go_on.wait()
+            await wire.send(chunk(b"2") + b"0\r\n\r\n")
+        else:
+            await wire.send(answer(200, b"quick"))
+
+    world.route("m", {"a": await world.engine(script)})
+    world.route("cold", {})
+    streaming = await world.client()
+    await streaming.send(ask(slow=1))
+    head = await streaming.head()
+    held = await world.client()
+    await held.send(ask("cold"))
+    await until(lambda: world.held("cold") == 1)
+    idle = await world.client()
+    await idle.send(ask())
+    assert (await idle.answer()).one("connection") is None
+    silent = await world.client()
+    await until(lambda: world.front.relay.connections == 4)
+
+    drained = asyncio.create_task(world.front.drain(accept_s=0.1, timeout_s=5))
+    await until(lambda: world.gateway.draining)
+    new = await world.client()
+    await new.send(ask())
+    answered = await new.answer()
+    assert (answered.body, answered.one("connection")) == (b"quick", "close")
+    assert await new.ended() is False
+
+    assert await idle.ended() is False
+    assert await silent.ended() is False
+    with pytest.raises(ConnectionError):
+        await world.client()
+    assert not drained.done()
+    go_on.set()
+    assert (await streaming.body(head)).body == b"12"
+    assert await streaming.ended() is False
+    world.route("cold", {"c": await world.engine(says(b"warm"))})
+    answered = await held.answer()
+    assert (answered.body, answered.one("connection")) == (b"warm", "close")
+    await drained
+
+
+async def test_draining_has_an_end(start):
+    world = await start()
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED)
+        await wire.reader.read()
+
+    world.route("m", {"a": await world.engine(script)})
+    wire = await world.client()
+    await wire.send(ask())
+    head = await wire.head()
+    await world.front.drain(accept_s=0, timeout_s=0.05)
+    world.front.close()
+    with pytest.raises(Broken):
+        await wire.body(head)
