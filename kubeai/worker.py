@@ -123,7 +123,9 @@ def main() -> int:
     setup_logging()
     text = os.environ.pop(ENVIRONMENT, None)
     if text is None:
-        print(f"kubeai.worker is started by kubeai serve ({ENVIRONMENT} is not set)")
+        print(
+            f"kubeai.worker is started by kubeai serve: {ENVIRONMENT} is not set", file=sys.stderr
+        )
         return 2
     settings = msgspec.json.decode(text, type=Settings)
 
