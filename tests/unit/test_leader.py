@@ -23,6 +23,7 @@ class Leases:
         self.writes = []
         self.away = False
         self.lose_answers = False
+        self.answer_s = 0.0  # how long an answer is on its way, after the write
 
     async def _answer(self):
         await asyncio.sleep(0.005)
@@ -47,7 +48,9 @@ class Leases:
             raise ApiError(404, "NotFound", "gone")
         if obj["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", "changed")
-        return self._keep(obj)
+        kept = self._keep(obj)
+        await asyncio.sleep(self.answer_s)
+        return kept
 
     def _keep(self, obj):
         self.version += 1
@@ -163,6 +166,18 @@ async def test_a_frozen_leader_may_not_write_when_it_wakes(world):
     await asyncio.sleep(RENEW_S)  # nobody took the lease, but its time is over
     with pytest.raises(NotLeader):
         one.leader.check()
+
+
+async def test_a_lease_is_as_old_as_its_renewals_sending_not_its_answer(world):
+    one = world.join("one")
+    await world.until(lambda: one.leads, RETRY_S)
+    world.leases.answer_s = 6.0
+    await asyncio.sleep(RETRY_S + 6.5)
+    assert len(world.leases.writes) == 2
+    await one.freeze()
+    one.leader.check()
+    await asyncio.sleep(RENEW_S - 6.0)
+    assert not one.leads
 
 
 async def test_a_frozen_leader_finds_its_successor_when_it_wakes(world):
