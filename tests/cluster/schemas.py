@@ -33,9 +33,15 @@ GROUPS = {
     "apis/apiextensions.k8s.io/v1": ("CustomResourceDefinition",),
 }  # fmt: skip
 # What typed Go clients may send without it being stored.
-ALSO_SENT = ("DeleteOptions", "SelfSubjectAccessReview")
+ALSO_SENT = ("DeleteOptions", "SelfSubjectAccessReview", "SelfSubjectReview")
 PROTOS = {
-    "k8s.io/api": ("core/v1", "batch/v1", "coordination/v1", "authorization/v1"),
+    "k8s.io/api": (
+        "core/v1",
+        "batch/v1",
+        "coordination/v1",
+        "authorization/v1",
+        "authentication/v1",
+    ),
     "k8s.io/apimachinery": ("pkg/apis/meta/v1",),
 }
 SCALARS = {"string", "bytes", "bool", "int32", "int64", "double"}

@@ -124,7 +124,7 @@ def test_dependents_are_found_by_their_owner(store: Store):
 async def collect(store: Store, options: ListOptions) -> list[tuple[str, str]]:
     return [
         (seen.type, seen.object.get("metadata", {}).get("name", ""))
-        async for seen in watching.watch(store, PODS, options)
+        async for seen in watching.watch(store, PODS, options, asyncio.Event())
     ]
 
 
@@ -134,15 +134,14 @@ async def test_a_watch_from_before_the_window_is_told_so(store: Store, monkeypat
     for _ in range(10):
         put(store, "a")
     options = ListOptions(resource_version=str(start), timeout_s=5.0)
-    (seen,) = [seen async for seen in watching.watch(store, PODS, options)]
+    (seen,) = [seen async for seen in watching.watch(store, PODS, options, asyncio.Event())]
     assert (seen.type, seen.object["code"], seen.object["reason"]) == ("ERROR", 410, "Expired")
 
 
 async def test_a_slow_watch_loses_its_place_and_is_told_so(store: Store, monkeypatch):
     monkeypatch.setattr(store_module, "WINDOW_MAX_EVENTS", 5)
-    events = watching.watch(
-        store, PODS, ListOptions(resource_version=str(put(store, "a")), timeout_s=5.0)
-    )
+    options = ListOptions(resource_version=str(put(store, "a")), timeout_s=5.0)
+    events = watching.watch(store, PODS, options, asyncio.Event())
     put(store, "b")
     assert (await anext(events)).type == "ADDED"
     for _ in range(20):
@@ -156,7 +155,7 @@ async def test_bookmarks_tell_how_far_a_quiet_watch_is(store: Store, monkeypatch
     for index in range(3):
         store.put("events", ("n", f"e{index}"), obj(f"e{index}"))
     options = ListOptions(resource_version=str(start), timeout_s=5.0, bookmarks=True)
-    events = watching.watch(store, PODS, options)
+    events = watching.watch(store, PODS, options, asyncio.Event())
     seen = await anext(events)
     assert (seen.type, seen.object["metadata"]["resourceVersion"]) == ("BOOKMARK", str(start + 3))
     await events.aclose()
@@ -164,7 +163,7 @@ async def test_bookmarks_tell_how_far_a_quiet_watch_is(store: Store, monkeypatch
 
 async def test_a_watch_is_woken_by_a_write(store: Store):
     options = ListOptions(resource_version=str(put(store, "a")), timeout_s=5.0)
-    events = watching.watch(store, PODS, options)
+    events = watching.watch(store, PODS, options, asyncio.Event())
     waiting = asyncio.ensure_future(anext(events))
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -181,3 +180,14 @@ async def test_a_watch_of_one_namespace_sees_no_other(store: Store):
     put(store, "c")
     options = ListOptions(namespace="n", resource_version=str(start), timeout_s=0.01)
     assert await collect(store, options) == [("ADDED", "c")]
+
+
+async def test_a_stopped_watch_ends(store: Store):
+    stop = asyncio.Event()
+    options = ListOptions(resource_version=str(put(store, "a")), timeout_s=5.0)
+    events = watching.watch(store, PODS, options, stop)
+    waiting = asyncio.ensure_future(anext(events, None))
+    await asyncio.sleep(0)
+    stop.set()
+    store.wake_all()
+    assert await waiting is None

@@ -58,7 +58,7 @@ async def serve(directory: Path, port: int, ready_fd: int | None) -> None:
         if ready_fd is not None:
             os.write(ready_fd, f"ready {port}\n".encode())
             os.close(ready_fd)
-        await _first(stop.wait(), collector)
+        await _first(stop, collector)
     finally:
         await server.stop()
         collector.cancel()
@@ -67,9 +67,9 @@ async def serve(directory: Path, port: int, ready_fd: int | None) -> None:
         store.close()
 
 
-async def _first(stop: object, collector: asyncio.Task[None]) -> None:
+async def _first(stop: asyncio.Event, collector: asyncio.Task[None]) -> None:
     """Wait for the stop; the end of the collector is a failure, and is raised."""
-    stopping = asyncio.ensure_future(stop)  # type: ignore[call-overload]
+    stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((stopping, collector), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if collector.done():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kubeai.local.apiserver import metadata as meta
@@ -136,9 +138,8 @@ def serve_definition(catalog: Catalog, store: Store, definition: Object) -> None
             store.reread(resource.key, _defaulted_by(resource.schema))
 
 
-def _defaulted_by(schema: Schema) -> Any:
+def _defaulted_by(schema: Schema) -> Callable[[Object], Object]:
     """An old object, as it reads under a schema that knows more defaults."""
-    import copy
 
     def default(obj: Object) -> Object:
         obj = copy.deepcopy(obj)

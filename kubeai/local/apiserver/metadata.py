@@ -24,14 +24,14 @@ _QUALIFIED = re.compile(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]")
 _VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 
 _STRING: Object = {"type": "string"}
-_STRINGS: Object = {"type": "object", "additionalProperties": _STRING, "nullable": True}
-_TIME: Object = {"type": "string", "format": "date-time", "nullable": True}
+_STRINGS: Object = {"type": "object", "additionalProperties": _STRING}
+_TIME: Object = {"type": "string", "format": "date-time"}
 OWNER: Object = {
     "type": "object",
     "properties": {
         **dict.fromkeys(("apiVersion", "kind", "name", "uid"), _STRING),
-        "controller": {"type": "boolean", "nullable": True},
-        "blockOwnerDeletion": {"type": "boolean", "nullable": True},
+        "controller": {"type": "boolean"},
+        "blockOwnerDeletion": {"type": "boolean"},
     },
 }
 OBJECT_META: Object = {
@@ -43,25 +43,18 @@ OBJECT_META: Object = {
         "generation": {"type": "integer"},
         "creationTimestamp": _TIME,
         "deletionTimestamp": _TIME,
-        "deletionGracePeriodSeconds": {"type": "integer", "nullable": True},
+        "deletionGracePeriodSeconds": {"type": "integer"},
         "labels": _STRINGS,
         "annotations": _STRINGS,
-        "finalizers": {"type": "array", "items": _STRING, "nullable": True},
-        "ownerReferences": {"type": "array", "items": OWNER, "nullable": True},
+        "finalizers": {"type": "array", "items": _STRING},
+        "ownerReferences": {"type": "array", "items": OWNER},
         "managedFields": {
             "type": "array",
             "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-            "nullable": True,
         },
     },
 }
-_SCHEMA = Schema(
-    {
-        "type": "object",
-        "required": ["metadata"],
-        "properties": {"apiVersion": _STRING, "kind": _STRING, "metadata": OBJECT_META},
-    }
-)
+_SCHEMA = Schema(OBJECT_META)
 _STANDARD_FINALIZERS = (
     "orphan", "foregroundDeletion", "kubernetes",
     "customresourcecleanup.apiextensions.k8s.io",
@@ -87,26 +80,21 @@ def tidy(obj: Object, version: str, kind: str) -> list[str]:
 
     Returns the paths of unknown fields. Field managers are not tracked, so `managedFields` goes.
     """
-    shown = {"metadata": obj.setdefault("metadata", {})}
-    unknown = _SCHEMA.prune({"metadata": shown["metadata"]}) if _is_object(shown) else []
-    causes = _SCHEMA.validate(shown)
+    metadata = obj.setdefault("metadata", {})
+    unknown: list[str] = []
+    if isinstance(metadata, dict):
+        unknown = [f"metadata.{path}" for path in _SCHEMA.prune(metadata, embedded=False)]
+        _SCHEMA.default(metadata)  # which drops nulls
+    causes = _SCHEMA.validate(metadata)
     if causes:
-        raise bad_request(
-            f'{kind} in version "{version}" cannot be handled as a {kind}: {causes[0].line()}'
-        )
-    metadata = shown["metadata"]
+        wrong = f"metadata.{causes[0].line()}".replace(".:", ":")
+        raise bad_request(f'{kind} in version "{version}" cannot be handled as a {kind}: {wrong}')
     metadata.pop("managedFields", None)
     metadata.pop("selfLink", None)
-    for name in [name for name, value in metadata.items() if value is None]:
-        del metadata[name]
     for name in _DROPPED_WHEN_EMPTY:
         if name in metadata and not metadata[name]:
             del metadata[name]
     return unknown
-
-
-def _is_object(shown: Object) -> bool:
-    return isinstance(shown["metadata"], dict)
 
 
 def check(metadata: Object, one_label: bool = False, custom: bool = False) -> list[Cause]:

@@ -4,7 +4,7 @@
 jsonschema-rs, list types here, ``x-kubernetes-validations`` by `rules`. Errors come back as
 Kubernetes words them, one `Cause` a field. Used for custom resources and for built-in ones.
 
-Paths are written as in ``spec.adapters[0].name``; array elements of JSONPath-like tuples inside.
+Paths are tuples inside, and are shown as in ``spec.adapters[0].name``.
 """
 
 from __future__ import annotations
@@ -77,10 +77,13 @@ class Schema:
 
     # Pruning.
 
-    def prune(self, obj: Object) -> list[str]:
-        """Remove undeclared fields in place; their paths."""
+    def prune(self, obj: Object, embedded: bool = True) -> list[str]:
+        """Remove undeclared fields in place; their paths.
+
+        `embedded`: the object is a whole resource, whose kind and metadata are no concern here.
+        """
         unknown: list[str] = []
-        self._prune(obj, self.root, (), unknown, embedded=True)
+        self._prune(obj, self.root, (), unknown, embedded)
         return unknown
 
     def _prune(
@@ -280,9 +283,8 @@ def _cause(error: jsonschema_rs.ValidationError) -> Cause:
         )
     said = _SAID.get(keyword)
     what = said.format(limit) if said else f"is not valid: {error.message}"
-    return Cause(
-        "FieldValueInvalid", f"Invalid value: {_shown(value)}: {field} in body {what}", field
-    )
+    why = f"Invalid value: {show(value)}: {field} in body {what}"
+    return Cause("FieldValueInvalid", why, field)
 
 
 _SAID = {
@@ -303,7 +305,3 @@ _SAID = {
     "allOf": "must validate all the schemas (allOf)",
     "not": "must not validate the schema (not)",
 }
-
-
-def _shown(value: Any) -> str:
-    return show(value)

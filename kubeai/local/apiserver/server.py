@@ -8,6 +8,7 @@ metav1.Status. Answers are JSON, also for clients that send protobuf.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import random
 import ssl
@@ -36,6 +37,7 @@ BODY_MAX_BYTES = 3 << 20
 WATCH_TIMEOUT_S = (1800.0, 3600.0)
 WATCHES_MAX = 2000
 SHUTDOWN_TIMEOUT_S = 2.0
+KEEP_ALIVE_S = 180.0  # longer than any client keeps a connection: the client closes it
 _OPEN_PATHS = ("/healthz", "/livez", "/readyz")
 _TABLE, _PARTIAL, _PARTIAL_LIST = "Table", "PartialObjectMetadata", "PartialObjectMetadataList"
 _JSON = "application/json"
@@ -77,7 +79,11 @@ class Server:
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            keepalive_timeout=KEEP_ALIVE_S,
         )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
@@ -88,6 +94,7 @@ class Server:
 
     async def stop(self) -> None:
         self._stopping.set()
+        self._registry.store.wake_all()
         if self._runner is not None:
             await self._runner.cleanup()
         await self._logs.close()
@@ -355,33 +362,19 @@ class Server:
     ) -> web.StreamResponse:
         if self._watches >= WATCHES_MAX:
             raise StatusError(429, "TooManyRequests", f"there are {WATCHES_MAX} watches already")
+        watching.check_start(self._registry.store, options)
         encode = self._encoder(request, resource)
-        events = watching.watch(self._registry.store, resource, options)
-        # The first step may refuse, and then the answer is a Status and not a stream.
-        first = asyncio.ensure_future(anext(events, None))
         response = web.StreamResponse(headers={"Content-Type": _JSON, "Cache-Control": "no-cache"})
+        await response.prepare(request)
         self._watches += 1
-        stop = asyncio.ensure_future(self._stopping.wait())
+        events = watching.watch(self._registry.store, resource, options, self._stopping)
         try:
-            await asyncio.sleep(0)
-            if first.done() and (refusal := first.exception()) is not None:
-                raise refusal
-            await response.prepare(request)
-            step = first
-            while True:
-                await asyncio.wait((step, stop), return_when=asyncio.FIRST_COMPLETED)
-                if stop.done() or (seen := step.result()) is None:
-                    break
-                await response.write(encode(seen))
-                step = asyncio.ensure_future(anext(events, None))
-            await response.write_eof()
+            async with contextlib.aclosing(events):
+                async for seen in events:
+                    await response.write(encode(seen))
         finally:
             self._watches -= 1
-            stop.cancel()
-            for task in {first, locals().get("step", first)}:
-                task.cancel()
-            await asyncio.gather(first, locals().get("step", first), return_exceptions=True)
-            await events.aclose()  # type: ignore[attr-defined]
+        await response.write_eof()
         return response
 
     def _encoder(

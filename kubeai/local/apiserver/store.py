@@ -257,6 +257,12 @@ class Store:
         self._waiters[resource].add(waiter)
         return lambda: self._waiters[resource].discard(waiter)
 
+    def wake_all(self) -> None:
+        """Wake every subscriber, for a reason of the caller's own."""
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.set()
+
     def _window(self, resource: str) -> _Window:
         if resource not in self._windows:
             self._windows[resource] = _Window(self._floor)

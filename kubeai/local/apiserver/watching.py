@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -114,26 +114,32 @@ class Seen(NamedTuple):
     stored: Stored | None = None  # where there is one, its JSON need not be made again
 
 
-async def watch(store: Store, resource: Resource, options: ListOptions) -> AsyncIterator[Seen]:
-    """Events until the time is over, or until the client has fallen out of the window.
+def check_start(store: Store, options: ListOptions) -> None:
+    """Raise what refuses a watch before it begins."""
+    _check_not_ahead(store, revision_of(options.resource_version))
 
-    A slow client holds no queue here: it holds its place in the window, and loses it.
+
+async def watch(
+    store: Store, resource: Resource, options: ListOptions, stop: asyncio.Event
+) -> AsyncGenerator[Seen]:
+    """Events until the time is over, `stop` is set, or the client has fallen out of the window.
+
+    A slow client holds no queue here: it holds its place in the window, and loses it. Whoever
+    sets `stop` wakes the store's waiters.
     """
     revision = revision_of(options.resource_version)
-    _check_not_ahead(store, revision)
     wake = asyncio.Event()
     unsubscribe = store.subscribe(resource.key, wake)
     try:
-        at = store.revision
+        at = revision
         if options.initial_events or revision == 0:
+            at = store.revision
             for stored in store.items(resource.key, options.namespace):
                 if options.match is None or options.match(stored.object):
                     yield Seen("ADDED", stored.object, stored)
             if options.initial_events and options.bookmarks:
                 yield _bookmark(resource, at, initial=True)
-        else:
-            at = revision
-        async for seen in _follow(store, resource, options, at, wake):
+        async for seen in _follow(store, resource, options, at, wake, stop):
             yield seen
     except Expired:
         old = errors.expired(f"too old resource version: {revision} ({store.revision})")
@@ -143,32 +149,35 @@ async def watch(store: Store, resource: Resource, options: ListOptions) -> Async
 
 
 async def _follow(
-    store: Store, resource: Resource, options: ListOptions, at: int, wake: asyncio.Event
-) -> AsyncIterator[Seen]:
+    store: Store,
+    resource: Resource,
+    options: ListOptions,
+    at: int,
+    wake: asyncio.Event,
+    stop: asyncio.Event,
+) -> AsyncGenerator[Seen]:
     loop = asyncio.get_running_loop()
     end = loop.time() + options.timeout_s
-    while True:
+    while not stop.is_set():
         wake.clear()
         now = store.revision
         for event in store.since(resource.key, at):
-            seen = _seen(event, options)
             at = event.revision
+            seen = _seen(event, options)
             if seen is not None:
                 yield seen
-        if not wake.is_set():
-            at = max(at, now)
+        if wake.is_set():
+            continue  # more has happened while the client took its time
+        at = max(at, now)  # what happened to other resources cannot concern this watch
         left = end - loop.time()
-        if left > 0 and not wake.is_set():
-            try:
-                async with asyncio.timeout(min(left, BOOKMARK_S)):
-                    await wake.wait()
-                continue
-            except TimeoutError:
-                left = end - loop.time()
-                if options.bookmarks:
-                    yield _bookmark(resource, at)
-        if left <= 0:
-            return
+        try:
+            async with asyncio.timeout(max(0.0, min(left, BOOKMARK_S))):
+                await wake.wait()
+        except TimeoutError:
+            if options.bookmarks:
+                yield _bookmark(resource, at)
+            if loop.time() >= end:
+                return
 
 
 def _bookmark(resource: Resource, revision: int, initial: bool = False) -> Seen:
