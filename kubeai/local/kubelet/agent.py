@@ -365,8 +365,7 @@ class _PodWorker:
                     self.vanished()
                     return
                 log.warning("a status was not written", pod=meta.name, error=str(error))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
+                await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
             else:
                 self._last = status
                 self.written.set()
