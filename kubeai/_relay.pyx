@@ -283,7 +283,10 @@ cdef class Head:
 cdef enum ChunkState:
     CHUNK_SIZE_FIRST  # at least one digit
     CHUNK_SIZE
-    CHUNK_EXTENSION
+    EXTENSION_NAME_FIRST
+    EXTENSION_NAME
+    EXTENSION_VALUE_FIRST
+    EXTENSION_VALUE
     CHUNK_SIZE_LF
     CHUNK_DATA
     CHUNK_DATA_CR
@@ -346,7 +349,7 @@ cdef Py_ssize_t chunks_scan(
             continue
         c = data[at]
         at += 1
-        if chunks.state <= CHUNK_EXTENSION or TRAILER_START <= chunks.state <= TRAILER:
+        if chunks.state < CHUNK_SIZE_LF or TRAILER_START <= chunks.state <= TRAILER:
             chunks.line += 1
         if chunks.state <= CHUNK_SIZE:
             digit = hex_digit(c)
@@ -361,13 +364,22 @@ cdef Py_ssize_t chunks_scan(
             elif c == c"\r":
                 chunks.state = CHUNK_SIZE_LF
             elif c == c";":
-                chunks.state = CHUNK_EXTENSION
+                chunks.state = EXTENSION_NAME_FIRST
             else:
                 chunks.state = CHUNKS_BAD
-        elif chunks.state == CHUNK_EXTENSION:
-            if c == c"\r":
+        elif chunks.state < CHUNK_SIZE_LF:
+            if is_token(c):
+                if chunks.state == EXTENSION_NAME_FIRST or chunks.state == EXTENSION_VALUE_FIRST:
+                    chunks.state = <ChunkState> (chunks.state + 1)
+            elif chunks.state == EXTENSION_NAME_FIRST or chunks.state == EXTENSION_VALUE_FIRST:
+                chunks.state = CHUNKS_BAD
+            elif c == c"\r":
                 chunks.state = CHUNK_SIZE_LF
-            elif <unsigned char> c < 32 and c != c"\t" or c == 127:
+            elif c == c";":
+                chunks.state = EXTENSION_NAME_FIRST
+            elif c == c"=" and chunks.state == EXTENSION_NAME:
+                chunks.state = EXTENSION_VALUE_FIRST
+            else:  # quoted values too: nobody sends them
                 chunks.state = CHUNKS_BAD
         elif chunks.state == CHUNK_SIZE_LF:
             if c != c"\n":
@@ -399,7 +411,7 @@ cdef Py_ssize_t chunks_scan(
         else:
             chunks.state = CHUNKS_END if c == c"\n" else CHUNKS_BAD
         if chunks.line > CHUNK_LINE_MAX_BYTES and (
-            chunks.state <= CHUNK_EXTENSION or chunks.line > TRAILERS_MAX_BYTES
+            chunks.state < CHUNK_SIZE_LF or chunks.line > TRAILERS_MAX_BYTES
         ):
             chunks.state = CHUNKS_BAD
     return at
@@ -1398,8 +1410,9 @@ cdef class Upstream(Head):
         return not self.ended and self.transport is not None
 
     def close(self):
-        """Close an idle connection."""
+        """Close it, now; also when it was never whole and the loop will not say that it ended."""
         self.idle = False
+        self.relay.upstreams.discard(self)
         self._abort()
 
     # what the loop calls
