@@ -16,7 +16,7 @@ next pick. All that only before the first byte reaches the client, which the rel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -142,7 +142,7 @@ class Exchange(_relay.Exchange):
         if other is not None:
             self._attempt(other)
         else:
-            self._wait(self._try_again(RETRY_PAUSE_S * 2 ** (self._retries - 1)))
+            self._wait(self._try_again)
 
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
@@ -188,7 +188,7 @@ class Exchange(_relay.Exchange):
         if reservation is not None:
             self._attempt(reservation)
         else:
-            self._wait(self._hold())
+            self._wait(self._hold)
 
     def _attempt(self, reservation: Reservation) -> None:
         self._reservation = reservation
@@ -218,19 +218,19 @@ class Exchange(_relay.Exchange):
 
     # -- waits -------------------------------------------------------------------------------------
 
-    def _wait(self, waiting: Coroutine[Any, Any, None]) -> None:
+    def _wait(self, waiting: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(waiting))
 
-    async def _run(self, waiting: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, waiting: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await waiting
+            await waiting()
         except Exception:
             log.exception("a wait failed", model=self._ask.name)
             self._say(500, "Something is wrong with the gateway.", "internal_error")
 
-    async def _try_again(self, pause_s: float) -> None:
+    async def _try_again(self) -> None:
         """After a pause, attempt on whoever there is, rather not on the one that failed last."""
-        await asyncio.sleep(pause_s)
+        await asyncio.sleep(RETRY_PAUSE_S * 2 ** (self._retries - 1))
         pick, key, adapter = self._routed.pick, self._key, self._ask.adapter
         reservation = pick(key, adapter, self._tried[-1:]) or pick(key, adapter)
         if reservation is None:
