@@ -176,6 +176,19 @@ async def test_a_namespace_goes_when_it_is_empty(api: Api):
     assert api.store.get(NAMESPACES.key, ("", "team")) is None
 
 
+async def test_a_big_namespace_is_emptied_in_steps(api: Api, monkeypatch):
+    monkeypatch.setattr(collector_module, "DELETIONS_AT_ONCE", 3)
+    api.registry.create(NAMESPACES, "", {"metadata": {"name": "team"}}, WriteOptions())
+    for index in range(10):
+        held = {"finalizers": ["x.org/hold"]} if index % 2 else {}
+        api.make(f"c{index}", namespace="team", metadata=held)
+    api.registry.delete(NAMESPACES, "", "team", DeleteOptions())
+    await api.settled()
+    left = api.store.items(CONFIGS.key, "team")
+    assert [stored.metadata["name"] for stored in left] == ["c1", "c3", "c5", "c7", "c9"]
+    assert all(stored.metadata["deletionTimestamp"] for stored in left)
+
+
 async def test_objects_go_with_their_definition(api: Api):
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}

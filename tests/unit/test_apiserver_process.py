@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import ssl
 import stat
 import subprocess
@@ -133,6 +134,41 @@ def test_a_body_that_is_no_object_is_a_bad_request(shared: Api, body: bytes):
 )  # fmt: skip
 def test_odd_paths_are_answered(shared: Api, path: str):
     assert shared.ask("GET", path)[0] in (200, 404)
+
+
+def test_logs_that_cannot_be_had_say_why(shared: Api):
+    def pod(name: str, node: str = "", containers: int = 1) -> str:
+        spec = {"containers": [{"name": f"c{i}", "image": "i"} for i in range(containers)]}
+        spec |= {"nodeName": node} if node else {}
+        body = {"metadata": {"name": name}, "spec": spec}
+        assert shared.ask("POST", "/api/v1/namespaces/default/pods", body)[0] == 201
+        return f"/api/v1/namespaces/default/pods/{name}/log"
+
+    port = _closed_port()
+    address = {"addresses": [{"type": "InternalIP", "address": "127.0.0.1"}]}
+    down = {**address, "daemonEndpoints": {"kubeletEndpoint": {"Port": port}}}
+    for name, status in (("silent", {}), ("down", down)):
+        code, _ = shared.ask(
+            "POST", "/api/v1/nodes", {"metadata": {"name": name}, "status": status}
+        )
+        assert code == 201
+    for path, code, words in (
+        ("/api/v1/namespaces/default/pods/none/log", 404, 'pods "none" not found'),
+        (pod("waiting"), 400, "does not have a host assigned"),
+        (pod("lost", "gone"), 404, 'nodes "gone" not found'),
+        (pod("quiet", "silent"), 400, "does not say where its kubelet is"),
+        (pod("late", "down"), 502, "the kubelet of node down does not answer"),
+        (pod("two", "down", 2), 400, "choose one of: [c0 c1]"),
+        ("/api/v1/namespaces/default/pods/two/log?container=x", 400, "container x is not valid"),
+    ):
+        got, answer = shared.ask("GET", path)
+        assert got == code, answer
+        assert words in answer["message"]
+
+
+def _closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,23 @@ def test_a_failed_write_leaves_no_trace(store: Store):
     assert store.get("pods", ("n", "a")) is None
     assert store.revision == before
     assert put(store, "a") == before + 1
+
+
+def test_a_full_disk_refuses_writes_and_loses_nothing(tmp_path: Path):
+    store = Store(tmp_path / "db")
+    put(store, "a", spec={"x": 1})
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages + 2}")
+    revision = store.revision
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        put(store, "a", spec={"x": "y" * 100_000})
+    assert store.get("pods", ("n", "a")).object["spec"] == {"x": 1}
+    assert store.revision == revision
+    assert put(store, "b") == revision + 1
+    store.close()
+    again = Store(tmp_path / "db")
+    assert [stored.metadata["name"] for stored in again.items("pods")] == ["a", "b"]
+    again.close()
 
 
 def test_old_events_are_forgotten_by_number(store: Store, monkeypatch):

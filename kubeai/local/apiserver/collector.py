@@ -8,6 +8,7 @@ the process is killed between two steps.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -26,6 +27,7 @@ Place = tuple[str, Key]
 
 EVENT_AGE_MAX_S = 3600.0
 EVENT_SWEEP_S = 60.0
+DELETIONS_AT_ONCE = 50
 STEPS_AT_ONCE = 20  # then requests have their turn
 
 
@@ -60,6 +62,7 @@ class Collector:
             if metadata.get("deletionTimestamp"):
                 for owner in metadata.get("ownerReferences", ()):
                     self._add_owner(owner["uid"])
+                self._add_containers(event)
 
     def _add_owner(self, uid: str) -> None:
         place = self._store.by_uid(uid)
@@ -119,13 +122,11 @@ class Collector:
             self._delete_dependents_first(resource, key, stored)
 
     def _delete_dependents_first(self, resource: Resource, key: Key, stored: Stored) -> None:
-        blocking = False
         for place in self._store.dependents(stored.uid):
             dependent = self._store.get(*place)
             kind = self._registry.catalog.by_key(place[0])
             if dependent is None or kind is None:
                 continue
-            blocking = blocking or _blocks(dependent, stored.uid)
             if not dependent.metadata.get("deletionTimestamp"):
                 self._check_owners(kind, place[1], dependent)
         if not any(
@@ -150,11 +151,15 @@ class Collector:
             self._registry.change(CRDS, key, lambda obj: _unfinalize(obj, CLEANUP))
 
     def _delete_all(self, resource: Resource, namespace: str) -> bool:
-        """Whether anything is left."""
-        for stored in self._store.items(resource.key, namespace):
-            if not stored.metadata.get("deletionTimestamp"):
-                where = stored.metadata.get("namespace", "")
-                self._registry.delete(resource, where, stored.metadata["name"], DeleteOptions())
+        """Delete some; whether anything is left. Each deletion queues the holder again."""
+        whole = (
+            stored.metadata
+            for stored in self._store.items(resource.key, namespace)
+            if not stored.metadata.get("deletionTimestamp")
+        )
+        for metadata in itertools.islice(whole, DELETIONS_AT_ONCE):
+            where = metadata.get("namespace", "")
+            self._registry.delete(resource, where, metadata["name"], DeleteOptions())
         return bool(self._store.items(resource.key, namespace))
 
     # Objects with owners.

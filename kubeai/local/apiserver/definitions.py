@@ -78,6 +78,9 @@ def check_definition(obj: Object, old: Object | None) -> list[Cause]:
     if spec["scope"] not in ("Namespaced", "Cluster"):
         why = f'Unsupported value: "{spec["scope"]}": supported values: "Cluster", "Namespaced"'
         causes.append(Cause("FieldValueNotSupported", why, "spec.scope"))
+    if (spec.get("conversion") or {}).get("strategy") != "None":
+        why = 'Unsupported value: "Webhook": supported values: "None"'
+        causes.append(Cause("FieldValueNotSupported", why, "spec.conversion.strategy"))
     if any(resource.group == spec["group"] for resource in BUILT_IN):
         why = f'Invalid value: "{spec["group"]}": is a built-in group'
         causes.append(Cause("FieldValueInvalid", why, "spec.group"))

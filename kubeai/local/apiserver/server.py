@@ -113,7 +113,7 @@ class Server:
             raise
         except Exception as failure:
             log.exception("a request failed", method=request.method, path=request.path)
-            message = f"Internal error occurred: {type(failure).__name__}"
+            message = f"Internal error occurred: {type(failure).__name__}: {failure}"
             return _json(StatusError(500, "InternalError", message).body(), 500)
 
     def _check_client(self, request: web.Request) -> None:

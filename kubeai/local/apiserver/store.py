@@ -186,11 +186,11 @@ class Store:
         obj["metadata"]["resourceVersion"] = str(revision)
         stored = Stored(obj, orjson.dumps(obj), revision)
         old = self._objects[resource].get(key)
-        with self._transaction(revision):
-            self._db.execute(
-                "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)",
-                (resource, *key, revision, stored.raw),
-            )
+        self._write(
+            revision,
+            "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)",
+            (resource, *key, revision, stored.raw),
+        )
         self._objects[resource][key] = stored
         self._tell(Event(revision, resource, key, stored, old, stored))
         return stored
@@ -201,11 +201,11 @@ class Store:
         revision = self.revision + 1
         obj = {**old.object, "metadata": {**old.metadata, "resourceVersion": str(revision)}}
         last = Stored(obj, orjson.dumps(obj), revision)
-        with self._transaction(revision):
-            self._db.execute(
-                "DELETE FROM objects WHERE resource = ? AND namespace = ? AND name = ?",
-                (resource, *key),
-            )
+        self._write(
+            revision,
+            "DELETE FROM objects WHERE resource = ? AND namespace = ? AND name = ?",
+            (resource, *key),
+        )
         del self._objects[resource][key]
         self._tell(Event(revision, resource, key, None, old, last))
         return last
@@ -221,8 +221,17 @@ class Store:
             if obj != stored.object:
                 objects[key] = Stored(obj, orjson.dumps(obj), stored.revision)
 
-    def _transaction(self, revision: int) -> _Transaction:
-        return _Transaction(self._db, revision)
+    def _write(self, revision: int, statement: str, values: tuple[object, ...]) -> None:
+        """One transaction: the statement, and the revision that it makes."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(statement, values)
+            self._db.execute("UPDATE counter SET revision = ?", (revision,))
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def _tell(self, event: Event) -> None:
         self._window(event.resource).add(event)
@@ -267,24 +276,6 @@ class Store:
         if resource not in self._windows:
             self._windows[resource] = _Window(self._floor)
         return self._windows[resource]
-
-
-class _Transaction:
-    """Counts the revision in the same transaction as the write it belongs to."""
-
-    def __init__(self, db: sqlite3.Connection, revision: int) -> None:
-        self._db = db
-        self._revision = revision
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._db.execute("ROLLBACK")
-            return
-        self._db.execute("UPDATE counter SET revision = ?", (self._revision,))
-        self._db.execute("COMMIT")
 
 
 def _sorted(objects: dict[Key, Stored], namespace: str) -> list[Stored]:
