@@ -281,14 +281,21 @@ class Controller:
         log.info("pod adopted", pod=adopt.name)
 
     async def _patch_model(self, model: Model, action: PatchModel) -> None:
+        name = model.metadata.name
         meta = action.patch.get("metadata", {})
         version = {"resourceVersion": model.metadata.resource_version}
         patch = action.patch | {"metadata": {**meta, **version}}
-        async with self._writes:
-            self._leader.check()
-            answer = await self._kube.patch(
-                MODELS, model.metadata.name, patch, self._namespace, type=Model
-            )
+        try:
+            async with self._writes:
+                self._leader.check()
+                answer = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            # Demand or a user was quicker: no reason to rest, there is something new to plan from.
+            answer = await self._kube.get(MODELS, name, self._namespace, type=Model)
+            if answer.metadata.resource_version == model.metadata.resource_version:
+                raise
         self._store.model_written(answer)
 
     async def _patch_status(

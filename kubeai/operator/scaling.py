@@ -196,8 +196,10 @@ class Scaler:
         decisions = self._core.step(samples, self._clock())
         for name, decision in decisions.items():
             model = self._store.models.get(name)
-            if model is None or decision.replicas == (model.spec.replicas or 0):
+            if model is None or decision.replicas == model.spec.replicas:
                 continue
+            if model.spec.replicas is None:
+                continue  # the controller is about to set it
             if decision.replicas == 0 and self._loads.active(name):
                 continue  # it came since the sample was taken
             await self._scale(model, decision.replicas, decision.average)

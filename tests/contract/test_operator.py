@@ -155,6 +155,7 @@ def is_ready(pod):
 class World:
     def __init__(self, kube):
         self.kube = kube
+        self.kubes = [kube]
         self.nodes = Nodes(kube)
         self.replicas = []
 
@@ -233,7 +234,7 @@ async def world(kube_api):
     finally:
         await asyncio.gather(*(replica.stop() for replica in world.replicas))
         await world.nodes.stop()
-        await kube.close()
+        await asyncio.gather(*(one.close() for one in world.kubes))
 
 
 async def test_a_model_becomes_pods_a_status_and_a_route(world):
@@ -562,3 +563,71 @@ async def test_pods_made_by_another_kubeai_are_adopted_until_their_model_changes
     await world.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
     await until(lambda: "model-m-5d4f-abcde" not in world.nodes.pods, "replaced")
     await world.replicas_are(1, 1)
+
+
+ROLE = [
+    {
+        "apiGroups": ["kubeai.org"],
+        "resources": ["models"],
+        "verbs": ["get", "list", "watch", "patch"],
+    },
+    {"apiGroups": ["kubeai.org"], "resources": ["models/status"], "verbs": ["patch"]},
+    # What may own an object with blockOwnerDeletion, by the admission plug-in of that name:
+    {"apiGroups": ["kubeai.org"], "resources": ["models/finalizers"], "verbs": ["update"]},
+    {
+        "apiGroups": [""],
+        "resources": ["pods"],
+        "verbs": ["get", "list", "watch", "create", "patch", "delete"],
+    },
+    {
+        "apiGroups": [""],
+        "resources": ["configmaps"],
+        "verbs": ["get", "create", "patch", "delete"],
+    },
+    {
+        "apiGroups": ["coordination.k8s.io"],
+        "resources": ["leases"],
+        "verbs": ["get", "create", "update"],
+    },
+]
+
+
+async def test_it_needs_no_more_rights_than_docs_say(world, api_server, namespace, tmp_path):
+    if api_server.kind != "real":
+        pytest.skip("the embedded API knows one user")
+
+    def post(path, body):
+        code, answer = api_server.request("POST", path, body)
+        assert code == 201, answer
+        return answer
+
+    core = f"/api/v1/namespaces/{namespace}/serviceaccounts"
+    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
+    post(core, {"metadata": {"name": "kubeai"}})
+    post(f"{rbac}/roles", {"metadata": {"name": "kubeai"}, "rules": ROLE})
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "kubeai"}
+    account = {"kind": "ServiceAccount", "name": "kubeai", "namespace": namespace}
+    binding = {"metadata": {"name": "kubeai"}, "roleRef": role, "subjects": [account]}
+    post(f"{rbac}/rolebindings", binding)
+    token = post(f"{core}/kubeai/token", {"spec": {}})["status"]["token"]
+    path = api_server._replace(token=token).kubeconfig(tmp_path / "account", namespace)
+
+    kube = await Kube.connect(str(path))
+    world.kubes.append(kube)
+    replica = Replica(kube, "one")
+    world.replicas.append(replica)
+    await world.create(minReplicas=1, targetRequests=1, files=[{"path": "/a", "content": "x"}])
+    await world.replicas_are(1, 1)
+    replica.loads.active_by_model["m"] = 2
+    await world.replicas_are(2, 2)
+    old = {name.rsplit("-", 1)[0] for name in replica.endpoints("m")}
+    await world.kube.patch(MODELS, "m", {"spec": {"files": [{"path": "/a", "content": "y"}]}})
+
+    def rolled_out():
+        new = {name.rsplit("-", 1)[0] for name in replica.endpoints("m")}
+        return len(replica.endpoints("m")) == 2 and not new & old
+
+    await until(rolled_out, "rolled out")
+    await until(lambda: kept_average(world, 2.0), "the average is kept")
+    await world.kube.delete(MODELS, "m")
+    await until(lambda: not world.nodes.pods, "no pods")
