@@ -154,7 +154,8 @@ class Wire:
 
     def reset(self) -> None:
         """Close with RST."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if self.socket is not None:  # it is when the other side was quicker
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
 
