@@ -462,20 +462,26 @@ _TOKEN = re.compile(r"\s*(==|!=|[=!<>(),]|[^\s=!<>(),]+)")
 
 @lru_cache(maxsize=256)
 def parse_selector(text: str) -> Selector:
-    """A Kubernetes label selector as a test of labels. An empty one matches everything.
-
-    ``k``, ``!k``, ``k=v``, ``k==v``, ``k!=v``, ``k in (a,b)``, ``k notin (a,b)``, ``k>1``,
-    ``k<1``, joined by commas. As in Kubernetes ``!=`` and ``notin`` also match a missing label.
-    """
+    """What an X-Label-Selector header asks for; see `label_selector`. BadRequest when it is bad."""
     try:
-        if len(text) > SELECTOR_MAX_CHARS:
-            raise ValueError(f"it is longer than {SELECTOR_MAX_CHARS} characters")
-        requirements = tuple(_requirements(text))
+        return label_selector(text)
     except ValueError as error:
         raise BadRequest(
             f"X-Label-Selector {_echo(text)} is not a label selector: {error}.",
             param="X-Label-Selector",
         ) from None
+
+
+def label_selector(text: str) -> Selector:
+    """A Kubernetes label selector as a test of labels. An empty one matches everything.
+
+    ``k``, ``!k``, ``k=v``, ``k==v``, ``k!=v``, ``k in (a,b)``, ``k notin (a,b)``, ``k>1``,
+    ``k<1``, joined by commas. As in Kubernetes ``!=`` and ``notin`` also match a missing label.
+    ValueError says what is wrong with it. The embedded API reads selectors with it too.
+    """
+    if len(text) > SELECTOR_MAX_CHARS:
+        raise ValueError(f"it is longer than {SELECTOR_MAX_CHARS} characters")
+    requirements = tuple(_requirements(text))
     return lambda labels: all(requirement(labels) for requirement in requirements)
 
 
