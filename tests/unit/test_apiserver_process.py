@@ -11,6 +11,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ class Api:
             answer = connection.getresponse()
             text = answer.read()
         is_json = answer.headers["Content-Type"].startswith("application/json")
+        if "watch=1" in path:
+            return answer.status, [orjson.loads(line) for line in text.splitlines()]
         return answer.status, orjson.loads(text) if is_json else text.decode()
 
     def end(self, number: int = signal.SIGTERM) -> None:
@@ -191,6 +194,50 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):
         assert int(answer["metadata"]["resourceVersion"]) > last
         api.end()
         assert api.process.returncode == 0
+
+
+def test_a_kill_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Path):
+    acknowledged: list[str] = []
+    enough = threading.Event()
+
+    def write(api: Api, writer: int) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for index in range(10_000):
+                name = f"w{writer}-{index}"
+                code, _ = api.ask("POST", CONFIGS, {"metadata": {"name": name}})
+                assert code == 201
+                acknowledged.append(name)
+                if len(acknowledged) > 40:
+                    enough.set()
+
+    with running(tmp_path) as api:
+        writers = [threading.Thread(target=write, args=(api, n)) for n in range(3)]
+        for writer in writers:
+            writer.start()
+        assert enough.wait(TIMEOUT_S)
+        api.end(signal.SIGKILL)
+        for writer in writers:
+            writer.join(TIMEOUT_S)
+    with running(tmp_path) as api:
+        items = api.ask("GET", CONFIGS)[1]["items"]
+        assert set(acknowledged) <= {item["metadata"]["name"] for item in items}
+        versions = [item["metadata"]["resourceVersion"] for item in items]
+        assert len(set(versions)) == len(versions)
+
+
+def test_a_watch_goes_on_after_a_restart_or_is_told_to_list_again(tmp_path: Path):
+    with running(tmp_path) as api:
+        for name in ("a", "b"):
+            assert api.ask("POST", CONFIGS, {"metadata": {"name": name}})[0] == 201
+        last = int(api.ask("GET", CONFIGS)[1]["metadata"]["resourceVersion"])
+        api.end(signal.SIGKILL)
+    with running(tmp_path) as api:
+        query = f"{CONFIGS}?watch=1&timeoutSeconds=1&resourceVersion="
+        assert api.ask("GET", f"{query}{last}") == (200, [])
+        ((kind, status),) = [
+            (e["type"], e["object"]) for e in api.ask("GET", f"{query}{last - 1}")[1]
+        ]
+        assert (kind, status["code"], status["reason"]) == ("ERROR", 410, "Expired")
 
 
 def test_a_watch_ends_with_the_server(tmp_path: Path):
