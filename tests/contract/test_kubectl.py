@@ -59,8 +59,10 @@ class Kubectl:
             **os.environ, "KUBECONFIG": kubeconfig, "HOME": str(folder), "TZ": "UTC",
         }  # fmt: skip
 
-    def __call__(self, *arguments: str, given: str = "", code: int = 0) -> str:
-        """Standard output; with a `code` other than 0, the error it says."""
+    def __call__(
+        self, *arguments: str, given: str = "", code: int = 0, errors: bool = False
+    ) -> str:
+        """Standard output; with a `code` other than 0, or when asked for, standard error."""
         done = subprocess.run(
             [self._program, *arguments],
             input=given,
@@ -71,7 +73,7 @@ class Kubectl:
             check=False,
         )
         assert done.returncode == code, (done.stdout, done.stderr)
-        return done.stderr if code else done.stdout
+        return done.stderr if code or errors else done.stdout
 
     @contextlib.contextmanager
     def following(self, *arguments: str) -> Iterator[Lines]:
@@ -164,6 +166,9 @@ def test_apply_names_what_is_wrong(kubectl: Kubectl):
     assert 'spec.engine: Unsupported value: "Torch"' in said
     said = kubectl("apply", "-f", "-", given=MODEL + "  replicaz: 2\n", code=1)
     assert 'unknown field "spec.replicaz"' in said
+    odd = MODEL + "  replicaz: 2\n"
+    said = kubectl("apply", "-f", "-", "--validate=warn", given=odd, errors=True)
+    assert 'Warning: unknown field "spec.replicaz"' in said
     said = kubectl("apply", "-f", "-", given=MODEL.replace("hf://", "ftp://"), code=1)
     assert "url must start with" in said
 
