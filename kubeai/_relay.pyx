@@ -1283,6 +1283,9 @@ cdef class Exchange:
             upstream._abort()
             return
         self.connecting = None
+        if not upstream.usable():  # it has gone again
+            self._failed(LOST)
+            return
         upstream._start(self)
         if not self.finished:
             self.downstream._set_reading()

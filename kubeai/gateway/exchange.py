@@ -97,7 +97,8 @@ class Exchange(_relay.Exchange):
                 self.owner.config.multipart_max_bytes,
             )
             return
-        if any(value.lower() != b"identity" for value in self.headers(b"content-encoding")):
+        encodings = self.headers(b"content-encoding")
+        if encodings and encodings != [b"identity"]:
             self._say(415, "A compressed body cannot be read here: send it as it is.")
             return
         self._kind = kind
