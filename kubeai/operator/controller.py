@@ -259,7 +259,7 @@ class Controller:
                 self._store.deleting(delete.uid)
                 await self._kube.delete(PODS, delete.name, self._namespace, uid=delete.uid)
         except ApiError as error:
-            if error.status in (404, 409):  # that very pod is gone
+            if error.status == 404:
                 return
             self._store.not_deleted(delete.uid)
             raise

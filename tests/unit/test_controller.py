@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import random
 from collections import defaultdict
 
 import msgspec
@@ -209,7 +210,7 @@ class World:
 
     def make_ready(self, name, **status):
         obj = self.kube.objects.get(("pods", name))
-        if obj is None:
+        if obj is None or obj.get("status", {}).get("phase") == "Failed":
             return
         ready = {"phase": "Running", "podIP": "10.0.0.1"} | status
         ready["conditions"] = [{"type": "Ready", "status": "True"}]
@@ -380,7 +381,7 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     world.start()
     world.apply(minReplicas=3)
     await asyncio.sleep(60.0)
-    for _ in range(300):  # news comes all the time, and changes nothing about it
+    for _ in range(20):  # news comes all the time, and changes nothing about it
         world.controller.all_changed()
         await asyncio.sleep(0.2)
     assert rates(world.kube.writes) <= 2
@@ -681,6 +682,51 @@ async def test_a_crash_at_any_write_ends_in_the_same_state():
             assert len(got) == len(pods) == 2
             assert world.kube.most_pods <= 4  # 3 replicas and a surge of 1
             assert {n.rsplit("-", 1)[0] for n in got} == {n.rsplit("-", 1)[0] for n in pods}
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_fails_and_whoever_edits_it_ends_as_it_should(world, seed):
+    rng = random.Random(seed)
+
+    def maybe_fail(verb, plural, name):
+        if now_s() < 60.0 and rng.random() < 0.25:
+            raise ApiError(rng.choice([0, 409, 429, 500]), "Chance", "no luck")
+
+    world.kube.before = world.kube.after = maybe_fail
+    world.start()
+    world.apply(replicas=2)
+    most = 2
+    while now_s() < 60.0:
+        await asyncio.sleep(rng.random() * 4)
+        match rng.randrange(6):
+            case 0:
+                replicas = rng.randrange(5)
+                most = max(most, replicas)
+                world.apply(replicas=replicas)
+            case 1:
+                world.apply(args=[f"--version={rng.randrange(3)}"])
+            case 2 if world.pods():
+                failed = {"phase": "Failed", "conditions": None}
+                world.set_status(rng.choice(world.pods()), failed)
+            case 3 if world.pods():
+                gone = world.kube.objects["pods", rng.choice(world.pods())]
+                world.kube._keep(PODS, copy.deepcopy(gone), "DELETED")
+            case 4:
+                await world.stop()
+                world.start()
+            case 5:
+                world.relist()
+        assert len(living(world)) <= most + 1
+    replicas = rng.randrange(5)
+    world.apply(replicas=replicas)
+    # pods that ended are replaced after a rest that has grown
+    await world.until(lambda: len(living(world)) == len(world.pods()) == replicas, limit_s=400.0)
+    await asyncio.sleep(5.0)
+    await world.settled(replicas, replicas)
+
+
+def living(world):
+    return [p for p in world.kube.alive() if p.get("status", {}).get("phase") != "Failed"]
 
 
 # -- the queue -----------------------------------------------------------------------------------
