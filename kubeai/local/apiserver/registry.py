@@ -24,7 +24,7 @@ from kubeai.local.apiserver.builtins import STRATEGIES, Strategy
 from kubeai.local.apiserver.definitions import serve_definition
 from kubeai.local.apiserver.resources import CRDS, NAMESPACES, PODS, Catalog, Resource
 from kubeai.local.apiserver.scale import scale_of, with_replicas
-from kubeai.local.apiserver.status import Cause, StatusError
+from kubeai.local.apiserver.status import Cause
 from kubeai.local.apiserver.store import Event, Key, Store, Stored
 
 Object = dict[str, Any]
@@ -483,6 +483,3 @@ def _mark_deleted(metadata: Object, grace_s: int) -> None:
     at = datetime.now(UTC) + timedelta(seconds=grace_s)
     metadata["deletionTimestamp"] = at.strftime("%Y-%m-%dT%H:%M:%SZ")
     metadata["deletionGracePeriodSeconds"] = grace_s
-
-
-__all__ = ["DeleteOptions", "Registry", "StatusError", "WriteOptions"]

@@ -25,7 +25,7 @@ from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.podlogs import PodLogs
 from kubeai.local.apiserver.registry import DeleteOptions, Registry, WriteOptions
-from kubeai.local.apiserver.resources import PODS, Resource
+from kubeai.local.apiserver.resources import Resource
 from kubeai.local.apiserver.status import StatusError
 from kubeai.local.apiserver.store import Stored
 from kubeai.local.apiserver.watching import ListOptions
@@ -595,6 +595,3 @@ def _json(body: Object, code: int = 200, content_type: str = _JSON) -> web.Respo
 
 def _success() -> Object:
     return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
-
-
-__all__ = ["PODS", "Server"]
