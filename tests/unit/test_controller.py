@@ -17,7 +17,7 @@ from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.operator.controller import CREATES_AT_FIRST_MAX, Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
-from kubeai.operator.queue import Queue
+from kubeai.operator.queue import REST_MAX_S, Queue
 from kubeai.operator.scaling import Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
@@ -381,7 +381,7 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     world.start()
     world.apply(minReplicas=3)
     await asyncio.sleep(60.0)
-    for _ in range(20):  # news comes all the time, and changes nothing about it
+    for _ in range(300):  # news comes all the time, and changes nothing about it
         world.controller.all_changed()
         await asyncio.sleep(0.2)
     assert rates(world.kube.writes) <= 2
@@ -721,7 +721,7 @@ async def test_whatever_fails_and_whoever_edits_it_ends_as_it_should(world, seed
     world.apply(replicas=replicas)
     # pods that ended are replaced after a rest that has grown
     await world.until(lambda: len(living(world)) == len(world.pods()) == replicas, limit_s=400.0)
-    await asyncio.sleep(5.0)
+    await asyncio.sleep(REST_MAX_S)
     await world.settled(replicas, replicas)
 
 
