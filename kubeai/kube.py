@@ -442,6 +442,8 @@ class Kube:
         try:
             response = await self._send("GET", r.path(namespace), query, timeout=timeout)
             async with response:
+                if response.status == 401:
+                    await self._renew()  # for the next watch
                 if response.status >= 400:
                     raise _api_error(response, await response.read())
                 _notice_dead_peers(response)

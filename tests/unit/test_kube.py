@@ -266,6 +266,20 @@ async def test_a_token_that_was_replaced_in_its_file_is_read_again(server, tmp_p
     await kube.close()
 
 
+async def test_a_watch_that_is_refused_goes_on_with_a_token_that_is_read_again(server, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("first")
+    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
+    kube = await Kube.connect(path)
+    token.write_text("second")
+    server.watches = [401]
+    view = await following(kube, server)
+    used = [h["Authorization"] for _, _, h, _ in server.requests]
+    assert used == ["Bearer first", "Bearer first", "Bearer second"]
+    assert view.lists == 1
+    await kube.close()
+
+
 async def test_a_kubeconfig_that_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
     with pytest.raises(KubeAIError, match="nowhere: no such file"):
         await Kube.connect(str(tmp_path / "nowhere"))
