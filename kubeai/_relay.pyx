@@ -25,7 +25,7 @@ Promises:
 - ``on_end`` is called exactly once for each Exchange, whatever happens;
 - every wait has a deadline, looked at every ``tick_s``.
 
-One thread, one event loop (uvloop; asyncio's own works too).
+One thread, one event loop (uvloop).
 
         client ── Downstream ── Exchange ── Upstream ── engine
                       │             │           │
@@ -963,21 +963,16 @@ cdef class Downstream(Head):
         cdef Exchange exchange = self.exchange
         self.state = BUSY
         self.deadline = 0
-        # llhttp does not look at a body, only at its length; the chunks it does not see.
-        if self.chunked:
-            self.parser = None if self.parser is None else self._past(b"0\r\n\r\n")
-        elif body and self.parser is not None:
-            self.parser.feed_data(body)
+        # llhttp must get past the body to be ready for the next head. It does not look at one of
+        # known length, and sees of a chunked one only its end.
+        if self.parser is not None and (body or self.chunked):
+            self.parser.feed_data(b"0\r\n\r\n" if self.chunked else body)
         exchange.body = body
         try:
             exchange.on_body()
         except Exception as error:
             self._crashed(exchange, error)
         return 0
-
-    cdef object _past(self, bytes rest):
-        self.parser.feed_data(rest)
-        return self.parser
 
     cdef bytes _piece(self):
         """Take the next piece of a body that streams; None when there is none, or it is no good."""
@@ -1046,7 +1041,10 @@ cdef class Downstream(Head):
             connection = b"Connection: close\r\n"
         elif self.old:
             connection = b"Connection: keep-alive\r\n"
-        return b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s%s\r\n%s" % (
+        return (
+            b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+            b"%s%s\r\n%s"
+        ) % (
             status,
             HTTPStatus(status).phrase.encode(),
             len(body),

@@ -30,7 +30,9 @@ class World:
         world.table = RoutingTable(world.loads, world.front.pool)
         world.demanded = []
         world.gateway = Gateway(world.table, world.config, world.demanded.append)
-        world.runner = web.AppRunner(app or web.Application(), access_log=None)
+        world.runner = web.AppRunner(
+            app or web.Application(), access_log=None, handler_cancellation=True
+        )
         await world.runner.setup()
         listener = socket.create_server(("127.0.0.1", 0))
         world.port = listener.getsockname()[1]

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import random
+import socket
 
 import pytest
 import uvloop
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
 from structlog.testing import capture_logs
+
+from kubeai import openai
 
 CHAT = "/openai/v1/chat/completions"
 
@@ -483,8 +487,6 @@ async def test_an_engine_that_never_answers_is_a_504_and_not_asked_again(start):
 async def test_a_connection_that_is_not_made_in_time_is_given_up(start):
     world = await start(connect_timeout_s=0.05, retries=0)
     # A listener whose queue is full does not answer a SYN.
-    import socket
-
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -504,8 +506,6 @@ async def test_a_connection_that_is_not_made_in_time_is_given_up(start):
 
 async def test_a_client_may_leave_while_a_connection_is_made(start):
     world = await start()
-    import socket
-
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -538,8 +538,6 @@ async def test_an_endpoint_that_is_gone_keeps_no_connection(start):
 
 
 async def test_a_fault_of_ours_ends_one_request_and_no_other(start, monkeypatch):
-    from kubeai import openai
-
     world = await start()
     world.route("m", {"a": await world.engine(says(b"fine"))})
     wire = await world.client()
@@ -620,3 +618,103 @@ async def test_draining_has_an_end(start):
     world.front.close()
     with pytest.raises(Broken):
         await wire.body(head)
+
+
+# -- whatever happens ------------------------------------------------------------------------------
+
+
+class Chaos:
+    """Clients and engines that close, reset, stall and fail at random, but always alike."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.answered = 0
+
+    def chance(self, share: float) -> bool:
+        return self.random.random() < share
+
+    def end(self, wire: Wire) -> None:
+        self.random.choice([wire.close, wire.reset])()
+
+    async def engine(self, wire: Wire, request: Message) -> None:
+        what = self.random.randrange(12)
+        if what == 0:
+            self.end(wire)
+        elif what == 1:
+            await wire.send(answer(self.random.choice([500, 503, 404]), b"failed"))
+        elif what == 2:
+            await wire.send(b"HTTP/1.1 200")
+            self.end(wire)
+        elif what == 3:
+            await wire.reader.read()  # says nothing
+        elif what == 4:
+            await wire.send(b"HTTP/1.1 200 OK\r\n\r\nsome")
+            self.end(wire)
+        elif what < 8:
+            await wire.send(answer(200, b"y" * self.random.randrange(200_000)))
+        else:
+            await wire.send(CHUNKED)
+            for _ in range(self.random.randrange(10)):
+                await wire.send(chunk(b"z" * self.random.randrange(1, 20_000)))
+                if self.chance(0.05):
+                    return self.end(wire)
+                await asyncio.sleep(0)
+            await wire.send(b"0\r\n\r\n")
+        return None
+
+    def request(self) -> bytes:
+        what = self.random.randrange(10)
+        if what == 0:
+            return b"GET /page HTTP/1.1\r\nHost: h\r\n\r\n"
+        if what == 1:
+            upload = b"POST /page HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+            return upload + chunk(b"s" * 30_000) + b"0\r\n\r\n"
+        model = self.random.choice(["m", "m", "m", "m", "cold", "none"])
+        request = ask(model, prompt="q" * self.random.randrange(100_000))
+        return request * 2 if what == 2 else request
+
+    async def client(self, world: World) -> None:
+        for _ in range(15):
+            wire = await world.client()
+            try:
+                while await self.exchange(wire):
+                    pass
+            except (Broken, ConnectionError):
+                pass
+            self.end(wire)
+
+    async def exchange(self, wire: Wire) -> bool:
+        request = self.request()
+        if self.chance(0.2):
+            await wire.send(request[: self.random.randrange(len(request))])
+            await asyncio.sleep(self.random.random() * 0.01)
+            return False
+        await wire.send(request)
+        if self.chance(0.15):
+            await asyncio.sleep(self.random.random() * 0.01)
+            return False
+        head = await wire.head()
+        if self.chance(0.1):
+            return False
+        await wire.body(head, until_close=True)
+        self.answered += 1
+        return self.chance(0.6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_every_count_returns_to_zero_whatever_happens(start, seed):
+    short = 0.15
+    world = await start(
+        hold_timeout_s=short,
+        head_timeout_s=short,
+        body_timeout_s=short,
+        first_byte_timeout_s=short,
+        between_bytes_timeout_s=short,
+    )
+    chaos = Chaos(seed)
+    engines = {name: await world.engine(chaos.engine) for name in "abcd"}
+    world.route("m", engines, strategy="PrefixHash" if seed else "LeastLoad")
+    world.route("cold", {})
+    await asyncio.gather(*(chaos.client(world) for _ in range(16)))
+    assert chaos.answered > 100
+    await world.at_rest()
