@@ -1,6 +1,7 @@
 """HTTP/1.1 as the relay speaks it, byte for byte, both ways."""
 
 import asyncio
+import contextlib
 import socket
 
 import httptools
@@ -20,7 +21,7 @@ from fakes.wire import (
     until,
 )
 from fakes.world import World
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kubeai import _relay
@@ -1100,3 +1101,125 @@ def test_tidy_chunks_are_taken(chunks, piece):
     body = b"".join(map(chunk, chunks)) + b"0\r\n\r\n"
     pieces = [body[i : i + piece] for i in range(0, len(body), piece)]
     assert _relay.unchunk(*pieces, b"next") == (b"".join(chunks), len(body), True)
+
+
+# -- where requests begin and end, against llhttp --------------------------------------------------
+
+
+class _Loop:
+    def call_exception_handler(self, context: dict) -> None:
+        raise AssertionError(context["message"]) from context["exception"]
+
+    def call_later(self, *_: object) -> None:
+        return None
+
+
+class _Transport:
+    """Takes what is written; counts nothing, closes at once."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+
+    def get_extra_info(self, name: str) -> tuple[str, int]:
+        return ("10.0.0.1", 1)
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = write_eof = close
+
+    def pause_reading(self) -> None:
+        raise AssertionError("every request is answered at once")
+
+    resume_reading = pause_reading
+
+
+class _Echo(_relay.Exchange):
+    def on_head(self) -> None:
+        self.collect(1 << 20)
+
+    def on_body(self) -> None:
+        self.owner.append((self.method, self.target, self.body))
+        self.answer(200, b"{}")
+
+
+class _Requests:
+    """llhttp's view of the same bytes."""
+
+    def __init__(self) -> None:
+        self.whole: list[tuple[str, str, bytes]] = []
+        self.parser = httptools.HttpRequestParser(self)
+
+    def on_message_begin(self) -> None:
+        self.target, self.body = b"", b""
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_message_complete(self) -> None:
+        self.whole.append((self.parser.get_method().decode(), self.target.decode(), self.body))
+
+
+PARTS = [
+    b"POST /a HTTP/1.1\r\nHost: h\r\n",
+    b"GET /b HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"POST /c HTTP/1.0\r\n",
+    b"Content-Length: 5\r\n",
+    b"content-length: 0\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Connection: close\r\n",
+    b"X: y\r\n",
+    b"\r\n",
+    b"\r",
+    b"\n",
+    b" ",
+    b":",
+    b"\0",
+    b"hello",
+    b"5\r\nhello\r\n",
+    b"0\r\n\r\n",
+    b"0\r\n",
+    b"GET ",
+]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=14).map(b"".join), st.integers(1, 200))
+@example(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhelloGET /b HTTP/1.1\r\n", 1)
+def test_requests_begin_and_end_where_llhttp_says_or_are_refused(data, piece):
+    taken: list[tuple[str, str, bytes]] = []
+    relay = _relay.Relay(
+        taken,
+        _Echo,
+        lambda status, message: message.encode(),
+        head_max_bytes=10_000,
+        head_max_count=100,
+        head_timeout_s=60,
+        body_timeout_s=60,
+        keep_alive_timeout_s=60,
+        stall_timeout_s=60,
+    )
+    relay.start(_Loop())
+    downstream = relay.downstream()
+    transport = _Transport()
+    downstream.connection_made(transport)
+    for i in range(0, len(data), piece):
+        downstream.data_received(data[i : i + piece])
+    downstream.connection_lost(None)
+    assert relay.exchanges == relay.connections == 0
+
+    reference = _Requests()
+    with contextlib.suppress(httptools.HttpParserError):
+        for i in range(len(data)):
+            reference.parser.feed_data(data[i : i + 1])
+    assert taken == reference.whole[: len(taken)]
+    assert transport.written.count(b"HTTP/1.1 200 OK\r\n") == len(taken)
+    if transport.closed and b"HTTP/1.1 4" not in transport.written:
+        assert b"Connection: close\r\n" in transport.written
