@@ -1,12 +1,13 @@
 #!/bin/sh
 # Builds the compiled core with AddressSanitizer in a folder of its own and runs its unit tests
 # there. PYTHON: the interpreter of an environment with the test dependencies (default: .venv's).
-# Arguments: the tests to run, as paths from the root (default: the table's and the ring's).
+# Arguments: the tests to run, as paths from the root (default: those of the compiled core).
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/${python##*/} ;; esac
-[ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py
+[ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py \
+    tests/unit/test_relay.py tests/unit/test_exchange.py
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM

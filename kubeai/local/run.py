@@ -32,6 +32,7 @@ from kubeai.supervisor import Supervisor
 log = structlog.get_logger(__name__)
 
 NODE_NAME = "local"
+ENGINE_PORT = 8000
 CHILD_START_TIMEOUT_S = 30.0
 CHILD_STOP_TIMEOUT_S = 15.0
 CHILD_RESTART_DELAY_S = 0.2
@@ -146,8 +147,18 @@ async def _read_line(fd: int, timeout_s: float) -> str:
         transport.close()
 
 
+def _check_host(options: Options) -> None:
+    """Pods listen on port 8000 of loopback addresses of their own; all interfaces includes them."""
+    if options.host in ("0.0.0.0", "::") and options.port == ENGINE_PORT:
+        raise KubeAIError(
+            f"--host {options.host}: takes port {ENGINE_PORT} of every address, also those of the "
+            f"pods; give another --port, or the address of one interface"
+        )
+
+
 async def run(options: Options) -> None:
     """``kubeai local``, until Ctrl-C or SIGTERM."""
+    _check_host(options)
     config = load_config(options.config, defaults=LOCAL_DEFAULTS)
     manifests = read_manifests(options.manifests)
     lock = _lock(options.data_dir)

@@ -82,6 +82,12 @@ async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
         assert "in use by another" in await refused(tmp_path)
 
 
+async def test_the_pods_port_on_every_interface(tmp_path):
+    line = await refused(tmp_path, "--host", "0.0.0.0", "--port", "8000")
+    assert "--host 0.0.0.0" in line
+    assert "another --port" in line
+
+
 async def test_serve_without_a_cluster_or_with_a_wrong_config_says_so(tmp_path):
     code, _, err = await kubeai("serve", env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
     assert code == 2
