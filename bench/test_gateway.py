@@ -1,0 +1,103 @@
+"""One exchange from first byte to last, without sockets and their system calls.
+
+Rounds of 1,000 requests: the reported time divided by 1,000 is one. What a worker spends on top is
+the event loop's and the kernel's (``gateway_vs_nginx.py`` has the sum).
+"""
+
+import json
+
+import pytest
+
+from kubeai._load import LoadTable
+from kubeai._relay import Upstream
+from kubeai.api.config import GatewayConfig
+from kubeai.gateway import Gateway
+from kubeai.gateway.connection import Front
+from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
+
+TIMES = range(1000)
+HEAD = (
+    "POST /openai/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n"
+    "User-Agent: OpenAI/Python 3.54.0\r\nAccept: application/json\r\n"
+    "Accept-Encoding: gzip, deflate\r\nAuthorization: Bearer none\r\n"
+    "Content-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+)
+CHUNK = b"24\r\ndata: " + b"x" * 28 + b"\n\n\r\n"
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 300\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Transport:
+    def get_extra_info(self, name: str) -> tuple[str, int]:
+        return ("10.0.0.1", 1)
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.fixture(params=["LeastLoad", "PrefixHash"])
+def ends(request):
+    """What the loop calls for a client's connection, and for its engine's."""
+    supervisors = LoadTable.create(8, 1)
+    publisher = Publisher(supervisors)
+    config = GatewayConfig()
+    front = Front(config)
+    table = RoutingTable(LoadTable.attach(supervisors.fd, 0), front.pool)
+    front.gateway = Gateway(table, config, lambda model: None)
+    endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
+    route = Route("m", "VLLM", strategy=request.param, endpoints=endpoints)
+    table.apply(publisher.update("m", route))
+    reservation = table.find("m").pick(0)
+    pool = reservation.target
+    reservation.release()
+    upstream = Upstream(pool)
+    upstream.connection_made(Transport())
+    pool.give(upstream)
+    downstream = front.relay.downstream()
+    downstream.connection_made(Transport())
+    yield downstream.data_received, upstream.data_received
+    downstream.connection_lost(None)
+    table.close()
+
+
+def chat(prompt_bytes: int) -> bytes:
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant. " * 5},
+        {"role": "user", "content": "x" * prompt_bytes},
+    ]
+    body = json.dumps({"model": "m", "messages": messages}).encode()
+    return HEAD.format(len(body)).encode() + body
+
+
+@pytest.mark.parametrize("prompt_bytes", [560, 400_000])
+def test_a_request_and_its_answer(benchmark, ends, prompt_bytes):
+    to_gateway, from_engine = ends
+    request, answer = chat(prompt_bytes), WHOLE + b"x" * 300
+
+    def thousand():
+        for _ in TIMES:
+            to_gateway(request)
+            from_engine(answer)
+
+    benchmark.pedantic(thousand, rounds=50 if prompt_bytes < 1000 else 3, warmup_rounds=1)
+
+
+def test_a_stream_of_64_chunks(benchmark, ends):
+    to_gateway, from_engine = ends
+    request = chat(560)
+
+    def thousand():
+        for _ in TIMES:
+            to_gateway(request)
+            from_engine(STREAM)
+            for _ in range(64):
+                from_engine(CHUNK)
+            from_engine(b"0\r\n\r\n")
+
+    benchmark.pedantic(thousand, rounds=10, warmup_rounds=1)
