@@ -12,7 +12,7 @@ help:  ## what there is
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt setuptools cython wheel
+	$(PIP) install -q -c constraints.txt "setuptools>=77" cython wheel
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
 	touch $@
 
