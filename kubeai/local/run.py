@@ -182,7 +182,8 @@ async def run(options: Options) -> None:
                 client,
                 config,
                 namespace=client.namespace,
-                identity=f"local-{os.getpid()}",
+                # One at a time, by the lock: after a kill its successor takes the lease up at once.
+                identity="local",
                 host=options.host,
                 port=options.port,
                 workers=options.workers,
