@@ -33,3 +33,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if pytest_asyncio.is_async_test(item):
             item.fixturenames.insert(0, "no_task_alive")
+
+
+def pytest_asyncio_loop_factories(item):
+    """The event loops that a module's tests run on, each in turn: its ``LOOP_FACTORIES``."""
+    return getattr(item.module, "LOOP_FACTORIES", {"asyncio": asyncio.new_event_loop})

@@ -91,7 +91,12 @@ async def test_200_chats_at_once_scale_from_zero_to_three_and_back(tmp_path):
             assert {i: at for i, at in came.items() if len(at) > 1} == {}, "sent twice"
             assert len({answer.replica for answer in answers}) == 3, "all three took part"
 
-            await until("the Model is at zero again", lambda: zero(kube), WINDOW_S + 15)
+            await until(
+                "the Model is seen at zero again",
+                lambda: watch.seen[-1] == (0, 0, 0),
+                WINDOW_S + 15,
+            )
+            await until("its pods are gone", lambda: zero(kube))
         finally:
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):

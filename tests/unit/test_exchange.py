@@ -15,10 +15,7 @@ from kubeai import openai
 
 CHAT = "/openai/v1/chat/completions"
 
-
-@pytest.fixture(scope="module")
-def event_loop_policy():
-    return uvloop.EventLoopPolicy()
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 import asyncio
 import socket
 
-import pytest
 import uvloop
 
 from kubeai import hinge
 from kubeai.routing import Endpoint, Route
+
+LOOP_FACTORIES = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 class End:
@@ -26,13 +27,7 @@ async def pair():
     return up, down
 
 
-@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_messages_of_every_kind_arrive_as_they_were_sent(loop):
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(exchange_every_message())
-
-
-async def exchange_every_message():
+async def test_messages_of_every_kind_arrive_as_they_were_sent():
     supervisor, worker = await pair()
     route = Route(
         "m", "VLLM", ("TextGeneration",), {"a": "b"}, endpoints=(Endpoint("p", "127.0.0.1:8000"),)

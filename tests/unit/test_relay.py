@@ -29,10 +29,7 @@ from kubeai import _relay
 HEAD = b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: h\r\n"
 BODY = b'{"model":"m"}'
 
-
-@pytest.fixture(scope="module")
-def event_loop_policy():
-    return uvloop.EventLoopPolicy()
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
 
 
 SLOW = asyncio.Event()  # an upload to /slow is read once this is set
