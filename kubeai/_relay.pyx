@@ -39,6 +39,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memchr, memcmp, memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+from email.utils import formatdate
 from http import HTTPStatus
 
 from httptools import HttpParserUpgrade, HttpRequestParser, HttpResponseParser
@@ -1042,11 +1043,12 @@ cdef class Downstream(Head):
         elif self.old:
             connection = b"Connection: keep-alive\r\n"
         return (
-            b"HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-            b"%s%s\r\n%s"
+            b"HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n%s%s\r\n%s"
         ) % (
             status,
             HTTPStatus(status).phrase.encode(),
+            formatdate(usegmt=True).encode(),
             len(body),
             headers,
             connection,

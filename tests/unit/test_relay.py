@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import socket
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httptools
 import pytest
@@ -717,6 +719,15 @@ async def test_a_request_that_is_refused_early_leaves_the_connection_usable(star
     assert answered.one("connection") is None
     await wire.send(post())
     assert (await wire.answer()).status == 200
+
+
+async def test_an_answer_of_our_own_says_when_it_was_made(start):
+    running = await start()
+    wire = await running.client()
+    await wire.send(post(body=b"no json"), b"nonsense\r\n\r\n")
+    for _ in range(2):
+        made = parsedate_to_datetime((await wire.answer()).one("date"))
+        assert abs((datetime.now(UTC) - made).total_seconds()) < 5
 
 
 async def test_an_answer_before_the_body_has_come_ends_the_connection(start):
