@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from kubeai._load import Admission, LoadTable, Reservation
 from kubeai._ring import Ring
 from kubeai.errors import KubeAIError
-from kubeai.openai import Ask, hash_key
+from kubeai.openai import Ask, Kind, hash_key
 
 RequestType = Literal["http", "message"]
 Strategy = Literal["LeastLoad", "PrefixHash"]
@@ -275,19 +275,22 @@ class RoutedModel:
 
     # -- what the exchange asks --------------------------------------------------------------------
 
-    def key(self, ask: Ask) -> int:
-        """The request's place on the ring; 0 where the strategy has no use for one."""
-        if self.route.strategy != "PrefixHash":
-            return 0
+    def key(self, ask: Ask) -> int | None:
+        """The request's place on the ring; None for one that goes by least load.
+
+        That is all of them under LeastLoad, and audio always: no two recordings share a prefix.
+        """
+        if self.route.strategy != "PrefixHash" or ask.kind is Kind.TRANSCRIPTIONS:
+            return None
         return hash_key(ask.adapter, ask, self.route.prefix_char_length)
 
     def pick(
-        self, key: int, adapter: str | None = None, exclude: Iterable[str] = ()
+        self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
         """Count a request on an endpoint; None when nobody (outside ``exclude``) can serve it."""
-        if self.route.strategy == "PrefixHash":
-            return self.ring.pick_hashed(key, adapter, exclude)
-        return self.ring.pick_least(adapter, exclude)
+        if key is None or self.route.strategy != "PrefixHash":
+            return self.ring.pick_least(adapter, exclude)
+        return self.ring.pick_hashed(key, adapter, exclude)
 
     def admit(self, kind: RequestType = "http") -> Admission:
         """Count a request as active until the Admission is closed."""

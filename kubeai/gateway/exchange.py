@@ -69,7 +69,7 @@ class Exchange(_relay.Exchange):
 
     owner: Front
     _ask: Ask
-    _key: int
+    _key: int | None
     _kind: Kind
     _path: bytes  # at the engine
     _payload: bytes  # what the engine gets for a body

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from kubeai._load import LoadTable
 from kubeai.errors import KubeAIError
-from kubeai.openai import Kind, parse
+from kubeai.openai import Kind, named, parse
 from kubeai.routing import (
     Delta,
     Endpoint,
@@ -238,16 +238,24 @@ def test_the_strategy_may_change_under_way(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
     model = publish(publisher, worker, "m", route(*pods))
     ask = parse(Kind.COMPLETIONS, b'{"model":"m","prompt":"hello"}')
-    assert model.key(ask) == 0
-    picks = [model.pick(0) for _ in range(4)]
+    assert model.key(ask) is None
+    picks = [model.pick(model.key(ask)) for _ in range(4)]
     assert {p.name for p in picks} == set("abcd")
     for pick in picks:
         pick.release()
     again = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
     assert again is model
-    assert model.key(ask) != 0
     picks = [model.pick(model.key(ask)) for _ in range(2)]
     assert {p.name for p in picks} == {model.ring.lookup(model.key(ask))}
+    for pick in picks:
+        pick.release()
+
+
+def test_recordings_share_no_prefix_and_go_by_least_load(publisher, worker):
+    pods = [endpoint(name) for name in "abcd"]
+    model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
+    picks = [model.pick(model.key(named(Kind.TRANSCRIPTIONS, "m"))) for _ in range(4)]
+    assert {p.name for p in picks} == set("abcd")
     for pick in picks:
         pick.release()
 
