@@ -5,10 +5,8 @@ its model (Admission), given an endpoint (Reservation) and sent there; a request
 can serve yet is held. Everything else is relayed to the worker's pages while it comes. Nothing of
 this needs a task, but a wait.
 
-Attempts: a connection that fails, or an answer of 502, 503 or 504, is tried again up to
-``retries`` times, an answer of 500 once; on an endpoint that was not tried yet where there is one,
-else, after a pause, on one that was. The Reservation of a failed attempt is released before the
-next pick. All that only before the first byte reaches the client, which the relay sees to.
+Which attempts are repeated, where, and how long a request waits is attempts.py's. The Reservation
+of a failed attempt is released before the next pick.
 
 ``on_end`` gives back whatever was taken, exactly once, whatever happens.
 """
@@ -22,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from kubeai import _relay, openai
+from kubeai.gateway.attempts import RETRY_AFTER_S, Retries, hold
 from kubeai.openai import BadRequest, Kind
-from kubeai.routing import ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
     from kubeai._load import Admission, Reservation
@@ -33,11 +31,6 @@ if TYPE_CHECKING:
     from kubeai.routing import RoutedModel
 
 log = structlog.get_logger(__name__)
-
-# Before an endpoint that has just failed is tried again; doubled with each further retry.
-RETRY_PAUSE_S = 0.1
-# What clients are told when too many of them wait for a model.
-RETRY_AFTER_S = 5
 
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 _FAILURES = {
@@ -54,17 +47,14 @@ class Exchange(_relay.Exchange):
     __slots__ = (
         "_admission",
         "_ask",
-        "_held",
         "_key",
         "_kind",
         "_path",
         "_payload",
         "_reservation",
-        "_retried_500",
         "_retries",
         "_routed",
         "_task",
-        "_tried",
     )
 
     owner: Front
@@ -79,10 +69,7 @@ class Exchange(_relay.Exchange):
         self._admission: Admission | None = None
         self._reservation: Reservation | None = None
         self._task: asyncio.Task[None] | None = None  # while it waits
-        self._held = False
-        self._retries = 0
-        self._retried_500 = False
-        self._tried: tuple[str, ...] = ()  # endpoints, in order
+        self._retries: Retries | None = None  # once an attempt has failed
 
     # -- what the relay asks -----------------------------------------------------------------------
 
@@ -113,7 +100,7 @@ class Exchange(_relay.Exchange):
                 self.body if ask.adapter is None else openai.replace_model(self.body, ask.adapter)
             )
         except BadRequest as error:
-            self.answer(error.status, error.body())
+            self._refuse(error)
             return
         self._ask = ask
         self._routed = routed
@@ -122,24 +109,21 @@ class Exchange(_relay.Exchange):
         self._place(routed.pick(self._key, ask.adapter))
 
     def wants_retry(self, failure: int, status: int) -> bool:
-        if self._retries >= self.owner.config.retries:
-            return False
-        if failure != _relay.STATUS:
+        if failure == _relay.TIMEOUT:
             # An engine that has not begun to answer after minutes would not on the next try.
-            return failure != _relay.TIMEOUT
-        if status == 500 and not self._retried_500:
-            self._retried_500 = True
-            return True
-        return status in (502, 503, 504)
+            return False
+        if self._retries is None:
+            self._retries = Retries(self.owner.config.retries)
+        return self._retries.wants(status)  # 0 where there was no answer
 
     def retry(self) -> None:
-        failed = self._release()
-        self._retries += 1
-        self._tried += (failed,)
+        failed, retries = self._release(), self._retries
+        assert retries is not None, "the relay asks wants_retry first"
+        retries.failed(failed)
         log.info(
-            "attempt failed, retrying", model=self._ask.name, endpoint=failed, retry=self._retries
+            "attempt failed, retrying", model=self._ask.name, endpoint=failed, retry=retries.count
         )
-        other = self._routed.pick(self._key, self._ask.adapter, self._tried)
+        other = retries.elsewhere(self._routed, self._key, self._ask.adapter)
         if other is not None:
             self._attempt(other)
         else:
@@ -168,7 +152,6 @@ class Exchange(_relay.Exchange):
             task.cancel()
         if self._reservation is not None:
             self._reservation.release()
-        self._unhold()
         if self._admission is not None:
             self._admission.close()
 
@@ -219,81 +202,41 @@ class Exchange(_relay.Exchange):
 
     # -- waits -------------------------------------------------------------------------------------
 
-    def _wait(self, waiting: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _wait(self, waiting: Callable[[], Coroutine[Any, Any, Reservation]]) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(waiting))
 
-    async def _run(self, waiting: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _run(self, waiting: Callable[[], Coroutine[Any, Any, Reservation]]) -> None:
+        """Attempt on the endpoint that was waited for, or answer why there is none."""
         try:
-            await waiting()
-        except Exception:
-            log.exception("a wait failed", model=self._ask.name)
-            self._say(500, "Something is wrong with the gateway.", "internal_error")
-
-    async def _try_again(self) -> None:
-        """After a pause, attempt on whoever there is, rather not on the one that failed last."""
-        await asyncio.sleep(RETRY_PAUSE_S * 2 ** (self._retries - 1))
-        pick, key, adapter = self._routed.pick, self._key, self._ask.adapter
-        reservation = pick(key, adapter, self._tried[-1:]) or pick(key, adapter)
-        if reservation is None:
-            await self._hold()
-        else:
+            reservation = await waiting()
             self._task = None
             self._attempt(reservation)
-
-    async def _hold(self) -> None:
-        """Wait until somebody can serve the request, then attempt; or answer that nobody can."""
-        gateway, ask = self.owner.gateway, self._ask
-        if not gateway.hold(ask.name):
+        except BadRequest as error:
             self._task = None
-            self._say(
-                503,
-                f"Too many requests wait for the model {ask.model!r}.",
-                "overloaded",
-                b"Retry-After: %d\r\n" % RETRY_AFTER_S,
-            )
-            return
-        self._held = True
+            self._refuse(error)
+        except Exception:
+            log.exception("a wait failed", model=self._ask.name)
+            self._task = None
+            self._say(500, "Something is wrong with the gateway.", "internal_error")
+
+    async def _try_again(self) -> Reservation:
+        retries = self._retries
+        assert retries is not None, "an attempt has failed"
+        await asyncio.sleep(retries.pause_s)
+        return retries.anywhere(self._routed, self._key, self._ask.adapter) or await self._hold()
+
+    async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
-        self._admission.hold()
-        gateway.demand(ask.name)
-        try:
-            reservation = await self._endpoint(self.owner.config.hold_timeout_s)
-        except (NoEndpoint, ModelGone) as error:
-            self._task = None
-            if isinstance(error, ModelGone):
-                gone = openai.model_not_found(ask.model)
-                self.answer(gone.status, gone.body())
-            else:
-                self._say(
-                    504, f"No replica of the model {ask.model!r} was ready in time.", "timeout"
-                )
-            return
-        self._task = None
-        self._unhold()
-        self._attempt(reservation)
-
-    async def _endpoint(self, timeout_s: float) -> Reservation:
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + timeout_s
-        while True:
-            await self._routed.wait(self._ask.adapter, deadline_s - loop.time())
-            reservation = self._routed.pick(self._key, self._ask.adapter)
-            if reservation is not None:
-                return reservation
-
-    def _unhold(self) -> None:
-        if self._held:
-            self._held = False
-            self.owner.gateway.unhold(self._ask.name)
-            if self._admission is not None:
-                self._admission.unhold()
+        return await hold(self.owner.gateway, self._routed, self._ask, self._key, self._admission)
 
     # -- answers of our own ------------------------------------------------------------------------
 
-    def _say(
-        self, status: int, message: str, code: str | None = None, headers: bytes = b""
-    ) -> None:
-        self.answer(status, error_body(status, message, code), headers)
+    def _refuse(self, error: BadRequest) -> None:
+        headers = b"Retry-After: %d\r\n" % RETRY_AFTER_S if error.status == 503 else b""
+        self.answer(error.status, error.body(), headers)
+
+    def _say(self, status: int, message: str, code: str | None = None) -> None:
+        self.answer(status, error_body(status, message, code))
 
 
 def error_body(status: int, message: str, code: str | None = None) -> bytes:

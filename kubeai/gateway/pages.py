@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 
 from kubeai.gateway import Gateway
+from kubeai.gateway.attempts import RETRY_AFTER_S
 from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
 from kubeai.openai import (
     BadRequest,
@@ -30,7 +31,6 @@ from kubeai.routing import Route
 
 log = structlog.get_logger(__name__)
 
-RETRY_AFTER_S = 5  # what a client is told when too many wait
 DEFAULT_FEATURE = "TextGeneration"
 
 

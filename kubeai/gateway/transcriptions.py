@@ -23,16 +23,16 @@ from yarl import URL
 
 from kubeai._load import Admission, Reservation
 from kubeai.gateway import Gateway
+from kubeai.gateway.attempts import NO_ANSWER, Retries, hold
 from kubeai.gateway.multipart import Content, Part, Splitter, boundary_of, form_type
 from kubeai.openai import Ask, BadRequest, Kind, Target, model_not_found, named, parse_selector
-from kubeai.routing import ModelGone, NoEndpoint, Route, RoutedModel
+from kubeai.routing import Route, RoutedModel
 
 log = structlog.get_logger(__name__)
 
 SPOOL_MEMORY_MAX_BYTES = 1 << 20
 MODEL_MAX_BYTES = 1024
 READ_BYTES = 256 << 10
-RETRY_PAUSE_S = 0.05  # before an endpoint that has failed is tried again; doubled each time
 
 GATEWAY = web.AppKey("gateway", Gateway)
 _SESSION = web.AppKey("session", aiohttp.ClientSession)
@@ -251,14 +251,11 @@ class _Attempts:
         self._model = model
         self._admission = admission
         self._key = model.key(ask)
-        self._deadline_s = asyncio.get_running_loop().time() + self._gateway.config.hold_timeout_s
-        self._tried: list[str] = []
-        self._retries = 0
-        self._retry_of_500 = False
+        self._retries = Retries(self._gateway.config.retries)
 
     async def run(self) -> web.StreamResponse:
+        reservation = self._model.pick(self._key, self._ask.adapter) or await self._hold()
         while True:
-            reservation = await self._reserve()
             try:
                 answer = await self._attempt(reservation)
                 if answer is not None:
@@ -266,44 +263,23 @@ class _Attempts:
                         return await self._relay(answer)
             finally:
                 reservation.release()
-            self._retries += 1
+            reservation = await self._next()
 
-    async def _reserve(self) -> Reservation:
-        """An endpoint that was not tried yet, else one that was; held until there is one."""
-        if reservation := self._model.pick(self._key, self._ask.adapter, self._tried):
-            return reservation
-        if self._tried:
-            await asyncio.sleep(RETRY_PAUSE_S * 2 ** (self._retries - 1))
-            for exclude in (self._tried[-1:], []):
-                if reservation := self._model.pick(self._key, self._ask.adapter, exclude):
-                    return reservation
-        name = self._model.route.model
-        if not self._gateway.hold(name):
-            raise self._failure(503, "too many requests wait for it", "overloaded")
-        self._admission.hold()
-        try:
-            self._gateway.demand(name)
-            return await self._wait()
-        except NoEndpoint:
-            raise self._failure(504, "no replica was ready in time", "timeout") from None
-        except ModelGone:
-            raise model_not_found(self._ask.model) from None
-        finally:
-            self._admission.unhold()
-            self._gateway.unhold(name)
+    async def _next(self) -> Reservation:
+        """The endpoint of the next attempt, now that one has failed."""
+        if other := self._retries.elsewhere(self._model, self._key, self._ask.adapter):
+            return other
+        await asyncio.sleep(self._retries.pause_s)
+        return (
+            self._retries.anywhere(self._model, self._key, self._ask.adapter) or await self._hold()
+        )
 
-    async def _wait(self) -> Reservation:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._model.wait(self._ask.adapter, max(0.0, self._deadline_s - loop.time()))
-            if reservation := self._model.pick(self._key, self._ask.adapter):
-                return reservation
+    async def _hold(self) -> Reservation:
+        return await hold(self._gateway, self._model, self._ask, self._key, self._admission)
 
     async def _attempt(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The answer that is to be passed on; None for another attempt."""
         name = reservation.name
-        self._tried.append(name)
-        may_retry = self._retries < self._gateway.config.retries
         try:
             async with asyncio.timeout(self._gateway.config.first_byte_timeout_s):
                 answer = await self._post(name)
@@ -315,25 +291,23 @@ class _Attempts:
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
         else:
-            if not (may_retry and self._wants_retry(answer.status)):
+            if not self._retries.wants(answer.status):
                 return answer
             answer.close()
-            reason = f"status {answer.status}"
-        if not may_retry:
+            self._failed(name, f"status {answer.status}")
+            return None
+        if not self._retries.wants(NO_ANSWER):
             raise self._failure(502, f"no replica could be reached: {reason}", "bad_gateway")
-        log.info("attempt failed, retrying", model=self._ask.name, endpoint=name, reason=reason)
+        self._failed(name, reason)
         return None
+
+    def _failed(self, endpoint: str, reason: str) -> None:
+        self._retries.failed(endpoint)
+        log.info("attempt failed, retrying", model=self._ask.name, endpoint=endpoint, reason=reason)
 
     def _failure(self, status: int, reason: str, code: str) -> BadRequest:
         log.warning("request failed", model=self._ask.name, status=status, reason=reason)
         return BadRequest(f"The model {self._ask.model!r}: {reason}.", status=status, code=code)
-
-    def _wants_retry(self, status: int) -> bool:
-        if status in (502, 503, 504):
-            return True
-        again = status == 500 and not self._retry_of_500
-        self._retry_of_500 = self._retry_of_500 or again
-        return again
 
     async def _post(self, endpoint: str) -> aiohttp.ClientResponse:
         route = self._model.route

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from kubeai._load import LoadTable
 from kubeai.api.config import GatewayConfig
-from kubeai.gateway import Gateway, transcriptions
+from kubeai.gateway import Gateway, attempts, transcriptions
 from kubeai.gateway.pages import make_runner
 from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
 
@@ -547,19 +547,19 @@ async def test_the_last_answer_passes_through(stack):
     assert len(engine.requests) == 2
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(500, 2), (502, 4), (400, 1), (429, 1)])
+@pytest.mark.parametrize(("status", "times"), [(500, 2), (502, 4), (400, 1), (429, 1)])
 async def test_what_repeating_cannot_mend_is_not_repeated(
-    stack, replica, client, status, attempts, monkeypatch
+    stack, replica, client, status, times, monkeypatch
 ):
-    monkeypatch.setattr(transcriptions, "RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr(attempts, "RETRY_PAUSE_S", 0.001)
     engine, address = await started(stack, status)
     replica.publish("w", address)
     response = await client.post(TRANSCRIPTIONS, data=form_of(*SPEECH))
-    assert (response.status, len(engine.requests)) == (status, attempts)
+    assert (response.status, len(engine.requests)) == (status, times)
 
 
 async def test_no_engine_that_can_be_reached_is_a_bad_gateway(stack, replica, client, monkeypatch):
-    monkeypatch.setattr(transcriptions, "RETRY_PAUSE_S", 0.001)
+    monkeypatch.setattr(attempts, "RETRY_PAUSE_S", 0.001)
     replica.publish("w", "127.0.0.1:1")
     response = await client.post(TRANSCRIPTIONS, data=form_of(*SPEECH))
     assert response.status == 502
