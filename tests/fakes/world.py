@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import uuid
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -19,8 +20,14 @@ class World:
 
     @classmethod
     async def start(
-        cls, *, app: web.Application | None = None, tick_s: float = 0.01, **config: object
+        cls,
+        *,
+        app: web.Application | None = None,
+        pages: Callable[[Gateway], web.Application] | None = None,
+        tick_s: float = 0.01,
+        **config: object,
     ) -> "World":
+        """``app``: stands in for the pages; ``pages`` makes them."""
         world = cls()
         world.supervisors = LoadTable.create(64, 1)
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
@@ -30,6 +37,8 @@ class World:
         world.table = RoutingTable(world.loads, world.front.pool)
         world.demanded = []
         world.gateway = Gateway(world.table, world.config, world.demanded.append)
+        if pages is not None:
+            app = pages(world.gateway)
         world.runner = web.AppRunner(
             app or web.Application(), access_log=None, handler_cancellation=True
         )
