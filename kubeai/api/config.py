@@ -270,6 +270,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     # What a client may send, and how slowly.
     body_max_bytes: Bytes = 64 << 20
     multipart_max_bytes: Bytes = 1 << 30
+    spool_max_bytes: Bytes = 2 << 30  # of all forms together
     head_max_bytes: Bytes = 64 << 10
     head_max_count: PositiveCount = 100
     head_timeout_s: PositiveDuration = field(name="headTimeout", default=10.0)
@@ -352,6 +353,10 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
     _check_patches(config.model_server_pods)
     if config.gateway.drain_accept_s > config.gateway.drain_timeout_s:
         raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
+    if config.gateway.spool_max_bytes < config.gateway.multipart_max_bytes:
+        raise ConfigError(
+            "gateway.spoolMaxBytes", "must not be less than gateway.multipartMaxBytes"
+        )
     return config
 
 

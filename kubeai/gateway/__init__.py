@@ -30,6 +30,7 @@ class Gateway:
         self.draining = False
         self.relay: Relay | None = None
         self._held: dict[str, int] = {}
+        self.spooled_bytes = 0  # of forms that are being read or sent
 
     @property
     def connections(self) -> int:
@@ -64,3 +65,17 @@ class Gateway:
     def held(self, model: str) -> int:
         """Requests that this worker holds for a model."""
         return self._held.get(model, 0)
+
+    def spool(self, size_bytes: int) -> bool:
+        """Take room for more of a form; False when all forms together have ``spool_max_bytes``.
+
+        What each True has taken is given back with :meth:`unspool`.
+        """
+        if self.spooled_bytes + size_bytes > self.config.spool_max_bytes:
+            return False
+        self.spooled_bytes += size_bytes
+        return True
+
+    def unspool(self, size_bytes: int) -> None:
+        """Give room back."""
+        self.spooled_bytes -= size_bytes

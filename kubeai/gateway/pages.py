@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import msgspec
 import structlog
 from aiohttp import web
+from aiohttp.http import SERVER_SOFTWARE
 
 from kubeai.gateway import Gateway
 from kubeai.gateway.attempts import RETRY_AFTER_S
@@ -56,6 +57,7 @@ def make_app(gateway: Gateway) -> web.Application:
     app = web.Application(middlewares=[_errors])
     app[GATEWAY] = gateway
     app.cleanup_ctx.append(client)
+    app.on_response_prepare.append(_unsigned)
     app.router.add_route("*", "/{path:.*}", _dispatch)
     return app
 
@@ -77,6 +79,12 @@ async def _errors(
     except Exception:
         log.exception("a page failed", method=request.method, path=request.path)
         return _json(error_body("The gateway has failed; its log says why.", "server_error"), 500)
+
+
+async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
+    """Take aiohttp's own name and version off an answer; an engine's stays."""
+    if response.headers.get("Server") == SERVER_SOFTWARE:
+        del response.headers["Server"]
 
 
 async def _dispatch(request: web.Request) -> web.StreamResponse:

@@ -4,7 +4,8 @@ It takes the same way as a JSON request: the body is read whole, under a limit a
 any load is counted; then admit → wait → pick → attempt, with retries. The form is spooled, so that
 ``model`` may stand anywhere in it and an attempt can be repeated: at most about
 ``SPOOL_MEMORY_MAX_BYTES`` of it in memory, the rest in an unnamed temporary file; all of it has at
-most ``multipart_max_bytes`` and 100 parts (multipart.py), ``model`` at most ``MODEL_MAX_BYTES``.
+most ``multipart_max_bytes`` and 100 parts (multipart.py), ``model`` at most ``MODEL_MAX_BYTES``,
+and all forms of a worker together ``spool_max_bytes``.
 ``model`` is left out for FasterWhisper and named as the engine knows it for others; every other
 part reaches the engine byte for byte. The answer streams. Called by pages.py.
 """
@@ -72,7 +73,7 @@ async def transcribe(request: web.Request, target: Target) -> web.StreamResponse
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise BadRequest("A compressed body cannot be read here: send it as it is.", status=415)
     selected = selection(request)
-    with Form(boundary_of(request.headers.get("Content-Type", ""))) as form:
+    with Form(boundary_of(request.headers.get("Content-Type", "")), gateway) as form:
         await _read_form(request, form, gateway)
         ask = named(Kind.TRANSCRIPTIONS, form.model)
         model = gateway.table.find(ask.name)
@@ -88,29 +89,38 @@ async def transcribe(request: web.Request, target: Target) -> web.StreamResponse
 
 
 async def _read_form(request: web.Request, form: Form, gateway: Gateway) -> None:
-    """Spool the whole body, under ``multipart_max_bytes`` and a clock between its bytes."""
+    """Spool the whole body, under its limits and a clock between its bytes."""
     max_bytes = gateway.config.multipart_max_bytes
     too_long = BadRequest(f"The form is longer than {max_bytes} bytes.", status=413)
-    if (request.content_length or 0) > max_bytes:
+    announced_bytes = request.content_length or 0
+    if announced_bytes > max_bytes:
         raise too_long
-    content, received_bytes = request.content, 0
+    if gateway.spooled_bytes + announced_bytes > gateway.config.spool_max_bytes:
+        raise _no_room("gateway.spoolMaxBytes is used up")
+    content = request.content
     while not content.at_eof():
         try:
             async with asyncio.timeout(gateway.config.body_timeout_s):
                 data = await content.readany()
         except TimeoutError:
             raise BadRequest("The form did not arrive in time.", status=408) from None
-        received_bytes += len(data)
-        if received_bytes > max_bytes:
+        if form.received_bytes + len(data) > max_bytes:
             raise too_long
         await form.feed(data)
     form.finish()
 
 
+def _no_room(reason: str) -> BadRequest:
+    log.warning("no room for a form", reason=reason)
+    return BadRequest("Too many uploads are under way.", status=503, code="overloaded")
+
+
 class Form:
     """A form that has been read: its model's name, and all the other parts, spooled."""
 
-    def __init__(self, boundary: bytes) -> None:
+    def __init__(self, boundary: bytes, gateway: Gateway) -> None:
+        self.received_bytes = 0
+        self._gateway = gateway  # that has room for it
         self._boundary = boundary
         self._splitter = Splitter(boundary)
         self._model: bytearray | None = None
@@ -126,6 +136,7 @@ class Form:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._gateway.unspool(self.received_bytes)
         if self._file is not None:
             self._file.close()
 
@@ -142,6 +153,9 @@ class Form:
         return form_type(self._boundary)
 
     async def feed(self, data: bytes) -> None:
+        if not self._gateway.spool(len(data)):
+            raise _no_room("gateway.spoolMaxBytes is used up")
+        self.received_bytes += len(data)
         for event in self._splitter.feed(data):
             if isinstance(event, Content):
                 self._take(event.data)
@@ -210,10 +224,13 @@ class Form:
 
     async def _spill(self) -> None:
         """Move what is in memory to the file; the disk must not stall the loop."""
-        if self._file is None:
-            self._file = await asyncio.to_thread(tempfile.TemporaryFile)
         data, self._memory = self._memory, bytearray()
-        await asyncio.to_thread(self._file.write, data)
+        try:
+            if self._file is None:
+                self._file = await asyncio.to_thread(tempfile.TemporaryFile)
+            await asyncio.to_thread(self._file.write, data)
+        except OSError as error:
+            raise _no_room(str(error)) from None
 
     async def _spooled(self, start: int, end: int) -> AsyncIterator[bytes]:
         in_file = self._written_bytes - len(self._memory)

@@ -151,6 +151,7 @@ MISTAKES = [
     ("gateway: {bodyMaxBytes: 100m}", "gateway.bodyMaxBytes", "whole number of bytes"),
     ("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes", "negative"),
     ("gateway: {drainAccept: 10m}", "gateway.drainAccept", "not be longer than"),
+    ("gateway: {multipartMaxBytes: 5Gi}", "gateway.spoolMaxBytes", "not be less than"),
     (
         "resourceProfiles: {g: {requests: {cpu: lots}}}",
         "resourceProfiles.g.requests.cpu",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import io
 import os
 
@@ -236,6 +237,12 @@ async def test_one_model_is_shown_by_its_id(replica, client):
     assert (await client.get("/openai/v1/models/chat", headers=hidden)).status == 404
 
 
+async def test_nobody_is_told_what_the_pages_are_made_of(client):
+    response = await client.get("/openai/v1/models")
+    assert "Server" not in response.headers
+    assert "Date" in response.headers
+
+
 async def test_a_head_has_no_body(replica, client):
     publish_three(replica)
     full = await client.get("/openai/v1/models")
@@ -441,6 +448,41 @@ async def test_a_form_over_the_limit_is_refused(stack):
     async with client.post(TRANSCRIPTIONS, data=form_of(("model", "w"))) as response:
         assert response.status == 200
     assert len(engine.requests) == 1
+
+
+async def test_all_forms_of_a_worker_share_the_room_to_spool(stack):
+    replica = Replica(multipart_max_bytes=10_000, spool_max_bytes=10_000)
+    client = await client_of(stack, replica)
+    _, address = await started(stack, 200)
+    replica.publish("w")
+    sound = ("file", b"x" * 6_000), ("model", "w")
+    first = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*sound)))
+    await until(lambda: replica.held() == 1)
+
+    async def chunks():  # of no known length
+        yield b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
+        yield b"x" * 6_000
+
+    for form in ({"data": form_of(*sound)}, raw(chunks())):
+        response = await client.post(TRANSCRIPTIONS, **form)
+        assert (response.status, response.headers["Retry-After"]) == (503, "5")
+        assert (await error_of(response))["code"] == "overloaded"
+    replica.publish("w", address)
+    assert (await first).status == 200
+    assert (await client.post(TRANSCRIPTIONS, data=form_of(*sound))).status == 200
+    assert replica.gateway.spooled_bytes == 0
+
+
+async def test_a_full_disk_is_no_fault_of_the_client(stack, replica, client, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transcriptions.tempfile, "TemporaryFile", full)
+    replica.publish("w")
+    form = form_of(("file", b"x" * (3 << 20)), ("model", "w"))
+    response = await client.post(TRANSCRIPTIONS, data=form)
+    assert (response.status, response.headers["Retry-After"]) == (503, "5")
+    assert replica.gateway.spooled_bytes == 0
 
 
 async def test_a_form_that_stops_coming_is_given_up(stack):
