@@ -63,7 +63,9 @@ def _app() -> Any:
     @app.command()
     def serve(
         host: Annotated[str, typer.Option(help="Address of the OpenAI endpoint.")] = "0.0.0.0",
-        port: Annotated[int, typer.Option(help="Port of the OpenAI endpoint.", min=0)] = 8000,
+        port: Annotated[
+            int, typer.Option(help="Port of the OpenAI endpoint.", min=0, max=65535)
+        ] = 8000,
         workers: Annotated[int, typer.Option(help="Data-plane processes.", min=1, max=63)] = 1,
     ) -> None:
         """Run against a Kubernetes cluster.
@@ -80,7 +82,8 @@ def _app() -> Any:
         ] = None,
         host: Annotated[str, typer.Option(help="Address of the OpenAI endpoint.")] = "127.0.0.1",
         port: Annotated[
-            int, typer.Option(help="Port of the OpenAI endpoint; 0 takes a free one.", min=0)
+            int,
+            typer.Option(help="Port of the OpenAI endpoint; 0 takes a free one.", min=0, max=65535),
         ] = 8000,
         workers: Annotated[int, typer.Option(help="Data-plane processes.", min=1, max=63)] = 1,
         data_dir: Annotated[
@@ -89,7 +92,8 @@ def _app() -> Any:
         ] = None,
         config: Annotated[Path | None, typer.Option(help="System config (YAML).")] = None,
         api_port: Annotated[
-            int, typer.Option(help="Port of the Kubernetes API; 0 takes a free one.", min=0)
+            int,
+            typer.Option(help="Port of the Kubernetes API; 0 takes a free one.", min=0, max=65535),
         ] = 0,
     ) -> None:
         """Run on this machine, without a cluster: same manifests, stock kubectl."""
