@@ -35,6 +35,8 @@ _WAITING = {
     "CreateContainerError": "CreateContainerError",
     "RunContainerError": "RunContainerError",
     "CrashLoopBackOff": "CrashLoopBackOff",
+    "EngineNotInstalled": "EngineNotInstalled",  # the process kubelet's own two
+    "MountError": "MountError",
 }
 
 

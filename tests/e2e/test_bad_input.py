@@ -131,6 +131,14 @@ async def test_an_engine_that_is_not_installed_is_told_in_one_line(tmp_path):
             lambda: [line for line in local.out if "ollama" in line and "not installed" in line],
         )
         assert "real" in line[0]
+        async with local.kube() as kube:
+
+            async def told():
+                found = await kube.get(k.MODELS, "real", kube.namespace)
+                conditions = found.get("status", {}).get("conditions", [])
+                return [c for c in conditions if c["reason"] == "EngineNotInstalled"]
+
+            assert "ollama" in (await until("the Model says so too", told))[0]["message"]
 
 
 async def test_wrong_requests_get_openais_errors_and_others_go_on(tmp_path):

@@ -152,6 +152,10 @@ def test_an_endpoints_address(pod, override, address):
             },
             "OOMKilled",
         ),
+        (
+            {"containerStatuses": [{"state": {"waiting": {"reason": "EngineNotInstalled"}}}]},
+            "EngineNotInstalled",
+        ),
         ({"containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}, None),
     ],
 )
