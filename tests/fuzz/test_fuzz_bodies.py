@@ -1,0 +1,178 @@
+"""Random JSON, nearly JSON and noise: the gateway and any JSON reader agree on what was asked.
+
+Readers differ in which of two equal keys they take, in whether ``Model`` is ``model``, and in what
+they let pass. A body that the gateway takes means the same to all of them.
+"""
+
+import json
+
+import pytest
+from fuzz.machine import CORPUS, EXAMPLES, corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kubeai.openai import BadRequest, Kind, hash_key, parse, replace_model
+
+STORED = corpus("bodies")
+KINDS = [kind for kind in Kind if kind.is_json]
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 70), 1 << 70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(codec="utf-8"), max_size=8),
+    st.sampled_from(["m", "m_x", "model", '"model":"no"', "\\", "é\U0001f600"]),
+)
+KEYS = ["model", "Model", "stream", "messages", "prompt", "input", "role", "content", "text", "a"]
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=3), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+texts = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=150),
+    st.lists(
+        st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=60)}), max_size=3
+    ),
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": texts}
+    ),
+    max_size=4,
+)
+asked = st.fixed_dictionaries(
+    {"model": st.sampled_from(["m", "m_x", "é", "a/b"])},
+    optional={
+        "messages": messages,
+        "system": texts,
+        "instructions": st.text(max_size=20),
+        "prompt": st.text(max_size=150) | st.lists(st.text(max_size=150), min_size=1, max_size=3),
+        "input": st.text(max_size=150) | messages,
+        "query": st.text(max_size=20),
+        "stream": st.booleans(),
+        "x": values,
+    },
+)
+
+
+@st.composite
+def members(draw: st.DrawFn) -> bytes:
+    """An object with its keys as they come: twice, escaped, in another case."""
+    keys = [
+        *(['"model"'] * 3),
+        '"Model"',
+        '"mod\\u0065l"',
+        '"\\u006dodel"',
+        '"model\\u0000"',
+        '"stream"',
+        '"prompt"',
+    ]
+    pairs = draw(st.lists(st.tuples(st.sampled_from(keys), values), max_size=4))
+    dumped = [
+        f"{key}:{json.dumps(value, ensure_ascii=draw(st.booleans()))}" for key, value in pairs
+    ]
+    space = draw(st.sampled_from(["", " ", "\n\t", "\x0c", "\ufeff"]))
+    return (space + "{" + ("," + space).join(dumped) + "}" + space).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def changed(draw: st.DrawFn, body: bytes) -> bytes:
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(body)))
+        gone = draw(st.integers(0, 2))
+        new = draw(
+            st.sampled_from([b"", b'"', b"\\", b"{", b"}", b",", b":", b"\0", b"\xff", b"1"])
+        )
+        body = body[:at] + new + body[at + gone :]
+    return body
+
+
+bodies = st.one_of(
+    members(),
+    members().flatmap(changed),
+    asked.map(lambda body: json.dumps(body).encode()).flatmap(changed),
+    st.sampled_from(STORED).flatmap(changed),
+    st.binary(max_size=40),
+)
+
+
+def judge(kind: Kind, body: bytes) -> None:
+    try:
+        ask = parse(kind, body)
+    except BadRequest as error:
+        refusal = error
+    else:
+        refusal = None
+    if refusal is not None:
+        assert refusal.status == 400
+        assert "error" in json.loads(refusal.body())
+        return
+    for limit in (0, 1, 100):
+        for adapter in (None, "x"):
+            assert 0 <= hash_key(adapter, ask, limit) < 1 << 64
+    readings: list[list[tuple[str, object]]] = []
+
+    def keep(pairs: list[tuple[str, object]]) -> dict:
+        readings.append(pairs)
+        return dict(pairs)
+
+    try:
+        read = json.loads(body, object_pairs_hook=keep)
+    except (ValueError, RecursionError):
+        return  # the engine will say so
+    top = readings[-1]
+    named = [value for key, value in top if key.lower() == "model"]
+    assert named == [ask.model] == [read["model"]]
+    assert ask.stream == (read.get("stream") is True)
+    judge_replaced(body, read, ask.model)
+
+
+def judge_replaced(body: bytes, read: dict, model: str) -> None:
+    new = 'x"\\é'
+    replaced = replace_model(body, new)
+    assert json.loads(replaced) == read | {"model": new}
+    encoded = json.dumps(new, ensure_ascii=False).encode()
+    at = next(
+        at
+        for at in range(len(replaced))
+        if replaced.startswith(encoded, at)
+        and body.startswith(replaced[:at])
+        and body.endswith(replaced[at + len(encoded) :])
+    )
+    rest = len(replaced) - at - len(encoded)
+    assert json.loads(body[at : len(body) - rest]) == model
+
+
+FUZZ = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+
+
+@pytest.mark.timeout(0)
+@FUZZ
+@given(st.sampled_from(KINDS), bodies)
+def test_every_reader_of_a_body_that_is_taken_agrees_with_the_gateway(kind, body):
+    judge(kind, body)
+
+
+@pytest.mark.timeout(0)
+@FUZZ
+@given(st.sampled_from(KINDS), asked, st.integers(0, 200))
+def test_a_key_does_not_depend_on_how_the_body_was_written(kind, ask, limit):
+    if kind is Kind.EMBEDDINGS and not isinstance(ask.get("input", ""), str):
+        ask["input"] = ["one", "two"]  # messages are no input there
+    first = parse(kind, json.dumps(ask).encode())
+    again = json.dumps(ask, ensure_ascii=False, indent=2, separators=(" , ", " : "))
+    second = parse(kind, again.encode("utf-8", "surrogatepass"))
+    assert hash_key("x", first, limit) == hash_key("x", second, limit)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (CORPUS / "bodies").iterdir()))
+def test_stored_bodies_are_agreed_on_or_refused(name):
+    for kind in KINDS:
+        judge(kind, (CORPUS / "bodies" / name).read_bytes())
