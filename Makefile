@@ -5,7 +5,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd)
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test check bench asan clean
+.PHONY: help build run test check bench asan soak clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,6 +47,11 @@ bench: .venv/installed-test  ## ring, load table; the gateway against nginx when
 
 asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
 	tests/asan.sh
+
+soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SOAK_SECONDS (600)
+	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz
+	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
+	$(BIN)/python tests/soak/soak.py
 
 clean:  ## everything that was built
 	rm -rf .venv build dist *.egg-info kubeai/*.so kubeai/_*.c .kubeai

@@ -653,7 +653,7 @@ async def test_an_answer_that_breaks_never_looks_whole(stack, replica, client, l
     await until(lambda: replica.in_flight() == replica.active() == 0)
 
 
-async def test_an_engine_that_stops_in_its_answer_is_cut(stack):
+async def test_an_engine_that_stops_in_its_answer_is_cut(stack, caplog):
     replica = Replica(between_bytes_timeout_s=0.05)
     client = await client_of(stack, replica)
 
@@ -670,6 +670,7 @@ async def test_an_engine_that_stops_in_its_answer_is_cut(stack):
         with pytest.raises((aiohttp.ClientPayloadError, OSError)):
             await response.read()
     await until(lambda: engine.left == 1 and replica.active() == 0)
+    assert not caplog.records, "no fault of ours"
 
 
 async def test_nothing_is_left_on_disk(stack, replica, client, tmp_path, monkeypatch):
