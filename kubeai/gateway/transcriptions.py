@@ -357,7 +357,7 @@ class _Attempts:
             log.warning("answer broke", model=self._ask.model, reason=str(error))
             if self._request.transport is not None:
                 self._request.transport.abort()
-            raise ConnectionResetError("the engine's answer broke") from None
+            return response  # aiohttp finds the connection gone, and ends with it
         await response.write_eof()
         return response
 
