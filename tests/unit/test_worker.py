@@ -25,6 +25,12 @@ class Supervised:
         self.publisher = Publisher(self.table)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
+        self.config = GatewayConfig(**config)
+        await self.spawn()
+        return self
+
+    async def spawn(self) -> None:
+        """Start the process, or its successor."""
         self.received = []
         self.ended = asyncio.Event()
         ours, theirs = socket.socketpair()
@@ -33,7 +39,7 @@ class Supervised:
             "table_fd": self.table.fd,
             "listen_fd": self.listener.fileno(),
             "hinge_fd": theirs.fileno(),
-            "gateway": msgspec.to_builtins(GatewayConfig(**config)),
+            "gateway": msgspec.to_builtins(self.config),
         }
         with theirs:
             self.process = await asyncio.create_subprocess_exec(
@@ -48,7 +54,6 @@ class Supervised:
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self.channel, sock=ours)
-        return self
 
     def route(self, model: str, *engines: Engine) -> hinge.Delta | None:
         endpoints = tuple(Endpoint(f"pod-{i}", e.address) for i, e in enumerate(engines))
@@ -195,13 +200,18 @@ async def test_an_interrupt_is_the_supervisors_business(start, engine):
     wire.close()
 
 
-async def test_a_killed_worker_leaves_its_listener_to_a_successor(start, engine):
+async def test_a_killed_workers_successor_answers_who_came_in_between(start, engine):
     worker = await start()
     worker.route("m", engine)
     await worker.ready()
     worker.process.kill()
-    await worker.process.wait()
+    await worker.exits()
+    await worker.ended.wait()
     wire = await connect(worker.port)  # the supervisor still holds the socket
+    await wire.send(post())
+    await worker.spawn()
+    await worker.ready()
+    assert (await wire.answer()).body == b"here"
     wire.close()
 
 
