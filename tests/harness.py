@@ -28,7 +28,7 @@ START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 25.0
 POLL_S = 0.05
 CONFIG = {
-    "modelAutoscaling": {"interval": "1s", "timeWindow": "10s"},
+    "modelAutoscaling": {"interval": "1s", "timeWindow": "5s"},
     "gateway": {"drainAccept": "0s", "drainTimeout": "5s"},
 }
 

@@ -64,6 +64,8 @@ async def test_models_at_zero_answer_every_kind_of_request(local):
         # Token by token: 50 a second, not all in one piece at the end.
         assert len(arrivals) >= 5
         assert arrivals[-1] - arrivals[0] >= 0.5 * (len(arrivals) - 1) / 50
+        (pod,) = await pods(kube, "chat")
+        assert pod["metadata"]["annotations"]["kubeai.org/mock-engine"] == "true"
 
         started = time.monotonic()
         completion = await client.completions.create(model="text", prompt="Once", max_tokens=5)
@@ -82,8 +84,6 @@ async def test_models_at_zero_answer_every_kind_of_request(local):
         assert transcription.text
         assert time.monotonic() - started <= DELAY_S + OVERHEAD_S
 
-        (pod,) = await pods(kube, "chat")
-        assert pod["metadata"]["annotations"]["kubeai.org/mock-engine"] == "true"
         for name in ("chat", "text", "vectors", "ears"):
             await until(
                 f"{name} is at zero again", lambda name=name: _gone(kube, name), timeout_s=30
