@@ -89,12 +89,12 @@ async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
 
 async def _dispatch(request: web.Request) -> web.StreamResponse:
     if request.path in ("/healthz", "/readyz"):
+        if request.method not in ("GET", "HEAD"):
+            return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)
     target = classify(request.method, request.raw_path)
     if target.status == 405:
-        allow = ", ".join(target.allow)
-        message = f"The method {request.method} is not allowed here, only {allow}."
-        return _json(error_body(message, code="method_not_allowed"), 405, {"Allow": allow})
+        return _not_allowed(request, target.allow)
     if target.kind is Kind.MODELS:
         return _models(request, target)
     if target.kind is Kind.TRANSCRIPTIONS:
@@ -107,11 +107,15 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
     return web.Response(body=body, status=status, content_type="application/json", headers=headers)
 
 
+def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response:
+    allow = ", ".join(methods)
+    message = f"The method {request.method} is not allowed here, only {allow}."
+    return _json(error_body(message, code="method_not_allowed"), 405, {"Allow": allow})
+
+
 def _health(request: web.Request) -> web.Response:
     """``/healthz``: this worker's loop turns. ``/readyz``: it wants new requests."""
     gateway = request.app[GATEWAY]
-    if request.method not in ("GET", "HEAD"):
-        raise web.HTTPMethodNotAllowed(request.method, ("GET", "HEAD"))
     if request.path == "/healthz" or (gateway.ready and not gateway.draining):
         return web.Response(text="ok\n")
     return web.Response(status=503, text="draining\n" if gateway.draining else "not ready\n")

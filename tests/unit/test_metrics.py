@@ -1,6 +1,8 @@
 """A scrape says what the load table says, for models and endpoints that exist."""
 
+import re
 import time
+from pathlib import Path
 
 import pytest
 from prometheus_client.openmetrics import parser as openmetrics
@@ -121,6 +123,19 @@ def test_how_far_each_worker_has_followed_is_shown(replica):
     assert scraped["kubeai_routing_table_version",] == 2
     assert scraped["kubeai_worker_routing_table_version", "0"] == 2
     assert scraped["kubeai_worker_routing_table_version", "1"] == 1
+
+
+def test_each_metric_is_documented_and_nothing_else(replica):
+    replica.publish("m", "a", strategy="PrefixHash")
+    body, _ = replica.metrics.render("")
+    families = text_string_to_metric_families(body.decode())
+    ours = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in families
+        if family.name.startswith("kubeai_")
+    }
+    table = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    assert set(re.findall(r"^\| `(kubeai_\w+)`", table, re.MULTILINE)) == ours
 
 
 def test_openmetrics_is_spoken_to_who_asks(replica):
