@@ -1,4 +1,5 @@
-"""Builds the compiled core: ``_load`` (load table), ``_ring`` (routing), ``_relay`` (HTTP relay).
+"""Builds the compiled core: ``_ask`` (bodies), ``_load`` (load table), ``_ring`` (routing), ``_relay``
+(HTTP relay).
 
 ``KUBEAI_CYTHON_STRICT=1`` turns warnings of Cython and the C compiler into errors (``make check``);
 ``KUBEAI_SANITIZE=address`` builds with AddressSanitizer.
@@ -29,7 +30,7 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={sanitize}"]
 
-modules = [name for name in ("_load", "_ring", "_relay") if Path(f"kubeai/{name}.pyx").exists()]
+modules = [name for name in ("_ask", "_load", "_ring", "_relay") if Path(f"kubeai/{name}.pyx").exists()]
 
 setup(
     ext_modules=cythonize(

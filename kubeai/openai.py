@@ -17,8 +17,10 @@ surrogate, one top-level ``model`` however its key is escaped, and no key that d
 by case (Go's decoder would take it). Everything else in the body is the engine's business: unknown
 fields, odd shapes and wrong types pass through, and at most make the hash key coarser.
 
-Parsing is two passes of msgspec's scanner at most (0.25 ns a byte each for ASCII), and copies only
-what the hash needs. It keeps state between calls: one thread.
+:func:`read` is one compiled pass (``_ask``) that takes what nearly all clients send; what it is not
+sure of goes to :func:`parse`, which has the say: two passes of msgspec's scanner at most (0.25 ns a
+byte each for ASCII), and copies of only what the hash needs. It keeps state between calls: one
+thread.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from typing import Any, NamedTuple
 import mmh3
 import msgspec
 from msgspec import Raw
+
+from kubeai import _ask
 
 PREFIX = "/openai"
 TOP_LEVEL_KEYS_MAX_COUNT = 1000
@@ -192,6 +196,31 @@ _HASH_FIELDS: dict[Kind, frozenset[str]] = {
     Kind.RESPONSES: frozenset({"instructions", "input"}),
     Kind.MESSAGES: frozenset({"system", "messages"}),
 }
+
+
+SHAPES: dict[Kind, _ask.Shape] = {
+    Kind.CHAT: _ask.Shape(conversation=b"messages"),
+    Kind.COMPLETIONS: _ask.Shape(text=b"prompt"),
+    Kind.EMBEDDINGS: _ask.Shape(text=b"input"),
+    Kind.RERANK: _ask.Shape(text=b"query"),
+    Kind.RESPONSES: _ask.Shape(conversation=b"input", system=b"instructions"),
+    Kind.MESSAGES: _ask.Shape(conversation=b"messages", system=b"system"),
+}
+
+
+def read(kind: Kind, body: bytes) -> Ask | _ask.Ask:
+    """As :func:`parse`, in one compiled pass wherever that is sure of what it sees."""
+    return _ask.read(SHAPES[kind], body) or parse(kind, body)
+
+
+def key_of(kind: Kind, body: bytes, ask: Ask | _ask.Ask, prefix_char_length: int) -> int:
+    """The :func:`hash_key` of what :func:`read` made of a body."""
+    if isinstance(ask, _ask.Ask):
+        key = ask.key(prefix_char_length)
+        if key is not None:
+            return key
+        ask = parse(kind, body)
+    return hash_key(ask.adapter, ask, prefix_char_length)
 
 
 def split_model(model: str) -> tuple[str, str | None]:
