@@ -1,12 +1,11 @@
-"""Builds the compiled core: ``_ask`` (bodies), ``_load`` (load table), ``_ring`` (routing), ``_relay``
-(HTTP relay).
+"""Builds the compiled core: ``_ask`` (bodies), ``_load`` (load table), ``_ring`` (routing),
+``_relay`` (HTTP), ``gateway/_straight`` (a request's way through them).
 
 ``KUBEAI_CYTHON_STRICT=1`` turns warnings of Cython and the C compiler into errors (``make check``);
 ``KUBEAI_SANITIZE=address`` builds with AddressSanitizer.
 """
 
 import os
-from pathlib import Path
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
@@ -30,13 +29,13 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={sanitize}"]
 
-modules = [name for name in ("_ask", "_load", "_ring", "_relay") if Path(f"kubeai/{name}.pyx").exists()]
+modules = ["_ask", "_load", "_ring", "_relay", "gateway/_straight"]
 
 setup(
     ext_modules=cythonize(
         [
             Extension(
-                f"kubeai.{name}",
+                f"kubeai.{name.replace('/', '.')}",
                 [f"kubeai/{name}.pyx"],
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,

@@ -28,6 +28,8 @@ class Ask:
 
     def key(self, prefix_char_length: int) -> int | None:
         """As ``openai.hash_key``; None when only that can tell."""
+    def for_adapter(self) -> bytes:
+        """The body with the adapter's name for its model; every other byte stays as it came."""
 
 def read(shape: Shape, body: bytes) -> Ask | None:
     """Read a body of this shape; None: let ``openai.parse`` judge.

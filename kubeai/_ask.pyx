@@ -11,6 +11,7 @@ Strings are looked at 64 bytes at a time (0.05 ns a byte for ASCII without escap
 here leans on the NUL that ends every bytes object: no byte after it is read.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.unicode cimport PyUnicode_DecodeUTF8
@@ -381,6 +382,7 @@ cdef bint put_content(Text *text, const char *at, const char *end) noexcept nogi
 
 # -- what is asked for -----------------------------------------------------------------------------
 
+@cython.final
 cdef class Shape:
     """Which top-level members place a request of one kind; one of the first two."""
 
@@ -440,6 +442,7 @@ cdef object make_key(Ask ask, Text *text, bytes name, Py_ssize_t limit):
     return hash_of(text)
 
 
+@cython.final
 cdef class Ask:
     """What one request asks for; see ``openai.Ask``."""
 
@@ -647,6 +650,18 @@ cdef class Ask:
         if text.at is not few:
             free(text.at)
         return result
+
+    def for_adapter(self):
+        """The body with the adapter's name for its model; every other byte stays as it came."""
+        cdef const char *begin = PyBytes_AS_STRING(self.body)
+        cdef bytes name = self.adapter.encode()
+        # It is a part of a string without escapes, and so needs none.
+        return b'%b"%b"%b' % (
+            memoryview(self.body)[:self.model_value.at - begin],
+            name,
+            memoryview(self.body)[self.model_value.after - begin:],
+        )
+
 
 cpdef Ask read(Shape shape, bytes body):
     """Read a body of this shape; None: let ``openai.parse`` judge."""

@@ -15,8 +15,11 @@ class Connecting(Protocol):
 
     def cancel(self) -> object: ...
 
-class Pool(Protocol):
-    """The connections to one upstream."""
+class Connections:
+    """The connections to one upstream, of which those without a request rest here.
+
+    Subclasses make them: see :meth:`connect`.
+    """
 
     relay: Relay
     host: str  # for the Host header
@@ -24,10 +27,29 @@ class Pool(Protocol):
     between_bytes_timeout_s: float  # 0: no limit
     idle_timeout_s: float
 
-    def take(self) -> Upstream | None: ...
-    def connect(self, exchange: Exchange) -> Connecting: ...
-    def give(self, upstream: Upstream) -> None: ...
-    def forget(self, upstream: Upstream) -> None: ...
+    def __init__(
+        self,
+        relay: Relay,
+        host: str,
+        *,
+        idle_timeout_s: float,
+        max_idle: int,
+        first_byte_timeout_s: float = 0,
+        between_bytes_timeout_s: float = 0,
+    ) -> None: ...
+    @property
+    def idle(self) -> int:
+        """Connections that wait for a request."""
+    def connect(self, exchange: Exchange) -> Connecting:
+        """Make a connection for an exchange, which then is told so, or that there is none."""
+    def take(self) -> Upstream | None:
+        """The connection that was given back last, or None."""
+    def give(self, upstream: Upstream) -> None:
+        """Keep a connection for the next request, while there is room."""
+    def forget(self, upstream: Upstream) -> None:
+        """An idle connection has ended."""
+    def close(self) -> None:
+        """The upstream is gone or has moved: no connection is kept any longer."""
 
 @final
 class Relay:
@@ -96,9 +118,9 @@ class Exchange:
     # actions
     def collect(self, max_bytes: int) -> None:
         """Read the whole body; then comes ``on_body``."""
-    def stream(self, pool: Pool, path: bytes, max_bytes: int) -> None:
+    def stream(self, pool: Connections, path: bytes, max_bytes: int) -> None:
         """Relay the request to an upstream while it comes, and the answer back. No retries."""
-    def send(self, pool: Pool, path: bytes, body: bytes) -> None:
+    def send(self, pool: Connections, path: bytes, body: bytes) -> None:
         """Attempt: send the request with this body to an upstream, relay its answer."""
     def answer(self, status: int, body: bytes, headers: bytes = b"") -> None:
         """Answer without an upstream: JSON. ``headers``: more of them, each ending in CRLF."""
@@ -128,7 +150,7 @@ class Exchange:
 class Upstream(asyncio.Protocol):
     """One connection to an engine; idle in its pool, or at work for one Exchange."""
 
-    def __init__(self, pool: Pool) -> None: ...
+    def __init__(self, pool: Connections) -> None: ...
     def usable(self) -> bool:
         """Whether a request can be written to it: not seen closed."""
     def close(self) -> None:

@@ -79,12 +79,6 @@ cdef double now() noexcept:
 
 # -- growing text ----------------------------------------------------------------------------------
 
-cdef struct Text:
-    char *at
-    Py_ssize_t size
-    Py_ssize_t room
-
-
 cdef int text_add(Text *text, const char *data, Py_ssize_t size) except -1:
     cdef Py_ssize_t room
     cdef char *grown
@@ -124,18 +118,6 @@ cdef inline char *put_bytes(char *at, bytes data) noexcept:
 
 
 # -- heads -----------------------------------------------------------------------------------------
-
-cdef enum HeaderKind:
-    PLAIN
-    HOST
-    CONNECTION
-    CONTENT_LENGTH
-    TRANSFER_ENCODING
-    EXPECT
-    FORWARDED_FOR
-    FORWARDED_PROTO
-    DROPPED  # hop by hop
-
 
 cdef bint is_name(const char *name, const char *lower, Py_ssize_t size) noexcept:
     """Whether a header name (a token: no control characters) is ``lower``, whatever its case."""
@@ -178,13 +160,6 @@ cdef HeaderKind header_kind(bytes header) noexcept:
     return PLAIN
 
 
-cdef struct Scan:
-    Py_ssize_t at  # looked at so far
-    Py_ssize_t line  # where the current line begins
-    Py_ssize_t first_end  # where the first line's CR is
-    int lines
-
-
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept:
     """The offset after a head's empty line; 0 when it is not there yet; -1 when malformed.
 
@@ -221,15 +196,6 @@ cdef void scan_reset(Scan *scan, Py_ssize_t at) noexcept:
 cdef class Head:
     """What is common to the head of a request and of an answer; fed by llhttp."""
 
-    cdef Text text  # the headers that travel on, as "name: value\r\n" each
-    cdef Scan scan
-    cdef object parser
-    cdef int64_t length  # Content-Length, or -1
-    cdef bint chunked
-    cdef bint says_close  # Connection: close
-    cdef bint says_keep  # Connection: keep-alive
-    cdef bytes named  # other tokens of Connection, lower case
-    cdef str fault
 
     def __dealloc__(self):
         text_free(&self.text)
@@ -280,32 +246,6 @@ cdef class Head:
 
 
 # -- chunked framing -------------------------------------------------------------------------------
-
-cdef enum ChunkState:
-    CHUNK_SIZE_FIRST  # at least one digit
-    CHUNK_SIZE
-    EXTENSION_NAME_FIRST
-    EXTENSION_NAME
-    EXTENSION_VALUE_FIRST
-    EXTENSION_VALUE
-    CHUNK_SIZE_LF
-    CHUNK_DATA
-    CHUNK_DATA_CR
-    CHUNK_DATA_LF
-    TRAILER_START
-    TRAILER_NAME
-    TRAILER
-    TRAILER_LF
-    LAST_LF
-    CHUNKS_END
-    CHUNKS_BAD
-
-
-cdef struct Chunks:
-    ChunkState state
-    uint64_t left  # of the chunk's data
-    int line  # bytes of the size line, or of all trailers, so far
-
 
 cdef inline int hex_digit(char c) noexcept:
     if c"0" <= c <= c"9":
@@ -477,23 +417,6 @@ def unchunk(*pieces):
 cdef class Relay:
     """All connections of one worker, their limits and their clock."""
 
-    cdef readonly object owner
-    cdef readonly set downstreams
-    cdef readonly set upstreams
-    cdef readonly Py_ssize_t exchanges
-    cdef public bint draining  # answers say Connection: close
-    cdef bint closing  # a connection without a request is closed
-    cdef object exchange
-    cdef object error_body
-    cdef object loop
-    cdef object timer
-    cdef double tick_s
-    cdef Py_ssize_t head_max_bytes
-    cdef int head_max_count
-    cdef double head_timeout_s
-    cdef double body_timeout_s
-    cdef double keep_alive_timeout_s
-    cdef double stall_timeout_s
 
     def __init__(
         self,
@@ -576,48 +499,9 @@ cdef class Relay:
 
 # -- downstream ------------------------------------------------------------------------------------
 
-cdef enum State:
-    IDLE  # no request, or part of a head
-    BODY  # a head is taken, its body is not whole
-    BUSY  # a request is whole, its answer is not
-    LEAVING  # what is written is being flushed; what comes is thrown away
-    CLOSED
-
-
 cdef class Downstream(Head):
     """One client's connection."""
 
-    cdef Relay relay
-    cdef object transport
-    cdef State state
-    cdef double deadline
-    cdef Exchange exchange
-    cdef bytes input  # received; from ``used`` on it waits to be taken
-    cdef Py_ssize_t used
-    cdef bint head_started  # the clock of a head that is not whole runs
-    cdef bint reading
-    cdef bint write_paused
-    cdef bint pumping
-    # of the request
-    cdef bytes method
-    cdef bytes target
-    cdef bytes host
-    cdef bytes forwarded  # X-Forwarded-For and -Proto, as lines
-    cdef bytes forwarded_for
-    cdef bint has_proto
-    cdef bint expects
-    cdef bint keep_alive
-    cdef bint old  # HTTP/1.0
-    # of its body
-    cdef Chunks chunks
-    cdef int64_t left
-    cdef int64_t body_bytes  # taken so far, of a body that streams
-    cdef int64_t body_max_bytes
-    cdef bytes collected  # of known length, being filled
-    cdef Text grown  # of unknown or incredible length
-    # of the connection
-    cdef bytes peer
-    cdef bytes peer_forwarded
 
     def __cinit__(self, Relay relay):
         self.relay = relay
@@ -873,7 +757,7 @@ cdef class Downstream(Head):
         self.exchange = exchange
         self.relay.exchanges += 1
         try:
-            exchange.on_head()
+            exchange._begun()
             if self.exchange is exchange and not exchange.decided:
                 raise RuntimeError("on_head decided nothing")
         except Exception as error:
@@ -970,7 +854,7 @@ cdef class Downstream(Head):
             self.parser.feed_data(b"0\r\n\r\n" if self.chunked else body)
         exchange.body = body
         try:
-            exchange.on_body()
+            exchange._collected()
         except Exception as error:
             self._crashed(exchange, error)
         return 0
@@ -1090,7 +974,7 @@ cdef class Downstream(Head):
         exchange._detach()
         exchange.finished = True
         try:
-            exchange.on_end()
+            exchange._ended()
         except Exception as error:
             self.relay._report("an exchange did not end well", error)
         return 0
@@ -1165,6 +1049,67 @@ cdef class Downstream(Head):
         return 0
 
 
+# -- pools -----------------------------------------------------------------------------------------
+
+cdef class Connections:
+    """The connections to one upstream, of which those without a request rest here.
+
+    Subclasses make them: ``connect(exchange)`` returns something with ``cancel()``, and in the end
+    calls the exchange's ``connected`` or ``connect_failed``.
+    """
+
+    def __init__(
+        self,
+        Relay relay not None,
+        str host not None,
+        *,
+        double idle_timeout_s,
+        Py_ssize_t max_idle,
+        double first_byte_timeout_s=0,
+        double between_bytes_timeout_s=0,
+    ):
+        self.relay = relay
+        self.host = host
+        self.idle_timeout_s = idle_timeout_s
+        self.max_idle = max_idle
+        self.first_byte_timeout_s = first_byte_timeout_s
+        self.between_bytes_timeout_s = between_bytes_timeout_s
+        self.resting = []
+
+    @property
+    def idle(self):
+        """Connections that wait for a request."""
+        return len(self.resting)
+
+    cpdef Upstream take(self):
+        """The connection that was given back last, or None."""
+        cdef Upstream upstream
+        while self.resting:
+            upstream = self.resting.pop()
+            if upstream.usable():
+                return upstream
+            upstream.close()
+        return None
+
+    cpdef give(self, Upstream upstream):
+        """Keep a connection for the next request, while there is room."""
+        if self.closed or len(self.resting) >= self.max_idle:
+            upstream.close()
+        else:
+            self.resting.append(upstream)
+
+    def forget(self, upstream):
+        """An idle connection has ended."""
+        if upstream in self.resting:
+            self.resting.remove(upstream)
+
+    def close(self):
+        """The upstream is gone or has moved: no connection is kept any longer."""
+        self.closed = True
+        while self.resting:
+            self.resting.pop().close()
+
+
 # -- exchange --------------------------------------------------------------------------------------
 
 cdef class Exchange:
@@ -1175,26 +1120,17 @@ cdef class Exchange:
     exchange is not ``finished``. An action after the client has left does nothing.
     """
 
-    cdef Downstream downstream
-    cdef Upstream upstream
-    cdef object connecting  # a connection being made: cancel() ends it
-    cdef object pool
-    cdef bytes path
-    cdef bytes sending
-    cdef bint decided
-    cdef bint collecting
-    cdef bint streaming
-    cdef bint replayed
-    cdef readonly bint answered  # the head of an answer has been written
-    cdef readonly bint finished
-    cdef readonly str method
-    cdef readonly str target
-    cdef readonly bytes body  # once collected
 
     def __cinit__(self, Downstream downstream, *args):
         self.downstream = downstream
-        self.method = downstream.method.decode("ascii")
-        self.target = downstream.target.decode("latin-1")
+
+    @property
+    def method(self):
+        return self.downstream.method.decode("ascii")
+
+    @property
+    def target(self):
+        return self.downstream.target.decode("latin-1")
 
     @property
     def owner(self):
@@ -1217,9 +1153,25 @@ cdef class Exchange:
             at = line_end + 2
         return values
 
+    cdef bint _has(self, bytes name) except -1:
+        """Whether there is such a header; as ``headers``."""
+        cdef Text *text = &self.downstream.text
+        cdef const char *at = text.at
+        cdef const char *end = text.at + text.size
+        cdef const char *line_end
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
+        while at < end:
+            line_end = <const char *> memchr(at, c"\r", end - at)
+            if line_end - at > size and at[size] == c":" and is_name(
+                at, PyBytes_AS_STRING(name), size
+            ):
+                return True
+            at = line_end + 2
+        return False
+
     # actions
 
-    def collect(self, int64_t max_bytes):
+    cpdef collect(self, int64_t max_bytes):
         """Read the whole body; then comes ``on_body``."""
         self.decided = self.collecting = True
         self.downstream.body_max_bytes = max_bytes
@@ -1228,7 +1180,7 @@ cdef class Exchange:
         else:
             self.downstream._expect_body()
 
-    def stream(self, pool, bytes path, int64_t max_bytes):
+    def stream(self, Connections pool not None, bytes path not None, int64_t max_bytes):
         """Relay the request to an upstream while it comes, and the answer back. No retries."""
         cdef Upstream upstream = None
         self.decided = self.streaming = True
@@ -1247,7 +1199,7 @@ cdef class Exchange:
         else:
             upstream._start(self)
 
-    def send(self, pool, bytes path, bytes body):
+    cpdef send(self, Connections pool, bytes path, bytes body):
         """Attempt: send the request with this body to an upstream, relay its answer."""
         cdef Upstream upstream
         if self.finished:
@@ -1320,6 +1272,20 @@ cdef class Exchange:
     def on_end(self):
         """It is over, answered or not: give back what was taken. Called once."""
 
+    # the hooks as the relay calls them: a compiled subclass may take them over
+
+    cdef int _begun(self) except -1:
+        self.on_head()
+        return 0
+
+    cdef int _collected(self) except -1:
+        self.on_body()
+        return 0
+
+    cdef int _ended(self) except -1:
+        self.on_end()
+        return 0
+
     # inside
 
     cdef int _failed(self, int failure) except -1:
@@ -1356,48 +1322,12 @@ cdef class Exchange:
 
 # -- upstream --------------------------------------------------------------------------------------
 
-cdef enum Framing:
-    NOTHING
-    LENGTH
-    CHUNKED
-    UNTIL_CLOSE
-
-
 cdef class Upstream(Head):
-    """One connection to an engine; idle in its pool, or at work for one Exchange.
+    """One connection to an engine; idle in its pool, or at work for one Exchange."""
 
-    The pool has ``relay``, ``host`` (for the Host header), ``first_byte_timeout_s``,
-    ``between_bytes_timeout_s`` (0: no limit) and ``idle_timeout_s``; it is asked to ``take()`` an
-    idle connection, ``connect(exchange)``, ``give(upstream)`` one back, ``forget(upstream)`` one.
-    """
 
-    cdef Relay relay
-    cdef object pool
-    cdef object transport
-    cdef Exchange exchange
-    cdef bytes host_line
-    cdef double first_byte_timeout_s
-    cdef double between_bytes_timeout_s
-    cdef double deadline
-    cdef bint ended  # closed, or the other end has closed
-    cdef bint idle
-    cdef bint write_paused
-    cdef bint paused
-    cdef Py_ssize_t served
-    # of the answer
-    cdef bytes input  # of a head that is not whole
-    cdef bint touched  # a byte of an answer has come
-    cdef bint head_done
-    cdef bint reusable
-    cdef int status
-    cdef Framing framing
-    cdef bint unchunk  # for a client that knows no chunks
-    cdef bint rechunk  # for an answer that would end with its connection
-    cdef int64_t left
-    cdef Chunks chunks
-    cdef Text grown
 
-    def __init__(self, pool):
+    def __init__(self, Connections pool not None):
         self.pool = pool
         self.relay = pool.relay
         self.host_line = b"Host: " + pool.host.encode("ascii") + b"\r\n"
@@ -1409,7 +1339,7 @@ cdef class Upstream(Head):
 
     # what the pool asks
 
-    def usable(self):
+    cpdef bint usable(self):
         return not self.ended and self.transport is not None
 
     def close(self):
@@ -1770,7 +1700,7 @@ cdef class Upstream(Head):
         """Back to the pool."""
         self.served += 1
         self.idle = True
-        self.deadline = now() + <double> self.pool.idle_timeout_s
+        self.deadline = now() + self.pool.idle_timeout_s
         self._resume()
         self.pool.give(self)
         return 0

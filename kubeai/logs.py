@@ -12,6 +12,29 @@ import structlog
 from kubeai.errors import KubeAIError
 
 
+class Sparingly:
+    """Says which of many alike events are logged: ``burst_max`` at once, then ``per_s`` a second."""
+
+    def __init__(self, burst_max: int, per_s: float) -> None:
+        self._burst_max = burst_max
+        self._per_s = per_s
+        self._left = float(burst_max)
+        self._at_s = 0.0
+        self._left_out = 0
+
+    def take(self, now_s: float) -> int | None:
+        """None: count this one only. Else: log it, with how many were left out before it."""
+        if self._left < 1 or now_s > self._at_s + 1:
+            self._left = min(self._burst_max, self._left + (now_s - self._at_s) * self._per_s)
+            self._at_s = now_s
+            if self._left < 1:
+                self._left_out += 1
+                return None
+        self._left -= 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
 def setup_logging() -> None:
     """JSON lines on stderr, or coloured ones when a person looks; level from $LOG_LEVEL."""
     level = os.environ.get("LOG_LEVEL", "info").upper()

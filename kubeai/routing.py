@@ -280,15 +280,15 @@ class RoutedModel:
 
         That is all of them under LeastLoad, and audio always: no two recordings share a prefix.
         """
-        if self.route.strategy != "PrefixHash" or ask.kind is Kind.TRANSCRIPTIONS:
+        if not self.hashes or ask.kind is Kind.TRANSCRIPTIONS:
             return None
-        return hash_key(ask.adapter, ask, self.route.prefix_char_length)
+        return hash_key(ask.adapter, ask, self.prefix_char_length)
 
     def pick(
         self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
         """Count a request on an endpoint; None when nobody (outside ``exclude``) can serve it."""
-        if key is None or self.route.strategy != "PrefixHash":
+        if key is None or not self.hashes:
             return self.ring.pick_least(adapter, exclude)
         return self.ring.pick_hashed(key, adapter, exclude)
 
@@ -337,6 +337,8 @@ class RoutedModel:
     def update(self, route: Route) -> None:
         """Take the new route; wake those who can be served now."""
         old, self.route = self.route, route
+        self.hashes = route.strategy == "PrefixHash"
+        self.prefix_char_length = route.prefix_char_length
         if (old.replication, old.mean_load_factor) != (route.replication, route.mean_load_factor):
             self.ring.configure(
                 replication=route.replication, mean_load_factor=route.mean_load_factor

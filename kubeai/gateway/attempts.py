@@ -16,6 +16,7 @@ from kubeai.openai import BadRequest, model_not_found
 from kubeai.routing import ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
+    from kubeai import _ask
     from kubeai._load import Admission, Reservation
     from kubeai.gateway import Gateway
     from kubeai.openai import Ask
@@ -83,7 +84,11 @@ class Retries:
 
 
 async def hold(
-    gateway: Gateway, routed: RoutedModel, ask: Ask, key: int | None, admission: Admission
+    gateway: Gateway,
+    routed: RoutedModel,
+    ask: Ask | _ask.Ask,
+    key: int | None,
+    admission: Admission,
 ) -> Reservation:
     """Wait until somebody can serve the request; BadRequest when it comes to nothing.
 

@@ -16,7 +16,7 @@ import structlog
 from kubeai._relay import Relay
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
-from kubeai.gateway.exchange import Exchange, error_body
+from kubeai.gateway.exchange import PLANS, Exchange, error_body
 from kubeai.gateway.pool import PagesPool, Pool
 from kubeai.routing import Endpoint
 
@@ -38,6 +38,7 @@ class Front:
 
     def __init__(self, config: GatewayConfig, *, tick_s: float = 0.25) -> None:
         self.config = config
+        self.plans = PLANS
         self.relay = Relay(
             self,
             Exchange,

@@ -1,4 +1,4 @@
-"""Connections to one upstream: kept alive while idle, made when there is none.
+"""Connections to one upstream: made when none is idle. ``_relay.Connections`` keeps those.
 
 An endpoint's :class:`Pool` is what its Reservations carry as their target. The worker's aiohttp
 application is one more upstream (:class:`PagesPool`). Idle connections are taken last in, first
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from kubeai._relay import Upstream
+from kubeai._relay import Connections, Upstream
 
 if TYPE_CHECKING:
     from kubeai._relay import Connecting, Exchange, Relay
@@ -23,64 +23,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-class _Pool:
-    """Idle connections, and the task that makes a new one. Subclasses know how to dial."""
+class _Pool(Connections):
+    """Makes a new connection in a task. Subclasses know how to dial."""
 
-    first_byte_timeout_s = 0.0
-    between_bytes_timeout_s = 0.0
-
-    def __init__(
-        self,
-        relay: Relay,
-        host: str,
-        *,
-        connect_timeout_s: float,
-        idle_timeout_s: float,
-        max_idle: int,
-    ) -> None:
-        self.relay = relay
-        self.host = host
-        self.idle_timeout_s = idle_timeout_s
-        self._connect_timeout_s = connect_timeout_s
-        self._max_idle = max_idle
-        self._idle: list[Upstream] = []
-        self._closed = False
-
-    @property
-    def idle(self) -> int:
-        """Connections that wait for a request."""
-        return len(self._idle)
-
-    def take(self) -> Upstream | None:
-        """The connection that was given back last, or None."""
-        while self._idle:
-            upstream = self._idle.pop()
-            if upstream.usable():
-                return upstream
-            upstream.close()
-        return None
-
-    def give(self, upstream: Upstream) -> None:
-        """Keep a connection for the next request, while there is room."""
-        if self._closed or len(self._idle) >= self._max_idle:
-            upstream.close()
-        else:
-            self._idle.append(upstream)
-
-    def forget(self, upstream: Upstream) -> None:
-        """An idle connection has ended."""
-        if upstream in self._idle:
-            self._idle.remove(upstream)
+    _connect_timeout_s: float
 
     def connect(self, exchange: Exchange) -> Connecting:
         """Make a connection for an exchange, which then is told so, or that there is none."""
         return asyncio.get_running_loop().create_task(self._connect(exchange))
-
-    def close(self) -> None:
-        """The upstream is gone or has moved: no connection is kept any longer."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().close()
 
     async def _connect(self, exchange: Exchange) -> None:
         upstream = Upstream(self)
@@ -118,12 +68,12 @@ class Pool(_Pool):
         super().__init__(
             relay,
             address,
-            connect_timeout_s=connect_timeout_s,
             idle_timeout_s=idle_timeout_s,
             max_idle=max_idle,
+            first_byte_timeout_s=first_byte_timeout_s,
+            between_bytes_timeout_s=between_bytes_timeout_s,
         )
-        self.first_byte_timeout_s = first_byte_timeout_s
-        self.between_bytes_timeout_s = between_bytes_timeout_s
+        self._connect_timeout_s = connect_timeout_s
         ip, _, port = address.rpartition(":")
         self._ip = ip.strip("[]")
         self._port = int(port)
@@ -142,9 +92,8 @@ class PagesPool(_Pool):
     """
 
     def __init__(self, relay: Relay, serve: Callable[[], asyncio.BaseProtocol]) -> None:
-        super().__init__(
-            relay, "localhost", connect_timeout_s=5.0, idle_timeout_s=30.0, max_idle=64
-        )
+        super().__init__(relay, "localhost", idle_timeout_s=30.0, max_idle=64)
+        self._connect_timeout_s = 5.0
         self._serve = serve
 
     async def _dial(self, upstream: Upstream) -> None:

@@ -1,6 +1,7 @@
-"""The one pass over a body agrees with the two that msgspec makes, or leaves the verdict to them."""
+"""The one pass over a body agrees with the two of msgspec, or leaves the verdict to them."""
 
 import json
+import os
 import time
 
 import pytest
@@ -17,8 +18,10 @@ text = st.text(
     st.one_of(st.characters(codec="utf-8"), st.sampled_from('aé中🎉\\"/\n\x7f')), max_size=90
 )
 names = st.sampled_from(
-    ["model", "Model", "stream", "messages", "input", "prompt", "query", "system", "instructions"]
-    + ["role", "content", "text", "type", "x", "", 'te"xt', "é"]
+    (
+        *("model", "Model", "stream", "messages", "input", "prompt", "query", "system"),
+        *("instructions", "role", "content", "text", "type", "x", "", 'te"xt', "é"),
+    )
 )
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), text
@@ -76,19 +79,20 @@ def bodies(draw) -> bytes:
     return f"{space}{{{space}{f'{space},{space}'.join(written)}{space}}}{space}".encode()
 
 
+SPOILERS = (
+    *(b"", b"\x00", b"\\", b'"', b"{", b"]", b",", b":", b"\xff", b"\xed\xa0\x80", b"\xc0\x80"),
+    *(b"\\ud800", b"\\udc00", b"\\u0000", b"\xe4", b"0", b"-", b"1.e", b"\xef\xbb\xbf", b"\n"),
+    *(b"\x1f", b"\x7f", b"NaN", b"\\x", b"\xf4\x90\x80\x80", b"\xed\x9f\xbf", b"\xf0\x8f\xbf\xbf"),
+)
+
+
 @st.composite
 def spoiled(draw) -> bytes:
     """Such a body with a few bytes changed, dropped, doubled or added."""
     body = bytearray(draw(bodies()))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(body) - 1)))
-        piece = draw(
-            st.sampled_from(
-                [b"", b"\x00", b"\\", b'"', b"{", b"]", b",", b":", b"\xff", b"\xed\xa0\x80"]
-                + [b"\\ud800", b"\\udc00", b"\\u0000", b"\xc0\x80", b"\xe4", b"0", b"-", b"1.e"]
-                + [b"\xef\xbb\xbf", b"\n", b"\x1f", b"\x7f", b"NaN", b"\\x", b"\xf4\x90\x80\x80"]
-            )
-        )
+        piece = draw(st.sampled_from(SPOILERS))
         body[at : at + draw(st.integers(0, 2))] = piece
     return bytes(body)
 
@@ -106,6 +110,8 @@ def agrees(kind: Kind, body: bytes) -> bool:
         key = ask.key(limit)
         assert key is None or key == openai.hash_key(told.adapter, told, limit)
         assert openai.key_of(kind, body, ask, limit) == openai.hash_key(told.adapter, told, limit)
+    if ask.adapter is not None:
+        assert ask.for_adapter() == openai.replace_model(body, ask.adapter)
     return True
 
 
@@ -129,9 +135,12 @@ PLAIN = [
         {
             "stream": True,
             "messages": [
-                {"role": "system", "content": "Be\n\"terse\" — 简单. \U0001f389" * 9},
+                {"role": "system", "content": 'Be\n"terse" — 简单. \U0001f389' * 9},
                 {"role": "developer", "content": [{"type": "text", "text": "a"}, "b"]},
-                {"role": "user", "content": [{"type": "text", "text": "é" * 60}, {"image_url": {}}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "é" * 60}, {"image_url": {}}],
+                },
                 {"role": "assistant", "content": None, "tool_calls": [{"f": "{}"}]},
                 {"role": "user", "content": "later"},
             ],
@@ -205,12 +214,12 @@ def test_nesting_is_followed(nesting):
     assert agrees(Kind.CHAT, with_strings)
 
 
-@pytest.mark.parametrize("piece", ["a", "\\n", "中", "\\u4e2d", "é\\\\\\\"", "🎉x"])
+@pytest.mark.parametrize("piece", ["a", "\\n", "中", "\\u4e2d", 'é\\\\\\"', "🎉x"])
 @pytest.mark.parametrize("size", [1, 61, 62, 63, 64, 65, 127, 128, 129, 1000])
 def test_strings_of_any_length_and_place(piece, size):
     for shift in range(0, 9, 3):
         content = "y" * shift + piece * size
-        body = '{"messages":[{"role":"user","content":"%s"}],"model":"m"}' % content
+        body = f'{{"messages":[{{"role":"user","content":"{content}"}}],"model":"m"}}'
         assert agrees(Kind.CHAT, body.encode())
 
 
@@ -222,6 +231,7 @@ def test_members_by_the_hundred_thousand_get_the_coarse_key():
     assert agrees(Kind.CHAT, body)
 
 
+@pytest.mark.skipif("KUBEAI_ASAN" in os.environ, reason="the sanitizer is slow")
 def test_a_body_at_the_limit_does_not_stall():
     body = b'{"model":"m","messages":[{"role":"user","content":"%s"}]}' % (b"x" * (64 << 20))
     took_s = []

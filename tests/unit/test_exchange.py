@@ -11,8 +11,6 @@ from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says
 from fakes.world import World
 from structlog.testing import capture_logs
 
-from kubeai import openai
-
 CHAT = "/openai/v1/chat/completions"
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
@@ -539,7 +537,7 @@ async def test_a_fault_of_ours_ends_one_request_and_no_other(start, monkeypatch)
     world.route("m", {"a": await world.engine(says(b"fine"))})
     wire = await world.client()
     with monkeypatch.context() as patch:
-        patch.setattr(openai, "parse", lambda *_: 1 / 0)
+        patch.setattr(world.table, "find", lambda *_: 1 / 0)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         await wire.send(ask())
         assert (await error_of(wire, 500))["type"] == "server_error"

@@ -1,0 +1,42 @@
+"""The straight way of a request: read, counted, given an endpoint and sent, in C."""
+
+import asyncio
+from typing import final
+
+from kubeai import _ask, openai, routing
+from kubeai._load import Admission, Reservation
+from kubeai._relay import Exchange
+from kubeai.gateway.attempts import Retries
+
+@final
+class Plan:
+    """What there is to know about the requests of one path."""
+
+    kind: openai.Kind
+    path: bytes  # at the engine
+    shape: _ask.Shape
+
+    def __init__(self, kind: openai.Kind, path: bytes, shape: _ask.Shape) -> None: ...
+
+class Straight(Exchange):
+    """See the module. The owner has ``plans``: of each target that is a POST of JSON."""
+
+    _kind: openai.Kind
+    _path: bytes  # at the engine
+    _payload: bytes  # what the engine gets for a body
+    _ask: openai.Ask | _ask.Ask
+    _routed: routing.RoutedModel
+    _key: int | None
+    _admission: Admission | None
+    _reservation: Reservation | None
+    _task: asyncio.Task[None] | None  # while it waits
+    _retries: Retries | None  # once an attempt has failed
+
+    def _place(self, reservation: Reservation | None) -> None:
+        """Attempt, or hold the request when nobody can serve it."""
+    def _attempt(self, reservation: Reservation) -> None: ...
+    # what a subclass does
+    def wait_for_endpoint(self) -> None:
+        """Hold the request."""
+    def moved(self, reservation: Reservation) -> None:
+        """Say that a request goes to another endpoint than its own."""

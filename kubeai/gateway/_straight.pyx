@@ -1,0 +1,115 @@
+# cython: language_level=3, nonecheck=True
+"""The straight way of a request: read, counted, given an endpoint and sent, in C.
+
+:class:`Straight` is what exchange.py's Exchange is made of. It does what nearly every request
+needs, from its head to the end of its answer, and hands what is not straight to the methods of its
+subclass: other paths and methods, bodies that ``_ask`` does not take, adapters and selectors, a
+model that nobody can serve yet, and whatever fails. It decides nothing that they would not.
+"""
+
+from cpython.bytes cimport PyBytes_GET_SIZE
+
+from kubeai._ask cimport Ask, Shape, read
+from kubeai._load cimport Admission, Reservation
+from kubeai._relay cimport Connections, Exchange
+
+
+cdef class Plan:
+    """What there is to know about the requests of one path."""
+
+    cdef readonly object kind
+    cdef readonly bytes path  # at the engine
+    cdef readonly Shape shape
+
+    def __init__(self, kind, bytes path not None, Shape shape not None):
+        self.kind = kind
+        self.path = path
+        self.shape = shape
+
+
+cdef class Straight(Exchange):
+    """See the module. ``plans``: of each request target that is a POST of JSON."""
+
+    cdef public object _kind
+    cdef public bytes _path  # at the engine
+    cdef public bytes _payload  # what the engine gets for a body
+    cdef public object _ask
+    cdef public object _routed
+    cdef public object _key
+    cdef public Admission _admission
+    cdef public Reservation _reservation
+    cdef public object _task  # while it waits
+    cdef public object _retries  # once an attempt has failed
+    cdef Plan plan
+
+    cdef int _begun(self) except -1:
+        cdef Plan plan = None
+        cdef object owner = self.downstream.relay.owner
+        if self.downstream.method == b"POST" and not self._has(b"content-encoding"):
+            plan = (<dict> owner.plans).get(self.downstream.target)
+        if plan is None:
+            self.on_head()
+        else:
+            self.plan = plan
+            self._kind = plan.kind
+            self._path = plan.path
+            self.collect(owner.config.body_max_bytes)
+        return 0
+
+    cdef int _collected(self) except -1:
+        cdef Ask ask = None
+        cdef object routed = None
+        cdef object key = None
+        if self.plan is not None:
+            ask = read(self.plan.shape, self.body)
+        if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
+            routed = self.downstream.relay.owner.gateway.table.find(ask.name)
+        if routed is not None and routed.hashes:
+            key = ask.key(routed.prefix_char_length)
+            if key is None:
+                routed = None
+        if routed is None:
+            self.on_body()
+            return 0
+        self._ask = ask
+        self._routed = routed
+        self._key = key
+        self._payload = self.body
+        self._admission = routed.admit("http")
+        self._place(routed.ring.pick_least() if key is None else routed.ring.pick_hashed(key))
+        return 0
+
+    cpdef _place(self, Reservation reservation):
+        """Attempt, or hold the request when nobody can serve it."""
+        if reservation is None:
+            self.wait_for_endpoint()
+        else:
+            self._attempt(reservation)
+
+    cpdef _attempt(self, Reservation reservation):
+        self._reservation = reservation
+        if reservation.first != reservation.name:
+            self.moved(reservation)
+        self.send(<Connections?> reservation.target, self._path, self._payload)
+
+    cdef int _ended(self) except -1:
+        cdef object task = self._task
+        cdef Reservation reservation = self._reservation
+        if task is not None:
+            self._task = None
+            task.cancel()
+        if reservation is not None and not reservation._released:
+            reservation._release()
+        if self._admission is not None:
+            self._admission.close()
+        return 0
+
+    # what a subclass does
+
+    def wait_for_endpoint(self):
+        """Hold the request."""
+        raise NotImplementedError
+
+    def moved(self, reservation):
+        """Say that a request goes to another endpoint than its own."""
+        raise NotImplementedError

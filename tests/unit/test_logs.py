@@ -1,0 +1,17 @@
+"""What is logged of very many alike events."""
+
+from kubeai.logs import Sparingly
+
+
+def test_the_first_are_logged_then_so_many_a_second_and_the_rest_is_counted():
+    events = Sparingly(burst_max=3, per_s=2)
+    assert [events.take(100.0) for _ in range(5)] == [0, 0, 0, None, None]
+    assert [events.take(100.4), events.take(100.6), events.take(100.7)] == [None, 3, None]
+    assert [events.take(101.2), events.take(101.3)] == [1, None]
+
+
+def test_a_pause_makes_room_for_no_more_than_a_burst():
+    events = Sparingly(burst_max=3, per_s=2)
+    for _ in range(4):
+        events.take(0.0)
+    assert [events.take(1e6) for _ in range(5)] == [1, 0, 0, None, None]
