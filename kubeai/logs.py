@@ -13,7 +13,7 @@ from kubeai.errors import KubeAIError
 
 
 class Sparingly:
-    """Says which of many alike events are logged: ``burst_max`` at once, then ``per_s`` a second."""
+    """Which of many alike events are logged: ``burst_max`` at once, then ``per_s`` a second."""
 
     def __init__(self, burst_max: int, per_s: float) -> None:
         self._burst_max = burst_max
