@@ -18,6 +18,7 @@ from unittest import mock
 import h11
 
 from kubeai._load import LoadTable
+from kubeai._relay import Downstream
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway, connection, pool
 from kubeai.gateway.exchange import Exchange
@@ -117,11 +118,16 @@ class End:
 
 @dataclass
 class Taken:
-    """A request as the relay understood it. ``body``: None when it was not collected."""
+    """A request as the relay understood it."""
 
     method: str
     target: str
-    body: bytes | None = None
+    exchange: Exchange
+
+    @property
+    def body(self) -> bytes | None:
+        """None when it was not collected."""
+        return self.exchange.body
 
 
 @dataclass
@@ -161,16 +167,10 @@ class Machine:
         taken = self.taken
 
         class Watched(Exchange):
-            __slots__ = ("seen",)
+            __slots__ = ()
 
-            def on_head(self) -> None:
-                self.seen = Taken(self.method, self.target)
-                taken.append(self.seen)
-                super().on_head()
-
-            def on_body(self) -> None:
-                self.seen.body = self.body
-                super().on_body()
+            def __init__(self, downstream: Downstream) -> None:
+                taken.append(Taken(self.method, self.target, self))
 
         return Watched
 
