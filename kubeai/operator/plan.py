@@ -286,7 +286,7 @@ def _status(
     outdated = sum(_outdated(pod, hash_) for pod in left)
     conditions = [
         _ready(model, observed, left, ready, wanted, error),
-        _progressing(len(left) + made, ready, outdated, wanted, observed.create_error, error),
+        _progressing(left, made, outdated, wanted, observed.create_error, error),
     ]
     others = [c for c in model.status.conditions if c.type not in _OURS]
     return msgspec.structs.replace(
@@ -316,33 +316,43 @@ def _ready(
         return _condition("Ready", False, "ScaledToZero", message)
     if wanted == 0:
         return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")
-    troubles = [pod.trouble for pod in (*left, *observed.pods) if pod.trouble is not None]
-    trouble = observed.create_error or (troubles[0] if troubles else None)
+    trouble = observed.create_error or _trouble(left) or _trouble(observed.pods)
     if trouble is not None:
         return _condition("Ready", False, trouble.reason, trouble.message)
     return _condition("Ready", False, "ReplicasStarting", _of(0, wanted))
 
 
 def _progressing(
-    all_: int,
-    ready: int,
+    left: Sequence[Pod],
+    made: int,
     outdated: int,
     wanted: int,
     create_error: Trouble | None,
     error: ModelError | None,
 ) -> Condition:
+    all_, ready = len(left) + made, sum(pod.ready for pod in left)
     if error is not None:
         return _condition("Progressing", False, error.reason, "no pod is made from such a Model")
     if create_error is not None:
         return _condition("Progressing", False, create_error.reason, create_error.message)
     if outdated:
         message = f"{outdated} outdated of {all_} replicas are still to be replaced"
-        return _condition("Progressing", True, "RollingOut", message)
+        return _condition("Progressing", True, "RollingOut", message + _but(left))
     if all_ > wanted:
         return _condition("Progressing", True, "ScalingDown", f"from {all_} to {wanted} replicas")
     if ready < wanted:
-        return _condition("Progressing", True, "ReplicasStarting", _of(ready, wanted))
+        return _condition("Progressing", True, "ReplicasStarting", _of(ready, wanted) + _but(left))
     return _condition("Progressing", False, "UpToDate", "all replicas are as wanted")
+
+
+def _trouble(pods: Sequence[Pod]) -> Trouble | None:
+    return next((pod.trouble for pod in pods if pod.trouble is not None), None)
+
+
+def _but(pods: Sequence[Pod]) -> str:
+    """What keeps a replica from becoming ready, for the end of a sentence."""
+    trouble = _trouble(pods)
+    return "" if trouble is None else f", but {trouble.reason}: {trouble.message}"
 
 
 def _of(ready: int, wanted: int) -> str:

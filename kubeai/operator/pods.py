@@ -25,19 +25,8 @@ HASH_ANNOTATION = "kubeai.org/pod-hash"
 PORT_NAME, PORT_DEFAULT = "http", 8000
 MESSAGE_MAX_CHARS = 500
 
-# Waiting reasons that come in turns are told as one, or the status would change for ever.
-_WAITING = {
-    "ErrImagePull": "ImagePullBackOff",
-    "ImagePullBackOff": "ImagePullBackOff",
-    "ErrImageNeverPull": "ErrImageNeverPull",
-    "InvalidImageName": "InvalidImageName",
-    "CreateContainerConfigError": "CreateContainerConfigError",
-    "CreateContainerError": "CreateContainerError",
-    "RunContainerError": "RunContainerError",
-    "CrashLoopBackOff": "CrashLoopBackOff",
-    "EngineNotInstalled": "EngineNotInstalled",  # the process kubelet's own two
-    "MountError": "MountError",
-}
+# What a container waits for is worth telling, but for these without a message.
+_STARTING = ("", "ContainerCreating", "PodInitializing")
 
 
 class _Part(msgspec.Struct, rename="camel"):
@@ -198,14 +187,18 @@ def _trouble(obj: PodObject) -> Trouble | None:
         if last is not None and last.reason == "OOMKilled":
             return Trouble("OOMKilled", f"container {container.name} ran out of memory")
         waiting = container.state.waiting
-        reason = _WAITING.get(waiting.reason, "") if waiting is not None else ""
-        if reason == "CrashLoopBackOff":  # its message counts seconds: not for a status
+        if waiting is None or (waiting.reason in _STARTING and not waiting.message):
+            continue
+        if waiting.reason == "CrashLoopBackOff":  # its message counts seconds: not for a status
             code = f" (exit code {last.exit_code})" if last is not None else ""
-            return Trouble(reason, f"container {container.name} keeps exiting{code}; see its logs")
-        if reason == "ImagePullBackOff":
-            return Trouble(reason, f"the image of container {container.name} cannot be pulled")
-        if reason and waiting is not None:
-            return Trouble(reason, waiting.message[:MESSAGE_MAX_CHARS])
+            return Trouble(
+                waiting.reason, f"container {container.name} keeps exiting{code}; see its logs"
+            )
+        if waiting.reason in ("ErrImagePull", "ImagePullBackOff"):  # they come in turns
+            return Trouble(
+                "ImagePullBackOff", f"the image of container {container.name} cannot be pulled"
+            )
+        return Trouble(_word(waiting.reason) or "Waiting", waiting.message[:MESSAGE_MAX_CHARS])
     return None
 
 

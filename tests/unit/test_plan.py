@@ -271,6 +271,18 @@ def test_conditions_say_what_goes_on(spec, pods, ready, progressing):
     assert status.selector == "app=model,model=m"
 
 
+@pytest.mark.parametrize(
+    "others", [[make_pod("a", hash="old")], [make_pod("a")]], ids=["rollout", "scale-up"]
+)
+def test_a_replica_that_cannot_start_is_told_while_others_serve(others):
+    model = make_model(replicas=1 if others[0].hash == "old" else 2)
+    trouble = Trouble("CrashLoopBackOff", "container server keeps exiting")
+    *_, status = plan_of(model, *others, make_pod("b", ready=False, trouble=trouble))
+    ready, progressing = status.conditions
+    assert ready.status == progressing.status == "True"
+    assert progressing.message.endswith("CrashLoopBackOff: container server keeps exiting")
+
+
 def test_a_refused_creation_is_told_and_tried_again():
     trouble = Trouble("PodRefused", "exceeded quota")
     creates, *_, status = plan_of(make_model(replicas=1), create_error=trouble)

@@ -156,6 +156,19 @@ def test_an_endpoints_address(pod, override, address):
             {"containerStatuses": [{"state": {"waiting": {"reason": "EngineNotInstalled"}}}]},
             "EngineNotInstalled",
         ),
+        (
+            {
+                "containerStatuses": [
+                    {
+                        "state": {
+                            "waiting": {"reason": "ContainerCreating", "message": "no such claim"}
+                        }
+                    }
+                ]
+            },
+            "ContainerCreating",
+        ),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}, None),
         ({"containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}, None),
     ],
 )
