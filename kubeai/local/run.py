@@ -11,8 +11,10 @@ import asyncio
 import ctypes
 import fcntl
 import os
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +27,7 @@ from kubeai import kube
 from kubeai.api.config import load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
-from kubeai.kube import ApiError, Kube
+from kubeai.kube import ApiError, Backoff, Kube
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.supervisor import Supervisor
 
@@ -35,7 +37,9 @@ NODE_NAME = "local"
 ENGINE_PORT = 8000
 CHILD_START_TIMEOUT_S = 30.0
 CHILD_STOP_TIMEOUT_S = 15.0
-CHILD_RESTART_DELAY_S = 0.2
+CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S = 0.2, 5.0
+CHILD_SETTLED_S = 10.0  # one that lived this long did not die of its start
+LAST_WORDS_MAX_BYTES = 4096
 CRD_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
@@ -81,6 +85,7 @@ class Child:
         reader, writer = os.pipe()
         try:
             with self._log_file.open("ab") as log_to:
+                log_begin = log_to.tell()
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
@@ -98,26 +103,34 @@ class Child:
             os.close(writer)
         line = await _read_line(reader, CHILD_START_TIMEOUT_S)
         if not line.startswith("ready"):
-            await self.stop()
-            raise KubeAIError(f"the {self.name} did not start; see {self._log_file}")
+            await self._end()
+            why = _last_line(self._log_file, log_begin)
+            raise KubeAIError(f"the {self.name} did not start: {why} (see {self._log_file})")
         words = line.split()
         self.port = int(words[1]) if len(words) > 1 else 0
 
     async def _keep(self) -> None:
+        backoff = Backoff(CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S)
         while True:
             assert self._process is not None
+            began_s = time.monotonic()
             code = await self._process.wait()
+            if time.monotonic() - began_s > CHILD_SETTLED_S:
+                backoff.reset()
             log.error("restarting", process=self.name, exit_code=code)
-            await asyncio.sleep(CHILD_RESTART_DELAY_S)
+            await asyncio.sleep(backoff.next_s())
             try:
                 await self._spawn()
-            except KubeAIError as error:
+            except (KubeAIError, OSError) as error:
                 log.error("could not restart", process=self.name, error=str(error))
 
     async def stop(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
+        await self._end()
+
+    async def _end(self) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -127,6 +140,15 @@ class Child:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def _last_line(log_file: Path, begin: int) -> str:
+    """What a process that did not start said last, if it said anything."""
+    with log_file.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(begin, end - LAST_WORDS_MAX_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _die_with_parent() -> None:
@@ -189,6 +211,7 @@ async def run(options: Options) -> None:
                 workers=options.workers,
                 started=lambda: _greet(options, supervisor, api.port),
             )
+            _check_namespaces(manifests, client.namespace)
             await _install_crd(client)
             await kubelet.start()
             await _apply(client, manifests)
@@ -215,6 +238,8 @@ def _api_command(options: Options, api: Child) -> list[str]:
 
 
 def _lock(data_dir: Path) -> IO[str]:
+    if os.pathsep in str(data_dir):  # KUBECONFIG is a list of paths
+        raise KubeAIError(f"--data-dir: {data_dir}: must not contain {os.pathsep!r}")
     try:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (data_dir / "lock").open("w")
@@ -248,6 +273,16 @@ async def _install_crd(client: Kube) -> None:
             await asyncio.sleep(0.02)
 
 
+def _check_namespaces(manifests: list[Manifest], served: str) -> None:
+    for manifest in manifests:
+        namespace = manifest.object["metadata"].get("namespace") or served
+        if manifest.resource is kube.MODELS and namespace != served:
+            raise KubeAIError(
+                f"{manifest.source}: metadata.namespace: {namespace}: Models are served in the "
+                f"namespace {served} only"
+            )
+
+
 async def _apply(client: Kube, manifests: list[Manifest]) -> None:
     for manifest in manifests:
         outcome = await apply(client, manifest)
@@ -267,7 +302,8 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
     _print(f"OpenAI endpoint  http://{host}:{supervisor.port}/openai/v1")
     _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
     _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
-    _print(f"kubectl          export KUBECONFIG={options.data_dir / 'kubeconfig'}")
+    kubeconfig = shlex.quote(str(options.data_dir / "kubeconfig"))
+    _print(f"kubectl          export KUBECONFIG={kubeconfig}")
     _print("Ctrl-C ends everything; Models stay in the data directory.")
     _print("")
 

@@ -48,8 +48,12 @@ async def refused(tmp_path, *arguments):
         (yaml.safe_dump(model("a", targetRequests=0)), "spec.targetRequests"),
         (yaml.safe_dump(model("a", minReplicas=3, maxReplicas=1)), "minReplicas"),
         (yaml.safe_dump(model("a" * 41)), "40 characters"),
+        (
+            yaml.safe_dump(model("a") | {"metadata": {"name": "a", "namespace": "kube-system"}}),
+            "metadata.namespace: kube-system",
+        ),
     ],
-    ids=["not-yaml", "no-kind", "no-url", "below-minimum", "cel", "name-too-long"],
+    ids=["not-yaml", "no-kind", "no-url", "below-minimum", "cel", "name-too-long", "elsewhere"],
 )
 async def test_a_wrong_manifest(tmp_path, manifest, named):
     file = tmp_path / "wrong.yaml"
@@ -66,6 +70,7 @@ async def test_a_wrong_manifest(tmp_path, manifest, named):
         ("modelAutoscaling: {interval: 1 parsec}", "modelAutoscaling.interval"),
         ("metricsAddr: [", "config.yaml"),
         ("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes"),
+        ("messaging: {streams: [{requestsURL: a, responsesURL: b}]}", "messaging.streams"),
     ],
 )
 async def test_a_wrong_config(tmp_path, config, named):
@@ -78,8 +83,19 @@ async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}" in await refused(tmp_path, "--port", port)
+        line = await refused(tmp_path, "--port", "0", "--api-port", port)
+        assert "address already in use" in line
     async with running(tmp_path):
         assert "in use by another" in await refused(tmp_path)
+
+
+async def test_ports_that_do_not_exist_and_a_data_directory_that_kubeconfig_cannot_name(tmp_path):
+    for option in ("--port", "--api-port"):
+        code, _, err = await kubeai("local", option, "70000", "--data-dir", tmp_path)
+        assert code == 2
+        assert option in err
+    code, _, err = await kubeai("local", "--port", "0", "--data-dir", tmp_path / "a:b")
+    assert (code, err) == (2, f"error: --data-dir: {tmp_path / 'a:b'}: must not contain ':'\n")
 
 
 async def test_the_pods_port_on_every_interface(tmp_path):

@@ -92,7 +92,7 @@ def main() -> None:
         options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         asyncio.run(serve(options.data_dir, options.port, options.ready_fd))
     except (KubeAIError, OSError, sqlite3.Error) as error:
-        sys.exit(f"kubeai local: the Kubernetes API cannot start: {error}")
+        sys.exit(f"the Kubernetes API cannot start: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":

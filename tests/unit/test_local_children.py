@@ -1,0 +1,56 @@
+"""The helper processes of `kubeai local`: started again when they die, and what they say."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from harness import until
+
+from kubeai.errors import KubeAIError
+from kubeai.local.run import Child
+
+# Its n-th life does what the n-th word says: be ready, or fail.
+PROGRAM = """
+import os, pathlib, signal, sys
+here = pathlib.Path(sys.argv[1])
+lives = len(list(here.glob("life-*")))
+(here / f"life-{lives}").write_text(str(os.getpid()))
+words = sys.argv[2].split(",")
+if words[min(lives, len(words) - 1)] == "fail":
+    sys.exit("the port is taken")
+os.write(int(sys.argv[-1]), b"ready 7\\n")
+signal.pause()
+"""
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    (tmp_path / "helper_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return lambda lives: Child(
+        "helper", lambda: ["helper_program", str(tmp_path), lives], tmp_path / "log"
+    )
+
+
+async def test_one_that_cannot_start_is_an_error_with_its_last_words(child, tmp_path):
+    helper = child("fail")
+    with pytest.raises(KubeAIError) as error:
+        await helper.start()
+    expected = f"the helper did not start: the port is taken (see {tmp_path / 'log'})"
+    assert str(error.value) == expected
+    await helper.stop()
+
+
+async def test_one_that_dies_is_started_again_even_if_that_fails_at_first(child, tmp_path):
+    helper = child("ready,fail,ready")
+    await helper.start()
+    try:
+        os.kill(int((tmp_path / "life-0").read_text()), signal.SIGKILL)
+        third = tmp_path / "life-2"
+        await until("its third life begins", lambda: third.exists() and third.read_text(), 20)
+    finally:
+        await helper.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(third.read_text()), 0)
