@@ -22,7 +22,7 @@ from aiohttp import web
 from kubeai import hinge
 from kubeai._load import LoadTable
 from kubeai.api.config import SystemConfig
-from kubeai.errors import KubeAIError
+from kubeai.errors import ConfigError, KubeAIError
 from kubeai.kube import Kube
 from kubeai.metrics import Metrics
 from kubeai.operator import Operator
@@ -76,6 +76,21 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
             sock.close()
         raise KubeAIError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return sockets
+
+
+def refuse_unserved(config: SystemConfig) -> None:
+    """ConfigError for what the config may ask for and this version does not do.
+
+    Silence would leave a queue unread.
+    """
+    if config.messaging.streams:
+        raise ConfigError(
+            "messaging.streams", "requests by message are not served in this version; remove them"
+        )
+    if config.fixed_self_metric_addrs:
+        raise ConfigError(
+            "fixedSelfMetricAddrs", "other replicas are not asked in this version; remove it"
+        )
 
 
 class TableLoads:
@@ -201,6 +216,7 @@ class Supervisor:
     ) -> None:
         if not 1 <= workers <= WORKERS_MAX:
             raise KubeAIError(f"--workers: {workers} is not between 1 and {WORKERS_MAX}")
+        refuse_unserved(config)
         self.config = config
         self.table = LoadTable.create(TABLE_ROWS, workers)
         self.publisher = Publisher(self.table)
