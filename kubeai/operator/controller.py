@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -68,7 +69,10 @@ class _Memory(msgspec.Struct):
 
 
 class Controller:
-    """Started by the operator on every replica; writes only while ``leader`` leads."""
+    """Started by the operator on every replica; writes only while ``leader`` leads.
+
+    ``in_flight(model, pod)``: the requests that a pod serves, by which it is spared.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Controller:
         namespace: str,
         store: Store,
         leader: Leader,
+        in_flight: Callable[[str, str], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kube = kube
@@ -84,6 +89,7 @@ class Controller:
         self._namespace = namespace
         self._store = store
         self._leader = leader
+        self._in_flight = in_flight
         self._clock = clock
         self._memories: dict[str, _Memory] = {}
         self._writes = asyncio.Semaphore(PARALLEL_WRITES_MAX)
@@ -168,6 +174,7 @@ class Controller:
             taken=frozenset(memory.taken) | {pod.name for pod in pods if pod.owner != uid},
             replace_finished=wait_s is None,
             create_error=memory.create_error,
+            in_flight=partial(self._in_flight, name),
         )
         return observed, wait_s
 

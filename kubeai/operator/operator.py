@@ -60,7 +60,9 @@ class Operator:
             retry_period_s=lease.retry_period_s,
             changed=self._turn,
         )
-        self.controller = Controller(kube, config, namespace, self.store, self.leader)
+        self.controller = Controller(
+            kube, config, namespace, self.store, self.leader, loads.in_flight
+        )
         self._wakes = Wakes(kube, namespace, self.store, loads)
         self._scaler = Scaler(
             kube, namespace, config.model_autoscaling, self.store, self.leader, loads

@@ -16,7 +16,7 @@ Replacing outdated pods keeps these promises, which the tests check on random hi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -41,6 +41,10 @@ _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words by accident
 _OURS = ("Ready", "Progressing")
 
 
+def _idle(_: str) -> int:
+    return 0
+
+
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller knows of one Model's pods, its own unobserved writes included."""
 
@@ -48,6 +52,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     taken: frozenset[str] = frozenset()  # pod names that cannot be had
     replace_finished: bool = True  # False: pods failed lately, wait before making new ones
     create_error: Trouble | None = None  # why the last creation of a pod was refused
+    in_flight: Callable[[str], int] = _idle  # requests that a pod, by its name, serves
 
 
 class CreatePod(msgspec.Struct, frozen=True):
@@ -109,7 +114,9 @@ def plan(
     error = template if isinstance(template, ModelError) else None
     hash_ = template.hash if isinstance(template, Template) else None
     wanted = wanted_replicas(model)
-    deletes, creates = _change_pods(alive, wanted, config.model_rollouts.surge, hash_)
+    deletes, creates = _change_pods(
+        alive, wanted, config.model_rollouts.surge, hash_, observed.in_flight
+    )
     actions: list[Action] = [*_patch_model(model), *deletes]
     if observed.replace_finished:
         actions += _clear_finished(observed)
@@ -195,7 +202,11 @@ def template_of(model: Model, config: SystemConfig) -> Template | ModelError:
 
 
 def _change_pods(
-    alive: Sequence[Pod], wanted: int, surge: int, hash_: str | None
+    alive: Sequence[Pod],
+    wanted: int,
+    surge: int,
+    hash_: str | None,
+    in_flight: Callable[[str], int],
 ) -> tuple[list[DeletePod], int]:
     """Which pods go, and how many new ones come. No hash: no pod is outdated, none is made."""
     deletes: list[DeletePod] = []
@@ -205,16 +216,16 @@ def _change_pods(
             deletes.append(DeletePod(pod.name, pod.uid, "outdated and not ready"))
         else:
             left.append(pod)
-    outdated = [pod for pod in left if _outdated(pod, hash_)]
-    limit = wanted + (surge if outdated and wanted else 0)
-    for pod in _deletion_order(left, hash_)[: max(0, len(left) - limit)]:
-        deletes.append(DeletePod(pod.name, pod.uid, "more than wanted"))
-        left.remove(pod)
-    outdated = [pod for pod in _deletion_order(left, hash_) if _outdated(pod, hash_)]
+    limit = wanted + (surge if wanted and any(_outdated(pod, hash_) for pod in left) else 0)
+    if len(left) > limit:
+        for pod in _deletion_order(left, hash_, in_flight)[: len(left) - limit]:
+            deletes.append(DeletePod(pod.name, pod.uid, "more than wanted"))
+            left.remove(pod)
+    outdated = [pod for pod in left if _outdated(pod, hash_) and pod.uid]
     ready = sum(pod.ready for pod in left)
     enough = ready > wanted if surge else ready >= wanted
     if outdated and enough:
-        pod = outdated[0]
+        pod = _deletion_order(outdated, hash_, in_flight)[0]
         deletes.append(DeletePod(pod.name, pod.uid, "outdated, and enough others are ready"))
         left.remove(pod)
         outdated.remove(pod)
@@ -228,15 +239,25 @@ def _outdated(pod: Pod, hash_: str | None) -> bool:
     return hash_ is not None and pod.hash is not None and pod.hash != hash_
 
 
-def _deletion_order(pods: Sequence[Pod], hash_: str | None) -> list[Pod]:
+def _deletion_order(
+    pods: Sequence[Pod], hash_: str | None, in_flight: Callable[[str], int]
+) -> list[Pod]:
     """Those that can be deleted, the one that is missed least first.
 
-    Not ready, not scheduled, outdated, youngest. A pod without uid is not observed yet: a delete
-    of it could not be told from a delete of its successor, so it waits.
+    Not ready, not scheduled, outdated, serving the fewest requests, youngest. A pod without uid
+    is not observed yet: a delete of it could not be told from a delete of its successor, so it
+    waits.
     """
     return sorted(
         (pod for pod in pods if pod.uid),
-        key=lambda p: (p.ready, p.scheduled, not _outdated(p, hash_), -p.created_s, p.name),
+        key=lambda p: (
+            p.ready,
+            p.scheduled,
+            not _outdated(p, hash_),
+            in_flight(p.name),
+            -p.created_s,
+            p.name,
+        ),
     )
 
 

@@ -179,7 +179,7 @@ class World:
         self.leader = FakeLeader()
         self.store = Store(lambda name: self.controller.changed(name), clock=now_s)
         self.controller = Controller(
-            self.kube, config, "default", self.store, self.leader, clock=now_s
+            self.kube, config, "default", self.store, self.leader, lambda *_: 0, clock=now_s
         )
         self.relist()
         self.kube.listeners.append(self._event)

@@ -170,6 +170,16 @@ def test_pods(name, replicas, surge, pods, creates, deletes):
     assert (len(got_creates), sorted(got_deletes)) == (creates, sorted(deletes))
 
 
+def test_of_replicas_that_are_alike_the_one_that_serves_least_goes():
+    pods = [make_pod("a", created_s=1), make_pod("b", created_s=2), make_pod("c", created_s=3)]
+    loads = {"a": 4, "b": 0, "c": 7}
+    _, deletes, *_ = plan_of(make_model(replicas=2), *pods, in_flight=loads.__getitem__)
+    assert deletes == ["b"]
+    old = [msgspec.structs.replace(pod, hash="old") for pod in pods]
+    _, deletes, *_ = plan_of(make_model(replicas=2), *old, in_flight=loads.__getitem__)
+    assert deletes == ["b"]
+
+
 def test_a_pod_is_the_models_and_says_its_hash():
     (create,), *_ = plan_of(make_model(replicas=1))
     meta = create.manifest["metadata"]
