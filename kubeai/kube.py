@@ -220,8 +220,10 @@ class Kube:
             loader = await kube_config.load_kube_config(
                 config_file=path, client_configuration=configuration
             )
-        except Exception as error:  # a wrong file ends in whatever the YAML made of it
+        except kube_config.ConfigException as error:
             raise KubeAIError(f"kubeconfig {path}: {error}") from error
+        except Exception as error:  # a wrong file ends in whatever the YAML made of it
+            raise KubeAIError(f"kubeconfig {path}: is not a kubeconfig ({error})") from error
         context = (loader.current_context or {}).get("context") or {}
         return cls(configuration, context.get("namespace") or environment or "default", loader)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -35,6 +36,16 @@ class Sparingly:
         return left_out
 
 
+class _Lines(structlog.WriteLogger):
+    """A line that cannot be written (a full disk, a reader that left) must not stop the work."""
+
+    def msg(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = fatal = failure = err = error = critical = exception = msg
+
+
 def setup_logging() -> None:
     """JSON lines on stderr, or coloured ones when a person looks; level from $LOG_LEVEL."""
     level = os.environ.get("LOG_LEVEL", "info").upper()
@@ -56,6 +67,6 @@ def setup_logging() -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         # One write a line, with PYTHONUNBUFFERED too: the workers share the pipe.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Lines(sys.stderr),
         cache_logger_on_first_use=True,
     )

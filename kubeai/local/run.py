@@ -8,6 +8,7 @@ the person what happens. Everything ends with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -27,7 +28,7 @@ from kubeai import kube
 from kubeai.api.config import load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
-from kubeai.kube import ApiError, Backoff, Kube
+from kubeai.kube import ApiError, Backoff, Kube, Resource
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.supervisor import Supervisor
 
@@ -293,7 +294,8 @@ _console = Console(highlight=False, soft_wrap=True)
 
 
 def _print(text: str) -> None:
-    _console.print(text, markup=False)
+    with contextlib.suppress(OSError):  # a full disk must not stop what runs
+        _console.print(text, markup=False)
 
 
 def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
@@ -309,25 +311,39 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
 
 
 async def _report(client: Kube) -> None:
-    """Tell the person what becomes of the pods, one line a change."""
-    told: dict[str, str] = {}
+    """Tell the person what becomes of pods, and which Models cannot be run; one line a change."""
+    told: dict[tuple[str, str], str] = {}
 
-    def tell(kind: str, pod: dict[str, Any]) -> None:
-        name = pod["metadata"]["name"]
-        line = "gone" if kind == "DELETED" else _pod_line(pod)
-        if line and told.get(name) != line:
-            _print(f"pod {name}: {line}")
-            told[name] = line
-        if kind == "DELETED":
-            told.pop(name, None)
+    async def follow(resource: Resource, labels: str, line_of: Callable[[Any], str]) -> None:
+        def tell(kind: str, obj: dict[str, Any]) -> None:
+            key = resource.kind.lower(), obj["metadata"]["name"]
+            line = "gone" if kind == "DELETED" else line_of(obj)
+            if line and told.get(key) != line:
+                _print(f"{' '.join(key)}: {line}")
+            told[key] = line
+            if kind == "DELETED":
+                del told[key]
 
-    def replaced(pods: list[dict[str, Any]]) -> None:
-        for pod in pods:
-            tell("ADDED", pod)
+        def replaced(objects: list[dict[str, Any]]) -> None:
+            for obj in objects:
+                tell("ADDED", obj)
 
-    await client.follow(
-        kube.PODS, client.namespace, labels="app=model", replaced=replaced, changed=tell
+        await client.follow(
+            resource, client.namespace, labels=labels, replaced=replaced, changed=tell
+        )
+
+    await asyncio.gather(
+        follow(kube.PODS, "app=model", _pod_line), follow(kube.MODELS, "", _model_line)
     )
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    """What is wrong with a Model when nothing is under way that could mend it; else nothing."""
+    conditions = {c["type"]: c for c in model.get("status", {}).get("conditions", [])}
+    ready, progressing = conditions.get("Ready"), conditions.get("Progressing")
+    if not ready or not progressing or "True" in (ready["status"], progressing["status"]):
+        return ""
+    return f"{ready['reason']}: {ready['message']}"
 
 
 def _pod_line(pod: dict[str, Any]) -> str:
@@ -341,6 +357,9 @@ def _pod_line(pod: dict[str, Any]) -> str:
         return "terminating"
     for container in status.get("containerStatuses", []):
         waiting = container.get("state", {}).get("waiting")
+        last = container.get("lastState", {}).get("terminated")
+        if waiting and last and waiting.get("reason") == "CrashLoopBackOff":
+            return f"exits with {last['exitCode']}; kubectl logs {pod['metadata']['name']}"
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
     for condition in status.get("conditions", []):

@@ -130,11 +130,23 @@ async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tm
         (condition, *_) = await until("the condition names the profile", told)
         assert condition["status"] == "False"
         assert "spec.resourceProfile" in condition["message"]
+        await until(
+            "the terminal says so",
+            lambda: [line for line in local.out if "model wrong: InvalidProfile: " in line],
+        )
         assert await pods(kube, "wrong") == []
         async with aiohttp.ClientSession() as session:
             assert (await chat(session, local.endpoint, "right", "hi")).whole
         # It is mended by hand, and can be deleted as it is.
         await kube.delete(k.MODELS, "wrong", kube.namespace)
+
+
+async def test_an_engine_that_crashes_is_told_with_where_to_look(tmp_path):
+    async with running(tmp_path, model("bad", args=("--max-batch=frog",), minReplicas=1)) as local:
+        await until(
+            "the terminal says how it ended",
+            lambda: [line for line in local.out if "exits with 2; kubectl logs model-bad" in line],
+        )
 
 
 async def test_an_engine_that_is_not_installed_is_told_in_one_line(tmp_path):

@@ -1,6 +1,32 @@
-"""What is logged of very many alike events."""
+"""What is logged of very many alike events; logging must not be what fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
 
 from kubeai.logs import Sparingly
+
+PROGRAM = """
+import structlog
+from kubeai.logs import setup_logging
+setup_logging()
+log = structlog.get_logger("test")
+try:
+    raise ValueError("oh")
+except ValueError:
+    log.exception("a request failed")
+log.info("and on")
+print("still here", flush=True)
+"""
+
+
+def test_a_full_disk_or_a_reader_that_left_stops_nobody():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=full, timeout=30
+        )
+    assert done.stdout == b"still here\n"
 
 
 def test_the_first_are_logged_then_so_many_a_second_and_the_rest_is_counted():
