@@ -41,9 +41,13 @@ check: .venv/installed-check  ## the fast gate: style, types, import floors, C w
 		--build-temp build/strict --build-lib build/strict-lib
 	$(BIN)/python -m kubeai crd | diff charts/kubeai/crds/kubeai.org_models.yaml -
 
-bench: .venv/installed-test  ## ring, load table; the gateway against nginx when it is installed
-	$(BIN)/pytest bench --benchmark-enable --benchmark-only
-	$(BIN)/python bench/gateway_vs_nginx.py
+bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from what they found
+	mkdir -p build/bench
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json build/bench/micro.json
+	$(BIN)/python bench/gateway_vs_nginx.py --json build/bench/gateway.json
+	$(BIN)/python bench/gateway_at_scale.py --json build/bench/scale.json
+	$(BIN)/python bench/instructions.py --json build/bench/instructions.json
+	$(BIN)/python bench/report.py build/bench docs/performance.md
 
 asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
 	tests/asan.sh

@@ -4,9 +4,9 @@
 
 Both proxies run on one core, the load and the mock engines on another; both know four engines
 (on 127.0.0.1 to 127.0.0.4). nginx: ``proxy_pass`` with keep-alive upstream, response buffering
-off, ``client_body_buffer_size 1m``, no access log. KubeAI: one worker as the supervisor starts
-it, a PrefixHash model, all limits and counters on. This program stands in for the supervisor,
-which sees no request.
+off, ``client_body_buffer_size 1m``, no access log. KubeAI: the supervisor and one worker, a
+PrefixHash model, all limits and counters on; what the supervisor spends counts. Only the operator
+is not there: a script hands out the routes.
 
 A closed loop of connections sends the same bodies to each in turn, nginx first in even rounds.
 CPU is the on-CPU time of all the proxy's processes from /proc/PID/task/*/schedstat, its share in
@@ -42,6 +42,7 @@ CHUNKS = 64
 PACE_S = 0.02
 BODIES = 256  # different conversations
 START_TIMEOUT_S = 20.0
+FLEET = Path(__file__).parents[1] / "tests" / "fakes" / "fleet.py"
 
 
 @dataclass(frozen=True)
@@ -355,62 +356,61 @@ def nginx(core: int, engines: dict[str, int]) -> Iterator[tuple[list[int], dict[
             yield [master.pid, *map(int, children.read_text().split())], ports
 
 
+@dataclass
+class Kubeai:
+    """A supervisor and its workers, with routes that a script hands out."""
+
+    pids: list[int]  # the supervisor's first
+    ports: dict[str, int]
+    _child: subprocess.Popen
+
+    def counts(self) -> dict[str, int]:
+        """The gauges of the load table that are not 0."""
+        self._child.stdin.write("\n")
+        self._child.stdin.flush()
+        return json.loads(self._child.stdout.readline())
+
+
 @contextmanager
 def kubeai(
-    core: int, engines: dict[str, int], mean_load_factor: int
-) -> Iterator[tuple[list[int], dict[str, int]]]:
-    """A worker with its routes, as the supervisor starts one."""
-    from kubeai import hinge
-    from kubeai._load import LoadTable
-    from kubeai.routing import Endpoint, Publisher, Route
+    core: int, engines: dict[str, int], mean_load_factor: int = 125, workers: int = 1
+) -> Iterator[Kubeai]:
+    """The supervisor and its workers, as `kubeai serve` runs them, but for the operator."""
+    from kubeai.routing import Endpoint, Route
 
-    table = LoadTable.create(rows=1024, workers=1)
-    publisher = Publisher(table)
-    for answer, port in engines.items():
-        endpoints = tuple(
-            Endpoint(f"model-{answer}-{i}", f"{host}:{port}") for i, host in enumerate(ENGINES)
-        )
-        route = Route(
+    routes = [
+        Route(
             answer,
             "VLLM",
             ("TextGeneration",),
             strategy="PrefixHash",
             mean_load_factor=mean_load_factor,
-            endpoints=endpoints,
+            endpoints=tuple(
+                Endpoint(f"model-{answer}-{i}", f"{host}:{port}") for i, host in enumerate(ENGINES)
+            ),
         )
-        publisher.update(answer, route)
-    ours, theirs = socket.socketpair()
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    with listener, ours, theirs, tempfile.TemporaryFile() as log:
-        port = listener.getsockname()[1]
-        descriptors = {
-            "table_fd": table.fd,
-            "listen_fd": listener.fileno(),
-            "hinge_fd": theirs.fileno(),
-        }
-        settings = json.dumps({"column": 0, **descriptors, "gateway": {}})
-        with process(
-            [sys.executable, "-m", "kubeai.worker"],
+        for answer, port in engines.items()
+    ]
+    spec = {"workers": workers, "routes": msgspec.to_builtins(routes)}
+    with (
+        tempfile.TemporaryFile() as log,
+        process(
+            [sys.executable, str(FLEET), json.dumps(spec)],
             core,
-            env={**os.environ, "KUBEAI_WORKER": settings},
-            pass_fds=tuple(descriptors.values()),
-            stdout=log,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=log,
-        ) as worker:
-            theirs.close()
-            listener.close()
-            snapshot = msgspec.msgpack.encode(publisher.snapshot())
-            ours.sendall(len(snapshot).to_bytes(4, "big") + snapshot)
-            ours.settimeout(START_TIMEOUT_S)
-            length = int.from_bytes(ours.recv(4, socket.MSG_WAITALL), "big")
-            msgspec.msgpack.decode(ours.recv(length, socket.MSG_WAITALL), type=hinge.Ready)
-            yield [worker.pid], dict.fromkeys(ANSWERS, port)
-            rows = publisher.models()
-            wait_until(
-                lambda: not any(table.active(publisher.row(model)) for model in rows),
-                "a request is still counted",
-            )
-    table.close()
+            text=True,
+        ) as child,
+    ):
+        line = child.stdout.readline()
+        if not line:
+            log.seek(0)
+            raise SystemExit(f"kubeai did not start: {log.read().decode()[-2000:]}")
+        told = json.loads(line)
+        fleet = Kubeai(told["pids"], dict.fromkeys(ANSWERS, told["port"]), child)
+        yield fleet
+        wait_until(lambda: not fleet.counts(), "a request is still counted")
 
 
 def find_nginx() -> str | None:
@@ -480,9 +480,10 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
         mock = stack.enter_context(process(command, load_core, stdout=subprocess.PIPE, text=True))
         if mock.stdout.readline() != "ready\n":
             raise SystemExit("the mock engines did not start")
+        ours = stack.enter_context(kubeai(proxy_core, engines, options.mean_load_factor))
         proxies = {
             "nginx": stack.enter_context(nginx(proxy_core, engines)),
-            "kubeai": stack.enter_context(kubeai(proxy_core, engines, options.mean_load_factor)),
+            "kubeai": (ours.pids, ours.ports),
         }
         for turn in range(options.rounds):
             for scenario in scenarios:
@@ -540,6 +541,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PERCENT",
         help="of KubeAI's ring; a closed loop moves, and logs, many requests at 125",
     )
+    parser.add_argument("--quick", action="store_true", help="a sample: 2 rounds of a second")
     parser.add_argument("--only", action="append", choices=[s.name for s in SCENARIOS])
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="proxies' and load's")
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -565,6 +567,8 @@ def main() -> int:
     if not set(options.cores) <= os.sched_getaffinity(0):
         print(f"cores {options.cores}: not both are this process's (--cores)")
         return 2
+    if options.quick:
+        options.rounds, options.seconds = 2, 1.0
     results = compare(options)
     show(results)
     if options.json:

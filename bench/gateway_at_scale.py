@@ -1,0 +1,411 @@
+"""One KubeAI worker beside one nginx worker: many connections, latency, open streams, two workers.
+
+    python bench/gateway_at_scale.py [--quick] [--only latency] [--json FILE]
+
+Proxies, mock engines and cores are those of ``gateway_vs_nginx.py``. Parts:
+
+- ``connections``: CPU a chat request with 1 to 1,024 connections, each asking again when answered;
+- ``latency``: p50 and p99 at one open-loop rate, half of what we answer at most (found first, with
+  256 connections). Requests are due at fixed times, whether or not earlier ones are answered, and
+  latency counts from when a request was due. Pairs of runs, nginx first in every other one; the
+  ratio is the median over the pairs;
+- ``streams``: memory of the proxy's worker a stream with 9,500 open at once, each of which has
+  given its first chunk, and how long until none is counted once the clients have gone;
+- ``workers``: CPU a request of two workers over that of one, 256 connections, all on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+from gateway_vs_nginx import (
+    ANSWERS,
+    ENGINES,
+    SCENARIOS,
+    STREAM_CHUNK,
+    STREAM_HEAD,
+    Kubeai,
+    find_nginx,
+    free_port,
+    kubeai,
+    make_requests,
+    measure,
+    nginx,
+    process,
+    wait_until,
+)
+
+CHAT = SCENARIOS[0]
+PARTS = ("connections", "latency", "streams", "workers")
+DESCRIPTORS = 20_000
+SATURATION_CONNECTIONS = 256
+LATENCY_CONNECTIONS = 128
+
+
+@dataclass(frozen=True)
+class Effort:
+    rounds: int
+    seconds: float
+    pairs: int
+    latency_s: float
+    connections: tuple[int, ...]
+    streams: int
+
+
+FULL = Effort(3, 2.0, 10, 3.0, (1, 8, 32, 128, 256, 512, 1024), 9500)
+QUICK = Effort(1, 0.7, 2, 1.0, (1, 256, 1024), 2000)
+
+
+# -- open-loop load --------------------------------------------------------------------------------
+
+
+class Caller(asyncio.Protocol):
+    """One connection; at most one request on it at a time."""
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
+        self._left = -1  # of the answer; -1: its head is not here
+        self._due_s = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def ask(self, request: bytes, due_s: float) -> None:
+        self._due_s = due_s
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        if self._left < 0:
+            head, found, data = data.partition(b"\r\n\r\n")
+            if not found or not head.startswith(b"HTTP/1.1 200"):
+                raise SystemExit(f"not an answer: {head[:400]!r}")
+            head = head.lower()
+            at = head.index(b"\r\ncontent-length:") + 17
+            line_end = head.find(b"\r\n", at)
+            self._left = int(head[at : line_end if line_end > 0 else None])
+        self._left -= len(data)
+        if self._left == 0:
+            self._left = -1
+            self._callers.answered(self, time.perf_counter() - self._due_s)
+
+
+class Callers:
+    """Requests at a fixed rate over a fixed number of connections; those that are due wait."""
+
+    def __init__(self, requests: list[bytes]) -> None:
+        self._requests = requests
+        self._sent = 0
+        self._free: list[Caller] = []
+        self._due: deque[float] = deque()
+        self.latencies_s: list[float] = []
+
+    async def connect(self, port: int, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(count):
+            _, caller = await loop.create_connection(lambda: Caller(self), "127.0.0.1", port)
+            self._free.append(caller)
+
+    def answered(self, caller: Caller, latency_s: float) -> None:
+        self.latencies_s.append(latency_s)
+        self._free.append(caller)
+        self._send()
+
+    def _send(self) -> None:
+        while self._due and self._free:
+            request = self._requests[self._sent * 7 % len(self._requests)]
+            self._sent += 1
+            self._free.pop().ask(request, self._due.popleft())
+
+    async def run(self, rate: float, seconds: float) -> None:
+        began_s = time.perf_counter()
+        made = 0
+        while (now_s := time.perf_counter()) < began_s + seconds:
+            while began_s + made / rate <= now_s:
+                self._due.append(began_s + made / rate)
+                made += 1
+            self._send()
+            await asyncio.sleep(0.0005)
+        while len(self.latencies_s) < made:  # noqa: ASYNC110 (an event would be work a request)
+            await asyncio.sleep(0.001)
+
+
+async def run_open_loop(port: int, rate: float, seconds: float) -> None:
+    callers = Callers(make_requests(CHAT, port))
+    await callers.connect(port, LATENCY_CONNECTIONS)
+    await callers.run(rate, 0.5)
+    callers.latencies_s.clear()
+    gc.collect()
+    gc.disable()
+    await callers.run(rate, seconds)
+    cuts = statistics.quantiles(callers.latencies_s, n=100)
+    print(json.dumps({"p50_us": cuts[49] * 1e6, "p99_us": cuts[98] * 1e6}), flush=True)
+
+
+# -- open streams ----------------------------------------------------------------------------------
+
+
+class Endless(asyncio.Protocol):
+    """An engine that gives a stream's first chunk and no more."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._got = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        if self._got.endswith(b"}"):
+            self._got = b""
+            self._transport.write(STREAM_HEAD + STREAM_CHUNK)
+
+
+class Listener(asyncio.Protocol):
+    def __init__(self, request: bytes, first: asyncio.Queue[Listener]) -> None:
+        self._request = request
+        self._first = first
+        self._got = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        if self._got.endswith(STREAM_CHUNK):
+            self._got = b""
+            self._first.put_nowait(self)
+
+
+async def run_endless(port: int) -> None:
+    loop = asyncio.get_running_loop()
+    for host in ENGINES:
+        await loop.create_server(Endless, host, port, backlog=4096)
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+
+async def run_listeners(port: int, count: int) -> None:
+    """Opens the streams, says so, and closes them once standard input ends."""
+    loop = asyncio.get_running_loop()
+    requests = make_requests(SCENARIOS[1], port)
+    first: asyncio.Queue[Listener] = asyncio.Queue()
+    streams = []
+    for i in range(count):
+        await loop.create_connection(
+            lambda i=i: Listener(requests[i % len(requests)], first), "127.0.0.1", port
+        )
+        if i - len(streams) > 200:
+            streams.append(await first.get())
+    while len(streams) < count:
+        streams.append(await asyncio.wait_for(first.get(), 20))
+    print("open", flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+    for stream in streams:
+        stream.transport.close()
+    await asyncio.sleep(0.2)
+    print("closed", flush=True)
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What all parts measure on: engines, nginx and one supervisor with one worker."""
+
+    def __init__(self, effort: Effort, cores: tuple[int, int], stack: ExitStack) -> None:
+        self.effort = effort
+        self.proxy_core, self.load_core = cores
+        self._stack = stack
+        self.engines = {answer: free_port() for answer in ANSWERS}
+        self._child("gateway_vs_nginx.py", "--engines", json.dumps(self.engines))
+        self.nginx_pids, nginx_ports = stack.enter_context(nginx(self.proxy_core, self.engines))
+        self.ours = self._kubeai()
+        self.proxies = {
+            "nginx": (self.nginx_pids, nginx_ports),
+            "kubeai": (self.ours.pids, self.ours.ports),
+        }
+
+    def _kubeai(self, workers: int = 1) -> Kubeai:
+        return self._stack.enter_context(kubeai(self.proxy_core, self.engines, workers=workers))
+
+    def _child(self, *arguments: str) -> None:
+        path = Path(__file__).with_name(arguments[0])
+        command = [sys.executable, str(path), *arguments[1:]]
+        child = self._stack.enter_context(
+            process(command, self.load_core, stdout=subprocess.PIPE, text=True)
+        )
+        if child.stdout.readline() != "ready\n":
+            raise SystemExit("the mock engines did not start")
+
+    def _cpu(self, pids: list[int], port: int, connections: int) -> dict[str, float]:
+        run = measure(CHAT, pids, port, self.load_core, connections, self.effort.seconds)
+        return {"us": run.us, "rate": run.rate}
+
+    def connections(self) -> dict:
+        table = {}
+        for count in self.effort.connections:
+            runs: dict[str, list[dict[str, float]]] = {"nginx": [], "kubeai": []}
+            for turn in range(self.effort.rounds):
+                for name in sorted(runs, reverse=turn % 2 == 0):
+                    pids, ports = self.proxies[name]
+                    runs[name].append(self._cpu(pids, ports["whole"], count))
+            table[count] = {
+                f"{name}_{key}": statistics.median(run[key] for run in made)
+                for name, made in runs.items()
+                for key in ("us", "rate")
+            } | {"ratio": median_ratio(runs["kubeai"], runs["nginx"], "us")}
+            print(f"connections {count:5}: {line(table[count])}", flush=True)
+        return table
+
+    def latency(self) -> dict:
+        pids, ports = self.proxies["kubeai"]
+        most = self._cpu(pids, ports["whole"], SATURATION_CONNECTIONS)["rate"]
+        rate = most / 2
+        runs: dict[str, list[dict[str, float]]] = {"nginx": [], "kubeai": []}
+        for turn in range(self.effort.pairs):
+            for name in sorted(runs, reverse=turn % 2 == 0):
+                port = self.proxies[name][1]["whole"]
+                runs[name].append(self._open_loop(port, rate))
+        result = {"saturation": most, "rate": rate, "pairs": self.effort.pairs}
+        for key in ("p50_us", "p99_us"):
+            for name, made in runs.items():
+                result[f"{name}_{key}"] = statistics.median(run[key] for run in made)
+            result[f"{key[:3]}_ratio"] = median_ratio(runs["kubeai"], runs["nginx"], key)
+        result["runs"] = runs
+        print(f"latency at {rate:.0f} a second: {line(result)}", flush=True)
+        return result
+
+    def _open_loop(self, port: int, rate: float) -> dict[str, float]:
+        arguments = ["--open-loop", f"{port} {rate} {self.effort.latency_s}"]
+        command = [sys.executable, __file__, *arguments]
+        with process(command, self.load_core, stdout=subprocess.PIPE, text=True) as load:
+            told = load.stdout.readline()
+        if not told:
+            raise SystemExit("the open-loop load failed")
+        return json.loads(told)
+
+    def streams(self) -> dict:
+        port = free_port()
+        self._child("gateway_at_scale.py", "--endless", str(port))
+        endless = dict.fromkeys(ANSWERS, port)
+        result: dict[str, object] = {"streams": self.effort.streams}
+        with nginx(self.proxy_core, endless) as (pids, ports):
+            grown, _ = self._open_streams(pids[-1], ports["burst"], lambda: True)
+            result["nginx_bytes"] = grown
+        with kubeai(self.proxy_core, endless) as ours:
+            counted = lambda: ours.counts().get("active burst", 0)  # noqa: E731
+            grown, seconds = self._open_streams(
+                ours.pids[-1],
+                ours.ports["burst"],
+                lambda: counted() == self.effort.streams,
+                lambda: not ours.counts(),
+            )
+        result |= {"kubeai_bytes": grown, "counted": self.effort.streams, "to_zero_s": seconds}
+        print(f"streams: {line(result)}", flush=True)
+        return result
+
+    def _open_streams(self, pid, port, all_open, all_gone=lambda: True) -> tuple[float, float]:
+        before = resident_bytes(pid)
+        command = [sys.executable, __file__, "--listeners", f"{port} {self.effort.streams}"]
+        with process(
+            command, self.load_core, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as load:
+            if load.stdout.readline() != "open\n":
+                raise SystemExit("not all streams could be opened")
+            if not all_open():
+                raise SystemExit("not every open stream is counted")
+            grown = resident_bytes(pid) - before
+            load.stdin.close()
+            began_s = time.monotonic()
+            if load.stdout.readline() != "closed\n":
+                raise SystemExit("the streams did not close")
+            wait_until(all_gone, "streams are still counted")
+            return grown / self.effort.streams, time.monotonic() - began_s
+
+    def workers(self) -> dict:
+        two = self._kubeai(workers=2)
+        fleets = {"one": self.ours, "two": two}
+        runs: dict[str, list[dict[str, float]]] = {"one": [], "two": []}
+        for turn in range(self.effort.rounds):
+            for name in sorted(runs, reverse=turn % 2 == 0):
+                fleet = fleets[name]
+                port = fleet.ports["whole"]
+                runs[name].append(self._cpu(fleet.pids, port, SATURATION_CONNECTIONS))
+        result = {f"{n}_us": statistics.median(r["us"] for r in made) for n, made in runs.items()}
+        result["ratio"] = median_ratio(runs["two"], runs["one"], "us")
+        print(f"workers: {line(result)}", flush=True)
+        return result
+
+
+def median_ratio(ours: list[dict], theirs: list[dict], key: str) -> float:
+    """Each pair's own ratio: what disturbs the machine for longer than a run is in both."""
+    return statistics.median(o[key] / t[key] for o, t in zip(ours, theirs, strict=True))
+
+
+def line(result: dict) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, int | float))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a minute's sample of it all")
+    parser.add_argument("--only", action="append", choices=PARTS)
+    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="proxies' and load's")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--open-loop", help=argparse.SUPPRESS)
+    parser.add_argument("--endless", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--listeners", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if options.open_loop:
+        port, rate, seconds = options.open_loop.split()
+        uvloop.run(run_open_loop(int(port), float(rate), float(seconds)))
+        return 0
+    if options.endless:
+        uvloop.run(run_endless(options.endless))
+        return 0
+    if options.listeners:
+        uvloop.run(run_listeners(*map(int, options.listeners.split())))
+        return 0
+    if find_nginx() is None:
+        print("nginx is not installed: nothing to compare with (Debian: apt install nginx-light)")
+        return 0
+    if not set(options.cores) <= os.sched_getaffinity(0):
+        print(f"cores {options.cores}: not both are this process's (--cores)")
+        return 2
+    results = {}
+    with ExitStack() as stack:
+        bench = Bench(QUICK if options.quick else FULL, tuple(options.cores), stack)
+        for part in PARTS:
+            if not options.only or part in options.only:
+                results[part] = getattr(bench, part)()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Instructions a request, counted by callgrind: the same on a busy machine as on an idle one.
+
+    python bench/instructions.py [--against REVISION] [--json FILE]
+
+A client's connection and an engine's are driven by hand, as in ``test_gateway.py``: relay,
+exchange, routing and counting are real, sockets and event loop are not there. After a warm-up the
+instructions of some hundred requests are counted, and divided by their number.
+
+``--against`` builds another revision in a folder of its own and counts there too; the exit status
+is 1 when this tree needs over 5 % more anywhere. Needs valgrind (Debian: apt install valgrind) and
+gcc; without valgrind it says so and ends well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 0.05
+WARMUP = 50
+# Client requests are instructions that only valgrind understands; C can utter them.
+MARKS = r"""
+#include <valgrind/callgrind.h>
+void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
+void end(const char *name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
+"""
+
+
+def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
+    """What is counted: name → (how often, what)."""
+    from test_gateway import CHUNK, STREAM, WHOLE, chat, ends
+
+    make_ends = ends.__wrapped__ if hasattr(ends, "__wrapped__") else ends
+    made = {}
+    keep = []
+    for strategy in ("LeastLoad", "PrefixHash"):
+        request = type("Request", (), {"param": strategy})
+        generator = make_ends(request)
+        keep.append(generator)
+        to_gateway, from_engine = next(generator)
+
+        def whole(request: bytes, to=to_gateway, back=from_engine) -> None:
+            to(request)
+            back(WHOLE + b"x" * 300)
+
+        def stream(request: bytes, to=to_gateway, back=from_engine) -> None:
+            to(request)
+            back(STREAM)
+            for _ in range(64):
+                back(CHUNK)
+            back(b"0\r\n\r\n")
+
+        small, large = chat(560), chat(400_000)
+        made[f"chat, {strategy}"] = (300, lambda f=whole, r=small: f(r))
+        if strategy == "PrefixHash":
+            made["400 KB prompt"] = (10, lambda f=whole, r=large: f(r))
+            made["stream of 64 chunks"] = (30, lambda f=stream, r=small: f(r))
+    scenarios.keep = keep  # a generator that is collected closes its connections
+    return made
+
+
+def count_here(marks: str) -> None:
+    """What runs under callgrind."""
+    library = ctypes.CDLL(marks)
+    for name, (times, act) in scenarios().items():
+        for _ in range(min(WARMUP, times)):
+            act()
+        library.begin()
+        for _ in range(times):
+            act()
+        library.end(f"{times} {name}".encode())
+    os._exit(0)  # what comes after is not counted, and slow
+
+
+def count(checkout: Path, work: Path) -> dict[str, float]:
+    """Instructions a request in a checkout that is built."""
+    out = work / f"callgrind-{checkout.name}"
+    marks = work / "marks.so"
+    if not marks.exists():
+        source = work / "marks.c"
+        source.write_text(MARKS)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", marks, source], check=True)
+    command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
+    # -P: the checkout's own bench/test_gateway.py, which knows how its relay is driven.
+    command += [sys.executable, "-P", __file__, "--count", str(marks)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{checkout}:{checkout / 'bench'}",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        command, env=environment, cwd=work, capture_output=True, text=True, check=False
+    )
+    counted = {}
+    for path in sorted(work.glob(f"{out.name}.*")):
+        text = path.read_text(errors="replace")
+        name = re.search(r"^desc: Trigger: Client Request: (\d+) (.*)$", text, re.MULTILINE)
+        total = re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)
+        if name and total:
+            counted[name[2]] = int(total[1]) / int(name[1])
+    if not counted:
+        raise RuntimeError(f"nothing was counted: {done.stderr[-2000:]}")
+    return counted
+
+
+def build(revision: str, folder: Path) -> Path:
+    """Another revision's package, compiled, in a folder."""
+    archive = subprocess.run(
+        ["git", "archive", revision, "kubeai", "bench", "setup.py", "pyproject.toml"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    folder.mkdir()
+    subprocess.run(["tar", "-xf", "-", "-C", folder], input=archive.stdout, check=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, check=True
+    )
+    return folder
+
+
+def show(here: dict[str, float], there: dict[str, float]) -> bool:
+    """Print what was counted; whether no figure is worse than it may be."""
+    well = True
+    print(f"{'instructions':24}{'before':>12}{'now':>12}{'change':>9}")
+    for name, now in here.items():
+        before = there.get(name)
+        change = now / before - 1 if before else 0.0
+        slower = change > TOLERANCE
+        well = well and not slower
+        told = f"{before:12.0f}{now:12.0f}{change:+9.1%}" if before else f"{'':12}{now:12.0f}"
+        print(f"{name:24}{told}{'  slower' if slower else ''}")
+    return well
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--against", metavar="REVISION", help="a commit to compare with")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--count", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.count:
+        count_here(options.count)
+    if shutil.which("valgrind") is None:
+        print("valgrind is not installed: no instructions are counted (apt install valgrind)")
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        here = count(ROOT, work)
+        there = {}
+        if options.against:
+            try:
+                there = count(build(options.against, work / "before"), work)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                print(f"{options.against} cannot be compared with: {error}")
+    if options.json:
+        options.json.write_text(json.dumps(here, indent=1))
+    return 0 if show(here, there) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
