@@ -46,6 +46,7 @@ bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from wha
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json build/bench/micro.json
 	$(BIN)/python bench/gateway_vs_nginx.py --json build/bench/gateway.json
 	$(BIN)/python bench/gateway_at_scale.py --json build/bench/scale.json
+	$(BIN)/python bench/stall.py --json build/bench/stall.json
 	$(BIN)/python bench/instructions.py --json build/bench/instructions.json
 	$(BIN)/python bench/report.py build/bench docs/performance.md
 

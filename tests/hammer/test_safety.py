@@ -1,0 +1,164 @@
+"""What the supervisor and its workers promise when something goes badly, on real processes."""
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+import uvloop
+from fakes.fleet import Fleet
+from fakes.wire import CHUNKED, Broken, Engine, Message, Wire, answer, chunk, connect, post, until
+
+from kubeai.routing import Endpoint, Route
+
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}
+STREAM = b'{"model":"m","stream":true}'
+BUSY = 2  # the machine may be: how much longer than promised a process may take to start
+
+
+class Streams:
+    """An engine that begins each stream, and ends it when told to."""
+
+    async def start(self) -> Engine:
+        self.go_on = asyncio.Event()
+        self.engine = await Engine(self._script).start()
+        return self.engine
+
+    async def _script(self, wire: Wire, request: Message) -> None:
+        if request.body != STREAM:
+            await wire.send(answer(200, b"here"))
+            return
+        await wire.send(CHUNKED + chunk(b"1"))
+        await self.go_on.wait()
+        await wire.send(chunk(b"2") + b"0\r\n\r\n")
+
+
+@pytest.fixture
+async def streams():
+    streams = Streams()
+    engine = await streams.start()
+    yield streams
+    await engine.stop()
+
+
+@pytest.fixture
+async def start(streams, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", "error")
+    fleets = []
+
+    async def start(workers: int, **gateway: object) -> Fleet:
+        route = Route("m", "VLLM", endpoints=(Endpoint("pod-0", streams.engine.address),))
+        fleets.append(await Fleet.start([route], workers=workers, **gateway))
+        return fleets[-1]
+
+    yield start
+    for fleet in fleets:
+        await fleet.close()
+
+
+async def open_streams(port: int, count: int) -> list[tuple[Wire, Message]]:
+    opened = []
+    for _ in range(count):
+        wire = await connect(port)
+        await wire.send(post(body=STREAM))
+        opened.append((wire, await wire.head()))
+    return opened
+
+
+async def get(address: str, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://{address}{path}") as got:
+        return got.status, await got.text()
+
+
+async def test_a_drain_ends_every_stream_whole_and_serves_who_comes_late(start, streams):
+    fleet = await start(2, drain_accept_s=1.0, drain_timeout_s=20.0)
+    opened = await open_streams(fleet.port, 50)
+    assert fleet.counts()["active m"] == 50
+    health = fleet.supervisor.health_address
+    assert (await get(health, "/readyz"))[0] == 200
+
+    fleet.supervisor.stop()  # what SIGTERM does
+    began_s = time.monotonic()
+    while (await get(health, "/readyz"))[0] == 200:
+        assert time.monotonic() < began_s + 1.0
+    late = 0
+    while time.monotonic() < began_s + 0.6:
+        wire = await connect(fleet.port)
+        await wire.send(post())
+        answered = await wire.answer()
+        assert (answered.status, answered.body) == (200, b"here")
+        late += answered.one("connection") == "close"
+        wire.close()
+    assert late > 0
+
+    async def refused() -> bool:
+        try:
+            (await connect(fleet.port)).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    while not await refused():
+        assert time.monotonic() < began_s + 1.0 + 2 * BUSY
+    streams.go_on.set()
+    for wire, head in opened:
+        assert (await wire.body(head)).body == b"12"
+        wire.close()
+
+
+async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, streams):
+    fleet = await start(2, drain_accept_s=0.0, drain_timeout_s=2.0)
+    opened = await open_streams(fleet.port, 40)
+    pids = fleet.pids
+    assert fleet.kill(0)
+    began_s = time.monotonic()
+    await until(lambda: fleet.counts().get("active m", 0) < 40, "its column is cleared", 1.0)
+    left = fleet.counts()["active m"]
+    assert 0 < left < 40
+    # Who comes now may wait for the successor in the dead worker's queue, and is answered.
+    wires = [await connect(fleet.port) for _ in range(20)]
+    for wire in wires:
+        await wire.send(post())
+    assert {(await wire.answer()).body for wire in wires} == {b"here"}
+    await until(lambda: fleet.ready and fleet.pids != pids, "it is replaced", 10)
+    assert time.monotonic() < began_s + 2 * BUSY
+    streams.go_on.set()
+    whole = 0
+    for wire, head in opened:
+        with contextlib.suppress(Broken):
+            whole += (await wire.body(head)).body == b"12"
+        wire.close()
+    assert whole == left
+    for wire in wires:
+        wire.close()
+    await until(lambda: not fleet.counts(), "0", 1.0)
+
+
+async def test_names_of_models_that_do_not_exist_leave_nothing(start):
+    fleet = await start(1, drain_accept_s=0.0)
+    (pid,) = fleet.pids
+    wire = await connect(fleet.port)
+
+    async def ask(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            await wire.send(post(body=json.dumps({"model": f"none-{number}" + "x" * 900}).encode()))
+            assert (await wire.answer()).status == 404
+
+    def memory_bytes() -> int:
+        statm = Path(f"/proc/{pid}/statm").read_text()
+        return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    async def series() -> set[str]:
+        _, text = await get(fleet.supervisor.metrics_address, "/metrics")
+        return {line.rpartition(" ")[0] for line in text.splitlines() if line.startswith("kubeai")}
+
+    await ask(0, 1000)
+    series_before, memory_before = await series(), memory_bytes()
+    await ask(1000, 4000)  # 4 MB of names
+    assert await series() == series_before
+    assert memory_bytes() < memory_before + (1 << 20)
+    wire.close()
