@@ -227,7 +227,7 @@ class Report:
         ]
         head = ("scenario", "nginx, µs (in the kernel)", "KubeAI, µs (in the kernel)", "ratio")
         where = "\nOutside of the kernel: " + "; ".join(
-            f"{name}: nginx {outside(each, 'nginx'):.1f} µs, KubeAI {outside(each, 'kubeai'):.1f} µs"
+            f"{name}: {outside(each, 'nginx'):.1f} and {outside(each, 'kubeai'):.1f} µs"
             for name, each in found.items()
         )
         lead = f"## CPU a request or stream\n\n`{VS_NGINX}`\n\n"
@@ -290,7 +290,7 @@ def outside(found: dict, proxy: str) -> float:
 
 def safety() -> str:
     rows = [(what, f"`{command}`" if "`" not in command else command) for what, command in SAFETY]
-    lead = "## Safety\n\nEach holds or its test fails (`pytest …`; all but the last in `make test`).\n\n"
+    lead = "## Safety\n\nEach holds or its test fails (`pytest …`).\n\n"
     return lead + table(("what", "shown by"), rows)
 
 
