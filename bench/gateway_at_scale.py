@@ -187,6 +187,12 @@ class Listener(asyncio.Protocol):
         if self._got.endswith(STREAM_CHUNK):
             self._got = b""
             self._first.put_nowait(self)
+        elif not self._got.startswith(b"HTTP/1.1 200"[: len(self._got)]):
+            raise SystemExit(f"not a stream: {self._got[:400]!r}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._got:
+            raise SystemExit(f"a stream was closed on the load: {self._got[:400]!r}")
 
 
 async def run_endless(port: int) -> None:
@@ -210,7 +216,10 @@ async def run_listeners(port: int, count: int) -> None:
         if i - len(streams) > 200:
             streams.append(await first.get())
     while len(streams) < count:
-        streams.append(await asyncio.wait_for(first.get(), 20))
+        try:
+            streams.append(await asyncio.wait_for(first.get(), 20))
+        except TimeoutError:
+            raise SystemExit(f"only {len(streams)} of {count} streams began") from None
     print("open", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
     for stream in streams:
@@ -397,6 +406,8 @@ def main() -> int:
         print(f"cores {options.cores}: not both are this process's (--cores)")
         return 2
     results = {}
+    if options.only and options.json and options.json.exists():
+        results = json.loads(options.json.read_text())  # the other parts stay
     with ExitStack() as stack:
         bench = Bench(QUICK if options.quick else FULL, tuple(options.cores), stack)
         for part in PARTS:

@@ -333,7 +333,7 @@ def nginx_config(folder: Path, ports: dict[str, int], engines: dict[str, int]) -
     return f"""
     daemon off; worker_processes 1; pid {folder}/pid; error_log stderr warn;
     {"user root;" if os.geteuid() == 0 else ""}
-    events {{ worker_connections 20000; }}
+    events {{ worker_connections 24000; }}
     http {{
         access_log off; tcp_nodelay on; {temp_paths}
         client_max_body_size 64m; client_body_buffer_size 1m;
