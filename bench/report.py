@@ -38,7 +38,8 @@ SAFETY = (
         "tests/hammer/test_safety.py -k drain",
     ),
     (
-        "worker SIGKILLed: counts right ≤ 1 s, replaced ≤ 2 s (the test bears 4 s), queued connections kept",
+        "worker SIGKILLed: counts right ≤ 1 s, replaced ≤ 2 s (the test bears 4 s), "
+        "queued connections kept",
         "tests/hammer/test_safety.py -k killed",
     ),
     (
