@@ -30,6 +30,11 @@ cdef enum:
 
 cdef extern from *:
     """
+    static const signed char kb_hex[256] = {  /* -1: not a hex digit */
+        [0 ... 47] = -1, ['0'] = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, [58 ... 64] = -1,
+        ['A'] = 10, 11, 12, 13, 14, 15, [71 ... 96] = -1,
+        ['a'] = 10, 11, 12, 13, 14, 15, [103 ... 255] = -1,
+    };
     /* Whether 64 bytes of a string are all ASCII without quote, backslash or control character.
        As signed bytes, what is above ASCII is below the space too. Vectorised by the compiler. */
     static inline int kb_is_plain(const char *text) {
@@ -38,6 +43,14 @@ cdef extern from *:
         for (int i = 0; i < 64; i++)
             special |= (at[i] < 0x20) | (at[i] == '"') | (at[i] == '\\\\');
         return !special;
+    }
+    /* Past code points of three bytes, as far as they need no closer look: Chinese, Japanese, Thai. */
+    static inline const char *kb_skip_threes(const char *text) {
+        const unsigned char *at = (const unsigned char *) text;
+        while ((unsigned char) (at[0] - 0xE1) < 12 && (at[1] & 0xC0) == 0x80
+               && (at[2] & 0xC0) == 0x80)
+            at += 3;
+        return (const char *) at;
     }
     /* As openai counts what may be members: braces and quotes, escaped quotes taken off. */
     static inline int kb_member(const char *at) {
@@ -55,6 +68,8 @@ cdef extern from *:
         return count;
     }
     """
+    const signed char kb_hex[256]
+    const char *kb_skip_threes(const char *text) noexcept nogil
     bint kb_is_plain(const char *text) noexcept nogil
     long kb_members(const char *at, const char *end) noexcept nogil
 
@@ -68,28 +83,21 @@ cdef inline const char *skip_space(const char *at) noexcept nogil:
     return at
 
 
-cdef inline int hex_digit(char c) noexcept nogil:
-    if c"0" <= c <= c"9":
-        return c - c"0"
-    c |= 0x20
-    if c"a" <= c <= c"f":
-        return c - c"a" + 10
-    return -1
-
-
-cdef int hex4(const char *at) noexcept nogil:
+cdef inline int hex4(const char *text) noexcept nogil:
     """The value of four hex digits, or -1."""
-    cdef int value = 0
-    cdef int digit, i
-    for i in range(4):
-        digit = hex_digit(at[i])
-        if digit < 0:
-            return -1
-        value = value << 4 | digit
+    cdef const unsigned char *at = <const unsigned char *> text
+    cdef int value = kb_hex[at[0]]
+    # One that is no digit ends it there: what lies behind may be behind the end.
+    if value >= 0:
+        value = value << 4 | kb_hex[at[1]]
+    if value >= 0:
+        value = value << 4 | kb_hex[at[2]]
+    if value >= 0:
+        value = value << 4 | kb_hex[at[3]]
     return value
 
 
-cdef const char *skip_escape(const char *at, uint32_t *code) noexcept nogil:
+cdef inline const char *skip_escape(const char *at, uint32_t *code) noexcept nogil:
     """An escape, from its backslash; ``code``: what it stands for."""
     cdef int value, low
     cdef char c = at[1]
@@ -146,7 +154,7 @@ cdef inline const char *skip_utf8(const char *text) noexcept nogil:
 cdef const char *skip_string(const char *at, const char *end, bint *escaped) noexcept nogil:
     """A string, from behind its opening quote to behind its closing one."""
     cdef const char *block
-    cdef uint32_t code
+    cdef uint32_t code = 0
     cdef char c
     while True:
         while end - at >= 64 and kb_is_plain(at):
@@ -158,12 +166,15 @@ cdef const char *skip_string(const char *at, const char *end, bint *escaped) noe
                 return at + 1
             if c == c"\\":
                 escaped[0] = True
-                if at[1] == c"n" or at[1] == c'"' or at[1] == c"\\":  # nearly all there are
+                # Nearly all there are.
+                if at[1] == c"n" or at[1] == c'"' or at[1] == c"\\":
                     at += 2
                 else:
                     at = skip_escape(at, &code)
             elif <unsigned char> c >= 0x80:
                 at = skip_utf8(at)
+                if at is not NULL:
+                    at = kb_skip_threes(at)
             elif c >= 0x20:
                 at += 1
             else:
@@ -318,7 +329,7 @@ cdef void put_string(Text *text, const char *at, const char *end) noexcept nogil
     UTF-8 is never longer than what stands for it in JSON.
     """
     cdef const char *after
-    cdef uint32_t code
+    cdef uint32_t code = 0
     while text.left >= 64 and end - at >= 64 and kb_is_plain(at):
         memcpy(text.at + text.size, at, 64)
         text.size += 64

@@ -125,8 +125,8 @@ cdef class Downstream(Head):
     cdef int64_t left
     cdef int64_t body_bytes  # taken so far, of a body that streams
     cdef int64_t body_max_bytes
-    cdef bytes collected  # of known length, being filled
-    cdef Text grown  # of unknown or incredible length
+    cdef bytes collected  # of known length, being filled; no larger than what has come warrants
+    cdef Text grown  # of unknown length
     # of the connection
     cdef bytes peer
     cdef bytes peer_forwarded
@@ -142,6 +142,7 @@ cdef class Downstream(Head):
     cdef int _expect_body(self) except -1
     cdef int _collect(self) except -1
     cdef bytes _fill(self, const char *data, Py_ssize_t size)
+    cdef int _resize(self, Py_ssize_t room) except -1
     cdef bytes _take_grown(self)
     cdef int _body_whole(self, bytes body) except -1
     cdef bytes _piece(self)

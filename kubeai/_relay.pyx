@@ -32,7 +32,14 @@ One thread, one event loop (uvloop).
                   one a connection  one a request  one a connection, in a pool when idle
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+    _PyBytes_Resize,
+)
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, realloc
@@ -65,7 +72,7 @@ STATUS = 5  # an answer that the Exchange may not want to pass on
 
 cdef enum:
     BODY_IN_HEAD_WRITE_MAX_BYTES = 65536  # above it, a second buffer is cheaper than a copy
-    EXACT_BODY_MAX_BYTES = 4 << 20  # larger ones grow as they come: a length is only a claim
+    EXACT_BODY_MAX_BYTES = 1 << 20  # larger ones grow as they come: a length is only a claim
     CHUNK_LINE_MAX_BYTES = 256
     TRAILERS_MAX_BYTES = 8192
     LINGER_MAX_S = 2  # after an answer to a request that was not read to its end
@@ -826,18 +833,30 @@ cdef class Downstream(Head):
 
     cdef bytes _fill(self, const char *data, Py_ssize_t size):
         """Add to a body of known length; what is returned is whole when nothing is left."""
+        cdef Py_ssize_t filled = <Py_ssize_t> (self.length - self.left)
+        cdef Py_ssize_t room = <Py_ssize_t> self.length
         cdef bytes body
-        if self.length > EXACT_BODY_MAX_BYTES:
-            text_add(&self.grown, data, size)
-            return self._take_grown() if size == self.left else None
         if self.collected is None:
-            self.collected = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> self.length)
-        memcpy(PyBytes_AS_STRING(self.collected) + (self.length - self.left), data, size)
+            self.collected = PyBytes_FromStringAndSize(NULL, min(room, EXACT_BODY_MAX_BYTES))
+        elif filled + size > PyBytes_GET_SIZE(self.collected):
+            room = min(room, max(filled + size, 2 * PyBytes_GET_SIZE(self.collected)))
+            self._resize(room)
+        memcpy(PyBytes_AS_STRING(self.collected) + filled, data, size)
         if size < self.left:
             return None
         body = self.collected
         self.collected = None
         return body
+
+    cdef int _resize(self, Py_ssize_t room) except -1:
+        """Let ``collected`` grow where it is: a large block is mapped anew, not copied."""
+        cdef PyObject *block = <PyObject *> self.collected
+        Py_INCREF(self.collected)
+        self.collected = None
+        _PyBytes_Resize(&block, room)  # which alone refers to it now; gone when this fails
+        self.collected = <bytes> block
+        Py_DECREF(self.collected)
+        return 0
 
     cdef bytes _take_grown(self):
         cdef bytes body = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)

@@ -110,6 +110,21 @@ async def test_the_engine_sees_its_own_path_and_the_body_as_it_came(start, path)
     assert got.body == body
 
 
+@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5_000_000, 9_000_000])
+async def test_a_large_body_arrives_as_it_left(start, size):
+    world = await start()
+    engine = await world.engine(says(b""))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    text = random.Random(size).randbytes(size // 2).hex()
+    request = ask(messages=[{"role": "user", "content": text}])
+    await wire.send(request)
+    assert (await wire.answer()).status == 200
+    (got,) = engine.requests
+    assert request.endswith(got.body)
+    assert json.loads(got.body)["messages"][0]["content"] == text
+
+
 async def test_an_adapter_is_asked_for_by_its_own_name(start):
     world = await start()
     plain = await world.engine(says(b"plain"))
