@@ -262,7 +262,7 @@ def test_one_data_directory_has_one_server(tmp_path: Path):
         second = Api(tmp_path)
         said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
         assert second.port == 0
-        assert said.splitlines()[-1].startswith("kubeai local: the Kubernetes API cannot start: ")
+        assert said.splitlines()[-1].startswith("the Kubernetes API cannot start: ")
         assert "Traceback" not in said
 
 
