@@ -29,8 +29,9 @@ build: .venv/installed  ## the virtual environment and the compiled core
 run: build  ## kubeai local with the manifests of examples/
 	$(BIN)/kubeai local examples --data-dir .kubeai
 
+# Three processes on two cores: most tests wait for processes of their own.
 test: .venv/installed-test  ## all tests that need nothing but Python
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -n 3 --dist loadfile
 
 check: .venv/installed-check  ## the fast gate: style, types, import floors, C warnings
 	$(BIN)/ruff check .
