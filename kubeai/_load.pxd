@@ -90,6 +90,7 @@ cdef extern from *:
 
 cdef enum:
     BUCKETS = 12  # 1, 2, 4 … 1024, +Inf
+    OUTCOMES = 8  # a cache line
 
 
 cdef struct Header:
@@ -104,7 +105,7 @@ cdef struct Header:
 cdef struct Column:
     uint64_t acknowledged
     int64_t active
-    double ejected_latest  # the latest ejected_until that this column's worker has written
+    uint64_t ejections  # how often this column's worker has set an endpoint aside
     uint64_t iterations_sum
     uint64_t iterations[BUCKETS]
 
@@ -125,6 +126,7 @@ cdef class LoadTable:
     cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells lie together
     cdef int32_t *held_cells  # [columns][rows]
     cdef uint64_t *lookup_cells  # [columns][rows][3]
+    cdef uint64_t *outcome_cells  # [columns][rows][OUTCOMES]
 
     cdef void _map(self, int fd, size_t size, int rows, int columns) except *
     cdef int _check_row(self, Py_ssize_t row) except -1
@@ -135,10 +137,20 @@ cdef class LoadTable:
         """Whether this is the row's present life; a row never opened (0) has none."""
         return generation != 0 and get_u32(&self.generations[row]) == generation
 
-    cdef double ejected_latest(self) noexcept
+    cdef uint64_t ejections(self) noexcept
     cdef void count_lookup(
         self, int initial, int chosen, bint defaulted, int iterations
     ) noexcept
+
+
+cdef enum:  # how a request ends; as OUTCOME_NAMES
+    LEFT  # the client went before the end of its answer
+    ANSWERED_2XX
+    ANSWERED_3XX
+    ANSWERED_4XX
+    ANSWERED_5XX
+    BROKEN  # the engine's answer ended before its end
+    RETRIED  # not an end: another attempt was made
 
 
 cdef class Admission:
@@ -146,11 +158,14 @@ cdef class Admission:
     cdef int32_t *active_cell
     cdef int32_t *held_cell
     cdef int64_t *column_active
+    cdef uint64_t *outcome_cells
     cdef int row
     cdef uint32_t generation
     cdef bint _open
     cdef bint _held
     cdef bint _counts(self) noexcept
+    cdef void _close(self) noexcept
+    cdef void _count(self, int outcome) noexcept
 
 
 cdef class Reservation:
@@ -163,6 +178,7 @@ cdef class Reservation:
     cdef uint32_t model_generation
     cdef bint _released
     cdef readonly int iterations
+    cdef readonly bint trial  # of an endpoint that was set aside
     cdef readonly int64_t first_load
     cdef readonly int64_t bound
     cdef readonly str name

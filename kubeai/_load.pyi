@@ -48,6 +48,8 @@ class LoadTable:
         """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
     def lookups(self, row: int) -> tuple[int, int, int]:
         """Of an endpoint: hash lookups in which it was (initial, final, default) choice."""
+    def outcomes(self, row: int, column: int | None = None) -> dict[str, int]:
+        """Of a model: how its requests ended, by name (``OUTCOME_NAMES``); of a column, or all."""
     def iterations(self) -> tuple[list[int], int]:
         """Histogram of distinct endpoints looked at by a hashed pick, all models.
 
@@ -64,8 +66,14 @@ class LoadTable:
 
     # -- health: any worker writes, all read ---------------------------------------------------
     def eject(self, row: int, generation: int, until_s: float) -> None:
-        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds)."""
-    def ejected_until(self, row: int) -> float: ...
+        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds), then on trial.
+
+        On trial it gets one pick each ``TRIAL_S``, until it is restored.
+        """
+    def restore(self, row: int, generation: int) -> None:
+        """The endpoint serves again."""
+    def ejected_until(self, row: int) -> float:
+        """When an endpoint's trial begins, or its next; 0: it is not set aside."""
 
     # -- counting a request: a worker ----------------------------------------------------------
     def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...
@@ -77,6 +85,8 @@ class Admission:
     def hold(self) -> None:
         """Count it as held too (idempotent; nothing once closed)."""
     def unhold(self) -> None: ...
+    def count(self, outcome: str) -> None:
+        """Count how it ended, or that it was retried: one of ``OUTCOME_NAMES``."""
     def close(self) -> None:
         """Count it no more (idempotent; also when garbage-collected)."""
 
@@ -86,6 +96,7 @@ class Reservation:
 
     name: str  # the endpoint's (its pod's) name
     target: object  # what Ring.set was given for it
+    trial: bool  # the endpoint was set aside: a good answer restores it
     iterations: int  # distinct endpoints looked at (0 for LeastLoad)
     first: str  # the name of the ring's first endpoint that can serve; == name when not moved
     first_load: int  # its load when it was passed over (or taken), before this pick
@@ -97,6 +108,8 @@ class Reservation:
         """Count it no more (idempotent; also when garbage-collected)."""
 
 ITERATION_BUCKETS: tuple[int, ...]
+OUTCOME_NAMES: tuple[str, ...]  # left, 2xx … 5xx, broken; and retried, which is no end
+TRIAL_S: float
 
 def live() -> tuple[int, int]:
     """(Admissions, Reservations) of this process that are not closed: leak check for tests."""

@@ -4,7 +4,10 @@ One memfd, handed on by descriptor. A row is a model or an endpoint; a column be
 worker, which alone writes it (the last is the supervisor's), so there is no atomic
 read-modify-write and nothing to repair after a SIGKILL but one column. Rows are opened by the
 supervisor; each life of a row has a generation, and what was counted in an earlier life is
-released into nothing. A cell never falls below 0.
+released into nothing. A gauge never falls below 0.
+
+An endpoint that fails is set aside (``ejected``): until a time, and from then on it is on trial, one
+pick each ``TRIAL_S``, until somebody restores it.
 
 What a pick reads (in-flight) lies row by row; what one worker counts and only a scrape reads
 (active, held, lookups) lies column by column, so that workers do not share its cache lines.
@@ -29,12 +32,15 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
     LINE_BYTES = 64
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 
 ITERATION_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TRIAL_S = 5.0
+# How a request may end, in the order of its cells; the last of them is no end.
+OUTCOME_NAMES = ("left", "2xx", "3xx", "4xx", "5xx", "broken", "retried")
 
 cdef int64_t live_admissions = 0
 cdef int64_t live_reservations = 0
@@ -53,6 +59,7 @@ cdef struct Layout:
     size_t active
     size_t held
     size_t lookups
+    size_t outcomes
     size_t end
     int stride
 
@@ -75,7 +82,8 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     layout.active = layout.in_flight + _lines(rows * stride * sizeof(int32_t))
     layout.held = layout.active + _lines(2 * columns * rows * sizeof(int32_t))
     layout.lookups = layout.held + _lines(columns * rows * sizeof(int32_t))
-    layout.end = layout.lookups + _lines(columns * rows * 3 * sizeof(uint64_t))
+    layout.outcomes = layout.lookups + _lines(columns * rows * 3 * sizeof(uint64_t))
+    layout.end = layout.outcomes + columns * rows * OUTCOMES * sizeof(uint64_t)
     return layout
 
 
@@ -170,6 +178,7 @@ cdef class LoadTable:
         self.active_cells = <int32_t *> (base + layout.active)
         self.held_cells = <int32_t *> (base + layout.held)
         self.lookup_cells = <uint64_t *> (base + layout.lookups)
+        self.outcome_cells = <uint64_t *> (base + layout.outcomes)
 
     def close(self):
         """Unmap; what is still counted stays counted, and is released into nothing."""
@@ -239,6 +248,7 @@ cdef class LoadTable:
             put_u64(&self.lookup_cells[3 * cell], 0)
             put_u64(&self.lookup_cells[3 * cell + 1], 0)
             put_u64(&self.lookup_cells[3 * cell + 2], 0)
+            memset(&self.outcome_cells[OUTCOMES * cell], 0, OUTCOMES * sizeof(uint64_t))
         return generation
 
     def generation(self, Py_ssize_t row):
@@ -306,6 +316,22 @@ cdef class LoadTable:
             default += get_u64(&cell[2])
         return initial, chosen, default
 
+    def outcomes(self, Py_ssize_t row, column=None):
+        """Of a model: how its requests ended, by name (``OUTCOME_NAMES``); of one column, or all."""
+        self._check_row(row)
+        cdef int outcome, at
+        cdef uint64_t total
+        cdef dict outcomes = {}
+        for outcome in range(RETRIED + 1):
+            total = 0
+            for at in range(self.columns):
+                if column is None or column == at:
+                    total += get_u64(
+                        &self.outcome_cells[OUTCOMES * (<size_t> at * self.rows + row) + outcome]
+                    )
+            outcomes[OUTCOME_NAMES[outcome]] = total
+        return outcomes
+
     def iterations(self):
         """Histogram of distinct endpoints looked at by a hashed pick, all models.
 
@@ -347,30 +373,32 @@ cdef class LoadTable:
     # -- health: any worker writes, all read -----------------------------------------------------
 
     def eject(self, Py_ssize_t row, uint32_t generation, double until_s):
-        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds)."""
+        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds), then on trial."""
         self._check_row(row)
         self._check_writer()
-        if not self.lives(row, generation):
-            return
-        cdef Column *column = &self.column_headers[self._column]
-        # A column's latest only rises, and is raised first: a picker that sees it passed knows
-        # that nobody is ejected, without a look at any row.
-        if until_s > column.ejected_latest:
-            put_time(&column.ejected_latest, until_s)
-        put_time(&self.ejected[row], until_s)
+        if self.lives(row, generation):
+            put_time(&self.ejected[row], until_s)
+            count(&self.column_headers[self._column].ejections, 1)
+
+    def restore(self, Py_ssize_t row, uint32_t generation):
+        """The endpoint serves again."""
+        self._check_row(row)
+        self._check_writer()
+        if self.lives(row, generation):
+            put_time(&self.ejected[row], 0)
 
     def ejected_until(self, Py_ssize_t row):
+        """When an endpoint's trial begins, or its next; 0: it is not set aside."""
         self._check_row(row)
         return get_time(&self.ejected[row])
 
-    cdef double ejected_latest(self) noexcept:
-        cdef double latest = 0, other
+    cdef uint64_t ejections(self) noexcept:
+        """Changes whenever somebody sets an endpoint aside, and never back."""
+        cdef uint64_t total = 0
         cdef int column
         for column in range(self.columns):
-            other = get_time(&self.column_headers[column].ejected_latest)
-            if other > latest:
-                latest = other
-        return latest
+            total += get_u64(&self.column_headers[column].ejections)
+        return total
 
     # -- counting a request: a worker --------------------------------------------------------------
 
@@ -390,6 +418,7 @@ cdef class LoadTable:
         )
         admission.held_cell = &self.held_cells[cell]
         admission.column_active = &self.column_headers[self._column].active
+        admission.outcome_cells = &self.outcome_cells[OUTCOMES * cell]
         admission._open = True
         live_admissions += 1
         put_i64(admission.column_active, get_i64(admission.column_active) + 1)
@@ -443,10 +472,17 @@ cdef class Admission:
 
     def close(self):
         """Count it no more (idempotent; also when garbage-collected)."""
+        if self._open:
+            self._close()
+
+    def count(self, outcome):
+        """Count how it ended, or that it was retried: one of ``OUTCOME_NAMES``."""
+        self._count(OUTCOME_NAMES.index(outcome))
+
+    cdef void _close(self) noexcept:
         global live_admissions
-        if not self._open:
-            return
-        self.unhold()
+        if self._held:
+            self.unhold()
         self._open = False
         live_admissions -= 1
         if self.table.header == NULL:
@@ -457,9 +493,13 @@ cdef class Admission:
         if self._counts():
             down(self.active_cell)
 
+    cdef void _count(self, int outcome) noexcept:
+        if self._counts():
+            count(&self.outcome_cells[outcome], 1)
+
     def __dealloc__(self):
         if self._open:
-            self.close()
+            self._close()
 
 
 @cython.final

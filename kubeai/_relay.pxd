@@ -17,7 +17,9 @@ cdef enum HeaderKind:
     TRANSFER_ENCODING
     EXPECT
     FORWARDED_FOR
+    FORWARDED_HOST
     FORWARDED_PROTO
+    REQUEST_ID
     DROPPED  # hop by hop
 
 
@@ -74,6 +76,7 @@ cdef class Relay:
     cdef readonly set downstreams
     cdef readonly set upstreams
     cdef readonly Py_ssize_t exchanges
+    cdef readonly uint64_t requests  # since the start
     cdef public bint draining  # answers say Connection: close
     cdef bint closing  # a connection without a request is closed
     cdef object exchange
@@ -87,6 +90,10 @@ cdef class Relay:
     cdef double body_timeout_s
     cdef double keep_alive_timeout_s
     cdef double stall_timeout_s
+    cdef Py_ssize_t connections_max
+    cdef int64_t buffer_max_bytes
+    cdef readonly int64_t buffered_bytes  # by bodies that are being read or have been
+    cdef uint64_t id_high  # random; with the number of a request, the id of one without
     cdef void _report(self, str what, object error) noexcept
 
 
@@ -114,9 +121,11 @@ cdef class Downstream(Head):
     cdef bytes method
     cdef bytes target
     cdef bytes host
-    cdef bytes forwarded  # X-Forwarded-For and -Proto, as lines
+    cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto, as lines
     cdef bytes forwarded_for
+    cdef bint has_host
     cdef bint has_proto
+    cdef bytes request_id  # X-Request-Id, as a line
     cdef bint expects
     cdef bint keep_alive
     cdef bint old  # HTTP/1.0
@@ -127,9 +136,11 @@ cdef class Downstream(Head):
     cdef int64_t body_max_bytes
     cdef bytes collected  # of known length, being filled; no larger than what has come warrants
     cdef Text grown  # of unknown length
+    cdef int64_t buffered_bytes  # of the relay's
     # of the connection
     cdef bytes peer
-    cdef bytes peer_forwarded
+    cdef bytes usual_host
+    cdef bytes usual_forwarded  # ``forwarded`` for that host
     cdef int _append(self, bytes data) except -1
     cdef void _use(self, Py_ssize_t until) noexcept
     cdef int _set_reading(self) except -1
@@ -138,6 +149,8 @@ cdef class Downstream(Head):
     cdef bint _parse_head(self, Py_ssize_t end) except -1
     cdef int _judge_line(self, const char *end) except -1
     cdef bint _begin(self, Py_ssize_t end) except -1
+    cdef bytes _forwarded(self)
+    cdef bint _buffer(self, int64_t size) except -1
     cdef int _take_body(self) except -1
     cdef int _expect_body(self) except -1
     cdef int _collect(self) except -1
@@ -167,10 +180,13 @@ cdef class Connections:
     cdef readonly double between_bytes_timeout_s  # 0: no limit
     cdef readonly double idle_timeout_s
     cdef Py_ssize_t max_idle
+    cdef readonly int failures  # attempts that failed, in a row
+    cdef public bint trial  # it was set aside: whether it serves again is the next attempt's to show
     cdef list resting
     cdef bint closed
     cpdef Upstream take(self)
     cpdef give(self, Upstream upstream)
+    cpdef note(self, int failure)
 
 
 cdef class Exchange:
@@ -185,6 +201,11 @@ cdef class Exchange:
     cdef bint streaming
     cdef bint replayed
     cdef readonly bint answered  # the head of an answer has been written
+    cdef readonly int status  # of that answer
+    cdef readonly double answered_s  # when its head was written, by CLOCK_MONOTONIC; 0: not yet
+    cdef readonly int64_t answer_bytes  # written to the client, heads and framing included
+    cdef readonly bint broken  # the answer ended before its end
+    cdef readonly bint whole  # the answer has been written to its end
     cdef readonly bint finished
     cdef readonly bytes body  # once collected
     cdef int _begun(self) except -1

@@ -26,6 +26,8 @@ class Connections:
     first_byte_timeout_s: float  # 0: no limit
     between_bytes_timeout_s: float  # 0: no limit
     idle_timeout_s: float
+    failures: int  # attempts that failed, in a row
+    trial: bool  # it was set aside: whether it serves again is the next attempt's to show
 
     def __init__(
         self,
@@ -46,6 +48,12 @@ class Connections:
         """The connection that was given back last, or None."""
     def give(self, upstream: Upstream) -> None:
         """Keep a connection for the next request, while there is room."""
+    def note(self, failure: int) -> None:
+        """An attempt went well (0), or failed."""
+    def failed(self, failure: int) -> None:
+        """An attempt failed (``failures`` counts it), or an answer broke."""
+    def recovered(self) -> None:
+        """An attempt went well, after one that did not or on trial."""
     def forget(self, upstream: Upstream) -> None:
         """An idle connection has ended."""
     def close(self) -> None:
@@ -59,6 +67,8 @@ class Relay:
     downstreams: set[Downstream]
     upstreams: set[Upstream]
     exchanges: int  # requests between their head and the end of their answer
+    requests: int  # since the start
+    buffered_bytes: int  # by bodies that are being read whole, or have been
     draining: bool  # answers say Connection: close
 
     def __init__(
@@ -73,11 +83,15 @@ class Relay:
         body_timeout_s: float,
         keep_alive_timeout_s: float,
         stall_timeout_s: float,
+        connections_max: int,
+        buffer_max_bytes: int,
         tick_s: float = 0.25,
     ) -> None:
         """``error_body(status, message)``: the JSON of the relay's own refusals.
 
         ``stall_timeout_s``: how long a client may read nothing of what is ready for it.
+        ``connections_max``: of clients; the next gets 503. ``buffer_max_bytes``: of all bodies that
+        are collected; whoever sends more gets 503.
         ``tick_s``: how late a deadline may be noticed.
         """
     @property
@@ -108,6 +122,13 @@ class Exchange:
     target: str
     body: bytes  # once collected
     answered: bool  # the head of an answer has been written
+    status: int  # of that answer, or 0
+    answered_s: float  # when its head was written, by CLOCK_MONOTONIC; 0: not yet
+    answer_bytes: int  # written to the client, heads and framing included
+    broken: bool  # the answer ended before its end
+    peer: str  # the client's address, without its port
+    request_bytes: int  # of the request's body
+    whole: bool  # the answer has been written to its end
     finished: bool
 
     def __init__(self, downstream: Downstream) -> None: ...
@@ -115,6 +136,11 @@ class Exchange:
     def owner(self) -> Any: ...
     def headers(self, name: bytes) -> list[bytes]:
         """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
+    @property
+    def request_id(self) -> str:
+        """The client's X-Request-Id, or the one that was made for it."""
+    def set_header(self, name: bytes, value: bytes) -> None:
+        """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
     # actions
     def collect(self, max_bytes: int) -> None:
         """Read the whole body; then comes ``on_body``."""

@@ -48,6 +48,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from email.utils import formatdate
 from http import HTTPStatus
+from os import urandom
 
 from httptools import HttpParserUpgrade, HttpRequestParser, HttpResponseParser
 
@@ -75,6 +76,8 @@ cdef enum:
     EXACT_BODY_MAX_BYTES = 1 << 20  # larger ones grow as they come: a length is only a claim
     CHUNK_LINE_MAX_BYTES = 256
     TRAILERS_MAX_BYTES = 8192
+    RETRY_AFTER_S = 5
+    REQUEST_ID_MAX_BYTES = 128
     LINGER_MAX_S = 2  # after an answer to a request that was not read to its end
 
 
@@ -150,11 +153,15 @@ cdef HeaderKind header_kind(bytes header) noexcept:
         if is_name(name, b"connection", 10):
             return CONNECTION
         return DROPPED if is_name(name, b"keep-alive", 10) else PLAIN
+    if size == 12:
+        return REQUEST_ID if is_name(name, b"x-request-id", 12) else PLAIN
     if size == 14:
         return CONTENT_LENGTH if is_name(name, b"content-length", 14) else PLAIN
     if size == 15:
         return FORWARDED_FOR if is_name(name, b"x-forwarded-for", 15) else PLAIN
     if size == 16:
+        if is_name(name, b"x-forwarded-host", 16):
+            return FORWARDED_HOST
         return DROPPED if is_name(name, b"proxy-connection", 16) else PLAIN
     if size == 17:
         if is_name(name, b"transfer-encoding", 17):
@@ -165,6 +172,31 @@ cdef HeaderKind header_kind(bytes header) noexcept:
     if size == 19:
         return DROPPED if is_name(name, b"proxy-authorization", 19) else PLAIN
     return PLAIN
+
+
+cdef bint is_request_id(bytes value) noexcept:
+    """Whether a client's own id can be passed on: short, and visible ASCII."""
+    cdef const char *text = PyBytes_AS_STRING(value)
+    cdef Py_ssize_t i
+    if not 0 < PyBytes_GET_SIZE(value) <= REQUEST_ID_MAX_BYTES:
+        return False
+    for i in range(PyBytes_GET_SIZE(value)):
+        if not c"!" <= text[i] <= c"~":
+            return False
+    return True
+
+
+cdef bytes new_request_id(uint64_t high, uint64_t low):
+    """A header line: 16 hexadecimal digits of this relay, 12 of the request's number."""
+    cdef bytes line = PyBytes_FromStringAndSize(NULL, 14 + 16 + 12 + 2)
+    cdef char *to = put(PyBytes_AS_STRING(line), b"X-Request-Id: ", 14)
+    cdef int i
+    for i in range(16):
+        to[i] = b"0123456789abcdef"[(high >> (60 - 4 * i)) & 15]
+    for i in range(12):
+        to[16 + i] = b"0123456789abcdef"[(low >> (44 - 4 * i)) & 15]
+    memcpy(to + 28, b"\r\n", 2)
+    return line
 
 
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept:
@@ -437,6 +469,8 @@ cdef class Relay:
         double body_timeout_s,
         double keep_alive_timeout_s,
         double stall_timeout_s,
+        Py_ssize_t connections_max,
+        int64_t buffer_max_bytes,
         double tick_s=0.25,
     ):
         self.owner = owner
@@ -448,6 +482,9 @@ cdef class Relay:
         self.body_timeout_s = body_timeout_s
         self.keep_alive_timeout_s = keep_alive_timeout_s
         self.stall_timeout_s = stall_timeout_s
+        self.connections_max = connections_max
+        self.buffer_max_bytes = buffer_max_bytes
+        self.id_high = int.from_bytes(urandom(8), "little")
         self.tick_s = tick_s
         self.downstreams = set()
         self.upstreams = set()
@@ -524,11 +561,10 @@ cdef class Downstream(Head):
         self.transport = transport
         address = transport.get_extra_info("peername")
         self.peer = address[0].encode() if isinstance(address, tuple) else b"unknown"
-        self.peer_forwarded = (
-            b"X-Forwarded-For: " + self.peer + b"\r\nX-Forwarded-Proto: http\r\n"
-        )
         self.relay.downstreams.add(self)
         self.deadline = now() + self.relay.keep_alive_timeout_s
+        if len(self.relay.downstreams) > self.relay.connections_max:
+            self._refuse(503, "Too many connections are open.")
 
     def data_received(self, bytes data):
         if self.state >= LEAVING:
@@ -599,8 +635,14 @@ cdef class Downstream(Head):
             self.forwarded_for = (
                 value if self.forwarded_for is None else self.forwarded_for + b", " + value
             )
-        elif kind == FORWARDED_PROTO:
-            self.has_proto = True
+        elif kind == REQUEST_ID:
+            if self.request_id is None and is_request_id(value):
+                self.request_id = b"X-Request-Id: %b\r\n" % value
+        elif kind == FORWARDED_PROTO or kind == FORWARDED_HOST:
+            if kind == FORWARDED_PROTO:
+                self.has_proto = True
+            else:
+                self.has_host = True
             text_add_header(&self.text, name, value)
         elif kind != DROPPED:
             self._framing(kind, value)
@@ -704,8 +746,8 @@ cdef class Downstream(Head):
     cdef bint _parse_head(self, Py_ssize_t end) except -1:
         cdef bytes head = cut(self.input, self.used, end - self.used)
         self._clear()
-        self.target = self.host = self.forwarded_for = None
-        self.has_proto = self.expects = False
+        self.target = self.host = self.forwarded_for = self.request_id = None
+        self.has_proto = self.has_host = self.expects = False
         if self.parser is None:
             self.parser = HttpRequestParser(self)
         try:
@@ -745,15 +787,11 @@ cdef class Downstream(Head):
         cdef Exchange exchange
         if self.named is not None:
             self._drop_named()
-        if self.forwarded_for is None and not self.has_proto:
-            self.forwarded = self.peer_forwarded
-        else:
-            self.forwarded = b"X-Forwarded-For: "
-            if self.forwarded_for is not None:
-                self.forwarded += self.forwarded_for + b", "
-            self.forwarded += self.peer + b"\r\n"
-            if not self.has_proto:
-                self.forwarded += b"X-Forwarded-Proto: http\r\n"
+        self.forwarded = self._forwarded()
+        self.relay.exchanges += 1
+        self.relay.requests += 1
+        if self.request_id is None:
+            self.request_id = new_request_id(self.relay.id_high, self.relay.requests)
         self._use(end)
         self.deadline = 0
         self.left = self.length
@@ -762,7 +800,6 @@ cdef class Downstream(Head):
         self.state = BODY if self.chunked or self.length > 0 else BUSY
         exchange = self.relay.exchange(self)
         self.exchange = exchange
-        self.relay.exchanges += 1
         try:
             exchange._begun()
             if self.exchange is exchange and not exchange.decided:
@@ -776,7 +813,34 @@ cdef class Downstream(Head):
                 self._body_whole(b"")
         return True
 
+    cdef bytes _forwarded(self):
+        """The lines that say for whom this request is; the same for most of a connection."""
+        cdef bint usual = self.forwarded_for is None and not self.has_host and not self.has_proto
+        cdef bytes lines
+        if usual and self.usual_forwarded is not None and self.host == self.usual_host:
+            return self.usual_forwarded
+        lines = b"X-Forwarded-For: "
+        if self.forwarded_for is not None:
+            lines += self.forwarded_for + b", "
+        lines += self.peer + b"\r\n"
+        if not self.has_host and self.host is not None:
+            lines += b"X-Forwarded-Host: " + self.host + b"\r\n"
+        if not self.has_proto:
+            lines += b"X-Forwarded-Proto: http\r\n"
+        if usual:
+            self.usual_host = self.host
+            self.usual_forwarded = lines
+        return lines
+
     # bodies
+
+    cdef bint _buffer(self, int64_t size) except -1:
+        """Count the body as holding so many bytes; False: that is too much, it is refused."""
+        self.relay.buffered_bytes += size - self.buffered_bytes
+        self.buffered_bytes = size
+        if self.relay.buffered_bytes <= self.relay.buffer_max_bytes:
+            return True
+        return self._refuse(503, "Too many bytes of requests are buffered.")
 
     cdef int _take_body(self) except -1:
         """Take what there is of the current request's body."""
@@ -814,7 +878,7 @@ cdef class Downstream(Head):
                 self._refuse(413, f"The body is longer than {self.body_max_bytes} bytes.")
                 return 0
             self._use(self.used + size)
-            if self.chunks.state != CHUNKS_END:
+            if not self._buffer(self.grown.room) or self.chunks.state != CHUNKS_END:
                 return 0
             body = self._take_grown()
         else:
@@ -827,8 +891,10 @@ cdef class Downstream(Head):
             self.left -= size
             self._use(self.used + size)
             if self.left:
+                self._buffer(PyBytes_GET_SIZE(self.collected))
                 return 0
-        self._body_whole(body)
+        if self._buffer(PyBytes_GET_SIZE(body)):
+            self._body_whole(body)
         return 0
 
     cdef bytes _fill(self, const char *data, Py_ssize_t size):
@@ -919,6 +985,8 @@ cdef class Downstream(Head):
 
     cdef int _write(self, bytes data) except -1:
         if self.state < CLOSED and self.transport is not None:
+            if self.exchange is not None:
+                self.exchange.answer_bytes += PyBytes_GET_SIZE(data)
             self.transport.write(data)
         return 0
 
@@ -947,13 +1015,14 @@ cdef class Downstream(Head):
             connection = b"Connection: keep-alive\r\n"
         return (
             b"HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n%s%s\r\n%s"
+            b"Content-Length: %d\r\n%s%s%s\r\n%s"
         ) % (
             status,
             HTTPStatus(status).phrase.encode(),
             formatdate(usegmt=True).encode(),
             len(body),
             headers,
+            b"" if self.request_id is None else self.request_id,
             connection,
             b"" if self.method == b"HEAD" else body,
         )
@@ -962,6 +1031,9 @@ cdef class Downstream(Head):
         """Answer a request that cannot be gone on with, and close; False."""
         cdef bint answered = self.exchange is not None and self.exchange.answered
         if self.exchange is not None:
+            if not answered:
+                self.exchange.status = status
+                self.exchange.whole = True
             self._finish()
         if self.state >= LEAVING:
             return False
@@ -970,8 +1042,14 @@ cdef class Downstream(Head):
             return False
         if self.state == IDLE:
             self.method = b""
+            self.request_id = None
         self._write(
-            self._own_answer(status, self.relay.error_body(status, message), b"", False)
+            self._own_answer(
+                status,
+                self.relay.error_body(status, message),
+                b"Retry-After: %d\r\n" % RETRY_AFTER_S if status == 503 else b"",
+                False,
+            )
         )
         self._linger()
         return False
@@ -989,6 +1067,8 @@ cdef class Downstream(Head):
         self.exchange = None
         self.collected = None
         text_free(&self.grown)
+        self.relay.buffered_bytes -= self.buffered_bytes
+        self.buffered_bytes = 0
         self.relay.exchanges -= 1
         exchange._detach()
         exchange.finished = True
@@ -1000,6 +1080,7 @@ cdef class Downstream(Head):
 
     cdef int _answer_ended(self) except -1:
         """The last byte of an answer is written."""
+        self.exchange.whole = True
         self._finish()
         if self.state >= LEAVING:
             return 0
@@ -1117,6 +1198,22 @@ cdef class Connections:
         else:
             self.resting.append(upstream)
 
+    cpdef note(self, int failure):
+        """An attempt went well (0), or failed."""
+        if failure:
+            self.failures += 1
+            self.failed(failure)
+        elif self.failures or self.trial:
+            self.failures = 0
+            self.trial = False
+            self.recovered()
+
+    def failed(self, int failure):
+        """An attempt failed (``failures`` counts it), or an answer broke."""
+
+    def recovered(self):
+        """An attempt went well, after one that did not or on trial."""
+
     def forget(self, upstream):
         """An idle connection has ended."""
         if upstream in self.resting:
@@ -1154,6 +1251,36 @@ cdef class Exchange:
     @property
     def owner(self):
         return self.downstream.relay.owner
+
+    @property
+    def peer(self):
+        """The client's address, without its port."""
+        return self.downstream.peer.decode("ascii")
+
+    @property
+    def request_bytes(self):
+        """Of the request's body."""
+        if self.body is not None:
+            return PyBytes_GET_SIZE(self.body)
+        return self.downstream.body_bytes
+
+    @property
+    def request_id(self):
+        """The client's X-Request-Id, or the one that was made for it."""
+        cdef bytes line = self.downstream.request_id
+        return line[14:PyBytes_GET_SIZE(line) - 2].decode("ascii")
+
+    def set_header(self, bytes name, bytes value):
+        """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
+        cdef Text *text = &self.downstream.text
+        cdef bytes line
+        cdef list lines = text.at[:text.size].split(b"\r\n") if text.size else []
+        text.size = 0
+        for line in lines:
+            if line and line.partition(b":")[0].lower() != name:
+                text_add(text, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line))
+                text_add(text, b"\r\n", 2)
+        text_add_header(text, name, value)
 
     def headers(self, bytes name):
         """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
@@ -1240,6 +1367,8 @@ cdef class Exchange:
         if self.finished or self.answered:
             return
         self.decided = self.answered = True
+        self.status = status
+        self.answered_s = now()
         self._detach()
         downstream._write(
             downstream._own_answer(status, body, headers, downstream._settle())
@@ -1310,6 +1439,7 @@ cdef class Exchange:
     cdef int _failed(self, int failure) except -1:
         """An attempt failed and its upstream is gone; nothing has reached the client."""
         try:
+            self.pool.note(failure)
             if not self.streaming and self.wants_retry(failure, 0):
                 self.retry()
             else:
@@ -1420,7 +1550,7 @@ cdef class Upstream(Head):
         cdef HeaderKind kind = header_kind(name)
         if kind == CONTENT_LENGTH or kind == TRANSFER_ENCODING or kind == CONNECTION:
             self._framing(kind, value)
-        elif kind != DROPPED:
+        elif kind != DROPPED and kind != REQUEST_ID:  # the client gets the one that was sent on
             text_add_header(&self.text, name, value)
 
     # the request
@@ -1465,6 +1595,7 @@ cdef class Upstream(Head):
             + PyBytes_GET_SIZE(self.host_line)
             + downstream.text.size
             + PyBytes_GET_SIZE(downstream.forwarded)
+            + PyBytes_GET_SIZE(downstream.request_id)
             + framing_size
             + (body_size if together else 0),
         )
@@ -1475,6 +1606,7 @@ cdef class Upstream(Head):
         to = put_bytes(to, self.host_line)
         to = put(to, downstream.text.at, downstream.text.size)
         to = put_bytes(to, downstream.forwarded)
+        to = put_bytes(to, downstream.request_id)
         to = put(to, framing, framing_size)
         if body_size and together:
             put_bytes(to, body)
@@ -1514,6 +1646,7 @@ cdef class Upstream(Head):
             if at <= 0:
                 return 0
             prefix = self._answer_head(data)
+            self.exchange.answered_s = now()
         if self.between_bytes_timeout_s and not self.paused:
             self.deadline = now() + self.between_bytes_timeout_s
         self._pass(prefix, data, at)
@@ -1548,6 +1681,7 @@ cdef class Upstream(Head):
             begin = end  # an interim answer: nobody asked for it
             scan_reset(&self.scan, begin)
         self.input = None
+        self.pool.note(STATUS if self.status in (500, 502, 503, 504) else 0)
         if self.status >= 500 and not self.exchange.streaming and self._diverted(data, end):
             return -1
         self.head_done = True
@@ -1627,14 +1761,23 @@ cdef class Upstream(Head):
             size += snprintf(framing + size, 30, b"Connection: close\r\n")
         elif downstream.old:
             size += snprintf(framing + size, 30, b"Connection: keep-alive\r\n")
-        out = PyBytes_FromStringAndSize(NULL, 8 + line_size + 2 + self.text.size + size + 2)
+        out = PyBytes_FromStringAndSize(
+            NULL,
+            8 + line_size + 2
+            + self.text.size
+            + PyBytes_GET_SIZE(downstream.request_id)
+            + size
+            + 2,
+        )
         to = put(PyBytes_AS_STRING(out), b"HTTP/1.1", 8)
         to = put(to, line, line_size)
         to = put(to, b"\r\n", 2)
         to = put(to, self.text.at, self.text.size)
+        to = put_bytes(to, downstream.request_id)
         to = put(to, framing, size)
         put(to, b"\r\n", 2)
         self.exchange.answered = True
+        self.exchange.status = self.status
         return out
 
     cdef int _pass(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
@@ -1737,6 +1880,8 @@ cdef class Upstream(Head):
         exchange.upstream = None
         downstream = exchange.downstream
         if exchange.answered:
+            exchange.broken = True
+            self.pool.note(failure)
             downstream._cut(downstream.old and self.framing != LENGTH)
         else:
             exchange._failed(failure)

@@ -41,6 +41,8 @@ class Ring:
     def __len__(self) -> int: ...
     def __contains__(self, name: object) -> bool: ...
     def names(self) -> list[str]: ...
+    def set_aside(self) -> int:
+        """How many endpoints are ejected or on trial."""
     def can_serve(self, adapter: str | None = None) -> bool:
         """Whether any endpoint has the adapter (None: whether there is any endpoint)."""
     def pick_hashed(
@@ -51,7 +53,8 @@ class Ring:
         Clockwise from the key, each distinct endpoint once; the first that can serve and whose
         load with this pick stays within max(floor, ceil(factor × (total + 1) / n)). Nobody
         within: the first that can serve. ``exclude``: endpoint names already tried. Ejected
-        endpoints are passed over unless nobody else is left.
+        endpoints are passed over unless nobody else is left; one on trial gets one pick each
+        ``TRIAL_S``.
         """
     def pick_least(
         self, adapter: str | None = None, exclude: Iterable[str] = ()

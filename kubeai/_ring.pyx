@@ -32,11 +32,14 @@ from kubeai._load cimport (
     get_i32,
     get_time,
     least_row,
+    put_time,
     reserve,
     sum_row,
 )
 
 from mmh3 import hash64
+
+from kubeai._load import TRIAL_S as _TRIAL_S
 
 cdef extern from "<time.h>" nogil:
     cdef struct timespec:
@@ -44,6 +47,10 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     int clock_gettime(int clock, timespec *now)
     int CLOCK_MONOTONIC
+
+cdef double FAR_S = 1e300  # later than any ejection's end: nobody is passed over
+cdef double TRIAL_S = _TRIAL_S
+cdef uint64_t NEVER = <uint64_t> -1
 
 cdef enum:
     _LOAD_FLOOR = 2
@@ -75,7 +82,7 @@ cdef struct Departed:  # removed with requests still open, which its model's row
 
 
 cdef struct Survey:  # who can serve one request
-    double now_s  # > 0: endpoints ejected beyond it are passed over
+    double now_s  # endpoints ejected beyond it are passed over; 0: nobody is ejected
     int64_t n
     int64_t total
     int64_t open  # of the n, those that are not excluded
@@ -200,7 +207,7 @@ cdef class Ring:
     cdef uint32_t *buckets  # first node of each range of places; one more than there are ranges
     cdef int bucket_shift
     cdef uint64_t walk
-    cdef double ejected_passed_s  # no endpoint is ejected whose ejection ends by this time
+    cdef uint64_t ejections_seen  # the table's, when no endpoint here was set aside
     cdef Departed *departed
     cdef int32_t departed_n
     cdef int32_t departed_capacity
@@ -278,6 +285,7 @@ cdef class Ring:
             self.everyone.rows[self.everyone.position(old.slot)] = <int32_t> row
             self._leave_adapters(old)
         slot = &self.slots[endpoint.slot]
+        self.ejections_seen = NEVER  # it may be set aside already
         slot.row = <int32_t> row
         slot.generation = generation
         self._return(slot.row, generation)
@@ -554,7 +562,7 @@ cdef class Ring:
             chosen = first
         else:
             self.table.count_lookup(initial, self.slots[chosen].row, False, iterations)
-        return self._reserve(chosen, first, first_load, bound, iterations)
+        return self._reserve(chosen, first, first_load, bound, iterations, survey.now_s)
 
     def pick_least(self, str adapter=None, exclude=()):
         """The endpoint with the fewest in flight; ties go round, not always to the first."""
@@ -573,7 +581,7 @@ cdef class Ring:
             load = self._load(members.rows[best])
         members.cursor = best + 1 if best + 1 < members.n else 0
         cdef int32_t slot = members.slots[best]
-        return self._reserve(slot, slot, load, 0, 0)
+        return self._reserve(slot, slot, load, 0, 0, survey.now_s)
 
     cdef int32_t _least(
         self, _Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
@@ -630,16 +638,16 @@ cdef class Ring:
     ) except -1:
         """Who can serve; False when nobody can. ``loads``: n and total are wanted too."""
         cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
-        cdef double latest_s = self.table.ejected_latest()
+        cdef uint64_t ejections = self.table.ejections()
         survey.now_s = 0
-        if latest_s > self.ejected_passed_s:
-            survey.now_s = _monotonic_s()
-            if survey.now_s >= latest_s:
-                self.ejected_passed_s = latest_s
-                survey.now_s = 0
-        if survey.now_s and self._survey_ejected(survey, members):
-            return True
-        survey.now_s = 0
+        if ejections != self.ejections_seen:
+            if self._all_in_service():
+                self.ejections_seen = ejections
+            else:
+                survey.now_s = _monotonic_s()
+                if self._survey_ejected(survey, members):
+                    return True
+                survey.now_s = FAR_S
         survey.n = members.n
         survey.open = members.n - excluded
         if loads:
@@ -649,8 +657,15 @@ cdef class Ring:
                 survey.total = self._total(members)
         return survey.open > 0
 
+    cdef bint _all_in_service(self) noexcept:
+        cdef int32_t at
+        for at in range(self.everyone.n):
+            if get_time(&self.table.ejected[self.everyone.rows[at]]) != 0:
+                return False
+        return True
+
     cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept:
-        """While anyone is ejected anywhere: look at each; False when that leaves nobody."""
+        """While anyone here is set aside: look at each; False when that leaves nobody."""
         cdef int32_t at
         survey.n = 0
         survey.total = 0
@@ -704,7 +719,13 @@ cdef class Ring:
         return 0
 
     cdef Reservation _reserve(
-        self, int32_t chosen, int32_t first, int64_t first_load, int64_t bound, int iterations
+        self,
+        int32_t chosen,
+        int32_t first,
+        int64_t first_load,
+        int64_t bound,
+        int iterations,
+        double now_s,
     ):
         cdef _Endpoint endpoint = <_Endpoint> self.by_slot[chosen]
         cdef Reservation reservation = reserve(
@@ -720,4 +741,21 @@ cdef class Ring:
         reservation.first_load = first_load
         reservation.bound = bound
         reservation.iterations = iterations
+        reservation.trial = now_s != 0 and self._try(self.slots[chosen].row, now_s)
         return reservation
+
+    cdef bint _try(self, int32_t row, double now_s) noexcept:
+        """Whether a pick is of an endpoint that was set aside; others then wait for its end."""
+        cdef double until_s = get_time(&self.table.ejected[row])
+        if until_s == 0:
+            return False
+        if until_s <= now_s < FAR_S:
+            put_time(&self.table.ejected[row], now_s + TRIAL_S)
+        return True
+
+    def set_aside(self):
+        """How many endpoints are ejected or on trial."""
+        cdef int32_t at, n = 0
+        for at in range(self.everyone.n):
+            n += get_time(&self.table.ejected[self.everyone.rows[at]]) != 0
+        return n

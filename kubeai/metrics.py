@@ -78,7 +78,24 @@ class LoadCollector(Collector):
             for kind in _REQUEST_TYPES:
                 active.add_metric((route.model, kind), self._table.active(route.row, kind))
             held.add_metric((route.model,), self._table.held(route.row))
-        return active, held
+        return active, held, *self._outcomes(routes)
+
+    def _outcomes(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
+        ended = CounterMetricFamily(
+            REQUESTS,
+            "Requests that are over, by model and by how they ended.",
+            labels=("request_model", "outcome"),
+        )
+        retried = CounterMetricFamily(
+            f"{REQUESTS}_retries", "Further attempts, by model.", labels=("request_model",)
+        )
+        for route in routes:
+            for outcome, count in self._table.outcomes(route.row).items():
+                if outcome == "retried":
+                    retried.add_metric((route.model,), count)
+                else:
+                    ended.add_metric((route.model, outcome), count)
+        return ended, retried
 
     def _endpoints(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         in_flight = GaugeMetricFamily(
@@ -96,17 +113,25 @@ class LoadCollector(Collector):
                 ("default", "that took this endpoint because none was within the load bound."),
             )
         ]
+        ejected = GaugeMetricFamily(
+            "kubeai_endpoint_ejected",
+            "1 for an endpoint that is set aside or on trial.",
+            labels=("request_model", "endpoint"),
+        )
         for route in routes:
             hashed = route.strategy == "PrefixHash"
             for endpoint in route.endpoints:
                 in_flight.add_metric(
                     (route.model, endpoint.name), self._table.in_flight(endpoint.row)
                 )
+                ejected.add_metric(
+                    (route.model, endpoint.name), float(self._table.ejected_until(endpoint.row) > 0)
+                )
                 counts = self._table.lookups(endpoint.row)
                 if hashed or any(counts):
                     for family, count in zip(choices, counts, strict=True):
                         family.add_metric((endpoint.name,), count)
-        return in_flight, *choices
+        return in_flight, ejected, *choices
 
     def _iterations(self) -> Metric:
         counts, total = self._table.iterations()

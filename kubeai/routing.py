@@ -193,10 +193,12 @@ class RoutingTable:
     """A worker's view of every model; changed by the hinge's messages alone, on one event loop.
 
     ``target`` makes what a Reservation carries for an endpoint. It is made once for an address
-    and closed when the endpoint goes or moves.
+    and a row, and closed when the endpoint goes or moves.
     """
 
-    def __init__(self, table: LoadTable, target: Callable[[Endpoint], Upstream]) -> None:
+    def __init__(
+        self, table: LoadTable, target: Callable[[RoutedModel, Endpoint], Upstream]
+    ) -> None:
         self.version = 0
         self._table = table
         self._target = target
@@ -256,7 +258,10 @@ class RoutedModel:
     """One model's route, ring and waiting requests."""
 
     def __init__(
-        self, table: LoadTable, route: Route, target: Callable[[Endpoint], Upstream]
+        self,
+        table: LoadTable,
+        route: Route,
+        target: Callable[[RoutedModel, Endpoint], Upstream],
     ) -> None:
         self.route = replace(route, endpoints=())
         self.ring = Ring(
@@ -304,6 +309,54 @@ class RoutedModel:
             endpoint.name not in exclude and (adapter is None or adapter in endpoint.adapters)
             for endpoint in self.route.endpoints
         )
+
+    def serves(self, endpoint: str) -> bool:
+        """Whether the route has the endpoint."""
+        return endpoint in self.ring
+
+    def in_flight(self, endpoint: str) -> int:
+        """Requests that all workers have on an endpoint; 0 when the route does not have it."""
+        found = self._find(endpoint)
+        return 0 if found is None else self._table.in_flight(found.row)
+
+    def answered(self) -> int:
+        """Requests that this worker has answered so far, but for 5xx."""
+        outcomes = self._table.outcomes(self.route.row, self._table.column)
+        return outcomes["2xx"] + outcomes["3xx"] + outcomes["4xx"]
+
+    # -- health ------------------------------------------------------------------------------------
+
+    def eject(self, endpoint: str, until_s: float, max_percent: int) -> bool:
+        """Set an endpoint aside, for all workers; False when it must not be.
+
+        At most ``max_percent`` of the endpoints are aside at a time, of two one, and never all.
+        ``until_s``: by CLOCK_MONOTONIC; then it is on trial until restored.
+        """
+        found = self._find(endpoint)
+        if found is None:
+            return False
+        if not self.is_ejected(endpoint):
+            count = len(self.ring)
+            if self.ring.set_aside() >= min(count - 1, max(1, count * max_percent // 100)):
+                return False
+        self._table.eject(found.row, found.generation, until_s)
+        return True
+
+    def restore(self, endpoint: str) -> None:
+        """Have an endpoint serve again."""
+        found = self._find(endpoint)
+        if found is not None:
+            self._table.restore(found.row, found.generation)
+
+    def is_ejected(self, endpoint: str) -> bool:
+        """Whether an endpoint is set aside, or on trial."""
+        found = self._find(endpoint)
+        return found is not None and self._table.ejected_until(found.row) != 0
+
+    def _find(self, endpoint: str) -> Endpoint | None:
+        return next((e for e in self.route.endpoints if e.name == endpoint), None)
+
+    # -- waiting -----------------------------------------------------------------------------------
 
     async def wait(
         self, adapter: str | None, timeout_s: float, exclude: Collection[str] = ()
@@ -367,8 +420,9 @@ class RoutedModel:
         self._upstreams.clear()
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
-        moved = known is None or known.address != endpoint.address
-        upstream = self._target(endpoint) if moved else self._upstreams[endpoint.name]
+        place = (endpoint.address, endpoint.row, endpoint.generation)
+        moved = known is None or (known.address, known.row, known.generation) != place
+        upstream = self._target(self, endpoint) if moved else self._upstreams[endpoint.name]
         self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
         if known is not None and moved:
             self._upstreams[endpoint.name].close()

@@ -12,6 +12,7 @@ import asyncio
 import ctypes
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from kubeai._load import LoadTable
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
 from kubeai.gateway.connection import Front
+from kubeai.gateway.observers import make_observers
 from kubeai.gateway.pages import make_runner
 from kubeai.logs import setup_logging
 from kubeai.routing import Delta, RoutingTable, Snapshot
@@ -55,7 +57,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._table = LoadTable.attach(settings.table_fd, settings.column)
-        self._front = Front(settings.gateway)
+        self._front = Front(settings.gateway, make_observers(settings.gateway))
         self._routes = RoutingTable(self._table, self._front.pool)
         self._gateway = Gateway(self._routes, settings.gateway, self._demand)
         self._channel = hinge.Channel(hinge.Down, self._received, self._hinge_ended)
@@ -134,9 +136,17 @@ def _keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, KEPT_MAX_BYTES)
 
 
+def _raise_descriptors() -> None:
+    """Have as many descriptors as may be: the usual soft limit is 1,024, for select's sake."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _keep_memory()
+    _raise_descriptors()
     setup_logging()
     text = os.environ.pop(ENVIRONMENT, None)
     if text is None:

@@ -33,6 +33,8 @@ Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
 Address = Annotated[str, Meta(extra={"unit": "address"})]
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
+Percent = Annotated[int, Meta(ge=0, le=100)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -264,11 +266,13 @@ class LeaderElection(_Section, frozen=True, kw_only=True):
 class GatewayConfig(_Section, frozen=True, kw_only=True):
     """Limits of the gateway's workers. All counts are for one worker."""
 
+    connections_max: PositiveCount = 16_384  # of clients; fewer when there are no descriptors
     # How long, and how many, requests wait for a model that has no endpoint (count: per model).
     hold_timeout_s: Duration = field(name="holdTimeout", default=600.0)
     hold_max_requests: Count = 1000
     # What a client may send, and how slowly.
     body_max_bytes: Bytes = 64 << 20
+    buffer_max_bytes: Bytes = 1 << 30  # of all JSON bodies together
     multipart_max_bytes: Bytes = 1 << 30
     spool_max_bytes: Bytes = 2 << 30  # of all forms together
     head_max_bytes: Bytes = 64 << 10
@@ -282,8 +286,18 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     upstream_max_idle: Count = 256
     first_byte_timeout_s: PositiveDuration = field(name="firstByteTimeout", default=600.0)
     between_bytes_timeout_s: PositiveDuration = field(name="betweenBytesTimeout", default=120.0)
-    # Further attempts before the first byte of an answer.
+    # Further attempts before the first byte of an answer; of all requests of a model within ten
+    # seconds so many, and a share of those that were answered.
     retries: Count = 3
+    retry_budget_min: Count = 10
+    retry_budget_percent: Count = 20
+    # After so many failures in a row an endpoint is set aside, longer each time in a row.
+    eject_after_failures: Count = 5  # 0: never
+    eject_time_s: PositiveDuration = field(name="ejectTime", default=10.0)
+    eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)
+    eject_max_percent: Percent = 50
+    # The share of requests that get a line in the access log (all failures do); 0: there is none.
+    access_log_sample: Share = 0.0
     # On SIGTERM: how long new requests are still taken, and how long open ones may last.
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
@@ -353,6 +367,10 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
     _check_patches(config.model_server_pods)
     if config.gateway.drain_accept_s > config.gateway.drain_timeout_s:
         raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
+    if config.gateway.eject_max_time_s < config.gateway.eject_time_s:
+        raise ConfigError("gateway.ejectMaxTime", "must not be shorter than gateway.ejectTime")
+    if config.gateway.buffer_max_bytes < config.gateway.body_max_bytes:
+        raise ConfigError("gateway.bufferMaxBytes", "must not be less than gateway.bodyMaxBytes")
     if config.gateway.spool_max_bytes < config.gateway.multipart_max_bytes:
         raise ConfigError(
             "gateway.spoolMaxBytes", "must not be less than gateway.multipartMaxBytes"

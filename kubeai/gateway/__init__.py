@@ -7,13 +7,17 @@ exchange.py (the relay's side) and pages.py (the aiohttp application) read it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from kubeai.gateway.attempts import RetryBudget
 
 if TYPE_CHECKING:
     from kubeai._relay import Relay
     from kubeai.api.config import GatewayConfig
-    from kubeai.routing import RoutingTable
+    from kubeai.routing import RoutedModel, RoutingTable
 
 
 class Gateway:
@@ -30,6 +34,7 @@ class Gateway:
         self.draining = False
         self.relay: Relay | None = None
         self._held: dict[str, int] = {}
+        self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
         self.spooled_bytes = 0  # of forms that are being read or sent
 
     @property
@@ -65,6 +70,15 @@ class Gateway:
     def held(self, model: str) -> int:
         """Requests that this worker holds for a model."""
         return self._held.get(model, 0)
+
+    def may_retry(self, routed: RoutedModel) -> bool:
+        """Whether one more retry is in a model's budget, which then counts it."""
+        budget = self._budgets.get(routed)
+        if budget is None:
+            config = self.config
+            budget = RetryBudget(config.retry_budget_percent, config.retry_budget_min)
+            self._budgets[routed] = budget
+        return budget.take(routed.answered(), time.monotonic())
 
     def spool(self, size_bytes: int) -> bool:
         """Take room for more of a form; False when all forms together have ``spool_max_bytes``.

@@ -7,6 +7,7 @@ from kubeai import _ask, openai, routing
 from kubeai._load import Admission, Reservation
 from kubeai._relay import Exchange
 from kubeai.gateway.attempts import Retries
+from kubeai.gateway.observers import Observers
 
 @final
 class Plan:
@@ -31,6 +32,8 @@ class Straight(Exchange):
     _reservation: Reservation | None
     _task: asyncio.Task[None] | None  # while it waits
     _retries: Retries | None  # once an attempt has failed
+    _lost: bool  # the attempt that failed last lost its connection
+    _observed: object  # None: nobody watches this request
 
     def _place(self, reservation: Reservation | None) -> None:
         """Attempt, or hold the request when nobody can serve it."""
@@ -40,3 +43,7 @@ class Straight(Exchange):
         """Hold the request."""
     def moved(self, reservation: Reservation) -> None:
         """Say that a request goes to another endpoint than its own."""
+    def observe(self, observers: Observers) -> None:
+        """Tell those who watch requests of a new one, and keep in ``_observed`` what they watch."""
+    def observed(self) -> None:
+        """Tell them that it is over."""

@@ -10,7 +10,7 @@ model that nobody can serve yet, and whatever fails. It decides nothing that the
 from cpython.bytes cimport PyBytes_GET_SIZE
 
 from kubeai._ask cimport Ask, Shape, read
-from kubeai._load cimport Admission, Reservation
+from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
 from kubeai._relay cimport Connections, Exchange
 
 
@@ -40,6 +40,8 @@ cdef class Straight(Exchange):
     cdef public Reservation _reservation
     cdef public object _task  # while it waits
     cdef public object _retries  # once an attempt has failed
+    cdef public bint _lost  # the attempt that failed last lost its connection
+    cdef public object _observed  # None: nobody watches this request
     cdef Plan plan
 
     cdef int _begun(self) except -1:
@@ -54,6 +56,8 @@ cdef class Straight(Exchange):
             self._kind = plan.kind
             self._path = plan.path
             self.collect(owner.config.body_max_bytes)
+        if owner.observers is not None:
+            self.observe(owner.observers)
         return 0
 
     cdef int _collected(self) except -1:
@@ -88,9 +92,12 @@ cdef class Straight(Exchange):
 
     cpdef _attempt(self, Reservation reservation):
         self._reservation = reservation
+        cdef Connections pool = <Connections?> reservation.target
         if reservation.first != reservation.name:
             self.moved(reservation)
-        self.send(<Connections?> reservation.target, self._path, self._payload)
+        if reservation.trial:
+            pool.trial = True
+        self.send(pool, self._path, self._payload)
 
     cdef int _ended(self) except -1:
         cdef object task = self._task
@@ -101,8 +108,19 @@ cdef class Straight(Exchange):
         if reservation is not None and not reservation._released:
             reservation._release()
         if self._admission is not None:
-            self._admission.close()
+            self._admission._count(self._outcome())
+            if self._admission._open:
+                self._admission._close()
+        if self._observed is not None:
+            self.observed()
         return 0
+
+    cdef int _outcome(self) noexcept:
+        if self.broken:
+            return BROKEN
+        if not self.whole or not 200 <= self.status < 600:
+            return LEFT
+        return ANSWERED_2XX + self.status // 100 - 2
 
     # what a subclass does
 
@@ -112,4 +130,12 @@ cdef class Straight(Exchange):
 
     def moved(self, reservation):
         """Say that a request goes to another endpoint than its own."""
+        raise NotImplementedError
+
+    def observe(self, observers):
+        """Tell those who watch requests of a new one, and keep in ``_observed`` what they watch."""
+        raise NotImplementedError
+
+    def observed(self):
+        """Tell them that it is over."""
         raise NotImplementedError

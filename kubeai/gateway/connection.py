@@ -8,8 +8,11 @@ listener closed and what is open given time to finish. The worker makes one.
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
+import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,12 +21,24 @@ from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
 from kubeai.gateway.exchange import PLANS, Exchange, error_body
 from kubeai.gateway.pool import PagesPool, Pool
-from kubeai.routing import Endpoint
+from kubeai.routing import Endpoint, RoutedModel
+
+if TYPE_CHECKING:
+    from kubeai.gateway.observers import Observers
 
 log = structlog.get_logger(__name__)
 
 LISTEN_BACKLOG = 4_096
 DRAIN_POLL_S = 0.02
+RESERVED_DESCRIPTORS = 128  # what a process has open besides, and engines' idle connections
+
+
+def connections_possible() -> int:
+    """Clients that the process has descriptors for: each may need one more for its engine."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(1, (limit - RESERVED_DESCRIPTORS) // 2)
 
 
 class Front:
@@ -36,9 +51,12 @@ class Front:
     gateway: Gateway
     pages: PagesPool
 
-    def __init__(self, config: GatewayConfig, *, tick_s: float = 0.25) -> None:
+    def __init__(
+        self, config: GatewayConfig, observers: Observers | None = None, *, tick_s: float = 0.25
+    ) -> None:
         self.config = config
         self.plans = PLANS
+        self.observers = observers
         self.relay = Relay(
             self,
             Exchange,
@@ -49,22 +67,15 @@ class Front:
             body_timeout_s=config.body_timeout_s,
             keep_alive_timeout_s=config.keep_alive_timeout_s,
             stall_timeout_s=config.between_bytes_timeout_s,
+            connections_max=min(config.connections_max, connections_possible()),
+            buffer_max_bytes=config.buffer_max_bytes,
             tick_s=tick_s,
         )
         self._server: asyncio.Server | None = None
 
-    def pool(self, endpoint: Endpoint) -> Pool:
+    def pool(self, routed: RoutedModel, endpoint: Endpoint) -> Pool:
         """What a routing table keeps for an endpoint's address."""
-        config = self.config
-        return Pool(
-            self.relay,
-            endpoint.address,
-            connect_timeout_s=config.connect_timeout_s,
-            idle_timeout_s=config.upstream_idle_timeout_s,
-            max_idle=config.upstream_max_idle,
-            first_byte_timeout_s=config.first_byte_timeout_s,
-            between_bytes_timeout_s=config.between_bytes_timeout_s,
-        )
+        return Pool(self.relay, routed, endpoint, self.config)
 
     async def serve(
         self, gateway: Gateway, pages: Callable[[], asyncio.BaseProtocol], sock: socket.socket
@@ -101,3 +112,5 @@ class Front:
             self._server.close()
         self.pages.close()
         self.relay.stop()
+        if self.observers is not None:
+            self.observers.close()

@@ -17,24 +17,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
 from kubeai import _ask, _relay, openai
 from kubeai.gateway._straight import Plan, Straight
-from kubeai.gateway.attempts import RETRY_AFTER_S, Retries, hold
+from kubeai.gateway.attempts import RETRY_AFTER_S, Retries, check_loss, hold
+from kubeai.gateway.pool import Pool
 from kubeai.logs import Sparingly
 from kubeai.openai import BadRequest, Kind
 
 if TYPE_CHECKING:
     from kubeai._load import Reservation
     from kubeai.gateway.connection import Front
+    from kubeai.gateway.observers import Observation, Observers
     from kubeai.openai import Ask
     from kubeai.routing import RoutedModel
 
 log = structlog.get_logger(__name__)
 
+# OpenAI's clients repeat a 502 unless they are told not to.
+NO_RETRY = b"x-should-retry: false\r\n"
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 # Under load many requests move, each a line of 10 µs: half of what a request costs otherwise.
 _moves = Sparingly(burst_max=500, per_s=20)
@@ -105,16 +110,37 @@ class Exchange(Straight):
             # An engine that has not begun to answer after minutes would not on the next try.
             return False
         if self._retries is None:
-            self._retries = Retries(self.owner.config.retries)
+            self._retries = Retries(
+                self.owner.config.retries, lambda: self.owner.gateway.may_retry(self._routed)
+            )
+        self._lost = failure == _relay.LOST
         return self._retries.wants(status)  # 0 where there was no answer
 
     def retry(self) -> None:
-        failed, retries = self._release(), self._retries
+        reservation, retries = self._reservation, self._retries
+        assert reservation is not None, "an attempt has a reservation"
         assert retries is not None, "the relay asks wants_retry first"
-        retries.failed(failed)
+        self._reservation = None
+        reservation.release()
+        retries.failed(reservation.name)
+        assert self._admission is not None, "an attempt is of an admitted request"
+        self._admission.count("retried")
         log.info(
-            "attempt failed, retrying", model=self._ask.name, endpoint=failed, retry=retries.count
+            "attempt failed, retrying",
+            request_id=self.request_id,
+            model=self._ask.name,
+            endpoint=reservation.name,
+            retry=retries.count,
         )
+        if self._lost:
+            alone = cast(Pool, reservation.target).lost_one_alone
+            self._wait(partial(self._try_after_loss, reservation, alone))
+        else:
+            self._try_elsewhere()
+
+    def _try_elsewhere(self) -> None:
+        retries = self._retries
+        assert retries is not None, "an attempt has failed"
         other = retries.elsewhere(self._routed, self._key, self._ask.adapter)
         if other is not None:
             self._attempt(other)
@@ -159,7 +185,7 @@ class Exchange(Straight):
             return
         log.info(
             "moved off its endpoint",
-            request_id=self._request_id(),
+            request_id=self.request_id,
             model=self._ask.name,
             endpoint=reservation.name,
             first=reservation.first,
@@ -168,17 +194,32 @@ class Exchange(Straight):
             left_out=left_out,
         )
 
-    def _request_id(self) -> str:
-        """What the client calls the request, to find it in the log; "" for nothing."""
-        given = self.headers(b"x-request-id")
-        return given[0][: openai.ECHO_MAX_CHARS].decode("latin-1") if given else ""
+    # -- observers ---------------------------------------------------------------------------------
 
-    def _release(self) -> str:
-        """Count the attempt no more; the name of its endpoint."""
-        reservation, self._reservation = self._reservation, None
-        assert reservation is not None, "an attempt has a reservation"
-        reservation.release()
-        return reservation.name
+    def observe(self, observers: Observers) -> None:
+        self._observed = observers.began(self)
+
+    def observed(self) -> None:
+        cast("Observation", self._observed).ended(self)
+
+    @property
+    def is_inference(self) -> bool:
+        """Whether the path is one of the listed: of others there may be any number."""
+        return self._kind is not None
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that was asked for, once that is known, and there is such a model."""
+        return None if self._admission is None else self._ask.model
+
+    @property
+    def endpoint_name(self) -> str | None:
+        """The endpoint that was tried last."""
+        return None if self._reservation is None else self._reservation.name
+
+    @property
+    def retry_count(self) -> int:
+        return 0 if self._retries is None else self._retries.count
 
     # -- waits -------------------------------------------------------------------------------------
 
@@ -205,6 +246,13 @@ class Exchange(Straight):
         await asyncio.sleep(retries.pause_s)
         return retries.anywhere(self._routed, self._key, self._ask.adapter) or await self._hold()
 
+    async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
+        retries = self._retries
+        assert retries is not None, "an attempt has failed"
+        await check_loss(retries, self._routed, cast(Pool, lost.target), lost.name, alone)
+        other = retries.elsewhere(self._routed, self._key, self._ask.adapter)
+        return other or await self._try_again()
+
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
         return await hold(self.owner.gateway, self._routed, self._ask, self._key, self._admission)
@@ -213,6 +261,8 @@ class Exchange(Straight):
 
     def _refuse(self, error: BadRequest) -> None:
         headers = b"Retry-After: %d\r\n" % RETRY_AFTER_S if error.status == 503 else b""
+        if error.code == "engine_died":
+            headers = NO_RETRY
         self.answer(error.status, error.body(), headers)
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:

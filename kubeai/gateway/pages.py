@@ -93,6 +93,8 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
             return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)
     target = classify(request.method, request.raw_path)
+    if request.method == "OPTIONS" and target.status == 405:
+        return web.Response(status=204, headers={"Allow": ", ".join((*target.allow, "OPTIONS"))})
     if target.status == 405:
         return _not_allowed(request, target.allow)
     if target.kind is Kind.MODELS:

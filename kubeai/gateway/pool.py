@@ -9,18 +9,25 @@ that), sooner than an engine would. Called by the relay and the exchange.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import structlog
 
-from kubeai._relay import Connections, Upstream
+from kubeai._relay import LOST, Connections, Upstream
 
 if TYPE_CHECKING:
     from kubeai._relay import Connecting, Exchange, Relay
+    from kubeai.api.config import GatewayConfig
+    from kubeai.routing import Endpoint, RoutedModel
 
 log = structlog.get_logger(__name__)
+
+# Requests that an engine takes along when it dies are noticed within so much of each other.
+LOST_TOGETHER_S = 1.0
 
 
 class _Pool(Connections):
@@ -52,35 +59,86 @@ class _Pool(Connections):
 
 
 class Pool(_Pool):
-    """The connections to one endpoint, ``address`` "ip:port"."""
+    """The connections to one endpoint, and how it does.
+
+    After ``eject_after_failures`` failed attempts in a row, or one on trial, it is set aside: for
+    ``eject_time_s``, twice as long each further time in a row. What the other workers see of it
+    stands in the load table; what leads to it is counted in each worker for itself.
+    """
 
     def __init__(
-        self,
-        relay: Relay,
-        address: str,
-        *,
-        connect_timeout_s: float,
-        idle_timeout_s: float,
-        max_idle: int,
-        first_byte_timeout_s: float,
-        between_bytes_timeout_s: float,
+        self, relay: Relay, routed: RoutedModel, endpoint: Endpoint, config: GatewayConfig
     ) -> None:
         super().__init__(
             relay,
-            address,
-            idle_timeout_s=idle_timeout_s,
-            max_idle=max_idle,
-            first_byte_timeout_s=first_byte_timeout_s,
-            between_bytes_timeout_s=between_bytes_timeout_s,
+            endpoint.address,
+            idle_timeout_s=config.upstream_idle_timeout_s,
+            max_idle=config.upstream_max_idle,
+            first_byte_timeout_s=config.first_byte_timeout_s,
+            between_bytes_timeout_s=config.between_bytes_timeout_s,
         )
-        self._connect_timeout_s = connect_timeout_s
-        ip, _, port = address.rpartition(":")
+        self._routed = routed
+        self._endpoint = endpoint.name
+        self._config = config
+        self._connect_timeout_s = config.connect_timeout_s
+        self._ejections = 0  # in a row
+        self._losses_s = (-math.inf, -math.inf)  # when the last two connections were lost
+        ip, _, port = endpoint.address.rpartition(":")
         self._ip = ip.strip("[]")
         self._port = int(port)
 
     async def _dial(self, upstream: Upstream) -> None:
         loop = asyncio.get_running_loop()
         await loop.create_connection(lambda: upstream, self._ip, self._port)
+
+    def failed(self, failure: int) -> None:
+        now_s = time.monotonic()
+        if failure == LOST:
+            self._losses_s = (self._losses_s[1], now_s)
+        on_trial, self.trial = self.trial, False
+        after = self._config.eject_after_failures
+        if not after or not (on_trial or self.failures >= after):
+            return
+        if not on_trial and self._routed.is_ejected(self._endpoint):
+            return  # what fails now was sent before
+        longest_s = self._config.eject_max_time_s
+        for_s = min(longest_s, self._config.eject_time_s * 2.0 ** min(self._ejections, 32))
+        if self._routed.eject(self._endpoint, now_s + for_s, self._config.eject_max_percent):
+            self._ejections += 1
+            log.warning(
+                "endpoint is set aside",
+                model=self._routed.route.model,
+                endpoint=self._endpoint,
+                failures=self.failures,
+                for_s=for_s,
+            )
+
+    def recovered(self) -> None:
+        self._ejections = 0
+        if self._routed.is_ejected(self._endpoint):
+            self._routed.restore(self._endpoint)
+            log.info(
+                "endpoint serves again", model=self._routed.route.model, endpoint=self._endpoint
+            )
+
+    @property
+    def lost_one_alone(self) -> bool:
+        """Whether the connection that has just been lost is the only one: no other request is on
+        the endpoint, in any worker, and none was lost in the ``LOST_TOGETHER_S`` before."""
+        before_s, last_s = self._losses_s
+        return last_s - before_s > LOST_TOGETHER_S and not self._routed.in_flight(self._endpoint)
+
+    async def listens(self) -> bool:
+        """Whether somebody takes connections there; True when it cannot be known in time."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, writer = await asyncio.open_connection(self._ip, self._port)
+        except ConnectionRefusedError:
+            return False
+        except (OSError, TimeoutError):
+            return True
+        writer.close()
+        return True
 
 
 class PagesPool(_Pool):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import IO
+from typing import IO, cast
 
 import aiohttp
 import structlog
@@ -23,9 +23,11 @@ from aiohttp import web
 from yarl import URL
 
 from kubeai._load import Admission, Reservation
+from kubeai._relay import CONNECT, LOST, STATUS, TIMEOUT
 from kubeai.gateway import Gateway
-from kubeai.gateway.attempts import NO_ANSWER, Retries, hold
+from kubeai.gateway.attempts import NO_ANSWER, Retries, check_loss, hold
 from kubeai.gateway.multipart import Content, Part, Splitter, boundary_of, form_type
+from kubeai.gateway.pool import Pool
 from kubeai.openai import Ask, BadRequest, Kind, Target, model_not_found, named, parse_selector
 from kubeai.routing import Route, RoutedModel
 
@@ -82,9 +84,17 @@ async def transcribe(request: web.Request, target: Target) -> web.StreamResponse
         if ask.adapter is not None and ask.adapter not in model.route.adapters:
             raise model_not_found(ask.model)
         admission = model.admit()
+        outcome = "left"
         try:
-            return await _Attempts(request, target, form, ask, model, admission).run()
+            response = await _Attempts(request, target, form, ask, model, admission).run()
+            cut = request.transport is None or request.transport.is_closing()
+            outcome = "broken" if cut else f"{response.status // 100}xx"
+            return response
+        except BadRequest as error:
+            outcome = f"{error.status // 100}xx"
+            raise
         finally:
+            admission.count(outcome)
             admission.close()
 
 
@@ -268,7 +278,11 @@ class _Attempts:
         self._model = model
         self._admission = admission
         self._key = model.key(ask)
-        self._retries = Retries(self._gateway.config.retries)
+        self._retries = Retries(
+            self._gateway.config.retries, lambda: self._gateway.may_retry(model)
+        )
+        self._lost: Reservation | None = None  # whose connection was, in the last attempt
+        self._alone = False
 
     async def run(self) -> web.StreamResponse:
         reservation = self._model.pick(self._key, self._ask.adapter) or await self._hold()
@@ -284,6 +298,9 @@ class _Attempts:
 
     async def _next(self) -> Reservation:
         """The endpoint of the next attempt, now that one has failed."""
+        if self._lost is not None:
+            pool = cast(Pool, self._lost.target)
+            await check_loss(self._retries, self._model, pool, self._lost.name, self._alone)
         if other := self._retries.elsewhere(self._model, self._key, self._ask.adapter):
             return other
         await asyncio.sleep(self._retries.pause_s)
@@ -297,17 +314,28 @@ class _Attempts:
     async def _attempt(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The answer that is to be passed on; None for another attempt."""
         name = reservation.name
+        pool = cast(Pool, reservation.target)
+        pool.trial = pool.trial or reservation.trial
+        self._lost = None
         try:
             async with asyncio.timeout(self._gateway.config.first_byte_timeout_s):
                 answer = await self._post(name)
         except TimeoutError as error:
             # An engine that has not begun to answer after minutes would not on the next try.
+            pool.note(TIMEOUT)
             if not isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise self._failure(504, "it did not answer in time", "timeout") from None
             reason = "no connection in time"
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
+            connected = not isinstance(error, aiohttp.ClientConnectorError)
+            pool.note(LOST if connected else CONNECT)
+            if connected:
+                self._lost = reservation
+                reservation.release()
+                self._alone = pool.lost_one_alone
         else:
+            pool.note(STATUS if answer.status in (500, 502, 503, 504) else 0)
             if not self._retries.wants(answer.status):
                 return answer
             answer.close()
@@ -320,6 +348,7 @@ class _Attempts:
 
     def _failed(self, endpoint: str, reason: str) -> None:
         self._retries.failed(endpoint)
+        self._admission.count("retried")
         log.info("attempt failed, retrying", model=self._ask.name, endpoint=endpoint, reason=reason)
 
     def _failure(self, status: int, reason: str, code: str) -> BadRequest:

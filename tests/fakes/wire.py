@@ -214,6 +214,12 @@ class Engine:
             self.open.discard(wire)
             writer.close()
 
+    def die(self) -> None:
+        """Listen no more, and end every connection: what a process's death looks like."""
+        self._server.close()
+        for wire in list(self.open):
+            wire.close()
+
     async def stop(self) -> None:
         self._server.close()
         for task in list(self._tasks):

@@ -12,6 +12,7 @@ from kubeai._load import LoadTable
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
 from kubeai.gateway.connection import Front
+from kubeai.gateway.observers import Observers
 from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
 
 
@@ -25,6 +26,7 @@ class World:
         app: web.Application | None = None,
         pages: Callable[[Gateway], web.Application] | None = None,
         tick_s: float = 0.01,
+        observers: Observers | None = None,
         **config: object,
     ) -> "World":
         """``app``: stands in for the pages; ``pages`` makes them."""
@@ -33,7 +35,7 @@ class World:
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
         world.publisher = Publisher(world.supervisors)
         world.config = GatewayConfig(**config)
-        world.front = Front(world.config, tick_s=tick_s)
+        world.front = Front(world.config, observers, tick_s=tick_s)
         world.table = RoutingTable(world.loads, world.front.pool)
         world.demanded = []
         world.gateway = Gateway(world.table, world.config, world.demanded.append)
@@ -85,6 +87,14 @@ class World:
 
     def in_flight(self, model: str) -> int:
         return self.loads.in_flight(self.publisher.row(model))
+
+    def outcomes(self, model: str) -> dict[str, int]:
+        return self.loads.outcomes(self.publisher.row(model))
+
+    def set_aside(self, model: str) -> set[str]:
+        """The endpoints that are ejected or on trial."""
+        rows = self.publisher.endpoint_rows(model)
+        return {name for name, row in rows.items() if self.loads.ejected_until(row)}
 
     async def at_rest(self) -> None:
         """No request is open and none is counted."""

@@ -22,7 +22,7 @@ from kubeai._relay import Downstream
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway, connection, pool
 from kubeai.gateway.exchange import Exchange
-from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
+from kubeai.routing import Endpoint, Publisher, Route, RoutedModel, RoutingTable
 
 CORPUS = Path(__file__).with_name("corpus")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
@@ -139,6 +139,7 @@ class Machine:
     taken: list[Taken] = field(default_factory=list)
     engines: list[tuple[str, End]] = field(default_factory=list)  # (where, connection)
     faults: list[dict] = field(default_factory=list)
+    listens: bool = True  # whether an engine whose connection was lost does
 
     async def __aenter__(self) -> Machine:
         loop = asyncio.get_running_loop()
@@ -181,11 +182,14 @@ class Machine:
             async def _dial(self, upstream: asyncio.Protocol) -> None:
                 machine.engines.append((self.host, End(upstream, machine.answers)))
 
+            async def listens(self) -> bool:
+                return machine.listens
+
         return Dialled
 
-    def _pool(self, endpoint: Endpoint) -> object:
+    def _pool(self, routed: RoutedModel, endpoint: Endpoint) -> object:
         with mock.patch.object(connection, "Pool", self._dialled(pool.Pool)):
-            return self.front.pool(endpoint)
+            return self.front.pool(routed, endpoint)
 
     def client(self) -> End:
         return End(self.front.relay.downstream(), None)

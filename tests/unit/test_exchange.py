@@ -1,13 +1,26 @@
 """Which engine gets a request, how often, and what is counted meanwhile."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import socket
 
 import pytest
 import uvloop
-from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
+from fakes.wire import (
+    CHUNKED,
+    Broken,
+    Engine,
+    Message,
+    Wire,
+    answer,
+    chunk,
+    post,
+    says,
+    until,
+)
 from fakes.world import World
 from structlog.testing import capture_logs
 
@@ -381,8 +394,8 @@ async def test_the_only_endpoint_is_tried_again_after_a_pause(start):
     await wire.send(ask())
     answered = await wire.answer()
     assert (answered.status, answered.body) == (200, b"third")
-    assert times[1] - times[0] > 0.09
-    assert times[2] - times[1] > 0.18
+    assert times[1] - times[0] > 0.045
+    assert times[2] - times[1] > 0.09
 
 
 async def test_a_client_may_leave_during_the_pause_before_a_retry(start):
@@ -434,7 +447,7 @@ async def test_other_answers_pass_through(start, status):
 
 
 async def test_when_nobody_can_be_reached_it_is_a_502(start):
-    world = await start(retries=3)
+    world = await start(retries=3, eject_after_failures=0)
     engines = {name: await world.engine(lose) for name in "abcde"}
     world.route("m", engines)
     wire = await world.client()
@@ -458,6 +471,255 @@ async def test_a_failed_attempt_is_not_counted_during_the_next(start):
     await wire.send(ask())
     assert (await wire.answer()).status == 503
     assert set(map(repr, loads)) == {"(1, [0, 0, 1])"}
+
+
+async def test_retries_are_a_share_of_what_is_answered(start):
+    world = await start(retry_budget_min=4, retry_budget_percent=50, eject_after_failures=0)
+    engines = {name: await world.engine(failing(503)) for name in "ab"}
+    world.route("m", engines)
+    world.route("n", engines)
+    wire = await world.client()
+    for _ in range(10):
+        await wire.send(ask())
+        assert (await wire.answer()).status == 503
+    assert sum(len(engine.requests) for engine in engines.values()) == 10 + 4
+    for engine in engines.values():
+        engine.script = says(b"good")
+    for _ in range(20):
+        await wire.send(ask())
+        assert (await wire.answer()).status == 200
+    for engine in engines.values():
+        engine.script = failing(503)
+        engine.requests.clear()
+    for _ in range(30):
+        await wire.send(ask())
+        assert (await wire.answer()).status == 503
+    # Half of 20, less what has faded by the time; what was taken before has faded a little too.
+    assert 30 + 8 <= sum(len(engine.requests) for engine in engines.values()) <= 30 + 10
+    await wire.send(ask("n"))
+    await wire.answer()
+    assert world.outcomes("n")["retried"] == 3, "another model's budget is its own"
+
+
+async def test_a_request_that_killed_its_engine_kills_no_other(start):
+    """The engine was working on nothing else, and does not come back at once."""
+    world = await start()
+
+    def fatal(name):
+        async def script(wire: Wire, request: Message) -> None:
+            if b"poison" in request.body:
+                engines[name].die()
+            else:
+                await wire.send(answer(200, b"good"))
+
+        return script
+
+    engines = {name: await world.engine(fatal(name)) for name in "abc"}
+    world.route("m", engines)
+    wire = await world.client()
+    await wire.send(ask(poison=True))
+    answered = await wire.answer()
+    assert answered.status == 502
+    assert answered.one("x-should-retry") == "false", "OpenAI's clients repeat a 502 otherwise"
+    error = json.loads(answered.body)["error"]
+    assert (error["code"], error["type"]) == ("engine_died", "server_error")
+    assert sum(len(engine.requests) for engine in engines.values()) == 1
+    await wire.send(ask())
+    assert (await wire.answer()).body == b"good"
+
+
+async def test_requests_that_went_down_together_are_each_tried_elsewhere_once(start):
+    """One of them may be to blame: it takes a second engine along, and no third."""
+    world = await start(retries=5, eject_after_failures=0)
+
+    both = asyncio.Event()
+
+    async def dies(engine: Engine, wire: Wire) -> None:
+        if engine is not engines["a"] or len(engine.requests) == 2:
+            await both.wait()
+            engine.die()
+        await wire.reader.read()
+
+    engines: dict[str, Engine] = {}
+    for name in "abc":
+        engines[name] = await world.engine(
+            lambda wire, request, name=name: dies(engines[name], wire)
+        )
+    world.route("m", {"a": engines["a"]})
+    wires = [await world.client() for _ in range(2)]
+    for wire in wires:
+        await wire.send(ask())
+    await until(lambda: len(engines["a"].requests) == 2)
+    world.route("m", engines)
+    both.set()
+    for wire in wires:
+        assert (await error_of(wire, 502))["code"] == "engine_died"
+    assert [len(engine.requests) for engine in engines.values()] == [2, 1, 1]
+
+
+async def test_an_engine_that_dies_alone_after_it_left_the_routes_is_nobodys_fault(start):
+    world = await start()
+
+    async def script(wire: Wire, request: Message) -> None:
+        world.route("m", {"b": good})
+        going.die()
+
+    going = await world.engine(script)
+    good = await world.engine(says(b"good"))
+    world.route("m", {"a": going})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).body == b"good"
+
+
+# -- health ----------------------------------------------------------------------------------------
+
+
+async def test_an_endpoint_that_fails_again_and_again_is_set_aside(start):
+    world = await start(eject_after_failures=3)
+    bad = await world.engine(failing(503))
+    good = await world.engine(says(b"good"))
+    world.route("m", {"a": bad, "b": good})
+    wire = await world.client()
+    for _ in range(20):
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+    assert len(bad.requests) == 3
+    assert world.set_aside("m") == {"a"}
+
+
+async def test_a_success_between_failures_begins_the_count_anew(start):
+    world = await start(eject_after_failures=2, retries=0)
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(200 if len(flaky.requests) % 2 else 500))
+
+    flaky = await world.engine(script)
+    world.route("m", {"a": flaky, "b": await world.engine(says(b""))})
+    wire = await world.client()
+    for _ in range(12):
+        await wire.send(ask())
+        await wire.answer()
+    assert len(flaky.requests) == 6
+    assert world.set_aside("m") == set()
+
+
+async def test_answers_that_break_count_as_failures(start):
+    world = await start(eject_after_failures=2)
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED + chunk(b"one"))
+        wire.close()
+
+    world.route("m", {"a": await world.engine(script), "b": await world.engine(says(b""))})
+    for _ in range(6):
+        wire = await world.client()
+        await wire.send(ask())
+        try:
+            await wire.answer()
+        except Broken:
+            wire.close()
+    # The head of each of its answers was a good one.
+    assert world.set_aside("m") == set()
+    assert world.outcomes("m")["broken"] == 3
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)])
+async def test_half_of_the_endpoints_stay_and_never_less_than_one(start, count, most):
+    world = await start(eject_after_failures=1, eject_max_percent=50, retries=0)
+    names = "abcde"[:count]
+    world.route("m", {name: await world.engine(failing(503)) for name in names})
+    wire = await world.client()
+    for _ in range(20):
+        await wire.send(ask())
+        assert (await wire.answer()).status == 503
+    assert len(world.set_aside("m")) == most
+
+
+async def test_an_endpoint_that_was_set_aside_is_tried_gently_and_serves_again(start):
+    world = await start(eject_after_failures=1, eject_time_s=0.05, retries=1)
+    answers = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        if len(bad.requests) == 1:
+            await wire.send(answer(503))
+        else:
+            await answers.wait()
+            await wire.send(answer(200, b"back"))
+
+    bad = await world.engine(script)
+    world.route("m", {"a": bad, "b": await world.engine(says(b"good"))})
+    wire = await world.client()
+    while not world.set_aside("m"):
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+    trial = await world.client()
+    while len(bad.requests) < 2:  # once its time is over, one request goes there
+        wire, trial = trial, wire
+        await wire.send(ask())
+        if world.in_flight("m") == 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await wire.answer()
+    other = await world.client()
+    for _ in range(10):  # the others keep off until it has answered
+        await other.send(ask())
+        assert (await other.answer()).body == b"good"
+    assert len(bad.requests) == 2
+    answers.set()
+    await until(lambda: not world.set_aside("m"))
+    for _ in range(4):
+        await other.send(ask())
+        await other.answer()
+    assert len(bad.requests) >= 4
+
+
+async def test_a_trial_that_fails_sets_aside_for_longer(start):
+    world = await start(
+        eject_after_failures=1, eject_time_s=0.02, eject_max_time_s=1000.0, retries=1
+    )
+    bad = await world.engine(failing(503))
+    world.route("m", {"a": bad, "b": await world.engine(says(b"good"))})
+    wire = await world.client()
+    asked = []
+    loop = asyncio.get_running_loop()
+    while len(bad.requests) < 5:
+        before = len(bad.requests)
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+        if len(bad.requests) > before:
+            asked.append(loop.time())
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    # Timed a little after the ejection that each begins with.
+    assert all(pause >= 0.9 * 0.02 * 2**n for n, pause in enumerate(pauses)), pauses
+
+
+# -- counts ----------------------------------------------------------------------------------------
+
+
+async def test_how_requests_end_is_counted(start):
+    world = await start(retries=1, eject_after_failures=0)
+    script = {"value": says(b"good")}
+    engine = await world.engine(lambda wire, request: script["value"](wire, request))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    for each in (says(b""), failing(404), failing(503)):
+        script["value"] = each
+        await wire.send(ask())
+        await wire.answer()
+    await wire.send(ask("other"))
+    await wire.answer()
+
+    async def waits(wire: Wire, request: Message) -> None:
+        await wire.reader.read()
+
+    script["value"] = waits
+    await wire.send(ask())
+    await until(lambda: world.in_flight("m") == 1)
+    wire.close()
+    await world.at_rest()
+    counted = {name: count for name, count in world.outcomes("m").items() if count}
+    assert counted == {"2xx": 1, "4xx": 1, "5xx": 1, "retried": 1, "left": 1}
 
 
 async def test_there_is_no_retry_after_the_first_byte(start):

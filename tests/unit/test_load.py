@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from oracles import OracleTable
 
-from kubeai._load import ITERATION_BUCKETS, LoadTable, live
+from kubeai._load import ITERATION_BUCKETS, OUTCOME_NAMES, LoadTable, live
 from kubeai._ring import Ring
 
 ROWS = 6
@@ -168,6 +168,39 @@ def test_an_ejection_is_seen_by_all_and_ends_with_the_rows_life(table, worker):
     assert table.ejected_until(7) == 0
 
 
+def test_an_endpoint_is_restored_only_in_its_own_life(table, worker):
+    generation = table.open_row(7)
+    worker.eject(7, generation, 5.0)
+    worker.restore(7, generation + 1)
+    assert table.ejected_until(7) == 5.0
+    worker.restore(7, generation)
+    assert table.ejected_until(7) == 0
+
+
+def test_how_requests_end_is_counted_by_model_and_column(table, worker):
+    generation = table.open_row(7)
+    other = LoadTable.attach(table.fd, 1)
+    for by, outcomes in ((worker, ["2xx", "2xx", "left"]), (other, ["2xx", "retried", "broken"])):
+        for outcome in outcomes:
+            admission = by.admit(7, generation)
+            admission.count(outcome)
+            admission.close()
+    assert {k: v for k, v in table.outcomes(7).items() if v} == {
+        "2xx": 3, "left": 1, "broken": 1, "retried": 1,
+    }  # fmt: skip
+    assert table.outcomes(7, 0)["2xx"] == 2
+    assert tuple(table.outcomes(7)) == OUTCOME_NAMES
+    table.clear_column(0)
+    assert table.outcomes(7)["2xx"] == 3, "counters outlive a worker"
+    late = worker.admit(7, generation)
+    table.open_row(7)
+    late.count("2xx")
+    assert not any(table.outcomes(7).values()), "another life of the row"
+    late.close()
+    with pytest.raises(ValueError, match="not in"):
+        late.count("odd")
+
+
 def test_each_worker_acknowledges_for_itself(table, worker):
     worker.acknowledge(2**40)
     assert [table.acknowledged(column) for column in range(WORKERS)] == [2**40, 0]
@@ -190,6 +223,7 @@ def test_a_process_without_a_column_counts_nothing(table):
         lambda: table.admit(0, 1),
         lambda: table.acknowledge(1),
         lambda: table.eject(1, 1, 1.0),
+        lambda: table.restore(1, 1),
         lambda: reserve(table, 1),
     ):
         with pytest.raises(ValueError, match="no column"):
@@ -216,6 +250,8 @@ def test_rows_outside_the_table_are_refused(table, worker, row):
         table.ejected_until,
         lambda row: worker.admit(row, 1),
         lambda row: worker.eject(row, 1, 1.0),
+        lambda row: worker.restore(row, 1),
+        worker.outcomes,
         lambda row: Ring(worker, 0, 1).set("pod", row, 1),
     ):
         with pytest.raises(IndexError, match="row must be"):

@@ -12,9 +12,11 @@ from kubeai._load import LoadTable
 from kubeai.metrics import Metrics
 from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
 
+ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_retries_total"
+
 
 class Target:
-    def __init__(self, endpoint):
+    def __init__(self, routed, endpoint):
         pass
 
     def close(self):
@@ -55,7 +57,9 @@ class Replica:
         return {
             (name.removeprefix("kubeai_inference_requests_"), *labels): value
             for (name, *labels), value in self.scrape().items()
-            if name.startswith("kubeai_inference") and "iterations" not in name
+            if name.startswith("kubeai_inference")
+            and "iterations" not in name
+            and name not in (ENDED, RETRIED)
         }
 
 
@@ -83,6 +87,32 @@ def test_active_and_held_requests_of_all_workers_are_summed(replica):
     for admission in (first, second, message):
         admission.close()
     assert set(replica.inference().values()) == {0}
+
+
+def test_how_requests_ended_is_counted_by_model(replica):
+    replica.publish("m", "a")
+    for worker, outcomes in zip(
+        replica.workers, (("2xx", "left"), ("2xx", "retried")), strict=True
+    ):
+        for outcome in outcomes:
+            admission = worker.find("m").admit()
+            admission.count(outcome)
+            admission.close()
+    scraped = replica.scrape()
+    assert scraped[ENDED, "2xx", "m"] == 2
+    assert scraped[ENDED, "left", "m"] == 1
+    assert scraped[ENDED, "broken", "m"] == 0
+    assert scraped[RETRIED, "m"] == 1
+
+
+def test_an_endpoint_that_is_set_aside_is_shown(replica):
+    replica.publish("m", "a", "b")
+    model = replica.workers[0].find("m")
+    assert model.eject("a", time.monotonic() + 100, 50)
+    assert not model.eject("b", time.monotonic() + 100, 50)
+    scraped = replica.scrape()
+    assert scraped["kubeai_endpoint_ejected", "a", "m"] == 1
+    assert scraped["kubeai_endpoint_ejected", "b", "m"] == 0
 
 
 def test_hash_lookups_are_counted_by_endpoint(replica):

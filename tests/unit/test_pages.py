@@ -14,19 +14,12 @@ from aiohttp import web
 from kubeai._load import LoadTable
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway, attempts, transcriptions
+from kubeai.gateway.connection import Front
 from kubeai.gateway.pages import make_runner
 from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
 
 TRANSCRIPTIONS = "/openai/v1/audio/transcriptions"
 DEADLINE_S = 10
-
-
-class NoPool:
-    def __init__(self, endpoint):
-        pass
-
-    def close(self):
-        pass
 
 
 async def until(holds):
@@ -92,9 +85,10 @@ class Replica:
     def __init__(self, **config):
         self.table = LoadTable.create(64, 1)
         self.publisher = Publisher(self.table)
-        self.routing = RoutingTable(LoadTable.attach(self.table.fd, 0), NoPool)
+        config = GatewayConfig(**config)
+        self.routing = RoutingTable(LoadTable.attach(self.table.fd, 0), Front(config).pool)
         self.demands = []
-        self.gateway = Gateway(self.routing, GatewayConfig(**config), self.demands.append)
+        self.gateway = Gateway(self.routing, config, self.demands.append)
 
     def publish(self, model, *addresses, gone=False, **values):
         values.setdefault("engine", "FasterWhisper")
@@ -276,10 +270,24 @@ async def test_what_is_not_listed_is_not_found(client, method, path):
     assert len(error["message"]) < 300
 
 
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/openai/v1/chat/completions", "POST, OPTIONS"),
+        (TRANSCRIPTIONS, "POST, OPTIONS"),
+        ("/openai/v1/models", "GET, HEAD, OPTIONS"),
+    ],
+)
+async def test_options_are_the_methods_of_a_path(client, path, allow):
+    response = await client.options(path)
+    assert (response.status, response.headers["Allow"]) == (204, allow)
+    assert await response.read() == b""
+    assert (await client.options("/v1/load_lora_adapter")).status == 404
+
+
 async def test_a_wrong_method_is_told_the_right_ones(client):
     for method, path, allow in [
         ("GET", TRANSCRIPTIONS, "POST"),
-        ("OPTIONS", "/openai/v1/chat/completions", "POST"),
         ("POST", "/openai/v1/models", "GET, HEAD"),
         ("POST", "/healthz", "GET, HEAD"),
     ]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import socket
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -385,6 +386,7 @@ async def test_a_request_is_sent_on_without_what_was_meant_for_this_hop(start):
             "X-Forwarded-For: 10.0.0.1",
             "x-forwarded-for: 10.0.0.2",
             "X-FORWARDED-PROTO: https",
+            "X-Request-ID: mine",
             "Connection: keep-alive, X-Private , close",
             "X-Private: secret",
             "Keep-Alive: timeout=5",
@@ -407,6 +409,8 @@ async def test_a_request_is_sent_on_without_what_was_meant_for_this_hop(start):
         ("Accept", "text/event-stream"),
         ("Empty", ""),
         ("X-Forwarded-For", "10.0.0.1, 10.0.0.2, 127.0.0.1"),
+        ("X-Forwarded-Host", "gateway"),
+        ("X-Request-Id", "mine"),
         ("Content-Length", "13"),
     ]
     assert got.body == BODY
@@ -420,6 +424,121 @@ async def test_forwarding_headers_are_added(start):
     (got,) = running.engine.requests
     assert got.one("x-forwarded-for") == "127.0.0.1"
     assert got.one("x-forwarded-proto") == "http"
+    assert got.one("x-forwarded-host") == "gateway"
+
+
+async def test_forwarding_headers_are_those_of_each_request(start):
+    """They are kept for a connection's next request, which may be for somebody else."""
+    running = await start()
+    wire = await running.client()
+    for host in ("h", "h", "other", "h"):
+        await wire.send(post(host=host))
+        await wire.answer()
+    await wire.send(post("/openai/v1/chat/completions", BODY, "X-Forwarded-Host: outside"))
+    await wire.answer()
+    hosts = [got.one("x-forwarded-host") for got in running.engine.requests]
+    assert hosts == ["h", "h", "other", "h", "outside"]
+
+
+async def test_a_request_keeps_its_id(start):
+    running = await start()
+    wire = await running.client()
+    await wire.send(post("/openai/v1/chat/completions", BODY, "x-request-id: client's-1"))
+    assert (await wire.answer()).one("x-request-id") == "client's-1"
+    assert running.engine.requests[0].one("x-request-id") == "client's-1"
+
+
+async def test_a_request_without_an_id_gets_one_of_its_own(start):
+    running = await start()
+    wire = await running.client()
+    ids = []
+    for _ in range(3):
+        await wire.send(post())
+        ids.append((await wire.answer()).one("x-request-id"))
+    assert [got.one("x-request-id") for got in running.engine.requests] == ids
+    assert len(set(ids)) == 3
+    assert all(len(each) == 28 and each.isalnum() for each in ids)
+
+
+@pytest.mark.parametrize("given", ["", "two words", "x" * 129, "café"])
+async def test_an_id_that_is_no_token_is_replaced(start, given):
+    running = await start()
+    wire = await running.client()
+    await wire.send(post("/openai/v1/chat/completions", BODY, f"X-Request-Id: {given}"))
+    answered = await wire.answer()
+    assert len(answered.one("x-request-id")) == 28
+    assert running.engine.requests[0].all("x-request-id") == answered.all("x-request-id")
+
+
+async def test_the_client_gets_one_id_whatever_the_engine_calls_the_request(start):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(200, b"", "X-Request-Id: engine's"))
+
+    running = await start(script)
+    wire = await running.client()
+    await wire.send(post("/openai/v1/chat/completions", BODY, "X-Request-Id: mine"))
+    assert (await wire.answer()).all("x-request-id") == ["mine"]
+
+
+async def test_an_answer_of_our_own_has_the_requests_id(start):
+    running = await start()
+    wire = await running.client()
+    await wire.send(post("/openai/v1/chat/completions", b"{", "X-Request-Id: mine"))
+    answered = await wire.answer()
+    assert (answered.status, answered.one("x-request-id")) == (400, "mine")
+
+
+async def test_a_traceparent_passes_as_it_came(start):
+    running = await start()
+    wire = await running.client()
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    await wire.send(
+        post("/openai/v1/chat/completions", BODY, f"traceparent: {parent}", "tracestate: a=b")
+    )
+    await wire.answer()
+    (got,) = running.engine.requests
+    assert (got.one("traceparent"), got.one("tracestate")) == (parent, "a=b")
+
+
+async def test_more_connections_than_allowed_are_told_so(start):
+    running = await start(connections_max=2)
+    first, second = await running.client(), await running.client()
+    for wire in (first, second):
+        await wire.send(post())
+        await wire.answer()
+    third = await running.client()
+    refused = await third.answer()
+    assert (refused.status, refused.one("retry-after")) == (503, "5")
+    assert refused.one("connection") == "close"
+    assert "connections" in refused.body.decode()
+    first.close()
+    await until(lambda: running.relay.connections < 3)
+    third.close()
+    await until(lambda: running.relay.connections == 1)
+    fourth = await running.client()
+    await fourth.send(post())
+    assert (await fourth.answer()).status == 200
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_bodies_have_a_limit_together(start, framing):
+    running = await start(body_max_bytes=1 << 20, buffer_max_bytes=3 << 19)
+    whole = post(body=b" " * (900 << 10) + BODY)
+    if framing == "chunked":
+        head, _, body = whole.partition(b"\r\n\r\n")
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        whole = head + b"\r\n\r\n" + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    first, second = await running.client(), await running.client()
+    await first.send(whole[:-5])
+    await until(lambda: running.relay.buffered_bytes >= 900 << 10)
+    await second.send(whole[:-5])
+    refused = await second.answer()
+    assert (refused.status, refused.one("retry-after")) == (503, "5")
+    await first.send(whole[-5:])
+    assert (await first.answer()).status == 200
+    await until(lambda: running.relay.buffered_bytes == 0)
+    await first.send(whole)
+    assert (await first.answer()).status == 200
 
 
 async def test_an_answer_is_sent_on_without_what_was_meant_for_this_hop(start):
@@ -446,6 +565,7 @@ async def test_an_answer_is_sent_on_without_what_was_meant_for_this_hop(start):
     assert answered.headers == [
         ("Set-Cookie", "a=b"),
         ("Set-Cookie", "c=d"),
+        ("X-Request-Id", answered.one("x-request-id")),
         ("Content-Length", "4"),
     ]
     assert answered.body == b"body"
@@ -522,7 +642,10 @@ async def test_answers_without_a_body_end_with_their_head(start, status):
         await wire.send(post())
         answered = await wire.answer()
         assert answered.status == status
-        assert answered.headers == [("ETag", "x")]
+        assert answered.headers == [
+            ("ETag", "x"),
+            ("X-Request-Id", answered.one("x-request-id")),
+        ]
     assert running.engine.connections == 1
 
 
@@ -1213,6 +1336,8 @@ def test_requests_begin_and_end_where_llhttp_says_or_are_refused(data, piece):
         body_timeout_s=60,
         keep_alive_timeout_s=60,
         stall_timeout_s=60,
+        connections_max=1,
+        buffer_max_bytes=1 << 20,
     )
     relay.start(_Loop())
     downstream = relay.downstream()

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from oracles import OracleRing, OracleTable
 
 import kubeai._ring
-from kubeai._load import ITERATION_BUCKETS, LoadTable
+from kubeai._load import ITERATION_BUCKETS, TRIAL_S, LoadTable
 from kubeai._ring import LOAD_FLOOR, REPLICATION_MAX, Ring
 
 
@@ -287,22 +287,54 @@ def test_the_ejected_count_nothing_in_the_mean(make_ring, table):
     held = [ring.pick_least(exclude=names[1:]) for _ in range(100)]
     table.eject(0, 1, time.monotonic() + 100)
     assert ring.pick_hashed(1).bound == LOAD_FLOOR
-    table.eject(0, 1, 0.0)
+    table.restore(0, 1)
     assert ring.pick_hashed(1).bound == ceil(1.25 * 101 / 4)
     del held
 
 
-def test_an_ejection_that_has_ended_is_over(make_ring, table):
+@pytest.mark.parametrize("pick", ["pick_hashed", "pick_least"])
+def test_an_ejection_that_has_ended_is_a_trial_of_one_request_at_a_time(make_ring, table, pick):
+    """Until somebody restores the endpoint; another worker's ejection counts as ours."""
     ring = make_ring(pods(3))
     home = ring.lookup(5)
     row = pods(3).index(home)
     other = LoadTable.attach(table.fd, 1)
-    for until_s, picked in ((0.001, home), (100, None), (0.001, home)):
-        other.eject(row, 1, time.monotonic() + until_s)
-        while until_s < 1 and time.monotonic() <= table.ejected_until(row):
-            pass
-        name = ring.pick_hashed(5).name
-        assert name == picked if picked else name != home
+
+    def picked(times):
+        key = [5] if pick == "pick_hashed" else []
+        picks = (getattr(ring, pick)(*key) for _ in range(times))
+        return [p.trial for p in picks if p.name == home]
+
+    assert ring.set_aside() == 0
+    for _ in range(2):
+        other.eject(row, 1, time.monotonic() + 100)
+        assert picked(9) == []
+        other.eject(row, 1, time.monotonic())
+        assert ring.set_aside() == 1
+        assert picked(9) == [True]
+        assert 0 < table.ejected_until(row) - time.monotonic() <= TRIAL_S
+        other.restore(row, 1)
+        assert picked(3) == [False] * (3 if pick == "pick_hashed" else 1)
+        assert ring.set_aside() == 0
+
+
+def test_a_pick_where_all_are_set_aside_is_a_trial_too(make_ring, table):
+    ring = make_ring(pods(2))
+    until_s = time.monotonic() + 100
+    for row in range(2):
+        table.eject(row, 1, until_s)
+    assert ring.pick_least().trial
+    assert ring.pick_hashed(1).trial
+    assert [table.ejected_until(row) for row in range(2)] == [until_s] * 2
+
+
+def test_an_endpoint_may_come_set_aside(make_ring, table):
+    ring = make_ring(pods(2))
+    assert ring.pick_least()
+    table.eject(2, table.open_row(2), time.monotonic() + 100)
+    assert ring.pick_least()
+    ring.set(pods(3)[2], 2, 1)
+    assert {ring.pick_least().name for _ in range(9)} == set(pods(2))
 
 
 def test_least_load_picks_the_least_loaded(make_ring, table):
@@ -457,13 +489,29 @@ class Rings(RuleBasedStateMachine):
         self.oracle.replication = replication
         self.oracle.mean_load_factor = factor
 
-    @rule(name=NAMES, ejected=st.booleans(), column=st.integers(0, 1))
-    def eject(self, name, ejected, column):
+    @rule(name=NAMES, for_s=st.sampled_from([1000, 0]), column=st.integers(0, 1))
+    def eject(self, name, for_s, column):
         endpoint = self.oracle.endpoints.get(name)
         if endpoint:
-            until_s = time.monotonic() + 1000 if ejected else time.monotonic()
+            until_s = time.monotonic() + for_s
             self.workers[column].eject(endpoint.row, endpoint.generation, until_s)
             self.oracle_table.ejected[endpoint.row] = until_s
+
+    @rule(name=NAMES, column=st.integers(0, 1))
+    def restore(self, name, column):
+        endpoint = self.oracle.endpoints.get(name)
+        if endpoint:
+            self.workers[column].restore(endpoint.row, endpoint.generation)
+            self.oracle_table.ejected.pop(endpoint.row, None)
+
+    def tried(self, pick, began_s):
+        """A pick of an endpoint on trial keeps others off it for a while."""
+        row = self.oracle.endpoints[pick.name].row
+        until_s = self.oracle_table.ejected.get(row)
+        assert pick.trial == (until_s is not None)
+        if until_s is not None and until_s <= began_s:
+            self.oracle_table.ejected[row] = self.table.ejected_until(row)
+            assert began_s < self.table.ejected_until(row) <= time.monotonic() + TRIAL_S
 
     def hold(self, pick, column):
         endpoint = self.oracle.endpoints[pick.name]
@@ -475,7 +523,8 @@ class Rings(RuleBasedStateMachine):
     @rule(key=KEYS, ask=ASKS, column=st.integers(0, 1), times=st.integers(1, 4))
     def pick_hashed(self, key, ask, column, times):
         for _ in range(times):
-            wanted = self.oracle.pick_hashed(key, **ask, now_s=time.monotonic())
+            began_s = time.monotonic()
+            wanted = self.oracle.pick_hashed(key, **ask, now_s=began_s)
             pick = self.rings[column].pick_hashed(key, **ask)
             if wanted is None:
                 assert pick is None
@@ -485,6 +534,7 @@ class Rings(RuleBasedStateMachine):
             assert pick.name == wanted.name
             assert (pick.first, pick.first_load) == (wanted.first, wanted.first_load)
             assert (pick.bound, pick.iterations) == (wanted.bound, wanted.iterations)
+            self.tried(pick, began_s)
             self.count(wanted.initial, "initial")
             self.count(wanted.name, "final")
             if wanted.defaulted:
@@ -498,7 +548,8 @@ class Rings(RuleBasedStateMachine):
     @rule(ask=ASKS, column=st.integers(0, 1), times=st.integers(1, 4))
     def pick_least(self, ask, column, times):
         for _ in range(times):
-            wanted = self.oracle.least(**ask, now_s=time.monotonic())
+            began_s = time.monotonic()
+            wanted = self.oracle.least(**ask, now_s=began_s)
             pick = self.rings[column].pick_least(**ask)
             if not wanted:
                 assert pick is None
@@ -506,6 +557,7 @@ class Rings(RuleBasedStateMachine):
             assert pick.name in wanted
             assert pick.first == pick.name
             assert pick.first_load == self.oracle.load(pick.name)
+            self.tried(pick, began_s)
             self.hold(pick, column)
 
     @rule(which=st.integers(0, 99), drop=st.booleans(), times=st.integers(1, 5))

@@ -51,7 +51,7 @@ class Worker:
         self.table = LoadTable.attach(table.fd, column)
         self.routing = RoutingTable(self.table, self._target)
 
-    def _target(self, endpoint):
+    def _target(self, routed, endpoint):
         upstream = Upstream(endpoint)
         self.upstreams.append(upstream)
         return upstream

@@ -1,0 +1,179 @@
+"""Who watches requests: the access log, and OpenTelemetry's spans.
+
+A worker that has neither makes no :class:`Observers`, and a request then costs one comparison.
+Both are told of a request when its head is whole and when it is over; what they write goes through
+a thread of their own. Made by the worker, called by the exchange.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from queue import Full, Queue
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from kubeai.gateway.tracing import Tracing, make_tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from kubeai.api.config import GatewayConfig
+    from kubeai.gateway.exchange import Exchange
+
+log = structlog.get_logger(__name__)
+
+QUEUE_MAX_LINES = 10_000
+CLOSE_TIMEOUT_S = 2.0
+PATH_MAX_CHARS = 200
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+    """One request in the access log; times in seconds, sizes of bodies in bytes."""
+
+    time: str  # when its head was whole, UTC
+    request_id: str
+    client: str
+    method: str
+    path: str
+    status: int  # 0: the client left before there was one
+    end: str  # "whole", "left" (the client), "broken" (the engine's answer)
+    duration_s: float
+    request_bytes: int
+    answer_bytes: int
+    first_byte_s: float | None = None
+    model: str | None = None
+    endpoint: str | None = None
+    retries: int = 0
+    left_out: int = 0  # lines before this one that could not be written in time
+
+
+class AccessLog:
+    """JSON lines, written by a thread; what it cannot keep up with is left out, and counted."""
+
+    def __init__(
+        self,
+        sample: float,
+        write: Callable[[bytes], object] = sys.stdout.buffer.write,
+        random: Callable[[], float] = random.random,
+    ) -> None:
+        """``sample``: the share of whole answers below 500 that are logged; all others are."""
+        self._sample = sample
+        self._write = write
+        self._random = random
+        self._left_out = 0
+        self._lines: Queue[Line | None] = Queue(QUEUE_MAX_LINES)
+        self._thread = threading.Thread(target=self._run, name="access log", daemon=True)
+        self._thread.start()
+
+    def wants(self, status: int, end: str) -> bool:
+        well = end == "whole" and status < 500
+        return not well or self._sample >= 1 or self._random() < self._sample
+
+    def add(self, line: Line) -> None:
+        line.left_out = self._left_out
+        try:
+            self._lines.put_nowait(line)
+            self._left_out = 0
+        except Full:
+            self._left_out += 1
+
+    def close(self) -> None:
+        """Write what is there; a reader that takes nothing does not hold up the end."""
+        try:
+            self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
+        except Full:
+            return
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _run(self) -> None:
+        encode = msgspec.json.Encoder().encode
+        while (line := self._lines.get()) is not None:
+            lines = [encode(line), b"\n"]
+            while not self._lines.empty() and len(lines) < 1000:
+                more = self._lines.get()
+                if more is None:
+                    self._lines.put(None)
+                    break
+                lines += (encode(more), b"\n")
+            try:
+                self._write(b"".join(lines))
+            except OSError as error:  # a full disk or a reader that left must not stop the work
+                log.warning("access log not written", reason=str(error))
+
+
+def make_observers(config: GatewayConfig) -> Observers | None:
+    """As the config and OpenTelemetry's environment ask; None when nobody watches.
+
+    ConfigError when traces are asked for and OpenTelemetry is not installed.
+    """
+    access_log = AccessLog(config.access_log_sample) if config.access_log_sample else None
+    tracing = make_tracing()
+    return Observers(access_log, tracing) if access_log or tracing else None
+
+
+class Observers:
+    """See the module."""
+
+    def __init__(self, access_log: AccessLog | None, tracing: Tracing | None) -> None:
+        self.access_log = access_log
+        self.tracing = tracing
+
+    def began(self, exchange: Exchange) -> Observation:
+        return Observation(self, exchange)
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        if self.access_log is not None:
+            self.access_log.close()
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+class Observation:
+    """One request that is watched."""
+
+    __slots__ = ("_began_s", "_observers", "_span", "_time_s")
+
+    def __init__(self, observers: Observers, exchange: Exchange) -> None:
+        self._observers = observers
+        self._time_s = time.time()
+        self._began_s = time.monotonic()
+        tracing = observers.tracing
+        self._span: Span | None = None if tracing is None else tracing.began(exchange)
+
+    def ended(self, exchange: Exchange) -> None:
+        access_log, tracing = self._observers.access_log, self._observers.tracing
+        end = "broken" if exchange.broken else "whole" if exchange.whole else "left"
+        if access_log is not None and access_log.wants(exchange.status, end):
+            access_log.add(self._line(exchange, end))
+        if tracing is not None and self._span is not None:
+            tracing.ended(self._span, exchange, end, self._first_byte_s(exchange))
+
+    def _first_byte_s(self, exchange: Exchange) -> float | None:
+        return exchange.answered_s - self._began_s if exchange.answered_s else None
+
+    def _line(self, exchange: Exchange, end: str) -> Line:
+        first_byte_s = self._first_byte_s(exchange)
+        return Line(
+            time=datetime.fromtimestamp(self._time_s, UTC).isoformat(timespec="milliseconds"),
+            request_id=exchange.request_id,
+            client=exchange.peer,
+            method=exchange.method,
+            path=exchange.target[:PATH_MAX_CHARS],
+            status=exchange.status,
+            end=end,
+            duration_s=round(time.monotonic() - self._began_s, 6),
+            request_bytes=exchange.request_bytes,
+            answer_bytes=exchange.answer_bytes,
+            first_byte_s=None if first_byte_s is None else round(first_byte_s, 6),
+            model=exchange.model_name,
+            endpoint=exchange.endpoint_name,
+            retries=exchange.retry_count,
+        )

@@ -1,0 +1,120 @@
+"""OpenTelemetry spans, one a request, behind the extra ``otel``.
+
+Asked for by OpenTelemetry's own environment: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
+``…_TRACES_ENDPOINT``), with ``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME`` and the others as its
+SDK reads them; ``OTEL_SDK_DISABLED`` and ``OTEL_TRACES_EXPORTER=none`` turn it off. A request's
+``traceparent`` is the parent of its span, and the engine gets the span's in its place; without
+tracing it is passed on as it came. Spans are exported over HTTP by a thread of the SDK's, from a
+queue that drops what is too much. Called by observers.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from kubeai import __version__
+from kubeai.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+    from kubeai.gateway.exchange import Exchange
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+SERVICE_NAME = "kubeai"
+CLOSE_TIMEOUT_MS = 2_000
+
+
+def wants_tracing() -> str | None:
+    """The variable that asks for traces, if any does."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "none":
+        return None
+    return next((name for name in ENDPOINTS if os.environ.get(name)), None)
+
+
+def make_tracing() -> Tracing | None:
+    """As the environment asks; ConfigError when it asks and OpenTelemetry is not installed."""
+    variable = wants_tracing()
+    if variable is None:
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME as SERVICE_NAME_KEY
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        raise ConfigError(
+            variable, "traces need OpenTelemetry: pip install 'kubeai[otel]', or unset it"
+        ) from None
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME_KEY: SERVICE_NAME}
+    provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Tracing(provider)
+
+
+class Tracing:
+    """Spans of one worker."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider = provider
+        self._tracer = provider.get_tracer("kubeai.gateway", __version__)
+        self._server = SpanKind.SERVER
+        self._context = TraceContextTextMapPropagator()
+        self._error = Status(StatusCode.ERROR)
+        self._in_context = set_span_in_context
+
+    def began(self, exchange: Exchange) -> Span:
+        """A request's span, a child of the client's; the engine's will be its child."""
+        came = {
+            name: exchange.headers(name.encode())[0].decode("latin-1")
+            for name in ("traceparent", "tracestate")
+            if exchange.headers(name.encode())
+        }
+        path = exchange.target.partition("?")[0]
+        span = self._tracer.start_span(
+            f"{exchange.method} {path}" if exchange.is_inference else exchange.method,
+            context=self._context.extract(came),
+            kind=self._server,
+            attributes={
+                "http.request.method": exchange.method,
+                "url.path": path,
+                "client.address": exchange.peer,
+                "kubeai.request_id": exchange.request_id,
+            },
+        )
+        sent: dict[str, str] = {}
+        self._context.inject(sent, self._in_context(span))
+        for name, value in sent.items():
+            exchange.set_header(name.encode(), value.encode("latin-1"))
+        return span
+
+    def ended(self, span: Span, exchange: Exchange, end: str, first_byte_s: float | None) -> None:
+        """The span's other half. ``end``: whole, left or broken."""
+        if span.is_recording():
+            if exchange.status:
+                span.set_attribute("http.response.status_code", exchange.status)
+            if exchange.model_name is not None:
+                span.set_attribute("gen_ai.request.model", exchange.model_name)
+            if exchange.endpoint_name is not None:
+                span.set_attribute("kubeai.endpoint", exchange.endpoint_name)
+            if exchange.retry_count:
+                span.set_attribute("http.request.resend_count", exchange.retry_count)
+            if first_byte_s is not None:
+                span.set_attribute("kubeai.first_byte_s", first_byte_s)
+            span.set_attribute("kubeai.end", end)
+            if exchange.status >= 500 or end == "broken":
+                span.set_status(self._error)
+        span.end()
+
+    def close(self) -> None:
+        """Export what is left, for as long as ``CLOSE_TIMEOUT_MS``."""
+        self._provider.force_flush(CLOSE_TIMEOUT_MS)
+        self._provider.shutdown()
