@@ -227,6 +227,15 @@ cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noe
         scan.line = end + 1
 
 
+cdef bint is_line(const char *at) noexcept:
+    """Whether a line up to its CR has no control character; llhttp lets a reason have any."""
+    while at[0] != c"\r":
+        if <unsigned char> at[0] < 32 and at[0] != c"\t" or at[0] == 127:
+            return False
+        at += 1
+    return True
+
+
 cdef void scan_reset(Scan *scan, Py_ssize_t at) noexcept:
     scan.at = scan.line = at
     scan.lines = 0
@@ -1696,7 +1705,7 @@ cdef class Upstream(Head):
             self.parser.feed_data(head)
         except Exception:
             return False
-        if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0:
+        if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0 or not is_line(line):
             return False
         self.status = (line[9] - c"0") * 100 + (line[10] - c"0") * 10 + line[11] - c"0"
         self.reusable = not self.says_close and (self.says_keep or line[7] == c"1")

@@ -693,6 +693,9 @@ async def test_an_answer_may_come_in_pieces(start, piece):
         b"HTTP/2 200 OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000,
         b"\x16\x03\x01",
+        b"HTTP/1.1 200 O\0K\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 O\x1bK\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 O\x7fK\r\nContent-Length: 0\r\n\r\n",
     ],
 )
 async def test_what_is_not_an_http_answer_is_a_502(start, raw):
