@@ -1,7 +1,34 @@
 """What a request asks for, as the compiled exchange sees it; ``_ask.pyx`` says what it promises."""
 
+from libc.stdint cimport uint64_t
+
 cdef enum:
-    SYSTEM_MAX_COUNT = 8
+    LARGE_BYTES = 1 << 20  # as openai.LARGE_BYTES
+    SAID_FEW_COUNT = 8
+
+
+cdef enum Fault:  # why a body is refused; FAULTS has the words
+    NO_FAULT
+    MALFORMED
+    NO_OBJECT
+    MANY_KEYS
+    MODEL_TWICE
+    MODEL_CASE
+    MODEL_MISSING
+    MODEL_TYPE
+    MODEL_LONG
+    NO_MEMORY
+
+
+cdef enum Role:
+    ANY_ROLE
+    USER
+    SYSTEM
+
+
+cdef struct Name:
+    const char *at  # NULL: none
+    Py_ssize_t size
 
 
 cdef struct Place:
@@ -9,10 +36,17 @@ cdef struct Place:
     const char *after
 
 
+cdef struct Text:
+    char *at
+    Py_ssize_t size
+    Py_ssize_t left  # code points that may still be added
+
+
 cdef class Shape:
     cdef readonly bytes conversation  # a list of messages, or a string
     cdef readonly bytes text  # a string, or a list that begins with one
     cdef readonly bytes system  # text beside the conversation
+    cdef Name names[3]  # of the above
 
 
 cdef class Ask:
@@ -22,23 +56,35 @@ cdef class Ask:
     cdef readonly bint stream
     cdef bytes body  # what the places point into
     cdef const char *end
+    cdef Place model_value
     cdef Place first  # the conversation's first text by the user, or the text
     cdef Place beside  # the system's text beside the conversation
-    cdef Place said[SYSTEM_MAX_COUNT]  # the system's texts in the conversation
+    cdef Place *said  # the system's texts in the conversation
+    cdef Place said_few[SAID_FEW_COUNT]  # where they are while they are few
     cdef int said_n
-    cdef Place model_value
-    cdef bint placed
-    cdef bint streamed  # a member named so was there
-    cdef bint sure  # that the places are those which openai.hash_key would find
+    cdef int said_room
+    cdef bint is_input  # the first text is a list of strings or token ids
+    cdef bint crowded  # so many messages that their first bytes stand for them
+    cdef bint odd  # messages that an engine would refuse
+    cdef Fault fault
+    cdef const char *fault_at
+    cdef char fault_key[5]
 
-    cdef const char *_read_members(self, Shape shape, const char *at) noexcept
-    cdef const char *_read_conversation(self, const char *begin) noexcept
-    cdef const char *_read_messages(self, const char *at) noexcept
-    cdef const char *_read_message(self, const char *at, const char **role, Place *content) noexcept
-    cdef const char *_read_text(self, const char *begin) noexcept
-    cdef const char *_read_beside(self, const char *begin) noexcept
-    cdef void _check_crowd(self, const char *begin, const char *after) noexcept
-    cdef bint _take_model(self) except -1
+    cdef bint _read(self, const Name *names, const char *at) noexcept nogil
+    cdef const char *_read_members(self, const Name *names, const char *at) noexcept nogil
+    cdef const char *_read_conversation(self, const char *begin) noexcept nogil
+    cdef const char *_read_messages(self, const char *at) noexcept nogil
+    cdef const char *_read_message(self, const char *at, Role *role, Place *content) noexcept nogil
+    cdef bint _add_said(self, const Place *content) noexcept nogil
+    cdef const char *_read_text(self, const char *begin) noexcept nogil
+    cdef const char *_read_beside(self, const char *begin) noexcept nogil
+    cdef Fault _judge_model(self) noexcept nogil
+    cdef int _take_model(self) except -1
+    cdef object _refusal(self)
+    cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil
+    cdef bint _put_system(self, Text *text) noexcept nogil
+    cdef bint _put_prefix(self, Text *text, Py_ssize_t limit) noexcept nogil
+    cdef uint64_t _key(self, Text *text, bytes name, Py_ssize_t limit) except? 0
     cpdef key(self, Py_ssize_t prefix_char_length)
 
 

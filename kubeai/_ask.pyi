@@ -26,13 +26,19 @@ class Ask:
     adapter: str | None
     stream: bool
 
-    def key(self, prefix_char_length: int) -> int | None:
-        """As ``openai.hash_key``; None when only that can tell."""
-    def for_adapter(self) -> bytes:
-        """The body with the adapter's name for its model; every other byte stays as it came."""
+    def key(self, prefix_char_length: int) -> int:
+        """As ``openai.hash_key``."""
+    def with_model(self, value: bytes) -> bytes:
+        """The body with another value (JSON) for its model; every other byte stays as it came."""
+
+class Refused(Exception):
+    """Why a body is refused: a message, and the parameter that it is about, or None."""
 
 def read(shape: Shape, body: bytes) -> Ask | None:
-    """Read a body of this shape; None: let ``openai.parse`` judge.
+    """Read a body of this shape; None: ``openai.parse`` may say why not.
 
     A body that is taken is one that ``openai.parse`` takes, and understands in the same way.
     """
+
+def judge(shape: Shape, body: bytes) -> Ask:
+    """As :func:`read`, without the interpreter's lock; Refused says why not."""

@@ -1,32 +1,39 @@
 # cython: language_level=3, nonecheck=True
 """What a JSON request asks for, found in one pass over its body, without objects for the rest.
 
-:func:`read` either understands a body wholly, and then as ``openai.parse`` and ``openai.hash_key``
-do, or returns None and leaves the verdict to them: it refuses more than they do, and never takes
-what they would not. Of a body that it takes it has seen every byte: strict JSON, valid UTF-8, no
-lone surrogate, nesting of at most ``DEPTH_MAX_COUNT``, one ``model``.
+:func:`read` understands a body as ``openai.parse`` and ``openai.hash_key`` do, or refuses it: all
+that they refuse, and no more than that but nesting beyond ``DEPTH_MAX_COUNT`` and names beyond
+``NAME_MAX_BYTES``. Of a body that it takes it has seen every byte: strict JSON, valid UTF-8, no
+lone surrogate, one ``model``.
 
 It knows JSON, and from a :class:`Shape` which members place a request on the ring; it does no I/O.
-Strings are looked at 64 bytes at a time (0.05 ns a byte for ASCII without escapes). All the code
-here leans on the NUL that ends every bytes object: no byte after it is read.
+Strings are looked at 64 bytes at a time (0.05 ns a byte for ASCII without escapes); what there is
+to do at worst takes 2 ns a byte. A body above ``LARGE_BYTES`` is read without the interpreter's
+lock: in a thread of its own it holds up nobody. All the code here leans on the NUL that ends every
+bytes object: no byte after it is read.
 """
 
 cimport cython
+from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memchr, memcmp, memcpy
+from libc.string cimport memchr, memcmp, memcpy, memset
 
-from mmh3 import hash64
+from mmh3 import hash64, mmh3_x64_128_digest
 
 cdef enum:
-    DEPTH_MAX_COUNT = 64  # bits of a stack
+    DEPTH_MAX_COUNT = 512
     KEYS_MAX_COUNT = 1000  # of the top level, as openai.TOP_LEVEL_KEYS_MAX_COUNT
+    NAME_MAX_BYTES = 4096  # of a model and an adapter; no Model's name has so many
     SURE_BYTES = 1 << 20  # as openai.HASH_SURE_BYTES: above it, members are counted
     MEMBERS_MAX_COUNT = 200_000  # as openai.HASH_MAX_COUNT
-    FIRST_INPUT_WITHIN_BYTES = 24  # of a list: openai looks at no more than its beginning
+    CROWDED_BYTES = 4096  # as openai.CROWDED_BYTES
+    TOKEN_MAX_BYTES = 24  # as openai's
+    WORD_MAX_CHARS = 16  # more than any name that is looked for has
 
 cdef extern from *:
     """
@@ -225,11 +232,12 @@ cdef const char *skip_scalar(const char *at, const char *end) noexcept nogil:
     return skip_number(at)
 
 
-cdef const char *skip_key(const char *at, const char *end, bint *escaped) noexcept nogil:
+cdef inline const char *skip_key(const char *at, const char *end) noexcept nogil:
     """An object's key and its colon, and the space after that."""
+    cdef bint escaped
     if at[0] != c'"':
         return NULL
-    at = skip_string(at + 1, end, escaped)
+    at = skip_string(at + 1, end, &escaped)
     if at is NULL:
         return NULL
     at = skip_space(at)
@@ -238,45 +246,43 @@ cdef const char *skip_key(const char *at, const char *end, bint *escaped) noexce
 
 cdef const char *skip_value(const char *at, const char *end) noexcept nogil:
     """Any value, from its first byte."""
-    cdef uint64_t objects = 0  # a bit a level: 1 for an object
+    cdef char closing[DEPTH_MAX_COUNT]  # what each level will end with
+    cdef char close
     cdef int depth = 0
-    cdef bint escaped
     while True:
         if at[0] == c"{" or at[0] == c"[":
             if depth == DEPTH_MAX_COUNT:
                 return NULL
+            close = c"}" if at[0] == c"{" else c"]"
+            closing[depth] = close
             depth += 1
-            objects = objects << 1 | (at[0] == c"{")
             at = skip_space(at + 1)
-            if at[0] == (c"}" if objects & 1 else c"]"):
-                at += 1
-                depth -= 1
-                objects >>= 1
-            elif objects & 1:
-                at = skip_key(at, end, &escaped)
-                if at is NULL:
-                    return NULL
+            if at[0] != close:
+                if close == c"}":
+                    at = skip_key(at, end)
+                    if at is NULL:
+                        return NULL
                 continue
-            else:
-                continue
+            at += 1
+            depth -= 1
         else:
             at = skip_scalar(at, end)
             if at is NULL:
                 return NULL
         while depth:  # after a value
+            close = closing[depth - 1]
             at = skip_space(at)
             if at[0] == c",":
                 at = skip_space(at + 1)
-                if objects & 1:
-                    at = skip_key(at, end, &escaped)
+                if close == c"}":
+                    at = skip_key(at, end)
                     if at is NULL:
                         return NULL
                 break
-            if at[0] != (c"}" if objects & 1 else c"]"):
+            if at[0] != close:
                 return NULL
             at += 1
             depth -= 1
-            objects >>= 1
         if depth == 0:
             return at
 
@@ -294,12 +300,6 @@ cdef const char *next_member(const char *at, char closing) noexcept nogil:
 
 
 # -- text ------------------------------------------------------------------------------------------
-
-cdef struct Text:
-    char *at
-    Py_ssize_t size
-    Py_ssize_t left  # code points that may still be added
-
 
 cdef inline void put_utf8(Text *text, uint32_t code) noexcept nogil:
     cdef char *to = text.at + text.size
@@ -348,12 +348,49 @@ cdef void put_string(Text *text, const char *at, const char *end) noexcept nogil
         text.left -= 1
 
 
+cdef struct Word:
+    const char *at
+    Py_ssize_t size
+    char plain[4 * WORD_MAX_CHARS]
+
+
+cdef inline const char *read_word(const char *at, const char *end, Word *word) noexcept nogil:
+    """A string and what it says, escapes undone; of a long one with escapes only how it begins."""
+    cdef bint escaped = False
+    cdef Text text
+    if at[0] != c'"':
+        return NULL
+    word.at = at + 1
+    at = skip_string(at + 1, end, &escaped)
+    word.size = at - 1 - word.at
+    if escaped and at is not NULL:
+        text.at = word.plain
+        text.size = 0
+        text.left = WORD_MAX_CHARS
+        put_string(&text, word.at, end)
+        word.at = text.at
+        word.size = text.size
+    return at
+
+
+cdef inline const char *read_key(const char *at, const char *end, Word *key) noexcept nogil:
+    """As skip_key."""
+    at = read_word(at, end, key)
+    if at is NULL:
+        return NULL
+    at = skip_space(at)
+    return skip_space(at + 1) if at[0] == c":" else NULL
+
+
+cdef inline bint is_word(const Word *word, const char *text, Py_ssize_t size) noexcept nogil:
+    return word.size == size and memcmp(word.at, text, size) == 0
+
+
 cdef bint put_content(Text *text, const char *at, const char *end) noexcept nogil:
-    """The text of a message's content, as openai's _text; False: not to be sure of."""
-    cdef const char *key
+    """The text of a message's content, as openai's _text; False: an engine would refuse it."""
     cdef const char *found
-    cdef bint escaped
     cdef bint first = True
+    cdef Word key
     if at[0] == c'"':
         put_string(text, at + 1, end)
         return True
@@ -368,14 +405,8 @@ cdef bint put_content(Text *text, const char *at, const char *end) noexcept nogi
         elif at[0] == c"{":
             at = skip_space(at + 1)
             while at[0] != c"}":
-                key = at + 1
-                escaped = False
-                at = skip_key(at, end, &escaped)
-                if escaped:
-                    return False
-                if is_text(key, end, b'text"', 5):
-                    if found is not NULL:
-                        return False
+                at = read_key(at, end, &key)
+                if is_word(&key, b"text", 4):
                     found = at
                 at = next_member(skip_value(at, end), c"}")
             at += 1
@@ -391,7 +422,66 @@ cdef bint put_content(Text *text, const char *at, const char *end) noexcept nogi
     return True
 
 
+cdef void put_bytes(Text *text, const char *at, const char *after) noexcept nogil:
+    """Each byte a code point (Latin-1)."""
+    while at < after:
+        put_utf8(text, <unsigned char> at[0])
+        at += 1
+
+
+cdef inline bint is_space(char c) noexcept nogil:
+    return c == c" " or c == c"\n" or c == c"\r" or c == c"\t"
+
+
+cdef void put_input(Text *text, const char *at, const char *after, const char *end) noexcept nogil:
+    """Of a list of strings or token ids, or of lists of those, as openai's _first_input."""
+    cdef const char *next
+    cdef const char *last
+    while at < after and (at[0] == c"[" or is_space(at[0])):
+        at += 1
+    if at[0] == c'"':
+        put_string(text, at + 1, end)
+        return
+    after = at + min(after - at, TOKEN_MAX_BYTES * (text.left + 3))
+    while text.left:
+        while at < after and is_space(at[0]):
+            at += 1
+        next = at
+        while next < after and next[0] != c"," and next[0] != c"]":
+            next += 1
+        last = next
+        while last > at and is_space((last - 1)[0]):
+            last -= 1
+        put_bytes(text, at, last)
+        text.left -= 1
+        if next == after or next[0] == c"]":
+            return
+        if text.left:
+            put_utf8(text, c",")
+        at = next + 1
+
+
 # -- what is asked for -----------------------------------------------------------------------------
+
+class Refused(Exception):
+    """Why a body is refused: a message, and the parameter that it is about, or None."""
+
+
+cdef dict FAULTS = {
+    <int> MALFORMED: (
+        "The body is not valid JSON in UTF-8, or it is nested too deeply: "
+        "see what begins at byte {at}.",
+        None,
+    ),
+    <int> NO_OBJECT: ("The body is not a JSON object.", None),
+    <int> MANY_KEYS: (f"The body has more than {KEYS_MAX_COUNT} keys.", None),
+    <int> MODEL_TWICE: ("The body has several keys that may be read as 'model'.", "model"),
+    <int> MODEL_CASE: ("Unknown parameter {key!r}: did you mean 'model'?", "model"),
+    <int> MODEL_MISSING: ("You must provide a model parameter.", "model"),
+    <int> MODEL_TYPE: ("'model' must be a string.", "model"),
+    <int> MODEL_LONG: (f"'model' is longer than {NAME_MAX_BYTES} bytes.", "model"),
+}
+
 
 @cython.final
 cdef class Shape:
@@ -401,17 +491,24 @@ cdef class Shape:
         self.conversation = conversation
         self.text = text
         self.system = system
+        self.names[0] = name_of(conversation)
+        self.names[1] = name_of(text)
+        self.names[2] = name_of(system)
 
 
-cdef inline bint is_key(const char *key, Py_ssize_t size, bytes name) noexcept:
-    return (
-        name is not None
-        and PyBytes_GET_SIZE(name) == size
-        and memcmp(key, PyBytes_AS_STRING(name), size) == 0
-    )
+cdef Name name_of(bytes text) noexcept:
+    """Where a member's name is; NULL for no member."""
+    cdef Name name
+    name.at = NULL if text is None else PyBytes_AS_STRING(text)
+    name.size = 0 if text is None else PyBytes_GET_SIZE(text)
+    return name
 
 
-cdef bint is_model(const char *key) noexcept:
+cdef inline bint is_key(const Word *key, const Name *name) noexcept nogil:
+    return name.at is not NULL and is_word(key, name.at, name.size)
+
+
+cdef bint is_model(const char *key) noexcept nogil:
     """Whether five bytes are "model", whatever their case: some readers do not mind it."""
     cdef const char *model = b"model"
     cdef int i
@@ -421,36 +518,31 @@ cdef bint is_model(const char *key) noexcept:
     return True
 
 
+cdef Role role_of(const Word *word) noexcept nogil:
+    if is_word(word, b"user", 4):
+        return USER
+    if is_word(word, b"system", 6) or is_word(word, b"developer", 9):
+        return SYSTEM
+    return ANY_ROLE
+
+
+cdef bint is_crowded(const char *begin, const char *after) noexcept nogil:
+    return after - begin > SURE_BYTES and kb_members(begin, after) > MEMBERS_MAX_COUNT
+
+
 cdef const char *NOTHING = b"null"
 
 
 cdef uint64_t hash_of(const Text *text) except? 0:
-    cdef int64_t signed = hash64(PyBytes_FromStringAndSize(text.at, text.size))[0]
+    cdef bytes digest
+    cdef uint64_t hashed
+    cdef int64_t signed
+    if text.size > LARGE_BYTES:  # without a copy
+        digest = mmh3_x64_128_digest(PyMemoryView_FromMemory(text.at, text.size, PyBUF_READ))
+        memcpy(&hashed, PyBytes_AS_STRING(digest), sizeof(hashed))
+        return hashed
+    signed = hash64(PyBytes_FromStringAndSize(text.at, text.size))[0]
     return <uint64_t> signed
-
-
-cdef object make_key(Ask ask, Text *text, bytes name, Py_ssize_t limit):
-    cdef uint64_t system_hash = 0
-    cdef int i
-    text.size = 0
-    text.left = PY_SSIZE_T_MAX
-    if ask.beside.at is not NULL and not put_content(text, ask.beside.at, ask.end):
-        return None
-    for i in range(ask.said_n):
-        if i or ask.beside.at is not NULL:
-            put_utf8(text, 0)
-        if not put_content(text, ask.said[i].at, ask.end):
-            return None
-    if text.size:  # of nothing it is 0
-        system_hash = hash_of(text)
-    for i in range(8):  # little-endian
-        text.at[i] = <char> (system_hash >> 8 * i & 0xFF)
-    memcpy(text.at + 8, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name) + 1)
-    text.size = 9 + PyBytes_GET_SIZE(name)
-    text.left = limit
-    if ask.first.at is not NULL and not put_content(text, ask.first.at, ask.end):
-        return None
-    return hash_of(text)
 
 
 @cython.final
@@ -460,38 +552,57 @@ cdef class Ask:
     def __init__(self):
         raise TypeError("use read")
 
-    cdef const char *_read_members(self, Shape shape, const char *at) noexcept:
-        """The body's object; the place after it, NULL: refused."""
-        cdef const char *key
-        cdef const char *value
-        cdef Py_ssize_t size
-        cdef int keys = 0
-        cdef bint escaped = False
+    def __dealloc__(self):
+        if self.said is not self.said_few:
+            free(self.said)
+
+    cdef bint _read(self, const Name *names, const char *at) noexcept nogil:
+        """The body; False: refused."""
+        at = skip_space(at)
+        self.fault_at = at
         if at[0] != c"{":
-            return NULL
+            self.fault = NO_OBJECT
+            return False
+        at = self._read_members(names, at)
+        if at is not NULL:
+            at = skip_space(at)
+            self.fault_at = at
+        if at != self.end:
+            if not self.fault:
+                self.fault = MALFORMED
+            return False
+        self.fault = self._judge_model()
+        return not self.fault
+
+    cdef const char *_read_members(self, const Name *names, const char *at) noexcept nogil:
+        """The body's object; the place after it, NULL: refused."""
+        cdef const char *value
+        cdef int keys = 0
+        cdef Word key
         at = skip_space(at + 1)
         while at[0] != c"}":
-            keys += 1
-            key = at + 1
-            value = skip_key(at, self.end, &escaped)
-            if value is NULL or escaped or keys > KEYS_MAX_COUNT:
+            self.fault_at = at
+            value = read_key(at, self.end, &key)
+            if value is NULL:
                 return NULL
-            size = <const char *> memchr(key, c'"', value - key) - key
-            if is_key(key, size, shape.conversation):
+            keys += 1
+            if keys > KEYS_MAX_COUNT:
+                self.fault = MANY_KEYS
+                return NULL
+            if is_key(&key, &names[0]):
                 at = self._read_conversation(value)
-            elif is_key(key, size, shape.text):
+            elif is_key(&key, &names[1]):
                 at = self._read_text(value)
-            elif is_key(key, size, shape.system):
+            elif is_key(&key, &names[2]):
                 at = self._read_beside(value)
             else:
                 at = skip_value(value, self.end)
-                if size == 6 and memcmp(key, b"stream", 6) == 0:
-                    if self.streamed:
-                        return NULL
-                    self.streamed = True
+                if is_word(&key, b"stream", 6):
                     self.stream = value[0] == c"t"
-                elif size == 5 and is_model(key):
-                    if self.model_value.at is not NULL or memcmp(key, b"model", 5) != 0:
+                elif key.size == 5 and is_model(key.at):
+                    if self.model_value.at is not NULL or memcmp(key.at, b"model", 5) != 0:
+                        self.fault = MODEL_TWICE if self.model_value.at is not NULL else MODEL_CASE
+                        memcpy(self.fault_key, key.at, 5)
                         return NULL
                     self.model_value.at = value
                     self.model_value.after = at
@@ -502,17 +613,30 @@ cdef class Ask:
                 return NULL
         return at + 1
 
-    cdef bint _take_model(self) except -1:
-        """Make the names; False: the model's value is not to be taken as it stands."""
+    cdef Fault _judge_model(self) noexcept nogil:
         cdef const char *at = self.model_value.at
-        cdef Py_ssize_t size
+        if at is NULL:
+            return MODEL_MISSING
+        if at[0] != c'"':
+            return MODEL_TYPE
+        if self.model_value.after - at == 2:
+            return MODEL_MISSING
+        return MODEL_LONG if self.model_value.after - at > NAME_MAX_BYTES else NO_FAULT
+
+    cdef int _take_model(self) except -1:
+        """Make the names."""
+        cdef const char *at = self.model_value.at + 1
+        cdef Py_ssize_t size = self.model_value.after - 1 - at
         cdef const char *split
-        if at is NULL or at[0] != c'"':
-            return False
-        at += 1
-        size = self.model_value.after - 1 - at
-        if size == 0 or memchr(at, c"\\", size) is not NULL:
-            return False
+        cdef char plain[NAME_MAX_BYTES]
+        cdef Text text
+        if memchr(at, c"\\", size) is not NULL:
+            text.at = plain
+            text.size = 0
+            text.left = NAME_MAX_BYTES
+            put_string(&text, at, self.end)
+            at = plain
+            size = text.size
         self.model = PyUnicode_DecodeUTF8(at, size, NULL)
         split = <const char *> memchr(at, c"_", size)
         if split is NULL:
@@ -520,89 +644,89 @@ cdef class Ask:
         else:
             self.name = PyUnicode_DecodeUTF8(at, split - at, NULL)
             self.adapter = PyUnicode_DecodeUTF8(split + 1, at + size - split - 1, NULL)
-        return True
+        return 0
 
-    # the places that hash_key reads; each function returns the place after the value, or NULL
+    cdef object _refusal(self):
+        """The exception for what is wrong."""
+        if self.fault == NO_MEMORY:
+            return MemoryError()
+        message, param = FAULTS[<int> self.fault]
+        return Refused(
+            message.format(
+                at=self.fault_at - PyBytes_AS_STRING(self.body),
+                key=self.fault_key[:5].decode() if self.fault == MODEL_CASE else None,
+            ),
+            param,
+        )
 
-    cdef void _check_crowd(self, const char *begin, const char *after) noexcept:
-        if (
-            after is not NULL
-            and after - begin > SURE_BYTES
-            and kb_members(begin, after) > MEMBERS_MAX_COUNT
-        ):
-            self.sure = False
+    # The places that hash_key reads; each function returns the place after the value, or NULL. Of
+    # members that are there twice the last one counts, as in most readers.
 
-    cdef const char *_read_conversation(self, const char *begin) noexcept:
+    cdef const char *_read_conversation(self, const char *begin) noexcept nogil:
         cdef const char *after
-        if self.placed:
-            return NULL
-        self.placed = True
-        after = self._read_messages(begin) if begin[0] == c"[" else NULL
-        if after is NULL:
-            self.sure = begin[0] != c"["
+        self.first.at = self.first.after = NULL
+        self.said_n = 0
+        self.odd = self.crowded = False
+        if begin[0] == c"[":
+            after = self._read_messages(begin)
+        else:
             after = skip_value(begin, self.end)
             self.first.at = begin
             self.first.after = after
-        self._check_crowd(begin, after)
+        if after is not NULL and is_crowded(begin, after):
+            self.crowded = True
+            self.odd = False
+            self.first.at = begin
+            self.first.after = begin + CROWDED_BYTES
+            self.said_n = 0
         return after
 
-    cdef const char *_read_messages(self, const char *at) noexcept:
-        """Find the system's texts and the user's first; NULL: not to be sure of, or not JSON."""
-        cdef const char *role
+    cdef const char *_read_messages(self, const char *at) noexcept nogil:
+        """Find the system's texts and the user's first."""
+        cdef Role role
         cdef Place content
         at = skip_space(at + 1)
         while at[0] != c"]":
-            role = NULL
-            content.at = content.after = NULL
-            if at[0] != c"{":
-                return NULL
-            at = self._read_message(skip_space(at + 1), &role, &content)
-            if at is NULL:
-                return NULL
-            if content.at is NULL:
+            if at[0] == c"{":
+                role = ANY_ROLE
                 content.at = NOTHING
                 content.after = NOTHING + 1
-            if role is NULL:
-                pass
-            elif is_text(role, self.end, b'"user"', 6):
-                if self.first.at is NULL:
+                at = self._read_message(skip_space(at + 1), &role, &content)
+                if role == USER and self.first.at is NULL:
                     self.first = content
-            elif is_text(role, self.end, b'"system"', 8) or is_text(
-                role, self.end, b'"developer"', 11
-            ):
-                if self.said_n == SYSTEM_MAX_COUNT:
+                elif role == SYSTEM and not self._add_said(&content):
                     return NULL
-                self.said[self.said_n] = content
-                self.said_n += 1
-            at = next_member(at + 1, c"]")
+            else:
+                self.odd = True
+                at = skip_value(at, self.end)
+            if at is NULL:
+                return NULL
+            at = next_member(at, c"]")
             if at is NULL:
                 return NULL
         return at + 1
 
     cdef const char *_read_message(
-        self, const char *at, const char **role, Place *content
-    ) noexcept:
-        """One message's members, from behind its brace to its closing one."""
-        cdef const char *key
+        self, const char *at, Role *role, Place *content
+    ) noexcept nogil:
+        """One message's members, from behind its brace."""
         cdef const char *value
-        cdef bint escaped = False
+        cdef Word key, word
         while at[0] != c"}":
-            key = at + 1
-            value = skip_key(at, self.end, &escaped)
-            if value is NULL or escaped:
+            value = read_key(at, self.end, &key)
+            if value is NULL:
                 return NULL
-            if is_text(key, self.end, b'role"', 5):
-                if role[0] is not NULL or value[0] != c'"':
-                    return NULL
-                role[0] = value
-                at = skip_string(value + 1, self.end, &escaped)
-                if escaped:
-                    return NULL
+            if is_word(&key, b"role", 4):
+                if value[0] == c'"':
+                    at = read_word(value, self.end, &word)
+                    if at is not NULL:
+                        role[0] = role_of(&word)
+                else:
+                    self.odd = True
+                    at = skip_value(value, self.end)
             else:
                 at = skip_value(value, self.end)
-                if is_text(key, self.end, b'content"', 8):
-                    if content.at is not NULL:
-                        return NULL
+                if is_word(&key, b"content", 7):
                     content.at = value
                     content.after = at
             if at is NULL:
@@ -610,78 +734,174 @@ cdef class Ask:
             at = next_member(at, c"}")
             if at is NULL:
                 return NULL
-        return at
+        return at + 1
 
-    cdef const char *_read_text(self, const char *begin) noexcept:
-        cdef const char *after
-        cdef const char *at = begin
-        if self.placed:
-            return NULL
-        self.placed = True
-        after = skip_value(begin, self.end)
-        while after is not NULL and at[0] == c"[":
-            at = skip_space(at + 1)
-        if at > begin and (at[0] != c'"' or at - begin > FIRST_INPUT_WITHIN_BYTES):
-            self.sure = False
-        self.first.at = at
-        self.first.after = after
+    cdef bint _add_said(self, const Place *content) noexcept nogil:
+        """False when there is no memory."""
+        cdef Place *grown
+        if self.said_n == self.said_room:
+            if self.said_n > MEMBERS_MAX_COUNT:
+                return True  # a crowd: nobody will ask
+            grown = <Place *> malloc(2 * self.said_room * sizeof(Place))
+            if grown is NULL:
+                self.fault = NO_MEMORY
+                return False
+            memcpy(grown, self.said, self.said_n * sizeof(Place))
+            if self.said is not self.said_few:
+                free(self.said)
+            self.said = grown
+            self.said_room = 2 * self.said_room
+        self.said[self.said_n] = content[0]
+        self.said_n = self.said_n + 1
+        return True
+
+    cdef const char *_read_text(self, const char *begin) noexcept nogil:
+        self.first.at = begin
+        self.first.after = skip_value(begin, self.end)
+        self.is_input = begin[0] == c"["
+        return self.first.after
+
+    cdef const char *_read_beside(self, const char *begin) noexcept nogil:
+        cdef const char *after = skip_value(begin, self.end)
+        self.beside.after = after
+        self.beside.at = begin
+        if after is NULL or is_crowded(begin, after):
+            self.beside.at = NULL
         return after
 
-    cdef const char *_read_beside(self, const char *begin) noexcept:
-        if self.beside.at is not NULL:
-            return NULL
-        self.beside.at = begin
-        self.beside.after = skip_value(begin, self.end)
-        self._check_crowd(begin, self.beside.after)
-        return self.beside.after
+    # the hash key
+
+    cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil:
+        """Bytes that any of what is hashed may take."""
+        cdef Py_ssize_t said = 1 if self.beside.at is NULL else self.beside.after - self.beside.at
+        cdef Py_ssize_t prefix = self.first.after - self.first.at
+        cdef int i
+        for i in range(self.said_n):
+            said += self.said[i].after - self.said[i].at + 1
+        if self.crowded:
+            prefix *= 2
+        elif self.is_input:
+            prefix = min(2 * prefix, 2 * TOKEN_MAX_BYTES * (limit + 3))
+        else:
+            prefix = min(prefix, 4 * limit)
+        return max(said, prefix + name_size + 16)
+
+    cdef bint _put_system(self, Text *text) noexcept nogil:
+        cdef int i
+        text.size = 0
+        text.left = PY_SSIZE_T_MAX
+        if self.odd:
+            return False
+        if self.beside.at is not NULL and not put_content(text, self.beside.at, self.end):
+            return False
+        for i in range(self.said_n):
+            if i or self.beside.at is not NULL:
+                put_utf8(text, 0)
+            if not put_content(text, self.said[i].at, self.end):
+                return False
+        return True
+
+    cdef bint _put_prefix(self, Text *text, Py_ssize_t limit) noexcept nogil:
+        text.left = limit
+        if self.first.at is NULL:
+            return True
+        if self.crowded:
+            put_bytes(text, self.first.at, self.first.after)
+        elif self.is_input:
+            put_input(text, self.first.at, self.first.after, self.end)
+        else:
+            return put_content(text, self.first.at, self.end)
+        return True
+
+    cdef uint64_t _key(self, Text *text, bytes name, Py_ssize_t limit) except? 0:
+        cdef bint large = self.end - PyBytes_AS_STRING(self.body) > LARGE_BYTES
+        cdef Py_ssize_t head_size = 9 + PyBytes_GET_SIZE(name)
+        cdef uint64_t system_hash = 0
+        cdef bint well
+        cdef int i
+        if large:
+            with nogil:
+                well = self._put_system(text)
+        else:
+            well = self._put_system(text)
+        if well and text.size:  # of nothing it is 0
+            system_hash = hash_of(text)
+        for i in range(8):  # little-endian
+            text.at[i] = <char> (system_hash >> 8 * i & 0xFF)
+        memcpy(text.at + 8, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name) + 1)
+        text.size = head_size
+        if well:
+            if large:
+                with nogil:
+                    well = self._put_prefix(text, limit)
+            else:
+                well = self._put_prefix(text, limit)
+        if not well:  # as if nobody had said anything
+            memset(text.at, 0, 8)
+            text.size = head_size
+        return hash_of(text)
 
     cpdef key(self, Py_ssize_t prefix_char_length):
-        """As ``openai.hash_key``; None when only that can tell."""
+        """As ``openai.hash_key``."""
         cdef bytes name = b"" if self.adapter is None else self.adapter.encode()
-        cdef Py_ssize_t name_size = PyBytes_GET_SIZE(name)
-        cdef Py_ssize_t limit = max(prefix_char_length, 0)
-        cdef Py_ssize_t room, system_room
+        cdef Py_ssize_t limit = min(max(prefix_char_length, 0), <Py_ssize_t> 1 << 40)
+        cdef Py_ssize_t room = self._room(limit, PyBytes_GET_SIZE(name))
         cdef char few[2048]
         cdef Text text
-        cdef object result
-        cdef int i
-        if not self.sure:
-            return None
-        room = min(self.first.after - self.first.at, 4 * min(limit, 1 << 40)) + name_size + 16
-        system_room = self.beside.after - self.beside.at + 1
-        for i in range(self.said_n):
-            system_room += self.said[i].after - self.said[i].at + 1
-        room = max(room, system_room)
         text.at = few
         if room > <Py_ssize_t> sizeof(few):
             text.at = <char *> malloc(room)
             if text.at is NULL:
                 raise MemoryError()
-        result = make_key(self, &text, name, limit)
-        if text.at is not few:
-            free(text.at)
-        return result
+        try:
+            return self._key(&text, name, limit)
+        finally:
+            if text.at is not few:
+                with nogil:  # tens of mebibytes take some milliseconds
+                    free(text.at)
 
-    def for_adapter(self):
-        """The body with the adapter's name for its model; every other byte stays as it came."""
+    def with_model(self, bytes value not None):
+        """The body with another value for its model; every other byte stays as it came."""
         cdef const char *begin = PyBytes_AS_STRING(self.body)
-        cdef bytes name = self.adapter.encode()
-        # It is a part of a string without escapes, and so needs none.
-        return b'%b"%b"%b' % (
-            memoryview(self.body)[:self.model_value.at - begin],
-            name,
-            memoryview(self.body)[self.model_value.after - begin:],
-        )
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(value)
+        cdef const char *new = PyBytes_AS_STRING(value)
+        cdef const char *at = self.model_value.at
+        cdef const char *after = self.model_value.after
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, at - begin + size + (self.end - after))
+        cdef char *to = PyBytes_AS_STRING(out)
+        with nogil:  # nobody else knows of it yet
+            memcpy(to, begin, at - begin)
+            memcpy(to + (at - begin), new, size)
+            memcpy(to + (at - begin) + size, after, self.end - after)
+        return out
+
+
+cdef Ask new_ask(bytes body):
+    cdef Ask ask = Ask.__new__(Ask)
+    ask.body = body
+    ask.end = PyBytes_AS_STRING(body) + PyBytes_GET_SIZE(body)
+    ask.said = ask.said_few
+    ask.said_room = SAID_FEW_COUNT
+    return ask
 
 
 cpdef Ask read(Shape shape, bytes body):
-    """Read a body of this shape; None: let ``openai.parse`` judge."""
-    cdef Ask ask = Ask.__new__(Ask)
-    cdef const char *at = PyBytes_AS_STRING(body)
-    ask.body = body
-    ask.end = at + PyBytes_GET_SIZE(body)
-    ask.sure = True
-    at = ask._read_members(shape, skip_space(at))
-    if at is NULL or skip_space(at) != ask.end or not ask._take_model():
+    """Read a body of this shape; None: ``openai.parse`` may say why not."""
+    cdef Ask ask = new_ask(body)
+    if not ask._read(shape.names, PyBytes_AS_STRING(body)):
         return None
+    ask._take_model()
+    return ask
+
+
+def judge(Shape shape not None, bytes body not None):
+    """As ``read``, without the interpreter's lock; Refused says why not."""
+    cdef Ask ask = new_ask(body)
+    cdef const char *at = PyBytes_AS_STRING(body)
+    cdef bint taken
+    with nogil:
+        taken = ask._read(shape.names, at)
+    if not taken:
+        raise ask._refusal()
+    ask._take_model()
     return ask

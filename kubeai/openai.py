@@ -17,10 +17,12 @@ surrogate, one top-level ``model`` however its key is escaped, and no key that d
 by case (Go's decoder would take it). Everything else in the body is the engine's business: unknown
 fields, odd shapes and wrong types pass through, and at most make the hash key coarser.
 
-:func:`read` is one compiled pass (``_ask``) that takes what nearly all clients send; what it is not
-sure of goes to :func:`parse`, which has the say: two passes of msgspec's scanner at most (0.25 ns a
-byte each for ASCII), and copies of only what the hash needs. It keeps state between calls: one
-thread.
+:func:`read` is one compiled pass (``_ask``). What it refuses goes to :func:`parse`, which says why
+in two passes of msgspec's scanner at most. These hold the interpreter's lock for up to 4 ns a byte,
+so they see bodies of up to ``LARGE_BYTES``; of a larger one the pass itself says what is wrong.
+``parse``, :func:`hash_key` and :func:`replace_model` are also what the pass is held against.
+``parse`` keeps state between calls: one thread. For a body above ``LARGE_BYTES``, ``read``,
+``key_of`` and ``body_for`` may run in any, and let others run meanwhile.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from kubeai import _ask
 PREFIX = "/openai"
 TOP_LEVEL_KEYS_MAX_COUNT = 1000
 SELECTOR_MAX_CHARS = 4096
+LARGE_BYTES = 1 << 20  # above it a body is read in a thread: below, that takes some 2 ms at most
 ECHO_MAX_CHARS = 200  # of a client's text that an error message repeats
 
 Labels = Mapping[str, str]
@@ -209,18 +212,30 @@ SHAPES: dict[Kind, _ask.Shape] = {
 
 
 def read(kind: Kind, body: bytes) -> Ask | _ask.Ask:
-    """As :func:`parse`, in one compiled pass wherever that is sure of what it sees."""
-    return _ask.read(SHAPES[kind], body) or parse(kind, body)
+    """As :func:`parse`, in one compiled pass."""
+    if len(body) <= LARGE_BYTES:
+        return _ask.read(SHAPES[kind], body) or parse(kind, body)
+    try:
+        return _ask.judge(SHAPES[kind], body)
+    except _ask.Refused as error:
+        message, param = error.args
+        raise BadRequest(message, param=param) from None
 
 
-def key_of(kind: Kind, body: bytes, ask: Ask | _ask.Ask, prefix_char_length: int) -> int:
+def key_of(ask: Ask | _ask.Ask, prefix_char_length: int) -> int:
     """The :func:`hash_key` of what :func:`read` made of a body."""
     if isinstance(ask, _ask.Ask):
-        key = ask.key(prefix_char_length)
-        if key is not None:
-            return key
-        ask = parse(kind, body)
+        return ask.key(prefix_char_length)
     return hash_key(ask.adapter, ask, prefix_char_length)
+
+
+def body_for(ask: Ask | _ask.Ask, body: bytes) -> bytes:
+    """What the engine gets for a body: the same, but an adapter's name stands for its model."""
+    if ask.adapter is None:
+        return body
+    if isinstance(ask, _ask.Ask):
+        return ask.with_model(_encode(ask.adapter))
+    return replace_model(body, ask.adapter)
 
 
 def split_model(model: str) -> tuple[str, str | None]:
@@ -368,6 +383,7 @@ class _Part(msgspec.Struct, gc=False):
 
 _messages_decoder = msgspec.json.Decoder(list[_Message])
 _parts_decoder = msgspec.json.Decoder(list[_Part | str])
+_OPENING = re.compile(rb"[\[ \t\r\n]*")
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -445,12 +461,14 @@ def _first_input(view: memoryview, limit: int) -> str:
     if opens != b"[":
         return ""
     # Its beginning is enough: a list may have 100,000 members.
-    head = bytes(view[: _TOKEN_MAX_BYTES * (limit + 3)]).lstrip(b"[ \t\r\n")
+    opening = _OPENING.match(view)
+    begin = opening.end() if opening else 0
+    head = bytes(view[begin : begin + _TOKEN_MAX_BYTES * (limit + 3)])
     if head.startswith(b'"'):
         whole = _STRING.match(head)
         return _string_decoder.decode(whole[0])[:limit] if whole else _cut_string(head, limit)
     tokens = head.partition(b"]")[0].split(b",")[:limit]
-    return ",".join(token.strip().decode() for token in tokens)
+    return ",".join(token.strip().decode("latin-1") for token in tokens)  # a code point may be cut
 
 
 def _string(view: memoryview, limit: int | None) -> str:

@@ -25,7 +25,7 @@ class Straight(Exchange):
     _kind: openai.Kind
     _path: bytes  # at the engine
     _payload: bytes  # what the engine gets for a body
-    _ask: openai.Ask | _ask.Ask
+    _ask: openai.Ask | _ask.Ask  # None until the body is read
     _routed: routing.RoutedModel
     _key: int | None
     _admission: Admission | None

@@ -3,13 +3,14 @@
 
 :class:`Straight` is what exchange.py's Exchange is made of. It does what nearly every request
 needs, from its head to the end of its answer, and hands what is not straight to the methods of its
-subclass: other paths and methods, bodies that ``_ask`` does not take, adapters and selectors, a
-model that nobody can serve yet, and whatever fails. It decides nothing that they would not.
+subclass: other paths and methods, bodies that ``_ask`` does not take or that are large, adapters
+and selectors, a model that nobody can serve yet, and whatever fails. It decides nothing that they
+would not.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
 
-from kubeai._ask cimport Ask, Shape, read
+from kubeai._ask cimport LARGE_BYTES, Ask, Shape, read
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
 from kubeai._relay cimport Connections, Exchange
 
@@ -64,18 +65,16 @@ cdef class Straight(Exchange):
         cdef Ask ask = None
         cdef object routed = None
         cdef object key = None
-        if self.plan is not None:
+        if self.plan is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             ask = read(self.plan.shape, self.body)
         if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
             routed = self.downstream.relay.owner.gateway.table.find(ask.name)
-        if routed is not None and routed.hashes:
-            key = ask.key(routed.prefix_char_length)
-            if key is None:
-                routed = None
+        self._ask = ask
         if routed is None:
             self.on_body()
             return 0
-        self._ask = ask
+        if routed.hashes:
+            key = ask.key(routed.prefix_char_length)
         self._routed = routed
         self._key = key
         self._payload = self.body

@@ -3,7 +3,7 @@
 :class:`Exchange` is what the relay asks at each step. An inference POST is read whole, counted for
 its model (Admission), given an endpoint (Reservation) and sent there; a request that no endpoint
 can serve yet is held. Everything else is relayed to the worker's pages while it comes. Nothing of
-this needs a task, but a wait.
+this needs a task, but a wait, and a large body: that is read in a thread, while the loop goes on.
 
 Which attempts are repeated, where, and how long a request waits is attempts.py's. The Reservation
 of a failed attempt is released before the next pick.
@@ -17,12 +17,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
-from kubeai import _ask, _relay, openai
+from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
 from kubeai.gateway.attempts import RETRY_AFTER_S, Retries, check_loss, hold
 from kubeai.gateway.pool import Pool
@@ -30,6 +31,7 @@ from kubeai.logs import Sparingly
 from kubeai.openai import BadRequest, Kind
 
 if TYPE_CHECKING:
+    from kubeai import _ask
     from kubeai._load import Reservation
     from kubeai.gateway.connection import Front
     from kubeai.gateway.observers import Observation, Observers
@@ -49,6 +51,8 @@ PLANS = {
     for path, kind in openai.route_table.items()
     if kind.is_json
 }
+# Of large bodies; two, so that one that takes long holds up few others. Made when first needed.
+_readers = ThreadPoolExecutor(2, "bodies")
 _FAILURES = {
     _relay.CONNECT: "no connection",
     _relay.LOST: "connection lost",
@@ -86,24 +90,19 @@ class Exchange(Straight):
         self.collect(self.owner.config.body_max_bytes)
 
     def on_body(self) -> None:
+        if len(self.body) > openai.LARGE_BYTES:
+            self._wait(self._read)
+            return
         try:
-            ask = self._ask or openai.parse(self._kind, self.body)
+            ask = self._ask or openai.read(self._kind, self.body)
             routed = self._find(ask)
-            if ask.adapter is None:
-                self._payload = self.body
-            elif isinstance(ask, _ask.Ask):
-                self._payload = ask.for_adapter()
-            else:
-                self._payload = openai.replace_model(self.body, ask.adapter)
         except BadRequest as error:
             self._refuse(error)
             return
-        self._ask = ask
-        self._routed = routed
-        self._admission = routed.admit("http")
         if routed.hashes:
-            self._key = openai.key_of(self._kind, self.body, ask, routed.prefix_char_length)
-        self._place(routed.pick(self._key, ask.adapter))
+            self._key = openai.key_of(ask, routed.prefix_char_length)
+        self._payload = openai.body_for(ask, self.body)
+        self._place(self._admit(ask, routed))
 
     def wants_retry(self, failure: int, status: int) -> bool:
         if failure == _relay.TIMEOUT:
@@ -165,6 +164,23 @@ class Exchange(Straight):
             )
 
     # -- routing -----------------------------------------------------------------------------------
+
+    async def _read(self) -> Reservation:
+        """As ``on_body``, for a large body: what takes long is done in a thread."""
+        run = asyncio.get_running_loop().run_in_executor
+        ask = await run(_readers, openai.read, self._kind, self.body)
+        routed = self._find(ask)
+        self._key = await run(_readers, openai.key_of, ask, routed.prefix_char_length)
+        self._payload = await run(_readers, openai.body_for, ask, self.body)
+        # The model may have gone meanwhile, or have come anew.
+        return self._admit(ask, self._find(ask)) or await self._hold()
+
+    def _admit(self, ask: Ask | _ask.Ask, routed: RoutedModel) -> Reservation | None:
+        """Count the request for its model, and on an endpoint when one can serve it."""
+        self._ask = ask
+        self._routed = routed
+        self._admission = routed.admit("http")
+        return routed.pick(self._key, ask.adapter)
 
     def _find(self, ask: Ask | _ask.Ask) -> RoutedModel:
         """The model that is asked for, if the request's selectors let it be seen."""
@@ -236,7 +252,7 @@ class Exchange(Straight):
             self._task = None
             self._refuse(error)
         except Exception:
-            log.exception("a wait failed", model=self._ask.name)
+            log.exception("a wait failed", model=self._ask.name if self._ask else None)
             self._task = None
             self._say(500, "Something is wrong with the gateway.", "internal_error")
 
