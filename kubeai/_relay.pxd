@@ -132,7 +132,7 @@ cdef class Downstream(Head):
     # of its body
     cdef Chunks chunks
     cdef int64_t left
-    cdef int64_t body_bytes  # taken so far, of a body that streams
+    cdef int64_t body_bytes  # taken so far, of a body that streams or is large and in chunks
     cdef int64_t body_max_bytes
     cdef bytes collected  # of known length, being filled; no larger than what has come warrants
     cdef Text grown  # of unknown length
@@ -156,6 +156,7 @@ cdef class Downstream(Head):
     cdef int _collect(self) except -1
     cdef bytes _fill(self, const char *data, Py_ssize_t size)
     cdef int _resize(self, Py_ssize_t room) except -1
+    cdef int _gather(self) except -1
     cdef bytes _take_grown(self)
     cdef int _body_whole(self, bytes body) except -1
     cdef bytes _piece(self)

@@ -883,11 +883,14 @@ cdef class Downstream(Head):
             if self.chunks.state == CHUNKS_BAD:
                 self._refuse(400, "The chunks of the request's body are malformed.")
                 return 0
-            if self.grown.size > self.body_max_bytes:
+            if self.body_bytes + self.grown.size > self.body_max_bytes:
                 self._refuse(413, f"The body is longer than {self.body_max_bytes} bytes.")
                 return 0
             self._use(self.used + size)
-            if not self._buffer(self.grown.room) or self.chunks.state != CHUNKS_END:
+            if self.chunks.state != CHUNKS_END and self.grown.size > EXACT_BODY_MAX_BYTES:
+                self._gather()
+            size = 0 if self.collected is None else PyBytes_GET_SIZE(self.collected)
+            if not self._buffer(self.grown.room + size) or self.chunks.state != CHUNKS_END:
                 return 0
             body = self._take_grown()
         else:
@@ -933,8 +936,30 @@ cdef class Downstream(Head):
         Py_DECREF(self.collected)
         return 0
 
+    cdef int _gather(self) except -1:
+        """Add what has grown to a large body: at its end a copy of it all would take long."""
+        cdef Py_ssize_t size = <Py_ssize_t> self.body_bytes + self.grown.size
+        cdef Py_ssize_t room = <Py_ssize_t> min(2 * size, self.body_max_bytes)
+        if self.collected is None:
+            self.collected = PyBytes_FromStringAndSize(NULL, room)
+        elif size > PyBytes_GET_SIZE(self.collected):
+            self._resize(room)
+        memcpy(
+            PyBytes_AS_STRING(self.collected) + self.body_bytes, self.grown.at, self.grown.size
+        )
+        self.body_bytes = size
+        self.grown.size = 0
+        return 0
+
     cdef bytes _take_grown(self):
-        cdef bytes body = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+        cdef bytes body
+        if self.collected is None:
+            body = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+        else:
+            self._gather()
+            self._resize(<Py_ssize_t> self.body_bytes)
+            body = self.collected
+            self.collected = None
         text_free(&self.grown)
         return body
 
