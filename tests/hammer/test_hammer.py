@@ -27,7 +27,6 @@ WORKERS = 4
 REQUESTS = 2000
 CLIENTS = 96  # at a time
 KILLS = 5
-KILL_EVERY_S = 0.5
 SETTLE_S = 2.0
 FIRST_SEED = int(os.environ.get("HAMMER_FIRST_SEED", "0"))
 SEEDS = range(FIRST_SEED, FIRST_SEED + int(os.environ.get("HAMMER_SEEDS", "2")))
@@ -174,6 +173,7 @@ class Hammer:
             routes,
             workers=WORKERS,
             first_byte_timeout_s=0.3,
+            retry_budget_min=REQUESTS,  # retries are to be hammered too
             between_bytes_timeout_s=0.5,
             drain_accept_s=0.0,
             drain_timeout_s=2.0,
@@ -209,9 +209,11 @@ class Hammer:
         await until(lambda: not fleet.counts(), "0 again", SETTLE_S)
 
     async def _kill(self, fleet: Fleet) -> None:
-        while self.kills < KILLS:  # a worker that dies often is started again less and less often
-            await asyncio.sleep(KILL_EVERY_S)
-            self.kills += fleet.kill(self.random.randrange(WORKERS))
+        for number in range(1, KILLS + 1):  # spread over the requests, however fast they go
+            due = number * REQUESTS // (KILLS + 1)
+            await until(lambda due=due: self.tag >= due, f"{due} requests", 90)
+            await until(lambda: fleet.kill(self.random.randrange(WORKERS)), "one to kill", 20)
+            self.kills += 1
 
     async def _client(self, port: int) -> None:
         while self.tag < REQUESTS:
