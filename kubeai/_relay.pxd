@@ -42,7 +42,7 @@ cdef class Head:
     cdef str fault
     cdef void _clear(self) noexcept
     cdef int _framing(self, HeaderKind kind, bytes value) except -1
-    cdef int _drop_named(self) except -1
+    cdef int _drop(self, set names) except -1
 
 
 cdef enum ChunkState:
@@ -188,6 +188,7 @@ cdef class Connections:
     cpdef Upstream take(self)
     cpdef give(self, Upstream upstream)
     cpdef note(self, int failure)
+    cpdef note_answer(self, int status)
 
 
 cdef class Exchange:

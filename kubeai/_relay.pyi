@@ -10,6 +10,8 @@ INVALID: int  # what came is not an HTTP answer
 TIMEOUT: int  # no first byte in time
 STATUS: int  # an answer that the Exchange may not want to pass on
 
+RETRY_AFTER_S: int  # what a client is told that gets a 503 of ours
+
 class Connecting(Protocol):
     """A connection that is being made."""
 
@@ -50,6 +52,8 @@ class Connections:
         """Keep a connection for the next request, while there is room."""
     def note(self, failure: int) -> None:
         """An attempt went well (0), or failed."""
+    def note_answer(self, status: int) -> None:
+        """An answer's head has come: some say that the upstream is not well."""
     def failed(self, failure: int) -> None:
         """An attempt failed (``failures`` counts it), or an answer broke."""
     def recovered(self) -> None:

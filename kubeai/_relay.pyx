@@ -71,12 +71,13 @@ INVALID = 3  # what came is not an HTTP answer
 TIMEOUT = 4  # no first byte in time
 STATUS = 5  # an answer that the Exchange may not want to pass on
 
+RETRY_AFTER_S = 5  # what a client is told that gets a 503 of ours
+
 cdef enum:
     BODY_IN_HEAD_WRITE_MAX_BYTES = 65536  # above it, a second buffer is cheaper than a copy
     EXACT_BODY_MAX_BYTES = 1 << 20  # larger ones grow as they come: a length is only a claim
     CHUNK_LINE_MAX_BYTES = 256
     TRAILERS_MAX_BYTES = 8192
-    RETRY_AFTER_S = 5
     REQUEST_ID_MAX_BYTES = 128
     LINGER_MAX_S = 2  # after an answer to a request that was not read to its end
 
@@ -280,14 +281,13 @@ cdef class Head:
                     self.named = token if self.named is None else self.named + b"," + token
         return 0
 
-    cdef int _drop_named(self) except -1:
-        """Take out the headers that Connection names: they were meant for this hop."""
-        cdef set named = set(self.named.split(b","))
+    cdef int _drop(self, set names) except -1:
+        """Take headers out; ``names`` in lower case."""
         cdef bytes line
         cdef list lines = self.text.at[:self.text.size].split(b"\r\n") if self.text.size else []
         self.text.size = 0
         for line in lines:
-            if line and line.partition(b":")[0].lower() not in named:
+            if line and line.partition(b":")[0].lower() not in names:
                 text_add(&self.text, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line))
                 text_add(&self.text, b"\r\n", 2)
         return 0
@@ -795,9 +795,8 @@ cdef class Downstream(Head):
         """A whole, good head: make the Exchange, and let it say what becomes of the request."""
         cdef Exchange exchange
         if self.named is not None:
-            self._drop_named()
+            self._drop(set(self.named.split(b",")))  # they were meant for this hop
         self.forwarded = self._forwarded()
-        self.relay.exchanges += 1
         self.relay.requests += 1
         if self.request_id is None:
             self.request_id = new_request_id(self.relay.id_high, self.relay.requests)
@@ -809,6 +808,7 @@ cdef class Downstream(Head):
         self.state = BODY if self.chunked or self.length > 0 else BUSY
         exchange = self.relay.exchange(self)
         self.exchange = exchange
+        self.relay.exchanges += 1
         try:
             exchange._begun()
             if self.exchange is exchange and not exchange.decided:
@@ -1242,6 +1242,10 @@ cdef class Connections:
             self.trial = False
             self.recovered()
 
+    cpdef note_answer(self, int status):
+        """An answer's head has come: some say that the upstream is not well."""
+        self.note(STATUS if status in (500, 502, 503, 504) else 0)
+
     def failed(self, int failure):
         """An attempt failed (``failures`` counts it), or an answer broke."""
 
@@ -1306,15 +1310,8 @@ cdef class Exchange:
 
     def set_header(self, bytes name, bytes value):
         """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
-        cdef Text *text = &self.downstream.text
-        cdef bytes line
-        cdef list lines = text.at[:text.size].split(b"\r\n") if text.size else []
-        text.size = 0
-        for line in lines:
-            if line and line.partition(b":")[0].lower() != name:
-                text_add(text, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line))
-                text_add(text, b"\r\n", 2)
-        text_add_header(text, name, value)
+        self.downstream._drop({name})
+        text_add_header(&self.downstream.text, name, value)
 
     def headers(self, bytes name):
         """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
@@ -1715,7 +1712,7 @@ cdef class Upstream(Head):
             begin = end  # an interim answer: nobody asked for it
             scan_reset(&self.scan, begin)
         self.input = None
-        self.pool.note(STATUS if self.status in (500, 502, 503, 504) else 0)
+        self.pool.note_answer(self.status)
         if self.status >= 500 and not self.exchange.streaming and self._diverted(data, end):
             return -1
         self.head_done = True
@@ -1735,7 +1732,7 @@ cdef class Upstream(Head):
         self.status = (line[9] - c"0") * 100 + (line[10] - c"0") * 10 + line[11] - c"0"
         self.reusable = not self.says_close and (self.says_keep or line[7] == c"1")
         if self.named is not None:
-            self._drop_named()
+            self._drop(set(self.named.split(b",")))  # they were meant for this hop
         if self.exchange.downstream.method == b"HEAD" or self.status == 204 or self.status == 304:
             self.framing = NOTHING
             if self.length > 0 or self.chunked:

@@ -641,7 +641,7 @@ cdef class Ring:
         cdef uint64_t ejections = self.table.ejections()
         survey.now_s = 0
         if ejections != self.ejections_seen:
-            if self._all_in_service():
+            if self.set_aside() == 0:
                 self.ejections_seen = ejections
             else:
                 survey.now_s = _monotonic_s()
@@ -656,13 +656,6 @@ cdef class Ring:
             else:
                 survey.total = self._total(members)
         return survey.open > 0
-
-    cdef bint _all_in_service(self) noexcept:
-        cdef int32_t at
-        for at in range(self.everyone.n):
-            if get_time(&self.table.ejected[self.everyone.rows[at]]) != 0:
-                return False
-        return True
 
     cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept:
         """While anyone here is set aside: look at each; False when that leaves nobody."""
@@ -753,7 +746,7 @@ cdef class Ring:
             put_time(&self.table.ejected[row], now_s + TRIAL_S)
         return True
 
-    def set_aside(self):
+    cpdef int32_t set_aside(self) noexcept:
         """How many endpoints are ejected or on trial."""
         cdef int32_t at, n = 0
         for at in range(self.everyone.n):

@@ -335,7 +335,7 @@ class RoutedModel:
         found = self._find(endpoint)
         if found is None:
             return False
-        if not self.is_ejected(endpoint):
+        if self._table.ejected_until(found.row) == 0:
             count = len(self.ring)
             if self.ring.set_aside() >= min(count - 1, max(1, count * max_percent // 100)):
                 return False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 
@@ -31,8 +31,6 @@ log = structlog.get_logger(__name__)
 # Before an endpoint that has just failed is tried again; doubled with each further retry, and half
 # of it more or less, so that requests which failed together do not come back together.
 RETRY_PAUSE_S = 0.1
-# What a client is told that gets a 503 of ours.
-RETRY_AFTER_S = 5
 # Over how long a model's answers and retries are recent.
 BUDGET_WINDOW_S = 10.0
 
@@ -144,19 +142,17 @@ class Retries:
         return routed.pick(key, adapter, self._tried[-1:]) or routed.pick(key, adapter)
 
 
-async def check_loss(
-    retries: Retries, routed: RoutedModel, pool: Pool, endpoint: str, alone: bool
-) -> None:
-    """After an attempt whose connection was lost: BadRequest when the request killed the engine.
+async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, alone: bool) -> None:
+    """After an attempt that lost its connection: BadRequest when the request killed the engine.
 
     An engine that still listens was not killed. One that the operator has taken off the routes
     meanwhile may have had other reasons to go. ``alone``: nobody else lost a connection to it.
     """
-    gone = not routed.serves(endpoint)
-    if not gone and await pool.listens():
+    gone = not routed.serves(lost.name)
+    if not gone and await cast("Pool", lost.target).listens():
         return
     if retries.killed(alone and not gone):
-        log.error("a request has killed its engine", model=routed.route.model, endpoint=endpoint)
+        log.error("a request has killed its engine", model=routed.route.model, endpoint=lost.name)
         raise BadRequest(
             "The engine went down with this request, which is not repeated.",
             status=502,

@@ -25,7 +25,7 @@ import structlog
 
 from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
-from kubeai.gateway.attempts import RETRY_AFTER_S, Retries, check_loss, hold
+from kubeai.gateway.attempts import Retries, check_loss, hold
 from kubeai.gateway.pool import Pool
 from kubeai.logs import Sparingly
 from kubeai.openai import BadRequest, Kind
@@ -265,7 +265,7 @@ class Exchange(Straight):
     async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
         retries = self._retries
         assert retries is not None, "an attempt has failed"
-        await check_loss(retries, self._routed, cast(Pool, lost.target), lost.name, alone)
+        await check_loss(retries, self._routed, lost, alone)
         other = retries.elsewhere(self._routed, self._key, self._ask.adapter)
         return other or await self._try_again()
 
@@ -276,7 +276,7 @@ class Exchange(Straight):
     # -- answers of our own ------------------------------------------------------------------------
 
     def _refuse(self, error: BadRequest) -> None:
-        headers = b"Retry-After: %d\r\n" % RETRY_AFTER_S if error.status == 503 else b""
+        headers = b"Retry-After: %d\r\n" % _relay.RETRY_AFTER_S if error.status == 503 else b""
         if error.code == "engine_died":
             headers = NO_RETRY
         self.answer(error.status, error.body(), headers)

@@ -16,8 +16,8 @@ import structlog
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
+from kubeai._relay import RETRY_AFTER_S
 from kubeai.gateway import Gateway
-from kubeai.gateway.attempts import RETRY_AFTER_S
 from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
 from kubeai.openai import (
     BadRequest,

@@ -74,9 +74,9 @@ class Tracing:
     def began(self, exchange: Exchange) -> Span:
         """A request's span, a child of the client's; the engine's will be its child."""
         came = {
-            name: exchange.headers(name.encode())[0].decode("latin-1")
+            name: values[0].decode("latin-1")
             for name in ("traceparent", "tracestate")
-            if exchange.headers(name.encode())
+            if (values := exchange.headers(name.encode()))
         }
         path = exchange.target.partition("?")[0]
         span = self._tracer.start_span(

@@ -23,7 +23,7 @@ from aiohttp import web
 from yarl import URL
 
 from kubeai._load import Admission, Reservation
-from kubeai._relay import CONNECT, LOST, STATUS, TIMEOUT
+from kubeai._relay import CONNECT, LOST, TIMEOUT
 from kubeai.gateway import Gateway
 from kubeai.gateway.attempts import NO_ANSWER, Retries, check_loss, hold
 from kubeai.gateway.multipart import Content, Part, Splitter, boundary_of, form_type
@@ -299,8 +299,7 @@ class _Attempts:
     async def _next(self) -> Reservation:
         """The endpoint of the next attempt, now that one has failed."""
         if self._lost is not None:
-            pool = cast(Pool, self._lost.target)
-            await check_loss(self._retries, self._model, pool, self._lost.name, self._alone)
+            await check_loss(self._retries, self._model, self._lost, self._alone)
         if other := self._retries.elsewhere(self._model, self._key, self._ask.adapter):
             return other
         await asyncio.sleep(self._retries.pause_s)
@@ -335,7 +334,7 @@ class _Attempts:
                 reservation.release()
                 self._alone = pool.lost_one_alone
         else:
-            pool.note(STATUS if answer.status in (500, 502, 503, 504) else 0)
+            pool.note_answer(answer.status)
             if not self._retries.wants(answer.status):
                 return answer
             answer.close()
