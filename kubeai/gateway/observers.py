@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from queue import Full, Queue
+from select import PIPE_BUF
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -54,13 +55,22 @@ class Line(msgspec.Struct, omit_defaults=True):
     left_out: int = 0  # lines before this one that could not be written in time
 
 
+def _write_out(text: bytes) -> None:
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
 class AccessLog:
-    """JSON lines, written by a thread; what it cannot keep up with is left out, and counted."""
+    """JSON lines, written by a thread; what it cannot keep up with is left out, and counted.
+
+    The workers share a pipe, which keeps a write whole up to ``PIPE_BUF`` bytes: no line is longer,
+    and none is parted.
+    """
 
     def __init__(
         self,
         sample: float,
-        write: Callable[[bytes], object] = sys.stdout.buffer.write,
+        write: Callable[[bytes], object] = _write_out,
         random: Callable[[], float] = random.random,
     ) -> None:
         """``sample``: the share of whole answers below 500 that are logged; all others are."""
@@ -94,18 +104,23 @@ class AccessLog:
 
     def _run(self) -> None:
         encode = msgspec.json.Encoder().encode
+        text = b""
         while (line := self._lines.get()) is not None:
-            lines = [encode(line), b"\n"]
-            while not self._lines.empty() and len(lines) < 1000:
-                more = self._lines.get()
-                if more is None:
-                    self._lines.put(None)
-                    break
-                lines += (encode(more), b"\n")
-            try:
-                self._write(b"".join(lines))
-            except OSError as error:  # a full disk or a reader that left must not stop the work
-                log.warning("access log not written", reason=str(error))
+            encoded = encode(line) + b"\n"
+            if len(text) + len(encoded) > PIPE_BUF:
+                self._put(text)
+                text = b""
+            text += encoded
+            if self._lines.empty():
+                self._put(text)
+                text = b""
+        self._put(text)
+
+    def _put(self, text: bytes) -> None:
+        try:
+            self._write(text)
+        except OSError as error:  # a full disk or a reader that left must not stop the work
+            log.warning("access log not written", reason=str(error))
 
 
 def make_observers(config: GatewayConfig) -> Observers | None:

@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import select
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -182,6 +186,52 @@ def test_a_full_disk_does_not_end_the_log():
     log.add(line(request_id="kept"))
     log.close()
     assert [told["request_id"] for told in lines.read()] == ["kept"]
+
+
+WRITER = """
+import sys
+from kubeai.gateway.observers import AccessLog, Line
+log = AccessLog(1.0)
+for number in range(int(sys.argv[1])):
+    log.add(Line("", sys.argv[2], "", "POST", "/" * 200, 200, "whole", 0.0, 0, number))
+sys.stdin.read()
+log.close()
+"""
+
+
+def writer(count: int, name: str, stdout: int) -> subprocess.Popen:
+    """A process that logs so many lines, and ends with its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(count), name],
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_line_is_there_before_the_process_ends(count):
+    with writer(count, "a", subprocess.PIPE) as process:
+        assert select.select([process.stdout], [], [], 20)[0], "nothing was written"
+        told = [json.loads(process.stdout.readline()) for _ in range(count)]
+        process.stdin.close()
+    assert [each["answer_bytes"] for each in told] == list(range(count))
+
+
+def test_workers_that_share_a_pipe_keep_their_lines_whole():
+    """The kernel keeps a write whole up to PIPE_BUF bytes."""
+    out, into = os.pipe()
+    processes = [writer(3000, name, into) for name in "abcd"]
+    os.close(into)
+    for process in processes:
+        process.stdin.close()
+    with open(out, "rb") as lines:
+        told = [json.loads(line) for line in lines]
+    for process in processes:
+        assert process.wait(20) == 0
+    for name in "abcd":
+        numbers = [each["answer_bytes"] for each in told if each["request_id"] == name]
+        assert numbers == list(range(3000))
 
 
 # -- traces ----------------------------------------------------------------------------------------
