@@ -23,6 +23,7 @@ from kubeai import hinge
 from kubeai._load import LoadTable
 from kubeai.api.config import SystemConfig
 from kubeai.errors import ConfigError, KubeAIError
+from kubeai.gateway.tracing import check_tracing
 from kubeai.kube import Kube
 from kubeai.metrics import Metrics
 from kubeai.operator import Operator
@@ -217,6 +218,7 @@ class Supervisor:
         if not 1 <= workers <= WORKERS_MAX:
             raise KubeAIError(f"--workers: {workers} is not between 1 and {WORKERS_MAX}")
         refuse_unserved(config)
+        check_tracing()
         self.config = config
         self.table = LoadTable.create(TABLE_ROWS, workers)
         self.publisher = Publisher(self.table)

@@ -5,11 +5,12 @@ Asked for by OpenTelemetry's own environment: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (o
 SDK reads them; ``OTEL_SDK_DISABLED`` and ``OTEL_TRACES_EXPORTER=none`` turn it off. A request's
 ``traceparent`` is the parent of its span, and the engine gets the span's in its place; without
 tracing it is passed on as it came. Spans are exported over HTTP by a thread of the SDK's, from a
-queue that drops what is too much. Called by observers.py.
+queue that drops what is too much. Called by observers.py, and by the supervisor at its start.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -36,21 +37,34 @@ def wants_tracing() -> str | None:
     return next((name for name in ENDPOINTS if os.environ.get(name)), None)
 
 
-def make_tracing() -> Tracing | None:
-    """As the environment asks; ConfigError when it asks and OpenTelemetry is not installed."""
+def check_tracing() -> bool:
+    """Whether the environment asks for traces; ConfigError when OpenTelemetry is not installed.
+
+    The supervisor asks too, before it starts workers that could not start.
+    """
     variable = wants_tracing()
     if variable is None:
-        return None
+        return False
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME as SERVICE_NAME_KEY
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        importlib.import_module("opentelemetry.sdk.trace")
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     except ImportError:
         raise ConfigError(
             variable, "traces need OpenTelemetry: pip install 'kubeai[otel]', or unset it"
         ) from None
+    return True
+
+
+def make_tracing() -> Tracing | None:
+    """As the environment asks; see :func:`check_tracing`."""
+    if not check_tracing():
+        return None
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME as SERVICE_NAME_KEY
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME_KEY: SERVICE_NAME}
     provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

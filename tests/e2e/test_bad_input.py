@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import sys
 
@@ -204,3 +205,23 @@ async def test_wrong_requests_get_openais_errors_and_others_go_on(tmp_path):
         )
         await post("/chat/completions", ok, 404, **{"X-Label-Selector": "team=other"})
         assert (await chat(session, local.endpoint, "chat", "still here")).whole
+
+
+async def test_traces_that_nothing_installed_can_send(tmp_path):
+    """Said once, before anything serves; a worker that ended by it would be started for ever."""
+    package = tmp_path / "modules" / "opentelemetry"  # hides what is installed here
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    code, _, err = await kubeai(
+        *("local", "--port", "0", "--data-dir", tmp_path / "state"),
+        env={
+            **os.environ,
+            "PYTHONPATH": str(package.parent),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
+        },
+    )
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in line
+    assert "kubeai[otel]" in line
+    assert "Traceback" not in err
