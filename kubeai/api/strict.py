@@ -126,13 +126,23 @@ def _scalar(value: Any, type_: inspect.Type, path: str) -> Any:
             if not isinstance(value, bool):
                 raise _wrong(path, "true or false", value)
             return value
-        case inspect.IntType(ge=least):
+        case inspect.IntType(ge=least, le=most):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise _wrong(path, "a whole number", value)
-            if least is not None and value < least:
-                raise ConfigError(path, f"must be at least {least}, not {value}")
-            return value
+            return _bounded(value, least, most, path)
+        case inspect.FloatType(ge=least, le=most):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise _wrong(path, "a number", value)
+            return float(_bounded(value, least, most, path))
     raise TypeError(f"{path}: no reader for {type_!r}")
+
+
+def _bounded(value: float, least: float | None, most: float | None, path: str) -> float:
+    if least is not None and not value >= least:  # NaN is neither
+        raise ConfigError(path, f"must be at least {least}, not {value}")
+    if most is not None and not value <= most:
+        raise ConfigError(path, f"must be at most {most}, not {value}")
+    return value
 
 
 def _struct(value: Any, type_: inspect.StructType, path: str) -> msgspec.Struct:

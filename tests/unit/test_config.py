@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import yaml
 from msgspec import inspect
 
 from kubeai.api.config import (
@@ -128,6 +129,15 @@ def test_json_is_read_too():
 
 
 MISTAKES = [
+    ("gateway: {accessLogSample: 1.5}", "gateway.accessLogSample", "must be at most 1, not 1.5"),
+    ("gateway: {accessLogSample: -0.1}", "gateway.accessLogSample", "must be at least 0, not -0.1"),
+    ("gateway: {accessLogSample: .nan}", "gateway.accessLogSample", "must be at least 0, not nan"),
+    ("gateway: {accessLogSample: often}", "gateway.accessLogSample", "must be a number"),
+    ("gateway: {accessLogSample: true}", "gateway.accessLogSample", "must be a number"),
+    ("gateway: {ejectMaxPercent: 101}", "gateway.ejectMaxPercent", "must be at most 100, not 101"),
+    ("gateway: {ejectMaxPercent: -1}", "gateway.ejectMaxPercent", "must be at least 0, not -1"),
+    ("gateway: {ejectTime: 1m, ejectMaxTime: 30s}", "gateway.ejectMaxTime", "gateway.ejectTime"),
+    ("gateway: {bufferMaxBytes: 1Mi}", "gateway.bufferMaxBytes", "gateway.bodyMaxBytes"),
     ("modelAutoscalling: {}", "modelAutoscalling", "did you mean 'modelAutoscaling'?"),
     ("gateway: {bodyMaxSize: 1}", "gateway.bodyMaxSize", "did you mean 'bodyMaxBytes'?"),
     ("modelservers: {}", "modelservers", "did you mean 'modelServers'?"),
@@ -380,6 +390,26 @@ def test_the_document_has_every_key_with_its_default_and_no_other_key():
             assert documented[path] in ("—", "`null`")
         else:
             assert documented[path] == shown, path
+
+
+def test_every_key_that_the_document_has_can_be_written_in_a_file():
+    """The defaults, from a file instead: each kind of value has a reader."""
+    tables = (ROOT / "docs/configuration.md").read_text().partition("## Images")[0]
+    config = {}
+    for path, default in re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", tables, re.MULTILINE):
+        *sections, key = path.split(".")
+        section = config
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = yaml.safe_load(default)
+    assert len(config["gateway"]) > 20
+    assert parse_config(yaml.safe_dump(config)) == SystemConfig()
+
+
+@pytest.mark.parametrize("written", ["0", "0.25", "1"])
+def test_a_share_is_from_nothing_to_all(written):
+    config = parse_config(f"gateway: {{accessLogSample: {written}}}")
+    assert config.gateway.access_log_sample == float(written)
 
 
 def test_the_local_example_is_a_valid_config():
