@@ -122,6 +122,7 @@ cdef class LoadTable:
     cdef Column *column_headers
     cdef uint32_t *generations
     cdef double *ejected
+    cdef uint32_t *relapses_cells
     cdef int32_t *in_flight_cells  # [rows][stride]: a pick reads whole rows
     cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells lie together
     cdef int32_t *held_cells  # [columns][rows]

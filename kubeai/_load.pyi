@@ -71,9 +71,13 @@ class LoadTable:
         On trial it gets one pick each ``TRIAL_S``, until it is restored.
         """
     def restore(self, row: int, generation: int) -> None:
-        """The endpoint serves again."""
+        """The endpoint serves again; how often it was set aside stays."""
+    def recover(self, row: int, generation: int) -> None:
+        """The endpoint serves again, as if it had never been set aside."""
     def ejected_until(self, row: int) -> float:
         """When an endpoint's trial begins, or its next; 0: it is not set aside."""
+    def relapses(self, row: int) -> int:
+        """How often an endpoint was set aside since it last recovered."""
 
     # -- counting a request: a worker ----------------------------------------------------------
     def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...

@@ -32,7 +32,7 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 2
+    LAYOUT_VERSION = 3
     LINE_BYTES = 64
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
@@ -55,6 +55,7 @@ cdef struct Layout:
     size_t column_headers
     size_t generations
     size_t ejected
+    size_t relapses
     size_t in_flight
     size_t active
     size_t held
@@ -78,7 +79,8 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     layout.column_headers = _lines(sizeof(Header))
     layout.generations = layout.column_headers + _lines(columns * sizeof(Column))
     layout.ejected = layout.generations + _lines(rows * sizeof(uint32_t))
-    layout.in_flight = layout.ejected + _lines(rows * sizeof(double))
+    layout.relapses = layout.ejected + _lines(rows * sizeof(double))
+    layout.in_flight = layout.relapses + _lines(rows * sizeof(uint32_t))
     layout.active = layout.in_flight + _lines(rows * stride * sizeof(int32_t))
     layout.held = layout.active + _lines(2 * columns * rows * sizeof(int32_t))
     layout.lookups = layout.held + _lines(columns * rows * sizeof(int32_t))
@@ -174,6 +176,7 @@ cdef class LoadTable:
         self.column_headers = <Column *> (base + layout.column_headers)
         self.generations = <uint32_t *> (base + layout.generations)
         self.ejected = <double *> (base + layout.ejected)
+        self.relapses_cells = <uint32_t *> (base + layout.relapses)
         self.in_flight_cells = <int32_t *> (base + layout.in_flight)
         self.active_cells = <int32_t *> (base + layout.active)
         self.held_cells = <int32_t *> (base + layout.held)
@@ -239,6 +242,7 @@ cdef class LoadTable:
         if self.header.rows_used < <uint64_t> row + 1:
             put_u64(&self.header.rows_used, row + 1)
         put_time(&self.ejected[row], 0)
+        put_u32(&self.relapses_cells[row], 0)
         for column in range(self.columns):
             cell = <size_t> column * self.rows + row
             put_i32(&self.in_flight_cells[row * self.stride + column], 0)
@@ -378,19 +382,31 @@ cdef class LoadTable:
         self._check_writer()
         if self.lives(row, generation):
             put_time(&self.ejected[row], until_s)
+            put_u32(&self.relapses_cells[row], get_u32(&self.relapses_cells[row]) + 1)
             count(&self.column_headers[self._column].ejections, 1)
 
     def restore(self, Py_ssize_t row, uint32_t generation):
-        """The endpoint serves again."""
+        """The endpoint serves again; how often it was set aside stays."""
         self._check_row(row)
         self._check_writer()
         if self.lives(row, generation):
             put_time(&self.ejected[row], 0)
 
+    def recover(self, Py_ssize_t row, uint32_t generation):
+        """The endpoint serves again, as if it had never been set aside."""
+        self.restore(row, generation)
+        if self.lives(row, generation):
+            put_u32(&self.relapses_cells[row], 0)
+
     def ejected_until(self, Py_ssize_t row):
         """When an endpoint's trial begins, or its next; 0: it is not set aside."""
         self._check_row(row)
         return get_time(&self.ejected[row])
+
+    def relapses(self, Py_ssize_t row):
+        """How often an endpoint was set aside since it last recovered."""
+        self._check_row(row)
+        return get_u32(&self.relapses_cells[row])
 
     cdef uint64_t ejections(self) noexcept:
         """Changes whenever somebody sets an endpoint aside, and never back."""

@@ -181,14 +181,15 @@ cdef class Connections:
     cdef readonly double between_bytes_timeout_s  # 0: no limit
     cdef readonly double idle_timeout_s
     cdef Py_ssize_t max_idle
-    cdef readonly int failures  # attempts that failed, in a row
-    cdef public bint trial  # it was set aside: whether it serves again is the next attempt's to show
+    cdef readonly int failures  # attempts that failed since the last whole answer
+    cdef public bint trial  # it was set aside, and has given no whole answer since
     cdef list resting
     cdef bint closed
     cpdef Upstream take(self)
     cpdef give(self, Upstream upstream)
-    cpdef note(self, int failure)
+    cpdef note_failure(self, int failure)
     cpdef note_answer(self, int status)
+    cpdef note_end(self, int status)
 
 
 cdef class Exchange:

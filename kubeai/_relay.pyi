@@ -28,8 +28,8 @@ class Connections:
     first_byte_timeout_s: float  # 0: no limit
     between_bytes_timeout_s: float  # 0: no limit
     idle_timeout_s: float
-    failures: int  # attempts that failed, in a row
-    trial: bool  # it was set aside: whether it serves again is the next attempt's to show
+    failures: int  # attempts that failed since the last whole answer
+    trial: bool  # it was set aside, and has given no whole answer since
 
     def __init__(
         self,
@@ -50,14 +50,18 @@ class Connections:
         """The connection that was given back last, or None."""
     def give(self, upstream: Upstream) -> None:
         """Keep a connection for the next request, while there is room."""
-    def note(self, failure: int) -> None:
-        """An attempt went well (0), or failed."""
+    def note_failure(self, failure: int) -> None:
+        """An attempt failed, or its answer broke."""
     def note_answer(self, status: int) -> None:
         """An answer's head has come: some say that the upstream is not well."""
+    def note_end(self, status: int) -> None:
+        """An answer is whole."""
     def failed(self, failure: int) -> None:
         """An attempt failed (``failures`` counts it), or an answer broke."""
+    def answers(self) -> None:
+        """On trial, it has begun to answer."""
     def recovered(self) -> None:
-        """An attempt went well, after one that did not or on trial."""
+        """An answer is whole, after a failure or on trial."""
     def forget(self, upstream: Upstream) -> None:
         """An idle connection has ended."""
     def close(self) -> None:

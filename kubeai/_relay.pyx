@@ -130,6 +130,11 @@ cdef inline char *put_bytes(char *at, bytes data) noexcept:
 
 # -- heads -----------------------------------------------------------------------------------------
 
+cdef inline bint is_failure(int status) noexcept:
+    """Whether an answer says that who gives it is not well."""
+    return status in (500, 502, 503, 504)
+
+
 cdef bint is_name(const char *name, const char *lower, Py_ssize_t size) noexcept:
     """Whether a header name (a token: no control characters) is ``lower``, whatever its case."""
     cdef Py_ssize_t i
@@ -1232,25 +1237,33 @@ cdef class Connections:
         else:
             self.resting.append(upstream)
 
-    cpdef note(self, int failure):
-        """An attempt went well (0), or failed."""
-        if failure:
-            self.failures += 1
-            self.failed(failure)
-        elif self.failures or self.trial:
+    cpdef note_failure(self, int failure):
+        """An attempt failed, or its answer broke."""
+        self.failures += 1
+        self.failed(failure)
+
+    cpdef note_answer(self, int status):
+        """An answer's head has come: some say that the upstream is not well."""
+        if is_failure(status):
+            self.note_failure(STATUS)
+        elif self.trial:
+            self.answers()
+
+    cpdef note_end(self, int status):
+        """An answer is whole."""
+        if (self.failures or self.trial) and not is_failure(status):
             self.failures = 0
             self.trial = False
             self.recovered()
 
-    cpdef note_answer(self, int status):
-        """An answer's head has come: some say that the upstream is not well."""
-        self.note(STATUS if status in (500, 502, 503, 504) else 0)
-
     def failed(self, int failure):
         """An attempt failed (``failures`` counts it), or an answer broke."""
 
+    def answers(self):
+        """On trial, it has begun to answer."""
+
     def recovered(self):
-        """An attempt went well, after one that did not or on trial."""
+        """An answer is whole, after a failure or on trial."""
 
     def forget(self, upstream):
         """An idle connection has ended."""
@@ -1470,7 +1483,7 @@ cdef class Exchange:
     cdef int _failed(self, int failure) except -1:
         """An attempt failed and its upstream is gone; nothing has reached the client."""
         try:
-            self.pool.note(failure)
+            self.pool.note_failure(failure)
             if not self.streaming and self.wants_retry(failure, 0):
                 self.retry()
             else:
@@ -1873,6 +1886,7 @@ cdef class Upstream(Head):
     cdef int _complete(self) except -1:
         """The answer has ended well."""
         cdef Downstream downstream = self.exchange.downstream
+        self.pool.note_end(self.status)
         if self.rechunk:
             downstream._write(b"0\r\n\r\n")
         self.exchange.upstream = None
@@ -1912,7 +1926,7 @@ cdef class Upstream(Head):
         downstream = exchange.downstream
         if exchange.answered:
             exchange.broken = True
-            self.pool.note(failure)
+            self.pool.note_failure(failure)
             downstream._cut(downstream.old and self.framing != LENGTH)
         else:
             exchange._failed(failure)

@@ -343,15 +343,26 @@ class RoutedModel:
         return True
 
     def restore(self, endpoint: str) -> None:
-        """Have an endpoint serve again."""
+        """Have an endpoint serve again; how often it was set aside stays."""
         found = self._find(endpoint)
         if found is not None:
             self._table.restore(found.row, found.generation)
+
+    def recover(self, endpoint: str) -> None:
+        """Have an endpoint serve again, as if it had never been set aside."""
+        found = self._find(endpoint)
+        if found is not None:
+            self._table.recover(found.row, found.generation)
 
     def is_ejected(self, endpoint: str) -> bool:
         """Whether an endpoint is set aside, or on trial."""
         found = self._find(endpoint)
         return found is not None and self._table.ejected_until(found.row) != 0
+
+    def relapses(self, endpoint: str) -> int:
+        """How often an endpoint was set aside, by any worker, since it last recovered."""
+        found = self._find(endpoint)
+        return 0 if found is None else self._table.relapses(found.row)
 
     def _find(self, endpoint: str) -> Endpoint | None:
         return next((e for e in self.route.endpoints if e.name == endpoint), None)

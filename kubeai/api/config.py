@@ -291,7 +291,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     retries: Count = 3
     retry_budget_min: Count = 10
     retry_budget_percent: Count = 20
-    # After so many failures in a row an endpoint is set aside, longer each time in a row.
+    # After so many failures without a whole answer an endpoint is set aside, longer each time.
     eject_after_failures: Count = 5  # 0: never
     eject_time_s: PositiveDuration = field(name="ejectTime", default=10.0)
     eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)

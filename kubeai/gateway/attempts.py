@@ -3,7 +3,8 @@
 :class:`Retries` says whether a failed attempt is repeated, where and after which pause; it holds
 no clock and no connection. :class:`RetryBudget` bounds what all of a model's requests may repeat.
 :func:`check_loss` finds out whether a request has killed its engine. :func:`hold` waits for an
-endpoint when there is none. Called by exchange.py and transcriptions.py.
+endpoint when there is none; :func:`advice` tells the client whether and when to come again. Called
+by exchange.py, transcriptions.py and pages.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import structlog
 
+from kubeai._relay import RETRY_AFTER_S
 from kubeai.openai import BadRequest, model_not_found
 from kubeai.routing import ModelGone, NoEndpoint
 
@@ -35,6 +37,7 @@ RETRY_PAUSE_S = 0.1
 BUDGET_WINDOW_S = 10.0
 
 NO_ANSWER = 0
+ENGINE_DIED = "engine_died"
 
 
 class RetryBudget:
@@ -156,8 +159,15 @@ async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, a
         raise BadRequest(
             "The engine went down with this request, which is not repeated.",
             status=502,
-            code="engine_died",
+            code=ENGINE_DIED,
         )
+
+
+def advice(error: BadRequest) -> dict[str, str]:
+    """Headers of an answer of ours: whether a client is to repeat its request, and when."""
+    if error.code == ENGINE_DIED:
+        return {"x-should-retry": "false"}  # OpenAI's clients would repeat a 502
+    return {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
 
 
 async def hold(

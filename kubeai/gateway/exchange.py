@@ -25,7 +25,7 @@ import structlog
 
 from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
-from kubeai.gateway.attempts import Retries, check_loss, hold
+from kubeai.gateway.attempts import Retries, advice, check_loss, hold
 from kubeai.gateway.pool import Pool
 from kubeai.logs import Sparingly
 from kubeai.openai import BadRequest, Kind
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# OpenAI's clients repeat a 502 unless they are told not to.
-NO_RETRY = b"x-should-retry: false\r\n"
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 # Under load many requests move, each a line of 10 µs: half of what a request costs otherwise.
 _moves = Sparingly(burst_max=500, per_s=20)
@@ -276,10 +274,8 @@ class Exchange(Straight):
     # -- answers of our own ------------------------------------------------------------------------
 
     def _refuse(self, error: BadRequest) -> None:
-        headers = b"Retry-After: %d\r\n" % _relay.RETRY_AFTER_S if error.status == 503 else b""
-        if error.code == "engine_died":
-            headers = NO_RETRY
-        self.answer(error.status, error.body(), headers)
+        headers = "".join(f"{name}: {value}\r\n" for name, value in advice(error).items())
+        self.answer(error.status, error.body(), headers.encode())
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
         self.answer(status, error_body(status, message, code))

@@ -16,8 +16,8 @@ import structlog
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
-from kubeai._relay import RETRY_AFTER_S
 from kubeai.gateway import Gateway
+from kubeai.gateway.attempts import advice
 from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
 from kubeai.openai import (
     BadRequest,
@@ -70,8 +70,7 @@ async def _errors(
     try:
         return await handler(request)
     except BadRequest as error:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
-        return _json(error.body(), error.status, headers)
+        return _json(error.body(), error.status, advice(error))
     except web.HTTPException as error:
         return _json(error_body(error.reason), error.status)
     except (ConnectionError, web.RequestPayloadError):

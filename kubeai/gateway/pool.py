@@ -61,9 +61,10 @@ class _Pool(Connections):
 class Pool(_Pool):
     """The connections to one endpoint, and how it does.
 
-    After ``eject_after_failures`` failed attempts in a row, or one on trial, it is set aside: for
-    ``eject_time_s``, twice as long each further time in a row. What the other workers see of it
-    stands in the load table; what leads to it is counted in each worker for itself.
+    After ``eject_after_failures`` failures without a whole answer, or one on trial, it is set
+    aside: for ``eject_time_s``, twice as long each further time. That, and how often, stands in the
+    load table for all workers; failures are counted in each worker for itself. On trial, an answer
+    that begins has it serve again, and one that is whole ends the trial.
     """
 
     def __init__(
@@ -81,7 +82,6 @@ class Pool(_Pool):
         self._endpoint = endpoint.name
         self._config = config
         self._connect_timeout_s = config.connect_timeout_s
-        self._ejections = 0  # in a row
         self._losses_s = (-math.inf, -math.inf)  # when the last two connections were lost
         ip, _, port = endpoint.address.rpartition(":")
         self._ip = ip.strip("[]")
@@ -102,9 +102,9 @@ class Pool(_Pool):
         if not on_trial and self._routed.is_ejected(self._endpoint):
             return  # what fails now was sent before
         longest_s = self._config.eject_max_time_s
-        for_s = min(longest_s, self._config.eject_time_s * 2.0 ** min(self._ejections, 32))
+        relapses = min(self._routed.relapses(self._endpoint), 32)
+        for_s = min(longest_s, self._config.eject_time_s * 2.0**relapses)
         if self._routed.eject(self._endpoint, now_s + for_s, self._config.eject_max_percent):
-            self._ejections += 1
             log.warning(
                 "endpoint is set aside",
                 model=self._routed.route.model,
@@ -113,13 +113,16 @@ class Pool(_Pool):
                 for_s=for_s,
             )
 
-    def recovered(self) -> None:
-        self._ejections = 0
+    def answers(self) -> None:
         if self._routed.is_ejected(self._endpoint):
             self._routed.restore(self._endpoint)
             log.info(
                 "endpoint serves again", model=self._routed.route.model, endpoint=self._endpoint
             )
+
+    def recovered(self) -> None:
+        self.answers()
+        self._routed.recover(self._endpoint)
 
     @property
     def lost_one_alone(self) -> bool:

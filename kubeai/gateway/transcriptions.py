@@ -291,7 +291,7 @@ class _Attempts:
                 answer = await self._attempt(reservation)
                 if answer is not None:
                     async with answer:
-                        return await self._relay(answer)
+                        return await self._relay(answer, cast(Pool, reservation.target))
             finally:
                 reservation.release()
             reservation = await self._next()
@@ -321,14 +321,14 @@ class _Attempts:
                 answer = await self._post(name)
         except TimeoutError as error:
             # An engine that has not begun to answer after minutes would not on the next try.
-            pool.note(TIMEOUT)
+            pool.note_failure(TIMEOUT)
             if not isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise self._failure(504, "it did not answer in time", "timeout") from None
             reason = "no connection in time"
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             connected = not isinstance(error, aiohttp.ClientConnectorError)
-            pool.note(LOST if connected else CONNECT)
+            pool.note_failure(LOST if connected else CONNECT)
             if connected:
                 self._lost = reservation
                 reservation.release()
@@ -370,22 +370,24 @@ class _Attempts:
             allow_redirects=False,
         )
 
-    async def _relay(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _relay(self, answer: aiohttp.ClientResponse, pool: Pool) -> web.StreamResponse:
         """Pass the answer on as it comes. One that breaks is cut, so that it never looks whole."""
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
         for name, value in _end_to_end(answer.headers.items()):
             response.headers.add(name, value)
         await response.prepare(self._request)
-        try:
-            while not answer.content.at_eof():
+        while not answer.content.at_eof():
+            try:
                 async with asyncio.timeout(self._gateway.config.between_bytes_timeout_s):
                     data = await answer.content.readany()
-                await response.write(data)
-        except (aiohttp.ClientError, OSError) as error:
-            log.warning("answer broke", model=self._ask.model, reason=str(error))
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            return response  # aiohttp finds the connection gone, and ends with it
+            except (aiohttp.ClientError, OSError) as error:
+                pool.note_failure(TIMEOUT if isinstance(error, TimeoutError) else LOST)
+                log.warning("answer broke", model=self._ask.model, reason=str(error))
+                if self._request.transport is not None:
+                    self._request.transport.abort()
+                return response  # aiohttp finds the connection gone, and ends with it
+            await response.write(data)
+        pool.note_end(answer.status)
         await response.write_eof()
         return response
 

@@ -11,7 +11,19 @@ import aiohttp
 import pytest
 import uvloop
 from fakes.fleet import Fleet
-from fakes.wire import CHUNKED, Broken, Engine, Message, Wire, answer, chunk, connect, post, until
+from fakes.wire import (
+    CHUNKED,
+    Broken,
+    Engine,
+    Message,
+    Wire,
+    answer,
+    chunk,
+    connect,
+    post,
+    says,
+    until,
+)
 
 from kubeai.routing import Endpoint, Route
 
@@ -138,6 +150,49 @@ async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, stream
     for wire in wires:
         wire.close()
     await until(lambda: not fleet.counts(), "0", 1.0)
+
+
+async def test_an_endpoint_that_one_worker_set_aside_is_so_for_all_and_their_successors(start):
+    """A worker that has seen no failure itself learns of it from the load table."""
+
+    async def fail(wire: Wire, request: Message) -> None:
+        await wire.send(answer(503))
+
+    engines = [await Engine(fail).start(), await Engine(says(b"good")).start()]
+    bad, good = engines
+    fleet = await start(2, eject_after_failures=2, eject_time_s=600.0, retries=1)
+    endpoints = (Endpoint("bad", bad.address), Endpoint("good", good.address))
+    fleet.route("n", Route("n", "VLLM", endpoints=endpoints))
+
+    async def ask(wire: Wire) -> bytes:
+        await wire.send(post(body=b'{"model":"n"}'))
+        return (await wire.answer()).body
+
+    one = await connect(fleet.port)  # always the same worker
+    while await ask(one) != b"good":
+        pass  # the route has to reach it first
+    for _ in range(6):
+        assert await ask(one) == b"good"
+    assert len(bad.requests) == 2
+
+    async def ask_all() -> set[bytes]:
+        """Over connections enough that each of two workers has some, but for one time in 2^23."""
+        wires = [await connect(fleet.port) for _ in range(24)]
+        found = {await ask(wire) for wire in wires}
+        for wire in wires:
+            wire.close()
+        return found
+
+    assert await ask_all() == {b"good"}
+    one.close()
+    for column in range(2):
+        pids = fleet.pids
+        assert fleet.kill(column)
+        await until(lambda: fleet.ready and fleet.pids != pids, "it is replaced", 10)  # noqa: B023
+    assert await ask_all() == {b"good"}
+    assert len(bad.requests) == 2
+    for engine in engines:
+        await engine.stop()
 
 
 async def test_names_of_models_that_do_not_exist_leave_nothing(start):

@@ -163,9 +163,9 @@ def test_an_ejection_is_seen_by_all_and_ends_with_the_rows_life(table, worker):
     worker.eject(7, generation + 1, until_s)
     assert table.ejected_until(7) == 0
     worker.eject(7, generation, until_s)
-    assert table.ejected_until(7) == until_s
+    assert (table.ejected_until(7), table.relapses(7)) == (until_s, 1)
     table.open_row(7)
-    assert table.ejected_until(7) == 0
+    assert (table.ejected_until(7), table.relapses(7)) == (0, 0)
 
 
 def test_an_endpoint_is_restored_only_in_its_own_life(table, worker):
@@ -175,6 +175,22 @@ def test_an_endpoint_is_restored_only_in_its_own_life(table, worker):
     assert table.ejected_until(7) == 5.0
     worker.restore(7, generation)
     assert table.ejected_until(7) == 0
+
+
+def test_how_often_an_endpoint_was_set_aside_in_a_row_is_known_to_all(table, worker):
+    generation = table.open_row(7)
+    other = LoadTable.attach(table.fd, 1)
+    worker.eject(7, generation, 5.0)
+    other.eject(7, generation, 6.0)
+    other.eject(7, generation + 1, 7.0)
+    assert worker.relapses(7) == 2
+    worker.recover(7, generation + 1)
+    worker.restore(7, generation)
+    assert (other.ejected_until(7), other.relapses(7)) == (0, 2)
+    other.eject(7, generation, 8.0)
+    worker.recover(7, generation)
+    assert (other.ejected_until(7), other.relapses(7)) == (0, 0)
+    other.close()
 
 
 def test_how_requests_end_is_counted_by_model_and_column(table, worker):
@@ -248,9 +264,11 @@ def test_rows_outside_the_table_are_refused(table, worker, row):
         table.in_flight,
         table.lookups,
         table.ejected_until,
+        table.relapses,
         lambda row: worker.admit(row, 1),
         lambda row: worker.eject(row, 1, 1.0),
         lambda row: worker.restore(row, 1),
+        lambda row: worker.recover(row, 1),
         worker.outcomes,
         lambda row: Ring(worker, 0, 1).set("pod", row, 1),
     ):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,7 +21,11 @@ from kubeai.routing import Endpoint, Publisher, Route
 class Supervised:
     """One worker process with what a supervisor holds for it."""
 
-    async def start(self, **config: object) -> "Supervised":
+    async def start(
+        self, *, descriptors: tuple[int, int] | None = None, **config: object
+    ) -> "Supervised":
+        """``descriptors``: how many the process may have open at first, and at most."""
+        self.descriptors = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)
         self.table = LoadTable.create(64, 1)
         self.publisher = Publisher(self.table)
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -49,6 +54,7 @@ class Supervised:
                 env={**os.environ, "KUBEAI_WORKER": json.dumps(settings)},
                 pass_fds=(self.table.fd, self.listener.fileno(), theirs.fileno()),
                 stderr=asyncio.subprocess.DEVNULL,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, self.descriptors),
             )
         self.channel = hinge.Channel(hinge.Up, self.received.append, self.ended.set)
         ours.setblocking(False)
@@ -227,3 +233,19 @@ async def test_it_says_what_it_is_when_started_by_hand():
     _, error = await process.communicate()
     assert process.returncode == 2
     assert b"kubeai serve" in error
+
+
+async def test_it_takes_as_many_connections_as_it_may_have_descriptors_for(start, engine):
+    """It raises its soft limit; each client may need a second one for its engine."""
+    worker = await start(descriptors=(100, 300))
+    worker.route("m", engine)
+    await worker.ready()
+    wires = [await connect(worker.port) for _ in range((300 - 128) // 2)]
+    for wire in wires:
+        await wire.send(post())
+        assert (await wire.answer()).body == b"here"
+    late = await connect(worker.port)
+    refused = await late.answer()
+    assert (refused.status, refused.one("retry-after")) == (503, "5")
+    for wire in (*wires, late):
+        wire.close()

@@ -1,0 +1,140 @@
+"""What transcriptions share with JSON requests: retries, blame and health, through the relay."""
+
+import contextlib
+import json
+
+import pytest
+import uvloop
+from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
+from fakes.world import World
+
+from kubeai.gateway.pages import make_app
+
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nw\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
+)
+ASK = post("/openai/v1/audio/transcriptions", FORM, "Content-Type: multipart/form-data; boundary=b")
+
+
+@pytest.fixture
+async def start():
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(**config) -> World:
+            world = await World.start(pages=make_app, **config)
+            stack.push_async_callback(world.close)
+            return world
+
+        yield start
+
+
+def failing(status: int):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(status, b"failed"))
+
+    return script
+
+
+async def drop(wire: Wire, request: Message) -> None:
+    wire.close()
+
+
+async def break_off(wire: Wire, request: Message) -> None:
+    await wire.send(CHUNKED + chunk(b"one"))
+    wire.close()
+
+
+@pytest.mark.parametrize("script", [failing(503), drop], ids=["503", "drop"])
+async def test_an_endpoint_that_fails_again_and_again_is_set_aside(start, script):
+    world = await start(eject_after_failures=3)
+    bad = await world.engine(script)
+    world.route("w", {"a": bad, "b": await world.engine(says(b"good"))})
+    wire = await world.client()
+    for _ in range(10):
+        await wire.send(ASK)
+        assert (await wire.answer()).body == b"good"
+    assert len(bad.requests) == 3
+    assert world.set_aside("w") == {"a"}
+
+
+async def test_answers_that_break_count_as_failures(start):
+    world = await start(eject_after_failures=2)
+    bad = await world.engine(break_off)
+    world.route("w", {"a": bad, "b": await world.engine(says(b"good"))})
+    broken = 0
+    for _ in range(8):
+        wire = await world.client()
+        await wire.send(ASK)
+        try:
+            assert (await wire.answer()).body == b"good"
+        except Broken:
+            broken += 1
+    assert broken == len(bad.requests) == 2
+    assert world.set_aside("w") == {"a"}
+    assert world.outcomes("w")["broken"] == 2
+
+
+async def test_a_whole_answer_ends_the_trial(start):
+    world = await start(eject_after_failures=1, eject_time_s=0.01, retries=1)
+    flaky = await world.engine(failing(503))
+    world.route("w", {"a": flaky, "b": await world.engine(says(b"good"))})
+    wire = await world.client()
+    while not world.set_aside("w"):
+        await wire.send(ASK)
+        assert (await wire.answer()).body == b"good"
+    flaky.script = says(b"back")
+    while world.set_aside("w"):
+        await wire.send(ASK)
+        assert (await wire.answer()).body in (b"good", b"back")
+    # One failure sets it aside again as soon as the first time, not for longer.
+    assert world.table.find("w").relapses("a") == 0
+
+
+async def test_retries_are_a_share_of_what_is_answered(start):
+    world = await start(retry_budget_min=4, eject_after_failures=0)
+    engines = [await world.engine(failing(503)) for _ in range(2)]
+    world.route("w", dict(zip("ab", engines, strict=True)))
+    wire = await world.client()
+    for _ in range(10):
+        await wire.send(ASK)
+        assert (await wire.answer()).status == 503
+    assert sum(len(engine.requests) for engine in engines) == 10 + 4
+    assert world.outcomes("w")["retried"] == 4
+
+
+async def test_a_request_that_killed_its_engine_kills_no_other(start):
+    world = await start()
+
+    async def die(wire: Wire, request: Message) -> None:
+        next(engine for engine in engines.values() if wire in engine.open).die()
+
+    engines = {name: await world.engine(die) for name in "abc"}
+    world.route("w", engines)
+    wire = await world.client()
+    await wire.send(ASK)
+    answered = await wire.answer()
+    assert answered.status == 502
+    assert answered.one("x-should-retry") == "false"
+    assert json.loads(answered.body)["error"]["code"] == "engine_died"
+    assert sum(len(engine.requests) for engine in engines.values()) == 1
+
+
+async def test_a_client_that_leaves_is_no_fault_of_the_engine(start):
+    world = await start(eject_after_failures=1)
+
+    async def long_answer(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED)
+        while True:
+            await wire.send(chunk(b"x" * 60_000))
+
+    engine = await world.engine(long_answer)
+    world.route("w", {"a": engine, "b": engine})
+    wire = await world.client(receive_buffer_bytes=4096)
+    await wire.send(ASK)
+    await wire.head()
+    wire.reset()
+    await until(lambda: world.active("w") == 0)
+    assert world.set_aside("w") == set()
+    assert world.outcomes("w")["left"] == 1
