@@ -6,9 +6,10 @@ Proxies, mock engines and cores are those of ``gateway_vs_nginx.py``. Parts:
 
 - ``connections``: CPU a chat request with 1 to 1,024 connections, each asking again when answered;
 - ``latency``: p50 and p99 at one open-loop rate, half of what we answer at most (found first, with
-  256 connections). Requests are due at fixed times, whether or not earlier ones are answered, and
-  latency counts from when a request was due. Pairs of runs, nginx first in every other one; the
-  ratio is the median over the pairs;
+  128 connections that ask again when answered). Requests are due at fixed times, whether or not
+  earlier ones are answered, and latency counts from when a request was due. The load and its
+  engines are ``open_loop.c`` (gcc): one in Python was late itself, by more than what it measured.
+  Pairs of runs, nginx first in every other one; the ratio is the median over the pairs;
 - ``streams``: memory of the proxy's worker a stream with 9,500 open at once, each of which has
   given its first chunk, and how long until none is counted once the clients have gone;
 - ``workers``: CPU a request of two workers over that of one, 256 connections, all on one core.
@@ -18,18 +19,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import os
 import resource
 import statistics
+import struct
 import subprocess
 import sys
 import time
-from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
+from tempfile import TemporaryDirectory
 
 import uvloop
 from gateway_vs_nginx import (
@@ -38,6 +41,7 @@ from gateway_vs_nginx import (
     SCENARIOS,
     STREAM_CHUNK,
     STREAM_HEAD,
+    WHOLE,
     Kubeai,
     find_nginx,
     free_port,
@@ -73,86 +77,31 @@ QUICK = Effort(1, 0.7, 2, 1.0, (1, 256, 1024), 2000)
 # -- open-loop load --------------------------------------------------------------------------------
 
 
-class Caller(asyncio.Protocol):
-    """One connection; at most one request on it at a time."""
-
-    def __init__(self, callers: Callers) -> None:
-        self._callers = callers
-        self._left = -1  # of the answer; -1: its head is not here
-        self._due_s = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-
-    def ask(self, request: bytes, due_s: float) -> None:
-        self._due_s = due_s
-        self._transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        if self._left < 0:
-            head, found, data = data.partition(b"\r\n\r\n")
-            if not found or not head.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"not an answer: {head[:400]!r}")
-            head = head.lower()
-            at = head.index(b"\r\ncontent-length:") + 17
-            line_end = head.find(b"\r\n", at)
-            self._left = int(head[at : line_end if line_end > 0 else None])
-        self._left -= len(data)
-        if self._left == 0:
-            self._left = -1
-            self._callers.answered(self, time.perf_counter() - self._due_s)
+@contextmanager
+def open_loop(core: int, folder: Path) -> Iterator[tuple[int, Popen[str]]]:
+    """open_loop.c on a core of its own: its engines' port, and what takes its runs."""
+    program, frames = folder / "open_loop", folder / "frames"
+    source = Path(__file__).with_name("open_loop.c")
+    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
+    port = free_port()
+    with frames.open("wb") as file:
+        for frame in (WHOLE, *make_requests(CHAT, 0)):
+            file.write(struct.pack("=I", len(frame)) + frame)
+    command = [str(program), str(port), str(LATENCY_CONNECTIONS), str(frames)]
+    with process(command, core, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        if child.stdout.readline() != "ready\n":
+            raise SystemExit("the open-loop load did not start")
+        yield port, child
 
 
-class Callers:
-    """Requests at a fixed rate over a fixed number of connections; those that are due wait."""
-
-    def __init__(self, requests: list[bytes]) -> None:
-        self._requests = requests
-        self._sent = 0
-        self._free: list[Caller] = []
-        self._due: deque[float] = deque()
-        self.latencies_s: list[float] = []
-
-    async def connect(self, port: int, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        for _ in range(count):
-            _, caller = await loop.create_connection(lambda: Caller(self), "127.0.0.1", port)
-            self._free.append(caller)
-
-    def answered(self, caller: Caller, latency_s: float) -> None:
-        self.latencies_s.append(latency_s)
-        self._free.append(caller)
-        self._send()
-
-    def _send(self) -> None:
-        while self._due and self._free:
-            request = self._requests[self._sent * 7 % len(self._requests)]
-            self._sent += 1
-            self._free.pop().ask(request, self._due.popleft())
-
-    async def run(self, rate: float, seconds: float) -> None:
-        began_s = time.perf_counter()
-        made = 0
-        while (now_s := time.perf_counter()) < began_s + seconds:
-            while began_s + made / rate <= now_s:
-                self._due.append(began_s + made / rate)
-                made += 1
-            self._send()
-            await asyncio.sleep(0.0005)
-        while len(self.latencies_s) < made:  # noqa: ASYNC110 (an event would be work a request)
-            await asyncio.sleep(0.001)
-
-
-async def run_open_loop(port: int, rate: float, seconds: float) -> None:
-    callers = Callers(make_requests(CHAT, port))
-    await callers.connect(port, LATENCY_CONNECTIONS)
-    await callers.run(rate, 0.5)
-    callers.latencies_s.clear()
-    gc.collect()
-    gc.disable()
-    await callers.run(rate, seconds)
-    cuts = statistics.quantiles(callers.latencies_s, n=100)
-    print(json.dumps({"p50_us": cuts[49] * 1e6, "p99_us": cuts[98] * 1e6}), flush=True)
+def run_open_loop(child: Popen[str], port: int, rate: float, seconds: float) -> dict[str, float]:
+    """One run against a proxy; a rate of 0 finds out how many it answers at most."""
+    child.stdin.write(f"{port} {rate} {seconds}\n")
+    child.stdin.flush()
+    told = child.stdout.readline()
+    if not told:
+        raise SystemExit("the open-loop load failed")
+    return json.loads(told)
 
 
 # -- open streams ----------------------------------------------------------------------------------
@@ -284,31 +233,32 @@ class Bench:
         return table
 
     def latency(self) -> dict:
-        pids, ports = self.proxies["kubeai"]
-        most = self._cpu(pids, ports["whole"], SATURATION_CONNECTIONS)["rate"]
-        rate = most / 2
         runs: dict[str, list[dict[str, float]]] = {"nginx": [], "kubeai": []}
-        for turn in range(self.effort.pairs):
-            for name in sorted(runs, reverse=turn % 2 == 0):
-                port = self.proxies[name][1]["whole"]
-                runs[name].append(self._open_loop(port, rate))
-        result = {"saturation": most, "rate": rate, "pairs": self.effort.pairs}
-        for key in ("p50_us", "p99_us"):
+        effort = self.effort
+        with (
+            TemporaryDirectory() as folder,
+            open_loop(self.load_core, Path(folder)) as (engines, load),
+            nginx(self.proxy_core, dict.fromkeys(ANSWERS, engines)) as (_, nginx_ports),
+            kubeai(self.proxy_core, dict.fromkeys(ANSWERS, engines)) as ours,
+        ):
+            ports = {"nginx": nginx_ports["whole"], "kubeai": ours.ports["whole"]}
+            most = {
+                n: run_open_loop(load, p, 0, effort.latency_s)["rate"] for n, p in ports.items()
+            }
+            rate = most["kubeai"] / 2
+            for turn in range(effort.pairs):
+                for name in sorted(runs, reverse=turn % 2 == 0):
+                    runs[name].append(run_open_loop(load, ports[name], rate, effort.latency_s))
+        result = {"saturation": most["kubeai"], "nginx_saturation": most["nginx"], "rate": rate}
+        result["pairs"] = effort.pairs
+        for key in ("p50_us", "p99_us", "late_p99_us"):
             for name, made in runs.items():
                 result[f"{name}_{key}"] = statistics.median(run[key] for run in made)
-            result[f"{key[:3]}_ratio"] = median_ratio(runs["kubeai"], runs["nginx"], key)
+        for key in ("p50", "p99"):
+            result[f"{key}_ratio"] = median_ratio(runs["kubeai"], runs["nginx"], f"{key}_us")
         result["runs"] = runs
         print(f"latency at {rate:.0f} a second: {line(result)}", flush=True)
         return result
-
-    def _open_loop(self, port: int, rate: float) -> dict[str, float]:
-        arguments = ["--open-loop", f"{port} {rate} {self.effort.latency_s}"]
-        command = [sys.executable, __file__, *arguments]
-        with process(command, self.load_core, stdout=subprocess.PIPE, text=True) as load:
-            told = load.stdout.readline()
-        if not told:
-            raise SystemExit("the open-loop load failed")
-        return json.loads(told)
 
     def streams(self) -> dict:
         port = free_port()
@@ -378,7 +328,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=PARTS)
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="proxies' and load's")
     parser.add_argument("--json", type=Path, help="write the results here too")
-    parser.add_argument("--open-loop", help=argparse.SUPPRESS)
     parser.add_argument("--endless", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--listeners", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -389,10 +338,6 @@ def main() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if options.open_loop:
-        port, rate, seconds = options.open_loop.split()
-        uvloop.run(run_open_loop(int(port), float(rate), float(seconds)))
-        return 0
     if options.endless:
         uvloop.run(run_endless(options.endless))
         return 0

@@ -74,7 +74,10 @@ async def _errors(
     except web.HTTPException as error:
         return _json(error_body(error.reason), error.status)
     except (ConnectionError, web.RequestPayloadError):
-        raise  # the client has left, or its answer is cut
+        # The client has left. An answer that has begun must not be followed by another.
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
     except Exception:
         log.exception("a page failed", method=request.method, path=request.path)
         return _json(error_body("The gateway has failed; its log says why.", "server_error"), 500)

@@ -1,5 +1,6 @@
 """What transcriptions share with JSON requests: retries, blame and health, through the relay."""
 
+import asyncio
 import contextlib
 import json
 
@@ -138,3 +139,28 @@ async def test_a_client_that_leaves_is_no_fault_of_the_engine(start):
     await until(lambda: world.active("w") == 0)
     assert world.set_aside("w") == set()
     assert world.outcomes("w")["left"] == 1
+
+
+async def test_a_client_that_leaves_as_its_answer_ends_is_no_error(start, caplog):
+    """Either may be noticed first, in any turn of the loop."""
+    world = await start()
+    end = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(CHUNKED + chunk(b"one"))
+        await end.wait()
+        await wire.send(chunk(b"two"), b"0\r\n\r\n")
+
+    world.route("w", {"a": await world.engine(script)})
+    for turns in range(-8, 9):
+        wire = await world.client()
+        await wire.send(ASK)
+        await wire.head()
+        first, then = (wire.reset, end.set) if turns < 0 else (end.set, wire.reset)
+        first()
+        for _ in range(abs(turns)):
+            await asyncio.sleep(0)
+        then()
+        await until(lambda: world.active("w") == 0)
+        end.clear()
+    assert caplog.records == []
