@@ -34,7 +34,13 @@ class Transport:
     def get_write_buffer_size(self) -> int:
         return 0
 
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
     def write(self, data: bytes) -> None:
+        pass
+
+    def writelines(self, parts: tuple[bytes, ...]) -> None:
         pass
 
     def abort(self) -> None:

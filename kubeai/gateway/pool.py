@@ -2,8 +2,8 @@
 
 An endpoint's :class:`Pool` is what its Reservations carry as their target. The worker's aiohttp
 application is one more upstream (:class:`PagesPool`). Idle connections are taken last in, first
-out, so that few stay warm; they are closed after ``idle_timeout_s`` (the relay's clock sees to
-that), sooner than an engine would. Called by the relay and the exchange.
+out, so that no more than requests need stay open; they are closed after ``idle_timeout_s`` (the
+relay's clock sees to that), sooner than an engine would. Called by the relay and the exchange.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -74,6 +74,9 @@ class End:
     def get_write_buffer_size(self) -> int:
         return 0
 
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
     def is_closing(self) -> bool:
         return self.closed
 
@@ -84,7 +87,7 @@ class End:
             if self._wrote is not None:
                 self._wrote(self)
 
-    def writelines(self, parts: list[bytes]) -> None:
+    def writelines(self, parts: Iterable[bytes]) -> None:
         self.write(b"".join(parts))
 
     def write_eof(self) -> None:

@@ -1098,6 +1098,30 @@ async def test_the_connection_that_was_given_back_last_is_taken_first(start):
     assert running.engine.connections == 3
 
 
+async def test_what_a_burst_needed_stays_open_while_requests_come_often(start):
+    all_at_work = asyncio.Barrier(4)
+
+    async def script(wire: Wire, request: Message) -> None:
+        if b"burst" in request.body:
+            await all_at_work.wait()
+        await wire.send(answer())
+
+    running = await start(script, upstream_idle_timeout_s=0.2)
+    wires = [await running.client() for _ in range(4)]
+    for wire in wires:
+        await wire.send(post(body=b'{"model":"m","burst":1}'))
+    for wire in wires:
+        await wire.answer()
+    loop = asyncio.get_running_loop()
+    ends_s = loop.time() + 1.0
+    while loop.time() < ends_s:
+        await wires[0].send(post())
+        await wires[0].answer()
+        assert len(running.engine.open) == 4
+    assert running.engine.connections == 4
+    await until(lambda: not running.engine.open)
+
+
 async def test_no_more_idle_connections_are_kept_than_allowed(start):
     both = asyncio.Barrier(2)
 
@@ -1257,6 +1281,9 @@ class _Transport:
 
     def get_extra_info(self, name: str) -> tuple[str, int]:
         return ("10.0.0.1", 1)
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
 
     def write(self, data: bytes) -> None:
         assert not self.closed
