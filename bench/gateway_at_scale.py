@@ -9,7 +9,9 @@ Proxies, mock engines and cores are those of ``gateway_vs_nginx.py``. Parts:
   128 connections that ask again when answered). Requests are due at fixed times, whether or not
   earlier ones are answered, and latency counts from when a request was due. The load and its
   engines are ``open_loop.c`` (gcc): one in Python was late itself, by more than what it measured.
-  Pairs of runs, nginx first in every other one; the ratio is the median over the pairs;
+  Pairs of runs, nginx first in every other one; the ratio is the median over the pairs. On a
+  shared machine both p99 are what a few stalls of a millisecond and more leave behind, so that
+  the ratio of one pair says little;
 - ``streams``: memory of the proxy's worker a stream with 9,500 open at once, each of which has
   given its first chunk, and how long until none is counted once the clients have gone;
 - ``workers``: CPU a request of two workers over that of one, 256 connections, all on one core.
