@@ -23,7 +23,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
-from mmh3 import hash64, mmh3_x64_128_digest
+from mmh3 import mmh3_x64_128_digest
 
 cdef enum:
     DEPTH_MAX_COUNT = 512
@@ -536,13 +536,12 @@ cdef const char *NOTHING = b"null"
 cdef uint64_t hash_of(const Text *text) except? 0:
     cdef bytes digest
     cdef uint64_t hashed
-    cdef int64_t signed
     if text.size > LARGE_BYTES:  # without a copy
         digest = mmh3_x64_128_digest(PyMemoryView_FromMemory(text.at, text.size, PyBUF_READ))
-        memcpy(&hashed, PyBytes_AS_STRING(digest), sizeof(hashed))
-        return hashed
-    signed = hash64(PyBytes_FromStringAndSize(text.at, text.size))[0]
-    return <uint64_t> signed
+    else:
+        digest = mmh3_x64_128_digest(PyBytes_FromStringAndSize(text.at, text.size))
+    memcpy(&hashed, PyBytes_AS_STRING(digest), sizeof(hashed))
+    return hashed
 
 
 @cython.final

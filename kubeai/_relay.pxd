@@ -9,6 +9,11 @@ cdef struct Text:
     Py_ssize_t room
 
 
+cdef struct Bytes:  # of somebody else's
+    const char *at
+    Py_ssize_t size
+
+
 cdef enum HeaderKind:
     PLAIN
     HOST
@@ -41,7 +46,10 @@ cdef class Head:
     cdef bytes named  # other tokens of Connection, lower case
     cdef str fault
     cdef void _clear(self) noexcept
-    cdef int _framing(self, HeaderKind kind, bytes value) except -1
+    cdef int _take_lines(self, const char *at, const char *end) except -1
+    cdef int _header(self, HeaderKind kind, Bytes name, Bytes value) except -1
+    cdef int _framing(self, HeaderKind kind, Bytes value) except -1
+    cdef int _take_tokens(self, bytes value) except -1
     cdef int _drop(self, set names) except -1
 
 
@@ -262,7 +270,7 @@ cdef class Upstream(Head):
     cdef bint _replay(self) except -1
     cdef int _take(self, bytes data) except -1
     cdef Py_ssize_t _take_head(self, bytes data) except -2
-    cdef bint _parse_head(self, bytes head, const char *line) except -1
+    cdef bint _parse_head(self, bytes head, const char *line, const char *line_end) except -1
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1
     cdef bytes _answer_head(self, bytes data)
     cdef int _pass(self, bytes prefix, bytes data, Py_ssize_t at) except -1

@@ -27,6 +27,8 @@ from kubeai.routing import Endpoint, Publisher, Route, RoutedModel, RoutingTable
 CORPUS = Path(__file__).with_name("corpus")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
 HEAD_MAX_BYTES = 1 << 16
+# Some headers that travel on.
+END_TO_END = (b"x", b"x-label-selector", b"content-encoding", b"transfer_encoding")
 TURNS = 4  # of the loop, after which whatever was to be done at once is done
 
 
@@ -125,6 +127,7 @@ class Taken:
 
     method: str
     target: str
+    headers: dict[bytes, list[bytes]]  # of END_TO_END
     exchange: Exchange
 
     @property
@@ -174,7 +177,8 @@ class Machine:
             __slots__ = ()
 
             def __init__(self, downstream: Downstream) -> None:
-                taken.append(Taken(self.method, self.target, self))
+                headers = {name: self.headers(name) for name in END_TO_END}
+                taken.append(Taken(self.method, self.target, headers, self))
 
         return Watched
 

@@ -84,6 +84,10 @@ HEADERS = [
     b"X:\0",
     b"X\xff: y",
     b"X: \xff",
+    b"X:\t y  z \t",
+    b"x:y:z",
+    b"X:",
+    b"Content-Length:\t5 ",
     b"no colon",
     b": no name",
     b" Content-Length: 5",
@@ -223,15 +227,25 @@ async def judge(stream: bytes, sizes: list[int]) -> None:
 def judge_taken(machine: Machine, stream: bytes) -> None:
     reference = read_requests(stream)
     taken = machine.taken
-    for ours, (method, target, _, body) in zip(taken, reference.messages, strict=False):
+    for ours, (method, target, headers, body) in zip(taken, reference.messages, strict=False):
         assert (ours.method, ours.target.encode("latin-1")) == (method, target)
         assert ours.body is None or ours.body == body
+        for name, values in ours.headers.items():
+            assert values == end_to_end(headers, name)
     if reference.closed:
         assert len(taken) <= len(reference.messages)
     if not reference.error and any(
         ours.body is not None for ours in taken[len(reference.messages) :]
     ):
         raise AssertionError("a body was taken for whole that is not")
+
+
+def end_to_end(headers: list[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
+    """A header's values, unless it was meant for one hop."""
+    tokens = b",".join(value for key, value in headers if key == b"connection").lower().split(b",")
+    if name in {token.strip() for token in tokens}:
+        return []
+    return [value for key, value in headers if key == name]
 
 
 def judge_sent(machine: Machine, where: str, sent: bytes) -> None:

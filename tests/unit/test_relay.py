@@ -143,6 +143,8 @@ MALFORMED = {
     "unknown method": b"BREW / HTTP/1.1\r\nHost: h\r\n\r\n",
     "lower case method": b"get / HTTP/1.1\r\nHost: h\r\n\r\n",
     "CONNECT": b"CONNECT engine:8000 HTTP/1.1\r\nHost: h\r\n\r\n",
+    "two spaces before the target": b"GET  /a HTTP/1.1\r\nHost: h\r\n\r\n",
+    "two spaces after the target": b"GET /a  HTTP/1.1\r\nHost: h\r\n\r\n",
     "space in target": b"GET /a b HTTP/1.1\r\nHost: h\r\n\r\n",
     "control in target": b"GET /a\x01 HTTP/1.1\r\nHost: h\r\n\r\n",
     "relative target": b"GET a HTTP/1.1\r\nHost: h\r\n\r\n",
@@ -414,6 +416,19 @@ async def test_a_request_is_sent_on_without_what_was_meant_for_this_hop(start):
         ("Content-Length", "13"),
     ]
     assert got.body == BODY
+
+
+async def test_header_values_are_sent_on_without_the_blanks_around_them(start):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(b"HTTP/1.1 200 OK\r\nX:\t a \tb \t\r\nY:\r\nContent-Length: \t0\t \r\n\r\n")
+
+    running = await start(script)
+    wire = await running.client()
+    await wire.send(HEAD + b"A:b:c \r\nB: \t\r\nC:\t\xff  d\r\nContent-Length:13 \r\n\r\n" + BODY)
+    answered = await wire.answer()
+    (got,) = running.engine.requests
+    assert [got.one(name) for name in "ABC"] == ["b:c", "", "\xff  d"]
+    assert (answered.one("x"), answered.one("y"), answered.body) == ("a \tb", "", b"")
 
 
 async def test_forwarding_headers_are_added(start):
