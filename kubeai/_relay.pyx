@@ -156,7 +156,10 @@ cdef inline bint is_failure(int status) noexcept:
 
 
 cdef bint is_name(const char *name, const char *lower, Py_ssize_t size) noexcept:
-    """Whether a header name (a token: no control characters) is ``lower``, whatever its case."""
+    """Whether a header name (a token: no control characters) is ``lower``, whatever its case.
+
+    ``lower``: of letters, digits and hyphens, which are what one bit makes of no other character.
+    """
     cdef Py_ssize_t i
     for i in range(size):
         if (name[i] | 0x20) != lower[i]:

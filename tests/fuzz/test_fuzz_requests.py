@@ -5,8 +5,10 @@ two refuses; what it sends to an engine h11 and llhttp read as just those reques
 """
 
 import asyncio
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 
 import httptools
 import pytest
@@ -271,7 +273,14 @@ def judge_sent(machine: Machine, where: str, sent: bytes) -> None:
         if model == "m":
             assert body in original
         else:
-            assert body in [openai.replace_model(b, "x") for b in original if b"m_x" in b]
+            assert body in list(adapted(original))
+
+
+def adapted(bodies: list[bytes]) -> Iterator[bytes]:
+    """What an engine gets of the bodies that ask for the adapter; some cannot be read."""
+    for body in bodies:
+        with contextlib.suppress(openai.BadRequest):
+            yield openai.replace_model(body, "x")
 
 
 def judge_answered(sent: bytes) -> None:

@@ -320,7 +320,15 @@ class Soak:
             if late > early * (1 + GROWTH_MAX_SHARE) + GROWTH_SLACK_BYTES:
                 self.wrong.append(f"worker {worker} grew from {early} to {late} bytes")
         share, early, late = max(grown)
-        return f"{early / 1e6:.1f} MB after warm-up, {late / 1e6:.1f} MB at the end ({share:+.1%})"
+        eighth = len(self.memory) // 8 or 1
+        course = [
+            statistics.median(max(each) for each in self.memory[at : at + eighth]) / 1e6
+            for at in range(0, eighth * 8, eighth)
+        ]
+        return (
+            f"{early / 1e6:.1f} MB after warm-up, {late / 1e6:.1f} MB at the end ({share:+.1%}); "
+            f"by eighths of the time: {' '.join(f'{each:.1f}' for each in course)}"
+        )
 
 
 def recording(model: str, wanted: str) -> bytes:
