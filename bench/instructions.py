@@ -4,7 +4,8 @@
 
 A client's connection and an engine's are driven by hand, as in ``test_gateway.py``: relay,
 exchange, routing and counting are real, sockets and event loop are not there. After a warm-up the
-instructions of some hundred requests are counted, and divided by their number.
+instructions of some hundred requests are counted, and divided by their number; so they are by the
+library whose code they are, the interpreter's part with what the driving itself costs.
 
 ``--against`` builds another revision in a folder of its own and counts there too; the exit status
 is 1 when this tree needs over 5 % more anywhere. Needs valgrind (Debian: apt install valgrind) and
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,8 +84,29 @@ def count_here(marks: str) -> None:
     os._exit(0)  # what comes after is not counted, and slow
 
 
-def count(checkout: Path, work: Path) -> dict[str, float]:
-    """Instructions a request in a checkout that is built."""
+def by_library(profile: str) -> Counter[str]:
+    """Instructions by the library that they are in, of a file in callgrind's format."""
+    names: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    library, of_callee = "", False
+    for line in profile.splitlines():
+        if found := re.match(r"(c?)ob=(\(\d+\))(?: (.*))?", line):
+            caller, number, name = found.groups()
+            if name:  # each is told once
+                names[number] = Path(name).name.partition(".")[0]
+            if not caller:
+                library = names[number]
+        elif line.startswith("calls="):
+            of_callee = True  # the next line tells what was spent in there, which stands there too
+        elif re.match(r"[\d+*-]", line):
+            if not of_callee:
+                counts[library] += int(line.split()[-1])
+            of_callee = False
+    return counts
+
+
+def count(checkout: Path, work: Path) -> dict[str, dict[str, float]]:
+    """Instructions a request, in a checkout that is built: scenario → library → count."""
     out = work / f"callgrind-{checkout.name}"
     marks = work / "marks.so"
     if not marks.exists():
@@ -106,9 +129,11 @@ def count(checkout: Path, work: Path) -> dict[str, float]:
     for path in sorted(work.glob(f"{out.name}.*")):
         text = path.read_text(errors="replace")
         name = re.search(r"^desc: Trigger: Client Request: (\d+) (.*)$", text, re.MULTILINE)
-        total = re.search(r"^(?:summary|totals): (\d+)", text, re.MULTILINE)
-        if name and total:
-            counted[name[2]] = int(total[1]) / int(name[1])
+        if name:
+            counted[name[2]] = {
+                library: instructions / int(name[1])
+                for library, instructions in by_library(text).most_common()
+            }
     if not counted:
         raise RuntimeError(f"nothing was counted: {done.stderr[-2000:]}")
     return counted
@@ -130,17 +155,19 @@ def build(revision: str, folder: Path) -> Path:
     return folder
 
 
-def show(here: dict[str, float], there: dict[str, float]) -> bool:
+def show(here: dict[str, dict[str, float]], there: dict[str, dict[str, float]]) -> bool:
     """Print what was counted; whether no figure is worse than it may be."""
     well = True
     print(f"{'instructions':24}{'before':>12}{'now':>12}{'change':>9}")
-    for name, now in here.items():
-        before = there.get(name)
+    for name, libraries in here.items():
+        now, before = sum(libraries.values()), sum(there.get(name, {}).values())
         change = now / before - 1 if before else 0.0
         slower = change > TOLERANCE
         well = well and not slower
         told = f"{before:12.0f}{now:12.0f}{change:+9.1%}" if before else f"{'':12}{now:12.0f}"
         print(f"{name:24}{told}{'  slower' if slower else ''}")
+        shares = (f"{library} {n / now:.0%}" for library, n in libraries.items() if n > 0.01 * now)
+        print(f"{'':24}  {', '.join(shares)}")
     return well
 
 

@@ -63,31 +63,6 @@ LOAD_FLOOR = _LOAD_FLOOR
 REPLICATION_MAX = _REPLICATION_MAX
 
 
-# A virtual node: its place on the ring in the upper 44 bits, the slot of its endpoint in the lower
-# 20. Eight to a cache line; 256,000 of them are 2 MB, where a pick mostly waits for memory. Nodes
-# on one place, if it ever happens, stand in the order of their names.
-ctypedef uint64_t Node
-
-cdef struct Slot:  # an endpoint, as the walk needs it
-    int32_t row
-    uint32_t generation
-    uint64_t seen  # the walk that last looked at it
-    uint64_t excluded  # the walk that was told to leave it out
-    bint gone  # removed, but still on the ring until the next merge
-
-
-cdef struct Departed:  # removed with requests still open, which its model's row counts on
-    int32_t row
-    uint32_t generation
-
-
-cdef struct Survey:  # who can serve one request
-    double now_s  # endpoints ejected beyond it are passed over; 0: nobody is ejected
-    int64_t n
-    int64_t total
-    int64_t open  # of the n, those that are not excluded
-
-
 cdef double _monotonic_s() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
@@ -121,11 +96,6 @@ cdef void *_grown(void *array, size_t size) except NULL:
 cdef class _Endpoint:
     """One endpoint as it was last set; never changed, so that a Reservation can outlive it."""
 
-    cdef str name
-    cdef object target
-    cdef frozenset adapters
-    cdef uint64_t name_hash
-    cdef int32_t slot
 
 
 @cython.final
@@ -133,20 +103,12 @@ cdef class _Endpoint:
 cdef class _Members:
     """The slots that can serve one adapter (or anything), dense and as a map."""
 
-    cdef int32_t *slots
-    cdef int32_t *rows  # beside slots, so that a scan of loads reads one array
-    cdef uint8_t *has  # by slot
-    cdef int32_t n
-    cdef int32_t capacity
-    cdef int32_t has_capacity
-    cdef int32_t cursor  # where the next least-load scan begins
-
     def __dealloc__(self):
         free(self.slots)
         free(self.rows)
         free(self.has)
 
-    cdef inline bint contains(self, int32_t slot) noexcept:
+    cdef bint contains(self, int32_t slot) noexcept:
         return slot < self.has_capacity and self.has[slot]
 
     cdef int add(self, int32_t slot, int32_t row) except -1:
@@ -186,31 +148,6 @@ cdef class _Members:
 @cython.final
 cdef class Ring:
     """One model's endpoints. One thread; reads loads that other processes write."""
-
-    cdef LoadTable table
-    cdef int32_t row
-    cdef uint32_t generation
-    cdef int64_t replication
-    cdef int64_t factor
-    cdef dict endpoints  # name → _Endpoint
-    cdef list by_slot  # slot → _Endpoint, or None
-    cdef list free_slots
-    cdef list gone_slots  # on the ring until the next merge
-    cdef list new_slots  # not on the ring until the next merge
-    cdef dict adapters  # name → _Members
-    cdef _Members everyone
-    cdef Slot *slots
-    cdef int32_t slots_capacity
-    cdef Node *nodes  # sorted by place, then by the endpoint's name
-    cdef size_t nodes_n
-    cdef size_t nodes_capacity
-    cdef uint32_t *buckets  # first node of each range of places; one more than there are ranges
-    cdef int bucket_shift
-    cdef uint64_t walk
-    cdef uint64_t ejections_seen  # the table's, when no endpoint here was set aside
-    cdef Departed *departed
-    cdef int32_t departed_n
-    cdef int32_t departed_capacity
 
     def __init__(
         self,
@@ -323,7 +260,7 @@ cdef class Ring:
         """Whether any endpoint has the adapter (None: whether there is any endpoint)."""
         return self._members(adapter) is not None
 
-    cdef inline _Members _members(self, str adapter):
+    cdef _Members _members(self, str adapter):
         if adapter is not None:
             return <_Members> self.adapters.get(adapter)
         return self.everyone if self.everyone.n else None
@@ -416,7 +353,7 @@ cdef class Ring:
         self.free_slots += self.gone_slots
         self.gone_slots = []
 
-    cdef inline bint _before(self, Node one, Node other) noexcept:
+    cdef bint _before(self, Node one, Node other) noexcept:
         if one >> SLOT_BITS != other >> SLOT_BITS:
             return one < other
         return (
@@ -501,7 +438,7 @@ cdef class Ring:
             self.buckets[at + 1] = max(self.buckets[at], self.buckets[at + 1])
         return 0
 
-    cdef inline size_t _first_node(self, uint64_t key) noexcept:
+    cdef size_t _first_node(self, uint64_t key) noexcept:
         """The first node at or after the key's place, round the end."""
         cdef Node place = _mix(key) >> SLOT_BITS << SLOT_BITS
         cdef size_t at = self.buckets[place >> self.bucket_shift]
@@ -511,7 +448,7 @@ cdef class Ring:
 
     # -- picks ---------------------------------------------------------------------------------
 
-    def pick_hashed(self, uint64_t key, str adapter=None, exclude=()):
+    cpdef Reservation pick_hashed(self, uint64_t key, str adapter=None, object exclude=()):
         """Bounded-load pick for a 64-bit key; None when nobody can serve.
 
         Clockwise from the key, each distinct endpoint once; the first that can serve and whose
@@ -564,7 +501,7 @@ cdef class Ring:
             self.table.count_lookup(initial, self.slots[chosen].row, False, iterations)
         return self._reserve(chosen, first, first_load, bound, iterations, survey.now_s)
 
-    def pick_least(self, str adapter=None, exclude=()):
+    cpdef Reservation pick_least(self, str adapter=None, object exclude=()):
         """The endpoint with the fewest in flight; ties go round, not always to the first."""
         self._begin()
         cdef _Members members = self._members(adapter)
@@ -616,7 +553,7 @@ cdef class Ring:
                 at = 0
         return (<_Endpoint> self.by_slot[_slot(self.nodes[at])]).name
 
-    cdef inline int _begin(self) except -1:
+    cdef int _begin(self) except -1:
         self.table._check_row(0)
         self.table._check_writer()
         if self.new_slots or self.gone_slots:
@@ -624,11 +561,11 @@ cdef class Ring:
         self.walk += 1
         return 0
 
-    cdef inline int64_t _load(self, int32_t row) noexcept:
+    cdef int64_t _load(self, int32_t row) noexcept:
         return sum_row(&self.table.in_flight_cells[<size_t> row * self.table.stride],
                        self.table.columns)
 
-    cdef inline bint _is_open(self, int32_t slot, double now_s) noexcept:
+    cdef bint _is_open(self, int32_t slot, double now_s) noexcept:
         if self.slots[slot].excluded == self.walk:
             return False
         return now_s == 0 or get_time(&self.table.ejected[self.slots[slot].row]) <= now_s

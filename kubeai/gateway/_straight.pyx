@@ -13,6 +13,7 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 from kubeai._ask cimport LARGE_BYTES, Ask, Shape, read
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
 from kubeai._relay cimport Connections, Exchange
+from kubeai._ring cimport Ring
 
 
 cdef class Plan:
@@ -65,6 +66,7 @@ cdef class Straight(Exchange):
         cdef Ask ask = None
         cdef object routed = None
         cdef object key = None
+        cdef Ring ring
         if self.plan is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             ask = read(self.plan.shape, self.body)
         if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
@@ -79,7 +81,8 @@ cdef class Straight(Exchange):
         self._key = key
         self._payload = self.body
         self._admission = routed.admit("http")
-        self._place(routed.ring.pick_least() if key is None else routed.ring.pick_hashed(key))
+        ring = <Ring?> routed.ring
+        self._place(ring.pick_least() if key is None else ring.pick_hashed(key))
         return 0
 
     cpdef _place(self, Reservation reservation):
