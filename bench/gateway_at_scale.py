@@ -261,7 +261,7 @@ class Bench:
         for key in ("p50", "p99"):
             result[f"{key}_ratio"] = median_ratio(runs["kubeai"], runs["nginx"], f"{key}_us")
         for name, made in runs.items():  # stalls of the machine are in the other three quarters
-            calm = statistics.quantiles((run["p99_us"] for run in made), n=4)[0]
+            calm = statistics.quantiles((run["p99_us"] for run in made), n=4, method="inclusive")[0]
             result[f"{name}_calm_p99_us"] = calm
         result["runs"] = runs
         print(f"latency at {rate:.0f} a second: {line(result)}", flush=True)
