@@ -131,7 +131,7 @@ def references(value: object) -> set[str]:
 
 
 def main() -> None:
-    from conftest import real
+    from servers import real
 
     known: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder, real(Path(folder) / "api") as server:

@@ -7,7 +7,7 @@ import time
 
 import orjson
 import pytest
-from conftest import ApiServer
+from servers import ApiServer
 
 MERGE = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"

@@ -19,7 +19,7 @@ from pathlib import Path
 import orjson
 import pytest
 import yaml
-from conftest import ApiServer, assets
+from servers import ApiServer, assets
 
 pytestmark = pytest.mark.kubectl
 TIMEOUT_S = 20.0

@@ -1,0 +1,309 @@
+"""The Kubernetes APIs that the tests run against, as processes on loopback.
+
+- :func:`embedded`: the one of ``kubeai local``;
+- :func:`real`: etcd and kube-apiserver, nothing else;
+- :func:`cluster`: the same with controller-manager, scheduler, and kwok for nodes and kubelets.
+
+Their binaries are in the folder that KUBEBUILDER_ASSETS names; see tests/cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from kubeai.local.apiserver import credentials
+
+START_TIMEOUT_S = 45.0
+CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
+
+
+class ApiServer(NamedTuple):
+    """A running API."""
+
+    kind: str  # embedded or real
+    url: str
+    token: str
+    ca_file: str
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        kind: str = "application/json",
+        accept: str = "application/json",
+    ):
+        """Status code and decoded answer, over a connection of its own."""
+        request = urllib.request.Request(
+            self.url + path, None if body is None else orjson.dumps(body), method=method
+        )
+        request.add_header("Authorization", f"Bearer {self.token}")
+        request.add_header("Accept", accept)
+        request.add_header("Content-Type", kind)
+        context = ssl.create_default_context(cafile=self.ca_file)
+        try:
+            with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+                return answer.status, _decoded(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decoded(error.read())
+
+    def is_ready(self, path: str) -> bool:
+        """Whether an object's condition Ready is True."""
+        _, found = self.request("GET", path)
+        conditions = found.get("status", {}).get("conditions") or []
+        return any((c["type"], c["status"]) == ("Ready", "True") for c in conditions)
+
+    @contextlib.contextmanager
+    def watch(self, path: str, accept: str = "application/json"):
+        """The events of a watch, decoded, as an iterator that waits for the next."""
+        request = urllib.request.Request(self.url + path)
+        request.add_header("Authorization", f"Bearer {self.token}")
+        request.add_header("Accept", accept)
+        context = ssl.create_default_context(cafile=self.ca_file)
+        with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+            yield (orjson.loads(line) for line in answer)
+
+    def kubeconfig(self, path: Path, namespace: str) -> Path:
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [
+                {
+                    "name": "test",
+                    "cluster": {"server": self.url, "certificate-authority": self.ca_file},
+                }
+            ],
+            "users": [{"name": "test", "user": {"token": self.token}}],
+            "contexts": [
+                {
+                    "name": "test",
+                    "context": {"cluster": "test", "user": "test", "namespace": namespace},
+                }
+            ],
+        }
+        path.write_text(yaml.safe_dump(config))
+        path.chmod(0o600)
+        return path
+
+
+def _decoded(body: bytes):
+    """JSON, or the text that a real API says before it is ready."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body.decode()
+
+
+def start_embedded(directory: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], ApiServer]:
+    """The embedded API as a process, once it says that it is ready."""
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "kubeai.local.apiserver"),
+            *("--data-dir", str(directory), "--port", str(port), "--ready-fd", str(write)),
+        ],
+        pass_fds=(write,),
+    )
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        line = pipe.readline().split()
+    assert line[:1] == ["ready"], f"the embedded API ended with {process.wait()}"
+    server = ApiServer(
+        "embedded",
+        f"https://127.0.0.1:{line[1]}",
+        (directory / "token").read_text(),
+        str(directory / "ca.crt"),
+    )
+    return process, server
+
+
+@contextlib.contextmanager
+def embedded(directory: Path):
+    process, server = start_embedded(directory)
+    try:
+        yield server
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def assets(*names: str) -> Path | None:
+    """The folder with these binaries, if there is one."""
+    folder = os.environ.get("KUBEBUILDER_ASSETS")
+    if folder and all((Path(folder) / name).exists() for name in names):
+        return Path(folder)
+    return None
+
+
+@contextlib.contextmanager
+def real(directory: Path):
+    """etcd and kube-apiserver on loopback, nothing else."""
+    folder = assets("etcd", "kube-apiserver")
+    assert folder is not None
+    directory.mkdir(parents=True)
+    etcd_port, peer_port, port = _free_ports(3)
+    token = secrets.token_hex(16)
+    (directory / "tokens.csv").write_text(f'{token},admin,admin,"system:masters"\n')
+    credentials.load(directory)  # certificates for loopback
+    key = directory / "service-accounts.key"
+    _make_rsa_key(key)
+    etcd_url = f"http://127.0.0.1:{etcd_port}"
+    peer_url = f"http://127.0.0.1:{peer_port}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            _running(
+                directory / "etcd.log",
+                str(folder / "etcd"),
+                f"--data-dir={directory / 'etcd'}",
+                f"--listen-client-urls={etcd_url}",
+                f"--advertise-client-urls={etcd_url}",
+                f"--listen-peer-urls={peer_url}",
+                f"--initial-advertise-peer-urls={peer_url}",
+                f"--initial-cluster=default={peer_url}",
+                "--unsafe-no-fsync",
+            )
+        )
+        stack.enter_context(
+            _running(
+                directory / "kube-apiserver.log",
+                str(folder / "kube-apiserver"),
+                f"--etcd-servers={etcd_url}",
+                f"--secure-port={port}",
+                "--bind-address=127.0.0.1",
+                f"--cert-dir={directory / 'certificates'}",
+                f"--tls-cert-file={directory / 'tls.crt'}",
+                f"--tls-private-key-file={directory / 'tls.key'}",
+                "--service-cluster-ip-range=10.0.0.0/24",
+                f"--service-account-key-file={key}",
+                f"--service-account-signing-key-file={key}",
+                "--service-account-issuer=https://kubernetes.default.svc",
+                "--authorization-mode=RBAC",
+                f"--token-auth-file={directory / 'tokens.csv'}",
+                "--disable-admission-plugins=ServiceAccount",
+            )
+        )
+        server = ApiServer("real", f"https://127.0.0.1:{port}", token, str(directory / "ca.crt"))
+        _wait_until(
+            lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
+            directory / "kube-apiserver.log",
+        )
+        yield server
+
+
+@contextlib.contextmanager
+def cluster(directory: Path):
+    """A whole control plane. Every Node that is made becomes Ready, every pod on one Running."""
+    folder = assets(*CONTROL_PLANE)
+    assert folder is not None
+    with real(directory) as server, contextlib.ExitStack() as stack:
+        kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
+
+        def run(name: str, *options: str) -> Path:
+            log = directory / f"{name}.log"
+            command = (str(folder / name), f"--kubeconfig={kubeconfig}", *options)
+            stack.enter_context(_running(log, *command))
+            return log
+
+        run(
+            "kube-controller-manager",
+            f"--service-account-private-key-file={directory / 'service-accounts.key'}",
+            f"--root-ca-file={directory / 'ca.crt'}",
+            "--leader-elect=false",
+            "--secure-port=0",
+        )
+        run("kube-scheduler", "--leader-elect=false", "--secure-port=0")
+        config = directory / "kwok.yaml"  # or it would read the user's
+        config.write_text("kind: KwokConfiguration\napiVersion: config.kwok.x-k8s.io/v1alpha1\n")
+        log = run("kwok", "--manage-all-nodes=true", f"--config={config}")
+        server.request("POST", "/api/v1/nodes", node("first", {"pods": "1"}))
+        _wait_until(lambda: server.is_ready("/api/v1/nodes/first"), log)
+        server.request("DELETE", "/api/v1/nodes/first")
+        yield server
+
+
+def node(name: str, capacity: dict[str, str], labels: dict[str, str] | None = None, **spec: object):
+    """A Node to create; kwok makes it Ready."""
+    capacity = {"cpu": "32", "memory": "256Gi", "pods": "110", **capacity}
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": labels or {}},
+        "spec": spec,
+        "status": {"capacity": capacity, "allocatable": capacity},
+    }
+
+
+def _make_rsa_key(path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago: these servers cannot say which one they chose."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextlib.contextmanager
+def _running(log: Path, *command: str):
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until(true: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if true():
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"not ready: {log.read_text()[-2000:]}")
+
+
+def install_models(server: ApiServer) -> None:
+    from kubeai.api.crd import model_crd
+
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    code, answer = server.request("POST", path, model_crd())
+    assert code in (201, 409), answer
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while server.request("GET", "/apis/kubeai.org/v1/models")[0] != 200:
+        assert time.monotonic() < deadline, "the Models CRD is not served"
+        time.sleep(0.05)
