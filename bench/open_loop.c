@@ -2,10 +2,11 @@
 
    open_loop ENGINE_PORT CALLERS FRAMES
 
-   FRAMES is a file of frames, each a 32-bit length (of this machine's order) and as many bytes: first
-   the answer that every engine gives, then the requests, sent in turn. Engines listen on ENGINE_PORT
-   of 127.0.0.1 to 127.0.0.4. Prints "ready", and then for each line "PORT RATE SECONDS" on standard
-   input one line of JSON about a run against that port of 127.0.0.1, over CALLERS connections:
+   FRAMES is a file of frames, each a 32-bit length (of this machine's order) and as many bytes:
+   first the answer that every engine gives, then the requests, sent in turn. Engines listen on
+   ENGINE_PORT of 127.0.0.1 to 127.0.0.4. Prints "ready", and then for each line "PORT RATE SECONDS"
+   on standard input one line of JSON about a run against that port of 127.0.0.1, over CALLERS
+   connections:
 
    RATE > 0   requests are due at fixed times, whether or not earlier ones are answered, and a
               request's latency counts from when it was due;
@@ -38,7 +39,7 @@ enum role { LISTENER, ENGINE, CALLER };
 struct connection {
     int fd;
     enum role role;
-    int head_bytes;     /* of the message that comes in, in head; more than that: its body is coming */
+    int head_bytes;     /* of the message that comes in: how much is in head */
     long body_bytes;    /* that are still to come; -1: the head is not whole */
     double due_s;
     char head[HEAD_BYTES];

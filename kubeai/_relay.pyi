@@ -47,7 +47,7 @@ class Connections:
     def connect(self, exchange: Exchange) -> Connecting:
         """Make a connection for an exchange, which then is told so, or that there is none."""
     def take(self) -> Upstream | None:
-        """The connection that was given back last, or None."""
+        """The connection that was given back last, or one whose time is half over, or None."""
     def give(self, upstream: Upstream) -> None:
         """Keep a connection for the next request, while there is room."""
     def note_failure(self, failure: int) -> None:

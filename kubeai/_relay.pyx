@@ -8,11 +8,12 @@ class that the :class:`Relay` was given, says where a request goes; the relay sa
 A head is judged by llhttp (through httptools), on exactly the bytes up to its empty line, after a
 check that every line of it ends in CRLF and none is folded: no two parsers can disagree where it
 ends. Its lines are then taken from where they stand: each is a name, a colon and a value, or llhttp
-would have refused it. (httptools makes two objects and a call of each: a sixth of what a request
-costs.) What is sent on is written anew, with one framing header and without hop-by-hop headers. Bodies are never decoded on their way. A body of known length is counted; the
-chunk framing of others is walked (``chunks_scan``, stricter than llhttp: no bare LF, extensions
-and trailers limited) and passed through as it came, since httptools tells neither where a message
-ends nor what its chunks were.
+would have refused it. (httptools makes two objects and a call of each: a fifth of what a request
+costs.) What is sent on is written anew, with one framing header and without hop-by-hop headers.
+Bodies are never decoded on their way. A body of known length is counted; the chunk framing of
+others is walked (``chunks_scan``, stricter than llhttp: no bare LF, extensions and trailers
+limited) and passed through as it came, since httptools tells neither where a message ends nor what
+its chunks were.
 
 Promises:
 - a request that is malformed, too big or too slow is answered (400, 408, 413, 417, 431), its
