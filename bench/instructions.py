@@ -155,6 +155,12 @@ def build(revision: str, folder: Path) -> Path:
     return folder
 
 
+def shares(libraries: dict[str, float]) -> str:
+    """Each library's part, but for those of a hundredth and less."""
+    total = sum(libraries.values())
+    return ", ".join(f"{name} {n / total:.0%}" for name, n in libraries.items() if n > 0.01 * total)
+
+
 def show(here: dict[str, dict[str, float]], there: dict[str, dict[str, float]]) -> bool:
     """Print what was counted; whether no figure is worse than it may be."""
     well = True
@@ -166,8 +172,7 @@ def show(here: dict[str, dict[str, float]], there: dict[str, dict[str, float]]) 
         well = well and not slower
         told = f"{before:12.0f}{now:12.0f}{change:+9.1%}" if before else f"{'':12}{now:12.0f}"
         print(f"{name:24}{told}{'  slower' if slower else ''}")
-        shares = (f"{library} {n / now:.0%}" for library, n in libraries.items() if n > 0.01 * now)
-        print(f"{'':24}  {', '.join(shares)}")
+        print(f"{'':24}  {shares(libraries)}")
     return well
 
 

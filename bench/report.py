@@ -14,6 +14,8 @@ import platform
 import sys
 from pathlib import Path
 
+from instructions import shares
+
 MICRO = "pytest bench --benchmark-enable --benchmark-only"
 VS_NGINX = "python bench/gateway_vs_nginx.py"
 SCALE = "python bench/gateway_at_scale.py --only "
@@ -315,9 +317,7 @@ class Report:
             return ""
         rows = []
         for name, libraries in found.items():
-            total = sum(libraries.values())
-            shares = (f"{k} {n / total:.0%}" for k, n in libraries.items() if n > 0.01 * total)
-            rows.append((name, f"{total:,.0f}", ", ".join(shares)))
+            rows.append((name, f"{sum(libraries.values()):,.0f}", shares(libraries)))
         lead = (
             f"## Instructions\n\n`{INSTRUCTIONS}`: counted by callgrind, without sockets and event "
             "loop. CI counts them in each commit and in the one that it leaves, and fails at "

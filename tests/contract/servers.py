@@ -113,13 +113,14 @@ def _decoded(body: bytes):
         return body.decode()
 
 
-def start_embedded(directory: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], ApiServer]:
+@contextlib.contextmanager
+def embedded(directory: Path):
     """The embedded API as a process, once it says that it is ready."""
     read, write = os.pipe()
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "kubeai.local.apiserver"),
-            *("--data-dir", str(directory), "--port", str(port), "--ready-fd", str(write)),
+            *("--data-dir", str(directory), "--port", "0", "--ready-fd", str(write)),
         ],
         pass_fds=(write,),
     )
@@ -127,20 +128,13 @@ def start_embedded(directory: Path, port: int = 0) -> tuple[subprocess.Popen[byt
     with os.fdopen(read) as pipe:
         line = pipe.readline().split()
     assert line[:1] == ["ready"], f"the embedded API ended with {process.wait()}"
-    server = ApiServer(
-        "embedded",
-        f"https://127.0.0.1:{line[1]}",
-        (directory / "token").read_text(),
-        str(directory / "ca.crt"),
-    )
-    return process, server
-
-
-@contextlib.contextmanager
-def embedded(directory: Path):
-    process, server = start_embedded(directory)
     try:
-        yield server
+        yield ApiServer(
+            "embedded",
+            f"https://127.0.0.1:{line[1]}",
+            (directory / "token").read_text(),
+            str(directory / "ca.crt"),
+        )
     finally:
         process.terminate()
         process.wait(10)
@@ -204,6 +198,7 @@ def real(directory: Path):
         server = ApiServer("real", f"https://127.0.0.1:{port}", token, str(directory / "ca.crt"))
         _wait_until(
             lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
+            "kube-apiserver is ready",
             directory / "kube-apiserver.log",
         )
         yield server
@@ -235,7 +230,7 @@ def cluster(directory: Path):
         config.write_text("kind: KwokConfiguration\napiVersion: config.kwok.x-k8s.io/v1alpha1\n")
         log = run("kwok", "--manage-all-nodes=true", f"--config={config}")
         server.request("POST", "/api/v1/nodes", node("first", {"pods": "1"}))
-        _wait_until(lambda: server.is_ready("/api/v1/nodes/first"), log)
+        _wait_until(lambda: server.is_ready("/api/v1/nodes/first"), "kwok has a node ready", log)
         server.request("DELETE", "/api/v1/nodes/first")
         yield server
 
@@ -287,14 +282,15 @@ def _running(log: Path, *command: str):
             process.wait()
 
 
-def _wait_until(true: Callable[[], bool], log: Path) -> None:
+def _wait_until(true: Callable[[], bool], what: str, log: Path | None = None) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             if true():
                 return
-        time.sleep(0.1)
-    raise AssertionError(f"not ready: {log.read_text()[-2000:]}")
+        time.sleep(0.05)
+    said = log.read_text()[-2000:] if log is not None else ""
+    raise AssertionError(f"not within {START_TIMEOUT_S} s: {what}; {said}")
 
 
 def install_models(server: ApiServer) -> None:
@@ -303,7 +299,7 @@ def install_models(server: ApiServer) -> None:
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     code, answer = server.request("POST", path, model_crd())
     assert code in (201, 409), answer
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while server.request("GET", "/apis/kubeai.org/v1/models")[0] != 200:
-        assert time.monotonic() < deadline, "the Models CRD is not served"
-        time.sleep(0.05)
+    _wait_until(
+        lambda: server.request("GET", "/apis/kubeai.org/v1/models")[0] == 200,
+        "the Models CRD is served",
+    )

@@ -38,7 +38,7 @@ class Cluster(World):
 
     def __init__(self, kube: Kube, api: ApiServer) -> None:
         super().__init__(kube)
-        self._api = api
+        self.api = api
         self._nodes: list[str] = []
         self.config = PROFILES.format(namespace=kube.namespace) + "".join(
             line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles")
@@ -50,7 +50,7 @@ class Cluster(World):
         made = node(
             f"{self.kube.namespace}-{name}", capacity, labels, taints=[GPU_TAINT] if gpu else []
         )
-        code, answer = self._api.request("POST", "/api/v1/nodes", made)
+        code, answer = self.api.request("POST", "/api/v1/nodes", made)
         assert code == 201, answer
         self._nodes.append(made["metadata"]["name"])
 
@@ -67,7 +67,7 @@ class Cluster(World):
     async def close(self) -> None:
         await super().close()
         for name in self._nodes:
-            self._api.request("DELETE", f"/api/v1/nodes/{name}")
+            self.api.request("DELETE", f"/api/v1/nodes/{name}")
 
 
 @pytest.fixture
@@ -134,14 +134,14 @@ async def test_a_cordoned_nodes_pod_that_is_evicted_comes_back_elsewhere(world):
     name = f"{world.kube.namespace}-one"
     path = f"/api/v1/nodes/{name}"
     patch = {"spec": {"unschedulable": True}}
-    assert world._api.request("PATCH", path, patch, "application/merge-patch+json")[0] == 200
+    assert world.api.request("PATCH", path, patch, "application/merge-patch+json")[0] == 200
     eviction = {
         "apiVersion": "policy/v1",
         "kind": "Eviction",
         "metadata": {"name": pod["metadata"]["name"], "namespace": world.kube.namespace},
     }
     path = f"/api/v1/namespaces/{world.kube.namespace}/pods/{pod['metadata']['name']}/eviction"
-    assert world._api.request("POST", path, eviction)[0] == 201
+    assert world.api.request("POST", path, eviction)[0] == 201
 
     async def moved():
         return await world.where() == ["other"] and len(replica.endpoints("m") or []) == 1
@@ -165,7 +165,7 @@ async def test_what_a_deleted_model_owns_is_collected_though_no_operator_runs(wo
     async def gone():
         pods, _ = await world.kube.list(PODS, world.kube.namespace)
         path = f"/api/v1/namespaces/{world.kube.namespace}/configmaps/model-m-files"
-        code, _ = await asyncio.to_thread(world._api.request, "GET", path)
+        code, _ = await asyncio.to_thread(world.api.request, "GET", path)
         return not pods and code == 404
 
     await until(gone, "pods and files are collected")

@@ -1089,13 +1089,18 @@ async def test_an_idle_upstream_connection_is_closed_before_the_engine_would(sta
     assert running.engine.connections == 2
 
 
+def port_of(wire: Wire) -> bytes:
+    """Which of the gateway's connections this is, for an engine to say."""
+    return str(wire.writer.get_extra_info("peername")[1]).encode()
+
+
 async def test_the_connection_that_was_given_back_last_is_taken_first(start):
     at_work = asyncio.Semaphore(0)
 
     async def script(wire: Wire, request: Message) -> None:
         if b"wait" in request.body:
             await at_work.acquire()
-        await wire.send(answer(200, str(wire.writer.get_extra_info("peername")[1]).encode()))
+        await wire.send(answer(200, port_of(wire)))
 
     running = await start(script)
     wires = [await running.client() for _ in range(3)]
@@ -1121,7 +1126,7 @@ async def test_what_a_burst_needed_stays_open_while_requests_come_often(start):
     async def script(wire: Wire, request: Message) -> None:
         if b"burst" in request.body:
             await all_at_work.wait()
-        await wire.send(answer(200, str(wire.writer.get_extra_info("peername")[1]).encode()))
+        await wire.send(answer(200, port_of(wire)))
 
     # A clock that does not come to close any.
     running = await start(script, upstream_idle_timeout_s=0.02, tick_s=60)
