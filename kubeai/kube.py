@@ -19,7 +19,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
@@ -31,6 +31,7 @@ from kubernetes_asyncio import config as kube_config
 from kubernetes_asyncio.client.configuration import Configuration
 from kubernetes_asyncio.client.rest import RESTClientObject
 
+from kubeai import channels
 from kubeai.errors import KubeAIError
 
 log = structlog.get_logger(__name__)
@@ -47,6 +48,9 @@ LIST_PAGE_MAX_ITEMS = 500
 WATCH_TIMEOUT_S = (240.0, 300.0)  # the server ends a watch after a time between the two
 WATCH_SILENCE_MAX_S = 330.0
 EVENT_MAX_BYTES = 64 << 20
+EXEC_OUTPUT_MAX_BYTES = 64 << 10  # what is kept of a command's output: its end
+EXEC_MESSAGE_MAX_BYTES = 4 << 20
+EXEC_CLOSE_TIMEOUT_S = 1.0
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 10.0
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _CONTENT_TYPE = {
@@ -105,6 +109,13 @@ class ApiError(KubeAIError):
         self.status = status
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+
+class ExecResult(NamedTuple):
+    """A command that ran in a container; ``output`` is the end of its stdout and stderr."""
+
+    exit_code: int
+    output: str
 
 
 class Backoff:
@@ -188,6 +199,7 @@ class Kube:
             # As Go does: a proxy from the environment is not asked for this machine's own API.
             trust_env=not _is_loopback(self._base),
             read_bufsize=1 << 20,
+            raise_for_status=_tell_refused_upgrade,
             skip_auto_headers=("User-Agent",),
         )
         self._options: dict[str, Any] = {}
@@ -327,6 +339,34 @@ class Kube:
         }
         body = {k: v for k, v in options.items() if v is not None}
         await self._call("DELETE", r.path(namespace or self.namespace, name), body=body)
+
+    async def exec(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        container: str,
+        namespace: str = "",
+        timeout_s: float,
+    ) -> ExecResult:
+        """Run a command in a container of a pod, until it has ended; it gets no stdin.
+
+        ApiError when it did not run (404: no such pod), and when its end is not known (status 0;
+        reason Timeout after ``timeout_s`` seconds): then it may have run, and a node may let it
+        go on.
+        """
+        query = [("command", word) for word in command]
+        query += [("container", container), ("stdout", "true"), ("stderr", "true")]
+        path = PODS.path(namespace or self.namespace, name, "exec")
+        try:
+            async with asyncio.timeout(timeout_s):
+                messages = await self._upgrade(path, query)
+                try:
+                    return await _command_result(messages)
+                finally:
+                    await messages.close()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _no_answer("exec", name, error) from error
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -494,16 +534,39 @@ class Kube:
         content_type: str = "",
         timeout: aiohttp.ClientTimeout | None = None,
     ) -> aiohttp.ClientResponse:
-        headers = {"Accept": "application/json", "User-Agent": "kubeai"}
+        headers = await self._headers()
         if data is not None:
             headers["Content-Type"] = content_type
-        for setting in (await self._configuration.auth_settings()).values():
-            if setting["value"]:
-                headers[setting["key"]] = setting["value"].strip()
         url = self._base + path + ("?" + urlencode(query) if query else "")
         return await self._session.request(
             method, url, data=data, headers=headers, timeout=timeout, **self._options
         )
+
+    async def _upgrade(
+        self, path: str, query: builtins.list[tuple[str, str]]
+    ) -> aiohttp.ClientWebSocketResponse:
+        url = f"{self._base}{path}?{urlencode(query)}"
+        while True:
+            try:
+                messages: aiohttp.ClientWebSocketResponse = await self._session.ws_connect(
+                    url,
+                    protocols=(channels.V4,),
+                    headers=await self._headers(),
+                    timeout=aiohttp.ClientWSTimeout(ws_close=EXEC_CLOSE_TIMEOUT_S),
+                    max_msg_size=EXEC_MESSAGE_MAX_BYTES,
+                    **self._options,
+                )
+                return messages
+            except ApiError as error:
+                if error.status != 401 or not await self._renew():
+                    raise
+
+    async def _headers(self) -> dict[str, str]:
+        headers = {"Accept": "application/json", "User-Agent": "kubeai"}
+        for setting in (await self._configuration.auth_settings()).values():
+            if setting["value"]:
+                headers[setting["key"]] = setting["value"].strip()
+        return headers
 
     async def _renew(self) -> bool:
         """Read the kubeconfig's credentials again, at most every 10 s."""
@@ -567,6 +630,34 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             parts, held_bytes = [line], len(line)
 
 
+async def _tell_refused_upgrade(response: aiohttp.ClientResponse) -> None:
+    """aiohttp's error for an upgrade that is refused would not have the Status that says why."""
+    if response.status >= 400 and "Upgrade" in response.request_info.headers:
+        raise _api_error(response, await response.read())
+
+
+async def _command_result(messages: aiohttp.ClientWebSocketResponse) -> ExecResult:
+    """Read an exec's channels until one says how the command ended."""
+    output = bytearray()
+    async for message in messages:
+        if message.type is not aiohttp.WSMsgType.BINARY or len(message.data) < 2:
+            continue  # an empty message says only that the channel is there
+        channel, data = message.data[0], message.data[1:]
+        if channel in (channels.STDOUT, channels.STDERR):
+            output += data
+            del output[:-EXEC_OUTPUT_MAX_BYTES]
+        elif channel == channels.ERROR:
+            try:
+                ending = channels.Ending.decode(data)
+            except ValueError as error:
+                raise ApiError(0, "Undecodable", f"how the command ended: {error}") from error
+            if ending.exit_code is None:
+                raise ApiError(ending.status, ending.reason, ending.message)
+            return ExecResult(ending.exit_code, output.decode(errors="replace"))
+    code = messages.close_code
+    raise ApiError(0, "Unreachable", f"the connection ended before the command did ({code})")
+
+
 def _api_error(response: aiohttp.ClientResponse, body: bytes) -> ApiError:
     try:
         status = _decoder(_Status).decode(body)
@@ -626,6 +717,7 @@ __all__ = [
     "SECRETS",
     "ApiError",
     "Backoff",
+    "ExecResult",
     "Kube",
     "Resource",
 ]

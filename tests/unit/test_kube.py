@@ -11,8 +11,19 @@ import pytest
 import yaml
 from aiohttp import web
 
+from kubeai import channels
 from kubeai.errors import KubeAIError
-from kubeai.kube import CONFIGMAPS, LEASES, MODELS, NODES, PODS, ApiError, Backoff, Kube
+from kubeai.kube import (
+    CONFIGMAPS,
+    EXEC_OUTPUT_MAX_BYTES,
+    LEASES,
+    MODELS,
+    NODES,
+    PODS,
+    ApiError,
+    Backoff,
+    Kube,
+)
 
 DEADLINE_S = 10.0
 
@@ -38,6 +49,9 @@ class Server:
         self.watches = []
         self.answer = None  # (status, body, headers) for everything else
         self.tokens = None
+        self.messages = []  # of an exec, before the server ends the connection
+        self.silent = False  # it does not end the connection
+        self.left = asyncio.Event()  # by the client of an exec
         self.open_watches = 0
         self.done = asyncio.Event()
         self.again = asyncio.Event()  # set when the last watch of the script is open
@@ -50,6 +64,8 @@ class Server:
         if self.answer is not None:
             status, body, headers = self.answer
             return web.Response(status=status, body=body, headers=headers)
+        if "command" in request.query:
+            return await self.exec(request)
         if "watch" in request.query:
             return await self.watch(request)
         items, version = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
@@ -57,6 +73,16 @@ class Server:
         if isinstance(items, dict):  # pages by their continue token
             items, meta["continue"] = items[request.query.get("continue", "")]
         return web.json_response({"metadata": meta, "items": items})
+
+    async def exec(self, request):
+        response = web.WebSocketResponse(protocols=(channels.V4,))
+        await response.prepare(request)
+        for message in self.messages:
+            await response.send_bytes(message)
+        while self.silent and not response.closed:
+            await response.receive()
+        self.left.set()
+        return response
 
     async def watch(self, request):
         if not self.watches:
@@ -299,6 +325,103 @@ async def test_a_proxy_of_the_environment_is_not_asked_for_this_machines_api(
     kube = await Kube.connect(kubeconfig(tmp_path / "kubeconfig", server.url, {}))
     server.answer = 200, orjson.dumps(thing("a", 1)), {}
     await kube.get(CONFIGMAPS, "a")
+    await kube.close()
+
+
+# -- exec ----------------------------------------------------------------------------------------
+
+
+def ended(**status):
+    return bytes([channels.ERROR]) + orjson.dumps({"kind": "Status", **status})
+
+
+def exited(code):
+    return bytes([channels.ERROR]) + channels.Ending(code).encode()
+
+
+async def run(kube, timeout_s=DEADLINE_S):
+    return await kube.exec("p", ["ls", "a b"], container="c", timeout_s=timeout_s)
+
+
+async def test_a_command_is_run_and_its_end_and_output_come_back(kube, server):
+    server.messages = [b"\x01", b"\x01out ", b"\x02err", b"\x03", exited(0)]
+    assert await run(kube) == (0, "out err")
+    method, path, headers, _ = server.requests[0]
+    query = "command=ls&command=a+b&container=c&stdout=true&stderr=true"
+    assert (method, path) == ("GET", f"/api/v1/namespaces/ns/pods/p/exec?{query}")
+    assert headers["Authorization"] == "Bearer secret"
+    assert headers["Sec-WebSocket-Protocol"] == "v4.channel.k8s.io"
+
+
+async def test_a_command_that_ends_badly_is_a_result(kube, server):
+    server.messages = [b"\x02no such file", exited(3)]
+    assert await run(kube) == (3, "no such file")
+
+
+async def test_of_a_long_output_the_end_is_kept(kube, server):
+    server.messages = [b"\x01" + bytes([65 + n]) * 50_000 for n in range(3)] + [exited(0)]
+    output = (await run(kube)).output
+    assert len(output) == EXEC_OUTPUT_MAX_BYTES
+    assert output.endswith("C" * 50_000)
+    assert output.startswith("B")
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "reason", "text"),
+    [
+        (
+            ended(status="Failure", code=500, reason="InternalError", message="no such program"),
+            500,
+            "InternalError",
+            "no such program",
+        ),
+        (ended(status="Failure", message="odd"), 500, "", "odd"),
+        (b"\x03{", 0, "Undecodable", "how the command ended"),
+        (b"\x01half", 0, "Unreachable", "ended before the command did"),
+    ],
+)
+async def test_a_command_that_did_not_run_is_an_api_error(
+    kube, server, message, status, reason, text
+):
+    server.messages = [message]
+    with pytest.raises(ApiError, match=text) as caught:
+        await run(kube)
+    assert (caught.value.status, caught.value.reason) == (status, reason)
+
+
+async def test_a_refused_upgrade_is_an_api_error_that_says_why(kube, server):
+    server.answer = 404, b'{"reason":"NotFound","message":"pods \\"p\\" not found"}', {}
+    with pytest.raises(ApiError, match='pods "p" not found') as caught:
+        await run(kube)
+    assert (caught.value.status, caught.value.reason) == (404, "NotFound")
+    server.answer = 200, b"{}", {}
+    with pytest.raises(ApiError, match="Invalid response status") as caught:
+        await run(kube)
+    assert caught.value.status == 0
+
+
+async def test_a_command_has_a_limit_in_time_and_the_server_sees_the_client_leave(kube, server):
+    server.messages, server.silent = [b"\x01going on"], True
+    with pytest.raises(ApiError) as caught:
+        await run(kube, timeout_s=0.2)
+    assert (caught.value.status, caught.value.reason) == (0, "Timeout")
+    async with asyncio.timeout(DEADLINE_S):
+        await server.left.wait()
+
+
+async def test_an_exec_that_is_refused_goes_on_with_a_token_that_is_read_again(server, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("first")
+    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
+    kube = await Kube.connect(path)
+    token.write_text("second")
+    server.tokens = {"Bearer second"}
+    server.messages = [exited(0)]
+    assert (await run(kube)).exit_code == 0
+    server.tokens = {"Bearer third"}
+    with pytest.raises(ApiError, match="who are you") as caught:
+        await run(kube)
+    assert caught.value.status == 401
     await kube.close()
 
 
