@@ -401,18 +401,20 @@ class Kube:
         type: type[T] = dict,  # type: ignore[assignment]
         replaced: Callable[[builtins.list[T]], None],
         changed: Callable[[str, T], None],
+        failed: Callable[[ApiError], None] = lambda error: None,
     ) -> None:
         """List and watch for ever (until cancelled).
 
         ``replaced`` gets the whole list, first and after a 410; ``changed`` gets each event
         (ADDED, MODIFIED, DELETED) as it comes. Both are called in order and must not block. An
         object that does not decode as ``type`` is logged and passed over; what came before it
-        stays. Failures are retried with back-off and jitter, from the last resourceVersion.
+        stays. Failures are told to ``failed`` and retried with back-off and jitter, from the last
+        resourceVersion.
         """
         backoff = Backoff()
         version = ""
         while True:
-            began, failed = time.monotonic(), False
+            began, broke = time.monotonic(), False
             retry_after_s = 0.0
             try:
                 if not version:
@@ -432,12 +434,13 @@ class Kube:
                             version = ""  # which one is gone, only a list can tell
                             break
             except ApiError as error:
-                failed = True
+                broke = True
+                failed(error)
                 if error.status == 410:
                     version = ""
                 retry_after_s = min(error.retry_after_s or 0.0, BACKOFF_MAX_S)
                 log.info("watch failed", resource=r.plural, status=error.status, error=str(error))
-            if failed or time.monotonic() - began < 1.0:
+            if broke or time.monotonic() - began < 1.0:
                 await asyncio.sleep(max(backoff.next_s(), retry_after_s))
 
     # -- how it is done --------------------------------------------------------------------------

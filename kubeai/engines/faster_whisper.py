@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from kubeai.api.model import Model, ModelURL
-from kubeai.engines.server import MODEL_MOUNT, Server, literal, startup_probe
+from kubeai.engines.cache import weights
+from kubeai.engines.server import Server, startup_probe
 
 STARTUP_FAILURES = 900  # 30 minutes
 
 
 def server(model: Model, url: ModelURL) -> Server:
     """The image's own server, configured by its environment."""
-    source = MODEL_MOUNT if url.scheme == "pvc" else literal(url.ref)
     return Server(
-        env={"WHISPER__MODEL": source, "ENABLE_UI": "false"},
+        env={"WHISPER__MODEL": weights(model, url), "ENABLE_UI": "false"},
         startup_probe=startup_probe(failures=STARTUP_FAILURES),
     )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from kubeai.api.model import Model, ModelURL
-from kubeai.engines.server import MODEL_MOUNT, PORT, Server, literal, startup_probe
+from kubeai.engines.cache import weights
+from kubeai.engines.server import PORT, Server, startup_probe
 
 STARTUP_FAILURES = 600  # 20 minutes
 
 
 def server(model: Model, url: ModelURL) -> Server:
     """``infinity_emb v2``, configured by its environment."""
-    source = MODEL_MOUNT if url.scheme == "pvc" else literal(url.ref)
     return Server(
         args=["v2"],
         env={
-            "INFINITY_MODEL_ID": source,
+            "INFINITY_MODEL_ID": weights(model, url),
             "INFINITY_SERVED_MODEL_NAME": model.metadata.name,
             "INFINITY_URL_PREFIX": "/v1",
             "INFINITY_ENGINE": "torch",

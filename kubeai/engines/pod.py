@@ -33,7 +33,8 @@ from kubeai.api.model import (
     Model,
     ModelURL,
 )
-from kubeai.engines import faster_whisper, infinity, mock, ollama, sources, vllm
+from kubeai.engines import cache, faster_whisper, infinity, mock, ollama, sources, vllm
+from kubeai.engines.adapters import add_loader
 from kubeai.engines.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
 from kubeai.engines.server import (
     PORT,
@@ -66,7 +67,6 @@ _SERVERS: dict[Engine, Callable[[Model, ModelURL], Server]] = {
 
 def build_pod(model: Model, config: SystemConfig) -> Object:
     """The manifest of one replica: all but its name. ModelError names the field that is wrong."""
-    _refuse_unsupported(model)
     profile = resolve_profile(config, model.spec.resource_profile)
     url = sources.model_url(model.spec)
     image = model.spec.image or server_image(config, model.spec.engine, profile)
@@ -87,7 +87,9 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
             "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory"}}, *source.volumes],
         },
     }
+    _add_cache(model, config, pod, container)
     _add_files(model, pod, container)
+    add_loader(model, config, pod, container)
     # A plain copy: parts of it are the config's own, which nobody may change through the pod.
     pod = msgspec.json.decode(msgspec.json.encode(pod))
     pod = _patched(pod, model, config.model_server_pods.json_patches)
@@ -108,17 +110,6 @@ def pod_hash(pod: Object) -> str:
     covered = [pod["spec"], labels, metadata.get("annotations", {})]
     digest = hashlib.sha256(msgspec.json.encode(covered, order="sorted")).digest()
     return base64.b32encode(digest[:_HASH_BYTES]).decode().lower()
-
-
-def _refuse_unsupported(model: Model) -> None:
-    if model.spec.cache_profile:
-        raise ModelError(
-            "spec.cacheProfile", "caches are not supported yet in this version", "Unsupported"
-        )
-    if model.spec.adapters:
-        raise ModelError(
-            "spec.adapters", "adapters are not supported yet in this version", "Unsupported"
-        )
 
 
 def _labels(model: Model) -> dict[str, str]:
@@ -173,7 +164,7 @@ def _container(
     optional: dict[str, Any] = {
         "command": server.command,
         "args": [*server.args, *model.spec.args, *server.more_args],
-        "env": _env(model, server, source),
+        "env": sources.environment(model, server.env, server.pod_fields, source),
         "envFrom": msgspec.to_builtins(model.spec.env_from),
         "resources": {key: amounts for key, amounts in resources.items() if amounts},
         "securityContext": config.model_server_pods.security_context,
@@ -190,20 +181,13 @@ def _container(
     }
 
 
-def _env(model: Model, server: Server, source: sources.Source) -> list[Object]:
-    """The engine's variables, then credentials, then the Model's own, which win over both.
-
-    The Model's come last, so that they may refer to the others as ``$(NAME)``.
-    """
-    own = model.spec.env
-    env: list[Object] = [{"name": name, "value": value} for name, value in server.env.items()]
-    env += [
-        {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
-        for name, path in server.pod_fields.items()
-    ]
-    env += source.env
-    env = [variable for variable in env if variable["name"] not in own]
-    return env + [{"name": name, "value": own[name]} for name in sorted(own)]
+def _add_cache(model: Model, config: SystemConfig, pod: Object, container: Object) -> None:
+    """Mount the Model's folder of the cache; the load Job has filled it before."""
+    if model.spec.cache_profile:
+        cache.cache_profile(model, config)
+        volume, mount = cache.cache_volume(model)
+        pod["spec"]["volumes"].append(volume)
+        container["volumeMounts"].append(mount | {"readOnly": True})
 
 
 def _add_files(model: Model, pod: Object, container: Object) -> None:

@@ -1,13 +1,18 @@
 """Where weights come from: which engine takes which URL, with whose credentials, from what volume.
 
+What fetches weights (an engine, the load Job of a cache, the loader of adapters) gets its
+environment here too.
+
 Credentials come from the Secrets that the system config names. All are optional: a pod starts
 without them, and public weights need none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kubeai.api.config import SecretNames
-from kubeai.api.model import Engine, ModelSpec, ModelURL, Scheme, parse_url
+from kubeai.api.model import CACHE_SCHEMES, Engine, Model, ModelSpec, ModelURL, Scheme, parse_url
 from kubeai.engines.server import MODEL_MOUNT, Object
 from kubeai.errors import ModelError
 
@@ -37,7 +42,8 @@ def model_url(spec: ModelSpec) -> ModelURL:
     """The Model's URL; ModelError on ``spec.url`` when its engine cannot load from there."""
     url = parse_url(spec.url)
     direct = _DIRECT[spec.engine]
-    if url.scheme not in direct and not spec.cache_profile:
+    cached = bool(spec.cache_profile) and spec.engine != "OLlama"  # which has no such loader
+    if url.scheme not in direct and not cached:
         can = ", ".join(f"{scheme}://" for scheme in direct)
         hint = ""
         if url.scheme in _CACHED and spec.engine != "OLlama":
@@ -63,20 +69,51 @@ def model_url(spec: ModelSpec) -> ModelURL:
 def source(url: ModelURL, secrets: SecretNames) -> Source:
     """Credentials, or the claim's volume, for one URL."""
     result = Source()
-    match url.scheme:
+    if url.scheme == "pvc":
+        _add_claim(result, url)
+    else:
+        _add_credentials(result, url.scheme, secrets)
+    return result
+
+
+def every_source(secrets: SecretNames) -> Source:
+    """Credentials for whatever URL may come: adapters are added while the pod runs."""
+    result = Source()
+    for scheme in CACHE_SCHEMES:
+        _add_credentials(result, scheme, secrets)
+    return result
+
+
+def environment(
+    model: Model, own: Mapping[str, str], fields: Mapping[str, str], source: Source
+) -> list[Object]:
+    """A container's ``own`` variables and pod ``fields``, credentials, then the Model's variables.
+
+    The Model's win over all others, and come last, so that they may refer to them as ``$(NAME)``.
+    """
+    chosen = model.spec.env
+    env: list[Object] = [{"name": name, "value": value} for name, value in own.items()]
+    env += [
+        {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+        for name, path in fields.items()
+    ]
+    env += source.env
+    env = [variable for variable in env if variable["name"] not in chosen]
+    return env + [{"name": name, "value": chosen[name]} for name in sorted(chosen)]
+
+
+def _add_credentials(result: Source, scheme: Scheme, secrets: SecretNames) -> None:
+    match scheme:
         case "hf":
-            result.env = _from_secret(secrets.huggingface, {"HF_TOKEN": "token"})
+            result.env += _from_secret(secrets.huggingface, {"HF_TOKEN": "token"})
         case "s3":
             keys = {"AWS_ACCESS_KEY_ID": "accessKeyID", "AWS_SECRET_ACCESS_KEY": "secretAccessKey"}
-            result.env = _from_secret(secrets.aws, keys)
+            result.env += _from_secret(secrets.aws, keys)
         case "oss":
             keys = {"OSS_ACCESS_KEY_ID": "accessKeyID", "OSS_ACCESS_KEY_SECRET": "accessKeySecret"}
-            result.env = _from_secret(secrets.alibaba, keys)
+            result.env += _from_secret(secrets.alibaba, keys)
         case "gs":
             _add_gcp(result, secrets.gcp)
-        case "pvc":
-            _add_claim(result, url)
-    return result
 
 
 def _from_secret(secret: str, keys: dict[str, str]) -> list[Object]:
@@ -96,14 +133,14 @@ def _add_gcp(result: Source, secret: str) -> None:
     if not secret:
         return
     volume = "gcp-credentials"
-    result.env = [
+    result.env += [
         {"name": "GOOGLE_APPLICATION_CREDENTIALS", "value": f"{GCP_DIRECTORY}/{GCP_FILE}"}
     ]
     items = [{"key": "jsonKeyfile", "path": GCP_FILE}]
-    result.volumes = [
+    result.volumes += [
         {"name": volume, "secret": {"secretName": secret, "items": items, "optional": True}}
     ]
-    result.mounts = [{"name": volume, "mountPath": GCP_DIRECTORY}]
+    result.mounts += [{"name": volume, "mountPath": GCP_DIRECTORY}]
 
 
 def _add_claim(result: Source, url: ModelURL) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from kubeai.api.model import Model, ModelURL
-from kubeai.engines.server import MODEL_MOUNT, Server, literal, startup_probe
+from kubeai.engines.cache import weights
+from kubeai.engines.server import Server, literal, startup_probe
 
 STARTUP_FAILURES = 5400  # 3 hours: the largest models take long to download and to load
 
 
 def server(model: Model, url: ModelURL) -> Server:
     """vLLM's own OpenAI server."""
-    source = {"pvc": MODEL_MOUNT, "s3": url.base}.get(url.scheme, url.ref)
-    args = [f"--model={literal(source)}", f"--served-model-name={model.metadata.name}"]
-    if url.scheme == "s3":
+    streamed = url.scheme == "s3" and not model.spec.cache_profile
+    source = literal(url.base) if streamed else weights(model, url)
+    args = [f"--model={source}", f"--served-model-name={model.metadata.name}"]
+    if streamed:
         args.append("--load-format=runai_streamer")  # streams weights from the bucket
     lora = bool(model.spec.adapters)
     return Server(

@@ -1,10 +1,11 @@
 """Reconcile: bring one Model's pods and status to what its spec says.
 
 Owns the writes of the leader, but for its scaling. ``changed(name)`` puts a model into the queue;
-for each model, one after another, the controller looks at the store, asks :func:`plan`, and sends
-the actions. Promises: no write unless this replica leads at that moment; a create or a delete that
-is not observed yet is not repeated; deletes carry the pod's uid, patches of a Model its
-resourceVersion; no write while nothing changes; and at most two writes a second to one object.
+for each model, one after another, the controller looks at the store, at the cache and at the
+adapters, asks :func:`plan`, and sends the actions. Promises: no write unless this replica leads at
+that moment; a create or a delete that is not observed yet is not repeated; deletes carry the pod's
+uid, patches of a Model its resourceVersion; no write while nothing changes; and at most two writes
+a second to one object.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from kubeai.api.model import Model, ModelStatus
 from kubeai.engines import files_config_map
 from kubeai.errors import ModelError
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError, Backoff, Kube
-from kubeai.operator.leader import Leader, NotLeader
+from kubeai.operator.adapters import Adapters, AdaptersView
+from kubeai.operator.cache import Cache, CacheAction, CacheView, has_cache
+from kubeai.operator.conditions import timeless
+from kubeai.operator.events import Events
+from kubeai.operator.leader import Leader, NotLeader, Writes
 from kubeai.operator.plan import (
     Action,
     AdoptPod,
@@ -48,12 +53,14 @@ CREATES_AT_FIRST_MAX = 8
 PARALLEL_WRITES_MAX = 32
 STATUS_SETTLE_S = 0.1  # changes come in flocks: tell them in one write
 STATUS_INTERVAL_S = MODEL_INTERVAL_S = 0.5  # between two writes of the same kind to one Model
+NAMES_MAX = 8  # in one Event
 FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # rest before a pod that ended is replaced again
 
 
 class _Memory(msgspec.Struct):
     """What is remembered of one Model between two reconciles; none of it must survive a restart."""
 
+    uid: str  # the Model's
     create_error: Trouble | None = None
     taken: dict[str, float] = {}  # pod names of others → believed until
     template: tuple[Any, Template | ModelError] | None = None  # what it was made from, and it
@@ -82,6 +89,7 @@ class Controller:
         store: Store,
         leader: Leader,
         in_flight: Callable[[str, str], int],
+        events: Events,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kube = kube
@@ -90,10 +98,13 @@ class Controller:
         self._store = store
         self._leader = leader
         self._in_flight = in_flight
+        self._events = events
         self._clock = clock
         self._memories: dict[str, _Memory] = {}
-        self._writes = asyncio.Semaphore(PARALLEL_WRITES_MAX)
+        self._writes = Writes(leader, PARALLEL_WRITES_MAX)
         self.queue = Queue(self.reconcile, PARALLEL_MODELS_MAX)
+        self.cache = Cache(kube, namespace, self._writes, self.changed, self._caches_changed, clock)
+        self._adapters = Adapters(kube, namespace, self._writes, self.changed, clock)
 
     def changed(self, name: str) -> None:
         """Something about the model is new; called for each event."""
@@ -105,8 +116,18 @@ class Controller:
         for name in self._store.names():
             self.changed(name)
 
+    def _caches_changed(self) -> None:
+        for name, model in self._store.models.items():
+            if has_cache(model):
+                self.changed(name)
+
+    def rest(self) -> None:
+        """This replica does not lead any more."""
+        self._adapters.rest()
+
     async def stop(self) -> None:
         await self.queue.stop()
+        await self._adapters.stop()
 
     async def reconcile(self, name: str) -> float | None:
         """One round for one model; seconds until the next, None when only news brings it."""
@@ -116,12 +137,21 @@ class Controller:
             model = self._store.models.get(name)
             again_s = await self._sweep(name, model)
             if model is None:
-                self._memories.pop(name, None)
+                self._forget(name)
                 return again_s
-            memory = self._memories.setdefault(name, _Memory())
+            uid = model.metadata.uid
+            if name in self._memories and self._memories[name].uid != uid:
+                self._forget(name)
+            memory = self._memories.setdefault(name, _Memory(uid))
             return _sooner(again_s, await self._round(model, memory))
         except NotLeader:
             return None
+
+    def _forget(self, name: str) -> None:
+        memory = self._memories.pop(name, None)
+        if memory is not None:
+            self.cache.forget(memory.uid)
+        self._adapters.forget(name)
 
     async def _round(self, model: Model, memory: _Memory) -> float | None:
         if model.spec.files and model.metadata.deletion_timestamp is None:
@@ -169,14 +199,36 @@ class Controller:
                 memory.finished_until_s = now_s + memory.finished.next_s()
             else:
                 wait_s = memory.finished_until_s - now_s
+        cache, cache_wait_s = self._observe_cache(model, pods)
+        adapters, adapters_wait_s = self._observe_adapters(model, pods)
         observed = Observed(
             pods=tuple(pod for pod in pods if pod.owner == uid),
             taken=frozenset(memory.taken) | {pod.name for pod in pods if pod.owner != uid},
             replace_finished=wait_s is None,
             create_error=memory.create_error,
             in_flight=partial(self._in_flight, name),
+            cache=cache,
+            adapters=adapters,
         )
-        return observed, wait_s
+        return observed, _sooner(wait_s, _sooner(cache_wait_s, adapters_wait_s))
+
+    def _observe_cache(self, model: Model, pods: Sequence[Pod]) -> tuple[CacheView, float | None]:
+        if not has_cache(model):
+            return CacheView(), None
+        troubles = {pod.job: pod.trouble for pod in pods if pod.job and pod.trouble is not None}
+        return self.cache.view(model, troubles)
+
+    def _observe_adapters(
+        self, model: Model, pods: Sequence[Pod]
+    ) -> tuple[AdaptersView | None, float | None]:
+        """How the adapters stand; what is missing is begun."""
+        if model.metadata.deletion_timestamp is not None:
+            self._adapters.forget(model.metadata.name)
+            return None, None
+        if not model.spec.adapters and not any(pod.adapters for pod in pods):
+            return None, None
+        ours = [pod for pod in pods if pod.owner == model.metadata.uid]
+        return self._adapters.look(model, ours)
 
     # -- apply -----------------------------------------------------------------------------------
 
@@ -188,13 +240,13 @@ class Controller:
         Deletes first, so that no node is added for a pod whose place is about to be free.
         """
         again_s = None
-        deletes = [self._delete(action) for action in actions if isinstance(action, DeletePod)]
-        await _together(deletes)
-        creates = [
-            self._create(model, memory, action)
-            for action in actions
-            if isinstance(action, CreatePod)
-        ]
+        deletes = [action for action in actions if isinstance(action, DeletePod)]
+        await _together([self._delete(action) for action in deletes])
+        for why in dict.fromkeys(action.why for action in deletes):
+            names = _names([action.name for action in deletes if action.why == why])
+            self._events.tell(model, "PodsDeleted", f"deleted {names}: {why}")
+        made = [action for action in actions if isinstance(action, CreatePod)]
+        creates = [self._create(model, memory, action) for action in made]
         if deletes or creates:
             again_s = 0.0
         # What refuses one pod (a quota, a webhook) mostly refuses them all: few at first.
@@ -203,6 +255,9 @@ class Controller:
         for action in actions:
             if isinstance(action, AdoptPod):
                 first.append(self._adopt(action))
+            elif isinstance(action, CacheAction):
+                first.append(self.cache.apply(action))
+                again_s = 0.0
             elif isinstance(action, PatchModel):
                 wait_s = memory.patched_s + MODEL_INTERVAL_S - self._clock()
                 again_s = _sooner(again_s, max(0.0, wait_s))
@@ -216,6 +271,9 @@ class Controller:
                 coroutine.close()
             raise
         await _together(rest)
+        if made:
+            names = _names([action.name for action in made])
+            self._events.tell(model, "PodsCreated", f"created {names}")
         return again_s
 
     async def _create(self, model: Model, memory: _Memory, create: CreatePod) -> None:
@@ -230,7 +288,6 @@ class Controller:
         )
         try:
             async with self._writes:
-                self._leader.check()
                 self._store.creating(pod)
                 await self._kube.create(PODS, manifest, self._namespace, type=PodObject)
         except ApiError as error:
@@ -262,7 +319,6 @@ class Controller:
     async def _delete(self, delete: DeletePod) -> None:
         try:
             async with self._writes:
-                self._leader.check()
                 self._store.deleting(delete.uid)
                 await self._kube.delete(PODS, delete.name, self._namespace, uid=delete.uid)
         except ApiError as error:
@@ -279,7 +335,6 @@ class Controller:
         patch = {"metadata": {"uid": adopt.uid, "annotations": {HASH_ANNOTATION: adopt.hash}}}
         try:
             async with self._writes:
-                self._leader.check()
                 await self._kube.patch(PODS, adopt.name, patch, self._namespace)
         except ApiError as error:
             if error.status not in (404, 409, 422):  # else it is another pod by now
@@ -294,7 +349,6 @@ class Controller:
         patch = action.patch | {"metadata": {**meta, **version}}
         try:
             async with self._writes:
-                self._leader.check()
                 answer = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
         except ApiError as error:
             if error.status != 409:
@@ -308,7 +362,7 @@ class Controller:
     async def _patch_status(
         self, model: Model, memory: _Memory, status: ModelStatus
     ) -> float | None:
-        if memory.status_sent == (_timeless(status), model.status):
+        if memory.status_sent == (timeless(status), model.status):
             return None  # the API keeps something else (a CRD without conditions): leave it
         now_s = self._clock()
         earliest_s = max(now_s + STATUS_SETTLE_S, memory.status_sent_s + STATUS_INTERVAL_S)
@@ -323,7 +377,6 @@ class Controller:
         }
         try:
             async with self._writes:
-                self._leader.check()
                 answer = await self._kube.patch(
                     MODELS,
                     model.metadata.name,
@@ -338,9 +391,26 @@ class Controller:
             if error.status == 409:  # the Model has changed: its event is on the way
                 return STATUS_INTERVAL_S
             raise
-        memory.status_sent = (_timeless(status), answer.status)
+        memory.status_sent = (timeless(status), answer.status)
+        self._announce(model, status)
         self._store.model_written(answer)
         return None
+
+    def _announce(self, model: Model, status: ModelStatus) -> None:
+        """Events for what has changed in the conditions that people wait for or look at."""
+        before = {c.type: (c.status, c.reason) for c in model.status.conditions}
+        for c in status.conditions:
+            old = before.get(c.type, ("", ""))
+            if c.type == "Degraded":
+                news = old != (c.status, c.reason) and (c.status == "True" or old[0] == "True")
+            elif c.type == "Ready":
+                news = old[0] != c.status
+            else:
+                news = c.type in ("CacheLoaded", "AdaptersLoaded") and old != (c.status, c.reason)
+            if news:
+                text = f"{c.type} is {c.status}: {c.message}"
+                warning = c.type == "Degraded" and c.status == "True"
+                self._events.tell(model, c.reason, text, warning=warning)
 
     async def _ensure_files(self, model: Model, memory: _Memory) -> None:
         """The ConfigMap that the pods mount: looked at once, and when the files change."""
@@ -360,7 +430,6 @@ class Controller:
         meta = found.get("metadata", {})
         owners = [owner["uid"] for owner in meta.get("ownerReferences", ())]
         async with self._writes:
-            self._leader.check()
             if found and owners != [model.metadata.uid]:  # of a Model that was; it goes anyway
                 await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=meta["uid"])
                 found = {}
@@ -405,6 +474,11 @@ class Controller:
         return EXPECTATION_TIMEOUT_S
 
 
+def _names(pods: Sequence[str]) -> str:
+    shown, more = pods[:NAMES_MAX], len(pods) - NAMES_MAX
+    return f"pod{'s' * (len(pods) > 1)} {', '.join(shown)}" + (f" and {more} more" * (more > 0))
+
+
 async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
     """All of them, even if one fails; then the first failure."""
     for result in await asyncio.gather(*writes, return_exceptions=True):
@@ -414,8 +488,3 @@ async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 def _sooner(a: float | None, b: float | None) -> float | None:
     return b if a is None else a if b is None else min(a, b)
-
-
-def _timeless(status: ModelStatus) -> ModelStatus:
-    conditions = (msgspec.structs.replace(c, last_transition_time=None) for c in status.conditions)
-    return msgspec.structs.replace(status, conditions=tuple(conditions))

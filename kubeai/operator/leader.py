@@ -32,6 +32,33 @@ class NotLeader(Exception):
     """This replica must not write (any more)."""
 
 
+class Writes:
+    """``async with writes:`` around each write of a leader.
+
+    Waits until fewer than ``parallel_max`` others are under way; NotLeader unless this replica
+    leads by then.
+    """
+
+    def __init__(self, leader: Leader, parallel_max: int) -> None:
+        self._leader = leader
+        self._free = asyncio.Semaphore(parallel_max)
+
+    def check(self) -> None:
+        """Raise NotLeader unless this replica leads at this moment."""
+        self._leader.check()
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+        try:
+            self.check()
+        except NotLeader:
+            self._free.release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._free.release()
+
+
 class LeaseApi(Protocol):
     """What is used of :class:`kubeai.kube.Kube`."""
 

@@ -16,6 +16,7 @@ from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model
 from kubeai.kube import MODELS, PODS, Kube
 from kubeai.operator.controller import Controller
+from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
@@ -60,12 +61,13 @@ class Operator:
             retry_period_s=lease.retry_period_s,
             changed=self._turn,
         )
+        self._events = Events(kube, namespace)
         self.controller = Controller(
-            kube, config, namespace, self.store, self.leader, loads.in_flight
+            kube, config, namespace, self.store, self.leader, loads.in_flight, self._events
         )
-        self._wakes = Wakes(kube, namespace, self.store, loads)
+        self._wakes = Wakes(kube, namespace, self.store, loads, self._events)
         self._scaler = Scaler(
-            kube, namespace, config.model_autoscaling, self.store, self.leader, loads
+            kube, namespace, config.model_autoscaling, self.store, self.leader, loads, self._events
         )
 
     @property
@@ -84,6 +86,8 @@ class Operator:
             self._follow_models(),
             self._follow_pods(),
             self.leader.run(),
+            self._events.run(),
+            self.controller.cache.run(),
             self._wakes.run(),
             self._scaler.run(),
             self._stop.wait(),
@@ -136,6 +140,8 @@ class Operator:
     def _turn(self, leads: bool) -> None:
         if leads:
             self.controller.all_changed()
+        else:
+            self.controller.rest()
 
     def _replace_models(self, models: list[Model]) -> None:
         self.store.replace_models(models)

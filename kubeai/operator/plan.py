@@ -10,7 +10,10 @@ Replacing outdated pods keeps these promises, which the tests check on random hi
 - outdated pods that are not ready go at once: they serve nobody;
 - outdated pods that are ready go one at a time, and only while the wanted number is ready without
   them (with surge 0: while all wanted are ready); so a broken new version stops after ``surge``
-  pods, and the old ones go on serving.
+  pods, and the old ones go on serving;
+- a new pod counts as ready for that once it serves the adapters that the old ones serve.
+
+No pod is made before the Model's files are in its cache.
 """
 
 from __future__ import annotations
@@ -23,22 +26,25 @@ from typing import Any
 import msgspec
 
 from kubeai.api.config import SystemConfig
-from kubeai.api.model import (
-    FEATURE_LABEL_PREFIX,
-    POD_MODEL_LABEL,
-    Condition,
-    Model,
-    ModelStatus,
-    ModelStatusReplicas,
-)
+from kubeai.api.model import FEATURE_LABEL_PREFIX, POD_MODEL_LABEL, Model, ModelStatus
 from kubeai.engines import build_pod
 from kubeai.errors import ModelError
+from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.cache import (
+    FINALIZER,
+    CacheAction,
+    CachePlan,
+    CacheView,
+    has_cache,
+    plan_cache,
+    plan_eviction,
+)
+from kubeai.operator.conditions import Facts, dated, status_of
 from kubeai.operator.pods import HASH_ANNOTATION, POD_HASH_LABEL, Pod, Trouble
 
 MANAGED_BY_LABEL, MANAGED_BY = "app.kubernetes.io/managed-by", "kubeai"
 SUFFIX_CHARS = 5
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words by accident
-_OURS = ("Ready", "Progressing")
 
 
 def _idle(_: str) -> int:
@@ -53,6 +59,8 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     replace_finished: bool = True  # False: pods failed lately, wait before making new ones
     create_error: Trouble | None = None  # why the last creation of a pod was refused
     in_flight: Callable[[str], int] = _idle  # requests that a pod, by its name, serves
+    cache: CacheView = CacheView(unknown="the cache is not looked at yet")
+    adapters: AdaptersView | None = None  # None: the Model has none
 
 
 class CreatePod(msgspec.Struct, frozen=True):
@@ -76,7 +84,7 @@ class AdoptPod(msgspec.Struct, frozen=True):
 
 
 class PatchModel(msgspec.Struct, frozen=True):
-    """Merge patch of metadata.labels and spec.replicas."""
+    """Merge patch of metadata.labels, metadata.finalizers and spec.replicas."""
 
     patch: dict[str, Any]
 
@@ -85,7 +93,7 @@ class PatchStatus(msgspec.Struct, frozen=True):
     status: ModelStatus
 
 
-Action = CreatePod | DeletePod | AdoptPod | PatchModel | PatchStatus
+Action = CreatePod | DeletePod | AdoptPod | PatchModel | PatchStatus | CacheAction
 
 
 class Template(msgspec.Struct, frozen=True):
@@ -106,22 +114,23 @@ def plan(
 
     ``template``: what :func:`template_of` gave for this Model, should the caller have kept it.
     """
-    alive = [pod for pod in observed.pods if pod.counts]
     if model.metadata.deletion_timestamp is not None:
-        doomed = [pod for pod in observed.pods if not pod.terminating and pod.uid]
-        return [DeletePod(pod.name, pod.uid, "its Model is being deleted") for pod in doomed]
+        return _end(model, config, observed, now)
     template = template or template_of(model, config)
     error = template if isinstance(template, ModelError) else None
     hash_ = template.hash if isinstance(template, Template) else None
+    cache = plan_cache(model, config, observed.cache, now) if has_cache(model) else None
     wanted = wanted_replicas(model)
-    deletes, creates = _change_pods(
-        alive, wanted, config.model_rollouts.surge, hash_, observed.in_flight
-    )
-    actions: list[Action] = [*_patch_model(model), *deletes]
+    alive = [pod for pod in observed.pods if pod.counts]
+    deletes, creates = _change_pods(model, alive, wanted, config, hash_, observed.in_flight)
+    actions: list[Action] = [*_patch_model(model, cache), *deletes]
     if observed.replace_finished:
         actions += _clear_finished(observed)
     elif any(pod.finished for pod in observed.pods):
         creates = 0  # they would end as the last ones did
+    if cache is not None:
+        actions += cache.actions
+        creates = creates if cache.loaded else 0
     if isinstance(template, ModelError):
         creates = 0
     else:
@@ -131,11 +140,39 @@ def plan(
             actions.append(CreatePod(name, template.manifest, template.hash))
     gone = {delete.uid for delete in deletes}
     left = [pod for pod in alive if pod.uid not in gone]
-    made = creates if observed.create_error is None else 0
-    status = _status(model, observed, left, made, wanted, hash_, error)
-    if status != model.status:
-        actions.append(PatchStatus(_dated(status, now)))
-    return actions
+    facts = Facts(
+        pods=observed.pods,
+        left=left,
+        made=creates if observed.create_error is None else 0,
+        wanted=wanted,
+        outdated=sum(_outdated(pod, hash_) for pod in left),
+        error=error,
+        create_error=observed.create_error,
+        cache=cache,
+        adapters=observed.adapters,
+    )
+    return actions + _patch_status(model, facts, now)
+
+
+def _end(model: Model, config: SystemConfig, observed: Observed, now: datetime) -> list[Action]:
+    """A Model that is being deleted: its pods go, then its files, then our finalizer."""
+    doomed = [pod for pod in observed.pods if not pod.terminating and pod.uid]
+    actions: list[Action] = [
+        DeletePod(pod.name, pod.uid, "its Model is being deleted") for pod in doomed
+    ]
+    if FINALIZER not in model.metadata.finalizers:
+        return actions
+    cache = plan_eviction(model, config, observed.cache, len(observed.pods))
+    actions += cache.actions
+    if not cache.finalizer:
+        finalizers = [one for one in model.metadata.finalizers if one != FINALIZER]
+        actions.append(PatchModel({"metadata": {"finalizers": finalizers}}))
+    return actions + _patch_status(model, Facts(pods=(), left=(), cache=cache), now)
+
+
+def _patch_status(model: Model, facts: Facts, now: datetime) -> list[Action]:
+    status = status_of(model, facts)
+    return [PatchStatus(dated(status, now))] if status != model.status else []
 
 
 def wanted_replicas(model: Model) -> int:
@@ -202,13 +239,15 @@ def template_of(model: Model, config: SystemConfig) -> Template | ModelError:
 
 
 def _change_pods(
+    model: Model,
     alive: Sequence[Pod],
     wanted: int,
-    surge: int,
+    config: SystemConfig,
     hash_: str | None,
     in_flight: Callable[[str], int],
 ) -> tuple[list[DeletePod], int]:
     """Which pods go, and how many new ones come. No hash: no pod is outdated, none is made."""
+    surge = config.model_rollouts.surge
     deletes: list[DeletePod] = []
     left: list[Pod] = []
     for pod in alive:
@@ -222,7 +261,7 @@ def _change_pods(
             deletes.append(DeletePod(pod.name, pod.uid, "more than wanted"))
             left.remove(pod)
     outdated = [pod for pod in left if _outdated(pod, hash_) and pod.uid]
-    ready = sum(pod.ready for pod in left)
+    ready = _as_able(model, left, outdated)
     enough = ready > wanted if surge else ready >= wanted
     if outdated and enough:
         pod = _deletion_order(outdated, hash_, in_flight)[0]
@@ -233,6 +272,16 @@ def _change_pods(
     limit = wanted + (surge if outdated and wanted else 0)
     creates = max(0, min(wanted - current, limit - len(left)))
     return deletes, creates
+
+
+def _as_able(model: Model, left: Sequence[Pod], outdated: Sequence[Pod]) -> int:
+    """How many are ready, new ones only with the adapters that outdated ones serve.
+
+    An adapter that no outdated pod serves (it cannot be loaded) keeps nothing from being replaced.
+    """
+    declared = {adapter.name for adapter in model.spec.adapters}
+    needed = declared & {name for pod in outdated for name in pod.loaded}
+    return sum(pod.ready and (pod in outdated or needed.issubset(pod.loaded)) for pod in left)
 
 
 def _outdated(pod: Pod, hash_: str | None) -> bool:
@@ -275,8 +324,8 @@ def _adopt(alive: Sequence[Pod], deletes: Sequence[DeletePod], hash_: str) -> li
 # -- the Model itself ----------------------------------------------------------------------------
 
 
-def _patch_model(model: Model) -> list[PatchModel]:
-    """Bounds on spec.replicas, and a label for each feature, by which Models can be selected."""
+def _patch_model(model: Model, cache: CachePlan | None) -> list[PatchModel]:
+    """Bounds on spec.replicas, a label for each feature, and what keeps a Model with a cache."""
     patch: dict[str, Any] = {}
     spec = model.spec
     if not spec.autoscaling_disabled and spec.replicas != wanted_replicas(model):
@@ -290,120 +339,7 @@ def _patch_model(model: Model) -> list[PatchModel]:
             labels[label] = None
     if labels:
         patch["metadata"] = {"labels": labels}
+    finalizers = model.metadata.finalizers
+    if cache is not None and FINALIZER not in finalizers:
+        patch.setdefault("metadata", {})["finalizers"] = [*finalizers, FINALIZER]
     return [PatchModel(patch)] if patch else []
-
-
-def _status(
-    model: Model,
-    observed: Observed,
-    left: Sequence[Pod],
-    made: int,
-    wanted: int,
-    hash_: str | None,
-    error: ModelError | None,
-) -> ModelStatus:
-    """The status once the other actions are done: ``left`` pods stay, ``made`` are new."""
-    ready = sum(pod.ready for pod in left)
-    outdated = sum(_outdated(pod, hash_) for pod in left)
-    conditions = [
-        _ready(model, observed, left, ready, wanted, error),
-        _progressing(left, made, outdated, wanted, observed.create_error, error),
-    ]
-    others = [c for c in model.status.conditions if c.type not in _OURS]
-    return msgspec.structs.replace(
-        model.status,
-        replicas=ModelStatusReplicas(all=len(left) + made, ready=ready),
-        selector=f"app=model,{POD_MODEL_LABEL}={model.metadata.name}",
-        conditions=tuple(_since(model, c) for c in conditions) + tuple(others),
-    )
-
-
-def _ready(
-    model: Model,
-    observed: Observed,
-    left: Sequence[Pod],
-    ready: int,
-    wanted: int,
-    error: ModelError | None,
-) -> Condition:
-    if error is not None:
-        return _condition("Ready", False, error.reason, str(error))
-    if ready and ready >= wanted:
-        return _condition("Ready", True, "AllReplicasReady", _of(ready, max(ready, wanted)))
-    if ready:
-        return _condition("Ready", True, "SomeReplicasReady", _of(ready, wanted))
-    if wanted == 0 and model.spec.autoscaling_disabled:
-        message = "replicas is 0 and autoscaling is disabled: requests wait for a replica"
-        return _condition("Ready", False, "ScaledToZero", message)
-    if wanted == 0:
-        return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")
-    trouble = observed.create_error or _trouble(left) or _trouble(observed.pods)
-    if trouble is not None:
-        return _condition("Ready", False, trouble.reason, trouble.message)
-    return _condition("Ready", False, "ReplicasStarting", _of(0, wanted))
-
-
-def _progressing(
-    left: Sequence[Pod],
-    made: int,
-    outdated: int,
-    wanted: int,
-    create_error: Trouble | None,
-    error: ModelError | None,
-) -> Condition:
-    all_, ready = len(left) + made, sum(pod.ready for pod in left)
-    if error is not None:
-        return _condition("Progressing", False, error.reason, "no pod is made from such a Model")
-    if create_error is not None:
-        return _condition("Progressing", False, create_error.reason, create_error.message)
-    if outdated:
-        message = f"{outdated} outdated of {all_} replicas are still to be replaced"
-        return _condition("Progressing", True, "RollingOut", message + _but(left))
-    if all_ > wanted:
-        return _condition("Progressing", True, "ScalingDown", f"from {all_} to {wanted} replicas")
-    if ready < wanted:
-        return _condition("Progressing", True, "ReplicasStarting", _of(ready, wanted) + _but(left))
-    return _condition("Progressing", False, "UpToDate", "all replicas are as wanted")
-
-
-def _trouble(pods: Sequence[Pod]) -> Trouble | None:
-    return next((pod.trouble for pod in pods if pod.trouble is not None), None)
-
-
-def _but(pods: Sequence[Pod]) -> str:
-    """What keeps a replica from becoming ready, for the end of a sentence."""
-    trouble = _trouble(pods)
-    return "" if trouble is None else f", but {trouble.reason}: {trouble.message}"
-
-
-def _of(ready: int, wanted: int) -> str:
-    return f"{ready} of {wanted} replica{'s are' if wanted != 1 else ' is'} ready"
-
-
-def _condition(type_: str, holds: bool, reason: str, message: str) -> Condition:
-    return Condition(
-        type=type_, status="True" if holds else "False", reason=reason, message=message
-    )
-
-
-def _since(model: Model, new: Condition) -> Condition:
-    """With the time of the last change, if the status is what it was; else without a time."""
-    old = next((c for c in model.status.conditions if c.type == new.type), None)
-    return msgspec.structs.replace(
-        new,
-        last_transition_time=(
-            old.last_transition_time if old is not None and old.status == new.status else None
-        ),
-        observed_generation=model.metadata.generation,
-    )
-
-
-def _dated(status: ModelStatus, now: datetime) -> ModelStatus:
-    """With ``now`` as the time of our conditions that have changed."""
-    conditions = (
-        msgspec.structs.replace(c, last_transition_time=now)
-        if c.type in _OURS and c.last_transition_time is None
-        else c
-        for c in status.conditions
-    )
-    return msgspec.structs.replace(status, conditions=tuple(conditions))

@@ -17,8 +17,15 @@ from kubeai.api.model import (
     POD_PORT_ANNOTATION,
     ObjectMeta,
 )
+from kubeai.engines import SERVER_CONTAINER
+from kubeai.engines.adapters import (
+    LABEL_PREFIX,
+    LOADER_CONTAINER,
+    LOADING,
+    RESTARTS_ANNOTATION,
+)
+from kubeai.engines.cache import JOB_LABEL
 
-ADAPTER_LABEL_PREFIX = "adapter.kubeai.org/"
 # Beside the label of the same meaning: it says that *our* hash function made it. A pod without it
 # is upstream's, whose hashes mean nothing here.
 HASH_ANNOTATION = "kubeai.org/pod-hash"
@@ -61,13 +68,19 @@ class _Reason(_Part):
     exit_code: int = 0
 
 
+class _Running(_Part):
+    pass
+
+
 class _State(_Part):
     waiting: _Reason | None = None
+    running: _Running | None = None
     terminated: _Reason | None = None
 
 
 class _ContainerStatus(_Part):
     name: str = ""
+    restart_count: int = 0
     state: _State = msgspec.field(default_factory=_State)
     last_state: _State = msgspec.field(default_factory=_State)
 
@@ -109,7 +122,12 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     terminating: bool = False
     finished: bool = False  # Failed or Succeeded: it will never be ready again
     address: str = ""  # "ip:port", or empty while it has none
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()  # its labels: an adapter's name, hash of its URL
+    adapters_current: bool = True  # False: the engine has started anew and has none of them
+    restarts: int = 0  # of the engine's container
+    has_loader: bool = False  # the loader of adapters runs
+    job: str = ""  # of a Job's pod, which is no replica: what the Job does
+    version: int = 0  # its resourceVersion, where that is a number
     created_s: float = 0.0  # Unix time
     trouble: Trouble | None = None
 
@@ -123,17 +141,28 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
         """Whether requests may be sent to it."""
         return self.ready and self.counts and bool(self.address)
 
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The adapters that its engine serves."""
+        if not self.adapters_current:
+            return ()
+        return tuple(name for name, value in self.adapters if value != LOADING)
+
 
 def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
     """The facts of a pod. ``address_override``: its annotations may say where it really is."""
     meta, status = obj.metadata, obj.status
     owner = next((o.uid for o in meta.owner_references if o.kind == "Model" and o.controller), "")
     adapters = (
-        label.removeprefix(ADAPTER_LABEL_PREFIX)
-        for label in meta.labels
-        if label.startswith(ADAPTER_LABEL_PREFIX)
+        (label.removeprefix(LABEL_PREFIX), value)
+        for label, value in meta.labels.items()
+        if label.startswith(LABEL_PREFIX)
     )
     ready = _is_true(obj, "Ready")
+    containers = {container.name: container for container in status.container_statuses}
+    server, loader = containers.get(SERVER_CONTAINER), containers.get(LOADER_CONTAINER)
+    restarts = server.restart_count if server is not None else 0
+    version = meta.resource_version
     return Pod(
         name=meta.name,
         uid=meta.uid,
@@ -146,6 +175,11 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         finished=status.phase in ("Failed", "Succeeded"),
         address=_address(obj, address_override),
         adapters=tuple(sorted(adapters)),
+        adapters_current=meta.annotations.get(RESTARTS_ANNOTATION, "0") == str(restarts),
+        restarts=restarts,
+        has_loader=loader is not None and loader.state.running is not None,
+        job=meta.labels.get(JOB_LABEL, ""),
+        version=int(version) if version.isdecimal() else 0,
         created_s=_seconds(meta.creation_timestamp),
         trouble=None if ready else _trouble(obj),
     )

@@ -20,7 +20,7 @@ def route_of(model: Model, pods: Iterable[Pod]) -> Route | None:
         return None
     declared = tuple(adapter.name for adapter in spec.adapters)
     endpoints = [
-        Endpoint(pod.name, pod.address, tuple(a for a in pod.adapters if a in declared))
+        Endpoint(pod.name, pod.address, tuple(a for a in pod.loaded if a in declared))
         for pod in pods
         if pod.owner == meta.uid and pod.serves
     ]

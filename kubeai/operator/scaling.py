@@ -21,6 +21,7 @@ from kubeai.api.config import ModelAutoscaling
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, ApiError, Backoff, Kube
 from kubeai.operator.autoscaler import Autoscaler, Sample
+from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.store import Store
@@ -62,11 +63,14 @@ def sleeps(model: Model) -> bool:
 class Wakes:
     """From zero to one: at most one write under way a model, however many wait."""
 
-    def __init__(self, kube: Kube, namespace: str, store: Store, loads: Loads) -> None:
+    def __init__(
+        self, kube: Kube, namespace: str, store: Store, loads: Loads, events: Events
+    ) -> None:
         self._kube = kube
         self._namespace = namespace
         self._store = store
         self._loads = loads
+        self._events = events
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._backoffs: dict[str, Backoff] = {}
 
@@ -125,6 +129,7 @@ class Wakes:
                 self._store.model_written(model)
                 continue
             log.info("model woken", model=name, replicas=woken.spec.replicas)
+            self._events.tell(woken, "ScaledUp", "a request came: from 0 replicas up")
             self._store.model_written(woken)
             return
         raise ApiError(409, "Conflict", f"{name} changed {WAKE_ATTEMPTS_MAX} times meanwhile")
@@ -152,6 +157,7 @@ class Scaler:
         store: Store,
         leader: Leader,
         loads: Loads,
+        events: Events,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kube = kube
@@ -160,6 +166,7 @@ class Scaler:
         self._store = store
         self._leader = leader
         self._loads = loads
+        self._events = events
         self._clock = clock
         self._state_name = config.state_config_map_name or STATE_NAME_DEFAULT
         self._core = Autoscaler(config.interval_s, config.time_window_s)
@@ -234,6 +241,12 @@ class Scaler:
             before=model.spec.replicas,
             replicas=replicas,
             average=average,
+        )
+        before = model.spec.replicas or 0
+        self._events.tell(
+            answer,
+            "ScaledUp" if replicas > before else "ScaledDown",
+            f"from {before} to {replicas} replicas: {average:g} requests active on average",
         )
         self._store.model_written(answer)
 

@@ -74,8 +74,10 @@ class Store:
         self._changed(name)
 
     def model_written(self, model: Model) -> None:
-        """The API's answer to a write of ours, which may be ahead of the watch."""
-        self.model_changed("MODIFIED", model)
+        """The API's answer to a write of ours, which may be ahead of the watch, or behind it."""
+        known = self.models.get(model.metadata.name)
+        if known is not None and known.metadata.uid == model.metadata.uid:  # else it is gone
+            self.model_changed("MODIFIED", model)
 
     def _put_model(self, model: Model) -> bool:
         old = self.models.get(model.metadata.name)

@@ -1,1 +1,1 @@
-"""Scripted other ends for tests with real sockets on loopback."""
+"""Scripted other ends for tests: engines and clients on loopback, a Kubernetes API in memory."""

@@ -10,261 +10,16 @@ from collections import defaultdict
 
 import msgspec
 import pytest
+from fakes.kube import World, now_s
 
-from kubeai.api.config import parse_config
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
-from kubeai.operator.controller import CREATES_AT_FIRST_MAX, Controller
-from kubeai.operator.leader import NotLeader
-from kubeai.operator.pods import PodObject
+from kubeai.operator.controller import CREATES_AT_FIRST_MAX
 from kubeai.operator.queue import REST_MAX_S, Queue
 from kubeai.operator.scaling import Wakes
-from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
+from kubeai.operator.store import EXPECTATION_TIMEOUT_S
 
 pytestmark = pytest.mark.looptime
-CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
-
-
-def now_s():
-    return asyncio.get_running_loop().time()
-
-
-def merge(target, patch):
-    """RFC 7386."""
-    if not isinstance(patch, dict):
-        return patch
-    target = dict(target) if isinstance(target, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            target.pop(key, None)
-        else:
-            target[key] = merge(target.get(key), value)
-    return target
-
-
-class FakeKube:
-    """Objects with versions and preconditions; events that may be held back; faults on order."""
-
-    def __init__(self):
-        self.objects = {}
-        self.version = 0
-        self.listeners = []
-        self.held_events = None  # a list: events are held back in it
-        self.writes = []  # (seconds, verb, plural, name)
-        self.before = lambda verb, plural, name: None  # may raise: the write is not done
-        self.after = lambda verb, plural, name: None  # may raise: it is done, the answer is lost
-        self.admit = lambda obj: obj
-        self.most_pods = 0
-
-    def _now(self, plural, name):
-        try:
-            return self.objects[plural, name]
-        except KeyError:
-            raise ApiError(404, "NotFound", f"{plural} {name} not found") from None
-
-    async def _write(self, verb, r, name, change):
-        await asyncio.sleep(0.002)
-        self.writes.append((now_s(), verb, r.plural, name))
-        self.before(verb, r.plural, name)
-        obj = change()
-        self.after(verb, r.plural, name)
-        return obj
-
-    def _keep(self, r, obj, kind):
-        self.version += 1
-        obj["metadata"]["resourceVersion"] = str(self.version)
-        key = r.plural, obj["metadata"]["name"]
-        if kind == "DELETED":
-            self.objects.pop(key, None)
-        else:
-            self.objects[key] = obj
-        self.most_pods = max(self.most_pods, len(self.alive()))
-        self._tell(r.plural, kind, copy.deepcopy(obj))
-        return copy.deepcopy(obj)
-
-    def _tell(self, plural, kind, obj):
-        if self.held_events is not None:
-            self.held_events.append((plural, kind, obj))
-            return
-        for listener in self.listeners:
-            listener(plural, kind, obj)
-
-    def release_events(self):
-        events, self.held_events = self.held_events, None
-        for one in events:
-            self._tell(*one)
-
-    def alive(self):
-        return [
-            obj
-            for (plural, _), obj in self.objects.items()
-            if plural == "pods" and "deletionTimestamp" not in obj["metadata"]
-        ]
-
-    @staticmethod
-    def _as(obj, type_):
-        return obj if type_ is dict else msgspec.convert(obj, type_)
-
-    async def get(self, r, name, namespace="", *, type=dict):
-        await asyncio.sleep(0.001)
-        return self._as(copy.deepcopy(self._now(r.plural, name)), type)
-
-    async def create(self, r, obj, namespace="", *, type=dict):
-        name = obj["metadata"]["name"]
-
-        def change():
-            if (r.plural, name) in self.objects:
-                raise ApiError(409, "AlreadyExists", name)
-            meta = {
-                "uid": f"uid-{self.version}",
-                "generation": 1,
-                "creationTimestamp": f"2026-01-01T00:{self.version // 60 % 60:02}:00Z",
-            }
-            new = self.admit(merge(copy.deepcopy(obj), {"metadata": meta}))
-            return self._keep(r, new, "ADDED")
-
-        return self._as(await self._write("create", r, name, change), type)
-
-    async def patch(self, r, name, patch, namespace="", *, subresource="", kind="merge", type=dict):
-        def change():
-            old = self._now(r.plural, name)
-            for key in ("uid", "resourceVersion"):
-                wanted = patch.get("metadata", {}).get(key)
-                if wanted is not None and wanted != old["metadata"][key]:
-                    raise ApiError(409, "Conflict", key)
-            new = self.admit(merge(copy.deepcopy(old), copy.deepcopy(patch)))
-            if new == old:
-                return copy.deepcopy(old)
-            return self._keep(r, new, "MODIFIED")
-
-        verb = f"patch {subresource}".strip()
-        return self._as(await self._write(verb, r, name, change), type)
-
-    async def delete(self, r, name, namespace="", *, uid=None, **options):
-        def change():
-            old = self._now(r.plural, name)
-            if uid is not None and uid != old["metadata"]["uid"]:
-                raise ApiError(409, "Conflict", "uid")
-            if r is PODS and old.get("spec", {}).get("nodeName"):
-                stamp = {"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}
-                return self._keep(r, merge(copy.deepcopy(old), stamp), "MODIFIED")
-            return self._keep(r, copy.deepcopy(old), "DELETED")
-
-        await self._write("delete", r, name, change)
-
-    def count(self, verb, plural=None):
-        return sum(v == verb and plural in (None, p) for _, v, p, _ in self.writes)
-
-
-class FakeLeader:
-    def __init__(self):
-        self.leads = True
-
-    def check(self):
-        if not self.leads:
-            raise NotLeader
-
-
-class World:
-    """The API, a user, nodes, and one controller at a time."""
-
-    def __init__(self):
-        self.kube = FakeKube()
-        self.auto_ready = True
-        self.kube.listeners.append(self._node)
-        self.leader = self.store = self.controller = None
-
-    def start(self, config=CONFIG):
-        """A controller that has just listed everything."""
-        self.leader = FakeLeader()
-        self.store = Store(lambda name: self.controller.changed(name), clock=now_s)
-        self.controller = Controller(
-            self.kube, config, "default", self.store, self.leader, lambda *_: 0, clock=now_s
-        )
-        self.relist()
-        self.kube.listeners.append(self._event)
-        self.controller.all_changed()
-
-    def relist(self):
-        objects = copy.deepcopy(self.kube.objects)
-        models = [o for (plural, _), o in objects.items() if plural == "models"]
-        pods = [o for (plural, _), o in objects.items() if plural == "pods"]
-        self.store.replace_models(msgspec.convert(models, list[Model]))
-        self.store.replace_pods(msgspec.convert(pods, list[PodObject]))
-
-    async def stop(self):
-        if self._event in self.kube.listeners:
-            self.kube.listeners.remove(self._event)
-        if self.controller is not None:
-            await self.controller.stop()
-
-    def _event(self, plural, kind, obj):
-        if plural == "models":
-            self.store.model_changed(kind, msgspec.convert(obj, Model))
-        elif plural == "pods":
-            self.store.pod_changed(kind, msgspec.convert(obj, PodObject))
-
-    def _node(self, plural, kind, obj):
-        if plural == "pods" and kind == "ADDED" and self.auto_ready:
-            asyncio.get_running_loop().call_later(0.05, self.make_ready, obj["metadata"]["name"])
-
-    def make_ready(self, name, **status):
-        obj = self.kube.objects.get(("pods", name))
-        if obj is None or obj.get("status", {}).get("phase") == "Failed":
-            return
-        ready = {"phase": "Running", "podIP": "10.0.0.1"} | status
-        ready["conditions"] = [{"type": "Ready", "status": "True"}]
-        self.kube._keep(PODS, merge(copy.deepcopy(obj), {"status": ready}), "MODIFIED")
-
-    def set_status(self, name, status):
-        obj = copy.deepcopy(self.kube.objects["pods", name])
-        self.kube._keep(PODS, merge(obj, {"status": status}), "MODIFIED")
-
-    def apply(self, name="m", meta=None, **spec):
-        """What a user does: create or edit a Model; no write of the controller's."""
-        old = self.kube.objects.get(("models", name))
-        if old is None:
-            labels = {"features.kubeai.org/TextGeneration": "true"}
-            meta = {"name": name, "uid": f"m-{self.kube.version}", "generation": 1,
-                    "namespace": "default", "labels": labels, **(meta or {})}  # fmt: skip
-            spec = {"url": "hf://org/name", "engine": "VLLM", "features": ["TextGeneration"],
-                    "resourceProfile": "cpu:1", "image": "vllm:1", **spec}  # fmt: skip
-            self.kube._keep(MODELS, {"metadata": meta, "spec": spec}, "ADDED")
-        else:
-            new = merge(copy.deepcopy(old), {"spec": spec})
-            new["metadata"]["generation"] += 1
-            self.kube._keep(MODELS, new, "MODIFIED")
-
-    def model(self, name="m"):
-        return self.kube.objects["models", name]
-
-    def replicas(self, name="m"):
-        return self.model(name).get("status", {}).get("replicas")
-
-    def condition(self, type_, name="m"):
-        conditions = self.model(name).get("status", {}).get("conditions", [])
-        return next(((c["status"], c["reason"]) for c in conditions if c["type"] == type_), None)
-
-    def pods(self):
-        return sorted(obj["metadata"]["name"] for obj in self.kube.alive())
-
-    async def until(self, true, limit_s=60.0):
-        began = now_s()
-        while not true():
-            assert now_s() - began < limit_s, "still not so"
-            await asyncio.sleep(0.01)
-        return now_s() - began
-
-    async def settled(self, all_, ready, limit_s=60.0):
-        """The status says so, and from then on nothing is written."""
-        wanted = {"all": all_, "ready": ready}
-        await self.until(lambda: self.replicas() == wanted and len(self.pods()) == all_, limit_s)
-        await asyncio.sleep(2.0)
-        writes = len(self.kube.writes)
-        self.controller.all_changed()
-        await asyncio.sleep(2 * EXPECTATION_TIMEOUT_S)
-        assert len(self.kube.writes) == writes, self.kube.writes[writes:]
-        assert self.replicas() == wanted
 
 
 @pytest.fixture
@@ -401,7 +156,8 @@ async def test_a_refused_pod_is_told_in_the_status_and_tried_again(world):
     world.apply(replicas=4)
     await world.until(lambda: world.condition("Ready") == ("False", "PodRefused"))
     conditions = world.model()["status"]["conditions"]
-    assert [c["message"] for c in conditions] == ["exceeded quota: gpus"] * 2
+    assert [c["message"] for c in conditions] == ["exceeded quota: gpus"] * 3
+    assert "PodRefused" in world.events.reasons()
     await asyncio.sleep(300.0)
     assert world.kube.count("create", "pods") < 25  # with growing rests, one pod at a time
     assert world.kube.count("patch status") == 1
@@ -501,7 +257,7 @@ class Held(dict):
 async def wakes(world):
     world.start()
     world.held = Held()
-    wakes = Wakes(world.kube, "default", world.store, world.held)
+    wakes = Wakes(world.kube, "default", world.store, world.held, world.events)
     yield wakes
     await wakes.stop()
 

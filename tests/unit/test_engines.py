@@ -563,21 +563,7 @@ def test_what_concerns_scale_and_routing_does_not_replace_pods(change):
     assert pod_hash(pod(**change)) == pod_hash(pod())
 
 
-# -- not yet, and the mock -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"cacheProfile": "c"}, "spec.cacheProfile"),
-        ({"adapters": [{"name": "a", "url": "hf://x/y"}]}, "spec.adapters"),
-        ({"adapters": [{"name": "a", "url": "hf://x/y"}], "image": "mock-engine"}, "spec.adapters"),
-    ],
-)
-def test_what_this_version_cannot_do_is_said(change, field):
-    with pytest.raises(ModelError, match="not supported yet") as caught:
-        pod(**change)
-    assert (caught.value.field, caught.value.reason) == (field, "Unsupported")
+# -- the mock ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,17 @@ from hypothesis import strategies as st
 
 from kubeai.api.config import parse_config
 from kubeai.api.model import decode_model
+from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.cache import (
+    FINALIZER,
+    AnnotateClaim,
+    CacheView,
+    Claim,
+    CreateClaim,
+    CreateJob,
+    DeleteJob,
+    Job,
+)
 from kubeai.operator.plan import (
     AdoptPod,
     CreatePod,
@@ -243,6 +254,7 @@ def test_a_model_error_becomes_a_condition_and_what_runs_goes_on_running():
     assert conditions(status) == {
         "Ready": ("False", "InvalidProfile"),
         "Progressing": ("False", "InvalidProfile"),
+        "Degraded": ("True", "InvalidProfile"),
     }
     assert "gone" in status.conditions[0].message
     assert (status.replicas.all, status.replicas.ready) == (1, 1)
@@ -277,7 +289,9 @@ def test_a_model_in_error_can_still_be_scaled_down():
 )  # fmt: skip
 def test_conditions_say_what_goes_on(spec, pods, ready, progressing):
     *_, status = plan_of(make_model(**spec), *pods)
-    assert conditions(status) == {"Ready": ready, "Progressing": progressing}
+    trouble = [pod.trouble.reason for pod in pods if pod.trouble]
+    degraded = ("True", trouble[0]) if trouble else ("False", "AsExpected")
+    assert conditions(status) == {"Ready": ready, "Progressing": progressing, "Degraded": degraded}
     assert status.selector == "app=model,model=m"
 
 
@@ -288,8 +302,9 @@ def test_a_replica_that_cannot_start_is_told_while_others_serve(others):
     model = make_model(replicas=1 if others[0].hash == "old" else 2)
     trouble = Trouble("CrashLoopBackOff", "container server keeps exiting")
     *_, status = plan_of(model, *others, make_pod("b", ready=False, trouble=trouble))
-    ready, progressing = status.conditions
-    assert ready.status == progressing.status == "True"
+    ready, progressing, degraded = status.conditions
+    assert ready.status == progressing.status == degraded.status == "True"
+    assert degraded.reason == "CrashLoopBackOff"
     assert progressing.message.endswith("CrashLoopBackOff: container server keeps exiting")
 
 
@@ -318,7 +333,187 @@ def test_a_condition_keeps_its_time_until_its_status_changes_and_others_stay():
     observed = Observed(pods=(make_pod("a"), make_pod("b", ready=False)))
     (patch,) = plan(model, CONFIG, observed, later)
     times = {c.type: c.last_transition_time for c in patch.status.conditions}
-    assert times == {"Ready": NOW, "Progressing": later, "Theirs": None}
+    assert times == {"Ready": NOW, "Progressing": later, "Degraded": NOW, "Theirs": None}
+
+
+# -- cache ---------------------------------------------------------------------------------------
+
+
+CLAIM = Claim("shared-model-cache-fast", "claim-1")
+LOADED = msgspec.structs.replace(CLAIM, loaded={"m": "u1"})
+LOAD = Job("load-cache-m", "job-1", "u1")
+EVICT = Job("evict-cache-m", "job-2", "u1")
+OURS = {"finalizers": [FINALIZER]}
+DELETED = OURS | {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+
+
+def replace(value, **changes):
+    return msgspec.structs.replace(value, **changes)
+
+
+def cached_model(meta=OURS, **spec):
+    return make_model(meta, **({"cacheProfile": "fast", "replicas": 1} | spec))
+
+
+def cache_plan(model, view, *pods):
+    """What is done, as "verb name" or the patch of the Model, and the plan's status."""
+    settings = parse_config(
+        "resourceProfiles: {cpu: {requests: {cpu: 1}}}\n"
+        "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
+    )
+    done, status = [], None
+    for action in plan(model, settings, Observed(pods=pods, cache=view), NOW):
+        match action:
+            case CreateClaim() | CreateJob() | CreatePod():
+                kind = action.manifest["kind"]
+                done.append(f"create {kind}")
+            case DeleteJob() | DeletePod():
+                done.append(f"delete {action.name}")
+            case AnnotateClaim():
+                done.append("note loaded" if action.value else "note gone")
+            case PatchModel():
+                done.append(action.patch)
+            case PatchStatus():
+                status = action.status
+    return done, status
+
+
+NO_LOAD = replace(LOAD, owner="u0")
+LOADING_STEPS = [
+    # the Model's finalizers, what is observed, what is done, the condition's reason
+    ("first the finalizer", {}, CacheView(), [{"metadata": OURS}], "Loading"),
+    ("then the claim", OURS, CacheView(), ["create PersistentVolumeClaim"], "Loading"),
+    ("then the Job", OURS, CacheView(claim=CLAIM), ["create Job"], "Loading"),
+    ("which is waited for", OURS, CacheView(claim=CLAIM, load=LOAD), [], "Loading"),
+    ("then it is noted", OURS, CacheView(claim=CLAIM, load=replace(LOAD, complete=True)),
+     ["note loaded"], "Loading"),
+    ("then the Job goes", OURS, CacheView(claim=LOADED, load=replace(LOAD, complete=True)),
+     ["delete load-cache-m", "create Pod"], "Loaded"),
+    ("once", OURS, CacheView(claim=LOADED, load=replace(LOAD, going=True)),
+     ["create Pod"], "Loaded"),
+    ("another Model's Job goes first", OURS, CacheView(claim=CLAIM, load=NO_LOAD),
+     ["delete load-cache-m"], "Loading"),
+    ("another Model's files do not count", OURS,
+     CacheView(claim=replace(CLAIM, loaded={"m": "u0"})), ["create Job"], "Loading"),
+    ("a failed Job waits", OURS,
+     CacheView(claim=CLAIM, load=replace(LOAD, failed="x"), may_load=False, failure="x"),
+     [], "LoadFailed"),
+    ("and is made anew", OURS,
+     CacheView(claim=CLAIM, load=replace(LOAD, failed="x"), failure="x"),
+     ["delete load-cache-m"], "Loading"),
+    ("nothing before all is read", OURS, CacheView(unknown="not read yet"), [], "Unknown"),
+    ("a claim that goes is waited for", OURS, CacheView(claim=replace(LOADED, going=True)),
+     [], "ClaimDeleted"),
+    ("an API without Jobs", OURS, CacheView(claim=CLAIM, has_jobs=False), [], "NoJobs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("meta", "view", "done", "reason"),
+    [step[1:] for step in LOADING_STEPS],
+    ids=[step[0] for step in LOADING_STEPS],
+)
+def test_files_are_loaded_before_the_first_pod(meta, view, done, reason):
+    got, status = cache_plan(cached_model(meta), view)
+    assert got == done
+    loaded = reason == "Loaded"
+    assert conditions(status)["CacheLoaded"] == (str(loaded), reason)
+    assert status.cache.loaded == loaded
+    if not loaded:
+        assert conditions(status)["Ready"] == ("False", "CacheNotLoaded")
+
+
+def test_a_load_that_fails_is_told_with_its_reason():
+    view = CacheView(claim=CLAIM, may_load=False, failure="BackoffLimitExceeded")
+    _, status = cache_plan(cached_model(), view)
+    assert conditions(status)["Degraded"] == ("True", "CacheFailed")
+    assert "BackoffLimitExceeded" in status.conditions[0].message
+
+
+def test_a_cache_profile_that_is_gone_is_named_and_the_pods_stay():
+    model = cached_model(cacheProfile="gone")
+    done, status = cache_plan(model, CacheView(), make_pod("a"))
+    assert done == []
+    assert conditions(status)["CacheLoaded"] == ("False", "InvalidProfile")
+    assert "'gone'" in status.conditions[0].message
+
+
+EVICTION_STEPS = [
+    ("first its pods", CacheView(claim=LOADED), [make_pod("a")], ["delete a"], "Evicting"),
+    ("which are waited for", CacheView(claim=LOADED), [make_pod("a", terminating=True)], [],
+     "Evicting"),
+    ("then the Job that loads", CacheView(claim=CLAIM, load=LOAD), [], ["delete load-cache-m"],
+     "Evicting"),
+    ("which is waited for", CacheView(claim=CLAIM, load=replace(LOAD, going=True)), [], [],
+     "Evicting"),
+    ("then the Job", CacheView(claim=LOADED), [], ["create Job"], "Evicting"),
+    ("not another Model's", CacheView(claim=LOADED, evict=replace(EVICT, owner="u0")), [],
+     ["delete evict-cache-m"], "Evicting"),
+    ("it is waited for", CacheView(claim=LOADED, evict=EVICT), [], [], "Evicting"),
+    ("then it is noted", CacheView(claim=LOADED, evict=replace(EVICT, complete=True)), [],
+     ["note gone"], "Evicting"),
+    ("then the Model goes", CacheView(claim=CLAIM, evict=replace(EVICT, complete=True)), [],
+     [{"metadata": {"finalizers": ["theirs"]}}], "Evicted"),
+    ("also if the Job failed", CacheView(claim=CLAIM, evict=replace(EVICT, failed="x")), [],
+     [{"metadata": {"finalizers": ["theirs"]}}], "EvictFailed"),
+    ("also without a claim", CacheView(), [], [{"metadata": {"finalizers": ["theirs"]}}],
+     "Evicted"),
+    ("also if the claim goes", CacheView(claim=replace(LOADED, going=True), load=LOAD), [],
+     [{"metadata": {"finalizers": ["theirs"]}}], "Evicted"),
+    ("also without Jobs", CacheView(claim=LOADED, load=LOAD, has_jobs=False), [],
+     [{"metadata": {"finalizers": ["theirs"]}}], "EvictFailed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("view", "pods", "done", "reason"),
+    [step[1:] for step in EVICTION_STEPS],
+    ids=[step[0] for step in EVICTION_STEPS],
+)
+@pytest.mark.parametrize("profile", ["fast", "gone"])
+def test_files_are_evicted_after_the_last_pod(profile, view, pods, done, reason):
+    meta = DELETED | {"finalizers": ["theirs", FINALIZER]}
+    model = cached_model(meta, cacheProfile=profile, resourceProfile="gone:1")
+    got, status = cache_plan(model, view, *pods)
+    assert got == done
+    assert conditions(status)["CacheLoaded"] == ("False", reason)
+    assert conditions(status)["Ready"] == ("False", "Deleting")
+
+
+# -- adapters ------------------------------------------------------------------------------------
+
+
+def with_adapters(**spec):
+    adapters = [{"name": "a", "url": "hf://x/a"}, {"name": "b", "url": "hf://x/b"}]
+    return make_model(adapters=adapters, **spec)
+
+
+def test_an_old_pod_stays_until_a_new_one_serves_its_adapters():
+    model = with_adapters(replicas=1)
+    hash_ = plan_of(with_adapters(replicas=1))[0][0].hash
+    old = make_pod("old", hash="old", adapters=(("a", "hash"), ("gone", "hash")))
+    new = make_pod("new", hash=hash_, adapters=(("a", "loading"),))
+    assert plan_of(model, old, new)[1] == []
+    new = replace(new, adapters=(("a", "hash"),))  # b is in neither: it keeps nothing up
+    assert plan_of(model, old, new)[1] == ["old"]
+    new = replace(new, adapters_current=False)  # its engine has started anew
+    assert plan_of(model, old, new)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("view", "adapters_loaded", "degraded"),
+    [
+        (AdaptersView(), ("False", "NoReplicas"), ("False", "AsExpected")),
+        (AdaptersView(2, 1), ("False", "Loading"), ("False", "AsExpected")),
+        (AdaptersView(2, 2), ("True", "Loaded"), ("False", "AsExpected")),
+        (AdaptersView(2, 1, Trouble("LoadFailed", "pod a: no such adapter")),
+         ("False", "LoadFailed"), ("True", "AdaptersFailed")),
+    ],
+)  # fmt: skip
+def test_adapters_are_told(view, adapters_loaded, degraded):
+    *_, status = plan_of(with_adapters(replicas=0), adapters=view)
+    assert conditions(status)["AdaptersLoaded"] == adapters_loaded
+    assert conditions(status)["Degraded"] == degraded
 
 
 # -- random histories ----------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""A Model's cache: the claim that all Models of a profile share, the Model's folder, its two Jobs.
+
+Pure. The operator decides when each is made (`kubeai.operator.cache`); pods mount the folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kubeai.api.config import CacheProfile, SystemConfig
+from kubeai.api.model import POD_MODEL_LABEL, Model, ModelURL, parse_url
+from kubeai.engines.files import owner_reference
+from kubeai.engines.server import MODEL_MOUNT, Object, literal
+from kubeai.engines.sources import environment, source
+from kubeai.errors import ModelError
+
+ROOT = "/models"
+CLAIM_PREFIX = "shared-model-cache-"
+CLAIM_SIZE = "10Gi"  # shared file systems seldom mind it, but the field is required
+LOAD_JOB_PREFIX, EVICT_JOB_PREFIX = "load-cache-", "evict-cache-"
+ANNOTATION_PREFIX = "models.kubeai.org/"  # on the claim: this Model's files are whole
+JOB_TTL_S = 60
+EVICT_LIMIT_S = 900  # then the Model may go though its files stay
+JOB_LABEL = "kubeai.org/job"  # on the pods of Jobs, which are no replicas
+_VOLUME = "models"
+
+
+def directory(model: Model) -> str:
+    """The Model's folder, in every container that mounts it."""
+    return f"{ROOT}/{model.metadata.name}-{model.metadata.uid}"
+
+
+def weights(model: Model, url: ModelURL) -> str:
+    """Where the engine finds the weights, as it stands in an argument or a variable."""
+    if model.spec.cache_profile:
+        return directory(model)
+    return MODEL_MOUNT if url.scheme == "pvc" else literal(url.ref)
+
+
+def cache_profile(model: Model, config: SystemConfig) -> CacheProfile:
+    """The Model's cache profile; ModelError when the config has none of that name."""
+    profile = config.cache_profiles.get(model.spec.cache_profile)
+    if profile is None:
+        raise ModelError(
+            "spec.cacheProfile",
+            f"the system config has no cache profile {model.spec.cache_profile!r}",
+            "InvalidProfile",
+        )
+    return profile
+
+
+def claim_name(model: Model) -> str:
+    """The claim's name. It follows from the Model alone: its profile may be gone."""
+    return CLAIM_PREFIX + model.spec.cache_profile
+
+
+def claim(model: Model, config: SystemConfig) -> Object:
+    """The claim of the Model's profile, which no Model owns: it outlives each of them."""
+    shared = cache_profile(model, config).shared_filesystem
+    spec: Object = {
+        "accessModes": ["ReadWriteMany"],
+        # Empty says that no class is to make the volume: it is the one that is named.
+        "storageClassName": shared.storage_class_name,
+        "resources": {"requests": {"storage": CLAIM_SIZE}},
+    }
+    if shared.persistent_volume_name:
+        spec["volumeName"] = shared.persistent_volume_name
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {
+            "name": claim_name(model),
+            "namespace": model.metadata.namespace,
+            "labels": {"app.kubernetes.io/managed-by": "kubeai"},
+        },
+        "spec": spec,
+    }
+
+
+def cache_volume(model: Model) -> tuple[Object, Object]:
+    """The claim as a volume, and the mount of the Model's folder, which may be written to."""
+    path = directory(model)
+    mount = {"name": _VOLUME, "mountPath": path, "subPath": path.lstrip("/")}
+    return _claim_volume(model), mount
+
+
+def load_job(model: Model, config: SystemConfig) -> Object:
+    """The Job that fetches the Model's files into its folder, with the URL's credentials."""
+    files = source(parse_url(model.spec.url), config.secret_names)
+    volume, mount = cache_volume(model)
+    container = {
+        "name": "loader",
+        "args": [literal(model.spec.url), directory(model)],
+        "env": environment(model, {}, {}, files),
+        "envFrom": msgspec.to_builtins(model.spec.env_from),
+        "volumeMounts": [mount, *files.mounts],
+    }
+    return _job(model, config, LOAD_JOB_PREFIX, container, [volume, *files.volumes])
+
+
+def evict_job(model: Model, config: SystemConfig) -> Object:
+    """The Job that removes the Model's folder."""
+    container = {
+        "name": "evictor",
+        "command": ["rm", "-rf", "--", directory(model)],
+        "volumeMounts": [{"name": _VOLUME, "mountPath": ROOT, "subPath": ROOT.lstrip("/")}],
+    }
+    job = _job(model, config, EVICT_JOB_PREFIX, container, [_claim_volume(model)])
+    job["spec"]["activeDeadlineSeconds"] = EVICT_LIMIT_S
+    return job
+
+
+def _claim_volume(model: Model) -> Object:
+    return {"name": _VOLUME, "persistentVolumeClaim": {"claimName": claim_name(model)}}
+
+
+def _job(
+    model: Model, config: SystemConfig, prefix: str, container: Object, volumes: list[Object]
+) -> Object:
+    """One run of the loader's image, owned by the Model. Empty settings are left out."""
+    pods = config.model_server_pods
+    labels = {
+        "app.kubernetes.io/managed-by": "kubeai",
+        POD_MODEL_LABEL: model.metadata.name,
+        JOB_LABEL: prefix.rstrip("-"),
+    }
+    container["image"] = config.model_loading.image
+    container["securityContext"] = pods.security_context
+    pod: dict[str, Any] = {
+        "serviceAccountName": pods.service_account_name,
+        "securityContext": pods.pod_security_context,
+        "imagePullSecrets": msgspec.to_builtins(pods.image_pull_secrets),
+        "restartPolicy": "OnFailure",
+        "containers": [{key: value for key, value in container.items() if value}],
+        "volumes": volumes,
+    }
+    template = {
+        "metadata": {"labels": labels},
+        "spec": {key: value for key, value in pod.items() if value},
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": prefix + model.metadata.name,
+            "namespace": model.metadata.namespace,
+            "labels": labels,
+            "ownerReferences": [owner_reference(model)],
+        },
+        "spec": {
+            "ttlSecondsAfterFinished": JOB_TTL_S,
+            "parallelism": 1,
+            "completions": 1,
+            "template": template,
+        },
+    }
+    # A plain copy: parts of it are the config's own.
+    plain: Object = msgspec.json.decode(msgspec.json.encode(job))
+    return plain

@@ -1,0 +1,292 @@
+"""A Model's LoRA adapters in the engines of its pods: fetched, loaded, and taken out again.
+
+Owns, while this replica leads, at most one task a pod: the loader's container fetches the files
+(minutes, so it is no part of a reconcile), the engine is told, and the pod's label says so. The
+label is set to ``loading`` before an engine is touched and to the hash of the URL once it serves
+the adapter; so whatever is killed in between, the next leader knows what an engine may have.
+Promises: a pod whose label does not say the hash gets no request for that adapter; a changed URL
+is loaded anew in one pod after the other, and not in the next while it fails in one; an engine
+that has started anew gets its adapters again. Used by the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import aiohttp
+import msgspec
+import structlog
+
+from kubeai.api.model import Model
+from kubeai.engines import adapters as engine
+from kubeai.kube import PODS, ApiError, Backoff, Kube
+from kubeai.operator.leader import NotLeader, Writes
+from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
+
+log = structlog.get_logger(__name__)
+FETCH_TIMEOUT_S = 3600.0
+REMOVE_TIMEOUT_S = 60.0
+ENGINE_TIMEOUT_S = 300.0  # vLLM reads the files before it answers
+ANSWER_MAX_BYTES = 64 << 10
+RETRY_FIRST_S, RETRY_MAX_S = 2.0, 120.0
+API_KEY_VARIABLE = "VLLM_API_KEY"
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """One adapter that a pod should serve and does not."""
+
+    name: str
+    url: str
+    hash: str
+
+
+class Steps(msgspec.Struct, frozen=True):
+    """What one pod's engine needs. Nothing: it serves what its Model declares."""
+
+    load: tuple[Wanted, ...] = ()
+    drop: tuple[str, ...] = ()
+    begin: dict[str, str] = {}  # labels to set before the engine is touched
+
+    @property
+    def any(self) -> bool:
+        return bool(self.load or self.drop)
+
+
+class AdaptersView(msgspec.Struct, frozen=True):
+    """What the Model's condition says."""
+
+    ready: int = 0  # replicas that serve
+    complete: int = 0  # of these, replicas that have every adapter
+    trouble: Trouble | None = None
+
+
+class AdapterError(Exception):
+    """A pod could not get an adapter, and why."""
+
+
+def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
+    """What the pod needs; ``busy``: adapters that another pod is loading. Pure."""
+    labels = dict(pod.adapters)
+    wanted = {adapter.name: adapter.url for adapter in model.spec.adapters}
+    load = []
+    for name, url in wanted.items():
+        hash_ = engine.url_hash(url)
+        if labels.get(name) == hash_ and pod.adapters_current:
+            continue
+        if name in pod.loaded and name in busy:
+            continue  # it serves the former URL's until another pod is through
+        load.append(Wanted(name, url, hash_))
+    drop = tuple(name for name in labels if name not in wanted)
+    begin = {one.name: engine.LOADING for one in load if labels.get(one.name) != engine.LOADING}
+    if not pod.adapters_current:  # the engine has none, whatever the labels say
+        begin |= {name: engine.LOADING for name in labels if labels[name] != engine.LOADING}
+    return Steps(tuple(load), drop, begin)
+
+
+class _Work(msgspec.Struct):
+    """What is remembered of one pod; none of it must survive a restart."""
+
+    task: asyncio.Task[None] | None = None
+    loading: frozenset[str] = frozenset()  # adapters that the last task began with
+    fetched: dict[str, str] = {}  # adapter → hash of the URL whose files the pod has whole
+    version: int = 0  # of the pod after our last write
+    failure: Trouble | None = None
+    until_s: float = 0.0
+    backoff: Backoff = msgspec.field(default_factory=lambda: Backoff(RETRY_FIRST_S, RETRY_MAX_S))
+
+
+class Adapters:
+    """``changed(model)`` is called when a task has ended."""
+
+    def __init__(
+        self,
+        kube: Kube,
+        namespace: str,
+        writes: Writes,
+        changed: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._writes = writes
+        self._changed = changed
+        self._clock = clock
+        self._works: dict[str, dict[str, _Work]] = {}  # model → pod's uid →
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._session: aiohttp.ClientSession | None = None
+
+    def look(self, model: Model, pods: Sequence[Pod]) -> tuple[AdaptersView, float | None]:
+        """Begin what the Model's pods need; how it stands, and seconds until the next try."""
+        pods = [pod for pod in pods if pod.counts and pod.uid]
+        name = model.metadata.name
+        works = self._works.setdefault(name, {})
+        for uid in works.keys() - {pod.uid for pod in pods}:
+            _cancel(works.pop(uid))
+        wait_s: float | None = None
+        for pod in pods:
+            left_s = self._begin(model, pod, pods, works.setdefault(pod.uid, _Work()))
+            wait_s = left_s if wait_s is None else min(wait_s, left_s or wait_s)
+        if not pods:
+            del self._works[name]
+        return _view(model, pods, works), wait_s
+
+    def _begin(self, model: Model, pod: Pod, pods: list[Pod], work: _Work) -> float | None:
+        """Start the pod's task if it needs one; seconds until it may be tried again."""
+        todo = steps(model, pod, self._busy(pod, pods))
+        if not todo.any:
+            work.failure = None
+            work.backoff.reset()
+            return None
+        if work.task is not None or pod.version < work.version:
+            return None
+        if (left_s := work.until_s - self._clock()) > 0:
+            return left_s
+        to_fetch = [one for one in todo.load if work.fetched.get(one.name) != one.hash]
+        # Without a loader (a pod from before the Model had adapters) nothing can be done.
+        if (to_fetch and not pod.has_loader) or (not to_fetch and not pod.ready):
+            return None
+        work.loading = frozenset(one.name for one in todo.load)
+        work.task = asyncio.get_running_loop().create_task(
+            self._run(model, pod, work, todo, to_fetch)
+        )
+        self._tasks.add(work.task)
+        work.task.add_done_callback(self._tasks.discard)
+        return None
+
+    def _busy(self, pod: Pod, pods: list[Pod]) -> set[str]:
+        """Adapters that pods other than this one are loading, observed or not."""
+        works, busy = self._works[pod.model], set()
+        for other in pods:
+            if other is pod:
+                continue
+            busy |= {name for name, value in other.adapters if value == engine.LOADING}
+            work = works.get(other.uid)
+            if work is not None and (work.task is not None or other.version < work.version):
+                busy |= work.loading
+        return busy
+
+    def forget(self, model: str) -> None:
+        """The Model is gone."""
+        for work in self._works.pop(model, {}).values():
+            _cancel(work)
+
+    def rest(self) -> None:
+        """Cancel everything: this replica does not lead any more."""
+        for model in list(self._works):
+            self.forget(model)
+
+    async def stop(self) -> None:
+        """The same, for good."""
+        self.rest()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    # -- one pod ---------------------------------------------------------------------------------
+
+    async def _run(
+        self, model: Model, pod: Pod, work: _Work, todo: Steps, to_fetch: list[Wanted]
+    ) -> None:
+        try:
+            if to_fetch:  # the engine may still be starting: it is told in the next round
+                await self._fetch(pod, work, todo, to_fetch)
+            else:
+                await self._tell_engine(model, pod, work, todo)
+        except NotLeader:
+            return
+        except (AdapterError, ApiError) as error:
+            message = f"pod {pod.name}: {error}"[:MESSAGE_MAX_CHARS]
+            work.failure = Trouble("LoadFailed", message)
+            work.until_s = self._clock() + work.backoff.next_s()
+            log.warning("adapters not loaded", model=pod.model, error=message)
+        except Exception:
+            work.until_s = self._clock() + work.backoff.next_s()
+            log.exception("adapters not loaded", model=pod.model, pod=pod.name)
+        finally:
+            work.task = None
+        self._changed(pod.model)
+
+    async def _fetch(self, pod: Pod, work: _Work, todo: Steps, to_fetch: list[Wanted]) -> None:
+        if todo.begin and pod.adapters:  # files that an engine knows are about to change
+            await self._label(pod, work, todo.begin)
+        for one in to_fetch:
+            work.fetched.pop(one.name, None)
+            # What is there may be another URL's, or half of it.
+            await self._exec(pod, engine.remove_command(one.name), REMOVE_TIMEOUT_S)
+            await self._exec(pod, engine.fetch_command(one.name, one.url), FETCH_TIMEOUT_S)
+            work.fetched[one.name] = one.hash
+            log.info("adapter fetched", pod=pod.name, adapter=one.name, url=one.url)
+
+    async def _tell_engine(self, model: Model, pod: Pod, work: _Work, todo: Steps) -> None:
+        if todo.begin:
+            await self._label(pod, work, todo.begin)
+        key = model.spec.env.get(API_KEY_VARIABLE, "")
+        for name in todo.drop:
+            await self._call(pod, engine.unload_call(name), key)
+            await self._exec(pod, engine.remove_command(name), REMOVE_TIMEOUT_S)
+            work.fetched.pop(name, None)
+            await self._label(pod, work, {name: None})
+        for one in todo.load:
+            if one.name in dict(pod.adapters):  # the engine may have something under that name
+                await self._call(pod, engine.unload_call(one.name), key)
+            await self._call(pod, engine.load_call(one.name), key)
+            await self._label(pod, work, {one.name: one.hash})
+            log.info("adapter loaded", pod=pod.name, adapter=one.name, url=one.url)
+
+    async def _label(self, pod: Pod, work: _Work, values: Mapping[str, str | None]) -> None:
+        labels = {engine.LABEL_PREFIX + name: value for name, value in values.items()}
+        annotations = {engine.RESTARTS_ANNOTATION: str(pod.restarts)}
+        patch = {"metadata": {"uid": pod.uid, "labels": labels, "annotations": annotations}}
+        async with self._writes:
+            obj = await self._kube.patch(PODS, pod.name, patch, self._namespace, type=PodObject)
+        version = obj.metadata.resource_version
+        work.version = int(version) if version.isdecimal() else 0
+
+    async def _exec(self, pod: Pod, command: list[str], timeout_s: float) -> None:
+        self._writes.check()
+        result = await self._kube.exec(
+            pod.name,
+            command,
+            container=engine.LOADER_CONTAINER,
+            namespace=self._namespace,
+            timeout_s=timeout_s,
+        )
+        if result.exit_code:
+            said = " ".join(result.output.split())[-MESSAGE_MAX_CHARS // 2 :]
+            raise AdapterError(f"{' '.join(command)} ended with {result.exit_code}: {said}")
+
+    async def _call(self, pod: Pod, call: engine.Call, key: str) -> None:
+        """Send one request to the pod's engine; AdapterError when it refuses or does not answer."""
+        self._writes.check()
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=ENGINE_TIMEOUT_S, sock_connect=5.0)
+            )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"http://{pod.address}{call.path}"
+        try:
+            async with self._session.post(url, json=call.body, headers=headers) as response:
+                answer = (await response.content.read(ANSWER_MAX_BYTES)).decode(errors="replace")
+                why = engine.refusal(call, response.status, answer)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            why = f"{call.path}: {error or type(error).__name__}"
+        if why:
+            raise AdapterError(f"adapter {call.body['lora_name']}: {why}")
+
+
+def _cancel(work: _Work) -> None:
+    if work.task is not None:
+        work.task.cancel()
+
+
+def _view(model: Model, pods: Sequence[Pod], works: dict[str, _Work]) -> AdaptersView:
+    ready = [pod for pod in pods if pod.serves]
+    wanted = {(a.name, engine.url_hash(a.url)) for a in model.spec.adapters}
+    complete = [pod for pod in ready if pod.adapters_current and wanted <= set(pod.adapters)]
+    failures = (work.failure for work in works.values() if work.failure is not None)
+    return AdaptersView(len(ready), len(complete), next(failures, None))
+
+
+__all__ = ["Adapters", "AdaptersView", "Steps", "Wanted", "steps"]

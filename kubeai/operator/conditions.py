@@ -1,0 +1,213 @@
+"""What a Model's status says to people: counts, and conditions with their reasons. Pure.
+
+| condition | true when |
+|---|---|
+| Ready | requests are answered, or would be after a cold start |
+| Progressing | pods are still to come, to go or to be replaced |
+| CacheLoaded | all files are in the cache (Models with a cacheProfile) |
+| AdaptersLoaded | every ready replica serves every adapter (Models with adapters) |
+| Degraded | something that a person should look at keeps part of it from working |
+
+Reasons are one word each and listed in docs/life-of-a-model.md. Called by `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import msgspec
+
+from kubeai.api.model import (
+    POD_MODEL_LABEL,
+    Condition,
+    Model,
+    ModelStatus,
+    ModelStatusCache,
+    ModelStatusReplicas,
+)
+from kubeai.errors import ModelError
+from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.cache import CachePlan
+from kubeai.operator.pods import Pod, Trouble
+
+OURS = ("Ready", "Progressing", "CacheLoaded", "AdaptersLoaded", "Degraded")
+
+
+class Facts(msgspec.Struct, kw_only=True):
+    """What the conditions are made from, as it will be once the plan's other actions are done."""
+
+    pods: Sequence[Pod]  # as observed
+    left: Sequence[Pod]  # of these, replicas that stay
+    made: int = 0  # replicas that are new
+    wanted: int = 0
+    outdated: int = 0  # of those that stay
+    error: ModelError | None = None  # why no pod can be made from the Model
+    create_error: Trouble | None = None  # why the API refused the last one
+    cache: CachePlan | None = None
+    adapters: AdaptersView | None = None
+
+    @property
+    def all(self) -> int:
+        return len(self.left) + self.made
+
+    @property
+    def ready(self) -> int:
+        return sum(pod.ready for pod in self.left)
+
+
+def status_of(model: Model, facts: Facts) -> ModelStatus:
+    """The whole status. Conditions that have changed are still without a time: see `dated`."""
+    if model.metadata.deletion_timestamp is not None:
+        ours = [_condition("Ready", False, "Deleting", "the Model is being deleted")]
+    else:
+        ours = [_ready(model, facts), _progressing(facts)]
+    if facts.cache is not None:
+        ours.append(_cache_loaded(facts.cache))
+    if facts.adapters is not None and model.spec.adapters:
+        ours.append(_adapters_loaded(facts.adapters))
+    ours.append(_degraded(facts))
+    others = [c for c in model.status.conditions if c.type not in OURS]
+    cache = (
+        ModelStatusCache(loaded=facts.cache.loaded)
+        if facts.cache is not None
+        else model.status.cache
+    )
+    return msgspec.structs.replace(
+        model.status,
+        replicas=ModelStatusReplicas(all=facts.all, ready=facts.ready),
+        selector=f"app=model,{POD_MODEL_LABEL}={model.metadata.name}",
+        cache=cache,
+        conditions=tuple(_since(model, c) for c in ours) + tuple(others),
+    )
+
+
+def dated(status: ModelStatus, now: datetime) -> ModelStatus:
+    """With ``now`` as the time of our conditions that have changed."""
+    conditions = (
+        msgspec.structs.replace(c, last_transition_time=now)
+        if c.type in OURS and c.last_transition_time is None
+        else c
+        for c in status.conditions
+    )
+    return msgspec.structs.replace(status, conditions=tuple(conditions))
+
+
+def timeless(status: ModelStatus) -> ModelStatus:
+    """Without the times of its conditions, to be compared."""
+    conditions = (msgspec.structs.replace(c, last_transition_time=None) for c in status.conditions)
+    return msgspec.structs.replace(status, conditions=tuple(conditions))
+
+
+def _ready(model: Model, facts: Facts) -> Condition:
+    ready, wanted = facts.ready, facts.wanted
+    if facts.error is not None:
+        return _condition("Ready", False, facts.error.reason, str(facts.error))
+    if ready and ready >= wanted:
+        return _condition("Ready", True, "AllReplicasReady", _of(ready, max(ready, wanted)))
+    if ready:
+        return _condition("Ready", True, "SomeReplicasReady", _of(ready, wanted))
+    if wanted == 0 and model.spec.autoscaling_disabled:
+        message = "replicas is 0 and autoscaling is disabled: requests wait for a replica"
+        return _condition("Ready", False, "ScaledToZero", message)
+    if wanted == 0:
+        return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")
+    if facts.cache is not None and not facts.cache.loaded:
+        return _condition("Ready", False, "CacheNotLoaded", facts.cache.message)
+    trouble = facts.create_error or _trouble(facts.left) or _trouble(facts.pods)
+    if trouble is not None:
+        return _condition("Ready", False, trouble.reason, trouble.message)
+    return _condition("Ready", False, "ReplicasStarting", _of(0, wanted))
+
+
+def _progressing(facts: Facts) -> Condition:
+    if facts.error is not None:
+        message = "no pod is made from such a Model"
+        return _condition("Progressing", False, facts.error.reason, message)
+    if facts.create_error is not None:
+        trouble = facts.create_error
+        return _condition("Progressing", False, trouble.reason, trouble.message)
+    but = _but(facts.left)
+    if facts.outdated:
+        message = f"{facts.outdated} outdated of {facts.all} replicas are still to be replaced"
+        return _condition("Progressing", True, "RollingOut", message + but)
+    if facts.all > facts.wanted:
+        message = f"from {facts.all} to {facts.wanted} replicas"
+        return _condition("Progressing", True, "ScalingDown", message)
+    if facts.ready < facts.wanted:
+        message = _of(facts.ready, facts.wanted)
+        return _condition("Progressing", True, "ReplicasStarting", message + but)
+    return _condition("Progressing", False, "UpToDate", "all replicas are as wanted")
+
+
+def _cache_loaded(cache: CachePlan) -> Condition:
+    return _condition("CacheLoaded", cache.loaded, cache.reason, cache.message)
+
+
+def _adapters_loaded(adapters: AdaptersView) -> Condition:
+    ready, complete = adapters.ready, adapters.complete
+    if adapters.trouble is not None:
+        return _condition("AdaptersLoaded", False, "LoadFailed", adapters.trouble.message)
+    if not ready:
+        message = "no replica is ready; each loads the adapters as it starts"
+        return _condition("AdaptersLoaded", False, "NoReplicas", message)
+    message = f"{complete} of {ready} ready replica{'s' * (ready > 1)} serve{'s' * (ready == 1)}"
+    done = complete == ready
+    reason = "Loaded" if done else "Loading"
+    return _condition("AdaptersLoaded", done, reason, message + " every adapter")
+
+
+def _degraded(facts: Facts) -> Condition:
+    troubles = [
+        Trouble(facts.error.reason, str(facts.error)) if facts.error is not None else None,
+        facts.create_error,
+        _cache_trouble(facts.cache),
+        _trouble(facts.left),
+        _adapters_trouble(facts.adapters),
+    ]
+    trouble = next((one for one in troubles if one is not None), None)
+    if trouble is None:
+        return _condition("Degraded", False, "AsExpected", "nothing is known to be wrong")
+    return _condition("Degraded", True, trouble.reason, trouble.message)
+
+
+def _cache_trouble(cache: CachePlan | None) -> Trouble | None:
+    return Trouble("CacheFailed", cache.message) if cache is not None and cache.failed else None
+
+
+def _adapters_trouble(adapters: AdaptersView | None) -> Trouble | None:
+    if adapters is None or adapters.trouble is None:
+        return None
+    return Trouble("AdaptersFailed", adapters.trouble.message)
+
+
+def _trouble(pods: Sequence[Pod]) -> Trouble | None:
+    return next((pod.trouble for pod in pods if pod.trouble is not None), None)
+
+
+def _but(pods: Sequence[Pod]) -> str:
+    """What keeps a replica from becoming ready, for the end of a sentence."""
+    trouble = _trouble(pods)
+    return "" if trouble is None else f", but {trouble.reason}: {trouble.message}"
+
+
+def _of(ready: int, wanted: int) -> str:
+    return f"{ready} of {wanted} replica{'s are' if wanted != 1 else ' is'} ready"
+
+
+def _condition(type_: str, holds: bool, reason: str, message: str) -> Condition:
+    return Condition(
+        type=type_, status="True" if holds else "False", reason=reason, message=message
+    )
+
+
+def _since(model: Model, new: Condition) -> Condition:
+    """With the time of the last change, if the status is what it was; else without a time."""
+    old = next((c for c in model.status.conditions if c.type == new.type), None)
+    return msgspec.structs.replace(
+        new,
+        last_transition_time=(
+            old.last_transition_time if old is not None and old.status == new.status else None
+        ),
+        observed_generation=model.metadata.generation,
+    )

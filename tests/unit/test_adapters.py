@@ -1,0 +1,380 @@
+"""Adapters in engines: what a pod needs (pure), and real requests to engines on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import msgspec
+import pytest
+from aiohttp import web
+from fakes.kube import World, merge
+
+from kubeai.api.model import decode_model
+from kubeai.engines import adapters as engine
+from kubeai.engines.adapters import Call, load_call, refusal, unload_call, url_hash
+from kubeai.kube import PODS, ApiError, ExecResult
+from kubeai.operator import adapters
+from kubeai.operator.adapters import Steps, Wanted, steps
+from kubeai.operator.pods import Pod
+from kubeai.operator.routes import route_of
+
+A, B = "hf://org/a", "hf://org/b"
+HASH_A, HASH_B = url_hash(A), url_hash(B)
+LABEL = engine.LABEL_PREFIX
+
+
+# -- what an engine needs ------------------------------------------------------------------------
+
+
+def model(**urls):
+    listed = [{"name": name, "url": url} for name, url in urls.items()]
+    spec = {"url": "hf://o/n", "engine": "VLLM", "features": [], "adapters": listed}
+    return decode_model({"metadata": {"name": "m", "uid": "u"}, "spec": spec})
+
+
+def pod(name="p", current=True, **labels):
+    return Pod(
+        name=name, uid=name, ready=True, address="x", adapters=tuple(labels.items()),
+        adapters_current=current,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wanted", "have", "busy", "expected"),
+    [
+        (model(), pod(), [], Steps()),
+        (model(a=A), pod(a=HASH_A), [], Steps()),
+        (model(a=A), pod(), [], Steps((Wanted("a", A, HASH_A),), begin={"a": "loading"})),
+        (model(a=A), pod(a="loading"), [], Steps((Wanted("a", A, HASH_A),))),
+        (model(), pod(a=HASH_A), [], Steps(drop=("a",))),
+        (model(a=B), pod(a=HASH_A), [], Steps((Wanted("a", B, HASH_B),), begin={"a": "loading"})),
+        # one pod after the other, as long as somebody serves the former URL's
+        (model(a=B), pod(a=HASH_A), ["a"], Steps()),
+        (model(a=B), pod(a="loading"), ["a"],
+         Steps((Wanted("a", B, HASH_B),))),
+        # an engine that has started anew has none of them
+        (model(a=A), pod(current=False, a=HASH_A, b=HASH_B), [],
+         Steps((Wanted("a", A, HASH_A),), ("b",), {"a": "loading", "b": "loading"})),
+    ],
+)  # fmt: skip
+def test_steps_lead_from_labels_to_what_is_declared(wanted, have, busy, expected):
+    assert steps(wanted, have, busy) == expected
+
+
+def test_a_url_has_the_hash_that_kubeai_in_go_writes():
+    # FNV-1a of the empty text is its offset basis, 2166136261
+    assert url_hash("") == "".join("bcdfghjklmnpqrstvwxz2456789"[ord(d) % 27] for d in "2166136261")
+    assert url_hash(A) != url_hash(B)
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "answer", "refused"),
+    [
+        (load_call("a"), 200, "Success", False),
+        (load_call("a"), 400, "The lora adapter 'a' has already been loaded.", False),
+        (load_call("a"), 404, "No adapter found for /adapters/a", True),
+        (load_call("a"), 400, "LoRA rank 64 is greater than max_lora_rank 16", True),
+        (unload_call("a"), 200, "Success", False),
+        (unload_call("a"), 404, "The lora adapter 'a' cannot be found.", False),
+        (unload_call("a"), 400, "The lora adapter 'a' cannot be found.", False),
+        (unload_call("a"), 500, "", True),
+        (load_call("a"), 401, "Unauthorized", True),
+    ],
+)
+def test_what_vllm_answers(call: Call, status, answer, refused):
+    assert bool(refusal(call, status, answer)) == refused
+
+
+# -- real engines --------------------------------------------------------------------------------
+
+
+class Engine:
+    """One pod's engine: its adapters, its folder, and what was asked of it in which order."""
+
+    def __init__(self):
+        self.folder = {}  # adapter → URL whose files are there
+        self.adapters = {}  # adapter → URL that was loaded
+        self.log = []
+        self.key = None
+        self.refuse = False
+        app = web.Application()
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        app.router.add_post("/v1/unload_lora_adapter", self._unload)
+        self._runner = web.AppRunner(app)
+
+    async def start(self):
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return self._runner.addresses[0][1]
+
+    async def stop(self):
+        await self._runner.cleanup()
+
+    async def _load(self, request):
+        body = await request.json()
+        name = body["lora_name"]
+        self.key = request.headers.get("Authorization")
+        self.log.append(f"load {name}")
+        if self.refuse or name not in self.folder:
+            return web.json_response({"error": {"message": "no such files"}}, status=404)
+        if name in self.adapters:
+            return web.json_response({"message": "has already been loaded"}, status=400)
+        assert body["lora_path"] == f"/adapters/{name}"
+        self.adapters[name] = self.folder[name]
+        return web.Response(text="Success")
+
+    async def _unload(self, request):
+        name = (await request.json())["lora_name"]
+        self.log.append(f"unload {name}")
+        if self.adapters.pop(name, None) is None:
+            return web.json_response({"message": "cannot be found."}, status=404)
+        return web.Response(text="Success")
+
+
+class AdapterWorld(World):
+    """Every pod gets an engine of its own and a loader beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.auto_ready = False
+        self.engines = {}
+        self.broken_urls = set()
+        self.starting = True
+        self.kube.executed = self._exec
+        self._tasks = set()
+
+    def _node(self, plural, kind, obj):
+        if plural == "pods" and kind == "ADDED":
+            task = asyncio.ensure_future(self._start(obj["metadata"]["name"]))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _start(self, name):
+        engine_ = self.engines[name] = Engine()
+        port = await engine_.start()
+        obj = copy.deepcopy(self.kube.objects["pods", name])
+        where = {"model-pod-ip": "127.0.0.1", "model-pod-port": str(port)}
+        self.kube._keep(PODS, merge(obj, {"metadata": {"annotations": where}}), "MODIFIED")
+        self.run(name)
+
+    def run(self, name, ready=True, restarts=0):
+        containers = [
+            {"name": "server", "restartCount": restarts, "state": {"running": {}}},
+            {"name": "loader", "state": {"running": {}}},
+        ]
+        obj = copy.deepcopy(self.kube.objects["pods", name])
+        status = {
+            "phase": "Running",
+            "podIP": "127.0.0.1",
+            "conditions": [{"type": "Ready", "status": str(ready)}],
+            "containerStatuses": containers,
+        }
+        self.kube._keep(PODS, merge(obj, {"status": status}), "MODIFIED")
+
+    async def _exec(self, pod_name, command, container):
+        assert container == "loader"
+        engine_ = self.engines[pod_name]
+        engine_.log.append(" ".join(command))
+        name = command[-1].removeprefix("/adapters/")
+        if command[0] == "rm":
+            engine_.folder.pop(name, None)
+        elif command[1] in self.broken_urls:
+            return ExecResult(1, "no such repository")
+        else:
+            engine_.folder[name] = command[1]
+        return ExecResult(0, "")
+
+    def labels(self):
+        """Each pod's adapters by its labels."""
+        return [
+            {
+                key.removeprefix(LABEL): value
+                for key, value in obj["metadata"]["labels"].items()
+                if key.startswith(LABEL)
+            }
+            for obj in self.kube.alive()
+        ]
+
+    def set_adapters(self, **urls):
+        listed = [{"name": name, "url": url} for name, url in urls.items()]
+        self.apply(adapters=listed)
+
+    def served(self):
+        """For each endpoint of the route, its adapters."""
+        route = route_of(self.store.models["m"], self.store.observed_pods("m"))
+        return [set(endpoint.adapters) for endpoint in route.endpoints]
+
+    async def close(self):
+        await self.stop()
+        for engine_ in self.engines.values():
+            await engine_.stop()
+
+
+@pytest.fixture
+async def world(monkeypatch):
+    monkeypatch.setattr(adapters, "RETRY_FIRST_S", 0.02)
+    monkeypatch.setattr(adapters, "RETRY_MAX_S", 0.2)
+    world = AdapterWorld()
+    world.start()
+    yield world
+    await world.close()
+
+
+def both(**urls):
+    return [{"name": name, "url": url} for name, url in urls.items()]
+
+
+async def test_every_pod_gets_every_adapter_and_only_then_serves_it(world):
+    world.apply(replicas=2, adapters=both(a=A, b=B))
+    await world.until(lambda: world.labels() == [{"a": HASH_A, "b": HASH_B}] * 2)
+    assert world.served() == [{"a", "b"}] * 2
+    for one in world.engines.values():
+        assert one.adapters == {"a": A, "b": B}
+        assert "unload a" not in one.log  # nothing was there to be unloaded
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("True", "Loaded"))
+    assert "Loaded" in world.events.reasons()
+
+
+async def test_files_are_fetched_while_the_engine_starts(world):
+    run = world.run
+    world.run = lambda name: run(name, ready=False)
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: any(one.folder for one in world.engines.values()))
+    assert world.served() == []
+    assert world.labels() == [{}]
+    assert world.condition("AdaptersLoaded") in (None, ("False", "NoReplicas"))
+    (name,) = world.engines
+    run(name)
+    await world.until(lambda: world.served() == [{"a"}])
+    assert world.engines[name].log == ["rm -rf -- /adapters/a", f"load {A} /adapters/a", "load a"]
+
+
+async def test_adapters_come_and_go_without_a_new_pod(world):
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: world.labels() == [{"a": HASH_A}])
+    before = world.pods()
+    world.set_adapters(a=A, b=B)
+    await world.until(lambda: world.labels() == [{"a": HASH_A, "b": HASH_B}])
+    world.set_adapters(b=B)
+    await world.until(lambda: world.labels() == [{"b": HASH_B}])
+    assert world.pods() == before
+    (one,) = world.engines.values()
+    assert one.adapters == one.folder == {"b": B}
+
+
+async def test_a_changed_url_is_loaded_anew_in_one_pod_after_the_other(world):
+    world.apply(replicas=3, adapters=both(a=A))
+    await world.until(lambda: world.labels() == [{"a": HASH_A}] * 3)
+    least = []
+    world.kube.listeners.append(lambda *_: least.append(sum("a" in s for s in world.served())))
+    world.set_adapters(a=B)
+    await world.until(lambda: world.labels() == [{"a": HASH_B}] * 3)
+    assert min(least) == 2
+    assert all(one.adapters == {"a": B} for one in world.engines.values())
+
+
+async def test_a_broken_new_url_stops_at_the_first_pod(world):
+    world.apply(replicas=3, adapters=both(a=A))
+    await world.until(lambda: world.labels() == [{"a": HASH_A}] * 3)
+    world.broken_urls.add(B)
+    world.set_adapters(a=B)
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("False", "LoadFailed"))
+    tries = [one for one in world.engines.values() if f"load {B} /adapters/a" in one.log]
+    await world.until(lambda: tries[0].log.count(f"load {B} /adapters/a") >= 4)
+    assert sorted(label["a"] for label in world.labels()) == sorted([HASH_A, HASH_A, "loading"])
+    assert world.condition("Degraded") == ("True", "AdaptersFailed")
+    message = next(
+        c["message"] for c in world.model()["status"]["conditions"] if c["type"] == "Degraded"
+    )
+    assert "no such repository" in message
+    world.broken_urls.clear()
+    await world.until(lambda: world.labels() == [{"a": HASH_B}] * 3)
+    await world.until(lambda: world.condition("Degraded") == ("False", "AsExpected"))
+
+
+async def test_an_engine_that_refuses_is_asked_again(world):
+    world.apply(replicas=1)
+    await world.until(lambda: len(world.engines) == 1)
+    world.apply(adapters=both(a=A))
+    await world.until(lambda: len(world.engines) == 2)
+    one = list(world.engines.values())[1]
+    one.refuse = True
+    await world.until(lambda: one.log.count("load a") >= 2)
+    assert one.log.count(f"load {A} /adapters/a") == 1  # the files are there
+    one.refuse = False
+    await world.until(lambda: {"a": HASH_A} in world.labels())
+
+
+async def test_an_engine_that_started_anew_gets_its_adapters_again(world):
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: world.served() == [{"a"}])
+    (name,) = world.engines
+    one = world.engines[name]
+    one.adapters.clear()  # it crashed
+    world.run(name, ready=False, restarts=1)
+    world.run(name, ready=True, restarts=1)
+    assert world.served() == [set()]
+    await world.until(lambda: world.served() == [{"a"}])
+    assert one.adapters == {"a": A}
+    assert one.log.count(f"load {A} /adapters/a") == 1  # the files had stayed
+
+
+async def test_a_leader_that_is_killed_anywhere_leaves_what_the_next_can_mend(world):
+    """After every write and every request to an engine in turn."""
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: world.served() == [{"a"}])
+    (name,) = world.engines
+    one = world.engines[name]
+    urls = [A, B]
+    for k in range(12):
+        wanted = urls[(k + 1) % 2]
+        one.log.clear()
+        calls = len(world.kube.writes)
+        world.set_adapters(a=wanted)
+        await world.until(
+            lambda k=k, calls=calls: len(one.log) + len(world.kube.writes) - calls > k // 2
+        )
+        await world.stop()
+        world.start()
+        await world.until(lambda wanted=wanted: world.labels() == [{"a": url_hash(wanted)}])
+        assert one.adapters == {"a": wanted}
+    world.set_adapters()
+    await world.stop()
+    world.start()
+
+
+async def test_an_engine_with_a_key_is_given_it(world):
+    world.apply(replicas=1, adapters=both(a=A), env={"VLLM_API_KEY": "secret"})
+    await world.until(lambda: world.served() == [{"a"}])
+    assert next(iter(world.engines.values())).key == "Bearer secret"
+
+
+async def test_nothing_is_done_without_leadership(world):
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: world.served() == [{"a"}])
+    world.leader.leads = False
+    world.controller.rest()
+    (one,) = world.engines.values()
+    asked, writes = len(one.log), len(world.kube.writes)
+    world.set_adapters(a=B)
+    world.controller.all_changed()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (len(one.log), len(world.kube.writes)) == (asked, writes)
+
+
+async def test_a_loader_that_cannot_be_reached_is_told(world):
+    async def unreachable(*_):
+        raise ApiError(500, "InternalError", "error dialing backend")
+
+    world.kube.executed = unreachable
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("False", "LoadFailed"))
+    messages = [c["message"] for c in world.model()["status"]["conditions"]]
+    assert any("error dialing backend" in message for message in messages)
+
+
+def test_pods_keep_what_their_labels_say():
+    assert msgspec.structs.replace(pod(a=HASH_A, b="loading")).loaded == ("a",)
+    assert pod(current=False, a=HASH_A).loaded == ()
