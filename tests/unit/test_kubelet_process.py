@@ -14,6 +14,7 @@ import pytest
 from kubeai.local.kubelet.logs import LogQuery, read_log
 from kubeai.local.kubelet.memory import MemoryGuard
 from kubeai.local.kubelet.process import (
+    ExecResult,
     Launch,
     Mount,
     Process,
@@ -165,32 +166,126 @@ async def test_leftovers_are_found_by_the_mark_in_their_environment(start):
 async def test_a_command_beside_the_main_process_tells_its_code_and_output(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     code = "import os,sys; print(os.environ['X']); print('e', file=sys.stderr, end=''); sys.exit(4)"
-    result = await process.exec([*PYTHON, code], ENV | {"X": "x"}, 10)
+    result = await process.open([*PYTHON, code], ENV | {"X": "x"}).result(10)
     assert result.code == 4
     assert sorted(result.output.split()) == ["e", "x"]
-    assert (await process.exec(["/no/such"], ENV, 10)).code == -1
+    assert (await process.open(["/no/such"], ENV).result(10)).code == -1
 
 
 async def test_a_command_that_is_too_slow_is_killed_with_all_it_started(start, tmp_path):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     with pytest.raises(TimeoutError):
-        await process.exec([*PYTHON, "import os,time; os.fork(); time.sleep(600)"], ENV, 0.3)
+        await process.open([*PYTHON, "import os,time; os.fork(); time.sleep(600)"], ENV).result(0.3)
     await until(lambda: len(ProcessTable().below(process.shim_pid)) == 1)
 
 
 async def test_a_command_cannot_flood_the_kubelet(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
-    result = await process.exec([*PYTHON, "print('x' * 1000000)"], ENV, 10)
+    result = await process.open([*PYTHON, "print('x' * 1000000)"], ENV).result(10)
     assert (result.code, len(result.output)) == (0, 10 << 10)
 
 
 async def test_a_command_ends_when_the_container_does(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
-    command = asyncio.create_task(process.exec([*PYTHON, "import time; time.sleep(600)"], ENV, 60))
+    command = asyncio.create_task(
+        process.open([*PYTHON, "import time; time.sleep(600)"], ENV).result(60)
+    )
     await until(lambda: len(ProcessTable().below(process.shim_pid)) == 2)
     process.kill()
     # 137 when its own end is told before the container's.
     assert (await asyncio.wait_for(command, 10)).code in (-1, 137)
+
+
+async def everything(command):
+    """All of a command's output."""
+
+    async def read(stream):
+        data = b""
+        while more := await command.read(stream):
+            data += more
+        return data
+
+    async with asyncio.timeout(10):
+        return await asyncio.gather(read(command.stdout), read(command.stderr))
+
+
+async def test_a_command_has_streams_of_its_own(start):
+    process = await start(*PYTHON, "import time; time.sleep(600)")
+    code = "import sys; print(sys.stdin.read()[::-1], end=''); print('e', file=sys.stderr, end='')"
+    command = process.open([*PYTHON, code], ENV)
+    await command.write(b"abc")
+    command.end_input()
+    assert await everything(command) == [b"cba", b"e"]
+    assert (await command.ended).code == 0
+    command.close()
+    process.kill()
+    await process.wait()
+    assert await text(process) == ""  # a command's output is not the container's
+
+
+async def test_a_commands_input_and_output_may_be_larger_than_any_pipe(start):
+    process = await start(*PYTHON, "import time; time.sleep(600)")
+    command = process.open(["cat"], ENV)
+    sent = os.urandom(1 << 20)
+
+    async def send():
+        await command.write(sent)
+        command.end_input()
+
+    _, (got, _) = await asyncio.gather(send(), everything(command))
+    assert got == sent
+    command.close()
+
+
+async def test_input_that_a_command_does_not_want_is_dropped(start):
+    process = await start(*PYTHON, "import time; time.sleep(600)")
+    command = process.open([*PYTHON, "import os; os.close(0); print('closed')"], ENV)
+    async with asyncio.timeout(10):
+        await command.write(b"x" * (1 << 20))
+    assert await everything(command) == [b"closed\n", b""]
+    command.close()
+
+
+async def test_all_that_a_command_wrote_is_read_though_it_left_something_that_still_could(start):
+    process = await start(*PYTHON, "import time; time.sleep(600)")
+    code = "import os,time; os.write(1, b'x' * 60000); os.fork() or time.sleep(600)"
+    command = process.open([*PYTHON, code], ENV)
+    async with asyncio.timeout(10):
+        assert (await asyncio.shield(command.ended)).code == 0
+    assert await everything(command) == [b"x" * 60000, b""]
+    command.close()
+    # The main process, and what the command left: it belongs to the container now.
+    assert len(ProcessTable().below(process.shim_pid)) == 2
+
+
+async def test_a_command_that_is_closed_is_killed_with_what_its_dead_children_started(start):
+    process = await start(*PYTHON, "import time; time.sleep(600)")
+    code = (
+        "import os,time\n"
+        "if os.fork() == 0:\n"
+        "    os.fork() and os._exit(0)\n"  # an orphan in the command's session
+        "    print('orphan', flush=True)\n"
+        "time.sleep(600)"
+    )
+    command = process.open([*PYTHON, code], ENV)
+    async with asyncio.timeout(10):
+        assert await command.read(command.stdout) == b"orphan\n"
+    command.close()
+    await until(lambda: ProcessTable().below(process.shim_pid) == [process.pid])
+
+
+async def test_a_command_in_a_container_that_has_ended_has_ended(start):
+    process = await start(*PYTHON, "")
+    await process.wait()
+    assert await process.open(["ls"], ENV).result(10) == ExecResult(-1, "the container has ended")
+
+
+async def test_commands_leave_no_descriptor_open(start):
+    process = await start(*PYTHON, "import time; time.sleep(600)")
+    before = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{process.shim_pid}/fd"))
+    await asyncio.gather(*(process.open(["true"], ENV).result(10) for _ in range(8)))
+    after = len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{process.shim_pid}/fd"))
+    assert after == before
 
 
 async def test_a_long_line_is_put_together_again(start):
@@ -310,7 +405,7 @@ async def test_a_command_beside_the_main_process_sees_its_mounts(
         root=tmp_path / "r",
         namespace=namespace,
     )
-    result = await process.exec(["cat", "/kubeai-a/file"], ENV, 10)
+    result = await process.open(["cat", "/kubeai-a/file"], ENV).result(10)
     assert (result.code, result.output) == (0, "content")
 
 

@@ -1,6 +1,7 @@
 """Container processes, as the runner sees them: started, signalled, probed, gone.
 
-Owns: the shim processes (shim.py) and the control socket to each. Promises: a
+Owns: the shim processes (shim.py), the sockets to each, and the streams of the commands that run
+beside a container's main process (:class:`Command`). Promises: a
 :class:`Process` whose ``exited`` is set has no process left; when a shim is killed, what it
 guarded is found and killed here, because the kubelet is a subreaper (:func:`become_subreaper`).
 """
@@ -34,6 +35,9 @@ START_TIMEOUT_S = 20.0
 SHIM_KILL_TIMEOUT_S = 35.0  # a shim that did not end its container by then is ended itself
 ORPHAN_KILL_TIMEOUT_S = 5.0
 HELPER_TIMEOUT_S = 10.0
+EXEC_OUTPUT_MAX_BYTES = 10 << 10  # of a probe's or a hook's command
+EXEC_READ_MAX_BYTES = 32 << 10
+EXEC_DRAIN_MAX_BYTES = 1 << 20  # read after a command's end, if what it left behind still writes
 _MESSAGE_MAX_BYTES = 1 << 20
 
 # Children that are not orphans: shims, and the short programs of run_helper.
@@ -86,6 +90,105 @@ class ExecResult(msgspec.Struct, frozen=True):
     output: str
 
 
+class Command:
+    """A command beside a container's main process, and its streams. ``close`` it.
+
+    One task at a time may read a stream, and one write.
+    """
+
+    def __init__(self, kill: Callable[[], None], stdin: int, stdout: int, stderr: int) -> None:
+        self.ended: asyncio.Future[ExecResult] = asyncio.get_running_loop().create_future()
+        self.stdout, self.stderr = stdout, stderr  # for `read`
+        self._kill = kill
+        self._stdin = stdin
+        self._drained_bytes = 0
+        for fd in (stdin, stdout, stderr):
+            os.set_blocking(fd, False)
+
+    async def write(self, data: bytes) -> None:
+        """Give it input, as fast as it takes it; what it does not want any more is dropped."""
+        loop = asyncio.get_running_loop()
+        while data and self._stdin >= 0:
+            try:
+                data = data[os.write(self._stdin, data) :]
+            except BlockingIOError:
+                await _until_ready(self._stdin, loop.add_writer, loop.remove_writer)
+            except BrokenPipeError:
+                self.end_input()
+
+    def end_input(self) -> None:
+        if self._stdin >= 0:
+            os.close(self._stdin)
+            self._stdin = -1
+
+    async def read(self, stream: int) -> bytes:
+        """Output as it comes; nothing at its end, or once all that the command wrote is read."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                data = os.read(stream, EXEC_READ_MAX_BYTES)
+            except BlockingIOError:
+                if self.ended.done():
+                    return b""  # what it left behind may keep the stream open
+                await _until_ready(stream, loop.add_reader, loop.remove_reader, self.ended)
+                continue
+            if self.ended.done():
+                self._drained_bytes += len(data)
+                if self._drained_bytes > EXEC_DRAIN_MAX_BYTES:
+                    return b""
+            return data
+
+    async def result(self, timeout_s: float) -> ExecResult:
+        """Its end and the beginning of its output; TimeoutError kills it. It gets no input."""
+        output = bytearray()
+
+        async def collect(stream: int) -> None:
+            while data := await self.read(stream):
+                output.extend(data[: EXEC_OUTPUT_MAX_BYTES - len(output)])
+
+        try:
+            self.end_input()
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(collect(self.stdout), collect(self.stderr))
+                end = await asyncio.shield(self.ended)
+        finally:
+            self.close()
+        return end if end.code == -1 else ExecResult(end.code, output.decode(errors="replace"))
+
+    def close(self) -> None:
+        """Kill it, and all below it, if it has not ended. Call when nobody reads or writes."""
+        if self.stdout < 0:
+            return
+        if not self.ended.done():
+            self._kill()
+        self.end_input()
+        os.close(self.stdout)
+        os.close(self.stderr)
+        self.stdout = self.stderr = -1
+
+
+async def _until_ready(
+    fd: int,
+    watch: Callable[[int, Callable[[], None]], None],
+    unwatch: Callable[[int], bool],
+    or_else: asyncio.Future[Any] | None = None,
+) -> None:
+    ready = asyncio.Event()
+    watch(fd, ready.set)
+
+    def end(_: object) -> None:
+        ready.set()
+
+    if or_else is not None:
+        or_else.add_done_callback(end)
+    try:
+        await ready.wait()
+    finally:
+        unwatch(fd)
+        if or_else is not None:
+            or_else.remove_done_callback(end)
+
+
 def become_subreaper() -> None:
     """From now on orphans of killed shims become children of this process, which kills them.
 
@@ -100,16 +203,21 @@ class Process:
     """A container's main process and all that descends from it."""
 
     def __init__(
-        self, shim_pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        shim_pid: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        handover: socket.socket,
     ) -> None:
         self.shim_pid = shim_pid
         self.pid = 0
         self.started_s = 0.0
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._execs: dict[int, asyncio.Future[ExecResult]] = {}
+        self._commands: dict[int, Command] = {}
         self._next_exec = 0
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer = writer
+        self._handover = handover
         self._reading = asyncio.create_task(self._read(reader), name=f"shim {shim_pid}")
         self._last_resort: asyncio.TimerHandle | None = None
 
@@ -118,10 +226,12 @@ class Process:
         """Start; StartError when the program, its directory or a mount is not to be had."""
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
-        with theirs:
-            shim_pid = _spawn_shim(theirs.fileno(), launch.log)
+        handover, taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handover.setblocking(False)
+        with theirs, taking:
+            shim_pid = _spawn_shim(theirs.fileno(), taking.fileno(), launch.log)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        process = cls(shim_pid, reader, writer)
+        process = cls(shim_pid, reader, writer, handover)
         process._send(
             (
                 "start",
@@ -171,24 +281,29 @@ class Process:
                 SHIM_KILL_TIMEOUT_S, shim.kill, self.shim_pid, signal.SIGKILL
             )
 
-    async def exec(self, argv: list[str], env: dict[str, str], timeout_s: float) -> ExecResult:
-        """Run a command beside the main process, with the same mounts; TimeoutError kills it."""
-        if self.exited.done():
-            return ExecResult(-1, "the container has ended")
+    def open(self, argv: list[str], env: dict[str, str]) -> Command:
+        """Start a command beside the main process, with the same mounts and working directory.
+
+        When it cannot be started, it has ended, with code -1 and the reason for output. OSError
+        when this process has too many files open.
+        """
         self._next_exec += 1
         id = self._next_exec
-        done: asyncio.Future[ExecResult] = asyncio.get_running_loop().create_future()
-        self._execs[id] = done
+        theirs, ours = _pipes()
+        command = Command(lambda: self._send(("exec-kill", id)), *ours)
         try:
-            self._send(("exec", id, argv, env))
-            async with asyncio.timeout(timeout_s):
-                result = await done
-        except (TimeoutError, asyncio.CancelledError):
-            self._send(("exec-kill", id))
-            raise
+            socket.send_fds(self._handover, [b"e"], theirs)
+        except OSError as error:
+            why = "the container has ended" if self.exited.done() else str(error)
+            _end_command(command, -1, why)
+            return command
         finally:
-            self._execs.pop(id, None)
-        return result
+            for fd in theirs:
+                os.close(fd)
+        self._commands[id] = command
+        command.ended.add_done_callback(lambda _: self._commands.pop(id, None))
+        self._send(("exec", id, argv, env))
+        return command
 
     def memory_bytes(self, processes: ProcessTable) -> int:
         """Resident memory of the tree: each one's own pages, and the largest one's shared."""
@@ -218,6 +333,7 @@ class Process:
             pass
         finally:
             self._writer.close()
+            self._handover.close()
         await _wait_for_exit(self.shim_pid)
         if end is None:
             end = Exit(137, signal.SIGKILL, time.time(), "the container's guardian was killed")
@@ -228,9 +344,8 @@ class Process:
         if not self._started.done():
             self._started.set_exception(StartError("StartError", end.message))
             self._started.exception()  # somebody may have stopped waiting
-        for future in self._execs.values():
-            if not future.done():
-                future.set_result(ExecResult(-1, "the container has ended"))
+        for command in list(self._commands.values()):
+            _end_command(command, -1, "the container has ended")
         self.exited.set_result(end)
 
     def _take(self, message: tuple[Any, ...]) -> Exit | None:
@@ -243,15 +358,33 @@ class Process:
             self._started.exception()
             return Exit(128, 0, time.time(), rest[1])
         elif kind == "exec":
-            future = self._execs.get(rest[0])
-            if future is not None and not future.done():
-                future.set_result(ExecResult(_code(rest[1]), rest[2].decode(errors="replace")))
+            command = self._commands.get(rest[0])
+            if command is not None:
+                _end_command(command, _code(rest[1]), rest[2])
         elif kind == "exited":
             status, finished_ns, survivors = rest
             left = f"{survivors} processes could not be killed" if survivors else ""
             number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             return Exit(_code(status), number, finished_ns / 1e9, left)
         return None
+
+
+def _pipes() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Pipes for stdin, stdout and stderr: the command's ends, and ours."""
+    made: list[int] = []
+    try:
+        for _ in range(shim.EXEC_STREAMS):
+            made += os.pipe()
+    except OSError:
+        for fd in made:
+            os.close(fd)
+        raise
+    return (made[0], made[3], made[5]), (made[1], made[2], made[4])
+
+
+def _end_command(command: Command, code: int, why: str) -> None:
+    if not command.ended.done():
+        command.ended.set_result(ExecResult(code, why))
 
 
 def _code(status: int) -> int:
@@ -276,13 +409,13 @@ def _compiled_shim() -> int:
     return fd
 
 
-def _spawn_shim(control: int, log: Path) -> int:
+def _spawn_shim(control: int, handover: int, log: Path) -> int:
     code = _compiled_shim()
     name = f"{log.parent.parent.name}/{log.parent.name}"  # for who looks with ps
     popen = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _BOOT, str(code), str(control), name],
+        [sys.executable, "-I", "-S", "-c", _BOOT, str(code), str(control), str(handover), name],
         stdin=subprocess.DEVNULL,
-        pass_fds=(code, control),
+        pass_fds=(code, control, handover),
         start_new_session=True,  # a terminal's Ctrl-C is not for the engines
         cwd="/",
     )

@@ -16,7 +16,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from kubeai.local.kubelet.pod import (
 )
 from kubeai.local.kubelet.probes import Attempt, Loops, Outcome, Prober
 from kubeai.local.kubelet.process import (
+    Command,
     ExecResult,
     Exit,
     Launch,
@@ -326,16 +327,20 @@ class ContainerRunner:
     def port(self, wanted: int | str) -> int:
         return self.spec.port(wanted)
 
+    async def open(self, command: Sequence[str]) -> Command:
+        """Start a command beside the main process; PodError when there is none, or no program."""
+        if (process := self.process) is None:
+            raise PodError(f"container {self.spec.name} is not running")
+        words = [programs.bind_to_pod(word, self.ip) for word in command]
+        return process.open(await programs.locate(words, self._env), self._env)
+
     async def exec(self, command: tuple[str, ...], timeout_s: float) -> ExecResult:
-        """Run a command beside the main process (an exec probe, a hook)."""
-        if self.process is None:
-            return ExecResult(-1, "the container is not running")
+        """Run a command to its end (an exec probe, a hook)."""
         try:
-            words = [programs.bind_to_pod(word, self.ip) for word in command]
-            argv = await programs.locate(words, self._env)
-        except PodError as error:
+            opened = await self.open(command)
+        except (PodError, OSError) as error:
             return ExecResult(-1, str(error))
-        return await self.process.exec(argv, self._env, timeout_s)
+        return await opened.result(timeout_s)
 
     async def _attempt(self, probe: Any) -> Attempt:
         return await self._host.prober.attempt(probe, self)

@@ -6,15 +6,16 @@ when the kubelet says so, or when the kubelet is gone (the control socket ends),
 is killed before this process exits. When this process itself is SIGKILLed, the kernel kills the
 main process (PR_SET_PDEATHSIG) and the kubelet, which inherits the others, kills those.
 
-Started by process.py with ``python -I -S`` and a control socket's descriptor. It imports little
-and nothing of kubeai, because its start is part of a model's cold start. Messages in both
-directions are marshal (both ends are the same interpreter), each after its length in 4 bytes,
-network order:
+Started by process.py with ``python -I -S`` and the descriptors of two sockets. It imports little
+and nothing of kubeai, because its start is part of a model's cold start. On the control socket
+messages in both directions are marshal (both ends are the same interpreter), each after its
+length in 4 bytes, network order. Before each "exec" the kubelet hands over the command's stdin,
+stdout and stderr on the second one, so that no output of a command passes through this process:
 
 to the shim     ("start", {argv, env, cwd, log, log_max_bytes, mounts, root, namespace})
                 ("signal", number) · ("kill",) · ("exec", id, argv, env) · ("exec-kill", id)
 from the shim   ("started", pid) | ("failed", reason, message), once
-                ("exec", id, wait status or -1, output)
+                ("exec", id, wait status or -1, why it was not started)
                 ("exited", wait status, ns since the epoch, survivors), last
 """
 
@@ -26,12 +27,14 @@ import marshal
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from typing import Any
 
 LOG_LINE_MAX_BYTES = 16 << 10  # a longer line is written in parts, tagged P, as CRI does
-EXEC_OUTPUT_MAX_BYTES = 10 << 10
+EXEC_STREAMS = 3
+EXEC_KILL_MAX_PASSES = 20
 KILL_TIMEOUT_S = 30.0  # for processes that even SIGKILL does not end (uninterruptible in a driver)
 DRAIN_MAX_READS = 64  # what may still be in a pipe once all of its writers are dead
 MIRROR_MAX_ENTRIES = 5000
@@ -164,17 +167,37 @@ def descendants(root: int) -> list[int]:
 
 
 def parent_of(pid: int) -> int:
-    """The parent of ``pid``; 0 when it is gone. (The name in parentheses may hold anything.)"""
+    """The parent of ``pid``; 0 when it is gone."""
+    return _stat(pid, 1)
+
+
+def _stat(pid: int, field: int) -> int:
+    """A field of /proc/<pid>/stat, counted after the name, which may hold anything; 0: gone."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 0
     try:
-        return int(os.read(fd, 1024).rpartition(b")")[2].split()[1])
+        return int(os.read(fd, 1024).rpartition(b")")[2].split()[field])
     except (OSError, IndexError, ValueError):
         return 0
     finally:
         os.close(fd)
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILL a command that is not reaped yet: all below it, and all that is in its session."""
+    killed: set[int] = set()
+    for _ in range(EXEC_KILL_MAX_PASSES):  # what is met alive may have forked in the meantime
+        found = {leader, *descendants(leader)}
+        for pid in descendants(os.getpid()):
+            if _stat(pid, 3) == leader:
+                found.update((pid, *descendants(pid)))
+        if found <= killed:
+            return
+        for pid in found - killed:
+            kill(pid, signal.SIGKILL)
+        killed |= found
 
 
 def kill(pid: int, number: int) -> None:
@@ -222,20 +245,13 @@ def spawn(
     os._exit(127)
 
 
-class Exec:
-    """One command beside the main process: an exec probe or a lifecycle hook."""
-
-    def __init__(self, id: int, pid: int, output: int) -> None:
-        self.id, self.pid, self.output = id, pid, output
-        self.kept = b""
-        self.closed = False
-
-
 class Shim:
     """The loop over the control socket, the pipes and SIGCHLD."""
 
-    def __init__(self, control: int) -> None:
+    def __init__(self, control: int, handover: int) -> None:
         self._control = control
+        self._handover = socket.socket(fileno=handover)
+        self._handover.setblocking(False)
         self._received = b""
         self._main = 0
         self._exited: tuple[int, int] | None = None
@@ -243,7 +259,7 @@ class Shim:
         self._env: dict[str, str] = {}
         self._cwd = "/"
         self._streams: dict[int, bytes] = {}
-        self._execs: dict[int, Exec] = {}
+        self._execs: dict[int, int] = {}  # a command's pid, and what the kubelet calls it
         self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
@@ -270,8 +286,6 @@ class Shim:
                     self._reap()
                 elif fd in self._streams:
                     self._copy(fd)
-                else:
-                    self._collect(fd)
         status, finished_ns = self._exited
         survivors = kill_all()
         self._drain()
@@ -307,10 +321,9 @@ class Shim:
         elif kind == "exec":
             self._exec(*rest)
         elif kind == "exec-kill":
-            for job in self._execs.values():
-                if job.id == rest[0]:
-                    for pid in [job.pid, *descendants(job.pid)]:
-                        kill(pid, signal.SIGKILL)
+            for pid, id in self._execs.items():
+                if id == rest[0]:
+                    kill_session(pid)
 
     def _send(self, message: tuple[Any, ...]) -> None:
         data = marshal.dumps(message)
@@ -355,10 +368,9 @@ class Shim:
                 return
             if pid == self._main:
                 self._exited = (status, time.time_ns())
-            for job in self._execs.values():
-                if job.pid == pid:
-                    self._ended(job, status)
-                    break
+            id = self._execs.pop(pid, None)
+            if id is not None:
+                self._send(("exec", id, status, ""))
 
     def _copy(self, fd: int) -> None:
         data = _read(fd)
@@ -371,42 +383,22 @@ class Shim:
             del self._streams[fd]
 
     def _exec(self, id: int, argv: list[str], env: dict[str, str]) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
+        """Run a command beside the main process: an exec probe's, a hook's, a person's."""
+        streams: list[int] = []
         try:
-            pid = spawn(argv, env, self._cwd, self._null, writer, writer)
+            _, streams, _, _ = socket.recv_fds(self._handover, 1, EXEC_STREAMS)
+            for fd in streams:
+                os.set_inheritable(fd, False)
+            if len(streams) < EXEC_STREAMS:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), argv[0])
+            pid = spawn(argv, env, self._cwd, *streams)
         except OSError as error:
-            os.close(reader)
-            self._send(("exec", id, -1, f"{error.filename}: {error.strerror}".encode()))
-            return
+            self._send(("exec", id, -1, f"{error.filename}: {error.strerror}"))
+        else:
+            self._execs[pid] = id
         finally:
-            os.close(writer)
-        self._execs[reader] = Exec(id, pid, reader)
-        self._poll.register(reader, select.POLLIN)
-
-    def _collect(self, fd: int) -> None:
-        """Take a command's output; what is over the limit is read and dropped."""
-        job = self._execs.get(fd)
-        if job is None:
-            return
-        data = _read(fd)
-        if data:
-            job.kept += data[: EXEC_OUTPUT_MAX_BYTES - len(job.kept)]
-        elif not job.closed:
-            job.closed = True  # its exit is still to come
-            self._poll.unregister(fd)
-
-    def _ended(self, job: Exec, status: int) -> None:
-        for _ in range(DRAIN_MAX_READS):
-            data = _read(job.output)
-            if not data:
-                break
-            job.kept += data[: EXEC_OUTPUT_MAX_BYTES - len(job.kept)]
-        if not job.closed:
-            self._poll.unregister(job.output)
-        os.close(job.output)
-        del self._execs[job.output]
-        self._send(("exec", job.id, status, job.kept))
+            for fd in streams:
+                os.close(fd)
 
     def _drain(self) -> None:
         if self._log is None:
@@ -589,10 +581,11 @@ def _os_error(path: str) -> OSError:
 
 
 def main() -> None:
-    control = int(sys.argv[1])
-    os.set_inheritable(control, False)
+    control, handover = int(sys.argv[1]), int(sys.argv[2])
+    for fd in (control, handover):
+        os.set_inheritable(fd, False)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    Shim(control).run()
+    Shim(control, handover).run()
 
 
 if __name__ == "__main__":
