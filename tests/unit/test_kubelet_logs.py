@@ -5,8 +5,10 @@ import asyncio
 import aiohttp
 import pytest
 
+from kubeai.local.kubelet.access import TokenAccess
+from kubeai.local.kubelet.execs import Refusal
 from kubeai.local.kubelet.logs import LogQuery, last_lines, read_log
-from kubeai.local.kubelet.server import LogServer, NoLog
+from kubeai.local.kubelet.server import KubeletServer
 
 
 def record(second, text, tag="F", stream="stdout"):
@@ -101,15 +103,15 @@ class Logs:
 
     def find_log(self, namespace, pod, container, previous):
         if (namespace, pod) != ("default", "p"):
-            raise NoLog(404, f'pod "{pod}" is not on this node')
+            raise Refusal(404, f'pod "{pod}" is not on this node')
         if container != "server" or previous:
-            raise NoLog(400, f'container "{container}" is waiting to start')
+            raise Refusal(400, f'container "{container}" is waiting to start')
         return self.path, lambda: False
 
 
 @pytest.fixture
 async def get(log):
-    server = LogServer(Logs(log), "secret")
+    server = KubeletServer(Logs(log), TokenAccess("secret"))
     port = await server.start()
     async with aiohttp.ClientSession() as session:
 

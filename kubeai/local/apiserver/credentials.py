@@ -7,7 +7,6 @@ send a kubeconfig's token over https only; the certificate authority signs loopb
 
 from __future__ import annotations
 
-import os
 import secrets
 import ssl
 from datetime import UTC, datetime, timedelta
@@ -19,10 +18,11 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from kubeai.local import certificates
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_VALID_DAYS = 3650
 _RENEW_BEFORE_DAYS = 30
 
 
@@ -56,7 +56,7 @@ class Credentials(NamedTuple):
                 }
             ],
         }
-        _write(path, yaml.safe_dump(config).encode())
+        certificates.write_private(path, yaml.safe_dump(config).encode())
         return path
 
 
@@ -65,22 +65,12 @@ def load(directory: Path) -> Credentials:
     directory = directory.resolve()
     token_file = directory / "token"
     if not token_file.exists():
-        _write(token_file, secrets.token_urlsafe(32).encode())
+        certificates.write_private(token_file, secrets.token_urlsafe(32).encode())
     if _expires_soon(directory):
         _make_certificates(directory)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(directory / "tls.crt", directory / "tls.key")
     return Credentials(token_file.read_text().strip(), tls, directory)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """At once or not at all, readable by the owner alone."""
-    partial = path.with_name(path.name + ".new")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    partial.replace(path)
 
 
 def _expires_soon(directory: Path) -> bool:
@@ -97,11 +87,11 @@ def _make_certificates(directory: Path) -> None:
     """An authority whose key is thrown away at once, and the one certificate that it signs."""
     authority_key = ec.generate_private_key(ec.SECP256R1())
     key = ec.generate_private_key(ec.SECP256R1())
-    issuer = _name("kubeai local authority")
+    issuer = certificates.name("kubeai local authority")
     authority = (
-        _builder(issuer, issuer, authority_key.public_key())
+        certificates.builder(issuer, issuer, authority_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(authority=True), critical=True)
+        .add_extension(certificates.key_usage(authority=True), critical=True)
         .add_extension(
             x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False
         )
@@ -112,9 +102,9 @@ def _make_certificates(directory: Path) -> None:
         for name in LOOPBACK
     ]
     certificate = (
-        _builder(_name("kubeai local api"), issuer, key.public_key())
+        certificates.builder(certificates.name("kubeai local api"), issuer, key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(authority=False), critical=True)
+        .add_extension(certificates.key_usage(authority=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -124,44 +114,10 @@ def _make_certificates(directory: Path) -> None:
         )
         .sign(authority_key, hashes.SHA256())
     )
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+    certificates.write_private(directory / "tls.key", certificates.pem_of(key))
+    certificates.write_private(
+        directory / "ca.crt", authority.public_bytes(serialization.Encoding.PEM)
     )
-    _write(directory / "tls.key", private)
-    _write(directory / "ca.crt", authority.public_bytes(serialization.Encoding.PEM))
-    _write(directory / "tls.crt", certificate.public_bytes(serialization.Encoding.PEM))
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=_VALID_DAYS))
-    )
-
-
-def _key_usage(authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
+    certificates.write_private(
+        directory / "tls.crt", certificate.public_bytes(serialization.Encoding.PEM)
     )

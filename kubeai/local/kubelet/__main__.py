@@ -1,6 +1,6 @@
 """``python -m kubeai.local.kubelet``: the process kubelet of one Node.
 
-``--ready-fd``: gets ``ready <port of the logs>`` once the Node is registered and every pod found
+``--ready-fd``: gets ``ready <port of its server>`` once the Node is registered and every pod found
 in the API has a true status. Then this process belongs to the one that started it: it ignores
 Ctrl-C and dies when its parent does. SIGTERM ends every process within ``SHUTDOWN_GRACE_S`` and
 leaves the Pods in the API; a second start goes on with them.
@@ -23,16 +23,18 @@ from typing import IO, Any
 import structlog
 import yaml
 
+from kubeai.api.quantity import parse_quantity
 from kubeai.errors import KubeAIError
 from kubeai.kube import Kube
 from kubeai.local.kubelet import shim
+from kubeai.local.kubelet.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.agent import Agent, KubeObjects
 from kubeai.local.kubelet.memory import MemoryGuard
 from kubeai.local.kubelet.node import Node
 from kubeai.local.kubelet.probes import Prober
 from kubeai.local.kubelet.process import become_subreaper, kill_leftovers
 from kubeai.local.kubelet.runner import Host
-from kubeai.local.kubelet.server import LogServer
+from kubeai.local.kubelet.server import KubeletServer
 from kubeai.logs import setup_logging
 
 log = structlog.get_logger(__name__)
@@ -69,7 +71,40 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="the cluster has a scheduler: take only pods that it gave to this node",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--client-ca-file",
+        type=Path,
+        help="serve logs and commands over TLS, to clients with a certificate of this authority "
+        "(a real API server's --kubelet-client-certificate); default: to who knows the API's token",
+    )
+    parser.add_argument("--client-name", default="", help="the one common name of such a client")
+    parser.add_argument(
+        "--label", action="append", default=[], type=_pair, help="key=value: one of the Node's"
+    )
+    parser.add_argument(
+        "--capacity",
+        action="append",
+        default=[],
+        type=_pair,
+        help="resource=quantity: what the Node has, such as nvidia.com/gpu=2, or has more or less "
+        "of than was found",
+    )
+    options = parser.parse_args(arguments)
+    if options.client_name and not options.client_ca_file:
+        parser.error("--client-name needs --client-ca-file")
+    for resource, quantity in options.capacity:
+        try:
+            parse_quantity(quantity)
+        except ValueError:
+            parser.error(f"argument --capacity: {resource}: {quantity!r} is not a quantity")
+    return options
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    return key, value
 
 
 async def _run(options: argparse.Namespace) -> None:
@@ -94,11 +129,17 @@ async def _run(options: argparse.Namespace) -> None:
         if killed := kill_leftovers(host.marker):
             log.warning("processes of an earlier kubelet were killed", count=killed)
         agent = Agent(kube, host, options.node_name, bind=not options.no_bind)
-        token = _token(options.kubeconfig or os.environ.get("KUBECONFIG", ""))
-        server = LogServer(agent, token)
+        server = KubeletServer(agent, _access(options))
         stack.push_async_callback(server.close)
         port = await server.start()
-        node = Node(kube, options.node_name, host.ip, lease=options.no_bind)
+        node = Node(
+            kube,
+            options.node_name,
+            host.ip,
+            lease=options.no_bind,
+            labels=dict(options.label),
+            capacity=dict(options.capacity),
+        )
         await node.register(port)
         tasks = [asyncio.create_task(agent.run()), asyncio.create_task(node.run())]
         tasks.append(asyncio.create_task(_tell_ready(agent, port, options.ready_fd, stopping)))
@@ -117,7 +158,7 @@ async def _tell_ready(
     agent: Agent, port: int, ready_fd: int | None, stopping: asyncio.Event
 ) -> None:
     await agent.synced.wait()
-    log.info("kubelet ready", log_port=port)
+    log.info("kubelet ready", port=port)
     if ready_fd is not None:
         try:
             os.write(ready_fd, f"ready {port}\n".encode())
@@ -139,8 +180,16 @@ def _lock(data_dir: Path) -> IO[str]:
     return file
 
 
+def _access(options: argparse.Namespace) -> Access:
+    if options.client_ca_file is None:
+        return TokenAccess(_token(options.kubeconfig or os.environ.get("KUBECONFIG", "")))
+    return CertificateAccess(
+        options.client_ca_file, options.client_name, HOST_IP, options.data_dir.resolve()
+    )
+
+
 def _token(kubeconfig: str) -> str:
-    """The API's bearer token, which readers of logs must show; else one that nobody knows."""
+    """The API's bearer token, which its clients must show; else one that nobody knows."""
     try:
         content: Any = yaml.safe_load(Path(kubeconfig.split(":")[0]).read_text())
         context = _named(content["contexts"], content["current-context"])["context"]

@@ -21,9 +21,9 @@ import structlog
 from kubeai.errors import KubeAIError
 from kubeai.kube import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
 from kubeai.local.kubelet.addresses import PodAddress
+from kubeai.local.kubelet.execs import Refusal
 from kubeai.local.kubelet.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
-from kubeai.local.kubelet.runner import Host, PodRunner
-from kubeai.local.kubelet.server import NoLog
+from kubeai.local.kubelet.runner import ContainerRunner, Host, PodRunner
 from kubeai.local.kubelet.volumes import config_map_data, secret_data
 
 log = structlog.get_logger(__name__)
@@ -90,11 +90,18 @@ class Agent:
     def find_log(
         self, namespace: str, pod: str, container: str, previous: bool
     ) -> tuple[Path, Callable[[], bool]]:
-        """See server.Logs."""
+        """See server.Pods."""
+        return self._worker(namespace, pod).find_log(container, previous)
+
+    def find_container(self, namespace: str, pod: str, container: str) -> ContainerRunner:
+        """See execs.Containers."""
+        return self._worker(namespace, pod).find_container(container)
+
+    def _worker(self, namespace: str, pod: str) -> _PodWorker:
         found = [w for w in self._workers.values() if w.is_named(namespace, pod)]
         if not found:
-            raise NoLog(404, f'pod "{pod}" is not on this node')
-        return found[-1].find_log(container, previous)
+            raise Refusal(404, f'pod "{pod}" is not on this node')
+        return found[-1]
 
     # -- what the API says -----------------------------------------------------------------------
 
@@ -229,10 +236,7 @@ class _PodWorker:
         runner = self._runner
         if runner is None:
             return self._find_old_log(container, previous)
-        one = runner.container(container)
-        if one is None:
-            name = self._meta.name
-            raise NoLog(400, f"container {container} is not valid for pod {name}")
+        one = self._container(runner, container)
         run = one.record.restarts
         path = self._directory / container / f"{run - previous}.log"
         if not path.exists():
@@ -244,9 +248,21 @@ class _PodWorker:
                 what = f'container "{container}" in pod "{name}" is waiting to start: {why}'
             else:
                 what = f'container "{container}" in pod "{name}" has no log'
-            raise NoLog(400, what)
+            raise Refusal(400, what)
         process = one.process
         return path, lambda: not previous and process is not None and not process.exited.done()
+
+    def find_container(self, name: str) -> ContainerRunner:
+        one = None if self._runner is None else self._container(self._runner, name)
+        if one is None or one.process is None:
+            raise Refusal(400, f'container "{name}" in pod "{self._meta.name}" is not running')
+        return one
+
+    def _container(self, runner: PodRunner, name: str) -> ContainerRunner:
+        one = runner.container(name)
+        if one is None:
+            raise Refusal(400, f"container {name} is not valid for pod {self._meta.name}")
+        return one
 
     def _find_old_log(self, container: str, previous: bool) -> tuple[Path, Callable[[], bool]]:
         """Of a pod that ended in the life of an earlier kubelet."""
@@ -255,7 +271,7 @@ class _PodWorker:
             key=lambda path: int(path.stem),
         )
         if len(runs) <= previous:
-            raise NoLog(400, f'container "{container}" in pod "{self._meta.name}" has no log')
+            raise Refusal(400, f'container "{container}" in pod "{self._meta.name}" has no log')
         return runs[-1 - previous], lambda: False
 
     # -- its life --------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The Node object of this machine, and its heartbeat.
 
-Owns: what the machine has (CPUs, memory, NVIDIA GPUs) and that the API knows where its logs are
-served. On `kubeai local` the heartbeat is one status patch in five minutes; on a cluster, whose
-controllers take a silent node for a dead one, it is a Lease that is renewed every ten seconds, as
-every kubelet's is.
+Owns: what the machine has (CPUs, memory, NVIDIA GPUs, and what it is told to have) and that the
+API knows where the kubelet serves. On `kubeai local` the heartbeat is one status patch in five
+minutes; on a cluster, whose controllers take a silent node for a dead one, it is a Lease that is
+renewed every ten seconds, as every kubelet's is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import os
 import platform
 import shutil
-import socket
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +29,9 @@ HEARTBEAT_INTERVAL_S = 300.0
 LEASE_INTERVAL_S, LEASE_DURATION_S = 10.0, 40
 LEASE_NAMESPACE = "kube-node-lease"
 PODS_MAX = 1000
+# An API server of 1.36 or later then passes kubectl's WebSockets on as they are. For other nodes,
+# and in older versions, it translates them to SPDY, which this kubelet does not speak.
+DECLARED_FEATURES = ["ExtendWebSocketsToKubelet"]
 _CONDITIONS = (
     ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
     ("DiskPressure", "False", "KubeletHasNoDiskPressure"),
@@ -41,17 +43,29 @@ _CONDITIONS = (
 class Node:
     """This machine, as the API shows it."""
 
-    def __init__(self, kube: Kube, name: str, host_ip: str, *, lease: bool) -> None:
+    def __init__(
+        self,
+        kube: Kube,
+        name: str,
+        host_ip: str,
+        *,
+        lease: bool,
+        labels: dict[str, str],
+        capacity: dict[str, str],
+    ) -> None:
+        """``labels`` and ``capacity`` are added to what is found here, or replace it."""
         self._kube = kube
         self._name = name
         self._ip = host_ip
         self._lease = lease
+        self._labels = labels
+        self._capacity = capacity
         self._since = timestamp(time.time())
         self._port = 0
         self._gpus = 0
 
     async def register(self, port: int) -> None:
-        """Create the Node or take it over; ``port`` serves the logs."""
+        """Create the Node or take it over; ``port`` serves logs and commands."""
         self._port = port
         self._gpus = await _gpu_count()
         labels = {
@@ -59,7 +73,7 @@ class Node:
             "kubernetes.io/os": "linux",
             "kubernetes.io/arch": _architecture(),
             "kubeai.org/process-kubelet": "true",
-        }
+        } | self._labels
         try:
             await self._kube.create(NODES, {"metadata": {"name": self._name, "labels": labels}})
         except ApiError as error:
@@ -100,13 +114,13 @@ class Node:
         }
         if self._gpus:
             capacity["nvidia.com/gpu"] = str(self._gpus)
+        capacity |= self._capacity
         return {
-            "addresses": [
-                {"type": "InternalIP", "address": self._ip},
-                {"type": "Hostname", "address": socket.gethostname()},
-            ],
+            # No Hostname: API servers would prefer it, and it does not lead to loopback.
+            "addresses": [{"type": "InternalIP", "address": self._ip}],
             "capacity": capacity,
             "allocatable": capacity,
+            "declaredFeatures": DECLARED_FEATURES,
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port}},
             "conditions": [
                 {

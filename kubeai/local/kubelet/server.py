@@ -1,74 +1,80 @@
-"""The kubelet's HTTP server: logs, on loopback, for who knows the API's token.
+"""The kubelet's HTTP server: logs and commands, for those that :mod:`~.access` admits.
 
 ``GET /containerLogs/{namespace}/{pod}/{container}`` with the kubelet's own parameters (follow,
-tailLines, sinceSeconds, sinceTime, timestamps, previous, limitBytes). The API's process is the
-client.
+tailLines, sinceSeconds, sinceTime, timestamps, previous, limitBytes), and ``/exec/…``, which
+execs.py serves. The client is the API's process.
 """
 
 from __future__ import annotations
 
-import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
 from aiohttp import web
 
+from kubeai.local.kubelet.access import Access
+from kubeai.local.kubelet.execs import Containers, Execs, Refusal
 from kubeai.local.kubelet.logs import LogQuery, read_log
+from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
 
 
-class NoLog(Exception):
-    """There is no such log; ``status`` is HTTP's."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Logs(Protocol):
-    """Where a container's log is, and whether it still grows; NoLog where there is none."""
+class Pods(Containers, Protocol):
+    """The pods of this node. ``find_log``: a container's log, and whether it still grows."""
 
     def find_log(
         self, namespace: str, pod: str, container: str, previous: bool
     ) -> tuple[Path, Callable[[], bool]]: ...
 
 
-class LogServer:
+class KubeletServer:
     """Listens on a port of 127.0.0.1; ``start`` returns it."""
 
-    def __init__(self, logs: Logs, token: str) -> None:
-        self._logs = logs
-        self._token = token.encode()
-        app = web.Application()
-        app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self._get)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+    def __init__(self, pods: Pods, access: Access) -> None:
+        self._pods = pods
+        self._access = access
+        app = web.Application(middlewares=[self._check])
+        app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self._log)
+        execs = Execs(pods)
+        for method in ("GET", "POST"):
+            app.router.add_route(method, "/exec/{namespace}/{pod}/{container}", execs.handle)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=0.5, max_line_size=REQUEST_LINE_MAX_BYTES
+        )
 
     async def start(self) -> int:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._access.tls)
         await site.start()
         return int(self._runner.addresses[0][1])
 
     async def close(self) -> None:
         await self._runner.cleanup()
 
-    async def _get(self, request: web.Request) -> web.StreamResponse:
-        sent = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-        if not hmac.compare_digest(sent, self._token):
+    @web.middleware
+    async def _check(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        if not self._access.admits(request):
             return web.Response(status=401, text="Unauthorized\n")
+        try:
+            return await handler(request)
+        except Refusal as error:
+            return web.Response(status=error.status, text=f"{error}\n")
+
+    async def _log(self, request: web.Request) -> web.StreamResponse:
         names = request.match_info
         try:
-            query = _query(request)
-            previous = _flag(request, "previous")
-            path, alive = self._logs.find_log(
-                names["namespace"], names["pod"], names["container"], previous
-            )
+            query, previous = _query(request), _flag(request, "previous")
         except ValueError as error:
-            return web.Response(status=400, text=f"{error}\n")
-        except NoLog as error:
-            return web.Response(status=error.status, text=f"{error}\n")
+            raise Refusal(400, str(error)) from error
+        path, alive = self._pods.find_log(
+            names["namespace"], names["pod"], names["container"], previous
+        )
         response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
         await response.prepare(request)
         try:

@@ -1,0 +1,207 @@
+"""Commands over the kubelet's WebSockets, in a container that is a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+
+import aiohttp
+import pytest
+
+from kubeai import channels
+from kubeai.channels import Ending
+from kubeai.local.kubelet import execs
+from kubeai.local.kubelet.access import TokenAccess
+from kubeai.local.kubelet.execs import Refusal
+from kubeai.local.kubelet.pod import PodError
+from kubeai.local.kubelet.process import Launch, Process, ProcessTable
+from kubeai.local.kubelet.server import KubeletServer
+
+PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
+SLEEP = "import time; time.sleep(600)"
+DEADLINE_S = 10.0
+
+
+class Container:
+    """What the kubelet knows: one container ``server`` of the pod ``p``."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def find_container(self, namespace, pod, container):
+        if (namespace, pod) != ("default", "p"):
+            raise Refusal(404, f'pod "{pod}" is not on this node')
+        if container != "server":
+            raise Refusal(400, f"container {container} is not valid for pod {pod}")
+        return self
+
+    async def open(self, command):
+        if command[0] == "no-program":
+            raise PodError("no-program is not installed on this machine")
+        return self.process.open(list(command), {"PATH": os.environ["PATH"]})
+
+    def children(self):
+        """The commands that run beside the main process, and what is below them."""
+        below = ProcessTable().below(self.process.shim_pid)
+        return [pid for pid in below if pid != self.process.pid]
+
+    async def until_alone(self):
+        deadline = time.monotonic() + DEADLINE_S
+        while self.children():
+            assert time.monotonic() < deadline, "a command is still there"
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def container(tmp_path):
+    launch = Launch(argv=(*PYTHON, SLEEP), env={}, cwd=str(tmp_path), log=tmp_path / "log" / "0")
+    process = await Process.start(launch)
+    yield Container(process)
+    process.kill()
+    await process.wait()
+
+
+@pytest.fixture
+async def connect(container):
+    """Opens the WebSocket of a command."""
+    server = KubeletServer(container, TokenAccess("secret"))
+    port = await server.start()
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer secret"}) as session:
+
+        def connect(
+            *command, to="default/p/server", protocols=(channels.V5,), upgrade=True, **options
+        ):
+            query = [("command", word) for word in command]
+            query += list(({"output": "1", "error": "1"} | options).items())
+            url = f"http://127.0.0.1:{port}/exec/{to}"
+            if not upgrade:
+                return session.get(url, params=query)
+            return session.ws_connect(url, params=query, protocols=protocols)
+
+        yield connect
+    await server.close()
+
+
+async def everything(socket):
+    """The output by channel, and how the command ended."""
+    got = {channels.STDOUT: b"", channels.STDERR: b"", channels.ERROR: b""}
+    async with asyncio.timeout(DEADLINE_S):
+        async for message in socket:
+            got[message.data[0]] += message.data[1:]
+    return got[channels.STDOUT], got[channels.STDERR], Ending.decode(got[channels.ERROR])
+
+
+@pytest.mark.parametrize("protocol", [channels.V4, channels.V5])
+async def test_a_command_runs_and_its_streams_and_its_end_are_told(connect, protocol):
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    async with connect(*PYTHON, code, protocols=(protocol,)) as socket:
+        assert socket.protocol == protocol
+        assert await everything(socket) == (b"out\n", b"err\n", Ending(7))
+
+
+async def test_a_command_runs_in_the_containers_directory(connect, tmp_path):
+    async with connect("pwd") as socket:
+        assert (await everything(socket))[0] == f"{tmp_path}\n".encode()
+
+
+async def test_a_commands_words_are_kept_as_they_are_however_long(connect):
+    word = "a b\n'\"&=" * 2000
+    async with connect("printf", "%s", word) as socket:
+        assert await everything(socket) == (word.encode(), b"", Ending(0))
+
+
+async def test_input_reaches_the_command_until_the_client_ends_it(connect):
+    async with connect("cat", input="1") as socket:
+        for _ in range(20):
+            await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 30_000)
+        await socket.send_bytes(bytes([channels.CLOSE, channels.STDIN]))
+        assert await everything(socket) == (b"x" * 600_000, b"", Ending(0))
+
+
+async def test_a_command_without_input_is_at_its_end_at_once(connect):
+    async with connect("cat") as socket:
+        assert await everything(socket) == (b"", b"", Ending(0))
+
+
+async def test_output_that_nobody_asked_for_is_dropped(connect):
+    code = "import sys; print('x' * 1000000); print('err', file=sys.stderr)"
+    async with connect(*PYTHON, code, output="0") as socket:
+        assert await everything(socket) == (b"", b"err\n", Ending(0))
+
+
+async def test_a_command_that_cannot_be_started_says_why(connect):
+    async with connect("no-program") as socket:
+        _, _, ending = await everything(socket)
+    assert ending == Ending(
+        None, 500, "InternalError", "no-program is not installed on this machine"
+    )
+    async with connect("/no/such/program") as socket:
+        _, _, ending = await everything(socket)
+    assert ending.message == "/no/such/program: No such file or directory"
+
+
+async def test_a_client_that_leaves_takes_its_command_with_it(connect, container):
+    async with connect(*PYTHON, f"import os; os.fork(); print('up'); {SLEEP}") as socket:
+        await socket.receive(DEADLINE_S)
+        assert len(container.children()) == 2
+    await container.until_alone()
+
+
+async def test_a_client_that_leaves_unread_input_behind_is_noticed(connect, container, monkeypatch):
+    monkeypatch.setattr("kubeai.local.sockets.PING_INTERVAL_S", 0.05)
+    async with connect(*PYTHON, f"print('up'); {SLEEP}", input="1") as socket:
+        await socket.receive(DEADLINE_S)
+        for _ in range(100):  # more than the pipe and the command's reader take
+            await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 10_000)
+        socket._response.close()  # without a word
+    await container.until_alone()
+
+
+async def test_the_end_of_the_container_ends_the_command(connect, container):
+    async with connect(*PYTHON, f"print('up'); {SLEEP}") as socket:
+        await socket.receive(DEADLINE_S)
+        container.process.kill()
+        _, _, ending = await everything(socket)
+    assert ending in (Ending(137), Ending(None, 500, "InternalError", "the container has ended"))
+
+
+async def test_a_command_has_a_limit_in_time(connect, container, monkeypatch):
+    monkeypatch.setattr(execs, "EXEC_TIMEOUT_S", 0.2)
+    async with connect(*PYTHON, SLEEP) as socket:
+        _, _, ending = await everything(socket)
+    assert (ending.status, ending.reason) == (504, "Timeout")
+    await container.until_alone()
+
+
+async def test_there_is_a_limit_of_commands_at_once(connect, monkeypatch):
+    monkeypatch.setattr(execs, "EXECS_MAX", 1)
+    async with connect(*PYTHON, f"print('up'); {SLEEP}") as socket:
+        await socket.receive(DEADLINE_S)
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await connect("true")
+    assert caught.value.status == 429
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "status", "text"),
+    [
+        (["ls"], {"to": "default/q/server"}, 404, 'pod "q" is not on this node\n'),
+        (["ls"], {"to": "default/p/c"}, 400, "container c is not valid for pod p\n"),
+        ([], {}, 400, "the request names no command\n"),
+        (["ls"], {"tty": "1"}, 400, "containers are processes without a terminal here: no tty\n"),
+        (["ls"], {"output": "0", "error": "0"}, 400, "at least one of stdin, stdout and stderr"),
+        (["ls"], {}, 400, "exec needs the upgrade to a WebSocket"),
+    ],
+)
+async def test_what_is_refused_is_said_before_any_upgrade(connect, command, options, status, text):
+    async with connect(*command, upgrade=False, **options) as answer:
+        assert answer.status == status
+        assert (await answer.text()).startswith(text)
+
+
+async def test_a_websocket_that_speaks_none_of_the_protocols_is_refused(connect):
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await connect("ls", protocols=("channel.k8s.io",))
+    assert caught.value.status == 400
