@@ -102,6 +102,8 @@ def _of_subresource(resource: Resource, name: str) -> tuple[str, str, str, tuple
         return "autoscaling", "v1", "Scale", _READS
     if name == "binding":
         return "", "v1", "Binding", ("create",)
+    if name == "exec":
+        return "", "v1", "PodExecOptions", ("create", "get")
     if name == "log":
         return resource.group, resource.version, resource.kind, ("get",)
     return resource.group, resource.version, resource.kind, _READS

@@ -1,7 +1,14 @@
-"""``GET pods/<name>/log``: fetched from the kubelet of the pod's node, as it comes."""
+"""What the API passes on to the kubelet of a pod's node: ``pods/<name>/log`` and ``…/exec``.
+
+A log is copied as it comes. An exec's WebSocket is bridged, message by message, in the protocol
+that the client speaks; whatever the kubelet refuses is the client's answer.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -11,6 +18,14 @@ from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.registry import Registry
 from kubeai.local.apiserver.resources import BUILT_IN, PODS
 from kubeai.local.apiserver.status import StatusError
+from kubeai.local.sockets import (
+    CLOSE_TIMEOUT_S,
+    MESSAGE_MAX_BYTES,
+    asked_protocol,
+    first_of,
+    ping,
+    server_socket,
+)
 
 Object = dict[str, Any]
 
@@ -18,24 +33,27 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_MAX_S = 60.0  # between bytes of a log that is not followed
 CHUNK_MAX_BYTES = 64 << 10
 _NODES = next(resource for resource in BUILT_IN if resource.key == "nodes")
+_REASONS = {401: "Unauthorized", 404: "NotFound", 429: "TooManyRequests"}
+# A stream of an exec, as clients of the API and as kubelets call it.
+_STREAMS = (("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty"))
 _PASSED_ON = (
     "follow", "tailLines", "sinceSeconds", "sinceTime", "timestamps", "previous", "limitBytes",
 )  # fmt: skip
 
 
-class PodLogs:
-    """Reads logs from kubelets; the token is the one that clients show to the API."""
+class Kubelets:
+    """Asks kubelets; the token is the one that clients show to the API."""
 
     def __init__(self, registry: Registry, token: str) -> None:
         self._registry = registry
-        self._token = token
+        self._headers = {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
-    async def stream(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
+    async def log(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
         pod = self._registry.get(PODS, namespace, name).object
         container = _container(pod, request.query.get("container", ""))
         url = f"{self._kubelet(pod)}/containerLogs/{namespace}/{name}/{container}"
@@ -46,20 +64,52 @@ class PodLogs:
             sock_connect=CONNECT_TIMEOUT_S,
             sock_read=None if follows else SILENCE_MAX_S,
         )
-        if self._session is None:
-            self._session = aiohttp.ClientSession()
-        headers = {"Authorization": f"Bearer {self._token}"}
-        try:
-            async with self._session.get(
-                url, params=query, headers=headers, timeout=timeout
+        with _unreachable(pod):
+            async with self._client().get(
+                url, params=query, headers=self._headers, timeout=timeout
             ) as answer:
                 return await _copy(request, answer)
-        except (aiohttp.ClientConnectionError, TimeoutError) as error:
-            if isinstance(error, ConnectionResetError):
-                raise
-            node = pod["spec"]["nodeName"]
-            message = f"the kubelet of node {node} does not answer: {error}"
-            raise StatusError(502, "BadGateway", message) from None
+
+    async def exec(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
+        pod = self._registry.get(PODS, namespace, name).object
+        container = _container(pod, request.query.get("container", ""))
+        url = f"{self._kubelet(pod)}/exec/{namespace}/{name}/{container}"
+        query = [("command", word) for word in request.query.getall("command", ())]
+        for ours, theirs in _STREAMS:
+            if request.query.get(ours, "").lower() in ("true", "1"):
+                query.append((theirs, "1"))
+        protocol = asked_protocol(request)
+        with _unreachable(pod):
+            if not protocol:  # the kubelet refuses that, and has the better reason if there is one
+                async with self._client().get(url, params=query, headers=self._headers) as answer:
+                    raise await _refusal(answer)
+            kubelet = await self._client().ws_connect(
+                url,
+                params=query,
+                headers=self._headers,
+                protocols=(protocol,),
+                timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
+                max_msg_size=MESSAGE_MAX_BYTES,
+            )
+        try:
+            client = server_socket(protocol)
+            await client.prepare(request)
+            await first_of(
+                [
+                    asyncio.create_task(_pass_on(client, kubelet)),
+                    asyncio.create_task(_pass_on(kubelet, client)),
+                    asyncio.create_task(ping(client)),
+                ]
+            )
+            await client.close()
+        finally:
+            await kubelet.close()
+        return client
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(raise_for_status=_tell_refused_upgrade)
+        return self._session
 
     def _kubelet(self, pod: Object) -> str:
         name, node_name = pod["metadata"]["name"], pod["spec"].get("nodeName")
@@ -90,14 +140,47 @@ def _container(pod: Object, asked: str) -> str:
     )
 
 
+@contextmanager
+def _unreachable(pod: Object) -> Iterator[None]:
+    """Tell of a kubelet that does not answer; a client that left is not told of."""
+    try:
+        yield
+    except (aiohttp.ClientConnectionError, aiohttp.WSServerHandshakeError, TimeoutError) as error:
+        if isinstance(error, ConnectionResetError):
+            raise
+        node = pod["spec"]["nodeName"]
+        message = f"the kubelet of node {node} does not answer: {error}"
+        raise StatusError(502, "BadGateway", message) from None
+
+
+async def _tell_refused_upgrade(answer: aiohttp.ClientResponse) -> None:
+    """aiohttp's error for an upgrade that is refused would not have what the kubelet said."""
+    if answer.status >= 400 and "Upgrade" in answer.request_info.headers:
+        raise await _refusal(answer)
+
+
+async def _refusal(answer: aiohttp.ClientResponse) -> StatusError:
+    text = (await answer.content.read(CHUNK_MAX_BYTES)).decode(errors="replace").strip()
+    reason = _REASONS.get(answer.status, "BadRequest")
+    return StatusError(answer.status, reason, text or f"the kubelet said {answer.status}")
+
+
 async def _copy(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
     if answer.status != 200:
-        text = (await answer.content.read(CHUNK_MAX_BYTES)).decode(errors="replace").strip()
-        reason = "NotFound" if answer.status == 404 else "BadRequest"
-        raise StatusError(answer.status, reason, text or f"the kubelet said {answer.status}")
+        raise await _refusal(answer)
     response = web.StreamResponse(headers={"Content-Type": "text/plain"})
     await response.prepare(request)
     async for chunk in answer.content.iter_any():
         await response.write(chunk)
     await response.write_eof()
     return response
+
+
+_Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
+
+
+async def _pass_on(source: _Socket, target: _Socket) -> None:
+    """Until the source is at its end."""
+    async for message in source:
+        if message.type is aiohttp.WSMsgType.BINARY:
+            await target.send_bytes(message.data)

@@ -44,7 +44,7 @@ class Resource:
     namespaced: bool = True
     short_names: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
-    subresources: tuple[str, ...] = ()  # of: status, scale, log, binding
+    subresources: tuple[str, ...] = ()  # of: status, scale, log, exec, binding
     # Built-in objects may be written without a resourceVersion, custom ones may not.
     unconditional_update: bool = True
     generation: bool = False  # metadata.generation counts changes of what is wanted
@@ -116,7 +116,7 @@ CRDS = _built_in(
 )  # fmt: skip
 PODS = _built_in(
     CORE, "v1", "pods", "Pod", short_names=("po",), categories=("all",), generation=True,
-    subresources=("status", "log", "binding"),
+    subresources=("status", "log", "exec", "binding"),
     selectable=(*_META, "spec.nodeName", "spec.restartPolicy", "spec.schedulerName",
                 "spec.serviceAccountName", "spec.hostNetwork", "status.phase", "status.podIP",
                 "status.nominatedNodeName"),

@@ -23,12 +23,13 @@ from aiohttp import web
 from kubeai.local.apiserver import discovery, printing, protobuf, selectors, watching
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
-from kubeai.local.apiserver.podlogs import PodLogs
+from kubeai.local.apiserver.kubelets import Kubelets
 from kubeai.local.apiserver.registry import DeleteOptions, Registry, WriteOptions
 from kubeai.local.apiserver.resources import Resource
 from kubeai.local.apiserver.status import StatusError
 from kubeai.local.apiserver.store import Stored
 from kubeai.local.apiserver.watching import ListOptions
+from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
 
 log = structlog.get_logger(__name__)
 Object = dict[str, Any]
@@ -68,7 +69,7 @@ class Server:
     def __init__(self, registry: Registry, token: str) -> None:
         self._registry = registry
         self._authorization = f"Bearer {token}".encode()
-        self._logs = PodLogs(registry, token)
+        self._kubelets = Kubelets(registry, token)
         self._hosts: set[str] = set()
         self._watches = 0
         self._stopping = asyncio.Event()
@@ -84,6 +85,7 @@ class Server:
             access_log=None,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
             keepalive_timeout=KEEP_ALIVE_S,
+            max_line_size=REQUEST_LINE_MAX_BYTES,
         )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
@@ -97,7 +99,7 @@ class Server:
         self._registry.store.wake_all()
         if self._runner is not None:
             await self._runner.cleanup()
-        await self._logs.close()
+        await self._kubelets.close()
 
     # One request.
 
@@ -238,7 +240,9 @@ class Server:
         resource, namespace, name, subresource = target
         method = request.method
         if subresource == "log" and method == "GET":
-            return await self._logs.stream(request, namespace, name)
+            return await self._kubelets.log(request, namespace, name)
+        if subresource == "exec" and method in ("GET", "POST"):
+            return await self._kubelets.exec(request, namespace, name)
         if subresource == "binding" and method == "POST":
             options = _write_options(request)
             self._registry.bind(namespace, name, await _body(request), options)
