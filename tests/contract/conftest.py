@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 
 import pytest
+from kubectls import Kubectl, found_kubectls
 from servers import ApiServer, assets, embedded, install_models, real
 
 
@@ -42,3 +43,11 @@ def namespace(api_server: ApiServer) -> str:
 def kube_api(api_server: ApiServer, namespace: str, tmp_path: Path) -> str:
     """The path of a kubeconfig for one of the two APIs."""
     return str(api_server.kubeconfig(tmp_path / "kubeconfig", namespace))
+
+
+@pytest.fixture(params=["assets", "path"])
+def kubectl(request, kube_api: str, tmp_path: Path) -> Kubectl:
+    found = found_kubectls()
+    if request.param not in found:
+        pytest.skip(f"no kubectl ({request.param})")
+    return Kubectl(found[request.param], kube_api, tmp_path)

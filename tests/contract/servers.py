@@ -26,12 +26,16 @@ from typing import NamedTuple
 
 import orjson
 import yaml
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from kubeai.local import certificates
 from kubeai.local.apiserver import credentials
 
 START_TIMEOUT_S = 45.0
+KUBELET_CLIENT = "kube-apiserver-kubelet-client"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
 
 
@@ -42,6 +46,7 @@ class ApiServer(NamedTuple):
     url: str
     token: str
     ca_file: str
+    client_ca_file: str = ""  # of the certificate that it shows to kubelets, if it shows one
 
     def request(
         self,
@@ -160,6 +165,7 @@ def real(directory: Path):
     credentials.load(directory)  # certificates for loopback
     key = directory / "service-accounts.key"
     _make_rsa_key(key)
+    make_kubelet_clients(directory, KUBELET_CLIENT)
     etcd_url = f"http://127.0.0.1:{etcd_port}"
     peer_url = f"http://127.0.0.1:{peer_port}"
     with contextlib.ExitStack() as stack:
@@ -186,6 +192,8 @@ def real(directory: Path):
                 f"--cert-dir={directory / 'certificates'}",
                 f"--tls-cert-file={directory / 'tls.crt'}",
                 f"--tls-private-key-file={directory / 'tls.key'}",
+                f"--kubelet-client-certificate={directory / f'{KUBELET_CLIENT}.crt'}",
+                f"--kubelet-client-key={directory / f'{KUBELET_CLIENT}.key'}",
                 "--service-cluster-ip-range=10.0.0.0/24",
                 f"--service-account-key-file={key}",
                 f"--service-account-signing-key-file={key}",
@@ -195,7 +203,13 @@ def real(directory: Path):
                 "--disable-admission-plugins=ServiceAccount",
             )
         )
-        server = ApiServer("real", f"https://127.0.0.1:{port}", token, str(directory / "ca.crt"))
+        server = ApiServer(
+            "real",
+            f"https://127.0.0.1:{port}",
+            token,
+            str(directory / "ca.crt"),
+            str(directory / "kubelet-clients.crt"),
+        )
         _wait_until(
             lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
             "kube-apiserver is ready",
@@ -245,6 +259,32 @@ def node(name: str, capacity: dict[str, str], labels: dict[str, str] | None = No
         "spec": spec,
         "status": {"capacity": capacity, "allocatable": capacity},
     }
+
+
+def make_kubelet_clients(directory: Path, *names: str) -> None:
+    """An authority, and a client's certificate with each of the names."""
+    authority_key = ec.generate_private_key(ec.SECP256R1())
+    issuer = certificates.name("kubelet clients")
+    authority = (
+        certificates.builder(issuer, issuer, authority_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(certificates.key_usage(authority=True), critical=True)
+        .sign(authority_key, hashes.SHA256())
+    )
+    pem = authority.public_bytes(serialization.Encoding.PEM)
+    (directory / "kubelet-clients.crt").write_bytes(pem)
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+    for name in names:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = (
+            certificates.builder(certificates.name(name), issuer, key.public_key())
+            .add_extension(certificates.key_usage(authority=False), critical=True)
+            .add_extension(usage, critical=False)
+            .sign(authority_key, hashes.SHA256())
+        )
+        pem = certificate.public_bytes(serialization.Encoding.PEM)
+        (directory / f"{name}.crt").write_bytes(pem)
+        (directory / f"{name}.key").write_bytes(certificates.pem_of(key))
 
 
 def _make_rsa_key(path: Path) -> None:

@@ -5,24 +5,19 @@ Every kubectl found is used: the one in KUBEBUILDER_ASSETS, and the one on PATH.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import orjson
 import pytest
 import yaml
-from servers import ApiServer, assets
+from kubectls import TIMEOUT_S, Kubectl
+from servers import ApiServer
 
 pytestmark = pytest.mark.kubectl
-TIMEOUT_S = 20.0
 
 MODEL = """
 apiVersion: kubeai.org/v1
@@ -41,78 +36,6 @@ POD = {
     "metadata": {"name": "pod", "labels": {"app": "model"}},
     "spec": {"containers": [{"name": "server", "image": "mock:1"}]},
 }
-
-
-def _found() -> dict[str, str]:
-    folder = assets("kubectl")
-    found = {"assets": str(folder / "kubectl")} if folder else {}
-    on_path = shutil.which("kubectl")
-    return found | ({"path": on_path} if on_path else {})
-
-
-class Kubectl:
-    """One kubectl with one kubeconfig; a folder of its own for its caches."""
-
-    def __init__(self, program: str, kubeconfig: str, folder: Path) -> None:
-        self._program = program
-        self._environment = {
-            **os.environ, "KUBECONFIG": kubeconfig, "HOME": str(folder), "TZ": "UTC",
-        }  # fmt: skip
-
-    def __call__(
-        self, *arguments: str, given: str = "", code: int = 0, errors: bool = False
-    ) -> str:
-        """Standard output; with a `code` other than 0, or when asked for, standard error."""
-        done = subprocess.run(
-            [self._program, *arguments],
-            input=given,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        assert done.returncode == code, (done.stdout, done.stderr)
-        return done.stderr if code or errors else done.stdout
-
-    @contextlib.contextmanager
-    def following(self, *arguments: str) -> Iterator[Lines]:
-        """A command that does not end by itself, and the lines that it prints."""
-        process = subprocess.Popen(
-            [self._program, *arguments],
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            yield Lines(process)
-        finally:
-            process.kill()
-            process.wait()
-
-
-class Lines:
-    """What a process prints, a line at a time, each within a deadline."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._queue: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, args=(process,), daemon=True).start()
-
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        for line in process.stdout:
-            self._queue.put(line.rstrip("\n"))
-
-    def next(self) -> str:
-        return self._queue.get(timeout=TIMEOUT_S)
-
-
-@pytest.fixture(params=["assets", "path"])
-def kubectl(request, kube_api: str, tmp_path: Path) -> Kubectl:
-    found = _found()
-    if request.param not in found:
-        pytest.skip(f"no kubectl ({request.param})")
-    return Kubectl(found[request.param], kube_api, tmp_path)
 
 
 def rows(text: str) -> list[list[str]]:

@@ -8,163 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import ssl
 import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-
-PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
-DEADLINE_S = 20.0
-# A server, and below it two daemons that nothing but their environment and parents remember: one
-# keeps its environment, the other empties it. Both ignore signals.
-NASTY = """
-import os, signal, socket, sys
-children = []
-def forget():
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(s, signal.SIG_IGN)
-    d = os.environ["PIDS"]
-    with open(f"{d}/{os.getpid()}.tmp", "w"):
-        pass
-    os.rename(f"{d}/{os.getpid()}.tmp", f"{d}/{os.getpid()}")
-for empty in (False, True):
-    if os.fork() == 0:
-        forget()
-        program = [sys.executable, "-S", "-E", "-c", "import time; time.sleep(600)"]
-        os.execve(program[0], program, {} if empty else os.environ)
-os.close(os.open(f"{os.environ['PIDS']}/{os.getpid()}", os.O_CREAT))
-with socket.create_server((os.environ["POD_IP"], 8000)) as server:
-    print("serving on", os.environ["POD_IP"])
-    while True:
-        c, _ = server.accept()
-        c.recv(4096)
-        print("asked")
-        c.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
-        c.close()
-"""
-
-
-def until(condition, what="the state did not come"):
-    """Wait for a state; what it came to."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-    return value
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class Kubelet:
-    """The kubelet's process; `start` again goes on with the same data directory."""
-
-    def __init__(self, server, kubeconfig: str, directory: Path, node: str, *, bind: bool) -> None:
-        self.server, self.node, self.directory = server, node, directory
-        self.pids = directory / "pids"
-        self.pids.mkdir(parents=True)
-        self._command = [
-            *(sys.executable, "-m", "kubeai.local.kubelet"),
-            *("--kubeconfig", kubeconfig, "--data-dir", str(directory / "data")),
-            *("--node-name", node, *(() if bind else ("--no-bind",))),
-        ]
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, *prefix: str) -> None:
-        read, write = os.pipe()
-        command = [*prefix, *self._command, "--ready-fd", str(write)]
-        self.process = subprocess.Popen(command, pass_fds=(write,))
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            assert select.select([pipe], [], [], DEADLINE_S)[0], "the kubelet is not ready"
-            assert pipe.readline().startswith("ready ")
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        self.process.wait(DEADLINE_S)
-
-    def engine_pids(self) -> list[int]:
-        """The main process and the two daemons below it, once all of them are there."""
-        return until(lambda: p if len(p := [int(f.name) for f in self._pid_files()]) == 3 else None)
-
-    def forget_pids(self) -> None:
-        for file in self._pid_files():
-            file.unlink()
-
-    def _pid_files(self) -> list[Path]:
-        return [file for file in self.pids.iterdir() if file.name.isdigit()]
-
-    def shims(self) -> list[int]:
-        assert self.process is not None
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
-
-
-class Pods:
-    """Pods of one namespace."""
-
-    def __init__(self, server, namespace: str) -> None:
-        self._server = server
-        self.namespace = namespace
-        self.collection = f"/api/v1/namespaces/{namespace}/pods"
-
-    def create(self, name: str = "p", *, node: str = "", pids: Path | None = None, **spec):
-        container = {
-            "name": "server",
-            "image": "engine",
-            "command": [*PYTHON, NASTY],
-            "env": [{"name": "PIDS", "value": str(pids)}],
-            "ports": [{"name": "http", "containerPort": 8000}],
-            "readinessProbe": {"httpGet": {"path": "/", "port": "http"}, "periodSeconds": 1},
-        }
-        spec = {"containers": [container], "nodeName": node, **spec}
-        spec.setdefault("terminationGracePeriodSeconds", 1)
-        code, pod = self._server.request(
-            "POST", self.collection, {"metadata": {"name": name}, "spec": spec}
-        )
-        assert code == 201, pod
-        return pod
-
-    def get(self, name: str = "p"):
-        code, pod = self._server.request("GET", f"{self.collection}/{name}")
-        return pod if code == 200 else None
-
-    def delete(self, name: str = "p") -> None:
-        code, answer = self._server.request("DELETE", f"{self.collection}/{name}")
-        assert code in (200, 202), answer
-
-    def until_ready(self, name: str = "p", restarts: int = 0):
-        def ready():
-            pod = self.get(name)
-            statuses = pod["status"].get("containerStatuses") or [{}]
-            return pod if statuses[0].get("ready") and restarts_of(pod) >= restarts else None
-
-        return until(ready, f"pod {name} is not ready: {self.get(name)}")
-
-
-def restarts_of(pod) -> int:
-    return pod["status"]["containerStatuses"][0]["restartCount"]
-
-
-def is_ready(pod) -> bool:
-    conditions = pod["status"].get("conditions", ())
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+from kubelets import (
+    DEADLINE_S,
+    PYTHON,
+    Kubelet,
+    Pods,
+    is_alive,
+    is_ready,
+    until,
+)
 
 
 @pytest.fixture
@@ -178,11 +39,7 @@ def kubelet(api_server, namespace, kube_api, tmp_path):
     kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=False)
     kubelet.start()
     yield kubelet
-    if kubelet.process.poll() is None:
-        kubelet.kill()
-    for file in kubelet.pids.iterdir():  # what a failed test left
-        with contextlib.suppress(ProcessLookupError, ValueError):
-            os.kill(int(file.name), signal.SIGKILL)
+    kubelet.clean_up()
 
 
 def test_the_node_shows_what_the_machine_has(api_server, kubelet):
@@ -378,18 +235,16 @@ def test_a_pod_deleted_while_there_was_no_kubelet_goes_with_the_next(kubelet, po
 
 
 def test_one_data_directory_has_one_kubelet(kubelet):
-    second = subprocess.run(kubelet._command, capture_output=True, text=True, timeout=DEADLINE_S)
+    second = subprocess.run(kubelet.command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert second.returncode == 1
     assert second.stderr.strip().endswith("is in use by another kubelet")
     assert "Traceback" not in second.stderr
 
 
-# -- logs ----------------------------------------------------------------------------------------
+# -- its server ----------------------------------------------------------------------------------
 
 
-def test_logs_come_through_the_embedded_api(api_server, kubelet, pods):
-    if api_server.kind == "real":
-        pytest.skip("a cluster's API asks kubelets over TLS only")
+def test_logs_come_through_the_api(api_server, kubelet, pods):
     pods.create(node=kubelet.node, pids=kubelet.pids)
     ip = pods.until_ready()["status"]["podIP"]
     url = f"{api_server.url}{pods.collection}/p/log?tailLines=1000&timestamps=true"
@@ -402,10 +257,14 @@ def test_logs_come_through_the_embedded_api(api_server, kubelet, pods):
     assert time_.endswith("Z")
 
 
-def test_logs_are_not_for_strangers(api_server, kubelet, pods):
+@pytest.mark.parametrize("path", ["containerLogs/{}/p/server", "exec/{}/p/server?command=ls"])
+def test_logs_and_commands_are_not_for_strangers(api_server, kubelet, pods, path):
     code, node = api_server.request("GET", f"/api/v1/nodes/{kubelet.node}")
     assert code == 200
     port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"]
-    url = f"http://127.0.0.1:{port}/containerLogs/{pods.namespace}/p/server"
+    scheme = "https" if api_server.client_ca_file else "http"
+    url = f"{scheme}://127.0.0.1:{port}/{path.format(pods.namespace)}"
+    context = ssl._create_unverified_context()  # as API servers do
+    request = urllib.request.Request(url, headers={"Authorization": "Bearer guess"})
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(url, timeout=5)
+        urllib.request.urlopen(request, timeout=5, context=context)

@@ -187,18 +187,19 @@ async def test_there_is_a_limit_of_commands_at_once(connect, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "options", "status", "text"),
     [
-        (["ls"], {"to": "default/q/server"}, 404, 'pod "q" is not on this node\n'),
-        (["ls"], {"to": "default/p/c"}, 400, "container c is not valid for pod p\n"),
-        ([], {}, 400, "the request names no command\n"),
-        (["ls"], {"tty": "1"}, 400, "containers are processes without a terminal here: no tty\n"),
+        (["ls"], {"to": "default/q/server"}, 404, 'pod "q" is not on this node'),
+        (["ls"], {"to": "default/p/c"}, 400, "container c is not valid for pod p"),
+        ([], {}, 400, "the request names no command"),
+        (["ls"], {"tty": "1"}, 400, "containers are processes without a terminal here: no tty"),
         (["ls"], {"output": "0", "error": "0"}, 400, "at least one of stdin, stdout and stderr"),
         (["ls"], {}, 400, "exec needs the upgrade to a WebSocket"),
     ],
 )
 async def test_what_is_refused_is_said_before_any_upgrade(connect, command, options, status, text):
     async with connect(*command, upgrade=False, **options) as answer:
-        assert answer.status == status
-        assert (await answer.text()).startswith(text)
+        told = await answer.json()
+        assert (answer.status, told["code"]) == (status, status)
+        assert told["message"].startswith(text)
 
 
 async def test_a_websocket_that_speaks_none_of_the_protocols_is_refused(connect):

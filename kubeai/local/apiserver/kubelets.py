@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from kubeai import channels
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.registry import Registry
 from kubeai.local.apiserver.resources import BUILT_IN, PODS
@@ -33,7 +34,6 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_MAX_S = 60.0  # between bytes of a log that is not followed
 CHUNK_MAX_BYTES = 64 << 10
 _NODES = next(resource for resource in BUILT_IN if resource.key == "nodes")
-_REASONS = {401: "Unauthorized", 404: "NotFound", 429: "TooManyRequests"}
 # A stream of an exec, as clients of the API and as kubelets call it.
 _STREAMS = (("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty"))
 _PASSED_ON = (
@@ -160,9 +160,12 @@ async def _tell_refused_upgrade(answer: aiohttp.ClientResponse) -> None:
 
 
 async def _refusal(answer: aiohttp.ClientResponse) -> StatusError:
-    text = (await answer.content.read(CHUNK_MAX_BYTES)).decode(errors="replace").strip()
-    reason = _REASONS.get(answer.status, "BadRequest")
-    return StatusError(answer.status, reason, text or f"the kubelet said {answer.status}")
+    body = await answer.content.read(CHUNK_MAX_BYTES)
+    if answer.content_type == "application/json":
+        told = channels.Ending.decode(body)
+        return StatusError(told.status, told.reason, told.message)
+    text = body.decode(errors="replace").strip() or f"the kubelet said {answer.status}"
+    return StatusError(answer.status, "NotFound" if answer.status == 404 else "BadRequest", text)
 
 
 async def _copy(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:

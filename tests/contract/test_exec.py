@@ -1,0 +1,153 @@
+"""Commands in the containers of the process kubelet, through both APIs: kubectl exec, Kube.exec."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import subprocess
+
+import pytest
+from kubectls import Kubectl
+from kubelets import DEADLINE_S, PYTHON, Kubelet, Pods, is_alive, until
+from servers import ApiServer
+
+from kubeai.kube import ApiError, Kube
+
+SLEEP = [*PYTHON, "import time; time.sleep(600)"]
+
+
+@pytest.fixture
+def pods(api_server: ApiServer, namespace: str, kube_api: str, tmp_path) -> Pods:
+    """A running pod ``p`` on a kubelet of its own; its one container sees a volume."""
+    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=False)
+    kubelet.start()
+    pods = Pods(api_server, namespace)
+    container = {
+        "name": "server",
+        "image": "engine",
+        "command": SLEEP,
+        "env": [{"name": "GREETING", "value": "hello"}],
+        "workingDir": "/kubeai-volume",
+        "volumeMounts": [{"name": "v", "mountPath": "/kubeai-volume"}],
+    }
+    volumes = [{"name": "v", "emptyDir": {}}]
+    try:
+        pods.create(node=kubelet.node, containers=[container], volumes=volumes)
+        pods.until_ready()
+        yield pods
+    finally:
+        kubelet.clean_up()
+
+
+@pytest.fixture
+async def kube(kube_api: str) -> Kube:
+    kube = await Kube.connect(kube_api)
+    yield kube
+    await kube.close()
+
+
+async def run(kube: Kube, *command: str, pod: str = "p", container: str = "server"):
+    return await kube.exec(pod, command, container=container, timeout_s=DEADLINE_S)
+
+
+# -- kubectl -------------------------------------------------------------------------------------
+
+
+@pytest.mark.kubectl
+def test_exec_runs_a_command_in_the_containers_view(kubectl: Kubectl, pods):
+    said = kubectl("exec", "p", "--", "sh", "-c", "echo $GREETING; pwd; touch made; ls")
+    assert said == "hello\n/kubeai-volume\nmade\n"
+
+
+@pytest.mark.kubectl
+def test_exec_ends_with_the_commands_exit_code(kubectl: Kubectl, pods):
+    said = kubectl("exec", "p", "--", "sh", "-c", "echo wrong >&2; exit 7", code=7)
+    assert said.splitlines()[0] == "wrong"
+    assert "command terminated with exit code 7" in said
+
+
+@pytest.mark.kubectl
+def test_exec_gives_the_command_what_is_piped_into_it(kubectl: Kubectl, pods):
+    sent = "".join(f"line {n}\n" for n in range(100_000))
+    assert kubectl("exec", "-i", "p", "--", "cat", given=sent) == sent
+
+
+@pytest.mark.kubectl
+def test_a_file_can_be_copied_in_and_out(kubectl: Kubectl, pods, tmp_path):
+    (tmp_path / "in").write_bytes(os.urandom(300_000))
+    kubectl("cp", str(tmp_path / "in"), "p:/kubeai-volume/file")
+    kubectl("cp", "p:/kubeai-volume/file", str(tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "in").read_bytes()
+
+
+@pytest.mark.kubectl
+def test_exec_without_a_program_or_a_pod_says_so(kubectl: Kubectl, pods):
+    said = kubectl("exec", "p", "--", "no-such-program", code=1)
+    assert "no-such-program is not installed on this machine" in said
+    assert "NotFound" in kubectl("exec", "q", "--", "ls", code=1)
+    assert "container c is not valid for pod p" in kubectl(
+        "exec", "p", "-c", "c", "--", "ls", code=1
+    )
+
+
+@pytest.mark.kubectl
+def test_a_terminal_is_refused_clearly(kubectl: Kubectl, pods):
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            [kubectl.program, "exec", "-it", "p", "--", "sh"],
+            env=kubectl.environment,
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 1
+    assert "no tty" in done.stderr
+
+
+@pytest.mark.kubectl
+def test_a_kubectl_that_is_killed_takes_its_command_with_it(kubectl: Kubectl, pods):
+    code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"
+    with kubectl.following("exec", "p", "--", *PYTHON, code) as lines:
+        pids = [int(lines.next()), int(lines.next())]
+        assert all(map(is_alive, pids))
+    until(lambda: not any(map(is_alive, pids)))
+
+
+# -- Kube.exec -----------------------------------------------------------------------------------
+
+
+async def test_a_program_runs_commands_too(kube, pods):
+    assert await run(kube, "sh", "-c", "echo $GREETING; echo wrong >&2; exit 3") in (
+        (3, "hello\nwrong\n"),
+        (3, "wrong\nhello\n"),
+    )
+    long = "x" * 20_000
+    assert await run(kube, "printf", long) == (0, long)
+
+
+async def test_a_command_that_cannot_run_is_an_api_error(kube, pods):
+    with pytest.raises(ApiError, match="no-such-program is not installed") as caught:
+        await run(kube, "no-such-program")
+    assert (caught.value.status, caught.value.reason) == (500, "InternalError")
+    with pytest.raises(ApiError, match='pods "q" not found') as caught:
+        await run(kube, "ls", pod="q")
+    assert (caught.value.status, caught.value.reason) == (404, "NotFound")
+    with pytest.raises(ApiError, match="container c is not valid for pod p") as caught:
+        await run(kube, "ls", container="c")
+    assert (caught.value.status, caught.value.reason) == (400, "BadRequest")
+
+
+async def test_a_command_that_is_too_slow_is_killed(kube, pods):
+    code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    with pytest.raises(ApiError) as caught:
+        await kube.exec("p", [*PYTHON, code], container="server", timeout_s=2.0)
+    assert (caught.value.status, caught.value.reason) == (0, "Timeout")
+    result = await run(kube, "cat", "pid")
+    await asyncio.to_thread(until, lambda: not is_alive(int(result.output)))
