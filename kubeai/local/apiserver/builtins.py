@@ -12,6 +12,8 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from kubeai.api.quantity import parse_quantity
 from kubeai.local.apiserver import metadata as meta
 from kubeai.local.apiserver.definitions import check_definition, prepare_definition
@@ -156,27 +158,39 @@ class _Jobs(Strategy):
     metadata_with_status: bool = True
 
     def prepare(self, obj: Object, old: Object | None) -> None:
-        spec = obj.get("spec")
-        if not isinstance(spec, dict):
-            return
+        spec = obj["spec"] = obj.get("spec") or {}
+        if spec.get("parallelism") is None and spec.get("completions") is None:
+            spec["completions"] = 1  # with parallelism alone, one success is enough
         for name, value in (
-            ("parallelism", 1), ("completions", 1), ("backoffLimit", 6), ("suspend", False),
+            ("parallelism", 1), ("backoffLimit", 6), ("suspend", False),
             ("completionMode", "NonIndexed"), ("manualSelector", False),
             ("podReplacementPolicy", "TerminatingOrFailed"),
         ):  # fmt: skip
-            spec.setdefault(name, value)
-        pod_spec = spec.get("template", {}).get("spec")
-        if isinstance(pod_spec, dict):
-            default_pod_spec(pod_spec)
+            if spec.get(name) is None:
+                spec[name] = value
+        template = spec.setdefault("template", {})
+        if isinstance(template.get("spec"), dict):
+            default_pod_spec(template["spec"])
         if old is None:
             obj["status"] = {}
+            _select_own_pods(obj)
 
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
-        template = (obj.get("spec") or {}).get("template") or {}
-        return [
+        spec = obj.get("spec") or {}
+        causes = _check_job_numbers(spec)
+        if old is not None:
+            return causes + _check_job_change(spec, old["spec"])
+        template = spec.get("template") or {}
+        causes += _check_job_selector(spec, obj["metadata"].get("uid"))
+        causes += [
             cause._replace(field="spec.template." + cause.field)
             for cause in check_pod_spec(template.get("spec"))
         ]
+        if (template.get("spec") or {}).get("restartPolicy") not in ("Never", "OnFailure"):
+            why = 'Required value: valid values: "OnFailure", "Never"'
+            field = "spec.template.spec.restartPolicy"
+            causes.append(Cause("FieldValueRequired", why, field))
+        return causes
 
 
 @dataclass(slots=True, frozen=True)
@@ -247,6 +261,68 @@ def _check_type(obj: Object, old: Object | None) -> list[Cause]:
         return []
     why = f'Invalid value: "{obj.get("type")}": field is immutable'
     return [Cause("FieldValueInvalid", why, "type")]
+
+
+# Jobs.
+
+JOB_UID_LABEL, JOB_NAME_LABEL = "batch.kubernetes.io/controller-uid", "batch.kubernetes.io/job-name"
+_JOB_NUMBERS = (
+    "parallelism", "completions", "activeDeadlineSeconds", "backoffLimit",
+    "ttlSecondsAfterFinished",
+)  # fmt: skip
+_JOB_FIXED = ("completions", "selector", "template", "completionMode")
+
+
+def _select_own_pods(job: Object) -> None:
+    """Labels for the Job's pods that no other pod has, and the selector of one of them."""
+    spec, metadata = job["spec"], job["metadata"]
+    template = spec["template"].setdefault("metadata", {})
+    if not spec["manualSelector"]:
+        uid, name = metadata["uid"], metadata["name"]
+        ours = {JOB_UID_LABEL: uid, JOB_NAME_LABEL: name, "controller-uid": uid, "job-name": name}
+        template["labels"] = {**(template.get("labels") or {}), **ours}
+        selector = spec.setdefault("selector", {})
+        selector.setdefault("matchLabels", {})[JOB_UID_LABEL] = uid
+    if template.get("labels") and not metadata.get("labels"):
+        metadata["labels"] = dict(template["labels"])
+
+
+def _check_job_numbers(spec: Object) -> list[Cause]:
+    return [
+        Cause(
+            "FieldValueInvalid",
+            f"Invalid value: {spec[name]}: must be greater than or equal to 0",
+            f"spec.{name}",
+        )
+        for name in _JOB_NUMBERS
+        if (spec.get(name) or 0) < 0
+    ]
+
+
+def _check_job_selector(spec: Object, uid: Any) -> list[Cause]:
+    selector = spec.get("selector") or {}
+    labels = (spec["template"].get("metadata") or {}).get("labels") or {}
+    if not spec["manualSelector"]:
+        if selector == {"matchLabels": {JOB_UID_LABEL: uid}}:
+            return []
+        shown = orjson.dumps(selector).decode()
+        why = f"Invalid value: {shown}: `selector` not auto-generated"
+        return [Cause("FieldValueInvalid", why, "spec.selector")]
+    if not selector:
+        return [Cause("FieldValueRequired", "Required value", "spec.selector")]
+    wanted = selector.get("matchLabels") or {}
+    if all(labels.get(name) == value for name, value in wanted.items()):
+        return []
+    why = "Invalid value: `selector` does not match template `labels`"
+    return [Cause("FieldValueInvalid", why, "spec.template.metadata.labels")]
+
+
+def _check_job_change(spec: Object, old: Object) -> list[Cause]:
+    return [
+        Cause("FieldValueInvalid", "Invalid value: field is immutable", f"spec.{name}")
+        for name in _JOB_FIXED
+        if spec.get(name) != old.get(name)
+    ]
 
 
 # Pods.

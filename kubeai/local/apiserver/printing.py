@@ -381,7 +381,7 @@ def _job(job: Object, at: datetime) -> list[Any]:
     pod = spec.get("template", {}).get("spec", {})
     containers = pod.get("containers") or ()
     state = "Running"
-    for kind in ("Complete", "Failed", "Suspended"):
+    for kind in ("Complete", "Failed", "Suspended", "FailureTarget", "SuccessCriteriaMet"):
         if _condition(status, kind) == "True":
             state = kind
             break
@@ -390,11 +390,18 @@ def _job(job: Object, at: datetime) -> list[Any]:
     started, ended = status.get("startTime"), status.get("completionTime")
     lasted = "" if not started else since(started, parse_time(ended) if ended else at)
     return [
-        _name(job), state, f"{status.get('succeeded', 0)}/{spec.get('completions', 1)}", lasted,
+        _name(job), state, f"{status.get('succeeded', 0)}/{_completions(spec)}", lasted,
         _age(job, at), ",".join(c["name"] for c in containers),
         ",".join(c.get("image", "") for c in containers),
         _labels((spec.get("selector") or {}).get("matchLabels")),
     ]  # fmt: skip
+
+
+def _completions(spec: Object) -> str:
+    if spec.get("completions") is not None:
+        return str(spec["completions"])
+    parallelism = spec.get("parallelism", 0)
+    return f"1 of {parallelism}" if parallelism > 1 else "1"
 
 
 def _event(event: Object, at: datetime) -> list[Any]:
