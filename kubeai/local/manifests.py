@@ -21,7 +21,7 @@ CONFLICT_RETRIES = 5
 # What makes sense to hand to `kubeai local`; more can be applied with kubectl.
 RESOURCES: dict[tuple[str, str], Resource] = {
     (f"{r.group}/{r.version}" if r.group else r.version, r.kind): r
-    for r in (kube.MODELS, kube.CONFIGMAPS, kube.SECRETS, kube.PVCS, kube.NAMESPACES)
+    for r in (kube.MODELS, kube.CONFIGMAPS, kube.SECRETS, kube.PVCS, kube.JOBS, kube.NAMESPACES)
 }
 
 

@@ -1,8 +1,8 @@
 """The process that a person starts with ``kubeai local``.
 
 It owns the data directory, the embedded API and the process kubelet as child processes (each is
-restarted when it dies), applies the CRD and the given manifests, runs the supervisor, and tells
-the person what happens. Everything ends with it.
+restarted when it dies), applies the CRD and the given manifests, runs the supervisor and beside it
+the controller of Jobs, and tells the person what happens. Everything ends with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ from kubeai.api.config import load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
 from kubeai.kube import ApiError, Backoff, Kube, Resource
+from kubeai.local.jobs import JobController
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.supervisor import Supervisor
 
@@ -216,18 +217,33 @@ async def run(options: Options) -> None:
             await _install_crd(client)
             await kubelet.start()
             await _apply(client, manifests)
-            reporter = asyncio.create_task(_report(client))
-            try:
+            async with _beside(supervisor.stop, JobController(client).run(), _report(client)):
                 await supervisor.run()
-            finally:
-                reporter.cancel()
-                await asyncio.gather(reporter, return_exceptions=True)
         finally:
             await client.close()
     finally:
         await kubelet.stop()
         await api.stop()
         lock.close()
+
+
+@contextlib.asynccontextmanager
+async def _beside(
+    stop: Callable[[], None], *works: Coroutine[Any, Any, None]
+) -> AsyncIterator[None]:
+    """Tasks for as long as the block runs; one that ends by a fault stops it, and is raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(lambda _: stop())
+    try:
+        yield
+    finally:
+        faults = [t.exception() for t in tasks if t.done() and not t.cancelled()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for fault in filter(None, faults):
+        raise fault
 
 
 def _api_command(options: Options, api: Child) -> list[str]:
