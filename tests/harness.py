@@ -42,7 +42,7 @@ def model(
     **spec: Any,
 ) -> dict[str, Any]:
     """A Model that the mock engine serves."""
-    url = {"OLlama": f"ollama://{name}"}.get(engine, f"hf://mock/{name}")
+    url = f"ollama://{name}" if engine == "OLlama" else f"hf://mock/{name}"
     return {
         "apiVersion": "kubeai.org/v1",
         "kind": "Model",

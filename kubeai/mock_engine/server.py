@@ -18,6 +18,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -427,14 +428,21 @@ class MockEngine:
 
     async def load_adapter(self, request: web.Request) -> web.Response:
         asked = dialects.decode(await request.read(), AdapterRequest)
+        self._load(asked)
+        log.info("loaded an adapter", adapter=asked.lora_name, path=asked.lora_path)
+        text = f"Success: LoRA adapter '{asked.lora_name}' added successfully."
+        return web.Response(text=text)
+
+    def _load(self, asked: AdapterRequest) -> None:
         name = asked.lora_name
         if not name or not asked.lora_path:
             raise Refused("Both 'lora_name' and 'lora_path' must be provided.", 400, _USER_INPUT)
         if name in self.adapters and not asked.load_inplace:
             raise Refused(f"The lora adapter '{name}' has already been loaded.", 400, _USER_INPUT)
+        if asked.lora_path.startswith("/") and not Path(asked.lora_path).is_dir():
+            message = f"Loading lora {name} failed: No adapter found for {asked.lora_path}"
+            raise Refused(message, 404, "NotFoundError")
         self.adapters[name] = asked.lora_path
-        log.info("loaded an adapter", adapter=name, path=asked.lora_path)
-        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_adapter(self, request: web.Request) -> web.Response:
         name = dialects.decode(await request.read(), AdapterRequest).lora_name

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -10,8 +9,8 @@ import sys
 
 import aiohttp
 import pytest
-import yaml
-from harness import CONFIG, START_TIMEOUT_S, chat, model, until
+from harness import chat, model, until
+from machines import serving
 
 from kubeai import kube as k
 from kubeai.kube import Kube
@@ -19,57 +18,6 @@ from kubeai.kube import Kube
 STREAMS = 50
 TOKENS = 40  # 2 s at the model's rate
 ARGS = ("--startup-delay=1s", "--decode-tokens-per-second=20", "--max-batch=64")
-
-
-class Serve:
-    """A `kubeai serve` process and what it logged."""
-
-    def __init__(self, process):
-        self.process = process
-        self.log = []
-
-    async def read(self):
-        async for line in self.process.stderr:
-            with contextlib.suppress(ValueError):
-                self.log.append(json.loads(line))
-
-    def said(self, event):
-        return next((entry for entry in self.log if entry.get("event") == event), None)
-
-
-@contextlib.asynccontextmanager
-async def serving(tmp_path, kubeconfig, namespace, **config):
-    file = tmp_path / "serve.yaml"
-    addresses = {"metricsAddr": "127.0.0.1:0", "healthAddress": "127.0.0.1:0"}
-    file.write_text(yaml.safe_dump(CONFIG | addresses | config))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kubeai", "serve", "--host", "127.0.0.1", "--port", "0"),
-        *("--workers", "2"),
-        stderr=asyncio.subprocess.PIPE,
-        env=os.environ
-        | {
-            "CONFIG_PATH": str(file),
-            "KUBECONFIG": kubeconfig,
-            "POD_NAME": "kubeai-1",
-            "POD_NAMESPACE": namespace,
-        },
-    )
-    serve = Serve(process)
-    reader = asyncio.create_task(serve.read())
-    try:
-        await until(
-            "kubeai serve is up",
-            lambda: process.returncode is not None or serve.said("serving"),
-            START_TIMEOUT_S,
-        )
-        assert process.returncode is None, serve.log
-        yield serve
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await reader
-        print(*serve.log, sep="\n")
 
 
 @contextlib.asynccontextmanager

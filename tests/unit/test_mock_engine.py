@@ -412,8 +412,12 @@ def test_the_length_of_audio_is_its_headers_but_no_more_than_its_bytes_hold():
 # -- models and adapters -----------------------------------------------------------------------
 
 
-async def test_adapters_are_loaded_served_and_unloaded_with_vllms_answers(served):
-    load = {"lora_name": "pirate", "lora_path": "/adapters/pirate"}
+async def test_adapters_are_loaded_served_and_unloaded_with_vllms_answers(served, tmp_path):
+    load = {"lora_name": "pirate", "lora_path": str(tmp_path / "pirate")}
+    status, error = await served.post("/v1/load_lora_adapter", load)
+    assert (status, error["error"]["type"]) == (404, "NotFoundError")
+    assert "No adapter found" in error["error"]["message"]
+    (tmp_path / "pirate").mkdir()
     assert await served.post("/v1/load_lora_adapter", load) == (
         200,
         "Success: LoRA adapter 'pirate' added successfully.",

@@ -30,6 +30,7 @@ _VLLM_SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
 # The last part of an image's name → the command that such an image starts with.
 _IMAGE_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"mock-engine", ("kubeai", "mock-engine")),
+    (r"kubeai-model-loader", ("load",)),
     (r"ollama", ("ollama", "serve")),
     (r"vllm.*", _VLLM_SERVER),
     (r"infinity.*", ("infinity_emb",)),

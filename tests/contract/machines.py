@@ -1,0 +1,229 @@
+"""`kubeai serve` as a process, and a machine whose kubelet runs what it asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import stat
+import sys
+from pathlib import Path
+
+import aiohttp
+import yaml
+from harness import CONFIG, START_TIMEOUT_S, until
+from kubelets import Kubelet
+from servers import ApiServer
+
+from kubeai.kube import MODELS, PODS, Kube
+from kubeai.local.jobs import JobController
+
+EXEC_TIMEOUT_S = 20.0
+# Stands for the loader's image: leaves a file that says what was fetched. It waits while the file
+# $GATE exists, and fails for URLs that say so.
+LOAD = """#!/bin/sh
+set -e
+while [ -n "$GATE" ] && [ -e "$GATE" ]; do sleep 0.02; done
+case "$1" in *missing*) echo "no such repository: $1" >&2; exit 1;; esac
+mkdir -p "$2"
+echo "$1" > "$2/url"
+"""
+
+
+class Serve:
+    """A `kubeai serve` process and what it logged."""
+
+    def __init__(self, process):
+        self.process = process
+        self.log = []
+
+    async def read(self):
+        async for line in self.process.stderr:
+            with contextlib.suppress(ValueError):
+                self.log.append(json.loads(line))
+
+    def said(self, event):
+        return next((entry for entry in self.log if entry.get("event") == event), None)
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path, kubeconfig, namespace, **config):
+    file = tmp_path / "serve.yaml"
+    addresses = {"metricsAddr": "127.0.0.1:0", "healthAddress": "127.0.0.1:0"}
+    file.write_text(yaml.safe_dump(CONFIG | addresses | config))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kubeai", "serve", "--host", "127.0.0.1", "--port", "0"),
+        *("--workers", "2"),
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ
+        | {
+            "CONFIG_PATH": str(file),
+            "KUBECONFIG": kubeconfig,
+            "POD_NAME": "kubeai-1",
+            "POD_NAMESPACE": namespace,
+        },
+    )
+    serve = Serve(process)
+    reader = asyncio.create_task(serve.read())
+    try:
+        await until(
+            "kubeai serve is up",
+            lambda: process.returncode is not None or serve.said("serving"),
+            START_TIMEOUT_S,
+        )
+        assert process.returncode is None, serve.log
+        yield serve
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await reader
+        print(*serve.log, sep="\n")
+
+
+class Machine:
+    """One namespace, `kubeai serve` in it, and a kubelet whose pods are processes."""
+
+    def __init__(self, api: ApiServer, namespace: str, directory: Path) -> None:
+        self.api = api
+        self.namespace = namespace
+        self.directory = directory
+        self.gate = directory / "gate"
+        self.config = {
+            "modelLoading": {"image": "kubeai-model-loader"},
+            "cacheProfiles": {"shared": {"sharedFilesystem": {"storageClassName": namespace}}},
+            "leaderElection": {
+                "leaseDuration": "2s",
+                "renewDeadline": "1s",
+                "retryPeriod": "200ms",
+            },
+        }
+        self.kubeconfig = str(api.kubeconfig(directory / "kubeconfig", namespace))
+        self._stack = contextlib.AsyncExitStack()
+        self._serving = contextlib.AsyncExitStack()
+        self.kube: Kube
+        self.endpoint = ""
+
+    async def start(self) -> None:
+        """The kubelet, and on the embedded API what a controller-manager does for Jobs."""
+        kubelet = Kubelet(
+            self.api,
+            self.kubeconfig,
+            self.directory / "kubelet",
+            f"machine-{self.namespace}",
+            bind=self.api.kind == "embedded",
+        )
+        self._stack.callback(kubelet.clean_up)
+        await asyncio.to_thread(kubelet.start)
+        self.kube = await Kube.connect(self.kubeconfig)
+        self._stack.push_async_callback(self.kube.close)
+        if self.api.kind == "embedded":
+            jobs = asyncio.create_task(JobController(self.kube).run())
+            self._stack.callback(jobs.cancel)
+        else:
+            self._make_volume()
+        self._stack.push_async_callback(self._delete_models)
+        await self.serve()
+
+    def _make_volume(self) -> None:
+        """What a class of shared file systems would make for the claim."""
+        spec = {
+            "accessModes": ["ReadWriteMany"],
+            "capacity": {"storage": "10Gi"},
+            "storageClassName": self.namespace,
+            "hostPath": {"path": str(self.directory / "volume")},
+        }
+        volume = {"metadata": {"name": self.namespace}, "spec": spec}
+        code, answer = self.api.request("POST", "/api/v1/persistentvolumes", volume)
+        assert code == 201, answer
+
+    async def serve(self, **config) -> None:
+        """`kubeai serve`, in place of the one that runs."""
+        await self._serving.aclose()
+        context = serving(self.directory, self.kubeconfig, self.namespace, **(self.config | config))
+        serve = await self._serving.enter_async_context(context)
+        self.endpoint = serve.said("serving")["endpoint"]
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+        await self._serving.aclose()
+
+    async def _delete_models(self) -> None:
+        self.gate.unlink(missing_ok=True)
+        for found in (await self.kube.list(MODELS, self.namespace))[0]:
+            await self.kube.delete(MODELS, found["metadata"]["name"])
+
+        async def gone():
+            return not (await self.kube.list(MODELS, self.namespace))[0]
+
+        await until("all Models are gone", gone, 60)
+
+    # -- what a person looks at ------------------------------------------------------------------
+
+    async def pods(self, name: str = "m") -> list[dict]:
+        pods, _ = await self.kube.list(PODS, self.namespace, labels=f"app=model,model={name}")
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    async def condition(self, type_: str, name: str = "m") -> tuple[str, str, str]:
+        model = await self.kube.get(MODELS, name)
+        for c in model.get("status", {}).get("conditions") or []:
+            if c["type"] == type_:
+                return c["status"], c["reason"], c["message"]
+        return "", "", ""
+
+    async def is_so(self, type_: str, status: str, reason: str, name: str = "m") -> bool:
+        return (await self.condition(type_, name))[:2] == (status, reason)
+
+    async def read(self, path: str, container: str = "server") -> str:
+        """A file in the one pod of the Model."""
+        (pod,) = await self.pods()
+        name = pod["metadata"]["name"]
+        result = await self.kube.exec(
+            name, ["cat", path], container=container, timeout_s=EXEC_TIMEOUT_S
+        )
+        return result.output.strip() if result.exit_code == 0 else ""
+
+    async def kill_engine(self) -> None:
+        """The first process of the engine's container, by SIGKILL."""
+        (pod,) = await self.pods()
+        find = "cat /proc/$PPID/task/$PPID/children"
+        result = await self.kube.exec(
+            pod["metadata"]["name"],
+            ["sh", "-c", f"kill -9 $({find} | cut -d' ' -f1)"],
+            container="server",
+            timeout_s=EXEC_TIMEOUT_S,
+        )
+        assert result.exit_code == 0, result.output
+
+    async def ask(self, model: str) -> tuple[int, dict]:
+        """A chat through the gateway."""
+        question = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+        url = f"{self.endpoint}/chat/completions"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url, json=question | {"max_tokens": 4}) as answer,
+        ):
+            return answer.status, await answer.json()
+
+
+@contextlib.asynccontextmanager
+async def machine(api: ApiServer, directory: Path):
+    namespace = f"test-{secrets.token_hex(4)}"
+    code, answer = api.request("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+    assert code == 201, answer
+    one = Machine(api, namespace, directory)
+    try:
+        await one.start()
+        yield one
+    finally:
+        await one.close()
+
+
+def install_load(directory: Path) -> None:
+    """Put the program `load` into a folder."""
+    directory.mkdir()
+    program = directory / "load"
+    program.write_text(LOAD)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)

@@ -1,0 +1,227 @@
+"""Caches and adapters, from the Model to the answer: real processes, on both APIs.
+
+The embedded API has the Job controller of `kubeai local`, and its kubelet binds pods; the real one
+has its own controller-manager and scheduler. `kubeai serve` and the kubelet are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from harness import model, until
+from machines import Machine, install_load, machine
+from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install_models
+
+from kubeai.engines.adapters import url_hash
+from kubeai.kube import EVENTS, JOBS, MODELS, PVCS, ApiError
+
+A, B = "hf://org/a", "hf://org/b"
+
+
+@pytest.fixture(
+    scope="module", params=["embedded", pytest.param("real", marks=pytest.mark.cluster)]
+)
+def whole_api(request, tmp_path_factory) -> ApiServer:
+    """Both APIs, with what makes Jobs and claims work."""
+    if request.param == "real" and assets(*CONTROL_PLANE) is None:
+        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane")
+    start = cluster if request.param == "real" else embedded
+    with start(tmp_path_factory.mktemp("api") / request.param) as server:
+        install_models(server)
+        yield server
+
+
+@pytest.fixture
+async def box(whole_api, tmp_path, monkeypatch) -> Machine:
+    install_load(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    async with machine(whole_api, tmp_path) as one:
+        yield one
+
+
+def with_adapters(box: Machine, **urls: str):
+    adapters = [{"name": name, "url": url} for name, url in urls.items()]
+    env = {"GATE": str(box.gate)}
+    return model("m", adapters=adapters, minReplicas=1, maxReplicas=1, env=env)
+
+
+async def set_adapters(box: Machine, **urls: str) -> None:
+    adapters = [{"name": name, "url": url} for name, url in urls.items()]
+    await box.kube.patch(MODELS, "m", {"spec": {"adapters": adapters}})
+
+
+async def labels(box: Machine) -> dict[str, str]:
+    """The adapters of the pods, by their labels."""
+    prefix = "adapter.kubeai.org/"
+    found = [item for pod in await box.pods() for item in pod["metadata"]["labels"].items()]
+    return {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
+
+
+async def has(box: Machine, **urls: str) -> bool:
+    return await labels(box) == {name: url_hash(url) for name, url in urls.items()}
+
+
+# -- adapters ------------------------------------------------------------------------------------
+
+
+async def test_a_request_for_an_adapter_waits_until_it_is_loaded_and_is_answered(box):
+    box.gate.touch()
+    await box.kube.create(MODELS, with_adapters(box, a=A))
+    asked = asyncio.create_task(box.ask("m_a"))
+    status, answer = await box.ask("m")
+    assert (status, answer["model"]) == (200, "m")
+    await until("loading", lambda: box.is_so("AdaptersLoaded", "False", "Loading"))
+    assert not asked.done()
+    assert not await has(box, a=A)
+    box.gate.unlink()
+    status, answer = await asked
+    assert (status, answer["model"]) == (200, "a")
+    assert await has(box, a=A)
+    await until("loaded", lambda: box.is_so("AdaptersLoaded", "True", "Loaded"))
+    assert (await box.ask("m_b"))[0] == 404
+
+
+async def test_adapters_come_change_and_go_in_a_running_pod(box):
+    await box.kube.create(MODELS, with_adapters(box, a=A))
+    await until("a", lambda: has(box, a=A))
+    (before,) = await box.pods()
+    await set_adapters(box, a=A, b=B)
+    await until("a and b", lambda: has(box, a=A, b=B))
+    await set_adapters(box, a=B, b=B)
+    await until("the new a", lambda: has(box, a=B, b=B))
+    assert await box.read("/adapters/a/url") == B
+    assert (await box.ask("m_a"))[0] == 200
+    await set_adapters(box, b=B)
+    await until("b alone", lambda: has(box, b=B))
+    assert (await box.ask("m_a"))[0] == 404
+    assert await box.read("/adapters/a/url") == ""
+    (after,) = await box.pods()
+    assert after["metadata"]["uid"] == before["metadata"]["uid"]
+
+
+async def test_an_engine_that_crashed_gets_its_adapters_again(box):
+    await box.kube.create(MODELS, with_adapters(box, a=A))
+    await until("a", lambda: has(box, a=A))
+    await box.kill_engine()
+    status, answer = await box.ask("m_a")
+    if status == 502:  # it was sent before anybody knew
+        status, answer = await box.ask("m_a")
+    assert (status, answer["model"]) == (200, "a")
+
+
+async def test_an_adapter_that_cannot_be_loaded_is_told_and_the_model_serves(box):
+    await box.kube.create(MODELS, with_adapters(box, a="hf://org/missing"))
+    await until("told", lambda: box.is_so("AdaptersLoaded", "False", "LoadFailed"))
+    assert "no such repository: hf://org/missing" in (await box.condition("AdaptersLoaded"))[2]
+    assert (await box.condition("Degraded"))[:2] == ("True", "AdaptersFailed")
+    assert (await box.ask("m"))[0] == 200
+    assert await warned(box, "AdaptersFailed")
+    await set_adapters(box, a=A)
+    assert (await box.ask("m_a"))[0] == 200
+    await until("mended", lambda: box.is_so("Degraded", "False", "AsExpected"))
+
+
+async def warned(box: Machine, reason: str):
+    """A Warning about the Model."""
+
+    async def told():
+        events, _ = await box.kube.list(EVENTS, box.namespace)
+        return [
+            event["message"]
+            for event in events
+            if (event["type"], event["reason"]) == ("Warning", reason)
+            and event["involvedObject"]["name"] == "m"
+        ]
+
+    return await until(f"an Event {reason}", told)
+
+
+# -- cache ---------------------------------------------------------------------------------------
+
+CLAIM = "shared-model-cache-shared"
+
+
+def cached(box: Machine, url: str = "hf://org/name", **spec):
+    env = {"GATE": str(box.gate)}
+    return model("m", url=url, cacheProfile="shared", maxReplicas=1, env=env, **spec)
+
+
+async def claim(box: Machine):
+    return await box.kube.get(PVCS, CLAIM)
+
+
+async def note(box: Machine) -> str:
+    """The uid that the claim's annotation has for the Model."""
+    annotations = (await claim(box))["metadata"].get("annotations") or {}
+    return json.loads(annotations.get("models.kubeai.org/m", "{}")).get("uid", "")
+
+
+def folder(box: Machine, uid: str):
+    """The Model's folder, on the kubelet's disk."""
+    claims = box.directory / "kubelet" / "data" / "volumes" / box.namespace / CLAIM
+    return claims / "models" / f"m-{uid}"
+
+
+async def is_gone(box: Machine, name: str = "m") -> bool:
+    try:
+        await box.kube.get(MODELS, name)
+    except ApiError as error:
+        return error.status == 404
+    return False
+
+
+async def test_a_cold_model_is_loaded_once_served_and_evicted(box):
+    box.gate.touch()
+    uid = (await box.kube.create(MODELS, cached(box)))["metadata"]["uid"]
+    asked = asyncio.create_task(box.ask("m"))
+    await until("loading", lambda: box.is_so("CacheLoaded", "False", "Loading"))
+    await until("not served", lambda: box.is_so("Ready", "False", "CacheNotLoaded"))
+    assert await box.pods() == []
+    box.gate.unlink()
+    assert (await asked)[0] == 200
+    assert await note(box) == uid
+    assert await box.read(f"/models/m-{uid}/url") == "hf://org/name"
+    await until("loaded", lambda: box.is_so("CacheLoaded", "True", "Loaded"))
+
+    async def no_jobs():
+        return not (await box.kube.list(JOBS, box.namespace))[0]
+
+    await until("the Job is gone", no_jobs)
+    await box.kube.delete(MODELS, "m")
+    await until("the Model is gone", lambda: is_gone(box))
+    assert not folder(box, uid).exists()
+    assert folder(box, uid).parent.exists()
+    assert await note(box) == ""
+
+
+async def test_why_a_load_does_not_get_on_is_told(box):
+    await box.kube.create(MODELS, cached(box, url="hf://org/missing", minReplicas=1))
+
+    async def told():
+        return "CrashLoopBackOff" in (await box.condition("Ready"))[2]
+
+    await until("that the loader keeps exiting", told)
+    assert await box.pods() == []
+    await box.kube.delete(MODELS, "m")
+    await until("the Model is gone", lambda: is_gone(box), 60)
+
+
+async def test_a_model_can_be_deleted_though_its_profiles_are_gone(box):
+    uid = (await box.kube.create(MODELS, cached(box, minReplicas=1)))["metadata"]["uid"]
+    await until("loaded", lambda: box.is_so("CacheLoaded", "True", "Loaded"))
+    await until("serves", lambda: box.is_so("Ready", "True", "AllReplicasReady"))
+    await box.serve(cacheProfiles={})
+    await until("missed", lambda: box.is_so("Ready", "False", "InvalidProfile"))
+    await box.kube.delete(MODELS, "m")
+    await until("the Model is gone", lambda: is_gone(box), 60)
+    assert not folder(box, uid).exists()
+
+
+async def test_a_model_can_be_deleted_though_its_claim_is_going(box):
+    await box.kube.create(MODELS, cached(box))
+    await until("loaded", lambda: box.is_so("CacheLoaded", "True", "Loaded"))
+    await box.kube.delete(PVCS, CLAIM)
+    await box.kube.delete(MODELS, "m")
+    await until("the Model is gone", lambda: is_gone(box), 60)
