@@ -21,7 +21,7 @@ from pathlib import Path
 import orjson
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "contract"))
+sys.path[:0] = [str(ROOT / "tests" / "contract"), str(ROOT / "tests")]
 TARGET = ROOT / "kubeai" / "local" / "apiserver"
 GROUPS = {
     "api/v1": (

@@ -4,6 +4,8 @@
 - :func:`real`: etcd and kube-apiserver, nothing else;
 - :func:`cluster`: the same with controller-manager, scheduler, and kwok for nodes and kubelets.
 
+The real ones ask kubelets over TLS and show them a certificate.
+
 Their binaries are in the folder that KUBEBUILDER_ASSETS names; see tests/cluster.
 """
 
@@ -26,16 +28,15 @@ from typing import NamedTuple
 
 import orjson
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from fakes.authority import Authority
 
-from kubeai.local import certificates
 from kubeai.local.apiserver import credentials
 
 START_TIMEOUT_S = 45.0
 KUBELET_CLIENT = "kube-apiserver-kubelet-client"
+KWOK_LABEL = "kubeai.org/played-by-kwok"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
 
 
@@ -165,7 +166,8 @@ def real(directory: Path):
     credentials.load(directory)  # certificates for loopback
     key = directory / "service-accounts.key"
     _make_rsa_key(key)
-    make_kubelet_clients(directory, KUBELET_CLIENT)
+    clients = Authority(directory, "kubelet-clients")
+    client = clients.client(KUBELET_CLIENT)
     etcd_url = f"http://127.0.0.1:{etcd_port}"
     peer_url = f"http://127.0.0.1:{peer_port}"
     with contextlib.ExitStack() as stack:
@@ -192,8 +194,8 @@ def real(directory: Path):
                 f"--cert-dir={directory / 'certificates'}",
                 f"--tls-cert-file={directory / 'tls.crt'}",
                 f"--tls-private-key-file={directory / 'tls.key'}",
-                f"--kubelet-client-certificate={directory / f'{KUBELET_CLIENT}.crt'}",
-                f"--kubelet-client-key={directory / f'{KUBELET_CLIENT}.key'}",
+                f"--kubelet-client-certificate={client.certificate}",
+                f"--kubelet-client-key={client.key}",
                 "--service-cluster-ip-range=10.0.0.0/24",
                 f"--service-account-key-file={key}",
                 f"--service-account-signing-key-file={key}",
@@ -208,7 +210,7 @@ def real(directory: Path):
             f"https://127.0.0.1:{port}",
             token,
             str(directory / "ca.crt"),
-            str(directory / "kubelet-clients.crt"),
+            str(clients.file),
         )
         _wait_until(
             lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
@@ -220,7 +222,9 @@ def real(directory: Path):
 
 @contextlib.contextmanager
 def cluster(directory: Path):
-    """A whole control plane. Every Node that is made becomes Ready, every pod on one Running."""
+    """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
+    on one Running. Other Nodes are for a kubelet of the test's own.
+    """
     folder = assets(*CONTROL_PLANE)
     assert folder is not None
     with real(directory) as server, contextlib.ExitStack() as stack:
@@ -242,7 +246,7 @@ def cluster(directory: Path):
         run("kube-scheduler", "--leader-elect=false", "--secure-port=0")
         config = directory / "kwok.yaml"  # or it would read the user's
         config.write_text("kind: KwokConfiguration\napiVersion: config.kwok.x-k8s.io/v1alpha1\n")
-        log = run("kwok", "--manage-all-nodes=true", f"--config={config}")
+        log = run("kwok", f"--manage-nodes-with-label-selector={KWOK_LABEL}", f"--config={config}")
         server.request("POST", "/api/v1/nodes", node("first", {"pods": "1"}))
         _wait_until(lambda: server.is_ready("/api/v1/nodes/first"), "kwok has a node ready", log)
         server.request("DELETE", "/api/v1/nodes/first")
@@ -255,36 +259,10 @@ def node(name: str, capacity: dict[str, str], labels: dict[str, str] | None = No
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": name, "labels": labels or {}},
+        "metadata": {"name": name, "labels": {KWOK_LABEL: "true", **(labels or {})}},
         "spec": spec,
         "status": {"capacity": capacity, "allocatable": capacity},
     }
-
-
-def make_kubelet_clients(directory: Path, *names: str) -> None:
-    """An authority, and a client's certificate with each of the names."""
-    authority_key = ec.generate_private_key(ec.SECP256R1())
-    issuer = certificates.name("kubelet clients")
-    authority = (
-        certificates.builder(issuer, issuer, authority_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(certificates.key_usage(authority=True), critical=True)
-        .sign(authority_key, hashes.SHA256())
-    )
-    pem = authority.public_bytes(serialization.Encoding.PEM)
-    (directory / "kubelet-clients.crt").write_bytes(pem)
-    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
-    for name in names:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = (
-            certificates.builder(certificates.name(name), issuer, key.public_key())
-            .add_extension(certificates.key_usage(authority=False), critical=True)
-            .add_extension(usage, critical=False)
-            .sign(authority_key, hashes.SHA256())
-        )
-        pem = certificate.public_bytes(serialization.Encoding.PEM)
-        (directory / f"{name}.crt").write_bytes(pem)
-        (directory / f"{name}.key").write_bytes(certificates.pem_of(key))
 
 
 def _make_rsa_key(path: Path) -> None:

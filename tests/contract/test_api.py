@@ -968,6 +968,9 @@ def test_discovery_tells_the_resources(definition, api_server: ApiServer):
     core = {entry["name"]: entry for entry in api_server.request("GET", "/api/v1")[1]["resources"]}
     assert {"pods", "pods/log", "pods/status", "configmaps", "secrets", "nodes"} <= set(core)
     assert core["pods"]["shortNames"] == ["po"]
+    exec_ = {key: core["pods/exec"][key] for key in ("kind", "namespaced", "singularName")}
+    assert exec_ == {"kind": "PodExecOptions", "namespaced": True, "singularName": ""}
+    assert {"create", "get"} <= set(core["pods/exec"]["verbs"])
     groups = api_server.request("GET", "/apis")[1]["groups"]
     assert "test.kubeai.org" in [group["name"] for group in groups]
 

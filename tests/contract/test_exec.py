@@ -112,6 +112,13 @@ def test_a_terminal_is_refused_clearly(kubectl: Kubectl, pods):
 
 
 @pytest.mark.kubectl
+def test_a_kubectl_that_speaks_no_websockets_is_told_what_is_needed(kubectl: Kubectl, pods):
+    kubectl.environment["KUBECTL_REMOTE_COMMAND_WEBSOCKETS"] = "false"
+    said = kubectl("exec", "p", "--", "ls", code=1)
+    assert "exec needs the upgrade to a WebSocket" in said
+
+
+@pytest.mark.kubectl
 def test_a_kubectl_that_is_killed_takes_its_command_with_it(kubectl: Kubectl, pods):
     code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"
     with kubectl.following("exec", "p", "--", *PYTHON, code) as lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -48,10 +49,15 @@ class Container:
         return [pid for pid in below if pid != self.process.pid]
 
     async def until_alone(self):
-        deadline = time.monotonic() + DEADLINE_S
-        while self.children():
-            assert time.monotonic() < deadline, "a command is still there"
-            await asyncio.sleep(0.01)
+        await until(lambda: not self.children(), "a command is still there")
+
+
+async def until(true, what):
+    """Wait for a state, with a deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -157,6 +163,20 @@ async def test_a_client_that_leaves_unread_input_behind_is_noticed(connect, cont
             await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 10_000)
         socket._response.close()  # without a word
     await container.until_alone()
+
+
+async def test_clients_that_leave_at_any_moment_leave_nothing(connect, container):
+    guardian = container.process.shim_pid
+    before = len(os.listdir(f"/proc/{guardian}/fd"))
+
+    async def come_and_go(n):
+        async with connect(*PYTHON, f"print('up'); {SLEEP}", input="1") as socket:
+            with contextlib.suppress(TimeoutError):
+                await socket.receive(0.005 * n)
+
+    await asyncio.gather(*(come_and_go(n) for n in range(1, 33)))
+    await container.until_alone()
+    assert len(os.listdir(f"/proc/{guardian}/fd")) == before
 
 
 async def test_the_end_of_the_container_ends_the_command(connect, container):
