@@ -115,6 +115,8 @@ class Machine:
             f"machine-{self.namespace}",
             bind=self.api.kind == "embedded",
         )
+        # Or the scheduler would give the next machine's pods to it.
+        self._stack.callback(self.api.request, "DELETE", f"/api/v1/nodes/{kubelet.node}")
         self._stack.callback(kubelet.clean_up)
         await asyncio.to_thread(kubelet.start)
         self.kube = await Kube.connect(self.kubeconfig)
@@ -161,6 +163,19 @@ class Machine:
         await until("all Models are gone", gone, 60)
 
     # -- what a person looks at ------------------------------------------------------------------
+
+    async def create(self, model: dict) -> dict:
+        """Create a Model, and wait until the gateway knows it."""
+        made = await self.kube.create(MODELS, model)
+
+        async def known() -> bool:
+            url = f"{self.endpoint}/models"
+            async with aiohttp.ClientSession() as session, session.get(url) as answer:
+                listed = (await answer.json())["data"]
+            return any(one["id"] == made["metadata"]["name"] for one in listed)
+
+        await until("the gateway knows the Model", known)
+        return made
 
     async def pods(self, name: str = "m") -> list[dict]:
         pods, _ = await self.kube.list(PODS, self.namespace, labels=f"app=model,model={name}")

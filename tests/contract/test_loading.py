@@ -17,6 +17,7 @@ from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install
 from kubeai.engines.adapters import url_hash
 from kubeai.kube import EVENTS, JOBS, MODELS, PVCS, ApiError
 
+pytestmark = pytest.mark.timeout(150)
 A, B = "hf://org/a", "hf://org/b"
 
 
@@ -68,7 +69,7 @@ async def has(box: Machine, **urls: str) -> bool:
 
 async def test_a_request_for_an_adapter_waits_until_it_is_loaded_and_is_answered(box):
     box.gate.touch()
-    await box.kube.create(MODELS, with_adapters(box, a=A))
+    await box.create(with_adapters(box, a=A))
     asked = asyncio.create_task(box.ask("m_a"))
     status, answer = await box.ask("m")
     assert (status, answer["model"]) == (200, "m")
@@ -84,7 +85,7 @@ async def test_a_request_for_an_adapter_waits_until_it_is_loaded_and_is_answered
 
 
 async def test_adapters_come_change_and_go_in_a_running_pod(box):
-    await box.kube.create(MODELS, with_adapters(box, a=A))
+    await box.create(with_adapters(box, a=A))
     await until("a", lambda: has(box, a=A))
     (before,) = await box.pods()
     await set_adapters(box, a=A, b=B)
@@ -102,7 +103,7 @@ async def test_adapters_come_change_and_go_in_a_running_pod(box):
 
 
 async def test_an_engine_that_crashed_gets_its_adapters_again(box):
-    await box.kube.create(MODELS, with_adapters(box, a=A))
+    await box.create(with_adapters(box, a=A))
     await until("a", lambda: has(box, a=A))
     await box.kill_engine()
     status, answer = await box.ask("m_a")
@@ -112,7 +113,7 @@ async def test_an_engine_that_crashed_gets_its_adapters_again(box):
 
 
 async def test_an_adapter_that_cannot_be_loaded_is_told_and_the_model_serves(box):
-    await box.kube.create(MODELS, with_adapters(box, a="hf://org/missing"))
+    await box.create(with_adapters(box, a="hf://org/missing"))
     await until("told", lambda: box.is_so("AdaptersLoaded", "False", "LoadFailed"))
     assert "no such repository: hf://org/missing" in (await box.condition("AdaptersLoaded"))[2]
     assert (await box.condition("Degraded"))[:2] == ("True", "AdaptersFailed")
@@ -174,7 +175,7 @@ async def is_gone(box: Machine, name: str = "m") -> bool:
 
 async def test_a_cold_model_is_loaded_once_served_and_evicted(box):
     box.gate.touch()
-    uid = (await box.kube.create(MODELS, cached(box)))["metadata"]["uid"]
+    uid = (await box.create(cached(box)))["metadata"]["uid"]
     asked = asyncio.create_task(box.ask("m"))
     await until("loading", lambda: box.is_so("CacheLoaded", "False", "Loading"))
     await until("not served", lambda: box.is_so("Ready", "False", "CacheNotLoaded"))
@@ -197,7 +198,7 @@ async def test_a_cold_model_is_loaded_once_served_and_evicted(box):
 
 
 async def test_why_a_load_does_not_get_on_is_told(box):
-    await box.kube.create(MODELS, cached(box, url="hf://org/missing", minReplicas=1))
+    await box.create(cached(box, url="hf://org/missing", minReplicas=1))
 
     async def told():
         return "CrashLoopBackOff" in (await box.condition("Ready"))[2]
@@ -209,7 +210,7 @@ async def test_why_a_load_does_not_get_on_is_told(box):
 
 
 async def test_a_model_can_be_deleted_though_its_profiles_are_gone(box):
-    uid = (await box.kube.create(MODELS, cached(box, minReplicas=1)))["metadata"]["uid"]
+    uid = (await box.create(cached(box, minReplicas=1)))["metadata"]["uid"]
     await until("loaded", lambda: box.is_so("CacheLoaded", "True", "Loaded"))
     await until("serves", lambda: box.is_so("Ready", "True", "AllReplicasReady"))
     await box.serve(cacheProfiles={})
@@ -220,7 +221,7 @@ async def test_a_model_can_be_deleted_though_its_profiles_are_gone(box):
 
 
 async def test_a_model_can_be_deleted_though_its_claim_is_going(box):
-    await box.kube.create(MODELS, cached(box))
+    await box.create(cached(box))
     await until("loaded", lambda: box.is_so("CacheLoaded", "True", "Loaded"))
     await box.kube.delete(PVCS, CLAIM)
     await box.kube.delete(MODELS, "m")
