@@ -221,9 +221,9 @@ class World:
         return found
 
 
-async def until(true, what):
+async def until(true, what, timeout_s=DEADLINE_S):
     """Wait for a state, with a deadline."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + timeout_s
     while True:
         result = true()
         if asyncio.iscoroutine(result):

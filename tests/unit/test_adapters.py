@@ -7,13 +7,13 @@ import copy
 
 import msgspec
 import pytest
-from aiohttp import web
 from fakes.kube import World, merge
+from fakes.lora import Engine
 
 from kubeai.api.model import decode_model
 from kubeai.engines import adapters as engine
 from kubeai.engines.adapters import Call, load_call, refusal, unload_call, url_hash
-from kubeai.kube import PODS, ApiError, ExecResult
+from kubeai.kube import PODS, ApiError
 from kubeai.operator import adapters
 from kubeai.operator.adapters import Steps, Wanted, steps
 from kubeai.operator.pods import Pod
@@ -89,49 +89,6 @@ def test_what_vllm_answers(call: Call, status, answer, refused):
 # -- real engines --------------------------------------------------------------------------------
 
 
-class Engine:
-    """One pod's engine: its adapters, its folder, and what was asked of it in which order."""
-
-    def __init__(self):
-        self.folder = {}  # adapter → URL whose files are there
-        self.adapters = {}  # adapter → URL that was loaded
-        self.log = []
-        self.key = None
-        self.refuse = False
-        app = web.Application()
-        app.router.add_post("/v1/load_lora_adapter", self._load)
-        app.router.add_post("/v1/unload_lora_adapter", self._unload)
-        self._runner = web.AppRunner(app)
-
-    async def start(self):
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return self._runner.addresses[0][1]
-
-    async def stop(self):
-        await self._runner.cleanup()
-
-    async def _load(self, request):
-        body = await request.json()
-        name = body["lora_name"]
-        self.key = request.headers.get("Authorization")
-        self.log.append(f"load {name}")
-        if self.refuse or name not in self.folder:
-            return web.json_response({"error": {"message": "no such files"}}, status=404)
-        if name in self.adapters:
-            return web.json_response({"message": "has already been loaded"}, status=400)
-        assert body["lora_path"] == f"/adapters/{name}"
-        self.adapters[name] = self.folder[name]
-        return web.Response(text="Success")
-
-    async def _unload(self, request):
-        name = (await request.json())["lora_name"]
-        self.log.append(f"unload {name}")
-        if self.adapters.pop(name, None) is None:
-            return web.json_response({"message": "cannot be found."}, status=404)
-        return web.Response(text="Success")
-
-
 class AdapterWorld(World):
     """Every pod gets an engine of its own and a loader beside it."""
 
@@ -139,8 +96,6 @@ class AdapterWorld(World):
         super().__init__()
         self.auto_ready = False
         self.engines = {}
-        self.broken_urls = set()
-        self.starting = True
         self.kube.executed = self._exec
         self._tasks = set()
 
@@ -174,16 +129,7 @@ class AdapterWorld(World):
 
     async def _exec(self, pod_name, command, container):
         assert container == "loader"
-        engine_ = self.engines[pod_name]
-        engine_.log.append(" ".join(command))
-        name = command[-1].removeprefix("/adapters/")
-        if command[0] == "rm":
-            engine_.folder.pop(name, None)
-        elif command[1] in self.broken_urls:
-            return ExecResult(1, "no such repository")
-        else:
-            engine_.folder[name] = command[1]
-        return ExecResult(0, "")
+        return self.engines[pod_name].run(command)
 
     def labels(self):
         """Each pod's adapters by its labels."""
@@ -277,18 +223,19 @@ async def test_a_changed_url_is_loaded_anew_in_one_pod_after_the_other(world):
 async def test_a_broken_new_url_stops_at_the_first_pod(world):
     world.apply(replicas=3, adapters=both(a=A))
     await world.until(lambda: world.labels() == [{"a": HASH_A}] * 3)
-    world.broken_urls.add(B)
-    world.set_adapters(a=B)
+    broken = "hf://org/missing"
+    world.set_adapters(a=broken)
     await world.until(lambda: world.condition("AdaptersLoaded") == ("False", "LoadFailed"))
-    tries = [one for one in world.engines.values() if f"load {B} /adapters/a" in one.log]
-    await world.until(lambda: tries[0].log.count(f"load {B} /adapters/a") >= 4)
+    load = f"load {broken} /adapters/a"
+    (tried,) = [one for one in world.engines.values() if load in one.log]
+    await world.until(lambda: tried.log.count(load) >= 4)
     assert sorted(label["a"] for label in world.labels()) == sorted([HASH_A, HASH_A, "loading"])
     assert world.condition("Degraded") == ("True", "AdaptersFailed")
     message = next(
         c["message"] for c in world.model()["status"]["conditions"] if c["type"] == "Degraded"
     )
     assert "no such repository" in message
-    world.broken_urls.clear()
+    world.set_adapters(a=B)
     await world.until(lambda: world.labels() == [{"a": HASH_B}] * 3)
     await world.until(lambda: world.condition("Degraded") == ("False", "AsExpected"))
 

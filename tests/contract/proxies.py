@@ -1,0 +1,108 @@
+"""A proxy before a Kubernetes API that counts what changes something, and can cut it off there.
+
+It speaks plain HTTP on loopback. Commands in containers it answers itself, by ``run``, since the
+clusters of these tests have no kubelets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Literal
+
+import aiohttp
+from aiohttp import web
+from servers import ApiServer
+
+from kubeai import channels
+from kubeai.kube import ExecResult
+
+CUT = Literal["before", "after"]
+DROPPED_HEADERS = {"host", "content-length", "transfer-encoding", "connection"}
+
+
+class Proxy:
+    """``calls``: what changed something, in order. ``cut(k, when)``: see there."""
+
+    def __init__(self, api: ApiServer, run: Callable[[str, list[str]], ExecResult]) -> None:
+        self._api = api
+        self._run = run
+        self._cut: tuple[int, CUT, Callable[[], None]] | None = None
+        self.calls: list[str] = []
+        app = web.Application(client_max_size=16 << 20)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self.url = ""
+
+    async def start(self) -> None:
+        tls = ssl.create_default_context(cafile=self._api.ca_file)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=0))
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+        await self._session.close()
+
+    def cut(self, k: int, when: CUT, kill: Callable[[], None]) -> None:
+        """Call ``kill`` at the k-th change: before it reaches the API, or once it has been made.
+
+        Its answer reaches nobody in both cases.
+        """
+        self._cut = k, when, kill
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        execs = request.path.endswith("/exec")
+        if not execs and (request.method == "GET" or "/leases" in request.path):
+            return await self._pass_on(request)
+        self.calls.append(f"{request.method} {request.path.rpartition('/namespaces/')[2]}")
+        here = self._cut is not None and len(self.calls) == self._cut[0]
+        if here and self._cut[1] == "before":
+            return self._kill(request)
+        answer = await (self._exec(request) if execs else self._pass_on(request, held=here))
+        return self._kill(request) if here else answer
+
+    def _kill(self, request: web.Request) -> web.StreamResponse:
+        assert self._cut is not None
+        self._cut[2]()
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response(status=500)
+
+    async def _pass_on(self, request: web.Request, held: bool = False) -> web.StreamResponse:
+        headers = {
+            name: value
+            for name, value in request.headers.items()
+            if name.lower() not in DROPPED_HEADERS
+        }
+        async with self._session.request(
+            request.method,
+            self._api.url + request.path_qs,
+            data=await request.read() or None,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=None),
+        ) as answer:
+            kept = {"Content-Type": answer.headers.get("Content-Type", "application/json")}
+            if held:
+                await answer.read()
+                return web.Response(status=answer.status)
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            await response.write_eof()
+            return response
+
+    async def _exec(self, request: web.Request) -> web.StreamResponse:
+        pod = request.path.split("/")[-2]
+        result = self._run(pod, request.query.getall("command"))
+        messages = web.WebSocketResponse(protocols=(channels.V4,))
+        await messages.prepare(request)
+        await messages.send_bytes(bytes([channels.STDOUT]) + result.output.encode())
+        ending = channels.Ending(result.exit_code).encode()
+        await messages.send_bytes(bytes([channels.ERROR]) + ending)
+        await messages.close()
+        return messages

@@ -1,0 +1,355 @@
+"""The operator is killed at every single write of a Model's life, and the end is the same.
+
+A proxy before the API counts what changes something: create → scale to 3 → roll out → adapter →
+delete with cache. For each k the operator is killed before the k-th change is sent and, in another
+life, after it is made; a new one starts at once. What a cluster's other parts do (nodes, engines,
+the loader, the Job controller, the garbage collector) this test does itself, on both APIs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+from datetime import UTC, datetime
+
+import pytest
+from fakes.lora import Engine
+from operators import CONFIG, Replica, World, until
+from proxies import Proxy
+
+from kubeai.engines.adapters import url_hash
+from kubeai.kube import CONFIGMAPS, JOBS, MODELS, PODS, PVCS, ApiError, Kube
+
+pytestmark = pytest.mark.timeout(400)
+LIVES_AT_ONCE = 8
+LIFE_TIMEOUT_S = 90.0
+CLAIM = "shared-model-cache-fast"
+SETTINGS = (
+    CONFIG.replace("interval: 100ms", "interval: 10m")
+    + "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}\n"
+    + "allowPodAddressOverride: true\n"
+)
+ADAPTER = "hf://org/adapter"
+
+
+class Surroundings:
+    """Nodes, engines and loaders, the Job controller and the garbage collector of one namespace."""
+
+    def __init__(self, kube: Kube) -> None:
+        self._kube = kube
+        self.engines: dict[str, Engine] = {}
+        self.alive: set[str] = set()
+        self.most = 0
+        self.folders: set[str] = set()  # in the cache
+        self._jobs: set[asyncio.Task[None]] = set()
+        namespace = kube.namespace
+        self._tasks = [
+            asyncio.create_task(
+                kube.follow(PODS, namespace, replaced=self._replaced, changed=self._pod)
+            ),
+            asyncio.create_task(
+                kube.follow(JOBS, namespace, replaced=lambda jobs: None, changed=self._job)
+            ),
+        ]
+
+    async def stop(self) -> None:
+        for task in [*self._tasks, *self._jobs]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._jobs, return_exceptions=True)
+        await asyncio.gather(*(engine.stop() for engine in self.engines.values()))
+
+    def run(self, pod: str, command: list[str]):
+        return self.engines[pod].run(command)
+
+    def _replaced(self, pods) -> None:
+        for pod in pods:
+            self._pod("ADDED", pod)
+
+    def _pod(self, kind: str, pod) -> None:
+        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+        if kind == "DELETED" or "deletionTimestamp" in pod["metadata"]:
+            self.alive.discard(uid)
+            return
+        self.alive.add(uid)
+        self.most = max(self.most, len(self.alive))
+        if kind == "ADDED":
+            self._do(self._start(name))
+
+    async def _start(self, name: str) -> None:
+        old = self.engines.pop(name, None)
+        if old is not None:
+            await old.stop()
+        engine = self.engines[name] = Engine()
+        port = await engine.start()
+        where = {"model-pod-ip": "127.0.0.1", "model-pod-port": str(port)}
+        await self._kube.patch(PODS, name, {"metadata": {"annotations": where}})
+        running = {"running": {"startedAt": _now()}}
+        containers = [
+            {
+                "name": name,
+                "image": "i",
+                "imageID": "i",
+                "ready": True,
+                "restartCount": 0,
+                "state": running,
+            }
+            for name in ("server", "loader")
+        ]
+        status = {
+            "phase": "Running",
+            "podIP": "127.0.0.1",
+            "podIPs": [{"ip": "127.0.0.1"}],
+            "conditions": [{"type": "Ready", "status": "True"}],
+            "containerStatuses": containers,
+        }
+        await self._kube.patch(PODS, name, {"status": status}, subresource="status")
+
+    def _job(self, kind: str, job) -> None:
+        if kind == "DELETED":
+            return
+        if "deletionTimestamp" in job["metadata"]:
+            self._do(self._collect(job))
+        elif not (job.get("status") or {}).get("conditions"):
+            self._do(self._finish(job))
+
+    async def _finish(self, job) -> None:
+        container = job["spec"]["template"]["spec"]["containers"][0]
+        if container["name"] == "loader":
+            self.folders.add(container["args"][1])
+        else:
+            self.folders.discard(container["command"][-1])
+        ends = ("SuccessCriteriaMet", "Complete")
+        status = {
+            "startTime": _now(),
+            "completionTime": _now(),
+            "succeeded": 1,
+            "uncountedTerminatedPods": {},
+            "conditions": [
+                {"type": end, "status": "True", "lastTransitionTime": _now()} for end in ends
+            ],
+        }
+        await self._kube.patch(
+            JOBS, job["metadata"]["name"], {"status": status}, subresource="status"
+        )
+
+    async def _collect(self, job) -> None:
+        meta = {"uid": job["metadata"]["uid"], "finalizers": []}
+        await self._kube.patch(JOBS, job["metadata"]["name"], {"metadata": meta})
+
+    def _do(self, work) -> None:
+        async def do() -> None:
+            with contextlib.suppress(ApiError):  # it is gone, or somebody was faster
+                await work
+
+        task = asyncio.create_task(do())
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Life:
+    """One namespace with an operator that is killed once."""
+
+    def __init__(self, api, namespace: str, directory) -> None:
+        self._api = api
+        self._directory = directory
+        self._namespace = namespace
+        self.killed = asyncio.Event()
+        self.kubes: list[Kube] = []
+        self.replicas: list[Replica] = []
+
+    async def start(self) -> None:
+        directory = self._directory
+        self.kube = await self._connect(self._api, directory / "direct")
+        self.world = World(self.kube)
+        self.around = Surroundings(self.kube)
+        self.proxy = Proxy(self._api, self.around.run)
+        await self.proxy.start()
+        self._operator_api = self._api._replace(url=self.proxy.url)
+        await self._start_operator()
+
+    async def _connect(self, api, file) -> Kube:
+        kube = await Kube.connect(str(api.kubeconfig(file, self._namespace)))
+        self.kubes.append(kube)
+        return kube
+
+    async def _start_operator(self) -> None:
+        kube = await self._connect(self._operator_api, self._directory / "proxied")
+        self.replicas.append(Replica(kube, "one", SETTINGS))
+
+    def kill(self) -> None:
+        """Gone without a word, in the middle of whatever it does."""
+        replica = self.replicas.pop()
+        replica.operator.leader.release = _nothing
+        replica.task.cancel()
+        self._dead = replica.task
+        self.killed.set()
+
+    async def _restart(self) -> None:
+        await self.killed.wait()
+        await asyncio.gather(self._dead, return_exceptions=True)
+        await self._start_operator()
+
+    async def close(self) -> None:
+        for replica in self.replicas:
+            await replica.stop()
+        await self.around.stop()
+        await self.proxy.stop()
+        for kube in self.kubes:
+            await kube.close()
+
+    async def live(self) -> tuple[dict, dict]:
+        """The whole life of a Model; how it was before its deletion, and what is left after it."""
+        restart = asyncio.create_task(self._restart())
+        try:
+            async with asyncio.timeout(LIFE_TIMEOUT_S):
+                return await self._steps()
+        finally:
+            restart.cancel()
+            await asyncio.gather(restart, return_exceptions=True)
+
+    async def _steps(self) -> tuple[dict, dict]:
+        world = self.world
+        made = await world.create(
+            cacheProfile="fast",
+            adapters=[{"name": "first", "url": "hf://org/first"}],
+            files=[{"path": "/etc/prompt", "content": "Be kind."}],
+            autoscalingDisabled=True,
+            replicas=1,
+            image="vllm",
+        )
+        folder = f"/models/m-{made['metadata']['uid']}"
+        await self._settled(1, first="hf://org/first")
+        assert self.around.folders == {folder}
+        await self.kube.patch(MODELS, "m", {"spec": {"replicas": 3}}, subresource="scale")
+        await self._settled(3, first="hf://org/first")
+        await self.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
+        await self._settled(3, first="hf://org/first")
+        adapters = [{"name": "second", "url": ADAPTER}]
+        await self.kube.patch(MODELS, "m", {"spec": {"adapters": adapters}})
+        await self._settled(3, second=ADAPTER)
+        assert self.around.most <= 4
+        alive = await self._snapshot()
+        await self.kube.delete(MODELS, "m")
+        await until(self._is_gone, "the Model, its pods and Jobs are gone")
+        assert self.around.folders == set()
+        return alive, await self._snapshot()
+
+    async def _settled(self, replicas: int, **adapters: str) -> None:
+        hashes = {name: url_hash(url) for name, url in adapters.items()}
+
+        async def settled() -> bool:
+            pods = await self.world.pods()
+            model = await self.world.model()
+            conditions = model.get("status", {}).get("conditions", [])
+            says = {c["type"]: c["reason"] for c in conditions}
+            generations = {c["observedGeneration"] for c in conditions}
+            args = model["spec"].get("args", [])
+            return (
+                len(pods) == replicas
+                and all(_adapters(pod) == hashes for pod in pods)
+                and all(_has_args(pod, args) for pod in pods)
+                and says.get("Progressing") == "UpToDate"
+                and says.get("AdaptersLoaded") == "Loaded"
+                and generations == {model["metadata"]["generation"]}
+            )
+
+        await until(settled, f"{replicas} replicas with {adapters}", LIFE_TIMEOUT_S)
+        for pod in await self.world.pods():
+            assert self.around.engines[pod["metadata"]["name"]].adapters == adapters
+
+    async def _is_gone(self) -> bool:
+        for resource in (MODELS, PODS, JOBS):
+            if (await self.kube.list(resource, self._namespace))[0]:
+                return False
+        return True
+
+    async def _snapshot(self) -> dict:
+        """Everything that the operator keeps, without what differs between two lives."""
+        found = {}
+        for resource in (MODELS, PODS, JOBS, PVCS, CONFIGMAPS):
+            items, _ = await self.kube.list(resource, self._namespace)
+            for item in items:
+                if item["metadata"]["name"] in ("kube-root-ca.crt", "kubeai-autoscaler-state"):
+                    continue
+                name = item["metadata"]["name"]
+                if resource is PODS:  # it ends in what follows from the Model's uid
+                    name = f"pod {len([key for key in found if key[0] == 'pods'])}"
+                found[resource.plural, name] = _timeless(item)
+        return found
+
+
+def _adapters(pod) -> dict[str, str]:
+    prefix = "adapter.kubeai.org/"
+    labels = pod["metadata"]["labels"].items()
+    return {key.removeprefix(prefix): value for key, value in labels if key.startswith(prefix)}
+
+
+def _has_args(pod, args: list[str]) -> bool:
+    return set(args) <= set(pod["spec"]["containers"][0]["args"])
+
+
+def _timeless(item) -> dict:
+    """The parts that must be the same, whoever was killed when."""
+    meta = item["metadata"]
+    labels = {k: v for k, v in (meta.get("labels") or {}).items() if k != "pod-hash"}
+    conditions = (item.get("status") or {}).get("conditions") or []
+    return {
+        "labels": labels,
+        "annotations": sorted(meta.get("annotations") or {}),
+        "finalizers": meta.get("finalizers"),
+        "replicas": (item.get("status") or {}).get("replicas"),
+        "conditions": {
+            c["type"]: (c["status"], c["reason"], c["message"])
+            for c in conditions
+            if "reason" in c
+        },
+        "data": item.get("data"),
+    }
+
+
+async def _nothing() -> None:
+    pass
+
+
+async def _life(api, directory, cut=None) -> tuple[tuple[dict, dict], list[str], bool]:
+    """The outcome of one life, its calls, and whether the operator was killed in it."""
+    namespace = f"test-{secrets.token_hex(4)}"
+    await asyncio.to_thread(
+        api.request, "POST", "/api/v1/namespaces", {"metadata": {"name": namespace}}
+    )
+    directory.mkdir()
+    life = Life(api, namespace, directory)
+    await life.start()
+    if cut is not None:
+        life.proxy.cut(*cut, life.kill)
+    try:
+        return await life.live(), life.proxy.calls, life.killed.is_set()
+    finally:
+        await life.close()
+
+
+async def test_whenever_the_operator_is_killed_the_end_is_the_same(api_server, tmp_path):
+    expected, calls, _ = await _life(api_server, tmp_path / "unharmed")
+    print(*calls, sep="\n")
+    cuts = list(itertools.product(range(1, len(calls) + 1), ("before", "after")))
+    free = asyncio.Semaphore(LIVES_AT_ONCE)
+    missed = []
+
+    async def one(k: int, when: str) -> None:
+        async with free:
+            outcome, made, killed = await _life(api_server, tmp_path / f"{k}-{when}", (k, when))
+        assert outcome == expected, f"killed {when} call {k} of {made}"
+        if not killed:  # this life needed fewer calls: what is told in Events may differ by a few
+            missed.append((k, when))
+
+    async with asyncio.TaskGroup() as lives:
+        for cut in cuts:
+            lives.create_task(one(*cut))
+    print(f"{len(calls)} changes, {len(cuts) - len(missed)} lives with a kill")
+    assert len(missed) <= len(cuts) // 10
