@@ -2,7 +2,7 @@
 # Print the folder that holds etcd, the Kubernetes control plane, kubectl and kwok, and build them
 # there first if need be. The folder is outside the tree and named after what goes into it, so that
 # it can be kept between runs. Where KUBEBUILDER_ASSETS is set, it is that folder, and nothing is
-# built; it may lack what only tests/contract/test_cluster.py needs.
+# built; it may lack what only test_cluster.py and test_node.py of tests/contract need.
 set -euo pipefail
 cd "$(dirname "$0")"
 

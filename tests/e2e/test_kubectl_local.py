@@ -93,12 +93,15 @@ async def test_a_replica_is_seen_to_come_and_go(tmp_path):
             await watch.wait()
 
 
-async def test_scale_patch_and_delete(tmp_path):
+async def test_exec_scale_patch_and_delete(tmp_path):
     fixed = model("chat", args=ARGS, autoscalingDisabled=True, replicas=1)
     async with running(tmp_path / "local", fixed) as local:
         kubectl = Kubectl(local, tmp_path)
 
         await until("one replica", lambda: kubectl.counts("1"))
+        pod = await kubectl.row("get", "pods", "-o", "wide")
+        said = await kubectl("exec", pod["NAME"], "--", "sh", "-c", "echo $POD_IP")
+        assert said == f"{pod['IP']}\n"
         await kubectl("scale", "model", "chat", "--replicas=3")
         await until("three replicas", lambda: kubectl.counts("3"))
         await kubectl("patch", "model", "chat", "--type=merge", "-p", '{"spec":{"replicas":2}}')
