@@ -351,6 +351,7 @@ class Kube:
     ) -> ExecResult:
         """Run a command in a container of a pod, until it has ended; it gets no stdin.
 
+        Needs the verbs get and create on pods/exec: which of them is asked, versions differ in.
         ApiError when it did not run (404: no such pod), and when its end is not known (status 0;
         reason Timeout after ``timeout_s`` seconds): then it may have run, and a node may let it
         go on.
