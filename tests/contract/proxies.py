@@ -6,7 +6,7 @@ clusters of these tests have no kubelets.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable
 from typing import Literal
@@ -32,7 +32,7 @@ class Proxy:
         self.calls: list[str] = []
         app = web.Application(client_max_size=16 << 20)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         self.url = ""
 
     async def start(self) -> None:
@@ -91,9 +91,10 @@ class Proxy:
                 return web.Response(status=answer.status)
             response = web.StreamResponse(status=answer.status, headers=kept)
             await response.prepare(request)
-            async for chunk in answer.content.iter_any():
-                await response.write(chunk)
-            await response.write_eof()
+            with contextlib.suppress(ConnectionError):  # the operator is gone
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+                await response.write_eof()
             return response
 
     async def _exec(self, request: web.Request) -> web.StreamResponse:

@@ -305,9 +305,7 @@ def _timeless(item) -> dict:
         "finalizers": meta.get("finalizers"),
         "replicas": (item.get("status") or {}).get("replicas"),
         "conditions": {
-            c["type"]: (c["status"], c["reason"], c["message"])
-            for c in conditions
-            if "reason" in c
+            c["type"]: (c["status"], c["reason"], c["message"]) for c in conditions if "reason" in c
         },
         "data": item.get("data"),
     }
