@@ -332,6 +332,8 @@ def _has_failed(job: Job, pod: Pod) -> bool:
 def _judge(job: Job, pods: Iterable[Pod], status: JobStatus, now: datetime) -> JobStatus:
     """The status with the decision that ends the Job, suspends it, or lets it run."""
     spec, now = job.spec, now.replace(microsecond=0)
+    if not spec.suspend and status.start_time is None:
+        status = replace(status, start_time=now)
     if status.condition("FailureTarget", "SuccessCriteriaMet"):
         return status
     failed = status.failed + len(status.uncounted.failed)
@@ -356,7 +358,7 @@ def _judge(job: Job, pods: Iterable[Pod], status: JobStatus, now: datetime) -> J
     if status.condition("Suspended"):
         status = replace(status, start_time=now)
         return _with(status, now, "Suspended", "JobResumed", "Job resumed", "False")
-    return status if status.start_time else replace(status, start_time=now)
+    return status
 
 
 def _unsupported(spec: JobSpec) -> str:
@@ -398,6 +400,7 @@ def _finish(status: JobStatus, pods: Iterable[Pod], now: datetime) -> JobStatus:
     if target is None or any(pod.tracked or not pod.over for pod in pods):
         return status
     now = now.replace(microsecond=0)
+    status = replace(status, start_time=status.start_time or now)
     if target.type == "SuccessCriteriaMet":
         status = replace(status, completion_time=now)
         return _with(status, now, "Complete", target.reason, target.message)
