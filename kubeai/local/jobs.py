@@ -101,9 +101,14 @@ class _PodSpec(_Part, frozen=True):
     node_name: str = ""
 
 
+class _PodCondition(_Part, frozen=True):
+    type: str = ""
+    status: str = ""
+
+
 class _PodStatus(_Part, frozen=True):
     phase: str = ""
-    conditions: tuple[Condition, ...] = ()
+    conditions: tuple[_PodCondition, ...] = ()
     container_statuses: tuple[_Container, ...] = ()
     init_container_statuses: tuple[_Container, ...] = ()
 

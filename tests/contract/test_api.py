@@ -168,6 +168,14 @@ def pod(name: str = "p", metadata: dict | None = None, **spec: object) -> dict:
     }
 
 
+def job(
+    name: str = "j", labels: dict | None = None, restart: str = "Never", **spec: object
+) -> dict:
+    template = {"spec": {"restartPolicy": restart, "containers": [{"name": "c", "image": "i"}]}}
+    template |= {"metadata": {"labels": labels}} if labels else {}
+    return {"metadata": {"name": name}, "spec": {"template": template, **spec}}
+
+
 class Collection:
     """One collection of one namespace."""
 
@@ -225,6 +233,11 @@ def widgets(definition, api_server: ApiServer, namespace: str) -> Collection:
 @pytest.fixture
 def pods(api_server: ApiServer, namespace: str) -> Collection:
     return Collection(api_server, f"/api/v1/namespaces/{namespace}/pods")
+
+
+@pytest.fixture
+def jobs(api_server: ApiServer, namespace: str) -> Collection:
+    return Collection(api_server, f"/apis/batch/v1/namespaces/{namespace}/jobs")
 
 
 @pytest.fixture
@@ -898,6 +911,86 @@ def test_a_pod_cannot_be_changed_but_for_its_image(pods: Collection):
     command = {"spec": {"containers": [{"name": "c", "command": ["x"]}]}}
     answer = pods.refused(422, "PATCH", "p", command, STRATEGIC)
     assert "pod updates may not change fields other than" in answer["message"]
+
+
+# Jobs.
+
+
+def test_a_job_is_filled_in_and_selects_its_own_pods(jobs: Collection):
+    made = jobs.make(job(labels={"app": "x"}))
+    spec, uid = made["spec"], made["metadata"]["uid"]
+    ours = {
+        "batch.kubernetes.io/controller-uid": uid, "batch.kubernetes.io/job-name": "j",
+        "controller-uid": uid, "job-name": "j",
+    }  # fmt: skip
+    assert spec["selector"] == {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}}
+    assert spec["template"]["metadata"]["labels"] == {"app": "x", **ours}
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] == 30
+    del spec["selector"], spec["template"]
+    assert spec == {
+        "parallelism": 1, "completions": 1, "backoffLimit": 6, "suspend": False,
+        "completionMode": "NonIndexed", "manualSelector": False,
+        "podReplacementPolicy": "TerminatingOrFailed",
+    }  # fmt: skip
+    assert made["status"] == {}
+
+
+def test_a_job_has_its_pods_labels_unless_it_has_its_own(jobs: Collection):
+    assert jobs.make(job())["metadata"]["labels"]["job-name"] == "j"
+    labelled = job("k")
+    labelled["metadata"]["labels"] = {"a": "b"}
+    assert jobs.make(labelled)["metadata"]["labels"] == {"a": "b"}
+
+
+def test_a_job_with_parallelism_alone_has_no_completions(jobs: Collection):
+    assert "completions" not in jobs.make(job(parallelism=2))["spec"]
+    _, table = jobs.server.request("GET", f"{jobs.path}/j", accept=TABLE)
+    assert table["rows"][0]["cells"][2] == "0/1 of 2"
+
+
+def test_a_selector_of_ones_own_is_kept(jobs: Collection):
+    labels = {"app": "x"}
+    own = job(labels=labels, manualSelector=True, selector={"matchLabels": labels})
+    spec = jobs.make(own)["spec"]
+    assert spec["selector"] == {"matchLabels": labels}
+    assert spec["template"]["metadata"]["labels"] == labels
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        (job(restart="Always"), "spec.template.spec.restartPolicy"),
+        (job(parallelism=-1), "spec.parallelism"),
+        (job(backoffLimit=-1), "spec.backoffLimit"),
+        (job(ttlSecondsAfterFinished=-1), "spec.ttlSecondsAfterFinished"),
+        (job(selector={"matchLabels": {"a": "b"}}), "spec.selector"),
+        (job(manualSelector=True), "spec.selector"),
+        (
+            job(manualSelector=True, selector={"matchLabels": {"a": "b"}}),
+            "spec.template.metadata.labels",
+        ),
+    ],
+)
+def test_bad_jobs_are_refused(jobs: Collection, wrong: dict, field: str):
+    answer = jobs.refused(422, "POST", "", wrong)
+    assert field in [cause["field"] for cause in answer["details"]["causes"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"completions": 2}, "spec.completions"),
+        ({"selector": {"matchLabels": {"a": "b"}}}, "spec.selector"),
+        ({"template": {"spec": {"terminationGracePeriodSeconds": 3}}}, "spec.template"),
+    ],
+)
+def test_what_a_job_runs_cannot_be_changed(jobs: Collection, change: dict, field: str):
+    jobs.make(job())
+    answer = jobs.refused(422, "PATCH", "j", {"spec": change})
+    assert field in [cause["field"] for cause in answer["details"]["causes"]]
+    patched = jobs.patch("j", {"spec": {"parallelism": 3, "suspend": True}})
+    assert patched["spec"]["parallelism"] == 3
+    assert patched["metadata"]["generation"] == 2
 
 
 # Forms.

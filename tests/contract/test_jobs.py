@@ -79,9 +79,10 @@ class World:
         else:
             self.pods[name] = pod
 
-    async def create(self, name="j", restart="Never", **spec):
+    async def create(self, name="j", restart="Never", pod=None, **spec):
         container = {"name": "c", "image": "registry.example/tool:1", "command": ["load"]}
-        template = {"spec": {"restartPolicy": restart, "containers": [container]}}
+        pod = {"restartPolicy": restart, "containers": [container], **(pod or {})}
+        template = {"spec": pod}
         job = {"metadata": {"name": name}, "spec": {"template": template, **spec}}
         return await self.kube.create(JOBS, job)
 
@@ -386,6 +387,22 @@ async def test_a_selector_of_ones_own_is_left_as_it_is(world):
     assert world.pods[name]["metadata"]["labels"] == labels
     await world.say(name, "Succeeded")
     await world.conditions_are(*COMPLETE)
+
+
+async def test_pods_that_the_api_refuses_are_tried_again(world):
+    if world.api.kind == "embedded":
+        pytest.skip("nothing there refuses a pod that its Job's checks let through")
+    priority = {"metadata": {"name": world.kube.namespace}, "value": 1}
+    await world.create(pod={"priorityClassName": world.kube.namespace})
+
+    async def told():
+        return (await world.reasons())["FailedCreate"]
+
+    await until(told, "why there is no pod")
+    assert not world.seen
+    classes = "/apis/scheduling.k8s.io/v1/priorityclasses"
+    assert world.api.request("POST", classes, priority)[0] == 201
+    await world.some_active(1)
 
 
 async def test_nothing_is_written_while_nothing_changes(world):

@@ -1,7 +1,9 @@
-"""The helper processes of `kubeai local`: started again when they die, and what they say."""
+"""What runs beside the supervisor of `kubeai local`: processes, started again when they die, and
+tasks."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
@@ -9,7 +11,7 @@ import pytest
 from harness import until
 
 from kubeai.errors import KubeAIError
-from kubeai.local.run import Child
+from kubeai.local.run import Child, _beside
 
 # Its n-th life does what the n-th word says: be ready, or fail.
 PROGRAM = """
@@ -54,3 +56,30 @@ async def test_one_that_dies_is_started_again_even_if_that_fails_at_first(child,
         await helper.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(int(third.read_text()), 0)
+
+
+async def test_a_task_beside_that_fails_stops_the_whole_and_is_raised():
+    stopped = asyncio.Event()
+
+    async def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with asyncio.timeout(5), _beside(stopped.set, asyncio.Event().wait(), fails()):
+            await stopped.wait()
+
+
+async def test_tasks_beside_end_with_the_block():
+    ended = []
+
+    async def task():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    started = asyncio.Event()
+    async with _beside(lambda: None, task()):
+        asyncio.get_running_loop().call_soon(started.set)
+        await started.wait()
+    assert ended == [True]
