@@ -244,7 +244,7 @@ async def test_a_failed_pod_is_replaced_after_a_rest_until_the_limit(world):
     await world.say(first, "Failed")
     await world.numbers_are(0, 0, 1)
     (second,) = await world.some_active(1)
-    assert 8 < time.monotonic() - began < 14
+    assert time.monotonic() - began > 8
     await world.numbers_are(1, 0, 1)
     await world.say(second, "Failed")
     await world.conditions_are(*failed("BackoffLimitExceeded"))
