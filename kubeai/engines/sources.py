@@ -42,8 +42,8 @@ def model_url(spec: ModelSpec) -> ModelURL:
     """The Model's URL; ModelError on ``spec.url`` when its engine cannot load from there."""
     url = parse_url(spec.url)
     direct = _DIRECT[spec.engine]
-    cached = bool(spec.cache_profile) and spec.engine != "OLlama"  # which has no such loader
-    if url.scheme not in direct and not cached:
+    through_cache = bool(spec.cache_profile) and spec.engine != "OLlama"
+    if url.scheme not in direct and not through_cache:
         can = ", ".join(f"{scheme}://" for scheme in direct)
         hint = ""
         if url.scheme in _CACHED and spec.engine != "OLlama":

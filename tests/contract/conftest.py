@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 from kubectls import Kubectl, found_kubectls
+from operators import Nodes, World
 from servers import ApiServer, assets, embedded, install_models, real
+
+from kubeai.kube import Kube
 
 
 @pytest.fixture(
@@ -51,3 +54,14 @@ def kubectl(request, kube_api: str, tmp_path: Path) -> Kubectl:
     if request.param not in found:
         pytest.skip(f"no kubectl ({request.param})")
     return Kubectl(found[request.param], kube_api, tmp_path)
+
+
+@pytest.fixture
+async def world(kube_api: str):
+    """The test's namespace, whose pods become ready by themselves; no operator runs in it yet."""
+    kube = await Kube.connect(kube_api)
+    world = World(kube, Nodes(kube))
+    try:
+        yield world
+    finally:
+        await world.close()

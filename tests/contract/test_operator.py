@@ -10,20 +10,10 @@ import time
 
 import msgspec
 import pytest
-from operators import CONFIG, Nodes, Replica, World, until
+from operators import CONFIG, Replica, until
 
 from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS, ApiError, Kube
 from kubeai.operator.pods import HASH_ANNOTATION
-
-
-@pytest.fixture
-async def world(kube_api):
-    kube = await Kube.connect(kube_api)
-    world = World(kube, Nodes(kube))
-    try:
-        yield world
-    finally:
-        await world.close()
 
 
 async def test_a_model_becomes_pods_a_status_and_a_route(world):

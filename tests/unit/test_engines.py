@@ -345,6 +345,18 @@ def test_an_engine_refuses_a_url_that_it_cannot_load(engine, url, reason):
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize("scheme", ["hf", "s3", "gs", "oss"])
+def test_through_a_cache_all_engines_but_ollama_load_what_a_loader_can_fetch(scheme):
+    for engine in ENGINES:
+        spec = model(engine, url=f"{scheme}://bucket/path", cacheProfile="c").spec
+        if engine != "OLlama":
+            assert sources.model_url(spec).scheme == scheme
+            continue
+        with pytest.raises(ModelError, match=f"OLlama cannot load from {scheme}://") as caught:
+            sources.model_url(spec)
+        assert (caught.value.field, caught.value.reason) == ("spec.url", "InvalidURL")
+
+
 def secret(name, key):
     return {"secretKeyRef": {"name": name, "key": key, "optional": True}}
 
@@ -388,6 +400,28 @@ def test_googles_credentials_are_a_file():
     assert volume["secret"]["items"] == [{"key": "jsonKeyfile", "path": "credentials.json"}]
     assert volume["secret"]["optional"] is True
     assert source.mounts == [{"name": volume["name"], "mountPath": "/secrets/gcp-credentials"}]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "config"),
+    [
+        ("hf", "huggingface: mine"),
+        ("s3", "aws: mine"),
+        ("oss", "alibaba: mine"),
+        ("gs", "gcp: mine"),
+    ],
+)
+def test_the_config_names_the_secret_of_each_source(scheme, config):
+    names = parse_config(f"secretNames: {{{config}}}").secret_names
+    for url_scheme in ("hf", "s3", "oss", "gs"):
+        source = sources.source(parse_url(f"{url_scheme}://a/b"), names)
+        refs = [v["valueFrom"]["secretKeyRef"] for v in source.env if "valueFrom" in v]
+        found = [(ref["name"], ref["optional"]) for ref in refs]
+        found += [(v["secret"]["secretName"], v["secret"]["optional"]) for v in source.volumes]
+        assert found
+        for name, optional in found:
+            assert optional is True
+            assert (name == "mine") is (url_scheme == scheme)
 
 
 def test_no_secret_is_asked_for_where_the_config_names_none():
