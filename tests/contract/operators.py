@@ -187,6 +187,17 @@ class World:
         pods, _ = await self.kube.list(PODS, self.kube.namespace, labels=f"model={name}")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
+    async def pods_once(self, count, name="m"):
+        """Those pods, once there are so many."""
+        found = []
+
+        async def there():
+            found[:] = await self.pods(name)
+            return len(found) == count
+
+        await until(there, f"{count} pods of {name}")
+        return found
+
     async def status(self, name="m"):
         return (await self.model(name)).get("status") or {}
 

@@ -39,20 +39,8 @@ def env(pod):
     return {one["name"]: one.get("valueFrom") or one.get("value", "") for one in variables}
 
 
-async def pods_of(world, count=1, name="m"):
-    """The model's pods, once there are so many."""
-    found = []
-
-    async def there():
-        found[:] = await world.pods(name)
-        return len(found) == count
-
-    await until(there, f"{count} pods of {name}")
-    return found
-
-
 async def pod_of(world, name="m"):
-    (pod,) = await pods_of(world, 1, name)
+    (pod,) = await world.pods_once(1, name)
     return pod
 
 
