@@ -114,7 +114,9 @@ EVERY_FIELD = {
     "env": {"ZED": "z", "ABLE": "$(HF_TOKEN)", "EMPTY": ""},
     "envFrom": [
         {"prefix": "C_", "configMapRef": {"name": "settings"}},
-        {"secretRef": {"name": "keys", "optional": True}},
+        {"configMapRef": {"name": "more", "optional": True}},
+        {"prefix": "S_", "secretRef": {"name": "keys", "optional": True}},
+        {"secretRef": {"name": "others"}},
     ],
     "files": [
         {"path": "/config/chat-template.jinja", "content": "{{ messages }}\n"},

@@ -352,6 +352,19 @@ async def test_loads_are_spread(start):
     assert [len(engine.requests) for engine in world.engines.values()] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("budget", "spread"), [(3, False), (100, True)])
+async def test_as_many_characters_as_the_model_says_choose_the_endpoint(start, budget, spread):
+    world = await start()
+    engines = {name: await world.engine(says(b"")) for name in "abcdefgh"}
+    world.route("m", engines, strategy="PrefixHash", prefix_char_length=budget)
+    wire = await world.client()
+    for number in range(20):
+        await wire.send(ask(path="/openai/v1/completions", prompt=f"the {number}"))
+        assert (await wire.answer()).status == 200
+    used = [engine for engine in engines.values() if engine.requests]
+    assert (len(used) > 1) is spread
+
+
 async def test_a_hashed_request_that_moved_is_logged_with_the_loads(start):
     world = await start()
     go_on = asyncio.Event()

@@ -108,6 +108,18 @@ def test_what_is_missing_and_not_optional_is_named(source, message):
         environment(container, maps={"cm": {}}, secrets={"hf": None})
 
 
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [("configMapRef", "configmap 'none' not found"), ("secretRef", "secret 'none' not found")],
+)
+def test_env_from_needs_what_it_names_unless_that_is_optional(ref, message):
+    missing = {"maps": {"none": None}, "secrets": {"none": None}}
+    with pytest.raises(PodError, match=message):
+        environment({"envFrom": [{ref: {"name": "none"}}]}, **missing)
+    optional = {"envFrom": [{ref: {"name": "none", "optional": True}}]}
+    assert environment(optional, **missing) == {}
+
+
 def test_a_resource_field_is_divided_and_rounded_up():
     container = {
         "resources": {"limits": {"memory": "1Gi", "cpu": "1500m"}},

@@ -325,7 +325,7 @@ def test_a_status_that_says_it_already_is_not_written():
 
 
 def test_a_condition_keeps_its_time_until_its_status_changes_and_others_stay():
-    theirs = {"type": "Theirs", "status": "True"}
+    theirs = {"type": "Theirs", "status": "Unknown"}
     model = make_model(replicas=2, status={"conditions": [theirs]})
     *_, first = plan_of(model, make_pod("a"), make_pod("b"))
     model = msgspec.structs.replace(model, status=first)
@@ -334,6 +334,7 @@ def test_a_condition_keeps_its_time_until_its_status_changes_and_others_stay():
     (patch,) = plan(model, CONFIG, observed, later)
     times = {c.type: c.last_transition_time for c in patch.status.conditions}
     assert times == {"Ready": NOW, "Progressing": later, "Degraded": NOW, "Theirs": None}
+    assert patch.status.conditions[-1].status == "Unknown"
 
 
 # -- cache ---------------------------------------------------------------------------------------

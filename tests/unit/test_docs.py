@@ -1,0 +1,92 @@
+"""docs/fields.md: every field, value and condition has its row, and every test named exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from kubeai.api.crd import model_crd
+from kubeai.operator.plan import _OURS as OURS
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+TEST = re.compile(r"`([^`]+\.py)::(\w+)`")
+
+
+def leaves(schema, path=""):
+    """Every field without fields of its own, by its path, with its schema."""
+    for name, below in schema.get("properties", {}).items():
+        where, item = f"{path}{name}", below.get("items", {})
+        if below.get("properties"):
+            yield from leaves(below, f"{where}.")
+        elif item.get("properties"):
+            yield from leaves(item, f"{where}[].")
+        else:
+            yield where, below
+
+
+def sections():
+    """The tables: title → [(what stands in the first cell, what it does, the tests named)]."""
+    text = (ROOT / "docs/fields.md").read_text()
+    tables = {}
+    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        lines = [line for line in part.splitlines() if line.startswith("|")][2:]
+        tables[part.splitlines()[0]] = [
+            [c.strip() for c in line.split("|")[1:-1]] for line in lines
+        ]
+    return tables
+
+
+TABLES = sections()
+ROWS = [row for rows in TABLES.values() for row in rows]
+
+
+def named_once(title):
+    """The first cells of a table; each must be there once."""
+    names = Counter(row[0] for row in TABLES[title])
+    assert [name for name, count in names.items() if count > 1] == []
+    return set(names)
+
+
+def test_every_field_of_the_definition_has_one_row_and_no_other_has():
+    assert named_once("Fields") == {f"`{path}`" for path, _ in leaves(SCHEMA)}
+
+
+def test_every_word_that_a_field_may_hold_has_one_row():
+    choices = [
+        f"`{path}` `{word}`"
+        for path, schema in leaves(SCHEMA)
+        for word in schema.get("enum") or schema.get("items", {}).get("enum", ())
+    ]
+    assert named_once("Values") == set(choices)
+
+
+def test_every_condition_that_the_operator_writes_has_a_row():
+    assert named_once("Conditions") >= {f"`{type_}`" for type_ in OURS}
+
+
+@cache
+def names_in(file):
+    """The tests in a file of the tree, parametrised or not."""
+    path = ROOT / file
+    assert path.is_file(), f"there is no {file}"
+    nodes = ast.walk(ast.parse(path.read_text()))
+    functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {node.name for node in functions if node.name.startswith("test_")}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].replace("`", ""))
+def test_a_row_says_what_it_does_in_one_line_and_names_tests_that_exist(row):
+    name, what, shown = row
+    assert what
+    assert not what.endswith("."), f"{name}: one line, not sentences"
+    tests = TEST.findall(shown)
+    assert tests, f"{name}: no test is named"
+    assert TEST.sub("", shown).strip(", ") == "", f"{name}: {shown}"
+    for file, test in tests:
+        assert test in names_in(file), f"{name}: {file} has no {test}"
