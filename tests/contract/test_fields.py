@@ -442,21 +442,30 @@ async def test_credentials_come_from_the_secrets_that_the_config_names(world):
 # -- files, patches, priority --------------------------------------------------------------------
 
 
-async def test_an_edited_file_is_in_the_config_map_and_rolls_the_pods(world):
+@pytest.mark.parametrize(
+    ("after", "data"),
+    [
+        ([("/etc/a", "one"), ("/etc/b", "another")], {"_etc_a": "one", "_etc_b": "another"}),
+        ([("/etc/a", "one")], {"_etc_a": "one"}),
+        ([("/etc/a", "one"), ("/srv/b", "two")], {"_etc_a": "one", "_srv_b": "two"}),
+    ],
+    ids=["content", "removed", "path"],
+)
+async def test_an_edited_file_is_in_the_config_map_and_rolls_the_pods(world, after, data):
     replica = world.start()
     files = [{"path": "/etc/a", "content": "one"}, {"path": "/etc/b", "content": "two"}]
     await world.create(files=files, minReplicas=2)
     await world.replicas_are(2, 2)
     old = set(replica.endpoints("m"))
-    files = [{"path": "/etc/a", "content": "another"}]
+    files = [{"path": path, "content": content} for path, content in after]
     await world.kube.patch(MODELS, "m", {"spec": {"files": files}})
-    await until(world.is_up_to_date, "rolled out")
     await until(lambda: not old & set(replica.endpoints("m")), "new endpoints")
+    await until(world.is_up_to_date, "rolled out")
     await world.replicas_are(2, 2)
-    assert (await world.kube.get(CONFIGMAPS, "model-m-files"))["data"] == {"_etc_a": "another"}
+    assert (await world.kube.get(CONFIGMAPS, "model-m-files"))["data"] == data
     for pod in await world.pods():
         mounts = [m["mountPath"] for m in server(pod)["volumeMounts"]]
-        assert mounts == ["/dev/shm", "/etc/a"]
+        assert mounts == ["/dev/shm", *(path for path, _ in after)]
 
 
 async def test_a_file_that_no_pod_can_have_is_told(world):
