@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kubeai.api.crd import model_crd
-from kubeai.operator.plan import _OURS as OURS
+from kubeai.operator.conditions import OURS
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
