@@ -71,6 +71,8 @@ def slim(schema: dict, enums: bool) -> dict:
         out["format"] = "date-time"
     if enums and "enum" in schema:
         out["enum"] = schema["enum"]
+    if schema.get("default"):  # such as a port's protocol, which is a part of its list's key
+        out["default"] = schema["default"]
     if "properties" in schema:
         out["properties"] = {key: slim(value, enums) for key, value in schema["properties"].items()}
     for key in ("items", "additionalProperties"):

@@ -36,6 +36,7 @@ class Strategy:
     default_propagation: str | None = None
     waits_for_contents: bool = False  # a namespace: the collector removes it once it is empty
     metadata_with_status: bool = False  # a write to /status may also change labels and the like
+    sets_spec: bool = False  # the API alone does
 
     def prepare(self, obj: Object, old: Object | None) -> None:
         """Defaults, and what clients cannot choose; `old` is None at creation."""
@@ -96,6 +97,7 @@ class _Pods(Strategy):
 class _Namespaces(Strategy):
     name_is_label: bool = True
     waits_for_contents: bool = True
+    sets_spec: bool = True
 
     def prepare(self, obj: Object, old: Object | None) -> None:
         metadata = obj["metadata"]

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from kubeai import __version__
+from kubeai.local.apiserver import patch as patches
 from kubeai.local.apiserver.resources import VERBS, Catalog, Resource
 
 Object = dict[str, Any]
@@ -269,8 +270,7 @@ def _paths(resource: Resource, schema: Object) -> Object:
     }
 
 
-_PATCHES = ("application/json-patch+json", "application/merge-patch+json")
-_STRATEGIC = "application/strategic-merge-patch+json"
+_PATCHES = (patches.JSON, patches.MERGE, patches.APPLY)
 
 
 def _operation(
@@ -290,7 +290,7 @@ def _operation(
     if action in ("post", "put"):
         operation["requestBody"] = {"content": {"application/json": {"schema": schema}}}
     elif action == "patch":
-        kinds = _PATCHES if resource.custom else (*_PATCHES, _STRATEGIC)
+        kinds = _PATCHES if resource.custom else (*_PATCHES, patches.STRATEGIC)
         operation["requestBody"] = {"content": {kind: {"schema": {}} for kind in kinds}}
     return operation
 

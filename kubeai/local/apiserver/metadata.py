@@ -78,7 +78,7 @@ def random_suffix() -> str:
 def tidy(obj: Object, version: str, kind: str) -> list[str]:
     """Refuse metadata of the wrong form; drop what is unknown or empty in it (in place).
 
-    Returns the paths of unknown fields. Field managers are not tracked, so `managedFields` goes.
+    Returns the paths of unknown fields.
     """
     metadata = obj.setdefault("metadata", {})
     unknown: list[str] = []
@@ -89,7 +89,6 @@ def tidy(obj: Object, version: str, kind: str) -> list[str]:
     if causes:
         wrong = f"metadata.{causes[0].line()}".replace(".:", ":")
         raise bad_request(f'{kind} in version "{version}" cannot be handled as a {kind}: {wrong}')
-    metadata.pop("managedFields", None)
     metadata.pop("selfLink", None)
     for name in _DROPPED_WHEN_EMPTY:
         if name in metadata and not metadata[name]:

@@ -1,5 +1,7 @@
 """Patches: JSON patch, merge patch and strategic merge patch, applied to a copy.
 
+The fourth kind, APPLY, is not about one object but about its owners: see `ownership`.
+
 A strategic merge follows the patch strategies of the built-in types, which their schemas carry
 (``x-kubernetes-patch-strategy`` and ``-merge-key``); custom resources have none, and are refused
 before they come here.
@@ -21,6 +23,7 @@ Object = dict[str, Any]
 JSON = "application/json-patch+json"
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
+APPLY = "application/apply-patch+yaml"
 OPERATIONS_MAX = 10_000
 
 
@@ -35,7 +38,7 @@ def apply(kind: str, target: Object, patch: Any, schema: Schema | None, custom: 
             return strategic(target, patch, schema)
         merged: Object = merge(target, patch)
         return merged
-    accepted = (JSON, MERGE) if custom else (JSON, MERGE, STRATEGIC)
+    accepted = (JSON, MERGE, APPLY) if custom else (JSON, MERGE, STRATEGIC, APPLY)
     raise unsupported_media_type(kind, accepted)
 
 

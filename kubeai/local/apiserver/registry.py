@@ -9,8 +9,9 @@ The server calls it for clients, the collector for what follows from a deletion.
 from __future__ import annotations
 
 import copy
+import functools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,8 +23,18 @@ from kubeai.local.apiserver import patch as patches
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.builtins import STRATEGIES, Strategy
 from kubeai.local.apiserver.definitions import serve_definition
-from kubeai.local.apiserver.resources import CRDS, NAMESPACES, PODS, Catalog, Resource
-from kubeai.local.apiserver.scale import scale_of, with_replicas
+from kubeai.local.apiserver.ownership import Conflict, Fields, Misfit, Ownership, Writer
+from kubeai.local.apiserver.ownership import paths as field_paths
+from kubeai.local.apiserver.ownership import well_formed as is_managed_fields
+from kubeai.local.apiserver.resources import (
+    CRDS,
+    NAMESPACES,
+    OBJECT_META,
+    PODS,
+    Catalog,
+    Resource,
+)  # fmt: skip
+from kubeai.local.apiserver.scale import check_scale, scale_of, with_replicas
 from kubeai.local.apiserver.status import Cause
 from kubeai.local.apiserver.store import Event, Key, Store, Stored
 
@@ -32,6 +43,10 @@ Object = dict[str, Any]
 FOREGROUND, ORPHAN = "foregroundDeletion", "orphan"
 _POLICIES = {"Foreground": FOREGROUND, "Orphan": ORPHAN, "Background": ""}
 PREMADE_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
+# kubectl's own record of client-side apply; its server-side apply takes over what it holds.
+LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+KUBECTL = "kubectl"
+OWNERSHIPS_MAX = 256  # versions of resources whose shapes are kept
 
 
 @dataclass(slots=True)
@@ -39,6 +54,9 @@ class WriteOptions:
     dry_run: bool = False
     field_validation: str = "Warn"  # Ignore, Warn, Strict
     warnings: list[str] = field(default_factory=list)  # filled by the write
+    duplicates: list[str] = field(default_factory=list)  # keys that the body gave twice
+    manager: str = "unknown"  # who writes
+    force: bool = False  # of an apply: take fields from others
 
 
 @dataclass(slots=True)
@@ -85,8 +103,19 @@ class Registry:
     def create(
         self, resource: Resource, namespace: str, obj: Object, options: WriteOptions
     ) -> Stored:
+        return self._create(resource, namespace, obj, options)
+
+    def _create(
+        self,
+        resource: Resource,
+        namespace: str,
+        obj: Object,
+        options: WriteOptions,
+        applied: list[Object] | None = None,
+    ) -> Stored:
+        """`applied`: the managedFields that an apply made; other writes make them here."""
         strategy = _strategy(resource)
-        self._decode(resource, obj, options)
+        given = self._decode(resource, obj, options)
         metadata = obj["metadata"]
         if metadata.get("resourceVersion"):
             raise errors.bad_request("resourceVersion should not be set on objects to be created")
@@ -106,6 +135,9 @@ class Registry:
         if resource.schema is not None:
             resource.schema.default(obj)
         self._check(resource, obj, None)
+        if applied is None:
+            applied = self._owners(resource, given, None, obj, options, "")
+        _set_managed(obj, applied)
         return self._commit(resource, (namespace, name), obj, options)
 
     def update(
@@ -118,8 +150,21 @@ class Registry:
         subresource: str = "",
     ) -> Stored:
         """Replace the object, or its status."""
+        return self._update(resource, namespace, name, obj, options, subresource)
+
+    def _update(
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        obj: Object,
+        options: WriteOptions,
+        subresource: str,
+        applied: list[Object] | None = None,
+    ) -> Stored:
+        """`applied`: the managedFields that an apply made; other writes make them here."""
         old = self.get(resource, namespace, name)
-        self._decode(resource, obj, options)
+        given = self._decode(resource, obj, options)
         metadata = obj["metadata"]
         _check_namespace_matches(resource, namespace, metadata)
         if not metadata.get("name"):
@@ -148,6 +193,9 @@ class Registry:
         obj["metadata"]["resourceVersion"] = old.metadata["resourceVersion"]
         if _wants_something_else(resource, obj, old.object):
             obj["metadata"]["generation"] = old.metadata.get("generation", 0) + 1
+        if applied is None:
+            applied = self._owners(resource, given, old, obj, options, subresource)
+        _set_managed(obj, applied)
         if obj == old.object:
             return old
         self._check(resource, obj, old.object, subresource)
@@ -168,17 +216,89 @@ class Registry:
         """Apply a patch of that content type to the object or its status."""
         old = self.get(resource, namespace, name)
         patched = self._patched(resource, kind, old.object, patch)
-        uid = (patched.get("metadata") or {}).get("uid", old.uid)
-        if uid != old.uid:
-            why = f'Invalid value: "{uid}": field is immutable'
-            cause = Cause("FieldValueInvalid", why, "metadata.uid")
-            raise errors.invalid(resource.group, resource.kind, name, [cause])
-        if (patched.get("metadata") or {}).get("name", name) != name:
+        _check_identity(resource, name, patched, old.uid)
+        return self._update(resource, namespace, name, patched, options, subresource)
+
+    def apply(
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        config: Object,
+        options: WriteOptions,
+        subresource: str = "",
+    ) -> tuple[Stored, bool]:
+        """Server-side apply: `config` is all that its manager wants of the object.
+
+        Creates the object when it is not there; whether it did.
+        """
+        if (config.get("apiVersion"), config.get("kind")) != (resource.api_version, resource.kind):
+            api_version, kind = config.get("apiVersion") or "/", config.get("kind") or ""
+            raise errors.bad_request(f"invalid object type: {api_version}, Kind={kind}")
+        metadata = config.get("metadata")
+        if isinstance(metadata, dict) and metadata.get("managedFields") is not None:
+            raise errors.bad_request("metadata.managedFields must be nil")
+        old = self.store.get(resource.key, (namespace, name))
+        if old is None and subresource:
+            raise errors.not_found(resource.group, resource.plural, name)
+        _check_identity(resource, name, config, old.uid if old else "")
+        obj, managed = self._applied(resource, name, old, config, options, subresource)
+        if old is not None:
+            stored = self._update(resource, namespace, name, obj, options, subresource, managed)
+            return stored, False
+        obj["metadata"].pop("resourceVersion", None)
+        if not obj["metadata"].get("name"):
             raise errors.bad_request(
-                f"the name of the object ({patched['metadata']['name']}) does not match the name "
-                f"on the URL ({name})"
+                f"the name of the object ({name} based on URL) was undeterminable: "
+                "name must be provided"
             )
-        return self.update(resource, namespace, name, patched, options, subresource)
+        return self._create(resource, namespace, obj, options, managed), True
+
+    def _applied(
+        self,
+        resource: Resource,
+        name: str,
+        old: Stored | None,
+        config: Object,
+        options: WriteOptions,
+        subresource: str,
+    ) -> tuple[Object, list[Object]]:
+        """The object after an apply, which may be changed, and its managedFields."""
+        live = old.object if old else {}
+        unowned = _unowned(resource, subresource, old is None, live.keys() | config.keys())
+        owners = _ownership(resource)
+        recorded = (live.get("metadata", {}).get("annotations") or {}).get(LAST_APPLIED)
+        if options.manager != KUBECTL:
+            recorded = None
+        config = {member: value for member, value in config.items() if member not in unowned}
+        config.setdefault("metadata", {})
+
+        def agreed() -> Fields:
+            return owners.agreed(_last_applied(resource, recorded), live) if recorded else {}
+
+        try:
+            obj, managed = owners.applied(
+                live.get("metadata", {}).get("managedFields") or [],
+                live,
+                config,
+                _writer(resource, options, subresource),
+                options.force,
+                unowned,
+                agreed,
+            )
+        except Misfit as misfit:
+            about = f"{resource.api_version}, Kind={resource.kind}"
+            raise errors.bad_request(
+                f"failed to create typed patch object ({name}; {about}): {misfit}"
+            ) from None
+        except Conflict as conflict:
+            raise errors.apply_conflict(
+                [(entry.shown(), list(field_paths(fields))) for entry, fields in conflict.fields]
+            ) from None
+        obj = copy.deepcopy(_set_managed(obj, []))
+        if recorded is not None:
+            obj["metadata"].setdefault("annotations", {})[LAST_APPLIED] = _as_recorded(config)
+        return obj, managed
 
     def scale(self, resource: Resource, namespace: str, name: str) -> Object:
         """The object's autoscaling/v1 Scale."""
@@ -193,7 +313,8 @@ class Registry:
         version = (scale.get("metadata") or {}).get("resourceVersion")
         if version:
             obj["metadata"]["resourceVersion"] = version
-        return scale_of(resource, self.update(resource, namespace, name, obj, options).object)
+        stored = self._update(resource, namespace, name, obj, options, "scale")
+        return scale_of(resource, stored.object)
 
     def patch_scale(
         self,
@@ -207,6 +328,17 @@ class Registry:
         before = self.scale(resource, namespace, name)
         scale = patches.apply(kind, before, patch, None, custom=True)
         return self.set_scale(resource, namespace, name, scale, options)
+
+    def apply_scale(
+        self, resource: Resource, namespace: str, name: str, scale: Object, options: WriteOptions
+    ) -> Object:
+        """An apply to ``/scale`` is one to the object, of its replicas alone."""
+        check_scale(scale)
+        config: Object = {"apiVersion": resource.api_version, "kind": resource.kind}
+        config["metadata"] = scale.get("metadata") or {"name": name}
+        config = with_replicas(resource, config, scale)
+        stored, _ = self.apply(resource, namespace, name, config, options, "scale")
+        return scale_of(resource, stored.object)
 
     def bind(self, namespace: str, name: str, binding: Object, options: WriteOptions) -> None:
         """Give a pod its node: ``POST pods/<name>/binding``."""
@@ -295,10 +427,40 @@ class Registry:
 
     def _patched(self, resource: Resource, kind: str, obj: Object, patch: Any) -> Object:
         patched = patches.apply(kind, obj, patch, resource.schema, resource.custom)
-        return copy.deepcopy(patched)  # what the patch left alone belongs to the store
+        managed = obj["metadata"].get("managedFields")
+        # What the patch left alone belongs to the store; managedFields are never changed in place.
+        return copy.deepcopy(patched, {id(managed): managed} if managed else None)
 
-    def _decode(self, resource: Resource, obj: Object, options: WriteOptions) -> None:
-        """Check what the object says it is, and take out what nobody declared."""
+    def _owners(
+        self,
+        resource: Resource,
+        given: Any,
+        old: Stored | None,
+        new: Object,
+        options: WriteOptions,
+        subresource: str,
+    ) -> list[Object]:
+        """The managedFields after a write that is no apply.
+
+        A client may write them itself (`given`); one list with one empty entry clears them. What
+        cannot be decoded is ignored, so that clients that do not know them do no harm.
+        """
+        before = old.metadata.get("managedFields") or [] if old else []
+        if given and not subresource and given != before:
+            if given == [{}]:
+                return []
+            before = given if is_managed_fields(given) else before
+        unowned = _unowned(resource, subresource, old is None, new.keys())
+        writer = _writer(resource, options, subresource)
+        return _ownership(resource).updated(
+            before, old.object if old else None, new, writer, unowned
+        )
+
+    def _decode(self, resource: Resource, obj: Object, options: WriteOptions) -> Any:
+        """Check what the object says it is, and take out what nobody declared.
+
+        Takes out, too, the managedFields that came with it, and gives them back.
+        """
         kind, version = obj.get("kind") or resource.kind, obj.get("apiVersion")
         if resource.custom and not obj.get("kind"):
             raise errors.bad_request(
@@ -313,6 +475,7 @@ class Registry:
             )
         obj["kind"], obj["apiVersion"] = resource.kind, resource.api_version
         unknown = meta.tidy(obj, resource.version, resource.kind)
+        given = obj["metadata"].pop("managedFields", None)
         if resource.schema is not None:
             unknown += resource.schema.prune(obj)
             resource.schema.default(obj)
@@ -322,15 +485,17 @@ class Registry:
                     f'{resource.kind} in version "{resource.version}" cannot be handled as a '
                     f"{resource.kind}: {misfits[0].line()}"
                 )
-        if not unknown or options.field_validation == "Ignore":
-            return
-        said = [f'unknown field "{path}"' for path in sorted(set(unknown))]
+        said = [f'duplicate field "{path}"' for path in options.duplicates]
+        said += [f'unknown field "{path}"' for path in sorted(set(unknown))]
+        if not said or options.field_validation == "Ignore":
+            return given
         if options.field_validation == "Strict":
             raise errors.bad_request(
                 f'{resource.kind} in version "{resource.version}" cannot be handled as a '
                 f"{resource.kind}: strict decoding error: {', '.join(said)}"
             )
         options.warnings += said
+        return given
 
     def _name(self, resource: Resource, namespace: str, metadata: Object) -> str:
         prefix = metadata.get("generateName")
@@ -399,6 +564,79 @@ class Registry:
 
 def _strategy(resource: Resource) -> Strategy:
     return STRATEGIES.get(resource.key, STRATEGIES[""])
+
+
+@functools.lru_cache(maxsize=OWNERSHIPS_MAX)
+def _ownership(resource: Resource) -> Ownership:
+    assert resource.schema is not None
+    return Ownership(resource.schema, OBJECT_META)
+
+
+def _writer(resource: Resource, options: WriteOptions, subresource: str) -> Writer:
+    return Writer(options.manager, resource.api_version, meta.now(), subresource)
+
+
+def _unowned(
+    resource: Resource, subresource: str, creating: bool, members: Iterable[str]
+) -> tuple[str, ...]:
+    """The members of an object that a write to it, or to a subresource, leaves as they are."""
+    strategy = _strategy(resource)
+    if subresource == "status":
+        kept = {"status", "apiVersion", "kind"}
+        kept |= {"metadata"} if strategy.metadata_with_status else set()
+        return tuple(member for member in members if member not in kept)
+    unowned: tuple[str, ...] = ("spec",) if strategy.sets_spec else ()
+    if "status" in resource.subresources and (strategy.resets_status or not creating):
+        unowned += ("status",)
+    return unowned
+
+
+def _set_managed(obj: Object, managed: list[Object]) -> Object:
+    """`obj` with these managedFields, or without any; its metadata is changed in place."""
+    if managed:
+        obj["metadata"]["managedFields"] = managed
+    else:
+        obj["metadata"].pop("managedFields", None)
+    return obj
+
+
+def _last_applied(resource: Resource, recorded: str) -> Object:
+    """What kubectl says that it applied from its side; {} when that cannot be used."""
+    try:
+        config = orjson.loads(recorded)
+    except ValueError:
+        return {}
+    same = isinstance(config, dict) and config.get("apiVersion") == resource.api_version
+    return config if same and isinstance(config.get("metadata"), dict) else {}
+
+
+def _as_recorded(config: Object) -> str:
+    """A configuration as kubectl writes it down."""
+    metadata = copy.copy(config["metadata"])
+    annotations = {**(metadata.get("annotations") or {})}
+    annotations.pop(LAST_APPLIED, None)
+    if "annotations" in metadata:
+        metadata["annotations"] = annotations
+    return (
+        orjson.dumps({**config, "metadata": metadata}, option=orjson.OPT_SORT_KEYS).decode() + "\n"
+    )
+
+
+def _check_identity(resource: Resource, name: str, obj: Object, uid: str) -> None:
+    """A patched or applied object is still the one that the URL names."""
+    metadata = obj.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise errors.bad_request("metadata must be an object")
+    given = metadata.get("uid", uid)
+    if given != uid:
+        why = f'Invalid value: "{given}": field is immutable'
+        cause = Cause("FieldValueInvalid", why, "metadata.uid")
+        raise errors.invalid(resource.group, resource.kind, name, [cause])
+    if metadata.get("name", name) != name:
+        raise errors.bad_request(
+            f"the name of the object ({metadata['name']}) does not match the name "
+            f"on the URL ({name})"
+        )
 
 
 def _check_namespace_matches(resource: Resource, namespace: str, metadata: Object) -> None:

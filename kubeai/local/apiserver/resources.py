@@ -107,6 +107,7 @@ def _built_in(group: str, version: str, plural: str, kind: str, **rest: Any) -> 
     return Resource(group, version, plural, kind, schema=_built_in_schema(kind), **rest)
 
 
+OBJECT_META = _built_in_schema("ObjectMeta")
 _META = ("metadata.name", "metadata.namespace")
 CORE = ""
 CRDS = _built_in(

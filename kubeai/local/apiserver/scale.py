@@ -36,6 +36,13 @@ def scale_of(resource: Resource, obj: Object) -> Object:
     }
 
 
+def check_scale(scale: Object) -> None:
+    """Refuse an applied object that is no Scale."""
+    if (scale.get("apiVersion"), scale.get("kind")) != ("autoscaling/v1", "Scale"):
+        api_version, kind = scale.get("apiVersion") or "/", scale.get("kind") or ""
+        raise errors.bad_request(f"invalid object type: {api_version}, Kind={kind}")
+
+
 def with_replicas(resource: Resource, obj: Object, scale: Object) -> Object:
     """`obj` with ``spec.replicas`` of the Scale at its own path (in place)."""
     assert resource.scale is not None

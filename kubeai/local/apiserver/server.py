@@ -20,13 +20,14 @@ import orjson
 import structlog
 from aiohttp import web
 
-from kubeai.local.apiserver import discovery, printing, protobuf, selectors, watching
+from kubeai.local.apiserver import bodies, discovery, printing, protobuf, selectors, watching
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.kubelets import Kubelets
+from kubeai.local.apiserver.patch import APPLY
 from kubeai.local.apiserver.registry import DeleteOptions, Registry, WriteOptions
 from kubeai.local.apiserver.resources import Resource
-from kubeai.local.apiserver.status import StatusError
+from kubeai.local.apiserver.status import Cause, StatusError
 from kubeai.local.apiserver.store import Stored
 from kubeai.local.apiserver.watching import ListOptions
 from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
@@ -38,10 +39,11 @@ BODY_MAX_BYTES = 3 << 20
 WATCH_TIMEOUT_S = (1800.0, 3600.0)
 WATCHES_MAX = 2000
 SHUTDOWN_TIMEOUT_S = 2.0
+MANAGER_MAX_BYTES = 128
 KEEP_ALIVE_S = 180.0  # longer than any client keeps a connection: the client closes it
 _OPEN_PATHS = ("/healthz", "/livez", "/readyz")
 _TABLE, _PARTIAL, _PARTIAL_LIST = "Table", "PartialObjectMetadata", "PartialObjectMetadataList"
-_JSON = "application/json"
+_JSON, _YAML = "application/json", "application/yaml"
 
 
 class Target(NamedTuple):
@@ -245,7 +247,7 @@ class Server:
             return await self._kubelets.exec(request, namespace, name)
         if subresource == "binding" and method == "POST":
             options = _write_options(request)
-            self._registry.bind(namespace, name, await _body(request), options)
+            self._registry.bind(namespace, name, await _body(request, options), options)
             return _json(_success(), 201)
         if subresource == "scale":
             return await self._scale(request, target)
@@ -262,10 +264,13 @@ class Server:
             return _json(self._registry.scale(resource, namespace, name))
         options = _write_options(request)
         if request.method == "PUT":
-            scale = await _body(request)
+            scale = await _body(request, options)
             return _json(self._registry.set_scale(resource, namespace, name, scale, options))
+        if request.method == "PATCH" and request.content_type == APPLY:
+            scale = await _body(request, options)
+            return _json(self._registry.apply_scale(resource, namespace, name, scale, options))
         if request.method == "PATCH":
-            patch = await _body(request, anything=True)
+            patch = await _body(request, options, anything=True)
             scale = self._registry.patch_scale(
                 resource, namespace, name, request.content_type, patch, options
             )
@@ -274,23 +279,24 @@ class Server:
 
     async def _create(self, request: web.Request, target: Target) -> web.Response:
         options = _write_options(request)
-        obj = await _body(request)
+        obj = await _body(request, options)
         stored = self._registry.create(target.resource, target.namespace, obj, options)
         return self._one(request, target.resource, stored, 201, options.warnings)
 
     async def _write(self, request: web.Request, target: Target) -> web.Response:
         resource, namespace, name, subresource = target
-        options = _write_options(request)
+        options, kind, made = _write_options(request), request.content_type, False
+        registry = self._registry
         if request.method == "PUT":
-            stored = self._registry.update(
-                resource, namespace, name, await _body(request), options, subresource
-            )
+            obj = await _body(request, options)
+            stored = registry.update(resource, namespace, name, obj, options, subresource)
+        elif kind == APPLY:
+            config = await _body(request, options)
+            stored, made = registry.apply(resource, namespace, name, config, options, subresource)
         else:
-            patch = await _body(request, anything=True)
-            stored = self._registry.patch(
-                resource, namespace, name, request.content_type, patch, options, subresource
-            )
-        return self._one(request, resource, stored, 200, options.warnings)
+            patch = await _body(request, options, anything=True)
+            stored = registry.patch(resource, namespace, name, kind, patch, options, subresource)
+        return self._one(request, resource, stored, 201 if made else 200, options.warnings)
 
     async def _delete(self, request: web.Request, target: Target) -> web.Response:
         resource, namespace, name, _ = target
@@ -441,28 +447,72 @@ _REVIEWS = (
 # Requests.
 
 
-async def _body(request: web.Request, anything: bool = False) -> Any:
-    """The JSON that was sent: an object, unless `anything` may come."""
-    raw = await request.read()
-    if request.content_type == protobuf.CONTENT_TYPE and not anything:
+async def _body(
+    request: web.Request, options: WriteOptions | None = None, anything: bool = False
+) -> Any:
+    """What was sent: an object, unless `anything` may come.
+
+    `options` are told which keys came twice, if the client asked to hear of its mistakes.
+    """
+    raw, kind = await request.read(), request.content_type
+    if kind == protobuf.CONTENT_TYPE and not anything:
         return protobuf.decode(raw)
-    if not anything and request.content_type not in (_JSON, "application/octet-stream"):
-        accepted = (_JSON, protobuf.CONTENT_TYPE)
-        raise errors.unsupported_media_type(request.content_type, accepted)
+    if not anything and kind not in (_JSON, _YAML, APPLY, "application/octet-stream"):
+        accepted = (_JSON, _YAML, protobuf.CONTENT_TYPE)
+        raise errors.unsupported_media_type(kind, accepted)
+    strictly = request.query.get("fieldValidation") in ("Strict", "Warn")
     try:
-        body = orjson.loads(raw)
+        if kind in (_YAML, APPLY):
+            body, duplicates = await asyncio.to_thread(bodies.read_yaml, raw)
+        else:
+            body, duplicates = bodies.read_json(raw, strictly)
     except ValueError as error:
-        raise errors.bad_request(f"the body of the request is not JSON: {error}") from None
+        raise errors.bad_request(f"error decoding the body of the request: {error}") from None
     if not anything and not isinstance(body, dict):
-        raise errors.bad_request("the body of the request is not a JSON object")
+        raise errors.bad_request("the body of the request is not an object")
+    if options is not None and strictly:
+        options.duplicates = duplicates
     return body
 
 
 def _write_options(request: web.Request) -> WriteOptions:
-    validation = request.query.get("fieldValidation") or "Warn"
+    query = request.query
+    validation = query.get("fieldValidation") or "Warn"
     if validation not in ("Ignore", "Warn", "Strict"):
         raise errors.bad_request(f"fieldValidation: Unsupported value: {validation!r}")
-    return WriteOptions(_dry_run(_all(request, "dryRun")), validation)
+    return WriteOptions(
+        _dry_run(_all(request, "dryRun")),
+        validation,
+        manager=_manager(request),
+        force=query.get("force", "").lower() in ("1", "true", "t"),
+    )
+
+
+_OPTIONS = {"POST": "CreateOptions", "PUT": "UpdateOptions", "PATCH": "PatchOptions"}
+
+
+def _manager(request: web.Request) -> str:
+    """Who writes: as it says, or the program that its User-Agent names."""
+    given, applies = request.query.get("fieldManager", ""), request.content_type == APPLY
+    cause = None
+    if len(given.encode()) > MANAGER_MAX_BYTES:
+        why = f"Too long: may not be more than {MANAGER_MAX_BYTES} bytes"
+        cause = Cause("FieldValueTooLong", why, "fieldManager")
+    elif not given.isprintable():
+        why = f"Invalid value: {orjson.dumps(given).decode()}: should only contain printable "
+        cause = Cause("FieldValueInvalid", why + "characters", "fieldManager")
+    elif applies and not given:
+        why = "Required value: is required for apply patch"
+        cause = Cause("FieldValueRequired", why, "fieldManager")
+    elif "force" in request.query and request.method == "PATCH" and not applies:
+        why = "Forbidden: may not be specified for non-apply patch"
+        cause = Cause("FieldValueForbidden", why, "force")
+    if cause is not None:
+        raise errors.invalid("meta.k8s.io", _OPTIONS.get(request.method, "Options"), "", [cause])
+    program = request.headers.get("User-Agent", "").partition("/")[0]
+    program = "".join(filter(str.isprintable, program))
+    short = program.encode()[:MANAGER_MAX_BYTES].decode(errors="ignore")
+    return given or short or "unknown"
 
 
 def _all(request: web.Request, name: str) -> list[str]:

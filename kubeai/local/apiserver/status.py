@@ -97,6 +97,24 @@ MODIFIED = (
 )
 
 
+def apply_conflict(found: list[tuple[str, list[str]]]) -> StatusError:
+    """An apply would take fields from others: who they are, and the paths of the fields."""
+    causes = [
+        {"reason": "FieldManagerConflict", "message": f"conflict with {who}", "field": path}
+        for who, paths in found
+        for path in paths
+    ]
+    if len(causes) == 1:
+        message = f"Apply failed with 1 conflict: {causes[0]['message']}: {causes[0]['field']}"
+    else:
+        lists = (
+            "\n".join((f"conflicts with {who}:", *(f"- {path}" for path in paths)))
+            for who, paths in found
+        )
+        message = f"Apply failed with {len(causes)} conflicts: " + "\n".join(lists)
+    return StatusError(409, "Conflict", message, {"causes": causes})
+
+
 def forbidden(group: str, plural: str, name: str, why: str) -> StatusError:
     message = f'{group_resource(group, plural)} "{name}" is forbidden: {why}'
     return StatusError(403, "Forbidden", message, _details(group, plural, name))

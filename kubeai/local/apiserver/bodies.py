@@ -1,0 +1,94 @@
+"""Bodies of requests: JSON or YAML, with the keys that a map holds twice.
+
+JSON is read fast; its duplicates are looked for only when the client wants to hear of mistakes,
+because that takes a slower reader. The server calls it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import orjson
+import yaml
+
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+def read_json(raw: bytes, duplicates: bool = False) -> tuple[Any, list[str]]:
+    """The value, and the paths of duplicate keys if they are wanted. Raises ValueError."""
+    value = orjson.loads(raw)
+    if not duplicates:
+        return value, []
+    found: list[str] = []
+    pairs = json.loads(raw, object_pairs_hook=_Pairs)
+    _find_repeated(pairs, "", found)
+    return value, found
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object before the last of its equal keys wins."""
+
+
+def _find_repeated(value: Any, path: str, found: list[str]) -> None:
+    if isinstance(value, _Pairs):
+        seen = set()
+        for name, member in value:
+            below = f"{path}.{name}" if path else name
+            if name in seen and below not in found:
+                found.append(below)
+            seen.add(name)
+            _find_repeated(member, below, found)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _find_repeated(item, f"{path}[{index}]", found)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML as Kubernetes reads it: what looks like a date is a string."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(raw: bytes) -> tuple[Any, list[str]]:
+    """The value as JSON has it, and the paths of duplicate keys. Raises ValueError.
+
+    Aliases are refused: a few of them, nested, make a body of a few bytes endless.
+    """
+    try:
+        return read_json(raw, duplicates=True)  # which is what kubectl sends
+    except (ValueError, RecursionError):
+        pass
+    found: list[str] = []
+    try:
+        loader = _Loader(raw)
+        try:
+            node = loader.get_single_node()
+            _look_at(node, "", found, set())
+            value = loader.construct_document(node) if node is not None else None
+        finally:
+            loader.dispose()
+        return orjson.loads(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)), found
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise ValueError(f"not YAML: {error}") from None
+
+
+def _look_at(node: yaml.Node | None, path: str, found: list[str], seen: set[int]) -> None:
+    """Note duplicate keys; refuse aliases."""
+    if id(node) in seen:
+        raise ValueError("YAML aliases are not accepted here")
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _look_at(item, f"{path}[{index}]", found, seen)
+    elif isinstance(node, yaml.MappingNode):
+        names = set()
+        for key, item in node.value:
+            below = f"{path}.{key.value}" if path else str(key.value)
+            if below in names and below not in found:
+                found.append(below)
+            names.add(below)
+            _look_at(item, below, found, seen)
