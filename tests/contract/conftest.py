@@ -14,6 +14,7 @@ import pytest
 from kubectls import Kubectl, found_kubectls
 from operators import Nodes, World
 from servers import ApiServer, assets, embedded, install_models, real
+from widgets import WIDGETS, Collection, until
 
 from kubeai.kube import Kube
 
@@ -65,3 +66,31 @@ async def world(kube_api: str):
         yield world
     finally:
         await world.close()
+
+
+@pytest.fixture(scope="session")
+def definition(api_server: ApiServer) -> None:
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    code, answer = api_server.request("POST", path, WIDGETS)
+    assert code == 201, answer
+    until(lambda: api_server.request("GET", "/apis/test.kubeai.org/v1/widgets")[0] == 200)
+
+
+@pytest.fixture
+def widgets(definition, api_server: ApiServer, namespace: str) -> Collection:
+    return Collection(api_server, f"/apis/test.kubeai.org/v1/namespaces/{namespace}/widgets")
+
+
+@pytest.fixture
+def pods(api_server: ApiServer, namespace: str) -> Collection:
+    return Collection(api_server, f"/api/v1/namespaces/{namespace}/pods")
+
+
+@pytest.fixture
+def configs(api_server: ApiServer, namespace: str) -> Collection:
+    return Collection(api_server, f"/api/v1/namespaces/{namespace}/configmaps")
+
+
+@pytest.fixture
+def jobs(api_server: ApiServer, namespace: str) -> Collection:
+    return Collection(api_server, f"/apis/batch/v1/namespaces/{namespace}/jobs")

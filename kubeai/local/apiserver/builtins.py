@@ -39,7 +39,7 @@ class Strategy:
     sets_spec: bool = False  # the API alone does
 
     def prepare(self, obj: Object, old: Object | None) -> None:
-        """Defaults, and what clients cannot choose; `old` is None at creation."""
+        """Defaults, and what clients cannot choose; `old`, which stays, is None at creation."""
 
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
         return []
@@ -108,7 +108,7 @@ class _Namespaces(Strategy):
             obj["spec"] = {"finalizers": ["kubernetes"]}
             obj["status"] = {"phase": "Active"}
         else:
-            obj["spec"] = old["spec"]
+            obj["spec"] = copy.deepcopy(old["spec"])
 
     def mark_deleted(self, obj: Object) -> None:
         obj["status"] = {**obj.get("status", {}), "phase": "Terminating"}

@@ -184,10 +184,10 @@ class Registry:
             raise errors.invalid(resource.group, resource.kind, name, fixed)
         _keep_what_clients_cannot_change(metadata, old.metadata)
         if subresource == "status":
-            obj = strategy.only_status(obj, copy.deepcopy(old.object), resource)
+            obj = strategy.only_status(obj, _copied(old.object), resource)
         elif "status" in resource.subresources:
             _carry(obj, old.object, "status")
-        strategy.prepare(obj, copy.deepcopy(old.object))
+        strategy.prepare(obj, old.object)
         if resource.schema is not None:
             resource.schema.default(obj)
         obj["metadata"]["resourceVersion"] = old.metadata["resourceVersion"]
@@ -295,7 +295,7 @@ class Registry:
             raise errors.apply_conflict(
                 [(entry.shown(), list(field_paths(fields))) for entry, fields in conflict.fields]
             ) from None
-        obj = copy.deepcopy(_set_managed(obj, []))
+        obj = _copied(obj)
         if recorded is not None:
             obj["metadata"].setdefault("annotations", {})[LAST_APPLIED] = _as_recorded(config)
         return obj, managed
@@ -309,7 +309,7 @@ class Registry:
     ) -> Object:
         """Write ``spec.replicas`` of a Scale through to the object."""
         old = self.get(resource, namespace, name)
-        obj = with_replicas(resource, copy.deepcopy(old.object), scale)
+        obj = with_replicas(resource, _copied(old.object), scale)
         version = (scale.get("metadata") or {}).get("resourceVersion")
         if version:
             obj["metadata"]["resourceVersion"] = version
@@ -359,7 +359,7 @@ class Registry:
         if old.metadata.get("deletionTimestamp"):
             why = f"pod {name} is being deleted, cannot be assigned to a host"
             raise errors.conflict("", "pods/binding", name, why)
-        obj = copy.deepcopy(old.object)
+        obj = _copied(old.object)
         obj["spec"]["nodeName"] = node
         condition = {"type": "PodScheduled", "status": "True", "lastProbeTime": None,
                      "lastTransitionTime": meta.now()}  # fmt: skip
@@ -378,7 +378,7 @@ class Registry:
         strategy = _strategy(resource)
         if resource is NAMESPACES and name in PREMADE_NAMESPACES[:-1]:
             raise errors.forbidden("", "namespaces", name, "this namespace may not be deleted")
-        obj = copy.deepcopy(old.object)
+        obj = _copied(old.object)
         metadata = obj["metadata"]
         _set_policy(metadata, options.propagation or strategy.default_propagation)
         grace_s = strategy.grace_s(obj, options.grace_s)
@@ -414,7 +414,7 @@ class Registry:
         old = self.store.get(resource.key, key)
         if old is None:
             return None
-        obj = copy.deepcopy(old.object)
+        obj = _copied(old.object)
         edit(obj)
         if obj == old.object:
             return old
@@ -427,9 +427,7 @@ class Registry:
 
     def _patched(self, resource: Resource, kind: str, obj: Object, patch: Any) -> Object:
         patched = patches.apply(kind, obj, patch, resource.schema, resource.custom)
-        managed = obj["metadata"].get("managedFields")
-        # What the patch left alone belongs to the store; managedFields are never changed in place.
-        return copy.deepcopy(patched, {id(managed): managed} if managed else None)
+        return _copied(patched)  # what the patch left alone belongs to the store
 
     def _owners(
         self,
@@ -591,13 +589,17 @@ def _unowned(
     return unowned
 
 
-def _set_managed(obj: Object, managed: list[Object]) -> Object:
-    """`obj` with these managedFields, or without any; its metadata is changed in place."""
+def _copied(obj: Object) -> Object:
+    """A copy to change; managedFields, which are never changed in place, are shared."""
+    metadata = obj.get("metadata")
+    managed = metadata.get("managedFields") if isinstance(metadata, dict) else None
+    return copy.deepcopy(obj, {id(managed): managed} if managed else None)
+
+
+def _set_managed(obj: Object, managed: list[Object]) -> None:
+    obj["metadata"].pop("managedFields", None)
     if managed:
         obj["metadata"]["managedFields"] = managed
-    else:
-        obj["metadata"].pop("managedFields", None)
-    return obj
 
 
 def _last_applied(resource: Resource, recorded: str) -> Object:

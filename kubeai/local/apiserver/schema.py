@@ -59,6 +59,7 @@ class Schema:
     def __init__(self, root: Object, definitions: Object | None = None) -> None:
         self.root = root
         self.definitions = definitions or {}
+        self._defaults: dict[int, list[tuple[str, Any]]] = {}  # by the id of the properties
         self._rules = Rules(root)
         self.mistakes = self._rules.mistakes
         if not definitions:
@@ -132,16 +133,30 @@ class Schema:
             for item in value:
                 self._default(item, schema.get("items") or {})
         elif isinstance(value, dict):
-            for name, declared in (schema.get("properties") or {}).items():
-                declared = {**self.resolve(declared), **declared}
-                if name in value and value[name] is None and not declared.get("nullable"):
+            properties = schema.get("properties") or {}
+            for name in [name for name, member in value.items() if member is None]:
+                if name in properties and not self._whole(properties[name]).get("nullable"):
                     del value[name]  # such a null means that the field is absent
-                if name not in value and "default" in declared:
-                    value[name] = copy.deepcopy(declared["default"])
+            for name, default in self._defaults_of(properties):
+                if name not in value:
+                    value[name] = copy.deepcopy(default)
             for name, member in value.items():
-                child = self.child(schema, name)
+                child = self.child(schema, name) if isinstance(member, (dict, list)) else None
                 if child is not None:
                     self._default(member, child)
+
+    def _whole(self, declared: Object) -> Object:
+        """A member's schema with what stands beside a reference."""
+        return {**self.resolve(declared), **declared}
+
+    def _defaults_of(self, properties: Object) -> list[tuple[str, Any]]:
+        """Of many properties few have a default: found once."""
+        found = self._defaults.get(id(properties)) if properties else []
+        if found is None:
+            wholes = ((name, self._whole(declared)) for name, declared in properties.items())
+            found = [(name, whole["default"]) for name, whole in wholes if "default" in whole]
+            self._defaults[id(properties)] = found
+        return found
 
     # Validation.
 
