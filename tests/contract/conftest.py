@@ -10,8 +10,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+import kubectls
 import pytest
-from kubectls import Kubectl, found_kubectls
 from operators import Nodes, World
 from servers import ApiServer, assets, embedded, install_models, real
 from widgets import WIDGETS, Collection, until
@@ -47,14 +47,6 @@ def namespace(api_server: ApiServer) -> str:
 def kube_api(api_server: ApiServer, namespace: str, tmp_path: Path) -> str:
     """The path of a kubeconfig for one of the two APIs."""
     return str(api_server.kubeconfig(tmp_path / "kubeconfig", namespace))
-
-
-@pytest.fixture(params=["assets", "path"])
-def kubectl(request, kube_api: str, tmp_path: Path) -> Kubectl:
-    found = found_kubectls()
-    if request.param not in found:
-        pytest.skip(f"no kubectl ({request.param})")
-    return Kubectl(found[request.param], kube_api, tmp_path)
 
 
 @pytest.fixture
@@ -94,3 +86,11 @@ def configs(api_server: ApiServer, namespace: str) -> Collection:
 @pytest.fixture
 def jobs(api_server: ApiServer, namespace: str) -> Collection:
     return Collection(api_server, f"/apis/batch/v1/namespaces/{namespace}/jobs")
+
+
+@pytest.fixture(params=["assets", "path"])
+def kubectl(request, kube_api: str, tmp_path: Path) -> kubectls.Kubectl:
+    programs = kubectls.found()
+    if request.param not in programs:
+        pytest.skip(f"no kubectl ({request.param})")
+    return kubectls.Kubectl(programs[request.param], kube_api, tmp_path)

@@ -1,4 +1,4 @@
-"""Stock kubectl: the one in KUBEBUILDER_ASSETS, and the one on PATH."""
+"""Stock kubectl, each that is found: the one in KUBEBUILDER_ASSETS, and the one on PATH."""
 
 from __future__ import annotations
 
@@ -15,12 +15,30 @@ from servers import assets
 
 TIMEOUT_S = 20.0
 
+MODEL = """
+apiVersion: kubeai.org/v1
+kind: Model
+metadata:
+  name: tiny
+spec:
+  features: [TextGeneration]
+  url: hf://org/tiny
+  engine: VLLM
+  resourceProfile: cpu:1
+"""
+POD = {
+    "apiVersion": "v1",
+    "kind": "Pod",
+    "metadata": {"name": "pod", "labels": {"app": "model"}},
+    "spec": {"containers": [{"name": "server", "image": "mock:1"}]},
+}
 
-def found_kubectls() -> dict[str, str]:
+
+def found() -> dict[str, str]:
     folder = assets("kubectl")
-    found = {"assets": str(folder / "kubectl")} if folder else {}
+    programs = {"assets": str(folder / "kubectl")} if folder else {}
     on_path = shutil.which("kubectl")
-    return found | ({"path": on_path} if on_path else {})
+    return programs | ({"path": on_path} if on_path else {})
 
 
 class Kubectl:
@@ -78,3 +96,7 @@ class Lines:
 
     def next(self) -> str:
         return self._queue.get(timeout=TIMEOUT_S)
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]

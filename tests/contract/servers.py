@@ -56,11 +56,11 @@ class ApiServer(NamedTuple):
         body: object = None,
         kind: str = "application/json",
         accept: str = "application/json",
+        headers: dict[str, str] | None = None,
     ):
-        """Status code and decoded answer, over a connection of its own."""
-        request = urllib.request.Request(
-            self.url + path, None if body is None else orjson.dumps(body), method=method
-        )
+        """Status code and decoded answer, over a connection of its own; bytes are sent as is."""
+        data = body if body is None or isinstance(body, bytes) else orjson.dumps(body)
+        request = urllib.request.Request(self.url + path, data, headers or {}, method=method)
         request.add_header("Authorization", f"Bearer {self.token}")
         request.add_header("Accept", accept)
         request.add_header("Content-Type", kind)

@@ -1,7 +1,4 @@
-"""Stock kubectl against both APIs, with no flags beyond KUBECONFIG.
-
-Every kubectl found is used: the one in KUBEBUILDER_ASSETS, and the one on PATH.
-"""
+"""Stock kubectl against both APIs, with no flags beyond KUBECONFIG."""
 
 from __future__ import annotations
 
@@ -14,32 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import orjson
 import pytest
 import yaml
-from kubectls import TIMEOUT_S, Kubectl
+from kubectls import MODEL, POD, TIMEOUT_S, Kubectl, rows
 from servers import ApiServer
 
 pytestmark = pytest.mark.kubectl
-
-MODEL = """
-apiVersion: kubeai.org/v1
-kind: Model
-metadata:
-  name: tiny
-spec:
-  features: [TextGeneration]
-  url: hf://org/tiny
-  engine: VLLM
-  resourceProfile: cpu:1
-"""
-POD = {
-    "apiVersion": "v1",
-    "kind": "Pod",
-    "metadata": {"name": "pod", "labels": {"app": "model"}},
-    "spec": {"containers": [{"name": "server", "image": "mock:1"}]},
-}
-
-
-def rows(text: str) -> list[list[str]]:
-    return [line.split() for line in text.splitlines()]
 
 
 def test_apply_creates_changes_and_leaves_alone(kubectl: Kubectl):

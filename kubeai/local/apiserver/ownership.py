@@ -337,9 +337,10 @@ def compare(old: Any, new: Any, shape: Shape) -> tuple[Fields, Fields]:
 def _compare(old: Any, new: Any, shape: Shape) -> tuple[Fields | None, Fields | None]:
     if old == new and type(old) is type(new):
         return None, None
-    cut = shape.cuts(new)
-    if cut is None or shape.cuts(old) is not cut:
+    cut = shape.cuts(old if new is None else new)
+    if cut is None or (old is not None and shape.cuts(old) is not cut) or not (old or new):
         return _IN, None
+    old, new = old or cut(), new or cut()  # null has no fields, as the empty ones have none
     changed, gone = Fields(), Fields()
     if cut is dict:
         for name, part in new.items():
@@ -417,23 +418,23 @@ def _merged_list(live: list[Any], config: list[Any], shape: Shape) -> list[Any]:
 
 
 def without(value: Any, fields: Fields, shape: Shape) -> Any:
-    """`value` less the fields of the set, and all that is in them."""
+    """`value` less the fields of the set, and all that is in them. None when nothing is left."""
     cut = shape.cuts(value)
-    if cut is None or not fields:
+    if cut is None or not fields or not value:
         return value
     if cut is dict:
-        parts = ((f"f:{name}", name, part) for name, part in value.items())
+        named = ((f"f:{name}", name, part) for name, part in value.items())
         return {
             name: without(part, fields[step], shape.below(step)) if step in fields else part
-            for step, name, part in parts
+            for step, name, part in named
             if step not in fields or not _is_in(fields[step])
-        }
-    steps = [(shape.step(item), item) for item in value]
+        } or None
+    items = ((shape.step(item), item) for item in value)
     return [
         without(item, fields[step], shape.item) if step in fields else item
-        for step, item in steps
+        for step, item in items
         if step not in fields or not _is_in(fields[step])
-    ]
+    ] or None
 
 
 def _with_holders(fields: Fields, shape: Shape) -> Fields:

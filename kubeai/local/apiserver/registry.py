@@ -440,12 +440,13 @@ class Registry:
     ) -> list[Object]:
         """The managedFields after a write that is no apply.
 
-        A client may write them itself (`given`); one list with one empty entry clears them. What
-        cannot be decoded is ignored, so that clients that do not know them do no harm.
+        A client may write them itself (`given`). A list of one empty entry clears them; so does an
+        empty list in a built-in object. What cannot be decoded is ignored, so that clients that
+        do not know them do no harm.
         """
         before = old.metadata.get("managedFields") or [] if old else []
-        if given and not subresource and given != before:
-            if given == [{}]:
+        if given is not None and not subresource and given != before:
+            if given == [{}] or (not given and not resource.custom):
                 return []
             before = given if is_managed_fields(given) else before
         unowned = _unowned(resource, subresource, old is None, new.keys())

@@ -499,8 +499,10 @@ def _manager(request: web.Request) -> str:
         why = f"Too long: may not be more than {MANAGER_MAX_BYTES} bytes"
         cause = Cause("FieldValueTooLong", why, "fieldManager")
     elif not given.isprintable():
-        why = f"Invalid value: {orjson.dumps(given).decode()}: should only contain printable "
-        cause = Cause("FieldValueInvalid", why + "characters", "fieldManager")
+        at = next(at for at, char in enumerate(given) if not char.isprintable())
+        why = f"invalid character U+{ord(given[at]):04X} (at position {at})"
+        why = f"Invalid value: {orjson.dumps(given).decode()}: {why}"
+        cause = Cause("FieldValueInvalid", why, "fieldManager")
     elif applies and not given:
         why = "Required value: is required for apply patch"
         cause = Cause("FieldValueRequired", why, "fieldManager")
