@@ -47,8 +47,13 @@ class Kubectl:
     def __init__(self, program: str, kubeconfig: str, folder: Path) -> None:
         self.program = program
         self.environment = {
-            **os.environ, "KUBECONFIG": kubeconfig, "HOME": str(folder), "TZ": "UTC",
+            **os.environ, "KUBECONFIG": kubeconfig, "HOME": str(folder), "TMPDIR": str(folder),
+            "TZ": "UTC",
         }  # fmt: skip
+
+    def set_editor(self, command: str) -> None:
+        """What ``kubectl edit`` runs; the name of the file is put behind it."""
+        self.environment["KUBE_EDITOR"] = command
 
     def __call__(
         self, *arguments: str, given: str = "", code: int = 0, errors: bool = False

@@ -10,6 +10,7 @@ import pytest
 from servers import ApiServer
 from widgets import (
     JSON_PATCH,
+    MERGE,
     STRATEGIC,
     TIMEOUT_S,
     WIDGETS,
@@ -104,6 +105,36 @@ def test_a_built_in_object_may_be_replaced_without_one(configs: Collection):
     configs.make({"metadata": {"name": "c"}, "data": {"a": "1"}})
     code, answer = configs("PUT", "c", {"metadata": {"name": "c"}, "data": {"b": "2"}})
     assert (code, answer["data"]) == (200, {"b": "2"})
+
+
+def test_a_lease_goes_to_one_of_those_who_want_it(api_server: ApiServer, namespace: str):
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+    leases = Collection(api_server, path)
+    spec = {"holderIdentity": "a", "renewTime": "2026-01-01T00:00:00.000001Z"}
+    made = leases.make({"metadata": {"name": "l"}, "spec": spec})
+    assert made["spec"] == spec
+    leases.refused(422, "PUT", "l", {"metadata": {"name": "l"}, "spec": spec})
+    won = {**made, "spec": {**spec, "holderIdentity": "b"}}
+    assert leases("PUT", "l", won)[0] == 200
+    lost = {**made, "spec": {**spec, "holderIdentity": "c"}}
+    assert leases.refused(409, "PUT", "l", lost)["reason"] == "Conflict"
+    assert leases("GET", "l")[1]["spec"]["holderIdentity"] == "b"
+
+
+@pytest.mark.parametrize("kind", [MERGE, JSON_PATCH])
+def test_patches_are_validated_by_their_fields(widgets: Collection, kind: str):
+    widgets.make(widget())
+    patch: object = {"spec": {"odd": 1}}
+    if kind == JSON_PATCH:
+        patch = [{"op": "add", "path": "/spec/odd", "value": 1}]
+    code, answer = widgets("PATCH", "w?fieldValidation=Strict", patch, kind)
+    assert code in (400, 422)  # a real API server has a code of its own for patches
+    assert 'unknown field "spec.odd"' in answer["message"]
+    for validation in ("Warn", "Ignore"):
+        assert "odd" not in widgets.patch(f"w?fieldValidation={validation}", patch, kind)["spec"]
+    answer = widgets.refused(422, "PATCH", "w?fieldValidation=Other", patch, kind)
+    said = 'PatchOptions.meta.k8s.io "" is invalid: fieldValidation: Unsupported value: "Other"'
+    assert said in answer["message"]
 
 
 def test_a_write_that_changes_nothing_is_no_write(widgets: Collection):

@@ -478,14 +478,19 @@ async def _body(
 def _write_options(request: web.Request) -> WriteOptions:
     query = request.query
     validation = query.get("fieldValidation") or "Warn"
-    if validation not in ("Ignore", "Warn", "Strict"):
-        raise errors.bad_request(f"fieldValidation: Unsupported value: {validation!r}")
+    if validation not in ("Ignore", "Strict", "Warn"):
+        why = f'Unsupported value: "{validation}": supported values: "Ignore", "Strict", "Warn"'
+        raise _wrong_options(request, Cause("FieldValueNotSupported", why, "fieldValidation"))
     return WriteOptions(
         _dry_run(_all(request, "dryRun")),
         validation,
         manager=_manager(request),
         force=query.get("force", "").lower() in ("1", "true", "t"),
     )
+
+
+def _wrong_options(request: web.Request, cause: Cause) -> StatusError:
+    return errors.invalid("meta.k8s.io", _OPTIONS.get(request.method, "Options"), "", [cause])
 
 
 _OPTIONS = {"POST": "CreateOptions", "PUT": "UpdateOptions", "PATCH": "PatchOptions"}
@@ -510,7 +515,7 @@ def _manager(request: web.Request) -> str:
         why = "Forbidden: may not be specified for non-apply patch"
         cause = Cause("FieldValueForbidden", why, "force")
     if cause is not None:
-        raise errors.invalid("meta.k8s.io", _OPTIONS.get(request.method, "Options"), "", [cause])
+        raise _wrong_options(request, cause)
     program = request.headers.get("User-Agent", "").partition("/")[0]
     program = "".join(filter(str.isprintable, program))
     short = program.encode()[:MANAGER_MAX_BYTES].decode(errors="ignore")
