@@ -48,10 +48,7 @@ OBJECT_META: Object = {
         "annotations": _STRINGS,
         "finalizers": {"type": "array", "items": _STRING},
         "ownerReferences": {"type": "array", "items": OWNER},
-        "managedFields": {
-            "type": "array",
-            "items": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-        },
+        "managedFields": {"type": "array", "items": {"type": "object"}},
     },
 }
 _SCHEMA = Schema(OBJECT_META)
@@ -75,14 +72,17 @@ def random_suffix() -> str:
     return "".join(secrets.choice(_SUFFIX) for _ in range(_SUFFIX_CHARS))
 
 
-def tidy(obj: Object, version: str, kind: str) -> list[str]:
+def tidy(obj: Object, version: str, kind: str) -> tuple[list[str], list[Object] | None]:
     """Refuse metadata of the wrong form; drop what is unknown or empty in it (in place).
 
-    Returns the paths of unknown fields.
+    Returns the paths of unknown fields, and `managedFields`, which are taken out.
     """
     metadata = obj.setdefault("metadata", {})
     unknown: list[str] = []
+    managed = None
     if isinstance(metadata, dict):
+        if _are_objects(metadata.get("managedFields")):
+            managed = metadata.pop("managedFields")
         unknown = [f"metadata.{path}" for path in _SCHEMA.prune(metadata, embedded=False)]
         _SCHEMA.default(metadata)  # which drops nulls
     causes = _SCHEMA.validate(metadata)
@@ -93,7 +93,11 @@ def tidy(obj: Object, version: str, kind: str) -> list[str]:
     for name in _DROPPED_WHEN_EMPTY:
         if name in metadata and not metadata[name]:
             del metadata[name]
-    return unknown
+    return unknown, managed
+
+
+def _are_objects(items: Any) -> bool:
+    return isinstance(items, list) and all(isinstance(item, dict) for item in items)
 
 
 def check(metadata: Object, one_label: bool = False, custom: bool = False) -> list[Cause]:

@@ -34,6 +34,7 @@ FORMAT = "FieldsV1"
 BEFORE_FIRST_APPLY, ANCIENT = "before-first-apply", "ancient-changes"
 UPDATERS_MAX = 10  # the oldest beyond them share one entry
 DEPTH_MAX = 200  # of sets that clients send
+SHARED_MAX = 512  # sets that objects which come may share
 _SELF = "."
 _IN: Fields = {}  # a node in the set, with nothing below it
 # The API's own: nobody owns them.
@@ -457,6 +458,13 @@ def _with_holders(fields: Fields, shape: Shape) -> Fields:
 # Owners.
 
 
+@functools.lru_cache(maxsize=SHARED_MAX)
+def _shared(fields: bytes) -> Fields:
+    """One tree for all objects that are alike: the pods of a model, the renewals of a lease."""
+    tree: Fields = orjson.loads(fields)
+    return tree
+
+
 class Writer(NamedTuple):
     """Who writes, and through what."""
 
@@ -491,7 +499,8 @@ class Entry:
 
     def encoded(self) -> Object:
         out: Object = {"manager": self.manager, "operation": self.operation}
-        out |= {"apiVersion": self.api_version, "fieldsType": FORMAT, "fieldsV1": self.fields}
+        fields = _shared(orjson.dumps(self.fields))
+        out |= {"apiVersion": self.api_version, "fieldsType": FORMAT, "fieldsV1": fields}
         if self.time:
             out["time"] = self.time
         if self.subresource:

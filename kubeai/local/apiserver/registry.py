@@ -184,7 +184,7 @@ class Registry:
             raise errors.invalid(resource.group, resource.kind, name, fixed)
         _keep_what_clients_cannot_change(metadata, old.metadata)
         if subresource == "status":
-            obj = strategy.only_status(obj, _copied(old.object), resource)
+            obj = strategy.only_status(obj, copy.deepcopy(_without_managed(old.object)), resource)
         elif "status" in resource.subresources:
             _carry(obj, old.object, "status")
         strategy.prepare(obj, old.object)
@@ -195,10 +195,10 @@ class Registry:
             obj["metadata"]["generation"] = old.metadata.get("generation", 0) + 1
         if applied is None:
             applied = self._owners(resource, given, old, obj, options, subresource)
-        _set_managed(obj, applied)
-        if obj == old.object:
+        if obj == _without_managed(old.object) and applied == _managed(old.object):
             return old
         self._check(resource, obj, old.object, subresource)
+        _set_managed(obj, applied)
         if _is_finished(resource, obj["metadata"]):
             return self._remove(resource, (namespace, name), options, obj)
         return self._commit(resource, (namespace, name), obj, options)
@@ -278,7 +278,7 @@ class Registry:
 
         try:
             obj, managed = owners.applied(
-                live.get("metadata", {}).get("managedFields") or [],
+                _managed(live),
                 live,
                 config,
                 _writer(resource, options, subresource),
@@ -444,7 +444,7 @@ class Registry:
         empty list in a built-in object. What cannot be decoded is ignored, so that clients that
         do not know them do no harm.
         """
-        before = old.metadata.get("managedFields") or [] if old else []
+        before = _managed(old.object) if old else []
         if given is not None and not subresource and given != before:
             if given == [{}] or (not given and not resource.custom):
                 return []
@@ -473,8 +473,7 @@ class Registry:
                 f"{resource.api_version}, Kind={resource.kind})"
             )
         obj["kind"], obj["apiVersion"] = resource.kind, resource.api_version
-        unknown = meta.tidy(obj, resource.version, resource.kind)
-        given = obj["metadata"].pop("managedFields", None)
+        unknown, given = meta.tidy(obj, resource.version, resource.kind)
         if resource.schema is not None:
             unknown += resource.schema.prune(obj)
             resource.schema.default(obj)
@@ -595,6 +594,15 @@ def _copied(obj: Object) -> Object:
     metadata = obj.get("metadata")
     managed = metadata.get("managedFields") if isinstance(metadata, dict) else None
     return copy.deepcopy(obj, {id(managed): managed} if managed else None)
+
+
+def _managed(obj: Object) -> list[Object]:
+    return obj.get("metadata", {}).get("managedFields") or []
+
+
+def _without_managed(obj: Object) -> Object:
+    metadata = {name: value for name, value in obj["metadata"].items() if name != "managedFields"}
+    return {**obj, "metadata": metadata}
 
 
 def _set_managed(obj: Object, managed: list[Object]) -> None:
