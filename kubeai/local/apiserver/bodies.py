@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import yaml
 
+DEPTH_MAX = 100  # of YAML
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
@@ -21,8 +22,10 @@ def read_json(raw: bytes, duplicates: bool = False) -> tuple[Any, list[str]]:
     if not duplicates:
         return value, []
     found: list[str] = []
-    pairs = json.loads(raw, object_pairs_hook=_Pairs)
-    _find_repeated(pairs, "", found)
+    try:
+        _find_repeated(json.loads(raw, object_pairs_hook=_Pairs), "", found)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     return value, found
 
 
@@ -56,18 +59,20 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 def read_yaml(raw: bytes) -> tuple[Any, list[str]]:
     """The value as JSON has it, and the paths of duplicate keys. Raises ValueError.
 
-    Aliases are refused: a few of them, nested, make a body of a few bytes endless.
+    Aliases are refused: a few of them, nested, make a body of a few bytes endless. So is deep
+    nesting, before anything follows it down: the C library would run out of its stack.
     """
     try:
         return read_json(raw, duplicates=True)  # which is what kubectl sends
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     found: list[str] = []
     try:
+        _check_events(raw)
         loader = _Loader(raw)
         try:
             node = loader.get_single_node()
-            _look_at(node, "", found, set())
+            _find_repeated_nodes(node, "", found)
             value = loader.construct_document(node) if node is not None else None
         finally:
             loader.dispose()
@@ -76,14 +81,21 @@ def read_yaml(raw: bytes) -> tuple[Any, list[str]]:
         raise ValueError(f"not YAML: {error}") from None
 
 
-def _look_at(node: yaml.Node | None, path: str, found: list[str], seen: set[int]) -> None:
-    """Note duplicate keys; refuse aliases."""
-    if id(node) in seen:
-        raise ValueError("YAML aliases are not accepted here")
-    seen.add(id(node))
+def _check_events(raw: bytes) -> None:
+    depth = 0
+    for event in yaml.parse(raw, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("YAML aliases are not accepted here")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH_MAX:
+            raise ValueError(f"YAML nested more than {DEPTH_MAX} levels deep is not accepted here")
+
+
+def _find_repeated_nodes(node: yaml.Node | None, path: str, found: list[str]) -> None:
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _look_at(item, f"{path}[{index}]", found, seen)
+            _find_repeated_nodes(item, f"{path}[{index}]", found)
     elif isinstance(node, yaml.MappingNode):
         names = set()
         for key, item in node.value:
@@ -91,4 +103,4 @@ def _look_at(node: yaml.Node | None, path: str, found: list[str], seen: set[int]
             if below in names and below not in found:
                 found.append(below)
             names.add(below)
-            _look_at(item, below, found, seen)
+            _find_repeated_nodes(item, below, found)
