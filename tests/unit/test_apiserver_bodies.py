@@ -33,7 +33,7 @@ def test_json_and_yaml_say_the_same(value: object):
     [
         ("a: 2026-01-01", {"a": "2026-01-01"}),
         ("a: 2026-01-01T00:00:00Z", {"a": "2026-01-01T00:00:00Z"}),
-        ("1: a\ntrue: b", {"1": "a", "true": "b"}),
+        ("2: a\ntrue: b", {"2": "a", "true": "b"}),
         ("a: |\n  one\n  two\n", {"a": "one\ntwo\n"}),
         ("# nothing", None),
     ],

@@ -233,6 +233,10 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+def strategy_of(resource: Resource) -> Strategy:
+    return STRATEGIES.get(resource.key, STRATEGIES[""])
+
+
 def canonical(amounts: Object | None) -> None:
     """Write the quantities as Kubernetes does, in place: 1 → "1", "1000m" → "1"."""
     for name, amount in (amounts or {}).items():

@@ -9,31 +9,23 @@ The server calls it for clients, the collector for what follows from a deletion.
 from __future__ import annotations
 
 import copy
-import functools
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
 
+from kubeai.local.apiserver import managers
 from kubeai.local.apiserver import metadata as meta
 from kubeai.local.apiserver import patch as patches
 from kubeai.local.apiserver import status as errors
-from kubeai.local.apiserver.builtins import STRATEGIES, Strategy
+from kubeai.local.apiserver.builtins import strategy_of
 from kubeai.local.apiserver.definitions import serve_definition
-from kubeai.local.apiserver.ownership import Conflict, Fields, Misfit, Ownership, Writer
-from kubeai.local.apiserver.ownership import paths as field_paths
-from kubeai.local.apiserver.ownership import well_formed as is_managed_fields
-from kubeai.local.apiserver.resources import (
-    CRDS,
-    NAMESPACES,
-    OBJECT_META,
-    PODS,
-    Catalog,
-    Resource,
-)  # fmt: skip
+from kubeai.local.apiserver.managers import copied, managed_fields, without_managed_fields
+from kubeai.local.apiserver.ownership import Writer
+from kubeai.local.apiserver.resources import CRDS, NAMESPACES, PODS, Catalog, Resource
 from kubeai.local.apiserver.scale import check_scale, scale_of, with_replicas
 from kubeai.local.apiserver.status import Cause
 from kubeai.local.apiserver.store import Event, Key, Store, Stored
@@ -43,10 +35,6 @@ Object = dict[str, Any]
 FOREGROUND, ORPHAN = "foregroundDeletion", "orphan"
 _POLICIES = {"Foreground": FOREGROUND, "Orphan": ORPHAN, "Background": ""}
 PREMADE_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
-# kubectl's own record of client-side apply; its server-side apply takes over what it holds.
-LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
-KUBECTL = "kubectl"
-OWNERSHIPS_MAX = 256  # versions of resources whose shapes are kept
 
 
 @dataclass(slots=True)
@@ -114,7 +102,7 @@ class Registry:
         applied: list[Object] | None = None,
     ) -> Stored:
         """`applied`: the managedFields that an apply made; other writes make them here."""
-        strategy = _strategy(resource)
+        strategy = strategy_of(resource)
         given = self._decode(resource, obj, options)
         metadata = obj["metadata"]
         if metadata.get("resourceVersion"):
@@ -136,7 +124,7 @@ class Registry:
             resource.schema.default(obj)
         self._check(resource, obj, None)
         if applied is None:
-            applied = self._owners(resource, given, None, obj, options, "")
+            applied = managers.updated(resource, given, None, obj, _writer(resource, options))
         _set_managed(obj, applied)
         return self._commit(resource, (namespace, name), obj, options)
 
@@ -178,13 +166,15 @@ class Registry:
                 f"URL ({name})"
             )
         self._check_version(resource, name, metadata, old)
-        strategy = _strategy(resource)
+        strategy = strategy_of(resource)
         fixed = meta.check_unchanged(metadata, old.metadata)
         if fixed:
             raise errors.invalid(resource.group, resource.kind, name, fixed)
         _keep_what_clients_cannot_change(metadata, old.metadata)
         if subresource == "status":
-            obj = strategy.only_status(obj, copy.deepcopy(_without_managed(old.object)), resource)
+            obj = strategy.only_status(
+                obj, copy.deepcopy(without_managed_fields(old.object)), resource
+            )
         elif "status" in resource.subresources:
             _carry(obj, old.object, "status")
         strategy.prepare(obj, old.object)
@@ -194,8 +184,9 @@ class Registry:
         if _wants_something_else(resource, obj, old.object):
             obj["metadata"]["generation"] = old.metadata.get("generation", 0) + 1
         if applied is None:
-            applied = self._owners(resource, given, old, obj, options, subresource)
-        if obj == _without_managed(old.object) and applied == _managed(old.object):
+            writer = _writer(resource, options, subresource)
+            applied = managers.updated(resource, given, old.object, obj, writer)
+        if obj == without_managed_fields(old.object) and applied == managed_fields(old.object):
             return old
         self._check(resource, obj, old.object, subresource)
         _set_managed(obj, applied)
@@ -242,7 +233,8 @@ class Registry:
         if old is None and subresource:
             raise errors.not_found(resource.group, resource.plural, name)
         _check_identity(resource, name, config, old.uid if old else "")
-        obj, managed = self._applied(resource, name, old, config, options, subresource)
+        writer, live = _writer(resource, options, subresource), old.object if old else {}
+        obj, managed = managers.applied(resource, name, live, config, writer, options.force)
         if old is not None:
             stored = self._update(resource, namespace, name, obj, options, subresource, managed)
             return stored, False
@@ -254,52 +246,6 @@ class Registry:
             )
         return self._create(resource, namespace, obj, options, managed), True
 
-    def _applied(
-        self,
-        resource: Resource,
-        name: str,
-        old: Stored | None,
-        config: Object,
-        options: WriteOptions,
-        subresource: str,
-    ) -> tuple[Object, list[Object]]:
-        """The object after an apply, which may be changed, and its managedFields."""
-        live = old.object if old else {}
-        unowned = _unowned(resource, subresource, old is None, live.keys() | config.keys())
-        owners = _ownership(resource)
-        recorded = (live.get("metadata", {}).get("annotations") or {}).get(LAST_APPLIED)
-        if options.manager != KUBECTL:
-            recorded = None
-        config = {member: value for member, value in config.items() if member not in unowned}
-        config.setdefault("metadata", {})
-
-        def agreed() -> Fields:
-            return owners.agreed(_last_applied(resource, recorded), live) if recorded else {}
-
-        try:
-            obj, managed = owners.applied(
-                _managed(live),
-                live,
-                config,
-                _writer(resource, options, subresource),
-                options.force,
-                unowned,
-                agreed,
-            )
-        except Misfit as misfit:
-            about = f"{resource.api_version}, Kind={resource.kind}"
-            raise errors.bad_request(
-                f"failed to create typed patch object ({name}; {about}): {misfit}"
-            ) from None
-        except Conflict as conflict:
-            raise errors.apply_conflict(
-                [(entry.shown(), list(field_paths(fields))) for entry, fields in conflict.fields]
-            ) from None
-        obj = _copied(obj)
-        if recorded is not None:
-            obj["metadata"].setdefault("annotations", {})[LAST_APPLIED] = _as_recorded(config)
-        return obj, managed
-
     def scale(self, resource: Resource, namespace: str, name: str) -> Object:
         """The object's autoscaling/v1 Scale."""
         return scale_of(resource, self.get(resource, namespace, name).object)
@@ -309,7 +255,7 @@ class Registry:
     ) -> Object:
         """Write ``spec.replicas`` of a Scale through to the object."""
         old = self.get(resource, namespace, name)
-        obj = with_replicas(resource, _copied(old.object), scale)
+        obj = with_replicas(resource, copied(old.object), scale)
         version = (scale.get("metadata") or {}).get("resourceVersion")
         if version:
             obj["metadata"]["resourceVersion"] = version
@@ -359,7 +305,7 @@ class Registry:
         if old.metadata.get("deletionTimestamp"):
             why = f"pod {name} is being deleted, cannot be assigned to a host"
             raise errors.conflict("", "pods/binding", name, why)
-        obj = _copied(old.object)
+        obj = copied(old.object)
         obj["spec"]["nodeName"] = node
         condition = {"type": "PodScheduled", "status": "True", "lastProbeTime": None,
                      "lastTransitionTime": meta.now()}  # fmt: skip
@@ -375,10 +321,10 @@ class Registry:
         """Delete, or begin to; whether the object is gone."""
         old = self.get(resource, namespace, name)
         self._check_preconditions(resource, name, old, options)
-        strategy = _strategy(resource)
+        strategy = strategy_of(resource)
         if resource is NAMESPACES and name in PREMADE_NAMESPACES[:-1]:
             raise errors.forbidden("", "namespaces", name, "this namespace may not be deleted")
-        obj = _copied(old.object)
+        obj = copied(old.object)
         metadata = obj["metadata"]
         _set_policy(metadata, options.propagation or strategy.default_propagation)
         grace_s = strategy.grace_s(obj, options.grace_s)
@@ -414,7 +360,7 @@ class Registry:
         old = self.store.get(resource.key, key)
         if old is None:
             return None
-        obj = _copied(old.object)
+        obj = copied(old.object)
         edit(obj)
         if obj == old.object:
             return old
@@ -427,33 +373,7 @@ class Registry:
 
     def _patched(self, resource: Resource, kind: str, obj: Object, patch: Any) -> Object:
         patched = patches.apply(kind, obj, patch, resource.schema, resource.custom)
-        return _copied(patched)  # what the patch left alone belongs to the store
-
-    def _owners(
-        self,
-        resource: Resource,
-        given: Any,
-        old: Stored | None,
-        new: Object,
-        options: WriteOptions,
-        subresource: str,
-    ) -> list[Object]:
-        """The managedFields after a write that is no apply.
-
-        A client may write them itself (`given`). A list of one empty entry clears them; so does an
-        empty list in a built-in object. What cannot be decoded is ignored, so that clients that
-        do not know them do no harm.
-        """
-        before = _managed(old.object) if old else []
-        if given is not None and not subresource and given != before:
-            if given == [{}] or (not given and not resource.custom):
-                return []
-            before = given if is_managed_fields(given) else before
-        unowned = _unowned(resource, subresource, old is None, new.keys())
-        writer = _writer(resource, options, subresource)
-        return _ownership(resource).updated(
-            before, old.object if old else None, new, writer, unowned
-        )
+        return copied(patched)  # what the patch left alone belongs to the store
 
     def _decode(self, resource: Resource, obj: Object, options: WriteOptions) -> Any:
         """Check what the object says it is, and take out what nobody declared.
@@ -534,7 +454,7 @@ class Registry:
         self, resource: Resource, obj: Object, old: Object | None, subresource: str = ""
     ) -> None:
         """Raise a 422 that names everything that is wrong."""
-        strategy = _strategy(resource)
+        strategy = strategy_of(resource)
         causes = meta.check(obj["metadata"], strategy.name_is_label, resource.custom)
         if old is not None:
             causes += _check_finalizers(obj["metadata"], old["metadata"])
@@ -560,77 +480,14 @@ class Registry:
         return self.store.remove(resource.key, key)
 
 
-def _strategy(resource: Resource) -> Strategy:
-    return STRATEGIES.get(resource.key, STRATEGIES[""])
-
-
-@functools.lru_cache(maxsize=OWNERSHIPS_MAX)
-def _ownership(resource: Resource) -> Ownership:
-    assert resource.schema is not None
-    return Ownership(resource.schema, OBJECT_META)
-
-
-def _writer(resource: Resource, options: WriteOptions, subresource: str) -> Writer:
+def _writer(resource: Resource, options: WriteOptions, subresource: str = "") -> Writer:
     return Writer(options.manager, resource.api_version, meta.now(), subresource)
-
-
-def _unowned(
-    resource: Resource, subresource: str, creating: bool, members: Iterable[str]
-) -> tuple[str, ...]:
-    """The members of an object that a write to it, or to a subresource, leaves as they are."""
-    strategy = _strategy(resource)
-    if subresource == "status":
-        kept = {"status", "apiVersion", "kind"}
-        kept |= {"metadata"} if strategy.metadata_with_status else set()
-        return tuple(member for member in members if member not in kept)
-    unowned: tuple[str, ...] = ("spec",) if strategy.sets_spec else ()
-    if "status" in resource.subresources and (strategy.resets_status or not creating):
-        unowned += ("status",)
-    return unowned
-
-
-def _copied(obj: Object) -> Object:
-    """A copy to change; managedFields, which are never changed in place, are shared."""
-    metadata = obj.get("metadata")
-    managed = metadata.get("managedFields") if isinstance(metadata, dict) else None
-    return copy.deepcopy(obj, {id(managed): managed} if managed else None)
-
-
-def _managed(obj: Object) -> list[Object]:
-    return obj.get("metadata", {}).get("managedFields") or []
-
-
-def _without_managed(obj: Object) -> Object:
-    metadata = {name: value for name, value in obj["metadata"].items() if name != "managedFields"}
-    return {**obj, "metadata": metadata}
 
 
 def _set_managed(obj: Object, managed: list[Object]) -> None:
     obj["metadata"].pop("managedFields", None)
     if managed:
         obj["metadata"]["managedFields"] = managed
-
-
-def _last_applied(resource: Resource, recorded: str) -> Object:
-    """What kubectl says that it applied from its side; {} when that cannot be used."""
-    try:
-        config = orjson.loads(recorded)
-    except ValueError:
-        return {}
-    same = isinstance(config, dict) and config.get("apiVersion") == resource.api_version
-    return config if same and isinstance(config.get("metadata"), dict) else {}
-
-
-def _as_recorded(config: Object) -> str:
-    """A configuration as kubectl writes it down."""
-    metadata = copy.copy(config["metadata"])
-    annotations = {**(metadata.get("annotations") or {})}
-    annotations.pop(LAST_APPLIED, None)
-    if "annotations" in metadata:
-        metadata["annotations"] = annotations
-    return (
-        orjson.dumps({**config, "metadata": metadata}, option=orjson.OPT_SORT_KEYS).decode() + "\n"
-    )
 
 
 def _check_identity(resource: Resource, name: str, obj: Object, uid: str) -> None:
@@ -704,7 +561,7 @@ def _check_finalizers(metadata: Object, old: Object) -> list[Cause]:
 def _is_finished(resource: Resource, metadata: Object) -> bool:
     """Being deleted, and nothing holds it any more."""
     return bool(
-        not _strategy(resource).waits_for_contents
+        not strategy_of(resource).waits_for_contents
         and metadata.get("deletionTimestamp")
         and not metadata.get("finalizers")
         and not metadata.get("deletionGracePeriodSeconds")
