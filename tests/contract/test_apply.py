@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 from servers import ApiServer
-from widgets import APPLY, JSON_PATCH, MERGE, WIDGETS, Collection, until, widget
+from widgets import APPLY, JSON_PATCH, MERGE, WIDGETS, Collection, pod, until, widget
 
 from kubeai.local.apiserver.registry import Registry, WriteOptions
 from kubeai.local.apiserver.resources import CRDS, NAMESPACES, Catalog
@@ -254,6 +254,16 @@ def test_an_update_takes_fields_from_an_applier(widgets: Collection):
     }
     gone = widgets.patch("w?fieldManager=b", {"spec": {"nick": None}})
     assert ("a", "Apply") not in entries(gone)
+
+
+def test_an_update_that_does_not_fit_is_refused_as_ever(widgets: Collection, pods: Collection):
+    made = widgets.make(widget(parts=[{"name": "p"}]))
+    made["spec"]["parts"] = [{"weight": 1}]
+    answer = widgets.refused(422, "PUT", "w", made)
+    assert "spec.parts[0].name: Required value" in answer["message"]
+    made = pods.make(pod())
+    made["spec"]["containers"] = [{"image": "i"}]
+    pods.refused(422, "PUT", "p", made)
 
 
 def test_the_status_is_owned_apart(widgets: Collection):

@@ -66,7 +66,10 @@ def updated(
             return []
         before = given if well_formed(given) else before
     unowned = _unowned(resource, writer.subresource, old is None, new)
-    return _ownership(resource).updated(before, old, new, writer, unowned)
+    try:
+        return _ownership(resource).updated(before, old, new, writer, unowned)
+    except Misfit:
+        return before  # such an object is about to be refused, or was there before its schema
 
 
 def applied(

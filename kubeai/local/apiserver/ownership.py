@@ -35,9 +35,13 @@ BEFORE_FIRST_APPLY, ANCIENT = "before-first-apply", "ancient-changes"
 UPDATERS_MAX = 10  # the oldest beyond them share one entry
 DEPTH_MAX = 200  # of sets that clients send
 SHARED_MAX = 512  # sets that objects which come may share
+_PRESERVE = "x-kubernetes-preserve-unknown-fields"
 _SELF = "."
 _IN: Fields = {}  # a node in the set, with nothing below it
+_METADATA: Fields = {"f:metadata": _IN}
+_NAME: Fields = {"f:metadata": {"f:name": _IN}}
 # The API's own: nobody owns them.
+_TYPE = ("apiVersion", "kind")
 _SYSTEM = (
     "name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "selfLink",
     "managedFields",
@@ -260,7 +264,6 @@ class Shape:
         return found
 
 
-_PRESERVE = "x-kubernetes-preserve-unknown-fields"
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list",
                dict: "map"}  # fmt: skip
 _ACCEPTED: dict[str, tuple[type, ...]] = {
@@ -630,19 +633,12 @@ class Ownership:
         return difference(named(_view(config), self.shape), _METADATA)
 
 
-_METADATA: Fields = {"f:metadata": _IN}
-_NAME: Fields = {"f:metadata": {"f:name": _IN}}
-
-
 def _view(obj: Object, unowned: tuple[str, ...] = ()) -> Object:
     """The part of an object that can be owned. Metadata is always there: nobody brings it."""
     view = {name: value for name, value in obj.items() if name not in _TYPE and name not in unowned}
     metadata = view.get("metadata") or {}
     view["metadata"] = {name: value for name, value in metadata.items() if name not in _SYSTEM}
     return view
-
-
-_TYPE = ("apiVersion", "kind")
 
 
 def _refuse_conflicts(others: list[Entry], changed: Fields, yielding: Callable[[], Fields]) -> None:
