@@ -17,11 +17,16 @@ from kubeai.api.model import GROUP, KIND, PLURAL, VERSION, Model, ModelSpec, Mod
 
 Schema = dict[str, Any]
 
+_READY = '.status.conditions[?(@.type=="Ready")].reason'
 _COLUMNS = (
-    ("Engine", "string", ".spec.engine", "The model server"),
-    ("Replicas", "integer", ".spec.replicas", "Replicas wanted"),
-    ("Ready", "integer", ".status.replicas.ready", "Replicas that can be sent requests"),
-    ("Age", "date", ".metadata.creationTimestamp", ""),
+    # name, type, path, description, priority (1: only with -o wide)
+    ("Engine", "string", ".spec.engine", "The model server", 0),
+    ("Replicas", "integer", ".spec.replicas", "Replicas wanted", 0),
+    ("Ready", "integer", ".status.replicas.ready", "Replicas that can be sent requests", 0),
+    ("Status", "string", _READY, "Why it serves, or why it does not", 0),
+    ("Age", "date", ".metadata.creationTimestamp", "", 0),
+    ("Profile", "string", ".spec.resourceProfile", "What one replica gets", 1),
+    ("URL", "string", ".spec.url", "Where the weights come from", 1),
 )
 
 
@@ -69,10 +74,12 @@ def crd_yaml() -> str:
     return note + text
 
 
-def _column(name: str, type_: str, path: str, description: str) -> dict[str, str]:
-    column = {"name": name, "type": type_, "jsonPath": path}
+def _column(name: str, type_: str, path: str, description: str, priority: int) -> Schema:
+    column: Schema = {"name": name, "type": type_, "jsonPath": path}
     if description:
         column["description"] = description
+    if priority:
+        column["priority"] = priority
     return column
 
 

@@ -75,11 +75,16 @@ def test_get_shows_the_columns_of_the_definition(kubectl: Kubectl):
     kubectl("apply", "-f", "-", given=MODEL)
     kubectl("scale", "model", "tiny", "--replicas=2")
     header, row = rows(kubectl("get", "models"))
-    assert header == ["NAME", "ENGINE", "REPLICAS", "READY", "AGE"]
+    assert header == ["NAME", "ENGINE", "REPLICAS", "READY", "STATUS", "AGE"]
     assert row[:3] == ["tiny", "VLLM", "2"]
     assert row[-1].endswith("s")
-    wide = kubectl("get", "models", "-o", "wide")
-    assert rows(wide)[1][:2] == ["tiny", "VLLM"]
+    condition = '{"status":{"conditions":[{"type":"Ready","status":"False","reason":"NoGPU"}]}}'
+    kubectl("patch", "model", "tiny", "--subresource=status", "--type=merge", "-p", condition)
+    wide = rows(kubectl("get", "models", "-o", "wide"))
+    assert wide[0][-2:] == ["PROFILE", "URL"]
+    assert wide[1][:2] == ["tiny", "VLLM"]
+    assert wide[1][3] == "NoGPU"  # ready is empty
+    assert wide[1][-2:] == ["cpu:1", "hf://org/tiny"]
     assert kubectl("get", "models", "-o", "name") == "model.kubeai.org/tiny\n"
     assert "tiny" in kubectl("get", "models.kubeai.org", "tiny")
 
