@@ -285,7 +285,10 @@ class Supervisor:
             await self._stop.wait()
             log.info("stopping")
             self.stopping = True
+            # Another replica need not wait for the drain, which lasts as long as a request may.
+            resigned = asyncio.create_task(self.operator.resign())
             await self._drain(lives)
+            await resigned
             await self.operator.stop()
             await asyncio.gather(operator, return_exceptions=True)
         finally:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import structlog
 
@@ -49,7 +50,10 @@ class Operator:
         self._publish = publish
         self._stop = asyncio.Event()
         self._ended = asyncio.Event()
-        self._ended.set()  # until `run` begins, there is nothing to wait for
+        self._resign = asyncio.Event()
+        self._resigned = asyncio.Event()
+        for event in (self._ended, self._resigned):
+            event.set()  # until `run` begins, there is nothing to wait for
         self.store = Store(self._changed, address_override=config.allow_pod_address_override)
         lease = config.leader_election
         self.leader = Leader(
@@ -82,32 +86,43 @@ class Operator:
 
     async def run(self) -> None:
         """Until :meth:`stop`. Raises only what is a fault of the program."""
-        jobs = [
+        jobs = (
             self._follow_models(),
             self._follow_pods(),
-            self.leader.run(),
             self._events.run(),
-            self.controller.cache.run(),
             self._wakes.run(),
-            self._scaler.run(),
+            self._lead(),
             self._stop.wait(),
-        ]
-        tasks = [asyncio.create_task(job) for job in jobs]
+        )
         self._ended.clear()
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await _first_of(*jobs)
         finally:
             self._stop.set()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self.controller.stop()
             await self._wakes.stop()
+            self._ended.set()
+
+    async def _lead(self) -> None:
+        """What only a leader does, until :meth:`resign`; then the lease is given up."""
+        self._resigned.clear()
+        try:
+            await _first_of(
+                self.leader.run(),
+                self.controller.cache.run(),
+                self._scaler.run(),
+                self._resign.wait(),
+            )
+        finally:
+            await self.controller.stop()
             with contextlib.suppress(Exception):
                 await self.leader.release()
-            self._ended.set()
+            self._resigned.set()
+        await self._stop.wait()
+
+    async def resign(self) -> None:
+        """Lead no more, and give up the lease. Routes and demand go on until :meth:`stop`."""
+        self._resign.set()
+        await self._resigned.wait()
 
     async def stop(self) -> None:
         """Stop writing, then give up the lease. Returns when ``run`` is at its end."""
@@ -169,6 +184,19 @@ class Operator:
             replaced=self._replace_pods,
             changed=self.store.pod_changed,
         )
+
+
+async def _first_of(*jobs: Coroutine[Any, Any, Any]) -> None:
+    """Run them at the same time until one ends; the others have ended too when this returns."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 __all__ = ["Operator"]

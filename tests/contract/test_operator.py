@@ -254,6 +254,20 @@ async def test_a_second_operator_takes_over_and_makes_no_pod_twice(world):
     assert world.nodes.most == 4
 
 
+async def test_a_leader_that_resigns_is_followed_and_still_routes_and_wakes(world):
+    one = world.start("one")
+    await world.create()
+    await until(lambda: one.operator.leads and "m" in one.routes, "leading")
+    two = world.start("two")
+    await until(two.operator.synced.is_set, "synced")
+    await one.operator.resign()
+    assert not one.operator.leads
+    await until(lambda: two.operator.leads, "handed over")
+    one.loads.held_by_model["m"] = 1
+    one.operator.demand("m")
+    await until(lambda: one.endpoints("m"), "the one that resigned has an endpoint")
+
+
 async def test_a_killed_leader_is_followed_within_the_lease(world):
     one = world.start("one")
     await until(lambda: one.operator.leads, "leading")
