@@ -52,7 +52,8 @@ PARALLEL_MODELS_MAX = 64
 CREATES_AT_FIRST_MAX = 8
 PARALLEL_WRITES_MAX = 32
 STATUS_SETTLE_S = 0.1  # changes come in flocks: tell them in one write
-STATUS_INTERVAL_S = MODEL_INTERVAL_S = 0.5  # between two writes of the same kind to one Model
+MODEL_WRITES_INTERVAL_S = 1.05  # from one write to a Model, or its status, to the next but one
+CONFLICT_REST_S = 0.5
 NAMES_MAX = 8  # in one Event
 FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # rest before a pod that ended is replaced again
 
@@ -65,9 +66,8 @@ class _Memory(msgspec.Struct):
     taken: dict[str, float] = {}  # pod names of others → believed until
     template: tuple[Any, Template | ModelError] | None = None  # what it was made from, and it
     files: dict[str, str] = {}  # what the ConfigMap of the Model's files holds
-    patched_s: float = -math.inf
+    sent_s: tuple[float, float] = (-math.inf, -math.inf)  # the last two writes to the Model
     status_due_s: float = math.inf  # when a status that differs is to be written
-    status_sent_s: float = -math.inf
     status_sent: tuple[ModelStatus, ModelStatus] | None = None  # what we sent, what came back
     finished: Backoff = msgspec.field(
         default_factory=lambda: Backoff(FINISHED_FIRST_S, FINISHED_MAX_S)
@@ -259,10 +259,10 @@ class Controller:
                 first.append(self.cache.apply(action))
                 again_s = 0.0
             elif isinstance(action, PatchModel):
-                wait_s = memory.patched_s + MODEL_INTERVAL_S - self._clock()
+                wait_s = memory.sent_s[0] + MODEL_WRITES_INTERVAL_S - self._clock()
                 again_s = _sooner(again_s, max(0.0, wait_s))
                 if wait_s <= 0:
-                    memory.patched_s = self._clock()
+                    memory.sent_s = memory.sent_s[1], self._clock()
                     first.append(self._patch_model(model, action))
         try:
             await _together(first)
@@ -365,12 +365,14 @@ class Controller:
         if memory.status_sent == (timeless(status), model.status):
             return None  # the API keeps something else (a CRD without conditions): leave it
         now_s = self._clock()
-        earliest_s = max(now_s + STATUS_SETTLE_S, memory.status_sent_s + STATUS_INTERVAL_S)
-        memory.status_due_s = min(memory.status_due_s, earliest_s)
-        if now_s < memory.status_due_s:
-            return memory.status_due_s - now_s
+        memory.status_due_s = min(memory.status_due_s, now_s + STATUS_SETTLE_S)
+        # One of the two writes is kept for the status that says it is done.
+        since_s = memory.sent_s[1 if _is_interim(status) else 0]
+        due_s = max(memory.status_due_s, since_s + MODEL_WRITES_INTERVAL_S)
+        if now_s < due_s:
+            return due_s - now_s
         memory.status_due_s = math.inf
-        memory.status_sent_s = now_s
+        memory.sent_s = memory.sent_s[1], now_s
         patch = {
             "metadata": {"resourceVersion": model.metadata.resource_version},
             "status": msgspec.to_builtins(status),
@@ -389,7 +391,7 @@ class Controller:
             if error.status == 404:
                 return None
             if error.status == 409:  # the Model has changed: its event is on the way
-                return STATUS_INTERVAL_S
+                return CONFLICT_REST_S
             raise
         memory.status_sent = (timeless(status), answer.status)
         self._announce(model, status)
@@ -488,3 +490,8 @@ async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 def _sooner(a: float | None, b: float | None) -> float | None:
     return b if a is None else a if b is None else min(a, b)
+
+
+def _is_interim(status: ModelStatus) -> bool:
+    """Whether it says that more is to come."""
+    return any(c.type == "Progressing" and c.status == "True" for c in status.conditions)

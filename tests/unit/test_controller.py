@@ -221,7 +221,7 @@ async def test_who_undoes_our_labels_does_not_make_us_hurry(world):
     world.kube.admit = strip
     world.apply(replicas=0, meta={"labels": {}})
     await asyncio.sleep(60.0)
-    assert rates(world.kube.writes) <= 3
+    assert rates(world.kube.writes) <= 2
 
 
 async def test_no_write_after_leadership_is_lost(world):
