@@ -38,3 +38,22 @@ def pytest_collection_modifyitems(items):
 def pytest_asyncio_loop_factories(item):
     """The event loops that a module's tests run on, each in turn: its ``LOOP_FACTORIES``."""
     return getattr(item.module, "LOOP_FACTORIES", {"asyncio": asyncio.new_event_loop})
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many of the contract tests passed on each of the two APIs."""
+    passed = [
+        report.nodeid.partition("/contract/")[2] for report in terminalreporter.getreports("passed")
+    ]
+    apis = [_api_of(name) for name in passed if name]
+    if apis:
+        counts = ", ".join(f"{apis.count(api)} on the {api}" for api in dict.fromkeys(sorted(apis)))
+        terminalreporter.write_line(f"contract tests that passed: {counts}")
+
+
+def _api_of(name):
+    """By a test's parameters; those without any run in a whole cluster or need no API."""
+    parameters = name.partition("[")[2]
+    if "real" in parameters or name.startswith(("test_cluster.py", "test_node.py")):
+        return "real API"
+    return "embedded API" if "embedded" in parameters else "neither API"

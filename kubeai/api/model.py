@@ -109,6 +109,15 @@ class ObjectMeta(_Object, frozen=True, kw_only=True):
     finalizers: tuple[str, ...] = ()
     owner_references: tuple[OwnerReference, ...] = ()
 
+    @property
+    def version(self) -> int:
+        """The resourceVersion as a number, by which one object's versions are ordered.
+
+        Kubernetes lets those of one resource be compared (since 1.35, and in fact ever since
+        etcd 3). 0 where it is no number.
+        """
+        return int(self.resource_version) if self.resource_version.isdecimal() else 0
+
 
 class Adapter(_Object, frozen=True, kw_only=True):
     """A LoRA adapter that is served beside the base model, as `<model>_<adapter>`."""

@@ -241,8 +241,7 @@ class Adapters:
         patch = {"metadata": {"uid": pod.uid, "labels": labels, "annotations": annotations}}
         async with self._writes:
             obj = await self._kube.patch(PODS, pod.name, patch, self._namespace, type=PodObject)
-        version = obj.metadata.resource_version
-        work.version = int(version) if version.isdecimal() else 0
+        work.version = obj.metadata.version
 
     async def _exec(self, pod: Pod, command: list[str], timeout_s: float) -> None:
         self._writes.check()

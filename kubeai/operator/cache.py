@@ -441,14 +441,14 @@ class Cache:
     def _put_claim(self, obj: ClaimObject) -> None:
         meta = obj.metadata
         version, _ = self._claims.get(meta.name, (0, None))
-        if meta.name.startswith(manifests.CLAIM_PREFIX) and _version(meta) >= version:
+        if meta.name.startswith(manifests.CLAIM_PREFIX) and meta.version >= version:
             loaded = {
                 key.removeprefix(manifests.ANNOTATION_PREFIX): _loaded_uid(value)
                 for key, value in meta.annotations.items()
                 if key.startswith(manifests.ANNOTATION_PREFIX)
             }
             going = meta.deletion_timestamp is not None
-            self._claims[meta.name] = _version(meta), Claim(meta.name, meta.uid, going, loaded)
+            self._claims[meta.name] = meta.version, Claim(meta.name, meta.uid, going, loaded)
 
     def _replace_jobs(self, objects: list[JobObject]) -> None:
         self._jobs.clear()
@@ -484,12 +484,12 @@ class Cache:
     def _put_job(self, obj: JobObject) -> None:
         meta = obj.metadata
         version, _ = self._jobs.get(meta.name, (0, None))
-        if not _model_of(meta.name) or _version(meta) < version:
+        if not _model_of(meta.name) or meta.version < version:
             return
         ends = {c.type: c.message for c in obj.status.conditions if c.status == "True"}
         failed = (ends["Failed"] or "it failed")[:MESSAGE_MAX_CHARS] if "Failed" in ends else ""
         self._jobs[meta.name] = (
-            _version(meta),
+            meta.version,
             Job(
                 name=meta.name,
                 uid=meta.uid,
@@ -499,10 +499,6 @@ class Cache:
                 failed=failed,
             ),
         )
-
-
-def _version(meta: ObjectMeta) -> int:
-    return int(meta.resource_version) if meta.resource_version.isdecimal() else 0
 
 
 def _model_of(job: str) -> str:

@@ -127,7 +127,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0  # of the engine's container
     has_loader: bool = False  # the loader of adapters runs
     job: str = ""  # of a Job's pod, which is no replica: what the Job does
-    version: int = 0  # its resourceVersion, where that is a number
+    version: int = 0  # its resourceVersion
     created_s: float = 0.0  # Unix time
     trouble: Trouble | None = None
 
@@ -162,7 +162,6 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
     containers = {container.name: container for container in status.container_statuses}
     server, loader = containers.get(SERVER_CONTAINER), containers.get(LOADER_CONTAINER)
     restarts = server.restart_count if server is not None else 0
-    version = meta.resource_version
     return Pod(
         name=meta.name,
         uid=meta.uid,
@@ -179,7 +178,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         restarts=restarts,
         has_loader=loader is not None and loader.state.running is not None,
         job=meta.labels.get(JOB_LABEL, ""),
-        version=int(version) if version.isdecimal() else 0,
+        version=meta.version,
         created_s=_seconds(meta.creation_timestamp),
         trouble=None if ready else _trouble(obj),
     )

@@ -211,13 +211,8 @@ class Store:
 
 
 def _older(new: Model, old: Model) -> bool:
-    """Whether ``new`` is an event that our own write has overtaken.
-
-    Kubernetes lets resourceVersions of one resource be compared as numbers (since 1.35, and in
-    fact ever since etcd 3). Where they are no numbers, an event is believed.
-    """
+    """Whether ``new`` is an event that our own write has overtaken; in doubt it is believed."""
     if new.metadata.uid != old.metadata.uid:
         created, known = new.metadata.creation_timestamp, old.metadata.creation_timestamp
         return created is not None and known is not None and created < known
-    a, b = new.metadata.resource_version, old.metadata.resource_version
-    return a.isdecimal() and b.isdecimal() and int(a) < int(b)
+    return 0 < new.metadata.version < old.metadata.version

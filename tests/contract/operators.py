@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections import Counter
+from pathlib import Path
 
 from kubeai.api.config import parse_config
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
@@ -230,6 +232,41 @@ class World:
                 key = resource.plural, item["metadata"]["name"]
                 found[key] = item["metadata"]["resourceVersion"]
         return found
+
+
+def documented_role() -> list[dict]:
+    """The rules of a Role, from the table of docs/life-of-a-model.md."""
+    text = (Path(__file__).parents[2] / "docs" / "life-of-a-model.md").read_text()
+    table = text[text.index("## What the operator must be allowed") :]
+    rows = re.findall(r"^\| `([a-z/]+)`(?: \(([a-z.0-9]+)\))? \| ([a-z, ]+)", table, re.MULTILINE)
+    groups = {"models": "kubeai.org"}
+    return [
+        {
+            "apiGroups": [group or groups.get(resource.partition("/")[0], "")],
+            "resources": [resource],
+            "verbs": [verb.strip() for verb in verbs.split(",")],
+        }
+        for resource, group, verbs in rows
+    ]
+
+
+def account_with(api, namespace: str, rules: list[dict]) -> str:
+    """A service account that may do this much; its token."""
+
+    def post(path, body):
+        code, answer = api.request("POST", path, body)
+        assert code == 201, answer
+        return answer
+
+    core = f"/api/v1/namespaces/{namespace}/serviceaccounts"
+    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
+    post(core, {"metadata": {"name": "kubeai"}})
+    post(f"{rbac}/roles", {"metadata": {"name": "kubeai"}, "rules": rules})
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "kubeai"}
+    account = {"kind": "ServiceAccount", "name": "kubeai", "namespace": namespace}
+    binding = {"metadata": {"name": "kubeai"}, "roleRef": role, "subjects": [account]}
+    post(f"{rbac}/rolebindings", binding)
+    return post(f"{core}/kubeai/token", {"spec": {}})["status"]["token"]
 
 
 async def until(true, what, timeout_s=DEADLINE_S):

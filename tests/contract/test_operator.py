@@ -10,7 +10,7 @@ import time
 
 import msgspec
 import pytest
-from operators import CONFIG, Replica, until
+from operators import CONFIG, Replica, account_with, documented_role, until
 
 from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS, ApiError, Kube
 from kubeai.operator.pods import HASH_ANNOTATION
@@ -359,63 +359,11 @@ async def test_pods_made_by_another_kubeai_are_adopted_until_their_model_changes
     await world.replicas_are(1, 1)
 
 
-ROLE = [
-    {
-        "apiGroups": ["kubeai.org"],
-        "resources": ["models"],
-        "verbs": ["get", "list", "watch", "patch"],
-    },
-    {"apiGroups": ["kubeai.org"], "resources": ["models/status"], "verbs": ["patch"]},
-    # What may own an object with blockOwnerDeletion, by the admission plug-in of that name:
-    {"apiGroups": ["kubeai.org"], "resources": ["models/finalizers"], "verbs": ["update"]},
-    {
-        "apiGroups": [""],
-        "resources": ["pods"],
-        "verbs": ["get", "list", "watch", "create", "patch", "delete"],
-    },
-    {
-        "apiGroups": [""],
-        "resources": ["configmaps"],
-        "verbs": ["get", "create", "patch", "delete"],
-    },
-    {"apiGroups": [""], "resources": ["pods/exec"], "verbs": ["get", "create"]},
-    {
-        "apiGroups": [""],
-        "resources": ["persistentvolumeclaims"],
-        "verbs": ["get", "list", "watch", "create", "patch"],
-    },
-    {
-        "apiGroups": ["batch"],
-        "resources": ["jobs"],
-        "verbs": ["get", "list", "watch", "create", "delete"],
-    },
-    {"apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch"]},
-    {
-        "apiGroups": ["coordination.k8s.io"],
-        "resources": ["leases"],
-        "verbs": ["get", "create", "update"],
-    },
-]
-
-
 async def test_it_needs_no_more_rights_than_docs_say(world, api_server, namespace, tmp_path):
     if api_server.kind != "real":
         pytest.skip("the embedded API knows one user")
 
-    def post(path, body):
-        code, answer = api_server.request("POST", path, body)
-        assert code == 201, answer
-        return answer
-
-    core = f"/api/v1/namespaces/{namespace}/serviceaccounts"
-    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
-    post(core, {"metadata": {"name": "kubeai"}})
-    post(f"{rbac}/roles", {"metadata": {"name": "kubeai"}, "rules": ROLE})
-    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "kubeai"}
-    account = {"kind": "ServiceAccount", "name": "kubeai", "namespace": namespace}
-    binding = {"metadata": {"name": "kubeai"}, "roleRef": role, "subjects": [account]}
-    post(f"{rbac}/rolebindings", binding)
-    token = post(f"{core}/kubeai/token", {"spec": {}})["status"]["token"]
+    token = account_with(api_server, namespace, documented_role())
     path = api_server._replace(token=token).kubeconfig(tmp_path / "account", namespace)
 
     kube = await Kube.connect(str(path))

@@ -382,9 +382,11 @@ class Server:
             async with contextlib.aclosing(events):
                 async for seen in events:
                     await response.write(encode(seen))
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the client is gone
         finally:
             self._watches -= 1
-        await response.write_eof()
         return response
 
     def _encoder(
