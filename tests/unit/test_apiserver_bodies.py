@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubeai.local.apiserver.bodies import DEPTH_MAX, read_json, read_yaml
@@ -22,6 +22,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values)
 def test_json_and_yaml_say_the_same(value: object):
     raw = orjson.dumps(value)

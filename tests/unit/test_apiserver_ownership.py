@@ -338,6 +338,7 @@ def _alike(value: Any) -> Any:
     return value
 
 
+@settings(deadline=None)
 @given(sets, sets)
 def test_sets_behave_as_sets(one: dict, other: dict):
     assert _members(ownership.union(one, other)) == _members(one) | _members(other)
@@ -347,6 +348,7 @@ def test_sets_behave_as_sets(one: dict, other: dict):
     assert ownership.union(one, one) == ownership.intersection(one, one) == one
 
 
+@settings(deadline=None)
 @given(specs, specs)
 def test_applying_twice_is_applying_once(first: dict, second: dict):
     thing = Thing()
@@ -357,6 +359,7 @@ def test_applying_twice_is_applying_once(first: dict, second: dict):
     assert (thing.object, thing.managed) == before
 
 
+@settings(deadline=None)
 @given(specs, specs)
 def test_a_manager_that_applies_nothing_takes_what_only_it_owned(mine: dict, theirs: dict):
     thing, alone = Thing(), Thing()
@@ -368,6 +371,7 @@ def test_a_manager_that_applies_nothing_takes_what_only_it_owned(mine: dict, the
     assert [entry["manager"] for entry in thing.managed] == (["b"] if theirs else [])
 
 
+@settings(deadline=None)
 @given(specs, st.data())
 def test_managers_of_different_fields_never_conflict(spec: dict, data: st.DataObject):
     mine, theirs = {}, {}
@@ -390,6 +394,7 @@ def test_managers_of_different_fields_never_conflict(spec: dict, data: st.DataOb
     assert _alike(thing.spec) == _alike(theirs)
 
 
+@settings(deadline=None)
 @given(specs, specs, specs)
 def test_no_update_changes_a_field_that_it_does_not_own_afterwards(
     applied: dict, before: dict, after: dict
@@ -405,7 +410,7 @@ def test_no_update_changes_a_field_that_it_does_not_own_afterwards(
         assert not set(thing.owned(manager)) & (_members(view) | _members(gone))
 
 
-@settings(max_examples=50)
+@settings(deadline=None)
 @given(specs, specs)
 def test_an_apply_leaves_its_inputs_alone(live: dict, config: dict):
     thing = Thing()

@@ -129,6 +129,7 @@ class _Nodes(Strategy):
 class _Secrets(Strategy):
     def prepare(self, obj: Object, old: Object | None) -> None:
         _text_to_data(obj)
+        _drop_empty(obj, "data")
         obj.setdefault("type", "Opaque")
 
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
@@ -137,6 +138,9 @@ class _Secrets(Strategy):
 
 @dataclass(slots=True, frozen=True)
 class _ConfigMaps(Strategy):
+    def prepare(self, obj: Object, old: Object | None) -> None:
+        _drop_empty(obj, "data", "binaryData")
+
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
         return _check_immutable(obj, old, ("data", "binaryData", "immutable"))
 
@@ -245,6 +249,13 @@ def canonical(amounts: Object | None) -> None:
         except ValueError:
             why = f"quantities must match the regular expression, not {amount!r}"
             raise bad_request(f"{name}: {why}") from None
+
+
+def _drop_empty(obj: Object, *names: str) -> None:
+    """As Go's JSON leaves them out."""
+    for name in names:
+        if obj.get(name) == {}:
+            del obj[name]
 
 
 def _text_to_data(secret: Object) -> None:
