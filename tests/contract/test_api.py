@@ -342,6 +342,12 @@ BLOCKED = (
         ),
         ({"parts": [{"weight": 1}]}, "FieldValueRequired", "spec.parts[0].name: Required value"),
         (
+            {"parts": [1]},
+            "FieldValueTypeInvalid",
+            'spec.parts[0]: Invalid value: "integer": spec.parts[0] in body must be of type '
+            'object: "integer"',
+        ),
+        (
             {"limit": []},
             "FieldValueTypeInvalid",
             'spec.limit: Invalid value: "array": spec.limit in body must be of type integer,string:'
@@ -721,6 +727,7 @@ def test_a_pod_cannot_be_changed_but_for_its_image(pods: Collection):
     command = {"spec": {"containers": [{"name": "c", "command": ["x"]}]}}
     answer = pods.refused(422, "PATCH", "p", command, STRATEGIC)
     assert "pod updates may not change fields other than" in answer["message"]
+    pods.refused(422, "PUT", "p", {"metadata": {"name": "p"}})
 
 
 # Jobs.

@@ -83,7 +83,7 @@ class _Pods(Strategy):
             return check_pod_spec(obj.get("spec"))
         if subresource:
             return []
-        return _check_pod_change(obj["spec"], old["spec"])
+        return _check_pod_change(obj.get("spec") or {}, old["spec"])
 
     def grace_s(self, obj: Object, asked_s: int | None) -> int:
         spec, phase = obj["spec"], obj.get("status", {}).get("phase")

@@ -224,6 +224,8 @@ def _repeated(items: list[Any], schema: Object, path: Path) -> Iterator[Cause]:
     keys = schema.get("x-kubernetes-list-map-keys") or []
     seen = set()
     for index, item in enumerate(items):
+        if kind == "map" and not isinstance(item, dict):
+            continue  # which its type forbids
         identity = item if kind == "set" else {key: item.get(key) for key in keys}
         text = show(identity)
         if text in seen:
