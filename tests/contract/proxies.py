@@ -90,8 +90,8 @@ class Proxy:
                 await answer.read()
                 return web.Response(status=answer.status)
             response = web.StreamResponse(status=answer.status, headers=kept)
-            await response.prepare(request)
             with contextlib.suppress(ConnectionError):  # the operator is gone
+                await response.prepare(request)
                 async for chunk in answer.content.iter_any():
                     await response.write(chunk)
                 await response.write_eof()
@@ -101,9 +101,10 @@ class Proxy:
         pod = request.path.split("/")[-2]
         result = self._run(pod, request.query.getall("command"))
         messages = web.WebSocketResponse(protocols=(channels.V4,))
-        await messages.prepare(request)
-        await messages.send_bytes(bytes([channels.STDOUT]) + result.output.encode())
-        ending = channels.Ending(result.exit_code).encode()
-        await messages.send_bytes(bytes([channels.ERROR]) + ending)
-        await messages.close()
+        with contextlib.suppress(ConnectionError):
+            await messages.prepare(request)
+            await messages.send_bytes(bytes([channels.STDOUT]) + result.output.encode())
+            ending = channels.Ending(result.exit_code).encode()
+            await messages.send_bytes(bytes([channels.ERROR]) + ending)
+            await messages.close()
         return messages
