@@ -155,8 +155,8 @@ def assets(*names: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def real(directory: Path):
-    """etcd and kube-apiserver on loopback, nothing else."""
+def real(directory: Path, *options: str):
+    """etcd and kube-apiserver on loopback, nothing else. ``options``: more of kube-apiserver's."""
     folder = assets("etcd", "kube-apiserver")
     assert folder is not None
     directory.mkdir(parents=True)
@@ -203,6 +203,7 @@ def real(directory: Path):
                 "--authorization-mode=RBAC",
                 f"--token-auth-file={directory / 'tokens.csv'}",
                 "--disable-admission-plugins=ServiceAccount",
+                *options,
             )
         )
         server = ApiServer(
@@ -221,13 +222,19 @@ def real(directory: Path):
 
 
 @contextlib.contextmanager
-def cluster(directory: Path):
+def cluster(directory: Path, *options: str, calls_per_s: int | None = None):
     """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
     on one Running. Other Nodes are for a kubelet of the test's own.
+
+    ``options``: more of kube-apiserver's. ``calls_per_s``: what scheduler and controller-manager
+    may ask of it, where their default (50 and 20) is not what a cluster of any size is given.
     """
     folder = assets(*CONTROL_PLANE)
     assert folder is not None
-    with real(directory) as server, contextlib.ExitStack() as stack:
+    limits = ()
+    if calls_per_s is not None:
+        limits = f"--kube-api-qps={calls_per_s}", f"--kube-api-burst={calls_per_s}"
+    with real(directory, *options) as server, contextlib.ExitStack() as stack:
         kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
 
         def run(name: str, *options: str) -> Path:
@@ -242,11 +249,18 @@ def cluster(directory: Path):
             f"--root-ca-file={directory / 'ca.crt'}",
             "--leader-elect=false",
             "--secure-port=0",
+            *limits,
         )
-        run("kube-scheduler", "--leader-elect=false", "--secure-port=0")
+        run("kube-scheduler", "--leader-elect=false", "--secure-port=0", *limits)
         config = directory / "kwok.yaml"  # or it would read the user's
         config.write_text("kind: KwokConfiguration\napiVersion: config.kwok.x-k8s.io/v1alpha1\n")
-        log = run("kwok", f"--manage-nodes-with-label-selector={KWOK_LABEL}", f"--config={config}")
+        # Without leases the controller-manager takes every node for dead after 40 s.
+        log = run(
+            "kwok",
+            f"--manage-nodes-with-label-selector={KWOK_LABEL}",
+            "--node-lease-duration-seconds=40",
+            f"--config={config}",
+        )
         server.request("POST", "/api/v1/nodes", node("first", {"pods": "1"}))
         _wait_until(lambda: server.is_ready("/api/v1/nodes/first"), "kwok has a node ready", log)
         server.request("DELETE", "/api/v1/nodes/first")
