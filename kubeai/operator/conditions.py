@@ -99,6 +99,20 @@ def timeless(status: ModelStatus) -> ModelStatus:
     return msgspec.structs.replace(status, conditions=tuple(conditions))
 
 
+def only_counts(new: ModelStatus, old: ModelStatus) -> bool:
+    """Whether more is to come, and until then nothing is new but how many replicas there are."""
+    now = {c.type: (c.status, c.reason) for c in new.conditions}
+    before = {c.type: (c.status, c.reason) for c in old.conditions}
+    _, counting = now["Ready"]
+    if counting not in ("ReplicasStarting", "SomeReplicasReady"):
+        return False
+    if now["Progressing"][0] != "True":
+        return False
+    status_stays = all(before.get(t, ("False",))[0] == now[t][0] for t in now if t != "Progressing")
+    others = now.keys() - {"Ready", "Progressing"}
+    return status_stays and all(before.get(t, now[t]) == now[t] for t in others)
+
+
 def _ready(model: Model, facts: Facts) -> Condition:
     ready, wanted = facts.ready, facts.wanted
     if facts.error is not None:

@@ -46,6 +46,9 @@ class _Script:
         self.synced.set()
         await self._ended.wait()
 
+    async def resign(self) -> None:
+        pass
+
     async def stop(self) -> None:
         self._ended.set()
 

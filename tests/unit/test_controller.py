@@ -145,6 +145,21 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     assert world.kube.most_pods == 3
 
 
+async def test_a_status_that_is_done_does_not_wait_for_those_told_before(world):
+    world.auto_ready = False
+    world.start()
+    world.apply(minReplicas=30)
+    await world.until(lambda: len(world.pods()) == 30)
+    for name in world.pods():
+        world.make_ready(name)
+        await asyncio.sleep(0.09)  # less than a status takes to settle
+    began_s = now_s()
+    await world.until(lambda: world.replicas() == {"all": 30, "ready": 30})
+    assert now_s() - began_s < 0.15
+    assert world.kube.count("patch status") >= 2, "what came before was told too"
+    assert rates(world.kube.writes) <= 2
+
+
 async def test_a_refused_pod_is_told_in_the_status_and_tried_again(world):
     def quota(verb, plural, name):
         if (verb, plural) == ("create", "pods") and full:
