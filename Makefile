@@ -49,6 +49,8 @@ bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from wha
 	$(BIN)/python bench/gateway_at_scale.py --json build/bench/scale.json
 	$(BIN)/python bench/stall.py --json build/bench/stall.json
 	$(BIN)/python bench/instructions.py --json build/bench/instructions.json
+	KUBEBUILDER_ASSETS=$$(tests/cluster/build.sh || true) \
+		$(BIN)/python bench/control_plane.py --json build/bench/control.json
 	$(BIN)/python bench/report.py build/bench docs/performance.md
 
 asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer

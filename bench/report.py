@@ -1,9 +1,10 @@
 """Writes docs/performance.md from what the benchmarks found.
 
-    python bench/report.py build/bench docs/performance.md
+    python bench/report.py build/bench docs/performance.md [--only-control-plane]
 
 The folder holds ``micro.json`` (pytest-benchmark) and ``gateway.json``, ``scale.json``,
-``stall.json`` and ``instructions.json``; a part that was not measured is named as missing.
+``stall.json``, ``instructions.json`` and ``control.json``; a part that was not measured is named
+as missing. With the option, all but the control plane's section stays as it was.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from instructions import shares
 
@@ -20,6 +23,8 @@ MICRO = "pytest bench --benchmark-enable --benchmark-only"
 VS_NGINX = "python bench/gateway_vs_nginx.py"
 SCALE = "python bench/gateway_at_scale.py --only "
 INSTRUCTIONS = "python bench/instructions.py"
+CONTROL = "python bench/control_plane.py --only "
+CONTROL_HEADING = "## Control plane"
 
 INTRODUCTION = """# Performance
 
@@ -33,6 +38,78 @@ replaced by a script that hands out the routes). CPU is from /proc. Medians of i
 
 Absolute figures say as much about the machine, and what else ran on it, as about the proxies.
 """
+
+CONTROL_INTRODUCTION = """`kubeai serve` with one worker on etcd, kube-apiserver, scheduler,
+controller-manager and kwok ([tests/cluster](../tests/cluster/README.md)), all of it and the load on
+the same {cores} cores, so times hold what the API takes. "Seen" is by a watch of the load's own.
+"""
+
+# What, its bar, where the figure is in control.json, the most that it may be, its unit.
+CONTROL_BARS = (
+    (
+        "first request on a cold Model → its pod is on the API, p50",
+        "≤ 50 ms",
+        "wake/created/p50_ms",
+        50,
+        " ms",
+    ),
+    ("the same, worst", "≤ 50 ms", "wake/created/worst_ms", 50, " ms"),
+    (
+        "pod seen ready → the engine has the request, p50",
+        "≤ 20 ms",
+        "wake/since_seen/p50_ms",
+        20,
+        " ms",
+    ),
+    ("the same, worst", "≤ 20 ms", "wake/since_seen/worst_ms", 20, " ms"),
+    (
+        "50 Models × 5 replicas at once → every status says 5 ready",
+        "≤ 1.5 × a script",
+        "burst/ratio",
+        1.5,
+        "×",
+    ),
+    (
+        "pod seen terminating → route without it published, p99",
+        "≤ 50 ms",
+        "leaving/terminating/since_seen/p99_ms",
+        50,
+        " ms",
+    ),
+    (
+        "pod seen not ready any more → route without it published, p99",
+        "≤ 50 ms",
+        "leaving/not ready/since_seen/p99_ms",
+        50,
+        " ms",
+    ),
+    ("{size}: start to synced", "≤ 20 s", "scale/synced_s", 20, " s"),
+    (
+        "{size}: one reconcile without waiting for the API, p99",
+        "≤ 50 ms",
+        "scale/reconcile_own/p99_ms",
+        50,
+        " ms",
+    ),
+    (
+        "{size}: one reconcile, waiting for the API included, p99",
+        "≤ 50 ms",
+        "scale/reconcile/p99_ms",
+        50,
+        " ms",
+    ),
+    ("{size}: RSS of the supervisor", "≤ 500 MB", "scale/resident_mb", 500, " MB"),
+    ("{size}: writes while nothing changes", "0 but the lease", "scale/idle_writes", 0, ""),
+    (
+        "writes to one object in any second of a storm of 409, 429 and 500",
+        "≤ 2",
+        "storm/a_second",
+        2,
+        "",
+    ),
+    ("take-over after SIGKILL of the leader, worst", "≤ 19 s", "takeover/killed/worst_s", 19, " s"),
+    ("take-over after SIGTERM of the leader, worst", "≤ 3 s", "takeover/ended/worst_s", 3, " s"),
+)
 
 SAFETY = (
     (
@@ -96,7 +173,7 @@ SAFETY = (
 class Report:
     def __init__(self, folder: Path) -> None:
         self.found = {}
-        for name in ("micro", "gateway", "scale", "instructions", "stall"):
+        for name in ("micro", "gateway", "scale", "instructions", "stall", "control"):
             path = folder / f"{name}.json"
             self.found[name] = json.loads(path.read_text()) if path.exists() else {}
         micro = self.found["micro"].get("benchmarks", [])
@@ -236,7 +313,8 @@ class Report:
         parts.append(
             table(("what", "bar", "measured", "met", "command"), [self.cells(r) for r in self.rows])
         )
-        parts += [self.gateway(), self.connections(), self.latency(), self.instructions(), safety()]
+        parts += [self.gateway(), self.connections(), self.latency(), self.instructions()]
+        parts += [self.control(), safety()]
         return "\n".join(part for part in parts if part).rstrip() + "\n"
 
     @staticmethod
@@ -327,6 +405,23 @@ class Report:
         )
         return lead + table(("one", "instructions", "of which"), rows)
 
+    def control(self) -> str:
+        found = self.found["control"]
+        scale = found.get("scale", {"models": 1000, "pods": 10_000})
+        size = f"{scale['models']:,} Models, {scale['pods']:,} pods"
+        rows = []
+        for what, bar, path, most, unit in CONTROL_BARS:
+            part, *keys = path.split("/")
+            value: Any = found.get(part)
+            for key in keys:
+                value = None if value is None else value.get(key)
+            rows.append(
+                self.cells((what.format(size=size), bar, value, most, CONTROL + part, unit))
+            )
+        introduction = CONTROL_INTRODUCTION.format(cores=os.cpu_count())
+        bars = table(("what", "bar", "measured", "met", "command"), rows)
+        return f"{CONTROL_HEADING}\n\n{introduction}\n{bars}{control_notes(found)}"
+
 
 # Calls in a round of a micro-benchmark, where it is more than one.
 PER_ROUND = {"test_pick_hashed_and_release": 1000, "test_pick_least_and_release": 1000}
@@ -334,6 +429,52 @@ PER_ROUND = {"test_pick_hashed_and_release": 1000, "test_pick_least_and_release"
 
 def outside(found: dict, proxy: str) -> float:
     return found[f"{proxy}_us"] * (1 - found[f"{proxy}_kernel"])
+
+
+def control_notes(found: dict) -> str:
+    notes = []
+    if wake := found.get("wake"):
+        times = wake["answered"]
+        notes.append(
+            f"From request to answer, with a pod that is ready as soon as it is seen: "
+            f"{times['p50_ms']:.0f} ms (p50 of {times['n']}). From telling the API that the pod is "
+            f"ready until the engine has the request: {wake['since_sent']['p50_ms']:.0f} ms."
+        )
+    if leaving := found.get("leaving"):
+        told = " and ".join(
+            f"{kind} {times['since_sent']['p50_ms']:.0f} ms (p50), "
+            f"{times['since_sent']['p99_ms']:.0f} ms (p99)"
+            for kind, times in leaving.items()
+        )
+        notes.append(f"From telling the API that a pod goes until the route is without it: {told}.")
+    if burst := found.get("burst"):
+        pairs = len(burst["runs"]["ours"])
+        notes.append(
+            f"The script creates {burst['models'] * burst['replicas']} pods, 16 requests at a "
+            f"time, and waits until a watch has shown them ready: {burst['script_s']:.1f} s; ours: "
+            f"{burst['ours_s']:.1f} s (medians of {pairs} pairs in turns; ratio of each pair)."
+        )
+    if scale := found.get("scale"):
+        notes.append(
+            f"{scale['models']:,} Models with {scale['pods']:,} pods: requests are taken "
+            f"{scale['serving_s']:.1f} s after the start. CPU of the supervisor: "
+            f"{scale['idle_cpu']:.1%} of a core while nothing changes, "
+            f"{scale['changes_cpu']:.0%} at {scale['changes'] / scale['changes_s']:.0f} changes "
+            f"of pods a second; a reconcile's p50 is {scale['reconcile']['p50_ms']:.2f} ms. "
+            f"Meanwhile a call of the load's own to the API takes {scale['calls']['p50_ms']:.0f} "
+            f"ms (p50) and {scale['calls']['p99_ms']:.0f} ms (p99). "
+            f"Writes in {scale['idle_s']:.0f} s "
+            f"without changes, by the audit log: {scale['idle_writes']}, and "
+            f"{scale['idle_lease_writes']} of the lease."
+        )
+    if storm := found.get("storm"):
+        answers = " + ".join(f"{n} × {code}" for code, n in sorted(storm["answers"].items()))
+        state = "right" if storm["right"] else "**wrong**"
+        notes.append(
+            f"Storm of {storm['storm_s']:.0f} s ({answers}): the state is {state} "
+            f"{storm['after_s']:.1f} s after its end."
+        )
+    return "".join(f"\n{note}\n" for note in notes)
 
 
 def safety() -> str:
@@ -349,8 +490,19 @@ def table(head: tuple[object, ...], rows: list[tuple[object, ...]]) -> str:
 
 def main() -> int:
     folder, out = map(Path, sys.argv[1:3])
-    out.write_text(Report(folder).text())
+    report = Report(folder)
+    if "--only-control-plane" in sys.argv[3:]:
+        out.write_text(with_section(out.read_text(), report.control()))
+    else:
+        out.write_text(report.text())
     return 0
+
+
+def with_section(text: str, section: str) -> str:
+    """``text`` with its section on the control plane replaced, or put before that on safety."""
+    old = re.compile(rf"^{CONTROL_HEADING}\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+    text = old.sub("", text)
+    return text.replace("## Safety\n", section + "\n## Safety\n", 1)
 
 
 if __name__ == "__main__":
