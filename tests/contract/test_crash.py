@@ -3,7 +3,8 @@
 A proxy before the API counts what changes something: create → scale to 3 → roll out → adapter →
 delete with cache. For each k the operator is killed before the k-th change is sent and, in another
 life, after it is made; a new one starts at once. What a cluster's other parts do (nodes, engines,
-the loader, the Job controller, the garbage collector) this test does itself, on both APIs.
+the loader, the Job controller, the collectors of pods and of garbage) this test does itself, on
+both APIs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ADAPTER = "hf://org/adapter"
 
 
 class Surroundings:
-    """Nodes, engines and loaders, the Job controller and the garbage collector of one namespace."""
+    """Nodes, engines and loaders, the Job controller and the collectors of one namespace."""
 
     def __init__(self, kube: Kube) -> None:
         self._kube = kube
@@ -74,6 +75,8 @@ class Surroundings:
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
         if kind == "DELETED" or "deletionTimestamp" in pod["metadata"]:
             self.alive.discard(uid)
+            if kind != "DELETED":  # a delete that was cut off half way: the pod collector's
+                self._do(self._kube.delete(PODS, name, uid=uid, grace_s=0))
             return
         self.alive.add(uid)
         self.most = max(self.most, len(self.alive))
