@@ -171,6 +171,7 @@ class Scaler:
         self._state_name = config.state_config_map_name or STATE_NAME_DEFAULT
         self._core = Autoscaler(config.interval_s, config.time_window_s)
         self._saved: dict[str, float] | None = None  # None: not read since we lead
+        self._missing = False  # the ConfigMap
 
     async def run(self) -> None:
         """Every interval, for ever; idle while another replica leads."""
@@ -254,13 +255,14 @@ class Scaler:
 
     async def _restore(self) -> None:
         state = _State()
+        self._missing = False
         try:
             found = await self._kube.get(CONFIGMAPS, self._state_name, self._namespace)
             state = _parse_state((found.get("data") or {}).get(STATE_KEY) or "{}")
         except ApiError as error:
             if error.status != 404:
                 raise
-            await self._create_state()
+            self._missing = True
         averages = {name: m.average_active_requests for name, m in state.models.items()}
         age_s = 0.0
         if state.last_calculation_time is not None:
@@ -270,27 +272,26 @@ class Scaler:
         self._saved = averages
         log.info("autoscaler's state read", models=len(averages), age_s=round(age_s, 1))
 
-    async def _create_state(self) -> None:
-        empty = {"metadata": {"name": self._state_name}, "data": {STATE_KEY: _text({})}}
-        self._leader.check()
-        try:
-            await self._kube.create(CONFIGMAPS, empty, self._namespace)
-        except ApiError as error:
-            if error.status != 409:
-                raise
-
     async def _save(self, averages: Mapping[str, float]) -> None:
-        if averages == self._saved:
+        """At most one write."""
+        if averages == self._saved and not self._missing:
             return
-        patch = {"data": {STATE_KEY: _text(averages)}}
+        data = {STATE_KEY: _text(averages)}
         self._leader.check()
         try:
-            await self._kube.patch(CONFIGMAPS, self._state_name, patch, self._namespace)
+            if self._missing:
+                state = {"metadata": {"name": self._state_name}, "data": data}
+                await self._kube.create(CONFIGMAPS, state, self._namespace)
+            else:
+                await self._kube.patch(
+                    CONFIGMAPS, self._state_name, {"data": data}, self._namespace
+                )
         except ApiError as error:
-            if error.status != 404:
+            if error.status not in (404, 409):
                 raise
-            await self._create_state()  # somebody deleted it; it is filled in the next interval
+            self._missing = error.status == 404  # or somebody made it: the next interval writes
             return
+        self._missing = False
         self._saved = dict(averages)
 
 

@@ -10,13 +10,13 @@ from collections import defaultdict
 
 import msgspec
 import pytest
-from fakes.kube import World, now_s
+from fakes.kube import CONFIG, World, now_s
 
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.operator.controller import CREATES_AT_FIRST_MAX
 from kubeai.operator.queue import REST_MAX_S, Queue
-from kubeai.operator.scaling import Wakes
+from kubeai.operator.scaling import Scaler, Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S
 
 pytestmark = pytest.mark.looptime
@@ -251,6 +251,39 @@ async def test_no_write_after_leadership_is_lost(world):
     await asyncio.sleep(60.0)
     assert 1 <= world.kube.count("create", "pods") <= CREATES_AT_FIRST_MAX  # sent together
     assert world.kube.count("patch status") == 0
+
+
+async def test_the_autoscalers_state_is_kept_patiently_and_only_when_it_changes(world):
+    def refuse(verb, plural, name):
+        if plural == "configmaps" and now_s() < until_s:
+            raise ApiError(500, "Storm", "no")
+
+    key = "configmaps", "kubeai-autoscaler-state"
+    until_s = now_s() + 10.0
+    world.kube.before = refuse
+    world.start()
+    world.apply(replicas=0)
+    scaler = Scaler(
+        *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, Held()),
+        world.events,
+        clock=now_s,
+    )
+    scaling = asyncio.create_task(scaler.run())
+    try:
+        await world.until(lambda: key in world.kube.objects)
+        assert '"m"' in world.kube.objects[key]["data"]["models"]
+        await asyncio.sleep(5.0)
+        assert world.kube.count("patch", "configmaps") == 0, "made with all that belongs in it"
+        assert rates(world.kube.writes) <= 2
+        writes = len(world.kube.writes)
+        await asyncio.sleep(60.0)
+        assert len(world.kube.writes) == writes
+        del world.kube.objects[key]
+        world.apply("other", replicas=0)
+        await world.until(lambda: '"other"' in str(world.kube.objects.get(key)))
+    finally:
+        scaling.cancel()
+        await asyncio.gather(scaling, return_exceptions=True)
 
 
 # -- from zero ------------------------------------------------------------------------------------
