@@ -78,6 +78,7 @@ CONFIG: dict[str, Any] = {
     "allowPodAddressOverride": True,
     "metricsAddr": "127.0.0.1:0",
     "healthAddress": "127.0.0.1:0",
+    "gateway": {"drainAccept": "0s"},
 }
 # Pods that no scheduler sees: the bench itself says when they are ready.
 UNSCHEDULED = {
@@ -683,9 +684,10 @@ class Bench:
 
     async def _succeed(self, space: str, number: int) -> float:
         """How long nobody leads, or a replica that ends, once the leader gets a signal."""
-        async with self.space(space) as kube, self.serve(kube, {}) as first:
+        patient = {"gateway": {}}  # drains as it does by default
+        async with self.space(space) as kube, self.serve(kube, patient) as first:
             await first.said("leading")
-            async with self.serve(kube, {}, "two") as second:
+            async with self.serve(kube, patient, "two") as second:
                 await second.said("serving")
                 await asyncio.sleep(random.uniform(2, 4))  # anywhere between two renewals
                 began_s = time.monotonic()
