@@ -27,7 +27,8 @@ from kubeai.engines import files_config_map
 from kubeai.errors import ModelError
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError, Backoff, Kube
 from kubeai.operator.adapters import Adapters, AdaptersView
-from kubeai.operator.cache import Cache, CacheAction, CacheView, has_cache
+from kubeai.operator.cache import CacheAction, CacheView, has_cache
+from kubeai.operator.claims import Claims
 from kubeai.operator.conditions import only_counts, timeless
 from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader, NotLeader, Writes
@@ -106,7 +107,9 @@ class Controller:
         self._memories: dict[str, _Memory] = {}
         self._writes = Writes(leader, PARALLEL_WRITES_MAX)
         self.queue = Queue(self.reconcile, PARALLEL_MODELS_MAX)
-        self.cache = Cache(kube, namespace, self._writes, self.changed, self._caches_changed, clock)
+        self.claims = Claims(
+            kube, namespace, self._writes, self.changed, self._caches_changed, clock
+        )
         self._adapters = Adapters(kube, namespace, self._writes, self.changed, clock)
 
     def changed(self, name: str) -> None:
@@ -153,7 +156,7 @@ class Controller:
     def _forget(self, name: str) -> None:
         memory = self._memories.pop(name, None)
         if memory is not None:
-            self.cache.forget(memory.uid)
+            self.claims.forget(memory.uid)
         self._adapters.forget(name)
 
     async def _round(self, model: Model, memory: _Memory) -> float | None:
@@ -219,7 +222,7 @@ class Controller:
         if not has_cache(model):
             return CacheView(), None
         troubles = {pod.job: pod.trouble for pod in pods if pod.job and pod.trouble is not None}
-        return self.cache.view(model, troubles)
+        return self.claims.view(model, troubles)
 
     def _observe_adapters(
         self, model: Model, pods: Sequence[Pod]
@@ -259,7 +262,7 @@ class Controller:
             if isinstance(action, AdoptPod):
                 first.append(self._adopt(action))
             elif isinstance(action, CacheAction):
-                first.append(self.cache.apply(action))
+                first.append(self.claims.apply(action))
                 again_s = 0.0
             elif isinstance(action, PatchModel):
                 wait_s = memory.sent_s[0] + MODEL_WRITES_INTERVAL_S - self._clock()

@@ -108,7 +108,7 @@ class Operator:
         try:
             await _first_of(
                 self.leader.run(),
-                self.controller.cache.run(),
+                self.controller.claims.run(),
                 self._scaler.run(),
                 self._resign.wait(),
             )

@@ -226,7 +226,7 @@ class World:
         )
         self.relist()
         self.kube.listeners.append(self._event)
-        self._cache = asyncio.create_task(self.controller.cache.run())
+        self._claims = asyncio.create_task(self.controller.claims.run())
         self.controller.all_changed()
 
     def relist(self):
@@ -240,8 +240,8 @@ class World:
         if self._event in self.kube.listeners:
             self.kube.listeners.remove(self._event)
         if self.controller is not None:
-            self._cache.cancel()
-            await asyncio.gather(self._cache, return_exceptions=True)
+            self._claims.cancel()
+            await asyncio.gather(self._claims, return_exceptions=True)
             await self.controller.stop()
 
     def _event(self, plural, kind, obj):

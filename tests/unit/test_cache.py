@@ -11,7 +11,8 @@ from fakes.kube import World, now_s
 
 from kubeai.api.config import parse_config
 from kubeai.kube import PODS, PVCS, ApiError
-from kubeai.operator.cache import FINALIZER, RETRY_MAX_S
+from kubeai.operator.cache import FINALIZER
+from kubeai.operator.claims import RETRY_MAX_S
 
 pytestmark = pytest.mark.looptime
 CONFIG = parse_config(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kubeai.local.jobs import (
+from kubeai.local.job_rules import (
     TRACKING,
     CreatePods,
     DeleteJob,
@@ -21,8 +21,8 @@ from kubeai.local.jobs import (
     WriteStatus,
     endings_of,
     next_step,
-    pod_of,
 )
+from kubeai.local.jobs import pod_of
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 STEPS_MAX = 60

@@ -1,0 +1,345 @@
+"""Cache claims and their Jobs, as the operator sees and writes them.
+
+Owns the view of both collections, what was written included before the watch tells of it, and the
+patience with loads that fail. Used by the controller: `view` for the plan, `apply` for its actions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+import structlog
+
+from kubeai.api.model import Model, ObjectMeta
+from kubeai.engines import cache as manifests
+from kubeai.kube import JOBS, PVCS, ApiError, Backoff, Kube
+from kubeai.operator.cache import (
+    AnnotateClaim,
+    CacheAction,
+    CacheView,
+    Claim,
+    CreateClaim,
+    CreateJob,
+    DeleteJob,
+    Job,
+)
+from kubeai.operator.leader import Writes
+from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
+
+log = structlog.get_logger(__name__)
+RETRY_FIRST_S, RETRY_MAX_S = 10.0, 600.0  # before a load that failed is tried again
+
+
+class _Condition(msgspec.Struct):
+    type: str = ""
+    status: str = ""
+    message: str = ""
+
+
+class _JobStatus(msgspec.Struct):
+    conditions: list[_Condition] = []
+
+
+class JobObject(msgspec.Struct):
+    """The part of a Job that is decoded."""
+
+    metadata: ObjectMeta
+    status: _JobStatus = msgspec.field(default_factory=_JobStatus)
+
+
+class ClaimObject(msgspec.Struct):
+    """The part of a PersistentVolumeClaim that is decoded."""
+
+    metadata: ObjectMeta
+
+
+class _Annotation(msgspec.Struct):
+    """The value of a claim's annotation for one Model, as KubeAI in Go writes it."""
+
+    uid: str
+    timestamp: str = ""
+
+
+class _Patience(msgspec.Struct):
+    """How often one Model's load has failed; of this replica's time as a leader."""
+
+    job: str = ""  # uid of the Job that failed last
+    failure: str = ""
+    until_s: float = -math.inf
+    backoff: Backoff = msgspec.field(default_factory=lambda: Backoff(RETRY_FIRST_S, RETRY_MAX_S))
+
+
+class Claims:
+    """Claims and Jobs of a namespace. ``changed(model)`` is called when a Job of it changes.
+
+    They are watched from the first Model on that has a cache.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        namespace: str,
+        writes: Writes,
+        changed: Callable[[str], None],
+        all_changed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._writes = writes
+        self._changed = changed
+        self._all_changed = all_changed
+        self._clock = clock
+        self._claims: dict[str, tuple[int, Claim]] = {}  # name → its version, and it
+        self._jobs: dict[str, tuple[int, Job]] = {}
+        self._unlisted = {PVCS.plural: "", JOBS.plural: ""}  # what is not read yet, and why
+        self._has_jobs = True
+        self._needed = asyncio.Event()
+        self._patience: dict[str, _Patience] = {}  # uid of a Model →
+
+    async def run(self) -> None:
+        """Follow both collections, for ever, once :meth:`view` has been asked."""
+        await self._needed.wait()
+        await asyncio.gather(
+            self._kube.follow(
+                PVCS,
+                self._namespace,
+                type=ClaimObject,
+                replaced=self._replace_claims,
+                changed=self._claim_changed,
+                failed=partial(self._not_listed, PVCS.plural),
+            ),
+            self._kube.follow(
+                JOBS,
+                self._namespace,
+                type=JobObject,
+                replaced=self._replace_jobs,
+                changed=self._job_changed,
+                failed=self._jobs_failed,
+            ),
+        )
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def view(self, model: Model, troubles: dict[str, Trouble]) -> tuple[CacheView, float | None]:
+        """What is known of the Model's cache, and seconds until loading may be tried again.
+
+        ``troubles``: what keeps the pods of Jobs from getting on, by the Job's purpose.
+        """
+        self._needed.set()
+        if unknown := self._unknown():
+            return CacheView(unknown=unknown), None
+        name, uid = model.metadata.name, model.metadata.uid
+        load = self._job(manifests.LOAD_JOB_PREFIX + name)
+        wait_s = self._wait_s(uid, load)
+        patience = self._patience.get(uid)
+        leaving = model.metadata.deletion_timestamp is not None
+        prefix = manifests.EVICT_JOB_PREFIX if leaving else manifests.LOAD_JOB_PREFIX
+        view = CacheView(
+            claim=self._claims.get(manifests.claim_name(model), (0, None))[1],
+            load=load,
+            evict=self._job(manifests.EVICT_JOB_PREFIX + name),
+            has_jobs=self._has_jobs,
+            may_load=wait_s is None,
+            failure="" if patience is None else patience.failure,
+            trouble=troubles.get(prefix.rstrip("-")),
+        )
+        return view, wait_s
+
+    def _unknown(self) -> str:
+        """Why nothing can be said yet; empty when all is read."""
+        for plural, why in self._unlisted.items():
+            if plural != JOBS.plural or self._has_jobs:
+                return f"the API's {plural} are not read yet" + (f": {why}" if why else "")
+        return ""
+
+    def _job(self, name: str) -> Job | None:
+        return self._jobs.get(name, (0, None))[1]
+
+    def _wait_s(self, uid: str, load: Job | None) -> float | None:
+        patience = self._patience.get(uid)
+        if load is not None and load.owner == uid and load.failed:
+            patience = self._patience.setdefault(uid, _Patience())
+            if patience.job != load.uid:
+                patience.job, patience.failure = load.uid, load.failed
+                patience.until_s = self._clock() + patience.backoff.next_s()
+        if patience is None or patience.until_s <= self._clock():
+            return None
+        return patience.until_s - self._clock()
+
+    def forget(self, uid: str) -> None:
+        """The Model is gone."""
+        self._patience.pop(uid, None)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    async def apply(self, action: CacheAction) -> None:
+        """Send one action. What another did meanwhile is seen in the next round."""
+        match action:
+            case CreateClaim():
+                await self._create_claim(action.manifest)
+            case CreateJob():
+                await self._create_job(action.manifest)
+            case AnnotateClaim():
+                await self._annotate(action)
+            case DeleteJob():
+                await self._delete_job(action)
+
+    async def _create_claim(self, manifest: dict[str, Any]) -> None:
+        name = manifest["metadata"]["name"]
+        async with self._writes:
+            try:
+                made = await self._kube.create(PVCS, manifest, self._namespace, type=ClaimObject)
+                log.info("claim made", claim=name)
+            except ApiError as error:
+                if error.status != 409:
+                    raise
+                made = await self._kube.get(PVCS, name, self._namespace, type=ClaimObject)
+        self._put_claim(made)
+
+    async def _create_job(self, manifest: dict[str, Any]) -> None:
+        name = manifest["metadata"]["name"]
+        async with self._writes:
+            try:
+                made = await self._kube.create(JOBS, manifest, self._namespace, type=JobObject)
+                log.info("job made", job=name)
+            except ApiError as error:
+                if error.status != 409:
+                    raise
+                made = await self._kube.get(JOBS, name, self._namespace, type=JobObject)
+        self._put_job(made)
+
+    async def _annotate(self, action: AnnotateClaim) -> None:
+        key = manifests.ANNOTATION_PREFIX + action.model
+        patch = {"metadata": {"uid": action.uid, "annotations": {key: action.value}}}
+        async with self._writes:
+            try:
+                made = await self._kube.patch(
+                    PVCS, action.name, patch, self._namespace, type=ClaimObject
+                )
+            except ApiError as error:
+                if error.status not in (404, 409, 422):  # else it is another claim by now
+                    raise
+                self._claims.pop(action.name, None)
+                return
+        self._put_claim(made)
+        log.info("claim annotated", claim=action.name, model=action.model, value=action.value)
+
+    async def _delete_job(self, action: DeleteJob) -> None:
+        async with self._writes:
+            try:
+                await self._kube.delete(
+                    JOBS,
+                    action.name,
+                    self._namespace,
+                    uid=action.uid,
+                    propagation="Foreground",  # it is gone when its pods are
+                )
+            except ApiError as error:
+                if error.status not in (404, 409):
+                    raise
+        version, job = self._jobs.get(action.name, (0, None))
+        if job is not None and job.uid == action.uid:
+            self._jobs[action.name] = version, msgspec.structs.replace(job, going=True)
+        log.info("job deleted", job=action.name, why=action.why)
+
+    # -- what the watches tell -------------------------------------------------------------------
+
+    def _replace_claims(self, objects: list[ClaimObject]) -> None:
+        self._claims.clear()
+        for obj in objects:
+            self._put_claim(obj)
+        self._unlisted.pop(PVCS.plural, None)
+        self._all_changed()
+
+    def _claim_changed(self, kind: str, obj: ClaimObject) -> None:
+        if kind == "DELETED":
+            _, claim = self._claims.get(obj.metadata.name, (0, None))
+            if claim is not None and claim.uid == obj.metadata.uid:
+                del self._claims[obj.metadata.name]
+        else:
+            self._put_claim(obj)
+        if obj.metadata.name.startswith(manifests.CLAIM_PREFIX):
+            self._all_changed()
+
+    def _put_claim(self, obj: ClaimObject) -> None:
+        meta = obj.metadata
+        version, _ = self._claims.get(meta.name, (0, None))
+        if meta.name.startswith(manifests.CLAIM_PREFIX) and meta.version >= version:
+            loaded = {
+                key.removeprefix(manifests.ANNOTATION_PREFIX): _loaded_uid(value)
+                for key, value in meta.annotations.items()
+                if key.startswith(manifests.ANNOTATION_PREFIX)
+            }
+            going = meta.deletion_timestamp is not None
+            self._claims[meta.name] = meta.version, Claim(meta.name, meta.uid, going, loaded)
+
+    def _replace_jobs(self, objects: list[JobObject]) -> None:
+        self._jobs.clear()
+        for obj in objects:
+            self._put_job(obj)
+        self._unlisted.pop(JOBS.plural, None)
+        self._has_jobs = True
+        self._all_changed()
+
+    def _job_changed(self, kind: str, obj: JobObject) -> None:
+        if kind == "DELETED":
+            _, job = self._jobs.get(obj.metadata.name, (0, None))
+            if job is not None and job.uid == obj.metadata.uid:  # and not its successor
+                del self._jobs[obj.metadata.name]
+        else:
+            self._put_job(obj)
+        model = _model_of(obj.metadata.name)
+        if model:
+            self._changed(model)
+
+    def _not_listed(self, plural: str, error: ApiError) -> None:
+        if self._unlisted.get(plural, str(error)) != str(error):
+            self._unlisted[plural] = str(error)
+            self._all_changed()
+
+    def _jobs_failed(self, error: ApiError) -> None:
+        self._not_listed(JOBS.plural, error)
+        served = error.status != 404  # the answer to a list of what the API does not know
+        if served != self._has_jobs:
+            self._has_jobs = served
+            self._all_changed()
+
+    def _put_job(self, obj: JobObject) -> None:
+        meta = obj.metadata
+        version, _ = self._jobs.get(meta.name, (0, None))
+        if not _model_of(meta.name) or meta.version < version:
+            return
+        ends = {c.type: c.message for c in obj.status.conditions if c.status == "True"}
+        failed = (ends["Failed"] or "it failed")[:MESSAGE_MAX_CHARS] if "Failed" in ends else ""
+        self._jobs[meta.name] = (
+            meta.version,
+            Job(
+                name=meta.name,
+                uid=meta.uid,
+                owner=next((o.uid for o in meta.owner_references if o.controller), ""),
+                going=meta.deletion_timestamp is not None,
+                complete="Complete" in ends,
+                failed=failed,
+            ),
+        )
+
+
+def _model_of(job: str) -> str:
+    for prefix in (manifests.LOAD_JOB_PREFIX, manifests.EVICT_JOB_PREFIX):
+        if job.startswith(prefix):
+            return job.removeprefix(prefix)
+    return ""
+
+
+def _loaded_uid(value: str) -> str:
+    try:
+        return msgspec.json.decode(value, type=_Annotation).uid
+    except msgspec.MsgspecError:
+        return ""
