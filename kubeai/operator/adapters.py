@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -47,11 +48,6 @@ class Steps(msgspec.Struct, frozen=True):
 
     load: tuple[Wanted, ...] = ()
     drop: tuple[str, ...] = ()
-    begin: dict[str, str] = {}  # labels to set before the engine is touched
-
-    @property
-    def any(self) -> bool:
-        return bool(self.load or self.drop)
 
 
 class AdaptersView(msgspec.Struct, frozen=True):
@@ -78,11 +74,15 @@ def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
         if name in pod.loaded and name in busy:
             continue  # it serves the former URL's until another pod is through
         load.append(Wanted(name, url, hash_))
-    drop = tuple(name for name in labels if name not in wanted)
-    begin = {one.name: engine.LOADING for one in load if labels.get(one.name) != engine.LOADING}
-    if not pod.adapters_current:  # the engine has none, whatever the labels say
-        begin |= {name: engine.LOADING for name in labels if labels[name] != engine.LOADING}
-    return Steps(tuple(load), drop, begin)
+    return Steps(tuple(load), tuple(name for name in labels if name not in wanted))
+
+
+class _Failure(msgspec.Struct):
+    """One adapter that one pod could not get; ``until_s``: when it is tried again."""
+
+    backoff: Backoff
+    why: str = ""
+    until_s: float = 0.0
 
 
 class _Work(msgspec.Struct):
@@ -92,9 +92,7 @@ class _Work(msgspec.Struct):
     loading: frozenset[str] = frozenset()  # adapters that the last task began with
     fetched: dict[str, str] = {}  # adapter → hash of the URL whose files the pod has whole
     version: int = 0  # of the pod after our last write
-    failure: Trouble | None = None
-    until_s: float = 0.0
-    backoff: Backoff = msgspec.field(default_factory=lambda: Backoff(RETRY_FIRST_S, RETRY_MAX_S))
+    failures: dict[str, _Failure] = {}  # adapter →
 
 
 class Adapters:
@@ -133,27 +131,29 @@ class Adapters:
         return _view(model, pods, works), wait_s
 
     def _begin(self, model: Model, pod: Pod, pods: list[Pod], work: _Work) -> float | None:
-        """Start the pod's task if it needs one; seconds until it may be tried again."""
+        """Start the pod's task if it needs one; seconds until something may be tried again."""
         todo = steps(model, pod, self._busy(pod, pods))
-        if not todo.any:
-            work.failure = None
-            work.backoff.reset()
-            return None
+        needed = {*(one.name for one in todo.load), *todo.drop}
+        for name in work.failures.keys() - needed:
+            del work.failures[name]
         if work.task is not None or pod.version < work.version:
             return None
-        if (left_s := work.until_s - self._clock()) > 0:
-            return left_s
-        to_fetch = [one for one in todo.load if work.fetched.get(one.name) != one.hash]
-        # Without a loader (a pod from before the Model had adapters) nothing can be done.
-        if (to_fetch and not pod.has_loader) or (not to_fetch and not pod.ready):
-            return None
-        work.loading = frozenset(one.name for one in todo.load)
-        work.task = asyncio.get_running_loop().create_task(
-            self._run(model, pod, work, todo, to_fetch)
-        )
-        self._tasks.add(work.task)
-        work.task.add_done_callback(self._tasks.discard)
-        return None
+        now_s = self._clock()
+        resting = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
+        # Files are fetched while the engine still starts. A pod without a loader is from before
+        # the Model had adapters: it will be replaced.
+        due = [one for one in todo.load if one.name not in resting]
+        fetch = [one for one in due if work.fetched.get(one.name) != one.hash and pod.has_loader]
+        tell = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
+        drop = [name for name in todo.drop if name not in resting and pod.ready]
+        if fetch or tell or drop:
+            work.loading = frozenset(one.name for one in todo.load)
+            work.task = asyncio.get_running_loop().create_task(
+                self._run(model, pod, work, drop, tell, fetch)
+            )
+            self._tasks.add(work.task)
+            work.task.add_done_callback(self._tasks.discard)
+        return min(resting.values()) - now_s if resting else None
 
     def _busy(self, pod: Pod, pods: list[Pod]) -> set[str]:
         """Adapters that pods other than this one are loading, observed or not."""
@@ -187,53 +187,79 @@ class Adapters:
     # -- one pod ---------------------------------------------------------------------------------
 
     async def _run(
-        self, model: Model, pod: Pod, work: _Work, todo: Steps, to_fetch: list[Wanted]
+        self,
+        model: Model,
+        pod: Pod,
+        work: _Work,
+        drop: list[str],
+        tell: list[Wanted],
+        fetch: list[Wanted],
     ) -> None:
+        """One adapter after the other; what fails keeps no other from its turn."""
+        key = model.spec.env.get(API_KEY_VARIABLE, "")
         try:
-            if to_fetch:  # the engine may still be starting: it is told in the next round
-                await self._fetch(pod, work, todo, to_fetch)
-            else:
-                await self._tell_engine(model, pod, work, todo)
+            if pod.adapters and not pod.adapters_current:  # the engine has none of them any more
+                labels = {name: engine.LOADING for name, _ in pod.adapters}
+                await self._label(pod, work, labels)
+                pod = msgspec.structs.replace(pod, adapters=tuple(labels.items()))
+            for name in drop:
+                await self._try(pod, work, name, self._drop(pod, work, name, key))
+            for one in tell:
+                await self._try(pod, work, one.name, self._tell(pod, work, one, key))
+            for one in fetch:
+                await self._try(pod, work, one.name, self._fetch(pod, work, one))
         except NotLeader:
             return
-        except (AdapterError, ApiError) as error:
-            message = f"pod {pod.name}: {error}"[:MESSAGE_MAX_CHARS]
-            work.failure = Trouble("LoadFailed", message)
-            work.until_s = self._clock() + work.backoff.next_s()
-            log.warning("adapters not loaded", model=pod.model, error=message)
-        except Exception:
-            work.until_s = self._clock() + work.backoff.next_s()
-            log.exception("adapters not loaded", model=pod.model, pod=pod.name)
+        except ApiError as error:  # of that first label; the pod's next event brings it back
+            log.warning("adapters not looked after", pod=pod.name, error=str(error))
+            await asyncio.sleep(RETRY_FIRST_S)
         finally:
             work.task = None
         self._changed(pod.model)
 
-    async def _fetch(self, pod: Pod, work: _Work, todo: Steps, to_fetch: list[Wanted]) -> None:
-        if todo.begin and pod.adapters:  # files that an engine knows are about to change
-            await self._label(pod, work, todo.begin)
-        for one in to_fetch:
-            work.fetched.pop(one.name, None)
-            # What is there may be another URL's, or half of it.
-            await self._exec(pod, engine.remove_command(one.name), REMOVE_TIMEOUT_S)
-            await self._exec(pod, engine.fetch_command(one.name, one.url), FETCH_TIMEOUT_S)
-            work.fetched[one.name] = one.hash
-            log.info("adapter fetched", pod=pod.name, adapter=one.name, url=one.url)
+    async def _try(
+        self, pod: Pod, work: _Work, name: str, attempt: Coroutine[Any, Any, None]
+    ) -> None:
+        try:
+            await attempt
+        except NotLeader:
+            raise
+        except Exception as error:
+            if not isinstance(error, AdapterError | ApiError):
+                log.exception("a fault in loading an adapter", pod=pod.name, adapter=name)
+            backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
+            failure = work.failures.setdefault(name, _Failure(backoff))
+            failure.why = f"adapter {name} on pod {pod.name}: {error}"[:MESSAGE_MAX_CHARS]
+            failure.until_s = self._clock() + failure.backoff.next_s()
+            log.warning("adapter not loaded", model=pod.model, error=failure.why)
 
-    async def _tell_engine(self, model: Model, pod: Pod, work: _Work, todo: Steps) -> None:
-        if todo.begin:
-            await self._label(pod, work, todo.begin)
-        key = model.spec.env.get(API_KEY_VARIABLE, "")
-        for name in todo.drop:
-            await self._call(pod, engine.unload_call(name), key)
+    async def _fetch(self, pod: Pod, work: _Work, one: Wanted) -> None:
+        if one.name in pod.loaded:  # files that the engine knows are about to change
+            await self._label(pod, work, {one.name: engine.LOADING})
+        work.fetched.pop(one.name, None)
+        # What is there may be another URL's, or half of it.
+        await self._exec(pod, engine.remove_command(one.name), REMOVE_TIMEOUT_S)
+        await self._exec(pod, engine.fetch_command(one.name, one.url), FETCH_TIMEOUT_S)
+        work.fetched[one.name] = one.hash
+        log.info("adapter fetched", pod=pod.name, adapter=one.name, url=one.url)
+
+    async def _tell(self, pod: Pod, work: _Work, one: Wanted, key: str) -> None:
+        label = dict(pod.adapters).get(one.name)
+        if label != engine.LOADING:
+            await self._label(pod, work, {one.name: engine.LOADING})
+        if label is not None:  # the engine may have something under that name
+            await self._call(pod, engine.unload_call(one.name), key)
+        await self._call(pod, engine.load_call(one.name), key)
+        await self._label(pod, work, {one.name: one.hash})
+        log.info("adapter loaded", pod=pod.name, adapter=one.name, url=one.url)
+
+    async def _drop(self, pod: Pod, work: _Work, name: str, key: str) -> None:
+        await self._call(pod, engine.unload_call(name), key)
+        if pod.has_loader:
             await self._exec(pod, engine.remove_command(name), REMOVE_TIMEOUT_S)
-            work.fetched.pop(name, None)
-            await self._label(pod, work, {name: None})
-        for one in todo.load:
-            if one.name in dict(pod.adapters):  # the engine may have something under that name
-                await self._call(pod, engine.unload_call(one.name), key)
-            await self._call(pod, engine.load_call(one.name), key)
-            await self._label(pod, work, {one.name: one.hash})
-            log.info("adapter loaded", pod=pod.name, adapter=one.name, url=one.url)
+        work.fetched.pop(name, None)
+        await self._label(pod, work, {name: None})
+        log.info("adapter unloaded", pod=pod.name, adapter=name)
 
     async def _label(self, pod: Pod, work: _Work, values: Mapping[str, str | None]) -> None:
         labels = {engine.LABEL_PREFIX + name: value for name, value in values.items()}
@@ -272,7 +298,7 @@ class Adapters:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = f"{call.path}: {error or type(error).__name__}"
         if why:
-            raise AdapterError(f"adapter {call.body['lora_name']}: {why}")
+            raise AdapterError(why)
 
 
 def _cancel(work: _Work) -> None:
@@ -284,8 +310,9 @@ def _view(model: Model, pods: Sequence[Pod], works: dict[str, _Work]) -> Adapter
     ready = [pod for pod in pods if pod.serves]
     wanted = {(a.name, engine.url_hash(a.url)) for a in model.spec.adapters}
     complete = [pod for pod in ready if pod.adapters_current and wanted <= set(pod.adapters)]
-    failures = (work.failure for work in works.values() if work.failure is not None)
-    return AdaptersView(len(ready), len(complete), next(failures, None))
+    failures = (failure.why for work in works.values() for failure in work.failures.values())
+    why = next(failures, "")
+    return AdaptersView(len(ready), len(complete), Trouble("LoadFailed", why) if why else None)
 
 
 __all__ = ["Adapters", "AdaptersView", "Steps", "Wanted", "steps"]

@@ -45,17 +45,17 @@ def pod(name="p", current=True, **labels):
     [
         (model(), pod(), [], Steps()),
         (model(a=A), pod(a=HASH_A), [], Steps()),
-        (model(a=A), pod(), [], Steps((Wanted("a", A, HASH_A),), begin={"a": "loading"})),
+        (model(a=A), pod(), [], Steps((Wanted("a", A, HASH_A),))),
         (model(a=A), pod(a="loading"), [], Steps((Wanted("a", A, HASH_A),))),
         (model(), pod(a=HASH_A), [], Steps(drop=("a",))),
-        (model(a=B), pod(a=HASH_A), [], Steps((Wanted("a", B, HASH_B),), begin={"a": "loading"})),
+        (model(a=B), pod(a=HASH_A), [], Steps((Wanted("a", B, HASH_B),))),
         # one pod after the other, as long as somebody serves the former URL's
         (model(a=B), pod(a=HASH_A), ["a"], Steps()),
         (model(a=B), pod(a="loading"), ["a"],
          Steps((Wanted("a", B, HASH_B),))),
         # an engine that has started anew has none of them
         (model(a=A), pod(current=False, a=HASH_A, b=HASH_B), [],
-         Steps((Wanted("a", A, HASH_A),), ("b",), {"a": "loading", "b": "loading"})),
+         Steps((Wanted("a", A, HASH_A),), ("b",))),
     ],
 )  # fmt: skip
 def test_steps_lead_from_labels_to_what_is_declared(wanted, have, busy, expected):
@@ -238,6 +238,20 @@ async def test_a_broken_new_url_stops_at_the_first_pod(world):
     world.set_adapters(a=B)
     await world.until(lambda: world.labels() == [{"a": HASH_B}] * 3)
     await world.until(lambda: world.condition("Degraded") == ("False", "AsExpected"))
+
+
+async def test_an_adapter_that_cannot_be_loaded_keeps_no_other_from_being_served(world):
+    broken = "hf://org/missing"
+    world.apply(replicas=1, adapters=both(a=A, broken=broken, z=B))
+    await world.until(lambda: world.served() == [{"a", "z"}])
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("False", "LoadFailed"))
+    (one,) = world.engines.values()
+    load = f"load {broken} /adapters/broken"
+    await world.until(lambda: one.log.count(load) >= 3)
+    assert one.log.count(f"load {A} /adapters/a") == 1
+    assert one.log.count("load z") == 1
+    world.set_adapters(a=A, z=B)
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("True", "Loaded"))
 
 
 async def test_an_engine_that_refuses_is_asked_again(world):
