@@ -34,6 +34,7 @@ from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
 
 log = structlog.get_logger(__name__)
 RETRY_FIRST_S, RETRY_MAX_S = 10.0, 600.0  # before a load that failed is tried again
+NO_JOBS_AFTER_S = 10.0  # an API that is just starting may not know them either
 
 
 class _Condition(msgspec.Struct):
@@ -99,7 +100,7 @@ class Claims:
         self._claims: dict[str, tuple[int, Claim]] = {}  # name → its version, and it
         self._jobs: dict[str, tuple[int, Job]] = {}
         self._unlisted = {PVCS.plural: "", JOBS.plural: ""}  # what is not read yet, and why
-        self._has_jobs = True
+        self._has_jobs, self._no_jobs_since_s = True, math.inf
         self._needed = asyncio.Event()
         self._patience: dict[str, _Patience] = {}  # uid of a Model →
 
@@ -285,7 +286,7 @@ class Claims:
         for obj in objects:
             self._put_job(obj)
         self._unlisted.pop(JOBS.plural, None)
-        self._has_jobs = True
+        self._has_jobs, self._no_jobs_since_s = True, math.inf
         self._all_changed()
 
     def _job_changed(self, kind: str, obj: JobObject) -> None:
@@ -306,7 +307,11 @@ class Claims:
 
     def _jobs_failed(self, error: ApiError) -> None:
         self._not_listed(JOBS.plural, error)
-        served = error.status != 404  # the answer to a list of what the API does not know
+        if error.status != 404:  # the answer to a list of what the API does not know
+            self._no_jobs_since_s = math.inf
+        else:
+            self._no_jobs_since_s = min(self._no_jobs_since_s, self._clock())
+        served = self._clock() - self._no_jobs_since_s < NO_JOBS_AFTER_S
         if served != self._has_jobs:
             self._has_jobs = served
             self._all_changed()
