@@ -138,7 +138,8 @@ class Child:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), CHILD_STOP_TIMEOUT_S)
+            async with asyncio.timeout(CHILD_STOP_TIMEOUT_S):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
@@ -164,7 +165,9 @@ async def _read_line(fd: int, timeout_s: float) -> str:
     pipe = os.fdopen(fd, "rb")
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
     try:
-        return (await asyncio.wait_for(stream.readline(), timeout_s)).decode()
+        # Not wait_for: in Python 3.11 it may swallow a cancellation; `stop` would wait for ever.
+        async with asyncio.timeout(timeout_s):
+            return (await stream.readline()).decode()
     except TimeoutError:
         return ""
     finally:

@@ -229,7 +229,8 @@ class _PodWorker:
             await self._runner.leave(grace_s)
         self._dirty.set()
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.shield(self._task), FLUSH_TIMEOUT_S)
+            async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                await asyncio.shield(self._task)
         self._task.cancel()
 
     def find_log(self, container: str, previous: bool) -> tuple[Path, Callable[[], bool]]:
@@ -342,7 +343,8 @@ class _PodWorker:
                 }
             await self._write_status()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._dirty.wait(), backoff.next_s())
+                async with asyncio.timeout(backoff.next_s()):
+                    await self._dirty.wait()
         return None
 
     def _heed_deletion(self) -> None:

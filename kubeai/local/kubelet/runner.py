@@ -255,7 +255,8 @@ class ContainerRunner:
 
     async def _sleep(self, wait_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), wait_s)
+            async with asyncio.timeout(wait_s):
+                await self._stopping.wait()
 
     # -- what it is started with -----------------------------------------------------------------
 
@@ -556,7 +557,8 @@ class PodRunner:
                         container.record.state = Waiting(reason, str(error))
                 self.changed()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._stopping.wait()
             wait_s = min(timing.config_max_s, 2 * wait_s)
         return False
 
