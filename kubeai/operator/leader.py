@@ -122,11 +122,14 @@ class Leader:
     async def run(self) -> None:
         """Acquire, renew, lose, acquire again, until cancelled. ``changed`` hears of each turn."""
         while True:
+            renewed_s = self._renewed_s
             try:
                 held = await self._try_once()
             except ApiError as error:
                 held = self.leads
                 log.info("lease not renewed", leads=held, status=error.status, error=str(error))
+            if self._clock() - renewed_s >= self._renew_deadline_s:
+                self._turn(False)  # for a moment it did not lead, and what came then was left
             self._turn(held)
             await self._sleep(self._wait_s())
 

@@ -180,6 +180,18 @@ async def test_a_lease_is_as_old_as_its_renewals_sending_not_its_answer(world):
     assert not one.leads
 
 
+async def test_a_leader_that_was_late_and_leads_on_is_told_to_look_at_everything_anew(world):
+    """What came while it might not write was left undone."""
+    one = world.join("one")
+    await world.until(lambda: one.leads, 1.0)
+    await one.freeze()
+    await asyncio.sleep(RENEW_S + 1.0)
+    assert not one.leads
+    one.thaw()
+    await world.until(lambda: one.leads, 1.0)
+    assert world.turns == [("one", True), ("one", False), ("one", True)]
+
+
 async def test_a_frozen_leader_finds_its_successor_when_it_wakes(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
