@@ -411,12 +411,13 @@ class Controller:
         before = {c.type: (c.status, c.reason) for c in model.status.conditions}
         for c in status.conditions:
             old = before.get(c.type, ("", ""))
+            turned = old[0] != c.status and "True" in (old[0], c.status)
             if c.type == "Degraded":
-                news = old != (c.status, c.reason) and (c.status == "True" or old[0] == "True")
-            elif c.type == "Ready":
-                news = old[0] != c.status
+                news = turned or (c.status == "True" and old[1] != c.reason)
+            elif c.type in ("CacheLoaded", "AdaptersLoaded"):
+                news = old != (c.status, c.reason) and c.reason != "NoReplicas"
             else:
-                news = c.type in ("CacheLoaded", "AdaptersLoaded") and old != (c.status, c.reason)
+                news = c.type == "Ready" and turned
             if news:
                 text = f"{c.type} is {c.status}: {c.message}"
                 warning = c.type == "Degraded" and c.status == "True"

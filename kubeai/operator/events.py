@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 QUEUE_MAX_EVENTS = 1000
 REMEMBERED_MAX_EVENTS = 4096
 MESSAGE_MAX_CHARS = 1000  # the API's limit is 1024
+DELAY_S = 2.0  # before one is written: what it tells of has the API to itself until then
 REPEAT_INTERVAL_S = 60.0  # between two counts of the same Event
 FORGET_S = 600.0  # after that the same words are a new Event
 BURST_MAX_EVENTS, REFILL_S = 25, 30.0  # of one Model: so many at once, then one each 30 s
@@ -103,10 +104,11 @@ class Events:
     async def run(self) -> None:
         while True:
             told, event = await self._queue.get()
+            await asyncio.sleep(told.written_s + DELAY_S - self._clock())
             try:
                 await self._send(told, event)
             except ApiError as error:
-                log.info("event not written", event=told.name, error=str(error))
+                log.info("event not written", name=told.name, error=str(error))
 
     async def _send(self, told: _Told, event: dict[str, Any] | None) -> None:
         if event is not None:
