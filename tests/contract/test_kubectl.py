@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
@@ -12,7 +13,10 @@ import orjson
 import pytest
 import yaml
 from kubectls import MODEL, POD, TIMEOUT_S, Kubectl, rows
+from operators import until as until_true
 from servers import ApiServer
+
+from kubeai.kube import MODELS, PODS
 
 pytestmark = pytest.mark.kubectl
 
@@ -152,6 +156,38 @@ def test_describe_tells_the_model_and_its_events(kubectl: Kubectl, api_server, n
     assert "hf://org/tiny" in said
     assert "a replica is wanted" in said
     assert "ScaledUp" in kubectl("get", "events")
+
+
+async def test_describe_says_why_a_model_does_not_serve(kubectl: Kubectl, world):
+    async def describe(*words: str) -> bool:
+        said = await asyncio.to_thread(kubectl, "describe", "model", "m")
+        return all(word in said for word in words)
+
+    world.nodes.ready = lambda pod: False
+    world.start()
+    await world.create(minReplicas=1)
+    (pod,) = await world.pods_once(1)
+    waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+    containers = [
+        {
+            "name": "server",
+            "image": "i",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "state": {"waiting": waiting},
+        }
+    ]
+    status = {"phase": "Pending", "containerStatuses": containers}
+    name = pod["metadata"]["name"]
+    await world.kube.patch(PODS, name, {"status": status}, subresource="status")
+    why = "the image of container server cannot be pulled"
+    await until_true(lambda: describe("ImagePullBackOff", why, "PodsCreated"), "in the conditions")
+    await until_true(lambda: describe("Warning", "ImagePullBackOff"), "in the Events")
+    await world.kube.patch(MODELS, "m", {"spec": {"resourceProfile": "none:1"}})
+    await until_true(
+        lambda: describe("InvalidProfile", "no resource profile 'none'"), "the profile"
+    )
 
 
 def test_scale_and_patch(kubectl: Kubectl):
