@@ -260,13 +260,17 @@ class Claims:
         self._all_changed()
 
     def _claim_changed(self, kind: str, obj: ClaimObject) -> None:
-        if kind == "DELETED":
-            _, claim = self._claims.get(obj.metadata.name, (0, None))
-            if claim is not None and claim.uid == obj.metadata.uid:
-                del self._claims[obj.metadata.name]
-        else:
+        name = obj.metadata.name
+        _, before = self._claims.get(name, (0, None))
+        if kind != "DELETED":
             self._put_claim(obj)
-        if obj.metadata.name.startswith(manifests.CLAIM_PREFIX):
+        elif before is not None and before.uid == obj.metadata.uid:
+            del self._claims[name]
+        _, after = self._claims.get(name, (0, None))
+        if before is not None and after is not None and _same_claim(before, after):
+            for model, _ in before.loaded.items() ^ after.loaded.items():
+                self._changed(model)  # and not each of the hundreds that share the claim
+        elif before is not after:
             self._all_changed()
 
     def _put_claim(self, obj: ClaimObject) -> None:
@@ -334,6 +338,10 @@ class Claims:
                 failed=failed,
             ),
         )
+
+
+def _same_claim(one: Claim, other: Claim) -> bool:
+    return (one.uid, one.going) == (other.uid, other.going)
 
 
 def _model_of(job: str) -> str:

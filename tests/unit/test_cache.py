@@ -31,11 +31,8 @@ async def world():
 
 def loaded(world, name="m"):
     """The uid that the claim's annotation names."""
-    value = (
-        world.kube.objects[CLAIM]["metadata"]
-        .get("annotations", {})
-        .get(f"models.kubeai.org/{name}")
-    )
+    claim = world.kube.objects.get(CLAIM, {"metadata": {}})
+    value = claim["metadata"].get("annotations", {}).get(f"models.kubeai.org/{name}")
     return None if value is None else msgspec.json.decode(value)["uid"]
 
 
@@ -112,6 +109,20 @@ async def test_a_claim_that_was_deleted_is_made_and_filled_anew(world):
     await world.until(lambda: CLAIM in world.kube.objects and loaded(world))
     await world.settled(1, 1)
     assert world.kube.count("create", "jobs") == 2
+
+
+async def test_a_models_files_concern_no_other_model(world):
+    world.start(CONFIG)
+    for n in range(20):
+        world.apply(f"m{n}", replicas=0, cacheProfile="fast")
+    await world.until(lambda: all(loaded(world, f"m{n}") for n in range(20)))
+    await asyncio.sleep(5.0)
+    looked_at = []
+    add = world.controller.queue.add
+    world.controller.queue.add = lambda name: (looked_at.append(name), add(name))
+    world.delete("m7")
+    await world.until(lambda: ("models", "m7") not in world.kube.objects)
+    assert set(looked_at) == {"m7"}
 
 
 async def test_an_unreadable_annotation_is_no_cache(world):
