@@ -45,15 +45,15 @@ def pytest_terminal_summary(terminalreporter):
     passed = [
         report.nodeid.partition("/contract/")[2] for report in terminalreporter.getreports("passed")
     ]
-    apis = [_api_of(name) for name in passed if name]
+    apis = [api for name in passed if (api := _api_of(name))]
     if apis:
         counts = ", ".join(f"{apis.count(api)} on the {api}" for api in dict.fromkeys(sorted(apis)))
         terminalreporter.write_line(f"contract tests that passed: {counts}")
 
 
 def _api_of(name):
-    """By a test's parameters; those without any run in a whole cluster or need no API."""
+    """By a test's parameters; those without any run in a whole cluster, or need no API."""
     parameters = name.partition("[")[2]
     if "real" in parameters or name.startswith(("test_cluster.py", "test_node.py")):
         return "real API"
-    return "embedded API" if "embedded" in parameters else "neither API"
+    return "embedded API" if "embedded" in parameters else ""
