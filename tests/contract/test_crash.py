@@ -274,6 +274,7 @@ class Life:
                 and all(_has_args(pod, args) for pod in pods)
                 and says.get("Progressing") == "UpToDate"
                 and says.get("AdaptersLoaded") == "Loaded"
+                and says.get("Degraded") == "AsExpected"
                 and generations == {model["metadata"]["generation"]}
             )
 
@@ -379,7 +380,8 @@ async def test_whenever_the_operator_is_killed_the_end_is_the_same(api_server, t
     async def one(k: int, when: str) -> None:
         async with free:
             outcome, made, killed = await _life(api_server, tmp_path / f"{k}-{when}", (k, when))
-        assert _differences(expected, outcome) == [], f"killed {when} call {k} of {made}"
+        different = _differences(expected, outcome)
+        assert not different, f"{different}; killed {when} call {k} of {made}"
         if not killed:  # this life needed fewer calls: what is told in Events may differ by a few
             missed.append((k, when))
 
