@@ -59,6 +59,7 @@ asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
 soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SOAK_SECONDS (600)
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
+	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
 	$(BIN)/python tests/soak/soak.py
 
 clean:  ## everything that was built

@@ -25,7 +25,7 @@ from kubeai.engines.adapters import url_hash
 from kubeai.kube import CONFIGMAPS, JOBS, MODELS, PODS, PVCS, ApiError, Kube
 
 pytestmark = pytest.mark.timeout(400)
-STEP = int(os.environ.get("CRASH_STEP", "4"))  # 1: every change, as CI does
+STEP = int(os.environ.get("CRASH_STEP", "4"))  # 1: every change, as CI does on the real API
 LIVES_AT_ONCE = 8
 LIFE_TIMEOUT_S = 90.0
 CLAIM = "shared-model-cache-fast"
