@@ -164,6 +164,8 @@ class Claims:
         return self._jobs.get(name, (0, None))[1]
 
     def _wait_s(self, uid: str, load: Job | None) -> float | None:
+        if load is not None and load.owner == uid and load.complete:
+            self._patience.pop(uid, None)
         patience = self._patience.get(uid)
         if load is not None and load.owner == uid and load.failed:
             patience = self._patience.setdefault(uid, _Patience())

@@ -99,6 +99,11 @@ async def test_a_load_that_fails_is_told_and_tried_again_less_and_less_often(wor
     world.job_end = "Complete"
     await world.settled(1, 1, limit_s=RETRY_MAX_S + 60.0)
     assert world.condition("Degraded") == ("False", "AsExpected")
+    world.job_end = None  # and what failed once is no news when the files are loaded again
+    world.kube._keep(PVCS, world.kube.objects[CLAIM], "DELETED")
+    await world.until(lambda: world.condition("CacheLoaded") == ("False", "Loading"))
+    await asyncio.sleep(5.0)
+    assert world.condition("Degraded") == ("False", "AsExpected")
 
 
 async def test_a_claim_that_was_deleted_is_made_and_filled_anew(world):
