@@ -105,7 +105,7 @@ class Claims:
         self._patience: dict[str, _Patience] = {}  # uid of a Model →
 
     async def run(self) -> None:
-        """Follow both collections, for ever, once :meth:`view` has been asked."""
+        """Follow both collections, for ever, once :attr:`pending` has been asked."""
         await self._needed.wait()
         await asyncio.gather(
             self._kube.follow(
@@ -128,12 +128,17 @@ class Claims:
 
     # -- reading ---------------------------------------------------------------------------------
 
+    @property
+    def pending(self) -> bool:
+        """Whether they are still being read for the first time; asking begins it."""
+        self._needed.set()
+        return any(not why for why in self._unlisted.values())
+
     def view(self, model: Model, troubles: dict[str, Trouble]) -> tuple[CacheView, float | None]:
         """What is known of the Model's cache, and seconds until loading may be tried again.
 
         ``troubles``: what keeps the pods of Jobs from getting on, by the Job's purpose.
         """
-        self._needed.set()
         if unknown := self._unknown():
             return CacheView(unknown=unknown), None
         name, uid = model.metadata.name, model.metadata.uid

@@ -149,6 +149,8 @@ class Controller:
             if name in self._memories and self._memories[name].uid != uid:
                 self._forget(name)
             memory = self._memories.setdefault(name, _Memory(uid))
+            if has_cache(model) and self.claims.pending:
+                return again_s  # nothing may be said of its files; that they are known is news
             return _sooner(again_s, await self._round(model, memory))
         except NotLeader:
             return None

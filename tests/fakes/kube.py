@@ -48,6 +48,7 @@ class FakeKube:
         self.after = lambda verb, plural, name: None  # may raise: it is done, the answer is lost
         self.admit = lambda obj: obj
         self.most_pods = 0
+        self.list_s = 0.0  # how long the lists of `follow` take
         self.missing = set()  # resources that the API does not serve
         self.executed = None  # (pod, command, container) → ExecResult
 
@@ -154,6 +155,7 @@ class FakeKube:
         while r.plural in self.missing:
             failed(ApiError(404, "NotFound", "the server could not find the requested resource"))
             await asyncio.sleep(1.0)
+        await asyncio.sleep(self.list_s)
         found = [copy.deepcopy(o) for (p, _), o in self.objects.items() if p == r.plural]
         replaced([self._as(obj, type) for obj in found])
 

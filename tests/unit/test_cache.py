@@ -116,6 +116,31 @@ async def test_a_claim_that_was_deleted_is_made_and_filled_anew(world):
     assert world.kube.count("create", "jobs") == 2
 
 
+async def test_a_restarted_operator_says_nothing_of_a_cache_before_it_knows(world):
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.settled(1, 1)
+    await world.stop()
+    writes = len(world.kube.writes)
+    world.kube.list_s = 20.0
+    world.start(CONFIG)
+    await asyncio.sleep(10.0)
+    assert len(world.kube.writes) == writes
+    world.apply(replicas=2)
+    await world.settled(2, 2)
+    assert world.kube.count("create", "jobs") == 1
+
+
+async def test_a_cache_that_cannot_be_read_is_told(world):
+    world.kube.missing.add("persistentvolumeclaims")
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.until(lambda: world.condition("CacheLoaded") == ("False", "Unknown"))
+    assert world.pods() == []
+    world.kube.missing.clear()
+    await world.settled(1, 1)
+
+
 async def test_a_models_files_concern_no_other_model(world):
     world.start(CONFIG)
     for n in range(20):
