@@ -64,7 +64,8 @@ from kubeai.operator.operator import POD_SELECTOR
 from kubeai.operator.pods import PodObject, observe
 from kubeai.supervisor import Supervisor
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "contract"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "contract"))
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
 PARTS = ("wake", "burst", "leaving", "scale", "storm", "takeover")
