@@ -54,6 +54,9 @@ class Proxy:
         """
         self._cut = k, when, kill
 
+    def uncut(self) -> None:
+        self._cut = None
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         execs = request.path.endswith("/exec")
         if not execs and (request.method == "GET" or "/leases" in request.path):
