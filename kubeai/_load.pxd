@@ -134,6 +134,8 @@ cdef class LoadTable:
     cdef int _check_writer(self) except -1
     cdef int _check_column(self, int column) except -1
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept
+    cdef int64_t _here(self, size_t row) noexcept
+    cdef uint64_t _ended(self, size_t row) noexcept
     cdef inline bint lives(self, size_t row, uint32_t generation) noexcept:
         """Whether this is the row's present life; a row never opened (0) has none."""
         return generation != 0 and get_u32(&self.generations[row]) == generation

@@ -34,6 +34,8 @@ class LoadTable:
     def open_row(self, row: int) -> int:
         """Begin a new life of a free row: counters zeroed, a new generation, which is returned."""
     def generation(self, row: int) -> int: ...
+    def set_peers(self, row: int, generation: int, in_flight: int) -> None:
+        """Other replicas have so many picks of the row in flight; nothing in its other lives."""
     def row_is_zero(self, row: int) -> bool:
         """Whether no column holds a gauge (active, held, in-flight) in this row."""
     def clear_column(self, column: int) -> None:
@@ -46,6 +48,10 @@ class LoadTable:
         """Requests of a model that wait for an endpoint."""
     def in_flight(self, row: int) -> int:
         """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
+    def in_flight_here(self, row: int) -> int:
+        """The same without those of other replicas of KubeAI."""
+    def ended(self, row: int) -> int:
+        """Requests of a model that are over, however they ended, since the row was opened."""
     def lookups(self, row: int) -> tuple[int, int, int]:
         """Of an endpoint: hash lookups in which it was (initial, final, default) choice."""
     def outcomes(self, row: int, column: int | None = None) -> dict[str, int]:
@@ -81,6 +87,17 @@ class LoadTable:
 
     # -- counting a request: a worker ----------------------------------------------------------
     def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...
+
+@final
+class Readings:
+    """What each row counted, in this replica, when it was last looked at. The supervisor's."""
+
+    def __init__(self, table: LoadTable) -> None: ...
+    def changed(self) -> list[tuple[int, int, int, int]]:
+        """Rows that count something else than at the last call, or live anew, with their counts.
+
+        A list of (row, in flight, active, ended).
+        """
 
 @final
 class Admission:

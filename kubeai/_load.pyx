@@ -6,6 +6,9 @@ read-modify-write and nothing to repair after a SIGKILL but one column. Rows are
 supervisor; each life of a row has a generation, and what was counted in an earlier life is
 released into nothing. A gauge never falls below 0.
 
+In its own column the supervisor puts down what other replicas of KubeAI have in flight, so that a
+pick sees the load that all of them make. Everything else in the table is of this replica alone.
+
 An endpoint that fails is set aside (``ejected``): until a time, and from then on it is on trial, one
 pick each ``TRIAL_S``, until somebody restores it.
 
@@ -16,6 +19,7 @@ The supervisor creates the table; workers attach. ``_ring`` picks through :func:
 """
 
 cimport cython
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 import fcntl
@@ -260,6 +264,14 @@ cdef class LoadTable:
         self._check_row(row)
         return get_u32(&self.generations[row])
 
+    def set_peers(self, Py_ssize_t row, uint32_t generation, int32_t in_flight):
+        """Other replicas have so many picks of the row in flight; nothing in its other lives."""
+        self._check_row(row)
+        if in_flight < 0:
+            raise ValueError(f"in_flight must not be negative, but is {in_flight}")
+        if self.lives(row, generation):
+            put_i32(&self.in_flight_cells[row * self.stride + self.columns - 1], in_flight)
+
     def row_is_zero(self, Py_ssize_t row):
         """Whether no column holds a gauge (active, held, in-flight) in this row."""
         return self.in_flight(row) == 0 and self.active(row) == 0 and self.held(row) == 0
@@ -306,6 +318,31 @@ cdef class LoadTable:
         """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
         self._check_row(row)
         return sum_row(self.in_flight_cells + row * self.stride, self.columns)
+
+    def in_flight_here(self, Py_ssize_t row):
+        """The same without those of other replicas of KubeAI."""
+        self._check_row(row)
+        return self._here(row)
+
+    cdef int64_t _here(self, size_t row) noexcept:
+        cdef int32_t *cells = self.in_flight_cells + row * self.stride
+        return sum_row(cells, self.columns) - get_i32(&cells[self.columns - 1])
+
+    cdef uint64_t _ended(self, size_t row) noexcept:
+        """Requests of a model that are over, however they ended."""
+        cdef uint64_t total = 0
+        cdef int column, outcome
+        for column in range(self.columns - 1):
+            for outcome in range(RETRIED):
+                total += get_u64(
+                    &self.outcome_cells[OUTCOMES * (<size_t> column * self.rows + row) + outcome]
+                )
+        return total
+
+    def ended(self, Py_ssize_t row):
+        """Requests of a model that are over, however they ended, since the row was opened."""
+        self._check_row(row)
+        return self._ended(row)
 
     def lookups(self, Py_ssize_t row):
         """Of an endpoint: hash lookups in which it was (initial, final, default) choice."""
@@ -459,6 +496,60 @@ cdef class LoadTable:
             bucket += 1
         count(&column.iterations[bucket], 1)
         count(&column.iterations_sum, iterations)
+
+
+cdef struct Reading:
+    uint32_t generation
+    int64_t in_flight
+    int64_t active
+    uint64_t ended
+
+
+@cython.final
+cdef class Readings:
+    """What each row counted, in this replica, when it was last looked at. The supervisor's."""
+
+    cdef LoadTable table
+    cdef Reading *last
+
+    def __init__(self, LoadTable table not None):
+        self.table = table
+        self.last = <Reading *> calloc(table.rows, sizeof(Reading))
+        if self.last == NULL:
+            raise MemoryError(f"readings of {table.rows} rows")
+
+    def __dealloc__(self):
+        free(self.last)
+
+    def changed(self):
+        """Rows that count something else than at the last call, or live anew, with their counts.
+
+        A list of (row, in flight, active, ended).
+        """
+        cdef LoadTable table = self.table
+        table._check_row(0)
+        cdef size_t row
+        cdef size_t used = get_u64(&table.header.rows_used)
+        cdef size_t kind_cells = <size_t> table.columns * table.rows
+        cdef Reading now
+        cdef Reading *last
+        cdef list changed = []
+        for row in range(used):
+            now.generation = get_u32(&table.generations[row])
+            now.in_flight = table._here(row)
+            now.active = table._sum_columns(table.active_cells, row)
+            now.active += table._sum_columns(table.active_cells + kind_cells, row)
+            now.ended = table._ended(row)
+            last = &self.last[row]
+            if (
+                now.generation != last.generation
+                or now.in_flight != last.in_flight
+                or now.active != last.active
+                or now.ended != last.ended
+            ):
+                last[0] = now
+                changed.append((row, now.in_flight, now.active, now.ended))
+        return changed
 
 
 @cython.final

@@ -152,6 +152,7 @@ async def _serve(host: str, port: int, workers: int) -> None:
             kube,
             config,
             namespace=os.environ.get("POD_NAMESPACE") or kube.namespace,
+            pod=os.environ.get("POD_NAME", ""),
             identity=os.environ.get("POD_NAME") or f"{socket.gethostname()}-{os.getpid()}",
             host=host,
             port=port,

@@ -10,7 +10,7 @@ The supervisor owns one :class:`Metrics` and serves what it renders at ``metrics
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -32,11 +32,16 @@ _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
 
 
 class Metrics:
-    """All metrics of this replica of KubeAI."""
+    """All metrics of this replica of KubeAI. ``peers``: the silence of each other one, in s."""
 
-    def __init__(self, table: LoadTable, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        table: LoadTable,
+        publisher: Publisher,
+        peers: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(LoadCollector(table, publisher))
+        self._registry.register(LoadCollector(table, publisher, peers))
         ProcessCollector(registry=self._registry)  # of the supervisor
 
     def render(self, accept: str) -> tuple[bytes, str]:
@@ -48,9 +53,15 @@ class Metrics:
 class LoadCollector(Collector):
     """The load table's cells as metric families."""
 
-    def __init__(self, table: LoadTable, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        table: LoadTable,
+        publisher: Publisher,
+        peers: Callable[[], Mapping[str, float]],
+    ) -> None:
         self._table = table
         self._publisher = publisher
+        self._peers = peers
 
     def describe(self) -> Iterable[Metric]:
         return ()  # spares the registry a collection while it registers
@@ -61,6 +72,7 @@ class LoadCollector(Collector):
         yield from self._endpoints(snapshot.routes)
         yield self._iterations()
         yield from self._hinge(snapshot.version)
+        yield self._silences()
         yield InfoMetricFamily("kubeai_build", "This program.", {"version": __version__})
 
     def _models(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
@@ -100,7 +112,7 @@ class LoadCollector(Collector):
     def _endpoints(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         in_flight = GaugeMetricFamily(
             "kubeai_endpoint_requests_in_flight",
-            "Requests sent to an endpoint and not yet ended.",
+            "Requests sent to an endpoint by this replica and not yet ended.",
             labels=("request_model", "endpoint"),
         )
         choices = [
@@ -122,7 +134,7 @@ class LoadCollector(Collector):
             hashed = route.strategy == "PrefixHash"
             for endpoint in route.endpoints:
                 in_flight.add_metric(
-                    (route.model, endpoint.name), self._table.in_flight(endpoint.row)
+                    (route.model, endpoint.name), self._table.in_flight_here(endpoint.row)
                 )
                 ejected.add_metric(
                     (route.model, endpoint.name), float(self._table.ejected_until(endpoint.row) > 0)
@@ -159,3 +171,13 @@ class LoadCollector(Collector):
         for column in range(self._table.columns - 1):
             applied.add_metric((str(column),), self._table.acknowledged(column))
         yield applied
+
+    def _silences(self) -> Metric:
+        silences = GaugeMetricFamily(
+            "kubeai_peer_silence_seconds",
+            "How long ago another replica of KubeAI told its loads.",
+            labels=("peer",),
+        )
+        for address, silence_s in self._peers().items():
+            silences.add_metric((address,), silence_s)
+        return silences

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, Protocol
 
@@ -73,12 +74,19 @@ class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
 # -- the supervisor's side -------------------------------------------------------------------------
 
 
+class Owner(msgspec.Struct, frozen=True):
+    """Whom a row of the load table counts for: a model, or one of its endpoints."""
+
+    model: str
+    endpoint: str = ""
+
+
 class Publisher:
     """Gives every model and endpoint a row of the load table, and every change a version.
 
     A row has one owner at a time. It is dropped when its model or endpoint goes, and used again
     only when every live worker has acknowledged the version that dropped it and all its cells are
-    0: until then some request may still count in it.
+    0: until then some request may still count in it, and ``owners`` has it.
     """
 
     def __init__(self, table: LoadTable) -> None:
@@ -88,6 +96,8 @@ class Publisher:
         self._unused = 0  # the first row that never had an owner
         self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
         self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+        self.owners: dict[int, Owner] = {}  # of each row that is in use
+        self._rows_of: Counter[Owner] = Counter()  # two, while an endpoint that left is back
 
     def update(self, model: str, route: Route | None) -> Delta | None:
         """Take a model's new route (rows and order of endpoints are ignored), or its end.
@@ -106,23 +116,32 @@ class Publisher:
                 return None
             self._routes[model] = new
         self.version += 1
-        kept = _rows(new)
-        self._dropped += [(row, self.version) for row in _rows(old) - kept]
+        for row in _rows(old) - _rows(new):
+            self._table.set_peers(row, self._table.generation(row), 0)
+            self._dropped.append((row, self.version))
         return Delta(self.version, model, new)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.version, tuple(self._routes.values()))
 
-    def reclaim(self, acknowledged: Iterable[int]) -> None:
-        """Free what was dropped. ``acknowledged``: the version each live worker has applied."""
+    def reclaim(self, acknowledged: Iterable[int]) -> list[int]:
+        """Free what was dropped; the rows. ``acknowledged``: the version of each live worker."""
+        if not self._dropped:
+            return []
         safe = min(acknowledged, default=self.version)
-        waiting = []
+        waiting, freed = [], []
         for row, version in self._dropped:
             if version <= safe and self._table.row_is_zero(row):
                 heapq.heappush(self._free, row)
+                freed.append(row)
+                owner = self.owners.pop(row)
+                self._rows_of[owner] -= 1
+                if not self._rows_of[owner]:
+                    del self._rows_of[owner]
             else:
                 waiting.append((row, version))
         self._dropped = waiting
+        return freed
 
     def models(self) -> list[str]:
         return list(self._routes)
@@ -136,18 +155,36 @@ class Publisher:
         route = self._routes.get(model)
         return {} if route is None else {e.name: e.row for e in route.endpoints}
 
+    def route(self, model: str) -> Route | None:
+        """As published: with rows and generations."""
+        return self._routes.get(model)
+
+    def in_use(self, model: str, endpoint: str) -> bool:
+        """Whether a worker may still send requests to an endpoint, or has some there."""
+        return Owner(model, endpoint) in self._rows_of
+
     def _with_rows(self, route: Route, old: Route | None) -> Route:
         known = {} if old is None else {e.name: e for e in old.endpoints}
         wanted = {e.name: e for e in route.endpoints}
         fresh = [name for name in wanted if name not in known]
         rows = iter(self._open_rows(len(fresh) + (old is None)))
-        row, generation = (old.row, old.generation) if old is not None else next(rows)
+        if old is not None:
+            row, generation = old.row, old.generation
+        else:
+            row, generation = self._own(next(rows), Owner(route.model))
         endpoints = []
         for name in sorted(wanted):
-            before = known.get(name)
-            lease = (before.row, before.generation) if before is not None else next(rows)
+            if (before := known.get(name)) is not None:
+                lease = before.row, before.generation
+            else:
+                lease = self._own(next(rows), Owner(route.model, name))
             endpoints.append(replace(wanted[name], row=lease[0], generation=lease[1]))
         return replace(route, endpoints=tuple(endpoints), row=row, generation=generation)
+
+    def _own(self, lease: tuple[int, int], owner: Owner) -> tuple[int, int]:
+        self.owners[lease[0]] = owner
+        self._rows_of[owner] += 1
+        return lease
 
     def _open_rows(self, count: int) -> list[tuple[int, int]]:
         """All of ``count`` rows with their generations, or an error and none."""

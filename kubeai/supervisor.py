@@ -28,6 +28,7 @@ from kubeai.gateway.tracing import check_tracing
 from kubeai.kube import Kube
 from kubeai.metrics import Metrics
 from kubeai.operator import Operator
+from kubeai.peers import LOADS_PATH, Peers
 from kubeai.routing import Publisher, Route
 
 log = structlog.get_logger(__name__)
@@ -89,22 +90,19 @@ def refuse_unserved(config: SystemConfig) -> None:
         raise ConfigError(
             "messaging.streams", "requests by message are not served in this version; remove them"
         )
-    if config.fixed_self_metric_addrs:
-        raise ConfigError(
-            "fixedSelfMetricAddrs", "other replicas are not asked in this version; remove it"
-        )
 
 
-class TableLoads:
-    """What the operator asks of the load table, by name."""
+class AllLoads:
+    """What the operator asks of the load table and of the other replicas, by name."""
 
-    def __init__(self, table: LoadTable, publisher: Publisher) -> None:
+    def __init__(self, table: LoadTable, publisher: Publisher, peers: Peers) -> None:
         self._table = table
         self._publisher = publisher
+        self._peers = peers
 
     def active(self, model: str) -> int:
         row = self._publisher.row(model)
-        return 0 if row is None else self._table.active(row)
+        return self._peers.active(model) + (0 if row is None else self._table.active(row))
 
     def held(self, model: str) -> int:
         row = self._publisher.row(model)
@@ -113,6 +111,9 @@ class TableLoads:
     def in_flight(self, model: str, endpoint: str) -> int:
         row = self._publisher.endpoint_rows(model).get(endpoint)
         return 0 if row is None else self._table.in_flight(row)
+
+    def in_use(self, model: str, endpoint: str) -> bool:
+        return self._publisher.in_use(model, endpoint) or self._peers.routes(endpoint)
 
 
 class Worker:
@@ -200,8 +201,9 @@ class Worker:
 class Supervisor:
     """Wires the two halves together and keeps the processes alive.
 
-    ``identity`` names this replica of KubeAI as holder of the lease. ``started`` is called once,
-    when every worker accepts requests.
+    ``identity`` names this replica of KubeAI as holder of the lease, ``pod`` is the pod that it is,
+    by whose labels the other replicas are found (empty: there are none). ``started`` is called
+    once, when every worker accepts requests.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class Supervisor:
         *,
         namespace: str,
         identity: str,
+        pod: str = "",
         host: str = "0.0.0.0",
         port: int = 8000,
         workers: int = 1,
@@ -223,13 +226,22 @@ class Supervisor:
         self.config = config
         self.table = LoadTable.create(TABLE_ROWS, workers)
         self.publisher = Publisher(self.table)
+        self.peers = Peers(
+            kube,
+            namespace,
+            identity,
+            self.table,
+            self.publisher,
+            pod=pod,
+            addresses=config.fixed_self_metric_addrs,
+        )
         self.operator = Operator(
             kube,
             config,
             namespace=namespace,
             identity=identity,
             publish=self._publish,
-            loads=TableLoads(self.table, self.publisher),
+            loads=AllLoads(self.table, self.publisher, self.peers),
         )
         self.synced = False
         self.stopping = False
@@ -240,7 +252,7 @@ class Supervisor:
         listeners = listen(host, port, workers)
         self.port: int = listeners[0].getsockname()[1]
         self._workers = [Worker(self, column, sock) for column, sock in enumerate(listeners)]
-        self._metrics = Metrics(self.table, self.publisher)
+        self._metrics = Metrics(self.table, self.publisher, self.peers.silences_s)
         self._stop = asyncio.Event()
         self._signals = 0
 
@@ -252,7 +264,10 @@ class Supervisor:
         except KubeAIError as error:  # the table is full: the model keeps the route it had
             log.error("route not published", model=model, error=str(error))
             return
-        if delta is not None and self.synced:
+        if delta is None:
+            return
+        self.peers.rerouted(model)
+        if self.synced:
             for worker in self._workers:
                 worker.send(delta)
 
@@ -281,6 +296,7 @@ class Supervisor:
         background = [
             asyncio.create_task(self._hand_out_routes()),
             asyncio.create_task(self._sweep()),
+            asyncio.create_task(self.peers.run(parse_address(self.metrics_address)[1])),
         ]
         try:
             await self._stop.wait()
@@ -298,6 +314,7 @@ class Supervisor:
             for task in (operator, *lives, *background):
                 task.cancel()
             await asyncio.gather(operator, *lives, *background, return_exceptions=True)
+            self.peers.close()
             await runner.cleanup()
             for worker in self._workers:
                 worker.listener.close()
@@ -331,9 +348,10 @@ class Supervisor:
         """Free rows that nobody uses; notice demand whose wake-up was lost."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            self.publisher.reclaim(
+            freed = self.publisher.reclaim(
                 self.table.acknowledged(worker.column) for worker in self._workers if worker.alive
             )
+            self.peers.freed(freed)
             for model in self.publisher.models():
                 row = self.publisher.row(model)
                 if (
@@ -361,9 +379,13 @@ class Supervisor:
     # -- pages -------------------------------------------------------------------------------------
 
     async def _serve_pages(self) -> web.AppRunner:
-        """``/metrics`` on one address, ``/healthz`` and ``/readyz`` on the other."""
+        """``/metrics`` on one address, ``/healthz`` and ``/readyz`` on the other.
+
+        Beside ``/metrics``, what other replicas listen to.
+        """
         app = web.Application()
         app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get(LOADS_PATH, self.peers.serve)
         app.router.add_get("/healthz", self._get_healthz)
         app.router.add_get("/readyz", self._get_readyz)
         runner = web.AppRunner(app, access_log=None)

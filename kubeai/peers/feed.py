@@ -1,0 +1,162 @@
+"""What this replica tells the others: its own loads, as they change.
+
+Owns the stream of ``GET /loads``. It reads the load table every ``TICK_S`` while somebody listens,
+not at all otherwise. One who reads slowly gets fewer and larger frames, never a longer queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from aiohttp import web
+
+from kubeai._load import LoadTable, Readings
+from kubeai.peers import wire
+from kubeai.routing import Owner, Publisher
+
+TICK_S = 0.05
+LISTENERS_MAX = 64
+WRITE_TIMEOUT_S = 5.0
+GONE_MAX_ENDPOINTS = 10_000  # remembered as gone, for those who have not been told
+
+
+class Feed:
+    """The loads of this replica by name, and when each last changed."""
+
+    def __init__(self, identity: str, table: LoadTable, publisher: Publisher) -> None:
+        self._identity = identity
+        self._table = table
+        self._publisher = publisher
+        self._readings = Readings(table)
+        self._rows: dict[Owner, set[int]] = {}  # two, while an endpoint that left is back
+        self._owners: dict[int, Owner] = {}
+        self._frames = 0  # how often anything was new
+        self._changed: OrderedDict[Owner, int] = OrderedDict()  # in which frame, oldest first
+        self._listeners = 0
+        self._somebody = asyncio.Event()
+        self._news = asyncio.Event()
+        self._closed = False
+
+    async def run(self) -> None:
+        """Read the table, for ever."""
+        while True:
+            await self._somebody.wait()
+            self.read()
+            await asyncio.sleep(TICK_S)
+
+    def close(self) -> None:
+        """End every stream."""
+        self._closed = True
+        self._wake()
+
+    # -- what is told ----------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Look at the table now; those who listen hear of what is new."""
+        touched = set()
+        for row, *_ in self._readings.changed():
+            owner = self._publisher.owners.get(row)
+            if owner is None:
+                continue  # free again
+            if self._owners.get(row, owner) != owner:
+                touched |= self._forget(row)
+            self._owners[row] = owner
+            self._rows.setdefault(owner, set()).add(row)
+            touched.add(owner)
+        self._note(touched)
+
+    def freed(self, rows: Iterable[int]) -> None:
+        """Nobody can count in these rows any more."""
+        touched: set[Owner] = set()
+        for row in rows:
+            touched |= self._forget(row)
+        self._note(touched)
+
+    def _forget(self, row: int) -> set[Owner]:
+        owner = self._owners.pop(row, None)
+        if owner is None:
+            return set()
+        rows = self._rows[owner]
+        rows.discard(row)
+        if not rows:
+            del self._rows[owner]
+        return {owner}
+
+    def _note(self, touched: set[Owner]) -> None:
+        if not touched:
+            return
+        self._frames += 1
+        for owner in touched:
+            self._changed[owner] = self._frames
+            self._changed.move_to_end(owner)
+        gone = len(self._changed) - len(self._rows)
+        if gone > GONE_MAX_ENDPOINTS or (gone and not self._listeners):
+            for owner in [owner for owner in self._changed if owner not in self._rows]:
+                del self._changed[owner]
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def since(self, frame: int) -> wire.Loads:
+        """What has changed after a frame; everything after frame 0."""
+        loads = wire.Loads({}, {})
+        for owner in reversed(self._changed):
+            if self._changed[owner] <= frame:
+                break
+            rows = self._rows.get(owner)
+            if owner.endpoint:
+                loads.endpoints[owner.endpoint] = self._in_flight(rows) if rows else wire.GONE
+            else:
+                loads.models[owner.model] = self._counts(rows) if rows else None
+        return loads
+
+    def _in_flight(self, rows: set[int]) -> int:
+        return min(sum(self._table.in_flight_here(row) for row in rows), wire.COUNT_MAX)
+
+    def _counts(self, rows: set[int]) -> tuple[int, int]:
+        active = sum(self._table.active(row) for row in rows)
+        return min(active, wire.COUNT_MAX), sum(self._table.ended(row) for row in rows)
+
+    # -- who listens -----------------------------------------------------------------------------
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """``GET /loads``, for as long as the other stays."""
+        if self._listeners >= LISTENERS_MAX:
+            raise web.HTTPServiceUnavailable(text=f"{LISTENERS_MAX} replicas listen already\n")
+        response = web.StreamResponse(headers={"Content-Type": wire.CONTENT_TYPE})
+        await response.prepare(request)
+        self._listeners += 1
+        self._somebody.set()
+        try:
+            self.read()
+            await self._tell(response)
+        except (ConnectionError, TimeoutError):
+            pass  # it left, or does not read
+        finally:
+            self._listeners -= 1
+            if not self._listeners:
+                self._somebody.clear()
+        return response
+
+    async def _tell(self, response: web.StreamResponse) -> None:
+        await self._write(response, wire.encode(wire.Hello(self._identity)))
+        told = 0
+        while not self._closed:
+            frame, loads, news = self._frames, self.since(told), self._news
+            told = frame
+            await self._write(response, wire.encode(loads))
+            if self._frames > told:
+                continue
+            try:
+                async with asyncio.timeout(wire.HEARTBEAT_S):
+                    await news.wait()
+            except TimeoutError:
+                pass  # nothing new: say so
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)

@@ -1,0 +1,554 @@
+"""One view of load: what replicas tell each other, and what a bad one cannot do."""
+
+import asyncio
+import contextlib
+from collections import Counter
+
+import aiohttp
+import pytest
+from aiohttp import web
+from harness import until
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kubeai._load import LoadTable
+from kubeai._ring import Ring
+from kubeai.kube import ApiError
+from kubeai.metrics import Metrics
+from kubeai.peers import LOADS_PATH, Peers, wire
+from kubeai.peers.discovery import selector
+from kubeai.peers.feed import LISTENERS_MAX
+from kubeai.peers.listener import read_metrics
+from kubeai.peers.view import HOLD_S, NAMES_MAX, STALE_S, View
+from kubeai.routing import Endpoint, Publisher, Route
+
+
+class Kube:
+    """Pods of replicas, as the API would tell of them."""
+
+    def __init__(self, pods=()):
+        self.pods = {name: _pod(name, ip) for name, ip in pods}
+        self.followers = []
+
+    async def get(self, resource, name, namespace):
+        if name not in self.pods:
+            raise ApiError(404, "NotFound", name)
+        return self.pods[name]
+
+    async def follow(self, resource, namespace, *, labels, type, replaced, changed):
+        import msgspec
+
+        self.labels = labels
+        self.followers.append(lambda kind, pod: changed(kind, msgspec.convert(pod, type)))
+        replaced([msgspec.convert(pod, type) for pod in self.pods.values()])
+        await asyncio.Event().wait()
+
+    def tell(self, kind, name, ip, phase="Running"):
+        for follower in self.followers:
+            follower(kind, _pod(name, ip, phase))
+
+
+def _pod(name, ip, phase="Running"):
+    labels = {"app.kubernetes.io/name": "kubeai", "app.kubernetes.io/instance": "ai"}
+    return {"metadata": {"name": name, "labels": labels}, "status": {"phase": phase, "podIP": ip}}
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Replica:
+    """One replica's load table with a worker, its routes, its peers, and its page of loads."""
+
+    def __init__(self, name="one", addresses=(), kube=None, pod="", port=None):
+        self.clock = Clock()
+        self.table = LoadTable.create(64, 1)
+        self.worker = LoadTable.attach(self.table.fd, 0)
+        self.publisher = Publisher(self.table)
+        self.peers = Peers(
+            kube or Kube(),
+            "ns",
+            name,
+            self.table,
+            self.publisher,
+            pod=pod,
+            addresses=addresses,
+            clock=self.clock,
+        )
+        self.port = port
+        self.held = []
+
+    async def __aenter__(self):
+        app = web.Application()
+        app.router.add_get(LOADS_PATH, self.peers.serve)
+        self._runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        port = self._runner.addresses[0][1]
+        self.address = f"127.0.0.1:{port}"
+        self._task = asyncio.create_task(self.peers.run(self.port or port))
+        return self
+
+    async def __aexit__(self, *_):
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self.peers.close()
+        await self._runner.cleanup()
+        self.held.clear()
+        self.worker.close()
+        self.table.close()
+
+    def route(self, *pods, model="m"):
+        """The model has these endpoints from now on."""
+        endpoints = tuple(Endpoint(pod, "10.0.0.1:8000") for pod in pods)
+        route = Route(model, "VLLM", endpoints=endpoints)
+        self.publisher.update(model, route)
+        self.peers.rerouted(model)
+        self.worker.acknowledge(self.publisher.version)
+        return self.publisher.route(model)
+
+    def ring(self, model="m"):
+        route = self.publisher.route(model)
+        ring = Ring(self.worker, route.row, route.generation)
+        for endpoint in route.endpoints:
+            ring.set(endpoint.name, endpoint.row, endpoint.generation)
+        return ring
+
+    def serve(self, pod, count=1, model="m"):
+        """So many requests to an endpoint, of this replica."""
+        route = self.publisher.route(model)
+        (endpoint,) = (e for e in route.endpoints if e.name == pod)
+        ring = Ring(self.worker, route.row, route.generation)
+        ring.set(pod, endpoint.row, endpoint.generation)
+        self.held += [ring.pick_least() for _ in range(count)]
+
+    def in_flight(self, pod, model="m"):
+        return self.table.in_flight(self.publisher.endpoint_rows(model)[pod])
+
+    def reclaim(self):
+        self.peers.freed(self.publisher.reclaim([self.worker.acknowledged(0)]))
+
+
+@contextlib.asynccontextmanager
+async def two():
+    """The second listens to the first."""
+    async with Replica("one") as one, Replica("two", [one.address]) as two:
+        yield one, two
+
+
+@contextlib.asynccontextmanager
+async def page(handler, path=LOADS_PATH):
+    """Some other program's page at the address of a peer."""
+    app = web.Application()
+    app.router.add_get(path, handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+# -- one view --------------------------------------------------------------------------------------
+
+
+async def test_a_pick_sees_what_other_replicas_have_in_flight():
+    async with two() as (one, other):
+        one.route("a", "b"), other.route("a", "b")
+        one.serve("a", 3)
+        await until("it is seen", lambda: other.in_flight("a") == 3)
+        row = other.publisher.row("m")
+        assert other.table.in_flight(row) == 3
+        ring = other.ring()
+        picks = [ring.pick_least() for _ in range(3)]
+        assert [pick.name for pick in picks] == ["b"] * 3
+        del picks
+        one.held.clear()
+        await until("it is over", lambda: other.in_flight("a") == 0)
+        assert other.table.in_flight(row) == 0
+
+
+async def test_a_hashed_pick_is_bounded_by_the_load_of_all_replicas():
+    async with two() as (one, other):
+        one.route("a", "b"), other.route("a", "b")
+        ring = other.ring()
+        key = next(k << 54 for k in range(1024) if ring.lookup(k << 54) == "a")
+        one.serve("a", 8)
+        await until("it is seen", lambda: other.in_flight("a") == 8)
+        pick = ring.pick_hashed(key)
+        assert (pick.first, pick.first_load, pick.name) == ("a", 8, "b")
+        pick.release()
+
+
+async def test_what_is_active_and_what_ended_is_told_by_model():
+    async with two() as (one, other):
+        route = one.route("a")
+        early = one.worker.admit(route.row, route.generation)
+        early.count("2xx")
+        early.close()
+        admissions = [one.worker.admit(route.row, route.generation) for _ in range(4)]
+        await until("they are seen", lambda: other.peers.active("m") == 4)
+        assert other.peers.ended("m") == 0, "what ended before it was listened to is no news"
+        for admission in admissions[:3]:
+            admission.count("5xx")
+            admission.close()
+        await until("ends are seen", lambda: other.peers.ended("m") == 3)
+        assert other.peers.active("m") == 1
+        admissions[3].close()
+
+
+async def test_metrics_are_of_this_replica_alone():
+    async with two() as (one, other):
+        one.route("a"), other.route("a")
+        one.serve("a", 2)
+        await until("it is seen", lambda: other.in_flight("a") == 2)
+        metrics = Metrics(other.table, other.publisher, other.peers.silences_s)
+        text = metrics.render("")[0].decode()
+        assert 'in_flight{endpoint="a",request_model="m"} 0.0' in text
+        assert f'kubeai_peer_silence_seconds{{peer="{one.address}"}} 0.0' in text
+
+
+async def test_an_endpoint_is_in_use_until_no_worker_can_send_it_anything():
+    async with two() as (one, other):
+        one.route("a", "b")
+        await until("both are routed to", lambda: other.peers.routes("a"))
+        one.serve("a")
+        one.route("b")
+        one.reclaim()
+        await until("its load is told", lambda: other.peers.in_flight("a") == 1)
+        assert other.peers.routes("a"), "a request is still there"
+        one.held.clear()
+        one.reclaim()
+        await until("nobody uses it", lambda: not other.peers.routes("a"))
+        assert other.peers.routes("b")
+
+
+async def test_an_endpoint_that_left_and_is_back_counts_with_both_its_rows():
+    async with two() as (one, other):
+        one.route("a")
+        one.serve("a", 2)
+        one.route()
+        one.route("a")
+        one.serve("a", 1)
+        await until("all three are told", lambda: other.peers.in_flight("a") == 3)
+        del one.held[:2]
+        one.reclaim()
+        await until("the first two are over", lambda: other.peers.in_flight("a") == 1)
+        assert other.peers.routes("a")
+
+
+async def test_a_row_that_is_used_again_has_nothing_of_the_peers_of_its_last_owner():
+    async with two() as (one, other):
+        one.route("a"), other.route("a")
+        one.serve("a", 5)
+        await until("it is seen", lambda: other.in_flight("a") == 5)
+        row = other.publisher.endpoint_rows("m")["a"]
+        other.route()
+        assert other.table.in_flight(row) == 0
+        assert other.table.in_flight(other.publisher.row("m")) == 0
+        other.reclaim()
+        other.route("b")
+        assert other.publisher.endpoint_rows("m") == {"b": row}
+        one.serve("a")
+        await until("more is told", lambda: other.peers.in_flight("a") == 6)
+        assert other.in_flight("b") == 0
+
+
+async def test_an_endpoint_that_is_known_later_has_its_load_at_once():
+    async with two() as (one, other):
+        one.route("a")
+        one.serve("a", 5)
+        await until("it is told", lambda: other.peers.in_flight("a") == 5)
+        other.route("a")
+        assert other.in_flight("a") == 5
+
+
+async def test_a_model_that_is_gone_is_forgotten():
+    async with two() as (one, other):
+        one.route("a", model="gone")
+        await until("it is known", lambda: other.peers.routes("a"))
+        one.publisher.update("gone", None)
+        one.peers.rerouted("gone")
+        one.worker.acknowledge(one.publisher.version)
+        one.reclaim()
+        await until("it is not", lambda: not other.peers.routes("a"))
+        (peer,) = other.peers._view.peers.values()
+        await until("nothing is left", lambda: not peer.models)
+
+
+# -- who there is ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (
+            {
+                "app.kubernetes.io/name": "kubeai",
+                "app.kubernetes.io/instance": "my-release",
+                "helm.sh/chart": "kubeai-1",
+                "pod-template-hash": "x",
+            },
+            "app.kubernetes.io/name=kubeai,app.kubernetes.io/instance=my-release",
+        ),
+        ({"app": "ai", "tier": "edge", "pod-template-hash": "x"}, "app=ai,tier=edge"),
+        ({"pod-template-hash": "x"}, ""),
+    ],
+)
+def test_replicas_are_found_by_the_labels_of_their_release(labels, expected):
+    assert selector(labels) == expected
+
+
+async def test_pods_of_the_release_are_listened_to_while_they_are_there():
+    async with Replica("kubeai-1") as one:
+        one.route("a")
+        one.serve("a", 2)
+        port = int(one.address.rpartition(":")[2])
+        kube = Kube([("kubeai-1", "127.0.0.1"), ("kubeai-2", "127.0.0.2")])
+        async with Replica("kubeai-2", kube=kube, pod="kubeai-2", port=port) as other:
+            other.route("a")
+            await until("it is seen", lambda: other.in_flight("a") == 2)
+            assert list(other.peers.silences_s()) == [one.address]
+            kube.tell("MODIFIED", "kubeai-1", "127.0.0.1", "Failed")
+            await until("it has ended", lambda: other.in_flight("a") == 0)
+            kube.tell("ADDED", "kubeai-1", "127.0.0.1")
+            await until("it is back", lambda: other.in_flight("a") == 2)
+            kube.tell("DELETED", "kubeai-1", "127.0.0.1")
+            await until("it is gone", lambda: other.in_flight("a") == 0)
+            assert other.peers.complete()
+
+
+async def test_outside_a_cluster_there_are_no_peers_and_nothing_is_missing():
+    async with Replica("host-7", pod="host-7") as one:
+        await until("it knows", one.peers.complete)
+        assert one.peers.silences_s() == {}
+
+
+async def test_our_own_address_among_the_fixed_ones_is_not_counted_twice():
+    replica = Replica("one")
+    async with replica:
+        again = Replica("one", [replica.address])  # the same identity
+        async with again:
+            replica.route("a"), again.route("a")
+            replica.serve("a")
+            await until("it knows", lambda: again.peers.silences_s() == {})
+            assert again.peers.complete()
+            assert again.in_flight("a") == 0
+
+
+# -- peers that are slow, hung, gone or lying ------------------------------------------------------
+
+
+async def test_the_last_word_of_a_silent_peer_holds_for_a_time_and_no_longer():
+    async def hung(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(wire.encode(wire.Hello("hung")))
+        await response.write(wire.encode(wire.Loads({"m": (7, 0)}, {"a": 4})))
+        await asyncio.Event().wait()
+
+    async with page(hung) as address, Replica("two", [address]) as other:
+        other.route("a")
+        assert not other.peers.complete(), "nobody has spoken yet"
+        await until("it is seen", lambda: other.in_flight("a") == 4)
+        assert other.peers.complete()
+        other.clock.now_s += STALE_S + 0.1
+        assert not other.peers.complete()
+        assert (other.in_flight("a"), other.peers.active("m")) == (4, 7), "no data is not zero"
+        other.clock.now_s += HOLD_S
+        await until("it is forgotten", lambda: other.in_flight("a") == 0)
+        assert other.peers.active("m") == 0
+        assert other.peers.complete(), "it is not waited for any longer"
+
+
+async def test_a_peer_that_never_answers_is_waited_for_and_then_not():
+    async def never(request):
+        await asyncio.Event().wait()
+
+    async with page(never) as address, Replica("two", [address]) as other:
+        assert not other.peers.complete()
+        other.clock.now_s += HOLD_S + 0.1
+        assert other.peers.complete()
+
+
+async def test_a_hung_peer_costs_the_others_nothing():
+    async def never(request):
+        await asyncio.Event().wait()
+
+    async with (
+        page(never) as hung,
+        Replica("one") as one,
+        Replica("two", [hung, one.address]) as other,
+    ):
+        one.route("a"), other.route("a")
+        one.serve("a", 2)
+        await until("the good one is seen", lambda: other.in_flight("a") == 2, 2.0)
+
+
+BAD = {
+    "a number below 0": wire.encode(wire.Loads({}, {"a": -2})),
+    "too large a number": wire.encode(wire.Loads({}, {"a": wire.COUNT_MAX + 1})),
+    "active below 0": wire.encode(wire.Loads({"m": (-1, 0)})),
+    "another type": wire.LENGTH.pack(3) + b"\x93abc"[:3],
+    "no msgpack": wire.LENGTH.pack(1) + b"\xc1",
+    "a frame too long": wire.LENGTH.pack(wire.FRAME_MAX_BYTES + 1),
+    "too many names": wire.encode(wire.Loads({}, {str(n): 0 for n in range(NAMES_MAX + 1)})),
+    "the end": b"",
+}
+
+
+@pytest.mark.parametrize("frame", BAD.values(), ids=BAD.keys())
+async def test_a_peer_that_sends_what_it_must_not_is_not_listened_to(frame):
+    calls = 0
+
+    async def lying(request):
+        nonlocal calls
+        calls += 1
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(wire.encode(wire.Hello("liar")) + frame)
+        return response
+
+    async with page(lying) as address, Replica("two", [address]) as other:
+        other.route("a")
+        await until("it was tried again", lambda: calls >= 2)
+        assert other.in_flight("a") == 0
+        assert other.peers.active("m") == 0
+
+
+async def test_a_peer_that_comes_back_says_everything_anew():
+    words = [wire.Loads({"m": (1, 9)}, {"a": 4, "b": 1}), wire.Loads({}, {"b": 2})]
+
+    async def restarting(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        word = words.pop(0)
+        await response.write(wire.encode(wire.Hello("one")) + wire.encode(word))
+        if not words:
+            await asyncio.Event().wait()
+        return response  # it dies
+
+    async with page(restarting) as address, Replica("two", [address]) as other:
+        other.route("a", "b")
+        await until("it is back", lambda: (other.in_flight("a"), other.in_flight("b")) == (0, 2))
+        assert other.peers.active("m") == 0
+        assert not other.peers.routes("a")
+
+
+async def test_one_who_does_not_read_gets_fewer_frames_and_not_a_longer_queue():
+    async with Replica("one") as one, aiohttp.ClientSession() as session:
+        pods = [f"pod-{n:04}-{'x' * 200}" for n in range(50)]
+        one.route(*pods)
+        async with session.get(f"http://{one.address}{LOADS_PATH}") as response:
+            stream = response.content
+            await frame_of(stream)
+            whole = await frame_of(stream)
+            assert set(whole.endpoints) == set(pods)
+            for _ in range(200):  # 50 names of 200 letters each: 2 MB if all were queued
+                one.serve(pods[0])
+                one.held.pop()
+                one.serve(pods[1])
+                one.peers._feed.read()
+            told = await frame_of(stream)
+            assert told.endpoints[pods[1]] == 200
+
+
+async def frame_of(stream):
+    (length,) = wire.LENGTH.unpack(await stream.readexactly(wire.LENGTH.size))
+    return wire.decode(await stream.readexactly(length))
+
+
+async def test_there_is_a_limit_on_who_listens():
+    async with Replica("one") as one, aiohttp.ClientSession() as session:
+        url = f"http://{one.address}{LOADS_PATH}"
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(LISTENERS_MAX):
+                await stack.enter_async_context(session.get(url))
+            async with session.get(url) as response:
+                assert response.status == 503
+                assert str(LISTENERS_MAX) in await response.text()
+
+
+# -- peers of an older kind ------------------------------------------------------------------------
+
+OLD = """\
+# HELP kubeai_inference_requests_active The number of active requests by model
+# TYPE kubeai_inference_requests_active gauge
+kubeai_inference_requests_active{otel_scope_name="k",request_model="m",request_type="http"} 3
+kubeai_inference_requests_active{otel_scope_name="k",request_model="m",request_type="message"} 2
+kubeai_inference_requests_active{request_model="other",request_type="http"} 1
+go_goroutines 60
+"""
+
+
+async def test_a_peer_with_nothing_but_metrics_is_counted_too():
+    async def metrics(request):
+        return web.Response(text=OLD)
+
+    async with page(metrics, "/metrics") as address, Replica("two", [address]) as other:
+        await until("it is seen", lambda: other.peers.active("m") == 5)
+        assert other.peers.active("other") == 1
+        assert other.peers.complete()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'kubeai_inference_requests_active{request_model="m"} NaN',
+        'kubeai_inference_requests_active{request_model="m"} -1',
+        'kubeai_inference_requests_active{request_model="m"} 1e18',
+        'kubeai_inference_requests_active{request_model="m"',
+    ],
+)
+def test_metrics_that_say_nonsense_are_refused(text):
+    with pytest.raises(wire.BadFrame):
+        read_metrics(text)
+
+
+# -- the sums --------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from("abcd")
+LOADS = st.builds(
+    wire.Loads,
+    st.dictionaries(NAMES, st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    st.dictionaries(NAMES, st.integers(-1, 9)),
+)
+STEPS = st.lists(
+    st.tuples(st.sampled_from("123"), LOADS, st.booleans())
+    | st.sampled_from("123").map(lambda address: (address, None, False)),
+    max_size=30,
+)
+
+
+@given(STEPS)
+def test_the_sums_are_those_of_every_last_word(steps):
+    touched = set()
+    view = View(touched.update)
+    expected: dict[str, tuple[dict, dict]] = {}
+    for address, loads, whole in steps:
+        before = Counter({name: view.in_flight(name) for name in "abcd"})
+        touched.clear()
+        if loads is None:
+            view.leave(address)
+            expected.pop(address, None)
+        else:
+            peer = view.peers.get(address) or view.join(address, 0.0)
+            view.take(peer, loads, 0.0, whole)
+            models, endpoints = ({}, {}) if whole else expected.get(address, ({}, {}))
+            models, endpoints = models | loads.models, endpoints | loads.endpoints
+            expected[address] = (
+                {name: counts for name, counts in models.items() if counts is not None},
+                {name: count for name, count in endpoints.items() if count != wire.GONE},
+            )
+        for name in "abcd":
+            sums = [endpoints.get(name, 0) for _, endpoints in expected.values()]
+            assert view.in_flight(name) == sum(sums)
+            assert (name in touched) == (view.in_flight(name) != before[name])
+            assert view.routes(name) == any(name in e for _, e in expected.values())
+            assert view.active(name) == sum(m.get(name, (0, 0))[0] for m, _ in expected.values())
