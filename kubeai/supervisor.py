@@ -113,7 +113,11 @@ class AllLoads:
         return 0 if row is None else self._table.in_flight(row)
 
     def in_use(self, model: str, endpoint: str) -> bool:
-        return self._publisher.in_use(model, endpoint) or self._peers.routes(endpoint)
+        return (
+            self._publisher.in_use(model, endpoint)
+            or self._peers.routes(endpoint)
+            or not self._peers.complete()
+        )
 
 
 class Worker:

@@ -250,9 +250,10 @@ class ModelServerPods(_Section, frozen=True, kw_only=True):
 
 
 class ModelRollouts(_Section, frozen=True, kw_only=True):
-    """How pods are replaced when a Model changes."""
+    """How pods are replaced when a Model changes, and how long one that goes may finish."""
 
     surge: Count = 1
+    drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
 
 
 class LeaderElection(_Section, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -37,14 +37,23 @@ from kubeai.operator.plan import (
     AdoptPod,
     CreatePod,
     DeletePod,
+    DrainPod,
     Observed,
     PatchModel,
     PatchStatus,
     Template,
+    UndrainPod,
     plan,
     template_of,
 )
-from kubeai.operator.pods import HASH_ANNOTATION, MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
+from kubeai.operator.pods import (
+    DRAINING_ANNOTATION,
+    HASH_ANNOTATION,
+    MESSAGE_MAX_CHARS,
+    Pod,
+    PodObject,
+    Trouble,
+)
 from kubeai.operator.queue import Queue
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
@@ -59,6 +68,7 @@ MODEL_WRITES_INTERVAL_S = 1.05  # from one write to a Model, or its status, to t
 COUNTING_INTERVAL_S = 2.0
 CONFLICT_REST_S = 0.5
 NAMES_MAX = 8  # in one Event
+DRAINED_INTERVAL_S = 0.5  # how often pods are looked at that are drained
 FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # rest before a pod that ended is replaced again
 
 
@@ -79,10 +89,22 @@ class _Memory(msgspec.Struct):
     finished_until_s: float = -math.inf
 
 
+class PodLoads(Protocol):
+    """What is read of the load table and of the other replicas. The supervisor implements it."""
+
+    def in_flight(self, model: str, endpoint: str) -> int:
+        """Requests that one endpoint serves, for all replicas of KubeAI."""
+        ...
+
+    def in_use(self, model: str, endpoint: str) -> bool:
+        """Whether any worker of any replica may still send it requests, or has some there."""
+        ...
+
+
 class Controller:
     """Started by the operator on every replica; writes only while ``leader`` leads.
 
-    ``in_flight(model, pod)``: the requests that a pod serves, by which it is spared.
+    ``loads``: of what a pod serves, by which it is spared, and drained before it is deleted.
     """
 
     def __init__(
@@ -92,7 +114,7 @@ class Controller:
         namespace: str,
         store: Store,
         leader: Leader,
-        in_flight: Callable[[str, str], int],
+        loads: PodLoads,
         events: Events,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -101,7 +123,7 @@ class Controller:
         self._namespace = namespace
         self._store = store
         self._leader = leader
-        self._in_flight = in_flight
+        self._loads = loads
         self._events = events
         self._clock = clock
         self._memories: dict[str, _Memory] = {}
@@ -194,27 +216,30 @@ class Controller:
         return plan(model, self._config, observed, now, kept[1])
 
     def _observe(self, model: Model, memory: _Memory) -> tuple[Observed, float | None]:
-        """The plan's view, and seconds until pods that ended may be replaced (if they wait)."""
+        """The plan's view, and seconds until it may be another one without any news."""
         now_s = self._clock()
         name, uid = model.metadata.name, model.metadata.uid
         memory.taken = {n: until_s for n, until_s in memory.taken.items() if until_s > now_s}
         pods = tuple(self._store.pods_of(name))
-        wait_s = None
+        wait_s, replace_finished = None, True
         if any(p.finished and not p.terminating and p.owner == uid for p in pods):
             if now_s >= memory.finished_until_s:
                 if now_s > memory.finished_until_s + FINISHED_MAX_S:
                     memory.finished.reset()
                 memory.finished_until_s = now_s + memory.finished.next_s()
             else:
-                wait_s = memory.finished_until_s - now_s
+                wait_s, replace_finished = memory.finished_until_s - now_s, False
+        if any(pod.draining_since_s and not pod.terminating for pod in pods):
+            wait_s = _sooner(wait_s, DRAINED_INTERVAL_S)
         cache, cache_wait_s = self._observe_cache(model, pods)
         adapters, adapters_wait_s = self._observe_adapters(model, pods)
         observed = Observed(
             pods=tuple(pod for pod in pods if pod.owner == uid),
             taken=frozenset(memory.taken) | {pod.name for pod in pods if pod.owner != uid},
-            replace_finished=wait_s is None,
+            replace_finished=replace_finished,
             create_error=memory.create_error,
-            in_flight=partial(self._in_flight, name),
+            in_flight=partial(self._loads.in_flight, name),
+            in_use=partial(self._loads.in_use, name),
             cache=cache,
             adapters=adapters,
         )
@@ -263,6 +288,9 @@ class Controller:
         for action in actions:
             if isinstance(action, AdoptPod):
                 first.append(self._adopt(action))
+            elif isinstance(action, DrainPod | UndrainPod):
+                first.append(self._drain(action))
+                again_s = 0.0
             elif isinstance(action, CacheAction):
                 first.append(self.claims.apply(action))
                 again_s = 0.0
@@ -339,15 +367,30 @@ class Controller:
         log.info("pod deleted", pod=delete.name, why=delete.why)
 
     async def _adopt(self, adopt: AdoptPod) -> None:
-        patch = {"metadata": {"uid": adopt.uid, "annotations": {HASH_ANNOTATION: adopt.hash}}}
+        if await self._annotate(adopt.name, adopt.uid, HASH_ANNOTATION, adopt.hash):
+            log.info("pod adopted", pod=adopt.name)
+
+    async def _drain(self, action: DrainPod | UndrainPod) -> None:
+        since = f"{time.time():.0f}" if isinstance(action, DrainPod) else None
+        if not await self._annotate(action.name, action.uid, DRAINING_ANNOTATION, since):
+            return
+        if isinstance(action, DrainPod):
+            log.info("pod is drained", pod=action.name, why=action.why)
+        else:
+            log.info("pod is wanted again", pod=action.name)
+
+    async def _annotate(self, name: str, uid: str, annotation: str, value: str | None) -> bool:
+        """False when it is another pod by now, or none."""
+        patch = {"metadata": {"uid": uid, "annotations": {annotation: value}}}
         try:
             async with self._writes:
-                await self._kube.patch(PODS, adopt.name, patch, self._namespace)
+                answer = await self._kube.patch(PODS, name, patch, self._namespace, type=PodObject)
         except ApiError as error:
-            if error.status not in (404, 409, 422):  # else it is another pod by now
+            if error.status not in (404, 409, 422):
                 raise
-            return
-        log.info("pod adopted", pod=adopt.name)
+            return False
+        self._store.pod_written(answer)
+        return True
 
     async def _patch_model(self, model: Model, memory: _Memory, action: PatchModel) -> None:
         name = model.metadata.name

@@ -67,7 +67,7 @@ class Operator:
         )
         self._events = Events(kube, namespace)
         self.controller = Controller(
-            kube, config, namespace, self.store, self.leader, loads.in_flight, self._events
+            kube, config, namespace, self.store, self.leader, loads, self._events
         )
         self._wakes = Wakes(kube, namespace, self.store, loads, self._events)
         self._scaler = Scaler(

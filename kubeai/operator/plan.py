@@ -13,6 +13,9 @@ Replacing outdated pods keeps these promises, which the tests check on random hi
   pods, and the old ones go on serving;
 - a new pod counts as ready for that once it serves the adapters that the old ones serve.
 
+No pod goes while requests are sent to it: it is drained first, for at most ``drainTimeout``. One
+that is being drained is no replica, and becomes one again if more are wanted before it is gone.
+
 No pod is made before the Model's files are in its cache.
 """
 
@@ -25,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.config import SystemConfig
+from kubeai.api.config import ModelRollouts, SystemConfig
 from kubeai.api.model import FEATURE_LABEL_PREFIX, POD_MODEL_LABEL, Model, ModelStatus
 from kubeai.engines import build_pod
 from kubeai.errors import ModelError
@@ -51,6 +54,10 @@ def _idle(_: str) -> int:
     return 0
 
 
+def _unused(_: str) -> bool:
+    return False
+
+
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
     """What the controller knows of one Model's pods, its own unobserved writes included."""
 
@@ -59,6 +66,8 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     replace_finished: bool = True  # False: pods failed lately, wait before making new ones
     create_error: Trouble | None = None  # why the last creation of a pod was refused
     in_flight: Callable[[str], int] = _idle  # requests that a pod, by its name, serves
+    # Whether a worker of any replica of KubeAI may still send a pod requests, or has some there.
+    in_use: Callable[[str], bool] = _unused
     cache: CacheView = CacheView(unknown="the cache is not looked at yet")
     adapters: AdaptersView | None = None  # None: the Model has none
 
@@ -73,6 +82,21 @@ class DeletePod(msgspec.Struct, frozen=True):
     name: str
     uid: str
     why: str
+
+
+class DrainPod(msgspec.Struct, frozen=True):
+    """Send it no new requests from now on."""
+
+    name: str
+    uid: str
+    why: str
+
+
+class UndrainPod(msgspec.Struct, frozen=True):
+    """It is wanted again."""
+
+    name: str
+    uid: str
 
 
 class AdoptPod(msgspec.Struct, frozen=True):
@@ -93,7 +117,8 @@ class PatchStatus(msgspec.Struct, frozen=True):
     status: ModelStatus
 
 
-Action = CreatePod | DeletePod | AdoptPod | PatchModel | PatchStatus | CacheAction
+PodAction = DrainPod | UndrainPod | DeletePod
+Action = CreatePod | PodAction | AdoptPod | PatchModel | PatchStatus | CacheAction
 
 
 class Template(msgspec.Struct, frozen=True):
@@ -110,7 +135,7 @@ def plan(
     now: datetime,
     template: Template | ModelError | None = None,
 ) -> list[Action]:
-    """The next actions, in order. ``now`` only becomes the time of changed conditions.
+    """The next actions, in order. ``now``: the time of changed conditions, and the end of drains.
 
     ``template``: what :func:`template_of` gave for this Model, should the caller have kept it.
     """
@@ -121,9 +146,9 @@ def plan(
     hash_ = template.hash if isinstance(template, Template) else None
     cache = plan_cache(model, config, observed.cache, now) if has_cache(model) else None
     wanted = wanted_replicas(model)
-    alive = [pod for pod in observed.pods if pod.counts]
-    deletes, creates = _change_pods(model, alive, wanted, config, hash_, observed.in_flight)
-    actions: list[Action] = [*_patch_model(model, cache), *deletes]
+    change = _change_pods(model, observed, wanted, config.model_rollouts, hash_, now)
+    creates = change.creates
+    actions: list[Action] = [*_patch_model(model, cache), *change.actions]
     if observed.replace_finished:
         actions += _clear_finished(observed)
     elif any(pod.finished for pod in observed.pods):
@@ -134,18 +159,16 @@ def plan(
     if isinstance(template, ModelError):
         creates = 0
     else:
-        actions += _adopt(alive, deletes, template.hash)
+        actions += _adopt(change.left, template.hash)
         used = observed.taken | {pod.name for pod in observed.pods}
         for name in free_names(model, template.hash, used, creates):
             actions.append(CreatePod(name, template.manifest, template.hash))
-    gone = {delete.uid for delete in deletes}
-    left = [pod for pod in alive if pod.uid not in gone]
     facts = Facts(
         pods=observed.pods,
-        left=left,
+        left=change.left,
         made=creates if observed.create_error is None else 0,
         wanted=wanted,
-        outdated=sum(_outdated(pod, hash_) for pod in left),
+        outdated=sum(_outdated(pod, hash_) for pod in change.left),
         error=error,
         create_error=observed.create_error,
         cache=cache,
@@ -238,40 +261,84 @@ def template_of(model: Model, config: SystemConfig) -> Template | ModelError:
     return Template(pod, hash_)
 
 
+class _Change(msgspec.Struct):
+    """What becomes of the pods: ``left`` are the replicas that stay, beside those that come."""
+
+    left: list[Pod]
+    actions: list[PodAction]
+    creates: int = 0
+
+
 def _change_pods(
     model: Model,
-    alive: Sequence[Pod],
+    observed: Observed,
     wanted: int,
-    config: SystemConfig,
+    rollouts: ModelRollouts,
     hash_: str | None,
-    in_flight: Callable[[str], int],
-) -> tuple[list[DeletePod], int]:
+    now: datetime,
+) -> _Change:
     """Which pods go, and how many new ones come. No hash: no pod is outdated, none is made."""
-    surge = config.model_rollouts.surge
-    deletes: list[DeletePod] = []
-    left: list[Pod] = []
-    for pod in alive:
-        if _outdated(pod, hash_) and not pod.ready and pod.uid:
-            deletes.append(DeletePod(pod.name, pod.uid, "outdated and not ready"))
-        else:
-            left.append(pod)
+    surge = rollouts.surge
+    change = _Change([pod for pod in observed.pods if pod.counts], [])
+    left = change.left
+    draining = _go_on_draining(observed, change, wanted, rollouts, hash_, now)
+    for pod in [pod for pod in left if _outdated(pod, hash_) and not pod.ready and pod.uid]:
+        _remove(change, pod, "outdated and not ready", observed)
     limit = wanted + (surge if wanted and any(_outdated(pod, hash_) for pod in left) else 0)
     if len(left) > limit:
-        for pod in _deletion_order(left, hash_, in_flight)[: len(left) - limit]:
-            deletes.append(DeletePod(pod.name, pod.uid, "more than wanted"))
-            left.remove(pod)
+        for pod in _removal_order(left, hash_, observed.in_flight)[: len(left) - limit]:
+            _remove(change, pod, "more than wanted", observed)
     outdated = [pod for pod in left if _outdated(pod, hash_) and pod.uid]
     ready = _as_able(model, left, outdated)
     enough = ready > wanted if surge else ready >= wanted
     if outdated and enough:
-        pod = _deletion_order(outdated, hash_, in_flight)[0]
-        deletes.append(DeletePod(pod.name, pod.uid, "outdated, and enough others are ready"))
-        left.remove(pod)
+        pod = _removal_order(outdated, hash_, observed.in_flight)[0]
+        _remove(change, pod, "outdated, and enough others are ready", observed)
         outdated.remove(pod)
+        draining += observed.in_use(pod.name)
     current = len(left) - len(outdated)
-    limit = wanted + (surge if outdated and wanted else 0)
-    creates = max(0, min(wanted - current, limit - len(left)))
-    return deletes, creates
+    # An outdated pod that is drained has its node still. But many of them, after a step down, hold
+    # up no more than a rollout may have anyway.
+    room = wanted + (surge if outdated and wanted else 0) - min(draining, max(surge, 1))
+    change.creates = max(0, min(wanted - current, room - len(left)))
+    return change
+
+
+def _remove(change: _Change, pod: Pod, why: str, observed: Observed) -> None:
+    """Delete it, or drain it first if somebody may send it requests."""
+    change.left.remove(pod)
+    action = DrainPod if observed.in_use(pod.name) else DeletePod
+    change.actions.append(action(pod.name, pod.uid, why))
+
+
+def _go_on_draining(
+    observed: Observed,
+    change: _Change,
+    wanted: int,
+    rollouts: ModelRollouts,
+    hash_: str | None,
+    now: datetime,
+) -> int:
+    """Delete what is drained; take back what is wanted again. How many outdated ones are left."""
+    draining = [
+        pod
+        for pod in observed.pods
+        if pod.draining_since_s and not pod.terminating and not pod.finished
+    ]
+    latest_s = now.timestamp() - rollouts.drain_timeout_s
+    count = 0
+    for pod in sorted(draining, key=lambda pod: pod.name):
+        if pod.ready and not _outdated(pod, hash_) and len(change.left) < wanted:
+            change.actions.append(UndrainPod(pod.name, pod.uid))
+            change.left.append(pod)
+        elif not observed.in_use(pod.name):
+            change.actions.append(DeletePod(pod.name, pod.uid, "drained"))
+        elif pod.draining_since_s < latest_s:
+            why = f"not drained within {rollouts.drain_timeout_s:g} s"
+            change.actions.append(DeletePod(pod.name, pod.uid, why))
+        else:
+            count += _outdated(pod, hash_)
+    return count
 
 
 def _as_able(model: Model, left: Sequence[Pod], outdated: Sequence[Pod]) -> int:
@@ -288,10 +355,10 @@ def _outdated(pod: Pod, hash_: str | None) -> bool:
     return hash_ is not None and pod.hash is not None and pod.hash != hash_
 
 
-def _deletion_order(
+def _removal_order(
     pods: Sequence[Pod], hash_: str | None, in_flight: Callable[[str], int]
 ) -> list[Pod]:
-    """Those that can be deleted, the one that is missed least first.
+    """Those that can go, the one that is missed least first.
 
     Not ready, not scheduled, outdated, serving the fewest requests, youngest. A pod without uid
     is not observed yet: a delete of it could not be told from a delete of its successor, so it
@@ -315,9 +382,8 @@ def _clear_finished(observed: Observed) -> list[DeletePod]:
     return [DeletePod(pod.name, pod.uid, "it ended and will not come back") for pod in finished]
 
 
-def _adopt(alive: Sequence[Pod], deletes: Sequence[DeletePod], hash_: str) -> list[AdoptPod]:
-    gone = {delete.uid for delete in deletes}
-    foreign = (p for p in alive if p.hash is None and p.uid and p.uid not in gone)
+def _adopt(left: Sequence[Pod], hash_: str) -> list[AdoptPod]:
+    foreign = (pod for pod in left if pod.hash is None and pod.uid)
     return [AdoptPod(pod.name, pod.uid, hash_) for pod in foreign]
 
 

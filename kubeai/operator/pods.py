@@ -29,6 +29,8 @@ from kubeai.engines.cache import JOB_LABEL
 # Beside the label of the same meaning: it says that *our* hash function made it. A pod without it
 # is upstream's, whose hashes mean nothing here.
 HASH_ANNOTATION = "kubeai.org/pod-hash"
+# When the leader began to drain it (Unix seconds): nobody sends it new requests.
+DRAINING_ANNOTATION = "kubeai.org/draining-since"
 PORT_NAME, PORT_DEFAULT = "http", 8000
 MESSAGE_MAX_CHARS = 500
 
@@ -120,6 +122,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool = False
     scheduled: bool = False
     terminating: bool = False
+    draining_since_s: float = 0.0  # Unix time; 0: it is not drained
     finished: bool = False  # Failed or Succeeded: it will never be ready again
     address: str = ""  # "ip:port", or empty while it has none
     adapters: tuple[tuple[str, str], ...] = ()  # its labels: an adapter's name, hash of its URL
@@ -134,7 +137,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def counts(self) -> bool:
         """Whether it is a replica: neither going away nor done."""
-        return not self.terminating and not self.finished
+        return not self.terminating and not self.finished and not self.draining_since_s
 
     @property
     def serves(self) -> bool:
@@ -171,6 +174,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         ready=ready,
         scheduled=bool(obj.spec.node_name),
         terminating=meta.deletion_timestamp is not None,
+        draining_since_s=_number(meta.annotations.get(DRAINING_ANNOTATION)),
         finished=status.phase in ("Failed", "Succeeded"),
         address=_address(obj, address_override),
         adapters=tuple(sorted(adapters)),
@@ -186,6 +190,13 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
 
 def _seconds(when: datetime | None) -> float:
     return when.timestamp() if when is not None else 0.0
+
+
+def _number(text: str | None) -> float:
+    """What an annotation says; what is no time counts as one long ago."""
+    if text is None:
+        return 0.0
+    return float(text) if text.isdecimal() and int(text) else 1.0
 
 
 def _is_true(obj: PodObject, condition: str) -> bool:

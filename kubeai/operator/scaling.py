@@ -21,6 +21,7 @@ from kubeai.api.config import ModelAutoscaling
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, ApiError, Backoff, Kube
 from kubeai.operator.autoscaler import Autoscaler, Sample
+from kubeai.operator.controller import PodLoads
 from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader, NotLeader
 from kubeai.operator.plan import bounded
@@ -34,19 +35,15 @@ STATE_NAME_DEFAULT = "kubeai-autoscaler-state"
 STATE_KEY = "models"
 
 
-class Loads(Protocol):
+class Loads(PodLoads, Protocol):
     """What is read of the load table, by name. The supervisor implements it."""
 
     def active(self, model: str) -> int:
-        """Requests served and held, over all workers."""
+        """Requests served and held, by all replicas of KubeAI."""
         ...
 
     def held(self, model: str) -> int:
-        """Requests that wait for an endpoint."""
-        ...
-
-    def in_flight(self, model: str, endpoint: str) -> int:
-        """Requests that one endpoint serves."""
+        """Requests that wait for an endpoint, in this replica."""
         ...
 
 

@@ -100,9 +100,19 @@ class Store:
         for name in touched:
             self._changed(name)
 
+    def pod_written(self, obj: PodObject) -> None:
+        """The API's answer to a write of ours, which may be ahead of the watch, or behind it."""
+        known = self._pods.get(self._model_of.get(obj.metadata.name, ""), {})
+        if obj.metadata.name in known:  # else it is gone
+            self.pod_changed("MODIFIED", obj)
+
     def pod_changed(self, kind: str, obj: PodObject) -> None:
         """One event of the watch."""
         before = self._model_of.get(obj.metadata.name)
+        if before is not None and kind != "DELETED":
+            old = self._pods[before][obj.metadata.name]
+            if old.uid == obj.metadata.uid and 0 < obj.metadata.version < old.version:
+                return  # our own write has overtaken it
         name = self._drop_pod(obj) if kind == "DELETED" else self._put_pod(obj)
         if before is not None and before != name:
             self._changed(before)

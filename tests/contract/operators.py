@@ -25,6 +25,7 @@ class FakeLoads:
     def __init__(self):
         self.active_by_model = Counter()
         self.held_by_model = Counter()
+        self.used = set()  # pods that are still sent requests
 
     def active(self, model):
         return self.active_by_model[model] + self.held_by_model[model]
@@ -34,6 +35,9 @@ class FakeLoads:
 
     def in_flight(self, model, endpoint):
         return 0
+
+    def in_use(self, model, endpoint):
+        return endpoint in self.used
 
 
 class Replica:

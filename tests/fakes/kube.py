@@ -35,6 +35,20 @@ def merge(target, patch):
     return target
 
 
+class FakeLoads:
+    """What the pods serve, by name; ``used``: those that are still sent requests."""
+
+    def __init__(self):
+        self.served = {}
+        self.used = set()
+
+    def in_flight(self, model, endpoint):
+        return self.served.get(endpoint, 0)
+
+    def in_use(self, model, endpoint):
+        return endpoint in self.used
+
+
 class FakeKube:
     """Objects with versions and preconditions; events that may be held back; faults on order."""
 
@@ -213,6 +227,7 @@ class World:
     def start(self, config=CONFIG):
         """A controller that has just listed everything."""
         self.leader = FakeLeader()
+        self.loads = FakeLoads()
         self.store = Store(
             lambda name: self.controller.changed(name), address_override=True, clock=now_s
         )
@@ -222,7 +237,7 @@ class World:
             "default",
             self.store,
             self.leader,
-            lambda *_: 0,
+            self.loads,
             self.events,
             clock=now_s,
         )

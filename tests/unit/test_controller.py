@@ -15,6 +15,7 @@ from fakes.kube import CONFIG, World, now_s
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.operator.controller import CREATES_AT_FIRST_MAX
+from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject
 from kubeai.operator.queue import REST_MAX_S, Queue
 from kubeai.operator.scaling import Scaler, Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S
@@ -286,6 +287,96 @@ async def test_the_autoscalers_state_is_kept_patiently_and_only_when_it_changes(
         await asyncio.gather(scaling, return_exceptions=True)
 
 
+# -- drains ----------------------------------------------------------------------------------------
+
+
+def draining(world):
+    pods = [world.kube.objects["pods", name] for name in world.pods()]
+    annotations = [pod["metadata"].get("annotations", {}) for pod in pods]
+    return [DRAINING_ANNOTATION in has for has in annotations].count(True)
+
+
+async def test_a_pod_goes_once_nobody_sends_it_requests_any_more(world):
+    world.start()
+    world.apply(replicas=3)
+    await world.settled(3, 3)
+    _, *busy = world.pods()
+    world.loads.used |= set(busy)
+    world.loads.served |= dict.fromkeys(busy, 4)
+    world.apply(replicas=1)
+    await world.until(lambda: draining(world) == 1)
+    await world.until(lambda: world.replicas() == {"all": 1, "ready": 1})
+    await asyncio.sleep(60.0)
+    assert sorted(world.pods()) == sorted(busy), "the idle one went, no busy one did"
+    writes = len(world.kube.writes)
+    await asyncio.sleep(60.0)
+    assert len(world.kube.writes) == writes, "waiting writes nothing"
+    world.loads.used.clear()
+    await world.settled(1, 1)
+    assert world.kube.count("delete", "pods") == 2
+
+
+async def test_a_pod_that_is_drained_serves_again_when_it_is_wanted_again(world):
+    world.start()
+    world.apply(replicas=2)
+    await world.settled(2, 2)
+    pods = world.pods()
+    world.loads.used |= set(pods)
+    world.apply(replicas=0)
+    await world.until(lambda: draining(world) == 2)
+    world.apply(replicas=2)
+    await world.settled(2, 2)
+    assert (draining(world), world.pods()) == (0, pods)
+    assert world.kube.count("create", "pods") == 2
+
+
+async def test_a_rollout_drains_each_old_pod_before_it_deletes_it(world):
+    world.start()
+    world.apply(replicas=2)
+    await world.settled(2, 2)
+    old = world.pods()
+    world.loads.used |= set(old)
+    world.apply(args=["--new"])
+    await world.until(lambda: draining(world) == 1)
+    await asyncio.sleep(60.0)
+    assert set(old) < set(world.pods())
+    assert world.kube.most_pods == 3, "a pod that is drained has its node still"
+    world.loads.used.clear()
+    await world.settled(2, 2)
+    assert not set(old) & set(world.pods())
+
+
+async def test_a_new_leader_goes_on_draining_where_the_last_one_stopped(world):
+    world.start()
+    world.apply(replicas=1)
+    await world.settled(1, 1)
+    used = set(world.pods())
+    world.loads.used |= used
+    world.apply(replicas=0)
+    await world.until(lambda: draining(world) == 1)
+    await world.stop()
+    world.start()
+    world.loads.used |= used
+    await asyncio.sleep(30.0)
+    assert len(world.pods()) == 1
+    world.loads.used.clear()
+    await world.settled(0, 0)
+
+
+async def test_an_event_that_our_own_write_has_overtaken_undoes_nothing(world):
+    world.start()
+    world.apply(replicas=1)
+    await world.settled(1, 1)
+    (name,) = world.pods()
+    before = msgspec.convert(world.kube.objects["pods", name], PodObject)
+    world.loads.used.add(name)
+    world.apply(replicas=0)
+    await world.until(lambda: draining(world) == 1)
+    world.store.pod_changed("MODIFIED", before)
+    (pod,) = world.store.observed_pods("m")
+    assert pod.draining_since_s
+
+
 # -- from zero ------------------------------------------------------------------------------------
 
 
@@ -299,6 +390,9 @@ class Held(dict):
 
     def in_flight(self, model, endpoint):
         return 0
+
+    def in_use(self, model, endpoint):
+        return False
 
 
 @pytest.fixture

@@ -26,9 +26,11 @@ from kubeai.operator.plan import (
     AdoptPod,
     CreatePod,
     DeletePod,
+    DrainPod,
     Observed,
     PatchModel,
     PatchStatus,
+    UndrainPod,
     free_names,
     plan,
     pod_name,
@@ -189,6 +191,77 @@ def test_of_replicas_that_are_alike_the_one_that_serves_least_goes():
     old = [msgspec.structs.replace(pod, hash="old") for pod in pods]
     _, deletes, *_ = plan_of(make_model(replicas=2), *old, in_flight=loads.__getitem__)
     assert deletes == ["b"]
+
+
+DRAINING = {"draining_since_s": NOW.timestamp() - 10}
+
+
+def changes_of(model, *pods, surge=1, **observed):
+    """What becomes of the pods, and how many come: {name: action}, creates."""
+    actions = plan(model, config(surge), Observed(pods=tuple(pods), **observed), NOW)
+    changes = {a.name: type(a) for a in actions if isinstance(a, DrainPod | UndrainPod | DeletePod)}
+    return changes, sum(isinstance(a, CreatePod) for a in actions)
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "surge", "pods", "used", "changes", "creates"),
+    [
+        ("too many, in use", 1, 1, [make_pod("a"), make_pod("b")], "ab", {"a": DrainPod}, 0),
+        ("nobody uses it", 1, 1, [make_pod("a"), make_pod("b")], "b", {"a": DeletePod}, 0),
+        ("not ready, but with requests", 0, 1,
+         [make_pod("a", ready=False)], "a", {"a": DrainPod}, 0),
+        ("outdated", 1, 1,
+         [make_pod("a", hash="o"), make_pod("b")], "ab", {"a": DrainPod}, 0),
+        ("being drained", 1, 1, [make_pod("a", **DRAINING), make_pod("b")], "ab", {}, 0),
+        ("drained", 1, 1,
+         [make_pod("a", **DRAINING), make_pod("b")], "b", {"a": DeletePod}, 0),
+        ("for too long", 1, 1,
+         [make_pod("a", draining_since_s=1.0), make_pod("b")], "ab", {"a": DeletePod}, 0),
+        ("wanted again", 2, 1,
+         [make_pod("a", **DRAINING), make_pod("b")], "ab", {"a": UndrainPod}, 0),
+        ("wanted again, and more", 4, 1,
+         [make_pod("a", **DRAINING), make_pod("b")], "ab", {"a": UndrainPod}, 2),
+        ("one of two wanted again", 2, 1,
+         [make_pod("a", **DRAINING), make_pod("b", **DRAINING), make_pod("c")], "abc",
+         {"a": UndrainPod}, 0),
+        ("more wanted, it cannot serve", 1, 1,
+         [make_pod("a", ready=False, **DRAINING)], "a", {}, 1),
+        ("more wanted, but it is outdated", 1, 1,
+         [make_pod("a", hash="o", **DRAINING)], "a", {}, 0),
+        ("an outdated one has its node still", 2, 1,
+         [make_pod("a", hash="o", **DRAINING), make_pod("b", hash="o"), make_pod("c")], "abc",
+         {}, 0),
+        ("without a surge too", 2, 0,
+         [make_pod("a", hash="o", **DRAINING), make_pod("b", hash="o")], "ab", {}, 0),
+        ("many outdated ones do not hold up a rollout", 3, 1,
+         [make_pod(n, hash="o", **DRAINING) for n in "abcd"] + [make_pod("e")], "abcde", {}, 1),
+        ("going away already", 0, 1,
+         [make_pod("a", terminating=True, **DRAINING)], "a", {}, 0),
+        ("ended", 1, 1,
+         [make_pod("a", ready=False, finished=True, **DRAINING), make_pod("b")], "ab",
+         {"a": DeletePod}, 0),
+    ],
+)  # fmt: skip
+def test_a_pod_is_drained_before_it_is_deleted(name, replicas, surge, pods, used, changes, creates):
+    model = make_model(replicas=replicas)
+    got = changes_of(model, *pods, surge=surge, in_use=set(used).__contains__)
+    assert got == (changes, creates)
+
+
+def test_a_pod_that_is_drained_is_no_replica():
+    pod = make_pod("a", address="10.0.0.1:8000", **DRAINING)
+    assert not pod.serves
+    *_, status = plan_of(make_model(replicas=0), pod, in_use=lambda name: True)
+    assert (status.replicas.all, status.replicas.ready) == (0, 0)
+
+
+def test_when_its_model_is_deleted_nothing_is_waited_for():
+    model = make_model({"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["x/y"]})
+    pods = [make_pod("a"), make_pod("b", **DRAINING)]
+    assert changes_of(model, *pods, in_use=lambda name: True) == (
+        {"a": DeletePod, "b": DeletePod},
+        0,
+    )
 
 
 def test_a_pod_is_the_models_and_says_its_hash():
@@ -530,6 +603,7 @@ class History:
         self.pods = {}
         self.clock_s = 0.0
         self.names_ever = 0
+        self.used = set()  # pods that are still sent requests
 
     def wanted(self):
         return self.model.spec.replicas
@@ -537,8 +611,7 @@ class History:
     def step(self):
         """Plan and apply, all at once; the actions that were not status."""
         before = [pod for pod in self.pods.values() if pod.counts]
-        observed = Observed(pods=tuple(self.pods.values()))
-        actions = plan(self.model, self.config, observed, NOW)
+        actions = plan(self.model, self.config, history_view(self), NOW)
         ready_left = sum(pod.ready for pod in before)
         for action in actions:
             self.clock_s += 1
@@ -549,14 +622,21 @@ class History:
                     name=action.name, uid=f"u-{self.names_ever}", model="m", owner="u1",
                     hash=action.hash, created_s=self.clock_s,
                 )  # fmt: skip
-            elif isinstance(action, DeletePod):
+            elif isinstance(action, DeletePod | DrainPod):
                 pod = self.pods[action.name]
                 assert pod.uid == action.uid
+                assert (action.name in self.used) == isinstance(action, DrainPod) or pod.finished
                 if pod.ready and pod.counts:
                     ready_left -= 1
                     if action.why.startswith("outdated"):
                         assert ready_left >= self.wanted() - (0 if self.surge else 1)
-                self.pods[action.name] = msgspec.structs.replace(pod, terminating=True)
+                goes = {"terminating": True}
+                if isinstance(action, DrainPod):
+                    goes = {"draining_since_s": NOW.timestamp()}
+                self.pods[action.name] = msgspec.structs.replace(pod, **goes)
+            elif isinstance(action, UndrainPod):
+                pod = self.pods[action.name]
+                self.pods[action.name] = msgspec.structs.replace(pod, draining_since_s=0.0)
             elif isinstance(action, PatchStatus):
                 self.model = msgspec.structs.replace(self.model, status=action.status)
         alive = [pod for pod in self.pods.values() if pod.counts]
@@ -586,13 +666,17 @@ class History:
                 self.pods[name] = msgspec.structs.replace(pod, ready=False, finished=True)
             elif what == "lose":
                 del self.pods[name]
+            elif what == "use":
+                self.used ^= {name}
             elif what == "delete":
                 self.pods[name] = msgspec.structs.replace(pod, terminating=True)
         self.model = msgspec.structs.replace(self.model, spec=spec)
 
 
 EVENTS = st.tuples(
-    st.sampled_from(["scale", "edit", "ready", "ready", "unready", "fail", "lose", "delete"]),
+    st.sampled_from(
+        ["scale", "edit", "ready", "ready", "use", "use", "unready", "fail", "lose", "delete"]
+    ),
     st.integers(0, 9),
     st.integers(0, 5),
 )
@@ -605,6 +689,7 @@ def test_whatever_happens_it_converges_within_its_limits_and_then_rests(surge, e
     for event in events:
         history.happen(*event)
         history.step()
+    history.used.clear()
     for _ in range(60):  # from here on all pods become ready, and those that go are soon gone
         changed = history.step()
         for name, pod in list(history.pods.items()):
@@ -622,4 +707,4 @@ def test_whatever_happens_it_converges_within_its_limits_and_then_rests(surge, e
 
 
 def history_view(history):
-    return Observed(pods=tuple(history.pods.values()))
+    return Observed(pods=tuple(history.pods.values()), in_use=history.used.__contains__)

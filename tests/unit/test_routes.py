@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kubeai.api.model import decode_model
-from kubeai.operator.pods import HASH_ANNOTATION, PodObject, observe
+from kubeai.operator.pods import DRAINING_ANNOTATION, HASH_ANNOTATION, PodObject, observe
 from kubeai.operator.routes import route_of
 from kubeai.operator.store import Store
 
@@ -63,6 +63,8 @@ def test_ready_pods_of_this_very_model_are_endpoints_in_the_order_of_their_names
         make_pod("of-another", uid="u2"),
         make_pod("no-address", ip=""),
         make_pod("failed", phase="Failed"),
+        make_pod("drained", meta={"annotations": {DRAINING_ANNOTATION: "1767225600"}}),
+        make_pod("drained-oddly", meta={"annotations": {DRAINING_ANNOTATION: "yes"}}),
         make_pod("gone", meta={"uid": "x", "name": "gone", "labels": {"model": "m"}} | gone),
     ]
     assert endpoints(*pods) == [("a", "10.0.0.1:8000"), ("c", "10.0.0.3:8000")]
