@@ -89,6 +89,7 @@ cdef extern from *:
 
 
 cdef enum:
+    SETTLED_BITS = 8
     BUCKETS = 12  # 1, 2, 4 … 1024, +Inf
     OUTCOMES = 8  # a cache line
 
@@ -99,7 +100,9 @@ cdef struct Header:
     uint64_t rows
     uint64_t columns
     uint64_t rows_used  # rows from here on were never opened
-    uint64_t spare[3]
+    uint64_t peers  # other replicas of KubeAI that pick as we do
+    uint64_t phase  # where ties among endpoints are broken first, in this replica
+    uint64_t spare[1]
 
 
 cdef struct Column:
@@ -124,6 +127,7 @@ cdef class LoadTable:
     cdef double *ejected
     cdef uint32_t *relapses_cells
     cdef int32_t *in_flight_cells  # [rows][stride]: a pick reads whole rows
+    cdef int32_t *settled_cells  # of each row, 2^SETTLED_BITS times what peers have been told
     cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells lie together
     cdef int32_t *held_cells  # [columns][rows]
     cdef uint64_t *lookup_cells  # [columns][rows][3]
@@ -135,6 +139,14 @@ cdef class LoadTable:
     cdef int _check_column(self, int column) except -1
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept
     cdef int64_t _here(self, size_t row) noexcept
+    cdef inline int64_t _expected(self, size_t row) noexcept:
+        """The load of a row, if peers have picked since they last told as we have."""
+        cdef int32_t *cells = self.in_flight_cells + row * self.stride
+        cdef int64_t load = sum_row(cells, self.columns)
+        cdef int64_t here = load - get_i32(&cells[self.columns - 1])
+        cdef int64_t untold = (here << SETTLED_BITS) - get_i32(&self.settled_cells[row])
+        return load + (<int64_t> get_u64(&self.header.peers) * untold >> SETTLED_BITS)
+
     cdef uint64_t _ended(self, size_t row) noexcept
     cdef inline bint lives(self, size_t row, uint32_t generation) noexcept:
         """Whether this is the row's present life; a row never opened (0) has none."""

@@ -17,6 +17,8 @@ class LoadTable:
     rows: int
     columns: int  # workers + 1
     column: int  # the column that this process writes; -1 in the supervisor until set
+    peers: int  # other replicas of KubeAI that pick as we do
+    phase: int  # where ties among endpoints are broken first: elsewhere in each replica
 
     @staticmethod
     def create(rows: int, workers: int) -> LoadTable:
@@ -36,6 +38,8 @@ class LoadTable:
     def generation(self, row: int) -> int: ...
     def set_peers(self, row: int, generation: int, in_flight: int) -> None:
         """Other replicas have so many picks of the row in flight; nothing in its other lives."""
+    def settle(self, steps: int = 4) -> None:
+        """Let what is settled follow by a ``steps``-th of the difference; all of it at 1."""
     def row_is_zero(self, row: int) -> bool:
         """Whether no column holds a gauge (active, held, in-flight) in this row."""
     def clear_column(self, column: int) -> None:
@@ -50,6 +54,8 @@ class LoadTable:
         """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
     def in_flight_here(self, row: int) -> int:
         """The same without those of other replicas of KubeAI."""
+    def expected(self, row: int) -> int:
+        """The load of a row, if peers have picked since they last told as we have."""
     def ended(self, row: int) -> int:
         """Requests of a model that are over, however they ended, since the row was opened."""
     def lookups(self, row: int) -> tuple[int, int, int]:

@@ -9,6 +9,11 @@ released into nothing. A gauge never falls below 0.
 In its own column the supervisor puts down what other replicas of KubeAI have in flight, so that a
 pick sees the load that all of them make. Everything else in the table is of this replica alone.
 
+What others have picked in the last moments is not told yet. All that go by least load would then
+take the same endpoint. So they expect of each other what they do themselves: ``settled`` follows a
+row's own picks with a delay, about that of telling, and what is not settled counts once more for
+each peer (:meth:`LoadTable.expected`).
+
 An endpoint that fails is set aside (``ejected``): until a time, and from then on it is on trial, one
 pick each ``TRIAL_S``, until somebody restores it.
 
@@ -36,7 +41,7 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 3
+    LAYOUT_VERSION = 4
     LINE_BYTES = 64
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
@@ -61,6 +66,7 @@ cdef struct Layout:
     size_t ejected
     size_t relapses
     size_t in_flight
+    size_t settled
     size_t active
     size_t held
     size_t lookups
@@ -85,7 +91,8 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     layout.ejected = layout.generations + _lines(rows * sizeof(uint32_t))
     layout.relapses = layout.ejected + _lines(rows * sizeof(double))
     layout.in_flight = layout.relapses + _lines(rows * sizeof(uint32_t))
-    layout.active = layout.in_flight + _lines(rows * stride * sizeof(int32_t))
+    layout.settled = layout.in_flight + _lines(rows * stride * sizeof(int32_t))
+    layout.active = layout.settled + _lines(rows * sizeof(int32_t))
     layout.held = layout.active + _lines(2 * columns * rows * sizeof(int32_t))
     layout.lookups = layout.held + _lines(columns * rows * sizeof(int32_t))
     layout.outcomes = layout.lookups + _lines(columns * rows * 3 * sizeof(uint64_t))
@@ -182,6 +189,7 @@ cdef class LoadTable:
         self.ejected = <double *> (base + layout.ejected)
         self.relapses_cells = <uint32_t *> (base + layout.relapses)
         self.in_flight_cells = <int32_t *> (base + layout.in_flight)
+        self.settled_cells = <int32_t *> (base + layout.settled)
         self.active_cells = <int32_t *> (base + layout.active)
         self.held_cells = <int32_t *> (base + layout.held)
         self.lookup_cells = <uint64_t *> (base + layout.lookups)
@@ -247,6 +255,7 @@ cdef class LoadTable:
             put_u64(&self.header.rows_used, row + 1)
         put_time(&self.ejected[row], 0)
         put_u32(&self.relapses_cells[row], 0)
+        put_i32(&self.settled_cells[row], 0)
         for column in range(self.columns):
             cell = <size_t> column * self.rows + row
             put_i32(&self.in_flight_cells[row * self.stride + column], 0)
@@ -271,6 +280,41 @@ cdef class LoadTable:
             raise ValueError(f"in_flight must not be negative, but is {in_flight}")
         if self.lives(row, generation):
             put_i32(&self.in_flight_cells[row * self.stride + self.columns - 1], in_flight)
+
+    @property
+    def peers(self):
+        """How many other replicas of KubeAI pick as we do."""
+        self._check_row(0)
+        return get_u64(&self.header.peers)
+
+    @peers.setter
+    def peers(self, uint64_t count):
+        self._check_row(0)
+        put_u64(&self.header.peers, count)
+
+    @property
+    def phase(self):
+        """Where ties among endpoints are broken first: another place in each replica of KubeAI."""
+        self._check_row(0)
+        return get_u64(&self.header.phase)
+
+    @phase.setter
+    def phase(self, uint64_t phase):
+        self._check_row(0)
+        put_u64(&self.header.phase, phase)
+
+    def settle(self, int steps=4):
+        """Let what is settled follow by a ``steps``-th of the difference; all of it at 1."""
+        self._check_row(0)
+        cdef size_t row
+        cdef int64_t here, settled, step
+        for row in range(get_u64(&self.header.rows_used)):
+            here = self._here(row) << SETTLED_BITS
+            settled = get_i32(&self.settled_cells[row])
+            if here == settled:
+                continue
+            step = (here - settled) // steps
+            put_i32(&self.settled_cells[row], <int32_t> (settled + step if step else here))
 
     def row_is_zero(self, Py_ssize_t row):
         """Whether no column holds a gauge (active, held, in-flight) in this row."""
@@ -323,6 +367,11 @@ cdef class LoadTable:
         """The same without those of other replicas of KubeAI."""
         self._check_row(row)
         return self._here(row)
+
+    def expected(self, Py_ssize_t row):
+        """The load of a row, if peers have picked since they last told as we have."""
+        self._check_row(row)
+        return self._expected(row)
 
     cdef int64_t _here(self, size_t row) noexcept:
         cdef int32_t *cells = self.in_flight_cells + row * self.stride

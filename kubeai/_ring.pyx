@@ -13,6 +13,9 @@ the adapter and are not ejected). The floor keeps a conversation where it is whe
 request at a time. n loads that each reached the bound would sum to more than the total, so
 someone is within it, unless those are excluded; then the first that can serve is taken.
 
+Other replicas of KubeAI are seen a moment later still (``_load``). Keys spread what they pick
+meanwhile; where the least load decides, it is the load to be expected.
+
 Changes are noted by ``set`` and ``remove`` and merged into the sorted array, in place, by the next
 lookup: a snapshot of a thousand endpoints costs one merge, not a thousand.
 
@@ -31,6 +34,7 @@ from kubeai._load cimport (
     Reservation,
     get_i32,
     get_time,
+    get_u64,
     least_row,
     put_time,
     reserve,
@@ -102,6 +106,9 @@ cdef class _Endpoint:
 @cython.no_gc
 cdef class _Members:
     """The slots that can serve one adapter (or anything), dense and as a map."""
+
+    def __cinit__(self):
+        self.cursor = -1  # no pick yet
 
     def __dealloc__(self):
         free(self.slots)
@@ -502,12 +509,17 @@ cdef class Ring:
         return self._reserve(chosen, first, first_load, bound, iterations, survey.now_s)
 
     cpdef Reservation pick_least(self, str adapter=None, object exclude=()):
-        """The endpoint with the fewest in flight; ties go round, not always to the first."""
+        """The endpoint with the fewest in flight; ties go round, not always to the first.
+
+        With other replicas of KubeAI beside us: the fewest that are to be expected there.
+        """
         self._begin()
         cdef _Members members = self._members(adapter)
         cdef Survey survey
         if members is None or not self._survey(&survey, members, exclude, False):
             return None
+        if members.cursor < 0:
+            members.cursor = <int32_t> (get_u64(&self.table.header.phase) % members.n)
         cdef int64_t load = INT64_MAX
         cdef int32_t best = self._least(members, &survey, members.cursor, members.n, &load)
         cdef int32_t round_the_end = self._least(members, &survey, 0, members.cursor, &load)
@@ -527,13 +539,15 @@ cdef class Ring:
         cdef LoadTable table = self.table
         cdef int32_t at, best = -1
         cdef int64_t here
-        if survey.open == members.n:
+        cdef bint all_open = survey.open == members.n
+        cdef bint alone = get_u64(&table.header.peers) == 0
+        if all_open and alone:
             return least_row(
                 table.in_flight_cells, table.stride, table.columns, members.rows, start, end, load
             )
         for at in range(start, end):
-            if self._is_open(members.slots[at], survey.now_s):
-                here = self._load(members.rows[at])
+            if all_open or self._is_open(members.slots[at], survey.now_s):
+                here = self._load(members.rows[at]) if alone else table._expected(members.rows[at])
                 if here < load[0]:
                     load[0] = here
                     best = at

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -229,6 +230,7 @@ class Supervisor:
         check_tracing()
         self.config = config
         self.table = LoadTable.create(TABLE_ROWS, workers)
+        self.table.phase = random.getrandbits(32)
         self.publisher = Publisher(self.table)
         self.peers = Peers(
             kube,

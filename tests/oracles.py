@@ -28,6 +28,9 @@ class OracleTable:
         self.iterations: list[int] = []
         self.column_active: Counter[int] = Counter()
         self.ejected: dict[int, float] = {}
+        self.peers = 0
+        self.settled: Counter[int] = Counter()  # in 256ths
+        self.ended: Counter[int] = Counter()
 
     def gauges(self) -> tuple[Counter, ...]:
         return (self.in_flight, self.active, self.held)
@@ -35,6 +38,7 @@ class OracleTable:
     def open_row(self, row: int) -> int:
         self.generations[row] += 1
         self.ejected.pop(row, None)
+        self.settled[row] = self.ended[row] = 0
         for gauge in self.gauges():
             for cell in [cell for cell in gauge if cell[0] == row]:
                 del gauge[cell]
@@ -53,6 +57,23 @@ class OracleTable:
 
     def load(self, row: int) -> int:
         return self.row_sum(self.in_flight, row)
+
+    def here(self, row: int) -> int:
+        return self.load(row) - self.in_flight[row, self.columns - 1]
+
+    def expected(self, row: int) -> int:
+        untold = 256 * self.here(row) - self.settled[row]
+        return self.load(row) + self.peers * untold // 256
+
+    def set_peers(self, row: int, generation: int, count: int) -> None:
+        if self.generations[row] == generation > 0:
+            self.in_flight[row, self.columns - 1] = count
+
+    def settle(self, steps: int) -> None:
+        for row in self.generations:
+            difference = 256 * self.here(row) - self.settled[row]
+            step = int(difference / steps)  # towards 0
+            self.settled[row] += step or difference
 
     def up(self, gauge: Counter, cell: tuple, generation: int) -> None:
         if self.generations[cell[0]] == generation > 0:

@@ -56,6 +56,11 @@ class View:
         """Requests of a model of whose end they told; it never falls."""
         return self._ended[model]
 
+    @property
+    def speaking(self) -> int:
+        """How many of them have told of their endpoints."""
+        return sum(bool(peer.endpoints) for peer in self.peers.values())
+
     def routes(self, endpoint: str) -> bool:
         """Whether one of them may still send requests to the endpoint, or has some there."""
         return any(endpoint in peer.endpoints for peer in self.peers.values())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from oracles import OracleTable
 
-from kubeai._load import ITERATION_BUCKETS, OUTCOME_NAMES, LoadTable, live
+from kubeai._load import ITERATION_BUCKETS, OUTCOME_NAMES, LoadTable, Readings, live
 from kubeai._ring import Ring
 
 ROWS = 6
@@ -386,6 +386,80 @@ def test_neither_counting_nor_mapping_leaks():
     assert live() == (0, 0)
 
 
+# -- other replicas of KubeAI ----------------------------------------------------------------------
+
+
+def test_what_peers_have_counts_for_picks_and_not_as_ours(table, worker):
+    model, pod = table.open_row(0), table.open_row(1)
+    mine = reserve(worker, 1)
+    table.set_peers(1, pod, 4)
+    table.set_peers(0, model, 4)
+    table.set_peers(1, pod - 1, 9)  # of an earlier life
+    assert (table.in_flight(1), table.in_flight_here(1)) == (5, 1)
+    assert worker.in_flight(0) == 5
+    with pytest.raises(ValueError, match="negative"):
+        table.set_peers(1, pod, -1)
+    mine.release()
+    assert (table.in_flight(1), table.in_flight_here(1)) == (4, 0)
+
+
+def test_a_peer_is_expected_to_do_what_we_do_until_it_tells(table, worker):
+    table.open_row(0), table.open_row(1)
+    table.peers = 3
+    picks = [reserve(worker, 1) for _ in range(2)]
+    assert worker.expected(1) == 2 + 3 * 2
+    table.settle(2)
+    assert worker.expected(1) == 2 + 3 * 1
+    table.settle(1)
+    assert worker.expected(1) == 2
+    picks.pop().release()
+    assert worker.expected(1) == 1 - 3, "they have ended requests too"
+    table.peers = 0
+    assert worker.expected(1) == 1
+    del picks
+
+
+def test_what_is_settled_comes_to_the_load_in_the_end(table, worker):
+    table.open_row(0), table.open_row(1)
+    table.peers = 1
+    pick = reserve(worker, 1)
+    for _ in range(100):
+        table.settle()
+    assert worker.expected(1) == 1
+    pick.release()
+
+
+def test_replicas_break_ties_at_different_places(table, worker):
+    table.open_row(0)
+    firsts = []
+    for phase in range(3):
+        table.phase = phase
+        ring = Ring(worker, 0, table.generation(0))
+        for row in range(1, 4):
+            ring.set(f"pod-{row}", row, table.open_row(row))
+        firsts.append(ring.pick_least().name)
+    assert firsts == ["pod-1", "pod-2", "pod-3"]
+
+
+def test_readings_tell_each_row_that_has_changed_once(table, worker):
+    readings = Readings(table)
+    assert readings.changed() == []
+    table.open_row(0), table.open_row(1)
+    assert readings.changed() == [(0, 0, 0, 0), (1, 0, 0, 0)]
+    admission = worker.admit(0, table.generation(0))
+    pick = reserve(worker, 1)
+    table.set_peers(1, table.generation(1), 7)
+    assert readings.changed() == [(0, 1, 1, 0), (1, 1, 0, 0)]
+    assert readings.changed() == []
+    admission.count("2xx")
+    admission.count("retried")
+    admission.close()
+    pick.release()
+    assert readings.changed() == [(0, 0, 0, 1), (1, 0, 0, 0)]
+    table.open_row(1)
+    assert readings.changed() == [(1, 0, 0, 0)], "it lives anew"
+
+
 class Tables(RuleBasedStateMachine):
     """The table, seen from two workers and their supervisor, beside its oracle."""
 
@@ -488,6 +562,23 @@ class Tables(RuleBasedStateMachine):
             self.oracle.down(self.oracle.in_flight, (row, column), lives[0])
             self.oracle.down(self.oracle.in_flight, (model, column), lives[1])
 
+    @rule(
+        row=st.integers(0, ROWS - 1),
+        count=st.integers(0, 9),
+        peers=st.integers(0, 8),
+        stale=st.booleans(),
+    )
+    def peers_tell(self, row, count, peers, stale):
+        generation = max(0, self.oracle.generations[row] - stale)
+        self.table.peers = self.oracle.peers = peers
+        self.table.set_peers(row, generation, count)
+        self.oracle.set_peers(row, generation, count)
+
+    @rule(steps=st.integers(1, 8))
+    def settle(self, steps):
+        self.table.settle(steps)
+        self.oracle.settle(steps)
+
     @rule(column=st.integers(0, WORKERS - 1))
     def clear_column(self, column):
         self.table.clear_column(column)
@@ -510,6 +601,8 @@ class Tables(RuleBasedStateMachine):
         for row in range(ROWS):
             assert self.table.generation(row) == oracle.generations[row]
             assert self.table.in_flight(row) == oracle.load(row)
+            assert self.table.in_flight_here(row) == oracle.here(row)
+            assert self.table.expected(row) == oracle.expected(row)
             assert self.table.held(row) == oracle.row_sum(oracle.held, row)
             assert self.table.active(row) == oracle.row_sum(oracle.active, row)
             for kind in ("http", "message"):

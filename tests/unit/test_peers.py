@@ -337,8 +337,8 @@ async def test_our_own_address_among_the_fixed_ones_is_not_counted_twice():
         async with again:
             replica.route("a"), again.route("a")
             replica.serve("a")
-            await until("it knows", lambda: again.peers.silences_s() == {})
-            assert again.peers.complete()
+            await until("it knows", again.peers.complete)
+            assert again.peers.silences_s() == {}
             assert again.in_flight("a") == 0
 
 
