@@ -19,7 +19,7 @@ FAST = {
     ),
 }
 MANY = {"duration_s": 40.0, "warm_up_s": 10.0}
-FEW = {"conversations": 24, "duration_s": 200.0, "warm_up_s": 10.0}
+FEW = {"conversations": 24, "duration_s": 100.0, "warm_up_s": 10.0}
 
 
 def test_eight_replicas_that_see_each_other_late_do_not_herd():
