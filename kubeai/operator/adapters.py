@@ -22,7 +22,7 @@ import structlog
 
 from kubeai.api.model import Model
 from kubeai.engines import adapters as engine
-from kubeai.kube import PODS, ApiError, Backoff, Kube
+from kubeai.kube import PODS, ApiError, Backoff, Kube, fence
 from kubeai.operator.leader import NotLeader, Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
 
@@ -287,7 +287,8 @@ class Adapters:
         self._writes.check()
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=ENGINE_TIMEOUT_S, sock_connect=5.0)
+                timeout=aiohttp.ClientTimeout(total=ENGINE_TIMEOUT_S, sock_connect=5.0),
+                trace_configs=[fence(self._writes.check)],
             )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"http://{pod.address}{call.path}"
@@ -296,6 +297,7 @@ class Adapters:
                 answer = (await response.content.read(ANSWER_MAX_BYTES)).decode(errors="replace")
                 why = engine.refusal(call, response.status, answer)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._writes.check()
             why = f"{call.path}: {error or type(error).__name__}"
         if why:
             raise AdapterError(why)
