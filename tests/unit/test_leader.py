@@ -274,3 +274,19 @@ async def test_a_lease_of_upstream_is_respected(world):
     assert not one.leads
     await world.until(lambda: one.leads, 2 * RETRY_S)
     assert world.leases.lease["spec"]["leaseTransitions"] == 8
+
+
+@pytest.mark.parametrize("year", [1971, 2999])
+async def test_what_time_another_holder_believes_it_is_does_not_matter(world, year):
+    """Neither is it taken over from while it renews, nor waited for when it does not."""
+    lease = {
+        "metadata": {"name": "kubeai.org"},
+        "spec": {"holderIdentity": "other", "leaseDurationSeconds": 15, "leaseTransitions": 0},
+    }
+    one = world.join("one")
+    for second in range(60):
+        lease["spec"]["renewTime"] = f"{year}-01-01T00:00:{second:02}.000000Z"
+        world.leases._keep(lease)
+        await asyncio.sleep(RETRY_S)
+        assert not one.leads
+    await world.until(lambda: one.leads, LEASE_S + RETRY_S)
