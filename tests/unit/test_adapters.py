@@ -325,6 +325,25 @@ async def test_nothing_is_done_without_leadership(world):
     assert (len(one.log), len(world.kube.writes)) == (asked, writes)
 
 
+async def test_an_engine_is_not_told_if_leadership_is_lost_while_it_is_connected_to(
+    world, monkeypatch
+):
+    loop = asyncio.get_running_loop()
+    connect = loop.sock_connect
+
+    async def slowly(*args):
+        await connect(*args)
+        world.leader.leads = False
+
+    monkeypatch.setattr(loop, "sock_connect", slowly)
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: not world.leader.leads)
+    await world.until(lambda: not world.controller._adapters._tasks)
+    (one,) = world.engines.values()
+    assert one.log == ["rm -rf -- /adapters/a", f"load {A} /adapters/a"]
+    assert world.labels() == [{"a": "loading"}]
+
+
 async def test_a_loader_that_cannot_be_reached_is_told(world):
     async def unreachable(*_):
         raise ApiError(500, "InternalError", "error dialing backend")
