@@ -201,7 +201,8 @@ class Leader:
         except ApiError as error:
             if error.status != 404:
                 raise
-            self._lease = None
+            if not self._taken():  # else somebody deleted it, and its holder may not know yet
+                self._lease = None
             return
         self._see(lease)
 

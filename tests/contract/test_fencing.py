@@ -196,8 +196,7 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rand = random.Random(seed)
-    for name in ("one", "two"):
-        await fleet.join(name)
+    await asyncio.gather(*(fleet.join(name) for name in ("one", "two")))
     for name in MODELS_MAX_REPLICAS:
         await world.create(name, autoscalingDisabled=True, replicas=1)
     takeovers_s = []
@@ -234,9 +233,10 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
 
 async def test_a_leader_that_is_killed_or_told_to_stop_is_followed_in_time(fleet, world):
     await world.create(autoscalingDisabled=True, replicas=1)
-    for name in ("one", "two", "three"):
-        await fleet.join(name)
+    await asyncio.gather(*(fleet.join(name) for name in ("one", "two", "three")))
     for n, number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
+        if n == 2:
+            await asyncio.gather(*(fleet.join(name) for name in ("four", "five")))
         leader = await fleet.leader()
         await world.replicas_are(n + 1, n + 1)
         began_s = time.monotonic()
@@ -248,7 +248,6 @@ async def test_a_leader_that_is_killed_or_told_to_stop_is_followed_in_time(fleet
         print(f"followed after {number.name} in {took_s:.2f} s")
         assert took_s <= (TAKEOVER_MAX_S if killed else HANDOVER_MAX_S)
         await until(successor.writes, "the new leader writes")
-        await fleet.join(f"{leader.name}-again")
     assert fleet.faults() == []
 
 
