@@ -254,6 +254,8 @@ class Adapters:
         log.info("adapter loaded", pod=pod.name, adapter=one.name, url=one.url)
 
     async def _drop(self, pod: Pod, work: _Work, name: str, key: str) -> None:
+        if dict(pod.adapters)[name] != engine.LOADING:
+            await self._label(pod, work, {name: engine.LOADING})
         await self._call(pod, engine.unload_call(name), key)
         if pod.has_loader:
             await self._exec(pod, engine.remove_command(name), REMOVE_TIMEOUT_S)

@@ -196,7 +196,8 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rand = random.Random(seed)
-    await asyncio.gather(*(fleet.join(name) for name in ("one", "two")))
+    for name in ("one", "two"):
+        await fleet.join(name)
     for name in MODELS_MAX_REPLICAS:
         await world.create(name, autoscalingDisabled=True, replicas=1)
     takeovers_s = []
@@ -233,10 +234,12 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
 
 async def test_a_leader_that_is_killed_or_told_to_stop_is_followed_in_time(fleet, world):
     await world.create(autoscalingDisabled=True, replicas=1)
-    await asyncio.gather(*(fleet.join(name) for name in ("one", "two", "three")))
+    for name in ("one", "two", "three"):
+        await fleet.join(name)
     for n, number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)):
         if n == 2:
-            await asyncio.gather(*(fleet.join(name) for name in ("four", "five")))
+            for name in ("four", "five"):
+                await fleet.join(name)
         leader = await fleet.leader()
         await world.replicas_are(n + 1, n + 1)
         began_s = time.monotonic()

@@ -305,6 +305,31 @@ async def test_a_leader_that_is_killed_anywhere_leaves_what_the_next_can_mend(wo
     world.start()
 
 
+async def test_an_adapter_that_is_wanted_again_when_its_leader_was_killed_in_dropping_it_is_there(
+    world,
+):
+    world.apply(replicas=1, adapters=both(a=A, b=B))
+    await world.until(lambda: world.served() == [{"a", "b"}])
+    (one,) = world.engines.values()
+    execute, stuck = world.kube.executed, asyncio.Event()
+
+    async def hang(*_):
+        stuck.set()
+        await asyncio.get_running_loop().create_future()
+
+    world.kube.executed = hang
+    world.set_adapters(b=B)
+    await world.until(stuck.is_set)
+    assert one.log[-1] == "unload a"
+    assert world.labels() == [{"a": "loading", "b": HASH_B}], "no request is sent to what is being dropped"
+    await world.stop()
+    world.kube.executed = execute
+    world.set_adapters(a=A, b=B)
+    world.start()
+    await world.until(lambda: world.served() == [{"a", "b"}])
+    assert one.adapters == {"a": A, "b": B}
+
+
 async def test_an_engine_with_a_key_is_given_it(world):
     world.apply(replicas=1, adapters=both(a=A), env={"VLLM_API_KEY": "secret"})
     await world.until(lambda: world.served() == [{"a"}])
