@@ -321,7 +321,7 @@ async def test_an_adapter_that_is_wanted_again_when_its_leader_was_killed_in_dro
     world.set_adapters(b=B)
     await world.until(stuck.is_set)
     assert one.log[-1] == "unload a"
-    assert world.labels() == [{"a": "loading", "b": HASH_B}], "no request is sent to what is being dropped"
+    assert world.labels() == [{"a": "loading", "b": HASH_B}], "no request is sent there"
     await world.stop()
     world.kube.executed = execute
     world.set_adapters(a=A, b=B)
