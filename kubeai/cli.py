@@ -136,7 +136,9 @@ async def _serve(host: str, port: int, workers: int) -> None:
     config_path = os.environ.get("CONFIG_PATH")
     config = load_config(Path(config_path) if config_path else None)
     log = structlog.get_logger(__name__)
-    kube = await Kube.connect()
+    lease = config.leader_election
+    # What a leader has sent is delivered, or dropped, before another can lead.
+    kube = await Kube.connect(unacknowledged_max_s=lease.lease_duration_s - lease.renew_deadline_s)
 
     def started() -> None:
         log.info(

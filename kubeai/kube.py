@@ -1,13 +1,14 @@
 """The Kubernetes API, as the operator, the kubelet and ``kubeai local`` use it.
 
-Owns: the connection (kubernetes_asyncio loads kubeconfigs, tokens, exec plug-ins and TLS, and
-its connection pool carries the bytes), the verbs, and :meth:`Kube.follow`, which keeps a caller's
-view of a collection current for ever. Objects are dicts, or any type that msgspec decodes
-straight from the bytes.
+Owns: the connections (kubernetes_asyncio loads kubeconfigs, tokens and exec plug-ins), the verbs,
+:meth:`Kube.follow`, which keeps a caller's view of a collection current for ever, and
+:meth:`Kube.fenced`, through which a leader writes. Objects are dicts, or any type that msgspec
+decodes straight from the bytes.
 
 Promises: every failure of a call is an :class:`ApiError` (status 0 when no answer came); nothing
 is retried here but ``follow`` and one call after a 401 that a fresh token mends; every call and
-every silence on a watch has a limit in seconds.
+every silence on a watch has a limit in seconds; and what the peer has not acknowledged after
+``unacknowledged_max_s`` is given up with its connection, so that it does not arrive late.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import copy
 import os
 import random
 import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
@@ -29,7 +33,6 @@ import msgspec
 import structlog
 from kubernetes_asyncio import config as kube_config
 from kubernetes_asyncio.client.configuration import Configuration
-from kubernetes_asyncio.client.rest import RESTClientObject
 
 from kubeai import channels
 from kubeai.errors import KubeAIError
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 PatchKind = Literal["merge", "json", "strategic"]
 
 CALL_TIMEOUT_S = 30.0
+UNACKNOWLEDGED_MAX_S = 5.0  # by default: as long as a lease outlasts its leader
 LIST_TIMEOUT_S = 120.0
 LIST_PAGE_MAX_ITEMS = 500
 WATCH_TIMEOUT_S = (240.0, 300.0)  # the server ends a watch after a time between the two
@@ -185,23 +189,25 @@ class Kube:
     """A connection to one Kubernetes API; make it with :meth:`connect`, end it with ``close``."""
 
     def __init__(
-        self, configuration: Configuration, namespace: str, loader: _Loader | None = None
+        self,
+        configuration: Configuration,
+        namespace: str,
+        loader: _Loader | None = None,
+        unacknowledged_max_s: float = UNACKNOWLEDGED_MAX_S,
     ) -> None:
         self.namespace = namespace
         self._configuration = configuration
         self._loader = loader
         self._renewed_at = 0.0
         self._base = str(configuration.host)
-        self._pool = RESTClientObject(configuration)
-        self._session = aiohttp.ClientSession(
-            connector=self._pool.pool_manager.connector,
-            connector_owner=False,
-            # As Go does: a proxy from the environment is not asked for this machine's own API.
-            trust_env=not _is_loopback(self._base),
-            read_bufsize=1 << 20,
-            raise_for_status=_tell_refused_upgrade,
-            skip_auto_headers=("User-Agent",),
+        self._connector = aiohttp.TCPConnector(
+            limit=configuration.connection_pool_maxsize,
+            ssl=_tls(configuration),
+            socket_factory=partial(_socket, unacknowledged_max_s=unacknowledged_max_s),
         )
+        self._check: Callable[[], None] | None = None
+        self._sessions: builtins.list[aiohttp.ClientSession] = []  # of those fenced, too
+        self._session = self._open_session()
         self._options: dict[str, Any] = {}
         if configuration.proxy:
             self._options["proxy"] = configuration.proxy
@@ -209,7 +215,9 @@ class Kube:
             self._options["server_hostname"] = configuration.tls_server_name
 
     @classmethod
-    async def connect(cls, kubeconfig: str | None = None) -> Kube:
+    async def connect(
+        cls, kubeconfig: str | None = None, *, unacknowledged_max_s: float = UNACKNOWLEDGED_MAX_S
+    ) -> Kube:
         """Use ``kubeconfig``, else $KUBECONFIG, else the pod's service account.
 
         Raises KubeAIError when none of them can be read. Sends nothing yet.
@@ -224,7 +232,8 @@ class Kube:
                 raise KubeAIError(
                     f"no Kubernetes API: KUBECONFIG is not set, and not in a cluster ({error})"
                 ) from error
-            return cls(configuration, environment or _account_namespace() or "default")
+            namespace = environment or _account_namespace() or "default"
+            return cls(configuration, namespace, None, unacknowledged_max_s)
         missing = _missing_files(path)
         if missing:
             raise KubeAIError(f"kubeconfig {missing[0]}: no such file")
@@ -237,12 +246,26 @@ class Kube:
         except Exception as error:  # a wrong file ends in whatever the YAML made of it
             raise KubeAIError(f"kubeconfig {path}: is not a kubeconfig ({error})") from error
         context = (loader.current_context or {}).get("context") or {}
-        return cls(configuration, context.get("namespace") or environment or "default", loader)
+        namespace = context.get("namespace") or environment or "default"
+        return cls(configuration, namespace, loader, unacknowledged_max_s)
+
+    def fenced(self, check: Callable[[], None]) -> Kube:
+        """The same API, over the same connections, for one who may write only while ``check`` says.
+
+        ``check`` is called as the last thing before the bytes of a write, or of a command, are
+        handed to their connection, however long they waited for it. What it raises ends the call,
+        and nothing is sent. Reads are not checked. Closed with the Kube that it is made from.
+        """
+        fenced = copy.copy(self)
+        fenced._check = check
+        fenced._session = fenced._open_session(fence(check))
+        return fenced
 
     async def close(self) -> None:
         """Close every connection; calls in flight fail."""
-        await self._session.close()
-        await self._pool.close()
+        for session in self._sessions:
+            await session.close()
+        await self._connector.close()
 
     # -- verbs -----------------------------------------------------------------------------------
 
@@ -367,6 +390,7 @@ class Kube:
                 finally:
                     await messages.close()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._ask_again()
             raise _no_answer("exec", name, error) from error
 
     # -- watching --------------------------------------------------------------------------------
@@ -446,6 +470,20 @@ class Kube:
 
     # -- how it is done --------------------------------------------------------------------------
 
+    def _open_session(self, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSession:
+        session = aiohttp.ClientSession(
+            connector=self._connector,
+            connector_owner=False,
+            # As Go does: a proxy from the environment is not asked for this machine's own API.
+            trust_env=not _is_loopback(self._base),
+            read_bufsize=1 << 20,
+            raise_for_status=_tell_refused_upgrade,
+            skip_auto_headers=("User-Agent",),
+            trace_configs=[*traces],
+        )
+        self._sessions.append(session)
+        return session
+
     def _namespace_of(self, obj: Object, namespace: str) -> str:
         return namespace or obj["metadata"].get("namespace") or self.namespace
 
@@ -524,10 +562,17 @@ class Kube:
                     async with again:
                         response, answer = again, await again.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if method != "GET":
+                self._ask_again()
             raise _no_answer(method, path, error) from error
         if response.status >= 400:
             raise _api_error(response, answer)
         return answer
+
+    def _ask_again(self) -> None:
+        """Where the check refused a body, aiohttp says no more than that it was not sent."""
+        if self._check is not None:
+            self._check()
 
     async def _send(
         self,
@@ -582,6 +627,56 @@ class Kube:
             await self._loader.load_and_set(self._configuration)
             return True
         return False
+
+
+def fence(check: Callable[[], None]) -> aiohttp.TraceConfig:
+    """For a session whose requests may be sent only while ``check`` says; see :meth:`Kube.fenced`.
+
+    aiohttp calls these two with the connection in hand: the first when the headers are about to be
+    written, the second, a turn of the event loop later, when the body is; they go out together.
+    """
+
+    async def headers(
+        session: aiohttp.ClientSession, context: object, sent: aiohttp.TraceRequestHeadersSentParams
+    ) -> None:
+        if sent.method != "GET" or "Upgrade" in sent.headers:
+            check()
+
+    async def body(
+        session: aiohttp.ClientSession, context: object, sent: aiohttp.TraceRequestChunkSentParams
+    ) -> None:
+        if sent.method != "GET":
+            check()
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(headers)
+    trace.on_request_chunk_sent.append(body)
+    return trace
+
+
+def _tls(configuration: Configuration) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
+    if configuration.cert_file:
+        context.load_cert_chain(configuration.cert_file, configuration.key_file)
+    if not configuration.verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if configuration.disable_strict_ssl_verification:
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def _socket(address: aiohttp.AddrInfoType, *, unacknowledged_max_s: float) -> socket.socket:
+    """A socket that drops what its peer does not acknowledge in time, even once it is closed.
+
+    Otherwise Linux sends it again for some 15 minutes, and a write that was lost in a partition
+    takes effect when that heals.
+    """
+    family, kind, protocol, _, _ = address
+    sock = socket.socket(family, kind, protocol)
+    limit_ms = max(1, round(unacknowledged_max_s * 1000))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
+    return sock
 
 
 def _in_cluster(configuration: Configuration) -> None:
@@ -682,7 +777,11 @@ def _no_answer(verb: str, what: str, error: Exception) -> ApiError:
 
 
 def _notice_dead_peers(response: aiohttp.ClientResponse) -> None:
-    """A silent watch whose peer is gone without a word is noticed after about 30 s."""
+    """A silent watch whose peer is gone without a word is noticed after about 20 s.
+
+    The first probe is sent after 15; the second finds the socket's limit for what is not
+    acknowledged (see `_socket`) exceeded, which stands here for a count of probes.
+    """
     connection = response.connection
     transport = connection.transport if connection is not None else None
     sock = transport.get_extra_info("socket") if transport is not None else None
@@ -692,7 +791,6 @@ def _notice_dead_peers(response: aiohttp.ClientResponse) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 def _is_loopback(url: str) -> bool:
@@ -724,4 +822,5 @@ __all__ = [
     "ExecResult",
     "Kube",
     "Resource",
+    "fence",
 ]

@@ -22,7 +22,7 @@ import structlog
 
 from kubeai.api.model import Model
 from kubeai.engines import adapters as engine
-from kubeai.kube import PODS, ApiError, Backoff, Kube
+from kubeai.kube import PODS, ApiError, Backoff, Kube, fence
 from kubeai.operator.leader import NotLeader, Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
 
@@ -254,6 +254,8 @@ class Adapters:
         log.info("adapter loaded", pod=pod.name, adapter=one.name, url=one.url)
 
     async def _drop(self, pod: Pod, work: _Work, name: str, key: str) -> None:
+        if dict(pod.adapters)[name] != engine.LOADING:
+            await self._label(pod, work, {name: engine.LOADING})
         await self._call(pod, engine.unload_call(name), key)
         if pod.has_loader:
             await self._exec(pod, engine.remove_command(name), REMOVE_TIMEOUT_S)
@@ -287,7 +289,8 @@ class Adapters:
         self._writes.check()
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=ENGINE_TIMEOUT_S, sock_connect=5.0)
+                timeout=aiohttp.ClientTimeout(total=ENGINE_TIMEOUT_S, sock_connect=5.0),
+                trace_configs=[fence(self._writes.check)],
             )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = f"http://{pod.address}{call.path}"
@@ -296,6 +299,7 @@ class Adapters:
                 answer = (await response.content.read(ANSWER_MAX_BYTES)).decode(errors="replace")
                 why = engine.refusal(call, response.status, answer)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._writes.check()
             why = f"{call.path}: {error or type(error).__name__}"
         if why:
             raise AdapterError(why)

@@ -493,7 +493,8 @@ class Controller:
                 await self._kube.create(CONFIGMAPS, wanted, self._namespace)
             elif found.get("data") != wanted["data"]:
                 gone = dict.fromkeys(found.get("data") or {})
-                patch = {"metadata": {"uid": meta["uid"]}, "data": gone | wanted["data"]}
+                known = {key: meta[key] for key in ("uid", "resourceVersion")}
+                patch = {"metadata": known, "data": gone | wanted["data"]}
                 await self._kube.patch(CONFIGMAPS, name, patch, self._namespace)
         memory.files = wanted["data"]
 

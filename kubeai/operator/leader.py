@@ -5,7 +5,9 @@ changed for its duration by the candidate's own clock (clocks of machines are ne
 The holder renews it every ``retry_period_s`` and stops leading when it has not succeeded for
 ``renew_deadline_s``. :meth:`Leader.check` stands before each write of a leader: the age of the
 lease is taken from a clock that goes on while the machine sleeps, so a process that was frozen
-finds out before it writes, not after.
+finds out before it writes, not after. It is asked twice: by :class:`Writes` before a write is
+begun, and by the Kube that is fenced with it (see :meth:`kubeai.kube.Kube.fenced`) when the
+connection is there and the bytes are about to go, however long the write has waited until then.
 """
 
 from __future__ import annotations
@@ -199,7 +201,8 @@ class Leader:
         except ApiError as error:
             if error.status != 404:
                 raise
-            self._lease = None
+            if not self._taken():  # else somebody deleted it, and its holder may not know yet
+                self._lease = None
             return
         self._see(lease)
 

@@ -66,12 +66,19 @@ class Operator:
             changed=self._turn,
         )
         self._events = Events(kube, namespace)
+        fenced = kube.fenced(self.leader.check)  # all that only a leader writes goes through it
         self.controller = Controller(
-            kube, config, namespace, self.store, self.leader, loads, self._events
+            fenced, config, namespace, self.store, self.leader, loads, self._events
         )
         self._wakes = Wakes(kube, namespace, self.store, loads, self._events)
         self._scaler = Scaler(
-            kube, namespace, config.model_autoscaling, self.store, self.leader, loads, self._events
+            fenced,
+            namespace,
+            config.model_autoscaling,
+            self.store,
+            self.leader,
+            loads,
+            self._events,
         )
 
     @property

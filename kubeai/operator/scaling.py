@@ -168,7 +168,7 @@ class Scaler:
         self._state_name = config.state_config_map_name or STATE_NAME_DEFAULT
         self._core = Autoscaler(config.interval_s, config.time_window_s)
         self._saved: dict[str, float] | None = None  # None: not read since we lead
-        self._missing = False  # the ConfigMap
+        self._version = ""  # of the ConfigMap, as last seen; empty: there is none
 
     async def run(self) -> None:
         """Every interval, for ever; idle while another replica leads."""
@@ -251,15 +251,7 @@ class Scaler:
     # -- what the next leader should know ----------------------------------------------------------
 
     async def _restore(self) -> None:
-        state = _State()
-        self._missing = False
-        try:
-            found = await self._kube.get(CONFIGMAPS, self._state_name, self._namespace)
-            state = _parse_state((found.get("data") or {}).get(STATE_KEY) or "{}")
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            self._missing = True
+        state = _parse_state((await self._look()).get(STATE_KEY) or "{}")
         averages = {name: m.average_active_requests for name, m in state.models.items()}
         age_s = 0.0
         if state.last_calculation_time is not None:
@@ -269,26 +261,36 @@ class Scaler:
         self._saved = averages
         log.info("autoscaler's state read", models=len(averages), age_s=round(age_s, 1))
 
+    async def _look(self) -> dict[str, str]:
+        """The ConfigMap's data; notes which version it is."""
+        try:
+            found = await self._kube.get(CONFIGMAPS, self._state_name, self._namespace)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            found = {"metadata": {"resourceVersion": ""}}
+        self._version = found["metadata"]["resourceVersion"]
+        return found.get("data") or {}
+
     async def _save(self, averages: Mapping[str, float]) -> None:
-        """At most one write."""
-        if averages == self._saved and not self._missing:
+        """At most one write, and none over what is not known."""
+        if averages == self._saved and self._version:
             return
         data = {STATE_KEY: _text(averages)}
         self._leader.check()
         try:
-            if self._missing:
-                state = {"metadata": {"name": self._state_name}, "data": data}
-                await self._kube.create(CONFIGMAPS, state, self._namespace)
+            if self._version:
+                patch = {"metadata": {"resourceVersion": self._version}, "data": data}
+                kept = await self._kube.patch(CONFIGMAPS, self._state_name, patch, self._namespace)
             else:
-                await self._kube.patch(
-                    CONFIGMAPS, self._state_name, {"data": data}, self._namespace
-                )
+                state = {"metadata": {"name": self._state_name}, "data": data}
+                kept = await self._kube.create(CONFIGMAPS, state, self._namespace)
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
-            self._missing = error.status == 404  # or somebody made it: the next interval writes
+            await self._look()  # it is gone, or somebody wrote it: the next interval writes anew
             return
-        self._missing = False
+        self._version = kept["metadata"]["resourceVersion"]
         self._saved = dict(averages)
 
 

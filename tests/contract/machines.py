@@ -49,19 +49,22 @@ class Serve:
 
 
 @contextlib.asynccontextmanager
-async def serving(tmp_path, kubeconfig, namespace, **config):
-    file = tmp_path / "serve.yaml"
+async def serving(
+    tmp_path, kubeconfig, namespace, *, pod_name="kubeai-1", workers=2, within=(), **config
+):
+    """``within``: a command that runs another in surroundings of its own, as itself."""
+    file = tmp_path / f"{pod_name}.yaml"
     addresses = {"metricsAddr": "127.0.0.1:0", "healthAddress": "127.0.0.1:0"}
     file.write_text(yaml.safe_dump(CONFIG | addresses | config))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kubeai", "serve", "--host", "127.0.0.1", "--port", "0"),
-        *("--workers", "2"),
+        *(*within, sys.executable, "-m", "kubeai", "serve", "--host", "127.0.0.1"),
+        *("--port", "0", "--workers", str(workers)),
         stderr=asyncio.subprocess.PIPE,
         env=os.environ
         | {
             "CONFIG_PATH": str(file),
             "KUBECONFIG": kubeconfig,
-            "POD_NAME": "kubeai-1",
+            "POD_NAME": pod_name,
             "POD_NAMESPACE": namespace,
         },
     )

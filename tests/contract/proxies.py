@@ -1,4 +1,4 @@
-"""A proxy before a Kubernetes API that counts what changes something, and can cut it off there.
+"""A proxy before a Kubernetes API that notes what changes something, and can cut it off there.
 
 It speaks plain HTTP on loopback. Commands in containers it answers itself, by ``run``, since the
 clusters of these tests have no kubelets.
@@ -7,7 +7,10 @@ clusters of these tests have no kubelets.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -22,26 +25,47 @@ CUT = Literal["before", "after"]
 DROPPED_HEADERS = {"host", "content-length", "transfer-encoding", "connection"}
 
 
-class Proxy:
-    """``calls``: what changed something, in order. ``cut(k, when)``: see there."""
+@dataclasses.dataclass
+class Arrival:
+    """A call that has come and would change something, a Lease included."""
 
-    def __init__(self, api: ApiServer, run: Callable[[str, list[str]], ExecResult]) -> None:
+    at_s: float  # by the monotonic clock
+    call: str  # the verb, and the path below the namespaces
+    status: int = 0  # of its answer, once there is one
+
+
+def no_commands(pod: str, command: list[str]) -> ExecResult:
+    raise AssertionError(f"a command in {pod}: {command}")
+
+
+class Proxy:
+    """``calls``: what changed something but for the Lease, in order; ``arrivals``: all of it.
+
+    ``heard`` is called at each arrival, before it is passed on. ``cut(k, when)``: see there.
+    """
+
+    def __init__(
+        self, api: ApiServer, run: Callable[[str, list[str]], ExecResult] = no_commands
+    ) -> None:
         self._api = api
         self._run = run
         self._cut: tuple[int, CUT, Callable[[], None]] | None = None
         self.calls: list[str] = []
+        self.arrivals: list[Arrival] = []
+        self.heard: Callable[[Arrival], None] = lambda arrival: None
         app = web.Application(client_max_size=16 << 20)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         self.url = ""
 
-    async def start(self) -> None:
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Listen on loopback, or at ``listener``."""
         tls = ssl.create_default_context(cafile=self._api.ca_file)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls, limit=0))
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        listener = listener or socket.create_server(("127.0.0.1", 0))
+        await web.SockSite(self._runner, listener).start()
+        self.url = "http://{}:{}".format(*listener.getsockname())
 
     async def stop(self) -> None:
         await self._runner.cleanup()
@@ -58,10 +82,21 @@ class Proxy:
         self._cut = None
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        execs = request.path.endswith("/exec")
-        if not execs and (request.method == "GET" or "/leases" in request.path):
+        if request.method == "GET" and not request.path.endswith("/exec"):
             return await self._pass_on(request)
-        self.calls.append(f"{request.method} {request.path.rpartition('/namespaces/')[2]}")
+        call = f"{request.method} {request.path.rpartition('/namespaces/')[2]}"
+        arrival = Arrival(time.monotonic(), call)
+        self.arrivals.append(arrival)
+        self.heard(arrival)
+        answer = await self._change(request, call)
+        arrival.status = answer.status
+        return answer
+
+    async def _change(self, request: web.Request, call: str) -> web.StreamResponse:
+        execs = request.path.endswith("/exec")
+        if "/leases" in request.path:
+            return await self._pass_on(request)
+        self.calls.append(call)
         here = self._cut is not None and len(self.calls) == self._cut[0]
         if here and self._cut[1] == "before":
             return self._kill(request)

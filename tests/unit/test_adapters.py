@@ -305,6 +305,31 @@ async def test_a_leader_that_is_killed_anywhere_leaves_what_the_next_can_mend(wo
     world.start()
 
 
+async def test_an_adapter_that_is_wanted_again_when_its_leader_was_killed_in_dropping_it_is_there(
+    world,
+):
+    world.apply(replicas=1, adapters=both(a=A, b=B))
+    await world.until(lambda: world.served() == [{"a", "b"}])
+    (one,) = world.engines.values()
+    execute, stuck = world.kube.executed, asyncio.Event()
+
+    async def hang(*_):
+        stuck.set()
+        await asyncio.get_running_loop().create_future()
+
+    world.kube.executed = hang
+    world.set_adapters(b=B)
+    await world.until(stuck.is_set)
+    assert one.log[-1] == "unload a"
+    assert world.labels() == [{"a": "loading", "b": HASH_B}], "no request is sent there"
+    await world.stop()
+    world.kube.executed = execute
+    world.set_adapters(a=A, b=B)
+    world.start()
+    await world.until(lambda: world.served() == [{"a", "b"}])
+    assert one.adapters == {"a": A, "b": B}
+
+
 async def test_an_engine_with_a_key_is_given_it(world):
     world.apply(replicas=1, adapters=both(a=A), env={"VLLM_API_KEY": "secret"})
     await world.until(lambda: world.served() == [{"a"}])
@@ -323,6 +348,25 @@ async def test_nothing_is_done_without_leadership(world):
     for _ in range(20):
         await asyncio.sleep(0)
     assert (len(one.log), len(world.kube.writes)) == (asked, writes)
+
+
+async def test_an_engine_is_not_told_if_leadership_is_lost_while_it_is_connected_to(
+    world, monkeypatch
+):
+    loop = asyncio.get_running_loop()
+    connect = loop.sock_connect
+
+    async def slowly(*args):
+        await connect(*args)
+        world.leader.leads = False
+
+    monkeypatch.setattr(loop, "sock_connect", slowly)
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: not world.leader.leads)
+    await world.until(lambda: not world.controller._adapters._tasks)
+    (one,) = world.engines.values()
+    assert one.log == ["rm -rf -- /adapters/a", f"load {A} /adapters/a"]
+    assert world.labels() == [{"a": "loading"}]
 
 
 async def test_a_loader_that_cannot_be_reached_is_told(world):

@@ -377,6 +377,38 @@ async def test_an_event_that_our_own_write_has_overtaken_undoes_nothing(world):
     assert pod.draining_since_s
 
 
+async def test_an_autoscalers_state_that_another_has_written_is_not_overwritten_blindly(world):
+    key = "configmaps", "kubeai-autoscaler-state"
+    refused = []
+
+    def meddle(verb, plural, name):
+        """What a leader that was frozen sent arrives just before."""
+        if (verb, plural) == ("patch", "configmaps") and not refused:
+            refused.append(verb)
+            late = copy.deepcopy(world.kube.objects[key]) | {"data": {"models": "late"}}
+            world.kube._keep(CONFIGMAPS, late, "MODIFIED")
+
+    world.start()
+    world.apply(replicas=0)
+    scaler = Scaler(
+        *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, Held()),
+        world.events,
+        clock=now_s,
+    )
+    scaling = asyncio.create_task(scaler.run())
+    try:
+        await world.until(lambda: key in world.kube.objects)
+        world.kube.before = meddle
+        world.apply("other", replicas=0)
+        await world.until(lambda: refused)
+        await asyncio.sleep(0.5)
+        assert world.kube.objects[key]["data"]["models"] == "late"
+        await world.until(lambda: '"other"' in world.kube.objects[key]["data"]["models"])
+    finally:
+        scaling.cancel()
+        await asyncio.gather(scaling, return_exceptions=True)
+
+
 # -- from zero ------------------------------------------------------------------------------------
 
 

@@ -425,6 +425,102 @@ async def test_an_exec_that_is_refused_goes_on_with_a_token_that_is_read_again(s
     await kube.close()
 
 
+# -- a leader's writes ---------------------------------------------------------------------------
+
+
+class Fallen(Exception):
+    """The fence says no."""
+
+
+class Fence:
+    """Says yes so many times, then no."""
+
+    def __init__(self, times=0):
+        self.times = times
+
+    def __call__(self):
+        self.times -= 1
+        if self.times < 0:
+            raise Fallen
+
+
+OBJECT = {"metadata": {"name": "a"}}
+WRITES = {
+    "create": lambda kube: kube.create(CONFIGMAPS, OBJECT),
+    "update": lambda kube: kube.update(CONFIGMAPS, OBJECT),
+    "patch": lambda kube: kube.patch(CONFIGMAPS, "a", {"data": {}}),
+    "delete": lambda kube: kube.delete(CONFIGMAPS, "a"),
+    "exec": lambda kube: run(kube),
+}
+
+
+async def sent(kube, server):
+    """What the server has got, once it has got a read that was sent last."""
+    server.answer = 200, orjson.dumps(thing("a", 1)), {}
+    await kube.get(CONFIGMAPS, "a")
+    *earlier, last = [request[0] for request in server.requests]
+    assert last == "GET"
+    return earlier
+
+
+@pytest.mark.parametrize("write", WRITES)
+async def test_a_write_whose_fence_falls_while_it_waits_for_a_connection_is_not_sent(
+    kube, server, monkeypatch, write
+):
+    loop, fence = asyncio.get_running_loop(), Fence(100)
+    connect = loop.sock_connect
+
+    async def slowly(*args):
+        await connect(*args)
+        fence.times = 0
+
+    monkeypatch.setattr(loop, "sock_connect", slowly)
+    with pytest.raises(Fallen):
+        await WRITES[write](kube.fenced(fence))
+    assert await sent(kube, server) == []
+
+
+@pytest.mark.parametrize("write", WRITES)
+async def test_nor_is_it_over_a_connection_that_is_there_already(kube, server, write):
+    fenced = kube.fenced(Fence())
+    assert await sent(fenced, server) == [], "reads pass"
+    with pytest.raises(Fallen):
+        await WRITES[write](fenced)
+    assert await sent(kube, server) == ["GET"]
+
+
+async def test_nor_if_it_falls_between_headers_and_body(kube, server):
+    with pytest.raises(Fallen):
+        await WRITES["patch"](kube.fenced(Fence(1)))
+    assert await sent(kube, server) == []
+
+
+async def test_a_write_within_its_fence_passes_and_one_that_is_sent_again_is_checked_again(
+    server, tmp_path
+):
+    token = tmp_path / "token"
+    token.write_text("first")
+    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
+    kube = await Kube.connect(path)
+    token.write_text("second")
+    server.tokens, server.answer = {"Bearer second"}, (200, orjson.dumps(OBJECT), {})
+    with pytest.raises(Fallen):
+        await WRITES["patch"](kube.fenced(Fence(2)))
+    assert [request[0] for request in server.requests] == ["PATCH"], "refused as unknown"
+    await WRITES["patch"](kube.fenced(Fence(100)))
+    assert [request[0] for request in server.requests] == ["PATCH", "PATCH"]
+    await kube.close()
+
+
+async def test_what_fails_behind_its_fence_is_an_api_error_as_ever(tmp_path):
+    kube = await Kube.connect(kubeconfig(tmp_path / "nobody", "http://127.0.0.1:1", {}))
+    with pytest.raises(ApiError):
+        await WRITES["patch"](kube.fenced(Fence(100)))
+    with pytest.raises(Fallen):  # whatever came of it, its caller writes no more
+        await WRITES["patch"](kube.fenced(Fence()))
+    await kube.close()
+
+
 # -- following -----------------------------------------------------------------------------------
 
 

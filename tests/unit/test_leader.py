@@ -249,6 +249,25 @@ async def test_a_lease_that_somebody_deleted_is_made_anew(world):
     assert world.leases.holder == "one"
 
 
+async def test_a_lease_that_somebody_deleted_is_not_taken_from_a_holder_that_may_not_know_yet(
+    world,
+):
+    one = world.join("one")
+    await world.until(lambda: one.leads, RETRY_S)
+    two = world.join("two")
+    for _ in range(20):
+        await asyncio.sleep(0.3 * RETRY_S)
+        world.leases.lease = None
+        for _ in range(30):
+            await asyncio.sleep(RETRY_S / 10)
+            assert not two.leads
+    await one.freeze()
+    await asyncio.sleep(2 * RETRY_S)
+    world.leases.lease = None
+    await world.until(lambda: two.leads, LEASE_S)
+    assert not one.leads
+
+
 async def test_a_restarted_leader_of_the_same_name_need_not_wait(world):
     one = world.join("pod-0")
     await world.until(lambda: one.leads, RETRY_S)
@@ -274,3 +293,19 @@ async def test_a_lease_of_upstream_is_respected(world):
     assert not one.leads
     await world.until(lambda: one.leads, 2 * RETRY_S)
     assert world.leases.lease["spec"]["leaseTransitions"] == 8
+
+
+@pytest.mark.parametrize("year", [1971, 2999])
+async def test_what_time_another_holder_believes_it_is_does_not_matter(world, year):
+    """Neither is it taken over from while it renews, nor waited for when it does not."""
+    lease = {
+        "metadata": {"name": "kubeai.org"},
+        "spec": {"holderIdentity": "other", "leaseDurationSeconds": 15, "leaseTransitions": 0},
+    }
+    one = world.join("one")
+    for second in range(60):
+        lease["spec"]["renewTime"] = f"{year}-01-01T00:00:{second:02}.000000Z"
+        world.leases._keep(lease)
+        await asyncio.sleep(RETRY_S)
+        assert not one.leads
+    await world.until(lambda: one.leads, LEASE_S + RETRY_S)
