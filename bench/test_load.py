@@ -5,7 +5,7 @@ Rounds of 1,000 operations: the reported time divided by 1,000 is one.
 
 import pytest
 
-from kubeai._load import LoadTable
+from kubeai._load import LoadTable, Readings
 
 TIMES = range(1000)
 
@@ -43,3 +43,31 @@ def test_open_a_row(benchmark, table):
 
 def test_attach(benchmark, table):
     benchmark(lambda: LoadTable.attach(table.fd, 1).close())
+
+
+def test_look_at_16_384_rows_for_changes(benchmark):
+    """What a supervisor does 20 times a second while a peer listens; 2 workers, 10 rows changed."""
+    table, worker = _large()
+    readings = Readings(table)
+    readings.changed()
+    generation = table.generation(0)
+    admissions = []
+
+    def look():
+        admissions.append([worker.admit(row, generation) for row in range(10)])
+        assert len(readings.changed()) == 10
+
+    benchmark.pedantic(look, rounds=100, warmup_rounds=1)
+
+
+def test_settle_16_384_rows(benchmark):
+    """What a supervisor does 80 times a second while it has peers."""
+    table, _ = _large()
+    benchmark.pedantic(table.settle, rounds=100, warmup_rounds=1)
+
+
+def _large():
+    table = LoadTable.create(16_384, 2)
+    for row in range(16_384):
+        table.open_row(row)
+    return table, LoadTable.attach(table.fd, 0)
