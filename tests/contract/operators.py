@@ -22,7 +22,10 @@ resourceProfiles: {cpu: {requests: {cpu: 100m}}}
 
 
 class FakeLoads:
-    def __init__(self):
+    """Of one replica: what is routed to is in use."""
+
+    def __init__(self, routes):
+        self._routes = routes
         self.active_by_model = Counter()
         self.held_by_model = Counter()
         self.used = set()  # pods that are still sent requests
@@ -37,7 +40,9 @@ class FakeLoads:
         return 0
 
     def in_use(self, model, endpoint):
-        return endpoint in self.used
+        route = self._routes.get(model)
+        routed = route is not None and any(e.name == endpoint for e in route.endpoints)
+        return routed or endpoint in self.used
 
 
 class Replica:
@@ -46,7 +51,7 @@ class Replica:
     def __init__(self, kube, identity, config=CONFIG):
         self.routes = {}
         self.published = []  # (model, names of its endpoints), one after the other
-        self.loads = FakeLoads()
+        self.loads = FakeLoads(self.routes)
         self.operator = Operator(
             kube, parse_config(config), kube.namespace, identity, self._publish, self.loads
         )
