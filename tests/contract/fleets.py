@@ -53,6 +53,7 @@ class Replica:
             name=self.name,
             host=self.host,
             port=self._port,
+            workers=fleet.workers,
             **options,
         )
         self.serve = await self._life.enter_async_context(one)
@@ -93,7 +94,10 @@ class Replica:
 
 
 class Fleet(Machine):
-    """A namespace, a kubelet, and replicas that the test launches."""
+    """A namespace, a kubelet that binds its pods, and replicas that the test launches."""
+
+    is_alone = True
+    workers = 2
 
     def __init__(self, api: ApiServer, namespace: str, directory: Path) -> None:
         super().__init__(api, namespace, directory)

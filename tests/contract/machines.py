@@ -130,14 +130,19 @@ class Machine:
         self.kube: Kube
         self.endpoint = ""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the API has no scheduler and no controllers: then pods are bound here."""
+        return self.api.kind == "embedded"
+
     async def start(self) -> None:
-        """The kubelet, and on the embedded API what a controller-manager does for Jobs."""
+        """The kubelet, and where the API is alone what a controller-manager does for Jobs."""
         kubelet = Kubelet(
             self.api,
             self.kubeconfig,
             self.directory / "kubelet",
             f"machine-{self.namespace}",
-            bind=self.api.kind == "embedded",
+            bind=self.is_alone,
         )
         # Or the scheduler would give the next machine's pods to it.
         self._stack.callback(self.api.request, "DELETE", f"/api/v1/nodes/{kubelet.node}")
@@ -145,7 +150,7 @@ class Machine:
         await asyncio.to_thread(kubelet.start)
         self.kube = await Kube.connect(self.kubeconfig)
         self._stack.push_async_callback(self.kube.close)
-        if self.api.kind == "embedded":
+        if self.is_alone:
             jobs = asyncio.create_task(JobController(self.kube).run())
             self._stack.callback(jobs.cancel)
         else:

@@ -164,7 +164,9 @@ def _decoded(body: bytes):
 @contextlib.contextmanager
 def embedded(directory: Path):
     """The embedded API as a process, once it says that it is ready."""
-    program = Program((sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory)))
+    program = Program(
+        (sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory))
+    )
     read, write = os.pipe()
     program.start("--port", "0", "--ready-fd", str(write), pass_fds=(write,))
     os.close(write)
