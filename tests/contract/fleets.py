@@ -97,7 +97,7 @@ class Fleet(Machine):
     """A namespace, a kubelet that binds its pods, and replicas that the test launches."""
 
     is_alone = True
-    workers = 2
+    workers = 1
 
     def __init__(self, api: ApiServer, namespace: str, directory: Path) -> None:
         super().__init__(api, namespace, directory)
@@ -107,7 +107,7 @@ class Fleet(Machine):
                 "renewDeadline": "3s",
                 "retryPeriod": "500ms",
             },
-            "gateway": {"drainAccept": "3s", "drainTimeout": "30s"},
+            "gateway": {"drainAccept": "2s", "drainTimeout": "30s"},
         }
         self.port, health_port = _free_ports(2)
         self.replicas = [
