@@ -53,7 +53,7 @@ class Replica:
             name=self.name,
             host=self.host,
             port=self._port,
-            workers=fleet.workers,
+            workers=1,
             **options,
         )
         self.serve = await self._life.enter_async_context(one)
@@ -97,7 +97,6 @@ class Fleet(Machine):
     """A namespace, a kubelet that binds its pods, and replicas that the test launches."""
 
     is_alone = True
-    workers = 1
 
     def __init__(self, api: ApiServer, namespace: str, directory: Path) -> None:
         super().__init__(api, namespace, directory)
