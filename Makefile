@@ -60,6 +60,7 @@ soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SO
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
+	OUTAGE_S=30 $(BIN)/pytest tests/contract/test_replicas.py
 	$(BIN)/python tests/soak/soak.py
 
 clean:  ## everything that was built

@@ -86,7 +86,6 @@ cdef class Relay:
     cdef readonly Py_ssize_t exchanges
     cdef readonly uint64_t requests  # since the start
     cdef public bint draining  # answers say Connection: close
-    cdef bint closing  # a connection without a request is closed
     cdef object exchange
     cdef object error_body
     cdef object loop

@@ -112,7 +112,7 @@ class Relay:
     def downstream(self) -> Downstream:
         """The protocol of one accepted connection (for ``loop.create_server``)."""
     def close_idle(self) -> None:
-        """From here on a connection without a request is closed, now or at its answer's end."""
+        """From here on a connection without a request is closed once it was idle for a second."""
 
 @final
 class Downstream(asyncio.Protocol):

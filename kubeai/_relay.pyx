@@ -82,6 +82,7 @@ cdef enum:
     TRAILERS_MAX_BYTES = 8192
     REQUEST_ID_MAX_BYTES = 128
     LINGER_MAX_S = 2  # after an answer to a request that was not read to its end
+    CLOSING_IDLE_MAX_S = 1  # a client often asks again right after an answer
 
 
 cdef double now() noexcept:
@@ -639,12 +640,20 @@ cdef class Relay:
         return Downstream(self)
 
     def close_idle(self):
-        """From here on a connection without a request is closed, now or at its answer's end."""
+        """From here on a connection without a request is closed once it was idle for a second.
+
+        Not at once: after an answer that did not say ``Connection: close`` its client may be about
+        to send the next request, and that one's answer says it.
+        """
         cdef Downstream downstream
-        self.draining = self.closing = True
+        cdef double sooner_s = max(0.0, self.keep_alive_timeout_s - CLOSING_IDLE_MAX_S)
+        self.draining = True
+        self.keep_alive_timeout_s -= sooner_s
         for downstream in list(self.downstreams):
-            if downstream.state == IDLE and downstream.input is None:
-                downstream._close()
+            if downstream.state == IDLE and downstream.input is None and not downstream.write_paused:
+                downstream.deadline -= sooner_s
+                if downstream.deadline <= now():
+                    downstream._close()
 
     @property
     def connections(self):
@@ -1247,7 +1256,7 @@ cdef class Downstream(Head):
             return 0
         if self.state == BODY:
             self._linger()
-        elif not self.keep_alive or (self.relay.closing and self.input is None):
+        elif not self.keep_alive:
             self._close()
         else:
             self.state = IDLE

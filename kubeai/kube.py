@@ -434,12 +434,13 @@ class Kube:
         (ADDED, MODIFIED, DELETED) as it comes. Both are called in order and must not block. An
         object that does not decode as ``type`` is logged and passed over; what came before it
         stays. Failures are told to ``failed`` and retried with back-off and jitter, from the last
-        resourceVersion.
+        resourceVersion; where the server has forgotten that, it is asked for a list at once.
         """
         backoff = Backoff()
         version = ""
         while True:
-            began, broke = time.monotonic(), False
+            began, broke, forgotten = time.monotonic(), False, False
+            resumed = version != ""
             retry_after_s = 0.0
             try:
                 if not version:
@@ -463,9 +464,10 @@ class Kube:
                 failed(error)
                 if error.status == 410:
                     version = ""
+                    forgotten = resumed
                 retry_after_s = min(error.retry_after_s or 0.0, BACKOFF_MAX_S)
                 log.info("watch failed", resource=r.plural, status=error.status, error=str(error))
-            if broke or time.monotonic() - began < 1.0:
+            if not forgotten and (broke or time.monotonic() - began < 1.0):
                 await asyncio.sleep(max(backoff.next_s(), retry_after_s))
 
     # -- how it is done --------------------------------------------------------------------------

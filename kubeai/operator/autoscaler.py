@@ -66,6 +66,11 @@ class Autoscaler:
             del self._tracks[gone]
         return {model: self._decide(model, sample, now_s) for model, sample in samples.items()}
 
+    def shrunk(self, model: str, replicas: int) -> None:
+        """A decision to have fewer was carried out: more than that has grown since."""
+        if (track := self._tracks.get(model)) is not None:
+            track.replicas = replicas
+
     def _decide(self, model: str, sample: Sample, now_s: float) -> Decision:
         track = self._tracks.get(model)
         if track is None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -47,43 +48,67 @@ class Serve:
     def said(self, event):
         return next((entry for entry in self.log if entry.get("event") == event), None)
 
+    def signal_all(self, number):
+        """To every process of it, as when a container is killed or a machine hangs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
 
 @contextlib.asynccontextmanager
-async def serving(
-    tmp_path, kubeconfig, namespace, *, pod_name="kubeai-1", workers=2, within=(), **config
+async def launched(
+    tmp_path,
+    kubeconfig,
+    namespace,
+    *,
+    name="kubeai-1",
+    host="127.0.0.1",
+    port=0,
+    workers=2,
+    within=(),
+    **config,
 ):
-    """``within``: a command that runs another in surroundings of its own, as itself."""
-    file = tmp_path / f"{pod_name}.yaml"
-    addresses = {"metricsAddr": "127.0.0.1:0", "healthAddress": "127.0.0.1:0"}
+    """A `kubeai serve` that may not be up yet; ``name``: its POD_NAME, the lease's holder.
+
+    ``within``: a command that runs another in surroundings of its own, as itself.
+    """
+    file = tmp_path / f"{name}.yaml"
+    addresses = {"metricsAddr": f"{host}:0", "healthAddress": f"{host}:0"}
     file.write_text(yaml.safe_dump(CONFIG | addresses | config))
     process = await asyncio.create_subprocess_exec(
-        *(*within, sys.executable, "-m", "kubeai", "serve", "--host", "127.0.0.1"),
-        *("--port", "0", "--workers", str(workers)),
+        *(*within, sys.executable, "-m", "kubeai", "serve", "--host", host),
+        *("--port", str(port), "--workers", str(workers)),
         stderr=asyncio.subprocess.PIPE,
         env=os.environ
         | {
             "CONFIG_PATH": str(file),
             "KUBECONFIG": kubeconfig,
-            "POD_NAME": pod_name,
+            "POD_NAME": name,
             "POD_NAMESPACE": namespace,
         },
+        start_new_session=True,
     )
     serve = Serve(process)
     reader = asyncio.create_task(serve.read())
     try:
-        await until(
-            "kubeai serve is up",
-            lambda: process.returncode is not None or serve.said("serving"),
-            START_TIMEOUT_S,
-        )
-        assert process.returncode is None, serve.log
         yield serve
     finally:
-        if process.returncode is None:
-            process.kill()
+        serve.signal_all(signal.SIGKILL)
         await process.wait()
         await reader
         print(*serve.log, sep="\n")
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path, kubeconfig, namespace, **options):
+    """A `kubeai serve` that is up; ``options``: as :func:`launched` takes them."""
+    async with launched(tmp_path, kubeconfig, namespace, **options) as serve:
+        await until(
+            "kubeai serve is up",
+            lambda: serve.process.returncode is not None or serve.said("serving"),
+            START_TIMEOUT_S,
+        )
+        assert serve.process.returncode is None, serve.log
+        yield serve
 
 
 class Machine:
@@ -109,14 +134,19 @@ class Machine:
         self.kube: Kube
         self.endpoint = ""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the API has no scheduler and no controllers: then pods are bound here."""
+        return self.api.kind == "embedded"
+
     async def start(self) -> None:
-        """The kubelet, and on the embedded API what a controller-manager does for Jobs."""
+        """The kubelet, and where the API is alone what a controller-manager does for Jobs."""
         kubelet = Kubelet(
             self.api,
             self.kubeconfig,
             self.directory / "kubelet",
             f"machine-{self.namespace}",
-            bind=self.api.kind == "embedded",
+            bind=self.is_alone,
         )
         # Or the scheduler would give the next machine's pods to it.
         self._stack.callback(self.api.request, "DELETE", f"/api/v1/nodes/{kubelet.node}")
@@ -124,7 +154,7 @@ class Machine:
         await asyncio.to_thread(kubelet.start)
         self.kube = await Kube.connect(self.kubeconfig)
         self._stack.push_async_callback(self.kube.close)
-        if self.api.kind == "embedded":
+        if self.is_alone:
             jobs = asyncio.create_task(JobController(self.kube).run())
             self._stack.callback(jobs.cancel)
         else:
@@ -234,11 +264,12 @@ class Machine:
 
 
 @contextlib.asynccontextmanager
-async def machine(api: ApiServer, directory: Path):
+async def machine(api: ApiServer, directory: Path, kind: type[Machine] = Machine):
+    """One of a ``kind``, in a namespace of its own."""
     namespace = f"test-{secrets.token_hex(4)}"
     code, answer = api.request("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
     assert code == 201, answer
-    one = Machine(api, namespace, directory)
+    one = kind(api, namespace, directory)
     try:
         await one.start()
         yield one

@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,47 @@ KWOK_LABEL = "kubeai.org/played-by-kwok"
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kwok")
 
 
+class Program:
+    """A server's process; one that was killed starts again where it was."""
+
+    def __init__(self, command: Sequence[str], log: Path | None = None) -> None:
+        self._command = command
+        self._log = log
+        self._process: subprocess.Popen[bytes]
+
+    def start(self, *options: str, pass_fds: tuple[int, ...] = ()) -> None:
+        """``options``: of this start only."""
+        with contextlib.ExitStack() as stack:
+            output = self._log and stack.enter_context(self._log.open("ab"))
+            self._process = subprocess.Popen(
+                [*self._command, *options], stdout=output, stderr=output, pass_fds=pass_fds
+            )
+
+    def options(self, *options: str) -> None:
+        """Of every start from now on."""
+        self._command = (*self._command, *options)
+
+    def freeze(self) -> None:
+        """It takes connections and answers nobody."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """It refuses connections."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        self.thaw()
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
 class ApiServer(NamedTuple):
     """A running API."""
 
@@ -48,6 +89,7 @@ class ApiServer(NamedTuple):
     token: str
     ca_file: str
     client_ca_file: str = ""  # of the certificate that it shows to kubelets, if it shows one
+    program: Program | None = None  # the API's own process, for who takes it away
 
     def request(
         self,
@@ -122,28 +164,26 @@ def _decoded(body: bytes):
 @contextlib.contextmanager
 def embedded(directory: Path):
     """The embedded API as a process, once it says that it is ready."""
-    read, write = os.pipe()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "kubeai.local.apiserver"),
-            *("--data-dir", str(directory), "--port", "0", "--ready-fd", str(write)),
-        ],
-        pass_fds=(write,),
+    program = Program(
+        (sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory))
     )
+    read, write = os.pipe()
+    program.start("--port", "0", "--ready-fd", str(write), pass_fds=(write,))
     os.close(write)
-    with os.fdopen(read) as pipe:
-        line = pipe.readline().split()
-    assert line[:1] == ["ready"], f"the embedded API ended with {process.wait()}"
     try:
+        with os.fdopen(read) as pipe:
+            line = pipe.readline().split()
+        assert line[:1] == ["ready"], "the embedded API did not start"
+        program.options("--port", line[1])
         yield ApiServer(
             "embedded",
             f"https://127.0.0.1:{line[1]}",
             (directory / "token").read_text(),
             str(directory / "ca.crt"),
+            program=program,
         )
     finally:
-        process.terminate()
-        process.wait(10)
+        program.stop()
 
 
 def assets(*names: str) -> Path | None:
@@ -184,7 +224,7 @@ def real(directory: Path, *options: str):
                 "--unsafe-no-fsync",
             )
         )
-        stack.enter_context(
+        program = stack.enter_context(
             _running(
                 directory / "kube-apiserver.log",
                 str(folder / "kube-apiserver"),
@@ -212,6 +252,7 @@ def real(directory: Path, *options: str):
             token,
             str(directory / "ca.crt"),
             str(clients.file),
+            program,
         )
         _wait_until(
             lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
@@ -301,17 +342,12 @@ def _free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def _running(log: Path, *command: str):
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+    program = Program(command, log)
+    program.start()
     try:
-        yield process
+        yield program
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        program.stop()
 
 
 def _wait_until(true: Callable[[], bool], what: str, log: Path | None = None) -> None:

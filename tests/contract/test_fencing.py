@@ -94,7 +94,7 @@ class Fleet:
             self._directory,
             str(kubeconfig),
             self._namespace,
-            pod_name=name,
+            name=name,
             workers=1,
             within=within,
             **CONFIG,

@@ -310,6 +310,21 @@ async def test_load_scales_a_model_up_within_its_bounds_and_back_to_zero(world):
     await until(lambda: kept_average(world, 0.0), "the average is kept")
 
 
+async def test_a_model_that_is_woken_between_two_looks_has_its_delay_again(world):
+    """Another replica of KubeAI holds a request, the moment after the leader scaled it to zero."""
+    world.start(config=CONFIG.replace("interval: 100ms", "interval: 1s"))
+    await world.create(replicas=1, scaleDownDelaySeconds=2)
+    await until(lambda: wants(world, 0), "scaled to zero")
+    await world.kube.patch(MODELS, "m", {"spec": {"replicas": 1}}, subresource="scale")
+    woken_s = time.monotonic()
+    await until(lambda: wants(world, 0), "scaled to zero again")
+    assert time.monotonic() - woken_s >= 2.0
+
+
+async def wants(world, replicas):
+    return (await world.model())["spec"].get("replicas") == replicas
+
+
 async def kept_average(world, value):
     try:
         found = await world.kube.get(CONFIGMAPS, "kubeai-autoscaler-state")

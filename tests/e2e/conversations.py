@@ -101,16 +101,3 @@ async def talk(
 
         await asyncio.gather(*(converse(number) for number in range(conversations)))
     return held
-
-
-async def received(addresses: list[str]) -> dict[str, list[str]]:
-    """By request id, the addresses of the mock engines that received it, as often as they did."""
-    found: dict[str, list[str]] = {}
-    async with aiohttp.ClientSession() as session:
-        for address in addresses:
-            async with session.get(f"http://{address}/mock/requests") as response:
-                report = await response.json()
-            assert report["forgotten"] == 0
-            for request in report["requests"]:
-                found.setdefault(request["id"], []).append(address)
-    return found

@@ -9,8 +9,7 @@ import contextlib
 
 import aiohttp
 import pytest
-from conversations import received
-from harness import chat, model, pods, replicas, running, scrape, until
+from harness import chat, model, pods, received, replicas, running, scrape, until
 
 CHATS = 200
 ROUNDS = 3

@@ -1045,6 +1045,48 @@ async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(
     await drained
 
 
+async def test_a_connection_that_was_to_be_kept_takes_one_more_request_while_draining(start):
+    """The answer's head said nothing of a close, so its client may ask again at its end."""
+    world = await start()
+    go_on = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        if b"slow" in request.body:
+            await wire.send(CHUNKED + chunk(b"1"))
+            await go_on.wait()
+            await wire.send(chunk(b"2") + b"0\r\n\r\n")
+        else:
+            await wire.send(answer(200, b"quick"))
+
+    world.route("m", {"a": await world.engine(script)})
+    wire = await world.client()
+    await wire.send(ask(slow=1))
+    head = await wire.head()
+    fresh = await world.client()
+    await fresh.send(ask())
+    assert (await fresh.answer()).one("connection") is None
+    drained = asyncio.create_task(world.front.drain(accept_s=0, timeout_s=5))
+    await until(lambda: world.front.relay.draining)
+    while await listens(world):
+        pass
+    go_on.set()
+    assert (await wire.body(head)).body == b"12"
+    for one in (wire, fresh):
+        await one.send(ask())
+        answered = await one.answer()
+        assert (answered.body, answered.one("connection")) == (b"quick", "close")
+        assert await one.ended() is False
+    await drained
+
+
+async def listens(world) -> bool:
+    try:
+        (await world.client()).close()
+    except ConnectionError:
+        return False
+    return True
+
+
 async def test_draining_has_an_end(start):
     world = await start()
 

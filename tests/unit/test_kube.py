@@ -45,6 +45,7 @@ class Server:
 
     def __init__(self):
         self.requests = []
+        self.times_s = []  # when they came
         self.lists = [([], "1")]
         self.watches = []
         self.answer = None  # (status, body, headers) for everything else
@@ -59,6 +60,7 @@ class Server:
     async def handle(self, request):
         body = await request.read()
         self.requests.append((request.method, request.path_qs, request.headers, body))
+        self.times_s.append(time.monotonic())
         if self.tokens and request.headers.get("Authorization") not in self.tokens:
             return web.json_response({"message": "who are you", "code": 401}, status=401)
         if self.answer is not None:
@@ -549,6 +551,17 @@ async def test_a_version_that_is_too_old_makes_it_list_again(kube, server):
     assert view.lists == 3
     assert view.objects.keys() == {"c"}
     assert server.watched_from() == ["5", "30", "40"]
+
+
+async def test_an_api_that_was_away_and_has_forgotten_is_asked_for_a_list_at_once(kube, server):
+    """The rests were for its absence; but one whose own list is too old for it is spared."""
+    server.lists = [([], "5"), ([], "30"), ([], "40")]
+    server.watches = [500] * 4 + [410] * 2
+    view = await following(kube, server)
+    assert view.lists == 3
+    expired, again = 5, 7  # a list, four watches, this one, a list, and this one
+    assert server.times_s[expired + 1] - server.times_s[expired] < 0.5
+    assert server.times_s[again + 1] - server.times_s[again] > 0.5
 
 
 async def test_a_watch_that_breaks_is_resumed_where_it_was(kube, server):
