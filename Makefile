@@ -14,6 +14,7 @@ help:  ## what there is
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt "setuptools>=77" cython wheel
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	$(BIN)/python -m compileall -q kubeai  # also where byte code is not written at run time
 	touch $@
 
 .venv/installed-test: .venv/installed

@@ -30,7 +30,7 @@ from kubeai.operator.store import Store
 log = structlog.get_logger(__name__)
 WAKE_ATTEMPTS_MAX = 5
 HELD_INTERVAL_S = 0.5  # how often held requests are looked for that nobody told of
-REST_FIRST_S, REST_MAX_S = 1.0, 30.0
+REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # requests are held: once the API is back, look soon
 STATE_NAME_DEFAULT = "kubeai-autoscaler-state"
 STATE_KEY = "models"
 

@@ -36,18 +36,21 @@ IN_FLIGHT_MAX = 2_000  # requests by schedule: beyond, it is the clients that ar
 class Replica:
     """One `kubeai serve`: its process comes and goes, its name and addresses stay."""
 
-    def __init__(self, fleet: Fleet, name: str, host: str, port: int, health_port: int) -> None:
+    def __init__(self, fleet: Fleet, name: str, host: str, ports: tuple[int, int, int]) -> None:
         self.name, self.host = name, host
-        self.endpoint = f"http://{host}:{port}/openai/v1"
+        self._port, health_port, metrics_port = ports
+        self.endpoint = f"http://{host}:{self._port}/openai/v1"
         self.serve: Serve | None = None
         self._health = f"{host}:{health_port}"
-        self._port = port
+        self._metrics = f"{host}:{metrics_port}"
         self._fleet = fleet
         self._life = contextlib.AsyncExitStack()
 
     async def launch(self) -> None:
         fleet = self._fleet
-        options = fleet.config | {"healthAddress": self._health}
+        await fleet.tell_of(self)
+        addresses = {"healthAddress": self._health, "metricsAddr": self._metrics}
+        options = fleet.config | addresses
         one = launched(
             *(fleet.directory, fleet.kubeconfig, fleet.namespace),
             name=self.name,
@@ -108,22 +111,37 @@ class Fleet(Machine):
             },
             "gateway": {"drainAccept": "2s", "drainTimeout": "30s"},
         }
-        self.port, health_port = _free_ports(2)
+        ports = _free_ports(3)
+        self.port = ports[0]
         self.replicas = [
-            Replica(self, f"kubeai-{number}", host, self.port, health_port)
-            for number, host in enumerate(HOSTS)
+            Replica(self, f"kubeai-{number}", host, ports) for number, host in enumerate(HOSTS)
         ]
         self.endpoint = self.replicas[0].endpoint
+        self._told: set[str] = set()
 
     async def serve(self, **config) -> None:
         """Nothing runs until :meth:`launch`."""
 
-    async def launch(self) -> None:
-        """All three, until they are ready."""
-        for replica in self.replicas:
+    async def launch(self, *replicas: Replica) -> None:
+        """These, or all three, until they are ready."""
+        for replica in replicas or self.replicas:
             await replica.launch()
-        for replica in self.replicas:
+        for replica in replicas or self.replicas:
             await replica.until_ready()
+
+    async def tell_of(self, replica: Replica) -> None:
+        """What a cluster has for each replica: its pod, by which the others find it."""
+        if replica.name in self._told:
+            return
+        self._told.add(replica.name)
+        labels = {"app.kubernetes.io/name": "kubeai", "app.kubernetes.io/instance": "fleet"}
+        pod = {
+            "metadata": {"name": replica.name, "labels": labels},
+            "spec": {"nodeName": "elsewhere", "containers": [{"name": "kubeai", "image": "i"}]},
+        }
+        await self.kube.create(PODS, pod)
+        status = {"phase": "Running", "podIP": replica.host, "podIPs": [{"ip": replica.host}]}
+        await self.kube.patch(PODS, replica.name, {"status": status}, subresource="status")
 
     async def close(self) -> None:
         try:

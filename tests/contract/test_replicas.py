@@ -2,8 +2,7 @@
 
 Clients see them as through a Kubernetes Service (fleets.py), and every request that fails is a
 failure: none is tried again. The APIs are this module's own, since it takes them away. What is
-cheap runs on the embedded one. The leader scales by its own load alone, so no Model here may lose
-replicas while a test lasts.
+cheap runs on the embedded one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 import aiohttp
 import pytest
 from fleets import Fleet, Replica, Service, Traffic, Watched
-from harness import model, pods, received, until
+from harness import Answer, chat, model, pods, received, until
 from machines import machine
 from servers import ApiServer, assets, embedded, install_models, real
 
@@ -113,6 +112,7 @@ async def test_a_replica_is_ready_when_it_is_synced_and_no_more_once_it_is_to_st
     first, second, _ = fleet.replicas
     await first.launch()
     await first.until_ready()
+    await fleet.tell_of(second)
     api.freeze()  # it answers nobody
     await second.launch()
     await until("it says that it is not synced", lambda: says(second, 503, "not synced"))
@@ -133,6 +133,82 @@ async def test_a_replica_is_ready_when_it_is_synced_and_no_more_once_it_is_to_st
 
 async def says(replica: Replica, status: int, text: str) -> bool:
     return await replica.readyz() == (status, text)
+
+
+# -- one view of load ------------------------------------------------------------------------------
+
+
+async def test_what_one_replica_serves_counts_for_all(small_fleet):
+    """Picks, the autoscaler, and which pod goes, when and how."""
+    fleet = small_fleet
+    fleet.config["modelAutoscaling"] = {"interval": "500ms", "timeWindow": "1s"}
+    await fleet.launch()
+    await until("all have heard each other", lambda: all_hear(fleet))
+    leader = await fleet.leader()
+    other, third = (replica for replica in fleet.replicas if replica is not leader)
+    quick = {"targetRequests": 1, "scaleDownDelaySeconds": 1, "minReplicas": 2, "maxReplicas": 2}
+    await fleet.create(model("m", args=("--decode-tokens-per-second=20",), **quick))
+    await until("two are ready", lambda: fleet.settled("m", 2), 40)
+    async with Callers() as callers:
+        first = callers.stream(other, "m", tokens=100)
+        await until("it has begun", lambda: loads_are(fleet, 0, 1))
+        second = callers.stream(third, "m", tokens=200)
+        await until("each has one", lambda: loads_are(fleet, 1, 1))
+        await fleet.kube.patch(MODELS, "m", {"spec": {"minReplicas": 0}})
+        async with Watched(fleet.kube, fleet.namespace) as watched:
+            long = await first
+            assert long.whole, long.error
+            assert watched.shrunk() == [], "nothing was taken away under the streams"
+            # The pod of the stream that is over goes, the other serves on to its end.
+            await until("one is left", lambda: fleet.settled("m", 1), 20)
+            assert (await second).whole
+            await until("none is left", lambda: fleet.settled("m", 0), 20)
+    assert callers.failures == []
+
+
+async def test_a_pod_is_drained_by_the_replicas_that_do_not_lead(small_fleet):
+    fleet = small_fleet
+    await fleet.launch()
+    await until("all have heard each other", lambda: all_hear(fleet))
+    leader = await fleet.leader()
+    other = next(replica for replica in fleet.replicas if replica is not leader)
+    slow = ("--decode-tokens-per-second=20",)
+    await fleet.create(model("m", args=slow, autoscalingDisabled=True, replicas=1))
+    await until("it is ready", lambda: fleet.settled("m", 1), 40)
+    async with Callers() as callers:
+        stream = callers.stream(other, "m", tokens=100)
+        await until("it streams", lambda: loads_are(fleet, 1))
+        await fleet.kube.patch(MODELS, "m", {"spec": {"replicas": 0}}, subresource="scale")
+        await until("nobody routes to it", lambda: nobody_routes(fleet))
+        (pod,) = await fleet.pods()
+        assert "kubeai.org/draining-since" in pod["metadata"]["annotations"]
+        answer = await stream
+        assert answer.whole, answer.error
+        await until("it is gone", lambda: fleet.settled("m", 0), 20)
+
+
+async def all_hear(fleet: Fleet) -> bool:
+    """Whether each replica has heard the other two of late."""
+    for replica in fleet.replicas:
+        series = await replica.series()
+        silences = [v for s, v in series.items() if s.startswith("kubeai_peer_silence_seconds{")]
+        if len(silences) != len(fleet.replicas) - 1 or max(silences) > 2:
+            return False
+    return await fleet.leader() is not None
+
+
+async def loads_are(fleet: Fleet, *loads: int) -> bool:
+    """Whether the endpoints serve so many requests each, all replicas together."""
+    found: dict[str, float] = {}
+    for replica in fleet.replicas:
+        for series, value in (await replica.series()).items():
+            if series.startswith("kubeai_endpoint_requests_in_flight{"):
+                found[series] = found.get(series, 0) + value
+    return sorted(found.values()) == sorted(loads)
+
+
+async def nobody_routes(fleet: Fleet) -> bool:
+    return await loads_are(fleet)
 
 
 # -- the API is away -------------------------------------------------------------------------------
@@ -255,6 +331,13 @@ class Callers:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._session.close()
+
+    def stream(self, replica: Replica, name: str, tokens: int) -> asyncio.Task[Answer]:
+        """One long answer."""
+        asked = chat(self._session, replica.endpoint, name, "Tell me all.", max_tokens=tokens)
+        task = asyncio.create_task(asked)
+        self._tasks.append(task)
+        return task
 
     @property
     def asked(self) -> int:
