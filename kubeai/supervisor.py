@@ -114,6 +114,16 @@ class TableLoads:
         row = self._publisher.endpoint_rows(model).get(endpoint)
         return 0 if row is None else self._table.in_flight(row)
 
+    def ended(self, model: str) -> int:
+        row = self._publisher.row(model)
+        if row is None:
+            return 0
+        outcomes = self._table.outcomes(row)
+        return sum(outcomes.values()) - outcomes["retried"]
+
+    def complete(self) -> bool:
+        return True
+
 
 class Worker:
     """One column of the load table, one listener, and the process that has them just now."""

@@ -18,7 +18,7 @@ replicas last grew or had too much to do.
 
 When more requests are active than the ready replicas should have, they queue, and their number
 says how long that has been so rather than how many replicas are missing. An estimate stands in for
-it then: see :meth:`_Track.load`. docs/autoscaling.md tells how the constants were found.
+it then: see :meth:`_Track._load`. docs/autoscaling.md tells how the constants were found.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SLACK = 0.1  # of a replica, must be left free by the long average before one go
 HOLD = 0.2  # of the time window
 DRAIN_S = 120.0  # in which a backlog should be worked off
 GROWTH_MAX = 2.0  # times what the ready replicas should have, where it may be no backlog
+EARLY_S = 5.0  # an overload that is younger is taken as it stands
 ENDED_MIN = 10  # requests that must have ended to tell anything from them
 
 
@@ -96,8 +97,8 @@ class _Most:
 class _Track:
     """One Model's past."""
 
-    def __init__(self, sample: Sample, now_s: float, restored: float | None) -> None:
-        self.restored = restored  # the average before our first sample
+    def __init__(self, sample: Sample, now_s: float) -> None:
+        self.restored: float | None = None  # the average before our first sample
         self.periods: deque[_Period] = deque()
         self.long_most = _Most()
         self.short_most = _Most()
@@ -107,7 +108,8 @@ class _Track:
         self._last = sample  # the last complete one
         self._last_s = now_s
         self._last_load = 0.0
-        self._demand = 0.0  # see `load`
+        self._over_s = now_s  # when the ready replicas last had no more than they should
+        self._demand = float(sample.active)  # see `_load`
 
     def observe(self, sample: Sample, now_s: float) -> None:
         if sample.replicas > self._replicas or sample.active > sample.capacity:
@@ -122,20 +124,27 @@ class _Track:
 
     def _count(self, sample: Sample, now_s: float) -> float:
         """Add what ended and was served since the last complete sample; the load now."""
-        last, passed_s, came = self._last, now_s - self._last_s, None
+        last, passed_s = self._last, now_s - self._last_s
         ended, grown = sample.ended - last.ended, sample.active - last.active
-        if ended >= 0 and passed_s > 0:
-            came = max(0, ended + grown) / passed_s
+        known = ended >= 0 and passed_s > 0
+        if known:
             self._period.ended += ended
             self._period.grown += grown
             self._period.served_s += passed_s * min(last.active, last.capacity)
-        service_s = self._service_s() if sample.active > sample.capacity else None
-        if service_s is None:
-            self._demand = sample.active
+        if sample.active <= sample.capacity:
+            self._over_s = now_s
             return sample.active
-        if came is not None:
+        service_s = self._service_s()
+        if service_s is None:
+            return sample.active
+        if now_s - self._over_s <= max(service_s, EARLY_S):
+            self._demand = sample.active
+        elif known:
             stay = math.exp(-passed_s / service_s)
-            self._demand = self._demand * stay + came * service_s * (1 - stay)
+            came = max(0, ended + grown) / passed_s
+            demand = self._demand * stay + came * service_s * (1 - stay)
+            still = grown**2 <= ended  # by chance alone, it would have moved more
+            self._demand = max(demand, self._demand) if still else demand
         return self._load(sample, service_s)
 
     def _service_s(self) -> float | None:
@@ -148,11 +157,15 @@ class _Track:
     def _load(self, sample: Sample, service_s: float) -> float:
         """How many would be active with replicas enough, while there are too few of them.
 
-        ``_demand`` is how many would be served now if each that came had been served at once. The
-        others are a backlog, which is allowed the places that work it off in ``DRAIN_S``. What the
-        ready replicas have to do is never less than they can. And when the backlog neither grows
-        nor shrinks, it may be clients that each wait for an answer before they ask again, so that
-        more replicas would serve more of them: ``GROWTH_MAX`` times as many at a time.
+        ``_demand`` is how many would be served now if each that came had been served at once, for
+        ``service_s``. It is what is active while an overload is younger than that, for then none
+        of them would have ended; and while what is active stands still it does not fall, for then
+        clients may come again only because they were answered.
+
+        The others are a backlog, which is allowed the places that work it off in ``DRAIN_S``. But
+        as long as there is one, the ready replicas have all to do that they can, and where it
+        neither grows nor shrinks it may be clients that wait for their turn before they ask again:
+        then up to ``GROWTH_MAX`` times as many.
         """
         backlog = max(0.0, sample.active - self._demand)
         load = self._demand + backlog * min(1.0, service_s / DRAIN_S)
@@ -185,12 +198,13 @@ class Autoscaler:
     def __init__(self, interval_s: float, window_s: float) -> None:
         self._window_s = window_s
         self._periods_max = max(1, round(window_s / interval_s))
-        self._restored: dict[str, float] = {}
         self._tracks: dict[str, _Track] = {}
 
     def restore(self, averages: Mapping[str, float]) -> None:
-        """What a predecessor wrote down stands in for the time before our own first samples."""
-        self._restored = dict(averages)
+        """What a predecessor wrote down stands in for the time before our own first samples.
+
+        For Models that were observed already; so observe first.
+        """
         for model, track in self._tracks.items():
             track.restored = averages.get(model)
 
@@ -201,8 +215,7 @@ class Autoscaler:
         for model, sample in samples.items():
             track = self._tracks.get(model)
             if track is None:
-                track = _Track(sample, now_s, self._restored.pop(model, None))
-                self._tracks[model] = track
+                track = self._tracks[model] = _Track(sample, now_s)
             track.observe(sample, now_s)
 
     def step(self, samples: Mapping[str, Sample], now_s: float) -> dict[str, Decision]:

@@ -35,6 +35,12 @@ class FakeLoads:
     def in_flight(self, model, endpoint):
         return 0
 
+    def ended(self, model):
+        return 0
+
+    def complete(self):
+        return True
+
 
 class Replica:
     """One KubeAI replica's control plane, and what it published."""

@@ -300,6 +300,12 @@ class Held(dict):
     def in_flight(self, model, endpoint):
         return 0
 
+    def ended(self, model):
+        return 0
+
+    def complete(self):
+        return True
+
 
 @pytest.fixture
 async def wakes(world):
