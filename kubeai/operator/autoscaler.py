@@ -133,9 +133,9 @@ class _Track:
             self._period.served_s += passed_s * min(last.active, last.capacity)
         if sample.active <= sample.capacity:
             self._over_s = now_s
-            return sample.active
-        service_s = self._service_s()
+        service_s = self._service_s() if self._over_s < now_s else None
         if service_s is None:
+            self._demand = sample.active
             return sample.active
         if now_s - self._over_s <= max(service_s, EARLY_S):
             self._demand = sample.active
