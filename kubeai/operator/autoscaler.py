@@ -38,7 +38,7 @@ HOLD = 0.2  # of the time window
 DRAIN_S = 120.0  # in which a backlog should be worked off
 GROWTH_MAX = 2.0  # times what the ready replicas should have, where it may be no backlog
 EARLY_S = 5.0  # an overload that is younger is taken as it stands
-ENDED_MIN = 10  # requests that must have ended to tell anything from them
+SERVICE_S = 10.0  # for which a request may be served while nothing is known
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,11 +132,9 @@ class _Track:
             self._period.grown += grown
             self._period.served_s += passed_s * min(last.active, last.capacity)
         if sample.active <= sample.capacity:
-            self._over_s = now_s
-        service_s = self._service_s() if self._over_s < now_s else None
-        if service_s is None:
-            self._demand = sample.active
+            self._over_s, self._demand = now_s, sample.active
             return sample.active
+        service_s = self._service_s()
         if now_s - self._over_s <= max(service_s, EARLY_S):
             self._demand = sample.active
         elif known:
@@ -147,12 +145,14 @@ class _Track:
             self._demand = max(demand, self._demand) if still else demand
         return self._load(sample, service_s)
 
-    def _service_s(self) -> float | None:
-        """How long a request is served: Little's law over the whole window."""
+    def _service_s(self) -> float:
+        """How long a request is served: Little's law over the whole window.
+
+        One that was served in ``SERVICE_S`` is added, which only tells as long as there are few.
+        """
         periods = (*self.periods, self._period)
-        ended = sum(period.ended for period in periods)
         served_s = sum(period.served_s for period in periods)
-        return served_s / ended if ended >= ENDED_MIN and served_s else None
+        return (served_s + SERVICE_S) / (sum(period.ended for period in periods) + 1)
 
     def _load(self, sample: Sample, service_s: float) -> float:
         """How many would be active with replicas enough, while there are too few of them.
@@ -175,8 +175,8 @@ class _Track:
     def _flat(self) -> bool:
         """Whether the active requests moved less than chance moves those that come."""
         recent = (*list(self.periods)[1 - SHORT_INTERVALS :], self._period)
-        ended = sum(period.ended for period in recent)
-        return ended >= ENDED_MIN and sum(period.grown for period in recent) ** 2 <= ended
+        grown = sum(period.grown for period in recent)
+        return grown**2 <= sum(period.ended for period in recent)
 
     def averages(self, now_s: float, window_s: float, periods_max: int) -> tuple[float, float]:
         """End the period; the long average of active requests and the short one."""

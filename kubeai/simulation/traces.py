@@ -61,6 +61,7 @@ def traces() -> list[Trace]:
         _trace("sawtooth", 3600, lambda t: 1.0 + 7.0 * (t % 900) / 900),
         _trace("on-off", 3600, lambda t: 6.0 if t % 240 < 120 else 0.5),
         _trace("diurnal", 7200, _diurnal),
+        _trace("cold", 2400, lambda t: 0.0 if t < 300 else 2.7),
         _trace("clients", 3000, lambda t: 1.0 if t < 600 else 8.0, noise=0.0, closed=True),
         _trace("clients-ramp", 3600, _climb, noise=0.0, closed=True),
     ]

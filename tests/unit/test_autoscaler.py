@@ -338,11 +338,29 @@ def test_a_backlog_is_not_taken_for_demand(service_s):
     assert queue.replicas == 8
 
 
-def test_a_cold_start_is_taken_as_it_stands():
+def test_what_piles_up_in_a_cold_start_is_not_taken_for_demand():
+    """Nothing has ended yet, so nothing tells how long one takes."""
+    queue = Queue(rate=18.0, service_s=5.0)
+    queue.active, queue.ready, queue.starting = 0.0, 0, [queue.now_s + 60.0]
+    assert queue.seconds(60) <= 3
+    assert queue.active > 10 * queue.target
+    assert queue.seconds(600) <= 4
+    queue.seconds(900)
+    assert queue.replicas == 1
+
+
+def test_a_cold_start_for_many_at_once_is_for_all_of_them():
     clock = Clock(replicas=1, target=100, window_s=600.0)
-    for active in (0, 200, 400, 600):
-        clock.interval(active, ready=0)
-    assert clock.replicas == 4
+    for _ in range(3):
+        clock.interval(600, ready=0)
+    assert clock.replicas == 6
+
+
+def test_requests_that_do_not_end_are_taken_as_they_stand():
+    clock = Clock(replicas=1, target=100, window_s=600.0)
+    for n in range(1, 9):
+        clock.interval(100 * n, ready=1)
+    assert clock.replicas == 7  # the lower one of the last two intervals
 
 
 def test_clients_that_wait_for_their_turn_get_their_replicas_in_the_end():
