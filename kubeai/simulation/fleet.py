@@ -15,7 +15,9 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from array import array
 from collections import deque
+from itertools import pairwise
 from typing import Protocol
 
 import msgspec
@@ -62,43 +64,38 @@ class Tick(msgspec.Struct, frozen=True):
     waiting: int
 
 
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run comes down to. Waits are from a request's arrival until it is served."""
+
+    replica_hours: float
+    served: int  # requests
+    waits_s: float  # all together
+    waited: int  # requests that waited for more than a second
+    wait_p99_s: float
+    changes: int  # of the number of replicas
+    reversals: int  # changes up after a change down, or down after up
+    too_many: int  # replicas beyond the most that were ever needed
+
+
 class Run(msgspec.Struct):
     ticks: list[Tick]
-    waits_s: list[float]  # of each request that began to be served, from its arrival
+    waits_s: array[float]
 
-    @property
-    def replica_hours(self) -> float:
-        return sum(tick.replicas for tick in self.ticks) * TICK_S / 3600
-
-    def wait_mean_s(self) -> float:
-        return sum(self.waits_s) / max(1, len(self.waits_s))
-
-    def wait_p99_s(self) -> float:
+    def figures(self) -> Figures:
         waits = sorted(self.waits_s)
-        return waits[math.ceil(0.99 * len(waits)) - 1] if waits else 0.0
-
-    def waited_share(self, more_than_s: float = 1.0) -> float:
-        return sum(wait > more_than_s for wait in self.waits_s) / max(1, len(self.waits_s))
-
-    @property
-    def changes(self) -> int:
-        return len(self._steps())
-
-    @property
-    def reversals(self) -> int:
-        """How often replicas went down after they had gone up, or up after down."""
-        steps = self._steps()
-        return sum((a > 0) != (b > 0) for a, b in zip(steps, steps[1:], strict=False))
-
-    @property
-    def over_most(self) -> float:
-        """The most replicas beyond the most that were ever needed."""
-        needed = max(math.ceil(tick.needed - 0.05) for tick in self.ticks)
-        return max(0, max(tick.replicas for tick in self.ticks) - needed)
-
-    def _steps(self) -> list[int]:
         counts = [tick.replicas for tick in self.ticks]
-        return [b - a for a, b in zip(counts, counts[1:], strict=False) if a != b]
+        steps = [b - a for a, b in pairwise(counts) if a != b]
+        needed = max(math.ceil(tick.needed - 0.05) for tick in self.ticks)
+        return Figures(
+            replica_hours=sum(counts) * TICK_S / 3600,
+            served=len(waits),
+            waits_s=sum(waits),
+            waited=sum(wait > 1.0 for wait in waits),
+            wait_p99_s=waits[math.ceil(0.99 * len(waits)) - 1] if waits else 0.0,
+            changes=len(steps),
+            reversals=sum((a > 0) != (b > 0) for a, b in pairwise(steps)),
+            too_many=max(0, max(counts) - needed),
+        )
 
 
 def run(trace: Trace, rule: Rule, fleet: Fleet, seed: int = 0) -> Run:
@@ -118,7 +115,7 @@ class _World:
 
     def __init__(self, trace: Trace, fleet: Fleet, rng: random.Random) -> None:
         self.now_s = 0.0
-        self.run = Run([], [])
+        self.run = Run([], array("d"))
         self._trace = trace
         self._fleet = fleet
         self._rng = rng

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -238,7 +239,7 @@ def test_noise_around_a_threshold_changes_little(seed, replicas, target):
     for _ in range(360):
         noise = random.gauss(0.0, math.sqrt(load) / 3)  # of the mean of an interval
         seen.append(clock.step(max(0, round(load + noise)), ended=0))
-    changes = sum(a != b for a, b in zip(seen, seen[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(seen))
     assert changes <= 4
     assert set(seen) <= {replicas, replicas + 1}
 
@@ -320,7 +321,7 @@ class Queue(Clock):
 
 @pytest.mark.parametrize("service_s", [1.0, 5.0, 20.0])
 def test_a_backlog_is_not_taken_for_demand(service_s):
-    """Eight replicas' worth comes; they take a minute to start, and 50 times one's load piles up."""
+    """Eight replicas' worth comes, they take a minute to start, and meanwhile requests pile up."""
     queue = Queue(rate=50.0 / service_s, service_s=service_s)
     queue.seconds(600)
     queue.rate = 760.0 / service_s

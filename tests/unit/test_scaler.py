@@ -1,0 +1,133 @@
+"""The autoscaler's eyes and hands, against an API in memory, on fake time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import msgspec
+import pytest
+from fakes.kube import CONFIG, World, now_s
+
+from kubeai._load import LoadTable
+from kubeai.operator.scaling import Scaler
+from kubeai.routing import Publisher, Route, RoutingTable
+from kubeai.supervisor import TableLoads
+
+INTERVAL_S = CONFIG.model_autoscaling.interval_s
+STATE = "configmaps", "kubeai-autoscaler-state"
+
+
+class FakeLoads:
+    """Requests by model; and what else there is to know of them."""
+
+    def __init__(self):
+        self.counts = Counter()
+        self.asked = 0
+        self.whole = True
+
+    def active(self, model):
+        self.asked += 1
+        return self.counts[model]
+
+    def ended(self, model):
+        return 0
+
+    def complete(self):
+        return self.whole
+
+
+@pytest.fixture
+async def world():
+    world = World()
+    world.start()
+    world.loads = FakeLoads()
+    scaler = Scaler(
+        *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, world.loads),
+        world.events,
+        clock=now_s,
+    )
+    scaling = asyncio.create_task(scaler.run())
+    yield world
+    scaling.cancel()
+    await asyncio.gather(scaling, return_exceptions=True)
+    await world.stop()
+
+
+@pytest.mark.looptime
+async def test_a_step_of_eight_times_the_target_is_answered_within_three_intervals(world):
+    world.apply(replicas=1, targetRequests=10)
+    await world.settled(1, 1)
+    world.loads.counts["m"] = 5
+    await asyncio.sleep(600)
+    assert world.replicas() == 1
+    world.loads.counts["m"] = 80
+    began_s = now_s()
+    await world.until(lambda: world.replicas() >= 8)
+    assert now_s() - began_s <= 3 * INTERVAL_S
+    await asyncio.sleep(600)
+    assert world.replicas() == 8
+    assert world.events.reasons().count("ScaledUp") <= 2
+
+
+@pytest.mark.looptime
+async def test_the_load_is_looked_at_several_times_an_interval(world):
+    world.apply(replicas=1)
+    await world.settled(1, 1)
+    world.loads.asked = 0
+    await asyncio.sleep(10 * INTERVAL_S)
+    assert 90 <= world.loads.asked <= 110
+
+
+@pytest.mark.looptime
+async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(world):
+    world.loads.counts["m"] = 35
+    world.apply(replicas=4, targetRequests=10, scaleDownDelaySeconds=30)
+    await world.settled(4, 4)
+    await world.until(lambda: STATE in world.kube.objects)
+    world.leader.leads = False
+    # what the other leader wrote down is no match for what was seen here
+    text = '{"models":{"m":{"averageActiveRequests":2}},"lastCalculationTime":null}'
+    world.kube.objects[STATE]["data"]["models"] = text
+    await asyncio.sleep(600)
+    writes = len(world.kube.writes)
+    world.leader.leads = True
+    await asyncio.sleep(2.0)
+    state = msgspec.json.decode(world.kube.objects[STATE]["data"]["models"])
+    assert state["models"]["m"]["averageActiveRequests"] == 35.0
+    assert len(world.kube.writes) == writes + 1, "the state, and nothing else"
+    await asyncio.sleep(300)
+    assert world.replicas() == 4
+
+
+@pytest.mark.looptime
+async def test_nothing_goes_while_a_peer_is_not_heard(world):
+    world.apply(replicas=3, targetRequests=10)
+    await world.settled(3, 3)
+    world.loads.whole = False
+    await asyncio.sleep(2000)
+    assert world.replicas() == 3
+    world.loads.counts["m"] = 95
+    await world.until(lambda: world.replicas() == 10)
+    world.loads.counts["m"] = 0
+    world.loads.whole = True
+    await world.until(lambda: world.replicas() == 0, limit_s=2000)
+
+
+def test_ended_requests_are_counted_once_however_often_they_were_tried():
+    table = LoadTable.create(64, 1)
+    publisher = Publisher(table)
+    loads = TableLoads(table, publisher)
+    assert loads.ended("m") == 0
+    worker_table = LoadTable.attach(table.fd, 0)
+    routes = RoutingTable(worker_table, lambda routed, endpoint: None)
+    routes.apply(publisher.update("m", Route(model="m", engine="VLLM")))
+    for outcomes in (["2xx"], ["retried", "retried", "5xx"], ["left"]):
+        admission = routes.find("m").admit()
+        for outcome in outcomes:
+            admission.count(outcome)
+        admission.close()
+    assert loads.ended("m") == 3
+    assert loads.complete()
+    worker_table.close()
+    table.close()
