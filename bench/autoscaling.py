@@ -28,6 +28,7 @@ PAGE = DOCS / "autoscaling.md"
 INTERVAL_S, WINDOW_S, DELAY_S = 10.0, 600.0, 30.0
 PLOTTED_EVERY = 10  # ticks
 FLEETS = {"60 s": Fleet(), "300 s": Fleet(startup_s=300.0)}
+SLOW_TRACES = ("step", "diurnal", "cold", "clients-ramp")
 
 # Of each constant the values that it was compared with; the one in use is not repeated here. The
 # first three rows take a part of the rule away.
@@ -99,20 +100,23 @@ def rules(trace: Trace, fleet: Fleet) -> dict[str, Rule]:
     }
 
 
-def compare(job: tuple[str, str, str]) -> tuple[Figures, list[Tick]]:
+Played = tuple[Figures, list[Tick]]  # of the ticks, those that are plotted
+
+
+def compare(job: tuple[str, str, str]) -> Played:
     name, rule, startup = job
     trace, fleet = _trace(name), FLEETS[startup]
     one = run(trace, rules(trace, fleet)[rule], fleet)
     return one.figures(), one.ticks[::PLOTTED_EVERY]
 
 
-def vary(job: tuple[str, float, str, str]) -> Figures:
+def vary(job: tuple[str, float, str]) -> Figures:
     """Ours with another value of a constant."""
-    constant, value, name, startup = job
+    constant, value, name = job
     before = getattr(autoscaler, constant)
     setattr(autoscaler, constant, value)
     try:
-        return compare((name, "KubeAI", startup))[0]
+        return compare((name, "KubeAI", "60 s"))[0]
     finally:
         setattr(autoscaler, constant, before)
 
@@ -124,13 +128,13 @@ def _trace(name: str) -> Trace:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def rules_table(found: dict[tuple[str, str], Figures]) -> list[str]:
+def rules_table(runs: dict[tuple[str, str], Played]) -> list[str]:
     lines = [
         "| trace | rule | replica-hours | wait, mean | wait, p99 | waited > 1 s | changes "
         "| reversals | too many |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (name, rule), one in found.items():
+    for (name, rule), (one, _) in runs.items():
         first = name if rule == "KubeAI" else ""
         lines.append(
             f"| {first} | {rule} | {one.replica_hours:.2f} | {one.waits_s / one.served:.1f} s "
@@ -217,22 +221,25 @@ def main() -> int:
     used = [(constant, float(getattr(autoscaler, constant))) for constant in constants]
     variants = sorted({*used, *VARIANTS}, key=lambda cv: (constants.index(cv[0]), cv[1]))
     with ProcessPoolExecutor(2) as pool:
-        for startup, prefix in (("60 s", ""), ("300 s", "slow ")):
+
+        def compared(startup: str, names: list[str]) -> dict[tuple[str, str], Played]:
             jobs = [(name, rule, startup) for name in names for rule in kinds]
-            runs = {job[:2]: one for job, one in zip(jobs, pool.map(compare, jobs), strict=True)}
-            figures = {job: one for job, (one, _) in runs.items()}
-            page = filled(page, f"{prefix}rules", rules_table(figures))
-            varied = pool.map(vary, [(*v, name, startup) for v in VARIANTS for name in names])
-            groups = {variant: [next(varied) for _ in names] for variant in VARIANTS}
-            base = [figures[name, "KubeAI"] for name in names]
-            groups |= dict.fromkeys(used, base)
-            table = constants_table({variant: groups[variant] for variant in variants})
-            page = filled(page, f"{prefix}constants", table)
-            for name in names if not prefix and not check else ():
-                plot(name, {rule: runs[name, rule][1] for rule in kinds})
+            return {job[:2]: one for job, one in zip(jobs, pool.map(compare, jobs), strict=True)}
+
+        runs = compared("60 s", names)
+        page = filled(page, "rules", rules_table(runs))
+        page = filled(page, "slow rules", rules_table(compared("300 s", list(SLOW_TRACES))))
+        varied = pool.map(vary, [(*variant, name) for variant in VARIANTS for name in names])
+        groups = {variant: [next(varied) for _ in names] for variant in VARIANTS}
+        base = [runs[name, "KubeAI"][0] for name in names]
+        groups |= dict.fromkeys(used, base)
+        table = constants_table({variant: groups[variant] for variant in variants})
+        page = filled(page, "constants", table)
     if check:
         return int(page != before)
     PAGE.write_text(page)
+    for name in names:
+        plot(name, {rule: runs[name, rule][1] for rule in kinds})
     return 0
 
 

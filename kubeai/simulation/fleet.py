@@ -48,7 +48,7 @@ class Rule(Protocol):
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """What the replicas are like."""
 
-    target_requests: int = 40
+    target_requests: int = 20
     startup_s: float = 60.0
     service_s: float = 8.0  # mean of a lognormal distribution
     service_sigma: float = 0.6  # of its logarithm

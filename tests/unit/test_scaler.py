@@ -40,40 +40,48 @@ class FakeLoads:
 @pytest.fixture
 async def world():
     world = World()
+    world.loads, world.scaling = FakeLoads(), None
+    yield world
+    world.scaling.cancel()
+    await asyncio.gather(world.scaling, return_exceptions=True)
+    await world.stop()
+
+
+async def start(world, replicas, active):
+    """A Model with so many replicas, all ready, and a scaler. Within the test: on its clock."""
+    world.loads.counts["m"] = active
     world.start()
-    world.loads = FakeLoads()
     scaler = Scaler(
         *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, world.loads),
         world.events,
         clock=now_s,
     )
-    scaling = asyncio.create_task(scaler.run())
-    yield world
-    scaling.cancel()
-    await asyncio.gather(scaling, return_exceptions=True)
-    await world.stop()
+    world.apply(replicas=replicas, targetRequests=10)
+    world.scaling = asyncio.create_task(scaler.run())
+    await world.settled(replicas, replicas)
+
+
+def wanted(world):
+    return world.model()["spec"]["replicas"]
 
 
 @pytest.mark.looptime
 async def test_a_step_of_eight_times_the_target_is_answered_within_three_intervals(world):
-    world.apply(replicas=1, targetRequests=10)
-    await world.settled(1, 1)
-    world.loads.counts["m"] = 5
+    await start(world, 1, active=5)
     await asyncio.sleep(600)
-    assert world.replicas() == 1
+    assert wanted(world) == 1
     world.loads.counts["m"] = 80
     began_s = now_s()
-    await world.until(lambda: world.replicas() >= 8)
+    await world.until(lambda: wanted(world) >= 8)
     assert now_s() - began_s <= 3 * INTERVAL_S
     await asyncio.sleep(600)
-    assert world.replicas() == 8
+    assert wanted(world) == 8
     assert world.events.reasons().count("ScaledUp") <= 2
 
 
 @pytest.mark.looptime
 async def test_the_load_is_looked_at_several_times_an_interval(world):
-    world.apply(replicas=1)
-    await world.settled(1, 1)
+    await start(world, 1, active=5)
     world.loads.asked = 0
     await asyncio.sleep(10 * INTERVAL_S)
     assert 90 <= world.loads.asked <= 110
@@ -81,9 +89,7 @@ async def test_the_load_is_looked_at_several_times_an_interval(world):
 
 @pytest.mark.looptime
 async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(world):
-    world.loads.counts["m"] = 35
-    world.apply(replicas=4, targetRequests=10, scaleDownDelaySeconds=30)
-    await world.settled(4, 4)
+    await start(world, 4, active=35)
     await world.until(lambda: STATE in world.kube.objects)
     world.leader.leads = False
     # what the other leader wrote down is no match for what was seen here
@@ -97,21 +103,20 @@ async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(worl
     assert state["models"]["m"]["averageActiveRequests"] == 35.0
     assert len(world.kube.writes) == writes + 1, "the state, and nothing else"
     await asyncio.sleep(300)
-    assert world.replicas() == 4
+    assert wanted(world) == 4
 
 
 @pytest.mark.looptime
 async def test_nothing_goes_while_a_peer_is_not_heard(world):
-    world.apply(replicas=3, targetRequests=10)
-    await world.settled(3, 3)
-    world.loads.whole = False
+    await start(world, 3, active=25)
+    world.loads.counts["m"], world.loads.whole = 0, False
     await asyncio.sleep(2000)
-    assert world.replicas() == 3
+    assert wanted(world) == 3
     world.loads.counts["m"] = 95
-    await world.until(lambda: world.replicas() == 10)
+    await world.until(lambda: wanted(world) == 10)
     world.loads.counts["m"] = 0
     world.loads.whole = True
-    await world.until(lambda: world.replicas() == 0, limit_s=2000)
+    await world.until(lambda: wanted(world) == 0, limit_s=2000)
 
 
 def test_ended_requests_are_counted_once_however_often_they_were_tried():
