@@ -26,14 +26,13 @@ from kubeai.simulation.traces import Trace, traces
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "autoscaling.md"
 INTERVAL_S, WINDOW_S, DELAY_S = 10.0, 600.0, 30.0
-PLOTTED_EVERY = 10  # ticks
+PLOTTED_EVERY = 15  # ticks
 FLEETS = {"60 s": Fleet(), "300 s": Fleet(startup_s=300.0)}
 SLOW_TRACES = ("step", "diurnal", "cold", "clients-ramp")
 
-# Of each constant the values that it was compared with; the one in use is not repeated here. The
-# first three rows take a part of the rule away.
+# Of each constant the values that it was compared with, beside the one in use.
 VARIANTS: list[tuple[str, float]] = [
-    ("EARLY_S", math.inf),  # active requests as they stand, whatever the overload
+    ("EARLY_S", math.inf),  # what is active is taken as it stands, whatever the overload
     ("SHORT_INTERVALS", 10**9),  # no short average
     ("HOLD", 0.0),
     ("HOLD", 0.1),
@@ -183,6 +182,7 @@ def plot(name: str, runs: dict[str, list[Tick]]) -> None:
     from matplotlib import pyplot as plt
 
     mpl.rcParams.update({"svg.hashsalt": "kubeai", "svg.fonttype": "none", "font.size": 8})
+    mpl.rcParams.update({"path.simplify_threshold": 0.5})
     figure, axes = plt.subplots(
         2, len(runs), figsize=(11, 3.4), sharex=True, sharey="row", height_ratios=(3, 1)
     )
@@ -190,12 +190,13 @@ def plot(name: str, runs: dict[str, list[Tick]]) -> None:
     top = 2.2 * max(2.0, *(tick.needed for tick in runs["KubeAI"]))
     for (rule, ticks), upper, lower in zip(runs.items(), *axes, strict=True):
         minutes = [tick.now_s / 60 for tick in ticks]
-        upper.fill_between(minutes, [t.needed for t in ticks], color="#d9d9d9", label="needed")
+        needed = [t.needed for t in ticks]
+        upper.plot(minutes, needed, lw=0.8, color="#999999", label="needed")
         upper.step(minutes, [t.replicas for t in ticks], where="post", lw=1, label="wanted")
         upper.step(minutes, [t.ready for t in ticks], where="post", lw=1, label="ready")
         upper.set_title(rule, fontsize=9)
         upper.set_ylim(0, top)
-        lower.fill_between(minutes, [t.waiting for t in ticks], color="#c44e52")
+        lower.plot(minutes, [t.waiting for t in ticks], lw=0.8, color="#c44e52")
         lower.set_xlabel("minutes")
     axes[0][0].set_ylabel("replicas")
     axes[0][0].legend(loc="upper left", frameon=False)

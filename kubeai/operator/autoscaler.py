@@ -74,10 +74,7 @@ class _Period(msgspec.Struct):
     served_s: float = 0.0  # requests × seconds
     ended: int = 0  # requests
     grown: int = 0  # active requests, from its begin to its end
-
-    @property
-    def mean(self) -> float:
-        return self.load / self.samples
+    mean: float = 0.0  # load, once it has ended
 
 
 class _Most:
@@ -174,13 +171,13 @@ class _Track:
 
     def _flat(self) -> bool:
         """Whether the active requests moved less than chance moves those that come."""
-        recent = (*list(self.periods)[1 - SHORT_INTERVALS :], self._period)
+        recent = (*list(self.periods)[-1:], self._period)
         grown = sum(period.grown for period in recent)
         return grown**2 <= sum(period.ended for period in recent)
 
     def averages(self, now_s: float, window_s: float, periods_max: int) -> tuple[float, float]:
         """End the period; the long average of active requests and the short one."""
-        self._period.end_s = now_s
+        self._period.end_s, self._period.mean = now_s, self._period.load / self._period.samples
         self.periods.append(self._period)
         self._period = _Period()
         while self.periods[0].end_s <= now_s - window_s:

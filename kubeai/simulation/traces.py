@@ -63,9 +63,9 @@ def traces() -> list[Trace]:
         _trace("diurnal", 7200, _diurnal),
         _trace("cold", 2400, lambda t: 0.0 if t < 300 else 2.7),
         _trace("clients", 3000, lambda t: 1.0 if t < 600 else 8.0, noise=0.0, closed=True),
-        _trace("clients-ramp", 3600, _climb, noise=0.0, closed=True),
+        _trace("clients-ramp", 2400, _climb, noise=0.0, closed=True),
     ]
 
 
 def _climb(now_s: float) -> float:
-    return 1.0 + 7.0 * min(1.0, max(0.0, (now_s - 600) / 600))
+    return 1.0 + 7.0 * min(1.0, max(0.0, (now_s - 600) / 60))
