@@ -12,9 +12,9 @@ maxReplicas:
 - short: the same over an interval, of the last ``SHORT_INTERVALS`` the lowest. It asks for more
   only where it exceeds what there is by more than a tolerance.
 
-Up at once. Down to the most that the long average wanted during ``scaleDownDelaySeconds`` and the
-short one during ``HOLD`` of the time window, and not before that delay has passed since the
-replicas last grew or had too much to do.
+Up at once. Down to the most that was wanted during ``scaleDownDelaySeconds`` (by the short average:
+at least ``HOLD`` of the time window), and not before that delay has passed since the replicas last
+grew or had too much to do.
 
 When more requests are active than the ready replicas should have, they queue, and their number
 says how long that has been so rather than how many replicas are missing. An estimate stands in for
@@ -233,7 +233,7 @@ class Autoscaler:
         delay_s = sample.scale_down_delay_s
         kept = max(
             track.long_most.add(spared, now_s, delay_s),
-            track.short_most.add(quick, now_s, HOLD * self._window_s),
+            track.short_most.add(quick, now_s, max(delay_s, HOLD * self._window_s)),
         )
         replicas = _bounded(sample.replicas, sample)
         wanted = _bounded(max(_up(long), quick), sample)

@@ -185,10 +185,12 @@ def test_steady_load_settles_and_stays(active, target, start):
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=20),
     st.lists(st.integers(0, 100), min_size=20, max_size=20),
+    st.integers(0, 40),
 )
-def test_more_load_never_wants_less(actives, more):
-    less, greater = Clock(replicas=40), Clock(replicas=40)
+def test_more_load_never_wants_less(actives, more, replicas):
+    less, greater = Clock(), Clock()
     for n, active in enumerate(actives):
+        less.replicas = greater.replicas = replicas
         assert greater.step(active + more[n], ready=40) >= less.step(active, ready=40)
 
 
@@ -263,6 +265,14 @@ def test_what_the_short_average_wanted_stays_for_a_share_of_the_window():
     held = int(HOLD * 600.0 / INTERVAL_S)
     assert clock.steps(*[5] * held) == [8] * held
     assert clock.steps(5) == [1 + (clock.average + 1 > 10)]
+
+
+def test_a_long_delay_is_kept_by_both_averages():
+    clock = Clock(replicas=8, window_s=600.0, delay_s=300.0)
+    clock.steps(*[5] * 60)
+    clock.replicas = 8
+    clock.steps(*[5] * 20, *[80] * 2)
+    assert clock.steps(*[5] * 29) == [8] * 29
 
 
 @given(
