@@ -120,6 +120,13 @@ class AllLoads:
             or not self._peers.complete()
         )
 
+    def ended(self, model: str) -> int:
+        row = self._publisher.row(model)
+        return self._peers.ended(model) + (0 if row is None else self._table.ended(row))
+
+    def complete(self) -> bool:
+        return self._peers.complete()
+
 
 class Worker:
     """One column of the load table, one listener, and the process that has them just now."""

@@ -2,8 +2,9 @@
 
 :class:`Wakes` answers demand for a Model at zero. It is the one write that needs no leadership:
 the patch carries the Model's resourceVersion, so of several that try, and of one that is behind
-the times, only a true 0 → 1 is accepted. :class:`Scaler` runs the autoscaler while this replica
-leads, and keeps its averages in a ConfigMap for the next leader.
+the times, only a true 0 → 1 is accepted. :class:`Scaler` runs the autoscaler. Every replica looks,
+so that it knows what it needs once it leads; the one that leads writes, and keeps its averages in
+a ConfigMap, for a next leader that was not there to look.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import structlog
 from kubeai.api.config import ModelAutoscaling
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, ApiError, Backoff, Kube
-from kubeai.operator.autoscaler import Autoscaler, Sample
+from kubeai.operator.autoscaler import Autoscaler, Decision, Sample
 from kubeai.operator.controller import PodLoads
 from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader, NotLeader
@@ -31,6 +32,8 @@ log = structlog.get_logger(__name__)
 WAKE_ATTEMPTS_MAX = 5
 HELD_INTERVAL_S = 0.5  # how often held requests are looked for that nobody told of
 REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # requests are held: once the API is back, look soon
+LOOKS_AN_INTERVAL = 10
+LOOK_MIN_S = 1.0
 STATE_NAME_DEFAULT = "kubeai-autoscaler-state"
 STATE_KEY = "models"
 
@@ -44,6 +47,14 @@ class Loads(PodLoads, Protocol):
 
     def held(self, model: str) -> int:
         """Requests that wait for an endpoint, in this replica."""
+        ...
+
+    def ended(self, model: str) -> int:
+        """Requests that have ended so far, however. Falls only when who counted them is gone."""
+        ...
+
+    def complete(self) -> bool:
+        """Whether nobody's numbers are missing from these."""
         ...
 
 
@@ -144,7 +155,7 @@ class _State(msgspec.Struct, rename="camel"):
 
 
 class Scaler:
-    """The autoscaler's hands: samples in, patches of spec.replicas out, while we lead."""
+    """The autoscaler's eyes, and its hands while we lead: patches of spec.replicas."""
 
     def __init__(
         self,
@@ -167,38 +178,45 @@ class Scaler:
         self._clock = clock
         self._state_name = config.state_config_map_name or STATE_NAME_DEFAULT
         self._core = Autoscaler(config.interval_s, config.time_window_s)
+        self._look_s = min(
+            config.interval_s, max(LOOK_MIN_S, config.interval_s / LOOKS_AN_INTERVAL)
+        )
+        self._next_s = clock()  # when the next interval's decisions are due
         self._saved: dict[str, float] | None = None  # None: not read since we lead
         self._version = ""  # of the ConfigMap, as last seen; empty: there is none
 
     async def run(self) -> None:
-        """Every interval, for ever; idle while another replica leads."""
+        """Look several times an interval, for ever, and decide at its end."""
         while True:
             began_s = self._clock()
             try:
-                if self._leader.leads and self._store.listed:
-                    await self._turn()
-                else:
-                    self._saved = None
+                if self._store.listed:
+                    await self._look()
             except NotLeader:
                 self._saved = None
             except ApiError as error:
                 log.warning("not scaled", status=error.status, error=str(error))
             except Exception:
                 log.exception("not scaled")
-            wait_s = self._config.interval_s
-            if self._saved is None:  # a new leader begins without waiting for an interval's end
-                wait_s = min(wait_s, 1.0)
-            await asyncio.sleep(max(0.01, wait_s - (self._clock() - began_s)))
+            await asyncio.sleep(max(0.01, self._look_s - (self._clock() - began_s)))
 
-    async def _turn(self) -> None:
-        if self._saved is None:
+    async def _look(self) -> None:
+        if not self._leader.leads:
+            self._saved = None
+        elif self._saved is None:  # a new leader decides at once, from what it has seen
+            self._core.observe(self._samples(), self._clock())
             await self._restore()
-        samples = {
-            name: self._sample(model)
-            for name, model in self._store.models.items()
-            if not model.spec.autoscaling_disabled and model.metadata.deletion_timestamp is None
-        }
-        decisions = self._core.step(samples, self._clock())
+            self._next_s = self._clock()
+        now_s = self._clock()
+        if now_s < self._next_s - self._look_s / 2:
+            self._core.observe(self._samples(), now_s)
+            return
+        self._next_s = max(now_s, self._next_s + self._config.interval_s)
+        decisions = self._core.step(self._samples(), now_s)
+        if self._saved is not None:
+            await self._apply(decisions)
+
+    async def _apply(self, decisions: Mapping[str, Decision]) -> None:
         for name, decision in decisions.items():
             model = self._store.models.get(name)
             if model is None or decision.replicas == model.spec.replicas:
@@ -210,15 +228,27 @@ class Scaler:
             await self._scale(model, decision.replicas, decision.average)
         await self._save({name: decision.average for name, decision in decisions.items()})
 
-    def _sample(self, model: Model) -> Sample:
-        spec = model.spec
+    def _samples(self) -> dict[str, Sample]:
+        complete = self._loads.complete()
+        return {
+            name: self._sample(model, complete)
+            for name, model in self._store.models.items()
+            if not model.spec.autoscaling_disabled and model.metadata.deletion_timestamp is None
+        }
+
+    def _sample(self, model: Model, complete: bool) -> Sample:
+        name, uid, spec = model.metadata.name, model.metadata.uid, model.spec
+        pods = self._store.observed_pods(name)
         return Sample(
-            active=self._loads.active(model.metadata.name),
+            active=self._loads.active(name),
+            ended=self._loads.ended(name),
+            ready=sum(pod.serves and pod.owner == uid for pod in pods),
             replicas=spec.replicas or 0,
             target_requests=spec.target_requests,
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,
             scale_down_delay_s=spec.scale_down_delay_seconds,
+            complete=complete,
         )
 
     async def _scale(self, model: Model, replicas: int, average: float) -> None:
@@ -241,8 +271,6 @@ class Scaler:
             average=average,
         )
         before = model.spec.replicas or 0
-        if replicas < before:
-            self._core.shrunk(name, replicas)
         self._events.tell(
             answer,
             "ScaledUp" if replicas > before else "ScaledDown",
@@ -253,17 +281,17 @@ class Scaler:
     # -- what the next leader should know ----------------------------------------------------------
 
     async def _restore(self) -> None:
-        state = _parse_state((await self._look()).get(STATE_KEY) or "{}")
+        state = _parse_state((await self._read()).get(STATE_KEY) or "{}")
         averages = {name: m.average_active_requests for name, m in state.models.items()}
         age_s = 0.0
         if state.last_calculation_time is not None:
             age_s = (datetime.now(UTC) - state.last_calculation_time).total_seconds()
         # Older than the window: of that time, nothing would be left in it.
-        self._core.restore(averages if age_s <= self._config.time_window_s else {}, self._clock())
+        self._core.restore(averages if age_s <= self._config.time_window_s else {})
         self._saved = averages
         log.info("autoscaler's state read", models=len(averages), age_s=round(age_s, 1))
 
-    async def _look(self) -> dict[str, str]:
+    async def _read(self) -> dict[str, str]:
         """The ConfigMap's data; notes which version it is."""
         try:
             found = await self._kube.get(CONFIGMAPS, self._state_name, self._namespace)
@@ -290,7 +318,7 @@ class Scaler:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
-            await self._look()  # it is gone, or somebody wrote it: the next interval writes anew
+            await self._read()  # it is gone, or somebody wrote it: the next interval writes anew
             return
         self._version = kept["metadata"]["resourceVersion"]
         self._saved = dict(averages)

@@ -44,6 +44,12 @@ class FakeLoads:
         routed = route is not None and any(e.name == endpoint for e in route.endpoints)
         return routed or endpoint in self.used
 
+    def ended(self, model):
+        return 0
+
+    def complete(self):
+        return True
+
 
 class Replica:
     """One KubeAI replica's control plane, and what it published."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections import Counter
 
 import msgspec
 
@@ -36,14 +37,27 @@ def merge(target, patch):
 
 
 class FakeLoads:
-    """What the pods serve, by name; ``used``: those that are still sent requests."""
+    """Requests: by Model those that are active, by pod those that it serves."""
 
     def __init__(self):
-        self.served = {}
-        self.used = set()
+        self.counts = Counter()
+        self.asked = 0  # how often it was
+        self.whole = True  # no peer is missing
+        self.served = Counter()
+        self.used = set()  # pods that are still sent requests
+
+    def active(self, model):
+        self.asked += 1
+        return self.counts[model]
+
+    def ended(self, model):
+        return 0
+
+    def complete(self):
+        return self.whole
 
     def in_flight(self, model, endpoint):
-        return self.served.get(endpoint, 0)
+        return self.served[endpoint]
 
     def in_use(self, model, endpoint):
         return endpoint in self.used
@@ -223,11 +237,11 @@ class World:
         self.job_end = "Complete"  # how Jobs end, a moment after they were made; or None
         self.leader = self.store = self.controller = None
         self.events = FakeEvents()
+        self.loads = FakeLoads()
 
     def start(self, config=CONFIG):
         """A controller that has just listed everything."""
         self.leader = FakeLeader()
-        self.loads = FakeLoads()
         self.store = Store(
             lambda name: self.controller.changed(name), address_override=True, clock=now_s
         )

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from random import Random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.operator.autoscaler import Autoscaler, Sample
+from kubeai.operator.autoscaler import HOLD, SLACK, Autoscaler, Sample
 
 INTERVAL_S, WINDOW_S = 10.0, 60.0
 
 
-def sample(active, replicas, target=10, low=0, high=None, delay_s=30.0):
-    return Sample(active, replicas, target, low, high, delay_s)
+def sample(active, replicas, target=10, low=0, high=None, delay_s=30.0, **fields):
+    """Of a Model whose replicas are all ready, unless said otherwise."""
+    return Sample(
+        active=active,
+        replicas=replicas,
+        target_requests=target,
+        min_replicas=low,
+        max_replicas=high,
+        scale_down_delay_s=delay_s,
+        **{"ready": replicas, "ended": 0, **fields},
+    )
 
 
 class Clock:
@@ -24,16 +38,31 @@ class Clock:
         self.spec = spec
         self.average = 0.0
 
-    def step(self, active):
-        samples = {"m": sample(active, self.replicas, **self.spec)}
-        decision = self.core.step(samples, self.now_s)["m"]
+    def sample(self, active, **fields):
+        return {"m": sample(active, self.replicas, **{**self.spec, **fields})}
+
+    def step(self, active, **fields):
+        decision = self.core.step(self.sample(active, **fields), self.now_s)["m"]
         self.replicas = decision.replicas
         self.average = decision.average
         self.now_s += INTERVAL_S
         return self.replicas
 
-    def steps(self, *actives):
-        return [self.step(active) for active in actives]
+    def steps(self, *actives, **fields):
+        return [self.step(active, **fields) for active in actives]
+
+    def interval(self, active, **fields):
+        """An interval of samples, one a second, decided at its end."""
+        for _ in range(9):
+            self.now_s += 1.0
+            self.core.observe(self.sample(active, **fields), self.now_s)
+        self.now_s += 1.0
+        self.step(active, **fields)
+        self.now_s -= INTERVAL_S
+        return self.replicas
+
+
+# -- as upstream ---------------------------------------------------------------------------------
 
 
 def test_wanted_is_the_mean_over_the_window_by_the_target_rounded_up():
@@ -42,11 +71,24 @@ def test_wanted_is_the_mean_over_the_window_by_the_target_rounded_up():
     assert clock.average == 12.0
 
 
+def test_samples_within_an_interval_count_alike():
+    clock = Clock(replicas=9)
+    for active in (10, 40):
+        clock.core.observe(clock.sample(active), clock.now_s)
+        clock.now_s += 1.0
+    clock.step(70)
+    clock.step(20)
+    assert clock.average == 30.0
+
+
 def test_samples_older_than_the_window_are_forgotten():
-    clock = Clock(delay_s=0.0)
+    clock, averages = Clock(delay_s=0.0), []
     clock.steps(*[60] * 6)
-    assert clock.steps(*[0] * 6) == [5, 4, 3, 2, 1, 0]
-    assert clock.average == 0.0
+    for _ in range(6):
+        clock.step(0)
+        averages.append(clock.average)
+    assert averages == [50.0, 40.0, 30.0, 20.0, 10.0, 0.0]
+    assert clock.replicas == 0
 
 
 def test_bounds_hold_in_both_directions():
@@ -64,15 +106,15 @@ def test_up_is_at_once_and_down_only_after_the_delay_of_wanting_less():
 
 def test_down_goes_to_the_most_that_was_wanted_during_the_delay():
     clock = Clock(replicas=5, window_s=INTERVAL_S)
-    assert clock.steps(20, 20, 40, 20, 20, 20, 20) == [5, 5, 5, 4, 4, 4, 2]
+    assert clock.steps(19, 19, 39, 19, 19, 19, 19) == [5, 5, 5, 4, 4, 4, 2]
 
 
 def test_a_model_that_is_woken_between_two_steps_has_its_delay_again():
     clock = Clock(replicas=1, window_s=INTERVAL_S)
     assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]
-    clock.core.shrunk("m", 0)
-    clock.replicas = 1
-    assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]
+    clock.replicas = 1  # for a request that waits
+    clock.core.observe(clock.sample(1, ready=0), clock.now_s - INTERVAL_S + 1.0)
+    assert clock.steps(0, 0, 0, 0, 0) == [1, 1, 1, 1, 0]
 
 
 def test_a_short_lull_takes_nothing_away():
@@ -92,14 +134,6 @@ def test_one_request_keeps_one_replica():
     clock = Clock(replicas=1)
     assert clock.steps(*[1, *[0] * 5]) == [1] * 6
     assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]  # 30 s after the window is empty
-
-
-def test_averages_are_restored_as_if_they_had_held_for_the_window():
-    clock = Clock(replicas=3, delay_s=0.0)
-    clock.core.restore({"m": 30.0}, clock.now_s)
-    assert clock.step(0) == 3
-    assert clock.average == 25.0
-    assert clock.steps(*[0] * 5)[-1] == 0
 
 
 def test_a_model_that_is_gone_is_forgotten():
@@ -122,21 +156,324 @@ def test_models_do_not_disturb_each_other():
     st.integers(0, 3),
     st.one_of(st.none(), st.integers(3, 20)),
     st.sampled_from([0.0, 10.0, 35.0, 100.0]),
+    st.lists(st.booleans(), min_size=40, max_size=40),
+    st.integers(0, 200),
 )
-def test_never_out_of_bounds_never_below_what_the_mean_needs(actives, target, low, high, delay_s):
+def test_never_out_of_bounds_never_below_what_the_mean_needs(
+    actives, target, low, high, delay_s, complete, ended
+):
     clock = Clock(target=target, low=low, high=high, delay_s=delay_s)
-    for active in actives:
-        replicas = clock.step(active)
+    for n, active in enumerate(actives):
+        replicas = clock.step(active, complete=complete[n], ended=n * ended)
         assert replicas >= low
         assert high is None or replicas <= high
         enough = replicas * target >= clock.average - 0.01
         assert enough or replicas == high
 
 
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 99)), max_size=30))
+def test_without_overload_the_average_is_the_mean_of_what_was_active(seen):
+    clock = Clock(replicas=50, low=50, window_s=100.0)
+    for n, (active, ended) in enumerate(seen, start=1):
+        clock.step(active, ended=ended * n)
+        recent = [active for active, _ in seen[:n]][-10:]
+        assert clock.average == pytest.approx(sum(recent) / len(recent), abs=0.001)
+
+
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(0, 60))
 def test_steady_load_settles_and_stays(active, target, start):
     clock = Clock(replicas=start, target=target)
-    clock.steps(*[active] * 12)
+    clock.steps(*[active] * 14)
     settled = clock.replicas
-    assert settled == -(-active // target)
+    needed, spared = -(-active // target), math.ceil(active / target + SLACK - 1e-9)
+    assert settled == needed or needed < settled == min(start, spared)
     assert clock.steps(*[active] * 5) == [settled] * 5
+
+
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=20),
+    st.lists(st.integers(0, 100), min_size=20, max_size=20),
+    st.integers(0, 40),
+)
+def test_more_load_never_wants_less(actives, more, replicas):
+    less, greater = Clock(), Clock()
+    for n, active in enumerate(actives):
+        less.replicas = greater.replicas = replicas
+        assert greater.step(active + more[n], ready=40) >= less.step(active, ready=40)
+
+
+# -- quick ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(2, 20),
+    st.integers(1, 100),
+    st.integers(0, 9),
+    st.sampled_from([None, 0.5, 2.0, 8.0, 40.0]),
+    st.floats(0.0, 1.0),
+)
+def test_a_step_is_answered_within_three_intervals_and_stays(times, target, phase, service_s, low):
+    """Clients that each wait for an answer; new replicas are not ready yet."""
+    clock = Clock(replicas=1, target=target, window_s=600.0)
+    before, after, ended = round(low * target), times * target, 0.0
+    for _ in range(30):
+        ended += before * INTERVAL_S / service_s if service_s else 0.0
+        clock.interval(before, ended=int(ended))
+    for n in range(phase, 60):
+        ended += target / service_s if service_s else 0.0
+        seen = clock.sample(after, ended=int(ended), ready=1)
+        clock.now_s += 1.0
+        if n % 10 == 9:
+            clock.replicas = clock.core.step(seen, clock.now_s)["m"].replicas
+            assert clock.replicas <= math.ceil(1.1 * times)
+        else:
+            clock.core.observe(seen, clock.now_s)
+        if n >= phase + 30:
+            assert clock.replicas >= times
+    for _ in range(20):  # they are ready, and the long average is still low
+        assert clock.interval(after) == times
+
+
+def test_a_step_is_answered_at_the_third_interval():
+    clock = Clock(replicas=1, window_s=600.0)
+    clock.steps(*[5] * 60)
+    assert [clock.interval(80, ready=1) for _ in range(3)] == [1, 8, 8]
+
+
+@given(st.integers(0, 999), st.integers(1, 12), st.sampled_from([20, 100]))
+def test_noise_around_a_threshold_changes_little(seed, replicas, target):
+    """An hour at a whole number of replicas, off by as much as random arrivals are."""
+    random = Random(seed)
+    clock = Clock(replicas=replicas, target=target, window_s=600.0)
+    load, seen = replicas * target, [replicas]
+    for _ in range(360):
+        noise = random.gauss(0.0, math.sqrt(load) / 3)  # of the mean of an interval
+        seen.append(clock.step(max(0, round(load + noise)), ended=0))
+    changes = sum(a != b for a, b in pairwise(seen))
+    assert changes <= 4
+    assert set(seen) <= {replicas, replicas + 1}
+
+
+def test_noise_asks_for_no_more_than_there_is():
+    clock = Clock(replicas=8, target=100, window_s=600.0)
+    clock.steps(*[780] * 60)
+    assert clock.steps(780, 816, 816, 816, 770, 816) == [8] * 6
+
+
+def test_a_spike_shorter_than_an_interval_is_nothing():
+    clock = Clock(replicas=1, window_s=600.0)
+    assert clock.steps(*[5] * 10, 40, *[5] * 10) == [1] * 21
+
+
+def test_what_the_short_average_wanted_stays_for_a_share_of_the_window():
+    clock = Clock(replicas=1, window_s=600.0, delay_s=30.0)
+    clock.steps(*[5] * 60)
+    clock.steps(80, 80)
+    assert clock.replicas == 8
+    held = int(HOLD * 600.0 / INTERVAL_S)
+    assert clock.steps(*[5] * held) == [8] * held
+    assert clock.steps(5) == [1 + (clock.average + 1 > 10)]
+
+
+def test_a_long_delay_is_kept_by_both_averages():
+    clock = Clock(replicas=8, window_s=600.0, delay_s=300.0)
+    clock.steps(*[5] * 60)
+    clock.replicas = 8
+    clock.steps(*[5] * 20, *[80] * 2)
+    assert clock.steps(*[5] * 29) == [8] * 29
+
+
+@given(
+    st.lists(st.integers(0, 200), min_size=2, max_size=60),
+    st.sampled_from([0.0, 10.0, 30.0, 90.0]),
+)
+def test_nothing_goes_within_the_delay_after_the_replicas_grew(actives, delay_s):
+    clock = Clock(delay_s=delay_s)
+    grown_s, before = -math.inf, 0
+    for active in actives:
+        now_s = clock.now_s
+        replicas = clock.step(active)
+        if replicas < before:
+            assert now_s - grown_s > delay_s
+        if replicas > before:
+            grown_s = now_s
+        before = replicas
+
+
+# -- overload ------------------------------------------------------------------------------------
+
+
+class Queue(Clock):
+    """Requests that come at a rate, to replicas that start slowly; by fractions of requests."""
+
+    def __init__(self, rate, service_s=5.0, target=100, startup_s=60.0):
+        super().__init__(replicas=1, target=target, window_s=600.0)
+        self.service_s, self.target, self.startup_s = service_s, target, startup_s
+        self.rate, self.active, self.ended, self.ready = rate, rate * service_s, 0.0, 1
+        self.starting = []
+
+    def second(self):
+        self.ready += sum(at_s <= self.now_s for at_s in self.starting)
+        self.starting = [at_s for at_s in self.starting if at_s > self.now_s]
+        done = min(self.active, self.ready * self.target) / self.service_s
+        self.ended += done
+        self.active += self.rate - done
+        self.now_s += 1.0
+        seen = self.sample(round(self.active), ended=int(self.ended), ready=self.ready)
+        if self.now_s % INTERVAL_S:
+            self.core.observe(seen, self.now_s)
+            return
+        before = self.replicas
+        self.replicas = self.core.step(seen, self.now_s)["m"].replicas
+        self.starting += [self.now_s + self.startup_s] * (self.replicas - before)
+        if self.replicas < self.ready:
+            self.ready = self.replicas
+
+    def seconds(self, count):
+        most = 0
+        for _ in range(count):
+            self.second()
+            most = max(most, self.replicas)
+        return most
+
+
+@pytest.mark.parametrize("service_s", [1.0, 5.0, 20.0])
+def test_a_backlog_is_not_taken_for_demand(service_s):
+    """Eight replicas' worth comes, they take a minute to start, and meanwhile requests pile up."""
+    queue = Queue(rate=50.0 / service_s, service_s=service_s)
+    queue.seconds(600)
+    queue.rate = 760.0 / service_s
+    assert queue.seconds(round(30 + service_s)) <= 9
+    assert queue.seconds(round(service_s)) >= 8
+    piled = 0.0
+    most = queue.replicas
+    for _ in range(600):
+        queue.second()
+        piled, most = max(piled, queue.active), max(most, queue.replicas)
+    assert piled > 16 * queue.target
+    assert most <= 12  # of which a part is for the backlog, which is gone
+    assert queue.active <= queue.ready * queue.target
+    queue.seconds(900)
+    assert queue.replicas == 8
+
+
+def test_what_piles_up_in_a_cold_start_is_not_taken_for_demand():
+    """Nothing has ended yet, so nothing tells how long one takes."""
+    queue = Queue(rate=18.0, service_s=5.0)
+    queue.active, queue.ready, queue.starting = 0.0, 0, [queue.now_s + 60.0]
+    assert queue.seconds(60) <= 3
+    assert queue.active > 10 * queue.target
+    assert queue.seconds(600) <= 4
+    queue.seconds(900)
+    assert queue.replicas == 1
+
+
+def test_a_cold_start_for_many_at_once_is_for_all_of_them():
+    clock = Clock(replicas=1, target=100, window_s=600.0)
+    for _ in range(3):
+        clock.interval(600, ready=0)
+    assert clock.replicas == 6
+
+
+def test_requests_that_do_not_end_are_taken_as_they_stand():
+    clock = Clock(replicas=1, target=100, window_s=600.0)
+    for n in range(1, 9):
+        clock.interval(100 * n, ready=1)
+    assert clock.replicas == 7  # the lower one of the last two intervals
+
+
+def test_clients_that_wait_for_their_turn_get_their_replicas_in_the_end():
+    """Their number grew too slowly to stand out, and there is no peak to remember."""
+    clock = Clock(replicas=1, target=100, window_s=600.0)
+    ended, seen = 0, []
+    for n in range(90):
+        ended += 10 * 100 * clock.replicas // 2
+        seen.append(clock.interval(min(800, 50 + 15 * n), ended=ended))
+    assert seen[-1] == 8
+    assert max(seen) == 8
+
+
+def test_nothing_goes_while_the_ready_replicas_have_too_much_to_do():
+    clock = Clock(replicas=8, target=100, window_s=60.0)
+    ended = 0
+    for _ in range(30):
+        ended += 500
+        assert clock.interval(150, ready=1, ended=ended) == 8
+    assert clock.steps(*[150] * 6, ended=ended)[-1] == 2
+
+
+def test_a_peer_that_disappears_takes_no_completions_back():
+    clock = Clock(replicas=2, target=100, window_s=600.0)
+    ended = 10_000
+    for n in range(60):
+        ended = ended + 300 if n != 30 else 1_000
+        clock.interval(150, ended=ended)
+    assert clock.average == 150.0
+    for _ in range(3):  # and an overload after that is told from a demand as before
+        ended += 400
+        clock.interval(5_000, ended=ended, ready=2)
+    assert clock.replicas >= 2
+
+
+# -- what is not known ---------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=1, max_size=60),
+    st.sampled_from([0.0, 30.0]),
+)
+def test_an_incomplete_view_never_lowers(seen, delay_s):
+    clock = Clock(delay_s=delay_s)
+    for active, complete in seen:
+        before = clock.replicas
+        replicas = clock.step(active, complete=complete)
+        assert complete or replicas >= before
+
+
+def test_what_was_not_seen_is_no_evidence_of_less():
+    clock = Clock(replicas=8, window_s=600.0)
+    clock.steps(*[75] * 60)
+    clock.steps(*[0] * 60, complete=False)
+    assert (clock.replicas, clock.average) == (8, 75.0)
+    assert clock.steps(*[75] * 30) == [8] * 30
+
+
+def test_an_incomplete_view_may_raise():
+    clock = Clock(replicas=1, window_s=600.0)
+    clock.steps(*[5] * 10)
+    assert clock.steps(80, 80, complete=False)[-1] == 8
+
+
+def test_averages_are_restored_as_if_they_had_held_for_the_window():
+    clock = Clock(replicas=3, delay_s=0.0)
+    clock.core.observe(clock.sample(0), clock.now_s)
+    clock.core.restore({"m": 30.0})
+    assert clock.step(0) == 3
+    assert clock.average == 25.0
+    assert clock.steps(*[0] * 5)[-1] == 0
+
+
+@given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 12))
+def test_a_new_leader_takes_what_it_saw_itself_before_what_was_written(seen, written, steps):
+    clock = Clock(replicas=30, low=30)
+    clock.steps(*[seen] * steps)
+    clock.core.restore({"m": float(written)})
+    clock.step(seen)
+    own = min(6, steps + 1)
+    assert clock.average == pytest.approx((own * seen + (6 - own) * written) / 6, abs=0.001)
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_turn_of_leadership_takes_nothing_away_early(followed):
+    """The window is short: what was wanted during the delay must be known, or waited for."""
+    old, new = Clock(replicas=8, window_s=INTERVAL_S), Clock(replicas=8, window_s=INTERVAL_S)
+    for _ in range(20):
+        old.step(75)
+        if followed:
+            new.step(75)
+    new.now_s = old.now_s
+    old.step(15)
+    new.core.observe(new.sample(15), new.now_s)
+    new.core.restore({"m": old.average})
+    assert new.steps(15, 15, 15)[:2] == [8, 8]
+    assert new.steps(15, 15) == [2, 2]

@@ -426,6 +426,12 @@ class Held(dict):
     def in_use(self, model, endpoint):
         return False
 
+    def ended(self, model):
+        return 0
+
+    def complete(self):
+        return True
+
 
 @pytest.fixture
 async def wakes(world):

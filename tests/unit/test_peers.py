@@ -21,6 +21,7 @@ from kubeai.peers.feed import LISTENERS_MAX
 from kubeai.peers.listener import read_metrics
 from kubeai.peers.view import HOLD_S, NAMES_MAX, STALE_S, View
 from kubeai.routing import Endpoint, Publisher, Route
+from kubeai.supervisor import AllLoads
 
 
 class Kube:
@@ -201,6 +202,37 @@ async def test_what_is_active_and_what_ended_is_told_by_model():
         await until("ends are seen", lambda: other.peers.ended("m") == 3)
         assert other.peers.active("m") == 1
         admissions[3].close()
+
+
+async def test_the_operator_is_told_of_all_replicas():
+    async with two() as (one, other):
+        loads = AllLoads(other.table, other.publisher, other.peers)
+        for replica in (one, other):
+            route = replica.route("a")
+            replica.held.append(replica.worker.admit(route.row, route.generation))
+            replica.serve("a")
+        await until("both are counted", lambda: loads.active("m") == 2)
+        assert loads.held("m") == 0
+        await until("both have begun", lambda: loads.in_flight("m", "a") == 2)
+        assert loads.complete()
+        for outcomes in (["2xx"], ["retried", "retried", "5xx"], ["left"]):
+            for replica in (one, other):
+                route = replica.publisher.route("m")
+                admission = replica.worker.admit(route.row, route.generation)
+                for outcome in outcomes:
+                    admission.count(outcome)
+                admission.close()
+        await until("ends are counted once each", lambda: loads.ended("m") == 6)
+        other.held.clear()
+        other.route()
+        other.reclaim()
+        assert loads.in_use("m", "a"), "the other replica routes to it"
+        one.held.clear()
+        one.route()
+        one.reclaim()
+        await until("nobody does", lambda: not loads.in_use("m", "a"))
+        other.clock.now_s += STALE_S + 0.1
+        assert loads.in_use("m", "a"), "nobody knows"
 
 
 async def test_metrics_are_of_this_replica_alone():
