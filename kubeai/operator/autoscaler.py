@@ -100,7 +100,7 @@ class _Track:
         self.long_most = _Most()
         self.short_most = _Most()
         self.busy_s = now_s  # when the replicas last grew or had too much; or were first seen
-        self._replicas = sample.replicas
+        self.replicas = sample.replicas
         self._period = _Period()
         self._last = sample  # the last complete one
         self._last_s = now_s
@@ -109,9 +109,9 @@ class _Track:
         self._demand = float(sample.active)  # see `_load`
 
     def observe(self, sample: Sample, now_s: float) -> None:
-        if sample.replicas > self._replicas or sample.active > sample.capacity:
+        if sample.replicas > self.replicas or sample.active > sample.capacity:
             self.busy_s = now_s
-        self._replicas = sample.replicas
+        self.replicas = sample.replicas
         if sample.complete:
             self._last_load = self._count(sample, now_s)
             self._last, self._last_s = sample, now_s
@@ -204,6 +204,11 @@ class Autoscaler:
         """
         for model, track in self._tracks.items():
             track.restored = averages.get(model)
+
+    def shrunk(self, model: str, replicas: int) -> None:
+        """A decision to have fewer was carried out: more than that has grown since."""
+        if (track := self._tracks.get(model)) is not None:
+            track.replicas = replicas
 
     def observe(self, samples: Mapping[str, Sample], now_s: float) -> None:
         """Take a sample of every Model; Models that are not among them are forgotten."""

@@ -140,14 +140,25 @@ class Leader:
         if not self._leads or self._lease is None:
             return
         self._turn(False)
-        spec = self._lease["spec"] | {
+        with contextlib.suppress(ApiError, TimeoutError):  # then it runs out by itself
+            async with asyncio.timeout(RELEASE_TIMEOUT_S):
+                try:
+                    await self._give_up(self._lease)
+                except ApiError as error:
+                    if error.status != 409:
+                        raise
+                    # A renewal that was cut off has been made: the lease is newer than we know.
+                    lease = await self._kube.get(LEASES, LEASE_NAME, self._namespace)
+                    if _holder(lease) == self._identity:
+                        await self._give_up(lease)
+
+    async def _give_up(self, lease: dict[str, Any]) -> None:
+        spec = lease["spec"] | {
             "holderIdentity": "",
             "leaseDurationSeconds": 1,
             "renewTime": _now(),
         }
-        with contextlib.suppress(ApiError, TimeoutError):  # then it runs out by itself
-            async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                await self._kube.update(LEASES, self._lease | {"spec": spec}, self._namespace)
+        await self._kube.update(LEASES, lease | {"spec": spec}, self._namespace)
 
     def _turn(self, leads: bool) -> None:
         if leads == self._leads:

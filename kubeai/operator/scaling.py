@@ -271,6 +271,8 @@ class Scaler:
             average=average,
         )
         before = model.spec.replicas or 0
+        if replicas < before:
+            self._core.shrunk(name, replicas)
         self._events.tell(
             answer,
             "ScaledUp" if replicas > before else "ScaledDown",

@@ -1,7 +1,7 @@
 """One replica of KubeAI writes at a time, whatever is frozen, cut off, killed or wrong by years.
 
 `kubeai serve` runs as several processes, each with a proxy before its API that notes when a change
-arrives. The Lease is watched past them: so of each change it is known who led when it arrived.
+arrives, to the Lease or to anything else: so of each change it is known who led when it arrived.
 """
 
 from __future__ import annotations
@@ -117,7 +117,12 @@ class Fleet:
         return self.turns[-1][1] if self.turns else ""
 
     def holder_at(self, at_s):
-        return next((holder for since_s, holder in reversed(self.turns) if since_s <= at_s), "")
+        """Whose write to the Lease was the last that was accepted; the watch is told later."""
+        last_s = {
+            name: max((s for s in replica.renewals() if s <= at_s), default=-1e9)
+            for name, replica in self.replicas.items()
+        }
+        return max(last_s, key=last_s.__getitem__)
 
     async def leader(self, besides=""):
         """Who leads, once somebody does, and it is not this one."""

@@ -158,6 +158,28 @@ async def test_a_released_lease_is_taken_at_the_next_look(world):
     await world.until(lambda: two.leads, RETRY_S + 0.1)
 
 
+async def test_a_lease_whose_renewal_was_cut_off_is_released_all_the_same(world):
+    one = world.join("one")
+    await world.until(lambda: one.leads, RETRY_S)
+    world.leases.answer_s = 1.0
+    await asyncio.sleep(RETRY_S + 0.1)
+    assert len(world.leases.writes) == 2, "it is renewed, and the answer is on its way"
+    await one.freeze()
+    world.leases.answer_s = 0.0
+    await one.leader.release()
+    assert world.leases.holder == ""
+
+
+async def test_a_lease_that_another_has_taken_is_not_released(world):
+    one = world.join("one")
+    await world.until(lambda: one.leads, RETRY_S)
+    await one.freeze()
+    world.join("two")
+    await world.until(lambda: world.leases.holder == "two", LEASE_S + RETRY_S)
+    await one.leader.release()
+    assert world.leases.holder == "two"
+
+
 async def test_a_frozen_leader_may_not_write_when_it_wakes(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
