@@ -24,8 +24,10 @@ it then: see :meth:`_Track._load`. docs/autoscaling.md tells how the constants w
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -33,7 +35,8 @@ AVERAGE_DIGITS = 3
 SHORT_INTERVALS = 2
 TOLERANCE = 0.05  # of the replicas that there are …
 TOLERANCE_MIN = 0.25  # … and at least so much of a replica
-SLACK = 0.1  # of a replica, must be left free by the long average before one goes
+# Of a replica, that the long average must leave free before one goes; less where the load is steady.
+SLACK = 0.1
 HOLD = 0.2  # of the time window
 DRAIN_S = 120.0  # in which a backlog should be worked off
 GROWTH_MAX = 2.0  # times what the ready replicas should have, where it may be no backlog
@@ -75,6 +78,14 @@ class _Period(msgspec.Struct):
     ended: int = 0  # requests
     grown: int = 0  # active requests, from its begin to its end
     mean: float = 0.0  # load, once it has ended
+
+
+class _Averages(NamedTuple):
+    """Of active requests."""
+
+    long: float
+    spread: float  # standard deviation of the periods' means in the window
+    short: float
 
 
 class _Most:
@@ -175,8 +186,8 @@ class _Track:
         grown = sum(period.grown for period in recent)
         return grown**2 <= sum(period.ended for period in recent)
 
-    def averages(self, now_s: float, window_s: float, periods_max: int) -> tuple[float, float]:
-        """End the period; the long average of active requests and the short one."""
+    def averages(self, now_s: float, window_s: float, periods_max: int) -> _Averages:
+        """End the period."""
         self._period.end_s, self._period.mean = now_s, self._period.load / self._period.samples
         self.periods.append(self._period)
         self._period = _Period()
@@ -186,7 +197,7 @@ class _Track:
         short = min(means[-SHORT_INTERVALS:]) if len(means) >= SHORT_INTERVALS else 0.0
         if self.restored is not None:
             means += [self.restored] * (periods_max - len(means))
-        return sum(means) / len(means), short
+        return _Averages(statistics.fmean(means), statistics.pstdev(means), short)
 
 
 class Autoscaler:
@@ -229,12 +240,12 @@ class Autoscaler:
         }
 
     def _decide(self, track: _Track, sample: Sample, now_s: float) -> Decision:
-        average, recent = track.averages(now_s, self._window_s, self._periods_max)
-        long, short = average / sample.target_requests, recent / sample.target_requests
+        averages = track.averages(now_s, self._window_s, self._periods_max)
+        long, spread, short = (value / sample.target_requests for value in averages)
         quick = _up(short - TOLERANCE_MIN)
         if short <= sample.replicas + max(TOLERANCE_MIN, TOLERANCE * sample.replicas):
             quick = min(quick, sample.replicas)
-        spared = _up(long + SLACK) if long else 0
+        spared = _up(long + min(SLACK, spread)) if long else 0
         delay_s = sample.scale_down_delay_s
         kept = max(
             track.long_most.add(spared, now_s, delay_s),
@@ -246,7 +257,7 @@ class Autoscaler:
             replicas = wanted
         elif sample.complete and now_s - track.busy_s >= delay_s:
             replicas = min(replicas, _bounded(kept, sample))
-        return Decision(round(average, AVERAGE_DIGITS), replicas)
+        return Decision(round(averages.long, AVERAGE_DIGITS), replicas)
 
 
 def _up(replicas: float) -> int:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.operator.autoscaler import HOLD, SLACK, Autoscaler, Sample
+from kubeai.operator.autoscaler import HOLD, Autoscaler, Sample
 
 INTERVAL_S, WINDOW_S = 10.0, 60.0
 
@@ -184,10 +184,9 @@ def test_without_overload_the_average_is_the_mean_of_what_was_active(seen):
 def test_steady_load_settles_and_stays(active, target, start):
     clock = Clock(replicas=start, target=target)
     clock.steps(*[active] * 14)
-    settled = clock.replicas
-    needed, spared = -(-active // target), math.ceil(active / target + SLACK - 1e-9)
-    assert settled == needed or needed < settled == min(start, spared)
-    assert clock.steps(*[active] * 5) == [settled] * 5
+    needed = -(-active // target)
+    assert clock.replicas == needed
+    assert clock.steps(*[active] * 5) == [needed] * 5
 
 
 @given(
