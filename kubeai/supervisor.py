@@ -311,6 +311,8 @@ class Supervisor:
             asyncio.create_task(self._sweep()),
             asyncio.create_task(self.peers.run(parse_address(self.metrics_address)[1])),
         ]
+        for task in background:
+            task.add_done_callback(self._background_ended)
         try:
             await self._stop.wait()
             log.info("stopping")
@@ -332,12 +334,16 @@ class Supervisor:
             for worker in self._workers:
                 worker.listener.close()
             self.table.close()
-        for task in (operator, *lives):
+        for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
 
     def stop(self) -> None:
         self._stop.set()
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._stop.set()  # a fault of the program: better begun anew than half alive
 
     def _signalled(self) -> None:
         self._signals += 1

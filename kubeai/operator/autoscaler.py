@@ -35,7 +35,7 @@ AVERAGE_DIGITS = 3
 SHORT_INTERVALS = 2
 TOLERANCE = 0.05  # of the replicas that there are …
 TOLERANCE_MIN = 0.25  # … and at least so much of a replica
-# Of a replica, that the long average must leave free before one goes; less where the load is steady.
+# Of a replica, that the long average must leave free before one goes; less if the load is steady.
 SLACK = 0.1
 HOLD = 0.2  # of the time window
 DRAIN_S = 120.0  # in which a backlog should be worked off

@@ -168,6 +168,7 @@ class Peers:
     async def _listen(self, address: str, peer: Peer) -> None:
         assert self._session is not None, "running"
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
+        said = ""  # of it in the log; not at each try
         while True:
             whole = True  # the first word on a connection
             try:
@@ -181,10 +182,13 @@ class Peers:
                         if whole:
                             log.info("peer heard", peer=address)
                             backoff.reset()
+                            said = ""
                         self._view.take(peer, frame, self._clock(), whole)
                         whole = False
             except (PeerLost, wire.BadFrame) as error:
-                log.info("peer lost", peer=address, error=str(error))
+                if str(error) != said:
+                    said = str(error)
+                    log.info("peer lost", peer=address, error=said)
             await asyncio.sleep(backoff.next_s())
 
     async def _settle(self) -> None:
