@@ -34,6 +34,7 @@ class Feed:
         self._owners: dict[int, Owner] = {}
         self._frames = 0  # how often anything was new
         self._changed: OrderedDict[Owner, int] = OrderedDict()  # in which frame, oldest first
+        self._memo = (-1, -1, b"")  # what all who read in time are told: since, until, the bytes
         self._listeners = 0
         self._somebody = asyncio.Event()
         self._news = asyncio.Event()
@@ -114,6 +115,11 @@ class Feed:
                 loads.models[owner.model] = self._counts(rows) if rows else None
         return loads
 
+    def _encoded_since(self, frame: int) -> bytes:
+        if self._memo[:2] != (frame, self._frames):
+            self._memo = (frame, self._frames, wire.encode(self.since(frame)))
+        return self._memo[2]
+
     def _in_flight(self, rows: set[int]) -> int:
         return min(sum(self._table.in_flight_here(row) for row in rows), wire.COUNT_MAX)
 
@@ -146,9 +152,9 @@ class Feed:
         await self._write(response, wire.encode(wire.Hello(self._identity)))
         told = 0
         while not self._closed:
-            frame, loads, news = self._frames, self.since(told), self._news
-            told = frame
-            await self._write(response, wire.encode(loads))
+            data, news = self._encoded_since(told), self._news
+            told = self._frames
+            await self._write(response, data)
             if self._frames > told:
                 continue
             try:
