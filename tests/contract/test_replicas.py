@@ -8,6 +8,7 @@ cheap runs on the embedded one.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from harness import Answer, chat, model, pods, received, until
 from machines import machine
 from servers import ApiServer, assets, embedded, install_models, real
 
-from kubeai.kube import LEASES, MODELS, PODS
+from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS
 
 pytestmark = pytest.mark.timeout(200)
 ENGINES = 3
@@ -154,6 +155,7 @@ async def test_what_one_replica_serves_counts_for_all(small_fleet):
         await until("it has begun", lambda: loads_are(fleet, 0, 1))
         second = callers.stream(third, "m", tokens=200)
         await until("each has one", lambda: loads_are(fleet, 1, 1))
+        await until("the leader has seen both for a while", lambda: average_is(fleet, 2.0))
         await fleet.kube.patch(MODELS, "m", {"spec": {"minReplicas": 0}})
         async with Watched(fleet.kube, fleet.namespace) as watched:
             long = await first
@@ -205,6 +207,17 @@ async def loads_are(fleet: Fleet, *loads: int) -> bool:
             if series.startswith("kubeai_endpoint_requests_in_flight{"):
                 found[series] = found.get(series, 0) + value
     return sorted(found.values()) == sorted(loads)
+
+
+async def average_is(fleet: Fleet, requests: float) -> bool:
+    """Whether so many requests of the Model are active by the state that the autoscaler keeps."""
+    found, _ = await fleet.kube.list(CONFIGMAPS, fleet.namespace)
+    kept = [one["data"]["models"] for one in found if "models" in one.get("data", {})]
+    return any(
+        state["averageActiveRequests"] == requests
+        for text in kept
+        for state in json.loads(text)["models"].values()
+    )
 
 
 async def nobody_routes(fleet: Fleet) -> bool:
