@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 
 import aiohttp
 import pytest
@@ -299,7 +300,13 @@ async def test_whoever_dies_or_hangs_cold_models_are_woken_once_and_answer_once(
         answered = callers.answered
         fleet.api.program.start()
         back_s = time.monotonic()
-        await until("every request is answered", callers.all_answered, 90)
+        try:
+            await until("every request is answered", callers.all_answered, 90)
+        except AssertionError as error:
+            error.add_note(f"waiting: {callers.waiting()}")
+            for pod in (await fleet.kube.list(PODS, fleet.namespace))[0]:
+                error.add_note(f"{pod['metadata']['name']}: {pod.get('status')}")
+            raise
         print(
             f"{answered} of {callers.asked} answered while the API was away, "
             f"the last {passed_s(back_s):.1f} s after its start"
@@ -363,10 +370,15 @@ class Callers:
     def all_answered(self) -> bool:
         return self.answered == self.asked
 
+    def waiting(self) -> dict[str, int]:
+        """How many have no answer yet, by model and replica."""
+        return Counter(task.get_name() for task in self._tasks if not task.done())
+
     def ask(self, replica: Replica, name: str, times: int) -> None:
         for _ in range(times):
             self.ids.append(f"{name}-{len(self.ids)}")
-            self._tasks.append(asyncio.create_task(self._ask(replica, name, self.ids[-1])))
+            asked = self._ask(replica, name, self.ids[-1])
+            self._tasks.append(asyncio.create_task(asked, name=f"{name} at {replica.name}"))
 
     async def _ask(self, replica: Replica, name: str, request_id: str) -> None:
         question = {"role": "user", "content": request_id}
