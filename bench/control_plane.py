@@ -599,6 +599,7 @@ class Bench:
     async def _changes(self, kube: Kube, eyes: Eyes, serve: Serve) -> dict[str, Any]:
         """Every 20 ms a pod falls, returns, or (one of 21) is deleted."""
         pods = random.Random(1).sample(sorted(eyes.pods), len(eyes.pods))
+        fallen: set[str] = set()
         cpu_s, began_s = serve.cpu_s, time.monotonic()
         calls: list[float] = []
         for i in range(round(self.effort.changes_s / CHANGE_INTERVAL_S)):
@@ -606,11 +607,16 @@ class Bench:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             sent_s = time.monotonic()
             if i % 21 == 20:
+                fallen.discard(pods[-1])
                 await kube.delete(PODS, pods.pop())
             else:
-                await set_ready(kube, pods[-1 - i % 21 // 2], i % 2 == 1)
+                pod, ready = pods[-1 - i % 21 // 2], i % 2 == 1
+                (fallen.discard if ready else fallen.add)(pod)
+                await set_ready(kube, pod, ready)
             calls.append(time.monotonic() - sent_s)
         cpu_s, took_s = serve.cpu_s - cpu_s, time.monotonic() - began_s
+        for pod in fallen:
+            await set_ready(kube, pod, True)
         await eyes.until("all is well", lambda: len(eyes.as_wanted) == self.effort.scale)
         reconciles = (await serve.measured())["reconciles"]
         return {
