@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, Protocol
 
@@ -86,7 +85,7 @@ class Publisher:
 
     A row has one owner at a time. It is dropped when its model or endpoint goes, and used again
     only when every live worker has acknowledged the version that dropped it and all its cells are
-    0: until then some request may still count in it, and ``owners`` has it.
+    0: until then some request may still count in it, and ``owners`` and ``rows_of`` have it.
     """
 
     def __init__(self, table: LoadTable) -> None:
@@ -97,7 +96,7 @@ class Publisher:
         self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
         self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
         self.owners: dict[int, Owner] = {}  # of each row that is in use
-        self._rows_of: Counter[Owner] = Counter()  # two, while an endpoint that left is back
+        self.rows_of: dict[Owner, set[int]] = {}  # two, while an endpoint that left is back
 
     def update(self, model: str, route: Route | None) -> Delta | None:
         """Take a model's new route (rows and order of endpoints are ignored), or its end.
@@ -124,8 +123,8 @@ class Publisher:
     def snapshot(self) -> Snapshot:
         return Snapshot(self.version, tuple(self._routes.values()))
 
-    def reclaim(self, acknowledged: Iterable[int]) -> list[int]:
-        """Free what was dropped; the rows. ``acknowledged``: the version of each live worker."""
+    def reclaim(self, acknowledged: Iterable[int]) -> list[Owner]:
+        """Free what was dropped; whose it was. ``acknowledged``: each live worker's version."""
         if not self._dropped:
             return []
         safe = min(acknowledged, default=self.version)
@@ -133,11 +132,11 @@ class Publisher:
         for row, version in self._dropped:
             if version <= safe and self._table.row_is_zero(row):
                 heapq.heappush(self._free, row)
-                freed.append(row)
                 owner = self.owners.pop(row)
-                self._rows_of[owner] -= 1
-                if not self._rows_of[owner]:
-                    del self._rows_of[owner]
+                freed.append(owner)
+                self.rows_of[owner].remove(row)
+                if not self.rows_of[owner]:
+                    del self.rows_of[owner]
             else:
                 waiting.append((row, version))
         self._dropped = waiting
@@ -161,7 +160,7 @@ class Publisher:
 
     def in_use(self, model: str, endpoint: str) -> bool:
         """Whether a worker may still send requests to an endpoint, or has some there."""
-        return Owner(model, endpoint) in self._rows_of
+        return Owner(model, endpoint) in self.rows_of
 
     def _with_rows(self, route: Route, old: Route | None) -> Route:
         known = {} if old is None else {e.name: e for e in old.endpoints}
@@ -183,7 +182,7 @@ class Publisher:
 
     def _own(self, lease: tuple[int, int], owner: Owner) -> tuple[int, int]:
         self.owners[lease[0]] = owner
-        self._rows_of[owner] += 1
+        self.rows_of.setdefault(owner, set()).add(lease[0])
         return lease
 
     def _open_rows(self, count: int) -> list[tuple[int, int]]:

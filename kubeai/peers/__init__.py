@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import aiohttp
 import structlog
@@ -25,7 +25,7 @@ from kubeai.peers.discovery import Discovery
 from kubeai.peers.feed import TICK_S, Feed
 from kubeai.peers.listener import PeerLost, listen
 from kubeai.peers.view import HOLD_S, Peer, View
-from kubeai.routing import Publisher
+from kubeai.routing import Owner, Publisher
 
 log = structlog.get_logger(__name__)
 LOADS_PATH = wire.PATH
@@ -64,7 +64,8 @@ class Peers:
         self._feed = Feed(identity, table, publisher)
         self._view = View(self._put)
         self._discovery = Discovery(kube, namespace, pod, self._found)
-        self._places: dict[str, str] = {}  # endpoint → model
+        self._routed: dict[str, set[str]] = {}  # model → its endpoints
+        self._models: dict[str, str] = {}  # endpoint → its model
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address
         self._session: aiohttp.ClientSession | None = None
         self._began_s = clock()
@@ -109,15 +110,17 @@ class Peers:
         """The model's route is a new one: its endpoints' cells must say what peers have there."""
         route = self._publisher.route(model)
         names = set() if route is None else {endpoint.name for endpoint in route.endpoints}
-        for name in [name for name, of in self._places.items() if of == model]:
-            if name not in names:
-                del self._places[name]
-        self._places |= dict.fromkeys(names, model)
+        for name in self._routed.pop(model, set()) - names:
+            if self._models[name] == model:
+                del self._models[name]
+        if names:
+            self._routed[model] = names
+            self._models |= dict.fromkeys(names, model)
         self._put_model(model)
 
-    def freed(self, rows: Iterable[int]) -> None:
-        """Nobody can count in these rows of the table any more."""
-        self._feed.freed(rows)
+    def freed(self, owners: Collection[Owner]) -> None:
+        """A row of the table is free that was theirs."""
+        self._feed.freed(owners)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """``GET /loads``."""
@@ -207,7 +210,7 @@ class Peers:
     # -- the column of the load table --------------------------------------------------------------
 
     def _put(self, endpoints: set[str]) -> None:
-        for model in {self._places[name] for name in endpoints if name in self._places}:
+        for model in {self._models[name] for name in endpoints if name in self._models}:
             self._put_model(model)
 
     def _put_model(self, model: str) -> None:

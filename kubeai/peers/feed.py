@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from aiohttp import web
 
@@ -30,8 +30,6 @@ class Feed:
         self._table = table
         self._publisher = publisher
         self._readings = Readings(table)
-        self._rows: dict[Owner, set[int]] = {}  # two, while an endpoint that left is back
-        self._owners: dict[int, Owner] = {}
         self._frames = 0  # how often anything was new
         self._changed: OrderedDict[Owner, int] = OrderedDict()  # in which frame, oldest first
         self._memo = (-1, -1, b"")  # what all who read in time are told: since, until, the bytes
@@ -56,45 +54,28 @@ class Feed:
 
     def read(self) -> None:
         """Look at the table now; those who listen hear of what is new."""
-        touched = set()
-        for row, *_ in self._readings.changed():
-            owner = self._publisher.owners.get(row)
-            if owner is None:
-                continue  # free again
-            if self._owners.get(row, owner) != owner:
-                touched |= self._forget(row)
-            self._owners[row] = owner
-            self._rows.setdefault(owner, set()).add(row)
-            touched.add(owner)
-        self._note(touched)
+        owners = self._publisher.owners
+        changed = [row for row, *_ in self._readings.changed()]
+        self._note({owners[row] for row in changed if row in owners})  # others are free again
 
-    def freed(self, rows: Iterable[int]) -> None:
-        """Nobody can count in these rows any more."""
-        touched: set[Owner] = set()
-        for row in rows:
-            touched |= self._forget(row)
-        self._note(touched)
+    def freed(self, owners: Collection[Owner]) -> None:
+        """A row of each is free: if it was the last, nobody can count for them any more."""
+        if self._listeners:
+            self._note(owners)
+        else:
+            for owner in owners:
+                if owner not in self._publisher.rows_of:
+                    self._changed.pop(owner, None)
 
-    def _forget(self, row: int) -> set[Owner]:
-        owner = self._owners.pop(row, None)
-        if owner is None:
-            return set()
-        rows = self._rows[owner]
-        rows.discard(row)
-        if not rows:
-            del self._rows[owner]
-        return {owner}
-
-    def _note(self, touched: set[Owner]) -> None:
+    def _note(self, touched: Collection[Owner]) -> None:
         if not touched:
             return
         self._frames += 1
         for owner in touched:
             self._changed[owner] = self._frames
             self._changed.move_to_end(owner)
-        gone = len(self._changed) - len(self._rows)
-        if gone > GONE_MAX_ENDPOINTS or (gone and not self._listeners):
-            for owner in [owner for owner in self._changed if owner not in self._rows]:
+        if len(self._changed) - len(self._publisher.rows_of) > GONE_MAX_ENDPOINTS:
+            for owner in self._changed.keys() - self._publisher.rows_of.keys():
                 del self._changed[owner]
         self._wake()
 
@@ -108,7 +89,7 @@ class Feed:
         for owner in reversed(self._changed):
             if self._changed[owner] <= frame:
                 break
-            rows = self._rows.get(owner)
+            rows = self._publisher.rows_of.get(owner)
             if owner.endpoint:
                 loads.endpoints[owner.endpoint] = self._in_flight(rows) if rows else wire.GONE
             else:
