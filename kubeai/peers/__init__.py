@@ -23,13 +23,14 @@ from kubeai.kube import Backoff, Kube
 from kubeai.peers import wire
 from kubeai.peers.discovery import Discovery
 from kubeai.peers.feed import TICK_S, Feed
-from kubeai.peers.listener import PeerLost, listen
+from kubeai.peers.listener import Ourselves, PeerLost, listen
 from kubeai.peers.view import HOLD_S, Peer, View
 from kubeai.routing import Owner, Publisher
 
 log = structlog.get_logger(__name__)
 LOADS_PATH = wire.PATH
 PEERS_MAX = 64
+HEARD = "peer heard"
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
 AGE_INTERVAL_S = 1.0
 # What is settled (see _load) follows by a fourth each time: 50 ms late, as what peers tell is.
@@ -173,21 +174,18 @@ class Peers:
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
         said = ""  # of it in the log; not at each try
         while True:
-            whole = True  # the first word on a connection
+            words = listen(self._session, address, self._identity)
             try:
-                async with contextlib.aclosing(listen(self._session, address)) as frames:
-                    async for frame in frames:
-                        if isinstance(frame, wire.Hello):
-                            if frame.identity == self._identity:
-                                peer.ourselves = True
-                                return
-                            continue
-                        if whole:
-                            log.info("peer heard", peer=address)
+                async with contextlib.aclosing(words):
+                    async for loads, whole in words:
+                        self._view.take(peer, loads, self._clock(), whole)
+                        if said != HEARD:
+                            said = HEARD
+                            log.info(said, peer=address)
                             backoff.reset()
-                            said = ""
-                        self._view.take(peer, frame, self._clock(), whole)
-                        whole = False
+            except Ourselves:
+                peer.ourselves = True
+                return
             except (PeerLost, wire.BadFrame) as error:
                 if str(error) != said:
                     said = str(error)

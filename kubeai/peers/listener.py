@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import NamedTuple
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,40 +31,60 @@ class PeerLost(KubeAIError):
     """A peer does not answer, or not as it should."""
 
 
+class Ourselves(KubeAIError):
+    """The peer at that address is this very replica."""
+
+
+class Word(NamedTuple):
+    """What a peer said. ``whole``: it is all there is to say."""
+
+    loads: wire.Loads
+    whole: bool
+
+
 async def listen(
-    session: aiohttp.ClientSession, address: str
-) -> AsyncGenerator[wire.Hello | wire.Loads, None]:
-    """What the replica at ``address`` (``ip:port``) says, until PeerLost."""
+    session: aiohttp.ClientSession, address: str, identity: str
+) -> AsyncGenerator[Word, None]:
+    """What the replica at ``address`` (``ip:port``) says, until PeerLost or BadFrame.
+
+    Ourselves, if it calls itself by our ``identity``.
+    """
     try:
         async with session.get(f"http://{address}{wire.PATH}", timeout=_TIMEOUT) as response:
             if response.status == 200:
-                async for frame in _frames(response.content):
-                    yield frame
+                async for word in _stream(response.content, identity):
+                    yield word
             elif response.status != 404:
                 raise PeerLost(f"{wire.PATH} answered {response.status}")
-        async for loads in _poll(session, address):
-            yield loads
+        async for word in _poll(session, address):
+            yield word
     except (aiohttp.ClientError, TimeoutError, OSError, EOFError) as error:
         raise PeerLost(str(error) or type(error).__name__) from None
 
 
-async def _frames(stream: aiohttp.StreamReader) -> AsyncGenerator[wire.Hello | wire.Loads, None]:
+async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator[Word, None]:
+    whole = True
     while True:
         (length,) = wire.LENGTH.unpack(await stream.readexactly(wire.LENGTH.size))
         if length > wire.FRAME_MAX_BYTES:
             raise wire.BadFrame(f"a frame of {length} bytes")
-        yield wire.decode(await stream.readexactly(length))
+        frame = wire.decode(await stream.readexactly(length))
+        if isinstance(frame, wire.Loads):
+            yield Word(frame, whole)
+            whole = False
+        elif frame.identity == identity:
+            raise Ourselves(identity)
         await asyncio.sleep(READ_INTERVAL_MIN_S)
 
 
-async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[wire.Loads, None]:
+async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[Word, None]:
     timeout = aiohttp.ClientTimeout(total=POLL_TIMEOUT_S)
     while True:
         async with session.get(f"http://{address}/metrics", timeout=timeout) as response:
             if response.status != 200:
                 raise PeerLost(f"/metrics answered {response.status}")
             text = await _text(response.content)
-        yield await asyncio.to_thread(read_metrics, text)
+        yield Word(await asyncio.to_thread(read_metrics, text), whole=True)
         await asyncio.sleep(POLL_S)
 
 

@@ -15,7 +15,7 @@ from kubeai._load import LoadTable
 from kubeai._ring import Ring
 from kubeai.kube import ApiError
 from kubeai.metrics import Metrics
-from kubeai.peers import LOADS_PATH, Peers, wire
+from kubeai.peers import LOADS_PATH, Peers, listener, wire
 from kubeai.peers.discovery import selector
 from kubeai.peers.feed import LISTENERS_MAX
 from kubeai.peers.listener import read_metrics
@@ -527,6 +527,20 @@ async def test_a_peer_with_nothing_but_metrics_is_counted_too():
         await until("it is seen", lambda: other.peers.active("m") == 5)
         assert other.peers.active("other") == 1
         assert other.peers.complete()
+
+
+async def test_a_model_that_is_gone_from_its_metrics_is_forgotten(monkeypatch):
+    monkeypatch.setattr(listener, "POLL_S", 0.01)
+    pages = [OLD]
+
+    async def metrics(request):
+        return web.Response(text=pages[-1])
+
+    async with page(metrics, "/metrics") as address, Replica("two", [address]) as other:
+        await until("it is seen", lambda: other.peers.active("other") == 1)
+        pages.append("\n".join(line for line in OLD.splitlines() if '"other"' not in line) + "\n")
+        await until("it is gone", lambda: other.peers.active("other") == 0, 3.0)
+        assert other.peers.active("m") == 5
 
 
 @pytest.mark.parametrize(
