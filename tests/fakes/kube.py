@@ -14,6 +14,7 @@ from kubeai.kube import JOBS, MODELS, PODS, ApiError
 from kubeai.operator.controller import Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
+from kubeai.operator.scaling import Scaler
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
@@ -259,6 +260,14 @@ class World:
         self.kube.listeners.append(self._event)
         self._claims = asyncio.create_task(self.controller.claims.run())
         self.controller.all_changed()
+
+    def scaler(self):
+        """Of the replica that was started last."""
+        return Scaler(
+            *(self.kube, "default", CONFIG.model_autoscaling, self.store, self.leader, self.loads),
+            self.events,
+            clock=now_s,
+        )
 
     def relist(self):
         objects = copy.deepcopy(self.kube.objects)

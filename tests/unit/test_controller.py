@@ -10,14 +10,14 @@ from collections import defaultdict
 
 import msgspec
 import pytest
-from fakes.kube import CONFIG, World, now_s
+from fakes.kube import World, now_s
 
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.operator.controller import CREATES_AT_FIRST_MAX
 from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject
 from kubeai.operator.queue import REST_MAX_S, Queue
-from kubeai.operator.scaling import Scaler, Wakes
+from kubeai.operator.scaling import Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S
 
 pytestmark = pytest.mark.looptime
@@ -264,12 +264,7 @@ async def test_the_autoscalers_state_is_kept_patiently_and_only_when_it_changes(
     world.kube.before = refuse
     world.start()
     world.apply(replicas=0)
-    scaler = Scaler(
-        *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, Held()),
-        world.events,
-        clock=now_s,
-    )
-    scaling = asyncio.create_task(scaler.run())
+    scaling = asyncio.create_task(world.scaler().run())
     try:
         await world.until(lambda: key in world.kube.objects)
         assert '"m"' in world.kube.objects[key]["data"]["models"]
@@ -390,12 +385,7 @@ async def test_an_autoscalers_state_that_another_has_written_is_not_overwritten_
 
     world.start()
     world.apply(replicas=0)
-    scaler = Scaler(
-        *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, Held()),
-        world.events,
-        clock=now_s,
-    )
-    scaling = asyncio.create_task(scaler.run())
+    scaling = asyncio.create_task(world.scaler().run())
     try:
         await world.until(lambda: key in world.kube.objects)
         world.kube.before = meddle

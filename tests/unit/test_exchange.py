@@ -15,6 +15,7 @@ from fakes.wire import (
     Broken,
     Engine,
     Message,
+    Script,
     Wire,
     answer,
     chunk,
@@ -997,9 +998,8 @@ async def test_a_fault_of_ours_ends_one_request_and_no_other(start, monkeypatch)
 # -- draining --------------------------------------------------------------------------------------
 
 
-async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(start):
-    world = await start()
-    go_on = asyncio.Event()
+def slow_until(go_on: asyncio.Event) -> Script:
+    """Answers at once, but to a request that is slow: in two parts, the second when told."""
 
     async def script(wire: Wire, request: Message) -> None:
         if b"slow" in request.body:
@@ -1009,7 +1009,13 @@ async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(
         else:
             await wire.send(answer(200, b"quick"))
 
-    world.route("m", {"a": await world.engine(script)})
+    return script
+
+
+async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(start):
+    world = await start()
+    go_on = asyncio.Event()
+    world.route("m", {"a": await world.engine(slow_until(go_on))})
     world.route("cold", {})
     streaming = await world.client()
     await streaming.send(ask(slow=1))
@@ -1049,16 +1055,7 @@ async def test_a_connection_that_was_to_be_kept_takes_one_more_request_while_dra
     """The answer's head said nothing of a close, so its client may ask again at its end."""
     world = await start()
     go_on = asyncio.Event()
-
-    async def script(wire: Wire, request: Message) -> None:
-        if b"slow" in request.body:
-            await wire.send(CHUNKED + chunk(b"1"))
-            await go_on.wait()
-            await wire.send(chunk(b"2") + b"0\r\n\r\n")
-        else:
-            await wire.send(answer(200, b"quick"))
-
-    world.route("m", {"a": await world.engine(script)})
+    world.route("m", {"a": await world.engine(slow_until(go_on))})
     wire = await world.client()
     await wire.send(ask(slow=1))
     head = await wire.head()

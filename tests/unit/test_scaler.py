@@ -8,8 +8,6 @@ import msgspec
 import pytest
 from fakes.kube import CONFIG, World, now_s
 
-from kubeai.operator.scaling import Scaler
-
 INTERVAL_S = CONFIG.model_autoscaling.interval_s
 STATE = "configmaps", "kubeai-autoscaler-state"
 
@@ -28,13 +26,8 @@ async def start(world, replicas, active):
     """A Model with so many replicas, all ready, and a scaler. Within the test: on its clock."""
     world.loads.counts["m"] = active
     world.start()
-    scaler = Scaler(
-        *(world.kube, "default", CONFIG.model_autoscaling, world.store, world.leader, world.loads),
-        world.events,
-        clock=now_s,
-    )
     world.apply(replicas=replicas, targetRequests=10)
-    world.scaling = asyncio.create_task(scaler.run())
+    world.scaling = asyncio.create_task(world.scaler().run())
     await world.settled(replicas, replicas)
 
 
