@@ -10,17 +10,18 @@ in which others' unseen picks are not expected, and with none. The figures are t
 from __future__ import annotations
 
 import argparse
-import re
+import itertools
 import statistics
 import sys
 from pathlib import Path
+
+from autoscaling import filled
 
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.replicas import Outcome, Setting, play
 
 SEEDS = (1, 2, 3, 4)
 REPLICAS = (1, 2, 4, 8)
-BEGIN, END = "<!-- bench/replicas.py -->", "<!-- end -->"
 FAST = EngineConfig(cache_blocks=1600, prefill_tokens_per_s=40000.0, decode_tokens_per_s=100.0)
 TRAFFIC = {
     "few": ("24 conversations, answers of 2.4 s", {"conversations": 24, "duration_s": 80.0}),
@@ -55,28 +56,26 @@ def figures(**setting: object) -> dict[str, float]:
     }
 
 
+def cell(replicas: int, strategy: str, fields: dict[str, object], view: str) -> str:
+    if replicas == 1 and view != "shared":
+        return ""  # there is nobody to share it with
+    found = figures(replicas=replicas, strategy=strategy, **fields, **VIEWS[view])
+    means = found["imbalance_mean"], found["imbalance_p99"]
+    return "{:.2f} / {:.2f} / ".format(*means) + f"{found['hit_rate']:.0%}"
+
+
 def rows() -> list[str]:
     lines = [
         "| traffic | strategy | view of load | 1 | 2 | 4 | 8 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for traffic, (_, fields) in TRAFFIC.items():
-        for strategy in ("LeastLoad", "PrefixHash"):
-            for view, options in VIEWS.items():
-                if strategy == "PrefixHash" and "expected" in options:
-                    continue  # keys spread: nothing is expected there
-                cells = []
-                for replicas in REPLICAS:
-                    if replicas == 1 and view != "shared":
-                        cells.append("")
-                        continue
-                    found = figures(replicas=replicas, strategy=strategy, **fields, **options)
-                    cells.append(
-                        f"{found['imbalance_mean']:.2f} / {found['imbalance_p99']:.2f} / "
-                        f"{found['hit_rate']:.0%}"
-                    )
-                    print(traffic, strategy, view, replicas, cells[-1], file=sys.stderr)
-                lines.append(f"| {traffic} | {strategy} | {view} | {' | '.join(cells)} |")
+    for traffic, strategy, view in itertools.product(TRAFFIC, ("LeastLoad", "PrefixHash"), VIEWS):
+        if strategy == "PrefixHash" and "expected" in VIEWS[view]:
+            continue  # keys spread: nothing is expected there
+        fields = TRAFFIC[traffic][1]
+        cells = [cell(replicas, strategy, fields, view) for replicas in REPLICAS]
+        lines.append(f"| {traffic} | {strategy} | {view} | {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr)
     return lines
 
 
@@ -84,15 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="replace the table in this file")
     options = parser.parse_args()
-    what = [f"{name}: {text}" for name, (text, _) in TRAFFIC.items()]
-    table = "\n".join([*rows(), "", f"Traffic: {'; '.join(what)}; 8 engines."])
+    what = "; ".join(f"{name}: {text}" for name, (text, _) in TRAFFIC.items())
+    lines = [*rows(), "", f"Traffic: {what}; 8 engines."]
     if options.write is None:
-        print(table)
-        return
-    text = options.write.read_text()
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    text = re.sub(pattern, lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL)
-    options.write.write_text(text)
+        print("\n".join(lines))
+    else:
+        options.write.write_text(filled(options.write.read_text(), "replicas", lines))
 
 
 if __name__ == "__main__":
