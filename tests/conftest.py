@@ -5,6 +5,11 @@ import gc
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is. Benchmarks measure.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
