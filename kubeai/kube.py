@@ -526,7 +526,8 @@ class Kube:
             total=None, sock_connect=CALL_TIMEOUT_S, sock_read=WATCH_SILENCE_MAX_S
         )
         try:
-            response = await self._send("GET", r.path(namespace), query, timeout=timeout)
+            async with asyncio.timeout(CALL_TIMEOUT_S):  # to answer; then it may be silent
+                response = await self._send("GET", r.path(namespace), query, timeout=timeout)
             async with response:
                 if response.status == 401:
                     await self._renew()  # for the next watch

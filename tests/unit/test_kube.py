@@ -94,6 +94,8 @@ class Server:
             await self.done.wait()
             return response
         chunks = self.watches.pop(0)
+        if chunks is None:
+            await self.done.wait()
         if isinstance(chunks, int):
             return web.json_response({"code": chunks, "message": "no"}, status=chunks)
         response = web.StreamResponse()
@@ -571,6 +573,15 @@ async def test_a_watch_that_breaks_is_resumed_where_it_was(kube, server):
     assert view.objects.keys() == {"a", "b"}
     assert view.lists == 1
     assert server.watched_from() == ["1", "6", "6", "7"]
+
+
+async def test_a_watch_that_is_taken_and_not_answered_is_asked_for_again(
+    kube, server, monkeypatch
+):
+    monkeypatch.setattr("kubeai.kube.CALL_TIMEOUT_S", 0.2)
+    server.watches = [None, [event("ADDED", thing("a", 6))]]
+    view = await following(kube, server)
+    assert view.objects.keys() == {"a"}
 
 
 async def test_events_may_come_in_any_pieces_and_any_size(kube, server):
