@@ -59,6 +59,7 @@ from kubeai.api.config import parse_config
 from kubeai.api.model import Model
 from kubeai.engines import build_pod
 from kubeai.kube import MODELS, PODS, Kube
+from kubeai.operator import events
 from kubeai.operator.controller import Controller
 from kubeai.operator.operator import POD_SELECTOR
 from kubeai.operator.pods import PodObject, observe
@@ -631,7 +632,7 @@ class Bench:
     async def _idle(self, kube: Kube, serve: Serve) -> dict[str, Any]:
         await self._quiet(serve)
         log = self.folder / "audit.log"
-        await asyncio.sleep(2)
+        await asyncio.sleep(events.DELAY_S + 2)  # what the changes were worth an Event is written
         read, cpu_s, began_s = log.stat().st_size, serve.cpu_s, time.monotonic()
         await asyncio.sleep(self.effort.idle_s)
         cpu_s, took_s = serve.cpu_s - cpu_s, time.monotonic() - began_s
