@@ -575,9 +575,7 @@ async def test_a_watch_that_breaks_is_resumed_where_it_was(kube, server):
     assert server.watched_from() == ["1", "6", "6", "7"]
 
 
-async def test_a_watch_that_is_taken_and_not_answered_is_asked_for_again(
-    kube, server, monkeypatch
-):
+async def test_a_watch_that_is_taken_and_not_answered_is_asked_for_again(kube, server, monkeypatch):
     monkeypatch.setattr("kubeai.kube.CALL_TIMEOUT_S", 0.2)
     server.watches = [None, [event("ADDED", thing("a", 6))]]
     view = await following(kube, server)
