@@ -55,6 +55,11 @@ class Replica:
         """How often it has said so."""
         return sum(entry.get("event") == event for entry in self.serve.log)
 
+    @property
+    def leads(self):
+        """By its own word."""
+        return self.times("leading") > self.times("not leading any more")
+
     def writes(self):
         """What only a leader may do: Events are told by all, and the Lease is asked for by all."""
         kinds = ("/leases", "/events")
@@ -125,8 +130,11 @@ class Fleet:
         return max(last_s, key=last_s.__getitem__)
 
     async def leader(self, besides=""):
-        """Who leads, once somebody does, and it is not this one."""
-        await until(lambda: self.holder not in ("", besides), "somebody leads")
+        """Who leads, and knows it, once somebody does, and it is not this one."""
+        await until(
+            lambda: self.holder not in ("", besides) and self.replicas[self.holder].leads,
+            "somebody leads",
+        )
         return self.replicas[self.holder]
 
     def faults(self):
