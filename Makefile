@@ -41,7 +41,7 @@ check: .venv/installed-check  ## the fast gate: style, types, import floors, C w
 	$(BIN)/lint-imports --no-cache
 	KUBEAI_CYTHON_STRICT=1 $(BIN)/python setup.py -q build_ext --force \
 		--build-temp build/strict --build-lib build/strict-lib
-	$(BIN)/python -m kubeai crd | diff charts/kubeai/crds/kubeai.org_models.yaml -
+	$(BIN)/python -m kubeai crd | diff charts/kubeai/files/kubeai.org_models.yaml -
 
 bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from what they found
 	mkdir -p build/bench
@@ -58,6 +58,9 @@ asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
 	tests/asan.sh
 
 soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SOAK_SECONDS (600)
+	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/test_ask.py tests/unit/test_openai.py \
+		tests/unit/test_ring.py tests/unit/test_load.py tests/unit/test_routing.py \
+		tests/unit/test_plan.py --timeout 600
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py

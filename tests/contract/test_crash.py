@@ -25,7 +25,7 @@ from kubeai.engines.adapters import url_hash
 from kubeai.kube import CONFIGMAPS, JOBS, MODELS, PODS, PVCS, ApiError, Kube
 
 pytestmark = pytest.mark.timeout(400)
-STEP = int(os.environ.get("CRASH_STEP", "8"))  # 1: every change, as CI does on the real API
+STEP = int(os.environ.get("CRASH_STEP", "16"))  # 1: every change, as CI does on the real API
 LIVES_AT_ONCE = 8
 LIFE_TIMEOUT_S = 90.0
 CLAIM = "shared-model-cache-fast"
@@ -127,7 +127,7 @@ class Surroundings:
         if container["name"] == "loader":
             self.folders.add(container["args"][1])
         else:
-            self.folders.discard(container["command"][-1])
+            self.folders.difference_update(container["command"][3:])
         ends = ("SuccessCriteriaMet", "Complete")
         status = {
             "startTime": _now(),

@@ -13,7 +13,7 @@ from harness import chat, model, pods, replicas, running, until
 DELAY_S = 1.0
 ARGS = (f"--startup-delay={DELAY_S:.0f}s", "--decode-tokens-per-second=50")
 # A cold model may take what its engine takes, and this.
-OVERHEAD_S = 3.0
+OVERHEAD_S = 10.0
 
 
 @pytest.fixture

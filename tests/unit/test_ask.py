@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import some
 from kubeai import _ask, openai
 from kubeai.openai import BadRequest, Kind
 
@@ -123,13 +124,13 @@ def agrees(kind: Kind, body: bytes) -> bool:
 
 
 @given(st.sampled_from(JSON_KINDS), bodies())
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=some(300))
 def test_bodies_are_understood_alike(kind, body):
     agrees(kind, body)
 
 
 @given(st.sampled_from(JSON_KINDS), spoiled())
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=some(300))
 @example(Kind.CHAT, b'{"model":"m"}\x00')
 def test_spoiled_bodies_are_understood_alike_or_refused(kind, body):
     agrees(kind, body)

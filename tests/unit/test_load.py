@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from oracles import OracleTable
 
+from examples import some
 from kubeai._load import ITERATION_BUCKETS, OUTCOME_NAMES, LoadTable, Readings, live
 from kubeai._ring import Ring
 
@@ -617,4 +618,4 @@ class Tables(RuleBasedStateMachine):
 
 
 TestTables = Tables.TestCase
-TestTables.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestTables.settings = settings(max_examples=some(60), stateful_step_count=50)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import some
 from kubeai.openai import (
     TOP_LEVEL_KEYS_MAX_COUNT,
     BadRequest,
@@ -271,7 +272,7 @@ def bodies(draw):
     return body
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=some(200))
 @given(bodies() | st.binary(max_size=40))
 @example(b'{"model":"m","model":"n"}')
 @example(b'{"model":"m"}')

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import some
 from kubeai.api.config import parse_config
 from kubeai.api.model import decode_model
 from kubeai.operator.adapters import AdaptersView
@@ -682,7 +683,7 @@ EVENTS = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(80))
 @given(st.integers(0, 3), st.lists(EVENTS, max_size=25))
 def test_whatever_happens_it_converges_within_its_limits_and_then_rests(surge, events):
     history = History(surge)

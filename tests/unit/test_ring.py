@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from oracles import OracleRing, OracleTable
 
 import kubeai._ring
+from examples import some
 from kubeai._load import ITERATION_BUCKETS, TRIAL_S, LoadTable
 from kubeai._ring import LOAD_FLOOR, REPLICATION_MAX, Ring
 
@@ -611,4 +612,4 @@ class Rings(RuleBasedStateMachine):
 
 
 TestRings = Rings.TestCase
-TestRings.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestRings.settings = settings(max_examples=some(60), stateful_step_count=50)

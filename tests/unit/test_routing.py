@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
+from examples import some
 from kubeai._load import LoadTable
 from kubeai.errors import KubeAIError
 from kubeai.openai import Kind, named, parse
@@ -559,5 +560,5 @@ class Hinge(RuleBasedStateMachine):
         self.table.close()
 
 
-Hinge.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Hinge.TestCase.settings = settings(max_examples=some(50), stateful_step_count=40)
 TestHinge = Hinge.TestCase
