@@ -1,4 +1,4 @@
-"""The commands: serve · local · mock-engine · crd.
+"""The commands: serve · local · load · mock-engine · crd.
 
 What a person did wrong ends in one line on stderr and exit status 2, never in a traceback.
 """
@@ -110,6 +110,26 @@ def _app() -> Any:
             api_port=api_port,
         )
         _run(run(options))
+
+    @app.command()
+    def load(
+        url: Annotated[
+            str, typer.Argument(help="hf://<owner>/<name>, or s3://, gs://, oss://<bucket>/<path>.")
+        ],
+        folder: Annotated[Path, typer.Argument(help="What becomes of it; it is replaced.")],
+        parallel: Annotated[
+            int, typer.Option(help="Parts (a hub's files) that are fetched at a time.", min=1)
+        ] = 8,
+    ) -> None:
+        """Bring weights into a folder, whole or not at all; a second call goes on from the first.
+
+        Reads $HF_TOKEN and $HF_ENDPOINT; $AWS_ACCESS_KEY_ID, $AWS_SECRET_ACCESS_KEY, $AWS_REGION
+        and $AWS_ENDPOINT_URL; $GOOGLE_APPLICATION_CREDENTIALS; $OSS_ACCESS_KEY_ID,
+        $OSS_ACCESS_KEY_SECRET and $OSS_REGION.
+        """
+        from kubeai.loading import load
+
+        asyncio.run(load(url, folder, parallel=parallel))
 
     @app.command()
     def crd() -> None:

@@ -25,11 +25,20 @@ JOB_TTL_S = 60
 EVICT_LIMIT_S = 900  # then the Model may go though its files stay
 JOB_LABEL = "kubeai.org/job"  # on the pods of Jobs, which are no replicas
 _VOLUME = "models"
+# A Model's folder is not mounted alone: as a volume's root it could neither appear by one rename,
+# when it is whole, nor be removed.
+_ALL_FOLDERS = {"name": _VOLUME, "mountPath": ROOT, "subPath": ROOT.lstrip("/")}
 
 
 def directory(model: Model) -> str:
     """The Model's folder, in every container that mounts it."""
     return f"{ROOT}/{model.metadata.name}-{model.metadata.uid}"
+
+
+def staging_directory(path: str) -> str:
+    """Where a load keeps what it has of a folder that is not whole yet."""
+    parent, _, name = path.rpartition("/")
+    return f"{parent}/.{name}.kubeai-load"
 
 
 def weights(model: Model, url: ModelURL) -> str:
@@ -89,23 +98,25 @@ def cache_volume(model: Model) -> tuple[Object, Object]:
 def load_job(model: Model, config: SystemConfig) -> Object:
     """The Job that fetches the Model's files into its folder, with the URL's credentials."""
     files = source(parse_url(model.spec.url), config.secret_names)
-    volume, mount = cache_volume(model)
     container = {
         "name": "loader",
+        "command": ["load"],
         "args": [literal(model.spec.url), directory(model)],
         "env": environment(model, {}, {}, files),
         "envFrom": msgspec.to_builtins(model.spec.env_from),
-        "volumeMounts": [mount, *files.mounts],
+        "volumeMounts": [_ALL_FOLDERS, *files.mounts],
     }
-    return _job(model, config, LOAD_JOB_PREFIX, container, [volume, *files.volumes])
+    volumes = [_claim_volume(model), *files.volumes]
+    return _job(model, config, LOAD_JOB_PREFIX, container, volumes)
 
 
 def evict_job(model: Model, config: SystemConfig) -> Object:
     """The Job that removes the Model's folder."""
+    path = directory(model)
     container = {
         "name": "evictor",
-        "command": ["rm", "-rf", "--", directory(model)],
-        "volumeMounts": [{"name": _VOLUME, "mountPath": ROOT, "subPath": ROOT.lstrip("/")}],
+        "command": ["rm", "-rf", "--", path, staging_directory(path)],
+        "volumeMounts": [_ALL_FOLDERS],
     }
     job = _job(model, config, EVICT_JOB_PREFIX, container, [_claim_volume(model)])
     job["spec"]["activeDeadlineSeconds"] = EVICT_LIMIT_S

@@ -15,7 +15,7 @@ import yaml
 
 from kubeai.api.crd import crd_yaml, model_crd
 
-FILE = Path(__file__).parents[2] / "charts/kubeai/crds/kubeai.org_models.yaml"
+FILE = Path(__file__).parents[2] / "charts/kubeai/files/kubeai.org_models.yaml"
 VERSION = model_crd()["spec"]["versions"][0]
 SCHEMA = VERSION["schema"]["openAPIV3Schema"]
 SPEC = SCHEMA["properties"]["spec"]

@@ -40,6 +40,15 @@ async def test_the_mock_engines_image_needs_no_command():
     assert argv == [sys.executable, "-m", "kubeai", "mock-engine"]
 
 
+async def test_what_loads_weights_is_this_very_installation_unless_there_is_another(tools):
+    argv = ["hf://org/m", "/models/m"]
+    ours = [sys.executable, "-m", "kubeai", "load", *argv]
+    assert await resolve("registry.example/kubeai-model-loader", [], argv) == ours
+    assert await resolve("registry.example/kubeai:v1", ["load"], argv) == ours
+    theirs = tools("load")
+    assert await resolve("registry.example/kubeai:v1", ["load"], argv) == [theirs, *argv]
+
+
 async def test_vllm_listens_on_the_pods_address(tools):
     python = tools("python3")  # says that it has every module
     argv = await resolve("vllm/vllm-openai:v1", VLLM, ["--model=m"])

@@ -117,23 +117,24 @@ def test_the_load_job_fetches_with_the_urls_credentials(url, variables):
     assert pod["spec"]["restartPolicy"] == "OnFailure"
     loader = containers(pod)["loader"]
     assert loader["image"] == "loader:1"
+    assert loader["command"] == ["load"]
     assert loader["args"] == [url, FOLDER]
     assert set(environment(loader)) == variables | {"A"}
     assert loader["envFrom"] == env_from
     assert loader["volumeMounts"][0] == {
-        "name": "models", "mountPath": FOLDER, "subPath": "models/m-u1",
+        "name": "models", "mountPath": "/models", "subPath": "models",
     }  # fmt: skip
     names = {mount["name"] for mount in loader["volumeMounts"]}
     assert names == {volume["name"] for volume in pod["spec"]["volumes"]}
 
 
-def test_the_evict_job_removes_the_folder_without_a_shell():
+def test_the_evict_job_removes_the_folder_and_what_is_staged_for_it_without_a_shell():
     job = evict_job(model(cacheProfile="gone"), CONFIG)
     assert job["metadata"]["name"] == "evict-cache-m"
     assert job["spec"]["ttlSecondsAfterFinished"] == 60
     assert job["spec"]["activeDeadlineSeconds"] == 900
     evictor = containers(job["spec"]["template"])["evictor"]
-    assert evictor["command"] == ["rm", "-rf", "--", FOLDER]
+    assert evictor["command"] == ["rm", "-rf", "--", FOLDER, "/models/.m-u1.kubeai-load"]
     (mount,) = evictor["volumeMounts"]
     assert mount == {"name": "models", "mountPath": "/models", "subPath": "models"}
     (volume,) = job["spec"]["template"]["spec"]["volumes"]

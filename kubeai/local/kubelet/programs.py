@@ -29,6 +29,7 @@ _VLLM_SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
 
 # The last part of an image's name → the command that such an image starts with.
 _IMAGE_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"kubeai", ("kubeai",)),
     (r"mock-engine", ("kubeai", "mock-engine")),
     (r"kubeai-model-loader", ("load",)),
     (r"ollama", ("ollama", "serve")),
@@ -90,6 +91,8 @@ async def locate(argv: Sequence[str], env: dict[str, str]) -> list[str]:
         module = next((word.split(".")[0] for word in argv[3:] if ":" in word), module)
     if module in _INSTALL:
         return [await _interpreter(module), *argv[1:]]
+    if argv[0] == "load" and not shutil.which("load", path=env.get("PATH", os.defpath)):
+        return [sys.executable, "-m", "kubeai", *argv]
     return [_program(argv[0], env), *argv[1:]]
 
 

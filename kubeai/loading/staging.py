@@ -1,0 +1,177 @@
+"""Where a load is staged, and how it takes its place: whole, by one rename.
+
+For ``/models/m`` that is ``/models/.m.kubeai-load`` with a lock, what is known of the files in it,
+and the files. A folder that is a volume's root cannot be renamed: there the staging folder lies
+inside it, and the files are moved one by one once all are whole. In either case the last thing to
+appear is `MARK`, which says what was loaded: without it a folder is not taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kubeai.engines.cache import staging_directory
+from kubeai.loading.files import LoadError, RemoteFile, write_out
+
+MARK = ".kubeai-load.json"
+SPARE_BYTES = 64 << 20  # that a file system is left with
+
+
+class _Mark(msgspec.Struct):
+    url: str
+    files: list[RemoteFile]
+
+
+class Staging:
+    """One load's place; made by :func:`staged`."""
+
+    def __init__(self, url: str, target: Path, folder: Path) -> None:
+        self.folder = folder
+        self.files = folder / "files"
+        self.parts = folder / "parts"  # what is known of files that are not whole
+        self._url, self._target = url, target
+        self._inside = folder.parent == target
+
+    def is_in_place(self, files: list[RemoteFile]) -> bool:
+        """Whether the target is these very files already."""
+        mark = _read_mark(self._target)
+        return mark == _Mark(self._url, files) and all(
+            _size(self._target / file.path) == file.size for file in files
+        )
+
+    def prepare(self, files: list[RemoteFile]) -> None:
+        """Keep of an earlier try what is still wanted; LoadError when the rest has no space."""
+        before = _read_mark(self.folder)
+        known = set(before.files) if before and before.url == self._url else set()
+        if not set(files) & known:
+            self._drop()
+        self.files.mkdir(exist_ok=True)
+        self.parts.mkdir(exist_ok=True)
+        wanted = {file.path: file for file in files}
+        for path in [path for path in self.files.rglob("*") if path.is_file()]:
+            name = path.relative_to(self.files).as_posix()
+            if not name.startswith(".cache/") and wanted.get(name) not in known:
+                path.unlink()
+        _write_mark(self.folder, _Mark(self._url, files))
+        self._check_space(files)
+
+    def held_bytes(self) -> int:
+        """What lies on the disk of the files, whole or not."""
+        held = 0
+        for directory, _, names in os.walk(self.files):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    held += os.stat(os.path.join(directory, name)).st_blocks * 512
+        return held
+
+    def finish(self, files: list[RemoteFile]) -> None:
+        """Put the files, and nothing else, in the target's place."""
+        shutil.rmtree(self.files / ".cache", ignore_errors=True)  # huggingface_hub's own
+        mark = _Mark(self._url, files)
+        if self._inside:
+            (self._target / MARK).unlink(missing_ok=True)
+            for entry in sorted(self.files.iterdir()):
+                _replace(entry, self._target / entry.name)
+            _write_mark(self._target, mark)
+            self.remove()
+            return
+        _write_mark(self.files, mark)
+        for directory, _, _ in os.walk(self.files):
+            write_out(Path(directory))
+        _replace(self.files, self._target)
+        write_out(self._target.parent)
+        self.remove()
+
+    def _check_space(self, files: list[RemoteFile]) -> None:
+        needed = sum(file.size for file in files) - self.held_bytes()
+        free = shutil.disk_usage(self.folder).free
+        if needed + SPARE_BYTES > free:
+            raise LoadError(
+                f"{self._target}: no space: {needed / 1e9:.2f} GB are still to come, "
+                f"{free / 1e9:.2f} GB are free"
+            )
+
+    def _drop(self) -> None:
+        for folder in (self.files, self.parts):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(url: str, target: Path) -> Iterator[Staging]:
+    """Hold the staging folder of ``target``; LoadError when another load does, or none may be."""
+    target = target.absolute()
+    try:
+        folder = _staging_folder(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LoadError(f"{target}: another load into it is going on") from None
+            yield Staging(url, target, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LoadError(f"{target}: no space is left") from error
+        where = error.filename or target
+        raise LoadError(f"{where}: {error.strerror or error}") from error
+
+
+def _staging_folder(target: Path) -> Path:
+    if target.exists() and not target.is_dir():
+        raise LoadError(f"{target}: is not a folder")
+    if target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK)):
+        return target / ".kubeai-load"
+    return Path(staging_directory(str(target)))
+
+
+def _is_mount(target: Path) -> bool:
+    """Unlike os.path.ismount it knows folders that are mounted from the same file system."""
+    with contextlib.suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        escaped = str(target).replace("\\", "\\134").replace(" ", "\\040")
+        return any(line.split(" ")[4] == escaped for line in mounts)
+    return os.path.ismount(target)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename, also onto a folder that is not empty."""
+    if target.is_dir() and not target.is_symlink():
+        old = target.parent / f".{target.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        source.replace(target)
+
+
+def _read_mark(folder: Path) -> _Mark | None:
+    try:
+        return msgspec.json.decode((folder / MARK).read_bytes(), type=_Mark)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _write_mark(folder: Path, mark: _Mark) -> None:
+    new = folder / f"{MARK}.new"
+    new.write_bytes(msgspec.json.encode(mark))
+    write_out(new)
+    new.replace(folder / MARK)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
