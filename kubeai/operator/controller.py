@@ -64,8 +64,8 @@ PARALLEL_WRITES_MAX = 32
 STATUS_SETTLE_S = 0.1  # changes come in flocks: tell them in one write
 MODEL_WRITES_INTERVAL_S = 1.05  # from one write to a Model, or its status, to the next but one
 # From any write to a status that tells of progress only: with 50 Models that start at once, these
-# were a fifth of all writes, and the pods came later for it.
-COUNTING_INTERVAL_S = 2.0
+# were a fifth of all writes, each as dear to the API as several of pods, which came later for it.
+COUNTING_INTERVAL_S = 5.0
 CONFLICT_REST_S = 0.5
 NAMES_MAX = 8  # in one Event
 DRAINED_INTERVAL_S = 0.5  # how often pods are looked at that are drained
