@@ -1,4 +1,4 @@
-"""The commands: serve · local · load · mock-engine · crd.
+"""The commands: serve · local · load · uninstall · mock-engine · crd.
 
 What a person did wrong ends in one line on stderr and exit status 2, never in a traceback.
 """
@@ -62,7 +62,13 @@ def _app() -> Any:
 
     @app.command()
     def serve(
-        host: Annotated[str, typer.Option(help="Address of the OpenAI endpoint.")] = "0.0.0.0",
+        host: Annotated[
+            str,
+            typer.Option(
+                help="Address of the OpenAI endpoint, and of metrics and health where the config "
+                "gives them a port only."
+            ),
+        ] = "0.0.0.0",
         port: Annotated[
             int, typer.Option(help="Port of the OpenAI endpoint.", min=0, max=65535)
         ] = 8000,
@@ -132,6 +138,13 @@ def _app() -> Any:
         asyncio.run(load(url, folder, parallel=parallel))
 
     @app.command()
+    def uninstall(
+        timeout: Annotated[int, typer.Option(help="Seconds to wait for them to go.", min=1)] = 600,
+    ) -> None:
+        """Delete all Models of $POD_NAMESPACE, and wait until they and their caches are gone."""
+        _run(_uninstall(float(timeout)))
+
+    @app.command()
     def crd() -> None:
         """Print the CustomResourceDefinition of Model, to apply with kubectl."""
         from kubeai.api.crd import crd_yaml
@@ -155,6 +168,7 @@ async def _serve(host: str, port: int, workers: int) -> None:
 
     config_path = os.environ.get("CONFIG_PATH")
     config = load_config(Path(config_path) if config_path else None)
+    config = config.listening_on(host)
     log = structlog.get_logger(__name__)
     lease = config.leader_election
     # What a leader has sent is delivered, or dropped, before another can lead.
@@ -182,6 +196,17 @@ async def _serve(host: str, port: int, workers: int) -> None:
             started=started,
         )
         await supervisor.run()
+    finally:
+        await kube.close()
+
+
+async def _uninstall(timeout_s: float) -> None:
+    from kubeai.kube import Kube
+    from kubeai.uninstall import uninstall
+
+    kube = await Kube.connect()
+    try:
+        await uninstall(kube, os.environ.get("POD_NAMESPACE") or kube.namespace, timeout_s)
     finally:
         await kube.close()
 

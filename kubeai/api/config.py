@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec.structs import replace
 
 from kubeai.api.model import Engine
 from kubeai.api.quantity import parse_quantity
@@ -322,6 +323,13 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
     allow_pod_address_override: bool = False
     fixed_self_metric_addrs: tuple[Address, ...] = ()
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+
+    def listening_on(self, host: str) -> SystemConfig:
+        """With this host where an address of ours is a port only."""
+        host = f"[{host}]" if ":" in host else host
+        ours = {"metrics_addr": self.metrics_addr, "health_address": self.health_address}
+        whole = {key: host + at if at.startswith(":") else at for key, at in ours.items()}
+        return replace(self, **whole)
 
 
 def load_config(

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Print the folder that holds etcd, the Kubernetes control plane, kubectl and kwok, and build them
-# there first if need be. The folder is outside the tree and named after what goes into it, so that
-# it can be kept between runs. Where KUBEBUILDER_ASSETS is set, it is that folder, and nothing is
-# built; it may lack what only test_cluster.py and test_node.py of tests/contract need.
+# Print the folder that holds etcd, the Kubernetes control plane, kubectl, kwok and helm, and build
+# them there first if need be. The folder is outside the tree and named after what goes into it, so
+# that it can be kept between runs. Where KUBEBUILDER_ASSETS is set, it is that folder, and nothing
+# is built; it may lack what only those tests of tests/contract need that have a whole cluster.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 needed=(etcd kube-apiserver kubectl)
-binaries=("${needed[@]}" kube-controller-manager kube-scheduler kwok)
+binaries=("${needed[@]}" kube-controller-manager kube-scheduler kwok helm)
 complete() {
     local folder=$1 name
     shift
@@ -24,7 +24,7 @@ if [[ -n "${KUBEBUILDER_ASSETS:-}" ]]; then
 fi
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/kubeai-cluster
-folder=$cache/$(cat go.mod go.sum kwok/go.mod kwok/go.sum | sha256sum | cut -c1-16)
+folder=$cache/$(cat go.mod go.sum kwok/go.mod kwok/go.sum helm/go.mod helm/go.sum | sha256sum | cut -c1-16)
 mkdir -p "$cache"
 exec 9>"$cache/lock" # two runs at once build once
 flock 9
@@ -41,6 +41,9 @@ if ! complete "$folder" "${binaries[@]}"; then
             go build -ldflags "$flags" -o "$partial/$name" "k8s.io/kubernetes/cmd/$name"
         done
         (cd kwok && go build -ldflags "-s -w" -o "$partial/kwok" sigs.k8s.io/kwok/cmd/kwok)
+        stamp=helm.sh/helm/v3/pkg/chartutil # which Kubernetes it takes for granted
+        flags="-s -w -X $stamp.k8sVersionMajor=$major -X $stamp.k8sVersionMinor=$minor"
+        (cd helm && go build -ldflags "$flags" -o "$partial/helm" helm.sh/helm/v3/cmd/helm)
     } >&2
     mv "$partial" "$folder"
 fi

@@ -22,8 +22,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import orjson
@@ -90,6 +91,7 @@ class ApiServer(NamedTuple):
     ca_file: str
     client_ca_file: str = ""  # of the certificate that it shows to kubelets, if it shows one
     program: Program | None = None  # the API's own process, for who takes it away
+    accounts: Mapping[str, str] = MappingProxyType({})  # tokens of <namespace>:<service account>
 
     def request(
         self,
@@ -195,14 +197,24 @@ def assets(*names: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def real(directory: Path, *options: str):
-    """etcd and kube-apiserver on loopback, nothing else. ``options``: more of kube-apiserver's."""
+def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
+    """etcd and kube-apiserver on loopback, nothing else. ``options``: more of kube-apiserver's.
+
+    ``accounts``: <namespace>:<name> of service accounts that get a token before they are there, as
+    no kubelet of these tests asks for one.
+    """
     folder = assets("etcd", "kube-apiserver")
     assert folder is not None
     directory.mkdir(parents=True)
     etcd_port, peer_port, port = _free_ports(3)
     token = secrets.token_hex(16)
-    (directory / "tokens.csv").write_text(f'{token},admin,admin,"system:masters"\n')
+    tokens = {account: secrets.token_hex(16) for account in accounts}
+    users = [f'{token},admin,admin,"system:masters"\n']
+    users += [
+        f'{one},system:serviceaccount:{account},{account},"system:serviceaccounts"\n'
+        for account, one in tokens.items()
+    ]
+    (directory / "tokens.csv").write_text("".join(users))
     credentials.load(directory)  # certificates for loopback
     key = directory / "service-accounts.key"
     _make_rsa_key(key)
@@ -253,6 +265,7 @@ def real(directory: Path, *options: str):
             str(directory / "ca.crt"),
             str(clients.file),
             program,
+            tokens,
         )
         _wait_until(
             lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
@@ -263,19 +276,25 @@ def real(directory: Path, *options: str):
 
 
 @contextlib.contextmanager
-def cluster(directory: Path, *options: str, calls_per_s: int | None = None):
+def cluster(
+    directory: Path,
+    *options: str,
+    calls_per_s: int | None = None,
+    accounts: Sequence[str] = (),
+):
     """A whole control plane, and kwok: the Nodes that :func:`node` makes become Ready, every pod
     on one Running. Other Nodes are for a kubelet of the test's own.
 
-    ``options``: more of kube-apiserver's. ``calls_per_s``: what scheduler and controller-manager
-    may ask of it, where their default (50 and 20) is not what a cluster of any size is given.
+    ``options`` and ``accounts``: as of :func:`real`. ``calls_per_s``: what scheduler and
+    controller-manager may ask of it, where their default (50 and 20) is not what a cluster of any
+    size is given.
     """
     folder = assets(*CONTROL_PLANE)
     assert folder is not None
     limits = ()
     if calls_per_s is not None:
         limits = f"--kube-api-qps={calls_per_s}", f"--kube-api-burst={calls_per_s}"
-    with real(directory, *options) as server, contextlib.ExitStack() as stack:
+    with real(directory, *options, accounts=accounts) as server, contextlib.ExitStack() as stack:
         kubeconfig = server.kubeconfig(directory / "admin.kubeconfig", "default")
 
         def run(name: str, *options: str) -> Path:
