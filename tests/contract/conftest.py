@@ -12,7 +12,7 @@ from pathlib import Path
 
 import kubectls
 import pytest
-from operators import Nodes, World
+from operators import Nodes, World, as_operator
 from servers import ApiServer, assets, embedded, install_models, real
 from widgets import WIDGETS, Collection, until
 
@@ -50,10 +50,13 @@ def kube_api(api_server: ApiServer, namespace: str, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-async def world(kube_api: str):
+async def world(kube_api: str, api_server: ApiServer, namespace: str, tmp_path: Path):
     """The test's namespace, whose pods become ready by themselves; no operator runs in it yet."""
     kube = await Kube.connect(kube_api)
-    world = World(kube, Nodes(kube))
+    operator_api = as_operator(api_server, namespace)
+    account = operator_api.kubeconfig(tmp_path / "account", namespace)
+    world = World(kube, Nodes(kube), await Kube.connect(str(account)))
+    world.operator_api = operator_api
     try:
         yield world
     finally:

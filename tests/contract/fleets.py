@@ -52,7 +52,7 @@ class Replica:
         addresses = {"healthAddress": self._health, "metricsAddr": self._metrics}
         options = fleet.config | addresses
         one = launched(
-            *(fleet.directory, fleet.kubeconfig, fleet.namespace),
+            *(fleet.directory, fleet.account, fleet.namespace),
             name=self.name,
             host=self.host,
             port=self._port,

@@ -16,6 +16,7 @@ import aiohttp
 import yaml
 from harness import CONFIG, START_TIMEOUT_S, until
 from kubelets import Kubelet
+from operators import as_operator
 from servers import ApiServer
 
 from kubeai.kube import MODELS, PODS, ApiError, Kube
@@ -129,6 +130,8 @@ class Machine:
             },
         }
         self.kubeconfig = str(api.kubeconfig(directory / "kubeconfig", namespace))
+        account = as_operator(api, namespace).kubeconfig(directory / "account", namespace)
+        self.account = str(account)  # the kubeconfig of `kubeai serve`
         self._stack = contextlib.AsyncExitStack()
         self._serving = contextlib.AsyncExitStack()
         self.kube: Kube
@@ -177,7 +180,7 @@ class Machine:
     async def serve(self, **config) -> None:
         """`kubeai serve`, in place of the one that runs."""
         await self._serving.aclose()
-        context = serving(self.directory, self.kubeconfig, self.namespace, **(self.config | config))
+        context = serving(self.directory, self.account, self.namespace, **(self.config | config))
         serve = await self._serving.enter_async_context(context)
         self.endpoint = serve.said("serving")["endpoint"]
 

@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import yaml
+
 from kubeai.api.config import parse_config
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.operator import Operator
@@ -164,9 +166,10 @@ def is_ready(pod):
 class World:
     """One namespace, what runs in it, and who looks after its pods; None: the cluster does."""
 
-    def __init__(self, kube, nodes=None):
+    def __init__(self, kube, nodes=None, operator_kube=None):
         self.kube = kube
-        self.kubes = [kube]
+        self.kubes = [kube] if operator_kube is None else [kube, operator_kube]
+        self.operator_kube = operator_kube or kube
         self.nodes = nodes
         self.replicas = []
 
@@ -177,7 +180,7 @@ class World:
         await asyncio.gather(*(one.close() for one in self.kubes))
 
     def start(self, identity="one", config=CONFIG):
-        replica = Replica(self.kube, identity, config)
+        replica = Replica(self.operator_kube, identity, config)
         self.replicas.append(replica)
         return replica
 
@@ -265,7 +268,20 @@ def documented_role() -> list[dict]:
     ]
 
 
-def account_with(api, namespace: str, rules: list[dict]) -> str:
+def chart_role() -> list[dict]:
+    """The rules that the chart gives the operator."""
+    text = (Path(__file__).parents[2] / "charts/kubeai/templates/rbac.yaml").read_text()
+    return yaml.safe_load(text[text.index("rules:") : text.index("---")])["rules"]
+
+
+def as_operator(api, namespace: str):
+    """The API for the chart's account, which is made there; the embedded one knows one user."""
+    if api.kind == "embedded":
+        return api
+    return api._replace(token=_account_with(api, namespace, chart_role()))
+
+
+def _account_with(api, namespace: str, rules: list[dict]) -> str:
     """A service account that may do this much; its token."""
 
     def post(path, body):

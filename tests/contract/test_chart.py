@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
 import secrets
 import subprocess
 from pathlib import Path
@@ -12,10 +14,19 @@ import pytest
 import yaml
 from harness import model, until
 from kubelets import Kubelet, is_ready
+from operators import chart_role, documented_role
 from servers import CONTROL_PLANE, ApiServer, assets, cluster
 
 from kubeai.api.config import parse_config
+from kubeai.engines import files
 from kubeai.kube import MODELS, PODS, SECRETS, Kube, Resource
+from kubeai.operator.adapters import Adapters
+from kubeai.operator.claims import Claims
+from kubeai.operator.controller import Controller
+from kubeai.operator.events import Events
+from kubeai.operator.leader import Leader
+from kubeai.operator.operator import Operator
+from kubeai.operator.scaling import Scaler
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 CHARTS = Path(__file__).parents[2] / "charts"
@@ -173,6 +184,61 @@ def test_the_operator_may_do_nothing_by_a_wildcard_and_nothing_outside_its_names
     assert not {"ClusterRole", "ClusterRoleBinding"} & kinds
     rules = [rule for obj in rendered if obj["kind"] == "Role" for rule in obj["rules"]]
     assert not any("*" in words for rule in rules for words in rule.values())
+
+
+# What each of the operator's rights is for: a function, and the call in it.
+NEEDS = {
+    "models get": (Controller._patch_model, "get(MODELS"),
+    "models list": (Operator._follow_models, "follow(MODELS"),
+    "models watch": (Operator._follow_models, "follow(MODELS"),
+    "models patch": (Scaler._scale, "patch(MODELS"),
+    "models/status patch": (Controller._patch_status, "patch(MODELS"),
+    # For `blockOwnerDeletion`, where OwnerReferencesPermissionEnforcement runs.
+    "models/finalizers update": (files.owner_reference, "blockOwnerDeletion"),
+    "pods get": (Controller._is_ours, "get(PODS"),
+    "pods list": (Operator._follow_pods, "follow(PODS"),
+    "pods watch": (Operator._follow_pods, "follow(PODS"),
+    "pods create": (Controller._create, "create(PODS"),
+    "pods patch": (Controller._annotate, "patch(PODS"),
+    "pods delete": (Controller._delete, "delete(PODS"),
+    "pods/exec get": (Adapters._exec, "exec("),
+    "pods/exec create": (Adapters._exec, "exec("),
+    "configmaps get": (Controller._ensure_files, "get(CONFIGMAPS"),
+    "configmaps create": (Controller._ensure_files, "create(CONFIGMAPS"),
+    "configmaps patch": (Controller._ensure_files, "patch(CONFIGMAPS"),
+    "configmaps delete": (Controller._ensure_files, "delete(CONFIGMAPS"),
+    "persistentvolumeclaims get": (Claims._create_claim, "get(PVCS"),
+    "persistentvolumeclaims list": (Claims.run, "follow(PVCS"),
+    "persistentvolumeclaims watch": (Claims.run, "follow(PVCS"),
+    "persistentvolumeclaims create": (Claims._create_claim, "create(PVCS"),
+    "persistentvolumeclaims patch": (Claims._annotate, "patch(PVCS"),
+    "jobs get": (Claims._create_job, "get(JOBS"),
+    "jobs list": (Claims.run, "follow(JOBS"),
+    "jobs watch": (Claims.run, "follow(JOBS"),
+    "jobs create": (Claims._create_job, "create(JOBS"),
+    "jobs delete": (Claims._delete_job, "delete(JOBS"),
+    "leases get": (Leader._look, "get(LEASES"),
+    "leases create": (Leader._write, "create(LEASES"),
+    "leases update": (Leader._write, "update(LEASES"),
+    "events create": (Events._send, "create(EVENTS"),
+    "events patch": (Events._send, "patch(EVENTS"),
+}
+
+
+def test_each_right_of_the_operator_is_needed_by_a_call_and_told_in_the_docs():
+    """That they are enough the other contract tests show: on the real API they run with them."""
+    rights = {
+        f"{resource} {verb}"
+        for rule in chart_role()
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert rights == NEEDS.keys()
+    for right, (function, call) in NEEDS.items():
+        source = re.sub(r"\s", "", inspect.getsource(function))
+        assert call in source, right
+    by_resource = lambda rules: sorted(rules, key=lambda rule: rule["resources"])  # noqa: E731
+    assert by_resource(chart_role()) == by_resource(documented_role())
 
 
 # -- the API takes it ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 import pytest
 from fakes.lora import Engine
-from operators import CONFIG, Replica, World, account_with, documented_role, until
+from operators import CONFIG, Replica, World, as_operator, until
 from proxies import Proxy
 
 from kubeai.engines.adapters import url_hash
@@ -172,9 +172,8 @@ def _now() -> str:
 class Life:
     """One namespace with an operator that is killed once."""
 
-    def __init__(self, api, namespace: str, directory, token: str) -> None:
+    def __init__(self, api, namespace: str, directory) -> None:
         self._api = api
-        self._token = token
         self._directory = directory
         self._namespace = namespace
         self.killed = asyncio.Event()
@@ -189,7 +188,8 @@ class Life:
         self.around = Surroundings(self.kube)
         self.proxy = Proxy(self._api, self.around.run)
         await self.proxy.start()
-        self._operator_api = self._api._replace(url=self.proxy.url, token=self._token)
+        account = await asyncio.to_thread(as_operator, self._api, self._namespace)
+        self._operator_api = account._replace(url=self.proxy.url)
         await self._start_operator()
 
     async def _connect(self, api, file) -> Kube:
@@ -337,18 +337,14 @@ async def _nothing() -> None:
     pass
 
 
-async def _life(api, directory, cut=None, rules=None) -> tuple[tuple[dict, dict], list[str], bool]:
-    """The outcome of one life, its calls, and whether the operator was killed in it.
-
-    ``rules``: what the operator may do; everything, if there are none.
-    """
+async def _life(api, directory, cut=None) -> tuple[tuple[dict, dict], list[str], bool]:
+    """The outcome of one life, its calls, and whether the operator was killed in it."""
     namespace = f"test-{secrets.token_hex(4)}"
     await asyncio.to_thread(
         api.request, "POST", "/api/v1/namespaces", {"metadata": {"name": namespace}}
     )
     directory.mkdir()
-    token = api.token if rules is None else account_with(api, namespace, rules)
-    life = Life(api, namespace, directory, token)
+    life = Life(api, namespace, directory)
     await life.start()
     if cut is not None:
         life.proxy.cut(*cut, life.kill)
@@ -395,22 +391,3 @@ async def test_whenever_the_operator_is_killed_the_end_is_the_same(api_server, t
     print(f"{len(calls)} changes, {len(cuts) - len(missed)} lives with a kill")
     assert sorted(lived) == sorted(cuts)
     assert len(missed) <= len(cuts) // 10
-
-
-async def test_it_needs_no_more_rights_than_docs_say(api_server, namespace, tmp_path):
-    if api_server.kind != "real":
-        pytest.skip("the embedded API knows one user")
-    rules = documented_role()
-    expected, _, _ = await _life(api_server, tmp_path / "admin")
-    outcome, _, _ = await _life(api_server, tmp_path / "account", rules=rules)
-    assert outcome == expected
-
-    # In these lives commands do not reach the API. It looks at rights before it looks for a node.
-    token = account_with(api_server, namespace, rules)
-    path = api_server._replace(token=token).kubeconfig(tmp_path / "kubeconfig", namespace)
-    kube = await Kube.connect(str(path))
-    container = {"name": "loader", "image": "i"}
-    await kube.create(PODS, {"metadata": {"name": "p"}, "spec": {"containers": [container]}})
-    with pytest.raises(ApiError, match="does not have a host assigned"):
-        await kube.exec("p", ["true"], container="loader", timeout_s=10.0)
-    await kube.close()

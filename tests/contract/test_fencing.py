@@ -152,7 +152,7 @@ class Fleet:
 
 @pytest.fixture
 async def fleet(api_server, namespace, tmp_path, world):
-    fleet = Fleet(api_server, namespace, tmp_path, world.kube)
+    fleet = Fleet(world.operator_api, namespace, tmp_path, world.kube)
     yield fleet
     await fleet.close()
 

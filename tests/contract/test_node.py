@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from kubectls import Kubectl
 from kubelets import Kubelet, is_alive, is_ready
-from operators import CONFIG, World, until
+from operators import CONFIG, World, as_operator, until
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
 from kubeai.kube import MODELS, Kube
@@ -39,8 +39,8 @@ def api(tmp_path_factory) -> ApiServer:
 class Machine(World):
     """A namespace, the operator in it, and a kubelet whose Node has two GPUs."""
 
-    def __init__(self, kube: Kube, kubelet: Kubelet) -> None:
-        super().__init__(kube)
+    def __init__(self, kube: Kube, account: Kube, kubelet: Kubelet) -> None:
+        super().__init__(kube, operator_kube=account)
         self.kubelet = kubelet
         self.config = PROFILES.format(namespace=kube.namespace) + "".join(
             line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles")
@@ -80,7 +80,8 @@ async def machine(api, tmp_path):
         bind=False,
     )
     await asyncio.to_thread(kubelet.start)
-    machine = Machine(await Kube.connect(kubeconfig), kubelet)
+    account = as_operator(api, namespace).kubeconfig(tmp_path / "account", namespace)
+    machine = Machine(await Kube.connect(kubeconfig), await Kube.connect(str(account)), kubelet)
     try:
         yield machine
     finally:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 
 import msgspec
-import pytest
-from operators import CONFIG, Replica, account_with, documented_role, until
+from operators import CONFIG, until
 
-from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS, ApiError, Kube
+from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS, ApiError
 from kubeai.operator.pods import HASH_ANNOTATION
 
 
@@ -372,31 +371,3 @@ async def test_pods_made_by_another_kubeai_are_adopted_until_their_model_changes
     await world.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
     await until(lambda: "model-m-5d4f-abcde" not in world.nodes.pods, "replaced")
     await world.replicas_are(1, 1)
-
-
-async def test_it_needs_no_more_rights_than_docs_say(world, api_server, namespace, tmp_path):
-    if api_server.kind != "real":
-        pytest.skip("the embedded API knows one user")
-
-    token = account_with(api_server, namespace, documented_role())
-    path = api_server._replace(token=token).kubeconfig(tmp_path / "account", namespace)
-
-    kube = await Kube.connect(str(path))
-    world.kubes.append(kube)
-    replica = Replica(kube, "one")
-    world.replicas.append(replica)
-    await world.create(minReplicas=1, targetRequests=1, files=[{"path": "/a", "content": "x"}])
-    await world.replicas_are(1, 1)
-    replica.loads.active_by_model["m"] = 2
-    await world.replicas_are(2, 2)
-    old = {name.rsplit("-", 1)[0] for name in replica.endpoints("m")}
-    await world.kube.patch(MODELS, "m", {"spec": {"files": [{"path": "/a", "content": "y"}]}})
-
-    def rolled_out():
-        new = {name.rsplit("-", 1)[0] for name in replica.endpoints("m")}
-        return len(replica.endpoints("m")) == 2 and not new & old
-
-    await until(rolled_out, "rolled out")
-    await until(lambda: kept_average(world, 2.0), "the average is kept")
-    await world.kube.delete(MODELS, "m")
-    await until(lambda: not world.nodes.pods, "no pods")

@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from harness import chat, model, until
 from machines import serving
+from operators import as_operator
 
 from kubeai import kube as k
 from kubeai.kube import Kube
@@ -41,6 +42,12 @@ async def node(tmp_path, kubeconfig):
 
 
 @pytest.fixture
+def account(api_server, namespace, tmp_path):
+    """A kubeconfig for `kubeai serve`."""
+    return str(as_operator(api_server, namespace).kubeconfig(tmp_path / "account", namespace))
+
+
+@pytest.fixture
 async def cluster(kube_api, namespace, tmp_path):
     async with node(tmp_path, kube_api):
         client = await Kube.connect(kube_api)
@@ -54,10 +61,10 @@ async def apply(client, namespace, manifest):
     await client.create(k.MODELS, manifest, namespace)
 
 
-async def test_a_model_is_woken_streams_and_sigterm_drains(kube_api, cluster, namespace, tmp_path):
+async def test_a_model_is_woken_streams_and_sigterm_drains(account, cluster, namespace, tmp_path):
     await apply(cluster, namespace, model("chat", args=ARGS, maxReplicas=1))
     async with (
-        serving(tmp_path, kube_api, namespace) as serve,
+        serving(tmp_path, account, namespace) as serve,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
     ):
         up = serve.said("serving")
@@ -95,12 +102,12 @@ async def state(client, namespace):
 
 
 async def test_requests_during_the_drain_are_served_and_connections_closed(
-    kube_api, cluster, namespace, tmp_path
+    account, cluster, namespace, tmp_path
 ):
     await apply(cluster, namespace, model("chat", args=ARGS, minReplicas=1))
     gateway = {"gateway": {"drainAccept": "2s", "drainTimeout": "20s"}}
     async with (
-        serving(tmp_path, kube_api, namespace, **gateway) as serve,
+        serving(tmp_path, account, namespace, **gateway) as serve,
         aiohttp.ClientSession() as session,
     ):
         up = serve.said("serving")
