@@ -42,6 +42,7 @@ check: .venv/installed-check  ## the fast gate: style, types, import floors, C w
 	KUBEAI_CYTHON_STRICT=1 $(BIN)/python setup.py -q build_ext --force \
 		--build-temp build/strict --build-lib build/strict-lib
 	$(BIN)/python -m kubeai crd | diff charts/kubeai/files/kubeai.org_models.yaml -
+	$(BIN)/python charts/values_schema.py | diff charts/kubeai/values.schema.json -
 
 bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from what they found
 	mkdir -p build/bench

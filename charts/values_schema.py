@@ -126,7 +126,6 @@ def values_schema() -> Schema:
         "networkPolicy": section(enabled=FLAG, clients=ANY_LIST, monitoring=ANY_LIST),
         "metrics": section(
             prometheusOperator=section(vLLMPodMonitor=monitor(), podMonitor=monitor()),
-            grafanaDashboard=section(enabled=FLAG, labels=STRING_MAP),
         ),
     }
     return {

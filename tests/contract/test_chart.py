@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import yaml
+from fakes.hub import Hub, Repository
 from harness import model, until
 from kubelets import Kubelet, is_ready
 from operators import chart_role, documented_role
@@ -341,6 +342,7 @@ class Site:
             "volumes": [{"name": "account", "secret": {"secretName": "account"}}],
             "volumeMounts": [{"name": "account", "mountPath": "/app/account"}],
             "resourceProfiles": {"cpu": {"nodeSelector": here, "requests": {"cpu": "10m"}}},
+            "cacheProfiles": {"shared": {"sharedFilesystem": {"storageClassName": RELEASE}}},
             "modelAutoscaling": {"interval": "1s", "timeWindow": "5s"},
             "gateway": {"drainAccept": "0s", "drainTimeout": "5s"},
             "terminationGracePeriodSeconds": 10,
@@ -374,6 +376,18 @@ class Site:
             for port in pod["spec"]["containers"][0]["ports"]
             if port["name"] == target
         ]
+
+    def make_volume(self) -> None:
+        """What a class of shared file systems would make for the claim."""
+        spec = {
+            "accessModes": ["ReadWriteMany"],
+            "capacity": {"storage": "10Gi"},
+            "storageClassName": RELEASE,
+            "hostPath": {"path": str(self.folder / "volume")},
+        }
+        volume = {"metadata": {"name": RELEASE}, "spec": spec}
+        code, answer = self.api.request("POST", "/api/v1/persistentvolumes", volume)
+        assert code == 201, answer
 
     async def ask(self, name: str) -> str:
         """A chat, as a client of the Service has it once the gateway knows the Model."""
@@ -426,18 +440,28 @@ async def site(api, tmp_path) -> Site:
     await site.close()
 
 
-async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site):
-    """With a Model that runs, through an upgrade that changes the operator and the definition."""
+@pytest.fixture
+async def hub() -> Hub:
+    hub = Hub()
+    await hub.start()
+    yield hub
+    await hub.stop()
+
+
+async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site, hub):
+    """With Models that run, one of them from a cache that the chart's own loader has filled."""
     before = site.objects()
+    site.make_volume()
+    hub.repositories["mock/cached"] = Repository({"config.json": b"{}", "model.bin": b"w" * 9})
     await site.install()
     await site.kube.create(MODELS, model("m", scaleDownDelaySeconds=300))
-    assert await site.ask("m")
-
-    async def settled() -> bool:
-        found = await site.kube.get(MODELS, "m")
-        return found.get("status", {}).get("replicas") == {"all": 1, "ready": 1}
-
-    await until("the status says so", settled)
+    from_hub = {"cacheProfile": "shared", "env": {"HF_ENDPOINT": hub.url}}
+    await site.kube.create(MODELS, model("cached", scaleDownDelaySeconds=300, **from_hub))
+    for name in ("m", "cached"):
+        assert await site.ask(name)
+        await until(f"{name}'s status says so", lambda name=name: _is_settled(site, name))
+    (loaded,) = site.folder.rglob("model.bin")  # a kubelet of processes has claims of its own
+    assert loaded.read_bytes() == b"w" * 9
     engines = await _engines(site)
     await site.install(values={"podAnnotations": {"release": "second"}, "replicaCount": 2})
     deployment = await site.kube.get(DEPLOYMENTS, "kubeai")
@@ -449,6 +473,12 @@ async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site
     await until("nothing is left", gone, 60)
     code, _ = site.api.request("GET", "/apis/kubeai.org/v1/models")
     assert code == 404, "the definition is gone, too"
+    assert not loaded.exists()
+
+
+async def _is_settled(site: Site, name: str) -> bool:
+    found = await site.kube.get(MODELS, name)
+    return found.get("status", {}).get("replicas") == {"all": 1, "ready": 1}
 
 
 async def _engines(site: Site) -> list[str]:
