@@ -50,7 +50,7 @@ _MESSAGE = re.compile(r"<Message>([^<]{1,200})")
 
 
 class Bucket:
-    """The objects below a URL; see files.Source."""
+    """The objects below a URL; see load.Source."""
 
     def __init__(self, url: str, parallel: int) -> None:
         """``parallel``: parts at a time, each of up to `PART_BYTES`, which are held in memory."""
@@ -140,6 +140,7 @@ class Bucket:
 
         if has_key:
             return [lambda: store(google_application_credentials=key_file)]
+        os.environ.pop("GOOGLE_APPLICATION_CREDENTIALS", None)  # of a Secret that is not there
         return [lambda: store(google_skip_signature=True), store]
 
     def _oss(self) -> Store:

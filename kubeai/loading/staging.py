@@ -22,6 +22,7 @@ from kubeai.engines.cache import staging_directory
 from kubeai.loading.files import LoadError, RemoteFile, write_out
 
 MARK = ".kubeai-load.json"
+HUB_FOLDER = ".cache/huggingface"  # what huggingface_hub keeps beside the files
 SPARE_BYTES = 64 << 20  # that a file system is left with
 
 
@@ -58,7 +59,7 @@ class Staging:
         wanted = {file.path: file for file in files}
         for path in [path for path in self.files.rglob("*") if path.is_file()]:
             name = path.relative_to(self.files).as_posix()
-            if not name.startswith(".cache/") and wanted.get(name) not in known:
+            if not name.startswith(HUB_FOLDER) and wanted.get(name) not in known:
                 path.unlink()
         _write_mark(self.folder, _Mark(self._url, files))
         self._check_space(files)
@@ -74,7 +75,9 @@ class Staging:
 
     def finish(self, files: list[RemoteFile]) -> None:
         """Put the files, and nothing else, in the target's place."""
-        shutil.rmtree(self.files / ".cache", ignore_errors=True)  # huggingface_hub's own
+        shutil.rmtree(self.files / HUB_FOLDER, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it is not there, or holds files that were wanted
+            (self.files / HUB_FOLDER).parent.rmdir()
         mark = _Mark(self._url, files)
         if self._inside:
             (self._target / MARK).unlink(missing_ok=True)

@@ -236,6 +236,7 @@ def s3():
 BUCKET = {
     "m/config.json": CONFIG,
     "m/sub/a b+c%41.txt": b"names are odd",
+    "m/.cache/x": b"hidden",
     "m/empty": b"",
     "m/": b"",  # what a console leaves for a folder
     "m/sub/": b"",
@@ -246,10 +247,11 @@ LARGE = noise(3 * PART_BYTES + 5)
 IN_BUCKET = {
     "config.json": CONFIG,
     "sub/a b+c%41.txt": b"names are odd",
+    ".cache/x": b"hidden",
     "empty": b"",
     "model.safetensors": LARGE,
 }
-ETAGS = [hashlib.md5(content).hexdigest() for content in (CONFIG, b"names are odd", b"")]
+ETAGS = [hashlib.md5(content).hexdigest() for content in (CONFIG, b"names are odd", b"hidden", b"")]
 
 
 @pytest.fixture
@@ -385,6 +387,15 @@ async def test_wrong_credentials_are_an_error_that_names_them(loader, bucket, s3
 async def test_an_empty_key_of_a_secret_is_no_key(loader, bucket):
     loader.env |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     assert (await loader.run("s3://weights/m")).code == 0
+    assert loader.holds() == IN_BUCKET
+
+
+async def test_a_public_bucket_wants_no_key_file_though_a_place_for_one_is_named(loader, bucket):
+    loader.env |= {
+        "GOOGLE_APPLICATION_CREDENTIALS": str(loader.folder / "nowhere.json"),
+        "GOOGLE_BASE_URL": bucket.url,
+    }
+    assert (await loader.run("gs://weights/m")).code == 0
     assert loader.holds() == IN_BUCKET
 
 
