@@ -35,16 +35,3 @@ def without_init(*packages: str) -> Iterator[list[ModuleType]]:
     finally:
         for name in given:
             del sys.modules[name]
-
-
-@contextlib.contextmanager
-def without(*packages: str) -> Iterator[None]:
-    """Within, these packages are not there, for libraries that do without them."""
-    hidden = [name for name in packages if name not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]

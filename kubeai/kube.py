@@ -39,7 +39,8 @@ from kubeai.imports import without_init
 with without_init("kubernetes_asyncio", "kubernetes_asyncio.client") as (_, client):
     from kubernetes_asyncio.client.configuration import Configuration
 
-    client.Configuration, client.ApiClient = Configuration, None  # type: ignore[attr-defined]
+    if not hasattr(client, "Configuration"):  # what `config` wants of the package
+        client.Configuration, client.ApiClient = Configuration, None  # type: ignore[attr-defined]
     from kubernetes_asyncio import config as kube_config
 
 log = structlog.get_logger(__name__)
