@@ -134,7 +134,8 @@ class Engine:
         return Endpoint(f"pod-{self.number}", f"127.0.0.1:{self.port}")
 
     async def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
+        if self._process.returncode is None:  # the load may end between a death and a start
+            self._process.send_signal(signal.SIGKILL)
         await self._process.wait()
 
 
