@@ -20,6 +20,7 @@ from aiohttp import ClientSession, web
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fakes.hub import Hub, Repository
+from fakes.web import start
 from harness import until
 from moto.server import ThreadedMotoServer
 
@@ -191,11 +192,7 @@ class Gate:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._pass)
         self._session = ClientSession(auto_decompress=False)
-        self._runner = web.AppRunner(app, shutdown_timeout=5)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        self._runner, self.url = await start(app, shutdown_timeout_s=5)
 
     async def stop(self) -> None:
         self.open.set()

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from fakes.web import start
+
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -34,11 +36,7 @@ class Hub:
         app.router.add_get("/api/models/{id:[^/]+/[^/]+}/revision/{revision}", self._info)
         app.router.add_get("/api/models/{id:[^/]+/[^/]+}/tree/{revision}", self._tree)
         app.router.add_get("/{id:[^/]+/[^/]+}/resolve/{revision}/{path:.+}", self._resolve)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        self._runner, self.url = await start(app, shutdown_timeout_s=0.1)
 
     async def stop(self) -> None:
         await self._runner.cleanup()

@@ -10,6 +10,7 @@ import orjson
 import pytest
 import yaml
 from aiohttp import web
+from fakes.web import start
 
 from kubeai import channels
 from kubeai.errors import KubeAIError
@@ -128,11 +129,7 @@ async def server():
     server = Server()
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/{path:.*}", server.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    server.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    runner, server.url = await start(app, shutdown_timeout_s=0.1)
     yield server
     server.done.set()
     await runner.cleanup()
