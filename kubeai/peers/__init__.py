@@ -66,7 +66,7 @@ class Peers:
         self._view = View(self._put)
         self._discovery = Discovery(kube, namespace, pod, self._found)
         self._routed: dict[str, set[str]] = {}  # model → its endpoints
-        self._models: dict[str, str] = {}  # endpoint → its model
+        self._models: dict[str, set[str]] = {}  # endpoint → whose it is
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address
         self._session: aiohttp.ClientSession | None = None
         self._began_s = clock()
@@ -111,12 +111,15 @@ class Peers:
         """The model's route is a new one: its endpoints' cells must say what peers have there."""
         route = self._publisher.route(model)
         names = set() if route is None else {endpoint.name for endpoint in route.endpoints}
-        for name in self._routed.pop(model, set()) - names:
-            if self._models[name] == model:
+        known = self._routed.pop(model, set())
+        for name in known - names:
+            self._models[name].remove(model)
+            if not self._models[name]:
                 del self._models[name]
+        for name in names - known:
+            self._models.setdefault(name, set()).add(model)
         if names:
             self._routed[model] = names
-            self._models |= dict.fromkeys(names, model)
         self._put_model(model)
 
     def freed(self, owners: Collection[Owner]) -> None:
@@ -208,7 +211,7 @@ class Peers:
     # -- the column of the load table --------------------------------------------------------------
 
     def _put(self, endpoints: set[str]) -> None:
-        for model in {self._models[name] for name in endpoints if name in self._models}:
+        for model in set().union(*(self._models.get(name, ()) for name in endpoints)):
             self._put_model(model)
 
     def _put_model(self, model: str) -> None:

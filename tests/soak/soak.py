@@ -181,7 +181,12 @@ class Soak:
         await asyncio.gather(*(self._client() for _ in range(CLIENTS)))
         for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        ends = await asyncio.gather(*others, return_exceptions=True)
+        self.wrong += [
+            f"the soak's own fault: {end!r}"
+            for end in ends
+            if not isinstance(end, asyncio.CancelledError)
+        ]
         try:
             await until(lambda: not self.fleet.counts(), "", SETTLE_S)
         except AssertionError:

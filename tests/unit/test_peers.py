@@ -235,14 +235,16 @@ async def test_the_operator_is_told_of_all_replicas():
         assert loads.in_use("m", "a"), "nobody knows"
 
 
-async def test_metrics_are_of_this_replica_alone():
+async def test_metrics_tell_this_replicas_load_and_that_of_the_others_apart():
     async with two() as (one, other):
         one.route("a"), other.route("a")
         one.serve("a", 2)
         await until("it is seen", lambda: other.in_flight("a") == 2)
         metrics = Metrics(other.table, other.publisher, other.peers.silences_s)
         text = metrics.render("")[0].decode()
-        assert 'in_flight{endpoint="a",request_model="m"} 0.0' in text
+        series = '{endpoint="a",request_model="m"}'
+        assert f"kubeai_endpoint_requests_in_flight{series} 0.0" in text
+        assert f"kubeai_endpoint_peers_requests_in_flight{series} 2.0" in text
         assert f'kubeai_peer_silence_seconds{{peer="{one.address}"}} 0.0' in text
 
 
@@ -299,6 +301,20 @@ async def test_an_endpoint_that_is_known_later_has_its_load_at_once():
         await until("it is told", lambda: other.peers.in_flight("a") == 5)
         other.route("a")
         assert other.in_flight("a") == 5
+
+
+async def test_an_endpoint_of_two_models_has_its_load_for_both_whichever_leaves_it_first():
+    async with two() as (one, other):
+        one.route("a")
+        one.serve("a", 5)
+        other.route("a", model="first")
+        other.route("a", model="m")
+        await until("it is told to one", lambda: other.in_flight("a", "m") == 5)
+        assert other.in_flight("a", "first") == 5
+        other.route(model="m")
+        one.serve("a")
+        await until("more is told", lambda: other.in_flight("a", "first") == 6)
+        other.route(model="first")
 
 
 async def test_a_model_that_is_gone_is_forgotten():
