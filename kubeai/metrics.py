@@ -115,6 +115,11 @@ class LoadCollector(Collector):
             "Requests sent to an endpoint by this replica and not yet ended.",
             labels=("request_model", "endpoint"),
         )
+        peers = GaugeMetricFamily(
+            "kubeai_endpoint_peers_requests_in_flight",
+            "Requests that the other replicas have at an endpoint, as they last told this one.",
+            labels=("request_model", "endpoint"),
+        )
         choices = [
             CounterMetricFamily(
                 f"{REQUESTS}_hash_lookup_{choice}", f"Hash lookups {what}", labels=("endpoint",)
@@ -133,8 +138,10 @@ class LoadCollector(Collector):
         for route in routes:
             hashed = route.strategy == "PrefixHash"
             for endpoint in route.endpoints:
-                in_flight.add_metric(
-                    (route.model, endpoint.name), self._table.in_flight_here(endpoint.row)
+                here = self._table.in_flight_here(endpoint.row)
+                in_flight.add_metric((route.model, endpoint.name), here)
+                peers.add_metric(
+                    (route.model, endpoint.name), self._table.in_flight(endpoint.row) - here
                 )
                 ejected.add_metric(
                     (route.model, endpoint.name), float(self._table.ejected_until(endpoint.row) > 0)
@@ -143,7 +150,7 @@ class LoadCollector(Collector):
                 if hashed or any(counts):
                     for family, count in zip(choices, counts, strict=True):
                         family.add_metric((endpoint.name,), count)
-        return in_flight, ejected, *choices
+        return in_flight, peers, ejected, *choices
 
     def _iterations(self) -> Metric:
         counts, total = self._table.iterations()

@@ -35,6 +35,8 @@ ASKED_PER_MODEL = 100
 UNREADY_MAX_S = 1.0
 BACK_MAX_S = 20.0  # once the API is there again; its clients wait up to 10 s between tries
 KEYS = 200
+IN_FLIGHT = "kubeai_endpoint_requests_in_flight{"
+PEERS_IN_FLIGHT = "kubeai_endpoint_peers_requests_in_flight{"
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,7 @@ async def test_what_one_replica_serves_counts_for_all(small_fleet):
     async with Callers() as callers:
         first = callers.stream(other, "m", tokens=100)
         await until("it has begun", lambda: loads_are(fleet, 0, 1))
+        await until("the third was told", lambda: told(third, 0, 1))
         second = callers.stream(third, "m", tokens=200)
         await until("each has one", lambda: loads_are(fleet, 1, 1))
         await until("the leader has seen both for a while", lambda: average_is(fleet, 2.0))
@@ -202,12 +205,18 @@ async def all_hear(fleet: Fleet) -> bool:
 
 async def loads_are(fleet: Fleet, *loads: int) -> bool:
     """Whether the endpoints serve so many requests each, all replicas together."""
-    found: dict[str, float] = {}
+    found: Counter[str] = Counter()
     for replica in fleet.replicas:
-        for series, value in (await replica.series()).items():
-            if series.startswith("kubeai_endpoint_requests_in_flight{"):
-                found[series] = found.get(series, 0) + value
+        series = await replica.series()
+        found.update({s: v for s, v in series.items() if s.startswith(IN_FLIGHT)})
     return sorted(found.values()) == sorted(loads)
+
+
+async def told(replica: Replica, *loads: int) -> bool:
+    """Whether a replica has heard that the others have so many requests at each endpoint."""
+    series = await replica.series()
+    found = [v for s, v in series.items() if s.startswith(PEERS_IN_FLIGHT)]
+    return sorted(found) == sorted(loads)
 
 
 async def average_is(fleet: Fleet, requests: float) -> bool:
@@ -474,8 +483,7 @@ async def endpoint_of(session: aiohttp.ClientSession, replica: Replica, prompt: 
 async def knows(replica: Replica, names: dict[str, str]) -> bool:
     """Whether the pods of these names are the endpoints of every worker."""
     series = await replica.series()
-    prefix = "kubeai_endpoint_requests_in_flight{"
-    endpoints = {s.split('endpoint="')[1].split('"')[0] for s in series if s.startswith(prefix)}
+    endpoints = {s.split('endpoint="')[1].split('"')[0] for s in series if s.startswith(IN_FLIGHT)}
     version = series["kubeai_routing_table_version"]
     applied = [v for s, v in series.items() if s.startswith("kubeai_worker_routing_table_version{")]
     return endpoints == set(names.values()) and all(one == version for one in applied)
