@@ -31,11 +31,17 @@ from urllib.parse import urlencode, urlsplit
 import aiohttp
 import msgspec
 import structlog
-from kubernetes_asyncio import config as kube_config
-from kubernetes_asyncio.client.configuration import Configuration
 
 from kubeai import channels
 from kubeai.errors import KubeAIError
+from kubeai.imports import without_init
+
+with without_init("kubernetes_asyncio", "kubernetes_asyncio.client") as (_, client):
+    from kubernetes_asyncio.client.configuration import Configuration
+
+    if not hasattr(client, "Configuration"):  # what `config` wants of the package
+        client.Configuration, client.ApiClient = Configuration, None  # type: ignore[attr-defined]
+    from kubernetes_asyncio import config as kube_config
 
 log = structlog.get_logger(__name__)
 Object = dict[str, Any]

@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import cel
 import orjson
 
+from kubeai.imports import without_init
 from kubeai.local.apiserver.status import Cause
+
+with without_init("cel"):  # or its command line is imported, too
+    from cel import cel
 
 Object = dict[str, Any]
 

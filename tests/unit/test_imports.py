@@ -1,0 +1,35 @@
+"""What is imported in part stays out of a process, and is whole for whoever imports it later."""
+
+import subprocess
+import sys
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_nobody_uses_is_not_imported():
+    run(
+        "import sys, kubeai.kube, kubeai.local.apiserver.rules\n"
+        "assert 'kubernetes_asyncio.client.models' not in sys.modules\n"
+        "assert 'prompt_toolkit' not in sys.modules\n"
+    )
+
+
+def test_the_packages_are_whole_afterwards():
+    run(
+        "import kubeai.kube, kubeai.local.apiserver.rules\n"
+        "import cel.cli, kubernetes_asyncio\n"
+        "assert kubernetes_asyncio.client.CoreV1Api and kubernetes_asyncio.client.ApiClient\n"
+        "assert kubernetes_asyncio.config.load_kube_config and cel.compile\n"
+    )
+
+
+def test_they_stay_whole_where_they_were_imported_before():
+    run(
+        "import cel, kubernetes_asyncio\n"
+        "import kubeai.kube, kubeai.local.apiserver.rules\n"
+        "assert kubernetes_asyncio.client.ApiClient and cel.cli\n"
+        "assert kubeai.kube.Configuration is kubernetes_asyncio.client.Configuration\n"
+    )
