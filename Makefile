@@ -32,7 +32,7 @@ run: build  ## kubeai local with the manifests of examples/
 
 # Three processes on two cores: most tests wait for processes of their own.
 test: .venv/installed-test  ## all tests that need nothing but Python
-	$(BIN)/pytest tests -n 3 --dist loadfile
+	$(BIN)/pytest tests -n 3 --dist loadfile -m "not image and not package"
 
 check: .venv/installed-check  ## the fast gate: style, types, import floors, C warnings
 	$(BIN)/ruff check .
@@ -43,6 +43,7 @@ check: .venv/installed-check  ## the fast gate: style, types, import floors, C w
 		--build-temp build/strict --build-lib build/strict-lib
 	$(BIN)/python -m kubeai crd | diff charts/kubeai/files/kubeai.org_models.yaml -
 	$(BIN)/python charts/values_schema.py | diff charts/kubeai/values.schema.json -
+	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
 
 bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from what they found
 	mkdir -p build/bench
