@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.config import CacheProfile, SystemConfig
+from kubeai.api.config import CacheProfile, ModelServerPods, SystemConfig
 from kubeai.api.model import POD_MODEL_LABEL, Model, ModelURL, parse_url
 from kubeai.engines.files import owner_reference
 from kubeai.engines.server import MODEL_MOUNT, Object, literal
@@ -127,6 +127,12 @@ def _claim_volume(model: Model) -> Object:
     return {"name": _VOLUME, "persistentVolumeClaim": {"claimName": claim_name(model)}}
 
 
+def _whose_folders(pods: ModelServerPods) -> Object:
+    """The user of a Job: root, whose the folders of a fresh volume are, unless the config says."""
+    says = pods.pod_security_context.keys() | pods.security_context.keys()
+    return {} if says & {"runAsUser", "runAsNonRoot"} else {"runAsUser": 0}
+
+
 def _job(
     model: Model, config: SystemConfig, prefix: str, container: Object, volumes: list[Object]
 ) -> Object:
@@ -138,7 +144,7 @@ def _job(
         JOB_LABEL: prefix.rstrip("-"),
     }
     container["image"] = config.model_loading.image
-    container["securityContext"] = pods.security_context
+    container["securityContext"] = _whose_folders(pods) | pods.security_context
     pod: dict[str, Any] = {
         "serviceAccountName": pods.service_account_name,
         "securityContext": pods.pod_security_context,

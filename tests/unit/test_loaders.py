@@ -155,6 +155,30 @@ def test_the_pods_of_jobs_are_no_replicas_and_have_the_settings_of_all_pods(make
     assert container["securityContext"] == {"runAsUser": 7}
 
 
+@pytest.mark.parametrize("make", [load_job, evict_job])
+@pytest.mark.parametrize(
+    ("pods", "user"),
+    [
+        ("{}", {"runAsUser": 0}),
+        ("{securityContext: {privileged: false}}", {"runAsUser": 0, "privileged": False}),
+        ("{podSecurityContext: {runAsUser: 7}}", None),
+        ("{podSecurityContext: {runAsNonRoot: true}}", None),
+    ],
+)
+def test_the_pods_of_jobs_are_roots_as_a_fresh_volume_is_unless_the_config_says_whose(
+    make, pods, user
+):
+    """The image's own user may write nowhere there."""
+    config = parse_config(
+        f"modelServerPods: {pods}\n"
+        "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
+    )
+    (container,) = make(model(cacheProfile="fast"), config)["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert container.get("securityContext") == user
+
+
 def test_a_url_in_the_load_job_is_data():
     job = load_job(model(url="s3://b/$(HOME)", cacheProfile="fast"), CONFIG)
     (loader,) = containers(job["spec"]["template"]).values()
