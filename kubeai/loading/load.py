@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from kubeai.loading.staging import Staging, staged
 
 PROGRESS_INTERVAL_S = 5.0
 PARALLEL = 8
+SCHEMES = ("hf", "s3", "gs", "oss")
 
 
 class Source(Protocol):
@@ -37,11 +39,13 @@ async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
     call goes on from there. While it runs, ``target`` is as it was before.
     """
     url = url.rstrip("/")
-    source = _source(url, parallel)
+    if url.partition("://")[0] not in SCHEMES:
+        raise LoadError(f"{url!r}: must be a URL of hf://, s3://, gs:// or oss://")
     # Each part has a thread while it comes, and some are for what else blocks.
     threads = ThreadPoolExecutor(max_workers=2 * parallel)
     asyncio.get_running_loop().set_default_executor(threads)
     with staged(url, target) as staging:
+        source = _source(url, parallel, staging)
         files = await source.listed()
         check_paths(url, files)
         size = sum(file.size for file in files)
@@ -58,20 +62,21 @@ async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
         _say(f"{target} is {url}: {len(files)} files, {size / 1e9:.2f} GB in {took_s:.1f} s")
 
 
-def _source(url: str, parallel: int) -> Source:
-    scheme = url.partition("://")[0]
+def _source(url: str, parallel: int, staging: Staging) -> Source:
     try:
-        if scheme == "hf":
+        if url.startswith("hf://"):
+            if not os.access(os.path.expanduser("~"), os.W_OK):
+                # A container's user has no home, or a read-only one: the hub's client needs some
+                # place, and reads where it is as it is imported.
+                os.environ.setdefault("HF_HOME", str(staging.folder / "hub"))
             from kubeai.loading.hub import Repository
 
             return Repository(url, parallel)
-        if scheme in ("s3", "gs", "oss"):
-            from kubeai.loading.buckets import Bucket
+        from kubeai.loading.buckets import Bucket
 
-            return Bucket(url, parallel)
+        return Bucket(url, parallel)
     except ImportError as error:
         raise LoadError(f"{url}: {error.name} is missing: pip install 'kubeai[load]'") from error
-    raise LoadError(f"{url!r}: must be a URL of hf://, s3://, gs:// or oss://")
 
 
 @contextlib.asynccontextmanager
