@@ -43,8 +43,10 @@ class Serve:
 
     async def read(self):
         async for line in self.process.stderr:
-            with contextlib.suppress(ValueError):
+            try:
                 self.log.append(json.loads(line))
+            except ValueError:  # a traceback, say
+                self.log.append({"text": line.decode(errors="replace").rstrip()})
 
     def said(self, event):
         return next((entry for entry in self.log if entry.get("event") == event), None)

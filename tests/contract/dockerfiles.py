@@ -1,0 +1,190 @@
+"""Builds a Dockerfile's stages without a container engine, and runs what comes of it.
+
+The instructions are read from the file. RUN lines are executed by chroot in a copy of a Debian that
+debootstrap made, COPY copies, the rest is kept. A program then runs as an engine would run it: as
+process 1 of its own, as the file's USER, without capabilities, its root file system read-only. The
+network is the machine's. Needs root.
+
+It differs from an engine in what docs/image.md lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from dockerfile_parse import DockerfileParser
+
+CACHE = Path.home() / ".cache" / "kubeai-image"
+BUILD_TIMEOUT_S = 900
+# What an engine hands into RUN lines, and what this machine's pip needs besides.
+RESOLVER_FILES = ("/etc/resolv.conf", "/etc/hosts")
+CERTIFICATES = "/run/certificates.pem"
+
+
+@dataclass
+class Stage:
+    """What the instructions so far have made; in the end an image."""
+
+    root: Path
+    env: dict[str, str] = field(default_factory=lambda: {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    directory: str = "/"
+    user: str = "0:0"
+    entrypoint: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+
+    def run(
+        self,
+        *arguments: str,
+        entrypoint: Sequence[str] = (),
+        mounts: Mapping[str, Path] = MappingProxyType({}),
+        **env: str,
+    ) -> list[str]:
+        """The command that runs the image; ``mounts``: folders, writable, by where they are."""
+        user, group = self.user.split(":")
+        drop = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+        drop += ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
+        program = [*(entrypoint or self.entrypoint), *(arguments or self.command)]
+        steps = [_mount("--rbind", self.root, self.root), *_devices(self.root)]
+        steps.append(_mount("-o", "remount,bind,ro", self.root))
+        for place, folder in mounts.items():
+            real = self._resolved(place)
+            real.mkdir(parents=True, exist_ok=True)
+            steps.append(_mount("--bind", folder, real))
+        return _apart(self, steps, [*drop, *program], env)
+
+    def _resolved(self, place: str) -> Path:
+        """Where it is on this machine; links (/var/run) are the root's own."""
+        command = ("chroot", self.root, "realpath", "--canonicalize-missing", place)
+        real = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return self.root / real.lstrip("/")
+
+
+def build(context: Path, work: Path) -> Stage:
+    """The last stage of ``context``'s Dockerfile; ``work``: an empty folder for the roots."""
+    parser = DockerfileParser(str(context / "Dockerfile"), cache_content=True)
+    arguments: dict[str, str] = {}
+    stages: dict[str, Stage] = {}
+    stage: Stage | None = None
+    for step in parser.structure:
+        name, value = step["instruction"], step["value"]
+        if name == "COMMENT":
+            continue
+        if name == "ARG" and stage is None:
+            key, _, default = value.partition("=")
+            arguments[key] = default
+        elif name == "FROM":
+            base, _, alias = value.partition(" AS ")
+            for key, default in arguments.items():
+                base = base.replace(f"${{{key}}}", default)
+            stage = Stage(work / (alias or "image"))
+            stages[alias] = stage
+            subprocess.run(["cp", "-a", _debian(base), stage.root], check=True)
+        else:
+            assert stage is not None, step["content"]
+            _apply(stage, stages, context, name, value)
+    assert stage is not None
+    return stage
+
+
+def _apply(stage: Stage, stages: dict[str, Stage], context: Path, name: str, value: str) -> None:
+    match name:
+        case "RUN":
+            _execute(stage, value)
+        case "COPY":
+            source, parts = context, shlex.split(value)
+            if parts[0].startswith("--from="):
+                source = stages[parts.pop(0).removeprefix("--from=")].root
+            _copy(
+                source, parts[:-1], stage.root / stage.directory.lstrip("/"), stage.root, parts[-1]
+            )
+        case "ENV":
+            stage.env |= dict(pair.split("=", 1) for pair in shlex.split(value))
+        case "WORKDIR":
+            stage.directory = value
+            (stage.root / value.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        case "USER":
+            stage.user = value
+        case "ENTRYPOINT":
+            stage.entrypoint = json.loads(value)
+        case "CMD":
+            stage.command = json.loads(value)
+        case "EXPOSE":
+            pass
+        case _:
+            raise NotImplementedError(f"{name} {value}")
+
+
+def _execute(stage: Stage, line: str) -> None:
+    env = {key: value for key, value in os.environ.items() if key.startswith("PIP_")}
+    env.pop("PIP_FIND_LINKS", None)
+    outside = {path: path for path in RESOLVER_FILES}
+    if "PIP_CERT" in env:
+        outside[CERTIFICATES] = env["PIP_CERT"]
+        env["PIP_CERT"] = CERTIFICATES
+    for place in outside:
+        (stage.root / place.lstrip("/")).touch()
+    steps = [_mount("--rbind", stage.root, stage.root), *_devices(stage.root)]
+    steps += [_mount("--bind", path, f"{stage.root}{place}") for place, path in outside.items()]
+    command = _apart(stage, steps, ["/bin/sh", "-c", line], env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+    assert done.returncode == 0, f"RUN {line}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def _copy(source: Path, names: list[str], directory: Path, root: Path, target: str) -> None:
+    place = root / target.lstrip("/") if target.startswith("/") else directory / target
+    for name in names:
+        one = source / name.lstrip("/")
+        if one.is_dir():  # its content, as COPY has it
+            shutil.copytree(one, place, symlinks=True, dirs_exist_ok=True)
+        elif target.endswith("/"):
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(one, place / one.name)
+        else:
+            shutil.copy2(one, place)
+
+
+def _apart(
+    stage: Stage, steps: Sequence[str], command: Sequence[str], env: Mapping[str, str]
+) -> list[str]:
+    """A command in namespaces of its own: after the mounts, with the stage's root."""
+    variables = [f"{key}={value}" for key, value in (stage.env | dict(env)).items()]
+    inside = ["env", "-i", f"--chdir={stage.directory}", *variables, *command]
+    chroot = shlex.join(["chroot", str(stage.root), *inside])
+    script = " && ".join((*steps, f"exec {chroot}"))
+    return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script]
+
+
+def _mount(*arguments: object) -> str:
+    return shlex.join(["mount", *map(str, arguments)])
+
+
+def _devices(root: Path) -> list[str]:
+    return [_mount("-t", "proc", "proc", root / "proc"), _mount("--rbind", "/dev", root / "dev")]
+
+
+def _debian(base: str) -> Path:
+    """A minimal Debian like the image ``debian:<suite>-slim``; kept from one run to the next."""
+    name, _, tag = base.partition(":")
+    suite = tag.removesuffix("-slim")
+    assert name == "debian", f"FROM {base}: no Debian"
+    root = CACHE / suite
+    if not root.exists():
+        making = CACHE / f".{suite}.{os.getpid()}"
+        making.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            ["debootstrap", "--variant=minbase", suite, making],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=BUILD_TIMEOUT_S,
+        )
+        shutil.rmtree(making / "var/cache/apt/archives")  # nor has the image these
+        making.rename(root)
+    return root
