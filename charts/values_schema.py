@@ -51,6 +51,45 @@ def monitor() -> Schema:
     return section(enabled=FLAG, apiVersion=STRING, labels=STRING_MAP)
 
 
+def service() -> Schema:
+    return section(
+        type={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+        port=PORT,
+        nodePort={"anyOf": [PORT, {"const": ""}]},
+        annotations=STRING_MAP,
+    )
+
+
+def image() -> Schema:
+    return section(
+        repository={"type": "string", "minLength": 1},
+        pullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
+        tag=STRING,
+    )
+
+
+def open_webui() -> Schema:
+    absent = section(enabled={"const": False})
+    return section(
+        enabled=FLAG,
+        **{"global": ANY_MAP},
+        image=image(),
+        openaiBaseApiUrl={"type": "string", "minLength": 1},
+        extraEnvVars=ANY_LIST,
+        persistence=section(enabled=FLAG, size=STRING, storageClass=STRING),
+        service=service(),
+        podAnnotations=STRING_MAP,
+        podSecurityContext=ANY_MAP,
+        containerSecurityContext=ANY_MAP,
+        resources=ANY_MAP,
+        nodeSelector=STRING_MAP,
+        tolerations=ANY_LIST,
+        affinity=ANY_MAP,
+        ollama=absent,
+        pipelines=absent,
+    )
+
+
 def values_schema() -> Schema:
     config = config_schema(SystemConfig)["properties"]
     own = {
@@ -64,11 +103,7 @@ def values_schema() -> Schema:
         ),
         "replicaCount": COUNT,
         "workers": {"type": "integer", "minimum": 1, "maximum": 63},
-        "image": section(
-            repository={"type": "string", "minLength": 1},
-            pullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
-            tag=STRING,
-        ),
+        "image": image(),
         "imagePullSecrets": {
             "type": "array",
             "items": {**section(name=STRING), "required": ["name"]},
@@ -110,12 +145,7 @@ def values_schema() -> Schema:
             maxReplicas=COUNT,
             targetCPUUtilizationPercentage=COUNT,
         ),
-        "service": section(
-            type={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
-            port=PORT,
-            nodePort={"anyOf": [PORT, {"const": ""}]},
-            annotations=STRING_MAP,
-        ),
+        "service": service(),
         "ingress": section(
             enabled=FLAG,
             className=STRING,
@@ -126,7 +156,9 @@ def values_schema() -> Schema:
         "networkPolicy": section(enabled=FLAG, clients=ANY_LIST, monitoring=ANY_LIST),
         "metrics": section(
             prometheusOperator=section(vLLMPodMonitor=monitor(), podMonitor=monitor()),
+            grafanaDashboard=section(enabled=FLAG, labels=STRING_MAP, annotations=STRING_MAP),
         ),
+        "open-webui": open_webui(),
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

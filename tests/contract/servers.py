@@ -267,7 +267,7 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
             program,
             tokens,
         )
-        _wait_until(
+        wait_until(
             lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
             "kube-apiserver is ready",
             directory / "kube-apiserver.log",
@@ -322,7 +322,7 @@ def cluster(
             f"--config={config}",
         )
         server.request("POST", "/api/v1/nodes", node("first", {"pods": "1"}))
-        _wait_until(lambda: server.is_ready("/api/v1/nodes/first"), "kwok has a node ready", log)
+        wait_until(lambda: server.is_ready("/api/v1/nodes/first"), "kwok has a node ready", log)
         server.request("DELETE", "/api/v1/nodes/first")
         yield server
 
@@ -369,7 +369,7 @@ def _running(log: Path, *command: str):
         program.stop()
 
 
-def _wait_until(true: Callable[[], bool], what: str, log: Path | None = None) -> None:
+def wait_until(true: Callable[[], bool], what: str, log: Path | None = None) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -386,7 +386,7 @@ def install_models(server: ApiServer) -> None:
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     code, answer = server.request("POST", path, model_crd())
     assert code in (201, 409), answer
-    _wait_until(
+    wait_until(
         lambda: server.request("GET", "/apis/kubeai.org/v1/models")[0] == 200,
         "the Models CRD is served",
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import json
 import re
 import secrets
 import subprocess
@@ -16,10 +18,13 @@ from fakes.hub import Hub, Repository
 from harness import model, until
 from kubelets import Kubelet, is_ready
 from operators import chart_role, documented_role
-from servers import CONTROL_PLANE, ApiServer, assets, cluster
+from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node, wait_until
 
-from kubeai.api.config import parse_config
-from kubeai.engines import files
+from kubeai.api.config import SystemConfig, parse_config
+from kubeai.api.crd import model_crd
+from kubeai.api.model import decode_model
+from kubeai.engines import build_pod, files
+from kubeai.engines.cache import evict_job, load_job
 from kubeai.kube import MODELS, PODS, SECRETS, Kube, Resource
 from kubeai.operator.adapters import Adapters
 from kubeai.operator.claims import Claims
@@ -30,8 +35,10 @@ from kubeai.operator.operator import Operator
 from kubeai.operator.scaling import Scaler
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}
 CHARTS = Path(__file__).parents[2] / "charts"
 CHART = CHARTS / "kubeai"
+MODELS_CHART = CHARTS / "models"
 HELM_TIMEOUT_S = 150
 RELEASE = "release"  # the namespace of one
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
@@ -56,7 +63,8 @@ ALL_ON = {
         "prometheusOperator": {
             "vLLMPodMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
             "podMonitor": {"enabled": True},
-        }
+        },
+        "grafanaDashboard": {"enabled": True, "annotations": {"grafana_folder": "LLM"}},
     },
     "imagePullSecrets": [{"name": "pull"}],
     "podAnnotations": {"a": "b"},
@@ -104,8 +112,10 @@ class Helm:
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr if code else done.stdout
 
-    def render(self, release: str, *arguments: str, values: dict | None = None) -> list[dict]:
-        text = self("template", release, str(CHART), *arguments, values=values)
+    def render(
+        self, release: str, *arguments: str, values: dict | None = None, chart: Path = CHART
+    ) -> list[dict]:
+        text = self("template", release, str(chart), *arguments, values=values)
         return [one for one in yaml.safe_load_all(text) if one]
 
 
@@ -242,6 +252,103 @@ def test_each_right_of_the_operator_is_needed_by_a_call_and_told_in_the_docs():
     assert by_resource(chart_role()) == by_resource(documented_role())
 
 
+def test_the_dashboard_shows_metrics_that_there_are(helm):
+    """KubeAI's by its docs; vLLM's are its own."""
+    rendered = helm.render("kubeai", values={"metrics": {"grafanaDashboard": {"enabled": True}}})
+    (found,) = [obj for obj in rendered if "kubeai.json" in obj.get("data", {})]
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    panels = json.loads(found["data"]["kubeai.json"])["panels"]
+    shown = {
+        name
+        for panel in panels
+        for target in panel.get("targets", ())
+        for name in re.findall(r"kubeai_\w+", target["expr"])
+    }
+    told = re.findall(r"`(kubeai_\w+)`", (CHARTS.parent / "docs/metrics.md").read_text())
+    of_histograms = {f"{name}_{part}" for name in told for part in ("bucket", "sum", "count")}
+    assert shown
+    assert shown <= {*told, *of_histograms}
+
+
+def test_open_webui_is_there_when_it_is_wanted_and_takes_upstreams_values(helm):
+    assert not [obj for obj in helm.render("k") if obj["metadata"]["name"] == "open-webui"]
+    values = {
+        "enabled": True,
+        "ollama": {"enabled": False},
+        "pipelines": {"enabled": False},
+        "openaiBaseApiUrl": "http://kubeai/openai/v1",
+        "extraEnvVars": [{"name": "WEBUI_AUTH", "value": "False"}],
+        "containerSecurityContext": {"capabilities": {"drop": ["ALL"]}},
+        "persistence": {"enabled": True, "size": "1Gi"},
+    }
+    rendered = helm.render("k", values={"open-webui": values})
+    found = {o["kind"]: o for o in rendered if o["metadata"]["name"] == "open-webui"}
+    assert found.keys() == {"Service", "Deployment", "PersistentVolumeClaim"}
+    (container,) = found["Deployment"]["spec"]["template"]["spec"]["containers"]
+    env = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert env["OPENAI_API_BASE_URL"] == "http://kubeai/openai/v1"
+    assert env["WEBUI_AUTH"] == "False"
+
+
+# -- the catalogue ---------------------------------------------------------------------------------
+
+
+def test_the_catalogue_has_nothing_to_complain_of_and_is_off(helm):
+    helm("lint", str(MODELS_CHART), "--strict")
+    assert helm.render("models", chart=MODELS_CHART) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"qwen3-4b-cpu": {"minReplica": 1}}, "/catalog/qwen3-4b-cpu"),
+        ({"n" * 41: {"url": "hf://a/b", "engine": "VLLM", "features": []}}, "at most 40 charac"),
+        ({"mine": {"url": "hf://a/b", "engine": "vllm", "features": []}}, "/catalog/mine/engine"),
+    ],
+)
+def test_a_wrong_entry_is_refused_by_its_path(helm, entry, words):
+    assert words in helm("template", "m", str(MODELS_CHART), values={"catalog": entry}, code=1)
+
+
+def test_an_entry_may_have_every_field_of_a_model(helm):
+    """0 and false are values; null takes away what the catalogue has."""
+    spec = {
+        "url": "s3://b/m",
+        "engine": "VLLM",
+        "features": ["TextGeneration"],
+        "adapters": [{"name": "a", "url": "hf://o/a"}],
+        "owner": "o",
+        "image": "i:1",
+        "resourceProfile": "cpu:1",
+        "cacheProfile": "c",
+        "args": ["--a"],
+        "env": {"A": "b"},
+        "envFrom": [{"secretRef": {"name": "s"}}],
+        "replicas": 0,
+        "minReplicas": 0,
+        "maxReplicas": 2,
+        "autoscalingDisabled": False,
+        "targetRequests": 5,
+        "scaleDownDelaySeconds": 0,
+        "priorityClassName": "p",
+        "loadBalancing": {"strategy": "PrefixHash", "prefixHash": {"replication": 256}},
+        "files": [{"path": "/a", "content": "b"}],
+    }
+    assert spec.keys() == set(model_crd_spec())
+    mine = {"enabled": True, "labels": {"l": "1"}, "annotations": {"a": "1"}, **spec}
+    values = {"catalog": {"mine": mine, "opt-125m-l4": {"enabled": True, "args": None}}}
+    mine, known = helm.render("m", values=values, chart=MODELS_CHART)
+    assert mine["spec"] == spec
+    assert mine["metadata"] == {"name": "mine", "labels": {"l": "1"}, "annotations": {"a": "1"}}
+    assert known["spec"]["minReplicas"] == 0
+    assert "args" not in known["spec"]
+
+
+def model_crd_spec() -> dict:
+    (version,) = model_crd()["spec"]["versions"]
+    return version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+
+
 # -- the API takes it ------------------------------------------------------------------------------
 
 
@@ -280,6 +387,77 @@ def test_the_api_accepts_every_manifest_and_its_pods_are_restricted(helm, api, n
             code, answer = _try(api, namespace, pod)
             assert code == 201, answer
     assert set(FOREIGN) <= {obj["kind"] for obj in rendered} or not values
+
+
+def test_the_api_accepts_every_model_of_the_catalogue(helm, api, namespace):
+    rendered = helm.render("m", "--set", "all.enabled=true", chart=MODELS_CHART)
+    assert len(rendered) >= 48
+    with models_installed(api):
+        for obj in rendered:
+            code, answer = _try(api, namespace, obj)
+            assert code == 201, answer
+
+
+@contextlib.contextmanager
+def models_installed(api: ApiServer):
+    install_models(api)
+    try:
+        yield
+    finally:
+        path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/models.kubeai.org"
+        api.request("DELETE", path)
+        wait_until(lambda: api.request("GET", path)[0] == 404, "the definition is gone")
+
+
+WARNED = {
+    "VLLM": ("hf://o/m", {}),
+    "VLLM with adapters": ("hf://o/m", {"adapters": [{"name": "a", "url": "hf://o/a"}]}),
+    "OLlama": ("ollama://m", {}),
+    "FasterWhisper": ("hf://o/m", {}),
+    "Infinity": ("hf://o/m", {}),
+}
+
+
+def test_the_docs_list_what_pod_security_says_of_engines(helm, api, namespace):
+    """By the chart's default values; `modelServerPods` is there to change it."""
+    config = parse_config(config_of(helm.render("kubeai", values=CACHED)))
+    rows = [
+        f"| {name} | {', '.join(_violations(api, namespace, pod))} |"
+        for name, pod in _pods_of(config).items()
+    ]
+    text = (CHARTS.parent / "docs/helm.md").read_text()
+    assert [line for line in text.splitlines() if line in rows] == rows, "\n".join(rows)
+    restricted = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    config = parse_config(config_of(helm.render("kubeai", values=CACHED | restricted)))
+    for pod in _pods_of(config).values():
+        assert _violations(api, namespace, pod) == []
+
+
+def _pods_of(config: SystemConfig) -> dict[str, dict]:
+    pods = {
+        name: build_pod(_decoded(name.partition(" ")[0], url, **spec), config)
+        for name, (url, spec) in WARNED.items()
+    }
+    for name, job in (("a cache's load", load_job), ("a cache's eviction", evict_job)):
+        cached = _decoded("VLLM", "hf://o/m", cacheProfile="c")
+        pods[name] = job(cached, config)["spec"]["template"]
+    return pods
+
+
+def _decoded(engine: str, url: str, **spec: object):
+    spec = {"url": url, "engine": engine, "features": [], **spec}
+    return decode_model({"metadata": {"name": "m", "namespace": "n", "uid": "u"}, "spec": spec})
+
+
+def _violations(api: ApiServer, namespace: str, pod: dict) -> list[str]:
+    """Of "restricted", in the API's words, less the containers' names."""
+    meta = {"generateName": "p-", "labels": pod["metadata"].get("labels", {})}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod["spec"]}
+    code, answer = api.request("POST", f"/api/v1/namespaces/{namespace}/pods?dryRun=All", pod)
+    if code == 201:
+        return []
+    _, _, words = answer["message"].partition('restricted:latest": ')
+    return [part.partition(" (")[0] for part in re.split(r"(?<=\)), ", words)]
 
 
 def _try(api: ApiServer, namespace: str, obj: dict) -> tuple[int, dict]:
@@ -323,6 +501,7 @@ class Site:
         await self.give_tokens()
 
     async def close(self) -> None:
+        await self.kube.delete(SECRETS, "account")
         await self.kube.close()
         self._kubelet.clean_up()
         self.api.request("DELETE", f"/api/v1/nodes/{self._kubelet.node}")
@@ -348,12 +527,25 @@ class Site:
             "terminationGracePeriodSeconds": 10,
         }
 
-    async def install(self, values: dict | None = None) -> None:
+    async def install(self, *options: str, values: dict | None = None) -> None:
         await asyncio.to_thread(
             self.helm,
-            *("upgrade", "--install", "kubeai", str(CHART), "--wait"),
+            *("upgrade", "--install", "kubeai", str(CHART), "--wait", *options),
             values=self.values | (values or {}),
         )
+
+    @contextlib.contextmanager
+    def gpu_node(self):
+        """As NVIDIA's GPU operator labels one with an L4; kwok plays its kubelet."""
+        labels = {"nvidia.com/gpu.family": "ada-lovelace", "nvidia.com/gpu.memory": "23034"}
+        taint = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
+        made = node("gpu", {"nvidia.com/gpu": "1"}, labels, taints=[taint])
+        code, answer = self.api.request("POST", "/api/v1/nodes", made)
+        assert code == 201, answer
+        try:
+            yield made
+        finally:
+            self.api.request("DELETE", "/api/v1/nodes/gpu")
 
     async def give_tokens(self) -> None:
         """What the admission plug-in for service accounts and a kubelet's projected volume do."""
@@ -432,8 +624,9 @@ class Site:
 
 @pytest.fixture
 async def site(api, tmp_path) -> Site:
+    """Of one test after the other: the accounts' tokens are for this namespace."""
     code, answer = api.request("POST", "/api/v1/namespaces", {"metadata": {"name": RELEASE}})
-    assert code == 201, answer
+    assert code in (201, 409), answer
     site = Site(api, RELEASE, tmp_path)
     await site.start()
     yield site
@@ -474,6 +667,29 @@ async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site
     code, _ = site.api.request("GET", "/apis/kubeai.org/v1/models")
     assert code == 404, "the definition is gone, too"
     assert not loaded.exists()
+
+
+async def test_a_newcomer_has_an_answer_after_two_charts(site):
+    """As docs/helm.md says; the engine that answers is the mock one, the GPU's is kwok's."""
+    with site.gpu_node():
+        before = site.objects()
+        await site.install("--values", str(CHART / "values-nvidia-k8s-device-plugin.yaml"))
+        on_gpu, on_cpu = "qwen3-8b-fp8-l4", "opt-125m-cpu"
+        await asyncio.to_thread(
+            site.helm,
+            *("install", "models", str(MODELS_CHART)),
+            *("--set", f"catalog.{on_gpu}.enabled=true"),
+            *("--set", f"catalog.{on_gpu}.minReplicas=1"),
+            *("--set", f"catalog.{on_cpu}.enabled=true"),
+            *("--set", f"catalog.{on_cpu}.image=kubeai/mock-engine"),
+        )
+        assert await site.ask(on_cpu)
+        await until("the GPU's Model is ready", lambda: _is_settled(site, on_gpu), 60)
+        (pod,), _ = await site.kube.list(PODS, site.namespace, labels=f"model={on_gpu}")
+        assert pod["spec"]["nodeName"] == "gpu"
+        await asyncio.to_thread(site.helm, "uninstall", "models", "--wait")
+        await asyncio.to_thread(site.helm, "uninstall", "kubeai", "--wait")
+        await until("nothing is left", lambda: site.objects() == before, 60)
 
 
 async def _is_settled(site: Site, name: str) -> bool:
