@@ -34,22 +34,36 @@ import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine can do. A rate of 0 means: in no time."""
+    """What an engine can do. A rate of 0 means: in no time.
+
+    Two ways to say how long a step takes: by ``decode_tokens_per_s``, whatever the batch is; or as
+    hardware has it (``presets``), by the time that the weights take to be read, which computing
+    hides until there is more to compute, and by what decoding reads of keys and values.
+    """
 
     max_batch: int = 256  # sequences in a step
     step_tokens: int = 2048  # tokens in a step
     prefill_tokens_per_s: float = 8000.0  # of the whole engine
     decode_tokens_per_s: float = 50.0  # of each sequence in the batch
+    weights_s: float = 0.0  # a step takes no less; decoding tokens are computed, too, if it is set
+    context_tokens_per_s: float = 0.0  # tokens before the one that is decoded
     cache_blocks: int = 4096
     block_tokens: int = 16
 
-    def step_s(self, prefill_tokens: int, decodes: int) -> float:
-        """How long a step takes for so many prompt tokens and so many decoding sequences."""
+    def step_s(self, prefill_tokens: int, decodes: int, context_tokens: int = 0) -> float:
+        """How long a step takes for so many prompt tokens and so many decoding sequences.
+
+        ``context_tokens``: of those sequences, all together.
+        """
         duration = 0.0
-        if prefill_tokens and self.prefill_tokens_per_s:
-            duration += prefill_tokens / self.prefill_tokens_per_s
+        computed = prefill_tokens + (decodes if self.weights_s else 0)
+        if computed and self.prefill_tokens_per_s:
+            duration = computed / self.prefill_tokens_per_s
+        duration = max(duration, self.weights_s)
         if decodes and self.decode_tokens_per_s:
             duration += 1.0 / self.decode_tokens_per_s
+        if context_tokens and self.context_tokens_per_s:
+            duration += context_tokens / self.context_tokens_per_s
         return duration
 
 
@@ -58,6 +72,7 @@ class Sequence:
 
     __slots__ = (
         "arrived_s",
+        "block_end",
         "blocks",
         "cached_tokens",
         "computed",
@@ -92,6 +107,7 @@ class Sequence:
         self.scheduled = 0  # tokens of it in the step under way
         self.blocks = 0  # KV blocks that it holds
         self.shared = 0  # of those, the leading ones that others may find by their hash
+        self.block_end = 0  # up to here (exclusive) it neither fills a block nor needs another
 
 
 class Step(NamedTuple):
@@ -173,18 +189,22 @@ class Engine:
 
     def _begin(self, now: float) -> float | None:
         self._batch = []
-        prefill, decodes = 0, 0
+        prefill, decodes, context = 0, 0, 0
         budget = self.config.step_tokens
         preemptions = self.preemptions
         index = 0
         while budget and index < len(self._running):
             sequence = self._running[index]
             tokens = min(sequence.total - sequence.computed, budget)
-            if not self._grow(sequence, sequence.computed + tokens):
+            # Most sequences have room for one more token, and fill no block with it.
+            if sequence.computed + tokens >= sequence.block_end and not self._grow(
+                sequence, sequence.computed + tokens
+            ):
                 self._preempt(self._running.pop())
                 continue
             if sequence.produced and tokens == 1:
                 decodes += 1
+                context += sequence.computed
             else:
                 prefill += tokens
             budget -= tokens
@@ -193,7 +213,7 @@ class Engine:
             index += 1
         if preemptions == self.preemptions:  # else memory is short: let nobody else in
             prefill += self._enter(budget)
-        return now + self.config.step_s(prefill, decodes) if self._batch else None
+        return now + self.config.step_s(prefill, decodes, context) if self._batch else None
 
     def _enter(self, budget: int) -> int:
         """Let waiting sequences into the step; returns how many tokens of theirs it computes."""
@@ -263,10 +283,12 @@ class Engine:
 
     def _share(self, sequence: Sequence, computed: int) -> None:
         """Make the blocks findable that are full once ``computed`` tokens are."""
-        full = min(computed // self.config.block_tokens, len(sequence.hashes))
+        block = self.config.block_tokens
+        full = min(computed // block, len(sequence.hashes))
         if full > sequence.shared:
             self.cache.share(sequence.hashes[sequence.shared : full])
             sequence.shared = full
+        sequence.block_end = computed - computed % block + (block if computed % block else 1)
 
     def _release(self, sequence: Sequence) -> None:
         self.cache.release(sequence.hashes[: sequence.shared], sequence.blocks - sequence.shared)

@@ -18,7 +18,7 @@ import mmh3
 
 TOKEN_BYTES = 4
 EMBEDDING_DIMENSIONS = 384
-_END = b"</s>"
+END = b"</s>"
 _MASK = (1 << 64) - 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _FIRST_WORD = "mock"
@@ -46,9 +46,17 @@ def pack(text: str) -> bytes:
     return data + b"\0" * (-len(data) % TOKEN_BYTES)
 
 
+OPENING = pack("<|assistant|>")  # the assistant speaks next
+
+
 def pack_ids(ids: Iterable[int]) -> bytes:
     """The tokens of a prompt that comes as token numbers."""
     return b"".join((number & 0xFFFFFFFF).to_bytes(TOKEN_BYTES, "little") for number in ids)
+
+
+def message(role: str, text: str) -> bytes:
+    """A message of a chat that others follow."""
+    return b"".join((pack(f"<|{role}|>"), pack(text), END))
 
 
 def render(messages: Iterable[tuple[str, str]]) -> bytes:
@@ -57,30 +65,54 @@ def render(messages: Iterable[tuple[str, str]]) -> bytes:
     Appending the reply and a next message to ``messages`` gives a prompt that starts with this
     one's tokens and the reply's.
     """
-    parts: list[bytes] = []
-    for role, text in messages:
-        parts += (pack(f"<|{role}|>"), pack(text), _END)
-    parts.append(pack("<|assistant|>"))
-    return b"".join(parts)
+    return b"".join([*(message(role, text) for role, text in messages), OPENING])
 
 
 def count(tokens: bytes) -> int:
     return len(tokens) // TOKEN_BYTES
 
 
-def block_hashes(tokens: bytes, salt: str = "", block_tokens: int = 16) -> list[int]:
-    """A number for each full block, standing for everything up to the block's end.
+class Blocks:
+    """Tokens that grow at their end, and a number for each full block of them.
 
-    ``salt`` keeps apart what must not share blocks: adapters.
+    It stands for everything up to the block's end. ``salt`` keeps apart what must not share blocks:
+    adapters.
     """
-    chain: int = mmh3.hash64(salt, signed=False)[0]
-    size = block_tokens * TOKEN_BYTES
-    hashes = []
-    for start in range(0, len(tokens) - size + 1, size):
-        block = mmh3.hash64(tokens[start : start + size], signed=False)[0]
-        chain = (chain * _MULTIPLIER + block) & _MASK
-        hashes.append(chain)
-    return hashes
+
+    __slots__ = ("_chain", "_rest", "_size", "hashes", "tokens")
+
+    def __init__(self, block_tokens: int = 16, salt: str = "") -> None:
+        self.tokens = 0
+        self.hashes: list[int] = []
+        self._chain: int = mmh3.hash64(salt, signed=False)[0]
+        self._rest = b""
+        self._size = block_tokens * TOKEN_BYTES
+
+    def add(self, tokens: bytes) -> None:
+        data = self._rest + tokens
+        size, chain = self._size, self._chain
+        end = len(data) - len(data) % size
+        for start in range(0, end, size):
+            block = mmh3.hash64(data[start : start + size], signed=False)[0]
+            chain = (chain * _MULTIPLIER + block) & _MASK
+            self.hashes.append(chain)
+        self._chain, self._rest = chain, data[end:]
+        self.tokens += len(tokens) // TOKEN_BYTES
+
+    def then(self, tokens: bytes) -> Blocks:
+        """What there would be with these added."""
+        more = Blocks.__new__(Blocks)
+        more.tokens, more.hashes = self.tokens, self.hashes.copy()
+        more._chain, more._rest, more._size = self._chain, self._rest, self._size
+        more.add(tokens)
+        return more
+
+
+def block_hashes(tokens: bytes, salt: str = "", block_tokens: int = 16) -> list[int]:
+    """Those of :class:`Blocks`."""
+    blocks = Blocks(block_tokens, salt)
+    blocks.add(tokens)
+    return blocks.hashes
 
 
 def reply(
@@ -102,13 +134,18 @@ def reply(
     natural = source.randint(max(1, typical // 2), max(1, typical + typical // 2))
     tokens = min(natural if limit is None else limit, room)
     finish: Literal["stop", "length"] = "length" if limit or tokens < natural else "stop"
-    text = _FIRST_WORD + "".join(source.choices(_WORDS, k=tokens - 1))
+    text = _FIRST_WORD + words(source, tokens - 1)
     places = ((text.find(stop), stop) for stop in stops if stop)
     found = min(((at, stop) for at, stop in places if at >= 0), default=None)
     if found is None:
         return Reply(text, tokens, finish, None)
     at, stop = found
     return Reply(text[:at], -(-(at + len(stop)) // TOKEN_BYTES), "stop", stop)
+
+
+def words(source: random.Random, tokens: int) -> str:
+    """Words of three letters, so many tokens of them; of most real tokenizers' as many."""
+    return "".join(source.choices(_WORDS, k=tokens))
 
 
 def embed(text: str, dimensions: int = EMBEDDING_DIMENSIONS) -> array[float]:
