@@ -12,6 +12,7 @@ import msgspec
 from kubeai.api.duration import parse_duration
 from kubeai.errors import KubeAIError
 from kubeai.simulation.engine import EngineConfig
+from kubeai.simulation.presets import PRESETS
 
 ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")
 MAX_MODEL_LEN = 32_768
@@ -51,12 +52,16 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     parser = _parser()
     found, rest = parser.parse_known_args(argv)
     length = found.max_model_len
-    config = EngineConfig(
-        max_batch=found.max_batch,
-        step_tokens=found.step_tokens,
-        prefill_tokens_per_s=found.prefill_tokens_per_second,
-        decode_tokens_per_s=found.decode_tokens_per_second,
-        cache_blocks=found.cache_blocks,
+    given = {
+        "max_batch": found.max_batch,
+        "step_tokens": found.step_tokens,
+        "prefill_tokens_per_s": found.prefill_tokens_per_second,
+        "decode_tokens_per_s": found.decode_tokens_per_second,
+        "cache_blocks": found.cache_blocks,
+    }
+    config = msgspec.structs.replace(
+        PRESETS[found.preset] if found.preset else EngineConfig(),
+        **{name: value for name, value in given.items() if value is not None},
     )
     held = config.cache_blocks * config.block_tokens
     length = min(MAX_MODEL_LEN, held) if length is None else length
@@ -106,14 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=_whole(0, 65535), default=8000, help="0 takes a free one")
     add("--startup-delay", type=_delay, default=0.0, metavar="DURATION",
         help="503 for so long, e.g. 1m30s")  # fmt: skip
-    add("--prefill-tokens-per-second", type=_rate, default=8000.0, metavar="RATE",
-        help="of the whole engine; 0: in no time")  # fmt: skip
-    add("--decode-tokens-per-second", type=_rate, default=50.0, metavar="RATE",
-        help="of each sequence in the batch; 0: in no time")  # fmt: skip
-    add("--max-batch", type=_whole(1, 65536), default=256, help="sequences that run at once")
-    add("--step-tokens", type=_whole(1, 1 << 20), default=2048, help="token budget of a step")
-    add("--cache-blocks", type=_whole(1, 1 << 24), default=4096,
-        help="KV memory, in blocks of 16 tokens")  # fmt: skip
+    add("--preset", choices=sorted(PRESETS), help="the speed and memory of a real engine; the "
+        "flags below change it")  # fmt: skip
+    add("--prefill-tokens-per-second", type=_rate, metavar="RATE",
+        help="of the whole engine; 0: in no time; default: 8000")  # fmt: skip
+    add("--decode-tokens-per-second", type=_rate, metavar="RATE",
+        help="of each sequence in the batch; 0: in no time; default: 50")  # fmt: skip
+    add("--max-batch", type=_whole(1, 65536), help="sequences that run at once; default: 256")
+    add("--step-tokens", type=_whole(1, 1 << 20), help="token budget of a step; default: 2048")
+    add("--cache-blocks", type=_whole(1, 1 << 24),
+        help="KV memory, in blocks of 16 tokens; default: 4096")  # fmt: skip
     add("--max-model-len", type=_length, metavar="TOKENS",
         help="prompt and reply together; default: 32768, or what the KV memory holds")  # fmt: skip
     add("--reply-tokens", type=_whole(1, 1 << 20), default=48,

@@ -14,6 +14,7 @@ import time
 import wave
 
 import aiohttp
+import msgspec
 import openai
 import pytest
 import structlog
@@ -23,6 +24,7 @@ from kubeai.mock_engine import main
 from kubeai.mock_engine.dialects import audio_seconds
 from kubeai.mock_engine.options import UsageError, parse
 from kubeai.mock_engine.server import MockEngine
+from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.text import pack
 
 FAST = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=0")
@@ -762,3 +764,11 @@ def test_flags_are_read_as_manifests_write_them(monkeypatch):
     assert parse(["--cache-blocks=10"])[0].max_model_len == 160
     assert parse(["--max-model-len=auto"])[0].max_model_len == 32_768
     assert len(pack("four")) == 4
+
+
+def test_a_preset_is_a_real_engines_speed_which_flags_change():
+    preset = "llama-3.1-8b-fp8-l4"
+    assert parse([f"--preset={preset}"])[0].config == PRESETS[preset]
+    changed = parse([f"--preset={preset}", "--cache-blocks=99", "--max-batch=3"])[0].config
+    expected = msgspec.structs.replace(PRESETS[preset], cache_blocks=99, max_batch=3)
+    assert changed == expected
