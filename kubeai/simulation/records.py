@@ -1,0 +1,270 @@
+"""What became of requests, and what it comes to: of a real run and of a simulated one alike.
+
+A :class:`Record` a request, in seconds since the run's start; :class:`Results` are a whole run's,
+as JSON they are what ``kubeai bench`` writes and compares.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kubeai.errors import KubeAIError
+
+FORMAT = 1
+QUANTILES = (0.5, 0.9, 0.99)
+# A gap falls into a bucket that is 2 % wide: 600 of them reach from 10 µs to over an hour.
+GAP_FLOOR_S = 1e-5
+GAP_STEP = 1.02
+CURVE_POINTS = 200
+
+
+class ResultsError(KubeAIError):
+    """A file that holds no results; says why."""
+
+
+class Record(msgspec.Struct, array_like=True):
+    """One request. Times of what did not happen are NaN, counts that nobody told are -1."""
+
+    conversation: int
+    turn: int
+    due_s: float  # when it should have been sent; later than that, the client was late
+    sent_s: float
+    first_s: float = math.nan  # its first token
+    ended_s: float = math.nan
+    prompt_tokens: int = -1
+    cached_tokens: int = -1  # of those, found in a cache
+    output_tokens: int = 0
+    endpoint: str = ""  # who answered, where it is told
+    error: str = ""  # what kind, if it failed: "status 503", "cut", "timeout", …
+
+    @property
+    def ttft_s(self) -> float:
+        """Since it was due: the time that a client too busy to send it took counts as well."""
+        return self.first_s - self.due_s
+
+    @property
+    def took_s(self) -> float:
+        return self.ended_s - self.due_s
+
+    @property
+    def token_s(self) -> float:
+        """Mean time of an output token after the first; NaN for answers of one."""
+        rest = self.output_tokens - 1
+        return (self.ended_s - self.first_s) / rest if rest > 0 else math.nan
+
+
+class Gaps(msgspec.Struct):
+    """Times between the tokens of a stream, all streams together, by buckets of 2 %."""
+
+    counts: dict[int, int] = {}
+    total_s: float = 0.0
+
+    def add(self, gap_s: float, times: int = 1) -> None:
+        bucket = int(math.log(max(gap_s, GAP_FLOOR_S) / GAP_FLOOR_S) / _LOG_STEP)
+        self.counts[bucket] = self.counts.get(bucket, 0) + times
+        self.total_s += gap_s * times
+
+    def merge(self, other: Gaps) -> None:
+        for bucket, count in other.counts.items():
+            self.counts[bucket] = self.counts.get(bucket, 0) + count
+        self.total_s += other.total_s
+
+    def figures_ms(self) -> dict[str, float]:
+        total = sum(self.counts.values())
+        if not total:
+            return {}
+        return {"mean": round(self.total_s / total * 1e3, 2)} | {
+            _name(quantile): round(self._quantile(quantile * total) * 1e3, 2)
+            for quantile in QUANTILES
+        }
+
+    def _quantile(self, rank: float) -> float:
+        seen = 0
+        for bucket in sorted(self.counts):
+            seen += self.counts[bucket]
+            if seen >= rank:
+                break
+        return float(GAP_FLOOR_S * GAP_STEP ** (bucket + 0.5))
+
+
+_LOG_STEP = math.log(GAP_STEP)
+
+
+class Objective(msgspec.Struct, frozen=True):
+    """What an answer must keep to count as good; 0: anything goes."""
+
+    ttft_s: float = 0.0
+    token_s: float = 0.0
+    took_s: float = 0.0
+
+    def met(self, record: Record) -> bool:
+        pairs = (
+            (record.ttft_s, self.ttft_s),
+            (record.token_s, self.token_s),
+            (record.took_s, self.took_s),
+        )
+        return not record.error and not any(most and took > most for took, most in pairs)
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """A run: what it was (``setting``), what it comes to (``summary``), and curves to draw.
+
+    ``warnings``: what makes its figures doubtful, such as a client that was too slow.
+    """
+
+    format: int = FORMAT
+    name: str
+    setting: dict[str, Any]
+    summary: dict[str, Any]
+    curves: dict[str, list[list[float]]]
+    spread: dict[str, int]  # requests of each endpoint, where they are told
+    errors: dict[str, int]
+    warnings: list[str] = []
+
+
+def results(
+    name: str,
+    setting: dict[str, Any],
+    records: Sequence[Record],
+    gaps: Gaps,
+    *,
+    warm_up_s: float = 0.0,
+    objective: Objective | None = None,
+    warnings: Iterable[str] = (),
+) -> Results:
+    """What the records come to; those that were due in the warm-up are left out."""
+    kept = [record for record in records if record.due_s >= warm_up_s]
+    good = [record for record in kept if not record.error]
+    return Results(
+        name=name,
+        setting=setting,
+        summary=_summary(kept, good, gaps, objective or Objective()),
+        curves={
+            "ttft_ms": _distribution([r.ttft_s for r in good]),
+            "took_ms": _distribution([r.took_s for r in good]),
+            "in_flight": _in_flight(records),
+            "ttft_ms_over_time": _over_time(good),
+        },
+        spread=dict(sorted(Counter(r.endpoint for r in kept if r.endpoint).items())),
+        errors=dict(Counter(r.error for r in kept if r.error).most_common()),
+        warnings=list(warnings),
+    )
+
+
+def _summary(
+    kept: list[Record], good: list[Record], gaps: Gaps, objective: Objective
+) -> dict[str, Any]:
+    ended = [record.ended_s for record in kept if not math.isnan(record.ended_s)]
+    duration_s = max(ended, default=0.0) - min((r.due_s for r in kept), default=0.0)
+
+    def per_s(amount: int) -> float:
+        return round(amount / duration_s, 3) if duration_s > 0 else 0.0
+
+    output = sum(record.output_tokens for record in good)
+    prompts = sum(max(0, record.prompt_tokens) for record in good)
+    told = [record for record in good if record.cached_tokens >= 0 and record.prompt_tokens > 0]
+    return {
+        "requests": len(kept),
+        "failed": len(kept) - len(good),
+        "duration_s": round(duration_s, 3),
+        "requests_per_s": per_s(len(good)),
+        "good_requests_per_s": per_s(sum(objective.met(record) for record in good)),
+        "prompt_tokens": prompts,
+        "output_tokens": output,
+        "output_tokens_per_s": per_s(output),
+        "tokens_per_s": per_s(output + prompts),
+        "hit_rate": round(
+            sum(r.cached_tokens for r in told) / sum(r.prompt_tokens for r in told), 4
+        )
+        if told
+        else None,
+        "ttft_ms": _figures_ms([r.ttft_s for r in good]),
+        # What a client sees that starts its clock when it sends, however late that is.
+        "ttft_sent_ms": _figures_ms([r.first_s - r.sent_s for r in good]),
+        "token_ms": _figures_ms([r.token_s for r in good]),
+        "gap_ms": gaps.figures_ms(),
+        "took_ms": _figures_ms([r.took_s for r in good]),
+        "late_ms": _figures_ms([r.sent_s - r.due_s for r in kept]),
+        "spread": _unevenness(kept),
+    }
+
+
+def _figures_ms(values_s: Iterable[float]) -> dict[str, float]:
+    known = sorted(value for value in values_s if not math.isnan(value))
+    if not known:
+        return {}
+    return {"mean": round(statistics.fmean(known) * 1e3, 2)} | {
+        _name(q): round(known[min(len(known) - 1, int(q * len(known)))] * 1e3, 2) for q in QUANTILES
+    }
+
+
+def _name(quantile: float) -> str:
+    return f"p{quantile * 100:g}"
+
+
+def _unevenness(records: list[Record]) -> float | None:
+    """Requests of the busiest endpoint over the mean of all that answered."""
+    counts = Counter(record.endpoint for record in records if record.endpoint)
+    return round(max(counts.values()) * len(counts) / counts.total(), 3) if counts else None
+
+
+def _distribution(values_s: list[float]) -> list[list[float]]:
+    """Points (milliseconds, share of requests that took no longer)."""
+    known = sorted(value for value in values_s if not math.isnan(value))
+    count = len(known)
+    ranks = sorted({round(at * (count - 1) / CURVE_POINTS) for at in range(CURVE_POINTS + 1)})
+    return [[round(known[r] * 1e3, 3), round((r + 1) / count, 5)] for r in ranks] if known else []
+
+
+def _in_flight(records: Sequence[Record]) -> list[list[float]]:
+    """Points (seconds, requests under way)."""
+    changes = sorted(
+        [(r.sent_s, 1) for r in records] + [(r.ended_s, -1) for r in records if r.ended_s >= 0]
+    )
+    if not changes:
+        return []
+    step = changes[-1][0] / CURVE_POINTS or 1.0
+    points: list[list[float]] = []
+    level, index = 0, 0
+    for at in range(CURVE_POINTS + 1):
+        while index < len(changes) and changes[index][0] <= at * step:
+            level += changes[index][1]
+            index += 1
+        points.append([round(at * step, 3), level])
+    return points
+
+
+def _over_time(good: list[Record]) -> list[list[float]]:
+    """Points (seconds, mean time to the first token of the requests that were due around then)."""
+    known = sorted((r.due_s, r.ttft_s) for r in good if not math.isnan(r.ttft_s))
+    size = -(-len(known) // CURVE_POINTS)
+    parts = [known[at : at + size] for at in range(0, len(known), size)] if known else []
+    return [
+        [round(part[0][0], 3), round(statistics.fmean(ttft for _, ttft in part) * 1e3, 3)]
+        for part in parts
+    ]
+
+
+def write(found: Results, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+
+
+def read(path: Path) -> Results:
+    """ResultsError when the file is not there or holds something else."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Results)
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ResultsError(f"{path}: holds no results of kubeai bench: {error}") from None
+    if found.format != FORMAT:
+        raise ResultsError(f"{path}: is of format {found.format}, this version knows {FORMAT}")
+    return found

@@ -1,0 +1,303 @@
+"""What clients ask: conversations, whose turns carry what was said before, and when they begin.
+
+The same traffic drives real endpoints (``kubeai.loadtest``) and simulated engines
+(``kubeai.simulation.cluster``). Generators give the same conversations for the same seed, in text
+of which a simulated token is four bytes (``kubeai.simulation.text``); of a real tokenizer's tokens
+it is about as many.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from kubeai.errors import KubeAIError
+from kubeai.simulation import text
+
+Role = Literal["system", "user", "assistant"]
+Message = tuple[str, str]  # role, text
+TRACE_BLOCK_TOKENS = 512  # what one of a trace's `hash_ids` stands for
+FILE_MAX_BYTES = 8 << 30
+
+
+class TrafficError(KubeAIError):
+    """A file of traffic that cannot be used; says where in it."""
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What a user says next, and how long the answer may be."""
+
+    text: str
+    reply_tokens: int = 0  # `max_tokens`; 0: as long as the engine makes it
+    reply: str | None = None  # what the history has for an answer; None: the one that came
+    think_s: float = 0.0  # between the answer before and this
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    """``history``: what stands before its first turn. ``embeddings``: turns are inputs alone."""
+
+    turns: tuple[Turn, ...]
+    history: tuple[Message, ...] = ()
+    at_s: float | None = None  # when it begins, since the start; None: when there is room
+    kind: Literal["chat", "embeddings"] = "chat"
+
+    def prompt(self, turn: int, replies: Iterable[str]) -> list[Message]:
+        """The messages of a turn; ``replies``: what came for the turns before it."""
+        messages = list(self.history)
+        for said, came in zip(self.turns[:turn], replies, strict=True):
+            messages.append(("user", said.text))
+            messages.append(("assistant", came if said.reply is None else said.reply))
+        messages.append(("user", self.turns[turn].text))
+        return messages
+
+
+# -- made up ---------------------------------------------------------------------------------------
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """A generator's parameters: lengths are means in tokens, spread as real traffic's are."""
+
+    conversations: int = 1000
+    turns: int = 8
+    system_tokens: int = 0
+    systems: int = 1  # different system prompts, each conversation has one
+    prompt_tokens: int = 120  # of the first turn
+    turn_tokens: int = 60  # of each further one
+    reply_tokens: int = 120
+    think_s: float = 0.0
+    documents: int = 0  # RAG: different ones, the popular ones asked about far more often
+    document_tokens: int = 0
+    replies: bool = False  # whether history has answers of the generator's, not the engine's
+    spread: float = 0.6  # of lengths: the deviation of their logarithm; 0: all alike
+    kind: Literal["chat", "embeddings"] = "chat"
+
+
+SHAPES = {
+    "chat": Shape(),
+    # A long instruction that all share, as products have it.
+    "assistant": Shape(system_tokens=1500, turns=6),
+    # Questions about documents that stand before the question.
+    "rag": Shape(turns=2, documents=200, document_tokens=4000, prompt_tokens=40, reply_tokens=200),
+    # Many short steps with a tool's output each, on one long prompt.
+    "agent": Shape(turns=20, system_tokens=3000, systems=4, turn_tokens=250, reply_tokens=60),
+    "embeddings": Shape(turns=1, prompt_tokens=300, reply_tokens=0, kind="embeddings"),
+}
+
+
+def generate(
+    shape: Shape, seed: int, *, first: int = 0, step: int = 1
+) -> Iterator[Conversation]:
+    """The conversations of a shape, one after the other; the same for the same seed.
+
+    Of those, with ``first`` and ``step``, one in so many: a share of several processes.
+    """
+    writer = _Writer(shape, seed)
+    for number in range(first, shape.conversations, step):
+        yield writer.conversation(number)
+
+
+class _Writer:
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self._shape, self._seed = shape, seed
+        self._popularity = list(
+            itertools.accumulate(1 / (rank + 1) for rank in range(shape.documents))
+        )
+
+    def conversation(self, number: int) -> Conversation:
+        shape = self._shape
+        # Not one source for all: a conversation is the same however many there are.
+        source = random.Random(f"{self._seed} conversation {number}")
+        history: list[Message] = []
+        if shape.system_tokens:
+            which = source.randrange(shape.systems)
+            history.append(("system", self._fixed("system", which, shape.system_tokens)))
+        before = ""
+        if shape.documents:
+            (which,) = source.choices(range(shape.documents), cum_weights=self._popularity)
+            before = self._fixed("document", which, shape.document_tokens) + "\n\n"
+        turns = [self._turn(source, shape.prompt_tokens, before)]
+        while len(turns) < shape.turns:
+            turns.append(self._turn(source, shape.turn_tokens))
+        return Conversation(tuple(turns), tuple(history), kind=shape.kind)
+
+    def _turn(self, source: random.Random, tokens: int, before: str = "") -> Turn:
+        shape = self._shape
+        said = before + text.words(source, self._length(source, tokens))
+        reply_tokens = self._length(source, shape.reply_tokens) if shape.reply_tokens else 0
+        reply = text.words(source, reply_tokens) if shape.replies else None
+        think_s = source.expovariate(1 / shape.think_s) if shape.think_s else 0.0
+        return Turn(said, reply_tokens, reply, think_s)
+
+    def _fixed(self, what: str, which: int, tokens: int) -> str:
+        """Of exactly this length, the same wherever it stands."""
+        return text.words(random.Random(f"{self._seed} {what} {which}"), tokens)
+
+    def _length(self, source: random.Random, mean: int) -> int:
+        spread = self._shape.spread
+        if not spread:
+            return max(1, mean)
+        # A lognormal's mean is exp(mu + spread² / 2).
+        drawn = source.lognormvariate(math.log(mean) - spread * spread / 2, spread)
+        return max(1, min(round(drawn), 20 * mean))
+
+
+def unrolled(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+    """Each turn as a request of its own, with the history that it has; replies must be given.
+
+    As vLLM's benchmark and those made of it ask: turns do not wait for those before them.
+    """
+    for one in conversations:
+        for turn in range(len(one.turns)):
+            *history, _ = one.prompt(turn, [""] * turn)
+            last = msgspec.structs.replace(one.turns[turn], think_s=0.0)
+            yield Conversation((last,), tuple(history), kind=one.kind)
+
+
+# -- from files ------------------------------------------------------------------------------------
+
+
+def read_sharegpt(
+    path: Path, *, messages_min: int = 2, tokens_max: int = 8192
+) -> list[Conversation]:
+    """Conversations in ShareGPT's format: ``[{"conversations": [{"from", "value"}, …]}, …]``.
+
+    History has the answers of the file; the file's answers say how long those of the engine may be.
+    What begins with an answer loses it; turns from the first that is too long on are left out.
+    TrafficError says what is wrong with the file.
+    """
+    found = _parsed(path)
+    if not isinstance(found, list):
+        raise TrafficError(f"{path}: is not a list of conversations")
+    conversations = []
+    for number, entry in enumerate(found):
+        try:
+            said = [(str(m["from"]), str(m["value"])) for m in entry["conversations"]]
+        except (TypeError, KeyError):
+            raise TrafficError(
+                f"{path}: entry {number} is not {{'conversations': [{{'from', 'value'}}, …]}}"
+            ) from None
+        if len(said) >= messages_min and (turns := _turns(said, tokens_max)):
+            conversations.append(Conversation(turns))
+    if not conversations:
+        raise TrafficError(f"{path}: holds no conversation of at least {messages_min} messages")
+    return conversations
+
+
+def _turns(said: list[Message], tokens_max: int) -> tuple[Turn, ...]:
+    while said and said[0][0] not in ("human", "user"):
+        said = said[1:]
+    turns, tokens = [], 0
+    for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=False):
+        length = text.count(text.pack(answer))
+        tokens += text.count(text.pack(question)) + length
+        if tokens > tokens_max or not question:
+            break
+        turns.append(Turn(question, max(1, length), answer))
+    return tuple(turns)
+
+
+def read_trace(path: Path) -> list[Conversation]:
+    """Requests with the time of each, a JSON object a line, in one of two forms.
+
+    ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or as
+    published traces have it, without text: ``{"timestamp": <ms>, "input_length": <tokens>,
+    "output_length": <tokens>, "hash_ids": [<block>, …]}``, where equal blocks (of 512 tokens) are
+    equal text.
+    TrafficError says which line is wrong.
+    """
+    conversations = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    conversations.append(_traced(f"{path}: line {number}", line))
+    except OSError as error:
+        raise TrafficError(f"{path}: {error.strerror}") from None
+    if not conversations:
+        raise TrafficError(f"{path}: is empty")
+    return sorted(conversations, key=lambda one: one.at_s or 0.0)
+
+
+class _Line(msgspec.Struct):
+    timestamp: float
+    messages: list[dict[str, Any]] | None = None
+    max_tokens: int = 0
+    input_length: int = 0
+    output_length: int = 0
+    hash_ids: list[int] = []
+
+
+def _traced(where: str, line: bytes) -> Conversation:
+    try:
+        one = msgspec.json.decode(line, type=_Line)
+    except msgspec.DecodeError as error:
+        raise TrafficError(f"{where}: {error}") from None
+    at_s = one.timestamp / 1000
+    if one.messages:
+        said = [(str(m.get("role", "user")), str(m.get("content") or "")) for m in one.messages]
+        turn = Turn(said[-1][1], one.max_tokens)
+        return Conversation((turn,), tuple(said[:-1]), at_s)
+    if one.input_length < 1:
+        raise TrafficError(f"{where}: has neither messages nor an input_length")
+    blocks = one.hash_ids or [random.Random(where).getrandbits(48)]
+    parts = [text.words(random.Random(f"block {block}"), TRACE_BLOCK_TOKENS) for block in blocks]
+    parts = list(itertools.islice(itertools.cycle(parts), -(-one.input_length // 512)))
+    prompt = "".join(parts)[: one.input_length * text.TOKEN_BYTES]
+    return Conversation((Turn(prompt, one.output_length),), (), at_s)
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        if path.stat().st_size > FILE_MAX_BYTES:
+            raise TrafficError(f"{path}: is larger than {FILE_MAX_BYTES >> 30} GiB")
+        return msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise TrafficError(f"{path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise TrafficError(f"{path}: is not JSON: {error}") from None
+
+
+# -- when ------------------------------------------------------------------------------------------
+
+
+class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
+    """Times at which conversations begin whether or not others have ended (open loop)."""
+
+    per_s: float
+    kind: Literal["poisson", "constant", "bursts", "ramp"] = "poisson"
+    burst: int = 10  # conversations at once
+    until_per_s: float = 0.0  # a ramp's rate at its end
+    ramp_s: float = 60.0
+
+    def times(self, seed: int) -> Iterator[float]:
+        """Seconds since the start, without end."""
+        source = random.Random(f"{seed} arrivals")
+        at_s = 0.0
+        while True:
+            if self.kind == "bursts":
+                at_s += source.expovariate(self.per_s / self.burst)
+                yield from itertools.repeat(at_s, self.burst)
+            elif self.kind == "constant":
+                yield at_s
+                at_s += 1 / self.per_s
+            else:
+                at_s += source.expovariate(self._rate(at_s))
+                yield at_s
+
+    def _rate(self, at_s: float) -> float:
+        if self.kind == "poisson":
+            return self.per_s
+        share = min(1.0, at_s / self.ramp_s)
+        return self.per_s + (self.until_per_s - self.per_s) * share
+
+
+def timed(conversations: Iterable[Conversation], times: Iterable[float]) -> Iterator[Conversation]:
+    """Conversations with the times of their beginning."""
+    for one, at_s in zip(conversations, times, strict=False):
+        yield msgspec.structs.replace(one, at_s=at_s)

@@ -1,0 +1,125 @@
+"""What requests come to: the figures of a run, real or simulated."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kubeai.simulation.records import (
+    Gaps,
+    Objective,
+    Record,
+    ResultsError,
+    read,
+    results,
+    write,
+)
+
+
+def record(due_s=0.0, ttft_s=0.1, took_s=1.0, tokens=10, **more):
+    more = {"prompt_tokens": 100, "cached_tokens": 50} | more
+    return Record(
+        0, 0, due_s, more.pop("sent_s", due_s), due_s + ttft_s, due_s + took_s, **more,
+        output_tokens=tokens,
+    )  # fmt: skip
+
+
+def test_a_run_in_figures():
+    records = [
+        record(due_s=float(n), ttft_s=0.1 * (n + 1), endpoint="ab"[n % 2]) for n in range(10)
+    ]
+    records.append(Record(0, 0, 3.0, 3.0, ended_s=4.0, error="status 503", endpoint="a"))
+    found = results("r", {"x": 1}, records, Gaps())
+    summary = found.summary
+    assert (summary["requests"], summary["failed"]) == (11, 1)
+    assert summary["duration_s"] == 10.0
+    assert summary["requests_per_s"] == 1.0
+    assert (summary["output_tokens"], summary["tokens_per_s"]) == (100, 110.0)
+    assert summary["hit_rate"] == 0.5
+    assert summary["ttft_ms"] == {"mean": 550.0, "p50": 600.0, "p90": 1000.0, "p99": 1000.0}
+    assert found.errors == {"status 503": 1}
+    assert found.spread == {"a": 6, "b": 5}
+    assert summary["spread"] == pytest.approx(12 / 11, abs=1e-3)
+    assert found.curves["ttft_ms"][-1] == [1000.0, 1.0]
+    assert max(level for _, level in found.curves["in_flight"]) >= 1
+
+
+def test_the_clock_starts_when_a_request_is_due_however_late_it_is_sent():
+    found = results("r", {}, [record(ttft_s=2.0, sent_s=1.5)], Gaps()).summary
+    assert found["ttft_ms"]["mean"] == 2000.0
+    assert found["ttft_sent_ms"]["mean"] == 500.0
+    assert found["late_ms"]["mean"] == 1500.0
+
+
+def test_what_was_due_in_the_warm_up_is_left_out():
+    records = [record(due_s=0.0, ttft_s=9.0, took_s=9.5), record(due_s=5.0)]
+    found = results("r", {}, records, Gaps(), warm_up_s=5.0).summary
+    assert found["requests"] == 1
+    assert found["ttft_ms"]["mean"] == 100.0
+
+
+def test_good_are_the_answers_that_keep_every_objective():
+    records = [record(ttft_s=0.1), record(ttft_s=0.6), record(took_s=5.0), record(error="cut")]
+    for objective, good in (
+        (Objective(), 3),
+        (Objective(ttft_s=0.5), 2),
+        (Objective(ttft_s=0.5, took_s=2.0), 1),
+        (Objective(token_s=0.2), 2),
+    ):
+        found = results("r", {}, records, Gaps(), objective=objective).summary
+        assert found["good_requests_per_s"] == pytest.approx(good / 5.0, abs=1e-3)
+
+
+def test_a_run_without_answers_has_figures_too(tmp_path):
+    failed = [Record(0, 0, 0.0, 0.0, ended_s=1.0, error="connection refused")]
+    for records in ([], failed):
+        found = results("r", {}, records, Gaps())
+        assert found.summary["ttft_ms"] == {}
+        assert found.summary["hit_rate"] is None
+        write(found, tmp_path / "r.json")
+        assert read(tmp_path / "r.json") == found
+
+
+@given(st.lists(st.floats(1e-5, 100), min_size=1, max_size=200))
+def test_gaps_are_told_within_two_percent(values_s):
+    gaps = Gaps()
+    for value_s in values_s:
+        gaps.add(value_s)
+    figures = gaps.figures_ms()
+    exact = sorted(values_s)[math.ceil(0.5 * len(values_s)) - 1] * 1e3
+    assert figures["p50"] == pytest.approx(exact, rel=0.021, abs=0.006)
+    assert figures["mean"] == pytest.approx(1e3 * sum(values_s) / len(values_s), abs=0.006)
+
+
+def test_gaps_of_several_processes_are_put_together():
+    one, other, both = Gaps(), Gaps(), Gaps()
+    for value_s, gaps in ((0.01, one), (0.02, other), (0.3, other)):
+        gaps.add(value_s)
+        both.add(value_s)
+    one.merge(other)
+    assert one.counts == both.counts
+    assert one.total_s == pytest.approx(both.total_s)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "No such file"), ("{}", "holds no results"), ("x", "holds no results")],
+)
+def test_a_file_that_holds_no_results_is_told(tmp_path, content, words):
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ResultsError, match=words):
+        read(path)
+
+
+def test_results_of_another_format_are_refused(tmp_path):
+    path = tmp_path / "r.json"
+    found = results("r", {}, [], Gaps())
+    found.format = 99
+    write(found, path)
+    with pytest.raises(ResultsError, match="is of format 99"):
+        read(path)

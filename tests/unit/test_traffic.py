@@ -1,0 +1,184 @@
+"""What clients ask: made up, read from files, and when."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+
+import msgspec
+import pytest
+
+from kubeai.simulation import text
+from kubeai.simulation.traffic import (
+    SHAPES,
+    Arrivals,
+    Conversation,
+    Shape,
+    TrafficError,
+    Turn,
+    generate,
+    read_sharegpt,
+    read_trace,
+    unrolled,
+)
+
+
+def tokens(said: str) -> int:
+    return text.count(text.pack(said))
+
+
+def some(shape: Shape, count: int, seed: int = 1) -> list[Conversation]:
+    return list(generate(msgspec.structs.replace(shape, conversations=count), seed))
+
+
+# -- made up ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_seed_gives_the_same_conversations_however_many_there_are(name):
+    assert some(SHAPES[name], 3) == some(SHAPES[name], 30)[:3]
+    assert some(SHAPES[name], 3) != some(SHAPES[name], 3, seed=2)
+
+
+def test_lengths_are_spread_around_their_means():
+    shape = Shape(turns=2, prompt_tokens=200, turn_tokens=50, reply_tokens=100)
+    many = some(shape, 2000)
+    first = [tokens(one.turns[0].text) for one in many]
+    assert statistics.fmean(first) == pytest.approx(200, rel=0.05)
+    assert statistics.fmean(tokens(o.turns[1].text) for o in many) == pytest.approx(50, rel=0.05)
+    assert statistics.fmean(o.turns[1].reply_tokens for o in many) == pytest.approx(100, rel=0.05)
+    assert min(first) < 80 < 400 < max(first)
+    alike = some(msgspec.structs.replace(shape, spread=0.0), 3)
+    assert {tokens(one.turns[0].text) for one in alike} == {200}
+
+
+def test_system_prompts_are_shared_and_documents_stand_before_the_question():
+    many = some(Shape(system_tokens=300, systems=3), 100)
+    systems = {one.history[0] for one in many}
+    assert len(systems) == 3
+    assert {(role, tokens(said)) for role, said in systems} == {("system", 300)}
+    asked = some(Shape(turns=1, documents=20, document_tokens=100), 400)
+    documents = [one.turns[0].text[: 100 * text.TOKEN_BYTES] for one in asked]
+    counts = sorted((documents.count(one) for one in set(documents)), reverse=True)
+    assert len(counts) <= 20
+    assert counts[0] > 4 * counts[-1], "some are asked about far more often"
+
+
+def test_a_turn_carries_what_was_said_before_it():
+    one = Conversation((Turn("a"), Turn("b", reply="given"), Turn("c")), (("system", "s"),))
+    assert one.prompt(2, ["came", "ignored"]) == [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "came"),
+        ("user", "b"),
+        ("assistant", "given"),
+        ("user", "c"),
+    ]
+
+
+def test_unrolled_each_turn_is_a_request_with_its_history():
+    (one,) = some(Shape(turns=3, replies=True), 1)
+    parts = list(unrolled([one]))
+    assert [len(part.history) for part in parts] == [0, 2, 4]
+    for number, part in enumerate(parts):
+        whole = one.prompt(number, [""] * number)
+        assert part.prompt(0, ()) == whole
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def said(*texts: str) -> dict:
+    speakers = itertools.cycle(("human", "gpt"))
+    return {"conversations": [{"from": next(speakers), "value": t} for t in texts]}
+
+
+def test_sharegpt_gives_turns_with_the_files_answers(tmp_path):
+    file = tmp_path / "s.json"
+    entries = [said("hello", "hi there", "bye", "b" * 40), said("short", "one")]
+    late = {
+        "conversations": [{"from": "gpt", "value": "I begin"}, *said("q", "a")["conversations"]]
+    }
+    file.write_text(json.dumps([*entries, late]))
+    first, _, third = read_sharegpt(file)
+    assert first.turns == (Turn("hello", 2, "hi there"), Turn("bye", 10, "b" * 40))
+    assert third.turns == (Turn("q", 1, "a"),)
+    assert read_sharegpt(file, messages_min=4) == [first]
+    assert read_sharegpt(file, tokens_max=6)[0].turns == (Turn("hello", 2, "hi there"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ("{}", "is not a list"),
+        ("[]", "holds no conversation"),
+        ('[{"conversations": [{"from": "human"}]}]', "entry 0 is not"),
+        ("[1]", "entry 0 is not"),
+    ],
+)
+def test_a_wrong_sharegpt_file_is_told_with_its_path(tmp_path, content, words):
+    file = tmp_path / "s.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(TrafficError, match=words) as caught:
+        read_sharegpt(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_trace_has_times_and_equal_blocks_are_equal_text(tmp_path):
+    file = tmp_path / "t.jsonl"
+    lines = [
+        {"timestamp": 2000, "input_length": 700, "output_length": 9, "hash_ids": [1, 2]},
+        {"timestamp": 500, "input_length": 600, "output_length": 5, "hash_ids": [1, 3]},
+        {
+            "timestamp": 900.5,
+            "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+            "max_tokens": 7,
+        },
+    ]
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    early, middle, late = read_trace(file)
+    assert [one.at_s for one in (early, middle, late)] == [0.5, 0.9005, 2.0]
+    assert middle == Conversation((Turn("u", 7),), (("system", "s"),), 0.9005)
+    first, second = early.turns[0].text, late.turns[0].text
+    assert (tokens(first), tokens(second)) == (600, 700)
+    shared = 512 * text.TOKEN_BYTES
+    assert first[:shared] == second[:shared]
+    assert first[shared:] != second[shared : len(first)]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"),
+        ('{"timestamp": 1}', "line 1: has neither"),
+        ('{"timestamp": 1, "input_length": 4}\nx', "line 2"),
+        ('{"input_length": 4}', "line 1.*timestamp"),
+    ],
+)
+def test_a_wrong_trace_is_told_with_its_line(tmp_path, content, words):
+    file = tmp_path / "t.jsonl"
+    file.write_text(content)
+    with pytest.raises(TrafficError, match=words):
+        read_trace(file)
+
+
+# -- when ------------------------------------------------------------------------------------------
+
+
+def until(arrivals: Arrivals, end_s: float) -> list[float]:
+    return list(itertools.takewhile(lambda at_s: at_s < end_s, arrivals.times(1)))
+
+
+def test_arrivals_come_at_their_rate():
+    assert len(until(Arrivals(per_s=20), 500)) == pytest.approx(10_000, rel=0.05)
+    assert until(Arrivals(per_s=4, kind="constant"), 1.0) == [0.0, 0.25, 0.5, 0.75]
+    bursts = until(Arrivals(per_s=20, kind="bursts", burst=50), 500)
+    assert len(bursts) == pytest.approx(10_000, rel=0.2)
+    assert len(set(bursts)) * 50 == pytest.approx(len(bursts), abs=50)
+    ramp = until(Arrivals(per_s=10, kind="ramp", until_per_s=50, ramp_s=100), 200)
+    assert len([at_s for at_s in ramp if at_s < 20]) == pytest.approx(20 * 14, rel=0.2)
+    assert len([at_s for at_s in ramp if at_s >= 100]) == pytest.approx(100 * 50, rel=0.1)
