@@ -1,0 +1,367 @@
+"""A Model's engines behind one gateway, under traffic, in virtual time: ``kubeai bench simulate``.
+
+The ring, the load table and the key of a request are those that serve requests, and the engines are
+the mock engine's; only time and sockets are not there. Deterministic: the same setting and traffic
+give the same records everywhere.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from kubeai import openai
+from kubeai._load import LoadTable, Reservation
+from kubeai._ring import Ring
+from kubeai.simulation import text
+from kubeai.simulation.engine import Engine, EngineConfig, Sequence
+from kubeai.simulation.records import Gaps, Record
+from kubeai.simulation.traffic import Conversation
+
+Strategy = Literal["Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle"]
+STRATEGIES: tuple[Strategy, ...] = ("Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle")
+MODEL_ROW = 0
+REPLY_TOKENS = 48  # where a turn does not say
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What is simulated, but for the traffic."""
+
+    engines: int = 8
+    engine: EngineConfig = EngineConfig()
+    strategy: Strategy = "PrefixHash"
+    mean_load_factor: int = 125
+    replication: int = 20
+    prefix_char_length: int = 100
+    concurrency: int = 32  # conversations at a time, of those without a time of their own
+    paced_per_s: float = 0.0  # no more requests are wanted a second; 0: any number
+    client_per_s: float = 0.0  # no more can the client send, however many are due; 0: any number
+    network_s: float = 0.0005  # from the client to an engine, and back
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.strategy != "PrefixHash":
+            return self.strategy
+        return f"PrefixHash {self.mean_load_factor} % x{self.replication}"
+
+
+class Outcome(NamedTuple):
+    records: list[Record]
+    gaps: Gaps
+    preemptions: int
+    ended_s: float
+
+
+# -- who serves a request --------------------------------------------------------------------------
+
+
+class Router(Protocol):
+    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+        """An engine's number; what is to be released when it has answered."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Service:
+    """A Kubernetes Service in front of the engines: at random, or each in its turn (IPVS)."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._turns = itertools.cycle(range(setting.engines))
+        self._random = random.Random(f"{setting.seed} service")
+        self._engines = setting.engines
+        self._in_turn = setting.strategy == "RoundRobin"
+
+    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+        if self._in_turn:
+            return next(self._turns), None
+        return self._random.randrange(self._engines), None
+
+    def close(self) -> None:
+        pass
+
+
+class Gateway:
+    """KubeAI: a load table and a ring in it."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._supervisor = LoadTable.create(setting.engines + 1, 1)
+        self._supervisor.phase = random.Random(f"{setting.seed} gateway").getrandbits(32)
+        self._table = LoadTable.attach(self._supervisor.fd, 0)
+        lives = [self._supervisor.open_row(row) for row in range(setting.engines + 1)]
+        self._ring = Ring(
+            self._table,
+            MODEL_ROW,
+            lives[MODEL_ROW],
+            replication=setting.replication,
+            mean_load_factor=setting.mean_load_factor,
+        )
+        for number, name in enumerate(pod_names(setting), 1):
+            self._ring.set(name, number, lives[number], target=number - 1)
+        self._hashes = setting.strategy == "PrefixHash"
+
+    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+        pick = self._ring.pick_hashed(key) if self._hashes else self._ring.pick_least()
+        assert pick is not None, "there are engines"
+        return pick.target, pick  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._table.close()
+        self._supervisor.close()
+
+
+class Oracle:
+    """Knows every cache: of the engines within the load bound, that which has most of the prompt.
+
+    What no gateway can be; the bound is PrefixHash's.
+    """
+
+    def __init__(self, setting: Setting, engines: list[Engine]) -> None:
+        self._engines = engines
+        self._factor = setting.mean_load_factor / 100
+        self._block = setting.engine.block_tokens
+
+    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+        loads = [engine.running + engine.waiting for engine in self._engines]
+        bound = max(2.0, self._factor * (sum(loads) + 1) / len(loads))
+        within = [number for number, load in enumerate(loads) if load + 1 <= bound]
+
+        def worth(number: int) -> tuple[int, int]:
+            found = self._engines[number].cache.match(hashes, len(hashes))
+            return found, -loads[number]
+
+        return max(within or range(len(loads)), key=worth), None
+
+    def close(self) -> None:
+        pass
+
+
+def pod_names(setting: Setting) -> list[str]:
+    """As pods have them: where an engine stands on the ring depends on its name."""
+    source = random.Random(f"{setting.seed} pods")
+    letters = "bcdfghjklmnpqrstvwxz2456789"
+    return [f"model-m-{''.join(source.choices(letters, k=5))}" for _ in range(setting.engines)]
+
+
+def _router(setting: Setting, engines: list[Engine]) -> Router:
+    match setting.strategy:
+        case "Service" | "RoundRobin":
+            return Service(setting)
+        case "Oracle":
+            return Oracle(setting, engines)
+        case _:
+            return Gateway(setting)
+
+
+# -- a conversation under way ----------------------------------------------------------------------
+
+
+class _Talk:
+    """Its prompt so far as the engines know it, and its place on the ring."""
+
+    __slots__ = ("_blocks", "_random", "_said", "conversation", "key", "number", "turn")
+
+    def __init__(self, number: int, conversation: Conversation, setting: Setting) -> None:
+        self.number = number
+        self.conversation = conversation
+        self.turn = 0
+        self.key = _key(conversation, setting.prefix_char_length)
+        self._random = random.Random(f"{setting.seed} answers {number}")
+        self._said = b""
+        self._blocks = text.Blocks(setting.engine.block_tokens)
+        for role, said in conversation.history:
+            self._blocks.add(text.message(role, said))
+
+    def ask(self) -> tuple[int, int, list[int]]:
+        """(prompt tokens, output tokens, hashes of both) of the turn that is due."""
+        turn = self.conversation.turns[self.turn]
+        if self.conversation.kind == "embeddings":
+            return max(1, text.count(text.pack(turn.text))), 0, []
+        self._blocks.add(text.message("user", turn.text))
+        prompt = self._blocks.then(text.OPENING)
+        output = turn.reply_tokens or REPLY_TOKENS
+        answer = text.pack(text.words(self._random, output))
+        # The history may have another answer than the engine's.
+        kept = answer if turn.reply is None else text.pack(turn.reply)
+        self._said = text.OPENING + kept + text.END
+        return prompt.tokens, output, prompt.then(answer).hashes
+
+    def answered(self) -> None:
+        self._blocks.add(self._said)
+        self.turn += 1
+
+    @property
+    def is_over(self) -> bool:
+        return self.turn == len(self.conversation.turns)
+
+
+def _key(conversation: Conversation, prefix_char_length: int) -> int:
+    """The same for all turns: it is of what is said first."""
+    if conversation.kind == "embeddings":
+        body: dict[str, Any] = {"input": conversation.turns[0].text}
+        kind = openai.Kind.EMBEDDINGS
+    else:
+        said = conversation.prompt(0, ())
+        body = {"messages": [{"role": role, "content": content} for role, content in said]}
+        kind = openai.Kind.CHAT
+    ask = openai.read(kind, msgspec.json.encode({"model": "m"} | body))
+    return openai.key_of(ask, prefix_char_length)
+
+
+class _Pace:
+    """So many a second and no more; ``per_s`` 0: any number."""
+
+    def __init__(self, per_s: float) -> None:
+        self._apart_s = 1 / per_s if per_s else 0.0
+        self._free_s = 0.0
+
+    def next_s(self, now_s: float) -> float:
+        at_s = max(now_s, self._free_s)
+        self._free_s = at_s + self._apart_s
+        return at_s
+
+
+class _Asked(NamedTuple):
+    """A request under way: the owner of its sequence."""
+
+    talk: _Talk
+    record: Record
+    reservation: Reservation | None
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+ARRIVE, SEND, STEP = range(3)
+
+
+class Cluster:
+    """One run of a setting."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._engines = [Engine(setting.engine) for _ in range(setting.engines)]
+        self._names = [f"engine-{number}" for number in range(setting.engines)]
+        self._router = _router(setting, self._engines)
+        self._stepping = [False] * setting.engines
+        self._ended_s = [0.0] * setting.engines  # the last step
+        self._events: list[tuple[float, int, int, Any]] = []  # (when, order, what, of whom)
+        self._order = itertools.count()
+        self._numbers = itertools.count()
+        self._waiting: Iterator[Conversation] = iter(())
+        self._paced = _Pace(setting.paced_per_s)
+        self._client = _Pace(setting.client_per_s)
+        self._records: list[Record] = []
+        self._gaps = Gaps()
+
+    def run(self, conversations: Iterable[Conversation]) -> Outcome:
+        """Play them to their ends: each at its time if it has one, else as others end."""
+        self._waiting = iter(conversations)
+        for _ in range(self._setting.concurrency):
+            if not self._begin(0.0):
+                break
+        now_s = 0.0
+        events = self._events
+        try:
+            while events:
+                now_s, _, what, whose = heapq.heappop(events)
+                if what == STEP:
+                    self._step(whose, now_s)
+                elif what == SEND:
+                    self._send(whose, now_s)
+                else:
+                    self._ask(whose, now_s)
+        finally:
+            self._router.close()
+        preemptions = sum(engine.preemptions for engine in self._engines)
+        return Outcome(self._records, self._gaps, preemptions, now_s)
+
+    def _at(self, when_s: float, what: int, whose: Any) -> None:
+        heapq.heappush(self._events, (when_s, next(self._order), what, whose))
+
+    def _begin(self, now_s: float) -> bool:
+        """The next conversation; whether another may begin beside it."""
+        conversation = next(self._waiting, None)
+        if conversation is None:
+            return False
+        talk = _Talk(next(self._numbers), conversation, self._setting)
+        if conversation.at_s is None:
+            self._ask(talk, now_s)
+            return True
+        self._at(conversation.at_s, ARRIVE, talk)
+        return False  # it begins the one after it
+
+    def _ask(self, talk: _Talk, now_s: float) -> None:
+        """A turn is due: it is sent at once, unless the client cannot."""
+        if talk.conversation.at_s is not None and not talk.turn:
+            self._begin(now_s)
+        due_s = self._paced.next_s(now_s)
+        sent_s = self._client.next_s(due_s)
+        record = Record(talk.number, talk.turn, due_s, sent_s)
+        self._records.append(record)
+        self._at(sent_s + self._setting.network_s, SEND, (talk, record))
+
+    def _send(self, whose: tuple[_Talk, Record], now_s: float) -> None:
+        talk, record = whose
+        prompt, output, hashes = talk.ask()
+        number, reservation = self._router.pick(talk.key, hashes[: prompt // self._block])
+        record.prompt_tokens, record.endpoint = prompt, self._names[number]
+        asked = _Asked(talk, record, reservation)
+        try:
+            self._engines[number].submit(now_s, prompt, output, hashes, asked)
+        except ValueError:
+            record.error, record.ended_s = "status 400", now_s  # longer than the engine's memory
+            self._over(asked, now_s)
+            return
+        if not self._stepping[number]:
+            self._step(number, now_s)
+
+    @property
+    def _block(self) -> int:
+        return self._setting.engine.block_tokens
+
+    def _step(self, number: int, now_s: float) -> None:
+        step = self._engines[number].step(now_s)
+        self._stepping[number] = step.next_s is not None
+        if step.next_s is not None:
+            self._at(step.next_s, STEP, number)
+        if not step.advanced:
+            return
+        # All that decode have waited for the step, but for who was preempted in between.
+        decoded = sum(1 for sequence in step.advanced if sequence.produced > 1)
+        if decoded:
+            self._gaps.add(now_s - self._ended_s[number], decoded)
+        self._ended_s[number] = now_s
+        for sequence in step.advanced:
+            if sequence.done:
+                self._answered(sequence, now_s)
+
+    def _answered(self, sequence: Sequence, now_s: float) -> None:
+        asked = sequence.owner
+        assert isinstance(asked, _Asked)
+        record, back_s = asked.record, self._setting.network_s
+        first_s = sequence.first_token_s if sequence.output_tokens else now_s
+        record.first_s, record.ended_s = first_s + back_s, now_s + back_s
+        record.cached_tokens, record.output_tokens = sequence.cached_tokens, sequence.produced
+        self._over(asked, now_s)
+
+    def _over(self, asked: _Asked, now_s: float) -> None:
+        talk = asked.talk
+        if asked.reservation is not None:
+            asked.reservation.release()
+        talk.answered()
+        back_s = now_s + self._setting.network_s
+        if not talk.is_over:
+            think_s = talk.conversation.turns[talk.turn].think_s
+            self._at(back_s + think_s, ARRIVE, talk)
+        elif talk.conversation.at_s is None:
+            self._begin(back_s)
+
+
+def play(setting: Setting, conversations: Iterable[Conversation]) -> Outcome:
+    return Cluster(setting).run(conversations)

@@ -1,0 +1,128 @@
+"""Engines behind a gateway in virtual time: what must hold whatever the traffic is."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+
+from kubeai.simulation import records, traffic
+from kubeai.simulation.cluster import STRATEGIES, Setting, play
+from kubeai.simulation.engine import EngineConfig
+from kubeai.simulation.presets import PRESETS
+from kubeai.simulation.traffic import Conversation, Shape, Turn
+
+ENGINE = EngineConfig(cache_blocks=1200, decode_tokens_per_s=0.0, weights_s=0.02)
+TALKS = Shape(conversations=60, turns=4, reply_tokens=30)
+
+
+def run(conversations=None, **setting):
+    setting = Setting(**({"engine": ENGINE, "engines": 4, "concurrency": 20} | setting))
+    return play(setting, conversations or traffic.generate(TALKS, 1))
+
+
+def figures(outcome):
+    return records.results("r", {}, outcome.records, outcome.gaps).summary
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_turn_is_asked_once_and_answered_whole(strategy):
+    outcome = run(strategy=strategy)
+    expected = list(traffic.generate(TALKS, 1))
+    asked = {(one.conversation, one.turn): one for one in outcome.records}
+    assert len(asked) == len(outcome.records) == 60 * 4
+    for (conversation, turn), record in asked.items():
+        assert not record.error
+        assert record.output_tokens == expected[conversation].turns[turn].reply_tokens
+        assert record.due_s <= record.sent_s < record.first_s <= record.ended_s
+        assert 0 <= record.cached_tokens < record.prompt_tokens
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_setting_gives_the_same_records(strategy):
+    assert run(strategy=strategy).records == run(strategy=strategy).records
+
+
+def test_a_turn_comes_after_the_answer_before_it_and_the_thinking():
+    shape = Shape(conversations=20, turns=3, think_s=5.0)
+    expected = list(traffic.generate(shape, 1))
+    turns = defaultdict(dict)
+    for record in run(traffic.generate(shape, 1)).records:
+        turns[record.conversation][record.turn] = record
+    for number, of in turns.items():
+        for turn in (1, 2):
+            think_s = expected[number].turns[turn].think_s
+            assert of[turn].due_s == pytest.approx(of[turn - 1].ended_s + think_s)
+
+
+def test_no_more_conversations_run_than_at_a_time_and_as_many_when_there_are():
+    outcome = run(concurrency=7)
+    changes = sorted(
+        [(r.due_s, 1) for r in outcome.records if r.turn == 0]
+        + [(r.ended_s, -1) for r in outcome.records if r.turn == TALKS.turns - 1]
+    )
+    level, most = 0, 0
+    for _, change in sorted(changes, key=lambda pair: (pair[0], pair[1])):
+        level += change
+        most = max(most, level)
+    assert most == 7
+
+
+def test_conversations_with_times_begin_then_whatever_else_goes_on():
+    times = [0.5 * n for n in range(60)]
+    outcome = run(traffic.timed(traffic.generate(TALKS, 1), times), engines=1)
+    first = sorted(record.due_s for record in outcome.records if record.turn == 0)
+    assert first == times
+
+
+def test_a_client_that_cannot_keep_up_is_late_and_its_own_clock_does_not_tell():
+    outcome = run(client_per_s=5.0, concurrency=60)
+    found = figures(outcome)
+    assert found["late_ms"]["p90"] > 3_000
+    assert found["ttft_ms"]["mean"] > 3_000 > found["ttft_sent_ms"]["mean"]
+    paced = figures(run(paced_per_s=5.0, concurrency=60))
+    assert paced["late_ms"]["p99"] == 0.0
+    assert paced["ttft_ms"] == paced["ttft_sent_ms"] == found["ttft_sent_ms"]
+
+
+def test_prefixes_are_found_more_often_the_more_the_router_knows():
+    hits = {s: figures(run(strategy=s, concurrency=40))["hit_rate"] for s in STRATEGIES}
+    assert hits["Service"] < hits["PrefixHash"] <= hits["Oracle"] + 0.02
+    assert hits["LeastLoad"] < hits["PrefixHash"]
+
+
+def test_what_an_engine_could_never_hold_is_refused_and_the_rest_goes_on():
+    long = Conversation((Turn("x" * 100_000, 10), Turn("more", 10)))
+    short = Conversation((Turn("hello", 10),))
+    outcome = run([long, short], engines=1)
+    errors = [(record.conversation, record.error) for record in outcome.records]
+    assert sorted(errors) == [(0, "status 400"), (0, "status 400"), (1, "")]
+
+
+def test_embeddings_make_no_tokens_and_share_nothing():
+    shape = Shape(conversations=30, turns=1, prompt_tokens=200, reply_tokens=0, kind="embeddings")
+    outcome = run(traffic.generate(shape, 1))
+    assert len(outcome.records) == 30
+    for record in outcome.records:
+        assert (record.output_tokens, record.cached_tokens, record.error) == (0, 0, "")
+        assert record.ended_s == record.first_s
+
+
+def test_gaps_add_up_to_the_time_between_first_and_last_tokens():
+    outcome = run(engines=1, concurrency=5)
+    assert outcome.preemptions == 0
+    between_s = sum(record.ended_s - record.first_s for record in outcome.records)
+    assert outcome.gaps.total_s == pytest.approx(between_s, rel=1e-6)
+    tokens = sum(record.output_tokens - 1 for record in outcome.records)
+    assert sum(outcome.gaps.counts.values()) == tokens
+
+
+def test_a_preset_alone_has_the_times_of_its_source():
+    """By NVIDIA's figures for one request at a time: 407 ms to the first token, 18.6 ms each."""
+    shape = Shape(conversations=5, turns=1, prompt_tokens=5000, reply_tokens=500, spread=0.0)
+    engine = PRESETS["llama-3.3-70b-fp8-h100x2"]
+    found = figures(run(traffic.generate(shape, 1), engine=engine, engines=1, concurrency=1))
+    assert found["ttft_ms"]["mean"] == pytest.approx(407, rel=0.1)
+    assert found["token_ms"]["mean"] == pytest.approx(18.6, rel=0.03)
+    assert not math.isnan(found["tokens_per_s"])
