@@ -5,10 +5,10 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd kubeai/gateway/*.pyx)
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test check bench asan soak clean
+.PHONY: help build run test check bench bench-headline asan soak clean
 
 help:  ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -55,6 +55,9 @@ bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from wha
 	KUBEBUILDER_ASSETS=$$(tests/cluster/build.sh || true) \
 		$(BIN)/python bench/control_plane.py --json build/bench/control.json
 	$(BIN)/python bench/report.py build/bench docs/performance.md
+
+bench-headline: .venv/installed-test  ## what routing by prefix is worth, simulated
+	$(BIN)/python bench/headline.py
 
 asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
 	tests/asan.sh

@@ -1,4 +1,4 @@
-"""The commands: serve · local · load · uninstall · mock-engine · crd.
+"""The commands: serve · local · load · bench · uninstall · mock-engine · crd.
 
 What a person did wrong ends in one line on stderr and exit status 2, never in a traceback.
 """
@@ -156,6 +156,9 @@ def _app() -> Any:
         """Run an engine that answers like vLLM, made-up text, real timing: no GPU needed."""
         raise AssertionError("main() answers this command before typer is imported")
 
+    from kubeai.loadtest.commands import app as bench  # imports typer, and no more
+
+    app.add_typer(bench(), name="bench")
     return app
 
 

@@ -170,6 +170,8 @@ class Stream(Group):
             event = self._dialect.opening(self.usage()) + event
         if not self.left:
             self.rest = event
+        elif self._transport.is_closing():
+            pass  # the client is gone, and the handler about to be told
         elif self._chunked:
             self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
         else:

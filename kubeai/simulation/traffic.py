@@ -90,9 +90,7 @@ SHAPES = {
 }
 
 
-def generate(
-    shape: Shape, seed: int, *, first: int = 0, step: int = 1
-) -> Iterator[Conversation]:
+def generate(shape: Shape, seed: int, *, first: int = 0, step: int = 1) -> Iterator[Conversation]:
     """The conversations of a shape, one after the other; the same for the same seed.
 
     Of those, with ``first`` and ``step``, one in so many: a share of several processes.

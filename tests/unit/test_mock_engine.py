@@ -21,11 +21,12 @@ import structlog
 from aiohttp import web
 
 from kubeai.mock_engine import main
-from kubeai.mock_engine.dialects import audio_seconds
+from kubeai.mock_engine.dialects import Ask, Chat, Meta, audio_seconds
 from kubeai.mock_engine.options import UsageError, parse
-from kubeai.mock_engine.server import MockEngine
+from kubeai.mock_engine.server import Job, MockEngine, Pacer, Stream
+from kubeai.simulation.engine import Engine, EngineConfig
 from kubeai.simulation.presets import PRESETS
-from kubeai.simulation.text import pack
+from kubeai.simulation.text import pack, reply
 
 FAST = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=0")
 HELLO = [{"role": "user", "content": "Hello there, engine"}]
@@ -772,3 +773,38 @@ def test_a_preset_is_a_real_engines_speed_which_flags_change():
     changed = parse([f"--preset={preset}", "--cache-blocks=99", "--max-batch=3"])[0].config
     expected = msgspec.structs.replace(PRESETS[preset], cache_blocks=99, max_batch=3)
     assert changed == expected
+
+
+class Gone:
+    """The transport of a client that has left, as uvloop's is."""
+
+    def is_closing(self):
+        return True
+
+    def write(self, data):
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+
+class There(Gone):
+    def __init__(self):
+        self.written = []
+
+    def is_closing(self):
+        return False
+
+    def write(self, data):
+        self.written.append(data)
+
+
+async def test_a_client_that_left_in_the_middle_of_a_step_holds_up_nobody_else():
+    pacer = Pacer(Engine(EngineConfig(prefill_tokens_per_s=0, decode_tokens_per_s=200)))
+    there = There()
+    streams = []
+    for transport in (Gone(), there):
+        said = reply(b"x" * 40, limit=5)
+        ask = Ask("m", [b""], [], 5, True, False)
+        dialect = Chat(Meta("chatcmpl-1", 0, "m", "r"), ask)
+        streams.append(Stream(pacer, dialect, [said], transport, chunked=True))
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(stream.run([Job(10, 5)]) for stream in streams))
+    assert len(there.written) == 4, "the last one goes with the end"

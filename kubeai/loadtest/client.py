@@ -1,0 +1,347 @@
+"""HTTP/1.1 to one endpoint: a connection a request, kept alive between them, without a limit.
+
+A request is bytes, made before it is due. A stream's pieces go from the socket to `sse.Reader` in
+three calls; nothing is copied or queued on the way. Times are of CLOCK_MONOTONIC, in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, cast
+
+import httptools
+
+from kubeai.errors import KubeAIError
+from kubeai.loadtest.sse import Reader
+
+CONNECT_TIMEOUT_S = 10.0
+LOST_UNANSWERED = "lost before it answered"
+
+
+class EndpointError(KubeAIError):
+    """An endpoint cannot be asked, as its URL is written or as it answers."""
+
+
+class Answer:
+    """What became of a request. ``error``: what kind of failure, "" if it was none.
+
+    It is also what the HTTP parser calls, which has looked up the methods as it was made: a
+    stream's pieces go to its reader without a detour.
+    """
+
+    __slots__ = (
+        *("body", "ended_s", "endpoint", "error", "reader", "said", "status"),
+        *("_connection", "_ended", "_endpoint_header", "_framed", "_parser", "_parts", "on_body"),
+    )
+
+    def __init__(self, reader: Reader | None, endpoint_header: bytes) -> None:
+        self.reader = reader  # of a stream; None: the answer is wanted whole, in `body`
+        self.status = 0
+        self.error = ""
+        self.said = ""  # the endpoint's own words about a failure
+        self.body = b""
+        self.endpoint = ""  # who answered
+        self.ended_s = 0.0
+        self._endpoint_header = endpoint_header
+        self._framed = False  # the head says where the body ends
+        self._parts: list[bytes] = []
+        self._connection: Connection | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self.on_body: Callable[[bytes], None] = (
+            self._parts.append if reader is None else reader.feed
+        )
+        self._parser: Any = None
+
+    def begin(self, connection: Connection) -> Callable[[bytes], None]:
+        """It comes over this connection; returns what takes its bytes."""
+        self._connection = connection
+        self._parser = httptools.HttpResponseParser(self)
+        self._ended = asyncio.get_running_loop().create_future()
+        self.error = self.said = ""
+        self.ended_s = 0.0
+        feed: Callable[[bytes], None] = self._parser.feed_data
+        return feed
+
+    async def wait(self) -> None:
+        """Until it has ended."""
+        assert self._ended is not None
+        await self._ended
+
+    def lose(self, exc: Exception | None) -> None:
+        """Its connection has ended."""
+        if not self.status:
+            self.end(LOST_UNANSWERED)
+        elif exc is None and not self._framed:  # the end of the connection is that of the body
+            self.on_message_complete()
+        elif self.reader is not None and self.status < 300:
+            self.reader.close()
+            self.end("" if self.reader.done else "cut", self.reader.problem)
+        else:
+            self.end("cut")
+
+    def end(self, error: str, said: str = "") -> None:
+        """The first end counts."""
+        if self._connection is None or self._ended is None:
+            return
+        self.error, self.said, self.ended_s = error, said, monotonic()
+        self._connection.ended(reusable=self._parser.should_keep_alive())
+        self.forget()
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def forget(self) -> None:
+        """Nothing more comes. This and its parser would keep each other until a collection."""
+        self._connection = self._parser = None
+
+    # -- what the parser calls ---------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name in (b"content-length", b"transfer-encoding"):
+            self._framed = True
+        elif name == self._endpoint_header:
+            self.endpoint = value.decode(errors="replace")
+
+    def on_headers_complete(self) -> None:
+        if self._parser is None:  # one more answer, to nothing
+            return
+        self.status = self._parser.get_status_code()
+        if self.reader is not None and self.status >= 300:
+            self.reader.keep()
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # 100 Continue and the like
+            self._framed = False
+            return
+        reader = self.reader
+        self.body = b"".join(self._parts) if reader is None else reader.body
+        if self.status >= 300:
+            self.end(f"status {self.status}", _words(self.body))
+        elif reader is None:
+            self.end("")
+        else:
+            reader.close()
+            self.end("cut" if reader.problem or not reader.done else "", reader.problem)
+
+
+class Address:
+    """Where an OpenAI endpoint is. EndpointError when the URL does not say that."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            port = parts.port
+        except ValueError as error:
+            raise EndpointError(f"{url!r}: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise EndpointError(f"{url!r}: must be http://host:port/path, or https")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise EndpointError(
+                f"{parts.scheme}://{parts.hostname}: takes no user, query or fragment in the URL"
+            )
+        self.host = parts.hostname
+        self.tls = parts.scheme == "https"
+        self.port = port or (443 if self.tls else 80)
+        self.path = parts.path
+        self.authority = parts.netloc
+
+
+class Client:
+    """The connections to one endpoint. Call `find` before the first request, `close` at the end.
+
+    ``headers``: of every request. ``endpoint_header``: the answers' header that says who answered.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        headers: Sequence[tuple[str, str]] = (),
+        *,
+        timeout_s: float,
+        endpoint_header: str = "",
+    ) -> None:
+        self.address = address
+        self.endpoint_header = endpoint_header.lower().encode()
+        self.idle: list[Connection] = []
+        self.open: set[Connection] = set()
+        self.readers: set[Reader] = set()  # of streams that are under way
+        self._timeout_s = timeout_s
+        self._tls = ssl.create_default_context() if address.tls else None
+        self._places: Sequence[tuple[Any, ...]] = ()
+        self._next_place = itertools.count()
+        given = {name.lower() for name, _ in headers}
+        defaults = {"Host": address.authority, "User-Agent": "kubeai-bench", "Accept": "*/*"}
+        lines = [f"{name}: {value}" for name, value in headers]
+        lines += [
+            f"{name}: {value}" for name, value in defaults.items() if name.lower() not in given
+        ]
+        self._head = "".join(f"{line}\r\n" for line in lines).encode()
+
+    async def find(self) -> None:
+        """Resolve the name, once, and keep the addresses that take a connection.
+
+        EndpointError when none does.
+        """
+        loop = asyncio.get_running_loop()
+        host, port = self.address.host, self.address.port
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise EndpointError(f"{self.address.url}: {host}: {_reason(error)}") from None
+        places = list(dict.fromkeys(place for *_, place in found))
+        kept, last = [], ""
+        for place in places:
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    self.idle.append(await self._connect(place))
+                kept.append(place)
+            except TimeoutError:
+                last = f"no connection within {CONNECT_TIMEOUT_S:g} s"
+            except OSError as error:
+                last = _reason(error)
+        if not kept:
+            raise EndpointError(f"{self.address.url}: {last}")
+        self._places = kept
+
+    def request(self, method: str, path: str, body: bytes = b"") -> bytes:
+        """The bytes of a request; ``path`` is below the endpoint's."""
+        head = f"{method} {self.address.path}{path} HTTP/1.1\r\n".encode() + self._head
+        if body:
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+        return head + b"\r\n" + body
+
+    async def send(self, request: bytes, reader: Reader | None = None) -> Answer:
+        """Send a request and wait for the end of its answer, whatever that is."""
+        answer = Answer(reader, self.endpoint_header)
+        if reader is not None:
+            self.readers.add(reader)
+        connection = None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = self.idle.pop() if self.idle else None
+                if connection is not None:
+                    await connection.ask(request, answer)
+                    if answer.error != LOST_UNANSWERED:
+                        return answer
+                    # The server had ended the connection before it saw the request.
+                place = self._places[next(self._next_place) % len(self._places)]
+                connection = await self._connect(place)
+                await connection.ask(request, answer)
+        except TimeoutError:
+            answer.error = "timeout"
+        except OSError as error:
+            answer.error = f"connection: {_reason(error)}"
+        finally:
+            if reader is not None:
+                self.readers.discard(reader)
+            if connection is not None:
+                connection.leave(answer)
+            answer.forget()
+            if not answer.ended_s or answer.error == "timeout":
+                answer.ended_s = monotonic()
+        if answer.error == LOST_UNANSWERED:
+            answer.error = "connection: lost"
+        return answer
+
+    def close(self) -> None:
+        for connection in list(self.open):
+            connection.abort()
+
+    async def _connect(self, place: tuple[Any, ...]) -> Connection:
+        _, made = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(self),
+            *place[:2],
+            ssl=self._tls,
+            server_hostname=self.address.host if self._tls else None,
+        )
+        return made
+
+
+class Connection(asyncio.Protocol):
+    """One connection; it has an answer to bring, or rests in its client's ``idle``."""
+
+    __slots__ = ("_answer", "_client", "_feed", "_transport")
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._transport: asyncio.Transport | None = None
+        self._answer: Answer | None = None
+        self._feed: Callable[[bytes], None] = self._unasked
+
+    async def ask(self, request: bytes, answer: Answer) -> None:
+        """Send a request; returns when its answer has ended."""
+        self._answer, self._feed = answer, answer.begin(self)
+        if self._transport is None or self._transport.is_closing():
+            answer.end(LOST_UNANSWERED)
+        else:
+            self._transport.write(request)
+        await answer.wait()
+
+    def ended(self, *, reusable: bool) -> None:
+        """The answer has."""
+        self._answer, self._feed = None, self._unasked
+        if self._transport is None or self._transport.is_closing():
+            return
+        if reusable:
+            self._client.idle.append(self)
+        else:
+            self._transport.close()
+
+    def leave(self, answer: Answer) -> None:
+        """Nobody waits for it any longer: what is still to come of it is not wanted.
+
+        If it has ended, this may be at work for another by now.
+        """
+        if self._answer is answer:
+            self._answer = None
+            self.abort()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._client.open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._feed(data)
+        except httptools.HttpParserCallbackError:
+            raise
+        except httptools.HttpParserError as error:
+            self.abort()
+            if self._answer is not None:
+                self._answer.end(f"not HTTP: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client.open.discard(self)
+        self._transport = None
+        with contextlib.suppress(ValueError):
+            self._client.idle.remove(self)
+        if self._answer is not None:
+            self._answer.lose(exc)
+
+    def _unasked(self, _data: bytes) -> None:
+        self.abort()
+
+
+def _words(body: bytes) -> str:
+    return " ".join(body.decode(errors="replace").split())[:500]
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate: {error.verify_message}"
+    if isinstance(error, ssl.SSLError | socket.gaierror) or not error.errno:
+        return error.strerror or str(error)
+    return os.strerror(error.errno)

@@ -1,0 +1,166 @@
+"""Runs of ``kubeai bench`` beside each other: which figures, which is best, and by how much.
+
+Owns the rows, for the terminal (:func:`table`) and for the page (``report``) alike. A figure that
+no run has is left out; one that a run lacks is a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kubeai.simulation.records import Results
+
+MISSING = "–"
+MORE, LESS, NEITHER = 1, -1, 0  # what is better
+
+
+class Figure(NamedTuple):
+    label: str
+    path: tuple[str, ...]  # where it is in Results.summary
+    better: int = NEITHER
+    scale: float = 1  # from the summary's unit to the label's
+
+
+class Cell(NamedTuple):
+    """A run's value, its ratio to the first run's ("" for the first), if no other run's is better.
+
+    Where all runs show the same, or there is but one, none is best.
+    """
+
+    text: str
+    ratio: str
+    best: bool
+
+
+class Row(NamedTuple):
+    label: str
+    cells: list[Cell]  # one a run
+
+
+def _times(key: str, better: int) -> tuple[Figure, ...]:
+    return tuple(Figure(name, (key, name), better) for name in ("mean", "p50", "p90", "p99"))
+
+
+FIGURES: dict[str, tuple[Figure, ...]] = {
+    "Requests": (
+        Figure("all", ("requests",)),
+        Figure("failed", ("failed",), LESS),
+        Figure("duration, s", ("duration_s",)),
+    ),
+    "Throughput, per second": (
+        Figure("requests", ("requests_per_s",), MORE),
+        Figure("good requests", ("good_requests_per_s",), MORE),
+        Figure("output tokens", ("output_tokens_per_s",), MORE),
+        Figure("tokens", ("tokens_per_s",), MORE),
+    ),
+    "Cache and balance": (
+        Figure("cache hit rate, %", ("hit_rate",), MORE, 100),
+        Figure("spread (busiest ÷ mean)", ("spread",), LESS),
+    ),
+    "Time to first token, ms": _times("ttft_ms", LESS),
+    "Time per output token, ms": _times("token_ms", LESS),
+    "Gap between tokens, ms": _times("gap_ms", LESS),
+    "End to end, ms": _times("took_ms", LESS),
+    "Sent late by, ms": _times("late_ms", NEITHER),  # the client's doing
+}
+
+
+def figures(runs: Sequence[Results]) -> dict[str, list[Row]]:
+    """The rows of each group that has any, by the group's title."""
+    found = {title: _rows(runs, group) for title, group in FIGURES.items()}
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def errors(runs: Sequence[Results]) -> list[Row]:
+    """A row for each kind of error, the commonest first."""
+    kinds = {kind for run in runs for kind in run.errors}
+    counts = {kind: [run.errors.get(kind, 0) for run in runs] for kind in kinds}
+    order = sorted(kinds, key=lambda kind: (-sum(counts[kind]), kind))
+    return [Row(printable(kind), _cells(counts[kind], NEITHER)) for kind in order]
+
+
+def warnings(run: Results) -> list[str]:
+    """What makes the run's figures doubtful: that requests failed, and its own warnings."""
+    failed, requests = (run.summary.get(key) or 0 for key in ("failed", "requests"))
+    told = [printable(warning) for warning in run.warnings]
+    if not requests:
+        return ["no requests were measured", *told]
+    if failed == requests:
+        return [f"none of {requests:,} requests succeeded", *told]
+    if failed:
+        return [f"{failed:,} of {requests:,} requests failed: times are those of the others", *told]
+    return told
+
+
+def table(runs: Sequence[Results]) -> str:
+    """Plain text for a terminal, without a newline at its end; "×": to the first run."""
+    groups = [*figures(runs).items(), ("Errors", errors(runs))]
+    lines = [["", *(printable(run.name) for run in runs)]]
+    for title, rows in groups:
+        lines += [[title]] if rows else []
+        lines += [[f"  {row.label}", *_plain(row.cells)] for row in rows]
+    full = [line for line in lines if len(line) > 1]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    text = [
+        "  ".join(f"{cell:{'>' if at else '<'}{widths[at]}}" for at, cell in enumerate(line))
+        for line in lines
+    ]
+    if len(runs) > 1:
+        text += ["", "* the best of its row; ×: ratio to the first run"]
+    text += [f"! {printable(run.name)}: {each}" for run in runs for each in warnings(run)]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def printable(text: str) -> str:
+    """Without what would move a terminal's cursor or is no character of XML."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def _plain(cells: Sequence[Cell]) -> list[str]:
+    texts = [f"{'*' if cell.best else ''}{cell.text}" for cell in cells]
+    ratios = [f" {cell.ratio:>7}" for cell in cells[1:]]
+    return [text + ratio for text, ratio in zip(texts, ["", *ratios], strict=True)]
+
+
+def _rows(runs: Sequence[Results], group: Sequence[Figure]) -> list[Row]:
+    values = [(figure, [_value(run, figure) for run in runs]) for figure in group]
+    return [
+        Row(figure.label, _cells(row, figure.better))
+        for figure, row in values
+        if any(value is not None for value in row)
+    ]
+
+
+def _value(run: Results, figure: Figure) -> float | None:
+    found: object = run.summary
+    for key in figure.path:
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, int | float) or not math.isfinite(found):
+        return None
+    return found * figure.scale
+
+
+def _cells(values: Sequence[float | None], better: int) -> list[Cell]:
+    known = [value for value in values if value is not None]
+    whole = all(isinstance(value, int) for value in known)
+    decimals = 0 if whole else max(_decimals(value) for value in known)
+    texts = [MISSING if value is None else f"{value:,.{decimals}f}" for value in values]
+    best = f"{(max if better == MORE else min)(known):,.{decimals}f}"
+    marked = better != NEITHER and len(set(texts)) > 1
+    return [
+        Cell(text, _ratio(values[0], value) if at else "", marked and text == best)
+        for at, (text, value) in enumerate(zip(texts, values, strict=True))
+    ]
+
+
+def _ratio(first: float | None, value: float | None) -> str:
+    if not first or value is None:
+        return ""
+    return f"×{value / first:,.{_decimals(value / first)}f}"
+
+
+def _decimals(value: float) -> int:
+    """As many as show three digits, two at most; 0 needs none."""
+    return max(0, min(2, 2 - math.floor(math.log10(abs(value))))) if value else 0

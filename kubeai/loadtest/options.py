@@ -1,0 +1,170 @@
+"""What stands on the command line, as a `Plan`; OptionError names the option that is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import msgspec
+
+from kubeai.api.duration import parse_duration
+from kubeai.errors import KubeAIError
+from kubeai.loadtest.plan import ENDLESS, ClosedLoop, MadeUp, OpenLoop, ShareGpt, Trace
+from kubeai.simulation.traffic import SHAPES, Arrivals
+
+CONCURRENCY = 32
+Arrival = Literal["poisson", "constant", "bursts", "ramp"]
+
+
+class OptionError(KubeAIError):
+    """An option cannot be used; the message begins with its name."""
+
+
+def seconds(
+    option: str, text: str | None, default: float = 0.0, *, positive: bool = False
+) -> float:
+    """Of a duration such as ``1m30s``; ``default``: where the option is not given."""
+    if text is None:
+        return default
+    try:
+        value = parse_duration(text)
+    except ValueError as error:
+        raise OptionError(f"{option}: {error}") from None
+    if value < 0:
+        raise OptionError(f"{option}: {text} is less than 0")
+    if positive and not value:
+        raise OptionError(f"{option}: must be more than 0")
+    return value
+
+
+def headers(lines: list[str], api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """Of lines such as ``X-Label-Selector: tier=fast``, and the one that a key is sent in."""
+    found = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or not line.isprintable():
+            raise OptionError(f"--header: {line!r} is not 'Name: value'")
+        found.append((name.strip(), value.strip()))
+    if api_key and "authorization" not in {name.lower() for name, _ in found}:
+        found.append(("Authorization", f"Bearer {api_key}"))
+    return tuple(found)
+
+
+def fields(option: str, text: str | None) -> dict[str, Any]:
+    """Of a JSON object such as ``{"ignore_eos": true}``."""
+    try:
+        found = msgspec.json.decode(text or "{}")
+    except msgspec.DecodeError as error:
+        raise OptionError(f"{option}: {error}") from None
+    if not isinstance(found, dict):
+        raise OptionError(f"{option}: {text!r} is no JSON object")
+    return found
+
+
+def traffic(
+    *,
+    shape: str | None,
+    changes: dict[str, Any],
+    seed: int,
+    endless: bool,
+    sharegpt: Path | None,
+    messages_min: int,
+    trace: Path | None,
+    speed: float,
+) -> MadeUp | ShareGpt | Trace:
+    """``changes``: to the shape's fields, None where there is none. ``endless``: the load has an
+    end of its own."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    sources = {"--shape": shape, "--sharegpt": sharegpt, "--trace": trace}
+    if len(named := [name for name, value in sources.items() if value is not None]) > 1:
+        raise OptionError(f"{named[1]}: does not go with {named[0]}")
+    if sharegpt is None and trace is None:
+        name = shape or "chat"
+        if name not in SHAPES:
+            raise OptionError(f"--shape: {name!r} is none of {', '.join(SHAPES)}")
+        if endless:
+            given.setdefault("conversations", ENDLESS)
+        return MadeUp(name, msgspec.structs.replace(SHAPES[name], **given), seed)
+    if given:
+        option = {"think_s": "think-time"}.get(next(iter(given)), next(iter(given)))
+        raise OptionError(f"--{option.replace('_', '-')}: goes with --shape, not with {named[0]}")
+    if sharegpt is not None:
+        return ShareGpt(str(sharegpt), messages_min)
+    if speed <= 0:
+        raise OptionError("--speed: must be more than 0")
+    return Trace(str(trace), speed)
+
+
+def load(
+    *,
+    concurrency: int | None,
+    rate: float | None,
+    arrivals: str | None,
+    burst: int | None,
+    until_rate: float | None,
+    ramp_time: str | None,
+    timed: bool,
+) -> ClosedLoop | OpenLoop:
+    """``timed``: the traffic has times of its own."""
+    of_rate = {"arrivals": arrivals, "burst": burst, "until-rate": until_rate}
+    given = [name for name, value in (of_rate | {"ramp-time": ramp_time}).items() if value]
+    if rate is None:
+        if given:
+            raise OptionError(f"--{given[0]}: needs --rate")
+        if timed and concurrency is None:
+            return OpenLoop()
+        return ClosedLoop(concurrency or CONCURRENCY)
+    if concurrency is not None:
+        raise OptionError("--rate: does not go with --concurrency: a load has one or the other")
+    if rate <= 0:
+        raise OptionError("--rate: must be more than 0")
+    kind = arrivals or "poisson"
+    if kind not in get_args(Arrival):
+        raise OptionError(f"--arrivals: {kind!r} is none of {', '.join(get_args(Arrival))}")
+    if kind == "ramp" and not (until_rate and until_rate > 0):
+        raise OptionError("--until-rate: a ramp needs the rate at its end, more than 0")
+    return OpenLoop(
+        Arrivals(
+            per_s=rate,
+            kind=cast(Arrival, kind),
+            burst=burst or 10,
+            until_per_s=until_rate or 0.0,
+            ramp_s=seconds("--ramp-time", ramp_time, 60.0, positive=True),
+        )
+    )
+
+
+def counts(option: str, text: str | None) -> list[int]:
+    """Of ``100,200,400``; none where the option is not given."""
+    try:
+        found = [int(part) for part in (text or "").split(",") if text]
+    except ValueError:
+        found = [0]
+    if any(count < 1 for count in found):
+        raise OptionError(f"{option}: {text!r} is not a number, or several as in 100,200,400")
+    return found
+
+
+def folder(option: str, path: Path | None) -> Path | None:
+    """Made where it is not there; results are written to it at the end."""
+    if path is None:
+        return None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{option}: {path}: {error.strerror}") from None
+    return path
+
+
+def writable(option: str, path: Path | None) -> Path | None:
+    """The file that is written at the end: that it can be is known before hours of load."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"{option}: {path.parent}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OptionError(f"{option}: {path} cannot be written")
+    return path

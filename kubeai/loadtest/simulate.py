@@ -1,0 +1,149 @@
+"""``kubeai bench simulate``: the same traffic on simulated engines, by the very same ring."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from kubeai.loadtest import compare
+from kubeai.loadtest.options import OptionError
+from kubeai.loadtest.plan import ClosedLoop, MadeUp, OpenLoop, Plan, ShareGpt, Trace
+from kubeai.simulation import cluster, records
+from kubeai.simulation.cluster import Setting, Strategy
+from kubeai.simulation.presets import PRESETS
+from kubeai.simulation.records import Objective, Results
+from kubeai.simulation.traffic import Conversation
+
+RUNS_MAX = 100
+
+
+class Simulation(msgspec.Struct, frozen=True, kw_only=True):
+    """Traffic, and the settings that it is played in, one after the other."""
+
+    traffic: MadeUp | ShareGpt | Trace
+    load: ClosedLoop | OpenLoop  # of the traffic; a setting's own concurrency comes before it
+    preset: str
+    settings: tuple[Setting, ...]
+    seed: int
+    warm_up_s: float = 0.0
+    requests_max: int | None = None
+    objective: Objective = Objective()
+
+    def conversations(self) -> Iterator[Conversation]:
+        plan = Plan(url="", model="", traffic=self.traffic, load=self.load, seed=self.seed)
+        every = (conversation for _, conversation in plan.conversations())
+        if isinstance(self.load, ClosedLoop):  # a trace's times do not count then
+            every = (msgspec.structs.replace(one, at_s=None) for one in every)
+        return _first(every, self.requests_max)
+
+
+def _first(every: Iterator[Conversation], requests: int | None) -> Iterator[Conversation]:
+    """Conversations that have so many turns together; the last one may be cut."""
+    left = sys.maxsize if requests is None else requests
+    for one in every:
+        if left <= 0:
+            return
+        turns = one.turns[:left]
+        left -= len(turns)
+        yield one if len(turns) == len(one.turns) else msgspec.structs.replace(one, turns=turns)
+
+
+def settings(
+    *,
+    preset: str,
+    cache_blocks: int | None,
+    engines: int,
+    strategies: str,
+    concurrencies: Sequence[int],
+    **ring: Any,
+) -> tuple[Setting, ...]:
+    """One for each strategy and concurrency; ``ring``: fields of `Setting`, None: its default."""
+    if preset not in PRESETS:
+        raise OptionError(f"--preset: {preset!r} is none of {', '.join(PRESETS)}")
+    engine = PRESETS[preset]
+    if cache_blocks is not None:
+        engine = msgspec.structs.replace(engine, cache_blocks=cache_blocks)
+    names = [name.strip() for name in strategies.split(",")]
+    for name in names:
+        if name not in get_args(Strategy):
+            raise OptionError(f"--strategies: {name!r} is none of {', '.join(get_args(Strategy))}")
+    given = {key: value for key, value in ring.items() if value is not None}
+    found = tuple(
+        Setting(engines=engines, engine=engine, strategy=name, concurrency=concurrency, **given)  # type: ignore[arg-type]
+        for concurrency, name in itertools.product(concurrencies, names)
+    )
+    if len(found) > RUNS_MAX:
+        raise OptionError(f"--strategies: {len(found)} runs, the limit is {RUNS_MAX}")
+    return found
+
+
+def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> int:
+    """Play all settings, on as many cores as there are; say and write what they came to."""
+    found: list[Results] = []
+    jobs = [(asked, number) for number in range(len(asked.settings))]
+    # Spawned: a copy of this process would have its threads' locks, too.
+    with ProcessPoolExecutor(
+        min(len(jobs), os.cpu_count() or 1),
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    ) as pool:
+        try:
+            for one in pool.map(_play, jobs):
+                found.append(one)
+                print(f"{one.name}: done", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            print(f"interrupted: {len(found)} of {len(jobs)} runs are done", file=sys.stderr)
+    for concurrency in dict.fromkeys(setting.concurrency for setting in asked.settings):
+        group = [one for one in found if one.setting.get("concurrency", concurrency) == concurrency]
+        if group:
+            print(compare.table(group))
+    _write(found, json_folder, html_path)
+    return 0 if len(found) == len(jobs) else 130
+
+
+def _play(job: tuple[Simulation, int]) -> Results:
+    asked, number = job
+    setting = asked.settings[number]
+    outcome = cluster.play(setting, asked.conversations())
+    closed = isinstance(asked.load, ClosedLoop)
+    described = msgspec.to_builtins(setting)
+    if not closed:
+        del described["concurrency"]
+    return records.results(
+        f"{setting.name}, {setting.concurrency:,} at a time" if closed else setting.name,
+        {
+            "simulated": asked.preset,
+            "traffic": msgspec.to_builtins(asked.traffic),
+            "load": "closed" if closed else msgspec.to_builtins(asked.load),
+            **described,
+            "preemptions": outcome.preemptions,
+        },
+        outcome.records,
+        outcome.gaps,
+        warm_up_s=asked.warm_up_s,
+        objective=asked.objective,
+    )
+
+
+def _write(found: list[Results], json_folder: Path | None, html_path: Path | None) -> None:
+    if json_folder is not None:
+        for number, one in enumerate(found, 1):
+            name = "".join(c if c.isalnum() else "-" for c in one.name.lower())
+            records.write(one, json_folder / f"{number:02}-{name}.json")
+    if html_path is not None and found:
+        from kubeai.loadtest.report import report
+
+        html_path.write_text(report(found), encoding="utf-8")

@@ -1,0 +1,194 @@
+"""Reads the stream of a chat completion, at little cost an event.
+
+An event that brings text is told from its bytes alone: in JSON a quote inside of a string is
+escaped, so ``"content":"`` can only be the field. Whatever does not look like that is decoded:
+roles, reasoning, tool calls, the usage, errors, and text of servers that write JSON with spaces.
+In most streams the text stands at the same place in each event: a piece that is one event with
+text there is counted without a look at its lines, in 0.5 µs in place of 3. Of such a piece nothing
+is kept: with thousands of streams, what a chunk touches in memory costs more than what it computes.
+Pieces may be cut anywhere, lines may end in CRLF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+LINE_MAX_BYTES = 1 << 20
+_FIELD = b"data:"
+_CONTENT, _USAGE = b'"content":"', b'"usage":{'
+_CONTENT_BYTES = len(_CONTENT)
+_QUOTE = ord('"')
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct):
+    """What an answer says of itself; -1: it does not."""
+
+    prompt_tokens: int = -1
+    completion_tokens: int = -1
+    prompt_tokens_details: _Details | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        details = self.prompt_tokens_details
+        return -1 if details is None or details.cached_tokens is None else details.cached_tokens
+
+
+class Said(msgspec.Struct):
+    """A message, or a part of it. Reasoning has two names, by the age of the engine."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Any] | None = None
+
+    def is_empty(self) -> bool:
+        return not (self.content or self.reasoning_content or self.reasoning or self.tool_calls)
+
+
+class _Choice(msgspec.Struct):
+    delta: Said | None = None
+    message: Said | None = None
+
+
+class Answer(msgspec.Struct):
+    """An event of a stream, or a whole answer: the fields that count here."""
+
+    choices: list[_Choice] = []
+    usage: Usage | None = None
+    error: Any = None
+
+    @property
+    def said(self) -> list[Said]:
+        found = (choice.delta or choice.message for choice in self.choices)
+        return [one for one in found if one is not None]
+
+    @property
+    def text(self) -> str:
+        return "".join(one.content or "" for one in self.said)
+
+
+decode_answer = msgspec.json.Decoder(Answer).decode
+
+
+class Reader:
+    """One stream. ``times_s``: when each event with something in it came, by ``clock``.
+
+    ``keep``: the text is wanted. Call `feed` with what comes and `close` at the end; then ``done``
+    says whether it ended as it should, ``problem`` what was wrong with it.
+    """
+
+    __slots__ = (
+        *("_at", "_clock", "_end", "_kept", "_rest"),
+        *("done", "others", "problem", "times_s", "usage"),
+    )
+
+    def __init__(self, *, keep: bool = False, clock: Callable[[], float] = monotonic) -> None:
+        self.times_s: list[float] = []
+        self.others = 0  # events without text
+        self.done = False  # `[DONE]` has come
+        self.usage: Usage | None = None
+        self.problem = ""
+        self._clock = clock
+        self._kept: list[bytes] | None = [] if keep else None
+        self._rest = b""  # of a line, whose end has not come
+        # Of the last event with text: where that is in it, and how it ends. One that tells the
+        # usage as well ends otherwise, and is decoded.
+        self._at = 0
+        self._end = b"\0"
+
+    def feed(self, piece: bytes) -> None:
+        if (
+            piece.startswith(_CONTENT, self._at)
+            and piece.endswith(self._end)
+            and piece[self._at + _CONTENT_BYTES] != _QUOTE
+            and piece.startswith(_FIELD)
+            and piece.find(b"\n") == len(piece) - 2
+            and not self._rest
+        ):
+            self.times_s.append(self._clock())
+            if self._kept is not None:
+                self._kept.append(piece)
+        else:
+            self._lines(piece, self._clock())
+
+    def keep(self) -> None:
+        """Keep what comes from here on, as ``body``."""
+        if self._kept is None:
+            self._kept = []
+
+    def close(self) -> None:
+        """Nothing more comes. A last line need not end in a line feed."""
+        if self._rest:
+            self._lines(b"\n", self._clock())
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._kept or ())
+
+    @property
+    def text(self) -> str:
+        """What was said, reasoning left out: as a client's history has it."""
+        lines = self.body.splitlines()
+        events = (line[5:].strip() for line in lines if line.startswith(_FIELD))
+        return "".join(_text(event) for event in events if event and event != b"[DONE]")
+
+    def _lines(self, piece: bytes, now_s: float) -> None:
+        if self._kept is not None:
+            self._kept.append(piece)
+        lines = (self._rest + piece).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            if line.startswith(_FIELD):
+                self._event(line, now_s)
+        if len(self._rest) > LINE_MAX_BYTES:
+            self._rest = b""
+            self.problem = f"an event of more than {LINE_MAX_BYTES >> 20} MiB"
+
+    def _event(self, line: bytes, now_s: float) -> None:
+        at = line.find(_CONTENT)
+        data = line[len(_FIELD) :].strip()
+        if at >= 0 and line[at + _CONTENT_BYTES :][:1] not in (b'"', b""):
+            self.times_s.append(now_s)
+            self._at, self._end = at, line[-2:] + b"\n\n"
+            if _USAGE in line:
+                self._end = b"\0"
+                self._decoded(data)
+        elif data == b"[DONE]":
+            self.done = True
+            self.others += 1
+        elif data:
+            self._other(data, now_s)
+
+    def _other(self, data: bytes, now_s: float) -> None:
+        event = self._decoded(data)
+        if event is not None and not all(one.is_empty() for one in event.said):
+            self.times_s.append(now_s)
+        else:
+            self.others += 1
+
+    def _decoded(self, data: bytes) -> Answer | None:
+        try:
+            event = decode_answer(data)
+        except msgspec.DecodeError as error:
+            self.problem = self.problem or f"an event that is not understood: {error}"
+            return None
+        if event.usage is not None:
+            self.usage = event.usage
+        if event.error is not None:
+            self.problem = self.problem or data.decode(errors="replace")
+        return event
+
+
+def _text(event: bytes) -> str:
+    try:
+        return decode_answer(event).text
+    except msgspec.DecodeError:
+        return ""

@@ -1,0 +1,382 @@
+"""`kubeai bench` as a program, against mock engines that are programs as well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from harness import until
+
+RUN_TIMEOUT_S = 40
+FAST = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=0")
+SLOW = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=50")
+SMALL = ("--turns", "2", "--prompt-tokens", "60", "--turn-tokens", "20", "--reply-tokens", "8")
+
+
+class Ran:
+    """What a `kubeai bench` ended with."""
+
+    def __init__(self, code: int, out: str, said: str) -> None:
+        self.code, self.out, self.said = code, out, said
+
+    def fails(self) -> str:
+        """The one line that it said."""
+        assert (self.code, self.out) == (2, "")
+        assert "Traceback" not in self.said
+        (line,) = self.said.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+
+class Bench:
+    """`kubeai bench` in a folder of its own, where its results go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.json = folder / "results.json"
+        self.env = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"}
+
+    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "kubeai", "bench", *arguments),
+            env=self.env,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def ended(self, process: asyncio.subprocess.Process) -> Ran:
+        async with asyncio.timeout(RUN_TIMEOUT_S):
+            out, said = await process.communicate()
+        print(out.decode(), said.decode())
+        return Ran(process.returncode, out.decode(), said.decode())
+
+    async def run(self, url: str, *arguments: str) -> Ran:
+        process = await self.start("run", url, *arguments, "--json", str(self.json))
+        return await self.ended(process)
+
+    def found(self) -> dict[str, Any]:
+        return json.loads(self.json.read_bytes())
+
+
+class Engine:
+    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+        self.process, self.address, self.url = process, address, f"http://{address}/v1"
+
+    async def received(self) -> dict[str, Any]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{self.address}/mock/requests") as response,
+        ):
+            return await response.json()
+
+    async def has_received(self, count: int) -> None:
+        async def enough() -> bool:
+            return (await self.received())["total"] >= count
+
+        await until(f"{count} requests have come", enough)
+
+
+@contextlib.asynccontextmanager
+async def engine(*flags: str) -> AsyncIterator[Engine]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kubeai", "mock-engine"),
+        *("--host", "127.0.0.1", "--port", "0", "--model", "m", *flags),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(RUN_TIMEOUT_S):
+            while "mock engine listens" not in (line := (await process.stderr.readline()).decode()):
+                assert line, "it ended"
+        yield Engine(process, json.loads(line)["address"])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+@pytest.fixture
+def bench(tmp_path) -> Bench:
+    return Bench(tmp_path)
+
+
+# -- loads -----------------------------------------------------------------------------------------
+
+
+async def test_a_closed_loop_of_conversations_is_measured(bench):
+    async with engine(*FAST) as one:
+        page = bench.folder / "page.html"
+        ran = await bench.run(
+            *(one.url, "--model", "m", "--conversations", "20", "--concurrency", "5", *SMALL),
+            *("--name", "mine", "--html", str(page)),
+        )
+        assert ran.code == 0
+        found, received = bench.found(), await one.received()
+        assert received["total"] == 40
+    summary = found["summary"]
+    assert (summary["requests"], summary["failed"]) == (40, 0)
+    assert found["spread"] == {one.address: 40}
+    # What a turn carries of the turns before it is in the engine's cache.
+    assert 0.2 < summary["hit_rate"] < 0.8
+    for times in ("ttft_ms", "token_ms", "gap_ms", "took_ms", "late_ms"):
+        assert summary[times]["p99"] >= summary[times]["p50"] >= 0
+    assert found["name"] == "mine"
+    assert found["setting"]["client"]["processes"] == 1
+    cost = r"client: [\d.]+ µs of CPU a chunk \([\d.]+ of it the kernel's\), .*, 1 process"
+    assert re.fullmatch(cost, ran.out.splitlines()[-1])
+    assert "<html" in page.read_text()
+
+
+async def test_an_open_loop_begins_conversations_at_their_times(bench):
+    async with engine(*SLOW) as one:
+        ran = await bench.run(
+            *(one.url, "--conversations", "60", "--rate", "40", "--arrivals", "constant", *SMALL)
+        )
+    assert ran.code == 0
+    found = bench.found()
+    assert found["summary"]["requests"] == 120
+    assert found["setting"]["model"] == "m", "the only one that there is"
+    # The last one begins after 59 / 40 s, although answers take longer than the 25 ms between them.
+    assert found["summary"]["duration_s"] > 59 / 40
+    assert max(count for _, count in found["curves"]["in_flight"]) > 3
+
+
+async def test_what_is_due_in_the_warm_up_is_sent_and_not_counted(bench):
+    async with engine(*FAST) as one:
+        ran = await bench.run(
+            *(one.url, "--rate", "50", "--arrivals", "constant", "--turns", "1"),
+            *("--warm-up", "400ms", "--duration", "600ms"),
+        )
+        posts = (await one.received())["total"]
+    assert ran.code == 0
+    assert posts == 50
+    assert bench.found()["summary"]["requests"] == 30
+
+
+async def test_two_processes_send_what_one_sends(bench):
+    arguments = ("--conversations", "21", "--concurrency", "4", *SMALL)
+    async with engine(*FAST) as one:
+        summaries = []
+        for processes in ("1", "2"):
+            ran = await bench.run(one.url, *arguments, "--processes", processes)
+            assert ran.code == 0
+            summaries.append(bench.found()["summary"])
+    assert bench.found()["setting"]["client"]["processes"] == 2
+    for what in ("requests", "failed", "prompt_tokens", "output_tokens"):
+        assert summaries[0][what] == summaries[1][what]
+
+
+async def test_no_more_requests_than_wanted(bench):
+    async with engine(*FAST) as one:
+        ran = await bench.run(one.url, "--requests", "17", "--processes", "2", *SMALL)
+        assert ran.code == 0
+        assert (await one.received())["total"] == 17
+    assert bench.found()["summary"]["requests"] == 17
+
+
+async def test_conversations_come_from_a_sharegpt_file(bench):
+    said = [("human", "Why is the sky blue?"), ("gpt", "It scatters."), ("human", "What does?")]
+    said.append(("gpt", "The air that is between you and the sun, more of it in the evening."))
+    entry = {"conversations": [{"from": who, "value": text} for who, text in said]}
+    file = bench.folder / "sharegpt.json"
+    file.write_text(json.dumps([entry] * 6))
+    async with engine(*FAST) as one:
+        ran = await bench.run(one.url, "--sharegpt", str(file))
+    assert ran.code == 0
+    summary = bench.found()["summary"]
+    assert summary["requests"] == 12
+    assert summary["output_tokens"] == 6 * (3 + 17)  # as long as the file's answers
+
+
+async def test_requests_come_from_a_trace_at_its_times(bench):
+    lines = [
+        {"timestamp": 5000 + 100 * at, "input_length": 600, "output_length": 5, "hash_ids": [1, at]}
+        for at in range(21)
+    ]
+    file = bench.folder / "trace.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    async with engine(*FAST) as one:
+        ran = await bench.run(one.url, "--trace", str(file), "--speed", "2")
+    assert ran.code == 0
+    summary = bench.found()["summary"]
+    assert summary["requests"] == 21
+    last_due_s, _ = bench.found()["curves"]["ttft_ms_over_time"][-1]
+    assert last_due_s == pytest.approx(1.0)
+    assert summary["hit_rate"] > 0.5, "of the block that all of them have"
+
+
+async def test_embeddings_have_one_time(bench):
+    async with engine(*FAST) as one:
+        ran = await bench.run(one.url, "--shape", "embeddings", "--conversations", "10")
+    assert ran.code == 0
+    summary = bench.found()["summary"]
+    assert (summary["requests"], summary["failed"]) == (10, 0)
+    assert summary["ttft_ms"] == summary["took_ms"]
+    assert summary["prompt_tokens"] > 0
+
+
+async def test_answers_may_be_asked_for_whole(bench):
+    async with engine(*FAST) as one:
+        ran = await bench.run(one.url, "--no-stream", "--conversations", "8", *SMALL)
+    assert ran.code == 0
+    summary = bench.found()["summary"]
+    assert (summary["requests"], summary["ttft_ms"]) == (16, {})
+    assert summary["hit_rate"] > 0.2, "whole answers are history as well"
+    assert summary["output_tokens"] > 16
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "said"),
+    [
+        ("--sharegpt", None, "No such file"),
+        ("--sharegpt", "{", "is not JSON"),
+        ("--sharegpt", "[{}]", "entry 0"),
+        ("--trace", '{"timestamp": 1, "input_length": 5}\n{"timestamp": "x"}\n', "line 2"),
+    ],
+)
+async def test_a_wrong_file_is_one_line(bench, option, content, said):
+    file = bench.folder / "file"
+    if content is not None:
+        file.write_text(content)
+    async with engine(*FAST) as one:
+        line = (await bench.run(one.url, option, str(file))).fails()
+    assert str(file) in line
+    assert said in line
+    assert not bench.json.exists()
+
+
+async def test_an_endpoint_that_is_down_is_one_line(bench):
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+        line = (await bench.run(url, "--model", "m")).fails()
+    assert line == f"error: {url}: Connection refused"
+
+
+async def test_a_model_that_does_not_exist_is_one_line(bench):
+    async with engine(*FAST, "--served-model-name", "a", "b") as one:
+        line = (await bench.run(one.url, "--model", "x")).fails()
+        assert line == f"error: {one.url}: has no model 'x', but a, b"
+        line = (await bench.run(one.url)).fails()
+        assert line == f"error: {one.url}: has several: give it --model of a, b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rate", "5", "--concurrency", "3"], "--rate: does not go with --concurrency"),
+        (["--arrivals", "ramp"], "--arrivals: needs --rate"),
+        (["--rate", "5", "--arrivals", "ramp"], "--until-rate: a ramp needs"),
+        (["--shape", "round"], "--shape: 'round' is none of chat,"),
+        (["--duration", "5"], "--duration: '5' has no unit"),
+        (["--header", "x"], "--header: 'x' is not 'Name: value'"),
+        (["--body", "[1]"], "--body: '[1]' is no JSON object"),
+        (["--trace", "t", "--turns", "3"], "--turns: goes with --shape, not with --trace"),
+        (["--html", "/proc/x/y"], "--html: /proc/x: "),
+    ],
+)
+async def test_a_wrong_option_is_one_line(bench, arguments, said):
+    process = await bench.start("run", "http://127.0.0.1:9/v1", *arguments)
+    assert said in (await bench.ended(process)).fails()
+
+
+async def test_ctrl_c_keeps_what_was_measured(bench):
+    async with engine(*SLOW) as one:
+        process = await bench.start(
+            *("run", one.url, "--duration", "60s", "--concurrency", "6", *SMALL),
+            *("--json", str(bench.json), "--processes", "2"),
+        )
+        await one.has_received(20)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.send_signal(signal.SIGINT)
+        ran = await bench.ended(process)
+    assert ran.code == 130
+    assert "Traceback" not in ran.said
+    found = bench.found()
+    assert found["summary"]["requests"] >= 10
+    assert found["summary"]["failed"] == 0
+    assert found["warnings"][0].startswith("interrupted after ")
+    assert "interrupted after " in ran.out
+    assert not [pid for pid in workers if is_alive(pid)]
+
+
+async def test_an_engine_that_is_killed_is_errors_and_the_rest_is_kept(bench):
+    async with engine(*SLOW) as one:
+        process = await bench.start(
+            *("run", one.url, "--duration", "2s", "--concurrency", "4", *SMALL),
+            *("--json", str(bench.json)),
+        )
+        await one.has_received(12)
+        one.process.kill()
+        ran = await bench.ended(process)
+    assert ran.code == 0
+    found = bench.found()
+    assert found["summary"]["requests"] - found["summary"]["failed"] >= 4
+    assert found["errors"]["connection: Connection refused"] >= 4
+    assert found["errors"].keys() <= {
+        *("cut", "connection: lost", "connection: Connection refused"),
+        "connection: Connection reset by peer",
+    }
+
+
+async def test_a_process_of_its_own_that_is_killed_is_told_and_the_rest_is_kept(bench):
+    async with engine(*SLOW) as one:
+        process = await bench.start(
+            *("run", one.url, "--duration", "2s", "--concurrency", "4", *SMALL),
+            *("--json", str(bench.json), "--processes", "2"),
+        )
+        await one.has_received(12)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        ran = await bench.ended(process)
+    assert ran.code == 1
+    assert re.search(r"^error: process [01] ended \(signal 9\)$", ran.said, re.M)
+    found = bench.found()
+    assert found["summary"]["requests"] > 8
+    assert any("ended (signal 9)" in warning for warning in found["warnings"])
+
+
+async def test_failures_are_counted_by_kind_with_the_first_ones_words(bench):
+    async with engine(*FAST, "--fail-every", "5") as one:
+        ran = await bench.run(one.url, "--conversations", "20", "--turns", "1")
+    assert ran.code == 0
+    found = bench.found()
+    assert found["errors"] == {"status 500": 4}
+    assert re.search(r"^status 500: the first said: \{.*error", ran.out, re.M)
+
+
+async def test_runs_are_put_beside_each_other(bench):
+    async with engine(*FAST) as one:
+        for name in ("one", "two"):
+            ran = await bench.run(one.url, "--conversations", "4", *SMALL, "--name", name)
+            assert ran.code == 0
+            bench.json.rename(bench.folder / f"{name}.json")
+    files = [str(bench.folder / f"{name}.json") for name in ("one", "two")]
+    page = bench.folder / "page.html"
+    ran = await bench.ended(await bench.start("compare", *files, "--html", str(page)))
+    assert ran.code == 0
+    assert ran.out.splitlines()[0].split() == ["one", "two"]
+    assert "<html" in page.read_text()
+    line = (await bench.ended(await bench.start("compare", str(page)))).fails()
+    assert "holds no results of kubeai bench" in line
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

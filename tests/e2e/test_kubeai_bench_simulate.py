@@ -1,0 +1,112 @@
+"""`kubeai bench simulate` as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from kubeai.simulation.records import read
+
+COMMAND = (sys.executable, "-m", "kubeai", "bench", "simulate")
+SMALL = ("--conversations=60", "--turns=4", "--engines=4", "--concurrency=20")
+RUN_TIMEOUT_S = 50
+
+
+def simulate(*options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        (*COMMAND, *map(str, options)), capture_output=True, text=True, timeout=RUN_TIMEOUT_S
+    )
+
+
+def test_each_strategy_and_concurrency_is_a_run_that_is_told_and_written(tmp_path):
+    done = simulate(*SMALL[:3], "--concurrency=10,20", "--json", tmp_path, "--html",
+                    tmp_path / "r.html")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [read(path) for path in sorted(tmp_path.glob("*.json"))]
+    assert [(one.setting["strategy"], one.setting["concurrency"]) for one in found] == [
+        (strategy, concurrency)
+        for concurrency in (10, 20)
+        for strategy in ("Service", "LeastLoad", "PrefixHash")
+    ]
+    for one in found:
+        assert one.name in done.stdout
+        assert (one.summary["requests"], one.summary["failed"]) == (240, 0)
+    page = (tmp_path / "r.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    assert all(one.name in page for one in found)
+
+
+def test_the_same_options_give_the_same_bytes(tmp_path):
+    for folder in ("one", "other"):
+        assert simulate(*SMALL, "--json", tmp_path / folder).returncode == 0
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        for folder in ("one", "other")
+    )
+    assert len(one) == 3
+    assert one == other
+
+
+def test_a_trace_is_played_by_its_times_and_a_limit_on_requests_holds(tmp_path):
+    trace = tmp_path / "t.jsonl"
+    lines = [
+        {"timestamp": 1000 * n, "input_length": 600, "output_length": 5, "hash_ids": [1, n]}
+        for n in range(50)
+    ]
+    trace.write_text("\n".join(json.dumps(line) for line in lines))
+    done = simulate("--trace", trace, "--strategies=LeastLoad", "--requests=40", "--speed=2",
+                    "--json", tmp_path / "r")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "r").iterdir()
+    summary = read(path).summary
+    assert summary["requests"] == 40
+    assert summary["duration_s"] == pytest.approx(39 / 2, abs=1.0)
+    assert summary["hit_rate"] > 0.5, "the first block is everybody's"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--strategies=Best",), "--strategies: 'Best' is none of Service"),
+        (("--preset=tpu",), "--preset: 'tpu' is none of"),
+        (("--concurrency=0",), "--concurrency: '0'"),
+        (("--shape=poem",), "--shape: 'poem' is none of"),
+        (("--sharegpt=/nowhere.json",), "/nowhere.json: No such file"),
+        (("--concurrency=4", "--rate=3"), "--rate: does not go with --concurrency"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options, words):
+    done = simulate(*options)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path):
+    """The oracle, which looks into each of many caches for each request, takes far longer."""
+    options = ("--strategies=LeastLoad,Oracle", "--engines=2000", "--conversations=400")
+    process = subprocess.Popen(
+        (*COMMAND, *options, "--json", str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stderr.readline().startswith("LeastLoad, 32 at a time: done")
+        os.killpg(process.pid, signal.SIGINT)
+        told, said = process.communicate(timeout=RUN_TIMEOUT_S)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "interrupted: 1 of 2 runs are done" in said
+    assert "Traceback" not in said
+    assert "LeastLoad" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["01-leastload--32-at-a-time.json"]

@@ -1,0 +1,232 @@
+"""What `kubeai bench` decides without sending anything."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kubeai.loadtest import options, saturation
+from kubeai.loadtest.gaps import GapCounts
+from kubeai.loadtest.options import OptionError
+from kubeai.loadtest.plan import (
+    ENDLESS,
+    Batch,
+    ClosedLoop,
+    Go,
+    MadeUp,
+    OpenLoop,
+    Plan,
+    ShareGpt,
+    Stop,
+    Trace,
+    frame,
+)
+from kubeai.loadtest.progress import Progress
+from kubeai.loadtest.run import client_line
+from kubeai.loadtest.saturation import Usage
+from kubeai.simulation.records import Gaps, Record
+from kubeai.simulation.traffic import SHAPES, Arrivals, Shape
+
+SMALL = Shape(conversations=11, turns=2, prompt_tokens=5, turn_tokens=5)
+
+
+def plan(**fields: object) -> Plan:
+    defaults = {"url": "http://x", "model": "m", "traffic": MadeUp("chat", SMALL, 3)}
+    return Plan(**(defaults | {"load": ClosedLoop(5)} | fields))
+
+
+# -- whether the client was too slow ---------------------------------------------------------------
+
+
+def usage(*shares: float, late_s: float = 0.001) -> Usage:
+    """Of a worker that used such shares of a core, second by second."""
+    one, cpu_s = Usage(), 0.0
+    for second, share in enumerate(shares, 1):
+        cpu_s += share
+        one.note(batch(float(second), [], 1000 * second, cpu_s, [late_s] * 10))
+    return one
+
+
+def batch(
+    at_s: float, records: list[Record], tokens: int, cpu_s: float = 0.1, late_s: list[float] = ()
+) -> Batch:
+    return Batch(at_s, records, Gaps(), 7, tokens, tokens, cpu_s, cpu_s / 2, list(late_s), {})
+
+
+def test_a_client_with_time_to_spare_is_not_warned_of():
+    assert saturation.warnings([usage(*[0.8] * 20), usage(*[0.1] * 20)], [0.001] * 100) == []
+
+
+def test_a_process_that_uses_its_whole_core_is_named():
+    (warning,) = saturation.warnings([usage(*[0.2] * 20), usage(*[0.99] * 20)], [0.001])
+    assert warning.startswith("process 1 used over 85% of a core in 20 of 20 seconds")
+    assert "--processes" in warning
+
+
+def test_a_ramp_that_saturates_it_at_its_end_is_seen():
+    assert saturation.warnings([usage(*[0.3] * 16, *[0.95] * 4)], [])
+
+
+def test_a_second_of_new_connections_is_not_saturation():
+    assert saturation.warnings([usage(1.0, *[0.3] * 19)], []) == []
+
+
+def test_what_is_of_the_warm_up_does_not_count():
+    shares = [*[1.0] * 5, *[0.3] * 10]
+    assert saturation.warnings([usage(*shares)], [])
+    assert saturation.warnings([usage(*shares)], [], warm_up_s=5.0) == []
+
+
+def test_requests_that_were_sent_late_are_told():
+    late_s = [0.0] * 98 + [0.07] * 2
+    (warning,) = saturation.warnings([usage(0.3)], late_s)
+    assert warning.startswith("requests were sent 70 ms late (p99)")
+    assert saturation.warnings([usage(0.3)], [0.0] * 199 + [9.0]) == []
+
+
+def test_a_loop_that_was_late_is_told():
+    (warning,) = saturation.warnings([usage(*[0.3] * 5, late_s=0.2)], [])
+    assert warning.startswith("timers ran 200 ms late")
+
+
+def test_its_cost_is_that_of_all_processes_and_its_share_the_busiest():
+    cost = saturation.cost([usage(*[0.2] * 10), usage(*[0.6] * 10)])
+    assert cost == {
+        "cpu_us_per_chunk": 400.0,
+        "kernel_us_per_chunk": 200.0,
+        "cpu_share": 0.6,
+        "processes": 2,
+        "chunks": 20_000,
+    }
+    assert client_line(cost) == (
+        "client: 400.0 µs of CPU a chunk (200.0 of it the kernel's), 60 % of a core, 2 processes"
+    )
+    nothing = saturation.cost([Usage()])
+    assert client_line(nothing) == "client: 0 % of a core, 1 process"
+
+
+# -- gaps ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.floats(0, 5000), max_size=20).map(sorted), max_size=4))
+def test_gaps_fall_into_the_buckets_that_records_have(streams):
+    counts, oracle = GapCounts(), Gaps()
+    for times_s in streams:
+        counts.add(times_s)
+        for before_s, after_s in itertools.pairwise(times_s):
+            oracle.add(after_s - before_s)
+    found = counts.take()
+    assert found.total_s == pytest.approx(oracle.total_s)
+    assert sum(found.counts.values()) == sum(oracle.counts.values())
+    # On a bucket's very bound, a logarithm and a comparison may differ.
+    ours = sorted(bucket for bucket, times in found.counts.items() for _ in range(times))
+    theirs = sorted(bucket for bucket, times in oracle.counts.items() for _ in range(times))
+    assert all(abs(a - b) <= 1 for a, b in zip(ours, theirs, strict=True))
+    assert counts.take() == Gaps()
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("load", [ClosedLoop(5), OpenLoop(Arrivals(per_s=9.0))])
+def test_workers_send_together_what_one_would(workers, load):
+    alone = dict(plan(load=load).conversations())
+    shares = [plan(load=load, worker=n, workers=workers) for n in range(workers)]
+    together = [pair for share in shares for pair in share.conversations()]
+    assert len(together) == len(alone) == SMALL.conversations
+    assert dict(together) == alone
+    assert all((one.at_s is None) == isinstance(load, ClosedLoop) for one in alone.values())
+    assert sum(share.share(7) for share in shares) == 7
+
+
+def test_a_trace_begins_at_once_and_at_its_speed(tmp_path):
+    file = tmp_path / "trace"
+    lines = [{"timestamp": 7000 + 500 * at, "input_length": 9} for at in range(5)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    traced = plan(traffic=Trace(str(file), 2.0), load=OpenLoop(), worker=1, workers=2)
+    assert [(number, one.at_s) for number, one in traced.conversations()] == [(1, 0.25), (3, 0.75)]
+
+
+def test_messages_come_out_of_a_pipe_as_they_went_in():
+    first = plan(traffic=ShareGpt("/x", 2), load=OpenLoop(Arrivals(per_s=1.0)))
+    for message, kind in ((first, Plan), (Go(5.0), Go | Stop), (Stop(), Go | Stop)):
+        framed = frame(message)
+        assert int.from_bytes(framed[:4], "big") == len(framed) - 4
+        assert msgspec.msgpack.decode(framed[4:], type=kind) == message
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def made(**fields: object) -> MadeUp | ShareGpt | Trace:
+    defaults = {"shape": None, "changes": {}, "seed": 1, "endless": False, "sharegpt": None}
+    more = {"messages_min": 2, "trace": None, "speed": 1.0}
+    return options.traffic(**(defaults | more | fields))
+
+
+def test_a_shape_is_changed_by_what_is_given():
+    found = made(shape="rag", changes={"turns": 3, "system_tokens": None})
+    assert found == MadeUp("rag", msgspec.structs.replace(SHAPES["rag"], turns=3), 1)
+
+
+def test_with_an_end_of_its_own_a_load_has_conversations_without_limit():
+    assert made(endless=True).shape.conversations == ENDLESS
+    assert made(endless=True, changes={"conversations": 5}).shape.conversations == 5
+
+
+def test_there_is_one_source_of_traffic():
+    with pytest.raises(OptionError, match="--trace: does not go with --sharegpt"):
+        made(sharegpt=Path("a"), trace=Path("b"))
+    with pytest.raises(OptionError, match="--speed: must be more than 0"):
+        made(trace=Path("b"), speed=0.0)
+
+
+def load(**fields: object) -> ClosedLoop | OpenLoop:
+    names = ("concurrency", "rate", "arrivals", "burst", "until_rate", "ramp_time")
+    return options.load(**(dict.fromkeys(names) | {"timed": False} | fields))
+
+
+def test_the_load_is_closed_unless_there_is_a_rate_or_times():
+    assert load() == ClosedLoop(32)
+    assert load(timed=True) == OpenLoop()
+    assert load(timed=True, concurrency=4) == ClosedLoop(4)
+    assert load(rate=4.0) == OpenLoop(Arrivals(per_s=4.0))
+    ramp = load(rate=4.0, arrivals="ramp", until_rate=8.0, ramp_time="2m")
+    assert ramp == OpenLoop(Arrivals(per_s=4.0, kind="ramp", until_per_s=8.0, ramp_s=120.0))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rate": 0.0}, {"burst": 3}, {"rate": 1.0, "arrivals": "x"}, {"ramp_time": "1s"}]
+)
+def test_a_load_that_makes_no_sense_is_refused(fields):
+    with pytest.raises(OptionError, match=r"^--"):
+        load(**fields)
+
+
+def test_a_key_is_a_bearer_token_unless_a_header_says_otherwise():
+    assert options.headers([], "k") == (("Authorization", "Bearer k"),)
+    assert options.headers(["authorization: Basic x"], "k") == (("authorization", "Basic x"),)
+    for line in ("x", ": y", "a: b\r\nc: d"):
+        with pytest.raises(OptionError, match="--header"):
+            options.headers([line], None)
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_progress_tells_counts_of_all_and_rates_of_late():
+    progress = Progress()
+    good = Record(0, 0, 0.0, 0.0, first_s=0.2, ended_s=1.0)
+    progress.note(0, batch(1.0, [good, Record(1, 0, 0.0, 0.0, error="cut")], 1000))
+    progress.note(1, batch(1.0, [], 1000))
+    line = progress.line(2.0)
+    assert line == ("2 s, 2 done, 1 failed, 14 in flight, 1,000 tokens/s, first token after 200 ms")
+    progress.gone(1)
+    assert progress.line(60.0) == "60 s, 2 done, 1 failed, 7 in flight, 0 tokens/s"

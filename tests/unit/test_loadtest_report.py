@@ -1,0 +1,318 @@
+"""The page and the table of ``kubeai bench``: whole for any run, and nobody's markup but ours."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from kubeai.loadtest import compare
+from kubeai.loadtest.report import COLOURS, ENDPOINTS_MAX, report
+from kubeai.simulation.records import Gaps, Record, Results, results
+
+EVIL = "<script>alert('1')</script>&\"\x1b[31m\n"
+
+
+def run(
+    name: str = "one",
+    *,
+    pace: float = 1.0,
+    count: int = 300,
+    error: str = "",
+    endpoints: int = 4,
+    warnings: tuple[str, ...] = (),
+    setting: dict | None = None,
+) -> Results:
+    """Made-up requests, ten a second; all of them fail, if with an error."""
+    rng, gaps = random.Random(7), Gaps()
+    records = []
+    for at in range(count):
+        due = at / 10
+        record = Record(at, 0, due, due, prompt_tokens=100, cached_tokens=50, error=error)
+        if not error:
+            record.first_s = due + rng.lognormvariate(-2, 1) * pace
+            record.ended_s = record.first_s + 1.9 * pace
+            record.output_tokens = 20
+            record.endpoint = f"10.0.0.{at % endpoints}:8000"
+            gaps.add(0.1 * pace, 19)
+        records.append(record)
+    setting = {"model": "m", "traffic": {"rate": 10}} if setting is None else setting
+    return results(name, setting, records, gaps, warnings=warnings)
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, their attributes, the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def plots(page: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def area(plot: ElementTree.Element) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what the axes span."""
+    (rect,) = plot.findall("rect[@class='area']")
+    x, y, width, height = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
+    return x, y, x + width, y + height
+
+
+def curve_points(plot: ElementTree.Element) -> list[list[tuple[float, float]]]:
+    lines = [line.attrib["points"].split() for line in plot.findall("polyline")]
+    return [[(float(x), float(y)) for x, y in (p.split(",") for p in line)] for line in lines]
+
+
+def bars(plot: ElementTree.Element) -> list[ElementTree.Element]:
+    return [rect for rect in plot.findall("rect") if rect.attrib["class"] != "area"]
+
+
+RUNS = {
+    "one run": [run()],
+    "three runs": [run("a"), run("b", pace=1.5), run("c", pace=30)],
+    "five runs": [run(f"run {at}", pace=1 + at) for at in range(5)],
+    "more runs than colours": [run(f"run {at}") for at in range(COLOURS + 1)],
+    "one request": [run(count=1)],
+    "no request": [run(count=0)],
+    "all failed": [run(error="status 503")],
+    "one of two failed": [run("a", error="status 503"), run("b")],
+    "no curves": [msgspec.structs.replace(run(), curves={})],
+    "curves of one only": [run("a"), msgspec.structs.replace(run("b"), curves={}, spread={})],
+    "times of zero": [run(pace=0.0)],
+    "hours": [run(pace=1e6)],
+    "no figures": [Results(name="x", setting={}, summary={}, curves={}, spread={}, errors={})],
+}
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_any_runs_make_a_page_whose_curves_and_bars_lie_within_their_axes(runs):
+    page = report(runs)
+    assert page.startswith("<!doctype html>")
+    for plot in plots(page):
+        left, top, right, bottom = area(plot)
+        _, _, width, height = map(float, plot.attrib["viewBox"].split())
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        drawn = [point for curve in curve_points(plot) for point in curve]
+        for x, y in drawn:
+            assert left <= x <= right
+            assert top <= y <= bottom
+        for bar in bars(plot):
+            x, y, wide, high = (float(bar.attrib[key]) for key in ("x", "y", "width", "height"))
+            assert x == left
+            assert x + wide <= right
+            assert top <= y < y + high <= bottom
+        assert drawn or bars(plot)
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_any_runs_make_a_table_whose_lines_fit_their_columns(runs):
+    lines = compare.table(runs).splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert all(run.name in lines[0] for run in runs)
+
+
+@pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
+def test_a_written_and_read_run_makes_the_same_page(runs):
+    read = msgspec.json.decode(msgspec.json.encode(runs), type=list[Results])
+    assert report(read) == report(runs)
+
+
+def test_a_run_has_a_curve_in_each_plot_and_a_bar_an_endpoint():
+    *lines, last = plots(report([run("a"), run("b")]))
+    assert [len(curve_points(plot)) for plot in lines] == [2, 2, 2, 2]
+    assert len(bars(last)) == 2 * 4
+
+
+def test_a_distribution_rises_from_the_floor_to_the_top():
+    plot = plots(report([run()]))[0]
+    _, top, _, bottom = area(plot)
+    (curve,) = curve_points(plot)
+    assert curve[0][1] == bottom
+    assert curve[-1][1] == top
+    assert curve == sorted(curve, key=lambda point: (point[0], -point[1]))
+
+
+def test_times_ten_apart_are_as_far_apart_anywhere_on_the_logarithmic_axis():
+    shown = run()
+    shown.curves = {"ttft_ms": [[1.0, 0.3], [10.0, 0.6], [100.0, 1.0]]}
+    (curve,) = curve_points(plots(report([shown]))[0])
+    _, first, second, third = (x for x, _ in curve)
+    assert second - first == pytest.approx(third - second, abs=0.11)
+
+
+def test_ticks_do_not_run_into_each_other():
+    for runs in RUNS.values():
+        for plot in plots(report(runs)):
+            labels = [text for text in plot.findall("text") if text.get("text-anchor") == "middle"]
+            ends = [
+                (float(text.attrib["x"]) + side * 3 * len(text.text or ""))
+                for text in labels
+                for side in (-1, 1)
+            ]
+            assert ends == sorted(ends)
+
+
+def test_bars_are_as_long_as_their_counts_and_only_the_busiest_are_drawn():
+    shown = run()
+    shown.spread = {f"engine-{at:02}": 10 * at for at in range(1, ENDPOINTS_MAX + 3)}
+    page = report([shown])
+    drawn = bars(plots(page)[-1])
+    assert len(drawn) == ENDPOINTS_MAX
+    assert f"the busiest {ENDPOINTS_MAX} of {ENDPOINTS_MAX + 2}" in page
+    widths = [float(bar.attrib["width"]) for bar in drawn]
+    assert widths[-1] / widths[0] == pytest.approx((ENDPOINTS_MAX + 2) / 3, rel=0.02)
+
+
+def test_a_long_name_of_an_endpoint_is_cut_and_whole_where_it_is_pointed_at():
+    shown = run()
+    name = "model-with-a-long-name-7c9f8d-x2x4z"
+    shown.spread = {name: 3}
+    plot = plots(report([shown]))[-1]
+    assert any((text.text or "").startswith("…") for text in plot.findall("text"))
+    assert name in (bars(plot)[0].findtext("title") or "")
+
+
+def test_what_came_from_outside_is_text():
+    evil = run(EVIL, warnings=(EVIL,), setting={EVIL: EVIL, "deep": {EVIL: [EVIL]}})
+    evil.spread, evil.errors = {EVIL: 3, EVIL * 2: 4}, {EVIL: 2}
+    calm = run("calm")
+    page = report([evil, calm])
+    seen, plain = Page(page), Page(report([run("calm"), calm]))
+    assert "script" not in seen.tags
+    assert {name for name, _ in seen.attributes} == {name for name, _ in plain.attributes}
+    assert set(seen.tags) <= set(plain.tags) | {"ul", "li"}
+    assert "<script>alert('1')</script>" in "".join(seen.text)
+    assert "\x1b" not in page + compare.table([evil, calm])
+    assert plots(page)
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing():
+    page = report(RUNS["three runs"])
+    seen = Page(page)
+    assert not {"script", "link", "img", "iframe", "object", "a"} & set(seen.tags)
+    names = {name for name, _ in seen.attributes}
+    assert not {name for name in names if name in ("src", "href") or name.startswith("on")}
+    assert not re.search(r"url\(|@import|https?:", page)
+    assert "default-src 'none'" in page
+
+
+def test_settings_of_all_runs_are_told_once():
+    page = report(
+        [run("a", setting={"rate": 1, "x": {"y": 2}}), run("b", setting={"rate": 3, "x": {"y": 2}})]
+    )
+    assert '<th scope="row">rate</th><td>1</td><td>3</td>' in page
+    assert '<th scope="row">x.y</th><td colspan="2">2</td>' in page
+
+
+def test_warnings_stand_before_the_figures_and_below_the_table():
+    runs = [run("a", warnings=("the client was late",)), run("b", error="timeout")]
+    page = report(runs)
+    assert page.index("the client was late") < page.index("<h2>Figures")
+    assert "none of 300 requests succeeded" in page
+    assert "! a: the client was late" in compare.table(runs)
+    assert "! b: none of 300 requests succeeded" in compare.table(runs)
+
+
+def test_some_failures_and_no_requests_are_a_warning():
+    assert compare.warnings(run()) == []
+    assert compare.warnings(run(count=0)) == ["no requests were measured"]
+    some = run()
+    some.summary |= {"failed": 2}
+    assert compare.warnings(some) == ["2 of 300 requests failed: times are those of the others"]
+
+
+def cells(runs: list[Results], group: str, label: str) -> list[compare.Cell]:
+    return next(row.cells for row in compare.figures(runs)[group] if row.label == label)
+
+
+def with_summary(**summary: object) -> Results:
+    return msgspec.structs.replace(run(), summary=summary)
+
+
+def test_the_best_is_the_least_time_and_the_most_throughput():
+    runs = [
+        with_summary(ttft_ms={"mean": 100.0}, requests_per_s=5.0, hit_rate=0.5),
+        with_summary(ttft_ms={"mean": 50.0}, requests_per_s=4.0, hit_rate=None),
+        with_summary(ttft_ms={}, requests_per_s=5.0, hit_rate=0.75),
+    ]
+    assert cells(runs, "Time to first token, ms", "mean") == [
+        ("100.0", "", False),
+        ("50.0", "×0.50", True),
+        ("–", "", False),
+    ]
+    assert cells(runs, "Throughput, per second", "requests") == [
+        ("5.00", "", True),
+        ("4.00", "×0.80", False),
+        ("5.00", "×1.00", True),
+    ]
+    assert cells(runs, "Cache and balance", "cache hit rate, %") == [
+        ("50.0", "", False),
+        ("–", "", False),
+        ("75.0", "×1.50", True),
+    ]
+
+
+@pytest.mark.parametrize("first", [None, 0, math.nan])
+def test_to_nothing_there_is_no_ratio(first):
+    runs = [with_summary(failed=first), with_summary(failed=3)]
+    assert cells(runs, "Requests", "failed")[1].ratio == ""
+
+
+def test_none_is_best_where_all_show_the_same_or_none_is_better():
+    runs = [with_summary(failed=1, requests=3, late_ms={"mean": 1.0}), with_summary(failed=1)]
+    runs[1].summary |= {"requests": 4, "late_ms": {"mean": 2.0}}
+    for rows in compare.figures(runs).values():
+        assert not any(cell.best for row in rows for cell in row.cells)
+
+
+def test_figures_that_no_run_has_are_left_out():
+    assert compare.figures([with_summary(gap_ms={}, hit_rate=None, spread=1.2)]).keys() == {
+        "Cache and balance"
+    }
+
+
+def test_a_run_alone_is_compared_with_nothing():
+    text = compare.table([run()])
+    assert "×" not in text
+    assert "*" not in text
+    assert "<b>Marked" not in report([run()])
+
+
+def test_the_table_of_the_terminal():
+    runs = [
+        with_summary(requests=1200, failed=0, ttft_ms={"mean": 12.34, "p99": 1234.0}),
+        with_summary(requests=600, failed=3, ttft_ms={"mean": 6.17, "p99": 2469.0}),
+    ]
+    runs[0].name, runs[1].name, runs[1].errors = "PrefixHash", "LeastLoad", {"cut": 1, "late": 2}
+    assert compare.table(runs).splitlines() == [
+        "          PrefixHash      LeastLoad",
+        "Requests",
+        "  all          1,200    600   ×0.50",
+        "  failed          *0      3",
+        "Time to first token, ms",
+        "  mean         12.34  *6.17   ×0.50",
+        "  p99         *1,234  2,469   ×2.00",
+        "Errors",
+        "  late             0      2",
+        "  cut              0      1",
+        "",
+        "* the best of its row; ×: ratio to the first run",
+        "! LeastLoad: 3 of 600 requests failed: times are those of the others",
+    ]
