@@ -93,7 +93,8 @@ def headline_settings() -> list[Setting]:
 
 # == what else is asked ============================================================================
 
-TALKS = Shape(turns=10, prompt_tokens=120, turn_tokens=60, reply_tokens=80)
+# Without time to think, a next turn would find the engine that it has just left the least loaded.
+TALKS = Shape(turns=10, prompt_tokens=120, turn_tokens=60, reply_tokens=80, think_s=2.0)
 THREADS = (100, 200, 400, 800, 1_600, 3_200)
 BUSY = 400  # threads of the other studies: the engines are busy, and their caches suffice
 # A first message of everybody that begins with the same 400 characters.

@@ -34,4 +34,15 @@ PRESETS: dict[str, EngineConfig] = {
         context_tokens_per_s=35e6,
         cache_blocks=28_000,
     ),
+    # Measured with vLLM 0.32 on CPUs: a Llama of 2 layers and 256 wide, one core an engine, shared
+    # with others. What its steps take is vLLM's own work; docs/benchmarks.md has the comparison.
+    "tiny-cpu": EngineConfig(
+        max_batch=32,
+        step_tokens=2_048,
+        prefill_tokens_per_s=1_800.0,
+        decode_tokens_per_s=0.0,
+        weights_s=0.062,
+        cache_blocks=199,
+        block_tokens=32,
+    ),
 }
