@@ -32,7 +32,7 @@ run: build  ## kubeai local with the manifests of examples/
 
 # Three processes on two cores: most tests wait for processes of their own.
 test: .venv/installed-test  ## all tests that need nothing but Python
-	$(BIN)/pytest tests -n 3 --dist loadfile -m "not image and not package"
+	$(BIN)/pytest tests -n 3 --dist loadfile -m "not image and not package and not nginx"
 
 check: .venv/installed-check  ## the fast gate: style, types, import floors, C warnings
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ CONFIG = {
     },
 }
 LATE_MAX_S = 0.4  # from a call's bytes to its arrival: this process is busy, too
-ROUNDS = int(os.environ.get("FENCING_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("FENCING_ROUNDS", "4"))
 MODELS_MAX_REPLICAS = {"a": 5, "b": 4, "c": 3, "d": 2}
 CHANGES_INTERVAL_S = 0.03  # between two changes of what is wanted
 TAKEOVER_MAX_S = LEASE_S + 2 * RETRY_S
