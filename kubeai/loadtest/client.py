@@ -192,6 +192,7 @@ class Client:
         EndpointError when none does.
         """
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_tell)
         host, port = self.address.host, self.address.port
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -269,17 +270,22 @@ class Client:
 class Connection(asyncio.Protocol):
     """One connection; it has an answer to bring, or rests in its client's ``idle``."""
 
-    __slots__ = ("_answer", "_client", "_feed", "_transport")
+    __slots__ = ("_answer", "_client", "_transport", "data_received")
+
+    # The parser's own method while an answer comes: with a method of ours between, each chunk would
+    # cost a call more. uvloop looks it up when it is told its protocol.
+    data_received: Callable[[bytes], None]  # type: ignore[assignment]
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
-        self._feed: Callable[[bytes], None] = self._unasked
+        self.data_received = self._unasked
 
     async def ask(self, request: bytes, answer: Answer) -> None:
         """Send a request; returns when its answer has ended."""
-        self._answer, self._feed = answer, answer.begin(self)
+        self._answer = answer
+        self._take(answer.begin(self))
         if self._transport is None or self._transport.is_closing():
             answer.end(LOST_UNANSWERED)
         else:
@@ -288,7 +294,8 @@ class Connection(asyncio.Protocol):
 
     def ended(self, *, reusable: bool) -> None:
         """The answer has."""
-        self._answer, self._feed = None, self._unasked
+        self._answer = None
+        self._take(self._unasked)
         if self._transport is None or self._transport.is_closing():
             return
         if reusable:
@@ -313,26 +320,38 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._client.open.add(self)
 
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._feed(data)
-        except httptools.HttpParserCallbackError:
-            raise
-        except httptools.HttpParserError as error:
-            self.abort()
-            if self._answer is not None:
-                self._answer.end(f"not HTTP: {error}")
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._client.open.discard(self)
         self._transport = None
         with contextlib.suppress(ValueError):
             self._client.idle.remove(self)
-        if self._answer is not None:
+        if self._answer is None:
+            return
+        if _is_no_http(exc):
+            self._answer.end(f"not HTTP: {exc}")
+        else:
             self._answer.lose(exc)
+
+    def _take(self, data_received: Callable[[bytes], None]) -> None:
+        self.data_received = data_received
+        if self._transport is not None:
+            self._transport.set_protocol(self)
 
     def _unasked(self, _data: bytes) -> None:
         self.abort()
+
+
+def _is_no_http(error: object) -> bool:
+    """Whether the parser said so of what came; a fault in what it calls is another matter."""
+    return isinstance(error, httptools.HttpParserError) and not isinstance(
+        error, httptools.HttpParserCallbackError
+    )
+
+
+def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The loop's exception handler: what is no HTTP is told as its request's error, no more."""
+    if not _is_no_http(context.get("exception")):
+        loop.default_exception_handler(context)
 
 
 def _words(body: bytes) -> str:
