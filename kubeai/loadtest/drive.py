@@ -19,9 +19,8 @@ from typing import NamedTuple
 import msgspec
 
 from kubeai.loadtest import client, sse
-from kubeai.loadtest.gaps import GapCounts
 from kubeai.loadtest.plan import Batch, ClosedLoop, Plan
-from kubeai.simulation.records import Record
+from kubeai.simulation.records import Gaps, Record
 from kubeai.simulation.traffic import Conversation
 
 AHEAD = 512  # conversations that are made before they are due
@@ -56,7 +55,7 @@ class Driver:
         self._used_up = False
         # Since the last take:
         self._records: list[Record] = []
-        self._gaps = GapCounts()
+        self._gaps = Gaps()
         self._beats_late_s: list[float] = []
         self._said: dict[str, str] = {}
         # Of requests that have ended:
@@ -92,7 +91,7 @@ class Driver:
         batch = Batch(
             at_s=monotonic() - self._start_s,
             records=self._records,
-            gaps=self._gaps.take(),
+            gaps=self._gaps,
             in_flight=self._in_flight,
             tokens=self._counts["tokens"] + tokens,
             chunks=self._counts["chunks"] + tokens + others,
@@ -104,7 +103,8 @@ class Driver:
             dropped=self._dropped,
             used_up=self._used_up,
         )
-        self._records, self._beats_late_s, self._said = [], [], {}
+        self._records, self._gaps = [], Gaps()
+        self._beats_late_s, self._said = [], {}
         return batch
 
     # -- when --------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class Driver:
         if times_s:
             record.first_s = times_s[0] - self._start_s
         if not record.error and record.due_s >= self._plan.warm_up_s:
-            self._gaps.add(times_s)
+            self._gaps.add_stream(times_s)
         self._note_usage(record, reader.usage)
 
     def _note_whole(self, record: Record, body: bytes, chat: bool) -> str:

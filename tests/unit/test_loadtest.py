@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kubeai.loadtest import options, saturation
-from kubeai.loadtest.gaps import GapCounts
 from kubeai.loadtest.options import OptionError
 from kubeai.loadtest.plan import (
     ENDLESS,
@@ -109,26 +105,6 @@ def test_its_cost_is_that_of_all_processes_and_its_share_the_busiest():
     )
     nothing = saturation.cost([Usage()])
     assert client_line(nothing) == "client: 0 % of a core, 1 process"
-
-
-# -- gaps ------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.lists(st.floats(0, 5000), max_size=20).map(sorted), max_size=4))
-def test_gaps_fall_into_the_buckets_that_records_have(streams):
-    counts, oracle = GapCounts(), Gaps()
-    for times_s in streams:
-        counts.add(times_s)
-        for before_s, after_s in itertools.pairwise(times_s):
-            oracle.add(after_s - before_s)
-    found = counts.take()
-    assert found.total_s == pytest.approx(oracle.total_s)
-    assert sum(found.counts.values()) == sum(oracle.counts.values())
-    # On a bucket's very bound, a logarithm and a comparison may differ.
-    ours = sorted(bucket for bucket, times in found.counts.items() for _ in range(times))
-    theirs = sorted(bucket for bucket, times in oracle.counts.items() for _ in range(times))
-    assert all(abs(a - b) <= 1 for a, b in zip(ours, theirs, strict=True))
-    assert counts.take() == Gaps()
 
 
 # -- plans -----------------------------------------------------------------------------------------

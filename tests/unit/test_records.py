@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -92,6 +93,17 @@ def test_gaps_are_told_within_two_percent(values_s):
     exact = sorted(values_s)[math.ceil(0.5 * len(values_s)) - 1] * 1e3
     assert figures["p50"] == pytest.approx(exact, rel=0.021, abs=0.006)
     assert figures["mean"] == pytest.approx(1e3 * sum(values_s) / len(values_s), abs=0.006)
+
+
+@given(st.lists(st.lists(st.floats(0, 5000), max_size=20).map(sorted), max_size=4))
+def test_a_stream_at_a_time_gaps_are_the_same(streams):
+    found, oracle = Gaps(), Gaps()
+    for times_s in streams:
+        found.add_stream(times_s)
+        for before_s, after_s in itertools.pairwise(times_s):
+            oracle.add(after_s - before_s)
+    assert found.total_s == pytest.approx(oracle.total_s)
+    assert found.counts == oracle.counts
 
 
 def test_gaps_of_several_processes_are_put_together():
