@@ -58,6 +58,20 @@ class Serve:
 
 
 @contextlib.asynccontextmanager
+async def attended(process):
+    """What it logs is read; all its processes are gone in the end. In a session of its own."""
+    serve = Serve(process)
+    reader = asyncio.create_task(serve.read())
+    try:
+        yield serve
+    finally:
+        serve.signal_all(signal.SIGKILL)
+        await process.wait()
+        await reader
+        print(*serve.log, sep="\n")
+
+
+@contextlib.asynccontextmanager
 async def launched(
     tmp_path,
     kubeconfig,
@@ -90,15 +104,8 @@ async def launched(
         },
         start_new_session=True,
     )
-    serve = Serve(process)
-    reader = asyncio.create_task(serve.read())
-    try:
+    async with attended(process) as serve:
         yield serve
-    finally:
-        serve.signal_all(signal.SIGKILL)
-        await process.wait()
-        await reader
-        print(*serve.log, sep="\n")
 
 
 @contextlib.asynccontextmanager

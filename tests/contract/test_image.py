@@ -17,16 +17,16 @@ import aiohttp
 import dockerfiles
 import pytest
 import yaml
+from checkouts import REPOSITORY, check_out
 from fakes.hub import Hub, Repository
 from harness import CONFIG, model, until
-from machines import Machine, Serve, machine
+from machines import Machine, attended, machine
 from servers import ApiServer, embedded, install_models
 
 import kubeai
 from kubeai.loading.staging import MARK
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
-REPOSITORY = Path(__file__).parents[2]
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 RUN_TIMEOUT_S = 60
 PROBES = ("gcc", "cc", "ld", "as", "pip", "pip3", "git", "curl")
@@ -37,11 +37,7 @@ def image(tmp_path_factory) -> Iterator[dockerfiles.Stage]:
     if os.getuid() != 0 or shutil.which("debootstrap") is None:
         pytest.skip("needs root and debootstrap")
     context = tmp_path_factory.mktemp("context")
-    command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    files = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout
-    for name in files.decode().split("\0")[:-1]:
-        (context / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(REPOSITORY / name, context / name)
+    check_out(context)
     roots = tmp_path_factory.mktemp("roots")
     yield dockerfiles.build(context, roots)
     shutil.rmtree(roots)  # over a gigabyte
@@ -114,15 +110,8 @@ async def started(image, *arguments, **options):
     process = await asyncio.create_subprocess_exec(
         *image.run(*arguments, **options), stderr=asyncio.subprocess.PIPE, start_new_session=True
     )
-    serve = Serve(process)
-    reader = asyncio.create_task(serve.read())
-    try:
-        yield serve
-    finally:
-        serve.signal_all(signal.SIGKILL)
-        await process.wait()
-        await reader
-        print(*serve.log, sep="\n")
+    async with attended(process) as program:
+        yield program
 
 
 async def get(url: str) -> int:

@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkouts import check_out, tracked
 
 import kubeai
 
 pytestmark = [pytest.mark.package, pytest.mark.timeout(600)]
-REPOSITORY = Path(__file__).parents[2]
 BACKEND = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 BUILT = (".c", ".so", ".html")
 
@@ -26,21 +26,13 @@ def build(kind: str, source: Path, target: Path) -> Path:
     return made
 
 
-def tracked(*within: str) -> list[str]:
-    command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *within)
-    files = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout
-    return files.decode().split("\0")[:-1]
-
-
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     """Unpacked; made of a clean checkout."""
     checkout, target, unpacked = (
         tmp_path_factory.mktemp(name) for name in ("tree", "made", "sdist")
     )
-    for name in tracked():
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).write_bytes((REPOSITORY / name).read_bytes())
+    check_out(checkout)
     with tarfile.open(build("sdist", checkout, target)) as archive:
         archive.extractall(unpacked, filter="data")
     (folder,) = unpacked.iterdir()
