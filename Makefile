@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd kubeai/gateway/*.pyx)
+CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd kubeai/gateway/*.pyx kubeai/loadtest/*.pyx)
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test check bench bench-headline asan soak clean
@@ -73,5 +73,4 @@ soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SO
 	$(BIN)/python tests/soak/soak.py
 
 clean:  ## everything that was built
-	rm -rf .venv build dist *.egg-info kubeai/*.so kubeai/gateway/*.so kubeai/_*.c \
-		kubeai/gateway/_*.c .kubeai
+	rm -rf .venv build dist *.egg-info kubeai/*.so kubeai/*/*.so kubeai/_*.c kubeai/*/_*.c .kubeai

@@ -1,5 +1,6 @@
 """Builds the compiled core: ``_ask`` (bodies), ``_load`` (load table), ``_ring`` (routing),
-``_relay`` (HTTP), ``gateway/_straight`` (a request's way through them).
+``_relay`` (HTTP), ``gateway/_straight`` (a request's way through them); and what reads streams for
+``kubeai bench`` (``loadtest/_streams``).
 
 ``KUBEAI_CYTHON_STRICT=1`` turns warnings of Cython and the C compiler into errors (``make check``);
 ``KUBEAI_SANITIZE=address`` builds with AddressSanitizer.
@@ -29,7 +30,7 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={sanitize}"]
 
-modules = ["_ask", "_load", "_ring", "_relay", "gateway/_straight"]
+modules = ["_ask", "_load", "_ring", "_relay", "gateway/_straight", "loadtest/_streams"]
 
 setup(
     ext_modules=cythonize(

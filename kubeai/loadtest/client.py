@@ -1,7 +1,8 @@
 """HTTP/1.1 to one endpoint: a connection a request, kept alive between them, without a limit.
 
-A request is bytes, made before it is due. A stream's pieces go from the socket to `sse.Reader` in
-three calls; nothing is copied or queued on the way. Times are of CLOCK_MONOTONIC, in seconds.
+A request is bytes, made before it is due. From its head on a stream in chunks is read by a
+`Poller`, which counts what it can and passes on the rest; not so what comes by TLS. Times are of
+CLOCK_MONOTONIC, in seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 import httptools
 
 from kubeai.errors import KubeAIError
+from kubeai.loadtest._streams import Poller
 from kubeai.loadtest.sse import Reader
 
 CONNECT_TIMEOUT_S = 10.0
@@ -39,7 +41,8 @@ class Answer:
 
     __slots__ = (
         *("body", "ended_s", "endpoint", "error", "reader", "said", "status"),
-        *("_connection", "_ended", "_endpoint_header", "_framed", "_parser", "_parts", "on_body"),
+        *("_chunked", "_connection", "_ended", "_endpoint_header", "_framed", "_parser", "_parts"),
+        "on_body",
     )
 
     def __init__(self, reader: Reader | None, endpoint_header: bytes) -> None:
@@ -52,6 +55,7 @@ class Answer:
         self.ended_s = 0.0
         self._endpoint_header = endpoint_header
         self._framed = False  # the head says where the body ends
+        self._chunked = False
         self._parts: list[bytes] = []
         self._connection: Connection | None = None
         self._ended: asyncio.Future[None] | None = None
@@ -107,6 +111,7 @@ class Answer:
         name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self._framed = True
+            self._chunked = value.lower() == b"chunked"
         elif name == self._endpoint_header:
             self.endpoint = value.decode(errors="replace")
 
@@ -114,12 +119,24 @@ class Answer:
         if self._parser is None:  # one more answer, to nothing
             return
         self.status = self._parser.get_status_code()
-        if self.reader is not None and self.status >= 300:
+        if self.reader is None or self.status < 200:
+            return
+        if self.status >= 300:
             self.reader.keep()
+        elif self._chunked and self._connection is not None:
+            self._connection.poll(self.reader)
+
+    def on_chunk_header(self) -> None:
+        if self.reader is not None:
+            self.reader.between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        if self.reader is not None:
+            self.reader.between_chunks = True
 
     def on_message_complete(self) -> None:
         if self.status < 200:  # 100 Continue and the like
-            self._framed = False
+            self._framed = self._chunked = False
             return
         reader = self.reader
         self.body = b"".join(self._parts) if reader is None else reader.body
@@ -174,6 +191,7 @@ class Client:
         self.idle: list[Connection] = []
         self.open: set[Connection] = set()
         self.readers: set[Reader] = set()  # of streams that are under way
+        self.poller: Poller | None = None  # of those that come in the clear
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if address.tls else None
         self._places: Sequence[tuple[Any, ...]] = ()
@@ -193,6 +211,9 @@ class Client:
         """
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_tell)
+        if not self.address.tls:
+            self.poller = Poller()
+            loop.add_reader(self.poller.fd, self.poller.run)
         host, port = self.address.host, self.address.port
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -256,6 +277,10 @@ class Client:
     def close(self) -> None:
         for connection in list(self.open):
             connection.abort()
+        if self.poller is not None:
+            asyncio.get_running_loop().remove_reader(self.poller.fd)
+            self.poller.close()
+            self.poller = None
 
     async def _connect(self, place: tuple[Any, ...]) -> Connection:
         _, made = await asyncio.get_running_loop().create_connection(
@@ -270,9 +295,9 @@ class Client:
 class Connection(asyncio.Protocol):
     """One connection; it has an answer to bring, or rests in its client's ``idle``."""
 
-    __slots__ = ("_answer", "_client", "_transport", "data_received")
+    __slots__ = ("_answer", "_client", "_fault", "_fd", "_polled", "_transport", "data_received")
 
-    # The parser's own method while an answer comes: with a method of ours between, each chunk would
+    # The parser's own method while an answer comes: with a method of ours between, each piece would
     # cost a call more. uvloop looks it up when it is told its protocol.
     data_received: Callable[[bytes], None]  # type: ignore[assignment]
 
@@ -280,6 +305,9 @@ class Connection(asyncio.Protocol):
         self._client = client
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
+        self._polled: Reader | None = None
+        self._fd = -1
+        self._fault: Exception | None = None
         self.data_received = self._unasked
 
     async def ask(self, request: bytes, answer: Answer) -> None:
@@ -292,9 +320,18 @@ class Connection(asyncio.Protocol):
             self._transport.write(request)
         await answer.wait()
 
+    def poll(self, reader: Reader) -> None:
+        """From here on a stream comes, which the client's poller reads."""
+        poller, transport = self._client.poller, self._transport
+        if poller is not None and transport is not None and not transport.is_closing():
+            transport.pause_reading()
+            self._polled = reader
+            poller.add(self._fd, reader, self._take_other)
+
     def ended(self, *, reusable: bool) -> None:
         """The answer has."""
         self._answer = None
+        self._unpoll()
         self._take(self._unasked)
         if self._transport is None or self._transport.is_closing():
             return
@@ -313,16 +350,20 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
+        self._unpoll()
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._fd = transport.get_extra_info("socket").fileno()
         self._client.open.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._unpoll()
         self._client.open.discard(self)
         self._transport = None
+        exc = self._fault or exc
         with contextlib.suppress(ValueError):
             self._client.idle.remove(self)
         if self._answer is None:
@@ -336,6 +377,26 @@ class Connection(asyncio.Protocol):
         self.data_received = data_received
         if self._transport is not None:
             self._transport.set_protocol(self)
+
+    def _take_other(self, data: bytes) -> None:
+        """What the poller does not count; nothing: the transport is to see for itself."""
+        if not data:
+            self._unpoll()
+            return
+        try:
+            self.data_received(data)
+        except httptools.HttpParserError as error:
+            self._fault = error
+            self.abort()
+            if not _is_no_http(error):
+                raise
+
+    def _unpoll(self) -> None:
+        reader, self._polled = self._polled, None
+        if reader is not None and self._client.poller is not None:
+            self._client.poller.remove(self._fd, reader)
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
 
     def _unasked(self, _data: bytes) -> None:
         self.abort()

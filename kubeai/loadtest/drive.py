@@ -85,7 +85,7 @@ class Driver:
 
     def take(self, *, last: bool = False) -> Batch:
         open_streams = self._client.readers
-        tokens = sum(len(reader.times_s) for reader in open_streams)
+        tokens = sum(reader.tokens for reader in open_streams)
         others = sum(reader.others for reader in open_streams)
         cpu_s, kernel_s = _cpu_s()
         batch = Batch(

@@ -3,9 +3,8 @@
 An event that brings text is told from its bytes alone: in JSON a quote inside of a string is
 escaped, so ``"content":"`` can only be the field. Whatever does not look like that is decoded:
 roles, reasoning, tool calls, the usage, errors, and text of servers that write JSON with spaces.
-In most streams the text stands at the same place in each event: a piece that is one event with
-text there is counted without a look at its lines, in 0.5 µs in place of 3. Of such a piece nothing
-is kept: with thousands of streams, what a chunk touches in memory costs more than what it computes.
+In most streams the text stands at the same place in each event: such a one is counted without a
+look at its lines, and nothing of it is kept (`_streams`).
 Pieces may be cut anywhere, lines may end in CRLF.
 """
 
@@ -16,6 +15,8 @@ from time import monotonic
 from typing import Any
 
 import msgspec
+
+from kubeai.loadtest._streams import Stream
 
 LINE_MAX_BYTES = 1 << 20
 _FIELD = b"data:"
@@ -78,60 +79,43 @@ class Answer(msgspec.Struct):
 decode_answer = msgspec.json.Decoder(Answer).decode
 
 
-class Reader:
+class Reader(Stream):
     """One stream. ``times_s``: when each event with something in it came, by ``clock``.
 
-    ``keep``: the text is wanted. Call `feed` with what comes and `close` at the end; then ``done``
-    says whether it ended as it should, ``problem`` what was wrong with it.
+    ``keep``: the text is wanted. Call `feed` with what comes (a `Poller` may count what is as usual
+    before) and `close` at the end; then ``done`` says whether it ended as it should, ``problem``
+    what was wrong with it.
     """
 
-    __slots__ = (
-        *("_at", "_clock", "_end", "_kept", "_rest"),
-        *("done", "others", "problem", "times_s", "usage"),
-    )
+    __slots__ = ("_clock", "done", "others", "problem", "usage")
 
     def __init__(self, *, keep: bool = False, clock: Callable[[], float] = monotonic) -> None:
-        self.times_s: list[float] = []
         self.others = 0  # events without text
         self.done = False  # `[DONE]` has come
         self.usage: Usage | None = None
         self.problem = ""
         self._clock = clock
-        self._kept: list[bytes] | None = [] if keep else None
-        self._rest = b""  # of a line, whose end has not come
-        # Of the last event with text: where that is in it, and how it ends. One that tells the
-        # usage as well ends otherwise, and is decoded.
-        self._at = 0
-        self._end = b"\0"
+        if keep:
+            self.keep()
 
     def feed(self, piece: bytes) -> None:
-        if (
-            piece.startswith(_CONTENT, self._at)
-            and piece.endswith(self._end)
-            and piece[self._at + _CONTENT_BYTES] != _QUOTE
-            and piece.startswith(_FIELD)
-            and piece.find(b"\n") == len(piece) - 2
-            and not self._rest
-        ):
-            self.times_s.append(self._clock())
-            if self._kept is not None:
-                self._kept.append(piece)
-        else:
-            self._lines(piece, self._clock())
+        now_s = self._clock()
+        if not self.take(piece, now_s):
+            self._lines(piece, now_s)
 
     def keep(self) -> None:
         """Keep what comes from here on, as ``body``."""
-        if self._kept is None:
-            self._kept = []
+        if self.kept is None:
+            self.kept = []
 
     def close(self) -> None:
         """Nothing more comes. A last line need not end in a line feed."""
-        if self._rest:
+        if self.rest:
             self._lines(b"\n", self._clock())
 
     @property
     def body(self) -> bytes:
-        return b"".join(self._kept or ())
+        return b"".join(self.kept or ())
 
     @property
     def text(self) -> str:
@@ -141,26 +125,27 @@ class Reader:
         return "".join(_text(event) for event in events if event and event != b"[DONE]")
 
     def _lines(self, piece: bytes, now_s: float) -> None:
-        if self._kept is not None:
-            self._kept.append(piece)
-        lines = (self._rest + piece).split(b"\n")
-        self._rest = lines.pop()
+        if self.kept is not None:
+            self.kept.append(piece)
+        lines = (self.rest + piece).split(b"\n")
+        self.rest = lines.pop()
         for line in lines:
             if line.startswith(_FIELD):
                 self._event(line, now_s)
-        if len(self._rest) > LINE_MAX_BYTES:
-            self._rest = b""
+        if len(self.rest) > LINE_MAX_BYTES:
+            self.rest = b""
             self.problem = f"an event of more than {LINE_MAX_BYTES >> 20} MiB"
 
     def _event(self, line: bytes, now_s: float) -> None:
         at = line.find(_CONTENT)
         data = line[len(_FIELD) :].strip()
         if at >= 0 and line[at + _CONTENT_BYTES :][:1] not in (b'"', b""):
-            self.times_s.append(now_s)
-            self._at, self._end = at, line[-2:] + b"\n\n"
+            self.note(now_s)
             if _USAGE in line:
-                self._end = b"\0"
+                self.forget()
                 self._decoded(data)
+            else:
+                self.learn(line, at)
         elif data == b"[DONE]":
             self.done = True
             self.others += 1
@@ -170,7 +155,7 @@ class Reader:
     def _other(self, data: bytes, now_s: float) -> None:
         event = self._decoded(data)
         if event is not None and not all(one.is_empty() for one in event.said):
-            self.times_s.append(now_s)
+            self.note(now_s)
         else:
             self.others += 1
 

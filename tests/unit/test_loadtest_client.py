@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -13,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from harness import until
 
 from kubeai.loadtest.client import Address, Client, EndpointError
 from kubeai.loadtest.sse import Reader
@@ -203,12 +206,39 @@ async def test_an_answer_that_takes_too_long_is_given_up():
         await reader.read()
         left.set()
 
-    async with served(serve, timeout_s=0.05) as client:
+    async with served(serve, timeout_s=1.0) as client:
         reader = Reader()
         answer = await ask(client, reader)
         assert (answer.error, len(reader.times_s)) == ("timeout", 1)
         async with asyncio.timeout(5):
             await left.wait()
+
+
+@pytest.mark.parametrize("after", [b"", chunked(EVENT, EVENT)], ids=["head", "events"])
+async def test_a_stream_that_ceases_to_be_http_is_an_error(after):
+    async with served(once(HEAD + after + b"no chunk")) as client:
+        assert (await ask(client, Reader())).error.startswith("not HTTP: ")
+        assert not client.idle
+
+
+async def test_a_stream_that_is_reset_is_cut():
+    seen = asyncio.Event()
+
+    async def serve(reader, writer, _number):
+        await request(reader)
+        writer.write(HEAD + chunked(EVENT, EVENT))
+        await seen.wait()
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+
+    async with served(serve) as client:
+        reader = Reader()
+        task = asyncio.create_task(ask(client, reader))
+        await until("two events are read", lambda: reader.tokens == 2)
+        seen.set()
+        assert (await task).error == "cut"
+        assert not client.open
 
 
 async def test_one_that_is_cancelled_leaves_its_connection():
