@@ -52,6 +52,8 @@ class Wire:
         self.others.append(piece)
         if piece:
             self.parser.feed_data(piece)
+        else:
+            self.poller.remove(self.ours.fileno(), self.reader)
 
     def on_chunk_header(self) -> None:
         self.reader.between_chunks = False
