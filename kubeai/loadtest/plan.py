@@ -103,23 +103,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         traffic = self.traffic
         if isinstance(traffic, MadeUp):
             mine = generate(traffic.shape, traffic.seed, first=self.worker, step=self.workers)
-        else:
-            every = (
-                read_sharegpt(Path(traffic.path), messages_min=traffic.messages_min)
-                if isinstance(traffic, ShareGpt)
-                else _paced(read_trace(Path(traffic.path)), traffic.speed)
-            )
+        elif isinstance(traffic, ShareGpt):
+            every = read_sharegpt(Path(traffic.path), messages_min=traffic.messages_min)
             mine = iter(every[self.worker :: self.workers])
+        else:
+            requests = read_trace(Path(traffic.path))
+            first = requests[0].timestamp  # it is sent at once
+            mine = (
+                one.conversation((one.timestamp - first) / 1000 / traffic.speed)
+                for one in requests[self.worker :: self.workers]
+            )
         return zip(numbers, mine, strict=False)
-
-
-def _paced(conversations: list[Conversation], speed: float) -> list[Conversation]:
-    """The first begins at once, and time passes ``speed`` times as fast."""
-    first_s = conversations[0].at_s or 0.0
-    return [
-        msgspec.structs.replace(one, at_s=((one.at_s or 0.0) - first_s) / speed)
-        for one in conversations
-    ]
 
 
 # -- between processes -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ it is about as many.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -200,54 +201,65 @@ def _turns(said: list[Message], tokens_max: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def read_trace(path: Path) -> list[Conversation]:
-    """Requests with the time of each, a JSON object a line, in one of two forms.
+class Traced(msgspec.Struct):
+    """A request of a trace, as its line has it."""
 
-    ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or as
-    published traces have it, without text: ``{"timestamp": <ms>, "input_length": <tokens>,
-    "output_length": <tokens>, "hash_ids": [<block>, …]}``, where equal blocks (of 512 tokens) are
-    equal text.
-    TrafficError says which line is wrong.
-    """
-    conversations = []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    conversations.append(_traced(f"{path}: line {number}", line))
-    except OSError as error:
-        raise TrafficError(f"{path}: {error.strerror}") from None
-    if not conversations:
-        raise TrafficError(f"{path}: is empty")
-    return sorted(conversations, key=lambda one: one.at_s or 0.0)
-
-
-class _Line(msgspec.Struct):
-    timestamp: float
+    timestamp: float  # milliseconds
     messages: list[dict[str, Any]] | None = None
     max_tokens: int = 0
     input_length: int = 0
     output_length: int = 0
     hash_ids: list[int] = []
 
+    def conversation(self, at_s: float) -> Conversation:
+        if self.messages:
+            *before, last = (
+                (str(m.get("role", "user")), str(m.get("content") or "")) for m in self.messages
+            )
+            return Conversation((Turn(last[1], self.max_tokens),), tuple(before), at_s)
+        blocks = itertools.cycle(self.hash_ids)
+        count = -(-self.input_length // TRACE_BLOCK_TOKENS)
+        prompt = "".join(_block(next(blocks)) for _ in range(count))
+        prompt = prompt[: self.input_length * text.TOKEN_BYTES]
+        return Conversation((Turn(prompt, self.output_length),), (), at_s)
 
-def _traced(where: str, line: bytes) -> Conversation:
+
+def read_trace(path: Path) -> list[Traced]:
+    """Requests by their times, from a JSON object a line, in one of two forms.
+
+    ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or as
+    published traces have it, without text: ``{"timestamp": <ms>, "input_length": <tokens>,
+    "output_length": <tokens>, "hash_ids": [<block>, …]}``, where equal blocks (of 512 tokens) are
+    equal text. That of an hour is gigabytes: each request's is made when it is asked for.
+    TrafficError says which line is wrong.
+    """
+    requests = []
     try:
-        one = msgspec.json.decode(line, type=_Line)
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    requests.append(_traced(f"{path}: line {number}", line))
+    except OSError as error:
+        raise TrafficError(f"{path}: {error.strerror}") from None
+    if not requests:
+        raise TrafficError(f"{path}: is empty")
+    return sorted(requests, key=lambda one: one.timestamp)
+
+
+def _traced(where: str, line: bytes) -> Traced:
+    try:
+        one = msgspec.json.decode(line, type=Traced)
     except msgspec.DecodeError as error:
         raise TrafficError(f"{where}: {error}") from None
-    at_s = one.timestamp / 1000
-    if one.messages:
-        said = [(str(m.get("role", "user")), str(m.get("content") or "")) for m in one.messages]
-        turn = Turn(said[-1][1], one.max_tokens)
-        return Conversation((turn,), tuple(said[:-1]), at_s)
-    if one.input_length < 1:
+    if not one.messages and one.input_length < 1:
         raise TrafficError(f"{where}: has neither messages nor an input_length")
-    blocks = one.hash_ids or [random.Random(where).getrandbits(48)]
-    parts = [text.words(random.Random(f"block {block}"), TRACE_BLOCK_TOKENS) for block in blocks]
-    parts = list(itertools.islice(itertools.cycle(parts), -(-one.input_length // 512)))
-    prompt = "".join(parts)[: one.input_length * text.TOKEN_BYTES]
-    return Conversation((Turn(prompt, one.output_length),), (), at_s)
+    one.hash_ids = one.hash_ids or [random.Random(where).getrandbits(48)]
+    return one
+
+
+@functools.lru_cache(maxsize=4096)  # of 2 KiB: what many requests begin with
+def _block(number: int) -> str:
+    return text.words(random.Random(f"block {number}"), TRACE_BLOCK_TOKENS)
 
 
 def _parsed(path: Path) -> Any:

@@ -140,7 +140,7 @@ def test_a_trace_has_times_and_equal_blocks_are_equal_text(tmp_path):
         },
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    early, middle, late = read_trace(file)
+    early, middle, late = (one.conversation(one.timestamp / 1000) for one in read_trace(file))
     assert [one.at_s for one in (early, middle, late)] == [0.5, 0.9005, 2.0]
     assert middle == Conversation((Turn("u", 7),), (("system", "s"),), 0.9005)
     first, second = early.turns[0].text, late.turns[0].text
