@@ -17,51 +17,44 @@ from pathlib import Path
 
 from autoscaling import filled
 
+from kubeai.simulation.cluster import Strategy
 from kubeai.simulation.engine import EngineConfig
-from kubeai.simulation.replicas import Outcome, Setting, play
+from kubeai.simulation.replicas import Play
+from kubeai.simulation.traffic import Shape
 
 SEEDS = (1, 2, 3, 4)
 REPLICAS = (1, 2, 4, 8)
 FAST = EngineConfig(cache_blocks=1600, prefill_tokens_per_s=40000.0, decode_tokens_per_s=100.0)
+SLOW = Shape(prompt_tokens=600, turn_tokens=60, reply_tokens=120, think_s=2.0)
 TRAFFIC = {
-    "few": ("24 conversations, answers of 2.4 s", {"conversations": 24, "duration_s": 80.0}),
-    "many": ("128 conversations, answers of 2.4 s and longer", {"duration_s": 80.0}),
+    "few": ("24 conversations, answers of 2.4 s", Play(shape=SLOW, concurrency=24)),
+    "many": ("128 conversations, answers of 2.4 s and longer", Play(shape=SLOW, concurrency=128)),
     "fast": (
         "160 conversations, 500 requests a second of 0.2 s",
-        {
-            "conversations": 160,
-            "duration_s": 18.0,
-            "warm_up_s": 3.0,
-            "think_s": 0.1,
-            "prompt_tokens": 100,
-            "turn_tokens": 20,
-            "reply_tokens": 10,
-            "engine": FAST,
-        },
+        Play(
+            shape=Shape(prompt_tokens=100, turn_tokens=20, reply_tokens=10, think_s=0.1),
+            concurrency=160,
+            engine=FAST,
+            from_s=3.0,
+            until_s=18.0,
+        ),
     ),
 }
-VIEWS = {
+VIEWS: dict[str, dict[str, bool]] = {
     "shared": {},
     "shared, nothing expected": {"expected": False},
     "none": {"shared": False},
 }
 
 
-def figures(**setting: object) -> dict[str, float]:
-    """Means over the seeds."""
-    outcomes = [play(Setting(seed=seed, **setting)) for seed in SEEDS]  # type: ignore[arg-type]
-    return {
-        name: statistics.fmean(getattr(outcome, name) for outcome in outcomes)
-        for name in Outcome.__struct_fields__
-    }
-
-
-def cell(replicas: int, strategy: str, fields: dict[str, object], view: str) -> str:
+def cell(replicas: int, strategy: Strategy, play: Play, view: str) -> str:
     if replicas == 1 and view != "shared":
         return ""  # there is nobody to share it with
-    found = figures(replicas=replicas, strategy=strategy, **fields, **VIEWS[view])
-    means = found["imbalance_mean"], found["imbalance_p99"]
-    return "{:.2f} / {:.2f} / ".format(*means) + f"{found['hit_rate']:.0%}"
+    played = [
+        play.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view]) for seed in SEEDS
+    ]
+    mean, p99, hit_rate = (statistics.fmean(values) for values in zip(*played, strict=True))
+    return f"{mean:.2f} / {p99:.2f} / {hit_rate:.0%}"
 
 
 def rows() -> list[str]:
@@ -69,11 +62,11 @@ def rows() -> list[str]:
         "| traffic | strategy | view of load | 1 | 2 | 4 | 8 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for traffic, strategy, view in itertools.product(TRAFFIC, ("LeastLoad", "PrefixHash"), VIEWS):
+    strategies: tuple[Strategy, ...] = ("LeastLoad", "PrefixHash")
+    for traffic, strategy, view in itertools.product(TRAFFIC, strategies, VIEWS):
         if strategy == "PrefixHash" and "expected" in VIEWS[view]:
             continue  # keys spread: nothing is expected there
-        fields = TRAFFIC[traffic][1]
-        cells = [cell(replicas, strategy, fields, view) for replicas in REPLICAS]
+        cells = [cell(replicas, strategy, TRAFFIC[traffic][1], view) for replicas in REPLICAS]
         lines.append(f"| {traffic} | {strategy} | {view} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr)
     return lines

@@ -232,6 +232,9 @@ def simulate(
     prefix_char_length: Annotated[
         int | None, _option("PrefixHash: characters of the prefix: 100.", ROUTING, min=0)
     ] = None,
+    replicas: Annotated[
+        int, _option("Of KubeAI, which tell each other their loads. Default: 1.", ROUTING, min=1)
+    ] = 1,
     # traffic
     shape: Shape = None,
     conversations: Conversations = None,
@@ -314,6 +317,7 @@ def simulate(
             concurrencies=levels or [options.CONCURRENCY],
             replication=replication,
             mean_load_factor=mean_load_factor,
+            replicas=replicas,
             prefix_char_length=prefix_char_length,
             seed=seed,
         ),

@@ -1,4 +1,4 @@
-"""A Model's engines behind one gateway, under traffic, in virtual time: ``kubeai bench simulate``.
+"""A Model's engines behind KubeAI, under traffic, in virtual time: ``kubeai bench simulate``.
 
 The ring, the load table and the key of a request are those that serve requests, and the engines are
 the mock engine's; only time and sockets are not there. Deterministic: the same setting and traffic
@@ -10,7 +10,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -38,17 +39,31 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     mean_load_factor: int = 125
     replication: int = 20
     prefix_char_length: int = 100
+    replicas: int = 1  # of KubeAI: a pick counts in its own at once, in others when they are told
+    shared: bool = True  # whether they tell each other their loads
+    expected: bool = True  # whether they expect of each other what they do themselves
+    tell_interval_s: float = 0.05
     concurrency: int = 32  # conversations at a time, of those without a time of their own
     paced_per_s: float = 0.0  # no more requests are wanted a second; 0: any number
     client_per_s: float = 0.0  # no more can the client send, however many are due; 0: any number
-    network_s: float = 0.0005  # from the client to an engine, and back
+    network_s: float = 0.0005  # from the client to an engine, and back; between replicas
     seed: int = 1
 
     @property
     def name(self) -> str:
-        if self.strategy != "PrefixHash":
-            return self.strategy
-        return f"PrefixHash {self.mean_load_factor} % x{self.replication}"
+        name: str = self.strategy
+        if self.strategy == "PrefixHash":
+            name += f" {self.mean_load_factor} % x{self.replication}"
+        if self.replicas > 1 and self.strategy in ("LeastLoad", "PrefixHash"):
+            name += f", {self.replicas} replicas"
+        return name
+
+    @property
+    def pod_names(self) -> list[str]:
+        """As pods have them: where an engine stands on the ring depends on its name."""
+        source = random.Random(f"{self.seed} pods")
+        letters = "bcdfghjklmnpqrstvwxz2456789"
+        return [f"model-m-{''.join(source.choices(letters, k=5))}" for _ in range(self.engines)]
 
 
 class Outcome(NamedTuple):
@@ -61,15 +76,24 @@ class Outcome(NamedTuple):
 # -- who serves a request --------------------------------------------------------------------------
 
 
-class Router(Protocol):
+class Clock(Protocol):
+    def __call__(self, when_s: float, happen: Callable[[float], None]) -> None:
+        """Call it back at a time, with that time."""
+
+
+class Router:
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         """An engine's number; what is to be released when it has answered."""
-        ...
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def start(self, at: Clock) -> None:
+        """Begin what is done again and again."""
+
+    def close(self) -> None:
+        pass
 
 
-class Service:
+class Service(Router):
     """A Kubernetes Service in front of the engines: at random, or each in its turn (IPVS)."""
 
     def __init__(self, setting: Setting) -> None:
@@ -83,40 +107,99 @@ class Service:
             return next(self._turns), None
         return self._random.randrange(self._engines), None
 
-    def close(self) -> None:
-        pass
 
+class Replica:
+    """One of KubeAI: a ring, and a load table that has the others' loads as far as it has heard."""
 
-class Gateway:
-    """KubeAI: a load table and a ring in it."""
-
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, phase: int) -> None:
         self._supervisor = LoadTable.create(setting.engines + 1, 1)
-        self._supervisor.phase = random.Random(f"{setting.seed} gateway").getrandbits(32)
+        self._supervisor.phase = phase
+        if setting.shared and setting.expected:
+            self._supervisor.peers = setting.replicas - 1
         self._table = LoadTable.attach(self._supervisor.fd, 0)
-        lives = [self._supervisor.open_row(row) for row in range(setting.engines + 1)]
+        self._lives = [self._supervisor.open_row(row) for row in range(setting.engines + 1)]
         self._ring = Ring(
             self._table,
             MODEL_ROW,
-            lives[MODEL_ROW],
+            self._lives[MODEL_ROW],
             replication=setting.replication,
             mean_load_factor=setting.mean_load_factor,
         )
-        for number, name in enumerate(pod_names(setting), 1):
-            self._ring.set(name, number, lives[number], target=number - 1)
-        self._hashes = setting.strategy == "PrefixHash"
+        for row, name in enumerate(setting.pod_names, 1):
+            self._ring.set(name, row, self._lives[row], target=row - 1)
+        hashes = setting.strategy == "PrefixHash"
+        self.pick = self._ring.pick_hashed if hashes else self._pick_least
+        self._heard: dict[int, list[int]] = {}
 
-    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
-        pick = self._ring.pick_hashed(key) if self._hashes else self._ring.pick_least()
-        assert pick is not None, "there are engines"
-        return pick.target, pick  # type: ignore[return-value]
+    def _pick_least(self, _key: int) -> Reservation | None:
+        return self._ring.pick_least()
+
+    def in_flight(self) -> list[int]:
+        """Of each engine, by this replica."""
+        return [self._table.in_flight_here(row) for row in range(1, len(self._lives))]
+
+    def hear(self, number: int, told: list[int]) -> None:
+        """What another has in flight with each engine."""
+        self._heard[number] = told
+        sums = [sum(counts) for counts in zip(*self._heard.values(), strict=True)]
+        for row, count in enumerate(sums, 1):
+            self._supervisor.set_peers(row, self._lives[row], count)
+        self._supervisor.set_peers(MODEL_ROW, self._lives[MODEL_ROW], sum(sums))
+
+    def settle(self) -> None:
+        self._supervisor.settle()
 
     def close(self) -> None:
         self._table.close()
         self._supervisor.close()
 
 
-class Oracle:
+class Replicas(Router):
+    """KubeAI: each request comes to any of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._random = random.Random(f"{setting.seed} gateway")
+        self._replicas = [
+            Replica(setting, self._random.getrandbits(32)) for _ in range(setting.replicas)
+        ]
+        self._tell = setting.shared and setting.replicas > 1
+        self._interval_s, self._travel_s = setting.tell_interval_s, setting.network_s
+
+    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+        several = len(self._replicas) > 1
+        pick = (self._random.choice(self._replicas) if several else self._replicas[0]).pick(key)
+        assert pick is not None, "there are engines"
+        return pick.target, pick  # type: ignore[return-value]
+
+    def start(self, at: Clock) -> None:
+        if not self._tell:
+            return
+        for number, replica in enumerate(self._replicas):
+            tell = partial(self._told, at, number)
+            _again(at, self._random.random() * self._interval_s, self._interval_s, tell)
+            settle_s = self._interval_s / 4
+            _again(at, self._random.random() * settle_s, settle_s, lambda _, r=replica: r.settle())  # type: ignore[misc]
+
+    def _told(self, at: Clock, number: int, now_s: float) -> None:
+        told = self._replicas[number].in_flight()
+        for other in self._replicas:
+            if other is not self._replicas[number]:
+                at(now_s + self._travel_s, lambda _, other=other: other.hear(number, told))  # type: ignore[misc]
+
+    def close(self) -> None:
+        for replica in self._replicas:
+            replica.close()
+
+
+def _again(at: Clock, first_s: float, interval_s: float, happen: Callable[[float], None]) -> None:
+    def happens(now_s: float) -> None:
+        happen(now_s)
+        at(now_s + interval_s, happens)
+
+    at(first_s, happens)
+
+
+class Oracle(Router):
     """Knows every cache: of the engines within the load bound, that which has most of the prompt.
 
     What no gateway can be; the bound is PrefixHash's.
@@ -138,16 +221,6 @@ class Oracle:
 
         return max(within or range(len(loads)), key=worth), None
 
-    def close(self) -> None:
-        pass
-
-
-def pod_names(setting: Setting) -> list[str]:
-    """As pods have them: where an engine stands on the ring depends on its name."""
-    source = random.Random(f"{setting.seed} pods")
-    letters = "bcdfghjklmnpqrstvwxz2456789"
-    return [f"model-m-{''.join(source.choices(letters, k=5))}" for _ in range(setting.engines)]
-
 
 def _router(setting: Setting, engines: list[Engine]) -> Router:
     match setting.strategy:
@@ -156,7 +229,7 @@ def _router(setting: Setting, engines: list[Engine]) -> Router:
         case "Oracle":
             return Oracle(setting, engines)
         case _:
-            return Gateway(setting)
+            return Replicas(setting)
 
 
 # -- a conversation under way ----------------------------------------------------------------------
@@ -237,14 +310,16 @@ class _Asked(NamedTuple):
 
 # -- the run ---------------------------------------------------------------------------------------
 
-ARRIVE, SEND, STEP = range(3)
+ARRIVE, SEND, STEP, CALL = range(4)
+Watch = Callable[[float, list[Engine]], None]
 
 
 class Cluster:
-    """One run of a setting."""
+    """One run of a setting. ``watch(now_s, engines)``: called when a request has been sent."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, watch: Watch | None = None) -> None:
         self._setting = setting
+        self._watch = watch
         self._engines = [Engine(setting.engine) for _ in range(setting.engines)]
         self._names = [f"engine-{number}" for number in range(setting.engines)]
         self._router = _router(setting, self._engines)
@@ -253,6 +328,7 @@ class Cluster:
         self._events: list[tuple[float, int, int, Any]] = []  # (when, order, what, of whom)
         self._order = itertools.count()
         self._numbers = itertools.count()
+        self._under_way = 0  # conversations that have begun, or have their time
         self._waiting: Iterator[Conversation] = iter(())
         self._paced = _Pace(setting.paced_per_s)
         self._client = _Pace(setting.client_per_s)
@@ -267,15 +343,18 @@ class Cluster:
                 break
         now_s = 0.0
         events = self._events
+        self._router.start(lambda when_s, happen: self._at(when_s, CALL, happen))
         try:
-            while events:
+            while self._under_way:
                 now_s, _, what, whose = heapq.heappop(events)
                 if what == STEP:
                     self._step(whose, now_s)
                 elif what == SEND:
                     self._send(whose, now_s)
-                else:
+                elif what == ARRIVE:
                     self._ask(whose, now_s)
+                else:
+                    whose(now_s)
         finally:
             self._router.close()
         preemptions = sum(engine.preemptions for engine in self._engines)
@@ -289,6 +368,7 @@ class Cluster:
         conversation = next(self._waiting, None)
         if conversation is None:
             return False
+        self._under_way += 1
         talk = _Talk(next(self._numbers), conversation, self._setting)
         if conversation.at_s is None:
             self._ask(talk, now_s)
@@ -320,6 +400,8 @@ class Cluster:
             return
         if not self._stepping[number]:
             self._step(number, now_s)
+        if self._watch is not None:
+            self._watch(now_s, self._engines)
 
     @property
     def _block(self) -> int:
@@ -359,9 +441,13 @@ class Cluster:
         if not talk.is_over:
             think_s = talk.conversation.turns[talk.turn].think_s
             self._at(back_s + think_s, ARRIVE, talk)
-        elif talk.conversation.at_s is None:
+            return
+        self._under_way -= 1
+        if talk.conversation.at_s is None:
             self._begin(back_s)
 
 
-def play(setting: Setting, conversations: Iterable[Conversation]) -> Outcome:
-    return Cluster(setting).run(conversations)
+def play(
+    setting: Setting, conversations: Iterable[Conversation], watch: Watch | None = None
+) -> Outcome:
+    return Cluster(setting, watch).run(conversations)
