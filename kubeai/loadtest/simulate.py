@@ -94,8 +94,8 @@ def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> 
     with ProcessPoolExecutor(
         min(len(jobs), os.cpu_count() or 1),
         mp_context=get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_DFL),
+        initializer=signal.signal,  # a Ctrl-C is for this process, which ends the others
+        initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
         try:
             for one in pool.map(_play, jobs):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,24 @@ def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path):
     assert "Traceback" not in said
     assert "LeastLoad" in told
     assert [path.name for path in tmp_path.iterdir()] == ["01-leastload--32-at-a-time.json"]
+
+
+def test_ctrl_c_is_the_first_processs_business(tmp_path):
+    """A terminal tells every process of it; whichever hears of it first, the results are kept."""
+    options = ("--strategies=LeastLoad,Oracle", "--engines=100", "--conversations=200")
+    process = subprocess.Popen(
+        (*COMMAND, *options, "--json", str(tmp_path)), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr.readline().startswith("LeastLoad, 32 at a time: done")
+        for child in children(process.pid):
+            os.kill(child, signal.SIGINT)
+        _, said = process.communicate(timeout=RUN_TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
