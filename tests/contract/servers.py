@@ -57,10 +57,6 @@ class Program:
                 [*self._command, *options], stdout=output, stderr=output, pass_fds=pass_fds
             )
 
-    def options(self, *options: str) -> None:
-        """Of every start from now on."""
-        self._command = (*self._command, *options)
-
     def freeze(self) -> None:
         """It takes connections and answers nobody."""
         self._process.send_signal(signal.SIGSTOP)
@@ -166,26 +162,25 @@ def _decoded(body: bytes):
 @contextlib.contextmanager
 def embedded(directory: Path):
     """The embedded API as a process, once it says that it is ready."""
-    program = Program(
-        (sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory))
-    )
-    read, write = os.pipe()
-    program.start("--port", "0", "--ready-fd", str(write), pass_fds=(write,))
-    os.close(write)
-    try:
-        with os.fdopen(read) as pipe:
-            line = pipe.readline().split()
-        assert line[:1] == ["ready"], "the embedded API did not start"
-        program.options("--port", line[1])
-        yield ApiServer(
-            "embedded",
-            f"https://127.0.0.1:{line[1]}",
-            (directory / "token").read_text(),
-            str(directory / "ca.crt"),
-            program=program,
-        )
-    finally:
-        program.stop()
+    command = (sys.executable, "-m", "kubeai.local.apiserver", "--data-dir", str(directory))
+    with _kept_ports(1) as (port,):
+        program = Program((*command, "--port", str(port)))
+        read, write = os.pipe()
+        program.start("--ready-fd", str(write), pass_fds=(write,))
+        os.close(write)
+        try:
+            with os.fdopen(read) as pipe:
+                line = pipe.readline().split()
+            assert line == ["ready", str(port)], "the embedded API did not start"
+            yield ApiServer(
+                "embedded",
+                f"https://127.0.0.1:{port}",
+                (directory / "token").read_text(),
+                str(directory / "ca.crt"),
+                program=program,
+            )
+        finally:
+            program.stop()
 
 
 def assets(*names: str) -> Path | None:
@@ -206,7 +201,6 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
     folder = assets("etcd", "kube-apiserver")
     assert folder is not None
     directory.mkdir(parents=True)
-    etcd_port, peer_port, port = _free_ports(3)
     token = secrets.token_hex(16)
     tokens = {account: secrets.token_hex(16) for account in accounts}
     users = [f'{token},admin,admin,"system:masters"\n']
@@ -220,9 +214,10 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
     _make_rsa_key(key)
     clients = Authority(directory, "kubelet-clients")
     client = clients.client(KUBELET_CLIENT)
-    etcd_url = f"http://127.0.0.1:{etcd_port}"
-    peer_url = f"http://127.0.0.1:{peer_port}"
     with contextlib.ExitStack() as stack:
+        etcd_port, peer_port, port = stack.enter_context(_kept_ports(3))
+        etcd_url = f"http://127.0.0.1:{etcd_port}"
+        peer_url = f"http://127.0.0.1:{peer_port}"
         stack.enter_context(
             _running(
                 directory / "etcd.log",
@@ -350,13 +345,19 @@ def _make_rsa_key(path: Path) -> None:
     )
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago: these servers cannot say which one they chose."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+@contextlib.contextmanager
+def _kept_ports(count: int):
+    """Ports for servers that cannot say which they chose, or that are to come back on theirs.
+
+    They are bound here as well, which the kernel bears as long as only one of the two listens. So
+    nobody else is given them while their server is away, or not there yet.
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0))
+        yield [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.contextmanager
