@@ -108,8 +108,16 @@ class World:
         return self.active()
 
     async def say(self, pod, phase, **status):
+        """And see it: by the watch, which may be behind, it is told what is active."""
         patch = {"status": {"phase": phase, **status}}
-        await self.kube.patch(PODS, pod, patch, subresource="status")
+        said = await self.kube.patch(PODS, pod, patch, subresource="status")
+        version = int(said["metadata"]["resourceVersion"])
+
+        def seen():
+            known = self.pods.get(pod)
+            return known is None or int(known["metadata"]["resourceVersion"]) >= version
+
+        await until(seen, f"{pod} is seen to be {phase}")
 
     async def numbers_are(self, active, succeeded, failed, name="j"):
         async def told():
@@ -207,7 +215,7 @@ async def test_a_job_makes_its_pod_and_is_complete_once_that_succeeds(world):
     status = await world.status()
     assert status["startTime"] <= status["completionTime"]
     assert (status.get("ready"), status.get("terminating")) == (0, 0)
-    assert "finalizers" not in world.pods[name]["metadata"]
+    await until(lambda: "finalizers" not in world.pods[name]["metadata"], "nothing holds the pod")
     assert world.seen == {name}
 
     async def told():
