@@ -622,7 +622,7 @@ async def never(request):
 
 
 async def test_an_engine_that_never_answers_is_a_timeout(stack):
-    replica = Replica(first_byte_timeout_s=0.1)
+    replica = Replica(first_byte_timeout_s=0.5)  # the request has time to reach the engine
     client = await client_of(stack, replica)
     engine, address = await started(stack, never)
     replica.publish("w", address)
