@@ -232,9 +232,9 @@ async def test_a_sidecar_is_up_before_the_containers_and_ends_after_them(run, tm
     up = tmp_path / "up"
     side = (
         "import signal, sys, time\n"
-        f"open({str(up)!r}, 'w')\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('told'), sys.exit(0)))\n"
         "print('up')\n"
+        f"open({str(up)!r}, 'w')\n"
         "time.sleep(600)"
     )
     probe = {"exec": {"command": [*PYTHON, f"open({str(up)!r})"]}, "periodSeconds": 1}
