@@ -317,7 +317,7 @@ async def test_ctrl_c_keeps_what_was_measured(bench):
 async def test_an_engine_that_is_killed_is_errors_and_the_rest_is_kept(bench):
     async with engine(*SLOW) as one:
         process = await bench.start(
-            *("run", one.url, "--duration", "2s", "--concurrency", "4", *SMALL),
+            *("run", one.url, "--duration", "5s", "--concurrency", "4", *SMALL),
             *("--json", str(bench.json)),
         )
         await one.has_received(12)
@@ -336,7 +336,7 @@ async def test_an_engine_that_is_killed_is_errors_and_the_rest_is_kept(bench):
 async def test_a_process_of_its_own_that_is_killed_is_told_and_the_rest_is_kept(bench):
     async with engine(*SLOW) as one:
         process = await bench.start(
-            *("run", one.url, "--duration", "2s", "--concurrency", "4", *SMALL),
+            *("run", one.url, "--duration", "5s", "--concurrency", "4", *SMALL),
             *("--json", str(bench.json), "--processes", "2"),
         )
         await one.has_received(12)
