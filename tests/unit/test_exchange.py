@@ -1027,7 +1027,7 @@ async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(
     silent = await world.client()
     await until(lambda: world.front.relay.connections == 4)
 
-    drained = asyncio.create_task(world.front.drain(accept_s=0.1, timeout_s=5))
+    drained = asyncio.create_task(world.front.drain(accept_s=1.0, timeout_s=5))
     await until(lambda: world.gateway.draining)
     new = await world.client()
     await new.send(ask())
