@@ -23,8 +23,22 @@ def nothing_in_flight():
         assert _load.live() == (0, 0), "(Admissions, Reservations) are left"
 
 
+def _end_by_timeout(loop, context):
+    """Fail a test that hangs on uvloop.
+
+    uvloop takes the failure that pytest-timeout raises in its signal's handler for a fault of a
+    callback's, and goes on: such a test hung for ever.
+    """
+    fault = context.get("exception")
+    if isinstance(fault, pytest.fail.Exception):
+        for task in asyncio.all_tasks(loop):
+            task.cancel(str(fault))
+    loop.default_exception_handler(context)
+
+
 @pytest_asyncio.fixture
 async def no_task_alive():
+    asyncio.get_running_loop().set_exception_handler(_end_by_timeout)
     before = asyncio.all_tasks()
     yield
     # One turn, for tasks whose cancellation has been asked for and awaited by their owner.
