@@ -163,16 +163,15 @@ def _app() -> Any:
 
 
 async def _serve(host: str, port: int, workers: int) -> None:
-    import structlog
-
     from kubeai.api.config import load_config
     from kubeai.kube import Kube
+    from kubeai.logs import get_logger
     from kubeai.supervisor import Supervisor
 
     config_path = os.environ.get("CONFIG_PATH")
     config = load_config(Path(config_path) if config_path else None)
     config = config.listening_on(host)
-    log = structlog.get_logger(__name__)
+    log = get_logger(__name__)
     lease = config.leader_election
     # What a leader has sent is delivered, or dropped, before another can lead.
     kube = await Kube.connect(unacknowledged_max_s=lease.lease_duration_s - lease.renew_deadline_s)

@@ -14,6 +14,19 @@ from types import ModuleType
 
 
 @contextlib.contextmanager
+def without(package: str) -> Iterator[None]:
+    """Within, this package is not installed, if nobody has imported it yet."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+@contextlib.contextmanager
 def without_init(*packages: str) -> Iterator[list[ModuleType]]:
     """Within, modules of these packages are imported without running the packages' own code.
 

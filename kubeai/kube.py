@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
 
-import aiohttp
 import msgspec
-import structlog
 
 from kubeai import channels
 from kubeai.errors import KubeAIError
+from kubeai.http import aiohttp
 from kubeai.imports import without_init
+from kubeai.logs import get_logger
 
 with without_init("kubernetes_asyncio", "kubernetes_asyncio.client") as (_, client):
     from kubernetes_asyncio.client.configuration import Configuration
@@ -43,7 +43,7 @@ with without_init("kubernetes_asyncio", "kubernetes_asyncio.client") as (_, clie
         client.Configuration, client.ApiClient = Configuration, None  # type: ignore[attr-defined]
     from kubernetes_asyncio import config as kube_config
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 Object = dict[str, Any]
 if TYPE_CHECKING:
     from typing_extensions import TypeVar

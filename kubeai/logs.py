@@ -8,9 +8,15 @@ import os
 import sys
 from typing import Any
 
-import structlog
-
 from kubeai.errors import KubeAIError
+from kubeai.imports import without
+
+with without("rich"):  # or structlog imports it for tracebacks that are not asked of it, 90 ms
+    import structlog
+
+__all__ = ["Sparingly", "get_logger", "setup_logging"]
+
+get_logger = structlog.get_logger
 
 
 class Sparingly:

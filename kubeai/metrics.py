@@ -23,7 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from kubeai import __version__
+import kubeai
 from kubeai._load import ITERATION_BUCKETS, LoadTable
 from kubeai.routing import Publisher, RequestType, Route
 
@@ -73,7 +73,7 @@ class LoadCollector(Collector):
         yield self._iterations()
         yield from self._hinge(snapshot.version)
         yield self._silences()
-        yield InfoMetricFamily("kubeai_build", "This program.", {"version": __version__})
+        yield InfoMetricFamily("kubeai_build", "This program.", {"version": kubeai.__version__})
 
     def _models(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         active = GaugeMetricFamily(

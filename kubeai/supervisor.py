@@ -18,21 +18,21 @@ import sys
 from collections.abc import Callable
 
 import msgspec
-import structlog
-from aiohttp import web
 
 from kubeai import hinge
 from kubeai._load import LoadTable
 from kubeai.api.config import SystemConfig
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.gateway.tracing import check_tracing
+from kubeai.http import web
 from kubeai.kube import Kube
+from kubeai.logs import get_logger
 from kubeai.metrics import Metrics
 from kubeai.operator import Operator
 from kubeai.peers import LOADS_PATH, Peers
 from kubeai.routing import Publisher, Route
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 # 1,000 Models and 10,000 pods, three lives of each before rows must be free again; the memory is
 # only taken once a row is touched.

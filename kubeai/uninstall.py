@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 
-import structlog
-
 from kubeai.engines.cache import CLAIM_PREFIX
 from kubeai.errors import KubeAIError
 from kubeai.kube import MODELS, PVCS, ApiError, Kube, Resource
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 LOOK_INTERVAL_S = 1.0
 CLAIMS = "app.kubernetes.io/managed-by=kubeai"
 

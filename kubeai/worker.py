@@ -19,9 +19,7 @@ import sys
 import time
 
 import msgspec
-import structlog
 import uvloop
-from aiohttp import web
 
 from kubeai import hinge
 from kubeai._load import LoadTable
@@ -30,10 +28,11 @@ from kubeai.gateway import Gateway
 from kubeai.gateway.connection import Front
 from kubeai.gateway.observers import make_observers
 from kubeai.gateway.pages import make_runner
-from kubeai.logs import setup_logging
+from kubeai.http import web
+from kubeai.logs import get_logger, setup_logging
 from kubeai.routing import Delta, RoutingTable, Snapshot
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ENVIRONMENT = "KUBEAI_WORKER"
 KEPT_MAX_BYTES = 64 << 20  # of free memory at the heap's end

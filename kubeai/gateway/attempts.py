@@ -14,9 +14,8 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-import structlog
-
 from kubeai._relay import RETRY_AFTER_S
+from kubeai.logs import get_logger
 from kubeai.openai import BadRequest, model_not_found
 from kubeai.routing import ModelGone, NoEndpoint
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from kubeai.openai import Ask
     from kubeai.routing import RoutedModel
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 # Before an endpoint that has just failed is tried again; doubled with each further retry, and half
 # of it more or less, so that requests which failed together do not come back together.

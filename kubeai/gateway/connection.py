@@ -14,19 +14,18 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import structlog
-
 from kubeai._relay import Relay
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
 from kubeai.gateway.exchange import PLANS, Exchange, error_body
 from kubeai.gateway.pool import PagesPool, Pool
+from kubeai.logs import get_logger
 from kubeai.routing import Endpoint, RoutedModel
 
 if TYPE_CHECKING:
     from kubeai.gateway.observers import Observers
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LISTEN_BACKLOG = 4_096
 DRAIN_POLL_S = 0.02

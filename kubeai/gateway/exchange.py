@@ -21,13 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import structlog
-
 from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
 from kubeai.gateway.attempts import Retries, advice, check_loss, hold
 from kubeai.gateway.pool import Pool
-from kubeai.logs import Sparingly
+from kubeai.logs import Sparingly, get_logger
 from kubeai.openai import BadRequest, Kind
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from kubeai.openai import Ask
     from kubeai.routing import RoutedModel
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 # Under load many requests move, each a line of 10 µs: half of what a request costs otherwise.

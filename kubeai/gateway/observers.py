@@ -18,9 +18,9 @@ from select import PIPE_BUF
 from typing import TYPE_CHECKING
 
 import msgspec
-import structlog
 
 from kubeai.gateway.tracing import Tracing, make_tracing
+from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kubeai.api.config import GatewayConfig
     from kubeai.gateway.exchange import Exchange
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 QUEUE_MAX_LINES = 10_000
 CLOSE_TIMEOUT_S = 2.0

@@ -12,13 +12,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from urllib.parse import unquote
 
 import msgspec
-import structlog
-from aiohttp import web
-from aiohttp.http import SERVER_SOFTWARE
 
 from kubeai.gateway import Gateway
 from kubeai.gateway.attempts import advice
 from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
+from kubeai.http import aiohttp, web
+from kubeai.logs import get_logger
 from kubeai.openai import (
     BadRequest,
     Kind,
@@ -30,7 +29,7 @@ from kubeai.openai import (
 )
 from kubeai.routing import Route
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 DEFAULT_FEATURE = "TextGeneration"
 
@@ -85,7 +84,7 @@ async def _errors(
 
 async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
     """Take aiohttp's own name and version off an answer; an engine's stays."""
-    if response.headers.get("Server") == SERVER_SOFTWARE:
+    if response.headers.get("Server") == aiohttp.http.SERVER_SOFTWARE:
         del response.headers["Server"]
 
 

@@ -15,16 +15,15 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-import structlog
-
 from kubeai._relay import LOST, Connections, Upstream
+from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
     from kubeai._relay import Connecting, Exchange, Relay
     from kubeai.api.config import GatewayConfig
     from kubeai.routing import Endpoint, RoutedModel
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 # Requests that an engine takes along when it dies are noticed within so much of each other.
 LOST_TOGETHER_S = 1.0

@@ -14,7 +14,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-from kubeai import __version__
+import kubeai
 from kubeai.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Tracing:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
-        self._tracer = provider.get_tracer("kubeai.gateway", __version__)
+        self._tracer = provider.get_tracer("kubeai.gateway", kubeai.__version__)
         self._server = SpanKind.SERVER
         self._context = TraceContextTextMapPropagator()
         self._error = Status(StatusCode.ERROR)

@@ -17,9 +17,6 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import IO, cast
 
-import aiohttp
-import structlog
-from aiohttp import web
 from yarl import URL
 
 from kubeai._load import Admission, Reservation
@@ -28,10 +25,12 @@ from kubeai.gateway import Gateway
 from kubeai.gateway.attempts import NO_ANSWER, Retries, check_loss, hold
 from kubeai.gateway.multipart import Content, Part, Splitter, boundary_of, form_type
 from kubeai.gateway.pool import Pool
+from kubeai.http import aiohttp, web
+from kubeai.logs import get_logger
 from kubeai.openai import Ask, BadRequest, Kind, Target, model_not_found, named, parse_selector
 from kubeai.routing import Route, RoutedModel
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 SPOOL_MEMORY_MAX_BYTES = 1 << 20
 MODEL_MAX_BYTES = 1024

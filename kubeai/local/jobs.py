@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
-import structlog
 
 from kubeai.kube import EVENTS, JOBS, PODS, ApiError, Kube
 from kubeai.local.job_rules import (
@@ -34,9 +33,10 @@ from kubeai.local.job_rules import (
     endings_of,
     next_step,
 )
+from kubeai.logs import get_logger
 from kubeai.operator.queue import Queue
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 PARALLEL_JOBS_MAX = 8
 PARALLEL_WRITES_MAX = 16

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import structlog
-from rich.console import Console
 
 from kubeai import kube
 from kubeai.api.config import load_config
@@ -31,9 +29,10 @@ from kubeai.errors import KubeAIError
 from kubeai.kube import ApiError, Backoff, Kube, Resource
 from kubeai.local.jobs import JobController
 from kubeai.local.manifests import Manifest, apply, read_manifests
+from kubeai.logs import get_logger
 from kubeai.supervisor import Supervisor
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 NODE_NAME = "local"
 ENGINE_PORT = 8000
@@ -309,12 +308,9 @@ async def _apply(client: Kube, manifests: list[Manifest]) -> None:
         _print(f"{manifest.resource.kind.lower()} {manifest.name} {outcome}")
 
 
-_console = Console(highlight=False, soft_wrap=True)
-
-
 def _print(text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk must not stop what runs
-        _console.print(text, markup=False)
+        print(text, flush=True)
 
 
 def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from aiohttp import web
-
 from kubeai import channels
+from kubeai.http import web
 
 PING_INTERVAL_S = 15.0
 CLOSE_TIMEOUT_S = 1.0

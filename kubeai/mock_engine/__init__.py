@@ -17,16 +17,15 @@ USAGE_ERROR = 2
 
 def main(argv: Sequence[str]) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status."""
-    import structlog
 
     from kubeai.errors import KubeAIError
-    from kubeai.logs import setup_logging
+    from kubeai.logs import get_logger, setup_logging
     from kubeai.mock_engine.options import parse
 
     try:
         setup_logging()
         options, ignored = parse(argv)
-        log = structlog.get_logger(__name__)
+        log = get_logger(__name__)
         for flag in ignored:
             log.info("ignoring a flag that the mock engine does not know", flag=flag)
         from kubeai.mock_engine.server import run

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import structlog
-from aiohttp import BodyPartReader, HttpVersion11, web
 
 from kubeai.errors import KubeAIError
+from kubeai.http import aiohttp, web
+from kubeai.logs import get_logger
 from kubeai.mock_engine import dialects
 from kubeai.mock_engine.dialects import Dialect, Meta, Refused, Usage
 from kubeai.mock_engine.options import Options
@@ -34,7 +34,7 @@ from kubeai.simulation.engine import Engine
 from kubeai.simulation.engine import Sequence as Running
 from kubeai.simulation.text import Reply
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 BODY_MAX_BYTES = 64 << 20
 AUDIO_MAX_BYTES = 1 << 30
@@ -338,7 +338,7 @@ class MockEngine:
     async def _stream(
         self, request: web.Request, dialect: Dialect, replies: list[Reply], jobs: list[Job]
     ) -> web.StreamResponse:
-        chunked = request.version >= HttpVersion11
+        chunked = request.version >= aiohttp.HttpVersion11
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         response.headers["Cache-Control"] = "no-cache"
         if chunked:
@@ -514,7 +514,7 @@ async def _read_form(request: web.Request) -> tuple[dict[str, str], bytes | None
     digest: bytes | None = None
     head, size = b"", 0
     async for part in await request.multipart():
-        if not isinstance(part, BodyPartReader):
+        if not isinstance(part, aiohttp.BodyPartReader):
             raise Refused("a multipart body inside the multipart body")
         if part.name != "file":
             fields[part.name or ""] = await _read_field(part)
@@ -530,7 +530,7 @@ async def _read_form(request: web.Request) -> tuple[dict[str, str], bytes | None
     return fields, digest, head, size
 
 
-async def _read_field(part: BodyPartReader) -> str:
+async def _read_field(part: aiohttp.BodyPartReader) -> str:
     value = b""
     while chunk := await part.read_chunk():
         value += chunk

@@ -16,17 +16,17 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
-import aiohttp
 import msgspec
-import structlog
 
 from kubeai.api.model import Model
 from kubeai.engines import adapters as engine
+from kubeai.http import aiohttp
 from kubeai.kube import PODS, ApiError, Backoff, Kube, fence
+from kubeai.logs import get_logger
 from kubeai.operator.leader import NotLeader, Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 FETCH_TIMEOUT_S = 3600.0
 REMOVE_TIMEOUT_S = 60.0
 ENGINE_TIMEOUT_S = 300.0  # vLLM reads the files before it answers

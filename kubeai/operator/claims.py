@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import structlog
 
 from kubeai.api.model import Model, ObjectMeta
 from kubeai.engines import cache as manifests
 from kubeai.kube import JOBS, PVCS, ApiError, Backoff, Kube
+from kubeai.logs import get_logger
 from kubeai.operator.cache import (
     AnnotateClaim,
     CacheAction,
@@ -32,7 +32,7 @@ from kubeai.operator.cache import (
 from kubeai.operator.leader import Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 RETRY_FIRST_S, RETRY_MAX_S = 10.0, 600.0  # before a load that failed is tried again
 NO_JOBS_AFTER_S = 10.0  # an API that is just starting may not know them either
 

@@ -19,13 +19,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-import structlog
 
 from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model, ModelStatus
 from kubeai.engines import files_config_map
 from kubeai.errors import ModelError
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.logs import get_logger
 from kubeai.operator.adapters import Adapters, AdaptersView
 from kubeai.operator.cache import CacheAction, CacheView, has_cache
 from kubeai.operator.claims import Claims
@@ -57,7 +57,7 @@ from kubeai.operator.pods import (
 from kubeai.operator.queue import Queue
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 PARALLEL_MODELS_MAX = 64
 CREATES_AT_FIRST_MAX = 8
 PARALLEL_WRITES_MAX = 32

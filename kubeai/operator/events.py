@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-import structlog
 
 from kubeai.api.model import Model
 from kubeai.kube import EVENTS, ApiError, Kube
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 QUEUE_MAX_EVENTS = 1000
 REMEMBERED_MAX_EVENTS = 4096
 MESSAGE_MAX_CHARS = 1000  # the API's limit is 1024

@@ -21,11 +21,10 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-import structlog
-
 from kubeai.kube import LEASES, ApiError, Resource
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 LEASE_NAME = "kubeai.org"
 RELEASE_TIMEOUT_S = 3.0
 

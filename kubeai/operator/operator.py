@@ -11,11 +11,10 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import structlog
-
 from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model
 from kubeai.kube import MODELS, PODS, Kube
+from kubeai.logs import get_logger
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader
@@ -25,7 +24,7 @@ from kubeai.operator.scaling import Loads, Scaler, Wakes
 from kubeai.operator.store import Store
 from kubeai.routing import Route
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 POD_SELECTOR = "app.kubernetes.io/managed-by=kubeai,model"
 
 

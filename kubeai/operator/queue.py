@@ -11,11 +11,10 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-import structlog
-
 from kubeai.kube import ApiError, Backoff
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 # The shortest rest is half of it: at most two attempts a second.
 REST_FIRST_S, REST_MAX_S = 1.0, 30.0
 DELAY_MIN_S = 0.001  # a sliver left by rounding must not become a busy loop

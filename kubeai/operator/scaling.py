@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 import msgspec
-import structlog
 
 from kubeai.api.config import ModelAutoscaling
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, ApiError, Backoff, Kube
+from kubeai.logs import get_logger
 from kubeai.operator.autoscaler import Autoscaler, Decision, Sample
 from kubeai.operator.controller import PodLoads
 from kubeai.operator.events import Events
@@ -28,7 +28,7 @@ from kubeai.operator.leader import Leader, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.store import Store
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 WAKE_ATTEMPTS_MAX = 5
 HELD_INTERVAL_S = 0.5  # how often held requests are looked for that nobody told of
 REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # requests are held: once the API is back, look soon

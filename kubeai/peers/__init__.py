@@ -14,12 +14,10 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable
 
-import aiohttp
-import structlog
-from aiohttp import web
-
 from kubeai._load import LoadTable
+from kubeai.http import aiohttp, web
 from kubeai.kube import Backoff, Kube
+from kubeai.logs import get_logger
 from kubeai.peers import wire
 from kubeai.peers.discovery import Discovery
 from kubeai.peers.feed import TICK_S, Feed
@@ -27,7 +25,7 @@ from kubeai.peers.listener import Ourselves, PeerLost, listen
 from kubeai.peers.view import HOLD_S, Peer, View
 from kubeai.routing import Owner, Publisher
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 LOADS_PATH = wire.PATH
 PEERS_MAX = 64
 HEARD = "peer heard"

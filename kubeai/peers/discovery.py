@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
-import structlog
 
 from kubeai.api.model import ObjectMeta
 from kubeai.kube import PODS, ApiError, Backoff, Kube
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 RELEASE_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/instance")
 _OF_ONE_POD = (
     "pod-template-hash",

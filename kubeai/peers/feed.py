@@ -10,9 +10,8 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Collection
 
-from aiohttp import web
-
 from kubeai._load import LoadTable, Readings
+from kubeai.http import web
 from kubeai.peers import wire
 from kubeai.routing import Owner, Publisher
 

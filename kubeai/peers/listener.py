@@ -11,10 +11,10 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from kubeai.errors import KubeAIError
+from kubeai.http import aiohttp
 from kubeai.peers import wire
 
 CONNECT_TIMEOUT_S = 2.0

@@ -33,3 +33,13 @@ def test_they_stay_whole_where_they_were_imported_before():
         "assert kubernetes_asyncio.client.ApiClient and cel.cli\n"
         "assert kubeai.kube.Configuration is kubernetes_asyncio.client.Configuration\n"
     )
+
+
+def test_a_worker_does_not_pay_for_tracebacks_authorities_or_its_version():
+    run(
+        "import kubeai.worker, aiohttp, ssl, sys\n"
+        "assert not {'rich', 'importlib.metadata'} & sys.modules.keys()\n"
+        "assert aiohttp.connector._SSL_CONTEXT_VERIFIED.get_ca_certs() == []\n"
+        "assert 'set_default_verify_paths' not in vars(ssl.SSLContext)\n"
+        "import rich.traceback\n"
+    )

@@ -16,8 +16,6 @@ import sqlite3
 import sys
 from pathlib import Path
 
-import structlog
-
 from kubeai.errors import KubeAIError
 from kubeai.local.apiserver import credentials
 from kubeai.local.apiserver.collector import Collector
@@ -25,9 +23,9 @@ from kubeai.local.apiserver.registry import Registry
 from kubeai.local.apiserver.resources import Catalog
 from kubeai.local.apiserver.server import Server
 from kubeai.local.apiserver.store import Store
-from kubeai.logs import setup_logging
+from kubeai.logs import get_logger, setup_logging
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 

@@ -12,16 +12,15 @@ import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import structlog
-
 from kubeai.local.apiserver.definitions import CLEANUP
 from kubeai.local.apiserver.metadata import parse_time
 from kubeai.local.apiserver.registry import FOREGROUND, ORPHAN, DeleteOptions, Registry
 from kubeai.local.apiserver.resources import CRDS, EVENTS, NAMESPACES, Resource
 from kubeai.local.apiserver.status import StatusError
 from kubeai.local.apiserver.store import Event, Key, Stored
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 Object = dict[str, Any]
 Place = tuple[str, Key]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from kubeai import __version__
+import kubeai
 from kubeai.local.apiserver import patch as patches
 from kubeai.local.apiserver.resources import VERBS, Catalog, Resource
 
@@ -30,7 +30,7 @@ def version() -> Object:
     return {
         "major": str(MAJOR),
         "minor": str(MINOR),
-        "gitVersion": f"v{MAJOR}.{MINOR}.{PATCH}+kubeai-{__version__}",
+        "gitVersion": f"v{MAJOR}.{MINOR}.{PATCH}+kubeai-{kubeai.__version__}",
         "gitCommit": "",
         "gitTreeState": "clean",
         "buildDate": "1970-01-01T00:00:00Z",

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import orjson
-import structlog
-from aiohttp import web
 
+from kubeai.http import web
 from kubeai.local.apiserver import bodies, discovery, printing, protobuf, selectors, watching
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
@@ -31,8 +30,9 @@ from kubeai.local.apiserver.status import Cause, StatusError
 from kubeai.local.apiserver.store import Stored
 from kubeai.local.apiserver.watching import ListOptions
 from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 Object = dict[str, Any]
 
 BODY_MAX_BYTES = 3 << 20

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-import structlog
 import yaml
 
 from kubeai.api.quantity import parse_quantity
@@ -35,9 +34,9 @@ from kubeai.local.kubelet.probes import Prober
 from kubeai.local.kubelet.process import become_subreaper, kill_leftovers
 from kubeai.local.kubelet.runner import Host
 from kubeai.local.kubelet.server import KubeletServer
-from kubeai.logs import setup_logging
+from kubeai.logs import get_logger, setup_logging
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 SHUTDOWN_GRACE_S = 5.0
 HOST_IP = "127.0.0.1"

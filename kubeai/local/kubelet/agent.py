@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 
 from kubeai.errors import KubeAIError
 from kubeai.kube import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
@@ -25,8 +24,9 @@ from kubeai.local.kubelet.execs import Refusal
 from kubeai.local.kubelet.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
 from kubeai.local.kubelet.runner import ContainerRunner, Host, PodRunner
 from kubeai.local.kubelet.volumes import config_map_data, secret_data
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 FIRST_STATUS_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 3.0

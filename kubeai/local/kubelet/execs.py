@@ -13,16 +13,15 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import structlog
-from aiohttp import WSMsgType, web
-
 from kubeai import channels
 from kubeai.channels import Ending
 from kubeai.errors import KubeAIError
+from kubeai.http import aiohttp, web
 from kubeai.local.kubelet.process import Command
 from kubeai.local.sockets import asked_protocol, first_of, ping, server_socket
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 EXECS_MAX = 64
 EXEC_TIMEOUT_S = 4 * 3600.0
@@ -165,7 +164,7 @@ async def _send_output(
 async def _receive(socket: web.WebSocketResponse, command: Command, streams: _Streams) -> None:
     """Until the client leaves."""
     async for message in socket:
-        if message.type is not WSMsgType.BINARY or not streams.input:
+        if message.type is not aiohttp.WSMsgType.BINARY or not streams.input:
             continue
         data: bytes = message.data
         if data[:1] == bytes([channels.STDIN]):

@@ -16,14 +16,13 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-import structlog
-
 import kubeai
 from kubeai.kube import LEASES, NODES, ApiError, Backoff, Kube
 from kubeai.local.kubelet.process import run_helper
 from kubeai.local.kubelet.status import timestamp
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 HEARTBEAT_INTERVAL_S = 300.0
 LEASE_INTERVAL_S, LEASE_DURATION_S = 10.0, 40

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 
 from kubeai.local.kubelet import shim
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 LOG_FILE_MAX_BYTES = 10 << 20
 START_TIMEOUT_S = 20.0

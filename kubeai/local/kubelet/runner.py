@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
 
 from kubeai.errors import KubeAIError
 from kubeai.local.kubelet import programs
@@ -53,8 +52,9 @@ from kubeai.local.kubelet.process import (
 )
 from kubeai.local.kubelet.status import PodOutcome, Record, pod_status, timestamp
 from kubeai.local.kubelet.volumes import Objects, mounts_of, prepare_volumes
+from kubeai.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 POD_UID_VARIABLE, NODE_VARIABLE = "KUBEAI_POD_UID", "KUBEAI_NODE_DIR"
 LAST_GRACE_S = 2.0  # what SIGTERM gets at least after a preStop hook that took the whole grace

@@ -13,8 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from aiohttp import web
-
+from kubeai.http import web
 from kubeai.local.kubelet.access import Access
 from kubeai.local.kubelet.execs import Containers, Execs, Refusal
 from kubeai.local.kubelet.logs import LogQuery, read_log
