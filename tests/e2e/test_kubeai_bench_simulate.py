@@ -106,7 +106,7 @@ def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "interrupted: 1 of 2 runs are done" in said
     assert "Traceback" not in said
     assert "LeastLoad" in told
