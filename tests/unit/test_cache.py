@@ -8,13 +8,14 @@ import itertools
 import msgspec
 import pytest
 from fakes.kube import World, now_s
+from fakes.time import FAKE_TIME
 
 from kubeai.api.config import parse_config
 from kubeai.kube import PODS, PVCS, ApiError
 from kubeai.operator.cache import FINALIZER
 from kubeai.operator.claims import RETRY_MAX_S
 
-pytestmark = pytest.mark.looptime
+pytestmark = FAKE_TIME
 CONFIG = parse_config(
     "resourceProfiles: {cpu: {requests: {cpu: 1}}}\n"
     "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"

@@ -11,6 +11,7 @@ from collections import defaultdict
 import msgspec
 import pytest
 from fakes.kube import World, now_s
+from fakes.time import FAKE_TIME
 
 from kubeai.api.model import Model
 from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
@@ -20,7 +21,7 @@ from kubeai.operator.queue import REST_MAX_S, Queue
 from kubeai.operator.scaling import Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S
 
-pytestmark = pytest.mark.looptime
+pytestmark = FAKE_TIME
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import asyncio
 
 import pytest
 from fakes.kube import FakeKube, now_s
+from fakes.time import FAKE_TIME
 
 from kubeai.api.model import decode_model
 from kubeai.kube import ApiError
 from kubeai.operator.events import BURST_MAX_EVENTS, DELAY_S, FORGET_S, REFILL_S, Events
 
-pytestmark = pytest.mark.looptime
+pytestmark = FAKE_TIME
 
 
 def model(name="m", uid="u"):

@@ -6,12 +6,13 @@ import asyncio
 import copy
 
 import pytest
+from fakes.time import FAKE_TIME
 
 from kubeai.kube import ApiError
 from kubeai.operator.leader import Leader, NotLeader
 
 LEASE_S, RENEW_S, RETRY_S = 15.0, 10.0, 2.0
-pytestmark = pytest.mark.looptime
+pytestmark = FAKE_TIME
 
 
 class Leases:

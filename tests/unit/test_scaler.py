@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 import pytest
 from fakes.kube import CONFIG, World, now_s
+from fakes.time import FAKE_TIME
 
 INTERVAL_S = CONFIG.model_autoscaling.interval_s
 STATE = "configmaps", "kubeai-autoscaler-state"
@@ -35,7 +36,7 @@ def wanted(world):
     return world.model()["spec"]["replicas"]
 
 
-@pytest.mark.looptime
+@FAKE_TIME
 async def test_a_step_of_eight_times_the_target_is_answered_within_three_intervals(world):
     await start(world, 1, active=5)
     await asyncio.sleep(600)
@@ -49,7 +50,7 @@ async def test_a_step_of_eight_times_the_target_is_answered_within_three_interva
     assert world.events.reasons().count("ScaledUp") <= 2
 
 
-@pytest.mark.looptime
+@FAKE_TIME
 async def test_the_load_is_looked_at_several_times_an_interval(world):
     await start(world, 1, active=5)
     world.loads.asked = 0
@@ -57,7 +58,7 @@ async def test_the_load_is_looked_at_several_times_an_interval(world):
     assert 90 <= world.loads.asked <= 110
 
 
-@pytest.mark.looptime
+@FAKE_TIME
 async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(world):
     await start(world, 4, active=35)
     await world.until(lambda: STATE in world.kube.objects)
@@ -76,7 +77,7 @@ async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(worl
     assert wanted(world) == 4
 
 
-@pytest.mark.looptime
+@FAKE_TIME
 async def test_nothing_goes_while_a_peer_is_not_heard(world):
     await start(world, 3, active=25)
     world.loads.counts["m"], world.loads.whole = 0, False
