@@ -33,6 +33,7 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
 modules = ["_ask", "_load", "_ring", "_relay", "gateway/_straight", "loadtest/_streams"]
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [
             Extension(
