@@ -22,7 +22,6 @@ LINE_MAX_BYTES = 1 << 20
 _FIELD = b"data:"
 _CONTENT, _USAGE = b'"content":"', b'"usage":{'
 _CONTENT_BYTES = len(_CONTENT)
-_QUOTE = ord('"')
 
 
 class _Details(msgspec.Struct):

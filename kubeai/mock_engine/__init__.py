@@ -17,7 +17,6 @@ USAGE_ERROR = 2
 
 def main(argv: Sequence[str]) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status."""
-
     from kubeai.errors import KubeAIError
     from kubeai.logs import get_logger, setup_logging
     from kubeai.mock_engine.options import parse
