@@ -87,7 +87,7 @@ cdef class Relay:
     cdef readonly uint64_t requests  # since the start
     cdef public bint draining  # answers say Connection: close
     cdef object exchange
-    cdef object error_body
+    cdef object refusal
     cdef object loop
     cdef object timer
     cdef double tick_s
@@ -134,6 +134,7 @@ cdef class Downstream(Head):
     cdef bint has_proto
     cdef bytes request_id  # X-Request-Id, as a line
     cdef bint expects
+    cdef bint asks_websocket
     cdef bint keep_alive
     cdef bint old  # HTTP/1.0
     # of its body
@@ -171,6 +172,7 @@ cdef class Downstream(Head):
     cdef bint _settle(self) except -1
     cdef bytes _own_answer(self, int status, bytes body, bytes headers, bint keep_alive)
     cdef bint _refuse(self, int status, str message) except -1
+    cdef bytes _target_so_far(self)
     cdef int _crashed(self, Exchange exchange, object error) except -1
     cdef int _finish(self) except -1
     cdef int _answer_ended(self) except -1

@@ -83,7 +83,7 @@ class Relay:
         self,
         owner: Any,
         exchange: Callable[[Downstream], Exchange],
-        error_body: Callable[[int, str], bytes],
+        refusal: Callable[[int, str, bytes, str | None], tuple[bytes, bytes]],
         *,
         head_max_bytes: int,
         head_max_count: int,
@@ -95,7 +95,10 @@ class Relay:
         buffer_max_bytes: int,
         tick_s: float = 0.25,
     ) -> None:
-        """``error_body(status, message)``: the JSON of the relay's own refusals.
+        """``refusal(status, message, target, request_id)``: the JSON of one of the relay's own
+        refusals, and header lines that go with it. ``target`` is empty, ``request_id`` None, where
+        the head has not come that far.
+
 
         ``stall_timeout_s``: how long a client may read nothing of what is ready for it.
         ``connections_max``: of clients; the next gets 503. ``buffer_max_bytes``: of all bodies that
@@ -147,6 +150,11 @@ class Exchange:
     @property
     def request_id(self) -> str:
         """The client's X-Request-Id, or the one that was made for it."""
+    @property
+    def asks_websocket(self) -> bool:
+        """Whether the client asks for an upgrade to WebSocket. HTTP/1.0 has no upgrades."""
+    def drop_header(self, name: bytes) -> None:
+        """Do not send this header to the upstream; ``name`` in lower case."""
     def set_header(self, name: bytes, value: bytes) -> None:
         """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
     # actions

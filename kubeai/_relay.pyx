@@ -286,6 +286,11 @@ cdef bytes new_request_id(uint64_t high, uint64_t low):
     return line
 
 
+cdef str id_in(bytes line):
+    """The value of an X-Request-Id line; None for None."""
+    return None if line is None else line[14:PyBytes_GET_SIZE(line) - 2].decode("ascii")
+
+
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept:
     """The offset after a head's empty line; 0 when it is not there yet; -1 when malformed.
 
@@ -591,7 +596,7 @@ cdef class Relay:
         self,
         owner,
         exchange,
-        error_body,
+        refusal,
         *,
         Py_ssize_t head_max_bytes,
         int head_max_count,
@@ -605,7 +610,7 @@ cdef class Relay:
     ):
         self.owner = owner
         self.exchange = exchange
-        self.error_body = error_body
+        self.refusal = refusal
         self.head_max_bytes = head_max_bytes
         self.head_max_count = head_max_count
         self.head_timeout_s = head_timeout_s
@@ -782,6 +787,9 @@ cdef class Downstream(Head):
             text_add_header(&self.text, name, value)
         elif kind != DROPPED:
             self._framing(kind, value)
+        elif is_value(name, b"upgrade", 7):
+            if b"websocket" in value.at[:value.size].lower().replace(b",", b" ").split():
+                self.asks_websocket = True
         return 0
 
     # the input
@@ -885,7 +893,7 @@ cdef class Downstream(Head):
         cdef const char *data = PyBytes_AS_STRING(self.input)
         self._clear()
         self.target = self.host = self.forwarded_for = self.request_id = None
-        self.has_proto = self.has_host = self.expects = False
+        self.has_proto = self.has_host = self.expects = self.asks_websocket = False
         if self.parser is None:
             self.parser = HttpRequestParser(None)
         try:
@@ -1200,6 +1208,8 @@ cdef class Downstream(Head):
     cdef bint _refuse(self, int status, str message) except -1:
         """Answer a request that cannot be gone on with, and close; False."""
         cdef bint answered = self.exchange is not None and self.exchange.answered
+        cdef bytes body
+        cdef bytes headers
         if self.exchange is not None:
             if not answered:
                 self.exchange.status = status
@@ -1212,17 +1222,24 @@ cdef class Downstream(Head):
             return False
         if self.state == IDLE:
             self.method = b""
+            self.target = self._target_so_far()
             self.request_id = None
-        self._write(
-            self._own_answer(
-                status,
-                self.relay.error_body(status, message),
-                b"Retry-After: %d\r\n" % RETRY_AFTER_S if status == 503 else b"",
-                False,
-            )
+        body, headers = self.relay.refusal(
+            status, message, self.target, id_in(self.request_id)
         )
+        if status == 503:
+            headers += b"Retry-After: %d\r\n" % RETRY_AFTER_S
+        self._write(self._own_answer(status, body, headers, False))
         self._linger()
         return False
+
+    cdef bytes _target_so_far(self):
+        """The target of a head that is not whole or malformed; empty before its first line ends."""
+        cdef list parts
+        if self.input is None or not self.scan.lines:
+            return b""
+        parts = self.input[self.used:self.scan.first_end].strip(b"\r\n").split(b" ")
+        return parts[1] if len(parts) == 3 else b""
 
     cdef int _crashed(self, Exchange exchange, object error) except -1:
         """A hook raised: a fault of ours, which ends this request and no other."""
@@ -1457,13 +1474,21 @@ cdef class Exchange:
     @property
     def request_id(self):
         """The client's X-Request-Id, or the one that was made for it."""
-        cdef bytes line = self.downstream.request_id
-        return line[14:PyBytes_GET_SIZE(line) - 2].decode("ascii")
+        return id_in(self.downstream.request_id)
+
+    @property
+    def asks_websocket(self):
+        """Whether the client asks for an upgrade to WebSocket. HTTP/1.0 has no upgrades."""
+        return self.downstream.asks_websocket and not self.downstream.old
 
     def set_header(self, bytes name, bytes value):
         """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
         self.downstream._drop({name})
         text_add_header(&self.downstream.text, view(name), view(value))
+
+    def drop_header(self, bytes name):
+        """Do not send this header to the upstream; ``name`` in lower case."""
+        self.downstream._drop({name})
 
     def headers(self, bytes name):
         """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -134,6 +134,22 @@ def _echo(text: str) -> str:
 
 
 # -- paths -----------------------------------------------------------------------------------------
+
+
+def is_identity(codings: Iterable[str]) -> bool:
+    """Whether Content-Encoding headers leave the body as it is: "identity", if anything."""
+    return all(
+        coding.strip(" \t").lower() in ("", "identity")
+        for value in codings
+        for coding in value.split(",")
+    )
+
+
+def compressed_body() -> BadRequest:
+    """415 for a body in another content coding."""
+    return BadRequest(
+        "Compressed request bodies are not supported. Send the body uncompressed.", status=415
+    )
 
 
 class Target(NamedTuple):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from kubeai._relay import Relay
 from kubeai.api.config import GatewayConfig
 from kubeai.gateway import Gateway
-from kubeai.gateway.exchange import PLANS, Exchange, error_body
+from kubeai.gateway.errors import relay_error
+from kubeai.gateway.exchange import PLANS, Exchange
 from kubeai.gateway.pool import PagesPool, Pool
 from kubeai.logs import get_logger
 from kubeai.routing import Endpoint, RoutedModel
@@ -59,7 +60,7 @@ class Front:
         self.relay = Relay(
             self,
             Exchange,
-            error_body,
+            relay_error,
             head_max_bytes=config.head_max_bytes,
             head_max_count=config.head_max_count,
             head_timeout_s=config.head_timeout_s,

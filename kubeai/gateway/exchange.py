@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
 from kubeai.gateway.attempts import Retries, advice, check_loss, hold
+from kubeai.gateway.errors import error_answer, header_lines
 from kubeai.gateway.pool import Pool
 from kubeai.logs import Sparingly, get_logger
 from kubeai.openai import BadRequest, Kind
@@ -70,6 +71,9 @@ class Exchange(Straight):
         target = openai.classify(self.method, self.target)
         kind = target.kind
         path = _PATHS.get(kind) if kind is not None else None
+        if self.asks_websocket and self.method == "GET" and target.status == 405:
+            self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+            return
         if kind is None or path is None or target.status != 200:
             self.stream(
                 self.owner.pages,
@@ -77,10 +81,12 @@ class Exchange(Straight):
                 self.owner.config.multipart_max_bytes,
             )
             return
-        encodings = self.headers(b"content-encoding")
-        if encodings and encodings != [b"identity"]:
-            self._say(415, "A compressed body cannot be read here: send it as it is.")
+        codings = [value.decode("latin-1") for value in self.headers(b"content-encoding")]
+        if not openai.is_identity(codings):
+            self._refuse(openai.compressed_body())
             return
+        if codings:
+            self.drop_header(b"content-encoding")  # it says nothing, and not every engine knows it
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
         self.collect(self.owner.config.body_max_bytes)
@@ -271,18 +277,21 @@ class Exchange(Straight):
 
     # -- answers of our own ------------------------------------------------------------------------
 
-    def _refuse(self, error: BadRequest) -> None:
-        headers = "".join(f"{name}: {value}\r\n" for name, value in advice(error).items())
-        self.answer(error.status, error.body(), headers.encode())
+    def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
+        body, more = error_answer(error, self.target, self.request_id)
+        self.answer(error.status, body, header_lines({**advice(error), **more, **(headers or {})}))
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
-        self.answer(status, error_body(status, message, code))
+        self._refuse(BadRequest(message, status=status, code=code))
 
 
-def error_body(status: int, message: str, code: str | None = None) -> bytes:
-    """OpenAI's error object for a status."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return openai.error_body(message, type=kind, code=code)
+def _no_websocket() -> BadRequest:
+    """Codex's WebSocket attempt, for one, falls back to HTTP at once when it gets a 426."""
+    return BadRequest(
+        "WebSocket is not supported here. Send a POST request over HTTP/1.1.",
+        status=426,
+        code="upgrade_required",
+    )
 
 
 def _origin_form(target: str) -> bytes:

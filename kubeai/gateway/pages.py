@@ -2,7 +2,7 @@
 
 The relay forwards all of it here, so this aiohttp application sees one request at a time on a
 connection that the relay owns: the list of models, audio transcriptions (transcriptions.py),
-health, and the 404s and 405s of what is not in the route table, in OpenAI's error shape. The
+health, and the 404s and 405s of what is not in the route table (errors.py shapes them). The
 worker serves it with :func:`make_runner`.
 """
 
@@ -15,15 +15,16 @@ import msgspec
 
 from kubeai.gateway import Gateway
 from kubeai.gateway.attempts import advice
+from kubeai.gateway.errors import error_answer
 from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.openai import (
+    ECHO_MAX_CHARS,
     BadRequest,
     Kind,
     Target,
     classify,
-    error_body,
     model_not_found,
     split_model,
 )
@@ -65,13 +66,13 @@ def make_app(gateway: Gateway) -> web.Application:
 async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Every failure before an answer began, in OpenAI's shape."""
+    """Answer every failure before an answer began, in the shape that the path asks for."""
     try:
         return await handler(request)
     except BadRequest as error:
-        return _json(error.body(), error.status, advice(error))
+        return _refusal(request, error, advice(error))
     except web.HTTPException as error:
-        return _json(error_body(error.reason), error.status)
+        return _refusal(request, BadRequest(error.reason, status=error.status))
     except (ConnectionError, web.RequestPayloadError):
         # The client has left. An answer that has begun must not be followed by another.
         if request.transport is not None:
@@ -79,7 +80,8 @@ async def _errors(
         return web.Response()
     except Exception:
         log.exception("a page failed", method=request.method, path=request.path)
-        return _json(error_body("The gateway has failed; its log says why.", "server_error"), 500)
+        message = "The gateway has failed; its log says why."
+        return _refusal(request, BadRequest(message, status=500))
 
 
 async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
@@ -102,8 +104,19 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         return _models(request, target)
     if target.kind is Kind.TRANSCRIPTIONS:
         return await transcribe(request, target)
-    message = f"Invalid URL ({request.method} {request.path[:200]})"
-    return _json(error_body(message, code="unknown_url"), 404)
+    # The path as it was sent: decoded, it could name a path that exists.
+    path = request.raw_path.partition("?")[0][:ECHO_MAX_CHARS]
+    message = f"Invalid URL ({request.method} {path})"
+    return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
+
+
+def _refusal(
+    request: web.Request, error: BadRequest, headers: dict[str, str] | None = None
+) -> web.Response:
+    # The relay gives every request an id.
+    request_id = request.headers.get("X-Request-Id")
+    body, more = error_answer(error, request.raw_path, request_id)
+    return _json(body, error.status, {**(headers or {}), **more})
 
 
 def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -113,7 +126,8 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
 def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response:
     allow = ", ".join(methods)
     message = f"The method {request.method} is not allowed here, only {allow}."
-    return _json(error_body(message, code="method_not_allowed"), 405, {"Allow": allow})
+    error = BadRequest(message, status=405, code="method_not_allowed")
+    return _refusal(request, error, {"Allow": allow})
 
 
 def _health(request: web.Request) -> web.Response:

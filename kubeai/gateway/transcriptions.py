@@ -27,7 +27,17 @@ from kubeai.gateway.multipart import Content, Part, Splitter, boundary_of, form_
 from kubeai.gateway.pool import Pool
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
-from kubeai.openai import Ask, BadRequest, Kind, Target, model_not_found, named, parse_selector
+from kubeai.openai import (
+    Ask,
+    BadRequest,
+    Kind,
+    Target,
+    compressed_body,
+    is_identity,
+    model_not_found,
+    named,
+    parse_selector,
+)
 from kubeai.routing import Route, RoutedModel
 
 log = get_logger(__name__)
@@ -43,7 +53,7 @@ _HOP_BY_HOP = frozenset(
     ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
      "te", "trailer", "transfer-encoding", "upgrade")
 )  # fmt: skip
-_OURS = frozenset(("host", "content-length", "content-type", "expect"))
+_OURS = frozenset(("host", "content-encoding", "content-length", "content-type", "expect"))
 
 
 async def client(app: web.Application) -> AsyncIterator[None]:
@@ -71,8 +81,8 @@ def selection(request: web.Request) -> Callable[[Route], bool]:
 async def transcribe(request: web.Request, target: Target) -> web.StreamResponse:
     """Answer one request with an engine's answer, or raise BadRequest."""
     gateway = request.app[GATEWAY]
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise BadRequest("A compressed body cannot be read here: send it as it is.", status=415)
+    if not is_identity(request.headers.getall("Content-Encoding", [])):
+        raise compressed_body()
     selected = selection(request)
     with Form(boundary_of(request.headers.get("Content-Type", "")), gateway) as form:
         await _read_form(request, form, gateway)

@@ -271,6 +271,17 @@ async def test_what_is_not_listed_is_not_found(client, method, path):
 
 
 @pytest.mark.parametrize(
+    "path",
+    ["/openai/v1/chat%2Fcompletions", "/openai/v1/%63hat/completions", "/%E2%82%AC/a%20b"],
+)
+async def test_a_404_names_the_path_as_it_was_sent(client, path):
+    url = client._build_url("/").human_repr().rstrip("/") + path
+    response = await client.post(aiohttp.client.URL(url + "?key=secret", encoded=True))
+    assert response.status == 404
+    assert (await error_of(response))["message"] == f"Invalid URL (POST {path})"
+
+
+@pytest.mark.parametrize(
     ("path", "allow"),
     [
         ("/openai/v1/chat/completions", "POST, OPTIONS"),
@@ -507,10 +518,25 @@ async def test_a_form_that_stops_coming_is_given_up(stack):
     more.set()
 
 
-async def test_a_compressed_form_is_refused(client):
-    request = raw(b"")
-    request["headers"]["Content-Encoding"] = "gzip"
-    assert (await client.post(TRANSCRIPTIONS, **request)).status == 415
+@pytest.mark.parametrize("codings", [["gzip"], ["identity", "br"], ["identity, gzip"]])
+async def test_a_compressed_form_is_refused(client, codings):
+    headers = [("Content-Type", "multipart/form-data; boundary=b")]
+    headers += [("Content-Encoding", coding) for coding in codings]
+    async with client.post(TRANSCRIPTIONS, data=b"--b--\r\n", headers=headers) as response:
+        assert (response.status, response.headers["Accept-Encoding"]) == (415, "identity")
+
+
+@pytest.mark.parametrize("codings", [["Identity"], [""], ["identity, identity", "IDENTITY"]])
+async def test_a_form_with_no_coding_but_identity_is_sent_on(stack, replica, client, codings):
+    engine, address = await started(stack, 200)
+    replica.publish("w", address)
+    form = form_of(*SPEECH)()
+    headers = [("Content-Encoding", coding) for coding in codings]
+    headers.append(("Content-Type", form.content_type))
+    async with client.post(TRANSCRIPTIONS, data=form, headers=headers) as response:
+        assert response.status == 200
+    request, _ = engine.requests[0]
+    assert "Content-Encoding" not in request.headers
 
 
 async def test_a_selector_hides_the_model(stack, replica, client):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import socket
 import time
@@ -373,6 +374,106 @@ async def test_an_upgrade_is_not_taken(start):
         assert (await wire.answer()).status == 200
     (got, _) = running.engine.requests
     assert not {"upgrade", "http2-settings", "connection"} & {k.lower() for k, _ in got.headers}
+
+
+def handshake(path: str, *headers: str, version: str = "1.1") -> bytes:
+    headers = headers or ("Connection: Upgrade", "Upgrade: websocket")
+    lines = [f"GET {path} HTTP/{version}", "Host: h", *headers, "Sec-WebSocket-Version: 13"]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        ("Upgrade: WebSocket", "Connection: keep-alive, upgrade"),
+        ("Connection: Upgrade", "Upgrade: h2c, websocket"),
+    ],
+)
+@pytest.mark.parametrize(
+    "path",
+    ["/openai/v1/responses", "/openai/v1/responses?a=b", "/openai/v1/audio/transcriptions"],
+)
+async def test_a_websocket_handshake_gets_a_426_and_reaches_no_engine(start, path, headers):
+    running = await start()
+    wire = await running.client()
+    await wire.send(handshake(path, *headers))
+    refused = await wire.answer()
+    assert refused.status == 426
+    assert (refused.one("upgrade"), refused.one("connection")) == ("HTTP/1.1", "Upgrade")
+    error = json.loads(refused.body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "upgrade_required")
+    assert "WebSocket" in error["message"]
+    await wire.send(post())  # the connection still speaks HTTP
+    assert (await wire.answer()).status == 200
+    assert [got.method for got in running.engine.requests] == ["POST"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        handshake("/openai/v1/models"),
+        handshake("/nothing"),
+        handshake("/openai/v1/responses", "Connection: keep-alive"),
+        handshake("/openai/v1/responses", "Connection: Upgrade", "Upgrade: h2c"),
+        handshake("/openai/v1/responses", version="1.0"),
+    ],
+)
+async def test_other_upgrades_are_ignored(start, request_):
+    running = await start()
+    wire = await running.client()
+    await wire.send(request_)
+    answered = await wire.answer()
+    assert answered.status == 200  # from the stand-in for the local routes
+    names = {name.lower() for name, _ in json.loads(answered.body)["headers"]}
+    assert not {"upgrade", "connection"} & names
+    assert not running.engine.requests
+
+
+async def test_frames_after_a_handshake_are_no_requests(start):
+    running = await start()
+    wire = await running.client()
+    await wire.send(handshake("/openai/v1/responses") + b"\x81\x85abcdefghi")
+    assert (await wire.answer()).status == 426
+    await fails(wire, 400)
+    assert not running.engine.requests
+
+
+IDENTITY = [
+    ("Content-Encoding: identity",),
+    ("Content-Encoding: Identity",),
+    ("Content-Encoding:",),
+    ("Content-Encoding: identity , IDENTITY",),
+    ("content-encoding: identity,", "Content-Encoding: identity"),
+]
+
+
+@pytest.mark.parametrize("headers", IDENTITY)
+async def test_a_body_with_no_coding_but_identity_is_sent_on(start, headers):
+    running = await start()
+    wire = await running.client()
+    await wire.send(post("/openai/v1/chat/completions", BODY, *headers))
+    assert (await wire.answer()).status == 200
+    (got,) = running.engine.requests
+    assert (got.body, got.all("content-encoding")) == (BODY, [])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("Content-Encoding: gzip",),
+        ("Content-Encoding: identity, br",),
+        ("Content-Encoding: identity", "Content-Encoding: zstd"),
+        ("Content-Encoding: identity identity",),
+    ],
+)
+async def test_a_body_in_another_coding_is_refused(start, headers):
+    running = await start()
+    wire = await running.client()
+    await wire.send(post("/openai/v1/chat/completions", BODY, *headers))
+    refused = await wire.answer()
+    assert (refused.status, refused.one("accept-encoding")) == (415, "identity")
+    assert not running.engine.requests
 
 
 # -- what is sent on -------------------------------------------------------------------------------
@@ -1381,7 +1482,7 @@ def test_requests_begin_and_end_where_llhttp_says_or_are_refused(data, piece):
     relay = _relay.Relay(
         taken,
         _Echo,
-        lambda status, message: message.encode(),
+        lambda status, message, target, request_id: (message.encode(), b""),
         head_max_bytes=10_000,
         head_max_count=100,
         head_timeout_s=60,
