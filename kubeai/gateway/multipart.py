@@ -1,39 +1,58 @@
-"""Splits a multipart/form-data body into its parts while it arrives. Pure: bytes in, events out.
+"""Reads a multipart/form-data body while it arrives, and reframes its parts. Pure: no I/O.
 
-The gateway reads a form's ``model`` and hands every other part on as it came, so it must see the
-parts that an engine's parser sees. Hence stricter than RFC 2046: no preamble, CRLF alone ends a
-line, nothing but CRLF or ``--`` follows a delimiter, every part has one ``Content-Disposition:
-form-data`` with one plain ``name``, and a part's own Content-Length is not believed. What comes
-after the closing delimiter is dropped.
+python-multipart, which vLLM and other engines written in Python use, finds the parts. This module
+adds what a gateway needs beyond that: limits, and agreement on which part is ``model``.
 
-Memory: one part's head (``HEAD_MAX_BYTES``) and a delimiter's length beyond the chunk that is fed.
+The engine never parses the bytes that the client sent. The parts are sent on under a boundary that
+the client cannot know, each with a ``Content-Disposition`` that is written anew, so that no parser
+finds other parts or other names than were read here. What is written anew has one name for each
+part, quoted parameters, and no Content-Length of the part; contents and other headers are
+unchanged.
+
+A form that well-known parsers read differently is still refused with 400, because the client may
+mean either: several Content-Disposition headers or names in one part, ``name*``, a disposition
+other than form-data, quotes that do not match, a name that is "model" only after decoding, a
+transfer encoding on ``model``, and a delimiter without CRLF at the start of a part's content.
+Python-multipart accepts these. It also accepts control characters in headers, a delimiter in the
+middle of a line before the first part, and non-ASCII boundaries, which are refused too. Text
+before the first delimiter is skipped, as RFC 2046 asks; python-multipart skips only line ends.
+
+Memory: a preamble, a part's headers, and the chunk that is fed, each within its limit.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
+import secrets
+from typing import NamedTuple
+from urllib.parse import unquote
 
 import msgspec
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 
-from kubeai.openai import BadRequest
+from kubeai.openai import ECHO_MAX_CHARS, BadRequest
 
+BOUNDARY_MAX_BYTES = 256  # python-multipart's limit; RFC 2046 has 70
+PREAMBLE_MAX_BYTES = 8 << 10
 HEAD_MAX_BYTES = 8 << 10
+HEADERS_MAX_COUNT = 32  # in one part
 PARTS_MAX_COUNT = 100
 
-_CONTENT_TYPE = re.compile(r"multipart/form-data[ \t]*((?:;[^;]*)*)", re.IGNORECASE)
-_BOUNDARY = re.compile(
-    r"""[ \t]*boundary=(?:([0-9A-Za-z'+_.-]{1,70})|"([0-9A-Za-z'()+_,./:=? -]{1,70})")[ \t]*""",
-    re.IGNORECASE,
-)
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_HEADER = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([^\r\n\0]*)")
-_PARAMETER = re.compile(rb';[ \t]*([A-Za-z*]+)=("(?:[^"\\]|\\.)*"|[^\s;"\\]+)[ \t]*')
-_PLAIN_NAME = re.compile(rb'[^"\\%*\0-\x1f]{1,200}')
+# One parameter after its ";": a key, and a quoted or a bare value. Possessive, hence linear.
+_PARAMETER = re.compile(r';([^=;"]*+)(?:=[ \t]*+("(?:[^"\\]|\\.)*+"[ \t]*+|[^;"]*+))?+(?=;|$)')
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
+_PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
+
+# It logs a warning for each malformed form, which is the client's business and not the operator's.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A part begins. ``head``: its header lines as they came, without the empty line."""
+    """A part begins. ``head``: its header lines as the engine gets them, without the empty line."""
 
     name: str
     head: bytes
@@ -53,55 +72,82 @@ Event = Part | Content | End
 
 
 def boundary_of(content_type: str) -> bytes:
-    """The boundary that a Content-Type names; BadRequest when it is no plain form."""
-    form = _CONTENT_TYPE.fullmatch(content_type.strip())
-    if form is None:
+    """The boundary that a Content-Type names; BadRequest if it is not that of a form."""
+    kind, separator, rest = content_type.partition(";")
+    if kind.strip().lower() != "multipart/form-data":
         raise BadRequest("The Content-Type must be multipart/form-data.")
-    found = [
-        parameter
-        for parameter in form[1].split(";")
-        if parameter.strip().lower().startswith("boundary")
-    ]
-    match = _BOUNDARY.fullmatch(found[0]) if len(found) == 1 else None
-    if match is None or (match[1] or match[2]).endswith(" "):
-        raise BadRequest("The Content-Type must name one boundary of 1 to 70 characters.")
-    return (match[1] or match[2]).encode()
+    parameters = _parameters(separator + rest)
+    boundary = None if parameters is None else _only(parameters, "boundary")
+    if (
+        boundary is None
+        or not boundary.isascii()
+        or not boundary.isprintable()
+        or not 0 < len(boundary) <= BOUNDARY_MAX_BYTES
+        or parse_options_header(content_type)[1].get(b"boundary") != boundary.encode()
+    ):
+        raise BadRequest(
+            "The Content-Type must name one boundary of 1 to"
+            f" {BOUNDARY_MAX_BYTES} printable ASCII characters."
+        )
+    return boundary.encode()
+
+
+def new_boundary() -> bytes:
+    """A boundary that no client can put into a part's content."""
+    return b"kubeai-" + secrets.token_hex(16).encode()
 
 
 def form_type(boundary: bytes) -> str:
-    """The Content-Type of a form with this boundary."""
-    return f'multipart/form-data; boundary="{boundary.decode()}"'
+    """The Content-Type of a form with a boundary of :func:`new_boundary`."""
+    return f"multipart/form-data; boundary={boundary.decode()}"
 
 
 class Splitter:
-    """One body. Feed it chunks, in order, then :meth:`finish`.
-
-    States: delimiter → head → start → content → delimiter → … → end. The reader of a state takes
-    what it can from the buffer and says whether there is more to do with what is there.
-    """
+    """One body. Feed it chunks, in order, then call :meth:`finish`."""
 
     def __init__(self, boundary: bytes) -> None:
-        self._delimiter = b"\r\n--" + boundary
-        # A body begins with a delimiter that has no CRLF before it.
-        self._buffer = bytearray(b"\r\n")
-        self._read: Callable[[], bool] = self._read_delimiter
+        self._delimiter = b"--" + boundary
+        self._preamble: bytearray | None = bytearray(b"\n")  # a line ends here
         self._events: list[Event] = []
         self._ended = False
         self._parts_count = 0
         self._name = ""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._field = b""
+        self._value = b""
+        self._head_bytes = 0
+        self._opening = b""  # of the content, as long as a delimiter
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_end": self._on_end,
+            },
+            max_header_count=HEADERS_MAX_COUNT,
+            max_header_size=2 * HEAD_MAX_BYTES,  # of one header; _count_head limits all of them
+        )
 
     @property
     def place(self) -> str:
-        """Where in the form the reading is, for messages."""
+        """How far the form has been read, for messages."""
         if not self._parts_count:
             return "before the first part"
-        return f"part {self._parts_count}" + (f" ('{self._name}')" if self._name else "")
+        name = f" ('{self._name[:ECHO_MAX_CHARS]}')" if self._name else ""
+        return f"part {self._parts_count}{name}"
 
     def feed(self, data: bytes) -> list[Event]:
-        """What the next bytes of the body bring; BadRequest, which names the part."""
-        self._buffer += data
-        while self._read():
-            pass
+        """The events of the body's next bytes; BadRequest, which names the part."""
+        if self._preamble is not None:
+            data = self._skip_preamble(self._preamble, data)
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise self._bad(f"it cannot be parsed ({error})") from None
         events, self._events = self._events, []
         return events
 
@@ -110,100 +156,145 @@ class Splitter:
         if not self._ended:
             raise self._bad("the form ends without its closing delimiter")
 
-    def _read_delimiter(self) -> bool:
-        buffer, delimiter = self._buffer, self._delimiter
-        if not buffer.startswith(delimiter[: len(buffer)]):
-            raise self._bad("the form does not begin with its boundary")
-        if len(buffer) < len(delimiter) + 2:
-            return False
-        after = bytes(buffer[len(delimiter) : len(delimiter) + 2])
-        del buffer[: len(delimiter) + 2]
-        if after == b"--":
-            self._read = self._read_end
-            self._ended = True
-            self._events.append(End())
-            return True
-        if after != b"\r\n":
-            raise self._bad("a boundary is followed by neither -- nor the line's end")
-        self._name = ""
+    def _skip_preamble(self, preamble: bytearray, data: bytes) -> bytes:
+        """What follows the preamble, if its end is in sight."""
+        preamble += data
+        at = preamble.find(self._delimiter)
+        if at >= 0:
+            if preamble[at - 1] != ord("\n"):  # a delimiter for some parsers
+                raise self._bad("its boundary does not begin a line")
+            self._preamble = None
+            return bytes(preamble[at:])
+        if len(preamble) > PREAMBLE_MAX_BYTES:
+            raise self._bad(f"no boundary within {PREAMBLE_MAX_BYTES} bytes")
+        return b""
+
+    def _on_part_begin(self) -> None:
         self._parts_count += 1
+        self._name = ""
+        self._headers = []
+        self._head_bytes = 0
+        self._opening = b""
         if self._parts_count > PARTS_MAX_COUNT:
             raise self._bad(f"more than {PARTS_MAX_COUNT} parts")
-        self._read = self._read_head
-        return True
 
-    def _read_head(self) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
-        if max(end, len(self._buffer) if end < 0 else 0) > HEAD_MAX_BYTES:
-            raise self._bad(f"its head is longer than {HEAD_MAX_BYTES} bytes")
-        if end < 0:
-            return False
-        head = bytes(self._buffer[:end])
-        del self._buffer[: end + 4]
-        self._name = self._name_in(head)
-        self._events.append(Part(self._name, head))
-        self._read = self._read_start
-        return True
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count_head(end - start)
+        self._field += data[start:end]
 
-    def _read_start(self) -> bool:
-        """Some parsers would take a delimiter without its CRLF here: nobody sends one."""
-        bare = self._delimiter[2:]
-        if self._buffer.startswith(bare):
-            raise self._bad("a boundary stands where its content should begin")
-        if bare.startswith(self._buffer):
-            return False
-        self._read = self._read_content
-        return True
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count_head(end - start)
+        self._value += data[start:end]
 
-    def _read_content(self) -> bool:
-        """Up to the next delimiter, or as far as surely no delimiter begins."""
-        buffer = self._buffer
-        end = buffer.find(self._delimiter)
-        safe = end if end >= 0 else len(buffer) - len(self._delimiter) + 1
-        if safe > 0:
-            self._events.append(Content(bytes(buffer[:safe])))
-            del buffer[:safe]
-        if end < 0:
-            return False
-        self._read = self._read_delimiter
-        return True
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > HEAD_MAX_BYTES:
+            raise self._bad(f"its headers are longer than {HEAD_MAX_BYTES} bytes")
 
-    def _read_end(self) -> bool:
-        if not b"\r\n".startswith(self._buffer[:2]):
-            raise self._bad("a closing boundary is followed by more than the line's end")
-        del self._buffer[2:]
-        return False
+    def _on_header_end(self) -> None:
+        if _CONTROL.search(self._value):
+            raise self._bad("a header has a control character")
+        self._headers.append((self._field, self._value.strip(b" \t")))
+        self._field = self._value = b""
 
-    def _name_in(self, head: bytes) -> str:
-        dispositions = []
-        for line in head.split(b"\r\n"):
-            header = _HEADER.fullmatch(line)
-            if header is None:
-                raise self._bad("a header cannot be read")
-            if header[1].lower() == b"content-disposition":
-                dispositions.append(header[2])
+    def _on_headers_finished(self) -> None:
+        dispositions = [
+            value for name, value in self._headers if name.lower() == b"content-disposition"
+        ]
         if len(dispositions) != 1:
             raise self._bad("it must have one Content-Disposition")
-        kind, separator, rest = dispositions[0].partition(b";")
-        parameters, position = separator + rest, 0
-        names = []
-        while match := _PARAMETER.match(parameters, position):
-            position = match.end()
-            if match[1].lower().startswith(b"name"):
-                names.append((match[1].lower(), match[2]))
-        if kind.strip().lower() != b"form-data" or position != len(parameters):
-            raise self._bad("its Content-Disposition cannot be read")
-        if len(names) != 1 or names[0][0] != b"name":
-            raise self._bad("its Content-Disposition must have one name")
-        value = names[0][1]
-        name = value[1:-1] if value.startswith(b'"') else value
-        if not _PLAIN_NAME.fullmatch(name):
-            raise self._bad("its name has other than 1 to 200 plain characters")
-        try:
-            return name.decode()
-        except UnicodeDecodeError:
-            raise self._bad("its name is not valid UTF-8") from None
+        disposition = _read_disposition(dispositions[0].decode("latin-1"))
+        if isinstance(disposition, str):
+            raise self._bad(disposition)
+        self._name = disposition.name
+        lines = [disposition.line]
+        for name, value in self._headers:
+            lower = name.lower()
+            encoded = value.lower() not in _PLAIN_ENCODINGS
+            if lower == b"content-transfer-encoding" and self._name == "model" and encoded:
+                raise self._bad("'model' must not have a Content-Transfer-Encoding")
+            # Some parsers would believe a part's own length.
+            if lower not in (b"content-disposition", b"content-length"):
+                lines.append(name + b": " + value)
+        self._events.append(Part(self._name, b"\r\n".join(lines)))
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        missing = len(self._delimiter) - len(self._opening)
+        if missing:
+            self._opening += data[start : min(end, start + missing)]
+            if self._opening == self._delimiter:  # the start of a part for Go
+                raise self._bad("its content begins with the boundary")
+        self._events.append(Content(data[start:end]))
+
+    def _on_end(self) -> None:
+        self._ended = True
+        self._events.append(End())
 
     def _bad(self, problem: str) -> BadRequest:
         param = self._name or None
         return BadRequest(f"The multipart form is malformed, {self.place}: {problem}.", param)
+
+
+class _Disposition(NamedTuple):
+    name: str
+    line: bytes  # the header, written anew
+
+
+def _read_disposition(value: str) -> _Disposition | str:
+    """Read a Content-Disposition, whose bytes are given as Latin-1; or say what is wrong."""
+    kind, separator, rest = value.partition(";")
+    parameters = _parameters(separator + rest)
+    if kind.strip().lower() != "form-data":
+        return "its Content-Disposition is not form-data"
+    if parameters is None:
+        return "its Content-Disposition cannot be read"
+    name = _only(parameters, "name")
+    if name is None or parse_options_header(value)[1].get(b"name") != name.encode("latin-1"):
+        return "its Content-Disposition must have one name"
+    raw = dict(parameters)["name"]
+    readings = {name, raw.strip('"'), re.sub(r"\\(.)", r"\1", raw.strip('"'))}
+    readings |= {unquote(reading) for reading in readings}
+    if "model" in readings and len(readings) > 1:
+        return "some parsers read its name as 'model' and others do not"
+    # Of several parameters with one key the last wins, and what is no parameter is ignored.
+    written = [_written(key, value) for key, value in dict(parameters).items()]
+    line = "; ".join(["Content-Disposition: form-data", *filter(None, written)])
+    return _Disposition(name.encode("latin-1").decode("utf-8", "replace"), line.encode("latin-1"))
+
+
+def _parameters(text: str) -> list[tuple[str, str]] | None:
+    """The (lower-case key, value with its quotes) of each ``;key=value``; None if one is wrong."""
+    found = []
+    position = 0
+    while match := _PARAMETER.match(text, position):
+        position = match.end()
+        if match[2] is not None:
+            found.append((match[1].strip(" \t").lower(), match[2].strip(" \t")))
+    return found if position == len(text) else None
+
+
+def _only(parameters: list[tuple[str, str]], key: str) -> str | None:
+    """The value of a parameter that has one value, unquoted; None if there is none or are several.
+
+    RFC 7578 forbids the extended notation ``key*``, which parsers treat differently.
+    """
+    values = {value for name, value in parameters if name == key}
+    extended = any(name.startswith(key + "*") for name, _ in parameters)
+    return _unquoted(values.pop()) if len(values) == 1 and not extended else None
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value
+    return value[1:-1].replace("\\\\", "\\").replace('\\"', '"')
+
+
+def _written(key: str, value: str) -> str | None:
+    """The parameter as it is sent to the engine; None if it is not sent."""
+    if not _TOKEN.fullmatch(key):
+        return None
+    if "*" in key:  # its value is a token, by definition
+        return f"{key}={value}" if _TOKEN.fullmatch(value) else None
+    if not value.startswith('"'):
+        value = '"' + value.replace("\\", "\\\\") + '"'
+    return f"{key}={value}"

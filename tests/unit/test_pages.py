@@ -351,6 +351,48 @@ async def test_other_engines_get_the_name_that_they_know(stack, replica, client,
     assert await engine.form() == expected
 
 
+ODD_FORMS = {
+    "a line end before the first boundary": '\r\n--b\r\n{field}model"\r\n\r\nw_fin\r\n--b--\r\n',
+    "text before the first boundary": 'Hi.\r\n--b\r\n{field}model"\r\n\r\nw_fin\r\n--b--\r\n',
+    "a trailing semicolon": '--b\r\n{field}model";\r\n\r\nw_fin\r\n--b--\r\n',
+    "blanks around =": (
+        '--b\r\nContent-Disposition: form-data; name = "model"\r\n\r\nw_fin\r\n--b--\r\n'
+    ),
+    "no line end after the last boundary": '--b\r\n{field}model"\r\n\r\nw_fin\r\n--b--',
+    "text after the last boundary": '--b\r\n{field}model"\r\n\r\nw_fin\r\n--b--\r\nBye.',
+    "a name with %": (
+        '--b\r\n{field}100%"\r\n\r\nx\r\n--b\r\n{field}model"\r\n\r\nw_fin\r\n--b--\r\n'
+    ),
+    "an empty name": ('--b\r\n{field}"\r\n\r\nx\r\n--b\r\n{field}model"\r\n\r\nw_fin\r\n--b--\r\n'),
+    "a model that came as a file": ('--b\r\n{field}model"; filename="m"\r\n\r\nw_fin\r\n--b--\r\n'),
+}
+
+
+@pytest.mark.parametrize("boundary", ["b", "a$b", "x{y}"])
+@pytest.mark.parametrize("odd", ODD_FORMS.values(), ids=ODD_FORMS)
+async def test_odd_forms_reach_the_engine_in_order(stack, replica, client, odd, boundary):
+    engine, address = await started(stack, 200)
+    endpoints = (Endpoint("w-0", address, ("fin",)),)
+    replica.publish("w", engine="VLLM", adapters=("fin",), endpoints=endpoints)
+    body = odd.replace("{field}", 'Content-Disposition: form-data; name="')
+    body = body.replace("--b", f"--{boundary}").encode()
+    content_type = f"multipart/form-data; boundary={boundary}"
+    async with client.post(TRANSCRIPTIONS, **raw(body, content_type)) as response:
+        assert response.status == 200, await response.text()
+    parts = await engine.form()
+    assert [part for part in parts if part[0] == "model"] == [("model", None, b"fin")]
+    assert [content for name, _, content in parts if name != "model"] in ([], [b"x"])
+    request, data = engine.requests[0]
+    assert f"--{boundary}".encode() not in data
+    assert request.headers["Content-Length"] == str(len(data))
+
+
+async def test_a_form_with_two_content_types_is_refused(client):
+    headers = [("Content-Type", f"multipart/form-data; boundary={b}") for b in "ab"]
+    async with client.post(TRANSCRIPTIONS, data=b"--a--\r\n", headers=headers) as response:
+        assert response.status == 400
+
+
 @pytest.mark.parametrize("model_first", [True, False])
 async def test_a_large_file_is_spooled_and_arrives_whole(
     stack, replica, client, model_first, monkeypatch
