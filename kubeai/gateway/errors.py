@@ -34,10 +34,10 @@ class _Detail(msgspec.Struct):
     message: str
 
 
-class _AnthropicBody(msgspec.Struct):
+class _AnthropicBody(msgspec.Struct, kw_only=True):
+    type: str = "error"
     error: _Detail
     request_id: str | None
-    type: str = "error"
 
 
 def error_answer(
@@ -58,7 +58,7 @@ def error_answer(
     default = "invalid_request_error" if error.status < 500 else "api_error"
     message = error.message.encode("utf-8", "replace").decode()
     detail = _Detail(_ANTHROPIC_TYPES.get(error.status, default), message)
-    return msgspec.json.encode(_AnthropicBody(detail, request_id)), headers
+    return msgspec.json.encode(_AnthropicBody(error=detail, request_id=request_id)), headers
 
 
 def relay_error(

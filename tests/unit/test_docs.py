@@ -1,4 +1,7 @@
-"""docs/fields.md: every field, value and condition has its row, and every test named exists."""
+"""docs/fields.md: every field, value and condition has its row, and every test named exists.
+
+docs/http-api.md: every route has its row.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kubeai.api.crd import model_crd
+from kubeai.openai import route_table
 from kubeai.operator.conditions import OURS
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +72,12 @@ def test_every_word_that_a_field_may_hold_has_one_row():
 
 def test_every_condition_that_the_operator_writes_has_a_row():
     assert named_once("Conditions") >= {f"`{type_}`" for type_ in OURS}
+
+
+def test_every_route_has_a_row():
+    rows = (ROOT / "docs/http-api.md").read_text().splitlines()
+    for path in route_table:
+        assert any(row.startswith(f"| `{path}`") for row in rows), path
 
 
 @cache

@@ -1074,6 +1074,24 @@ async def test_a_client_that_leaves_closes_its_upstream(start):
         await running.world.at_rest()
 
 
+@pytest.mark.parametrize("begun", [b"", CHUNKED + chunk(b"data: 1\n\n")])
+async def test_a_client_that_closes_its_sending_side_has_left(start, begun):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(begun)
+        await wire.reader.read()
+
+    running = await start(script)
+    wire = await running.client()
+    await wire.send(post())
+    if begun:
+        await wire.head()
+    await until(lambda: running.world.in_flight("m") == 1)
+    wire.writer.write_eof()
+    await until(lambda: not running.engine.open)
+    await running.world.at_rest()
+    await until(lambda: running.relay.connections == 0)
+
+
 @pytest.mark.parametrize("sent", [0, 5, len(HEAD), len(post()) - 5])
 async def test_a_client_may_leave_in_the_middle_of_a_request(start, sent):
     running = await start()
