@@ -108,9 +108,18 @@ cdef struct Header:
 cdef struct Column:
     uint64_t acknowledged
     int64_t active
-    uint64_t ejections  # how often this column's worker has set an endpoint aside
+    uint64_t health_events  # failures and ejections that this column's worker has recorded
     uint64_t iterations_sum
     uint64_t iterations[BUCKETS]
+
+
+cdef struct Health:  # of an endpoint; any worker writes, a lost update costs one count
+    double ejected_until_s  # CLOCK_MONOTONIC; 0: not ejected. Past it, the endpoint is half-open
+    double failed_s  # when it last failed; 0: never
+    uint32_t failures  # since its last complete answer
+    uint32_t ejection_count  # since it last recovered
+    uint32_t unreachable  # whether its last failure was without an answer
+    uint32_t spare
 
 
 cdef class LoadTable:
@@ -124,8 +133,7 @@ cdef class LoadTable:
     cdef Header *header  # NULL once closed
     cdef Column *column_headers
     cdef uint32_t *generations
-    cdef double *ejected
-    cdef uint32_t *relapses_cells
+    cdef Health *health
     cdef int32_t *in_flight_cells  # [rows][stride]: a pick reads whole rows
     cdef int32_t *settled_cells  # of each row, 2^SETTLED_BITS times what peers have been told
     cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells lie together
@@ -152,7 +160,7 @@ cdef class LoadTable:
         """Whether this is the row's present life; a row never opened (0) has none."""
         return generation != 0 and get_u32(&self.generations[row]) == generation
 
-    cdef uint64_t ejections(self) noexcept
+    cpdef uint64_t health_events(self) noexcept
     cdef void count_lookup(
         self, int initial, int chosen, bint defaulted, int iterations
     ) noexcept
@@ -193,7 +201,8 @@ cdef class Reservation:
     cdef uint32_t model_generation
     cdef bint _released
     cdef readonly int iterations
-    cdef readonly bint trial  # of an endpoint that was set aside
+    cdef readonly bint trial  # a probe of an endpoint that is ejected
+    cdef readonly bint failing  # the endpoint has failed since its last complete answer
     cdef readonly int64_t first_load
     cdef readonly int64_t bound
     cdef readonly str name

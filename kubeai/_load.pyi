@@ -77,19 +77,34 @@ class LoadTable:
     def acknowledged(self, column: int) -> int: ...
 
     # -- health: any worker writes, all read ---------------------------------------------------
-    def eject(self, row: int, generation: int, until_s: float) -> None:
-        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds), then on trial.
+    def note_failure(self, row: int, generation: int, now_s: float, unreachable: bool) -> int:
+        """Count a failed attempt; returns the endpoint's failures since its last complete answer.
 
-        On trial it gets one pick each ``TRIAL_S``, until it is restored.
+        ``now_s``: CLOCK_MONOTONIC seconds. ``unreachable``: there was no answer.
         """
+    def eject(self, row: int, generation: int, until_s: float) -> None:
+        """Eject an endpoint until ``until_s`` (CLOCK_MONOTONIC seconds); then it is half-open.
+
+        A half-open endpoint gets one pick every ``TRIAL_S``, until it is restored.
+        """
+    def half_open(self, row: int, generation: int, now_s: float) -> None:
+        """End an ejection early: the endpoint may be probed from ``now_s`` on."""
     def restore(self, row: int, generation: int) -> None:
-        """The endpoint serves again; how often it was set aside stays."""
+        """Return an ejected endpoint to service. Its ejection count is kept."""
     def recover(self, row: int, generation: int) -> None:
-        """The endpoint serves again, as if it had never been set aside."""
+        """Return an endpoint to service with no failures and no ejections counted."""
     def ejected_until(self, row: int) -> float:
-        """When an endpoint's trial begins, or its next; 0: it is not set aside."""
-    def relapses(self, row: int) -> int:
-        """How often an endpoint was set aside since it last recovered."""
+        """When an endpoint becomes half-open, or may be probed again; 0: it is not ejected."""
+    def ejection_count(self, row: int) -> int:
+        """How often an endpoint was ejected since it last recovered."""
+    def failures(self, row: int) -> int:
+        """An endpoint's failed attempts, by all workers, since its last complete answer."""
+    def failed_at(self, row: int) -> float:
+        """When an endpoint last failed (CLOCK_MONOTONIC seconds); 0: never."""
+    def unreachable(self, row: int) -> bool:
+        """Whether an endpoint's last failure was without an answer."""
+    def health_events(self) -> int:
+        """Changes with every failure and ejection that any worker records; never falls."""
 
     # -- counting a request: a worker ----------------------------------------------------------
     def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...
@@ -123,7 +138,8 @@ class Reservation:
 
     name: str  # the endpoint's (its pod's) name
     target: object  # what Ring.set was given for it
-    trial: bool  # the endpoint was set aside: a good answer restores it
+    trial: bool  # the endpoint is ejected: a good answer restores it
+    failing: bool  # the endpoint has failed since its last complete answer
     iterations: int  # distinct endpoints looked at (0 for LeastLoad)
     first: str  # the name of the ring's first endpoint that can serve; == name when not moved
     first_load: int  # its load when it was passed over (or taken), before this pick

@@ -14,8 +14,8 @@ take the same endpoint. So they expect of each other what they do themselves: ``
 row's own picks with a delay, about that of telling, and what is not settled counts once more for
 each peer (:meth:`LoadTable.expected`).
 
-An endpoint that fails is set aside (``ejected``): until a time, and from then on it is on trial, one
-pick each ``TRIAL_S``, until somebody restores it.
+An endpoint's health is shared as well: consecutive failures, and until when it is ejected. Past that
+time it is half-open: one probe every ``TRIAL_S`` until a worker restores it.
 
 What a pick reads (in-flight) lies row by row; what one worker counts and only a scrape reads
 (active, held, lookups) lies column by column, so that workers do not share its cache lines.
@@ -41,7 +41,7 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 4
+    LAYOUT_VERSION = 5
     LINE_BYTES = 64
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
@@ -63,8 +63,7 @@ def live():
 cdef struct Layout:
     size_t column_headers
     size_t generations
-    size_t ejected
-    size_t relapses
+    size_t health
     size_t in_flight
     size_t settled
     size_t active
@@ -88,9 +87,8 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     layout.stride = <int> stride
     layout.column_headers = _lines(sizeof(Header))
     layout.generations = layout.column_headers + _lines(columns * sizeof(Column))
-    layout.ejected = layout.generations + _lines(rows * sizeof(uint32_t))
-    layout.relapses = layout.ejected + _lines(rows * sizeof(double))
-    layout.in_flight = layout.relapses + _lines(rows * sizeof(uint32_t))
+    layout.health = layout.generations + _lines(rows * sizeof(uint32_t))
+    layout.in_flight = layout.health + _lines(rows * sizeof(Health))
     layout.settled = layout.in_flight + _lines(rows * stride * sizeof(int32_t))
     layout.active = layout.settled + _lines(rows * sizeof(int32_t))
     layout.held = layout.active + _lines(2 * columns * rows * sizeof(int32_t))
@@ -186,8 +184,7 @@ cdef class LoadTable:
         self.header = <Header *> base
         self.column_headers = <Column *> (base + layout.column_headers)
         self.generations = <uint32_t *> (base + layout.generations)
-        self.ejected = <double *> (base + layout.ejected)
-        self.relapses_cells = <uint32_t *> (base + layout.relapses)
+        self.health = <Health *> (base + layout.health)
         self.in_flight_cells = <int32_t *> (base + layout.in_flight)
         self.settled_cells = <int32_t *> (base + layout.settled)
         self.active_cells = <int32_t *> (base + layout.active)
@@ -253,8 +250,7 @@ cdef class LoadTable:
         put_u32(&self.generations[row], generation)
         if self.header.rows_used < <uint64_t> row + 1:
             put_u64(&self.header.rows_used, row + 1)
-        put_time(&self.ejected[row], 0)
-        put_u32(&self.relapses_cells[row], 0)
+        memset(&self.health[row], 0, sizeof(Health))
         put_i32(&self.settled_cells[row], 0)
         for column in range(self.columns):
             cell = <size_t> column * self.rows + row
@@ -462,44 +458,85 @@ cdef class LoadTable:
 
     # -- health: any worker writes, all read -----------------------------------------------------
 
+    def note_failure(self, Py_ssize_t row, uint32_t generation, double now_s, bint unreachable):
+        """Count a failed attempt; returns the endpoint's failures since its last complete answer.
+
+        ``now_s``: CLOCK_MONOTONIC seconds. ``unreachable``: there was no answer.
+        """
+        self._check_row(row)
+        self._check_writer()
+        cdef Health *health = &self.health[row]
+        if not self.lives(row, generation):
+            return 0
+        put_time(&health.failed_s, now_s)
+        put_u32(&health.unreachable, unreachable)
+        put_u32(&health.failures, get_u32(&health.failures) + 1)
+        count(&self.column_headers[self._column].health_events, 1)
+        return get_u32(&health.failures)
+
     def eject(self, Py_ssize_t row, uint32_t generation, double until_s):
-        """Set an endpoint aside until ``until_s`` (CLOCK_MONOTONIC seconds), then on trial."""
+        """Eject an endpoint until ``until_s`` (CLOCK_MONOTONIC seconds); then it is half-open."""
         self._check_row(row)
         self._check_writer()
         if self.lives(row, generation):
-            put_time(&self.ejected[row], until_s)
-            put_u32(&self.relapses_cells[row], get_u32(&self.relapses_cells[row]) + 1)
-            count(&self.column_headers[self._column].ejections, 1)
+            put_time(&self.health[row].ejected_until_s, until_s)
+            put_u32(
+                &self.health[row].ejection_count, get_u32(&self.health[row].ejection_count) + 1
+            )
+            count(&self.column_headers[self._column].health_events, 1)
+
+    def half_open(self, Py_ssize_t row, uint32_t generation, double now_s):
+        """End an ejection early: the endpoint may be probed from ``now_s`` on."""
+        self._check_row(row)
+        self._check_writer()
+        if self.lives(row, generation) and get_time(&self.health[row].ejected_until_s) > now_s:
+            put_time(&self.health[row].ejected_until_s, now_s)
 
     def restore(self, Py_ssize_t row, uint32_t generation):
-        """The endpoint serves again; how often it was set aside stays."""
+        """Return an ejected endpoint to service. Its ejection count is kept."""
         self._check_row(row)
         self._check_writer()
         if self.lives(row, generation):
-            put_time(&self.ejected[row], 0)
+            put_time(&self.health[row].ejected_until_s, 0)
 
     def recover(self, Py_ssize_t row, uint32_t generation):
-        """The endpoint serves again, as if it had never been set aside."""
+        """Return an endpoint to service with no failures and no ejections counted."""
         self.restore(row, generation)
         if self.lives(row, generation):
-            put_u32(&self.relapses_cells[row], 0)
+            put_u32(&self.health[row].failures, 0)
+            put_u32(&self.health[row].ejection_count, 0)
 
     def ejected_until(self, Py_ssize_t row):
-        """When an endpoint's trial begins, or its next; 0: it is not set aside."""
+        """When an endpoint becomes half-open, or may be probed again; 0: it is not ejected."""
         self._check_row(row)
-        return get_time(&self.ejected[row])
+        return get_time(&self.health[row].ejected_until_s)
 
-    def relapses(self, Py_ssize_t row):
-        """How often an endpoint was set aside since it last recovered."""
+    def ejection_count(self, Py_ssize_t row):
+        """How often an endpoint was ejected since it last recovered."""
         self._check_row(row)
-        return get_u32(&self.relapses_cells[row])
+        return get_u32(&self.health[row].ejection_count)
 
-    cdef uint64_t ejections(self) noexcept:
-        """Changes whenever somebody sets an endpoint aside, and never back."""
+    def failures(self, Py_ssize_t row):
+        """An endpoint's failed attempts, by all workers, since its last complete answer."""
+        self._check_row(row)
+        return get_u32(&self.health[row].failures)
+
+    def failed_at(self, Py_ssize_t row):
+        """When an endpoint last failed (CLOCK_MONOTONIC seconds); 0: never."""
+        self._check_row(row)
+        return get_time(&self.health[row].failed_s)
+
+    def unreachable(self, Py_ssize_t row):
+        """Whether an endpoint's last failure was without an answer."""
+        self._check_row(row)
+        return get_u32(&self.health[row].unreachable) != 0
+
+    cpdef uint64_t health_events(self) noexcept:
+        """Changes with every failure and ejection that any worker records; never falls."""
         cdef uint64_t total = 0
         cdef int column
         for column in range(self.columns):
-            total += get_u64(&self.column_headers[column].ejections)
+            total += get_u64(&self.column_headers[column].health_events)
         return total
 
     # -- counting a request: a worker --------------------------------------------------------------

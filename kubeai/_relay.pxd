@@ -190,8 +190,10 @@ cdef class Connections:
     cdef readonly double between_bytes_timeout_s  # 0: no limit
     cdef readonly double idle_timeout_s
     cdef Py_ssize_t max_idle
-    cdef readonly int failures  # attempts that failed since the last whole answer
-    cdef public bint trial  # it was set aside, and has given no whole answer since
+    cdef public bint failing  # it has failed since its last complete answer
+    cdef public bint trial  # it is ejected; requests there are probes
+    cdef readonly double answered_s  # when a good answer last began (CLOCK_MONOTONIC); 0: never
+    cdef readonly uint64_t answers  # good answers that have begun
     cdef list resting
     cdef bint closed
     cpdef Upstream take(self)
@@ -228,6 +230,7 @@ cdef class Exchange:
     cpdef send(self, Connections pool, bytes path, bytes body)
     cdef int _failed(self, int failure) except -1
     cdef int _retry(self) except -1
+    cpdef detach(self)
     cdef int _detach(self) except -1
 
 

@@ -28,8 +28,10 @@ class Connections:
     first_byte_timeout_s: float  # 0: no limit
     between_bytes_timeout_s: float  # 0: no limit
     idle_timeout_s: float
-    failures: int  # attempts that failed since the last whole answer
-    trial: bool  # it was set aside, and has given no whole answer since
+    failing: bool  # it has failed since its last complete answer
+    trial: bool  # it is ejected; requests there are probes
+    answered_s: float  # when a good answer last began (CLOCK_MONOTONIC); 0: never
+    answers: int  # good answers that have begun
 
     def __init__(
         self,
@@ -57,11 +59,13 @@ class Connections:
     def note_end(self, status: int) -> None:
         """An answer is whole."""
     def failed(self, failure: int) -> None:
-        """An attempt failed (``failures`` counts it), or an answer broke."""
-    def answers(self) -> None:
-        """On trial, it has begun to answer."""
+        """An attempt failed, or an answer broke."""
+    def restored(self) -> None:
+        """A probe has begun to be answered."""
     def recovered(self) -> None:
-        """An answer is whole, after a failure or on trial."""
+        """An answer is complete, the first since a failure or an ejection."""
+    def waiting(self) -> list[Exchange]:
+        """Exchanges that have sent their request here and got no byte of an answer."""
     def forget(self, upstream: Upstream) -> None:
         """An idle connection has ended."""
     def close(self) -> None:
@@ -166,6 +170,11 @@ class Exchange:
         """Attempt: send the request with this body to an upstream, relay its answer."""
     def answer(self, status: int, body: bytes, headers: bytes = b"") -> None:
         """Answer without an upstream: JSON. ``headers``: more of them, each ending in CRLF."""
+    def detach(self) -> None:
+        """Abandon the attempt under way, if any; the upstream connection is closed.
+
+        ``send`` or ``answer`` must follow.
+        """
     # from pools
     def connected(self, upstream: Upstream) -> None:
         """The connection that ``pool.connect`` was asked for is there."""
@@ -185,6 +194,8 @@ class Exchange:
         """Make another attempt, or ``answer``, now or later."""
     def give_up(self, failure: int) -> None:
         """Answer for a failure."""
+    def attempt_elsewhere(self) -> None:
+        """The upstream is not expected to answer: make another attempt, if one is possible."""
     def on_end(self) -> None:
         """It is over, answered or not: give back what was taken. Called once."""
 

@@ -1395,31 +1395,42 @@ cdef class Connections:
 
     cpdef note_failure(self, int failure):
         """An attempt failed, or its answer broke."""
-        self.failures += 1
+        self.failing = True
         self.failed(failure)
 
     cpdef note_answer(self, int status):
         """An answer's head has come: some say that the upstream is not well."""
         if is_failure(status):
             self.note_failure(STATUS)
-        elif self.trial:
-            self.answers()
+            return
+        self.answers += 1
+        self.answered_s = now()
+        if self.trial:
+            self.restored()
 
     cpdef note_end(self, int status):
         """An answer is whole."""
-        if (self.failures or self.trial) and not is_failure(status):
-            self.failures = 0
-            self.trial = False
+        if (self.failing or self.trial) and not is_failure(status):
+            self.failing = self.trial = False
             self.recovered()
 
     def failed(self, int failure):
-        """An attempt failed (``failures`` counts it), or an answer broke."""
+        """An attempt failed, or an answer broke."""
 
-    def answers(self):
-        """On trial, it has begun to answer."""
+    def restored(self):
+        """A probe has begun to be answered."""
 
     def recovered(self):
-        """An answer is whole, after a failure or on trial."""
+        """An answer is complete, the first since a failure or an ejection."""
+
+    def waiting(self):
+        """Exchanges that have sent their request here and got no byte of an answer."""
+        cdef Upstream upstream
+        cdef list found = []
+        for upstream in self.relay.upstreams:
+            if upstream.pool is self and upstream.exchange is not None and not upstream.touched:
+                found.append(upstream.exchange)
+        return found
 
     def forget(self, upstream):
         """An idle connection has ended."""
@@ -1625,6 +1636,9 @@ cdef class Exchange:
     def give_up(self, int failure):
         """Answer for a failure."""
 
+    def attempt_elsewhere(self):
+        """The upstream is not expected to answer: make another attempt, if one is possible."""
+
     def on_end(self):
         """It is over, answered or not: give back what was taken. Called once."""
 
@@ -1648,6 +1662,8 @@ cdef class Exchange:
         """An attempt failed and its upstream is gone; nothing has reached the client."""
         try:
             self.pool.note_failure(failure)
+            if self.replayed and failure == LOST:  # so the first connection was not just idle
+                self.pool.note_failure(failure)
             if not self.streaming and self.wants_retry(failure, 0):
                 self.retry()
             else:
@@ -1662,6 +1678,13 @@ cdef class Exchange:
         except Exception as error:
             self.downstream._crashed(self, error)
         return 0
+
+    cpdef detach(self):
+        """Abandon the attempt under way, if any; the upstream connection is closed.
+
+        ``send`` or ``answer`` must follow.
+        """
+        self._detach()
 
     cdef int _detach(self) except -1:
         """Let go of the upstream, if any: an answer that nobody waits for is stopped."""
@@ -1828,9 +1851,12 @@ cdef class Upstream(Head):
         return 0
 
     cdef bint _replay(self) except -1:
-        """Send the request once more, on a fresh connection to the same upstream."""
+        """Send the request once more, on a fresh connection to the same upstream.
+
+        Not to one that has just failed: it has not closed an idle connection, it resets all.
+        """
         cdef Exchange exchange = self.exchange
-        if exchange.replayed or (exchange.streaming and exchange.downstream.body_bytes):
+        if self.pool.failing or exchange.replayed or (exchange.streaming and exchange.downstream.body_bytes):
             return False
         exchange.replayed = True
         exchange.upstream = None
@@ -1842,6 +1868,7 @@ cdef class Upstream(Head):
 
     cdef int _take(self, bytes data) except -1:
         cdef Py_ssize_t at = 0
+        cdef double came_s = 0
         cdef bytes prefix = None
         if not self.head_done:
             self.touched = True
@@ -1853,9 +1880,9 @@ cdef class Upstream(Head):
             if at <= 0:
                 return 0
             prefix = self._answer_head(data)
-            self.exchange.answered_s = now()
+            came_s = self.exchange.answered_s = now()
         if self.between_bytes_timeout_s and not self.paused:
-            self.deadline = now() + self.between_bytes_timeout_s
+            self.deadline = (came_s or now()) + self.between_bytes_timeout_s
         self._pass(prefix, data, at)
         return 0
 

@@ -23,7 +23,8 @@ cdef struct Departed:  # removed with requests still open, which its model's row
 
 
 cdef struct Survey:  # who can serve one request
-    double now_s  # endpoints ejected beyond it are passed over; 0: nobody is ejected
+    double now_s  # endpoints ejected beyond it are passed over; 0: none is ejected
+    bint unwell  # some endpoint has failed since its last complete answer, or is ejected
     int64_t n
     int64_t total
     int64_t open  # of the n, those that are not excluded
@@ -72,7 +73,8 @@ cdef class Ring:
     cdef uint32_t *buckets  # first node of each range of places; one more than there are ranges
     cdef int bucket_shift
     cdef uint64_t walk
-    cdef uint64_t ejections_seen  # the table's, when no endpoint here was set aside
+    cdef uint64_t health_events_seen  # the table's, when every endpoint here was well
+    cdef object clock  # seconds, as CLOCK_MONOTONIC; None: that clock
     cdef Departed *departed
     cdef int32_t departed_n
     cdef int32_t departed_capacity
@@ -110,7 +112,9 @@ cdef class Ring:
         int64_t first_load,
         int64_t bound,
         int iterations,
-        double now_s,
+        const Survey *survey,
     )
     cdef bint _try(self, int32_t row, double now_s) noexcept
-    cpdef int32_t set_aside(self) noexcept
+    cpdef int32_t ejected_count(self) noexcept
+    cdef bint _all_well(self) noexcept
+    cdef double _now_s(self) except -1

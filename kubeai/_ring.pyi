@@ -1,6 +1,6 @@
 """Consistent hashing with bounded loads, and least load, over one model's endpoints."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import final
 
 from kubeai._load import LoadTable, Reservation
@@ -20,8 +20,12 @@ class Ring:
         *,
         replication: int = 20,
         mean_load_factor: int = 125,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100."""
+        """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100.
+
+        ``clock``: the time in seconds that ejections end by; None: CLOCK_MONOTONIC.
+        """
     def configure(self, *, replication: int, mean_load_factor: int) -> None:
         """Change the parameters; a new replication rebuilds the ring, once.
 
@@ -41,8 +45,8 @@ class Ring:
     def __len__(self) -> int: ...
     def __contains__(self, name: object) -> bool: ...
     def names(self) -> list[str]: ...
-    def set_aside(self) -> int:
-        """How many endpoints are ejected or on trial."""
+    def ejected_count(self) -> int:
+        """How many endpoints are ejected or half-open."""
     def can_serve(self, adapter: str | None = None) -> bool:
         """Whether any endpoint has the adapter (None: whether there is any endpoint)."""
     def pick_hashed(
@@ -53,7 +57,7 @@ class Ring:
         Clockwise from the key, each distinct endpoint once; the first that can serve and whose
         load with this pick stays within max(floor, ceil(factor × (total + 1) / n)). Nobody
         within: the first that can serve. ``exclude``: endpoint names already tried. Ejected
-        endpoints are passed over unless nobody else is left; one on trial gets one pick each
+        endpoints are passed over unless no other can serve; a half-open one gets one pick every
         ``TRIAL_S``.
         """
     def pick_least(

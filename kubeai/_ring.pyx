@@ -30,10 +30,12 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memmove, memset
 
 from kubeai._load cimport (
+    Health,
     LoadTable,
     Reservation,
     get_i32,
     get_time,
+    get_u32,
     get_u64,
     least_row,
     put_time,
@@ -164,10 +166,15 @@ cdef class Ring:
         *,
         replication=20,
         mean_load_factor=125,
+        clock=None,
     ):
-        """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100."""
+        """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100.
+
+        ``clock``: the time in seconds that ejections end by; None: CLOCK_MONOTONIC.
+        """
         table._check_row(row)
         self.table = table
+        self.clock = clock
         self.row = row
         self.generation = generation
         self.endpoints = {}
@@ -229,7 +236,7 @@ cdef class Ring:
             self.everyone.rows[self.everyone.position(old.slot)] = <int32_t> row
             self._leave_adapters(old)
         slot = &self.slots[endpoint.slot]
-        self.ejections_seen = NEVER  # it may be set aside already
+        self.health_events_seen = NEVER  # it may be ejected already
         slot.row = <int32_t> row
         slot.generation = generation
         self._return(slot.row, generation)
@@ -506,7 +513,7 @@ cdef class Ring:
             chosen = first
         else:
             self.table.count_lookup(initial, self.slots[chosen].row, False, iterations)
-        return self._reserve(chosen, first, first_load, bound, iterations, survey.now_s)
+        return self._reserve(chosen, first, first_load, bound, iterations, &survey)
 
     cpdef Reservation pick_least(self, str adapter=None, object exclude=()):
         """The endpoint with the fewest in flight; ties go round, not always to the first.
@@ -530,7 +537,7 @@ cdef class Ring:
             load = self._load(members.rows[best])
         members.cursor = best + 1 if best + 1 < members.n else 0
         cdef int32_t slot = members.slots[best]
-        return self._reserve(slot, slot, load, 0, 0, survey.now_s)
+        return self._reserve(slot, slot, load, 0, 0, &survey)
 
     cdef int32_t _least(
         self, _Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
@@ -582,23 +589,24 @@ cdef class Ring:
     cdef bint _is_open(self, int32_t slot, double now_s) noexcept:
         if self.slots[slot].excluded == self.walk:
             return False
-        return now_s == 0 or get_time(&self.table.ejected[self.slots[slot].row]) <= now_s
+        cdef Health *health = &self.table.health[self.slots[slot].row]
+        return now_s == 0 or get_time(&health.ejected_until_s) <= now_s
 
     cdef bint _survey(
         self, Survey *survey, _Members members, object exclude, bint loads
     ) except -1:
         """Who can serve; False when nobody can. ``loads``: n and total are wanted too."""
         cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
-        cdef uint64_t ejections = self.table.ejections()
+        cdef uint64_t health_events = self.table.health_events()
         survey.now_s = 0
-        if ejections != self.ejections_seen:
-            if self.set_aside() == 0:
-                self.ejections_seen = ejections
-            else:
-                survey.now_s = _monotonic_s()
-                if self._survey_ejected(survey, members):
-                    return True
-                survey.now_s = FAR_S
+        survey.unwell = health_events != self.health_events_seen and not self._all_well()
+        if not survey.unwell:
+            self.health_events_seen = health_events
+        elif self.ejected_count():
+            survey.now_s = self._now_s()
+            if self._survey_ejected(survey, members):
+                return True
+            survey.now_s = FAR_S
         survey.n = members.n
         survey.open = members.n - excluded
         if loads:
@@ -609,13 +617,13 @@ cdef class Ring:
         return survey.open > 0
 
     cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept:
-        """While anyone here is set aside: look at each; False when that leaves nobody."""
+        """Leave out ejected endpoints; False when no other can serve (panic: none is left out)."""
         cdef int32_t at
         survey.n = 0
         survey.total = 0
         survey.open = 0
         for at in range(members.n):
-            if get_time(&self.table.ejected[members.rows[at]]) > survey.now_s:
+            if get_time(&self.table.health[members.rows[at]].ejected_until_s) > survey.now_s:
                 continue
             survey.n += 1
             survey.total += self._load(members.rows[at])
@@ -655,7 +663,7 @@ cdef class Ring:
         return total
 
     cdef int32_t _any(self, _Members members) noexcept:
-        """Of those not excluded, one: the last were ejected since the survey found them open."""
+        """One that is not excluded: the last open ones were ejected since the survey."""
         cdef int32_t at
         for at in range(members.n):
             if self.slots[members.slots[at]].excluded != self.walk:
@@ -669,7 +677,7 @@ cdef class Ring:
         int64_t first_load,
         int64_t bound,
         int iterations,
-        double now_s,
+        const Survey *survey,
     ):
         cdef _Endpoint endpoint = <_Endpoint> self.by_slot[chosen]
         cdef Reservation reservation = reserve(
@@ -685,21 +693,38 @@ cdef class Ring:
         reservation.first_load = first_load
         reservation.bound = bound
         reservation.iterations = iterations
-        reservation.trial = now_s != 0 and self._try(self.slots[chosen].row, now_s)
+        if survey.unwell:
+            reservation.failing = get_u32(&self.table.health[self.slots[chosen].row].failures) != 0
+            reservation.trial = survey.now_s != 0 and self._try(
+                self.slots[chosen].row, survey.now_s
+            )
         return reservation
 
     cdef bint _try(self, int32_t row, double now_s) noexcept:
-        """Whether a pick is of an endpoint that was set aside; others then wait for its end."""
-        cdef double until_s = get_time(&self.table.ejected[row])
+        """Whether a pick is of an ejected endpoint; other picks then avoid it for ``TRIAL_S``."""
+        cdef double until_s = get_time(&self.table.health[row].ejected_until_s)
         if until_s == 0:
             return False
         if until_s <= now_s < FAR_S:
-            put_time(&self.table.ejected[row], now_s + TRIAL_S)
+            put_time(&self.table.health[row].ejected_until_s, now_s + TRIAL_S)
         return True
 
-    cpdef int32_t set_aside(self) noexcept:
-        """How many endpoints are ejected or on trial."""
+    cpdef int32_t ejected_count(self) noexcept:
+        """How many endpoints are ejected or half-open."""
         cdef int32_t at, n = 0
         for at in range(self.everyone.n):
-            n += get_time(&self.table.ejected[self.everyone.rows[at]]) != 0
+            n += get_time(&self.table.health[self.everyone.rows[at]].ejected_until_s) != 0
         return n
+
+    cdef bint _all_well(self) noexcept:
+        """Whether no endpoint has failed since its last complete answer and none is ejected."""
+        cdef int32_t at
+        cdef Health *health
+        for at in range(self.everyone.n):
+            health = &self.table.health[self.everyone.rows[at]]
+            if get_u32(&health.failures) or get_time(&health.ejected_until_s) != 0:
+                return False
+        return True
+
+    cdef double _now_s(self) except -1:
+        return _monotonic_s() if self.clock is None else self.clock()

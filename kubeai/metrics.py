@@ -132,7 +132,7 @@ class LoadCollector(Collector):
         ]
         ejected = GaugeMetricFamily(
             "kubeai_endpoint_ejected",
-            "1 for an endpoint that is set aside or on trial.",
+            "1 for an endpoint that is ejected or half-open.",
             labels=("request_model", "endpoint"),
         )
         for route in routes:

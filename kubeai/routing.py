@@ -25,6 +25,9 @@ RequestType = Literal["http", "message"]
 Strategy = Literal["LeastLoad", "PrefixHash"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
 
+# When panic mode ends, no endpoint is probed sooner than this after its last failure.
+PROBE_AFTER_FAILURE_S = 1.0
+
 
 class Endpoint(msgspec.Struct, frozen=True, array_like=True):
     """One replica that can be sent requests: a ready pod that is not terminating."""
@@ -51,6 +54,7 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     replication: int = 20  # virtual nodes an endpoint
     prefix_char_length: int = 100  # code points
     endpoints: tuple[Endpoint, ...] = ()
+    draining: tuple[str, ...] = ()  # no endpoints any more, but they finish the requests they have
     row: int = -1
     generation: int = 0
 
@@ -219,10 +223,31 @@ class ModelGone(Exception):
 
 
 class Upstream(Protocol):
-    """What a worker keeps for an endpoint's address: its connections."""
+    """What a worker keeps for an endpoint's address: its connections, and how it has answered."""
 
     def close(self) -> None:
-        """The endpoint is gone, or has moved; what is under way may finish."""
+        """The endpoint is gone, or has moved; requests in flight may finish."""
+
+    @property
+    def is_waited_on(self) -> bool:
+        """Whether requests wait there for the first byte of an answer."""
+
+    def move_waiting(self) -> None:
+        """Attempt the requests that wait there elsewhere, those for which that is possible."""
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it can be expected to answer."""
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it fails just now, again and again."""
+
+    def take_probe(self) -> bool:
+        """Whether one request may be sent there to see whether it answers; counted if so."""
+
+    def is_proven(self, since_s: float) -> bool:
+        """Whether it has begun a good answer after ``since_s``, and not failed after that."""
 
 
 class RoutingTable:
@@ -233,12 +258,18 @@ class RoutingTable:
     """
 
     def __init__(
-        self, table: LoadTable, target: Callable[[RoutedModel, Endpoint], Upstream]
+        self,
+        table: LoadTable,
+        target: Callable[[RoutedModel, Endpoint], Upstream],
+        clock: Callable[[], float] | None = None,
     ) -> None:
+        """``clock``: the time in seconds that ejections end by; None: CLOCK_MONOTONIC."""
         self.version = 0
         self._table = table
         self._target = target
+        self._clock = clock
         self._models: dict[str, RoutedModel] = {}
+        self._health_events = 0  # the load table's, when ejected endpoints were last looked for
 
     def apply(self, message: Snapshot | Delta) -> None:
         """Take a change and acknowledge its version. What is not news is ignored."""
@@ -255,6 +286,11 @@ class RoutingTable:
             self.version = message.version
         self._table.acknowledge(self.version)
 
+    @property
+    def workers(self) -> int:
+        """How many processes route by the same load table."""
+        return self._table.columns - 1
+
     def find(self, model: str) -> RoutedModel | None:
         return self._models.get(model)
 
@@ -263,6 +299,17 @@ class RoutingTable:
 
     def __len__(self) -> int:
         return len(self._models)
+
+    def move_off_ejected(self) -> None:
+        """Attempt requests elsewhere that wait on endpoints which any worker has ejected.
+
+        Cheap while nothing fails; to be called every moment.
+        """
+        health_events = self._table.health_events()
+        if health_events != self._health_events:
+            self._health_events = health_events
+            for routed in self._models.values():
+                routed.move_off_ejected()
 
     def close(self) -> None:
         """Forget every model, and close what was made for their endpoints."""
@@ -285,7 +332,7 @@ class RoutingTable:
         if route is None:
             return
         if known is None:
-            self._models[model] = RoutedModel(self._table, route, self._target)
+            self._models[model] = RoutedModel(self._table, route, self._target, self._clock)
         else:
             known.update(route)
 
@@ -298,6 +345,7 @@ class RoutedModel:
         table: LoadTable,
         route: Route,
         target: Callable[[RoutedModel, Endpoint], Upstream],
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.route = replace(route, endpoints=())
         self.ring = Ring(
@@ -306,10 +354,12 @@ class RoutedModel:
             route.generation,
             replication=route.replication,
             mean_load_factor=route.mean_load_factor,
+            clock=clock,
         )
         self._table = table
         self._target = target
         self._upstreams: dict[str, Upstream] = {}  # by endpoint name
+        self._departed: list[tuple[str, Upstream]] = []  # requests still wait there
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
         self.update(route)
@@ -332,6 +382,31 @@ class RoutedModel:
         if key is None or not self.hashes:
             return self.ring.pick_least(adapter, exclude)
         return self.ring.pick_hashed(key, adapter, exclude)
+
+    def pick_among(
+        self,
+        fits: Callable[[Upstream], bool],
+        key: int | None,
+        adapter: str | None = None,
+        exclude: Iterable[str] = (),
+    ) -> Reservation | None:
+        """Like ``pick``, among the endpoints whose upstream ``fits``."""
+        unfit = [name for name, upstream in self._upstreams.items() if not fits(upstream)]
+        return self.pick(key, adapter, (*exclude, *unfit))
+
+    def first(
+        self,
+        fits: Callable[[Upstream], bool],
+        adapter: str | None = None,
+        exclude: Collection[str] = (),
+    ) -> Upstream | None:
+        """The first endpoint's upstream that serves the adapter and ``fits``."""
+        upstreams = (
+            self._upstreams[endpoint.name]
+            for endpoint in self.route.endpoints
+            if endpoint.name not in exclude and (adapter is None or adapter in endpoint.adapters)
+        )
+        return next(filter(fits, upstreams), None)
 
     def admit(self, kind: RequestType = "http") -> Admission:
         """Count a request as active until the Admission is closed."""
@@ -362,43 +437,77 @@ class RoutedModel:
 
     # -- health ------------------------------------------------------------------------------------
 
-    def eject(self, endpoint: str, until_s: float, max_percent: int) -> bool:
-        """Set an endpoint aside, for all workers; False when it must not be.
-
-        At most ``max_percent`` of the endpoints are aside at a time, of two one, and never all.
-        ``until_s``: by CLOCK_MONOTONIC; then it is on trial until restored.
-        """
+    def note_failure(self, endpoint: str, now_s: float, unreachable: bool) -> int:
+        """Count a failed attempt; the endpoint's failures since its last complete answer."""
         found = self._find(endpoint)
         if found is None:
+            return 0
+        return self._table.note_failure(found.row, found.generation, now_s, unreachable)
+
+    def eject(self, endpoint: str, until_s: float) -> bool:
+        """Eject an endpoint, for all workers; False for a model's only one, which stays.
+
+        ``until_s``: CLOCK_MONOTONIC seconds; then the endpoint is half-open until restored. Once
+        all of a model's endpoints are ejected, picks go to all of them again (panic mode).
+        """
+        found = self._find(endpoint)
+        if found is None or len(self.ring) == 1:
             return False
-        if self._table.ejected_until(found.row) == 0:
-            count = len(self.ring)
-            if self.ring.set_aside() >= min(count - 1, max(1, count * max_percent // 100)):
-                return False
         self._table.eject(found.row, found.generation, until_s)
         return True
 
-    def restore(self, endpoint: str) -> None:
-        """Have an endpoint serve again; how often it was set aside stays."""
+    def restore(self, endpoint: str, now_s: float) -> None:
+        """Return an ejected endpoint to service. Its ejection count is kept.
+
+        When all were ejected, what they failed by may have passed for all: the others are probed
+        soon, lest this one carries their load until their ejections end.
+        """
         found = self._find(endpoint)
-        if found is not None:
-            self._table.restore(found.row, found.generation)
+        if found is None:
+            return
+        panic = self.ring.ejected_count() == len(self.ring)
+        self._table.restore(found.row, found.generation)
+        for other in self.route.endpoints if panic else ():
+            probe_s = max(now_s, self._table.failed_at(other.row) + PROBE_AFTER_FAILURE_S)
+            self._table.half_open(other.row, other.generation, probe_s)
 
     def recover(self, endpoint: str) -> None:
-        """Have an endpoint serve again, as if it had never been set aside."""
+        """Return an endpoint to service with no failures and no ejections counted."""
         found = self._find(endpoint)
         if found is not None:
             self._table.recover(found.row, found.generation)
 
-    def is_ejected(self, endpoint: str) -> bool:
-        """Whether an endpoint is set aside, or on trial."""
+    def ejected_until(self, endpoint: str) -> float:
+        """When an endpoint becomes half-open, or may be probed again; 0: it is not ejected."""
         found = self._find(endpoint)
-        return found is not None and self._table.ejected_until(found.row) != 0
+        return 0.0 if found is None else self._table.ejected_until(found.row)
 
-    def relapses(self, endpoint: str) -> int:
-        """How often an endpoint was set aside, by any worker, since it last recovered."""
+    def ejection_count(self, endpoint: str) -> int:
+        """How often an endpoint was ejected, by any worker, since it last recovered."""
         found = self._find(endpoint)
-        return 0 if found is None else self._table.relapses(found.row)
+        return 0 if found is None else self._table.ejection_count(found.row)
+
+    def failures(self, endpoint: str) -> int:
+        """An endpoint's failed attempts, by all workers, since its last complete answer."""
+        found = self._find(endpoint)
+        return 0 if found is None else self._table.failures(found.row)
+
+    def failed_at(self, endpoint: str) -> float:
+        """When an endpoint last failed, in any worker (CLOCK_MONOTONIC seconds); 0: never."""
+        found = self._find(endpoint)
+        return 0.0 if found is None else self._table.failed_at(found.row)
+
+    def move_off_ejected(self) -> None:
+        """Attempt requests elsewhere that wait on ejected endpoints which give no answers.
+
+        An endpoint that was ejected for its answers (503) is alive and works on what it has.
+        """
+        if self.ring.ejected_count():
+            for endpoint in self.route.endpoints:
+                if self._table.ejected_until(endpoint.row) and self._table.unreachable(
+                    endpoint.row
+                ):
+                    self._upstreams[endpoint.name].move_waiting()
 
     def _find(self, endpoint: str) -> Endpoint | None:
         return next((e for e in self.route.endpoints if e.name == endpoint), None)
@@ -450,10 +559,11 @@ class RoutedModel:
                 self._set_endpoint(endpoint, known)
         for name in before:
             self.ring.remove(name)
-            self._upstreams.pop(name).close()
+            self._depart(name)
         for woken, served in self._waiters.items():
             if not woken.done() and served():
                 woken.set_result(None)
+        self._move_off_departed()
 
     def end(self) -> None:
         """The model is gone: nobody waits, no connection is kept."""
@@ -465,6 +575,7 @@ class RoutedModel:
             self.ring.remove(name)
             upstream.close()
         self._upstreams.clear()
+        self._departed.clear()
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)
@@ -472,5 +583,21 @@ class RoutedModel:
         upstream = self._target(self, endpoint) if moved else self._upstreams[endpoint.name]
         self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
         if known is not None and moved:
-            self._upstreams[endpoint.name].close()
+            self._depart(endpoint.name)
         self._upstreams[endpoint.name] = upstream
+
+    def _depart(self, name: str) -> None:
+        upstream = self._upstreams.pop(name)
+        upstream.close()
+        self._departed.append((name, upstream))
+
+    def _move_off_departed(self) -> None:
+        """Requests that wait on an endpoint which left are attempted elsewhere.
+
+        Not while it drains: it is going to answer them. Where no endpoint can take a request, it
+        waits on, until the next change of the route.
+        """
+        for name, upstream in self._departed:
+            if name not in self.route.draining:
+                upstream.move_waiting()
+        self._departed = [each for each in self._departed if each[1].is_waited_on]

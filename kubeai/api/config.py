@@ -34,7 +34,6 @@ Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
 Address = Annotated[str, Meta(extra={"unit": "address"})]
 Count = Annotated[int, Meta(ge=0)]
 PositiveCount = Annotated[int, Meta(ge=1)]
-Percent = Annotated[int, Meta(ge=0, le=100)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -288,16 +287,17 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     upstream_max_idle: Count = 256
     first_byte_timeout_s: PositiveDuration = field(name="firstByteTimeout", default=600.0)
     between_bytes_timeout_s: PositiveDuration = field(name="betweenBytesTimeout", default=120.0)
-    # Further attempts before the first byte of an answer; of all requests of a model within ten
-    # seconds so many, and a share of those that were answered.
+    # Further attempts before the first byte of an answer. The budget is for those of a model's
+    # requests that are repeated without proof that another endpoint answers: a count in ten seconds
+    # and a share of the requests answered in them.
     retries: Count = 3
+    retry_first_byte_timeout: bool = False
     retry_budget_min: Count = 10
     retry_budget_percent: Count = 20
-    # After so many failures without a whole answer an endpoint is set aside, longer each time.
+    # After this many consecutive failures an endpoint is ejected, for longer each time.
     eject_after_failures: Count = 5  # 0: never
     eject_time_s: PositiveDuration = field(name="ejectTime", default=10.0)
     eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)
-    eject_max_percent: Percent = 50
     # The share of requests that get a line in the access log (all failures do); 0: there is none.
     access_log_sample: Share = 0.0
     # On SIGTERM: how long new requests are still taken, and how long open ones may last.

@@ -71,14 +71,15 @@ class Gateway:
         """Requests that this worker holds for a model."""
         return self._held.get(model, 0)
 
-    def may_retry(self, routed: RoutedModel) -> bool:
-        """Whether one more retry is in a model's budget, which then counts it."""
+    def may_retry(self, routed: RoutedModel, likely: bool) -> bool:
+        """Whether one more retry is within a model's budget: see `RetryBudget.take`."""
         budget = self._budgets.get(routed)
         if budget is None:
             config = self.config
-            budget = RetryBudget(config.retry_budget_percent, config.retry_budget_min)
+            min_count = config.retry_budget_min / self.table.workers
+            budget = RetryBudget(config.retry_budget_percent, min_count)
             self._budgets[routed] = budget
-        return budget.take(routed.answered(), time.monotonic())
+        return budget.take(routed.answered(), time.monotonic(), likely=likely)
 
     def spool(self, size_bytes: int) -> bool:
         """Take room for more of a form; False when all forms together have ``spool_max_bytes``.

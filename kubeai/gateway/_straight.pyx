@@ -99,6 +99,8 @@ cdef class Straight(Exchange):
             self.moved(reservation)
         if reservation.trial:
             pool.trial = True
+        if reservation.failing:
+            pool.failing = True
         self.send(pool, self._path, self._payload)
 
     cdef int _ended(self) except -1:

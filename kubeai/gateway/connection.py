@@ -71,7 +71,9 @@ class Front:
             buffer_max_bytes=config.buffer_max_bytes,
             tick_s=tick_s,
         )
+        self._tick_s = tick_s
         self._server: asyncio.Server | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     def pool(self, routed: RoutedModel, endpoint: Endpoint) -> Pool:
         """What a routing table keeps for an endpoint's address."""
@@ -89,6 +91,12 @@ class Front:
         self._server = await loop.create_server(
             self.relay.downstream, sock=sock, backlog=LISTEN_BACKLOG
         )
+        self._watch_ejections()
+
+    def _watch_ejections(self) -> None:
+        self.gateway.table.move_off_ejected()
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(self._tick_s, self._watch_ejections)
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
         """Finish: see the module. What is open after ``timeout_s`` is cut."""
@@ -108,6 +116,8 @@ class Front:
 
     def close(self) -> None:
         """Cut whatever is still open."""
+        if self._watch is not None:
+            self._watch.cancel()
         if self._server is not None:
             self._server.close()
         self.pages.close()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
-from kubeai.gateway.attempts import Retries, advice, check_loss, hold
+from kubeai.gateway.attempts import TIMED_OUT, Retries, advice, check_loss, hold
 from kubeai.gateway.errors import error_answer, header_lines
 from kubeai.gateway.pool import Pool
 from kubeai.logs import Sparingly, get_logger
@@ -107,46 +107,69 @@ class Exchange(Straight):
         self._place(self._admit(ask, routed))
 
     def wants_retry(self, failure: int, status: int) -> bool:
-        if failure == _relay.TIMEOUT:
-            # An engine that has not begun to answer after minutes would not on the next try.
-            return False
-        if self._retries is None:
-            self._retries = Retries(
-                self.owner.config.retries, lambda: self.owner.gateway.may_retry(self._routed)
-            )
+        reservation = self._reservation
+        assert reservation is not None, "an attempt has a reservation"
         self._lost = failure == _relay.LOST
-        return self._retries.wants(status)  # 0 where there was no answer
+        if failure == _relay.TIMEOUT:
+            status = TIMED_OUT
+        return self._attempts.wants(status, reservation.name, self._routed, self._ask.adapter)
 
     def retry(self) -> None:
-        reservation, retries = self._reservation, self._retries
-        assert reservation is not None, "an attempt has a reservation"
-        assert retries is not None, "the relay asks wants_retry first"
-        self._reservation = None
-        reservation.release()
-        retries.failed(reservation.name)
-        assert self._admission is not None, "an attempt is of an admitted request"
-        self._admission.count("retried")
-        log.info(
-            "attempt failed, retrying",
-            request_id=self.request_id,
-            model=self._ask.name,
-            endpoint=reservation.name,
-            retry=retries.count,
-        )
+        reservation = self._end_attempt("attempt failed, retrying")
         if self._lost:
             alone = cast(Pool, reservation.target).lost_one_alone
             self._wait(partial(self._try_after_loss, reservation, alone))
         else:
             self._try_elsewhere()
 
+    def attempt_elsewhere(self) -> None:
+        if self.answered or self._reservation is None:
+            return
+        retries = self._attempts
+        other = retries.trusted(self._routed, self._key, self._ask.adapter)
+        if other is None:
+            return
+        here = self._reservation
+        if other.target is here.target or not retries.moved(here.name):
+            other.release()
+            return
+        self.detach()
+        self._end_attempt("endpoint does not answer, moving the request")
+        self._attempt(other)
+
+    @property
+    def _attempts(self) -> Retries:
+        if self._retries is None:
+            config = self.owner.config
+            self._retries = Retries(
+                config.retries,
+                lambda likely: self.owner.gateway.may_retry(self._routed, likely),
+                timeouts=config.retry_first_byte_timeout,
+            )
+        return self._retries
+
+    def _end_attempt(self, event: str) -> Reservation:
+        reservation, admission = self._reservation, self._admission
+        assert reservation is not None, "an attempt has a reservation"
+        assert admission is not None, "an attempt is of an admitted request"
+        self._reservation = None
+        reservation.release()
+        admission.count("retried")
+        log.info(
+            event,
+            request_id=self.request_id,
+            model=self._ask.name,
+            endpoint=reservation.name,
+            retry=self.retry_count,
+        )
+        return reservation
+
     def _try_elsewhere(self) -> None:
-        retries = self._retries
-        assert retries is not None, "an attempt has failed"
-        other = retries.elsewhere(self._routed, self._key, self._ask.adapter)
+        other = self._attempts.elsewhere(self._routed, self._key, self._ask.adapter)
         if other is not None:
             self._attempt(other)
         else:
-            self._wait(self._try_again)
+            self._wait(self._try_later)
 
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
@@ -258,18 +281,14 @@ class Exchange(Straight):
             self._task = None
             self._say(500, "Something is wrong with the gateway.", "internal_error")
 
-    async def _try_again(self) -> Reservation:
-        retries = self._retries
-        assert retries is not None, "an attempt has failed"
-        await asyncio.sleep(retries.pause_s)
-        return retries.anywhere(self._routed, self._key, self._ask.adapter) or await self._hold()
+    async def _try_later(self) -> Reservation:
+        later = await self._attempts.later(self._routed, self._key, self._ask.adapter)
+        return later or await self._hold()
 
     async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
-        retries = self._retries
-        assert retries is not None, "an attempt has failed"
-        await check_loss(retries, self._routed, lost, alone)
-        other = retries.elsewhere(self._routed, self._key, self._ask.adapter)
-        return other or await self._try_again()
+        await check_loss(self._attempts, self._routed, lost, alone)
+        other = self._attempts.elsewhere(self._routed, self._key, self._ask.adapter)
+        return other or await self._try_later()
 
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"

@@ -12,10 +12,12 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from kubeai._relay import LOST, Connections, Upstream
+from kubeai._relay import LOST, STATUS, Connections, Upstream
+from kubeai.gateway.health import Health
 from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
@@ -58,13 +60,7 @@ class _Pool(Connections):
 
 
 class Pool(_Pool):
-    """The connections to one endpoint, and how it does.
-
-    After ``eject_after_failures`` failures without a whole answer, or one on trial, it is set
-    aside: for ``eject_time_s``, twice as long each further time. That, and how often, stands in the
-    load table for all workers; failures are counted in each worker for itself. On trial, an answer
-    that begins has it serve again, and one that is whole ends the trial.
-    """
+    """The connections to one endpoint, and its health."""
 
     def __init__(
         self, relay: Relay, routed: RoutedModel, endpoint: Endpoint, config: GatewayConfig
@@ -77,11 +73,12 @@ class Pool(_Pool):
             first_byte_timeout_s=config.first_byte_timeout_s,
             between_bytes_timeout_s=config.between_bytes_timeout_s,
         )
+        self._health = Health(routed, endpoint.name, config)
         self._routed = routed
         self._endpoint = endpoint.name
-        self._config = config
         self._connect_timeout_s = config.connect_timeout_s
         self._losses_s = (-math.inf, -math.inf)  # when the last two connections were lost
+        self._movable: set[Callable[[], None]] = set()
         ip, _, port = endpoint.address.rpartition(":")
         self._ip = ip.strip("[]")
         self._port = int(port)
@@ -90,38 +87,64 @@ class Pool(_Pool):
         loop = asyncio.get_running_loop()
         await loop.create_connection(lambda: upstream, self._ip, self._port)
 
+    # -- health --------------------------------------------------------------------------------
+
     def failed(self, failure: int) -> None:
-        now_s = time.monotonic()
         if failure == LOST:
-            self._losses_s = (self._losses_s[1], now_s)
-        on_trial, self.trial = self.trial, False
-        after = self._config.eject_after_failures
-        if not after or not (on_trial or self.failures >= after):
-            return
-        if not on_trial and self._routed.is_ejected(self._endpoint):
-            return  # what fails now was sent before
-        longest_s = self._config.eject_max_time_s
-        relapses = min(self._routed.relapses(self._endpoint), 32)
-        for_s = min(longest_s, self._config.eject_time_s * 2.0**relapses)
-        if self._routed.eject(self._endpoint, now_s + for_s, self._config.eject_max_percent):
+            self._losses_s = (self._losses_s[1], time.monotonic())
+        probe, self.trial = self.trial, False
+        for_s = self._health.failed(unreachable=failure != STATUS, probe=probe)
+        if for_s is not None:
             log.warning(
-                "endpoint is set aside",
+                "endpoint ejected",
                 model=self._routed.route.model,
                 endpoint=self._endpoint,
-                failures=self.failures,
                 for_s=for_s,
             )
 
-    def answers(self) -> None:
-        if self._routed.is_ejected(self._endpoint):
-            self._routed.restore(self._endpoint)
-            log.info(
-                "endpoint serves again", model=self._routed.route.model, endpoint=self._endpoint
-            )
+    def restored(self) -> None:
+        if self._health.restored():
+            model = self._routed.route.model
+            log.info("endpoint returned to service", model=model, endpoint=self._endpoint)
 
     def recovered(self) -> None:
-        self.answers()
-        self._routed.recover(self._endpoint)
+        self.restored()
+        self._health.recovered()
+
+    @property
+    def is_trusted(self) -> bool:
+        return self._health.is_trusted(self.answers)
+
+    @property
+    def is_down(self) -> bool:
+        return self._health.is_down(self.answered_s)
+
+    def take_probe(self) -> bool:
+        return self._health.take_probe(self.answered_s)
+
+    def is_proven(self, since_s: float) -> bool:
+        return self._health.is_proven(self.answered_s, since_s)
+
+    # -- requests that wait for the first byte of an answer --------------------------------------
+
+    @property
+    def is_waited_on(self) -> bool:
+        return bool(self._movable or self.waiting())
+
+    def move_waiting(self) -> None:
+        for exchange in self.waiting():
+            exchange.attempt_elsewhere()
+        for move in list(self._movable):
+            move()
+
+    @contextmanager
+    def movable(self, move: Callable[[], None]) -> Iterator[None]:
+        """While an upload, which is not the relay's, waits; ``move_waiting`` calls ``move``."""
+        self._movable.add(move)
+        try:
+            yield
+        finally:
+            self._movable.discard(move)
 
     @property
     def lost_one_alone(self) -> bool:

@@ -23,7 +23,7 @@ from yarl import URL
 from kubeai._load import Admission, Reservation
 from kubeai._relay import CONNECT, LOST, TIMEOUT
 from kubeai.gateway import Gateway
-from kubeai.gateway.attempts import NO_ANSWER, Retries, check_loss, hold
+from kubeai.gateway.attempts import NO_ANSWER, TIMED_OUT, Retries, check_loss, hold
 from kubeai.gateway.multipart import (
     Content,
     Part,
@@ -305,11 +305,15 @@ class _Attempts:
         self._model = model
         self._admission = admission
         self._key = model.key(ask)
+        config = self._gateway.config
         self._retries = Retries(
-            self._gateway.config.retries, lambda: self._gateway.may_retry(model)
+            config.retries,
+            lambda likely: self._gateway.may_retry(model, likely),
+            timeouts=config.retry_first_byte_timeout,
         )
         self._lost: Reservation | None = None  # whose connection was, in the last attempt
         self._alone = False
+        self._moved_to: Reservation | None = None  # since the last attempt's endpoint left
 
     async def run(self) -> web.StreamResponse:
         reservation = self._model.pick(self._key, self._ask.adapter) or await self._hold()
@@ -325,13 +329,16 @@ class _Attempts:
 
     async def _next(self) -> Reservation:
         """The endpoint of the next attempt, now that one has failed."""
+        if self._moved_to is not None:
+            moved_to, self._moved_to = self._moved_to, None
+            return moved_to
         if self._lost is not None:
             await check_loss(self._retries, self._model, self._lost, self._alone)
-        if other := self._retries.elsewhere(self._model, self._key, self._ask.adapter):
-            return other
-        await asyncio.sleep(self._retries.pause_s)
+        place = (self._model, self._key, self._ask.adapter)
         return (
-            self._retries.anywhere(self._model, self._key, self._ask.adapter) or await self._hold()
+            self._retries.elsewhere(*place)
+            or await self._retries.later(*place)
+            or await self._hold()
         )
 
     async def _hold(self) -> Reservation:
@@ -343,15 +350,17 @@ class _Attempts:
         pool = cast(Pool, reservation.target)
         pool.trial = pool.trial or reservation.trial
         self._lost = None
+        timed_out = False
         try:
             async with asyncio.timeout(self._gateway.config.first_byte_timeout_s):
-                answer = await self._post(name)
+                answer = await self._post_until_moved(reservation)
+            if answer is None:
+                self._count_retry(name, "it does not answer, moving the request")
+                return None
         except TimeoutError as error:
-            # An engine that has not begun to answer after minutes would not on the next try.
             pool.note_failure(TIMEOUT)
-            if not isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise self._failure(504, "it did not answer in time", "timeout") from None
-            reason = "no connection in time"
+            timed_out = not isinstance(error, aiohttp.ConnectionTimeoutError)
+            reason = "no answer in time" if timed_out else "no connection in time"
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             connected = not isinstance(error, aiohttp.ClientConnectorError)
@@ -362,18 +371,47 @@ class _Attempts:
                 self._alone = pool.lost_one_alone
         else:
             pool.note_answer(answer.status)
-            if not self._retries.wants(answer.status):
+            if not self._wants_retry(answer.status, name):
                 return answer
             answer.close()
-            self._failed(name, f"status {answer.status}")
+            self._count_retry(name, f"status {answer.status}")
             return None
-        if not self._retries.wants(NO_ANSWER):
+        if not self._wants_retry(TIMED_OUT if timed_out else NO_ANSWER, name):
+            if timed_out:
+                raise self._failure(504, "it did not answer in time", "timeout")
             raise self._failure(502, f"no replica could be reached: {reason}", "bad_gateway")
-        self._failed(name, reason)
+        self._count_retry(name, reason)
         return None
 
-    def _failed(self, endpoint: str, reason: str) -> None:
-        self._retries.failed(endpoint)
+    def _wants_retry(self, status: int, endpoint: str) -> bool:
+        return self._retries.wants(status, endpoint, self._model, self._ask.adapter)
+
+    async def _post_until_moved(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
+        """The answer; None when the endpoint left before it began, and another can be tried."""
+        posting = asyncio.ensure_future(self._post(reservation.name))
+
+        def move() -> None:
+            if posting.done() or self._moved_to is not None:
+                return
+            other = self._retries.trusted(self._model, self._key, self._ask.adapter)
+            if other is None:
+                return
+            if other.target is reservation.target or not self._retries.moved(reservation.name):
+                other.release()
+                return
+            self._moved_to = other
+            posting.cancel()
+
+        try:
+            with cast(Pool, reservation.target).movable(move):
+                return await posting
+        except asyncio.CancelledError:
+            posting.cancel()
+            if self._moved_to is None:
+                raise
+            return None
+
+    def _count_retry(self, endpoint: str, reason: str) -> None:
         self._admission.count("retried")
         log.info("attempt failed, retrying", model=self._ask.name, endpoint=endpoint, reason=reason)
 

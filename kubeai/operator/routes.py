@@ -13,16 +13,23 @@ def route_of(model: Model, pods: Iterable[Pod]) -> Route | None:
     """The Model's route, endpoints in the order of their names; None while it is being deleted.
 
     Only pods of this very Model (by uid) that are ready and not going away are endpoints, and
-    only adapters that the Model still declares are offered.
+    only adapters that the Model still declares are offered. Pods that are drained or terminating
+    are listed as such: what they have in flight is left to them.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
         return None
     declared = tuple(adapter.name for adapter in spec.adapters)
+    own = [pod for pod in pods if pod.owner == meta.uid]
     endpoints = [
         Endpoint(pod.name, pod.address, tuple(a for a in pod.loaded if a in declared))
-        for pod in pods
-        if pod.owner == meta.uid and pod.serves
+        for pod in own
+        if pod.serves
+    ]
+    draining = [
+        pod.name
+        for pod in own
+        if (pod.terminating or pod.draining_since_s) and not pod.finished and pod.address
     ]
     balancing = spec.load_balancing
     created = meta.creation_timestamp
@@ -39,4 +46,5 @@ def route_of(model: Model, pods: Iterable[Pod]) -> Route | None:
         replication=balancing.prefix_hash.replication,
         prefix_char_length=balancing.prefix_hash.prefix_char_length,
         endpoints=tuple(sorted(endpoints, key=lambda endpoint: endpoint.name)),
+        draining=tuple(sorted(draining)),
     )

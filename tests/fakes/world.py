@@ -91,7 +91,7 @@ class World:
     def outcomes(self, model: str) -> dict[str, int]:
         return self.loads.outcomes(self.publisher.row(model))
 
-    def set_aside(self, model: str) -> set[str]:
+    def ejected(self, model: str) -> set[str]:
         """The endpoints that are ejected or on trial."""
         rows = self.publisher.endpoint_rows(model)
         return {name for name, row in rows.items() if self.loads.ejected_until(row)}

@@ -1,6 +1,9 @@
-"""Which failures are repeated, and where: the policy that every kind of request has in common."""
+"""Which failures are repeated, where, and how often: the policy of all kinds of requests."""
+
+import asyncio
 
 import pytest
+from fakes.time import FAKE_TIME
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,63 +11,111 @@ from kubeai.gateway.attempts import (
     BUDGET_WINDOW_S,
     NO_ANSWER,
     RETRY_PAUSE_S,
+    TIMED_OUT,
     Retries,
     RetryBudget,
 )
+from kubeai.openai import BadRequest
 
 
-class Replicas:
-    """Stands in for a RoutedModel: the first of its endpoints that is not excluded."""
+class Upstream:
+    """What Retries ask of an endpoint."""
+
+    def __init__(self):
+        self.is_trusted = True
+        self.is_down = False
+        self.answered_s = 0.0
+        self.probes_left = 0
+
+    def is_proven(self, since_s):
+        return self.answered_s > since_s
+
+    def take_probe(self):
+        self.probes_left -= 1
+        return self.probes_left >= 0
+
+
+class Model:
+    """Stands in for a RoutedModel: a pick is the name of the first endpoint that can be picked."""
 
     def __init__(self, names):
-        self.names = names
+        self.upstreams = {name: Upstream() for name in names}
 
     def pick(self, key, adapter, exclude=()):
-        return next((name for name in self.names if name not in exclude), None)
+        return next((name for name in self.upstreams if name not in exclude), None)
+
+    def pick_among(self, fits, key, adapter, exclude=()):
+        unfit = [name for name, upstream in self.upstreams.items() if not fits(upstream)]
+        return self.pick(key, adapter, (*exclude, *unfit))
+
+    def can_serve(self, adapter, exclude=()):
+        return self.pick(None, adapter, exclude) is not None
+
+    def first(self, fits, adapter=None, exclude=()):
+        name = self.pick_among(fits, None, adapter, exclude)
+        return None if name is None else self.upstreams[name]
+
+
+def refused(likely):
+    return False
 
 
 @pytest.mark.parametrize("status", [NO_ANSWER, 502, 503, 504])
-def test_what_another_replica_may_mend_is_repeated_up_to_the_limit(status):
+def test_what_another_replica_may_answer_is_repeated_up_to_the_limit(status):
     retries = Retries(2)
     for number in range(2):
-        assert retries.wants(status)
-        retries.failed(f"pod-{number}")
-    assert not retries.wants(status)
+        assert retries.wants(status, f"pod-{number}", Model("ab"))
+    assert not retries.wants(status, "pod-2", Model("ab"))
+    assert retries.count == 2
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 413, 422, 429, 501, 505])
-def test_what_repeating_cannot_mend_passes_through(status):
-    assert not Retries(3).wants(status)
+def test_what_no_replica_would_answer_otherwise_passes_through(status):
+    assert not Retries(3).wants(status, "a", Model("ab"))
 
 
 def test_a_500_is_repeated_once_whatever_comes_between():
-    retries = Retries(5)
-    assert retries.wants(500)
-    retries.failed("a")
-    assert retries.wants(503)
-    retries.failed("b")
-    assert not retries.wants(500)
+    retries, model = Retries(5), Model("abc")
+    assert retries.wants(500, "a", model)
+    assert retries.wants(503, "b", model)
+    assert not retries.wants(500, "c", model)
 
 
-def test_no_retries_are_none():
-    assert not any(Retries(0).wants(status) for status in (NO_ANSWER, 500, 502))
+def test_a_limit_of_zero_repeats_nothing():
+    assert not any(Retries(0).wants(status, "a", Model("ab")) for status in (NO_ANSWER, 500, 502))
 
 
-def test_an_endpoint_that_failed_comes_again_only_when_no_other_is_left():
-    retries, replicas = Retries(9), Replicas("ab")
-    retries.failed("a")
-    assert retries.elsewhere(replicas, 1, None) == "b"
-    retries.failed("b")
-    assert retries.elsewhere(replicas, 1, None) is None
-    assert retries.anywhere(replicas, 1, None) == "a", "b failed last"
-    assert retries.anywhere(Replicas("b"), 1, None) == "b", "there is no other"
-    assert retries.anywhere(Replicas(""), 1, None) is None
+def test_a_missing_first_byte_is_repeated_only_if_configured_and_only_elsewhere():
+    assert not Retries(3).wants(TIMED_OUT, "a", Model("ab"))
+    assert Retries(3, timeouts=True).wants(TIMED_OUT, "a", Model("ab"))
+    assert not Retries(3, timeouts=True).wants(TIMED_OUT, "a", Model("a"))
+
+
+@FAKE_TIME
+async def test_an_endpoint_that_failed_is_tried_again_only_when_no_other_is_left():
+    retries, model = Retries(9), Model("ab")
+    assert retries.wants(503, "a", model)
+    assert retries.elsewhere(model, 1, None) == "b"
+    assert retries.wants(503, "b", model)
+    assert retries.elsewhere(model, 1, None) is None
+    assert await retries.later(model, 1, None) == "a", "b failed last"
+    assert await retries.later(Model("b"), 1, None) == "b", "there is no other"
+    assert await retries.later(Model(""), 1, None) is None
+
+
+def test_a_trusted_endpoint_is_preferred_and_another_taken_where_there_is_none():
+    retries, model = Retries(9), Model("abc")
+    model.upstreams["b"].is_trusted = False
+    assert retries.wants(503, "a", model)
+    assert retries.elsewhere(model, 1, None) == "c"
+    assert retries.wants(503, "c", model)
+    assert retries.elsewhere(model, 1, None) == "b"
 
 
 def test_each_pause_is_twice_the_one_before():
     retries, pauses = Retries(3, random=lambda: 0.5), []
     for name in "abc":
-        retries.failed(name)
+        retries.wants(503, name, Model("abc"))
         pauses.append(retries.pause_s)
     assert pauses == [RETRY_PAUSE_S, 2 * RETRY_PAUSE_S, 4 * RETRY_PAUSE_S]
 
@@ -73,25 +124,104 @@ def test_pauses_differ_by_up_to_half():
     pauses = []
     for chance in (0.0, 1.0):
         retries = Retries(3, random=lambda chance=chance: chance)
-        retries.failed("a")
+        retries.wants(503, "a", Model("a"))
         pauses.append(retries.pause_s)
     assert pauses == [0.5 * RETRY_PAUSE_S, 1.5 * RETRY_PAUSE_S]
 
 
-def test_the_budget_is_asked_last_and_bounds_every_retry():
+def test_the_budget_is_asked_last_and_knows_whether_an_answer_is_likely():
     asked = []
 
-    def budget():
-        asked.append(1)
-        return len(asked) < 2
+    def budget(likely):
+        asked.append(likely)
+        return True
 
-    retries = Retries(3, budget)
-    assert not retries.wants(404)
+    model = Model("abc")
+    assert not Retries(3, budget).wants(404, "a", model)
     assert asked == []
-    assert retries.wants(503)
-    retries.failed("a")
-    assert not retries.wants(503)
-    assert not Retries(3, budget).wants(500)
+    assert Retries(3, budget).wants(503, "a", model)
+    model.upstreams["b"].is_down = model.upstreams["c"].is_down = True
+    assert Retries(3, budget).wants(500, "a", model)
+    assert asked == [True, False]
+
+
+def test_beyond_the_budget_nothing_is_repeated_where_every_other_endpoint_is_down():
+    model = Model("ab")
+    assert not Retries(3, refused).wants(503, "a", Model("a"))
+    model.upstreams["b"].is_down = True
+    assert not Retries(3, refused).wants(503, "a", model)
+
+
+@FAKE_TIME
+async def test_beyond_the_budget_a_retry_waits_for_an_endpoint_to_answer(event_loop_clock):
+    now_s, wait_until = event_loop_clock
+    retries, model = Retries(3, refused, clock=now_s), Model("abc")
+    assert retries.wants(503, "a", model)
+    assert retries.elsewhere(model, 1, None) is None
+    wait_until(0.05, lambda: setattr(model.upstreams["c"], "answered_s", now_s()))
+    assert await retries.later(model, 1, None) == "c"
+    assert 0.05 < now_s() < 0.2
+
+
+@FAKE_TIME
+async def test_beyond_the_budget_an_endpoint_that_stays_silent_without_a_failure_is_taken(
+    event_loop_clock,
+):
+    now_s, _ = event_loop_clock
+    retries, model = Retries(3, refused, clock=now_s), Model("ab")
+    assert retries.wants(503, "a", model)
+    assert await retries.later(model, 1, None) == "b"
+    assert 0.3 < now_s() < 1.0
+
+
+@FAKE_TIME
+@pytest.mark.parametrize(("status", "becomes"), [(503, 503), (500, 500), (NO_ANSWER, 502)])
+async def test_beyond_the_budget_the_failure_is_answered_once_all_others_are_down(
+    event_loop_clock, status, becomes
+):
+    now_s, wait_until = event_loop_clock
+    retries, model = Retries(3, refused, clock=now_s), Model("ab")
+    assert retries.wants(status, "a", model)
+    other = model.upstreams["b"]
+    wait_until(0.05, lambda: other.__dict__.update(is_down=True, is_trusted=False))
+    with pytest.raises(BadRequest) as caught:
+        await retries.later(model, 1, None)
+    assert caught.value.status == becomes
+    assert now_s() < 0.2
+
+
+@FAKE_TIME
+async def test_beyond_the_budget_one_request_probes_an_endpoint_that_has_failed(event_loop_clock):
+    now_s, _ = event_loop_clock
+    model = Model("ab")
+    other = model.upstreams["b"]
+    other.is_trusted, other.probes_left = False, 1
+    probing, waiting = (Retries(3, refused, clock=now_s) for _ in range(2))
+    assert probing.wants(503, "a", model)
+    assert waiting.wants(503, "a", model)
+    assert probing.elsewhere(model, 1, None) == "b"
+    assert waiting.elsewhere(model, 1, None) is None
+
+
+@pytest.fixture
+def event_loop_clock():
+    """(The fake time, a way to do something at a time), read within the test's own loop."""
+
+    def now_s():
+        return asyncio.get_running_loop().time()
+
+    def at(when_s, act):
+        asyncio.get_running_loop().call_at(when_s, act)
+
+    return now_s, at
+
+
+def test_a_move_counts_as_an_attempt():
+    retries, model = Retries(1), Model("abc")
+    assert retries.moved("a")
+    assert retries.trusted(model, 1, None) == "b"
+    assert not retries.moved("b")
+    assert not retries.wants(503, "b", model)
 
 
 def test_a_request_is_to_blame_that_died_with_its_engine_alone_or_twice():
@@ -101,8 +231,8 @@ def test_a_request_is_to_blame_that_died_with_its_engine_alone_or_twice():
     assert retries.killed(alone=False)
 
 
-def took(budget, times, answered, now_s):
-    return sum(budget.take(answered, now_s) for _ in range(times))
+def took(budget, times, answered, now_s, likely=True):
+    return sum(budget.take(answered, now_s, likely=likely) for _ in range(times))
 
 
 def test_where_nothing_is_answered_only_the_least_count_is_retried():
@@ -117,6 +247,13 @@ def test_a_share_of_what_is_answered_may_be_retried():
     assert took(budget, 10, 5_000, 0.0) == 0, "nobody knows when those were"
     assert took(budget, 1_000, 5_500, 1.0) == 100
     assert took(budget, 1_000, 5_500, 1.0) == 0
+
+
+def test_retries_that_are_likely_to_fail_have_only_the_least_count():
+    budget = RetryBudget(percent=20, min_count=3)
+    assert took(budget, 1, 0, 0.0) == 1
+    assert took(budget, 100, 500, 1.0, likely=False) == 3
+    assert took(budget, 200, 500, 1.0) == 99, "of 103, and what was taken has faded a little"
 
 
 def test_answers_of_long_ago_give_nothing():

@@ -134,8 +134,6 @@ MISTAKES = [
     ("gateway: {accessLogSample: .nan}", "gateway.accessLogSample", "must be at least 0, not nan"),
     ("gateway: {accessLogSample: often}", "gateway.accessLogSample", "must be a number"),
     ("gateway: {accessLogSample: true}", "gateway.accessLogSample", "must be a number"),
-    ("gateway: {ejectMaxPercent: 101}", "gateway.ejectMaxPercent", "must be at most 100, not 101"),
-    ("gateway: {ejectMaxPercent: -1}", "gateway.ejectMaxPercent", "must be at least 0, not -1"),
     ("gateway: {ejectTime: 1m, ejectMaxTime: 30s}", "gateway.ejectMaxTime", "gateway.ejectTime"),
     ("gateway: {bufferMaxBytes: 1Mi}", "gateway.bufferMaxBytes", "gateway.bodyMaxBytes"),
     ("modelAutoscalling: {}", "modelAutoscalling", "did you mean 'modelAutoscaling'?"),

@@ -158,15 +158,41 @@ def test_a_row_tells_its_generation(table):
     assert table.generation(7) == 3
 
 
+def test_failures_are_counted_over_all_workers_until_an_answer_is_complete(table, worker):
+    other = LoadTable.attach(table.fd, 1)
+    generation = table.open_row(7)
+    events = table.health_events()
+    assert worker.note_failure(7, generation, 1.0, True) == 1
+    assert other.note_failure(7, generation, 2.0, False) == 2
+    assert (table.failures(7), table.failed_at(7), table.unreachable(7)) == (2, 2.0, False)
+    assert table.health_events() == events + 2
+    assert worker.note_failure(7, generation + 1, 3.0, True) == 0, "of another life of the row"
+    worker.recover(7, generation)
+    assert (other.failures(7), other.failed_at(7)) == (0, 2.0)
+    other.close()
+
+
+def test_an_ejection_can_be_ended_early_and_is_never_made_longer_by_that(table, worker):
+    generation = table.open_row(7)
+    worker.eject(7, generation, 5.0)
+    worker.half_open(7, generation, 8.0)
+    assert table.ejected_until(7) == 5.0
+    worker.half_open(7, generation, 3.0)
+    assert table.ejected_until(7) == 3.0
+    worker.restore(7, generation)
+    worker.half_open(7, generation, 1.0)
+    assert table.ejected_until(7) == 0
+
+
 def test_an_ejection_is_seen_by_all_and_ends_with_the_rows_life(table, worker):
     generation = table.open_row(7)
     until_s = time.monotonic() + 100
     worker.eject(7, generation + 1, until_s)
     assert table.ejected_until(7) == 0
     worker.eject(7, generation, until_s)
-    assert (table.ejected_until(7), table.relapses(7)) == (until_s, 1)
+    assert (table.ejected_until(7), table.ejection_count(7)) == (until_s, 1)
     table.open_row(7)
-    assert (table.ejected_until(7), table.relapses(7)) == (0, 0)
+    assert (table.ejected_until(7), table.ejection_count(7)) == (0, 0)
 
 
 def test_an_endpoint_is_restored_only_in_its_own_life(table, worker):
@@ -178,19 +204,19 @@ def test_an_endpoint_is_restored_only_in_its_own_life(table, worker):
     assert table.ejected_until(7) == 0
 
 
-def test_how_often_an_endpoint_was_set_aside_in_a_row_is_known_to_all(table, worker):
+def test_the_ejection_count_is_shared_by_all_workers(table, worker):
     generation = table.open_row(7)
     other = LoadTable.attach(table.fd, 1)
     worker.eject(7, generation, 5.0)
     other.eject(7, generation, 6.0)
     other.eject(7, generation + 1, 7.0)
-    assert worker.relapses(7) == 2
+    assert worker.ejection_count(7) == 2
     worker.recover(7, generation + 1)
     worker.restore(7, generation)
-    assert (other.ejected_until(7), other.relapses(7)) == (0, 2)
+    assert (other.ejected_until(7), other.ejection_count(7)) == (0, 2)
     other.eject(7, generation, 8.0)
     worker.recover(7, generation)
-    assert (other.ejected_until(7), other.relapses(7)) == (0, 0)
+    assert (other.ejected_until(7), other.ejection_count(7)) == (0, 0)
     other.close()
 
 
@@ -265,7 +291,7 @@ def test_rows_outside_the_table_are_refused(table, worker, row):
         table.in_flight,
         table.lookups,
         table.ejected_until,
-        table.relapses,
+        table.ejection_count,
         lambda row: worker.admit(row, 1),
         lambda row: worker.eject(row, 1, 1.0),
         lambda row: worker.restore(row, 1),

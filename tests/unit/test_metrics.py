@@ -16,7 +16,12 @@ ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_r
 
 
 class Target:
+    is_waited_on = False
+
     def __init__(self, routed, endpoint):
+        pass
+
+    def move_waiting(self):
         pass
 
     def close(self):
@@ -105,11 +110,10 @@ def test_how_requests_ended_is_counted_by_model(replica):
     assert scraped[RETRIED, "m"] == 1
 
 
-def test_an_endpoint_that_is_set_aside_is_shown(replica):
+def test_an_ejected_endpoint_is_shown(replica):
     replica.publish("m", "a", "b")
     model = replica.workers[0].find("m")
-    assert model.eject("a", time.monotonic() + 100, 50)
-    assert not model.eject("b", time.monotonic() + 100, 50)
+    assert model.eject("a", time.monotonic() + 100)
     scraped = replica.scrape()
     assert scraped["kubeai_endpoint_ejected", "a", "m"] == 1
     assert scraped["kubeai_endpoint_ejected", "b", "m"] == 0

@@ -306,20 +306,20 @@ def test_an_ejection_that_has_ended_is_a_trial_of_one_request_at_a_time(make_rin
         picks = (getattr(ring, pick)(*key) for _ in range(times))
         return [p.trial for p in picks if p.name == home]
 
-    assert ring.set_aside() == 0
+    assert ring.ejected_count() == 0
     for _ in range(2):
         other.eject(row, 1, time.monotonic() + 100)
         assert picked(9) == []
         other.eject(row, 1, time.monotonic())
-        assert ring.set_aside() == 1
+        assert ring.ejected_count() == 1
         assert picked(9) == [True]
         assert 0 < table.ejected_until(row) - time.monotonic() <= TRIAL_S
         other.restore(row, 1)
         assert picked(3) == [False] * (3 if pick == "pick_hashed" else 1)
-        assert ring.set_aside() == 0
+        assert ring.ejected_count() == 0
 
 
-def test_a_pick_where_all_are_set_aside_is_a_trial_too(make_ring, table):
+def test_a_pick_where_all_are_ejected_is_a_trial_too(make_ring, table):
     ring = make_ring(pods(2))
     until_s = time.monotonic() + 100
     for row in range(2):
@@ -329,7 +329,30 @@ def test_a_pick_where_all_are_set_aside_is_a_trial_too(make_ring, table):
     assert [table.ejected_until(row) for row in range(2)] == [until_s] * 2
 
 
-def test_an_endpoint_may_come_set_aside(make_ring, table):
+def test_a_pick_tells_that_its_endpoint_has_failed_until_it_has_recovered(make_ring, table):
+    ring = make_ring(pods(2))
+    assert not ring.pick_least().failing
+    for row in range(2):
+        table.note_failure(row, 1, time.monotonic(), False)
+    assert ring.pick_least().failing
+    assert not ring.pick_least().trial, "it has failed, and is not ejected"
+    for row in range(2):
+        table.recover(row, 1)
+    assert not ring.pick_least().failing
+
+
+def test_ejections_end_by_the_clock_that_the_ring_is_given(table):
+    now_s = 1000.0
+    ring = Ring(table, 7, table.open_row(7), clock=lambda: now_s)
+    for row, name in enumerate(pods(2)):
+        ring.set(name, row, table.open_row(row))
+    table.eject(0, table.generation(0), 1010.0)
+    assert {ring.pick_least().name for _ in range(4)} == {pods(2)[1]}
+    now_s = 1010.0
+    assert any(ring.pick_least().trial for _ in range(4))
+
+
+def test_an_endpoint_may_be_ejected_before_it_is_added(make_ring, table):
     ring = make_ring(pods(2))
     assert ring.pick_least()
     table.eject(2, table.open_row(2), time.monotonic() + 100)

@@ -70,6 +70,22 @@ def test_ready_pods_of_this_very_model_are_endpoints_in_the_order_of_their_names
     assert endpoints(*pods) == [("a", "10.0.0.1:8000"), ("c", "10.0.0.3:8000")]
 
 
+def test_pods_that_are_drained_or_terminating_are_draining_and_failed_ones_are_not():
+    gone = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+    pods = [
+        make_pod("ready"),
+        make_pod("unready", ready=False),
+        make_pod("terminating", meta=gone, ready=False),
+        make_pod("drained", meta={"annotations": {DRAINING_ANNOTATION: "1767225600"}}),
+        make_pod("failed", meta=gone, phase="Failed"),
+        make_pod("never-had-an-address", meta=gone, ip=""),
+        make_pod("of-another", meta=gone, uid="u2"),
+    ]
+    route = route_of(make_model(), [observe(pod) for pod in pods])
+    assert [endpoint.name for endpoint in route.endpoints] == ["ready"]
+    assert route.draining == ("drained", "terminating")
+
+
 def test_a_model_that_is_being_deleted_has_no_route():
     model = make_model(meta={"deletionTimestamp": "2026-01-01T00:00:00Z"})
     assert route_of(model, [observe(make_pod())]) is None

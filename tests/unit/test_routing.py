@@ -39,9 +39,14 @@ class Upstream:
         self.address = endpoint.address
         self.closed = False
 
+    is_waited_on = False  # nothing here sends requests
+
     def close(self):
         assert not self.closed, "closed twice"
         self.closed = True
+
+    def move_waiting(self):
+        pass
 
 
 class Worker:

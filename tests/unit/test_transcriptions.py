@@ -48,7 +48,7 @@ async def break_off(wire: Wire, request: Message) -> None:
 
 
 @pytest.mark.parametrize("script", [failing(503), drop], ids=["503", "drop"])
-async def test_an_endpoint_that_fails_again_and_again_is_set_aside(start, script):
+async def test_an_endpoint_that_keeps_failing_is_ejected(start, script):
     world = await start(eject_after_failures=3)
     bad = await world.engine(script)
     world.route("w", {"a": bad, "b": await world.engine(says(b"good"))})
@@ -57,7 +57,7 @@ async def test_an_endpoint_that_fails_again_and_again_is_set_aside(start, script
         await wire.send(ASK)
         assert (await wire.answer()).body == b"good"
     assert len(bad.requests) == 3
-    assert world.set_aside("w") == {"a"}
+    assert world.ejected("w") == {"a"}
 
 
 async def test_answers_that_break_count_as_failures(start):
@@ -73,7 +73,7 @@ async def test_answers_that_break_count_as_failures(start):
         except Broken:
             broken += 1
     assert broken == len(bad.requests) == 2
-    assert world.set_aside("w") == {"a"}
+    assert world.ejected("w") == {"a"}
     assert world.outcomes("w")["broken"] == 2
 
 
@@ -82,15 +82,61 @@ async def test_a_whole_answer_ends_the_trial(start):
     flaky = await world.engine(failing(503))
     world.route("w", {"a": flaky, "b": await world.engine(says(b"good"))})
     wire = await world.client()
-    while not world.set_aside("w"):
+    while not world.ejected("w"):
         await wire.send(ASK)
         assert (await wire.answer()).body == b"good"
     flaky.script = says(b"back")
-    while world.set_aside("w"):
+    while world.ejected("w"):
         await wire.send(ASK)
         assert (await wire.answer()).body in (b"good", b"back")
     # One failure sets it aside again as soon as the first time, not for longer.
-    assert world.table.find("w").relapses("a") == 0
+    assert world.table.find("w").ejection_count("a") == 0
+
+
+async def hang(wire: Wire, request: Message) -> None:
+    await wire.reader.read()
+
+
+async def test_a_waiting_upload_moves_when_its_endpoint_leaves_the_routes(start):
+    world = await start()
+    hung, good = await world.engine(hang), await world.engine(says(b"good"))
+    world.route("w", {"a": hung})
+    wire = await world.client()
+    await wire.send(ASK)
+    await until(lambda: hung.requests)
+    world.route("w", {})
+    await asyncio.sleep(0)
+    assert world.in_flight("w") == 1, "it still waits there: its engine may yet answer"
+    world.route("w", {"b": good})
+    assert (await wire.answer()).body == b"good"
+    assert good.requests[0].body == hung.requests[0].body
+    assert world.outcomes("w")["retried"] == 1
+    await until(lambda: not hung.open, "the engine's connection is closed")
+
+
+async def test_a_client_that_leaves_while_its_upload_waits_leaves_nothing(start):
+    world = await start()
+    hung = await world.engine(hang)
+    world.route("w", {"a": hung})
+    wire = await world.client()
+    await wire.send(ASK)
+    await until(lambda: hung.requests)
+    wire.close()
+    await until(lambda: world.active("w") == 0)
+    world.route("w", {"b": await world.engine(says(b"good"))})
+    await world.at_rest()
+
+
+@pytest.mark.parametrize("retried", [True, False])
+async def test_a_missing_first_byte_is_retried_elsewhere_if_the_config_says_so(start, retried):
+    world = await start(first_byte_timeout_s=0.1, retry_first_byte_timeout=retried)
+    world.route("w", {"a": await world.engine(hang), "b": await world.engine(says(b"good"))})
+    wire = await world.client()
+    statuses = set()
+    for _ in range(2):
+        await wire.send(ASK)
+        statuses.add((await wire.answer()).status)
+    assert statuses == ({200} if retried else {200, 504})
 
 
 async def test_retries_are_a_share_of_what_is_answered(start):
@@ -137,7 +183,7 @@ async def test_a_client_that_leaves_is_no_fault_of_the_engine(start):
     await wire.head()
     wire.reset()
     await until(lambda: world.active("w") == 0)
-    assert world.set_aside("w") == set()
+    assert world.ejected("w") == set()
     assert world.outcomes("w")["left"] == 1
 
 
