@@ -141,13 +141,13 @@ SAFETY = (
         'tests/unit/test_relay.py -k "too_"',
     ),
     (
-        "an endpoint that fails is set aside for all workers, the last one never, and tried again",
-        "tests/hammer/test_safety.py -k set_aside; "
-        "tests/unit/test_exchange.py -k 'aside or trial or endpoints_stay'",
+        "an endpoint that keeps failing is ejected for all workers, and probed until it answers",
+        "tests/hammer/test_safety.py -k ejected; "
+        "tests/unit/test_exchange.py -k 'ejected or probe or keeps_failing'",
     ),
     (
         "retries within a budget, never after the first byte, none for who has killed an engine",
-        "tests/unit/test_exchange.py -k 'share or killed'; tests/unit/test_attempts.py",
+        "tests/unit/test_exchange.py -k 'few or killed'; tests/unit/test_attempts.py",
     ),
     (
         "connections, and the bytes of all bodies together, have a limit",
