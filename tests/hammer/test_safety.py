@@ -156,7 +156,7 @@ async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, stream
     await until(lambda: not fleet.counts(), "0", 1.0)
 
 
-async def test_an_endpoint_that_one_worker_set_aside_is_so_for_all_and_their_successors(start):
+async def test_an_endpoint_ejected_by_one_worker_is_ejected_for_all_and_their_successors(start):
     """A worker that has seen no failure itself learns of it from the load table."""
 
     async def fail(wire: Wire, request: Message) -> None:
