@@ -5,8 +5,8 @@ its model (Admission), given an endpoint (Reservation) and sent there; a request
 can serve yet is held. Everything else is relayed to the worker's pages while it comes. Nothing of
 this needs a task, but a wait, and a large body: that is read in a thread, while the loop goes on.
 
-Which attempts are repeated, where, and how long a request waits is attempts.py's. The Reservation
-of a failed attempt is released before the next pick.
+Which attempts are repeated, and where, is attempts.py's; how long a request waits, holding.py's.
+The Reservation of a failed attempt is released before the next pick.
 
 What nearly every request needs is done in C: _straight.pyx, which also gives back whatever was
 taken, exactly once, whatever happens. Here is the rest.
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kubeai import _relay, openai
 from kubeai.gateway._straight import Plan, Straight
-from kubeai.gateway.attempts import TIMED_OUT, Retries, advice, check_loss, hold
+from kubeai.gateway.attempts import TIMED_OUT, Retries, check_loss
 from kubeai.gateway.errors import error_answer, header_lines
+from kubeai.gateway.holding import advice, hold
 from kubeai.gateway.pool import Pool
 from kubeai.logs import Sparingly, get_logger
 from kubeai.openai import BadRequest, Kind

@@ -14,8 +14,8 @@ from urllib.parse import unquote
 import msgspec
 
 from kubeai.gateway import Gateway
-from kubeai.gateway.attempts import advice
 from kubeai.gateway.errors import error_answer
+from kubeai.gateway.holding import advice
 from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger

@@ -23,7 +23,8 @@ from yarl import URL
 from kubeai._load import Admission, Reservation
 from kubeai._relay import CONNECT, LOST, TIMEOUT
 from kubeai.gateway import Gateway
-from kubeai.gateway.attempts import NO_ANSWER, TIMED_OUT, Retries, check_loss, hold
+from kubeai.gateway.attempts import NO_ANSWER, TIMED_OUT, Retries, check_loss
+from kubeai.gateway.holding import hold
 from kubeai.gateway.multipart import (
     Content,
     Part,
