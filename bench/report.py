@@ -141,6 +141,10 @@ SAFETY = (
         'tests/unit/test_relay.py -k "too_"',
     ),
     (
+        "a request to a model that cannot start: 503 with the reason, at once or after a grace",
+        "tests/e2e/test_cannot_start.py; tests/unit/test_holding.py; tests/unit/test_blocks.py",
+    ),
+    (
         "an endpoint that keeps failing is ejected for all workers, and probed until it answers",
         "tests/hammer/test_safety.py -k ejected; "
         "tests/unit/test_exchange.py -k 'ejected or probe or keeps_failing'",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, Protocol
 
@@ -39,6 +40,20 @@ class Endpoint(msgspec.Struct, frozen=True, array_like=True):
     generation: int = 0
 
 
+class Block(msgspec.Struct, frozen=True, array_like=True):
+    """Why a model, or one of its adapters, has no endpoint.
+
+    Requests are held until ``fails_at_s`` and answered with 503 from then on. It is a time of
+    CLOCK_MONOTONIC, which all processes of a machine share: 0 means at once, infinity means that
+    ``holdTimeout`` alone ends the wait.
+    """
+
+    reason: str  # one word, as in the Model's conditions
+    message: str
+    fails_at_s: float = math.inf
+    retry: bool = True  # whether it may pass without a change to the Model or to this machine
+
+
 class Route(msgspec.Struct, frozen=True, array_like=True):
     """One Model as the data plane sees it."""
 
@@ -57,6 +72,8 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     draining: tuple[str, ...] = ()  # no endpoints any more, but they finish the requests they have
     row: int = -1
     generation: int = 0
+    block: Block | None = None  # why the model has no endpoint
+    adapter_blocks: dict[str, Block] = {}  # why no endpoint serves an adapter, by adapter
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
@@ -220,6 +237,14 @@ class NoEndpoint(Exception):
 
 class ModelGone(Exception):
     """The model was deleted while the request waited."""
+
+
+class Blocked(Exception):
+    """Nothing can serve the request, and waiting longer is not worthwhile."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block.message)
+        self.block = block
 
 
 class Upstream(Protocol):
@@ -421,6 +446,12 @@ class RoutedModel:
             for endpoint in self.route.endpoints
         )
 
+    def block(self, adapter: str | None = None) -> Block | None:
+        """Why no endpoint serves the adapter (None: the model itself), as far as is known."""
+        if adapter is None or self.route.block is not None:
+            return self.route.block
+        return self.route.adapter_blocks.get(adapter)
+
     def serves(self, endpoint: str) -> bool:
         """Whether the route has the endpoint."""
         return endpoint in self.ring
@@ -519,23 +550,38 @@ class RoutedModel:
     ) -> None:
         """Return once :meth:`can_serve` holds; NoEndpoint after ``timeout_s``, or ModelGone.
 
-        Only a change of the route wakes it. How many may wait is the caller's to limit.
+        Blocked as soon as :meth:`block` fails requests. Only a change of the route wakes it. The
+        caller limits how many requests wait.
         """
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(timeout_s):
-                # Another change may come between a wake-up and this task's turn: look again.
-                while not self._gone and not self.can_serve(adapter, exclude):
-                    woken: asyncio.Future[None] = loop.create_future()
-                    self._waiters[woken] = lambda: self.can_serve(adapter, exclude)
-                    try:
-                        await woken
-                    finally:
-                        self._waiters.pop(woken, None)
-        except TimeoutError:
-            raise NoEndpoint from None
+        deadline_s = loop.time() + timeout_s
+        # Another change may come between a wake-up and this task's turn: look again.
+        while not self._gone and not self.can_serve(adapter, exclude):
+            block, now_s = self.block(adapter), loop.time()
+            if block is not None and block.fails_at_s <= now_s:
+                raise Blocked(block)
+            if deadline_s <= now_s:
+                raise NoEndpoint
+            until_s = deadline_s if block is None else min(deadline_s, block.fails_at_s)
+            await self._change(adapter, exclude, block, until_s)
         if self._gone:
             raise ModelGone
+
+    async def _change(
+        self, adapter: str | None, exclude: Collection[str], block: Block | None, until_s: float
+    ) -> None:
+        """Return once an endpoint can serve, ``block`` has changed, or at ``until_s``."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[woken] = lambda: (
+            self.can_serve(adapter, exclude) or self.block(adapter) != block
+        )
+        try:
+            async with asyncio.timeout_at(until_s):
+                await woken
+        except TimeoutError:
+            pass
+        finally:
+            del self._waiters[woken]
 
     # -- what the routing table does ---------------------------------------------------------------
 
@@ -544,7 +590,7 @@ class RoutedModel:
         return (self.route.row, self.route.generation) == (route.row, route.generation)
 
     def update(self, route: Route) -> None:
-        """Take the new route; wake those who can be served now."""
+        """Take the new route; wake the requests that can be served, or whose block has changed."""
         old, self.route = self.route, route
         self.hashes = route.strategy == "PrefixHash"
         self.prefix_char_length = route.prefix_char_length
@@ -560,8 +606,8 @@ class RoutedModel:
         for name in before:
             self.ring.remove(name)
             self._depart(name)
-        for woken, served in self._waiters.items():
-            if not woken.done() and served():
+        for woken, concerned in self._waiters.items():
+            if not woken.done() and concerned():
                 woken.set_result(None)
         self._move_off_departed()
 

@@ -271,6 +271,10 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     # How long, and how many, requests wait for a model that has no endpoint (count: per model).
     hold_timeout_s: Duration = field(name="holdTimeout", default=600.0)
     hold_max_requests: Count = 1000
+    # How long requests are held for a model whose replicas cannot start, from when that is first
+    # seen. Nodes are added within minutes; many clients give up after ten.
+    start_failure_grace_s: Duration = field(name="startFailureGrace", default=30.0)
+    unschedulable_grace_s: Duration = field(name="unschedulableGrace", default=540.0)
     # What a client may send, and how slowly.
     body_max_bytes: Bytes = 64 << 20
     buffer_max_bytes: Bytes = 1 << 30  # of all JSON bodies together

@@ -433,6 +433,13 @@ class ModelStatusCache(_Object, frozen=True, kw_only=True):
     loaded: Annotated[bool, doc("Whether all files are in the cache.")]
 
 
+class ModelStatusAdapter(_Object, frozen=True, kw_only=True):
+    """An adapter that could not be loaded or unloaded."""
+
+    name: Annotated[str, doc("The adapter's name.")]
+    message: Annotated[str, doc("Why, on one of the pods; it is tried again.")] = ""
+
+
 class ModelStatus(_Object, frozen=True, kw_only=True):
     """What KubeAI has seen of the Model's pods."""
 
@@ -443,6 +450,13 @@ class ModelStatus(_Object, frozen=True, kw_only=True):
     cache: Annotated[
         ModelStatusCache | None, doc("State of the cache; absent without a cacheProfile.")
     ] = None
+    failed_adapters: Annotated[
+        tuple[ModelStatusAdapter, ...],
+        doc(
+            "Adapters that at least one pod could not load or unload.",
+            **{"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ] = ()
     conditions: Annotated[
         tuple[Condition, ...],
         doc(

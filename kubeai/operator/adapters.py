@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import Model
+from kubeai.api.model import Model, ModelStatusAdapter
 from kubeai.engines import adapters as engine
 from kubeai.http import aiohttp
 from kubeai.kube import PODS, ApiError, Backoff, Kube, fence
@@ -55,7 +55,12 @@ class AdaptersView(msgspec.Struct, frozen=True):
 
     ready: int = 0  # replicas that serve
     complete: int = 0  # of these, replicas that have every adapter
-    trouble: Trouble | None = None
+    failed: tuple[ModelStatusAdapter, ...] = ()  # in some pod
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """The first failure, for the conditions."""
+        return Trouble("LoadFailed", self.failed[0].message) if self.failed else None
 
 
 class AdapterError(Exception):
@@ -81,6 +86,7 @@ class _Failure(msgspec.Struct):
     """One adapter that one pod could not get; ``until_s``: when it is tried again."""
 
     backoff: Backoff
+    hash: str  # of the URL; empty when the adapter could not be unloaded
     why: str = ""
     until_s: float = 0.0
 
@@ -133,9 +139,10 @@ class Adapters:
     def _begin(self, model: Model, pod: Pod, pods: list[Pod], work: _Work) -> float | None:
         """Start the pod's task if it needs one; seconds until something may be tried again."""
         todo = steps(model, pod, self._busy(pod, pods))
-        needed = {*(one.name for one in todo.load), *todo.drop}
-        for name in work.failures.keys() - needed:
-            del work.failures[name]
+        needed = dict.fromkeys(todo.drop, "") | {one.name: one.hash for one in todo.load}
+        for name, failure in list(work.failures.items()):
+            if needed.get(name) != failure.hash:  # it is of a former URL: forget its back-off
+                del work.failures[name]
         if work.task is not None or pod.version < work.version:
             return None
         now_s = self._clock()
@@ -203,11 +210,11 @@ class Adapters:
                 await self._label(pod, work, labels)
                 pod = msgspec.structs.replace(pod, adapters=tuple(labels.items()))
             for name in drop:
-                await self._try(pod, work, name, self._drop(pod, work, name, key))
+                await self._try(pod, work, name, "", self._drop(pod, work, name, key))
             for one in tell:
-                await self._try(pod, work, one.name, self._tell(pod, work, one, key))
+                await self._try(pod, work, one.name, one.hash, self._tell(pod, work, one, key))
             for one in fetch:
-                await self._try(pod, work, one.name, self._fetch(pod, work, one))
+                await self._try(pod, work, one.name, one.hash, self._fetch(pod, work, one))
         except NotLeader:
             return
         except ApiError as error:  # of that first label; the pod's next event brings it back
@@ -218,7 +225,7 @@ class Adapters:
         self._changed(pod.model)
 
     async def _try(
-        self, pod: Pod, work: _Work, name: str, attempt: Coroutine[Any, Any, None]
+        self, pod: Pod, work: _Work, name: str, hash_: str, attempt: Coroutine[Any, Any, None]
     ) -> None:
         try:
             await attempt
@@ -227,8 +234,9 @@ class Adapters:
         except Exception as error:
             if not isinstance(error, AdapterError | ApiError):
                 log.exception("a fault in loading an adapter", pod=pod.name, adapter=name)
-            backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
-            failure = work.failures.setdefault(name, _Failure(backoff))
+            failure = work.failures.get(name)
+            if failure is None or failure.hash != hash_:
+                failure = work.failures[name] = _Failure(Backoff(RETRY_FIRST_S, RETRY_MAX_S), hash_)
             failure.why = f"adapter {name} on pod {pod.name}: {error}"[:MESSAGE_MAX_CHARS]
             failure.until_s = self._clock() + failure.backoff.next_s()
             log.warning("adapter not loaded", model=pod.model, error=failure.why)
@@ -314,9 +322,11 @@ def _view(model: Model, pods: Sequence[Pod], works: dict[str, _Work]) -> Adapter
     ready = [pod for pod in pods if pod.serves]
     wanted = {(a.name, engine.url_hash(a.url)) for a in model.spec.adapters}
     complete = [pod for pod in ready if pod.adapters_current and wanted <= set(pod.adapters)]
-    failures = (failure.why for work in works.values() for failure in work.failures.values())
-    why = next(failures, "")
-    return AdaptersView(len(ready), len(complete), Trouble("LoadFailed", why) if why else None)
+    failed: dict[str, ModelStatusAdapter] = {}
+    for work in works.values():
+        for name, failure in work.failures.items():
+            failed.setdefault(name, ModelStatusAdapter(name=name, message=failure.why))
+    return AdaptersView(len(ready), len(complete), tuple(failed.values()))
 
 
 __all__ = ["Adapters", "AdaptersView", "Steps", "Wanted", "steps"]

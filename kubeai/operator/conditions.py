@@ -78,6 +78,7 @@ def status_of(model: Model, facts: Facts) -> ModelStatus:
         replicas=ModelStatusReplicas(all=facts.all, ready=facts.ready),
         selector=f"app=model,{POD_MODEL_LABEL}={model.metadata.name}",
         cache=cache,
+        failed_adapters=facts.adapters.failed if facts.adapters is not None else (),
         conditions=tuple(_since(model, c) for c in ours) + tuple(others),
     )
 

@@ -427,7 +427,7 @@ class Controller:
         memory.status_due_s = math.inf
         patch = {
             "metadata": {"resourceVersion": model.metadata.resource_version},
-            "status": msgspec.to_builtins(status),
+            "status": _status_patch(status, model.status),
         }
         try:
             async with self._writes:
@@ -529,6 +529,12 @@ class Controller:
             if pod.owner != uid:
                 await self._delete(DeletePod(pod.name, pod.uid, "its Model is gone"))
         return EXPECTATION_TIMEOUT_S
+
+
+def _status_patch(new: ModelStatus, old: ModelStatus) -> dict[str, Any]:
+    """A merge patch. A field that has its default is not encoded, so null removes the old value."""
+    fields: dict[str, Any] = msgspec.to_builtins(new)
+    return dict.fromkeys(msgspec.to_builtins(old).keys() - fields.keys()) | fields
 
 
 def _names(pods: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model
 from kubeai.kube import MODELS, PODS, Kube
 from kubeai.logs import get_logger
+from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader
@@ -54,6 +55,7 @@ class Operator:
         for event in (self._ended, self._resigned):
             event.set()  # until `run` begins, there is nothing to wait for
         self.store = Store(self._changed, address_override=config.allow_pod_address_override)
+        self._blocks = BlockTracker(config.gateway)
         lease = config.leader_election
         self.leader = Leader(
             kube,
@@ -155,8 +157,12 @@ class Operator:
 
     def _route(self, name: str) -> None:
         model = self.store.models.get(name)
-        route = None if model is None else route_of(model, self.store.observed_pods(name))
-        self._publish(name, route)
+        if model is None:
+            self._blocks.forget(name)
+            self._publish(name, None)
+            return
+        pods = self.store.observed_pods(name)
+        self._publish(name, route_of(model, pods, self._blocks.observe(model, pods)))
 
     def _turn(self, leads: bool) -> None:
         if leads:

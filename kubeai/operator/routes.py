@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kubeai.api.model import Model
+from kubeai.operator.blocks import NO_BLOCKS, Blocks
 from kubeai.operator.pods import Pod
 from kubeai.routing import Endpoint, Route
 
 
-def route_of(model: Model, pods: Iterable[Pod]) -> Route | None:
+def route_of(model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS) -> Route | None:
     """The Model's route, endpoints in the order of their names; None while it is being deleted.
 
     Only pods of this very Model (by uid) that are ready and not going away are endpoints, and
     only adapters that the Model still declares are offered. Pods that are drained or terminating
-    are listed as such: what they have in flight is left to them.
+    are listed as such: what they have in flight is left to them. ``blocks``: why the Model has no
+    endpoint.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
@@ -47,4 +49,6 @@ def route_of(model: Model, pods: Iterable[Pod]) -> Route | None:
         prefix_char_length=balancing.prefix_hash.prefix_char_length,
         endpoints=tuple(sorted(endpoints, key=lambda endpoint: endpoint.name)),
         draining=tuple(sorted(draining)),
+        block=blocks.model,
+        adapter_blocks=blocks.adapters,
     )

@@ -10,7 +10,7 @@ import asyncio
 import json
 
 import pytest
-from harness import model, until
+from harness import CONFIG, model, until
 from machines import Machine, install_load, machine
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install_models
 
@@ -113,15 +113,25 @@ async def test_an_engine_that_crashed_gets_its_adapters_again(box):
 
 
 async def test_an_adapter_that_cannot_be_loaded_is_told_and_the_model_serves(box):
+    await box.serve(gateway=CONFIG["gateway"] | {"startFailureGrace": "1s"})
     await box.create(with_adapters(box, a="hf://org/missing"))
     await until("told", lambda: box.is_so("AdaptersLoaded", "False", "LoadFailed"))
     assert "no such repository: hf://org/missing" in (await box.condition("AdaptersLoaded"))[2]
     assert (await box.condition("Degraded"))[:2] == ("True", "AdaptersFailed")
     assert (await box.ask("m"))[0] == 200
+    status, answer = await box.ask("m_a")
+    assert (status, answer["error"]["code"]) == (503, "model_unavailable")
+    assert "AdaptersFailed: adapter a on pod" in answer["error"]["message"]
+    assert "no such repository: hf://org/missing" in answer["error"]["message"]
     assert await warned(box, "AdaptersFailed")
     await set_adapters(box, a=A)
-    assert (await box.ask("m_a"))[0] == 200
+
+    async def answers() -> bool:  # once the gateway knows of the edit
+        return (await box.ask("m_a"))[0] == 200
+
+    await until("answers", answers)
     await until("mended", lambda: box.is_so("Degraded", "False", "AsExpected"))
+    assert "failedAdapters" not in (await box.kube.get(MODELS, "m"))["status"]
 
 
 async def warned(box: Machine, reason: str):

@@ -6,6 +6,7 @@ a deleted Model go because the operator deletes them.
 
 from __future__ import annotations
 
+import math
 import time
 
 import msgspec
@@ -35,6 +36,44 @@ async def test_a_model_becomes_pods_a_status_and_a_route(world):
 
 async def has(world, type_, status, reason):
     return await world.condition(type_) == (status, reason)
+
+
+async def blocked(world, reason):
+    """Wait until every replica of KubeAI says in its route why the model has no endpoint."""
+
+    def known():
+        blocks = [getattr(one.routes.get("m"), "block", None) for one in world.replicas]
+        return all(block is not None and block.reason == reason for block in blocks)
+
+    await until(known, f"all routes say {reason}")
+    return [one.routes["m"].block for one in world.replicas]
+
+
+async def test_every_replica_of_kubeai_knows_why_a_model_cannot_start(world):
+    leader = world.start("leader")
+    await until(lambda: leader.operator.leads, "leading")
+    follower = world.start("follower")
+    world.nodes.ready = lambda pod: False
+    await world.create(resourceProfile="nowhere:1", minReplicas=1)
+    for block in await blocked(world, "InvalidProfile"):
+        assert "'nowhere'" in block.message
+        assert (block.fails_at_s, block.retry) == (0.0, False)
+    await world.kube.patch(MODELS, "m", {"spec": {"resourceProfile": "cpu:1"}})
+    for block in await blocked(world, "ReplicasStarting"):
+        assert block.fails_at_s == math.inf
+    (pod,) = await world.pods_once(1)
+    waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}
+    image = {"image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    statuses = [{"name": "server", "state": waiting} | image]
+    patch = {"status": {"phase": "Pending", "containerStatuses": statuses}}
+    await world.kube.patch(PODS, pod["metadata"]["name"], patch, subresource="status")
+    for block in await blocked(world, "ImagePullBackOff"):
+        assert 0 < block.fails_at_s - time.monotonic() <= 30
+    await world.nodes.set_ready(pod["metadata"]["name"])
+    for replica in (leader, follower):
+        await until(lambda replica=replica: replica.endpoints("m"), "served")
+        assert replica.routes["m"].block is None
+    assert not follower.operator.leads
 
 
 async def test_replicas_go_up_and_down_with_the_spec(world):

@@ -235,9 +235,24 @@ async def test_a_broken_new_url_stops_at_the_first_pod(world):
         c["message"] for c in world.model()["status"]["conditions"] if c["type"] == "Degraded"
     )
     assert "no such repository" in message
+    (failed,) = world.model()["status"]["failedAdapters"]
+    assert (failed["name"], failed["message"]) == ("a", message)
     world.set_adapters(a=B)
     await world.until(lambda: world.labels() == [{"a": HASH_B}] * 3)
     await world.until(lambda: world.condition("Degraded") == ("False", "AsExpected"))
+    assert "failedAdapters" not in world.model()["status"]
+
+
+async def test_a_corrected_url_is_loaded_at_once_however_long_the_former_ones_back_off(
+    world, monkeypatch
+):
+    monkeypatch.setattr(adapters, "RETRY_FIRST_S", 1000.0)
+    monkeypatch.setattr(adapters, "RETRY_MAX_S", 1000.0)
+    world.apply(replicas=1, adapters=both(a="hf://org/missing"))
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("False", "LoadFailed"))
+    world.set_adapters(a=B)
+    await world.until(lambda: world.labels() == [{"a": HASH_B}])
+    await world.until(lambda: world.condition("AdaptersLoaded") == ("True", "Loaded"))
 
 
 async def test_an_adapter_that_cannot_be_loaded_keeps_no_other_from_being_served(world):

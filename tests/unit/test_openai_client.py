@@ -9,6 +9,7 @@ from fakes.wire import Broken, Message, Wire
 from fakes.world import World
 
 from kubeai.gateway.pages import make_app
+from kubeai.routing import Block
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -109,3 +110,26 @@ async def test_a_model_that_cannot_answer_is_an_internal_server_error(
         assert (error.status_code, error.type, error.code) == (status, "server_error", code)
         assert "'m'" in error.message
         assert (error.response.headers.get("Retry-After") is not None) == (status == 503)
+
+
+@pytest.mark.parametrize(
+    ("retry", "code", "retry_after", "should_retry"),
+    [(True, "model_unavailable", "5", None), (False, "model_cannot_start", None, "false")],
+)
+async def test_a_model_that_cannot_start_is_an_internal_server_error_with_the_reason(
+    start, retry, code, retry_after, should_retry
+):
+    world, client = await start()
+    world.route("m", {}, block=Block("EngineNotInstalled", "vllm is not installed", 0.0, retry))
+    for asking in (
+        client.chat.completions.create(model="m", messages=MESSAGES),
+        client.audio.transcriptions.create(model="m", file=b"RIFF"),
+    ):
+        with pytest.raises(openai.InternalServerError) as caught:
+            await asking
+        error = caught.value
+        assert (error.status_code, error.type, error.code) == (503, "server_error", code)
+        assert "EngineNotInstalled: vllm is not installed" in error.message
+        assert error.response.headers.get("Retry-After") == retry_after
+        assert error.response.headers.get("x-should-retry") == should_retry
+    assert world.demanded == []

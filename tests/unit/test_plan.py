@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from examples import some
 from kubeai.api.config import parse_config
-from kubeai.api.model import decode_model
+from kubeai.api.model import ModelStatusAdapter, decode_model
 from kubeai.operator.adapters import AdaptersView
 from kubeai.operator.cache import (
     FINALIZER,
@@ -581,7 +581,7 @@ def test_an_old_pod_stays_until_a_new_one_serves_its_adapters():
         (AdaptersView(), ("False", "NoReplicas"), ("False", "AsExpected")),
         (AdaptersView(2, 1), ("False", "Loading"), ("False", "AsExpected")),
         (AdaptersView(2, 2), ("True", "Loaded"), ("False", "AsExpected")),
-        (AdaptersView(2, 1, Trouble("LoadFailed", "pod a: no such adapter")),
+        (AdaptersView(2, 1, (ModelStatusAdapter(name="a", message="pod a: no such adapter"),)),
          ("False", "LoadFailed"), ("True", "AdaptersFailed")),
     ],
 )  # fmt: skip

@@ -1,0 +1,217 @@
+"""Why a Model, or one of its adapters, has no endpoint, and from when requests fail for it.
+
+Each replica of KubeAI finds out for itself: from the Model's conditions, which the leader writes,
+and from the pods. Conditions of an earlier generation are ignored, so a Model that has just been
+edited is not judged by its former spec.
+
+| what is wrong | requests fail |
+|---|---|
+| the Model itself, or the API refuses its pods (``AT_ONCE``, ``POD_REFUSED``) | at once |
+| a pod that no wait can help (``POD_AT_ONCE``) | at once |
+| a pod that waits for a node (``NEEDS_NODE``) | after ``unschedulableGrace`` |
+| a pod in any other way, the load of the cache or of an adapter | after ``startFailureGrace`` |
+| nothing that is known: replicas start, files are loaded | after ``holdTimeout`` alone |
+
+A grace begins when this replica of KubeAI first sees the trouble, not when a request arrives. It
+begins again with a new pod template, and after a replica was ready or none was wanted: a Model that
+is scaled up from zero always gets a new attempt. A replica that starts without trouble lifts every
+block of its Model, and so does one that is ready.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from kubeai.api.config import GatewayConfig
+from kubeai.api.model import Condition, Model
+from kubeai.engines.cache import LOAD_JOB_PREFIX
+from kubeai.operator.plan import wanted_replicas
+from kubeai.operator.pods import Pod
+from kubeai.routing import Block
+
+# Reasons of a ModelError: only a change to the Model or to the system config helps.
+AT_ONCE = frozenset(
+    ("InvalidFile", "InvalidModel", "InvalidPatch", "InvalidProfile", "InvalidURL", "NoImage")
+)
+POD_REFUSED = "PodRefused"  # the leader tries again: a quota may have room by then
+# Of pods: UnknownImage, InvalidPod and EngineNotInstalled come from `kubeai local`.
+POD_AT_ONCE = frozenset(("EngineNotInstalled", "InvalidImageName", "InvalidPod", "UnknownImage"))
+NEEDS_NODE = frozenset(("Unschedulable", "SchedulingGated"))
+CACHE_FAILED = ("LoadFailed", "NoJobs")  # of CacheLoaded; its other reasons are progress
+ADAPTERS_FAILED = "AdaptersFailed"
+TROUBLES_MAX = 64  # of pods, remembered per model
+
+_LOAD_JOB = LOAD_JOB_PREFIX.rstrip("-")
+_CACHE, _ADAPTER = "cache", "adapter"
+
+
+class Blocks(msgspec.Struct, frozen=True):
+    """What keeps one Model from serving."""
+
+    model: Block | None = None
+    adapters: dict[str, Block] = {}
+
+
+NO_BLOCKS = Blocks()
+
+
+class _Memory(msgspec.Struct):
+    uid: str  # the Model's
+    since_s: dict[tuple[str, ...], float] = {}  # a trouble → when it was first seen
+
+
+class BlockTracker:
+    """Remembers since when each Model has been in trouble. Used by the operator for the routes."""
+
+    def __init__(self, config: GatewayConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._memories: dict[str, _Memory] = {}
+
+    def observe(self, model: Model, pods: Iterable[Pod]) -> Blocks:
+        """Call for every change of the Model and of its pods (those of its Jobs included)."""
+        name, uid = model.metadata.name, model.metadata.uid
+        memory = self._memories.get(name)
+        if memory is None or memory.uid != uid:
+            memory = self._memories[name] = _Memory(uid)
+        pods = [pod for pod in pods if not pod.terminating]
+        replicas = [pod for pod in pods if pod.owner == uid and not pod.draining_since_s]
+        serving = [pod for pod in replicas if pod.serves]
+        if serving:
+            return Blocks(None, self._adapters(model, serving, memory))
+        jobs = [pod for pod in pods if pod.job == _LOAD_JOB and not pod.finished]
+        return Blocks(self._model(model, replicas, jobs, memory))
+
+    def forget(self, name: str) -> None:
+        """The Model is gone."""
+        self._memories.pop(name, None)
+
+    # -- the Model itself --------------------------------------------------------------------------
+
+    def _model(
+        self, model: Model, replicas: Sequence[Pod], jobs: Sequence[Pod], memory: _Memory
+    ) -> Block | None:
+        _forget_former(model, [*replicas, *jobs], memory)
+        if _starting(replicas):
+            return _progress(model)
+        if refused := _refused(model):
+            return refused
+        if failed := self._cache(model, jobs, memory):
+            return failed
+        troubled = [pod for pod in replicas if pod.trouble is not None]
+        if troubled and wanted_replicas(model):
+            return self._last([self._pod(pod, memory) for pod in troubled])
+        return _progress(model)
+
+    def _cache(self, model: Model, jobs: Sequence[Pod], memory: _Memory) -> Block | None:
+        """Of a Model whose files are still to be loaded."""
+        loaded = _condition(model, "CacheLoaded")
+        if loaded is None or loaded.status != "False" or _starting(jobs):
+            return None
+        if jobs:
+            return self._last([self._pod(pod, memory) for pod in jobs])
+        if loaded.reason not in CACHE_FAILED:
+            return None
+        since_s = self._since_s((_CACHE, loaded.reason), memory)
+        fails_at_s = since_s + self._config.start_failure_grace_s
+        return Block(loaded.reason, loaded.message, fails_at_s)
+
+    def _pod(self, pod: Pod, memory: _Memory) -> Block:
+        assert pod.trouble is not None, "the caller looks for pods in trouble"
+        reason, message = pod.trouble.reason, pod.trouble.message
+        if reason in POD_AT_ONCE:
+            return Block(reason, message, 0.0, retry=False)
+        needs_node = reason in NEEDS_NODE
+        config = self._config
+        grace_s = config.unschedulable_grace_s if needs_node else config.start_failure_grace_s
+        return Block(reason, message, self._since_s((_group(pod), reason), memory) + grace_s)
+
+    @staticmethod
+    def _last(blocks: Sequence[Block]) -> Block:
+        """The one that fails requests last: while one replica has its grace, there is hope."""
+        return max(blocks, key=lambda block: (block.fails_at_s, block.reason, block.message))
+
+    # -- adapters ----------------------------------------------------------------------------------
+
+    def _adapters(self, model: Model, serving: Sequence[Pod], memory: _Memory) -> dict[str, Block]:
+        """The adapters that no replica serves and that could not be loaded."""
+        loaded = {name for pod in serving for name in pod.loaded}
+        current = _condition(model, "AdaptersLoaded") is not None
+        failed = {one.name: one.message for one in model.status.failed_adapters if current}
+        keys = {
+            one.name: (_ADAPTER, one.name, one.url)
+            for one in model.spec.adapters
+            if one.name in failed and one.name not in loaded
+        }
+        for key in memory.since_s.keys() - keys.values():  # a replica serves: those of pods too
+            del memory.since_s[key]
+        grace_s = self._config.start_failure_grace_s
+        return {
+            name: Block(ADAPTERS_FAILED, failed[name], self._since_s(key, memory) + grace_s)
+            for name, key in keys.items()
+        }
+
+    def _since_s(self, trouble: tuple[str, ...], memory: _Memory) -> float:
+        return memory.since_s.setdefault(trouble, self._clock())
+
+
+def _group(pod: Pod) -> str:
+    """Pods that share their troubles: those of one template, or those that load the cache."""
+    return _CACHE if pod.job else pod.hash or ""
+
+
+def _forget_former(model: Model, pods: Sequence[Pod], memory: _Memory) -> None:
+    """Drop the troubles of other templates, of an earlier attempt, and of pods that got a node.
+
+    A crashing engine runs between two crashes, and a pod that ended is gone for a moment before it
+    is replaced. Neither drops anything.
+    """
+    wanted = wanted_replicas(model) > 0
+    templates = {_group(pod) for pod in pods if not pod.job}
+    present = {(_group(pod), pod.trouble.reason) for pod in pods if pod.trouble is not None}
+    for key in list(memory.since_s):
+        group, reason = key[:2]
+        former = not wanted or (templates and group not in templates)
+        if (former and group != _CACHE) or (reason in NEEDS_NODE and key not in present):
+            del memory.since_s[key]
+    while len(memory.since_s) > TROUBLES_MAX:
+        del memory.since_s[next(iter(memory.since_s))]
+
+
+def _starting(pods: Sequence[Pod]) -> bool:
+    """Whether one of them may become ready, as far as it is known."""
+    return any(pod.trouble is None and not pod.finished for pod in pods)
+
+
+def _refused(model: Model) -> Block | None:
+    """What keeps any pod of the Model from being made."""
+    for type_ in ("Ready", "Progressing"):
+        found = _condition(model, type_)
+        if found is None or found.status != "False":
+            continue
+        if found.reason in AT_ONCE or found.reason == POD_REFUSED:
+            return Block(found.reason, found.message, 0.0, retry=found.reason == POD_REFUSED)
+    return None
+
+
+def _progress(model: Model) -> Block | None:
+    """What the Model waits for; it fails no request."""
+    ready = _condition(model, "Ready")
+    if ready is None or ready.status != "False":
+        return None
+    return Block(ready.reason, ready.message, math.inf)
+
+
+def _condition(model: Model, type_: str) -> Condition | None:
+    """The condition, if it is about the Model's present spec."""
+    found = next((c for c in model.status.conditions if c.type == type_), None)
+    if found is None or (found.observed_generation or 0) < model.metadata.generation:
+        return None
+    return found
+
+
+__all__ = ["NO_BLOCKS", "BlockTracker", "Blocks"]
