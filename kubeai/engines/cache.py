@@ -12,7 +12,7 @@ import msgspec
 from kubeai.api.config import CacheProfile, ModelServerPods, SystemConfig
 from kubeai.api.model import POD_MODEL_LABEL, Model, ModelURL, parse_url
 from kubeai.engines.files import owner_reference
-from kubeai.engines.server import MODEL_MOUNT, Object, literal
+from kubeai.engines.server import MODEL_MOUNT, TERMINATION_MESSAGE, Object, literal
 from kubeai.engines.sources import environment, source
 from kubeai.errors import ModelError
 
@@ -145,6 +145,7 @@ def _job(
     }
     container["image"] = config.model_loading.image
     container["securityContext"] = _whose_folders(pods) | pods.security_context
+    container.setdefault(*TERMINATION_MESSAGE)
     pod: dict[str, Any] = {
         "serviceAccountName": pods.service_account_name,
         "securityContext": pods.pod_security_context,

@@ -14,9 +14,9 @@ HASH_ANNOTATION = "kubeai.org/files-hash"  # in the pod, so that an edited file 
 _KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 
 
-def config_map_name(model: Model) -> str:
-    """The name of the ConfigMap with the Model's files."""
-    return f"model-{model.metadata.name}-files"
+def config_map_name(model: str) -> str:
+    """The name of the ConfigMap with the files of the Model of that name."""
+    return f"model-{model}-files"
 
 
 def files_config_map(model: Model) -> Object | None:
@@ -28,7 +28,7 @@ def files_config_map(model: Model) -> Object | None:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {
-            "name": config_map_name(model),
+            "name": config_map_name(model.metadata.name),
             "namespace": meta.namespace,
             "labels": {"app.kubernetes.io/managed-by": "kubeai", "model": meta.name},
             "ownerReferences": [owner_reference(model)],
@@ -51,7 +51,7 @@ def owner_reference(model: Model) -> Object:
 
 def files_volume(model: Model) -> tuple[Object, list[Object]]:
     """The volume of the Model's files, and a mount for each of them."""
-    volume = {"name": VOLUME, "configMap": {"name": config_map_name(model)}}
+    volume = {"name": VOLUME, "configMap": {"name": config_map_name(model.metadata.name)}}
     mounts = [
         {"name": VOLUME, "mountPath": file.path, "subPath": key, "readOnly": True}
         for file, key in zip(model.spec.files, _keys(model), strict=True)

@@ -2,7 +2,8 @@
 
 A pod is the engine's `Server` (one file an engine) in the frame that all engines share: probes,
 resources, credentials, files, labels, and last the system config's JSON patches. Its hash covers
-all of that, so a pod whose hash differs from the Model's is outdated.
+all of that, so a pod whose hash differs from the Model's is outdated. What `_finish` adds is not
+covered: pods from before KubeAI added it are not restarted for it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from kubeai.engines.server import (
     PORT,
     PORT_NAME,
     SERVER_CONTAINER,
+    TERMINATION_MESSAGE,
     Object,
     Server,
     http_probe,
@@ -93,11 +95,19 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     # A plain copy: parts of it are the config's own, which nobody may change through the pod.
     pod = msgspec.json.decode(msgspec.json.encode(pod))
     pod = _patched(pod, model, config.model_server_pods.json_patches)
-    metadata = pod["metadata"]
-    metadata["labels"][POD_HASH_LABEL] = pod_hash(pod)
+    hash_ = pod_hash(pod)
+    _finish(pod, model, hash_)
+    return pod
+
+
+def _finish(pod: Object, model: Model, hash_: str) -> None:
+    """Add what the hash does not cover."""
+    metadata, spec = pod["metadata"], pod["spec"]
+    metadata["labels"][POD_HASH_LABEL] = hash_
     metadata["namespace"] = model.metadata.namespace
     metadata["ownerReferences"] = [owner_reference(model)]
-    return pod
+    for container in (*(spec.get("initContainers") or ()), *spec["containers"]):
+        container.setdefault(*TERMINATION_MESSAGE)
 
 
 def pod_hash(pod: Object) -> str:

@@ -10,6 +10,8 @@ PORT = 8000
 PORT_NAME = "http"
 SERVER_CONTAINER = "server"
 MODEL_MOUNT = "/model"  # where a claim is mounted
+# A container that fails leaves the end of its log in the pod's status, for the conditions.
+TERMINATION_MESSAGE = "terminationMessagePolicy", "FallbackToLogsOnError"
 
 Object = dict[str, Any]
 

@@ -46,6 +46,7 @@ class Facts(msgspec.Struct, kw_only=True):
     create_error: Trouble | None = None  # why the API refused the last one
     cache: CachePlan | None = None
     adapters: AdaptersView | None = None
+    now_s: float = 0.0  # Unix time
 
     @property
     def all(self) -> int:
@@ -54,6 +55,11 @@ class Facts(msgspec.Struct, kw_only=True):
     @property
     def ready(self) -> int:
         return sum(pod.ready for pod in self.left)
+
+    def trouble(self, pods: Sequence[Pod]) -> Trouble | None:
+        """The first of the pods' troubles."""
+        troubles = (pod.trouble_at(self.now_s) for pod in pods)
+        return next((trouble for trouble in troubles if trouble is not None), None)
 
 
 def status_of(model: Model, facts: Facts) -> ModelStatus:
@@ -129,9 +135,9 @@ def _ready(model: Model, facts: Facts) -> Condition:
         return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")
     if facts.cache is not None and not facts.cache.loaded:
         return _condition("Ready", False, "CacheNotLoaded", facts.cache.message)
-    trouble = facts.create_error or _trouble(facts.left) or _trouble(facts.pods)
+    trouble = facts.create_error or facts.trouble(facts.left) or facts.trouble(facts.pods)
     if trouble is not None:
-        return _condition("Ready", False, trouble.reason, trouble.message)
+        return _condition("Ready", False, trouble.reason, trouble.text)
     return _condition("Ready", False, "ReplicasStarting", _of(0, wanted))
 
 
@@ -142,7 +148,7 @@ def _progressing(facts: Facts) -> Condition:
     if facts.create_error is not None:
         trouble = facts.create_error
         return _condition("Progressing", False, trouble.reason, trouble.message)
-    but = _but(facts.left)
+    but = _but(facts)
     if facts.outdated:
         message = f"{facts.outdated} outdated of {facts.all} replicas are still to be replaced"
         return _condition("Progressing", True, "RollingOut", message + but)
@@ -177,13 +183,13 @@ def _degraded(facts: Facts) -> Condition:
         Trouble(facts.error.reason, str(facts.error)) if facts.error is not None else None,
         facts.create_error,
         _cache_trouble(facts.cache),
-        _trouble(facts.left),
+        facts.trouble(facts.left),
         _adapters_trouble(facts.adapters),
     ]
     trouble = next((one for one in troubles if one is not None), None)
     if trouble is None:
         return _condition("Degraded", False, "AsExpected", "nothing is known to be wrong")
-    return _condition("Degraded", True, trouble.reason, trouble.message)
+    return _condition("Degraded", True, trouble.reason, trouble.text)
 
 
 def _cache_trouble(cache: CachePlan | None) -> Trouble | None:
@@ -196,14 +202,10 @@ def _adapters_trouble(adapters: AdaptersView | None) -> Trouble | None:
     return Trouble("AdaptersFailed", adapters.trouble.message)
 
 
-def _trouble(pods: Sequence[Pod]) -> Trouble | None:
-    return next((pod.trouble for pod in pods if pod.trouble is not None), None)
-
-
-def _but(pods: Sequence[Pod]) -> str:
+def _but(facts: Facts) -> str:
     """What keeps a replica from becoming ready, for the end of a sentence."""
-    trouble = _trouble(pods)
-    return "" if trouble is None else f", but {trouble.reason}: {trouble.message}"
+    trouble = facts.trouble(facts.left)
+    return "" if trouble is None else f", but {trouble.reason}: {trouble.text}"
 
 
 def _of(ready: int, wanted: int) -> str:

@@ -212,7 +212,7 @@ class Controller:
         made_from = (model.spec, model.metadata.uid, model.metadata.annotations)
         if kept is None or kept[0] != made_from:  # building it is most of a plan's cost
             kept = memory.template = made_from, template_of(model, self._config)
-        now = datetime.now(UTC).replace(microsecond=0)
+        now = datetime.fromtimestamp(int(time.time()), UTC)
         return plan(model, self._config, observed, now, kept[1])
 
     def _observe(self, model: Model, memory: _Memory) -> tuple[Observed, float | None]:
@@ -229,6 +229,10 @@ class Controller:
                 memory.finished_until_s = now_s + memory.finished.next_s()
             else:
                 wait_s, replace_finished = memory.finished_until_s - now_s, False
+        unix_s = time.time()
+        for pod in pods:
+            if pod.trouble is not None and unix_s < pod.trouble_until_s < math.inf:
+                wait_s = _sooner(wait_s, pod.trouble_until_s - unix_s + 1.0)  # now is in seconds
         if any(pod.draining_since_s and not pod.terminating for pod in pods):
             wait_s = _sooner(wait_s, DRAINED_INTERVAL_S)
         cache, cache_wait_s = self._observe_cache(model, pods)
@@ -248,7 +252,8 @@ class Controller:
     def _observe_cache(self, model: Model, pods: Sequence[Pod]) -> tuple[CacheView, float | None]:
         if not has_cache(model):
             return CacheView(), None
-        troubles = {pod.job: pod.trouble for pod in pods if pod.job and pod.trouble is not None}
+        found = ((pod.job, pod.trouble_at(time.time())) for pod in pods if pod.job)
+        troubles = {job: trouble for job, trouble in found if trouble is not None}
         return self.claims.view(model, troubles)
 
     def _observe_adapters(

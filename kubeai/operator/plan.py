@@ -173,6 +173,7 @@ def plan(
         create_error=observed.create_error,
         cache=cache,
         adapters=observed.adapters,
+        now_s=now.timestamp(),
     )
     return actions + _patch_status(model, facts, now)
 

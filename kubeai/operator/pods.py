@@ -2,10 +2,18 @@
 
 :class:`PodObject` is what is decoded; :class:`Pod` is what the store keeps (some 500 bytes, so
 that 10,000 fit well). Pure. The store makes Pods; plan, routes and status read them.
+
+A container that exits is in trouble from its first exit until it is ready, or until it has run
+RECOVERED_AFTER_S longer than the run that failed. It is crash looping (`_is_looping`) if that has
+happened twice and the last run was short or never became ready. A crash loop outlasts readiness:
+its trouble ends when a run has lasted RECOVERED_AFTER_S, which is when the kubelet resets its own
+back-off. So what is said does not change as the container waits, runs and exits.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from datetime import datetime
 
 import msgspec
@@ -25,6 +33,7 @@ from kubeai.engines.adapters import (
     RESTARTS_ANNOTATION,
 )
 from kubeai.engines.cache import JOB_LABEL
+from kubeai.engines.files import config_map_name
 
 # Beside the label of the same meaning: it says that *our* hash function made it. A pod without it
 # is upstream's, whose hashes mean nothing here.
@@ -33,9 +42,14 @@ HASH_ANNOTATION = "kubeai.org/pod-hash"
 DRAINING_ANNOTATION = "kubeai.org/draining-since"
 PORT_NAME, PORT_DEFAULT = "http", 8000
 MESSAGE_MAX_CHARS = 500
+OUTPUT_MAX_CHARS = 500  # of a container's last lines
+RECOVERED_AFTER_S = 600.0  # of running; then the kubelet's back-off starts again at 10 s
 
 # What a container waits for is worth telling, but for these without a message.
 _STARTING = ("", "ContainerCreating", "PodInitializing")
+# Exits that are the node's doing, not the container's.
+_NODE_EXITS = ("ContainerStatusUnknown", "KubeletStopped")
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and cursor movements of a terminal
 
 
 class _Part(msgspec.Struct, rename="camel"):
@@ -52,9 +66,19 @@ class _Container(_Part):
     ports: list[_Port] = []
 
 
+class _ConfigMap(_Part):
+    name: str = ""
+
+
+class _Volume(_Part):
+    config_map: _ConfigMap | None = None
+
+
 class _Spec(_Part):
     node_name: str = ""
+    restart_policy: str = "Always"
     containers: list[_Container] = []
+    volumes: list[_Volume] = []
 
 
 class _Condition(_Part):
@@ -62,26 +86,40 @@ class _Condition(_Part):
     status: str = ""
     reason: str = ""
     message: str = ""
+    last_transition_time: datetime | None = None
 
 
-class _Reason(_Part):
+class _Waiting(_Part):
+    reason: str = ""
+    message: str = ""
+
+
+class _Exit(_Part):
     reason: str = ""
     message: str = ""
     exit_code: int = 0
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def ran_s(self) -> float:
+        """How long it ran; 0 if that is unknown."""
+        return max(0.0, _seconds(self.finished_at) - _seconds(self.started_at))
 
 
 class _Running(_Part):
-    pass
+    started_at: datetime | None = None
 
 
 class _State(_Part):
-    waiting: _Reason | None = None
+    waiting: _Waiting | None = None
     running: _Running | None = None
-    terminated: _Reason | None = None
+    terminated: _Exit | None = None
 
 
 class _ContainerStatus(_Part):
     name: str = ""
+    ready: bool = False
     restart_count: int = 0
     state: _State = msgspec.field(default_factory=_State)
     last_state: _State = msgspec.field(default_factory=_State)
@@ -93,6 +131,7 @@ class _Status(_Part):
     message: str = ""
     pod_ip: str = msgspec.field(default="", name="podIP")
     conditions: list[_Condition] = []
+    init_container_statuses: list[_ContainerStatus] = []
     container_statuses: list[_ContainerStatus] = []
 
 
@@ -105,10 +144,16 @@ class PodObject(msgspec.Struct, rename="camel"):
 
 
 class Trouble(msgspec.Struct, frozen=True):
-    """Why a pod is not ready, when it says so. ``reason`` is one word."""
+    """What is wrong with a pod. ``reason`` is one word."""
 
     reason: str
     message: str
+    output: str = ""  # the last lines of the container: for operators, not for API clients
+
+    @property
+    def text(self) -> str:
+        """The message and the container's last lines."""
+        return f"{self.message}: {self.output}" if self.output else self.message
 
 
 class Pod(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +177,14 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     job: str = ""  # of a Job's pod, which is no replica: what the Job does
     version: int = 0  # its resourceVersion
     created_s: float = 0.0  # Unix time
+    mounts_files: bool = False  # the ConfigMap of the Model's files
+    # Why it is not ready. A ready pod has one only if it is crash looping.
     trouble: Trouble | None = None
+    trouble_until_s: float = math.inf  # Unix time; finite while the container runs again
+
+    def trouble_at(self, now_s: float) -> Trouble | None:
+        """Its trouble at a Unix time: none once the container has run for long enough."""
+        return self.trouble if now_s < self.trouble_until_s else None
 
     @property
     def counts(self) -> bool:
@@ -165,10 +217,12 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
     containers = {container.name: container for container in status.container_statuses}
     server, loader = containers.get(SERVER_CONTAINER), containers.get(LOADER_CONTAINER)
     restarts = server.restart_count if server is not None else 0
+    name = meta.labels.get(POD_MODEL_LABEL, "")
+    trouble, trouble_until_s = _trouble(obj, ready)
     return Pod(
         name=meta.name,
         uid=meta.uid,
-        model=meta.labels.get(POD_MODEL_LABEL, ""),
+        model=name,
         owner=owner,
         hash=meta.annotations.get(HASH_ANNOTATION),
         ready=ready,
@@ -184,7 +238,12 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         job=meta.labels.get(JOB_LABEL, ""),
         version=meta.version,
         created_s=_seconds(meta.creation_timestamp),
-        trouble=None if ready else _trouble(obj),
+        mounts_files=any(
+            volume.config_map is not None and volume.config_map.name == config_map_name(name)
+            for volume in obj.spec.volumes
+        ),
+        trouble=trouble,
+        trouble_until_s=trouble_until_s,
     )
 
 
@@ -217,33 +276,116 @@ def _address(obj: PodObject, override: bool) -> str:
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
-def _trouble(obj: PodObject) -> Trouble | None:
+# -- what is wrong with it -----------------------------------------------------------------------
+
+_NONE: tuple[None, float] = None, math.inf
+
+
+def _trouble(obj: PodObject, ready: bool) -> tuple[Trouble | None, float]:
+    """What is wrong, and the Unix time at which it will be over if its container goes on running.
+
+    Of several containers' troubles, the one that lasts longest.
+    """
     status = obj.status
+    if not ready:
+        trouble = _pod_trouble(status)
+        if trouble is not None:
+            return trouble, math.inf
+    if status.phase in ("Succeeded", "Failed"):
+        return _NONE
+    found = [
+        (trouble, until_s)
+        for container in (*status.init_container_statuses, *status.container_statuses)
+        for trouble, until_s in (_container_trouble(obj, container),)
+        if trouble is not None
+    ]
+    return max(found, key=lambda one: one[1]) if found else _NONE
+
+
+def _pod_trouble(status: _Status) -> Trouble | None:
     if status.phase == "Failed":
         return Trouble(_word(status.reason) or "Failed", status.message[:MESSAGE_MAX_CHARS])
     for condition in status.conditions:
         if condition.type == "PodScheduled" and condition.status == "False":
-            return Trouble(
-                _word(condition.reason) or "Unschedulable", condition.message[:MESSAGE_MAX_CHARS]
-            )
-    for container in status.container_statuses:
-        last = container.last_state.terminated or container.state.terminated
-        if last is not None and last.reason == "OOMKilled":
-            return Trouble("OOMKilled", f"container {container.name} ran out of memory")
-        waiting = container.state.waiting
-        if waiting is None or (waiting.reason in _STARTING and not waiting.message):
-            continue
-        if waiting.reason == "CrashLoopBackOff":  # its message counts seconds: not for a status
-            code = f" (exit code {last.exit_code})" if last is not None else ""
-            return Trouble(
-                waiting.reason, f"container {container.name} keeps exiting{code}; see its logs"
-            )
-        if waiting.reason in ("ErrImagePull", "ImagePullBackOff"):  # they come in turns
-            return Trouble(
-                "ImagePullBackOff", f"the image of container {container.name} cannot be pulled"
-            )
-        return Trouble(_word(waiting.reason) or "Waiting", waiting.message[:MESSAGE_MAX_CHARS])
+            reason = _word(condition.reason) or "Unschedulable"
+            return Trouble(reason, condition.message[:MESSAGE_MAX_CHARS])
     return None
+
+
+def _container_trouble(obj: PodObject, container: _ContainerStatus) -> tuple[Trouble | None, float]:
+    waiting = container.state.waiting
+    if waiting is not None and waiting.reason != "CrashLoopBackOff":
+        trouble = _waiting_trouble(container.name, waiting)
+        if trouble is not None:
+            return trouble, math.inf
+    last = _last_exit(obj, container)
+    looping = _is_looping(obj, container, last)
+    if last is None:
+        message = f"container {container.name} keeps exiting; see its logs"
+        return (Trouble("CrashLoopBackOff", message), math.inf) if looping else _NONE
+    if container.ready and not looping:
+        return _NONE
+    until_s = math.inf
+    if container.state.running is not None and container.state.running.started_at is not None:
+        until_s = container.state.running.started_at.timestamp() + RECOVERED_AFTER_S
+        until_s += 0.0 if container.ready else last.ran_s  # it may fail where it failed before
+    return _exit_trouble(container.name, last, looping), until_s
+
+
+def _waiting_trouble(name: str, waiting: _Waiting) -> Trouble | None:
+    if waiting.reason in _STARTING and not waiting.message:
+        return None
+    if waiting.reason in ("ErrImagePull", "ImagePullBackOff"):  # the kubelet alternates them
+        return Trouble("ImagePullBackOff", f"the image of container {name} cannot be pulled")
+    return Trouble(_word(waiting.reason) or "Waiting", waiting.message[:MESSAGE_MAX_CHARS])
+
+
+def _exit_trouble(name: str, last: _Exit, looping: bool) -> Trouble:
+    output = _last_lines(last.message)
+    if last.reason == "OOMKilled":
+        return Trouble("OOMKilled", f"container {name} ran out of memory", output)
+    if looping:  # the kubelet's own message counts seconds, so it would change all the time
+        reason, message = "CrashLoopBackOff", f"keeps exiting (exit code {last.exit_code})"
+    else:
+        reason = "ContainerExited"
+        message = f"exited (exit code {last.exit_code}) and is starting again"
+    hint = "" if output else "; see its logs"
+    return Trouble(reason, f"container {name} {message}{hint}", output)
+
+
+def _last_exit(obj: PodObject, container: _ContainerStatus) -> _Exit | None:
+    """The container's last exit, if that is a failure of its own."""
+    last = container.state.terminated or container.last_state.terminated
+    if last is None or last.reason in _NODE_EXITS or obj.metadata.deletion_timestamp is not None:
+        return None
+    may_end = obj.spec.restart_policy != "Always" or container in obj.status.init_container_statuses
+    return None if may_end and last.exit_code == 0 else last
+
+
+def _is_looping(obj: PodObject, container: _ContainerStatus, last: _Exit | None) -> bool:
+    """Whether it has failed twice, and the last time soon or before it was ever ready."""
+    waiting = container.state.waiting
+    if waiting is not None and waiting.reason == "CrashLoopBackOff":
+        return True
+    exits = container.restart_count + (container.state.running is None)
+    if last is None or exits < 2:
+        return False
+    if last.ran_s < RECOVERED_AFTER_S:
+        return True
+    # Ready turned False when the last run ended if that run was ready, else before it began.
+    since_s = max(
+        (_seconds(c.last_transition_time) for c in obj.status.conditions if c.type == "Ready"),
+        default=0.0,
+    )
+    return not container.ready and since_s <= _seconds(last.started_at)
+
+
+def _last_lines(message: str) -> str:
+    """The end of a termination message as one line of printable characters."""
+    lines = (" ".join(line.split()) for line in _ESCAPES.sub("", message).splitlines())
+    text = " | ".join(line for line in lines if line)
+    text = "".join(c for c in text if c.isprintable())
+    return text if len(text) <= OUTPUT_MAX_CHARS else "…" + text[1 - OUTPUT_MAX_CHARS :]
 
 
 def _word(reason: str) -> str:

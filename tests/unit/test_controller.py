@@ -6,7 +6,9 @@ import asyncio
 import copy
 import itertools
 import random
+import time
 from collections import defaultdict
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
@@ -713,3 +715,25 @@ async def test_a_name_comes_again_when_its_work_asks_for_it():
     await asyncio.sleep(60.0)
     assert [round(b - a) for a, b in itertools.pairwise(times)] == [5, 5]
     await queue.stop()
+
+
+async def test_degraded_ends_by_itself_once_a_container_has_run_for_long_enough(world, monkeypatch):
+    start_s = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+    monkeypatch.setattr(time, "time", lambda: start_s + now_s())
+    world.auto_ready = False
+    world.start()
+    world.apply(replicas=1)
+    await world.until(world.pods)
+    times = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:01:00Z"}
+    server = {
+        "name": "server",
+        "restartCount": 2,
+        "state": {"running": {"startedAt": "2026-01-01T00:02:00Z"}},
+        "lastState": {"terminated": {"exitCode": 1, "message": "no GPU", **times}},
+    }
+    world.set_status(world.pods()[0], {"phase": "Running", "containerStatuses": [server]})
+    await world.until(lambda: world.condition("Degraded") == ("True", "CrashLoopBackOff"))
+    await asyncio.sleep(600.0)
+    assert world.condition("Degraded") == ("True", "CrashLoopBackOff")
+    await world.until(lambda: world.condition("Degraded") == ("False", "AsExpected"), 300.0)
+    assert now_s() >= 120 + 600 + 60

@@ -42,6 +42,10 @@ def pod(engine="VLLM", config=CONFIG, **spec):
     return build_pod(model(engine, **spec), config)
 
 
+def hash_label(built):
+    return built["metadata"]["labels"]["pod-hash"]
+
+
 def server(built):
     (container,) = built["spec"]["containers"]
     assert container["name"] == "server"
@@ -74,7 +78,7 @@ def test_labels_say_which_model_and_engine_a_pod_serves(engine):
         "app.kubernetes.io/instance": f"{engine.lower()}-m",
         "app.kubernetes.io/managed-by": "kubeai",
     }
-    assert hash_ == pod_hash(pod(engine))
+    assert hash_ == pod(engine)["metadata"]["labels"]["pod-hash"]
     assert "name" not in metadata
     assert metadata["namespace"] == "ns"
     (owner,) = metadata["ownerReferences"]
@@ -516,7 +520,7 @@ def test_patches_are_applied_in_order_and_count_in_the_hash():
     assert built["spec"]["priorityClassName"] == "high"
     assert built["metadata"]["annotations"]["x/y"] == "z"
     assert "livenessProbe" not in server(built)
-    assert built["metadata"]["labels"]["pod-hash"] == pod_hash(built) != pod_hash(pod())
+    assert hash_label(built) != hash_label(pod())
 
 
 def test_building_pods_does_not_change_the_config():
@@ -573,6 +577,35 @@ def test_the_hash_fits_a_label_and_a_name_and_stays_the_same():
     hash_ = pod_hash({"metadata": {}, "spec": {"containers": []}})
     assert hash_ == "cnmyvzfm"  # a new release must not replace every pod
     assert len(f"model-{'a' * 40}-{hash_}-12345") <= 63
+
+
+ADAPTERS = [{"name": "a", "url": "hf://a/b"}]
+
+
+@pytest.mark.parametrize(
+    ("spec", "hash_"), [({}, "tgolajh2"), ({"adapters": ADAPTERS}, "cjamrdus")]
+)
+def test_a_new_release_does_not_replace_the_pods_of_the_last_one(spec, hash_):
+    """The hashes that pods were given before containers had a terminationMessagePolicy."""
+    assert hash_label(pod(**spec)) == hash_
+
+
+def test_a_container_that_fails_leaves_the_end_of_its_log_in_the_pods_status():
+    config = patched(
+        {"op": "add", "path": "/spec/initContainers", "value": [{"name": "first"}]},
+    )
+    spec = pod(config=config, adapters=ADAPTERS)["spec"]
+    containers = [*spec["initContainers"], *spec["containers"]]
+    assert [container["name"] for container in containers] == ["first", "server", "loader"]
+    policies = {container["terminationMessagePolicy"] for container in containers}
+    assert policies == {"FallbackToLogsOnError"}
+
+
+def test_a_patch_may_choose_another_termination_message_policy():
+    path = "/spec/containers/0/terminationMessagePolicy"
+    built = pod(config=patched({"op": "add", "path": path, "value": "File"}))
+    assert server(built)["terminationMessagePolicy"] == "File"
+    assert hash_label(built) != hash_label(pod())
 
 
 @pytest.mark.parametrize(

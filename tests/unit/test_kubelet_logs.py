@@ -93,8 +93,16 @@ async def test_following_goes_on_through_a_rotation_until_the_container_ends(log
     assert b"".join(got) == b"d\ne\nlast words\n"
 
 
-async def test_the_last_lines_are_without_their_times(log):
-    assert last_lines(log) == "c\nc\n"
+async def test_the_last_lines_are_without_their_times_and_whole_over_a_rotation(log):
+    assert last_lines(log) == "a\nb\ncc\n\n"
+
+
+async def test_of_the_last_lines_there_are_80_and_2048_bytes_at_most(tmp_path):
+    path = tmp_path / "0.log"
+    path.write_text("".join(record(0, f"{n}") for n in range(2000)))
+    assert last_lines(path) == "".join(f"{n}\n" for n in range(1920, 2000))
+    path.write_text(record(0, "x" * 3000) + record(0, "the end"))
+    assert last_lines(path) == "x" * (2048 - len("\nthe end\n")) + "\nthe end\n"
 
 
 class Logs:

@@ -268,7 +268,8 @@ def test_restarts_back_off_from_10_s_to_5_min_and_begin_anew_after_10_min():
 
 
 async def test_a_crashing_container_is_restarted_and_says_so(run):
-    pod = run({"command": [*PYTHON, "print('the reason'); raise SystemExit(7)"]})
+    command = [*PYTHON, "print('the reason'); raise SystemExit(7)"]
+    pod = run({"command": command, "terminationMessagePolicy": "FallbackToLogsOnError"})
     await pod.until(lambda: pod.container()["restartCount"] >= 3)
     reasons = [
         s["containerStatuses"][0]["state"].get("waiting", {}).get("reason") for s in pod.statuses
@@ -279,6 +280,38 @@ async def test_a_crashing_container_is_restarted_and_says_so(run):
     assert ended["message"].strip() == "the reason"
     logs = pod.runner.host.pod_directory(pod.runner.pod.metadata) / "server"
     assert len(list(logs.glob("*.log"))) <= 2
+
+
+async def test_without_the_policy_a_failed_containers_log_is_no_termination_message(run):
+    pod = run(
+        {"command": [*PYTHON, "print('private'); raise SystemExit(7)"]}, restartPolicy="Never"
+    )
+    await pod.over()
+    assert "message" not in pod.container()["state"]["terminated"]
+
+
+WRITE_LAST_WORDS = """
+print("in the log")
+with open("/kubeai-test-last-words", "w") as file: file.write("x" * 5000 + "the reason")
+raise SystemExit(7)
+"""
+
+
+async def test_a_container_may_write_its_termination_message_to_a_file(run):
+    path, policy = "/kubeai-test-last-words", "FallbackToLogsOnError"
+    pod = run(
+        {
+            "command": [*PYTHON, WRITE_LAST_WORDS],
+            "terminationMessagePath": path,
+            "terminationMessagePolicy": policy,
+        },
+        restartPolicy="Never",
+    )
+    await pod.over()
+    message = pod.container()["state"]["terminated"]["message"]
+    assert len(message) == 4096
+    assert message.endswith("xthe reason")
+    assert path.strip("/") not in os.listdir("/")
 
 
 async def test_the_first_restart_is_at_once(run, host):
@@ -543,6 +576,7 @@ async def test_a_kubelet_that_leaves_has_its_pods_started_by_the_next(run, polic
     assert pod.log() == ["up", "told"]
     assert (left["phase"], is_ready(left)) == ("Running", False)
     assert pod.container()["state"]["waiting"]["reason"] == "KubeletStopped"
+    assert pod.container()["lastState"]["terminated"]["reason"] == "KubeletStopped"
     again = run({"command": SLEEP}, status=left, restartPolicy=policy)
     await again.until_ready()
     assert again.container()["restartCount"] == 1

@@ -118,6 +118,12 @@ def test_a_container_is_shown_as_kubectl_expects():
     assert completed == {"terminated": {"exitCode": 0, "reason": "Completed"}}
 
 
+def test_all_termination_messages_of_a_pod_are_at_most_12_kib():
+    last = Terminated(1, "Error", "x" * 4096)
+    shown = status(pod(), [record(UP, last=last) for _ in range(4)])["containerStatuses"]
+    assert {len(c["lastState"]["terminated"]["message"]) for c in shown} == {3072}
+
+
 def test_an_outcome_is_told_with_its_reason():
     answer = status(pod(), [record(BAD)], outcome=PodOutcome("Failed", "DeadlineExceeded", "late"))
     assert (answer["phase"], answer["reason"]) == ("Failed", "DeadlineExceeded")

@@ -382,6 +382,20 @@ def test_a_replica_that_cannot_start_is_told_while_others_serve(others):
     assert progressing.message.endswith("CrashLoopBackOff: container server keeps exiting")
 
 
+def test_conditions_show_the_last_lines_of_a_container_that_fails_until_it_has_recovered():
+    trouble = Trouble("CrashLoopBackOff", "container server keeps exiting", "CUDA error")
+    until_s = NOW.timestamp() + 1
+    failing = make_pod("a", ready=False, trouble=trouble, trouble_until_s=until_s)
+    *_, status = plan_of(make_model(replicas=1), failing)
+    told = {c.type: c.message for c in status.conditions}
+    text = "container server keeps exiting: CUDA error"
+    assert told["Ready"] == told["Degraded"] == text
+    assert told["Progressing"].endswith(text)
+    recovered = msgspec.structs.replace(failing, trouble_until_s=NOW.timestamp())
+    *_, status = plan_of(make_model(replicas=1), recovered)
+    assert conditions(status)["Degraded"] == ("False", "AsExpected")
+
+
 def test_a_refused_creation_is_told_and_tried_again():
     trouble = Trouble("PodRefused", "exceeded quota")
     creates, *_, status = plan_of(make_model(replicas=1), create_error=trouble)

@@ -17,7 +17,7 @@ import msgspec
 
 BLOCK_BYTES = 64 << 10
 FOLLOW_INTERVAL_S = 0.1
-LAST_LINES_MAX_BYTES = 1024
+LAST_LINES_MAX, LAST_LINES_MAX_BYTES = 80, 2048  # the kubelet's limits
 
 
 class LogQuery(msgspec.Struct, frozen=True):
@@ -48,15 +48,43 @@ async def read_log(
 
 
 def last_lines(path: Path) -> str:
-    """The end of a log, for a message to a person; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * LAST_LINES_MAX_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return ""
-    texts = [parts[3] for line in lines if len(parts := line.split(b" ", 3)) == 4]
-    return b"\n".join(texts)[-LAST_LINES_MAX_BYTES:].decode(errors="replace")
+    """The end of a log, for a termination message; empty where there is none.
+
+    The log may have been rotated a moment ago, so the file before it is read too.
+    """
+    text = b""
+    for part in (path, path.with_name(path.name + ".1")):
+        text = _last_text(part) + text
+        if len(text) >= LAST_LINES_MAX_BYTES:
+            break
+    lines = text.split(b"\n")
+    text = b"\n".join(lines[-LAST_LINES_MAX - 1 :])  # after the last newline there is no line
+    return text[-LAST_LINES_MAX_BYTES:].decode(errors="ignore")
+
+
+def _last_text(path: Path) -> bytes:
+    """At least LAST_LINES_MAX_BYTES of the text at the end of a file, as far as there are."""
+    read_bytes = 4 * LAST_LINES_MAX_BYTES
+    while True:
+        try:
+            with path.open("rb") as file:
+                start = max(0, os.fstat(file.fileno()).st_size - read_bytes)
+                file.seek(start)
+                records = file.read().split(b"\n")
+        except OSError:
+            return b""
+        text = b"".join(map(_content, records[1:] if start else records))
+        if not start or len(text) >= LAST_LINES_MAX_BYTES:
+            return text
+        read_bytes *= 4  # short lines, or empty ones: a record's head is longer than its text
+
+
+def _content(record: bytes) -> bytes:
+    """The text of one record; a partial one (tagged P) goes on in the next."""
+    parts = record.split(b" ", 3)
+    if len(parts) < 4:
+        return b""
+    return parts[3] + (b"" if parts[2] == b"P" else b"\n")
 
 
 class _Reader:

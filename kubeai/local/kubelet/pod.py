@@ -146,6 +146,9 @@ class VolumeMount(_Camel, frozen=True):
     read_only: bool = False
 
 
+TERMINATION_LOG = "/dev/termination-log"  # the API's default for terminationMessagePath
+
+
 class Container(_Camel, frozen=True):
     name: str
     image: str = ""
@@ -161,6 +164,8 @@ class Container(_Camel, frozen=True):
     readiness_probe: Probe | None = None
     liveness_probe: Probe | None = None
     lifecycle: Lifecycle = Lifecycle()
+    termination_message_path: str = TERMINATION_LOG
+    termination_message_policy: Literal["File", "FallbackToLogsOnError"] = "File"
     restart_policy: RestartPolicy | None = None  # an init container's: Always makes it a sidecar
 
     def port(self, wanted: int | str) -> int:

@@ -24,7 +24,6 @@ import msgspec
 
 from kubeai.errors import KubeAIError
 from kubeai.local.kubelet import programs
-from kubeai.local.kubelet.logs import last_lines
 from kubeai.local.kubelet.memory import MemoryGuard
 from kubeai.local.kubelet.pod import (
     Condition,
@@ -51,6 +50,7 @@ from kubeai.local.kubelet.process import (
     StartError,
 )
 from kubeai.local.kubelet.status import PodOutcome, Record, pod_status, timestamp
+from kubeai.local.kubelet.termination import termination_message, termination_mounts
 from kubeai.local.kubelet.volumes import Objects, mounts_of, prepare_volumes
 from kubeai.logs import get_logger
 
@@ -233,8 +233,11 @@ class ContainerRunner:
         reason, message = "Completed" if end.code == 0 else "Error", end.message
         if self._cause is not None:
             reason, message = self._cause[0] or reason, self._cause[1]
-        elif end.code and not message:
-            message = last_lines(self._log_path(self.record.restarts))
+        directory = self._host.pod_directory(self._pod.pod.metadata)
+        own = termination_message(
+            self.spec, directory, self._log_path(self.record.restarts), end.code
+        )
+        message = message or own
         return Terminated(
             end.code,
             reason,
@@ -287,7 +290,10 @@ class ContainerRunner:
             env=self._env,
             cwd=cwd,
             log=self._log_path(self.record.restarts + self._has_run),
-            mounts=mounts_of(pod, spec, self._pod.places, declared),
+            mounts=(
+                *mounts_of(pod, spec, self._pod.places, declared),
+                *termination_mounts(spec, directory),
+            ),
             root=directory / ".root" / spec.name,
             namespace=self._host.namespace,
         )
@@ -610,8 +616,8 @@ class PodRunner:
         await self.stop(grace_s)
         await self.over.wait()
         for record in going:
-            if isinstance(record.state, Terminated):
-                record.last = record.state
+            if isinstance(record.state, Terminated):  # and not because the container failed
+                record.last = msgspec.structs.replace(record.state, reason="KubeletStopped")
             record.state = Waiting("KubeletStopped", "starts again with the kubelet")
         self.changed()
 

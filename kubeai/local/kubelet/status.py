@@ -21,6 +21,7 @@ from kubeai.local.kubelet.pod import (
 )
 
 Object = dict[str, Any]
+TERMINATION_MESSAGES_MAX_BYTES = 12 << 10  # of one pod: each container has its share of it
 OUR_CONDITIONS = ("PodScheduled", "Initialized", "ContainersReady", "Ready")
 
 
@@ -73,6 +74,7 @@ def pod_status(
     ]
     # Conditions of others (a readiness gate's) are kept: a merge patch replaces the whole list.
     conditions += [c for c in pod.status.conditions if c.type not in OUR_CONDITIONS]
+    share_bytes = TERMINATION_MESSAGES_MAX_BYTES // max(1, len(init) + len(main))
     return {
         "phase": phase,
         "reason": outcome.reason or None if outcome else None,
@@ -84,8 +86,8 @@ def pod_status(
         "podIPs": [{"ip": ip}],
         "startTime": start_time,
         "qosClass": _qos(pod),
-        "initContainerStatuses": [_container_status(r) for r in init] or None,
-        "containerStatuses": [_container_status(r) for r in main],
+        "initContainerStatuses": [_container_status(r, share_bytes) for r in init] or None,
+        "containerStatuses": [_container_status(r, share_bytes) for r in main],
     }
 
 
@@ -190,7 +192,7 @@ def _condition(condition: Condition) -> Object:
     return {key: value for key, value in fields.items() if value}
 
 
-def _container_status(record: Record) -> Object:
+def _container_status(record: Record, message_max_bytes: int) -> Object:
     return {
         "name": record.name,
         "image": record.image,
@@ -199,13 +201,16 @@ def _container_status(record: Record) -> Object:
         "ready": record.ready,
         "started": record.started,
         "restartCount": record.restarts,
-        "state": _state(record.state),
-        "lastState": _state(record.last) if record.last else {},
+        "state": _state(record.state, message_max_bytes),
+        "lastState": _state(record.last, message_max_bytes) if record.last else {},
     }
 
 
-def _state(state: Waiting | Running | Terminated) -> Object:
+def _state(state: Waiting | Running | Terminated, message_max_bytes: int) -> Object:
     fields = msgspec.to_builtins(state)
+    if isinstance(state, Terminated):
+        message = state.message.encode()[:message_max_bytes]
+        fields["message"] = message.decode(errors="ignore")
     kept = {key: value for key, value in fields.items() if value or key == "exitCode"}
     return {type(state).__name__.lower(): kept}
 
