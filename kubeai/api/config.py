@@ -112,10 +112,18 @@ class ModelServers(_Section, frozen=True, kw_only=True):
         return servers[engine].images
 
 
+class Resources(_Section, frozen=True, kw_only=True):
+    """What a container gets (Kubernetes' ResourceRequirements)."""
+
+    requests: dict[str, Quantity] = {}
+    limits: dict[str, Quantity] = {}
+
+
 class ModelLoading(_Section, frozen=True, kw_only=True):
     """What copies weights into caches and adapters into pods."""
 
     image: str = "ghcr.io/kubeai-project/kubeai-model-loader:v0.14.0"
+    resources: Resources = Resources()  # of load and evict Jobs, and of the adapters' loader
 
 
 class Toleration(_Section, frozen=True, kw_only=True, omit_defaults=True):

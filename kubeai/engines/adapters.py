@@ -11,7 +11,7 @@ import msgspec
 
 from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model
-from kubeai.engines.server import Object
+from kubeai.engines.server import Object, container_resources
 from kubeai.engines.sources import environment, every_source
 
 LABEL_PREFIX = "adapter.kubeai.org/"  # + an adapter's name, on a pod
@@ -67,6 +67,7 @@ def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) 
         "command": ["sh", "-c", _SLEEP],
         "env": environment(model, {}, {}, source),
         "envFrom": msgspec.to_builtins(model.spec.env_from),
+        "resources": container_resources(config.model_loading.resources),
         "securityContext": config.model_server_pods.security_context,
         "volumeMounts": [mount, *source.mounts],
     }

@@ -5,6 +5,7 @@ Pure. The operator decides when each is made (`kubeai.operator.cache`); pods mou
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -12,7 +13,13 @@ import msgspec
 from kubeai.api.config import CacheProfile, ModelServerPods, SystemConfig
 from kubeai.api.model import POD_MODEL_LABEL, Model, ModelURL, parse_url
 from kubeai.engines.files import owner_reference
-from kubeai.engines.server import MODEL_MOUNT, TERMINATION_MESSAGE, Object, literal
+from kubeai.engines.server import (
+    MODEL_MOUNT,
+    TERMINATION_MESSAGE,
+    Object,
+    container_resources,
+    literal,
+)
 from kubeai.engines.sources import environment, source
 from kubeai.errors import ModelError
 
@@ -23,6 +30,7 @@ LOAD_JOB_PREFIX, EVICT_JOB_PREFIX = "load-cache-", "evict-cache-"
 ANNOTATION_PREFIX = "models.kubeai.org/"  # on the claim: this Model's files are whole
 JOB_TTL_S = 60
 EVICT_LIMIT_S = 900  # then the Model may go though its files stay
+JOB_HASH_ANNOTATION = "kubeai.org/job-hash"  # of the Job's manifest
 JOB_LABEL = "kubeai.org/job"  # on the pods of Jobs, which are no replicas
 _VOLUME = "models"
 # A Model's folder is not mounted alone: as a volume's root it could neither appear by one rename,
@@ -145,6 +153,7 @@ def _job(
     }
     container["image"] = config.model_loading.image
     container["securityContext"] = _whose_folders(pods) | pods.security_context
+    container["resources"] = container_resources(config.model_loading.resources)
     container.setdefault(*TERMINATION_MESSAGE)
     pod: dict[str, Any] = {
         "serviceAccountName": pods.service_account_name,
@@ -176,4 +185,11 @@ def _job(
     }
     # A plain copy: parts of it are the config's own.
     plain: Object = msgspec.json.decode(msgspec.json.encode(job))
+    digest = hashlib.blake2b(msgspec.json.encode(plain["spec"], order="sorted"), digest_size=8)
+    plain["metadata"]["annotations"] = {JOB_HASH_ANNOTATION: digest.hexdigest()}
     return plain
+
+
+def job_hash(job: Object) -> str:
+    """Changes with the spec of a Job, as `load_job` and `evict_job` make it."""
+    return str(job["metadata"]["annotations"][JOB_HASH_ANNOTATION])

@@ -44,6 +44,7 @@ from kubeai.engines.server import (
     TERMINATION_MESSAGE,
     Object,
     Server,
+    container_resources,
     http_probe,
 )
 from kubeai.errors import ModelError
@@ -170,13 +171,12 @@ def _container(
     server: Server,
     source: sources.Source,
 ) -> Object:
-    resources = {"requests": profile.requests, "limits": profile.limits}
     optional: dict[str, Any] = {
         "command": server.command,
         "args": [*server.args, *model.spec.args, *server.more_args],
         "env": sources.environment(model, server.env, server.pod_fields, source),
         "envFrom": msgspec.to_builtins(model.spec.env_from),
-        "resources": {key: amounts for key, amounts in resources.items() if amounts},
+        "resources": container_resources(profile),
         "securityContext": config.model_server_pods.security_context,
     }
     return {

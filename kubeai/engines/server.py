@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from kubeai.api.config import ResourceProfile, Resources
+
 PORT = 8000
 PORT_NAME = "http"
 SERVER_CONTAINER = "server"
@@ -31,6 +33,12 @@ class Server(msgspec.Struct, kw_only=True):
 def literal(text: str) -> str:
     """``text`` for a command, an argument or a variable, where Kubernetes expands ``$(NAME)``."""
     return text.replace("$", "$$")
+
+
+def container_resources(resources: Resources | ResourceProfile) -> dict[str, dict[str, str]]:
+    """Requests and limits as a container has them. Empty ones are left out."""
+    amounts = {"requests": resources.requests, "limits": resources.limits}
+    return {key: value for key, value in amounts.items() if value}
 
 
 def http_probe(path: str, *, period_s: int, failures: int, timeout_s: int) -> Object:

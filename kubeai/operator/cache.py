@@ -31,6 +31,8 @@ class Job(msgspec.Struct, frozen=True):
     going: bool = False  # being deleted
     complete: bool = False
     failed: str = ""  # why, once it will not be tried again
+    podless: bool = False  # it should have a pod and has none
+    hash: str = ""  # of the manifest that it was made from
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -39,6 +41,7 @@ class Claim(msgspec.Struct, frozen=True):
     name: str
     uid: str
     going: bool = False
+    unbound: bool = False  # it never had a volume, so nothing was ever written to it
     loaded: dict[str, str] = {}  # a Model's name → uid of the Model whose files are whole
 
 
@@ -52,7 +55,7 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True):
     has_jobs: bool = True  # False: the API does not serve Jobs
     may_load: bool = True  # False: loading failed lately, wait before the next try
     failure: str = ""  # why the last try failed
-    trouble: Trouble | None = None  # why the Job's pod does not get on
+    trouble: Trouble | None = None  # why the Job's pod does not get on, or why it has none
 
 
 class CreateClaim(msgspec.Struct, frozen=True):
@@ -134,15 +137,35 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
             actions.append(AnnotateClaim(claim.name, claim.uid, name, text))
         elif job.failed and view.may_load:
             actions.append(DeleteJob(job.name, job.uid, "it failed and is tried again"))
-    reason = "Loading" if view.may_load else "LoadFailed"
-    message = _loading(model, view)
-    return CachePlan(tuple(actions), reason=reason, message=message, failed=bool(view.failure))
+        elif not job.failed:
+            actions += _renew(job, manifests.load_job(model, config), view)
+    return CachePlan(
+        tuple(actions),
+        reason=_loading_reason(view),
+        message=_loading(model, view),
+        failed=bool(view.failure) or view.trouble is not None,
+    )
+
+
+def _renew(job: Job, manifest: dict[str, Any], view: CacheView) -> list[DeleteJob]:
+    """Delete a Job that does not get on if it would be made otherwise now: it cannot be edited."""
+    if view.trouble is None or job.going or job.hash == manifests.job_hash(manifest):
+        return []
+    return [DeleteJob(job.name, job.uid, "it does not get on, and the configuration has changed")]
+
+
+def _loading_reason(view: CacheView) -> str:
+    if not view.may_load:
+        return "LoadFailed"
+    if view.trouble is not None and view.trouble.reason in ("PodRefused", "NoPod"):
+        return view.trouble.reason
+    return "Loading"
 
 
 def _loading(model: Model, view: CacheView) -> str:
     message = f"loading {model.spec.url} into the claim {manifests.claim_name(model)}"
     if view.trouble is not None:
-        message += f", but {view.trouble.reason}: {view.trouble.message}"
+        message += f", but {view.trouble.reason}: {view.trouble.text}"
     if view.failure:
         message += f"; the last try failed ({view.failure}) and is made again, later each time"
     return message
@@ -151,8 +174,8 @@ def _loading(model: Model, view: CacheView) -> str:
 def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left: int) -> CachePlan:
     """The next step of removing the files of a Model that is being deleted.
 
-    It does not keep the Model for ever: without a claim, without Jobs in the API, and when the
-    Job has failed (EVICT_LIMIT_S at the latest), the Model may go.
+    It does not keep the Model for ever: without a claim, with one that was never bound, without
+    Jobs in the API, and when the Job has failed (EVICT_LIMIT_S at the latest), the Model may go.
     """
     if not model.spec.cache_profile:
         return CachePlan(finalizer=False)
@@ -165,10 +188,17 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
     if claim is None or claim.going:
         message = f"the claim {manifests.claim_name(model)} is gone, and the files with it"
         return CachePlan(reason="Evicted", message=message, finalizer=False)
+    if claim.unbound and view.load is None:  # a load that is still there may yet get a volume
+        message = f"the claim {claim.name} was never bound, so there are no files"
+        return CachePlan(reason="Evicted", message=message, finalizer=False)
     if not view.has_jobs:
         message = f"{folder} stays in the claim {claim.name}: the API does not serve batch/v1 Jobs"
         return CachePlan(reason="EvictFailed", message=message, failed=True, finalizer=False)
-    doing = CachePlan(reason="Evicting", message=_evicting(folder, claim, view))
+    doing = CachePlan(
+        reason="Evicting",
+        message=_evicting(folder, claim, view),
+        failed=view.trouble is not None,
+    )
     others = [one for one in (view.load, job) if one and (one is view.load or one.owner != uid)]
     if others:  # of the former, the first would go on writing
         why = "its Model is being deleted"
@@ -178,7 +208,8 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
         create = CreateJob(manifests.evict_job(model, config))
         return msgspec.structs.replace(doing, actions=(create,))
     if not job.complete and not job.failed:
-        return doing
+        renew = _renew(job, manifests.evict_job(model, config), view)
+        return msgspec.structs.replace(doing, actions=tuple(renew))
     if claim.loaded.get(name) == uid:
         forget = AnnotateClaim(claim.name, claim.uid, name, None)
         return msgspec.structs.replace(doing, actions=(forget,))
@@ -191,5 +222,5 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
 def _evicting(folder: str, claim: Claim, view: CacheView) -> str:
     message = f"removing {folder} from the claim {claim.name}"
     if view.trouble is not None:
-        message += f", but {view.trouble.reason}: {view.trouble.message}"
+        message += f", but {view.trouble.reason}: {view.trouble.text}"
     return message

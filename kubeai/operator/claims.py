@@ -31,6 +31,7 @@ from kubeai.operator.cache import (
 )
 from kubeai.operator.leader import Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
+from kubeai.operator.refusals import Refusals
 
 log = get_logger(__name__)
 RETRY_FIRST_S, RETRY_MAX_S = 10.0, 600.0  # before a load that failed is tried again
@@ -44,6 +45,8 @@ class _Condition(msgspec.Struct):
 
 
 class _JobStatus(msgspec.Struct):
+    active: int = 0
+    terminating: int = 0
     conditions: list[_Condition] = []
 
 
@@ -54,10 +57,15 @@ class JobObject(msgspec.Struct):
     status: _JobStatus = msgspec.field(default_factory=_JobStatus)
 
 
+class _ClaimStatus(msgspec.Struct):
+    phase: str = ""
+
+
 class ClaimObject(msgspec.Struct):
     """The part of a PersistentVolumeClaim that is decoded."""
 
     metadata: ObjectMeta
+    status: _ClaimStatus = msgspec.field(default_factory=_ClaimStatus)
 
 
 class _Annotation(msgspec.Struct):
@@ -103,6 +111,8 @@ class Claims:
         self._has_jobs, self._no_jobs_since_s = True, math.inf
         self._needed = asyncio.Event()
         self._patience: dict[str, _Patience] = {}  # uid of a Model →
+        self._outputs: dict[str, str] = {}  # uid of a Model → what its loader last said, failing
+        self._refusals = Refusals(kube, namespace, self._refusal_changed, clock)
 
     async def run(self) -> None:
         """Follow both collections, for ever, once :attr:`pending` has been asked."""
@@ -124,7 +134,12 @@ class Claims:
                 changed=self._job_changed,
                 failed=self._jobs_failed,
             ),
+            self._refusals.run(),
         )
+
+    def rest(self) -> None:
+        """This replica no longer leads."""
+        self._refusals.rest()
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -143,20 +158,33 @@ class Claims:
             return CacheView(unknown=unknown), None
         name, uid = model.metadata.name, model.metadata.uid
         load = self._job(manifests.LOAD_JOB_PREFIX + name)
+        evict = self._job(manifests.EVICT_JOB_PREFIX + name)
+        leaving = model.metadata.deletion_timestamp is not None
+        trouble, podless_s = self._trouble(evict if leaving else load, troubles)
+        if trouble is not None and trouble.output:
+            self._outputs[uid] = trouble.output
         wait_s = self._wait_s(uid, load)
         patience = self._patience.get(uid)
-        leaving = model.metadata.deletion_timestamp is not None
-        prefix = manifests.EVICT_JOB_PREFIX if leaving else manifests.LOAD_JOB_PREFIX
         view = CacheView(
             claim=self._claims.get(manifests.claim_name(model), (0, None))[1],
             load=load,
-            evict=self._job(manifests.EVICT_JOB_PREFIX + name),
+            evict=evict,
             has_jobs=self._has_jobs,
             may_load=wait_s is None,
             failure="" if patience is None else patience.failure,
-            trouble=troubles.get(prefix.rstrip("-")),
+            trouble=trouble,
         )
-        return view, wait_s
+        return view, min((s for s in (wait_s, podless_s) if s is not None), default=None)
+
+    def _trouble(
+        self, job: Job | None, troubles: dict[str, Trouble]
+    ) -> tuple[Trouble | None, float | None]:
+        """What keeps a Job from getting on, and seconds until that may be another answer."""
+        if job is None:
+            return None, None
+        purpose = job.name.removesuffix(_model_of(job.name)).rstrip("-")
+        trouble, wait_s = self._refusals.trouble(job)
+        return troubles.get(purpose, trouble), wait_s
 
     def _unknown(self) -> str:
         """Why nothing can be said yet; empty when all is read."""
@@ -170,20 +198,23 @@ class Claims:
 
     def _wait_s(self, uid: str, load: Job | None) -> float | None:
         if load is not None and load.owner == uid and load.complete:
-            self._patience.pop(uid, None)
+            self.forget(uid)
         patience = self._patience.get(uid)
         if load is not None and load.owner == uid and load.failed:
             patience = self._patience.setdefault(uid, _Patience())
             if patience.job != load.uid:
-                patience.job, patience.failure = load.uid, load.failed
+                output = self._outputs.get(uid)
+                patience.job = load.uid
+                patience.failure = f"{load.failed}: {output}" if output else load.failed
                 patience.until_s = self._clock() + patience.backoff.next_s()
         if patience is None or patience.until_s <= self._clock():
             return None
         return patience.until_s - self._clock()
 
     def forget(self, uid: str) -> None:
-        """The Model is gone."""
+        """The Model is gone, or its files are loaded."""
         self._patience.pop(uid, None)
+        self._outputs.pop(uid, None)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -289,8 +320,14 @@ class Claims:
                 for key, value in meta.annotations.items()
                 if key.startswith(manifests.ANNOTATION_PREFIX)
             }
-            going = meta.deletion_timestamp is not None
-            self._claims[meta.name] = meta.version, Claim(meta.name, meta.uid, going, loaded)
+            claim = Claim(
+                name=meta.name,
+                uid=meta.uid,
+                going=meta.deletion_timestamp is not None,
+                unbound=obj.status.phase == "Pending" and not loaded,
+                loaded=loaded,
+            )
+            self._claims[meta.name] = meta.version, claim
 
     def _replace_jobs(self, objects: list[JobObject]) -> None:
         self._jobs.clear()
@@ -305,9 +342,13 @@ class Claims:
             _, job = self._jobs.get(obj.metadata.name, (0, None))
             if job is not None and job.uid == obj.metadata.uid:  # and not its successor
                 del self._jobs[obj.metadata.name]
+            self._refusals.forget(obj.metadata.uid)
         else:
             self._put_job(obj)
-        model = _model_of(obj.metadata.name)
+        self._refusal_changed(obj.metadata.name)
+
+    def _refusal_changed(self, job: str) -> None:
+        model = _model_of(job)
         if model:
             self._changed(model)
 
@@ -333,6 +374,8 @@ class Claims:
         if not _model_of(meta.name) or meta.version < version:
             return
         ends = {c.type: c.message for c in obj.status.conditions if c.status == "True"}
+        going, status = meta.deletion_timestamp is not None, obj.status
+        ended = going or ends.keys() & {"Complete", "Failed", "Suspended"}
         failed = (ends["Failed"] or "it failed")[:MESSAGE_MAX_CHARS] if "Failed" in ends else ""
         self._jobs[meta.name] = (
             meta.version,
@@ -340,15 +383,17 @@ class Claims:
                 name=meta.name,
                 uid=meta.uid,
                 owner=next((o.uid for o in meta.owner_references if o.controller), ""),
-                going=meta.deletion_timestamp is not None,
+                going=going,
                 complete="Complete" in ends,
                 failed=failed,
+                podless=not ended and not status.active and not status.terminating,
+                hash=meta.annotations.get(manifests.JOB_HASH_ANNOTATION, ""),
             ),
         )
 
 
 def _same_claim(one: Claim, other: Claim) -> bool:
-    return (one.uid, one.going) == (other.uid, other.going)
+    return (one.uid, one.going, one.unbound) == (other.uid, other.going, other.unbound)
 
 
 def _model_of(job: str) -> str:

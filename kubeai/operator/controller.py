@@ -152,6 +152,7 @@ class Controller:
     def rest(self) -> None:
         """This replica does not lead any more."""
         self._adapters.rest()
+        self.claims.rest()
 
     async def stop(self) -> None:
         await self.queue.stop()

@@ -32,6 +32,7 @@ from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
+from kubeai.operator.refusals import Refusals
 from kubeai.operator.scaling import Scaler
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -231,6 +232,7 @@ NEEDS = {
     "leases get": (Leader._look, "get(LEASES"),
     "leases create": (Leader._write, "create(LEASES"),
     "leases update": (Leader._write, "update(LEASES"),
+    "events list": (Refusals._read, "list(EVENTS"),
     "events create": (Events._send, "create(EVENTS"),
     "events patch": (Events._send, "patch(EVENTS"),
 }

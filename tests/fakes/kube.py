@@ -10,7 +10,7 @@ import msgspec
 
 from kubeai.api.config import parse_config
 from kubeai.api.model import Model
-from kubeai.kube import JOBS, MODELS, PODS, ApiError
+from kubeai.kube import EVENTS, JOBS, MODELS, PODS, ApiError
 from kubeai.operator.controller import Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
@@ -35,6 +35,13 @@ def merge(target, patch):
         else:
             target[key] = merge(target.get(key), value)
     return target
+
+
+def field(obj, path):
+    """What is at a dotted path of an object."""
+    for key in path.split("."):
+        obj = obj.get(key, {})
+    return obj
 
 
 class FakeLoads:
@@ -72,6 +79,7 @@ class FakeKube:
         self.version = 0
         self.listeners = []
         self.held_events = None  # a list: events are held back in it
+        self.lists = []  # resources, each time one is listed
         self.writes = []  # (seconds, verb, plural, name)
         self.before = lambda verb, plural, name: None  # may raise: the write is not done
         self.after = lambda verb, plural, name: None  # may raise: it is done, the answer is lost
@@ -133,6 +141,20 @@ class FakeKube:
     async def get(self, r, name, namespace="", *, type=dict):
         await asyncio.sleep(0.001)
         return self._as(copy.deepcopy(self._now(r.plural, name)), type)
+
+    async def list(self, r, namespace="", *, labels="", fields="", type=dict):
+        await asyncio.sleep(0.001)
+        self.lists.append(r.plural)
+        if r.plural in self.missing:
+            raise ApiError(403, "Forbidden", f"cannot list {r.plural}")
+        found = [o for (p, _), o in self.objects.items() if p == r.plural]
+        for wanted in filter(None, fields.split(",")):
+            path, _, value = wanted.partition("=")
+            found = [obj for obj in found if field(obj, path) == value]
+        for wanted in filter(None, labels.split(",")):
+            key, _, value = wanted.partition("=")
+            found = [o for o in found if o["metadata"].get("labels", {}).get(key) == value]
+        return [self._as(copy.deepcopy(obj), type) for obj in found], str(self.version)
 
     async def create(self, r, obj, namespace="", *, type=dict):
         name = obj["metadata"]["name"]
@@ -235,6 +257,7 @@ class World:
         self.auto_ready = True
         self.kube.listeners.append(self._node)
         self.kube.listeners.append(self._job)
+        self.refusal = None  # why Jobs get no pods; "": they get none, and nothing says why
         self.job_end = "Complete"  # how Jobs end, a moment after they were made; or None
         self.leader = self.store = self.controller = None
         self.events = FakeEvents()
@@ -296,7 +319,30 @@ class World:
 
     def _job(self, plural, kind, obj):
         if plural == "jobs" and kind == "ADDED":
-            asyncio.get_running_loop().call_later(0.05, self.end_job, obj["metadata"]["name"])
+            asyncio.get_running_loop().call_later(0.05, self.start_job, obj["metadata"]["name"])
+
+    def start_job(self, name):
+        """The Job gets a pod, or none, and ends."""
+        obj = self.kube.objects.get(("jobs", name))
+        if obj is None:
+            return
+        if self.refusal is None:
+            self.kube._keep(JOBS, merge(copy.deepcopy(obj), {"status": {"active": 1}}), "MODIFIED")
+            self.end_job(name)
+        elif self.refusal:
+            about = {"kind": "Job", "name": name, "uid": obj["metadata"]["uid"]}
+            refused = f'Error creating: pods "{name}-x2b4z" is forbidden: {self.refusal}'
+            self.kube._keep(
+                EVENTS,
+                {
+                    "metadata": {"name": f"{name}.1"},
+                    "involvedObject": about,
+                    "reason": "FailedCreate",
+                    "message": refused,
+                    "lastTimestamp": "2026-01-01T00:00:00Z",
+                },
+                "ADDED",
+            )
 
     def end_job(self, name, end=None):
         obj, end = self.kube.objects.get(("jobs", name)), end or self.job_end

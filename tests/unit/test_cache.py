@@ -258,6 +258,106 @@ async def test_what_keeps_the_job_from_getting_on_is_told(world):
     assert world.replicas() == {"all": 0, "ready": 0}
 
 
+def message(world, type_):
+    conditions = world.model().get("status", {}).get("conditions", [])
+    return next((c["message"] for c in conditions if c["type"] == type_), "")
+
+
+async def test_a_job_whose_pods_are_refused_says_why_until_it_has_one(world):
+    world.refusal = "exceeded quota: must specify cpu"
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.until(lambda: world.condition("CacheLoaded") == ("False", "PodRefused"))
+    assert world.condition("Degraded") == ("True", "CacheFailed")
+    words = 'pods "load-cache-m" is forbidden: exceeded quota: must specify cpu'
+    assert words in message(world, "Degraded")
+    writes = len(world.kube.writes)
+    await asyncio.sleep(600.0)  # the Events stay, the status too
+    assert len(world.kube.writes) == writes
+    world.refusal = None
+    world.start_job("load-cache-m")
+    await world.settled(1, 1)
+    assert world.condition("Degraded") == ("False", "AsExpected")
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+async def test_a_job_without_a_pod_is_reported_even_if_no_event_says_why(world, forbidden):
+    world.refusal = "exceeded quota" if forbidden else ""
+    if forbidden:
+        world.kube.missing.add("events")
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    waited_s = await world.until(lambda: world.condition("CacheLoaded") == ("False", "NoPod"), 90.0)
+    assert waited_s >= 60.0
+    assert "kubectl describe job load-cache-m" in message(world, "Degraded")
+
+
+async def test_the_events_of_any_number_of_jobs_are_one_list_and_only_while_jobs_have_no_pod(world):
+    world.refusal = "exceeded quota"
+    world.start(CONFIG)
+    names = [f"m{n}" for n in range(20)]
+    for name in names:
+        world.apply(name, replicas=0, cacheProfile="fast")
+    refused = ("False", "PodRefused")
+    await world.until(lambda: all(world.condition("CacheLoaded", n) == refused for n in names))
+    before = world.kube.lists.count("events")
+    await asyncio.sleep(300.0)
+    assert world.kube.lists.count("events") - before <= 11
+    world.refusal = None
+    for name in names:
+        world.start_job(f"load-cache-{name}")
+    await world.until(lambda: all(loaded(world, name) for name in names))
+    await asyncio.sleep(30.0)
+    before = world.kube.lists.count("events")
+    await asyncio.sleep(300.0)
+    assert world.kube.lists.count("events") == before
+
+
+async def test_a_refused_job_is_made_again_once_the_configuration_says_otherwise(world):
+    world.refusal = "exceeded quota"
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.until(lambda: world.condition("CacheLoaded") == ("False", "PodRefused"))
+    await world.stop()
+    world.refusal = None
+    loading = parse_config("modelLoading: {resources: {requests: {cpu: 1}}}").model_loading
+    world.start(msgspec.structs.replace(CONFIG, model_loading=loading))
+    await world.settled(1, 1, limit_s=120.0)
+    assert world.kube.count("create", "jobs") == 2
+
+
+async def test_a_model_whose_claim_was_never_bound_goes_at_once(world):
+    world.kube.admit = pending
+    world.job_end = None
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.until(lambda: world.jobs() == ["load-cache-m"])
+    world.delete()
+    await world.until(lambda: ("models", "m") not in world.kube.objects)
+    assert [name for _, name in made(world, "jobs")] == ["load-cache-m"]
+
+
+async def test_files_are_evicted_from_a_claim_that_was_bound_after_it_was_made(world):
+    world.kube.admit = pending
+    world.job_end = None
+    world.start(CONFIG)
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.until(lambda: world.jobs() == ["load-cache-m"])
+    claim = world.kube.objects[CLAIM] | {"status": {"phase": "Bound"}}
+    world.kube._keep(PVCS, claim, "MODIFIED")
+    world.delete()
+    await world.until(lambda: world.jobs() == ["evict-cache-m"])
+    world.end_job("evict-cache-m", "Complete")
+    await world.until(lambda: ("models", "m") not in world.kube.objects)
+
+
+def pending(obj):
+    """As the API admits a claim."""
+    if obj.get("kind") == "PersistentVolumeClaim":
+        return obj | {"status": {"phase": "Pending"}}
+    return obj
+
+
 @pytest.mark.parametrize("status", [409, 429, 500, 0])
 async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, status):
     def storm(verb, plural, name):

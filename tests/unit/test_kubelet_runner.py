@@ -47,7 +47,7 @@ class Objects:
     async def secret(self, namespace, name):
         return self.secrets.get(name)
 
-    async def has_claim(self, namespace, name):
+    async def open_claim(self, namespace, name):
         return False
 
 

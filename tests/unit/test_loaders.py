@@ -7,7 +7,7 @@ import pytest
 from kubeai.api.config import parse_config
 from kubeai.api.model import decode_model
 from kubeai.engines import build_pod
-from kubeai.engines.cache import claim, directory, evict_job, load_job
+from kubeai.engines.cache import claim, directory, evict_job, job_hash, load_job
 from kubeai.errors import ModelError
 
 CONFIG = parse_config("""
@@ -177,6 +177,27 @@ def test_the_pods_of_jobs_are_roots_as_a_fresh_volume_is_unless_the_config_says_
         "containers"
     ]
     assert container.get("securityContext") == user
+
+
+@pytest.mark.parametrize("make", [load_job, evict_job])
+def test_the_containers_of_jobs_have_the_configured_resources_and_show_why_they_fail(make):
+    text = "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}\n"
+    settings = "modelLoading: {resources: {requests: {cpu: 1}, limits: {memory: 2Gi}}}"
+    job = make(model(cacheProfile="fast"), parse_config(text + settings))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {"requests": {"cpu": "1"}, "limits": {"memory": "2Gi"}}
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    plain = make(model(cacheProfile="fast"), parse_config(text))
+    (container,) = plain["spec"]["template"]["spec"]["containers"]
+    assert "resources" not in container
+    assert job_hash(job) != job_hash(plain)
+
+
+def test_the_adapters_loader_has_the_configured_resources():
+    config = parse_config("modelLoading: {resources: {requests: {cpu: 1}}}")
+    built = build_pod(model(adapters=[{"name": "a", "url": "hf://a/b"}], image="i"), config)
+    loader = containers(built)["loader"]
+    assert loader["resources"] == {"requests": {"cpu": "1"}}
 
 
 def test_a_url_in_the_load_job_is_data():

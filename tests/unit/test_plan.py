@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from examples import some
 from kubeai.api.config import parse_config
 from kubeai.api.model import ModelStatusAdapter, decode_model
+from kubeai.engines.cache import job_hash, load_job
 from kubeai.operator.adapters import AdaptersView
 from kubeai.operator.cache import (
     FINALIZER,
@@ -440,18 +441,20 @@ def replace(value, **changes):
     return msgspec.structs.replace(value, **changes)
 
 
+CACHE_CONFIG = parse_config(
+    "resourceProfiles: {cpu: {requests: {cpu: 1}}}\n"
+    "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
+)
+
+
 def cached_model(meta=OURS, **spec):
     return make_model(meta, **({"cacheProfile": "fast", "replicas": 1} | spec))
 
 
 def cache_plan(model, view, *pods):
     """What is done, as "verb name" or the patch of the Model, and the plan's status."""
-    settings = parse_config(
-        "resourceProfiles: {cpu: {requests: {cpu: 1}}}\n"
-        "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
-    )
     done, status = [], None
-    for action in plan(model, settings, Observed(pods=pods, cache=view), NOW):
+    for action in plan(model, CACHE_CONFIG, Observed(pods=pods, cache=view), NOW):
         match action:
             case CreateClaim() | CreateJob() | CreatePod():
                 kind = action.manifest["kind"]
@@ -468,6 +471,8 @@ def cache_plan(model, view, *pods):
 
 
 NO_LOAD = replace(LOAD, owner="u0")
+REFUSED = Trouble("PodRefused", "exceeded quota")
+LOAD_HASH = job_hash(load_job(cached_model(), CACHE_CONFIG))
 LOADING_STEPS = [
     # the Model's finalizers, what is observed, what is done, the condition's reason
     ("first the finalizer", {}, CacheView(), [{"metadata": OURS}], "Loading"),
@@ -490,6 +495,14 @@ LOADING_STEPS = [
     ("and is made anew", OURS,
      CacheView(claim=CLAIM, load=replace(LOAD, failed="x"), failure="x"),
      ["delete load-cache-m"], "Loading"),
+    ("a Job without a pod is waited for", OURS,
+     CacheView(claim=CLAIM, load=replace(LOAD, hash=LOAD_HASH), trouble=REFUSED), [],
+     "PodRefused"),
+    ("and made again if it would be another one", OURS,
+     CacheView(claim=CLAIM, load=replace(LOAD, hash="old"), trouble=REFUSED),
+     ["delete load-cache-m"], "PodRefused"),
+    ("but not while it gets on", OURS, CacheView(claim=CLAIM, load=replace(LOAD, hash="old")), [],
+     "Loading"),
     ("nothing before all is read", OURS, CacheView(unknown="not read yet"), [], "Unknown"),
     ("a claim that goes is waited for", OURS, CacheView(claim=replace(LOADED, going=True)),
      [], "ClaimDeleted"),
@@ -517,6 +530,17 @@ def test_a_load_that_fails_is_told_with_its_reason():
     _, status = cache_plan(cached_model(), view)
     assert conditions(status)["Degraded"] == ("True", "CacheFailed")
     assert "BackoffLimitExceeded" in status.conditions[0].message
+
+
+@pytest.mark.parametrize("trouble", [REFUSED, Trouble("ImagePullBackOff", "no such image")])
+def test_a_load_that_does_not_get_on_is_degraded(trouble):
+    view = CacheView(claim=CLAIM, load=replace(LOAD, hash=LOAD_HASH), trouble=trouble)
+    _, status = cache_plan(cached_model(), view)
+    assert conditions(status)["Degraded"] == ("True", "CacheFailed")
+    assert trouble.message in next(c.message for c in status.conditions if c.type == "Degraded")
+    deleted = cached_model(DELETED | {"finalizers": [FINALIZER]})
+    _, status = cache_plan(deleted, replace(view, load=None, evict=EVICT, claim=LOADED))
+    assert conditions(status)["Degraded"] == ("True", "CacheFailed")
 
 
 def test_a_cache_profile_that_is_gone_is_named_and_the_pods_stay():
@@ -547,6 +571,12 @@ EVICTION_STEPS = [
      [{"metadata": {"finalizers": ["theirs"]}}], "EvictFailed"),
     ("also without a claim", CacheView(), [], [{"metadata": {"finalizers": ["theirs"]}}],
      "Evicted"),
+    ("also if the claim was never bound",
+     CacheView(claim=replace(CLAIM, unbound=True), evict=EVICT), [],
+     [{"metadata": {"finalizers": ["theirs"]}}], "Evicted"),
+    ("but not before the Job that loads is gone",
+     CacheView(claim=replace(CLAIM, unbound=True), load=LOAD), [], ["delete load-cache-m"],
+     "Evicting"),
     ("also if the claim goes", CacheView(claim=replace(LOADED, going=True), load=LOAD), [],
      [{"metadata": {"finalizers": ["theirs"]}}], "Evicted"),
     ("also without Jobs", CacheView(claim=LOADED, load=LOAD, has_jobs=False), [],

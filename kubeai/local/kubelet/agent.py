@@ -49,8 +49,14 @@ class KubeObjects:
         obj = await self._get(SECRETS, namespace, name)
         return None if obj is None else secret_data(obj)
 
-    async def has_claim(self, namespace: str, name: str) -> bool:
-        return await self._get(PVCS, namespace, name) is not None
+    async def open_claim(self, namespace: str, name: str) -> bool:
+        claim = await self._get(PVCS, namespace, name)
+        if claim is None:
+            return False
+        if claim.get("status", {}).get("phase") == "Pending":
+            bound = {"metadata": {"uid": claim["metadata"]["uid"]}, "status": {"phase": "Bound"}}
+            await self._kube.patch(PVCS, name, bound, namespace, subresource="status")
+        return True
 
     async def _get(self, resource: Resource, namespace: str, name: str) -> Object | None:
         if not name:

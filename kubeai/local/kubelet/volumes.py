@@ -37,7 +37,7 @@ class Objects(Protocol):
 
     async def secret(self, namespace: str, name: str) -> Data | None: ...
 
-    async def has_claim(self, namespace: str, name: str) -> bool: ...
+    async def open_claim(self, namespace: str, name: str) -> bool: ...
 
 
 def config_map_data(obj: dict[str, Any]) -> Data:
@@ -87,7 +87,7 @@ async def _prepare(
         _write(volume, place, data or {}, secret.items, mode, secret.optional)
     elif volume.persistent_volume_claim is not None:
         claim = volume.persistent_volume_claim.claim_name
-        if not await objects.has_claim(namespace, claim):
+        if not await objects.open_claim(namespace, claim):
             raise _failed(volume, f"persistentvolumeclaim {claim!r} not found")
         place = claims / namespace / claim
         place.mkdir(parents=True, exist_ok=True)
