@@ -1,4 +1,5 @@
-"""Caches and adapters, from the Model to the answer: real processes, on both APIs.
+"""Caches and adapters, from the Model to the answer, and what keeps an engine or a Job from
+starting: real processes, on both APIs.
 
 The embedded API has the Job controller of `kubeai local`, and its kubelet binds pods; the real one
 has its own controller-manager and scheduler. `kubeai serve` and the kubelet are the same.
@@ -15,10 +16,11 @@ from machines import Machine, install_load, machine
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install_models
 
 from kubeai.engines.adapters import url_hash
-from kubeai.kube import EVENTS, JOBS, MODELS, PVCS, ApiError
+from kubeai.kube import EVENTS, JOBS, MODELS, PVCS, ApiError, Resource
 
 pytestmark = pytest.mark.timeout(150)
 A, B = "hf://org/a", "hf://org/b"
+QUOTAS = Resource("", "v1", "resourcequotas", "ResourceQuota")
 
 
 @pytest.fixture(
@@ -214,6 +216,8 @@ async def test_why_a_load_does_not_get_on_is_told(box):
         return "CrashLoopBackOff" in (await box.condition("Ready"))[2]
 
     await until("that the loader keeps exiting", told)
+    assert "no such repository: hf://org/missing" in (await box.condition("CacheLoaded"))[2]
+    assert (await box.condition("Degraded"))[:2] == ("True", "CacheFailed")
     assert await box.pods() == []
     await box.kube.delete(MODELS, "m")
     await until("the Model is gone", lambda: is_gone(box), 60)
@@ -236,3 +240,59 @@ async def test_a_model_can_be_deleted_though_its_claim_is_going(box):
     await box.kube.delete(PVCS, CLAIM)
     await box.kube.delete(MODELS, "m")
     await until("the Model is gone", lambda: is_gone(box), 60)
+
+
+@pytest.mark.parametrize(
+    "whole_api", [pytest.param("real", marks=pytest.mark.cluster)], indirect=True
+)
+async def test_a_load_that_a_quota_refuses_says_why_and_what_to_set_is_enough(box):
+    nowhere = {"sharedFilesystem": {"storageClassName": "nowhere"}}
+    profiles = box.config["cacheProfiles"] | {"nowhere": nowhere}
+    await box.serve(cacheProfiles=profiles)
+    quota = {"metadata": {"name": "cpu"}, "spec": {"hard": {"requests.cpu": "1"}}}
+    await box.kube.create(QUOTAS, quota)
+
+    async def in_force():
+        return (await box.kube.get(QUOTAS, "cpu")).get("status", {}).get("hard")
+
+    await until("the quota is in force", in_force)
+    await box.create(cached(box))
+    await box.create(model("n", cacheProfile="nowhere", maxReplicas=1))
+    for name in ("m", "n"):
+        await until("refused", lambda n=name: box.is_so("CacheLoaded", "False", "PodRefused", n))
+        _, _, message = await box.condition("Degraded", name)
+        assert f'pods "load-cache-{name}" is forbidden: failed quota: cpu' in message
+    await box.kube.delete(MODELS, "n")
+    await until("the Model whose claim was never bound is gone", lambda: is_gone(box, "n"))
+    loading = box.config["modelLoading"] | {"resources": {"requests": {"cpu": "100m"}}}
+    await box.serve(modelLoading=loading)
+    await until("loaded", lambda: box.is_so("CacheLoaded", "True", "Loaded"), 60)
+    await until("not degraded", lambda: box.is_so("Degraded", "False", "AsExpected"))
+
+
+# -- engines -------------------------------------------------------------------------------------
+
+
+async def test_a_crash_looping_engine_is_degraded_throughout_and_shows_its_last_lines(box):
+    await box.create(model("m", args=("--max-batch=many",), minReplicas=1, maxReplicas=1))
+
+    async def degraded():
+        return (await box.condition("Degraded"))[0] == "True"
+
+    await until("it has failed", degraded)
+    seen = []
+
+    async def has_restarted():
+        status, reason, message = await box.condition("Degraded")
+        seen.append((status, reason))
+        assert "'many' is not a whole number" in message
+        (pod,) = await box.pods()
+        return pod["status"]["containerStatuses"][0]["restartCount"] >= 2
+
+    await until("two restarts", has_restarted, 60)
+    assert set(seen) <= {("True", "ContainerExited"), ("True", "CrashLoopBackOff")}
+    first = seen.index(("True", "CrashLoopBackOff"))
+    assert set(seen[first:]) == {("True", "CrashLoopBackOff")}
+    assert any(
+        "'many' is not a whole number" in text for text in await warned(box, "CrashLoopBackOff")
+    )
