@@ -55,6 +55,7 @@ CALL_TIMEOUT_S = 30.0
 UNACKNOWLEDGED_MAX_S = 5.0  # by default: as long as a lease outlasts its leader
 LIST_TIMEOUT_S = 120.0
 LIST_PAGE_MAX_ITEMS = 500
+METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 WATCH_TIMEOUT_S = (240.0, 300.0)  # the server ends a watch after a time between the two
 WATCH_SILENCE_MAX_S = 330.0
 EVENT_MAX_BYTES = 64 << 20
@@ -294,12 +295,17 @@ class Kube:
         *,
         labels: str = "",
         fields: str = "",
+        metadata_only: bool = False,
         type: type[T] = dict,  # type: ignore[assignment]
     ) -> tuple[builtins.list[T], str]:
-        """The items and the list's resourceVersion. No namespace: all of them."""
+        """The items and the list's resourceVersion. No namespace: all of them.
+
+        ``metadata_only``: the items have their metadata alone (PartialObjectMetadata).
+        """
         items: builtins.list[Any] = []
         version = ""
-        async for page in self._pages(r, namespace, labels, fields):
+        accept = METADATA_LIST if metadata_only else ""
+        async for page in self._pages(r, namespace, labels, fields, accept):
             version = page.metadata.resource_version
             items += [_decode(raw, type) for raw in page.items or ()]
         return items, version
@@ -507,11 +513,13 @@ class Kube:
         return items, version
 
     async def _pages(
-        self, r: Resource, namespace: str, labels: str, fields: str
+        self, r: Resource, namespace: str, labels: str, fields: str, accept: str = ""
     ) -> AsyncIterator[_Page]:
         query = {"limit": str(LIST_PAGE_MAX_ITEMS)} | _selectors(labels, fields)
         while True:
-            body = await self._call("GET", r.path(namespace), query, timeout_s=LIST_TIMEOUT_S)
+            body = await self._call(
+                "GET", r.path(namespace), query, accept=accept, timeout_s=LIST_TIMEOUT_S
+            )
             page = _decode(body, _Page)
             yield page
             if not page.metadata.continue_:
@@ -558,16 +566,19 @@ class Kube:
         *,
         body: Any = None,
         content_type: str = "application/json",
+        accept: str = "",
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> bytes:
         data = None if body is None else msgspec.json.encode(body)
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            response = await self._send(method, path, query, data, content_type, timeout)
+            response = await self._send(method, path, query, data, content_type, timeout, accept)
             async with response:
                 answer = await response.read()
                 if response.status == 401 and await self._renew():
-                    again = await self._send(method, path, query, data, content_type, timeout)
+                    again = await self._send(
+                        method, path, query, data, content_type, timeout, accept
+                    )
                     async with again:
                         response, answer = again, await again.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -591,8 +602,11 @@ class Kube:
         data: bytes | None = None,
         content_type: str = "",
         timeout: aiohttp.ClientTimeout | None = None,
+        accept: str = "",
     ) -> aiohttp.ClientResponse:
         headers = await self._headers()
+        if accept:
+            headers["Accept"] = accept
         if data is not None:
             headers["Content-Type"] = content_type
         url = self._base + path + ("?" + urlencode(query) if query else "")

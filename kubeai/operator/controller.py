@@ -22,15 +22,15 @@ import msgspec
 
 from kubeai.api.config import SystemConfig
 from kubeai.api.model import Model, ModelStatus
-from kubeai.engines import files_config_map
 from kubeai.errors import ModelError
-from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.kube import MODELS, PODS, ApiError, Backoff, Kube
 from kubeai.logs import get_logger
 from kubeai.operator.adapters import Adapters, AdaptersView
 from kubeai.operator.cache import CacheAction, CacheView, has_cache
 from kubeai.operator.claims import Claims
 from kubeai.operator.conditions import only_counts, timeless
 from kubeai.operator.events import Events
+from kubeai.operator.files import Files
 from kubeai.operator.leader import Leader, NotLeader, Writes
 from kubeai.operator.plan import (
     Action,
@@ -79,7 +79,6 @@ class _Memory(msgspec.Struct):
     create_error: Trouble | None = None
     taken: dict[str, float] = {}  # pod names of others → believed until
     template: tuple[Any, Template | ModelError] | None = None  # what it was made from, and it
-    files: dict[str, str] = {}  # what the ConfigMap of the Model's files holds
     sent_s: tuple[float, float] = (-math.inf, -math.inf)  # the last two writes to the Model
     status_due_s: float = math.inf  # when a status that has news will have settled
     status_sent: tuple[ModelStatus, ModelStatus] | None = None  # what we sent, what came back
@@ -132,6 +131,7 @@ class Controller:
         self.claims = Claims(
             kube, namespace, self._writes, self.changed, self._caches_changed, clock
         )
+        self._files = Files(kube, namespace, self._writes)
         self._adapters = Adapters(kube, namespace, self._writes, self.changed, clock)
 
     def changed(self, name: str) -> None:
@@ -153,6 +153,7 @@ class Controller:
         """This replica does not lead any more."""
         self._adapters.rest()
         self.claims.rest()
+        self._files.rest()
 
     async def stop(self) -> None:
         await self.queue.stop()
@@ -182,11 +183,13 @@ class Controller:
         memory = self._memories.pop(name, None)
         if memory is not None:
             self.claims.forget(memory.uid)
+            self._files.forget(memory.uid)
         self._adapters.forget(name)
 
     async def _round(self, model: Model, memory: _Memory) -> float | None:
-        if model.spec.files and model.metadata.deletion_timestamp is None:
-            await self._ensure_files(model, memory)
+        leaving = model.metadata.deletion_timestamp is not None
+        if model.spec.files and not leaving:
+            await self._files.ensure(model)
         observed, wait_s = self._observe(model, memory)
         actions = self._plan(model, memory, observed)
         if memory.create_error and not any(isinstance(a, CreatePod) for a in actions):
@@ -205,6 +208,8 @@ class Controller:
         for action in actions:
             if isinstance(action, PatchStatus):
                 again_s = await self._patch_status(model, memory, action.status)
+        if not model.spec.files and not leaving:
+            await self._files.remove(model, self._store.pods_of(model.metadata.name))
         expected_s = self._store.oldest_expectation_s(model.metadata.name)
         return _sooner(again_s, _sooner(wait_s, expected_s))
 
@@ -326,6 +331,7 @@ class Controller:
             owner=model.metadata.uid,
             hash=create.hash,
             created_s=time.time(),
+            mounts_files=bool(model.spec.files),
         )
         try:
             async with self._writes:
@@ -473,36 +479,6 @@ class Controller:
                 text = f"{c.type} is {c.status}: {c.message}"
                 warning = c.type == "Degraded" and c.status == "True"
                 self._events.tell(model, c.reason, text, warning=warning)
-
-    async def _ensure_files(self, model: Model, memory: _Memory) -> None:
-        """The ConfigMap that the pods mount: looked at once, and when the files change."""
-        try:
-            wanted = files_config_map(model)
-        except ModelError:
-            return  # the plan says it
-        if wanted is None or memory.files == wanted["data"]:
-            return
-        name = wanted["metadata"]["name"]
-        try:
-            found = await self._kube.get(CONFIGMAPS, name, self._namespace)
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            found = {}
-        meta = found.get("metadata", {})
-        owners = [owner["uid"] for owner in meta.get("ownerReferences", ())]
-        async with self._writes:
-            if found and owners != [model.metadata.uid]:  # of a Model that was; it goes anyway
-                await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=meta["uid"])
-                found = {}
-            if not found:
-                await self._kube.create(CONFIGMAPS, wanted, self._namespace)
-            elif found.get("data") != wanted["data"]:
-                gone = dict.fromkeys(found.get("data") or {})
-                known = {key: meta[key] for key in ("uid", "resourceVersion")}
-                patch = {"metadata": known, "data": gone | wanted["data"]}
-                await self._kube.patch(CONFIGMAPS, name, patch, self._namespace)
-        memory.files = wanted["data"]
 
     async def _tell(self, model: Model, memory: _Memory, error: ApiError) -> None:
         """Put a refusal that a person has to mend into the Model's conditions."""

@@ -30,6 +30,7 @@ from kubeai.operator.adapters import Adapters
 from kubeai.operator.claims import Claims
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
+from kubeai.operator.files import Files
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
 from kubeai.operator.refusals import Refusals
@@ -215,10 +216,11 @@ NEEDS = {
     "pods delete": (Controller._delete, "delete(PODS"),
     "pods/exec get": (Adapters._exec, "exec("),
     "pods/exec create": (Adapters._exec, "exec("),
-    "configmaps get": (Controller._ensure_files, "get(CONFIGMAPS"),
-    "configmaps create": (Controller._ensure_files, "create(CONFIGMAPS"),
-    "configmaps patch": (Controller._ensure_files, "patch(CONFIGMAPS"),
-    "configmaps delete": (Controller._ensure_files, "delete(CONFIGMAPS"),
+    "configmaps get": (Files._find, "get(CONFIGMAPS"),
+    "configmaps list": (Files._list, "list(CONFIGMAPS"),
+    "configmaps create": (Files._write, "create(CONFIGMAPS"),
+    "configmaps patch": (Files._write, "patch(CONFIGMAPS"),
+    "configmaps delete": (Files.remove, "delete(CONFIGMAPS"),
     "persistentvolumeclaims get": (Claims._create_claim, "get(PVCS"),
     "persistentvolumeclaims list": (Claims.run, "follow(PVCS"),
     "persistentvolumeclaims watch": (Claims.run, "follow(PVCS"),

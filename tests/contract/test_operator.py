@@ -412,3 +412,44 @@ async def test_pods_made_by_another_kubeai_are_adopted_until_their_model_changes
     await world.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
     await until(lambda: "model-m-5d4f-abcde" not in world.nodes.pods, "replaced")
     await world.replicas_are(1, 1)
+
+
+async def test_the_config_map_of_files_goes_with_the_last_pod_that_mounts_it(world):
+    replica = world.start()
+    await world.create(minReplicas=1, files=[{"path": "/a", "content": "x"}])
+    await world.replicas_are(1, 1)
+    (old,) = replica.endpoints("m")
+    assert await has_files(world)
+    world.nodes.ready = lambda pod: False
+    await world.kube.patch(MODELS, "m", {"spec": {"files": None}})
+    await world.replicas_are(2, 1)
+    assert await has_files(world)  # the old pod mounts it
+    world.nodes.ready = lambda pod: True
+    world.nodes.look_again()
+    await until(lambda: replica.endpoints("m") not in ([], [old]), "replaced")
+    await until(lambda: lacks_files(world), "the ConfigMap is gone")
+
+
+async def test_a_new_leader_deletes_the_config_map_that_its_predecessor_left(world):
+    first = world.start("one")
+    await world.create(files=[{"path": "/a", "content": "x"}])
+    await until(lambda: has_files(world), "the ConfigMap")
+    await first.stop()
+    world.replicas.clear()
+    await world.kube.patch(MODELS, "m", {"spec": {"files": None}})
+    world.start("two")
+    await until(lambda: lacks_files(world), "the ConfigMap is gone")
+
+
+async def lacks_files(world):
+    return not await has_files(world)
+
+
+async def has_files(world):
+    try:
+        await world.kube.get(CONFIGMAPS, "model-m-files")
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return False
+    return True

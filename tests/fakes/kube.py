@@ -142,7 +142,7 @@ class FakeKube:
         await asyncio.sleep(0.001)
         return self._as(copy.deepcopy(self._now(r.plural, name)), type)
 
-    async def list(self, r, namespace="", *, labels="", fields="", type=dict):
+    async def list(self, r, namespace="", *, labels="", fields="", metadata_only=False, type=dict):
         await asyncio.sleep(0.001)
         self.lists.append(r.plural)
         if r.plural in self.missing:

@@ -530,6 +530,55 @@ async def test_files_are_kept_in_a_config_map(world):
     assert world.kube.objects["configmaps", "model-m-files"]["data"] == {"_c": "two"}
 
 
+FILES = "configmaps", "model-m-files"
+
+
+async def test_a_config_map_goes_with_the_last_pod_that_mounts_it(world):
+    world.start()
+    world.apply(replicas=2, files=[{"path": "/a", "content": "one"}])
+    await world.settled(2, 2)
+    world.auto_ready = False  # a rollout that gets no further: the old pods serve on
+    world.apply(files=None)
+    await world.until(lambda: len(world.pods()) == 3)
+    await asyncio.sleep(60.0)
+    assert FILES in world.kube.objects
+    world.auto_ready = True
+    world.make_ready(next(name for name in world.pods() if not is_ready(world, name)))
+    await world.settled(2, 2)
+    assert FILES not in world.kube.objects
+    world.apply(files=[{"path": "/a", "content": "one"}])
+    await world.settled(2, 2)
+    assert world.kube.objects[FILES]["data"] == {"_a": "one"}
+
+
+def is_ready(world, name):
+    status = world.kube.objects["pods", name].get("status", {})
+    return status.get("conditions") == [{"type": "Ready", "status": "True"}]
+
+
+@pytest.mark.parametrize("may_list", [True, False])
+async def test_a_new_leader_deletes_the_config_maps_its_predecessor_left(world, may_list):
+    """It lists them once, however many Models there are."""
+    world.start()
+    names = [f"m{n}" for n in range(10)]
+    for name in names:
+        world.apply(name, replicas=0, files=[{"path": "/a", "content": "one"}])
+    maps = [("configmaps", f"model-{name}-files") for name in names]
+    await world.until(lambda: all(key in world.kube.objects for key in maps))
+    await world.kube.create(CONFIGMAPS, {"metadata": {"name": "model-x-files"}, "data": {}})
+    await world.stop()
+    for name in names:
+        world.apply(name, files=None)
+    if not may_list:
+        world.kube.missing.add("configmaps")
+    world.kube.lists.clear()
+    world.start()
+    await asyncio.sleep(10.0)
+    assert [key for key in maps if key in world.kube.objects] == ([] if may_list else maps)
+    assert ("configmaps", "model-x-files") in world.kube.objects  # no Model's
+    assert world.kube.lists == ["configmaps"]
+
+
 async def test_files_of_a_former_model_of_that_name_are_not_taken_over(world):
     stale = {"metadata": {"name": "model-m-files", "ownerReferences": [{"uid": "former"}]}}
     await world.kube.create(CONFIGMAPS, stale | {"data": {"_a": "old"}})

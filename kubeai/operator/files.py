@@ -1,0 +1,136 @@
+"""The ConfigMaps with the files of Models, as the leader keeps them.
+
+A Model's files are written before a pod that mounts them is made. Their ConfigMap is deleted once
+the Model has no files and no pod mounts it. Which ConfigMaps exist is read once per leadership,
+metadata alone. Used by the controller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from kubeai.api.model import Model, ObjectMeta
+from kubeai.engines import config_map_name, files_config_map
+from kubeai.errors import ModelError
+from kubeai.kube import CONFIGMAPS, ApiError, Kube
+from kubeai.logs import get_logger
+from kubeai.operator.leader import Writes
+from kubeai.operator.pods import Pod
+
+log = get_logger(__name__)
+
+
+class _ConfigMap(msgspec.Struct):
+    metadata: ObjectMeta
+
+
+class Files:
+    """The ConfigMaps of a namespace's Models."""
+
+    def __init__(self, kube: Kube, namespace: str, writes: Writes) -> None:
+        self._kube = kube
+        self._namespace = namespace
+        self._writes = writes
+        self._written: dict[str, dict[str, str]] = {}  # a Model's uid → what its ConfigMap holds
+        self._uids: dict[str, str] = {}  # a Model's uid → the uid of its ConfigMap
+        self._listing = asyncio.Lock()
+        self._listed = False
+
+    def rest(self) -> None:
+        """This replica no longer leads: another may write from now on."""
+        self._written.clear()
+        self._uids.clear()
+        self._listed = False
+
+    def forget(self, uid: str) -> None:
+        """The Model is gone, and its ConfigMap goes with it."""
+        self._written.pop(uid, None)
+        self._uids.pop(uid, None)
+
+    async def ensure(self, model: Model) -> None:
+        """Write the Model's files, unless they are known to be there."""
+        try:
+            wanted = files_config_map(model)
+        except ModelError:
+            return  # the plan reports it
+        uid = model.metadata.uid
+        if wanted is None or self._written.get(uid) == wanted["data"]:
+            return
+        found = await self._find(wanted["metadata"]["name"])
+        kept = await self._write(wanted, found, uid)
+        self._uids[uid] = kept["metadata"]["uid"]
+        self._written[uid] = wanted["data"]
+
+    async def remove(self, model: Model, pods: Iterable[Pod]) -> None:
+        """Delete the ConfigMap of a Model without files, unless one of the pods mounts it."""
+        if any(pod.mounts_files for pod in pods):
+            return
+        await self._list()
+        uid = model.metadata.uid
+        if uid not in self._uids:
+            return
+        name = config_map_name(model.metadata.name)
+        async with self._writes:
+            try:
+                await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=self._uids[uid])
+                log.info("files deleted", config_map=name)
+            except ApiError as error:
+                if error.status not in (404, 409):  # else it is gone, or another one by now
+                    raise
+        self.forget(uid)
+
+    async def _find(self, name: str) -> dict[str, Any]:
+        """The ConfigMap of that name; empty if there is none."""
+        try:
+            return await self._kube.get(CONFIGMAPS, name, self._namespace)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return {}
+
+    async def _write(
+        self, wanted: dict[str, Any], found: dict[str, Any], model_uid: str
+    ) -> dict[str, Any]:
+        """Make ``found`` what is wanted; the ConfigMap as it is then."""
+        name, meta = wanted["metadata"]["name"], found.get("metadata", {})
+        owners = [owner["uid"] for owner in meta.get("ownerReferences", ())]
+        async with self._writes:
+            if found and owners != [model_uid]:  # a former Model's: it is deleted in any case
+                await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=meta["uid"])
+                found = {}
+            if not found:
+                return await self._kube.create(CONFIGMAPS, wanted, self._namespace)
+            if found.get("data") == wanted["data"]:
+                return found
+            gone = dict.fromkeys(found.get("data") or {})
+            known = {key: meta[key] for key in ("uid", "resourceVersion")}
+            patch = {"metadata": known, "data": gone | wanted["data"]}
+            return await self._kube.patch(CONFIGMAPS, name, patch, self._namespace)
+
+    async def _list(self) -> None:
+        """Learn which Models have a ConfigMap, those from before this leadership included."""
+        async with self._listing:
+            if self._listed:
+                return
+            try:
+                found, _ = await self._kube.list(
+                    CONFIGMAPS, self._namespace, metadata_only=True, type=_ConfigMap
+                )
+            except ApiError as error:
+                if error.status != 403:
+                    raise
+                log.warning("config maps may not be listed; old ones may stay", error=str(error))
+                found = []
+            self._listed = True
+            for one in found:
+                self._note(one.metadata)
+
+    def _note(self, meta: ObjectMeta) -> None:
+        for owner in meta.owner_references:
+            ours = owner.kind == "Model" and owner.controller
+            if ours and meta.name == config_map_name(owner.name):
+                self._uids[owner.uid] = meta.uid
