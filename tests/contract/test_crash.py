@@ -249,7 +249,7 @@ class Life:
         assert self.around.folders == {folder}
         await self.kube.patch(MODELS, "m", {"spec": {"replicas": 3}}, subresource="scale")
         await self._settled(3, first="hf://org/first")
-        await self.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
+        await self.kube.patch(MODELS, "m", {"spec": {"args": ["--new"], "files": None}})
         await self._settled(3, first="hf://org/first")
         adapters = [{"name": "second", "url": ADAPTER}]
         await self.kube.patch(MODELS, "m", {"spec": {"adapters": adapters}})
@@ -271,8 +271,11 @@ class Life:
             says = {c["type"]: c["reason"] for c in conditions}
             generations = {c["observedGeneration"] for c in conditions}
             args = model["spec"].get("args", [])
+            maps, _ = await self.kube.list(CONFIGMAPS, self._namespace)
+            has_files = any(one["metadata"]["name"] == "model-m-files" for one in maps)
             return (
-                len(pods) == replicas
+                has_files == bool(model["spec"].get("files"))
+                and len(pods) == replicas
                 and all(_adapters(pod) == hashes for pod in pods)
                 and all(_has_args(pod, args) for pod in pods)
                 and says.get("Progressing") == "UpToDate"

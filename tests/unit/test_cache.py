@@ -372,3 +372,23 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     writes = [w for w in world.kube.writes if w[2] in ("jobs", "persistentvolumeclaims")]
     assert len(writes) <= 2 * 60
     await world.settled(1, 1, limit_s=120.0)
+
+
+async def test_a_load_that_failed_says_what_the_loader_said_last(world):
+    world.start(CONFIG)
+    world.job_end = None
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.until(lambda: world.jobs() == ["load-cache-m"])
+    job = world.kube.objects["jobs", "load-cache-m"]
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    ended = {"exitCode": 1, "reason": "Error", "message": "401: no such token\n"}
+    loader = {"name": "loader", "state": {"terminated": ended}}
+    status = {"phase": "Running", "containerStatuses": [loader]}
+    meta = {"name": "load-cache-m-xyz", "uid": "j", "labels": labels}
+    pod = {"metadata": meta, "spec": {"restartPolicy": "OnFailure"}, "status": status}
+    world.kube._keep(PODS, pod, "ADDED")
+    await world.until(lambda: "401: no such token" in message(world, "CacheLoaded"))
+    world.kube._keep(PODS, world.kube.objects["pods", "load-cache-m-xyz"], "DELETED")
+    world.end_job("load-cache-m", "Failed")
+    await world.until(lambda: world.condition("CacheLoaded") == ("False", "LoadFailed"))
+    assert "load-cache-m is Failed: 401: no such token" in message(world, "CacheLoaded")
