@@ -10,7 +10,7 @@ edited is not judged by its former spec.
 | a pod that no wait can help (``POD_AT_ONCE``) | at once |
 | a pod that waits for a node (``NEEDS_NODE``) | after ``unschedulableGrace`` |
 | a pod in any other way, the load of the cache or of an adapter | after ``startFailureGrace`` |
-| nothing that is known: replicas start, files are loaded | after ``holdTimeout`` alone |
+| nothing known, or a container that exited once: replicas start | after ``holdTimeout`` alone |
 
 A grace begins when this replica of KubeAI first sees the trouble, not when a request arrives. It
 begins again with a new pod template, and after a replica was ready or none was wanted: a Model that
@@ -41,7 +41,10 @@ POD_REFUSED = "PodRefused"  # the leader tries again: a quota may have room by t
 # Of pods: UnknownImage, InvalidPod and EngineNotInstalled come from `kubeai local`.
 POD_AT_ONCE = frozenset(("EngineNotInstalled", "InvalidImageName", "InvalidPod", "UnknownImage"))
 NEEDS_NODE = frozenset(("Unschedulable", "SchedulingGated"))
-CACHE_FAILED = ("LoadFailed", "NoJobs")  # of CacheLoaded; its other reasons are progress
+# A container that has exited once starts again; what it needs to start may take minutes.
+STARTS_AGAIN = frozenset(("ContainerExited",))
+# Of CacheLoaded; its other reasons are progress.
+CACHE_FAILED = frozenset(("LoadFailed", "NoJobs", "NoPod", "PodRefused"))
 ADAPTERS_FAILED = "AdaptersFailed"
 TROUBLES_MAX = 64  # of pods, remembered per model
 
@@ -67,9 +70,15 @@ class _Memory(msgspec.Struct):
 class BlockTracker:
     """Remembers since when each Model has been in trouble. Used by the operator for the routes."""
 
-    def __init__(self, config: GatewayConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        clock: Callable[[], float] = time.monotonic,
+        unix_time: Callable[[], float] = time.time,
+    ) -> None:
         self._config = config
         self._clock = clock
+        self._unix_time = unix_time
         self._memories: dict[str, _Memory] = {}
 
     def observe(self, model: Model, pods: Iterable[Pod]) -> Blocks:
@@ -78,7 +87,12 @@ class BlockTracker:
         memory = self._memories.get(name)
         if memory is None or memory.uid != uid:
             memory = self._memories[name] = _Memory(uid)
-        pods = [pod for pod in pods if not pod.terminating]
+        now_s = self._unix_time()
+        pods = [
+            msgspec.structs.replace(pod, trouble=pod.trouble_at(now_s))
+            for pod in pods
+            if not pod.terminating
+        ]
         replicas = [pod for pod in pods if pod.owner == uid and not pod.draining_since_s]
         serving = [pod for pod in replicas if pod.serves]
         if serving:
@@ -97,7 +111,7 @@ class BlockTracker:
     ) -> Block | None:
         _forget_former(model, [*replicas, *jobs], memory)
         if _starting(replicas):
-            return _progress(model)
+            return _progress(model, replicas)
         if refused := _refused(model):
             return refused
         if failed := self._cache(model, jobs, memory):
@@ -105,7 +119,7 @@ class BlockTracker:
         troubled = [pod for pod in replicas if pod.trouble is not None]
         if troubled and wanted_replicas(model):
             return self._last([self._pod(pod, memory) for pod in troubled])
-        return _progress(model)
+        return _progress(model, replicas)
 
     def _cache(self, model: Model, jobs: Sequence[Pod], memory: _Memory) -> Block | None:
         """Of a Model whose files are still to be loaded."""
@@ -184,7 +198,10 @@ def _forget_former(model: Model, pods: Sequence[Pod], memory: _Memory) -> None:
 
 def _starting(pods: Sequence[Pod]) -> bool:
     """Whether one of them may become ready, as far as it is known."""
-    return any(pod.trouble is None and not pod.finished for pod in pods)
+    return any(
+        (pod.trouble is None or pod.trouble.reason in STARTS_AGAIN) and not pod.finished
+        for pod in pods
+    )
 
 
 def _refused(model: Model) -> Block | None:
@@ -198,12 +215,18 @@ def _refused(model: Model) -> Block | None:
     return None
 
 
-def _progress(model: Model) -> Block | None:
+def _progress(model: Model, replicas: Sequence[Pod]) -> Block | None:
     """What the Model waits for; it fails no request."""
     ready = _condition(model, "Ready")
     if ready is None or ready.status != "False":
         return None
-    return Block(ready.reason, ready.message, math.inf)
+    # The condition ends with the container's last lines, which are not for API clients.
+    messages = (
+        pod.trouble.message
+        for pod in replicas
+        if pod.trouble is not None and pod.trouble.reason == ready.reason
+    )
+    return Block(ready.reason, next(messages, ready.message), math.inf)
 
 
 def _condition(model: Model, type_: str) -> Condition | None:

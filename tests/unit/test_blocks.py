@@ -36,7 +36,8 @@ class World:
 
     def __init__(self, **spec):
         self.now_s = START_S
-        self.tracker = BlockTracker(CONFIG.gateway, lambda: self.now_s)
+        self.unix_s = 1_800_000_000.0
+        self.tracker = BlockTracker(CONFIG.gateway, lambda: self.now_s, lambda: self.unix_s)
         self.pods = []
         self.refused = None  # why the API refuses to make a pod
         self.cache = CacheView(claim=Claim("shared-model-cache-nfs", "c1"))
@@ -212,6 +213,24 @@ def test_each_trouble_of_a_pod_has_its_grace(reason, fails_after_s, retry):
     block = world.look().model
     assert (block.reason, block.message, block.retry) == (reason, "why", retry)
     assert world.fails_after_s() == fails_after_s
+
+
+def test_a_container_that_exited_once_and_starts_again_is_waited_for():
+    """Its output is for who may read the Model's status, and not for clients."""
+    exited = Trouble("ContainerExited", "container server exited (exit code 1)", "secret words")
+    world = World().pod(exited).reconciled()
+    assert world.fails_after_s() == math.inf
+    block = world.look().model
+    assert (block.reason, block.message) == (exited.reason, exited.message)
+    assert world.pod(CRASHING).fails_after_s() == 30
+
+
+def test_a_trouble_ends_once_the_container_has_run_for_long_enough():
+    world = World()
+    world.pod(CRASHING, trouble_until_s=world.unix_s + 60).reconciled()
+    assert world.fails_after_s() == 30
+    world.unix_s += 61
+    assert world.fails_after_s() == math.inf
 
 
 def test_a_grace_begins_when_the_trouble_is_first_seen_and_is_not_begun_again():
