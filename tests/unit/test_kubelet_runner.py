@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 
 import pytest
 
@@ -291,17 +292,19 @@ async def test_without_the_policy_a_failed_containers_log_is_no_termination_mess
 
 
 WRITE_LAST_WORDS = """
+import os
 print("in the log")
-with open("/kubeai-test-last-words", "w") as file: file.write("x" * 5000 + "the reason")
+with open(os.environ["MESSAGE_PATH"], "w") as file: file.write("x" * 5000 + "the reason")
 raise SystemExit(7)
 """
 
 
 async def test_a_container_may_write_its_termination_message_to_a_file(run):
-    path, policy = "/kubeai-test-last-words", "FallbackToLogsOnError"
+    path, policy = f"/kubeai-test-{uuid.uuid4().hex}", "FallbackToLogsOnError"
     pod = run(
         {
             "command": [*PYTHON, WRITE_LAST_WORDS],
+            "env": [{"name": "MESSAGE_PATH", "value": path}],
             "terminationMessagePath": path,
             "terminationMessagePolicy": policy,
         },
