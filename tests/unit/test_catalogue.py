@@ -143,7 +143,7 @@ def test_the_schema_takes_all_fields_and_refuses_what_is_no_field():
     schema = json.loads((CHARTS / "models/values.schema.json").read_text())
     validator = jsonschema_rs.Draft202012Validator(schema)
     assert [error.message for error in validator.iter_errors(VALUES)] == []
-    entry = schema["properties"]["catalog"]["additionalProperties"]["properties"]
+    entry = schema["properties"]["catalog"]["additionalProperties"]["then"]["properties"]
     assert set(entry) == {
         "enabled",
         "labels",
