@@ -139,10 +139,26 @@ def _app() -> Any:
 
     @app.command()
     def uninstall(
-        timeout: Annotated[int, typer.Option(help="Seconds to wait for them to go.", min=1)] = 600,
+        yes: Annotated[bool, typer.Option("--yes", help="Confirm the deletion.")] = False,
+        helm_release: Annotated[
+            str,
+            typer.Option(
+                help="Delete the Models only if Helm is uninstalling this release. For the "
+                "chart's hook, with --job."
+            ),
+        ] = "",
+        job: Annotated[str, typer.Option(help="Name of the hook's Job.")] = "",
+        timeout: Annotated[
+            int, typer.Option(help="Seconds to wait for the Models to be gone.", min=1)
+        ] = 600,
     ) -> None:
-        """Delete all Models of $POD_NAMESPACE, and wait until they and their caches are gone."""
-        _run(_uninstall(float(timeout)))
+        """Delete all Models of $POD_NAMESPACE, wait until they are gone, and delete their caches.
+
+        Needs --yes, or --helm-release and --job.
+        """
+        if not yes and not (helm_release and job):
+            raise KubeAIError("uninstall deletes all Models of the namespace; confirm with --yes")
+        _run(_uninstall("" if yes else helm_release, job, float(timeout)))
 
     @app.command()
     def crd() -> None:
@@ -202,13 +218,16 @@ async def _serve(host: str, port: int, workers: int) -> None:
         await kube.close()
 
 
-async def _uninstall(timeout_s: float) -> None:
+async def _uninstall(helm_release: str, job: str, timeout_s: float) -> None:
     from kubeai.kube import Kube
-    from kubeai.uninstall import uninstall
+    from kubeai.uninstall import require_helm_uninstall, uninstall
 
     kube = await Kube.connect()
+    namespace = os.environ.get("POD_NAMESPACE") or kube.namespace
     try:
-        await uninstall(kube, os.environ.get("POD_NAMESPACE") or kube.namespace, timeout_s)
+        if helm_release:
+            await require_helm_uninstall(kube, namespace, helm_release, job)
+        await uninstall(kube, namespace, timeout_s)
     finally:
         await kube.close()
 

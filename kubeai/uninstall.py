@@ -1,38 +1,103 @@
-"""``kubeai uninstall``: delete the Models of a namespace while their operator still runs.
+"""``kubeai uninstall``: delete the Models of a namespace and the volume claims of their caches.
 
-A Model with a cache holds a finalizer until its files are gone, and only the operator takes that
-away. Deleted after it, Models would stay, and their CustomResourceDefinition with them, for ever.
-The Helm chart runs this before it deletes anything.
+A Model with a cache has a finalizer until its files are removed, which only a running operator
+does. Models therefore have to be deleted before their operator.
+
+The Helm chart can run this as a hook. Other tools apply the hook's manifests as an ordinary Job;
+:func:`require_helm_uninstall` tells the two apart and runs before anything is deleted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from kubeai.engines.cache import CLAIM_PREFIX
 from kubeai.errors import KubeAIError
-from kubeai.kube import MODELS, PVCS, ApiError, Kube, Resource
+from kubeai.kube import JOBS, MODELS, PVCS, SECRETS, ApiError, Kube, Object, Resource
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 LOOK_INTERVAL_S = 1.0
 CLAIMS = "app.kubernetes.io/managed-by=kubeai"
+HELM_RELEASE_TYPE = "helm.sh/release.v1"
+# Helm updates its record of the release right before it creates a hook's Job. The API server
+# dates both; replicas of it may disagree about the time.
+HOOK_DELAY_MAX_S = 60.0
+CLOCK_SKEW_MAX_S = 5.0
+
+
+async def require_helm_uninstall(kube: Kube, namespace: str, release: str, job: str) -> None:
+    """Raise KubeAIError unless Helm is uninstalling the release and has created the Job for that.
+
+    Supported are releases that Helm stores in Secrets (its default) in their own namespace.
+    """
+    stored, _ = await kube.list(SECRETS, namespace, labels=f"owner=helm,name={release}")
+    records = [secret for secret in stored if secret.get("type") == HELM_RELEASE_TYPE]
+    reason = reason_to_refuse(release, records, await kube.get(JOBS, job, namespace))
+    if reason:
+        raise KubeAIError(f"refusing to delete the Models of namespace {namespace}: {reason}")
+
+
+def reason_to_refuse(release: str, records: Sequence[Object], job: Object) -> str:
+    """Why the Job is not the hook of an uninstall in progress; empty if it is.
+
+    ``records`` are Helm's Secrets of the release, one for each revision. The newest one tells
+    whether Helm is uninstalling the release. It keeps that status if the uninstall fails, so a Job
+    created at another time is refused, too.
+    """
+    if not records:
+        return (
+            f"it has no Secret of a Helm release {release}. Manifests that are applied without "
+            "Helm, and releases stored elsewhere (HELM_DRIVER), must not set "
+            "uninstall.deleteModels"
+        )
+    record = max(records, key=_revision)
+    status = record["metadata"]["labels"].get("status")
+    if status != "uninstalling":
+        return f"Helm is not uninstalling release {release}, its status is {status}"
+    created = _time(job["metadata"]["creationTimestamp"])
+    updated = _updated(record)
+    if updated is not None:
+        delay_s = (created - updated).total_seconds()
+        if -CLOCK_SKEW_MAX_S <= delay_s <= HOOK_DELAY_MAX_S:
+            return ""
+    return (
+        f"Job {job['metadata']['name']} was created at {created}, not by the uninstall of release "
+        f"{release} that Helm recorded at {updated or 'an unknown time'}"
+    )
+
+
+def _revision(record: Object) -> int:
+    version = record["metadata"]["labels"].get("version", "")
+    return int(version) if version.isdecimal() else 0
+
+
+def _updated(record: Object) -> datetime | None:
+    """The API server's time of the last update."""
+    managers = record["metadata"].get("managedFields") or ()
+    return max((_time(m["time"]) for m in managers if m.get("time")), default=None)
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
 
 
 async def uninstall(kube: Kube, namespace: str, timeout_s: float) -> None:
-    """Until no Model is left, then the claims of their caches, which are empty by then.
+    """Delete all Models and wait until they are gone, then delete the claims of their caches.
 
-    KubeAIError when some are left after ``timeout_s`` seconds; it names them.
+    KubeAIError when Models are left after ``timeout_s`` seconds; it names them.
     """
     deadline_s = time.monotonic() + timeout_s
-    told: set[str] = set()
+    logged: set[str] = set()
     while left := await _models(kube, namespace):
-        for name in left.keys() - told:
+        for name in left.keys() - logged:
             log.info("deleting", model=name)
-        for name in (name for name, going in left.items() if not going):
+        for name in (name for name, is_deleted in left.items() if not is_deleted):
             await _delete(kube, MODELS, name, namespace)
-        told |= left.keys()
+        logged |= left.keys()
         if time.monotonic() > deadline_s:
             names = ", ".join(sorted(left))
             raise KubeAIError(f"after {timeout_s:.0f} s these Models are left: {names}")
@@ -46,11 +111,11 @@ async def uninstall(kube: Kube, namespace: str, timeout_s: float) -> None:
 
 
 async def _models(kube: Kube, namespace: str) -> dict[str, bool]:
-    """Which there are, and whether they are going."""
+    """Map each Model's name to whether it is being deleted."""
     try:
         found, _ = await kube.list(MODELS, namespace)
     except ApiError as error:
-        if error.status == 404:  # their definition is gone
+        if error.status == 404:  # there is no such type (any more)
             return {}
         raise
     return {m["metadata"]["name"]: "deletionTimestamp" in m["metadata"] for m in found}

@@ -40,6 +40,15 @@ async def refused(tmp_path, *arguments):
     return lines[0]
 
 
+@pytest.mark.parametrize("arguments", [(), ("--helm-release", "r"), ("--job", "j")])
+async def test_uninstall_has_to_be_confirmed(arguments):
+    code, _, err = await kubeai("uninstall", *arguments)
+    assert code == 2
+    assert err.strip() == (
+        "error: uninstall deletes all Models of the namespace; confirm with --yes"
+    )
+
+
 @pytest.mark.parametrize(
     ("manifest", "named"),
     [
