@@ -44,6 +44,9 @@ check: .venv/installed-check  ## the fast gate: style, types, import floors, C w
 		--build-temp build/strict --build-lib build/strict-lib
 	$(BIN)/python -m kubeai crd | diff charts/kubeai/files/kubeai.org_models.yaml -
 	$(BIN)/python charts/values_schema.py | diff charts/kubeai/values.schema.json -
+	$(BIN)/python charts/values_schema.py fields | diff charts/kubeai/files/fields.json -
+	$(BIN)/python charts/values_schema.py fields open-webui \
+		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
 
 bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from what they found

@@ -8,7 +8,6 @@ import inspect
 import json
 import re
 import secrets
-import subprocess
 from pathlib import Path
 
 import aiohttp
@@ -16,9 +15,20 @@ import pytest
 import yaml
 from fakes.hub import Hub, Repository
 from harness import model, until
+from helms import (
+    CHART,
+    CHARTS,
+    IMAGE,
+    MODELS_CHART,
+    REPOSITORY,
+    Helm,
+    config_of,
+    delete_models_type,
+    one,
+)
 from kubelets import Kubelet, is_ready
 from operators import chart_role, documented_role
-from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node, wait_until
+from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
 from kubeai.api.config import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
@@ -38,10 +48,6 @@ from kubeai.operator.scaling import Scaler
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}
-CHARTS = Path(__file__).parents[2] / "charts"
-CHART = CHARTS / "kubeai"
-MODELS_CHART = CHARTS / "models"
-HELM_TIMEOUT_S = 150
 RELEASE = "release"  # the namespace of one
 DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
 SERVICES = Resource("", "v1", "services", "Service")
@@ -82,58 +88,14 @@ ALL_ON = {
     "gateway": {"holdTimeout": "5m", "bodyMaxBytes": "128Mi"},
     "leaderElection": {"leaseDuration": "20s"},
     "messaging": {"streams": []},
+    "uninstall": {"deleteModels": True},
     "modelServerPods": {"jsonPatches": [{"op": "add", "path": "/spec/hostNetwork", "value": True}]},
 }
-
-
-class Helm:
-    """The program, against one API and namespace if it needs them."""
-
-    def __init__(self, folder: Path, kubeconfig: str = "", namespace: str = "kubeai") -> None:
-        binaries = assets("helm")
-        if binaries is None:
-            pytest.skip("KUBEBUILDER_ASSETS holds no helm")
-        self._program, self._folder = str(binaries / "helm"), folder
-        self._environment = {"HOME": str(folder), "KUBECONFIG": kubeconfig, "PATH": "/usr/bin:/bin"}
-        self.namespace = namespace
-
-    def __call__(self, *arguments: str, values: dict | None = None, code: int = 0) -> str:
-        options = ["--namespace", self.namespace]
-        if values is not None:
-            file = self._folder / f"{secrets.token_hex(4)}.yaml"
-            file.write_text(yaml.safe_dump(values))
-            options += ["--values", str(file)]
-        done = subprocess.run(
-            [self._program, *arguments, *options],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=HELM_TIMEOUT_S,
-        )
-        print(done.stderr)
-        assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr if code else done.stdout
-
-    def render(
-        self, release: str, *arguments: str, values: dict | None = None, chart: Path = CHART
-    ) -> list[dict]:
-        text = self("template", release, str(chart), *arguments, values=values)
-        return [one for one in yaml.safe_load_all(text) if one]
 
 
 @pytest.fixture
 def helm(tmp_path) -> Helm:
     return Helm(tmp_path)
-
-
-def one(rendered: list[dict], kind: str) -> dict:
-    (found,) = [obj for obj in rendered if obj["kind"] == kind]
-    return found
-
-
-def config_of(rendered: list[dict]) -> str:
-    found = [obj for obj in rendered if obj["kind"] == "ConfigMap" and "data" in obj]
-    return found[0]["data"]["system.yaml"]
 
 
 # -- what it renders -------------------------------------------------------------------------------
@@ -142,9 +104,9 @@ def config_of(rendered: list[dict]) -> str:
 @pytest.mark.parametrize("values", ["", *(f.name for f in sorted(CHART.glob("values-*.yaml")))])
 def test_the_charts_have_nothing_to_complain_of_and_the_config_is_one(helm, values):
     options = ["--values", str(CHART / values)] if values else []
-    helm("lint", str(CHART), "--strict", *options)
+    helm("lint", str(CHART), "--strict", *IMAGE, *options)
     config = parse_config(config_of(helm.render("kubeai", *options)))
-    assert config.model_loading.image.startswith("ghcr.io/kubeai-project/kubeai:")
+    assert config.model_loading.image.startswith(f"{REPOSITORY}:")
     assert {"cpu", "nvidia-gpu-l4", "amd-gpu-mi300x"} <= config.resource_profiles.keys()
     assert all(profile.image_name for profile in config.resource_profiles.values())
 
@@ -164,7 +126,7 @@ def test_the_charts_have_nothing_to_complain_of_and_the_config_is_one(helm, valu
     ],
 )
 def test_wrong_values_are_refused_by_their_path(helm, values, words):
-    assert words in helm("template", "kubeai", str(CHART), values=values, code=1)
+    assert words in helm("template", "kubeai", str(CHART), *IMAGE, values=values, code=1)
 
 
 def test_names_follow_the_release_where_they_are_not_given(helm):
@@ -408,9 +370,7 @@ def models_installed(api: ApiServer):
     try:
         yield
     finally:
-        path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/models.kubeai.org"
-        api.request("DELETE", path)
-        wait_until(lambda: api.request("GET", path)[0] == 404, "the definition is gone")
+        delete_models_type(api)
 
 
 WARNED = {
@@ -534,7 +494,7 @@ class Site:
     async def install(self, *options: str, values: dict | None = None) -> None:
         await asyncio.to_thread(
             self.helm,
-            *("upgrade", "--install", "kubeai", str(CHART), "--wait", *options),
+            *("upgrade", "--install", "kubeai", str(CHART), *IMAGE, "--wait", *options),
             values=self.values | (values or {}),
         )
 
@@ -634,6 +594,7 @@ async def site(api, tmp_path) -> Site:
     site = Site(api, RELEASE, tmp_path)
     await site.start()
     yield site
+    delete_models_type(api)
     await site.close()
 
 
@@ -646,11 +607,14 @@ async def hub() -> Hub:
 
 
 async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site, hub):
-    """With Models that run, one of them from a cache that the chart's own loader has filled."""
+    """With Models that run, one of them from a cache that the chart's own loader has filled.
+
+    By `uninstall.deleteModels`; only the Model type stays.
+    """
     before = site.objects()
     site.make_volume()
     hub.repositories["mock/cached"] = Repository({"config.json": b"{}", "model.bin": b"w" * 9})
-    await site.install()
+    await site.install("--set", "uninstall.deleteModels=true")
     await site.kube.create(MODELS, model("m", scaleDownDelaySeconds=300))
     from_hub = {"cacheProfile": "shared", "env": {"HF_ENDPOINT": hub.url}}
     await site.kube.create(MODELS, model("cached", scaleDownDelaySeconds=300, **from_hub))
@@ -660,7 +624,8 @@ async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site
     (loaded,) = site.folder.rglob("model.bin")  # a kubelet of processes has claims of its own
     assert loaded.read_bytes() == b"w" * 9
     engines = await _engines(site)
-    await site.install(values={"podAnnotations": {"release": "second"}, "replicaCount": 2})
+    second = {"podAnnotations": {"release": "second"}, "replicaCount": 2}
+    await site.install("--set", "uninstall.deleteModels=true", values=second)
     deployment = await site.kube.get(DEPLOYMENTS, "kubeai")
     assert deployment["status"]["readyReplicas"] == 2
     assert await site.ask("m")
@@ -669,7 +634,7 @@ async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site
     gone = lambda: site.objects() == before  # noqa: E731
     await until("nothing is left", gone, 60)
     code, _ = site.api.request("GET", "/apis/kubeai.org/v1/models")
-    assert code == 404, "the definition is gone, too"
+    assert code == 200, "other namespaces may have Models"
     assert not loaded.exists()
 
 
