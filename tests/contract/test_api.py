@@ -67,6 +67,39 @@ def test_what_is_not_there_is_not_found(widgets: Collection, api_server: ApiServ
     assert (code, answer["message"]) == (404, 'namespaces "nowhere" not found')
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("GET", "/api/v1/foos", 404),
+        ("GET", "/api/v1/namespaces/default/foos/x", 404),
+        ("PATCH", "/api/v1/namespaces/default/pods/x/foo", 404),
+        ("PUT", "/api/v1/configmaps", 405),
+        ("POST", "/api/v1/namespaces/default/configmaps/x", 405),
+    ],
+)
+def test_a_path_that_is_not_served_is_a_status_with_details(
+    api_server: ApiServer, method: str, path: str, code: int
+):
+    got, answer = api_server.request(method, path, {}, "application/merge-patch+json")
+    assert (got, answer["kind"], answer["code"]) == (code, "Status", code)
+    assert answer["details"] == {}  # kubectl dereferences it
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/xml", "application/json;as=Foo;v=v1;g=meta.k8s.io", "text/html"]
+)
+def test_a_form_that_is_not_served_is_not_acceptable(
+    configs: Collection, api_server: ApiServer, accept: str
+):
+    for method, body in (("GET", None), ("POST", {"metadata": {"name": "c"}})):
+        code, answer = api_server.request(method, configs.path, body, accept=accept)
+        assert (code, answer["kind"], answer["reason"]) == (406, "Status", "NotAcceptable")
+    assert configs("GET", "")[1]["items"] == []
+    for path in ("/version", "/api/v1", "/apis"):
+        code, answer = api_server.request("GET", path, accept="application/xml")
+        assert (code, answer["reason"]) == (406, "NotAcceptable")
+
+
 def test_only_the_token_opens_the_api(api_server: ApiServer):
     code, answer = api_server._replace(token="wrong").request("GET", "/api/v1/namespaces")
     assert (code, answer["reason"]) == (401, "Unauthorized")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import ssl
 import subprocess
 
+import aiohttp
 import pytest
 from kubectls import Kubectl
 from kubelets import DEADLINE_S, PYTHON, Kubelet, Pods, is_alive, until
@@ -158,3 +160,24 @@ async def test_a_command_that_is_too_slow_is_killed(kube, pods):
     assert (caught.value.status, caught.value.reason) == (0, "Timeout")
     result = await run(kube, "cat", "pid")
     await asyncio.to_thread(until, lambda: not is_alive(int(result.output)))
+
+
+# -- other WebSocket clients ---------------------------------------------------------------------
+
+
+async def test_a_client_that_names_the_apis_origin_runs_commands(api_server, namespace, pods):
+    """As the Python client does: websocket-client sends an Origin header with every upgrade."""
+    url = f"{api_server.url}/api/v1/namespaces/{namespace}/pods/p/exec"
+    query = [("command", "echo"), ("command", "hi"), ("stdout", "true")]
+    headers = {"Authorization": f"Bearer {api_server.token}", "Origin": api_server.url}
+    tls = ssl.create_default_context(cafile=api_server.ca_file)
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(
+            url, params=query, headers=headers, ssl=tls, protocols=("v4.channel.k8s.io",)
+        ) as socket,
+        asyncio.timeout(DEADLINE_S),
+    ):
+        said = [message.data async for message in socket]
+    assert b"\x01hi\n" in said
+    assert b'"Success"' in said[-1]

@@ -75,6 +75,49 @@ def test_apply_names_what_is_wrong(kubectl: Kubectl):
     assert "url must start with" in said
 
 
+UNSERVED = """
+apiVersion: monitoring.example.com/v1
+kind: ServiceMonitor
+metadata: {name: m}
+spec: {selector: {}}
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("apply",),
+        ("apply", "--server-side"),
+        ("create",),
+        ("replace",),
+        ("delete",),
+    ],
+    ids=" ".join,
+)
+def test_a_kind_that_is_not_served_has_no_match(kubectl: Kubectl, command: tuple[str, ...]):
+    said = kubectl(*command, "-f", "-", given=UNSERVED, code=1)
+    version = "monitoring.example.com/v1"
+    assert f'no matches for kind "ServiceMonitor" in version "{version}"' in said
+    assert "ensure CRDs are installed first" in said
+
+
+def test_a_resource_that_is_not_served_is_unknown(kubectl: Kubectl):
+    for command in ("get", "explain", "describe"):
+        said = kubectl(command, "foos", code=1)
+        assert 'the server doesn\'t have a resource type "foos"' in said
+
+
+def test_a_pod_cannot_be_debugged_where_it_has_no_ephemeral_containers(
+    kubectl: Kubectl, api_server: ApiServer
+):
+    if api_server.kind == "real":
+        pytest.skip("a real API has ephemeral containers")
+    assert 'pods "pod" not found' in kubectl("debug", "pod", "--image=busybox", code=1)
+    kubectl("create", "-f", "-", given=yaml.safe_dump(POD))
+    said = kubectl("debug", "pod", "--image=busybox", code=1)
+    assert "ephemeral containers are disabled for this cluster" in said
+
+
 def test_get_shows_the_columns_of_the_definition(kubectl: Kubectl):
     kubectl("apply", "-f", "-", given=MODEL)
     kubectl("scale", "model", "tiny", "--replicas=2")

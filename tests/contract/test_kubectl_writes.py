@@ -212,6 +212,17 @@ def test_explain_tells_the_fields_of_built_in_kinds(kubectl: Kubectl):
     assert "minReplicas" not in kubectl("explain", "job.spec")
 
 
+def test_explain_reads_the_older_openapi_too(kubectl: Kubectl):
+    said = kubectl("explain", "models.spec.adapters", "--output=plaintext-openapiv2")
+    assert "VERSION:  kubeai.org/v1" in said
+    assert "RESOURCE: adapters <[]Object>" in said
+    assert "url\t<string> -required-" in said
+    said = kubectl("explain", "pod.spec.containers.env", "--output=plaintext-openapiv2")
+    assert "valueFrom\t<Object>" in said
+    said = kubectl("explain", "cm.data", "--output=plaintext-openapiv2")
+    assert "FIELD:    data <map[string]string>" in said
+
+
 # Events and leases.
 
 

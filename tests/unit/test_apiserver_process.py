@@ -113,8 +113,27 @@ def test_only_loopback_names_are_answered(shared: Api):
 
 
 def test_web_pages_are_refused(shared: Api):
-    for origin in ("https://evil.example", "null", f"https://127.0.0.1:{shared.port}"):
-        assert shared.ask("GET", CONFIGS, Origin=origin)[0] == 403
+    for origin in (
+        "https://evil.example",
+        f"https://evil.example:{shared.port}",
+        f"http://127.0.0.1:{shared.port}",
+        f"https://localhost:{shared.port}",
+        "https://127.0.0.1:1",
+        "https://127.0.0.1",
+        "null",
+        "",
+    ):
+        assert shared.ask("GET", CONFIGS, Origin=origin)[0] == 403, origin
+
+
+def test_a_page_that_rebinds_its_name_is_refused(shared: Api):
+    name = f"evil.example:{shared.port}"
+    assert shared.ask("GET", CONFIGS, Host=name, Origin=f"https://{name}")[0] == 403
+
+
+def test_clients_may_name_the_apis_own_origin(shared: Api):
+    for host in (f"127.0.0.1:{shared.port}", f"localhost:{shared.port}"):
+        assert shared.ask("GET", CONFIGS, Host=host, Origin=f"https://{host}")[0] == 200
 
 
 def test_a_body_over_the_limit_is_refused(shared: Api):

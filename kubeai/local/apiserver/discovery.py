@@ -2,7 +2,7 @@
 
 OpenAPI v3 is given a group and version at a time, as clients ask for it, with the paths, the
 parameters and, where there is one, the schema of each resource: enough for kubectl's apply,
-diff, edit and field validation. OpenAPI v2 has the same schemas, as JSON.
+diff, edit and field validation. OpenAPI v2 is in openapi_v2.py.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ def _openapi_v3(catalog: Catalog, _changes: int, group: str, version: str) -> by
     schemas: Object = {}
     paths: Object = {}
     for resource in resources:
-        name = _schema_name(resource)
-        schemas[name] = _schema(resource)
+        name = schema_name(resource)
+        schemas[name] = schema_of(resource)
         if resource.schema is not None:
             schemas |= resource.schema.definitions
         paths |= _paths(resource, {"$ref": f"#/components/schemas/{name}"})
@@ -234,12 +234,12 @@ def version_text() -> str:
     return str(version()["gitVersion"])
 
 
-def _schema_name(resource: Resource) -> str:
+def schema_name(resource: Resource) -> str:
     domain = ".".join(reversed(resource.group.split("."))) if resource.group else "io.k8s.api.core"
     return f"{domain}.{resource.version}.{resource.kind}"
 
 
-def _schema(resource: Resource) -> Object:
+def schema_of(resource: Resource) -> Object:
     root: Object = {"type": "object"}
     if resource.schema is not None:
         root = {**resource.schema.root}
@@ -293,18 +293,3 @@ def _operation(
         kinds = _PATCHES if resource.custom else (*_PATCHES, patches.STRATEGIC)
         operation["requestBody"] = {"content": {kind: {"schema": {}} for kind in kinds}}
     return operation
-
-
-def openapi_v2(catalog: Catalog) -> bytes:
-    definitions: Object = {}
-    for resource in catalog.all():
-        definitions[_schema_name(resource)] = _schema(resource)
-        if resource.schema is not None:
-            definitions |= resource.schema.definitions
-    document = {
-        "swagger": "2.0",
-        "info": {"title": "KubeAI's embedded Kubernetes API", "version": version_text()},
-        "paths": {},
-        "definitions": definitions,
-    }
-    return orjson.dumps(document).replace(b'"#/$defs/', b'"#/definitions/')

@@ -1,8 +1,8 @@
 """HTTP in front of the registry: who may ask, what a path means, and how the answer is written.
 
 Listens on loopback over TLS. A request needs the token, a Host header that names loopback (so
-that no web page reaches this API by rebinding a name), and no Origin. Every refusal is a
-metav1.Status. Answers are JSON, also for clients that send protobuf.
+that no web page reaches this API by rebinding a name), and no Origin but this API's own. Every
+refusal is a metav1.Status. Answers are JSON, also for clients that send protobuf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from urllib.parse import unquote
 import orjson
 
 from kubeai.http import web
-from kubeai.local.apiserver import bodies, discovery, printing, protobuf, selectors, watching
+from kubeai.local.apiserver import (
+    bodies,
+    discovery,
+    openapi_v2,
+    printing,
+    protobuf,
+    selectors,
+    watching,
+)
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.kubelets import Kubelets
@@ -122,10 +130,14 @@ class Server:
             return _json(StatusError(500, "InternalError", message).body(), 500)
 
     def _check_client(self, request: web.Request) -> None:
-        if request.headers.get("Host", "") not in self._hosts:
+        host = request.headers.get("Host", "")
+        if host not in self._hosts:
             raise StatusError(403, "Forbidden", "the Host header does not name this API")
-        if "Origin" in request.headers:
-            raise StatusError(403, "Forbidden", "requests with an Origin header are refused")
+        # Browsers name the page's origin. WebSocket libraries of other clients, Python's among
+        # them, name that of the server they connect to.
+        origins = request.headers.getall("Origin", [])
+        if any(origin != f"https://{host}" for origin in origins):
+            raise StatusError(403, "Forbidden", "the Origin header names another origin")
         if request.path in _OPEN_PATHS:
             return
         given = request.headers.get("Authorization", "").encode()
@@ -148,6 +160,7 @@ class Server:
         if "/" + parts[0] in _OPEN_PATHS:
             return web.Response(text="ok")
         if parts == ["version"]:
+            _check_accepts_json(request)
             return _json(discovery.version())
         if parts[0] == "openapi":
             return self._openapi(request, parts[1:])
@@ -158,6 +171,7 @@ class Server:
     def _discovery(self, request: web.Request, parts: list[str]) -> web.Response:
         if request.method not in ("GET", "HEAD"):
             raise errors.method_not_allowed()
+        _check_accepts_json(request)
         catalog = self._registry.catalog
         if len(parts) == 1:
             version = _wants_aggregated(request)
@@ -178,10 +192,9 @@ class Server:
 
     def _openapi(self, request: web.Request, parts: list[str]) -> web.Response:
         catalog = self._registry.catalog
-        if not _accepts_json(request):
-            raise StatusError(406, "NotAcceptable", "only application/json can be accepted here")
         if parts == ["v2"]:
-            return _respond(request, discovery.openapi_v2(catalog))
+            return self._openapi_v2(request)
+        _check_accepts_json(request)
         if parts == ["v3"]:
             return _json(discovery.openapi_index(catalog))
         document = None
@@ -193,6 +206,16 @@ class Server:
             raise errors.no_such_path()
         return _respond(request, document)
 
+    def _openapi_v2(self, request: web.Request) -> web.Response:
+        catalog = self._registry.catalog
+        for kind, _ in _accepts(request):
+            if kind in (openapi_v2.PROTOBUF, openapi_v2.PROTOBUF_DEPRECATED):
+                document = openapi_v2.as_protobuf(catalog)
+                return web.Response(body=document, headers={"Content-Type": openapi_v2.PROTOBUF})
+            if kind in _JSON_RANGES:
+                return _respond(request, openapi_v2.as_json(catalog))
+        raise errors.not_acceptable((_JSON, openapi_v2.PROTOBUF))
+
     # Resources.
 
     async def _resource(
@@ -202,6 +225,8 @@ class Server:
             return await self._review(request, group, version, parts[0])
         target = self._target(group, version, parts)
         method = request.method
+        if target.subresource not in _STREAMS:
+            _form(request, _PARTIAL)  # before anything is written
         if target.subresource:
             return await self._subresource(request, target)
         if target.name:
@@ -441,6 +466,7 @@ class Server:
         return response
 
 
+_STREAMS = ("exec", "log")  # whose answers are no objects
 _REVIEWS = (
     ("authorization.k8s.io", ["selfsubjectaccessreviews"]),
     ("authentication.k8s.io", ["selfsubjectreviews"]),
@@ -599,8 +625,12 @@ def _accepts(request: web.Request) -> list[tuple[str, dict[str, str]]]:
     return found
 
 
-def _accepts_json(request: web.Request) -> bool:
-    return any(kind in (_JSON, "*/*", "application/*") for kind, _ in _accepts(request))
+_JSON_RANGES = (_JSON, "*/*", "application/*")
+
+
+def _check_accepts_json(request: web.Request) -> None:
+    if not any(kind in _JSON_RANGES for kind, _ in _accepts(request)):
+        raise errors.not_acceptable((_JSON,))
 
 
 def _wants_aggregated(request: web.Request) -> str:
@@ -616,7 +646,7 @@ def _wants_aggregated(request: web.Request) -> str:
 def _form(request: web.Request, partial: str) -> Form:
     """The first form in the Accept header that is known here."""
     for kind, parameters in _accepts(request):
-        if kind not in (_JSON, "*/*", "application/*"):
+        if kind not in _JSON_RANGES:
             continue
         wanted = parameters.get("as", "")
         if not wanted:
@@ -626,10 +656,7 @@ def _form(request: web.Request, partial: str) -> Form:
                 return Form(_TABLE)
             if wanted in (_PARTIAL, _PARTIAL_LIST):
                 return Form(partial)
-    accepted = f"{_JSON}, {_JSON};as=Table;v=v1;g=meta.k8s.io"
-    raise StatusError(
-        406, "NotAcceptable", f"only the following media types are accepted: {accepted}"
-    )
+    raise errors.not_acceptable((_JSON, f"{_JSON};as=Table;v=v1;g=meta.k8s.io"))
 
 
 # Answers.

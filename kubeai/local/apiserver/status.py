@@ -34,7 +34,7 @@ class StatusError(Exception):
 
     def body(self) -> Object:
         """The metav1.Status."""
-        status: Object = {
+        return {
             "kind": "Status",
             "apiVersion": "v1",
             "metadata": {},
@@ -42,10 +42,9 @@ class StatusError(Exception):
             "message": self.message,
             "reason": self.reason,
             "code": self.code,
+            # Never left out: kubectl dereferences the details of a 404.
+            "details": self.details or {},
         }
-        if self.details:
-            status["details"] = self.details
-        return status
 
 
 def success(name: str, group: str, kind: str, uid: str) -> Object:
@@ -139,6 +138,11 @@ def method_not_allowed() -> StatusError:
     return StatusError(
         405, "MethodNotAllowed", "the server does not allow this method on the requested resource"
     )
+
+
+def not_acceptable(accepted: tuple[str, ...]) -> StatusError:
+    message = f"only the following media types are accepted: {', '.join(accepted)}"
+    return StatusError(406, "NotAcceptable", message)
 
 
 def unsupported_media_type(got: str, accepted: tuple[str, ...]) -> StatusError:
