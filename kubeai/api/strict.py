@@ -5,13 +5,13 @@ reader follows the same type information and gives each error its dotted path. A
 ``extra`` of a field's Meta: ``{"unit": "duration"}`` turns ``1m30s`` into seconds, ``bytes`` turns
 ``64Mi`` into an integer, ``quantity`` and ``address`` check a string. ``null`` means "not given".
 
-Called by `kubeai.api.config` alone.
+Called by `kubeai.api.config`; `kubeai local` finds repeated keys of manifests with it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -35,7 +35,8 @@ def read_yaml(text: str, source: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _refuse_duplicates(node, "", set())
+            for path, line in repeated_keys(node):
+                raise ConfigError(path, f"given twice (again in line {line})")
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -56,31 +57,43 @@ def read(value: Any, cls: type[T], path: str = "") -> T:
     return result
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` when something known is close, else what is known."""
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that ``word`` is probably a misspelling of."""
     by_lower = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {by_lower[close[0]]!r}?"
-    return f"; known are {', '.join(sorted(by_lower.values()))}" if by_lower else ""
+    return by_lower[close[0]] if close else None
 
 
-def _refuse_duplicates(node: yaml.Node, path: str, seen: set[int]) -> None:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` when something known is close, else what is known."""
+    known = sorted(known)
+    close = closest(word, known)
+    if close is not None:
+        return f"; did you mean {close!r}?"
+    return f"; known are {', '.join(known)}" if known else ""
+
+
+def repeated_keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
+    """The dotted path of each key that its map already has, and the line, counted from 1."""
+    return _repeated_keys(node, "", set())
+
+
+def _repeated_keys(node: yaml.Node, path: str, seen: set[int]) -> Iterator[tuple[str, int]]:
     if id(node) in seen:  # an alias: looked at already
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            _refuse_duplicates(item, f"{path}[{i}]", seen)
+            yield from _repeated_keys(item, f"{path}[{i}]", seen)
     elif isinstance(node, yaml.MappingNode):
         keys = set()
         for key, item in node.value:
             below = _join(path, str(key.value))
             if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                raise ConfigError(below, f"given twice (again in line {key.start_mark.line + 1})")
+                yield below, key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode):
                 keys.add(key.value)
-            _refuse_duplicates(item, below, seen)
+            yield from _repeated_keys(item, below, seen)
 
 
 def _join(path: str, key: str) -> str:

@@ -1,20 +1,33 @@
-"""Manifests given on the command line: read, checked, applied as ``kubectl apply`` would."""
+"""Manifests given on the command line: read, checked, applied as ``kubectl apply`` would.
+
+All of them are checked before anything starts, as strictly as kubectl's field validation: a field
+that the kind does not declare, or a key that is given twice, is an error that names its place.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
 import yaml
 
 from kubeai import kube
+from kubeai.api.crd import model_crd
+from kubeai.api.strict import closest, repeated_keys
 from kubeai.errors import KubeAIError
 from kubeai.kube import ApiError, Kube, Resource
+from kubeai.local.apiserver.bodies import RESOLVERS
+
+if TYPE_CHECKING:
+    from kubeai.local.apiserver.schema import Schema, UnknownField
 
 SUFFIXES = (".yaml", ".yml", ".json")
 FILE_MAX_BYTES = 4 << 20
+PROBLEMS_MAX = 20  # wrong fields that one error names
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 CONFLICT_RETRIES = 5
 
@@ -29,10 +42,15 @@ class Manifest(NamedTuple):
     source: str  # "file" or "file (document 2)"
     resource: Resource
     object: dict[str, Any]
+    repeated: tuple[tuple[str, int], ...] = ()  # paths of keys given twice, and their lines
 
     @property
     def name(self) -> str:
         return str(self.object["metadata"]["name"])
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = RESOLVERS
 
 
 def read_manifests(paths: Iterable[Path]) -> list[Manifest]:
@@ -40,7 +58,9 @@ def read_manifests(paths: Iterable[Path]) -> list[Manifest]:
 
     KubeAIError names the place of what is wrong.
     """
-    return [manifest for path in paths for file in _files(path) for manifest in _read(file)]
+    manifests = [manifest for path in paths for file in _files(path) for manifest in _read(file)]
+    _check_fields(manifests)
+    return manifests
 
 
 def _files(path: Path) -> list[Path]:
@@ -58,21 +78,35 @@ def _read(file: Path) -> Iterator[Manifest]:
     try:
         if file.stat().st_size > FILE_MAX_BYTES:
             raise KubeAIError(f"{file}: larger than {FILE_MAX_BYTES} bytes")
-        documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+        documents = list(_documents(file.read_text(encoding="utf-8")))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
         raise KubeAIError(f"{where}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
         raise KubeAIError(f"{file}: {error}") from None
-    for index, document in enumerate(documents, 1):
+    for index, (document, repeated) in enumerate(documents, 1):
         if document is None:
             continue
         source = str(file) if len(documents) == 1 else f"{file} (document {index})"
-        yield _check(source, document)
+        yield _check(source, document, repeated)
 
 
-def _check(source: str, document: Any) -> Manifest:
+def _documents(text: str) -> Iterator[tuple[Any, tuple[tuple[str, int], ...]]]:
+    """Each document's value, as JSON has it, and its keys that are given twice."""
+    loader = _Loader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            value = loader.construct_document(node)
+            value = orjson.loads(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS))
+            yield value, tuple(repeated_keys(node))
+    finally:
+        loader.dispose()
+
+
+def _check(source: str, document: Any, repeated: tuple[tuple[str, int], ...]) -> Manifest:
     if not isinstance(document, dict):
         raise KubeAIError(f"{source}: a manifest is a mapping, not a {type(document).__name__}")
     for key in ("apiVersion", "kind"):
@@ -87,7 +121,54 @@ def _check(source: str, document: Any) -> Manifest:
         raise KubeAIError(
             f"{source}: {document['apiVersion']}/{document['kind']}: not one of {known}"
         )
-    return Manifest(source, resource, document)
+    return Manifest(source, resource, document, repeated)
+
+
+def _check_fields(manifests: list[Manifest]) -> None:
+    """Raise an error with one line for each field that is unknown or given twice."""
+    if not manifests:
+        return
+    schemas = _schemas()
+    problems = [
+        f"{manifest.source}: {manifest.resource.kind} {manifest.name}: {problem}"
+        for manifest in manifests
+        for problem in _problems(manifest, schemas)
+    ]
+    if len(problems) > PROBLEMS_MAX:
+        problems[PROBLEMS_MAX:] = [f"and {len(problems) - PROBLEMS_MAX} more"]
+    if problems:
+        raise KubeAIError("\n".join(problems))
+
+
+def _problems(manifest: Manifest, schemas: Mapping[str, Schema]) -> Iterator[str]:
+    for path, line in manifest.repeated:
+        yield f'duplicate field "{path}" (again in line {line})'
+    obj = copy.deepcopy(manifest.object)
+    unknown = schemas[manifest.resource.kind].prune_fields(obj)
+    for field in schemas["ObjectMeta"].prune_fields(obj["metadata"], embedded=False):
+        unknown.append(field._replace(path=("metadata", *field.path)))
+    yield from map(_unknown, unknown)
+
+
+def _unknown(field: UnknownField) -> str:
+    from kubeai.local.apiserver.schema import show_path
+
+    *parent, name = field.path
+    close = closest(str(name), field.declared)
+    hint = f', did you mean "{show_path((*parent, close))}"?' if close else ""
+    return f'unknown field "{show_path(field.path)}"{hint}'
+
+
+def _schemas() -> dict[str, Schema]:
+    """The schema of each kind that can be given, and of their metadata."""
+    # Imported here: it takes 35 ms, which a start without manifests should not wait for.
+    from kubeai.local.apiserver.resources import BUILT_IN, OBJECT_META
+    from kubeai.local.apiserver.schema import Schema
+
+    schemas = {r.kind: r.schema for r in BUILT_IN if r.schema is not None}
+    (version,) = model_crd()["spec"]["versions"]
+    schemas[kube.MODELS.kind] = Schema(version["schema"]["openAPIV3Schema"])
+    return {**schemas, "ObjectMeta": OBJECT_META}
 
 
 async def apply(client: Kube, manifest: Manifest) -> str:

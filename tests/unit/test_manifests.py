@@ -1,11 +1,16 @@
 """Manifests on the command line: what is wrong is named with its place; apply is three-way."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai.errors import KubeAIError
-from kubeai.local.manifests import merge_patch, read_manifests
+from kubeai.local.manifests import PROBLEMS_MAX, merge_patch, read_manifests
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 MODEL = "apiVersion: kubeai.org/v1\nkind: Model\nmetadata: {name: a}\n"
 
@@ -37,6 +42,124 @@ def test_a_wrong_manifest_is_named_with_its_place(tmp_path, text, named):
         read_manifests([file])
     assert str(file) in str(error.value)
     assert named in str(error.value)
+
+
+SPEC = "spec:\n  url: hf://a/b\n  engine: VLLM\n  features: [TextGeneration]\n"
+JOB = """\
+apiVersion: batch/v1
+kind: Job
+metadata: {name: j}
+spec:
+  template:
+    metadata: {labls: {a: b}}
+    spec:
+      restartPolicy: Never
+      containers: [{name: c, image: i, comand: [ls]}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (
+            f"{MODEL}{SPEC}  minReplica: 1\n",
+            ['unknown field "spec.minReplica", did you mean "spec.minReplicas"?'],
+        ),
+        (f"{MODEL}{SPEC}  zzz: 1\n", ['unknown field "spec.zzz"']),
+        (f"{MODEL}spce: {{}}\n", ['unknown field "spce", did you mean "spec"?']),
+        (
+            f"{MODEL}{SPEC}  files: [{{path: /a, contents: b}}]\n",
+            ['unknown field "spec.files[0].contents", did you mean "spec.files[0].content"?'],
+        ),
+        (
+            MODEL.replace("{name: a}", "{name: a, lables: {}}"),
+            ['unknown field "metadata.lables", did you mean "metadata.labels"?'],
+        ),
+        (
+            f"{MODEL}{SPEC}  minReplicas: 1\n  minReplicas: 2\n",
+            ['duplicate field "spec.minReplicas" (again in line 9)'],
+        ),
+        (
+            JOB,
+            [
+                'unknown field "spec.template.metadata.labls", did you mean '
+                '"spec.template.metadata.labels"?',
+                'unknown field "spec.template.spec.containers[0].comand", did you mean '
+                '"spec.template.spec.containers[0].command"?',
+            ],
+        ),
+        *(
+            (
+                f"apiVersion: v1\nkind: {kind}\nmetadata: {{name: a}}\n{field}: {{}}\n",
+                [f'{kind} a: unknown field "{field}"'],
+            )
+            for kind, field in (
+                ("ConfigMap", "dat"),
+                ("Secret", "stringdata"),
+                ("PersistentVolumeClaim", "specs"),
+                ("Namespace", "spek"),
+            )
+        ),
+    ],
+)
+def test_fields_that_nobody_declared_and_those_given_twice_are_errors(tmp_path, text, named):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(KubeAIError) as error:
+        read_manifests([file])
+    for words in named:
+        assert f"{file}: " in str(error.value)
+        assert words in str(error.value)
+
+
+def test_every_wrong_field_of_every_file_is_named_at_once(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"{MODEL}{SPEC}---\n{MODEL}{SPEC}  replicaz: 1\n")
+    (tmp_path / "b.json").write_text(
+        '{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "dta": {}}'
+    )
+    with pytest.raises(KubeAIError) as error:
+        read_manifests([tmp_path])
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"{tmp_path}/a.yaml (document 2): Model a: ")
+    assert '"spec.replicaz"' in first
+    assert f"{tmp_path}/b.json: ConfigMap c: " in second
+
+
+def test_the_number_of_wrong_fields_that_are_named_has_a_limit(tmp_path):
+    (tmp_path / "a.yaml").write_text(MODEL + "".join(f"x{n}: 1\n" for n in range(100)))
+    with pytest.raises(KubeAIError) as error:
+        read_manifests([tmp_path])
+    lines = str(error.value).splitlines()
+    assert len(lines) == PROBLEMS_MAX + 1
+    assert f"{100 - PROBLEMS_MAX} more" in lines[-1]
+
+
+def test_a_right_manifest_is_read_as_it_is(tmp_path):
+    text = MODEL + SPEC + "  env: {A: b}\nstatus: {}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    (manifest,) = read_manifests([tmp_path])
+    assert manifest.object == yaml.safe_load(text)
+
+
+def test_what_looks_like_a_date_is_a_string(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        MODEL.replace("{name: a}", "{name: a, labels: {since: 2026-01-01}}")
+    )
+    (manifest,) = read_manifests([tmp_path])
+    assert manifest.object["metadata"]["labels"] == {"since": "2026-01-01"}
+
+
+def test_a_value_that_json_cannot_hold_is_an_error(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"{MODEL}{SPEC}  env: {{A: !!binary aGk=}}\n")
+    with pytest.raises(KubeAIError, match=r"a\.yaml"):
+        read_manifests([tmp_path])
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in EXAMPLES.rglob("*.yaml")}))
+def test_the_examples_name_no_unknown_fields(folder):
+    for file in folder.glob("*.yaml"):
+        if "kind: Model" in file.read_text():
+            assert read_manifests([file])
 
 
 def test_a_missing_path_and_an_empty_folder_are_errors(tmp_path):

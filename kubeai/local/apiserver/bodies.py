@@ -14,6 +14,11 @@ import yaml
 
 DEPTH_MAX = 100  # of YAML
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
+# Kubernetes reads what looks like a date as a string.
+RESOLVERS = {
+    first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_json(raw: bytes, duplicates: bool = False) -> tuple[Any, list[str]]:
@@ -48,12 +53,9 @@ def _find_repeated(value: Any, path: str, found: list[str]) -> None:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML as Kubernetes reads it: what looks like a date is a string."""
+    """YAML as Kubernetes reads it."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = RESOLVERS
 
 
 def read_yaml(raw: bytes) -> tuple[Any, list[str]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema_rs
 import orjson
@@ -49,6 +49,13 @@ def show(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
+class UnknownField(NamedTuple):
+    """A field that nobody declared, and the names that are declared beside it."""
+
+    path: Path
+    declared: tuple[str, ...]
+
+
 class Schema:
     """One version's schema. `definitions` are what ``$ref: #/$defs/…`` inside it points to.
 
@@ -83,12 +90,21 @@ class Schema:
 
         `embedded`: the object is a whole resource, whose kind and metadata are no concern here.
         """
-        unknown: list[str] = []
+        return [show_path(field.path) for field in self.prune_fields(obj, embedded)]
+
+    def prune_fields(self, obj: Object, embedded: bool = True) -> list[UnknownField]:
+        """Like `prune`, with the names that were declared instead."""
+        unknown: list[UnknownField] = []
         self._prune(obj, self.root, (), unknown, embedded)
         return unknown
 
     def _prune(
-        self, value: Any, schema: Object, path: Path, unknown: list[str], embedded: bool = False
+        self,
+        value: Any,
+        schema: Object,
+        path: Path,
+        unknown: list[UnknownField],
+        embedded: bool = False,
     ) -> None:
         schema = self.resolve(schema)
         if isinstance(value, list):
@@ -104,7 +120,8 @@ class Schema:
                     self._prune(value[name], child, (*path, name), unknown)
                 elif not schema.get(_PRESERVE):
                     del value[name]
-                    unknown.append(show_path((*path, name)))
+                    declared = tuple(schema.get("properties") or ())
+                    unknown.append(UnknownField((*path, name), declared))
 
     def resolve(self, schema: Object) -> Object:
         while "$ref" in schema:
