@@ -99,7 +99,11 @@ def _app() -> Any:
         config: Annotated[Path | None, typer.Option(help="System config (YAML).")] = None,
         api_port: Annotated[
             int,
-            typer.Option(help="Port of the Kubernetes API; 0 takes a free one.", min=0, max=65535),
+            typer.Option(
+                help="Port of the Kubernetes API; 0 takes that of the last start, or a free one.",
+                min=0,
+                max=65535,
+            ),
         ] = 0,
     ) -> None:
         """Run on this machine, without a cluster: same manifests, stock kubectl."""

@@ -27,6 +27,7 @@ from kubeai.api.config import load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
 from kubeai.kube import ApiError, Backoff, Kube, Resource
+from kubeai.local import ports
 from kubeai.local.jobs import JobController
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.logs import get_logger
@@ -200,8 +201,10 @@ async def run(options: Options) -> None:
         ],
         options.data_dir / "kubelet.log",
     )
+    kept_port = ports.kept_port(options.data_dir)
     try:
         await api.start()
+        _say_if_moved(options, kept_port, api.port)
         client = await Kube.connect(str(kubeconfig))
         try:
             supervisor = Supervisor(
@@ -290,6 +293,16 @@ async def _install_crd(client: Kube) -> None:
             if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
                 return
             await asyncio.sleep(0.02)
+
+
+def _say_if_moved(options: Options, kept_port: int, port: int) -> None:
+    """Watches and copies of the kubeconfig rely on the API's port."""
+    if kept_port and not options.api_port and port != kept_port:
+        _print(
+            f"Kubernetes API: port {kept_port}, where it was at the last start, is in use by "
+            f"another program. It is at port {port} from now on: copies of the kubeconfig need "
+            f"that port, or start with --api-port"
+        )
 
 
 def _check_namespaces(manifests: list[Manifest], served: str) -> None:

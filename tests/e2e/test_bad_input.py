@@ -56,12 +56,13 @@ async def test_uninstall_has_to_be_confirmed(arguments):
         ("apiVersion: v1", "kind"),
         (yaml.safe_dump(model("a") | {"spec": {"engine": "VLLM"}}), "spec.url"),
         (yaml.safe_dump(model("a", minReplicas=3, maxReplicas=1)), "minReplicas"),
+        (yaml.safe_dump(model("a", minReplica=1)), 'did you mean "spec.minReplicas"?'),
         (
             yaml.safe_dump(model("a") | {"metadata": {"name": "a", "namespace": "kube-system"}}),
             "metadata.namespace: kube-system",
         ),
     ],
-    ids=["not-yaml", "no-kind", "no-url", "cel", "elsewhere"],
+    ids=["not-yaml", "no-kind", "no-url", "cel", "misspelt", "elsewhere"],
 )
 async def test_a_wrong_manifest(tmp_path, manifest, named):
     file = tmp_path / "wrong.yaml"
@@ -93,8 +94,15 @@ async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
         assert f"127.0.0.1:{port}" in await refused(tmp_path, "--port", port)
         line = await refused(tmp_path, "--port", "0", "--api-port", port)
         assert "address already in use" in line
-    async with running(tmp_path):
-        assert "in use by another" in await refused(tmp_path)
+        # The port that an earlier start kept is somebody else's now.
+        (tmp_path / "state").mkdir(exist_ok=True)
+        cluster = {"cluster": {"server": f"https://127.0.0.1:{port}"}}
+        (tmp_path / "state" / "kubeconfig").write_text(yaml.safe_dump({"clusters": [cluster]}))
+        async with running(tmp_path) as local, local.kube() as kube:
+            assert await kube.list(k.PODS)
+            (line,) = (line for line in local.out if f"port {port}" in line)
+            assert "in use by another program" in line
+            assert "in use by another" in await refused(tmp_path)
 
 
 async def test_ports_that_do_not_exist_and_a_data_directory_that_kubeconfig_cannot_name(tmp_path):

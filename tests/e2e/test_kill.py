@@ -120,7 +120,10 @@ async def test_the_whole_killed_leaves_no_orphan_and_starts_again(tmp_path, sess
         answers = await asyncio.gather(*chats)
         assert not everything or not any(answer.whole for answer in answers)
         await until("no process is left", lambda: not local.processes(), 15)
+    kubeconfig = tmp_path / "state" / "kubeconfig"
+    before = kubeconfig.read_bytes()
     async with running(tmp_path) as local, local.kube() as kube:
+        assert kubeconfig.read_bytes() == before
         await ready(kube, "chat", 1)
         assert len(await pods(kube, "chat")) == 1
         again = await asyncio.gather(*start_chats(session, local.endpoint, "chat", 4))

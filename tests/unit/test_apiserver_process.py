@@ -294,6 +294,52 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path):
         assert "Traceback" not in said
 
 
+def test_a_kubeconfig_is_valid_over_restarts(tmp_path: Path):
+    def kept() -> list[bytes]:
+        return [(tmp_path / name).read_bytes() for name in ("kubeconfig", "token", "ca.crt")]
+
+    with running(tmp_path) as api:
+        port, before = api.port, kept()
+        api.end()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with running(tmp_path) as api:
+            assert (api.port, kept()) == (port, before)
+            assert api.ask("GET", CONFIGS)[0] == 200
+            api.end(number)
+    with running(tmp_path, "--port", str(_closed_port())) as api:
+        moved = api.port
+        api.end()
+    with running(tmp_path) as api:
+        assert api.port == moved
+
+
+def test_no_outgoing_connection_is_given_the_kept_port(tmp_path: Path):
+    """Else it would be taken at the next start by whatever the machine connects to."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with running(tmp_path) as api:
+        assert api.port < lowest
+
+
+def test_a_kept_port_that_is_taken_gives_way_to_another(tmp_path: Path):
+    with running(tmp_path) as api:
+        port = api.port
+        api.end()
+    with socket.create_server(("127.0.0.1", port)), running(tmp_path) as api:
+        other = api.port
+        assert other != port
+        assert f":{other}\n" in (tmp_path / "kubeconfig").read_text()
+        api.end()
+    with running(tmp_path) as api:
+        assert api.port == other
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"clusters: 1", b"clusters: [{}]", b"\xff"])
+def test_a_broken_kubeconfig_is_replaced(tmp_path: Path, content: bytes):
+    (tmp_path / "kubeconfig").write_bytes(content)
+    with running(tmp_path) as api:
+        assert f":{api.port}\n" in (tmp_path / "kubeconfig").read_text()
+
+
 def test_it_ends_with_its_parent(tmp_path: Path):
     program = (
         "import os, subprocess, sys, time\n"

@@ -1,7 +1,8 @@
 """The embedded API's process: ``python -m kubeai.local.apiserver --data-dir D``.
 
 Writes ``ready <port>`` to the descriptor it was given once it serves, and ends on SIGTERM or
-when its parent does, however that ended.
+when its parent does, however that ended. Without ``--port`` it listens where it did at the last
+start on this data directory, if that port is free.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 from kubeai.errors import KubeAIError
+from kubeai.local import ports
 from kubeai.local.apiserver import credentials
 from kubeai.local.apiserver.collector import Collector
 from kubeai.local.apiserver.registry import Registry
@@ -53,7 +55,7 @@ async def serve(directory: Path, port: int, ready_fd: int | None) -> None:
     collector = asyncio.create_task(Collector(registry).run())
     server = Server(registry, identity.token)
     try:
-        port = await server.start(port, identity.tls)
+        port = await server.start(ports.candidates(directory, port), identity.tls)
         kubeconfig = identity.write_kubeconfig(port)
         log.info("the Kubernetes API is ready", port=port, kubeconfig=str(kubeconfig))
         if ready_fd is not None:

@@ -1,7 +1,7 @@
 """Who may talk to the embedded API: the token, the certificates and the kubeconfig.
 
-All files are in the data directory, mode 0600, and stay the same from start to start (the
-kubeconfig is written again, because the port may have changed). TLS is there because Go clients
+All files are in the data directory, mode 0600, and stay the same from start to start, also the
+kubeconfig, unless the port had to change. TLS is there because Go clients
 send a kubeconfig's token over https only; the certificate authority signs loopback names alone.
 """
 

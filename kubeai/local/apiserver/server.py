@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import random
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -86,8 +87,8 @@ class Server:
         self._stopping = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
-    async def start(self, port: int, tls: ssl.SSLContext) -> int:
-        """Listen on 127.0.0.1; the port, which is chosen when 0 is given."""
+    async def start(self, ports: Sequence[int], tls: ssl.SSLContext) -> int:
+        """Listen on the first of these ports of 127.0.0.1 that is free; return it (0: any)."""
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(
@@ -99,9 +100,14 @@ class Server:
             max_line_size=REQUEST_LINE_MAX_BYTES,
         )
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
-        await site.start()
-        port = self._runner.addresses[0][1]
+        for index, port in enumerate(ports):
+            try:
+                await web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls).start()
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or index == len(ports) - 1:
+                    raise
+        port = int(self._runner.addresses[0][1])
         self._hosts = {f"[{h}]:{port}" if ":" in h else f"{h}:{port}" for h in LOOPBACK}
         return port
 
