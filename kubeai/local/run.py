@@ -391,6 +391,8 @@ def _pod_line(pod: dict[str, Any]) -> str:
         if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
     for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"{condition['reason']}: {condition['message']}"
         if condition["type"] == "Ready" and condition["status"] == "True":
             return f"ready at {status.get('podIP', '?')}{mock}"
     return f"starting{mock}"

@@ -77,6 +77,46 @@ def test_a_pod_without_a_node_is_bound(api_server, kube_api, namespace, pods, tm
         kubelet.kill()
 
 
+def test_a_cordoned_node_gets_no_new_pods(api_server, kube_api, namespace, pods, tmp_path):
+    def cordon(unschedulable: bool) -> None:
+        path, patch = f"/api/v1/nodes/{namespace}", {"spec": {"unschedulable": unschedulable}}
+        kind = "application/merge-patch+json"
+        assert api_server.request("PATCH", path, patch, kind)[0] == 200
+
+    def why_pending() -> str:
+        conditions = pods.get()["status"].get("conditions") or []
+        found = [c for c in conditions if c["type"] == "PodScheduled" and c["status"] == "False"]
+        return f"{found[0]['reason']}: {found[0]['message']}" if found else ""
+
+    def place(name: str) -> None:
+        """A pod that the kubelet sees after `p` and may bind."""
+        tolerations = [{"key": "node.kubernetes.io/unschedulable", "operator": "Exists"}]
+        pods.create(name, pids=kubelet.pids, tolerations=tolerations)
+        until(lambda: pods.get(name)["spec"].get("nodeName"))
+
+    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=True)
+    kubelet.start()
+    try:
+        cordon(True)
+        pods.create(pids=kubelet.pids)
+        assert until(why_pending).startswith("Unschedulable: 0/1 nodes are available: 1 node(s)")
+        place("tolerant")
+        kubelet.kill()
+        kubelet.start()
+        place("later")
+        pod = pods.get()
+        assert not pod["spec"].get("nodeName")
+        assert pod["status"]["phase"] == "Pending"
+        _, events = api_server.request("GET", f"/api/v1/namespaces/{namespace}/events")
+        assert [e["reason"] for e in events["items"] if e["involvedObject"]["name"] == "p"] == [
+            "FailedScheduling"
+        ]
+        cordon(False)
+        assert pods.until_ready()["spec"]["nodeName"] == namespace
+    finally:
+        kubelet.clean_up()
+
+
 def test_nothing_is_written_while_nothing_changes(kubelet, pods):
     pods.create(node=kubelet.node, pids=kubelet.pids)
     before = pods.until_ready()["metadata"]["resourceVersion"]

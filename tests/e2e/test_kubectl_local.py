@@ -42,6 +42,9 @@ class Kubectl:
         assert process.returncode == 0, out.decode()
         return out.decode()
 
+    async def says(self, words, *arguments):
+        return words in await self(*arguments)
+
     async def row(self, *arguments):
         """The one row of a table, by its columns."""
         header, row = (await self(*arguments)).splitlines()
@@ -106,6 +109,23 @@ async def test_exec_scale_patch_and_delete(tmp_path):
         await until("three replicas", lambda: kubectl.counts("3"))
         await kubectl("patch", "model", "chat", "--type=merge", "-p", '{"spec":{"replicas":2}}')
         await until("two replicas", lambda: kubectl.counts("2"))
+
+        said = await kubectl("drain", "local", "--delete-emptydir-data")
+        assert "node/local drained" in said
+
+        async def waiting():
+            pods = (await kubectl("get", "pods", "--no-headers")).splitlines()
+            return len(pods) == 2 and all(pod.split()[2] == "Pending" for pod in pods)
+
+        await until("the new replicas wait", waiting)
+        assert (await kubectl.row("get", "nodes"))["STATUS"] == "Ready,SchedulingDisabled"
+        why = "Unschedulable: 0/1 nodes are available: 1 node(s) were unschedulable."
+        await until("the Model says so", lambda: kubectl.says(why, "describe", "model", "chat"))
+        await until("the terminal says so", lambda: any(why in line for line in local.out))
+        assert not local.engines()
+        await kubectl("uncordon", "local")
+        await until("two replicas", lambda: kubectl.counts("2"))
+
         await kubectl("delete", "model", "chat")
 
         async def no_pods():

@@ -1,9 +1,9 @@
 """The kubelet's side towards the API: which pods to run, what became of them.
 
-Owns: following the Node's pods, binding pods that have no node (there is no scheduler on one
-machine), one :class:`_PodWorker` a pod, and the writes. A worker starts the pod's runner, patches
-``status`` when it differs from what was written last, and deletes the object when a deleted pod's
-processes are gone. Nothing is written while nothing changes.
+Owns: following the Node's pods, one :class:`_PodWorker` a pod, and the writes. Pods that have no
+node go to the :class:`~.binder.Binder`, as there is no scheduler on one machine. A worker starts
+the pod's runner, patches ``status`` when it differs from what was written last, and deletes the
+object when a deleted pod's processes are gone. Nothing is written while nothing changes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import msgspec
 from kubeai.errors import KubeAIError
 from kubeai.kube import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
 from kubeai.local.kubelet.addresses import PodAddress
+from kubeai.local.kubelet.binder import Binder
 from kubeai.local.kubelet.execs import Refusal
 from kubeai.local.kubelet.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
 from kubeai.local.kubelet.runner import ContainerRunner, Host, PodRunner
@@ -77,20 +78,20 @@ class Agent:
         self.host = host
         self.synced = asyncio.Event()
         self._node = node
-        self._bind = bind
+        self._binder = Binder(kube, node) if bind else None
         self._workers: dict[str, _PodWorker] = {}
-        self._binding: dict[str, asyncio.Task[None]] = {}
         self._sync: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Follow the pods, until cancelled."""
-        fields = "" if self._bind else f"spec.nodeName={self._node}"
-        await self.kube.follow(PODS, fields=fields, replaced=self._replaced, changed=self._changed)
+        fields = "" if self._binder else f"spec.nodeName={self._node}"
+        pods = self.kube.follow(PODS, fields=fields, replaced=self._replaced, changed=self._changed)
+        await (asyncio.gather(pods, self._binder.run()) if self._binder else pods)
 
     async def stop(self, grace_s: float) -> None:
         """End every process, leave every Pod: the next kubelet starts them. Call after run."""
-        for task in self._binding.values():
-            task.cancel()
+        if self._binder:
+            self._binder.stop()
         await asyncio.gather(*(worker.leave(grace_s) for worker in self._workers.values()))
 
     def find_log(
@@ -116,6 +117,8 @@ class Agent:
         for uid, worker in self._workers.items():
             if uid not in uids:
                 worker.vanished()
+        if self._binder:
+            self._binder.keep_only(uids)
         if self._sync is None:
             self._remove_old_directories(uids)
         for pod in pods:
@@ -127,9 +130,14 @@ class Agent:
         meta, spec = obj["metadata"], obj.get("spec") or {}
         uid, node = meta["uid"], spec.get("nodeName") or ""
         worker = self._workers.get(uid)
+        if self._binder:
+            if kind == "DELETED" or meta.get("deletionTimestamp"):
+                self._binder.withdraw(uid)
+            elif node:
+                self._binder.bound(uid)
+            elif worker is None:
+                self._binder.offer(obj)
         if kind == "DELETED":
-            if uid in self._binding:
-                self._binding[uid].cancel()
             if worker is not None:
                 worker.vanished()
         elif node == self._node:
@@ -137,32 +145,6 @@ class Agent:
                 self._workers[uid] = _PodWorker(self, obj, lambda: self._workers.pop(uid, None))
             else:
                 worker.observe(obj)
-        elif not node and self._bind and not meta.get("deletionTimestamp"):
-            self._bind_soon(uid, meta)
-
-    def _bind_soon(self, uid: str, meta: Object) -> None:
-        if uid not in self._binding and uid not in self._workers:
-            task = self._binding[uid] = asyncio.create_task(self._bind_pod(meta))
-            task.add_done_callback(lambda _: self._binding.pop(uid, None))
-
-    async def _bind_pod(self, meta: Object) -> None:
-        """Give the pod to this Node, as a scheduler does; the watch then brings it back."""
-        name, namespace = meta["name"], meta["namespace"]
-        collection = Resource("", "v1", f"pods/{name}/binding", "Binding")
-        binding = {
-            "metadata": {"name": name, "namespace": namespace, "uid": meta["uid"]},
-            "target": {"apiVersion": "v1", "kind": "Node", "name": self._node},
-        }
-        backoff = Backoff()
-        while True:
-            try:
-                await self.kube.create(collection, binding, namespace)
-                return
-            except ApiError as error:
-                if error.status in (404, 409):
-                    return  # gone, or bound already: the watch says which
-                log.warning("a pod could not be bound", pod=name, error=str(error))
-                await asyncio.sleep(backoff.next_s())
 
     async def _wait_for_statuses(self) -> None:
         written = [asyncio.create_task(w.written.wait()) for w in self._workers.values()]

@@ -1,0 +1,179 @@
+"""Gives pods that have no Node to this one: the scheduler of a machine that has none.
+
+A pod waits while the Node is cordoned (``spec.unschedulable``), unless it tolerates that. It then
+says so as with kube-scheduler: condition PodScheduled=False with the reason Unschedulable, and an
+Event FailedScheduling. The Node is read before each binding, so a pod that is created after a
+cordon never slips through. The agent calls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Container
+from typing import Any
+
+from kubeai.kube import EVENTS, NODES, PODS, ApiError, Backoff, Kube, Resource
+from kubeai.local.kubelet.status import timestamp
+from kubeai.logs import get_logger
+
+log = get_logger(__name__)
+
+Object = dict[str, Any]
+
+TAINT = "node.kubernetes.io/unschedulable"  # what cordoning amounts to, for tolerations
+MESSAGE = "0/1 nodes are available: 1 node(s) were unschedulable."
+
+
+class Binder:
+    """One task for each pod that is to be bound or waits; run `run` beside them."""
+
+    def __init__(self, kube: Kube, node: str) -> None:
+        self._kube = kube
+        self._node = node
+        self._pods: dict[str, Object] = {}  # by uid, as last seen
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._waiting: set[str] = set()  # pods that wait for the Node to change
+        self._node_changed = asyncio.Event()  # set once, and replaced, at each change
+
+    async def run(self) -> None:
+        """Follow the Node, until cancelled."""
+        await self._kube.follow(
+            NODES,
+            fields=f"metadata.name={self._node}",
+            replaced=lambda _: self._look_again(),
+            changed=lambda *_: self._look_again(),
+        )
+
+    def _look_again(self) -> None:
+        self._node_changed.set()
+        self._node_changed = asyncio.Event()
+
+    def offer(self, pod: Object) -> None:
+        """A pod without a Node, new or changed."""
+        uid = pod["metadata"]["uid"]
+        self._pods[uid] = pod
+        if uid not in self._tasks:
+            task = self._tasks[uid] = asyncio.create_task(self._place(uid))
+            task.add_done_callback(lambda _: self._forget(uid))
+
+    def withdraw(self, uid: str) -> None:
+        """The pod is gone, or going."""
+        if uid in self._tasks:
+            self._tasks[uid].cancel()
+
+    def bound(self, uid: str) -> None:
+        """The pod has a Node, from here or from somebody else."""
+        if uid in self._waiting:  # a binding in flight ends by itself
+            self.withdraw(uid)
+
+    def keep_only(self, uids: Container[str]) -> None:
+        """Withdraw all others."""
+        for uid in list(self._tasks):
+            if uid not in uids:
+                self.withdraw(uid)
+
+    def stop(self) -> None:
+        self.keep_only(())
+
+    def _forget(self, uid: str) -> None:
+        del self._tasks[uid], self._pods[uid]
+        self._waiting.discard(uid)
+
+    async def _place(self, uid: str) -> None:
+        backoff = Backoff()
+        while True:
+            changed, pod = self._node_changed, self._pods[uid]
+            try:
+                if await self._is_cordoned() and not tolerates_cordon(pod):
+                    await self._report(pod)
+                    self._waiting.add(uid)
+                    await changed.wait()
+                    self._waiting.discard(uid)
+                else:
+                    await self._bind(pod["metadata"])
+                    return
+            except ApiError as error:
+                if error.status == 404:
+                    return  # the pod is gone
+                if error.status != 409:  # else it has changed just now
+                    name = pod["metadata"]["name"]
+                    log.warning("a pod could not be bound", pod=name, error=str(error))
+                await asyncio.sleep(backoff.next_s())
+
+    async def _is_cordoned(self) -> bool:
+        try:
+            node = await self._kube.get(NODES, self._node)
+        except ApiError as error:
+            if error.status == 404:  # somebody deleted it; the next heartbeat creates it
+                return False
+            raise
+        return bool(node.get("spec", {}).get("unschedulable"))
+
+    async def _bind(self, meta: Object) -> None:
+        """The watch then brings the pod back, with its Node."""
+        name, namespace = meta["name"], meta["namespace"]
+        collection = Resource("", "v1", f"pods/{name}/binding", "Binding")
+        binding = {
+            "metadata": {"name": name, "namespace": namespace, "uid": meta["uid"]},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": self._node},
+        }
+        try:
+            await self._kube.create(collection, binding, namespace)
+        except ApiError as error:
+            if error.status != 409:  # bound already, or going: the watch says which
+                raise
+
+    async def _report(self, pod: Object) -> None:
+        meta = pod["metadata"]
+        conditions = (pod.get("status") or {}).get("conditions") or []
+        if any(is_unschedulable(condition) for condition in conditions):
+            return
+        now = timestamp(time.time())
+        condition = {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": MESSAGE,
+            "lastTransitionTime": now,
+        }
+        others = [c for c in conditions if c["type"] != condition["type"]]
+        patch = {
+            "metadata": {"resourceVersion": meta["resourceVersion"]},
+            "status": {"conditions": [*others, condition]},
+        }
+        namespace = meta["namespace"]
+        await self._kube.patch(PODS, meta["name"], patch, namespace, subresource="status")
+        with contextlib.suppress(ApiError):  # nothing depends on it
+            await self._kube.create(EVENTS, _event(meta, now), namespace)
+
+
+def is_unschedulable(condition: Object) -> bool:
+    found = condition.get("type"), condition.get("status"), condition.get("reason")
+    return found == ("PodScheduled", "False", "Unschedulable")
+
+
+def tolerates_cordon(pod: Object) -> bool:
+    """Whether a toleration matches the taint that a cordoned node has."""
+    return any(
+        (toleration.get("key") or TAINT) == TAINT
+        and toleration.get("effect") in (None, "", "NoSchedule")
+        and (toleration.get("operator") == "Exists" or bool(toleration.get("key")))
+        and not toleration.get("value")
+        for toleration in pod["spec"].get("tolerations") or ()
+    )
+
+
+def _event(meta: Object, now: str) -> Object:
+    return {
+        "metadata": {"name": f"{meta['name']}.{secrets.token_hex(8)}"},
+        "involvedObject": {
+            "apiVersion": "v1", "kind": "Pod", "name": meta["name"],
+            "namespace": meta["namespace"], "uid": meta["uid"],
+        },
+        "type": "Warning", "reason": "FailedScheduling", "message": MESSAGE, "count": 1,
+        "firstTimestamp": now, "lastTimestamp": now,
+        "source": {"component": "kubeai-kubelet"},
+    }  # fmt: skip
