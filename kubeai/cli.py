@@ -105,6 +105,9 @@ def _app() -> Any:
                 max=65535,
             ),
         ] = 0,
+        namespace: Annotated[
+            str, typer.Option(help="Namespace whose Models are served; created if need be.")
+        ] = "default",
     ) -> None:
         """Run on this machine, without a cluster: same manifests, stock kubectl."""
         from kubeai.local.run import Options, run
@@ -118,6 +121,7 @@ def _app() -> Any:
             data_dir=(data_dir or data_home / "kubeai").absolute(),
             config=config,
             api_port=api_port,
+            namespace=namespace,
         )
         _run(run(options))
 

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,12 +31,14 @@ from kubeai.kube import ApiError, Backoff, Kube, Resource
 from kubeai.local import ports
 from kubeai.local.jobs import JobController
 from kubeai.local.manifests import Manifest, apply, read_manifests
+from kubeai.local.unserved import Unserved
 from kubeai.logs import get_logger
 from kubeai.supervisor import Supervisor
 
 log = get_logger(__name__)
 
 NODE_NAME = "local"
+DEFAULT_NAMESPACE = "default"
 ENGINE_PORT = 8000
 CHILD_START_TIMEOUT_S = 30.0
 CHILD_STOP_TIMEOUT_S = 15.0
@@ -44,6 +47,7 @@ CHILD_SETTLED_S = 10.0  # one that lived this long did not die of its start
 LAST_WORDS_MAX_BYTES = 4096
 CRD_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 # What a person at a terminal expects of one machine: replicas that go away soon after the last
 # request, a quick end. A config file overrides each key.
@@ -65,6 +69,7 @@ class Options(msgspec.Struct, frozen=True):
     data_dir: Path
     config: Path | None
     api_port: int
+    namespace: str
 
 
 class Child:
@@ -183,9 +188,18 @@ def _check_host(options: Options) -> None:
         )
 
 
+def _check_namespace(options: Options) -> None:
+    if not _NAMESPACE.fullmatch(options.namespace):
+        raise KubeAIError(
+            f"--namespace: {options.namespace!r} must consist of lower-case letters, digits and "
+            f"'-', begin and end with a letter or digit, and have at most 63 characters"
+        )
+
+
 async def run(options: Options) -> None:
     """``kubeai local``, until Ctrl-C or SIGTERM."""
     _check_host(options)
+    _check_namespace(options)
     config = load_config(options.config, defaults=LOCAL_DEFAULTS)
     manifests = read_manifests(options.manifests)
     lock = _lock(options.data_dir)
@@ -220,9 +234,11 @@ async def run(options: Options) -> None:
             )
             _check_namespaces(manifests, client.namespace)
             await _install_crd(client)
+            await _create_namespace(client)
             await kubelet.start()
             await _apply(client, manifests)
-            async with _beside(supervisor.stop, JobController(client).run(), _report(client)):
+            beside = JobController(client).run(), Unserved(client, _print).run(), _report(client)
+            async with _beside(supervisor.stop, *beside):
                 await supervisor.run()
         finally:
             await client.close()
@@ -256,6 +272,7 @@ def _api_command(options: Options, api: Child) -> list[str]:
         "kubeai.local.apiserver",
         f"--data-dir={options.data_dir}",
         f"--port={api.port or options.api_port}",  # a restarted API keeps its port
+        f"--namespace={options.namespace}",
     ]
 
 
@@ -305,13 +322,22 @@ def _say_if_moved(options: Options, kept_port: int, port: int) -> None:
         )
 
 
+async def _create_namespace(client: Kube) -> None:
+    """Create the served namespace unless it exists."""
+    try:
+        await client.create(kube.NAMESPACES, {"metadata": {"name": client.namespace}})
+    except ApiError as error:
+        if error.status != 409:
+            raise
+
+
 def _check_namespaces(manifests: list[Manifest], served: str) -> None:
     for manifest in manifests:
         namespace = manifest.object["metadata"].get("namespace") or served
         if manifest.resource is kube.MODELS and namespace != served:
             raise KubeAIError(
                 f"{manifest.source}: metadata.namespace: {namespace}: Models are served in the "
-                f"namespace {served} only"
+                f"namespace {served} only; --namespace chooses another"
             )
 
 
@@ -331,6 +357,8 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
     _print("")
     _print(f"OpenAI endpoint  http://{host}:{supervisor.port}/openai/v1")
     _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
+    if options.namespace != DEFAULT_NAMESPACE:
+        _print(f"Namespace        {options.namespace}")
     _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
     kubeconfig = shlex.quote(str(options.data_dir / "kubeconfig"))
     _print(f"kubectl          export KUBECONFIG={kubeconfig}")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import socket
 import sys
 
@@ -112,6 +113,45 @@ async def test_ports_that_do_not_exist_and_a_data_directory_that_kubeconfig_cann
         assert option in err
     code, _, err = await kubeai("local", "--port", "0", "--data-dir", tmp_path / "a:b")
     assert (code, err) == (2, f"error: --data-dir: {tmp_path / 'a:b'}: must not contain ':'\n")
+
+
+async def test_a_namespace_that_cannot_be(tmp_path):
+    line = await refused(tmp_path, "--namespace", "Team_A")
+    assert "--namespace: 'Team_A'" in line
+
+
+async def test_one_namespace_is_served_and_models_of_others_say_so(tmp_path):
+    chosen, other = model("chosen", minReplicas=1), model("other", minReplicas=1)
+
+    async def ready(kube, name, namespace):
+        found = await kube.get(k.MODELS, name, namespace)
+        conditions = found.get("status", {}).get("conditions", [])
+        return next(((c["status"], c["reason"]) for c in conditions if c["type"] == "Ready"), None)
+
+    async def settles(kube, name, namespace, wanted):
+        async def as_wanted():
+            return await ready(kube, name, namespace) == wanted
+
+        await until(f"{name} is {wanted}", as_wanted)
+
+    served, unserved = ("True", "AllReplicasReady"), ("False", "NamespaceNotServed")
+    arguments = ("--namespace", "team")
+    async with running(tmp_path, chosen, arguments=arguments) as local, local.kube() as kube:
+        assert kube.namespace == "team"
+        assert any(re.fullmatch(r"Namespace\s+team", line) for line in local.out)
+        await settles(kube, "chosen", "team", served)
+        await kube.create(k.MODELS, other, "default")
+        await settles(kube, "other", "default", unserved)
+        assert not await pods(kube, "other")
+        (line,) = [line for line in local.out if line.startswith("model default/other: ")]
+        assert "serves Models in the namespace team only" in line
+    async with running(tmp_path) as local, local.kube() as kube:
+        assert kube.namespace == "default"
+        await settles(kube, "other", "default", served)
+        await settles(kube, "chosen", "team", unserved)
+        found, _ = await kube.list(k.PODS, "team")
+        assert not [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+        await until("only one engine runs", lambda: len(local.engines()) == 1)
 
 
 async def test_the_pods_port_on_every_interface(tmp_path):

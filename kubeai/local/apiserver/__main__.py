@@ -43,7 +43,7 @@ def die_with_parent() -> None:
         sys.exit(0)
 
 
-async def serve(directory: Path, port: int, ready_fd: int | None) -> None:
+async def serve(directory: Path, port: int, namespace: str, ready_fd: int | None) -> None:
     """Until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -56,7 +56,7 @@ async def serve(directory: Path, port: int, ready_fd: int | None) -> None:
     server = Server(registry, identity.token)
     try:
         port = await server.start(ports.candidates(directory, port), identity.tls)
-        kubeconfig = identity.write_kubeconfig(port)
+        kubeconfig = identity.write_kubeconfig(port, namespace)
         log.info("the Kubernetes API is ready", port=port, kubeconfig=str(kubeconfig))
         if ready_fd is not None:
             os.write(ready_fd, f"ready {port}\n".encode())
@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kubeai.local.apiserver", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--namespace", default="default", help="the kubeconfig's context has it")
     parser.add_argument("--ready-fd", type=int)
     options = parser.parse_args()
     die_with_parent()
@@ -90,7 +91,7 @@ def main() -> None:
     os.umask(0o077)
     try:
         options.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        asyncio.run(serve(options.data_dir, options.port, options.ready_fd))
+        asyncio.run(serve(options.data_dir, options.port, options.namespace, options.ready_fd))
     except (KubeAIError, OSError, sqlite3.Error) as error:
         sys.exit(f"the Kubernetes API cannot start: {getattr(error, 'strerror', None) or error}")
 

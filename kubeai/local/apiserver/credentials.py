@@ -1,7 +1,7 @@
 """Who may talk to the embedded API: the token, the certificates and the kubeconfig.
 
 All files are in the data directory, mode 0600, and stay the same from start to start, also the
-kubeconfig, unless the port had to change. TLS is there because Go clients
+kubeconfig, unless its port or its namespace changes. TLS is there because Go clients
 send a kubeconfig's token over https only; the certificate authority signs loopback names alone.
 """
 
@@ -33,7 +33,7 @@ class Credentials(NamedTuple):
     tls: ssl.SSLContext
     directory: Path
 
-    def write_kubeconfig(self, port: int) -> Path:
+    def write_kubeconfig(self, port: int, namespace: str) -> Path:
         path = self.directory / "kubeconfig"
         config = {
             "apiVersion": "v1",
@@ -52,7 +52,7 @@ class Credentials(NamedTuple):
             "contexts": [
                 {
                     "name": "kubeai",
-                    "context": {"cluster": "kubeai", "user": "kubeai", "namespace": "default"},
+                    "context": {"cluster": "kubeai", "user": "kubeai", "namespace": namespace},
                 }
             ],
         }
