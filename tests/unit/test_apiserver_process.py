@@ -136,6 +136,12 @@ def test_clients_may_name_the_apis_own_origin(shared: Api):
         assert shared.ask("GET", CONFIGS, Host=host, Origin=f"https://{host}")[0] == 200
 
 
+def test_a_client_that_names_no_form_gets_json(shared: Api):
+    for path in ("/version", "/apis", CONFIGS):
+        for accept in ("", "*/*", "text/html, application/json;q=0.9"):
+            assert shared.ask("GET", path, Accept=accept)[0] == 200, (path, accept)
+
+
 def test_a_body_over_the_limit_is_refused(shared: Api):
     body = {"metadata": {"name": "big"}, "data": {"a": "x" * (4 << 20)}}
     code, answer = shared.ask("POST", CONFIGS, body)

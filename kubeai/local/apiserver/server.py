@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import random
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,21 +20,20 @@ import orjson
 
 from kubeai.http import web
 from kubeai.local.apiserver import (
-    bodies,
     discovery,
     openapi_v2,
     printing,
-    protobuf,
-    selectors,
+    requests,
     watching,
 )
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.kubelets import Kubelets
 from kubeai.local.apiserver.patch import APPLY
-from kubeai.local.apiserver.registry import DeleteOptions, Registry, WriteOptions
+from kubeai.local.apiserver.registry import Registry
+from kubeai.local.apiserver.requests import JSON, JSON_RANGES, PARTIAL, PARTIAL_LIST, TABLE
 from kubeai.local.apiserver.resources import Resource
-from kubeai.local.apiserver.status import Cause, StatusError
+from kubeai.local.apiserver.status import StatusError
 from kubeai.local.apiserver.store import Stored
 from kubeai.local.apiserver.watching import ListOptions
 from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
@@ -45,15 +43,10 @@ log = get_logger(__name__)
 Object = dict[str, Any]
 
 BODY_MAX_BYTES = 3 << 20
-WATCH_TIMEOUT_S = (1800.0, 3600.0)
 WATCHES_MAX = 2000
 SHUTDOWN_TIMEOUT_S = 2.0
-MANAGER_MAX_BYTES = 128
-ASIDE_MIN_BYTES = 64 << 10  # bodies that take longer to read than others should wait: 10 ms
 KEEP_ALIVE_S = 180.0  # longer than any client keeps a connection: the client closes it
 _OPEN_PATHS = ("/healthz", "/livez", "/readyz")
-_TABLE, _PARTIAL, _PARTIAL_LIST = "Table", "PartialObjectMetadata", "PartialObjectMetadataList"
-_JSON, _YAML = "application/json", "application/yaml"
 
 
 class Target(NamedTuple):
@@ -63,16 +56,6 @@ class Target(NamedTuple):
     namespace: str
     name: str
     subresource: str
-
-
-class Form(NamedTuple):
-    """How the client wants objects: JSON as they are, a Table, or metadata alone."""
-
-    kind: str = ""
-
-    @property
-    def content_type(self) -> str:
-        return f"{_JSON};as={self.kind};v=v1;g=meta.k8s.io" if self.kind else _JSON
 
 
 class Server:
@@ -166,7 +149,7 @@ class Server:
         if "/" + parts[0] in _OPEN_PATHS:
             return web.Response(text="ok")
         if parts == ["version"]:
-            _check_accepts_json(request)
+            requests.check_accepts_json(request)
             return _json(discovery.version())
         if parts[0] == "openapi":
             return self._openapi(request, parts[1:])
@@ -177,13 +160,13 @@ class Server:
     def _discovery(self, request: web.Request, parts: list[str]) -> web.Response:
         if request.method not in ("GET", "HEAD"):
             raise errors.method_not_allowed()
-        _check_accepts_json(request)
+        requests.check_accepts_json(request)
         catalog = self._registry.catalog
         if len(parts) == 1:
-            version = _wants_aggregated(request)
+            version = requests.wants_aggregated(request)
             if version:
                 document = discovery.aggregated(catalog, parts[0] == "api", version)
-                kind = f"{_JSON};g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList"
+                kind = f"{JSON};g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList"
                 return _json(document, content_type=kind)
             if parts[0] == "api":
                 return _json(discovery.api_versions())
@@ -200,7 +183,7 @@ class Server:
         catalog = self._registry.catalog
         if parts == ["v2"]:
             return self._openapi_v2(request)
-        _check_accepts_json(request)
+        requests.check_accepts_json(request)
         if parts == ["v3"]:
             return _json(discovery.openapi_index(catalog))
         document = None
@@ -214,13 +197,13 @@ class Server:
 
     def _openapi_v2(self, request: web.Request) -> web.Response:
         catalog = self._registry.catalog
-        for kind, _ in _accepts(request):
+        for kind, _ in requests.accepts(request):
             if kind in (openapi_v2.PROTOBUF, openapi_v2.PROTOBUF_DEPRECATED):
                 document = openapi_v2.as_protobuf(catalog)
                 return web.Response(body=document, headers={"Content-Type": openapi_v2.PROTOBUF})
-            if kind in _JSON_RANGES:
+            if kind in JSON_RANGES:
                 return _respond(request, openapi_v2.as_json(catalog))
-        raise errors.not_acceptable((_JSON, openapi_v2.PROTOBUF))
+        raise errors.not_acceptable((JSON, openapi_v2.PROTOBUF))
 
     # Resources.
 
@@ -232,7 +215,7 @@ class Server:
         target = self._target(group, version, parts)
         method = request.method
         if target.subresource not in _STREAMS:
-            _form(request, _PARTIAL)  # before anything is written
+            requests.form(request, PARTIAL)  # before anything is written
         if target.subresource:
             return await self._subresource(request, target)
         if target.name:
@@ -278,8 +261,10 @@ class Server:
         if subresource == "exec" and method in ("GET", "POST"):
             return await self._kubelets.exec(request, namespace, name)
         if subresource == "binding" and method == "POST":
-            options = _write_options(request)
-            self._registry.bind(namespace, name, await _body(request, options), options)
+            options = requests.write_options(request)
+            self._registry.bind(
+                namespace, name, await requests.read_body(request, options), options
+            )
             return _json(_success(), 201)
         if subresource == "scale":
             return await self._scale(request, target)
@@ -294,15 +279,15 @@ class Server:
         resource, namespace, name, _ = target
         if request.method == "GET":
             return _json(self._registry.scale(resource, namespace, name))
-        options = _write_options(request)
+        options = requests.write_options(request)
         if request.method == "PUT":
-            scale = await _body(request, options)
+            scale = await requests.read_body(request, options)
             return _json(self._registry.set_scale(resource, namespace, name, scale, options))
         if request.method == "PATCH" and request.content_type == APPLY:
-            scale = await _body(request, options)
+            scale = await requests.read_body(request, options)
             return _json(self._registry.apply_scale(resource, namespace, name, scale, options))
         if request.method == "PATCH":
-            patch = await _body(request, options, anything=True)
+            patch = await requests.read_body(request, options, anything=True)
             scale = self._registry.patch_scale(
                 resource, namespace, name, request.content_type, patch, options
             )
@@ -310,29 +295,29 @@ class Server:
         raise errors.method_not_allowed()
 
     async def _create(self, request: web.Request, target: Target) -> web.Response:
-        options = _write_options(request)
-        obj = await _body(request, options)
+        options = requests.write_options(request)
+        obj = await requests.read_body(request, options)
         stored = self._registry.create(target.resource, target.namespace, obj, options)
         return self._one(request, target.resource, stored, 201, options.warnings)
 
     async def _write(self, request: web.Request, target: Target) -> web.Response:
         resource, namespace, name, subresource = target
-        options, kind, made = _write_options(request), request.content_type, False
+        options, kind, made = requests.write_options(request), request.content_type, False
         registry = self._registry
         if request.method == "PUT":
-            obj = await _body(request, options)
+            obj = await requests.read_body(request, options)
             stored = registry.update(resource, namespace, name, obj, options, subresource)
         elif kind == APPLY:
-            config = await _body(request, options)
+            config = await requests.read_body(request, options)
             stored, made = registry.apply(resource, namespace, name, config, options, subresource)
         else:
-            patch = await _body(request, options, anything=True)
+            patch = await requests.read_body(request, options, anything=True)
             stored = registry.patch(resource, namespace, name, kind, patch, options, subresource)
         return self._one(request, resource, stored, 201 if made else 200, options.warnings)
 
     async def _delete(self, request: web.Request, target: Target) -> web.Response:
         resource, namespace, name, _ = target
-        options = await _delete_options(request)
+        options = await requests.delete_options(request)
         stored, gone = self._registry.delete(resource, namespace, name, options)
         if not gone:
             return self._one(request, resource, stored)
@@ -340,8 +325,12 @@ class Server:
 
     async def _delete_collection(self, request: web.Request, target: Target) -> web.Response:
         resource = target.resource
-        options = await _delete_options(request)
-        page = watching.list_page(self._registry.store, resource, _list_options(request, target))
+        options = await requests.delete_options(request)
+        page = watching.list_page(
+            self._registry.store,
+            resource,
+            requests.list_options(request, target.resource, target.namespace),
+        )
         for index, stored in enumerate(page.items):
             metadata = stored.metadata
             self._registry.delete(
@@ -355,7 +344,7 @@ class Server:
         self, request: web.Request, group: str, version: str, plural: str
     ) -> web.Response:
         """Whoever has the token may do everything."""
-        review = await _body(request)
+        review = await requests.read_body(request)
         if plural == "selfsubjectaccessreviews":
             review |= {"kind": "SelfSubjectAccessReview", "status": {"allowed": True}}
         else:
@@ -369,15 +358,15 @@ class Server:
     # Lists and watches.
 
     async def _list_or_watch(self, request: web.Request, target: Target) -> web.StreamResponse:
-        options = _list_options(request, target)
+        options = requests.list_options(request, target.resource, target.namespace)
         if request.query.get("watch", "").lower() in ("1", "true", "t"):
             return await self._watch(request, target.resource, options)
         page = watching.list_page(self._registry.store, target.resource, options)
         return self._page(request, target.resource, page)
 
     def _page(self, request: web.Request, resource: Resource, page: watching.Page) -> web.Response:
-        form = _form(request, _PARTIAL_LIST)
-        if form.kind == _TABLE:
+        form = requests.form(request, PARTIAL_LIST)
+        if form.kind == TABLE:
             table = printing.table(
                 resource,
                 [_shown(resource, stored) for stored in page.items],
@@ -406,7 +395,7 @@ class Server:
             raise StatusError(429, "TooManyRequests", f"there are {WATCHES_MAX} watches already")
         watching.check_start(self._registry.store, options)
         encode = self._encoder(request, resource)
-        response = web.StreamResponse(headers={"Content-Type": _JSON, "Cache-Control": "no-cache"})
+        response = web.StreamResponse(headers={"Content-Type": JSON, "Cache-Control": "no-cache"})
         await response.prepare(request)
         self._watches += 1
         events = watching.watch(self._registry.store, resource, options, self._stopping)
@@ -425,7 +414,7 @@ class Server:
         self, request: web.Request, resource: Resource
     ) -> Callable[[watching.Seen], bytes]:
         """A function from events to lines, in the form that the client asked for."""
-        form = _form(request, _PARTIAL)
+        form = requests.form(request, PARTIAL)
         include = request.query.get("includeObject", "Metadata")
         headers = True
 
@@ -433,7 +422,7 @@ class Server:
             nonlocal headers
             if seen.stored is not None and not form.kind:
                 raw = _raw(resource, seen.stored)
-            elif form.kind == _TABLE and seen.type != "ERROR":
+            elif form.kind == TABLE and seen.type != "ERROR":
                 obj = {**seen.object, "apiVersion": resource.api_version}
                 metadata = {"resourceVersion": obj["metadata"]["resourceVersion"]}
                 shown = [] if seen.type == "BOOKMARK" else [obj]
@@ -457,8 +446,8 @@ class Server:
         code: int = 200,
         warnings: list[str] | None = None,
     ) -> web.Response:
-        form = _form(request, _PARTIAL)
-        if form.kind == _TABLE:
+        form = requests.form(request, PARTIAL)
+        if form.kind == TABLE:
             metadata = {"resourceVersion": stored.metadata.get("resourceVersion", "")}
             include = request.query.get("includeObject", "Metadata")
             table = printing.table(resource, [_shown(resource, stored)], metadata, include)
@@ -477,192 +466,6 @@ _REVIEWS = (
     ("authorization.k8s.io", ["selfsubjectaccessreviews"]),
     ("authentication.k8s.io", ["selfsubjectreviews"]),
 )
-
-
-# Requests.
-
-
-async def _body(
-    request: web.Request, options: WriteOptions | None = None, anything: bool = False
-) -> Any:
-    """What was sent: an object, unless `anything` may come.
-
-    `options` are told which keys came twice, if the client asked to hear of its mistakes.
-    """
-    raw, kind = await request.read(), request.content_type
-    if kind == protobuf.CONTENT_TYPE and not anything:
-        return protobuf.decode(raw)
-    if not anything and kind not in (_JSON, _YAML, APPLY, "application/octet-stream"):
-        accepted = (_JSON, _YAML, protobuf.CONTENT_TYPE)
-        raise errors.unsupported_media_type(kind, accepted)
-    strictly = request.query.get("fieldValidation") in ("Strict", "Warn")
-    try:
-        if kind in (_YAML, APPLY):
-            body, duplicates = await asyncio.to_thread(bodies.read_yaml, raw)
-        elif strictly and len(raw) > ASIDE_MIN_BYTES:
-            body, duplicates = await asyncio.to_thread(bodies.read_json, raw, True)
-        else:
-            body, duplicates = bodies.read_json(raw, strictly)
-    except ValueError as error:
-        raise errors.bad_request(f"error decoding the body of the request: {error}") from None
-    if not anything and not isinstance(body, dict):
-        raise errors.bad_request("the body of the request is not an object")
-    if options is not None and strictly:
-        options.duplicates = duplicates
-    return body
-
-
-def _write_options(request: web.Request) -> WriteOptions:
-    query = request.query
-    validation = query.get("fieldValidation") or "Warn"
-    if validation not in ("Ignore", "Strict", "Warn"):
-        why = f'Unsupported value: "{validation}": supported values: "Ignore", "Strict", "Warn"'
-        raise _wrong_options(request, Cause("FieldValueNotSupported", why, "fieldValidation"))
-    return WriteOptions(
-        _dry_run(_all(request, "dryRun")),
-        validation,
-        manager=_manager(request),
-        force=query.get("force", "").lower() in ("1", "true", "t"),
-    )
-
-
-def _wrong_options(request: web.Request, cause: Cause) -> StatusError:
-    return errors.invalid("meta.k8s.io", _OPTIONS.get(request.method, "Options"), "", [cause])
-
-
-_OPTIONS = {"POST": "CreateOptions", "PUT": "UpdateOptions", "PATCH": "PatchOptions"}
-
-
-def _manager(request: web.Request) -> str:
-    """Who writes: as it says, or the program that its User-Agent names."""
-    given, applies = request.query.get("fieldManager", ""), request.content_type == APPLY
-    cause = None
-    if len(given.encode()) > MANAGER_MAX_BYTES:
-        why = f"Too long: may not be more than {MANAGER_MAX_BYTES} bytes"
-        cause = Cause("FieldValueTooLong", why, "fieldManager")
-    elif not given.isprintable():
-        at = next(at for at, char in enumerate(given) if not char.isprintable())
-        why = f"invalid character U+{ord(given[at]):04X} (at position {at})"
-        why = f"Invalid value: {orjson.dumps(given).decode()}: {why}"
-        cause = Cause("FieldValueInvalid", why, "fieldManager")
-    elif applies and not given:
-        why = "Required value: is required for apply patch"
-        cause = Cause("FieldValueRequired", why, "fieldManager")
-    elif "force" in request.query and request.method == "PATCH" and not applies:
-        why = "Forbidden: may not be specified for non-apply patch"
-        cause = Cause("FieldValueForbidden", why, "force")
-    if cause is not None:
-        raise _wrong_options(request, cause)
-    program = request.headers.get("User-Agent", "").partition("/")[0]
-    program = "".join(filter(str.isprintable, program))
-    short = program.encode()[:MANAGER_MAX_BYTES].decode(errors="ignore")
-    return given or short or "unknown"
-
-
-def _all(request: web.Request, name: str) -> list[str]:
-    return [value for key, value in request.query.items() if key == name]
-
-
-def _dry_run(given: list[str]) -> bool:
-    if given not in ([], ["All"]):
-        raise errors.bad_request(f"dryRun: Unsupported value: {given!r}")
-    return bool(given)
-
-
-async def _delete_options(request: web.Request) -> DeleteOptions:
-    body = await _body(request) if request.can_read_body and await request.read() else {}
-    query = request.query
-    conditions = body.get("preconditions") or {}
-    grace = body.get("gracePeriodSeconds", query.get("gracePeriodSeconds"))
-    try:
-        grace_s = None if grace is None else int(grace)
-    except (TypeError, ValueError):
-        raise errors.bad_request(f"gracePeriodSeconds: not a number: {grace!r}") from None
-    propagation = body.get("propagationPolicy") or query.get("propagationPolicy")
-    orphan = body.get("orphanDependents")
-    if orphan is None and "orphanDependents" in query:
-        orphan = query["orphanDependents"] == "true"
-    if orphan is not None and not propagation:
-        propagation = "Orphan" if orphan else "Background"
-    return DeleteOptions(
-        grace_s,
-        conditions.get("uid"),
-        conditions.get("resourceVersion"),
-        propagation,
-        _dry_run(body.get("dryRun") or _all(request, "dryRun")),
-    )
-
-
-def _list_options(request: web.Request, target: Target) -> ListOptions:
-    query, resource = request.query, target.resource
-    match = selectors.selector(
-        query.get("labelSelector", ""),
-        query.get("fieldSelector", ""),
-        resource.selectable,
-    )
-    timeout_s = _number(query.get("timeoutSeconds"), "timeoutSeconds")
-    return ListOptions(
-        namespace=target.namespace,
-        match=match,
-        limit=_number(query.get("limit"), "limit"),
-        continue_=query.get("continue", ""),
-        resource_version=query.get("resourceVersion", ""),
-        version_match=query.get("resourceVersionMatch", ""),
-        timeout_s=timeout_s or random.uniform(*WATCH_TIMEOUT_S),
-        bookmarks=query.get("allowWatchBookmarks", "").lower() in ("1", "true"),
-        initial_events=query.get("sendInitialEvents", "").lower() in ("1", "true"),
-    )
-
-
-def _number(text: str | None, name: str) -> int:
-    if not text:
-        return 0
-    if not text.isdecimal():
-        raise errors.bad_request(f"{name}: not a number: {text!r}")
-    return int(text)
-
-
-def _accepts(request: web.Request) -> list[tuple[str, dict[str, str]]]:
-    """Media types and their parameters, in the client's order."""
-    found = []
-    for item in request.headers.get("Accept", "*/*").split(","):
-        kind, *parameters = (part.strip() for part in item.split(";"))
-        found.append((kind, dict(p.partition("=")[::2] for p in parameters)))
-    return found
-
-
-_JSON_RANGES = (_JSON, "*/*", "application/*")
-
-
-def _check_accepts_json(request: web.Request) -> None:
-    if not any(kind in _JSON_RANGES for kind, _ in _accepts(request)):
-        raise errors.not_acceptable((_JSON,))
-
-
-def _wants_aggregated(request: web.Request) -> str:
-    for kind, parameters in _accepts(request):
-        if kind == _JSON and parameters.get("as") == "APIGroupDiscoveryList":
-            if parameters.get("v") in ("v2", "v2beta1"):
-                return parameters["v"]
-        elif kind in (_JSON, "*/*"):
-            return ""
-    return ""
-
-
-def _form(request: web.Request, partial: str) -> Form:
-    """The first form in the Accept header that is known here."""
-    for kind, parameters in _accepts(request):
-        if kind not in _JSON_RANGES:
-            continue
-        wanted = parameters.get("as", "")
-        if not wanted:
-            return Form()
-        if parameters.get("v") == "v1" and parameters.get("g") == "meta.k8s.io":
-            if wanted == _TABLE:
-                return Form(_TABLE)
-            if wanted in (_PARTIAL, _PARTIAL_LIST):
-                return Form(partial)
-    raise errors.not_acceptable((_JSON, f"{_JSON};as=Table;v=v1;g=meta.k8s.io"))
 
 
 # Answers.
@@ -684,10 +487,10 @@ def _raw(resource: Resource, stored: Stored) -> bytes:
 def _respond(request: web.Request, body: bytes, code: int = 200) -> web.Response:
     if request.query.get("pretty", "").lower() in ("1", "true"):
         body = orjson.dumps(orjson.loads(body), option=orjson.OPT_INDENT_2)
-    return web.Response(body=body, status=code, headers={"Content-Type": _JSON})
+    return web.Response(body=body, status=code, headers={"Content-Type": JSON})
 
 
-def _json(body: Object, code: int = 200, content_type: str = _JSON) -> web.Response:
+def _json(body: Object, code: int = 200, content_type: str = JSON) -> web.Response:
     headers = {"Content-Type": content_type}
     return web.Response(body=orjson.dumps(body), status=code, headers=headers)
 
