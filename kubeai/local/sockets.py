@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 from kubeai import channels
-from kubeai.http import web
+from kubeai.http import aiohttp, web
 
 PING_INTERVAL_S = 15.0
 CLOSE_TIMEOUT_S = 1.0
@@ -32,6 +32,13 @@ def server_socket(protocol: str) -> web.WebSocketResponse:
         compress=False,
         max_msg_size=MESSAGE_MAX_BYTES,
     )
+
+
+def payload(message: aiohttp.WSMessage) -> bytes | None:
+    """A message's bytes, also of one sent as text, as Python's client does; None for others."""
+    if message.type is aiohttp.WSMsgType.TEXT:
+        return str(message.data).encode()
+    return bytes(message.data) if message.type is aiohttp.WSMsgType.BINARY else None
 
 
 async def first_of(work: Iterable[asyncio.Task[object]], timeout_s: float | None = None) -> None:

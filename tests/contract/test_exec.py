@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import ssl
@@ -165,19 +166,39 @@ async def test_a_command_that_is_too_slow_is_killed(kube, pods):
 # -- other WebSocket clients ---------------------------------------------------------------------
 
 
-async def test_a_client_that_names_the_apis_origin_runs_commands(api_server, namespace, pods):
-    """As the Python client does: websocket-client sends an Origin header with every upgrade."""
+@contextlib.asynccontextmanager
+async def upgraded(api_server, namespace, command, **streams):
+    """The upgrade that websocket-client makes for Python's Kubernetes client."""
     url = f"{api_server.url}/api/v1/namespaces/{namespace}/pods/p/exec"
-    query = [("command", "echo"), ("command", "hi"), ("stdout", "true")]
+    query = [("command", word) for word in command]
+    query += [(stream, str(wanted)) for stream, wanted in streams.items()]
     headers = {"Authorization": f"Bearer {api_server.token}", "Origin": api_server.url}
     tls = ssl.create_default_context(cafile=api_server.ca_file)
+    protocols = ("v5.channel.k8s.io", "v4.channel.k8s.io")
     async with (
+        asyncio.timeout(DEADLINE_S),
         aiohttp.ClientSession() as session,
         session.ws_connect(
-            url, params=query, headers=headers, ssl=tls, protocols=("v4.channel.k8s.io",)
+            url, params=query, headers=headers, ssl=tls, protocols=protocols
         ) as socket,
-        asyncio.timeout(DEADLINE_S),
     ):
+        yield socket
+
+
+async def test_a_client_that_names_the_apis_origin_runs_commands(api_server, namespace, pods):
+    streams = {"stdin": False, "stdout": True, "stderr": True, "tty": False}
+    async with upgraded(api_server, namespace, ["echo", "hi"], **streams) as socket:
         said = [message.data async for message in socket]
     assert b"\x01hi\n" in said
     assert b'"Success"' in said[-1]
+
+
+async def test_a_client_may_send_input_as_text(api_server, namespace, pods):
+    """As that client does with a str."""
+    streams = {"stdin": True, "stdout": True}
+    async with upgraded(api_server, namespace, ["head", "-n2"], **streams) as socket:
+        await socket.send_str("\x00one é\n")
+        await socket.send_bytes(b"\x00two\n")
+        said = [message.data async for message in socket]
+    output = b"".join(data[1:] for data in said if data[:1] == b"\x01")
+    assert output.decode() == "one é\ntwo\n"

@@ -116,7 +116,8 @@ def test_web_pages_are_refused(shared: Api):
     for origin in (
         "https://evil.example",
         f"https://evil.example:{shared.port}",
-        f"http://127.0.0.1:{shared.port}",
+        "http://127.0.0.1:1",
+        f"http://localhost:{shared.port}",
         f"https://localhost:{shared.port}",
         "https://127.0.0.1:1",
         "https://127.0.0.1",
@@ -134,6 +135,11 @@ def test_a_page_that_rebinds_its_name_is_refused(shared: Api):
 def test_clients_may_name_the_apis_own_origin(shared: Api):
     for host in (f"127.0.0.1:{shared.port}", f"localhost:{shared.port}"):
         assert shared.ask("GET", CONFIGS, Host=host, Origin=f"https://{host}")[0] == 200
+    # Older releases of Python's websocket-client say http for TLS, too.
+    assert shared.ask("GET", CONFIGS, Origin=f"http://127.0.0.1:{shared.port}")[0] == 200
+    # By that name, another program may serve pages on the same port of ::1.
+    for host in (f"localhost:{shared.port}", f"[::1]:{shared.port}"):
+        assert shared.ask("GET", CONFIGS, Host=host, Origin=f"http://{host}")[0] == 403
 
 
 def test_a_client_that_names_no_form_gets_json(shared: Api):

@@ -22,6 +22,7 @@ from kubeai.local.sockets import (
     MESSAGE_MAX_BYTES,
     asked_protocol,
     first_of,
+    payload,
     ping,
     server_socket,
 )
@@ -183,5 +184,6 @@ _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 async def _pass_on(source: _Socket, target: _Socket) -> None:
     """Until the source is at its end."""
     async for message in source:
-        if message.type is aiohttp.WSMsgType.BINARY:
-            await target.send_bytes(message.data)
+        data = payload(message)
+        if data is not None:
+            await target.send_bytes(data)

@@ -122,10 +122,8 @@ class Server:
         host = request.headers.get("Host", "")
         if host not in self._hosts:
             raise StatusError(403, "Forbidden", "the Host header does not name this API")
-        # Browsers name the page's origin. WebSocket libraries of other clients, Python's among
-        # them, name that of the server they connect to.
         origins = request.headers.getall("Origin", [])
-        if any(origin != f"https://{host}" for origin in origins):
+        if any(origin not in _own_origins(host) for origin in origins):
             raise StatusError(403, "Forbidden", "the Origin header names another origin")
         if request.path in _OPEN_PATHS:
             return
@@ -459,6 +457,16 @@ class Server:
         for text in warnings or ():
             response.headers.add("Warning", f"299 - {orjson.dumps(text).decode()}")
         return response
+
+
+def _own_origins(host: str) -> tuple[str, ...]:
+    """What a client names that is no web page: the origin of the server that it connects to.
+
+    Older releases of Python's websocket-client write http for TLS too. On 127.0.0.1 no other
+    program can serve pages from this port; on ::1, where localhost may lead, one can.
+    """
+    secure = f"https://{host}"
+    return (secure, f"http://{host}") if host.startswith("127.0.0.1:") else (secure,)
 
 
 _STREAMS = ("exec", "log")  # whose answers are no objects

@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 from kubeai import channels
 from kubeai.channels import Ending
 from kubeai.errors import KubeAIError
-from kubeai.http import aiohttp, web
+from kubeai.http import web
 from kubeai.local.kubelet.process import Command
-from kubeai.local.sockets import asked_protocol, first_of, ping, server_socket
+from kubeai.local.sockets import asked_protocol, first_of, payload, ping, server_socket
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -164,9 +164,9 @@ async def _send_output(
 async def _receive(socket: web.WebSocketResponse, command: Command, streams: _Streams) -> None:
     """Until the client leaves."""
     async for message in socket:
-        if message.type is not aiohttp.WSMsgType.BINARY or not streams.input:
+        data = payload(message)
+        if data is None or not streams.input:
             continue
-        data: bytes = message.data
         if data[:1] == bytes([channels.STDIN]):
             await command.write(data[1:])
         elif data == bytes([channels.CLOSE, channels.STDIN]):
