@@ -202,6 +202,7 @@ async def run(options: Options) -> None:
     _check_namespace(options)
     config = load_config(options.config, defaults=LOCAL_DEFAULTS)
     manifests = read_manifests(options.manifests)
+    _check_namespaces(manifests, options.namespace)
     lock = _lock(options.data_dir)
     kubeconfig = options.data_dir / "kubeconfig"
     api = Child("Kubernetes API", lambda: _api_command(options, api), options.data_dir / "api.log")
@@ -232,7 +233,6 @@ async def run(options: Options) -> None:
                 workers=options.workers,
                 started=lambda: _greet(options, supervisor, api.port),
             )
-            _check_namespaces(manifests, client.namespace)
             await _install_crd(client)
             await _create_namespace(client)
             await kubelet.start()
