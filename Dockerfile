@@ -20,7 +20,7 @@ RUN CFLAGS=-g0 /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolatio
 # Without pip; byte code is made here, since the root file system is read-only later.
 RUN python3 -m venv --without-pip /opt/kubeai \
     && /build/bin/pip --python /opt/kubeai/bin/python install --no-cache-dir --no-compile \
-        --only-binary :all: -c constraints.txt "$(echo /wheels/kubeai-*.whl)[load,otel]" \
+        --only-binary :all: -c constraints.txt "$(echo /wheels/kubeai_gateway-*.whl)[load,otel]" \
     && /opt/kubeai/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/kubeai/lib
 
 FROM ${BASE}

@@ -17,13 +17,13 @@ help:  ## what there is
 	$(BIN)/python -m compileall -q kubeai  # also where byte code is not written at run time
 	touch $@
 
-# What an extra asks for, beside the kubeai that is there: -e would compile the core once more.
+# Installs only what the extra adds to the installed distribution: -e would compile the core again.
 .venv/installed-test: .venv/installed
-	$(PIP) install -q -c constraints.txt 'kubeai[test]'
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[test]'
 	touch $@
 
 .venv/installed-check: .venv/installed-test
-	$(PIP) install -q -c constraints.txt 'kubeai[check]'
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check]'
 	touch $@
 
 build: .venv/installed  ## the virtual environment and the compiled core

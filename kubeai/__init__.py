@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+DISTRIBUTION = "kubeai-gateway"  # the name that pip knows; `kubeai` on PyPI is another project
+
 if TYPE_CHECKING:
     __version__: str
 else:
@@ -12,4 +14,4 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version
 
-        return version("kubeai")
+        return version(DISTRIBUTION)

@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 import kubeai
-from kubeai.errors import ConfigError
+from kubeai.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -50,7 +50,7 @@ def check_tracing() -> bool:
         importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     except ImportError:
         raise ConfigError(
-            variable, "traces need OpenTelemetry: pip install 'kubeai[otel]', or unset it"
+            variable, f"traces need OpenTelemetry: {install_hint('otel')}; or unset it"
         ) from None
     return True
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from kubeai.errors import install_hint
 from kubeai.loading.files import LoadError, RemoteFile, check_paths
 from kubeai.loading.staging import Staging, staged
 
@@ -76,7 +77,7 @@ def _source(url: str, parallel: int, staging: Staging) -> Source:
 
         return Bucket(url, parallel)
     except ImportError as error:
-        raise LoadError(f"{url}: {error.name} is missing: pip install 'kubeai[load]'") from error
+        raise LoadError(f"{url}: {error.name} is missing: {install_hint('load')}") from error
 
 
 @contextlib.asynccontextmanager

@@ -86,7 +86,7 @@ def test_it_holds_the_pinned_versions_and_nothing_else(image):
     code = "import importlib.metadata as m; [print(d.name, d.version) for d in m.distributions()]"
     done = run(image.run("-c", code, entrypoint=["/opt/kubeai/bin/python"]))
     installed = dict(line.lower().replace("_", "-").split() for line in done.stdout.splitlines())
-    assert installed.pop("kubeai") == kubeai.__version__
+    assert installed.pop("kubeai-gateway") == kubeai.__version__
     assert installed
     assert installed.items() <= pinned.items()
 

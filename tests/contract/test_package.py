@@ -1,4 +1,4 @@
-"""What `pip install kubeai` gets: the source package, and a wheel that is made of it."""
+"""The source distribution of `kubeai-gateway`, and the wheel that is built from it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import yaml
 from harness import chat, model, pods, running, until
 
 from kubeai import kube as k
+from kubeai.errors import install_hint
 
 RUN_TIMEOUT_S = 40
 
@@ -278,5 +279,5 @@ async def test_traces_that_nothing_installed_can_send(tmp_path):
     assert code == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" in line
-    assert "kubeai[otel]" in line
+    assert install_hint("otel") in line
     assert "Traceback" not in err

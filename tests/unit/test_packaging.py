@@ -1,0 +1,47 @@
+"""The distribution's name: every hint and every build file names ours, never another project's."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import kubeai
+from kubeai.errors import install_hint
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# `kubeai` or `kubeai[extra]` where pip would look a distribution up by that name.
+FOREIGN = re.compile(r"(?<![\w./-])kubeai\[\w|pip install (?:-\S+ )*'?kubeai(?![\w-])")
+
+
+def test_the_distribution_has_the_name_that_the_version_is_looked_up_by():
+    assert PROJECT["name"] == kubeai.DISTRIBUTION != "kubeai"
+    assert kubeai.__version__ == PROJECT["version"]
+
+
+@pytest.mark.parametrize("extra", ["load", "otel"])
+def test_a_hint_names_an_extra_of_this_distribution(extra):
+    assert extra in PROJECT["optional-dependencies"]
+    assert f"'{PROJECT['name']}[{extra}]'" in install_hint(extra)
+    assert f"-e '.[{extra}]'" in install_hint(extra)
+
+
+def test_no_file_asks_pip_for_the_unrelated_distribution_kubeai():
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in listing.stdout.splitlines():
+        path = ROOT / name
+        if name == "CHANGELOG.md" or path == Path(__file__) or not path.is_file():
+            continue
+        text = path.read_text(errors="ignore")
+        found += [f"{name}: {match[0]}" for match in FOREIGN.finditer(text)]
+    assert not found
