@@ -5,17 +5,6 @@ manifest (``spec.resourceProfile``), an option, a file. The command line prints 
 and no traceback; the operator puts them into a Model's conditions.
 """
 
-from kubeai import DISTRIBUTION
-
-
-def install_hint(extra: str) -> str:
-    """The command that installs an optional dependency, for the end of an error message.
-
-    pip keeps a distribution that is already installed, so the first form also works after an
-    editable install. The second one works where a checkout is used without being installed.
-    """
-    return f"pip install '{DISTRIBUTION}[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
-
 
 class KubeAIError(Exception):
     """Something outside the program is wrong; the message says what and where."""

@@ -15,7 +15,8 @@ import os
 from typing import TYPE_CHECKING
 
 import kubeai
-from kubeai.errors import ConfigError, install_hint
+from kubeai.distribution import install_hint
+from kubeai.errors import ConfigError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

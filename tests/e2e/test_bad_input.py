@@ -13,7 +13,7 @@ import yaml
 from harness import chat, model, pods, running, until
 
 from kubeai import kube as k
-from kubeai.errors import install_hint
+from kubeai.distribution import install_hint
 
 RUN_TIMEOUT_S = 40
 

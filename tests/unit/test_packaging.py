@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kubeai
-from kubeai.errors import install_hint
+from kubeai.distribution import DISTRIBUTION, install_hint
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -17,7 +17,7 @@ FOREIGN = re.compile(r"(?<![\w./-])kubeai\[\w|pip install (?:-\S+ )*'?kubeai(?![
 
 
 def test_the_distribution_has_the_name_that_the_version_is_looked_up_by():
-    assert PROJECT["name"] == kubeai.DISTRIBUTION != "kubeai"
+    assert PROJECT["name"] == DISTRIBUTION != "kubeai"
     assert kubeai.__version__ == PROJECT["version"]
 
 
