@@ -2,7 +2,10 @@
 
 It is read once, at start, and strictly: an unknown key, a wrong type, a duration without a unit or
 a negative number is a ConfigError that carries the key's dotted path. Every key has a default, so
-that an empty config works. docs/configuration.md lists all keys.
+that an empty config works, and so does one that a Go program writes: null and Go's zero values mean
+the default (see `kubeai.api.strict`). What only some Models or nothing at all can use, such as a
+cache profile without a volume, does not stop KubeAI: it is an error of those Models, or a warning.
+docs/configuration.md lists all keys.
 
 `load_config` is called by the commands; the operator and the engines get a SystemConfig, the
 workers its `gateway` section (as msgspec builtins, through their environment).
@@ -20,21 +23,27 @@ from msgspec.structs import replace
 
 from kubeai.api.model import Engine
 from kubeai.api.quantity import parse_quantity
-from kubeai.api.strict import did_you_mean, read, read_yaml
+from kubeai.api.strict import check_address, did_you_mean, read, read_yaml
 from kubeai.errors import ConfigError, ModelError
+from kubeai.logs import get_logger
+
+log = get_logger(__name__)
 
 CONFIG_MAX_BYTES = 4 << 20  # a ConfigMap holds 1 MiB
 PROFILE_COUNT_MAX = 10_000
 DEFAULT_IMAGE = "default"  # the image name that stands in for all others
 
-Duration = Annotated[float, Meta(extra={"unit": "duration"})]
-PositiveDuration = Annotated[float, Meta(extra={"unit": "duration", "positive": True})]
-Bytes = Annotated[int, Meta(extra={"unit": "bytes", "positive": True})]
+# "zero": 0 or an empty string is a value of its own. Everywhere else it stands for the default.
+Duration = Annotated[float, Meta(extra={"unit": "duration", "zero": True})]
+PositiveDuration = Annotated[float, Meta(extra={"unit": "duration"})]
+Bytes = Annotated[int, Meta(extra={"unit": "bytes"})]
 Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
 Address = Annotated[str, Meta(extra={"unit": "address"})]
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, extra={"zero": True})]
 PositiveCount = Annotated[int, Meta(ge=1)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(ge=0, le=1, extra={"zero": True})]
+SecretName = Annotated[str, Meta(extra={"zero": True})]  # empty: no Secret
+Pointer = Annotated[str, Meta(extra={"zero": True})]  # RFC 6901; empty: the whole document
 
 
 class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -44,10 +53,10 @@ class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
 class SecretNames(_Section, frozen=True, kw_only=True):
     """Secrets (in the Models' namespace) that hold credentials for where weights come from."""
 
-    alibaba: str = "kubeai-alibaba"
-    aws: str = "kubeai-aws"
-    gcp: str = "kubeai-gcp"
-    huggingface: str = "kubeai-huggingface"
+    alibaba: SecretName = "kubeai-alibaba"
+    aws: SecretName = "kubeai-aws"
+    gcp: SecretName = "kubeai-gcp"
+    huggingface: SecretName = "kubeai-huggingface"
 
 
 class ModelServer(_Section, frozen=True, kw_only=True):
@@ -95,7 +104,7 @@ def _infinity() -> ModelServer:
 
 
 class ModelServers(_Section, frozen=True, kw_only=True):
-    """The images of each engine. An engine that is given replaces that engine's defaults whole."""
+    """The images of each engine. ``images`` that are given replace all default images of it."""
 
     ollama: ModelServer = field(name="OLlama", default_factory=_ollama)
     vllm: ModelServer = field(name="VLLM", default_factory=_vllm)
@@ -151,7 +160,7 @@ class ResourceProfile(_Section, frozen=True, kw_only=True):
     requests: dict[str, Quantity] = {}
     limits: dict[str, Quantity] = {}
     node_selector: dict[str, str] = {}
-    affinity: Affinity | None = None
+    affinity: Affinity = Affinity()
     tolerations: tuple[Toleration, ...] = ()
     scheduler_name: str = ""
     runtime_class_name: str = ""
@@ -197,7 +206,7 @@ class SharedFilesystem(_Section, frozen=True, kw_only=True):
 class CacheProfile(_Section, frozen=True, kw_only=True):
     """Where the files of cached Models are kept."""
 
-    shared_filesystem: SharedFilesystem
+    shared_filesystem: SharedFilesystem = SharedFilesystem()
 
 
 class MessageStream(_Section, frozen=True, kw_only=True):
@@ -226,16 +235,16 @@ class ModelAutoscaling(_Section, frozen=True, kw_only=True):
 class LocalObjectReference(_Section, frozen=True, kw_only=True):
     """An object in the same namespace."""
 
-    name: str
+    name: str = ""  # as in Kubernetes, which ignores a pull secret without a name
 
 
 class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
     """One operation of RFC 6902 on the pod of every Model."""
 
     op: Literal["add", "remove", "replace", "move", "copy", "test"]
-    path: str
+    path: Pointer
     value: Any = None
-    from_: str | UnsetType = field(name="from", default=UNSET)
+    from_: Pointer | UnsetType = field(name="from", default=UNSET)
 
     def operation(self) -> dict[str, Any]:
         """As the jsonpatch package takes it."""
@@ -333,7 +342,7 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
     model_rollouts: ModelRollouts = field(default_factory=ModelRollouts)
     leader_election: LeaderElection = field(default_factory=LeaderElection)
     allow_pod_address_override: bool = False
-    fixed_self_metric_addrs: tuple[Address, ...] = ()
+    fixed_self_metric_addrs: tuple[str, ...] = ()
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
 
     def listening_on(self, host: str) -> SystemConfig:
@@ -382,9 +391,9 @@ def parse_config(
 
 
 def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> SystemConfig:
-    config = read(_merge(defaults or {}, value), SystemConfig)
+    config = read(value, read(dict(defaults or {}), SystemConfig()))
+    config = _without_unusable(config)
     _check_leader_election(config.leader_election)
-    _check_profiles(config)
     _check_patches(config.model_server_pods)
     if config.gateway.drain_accept_s > config.gateway.drain_timeout_s:
         raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
@@ -399,16 +408,28 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
     return config
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, key by key at every depth; null means that a key is not given."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(value, dict) and isinstance(under, dict):
-            merged[key] = _merge(under, value)
-        elif value is not None or key not in merged:
-            merged[key] = value
-    return merged
+def _without_unusable(config: SystemConfig) -> SystemConfig:
+    """Leave out, with a warning, what nothing can use but what harms nothing else either."""
+    addresses = []
+    for i, address in enumerate(config.fixed_self_metric_addrs):
+        try:
+            check_address(address, f"fixedSelfMetricAddrs[{i}]")
+        except ConfigError as error:
+            _warn_ignored(error)
+        else:
+            # As in Go, no host means this machine.
+            addresses.append(f"127.0.0.1{address}" if address.startswith(":") else address)
+    profiles = dict(config.resource_profiles)
+    for name in config.resource_profiles:
+        if not name or ":" in name:
+            problem = "no Model can name a profile whose name is empty or has a colon"
+            _warn_ignored(ConfigError(f"resourceProfiles.{name}", problem))
+            del profiles[name]
+    return replace(config, fixed_self_metric_addrs=tuple(addresses), resource_profiles=profiles)
+
+
+def _warn_ignored(problem: ConfigError) -> None:
+    log.warning("part of the config is ignored", path=problem.path, error=str(problem))
 
 
 def _check_leader_election(lease: LeaderElection) -> None:
@@ -421,21 +442,6 @@ def _check_leader_election(lease: LeaderElection) -> None:
         raise ConfigError(
             "leaderElection.renewDeadline", "must be longer than leaderElection.retryPeriod"
         )
-
-
-def _check_profiles(config: SystemConfig) -> None:
-    for name in config.resource_profiles:
-        if not name or ":" in name:
-            raise ConfigError(
-                f"resourceProfiles.{name}", "a profile's name must not be empty or hold a colon"
-            )
-    for name, cache in config.cache_profiles.items():
-        shared = cache.shared_filesystem
-        if not shared.storage_class_name and not shared.persistent_volume_name:
-            raise ConfigError(
-                f"cacheProfiles.{name}.sharedFilesystem",
-                "needs a storageClassName or a persistentVolumeName",
-            )
 
 
 def _check_patches(pods: ModelServerPods) -> None:

@@ -12,14 +12,21 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from kubeai.api.strict import NANOSECONDS_MIN
+
 Schema = dict[str, Any]
-_DURATION = r"^(0|((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+)$"
+_DURATION = r"^(|0|((\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h))+)$"
 _QUANTITY = r"^[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 _UNITS: dict[str, Schema] = {
-    "duration": {"type": "string", "pattern": _DURATION},
+    "duration": {
+        "type": ["string", "number"],
+        "pattern": _DURATION,
+        "minimum": 0,
+        "not": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": NANOSECONDS_MIN},
+    },
     "quantity": {"type": ["string", "number"], "pattern": _QUANTITY, "minimum": 0},
-    "bytes": {"type": ["string", "integer"], "pattern": _QUANTITY, "minimum": 0},
-    "address": {"type": "string", "pattern": r"^.*:[0-9]{1,5}$"},
+    "bytes": {"type": ["string", "integer"], "pattern": f"^$|{_QUANTITY}", "minimum": 0},
+    "address": {"type": "string", "pattern": r"^$|^.*:[0-9]{1,5}$"},
 }
 
 
@@ -39,7 +46,7 @@ def _schema(type_: inspect.Type, unit: Mapping[str, Any]) -> Schema:
             return {
                 "type": "object",
                 "additionalProperties": False,
-                "properties": {f.encode_name: _or_null(_schema(f.type, {})) for f in fields},
+                "properties": {f.encode_name: _or_zero(_schema(f.type, {})) for f in fields},
                 "required": [f.encode_name for f in fields if f.required],
             }
         case inspect.DictType(value_type=value):
@@ -55,10 +62,17 @@ def _schema(type_: inspect.Type, unit: Mapping[str, Any]) -> Schema:
     return _scalar(type_)
 
 
+def _or_zero(schema: Schema) -> Schema:
+    """Null and Go's zero values also mean "not given"."""
+    if "enum" in schema:
+        return {"enum": [*schema["enum"], "", None]}
+    if schema.get("minimum", 0) > 0:
+        schema = schema | {"minimum": 0}
+    return _or_null(schema)
+
+
 def _or_null(schema: Schema) -> Schema:
     """``null`` is how Helm's users take a default away, and means "not given"."""
-    if "enum" in schema:
-        return {"enum": [*schema["enum"], None]}
     if "type" not in schema:
         return schema
     types = schema["type"]

@@ -3,7 +3,12 @@
 msgspec's own errors leave out the keys of maps and know neither durations nor quantities. This
 reader follows the same type information and gives each error its dotted path. A unit stands in the
 ``extra`` of a field's Meta: ``{"unit": "duration"}`` turns ``1m30s`` into seconds, ``bytes`` turns
-``64Mi`` into an integer, ``quantity`` and ``address`` check a string. ``null`` means "not given".
+``64Mi`` into an integer, ``quantity`` and ``address`` check a string.
+
+A key is not given, and keeps its default, if it is ``null`` or has Go's zero value for its type
+(``0``, ``0s``, ``""``, ``{}``, ``[]``): programs in Go write those for what they leave out. Where
+zero is a value of its own the Meta has ``{"zero": True}``; for a boolean, a quantity and a field
+that may be None it always is.
 
 Called by `kubeai.api.config`; `kubeai local` finds repeated keys of manifests with it.
 """
@@ -17,13 +22,16 @@ from typing import Any, TypeVar
 
 import msgspec
 import yaml
-from msgspec import inspect
+from msgspec import UNSET, inspect
+from msgspec.structs import replace
 
 from kubeai.api.duration import parse_duration
 from kubeai.api.quantity import parse_quantity
 from kubeai.errors import ConfigError
 
 T = TypeVar("T", bound=msgspec.Struct)
+# Go reads a number as nanoseconds. A smaller one is taken for a forgotten unit.
+NANOSECONDS_MIN = 100_000_000
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/\s]*):(?P<port>\d{1,5})")
 
 
@@ -48,12 +56,15 @@ def read_yaml(text: str, source: str) -> Any:
         raise ConfigError("", f"{source}: not YAML: {error}") from None
 
 
-def read(value: Any, cls: type[T], path: str = "") -> T:
-    """``value`` as a ``cls``; ConfigError carries the dotted path of the first thing wrong."""
-    struct = inspect.type_info(cls)
+def read(value: Any, default: T) -> T:
+    """``value`` as a Struct of the type of ``default``, which has the keys that are not given.
+
+    ConfigError carries the dotted path of the first thing wrong.
+    """
+    struct = inspect.type_info(type(default))
     assert isinstance(struct, inspect.StructType)
-    result = _struct(value, struct, path)
-    assert isinstance(result, cls)
+    result = _struct(value, struct, "", default)
+    assert isinstance(result, type(default))
     return result
 
 
@@ -100,18 +111,20 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _value(value: Any, type_: inspect.Type, path: str, unit: Mapping[str, Any]) -> Any:
+def _value(
+    value: Any, type_: inspect.Type, path: str, unit: Mapping[str, Any], default: Any = None
+) -> Any:
     match type_:
         case inspect.Metadata(type=inner, extra=extra):
-            return _value(value, inner, path, {**unit, **(extra or {})})
+            return _value(value, inner, path, {**unit, **(extra or {})}, default)
         case inspect.UnionType(types=types):
             (inner,) = (t for t in types if not isinstance(t, inspect.NoneType))
-            return _value(value, inner, path, unit)
+            return _value(value, inner, path, unit, default)
         case inspect.StructType():
-            return _struct(value, type_, path)
-        case inspect.DictType():
-            items = _mapping(value, path)
-            return {k: _value(v, type_.value_type, _join(path, k), {}) for k, v in items.items()}
+            return _struct(value, type_, path, default)
+        case inspect.DictType(value_type=inner):
+            items = {k: v for k, v in _mapping(value, path).items() if v is not None}
+            return {k: _value(v, inner, _join(path, k), {}) for k, v in items.items()}
         case inspect.VarTupleType(item_type=item):
             if not isinstance(value, list):
                 raise _wrong(path, "a list", value)
@@ -124,7 +137,7 @@ def _value(value: Any, type_: inspect.Type, path: str, unit: Mapping[str, Any]) 
         case inspect.AnyType():
             return value
     if "unit" in unit:
-        return _limited(_UNITS[unit["unit"]](value, path), value, unit, path)
+        return _not_negative(_UNITS[unit["unit"]](value, path), value, path)
     return _scalar(value, type_, path)
 
 
@@ -158,7 +171,10 @@ def _bounded(value: float, least: float | None, most: float | None, path: str) -
     return value
 
 
-def _struct(value: Any, type_: inspect.StructType, path: str) -> msgspec.Struct:
+def _struct(
+    value: Any, type_: inspect.StructType, path: str, default: msgspec.Struct | None = None
+) -> msgspec.Struct:
+    """A Struct in which the keys that are not given are those of ``default``."""
     items = _mapping(value, path)
     fields = {field.encode_name: field for field in type_.fields}
     for key in items:
@@ -166,13 +182,59 @@ def _struct(value: Any, type_: inspect.StructType, path: str) -> msgspec.Struct:
             raise ConfigError(_join(path, key), f"unknown key{did_you_mean(key, fields)}")
     given = {}
     for key, field in fields.items():
-        if items.get(key) is not None:
-            given[field.name] = _value(items[key], field.type, _join(path, key), {})
-        elif field.required:
+        below = _default(field) if default is None else getattr(default, field.name)
+        result = _given(items.get(key), field.type, _join(path, key), below)
+        if result is not UNSET:
+            given[field.name] = result
+        elif field.required and default is None:
             raise ConfigError(_join(path, key), "must be given")
-    struct = type_.cls(**given)
+    struct = type_.cls(**given) if default is None else replace(default, **given)
     assert isinstance(struct, msgspec.Struct)
     return struct
+
+
+def _default(field: inspect.Field) -> Any:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return None if field.default is msgspec.NODEFAULT else field.default
+
+
+def _given(value: Any, type_: inspect.Type, path: str, default: Any) -> Any:
+    """The value of a key; UNSET if it stands for the default."""
+    kind, unit = _unwrap(type_)
+    if value is None or any(type(value) is type(z) and value == z for z in _zeros(kind, unit)):
+        return UNSET
+    result = _value(value, type_, path, {}, default)
+    parsed_to_zero = unit.get("unit") in ("duration", "bytes") and result == 0
+    return UNSET if parsed_to_zero and not unit.get("zero") else result
+
+
+def _unwrap(type_: inspect.Type) -> tuple[inspect.Type, dict[str, Any]]:
+    """The type itself and its unit. Zero is a value of its own where None is another one."""
+    unit: dict[str, Any] = {}
+    while isinstance(type_, inspect.Metadata | inspect.UnionType):
+        if isinstance(type_, inspect.Metadata):
+            unit, type_ = unit | (type_.extra or {}), type_.type
+        else:
+            unit["zero"] = True
+            (type_,) = (t for t in type_.types if not isinstance(t, inspect.NoneType))
+    return type_, unit
+
+
+def _zeros(type_: inspect.Type, unit: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The written values of a type that stand for the default."""
+    zero = unit.get("zero", False)
+    match type_:
+        case inspect.StructType() | inspect.DictType():
+            return ({},)
+        case inspect.VarTupleType():
+            return ([],)
+        case inspect.StrType() | inspect.LiteralType():
+            return () if zero else ("",)
+        case inspect.IntType() | inspect.FloatType():
+            numbers = () if zero else (0, 0.0)
+            return (*numbers, "") if "unit" in unit else numbers
+    return ()
 
 
 def _mapping(value: Any, path: str) -> dict[str, Any]:
@@ -191,19 +253,15 @@ def _wrong(path: str, wanted: str, value: Any, hint: str = "") -> ConfigError:
     return ConfigError(path, f"must be {wanted}, not {shown}{hint}")
 
 
-def _limited(result: Any, written: Any, unit: Mapping[str, Any], path: str) -> Any:
-    """Numbers are never negative; some must be more than nothing."""
-    if isinstance(result, int | float):
-        if result < 0:
-            raise ConfigError(path, f"must not be negative, not {written!r}")
-        if result == 0 and unit.get("positive"):
-            raise ConfigError(path, f"must be more than zero, not {written!r}")
+def _not_negative(result: Any, written: Any, path: str) -> Any:
+    if isinstance(result, int | float) and result < 0:
+        raise ConfigError(path, f"must not be negative, not {written!r}")
     return result
 
 
 def _duration(value: Any, path: str) -> float:
-    if value == 0 and not isinstance(value, bool):
-        return 0.0
+    if type(value) in (int, float) and (value == 0 or value >= NANOSECONDS_MIN):
+        return float(value) / 1e9
     if not isinstance(value, str):
         hint = f'; write it with a unit, as "{value}s"' if type(value) in (int, float) else ""
         raise _wrong(path, "a duration", value, hint)
@@ -237,7 +295,8 @@ def _quantity(value: Any, path: str) -> str:
     return str(quantity)
 
 
-def _address(value: Any, path: str) -> str:
+def check_address(value: Any, path: str) -> str:
+    """``host:port``, where the host may be empty; ConfigError if it is something else."""
     if not isinstance(value, str):
         raise _wrong(path, "an address such as :8080 or 10.0.0.1:8080", value)
     match = _ADDRESS.fullmatch(value)
@@ -250,5 +309,5 @@ _UNITS: dict[str, Callable[[Any, str], Any]] = {
     "duration": _duration,
     "bytes": _bytes,
     "quantity": _quantity,
-    "address": _address,
+    "address": check_address,
 }

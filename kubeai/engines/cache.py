@@ -57,12 +57,20 @@ def weights(model: Model, url: ModelURL) -> str:
 
 
 def cache_profile(model: Model, config: SystemConfig) -> CacheProfile:
-    """The Model's cache profile; ModelError when the config has none of that name."""
+    """The Model's cache profile in the config; ModelError if it is missing or incomplete."""
     profile = config.cache_profiles.get(model.spec.cache_profile)
     if profile is None:
         raise ModelError(
             "spec.cacheProfile",
             f"the system config has no cache profile {model.spec.cache_profile!r}",
+            "InvalidProfile",
+        )
+    shared = profile.shared_filesystem
+    if not shared.storage_class_name and not shared.persistent_volume_name:
+        raise ModelError(
+            "spec.cacheProfile",
+            f"cacheProfiles.{model.spec.cache_profile}.sharedFilesystem in the system config "
+            "needs a storageClassName or a persistentVolumeName",
             "InvalidProfile",
         )
     return profile

@@ -61,6 +61,20 @@ async def test_a_model_is_loaded_and_then_served(world):
     assert mount["mountPath"] == f"/models/m-{uid}"
 
 
+async def test_an_incomplete_cache_profile_fails_only_the_models_that_use_it(world):
+    config = parse_config(
+        "resourceProfiles: {cpu: {requests: {cpu: 1}}}\n"
+        "cacheProfiles: {none: {}, fast: {sharedFilesystem: {storageClassName: nfs}}}"
+    )
+    world.start(config)
+    world.apply("bad", replicas=1, cacheProfile="none")
+    world.apply(replicas=1, cacheProfile="fast")
+    await world.settled(1, 1)
+    assert world.condition("CacheLoaded", "bad") == ("False", "InvalidProfile")
+    assert world.condition("Degraded", "bad") == ("True", "InvalidProfile")
+    assert world.condition("CacheLoaded") == ("True", "Loaded")
+
+
 def made(world, plural):
     """When objects of a kind were made (or tried to be), and their names."""
     return [

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import yaml
 from msgspec import inspect
+from structlog.testing import capture_logs
 
 from kubeai.api.config import (
     GatewayConfig,
@@ -142,7 +143,6 @@ MISTAKES = [
     ("modelAutoscaling: {interval: 10}", "modelAutoscaling.interval", 'unit, as "10s"'),
     ("modelAutoscaling: {interval: 10d}", "modelAutoscaling.interval", "unknown unit 'd'"),
     ("modelAutoscaling: {interval: -1s}", "modelAutoscaling.interval", "negative"),
-    ("modelAutoscaling: {interval: 0s}", "modelAutoscaling.interval", "more than zero"),
     ("modelAutoscaling: {interval: [1s]}", "modelAutoscaling.interval", "a duration"),
     ("modelAutoscaling: 3", "modelAutoscaling", "must be a map"),
     ("modelRollouts: {surge: -1}", "modelRollouts.surge", "at least 0"),
@@ -152,7 +152,15 @@ MISTAKES = [
     ("allowPodAddressOverride: 1", "allowPodAddressOverride", "true or false"),
     ("metricsAddr: 8080", "metricsAddr", "an address such as"),
     ("metricsAddr: ':99999'", "metricsAddr", "an address such as"),
-    ("fixedSelfMetricAddrs: [':1', localhost]", "fixedSelfMetricAddrs[1]", "an address"),
+    ("fixedSelfMetricAddrs: [5]", "fixedSelfMetricAddrs[0]", "must be a string"),
+    ("fixedSelfMetricAddrs: [null]", "fixedSelfMetricAddrs[0]", "must be a string"),
+    ("modelAutoscaling: {interval: 99999999}", "modelAutoscaling.interval", "with a unit"),
+    ("modelAutoscaling: {interval: -1}", "modelAutoscaling.interval", "with a unit"),
+    ("modelAutoscaling: {interval: false}", "modelAutoscaling.interval", "a duration"),
+    ("modelAutoscaling: {interval: {}}", "modelAutoscaling.interval", "a duration"),
+    ("messaging: {streams: {}}", "messaging.streams", "must be a list"),
+    ("modelServers: {VLLM: []}", "modelServers.VLLM", "must be a map"),
+    ("modelRollouts: {surge: ''}", "modelRollouts.surge", "whole number"),
     ("fixedSelfMetricAddrs: ':1'", "fixedSelfMetricAddrs", "must be a list"),
     ("secretNames: {aws: 5}", "secretNames.aws", "put it in quotes"),
     ("gateway: {bodyMaxBytes: 64KB}", "gateway.bodyMaxBytes", "unknown suffix 'KB'"),
@@ -180,20 +188,12 @@ MISTAKES = [
         "resourceProfiles.g.tolerations[1].kye",
         "did you mean 'key'?",
     ),
-    ("resourceProfiles: {'a:b': {}}", "resourceProfiles.a:b", "colon"),
     ("resourceProfiles: {5: {}}", "resourceProfiles", "key 5 must be a string"),
     (
         "resourceProfiles: {g: {imageName: a, imageName: b}}",
         "resourceProfiles.g.imageName",
         "given twice",
     ),
-    ("cacheProfiles: {c: {}}", "cacheProfiles.c.sharedFilesystem", "must be given"),
-    (
-        "cacheProfiles: {c: {sharedFilesystem: {}}}",
-        "cacheProfiles.c.sharedFilesystem",
-        "needs a storageClassName or a persistentVolumeName",
-    ),
-    ("modelServers: {VLLM: {}}", "modelServers.VLLM.images", "must be given"),
     ("modelServers: {vLLM: {images: {}}}", "modelServers.vLLM", "did you mean 'VLLM'?"),
     (
         "messaging: {streams: [{requestsURL: a}]}",
@@ -201,7 +201,7 @@ MISTAKES = [
         "must be given",
     ),
     (
-        "messaging: {streams: [{requestsURL: a, responsesURL: b, maxHandlers: 0}]}",
+        "messaging: {streams: [{requestsURL: a, responsesURL: b, maxHandlers: -1}]}",
         "messaging.streams[0].maxHandlers",
         "at least 1",
     ),
@@ -408,6 +408,57 @@ def test_every_key_that_the_document_has_can_be_written_in_a_file():
 def test_a_share_is_from_nothing_to_all(written):
     config = parse_config(f"gateway: {{accessLogSample: {written}}}")
     assert config.gateway.access_log_sample == float(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("250ms", 0.25), ("1m30s", 90), ("+1.5s", 1.5), ("10000000000", 10), ("1e8", 0.1)],
+)
+def test_a_duration_is_read_as_go_reads_it(written, seconds):
+    config = parse_config(f"modelAutoscaling: {{interval: {written}}}".replace("1e8", "1.0e+8"))
+    assert config.model_autoscaling.interval_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "kept"),
+    [
+        ("fixedSelfMetricAddrs: ['127.0.0.1:', '10.0.0.1:8080']", "[0]", ("10.0.0.1:8080",)),
+        ("fixedSelfMetricAddrs: ['10.0.0.1:8080', localhost]", "[1]", ("10.0.0.1:8080",)),
+        ("fixedSelfMetricAddrs: ['']", "[0]", ()),
+        ("fixedSelfMetricAddrs: ['::1:8080']", "[0]", ()),
+        ("fixedSelfMetricAddrs: ['a:99999']", "[0]", ()),
+    ],
+)
+def test_a_peer_address_that_cannot_be_used_is_left_out_with_a_warning(text, path, kept):
+    with capture_logs() as logs:
+        config = parse_config(text)
+    assert config.fixed_self_metric_addrs == kept
+    (line,) = logs
+    assert line["path"] == f"fixedSelfMetricAddrs{path}"
+    assert line["log_level"] == "warning"
+    assert "must be an address such as" in line["error"]
+
+
+def test_a_peer_address_without_a_host_is_on_this_machine():
+    config = parse_config("fixedSelfMetricAddrs: [':8080']")
+    assert config.fixed_self_metric_addrs == ("127.0.0.1:8080",)
+
+
+@pytest.mark.parametrize("name", ["a:b", ""])
+def test_a_profile_that_no_model_can_name_is_left_out_with_a_warning(name):
+    with capture_logs() as logs:
+        config = parse_config(f"resourceProfiles: {{'{name}': {{}}, g: {{}}}}")
+    assert set(config.resource_profiles) == {"g"}
+    assert [line["path"] for line in logs] == [f"resourceProfiles.{name}"]
+
+
+def test_cache_profiles_as_published_for_clusters_without_a_shared_file_system():
+    config = parse_config(
+        "cacheProfiles: {none: {}, default: {sharedFilesystem: {storageClassName: ''}},"
+        " nothing: null, fast: {sharedFilesystem: {storageClassName: nfs}}}"
+    )
+    assert config.cache_profiles["fast"].shared_filesystem.storage_class_name == "nfs"
+    assert set(config.cache_profiles) == {"none", "default", "fast"}
 
 
 def test_the_local_example_is_a_valid_config():

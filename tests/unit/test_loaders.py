@@ -69,6 +69,17 @@ def test_a_cache_profile_that_does_not_exist_is_named():
     assert (caught.value.field, caught.value.reason) == ("spec.cacheProfile", "InvalidProfile")
 
 
+@pytest.mark.parametrize("profile", ["{}", "{sharedFilesystem: {storageClassName: ''}}"])
+def test_an_incomplete_cache_profile_is_an_error_of_the_models_that_use_it(profile):
+    config = parse_config(f"cacheProfiles: {{none: {profile}}}")
+    with pytest.raises(ModelError, match=r"cacheProfiles\.none\.sharedFilesystem") as caught:
+        build_pod(model(cacheProfile="none"), config)
+    assert (caught.value.field, caught.value.reason) == ("spec.cacheProfile", "InvalidProfile")
+    with pytest.raises(ModelError):
+        claim(model(cacheProfile="none"), config)
+    assert build_pod(model(), config)
+
+
 @pytest.mark.parametrize(
     ("engine", "where"),
     [
