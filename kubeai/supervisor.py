@@ -29,7 +29,7 @@ from kubeai.kube import Kube
 from kubeai.logs import get_logger
 from kubeai.metrics import Metrics
 from kubeai.operator import Operator
-from kubeai.peers import LOADS_PATH, Peers
+from kubeai.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.routing import Publisher, Route
 
 log = get_logger(__name__)
@@ -415,7 +415,7 @@ class Supervisor:
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
         body, content_type = self._metrics.render(request.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
+        return web.Response(body=body, headers={"Content-Type": content_type, **METRICS_HEADERS})
 
     async def _get_healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")

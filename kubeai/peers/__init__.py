@@ -27,6 +27,7 @@ from kubeai.routing import Owner, Publisher
 
 log = get_logger(__name__)
 LOADS_PATH = wire.PATH
+METRICS_HEADERS = {wire.MARKER: wire.PATH}  # of each response of /metrics, for peers
 PEERS_MAX = 64
 HEARD = "peer heard"
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
@@ -39,7 +40,8 @@ CELL_MAX = 1 << 30
 class Peers:
     """``pod``: our own, by whose labels the others are found; empty where there is none.
 
-    ``addresses``: further ones (``host:port``), which may be our own.
+    ``addresses``: further ones (``host:port``), which may be our own, or those of servers that
+    have nothing but ``/metrics``.
     """
 
     def __init__(
@@ -175,7 +177,8 @@ class Peers:
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
         said = ""  # of it in the log; not at each try
         while True:
-            words = listen(self._session, address, self._identity)
+            fixed = address in self._fixed
+            words = listen(self._session, address, self._identity, metrics_first=fixed)
             try:
                 async with contextlib.aclosing(words):
                     async for loads, whole in words:
@@ -225,4 +228,4 @@ class Peers:
         self._table.set_peers(route.row, route.generation, min(total, CELL_MAX))
 
 
-__all__ = ["LOADS_PATH", "Peers"]
+__all__ = ["LOADS_PATH", "METRICS_HEADERS", "Peers"]

@@ -1,13 +1,16 @@
 """One connection to one peer: its loads, as it tells them.
 
-Also to one of an older kind, which has nothing but ``/metrics``: there the active requests by
-Model are read every ``POLL_S``. Nothing that a peer does holds up anything else: each has its own
-task, and limits on time, on size and on how often it is listened to.
+A peer with nothing but ``/metrics``, such as KubeAI in Go, is asked there for the active requests
+by Model every ``POLL_S``. Addresses from the config are asked for ``/metrics`` first, because any
+server may be there, and for ``/loads`` only if the response has the header `wire.MARKER`. Nothing
+that a peer does holds up anything else: each has its own task, and limits on time, on size and on
+how often it is listened to.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
@@ -43,23 +46,38 @@ class Word(NamedTuple):
 
 
 async def listen(
-    session: aiohttp.ClientSession, address: str, identity: str
+    session: aiohttp.ClientSession, address: str, identity: str, *, metrics_first: bool = False
 ) -> AsyncGenerator[Word, None]:
     """What the replica at ``address`` (``ip:port``) says, until PeerLost or BadFrame.
 
-    Ourselves, if it calls itself by our ``identity``.
+    Ourselves, if it calls itself by our ``identity``. ``metrics_first``: send no request for
+    ``/loads`` before the peer has announced it.
     """
     try:
-        async with session.get(f"http://{address}{wire.PATH}", timeout=_TIMEOUT) as response:
-            if response.status == 200:
-                async for word in _stream(response.content, identity):
+        if not metrics_first:
+            async with contextlib.aclosing(_subscribe(session, address, identity)) as words:
+                async for word in words:
                     yield word
-            elif response.status != 404:
-                raise PeerLost(f"{wire.PATH} answered {response.status}")
         async for word in _poll(session, address):
             yield word
+        async with contextlib.aclosing(_subscribe(session, address, identity)) as words:
+            async for word in words:
+                yield word
+        raise PeerLost(f"{wire.PATH} answered 404, but /metrics announces it")
     except (aiohttp.ClientError, TimeoutError, OSError, EOFError) as error:
         raise PeerLost(str(error) or type(error).__name__) from None
+
+
+async def _subscribe(
+    session: aiohttp.ClientSession, address: str, identity: str
+) -> AsyncGenerator[Word, None]:
+    """The stream of ``/loads``. It ends only if the peer has no such path."""
+    async with session.get(f"http://{address}{wire.PATH}", timeout=_TIMEOUT) as response:
+        if response.status == 200:
+            async for word in _stream(response.content, identity):
+                yield word
+        elif response.status != 404:
+            raise PeerLost(f"{wire.PATH} answered {response.status}")
 
 
 async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator[Word, None]:
@@ -78,11 +96,14 @@ async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator
 
 
 async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[Word, None]:
+    """The active requests in ``/metrics``. It ends when the peer announces ``/loads``."""
     timeout = aiohttp.ClientTimeout(total=POLL_TIMEOUT_S)
     while True:
         async with session.get(f"http://{address}/metrics", timeout=timeout) as response:
             if response.status != 200:
                 raise PeerLost(f"/metrics answered {response.status}")
+            if wire.MARKER in response.headers:
+                return
             text = await _text(response.content)
         yield Word(await asyncio.to_thread(read_metrics, text), whole=True)
         await asyncio.sleep(POLL_S)

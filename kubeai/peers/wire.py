@@ -14,6 +14,8 @@ import msgspec
 from kubeai.errors import KubeAIError
 
 PATH = "/loads"
+# On responses of /metrics: this replica also serves PATH. KubeAI in Go sends no such header.
+MARKER = "X-KubeAI-Loads"
 CONTENT_TYPE = "application/vnd.kubeai.loads"
 HEARTBEAT_S = 1.0
 FRAME_MAX_BYTES = 8 << 20  # 1,000 Models with 10,000 endpoints take 0.6 MB

@@ -7,6 +7,7 @@ import re
 import secrets
 import signal
 import sys
+import urllib.parse
 
 import aiohttp
 import pytest
@@ -126,3 +127,24 @@ async def test_requests_during_the_drain_are_served_and_connections_closed(
             assert await serve.process.wait() == 0
         answer = await chat(session, up["endpoint"], "chat", "too late")
         assert answer.error
+
+
+async def test_a_configured_address_of_another_replica_is_followed_and_a_bad_one_ignored(
+    account, namespace, tmp_path
+):
+    """With a config as a Go program writes it: zero values for what it does not set."""
+    zeros = {
+        "modelServers": {"OLlama": {"images": None}},
+        "messaging": {"errorMaxBackoff": "0s", "streams": None},
+        "cacheProfiles": {"none": {}},
+    }
+    async with serving(tmp_path, account, namespace) as one:
+        metrics = one.said("serving")["metrics"]
+        async with aiohttp.ClientSession() as session, session.get(metrics) as response:
+            assert response.headers["X-KubeAI-Loads"] == "/loads"
+        peer = urllib.parse.urlsplit(metrics).netloc
+        config = zeros | {"fixedSelfMetricAddrs": ["127.0.0.1:", peer]}
+        async with serving(tmp_path, account, namespace, name="kubeai-2", **config) as two:
+            assert two.said("part of the config is ignored")["path"] == "fixedSelfMetricAddrs[0]"
+            await until("the other is heard", lambda: two.said("peer heard"))
+            assert two.said("peer heard")["peer"] == peer

@@ -15,7 +15,7 @@ from kubeai._load import LoadTable
 from kubeai._ring import Ring
 from kubeai.kube import ApiError
 from kubeai.metrics import Metrics
-from kubeai.peers import LOADS_PATH, Peers, listener, wire
+from kubeai.peers import LOADS_PATH, METRICS_HEADERS, Peers, listener, wire
 from kubeai.peers.discovery import selector
 from kubeai.peers.feed import LISTENERS_MAX
 from kubeai.peers.listener import read_metrics
@@ -86,6 +86,7 @@ class Replica:
     async def __aenter__(self):
         app = web.Application()
         app.router.add_get(LOADS_PATH, self.peers.serve)
+        app.router.add_get("/metrics", announce)
         self._runner = web.AppRunner(app, shutdown_timeout=1.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -142,11 +143,24 @@ async def two():
         yield one, two
 
 
+async def announce(request):
+    """``/metrics`` of a replica that serves its loads too."""
+    return web.Response(text="kubeai_build 1\n", headers=METRICS_HEADERS)
+
+
 @contextlib.asynccontextmanager
 async def page(handler, path=LOADS_PATH):
-    """Some other program's page at the address of a peer."""
+    """Some other program's page at the address of a peer; beside loads, ``/metrics`` as well."""
     app = web.Application()
     app.router.add_get(path, handler)
+    if path == LOADS_PATH:
+        app.router.add_get("/metrics", announce)
+    async with site(app) as address:
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def site(app):
     runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -557,6 +571,62 @@ async def test_a_model_that_is_gone_from_its_metrics_is_forgotten(monkeypatch):
         pages.append("\n".join(line for line in OLD.splitlines() if '"other"' not in line) + "\n")
         await until("it is gone", lambda: other.peers.active("other") == 0, 3.0)
         assert other.peers.active("m") == 5
+
+
+class Requests:
+    """A server that answers ``/metrics`` alone, as KubeAI in Go, and notes every request."""
+
+    def __init__(self, text=OLD):
+        self.text = text
+        self.headers = {}
+        self.paths = []
+        self.loads = wire.Loads({"m": (7, 0)}, {"a": 4})
+        self.app = web.Application()
+        self.app.router.add_get("/{path:.*}", self.serve)
+
+    async def serve(self, request):
+        self.paths.append(request.path)
+        if request.path == "/metrics":
+            return web.Response(text=self.text, headers=self.headers)
+        if request.path != LOADS_PATH or not self.headers:
+            raise web.HTTPNotFound
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(wire.encode(wire.Hello("new")) + wire.encode(self.loads))
+        await asyncio.Event().wait()
+        return response
+
+
+async def test_a_configured_address_that_has_only_metrics_gets_no_other_request(monkeypatch):
+    monkeypatch.setattr(listener, "POLL_S", 0.01)
+    server = Requests()
+    async with site(server.app) as address, Replica("two", [address]) as other:
+        await until("it is polled", lambda: len(server.paths) >= 3)
+        assert other.peers.active("m") == 5
+    assert set(server.paths) == {"/metrics"}
+
+
+async def test_a_configured_address_that_announces_its_loads_is_followed_there(monkeypatch):
+    monkeypatch.setattr(listener, "POLL_S", 0.01)
+    server = Requests()
+    async with site(server.app) as address, Replica("two", [address]) as other:
+        other.route("a")
+        await until("it is polled", lambda: other.peers.active("m") == 5)
+        server.headers = METRICS_HEADERS  # a newer version took its place
+        await until("its loads are known", lambda: other.in_flight("a") == 4)
+        assert other.peers.active("m") == 7
+        assert other.peers.active("other") == 0
+
+
+async def test_a_pod_of_the_release_without_loads_is_polled_too(monkeypatch):
+    monkeypatch.setattr(listener, "POLL_S", 0.01)
+    server = Requests()
+    async with site(server.app) as address:
+        port = int(address.rpartition(":")[2])
+        kube = Kube([("one", "10.0.0.9"), ("two", "127.0.0.1")])
+        async with Replica("one", kube=kube, pod="one", port=port) as replica:
+            await until("it is seen", lambda: replica.peers.active("m") == 5)
+    assert server.paths[0] == LOADS_PATH
 
 
 @pytest.mark.parametrize(
