@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        # Few processes tell their version, and importlib.metadata takes 40 ms to import.
+        # Few processes need the version, and importlib.metadata takes 40 ms to import.
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version

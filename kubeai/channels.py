@@ -1,11 +1,12 @@
-"""What goes over the WebSocket of an ``exec``: Kubernetes' channels, and how a command ended.
+"""Kubernetes' channel protocol for ``exec`` over a WebSocket, and the status of a command.
 
-Owns the protocol's words, and does no I/O. Every binary message is the number of a channel in one
-byte, and then data of it. The server sends STDOUT and STDERR as they come and, last, one message
-on ERROR: a JSON Status that says how the command ended. The client may send STDIN; in version 5 it
-may also end it, by a message of two bytes, CLOSE and the channel's number.
+Defines the constants and the status message; does no I/O. Every binary message is one byte with the
+channel's number, followed by data for that channel. The server streams STDOUT and STDERR and
+finally sends one message on ERROR: a JSON Status with the command's outcome. The client may send
+STDIN; in version 5 it may also close it with a message of two bytes, CLOSE and the channel's
+number.
 
-Used by kube.py, which is a client, and by the process kubelet, which is a server.
+Used by kube.py (client) and the process kubelet (server).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Status(msgspec.Struct, omit_defaults=True):
 
 
 class Ending(NamedTuple):
-    """How a command ended; without an exit code: why it did not run, as a Status says it."""
+    """How a command ended. Without an exit code, the Status that says why it did not run."""
 
     exit_code: int | None
     status: int = 0
@@ -48,7 +49,7 @@ class Ending(NamedTuple):
     message: str = ""
 
     def encode(self) -> bytes:
-        """The message of the ERROR channel, without the channel's number."""
+        """The message on the ERROR channel, without the channel's number."""
         status = _Status(kind="Status", apiVersion="v1", metadata={}, status="Failure")
         if self.exit_code == 0:
             status.status = "Success"
@@ -62,7 +63,7 @@ class Ending(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Ending:
-        """What the ERROR channel said. Raises ValueError when that is no Status."""
+        """Read a message from the ERROR channel. ValueError if it is not a Status."""
         status = msgspec.json.decode(data, type=_Status)
         if status.status == "Success":
             return cls(0)

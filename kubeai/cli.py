@@ -1,9 +1,10 @@
-"""The commands: serve · local · load · bench · uninstall · mock-engine · crd.
+"""The command line: serve · local · load · bench · uninstall · mock-engine · crd.
 
-What a person did wrong ends in one line on stderr and exit status 2, never in a traceback.
+A user error is reported as one line on stderr with exit status 2, never as a traceback.
 """
 
-# No postponed annotations: typer evaluates those of the commands, whose names are local to _app.
+# No postponed annotations: typer evaluates the annotations of the commands, which use names that
+# are local to _app.
 import asyncio
 import os
 import socket
@@ -21,8 +22,8 @@ def main() -> None:
     """Entry point of ``kubeai``."""
     try:
         if sys.argv[1:2] == ["mock-engine"]:
-            # Engines start on demand while a request waits: not through typer, which alone takes
-            # 150 ms to import.
+            # Engines start on demand while a request waits, so skip typer, which takes 150 ms to
+            # import.
             from kubeai import mock_engine
 
             raise SystemExit(mock_engine.main(sys.argv[2:]))
@@ -65,51 +66,62 @@ def _app() -> Any:
         host: Annotated[
             str,
             typer.Option(
-                help="Address of the OpenAI endpoint, and of metrics and health where the config "
-                "gives them a port only."
+                help="Listen address of the OpenAI-compatible API. Also used for metrics and "
+                "health if the config sets only their ports."
             ),
         ] = "0.0.0.0",
         port: Annotated[
-            int, typer.Option(help="Port of the OpenAI endpoint.", min=0, max=65535)
+            int, typer.Option(help="Port of the OpenAI-compatible API.", min=0, max=65535)
         ] = 8000,
-        workers: Annotated[int, typer.Option(help="Data-plane processes.", min=1, max=63)] = 1,
+        workers: Annotated[
+            int, typer.Option(help="Number of data-plane processes.", min=1, max=63)
+        ] = 1,
     ) -> None:
-        """Run against a Kubernetes cluster.
+        """Run the gateway and the operator for a Kubernetes cluster.
 
-        Reads the system config from $CONFIG_PATH and Models in $POD_NAMESPACE; $POD_NAME names
-        the holder of the lease. Connects by $KUBECONFIG, or by the pod's service account.
+        Reads the system config from $CONFIG_PATH and serves the Models in $POD_NAMESPACE. $POD_NAME
+        is the identity for leader election. Connects with $KUBECONFIG, or else with the pod's
+        service account.
         """
         _run(_serve(host, port, workers))
 
     @app.command()
     def local(
         manifests: Annotated[
-            list[Path] | None, typer.Argument(help="Manifests, or folders of them, to apply.")
+            list[Path] | None, typer.Argument(help="Manifest files or directories to apply.")
         ] = None,
-        host: Annotated[str, typer.Option(help="Address of the OpenAI endpoint.")] = "127.0.0.1",
+        host: Annotated[
+            str, typer.Option(help="Listen address of the OpenAI-compatible API.")
+        ] = "127.0.0.1",
         port: Annotated[
             int,
-            typer.Option(help="Port of the OpenAI endpoint; 0 takes a free one.", min=0, max=65535),
+            typer.Option(
+                help="Port of the OpenAI-compatible API; 0 picks a free port.", min=0, max=65535
+            ),
         ] = 8000,
-        workers: Annotated[int, typer.Option(help="Data-plane processes.", min=1, max=63)] = 1,
+        workers: Annotated[
+            int, typer.Option(help="Number of data-plane processes.", min=1, max=63)
+        ] = 1,
         data_dir: Annotated[
             Path | None,
-            typer.Option(help="State, logs and kubeconfig. Default: $XDG_DATA_HOME/kubeai."),
+            typer.Option(
+                help="Directory for state, logs and the kubeconfig (default $XDG_DATA_HOME/kubeai)."
+            ),
         ] = None,
-        config: Annotated[Path | None, typer.Option(help="System config (YAML).")] = None,
+        config: Annotated[Path | None, typer.Option(help="System config file (YAML).")] = None,
         api_port: Annotated[
             int,
             typer.Option(
-                help="Port of the Kubernetes API; 0 takes that of the last start, or a free one.",
+                help="Port of the Kubernetes API; 0 reuses the previous port or picks a free one.",
                 min=0,
                 max=65535,
             ),
         ] = 0,
         namespace: Annotated[
-            str, typer.Option(help="Namespace whose Models are served; created if need be.")
+            str, typer.Option(help="Namespace whose Models are served; created if missing.")
         ] = "default",
     ) -> None:
-        """Run on this machine, without a cluster: same manifests, stock kubectl."""
+        """Run on this machine without a cluster, with the same manifests and plain kubectl."""
         from kubeai.local.run import Options, run
 
         data_home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
@@ -130,12 +142,13 @@ def _app() -> Any:
         url: Annotated[
             str, typer.Argument(help="hf://<owner>/<name>, or s3://, gs://, oss://<bucket>/<path>.")
         ],
-        folder: Annotated[Path, typer.Argument(help="What becomes of it; it is replaced.")],
+        folder: Annotated[Path, typer.Argument(help="Target directory; replaced if it exists.")],
         parallel: Annotated[
-            int, typer.Option(help="Parts (a hub's files) that are fetched at a time.", min=1)
+            int,
+            typer.Option(help="Number of parts (Hugging Face: files) to fetch at a time.", min=1),
         ] = 8,
     ) -> None:
-        """Bring weights into a folder, whole or not at all; a second call goes on from the first.
+        """Download model weights into a directory, all or nothing. Rerun to resume.
 
         Reads $HF_TOKEN and $HF_ENDPOINT; $AWS_ACCESS_KEY_ID, $AWS_SECRET_ACCESS_KEY, $AWS_REGION
         and $AWS_ENDPOINT_URL; $GOOGLE_APPLICATION_CREDENTIALS; $OSS_ACCESS_KEY_ID,
@@ -157,7 +170,7 @@ def _app() -> Any:
         ] = "",
         job: Annotated[str, typer.Option(help="Name of the hook's Job.")] = "",
         timeout: Annotated[
-            int, typer.Option(help="Seconds to wait for the Models to be gone.", min=1)
+            int, typer.Option(help="Seconds to wait until the Models are gone.", min=1)
         ] = 600,
     ) -> None:
         """Delete all Models of $POD_NAMESPACE, wait until they are gone, and delete their caches.
@@ -170,17 +183,17 @@ def _app() -> Any:
 
     @app.command()
     def crd() -> None:
-        """Print the CustomResourceDefinition of Model, to apply with kubectl."""
+        """Print the CustomResourceDefinition of Model, for kubectl apply."""
         from kubeai.api.crd import crd_yaml
 
         print(crd_yaml(), end="")
 
     @app.command("mock-engine", add_help_option=False)
     def mock_engine() -> None:
-        """Run an engine that answers like vLLM, made-up text, real timing: no GPU needed."""
-        raise AssertionError("main() answers this command before typer is imported")
+        """Run a mock vLLM server: generated text, realistic timing, no GPU needed."""
+        raise AssertionError("main() handles this command before typer is imported")
 
-    from kubeai.loadtest.commands import app as bench  # imports typer, and no more
+    from kubeai.loadtest.commands import app as bench  # imports only typer
 
     app.add_typer(bench(), name="bench")
     return app
@@ -197,7 +210,7 @@ async def _serve(host: str, port: int, workers: int) -> None:
     config = config.listening_on(host)
     log = get_logger(__name__)
     lease = config.leader_election
-    # What a leader has sent is delivered, or dropped, before another can lead.
+    # A write that a leader has sent is delivered or dropped before another replica can lead.
     kube = await Kube.connect(unacknowledged_max_s=lease.lease_duration_s - lease.renew_deadline_s)
 
     def started() -> None:

@@ -1,17 +1,17 @@
-"""Errors that a person causes and can mend.
+"""Errors that a user causes and can fix.
 
-Each names the place: a path in the system config (``modelAutoscaling.interval``), a field of a
-manifest (``spec.resourceProfile``), an option, a file. The command line prints them as one line
-and no traceback; the operator puts them into a Model's conditions.
+Each names its cause: a path in the system config (``modelAutoscaling.interval``), a field of a
+manifest (``spec.resourceProfile``), an option, or a file. The command line prints them as one line
+without a traceback; the operator reports them in a Model's conditions.
 """
 
 
 class KubeAIError(Exception):
-    """Something outside the program is wrong; the message says what and where."""
+    """Invalid input or a failure outside the program; the message says what and where."""
 
 
 class ConfigError(KubeAIError):
-    """The system config is wrong. ``path`` is the dotted path of the key."""
+    """The system config is invalid. ``path`` is the dotted path of the key."""
 
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"{path}: {message}" if path else message)
@@ -19,7 +19,7 @@ class ConfigError(KubeAIError):
 
 
 class ModelError(KubeAIError):
-    """A Model cannot be run as it is written. ``field`` is its path, e.g. ``spec.url``."""
+    """A Model's spec cannot be run. ``field`` is the path of the field, e.g. ``spec.url``."""
 
     def __init__(self, field: str, message: str, reason: str = "InvalidModel") -> None:
         super().__init__(f"{field}: {message}")

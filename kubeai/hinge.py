@@ -1,7 +1,8 @@
-"""The hinge between the supervisor and its workers: two one-way streets on one socket pair.
+"""The channel between the supervisor and one worker, over a socket pair.
 
-Down go routes, up go wake-ups; loads travel in the load table. Messages are msgpack, each after
-its length (4 bytes, big-endian). Either end that sees the other gone stops: a worker drains.
+The supervisor sends routes; the worker reports that it is ready and which models have held
+requests. Loads are shared through the load table instead. Messages are msgpack, each preceded by
+its length (4 bytes, big-endian). A worker that loses the channel drains.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _LENGTH = struct.Struct(">I")
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
-    """Finish what is open, then exit.
+    """Drain, then exit.
 
-    New requests are served with ``Connection: close`` for ``accept_s``, then the listener closes;
-    what is still open after ``timeout_s`` is cut.
+    New requests are served with ``Connection: close`` for ``accept_s``, then the listener is
+    closed. Connections that are still open after another ``timeout_s`` are closed.
     """
 
     accept_s: float
@@ -38,7 +39,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
 
 
 class Demand(msgspec.Struct, frozen=True, tag="demand", array_like=True):
-    """A request is held for a model without an endpoint: look at the load table now."""
+    """A request is held for a model without an endpoint: check the load table now."""
 
     model: str
 
@@ -48,7 +49,7 @@ Up = Ready | Demand
 
 
 class Channel(asyncio.Protocol):
-    """One end of the hinge. ``message``: the union that this end receives, ``Down`` or ``Up``."""
+    """One end of the channel. ``message``: the union that it receives, ``Down`` or ``Up``."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not isinstance: uvloop's transports are no subclasses of asyncio's.
+        # A cast, because uvloop's transports are not subclasses of asyncio's.
         self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -89,7 +90,7 @@ class Channel(asyncio.Protocol):
         self._closed()
 
     def send(self, message: Down | Up) -> None:
-        """Queue a message; dropped when the other end is gone (``closed`` says so)."""
+        """Queue a message. Dropped if the other end is gone; ``closed`` has then been called."""
         if self._transport is None:
             return
         body = self._encoder.encode(message)

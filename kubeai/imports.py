@@ -1,7 +1,7 @@
-"""Import parts of libraries whose packages import far more than that.
+"""Import parts of libraries without everything else that their packages import.
 
-Every process of KubeAI pays for what it imports before it does anything: a third of the start of
-`kubeai serve` was classes of the Kubernetes API that nothing here uses.
+Imports delay the start of every process: a third of the start-up time of `kubeai serve` went into
+classes of the Kubernetes API that nothing here uses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def without(package: str) -> Iterator[None]:
-    """Within, this package is not installed, if nobody has imported it yet."""
+    """Make a package look uninstalled inside the block, unless it has already been imported."""
     if package in sys.modules:
         yield
         return
@@ -28,10 +28,10 @@ def without(package: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_init(*packages: str) -> Iterator[list[ModuleType]]:
-    """Within, modules of these packages are imported without running the packages' own code.
+    """Import modules of these packages inside the block without running their ``__init__.py``.
 
-    Outer packages come before inner ones. Yields the modules that stand for them meanwhile, for
-    names that other modules want of them. Whoever imports the packages later gets them whole.
+    List outer packages before inner ones. Yields the placeholder modules, so that the caller can
+    set attributes that other modules import from them. Later imports load the full packages.
     """
     given, standing = [], []
     for name in packages:

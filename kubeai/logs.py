@@ -1,4 +1,4 @@
-"""Logging of every process of KubeAI: structured, on stderr, set up once at its start."""
+"""Structured logging to stderr, set up once at the start of every KubeAI process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from kubeai.errors import KubeAIError
 from kubeai.imports import without
 
-with without("rich"):  # or structlog imports it for tracebacks that are not asked of it, 90 ms
+with without("rich"):  # structlog imports it (90 ms) for tracebacks that are not used here
     import structlog
 
 __all__ = ["Sparingly", "get_logger", "setup_logging"]
@@ -20,7 +20,7 @@ get_logger = structlog.get_logger
 
 
 class Sparingly:
-    """Which of many alike events are logged: ``burst_max`` at once, then ``per_s`` a second."""
+    """A rate limit for a log event: a burst of ``burst_max``, then ``per_s`` per second."""
 
     def __init__(self, burst_max: int, per_s: float) -> None:
         self._burst_max = burst_max
@@ -30,7 +30,7 @@ class Sparingly:
         self._left_out = 0
 
     def take(self, now_s: float) -> int | None:
-        """None: count this one only. Else: log it, with how many were left out before it."""
+        """How many events were suppressed before this one; None if this one is suppressed too."""
         if self._left < 1 or now_s > self._at_s + 1:
             self._left = min(self._burst_max, self._left + (now_s - self._at_s) * self._per_s)
             self._at_s = now_s
@@ -43,7 +43,7 @@ class Sparingly:
 
 
 class _Lines(structlog.WriteLogger):
-    """A line that cannot be written (a full disk, a reader that left) must not stop the work."""
+    """Ignores write errors: a full disk or a closed pipe must not stop the process."""
 
     def msg(self, message: str) -> None:
         with contextlib.suppress(OSError):
@@ -53,11 +53,11 @@ class _Lines(structlog.WriteLogger):
 
 
 def setup_logging() -> None:
-    """JSON lines on stderr, or coloured ones when a person looks; level from $LOG_LEVEL."""
+    """Log JSON lines to stderr, or coloured text to a terminal. $LOG_LEVEL sets the level."""
     level = os.environ.get("LOG_LEVEL", "info").upper()
     number = logging.getLevelNamesMapping().get(level)
     if number is None:
-        raise KubeAIError(f"LOG_LEVEL: {level!r} is not a level (debug, info, warning, error)")
+        raise KubeAIError(f"LOG_LEVEL: {level!r} is not a log level (debug, info, warning, error)")
     logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr)
     renderer: Any = (
         structlog.dev.ConsoleRenderer()
@@ -72,7 +72,7 @@ def setup_logging() -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        # One write a line, with PYTHONUNBUFFERED too: the workers share the pipe.
+        # One write per line, even with PYTHONUNBUFFERED, because the workers share the pipe.
         logger_factory=lambda *_: _Lines(sys.stderr),
         cache_logger_on_first_use=True,
     )

@@ -1,11 +1,11 @@
-"""Prometheus metrics, read off the load table when somebody scrapes.
+"""Prometheus metrics, read from the load table on each scrape.
 
-Nothing is counted here: workers count in their cells of the load table, in the hot path; this
-names the cells, by the Publisher's rows. So one scrape of the supervisor is the whole replica of
-KubeAI, and a series exists exactly as long as its model or endpoint does: a name that a client
-invents makes none.
+Nothing is counted here: workers count on the hot path, in their cells of the load table. This
+module maps the cells to metrics by the Publisher's rows. One scrape of the supervisor therefore
+covers the whole KubeAI replica. Series are removed with their Model or endpoint; unknown model
+names create none.
 
-The supervisor owns one :class:`Metrics` and serves what it renders at ``metricsAddr``.
+The supervisor owns one :class:`Metrics` and serves its output at ``metricsAddr``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
 
 
 class Metrics:
-    """All metrics of this replica of KubeAI. ``peers``: the silence of each other one, in s."""
+    """All metrics of this KubeAI replica.
+
+    ``peers``: seconds since each other replica last reported its loads, by address.
+    """
 
     def __init__(
         self,
@@ -42,10 +45,10 @@ class Metrics:
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
-        ProcessCollector(registry=self._registry)  # of the supervisor
+        ProcessCollector(registry=self._registry)  # the supervisor's process
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """(body, content type): Prometheus text or OpenMetrics, as the Accept header asks."""
+        """(body, content type): Prometheus text or OpenMetrics, as the Accept header requests."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
@@ -64,7 +67,7 @@ class LoadCollector(Collector):
         self._peers = peers
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # spares the registry a collection while it registers
+        return ()  # otherwise the registry collects once during registration
 
     def collect(self) -> Iterable[Metric]:
         snapshot = self._publisher.snapshot()
@@ -73,17 +76,17 @@ class LoadCollector(Collector):
         yield self._iterations()
         yield from self._hinge(snapshot.version)
         yield self._silences()
-        yield InfoMetricFamily("kubeai_build", "This program.", {"version": kubeai.__version__})
+        yield InfoMetricFamily("kubeai_build", "KubeAI version.", {"version": kubeai.__version__})
 
     def _models(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         active = GaugeMetricFamily(
             f"{REQUESTS}_active",
-            "Requests that are being served or held, by model.",
+            "Number of requests being served or held, by model.",
             labels=("request_model", "request_type"),
         )
         held = GaugeMetricFamily(
             f"{REQUESTS}_held",
-            "Requests that wait for an endpoint, by model.",
+            "Number of requests held until an endpoint is available, by model.",
             labels=("request_model",),
         )
         for route in routes:
@@ -95,11 +98,13 @@ class LoadCollector(Collector):
     def _outcomes(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         ended = CounterMetricFamily(
             REQUESTS,
-            "Requests that are over, by model and by how they ended.",
+            "Total number of finished requests, by model and outcome.",
             labels=("request_model", "outcome"),
         )
         retried = CounterMetricFamily(
-            f"{REQUESTS}_retries", "Further attempts, by model.", labels=("request_model",)
+            f"{REQUESTS}_retries",
+            "Total number of retried attempts, by model.",
+            labels=("request_model",),
         )
         for route in routes:
             for outcome, count in self._table.outcomes(route.row).items():
@@ -112,27 +117,29 @@ class LoadCollector(Collector):
     def _endpoints(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         in_flight = GaugeMetricFamily(
             "kubeai_endpoint_requests_in_flight",
-            "Requests sent to an endpoint by this replica and not yet ended.",
+            "Number of this replica's in-flight requests, by endpoint.",
             labels=("request_model", "endpoint"),
         )
         peers = GaugeMetricFamily(
             "kubeai_endpoint_peers_requests_in_flight",
-            "Requests that the other replicas have at an endpoint, as they last told this one.",
+            "Number of the other replicas' in-flight requests, as last reported, by endpoint.",
             labels=("request_model", "endpoint"),
         )
         choices = [
             CounterMetricFamily(
-                f"{REQUESTS}_hash_lookup_{choice}", f"Hash lookups {what}", labels=("endpoint",)
+                f"{REQUESTS}_hash_lookup_{choice}",
+                f"Total number of hash lookups {what}",
+                labels=("endpoint",),
             )
             for choice, what in (
-                ("initial", "that looked at this endpoint first."),
-                ("final", "that took this endpoint."),
-                ("default", "that took this endpoint because none was within the load bound."),
+                ("initial", "for which this endpoint was the first candidate."),
+                ("final", "that selected this endpoint."),
+                ("default", "that selected this endpoint because all exceeded the load bound."),
             )
         ]
         ejected = GaugeMetricFamily(
             "kubeai_endpoint_ejected",
-            "1 for an endpoint that is ejected or half-open.",
+            "1 if the endpoint is ejected or half-open, 0 otherwise.",
             labels=("request_model", "endpoint"),
         )
         for route in routes:
@@ -161,18 +168,18 @@ class LoadCollector(Collector):
             buckets.append((bound, float(cumulative)))
         return HistogramMetricFamily(
             f"{REQUESTS}_hash_lookup_iterations",
-            "Distinct endpoints that a hash lookup looked at.",
+            "Number of distinct endpoints considered by a hash lookup.",
             buckets=buckets,
             sum_value=total,
         )
 
     def _hinge(self, version: int) -> Iterable[Metric]:
         yield GaugeMetricFamily(
-            "kubeai_routing_table_version", "Version of the routing table, as published.", version
+            "kubeai_routing_table_version", "Published version of the routing table.", version
         )
         applied = GaugeMetricFamily(
             "kubeai_worker_routing_table_version",
-            "Version of the routing table that a worker has applied.",
+            "Version of the routing table that the worker has applied.",
             labels=("worker",),
         )
         for column in range(self._table.columns - 1):
@@ -182,7 +189,7 @@ class LoadCollector(Collector):
     def _silences(self) -> Metric:
         silences = GaugeMetricFamily(
             "kubeai_peer_silence_seconds",
-            "How long ago another replica of KubeAI told its loads.",
+            "Seconds since another KubeAI replica last reported its loads.",
             labels=("peer",),
         )
         for address, silence_s in self._peers().items():
