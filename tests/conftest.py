@@ -1,4 +1,4 @@
-"""What every test ends with: nothing in flight, no task alive."""
+"""Checks after every test: nothing is in flight and no task is alive."""
 
 import asyncio
 import gc
@@ -7,27 +7,27 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
-# How long an example takes says how busy the machine is. Benchmarks measure.
+# Machine load decides how long an example takes; benchmarks measure speed.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
 def nothing_in_flight():
-    """Every Admission and Reservation that a test made is closed or gone when it ends."""
+    """Check that a test has closed every Admission and released every Reservation."""
     from kubeai import _load
 
     yield
     if _load.live() != (0, 0):
         gc.collect()
-        assert _load.live() == (0, 0), "(Admissions, Reservations) are left"
+        assert _load.live() == (0, 0), "leaked (Admissions, Reservations)"
 
 
 def _end_by_timeout(loop, context):
     """Fail a test that hangs on uvloop.
 
-    uvloop takes the failure that pytest-timeout raises in its signal's handler for a fault of a
-    callback's, and goes on: such a test hung for ever.
+    pytest-timeout raises the failure in its signal handler. uvloop reports that as a fault of
+    the interrupted callback and carries on, so such a test would hang for ever.
     """
     fault = context.get("exception")
     if isinstance(fault, pytest.fail.Exception):
@@ -41,11 +41,11 @@ async def no_task_alive():
     asyncio.get_running_loop().set_exception_handler(_end_by_timeout)
     before = asyncio.all_tasks()
     yield
-    # One turn, for tasks whose cancellation has been asked for and awaited by their owner.
+    # One turn of the loop, for tasks that their owner has cancelled and awaited.
     await asyncio.sleep(0)
     left = [task for task in asyncio.all_tasks() - before if not task.done()]
     left = [task for task in left if task is not asyncio.current_task()]
-    assert not left, f"tasks are left: {left}"
+    assert not left, f"tasks are still alive: {left}"
 
 
 def pytest_collection_modifyitems(items):
@@ -55,12 +55,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_asyncio_loop_factories(item):
-    """The event loops that a module's tests run on, each in turn: its ``LOOP_FACTORIES``."""
+    """Run a module's tests on each event loop in its ``LOOP_FACTORIES``."""
     return getattr(item.module, "LOOP_FACTORIES", {"asyncio": asyncio.new_event_loop})
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many of the contract tests passed on each of the two APIs."""
+    """Report how many contract tests passed on each of the two APIs."""
     passed = [
         report.nodeid.partition("/contract/")[2] for report in terminalreporter.getreports("passed")
     ]
@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def _api_of(name):
-    """By a test's parameters; those without any run in a whole cluster, or need no API."""
+    """The API from a test's parameters; tests without any run in a whole cluster or need no API."""
     parameters = name.partition("[")[2]
     if "real" in parameters or name.startswith(("test_cluster.py", "test_node.py")):
         return "real API"

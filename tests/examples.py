@@ -1,8 +1,8 @@
-"""How many examples a property gets."""
+"""How many examples each property test runs."""
 
 import os
 
 
 def some(examples: int) -> int:
-    """So many, times EXAMPLES_FACTOR (5 in CI)."""
+    """Return ``examples`` times EXAMPLES_FACTOR (5 in CI)."""
     return examples * int(os.environ.get("EXAMPLES_FACTOR", "1"))

@@ -1,6 +1,6 @@
-"""Runs the real thing as a person would: `kubeai local` as a process of its own.
+"""Run `kubeai local` end to end, as a process of its own.
 
-Waits are for states, with deadlines; nothing here sleeps for a fixed time and hopes.
+Tests wait for states, with deadlines. Nothing here sleeps for a fixed time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def model(
     args: tuple[str, ...] = (),
     **spec: Any,
 ) -> dict[str, Any]:
-    """A Model that the mock engine serves."""
+    """A Model served by the mock engine."""
     url = f"ollama://{name}" if engine == "OLlama" else f"hf://mock/{name}"
     return {
         "apiVersion": "kubeai.org/v1",
@@ -62,7 +62,7 @@ def model(
 async def until(
     what: str, check: Callable[[], Awaitable[Any] | Any], timeout_s: float = 20.0
 ) -> Any:
-    """Poll until ``check`` gives something true, and return it."""
+    """Poll until ``check`` returns something truthy, and return that."""
     last: Any = None
     try:
         async with asyncio.timeout(timeout_s):
@@ -78,7 +78,7 @@ async def until(
 
 
 class Local:
-    """One `kubeai local`; ``log`` collects its stderr, ``out`` its stdout."""
+    """One `kubeai local` process; ``log`` collects its stderr, ``out`` its stdout."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Local:
             lines.append(line.decode(errors="replace").rstrip())  # noqa: PERF401 (read live)
 
     async def stop(self, number: int = signal.SIGINT) -> int:
-        """Signal it and wait; returns the exit status."""
+        """Send the signal and wait; returns the exit status."""
         assert self.process is not None
         if self.process.returncode is None:
             self.process.send_signal(number)
@@ -161,10 +161,10 @@ class Local:
             await client.close()
 
     def processes(self) -> dict[int, str]:
-        """All processes of this `kubeai local` (pid → command line), itself included.
+        """All processes of this `kubeai local` (pid → command line), including itself.
 
-        Known by the data directory in their command line or environment, so that one that has
-        lost its parent is seen too.
+        They are recognised by the data directory in their command line or environment, so that
+        orphaned processes are found too.
         """
         mark = str(self.data_dir).encode()
         found = {}
@@ -175,7 +175,7 @@ class Local:
                 command = (entry / "cmdline").read_bytes()
                 if command and (mark in command or mark in (entry / "environ").read_bytes()):
                     found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace")
-        # Workers carry no path; they are children of the one that does.
+        # Workers carry no path; they are children of the process that does.
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) in found:
                 continue
@@ -199,7 +199,7 @@ class Local:
 
 @contextlib.asynccontextmanager
 async def running(data_dir: Path, *models: dict[str, Any], **options: Any) -> AsyncIterator[Local]:
-    """A `kubeai local` that is up inside the block and whose end is clean."""
+    """A `kubeai local` that is running inside the block and must exit cleanly after it."""
     local = Local(data_dir, *models, **options)
     try:
         await local.start()
@@ -212,7 +212,7 @@ async def running(data_dir: Path, *models: dict[str, Any], **options: Any) -> As
 
 @dataclasses.dataclass
 class Answer:
-    """What a client saw of one streamed chat."""
+    """What a client received of one streamed chat."""
 
     status: int = 0
     text: str = ""
@@ -221,7 +221,7 @@ class Answer:
     cached_tokens: int = 0
     prompt_tokens: int = 0
     first_s: float = 0.0  # from sending to the first token
-    whole: bool = False  # `data: [DONE]` and a tidy end came
+    whole: bool = False  # `data: [DONE]` and a clean end of the stream arrived
     error: str = ""
 
 
@@ -234,7 +234,7 @@ async def chat(
     max_tokens: int = 16,
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """One streamed chat completion; whatever goes wrong is in the Answer."""
+    """Send one streamed chat completion; errors are recorded in the Answer."""
     answer = Answer()
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -285,7 +285,7 @@ async def pods(client: Kube, name: str) -> list[dict[str, Any]]:
 
 
 async def replicas(client: Kube, name: str) -> tuple[int, int, int]:
-    """(wanted, all, ready) of a Model."""
+    """A Model's replicas as (wanted, all, ready)."""
     found = await client.get(kube.MODELS, name, client.namespace)
     status = found.get("status", {}).get("replicas", {})
     wanted = found["spec"].get("replicas") or 0
@@ -293,7 +293,7 @@ async def replicas(client: Kube, name: str) -> tuple[int, int, int]:
 
 
 async def scrape(url: str) -> dict[str, float]:
-    """Prometheus text as {series: value}."""
+    """Parse Prometheus text into {series: value}."""
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         text = await response.text()
     samples = {}
@@ -305,7 +305,7 @@ async def scrape(url: str) -> dict[str, float]:
 
 
 async def received(addresses: list[str]) -> dict[str, list[str]]:
-    """By request id, the addresses of the mock engines that received it, as often as they did."""
+    """Map each request id to the mock engines' addresses that received it, once per receipt."""
     found: dict[str, list[str]] = {}
     async with aiohttp.ClientSession() as session:
         for address in addresses:

@@ -1,7 +1,7 @@
-"""The ring and the load table in plain Python: what hypothesis compares the compiled ones with.
+"""The ring and the load table in plain Python: the reference for the compiled ones.
 
-Written from the rules alone, as slowly as is convenient: a table is dictionaries, a ring is a
-sorted list of pairs. Nothing here runs outside the tests.
+Written from the rules alone, without regard to speed: a table is a set of dictionaries, a ring
+a sorted list of pairs. Used by the tests only, for comparisons with hypothesis.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MASK = (1 << 64) - 1
 
 
 class OracleTable:
-    """Cells by (row, column); a row's generation; when a row's ejection ends."""
+    """Cells by (row, column), each row's generation, and when each row's ejection ends."""
 
     def __init__(self, workers: int) -> None:
         self.columns = workers + 1
@@ -72,7 +72,7 @@ class OracleTable:
     def settle(self, steps: int) -> None:
         for row in self.generations:
             difference = 256 * self.here(row) - self.settled[row]
-            step = int(difference / steps)  # towards 0
+            step = int(difference / steps)  # towards zero
             self.settled[row] += step or difference
 
     def up(self, gauge: Counter, cell: tuple, generation: int) -> None:
@@ -114,7 +114,7 @@ def places(name: str, replication: int) -> list[int]:
 
 
 class OracleRing:
-    """Decides as the ring does; counts nothing itself."""
+    """Makes the ring's decisions; counts nothing itself."""
 
     def __init__(self, table: OracleTable, replication: int, mean_load_factor: int) -> None:
         self.table = table
@@ -150,7 +150,7 @@ class OracleRing:
     def who_can_serve(
         self, adapter: str | None, exclude: frozenset[str], now_s: float
     ) -> tuple[set[str], set[str]]:
-        """(Whom the mean is taken over, which of them may be chosen)."""
+        """Return (the endpoints that the mean covers, the endpoints that may be chosen)."""
         able = self.able(adapter)
         healthy = {n for n in able if self.table.ejected.get(self.endpoints[n].row, -inf) <= now_s}
         if healthy - exclude:
@@ -177,7 +177,7 @@ class OracleRing:
         )
 
     def least(self, adapter: str | None, exclude: frozenset[str], now_s: float) -> set[str]:
-        """All that a least-load pick may take."""
+        """All endpoints that a least-load pick may choose."""
         _, allowed = self.who_can_serve(adapter, exclude, now_s)
         least = min((self.load(name) for name in allowed), default=0)
         return {name for name in allowed if self.load(name) == least}

@@ -49,21 +49,21 @@ def pod(name="p", current=True, **labels):
         (model(a=A), pod(a="loading"), [], Steps((Wanted("a", A, HASH_A),))),
         (model(), pod(a=HASH_A), [], Steps(drop=("a",))),
         (model(a=B), pod(a=HASH_A), [], Steps((Wanted("a", B, HASH_B),))),
-        # one pod after the other, as long as somebody serves the former URL's
+        # one pod at a time, as long as some pod serves the former URL's adapter
         (model(a=B), pod(a=HASH_A), ["a"], Steps()),
         (model(a=B), pod(a="loading"), ["a"],
          Steps((Wanted("a", B, HASH_B),))),
-        # an engine that has started anew has none of them
+        # a restarted engine has none of them
         (model(a=A), pod(current=False, a=HASH_A, b=HASH_B), [],
          Steps((Wanted("a", A, HASH_A),), ("b",))),
     ],
 )  # fmt: skip
-def test_steps_lead_from_labels_to_what_is_declared(wanted, have, busy, expected):
+def test_steps_lead_from_the_labels_to_the_declared_adapters(wanted, have, busy, expected):
     assert steps(wanted, have, busy) == expected
 
 
-def test_a_url_has_the_hash_that_kubeai_in_go_writes():
-    # FNV-1a of the empty text is its offset basis, 2166136261
+def test_the_hash_of_a_url_equals_that_of_kubeai_in_go():
+    # the FNV-1a hash of empty text is its offset basis, 2166136261
     assert url_hash("") == "".join("bcdfghjklmnpqrstvwxz2456789"[ord(d) % 27] for d in "2166136261")
     assert url_hash(A) != url_hash(B)
 
@@ -82,7 +82,7 @@ def test_a_url_has_the_hash_that_kubeai_in_go_writes():
         (load_call("a"), 401, "Unauthorized", True),
     ],
 )
-def test_what_vllm_answers(call: Call, status, answer, refused):
+def test_vllm_responses_are_classified(call: Call, status, answer, refused):
     assert bool(refusal(call, status, answer)) == refused
 
 
@@ -90,7 +90,7 @@ def test_what_vllm_answers(call: Call, status, answer, refused):
 
 
 class AdapterWorld(World):
-    """Every pod gets an engine of its own and a loader beside it."""
+    """Every pod gets its own engine with a loader beside it."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class AdapterWorld(World):
         return self.engines[pod_name].run(command)
 
     def labels(self):
-        """Each pod's adapters by its labels."""
+        """Each pod's adapters according to its labels."""
         return [
             {
                 key.removeprefix(LABEL): value
@@ -147,7 +147,7 @@ class AdapterWorld(World):
         self.apply(adapters=listed)
 
     def served(self):
-        """For each endpoint of the route, its adapters."""
+        """The adapters of each endpoint of the route."""
         route = route_of(self.store.models["m"], self.store.observed_pods("m"))
         return [set(endpoint.adapters) for endpoint in route.endpoints]
 
@@ -171,13 +171,13 @@ def both(**urls):
     return [{"name": name, "url": url} for name, url in urls.items()]
 
 
-async def test_every_pod_gets_every_adapter_and_only_then_serves_it(world):
+async def test_an_adapter_is_served_by_a_pod_only_after_it_is_loaded_there(world):
     world.apply(replicas=2, adapters=both(a=A, b=B))
     await world.until(lambda: world.labels() == [{"a": HASH_A, "b": HASH_B}] * 2)
     assert world.served() == [{"a", "b"}] * 2
     for one in world.engines.values():
         assert one.adapters == {"a": A, "b": B}
-        assert "unload a" not in one.log  # nothing was there to be unloaded
+        assert "unload a" not in one.log  # there was nothing to unload
     await world.until(lambda: world.condition("AdaptersLoaded") == ("True", "Loaded"))
     assert "Loaded" in world.events.reasons()
 
@@ -196,7 +196,7 @@ async def test_files_are_fetched_while_the_engine_starts(world):
     assert world.engines[name].log == ["rm -rf -- /adapters/a", f"load {A} /adapters/a", "load a"]
 
 
-async def test_adapters_come_and_go_without_a_new_pod(world):
+async def test_adapters_are_added_and_removed_without_a_new_pod(world):
     world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: world.labels() == [{"a": HASH_A}])
     before = world.pods()
@@ -209,7 +209,7 @@ async def test_adapters_come_and_go_without_a_new_pod(world):
     assert one.adapters == one.folder == {"b": B}
 
 
-async def test_a_changed_url_is_loaded_anew_in_one_pod_after_the_other(world):
+async def test_a_changed_url_is_reloaded_one_pod_at_a_time(world):
     world.apply(replicas=3, adapters=both(a=A))
     await world.until(lambda: world.labels() == [{"a": HASH_A}] * 3)
     least = []
@@ -243,9 +243,7 @@ async def test_a_broken_new_url_stops_at_the_first_pod(world):
     assert "failedAdapters" not in world.model()["status"]
 
 
-async def test_a_corrected_url_is_loaded_at_once_however_long_the_former_ones_back_off(
-    world, monkeypatch
-):
+async def test_a_corrected_url_is_loaded_at_once_regardless_of_the_back_off(world, monkeypatch):
     monkeypatch.setattr(adapters, "RETRY_FIRST_S", 1000.0)
     monkeypatch.setattr(adapters, "RETRY_MAX_S", 1000.0)
     world.apply(replicas=1, adapters=both(a="hf://org/missing"))
@@ -255,7 +253,7 @@ async def test_a_corrected_url_is_loaded_at_once_however_long_the_former_ones_ba
     await world.until(lambda: world.condition("AdaptersLoaded") == ("True", "Loaded"))
 
 
-async def test_an_adapter_that_cannot_be_loaded_keeps_no_other_from_being_served(world):
+async def test_an_adapter_that_fails_to_load_does_not_block_the_others(world):
     broken = "hf://org/missing"
     world.apply(replicas=1, adapters=both(a=A, broken=broken, z=B))
     await world.until(lambda: world.served() == [{"a", "z"}])
@@ -269,7 +267,7 @@ async def test_an_adapter_that_cannot_be_loaded_keeps_no_other_from_being_served
     await world.until(lambda: world.condition("AdaptersLoaded") == ("True", "Loaded"))
 
 
-async def test_an_engine_that_refuses_is_asked_again(world):
+async def test_a_refused_load_is_retried(world):
     world.apply(replicas=1)
     await world.until(lambda: len(world.engines) == 1)
     world.apply(adapters=both(a=A))
@@ -277,12 +275,12 @@ async def test_an_engine_that_refuses_is_asked_again(world):
     one = list(world.engines.values())[1]
     one.refuse = True
     await world.until(lambda: one.log.count("load a") >= 2)
-    assert one.log.count(f"load {A} /adapters/a") == 1  # the files are there
+    assert one.log.count(f"load {A} /adapters/a") == 1  # the files are still there
     one.refuse = False
     await world.until(lambda: {"a": HASH_A} in world.labels())
 
 
-async def test_an_engine_that_started_anew_gets_its_adapters_again(world):
+async def test_a_restarted_engine_gets_its_adapters_again(world):
     world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: world.served() == [{"a"}])
     (name,) = world.engines
@@ -293,11 +291,11 @@ async def test_an_engine_that_started_anew_gets_its_adapters_again(world):
     assert world.served() == [set()]
     await world.until(lambda: world.served() == [{"a"}])
     assert one.adapters == {"a": A}
-    assert one.log.count(f"load {A} /adapters/a") == 1  # the files had stayed
+    assert one.log.count(f"load {A} /adapters/a") == 1  # the files were kept
 
 
-async def test_a_leader_that_is_killed_anywhere_leaves_what_the_next_can_mend(world):
-    """After every write and every request to an engine in turn."""
+async def test_a_new_leader_recovers_from_a_kill_at_any_step(world):
+    """The leader is killed after every write and after every request to an engine, in turn."""
     world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: world.served() == [{"a"}])
     (name,) = world.engines
@@ -320,7 +318,7 @@ async def test_a_leader_that_is_killed_anywhere_leaves_what_the_next_can_mend(wo
     world.start()
 
 
-async def test_an_adapter_that_is_wanted_again_when_its_leader_was_killed_in_dropping_it_is_there(
+async def test_an_adapter_re_added_after_the_leader_died_while_unloading_it_is_loaded(
     world,
 ):
     world.apply(replicas=1, adapters=both(a=A, b=B))
@@ -336,7 +334,7 @@ async def test_an_adapter_that_is_wanted_again_when_its_leader_was_killed_in_dro
     world.set_adapters(b=B)
     await world.until(stuck.is_set)
     assert one.log[-1] == "unload a"
-    assert world.labels() == [{"a": "loading", "b": HASH_B}], "no request is sent there"
+    assert world.labels() == [{"a": "loading", "b": HASH_B}], "no request is routed there"
     await world.stop()
     world.kube.executed = execute
     world.set_adapters(a=A, b=B)
@@ -345,13 +343,13 @@ async def test_an_adapter_that_is_wanted_again_when_its_leader_was_killed_in_dro
     assert one.adapters == {"a": A, "b": B}
 
 
-async def test_an_engine_with_a_key_is_given_it(world):
+async def test_the_api_key_is_sent_to_an_engine_that_has_one(world):
     world.apply(replicas=1, adapters=both(a=A), env={"VLLM_API_KEY": "secret"})
     await world.until(lambda: world.served() == [{"a"}])
     assert next(iter(world.engines.values())).key == "Bearer secret"
 
 
-async def test_nothing_is_done_without_leadership(world):
+async def test_a_replica_that_is_not_the_leader_does_nothing(world):
     world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: world.served() == [{"a"}])
     world.leader.leads = False
@@ -365,9 +363,7 @@ async def test_nothing_is_done_without_leadership(world):
     assert (len(one.log), len(world.kube.writes)) == (asked, writes)
 
 
-async def test_an_engine_is_not_told_if_leadership_is_lost_while_it_is_connected_to(
-    world, monkeypatch
-):
+async def test_no_request_is_sent_if_leadership_is_lost_while_connecting(world, monkeypatch):
     loop = asyncio.get_running_loop()
     connect = loop.sock_connect
 
@@ -384,7 +380,7 @@ async def test_an_engine_is_not_told_if_leadership_is_lost_while_it_is_connected
     assert world.labels() == [{"a": "loading"}]
 
 
-async def test_a_loader_that_cannot_be_reached_is_told(world):
+async def test_an_unreachable_loader_is_reported(world):
     async def unreachable(*_):
         raise ApiError(500, "InternalError", "error dialing backend")
 
@@ -395,6 +391,6 @@ async def test_a_loader_that_cannot_be_reached_is_told(world):
     assert any("error dialing backend" in message for message in messages)
 
 
-def test_pods_keep_what_their_labels_say():
+def test_pods_keep_the_adapters_in_their_labels():
     assert msgspec.structs.replace(pod(a=HASH_A, b="loading")).loaded == ("a",)
     assert pod(current=False, a=HASH_A).loaded == ()

@@ -1,4 +1,4 @@
-"""The exceptions that users of the anthropic client catch when the gateway itself answers."""
+"""The exceptions that the anthropic client raises for the gateway's own error responses."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from fakes.world import World
 
 from kubeai.gateway.pages import make_app
 
-LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 PATH = "/openai/v1/messages"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 ID = "the-clients-own"
@@ -19,7 +19,7 @@ ID = "the-clients-own"
 
 @pytest.fixture
 async def start():
-    """A worker with its real pages, and a client of it that repeats nothing."""
+    """A worker with its real local routes, and a client of it that never retries."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**config) -> tuple[World, anthropic.AsyncAnthropic]:
@@ -37,7 +37,7 @@ async def start():
 
 
 async def error_of(client, expected, model="m", **options):
-    """The exception of one message, whose answer has the whole of Anthropic's shape."""
+    """The exception that one message raises, checked to have Anthropic's complete error shape."""
     with pytest.raises(expected) as caught:
         await client.messages.create(model=model, max_tokens=9, messages=MESSAGES, **options)
     error = caught.value
@@ -62,7 +62,7 @@ async def test_an_unknown_model_is_a_not_found_error(start):
     assert "'nope'" in error.api_message
 
 
-async def test_a_path_that_is_not_offered_is_a_not_found_error(start):
+async def test_an_unsupported_path_is_a_not_found_error(start):
     _, client = await start()
     with pytest.raises(anthropic.NotFoundError) as caught:
         await client.messages.count_tokens(model="m", messages=MESSAGES)
@@ -103,7 +103,7 @@ async def test_a_compressed_body_is_a_415(start):
         ({"retries": 0}, (drop,), anthropic.InternalServerError, "api_error"),
     ],
 )
-async def test_a_model_that_cannot_answer_is_an_internal_server_error(
+async def test_a_model_that_cannot_serve_is_an_internal_server_error(
     start, config, endpoints, expected, kind
 ):
     world, client = await start(**config)
@@ -115,7 +115,7 @@ async def test_a_model_that_cannot_answer_is_an_internal_server_error(
     assert (retry_after is not None) == (error.status_code == 503)
 
 
-async def test_a_fault_of_the_gateway_is_an_internal_server_error(start, monkeypatch):
+async def test_an_exception_in_the_gateway_is_an_internal_server_error(start, monkeypatch):
     world, client = await start()
     world.route("m", {})
     monkeypatch.setattr(world.gateway, "hold", None)
@@ -157,7 +157,7 @@ WEBSOCKET = "Connection: Upgrade\r\nUpgrade: websocket"
         ({}, f"GET {PATH} HTTP/1.1\r\nHost: h\r\n{WEBSOCKET}\r\n\r\n", 426),
     ],
 )
-async def test_what_the_relay_refuses_has_the_same_shape(start, config, request_, status):
+async def test_errors_of_the_relay_have_the_same_shape(start, config, request_, status):
     world, _ = await start(**config)
     wire = await world.client()
     await wire.send(request_.encode())
@@ -169,7 +169,7 @@ async def test_what_the_relay_refuses_has_the_same_shape(start, config, request_
     assert body["request_id"] == refused.one("X-Request-Id") == refused.one("request-id")
 
 
-async def test_a_connection_uses_the_shape_of_each_request(start):
+async def test_each_request_on_a_connection_gets_the_error_shape_of_its_own_api(start):
     world, _ = await start()
     wire = await world.client()
     for path, anthropics in ((PATH, True), ("/openai/v1/chat/completions", False), (PATH, True)):

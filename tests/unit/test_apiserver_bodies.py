@@ -1,4 +1,4 @@
-"""Bodies of requests to the embedded API."""
+"""Request bodies of the embedded API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ values = st.recursive(
 
 @settings(deadline=None)
 @given(values)
-def test_json_and_yaml_say_the_same(value: object):
+def test_json_and_yaml_decode_alike(value: object):
     raw = orjson.dumps(value)
     assert read_json(raw, duplicates=True) == read_yaml(raw) == (value, [])
 
@@ -39,11 +39,11 @@ def test_json_and_yaml_say_the_same(value: object):
         ("# nothing", None),
     ],
 )
-def test_yaml_is_read_as_json_has_it(raw: str, value: object):
+def test_yaml_is_read_with_json_types(raw: str, value: object):
     assert read_yaml(raw.encode()) == (value, [])
 
 
-def test_duplicate_keys_are_named_by_their_path():
+def test_duplicate_keys_are_reported_with_their_path():
     raw = b'{"a":{"b":1,"b":2},"c":[{"d":1,"d":1,"d":1}],"a":{"b":3,"e":4}}'
     assert read_json(raw, duplicates=True)[1] == ["a.b", "c[0].d", "a"]
     assert read_json(raw) == ({"a": {"b": 3, "e": 4}, "c": [{"d": 1}]}, [])
@@ -69,18 +69,18 @@ def test_duplicate_keys_are_named_by_their_path():
     ],
     ids=lambda raw: raw[:12].decode(errors="replace"),
 )
-def test_yaml_that_is_no_json_is_refused(raw: bytes):
+def test_yaml_that_json_cannot_express_is_rejected(raw: bytes):
     with pytest.raises(ValueError, match=r"."):
         read_yaml(raw)
 
 
-def test_json_that_is_nested_too_deeply_is_refused():
+def test_json_nested_too_deeply_is_rejected():
     for depth in (1000, 100_000):
         raw = b'{"a":' * depth + b"1" + b"}" * depth
         with pytest.raises(ValueError, match=r"."):
             read_json(raw, duplicates=True)
 
 
-def test_yaml_within_the_depth_is_read():
+def test_yaml_within_the_depth_limit_is_read():
     raw = b"- " * (DEPTH_MAX - 1) + b"1"
     assert yaml.safe_load(raw) == read_yaml(raw)[0]

@@ -1,4 +1,4 @@
-"""What follows from a deletion in the embedded API: owners, namespaces, definitions, old Events."""
+"""Garbage collection in the embedded API: owners, namespaces, definitions, old Events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT_S = 5.0
 
 
 class Api:
-    """A registry in memory; the collector runs only while `settled` waits."""
+    """A registry in memory; the collector runs only inside `settled`."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -71,7 +71,7 @@ async def api():
     store.close()
 
 
-async def test_dependents_follow_their_owner(api: Api):
+async def test_dependents_are_deleted_after_their_owner(api: Api):
     owner = api.make("owner")
     child = api.make("child", (owner,))
     api.make("grandchild", (child,))
@@ -81,7 +81,7 @@ async def test_dependents_follow_their_owner(api: Api):
     assert api.names() == ["other"]
 
 
-async def test_an_object_stays_while_one_owner_lives(api: Api):
+async def test_an_object_stays_while_one_owner_exists(api: Api):
     first, second = api.make("first"), api.make("second")
     api.make("child", (first, second))
     api.delete("first")
@@ -91,7 +91,7 @@ async def test_an_object_stays_while_one_owner_lives(api: Api):
     assert [reference["name"] for reference in child.metadata["ownerReferences"]] == ["second"]
 
 
-async def test_an_object_whose_owner_never_was_is_collected(api: Api):
+async def test_an_object_whose_owner_never_existed_is_collected(api: Api):
     owner = api.make("owner")
     api.delete("owner")
     api.make("child", (owner,))
@@ -99,7 +99,7 @@ async def test_an_object_whose_owner_never_was_is_collected(api: Api):
     assert api.names() == []
 
 
-async def test_a_new_object_of_the_same_name_is_not_the_owner(api: Api):
+async def test_an_object_with_the_owners_name_but_another_uid_is_not_the_owner(api: Api):
     owner = api.make("owner")
     api.make("child", (owner,))
     api.delete("owner")
@@ -108,7 +108,7 @@ async def test_a_new_object_of_the_same_name_is_not_the_owner(api: Api):
     assert api.names() == ["owner"]
 
 
-async def test_an_owner_in_another_namespace_is_none(api: Api):
+async def test_an_owner_in_another_namespace_does_not_count(api: Api):
     owner = api.make("owner", namespace="kube-system")
     api.make("child", (owner,))
     await api.settled()
@@ -128,7 +128,7 @@ async def test_foreground_deletion_waits_for_the_dependents(api: Api):
     assert api.names() == []
 
 
-async def test_orphans_stay_without_their_owner(api: Api):
+async def test_orphaned_dependents_stay_without_their_owner(api: Api):
     owner = api.make("owner")
     api.make("child", (owner,))
     api.delete("owner", "Orphan")
@@ -138,7 +138,7 @@ async def test_orphans_stay_without_their_owner(api: Api):
     assert "ownerReferences" not in child.metadata
 
 
-async def test_a_job_leaves_its_pods_unless_told_otherwise(api: Api):
+async def test_deleting_a_job_orphans_its_pods_by_default(api: Api):
     containers = {"containers": [{"name": "c", "image": "i"}], "restartPolicy": "Never"}
     for name in ("a", "b"):
         job = api.make(name, resource=JOBS, spec={"template": {"spec": containers}})
@@ -149,7 +149,7 @@ async def test_a_job_leaves_its_pods_unless_told_otherwise(api: Api):
     assert api.names(PODS) == ["pod-a"]
 
 
-async def test_collected_pods_are_left_to_their_kubelet(api: Api):
+async def test_collected_pods_are_removed_by_their_kubelet(api: Api):
     owner = api.make("owner")
     spec = {"containers": [{"name": "c", "image": "i"}], "nodeName": "local"}
     api.make("pod", (owner,), resource=PODS, spec=spec)
@@ -159,7 +159,7 @@ async def test_collected_pods_are_left_to_their_kubelet(api: Api):
     assert pod.metadata["deletionGracePeriodSeconds"] == 30
 
 
-async def test_a_namespace_goes_when_it_is_empty(api: Api):
+async def test_a_namespace_is_removed_once_it_is_empty(api: Api):
     api.registry.create(NAMESPACES, "", {"metadata": {"name": "team"}}, WriteOptions())
     api.make("plain", namespace="team")
     api.make("held", namespace="team", metadata={"finalizers": ["x.org/hold"]})
@@ -176,7 +176,7 @@ async def test_a_namespace_goes_when_it_is_empty(api: Api):
     assert api.store.get(NAMESPACES.key, ("", "team")) is None
 
 
-async def test_a_big_namespace_is_emptied_in_steps(api: Api, monkeypatch):
+async def test_a_large_namespace_is_emptied_in_batches(api: Api, monkeypatch):
     monkeypatch.setattr(collector_module, "DELETIONS_AT_ONCE", 3)
     api.registry.create(NAMESPACES, "", {"metadata": {"name": "team"}}, WriteOptions())
     for index in range(10):
@@ -189,7 +189,7 @@ async def test_a_big_namespace_is_emptied_in_steps(api: Api, monkeypatch):
     assert all(stored.metadata["deletionTimestamp"] for stored in left)
 
 
-async def test_objects_go_with_their_definition(api: Api):
+async def test_custom_objects_are_deleted_with_their_definition(api: Api):
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
     names = {"plural": "things", "kind": "Thing"}
@@ -219,7 +219,7 @@ async def test_a_restart_between_two_steps_loses_nothing(api: Api):
     assert again.names() == []
 
 
-async def test_old_events_go(api: Api, monkeypatch):
+async def test_old_events_are_deleted(api: Api, monkeypatch):
     monkeypatch.setattr(collector_module, "EVENT_SWEEP_S", 3600.0)
     about = {"involvedObject": {"kind": "Model", "name": "m", "namespace": "default"}}
     old = (datetime.now(UTC) - timedelta(hours=2)).strftime("%Y-%m-%dT%H:%M:%SZ")

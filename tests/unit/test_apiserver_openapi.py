@@ -1,4 +1,4 @@
-"""OpenAPI v2 of the embedded API: protobuf has the schemas that JSON has."""
+"""OpenAPI v2 of the embedded API: the protobuf form has the same schemas as the JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kubeai.local.apiserver.store import Store
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """A message's field numbers and raw values."""
+    """Yield a message's field numbers and raw values."""
     at = 0
 
     def varint() -> int:
@@ -44,12 +44,12 @@ def only(data: bytes, number: int) -> bytes:
 
 
 def named(data: bytes) -> dict[str, bytes]:
-    """Repeated NamedSchema or NamedAny."""
+    """Decode repeated NamedSchema or NamedAny."""
     return {only(item, 1).decode(): only(item, 2) for _, item in fields(data)}
 
 
 def shape(data: bytes) -> dict:
-    """A Schema of protobuf as JSON has it, as far as both say the same."""
+    """Convert a protobuf Schema to its JSON form, for the parts that both express."""
     found: dict = {}
     for number, value in fields(data):
         if number in (1, 4):
@@ -78,7 +78,7 @@ _ALIKE = ("$ref", "description", "default", "enum", "required")
 
 
 def expected(schema: dict) -> dict:
-    """What `shape` finds of the same schema."""
+    """The part of a JSON schema that `shape` returns for the same schema."""
     kept = {}
     loose = schema.get("x-kubernetes-int-or-string") or schema.get(
         "x-kubernetes-preserve-unknown-fields"
@@ -108,7 +108,7 @@ def catalog(tmp_path):
     store.close()
 
 
-def test_protobuf_has_the_schemas_that_json_has(catalog):
+def test_protobuf_has_the_same_schemas_as_json(catalog):
     document = orjson.loads(openapi_v2.as_json(catalog))
     message = openapi_v2.as_protobuf(catalog)
     assert only(message, 1) == b"2.0"
@@ -118,7 +118,7 @@ def test_protobuf_has_the_schemas_that_json_has(catalog):
     assert "url" in found["org.kubeai.v1.Model"]["properties"]["spec"]["properties"]
 
 
-def test_protobuf_follows_the_definitions(catalog):
+def test_protobuf_is_updated_with_the_definitions(catalog):
     before = openapi_v2.as_protobuf(catalog)
     catalog.replace("kubeai.org", "models", ())
     after = openapi_v2.as_protobuf(catalog)

@@ -1,4 +1,4 @@
-"""Field ownership of the embedded API: sets of fields, updates, applies."""
+"""Field ownership in the embedded API: field sets, updates, applies."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def obj(**spec: object) -> dict[str, Any]:
 
 
 class Thing:
-    """One object and its managers; what a registry without defaults would keep."""
+    """One object and its managers, as a registry without defaults would store it."""
 
     def __init__(self, owners: Ownership = OWNERS) -> None:
         self.owners, self.object, self.managed = owners, {}, []
@@ -83,10 +83,10 @@ class Thing:
         ]
 
 
-# What belongs to whom.
+# Which manager owns which fields.
 
 
-def test_an_apply_owns_what_it_names():
+def test_an_apply_owns_the_fields_that_it_sets():
     thing = Thing()
     thing.apply("a", obj(size=1, labels={"l": "1"}, tags=["t"], args=["x"], whole={"k": "v"},
                          parts=[{"name": "p", "note": "n"}], inner={"a": "1"}))  # fmt: skip
@@ -106,7 +106,7 @@ def test_an_apply_owns_what_it_names():
     assert entry["fieldsType"] == "FieldsV1"
 
 
-def test_a_creation_owns_all_fields_and_what_holds_them():
+def test_a_create_owns_all_fields_and_their_parents():
     thing = Thing()
     thing.update("c", {**obj(size=1), "metadata": {"name": "x", "labels": {"l": "1"}}})
     assert thing.managed[0]["operation"] == "Update"
@@ -116,7 +116,7 @@ def test_a_creation_owns_all_fields_and_what_holds_them():
     }
 
 
-def test_an_update_takes_what_it_changes():
+def test_an_update_owns_the_fields_that_it_changes():
     thing = Thing()
     thing.apply("a", obj(size=1, nick="n"))
     thing.update("u", {**thing.object, "spec": {"size": 2, "nick": "n"}}, "2026-01-02T00:00:00Z")
@@ -130,7 +130,7 @@ def test_an_update_takes_what_it_changes():
     assert thing.owned("u") == thing.owned("v") == []
 
 
-def test_what_was_written_before_the_first_apply_has_a_manager_of_its_own():
+def test_fields_written_before_the_first_apply_get_their_own_manager():
     thing = Thing()
     thing.object = obj(size=1, nick="n")
     thing.update("u", obj(size=2, nick="n"))
@@ -160,7 +160,7 @@ def test_a_conflict_names_the_fields_of_each_manager():
     assert ".spec.size" not in thing.owned("a")
 
 
-def test_what_two_managers_agree_on_stays_until_both_leave_it():
+def test_a_shared_field_stays_until_both_managers_drop_it():
     thing = Thing()
     thing.apply("a", obj(size=1, labels={"x": "1", "y": "1"}))
     thing.apply("b", obj(labels={"y": "1"}))
@@ -170,7 +170,7 @@ def test_what_two_managers_agree_on_stays_until_both_leave_it():
     assert thing.spec == {"size": 1}
 
 
-def test_an_item_goes_with_what_nobody_owns_in_it():
+def test_an_item_is_removed_together_with_its_unowned_fields():
     thing = Thing()
     thing.apply("a", obj(size=1, parts=[{"name": "p"}, {"name": "q"}]))
     thing.object["spec"]["parts"][0]["note"] = "a default"
@@ -178,14 +178,14 @@ def test_an_item_goes_with_what_nobody_owns_in_it():
     assert thing.spec["parts"] == [{"name": "q"}]
 
 
-def test_items_come_in_the_order_of_the_configuration():
+def test_items_have_the_order_of_the_applied_configuration():
     thing = Thing()
     thing.apply("a", obj(tags=["a", "b", "c", "d"]))
     thing.apply("b", obj(tags=["x", "d", "b", "y"]))
     assert thing.spec["tags"] == ["a", "c", "x", "d", "b", "y"]
 
 
-def test_keys_have_their_defaults():
+def test_missing_list_keys_get_their_defaults():
     thing = Thing()
     thing.apply("a", obj(ports=[{"port": 1}, {"port": 1, "protocol": "UDP"}]))
     assert list(thing.managed[0]["fieldsV1"]["f:spec"]["f:ports"]) == [
@@ -211,14 +211,14 @@ def test_keys_have_their_defaults():
         ({"labels": "l"}, ".spec.labels: expected map, got string"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(spec: dict, why: str):
+def test_an_invalid_applied_configuration_is_rejected(spec: dict, why: str):
     with pytest.raises(Misfit) as caught:
         Thing().apply("a", obj(**spec))
     assert str(caught.value).startswith(why)
 
 
-def test_a_list_that_holds_duplicates_is_one_field_an_item():
-    """As a pod's environment may, which was not applied."""
+def test_a_list_with_duplicate_keys_has_one_field_per_item():
+    """For example a pod's environment that was written without apply."""
     thing = Thing()
     twice = [{"name": "p", "note": "1"}, {"name": "p", "note": "2"}, {"name": "q"}]
     thing.update("c", obj(parts=twice))
@@ -230,7 +230,7 @@ def test_a_list_that_holds_duplicates_is_one_field_an_item():
     ]
 
 
-def test_only_the_last_updaters_are_kept_apart():
+def test_only_the_most_recent_update_managers_are_kept_separate():
     thing = Thing()
     thing.apply("a", obj(nick="n"))
     for index in range(25):
@@ -268,14 +268,14 @@ def test_subresources_and_operations_have_entries_of_their_own():
         {"fieldsV1": {"k:[]": {}}},
     ],
 )
-def test_managed_fields_of_the_wrong_form_are_told_apart(entry: dict):
+def test_each_kind_of_malformed_managed_fields_entry_is_reported(entry: dict):
     good = {"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
             "fieldsV1": {"f:a": {'k:{"b":1}': {".": {}, "v:2": {}}, "i:0": {}}}}  # fmt: skip
     assert ownership.well_formed([good])
     assert not ownership.well_formed([{**good, **entry}])
 
 
-def test_what_another_schema_named_is_kept_and_does_no_harm():
+def test_managed_fields_unknown_to_the_schema_are_tolerated():
     thing = Thing()
     thing.apply("a", obj(size=1))
     foreign = {"f:spec": {"f:gone": {"f:x": {}}, "f:size": {'k:{"n":1}': {}, "f:y": {}}}}
@@ -283,7 +283,7 @@ def test_what_another_schema_named_is_kept_and_does_no_harm():
     assert thing.apply("a", obj(nick="n"))["spec"]["nick"] == "n"
 
 
-def test_deeply_nested_sets_of_clients_are_refused():
+def test_deeply_nested_field_sets_from_clients_are_rejected():
     deep: dict[str, Any] = {}
     for _ in range(ownership.DEPTH_MAX + 1):
         deep = {"f:a": deep}
@@ -318,7 +318,7 @@ sets = st.recursive(
 
 
 def _normal(tree: dict, root: bool = False) -> dict | None:
-    """A tree as the module makes them: no empty branches, no dot alone, none at the root."""
+    """A tree in the module's own form: no empty branches, no lone dot, none at the root."""
     below = {s: n for s, child in tree.items() if s != "." and (n := _normal(child)) is not None}
     if not below:
         return {}
@@ -330,7 +330,7 @@ def _members(fields: dict) -> set[str]:
 
 
 def _alike(value: Any) -> Any:
-    """Without the order of lists, which managers only share."""
+    """The value without the order of lists, which managers can only share."""
     if isinstance(value, dict):
         return {name: _alike(member) for name, member in value.items()}
     if isinstance(value, list):
@@ -340,7 +340,7 @@ def _alike(value: Any) -> Any:
 
 @settings(deadline=None)
 @given(sets, sets)
-def test_sets_behave_as_sets(one: dict, other: dict):
+def test_field_sets_behave_like_sets(one: dict, other: dict):
     assert _members(ownership.union(one, other)) == _members(one) | _members(other)
     assert _members(ownership.difference(one, other)) == _members(one) - _members(other)
     assert _members(ownership.intersection(one, other)) == _members(one) & _members(other)
@@ -350,7 +350,7 @@ def test_sets_behave_as_sets(one: dict, other: dict):
 
 @settings(deadline=None)
 @given(specs, specs)
-def test_applying_twice_is_applying_once(first: dict, second: dict):
+def test_apply_is_idempotent(first: dict, second: dict):
     thing = Thing()
     thing.apply("b", obj(**second))
     thing.apply("a", obj(**first), force=True)
@@ -361,7 +361,7 @@ def test_applying_twice_is_applying_once(first: dict, second: dict):
 
 @settings(deadline=None)
 @given(specs, specs)
-def test_a_manager_that_applies_nothing_takes_what_only_it_owned(mine: dict, theirs: dict):
+def test_an_empty_apply_removes_the_fields_that_only_its_manager_owned(mine: dict, theirs: dict):
     thing, alone = Thing(), Thing()
     alone.apply("b", obj(**theirs))
     thing.apply("a", obj(**mine))
@@ -396,13 +396,11 @@ def test_managers_of_different_fields_never_conflict(spec: dict, data: st.DataOb
 
 @settings(deadline=None)
 @given(specs, specs, specs)
-def test_no_update_changes_a_field_that_it_does_not_own_afterwards(
-    applied: dict, before: dict, after: dict
-):
+def test_an_update_owns_every_field_that_it_changed(applied: dict, before: dict, after: dict):
     thing = Thing()
     thing.apply("a", obj(**applied))
     thing.update("u", obj(**before))
-    assume(thing.managed)  # or nobody is tracked any more
+    assume(thing.managed)  # otherwise no manager is tracked any more
     thing.update("v", obj(**after))
     view, gone = ownership.compare(obj(**before), obj(**after), OWNERS.shape)
     assert _members(view) <= set(thing.owned("v"))
@@ -412,7 +410,7 @@ def test_no_update_changes_a_field_that_it_does_not_own_afterwards(
 
 @settings(deadline=None)
 @given(specs, specs)
-def test_an_apply_leaves_its_inputs_alone(live: dict, config: dict):
+def test_an_apply_does_not_modify_its_inputs(live: dict, config: dict):
     thing = Thing()
     thing.apply("b", obj(**live))
     old, managed, wanted = thing.object, thing.managed, obj(**config)

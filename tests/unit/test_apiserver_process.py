@@ -1,4 +1,4 @@
-"""The embedded API as a process: who may talk to it, what it keeps, how it ends."""
+"""The embedded API as a process: access, durability, shutdown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Api:
         self.port = int(line[1]) if line[:1] == ["ready"] else 0
 
     def ask(self, method: str, path: str, body: object = None, **headers: str):
-        """Code and answer; headers replace those that a client would send."""
+        """Return the status code and the body; ``headers`` replace a client's defaults."""
         token = (self.directory / "token").read_text()
         tls = ssl.create_default_context(cafile=str(self.directory / "ca.crt"))
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=tls, timeout=10)
@@ -81,13 +81,13 @@ def shared(tmp_path_factory) -> Iterator[Api]:
         yield api
 
 
-def test_its_secrets_are_the_owners_alone(shared: Api):
+def test_its_secret_files_are_readable_by_their_owner_only(shared: Api):
     assert stat.S_IMODE(shared.directory.stat().st_mode) == 0o700
     for name in ("token", "kubeconfig", "tls.key", "objects.db"):
         assert stat.S_IMODE((shared.directory / name).stat().st_mode) == 0o600, name
 
 
-def test_the_kubeconfig_leads_to_it(shared: Api):
+def test_the_kubeconfig_connects_to_it(shared: Api):
     config = yaml.safe_load((shared.directory / "kubeconfig").read_text())
     cluster = config["clusters"][0]["cluster"]
     assert cluster["server"] == f"https://127.0.0.1:{shared.port}"
@@ -96,7 +96,7 @@ def test_the_kubeconfig_leads_to_it(shared: Api):
     assert config["contexts"][0]["context"]["namespace"] == "default"
 
 
-def test_the_token_is_wanted(shared: Api):
+def test_the_token_is_required(shared: Api):
     for given in ("", "Bearer ", "Bearer wrong", "Basic abc"):
         code, answer = shared.ask("GET", CONFIGS, Authorization=given)
         assert (code, answer["reason"]) == (401, "Unauthorized")
@@ -104,7 +104,7 @@ def test_the_token_is_wanted(shared: Api):
         assert shared.ask("GET", path, Authorization="") == (200, "ok")
 
 
-def test_only_loopback_names_are_answered(shared: Api):
+def test_only_loopback_host_names_are_accepted(shared: Api):
     for host in (f"evil.example:{shared.port}", "127.0.0.1:1", "127.0.0.1", "localhost"):
         code, answer = shared.ask("GET", CONFIGS, Host=host)
         assert (code, answer["reason"]) == (403, "Forbidden"), host
@@ -112,7 +112,7 @@ def test_only_loopback_names_are_answered(shared: Api):
         assert shared.ask("GET", CONFIGS, Host=host)[0] == 200
 
 
-def test_web_pages_are_refused(shared: Api):
+def test_requests_from_web_pages_are_rejected(shared: Api):
     for origin in (
         "https://evil.example",
         f"https://evil.example:{shared.port}",
@@ -127,28 +127,28 @@ def test_web_pages_are_refused(shared: Api):
         assert shared.ask("GET", CONFIGS, Origin=origin)[0] == 403, origin
 
 
-def test_a_page_that_rebinds_its_name_is_refused(shared: Api):
+def test_dns_rebinding_is_rejected(shared: Api):
     name = f"evil.example:{shared.port}"
     assert shared.ask("GET", CONFIGS, Host=name, Origin=f"https://{name}")[0] == 403
 
 
-def test_clients_may_name_the_apis_own_origin(shared: Api):
+def test_clients_may_send_the_apis_own_origin(shared: Api):
     for host in (f"127.0.0.1:{shared.port}", f"localhost:{shared.port}"):
         assert shared.ask("GET", CONFIGS, Host=host, Origin=f"https://{host}")[0] == 200
-    # Older releases of Python's websocket-client say http for TLS, too.
+    # Older releases of Python's websocket-client send http for TLS, too.
     assert shared.ask("GET", CONFIGS, Origin=f"http://127.0.0.1:{shared.port}")[0] == 200
-    # By that name, another program may serve pages on the same port of ::1.
+    # Under that name another program may serve pages on the same port of ::1.
     for host in (f"localhost:{shared.port}", f"[::1]:{shared.port}"):
         assert shared.ask("GET", CONFIGS, Host=host, Origin=f"http://{host}")[0] == 403
 
 
-def test_a_client_that_names_no_form_gets_json(shared: Api):
+def test_json_is_the_default_content_type(shared: Api):
     for path in ("/version", "/apis", CONFIGS):
         for accept in ("", "*/*", "text/html, application/json;q=0.9"):
             assert shared.ask("GET", path, Accept=accept)[0] == 200, (path, accept)
 
 
-def test_a_body_over_the_limit_is_refused(shared: Api):
+def test_a_body_over_the_limit_is_rejected(shared: Api):
     body = {"metadata": {"name": "big"}, "data": {"a": "x" * (4 << 20)}}
     code, answer = shared.ask("POST", CONFIGS, body)
     assert (code, answer["reason"]) == (413, "RequestEntityTooLarge")
@@ -156,7 +156,7 @@ def test_a_body_over_the_limit_is_refused(shared: Api):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b"\xff", b"[" * 100_000, b"null"])
-def test_a_body_that_is_no_object_is_a_bad_request(shared: Api, body: bytes):
+def test_a_body_that_is_not_an_object_is_a_bad_request(shared: Api, body: bytes):
     code, answer = shared.ask("POST", CONFIGS, body)
     assert (code, answer["reason"]) == (400, "BadRequest")
 
@@ -166,11 +166,11 @@ def test_a_body_that_is_no_object_is_a_bad_request(shared: Api, body: bytes):
     ["/", "/nope", "/api/v2", "/apis/none", "/api/v1/none", "/api/v1/pods/x",
      f"{CONFIGS}/a/b/c/d", "/apis/batch/v1/namespaces/default/jobs/x/scale", "//", "/api//v1"],
 )  # fmt: skip
-def test_odd_paths_are_answered(shared: Api, path: str):
+def test_odd_paths_get_a_response(shared: Api, path: str):
     assert shared.ask("GET", path)[0] in (200, 404)
 
 
-def test_logs_that_cannot_be_had_say_why(shared: Api):
+def test_unavailable_logs_give_the_reason(shared: Api):
     def pod(name: str, node: str = "", containers: int = 1) -> str:
         spec = {"containers": [{"name": f"c{i}", "image": "i"} for i in range(containers)]}
         spec |= {"nodeName": node} if node else {}
@@ -205,7 +205,7 @@ def _closed_port() -> int:
         return server.getsockname()[1]
 
 
-def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):
+def test_acknowledged_writes_survive_a_kill(tmp_path: Path):
     made = {}
     with running(tmp_path) as api:
         for index in range(20):
@@ -227,7 +227,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):
         assert api.process.returncode == 0
 
 
-def test_a_kill_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Path):
+def test_a_kill_during_writes_loses_no_acknowledged_write(tmp_path: Path):
     acknowledged: list[str] = []
     enough = threading.Event()
 
@@ -256,7 +256,7 @@ def test_a_kill_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Path
         assert len(set(versions)) == len(versions)
 
 
-def test_a_watch_goes_on_after_a_restart_or_is_told_to_list_again(tmp_path: Path):
+def test_after_a_restart_a_watch_resumes_or_gets_410_gone(tmp_path: Path):
     with running(tmp_path) as api:
         for name in ("a", "b"):
             assert api.ask("POST", CONFIGS, {"metadata": {"name": name}})[0] == 201
@@ -288,7 +288,7 @@ def test_a_watch_ends_with_the_server(tmp_path: Path):
             assert time.monotonic() - started < 5
 
 
-def test_one_data_directory_has_one_server(tmp_path: Path):
+def test_a_data_directory_is_used_by_one_server_only(tmp_path: Path):
     with running(tmp_path):
         second = Api(tmp_path)
         said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
@@ -297,7 +297,7 @@ def test_one_data_directory_has_one_server(tmp_path: Path):
         assert "Traceback" not in said
 
 
-def test_a_port_in_use_is_one_clear_line(tmp_path: Path):
+def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path):
     with running(tmp_path / "a") as first:
         second = Api(tmp_path / "b", "--port", str(first.port))
         said = second.process.communicate(timeout=TIMEOUT_S)[1].decode()
@@ -306,7 +306,7 @@ def test_a_port_in_use_is_one_clear_line(tmp_path: Path):
         assert "Traceback" not in said
 
 
-def test_a_kubeconfig_is_valid_over_restarts(tmp_path: Path):
+def test_a_kubeconfig_stays_valid_across_restarts(tmp_path: Path):
     def kept() -> list[bytes]:
         return [(tmp_path / name).read_bytes() for name in ("kubeconfig", "token", "ca.crt")]
 
@@ -325,14 +325,14 @@ def test_a_kubeconfig_is_valid_over_restarts(tmp_path: Path):
         assert api.port == moved
 
 
-def test_no_outgoing_connection_is_given_the_kept_port(tmp_path: Path):
+def test_the_saved_port_is_outside_the_ephemeral_range(tmp_path: Path):
     """Else it would be taken at the next start by whatever the machine connects to."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     with running(tmp_path) as api:
         assert api.port < lowest
 
 
-def test_a_kept_port_that_is_taken_gives_way_to_another(tmp_path: Path):
+def test_another_port_is_chosen_if_the_saved_one_is_taken(tmp_path: Path):
     with running(tmp_path) as api:
         port = api.port
         api.end()
@@ -352,7 +352,7 @@ def test_a_broken_kubeconfig_is_replaced(tmp_path: Path, content: bytes):
         assert f":{api.port}\n" in (tmp_path / "kubeconfig").read_text()
 
 
-def test_it_ends_with_its_parent(tmp_path: Path):
+def test_it_exits_with_its_parent(tmp_path: Path):
     program = (
         "import os, subprocess, sys, time\n"
         "read, write = os.pipe()\n"

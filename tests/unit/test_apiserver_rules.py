@@ -1,4 +1,4 @@
-"""Rules, selectors, paths and words of the embedded API: the pure parts."""
+"""Validation rules, selectors, paths and printing of the embedded API: the pure parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ META = {"name": "x"}
 
 
 def broken(rule: str | dict, value: object, old: object = None, **schema: object) -> list[str]:
-    """The messages of a rule on ``spec``."""
+    """The error messages of a rule on ``spec``."""
     rule = {"rule": rule, "message": "broken"} if isinstance(rule, str) else rule
     root = {
         "type": "object",
@@ -47,12 +47,12 @@ def broken(rule: str | dict, value: object, old: object = None, **schema: object
         ("self.join('-') == 'a-b'", ["a", "b"], ["a"]),
     ],
 )
-def test_rules(rule: str, good: object, bad: object):
+def test_validation_rules(rule: str, good: object, bad: object):
     assert broken(rule, good) == []
     assert len(broken(rule, bad)) == 1
 
 
-def test_a_rule_that_cannot_be_evaluated_is_broken():
+def test_a_rule_that_cannot_be_evaluated_fails_validation():
     (message,) = broken("self.none > 1", {}, type="object")
     assert message == 'Invalid value: "object": no such key: none evaluating rule: broken'
 
@@ -64,27 +64,27 @@ def test_properties_with_reserved_names_are_escaped():
     assert broken(rule, {"namespace": "x", "a-b": "z"}, properties=properties)
 
 
-def test_optional_old_self_is_there_on_creation():
+def test_optional_old_self_is_available_on_creation():
     rule = {"rule": "!oldSelf.hasValue() || oldSelf.value() == self", "optionalOldSelf": True}
     assert broken(rule, "a") == []
     assert broken(rule, "a", "a") == []
     assert broken(rule, "a", "b")
 
 
-def test_transition_rules_wait_for_an_old_object():
+def test_transition_rules_are_skipped_without_an_old_object():
     assert broken("self == oldSelf", "a") == []
     assert broken("self == oldSelf", "a", "b") == ['Invalid value: "a": broken']
 
 
 @pytest.mark.parametrize("rule", ["self.(x", "self.?x.orValue(1) == 1", "quantity(self) > 1", ""])
-def test_rules_that_cannot_be_used_are_named(rule: str):
+def test_unusable_rules_are_reported(rule: str):
     root = {"type": "object", "x-kubernetes-validations": [{"rule": rule}]}
     (mistake,) = Schema(root).mistakes
     assert mistake.field == ".x-kubernetes-validations[0].rule"
     assert "compilation failed" in mistake.message
 
 
-def test_a_schema_with_a_bad_pattern_is_refused():
+def test_a_schema_with_a_bad_pattern_is_rejected():
     with pytest.raises(ValueError, match=r"pattern|regex"):
         Schema({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}})
 
@@ -95,7 +95,7 @@ def test_a_schema_with_a_bad_pattern_is_refused():
 @pytest.mark.parametrize(
     "text", ["a in b", "a in (b", "=a", "a=b c", "a,,b", "a=b,", "!a=b", "a>x", "a in (b c)", "$"]
 )
-def test_bad_label_selectors(text: str):
+def test_bad_label_selectors_are_rejected(text: str):
     with pytest.raises(StatusError) as refused:
         selectors.labels(text)
     assert refused.value.code == 400
@@ -103,7 +103,7 @@ def test_bad_label_selectors(text: str):
 
 @given(st.dictionaries(st.sampled_from("abc"), st.sampled_from("xyz")), st.sampled_from("abc"),
        st.sampled_from("xyz"))  # fmt: skip
-def test_opposite_selectors_part_the_world(found: dict[str, str], key: str, value: str):
+def test_opposite_selectors_partition_all_objects(found: dict[str, str], key: str, value: str):
     for one, other in (
         (f"{key}={value}", f"{key}!={value}"),
         (f"{key} in ({value})", f"{key} notin ({value})"),
@@ -113,7 +113,7 @@ def test_opposite_selectors_part_the_world(found: dict[str, str], key: str, valu
 
 
 @given(st.text(max_size=30))
-def test_no_selector_crashes(text: str):
+def test_arbitrary_selectors_do_not_crash(text: str):
     for read in (selectors.labels, lambda t: selectors.fields(t, ("metadata.name",))):
         try:
             read(text)
@@ -140,7 +140,7 @@ def _without_nulls(value: object) -> object:
 
 
 @given(_objects, _objects)
-def test_a_merge_patch_is_idempotent_and_spares_its_target(target: dict, change: dict):
+def test_a_merge_patch_is_idempotent_and_does_not_modify_its_target(target: dict, change: dict):
     before = repr(target)
     once = patch.merge(target, change)
     assert patch.merge(once, change) == once
@@ -193,7 +193,7 @@ def _sent(kind: str, raw: bytes) -> bytes:
     return b"k8s\x00" + _field(1, meta) + _field(2, raw)
 
 
-def test_protobuf_becomes_the_object_that_its_json_would_be():
+def test_protobuf_decodes_to_the_same_object_as_json():
     metadata = _field(1, b"s") + _field(2, b"") + _field(8, b"")
     entry = _field(1, b"token") + _field(2, b"abc")
     raw = _field(1, metadata) + _field(2, entry) + _field(3, b"Opaque")
@@ -226,7 +226,7 @@ def test_broken_protobuf_is_a_bad_request(raw: bytes, kind: str):
         (800 * 86400, "2y70d"), (-10, "<invalid>"),
     ],
 )  # fmt: skip
-def test_ages(seconds: int, expected: str):
+def test_ages_are_printed_like_kubectl(seconds: int, expected: str):
     assert printing.human_duration(seconds) == expected
 
 
@@ -264,7 +264,7 @@ def _container(ready: bool = False, **state: object) -> dict:
         (_pod({"phase": "Failed", "reason": "Evicted"}), "Evicted"),
     ],
 )  # fmt: skip
-def test_the_status_of_pods(pod: dict, expected: str):
+def test_the_status_column_of_pods(pod: dict, expected: str):
     assert printing.pod_status(pod) == expected
 
 
@@ -282,6 +282,6 @@ def test_the_status_of_pods(pod: dict, expected: str):
         (".none.b", []),
     ],
 )
-def test_paths(path: str, expected: list):
+def test_paths_are_parsed(path: str, expected: list):
     obj = {"a": {"b": 1}, "l": [{"n": "x", "v": 1}, {"n": "y", "v": 2}], "d.e": 3}
     assert printing.find(printing.parse_path(path), obj) == expected

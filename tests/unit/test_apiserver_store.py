@@ -1,4 +1,4 @@
-"""The embedded API's store: revisions, the window of events, what is kept on disk."""
+"""The embedded API's store: revisions, the event window, durability."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def put(store: Store, name: str, **fields: object) -> int:
     return store.put("pods", ("n", name), obj(name, **fields)).revision
 
 
-def test_what_was_written_is_there_after_a_restart(tmp_path: Path):
+def test_writes_survive_a_restart(tmp_path: Path):
     first = Store(tmp_path / "db")
     put(first, "a", spec={"x": 1})
     put(first, "b")
@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_no_trace(store: Store):
     assert put(store, "a") == before + 1
 
 
-def test_a_full_disk_refuses_writes_and_loses_nothing(tmp_path: Path):
+def test_a_full_disk_fails_writes_and_loses_nothing(tmp_path: Path):
     store = Store(tmp_path / "db")
     put(store, "a", spec={"x": 1})
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
@@ -80,7 +80,7 @@ def test_a_full_disk_refuses_writes_and_loses_nothing(tmp_path: Path):
     again.close()
 
 
-def test_old_events_are_forgotten_by_number(store: Store, monkeypatch):
+def test_the_event_window_is_limited_by_count(store: Store, monkeypatch):
     monkeypatch.setattr(store_module, "WINDOW_MAX_EVENTS", 10)
     start = store.revision
     for index in range(25):
@@ -91,7 +91,7 @@ def test_old_events_are_forgotten_by_number(store: Store, monkeypatch):
     assert [event.key[1] for event in recent] == [f"p{index}" for index in range(20, 25)]
 
 
-def test_old_events_are_forgotten_by_size(store: Store, monkeypatch):
+def test_the_event_window_is_limited_by_size(store: Store, monkeypatch):
     monkeypatch.setattr(store_module, "WINDOW_MAX_BYTES", 10_000)
     start = store.revision
     for _ in range(8):
@@ -102,7 +102,7 @@ def test_old_events_are_forgotten_by_size(store: Store, monkeypatch):
     assert len(kept) == 2
 
 
-def test_resources_have_windows_of_their_own(store: Store, monkeypatch):
+def test_each_resource_has_its_own_event_window(store: Store, monkeypatch):
     monkeypatch.setattr(store_module, "WINDOW_MAX_EVENTS", 5)
     start = put(store, "quiet")
     for index in range(20):
@@ -111,7 +111,7 @@ def test_resources_have_windows_of_their_own(store: Store, monkeypatch):
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=30), st.data())
-def test_the_past_can_be_listed(writes: list[tuple[str, bool]], data: st.DataObject):
+def test_past_revisions_can_be_listed(writes: list[tuple[str, bool]], data: st.DataObject):
     store = Store(":memory:")
     past = {store.revision: {}}
     for name, keep in writes:
@@ -146,7 +146,7 @@ async def collect(store: Store, options: ListOptions) -> list[tuple[str, str]]:
     ]
 
 
-async def test_a_watch_from_before_the_window_is_told_so(store: Store, monkeypatch):
+async def test_a_watch_from_before_the_window_is_expired(store: Store, monkeypatch):
     monkeypatch.setattr(store_module, "WINDOW_MAX_EVENTS", 5)
     start = put(store, "a")
     for _ in range(10):
@@ -156,7 +156,7 @@ async def test_a_watch_from_before_the_window_is_told_so(store: Store, monkeypat
     assert (seen.type, seen.object["code"], seen.object["reason"]) == ("ERROR", 410, "Expired")
 
 
-async def test_a_slow_watch_loses_its_place_and_is_told_so(store: Store, monkeypatch):
+async def test_a_slow_watch_is_expired(store: Store, monkeypatch):
     monkeypatch.setattr(store_module, "WINDOW_MAX_EVENTS", 5)
     options = ListOptions(resource_version=str(put(store, "a")), timeout_s=5.0)
     events = watching.watch(store, PODS, options, asyncio.Event())
@@ -167,7 +167,7 @@ async def test_a_slow_watch_loses_its_place_and_is_told_so(store: Store, monkeyp
     assert [seen.type async for seen in events] == ["ERROR"]
 
 
-async def test_bookmarks_tell_how_far_a_quiet_watch_is(store: Store, monkeypatch):
+async def test_bookmarks_advance_a_quiet_watch(store: Store, monkeypatch):
     monkeypatch.setattr(watching, "BOOKMARK_S", 0.01)
     start = put(store, "a")
     for index in range(3):
@@ -190,7 +190,7 @@ async def test_a_watch_is_woken_by_a_write(store: Store):
     await events.aclose()
 
 
-async def test_a_watch_of_one_namespace_sees_no_other(store: Store):
+async def test_a_watch_of_one_namespace_sees_no_other_namespace(store: Store):
     start = put(store, "a")
     other = obj("b")
     other["metadata"]["namespace"] = "m"

@@ -1,4 +1,4 @@
-"""The one pass over a body takes what the two of msgspec take, and understands it as they do."""
+"""The single-pass body parser accepts what the two msgspec passes accept, with the same meaning."""
 
 import json
 import os
@@ -68,7 +68,7 @@ members = st.lists(
 
 @st.composite
 def bodies(draw) -> bytes:
-    """JSON of requests: any order, duplicates, either way to escape, odd space."""
+    """JSON request bodies: any order, duplicates, both kinds of escaping, odd whitespace."""
     ascii_only = draw(st.booleans())
     space = draw(st.sampled_from(["", " ", "\r\n\t", " " * 30]))
     written = [
@@ -100,14 +100,14 @@ def spoiled(draw) -> bytes:
 
 
 def agrees(kind: Kind, body: bytes) -> bool:
-    """Whether the body is taken; both ways must say so, and agree on what it means."""
+    """Whether the body is accepted; both parsers must agree on that and on its meaning."""
     ask = _ask.read(openai.SHAPES[kind], body)
     if ask is None:
         with pytest.raises(_ask.Refused) as refused:
             _ask.judge(openai.SHAPES[kind], body)
         with pytest.raises(BadRequest) as told:
             openai.parse(kind, body)
-        # Of several things that are wrong with it either may find another one first.
+        # If a body has several errors, the parsers may find different ones first.
         assert refused.value.args[1] in (told.value.param, None) or told.value.param is None
         return False
     told = openai.parse(kind, body)  # a BadRequest fails the test
@@ -125,14 +125,14 @@ def agrees(kind: Kind, body: bytes) -> bool:
 
 @given(st.sampled_from(JSON_KINDS), bodies())
 @settings(max_examples=some(300))
-def test_bodies_are_understood_alike(kind, body):
+def test_both_parsers_read_bodies_alike(kind, body):
     agrees(kind, body)
 
 
 @given(st.sampled_from(JSON_KINDS), spoiled())
 @settings(max_examples=some(300))
 @example(Kind.CHAT, b'{"model":"m"}\x00')
-def test_spoiled_bodies_are_understood_alike_or_refused(kind, body):
+def test_both_parsers_read_corrupted_bodies_alike_or_reject_them(kind, body):
     agrees(kind, body)
 
 
@@ -170,7 +170,7 @@ PLAIN = [
 
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 @pytest.mark.parametrize(("kind", "fields"), PLAIN)
-def test_what_clients_send_is_taken(kind, fields, ensure_ascii):
+def test_bodies_of_real_clients_are_accepted(kind, fields, ensure_ascii):
     for body in (
         json.dumps({"model": "m_a", **fields}, ensure_ascii=ensure_ascii),
         json.dumps({**fields, "model": "m"}, ensure_ascii=ensure_ascii, indent=2),
@@ -207,12 +207,12 @@ def test_what_clients_send_is_taken(kind, fields, ensure_ascii):
         b'{"model":"m"' + b"".join(b',"k%d":1' % i for i in range(1000)) + b"}",
     ],
 )
-def test_what_two_readers_may_read_differently_is_refused(body):
+def test_bodies_that_parsers_may_read_differently_are_rejected(body):
     assert not agrees(Kind.CHAT, body)
 
 
 @pytest.mark.parametrize("nesting", [1, 64, 512])
-def test_nesting_is_followed(nesting):
+def test_nested_values_are_skipped_correctly(nesting):
     body = b'{"x":' + b'[{"y":' * (nesting // 2) + b"[" + b"]" + b"}]" * (nesting // 2)
     body += b',"model":"m"}'
     assert (_ask.read(openai.SHAPES[Kind.CHAT], body) is not None) == (nesting < 512)
@@ -247,17 +247,17 @@ def test_nesting_is_followed(nesting):
         (Kind.COMPLETIONS, b'{"model":"m","prompt":7}'),
     ],
 )
-def test_odd_shapes_are_understood_alike(kind, body):
+def test_both_parsers_read_odd_shapes_alike(kind, body):
     assert agrees(kind, body)
 
 
 @pytest.mark.parametrize("count", [8, 9, 16, 17, 1000])
-def test_the_system_may_say_many_things(count):
+def test_several_system_messages_are_accepted(count):
     said = [{"role": "system", "content": f"rule {i}"} for i in range(count)]
     assert agrees(Kind.CHAT, json.dumps({"model": "m", "messages": said}).encode())
 
 
-def test_a_name_that_no_model_has_is_not_looked_up():
+def test_a_name_too_long_for_any_model_is_not_looked_up():
     body = b'{"model":"%s"}' % (b"m" * 5000)
     with pytest.raises(_ask.Refused, match="longer than 4096 bytes"):
         _ask.judge(openai.SHAPES[Kind.CHAT], body)
@@ -266,14 +266,14 @@ def test_a_name_that_no_model_has_is_not_looked_up():
 
 @pytest.mark.parametrize("piece", ["a", "\\n", "中", "\\u4e2d", 'é\\\\\\"', "🎉x"])
 @pytest.mark.parametrize("size", [1, 61, 62, 63, 64, 65, 127, 128, 129, 1000])
-def test_strings_of_any_length_and_place(piece, size):
+def test_strings_of_any_length_at_any_offset(piece, size):
     for shift in range(0, 9, 3):
         content = "y" * shift + piece * size
         body = f'{{"messages":[{{"role":"user","content":"{content}"}}],"model":"m"}}'
         assert agrees(Kind.CHAT, body.encode())
 
 
-def test_members_by_the_hundred_thousand_get_the_coarse_key():
+def test_a_body_with_100_000_members_gets_the_coarse_key():
     crowd = [{"role": "user", "content": "x"}] * 60_000
     body = json.dumps({"model": "m", "messages": crowd}).encode()
     assert agrees(Kind.CHAT, body)
@@ -285,7 +285,7 @@ def test_members_by_the_hundred_thousand_get_the_coarse_key():
 
 
 @pytest.mark.skipif("KUBEAI_ASAN" in os.environ, reason="the sanitizer is slow")
-def test_a_body_at_the_limit_does_not_stall():
+def test_a_body_at_the_size_limit_is_parsed_quickly():
     body = b'{"model":"m","messages":[{"role":"user","content":"%s"}]}' % (b"x" * (64 << 20))
     took_s = []
     for _ in range(3):
@@ -297,7 +297,7 @@ def test_a_body_at_the_limit_does_not_stall():
 
 @pytest.mark.skipif("KUBEAI_ASAN" in os.environ, reason="the sanitizer is slow")
 @pytest.mark.parametrize("end", [b"]}", b"]"])
-def test_others_run_while_a_large_body_is_read(end):
+def test_other_threads_run_while_a_large_body_is_parsed(end):
     size = 32 << 20
     said = b'{"role":"system","content":"%s"}' % (b"\\n" * (size // 4))
     body = b'{"model":"m_a","messages":[%s,%s%s' % (said, b"[]," * (size // 6) + b"0", end)
@@ -324,7 +324,7 @@ def test_others_run_while_a_large_body_is_read(end):
     assert min(found) < 0.5
 
 
-def test_an_ask_that_openai_refuses_is_never_taken():
+def test_an_ask_that_openai_parse_rejects_is_never_accepted():
     for body in (b'{"model":"m","x":"\xc3"}', b'{"Model":"m"}'):
         with pytest.raises(BadRequest):
             openai.parse(Kind.CHAT, body)

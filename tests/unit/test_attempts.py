@@ -1,4 +1,4 @@
-"""Which failures are repeated, where, and how often: the policy of all kinds of requests."""
+"""Which failures are retried, where, and how often: the policy for all kinds of requests."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ from kubeai.openai import BadRequest
 
 
 class Upstream:
-    """What Retries ask of an endpoint."""
+    """The part of an endpoint that Retries uses."""
 
     def __init__(self):
         self.is_trusted = True
@@ -36,7 +36,7 @@ class Upstream:
 
 
 class Model:
-    """Stands in for a RoutedModel: a pick is the name of the first endpoint that can be picked."""
+    """Stands in for a RoutedModel: a pick returns the first endpoint that can be picked."""
 
     def __init__(self, names):
         self.upstreams = {name: Upstream() for name in names}
@@ -61,7 +61,7 @@ def refused(likely):
 
 
 @pytest.mark.parametrize("status", [NO_ANSWER, 502, 503, 504])
-def test_what_another_replica_may_answer_is_repeated_up_to_the_limit(status):
+def test_failures_that_another_replica_may_avoid_are_retried_up_to_the_limit(status):
     retries = Retries(2)
     for number in range(2):
         assert retries.wants(status, f"pod-{number}", Model("ab"))
@@ -70,40 +70,40 @@ def test_what_another_replica_may_answer_is_repeated_up_to_the_limit(status):
 
 
 @pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 413, 422, 429, 501, 505])
-def test_what_no_replica_would_answer_otherwise_passes_through(status):
+def test_responses_that_every_replica_would_give_pass_through(status):
     assert not Retries(3).wants(status, "a", Model("ab"))
 
 
-def test_a_500_is_repeated_once_whatever_comes_between():
+def test_a_500_is_retried_only_once_regardless_of_other_failures():
     retries, model = Retries(5), Model("abc")
     assert retries.wants(500, "a", model)
     assert retries.wants(503, "b", model)
     assert not retries.wants(500, "c", model)
 
 
-def test_a_limit_of_zero_repeats_nothing():
+def test_a_limit_of_zero_disables_retries():
     assert not any(Retries(0).wants(status, "a", Model("ab")) for status in (NO_ANSWER, 500, 502))
 
 
-def test_a_missing_first_byte_is_repeated_only_if_configured_and_only_elsewhere():
+def test_a_first_byte_timeout_is_retried_only_if_configured_and_only_elsewhere():
     assert not Retries(3).wants(TIMED_OUT, "a", Model("ab"))
     assert Retries(3, timeouts=True).wants(TIMED_OUT, "a", Model("ab"))
     assert not Retries(3, timeouts=True).wants(TIMED_OUT, "a", Model("a"))
 
 
 @FAKE_TIME
-async def test_an_endpoint_that_failed_is_tried_again_only_when_no_other_is_left():
+async def test_a_failed_endpoint_is_retried_only_when_no_other_is_left():
     retries, model = Retries(9), Model("ab")
     assert retries.wants(503, "a", model)
     assert retries.elsewhere(model, 1, None) == "b"
     assert retries.wants(503, "b", model)
     assert retries.elsewhere(model, 1, None) is None
     assert await retries.later(model, 1, None) == "a", "b failed last"
-    assert await retries.later(Model("b"), 1, None) == "b", "there is no other"
+    assert await retries.later(Model("b"), 1, None) == "b", "there is no other endpoint"
     assert await retries.later(Model(""), 1, None) is None
 
 
-def test_a_trusted_endpoint_is_preferred_and_another_taken_where_there_is_none():
+def test_a_trusted_endpoint_is_preferred_over_others():
     retries, model = Retries(9), Model("abc")
     model.upstreams["b"].is_trusted = False
     assert retries.wants(503, "a", model)
@@ -112,7 +112,7 @@ def test_a_trusted_endpoint_is_preferred_and_another_taken_where_there_is_none()
     assert retries.elsewhere(model, 1, None) == "b"
 
 
-def test_each_pause_is_twice_the_one_before():
+def test_the_back_off_doubles():
     retries, pauses = Retries(3, random=lambda: 0.5), []
     for name in "abc":
         retries.wants(503, name, Model("abc"))
@@ -120,7 +120,7 @@ def test_each_pause_is_twice_the_one_before():
     assert pauses == [RETRY_PAUSE_S, 2 * RETRY_PAUSE_S, 4 * RETRY_PAUSE_S]
 
 
-def test_pauses_differ_by_up_to_half():
+def test_the_back_off_has_up_to_50_percent_jitter():
     pauses = []
     for chance in (0.0, 1.0):
         retries = Retries(3, random=lambda chance=chance: chance)
@@ -129,7 +129,7 @@ def test_pauses_differ_by_up_to_half():
     assert pauses == [0.5 * RETRY_PAUSE_S, 1.5 * RETRY_PAUSE_S]
 
 
-def test_the_budget_is_asked_last_and_knows_whether_an_answer_is_likely():
+def test_the_budget_is_checked_last_and_with_the_likelihood_of_success():
     asked = []
 
     def budget(likely):
@@ -145,7 +145,7 @@ def test_the_budget_is_asked_last_and_knows_whether_an_answer_is_likely():
     assert asked == [True, False]
 
 
-def test_beyond_the_budget_nothing_is_repeated_where_every_other_endpoint_is_down():
+def test_beyond_the_budget_nothing_is_retried_if_every_other_endpoint_is_down():
     model = Model("ab")
     assert not Retries(3, refused).wants(503, "a", Model("a"))
     model.upstreams["b"].is_down = True
@@ -153,7 +153,7 @@ def test_beyond_the_budget_nothing_is_repeated_where_every_other_endpoint_is_dow
 
 
 @FAKE_TIME
-async def test_beyond_the_budget_a_retry_waits_for_an_endpoint_to_answer(event_loop_clock):
+async def test_beyond_the_budget_a_retry_waits_until_an_endpoint_responds(event_loop_clock):
     now_s, wait_until = event_loop_clock
     retries, model = Retries(3, refused, clock=now_s), Model("abc")
     assert retries.wants(503, "a", model)
@@ -164,7 +164,7 @@ async def test_beyond_the_budget_a_retry_waits_for_an_endpoint_to_answer(event_l
 
 
 @FAKE_TIME
-async def test_beyond_the_budget_an_endpoint_that_stays_silent_without_a_failure_is_taken(
+async def test_beyond_the_budget_a_silent_endpoint_without_failures_is_picked(
     event_loop_clock,
 ):
     now_s, _ = event_loop_clock
@@ -176,7 +176,7 @@ async def test_beyond_the_budget_an_endpoint_that_stays_silent_without_a_failure
 
 @FAKE_TIME
 @pytest.mark.parametrize(("status", "becomes"), [(503, 503), (500, 500), (NO_ANSWER, 502)])
-async def test_beyond_the_budget_the_failure_is_answered_once_all_others_are_down(
+async def test_beyond_the_budget_the_failure_is_returned_once_all_others_are_down(
     event_loop_clock, status, becomes
 ):
     now_s, wait_until = event_loop_clock
@@ -205,7 +205,7 @@ async def test_beyond_the_budget_one_request_probes_an_endpoint_that_has_failed(
 
 @pytest.fixture
 def event_loop_clock():
-    """(The fake time, a way to do something at a time), read within the test's own loop."""
+    """Return (the fake time, a function that schedules actions), within the test's own loop."""
 
     def now_s():
         return asyncio.get_running_loop().time()
@@ -224,10 +224,10 @@ def test_a_move_counts_as_an_attempt():
     assert not retries.wants(503, "b", model)
 
 
-def test_a_request_is_to_blame_that_died_with_its_engine_alone_or_twice():
+def test_a_request_that_was_alone_or_twice_on_a_crashing_engine_is_blamed():
     assert Retries(3).killed(alone=True)
     retries = Retries(3)
-    assert not retries.killed(alone=False), "somebody else may be"
+    assert not retries.killed(alone=False), "another request may be to blame"
     assert retries.killed(alone=False)
 
 
@@ -235,31 +235,33 @@ def took(budget, times, answered, now_s, likely=True):
     return sum(budget.take(answered, now_s, likely=likely) for _ in range(times))
 
 
-def test_where_nothing_is_answered_only_the_least_count_is_retried():
+def test_without_responses_only_the_minimum_is_retried():
     budget = RetryBudget(percent=20, min_count=3)
     assert took(budget, 100, 0, 0.0) == 3
     assert took(budget, 100, 0, 0.1) == 0
     assert took(budget, 100, 0, BUDGET_WINDOW_S + 0.1) == 3, "the window has passed"
 
 
-def test_a_share_of_what_is_answered_may_be_retried():
+def test_the_retry_budget_is_a_share_of_the_responses():
     budget = RetryBudget(percent=20, min_count=0)
-    assert took(budget, 10, 5_000, 0.0) == 0, "nobody knows when those were"
+    assert took(budget, 10, 5_000, 0.0) == 0, "the time of those responses is unknown"
     assert took(budget, 1_000, 5_500, 1.0) == 100
     assert took(budget, 1_000, 5_500, 1.0) == 0
 
 
-def test_retries_that_are_likely_to_fail_have_only_the_least_count():
+def test_retries_that_are_likely_to_fail_get_only_the_minimum():
     budget = RetryBudget(percent=20, min_count=3)
     assert took(budget, 1, 0, 0.0) == 1
     assert took(budget, 100, 500, 1.0, likely=False) == 3
-    assert took(budget, 200, 500, 1.0) == 99, "of 103, and what was taken has faded a little"
+    assert took(budget, 200, 500, 1.0) == 99, (
+        "103 less the ones taken before, which have decayed a little"
+    )
 
 
-def test_answers_of_long_ago_give_nothing():
+def test_old_responses_do_not_count_for_the_budget():
     budget = RetryBudget(percent=50, min_count=0)
     took(budget, 1, 0, 0.0)
-    # 1,000 answers in ten windows: a hundred of them are recent.
+    # 1,000 responses over ten windows: one hundred of them are recent.
     assert took(budget, 1_000, 1_000, 10 * BUDGET_WINDOW_S) == 50
     assert took(budget, 1_000, 1_000, 30 * BUDGET_WINDOW_S) == 0
 
@@ -269,7 +271,7 @@ def test_answers_of_long_ago_give_nothing():
     st.integers(0, 100),
     st.integers(0, 5),
 )
-def test_retries_never_exceed_the_share_of_all_answers(steps, percent, min_count):
+def test_retries_never_exceed_their_share_of_all_responses(steps, percent, min_count):
     budget, now_s, answered, taken = RetryBudget(percent, min_count), 0.0, 0, 0
     for since_s, more in steps:
         now_s += since_s

@@ -1,4 +1,4 @@
-"""How many replicas are wanted: samples in, decisions out, time handed in."""
+"""How many replicas are wanted: samples in, decisions out, time passed in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERVAL_S, WINDOW_S = 10.0, 60.0
 
 
 def sample(active, replicas, target=10, low=0, high=None, delay_s=30.0, **fields):
-    """Of a Model whose replicas are all ready, unless said otherwise."""
+    """A sample of a Model whose replicas are all ready, unless given otherwise."""
     return Sample(
         active=active,
         replicas=replicas,
@@ -52,7 +52,7 @@ class Clock:
         return [self.step(active, **fields) for active in actives]
 
     def interval(self, active, **fields):
-        """An interval of samples, one a second, decided at its end."""
+        """Feed one interval of samples, one per second, and decide at its end."""
         for _ in range(9):
             self.now_s += 1.0
             self.core.observe(self.sample(active, **fields), self.now_s)
@@ -65,13 +65,13 @@ class Clock:
 # -- as upstream ---------------------------------------------------------------------------------
 
 
-def test_wanted_is_the_mean_over_the_window_by_the_target_rounded_up():
+def test_wanted_is_the_mean_over_the_window_divided_by_the_target_rounded_up():
     clock = Clock()
     assert clock.steps(10, 12, 14) == [1, 2, 2]
     assert clock.average == 12.0
 
 
-def test_samples_within_an_interval_count_alike():
+def test_samples_within_an_interval_have_equal_weight():
     clock = Clock(replicas=9)
     for active in (10, 40):
         clock.core.observe(clock.sample(active), clock.now_s)
@@ -97,19 +97,19 @@ def test_bounds_hold_in_both_directions():
     assert Clock(replicas=0, low=1).step(0) == 1
 
 
-def test_up_is_at_once_and_down_only_after_the_delay_of_wanting_less():
+def test_scale_up_is_immediate_and_scale_down_waits_for_the_delay():
     clock = Clock(replicas=1, window_s=INTERVAL_S)
     assert clock.step(50) == 5
-    # the replicas have grown at the next look; 30 s from there nothing goes
+    # the replicas had grown at the next sample; none is removed for 30 s from there
     assert clock.steps(0, 0, 0, 0) == [5, 5, 5, 0]
 
 
-def test_down_goes_to_the_most_that_was_wanted_during_the_delay():
+def test_scale_down_goes_to_the_highest_value_wanted_during_the_delay():
     clock = Clock(replicas=5, window_s=INTERVAL_S)
     assert clock.steps(19, 19, 39, 19, 19, 19, 19) == [5, 5, 5, 4, 4, 4, 2]
 
 
-def test_a_model_that_is_woken_between_two_steps_has_its_delay_again():
+def test_activation_from_zero_between_two_steps_restarts_the_delay():
     clock = Clock(replicas=1, window_s=INTERVAL_S)
     assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]
     clock.core.shrunk("m", 0)
@@ -117,13 +117,13 @@ def test_a_model_that_is_woken_between_two_steps_has_its_delay_again():
     assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]
 
 
-def test_a_short_lull_takes_nothing_away():
+def test_a_short_lull_removes_no_replica():
     clock = Clock(replicas=5, window_s=INTERVAL_S)
     clock.steps(50, 50, 50, 50)
     assert clock.steps(0, 0, 50, 0, 0, 50) == [5] * 6
 
 
-def test_replicas_raised_by_hand_stay_for_the_delay():
+def test_replicas_added_manually_stay_for_the_delay():
     clock = Clock(replicas=1, window_s=INTERVAL_S)
     clock.steps(5, 5, 5, 5, 5)
     clock.replicas = 4
@@ -133,10 +133,10 @@ def test_replicas_raised_by_hand_stay_for_the_delay():
 def test_one_request_keeps_one_replica():
     clock = Clock(replicas=1)
     assert clock.steps(*[1, *[0] * 5]) == [1] * 6
-    assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]  # 30 s after the window is empty
+    assert clock.steps(0, 0, 0, 0) == [1, 1, 1, 0]  # 30 s after the window has emptied
 
 
-def test_a_model_that_is_gone_is_forgotten():
+def test_the_state_of_a_deleted_model_is_dropped():
     clock = Clock()
     clock.steps(100, 100)
     clock.core.step({}, clock.now_s)
@@ -144,7 +144,7 @@ def test_a_model_that_is_gone_is_forgotten():
     assert clock.step(10) == 1
 
 
-def test_models_do_not_disturb_each_other():
+def test_models_are_scaled_independently():
     core = Autoscaler(INTERVAL_S, WINDOW_S)
     decisions = core.step({"a": sample(100, 0), "b": sample(0, 0)}, 0.0)
     assert {name: d.replicas for name, d in decisions.items()} == {"a": 10, "b": 0}
@@ -159,7 +159,7 @@ def test_models_do_not_disturb_each_other():
     st.lists(st.booleans(), min_size=40, max_size=40),
     st.integers(0, 200),
 )
-def test_never_out_of_bounds_never_below_what_the_mean_needs(
+def test_the_result_is_within_bounds_and_never_below_the_need_of_the_mean(
     actives, target, low, high, delay_s, complete, ended
 ):
     clock = Clock(target=target, low=low, high=high, delay_s=delay_s)
@@ -172,7 +172,7 @@ def test_never_out_of_bounds_never_below_what_the_mean_needs(
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 99)), max_size=30))
-def test_without_overload_the_average_is_the_mean_of_what_was_active(seen):
+def test_without_overload_the_average_is_the_mean_of_the_active_requests(seen):
     clock = Clock(replicas=50, low=50, window_s=100.0)
     for n, (active, ended) in enumerate(seen, start=1):
         clock.step(active, ended=ended * n)
@@ -201,7 +201,7 @@ def test_more_load_never_wants_less(actives, more, replicas):
         assert greater.step(active + more[n], ready=40) >= less.step(active, ready=40)
 
 
-# -- quick ---------------------------------------------------------------------------------------
+# -- fast path -----------------------------------------------------------------------------------
 
 
 @given(
@@ -211,8 +211,10 @@ def test_more_load_never_wants_less(actives, more, replicas):
     st.sampled_from([None, 0.5, 2.0, 8.0, 40.0]),
     st.floats(0.0, 1.0),
 )
-def test_a_step_is_answered_within_three_intervals_and_stays(times, target, phase, service_s, low):
-    """Clients that each wait for an answer; new replicas are not ready yet."""
+def test_replicas_follow_a_step_within_three_intervals_and_stay(
+    times, target, phase, service_s, low
+):
+    """Clients each wait for their response; new replicas are not ready yet."""
     clock = Clock(replicas=1, target=target, window_s=600.0)
     before, after, ended = round(low * target), times * target, 0.0
     for _ in range(30):
@@ -233,38 +235,38 @@ def test_a_step_is_answered_within_three_intervals_and_stays(times, target, phas
         assert clock.interval(after) == times
 
 
-def test_a_step_is_answered_at_the_third_interval():
+def test_replicas_follow_a_step_at_the_third_interval():
     clock = Clock(replicas=1, window_s=600.0)
     clock.steps(*[5] * 60)
     assert [clock.interval(80, ready=1) for _ in range(3)] == [1, 8, 8]
 
 
 @given(st.integers(0, 999), st.integers(1, 12), st.sampled_from([20, 100]))
-def test_noise_around_a_threshold_changes_little(seed, replicas, target):
-    """An hour at a whole number of replicas, off by as much as random arrivals are."""
+def test_noise_around_a_threshold_causes_few_changes(seed, replicas, target):
+    """An hour at the load of a whole number of replicas, with the noise of random arrivals."""
     random = Random(seed)
     clock = Clock(replicas=replicas, target=target, window_s=600.0)
     load, seen = replicas * target, [replicas]
     for _ in range(360):
-        noise = random.gauss(0.0, math.sqrt(load) / 3)  # of the mean of an interval
+        noise = random.gauss(0.0, math.sqrt(load) / 3)  # standard deviation of an interval's mean
         seen.append(clock.step(max(0, round(load + noise)), ended=0))
     changes = sum(a != b for a, b in pairwise(seen))
     assert changes <= 4
     assert set(seen) <= {replicas, replicas + 1}
 
 
-def test_noise_asks_for_no_more_than_there_is():
+def test_noise_does_not_scale_up():
     clock = Clock(replicas=8, target=100, window_s=600.0)
     clock.steps(*[780] * 60)
     assert clock.steps(780, 816, 816, 816, 770, 816) == [8] * 6
 
 
-def test_a_spike_shorter_than_an_interval_is_nothing():
+def test_a_spike_shorter_than_an_interval_is_ignored():
     clock = Clock(replicas=1, window_s=600.0)
     assert clock.steps(*[5] * 10, 40, *[5] * 10) == [1] * 21
 
 
-def test_what_the_short_average_wanted_stays_for_a_share_of_the_window():
+def test_replicas_from_the_short_average_stay_for_a_share_of_the_window():
     clock = Clock(replicas=1, window_s=600.0, delay_s=30.0)
     clock.steps(*[5] * 60)
     clock.steps(80, 80)
@@ -274,7 +276,7 @@ def test_what_the_short_average_wanted_stays_for_a_share_of_the_window():
     assert clock.steps(5) == [1 + (clock.average + 1 > 10)]
 
 
-def test_a_long_delay_is_kept_by_both_averages():
+def test_both_averages_respect_a_long_delay():
     clock = Clock(replicas=8, window_s=600.0, delay_s=300.0)
     clock.steps(*[5] * 60)
     clock.replicas = 8
@@ -286,7 +288,7 @@ def test_a_long_delay_is_kept_by_both_averages():
     st.lists(st.integers(0, 200), min_size=2, max_size=60),
     st.sampled_from([0.0, 10.0, 30.0, 90.0]),
 )
-def test_nothing_goes_within_the_delay_after_the_replicas_grew(actives, delay_s):
+def test_no_replica_is_removed_within_the_delay_after_a_scale_up(actives, delay_s):
     clock = Clock(delay_s=delay_s)
     grown_s, before = -math.inf, 0
     for active in actives:
@@ -303,7 +305,7 @@ def test_nothing_goes_within_the_delay_after_the_replicas_grew(actives, delay_s)
 
 
 class Queue(Clock):
-    """Requests that come at a rate, to replicas that start slowly; by fractions of requests."""
+    """Requests arrive at a rate for replicas that start slowly; fractions of requests count."""
 
     def __init__(self, rate, service_s=5.0, target=100, startup_s=60.0):
         super().__init__(replicas=1, target=target, window_s=600.0)
@@ -337,8 +339,8 @@ class Queue(Clock):
 
 
 @pytest.mark.parametrize("service_s", [1.0, 5.0, 20.0])
-def test_a_backlog_is_not_taken_for_demand(service_s):
-    """Eight replicas' worth comes, they take a minute to start, and meanwhile requests pile up."""
+def test_a_backlog_does_not_count_as_demand(service_s):
+    """Load for eight replicas arrives; they take a minute to start while requests pile up."""
     queue = Queue(rate=50.0 / service_s, service_s=service_s)
     queue.seconds(600)
     queue.rate = 760.0 / service_s
@@ -350,14 +352,14 @@ def test_a_backlog_is_not_taken_for_demand(service_s):
         queue.second()
         piled, most = max(piled, queue.active), max(most, queue.replicas)
     assert piled > 16 * queue.target
-    assert most <= 12  # of which a part is for the backlog, which is gone
+    assert most <= 12  # part of this is for the backlog, which is gone afterwards
     assert queue.active <= queue.ready * queue.target
     queue.seconds(900)
     assert queue.replicas == 8
 
 
-def test_what_piles_up_in_a_cold_start_is_not_taken_for_demand():
-    """Nothing has ended yet, so nothing tells how long one takes."""
+def test_requests_that_pile_up_during_a_cold_start_do_not_count_as_demand():
+    """Nothing has completed yet, so the duration of a request is unknown."""
     queue = Queue(rate=18.0, service_s=5.0)
     queue.active, queue.ready, queue.starting = 0.0, 0, [queue.now_s + 60.0]
     assert queue.seconds(60) <= 3
@@ -367,22 +369,22 @@ def test_what_piles_up_in_a_cold_start_is_not_taken_for_demand():
     assert queue.replicas == 1
 
 
-def test_a_cold_start_for_many_at_once_is_for_all_of_them():
+def test_a_cold_start_for_many_simultaneous_requests_scales_for_all_of_them():
     clock = Clock(replicas=1, target=100, window_s=600.0)
     for _ in range(3):
         clock.interval(600, ready=0)
     assert clock.replicas == 6
 
 
-def test_requests_that_do_not_end_are_taken_as_they_stand():
+def test_requests_that_do_not_complete_count_in_full():
     clock = Clock(replicas=1, target=100, window_s=600.0)
     for n in range(1, 9):
         clock.interval(100 * n, ready=1)
     assert clock.replicas == 7  # the lower one of the last two intervals
 
 
-def test_clients_that_wait_for_their_turn_get_their_replicas_in_the_end():
-    """Their number grew too slowly to stand out, and there is no peak to remember."""
+def test_queued_clients_eventually_get_their_replicas():
+    """Their number grew too slowly to be noticed, and there is no remembered peak."""
     clock = Clock(replicas=1, target=100, window_s=600.0)
     ended, seen = 0, []
     for n in range(90):
@@ -392,7 +394,7 @@ def test_clients_that_wait_for_their_turn_get_their_replicas_in_the_end():
     assert max(seen) == 8
 
 
-def test_nothing_goes_while_the_ready_replicas_have_too_much_to_do():
+def test_no_replica_is_removed_while_the_ready_ones_are_overloaded():
     clock = Clock(replicas=8, target=100, window_s=60.0)
     ended = 0
     for _ in range(30):
@@ -401,14 +403,14 @@ def test_nothing_goes_while_the_ready_replicas_have_too_much_to_do():
     assert clock.steps(*[150] * 6, ended=ended)[-1] == 2
 
 
-def test_a_peer_that_disappears_takes_no_completions_back():
+def test_a_peer_that_disappears_does_not_lower_the_completion_count():
     clock = Clock(replicas=2, target=100, window_s=600.0)
     ended = 10_000
     for n in range(60):
         ended = ended + 300 if n != 30 else 1_000
         clock.interval(150, ended=ended)
     assert clock.average == 150.0
-    for _ in range(3):  # and an overload after that is told from a demand as before
+    for _ in range(3):  # a later overload is still told apart from demand
         ended += 400
         clock.interval(5_000, ended=ended, ready=2)
     assert clock.replicas >= 2
@@ -421,7 +423,7 @@ def test_a_peer_that_disappears_takes_no_completions_back():
     st.lists(st.tuples(st.integers(0, 300), st.booleans()), min_size=1, max_size=60),
     st.sampled_from([0.0, 30.0]),
 )
-def test_an_incomplete_view_never_lowers(seen, delay_s):
+def test_an_incomplete_view_never_scales_down(seen, delay_s):
     clock = Clock(delay_s=delay_s)
     for active, complete in seen:
         before = clock.replicas
@@ -429,7 +431,7 @@ def test_an_incomplete_view_never_lowers(seen, delay_s):
         assert complete or replicas >= before
 
 
-def test_what_was_not_seen_is_no_evidence_of_less():
+def test_unseen_load_is_no_evidence_for_scaling_down():
     clock = Clock(replicas=8, window_s=600.0)
     clock.steps(*[75] * 60)
     clock.steps(*[0] * 60, complete=False)
@@ -437,13 +439,13 @@ def test_what_was_not_seen_is_no_evidence_of_less():
     assert clock.steps(*[75] * 30) == [8] * 30
 
 
-def test_an_incomplete_view_may_raise():
+def test_an_incomplete_view_may_scale_up():
     clock = Clock(replicas=1, window_s=600.0)
     clock.steps(*[5] * 10)
     assert clock.steps(80, 80, complete=False)[-1] == 8
 
 
-def test_averages_are_restored_as_if_they_had_held_for_the_window():
+def test_restored_averages_count_as_constant_over_the_window():
     clock = Clock(replicas=3, delay_s=0.0)
     clock.core.observe(clock.sample(0), clock.now_s)
     clock.core.restore({"m": 30.0})
@@ -453,7 +455,7 @@ def test_averages_are_restored_as_if_they_had_held_for_the_window():
 
 
 @given(st.integers(0, 200), st.integers(0, 200), st.integers(1, 12))
-def test_a_new_leader_takes_what_it_saw_itself_before_what_was_written(seen, written, steps):
+def test_a_new_leader_prefers_its_own_samples_over_the_saved_state(seen, written, steps):
     clock = Clock(replicas=30, low=30)
     clock.steps(*[seen] * steps)
     clock.core.restore({"m": float(written)})
@@ -463,8 +465,8 @@ def test_a_new_leader_takes_what_it_saw_itself_before_what_was_written(seen, wri
 
 
 @pytest.mark.parametrize("followed", [True, False])
-def test_a_turn_of_leadership_takes_nothing_away_early(followed):
-    """The window is short: what was wanted during the delay must be known, or waited for."""
+def test_a_change_of_leader_removes_no_replica_early(followed):
+    """The window is short: what was wanted during the delay must be known or waited for."""
     old, new = Clock(replicas=8, window_s=INTERVAL_S), Clock(replicas=8, window_s=INTERVAL_S)
     for _ in range(20):
         old.step(75)

@@ -1,4 +1,4 @@
-"""The simulator that the autoscaler's constants were found with, and what it says of the rule."""
+"""The simulator that the autoscaler's constants come from, and its results for the rule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench():
 
 
 class Fixed:
-    """A rule that wants the same number from some time on."""
+    """A rule that wants a fixed number from a given time on."""
 
     def __init__(self, replicas, from_s=0.0):
         self.replicas, self.from_s = replicas, from_s
@@ -44,7 +44,7 @@ def trace(offered, duration_s=600.0, closed=False, most=8.0):
 # -- the simulator -------------------------------------------------------------------------------
 
 
-def test_nobody_waits_where_there_are_enough_replicas():
+def test_no_request_waits_if_there_are_enough_replicas():
     figures = run(trace(lambda _: 2.1), Fixed(6), FLEET).figures()
     assert figures.wait_p99_s == 0.0
     assert figures.replica_hours == pytest.approx(6 * 600 / 3600)
@@ -57,26 +57,26 @@ def test_a_replica_serves_after_its_start_up_time():
     assert {tick.ready for tick in ticks if tick.now_s > 160.0} == {3}
 
 
-def test_what_is_too_much_waits_and_is_served_in_the_end():
+def test_excess_requests_wait_and_are_served_eventually():
     played = run(trace(lambda t: 4.0 if t < 60 else 0.5), Fixed(1), FLEET)
     assert max(tick.waiting for tick in played.ticks) > 200
     assert played.ticks[-1].waiting == 0
     assert played.figures().wait_p99_s > 60.0
 
 
-def test_the_first_request_wakes_one_replica():
+def test_the_first_request_activates_one_replica():
     played = run(trace(lambda t: 0.0 if t < 100 else 0.5), Fixed(0, from_s=1e9), FLEET)
     assert played.ticks[50].replicas == 0
     assert played.ticks[-1].ready == 1
     assert played.figures().wait_p99_s == pytest.approx(60.0, abs=10.0)
 
 
-def test_clients_ask_again_only_once_they_are_answered():
+def test_clients_send_again_only_after_a_response():
     played = run(trace(lambda _: 3.0, closed=True), Fixed(1, from_s=0.0), FLEET)
     assert {tick.waiting for tick in played.ticks if tick.now_s > 120.0} == {20}
 
 
-def test_a_replica_that_goes_finishes_what_it_has():
+def test_a_removed_replica_finishes_its_requests():
     played = run(trace(lambda t: 2.0 if t < 300 else 0.0), Fixed(1, from_s=300.0), FLEET)
     assert played.ticks[-1].waiting == 0
     assert played.figures().changes == 1
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_run():
 
 
 def see(rule, active, replicas, ready=None, seconds=1, begin_s=0.0):
-    """The last decision after so many seconds of the same."""
+    """The last decision after ``seconds`` of constant load."""
     wanted = None
     for n in range(seconds):
         ready = replicas if ready is None else ready
@@ -103,18 +103,18 @@ def see(rule, active, replicas, ready=None, seconds=1, begin_s=0.0):
     return wanted
 
 
-def test_upstream_takes_the_whole_window_to_believe_a_step():
+def test_upstream_follows_a_step_only_after_the_whole_window():
     assert see(MovingAverage(10), 80, 8, seconds=300) == 4
     assert see(MovingAverage(10), 80, 8, seconds=600) == 8
 
 
-def test_upstream_goes_down_after_as_many_intervals_as_the_delay_has():
+def test_upstream_scales_down_after_the_number_of_intervals_in_the_delay():
     rule = MovingAverage(10, window_s=10.0)
     assert see(rule, 5, 3, seconds=30) is None
     assert see(rule, 5, 3, seconds=10, begin_s=30.0) == 1
 
 
-def test_knative_panics_at_twice_what_is_ready_and_then_does_not_go_down():
+def test_knative_panics_at_twice_the_ready_capacity_and_then_does_not_scale_down():
     rule = Knative(10, utilization=1.0)
     assert see(rule, 10, 1, seconds=60) == 1
     assert see(rule, 80, 1, seconds=6, begin_s=60.0) == 8
@@ -129,10 +129,10 @@ def test_knative_keeps_the_last_replica_for_its_grace_period():
     assert see(rule, 0, 1, seconds=20, begin_s=140.0) == 0
 
 
-# -- what it says of ours ------------------------------------------------------------------------
+# -- results for our rule ------------------------------------------------------------------------
 
 
-def test_after_a_step_fewer_wait_than_with_upstreams_rule_at_fewer_replica_hours(bench):
+def test_after_a_step_fewer_requests_wait_at_fewer_replica_hours_than_upstream(bench):
     step = trace(lambda t: 0.9 if t < 120 or t > 900 else 7.8, duration_s=1500.0)
     ours, upstream = (
         run(step, bench.rules(step, FLEET)[rule], FLEET).figures()
@@ -143,7 +143,7 @@ def test_after_a_step_fewer_wait_than_with_upstreams_rule_at_fewer_replica_hours
     assert ours.too_many <= 6 < upstream.too_many
 
 
-def test_noise_on_a_steady_load_changes_its_mind_less_than_upstream(bench):
+def test_noise_causes_fewer_changes_than_upstream(bench):
     noisy = next(one for one in traces() if one.name == "steady")
     ours, upstream = (
         run(noisy, bench.rules(noisy, Fleet())[rule], Fleet()).figures()
@@ -154,8 +154,8 @@ def test_noise_on_a_steady_load_changes_its_mind_less_than_upstream(bench):
 
 
 @pytest.mark.parametrize("service_s", [0.5, 2.0, 8.0])
-def test_clients_that_become_more_get_their_replicas_within_a_few_starts(bench, service_s):
-    """However short their requests are: they show no more than what the replicas can serve."""
+def test_a_growing_number_of_clients_gets_replicas_within_a_few_start_times(bench, service_s):
+    """Even with short requests, when clients show only the load that the replicas can serve."""
     fleet = Fleet(target_requests=10, service_s=service_s, startup_s=60.0)
     more = trace(lambda t: min(8.0, 1.0 + 7.0 * max(0.0, t - 60) / 30), 400.0, closed=True)
     ticks = run(more, bench.Ours(fleet, 10.0), fleet).ticks
@@ -163,7 +163,7 @@ def test_clients_that_become_more_get_their_replicas_within_a_few_starts(bench, 
     assert max(tick.replicas for tick in ticks) == 8
 
 
-def test_the_pages_constants_are_the_codes():
+def test_the_documented_constants_equal_the_code():
     page = (ROOT / "docs/autoscaling.md").read_text()
     table = page.split("## Its constants")[1].split("##")[0]
     told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([0-9.]+) \|", table, re.MULTILINE))
@@ -176,7 +176,7 @@ def test_the_pages_constants_are_the_codes():
     }
 
 
-def test_every_trace_has_its_plot_and_its_figures():
+def test_every_trace_has_its_plot_and_figures():
     page = (ROOT / "docs/autoscaling.md").read_text()
     for one in traces():
         plot = ROOT / f"docs/autoscaling/{one.name}.svg"

@@ -32,14 +32,14 @@ ADAPTER = {"name": "fin", "url": "hf://org/fin"}
 
 
 class World:
-    """One Model and its pods, as a replica of KubeAI sees them, on a clock of the test's."""
+    """One Model and its pods, as a replica of KubeAI sees them, on the test's clock."""
 
     def __init__(self, **spec):
         self.now_s = START_S
         self.unix_s = 1_800_000_000.0
         self.tracker = BlockTracker(CONFIG.gateway, lambda: self.now_s, lambda: self.unix_s)
         self.pods = []
-        self.refused = None  # why the API refuses to make a pod
+        self.refused = None  # the reason why the API refuses to create a pod
         self.cache = CacheView(claim=Claim("shared-model-cache-nfs", "c1"))
         self.adapters = None
         self.generation = 0
@@ -49,7 +49,7 @@ class World:
         self.edit(**spec)
 
     def edit(self, **spec):
-        """A change of the spec; the conditions are still those of the former one."""
+        """Change the spec; the conditions still describe the former one."""
         self.spec |= spec
         self.generation += 1
 
@@ -61,7 +61,7 @@ class World:
         return decode_model({"metadata": meta, "spec": features | self.spec, "status": self.status})
 
     def reconciled(self):
-        """The leader has written the status."""
+        """The leader writes the status."""
         observed = Observed(
             pods=tuple(pod for pod in self.pods if not pod.job),
             create_error=self.refused,
@@ -74,7 +74,7 @@ class World:
         return self
 
     def pod(self, trouble=None, name="a", **values):
-        """One pod, that replaces the one of that name."""
+        """Add a pod, replacing the one with that name."""
         pod = Pod(**{"name": name, "uid": name, "owner": "u1", "hash": "h", "address": "i:1"}
                   | {"trouble": trouble} | values)  # fmt: skip
         self.pods = [one for one in self.pods if one.name != name] + [pod]
@@ -92,7 +92,7 @@ class World:
         return None if block is None else block.reason
 
     def fails_after_s(self):
-        """Seconds from the start; None for no block."""
+        """Seconds from the start; None if requests are not blocked."""
         block = self.look().model
         return None if block is None else max(0.0, block.fails_at_s - START_S)
 
@@ -110,7 +110,7 @@ def model_errors():
     return reasons
 
 
-def test_every_reason_of_a_model_error_fails_requests_at_once():
+def test_every_model_error_reason_fails_requests_at_once():
     assert model_errors() == AT_ONCE
 
 
@@ -123,15 +123,13 @@ def test_every_reason_of_a_model_error_fails_requests_at_once():
     ],
 )
 @pytest.mark.parametrize("replicas", [0, 1])
-def test_a_model_that_cannot_be_run_as_written_fails_at_once_even_at_zero(
-    spec, reason, words, replicas
-):
+def test_an_invalid_model_fails_at_once_even_at_zero_replicas(spec, reason, words, replicas):
     block = World(replicas=replicas, **spec).reconciled().look().model
     assert (block.reason, block.fails_at_s, block.retry) == (reason, 0.0, False)
     assert words in block.message
 
 
-def test_an_edited_model_is_not_judged_by_its_former_spec():
+def test_an_edited_model_is_not_blocked_for_its_former_spec():
     world = World(resourceProfile="nope:1").reconciled()
     assert world.fails_after_s() == 0
     world.edit(resourceProfile="cpu:1")
@@ -140,14 +138,14 @@ def test_an_edited_model_is_not_judged_by_its_former_spec():
     assert world.fails_after_s() == math.inf
 
 
-def test_a_replica_from_before_a_mistake_is_waited_for():
+def test_a_starting_replica_of_the_last_valid_spec_is_waited_for():
     world = World().pod()
     world.edit(resourceProfile="nope:1")
     assert world.reconciled().fails_after_s() == math.inf
     assert world.pod(ready=True).look().model is None
 
 
-def test_pods_that_the_api_refuses_fail_requests_at_once_and_may_be_made_later():
+def test_rejected_pods_fail_requests_at_once_but_may_be_created_later():
     world = World()
     world.refused = Trouble("PodRefused", "exceeded quota: gpus")
     block = world.reconciled().look().model
@@ -157,7 +155,7 @@ def test_pods_that_the_api_refuses_fail_requests_at_once_and_may_be_made_later()
     assert world.pod().reconciled().fails_after_s() == math.inf
 
 
-def test_a_claim_that_the_api_refuses_fails_requests_at_once():
+def test_a_rejected_claim_fails_requests_at_once():
     world = World(cacheProfile="nfs")
     world.cache = CacheView()
     world.refused = Trouble("PodRefused", "claims are forbidden")
@@ -165,17 +163,17 @@ def test_a_claim_that_the_api_refuses_fails_requests_at_once():
     assert world.fails_after_s() == 0
 
 
-def test_a_refused_pod_matters_not_while_another_starts():
+def test_a_rejected_pod_does_not_matter_while_another_starts():
     world = World(replicas=2).pod()
     world.refused = Trouble("PodRefused", "exceeded quota")
     assert world.reconciled().fails_after_s() == math.inf
 
 
-def test_at_zero_a_request_is_no_failure():
+def test_a_request_at_zero_replicas_does_not_fail():
     assert World(replicas=0).reconciled().look().model is None
 
 
-def test_at_zero_without_autoscaling_the_wait_says_why():
+def test_at_zero_replicas_without_autoscaling_the_timeout_gives_the_reason():
     world = World(replicas=0, autoscalingDisabled=True).reconciled()
     assert (world.reason(), world.fails_after_s()) == ("ScaledToZero", math.inf)
 
@@ -208,7 +206,7 @@ def test_at_zero_without_autoscaling_the_wait_says_why():
         ("SomethingNew", 30, True),
     ],
 )
-def test_each_trouble_of_a_pod_has_its_grace(reason, fails_after_s, retry):
+def test_each_pod_trouble_has_its_own_grace(reason, fails_after_s, retry):
     world = World().pod(Trouble(reason, "why")).reconciled()
     block = world.look().model
     assert (block.reason, block.message, block.retry) == (reason, "why", retry)
@@ -216,7 +214,7 @@ def test_each_trouble_of_a_pod_has_its_grace(reason, fails_after_s, retry):
 
 
 def test_a_container_that_exited_once_and_starts_again_is_waited_for():
-    """Its output is for who may read the Model's status, and not for clients."""
+    """Its output is for readers of the Model's status, not for clients."""
     exited = Trouble("ContainerExited", "container server exited (exit code 1)", "secret words")
     world = World().pod(exited).reconciled()
     assert world.fails_after_s() == math.inf
@@ -233,22 +231,22 @@ def test_a_trouble_ends_once_the_container_has_run_for_long_enough():
     assert world.fails_after_s() == math.inf
 
 
-def test_a_grace_begins_when_the_trouble_is_first_seen_and_is_not_begun_again():
+def test_a_grace_starts_when_the_trouble_is_first_seen_and_does_not_restart():
     world = World().pod(CRASHING)
     assert world.after(5).fails_after_s() == 35
     assert world.after(20).fails_after_s() == 35
-    world.pod()  # it runs once more
+    world.pod()  # it runs again
     assert world.reconciled().after(21).fails_after_s() == math.inf
     assert world.pod(CRASHING).after(25).fails_after_s() == 35
 
 
-def test_another_trouble_has_a_grace_of_its_own():
+def test_a_different_trouble_starts_its_own_grace():
     world = World().pod(HOMELESS)
     assert world.fails_after_s() == 100
     assert world.pod(PULLING).after(90).fails_after_s() == 120
 
 
-def test_a_pod_that_got_a_node_ends_the_wait_for_one():
+def test_scheduling_the_pod_ends_the_scheduling_trouble():
     world = World().pod(HOMELESS)
     assert world.fails_after_s() == 100
     assert world.pod().reconciled().after(90).fails_after_s() == math.inf
@@ -262,19 +260,19 @@ def test_one_replica_that_serves_or_starts_lifts_the_block():
     assert world.pod(None, "b", ready=True).look().model is None
 
 
-def test_the_last_grace_of_several_replicas_counts():
+def test_with_several_replicas_the_latest_grace_counts():
     world = World(replicas=2).pod(CRASHING).pod(HOMELESS, "b")
     assert (world.reason(), world.fails_after_s()) == ("Unschedulable", 100)
 
 
-def test_after_a_replica_was_ready_the_grace_begins_again():
+def test_the_grace_restarts_after_a_replica_was_ready():
     world = World().pod(CRASHING)
     assert world.fails_after_s() == 30
     world.pod(ready=True).after(40).look()
     assert world.pod(CRASHING).after(50).fails_after_s() == 80
 
 
-def test_a_new_template_begins_the_grace_again():
+def test_a_new_pod_template_restarts_the_grace():
     world = World().pod(CRASHING)
     assert world.fails_after_s() == 30
     world.pods = []
@@ -282,7 +280,7 @@ def test_a_new_template_begins_the_grace_again():
     assert world.pod(CRASHING, "b", hash="h2").after(50).fails_after_s() == 80
 
 
-def test_a_pod_that_ended_and_is_replaced_does_not_begin_it_again():
+def test_replacing_a_pod_does_not_restart_the_grace():
     evicted = Trouble("Evicted", "the node was low on memory")
     world = World().pod(evicted, finished=True)
     assert world.fails_after_s() == 30
@@ -291,11 +289,11 @@ def test_a_pod_that_ended_and_is_replaced_does_not_begin_it_again():
     assert world.pod(evicted, "b", finished=True).after(20).fails_after_s() == 30
 
 
-def test_scaled_to_zero_and_up_again_there_is_a_new_attempt():
+def test_scaling_from_zero_again_restarts_the_grace():
     world = World().pod(CRASHING).reconciled()
     assert world.fails_after_s() == 30
     world.edit(replicas=0)
-    assert world.look().model is None, "its pods are about to go"
+    assert world.look().model is None, "its pods are about to be deleted"
     world.pods = []
     assert world.reconciled().look().model is None
     world.edit(replicas=1)
@@ -303,12 +301,12 @@ def test_scaled_to_zero_and_up_again_there_is_a_new_attempt():
     assert world.pod(CRASHING, "b").reconciled().after(60).fails_after_s() == 90
 
 
-def test_pods_that_go_or_are_another_models_do_not_count():
+def test_terminating_pods_and_those_of_other_models_do_not_count():
     world = World().pod(CRASHING, terminating=True).pod(CRASHING, "b", owner="u0")
     assert world.look().model is None
 
 
-def test_a_model_that_was_made_again_has_no_past():
+def test_a_recreated_model_starts_with_a_clean_state():
     world = World().pod(CRASHING)
     assert world.fails_after_s() == 30
     world.uid = "u2"
@@ -326,14 +324,14 @@ def cached(**view):
     return world
 
 
-def test_files_that_are_loaded_are_waited_for():
+def test_requests_wait_while_files_are_loaded():
     assert (cached().reconciled().reason(), cached().reconciled().fails_after_s()) == (
         "CacheNotLoaded",
         math.inf,
     )
 
 
-def test_files_that_cannot_be_loaded_fail_requests_after_the_grace():
+def test_a_failing_load_fails_requests_after_the_grace():
     world = cached(may_load=False, failure="no such repository").reconciled()
     block = world.look().model
     assert (block.reason, block.fails_at_s) == ("LoadFailed", START_S + 30)
@@ -342,13 +340,13 @@ def test_files_that_cannot_be_loaded_fail_requests_after_the_grace():
     job = Job("load-cache-m", "j1", owner="u1")
     world.cache = CacheView(claim=world.cache.claim, load=job, failure="no such repository")
     world.pod(name="j", job="load-cache", owner="")
-    assert world.reconciled().fails_after_s() == math.inf, "it is tried again"
+    assert world.reconciled().fails_after_s() == math.inf, "it is retried"
     world.cache = CacheView(claim=world.cache.claim, may_load=False, failure="no such repository")
     world.pods = []
     assert world.reconciled().fails_after_s() == 30
 
 
-def test_without_jobs_requests_fail_after_the_grace():
+def test_requests_fail_after_the_grace_if_jobs_cannot_run():
     world = cached(has_jobs=False).reconciled()
     assert (world.reason(), world.fails_after_s()) == ("NoJobs", 30)
 
@@ -369,7 +367,7 @@ def with_adapter():
     return world.reconciled()
 
 
-def test_an_adapter_that_cannot_be_loaded_is_blocked_and_its_model_is_not():
+def test_an_adapter_that_fails_to_load_is_blocked_but_not_its_model():
     blocked = with_adapter().look()
     assert blocked.model is None
     block = blocked.adapters["fin"]

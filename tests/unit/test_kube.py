@@ -377,7 +377,7 @@ async def test_of_a_long_output_the_end_is_kept(kube, server):
             "no such program",
         ),
         (ended(status="Failure", message="odd"), 500, "", "odd"),
-        (b"\x03{", 0, "Undecodable", "how the command ended"),
+        (b"\x03{", 0, "Undecodable", "command status"),
         (b"\x01half", 0, "Unreachable", "ended before the command did"),
     ],
 )

@@ -46,7 +46,7 @@ def test_the_newest_revision_counts():
 
 
 def test_a_release_without_a_record_is_refused():
-    assert "no Secret of a Helm release r" in reason_to_refuse("r", [], JOB)
+    assert "no Secret for a Helm release r" in reason_to_refuse("r", [], JOB)
 
 
 @pytest.mark.parametrize("time", ["2026-01-01T11:58:59Z", "2026-01-01T12:00:06Z", None])
