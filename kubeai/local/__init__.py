@@ -1,6 +1,6 @@
 """``kubeai local``: the whole of KubeAI on one machine, without a cluster.
 
-Three processes beside the workers: the embedded Kubernetes API, the process kubelet, and the
-supervisor, which is the very one that ``kubeai serve`` runs. ``run`` starts them; nothing is
-imported here, because the API and the kubelet are processes of their own and need little of it.
+Runs three processes besides the workers: the embedded Kubernetes API, the process kubelet, and
+the supervisor (the same one that ``kubeai serve`` runs). ``run`` starts them. This package imports
+nothing, because the API and the kubelet are separate processes that need little of it.
 """

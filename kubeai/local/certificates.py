@@ -1,4 +1,4 @@
-"""What the certificates of the embedded API and of the process kubelet have in common."""
+"""Certificate helpers shared by the embedded API and the process kubelet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VALID_DAYS = 3650
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """At once or not at all, readable by the owner alone."""
+    """Write the file atomically, readable only by its owner."""
     partial = path.with_name(path.name + ".new")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

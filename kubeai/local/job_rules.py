@@ -1,18 +1,18 @@
-"""The rules of batch/v1 Jobs, as a cluster's controller-manager has them. Pure.
+"""The rules of batch/v1 Jobs, as implemented by kube-controller-manager. Pure.
 
-:func:`next_step` is the whole of them: from a Job, its pods and the time it tells the one write
-that comes next. `kubeai.local.jobs` takes the steps.
+:func:`next_step` is the entry point: given a Job, its pods and the time, it returns the one write
+to make next. `kubeai.local.jobs` carries out the steps.
 
-How a pod is counted exactly once, whoever is killed when: a pod is made with the finalizer
-``batch.kubernetes.io/job-tracking``. Once it has ended, its uid is written into
-``status.uncountedTerminatedPods``; then it loses the finalizer; then the uid becomes one more in
-``succeeded`` or ``failed``. Each of these can be told from what the API holds, and is done again
-if it was not done. A decision (a condition) is written before it is acted on. A new pod's name
-follows from the Job and how many pods it had, so a create whose answer was lost is not repeated
-under another name.
+Each pod is counted exactly once, no matter which process is killed when. A pod is created with the
+finalizer ``batch.kubernetes.io/job-tracking``. Once it has terminated, its uid is written to
+``status.uncountedTerminatedPods``; then the finalizer is removed; then the uid is removed and
+``succeeded`` or ``failed`` is incremented. Progress can be derived from what the API holds at every
+point, so a step that was missed is repeated. A decision (a condition) is written before it is acted
+on. A new pod's name is derived from the Job and the number of pods it has had, so retrying a create
+whose response was lost does not create a second pod.
 
-Not supported, and said so by the Job's condition Failed: Indexed Jobs, podFailurePolicy,
-successPolicy and limits per index. Pods without an owner are not adopted.
+Indexed Jobs, podFailurePolicy, successPolicy and per-index limits are not supported; such a Job
+gets the condition Failed. Pods without an owner are not adopted.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from msgspec.structs import replace
 KIND = "Job"
 TRACKING = "batch.kubernetes.io/job-tracking"
 MANAGED_BY = "kubernetes.io/job-controller"
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 10.0, 360.0  # between pods that fail
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 10.0, 360.0  # between failing pods
 UNCOUNTED_PODS_MAX, CREATES_AT_ONCE_MAX = 500, 50
 NAME_PREFIX_MAX_CHARS = 58
-_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words
+_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels, so that no words appear
 _SUFFIX_CHARS = 5
 
 
-# What is read of the objects.
+# The fields that are read from the objects.
 
 
 class _Part(msgspec.Struct, rename="camel", frozen=True):
@@ -100,7 +100,7 @@ class _PodStatus(_Part, frozen=True):
 
 
 class Pod(_Part, frozen=True):
-    """What is known of a pod."""
+    """The fields of a pod that the rules use."""
 
     metadata: Metadata = Metadata()
     spec: _PodSpec = _PodSpec()
@@ -108,7 +108,7 @@ class Pod(_Part, frozen=True):
 
     @property
     def controller(self) -> Owner | None:
-        """The Job whose pod it is."""
+        """The owner reference to the Job that controls the pod."""
         for owner in self.metadata.owner_references:
             if owner.controller:
                 return owner if owner.kind == KIND else None
@@ -142,7 +142,7 @@ class Pod(_Part, frozen=True):
 
 
 class Uncounted(_Part, frozen=True):
-    """Uids of pods that have ended and are not in the numbers yet."""
+    """Uids of terminated pods that are not yet in ``succeeded`` or ``failed``."""
 
     succeeded: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
@@ -160,7 +160,7 @@ class JobStatus(_Part, frozen=True):
     uncounted: Uncounted = msgspec.field(default=Uncounted(), name="uncountedTerminatedPods")
 
     def condition(self, *types: str) -> Condition | None:
-        """The first condition of these types that is True."""
+        """Return the first condition of these types that is True."""
         held = (c for c in self.conditions if c.type in types and c.status == "True")
         return next(held, None)
 
@@ -193,7 +193,7 @@ class Job(_Part, frozen=True):
 
     @property
     def replaces_only_failed(self) -> bool:
-        """Whether a pod that is going away keeps its place until it has gone."""
+        """Whether a terminating pod is replaced only once it has terminated."""
         return self.spec.pod_replacement_policy == "Failed"
 
 
@@ -205,7 +205,7 @@ class WriteStatus(NamedTuple):
 
 
 class ReleasePods(NamedTuple):
-    """Take the finalizer off."""
+    """Remove the tracking finalizer."""
 
     pods: tuple[Pod, ...]
 
@@ -224,7 +224,7 @@ class DeleteJob(NamedTuple):
 
 
 class Wait(NamedTuple):
-    seconds: float | None  # None: until something changes
+    seconds: float | None  # None: wait for a change
 
 
 Step = WriteStatus | ReleasePods | DeletePods | CreatePods | DeleteJob | Wait
@@ -244,10 +244,10 @@ def next_step(
     endings: Mapping[str, Ending],
     taken: Collection[str] = (),
 ) -> Step:
-    """The next write for the Job whose pods these are, or how long there is none.
+    """Return the next write for the Job, or how long to wait.
 
-    ``endings``: of its pods by uid, see :func:`endings_of`. ``taken``: names that no new pod may
-    have.
+    ``pods`` are the Job's pods; ``endings`` maps their uids to how they ended, see
+    :func:`endings_of`; ``taken`` holds names that no new pod may use.
     """
     if job.spec.managed_by != MANAGED_BY:
         return Wait(None)
@@ -282,13 +282,13 @@ def _after_end(job: Job, pods: Iterable[Pod], over: Condition, now: datetime) ->
 
 
 def _is_urgent(old: JobStatus, new: JobStatus) -> bool:
-    """Whether it says more than which pods are there: that is written before it is acted on."""
+    """Whether more than pod counts changed: such a change is written before it is acted on."""
     there = {name: getattr(new, name) for name in ("active", "ready", "terminating")}
     return replace(old, **there) != new
 
 
 def _count(job: Job, pods: Collection[Pod]) -> JobStatus:
-    """The status with the pods that have ended, and those that are there."""
+    """Return the status with updated counts of terminated and current pods."""
     old = job.status
     held = {pod.metadata.uid for pod in pods if pod.tracked}
     before = old.uncounted
@@ -314,14 +314,14 @@ def _count(job: Job, pods: Collection[Pod]) -> JobStatus:
 
 
 def _has_failed(job: Job, pod: Pod) -> bool:
-    """A pod that is going away counts as failed: nobody may be left to tell how it ended."""
+    """A terminating pod counts as failed: its final phase may never be reported."""
     if not pod.terminating:
         return pod.status.phase == "Failed"
     return not job.replaces_only_failed or pod.metadata.deletion_grace_period_seconds == 0
 
 
 def _judge(job: Job, pods: Iterable[Pod], status: JobStatus, now: datetime) -> JobStatus:
-    """The status with the decision that ends the Job, suspends it, or lets it run."""
+    """Return the status with the decision to end, suspend or resume the Job."""
     spec, now = job.spec, now.replace(microsecond=0)
     if not spec.suspend and status.start_time is None:
         status = replace(status, start_time=now)
@@ -373,7 +373,7 @@ def _restarts_too_often(spec: JobSpec, pods: Iterable[Pod]) -> bool:
 
 def _is_complete(spec: JobSpec, status: JobStatus) -> bool:
     succeeded = status.succeeded + len(status.uncounted.succeeded)
-    if spec.completions is None:  # one success is enough; the others may end as they like
+    if spec.completions is None:  # one success is enough; the other pods may end either way
         return succeeded > 0 and not status.active
     return succeeded >= spec.completions
 
@@ -386,7 +386,7 @@ def _deadline_s(job: Job, now: datetime) -> float | None:
 
 
 def _finish(status: JobStatus, pods: Iterable[Pod], now: datetime) -> JobStatus:
-    """The status with the last condition, once no pod is left that could still count."""
+    """Return the status with its final condition, once no pod is left to be counted."""
     target = status.condition("FailureTarget", "SuccessCriteriaMet")
     if target is None or any(pod.tracked or not pod.over for pod in pods):
         return status
@@ -413,7 +413,7 @@ def _manage(
     endings: Mapping[str, Ending],
     taken: Collection[str],
 ) -> Step:
-    """Pods to delete or to make; each pod that has ended is in the numbers."""
+    """Return the pods to delete or create. All terminated pods have been counted."""
     active = [pod for pod in pods if pod.active]
     if job.status.condition("FailureTarget", "SuccessCriteriaMet"):
         return DeletePods(tuple(active), fails=True) if active else Wait(None)
@@ -437,7 +437,7 @@ def _manage(
 
 
 def _wanted(job: Job, active: int) -> int:
-    """How many pods are to run at the same time."""
+    """Return the desired number of active pods."""
     spec, status = job.spec, job.status
     if spec.suspend:
         return 0
@@ -447,13 +447,13 @@ def _wanted(job: Job, active: int) -> int:
 
 
 def _worth(pod: Pod) -> tuple[bool, bool, bool, str]:
-    """The smallest is deleted first: what has done least."""
+    """Sort key for deletion: the pods that have made the least progress come first."""
     status = pod.status
     return bool(pod.spec.node_name), status.phase == "Running", pod.ready, pod.metadata.name
 
 
 def _rest_s(endings: Iterable[Ending], now: datetime) -> float:
-    """What is left of the rest after pods that failed, in seconds."""
+    """Return the remaining back-off after failed pods, in seconds."""
     endings = list(endings)
     success = max((ending.at for ending in endings if not ending.failed), default=None)
     failures = [e.at for e in endings if e.failed and (success is None or e.at > success)]
@@ -464,7 +464,7 @@ def _rest_s(endings: Iterable[Ending], now: datetime) -> float:
 
 
 def _free_names(job: Job, active: int, used: Collection[str], count: int) -> tuple[str, ...]:
-    """``<job>-<5 characters>``; the same ones for as long as the Job and its pods are the same."""
+    """Return names ``<job>-<5 characters>``, a pure function of the Job and its pod counts."""
     ordinal = job.status.succeeded + job.status.failed + active
     prefix = f"{job.metadata.name}-"[:NAME_PREFIX_MAX_CHARS]
     names: list[str] = []
@@ -484,9 +484,9 @@ def _free_names(job: Job, active: int, used: Collection[str], count: int) -> tup
 def endings_of(
     job: Job, pods: Iterable[Pod], known: Mapping[str, Ending], now: datetime
 ) -> dict[str, Ending]:
-    """The endings known before, and those of the Job's pods that have ended since.
+    """Return ``known`` plus the endings of the Job's pods that have ended since.
 
-    A pod that was deleted because it was one too many lost its finalizer before, and did not fail.
+    A surplus pod loses its finalizer before it is deleted, and does not count as failed.
     """
     endings = dict(known)
     for pod in pods:

@@ -1,9 +1,8 @@
-"""Jobs on one machine: what a cluster's controller-manager does for batch/v1 Jobs.
+"""The Job controller of ``kubeai local``: what kube-controller-manager does for batch/v1 Jobs.
 
-:class:`JobController` reads a Job and its pods anew, takes the step that the rules
-(`kubeai.local.job_rules`) tell, and looks again until there is nothing to do. ``kubeai local`` runs
-it beside the operator, in its own process; a real cluster has a controller of its own, so it never
-runs there.
+:class:`JobController` reads a Job and its pods, takes the step that `kubeai.local.job_rules`
+returns, and repeats until there is nothing left to do. ``kubeai local`` runs it in its own process,
+beside the operator. It never runs in a real cluster, which has its own Job controller.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ log = get_logger(__name__)
 PARALLEL_JOBS_MAX = 8
 PARALLEL_WRITES_MAX = 16
 CONFLICT_AGAIN_S = 0.05
-WAIT_MAX_S = 600.0  # timers stand still while a machine sleeps; its clock does not
+WAIT_MAX_S = 600.0  # timers stop while a machine is suspended; its clock does not
 
 
 class _Memory(msgspec.Struct):
-    """What is remembered of one Job; after a restart, its pods tell enough of it."""
+    """In-memory state of one Job; after a restart, it is recovered from the Job's pods."""
 
     endings: dict[str, Ending] = {}
-    refusal: str = ""  # why its pods could not be made, as it was told
+    refusal: str = ""  # the last pod creation error that was recorded as an Event
 
 
 class JobController:
-    """All Jobs of one API, as long as `run` runs. There may be one at a time.
+    """Reconciles all Jobs of one API while `run` runs. Only one may run at a time.
 
-    It decides on what it has read in that moment and not on what a watch told (a watch only says
-    when): here are few Jobs and an API close by, and what was just written is always seen.
+    Watches only trigger a reconcile; decisions use objects read at that moment, so that the
+    controller always sees its own writes. Reads are cheap: there are few Jobs and the API is local.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class JobController:
         self._queue = Queue(self.reconcile, PARALLEL_JOBS_MAX)
 
     async def run(self) -> None:
-        """Until cancelled. Raises only what is a fault of the program."""
+        """Run until cancelled. Raises only on a bug in the program."""
         follow = self._kube.follow
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -79,7 +78,7 @@ class JobController:
         finally:
             await self._queue.stop()
 
-    # -- what the watches tell -------------------------------------------------------------------
+    # -- watch handlers --------------------------------------------------------------------------
 
     def _jobs_replaced(self, jobs: list[Job]) -> None:
         gone = self._jobs
@@ -96,23 +95,23 @@ class JobController:
         self._queue.add(key)
 
     def _pods_replaced(self, pods: list[Pod]) -> None:
-        for key in self._jobs:  # some of their pods may have gone unseen
+        for key in self._jobs:  # their pods may have been deleted while the watch was down
             self._queue.add(key)
         for pod in pods:
             self._pod_changed("ADDED", pod)
 
     def _pod_changed(self, _kind: str, pod: Pod) -> None:
-        """Its Job has news; a pod that has a Job's finalizer and no Job is the namespace's."""
+        """Enqueue the pod's Job; for a pod with the Job finalizer but no Job, its namespace."""
         namespace, owner = pod.metadata.namespace, pod.controller
         if owner is not None:
             self._queue.add(f"{namespace}/{owner.name}")
         elif pod.tracked:
             self._queue.add(f"{namespace}/")
 
-    # -- one look at one Job ---------------------------------------------------------------------
+    # -- reconcile -------------------------------------------------------------------------------
 
     async def reconcile(self, key: str) -> float | None:
-        """Take one step; seconds until the next look, None when only news brings it."""
+        """Take one step. Returns seconds until the next reconcile, or None to wait for a change."""
         namespace, _, name = key.partition("/")
         job = await self._read(namespace, name)
         pods, _ = await self._kube.list(PODS, namespace, type=Pod)
@@ -126,7 +125,7 @@ class JobController:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
-            log.info("something else was faster", job=key, error=str(error))
+            log.info("conflicting write, retrying", job=key, error=str(error))
             return CONFLICT_AGAIN_S
 
     async def _read(self, namespace: str, name: str) -> Job | None:
@@ -164,7 +163,7 @@ class JobController:
     # -- writes ----------------------------------------------------------------------------------
 
     async def _together(self, writes: Iterable[Coroutine[Any, Any, None]]) -> None:
-        """All of them, even if one fails; then the first failure."""
+        """Run all writes even if some fail, then raise the first failure."""
 
         async def one(write: Coroutine[Any, Any, None]) -> None:
             async with self._writes:
@@ -228,7 +227,7 @@ class JobController:
     async def _tell(
         self, job: Job, kind: Literal["Normal", "Warning"], reason: str, message: str
     ) -> None:
-        """An Event about the Job. Nothing depends on it, so one that is lost is lost."""
+        """Record an Event about the Job. Best effort: failures are ignored."""
         meta, now = job.metadata, self._clock().replace(microsecond=0)
         time = now.isoformat().replace("+00:00", "Z")
         event = {
@@ -245,7 +244,7 @@ class JobController:
             await self._kube.create(EVENTS, event, meta.namespace)
 
 
-# What `kubectl describe job` shows of a condition; no reason or message: the condition's.
+# Event for each condition. An empty reason or message means the condition's own.
 _EVENTS: dict[tuple[str, str], tuple[Literal["Normal", "Warning"], str, str]] = {
     ("Complete", "True"): ("Normal", "Completed", "Job completed"),
     ("Failed", "True"): ("Warning", "", ""),
@@ -255,7 +254,7 @@ _EVENTS: dict[tuple[str, str], tuple[Literal["Normal", "Warning"], str, str]] = 
 
 
 def pod_of(job: Job, name: str) -> dict[str, Any]:
-    """The manifest of a Job's pod."""
+    """Return the manifest of a Job's pod."""
     template, meta = job.spec.template, job.metadata
     about = template.get("metadata") or {}
     owner = {
@@ -277,7 +276,7 @@ def pod_of(job: Job, name: str) -> dict[str, Any]:
 
 
 def _strays(pods: Iterable[Pod], name: str, job: Job | None) -> list[Pod]:
-    """Pods that nobody counts any more: their Job is gone, or they were taken from it."""
+    """Pods that no Job counts any more: their Job is gone, or their owner reference is."""
     uid = None if job is None else job.metadata.uid
     return [
         pod
@@ -296,7 +295,7 @@ def _key(meta: Metadata) -> str:
 
 
 def _without_zeros(status: dict[str, Any]) -> dict[str, Any]:
-    """As a merge patch: what is none is taken away."""
+    """Turn zero and empty values into nulls, so that the merge patch removes them."""
     for name in ("active", "succeeded", "failed"):
         status[name] = status[name] or None
     status["conditions"] = status["conditions"] or None

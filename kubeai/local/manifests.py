@@ -1,7 +1,7 @@
-"""Manifests given on the command line: read, checked, applied as ``kubectl apply`` would.
+"""Read, check and apply the manifests given on the command line, as ``kubectl apply`` does.
 
-All of them are checked before anything starts, as strictly as kubectl's field validation: a field
-that the kind does not declare, or a key that is given twice, is an error that names its place.
+All manifests are checked before anything starts, as strictly as kubectl's field validation: an
+unknown field or a duplicate key is an error that names its location.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".yaml", ".yml", ".json")
 FILE_MAX_BYTES = 4 << 20
-PROBLEMS_MAX = 20  # wrong fields that one error names
+PROBLEMS_MAX = 20  # invalid fields listed in one error
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 CONFLICT_RETRIES = 5
 
-# What makes sense to hand to `kubeai local`; more can be applied with kubectl.
+# The kinds that `kubeai local` accepts; others can be applied with kubectl.
 RESOURCES: dict[tuple[str, str], Resource] = {
     (f"{r.group}/{r.version}" if r.group else r.version, r.kind): r
     for r in (kube.MODELS, kube.CONFIGMAPS, kube.SECRETS, kube.PVCS, kube.JOBS, kube.NAMESPACES)
@@ -42,7 +42,7 @@ class Manifest(NamedTuple):
     source: str  # "file" or "file (document 2)"
     resource: Resource
     object: dict[str, Any]
-    repeated: tuple[tuple[str, int], ...] = ()  # paths of keys given twice, and their lines
+    repeated: tuple[tuple[str, int], ...] = ()  # paths of duplicate keys, and their lines
 
     @property
     def name(self) -> str:
@@ -54,9 +54,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_manifests(paths: Iterable[Path]) -> list[Manifest]:
-    """All manifests of files and folders (not their subfolders), in order.
+    """Read all manifests of files and directories (not their subdirectories), in order.
 
-    KubeAIError names the place of what is wrong.
+    Raises KubeAIError, which names the location of the problem.
     """
     manifests = [manifest for path in paths for file in _files(path) for manifest in _read(file)]
     _check_fields(manifests)
@@ -67,10 +67,10 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if not files:
-            raise KubeAIError(f"{path}: no manifests ({', '.join(SUFFIXES)}) in this folder")
+            raise KubeAIError(f"{path}: no manifests ({', '.join(SUFFIXES)}) in this directory")
         return files
     if not path.exists():
-        raise KubeAIError(f"{path}: no such file or folder")
+        raise KubeAIError(f"{path}: no such file or directory")
     return [path]
 
 
@@ -93,7 +93,7 @@ def _read(file: Path) -> Iterator[Manifest]:
 
 
 def _documents(text: str) -> Iterator[tuple[Any, tuple[tuple[str, int], ...]]]:
-    """Each document's value, as JSON has it, and its keys that are given twice."""
+    """Yield each document's value, as JSON types, and its duplicate keys."""
     loader = _Loader(text)
     try:
         while loader.check_node():
@@ -108,24 +108,24 @@ def _documents(text: str) -> Iterator[tuple[Any, tuple[tuple[str, int], ...]]]:
 
 def _check(source: str, document: Any, repeated: tuple[tuple[str, int], ...]) -> Manifest:
     if not isinstance(document, dict):
-        raise KubeAIError(f"{source}: a manifest is a mapping, not a {type(document).__name__}")
+        raise KubeAIError(f"{source}: must be a mapping, not a {type(document).__name__}")
     for key in ("apiVersion", "kind"):
         if not isinstance(document.get(key), str):
-            raise KubeAIError(f"{source}: {key}: missing, or not a string")
+            raise KubeAIError(f"{source}: {key}: missing or not a string")
     metadata = document.get("metadata")
     if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
-        raise KubeAIError(f"{source}: metadata.name: missing, or not a string")
+        raise KubeAIError(f"{source}: metadata.name: missing or not a string")
     resource = RESOURCES.get((document["apiVersion"], document["kind"]))
     if resource is None:
         known = ", ".join(f"{version}/{kind}" for version, kind in RESOURCES)
         raise KubeAIError(
-            f"{source}: {document['apiVersion']}/{document['kind']}: not one of {known}"
+            f"{source}: {document['apiVersion']}/{document['kind']}: must be one of {known}"
         )
     return Manifest(source, resource, document, repeated)
 
 
 def _check_fields(manifests: list[Manifest]) -> None:
-    """Raise an error with one line for each field that is unknown or given twice."""
+    """Raise an error with one line for each unknown field and duplicate key."""
     if not manifests:
         return
     schemas = _schemas()
@@ -142,7 +142,7 @@ def _check_fields(manifests: list[Manifest]) -> None:
 
 def _problems(manifest: Manifest, schemas: Mapping[str, Schema]) -> Iterator[str]:
     for path, line in manifest.repeated:
-        yield f'duplicate field "{path}" (again in line {line})'
+        yield f'duplicate field "{path}" (again on line {line})'
     obj = copy.deepcopy(manifest.object)
     unknown = schemas[manifest.resource.kind].prune_fields(obj)
     for field in schemas["ObjectMeta"].prune_fields(obj["metadata"], embedded=False):
@@ -160,8 +160,8 @@ def _unknown(field: UnknownField) -> str:
 
 
 def _schemas() -> dict[str, Schema]:
-    """The schema of each kind that can be given, and of their metadata."""
-    # Imported here: it takes 35 ms, which a start without manifests should not wait for.
+    """Return the schema of each accepted kind, and of ObjectMeta."""
+    # Imported here because it takes 35 ms, which a start without manifests does not need.
     from kubeai.local.apiserver.resources import BUILT_IN, OBJECT_META
     from kubeai.local.apiserver.schema import Schema
 
@@ -172,10 +172,10 @@ def _schemas() -> dict[str, Schema]:
 
 
 async def apply(client: Kube, manifest: Manifest) -> str:
-    """Create the object, or change it to what the manifest says; what others set stays.
+    """Create the object or update it to match the manifest; fields set by others are kept.
 
-    Returns ``created``, ``configured`` or ``unchanged``. Three-way, by the annotation that
-    ``kubectl apply`` keeps, so that both can be used on one object.
+    Returns ``created``, ``configured`` or ``unchanged``. A three-way merge on the annotation that
+    ``kubectl apply`` keeps, so that both can be used on the same object.
     """
     resource, wanted = manifest.resource, json.loads(json.dumps(manifest.object))
     namespace = wanted["metadata"].get("namespace") or client.namespace
@@ -202,11 +202,11 @@ async def apply(client: Kube, manifest: Manifest) -> str:
                 raise KubeAIError(
                     f"{manifest.source}: {resource.kind} {manifest.name}: {error}"
                 ) from None
-    raise KubeAIError(f"{manifest.source}: {resource.kind} {manifest.name}: changed all the time")
+    raise KubeAIError(f"{manifest.source}: {resource.kind} {manifest.name}: too many conflicts")
 
 
 def merge_patch(last: Any, live: Any, wanted: Any) -> dict[str, Any]:
-    """The JSON merge patch that brings ``live`` to ``wanted`` and drops what only ``last`` had."""
+    """Return the JSON merge patch from ``live`` to ``wanted``; drops what only ``last`` had."""
     patch: dict[str, Any] = {key: None for key in last if key not in wanted and key in live}
     for key, value in wanted.items():
         have = live.get(key)

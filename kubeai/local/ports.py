@@ -1,7 +1,7 @@
-"""The embedded API's port, which stays the same over restarts.
+"""The embedded API's port, which stays the same across restarts.
 
-The kubeconfig in the data directory is where it is kept: clients hold on to that file, or to copies
-of it. The API's process chooses the port, `kubeai local` compares.
+It is stored in the data directory's kubeconfig, because clients keep using that file or copies of
+it. The API process chooses the port; `kubeai local` reports when it changed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 import yaml
 
-# Below the ports that Linux gives to outgoing connections (32768 and up by default), so that none
-# of them takes the port between two starts; below Kubernetes' node ports (30000 and up), too.
+# Below Linux's ephemeral ports (32768 and up by default), so that no outgoing connection takes the
+# port between two starts; also below Kubernetes' node ports (30000 and up).
 FIRST, LAST = 20_000, 29_999
 TRIES_MAX = 20
 
 
 def kept_port(directory: Path) -> int:
-    """The port in the data directory's kubeconfig; 0 when there is none."""
+    """Return the port in the data directory's kubeconfig, or 0 if there is none."""
     try:
         content = yaml.safe_load((directory / "kubeconfig").read_bytes())
         return urlsplit(content["clusters"][0]["cluster"]["server"]).port or 0
@@ -28,9 +28,10 @@ def kept_port(directory: Path) -> int:
 
 
 def candidates(directory: Path, asked: int) -> list[int]:
-    """The ports to try, in order: the one that was asked for alone, else the kept one first.
+    """Return the ports to try, in order.
 
-    The last is 0, which is any that is free.
+    If ``asked`` is set, only that port. Otherwise the kept port, random ones, and finally 0, which
+    means any free port.
     """
     if asked:
         return [asked]

@@ -1,8 +1,8 @@
-"""The process that a person starts with ``kubeai local``.
+"""The main process of ``kubeai local``.
 
-It owns the data directory, the embedded API and the process kubelet as child processes (each is
-restarted when it dies), applies the CRD and the given manifests, runs the supervisor and beside it
-the controller of Jobs, and tells the person what happens. Everything ends with it.
+It owns the data directory, runs the embedded API and the process kubelet as child processes
+(restarted when they exit), applies the CRD and the given manifests, runs the supervisor and the Job
+controller, and prints what happens to the terminal. Everything stops with it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ ENGINE_PORT = 8000
 CHILD_START_TIMEOUT_S = 30.0
 CHILD_STOP_TIMEOUT_S = 15.0
 CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S = 0.2, 5.0
-CHILD_SETTLED_S = 10.0  # one that lived this long did not die of its start
+CHILD_SETTLED_S = 10.0  # a process that ran this long resets the restart back-off
 LAST_WORDS_MAX_BYTES = 4096
 CRD_TIMEOUT_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
-# What a person at a terminal expects of one machine: replicas that go away soon after the last
-# request, a quick end. A config file overrides each key.
+# Defaults for interactive use on one machine: scale down soon after the last request, and stop
+# quickly. A config file overrides each key.
 LOCAL_DEFAULTS: dict[str, Any] = {
     "metricsAddr": "127.0.0.1:0",
     "healthAddress": "127.0.0.1:0",
@@ -73,7 +73,7 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class Child:
-    """One helper process: started, waited for, restarted when it dies, ended with us."""
+    """A child process: started, awaited until ready, restarted when it exits, stopped with us."""
 
     def __init__(self, name: str, command: Callable[[], list[str]], log_file: Path) -> None:
         self.name = name
@@ -88,7 +88,7 @@ class Child:
         self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
 
     async def _spawn(self) -> None:
-        """Start the process and wait until it says that it is ready."""
+        """Start the process and wait until it reports that it is ready."""
         reader, writer = os.pipe()
         try:
             with self._log_file.open("ab") as log_to:
@@ -103,7 +103,7 @@ class Child:
                     stdout=log_to,
                     stderr=log_to,
                     pass_fds=(writer,),
-                    start_new_session=True,  # a Ctrl-C is ours to pass on, in our order
+                    start_new_session=True,  # Ctrl-C reaches only us: we stop the children in order
                     preexec_fn=_die_with_parent,
                 )
         finally:
@@ -124,12 +124,12 @@ class Child:
             code = await self._process.wait()
             if time.monotonic() - began_s > CHILD_SETTLED_S:
                 backoff.reset()
-            log.error("restarting", process=self.name, exit_code=code)
+            log.error("process exited, restarting it", process=self.name, exit_code=code)
             await asyncio.sleep(backoff.next_s())
             try:
                 await self._spawn()
             except (KubeAIError, OSError) as error:
-                log.error("could not restart", process=self.name, error=str(error))
+                log.error("failed to restart process", process=self.name, error=str(error))
 
     async def stop(self) -> None:
         if self._keeper is not None:
@@ -151,12 +151,12 @@ class Child:
 
 
 def _last_line(log_file: Path, begin: int) -> str:
-    """What a process that did not start said last, if it said anything."""
+    """Return the last non-empty line that a process logged since offset ``begin``."""
     with log_file.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(begin, end - LAST_WORDS_MAX_BYTES))
         lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def _die_with_parent() -> None:
@@ -164,13 +164,13 @@ def _die_with_parent() -> None:
 
 
 async def _read_line(fd: int, timeout_s: float) -> str:
-    """One line from a pipe, or what came before its end or the deadline."""
+    """Read one line from a pipe; shorter at its end, empty at the deadline."""
     loop = asyncio.get_running_loop()
     stream = asyncio.StreamReader()
     pipe = os.fdopen(fd, "rb")
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
     try:
-        # Not wait_for: in Python 3.11 it may swallow a cancellation; `stop` would wait for ever.
+        # Not wait_for: in Python 3.11 it may swallow a cancellation, and `stop` would hang.
         async with asyncio.timeout(timeout_s):
             return (await stream.readline()).decode()
     except TimeoutError:
@@ -180,11 +180,11 @@ async def _read_line(fd: int, timeout_s: float) -> str:
 
 
 def _check_host(options: Options) -> None:
-    """Pods listen on port 8000 of loopback addresses of their own; all interfaces includes them."""
+    """Refuse a wildcard address on port 8000: pods use that port on their loopback addresses."""
     if options.host in ("0.0.0.0", "::") and options.port == ENGINE_PORT:
         raise KubeAIError(
-            f"--host {options.host}: takes port {ENGINE_PORT} of every address, also those of the "
-            f"pods; give another --port, or the address of one interface"
+            f"--host {options.host}: would take port {ENGINE_PORT} on every address, including the "
+            f"pods'; use another --port, or the address of one interface"
         )
 
 
@@ -197,7 +197,7 @@ def _check_namespace(options: Options) -> None:
 
 
 async def run(options: Options) -> None:
-    """``kubeai local``, until Ctrl-C or SIGTERM."""
+    """Run ``kubeai local`` until Ctrl-C or SIGTERM."""
     _check_host(options)
     _check_namespace(options)
     config = load_config(options.config, defaults=LOCAL_DEFAULTS)
@@ -226,7 +226,7 @@ async def run(options: Options) -> None:
                 client,
                 config,
                 namespace=client.namespace,
-                # One at a time, by the lock: after a kill its successor takes the lease up at once.
+                # The lock admits one process; after a kill, the next one can renew the lease.
                 identity="local",
                 host=options.host,
                 port=options.port,
@@ -252,7 +252,7 @@ async def run(options: Options) -> None:
 async def _beside(
     stop: Callable[[], None], *works: Coroutine[Any, Any, None]
 ) -> AsyncIterator[None]:
-    """Tasks for as long as the block runs; one that ends by a fault stops it, and is raised."""
+    """Run tasks while the block runs. If one fails, call ``stop`` and raise its exception."""
     tasks = [asyncio.create_task(work) for work in works]
     for task in tasks:
         task.add_done_callback(lambda _: stop())
@@ -313,17 +313,16 @@ async def _install_crd(client: Kube) -> None:
 
 
 def _say_if_moved(options: Options, kept_port: int, port: int) -> None:
-    """Watches and copies of the kubeconfig rely on the API's port."""
+    """Print a note when the API's port changed, as copies of the kubeconfig contain it."""
     if kept_port and not options.api_port and port != kept_port:
         _print(
-            f"Kubernetes API: port {kept_port}, where it was at the last start, is in use by "
-            f"another program. It is at port {port} from now on: copies of the kubeconfig need "
-            f"that port, or start with --api-port"
+            f"Kubernetes API: the previous port {kept_port} is in use by another program. It now "
+            f"listens on port {port}. Update copies of the kubeconfig, or set --api-port"
         )
 
 
 async def _create_namespace(client: Kube) -> None:
-    """Create the served namespace unless it exists."""
+    """Create the served namespace if it does not exist."""
     try:
         await client.create(kube.NAMESPACES, {"metadata": {"name": client.namespace}})
     except ApiError as error:
@@ -337,7 +336,7 @@ def _check_namespaces(manifests: list[Manifest], served: str) -> None:
         if manifest.resource is kube.MODELS and namespace != served:
             raise KubeAIError(
                 f"{manifest.source}: metadata.namespace: {namespace}: Models are served in the "
-                f"namespace {served} only; --namespace chooses another"
+                f"namespace {served} only; use --namespace to choose another"
             )
 
 
@@ -348,7 +347,7 @@ async def _apply(client: Kube, manifests: list[Manifest]) -> None:
 
 
 def _print(text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk must not stop what runs
+    with contextlib.suppress(OSError):  # a full disk must not stop the server
         print(text, flush=True)
 
 
@@ -362,12 +361,12 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
     _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
     kubeconfig = shlex.quote(str(options.data_dir / "kubeconfig"))
     _print(f"kubectl          export KUBECONFIG={kubeconfig}")
-    _print("Ctrl-C ends everything; Models stay in the data directory.")
+    _print("Press Ctrl-C to stop. Models are kept in the data directory.")
     _print("")
 
 
 async def _report(client: Kube) -> None:
-    """Tell the person what becomes of pods, and which Models cannot be run; one line a change."""
+    """Print a line for each change of a pod's state, and for Models that cannot run."""
     told: dict[tuple[str, str], str] = {}
 
     async def follow(resource: Resource, labels: str, line_of: Callable[[Any], str]) -> None:
@@ -394,7 +393,7 @@ async def _report(client: Kube) -> None:
 
 
 def _model_line(model: dict[str, Any]) -> str:
-    """What is wrong with a Model when nothing is under way that could mend it; else nothing."""
+    """Describe why a Model is neither ready nor progressing; empty otherwise."""
     conditions = {c["type"]: c for c in model.get("status", {}).get("conditions", [])}
     ready, progressing = conditions.get("Ready"), conditions.get("Progressing")
     if not ready or not progressing or "True" in (ready["status"], progressing["status"]):

@@ -1,4 +1,4 @@
-"""What the servers of an exec, the embedded API and the process kubelet, do with a WebSocket."""
+"""WebSocket helpers for exec, shared by the embedded API and the process kubelet."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kubeai.http import aiohttp, web
 PING_INTERVAL_S = 15.0
 CLOSE_TIMEOUT_S = 1.0
 MESSAGE_MAX_BYTES = 4 << 20
-# A command's words are in the request's first line.
+# The command's arguments are in the query string.
 REQUEST_LINE_MAX_BYTES = 256 << 10
 
 
 def asked_protocol(request: web.Request) -> str:
-    """The best protocol that the client of an upgrade can speak; empty when it is no such one."""
+    """Return the best exec protocol that the client offers; empty if there is none."""
     if request.headers.get("Upgrade", "").lower() != "websocket":
         return ""
     offered = [
@@ -35,14 +35,14 @@ def server_socket(protocol: str) -> web.WebSocketResponse:
 
 
 def payload(message: aiohttp.WSMessage) -> bytes | None:
-    """A message's bytes, also of one sent as text, as Python's client does; None for others."""
+    """Return a binary or text message's bytes (Python's client sends text); None for others."""
     if message.type is aiohttp.WSMsgType.TEXT:
         return str(message.data).encode()
     return bytes(message.data) if message.type is aiohttp.WSMsgType.BINARY else None
 
 
 async def first_of(work: Iterable[asyncio.Task[object]], timeout_s: float | None = None) -> None:
-    """Until one task is done, or the time is over; the others are cancelled and gone then."""
+    """Wait until one task is done or the timeout expires, then cancel and await all others."""
     tasks = list(work)
     try:
         await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -53,7 +53,7 @@ async def first_of(work: Iterable[asyncio.Task[object]], timeout_s: float | None
 
 
 async def ping(socket: web.WebSocketResponse) -> None:
-    """Ping until the client is gone, which is noticed here also while nobody reads from it."""
+    """Ping until the client is gone, to detect that even while nothing reads from it."""
     while True:
         await asyncio.sleep(PING_INTERVAL_S)
         try:

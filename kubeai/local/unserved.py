@@ -1,9 +1,9 @@
-"""Models in namespaces that `kubeai local` does not serve: their status and the terminal say so.
+"""Report Models in namespaces that `kubeai local` does not serve, in their status and on stdout.
 
-The operator serves one namespace, because a Model's name is what requests are routed by. This is
-the only writer of the other namespaces' Models, so the two never write the same object; the lock on
-the data directory keeps it alone. A Model that was served at an earlier start, with another
-``--namespace``, loses its replicas: no request could reach them.
+The operator serves one namespace, because requests are routed by the Model's name. This module is
+the only writer of Models in other namespaces, so the two never write the same object; the lock on
+the data directory ensures there is only one. If an earlier start served a Model with another
+``--namespace``, its replicas are deleted, because no request could reach them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ REASON = "NamespaceNotServed"
 
 
 class Unserved:
-    """Follows the Models of all namespaces; `run` it until it is cancelled."""
+    """Watches the Models of all namespaces. `run` runs until it is cancelled."""
 
     def __init__(self, kube: Kube, report: Callable[[str], None]) -> None:
-        """``report`` gets a line for the person at the terminal, once for each Model."""
+        """``report`` is called once per Model with a line for the terminal."""
         self._kube = kube
         self._report = report
         self._seen: set[str] = set()  # uids of Models whose replicas are gone
@@ -67,8 +67,8 @@ class Unserved:
                     await self._write(model)
                     backoff.reset()
                 except ApiError as error:
-                    if error.status not in (404, 409):  # else it is gone, or has changed
-                        log.warning("a status could not be written", model=key, error=str(error))
+                    if error.status not in (404, 409):  # deleted, or changed and queued again
+                        log.warning("failed to write Model status", model=key, error=str(error))
                         await asyncio.sleep(backoff.next_s())
                         continue
                 if self._pending.get(key) is model:
@@ -101,13 +101,13 @@ class Unserved:
 
 def message(served: str) -> str:
     return (
-        f"kubeai local serves Models in the namespace {served} only: create it there, or start "
+        f"kubeai local serves Models in the namespace {served} only. Create it there, or start "
         f"kubeai local with another --namespace"
     )
 
 
 def status_patch(model: Object, served: str, now: datetime) -> Object | None:
-    """The merge patch that makes the status true; None when it is."""
+    """Return the merge patch that updates the status; None if it is already up to date."""
     meta, status = model["metadata"], model.get("status") or {}
     before = status.get("conditions") or []
     ready = {

@@ -26,7 +26,7 @@ def test_a_folder_is_read_in_order_and_empty_documents_are_skipped(tmp_path):
     ("text", "named"),
     [
         ("a: [", ":1:"),
-        ("- a", "a manifest is a mapping"),
+        ("- a", "must be a mapping"),
         ("kind: Model\nmetadata: {name: a}", "apiVersion"),
         ("apiVersion: kubeai.org/v1\nmetadata: {name: a}", "kind"),
         ("apiVersion: kubeai.org/v1\nkind: Model", "metadata.name"),
@@ -77,7 +77,7 @@ spec:
         ),
         (
             f"{MODEL}{SPEC}  minReplicas: 1\n  minReplicas: 2\n",
-            ['duplicate field "spec.minReplicas" (again in line 9)'],
+            ['duplicate field "spec.minReplicas" (again on line 9)'],
         ),
         (
             JOB,
