@@ -1,14 +1,14 @@
-"""The Kubernetes API, as the operator, the kubelet and ``kubeai local`` use it.
+"""A Kubernetes API client, used by the operator, the kubelet and ``kubeai local``.
 
-Owns: the connections (kubernetes_asyncio loads kubeconfigs, tokens and exec plug-ins), the verbs,
-:meth:`Kube.follow`, which keeps a caller's view of a collection current for ever, and
+Owns the connections (kubernetes_asyncio loads kubeconfigs, tokens and exec plug-ins), the verbs,
+:meth:`Kube.follow`, which keeps a caller's view of a collection up to date, and
 :meth:`Kube.fenced`, through which a leader writes. Objects are dicts, or any type that msgspec
-decodes straight from the bytes.
+decodes directly from the response.
 
-Promises: every failure of a call is an :class:`ApiError` (status 0 when no answer came); nothing
-is retried here but ``follow`` and one call after a 401 that a fresh token mends; every call and
-every silence on a watch has a limit in seconds; and what the peer has not acknowledged after
-``unacknowledged_max_s`` is given up with its connection, so that it does not arrive late.
+Promises: every failed call raises :class:`ApiError` (status 0 if there was no response). Only
+``follow`` retries, and a call that got 401 is repeated once with refreshed credentials. Every call
+has a timeout, and so has silence on a watch. Data that the peer has not acknowledged within
+``unacknowledged_max_s`` is dropped together with its connection, so that no write arrives late.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from kubeai.logs import get_logger
 with without_init("kubernetes_asyncio", "kubernetes_asyncio.client") as (_, client):
     from kubernetes_asyncio.client.configuration import Configuration
 
-    if not hasattr(client, "Configuration"):  # what `config` wants of the package
+    if not hasattr(client, "Configuration"):  # names that `config` imports from the package
         client.Configuration, client.ApiClient = Configuration, None  # type: ignore[attr-defined]
     from kubernetes_asyncio import config as kube_config
 
@@ -48,18 +48,18 @@ Object = dict[str, Any]
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 
-    T = TypeVar("T", default=Object)  # what an object is decoded as
+    T = TypeVar("T", default=Object)  # the type that objects are decoded as
 PatchKind = Literal["merge", "json", "strategic"]
 
 CALL_TIMEOUT_S = 30.0
-UNACKNOWLEDGED_MAX_S = 5.0  # by default: as long as a lease outlasts its leader
+UNACKNOWLEDGED_MAX_S = 5.0  # default leaseDuration - renewDeadline
 LIST_TIMEOUT_S = 120.0
 LIST_PAGE_MAX_ITEMS = 500
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-WATCH_TIMEOUT_S = (240.0, 300.0)  # the server ends a watch after a time between the two
+WATCH_TIMEOUT_S = (240.0, 300.0)  # range of the timeout that the server is asked for
 WATCH_SILENCE_MAX_S = 330.0
 EVENT_MAX_BYTES = 64 << 20
-EXEC_OUTPUT_MAX_BYTES = 64 << 10  # what is kept of a command's output: its end
+EXEC_OUTPUT_MAX_BYTES = 64 << 10  # the tail of a command's output that is kept
 EXEC_MESSAGE_MAX_BYTES = 4 << 20
 EXEC_CLOSE_TIMEOUT_S = 1.0
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 10.0
@@ -72,7 +72,7 @@ _CONTENT_TYPE = {
 
 
 class Resource(NamedTuple):
-    """A collection of the API."""
+    """An API resource type."""
 
     group: str
     version: str
@@ -82,7 +82,7 @@ class Resource(NamedTuple):
 
     @property
     def api_version(self) -> str:
-        """What an object's ``apiVersion`` says."""
+        """The ``apiVersion`` of its objects."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
@@ -110,7 +110,7 @@ CRDS = Resource(
 class ApiError(KubeAIError):
     """A call to the Kubernetes API failed.
 
-    ``status`` is HTTP's, or 0 when no answer came (then the write may have happened).
+    ``status`` is the HTTP status, or 0 if there was no response (a write may have been applied).
     """
 
     def __init__(
@@ -123,16 +123,16 @@ class ApiError(KubeAIError):
 
 
 class ExecResult(NamedTuple):
-    """A command that ran in a container; ``output`` is the end of its stdout and stderr."""
+    """Result of a command in a container; ``output`` is the tail of its stdout and stderr."""
 
     exit_code: int
     output: str
 
 
 class Backoff:
-    """Growing waits with jitter, so that many callers of one server spread out.
+    """Exponential back-off with jitter, so that many clients of one server spread out.
 
-    The n-th wait is random between a half and all of ``first_s × 2ⁿ``, at most ``max_s``.
+    The n-th wait is random between half and all of ``first_s × 2ⁿ``, at most ``max_s``.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Backoff:
         self.failures = 0
 
     def next_s(self) -> float:
-        """The next wait, in seconds; counts one more failure."""
+        """Count a failure and return the next wait in seconds."""
         wait_s = min(self._max_s, self._first_s * 2.0 ** min(self.failures, 32))
         self.failures += 1
         return wait_s * (0.5 + 0.5 * self._random())
@@ -193,7 +193,7 @@ def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
 
 
 class Kube:
-    """A connection to one Kubernetes API; make it with :meth:`connect`, end it with ``close``."""
+    """A client for one Kubernetes API. Create it with :meth:`connect`, end it with ``close``."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class Kube:
             socket_factory=partial(_socket, unacknowledged_max_s=unacknowledged_max_s),
         )
         self._check: Callable[[], None] | None = None
-        self._sessions: builtins.list[aiohttp.ClientSession] = []  # of those fenced, too
+        self._sessions: builtins.list[aiohttp.ClientSession] = []  # fenced ones too
         self._session = self._open_session()
         self._options: dict[str, Any] = {}
         if configuration.proxy:
@@ -227,7 +227,7 @@ class Kube:
     ) -> Kube:
         """Use ``kubeconfig``, else $KUBECONFIG, else the pod's service account.
 
-        Raises KubeAIError when none of them can be read. Sends nothing yet.
+        KubeAIError if the one that applies cannot be read. Does not contact the server yet.
         """
         configuration = Configuration()
         path = kubeconfig or os.environ.get("KUBECONFIG")
@@ -237,7 +237,7 @@ class Kube:
                 _in_cluster(configuration)
             except kube_config.ConfigException as error:
                 raise KubeAIError(
-                    f"no Kubernetes API: KUBECONFIG is not set, and not in a cluster ({error})"
+                    f"no Kubernetes API: KUBECONFIG is not set and this is not a pod ({error})"
                 ) from error
             namespace = environment or _account_namespace() or "default"
             return cls(configuration, namespace, None, unacknowledged_max_s)
@@ -250,18 +250,18 @@ class Kube:
             )
         except kube_config.ConfigException as error:
             raise KubeAIError(f"kubeconfig {path}: {error}") from error
-        except Exception as error:  # a wrong file ends in whatever the YAML made of it
-            raise KubeAIError(f"kubeconfig {path}: is not a kubeconfig ({error})") from error
+        except Exception as error:  # an invalid file can raise anything
+            raise KubeAIError(f"kubeconfig {path}: not a valid kubeconfig ({error})") from error
         context = (loader.current_context or {}).get("context") or {}
         namespace = context.get("namespace") or environment or "default"
         return cls(configuration, namespace, loader, unacknowledged_max_s)
 
     def fenced(self, check: Callable[[], None]) -> Kube:
-        """The same API, over the same connections, for one who may write only while ``check`` says.
+        """A client on the same connections whose writes are only sent if ``check`` passes.
 
-        ``check`` is called as the last thing before the bytes of a write, or of a command, are
-        handed to their connection, however long they waited for it. What it raises ends the call,
-        and nothing is sent. Reads are not checked. Closed with the Kube that it is made from.
+        ``check`` is called right before the bytes of a write or of an exec are handed to their
+        connection, after any wait for that connection. If it raises, nothing is sent and the call
+        fails with its exception. Reads are not checked. Closed together with the original client.
         """
         fenced = copy.copy(self)
         fenced._check = check
@@ -284,7 +284,7 @@ class Kube:
         *,
         type: type[T] = dict,  # type: ignore[assignment]
     ) -> T:
-        """One object, as the API has it now (not from a cache)."""
+        """Read one object from the API server, not from a cache."""
         path = r.path(namespace or self.namespace, name)
         return _decode(await self._call("GET", path), type)
 
@@ -298,9 +298,9 @@ class Kube:
         metadata_only: bool = False,
         type: type[T] = dict,  # type: ignore[assignment]
     ) -> tuple[builtins.list[T], str]:
-        """The items and the list's resourceVersion. No namespace: all of them.
+        """The items and the list's resourceVersion. Without a namespace, lists all namespaces.
 
-        ``metadata_only``: the items have their metadata alone (PartialObjectMetadata).
+        ``metadata_only``: return only the items' metadata (PartialObjectMetadata).
         """
         items: builtins.list[Any] = []
         version = ""
@@ -318,7 +318,7 @@ class Kube:
         *,
         type: type[T] = dict,  # type: ignore[assignment]
     ) -> T:
-        """Create; ApiError 409 (AlreadyExists) when the name is taken."""
+        """Create an object. ApiError 409 (AlreadyExists) if the name is taken."""
         path = r.path(self._namespace_of(obj, namespace))
         return _decode(await self._call("POST", path, body=_with_kind(r, obj)), type)
 
@@ -331,7 +331,7 @@ class Kube:
         subresource: str = "",
         type: type[T] = dict,  # type: ignore[assignment]
     ) -> T:
-        """Replace; with a resourceVersion in it, ApiError 409 (Conflict) when it is not current."""
+        """Replace an object. ApiError 409 (Conflict) if it has an outdated resourceVersion."""
         path = r.path(self._namespace_of(obj, namespace), obj["metadata"]["name"], subresource)
         body = obj if subresource == "scale" else _with_kind(r, obj)
         return _decode(await self._call("PUT", path, body=body), type)
@@ -347,7 +347,7 @@ class Kube:
         kind: PatchKind = "merge",
         type: type[T] = dict,  # type: ignore[assignment]
     ) -> T:
-        """Patch; a ``metadata.resourceVersion`` in it makes the patch conditional."""
+        """Patch an object. A ``metadata.resourceVersion`` in it makes the patch conditional."""
         path = r.path(namespace or self.namespace, name, subresource)
         answer = await self._call("PATCH", path, body=patch, content_type=_CONTENT_TYPE[kind])
         return _decode(answer, type)
@@ -363,7 +363,7 @@ class Kube:
         grace_s: float | None = None,
         propagation: Literal["Orphan", "Background", "Foreground"] | None = None,
     ) -> None:
-        """Delete; ApiError 404 when it is gone, 409 when uid or resourceVersion differ."""
+        """Delete an object. ApiError 404 if it is gone, 409 if uid or resourceVersion differ."""
         preconditions = {"uid": uid, "resourceVersion": resource_version}
         options = {
             "apiVersion": "v1",
@@ -384,12 +384,12 @@ class Kube:
         namespace: str = "",
         timeout_s: float,
     ) -> ExecResult:
-        """Run a command in a container of a pod, until it has ended; it gets no stdin.
+        """Run a command in a pod's container, without stdin, and wait until it ends.
 
-        Needs the verbs get and create on pods/exec: which of them is asked, versions differ in.
-        ApiError when it did not run (404: no such pod), and when its end is not known (status 0;
-        reason Timeout after ``timeout_s`` seconds): then it may have run, and a node may let it
-        go on.
+        Needs the verbs get and create on pods/exec, because Kubernetes versions check different
+        ones. ApiError if the command did not run (404: no such pod) or its outcome is unknown
+        (status 0; reason Timeout after ``timeout_s`` seconds). In the latter case it may have run,
+        and may still be running on the node.
         """
         query = [("command", word) for word in command]
         query += [("container", container), ("stdout", "true"), ("stderr", "true")]
@@ -419,7 +419,7 @@ class Kube:
     ) -> AsyncIterator[tuple[str, T]]:
         """(ADDED | MODIFIED | DELETED | BOOKMARK, object) until the server ends the watch.
 
-        A bookmark's object has metadata.resourceVersion and little more. ApiError 410 when
+        A bookmark's object has little more than metadata.resourceVersion. ApiError 410 if
         ``resource_version`` is too old: list again.
         """
         async with contextlib.aclosing(
@@ -440,13 +440,13 @@ class Kube:
         changed: Callable[[str, T], None],
         failed: Callable[[ApiError], None] = lambda error: None,
     ) -> None:
-        """List and watch for ever (until cancelled).
+        """List and watch until cancelled.
 
-        ``replaced`` gets the whole list, first and after a 410; ``changed`` gets each event
-        (ADDED, MODIFIED, DELETED) as it comes. Both are called in order and must not block. An
-        object that does not decode as ``type`` is logged and passed over; what came before it
-        stays. Failures are told to ``failed`` and retried with back-off and jitter, from the last
-        resourceVersion; where the server has forgotten that, it is asked for a list at once.
+        ``replaced`` gets the whole list, at first and after a 410; ``changed`` gets each event
+        (ADDED, MODIFIED, DELETED). Both are called in order and must not block. An object that
+        cannot be decoded as ``type`` is logged and skipped; the caller keeps its previous version.
+        Failures are reported to ``failed`` and retried with back-off and jitter from the last
+        resourceVersion. If that has expired, the collection is listed again at once.
         """
         backoff = Backoff()
         version = ""
@@ -469,7 +469,7 @@ class Kube:
                         if obj is not None:
                             changed(kind, obj)
                         elif kind == "DELETED":
-                            version = ""  # which one is gone, only a list can tell
+                            version = ""  # only a new list can show which object was deleted
                             break
             except ApiError as error:
                 broke = True
@@ -482,13 +482,13 @@ class Kube:
             if not forgotten and (broke or time.monotonic() - began < 1.0):
                 await asyncio.sleep(max(backoff.next_s(), retry_after_s))
 
-    # -- how it is done --------------------------------------------------------------------------
+    # -- implementation --------------------------------------------------------------------------
 
     def _open_session(self, *traces: aiohttp.TraceConfig) -> aiohttp.ClientSession:
         session = aiohttp.ClientSession(
             connector=self._connector,
             connector_owner=False,
-            # As Go does: a proxy from the environment is not asked for this machine's own API.
+            # Like Go's HTTP client, do not use a proxy from the environment for loopback addresses.
             trust_env=not _is_loopback(self._base),
             read_bufsize=1 << 20,
             raise_for_status=_tell_refused_upgrade,
@@ -540,7 +540,7 @@ class Kube:
             total=None, sock_connect=CALL_TIMEOUT_S, sock_read=WATCH_SILENCE_MAX_S
         )
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):  # to answer; then it may be silent
+            async with asyncio.timeout(CALL_TIMEOUT_S):  # for the response's head only
                 response = await self._send("GET", r.path(namespace), query, timeout=timeout)
             async with response:
                 if response.status == 401:
@@ -590,7 +590,7 @@ class Kube:
         return answer
 
     def _ask_again(self) -> None:
-        """Where the check refused a body, aiohttp says no more than that it was not sent."""
+        """Repeat the check, since aiohttp hides an exception that it raised for a body."""
         if self._check is not None:
             self._check()
 
@@ -641,22 +641,22 @@ class Kube:
         return headers
 
     async def _renew(self) -> bool:
-        """Read the kubeconfig's credentials again, at most every 10 s."""
+        """Reload the kubeconfig's credentials, at most every 10 s."""
         now = time.monotonic()
         if self._loader is None or now - self._renewed_at < 10 < now:
             return False
         self._renewed_at = now
-        with contextlib.suppress(Exception):  # the 401 itself is the better message
+        with contextlib.suppress(Exception):  # the 401 is the more useful error
             await self._loader.load_and_set(self._configuration)
             return True
         return False
 
 
 def fence(check: Callable[[], None]) -> aiohttp.TraceConfig:
-    """For a session whose requests may be sent only while ``check`` says; see :meth:`Kube.fenced`.
+    """Make a session send its requests only if ``check`` passes; see :meth:`Kube.fenced`.
 
-    aiohttp calls these two with the connection in hand: the first when the headers are about to be
-    written, the second, a turn of the event loop later, when the body is; they go out together.
+    aiohttp calls these two hooks when it has a connection: the first right before the headers are
+    written, the second one event-loop iteration later, before the body. Both are sent together.
     """
 
     async def headers(
@@ -690,10 +690,10 @@ def _tls(configuration: Configuration) -> ssl.SSLContext:
 
 
 def _socket(address: aiohttp.AddrInfoType, *, unacknowledged_max_s: float) -> socket.socket:
-    """A socket that drops what its peer does not acknowledge in time, even once it is closed.
+    """A socket that drops data its peer does not acknowledge in time, even after it is closed.
 
-    Otherwise Linux sends it again for some 15 minutes, and a write that was lost in a partition
-    takes effect when that heals.
+    Otherwise Linux retransmits for about 15 minutes, and a write that was lost in a network
+    partition takes effect when the partition heals.
     """
     family, kind, protocol, _, _ = address
     sock = socket.socket(family, kind, protocol)
@@ -724,19 +724,19 @@ def _decode(data: bytes | msgspec.Raw, type_: type[T]) -> T:
         decoded: T = _decoder(type_).decode(data)
         return decoded
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(0, "Undecodable", f"the API's answer does not decode: {error}") from error
+        raise ApiError(0, "Undecodable", f"cannot decode the response: {error}") from error
 
 
 def _decode_leniently(r: Resource, raw: msgspec.Raw, type_: Any) -> Any:
     try:
         return _decoder(type_).decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.error("object passed over", resource=r.plural, error=str(error), start=bytes(raw)[:200])
+        log.error("object skipped", resource=r.plural, error=str(error), start=bytes(raw)[:200])
         return None
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Split at newlines; unlike StreamReader.readline, a line may be longer than its buffer."""
+    """Split at newlines. Unlike StreamReader.readline, allows lines longer than the buffer."""
     parts: list[bytes] = []
     held_bytes = 0
     async for chunk in content.iter_any():
@@ -744,7 +744,7 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
         parts.append(first)
         held_bytes += len(first)
         if held_bytes > EVENT_MAX_BYTES:
-            raise ApiError(0, "TooLarge", f"a watch event has more than {EVENT_MAX_BYTES} bytes")
+            raise ApiError(0, "TooLarge", f"watch event larger than {EVENT_MAX_BYTES} bytes")
         for line in lines:
             whole = b"".join(parts)
             if whole.strip():
@@ -753,17 +753,17 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 async def _tell_refused_upgrade(response: aiohttp.ClientResponse) -> None:
-    """aiohttp's error for an upgrade that is refused would not have the Status that says why."""
+    """Raise the Status of a refused upgrade, which aiohttp's own error does not include."""
     if response.status >= 400 and "Upgrade" in response.request_info.headers:
         raise _api_error(response, await response.read())
 
 
 async def _command_result(messages: aiohttp.ClientWebSocketResponse) -> ExecResult:
-    """Read an exec's channels until one says how the command ended."""
+    """Read an exec's channels until the command's status arrives."""
     output = bytearray()
     async for message in messages:
         if message.type is not aiohttp.WSMsgType.BINARY or len(message.data) < 2:
-            continue  # an empty message says only that the channel is there
+            continue  # an empty message only announces the channel
         channel, data = message.data[0], message.data[1:]
         if channel in (channels.STDOUT, channels.STDERR):
             output += data
@@ -772,12 +772,12 @@ async def _command_result(messages: aiohttp.ClientWebSocketResponse) -> ExecResu
             try:
                 ending = channels.Ending.decode(data)
             except ValueError as error:
-                raise ApiError(0, "Undecodable", f"how the command ended: {error}") from error
+                raise ApiError(0, "Undecodable", f"command status: {error}") from error
             if ending.exit_code is None:
                 raise ApiError(ending.status, ending.reason, ending.message)
             return ExecResult(ending.exit_code, output.decode(errors="replace"))
     code = messages.close_code
-    raise ApiError(0, "Unreachable", f"the connection ended before the command did ({code})")
+    raise ApiError(0, "Unreachable", f"connection closed before the command ended ({code})")
 
 
 def _api_error(response: aiohttp.ClientResponse, body: bytes) -> ApiError:
@@ -800,10 +800,10 @@ def _no_answer(verb: str, what: str, error: Exception) -> ApiError:
 
 
 def _notice_dead_peers(response: aiohttp.ClientResponse) -> None:
-    """A silent watch whose peer is gone without a word is noticed after about 20 s.
+    """Enable keep-alive, so that a watch whose peer vanished silently fails after about 20 s.
 
-    The first probe is sent after 15; the second finds the socket's limit for what is not
-    acknowledged (see `_socket`) exceeded, which stands here for a count of probes.
+    The first probe is sent after 15 s. When the second is due, the socket's limit for
+    unacknowledged data (see `_socket`) is exceeded; it replaces the probe count here.
     """
     connection = response.connection
     transport = connection.transport if connection is not None else None

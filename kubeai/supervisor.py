@@ -1,8 +1,8 @@
 """The control-plane process: owns the listeners, the load table and the worker processes.
 
-It publishes routes down to the workers, hears of held requests, restarts workers that die,
-answers ``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It never touches a
-request. ``kubeai serve`` and ``kubeai local`` both run :class:`Supervisor`.
+It publishes routes to the workers, is notified of held requests, restarts workers that die, serves
+``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It handles no inference requests.
+``kubeai serve`` and ``kubeai local`` both run :class:`Supervisor`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from kubeai.routing import Publisher, Route
 
 log = get_logger(__name__)
 
-# 1,000 Models and 10,000 pods, three lives of each before rows must be free again; the memory is
-# only taken once a row is touched.
+# 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
+# allocated once a row is touched.
 TABLE_ROWS = 32_768
 WORKERS_MAX = 63
 LISTEN_BACKLOG = 4_096
 SWEEP_INTERVAL_S = 0.5
 RESPAWN_BACKOFF_MAX_S = 5.0
-# A worker that lived this long did not die of its start-up.
+# A worker that ran for this long is restarted without back-off.
 RESPAWN_SETTLED_S = 10.0
-# After the drain's own limit, before SIGKILL.
+# Between the drain timeout and SIGKILL.
 EXIT_GRACE_S = 5.0
 
 
@@ -56,8 +56,8 @@ def parse_address(address: str) -> tuple[str, int]:
 def listen(host: str, port: int, count: int) -> list[socket.socket]:
     """``count`` listening sockets on one port; the kernel spreads connections over them.
 
-    The first socket is bound without SO_REUSEPORT set yet, so that a port which another program
-    listens on is an error even when that program set it.
+    A probe socket is bound without SO_REUSEPORT first, so that a port in use by another program is
+    an error even if that program set SO_REUSEPORT.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sockets: list[socket.socket] = []
@@ -83,18 +83,18 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
 
 
 def refuse_unserved(config: SystemConfig) -> None:
-    """ConfigError for what the config may ask for and this version does not do.
+    """ConfigError if the config enables a feature that this version does not support.
 
-    Silence would leave a queue unread.
+    Ignoring the setting would leave a queue without a consumer.
     """
     if config.messaging.streams:
         raise ConfigError(
-            "messaging.streams", "requests by message are not served in this version; remove them"
+            "messaging.streams", "this version does not support message streams; remove them"
         )
 
 
 class AllLoads:
-    """What the operator asks of the load table and of the other replicas, by name."""
+    """Loads by model and endpoint name, over this and the other replicas, for the operator."""
 
     def __init__(self, table: LoadTable, publisher: Publisher, peers: Peers) -> None:
         self._table = table
@@ -129,7 +129,7 @@ class AllLoads:
 
 
 class Worker:
-    """One column of the load table, one listener, and the process that has them just now."""
+    """One column of the load table, one listener, and the process that currently uses them."""
 
     def __init__(self, supervisor: Supervisor, column: int, listener: socket.socket) -> None:
         self.column = column
@@ -141,13 +141,13 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> None:
-        """Start the process, and its successors, until the supervisor stops."""
+        """Start the process, and restart it when it exits, until the supervisor stops."""
         loop = asyncio.get_running_loop()
         backoff_s = 0.0
         while not self._supervisor.stopping:
             started = loop.time()
             code = await self._live()
-            # The column is only zeroed once the process is reaped: it can write no more.
+            # The process has been reaped, so it can no longer write to its column.
             self._supervisor.table.clear_column(self.column)
             if self._supervisor.stopping:
                 return
@@ -211,11 +211,11 @@ class Worker:
 
 
 class Supervisor:
-    """Wires the two halves together and keeps the processes alive.
+    """Connects the operator to the workers and keeps the worker processes running.
 
-    ``identity`` names this replica of KubeAI as holder of the lease, ``pod`` is the pod that it is,
-    by whose labels the other replicas are found (empty: there are none). ``started`` is called
-    once, when every worker accepts requests.
+    ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
+    whose labels select the other replicas (empty: there are none). ``started`` is called once, when
+    every worker accepts requests.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class Supervisor:
     def _publish(self, model: str, route: Route | None) -> None:
         try:
             delta = self.publisher.update(model, route)
-        except KubeAIError as error:  # the table is full: the model keeps the route it had
+        except KubeAIError as error:  # the load table is full: the model keeps its old route
             log.error("route not published", model=model, error=str(error))
             return
         if delta is None:
@@ -293,10 +293,10 @@ class Supervisor:
     def ready(self) -> bool:
         return self.synced and not self.stopping and all(w.ready for w in self._workers)
 
-    # -- life ------------------------------------------------------------------------------------
+    # -- lifecycle -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve until :meth:`stop` or a signal; then drain, hand over, return."""
+        """Serve until :meth:`stop` or a signal; then drain, release the lease and return."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
@@ -317,7 +317,7 @@ class Supervisor:
             await self._stop.wait()
             log.info("stopping")
             self.stopping = True
-            # Another replica need not wait for the drain, which lasts as long as a request may.
+            # Release the lease now: the drain may last as long as the longest request.
             resigned = asyncio.create_task(self.operator.resign())
             await self._drain(lives)
             await resigned
@@ -343,12 +343,12 @@ class Supervisor:
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            self._stop.set()  # a fault of the program: better begun anew than half alive
+            self._stop.set()  # a bug: exit and be restarted rather than keep running without it
 
     def _signalled(self) -> None:
         self._signals += 1
         self._stop.set()
-        if self._signals > 1:  # asked twice: no more patience
+        if self._signals > 1:  # a second signal ends the drain
             for worker in self._workers:
                 worker.kill()
 
@@ -358,13 +358,13 @@ class Supervisor:
         snapshot = self.publisher.snapshot()
         for worker in self._workers:
             worker.send(snapshot)
-        # What start-up made lives as long as the process; a collection that looks at it again
-        # holds the loop for 50 ms.
+        # Objects created at start-up live as long as the process. A collection that scans them
+        # again blocks the event loop for 50 ms.
         gc.collect()
         gc.freeze()
 
     async def _sweep(self) -> None:
-        """Free rows that nobody uses; notice demand whose wake-up was lost."""
+        """Free unused rows. Signal demand again, in case a worker's message was lost."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             freed = self.publisher.reclaim(
@@ -387,20 +387,20 @@ class Supervisor:
             worker.send(message)
         if any(worker.alive for worker in self._workers):
             await asyncio.wait(lives, timeout=gateway.drain_accept_s)
-        # The workers close their copies of the listeners now; so must the owner of the originals,
-        # or the kernel would go on queueing connections that nobody accepts.
+        # The workers close their copies of the listeners now. Close the originals too, or the
+        # kernel would keep queueing connections that nobody accepts.
         for worker in self._workers:
             worker.listener.close()
         _, late = await asyncio.wait(lives, timeout=gateway.drain_timeout_s + EXIT_GRACE_S)
         if late:
-            log.error("workers did not finish in time and are killed", count=len(late))
+            log.error("workers did not drain in time, killing them", count=len(late))
 
-    # -- pages -------------------------------------------------------------------------------------
+    # -- local routes ------------------------------------------------------------------------------
 
     async def _serve_pages(self) -> web.AppRunner:
-        """``/metrics`` on one address, ``/healthz`` and ``/readyz`` on the other.
+        """Serve all local routes on both the metrics and the health address.
 
-        Beside ``/metrics``, what other replicas listen to.
+        They include the loads that the other replicas read.
         """
         app = web.Application()
         app.router.add_get("/metrics", self._get_metrics)

@@ -1,7 +1,7 @@
 """``kubeai uninstall``: delete the Models of a namespace and the volume claims of their caches.
 
-A Model with a cache has a finalizer until its files are removed, which only a running operator
-does. Models therefore have to be deleted before their operator.
+A Model with a cache keeps a finalizer until its files are removed, which needs a running operator.
+Models must therefore be deleted before the operator.
 
 The Helm chart can run this as a hook. Other tools apply the hook's manifests as an ordinary Job;
 :func:`require_helm_uninstall` tells the two apart and runs before anything is deleted.
@@ -24,7 +24,7 @@ LOOK_INTERVAL_S = 1.0
 CLAIMS = "app.kubernetes.io/managed-by=kubeai"
 HELM_RELEASE_TYPE = "helm.sh/release.v1"
 # Helm updates its record of the release right before it creates a hook's Job. The API server
-# dates both; replicas of it may disagree about the time.
+# timestamps both, and the clocks of its replicas may differ.
 HOOK_DELAY_MAX_S = 60.0
 CLOCK_SKEW_MAX_S = 5.0
 
@@ -32,7 +32,7 @@ CLOCK_SKEW_MAX_S = 5.0
 async def require_helm_uninstall(kube: Kube, namespace: str, release: str, job: str) -> None:
     """Raise KubeAIError unless Helm is uninstalling the release and has created the Job for that.
 
-    Supported are releases that Helm stores in Secrets (its default) in their own namespace.
+    Only releases that Helm stores in Secrets (its default) in their own namespace are supported.
     """
     stored, _ = await kube.list(SECRETS, namespace, labels=f"owner=helm,name={release}")
     records = [secret for secret in stored if secret.get("type") == HELM_RELEASE_TYPE]
@@ -44,15 +44,14 @@ async def require_helm_uninstall(kube: Kube, namespace: str, release: str, job: 
 def reason_to_refuse(release: str, records: Sequence[Object], job: Object) -> str:
     """Why the Job is not the hook of an uninstall in progress; empty if it is.
 
-    ``records`` are Helm's Secrets of the release, one for each revision. The newest one tells
-    whether Helm is uninstalling the release. It keeps that status if the uninstall fails, so a Job
-    created at another time is refused, too.
+    ``records`` are Helm's Secrets of the release, one per revision. The newest one's status shows
+    whether Helm is uninstalling the release. That status remains if the uninstall fails, so a Job
+    created at another time is refused too.
     """
     if not records:
         return (
-            f"it has no Secret of a Helm release {release}. Manifests that are applied without "
-            "Helm, and releases stored elsewhere (HELM_DRIVER), must not set "
-            "uninstall.deleteModels"
+            f"it has no Secret for a Helm release {release}. uninstall.deleteModels must not be "
+            "set for manifests applied without Helm or releases stored elsewhere (HELM_DRIVER)"
         )
     record = max(records, key=_revision)
     status = record["metadata"]["labels"].get("status")
@@ -76,7 +75,7 @@ def _revision(record: Object) -> int:
 
 
 def _updated(record: Object) -> datetime | None:
-    """The API server's time of the last update."""
+    """When the record was last updated, by the API server's clock."""
     managers = record["metadata"].get("managedFields") or ()
     return max((_time(m["time"]) for m in managers if m.get("time")), default=None)
 
@@ -88,7 +87,7 @@ def _time(text: str) -> datetime:
 async def uninstall(kube: Kube, namespace: str, timeout_s: float) -> None:
     """Delete all Models and wait until they are gone, then delete the claims of their caches.
 
-    KubeAIError when Models are left after ``timeout_s`` seconds; it names them.
+    KubeAIError if Models remain after ``timeout_s`` seconds; the message names them.
     """
     deadline_s = time.monotonic() + timeout_s
     logged: set[str] = set()
@@ -100,7 +99,7 @@ async def uninstall(kube: Kube, namespace: str, timeout_s: float) -> None:
         logged |= left.keys()
         if time.monotonic() > deadline_s:
             names = ", ".join(sorted(left))
-            raise KubeAIError(f"after {timeout_s:.0f} s these Models are left: {names}")
+            raise KubeAIError(f"Models not deleted within {timeout_s:.0f} s: {names}")
         await asyncio.sleep(LOOK_INTERVAL_S)
     claims, _ = await kube.list(PVCS, namespace, labels=CLAIMS)
     for claim in claims:
@@ -115,7 +114,7 @@ async def _models(kube: Kube, namespace: str) -> dict[str, bool]:
     try:
         found, _ = await kube.list(MODELS, namespace)
     except ApiError as error:
-        if error.status == 404:  # there is no such type (any more)
+        if error.status == 404:  # the CRD is not installed
             return {}
         raise
     return {m["metadata"]["name"]: "deletionTimestamp" in m["metadata"] for m in found}

@@ -1,9 +1,10 @@
 """One data-plane process: ``python -m kubeai.worker``, started by the supervisor.
 
-It gets its column of the load table, a listening socket and its end of the hinge as descriptors,
-named in the environment variable ``KUBEAI_WORKER`` (JSON, :class:`Settings`). It serves once the
-first routing table has come, and drains on ``Drain``, on SIGTERM, and when the hinge ends: a
-worker whose supervisor is gone finishes what it has, then exits 0. SIGINT is the supervisor's.
+It inherits file descriptors for the load table, a listening socket and its end of the channel to
+the supervisor (hinge.py). The environment variable ``KUBEAI_WORKER`` has their numbers and its
+column of the load table (JSON, :class:`Settings`). It serves once it has received the first routing
+table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is
+gone finishes its open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from kubeai.routing import Delta, RoutingTable, Snapshot
 log = get_logger(__name__)
 
 ENVIRONMENT = "KUBEAI_WORKER"
-KEPT_MAX_BYTES = 64 << 20  # of free memory at the heap's end
-KEPT_BLOCK_MAX_BYTES = 4 << 20  # larger ones are mapped, and unmapped when freed
+KEPT_MAX_BYTES = 64 << 20  # free memory at the end of the heap
+KEPT_BLOCK_MAX_BYTES = 4 << 20  # larger blocks are mapped, and unmapped when freed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What the supervisor says to a worker when it starts it."""
+    """What the supervisor passes to a worker when it starts it."""
 
     column: int  # of the load table
     table_fd: int
@@ -51,7 +52,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Worker:
-    """The parts of the process, and why it ends."""
+    """The components of the process and its lifecycle."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -60,7 +61,7 @@ class Worker:
         self._routes = RoutingTable(self._table, self._front.pool)
         self._gateway = Gateway(self._routes, settings.gateway, self._demand)
         self._channel = hinge.Channel(hinge.Down, self._received, self._hinge_ended)
-        self._started = asyncio.Event()  # the first routing table is here
+        self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[hinge.Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -92,7 +93,7 @@ class Worker:
         await self._front.serve(self._gateway, runner.server, listener)
         self._gateway.ready = True
         self._channel.send(hinge.Ready(os.getpid()))
-        # What start-up made lives as long as the process; collections need not look at it again.
+        # Objects created at start-up live as long as the process, so exclude them from collections.
         gc.collect()
         gc.freeze()
         drain = await self._stopped
@@ -111,11 +112,11 @@ class Worker:
 
     def _hinge_ended(self) -> None:
         if not self._stopped.done():
-            log.warning("the supervisor is gone")
+            log.warning("lost the connection to the supervisor, draining")
         self._stop(None)
 
     def _stop(self, drain: hinge.Drain | None) -> None:
-        """Begin the end; ``drain``: how, or as the config says."""
+        """Start draining. Without ``drain``, the config's timeouts apply."""
         config = self._settings.gateway
         if not self._stopped.done():
             self._stopped.set_result(
@@ -124,10 +125,10 @@ class Worker:
 
 
 def _keep_memory() -> None:
-    """Have malloc hand freed memory out again rather than back to the kernel and ask for new.
+    """Let malloc keep freed memory for reuse instead of returning it to the kernel.
 
-    glibc gives back what is free at the end of its heap: with prompts of 400 KB that was a brk and
-    four page faults for each.
+    glibc returns free memory at the end of its heap. With prompts of 400 KB, that cost a brk and
+    four page faults each.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl has none
@@ -136,7 +137,7 @@ def _keep_memory() -> None:
 
 
 def _raise_descriptors() -> None:
-    """Have as many descriptors as may be: the usual soft limit is 1,024, for select's sake."""
+    """Raise the limit of open files to the hard limit; the usual soft limit is only 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -150,7 +151,8 @@ def main() -> int:
     text = os.environ.pop(ENVIRONMENT, None)
     if text is None:
         print(
-            f"kubeai.worker is started by kubeai serve: {ENVIRONMENT} is not set", file=sys.stderr
+            f"{ENVIRONMENT} is not set: kubeai.worker is only started by kubeai serve or local",
+            file=sys.stderr,
         )
         return 2
     settings = msgspec.json.decode(text, type=Settings)

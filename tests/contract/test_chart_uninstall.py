@@ -147,7 +147,7 @@ async def test_manifests_applied_without_helm_delete_nothing(site):
     await asyncio.to_thread(site.kubectl, "apply", "-f", "-", given=manifests)
     code, log = await site.run_job()
     assert code == REFUSED, log
-    assert "has no Secret of a Helm release kubeai" in log
+    assert "has no Secret for a Helm release kubeai" in log
     # Nor where there is a release of that name, which is not being uninstalled.
     await asyncio.to_thread(site.helm, *INSTALL, *OPT_IN)
     for _ in range(2):

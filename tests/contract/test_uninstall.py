@@ -45,7 +45,7 @@ async def test_it_waits_for_who_evicts_and_says_which_models_are_left(world):
     await world.create("kept")
     await world.kube.patch(MODELS, "kept", {"metadata": {"finalizers": [FINALIZER]}})
     await claim(world, "shared-model-cache-fast", **{"app.kubernetes.io/managed-by": "kubeai"})
-    with pytest.raises(KubeAIError, match="after 0 s these Models are left: kept"):
+    with pytest.raises(KubeAIError, match="Models not deleted within 0 s: kept"):
         await uninstall(world.kube, world.kube.namespace, 0.0)
     assert await claims(world) == ["shared-model-cache-fast"], "its files are still there"
     waiting = asyncio.create_task(uninstall(world.kube, world.kube.namespace, 20.0))
