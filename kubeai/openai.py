@@ -1,28 +1,29 @@
-"""What a request asks for, by OpenAI's (and vLLM's, and Anthropic's) HTTP API. Pure: no I/O.
+"""Parses requests to OpenAI's, vLLM's and Anthropic's HTTP APIs for routing. Pure: no I/O.
 
-Owns the route table, reading a JSON body as far as routing needs it, the hash key, the model's
-replacement for adapters, label selectors and the shape of error bodies. Called by the gateway for
-every request, and by whoever else carries such bodies.
+Owns the route table, the parsing of JSON bodies as far as routing needs it, the hash key, the
+replacement of ``model`` for adapters, label selectors, and the format of error bodies. Called by
+the gateway for every request.
 
-Paths: nothing is decoded, folded or repaired. A target in absolute form loses scheme and
-authority, what follows the first ``?`` is the query, and the rest must be *exactly* a listed path:
-``%63hat``, ``//``, ``/./``, ``..``, ``;x``, a trailing slash or another case are all 404. What is
-sent to an engine is the path of the table, never the client's spelling of it. The one variable
-path, ``/openai/v1/models/{id}``, is answered here and reaches no engine.
+Paths: nothing is decoded, normalized or repaired. Scheme and authority of a target in absolute form
+are removed, everything after the first ``?`` is the query, and the rest must match a listed path
+*exactly*: ``%63hat``, ``//``, ``/./``, ``..``, ``;x``, a trailing slash or different case all get
+404. An engine receives the path from the table, never the client's spelling. The only variable
+path, ``/openai/v1/models/{id}``, is served by the gateway and never reaches an engine.
 
-Bodies: the gateway routes by what it reads as ``model``, the engine answers to what *it* reads; a
-body that two JSON readers may understand differently is refused with 400. So: strict JSON (no NaN,
-no trailing comma, no raw control characters), valid UTF-8 throughout without a BOM, no lone
-surrogate, one top-level ``model`` however its key is escaped, and no key that differs from it only
-by case (Go's decoder would take it). Everything else in the body is the engine's business: unknown
-fields, odd shapes and wrong types pass through, and at most make the hash key coarser.
+Bodies: the gateway and the engine must read the same ``model``, so a body that two JSON parsers may
+interpret differently is rejected with 400. Required are strict JSON (no NaN, no trailing comma, no
+raw control characters), valid UTF-8 without a BOM, no lone surrogates, exactly one top-level
+``model``, even if its key is escaped, and no key that differs from it only in case (Go's decoder
+would accept it). The rest of the body is left to the engine: unknown fields, unusual structures and
+wrong types pass through, and at most make the hash key less specific.
 
-:func:`read` is one compiled pass (``_ask``). What it refuses goes to :func:`parse`, which says why
-in two passes of msgspec's scanner at most. These hold the interpreter's lock for up to 4 ns a byte,
-so they see bodies of up to ``LARGE_BYTES``; of a larger one the pass itself says what is wrong.
-``parse``, :func:`hash_key` and :func:`replace_model` are also what the pass is held against.
-``parse`` keeps state between calls: one thread. For a body above ``LARGE_BYTES``, ``read``,
-``key_of`` and ``body_for`` may run in any, and let others run meanwhile.
+:func:`read` is one compiled pass (``_ask``). Bodies that it rejects go to :func:`parse`, which
+finds the reason in at most two passes of msgspec's scanner. Those hold the GIL for up to 4 ns per
+byte, so they only see bodies of up to ``LARGE_BYTES``; for larger ones the compiled pass reports
+the reason itself. ``parse``, :func:`hash_key` and :func:`replace_model` are also the oracles that
+the compiled pass is tested against. ``parse`` keeps state between calls and must only be called
+from one thread. For a body above ``LARGE_BYTES``, ``read``, ``key_of`` and ``body_for`` may be
+called from any thread, and release the GIL.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ from kubeai import _ask
 PREFIX = "/openai"
 TOP_LEVEL_KEYS_MAX_COUNT = 1000
 SELECTOR_MAX_CHARS = 4096
-LARGE_BYTES = 1 << 20  # above it a body is read in a thread: below, that takes some 2 ms at most
-ECHO_MAX_CHARS = 200  # of a client's text that an error message repeats
+LARGE_BYTES = 1 << 20  # larger bodies are parsed in a thread; smaller ones take 2 ms at most
+ECHO_MAX_CHARS = 200  # of client text that is quoted in an error message
 
 Labels = Mapping[str, str]
 Selector = Callable[[Labels], bool]
 
 
 class Kind(StrEnum):
-    """What is asked of a model; the value is the engine's path."""
+    """The API of a request; the value is the path at the engine."""
 
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -60,7 +61,7 @@ class Kind(StrEnum):
     TRANSCRIPTIONS = "/v1/audio/transcriptions"
     RESPONSES = "/v1/responses"
     MESSAGES = "/v1/messages"
-    MODELS = "/v1/models"  # answered by the gateway itself
+    MODELS = "/v1/models"  # served by the gateway itself
 
     @property
     def is_json(self) -> bool:
@@ -78,7 +79,7 @@ _POST = ("POST",)
 
 
 class BadRequest(Exception):
-    """A request that the gateway answers itself, with ``status`` and ``body()``."""
+    """An error response by the gateway itself, with ``status`` and ``body()``."""
 
     def __init__(
         self, message: str, param: str | None = None, status: int = 400, code: str | None = None
@@ -120,7 +121,7 @@ def error_body(
 
 
 def model_not_found(model: str) -> BadRequest:
-    """404 for a model, an adapter or a selector that does not match: the client learns no more."""
+    """The same 404 for a missing model, a missing adapter and a selector that does not match."""
     return BadRequest(
         f"The model {_echo(model)} does not exist or you do not have access to it.",
         param="model",
@@ -137,7 +138,7 @@ def _echo(text: str) -> str:
 
 
 def is_identity(codings: Iterable[str]) -> bool:
-    """Whether Content-Encoding headers leave the body as it is: "identity", if anything."""
+    """Whether the Content-Encoding values are all empty or "identity"."""
     return all(
         coding.strip(" \t").lower() in ("", "identity")
         for value in codings
@@ -153,12 +154,12 @@ def compressed_body() -> BadRequest:
 
 
 class Target(NamedTuple):
-    """Where a request goes. ``status`` 200: ``kind`` is set; else 404, or 405 with ``allow``."""
+    """The route of a request. ``kind`` is set for status 200; else 404, or 405 with ``allow``."""
 
     status: int
     kind: Kind | None = None
-    query: str = ""  # without the "?", as it came
-    model_id: str | None = None  # of GET /openai/v1/models/{id}, not decoded
+    query: str = ""  # without the "?", unchanged
+    model_id: str | None = None  # of GET /openai/v1/models/{id}, still percent-encoded
     allow: tuple[str, ...] = ()
 
 
@@ -197,14 +198,14 @@ def classify(method: str, target: str) -> Target:
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What one request asks for."""
+    """A parsed request."""
 
     kind: Kind
     model: str  # as the client wrote it
-    name: str  # the Model's
-    adapter: str | None = None  # "" for a name that ends in its first "_": no adapter has it
+    name: str  # of the Model
+    adapter: str | None = None  # "" if the first "_" is the last character: matches no adapter
     stream: bool = False
-    hash_input: dict[str, Raw] = {}  # the fields that hash_key reads, still encoded
+    hash_input: dict[str, Raw] = {}  # the fields that hash_key reads, still JSON
 
 
 _HASH_FIELDS: dict[Kind, frozenset[str]] = {
@@ -228,7 +229,7 @@ SHAPES: dict[Kind, _ask.Shape] = {
 
 
 def read(kind: Kind, body: bytes) -> Ask | _ask.Ask:
-    """As :func:`parse`, in one compiled pass."""
+    """Like :func:`parse`, in one compiled pass."""
     if len(body) <= LARGE_BYTES:
         return _ask.read(SHAPES[kind], body) or parse(kind, body)
     try:
@@ -239,14 +240,14 @@ def read(kind: Kind, body: bytes) -> Ask | _ask.Ask:
 
 
 def key_of(ask: Ask | _ask.Ask, prefix_char_length: int) -> int:
-    """The :func:`hash_key` of what :func:`read` made of a body."""
+    """The :func:`hash_key` of a request that :func:`read` returned."""
     if isinstance(ask, _ask.Ask):
         return ask.key(prefix_char_length)
     return hash_key(ask.adapter, ask, prefix_char_length)
 
 
 def body_for(ask: Ask | _ask.Ask, body: bytes) -> bytes:
-    """What the engine gets for a body: the same, but an adapter's name stands for its model."""
+    """The body to send to the engine; for an adapter, ``model`` is replaced by its name."""
     if ask.adapter is None:
         return body
     if isinstance(ask, _ask.Ask):
@@ -255,13 +256,13 @@ def body_for(ask: Ask | _ask.Ask, body: bytes) -> bytes:
 
 
 def split_model(model: str) -> tuple[str, str | None]:
-    """``<model>_<adapter>`` parts at the first ``_``; no Model's name contains one."""
+    """Split ``<model>_<adapter>`` at the first ``_``, which no Model's name contains."""
     name, separator, adapter = model.partition("_")
     return name, adapter if separator else None
 
 
 def named(kind: Kind, model: str) -> Ask:
-    """The Ask of a request whose model came outside of a JSON body (a form's part, a message)."""
+    """The Ask of a request whose model is not in a JSON body (but in a form field or message)."""
     if not model:
         raise BadRequest("You must provide a model parameter.", param="model")
     name, adapter = split_model(model)
@@ -269,7 +270,7 @@ def named(kind: Kind, model: str) -> Ask:
 
 
 def parse(kind: Kind, body: bytes) -> Ask:
-    """Read a request's JSON body; BadRequest when it is not to be agreed on what it asks for."""
+    """Parse a request's JSON body. BadRequest if it is invalid or ambiguous; see the module."""
     model: Raw | None = None
     stream = False
     hashed: dict[str, Raw] = {}
@@ -297,9 +298,9 @@ def parse(kind: Kind, body: bytes) -> Ask:
 
 
 def replace_model(body: bytes, new: str) -> bytes:
-    """The body with another top-level ``model``; every other byte stays as it came.
+    """The body with another top-level ``model``; all other bytes are unchanged.
 
-    ``body`` is one that :func:`parse` took.
+    ``body`` must have been accepted by :func:`parse`.
     """
     position = 0
     for key, value in _top_level(body).items():
@@ -308,19 +309,19 @@ def replace_model(body: bytes, new: str) -> bytes:
         start = member.end()
         position = start + len(memoryview(value))
         if key.text == "model":
-            view = memoryview(body)  # one copy of a long body, not three
+            view = memoryview(body)  # copies a long body once, not three times
             return b"".join((view[:start], _encode(new), view[position:]))
     raise BadRequest("You must provide a model parameter.", param="model")
 
 
-# What stands before a top-level value: an opening brace or a comma, the key, a colon.
+# What precedes a top-level value: an opening brace or a comma, the key, a colon.
 _MEMBER = re.compile(
     rb'[ \t\r\n]*[{,][ \t\r\n]*"[^"\\]*(?:\\.[^"\\]*)*"[ \t\r\n]*:[ \t\r\n]*', re.DOTALL
 )
 
 
 class _Key:
-    """A key of the top-level object. Equal to itself alone, so duplicates stay apart in a dict."""
+    """A key of the top-level object. Compares by identity, so that a dict keeps duplicates."""
 
     __slots__ = ("text",)
 
@@ -344,17 +345,17 @@ _string_decoder = msgspec.json.Decoder(str)
 
 
 def _top_level(body: bytes) -> dict[_Key, Raw]:
-    """Every member of the body's object, in order, duplicates too; values are views of the body."""
+    """All members of the body's object in order, with duplicates. Values are views of the body."""
     global _keys_left
     _keys_left = TOP_LEVEL_KEYS_MAX_COUNT
     try:
         if not body.isascii():
-            body.decode()  # msgspec does not look into strings that it skips
+            body.decode()  # msgspec does not validate strings that it skips
         return _top_level_decoder.decode(body)
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not valid UTF-8 (byte {error.start}).") from None
     except msgspec.ValidationError as error:
-        raise BadRequest(f"The body is not a JSON object that can be read: {error}.") from None
+        raise BadRequest(f"The body is not an acceptable JSON object: {error}.") from None
     except msgspec.DecodeError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.") from None
     except RecursionError:
@@ -380,12 +381,12 @@ _SYSTEM_ROLES = ("system", "developer")
 # A code point takes at most 12 bytes in JSON: two \\uXXXX escapes, a surrogate pair.
 _CODE_POINT_MAX_BYTES = 12
 _TOKEN_MAX_BYTES = 24
-# Of messages and parts that are looked at; { and " are counted instead. Decoding so many takes
-# some 10 ms; 64 MiB of them would take seconds, and gigabytes of memory. Counting has its cost
-# too (1.5 ns a byte), so what is shorter than a mebibyte is not suspected.
+# Limit of messages and parts to decode, estimated by counting { and ". Decoding that many takes
+# about 10 ms; 64 MiB of them would take seconds and gigabytes of memory. Counting costs 1.5 ns per
+# byte, so input of up to HASH_SURE_BYTES is not counted.
 HASH_MAX_COUNT = 200_000
 HASH_SURE_BYTES = 1 << 20
-CROWDED_BYTES = 4096  # what is hashed instead: a later turn begins with the same bytes
+CROWDED_BYTES = 4096  # hashed instead: later turns of a conversation begin with the same bytes
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -404,12 +405,12 @@ _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def hash_key(adapter: str | None, ask: Ask, prefix_char_length: int) -> int:
-    """The 64-bit key that places a request on the ring; the same in every process and release.
+    """The 64-bit key of a request on the ring; the same in every process and release.
 
-    mmh3 of: a hash of all the system text, the adapter, and the first ``prefix_char_length`` code
-    points of the first user message (chat, responses, messages), the prompt, the query or the
-    first input. A token id counts as a code point. Shapes that an engine would refuse hash as if
-    they were empty; conversations of more than ``HASH_MAX_COUNT`` messages by their first bytes.
+    mmh3 of a hash of all system text, the adapter, and the first ``prefix_char_length`` code points
+    of the first user message (chat, responses, messages), the prompt, the query or the first input.
+    A token id counts as one code point. Structures that an engine would reject hash as if they were
+    empty. Conversations of more than ``HASH_MAX_COUNT`` messages hash by their first bytes.
     """
     try:
         system, prefix = _hash_text(ask, max(prefix_char_length, 0))
@@ -421,7 +422,7 @@ def hash_key(adapter: str | None, ask: Ask, prefix_char_length: int) -> int:
 
 
 def _hash_text(ask: Ask, limit: int) -> tuple[list[str], str]:
-    """(all system texts, the first ``limit`` code points of what the user says first)."""
+    """(all system texts, the first ``limit`` code points of the first user input)."""
     fields, kind = ask.hash_input, ask.kind
     if kind is Kind.CHAT:
         return _conversation(fields.get("messages", _EMPTY), limit)
@@ -454,7 +455,7 @@ def _conversation(raw: Raw, limit: int) -> tuple[list[str], str]:
 
 
 def _text(content: Raw, limit: int | None) -> str:
-    """The text of a message's content: a string, or the text parts of a list, a line each."""
+    """The text of a message's content: a string, or a list's text parts joined by newlines."""
     view = memoryview(content)
     opens = bytes(view[:1])
     if opens == b'"':
@@ -470,13 +471,13 @@ def _text(content: Raw, limit: int | None) -> str:
 
 
 def _first_input(view: memoryview, limit: int) -> str:
-    """Of a string, a list of strings, of token ids, or of lists of token ids."""
+    """The prefix of a string, a list of strings, of token ids, or of lists of token ids."""
     opens = bytes(view[:1])
     if opens == b'"':
         return _string(view, limit)
     if opens != b"[":
         return ""
-    # Its beginning is enough: a list may have 100,000 members.
+    # Only decode the beginning: a list may have 100,000 items.
     opening = _OPENING.match(view)
     begin = opening.end() if opening else 0
     head = bytes(view[begin : begin + _TOKEN_MAX_BYTES * (limit + 3)])
@@ -484,19 +485,20 @@ def _first_input(view: memoryview, limit: int) -> str:
         whole = _STRING.match(head)
         return _string_decoder.decode(whole[0])[:limit] if whole else _cut_string(head, limit)
     tokens = head.partition(b"]")[0].split(b",")[:limit]
-    return ",".join(token.strip().decode("latin-1") for token in tokens)  # a code point may be cut
+    # Latin-1, because the cut may split a UTF-8 sequence.
+    return ",".join(token.strip().decode("latin-1") for token in tokens)
 
 
 def _string(view: memoryview, limit: int | None) -> str:
-    """Decode a JSON string, or only its first ``limit`` code points, however long the rest is."""
+    """Decode a JSON string, or only its first ``limit`` code points, at a cost bounded by them."""
     if limit is None or len(view) <= _CODE_POINT_MAX_BYTES * (limit + 1):
         return _string_decoder.decode(view)[:limit]
     return _cut_string(bytes(view[: _CODE_POINT_MAX_BYTES * (limit + 1) + 1]), limit)
 
 
 def _cut_string(head: bytes, limit: int) -> str:
-    """The first ``limit`` code points of a JSON string that is cut somewhere behind them."""
-    # The cut may fall into an escape or a UTF-8 sequence; one of the last twelve places does not.
+    """The first ``limit`` code points of a JSON string that is truncated somewhere after them."""
+    # The cut may split an escape or a UTF-8 sequence; one of the last twelve positions does not.
     for end in range(len(head), len(head) - _CODE_POINT_MAX_BYTES, -1):
         try:
             return _string_decoder.decode(head[:end] + b'"')[:limit]
@@ -525,22 +527,22 @@ _TOKEN = re.compile(r"\s*(==|!=|[=!<>(),]|[^\s=!<>(),]+)")
 
 @lru_cache(maxsize=256)
 def parse_selector(text: str) -> Selector:
-    """What an X-Label-Selector header asks for; see `label_selector`. BadRequest when it is bad."""
+    """Parse an X-Label-Selector header; see `label_selector`. BadRequest if it is invalid."""
     try:
         return label_selector(text)
     except ValueError as error:
         raise BadRequest(
-            f"X-Label-Selector {_echo(text)} is not a label selector: {error}.",
+            f"X-Label-Selector {_echo(text)} is not a valid label selector: {error}.",
             param="X-Label-Selector",
         ) from None
 
 
 def label_selector(text: str) -> Selector:
-    """A Kubernetes label selector as a test of labels. An empty one matches everything.
+    """Parse a Kubernetes label selector into a predicate. An empty selector matches everything.
 
     ``k``, ``!k``, ``k=v``, ``k==v``, ``k!=v``, ``k in (a,b)``, ``k notin (a,b)``, ``k>1``,
-    ``k<1``, joined by commas. As in Kubernetes ``!=`` and ``notin`` also match a missing label.
-    ValueError says what is wrong with it. The embedded API reads selectors with it too.
+    ``k<1``, joined by commas. As in Kubernetes, ``!=`` and ``notin`` also match a missing label.
+    ValueError says what is wrong. Also used by the embedded API.
     """
     if len(text) > SELECTOR_MAX_CHARS:
         raise ValueError(f"it is longer than {SELECTOR_MAX_CHARS} characters")
@@ -557,11 +559,11 @@ def _requirements(text: str) -> Iterator[Selector]:
         if not tokens:
             return
         if (token := tokens.pop(0)) != ",":
-            raise ValueError(f"{_echo(token)} where a comma is due")
+            raise ValueError(f"expected a comma, found {_echo(token)}")
 
 
 def _requirement(tokens: list[str]) -> Selector:
-    """Take one requirement from the front of ``tokens``."""
+    """Consume one requirement from the start of ``tokens``."""
     if tokens[:1] == ["!"]:
         del tokens[0]
         absent = _checked(_KEY, "key", tokens)
@@ -588,7 +590,7 @@ def _requirement(tokens: list[str]) -> Selector:
 
 def _value_set(tokens: list[str]) -> frozenset[str]:
     if tokens[:1] != ["("]:
-        raise ValueError("a list in parentheses is due after in and notin")
+        raise ValueError("expected a list in parentheses after in or notin")
     del tokens[0]
     values = set()
     while True:
@@ -597,15 +599,15 @@ def _value_set(tokens: list[str]) -> frozenset[str]:
         if token == ")":
             return frozenset(values)
         if token != ",":
-            raise ValueError(f"{_echo(token)} where a comma or ) is due")
+            raise ValueError(f"expected a comma or ), found {_echo(token)}")
 
 
 def _checked(pattern: re.Pattern[str], what: str, tokens: list[str]) -> str:
     if not tokens:
-        raise ValueError(f"a {what} is missing at the end")
+        raise ValueError(f"expected a {what} at the end")
     token = tokens.pop(0)
     if not pattern.fullmatch(token):
-        raise ValueError(f"{_echo(token)} is not a label's {what}")
+        raise ValueError(f"{_echo(token)} is not a valid label {what}")
     return token
 
 

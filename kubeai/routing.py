@@ -1,9 +1,9 @@
-"""What a worker needs to know to route: one Route a model, versioned, whole or as deltas.
+"""The routing table: one Route per model, distributed to workers as versioned snapshots and deltas.
 
-The operator describes each model as a :class:`Route`; the supervisor's :class:`Publisher` gives
-rows of the load table to the model and its endpoints and a version to each change; a worker's
-:class:`RoutingTable` applies them, in order, and answers who serves a request. Every worker that
-has applied version v has the Publisher's view of version v.
+The operator describes each model as a :class:`Route`. The supervisor's :class:`Publisher` assigns
+rows of the load table to the model and its endpoints, and a version to each change. A worker's
+:class:`RoutingTable` applies the changes in order and picks endpoints for requests. Every worker
+that has applied version v has the same view as the Publisher had at version v.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ RequestType = Literal["http", "message"]
 Strategy = Literal["LeastLoad", "PrefixHash"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
 
-# When panic mode ends, no endpoint is probed sooner than this after its last failure.
+# After panic mode, an endpoint is not probed until this long after its last failure.
 PROBE_AFTER_FAILURE_S = 1.0
 
 
 class Endpoint(msgspec.Struct, frozen=True, array_like=True):
-    """One replica that can be sent requests: a ready pod that is not terminating."""
+    """One replica that can serve requests: a ready pod that is not terminating."""
 
-    name: str  # the pod's
+    name: str  # of the pod
     address: str  # "ip:port"
-    adapters: tuple[str, ...] = ()  # adapters loaded in it
-    row: int = -1  # of the load table; given by the Publisher
+    adapters: tuple[str, ...] = ()  # loaded adapters
+    row: int = -1  # in the load table; assigned by the Publisher
     generation: int = 0
 
 
 class Block(msgspec.Struct, frozen=True, array_like=True):
     """Why a model, or one of its adapters, has no endpoint.
 
-    Requests are held until ``fails_at_s`` and answered with 503 from then on. It is a time of
-    CLOCK_MONOTONIC, which all processes of a machine share: 0 means at once, infinity means that
-    ``holdTimeout`` alone ends the wait.
+    Requests are held until ``fails_at_s`` and get 503 from then on. It is a CLOCK_MONOTONIC time,
+    which all processes on a machine share: 0 means at once, infinity means that only
+    ``holdTimeout`` ends the wait.
     """
 
     reason: str  # one word, as in the Model's conditions
     message: str
     fails_at_s: float = math.inf
-    retry: bool = True  # whether it may pass without a change to the Model or to this machine
+    retry: bool = True  # whether it may resolve without a change to the Model or this machine
 
 
 class Route(msgspec.Struct, frozen=True, array_like=True):
@@ -66,10 +66,10 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     adapters: tuple[str, ...] = ()  # declared in the Model, loaded or not
     strategy: Strategy = "LeastLoad"
     mean_load_factor: int = 125  # percent
-    replication: int = 20  # virtual nodes an endpoint
+    replication: int = 20  # virtual nodes per endpoint
     prefix_char_length: int = 100  # code points
     endpoints: tuple[Endpoint, ...] = ()
-    draining: tuple[str, ...] = ()  # no endpoints any more, but they finish the requests they have
+    draining: tuple[str, ...] = ()  # former endpoints that are finishing their in-flight requests
     row: int = -1
     generation: int = 0
     block: Block | None = None  # why the model has no endpoint
@@ -77,36 +77,36 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
-    """Every route, when a worker starts."""
+    """All routes, sent when a worker starts."""
 
     version: int
     routes: tuple[Route, ...]
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
-    """One model's new route, or None when the model is gone."""
+    """One model's new route, or None if the model was deleted."""
 
     version: int
     model: str
     route: Route | None
 
 
-# -- the supervisor's side -------------------------------------------------------------------------
+# -- in the supervisor -----------------------------------------------------------------------------
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """Whom a row of the load table counts for: a model, or one of its endpoints."""
+    """The model or the endpoint that a row of the load table belongs to."""
 
     model: str
     endpoint: str = ""
 
 
 class Publisher:
-    """Gives every model and endpoint a row of the load table, and every change a version.
+    """Assigns a row of the load table to every model and endpoint, and a version to every change.
 
-    A row has one owner at a time. It is dropped when its model or endpoint goes, and used again
-    only when every live worker has acknowledged the version that dropped it and all its cells are
-    0: until then some request may still count in it, and ``owners`` and ``rows_of`` have it.
+    A row has one owner at a time. It is dropped when its model or endpoint is removed, and reused
+    only once every live worker has acknowledged the version that dropped it and all its cells are
+    0. Until then requests may still be counted in it, and it stays in ``owners`` and ``rows_of``.
     """
 
     def __init__(self, table: LoadTable) -> None:
@@ -116,13 +116,13 @@ class Publisher:
         self._unused = 0  # the first row that never had an owner
         self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
         self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
-        self.owners: dict[int, Owner] = {}  # of each row that is in use
-        self.rows_of: dict[Owner, set[int]] = {}  # two, while an endpoint that left is back
+        self.owners: dict[int, Owner] = {}  # by row in use
+        self.rows_of: dict[Owner, set[int]] = {}  # two rows for an endpoint that was added again
 
     def update(self, model: str, route: Route | None) -> Delta | None:
-        """Take a model's new route (rows and order of endpoints are ignored), or its end.
+        """Set a model's route (rows and the order of endpoints are ignored) or remove it (None).
 
-        None when nothing changed. KubeAIError when the table is full; nothing has changed then.
+        Returns None if nothing changed. KubeAIError if the table is full; nothing is changed then.
         """
         old = self._routes.get(model)
         if route is None:
@@ -145,7 +145,10 @@ class Publisher:
         return Snapshot(self.version, tuple(self._routes.values()))
 
     def reclaim(self, acknowledged: Iterable[int]) -> list[Owner]:
-        """Free what was dropped; whose it was. ``acknowledged``: each live worker's version."""
+        """Free dropped rows that are no longer used, and return their owners.
+
+        ``acknowledged``: the version that each live worker has applied.
+        """
         if not self._dropped:
             return []
         safe = min(acknowledged, default=self.version)
@@ -176,11 +179,11 @@ class Publisher:
         return {} if route is None else {e.name: e.row for e in route.endpoints}
 
     def route(self, model: str) -> Route | None:
-        """As published: with rows and generations."""
+        """A model's route as published, with rows and generations."""
         return self._routes.get(model)
 
     def in_use(self, model: str, endpoint: str) -> bool:
-        """Whether a worker may still send requests to an endpoint, or has some there."""
+        """Whether a worker may still send requests to an endpoint, or still has some in flight."""
         return Owner(model, endpoint) in self.rows_of
 
     def _with_rows(self, route: Route, old: Route | None) -> Route:
@@ -207,11 +210,11 @@ class Publisher:
         return lease
 
     def _open_rows(self, count: int) -> list[tuple[int, int]]:
-        """All of ``count`` rows with their generations, or an error and none."""
+        """Open ``count`` rows and return them with their generations; KubeAIError if too few."""
         if count > len(self._free) + self._table.rows - self._unused:
             raise KubeAIError(
-                f"the load table is full: {self._table.rows} rows hold a model or an endpoint "
-                f"each, {len(self._dropped)} of them gone but still counted or not yet acknowledged"
+                f"the load table is full: of {self._table.rows} rows, {len(self._dropped)} belong "
+                "to removed models or endpoints that workers may still use"
             )
         opened = []
         for _ in range(count):
@@ -228,11 +231,11 @@ def _rows(route: Route | None) -> set[int]:
     return set() if route is None else {route.row, *(e.row for e in route.endpoints)}
 
 
-# -- a worker's side -------------------------------------------------------------------------------
+# -- in a worker -----------------------------------------------------------------------------------
 
 
 class NoEndpoint(Exception):
-    """Nothing could serve the request before its deadline."""
+    """No endpoint could serve the request before its deadline."""
 
 
 class ModelGone(Exception):
@@ -240,7 +243,7 @@ class ModelGone(Exception):
 
 
 class Blocked(Exception):
-    """Nothing can serve the request, and waiting longer is not worthwhile."""
+    """No endpoint can serve the request, and waiting longer would not help."""
 
     def __init__(self, block: Block) -> None:
         super().__init__(block.message)
@@ -248,38 +251,38 @@ class Blocked(Exception):
 
 
 class Upstream(Protocol):
-    """What a worker keeps for an endpoint's address: its connections, and how it has answered."""
+    """A worker's connections to an endpoint's address, and its health."""
 
     def close(self) -> None:
-        """The endpoint is gone, or has moved; requests in flight may finish."""
+        """The endpoint was removed or its address changed; in-flight requests may finish."""
 
     @property
     def is_waited_on(self) -> bool:
-        """Whether requests wait there for the first byte of an answer."""
+        """Whether requests wait for the first byte of its response."""
 
     def move_waiting(self) -> None:
-        """Attempt the requests that wait there elsewhere, those for which that is possible."""
+        """Move requests that wait for its response to other endpoints, where possible."""
 
     @property
     def is_trusted(self) -> bool:
-        """Whether it can be expected to answer."""
+        """Whether it is expected to respond."""
 
     @property
     def is_down(self) -> bool:
-        """Whether it fails just now, again and again."""
+        """Whether it currently fails repeatedly."""
 
     def take_probe(self) -> bool:
-        """Whether one request may be sent there to see whether it answers; counted if so."""
+        """Whether a request may probe it now; the probe is then counted."""
 
     def is_proven(self, since_s: float) -> bool:
-        """Whether it has begun a good answer after ``since_s``, and not failed after that."""
+        """Whether it began a successful response after ``since_s`` and has not failed since."""
 
 
 class RoutingTable:
-    """A worker's view of every model; changed by the hinge's messages alone, on one event loop.
+    """A worker's view of all models. Only the supervisor's messages change it, on one event loop.
 
-    ``target`` makes what a Reservation carries for an endpoint. It is made once for an address
-    and a row, and closed when the endpoint goes or moves.
+    ``target`` creates the upstream that Reservations of an endpoint carry. It is created once per
+    address and row, and closed when the endpoint is removed or either of them changes.
     """
 
     def __init__(
@@ -288,24 +291,24 @@ class RoutingTable:
         target: Callable[[RoutedModel, Endpoint], Upstream],
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """``clock``: the time in seconds that ejections end by; None: CLOCK_MONOTONIC."""
+        """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC."""
         self.version = 0
         self._table = table
         self._target = target
         self._clock = clock
         self._models: dict[str, RoutedModel] = {}
-        self._health_events = 0  # the load table's, when ejected endpoints were last looked for
+        self._health_events = 0  # of the load table, at the last check for ejected endpoints
 
     def apply(self, message: Snapshot | Delta) -> None:
-        """Take a change and acknowledge its version. What is not news is ignored."""
+        """Apply a change and acknowledge its version. Outdated changes are ignored."""
         if isinstance(message, Snapshot):
             if message.version >= self.version:
                 self._replace(message)
         elif message.version > self.version:
             if message.version != self.version + 1:
                 raise RuntimeError(
-                    f"routing table is at version {self.version}, the next delta is "
-                    f"{message.version}: one is lost"
+                    f"routing table is at version {self.version} but the next delta is "
+                    f"{message.version}: a delta was lost"
                 )
             self._set(message.model, message.route)
             self.version = message.version
@@ -313,7 +316,7 @@ class RoutingTable:
 
     @property
     def workers(self) -> int:
-        """How many processes route by the same load table."""
+        """The number of worker processes that share the load table."""
         return self._table.columns - 1
 
     def find(self, model: str) -> RoutedModel | None:
@@ -326,9 +329,9 @@ class RoutingTable:
         return len(self._models)
 
     def move_off_ejected(self) -> None:
-        """Attempt requests elsewhere that wait on endpoints which any worker has ejected.
+        """Move requests off endpoints that any worker has ejected; see `RoutedModel`.
 
-        Cheap while nothing fails; to be called every moment.
+        Cheap while nothing fails, so it can be called periodically.
         """
         health_events = self._table.health_events()
         if health_events != self._health_events:
@@ -337,7 +340,7 @@ class RoutingTable:
                 routed.move_off_ejected()
 
     def close(self) -> None:
-        """Forget every model, and close what was made for their endpoints."""
+        """Remove all models and close their endpoints' upstreams."""
         for model in list(self._models):
             self._set(model, None)
 
@@ -384,17 +387,18 @@ class RoutedModel:
         self._table = table
         self._target = target
         self._upstreams: dict[str, Upstream] = {}  # by endpoint name
-        self._departed: list[tuple[str, Upstream]] = []  # requests still wait there
+        self._departed: list[tuple[str, Upstream]] = []  # removed, with requests still waiting
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
         self.update(route)
 
-    # -- what the exchange asks --------------------------------------------------------------------
+    # -- for exchanges -----------------------------------------------------------------------------
 
     def key(self, ask: Ask) -> int | None:
-        """The request's place on the ring; None for one that goes by least load.
+        """The request's hash key; None if it is routed by least load.
 
-        That is all of them under LeastLoad, and audio always: no two recordings share a prefix.
+        That applies to all requests under LeastLoad, and to audio always, because recordings do not
+        share prefixes.
         """
         if not self.hashes or ask.kind is Kind.TRANSCRIPTIONS:
             return None
@@ -403,7 +407,10 @@ class RoutedModel:
     def pick(
         self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
-        """Count a request on an endpoint; None when nobody (outside ``exclude``) can serve it."""
+        """Pick an endpoint and count a request on it; None if no endpoint can serve it.
+
+        ``exclude``: names of endpoints that must not be picked.
+        """
         if key is None or not self.hashes:
             return self.ring.pick_least(adapter, exclude)
         return self.ring.pick_hashed(key, adapter, exclude)
@@ -415,7 +422,7 @@ class RoutedModel:
         adapter: str | None = None,
         exclude: Iterable[str] = (),
     ) -> Reservation | None:
-        """Like ``pick``, among the endpoints whose upstream ``fits``."""
+        """Like ``pick``, but only among endpoints whose upstream satisfies ``fits``."""
         unfit = [name for name, upstream in self._upstreams.items() if not fits(upstream)]
         return self.pick(key, adapter, (*exclude, *unfit))
 
@@ -425,7 +432,7 @@ class RoutedModel:
         adapter: str | None = None,
         exclude: Collection[str] = (),
     ) -> Upstream | None:
-        """The first endpoint's upstream that serves the adapter and ``fits``."""
+        """The upstream of the first endpoint that serves the adapter and satisfies ``fits``."""
         upstreams = (
             self._upstreams[endpoint.name]
             for endpoint in self.route.endpoints
@@ -447,39 +454,39 @@ class RoutedModel:
         )
 
     def block(self, adapter: str | None = None) -> Block | None:
-        """Why no endpoint serves the adapter (None: the model itself), as far as is known."""
+        """Why no endpoint serves the adapter (None: the model itself); None if unknown."""
         if adapter is None or self.route.block is not None:
             return self.route.block
         return self.route.adapter_blocks.get(adapter)
 
     def serves(self, endpoint: str) -> bool:
-        """Whether the route has the endpoint."""
+        """Whether the endpoint is in the route."""
         return endpoint in self.ring
 
     def in_flight(self, endpoint: str) -> int:
-        """Requests that all workers have on an endpoint; 0 when the route does not have it."""
+        """All workers' in-flight requests on an endpoint; 0 if it is not in the route."""
         found = self._find(endpoint)
         return 0 if found is None else self._table.in_flight(found.row)
 
     def answered(self) -> int:
-        """Requests that this worker has answered so far, but for 5xx."""
+        """The number of requests that this worker has finished so far with other than a 5xx."""
         outcomes = self._table.outcomes(self.route.row, self._table.column)
         return outcomes["2xx"] + outcomes["3xx"] + outcomes["4xx"]
 
     # -- health ------------------------------------------------------------------------------------
 
     def note_failure(self, endpoint: str, now_s: float, unreachable: bool) -> int:
-        """Count a failed attempt; the endpoint's failures since its last complete answer."""
+        """Count a failed attempt. Returns the endpoint's failures since its last full response."""
         found = self._find(endpoint)
         if found is None:
             return 0
         return self._table.note_failure(found.row, found.generation, now_s, unreachable)
 
     def eject(self, endpoint: str, until_s: float) -> bool:
-        """Eject an endpoint, for all workers; False for a model's only one, which stays.
+        """Eject an endpoint for all workers. Returns False if it is the model's only endpoint.
 
-        ``until_s``: CLOCK_MONOTONIC seconds; then the endpoint is half-open until restored. Once
-        all of a model's endpoints are ejected, picks go to all of them again (panic mode).
+        ``until_s``: CLOCK_MONOTONIC seconds; after that the endpoint is half-open until restored.
+        If all of a model's endpoints are ejected, picks go to all of them again (panic mode).
         """
         found = self._find(endpoint)
         if found is None or len(self.ring) == 1:
@@ -490,8 +497,9 @@ class RoutedModel:
     def restore(self, endpoint: str, now_s: float) -> None:
         """Return an ejected endpoint to service. Its ejection count is kept.
 
-        When all were ejected, what they failed by may have passed for all: the others are probed
-        soon, lest this one carries their load until their ejections end.
+        If all endpoints were ejected, they may all have recovered from a common cause. The others
+        then become half-open soon, so that this one does not carry all load until their ejections
+        end.
         """
         found = self._find(endpoint)
         if found is None:
@@ -503,35 +511,36 @@ class RoutedModel:
             self._table.half_open(other.row, other.generation, probe_s)
 
     def recover(self, endpoint: str) -> None:
-        """Return an endpoint to service with no failures and no ejections counted."""
+        """Return an endpoint to service and reset its failure and ejection counts."""
         found = self._find(endpoint)
         if found is not None:
             self._table.recover(found.row, found.generation)
 
     def ejected_until(self, endpoint: str) -> float:
-        """When an endpoint becomes half-open, or may be probed again; 0: it is not ejected."""
+        """When an endpoint becomes half-open or may be probed again; 0 if it is not ejected."""
         found = self._find(endpoint)
         return 0.0 if found is None else self._table.ejected_until(found.row)
 
     def ejection_count(self, endpoint: str) -> int:
-        """How often an endpoint was ejected, by any worker, since it last recovered."""
+        """How often any worker has ejected an endpoint since it last recovered."""
         found = self._find(endpoint)
         return 0 if found is None else self._table.ejection_count(found.row)
 
     def failures(self, endpoint: str) -> int:
-        """An endpoint's failed attempts, by all workers, since its last complete answer."""
+        """An endpoint's failed attempts in all workers since its last full response."""
         found = self._find(endpoint)
         return 0 if found is None else self._table.failures(found.row)
 
     def failed_at(self, endpoint: str) -> float:
-        """When an endpoint last failed, in any worker (CLOCK_MONOTONIC seconds); 0: never."""
+        """When an endpoint last failed in any worker (CLOCK_MONOTONIC seconds); 0 if never."""
         found = self._find(endpoint)
         return 0.0 if found is None else self._table.failed_at(found.row)
 
     def move_off_ejected(self) -> None:
-        """Attempt requests elsewhere that wait on ejected endpoints which give no answers.
+        """Move waiting requests off endpoints that were ejected because they were unreachable.
 
-        An endpoint that was ejected for its answers (503) is alive and works on what it has.
+        An endpoint that was ejected for its responses (503) is alive and may still serve the
+        requests that it has.
         """
         if self.ring.ejected_count():
             for endpoint in self.route.endpoints:
@@ -548,14 +557,14 @@ class RoutedModel:
     async def wait(
         self, adapter: str | None, timeout_s: float, exclude: Collection[str] = ()
     ) -> None:
-        """Return once :meth:`can_serve` holds; NoEndpoint after ``timeout_s``, or ModelGone.
+        """Return once :meth:`can_serve` is true; NoEndpoint after ``timeout_s``, or ModelGone.
 
-        Blocked as soon as :meth:`block` fails requests. Only a change of the route wakes it. The
+        Raises Blocked once :meth:`block` fails requests. Wakes up only when the route changes. The
         caller limits how many requests wait.
         """
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
-        # Another change may come between a wake-up and this task's turn: look again.
+        # The route may change again between the wake-up and this task's turn: check again.
         while not self._gone and not self.can_serve(adapter, exclude):
             block, now_s = self.block(adapter), loop.time()
             if block is not None and block.fails_at_s <= now_s:
@@ -570,7 +579,7 @@ class RoutedModel:
     async def _change(
         self, adapter: str | None, exclude: Collection[str], block: Block | None, until_s: float
     ) -> None:
-        """Return once an endpoint can serve, ``block`` has changed, or at ``until_s``."""
+        """Return once an endpoint can serve, once the block has changed, or at ``until_s``."""
         woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[woken] = lambda: (
             self.can_serve(adapter, exclude) or self.block(adapter) != block
@@ -583,14 +592,14 @@ class RoutedModel:
         finally:
             del self._waiters[woken]
 
-    # -- what the routing table does ---------------------------------------------------------------
+    # -- for the routing table ---------------------------------------------------------------------
 
     def is_life_of(self, route: Route) -> bool:
-        """Whether ``route`` is of this same model, not of one deleted and made again."""
+        """Whether ``route`` is for this same model, not for one deleted and created again."""
         return (self.route.row, self.route.generation) == (route.row, route.generation)
 
     def update(self, route: Route) -> None:
-        """Take the new route; wake the requests that can be served, or whose block has changed."""
+        """Apply the new route; wake requests that can now be served or whose block has changed."""
         old, self.route = self.route, route
         self.hashes = route.strategy == "PrefixHash"
         self.prefix_char_length = route.prefix_char_length
@@ -612,7 +621,7 @@ class RoutedModel:
         self._move_off_departed()
 
     def end(self) -> None:
-        """The model is gone: nobody waits, no connection is kept."""
+        """The model was deleted: wake all waiting requests and close its connections."""
         self._gone = True
         for woken in self._waiters:
             if not woken.done():
@@ -638,10 +647,10 @@ class RoutedModel:
         self._departed.append((name, upstream))
 
     def _move_off_departed(self) -> None:
-        """Requests that wait on an endpoint which left are attempted elsewhere.
+        """Move waiting requests off endpoints that were removed.
 
-        Not while it drains: it is going to answer them. Where no endpoint can take a request, it
-        waits on, until the next change of the route.
+        An endpoint that is draining keeps them, because it will still serve them. A request that no
+        other endpoint can take keeps waiting until the route changes again.
         """
         for name, upstream in self._departed:
             if name not in self.route.draining:
