@@ -1,7 +1,7 @@
-"""The load table as other compiled modules see it; ``_load.pyx`` says what it promises.
+"""Declarations of the load table for other compiled modules; see ``_load.pyx`` for its guarantees.
 
-The atomics stand here and nowhere else. All are relaxed: a cell has one writer, a reader wants
-a recent number and orders nothing by it. On x86-64 and arm64 they are plain aligned moves.
+All atomics are declared here. All are relaxed: a cell has one writer, and readers need a recent
+value but no ordering. On x86-64 and arm64 they compile to plain aligned moves.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
@@ -20,8 +20,8 @@ cdef extern from *:
     static inline void kb_put_time(double *cell, double value) {
         __atomic_store(cell, &value, __ATOMIC_RELAXED);
     }
-    /* A gauge moves by one and stops at 0: what a dead worker's cleared column, or a row's next
-       life, no longer knows of is released into nothing. */
+    /* A gauge changes by one and never falls below 0: releasing a pick that was counted before a
+       dead worker's column was cleared, or before the row was reopened, has no effect. */
     static inline void kb_up(int32_t *cell) { kb_put(cell, kb_get(cell) + 1); }
     static inline void kb_down(int32_t *cell) {
         int32_t value = kb_get(cell);
@@ -29,8 +29,8 @@ cdef extern from *:
     }
     static inline void kb_count(uint64_t *cell, uint64_t by) { kb_put(cell, kb_get(cell) + by); }
 
-    /* The sum of a row, two cells to a load: rows are an even number of cells long, those after
-       the last column are 0, and no half can reach 2^32. */
+    /* The sum of a row, two cells per load: rows have an even number of cells, those after the
+       last column are 0, and neither half of the sum can reach 2^32. */
     typedef uint64_t __attribute__((may_alias)) kb_pair;
     static inline int64_t kb_sum(const int32_t *cells, int columns) {
         const kb_pair *pairs = (const kb_pair *) cells;
@@ -39,8 +39,8 @@ cdef extern from *:
         return (int64_t) ((sum & 0xFFFFFFFF) + (sum >> 32));
     }
 
-    /* The first of rows[from:to] with the smallest sum below *least, or -1. Inlined for each
-       number of columns: a thousand rows are read in well under a microsecond. */
+    /* The first of rows[from:to] with the smallest sum below *least, or -1. Specialised for
+       common numbers of columns: a thousand rows take well under a microsecond. */
     static inline __attribute__((always_inline)) int kb_least_of(
         const int32_t *cells, size_t stride, int columns,
         const int32_t *rows, int from, int to, int64_t *least)
@@ -99,26 +99,26 @@ cdef struct Header:
     uint64_t version
     uint64_t rows
     uint64_t columns
-    uint64_t rows_used  # rows from here on were never opened
-    uint64_t peers  # other replicas of KubeAI that pick as we do
-    uint64_t phase  # where ties among endpoints are broken first, in this replica
+    uint64_t rows_used  # rows from this index on were never opened
+    uint64_t peers  # number of other KubeAI replicas that pick for the same models
+    uint64_t phase  # where this replica starts breaking ties between endpoints
     uint64_t spare[1]
 
 
 cdef struct Column:
     uint64_t acknowledged
     int64_t active
-    uint64_t health_events  # failures and ejections that this column's worker has recorded
+    uint64_t health_events  # failures and ejections recorded by this column's worker
     uint64_t iterations_sum
     uint64_t iterations[BUCKETS]
 
 
-cdef struct Health:  # of an endpoint; any worker writes, a lost update costs one count
-    double ejected_until_s  # CLOCK_MONOTONIC; 0: not ejected. Past it, the endpoint is half-open
+cdef struct Health:  # of one endpoint; any worker writes: a lost update loses one count
+    double ejected_until_s  # CLOCK_MONOTONIC; 0: not ejected. After it, the endpoint is half-open
     double failed_s  # when it last failed; 0: never
-    uint32_t failures  # since its last complete answer
+    uint32_t failures  # since its last complete response
     uint32_t ejection_count  # since it last recovered
-    uint32_t unreachable  # whether its last failure was without an answer
+    uint32_t unreachable  # whether its last failure came without a response
     uint32_t spare
 
 
@@ -129,14 +129,14 @@ cdef class LoadTable:
     cdef int _column
     cdef bint _owns_fd
     cdef size_t _size
-    cdef int stride  # cells from one row of in_flight to the next
+    cdef int stride  # cells per row of in_flight
     cdef Header *header  # NULL once closed
     cdef Column *column_headers
     cdef uint32_t *generations
     cdef Health *health
     cdef int32_t *in_flight_cells  # [rows][stride]: a pick reads whole rows
-    cdef int32_t *settled_cells  # of each row, 2^SETTLED_BITS times what peers have been told
-    cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells lie together
+    cdef int32_t *settled_cells  # per row: 2^SETTLED_BITS × the local count that peers know of
+    cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells are contiguous
     cdef int32_t *held_cells  # [columns][rows]
     cdef uint64_t *lookup_cells  # [columns][rows][3]
     cdef uint64_t *outcome_cells  # [columns][rows][OUTCOMES]
@@ -148,7 +148,7 @@ cdef class LoadTable:
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept
     cdef int64_t _here(self, size_t row) noexcept
     cdef inline int64_t _expected(self, size_t row) noexcept:
-        """The load of a row, if peers have picked since they last told as we have."""
+        """A row's load, assuming that peers have made as many unreported picks as this replica."""
         cdef int32_t *cells = self.in_flight_cells + row * self.stride
         cdef int64_t load = sum_row(cells, self.columns)
         cdef int64_t here = load - get_i32(&cells[self.columns - 1])
@@ -157,7 +157,7 @@ cdef class LoadTable:
 
     cdef uint64_t _ended(self, size_t row) noexcept
     cdef inline bint lives(self, size_t row, uint32_t generation) noexcept:
-        """Whether this is the row's present life; a row never opened (0) has none."""
+        """Whether this is the row's current generation; 0 (never opened) is never current."""
         return generation != 0 and get_u32(&self.generations[row]) == generation
 
     cpdef uint64_t health_events(self) noexcept
@@ -166,14 +166,14 @@ cdef class LoadTable:
     ) noexcept
 
 
-cdef enum:  # how a request ends; as OUTCOME_NAMES
-    LEFT  # the client went before the end of its answer
+cdef enum:  # how a request ends; same order as OUTCOME_NAMES
+    LEFT  # the client disconnected before the end of the response
     ANSWERED_2XX
     ANSWERED_3XX
     ANSWERED_4XX
     ANSWERED_5XX
-    BROKEN  # the engine's answer ended before its end
-    RETRIED  # not an end: another attempt was made
+    BROKEN  # the engine's response was cut short
+    RETRIED  # not an outcome: another attempt was made
 
 
 cdef class Admission:
@@ -201,8 +201,8 @@ cdef class Reservation:
     cdef uint32_t model_generation
     cdef bint _released
     cdef readonly int iterations
-    cdef readonly bint trial  # a probe of an endpoint that is ejected
-    cdef readonly bint failing  # the endpoint has failed since its last complete answer
+    cdef readonly bint trial  # a probe of an ejected endpoint
+    cdef readonly bint failing  # the endpoint has failed since its last complete response
     cdef readonly int64_t first_load
     cdef readonly int64_t bound
     cdef readonly str name

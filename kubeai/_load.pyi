@@ -1,4 +1,4 @@
-"""The load table: in-flight counts in memory that all processes of one KubeAI share."""
+"""The load table: in-flight counts in memory shared by all processes of one KubeAI replica."""
 
 from typing import Literal, final
 
@@ -8,151 +8,151 @@ Kind = Literal["http", "message"]
 class LoadTable:
     """Rows × columns of counters in one memfd.
 
-    A row is a model or an endpoint. A column belongs to one worker process, which alone writes
-    it; one more column (the last) is the supervisor's, for what other replicas of KubeAI serve.
+    A row is a model or an endpoint. Each column belongs to one worker process, its only writer;
+    the last column belongs to the supervisor and holds the other KubeAI replicas' in-flight counts.
     A load is the sum of a row over all columns.
     """
 
-    fd: int  # the memfd, inheritable; hand it to a worker with pass_fds
+    fd: int  # the memfd, inheritable; pass it to a worker with pass_fds
     rows: int
     columns: int  # workers + 1
     column: int  # the column that this process writes; -1 in the supervisor until set
-    peers: int  # other replicas of KubeAI that pick as we do
-    phase: int  # where ties among endpoints are broken first: elsewhere in each replica
+    peers: int  # number of other KubeAI replicas that pick for the same models
+    phase: int  # where this replica starts breaking ties; differs between replicas
 
     @staticmethod
     def create(rows: int, workers: int) -> LoadTable:
-        """A new table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
+        """Create a table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
     @staticmethod
     def attach(fd: int, column: int) -> LoadTable:
-        """Map a table made elsewhere; ValueError when its header does not fit.
+        """Map an existing table; ValueError if its header does not match.
 
-        The descriptor stays the caller's: ``close`` only unmaps.
+        The caller keeps ownership of the descriptor: ``close`` only unmaps.
         """
     def close(self) -> None:
-        """Unmap; what is still counted stays counted, and is released into nothing."""
+        """Unmap. Open counts stay in the table; releasing them later has no effect."""
 
-    # -- rows: the supervisor's --------------------------------------------------------------
+    # -- rows: the supervisor's ------------------------------------------------------------
     def open_row(self, row: int) -> int:
-        """Begin a new life of a free row: counters zeroed, a new generation, which is returned."""
+        """Reuse a free row: zero its counters and return its new generation."""
     def generation(self, row: int) -> int: ...
     def set_peers(self, row: int, generation: int, in_flight: int) -> None:
-        """Other replicas have so many picks of the row in flight; nothing in its other lives."""
+        """Record the other replicas' in-flight count. No effect for another generation."""
     def settle(self, steps: int = 4) -> None:
-        """Let what is settled follow by a ``steps``-th of the difference; all of it at 1."""
+        """Move each settled count towards the local load by 1/``steps`` of the difference."""
     def row_is_zero(self, row: int) -> bool:
-        """Whether no column holds a gauge (active, held, in-flight) in this row."""
+        """Whether all gauges (active, held, in-flight) of this row are 0."""
     def clear_column(self, column: int) -> None:
-        """Zero all gauges of a column whose worker is dead and reaped (counters stay)."""
+        """Zero all gauges of a column whose worker is dead and reaped. Counters are kept."""
 
-    # -- reads: anyone -----------------------------------------------------------------------
+    # -- reads: anyone ---------------------------------------------------------------------
     def active(self, row: int, kind: Kind | None = None) -> int:
-        """Requests of a model that are being served or held: sum over the columns."""
+        """A model's requests that are being served or held, over all columns."""
     def held(self, row: int) -> int:
-        """Requests of a model that wait for an endpoint."""
+        """A model's requests that are waiting for an endpoint."""
     def in_flight(self, row: int) -> int:
-        """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
+        """Unreleased picks of an endpoint, or of all endpoints of a model."""
     def in_flight_here(self, row: int) -> int:
-        """The same without those of other replicas of KubeAI."""
+        """Like ``in_flight``, without the other KubeAI replicas' picks."""
     def expected(self, row: int) -> int:
-        """The load of a row, if peers have picked since they last told as we have."""
+        """A row's load, assuming that peers have made as many unreported picks as this replica."""
     def ended(self, row: int) -> int:
-        """Requests of a model that are over, however they ended, since the row was opened."""
+        """A model's requests that have ended, with any outcome, since the row was opened."""
     def lookups(self, row: int) -> tuple[int, int, int]:
-        """Of an endpoint: hash lookups in which it was (initial, final, default) choice."""
+        """Hash lookups in which an endpoint was the (initial, final, default) choice."""
     def outcomes(self, row: int, column: int | None = None) -> dict[str, int]:
-        """Of a model: how its requests ended, by name (``OUTCOME_NAMES``); of a column, or all."""
+        """A model's request counts by outcome (``OUTCOME_NAMES``), for one column or all."""
     def iterations(self) -> tuple[list[int], int]:
-        """Histogram of distinct endpoints looked at by a hashed pick, all models.
+        """Histogram of distinct endpoints examined per hashed pick, over all models.
 
         Returns per-bucket counts for the upper bounds ``ITERATION_BUCKETS`` (+Inf last, not
         cumulative) and the sum of the values.
         """
     def active_total(self) -> int:
-        """Requests active in all columns that workers write."""
+        """Active requests of all workers."""
 
-    # -- what a worker says of itself: its column's header -------------------------------------
+    # -- worker status, in its column's header ---------------------------------------------
     def acknowledge(self, version: int) -> None:
-        """This worker has applied the routing table's ``version``."""
+        """Record that this worker has applied ``version`` of the routing table."""
     def acknowledged(self, column: int) -> int: ...
 
-    # -- health: any worker writes, all read ---------------------------------------------------
+    # -- health: written and read by any worker --------------------------------------------
     def note_failure(self, row: int, generation: int, now_s: float, unreachable: bool) -> int:
-        """Count a failed attempt; returns the endpoint's failures since its last complete answer.
+        """Count a failed attempt. Returns the failures since the last complete response.
 
-        ``now_s``: CLOCK_MONOTONIC seconds. ``unreachable``: there was no answer.
+        ``now_s``: CLOCK_MONOTONIC seconds. ``unreachable``: the endpoint sent no response.
         """
     def eject(self, row: int, generation: int, until_s: float) -> None:
         """Eject an endpoint until ``until_s`` (CLOCK_MONOTONIC seconds); then it is half-open.
 
-        A half-open endpoint gets one pick every ``TRIAL_S``, until it is restored.
+        A half-open endpoint gets one pick per ``TRIAL_S`` until it is restored.
         """
     def half_open(self, row: int, generation: int, now_s: float) -> None:
         """End an ejection early: the endpoint may be probed from ``now_s`` on."""
     def restore(self, row: int, generation: int) -> None:
         """Return an ejected endpoint to service. Its ejection count is kept."""
     def recover(self, row: int, generation: int) -> None:
-        """Return an endpoint to service with no failures and no ejections counted."""
+        """Return an endpoint to service and reset its failure and ejection counts."""
     def ejected_until(self, row: int) -> float:
-        """When an endpoint becomes half-open, or may be probed again; 0: it is not ejected."""
+        """When an endpoint becomes half-open or may be probed again; 0 if it is not ejected."""
     def ejection_count(self, row: int) -> int:
-        """How often an endpoint was ejected since it last recovered."""
+        """Number of ejections since the endpoint last recovered."""
     def failures(self, row: int) -> int:
-        """An endpoint's failed attempts, by all workers, since its last complete answer."""
+        """Failed attempts, over all workers, since the endpoint's last complete response."""
     def failed_at(self, row: int) -> float:
-        """When an endpoint last failed (CLOCK_MONOTONIC seconds); 0: never."""
+        """When an endpoint last failed (CLOCK_MONOTONIC seconds); 0 if never."""
     def unreachable(self, row: int) -> bool:
-        """Whether an endpoint's last failure was without an answer."""
+        """Whether an endpoint's last failure came without a response."""
     def health_events(self) -> int:
-        """Changes with every failure and ejection that any worker records; never falls."""
+        """Total failures and ejections recorded by all workers; never decreases."""
 
-    # -- counting a request: a worker ----------------------------------------------------------
+    # -- counting a request: workers only --------------------------------------------------
     def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...
 
 @final
 class Readings:
-    """What each row counted, in this replica, when it was last looked at. The supervisor's."""
+    """This replica's counts per row as of the last call. Used by the supervisor."""
 
     def __init__(self, table: LoadTable) -> None: ...
     def changed(self) -> list[tuple[int, int, int, int]]:
-        """Rows that count something else than at the last call, or live anew, with their counts.
+        """Return the rows that have changed or were reopened since the last call.
 
         A list of (row, in flight, active, ended).
         """
 
 @final
 class Admission:
-    """One request counted as active for a model, once, until closed."""
+    """One request, counted as active for a model until closed."""
 
     def hold(self) -> None:
-        """Count it as held too (idempotent; nothing once closed)."""
+        """Count the request as held too (idempotent; no effect once closed)."""
     def unhold(self) -> None: ...
     def count(self, outcome: str) -> None:
-        """Count how it ended, or that it was retried: one of ``OUTCOME_NAMES``."""
+        """Count the request's outcome, or a retry: one of ``OUTCOME_NAMES``."""
     def close(self) -> None:
-        """Count it no more (idempotent; also when garbage-collected)."""
+        """Stop counting it (idempotent; also done when garbage-collected)."""
 
 @final
 class Reservation:
     """One pick of an endpoint, counted in its row and its model's row until released."""
 
-    name: str  # the endpoint's (its pod's) name
-    target: object  # what Ring.set was given for it
-    trial: bool  # the endpoint is ejected: a good answer restores it
-    failing: bool  # the endpoint has failed since its last complete answer
-    iterations: int  # distinct endpoints looked at (0 for LeastLoad)
-    first: str  # the name of the ring's first endpoint that can serve; == name when not moved
-    first_load: int  # its load when it was passed over (or taken), before this pick
-    bound: int  # the load that no endpoint may exceed by this pick (0, none, for LeastLoad)
+    name: str  # the endpoint's (pod's) name
+    target: object  # as passed to Ring.set
+    trial: bool  # the endpoint is ejected: a good response restores it
+    failing: bool  # the endpoint has failed since its last complete response
+    iterations: int  # distinct endpoints examined (0 for LeastLoad)
+    first: str  # name of the first endpoint on the ring that can serve; == name if not moved
+    first_load: int  # load of ``first`` before this pick
+    bound: int  # maximum load per endpoint, including this pick (0 for LeastLoad: no bound)
 
     @property
     def released(self) -> bool: ...
     def release(self) -> None:
-        """Count it no more (idempotent; also when garbage-collected)."""
+        """Stop counting it (idempotent; also done when garbage-collected)."""
 
 ITERATION_BUCKETS: tuple[int, ...]
-OUTCOME_NAMES: tuple[str, ...]  # left, 2xx … 5xx, broken; and retried, which is no end
+OUTCOME_NAMES: tuple[str, ...]  # left, 2xx … 5xx, broken; and retried, which is not an outcome
 TRIAL_S: float
 
 def live() -> tuple[int, int]:
-    """(Admissions, Reservations) of this process that are not closed: leak check for tests."""
+    """Open (Admissions, Reservations) of this process: leak check for tests."""

@@ -1,24 +1,24 @@
-"""The load table: in-flight counts in memory that all processes of one KubeAI share.
+"""The load table: in-flight counts in memory shared by all processes of one KubeAI replica.
 
-One memfd, handed on by descriptor. A row is a model or an endpoint; a column belongs to one
-worker, which alone writes it (the last is the supervisor's), so there is no atomic
-read-modify-write and nothing to repair after a SIGKILL but one column. Rows are opened by the
-supervisor; each life of a row has a generation, and what was counted in an earlier life is
-released into nothing. A gauge never falls below 0.
+The table is one memfd, passed on by descriptor. A row is a model or an endpoint. Each column
+belongs to one worker, its only writer (the last column belongs to the supervisor), so no atomic
+read-modify-write is needed, and after a SIGKILL only one column has to be cleared. The supervisor
+opens rows. Each time a row is reused it gets a new generation, and releasing a count of an earlier
+generation has no effect. A gauge never falls below 0.
 
-In its own column the supervisor puts down what other replicas of KubeAI have in flight, so that a
-pick sees the load that all of them make. Everything else in the table is of this replica alone.
+In its own column the supervisor records the other replicas' in-flight counts, so that a pick sees
+the total load. Everything else in the table belongs to this replica alone.
 
-What others have picked in the last moments is not told yet. All that go by least load would then
-take the same endpoint. So they expect of each other what they do themselves: ``settled`` follows a
-row's own picks with a delay, about that of telling, and what is not settled counts once more for
-each peer (:meth:`LoadTable.expected`).
+Peers report their counts with a delay, during which all replicas that pick by least load would
+choose the same endpoint. Each replica therefore assumes that its peers pick as it does itself:
+``settled`` follows a row's local in-flight count with about the reporting delay, and the difference
+between the two is counted once more per peer (:meth:`LoadTable.expected`).
 
-An endpoint's health is shared as well: consecutive failures, and until when it is ejected. Past that
-time it is half-open: one probe every ``TRIAL_S`` until a worker restores it.
+An endpoint's health is shared as well: its consecutive failures and the end of its ejection. After
+that time it is half-open: one probe per ``TRIAL_S`` until a worker restores it.
 
-What a pick reads (in-flight) lies row by row; what one worker counts and only a scrape reads
-(active, held, lookups) lies column by column, so that workers do not share its cache lines.
+Counts that picks read (in-flight) are stored by row. Counts that one worker writes and only scrapes
+read (active, held, lookups) are stored by column, so that workers do not share cache lines.
 
 The supervisor creates the table; workers attach. ``_ring`` picks through :func:`reserve`.
 """
@@ -48,7 +48,7 @@ cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 
 ITERATION_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 TRIAL_S = 5.0
-# How a request may end, in the order of its cells; the last of them is no end.
+# How a request may end, in the order of the cells; the last, retried, is not an outcome.
 OUTCOME_NAMES = ("left", "2xx", "3xx", "4xx", "5xx", "broken", "retried")
 
 cdef int64_t live_admissions = 0
@@ -56,7 +56,7 @@ cdef int64_t live_reservations = 0
 
 
 def live():
-    """(Admissions, Reservations) of this process that are not closed: leak check for tests."""
+    """Open (Admissions, Reservations) of this process: leak check for tests."""
     return live_admissions, live_reservations
 
 
@@ -108,7 +108,7 @@ cdef int _kind(object kind) except -1:
 
 @cython.final
 cdef class LoadTable:
-    """Rows × columns of counters in one memfd; see the module."""
+    """Rows × columns of counters in one memfd; see the module docstring."""
 
     def __init__(self):
         raise TypeError("use LoadTable.create or LoadTable.attach")
@@ -119,7 +119,7 @@ cdef class LoadTable:
 
     @staticmethod
     def create(int rows, int workers):
-        """A new table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
+        """Create a table, all cells 0. ``rows`` ≤ 2^20, ``workers`` ≤ 63."""
         if not 1 <= rows <= ROWS_MAX:
             raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
         if not 1 <= workers <= WORKERS_MAX:
@@ -129,7 +129,7 @@ cdef class LoadTable:
         table.fd = os.memfd_create("kubeai-load", os.MFD_ALLOW_SEALING)
         table._owns_fd = True
         os.ftruncate(table.fd, size)
-        # Nobody who holds the descriptor can shrink the file under a process that maps it.
+        # Sealed, so that no holder of the descriptor can shrink the file under another's mapping.
         fcntl.fcntl(
             table.fd,
             fcntl.F_ADD_SEALS,
@@ -144,9 +144,9 @@ cdef class LoadTable:
 
     @staticmethod
     def attach(int fd, int column):
-        """Map a table made elsewhere; ValueError when its header does not fit.
+        """Map an existing table; ValueError if its header does not match.
 
-        The descriptor stays the caller's: ``close`` only unmaps.
+        The caller keeps ownership of the descriptor: ``close`` only unmaps.
         """
         cdef LoadTable table = LoadTable.__new__(LoadTable)
         cdef size_t size = os.fstat(fd).st_size
@@ -193,7 +193,7 @@ cdef class LoadTable:
         self.outcome_cells = <uint64_t *> (base + layout.outcomes)
 
     def close(self):
-        """Unmap; what is still counted stays counted, and is released into nothing."""
+        """Unmap. Open counts stay in the table; releasing them later has no effect."""
         if self.header != NULL:
             munmap(self.header, self._size)
             self.header = NULL
@@ -210,7 +210,7 @@ cdef class LoadTable:
 
     @property
     def column(self):
-        """The column that this process writes; -1 in the supervisor until set."""
+        """The column that this process writes; -1 in the supervisor until it is set."""
         return self._column
 
     @column.setter
@@ -238,15 +238,15 @@ cdef class LoadTable:
             raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
         return 0
 
-    # -- rows: the supervisor's ----------------------------------------------------------------
+    # -- rows: the supervisor's --------------------------------------------------------------
 
     def open_row(self, Py_ssize_t row):
-        """Begin a new life of a free row: all its cells zeroed, a new generation returned."""
+        """Reuse a free row: zero all its cells and return its new generation."""
         self._check_row(row)
         cdef int column
         cdef size_t cell
         cdef uint32_t generation = get_u32(&self.generations[row]) + 1
-        # The generation first: whoever still counts in the old life then stops.
+        # The generation first: holders of the old one then stop counting.
         put_u32(&self.generations[row], generation)
         if self.header.rows_used < <uint64_t> row + 1:
             put_u64(&self.header.rows_used, row + 1)
@@ -265,12 +265,12 @@ cdef class LoadTable:
         return generation
 
     def generation(self, Py_ssize_t row):
-        """The current life of a row; 0 when it was never opened."""
+        """The current generation of a row; 0 if it was never opened."""
         self._check_row(row)
         return get_u32(&self.generations[row])
 
     def set_peers(self, Py_ssize_t row, uint32_t generation, int32_t in_flight):
-        """Other replicas have so many picks of the row in flight; nothing in its other lives."""
+        """Record the other replicas' in-flight count. No effect for another generation."""
         self._check_row(row)
         if in_flight < 0:
             raise ValueError(f"in_flight must not be negative, but is {in_flight}")
@@ -279,7 +279,7 @@ cdef class LoadTable:
 
     @property
     def peers(self):
-        """How many other replicas of KubeAI pick as we do."""
+        """Number of other KubeAI replicas that pick for the same models."""
         self._check_row(0)
         return get_u64(&self.header.peers)
 
@@ -290,7 +290,7 @@ cdef class LoadTable:
 
     @property
     def phase(self):
-        """Where ties among endpoints are broken first: another place in each replica of KubeAI."""
+        """Where this replica starts breaking ties between endpoints; differs between replicas."""
         self._check_row(0)
         return get_u64(&self.header.phase)
 
@@ -300,7 +300,7 @@ cdef class LoadTable:
         put_u64(&self.header.phase, phase)
 
     def settle(self, int steps=4):
-        """Let what is settled follow by a ``steps``-th of the difference; all of it at 1."""
+        """Move each settled count towards the local load by 1/``steps`` of the difference."""
         self._check_row(0)
         cdef size_t row
         cdef int64_t here, settled, step
@@ -313,11 +313,11 @@ cdef class LoadTable:
             put_i32(&self.settled_cells[row], <int32_t> (settled + step if step else here))
 
     def row_is_zero(self, Py_ssize_t row):
-        """Whether no column holds a gauge (active, held, in-flight) in this row."""
+        """Whether all gauges (active, held, in-flight) of this row are 0."""
         return self.in_flight(row) == 0 and self.active(row) == 0 and self.held(row) == 0
 
     def clear_column(self, int column):
-        """Zero all gauges of a column whose worker is dead and reaped (counters stay)."""
+        """Zero all gauges of a column whose worker is dead and reaped. Counters are kept."""
         self._check_column(column)
         cdef size_t row
         cdef size_t used = get_u64(&self.header.rows_used)
@@ -330,7 +330,7 @@ cdef class LoadTable:
         memset(&self.held_cells[<size_t> column * self.rows], 0, used * sizeof(int32_t))
         put_i64(&self.column_headers[column].active, 0)
 
-    # -- reads: anyone -------------------------------------------------------------------------
+    # -- reads: anyone -----------------------------------------------------------------------
 
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept:
         cdef int64_t total = 0
@@ -340,7 +340,7 @@ cdef class LoadTable:
         return total
 
     def active(self, Py_ssize_t row, kind=None):
-        """Requests of a model that are being served or held: sum over the columns."""
+        """A model's requests that are being served or held, over all columns."""
         self._check_row(row)
         cdef size_t kind_cells = <size_t> self.columns * self.rows
         if kind is not None:
@@ -350,22 +350,22 @@ cdef class LoadTable:
         )
 
     def held(self, Py_ssize_t row):
-        """Requests of a model that wait for an endpoint."""
+        """A model's requests that are waiting for an endpoint."""
         self._check_row(row)
         return self._sum_columns(self.held_cells, row)
 
     def in_flight(self, Py_ssize_t row):
-        """Picks not yet released: of an endpoint, or of a model (all its endpoints)."""
+        """Unreleased picks of an endpoint, or of all endpoints of a model."""
         self._check_row(row)
         return sum_row(self.in_flight_cells + row * self.stride, self.columns)
 
     def in_flight_here(self, Py_ssize_t row):
-        """The same without those of other replicas of KubeAI."""
+        """Like ``in_flight``, without the other KubeAI replicas' picks."""
         self._check_row(row)
         return self._here(row)
 
     def expected(self, Py_ssize_t row):
-        """The load of a row, if peers have picked since they last told as we have."""
+        """A row's load, assuming that peers have made as many unreported picks as this replica."""
         self._check_row(row)
         return self._expected(row)
 
@@ -374,7 +374,7 @@ cdef class LoadTable:
         return sum_row(cells, self.columns) - get_i32(&cells[self.columns - 1])
 
     cdef uint64_t _ended(self, size_t row) noexcept:
-        """Requests of a model that are over, however they ended."""
+        """A model's requests that have ended, with any outcome."""
         cdef uint64_t total = 0
         cdef int column, outcome
         for column in range(self.columns - 1):
@@ -385,12 +385,12 @@ cdef class LoadTable:
         return total
 
     def ended(self, Py_ssize_t row):
-        """Requests of a model that are over, however they ended, since the row was opened."""
+        """A model's requests that have ended, with any outcome, since the row was opened."""
         self._check_row(row)
         return self._ended(row)
 
     def lookups(self, Py_ssize_t row):
-        """Of an endpoint: hash lookups in which it was (initial, final, default) choice."""
+        """Hash lookups in which an endpoint was the (initial, final, default) choice."""
         self._check_row(row)
         cdef uint64_t initial = 0, chosen = 0, default = 0
         cdef uint64_t *cell
@@ -403,7 +403,7 @@ cdef class LoadTable:
         return initial, chosen, default
 
     def outcomes(self, Py_ssize_t row, column=None):
-        """Of a model: how its requests ended, by name (``OUTCOME_NAMES``); of one column, or all."""
+        """A model's request counts by outcome (``OUTCOME_NAMES``), for one column or all."""
         self._check_row(row)
         cdef int outcome, at
         cdef uint64_t total
@@ -419,7 +419,7 @@ cdef class LoadTable:
         return outcomes
 
     def iterations(self):
-        """Histogram of distinct endpoints looked at by a hashed pick, all models.
+        """Histogram of distinct endpoints examined per hashed pick, over all models.
 
         Returns per-bucket counts for the upper bounds ``ITERATION_BUCKETS`` (+Inf last, not
         cumulative) and the sum of the values.
@@ -436,7 +436,7 @@ cdef class LoadTable:
         return [counts[bucket] for bucket in range(BUCKETS)], total
 
     def active_total(self):
-        """Requests active in all columns that workers write."""
+        """Active requests of all workers."""
         self._check_row(0)
         cdef int64_t total = 0
         cdef int column
@@ -444,10 +444,10 @@ cdef class LoadTable:
             total += get_i64(&self.column_headers[column].active)
         return total
 
-    # -- what a worker says of itself ------------------------------------------------------------
+    # -- worker status -----------------------------------------------------------------------
 
     def acknowledge(self, uint64_t version):
-        """This worker has applied the routing table's ``version``."""
+        """Record that this worker has applied ``version`` of the routing table."""
         self._check_row(0)
         self._check_writer()
         put_u64(&self.column_headers[self._column].acknowledged, version)
@@ -456,12 +456,12 @@ cdef class LoadTable:
         self._check_column(column)
         return get_u64(&self.column_headers[column].acknowledged)
 
-    # -- health: any worker writes, all read -----------------------------------------------------
+    # -- health: written and read by any worker ----------------------------------------------
 
     def note_failure(self, Py_ssize_t row, uint32_t generation, double now_s, bint unreachable):
-        """Count a failed attempt; returns the endpoint's failures since its last complete answer.
+        """Count a failed attempt. Returns the failures since the last complete response.
 
-        ``now_s``: CLOCK_MONOTONIC seconds. ``unreachable``: there was no answer.
+        ``now_s``: CLOCK_MONOTONIC seconds. ``unreachable``: the endpoint sent no response.
         """
         self._check_row(row)
         self._check_writer()
@@ -500,49 +500,49 @@ cdef class LoadTable:
             put_time(&self.health[row].ejected_until_s, 0)
 
     def recover(self, Py_ssize_t row, uint32_t generation):
-        """Return an endpoint to service with no failures and no ejections counted."""
+        """Return an endpoint to service and reset its failure and ejection counts."""
         self.restore(row, generation)
         if self.lives(row, generation):
             put_u32(&self.health[row].failures, 0)
             put_u32(&self.health[row].ejection_count, 0)
 
     def ejected_until(self, Py_ssize_t row):
-        """When an endpoint becomes half-open, or may be probed again; 0: it is not ejected."""
+        """When an endpoint becomes half-open or may be probed again; 0 if it is not ejected."""
         self._check_row(row)
         return get_time(&self.health[row].ejected_until_s)
 
     def ejection_count(self, Py_ssize_t row):
-        """How often an endpoint was ejected since it last recovered."""
+        """Number of ejections since the endpoint last recovered."""
         self._check_row(row)
         return get_u32(&self.health[row].ejection_count)
 
     def failures(self, Py_ssize_t row):
-        """An endpoint's failed attempts, by all workers, since its last complete answer."""
+        """Failed attempts, over all workers, since the endpoint's last complete response."""
         self._check_row(row)
         return get_u32(&self.health[row].failures)
 
     def failed_at(self, Py_ssize_t row):
-        """When an endpoint last failed (CLOCK_MONOTONIC seconds); 0: never."""
+        """When an endpoint last failed (CLOCK_MONOTONIC seconds); 0 if never."""
         self._check_row(row)
         return get_time(&self.health[row].failed_s)
 
     def unreachable(self, Py_ssize_t row):
-        """Whether an endpoint's last failure was without an answer."""
+        """Whether an endpoint's last failure came without a response."""
         self._check_row(row)
         return get_u32(&self.health[row].unreachable) != 0
 
     cpdef uint64_t health_events(self) noexcept:
-        """Changes with every failure and ejection that any worker records; never falls."""
+        """Total failures and ejections recorded by all workers; never decreases."""
         cdef uint64_t total = 0
         cdef int column
         for column in range(self.columns):
             total += get_u64(&self.column_headers[column].health_events)
         return total
 
-    # -- counting a request: a worker --------------------------------------------------------------
+    # -- counting a request: workers only ----------------------------------------------------
 
     def admit(self, Py_ssize_t row, uint32_t generation, kind="http"):
-        """Count one request as active for the model in ``row``, until the Admission is closed."""
+        """Count one request as active for the model in ``row`` until the Admission is closed."""
         global live_admissions
         self._check_row(row)
         self._check_writer()
@@ -568,7 +568,7 @@ cdef class LoadTable:
     cdef void count_lookup(
         self, int initial, int chosen, bint defaulted, int iterations
     ) noexcept:
-        """One hashed pick: rows of the ring's first endpoint and of the chosen one (-1: none)."""
+        """Count a hashed pick: rows of the ring's first endpoint and the chosen one (-1: none)."""
         cdef uint64_t *cells = &self.lookup_cells[3 * <size_t> self._column * self.rows]
         cdef Column *column = &self.column_headers[self._column]
         cdef int bucket = 0
@@ -593,7 +593,7 @@ cdef struct Reading:
 
 @cython.final
 cdef class Readings:
-    """What each row counted, in this replica, when it was last looked at. The supervisor's."""
+    """This replica's counts per row as of the last call. Used by the supervisor."""
 
     cdef LoadTable table
     cdef Reading *last
@@ -608,7 +608,7 @@ cdef class Readings:
         free(self.last)
 
     def changed(self):
-        """Rows that count something else than at the last call, or live anew, with their counts.
+        """Return the rows that have changed or were reopened since the last call.
 
         A list of (row, in flight, active, ended).
         """
@@ -642,7 +642,7 @@ cdef class Readings:
 @cython.freelist(256)
 @cython.no_gc
 cdef class Admission:
-    """One request counted as active for a model, once, until closed."""
+    """One request, counted as active for a model until closed."""
 
     def __init__(self):
         raise TypeError("use LoadTable.admit")
@@ -651,7 +651,7 @@ cdef class Admission:
         return self.table.header != NULL and self.table.lives(self.row, self.generation)
 
     def hold(self):
-        """Count it as held too (idempotent; nothing once closed)."""
+        """Count the request as held too (idempotent; no effect once closed)."""
         if self._open and not self._held:
             self._held = True
             if self._counts():
@@ -664,12 +664,12 @@ cdef class Admission:
                 down(self.held_cell)
 
     def close(self):
-        """Count it no more (idempotent; also when garbage-collected)."""
+        """Stop counting it (idempotent; also done when garbage-collected)."""
         if self._open:
             self._close()
 
     def count(self, outcome):
-        """Count how it ended, or that it was retried: one of ``OUTCOME_NAMES``."""
+        """Count the request's outcome, or a retry: one of ``OUTCOME_NAMES``."""
         self._count(OUTCOME_NAMES.index(outcome))
 
     cdef void _close(self) noexcept:
@@ -697,7 +697,7 @@ cdef class Admission:
 
 @cython.final
 @cython.freelist(1024)
-@cython.no_gc_clear  # released in __dealloc__, which needs the table then
+@cython.no_gc_clear  # __dealloc__ releases it and still needs the table
 cdef class Reservation:
     """One pick of an endpoint, counted in its row and its model's row until released."""
 
@@ -721,7 +721,7 @@ cdef class Reservation:
             down(self.model_cell)
 
     def release(self):
-        """Count it no more (idempotent; also when garbage-collected)."""
+        """Stop counting it (idempotent; also done when garbage-collected)."""
         if not self._released:
             self._release()
 
@@ -733,7 +733,7 @@ cdef class Reservation:
 cdef Reservation reserve(
     LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
 ):
-    """Count one pick of ``row`` for ``model_row``; the caller has checked the rows and a writer."""
+    """Count one pick of ``row`` for ``model_row``. The caller has checked rows and column."""
     global live_reservations
     cdef Reservation reservation = Reservation.__new__(Reservation)
     reservation.table = table

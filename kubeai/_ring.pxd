@@ -1,30 +1,30 @@
-"""The ring's classes as other compiled modules see them; ``_ring.pyx`` says what they promise."""
+"""Declarations of the ring for other compiled modules; see ``_ring.pyx`` for its guarantees."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from kubeai._load cimport LoadTable, Reservation
 
-# A virtual node: its place on the ring in the upper 44 bits, the slot of its endpoint in the lower
-# 20. Eight to a cache line; 256,000 of them are 2 MB, where a pick mostly waits for memory. Nodes
-# on one place, if it ever happens, stand in the order of their names.
+# A virtual node: the upper 44 bits are its position on the ring, the lower 20 its endpoint's slot.
+# Eight per cache line; 256,000 of them take 2 MB, where a pick mostly waits for memory. If nodes
+# ever share a position, they are ordered by endpoint name.
 ctypedef uint64_t Node
 
-cdef struct Slot:  # an endpoint, as the walk needs it
+cdef struct Slot:  # what a walk needs to know of an endpoint
     int32_t row
     uint32_t generation
-    uint64_t seen  # the walk that last looked at it
-    uint64_t excluded  # the walk that was told to leave it out
+    uint64_t seen  # the last walk that examined it
+    uint64_t excluded  # the last walk that excluded it
     bint gone  # removed, but still on the ring until the next merge
 
 
-cdef struct Departed:  # removed with requests still open, which its model's row counts on
+cdef struct Departed:  # a removed endpoint; the model's row still counts its open requests
     int32_t row
     uint32_t generation
 
 
-cdef struct Survey:  # who can serve one request
-    double now_s  # endpoints ejected beyond it are passed over; 0: none is ejected
-    bint unwell  # some endpoint has failed since its last complete answer, or is ejected
+cdef struct Survey:  # which endpoints can serve one request
+    double now_s  # endpoints ejected until later are skipped; 0: none is ejected
+    bint unwell  # some endpoint has failed since its last complete response, or is ejected
     int64_t n
     int64_t total
     int64_t open  # of the n, those that are not excluded
@@ -40,12 +40,12 @@ cdef class _Endpoint:
 
 cdef class _Members:
     cdef int32_t *slots
-    cdef int32_t *rows  # beside slots, so that a scan of loads reads one array
+    cdef int32_t *rows  # parallel to slots, so that a scan of loads reads one array
     cdef uint8_t *has  # by slot
     cdef int32_t n
     cdef int32_t capacity
     cdef int32_t has_capacity
-    cdef int32_t cursor  # where the next least-load scan begins
+    cdef int32_t cursor  # start of the next least-load scan
     cdef bint contains(self, int32_t slot) noexcept
     cdef int add(self, int32_t slot, int32_t row) except -1
     cdef int32_t position(self, int32_t slot) noexcept
@@ -67,14 +67,14 @@ cdef class Ring:
     cdef _Members everyone
     cdef Slot *slots
     cdef int32_t slots_capacity
-    cdef Node *nodes  # sorted by place, then by the endpoint's name
+    cdef Node *nodes  # sorted by position, then by endpoint name
     cdef size_t nodes_n
     cdef size_t nodes_capacity
-    cdef uint32_t *buckets  # first node of each range of places; one more than there are ranges
+    cdef uint32_t *buckets  # first node of each range of positions, and an end marker
     cdef int bucket_shift
     cdef uint64_t walk
-    cdef uint64_t health_events_seen  # the table's, when every endpoint here was well
-    cdef object clock  # seconds, as CLOCK_MONOTONIC; None: that clock
+    cdef uint64_t health_events_seen  # the table's, when every endpoint here was last healthy
+    cdef object clock  # in seconds; None: CLOCK_MONOTONIC
     cdef Departed *departed
     cdef int32_t departed_n
     cdef int32_t departed_capacity

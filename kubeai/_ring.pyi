@@ -5,12 +5,12 @@ from typing import final
 
 from kubeai._load import LoadTable, Reservation
 
-LOAD_FLOOR: int  # no endpoint is passed over for a load, this pick included, up to this
-REPLICATION_MAX: int  # virtual nodes an endpoint; more are not made
+LOAD_FLOOR: int  # endpoints are never skipped for a load, including this pick, up to this
+REPLICATION_MAX: int  # maximum virtual nodes per endpoint
 
 @final
 class Ring:
-    """One model's endpoints. One thread; reads loads that other processes write."""
+    """One model's endpoints. Single-threaded; reads loads that other processes write."""
 
     def __init__(
         self,
@@ -24,12 +24,12 @@ class Ring:
     ) -> None:
         """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100.
 
-        ``clock``: the time in seconds that ejections end by; None: CLOCK_MONOTONIC.
+        ``clock``: the clock, in seconds, for ejections; default CLOCK_MONOTONIC.
         """
     def configure(self, *, replication: int, mean_load_factor: int) -> None:
-        """Change the parameters; a new replication rebuilds the ring, once.
+        """Change the parameters. A new replication rebuilds the ring at the next pick.
 
-        ``replication`` counts as 1 when it is less and as ``REPLICATION_MAX`` when it is more.
+        ``replication`` is clamped to 1 … ``REPLICATION_MAX``.
         """
     def set(
         self,
@@ -39,30 +39,30 @@ class Ring:
         adapters: Iterable[str] = (),
         target: object = None,
     ) -> None:
-        """Add an endpoint, or replace what is known of it. Merges; does not rebuild."""
+        """Add or update an endpoint. Merges it into the ring; does not rebuild."""
     def remove(self, name: str) -> None:
-        """Forget an endpoint; unknown names are ignored. Open Reservations stay valid."""
+        """Remove an endpoint; unknown names are ignored. Open Reservations stay valid."""
     def __len__(self) -> int: ...
     def __contains__(self, name: object) -> bool: ...
     def names(self) -> list[str]: ...
     def ejected_count(self) -> int:
-        """How many endpoints are ejected or half-open."""
+        """Number of endpoints that are ejected or half-open."""
     def can_serve(self, adapter: str | None = None) -> bool:
-        """Whether any endpoint has the adapter (None: whether there is any endpoint)."""
+        """Whether any endpoint has the adapter (None: whether there are any endpoints)."""
     def pick_hashed(
         self, key: int, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
-        """Bounded-load pick for a 64-bit key; None when nobody can serve.
+        """Bounded-load pick for a 64-bit key; None if no endpoint can serve.
 
-        Clockwise from the key, each distinct endpoint once; the first that can serve and whose
-        load with this pick stays within max(floor, ceil(factor × (total + 1) / n)). Nobody
-        within: the first that can serve. ``exclude``: endpoint names already tried. Ejected
-        endpoints are passed over unless no other can serve; a half-open one gets one pick every
+        Clockwise from the key, takes the first endpoint that can serve and whose load, including
+        this pick, is at most max(floor, ceil(factor × (total + 1) / n)). If there is none, takes
+        the first that can serve. ``exclude``: names of endpoints already tried. Ejected
+        endpoints are skipped unless no other can serve; a half-open one gets one pick per
         ``TRIAL_S``.
         """
     def pick_least(
         self, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
-        """The endpoint with the fewest in flight; ties go round, not always to the first."""
+        """Pick the endpoint with the fewest in flight; ties are broken round-robin."""
     def lookup(self, key: int, adapter: str | None = None) -> str | None:
-        """Pure: where the key lives when nobody has any load."""
+        """The endpoint that a key maps to when there is no load. Pure: counts nothing."""

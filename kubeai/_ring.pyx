@@ -1,27 +1,28 @@
 """Consistent hashing with bounded loads, and least load, over one model's endpoints.
 
 Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads" (2016). An endpoint
-stands on the ring ``replication`` times. Its places come from one 64-bit hash of its name and a
-mixer that steps from there, so they depend on nothing else: not on the order in which endpoints
-came, not on the process. A key belongs to the first endpoint clockwise of it. A pick passes on
-clockwise while an endpoint's load would exceed
+has ``replication`` virtual nodes on the ring. Their positions derive from a 64-bit hash of its
+name, advanced by a mixer, and from nothing else: neither the order in which endpoints were added
+nor the process. A key maps to the first endpoint clockwise of it. A pick moves on clockwise while
+an endpoint's load would exceed
 
     max(LOAD_FLOOR, ceil(mean_load_factor × (total + 1) / n))
 
-total and n being the load and the number of the endpoints that can serve the request (they have
-the adapter and are not ejected). The floor keeps a conversation where it is when it sends a second
-request at a time. n loads that each reached the bound would sum to more than the total, so
-someone is within it, unless those are excluded; then the first that can serve is taken.
+where total and n are the load and the number of the endpoints that can serve the request (they
+have the adapter and are not ejected). The floor keeps a conversation on its endpoint when it sends
+a second request concurrently. If all n loads had reached the bound, their sum would exceed the
+total, so at least one endpoint is below it. If all such endpoints are excluded, the first that can
+serve is taken.
 
-Other replicas of KubeAI are seen a moment later still (``_load``). Keys spread what they pick
-meanwhile; where the least load decides, it is the load to be expected.
+Loads of other KubeAI replicas arrive with a delay (see ``_load``). In the meantime hashed picks are
+spread by their keys, and least-load picks use the expected load.
 
-Changes are noted by ``set`` and ``remove`` and merged into the sorted array, in place, by the next
-lookup: a snapshot of a thousand endpoints costs one merge, not a thousand.
+``set`` and ``remove`` only record changes; the next lookup merges them into the sorted array in
+place, so a snapshot of a thousand endpoints costs one merge.
 
-A worker's routing table owns one Ring a model and calls it from one thread. Loads come from the
-load table, where other processes write theirs: workers that pick at the same instant do not see
-each other, and may exceed the bound by at most their number − 1.
+A worker's routing table owns one Ring per model and calls it from one thread. Loads come from the
+load table, which other processes write too: workers that pick at the same instant do not see each
+other's picks, and may exceed the bound by at most their number − 1.
 """
 
 cimport cython
@@ -54,7 +55,7 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int clock, timespec *now)
     int CLOCK_MONOTONIC
 
-cdef double FAR_S = 1e300  # later than any ejection's end: nobody is passed over
+cdef double FAR_S = 1e300  # later than the end of any ejection: no endpoint is skipped
 cdef double TRIAL_S = _TRIAL_S
 cdef uint64_t NEVER = <uint64_t> -1
 
@@ -76,7 +77,7 @@ cdef double _monotonic_s() noexcept nogil:
 
 
 cdef inline uint64_t _mix(uint64_t value) noexcept nogil:
-    """The finaliser of SplitMix64 (Stafford's variant 13): every bit of the input moves half."""
+    """The finaliser of SplitMix64 (Stafford's variant 13): an input bit flips half the output."""
     value = (value ^ (value >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
     value = (value ^ (value >> 27)) * <uint64_t> 0x94D049BB133111EB
     return value ^ (value >> 31)
@@ -100,14 +101,14 @@ cdef void *_grown(void *array, size_t size) except NULL:
 
 @cython.final
 cdef class _Endpoint:
-    """One endpoint as it was last set; never changed, so that a Reservation can outlive it."""
+    """One endpoint as last set. Immutable, so that a Reservation can outlive it."""
 
 
 
 @cython.final
 @cython.no_gc
 cdef class _Members:
-    """The slots that can serve one adapter (or anything), dense and as a map."""
+    """The slots that have one adapter (or all slots), as a dense array and as a map."""
 
     def __cinit__(self):
         self.cursor = -1  # no pick yet
@@ -156,7 +157,7 @@ cdef class _Members:
 
 @cython.final
 cdef class Ring:
-    """One model's endpoints. One thread; reads loads that other processes write."""
+    """One model's endpoints. Single-threaded; reads loads that other processes write."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ cdef class Ring:
     ):
         """``row``, ``generation``: the model's. ``mean_load_factor`` in percent, ≥ 100.
 
-        ``clock``: the time in seconds that ejections end by; None: CLOCK_MONOTONIC.
+        ``clock``: the clock, in seconds, for ejections; default CLOCK_MONOTONIC.
         """
         table._check_row(row)
         self.table = table
@@ -192,16 +193,16 @@ cdef class Ring:
         free(self.buckets)
         free(self.departed)
 
-    # -- who is on the ring --------------------------------------------------------------------
+    # -- membership ----------------------------------------------------------------------------
 
     def configure(self, *, replication, mean_load_factor):
-        """Change the parameters; a new replication rebuilds the ring, once.
+        """Change the parameters. A new replication rebuilds the ring at the next pick.
 
-        ``replication`` counts as 1 when it is less and as ``REPLICATION_MAX`` when it is more.
+        ``replication`` is clamped to 1 … ``REPLICATION_MAX``.
         """
         if mean_load_factor < 100:
             raise ValueError(f"mean_load_factor must be at least 100, not {mean_load_factor}")
-        # Beyond this no product below can overflow, and no endpoint is ever over the bound.
+        # Capped so that no product below can overflow; no load reaches a bound that high.
         self.factor = min(mean_load_factor, 100 << 20)
         replication = min(max(replication, 1), _REPLICATION_MAX)
         if replication == self.replication:
@@ -213,7 +214,7 @@ cdef class Ring:
         self.new_slots = [(<_Endpoint> e).slot for e in self.endpoints.values()]
 
     def set(self, str name not None, Py_ssize_t row, uint32_t generation, adapters=(), target=None):
-        """Add an endpoint, or replace what is known of it. Merges; does not rebuild."""
+        """Add or update an endpoint. Merges it into the ring; does not rebuild."""
         self.table._check_row(row)
         cdef _Endpoint old = self.endpoints.get(name)
         cdef _Endpoint endpoint = _Endpoint()
@@ -245,7 +246,7 @@ cdef class Ring:
         self._join_adapters(endpoint)
 
     def remove(self, str name not None):
-        """Forget an endpoint; unknown names are ignored. Open Reservations stay valid."""
+        """Remove an endpoint; unknown names are ignored. Open Reservations stay valid."""
         cdef _Endpoint endpoint = self.endpoints.pop(name, None)
         if endpoint is None:
             return
@@ -271,7 +272,7 @@ cdef class Ring:
         return list(self.endpoints)
 
     def can_serve(self, str adapter=None):
-        """Whether any endpoint has the adapter (None: whether there is any endpoint)."""
+        """Whether any endpoint has the adapter (None: whether there are any endpoints)."""
         return self._members(adapter) is not None
 
     cdef _Members _members(self, str adapter):
@@ -333,7 +334,7 @@ cdef class Ring:
     # -- the sorted array ----------------------------------------------------------------------
 
     cdef int _merge(self) except -1:
-        """Bring the nodes up to date with the endpoints."""
+        """Apply recorded additions and removals to the sorted nodes."""
         cdef Node *added = NULL
         cdef size_t added_n = 0
         cdef int32_t slot
@@ -376,7 +377,7 @@ cdef class Ring:
         )
 
     cdef Node *_sorted(self, Node *nodes, size_t n) except NULL:
-        """Sort, and free ``nodes``: places are uniform, so one scatter leaves little to do."""
+        """Sort, and free ``nodes``. Positions are uniform: one scatter nearly sorts them."""
         cdef int shift = 63
         while (<size_t> 1 << (64 - shift)) < n and shift > 1:
             shift -= 1
@@ -410,7 +411,7 @@ cdef class Ring:
         return result
 
     cdef int _insert(self, const Node *added, size_t added_n) except -1:
-        """Merge sorted nodes into the array from its end, moving each stretch once."""
+        """Merge sorted nodes into the array from its end; each existing node moves once."""
         cdef size_t total = self.nodes_n + added_n
         cdef size_t old = self.nodes_n
         cdef size_t start, low, high, middle
@@ -436,7 +437,7 @@ cdef class Ring:
         return 0
 
     cdef int _index(self) except -1:
-        """Note for each range of places where in the array it begins."""
+        """Record where each range of positions begins in the array."""
         cdef int shift = 63
         cdef size_t ranges, at
         while (<size_t> NODES_A_BUCKET << (64 - shift)) < self.nodes_n:
@@ -445,7 +446,7 @@ cdef class Ring:
         self.buckets = <uint32_t *> _grown(self.buckets, (ranges + 1) * sizeof(uint32_t))
         self.bucket_shift = shift
         memset(self.buckets, 0, (ranges + 1) * sizeof(uint32_t))
-        # The last node of a range overwrites those before it: no branch, 0.1 ms for 256,000.
+        # The last node of a range overwrites those before it: branch-free, 0.1 ms for 256,000.
         for at in range(self.nodes_n):
             self.buckets[(self.nodes[at] >> shift) + 1] = <uint32_t> (at + 1)
         for at in range(ranges):
@@ -453,7 +454,7 @@ cdef class Ring:
         return 0
 
     cdef size_t _first_node(self, uint64_t key) noexcept:
-        """The first node at or after the key's place, round the end."""
+        """The first node at or after the key's position, wrapping around."""
         cdef Node place = _mix(key) >> SLOT_BITS << SLOT_BITS
         cdef size_t at = self.buckets[place >> self.bucket_shift]
         while at < self.nodes_n and self.nodes[at] < place:
@@ -463,12 +464,13 @@ cdef class Ring:
     # -- picks ---------------------------------------------------------------------------------
 
     cpdef Reservation pick_hashed(self, uint64_t key, str adapter=None, object exclude=()):
-        """Bounded-load pick for a 64-bit key; None when nobody can serve.
+        """Bounded-load pick for a 64-bit key; None if no endpoint can serve.
 
-        Clockwise from the key, each distinct endpoint once; the first that can serve and whose
-        load with this pick stays within max(floor, ceil(factor × (total + 1) / n)). Nobody
-        within: the first that can serve. ``exclude``: endpoint names already tried. Ejected
-        endpoints are passed over unless nobody else is left.
+        Clockwise from the key, takes the first endpoint that can serve and whose load, including
+        this pick, is at most max(floor, ceil(factor × (total + 1) / n)). If there is none, takes
+        the first that can serve. ``exclude``: names of endpoints already tried. Ejected
+        endpoints are skipped unless no other can serve; a half-open one gets one pick per
+        ``TRIAL_S``.
         """
         self._begin()
         if self.everyone.n == 0:
@@ -516,9 +518,9 @@ cdef class Ring:
         return self._reserve(chosen, first, first_load, bound, iterations, &survey)
 
     cpdef Reservation pick_least(self, str adapter=None, object exclude=()):
-        """The endpoint with the fewest in flight; ties go round, not always to the first.
+        """Pick the endpoint with the fewest in flight; ties are broken round-robin.
 
-        With other replicas of KubeAI beside us: the fewest that are to be expected there.
+        If there are other KubeAI replicas, compares expected loads (``LoadTable.expected``).
         """
         self._begin()
         cdef _Members members = self._members(adapter)
@@ -542,7 +544,7 @@ cdef class Ring:
     cdef int32_t _least(
         self, _Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
     ) noexcept:
-        """The first of a stretch with the least load below ``load``, which it lowers; or -1."""
+        """The first member in [start, end) with the least load below ``load`` (updated); or -1."""
         cdef LoadTable table = self.table
         cdef int32_t at, best = -1
         cdef int64_t here
@@ -561,7 +563,7 @@ cdef class Ring:
         return best
 
     def lookup(self, uint64_t key, str adapter=None):
-        """Pure: where the key lives when nobody has any load."""
+        """The endpoint that a key maps to when there is no load. Pure: counts nothing."""
         cdef _Members members = self._members(adapter)
         if members is None:
             return None
@@ -595,7 +597,7 @@ cdef class Ring:
     cdef bint _survey(
         self, Survey *survey, _Members members, object exclude, bint loads
     ) except -1:
-        """Who can serve; False when nobody can. ``loads``: n and total are wanted too."""
+        """Find who can serve; False if none can. ``loads``: compute n and total too."""
         cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
         cdef uint64_t health_events = self.table.health_events()
         survey.now_s = 0
@@ -617,7 +619,7 @@ cdef class Ring:
         return survey.open > 0
 
     cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept:
-        """Leave out ejected endpoints; False when no other can serve (panic: none is left out)."""
+        """Skip ejected endpoints; False if no other can serve (panic mode: none is skipped)."""
         cdef int32_t at
         survey.n = 0
         survey.total = 0
@@ -649,7 +651,7 @@ cdef class Ring:
         return total
 
     cdef int64_t _departed_load(self) noexcept:
-        """What the model's row still counts for endpoints that left."""
+        """The load that the model's row still includes for removed endpoints."""
         cdef int64_t total = 0, load
         cdef int32_t at
         for at in range(self.departed_n - 1, -1, -1):
@@ -663,7 +665,7 @@ cdef class Ring:
         return total
 
     cdef int32_t _any(self, _Members members) noexcept:
-        """One that is not excluded: the last open ones were ejected since the survey."""
+        """One that is not excluded: the last open ones have been ejected since the survey."""
         cdef int32_t at
         for at in range(members.n):
             if self.slots[members.slots[at]].excluded != self.walk:
@@ -701,7 +703,7 @@ cdef class Ring:
         return reservation
 
     cdef bint _try(self, int32_t row, double now_s) noexcept:
-        """Whether a pick is of an ejected endpoint; other picks then avoid it for ``TRIAL_S``."""
+        """Whether this pick probes an ejected endpoint; other picks avoid it for ``TRIAL_S``."""
         cdef double until_s = get_time(&self.table.health[row].ejected_until_s)
         if until_s == 0:
             return False
@@ -710,14 +712,14 @@ cdef class Ring:
         return True
 
     cpdef int32_t ejected_count(self) noexcept:
-        """How many endpoints are ejected or half-open."""
+        """Number of endpoints that are ejected or half-open."""
         cdef int32_t at, n = 0
         for at in range(self.everyone.n):
             n += get_time(&self.table.health[self.everyone.rows[at]].ejected_until_s) != 0
         return n
 
     cdef bint _all_well(self) noexcept:
-        """Whether no endpoint has failed since its last complete answer and none is ejected."""
+        """Whether no endpoint has failed since its last complete response or is ejected."""
         cdef int32_t at
         cdef Health *health
         for at in range(self.everyone.n):

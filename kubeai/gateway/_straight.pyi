@@ -1,4 +1,4 @@
-"""The straight way of a request: read, counted, given an endpoint and sent, in C."""
+"""The fast path of a request in C: read, count, pick an endpoint, send."""
 
 import asyncio
 from typing import final
@@ -11,39 +11,39 @@ from kubeai.gateway.observers import Observers
 
 @final
 class Plan:
-    """What there is to know about the requests of one path."""
+    """How to handle requests for one path."""
 
     kind: openai.Kind
-    path: bytes  # at the engine
+    path: bytes  # the engine's
     shape: _ask.Shape
 
     def __init__(self, kind: openai.Kind, path: bytes, shape: _ask.Shape) -> None: ...
 
 class Straight(Exchange):
-    """See the module. The owner has ``plans``: of each target that is a POST of JSON."""
+    """See the module docstring. The owner's ``plans`` map JSON POST targets to Plans."""
 
     _kind: openai.Kind
-    _path: bytes  # at the engine
-    _payload: bytes  # what the engine gets for a body
+    _path: bytes  # the engine's
+    _payload: bytes  # the body sent to the engine
     _ask: openai.Ask | _ask.Ask  # None until the body is read
     _routed: routing.RoutedModel
     _key: int | None
     _admission: Admission | None
     _reservation: Reservation | None
-    _task: asyncio.Task[None] | None  # while it waits
-    _retries: Retries | None  # once an attempt has failed
-    _lost: bool  # the attempt that failed last lost its connection
-    _observed: object  # None: nobody watches this request
+    _task: asyncio.Task[None] | None  # while the request waits
+    _retries: Retries | None  # set once an attempt has failed
+    _lost: bool  # the last failed attempt lost its connection
+    _observed: object  # None: this request is not observed
 
     def _place(self, reservation: Reservation | None) -> None:
-        """Attempt, or hold the request when nobody can serve it."""
+        """Start an attempt, or hold the request if no endpoint can serve it."""
     def _attempt(self, reservation: Reservation) -> None: ...
-    # what a subclass does
+    # implemented by the subclass
     def wait_for_endpoint(self) -> None:
         """Hold the request."""
     def moved(self, reservation: Reservation) -> None:
-        """Say that a request goes to another endpoint than its own."""
+        """Log that a request goes to another endpoint than the one its key maps to."""
     def observe(self, observers: Observers) -> None:
-        """Tell those who watch requests of a new one, and keep in ``_observed`` what they watch."""
+        """Notify observers of a new request; keep their observation in ``_observed``."""
     def observed(self) -> None:
-        """Tell them that it is over."""
+        """Notify observers that the request has ended."""

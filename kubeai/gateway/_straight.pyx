@@ -1,11 +1,10 @@
 # cython: language_level=3, nonecheck=True
-"""The straight way of a request: read, counted, given an endpoint and sent, in C.
+"""The fast path of a request in C: read, count, pick an endpoint, send.
 
-:class:`Straight` is what exchange.py's Exchange is made of. It does what nearly every request
-needs, from its head to the end of its answer, and hands what is not straight to the methods of its
-subclass: other paths and methods, bodies that ``_ask`` does not take or that are large, adapters
-and selectors, a model that nobody can serve yet, and whatever fails. It decides nothing that they
-would not.
+:class:`Straight` is the base class of Exchange in exchange.py. It handles what nearly every request
+needs, from its head to the end of its response, and leaves everything else to its subclass: other
+paths and methods, bodies that are large or that ``_ask`` rejects, adapters and label selectors,
+models without a ready endpoint, and failures. Its decisions are the same as the subclass's.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
@@ -17,10 +16,10 @@ from kubeai._ring cimport Ring
 
 
 cdef class Plan:
-    """What there is to know about the requests of one path."""
+    """How to handle requests for one path."""
 
     cdef readonly object kind
-    cdef readonly bytes path  # at the engine
+    cdef readonly bytes path  # the engine's
     cdef readonly Shape shape
 
     def __init__(self, kind, bytes path not None, Shape shape not None):
@@ -30,20 +29,20 @@ cdef class Plan:
 
 
 cdef class Straight(Exchange):
-    """See the module. ``plans``: of each request target that is a POST of JSON."""
+    """See the module docstring. The owner's ``plans`` map JSON POST targets to Plans."""
 
     cdef public object _kind
-    cdef public bytes _path  # at the engine
-    cdef public bytes _payload  # what the engine gets for a body
+    cdef public bytes _path  # the engine's
+    cdef public bytes _payload  # the body sent to the engine
     cdef public object _ask
     cdef public object _routed
     cdef public object _key
     cdef public Admission _admission
     cdef public Reservation _reservation
-    cdef public object _task  # while it waits
-    cdef public object _retries  # once an attempt has failed
-    cdef public bint _lost  # the attempt that failed last lost its connection
-    cdef public object _observed  # None: nobody watches this request
+    cdef public object _task  # while the request waits
+    cdef public object _retries  # set once an attempt has failed
+    cdef public bint _lost  # the last failed attempt lost its connection
+    cdef public object _observed  # None: this request is not observed
     cdef Plan plan
 
     cdef int _begun(self) except -1:
@@ -86,7 +85,7 @@ cdef class Straight(Exchange):
         return 0
 
     cpdef _place(self, Reservation reservation):
-        """Attempt, or hold the request when nobody can serve it."""
+        """Start an attempt, or hold the request if no endpoint can serve it."""
         if reservation is None:
             self.wait_for_endpoint()
         else:
@@ -126,20 +125,20 @@ cdef class Straight(Exchange):
             return LEFT
         return ANSWERED_2XX + self.status // 100 - 2
 
-    # what a subclass does
+    # implemented by the subclass
 
     def wait_for_endpoint(self):
         """Hold the request."""
         raise NotImplementedError
 
     def moved(self, reservation):
-        """Say that a request goes to another endpoint than its own."""
+        """Log that a request goes to another endpoint than the one its key maps to."""
         raise NotImplementedError
 
     def observe(self, observers):
-        """Tell those who watch requests of a new one, and keep in ``_observed`` what they watch."""
+        """Notify observers of a new request; keep their observation in ``_observed``."""
         raise NotImplementedError
 
     def observed(self):
-        """Tell them that it is over."""
+        """Notify observers that the request has ended."""
         raise NotImplementedError
