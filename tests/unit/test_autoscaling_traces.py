@@ -165,7 +165,7 @@ def test_a_growing_number_of_clients_gets_replicas_within_a_few_start_times(benc
 
 def test_the_documented_constants_equal_the_code():
     page = (ROOT / "docs/autoscaling.md").read_text()
-    table = page.split("## Its constants")[1].split("##")[0]
+    table = page.split("## Constants")[1].split("##")[0]
     told = dict(re.findall(r"^\| `([A-Z_]+)` \| ([0-9.]+) \|", table, re.MULTILINE))
     assert told.keys() == {
         *("SHORT_INTERVALS", "TOLERANCE", "TOLERANCE_MIN", "SLACK", "HOLD"),

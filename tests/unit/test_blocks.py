@@ -375,7 +375,7 @@ def test_an_adapter_that_fails_to_load_is_blocked_but_not_its_model():
     assert "no such repository" in block.message
 
 
-def test_an_adapter_that_another_replica_serves_is_not_blocked():
+def test_an_adapter_served_by_another_replica_is_not_blocked():
     world = with_adapter()
     world.pod(None, "b", ready=True, adapters=(("fin", url_hash(ADAPTER["url"])),))
     assert world.look().adapters == {}

@@ -31,7 +31,7 @@ async def world():
 
 
 def loaded(world, name="m"):
-    """The uid that the claim's annotation names."""
+    """The Model uid in the claim's annotation."""
     claim = world.kube.objects.get(CLAIM, {"metadata": {}})
     value = claim["metadata"].get("annotations", {}).get(f"models.kubeai.org/{name}")
     return None if value is None else msgspec.json.decode(value)["uid"]
@@ -61,7 +61,7 @@ async def test_a_model_is_loaded_and_then_served(world):
     assert mount["mountPath"] == f"/models/m-{uid}"
 
 
-async def test_an_incomplete_cache_profile_fails_only_the_models_that_use_it(world):
+async def test_an_incomplete_cache_profile_fails_only_the_models_using_it(world):
     config = parse_config(
         "resourceProfiles: {cpu: {requests: {cpu: 1}}}\n"
         "cacheProfiles: {none: {}, fast: {sharedFilesystem: {storageClassName: nfs}}}"
@@ -76,7 +76,7 @@ async def test_an_incomplete_cache_profile_fails_only_the_models_that_use_it(wor
 
 
 def made(world, plural):
-    """When objects of a kind were made (or tried to be), and their names."""
+    """When objects of a kind were created (or attempted), and their names."""
     return [
         (at_s, name)
         for at_s, verb, kind, name in world.kube.writes
@@ -98,7 +98,7 @@ async def test_two_models_share_a_claim(world):
     assert not loaded(world, "n")
 
 
-async def test_a_load_that_fails_is_told_and_tried_again_less_and_less_often(world):
+async def test_a_failing_load_is_reported_and_retried_with_back_off(world):
     world.start(CONFIG)
     world.job_end = "Failed"
     world.apply(replicas=1, cacheProfile="fast")
@@ -114,14 +114,14 @@ async def test_a_load_that_fails_is_told_and_tried_again_less_and_less_often(wor
     world.job_end = "Complete"
     await world.settled(1, 1, limit_s=RETRY_MAX_S + 60.0)
     assert world.condition("Degraded") == ("False", "AsExpected")
-    world.job_end = None  # and what failed once is no news when the files are loaded again
+    world.job_end = None  # an earlier failure is not reported when the files are loaded again
     world.kube._keep(PVCS, world.kube.objects[CLAIM], "DELETED")
     await world.until(lambda: world.condition("CacheLoaded") == ("False", "Loading"))
     await asyncio.sleep(5.0)
     assert world.condition("Degraded") == ("False", "AsExpected")
 
 
-async def test_a_claim_that_was_deleted_is_made_and_filled_anew(world):
+async def test_a_deleted_claim_is_recreated_and_filled_again(world):
     world.start(CONFIG)
     world.apply(replicas=1, cacheProfile="fast")
     await world.settled(1, 1)
@@ -131,7 +131,7 @@ async def test_a_claim_that_was_deleted_is_made_and_filled_anew(world):
     assert world.kube.count("create", "jobs") == 2
 
 
-async def test_a_restarted_operator_says_nothing_of_a_cache_before_it_knows(world):
+async def test_a_restarted_operator_writes_no_status_before_its_caches_are_synced(world):
     world.start(CONFIG)
     world.apply(replicas=1, cacheProfile="fast")
     await world.settled(1, 1)
@@ -146,7 +146,7 @@ async def test_a_restarted_operator_says_nothing_of_a_cache_before_it_knows(worl
     assert world.kube.count("create", "jobs") == 1
 
 
-async def test_a_cache_that_cannot_be_read_is_told(world):
+async def test_an_unreadable_cache_is_reported(world):
     world.kube.missing.add("persistentvolumeclaims")
     world.start(CONFIG)
     world.apply(replicas=1, cacheProfile="fast")
@@ -156,7 +156,7 @@ async def test_a_cache_that_cannot_be_read_is_told(world):
     await world.settled(1, 1)
 
 
-async def test_a_models_files_concern_no_other_model(world):
+async def test_loading_a_models_files_enqueues_no_other_model(world):
     world.start(CONFIG)
     for n in range(20):
         world.apply(f"m{n}", replicas=0, cacheProfile="fast")
@@ -170,7 +170,7 @@ async def test_a_models_files_concern_no_other_model(world):
     assert set(looked_at) == {"m7"}
 
 
-async def test_an_unreadable_annotation_is_no_cache(world):
+async def test_files_are_loaded_again_if_the_annotation_is_invalid(world):
     world.start(CONFIG)
     annotations = {"models.kubeai.org/m": "{"}
     meta = {"name": CLAIM[1], "uid": "c", "annotations": annotations}
@@ -180,12 +180,12 @@ async def test_an_unreadable_annotation_is_no_cache(world):
     assert loaded(world) == world.model()["metadata"]["uid"]
 
 
-async def test_a_deleted_models_files_are_removed_before_it_goes(world):
+async def test_a_deleted_models_files_are_evicted_before_the_model_is_removed(world):
     world.start(CONFIG)
     world.apply(replicas=2, cacheProfile="fast")
     await world.settled(2, 2)
     for pod in world.kube.alive():
-        pod["spec"]["nodeName"] = "one"  # a pod on a node takes its time to go
+        pod["spec"]["nodeName"] = "one"  # a scheduled pod takes time to terminate
     world.delete()
     await asyncio.sleep(60.0)
     assert world.jobs() == []  # pods still read the files
@@ -193,7 +193,7 @@ async def test_a_deleted_models_files_are_removed_before_it_goes(world):
         world.kube._keep(PODS, world.kube.objects[key], "DELETED")
     await world.until(lambda: ("models", "m") not in world.kube.objects)
     assert loaded(world) is None
-    assert CLAIM in world.kube.objects  # it is others' too
+    assert CLAIM in world.kube.objects  # other models share it
     assert [name for _, name in made(world, "jobs")] == ["load-cache-m", "evict-cache-m"]
 
 
@@ -224,7 +224,7 @@ async def test_a_model_with_a_cache_can_always_be_deleted(world, without):
     assert not any(name == "m" for name in world.store.models)
 
 
-async def test_a_model_that_cannot_be_evicted_says_why(world):
+async def test_a_failing_eviction_is_reported(world):
     world.start(CONFIG)
     world.apply(replicas=0, cacheProfile="fast")
     await world.until(lambda: world.condition("CacheLoaded") == ("True", "Loaded"))
@@ -236,7 +236,7 @@ async def test_a_model_that_cannot_be_evicted_says_why(world):
     await world.until(lambda: ("models", "m") not in world.kube.objects)
 
 
-async def test_a_model_of_the_same_name_is_loaded_into_a_folder_of_its_own(world):
+async def test_a_recreated_model_is_loaded_into_its_own_folder(world):
     world.start(CONFIG)
     world.apply(replicas=1, cacheProfile="fast")
     await world.settled(1, 1)
@@ -250,7 +250,7 @@ async def test_a_model_of_the_same_name_is_loaded_into_a_folder_of_its_own(world
     assert loaded(world) == second
 
 
-async def test_what_keeps_the_job_from_getting_on_is_told(world):
+async def test_the_reason_a_load_job_is_stuck_is_reported(world):
     world.auto_ready = False
     world.start(CONFIG)
     world.job_end = None
@@ -277,7 +277,7 @@ def message(world, type_):
     return next((c["message"] for c in conditions if c["type"] == type_), "")
 
 
-async def test_a_job_whose_pods_are_refused_says_why_until_it_has_one(world):
+async def test_the_reason_a_jobs_pods_are_rejected_is_reported_until_it_has_one(world):
     world.refusal = "exceeded quota: must specify cpu"
     world.start(CONFIG)
     world.apply(replicas=1, cacheProfile="fast")
@@ -286,7 +286,7 @@ async def test_a_job_whose_pods_are_refused_says_why_until_it_has_one(world):
     words = 'pods "load-cache-m" is forbidden: exceeded quota: must specify cpu'
     assert words in message(world, "Degraded")
     writes = len(world.kube.writes)
-    await asyncio.sleep(600.0)  # the Events stay, the status too
+    await asyncio.sleep(600.0)  # the Events stay, and so does the status
     assert len(world.kube.writes) == writes
     world.refusal = None
     world.start_job("load-cache-m")
@@ -295,7 +295,7 @@ async def test_a_job_whose_pods_are_refused_says_why_until_it_has_one(world):
 
 
 @pytest.mark.parametrize("forbidden", [False, True])
-async def test_a_job_without_a_pod_is_reported_even_if_no_event_says_why(world, forbidden):
+async def test_a_job_without_a_pod_is_reported_even_without_an_event(world, forbidden):
     world.refusal = "exceeded quota" if forbidden else ""
     if forbidden:
         world.kube.missing.add("events")
@@ -306,7 +306,7 @@ async def test_a_job_without_a_pod_is_reported_even_if_no_event_says_why(world, 
     assert "kubectl describe job load-cache-m" in message(world, "Degraded")
 
 
-async def test_the_events_of_any_number_of_jobs_are_one_list_and_only_while_jobs_have_no_pod(world):
+async def test_job_events_are_listed_once_for_all_jobs_and_only_while_a_job_has_no_pod(world):
     world.refusal = "exceeded quota"
     world.start(CONFIG)
     names = [f"m{n}" for n in range(20)]
@@ -327,7 +327,7 @@ async def test_the_events_of_any_number_of_jobs_are_one_list_and_only_while_jobs
     assert world.kube.lists.count("events") == before
 
 
-async def test_a_refused_job_is_made_again_once_the_configuration_says_otherwise(world):
+async def test_a_rejected_job_is_recreated_after_the_configuration_changes(world):
     world.refusal = "exceeded quota"
     world.start(CONFIG)
     world.apply(replicas=1, cacheProfile="fast")
@@ -340,7 +340,7 @@ async def test_a_refused_job_is_made_again_once_the_configuration_says_otherwise
     assert world.kube.count("create", "jobs") == 2
 
 
-async def test_a_model_whose_claim_was_never_bound_goes_at_once(world):
+async def test_a_model_whose_claim_was_never_bound_is_removed_at_once(world):
     world.kube.admit = pending
     world.job_end = None
     world.start(CONFIG)
@@ -351,7 +351,7 @@ async def test_a_model_whose_claim_was_never_bound_goes_at_once(world):
     assert [name for _, name in made(world, "jobs")] == ["load-cache-m"]
 
 
-async def test_files_are_evicted_from_a_claim_that_was_bound_after_it_was_made(world):
+async def test_files_are_evicted_from_a_claim_that_was_bound_late(world):
     world.kube.admit = pending
     world.job_end = None
     world.start(CONFIG)
@@ -366,14 +366,14 @@ async def test_files_are_evicted_from_a_claim_that_was_bound_after_it_was_made(w
 
 
 def pending(obj):
-    """As the API admits a claim."""
+    """A claim as the API admits it."""
     if obj.get("kind") == "PersistentVolumeClaim":
         return obj | {"status": {"phase": "Pending"}}
     return obj
 
 
 @pytest.mark.parametrize("status", [409, 429, 500, 0])
-async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, status):
+async def test_it_backs_off_during_an_error_storm_and_recovers(world, status):
     def storm(verb, plural, name):
         if now_s() < calm_s and plural in ("jobs", "persistentvolumeclaims"):
             raise ApiError(status, "Storm", "not now")
@@ -388,7 +388,7 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     await world.settled(1, 1, limit_s=120.0)
 
 
-async def test_a_load_that_failed_says_what_the_loader_said_last(world):
+async def test_a_failed_load_shows_the_loaders_last_output(world):
     world.start(CONFIG)
     world.job_end = None
     world.apply(replicas=1, cacheProfile="fast")

@@ -1,7 +1,7 @@
-"""The chart of Models: each entry is a Model that the API takes and KubeAI can make pods of.
+"""The chart of Models: each entry is a valid Model that KubeAI can create pods for.
 
-What Helm makes of the chart is tested elsewhere; `manifest` does what its template does.
-tests/vllm_arguments.py made the list of vLLM's arguments.
+Rendering with Helm is tested elsewhere; `manifest` does what the chart's template does.
+tests/vllm_arguments.py generated the list of vLLM's arguments.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def manifest(name, entry):
 
 @cache
 def system_config():
-    """KubeAI's as its chart makes it, with the profiles of all the chart's values files."""
+    """KubeAI's config as its chart renders it, with the profiles of all its values files."""
     files = [CHARTS / "kubeai/values.yaml", *sorted((CHARTS / "kubeai").glob("values-*.yaml"))]
     main, *others = (yaml.safe_load(file.read_text()) for file in files)
     profiles = main["resourceProfiles"]
@@ -74,22 +74,22 @@ def system_config():
 
 
 def arguments(entry):
-    """An entry's arguments, taken apart: flag → value, None where it has none."""
+    """Parse an entry's arguments into {flag: value}, with None for flags without a value."""
     pairs = (argument.partition("=") for argument in entry.get("args", ()))
     return {flag: value if equals else None for flag, equals, value in pairs}
 
 
-def test_every_name_of_the_catalogue_of_kubeai_in_go_is_there():
+def test_every_entry_of_the_catalogue_of_kubeai_in_go_exists():
     assert set(UPSTREAM.split()) - set(CATALOG) == set()
 
 
-def test_no_entry_is_on_until_it_is_enabled():
+def test_no_entry_is_enabled_by_default():
     assert VALUES["all"] == {"enabled": False}
     assert [name for name, entry in CATALOG.items() if entry["enabled"] is not False] == []
 
 
 @each
-def test_the_api_accepts_an_entry_as_it_is(name):
+def test_the_api_accepts_each_entry_unchanged(name):
     model = manifest(name, CATALOG[name])
     assert API.prune(model) == []
     API.default(model)
@@ -98,7 +98,7 @@ def test_the_api_accepts_an_entry_as_it_is(name):
 
 
 @each
-def test_a_pod_can_be_made_of_an_entry(name):
+def test_a_pod_can_be_built_from_each_entry(name):
     entry = CATALOG[name]
     pod = build_pod(decode_model(manifest(name, entry)), system_config())
     (container,) = pod["spec"]["containers"]
@@ -107,9 +107,9 @@ def test_a_pod_can_be_made_of_an_entry(name):
 
 
 @each_on_vllm
-def test_vllm_knows_an_entrys_arguments(name):
+def test_vllm_accepts_each_entrys_arguments(name):
     entry = CATALOG[name]
-    old = entry.get("image", "").endswith(":v0.10.2")  # has choices that newer ones do not have
+    old = entry.get("image", "").endswith(":v0.10.2")  # accepts choices that newer versions reject
     for flag, value in arguments(entry).items():
         assert flag in VLLM["arguments"], flag
         known = VLLM["arguments"][flag]
@@ -122,7 +122,7 @@ def test_vllm_knows_an_entrys_arguments(name):
 
 
 @each_on_vllm
-def test_vllm_uses_as_many_accelerators_as_its_profile_gives(name):
+def test_vllm_uses_all_accelerators_of_its_profile(name):
     profile, _, count = CATALOG[name]["resourceProfile"].partition(":")
     given = arguments(CATALOG[name])
     used = int(given.get("--tensor-parallel-size", 1)) * int(
@@ -132,14 +132,14 @@ def test_vllm_uses_as_many_accelerators_as_its_profile_gives(name):
 
 
 @each
-def test_requests_go_by_prefix_only_where_there_are_chats(name):
+def test_only_chat_models_are_routed_by_prefix(name):
     entry = CATALOG[name]
     if entry.get("loadBalancing") == {"strategy": "PrefixHash"}:
         assert entry["features"] == ["TextGeneration"]
         assert entry["engine"] == "VLLM"
 
 
-def test_the_schema_takes_all_fields_and_refuses_what_is_no_field():
+def test_the_schema_accepts_all_fields_and_rejects_unknown_ones():
     schema = json.loads((CHARTS / "models/values.schema.json").read_text())
     validator = jsonschema_rs.Draft202012Validator(schema)
     assert [error.message for error in validator.iter_errors(VALUES)] == []
@@ -162,7 +162,7 @@ def test_the_schema_takes_all_fields_and_refuses_what_is_no_field():
         assert validator.is_valid({"catalog": {"mine": good | {key: value}}}), key
 
 
-def test_the_document_lists_every_entry():
+def test_the_docs_list_every_entry():
     text = (ROOT / "docs/models-catalogue.md").read_text()
     rows = [
         f"| `{name}` | {entry['engine']} | {', '.join(entry['features'])} "

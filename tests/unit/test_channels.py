@@ -1,4 +1,4 @@
-"""How the end of a command is told over an exec's ERROR channel."""
+"""How the outcome of a command is sent over an exec's ERROR channel."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kubeai.channels import Ending
 @pytest.mark.parametrize(
     "ending", [Ending(0), Ending(1), Ending(137), Ending(None, 400, "BadRequest", "no such")]
 )
-def test_an_ending_is_read_as_it_was_written(ending):
+def test_an_ending_decodes_to_what_was_encoded(ending):
     assert Ending.decode(ending.encode()) == ending
 
 
-def test_an_exit_code_is_written_as_kubernetes_clients_look_for_it():
+def test_an_exit_code_is_encoded_as_kubernetes_clients_expect():
     assert orjson.loads(Ending(0).encode()) == {
         "kind": "Status", "apiVersion": "v1", "status": "Success",
     }  # fmt: skip
@@ -39,11 +39,11 @@ def test_an_exit_code_is_written_as_kubernetes_clients_look_for_it():
         b'"details":{"causes":[{"reason":"ExitCode","message":"x"}]}}',
     ],
 )
-def test_what_is_no_status_is_a_value_error(data):
+def test_a_malformed_status_is_a_value_error(data):
     with pytest.raises(ValueError, match=r"."):
         Ending.decode(data)
 
 
-def test_a_status_that_names_no_code_is_the_servers_failure():
+def test_a_failure_without_an_exit_code_is_a_server_error():
     ending = Ending.decode(b'{"status":"Failure","message":"odd"}')
     assert ending == Ending(None, 500, "", "odd")

@@ -1,4 +1,4 @@
-"""The system config: every key read, every mistake named by its path, every default usable."""
+"""The system config: every key is read, every error has its path, every default is usable."""
 
 import re
 from pathlib import Path
@@ -112,7 +112,7 @@ def test_an_empty_config_has_all_defaults(text):
     assert parse_config(text) == SystemConfig() == load_config(None)
 
 
-def test_the_defaults_of_the_reference():
+def test_defaults_equal_the_reference():
     config = SystemConfig()
     assert (config.metrics_addr, config.health_address) == (":8080", ":8081")
     assert config.model_autoscaling.interval_s == 10
@@ -235,7 +235,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("text", "path", "reason"), MISTAKES)
-def test_a_mistake_is_named_by_its_path(text, path, reason):
+def test_an_error_is_reported_with_its_path(text, path, reason):
     with pytest.raises(ConfigError) as caught:
         parse_config(text)
     assert caught.value.path == path
@@ -254,12 +254,12 @@ def test_a_mistake_is_named_by_its_path(text, path, reason):
         ("a: \x00", "not YAML"),
     ],
 )
-def test_what_is_not_a_yaml_map_is_refused_with_its_place(text, reason):
+def test_anything_but_a_yaml_map_is_rejected_with_its_position(text, reason):
     with pytest.raises(ConfigError, match=re.escape(reason)):
         parse_config(text, "sys.yaml")
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_an_unreadable_file_is_reported_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the config .*missing.yaml: No such file"):
         load_config(tmp_path / "missing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
@@ -267,7 +267,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
-def test_defaults_of_a_caller_stand_below_the_file(tmp_path):
+def test_the_file_overrides_the_callers_defaults(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("gateway: {drainTimeout: 7s, retries:}\n")
     defaults = {"gateway": {"drainTimeout": "9s", "drainAccept": "1s", "retries": 5}}
@@ -277,7 +277,7 @@ def test_defaults_of_a_caller_stand_below_the_file(tmp_path):
     assert load_config(None, defaults=defaults).gateway.drain_timeout_s == 9
 
 
-def test_the_gateway_section_travels_to_a_worker_unchanged():
+def test_the_gateway_section_reaches_a_worker_unchanged():
     gateway = parse_config(EVERYTHING).gateway
     wire = msgspec.json.encode(msgspec.to_builtins(gateway))
     assert msgspec.json.decode(wire, type=GatewayConfig) == gateway
@@ -292,7 +292,7 @@ def test_a_profile_is_multiplied_by_its_count():
     assert config.resource_profiles["gpu"].requests["cpu"] == "500m"
 
 
-def test_no_profile_asks_for_nothing():
+def test_no_profile_requests_no_resources():
     profile = resolve_profile(SystemConfig(), "")
     assert (profile.requests, profile.limits, profile.image_name) == ({}, {}, "")
 
@@ -311,7 +311,7 @@ def test_no_profile_asks_for_nothing():
         ("cpu:" + "9" * 5000, "from 1 to"),
     ],
 )
-def test_a_profile_that_is_wrong_or_unknown_is_named(wanted, reason):
+def test_an_invalid_or_unknown_profile_is_reported(wanted, reason):
     with pytest.raises(ModelError, match=re.escape(reason)) as caught:
         resolve_profile(SystemConfig(), wanted)
     assert (caught.value.field, caught.value.reason) == ("spec.resourceProfile", "InvalidProfile")
@@ -325,7 +325,7 @@ def test_the_image_of_a_profile_falls_back_to_the_default():
     assert server_image(config, "VLLM", resolve_profile(config, "")) == "d"
 
 
-def test_an_engine_without_a_default_image_is_named():
+def test_an_engine_without_a_default_image_is_reported():
     config = parse_config("modelServers: {VLLM: {images: {cpu: c}}}")
     with pytest.raises(ModelError, match=r"modelServers\.VLLM\.images\.default") as caught:
         server_image(config, "VLLM", resolve_profile(config, ""))
@@ -333,7 +333,7 @@ def test_an_engine_without_a_default_image_is_named():
 
 
 def leaves(type_, default, path="", unit=None):
-    """Each key of the config that has no keys below it: its path, default and unit."""
+    """Each leaf key of the config: its path, default and unit."""
     match type_:
         case inspect.Metadata(type=inner, extra=extra):
             yield from leaves(inner, default, path, (extra or {}).get("unit", unit))
@@ -354,7 +354,7 @@ def leaves(type_, default, path="", unit=None):
 
 
 def written(default, unit):
-    """A default as the document shows it."""
+    """A default as the docs show it."""
     if default is msgspec.NODEFAULT:
         return "required"
     if unit == "duration":
@@ -366,7 +366,7 @@ def written(default, unit):
     return f"`{default}`".replace("True", "true").replace("False", "false")
 
 
-def test_the_document_has_every_key_with_its_default_and_no_other_key():
+def test_the_docs_list_every_key_with_its_default_and_no_other():
     text = (ROOT / "docs/configuration.md").read_text()
     tables = text.partition("## Images")[0]
     documented = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", tables, re.MULTILINE))
@@ -390,8 +390,8 @@ def test_the_document_has_every_key_with_its_default_and_no_other_key():
             assert documented[path] == shown, path
 
 
-def test_every_key_that_the_document_has_can_be_written_in_a_file():
-    """The defaults, from a file instead: each kind of value has a reader."""
+def test_every_documented_key_can_be_set_in_a_file():
+    """The documented defaults are read from a file, so that each type of value is parsed."""
     tables = (ROOT / "docs/configuration.md").read_text().partition("## Images")[0]
     config = {}
     for path, default in re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", tables, re.MULTILINE):
@@ -405,7 +405,7 @@ def test_every_key_that_the_document_has_can_be_written_in_a_file():
 
 
 @pytest.mark.parametrize("written", ["0", "0.25", "1"])
-def test_a_share_is_from_nothing_to_all(written):
+def test_a_share_is_between_zero_and_one(written):
     config = parse_config(f"gateway: {{accessLogSample: {written}}}")
     assert config.gateway.access_log_sample == float(written)
 
@@ -414,7 +414,7 @@ def test_a_share_is_from_nothing_to_all(written):
     ("written", "seconds"),
     [("250ms", 0.25), ("1m30s", 90), ("+1.5s", 1.5), ("10000000000", 10), ("1e8", 0.1)],
 )
-def test_a_duration_is_read_as_go_reads_it(written, seconds):
+def test_a_duration_is_parsed_as_in_go(written, seconds):
     config = parse_config(f"modelAutoscaling: {{interval: {written}}}".replace("1e8", "1.0e+8"))
     assert config.model_autoscaling.interval_s == seconds
 
@@ -429,7 +429,7 @@ def test_a_duration_is_read_as_go_reads_it(written, seconds):
         ("fixedSelfMetricAddrs: ['a:99999']", "[0]", ()),
     ],
 )
-def test_a_peer_address_that_cannot_be_used_is_left_out_with_a_warning(text, path, kept):
+def test_an_unusable_peer_address_is_skipped_with_a_warning(text, path, kept):
     with capture_logs() as logs:
         config = parse_config(text)
     assert config.fixed_self_metric_addrs == kept
@@ -445,14 +445,14 @@ def test_a_peer_address_without_a_host_is_on_this_machine():
 
 
 @pytest.mark.parametrize("name", ["a:b", ""])
-def test_a_profile_that_no_model_can_name_is_left_out_with_a_warning(name):
+def test_a_profile_that_no_model_can_reference_is_skipped_with_a_warning(name):
     with capture_logs() as logs:
         config = parse_config(f"resourceProfiles: {{'{name}': {{}}, g: {{}}}}")
     assert set(config.resource_profiles) == {"g"}
     assert [line["path"] for line in logs] == [f"resourceProfiles.{name}"]
 
 
-def test_cache_profiles_as_published_for_clusters_without_a_shared_file_system():
+def test_published_cache_profiles_for_clusters_without_a_shared_file_system_are_read():
     config = parse_config(
         "cacheProfiles: {none: {}, default: {sharedFilesystem: {storageClassName: ''}},"
         " nothing: null, fast: {sharedFilesystem: {storageClassName: nfs}}}"

@@ -15,7 +15,7 @@ from kubeai.api.config import SystemConfig, parse_config
 from kubeai.api.schema import config_schema
 from kubeai.errors import ConfigError
 
-# Here 0 or an empty string is a value of its own.
+# For these keys, 0 or an empty string is a value of its own.
 ZERO_IS_A_VALUE = {
     "secretNames.alibaba",  # no Secret
     "secretNames.aws",
@@ -38,14 +38,14 @@ ZERO_IS_A_VALUE = {
     "gateway.drainAccept",
     "gateway.drainTimeout",
 }
-# These have no default: null and the zero value are refused by the key's path.
+# These have no default: null and the zero value are rejected with the key's path.
 REQUIRED = {
     "modelServerPods.jsonPatches[].op",
     "modelServerPods.jsonPatches[].path",  # null only
     "messaging.streams[].requestsURL",
     "messaging.streams[].responsesURL",
 }
-SIBLINGS = {  # what the item of a list needs beside the key
+SIBLINGS = {  # keys that the list item needs besides the tested one
     "modelServerPods.jsonPatches[]": {"op": "add", "path": "/a"},
     "messaging.streams[]": {"requestsURL": "nats://a", "responsesURL": "nats://b"},
 }
@@ -94,7 +94,7 @@ CASES = [(path, zero) for path, written in NODES.items() for zero in (None, *wri
 
 
 def config_with(path, **given):
-    """A config that has this key, if a value for it is given, and what must be beside it."""
+    """A config with this key, if a value for it is given, and the keys that must be beside it."""
     *sections, key = path.split(".")
     inner = dict(given)
     inner = {key: inner["value"]} if inner else {}
@@ -129,7 +129,7 @@ def test_null_and_the_zero_value_mean_the_default(path, zero):
         assert parse(config) == parse(config_with(path))
 
 
-def test_the_lists_name_keys_that_exist():
+def test_the_exceptions_are_existing_keys():
     assert NODES.keys() >= ZERO_IS_A_VALUE | REQUIRED
     assert len(NODES) > 80
 
@@ -148,15 +148,15 @@ def test_all_zero_values_together_are_the_default_config():
 
 
 @pytest.mark.parametrize(("path", "zero"), CASES, ids=[f"{p}={z!r}" for p, z in CASES])
-def test_the_schema_agrees(path, zero):
+def test_the_schema_accepts_the_same_zero_values(path, zero):
     config = config_with(path, value=zero)
     validator = jsonschema_rs.validator_for(config_schema(SystemConfig))
     if path in REQUIRED and zero is None:
-        return  # a schema for values lets null through where a file needs a value
+        return  # a generated schema allows null even for a required value
     assert validator.is_valid(config), list(validator.iter_errors(config))
 
 
-def test_what_kubeai_local_sets_is_kept_below_a_zero_value(tmp_path):
+def test_a_zero_value_keeps_the_default_of_kubeai_local(tmp_path):
     from kubeai.api.config import load_config
 
     file = tmp_path / "c.yaml"
@@ -171,8 +171,8 @@ def test_what_kubeai_local_sets_is_kept_below_a_zero_value(tmp_path):
     assert config.model_autoscaling.time_window_s == 10
 
 
-# As a Go program writes the config of an integration test: images for one engine only, Secrets by
-# other names, no cache, no messages, fast leader election, itself as its own peer.
+# A config as a Go program writes it for an integration test: images for one engine only, other
+# Secret names, no cache, no messages, fast leader election, itself as its own peer.
 FROM_GO = {
     "secretNames": {"alibaba": "a", "aws": "b", "gcp": "c", "huggingface": "d"},
     "modelServers": {

@@ -1,4 +1,4 @@
-"""Reconcile against an API in memory, on fake time: lost and late events, faults, restarts."""
+"""Reconciliation against an API in memory, on fake time: lost and late events, faults, restarts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def world():
 # -- expectations --------------------------------------------------------------------------------
 
 
-async def test_a_model_is_brought_to_what_it_should_be(world):
+async def test_a_model_is_reconciled_to_its_spec(world):
     world.start()
     world.apply(replicas=3)
     await world.settled(3, 3)
@@ -47,7 +47,7 @@ async def test_a_model_is_brought_to_what_it_should_be(world):
     assert world.condition("Ready") == ("True", "AllReplicasReady")
 
 
-async def test_creates_that_are_not_observed_are_not_repeated(world):
+async def test_unobserved_creates_are_not_repeated(world):
     world.auto_ready = False
     world.start()
     world.apply(replicas=3)
@@ -56,7 +56,7 @@ async def test_creates_that_are_not_observed_are_not_repeated(world):
         world.controller.all_changed()
         await asyncio.sleep(0.5)
     assert world.kube.count("create", "pods") == 3
-    # The events are lost for good. A second try finds the first one's pods, and makes no more.
+    # The events are lost for good. A second attempt finds the first one's pods and creates no more.
     await asyncio.sleep(2 * EXPECTATION_TIMEOUT_S)
     assert len(world.pods()) == world.kube.most_pods == 3
     world.kube.held_events = None
@@ -64,7 +64,7 @@ async def test_creates_that_are_not_observed_are_not_repeated(world):
     await world.settled(3, 0)
 
 
-async def test_deletes_that_are_not_observed_are_not_repeated(world):
+async def test_unobserved_deletes_are_not_repeated(world):
     world.start()
     world.apply(replicas=3)
     await world.settled(3, 3)
@@ -79,7 +79,7 @@ async def test_deletes_that_are_not_observed_are_not_repeated(world):
     await world.settled(1, 1)
 
 
-async def test_a_create_whose_answer_was_lost_makes_one_pod(world):
+async def test_a_create_whose_response_was_lost_creates_one_pod(world):
     world.start()
     lost = []
 
@@ -101,7 +101,7 @@ async def test_a_create_whose_answer_was_lost_makes_one_pod(world):
     assert world.kube.most_pods == 2
 
 
-async def test_a_name_that_somebody_else_has_is_passed_over(world):
+async def test_a_pod_name_taken_by_another_owner_is_skipped(world):
     world.start()
     world.apply(replicas=1)
     await world.settled(1, 1)
@@ -118,7 +118,7 @@ async def test_a_name_that_somebody_else_has_is_passed_over(world):
 
 
 def rates(writes):
-    """The most writes to one object within any second."""
+    """The highest number of writes to one object within any second."""
     times = defaultdict(list)
     for at_s, _, plural, name in writes:
         times[plural, name].append(at_s)
@@ -130,7 +130,7 @@ def rates(writes):
 
 
 @pytest.mark.parametrize("status", [409, 429, 500, 503, 0])
-async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, status):
+async def test_it_backs_off_during_an_error_storm_and_recovers(world, status):
     def refuse(verb, plural, name):
         if now_s() < until_s:
             raise ApiError(status, "Storm", "no")
@@ -140,7 +140,7 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     world.start()
     world.apply(minReplicas=3)
     await asyncio.sleep(60.0)
-    for _ in range(300):  # news comes all the time, and changes nothing about it
+    for _ in range(300):  # events arrive all the time, but change nothing
         world.controller.all_changed()
         await asyncio.sleep(0.2)
     assert rates(world.kube.writes) <= 2
@@ -149,22 +149,22 @@ async def test_a_storm_of_errors_is_met_with_patience_and_ends_well(world, statu
     assert world.kube.most_pods == 3
 
 
-async def test_a_status_that_is_done_does_not_wait_for_those_told_before(world):
+async def test_the_final_status_is_written_without_delay(world):
     world.auto_ready = False
     world.start()
     world.apply(minReplicas=30)
     await world.until(lambda: len(world.pods()) == 30)
     for name in world.pods():
         world.make_ready(name)
-        await asyncio.sleep(0.09)  # less than a status takes to settle
+        await asyncio.sleep(0.09)  # shorter than the time for which a status is debounced
     began_s = now_s()
     await world.until(lambda: world.replicas() == {"all": 30, "ready": 30})
     assert now_s() - began_s < 0.15
-    assert world.kube.count("patch status") >= 2, "what came before was told too"
+    assert world.kube.count("patch status") >= 2, "intermediate statuses were written too"
     assert rates(world.kube.writes) <= 2
 
 
-async def test_a_refused_pod_is_told_in_the_status_and_tried_again(world):
+async def test_a_rejected_pod_is_reported_in_the_status_and_retried(world):
     def quota(verb, plural, name):
         if (verb, plural) == ("create", "pods") and full:
             raise ApiError(403, "Forbidden", "exceeded quota: gpus")
@@ -178,14 +178,14 @@ async def test_a_refused_pod_is_told_in_the_status_and_tried_again(world):
     assert [c["message"] for c in conditions] == ["exceeded quota: gpus"] * 3
     assert "PodRefused" in world.events.reasons()
     await asyncio.sleep(300.0)
-    assert world.kube.count("create", "pods") < 25  # with growing rests, one pod at a time
+    assert world.kube.count("create", "pods") < 25  # one pod at a time, with growing back-off
     assert world.kube.count("patch status") == 1
     full = False
     await world.settled(4, 4)
     assert world.condition("Progressing") == ("False", "UpToDate")
 
 
-async def test_a_refusal_is_forgotten_when_no_pod_is_wanted_any_more(world):
+async def test_a_rejection_is_cleared_once_no_pod_is_wanted(world):
     def quota(verb, plural, name):
         if (verb, plural) == ("create", "pods"):
             raise ApiError(403, "Forbidden", "exceeded quota: gpus")
@@ -198,7 +198,7 @@ async def test_a_refusal_is_forgotten_when_no_pod_is_wanted_any_more(world):
     await world.until(lambda: world.condition("Ready") == ("True", "ScaledToZero"))
 
 
-async def test_pods_that_end_again_and_again_are_replaced_less_and_less_often(world):
+async def test_pods_that_keep_failing_are_replaced_with_back_off(world):
     world.auto_ready = False
     world.start()
 
@@ -220,7 +220,7 @@ async def test_pods_that_end_again_and_again_are_replaced_less_and_less_often(wo
     await world.settled(1, 1, limit_s=400.0)
 
 
-async def test_a_crd_without_conditions_is_not_written_to_for_ever(world):
+async def test_status_writes_stop_if_the_crd_prunes_conditions(world):
     def prune(obj):
         obj.get("status", {}).pop("conditions", None)
         return obj
@@ -231,7 +231,7 @@ async def test_a_crd_without_conditions_is_not_written_to_for_ever(world):
     await world.settled(1, 1)
 
 
-async def test_who_undoes_our_labels_does_not_make_us_hurry(world):
+async def test_label_writes_stay_rate_limited_if_something_removes_the_labels(world):
     def strip(obj):
         obj["metadata"].pop("labels", None)
         return obj
@@ -243,7 +243,7 @@ async def test_who_undoes_our_labels_does_not_make_us_hurry(world):
     assert rates(world.kube.writes) <= 2
 
 
-async def test_no_write_after_leadership_is_lost(world):
+async def test_nothing_is_written_after_leadership_is_lost(world):
     world.start()
 
     def lose(verb, plural, name):
@@ -257,7 +257,7 @@ async def test_no_write_after_leadership_is_lost(world):
     assert world.kube.count("patch status") == 0
 
 
-async def test_the_autoscalers_state_is_kept_patiently_and_only_when_it_changes(world):
+async def test_the_autoscalers_state_is_saved_with_back_off_and_only_when_it_changes(world):
     def refuse(verb, plural, name):
         if plural == "configmaps" and now_s() < until_s:
             raise ApiError(500, "Storm", "no")
@@ -272,7 +272,9 @@ async def test_the_autoscalers_state_is_kept_patiently_and_only_when_it_changes(
         await world.until(lambda: key in world.kube.objects)
         assert '"m"' in world.kube.objects[key]["data"]["models"]
         await asyncio.sleep(5.0)
-        assert world.kube.count("patch", "configmaps") == 0, "made with all that belongs in it"
+        assert world.kube.count("patch", "configmaps") == 0, (
+            "it is created with its complete content"
+        )
         assert rates(world.kube.writes) <= 2
         writes = len(world.kube.writes)
         await asyncio.sleep(60.0)
@@ -294,7 +296,7 @@ def draining(world):
     return [DRAINING_ANNOTATION in has for has in annotations].count(True)
 
 
-async def test_a_pod_goes_once_nobody_sends_it_requests_any_more(world):
+async def test_a_drained_pod_is_deleted_once_it_receives_no_more_requests(world):
     world.start()
     world.apply(replicas=3)
     await world.settled(3, 3)
@@ -305,7 +307,7 @@ async def test_a_pod_goes_once_nobody_sends_it_requests_any_more(world):
     await world.until(lambda: draining(world) == 1)
     await world.until(lambda: world.replicas() == {"all": 1, "ready": 1})
     await asyncio.sleep(60.0)
-    assert sorted(world.pods()) == sorted(busy), "the idle one went, no busy one did"
+    assert sorted(world.pods()) == sorted(busy), "the idle pod was deleted, no busy one was"
     writes = len(world.kube.writes)
     await asyncio.sleep(60.0)
     assert len(world.kube.writes) == writes, "waiting writes nothing"
@@ -314,7 +316,7 @@ async def test_a_pod_goes_once_nobody_sends_it_requests_any_more(world):
     assert world.kube.count("delete", "pods") == 2
 
 
-async def test_a_pod_that_is_drained_serves_again_when_it_is_wanted_again(world):
+async def test_a_draining_pod_returns_to_service_when_it_is_needed_again(world):
     world.start()
     world.apply(replicas=2)
     await world.settled(2, 2)
@@ -328,7 +330,7 @@ async def test_a_pod_that_is_drained_serves_again_when_it_is_wanted_again(world)
     assert world.kube.count("create", "pods") == 2
 
 
-async def test_a_rollout_drains_each_old_pod_before_it_deletes_it(world):
+async def test_a_rollout_drains_each_old_pod_before_deleting_it(world):
     world.start()
     world.apply(replicas=2)
     await world.settled(2, 2)
@@ -338,13 +340,13 @@ async def test_a_rollout_drains_each_old_pod_before_it_deletes_it(world):
     await world.until(lambda: draining(world) == 1)
     await asyncio.sleep(60.0)
     assert set(old) < set(world.pods())
-    assert world.kube.most_pods == 3, "a pod that is drained has its node still"
+    assert world.kube.most_pods == 3, "a draining pod still occupies its node"
     world.loads.used.clear()
     await world.settled(2, 2)
     assert not set(old) & set(world.pods())
 
 
-async def test_a_new_leader_goes_on_draining_where_the_last_one_stopped(world):
+async def test_a_new_leader_continues_the_drains_of_its_predecessor(world):
     world.start()
     world.apply(replicas=1)
     await world.settled(1, 1)
@@ -361,7 +363,7 @@ async def test_a_new_leader_goes_on_draining_where_the_last_one_stopped(world):
     await world.settled(0, 0)
 
 
-async def test_an_event_that_our_own_write_has_overtaken_undoes_nothing(world):
+async def test_an_event_older_than_our_own_write_is_ignored(world):
     world.start()
     world.apply(replicas=1)
     await world.settled(1, 1)
@@ -375,12 +377,12 @@ async def test_an_event_that_our_own_write_has_overtaken_undoes_nothing(world):
     assert pod.draining_since_s
 
 
-async def test_an_autoscalers_state_that_another_has_written_is_not_overwritten_blindly(world):
+async def test_autoscaler_state_written_by_another_replica_is_read_before_it_is_overwritten(world):
     key = "configmaps", "kubeai-autoscaler-state"
     refused = []
 
     def meddle(verb, plural, name):
-        """What a leader that was frozen sent arrives just before."""
+        """A write that a frozen former leader sent arrives just before ours."""
         if (verb, plural) == ("patch", "configmaps") and not refused:
             refused.append(verb)
             late = copy.deepcopy(world.kube.objects[key]) | {"data": {"models": "late"}}
@@ -406,7 +408,7 @@ async def test_an_autoscalers_state_that_another_has_written_is_not_overwritten_
 
 
 class Held(dict):
-    """Loads: how many requests are held by model."""
+    """Loads: the number of held requests per model."""
 
     def held(self, model):
         return self.get(model, 0)
@@ -435,7 +437,7 @@ async def wakes(world):
     await wakes.stop()
 
 
-async def test_demand_is_answered_with_one_write_and_a_pod_at_once(world, wakes):
+async def test_demand_causes_one_write_and_a_pod_at_once(world, wakes):
     world.apply(replicas=0)
     await world.settled(0, 0)
     began = now_s()
@@ -447,14 +449,14 @@ async def test_demand_is_answered_with_one_write_and_a_pod_at_once(world, wakes)
     await world.settled(1, 1)
 
 
-async def test_demand_asks_for_the_least_that_the_model_allows(world, wakes):
+async def test_demand_scales_to_the_models_min_replicas(world, wakes):
     world.leader.leads = False
     world.apply(minReplicas=3)
     wakes.demand("m")
     await world.until(lambda: world.model()["spec"].get("replicas") == 3)
 
 
-async def test_demand_on_what_is_unknown_awake_or_the_users_writes_nothing(world, wakes):
+async def test_demand_for_an_unknown_active_or_manually_scaled_model_writes_nothing(world, wakes):
     world.apply("awake", replicas=2)
     world.apply("theirs", replicas=0, autoscalingDisabled=True)
     await world.until(lambda: len(world.pods()) == 2)
@@ -464,7 +466,7 @@ async def test_demand_on_what_is_unknown_awake_or_the_users_writes_nothing(world
     assert world.kube.count("patch", "models") == 0
 
 
-async def test_demand_survives_a_storm_of_errors_patiently(world, wakes):
+async def test_demand_backs_off_during_an_error_storm(world, wakes):
     def refuse(verb, plural, name):
         if now_s() < until_s:
             raise ApiError(503, "Storm", "no")
@@ -479,13 +481,13 @@ async def test_demand_survives_a_storm_of_errors_patiently(world, wakes):
         wakes.demand("m")
         await asyncio.sleep(0.1)
     assert rates(world.kube.writes) <= 2
-    looking = asyncio.create_task(wakes.run())  # no message comes any more; it is held still
+    looking = asyncio.create_task(wakes.run())  # no more messages arrive; the request is still held
     await world.until(lambda: world.model()["spec"]["replicas"] == 1, limit_s=60.0)
     looking.cancel()
     await asyncio.gather(looking, return_exceptions=True)
 
 
-async def test_demand_that_was_behind_the_times_reads_again(world, wakes):
+async def test_demand_with_a_stale_view_reads_the_model_again(world, wakes):
     world.apply(replicas=0, maxReplicas=5)
     await world.settled(0, 0)
     world.kube.held_events = []
@@ -498,7 +500,7 @@ async def test_demand_that_was_behind_the_times_reads_again(world, wakes):
 # -- pods without a Model ------------------------------------------------------------------------
 
 
-async def test_pods_of_a_model_that_is_gone_are_deleted(world):
+async def test_pods_of_a_deleted_model_are_deleted(world):
     world.start()
     world.apply(replicas=2)
     await world.settled(2, 2)
@@ -506,7 +508,7 @@ async def test_pods_of_a_model_that_is_gone_are_deleted(world):
     await world.until(lambda: not world.pods())
 
 
-async def test_pods_of_a_model_that_is_not_known_yet_are_left_alone(world):
+async def test_pods_of_a_model_not_yet_known_are_kept(world):
     world.start()
     world.apply(replicas=2)
     await world.settled(2, 2)
@@ -533,11 +535,11 @@ async def test_files_are_kept_in_a_config_map(world):
 FILES = "configmaps", "model-m-files"
 
 
-async def test_a_config_map_goes_with_the_last_pod_that_mounts_it(world):
+async def test_a_config_map_is_deleted_with_the_last_pod_that_mounts_it(world):
     world.start()
     world.apply(replicas=2, files=[{"path": "/a", "content": "one"}])
     await world.settled(2, 2)
-    world.auto_ready = False  # a rollout that gets no further: the old pods serve on
+    world.auto_ready = False  # the rollout stalls and the old pods go on serving
     world.apply(files=None)
     await world.until(lambda: len(world.pods()) == 3)
     await asyncio.sleep(60.0)
@@ -557,8 +559,8 @@ def is_ready(world, name):
 
 
 @pytest.mark.parametrize("may_list", [True, False])
-async def test_a_new_leader_deletes_the_config_maps_its_predecessor_left(world, may_list):
-    """It lists them once, however many Models there are."""
+async def test_a_new_leader_deletes_leftover_config_maps(world, may_list):
+    """It lists them once, regardless of the number of Models."""
     world.start()
     names = [f"m{n}" for n in range(10)]
     for name in names:
@@ -575,11 +577,11 @@ async def test_a_new_leader_deletes_the_config_maps_its_predecessor_left(world, 
     world.start()
     await asyncio.sleep(10.0)
     assert [key for key in maps if key in world.kube.objects] == ([] if may_list else maps)
-    assert ("configmaps", "model-x-files") in world.kube.objects  # no Model's
+    assert ("configmaps", "model-x-files") in world.kube.objects  # belongs to no Model
     assert world.kube.lists == ["configmaps"]
 
 
-async def test_files_of_a_former_model_of_that_name_are_not_taken_over(world):
+async def test_the_files_of_a_deleted_model_of_the_same_name_are_not_reused(world):
     stale = {"metadata": {"name": "model-m-files", "ownerReferences": [{"uid": "former"}]}}
     await world.kube.create(CONFIGMAPS, stale | {"data": {"_a": "old"}})
     world.start()
@@ -598,7 +600,7 @@ class Crash(Exception):
 
 
 async def life(world, crash_at, committed):
-    """Create, scale, roll out, scale down; the controller dies at one write and starts anew."""
+    """Create, scale, roll out, scale down; the controller dies at one write and restarts."""
     seen = 0
 
     def before(verb, plural, name):
@@ -663,7 +665,7 @@ async def test_a_crash_at_any_write_ends_in_the_same_state():
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_whatever_fails_and_whoever_edits_it_ends_as_it_should(world, seed):
+async def test_it_converges_after_random_failures_and_edits(world, seed):
     rng = random.Random(seed)
 
     def maybe_fail(verb, plural, name):
@@ -697,7 +699,7 @@ async def test_whatever_fails_and_whoever_edits_it_ends_as_it_should(world, seed
         assert len(living(world)) <= most + 1
     replicas = rng.randrange(5)
     world.apply(replicas=replicas)
-    # pods that ended are replaced after a rest that has grown
+    # failed pods are replaced after a back-off that has grown
     await world.until(lambda: len(living(world)) == len(world.pods()) == replicas, limit_s=400.0)
     await asyncio.sleep(REST_MAX_S)
     await world.settled(replicas, replicas)
@@ -710,7 +712,7 @@ def living(world):
 # -- the queue -----------------------------------------------------------------------------------
 
 
-async def test_one_name_is_never_worked_on_twice_at_once_but_many_names_are():
+async def test_a_key_is_processed_by_one_worker_at_a_time_and_different_keys_in_parallel():
     running, most, done = defaultdict(int), 0, defaultdict(int)
 
     async def work(name):
@@ -730,11 +732,11 @@ async def test_one_name_is_never_worked_on_twice_at_once_but_many_names_are():
     await asyncio.sleep(20.0)
     assert most == 3
     assert set(done) == set("abcde")
-    assert done["a"] == 2  # once, and once more for all that came while it ran
+    assert done["a"] == 2  # once, and once more for all that was added while it ran
     await queue.stop()
 
 
-async def test_a_name_that_failed_rests_whatever_comes():
+async def test_a_failed_key_backs_off_even_if_it_is_added_again():
     times = []
 
     async def work(name):
@@ -752,7 +754,7 @@ async def test_a_name_that_failed_rests_whatever_comes():
     await queue.stop()
 
 
-async def test_a_name_comes_again_when_its_work_asks_for_it():
+async def test_a_key_is_requeued_on_request():
     times = []
 
     async def work(name):
@@ -766,7 +768,7 @@ async def test_a_name_comes_again_when_its_work_asks_for_it():
     await queue.stop()
 
 
-async def test_degraded_ends_by_itself_once_a_container_has_run_for_long_enough(world, monkeypatch):
+async def test_degraded_clears_without_an_event_after_a_long_enough_run(world, monkeypatch):
     start_s = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
     monkeypatch.setattr(time, "time", lambda: start_s + now_s())
     world.auto_ready = False

@@ -1,4 +1,4 @@
-"""Several processes pick and release on one table at once; some are killed in the middle.
+"""Several processes pick and release on one table at once; some are killed midway.
 
 This file is also the program that those processes run.
 """
@@ -66,7 +66,7 @@ def churn(table: LoadTable, ring: Ring, seed: int) -> dict[str, int]:
 
 
 def hold(table: LoadTable, ring: Ring, seed: int) -> dict[str, int]:
-    """Picks that are all kept, told and released when standard input ends."""
+    """Hold all picks; report and release them when standard input ends."""
     source = random.Random(seed)
     sys.stdin.read(1)
     held = [ring.pick_hashed(source.getrandbits(1)) for _ in range(3000)]
@@ -118,7 +118,7 @@ def start(table):
 def wait_until(condition, deadline_s: float = 20) -> None:
     end_s = time.monotonic() + deadline_s
     while not condition():
-        assert time.monotonic() < end_s, "never came true"
+        assert time.monotonic() < end_s, "timed out"
         time.sleep(0.002)
 
 
@@ -154,7 +154,7 @@ def test_no_count_is_lost_between_workers(table, start):
     assert {worker["live"] for worker in told} == {0}
 
 
-def test_what_a_killed_worker_held_is_gone_when_its_column_is_cleared(table, start):
+def test_clearing_a_killed_workers_column_removes_what_it_held(table, start):
     source = random.Random(0)
     workers = [start("churn", column, seed=column) for column in range(3)]
     wait_until(lambda: all(map(table.acknowledged, range(3))))
@@ -200,7 +200,7 @@ def test_workers_overshoot_a_bound_by_at_most_their_number_less_one(table, start
     loads = [table.in_flight(row) for row in range(1, ROWS)]
     assert sum(loads) == table.in_flight(MODEL) == 12_000
     bound = ceil(factor * 12_000 / 100 / ENDPOINTS)
-    # Two keys, so the bound is what spreads them: someone stands at it.
+    # Two keys, so that the bound spreads them: some endpoint is at its bound.
     assert max(loads) >= bound - 1
     assert max(loads) <= bound + len(workers) - 1
     for worker in workers:

@@ -1,7 +1,7 @@
-"""The generated CRD: equal to the installed file, structural, and right about good and bad Models.
+"""The generated CRD: equal to the installed file, structural, and correct about valid Models.
 
-Here schema and rules are checked without an API server, by a JSON schema validator and a CEL
-interpreter. A real kube-apiserver accepts this CRD, and its answers to the same Models agree.
+Schema and rules are checked here without an API server, by a JSON schema validator and a CEL
+interpreter. The contract tests check that a real kube-apiserver gives the same results.
 """
 
 import copy
@@ -33,7 +33,7 @@ def model(name="m", **change):
 
 
 def with_defaults(schema, value):
-    """What the API server does before it validates."""
+    """Apply defaults as the API server does before validation."""
     if isinstance(value, dict):
         for key, below in schema.get("properties", {}).items():
             if key not in value and "default" in below:
@@ -46,7 +46,7 @@ def with_defaults(schema, value):
 
 
 def broken_rules(schema, value, old=None):
-    """Messages of the CEL rules that do not hold; transition rules need an old value."""
+    """Messages of the violated CEL rules; transition rules need an old value."""
     messages = []
     for rule in schema.get("x-kubernetes-validations", []):
         if "oldSelf" in rule["rule"]:
@@ -75,7 +75,7 @@ def errors(obj, old=None):
     return found or broken_rules(SCHEMA, obj, old)
 
 
-def test_the_installed_file_is_what_the_code_generates():
+def test_the_installed_file_equals_the_generated_crd():
     assert FILE.read_text() == crd_yaml(), "run: python -m kubeai.api.crd > " + str(FILE)
     assert yaml.safe_load(FILE.read_text()) == model_crd()
 
@@ -97,7 +97,7 @@ def test_each_field_has_a_type_and_a_description_for_explain():
             assert schema.get("description"), path
 
 
-def test_the_schema_has_every_field_of_the_reference():
+def test_the_schema_has_every_field_in_the_reference():
     fields = """
         url adapters features engine resourceProfile cacheProfile image args env envFrom replicas
         minReplicas maxReplicas autoscalingDisabled targetRequests scaleDownDelaySeconds owner
@@ -107,7 +107,7 @@ def test_the_schema_has_every_field_of_the_reference():
     assert SPEC["required"] == ["url", "engine", "features"]
 
 
-def test_subresources_and_columns():
+def test_subresources_and_printer_columns():
     assert VERSION["subresources"]["status"] == {}
     assert VERSION["subresources"]["scale"] == {
         "specReplicasPath": ".spec.replicas",
@@ -121,7 +121,7 @@ def test_subresources_and_columns():
     assert conditions["x-kubernetes-list-map-keys"] == ["type"]
 
 
-def test_the_api_server_fills_in_the_defaults_of_the_reference():
+def test_the_api_server_applies_the_defaults_in_the_reference():
     spec = with_defaults(SCHEMA, model())["spec"]
     assert spec["minReplicas"] == 0
     assert spec["targetRequests"] == 100
@@ -159,7 +159,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("case", GOOD)
-def test_a_good_model_is_accepted(case):
+def test_a_valid_model_is_accepted(case):
     assert errors(GOOD[case]) == []
 
 
@@ -211,7 +211,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_model_is_refused_with_a_reason(case):
+def test_an_invalid_model_is_rejected_with_a_reason(case):
     obj, reason = BAD[case]
     assert any(reason in message for message in errors(obj)), errors(obj)
 
@@ -230,14 +230,14 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_change_is_accepted_or_refused(case):
+def test_an_update_is_accepted_or_rejected(case):
     old, new, reason = CHANGES[case]
     found = errors(new, old)
     assert (found == []) if reason is None else any(reason in m for m in found)
 
 
 def documented_leaves(schema, path=""):
-    """Fields that the document lists: those below objects and lists of objects."""
+    """Fields that the docs list: those below objects and lists of objects."""
     for name, below in schema["properties"].items():
         item = below.get("items", {})
         where = f"{path}{name}"
@@ -251,7 +251,7 @@ def documented_leaves(schema, path=""):
             yield where, below, name in schema.get("required", ())
 
 
-def test_the_document_has_every_field_with_its_default():
+def test_the_docs_list_every_field_with_its_default():
     text = (FILE.parents[3] / "docs/model.md").read_text()
     spec, status = (re.split(r"^## ", text, flags=re.MULTILINE)[i] for i in (1, 4))
     assert spec.startswith("spec\n")

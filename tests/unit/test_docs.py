@@ -1,6 +1,6 @@
-"""docs/fields.md: every field, value and condition has its row, and every test named exists.
+"""docs/fields.md: every field, value and condition has a row, and every test it cites exists.
 
-docs/http-api.md: every route has its row.
+docs/http-api.md: every route has a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEST = re.compile(r"`([^`]+\.py)::(\w+)`")
 
 
 def leaves(schema, path=""):
-    """Every field without fields of its own, by its path, with its schema."""
+    """Every field without subfields, by its path, with its schema."""
     for name, below in schema.get("properties", {}).items():
         where, item = f"{path}{name}", below.get("items", {})
         if below.get("properties"):
@@ -35,7 +35,7 @@ def leaves(schema, path=""):
 
 
 def sections():
-    """The tables: title → [(what stands in the first cell, what it does, the tests named)]."""
+    """The tables: title → [(first cell, description, cited tests)]."""
     text = (ROOT / "docs/fields.md").read_text()
     tables = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
@@ -51,17 +51,17 @@ ROWS = [row for rows in TABLES.values() for row in rows]
 
 
 def named_once(title):
-    """The first cells of a table; each must be there once."""
+    """The first cells of a table; none may occur twice."""
     names = Counter(row[0] for row in TABLES[title])
     assert [name for name, count in names.items() if count > 1] == []
     return set(names)
 
 
-def test_every_field_of_the_definition_has_one_row_and_no_other_has():
+def test_every_field_of_the_crd_has_one_row_and_nothing_else_has():
     assert named_once("Fields") == {f"`{path}`" for path, _ in leaves(SCHEMA)}
 
 
-def test_every_word_that_a_field_may_hold_has_one_row():
+def test_every_enum_value_has_one_row():
     choices = [
         f"`{path}` `{word}`"
         for path, schema in leaves(SCHEMA)
@@ -82,21 +82,21 @@ def test_every_route_has_a_row():
 
 @cache
 def names_in(file):
-    """The tests in a file of the tree, parametrised or not."""
+    """The names of the tests in a file, parametrised or not."""
     path = ROOT / file
-    assert path.is_file(), f"there is no {file}"
+    assert path.is_file(), f"{path} does not exist"
     nodes = ast.walk(ast.parse(path.read_text()))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return {node.name for node in functions if node.name.startswith("test_")}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].replace("`", ""))
-def test_a_row_says_what_it_does_in_one_line_and_names_tests_that_exist(row):
+def test_each_row_has_a_one_line_description_and_cites_existing_tests(row):
     name, what, shown = row
     assert what
-    assert not what.endswith("."), f"{name}: one line, not sentences"
+    assert not what.endswith("."), f"{name}: write a phrase without a full stop"
     tests = TEST.findall(shown)
-    assert tests, f"{name}: no test is named"
+    assert tests, f"{name}: no test is cited"
     assert TEST.sub("", shown).strip(", ") == "", f"{name}: {shown}"
     for file, test in tests:
         assert test in names_in(file), f"{name}: {file} has no {test}"

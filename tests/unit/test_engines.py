@@ -1,4 +1,4 @@
-"""The pods of the engines: what a Model and the system config make of them."""
+"""The engines' pods as built from a Model and the system config."""
 
 import copy
 import subprocess
@@ -68,7 +68,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 @each_engine
-def test_labels_say_which_model_and_engine_a_pod_serves(engine):
+def test_labels_name_the_model_and_engine_of_a_pod(engine):
     metadata = pod(engine)["metadata"]
     hash_ = metadata["labels"].pop("pod-hash")
     assert metadata["labels"] == {
@@ -104,7 +104,7 @@ def test_a_pod_has_port_8000_shared_memory_and_probes(engine):
 @pytest.mark.parametrize(
     ("engine", "failures"), [("VLLM", 5400), ("FasterWhisper", 900), ("Infinity", 600)]
 )
-def test_an_engine_has_its_time_to_start(engine, failures):
+def test_each_engine_has_its_startup_timeout(engine, failures):
     probe = server(pod(engine))["startupProbe"]
     assert probe["httpGet"] == {"path": "/health", "port": "http"}
     assert (probe["periodSeconds"], probe["failureThreshold"]) == (2, failures)
@@ -153,7 +153,7 @@ def test_profile_and_pod_settings_reach_the_pod_of_every_engine(engine):
     assert spec["terminationGracePeriodSeconds"] == 91
 
 
-def test_settings_that_are_not_given_are_left_out():
+def test_unset_settings_are_omitted():
     built = pod()
     assert set(built["spec"]) == {"terminationGracePeriodSeconds", "containers", "volumes"}
     assert "resources" not in server(built)
@@ -163,12 +163,12 @@ def test_settings_that_are_not_given_are_left_out():
 @pytest.mark.parametrize(
     ("drain", "grace_s"), [("5m", 300), ("1s", 10), ("0", 10), ("10001ms", 11)]
 )
-def test_a_deleted_pod_may_end_its_requests(drain, grace_s):
+def test_the_grace_period_covers_the_drain_timeout(drain, grace_s):
     config = parse_config(f"gateway: {{drainAccept: 0, drainTimeout: {drain}}}")
     assert pod(config=config)["spec"]["terminationGracePeriodSeconds"] == grace_s
 
 
-def test_the_models_image_wins_over_the_profiles_and_that_over_the_default():
+def test_the_models_image_overrides_the_profiles_which_overrides_the_default():
     config = parse_config("modelServers: {VLLM: {images: {default: d, cpu: c}}}")
     assert server(pod(config=config, resourceProfile="cpu:1", image="mine"))["image"] == "mine"
     assert server(pod(config=config, resourceProfile="cpu:1"))["image"] == "c"
@@ -176,14 +176,14 @@ def test_the_models_image_wins_over_the_profiles_and_that_over_the_default():
     assert server(pod(config=config))["image"] == "d"
 
 
-def test_a_profile_that_does_not_exist_is_named():
+def test_an_unknown_profile_is_reported():
     with pytest.raises(ModelError, match=r"spec\.resourceProfile: .*'gpu-l5'") as caught:
         pod(resourceProfile="gpu-l5:1")
     assert caught.value.reason == "InvalidProfile"
 
 
 @each_engine
-def test_the_models_env_wins_and_comes_last_in_order(engine):
+def test_the_models_env_takes_precedence_and_comes_last_in_order(engine):
     built = pod(engine, env={"ZED": "1", "ABLE": "$(HF_TOKEN)", "OLLAMA_HOST": "h"})
     names = [variable["name"] for variable in server(built)["env"]]
     assert names[-3:] == ["ABLE", "OLLAMA_HOST", "ZED"]
@@ -192,7 +192,7 @@ def test_the_models_env_wins_and_comes_last_in_order(engine):
     assert env(built)["ABLE"] == "$(HF_TOKEN)"
 
 
-def test_env_from_names_config_maps_and_secrets():
+def test_env_from_refers_to_config_maps_and_secrets():
     built = pod(
         envFrom=[
             {"prefix": "P_", "configMapRef": {"name": "c"}},
@@ -205,7 +205,7 @@ def test_env_from_names_config_maps_and_secrets():
     ]
 
 
-def test_annotations_that_say_where_the_endpoint_is_reach_the_pod():
+def test_annotations_with_the_endpoints_address_reach_the_pod():
     given = {"model-pod-ip": "10.0.0.9", "model-pod-port": "9000", "other": "x"}
     assert build_pod(model(annotations=given), CONFIG)["metadata"]["annotations"] == {
         "model-pod-ip": "10.0.0.9",
@@ -228,13 +228,13 @@ def test_annotations_that_say_where_the_endpoint_is_reach_the_pod():
         ),
     ],
 )
-def test_vllm_is_told_where_its_weights_are_and_then_the_users_args(url, args):
+def test_vllm_gets_the_location_of_its_weights_followed_by_the_users_args(url, args):
     container = server(pod(url=url, args=["--max-model-len=9", "--x"]))
     assert container["command"] == ["python3", "-m", "vllm.entrypoints.openai.api_server"]
     assert container["args"] == [*args, "--max-model-len=9", "--x"]
 
 
-def test_vllm_with_adapters_is_started_with_lora():
+def test_vllm_with_adapters_is_started_with_lora_enabled():
     with_lora = model(adapters=[{"name": "a", "url": "hf://x/y"}])
     container = vllm.server(with_lora, parse_url(with_lora.spec.url))
     assert container.more_args == ["--enable-lora"]
@@ -255,7 +255,7 @@ def startup(built):
         ("pvc://claim?model=q:1b", ["TextGeneration"], ["q:1b", "m", "present", "load"]),
     ],
 )
-def test_ollama_fetches_names_and_loads_the_model_in_its_startup_probe(url, features, arguments):
+def test_ollama_pulls_and_loads_the_model_in_its_startup_probe(url, features, arguments):
     built = pod("OLlama", url=url, features=features)
     assert startup(built) == arguments
     probe = server(built)["startupProbe"]
@@ -277,7 +277,7 @@ def test_ollama_fetches_names_and_loads_the_model_in_its_startup_probe(url, feat
          ["pull q;touch x `id` $(id)", "cp q;touch x `id` $(id) m"]),
     ],
 )  # fmt: skip
-def test_the_startup_script_calls_ollama_and_nothing_that_a_name_says(tmp_path, arguments, calls):
+def test_the_startup_script_executes_nothing_from_a_model_name(tmp_path, arguments, calls):
     fake = tmp_path / "ollama"
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{tmp_path}/calls"\n')
     fake.chmod(0o755)
@@ -291,7 +291,7 @@ def test_the_startup_script_calls_ollama_and_nothing_that_a_name_says(tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"ollama", "calls"}
 
 
-def test_the_startup_script_fails_when_a_step_of_it_fails(tmp_path):
+def test_the_startup_script_fails_if_any_step_fails(tmp_path):
     fake = tmp_path / "ollama"
     fake.write_text('#!/bin/sh\n[ "$1" != pull ]\n')
     fake.chmod(0o755)
@@ -342,7 +342,7 @@ def test_infinity_is_configured_by_its_environment():
         ("FasterWhisper", "pvc://c?model=x", "means nothing to FasterWhisper"),
     ],
 )
-def test_an_engine_refuses_a_url_that_it_cannot_load(engine, url, reason):
+def test_a_url_that_the_engine_cannot_load_is_rejected(engine, url, reason):
     with pytest.raises(ModelError) as caught:
         pod(engine, url=url)
     assert caught.value.field == "spec.url"
@@ -350,7 +350,7 @@ def test_an_engine_refuses_a_url_that_it_cannot_load(engine, url, reason):
 
 
 @pytest.mark.parametrize("scheme", ["hf", "s3", "gs", "oss"])
-def test_through_a_cache_all_engines_but_ollama_load_what_a_loader_can_fetch(scheme):
+def test_with_a_cache_all_engines_but_ollama_accept_every_scheme_of_the_loader(scheme):
     for engine in ENGINES:
         spec = model(engine, url=f"{scheme}://bucket/path", cacheProfile="c").spec
         if engine != "OLlama":
@@ -392,7 +392,7 @@ def test_credentials_come_from_optional_secrets(url, expected):
     assert (source.volumes, source.mounts) == ([], [])
 
 
-def test_googles_credentials_are_a_file():
+def test_google_credentials_are_mounted_as_a_file():
     source = sources.source(parse_url("gs://a/b"), CONFIG.secret_names)
     assert source.env == [
         {
@@ -415,7 +415,7 @@ def test_googles_credentials_are_a_file():
         ("gs", "gcp: mine"),
     ],
 )
-def test_the_config_names_the_secret_of_each_source(scheme, config):
+def test_the_secret_of_each_source_is_configurable(scheme, config):
     names = parse_config(f"secretNames: {{{config}}}").secret_names
     for url_scheme in ("hf", "s3", "oss", "gs"):
         source = sources.source(parse_url(f"{url_scheme}://a/b"), names)
@@ -428,13 +428,13 @@ def test_the_config_names_the_secret_of_each_source(scheme, config):
             assert (name == "mine") is (url_scheme == scheme)
 
 
-def test_no_secret_is_asked_for_where_the_config_names_none():
+def test_no_secret_is_referenced_if_none_is_configured():
     config = parse_config("secretNames: {huggingface: '', gcp: ''}")
     assert "env" not in server(pod(config=config))
     assert sources.source(parse_url("gs://a/b"), config.secret_names).env == []
 
 
-def test_the_models_own_token_stands_alone():
+def test_a_token_in_the_models_env_replaces_the_secrets():
     built = pod(env={"HF_TOKEN": "mine"})
     assert [v for v in server(built)["env"] if v["name"] == "HF_TOKEN"] == [
         {"name": "HF_TOKEN", "value": "mine"}
@@ -443,7 +443,7 @@ def test_the_models_own_token_stands_alone():
 
 @pytest.mark.parametrize("engine", ["VLLM", "OLlama", "FasterWhisper", "Infinity"])
 @pytest.mark.parametrize(("path", "sub_path"), [("", None), ("/", None), ("/a/b/", "a/b")])
-def test_a_claim_is_mounted_at_model(engine, path, sub_path):
+def test_a_claim_is_mounted_at_slash_model(engine, path, sub_path):
     query = "?model=q" if engine == "OLlama" else ""
     built = pod(engine, url=f"pvc://claim{path}{query}")
     assert {"name": "model", "persistentVolumeClaim": {"claimName": "claim"}} in built["spec"][
@@ -454,7 +454,7 @@ def test_a_claim_is_mounted_at_model(engine, path, sub_path):
 
 
 @pytest.mark.parametrize("engine", ["VLLM", "FasterWhisper", "Infinity"])
-def test_a_url_is_data_where_kubernetes_would_expand_variables(engine):
+def test_variable_references_in_a_url_are_escaped(engine):
     text = msgspec.json.encode(server(pod(engine, url="hf://org/$(HF_TOKEN)"))).decode()
     assert "org/$$(HF_TOKEN)" in text
     assert "org/$(HF_TOKEN)" not in text
@@ -465,7 +465,7 @@ def test_a_url_is_data_where_kubernetes_would_expand_variables(engine):
 FILES = [{"path": "/etc/a/b.txt", "content": "one"}, {"path": "/c", "content": "two"}]
 
 
-def test_files_are_mounted_one_by_one_from_the_models_config_map():
+def test_each_file_is_mounted_from_the_models_config_map():
     built = pod(files=FILES)
     assert {"name": "model-files", "configMap": {"name": "model-m-files"}} in built["spec"][
         "volumes"
@@ -482,7 +482,7 @@ def test_files_are_mounted_one_by_one_from_the_models_config_map():
     assert files_config_map(model()) is None
 
 
-def test_an_edited_file_makes_another_pod():
+def test_an_edited_file_changes_the_pod_hash():
     edited = [FILES[0], {"path": "/c", "content": "three"}]
     assert pod_hash(pod(files=FILES)) != pod_hash(pod(files=edited))
     assert pod_hash(pod(files=FILES)) != pod_hash(pod())
@@ -497,7 +497,7 @@ def test_an_edited_file_makes_another_pod():
         (["/x", "/dev/shm"], "spec.files[1].path", "a volume already"),
     ],
 )
-def test_a_path_that_no_config_map_or_pod_can_have_is_named(paths, field, reason):
+def test_a_path_invalid_for_a_config_map_or_pod_is_reported(paths, field, reason):
     with pytest.raises(ModelError) as caught:
         pod(files=[{"path": path, "content": ""} for path in paths])
     assert (caught.value.field, caught.value.reason) == (field, "InvalidFile")
@@ -507,7 +507,7 @@ def test_a_path_that_no_config_map_or_pod_can_have_is_named(paths, field, reason
 # -- patches -------------------------------------------------------------------------------------
 
 
-def test_patches_are_applied_in_order_and_count_in_the_hash():
+def test_patches_are_applied_in_order_and_change_the_hash():
     config = patched(
         {"op": "add", "path": "/spec/containers/0/env/-", "value": {"name": "A", "value": "1"}},
         {"op": "add", "path": "/spec/priorityClassName", "value": "low"},
@@ -523,7 +523,7 @@ def test_patches_are_applied_in_order_and_count_in_the_hash():
     assert hash_label(built) != hash_label(pod())
 
 
-def test_building_pods_does_not_change_the_config():
+def test_building_pods_does_not_modify_the_config():
     config = patched(
         {"op": "add", "path": "/spec/tolerations", "value": [{"key": "a"}]},
         {"op": "add", "path": "/spec/tolerations/-", "value": {"key": "b"}},
@@ -558,7 +558,7 @@ OK = {"op": "add", "path": "/spec/hostname", "value": "x"}
         {"op": "replace", "path": "", "value": []},
     ],
 )
-def test_a_patch_that_cannot_be_applied_is_named_by_its_place(bad):
+def test_a_patch_that_cannot_be_applied_is_reported_with_its_path(bad):
     with pytest.raises(ModelError) as caught:
         pod(config=patched(OK, bad))
     assert caught.value.field == "modelServerPods.jsonPatches[1]"
@@ -569,7 +569,7 @@ def test_a_patch_that_cannot_be_applied_is_named_by_its_place(bad):
 # -- hash ----------------------------------------------------------------------------------------
 
 
-def test_the_hash_fits_a_label_and_a_name_and_stays_the_same():
+def test_the_hash_is_stable_and_valid_in_a_label_and_a_name():
     assert pod_hash(pod()) == pod_hash(pod())
     assert pod_hash({"metadata": {}, "spec": {"a": 1, "b": 2}}) == pod_hash(
         {"metadata": {}, "spec": {"b": 2, "a": 1}}
@@ -585,12 +585,12 @@ ADAPTERS = [{"name": "a", "url": "hf://a/b"}]
 @pytest.mark.parametrize(
     ("spec", "hash_"), [({}, "tgolajh2"), ({"adapters": ADAPTERS}, "cjamrdus")]
 )
-def test_a_new_release_does_not_replace_the_pods_of_the_last_one(spec, hash_):
-    """The hashes that pods were given before containers had a terminationMessagePolicy."""
+def test_an_upgrade_does_not_replace_existing_pods(spec, hash_):
+    """These are the hashes from before containers had a terminationMessagePolicy."""
     assert hash_label(pod(**spec)) == hash_
 
 
-def test_a_container_that_fails_leaves_the_end_of_its_log_in_the_pods_status():
+def test_a_failing_container_leaves_the_end_of_its_log_in_the_pods_status():
     config = patched(
         {"op": "add", "path": "/spec/initContainers", "value": [{"name": "first"}]},
     )
@@ -601,7 +601,7 @@ def test_a_container_that_fails_leaves_the_end_of_its_log_in_the_pods_status():
     assert policies == {"FallbackToLogsOnError"}
 
 
-def test_a_patch_may_choose_another_termination_message_policy():
+def test_a_patch_may_set_another_termination_message_policy():
     path = "/spec/containers/0/terminationMessagePolicy"
     built = pod(config=patched({"op": "add", "path": path, "value": "File"}))
     assert server(built)["terminationMessagePolicy"] == "File"
@@ -612,7 +612,7 @@ def test_a_patch_may_choose_another_termination_message_policy():
     "change",
     [{"image": "i"}, {"args": ["--x"]}, {"env": {"A": "1"}}, {"resourceProfile": "cpu:1"}],
 )
-def test_what_changes_a_pod_changes_its_hash(change):
+def test_a_change_to_the_pod_changes_the_hash(change):
     assert pod_hash(pod(**change)) != pod_hash(pod())
 
 
@@ -626,7 +626,7 @@ def test_what_changes_a_pod_changes_its_hash(change):
         {"loadBalancing": {"strategy": "PrefixHash"}},
     ],
 )
-def test_what_concerns_scale_and_routing_does_not_replace_pods(change):
+def test_scaling_and_routing_fields_do_not_change_the_hash(change):
     assert pod_hash(pod(**change)) == pod_hash(pod())
 
 
@@ -643,7 +643,7 @@ def test_what_concerns_scale_and_routing_does_not_replace_pods(change):
     ],
 )
 @each_engine
-def test_the_mock_engine_plays_any_engine_and_the_pod_says_so(engine, image):
+def test_the_mock_engine_can_stand_in_for_any_engine_and_the_pod_shows_it(engine, image):
     built = pod(engine, image=image, args=["--startup-delay=2s"])
     container, real = server(built), pod(engine)
     assert container["command"] == ["kubeai", "mock-engine"]
@@ -662,7 +662,7 @@ def test_the_mock_engine_plays_any_engine_and_the_pod_says_so(engine, image):
     assert "kubeai.org/mock-engine" not in real["metadata"]["annotations"]
 
 
-def test_the_config_can_ask_for_the_mock_engine():
+def test_the_mock_engine_can_be_configured():
     config = parse_config("modelServers: {VLLM: {images: {default: kubeai/mock-engine}}}")
     assert server(pod(config=config, resourceProfile="cpu:1"))["command"][1] == "mock-engine"
 
@@ -678,7 +678,7 @@ EXAMPLES = sorted([*ROOT.glob("examples/*.yaml"), *ROOT.glob("examples/real/*.ya
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
-def test_an_example_is_a_model_that_makes_a_pod(file):
+def test_each_example_is_a_model_that_builds_a_pod(file):
     for document in yaml.safe_load_all(file.read_text()):
         built = build_pod(decode_model(document), CONFIG)
         mock = built["metadata"]["annotations"].get("kubeai.org/mock-engine")

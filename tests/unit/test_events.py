@@ -1,4 +1,4 @@
-"""Events of Models, on fake time and an API in memory: told once, counted, and never too many."""
+"""Events of Models, on fake time and an API in memory: deduplicated, counted and rate-limited."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def written(kube):
     return [obj for (plural, _), obj in kube.objects.items() if plural == "events"]
 
 
-async def test_an_event_is_about_its_model(kube, events):
+async def test_an_event_refers_to_its_model(kube, events):
     events.tell(model(), "LoadFailed", "no such repository", warning=True)
     await asyncio.sleep(DELAY_S + 1.0)
     (event,) = written(kube)
@@ -56,21 +56,21 @@ async def test_an_event_is_about_its_model(kube, events):
     assert event["metadata"]["namespace"] == "ns"
 
 
-async def test_what_comes_again_is_counted_and_not_written_anew(kube, events):
+async def test_a_repeated_event_increments_the_count(kube, events):
     for _ in range(300):
         events.tell(model(), "ScaledUp", "from 1 to 2 replicas")
         await asyncio.sleep(1.0)
     await asyncio.sleep(DELAY_S)
     (event,) = written(kube)
     assert 200 <= event["count"] <= 300
-    assert len(kube.writes) <= 6  # one a minute
+    assert len(kube.writes) <= 6  # one per minute
     await asyncio.sleep(FORGET_S)
     events.tell(model(), "ScaledUp", "from 1 to 2 replicas")
     await asyncio.sleep(DELAY_S + 1.0)
     assert len(written(kube)) == 2
 
 
-async def test_one_model_cannot_write_too_many_and_stops_no_other(kube, events):
+async def test_events_are_rate_limited_per_model(kube, events):
     for n in range(1000):
         events.tell(model(), "PodsCreated", f"created pod {n}")
     events.tell(model("other", "v"), "PodsCreated", "created pod a")
@@ -85,7 +85,7 @@ async def test_one_model_cannot_write_too_many_and_stops_no_other(kube, events):
     assert BURST_MAX_EVENTS < len(written(kube)) <= BURST_MAX_EVENTS + 1 + 5
 
 
-async def test_an_api_that_refuses_events_is_not_asked_twice(kube, events):
+async def test_a_rejected_event_is_not_retried(kube, events):
     def refuse(verb, plural, name):
         raise ApiError(403, "Forbidden", "no rights")
 

@@ -30,7 +30,7 @@ from kubeai import openai
 
 CHAT = "/openai/v1/chat/completions"
 
-LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ async def test_unknown_names_are_a_404(start):
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"{}", b'{"model":1}', b'{"model":"m"}x', b"\xff"]
 )
-async def test_what_cannot_be_read_is_a_400(start, body):
+async def test_an_unreadable_body_is_a_400(start, body):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {"a": engine})
@@ -114,7 +114,7 @@ async def test_every_selector_must_match(start):
     "path",
     ["chat/completions", "completions", "embeddings", "rerank", "responses", "messages"],
 )
-async def test_the_engine_sees_its_own_path_and_the_body_as_it_came(start, path):
+async def test_the_engine_receives_its_own_path_and_the_unchanged_body(start, path):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {"a": engine})
@@ -128,7 +128,7 @@ async def test_the_engine_sees_its_own_path_and_the_body_as_it_came(start, path)
 
 
 @pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5_000_000, 9_000_000])
-async def test_a_large_body_arrives_as_it_left(start, size):
+async def test_a_large_body_arrives_unchanged(start, size):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {"a": engine})
@@ -142,7 +142,7 @@ async def test_a_large_body_arrives_as_it_left(start, size):
     assert json.loads(got.body)["messages"][0]["content"] == text
 
 
-async def test_an_adapter_is_asked_for_by_its_own_name(start):
+async def test_the_engine_receives_the_adapters_own_name(start):
     world = await start()
     plain = await world.engine(says(b"plain"))
     tuned = await world.engine(says(b"tuned"))
@@ -155,13 +155,13 @@ async def test_an_adapter_is_asked_for_by_its_own_name(start):
     assert tuned.requests[0].body == b'{"x": 1, "model": "fin", "y": {"model": "m_fin"}}'
 
 
-# -- large bodies, which are read in a thread ------------------------------------------------------
+# -- large bodies, which are parsed in a thread ----------------------------------------------------
 
 LARGE = b'{"model":"%s","x":"' + b"x" * openai.LARGE_BYTES + b'"}'
 
 
 class Slow:
-    """Stands in for a function of openai.py that takes long: it ends when it may."""
+    """Stands in for a slow function of openai.py: it returns when the test lets it."""
 
     def __init__(self, monkeypatch, name: str) -> None:
         self._real = getattr(openai, name)
@@ -175,7 +175,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("path", [CHAT, CHAT + "?a=b"])
-async def test_a_large_body_is_understood_as_a_small_one(start, path):
+async def test_a_large_body_is_parsed_like_a_small_one(start, path):
     world = await start()
     plain, tuned = await world.engine(says(b"plain")), await world.engine(says(b"tuned"))
     world.route("m", {"a": plain, "b": (tuned, ["fin"])}, adapters=("fin",))
@@ -217,7 +217,7 @@ async def test_a_conversation_keeps_its_endpoint_as_it_becomes_large(start):
     assert sorted(len(engine.requests) for engine in engines.values())[-2:] == [0, 4]
 
 
-async def test_nobody_waits_while_a_large_body_is_read(start, monkeypatch):
+async def test_other_requests_proceed_while_a_large_body_is_parsed(start, monkeypatch):
     world = await start()
     world.route("m", {"a": await world.engine(says(b"fine"))})
     slow = Slow(monkeypatch, "read")
@@ -232,7 +232,7 @@ async def test_nobody_waits_while_a_large_body_is_read(start, monkeypatch):
 
 
 @pytest.mark.parametrize("during", ["read", "key_of", "body_for"])
-async def test_a_client_may_leave_while_its_large_body_is_read(start, monkeypatch, during):
+async def test_a_client_may_disconnect_while_its_large_body_is_parsed(start, monkeypatch, during):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {"a": engine})
@@ -248,7 +248,7 @@ async def test_a_client_may_leave_while_its_large_body_is_read(start, monkeypatc
     await world.at_rest()
 
 
-async def test_a_model_may_go_or_come_anew_while_a_large_body_is_read(start, monkeypatch):
+async def test_a_model_may_be_deleted_or_recreated_while_a_large_body_is_parsed(start, monkeypatch):
     world = await start()
     world.route("m", {"a": await world.engine(says(b"old"))})
     for anew in (False, True):
@@ -278,7 +278,7 @@ async def test_a_large_body_for_a_cold_model_is_held(start):
     assert (await wire.answer()).body == b"warm"
 
 
-async def test_a_fault_in_the_thread_ends_one_request(start, monkeypatch):
+async def test_an_exception_in_the_parsing_thread_fails_one_request(start, monkeypatch):
     world = await start()
     world.route("m", {"a": await world.engine(says(b"fine"))})
     wire = await world.client()
@@ -312,7 +312,7 @@ async def test_a_large_body_in_chunks_arrives_whole(start, piece):
 # -- what is counted -------------------------------------------------------------------------------
 
 
-async def test_a_request_is_counted_from_its_last_byte_to_the_end_of_its_answer(start):
+async def test_a_request_is_in_flight_from_its_last_byte_to_the_end_of_its_response(start):
     world = await start()
     go_on = asyncio.Event()
 
@@ -336,7 +336,7 @@ async def test_a_request_is_counted_from_its_last_byte_to_the_end_of_its_answer(
     await world.at_rest()
 
 
-async def test_loads_are_spread(start):
+async def test_requests_are_spread_by_load(start):
     world = await start()
     both = asyncio.Barrier(4)
 
@@ -354,7 +354,7 @@ async def test_loads_are_spread(start):
 
 
 @pytest.mark.parametrize(("budget", "spread"), [(3, False), (100, True)])
-async def test_as_many_characters_as_the_model_says_choose_the_endpoint(start, budget, spread):
+async def test_the_models_prefix_length_determines_the_hash_key(start, budget, spread):
     world = await start()
     engines = {name: await world.engine(says(b"")) for name in "abcdefgh"}
     world.route("m", engines, strategy="PrefixHash", prefix_char_length=budget)
@@ -366,7 +366,7 @@ async def test_as_many_characters_as_the_model_says_choose_the_endpoint(start, b
     assert (len(used) > 1) is spread
 
 
-async def test_a_hashed_request_that_moved_is_logged_with_the_loads(start):
+async def test_a_hashed_request_sent_to_another_endpoint_is_logged_with_the_loads(start):
     world = await start()
     go_on = asyncio.Event()
 
@@ -388,7 +388,7 @@ async def test_a_hashed_request_that_moved_is_logged_with_the_loads(start):
     go_on.set()
     for wire in wires:
         await wire.answer()
-    moved = [entry for entry in logs if entry["event"] == "moved off its endpoint"]
+    moved = [entry for entry in logs if entry["event"] == "request moved off its first endpoint"]
     assert moved
     counts = sorted(len(engine.requests) for engine in world.engines.values())
     assert sum(counts) - counts[-1] == len(moved)
@@ -402,7 +402,7 @@ async def test_a_hashed_request_that_moved_is_logged_with_the_loads(start):
 # -- held requests ---------------------------------------------------------------------------------
 
 
-async def test_a_request_for_a_cold_model_is_held_and_answered_when_it_is_ready(start):
+async def test_a_request_for_a_cold_model_is_held_until_it_is_ready(start):
     world = await start()
     engine = await world.engine(says(b"warm"))
     world.route("m", {})
@@ -419,7 +419,7 @@ async def test_a_request_for_a_cold_model_is_held_and_answered_when_it_is_ready(
     assert len(engine.requests) == 5
 
 
-async def test_a_held_request_whose_client_leaves_is_forgotten(start):
+async def test_a_held_request_is_dropped_when_its_client_disconnects(start):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {})
@@ -437,7 +437,7 @@ async def test_a_held_request_whose_client_leaves_is_forgotten(start):
     assert len(engine.requests) == 1
 
 
-async def test_the_wait_for_an_endpoint_has_an_end(start):
+async def test_the_wait_for_an_endpoint_times_out(start):
     world = await start(hold_timeout_s=0.05)
     world.route("m", {})
     wire = await world.client()
@@ -447,7 +447,7 @@ async def test_the_wait_for_an_endpoint_has_an_end(start):
     await error_of(wire, 504)
 
 
-async def test_only_so_many_requests_are_held_for_a_model(start):
+async def test_the_number_of_held_requests_per_model_is_limited(start):
     world = await start(hold_max_requests=2)
     world.route("m", {})
     world.route("n", {})
@@ -467,7 +467,7 @@ async def test_only_so_many_requests_are_held_for_a_model(start):
         assert (await wire.answer()).status == 200
 
 
-async def test_a_model_that_goes_away_ends_the_wait(start):
+async def test_deleting_a_model_ends_the_wait(start):
     world = await start()
     world.route("m", {})
     wire = await world.client()
@@ -514,7 +514,7 @@ async def nonsense(wire: Wire, request: Message) -> None:
 @pytest.mark.parametrize(
     "script", [failing(500), failing(502), failing(503), failing(504), lose, reset, nonsense]
 )
-async def test_a_failed_attempt_goes_to_another_endpoint(start, script):
+async def test_a_failed_attempt_is_retried_on_another_endpoint(start, script):
     world = await start()
     bad = await world.engine(script)
     good = await world.engine(says(b"good"))
@@ -524,11 +524,11 @@ async def test_a_failed_attempt_goes_to_another_endpoint(start, script):
         body = {"messages": [{"role": "user", "content": f"text {number}"}]}
         await wire.send(ask(**body))
         assert (await wire.answer()).body == b"good"
-    assert len(bad.requests) > 0, "none of them was the bad one's"
+    assert len(bad.requests) > 0, "the bad engine received no request"
     assert len(good.requests) == 20
 
 
-async def test_an_endpoint_that_does_not_listen_is_left_for_another(start):
+async def test_a_refused_connection_is_retried_on_another_endpoint(start):
     world = await start()
     gone = await world.engine(says(b""))
     await gone.stop()
@@ -540,7 +540,7 @@ async def test_an_endpoint_that_does_not_listen_is_left_for_another(start):
         assert (await wire.answer()).body == b"good"
 
 
-async def test_no_endpoint_is_tried_twice_while_there_is_another(start):
+async def test_no_endpoint_is_tried_twice_while_another_is_left(start):
     world = await start(retries=3)
     engines = {name: await world.engine(failing(503)) for name in "abcd"}
     world.route("m", engines)
@@ -551,7 +551,7 @@ async def test_no_endpoint_is_tried_twice_while_there_is_another(start):
     assert [len(engine.requests) for engine in engines.values()] == [1, 1, 1, 1]
 
 
-async def test_the_only_endpoint_is_tried_again_after_a_pause(start):
+async def test_the_only_endpoint_is_retried_after_a_back_off(start):
     world = await start(retries=2)
 
     async def script(wire: Wire, request: Message) -> None:
@@ -569,7 +569,7 @@ async def test_the_only_endpoint_is_tried_again_after_a_pause(start):
     assert times[2] - times[1] > 0.09
 
 
-async def test_a_client_may_leave_during_the_pause_before_a_retry(start):
+async def test_a_client_may_disconnect_during_the_back_off(start):
     world = await start()
     engine = await world.engine(failing(503))
     world.route("m", {"a": engine})
@@ -582,7 +582,7 @@ async def test_a_client_may_leave_during_the_pause_before_a_retry(start):
     assert len(engine.requests) == 1
 
 
-async def test_the_endpoints_may_all_go_during_a_retry(start):
+async def test_all_endpoints_may_be_removed_during_a_retry(start):
     world = await start()
     bad = await world.engine(failing(503))
     world.route("m", {"a": bad})
@@ -595,7 +595,7 @@ async def test_the_endpoints_may_all_go_during_a_retry(start):
     assert (await wire.answer()).body == b"new"
 
 
-async def test_a_500_is_tried_again_once(start):
+async def test_a_500_is_retried_once(start):
     world = await start(retries=3)
     engines = {name: await world.engine(failing(500)) for name in "abcd"}
     world.route("m", engines)
@@ -606,7 +606,7 @@ async def test_a_500_is_tried_again_once(start):
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 429, 501, 505])
-async def test_other_answers_pass_through(start, status):
+async def test_other_responses_pass_through(start, status):
     world = await start()
     engines = {name: await world.engine(failing(status)) for name in "ab"}
     world.route("m", engines)
@@ -617,7 +617,7 @@ async def test_other_answers_pass_through(start, status):
     assert sum(len(engine.requests) for engine in engines.values()) == 1
 
 
-async def test_when_nobody_can_be_reached_it_is_a_502(start):
+async def test_if_no_endpoint_is_reachable_it_is_a_502(start):
     world = await start(retries=3, eject_after_failures=0)
     engines = {name: await world.engine(lose) for name in "abcde"}
     world.route("m", engines)
@@ -629,7 +629,7 @@ async def test_when_nobody_can_be_reached_it_is_a_502(start):
     await error_of(wire, 502)
 
 
-async def test_a_failed_attempt_is_not_counted_during_the_next(start):
+async def test_a_failed_attempt_is_not_in_flight_during_the_next(start):
     world = await start()
     loads = []
 
@@ -644,7 +644,7 @@ async def test_a_failed_attempt_is_not_counted_during_the_next(start):
     assert set(map(repr, loads)) == {"(1, [0, 0, 1])"}
 
 
-async def test_where_every_endpoint_fails_retries_are_few_whatever_was_answered_before(start):
+async def test_if_every_endpoint_fails_retries_are_few_despite_earlier_successes(start):
     world = await start(retry_budget_min=4, retry_budget_percent=50, eject_after_failures=0)
     engines = {name: await world.engine(failing(503)) for name in "ab"}
     world.route("m", engines)
@@ -665,15 +665,15 @@ async def test_where_every_endpoint_fails_retries_are_few_whatever_was_answered_
     for _ in range(30):
         await wire.send(ask())
         assert (await wire.answer()).status == 503
-    # The four and those that were likely to be answered, of which there may be half of 20.
+    # The minimum of 4, and those that were likely to succeed: at most half of 20.
     assert 30 + 4 <= sum(len(engine.requests) for engine in engines.values()) <= 30 + 10
     await wire.send(ask("n"))
     await wire.answer()
-    assert world.outcomes("n")["retried"] == 3, "another model's budget is its own"
+    assert world.outcomes("n")["retried"] == 3, "each model has its own budget"
 
 
 async def test_a_request_that_killed_its_engine_kills_no_other(start):
-    """The engine was working on nothing else, and does not come back at once."""
+    """The engine was serving no other request and does not come back at once."""
     world = await start()
 
     def fatal(name):
@@ -691,7 +691,7 @@ async def test_a_request_that_killed_its_engine_kills_no_other(start):
     await wire.send(ask(poison=True))
     answered = await wire.answer()
     assert answered.status == 502
-    assert answered.one("x-should-retry") == "false", "OpenAI's clients repeat a 502 otherwise"
+    assert answered.one("x-should-retry") == "false", "OpenAI's clients would retry a 502"
     error = json.loads(answered.body)["error"]
     assert (error["code"], error["type"]) == ("engine_died", "server_error")
     assert sum(len(engine.requests) for engine in engines.values()) == 1
@@ -699,8 +699,8 @@ async def test_a_request_that_killed_its_engine_kills_no_other(start):
     assert (await wire.answer()).body == b"good"
 
 
-async def test_requests_that_went_down_together_are_each_tried_elsewhere_once(start):
-    """One of them may be to blame: it takes a second engine along, and no third."""
+async def test_requests_on_a_crashed_engine_are_each_retried_elsewhere_once(start):
+    """If one of them is to blame, it may crash a second engine, but not a third."""
     world = await start(retries=5, eject_after_failures=0)
 
     both = asyncio.Event()
@@ -728,7 +728,7 @@ async def test_requests_that_went_down_together_are_each_tried_elsewhere_once(st
     assert [len(engine.requests) for engine in engines.values()] == [2, 1, 1]
 
 
-async def test_an_engine_that_dies_alone_after_it_left_the_routes_is_nobodys_fault(start):
+async def test_an_engine_that_dies_after_it_left_the_routes_is_not_blamed_on_its_request(start):
     world = await start()
 
     async def script(wire: Wire, request: Message) -> None:
@@ -759,7 +759,7 @@ async def test_an_endpoint_that_keeps_failing_is_ejected(start):
     assert world.ejected("m") == {"a"}
 
 
-async def test_a_success_between_failures_begins_the_count_anew(start):
+async def test_a_success_resets_the_failure_count(start):
     world = await start(eject_after_failures=2, retries=0)
 
     async def script(wire: Wire, request: Message) -> None:
@@ -775,8 +775,8 @@ async def test_a_success_between_failures_begins_the_count_anew(start):
     assert world.ejected("m") == set()
 
 
-async def test_answers_that_break_count_as_failures(start):
-    """Although the head of each was a good one."""
+async def test_truncated_responses_count_as_failures(start):
+    """Even though the head of each was fine."""
     world = await start(eject_after_failures=2)
 
     async def script(wire: Wire, request: Message) -> None:
@@ -796,8 +796,8 @@ async def test_answers_that_break_count_as_failures(start):
 
 
 @pytest.mark.parametrize(("count", "ejected"), [(1, 0), (2, 2), (3, 3)])
-async def test_all_endpoints_may_be_ejected_and_then_all_are_tried(start, count, ejected):
-    """But for a model's only one, where nothing is gained by it."""
+async def test_if_all_endpoints_are_ejected_all_are_tried(start, count, ejected):
+    """Except for a model's only endpoint, where ejection gains nothing."""
     world = await start(eject_after_failures=2, retries=0)
     names = "abc"[:count]
     engines = {name: await world.engine(failing(503)) for name in names}
@@ -835,7 +835,7 @@ async def test_a_waiting_request_moves_when_its_endpoint_leaves_the_routes(start
     await until(lambda: not hung.open, "the engine's connection is closed")
 
 
-async def test_a_waiting_request_moves_to_an_endpoint_that_comes_later(start):
+async def test_a_waiting_request_moves_to_an_endpoint_added_later(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
     world.route("m", {"a": hung})
@@ -844,7 +844,7 @@ async def test_a_waiting_request_moves_to_an_endpoint_that_comes_later(start):
     await until(lambda: hung.requests)
     world.route("m", {})
     await asyncio.sleep(0)
-    assert world.in_flight("m") == 1, "it still waits there: its engine may yet answer"
+    assert world.in_flight("m") == 1, "it still waits there: its engine may yet respond"
     world.route("m", {"b": good})
     assert (await wire.answer()).body == b"good"
 
@@ -868,7 +868,7 @@ async def test_a_waiting_request_stays_while_its_endpoint_drains(start):
     assert (await wire.answer()).body == b"slow"
 
 
-async def test_a_waiting_request_moves_when_its_endpoint_is_gone_before_its_drain_has_ended(start):
+async def test_a_waiting_request_moves_if_its_endpoint_disappears_during_its_drain(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
     world.route("m", {"a": hung})
@@ -880,7 +880,7 @@ async def test_a_waiting_request_moves_when_its_endpoint_is_gone_before_its_drai
     assert (await wire.answer()).body == b"good"
 
 
-async def test_an_answer_that_has_begun_stays_when_its_endpoint_leaves_the_routes(start):
+async def test_a_started_response_continues_after_its_endpoint_leaves_the_routes(start):
     world = await start()
     ends = asyncio.Event()
 
@@ -915,7 +915,7 @@ async def test_waiting_requests_move_off_an_endpoint_ejected_by_any_worker(start
         assert (await wire.answer()).body == b"good"
 
 
-async def test_a_request_is_moved_no_more_often_than_it_may_be_retried(start):
+async def test_moves_count_against_the_retry_limit(start):
     world = await start(retries=1)
     hung = {name: await world.engine(hang) for name in "ab"}
     good = await world.engine(says(b"good"))
@@ -932,7 +932,7 @@ async def test_a_request_is_moved_no_more_often_than_it_may_be_retried(start):
 
 
 @pytest.mark.parametrize("retried", [True, False])
-async def test_a_missing_first_byte_is_retried_elsewhere_if_the_config_says_so(start, retried):
+async def test_a_first_byte_timeout_is_retried_elsewhere_if_configured(start, retried):
     world = await start(first_byte_timeout_s=0.05, retry_first_byte_timeout=retried)
     world.route("m", {"a": await world.engine(hang)})
     wire = await world.client()
@@ -963,7 +963,7 @@ async def test_an_ejected_endpoint_is_probed_by_one_request_and_returns_to_servi
     while not world.ejected("m"):
         await wire.send(ask())
         assert (await wire.answer()).body == b"good"
-    while True:  # once its time is over, one request goes there
+    while True:  # once the ejection has expired, one request is sent there
         await wire.send(ask())
         trial = asyncio.create_task(wire.answer())
         await until(lambda: trial.done() or len(bad.requests) == 2)  # noqa: B023 (awaited here)
@@ -971,7 +971,7 @@ async def test_an_ejected_endpoint_is_probed_by_one_request_and_returns_to_servi
             break
         assert (await trial).body == b"good"
     other = await world.client()
-    for _ in range(10):  # the others keep off until it has answered
+    for _ in range(10):  # the others avoid it until it has responded
         await other.send(ask())
         assert (await other.answer()).body == b"good"
     assert len(bad.requests) == 2
@@ -991,7 +991,7 @@ async def test_a_failed_probe_ejects_for_longer(start):
     bad = await world.engine(failing(503))
     world.route("m", {"a": bad, "b": await world.engine(says(b"good"))})
     wire = await world.client()
-    asked = []  # before and after each request that was tried there: the ejection is between
+    asked = []  # before and after each request sent there: the ejection happens in between
     while len(bad.requests) < 5:
         before, sent_s = len(bad.requests), time.monotonic()
         await wire.send(ask())
@@ -1005,7 +1005,7 @@ async def test_a_failed_probe_ejects_for_longer(start):
 # -- counts ----------------------------------------------------------------------------------------
 
 
-async def test_how_requests_end_is_counted(start):
+async def test_outcomes_are_counted(start):
     world = await start(retries=1, eject_after_failures=0)
     script = {"value": says(b"good")}
     engine = await world.engine(lambda wire, request: script["value"](wire, request))
@@ -1049,8 +1049,8 @@ async def test_there_is_no_retry_after_the_first_byte(start):
     assert good.requests == []
 
 
-async def test_an_engine_that_never_answers_is_a_504_and_not_asked_again(start):
-    world = await start(first_byte_timeout_s=0.5)  # the request has time to reach an engine
+async def test_a_first_byte_timeout_is_a_504_and_not_retried(start):
+    world = await start(first_byte_timeout_s=0.5)  # long enough for the request to reach an engine
 
     async def script(wire: Wire, request: Message) -> None:
         await wire.reader.read()
@@ -1064,9 +1064,9 @@ async def test_an_engine_that_never_answers_is_a_504_and_not_asked_again(start):
     await until(lambda: not any(engine.open for engine in engines.values()))
 
 
-async def test_a_connection_that_is_not_made_in_time_is_given_up(start):
+async def test_connecting_times_out(start):
     world = await start(connect_timeout_s=0.05, retries=0)
-    # A listener whose queue is full does not answer a SYN.
+    # A listener whose backlog is full does not respond to a SYN.
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -1084,7 +1084,7 @@ async def test_a_connection_that_is_not_made_in_time_is_given_up(start):
             each.close()
 
 
-async def test_a_client_may_leave_while_a_connection_is_made(start):
+async def test_a_client_may_disconnect_while_connecting(start):
     world = await start()
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -1105,7 +1105,7 @@ async def test_a_client_may_leave_while_a_connection_is_made(start):
             each.close()
 
 
-async def test_an_endpoint_that_is_gone_keeps_no_connection(start):
+async def test_connections_to_a_removed_endpoint_are_closed(start):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {"a": engine})
@@ -1117,7 +1117,7 @@ async def test_an_endpoint_that_is_gone_keeps_no_connection(start):
     await until(lambda: not engine.open)
 
 
-async def test_a_fault_of_ours_ends_one_request_and_no_other(start, monkeypatch):
+async def test_an_exception_in_the_gateway_fails_one_request_only(start, monkeypatch):
     world = await start()
     world.route("m", {"a": await world.engine(says(b"fine"))})
     wire = await world.client()
@@ -1136,7 +1136,7 @@ async def test_a_fault_of_ours_ends_one_request_and_no_other(start, monkeypatch)
 
 
 def slow_until(go_on: asyncio.Event) -> Script:
-    """Answers at once, but to a request that is slow: in two parts, the second when told."""
+    """Respond at once, except to a slow request: in two parts, the second on a signal."""
 
     async def script(wire: Wire, request: Message) -> None:
         if b"slow" in request.body:
@@ -1149,7 +1149,7 @@ def slow_until(go_on: asyncio.Event) -> Script:
     return script
 
 
-async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(start):
+async def test_draining_serves_new_requests_then_closes_and_finishes_open_ones(start):
     world = await start()
     go_on = asyncio.Event()
     world.route("m", {"a": await world.engine(slow_until(go_on))})
@@ -1188,8 +1188,8 @@ async def test_draining_serves_what_comes_then_closes_and_finishes_what_is_open(
     await drained
 
 
-async def test_a_connection_that_was_to_be_kept_takes_one_more_request_while_draining(start):
-    """The answer's head said nothing of a close, so its client may ask again at its end."""
+async def test_a_keep_alive_connection_accepts_one_more_request_while_draining(start):
+    """The response's head announced no close, so its client may send another request."""
     world = await start()
     go_on = asyncio.Event()
     world.route("m", {"a": await world.engine(slow_until(go_on))})
@@ -1221,7 +1221,7 @@ async def listens(world) -> bool:
     return True
 
 
-async def test_draining_has_an_end(start):
+async def test_draining_times_out(start):
     world = await start()
 
     async def script(wire: Wire, request: Message) -> None:
@@ -1238,11 +1238,11 @@ async def test_draining_has_an_end(start):
         await wire.body(head)
 
 
-# -- whatever happens ------------------------------------------------------------------------------
+# -- chaos -----------------------------------------------------------------------------------------
 
 
 class Chaos:
-    """Clients and engines that close, reset, stall and fail at random, but always alike."""
+    """Clients and engines that close, reset, stall and fail at random, reproducibly by seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -1264,7 +1264,7 @@ class Chaos:
             await wire.send(b"HTTP/1.1 200")
             self.end(wire)
         elif what == 3:
-            await wire.reader.read()  # says nothing
+            await wire.reader.read()  # sends nothing
         elif what == 4:
             await wire.send(b"HTTP/1.1 200 OK\r\n\r\nsome")
             self.end(wire)
@@ -1320,7 +1320,7 @@ class Chaos:
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_every_count_returns_to_zero_whatever_happens(start, seed):
+async def test_every_count_returns_to_zero_after_random_failures(start, seed):
     short = 0.15
     world = await start(
         hold_timeout_s=short,
