@@ -255,7 +255,7 @@ class World:
 def documented_role() -> list[dict]:
     """The rules of a Role, from the table of docs/life-of-a-model.md."""
     text = (Path(__file__).parents[2] / "docs" / "life-of-a-model.md").read_text()
-    table = text[text.index("## What the operator must be allowed") :]
+    table = text[text.index("## Permissions") :]
     rows = re.findall(r"^\| `([a-z/]+)`(?: \(([a-z.0-9]+)\))? \| ([a-z, ]+)", table, re.MULTILINE)
     groups = {"models": "kubeai.org"}
     return [
