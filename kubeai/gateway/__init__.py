@@ -1,8 +1,8 @@
-"""The data plane: what one worker process does with the requests that reach it.
+"""The data plane: how one worker process handles requests.
 
-:class:`Gateway` is what the rooms of a worker share: the routing table, the limits, the way to say
-that a cold model is wanted, and how much is open. The worker makes one; connection.py and
-exchange.py (the relay's side) and pages.py (the aiohttp application) read it.
+:class:`Gateway` is the state that the parts of a worker share: the routing table, the config, the
+callback that demands a replica of a model, and the counts of held requests and spooled bytes. The
+worker creates one; connection.py, exchange.py and pages.py use it.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ if TYPE_CHECKING:
 
 
 class Gateway:
-    """What the parts of one worker share."""
+    """The shared state of one worker; see the module."""
 
     def __init__(
         self, table: RoutingTable, config: GatewayConfig, demand: Callable[[str], None]
     ) -> None:
-        """``demand``: sends word up the hinge that a request waits for a model."""
+        """``demand``: tells the supervisor that a request is held for a model."""
         self.table = table
         self.config = config
         self.demand = demand
-        self.ready = False  # a routing table has arrived
+        self.ready = False  # the first routing table has arrived
         self.draining = False
         self.relay: Relay | None = None
         self._held: dict[str, int] = {}
         self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
-        self.spooled_bytes = 0  # of forms that are being read or sent
+        self.spooled_bytes = 0  # of multipart forms that are being received or sent
 
     @property
     def connections(self) -> int:
-        """Downstream connections that are open."""
+        """The number of open downstream connections."""
         return 0 if self.relay is None else self.relay.connections
 
     @property
     def exchanges(self) -> int:
-        """Requests between their head and the end of their answer."""
+        """The number of requests whose head has been read and whose response is not complete."""
         return 0 if self.relay is None else self.relay.exchanges
 
     def hold(self, model: str) -> bool:
-        """Take a place among the requests held for a model; False when all places are taken.
+        """Count a request as held for a model; False if the limit is reached.
 
-        The limit is ``hold_max_requests`` a model and worker. Each True is given back with
-        :meth:`unhold`.
+        The limit is ``hold_max_requests`` per model and worker. After True, call :meth:`unhold`
+        exactly once.
         """
         held = self._held.get(model, 0)
         if held >= self.config.hold_max_requests:
@@ -60,7 +60,7 @@ class Gateway:
         return True
 
     def unhold(self, model: str) -> None:
-        """Give a place back."""
+        """Stop counting a request as held."""
         held = self._held[model] - 1
         if held:
             self._held[model] = held
@@ -68,11 +68,11 @@ class Gateway:
             del self._held[model]
 
     def held(self, model: str) -> int:
-        """Requests that this worker holds for a model."""
+        """The number of requests that this worker holds for a model."""
         return self._held.get(model, 0)
 
     def may_retry(self, routed: RoutedModel, likely: bool) -> bool:
-        """Whether one more retry is within a model's budget: see `RetryBudget.take`."""
+        """Take one retry from a model's budget, if possible; see `RetryBudget.take`."""
         budget = self._budgets.get(routed)
         if budget is None:
             config = self.config
@@ -82,9 +82,9 @@ class Gateway:
         return budget.take(routed.answered(), time.monotonic(), likely=likely)
 
     def spool(self, size_bytes: int) -> bool:
-        """Take room for more of a form; False when all forms together have ``spool_max_bytes``.
+        """Reserve spool space for a form; False if all forms would exceed ``spool_max_bytes``.
 
-        What each True has taken is given back with :meth:`unspool`.
+        After True, release the space with :meth:`unspool`.
         """
         if self.spooled_bytes + size_bytes > self.config.spool_max_bytes:
             return False
@@ -92,5 +92,5 @@ class Gateway:
         return True
 
     def unspool(self, size_bytes: int) -> None:
-        """Give room back."""
+        """Release spool space."""
         self.spooled_bytes -= size_bytes

@@ -1,9 +1,9 @@
-"""Retries and waits: one policy for JSON requests and for uploads.
+"""The retry policy, for JSON requests and uploads.
 
-:class:`Retries` says whether a failed attempt is repeated, where, and after which pause; it holds
-no connection. :class:`RetryBudget` bounds the retries of all of a model's requests in a worker.
-:func:`check_loss` finds out whether a request has killed its engine. Called by exchange.py and
-transcriptions.py; holding.py waits for an endpoint when there is none.
+:class:`Retries` decides whether a failed attempt is retried, on which endpoint, and after what
+back-off; it holds no connections. :class:`RetryBudget` limits the retries of all of a model's
+requests in a worker. :func:`check_loss` determines whether a request crashed its engine. Used by
+exchange.py and transcriptions.py; holding.py waits for an endpoint when there is none.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Before an endpoint that has just failed is tried again; doubled with each further retry, and half
-# of it more or less, so that requests which failed together do not come back together.
+# Back-off before an endpoint that has just failed is tried again. Doubled with each further retry,
+# with ±50 % jitter, so that requests which failed together are not retried together.
 RETRY_PAUSE_S = 0.1
-# Over how long a model's answers and retries are recent.
+# Window over which a model's responses and retries count for its budget.
 BUDGET_WINDOW_S = 10.0
 
-# How long a retry beyond the budget waits for an endpoint to prove itself, 0.62 s in all; half of
-# each more or less.
+# Intervals at which a retry beyond the budget checks for a proven endpoint: 0.62 s in total, ±50 %
+# jitter on each.
 PROOF_PAUSES_S = (0.02, 0.04, 0.08, 0.16, 0.32)
 
 NO_ANSWER = 0
@@ -40,28 +40,28 @@ ENGINE_DIED = "engine_died"
 
 
 class RetryBudget:
-    """The retries that a model may have in one worker on trust.
+    """Limits a model's retries in one worker.
 
-    Where every endpoint fails, repeating requests would only multiply the load on them. So there
-    are two limits: a small count for retries that are likely to fail too, and that count plus a
-    share of the recent answers for all. Counts fade over ``BUDGET_WINDOW_S``.
+    If every endpoint fails, retries would only multiply the load on them. There are two limits: a
+    small count for retries that are likely to fail too, and that count plus a share of the recent
+    successful responses for all retries. Counts decay over ``BUDGET_WINDOW_S``.
     """
 
     def __init__(self, percent: int, min_count: float) -> None:
-        """``percent`` of the recent answers, and ``min_count`` more in each window."""
+        """Allows ``percent`` of the recent responses plus ``min_count`` in each window."""
         self._share = percent / 100
         self._min_count = min_count
         self._answered_total = 0
         self._answered = 0.0  # recently
         self._retried = 0.0  # recently
-        self._doubtful = 0.0  # of these, retries that were likely to fail
+        self._doubtful = 0.0  # recent retries that were likely to fail
         self._at_s: float | None = None
 
     def take(self, answered_total: int, now_s: float, *, likely: bool = True) -> bool:
-        """Whether one more retry is within the budget, which then counts it.
+        """Take one retry from the budget; False if it is exhausted.
 
-        ``answered_total``: the model's requests that have been answered well so far. ``likely``:
-        whether an endpoint is left that may answer it.
+        ``answered_total``: the model's successful responses so far. ``likely``: whether an endpoint
+        remains that may serve the request.
         """
         self._fade(answered_total, now_s)
         if self._retried + 1 > self._min_count + self._share * self._answered:
@@ -77,7 +77,7 @@ class RetryBudget:
             since_s = max(0.0, now_s - self._at_s)
             left = max(0.0, 1 - since_s / BUDGET_WINDOW_S)
             came = answered_total - self._answered_total
-            # Of the answers of more than a window, only the last window's part is recent.
+            # If more than a window has passed, count only the last window's share.
             self._answered = self._answered * left + came * min(
                 1.0, BUDGET_WINDOW_S / max(since_s, 1e-9)
             )
@@ -88,17 +88,17 @@ class RetryBudget:
 
 
 class Retries:
-    """The failed attempts of one request, and where it is attempted next.
+    """The failed attempts of one request, and the choice of the next endpoint.
 
-    At most ``max_count`` retries of no answer, 502, 503 and 504, one of a 500, and never before
-    the caller is sure that nothing has reached the client. Each goes to an endpoint that has not
-    been tried, where there is one; a trusted one is preferred.
+    Allows at most ``max_count`` retries after no response, 502, 503 or 504, and one after a 500.
+    The caller ensures that nothing has been sent to the client. Each retry goes to an endpoint that
+    has not been tried, if there is one; a trusted one is preferred.
 
-    The budget bounds the retries that are made on trust. Beyond it a request waits, for up to a
-    second, until an endpoint that it has not tried *proves* that it answers. So retries add no load
-    where all endpoints fail, and none is refused where one answers. An endpoint that has failed is
-    probed by one such request at a time; one that has not failed, and stays silent for as long as
-    the wait lasts, is busy and gets the retry.
+    The budget limits immediate retries. Beyond it, a request waits for up to a second until an
+    untried endpoint is *proven* by a response. Retries therefore add no load if all endpoints fail,
+    and none is denied if one endpoint works. An endpoint that has failed is probed by one such
+    request at a time. An endpoint that has not failed but does not respond during the whole wait is
+    considered busy, and gets the retry.
     """
 
     __slots__ = (
@@ -124,8 +124,8 @@ class Retries:
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random.random,
     ) -> None:
-        """``budget``: takes one retry, see `RetryBudget.take`. ``timeouts``: whether an attempt
-        without a first byte in time is repeated elsewhere."""
+        """``budget``: takes one retry, see `RetryBudget.take`. ``timeouts``: whether a first-byte
+        timeout is retried on another endpoint."""
         self._max_count = max_count
         self._budget = budget
         self._timeouts = timeouts
@@ -135,31 +135,31 @@ class Retries:
         self._kills = 0
         self._tried: tuple[str, ...] = ()  # endpoints that failed, in order
         self._granted = True  # whether the next retry is within the budget
-        self._status = NO_ANSWER  # of the attempt that failed last
-        self._probe: Upstream | None = None  # where the next retry goes, beyond the budget
+        self._status = NO_ANSWER  # of the last failed attempt
+        self._probe: Upstream | None = None  # to be probed by the next retry, beyond the budget
 
     @property
     def count(self) -> int:
-        """Attempts that have failed."""
+        """The number of failed attempts."""
         return len(self._tried)
 
     @property
     def pause_s(self) -> float:
-        """How long to wait before an endpoint is tried that has failed already."""
+        """Back-off before retrying an endpoint that has already failed."""
         return self._jittered(RETRY_PAUSE_S) * 2.0 ** (self.count - 1)
 
     def wants(
         self, status: int, endpoint: str, routed: RoutedModel, adapter: str | None = None
     ) -> bool:
-        """Whether to try again after an attempt, which then counts as failed.
+        """Whether to retry after an attempt; if so, the attempt is counted as failed.
 
-        ``status``: of the answer, or NO_ANSWER, or TIMED_OUT.
+        ``status``: of the response, or NO_ANSWER, or TIMED_OUT.
         """
         if self.count >= self._max_count:
             return False
         tried = (*self._tried, endpoint)
         if status == TIMED_OUT:
-            # Its engine would not answer the second time either; and minutes have passed.
+            # The same engine would likely time out again, and minutes have already passed.
             if not (self._timeouts and routed.can_serve(adapter, tried)):
                 return False
         elif status == 500 and not self._retried_500:
@@ -177,16 +177,16 @@ class Retries:
         return True
 
     def moved(self, endpoint: str) -> bool:
-        """Count an attempt that is abandoned; False when no further one is allowed."""
+        """Count an abandoned attempt; False if no further attempt is allowed."""
         if self.count >= self._max_count:
             return False
         self._tried += (endpoint,)
         return True
 
     def killed(self, alone: bool) -> bool:
-        """Note that an engine died in an attempt; whether the request is to blame.
+        """Count an engine that crashed during an attempt. Returns whether the request is to blame.
 
-        It is when nobody else was with it, and when a second engine has died.
+        It is if it was the only request on the engine, or if this is the second engine to crash.
         """
         self._kills += 1
         return alone or self._kills > 1
@@ -194,7 +194,7 @@ class Retries:
     def elsewhere(
         self, routed: RoutedModel, key: int | None, adapter: str | None
     ) -> Reservation | None:
-        """At once: an endpoint that has not been tried. None: see `later`."""
+        """Pick an untried endpoint for an immediate retry. None: wait with `later`."""
         if not self._granted:
             probe, self._probe = self._probe, None
             if probe is None:
@@ -205,18 +205,18 @@ class Retries:
     def trusted(
         self, routed: RoutedModel, key: int | None, adapter: str | None
     ) -> Reservation | None:
-        """An endpoint that has not been tried and can be expected to answer."""
+        """Pick an untried endpoint that is expected to respond."""
         return routed.pick_among(_is_trusted, key, adapter, self._tried)
 
     async def later(
         self, routed: RoutedModel, key: int | None, adapter: str | None
     ) -> Reservation | None:
-        """After a wait; None when there is no endpoint at all.
+        """Pick an endpoint after a wait; None if there is no endpoint at all.
 
-        BadRequest with the failed attempt's status when the budget is used up and no other
-        endpoint has proven that it answers.
+        BadRequest with the failed attempt's status if the budget is exhausted and no other endpoint
+        is proven.
         """
-        if self._granted:  # each has been tried: again, but not the one that failed last
+        if self._granted:  # all have been tried: retry any but the one that failed last
             await asyncio.sleep(self.pause_s)
             return routed.pick(key, adapter, self._tried[-1:]) or routed.pick(key, adapter)
         since_s = self._clock()
@@ -233,9 +233,9 @@ class Retries:
         return silent
 
     def _exhausted(self) -> BadRequest:
-        what = f"answered {self._status}" if self._status > 0 else "gave no answer"
+        what = f"responded with {self._status}" if self._status > 0 else "did not respond"
         return BadRequest(
-            f"The last replica that was tried {what}, and no other one is known to answer.",
+            f"The last replica tried {what}, and no other replica is known to work.",
             status=self._status if self._status > 0 else 502,
             code="bad_gateway",
         )
@@ -257,18 +257,18 @@ def _take_probe(upstream: Upstream) -> bool:
 
 
 async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, alone: bool) -> None:
-    """After an attempt that lost its connection: BadRequest when the request killed the engine.
+    """After an attempt lost its connection, raise BadRequest if the request crashed the engine.
 
-    An engine that still listens was not killed. One that the operator has taken off the routes
-    meanwhile may have had other reasons to go. ``alone``: nobody else lost a connection to it.
+    An engine that still listens has not crashed. One that is no longer in the route may have been
+    stopped for another reason. ``alone``: no other request lost its connection to the engine.
     """
     gone = not routed.serves(lost.name)
     if not gone and await cast("Pool", lost.target).listens():
         return
     if retries.killed(alone and not gone):
-        log.error("a request has killed its engine", model=routed.route.model, endpoint=lost.name)
+        log.error("request crashed its engine", model=routed.route.model, endpoint=lost.name)
         raise BadRequest(
-            "The engine went down with this request, which is not repeated.",
+            "The engine crashed while serving this request. It is not retried.",
             status=502,
             code=ENGINE_DIED,
         )

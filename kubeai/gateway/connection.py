@@ -1,8 +1,9 @@
-"""The front of a worker: accepts connections, and stops to.
+"""A worker's server: accepts connections and drains them.
 
-:class:`Front` owns the relay with the config's limits, the way to the pages, and the end: draining
-is unready at once, new requests still served (with ``Connection: close``) for a while, then the
-listener closed and what is open given time to finish. The worker makes one.
+:class:`Front` owns the relay with the config's limits, the connections to the local routes
+(pages.py), and draining: the worker becomes unready at once, serves new requests with
+``Connection: close`` for a while, then closes the listener and gives open requests time to finish.
+The worker creates one.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ log = get_logger(__name__)
 
 LISTEN_BACKLOG = 4_096
 DRAIN_POLL_S = 0.02
-RESERVED_DESCRIPTORS = 128  # what a process has open besides, and engines' idle connections
+RESERVED_DESCRIPTORS = 128  # for idle upstream connections and everything else
 
 
 def connections_possible() -> int:
-    """Clients that the process has descriptors for: each may need one more for its engine."""
+    """The number of clients that the descriptor limit allows, with one upstream each."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -42,10 +43,10 @@ def connections_possible() -> int:
 
 
 class Front:
-    """One worker's listener, connections and drain; ``owner`` of its exchanges.
+    """One worker's listener, connections and drain; the ``owner`` of its exchanges.
 
-    Made before the routing table, whose endpoints get their pools from :meth:`pool`; ``serve``
-    puts it to work.
+    Created before the routing table, which gets its endpoints' pools from :meth:`pool`. Starts
+    accepting connections with :meth:`serve`.
     """
 
     gateway: Gateway
@@ -76,7 +77,7 @@ class Front:
         self._watch: asyncio.TimerHandle | None = None
 
     def pool(self, routed: RoutedModel, endpoint: Endpoint) -> Pool:
-        """What a routing table keeps for an endpoint's address."""
+        """Create the upstream that the routing table keeps for an endpoint."""
         return Pool(self.relay, routed, endpoint, self.config)
 
     async def serve(
@@ -99,7 +100,7 @@ class Front:
         self._watch = loop.call_later(self._tick_s, self._watch_ejections)
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
-        """Finish: see the module. What is open after ``timeout_s`` is cut."""
+        """Drain as described in the module; return after ``timeout_s`` at the latest."""
         self.gateway.draining = True
         self.relay.draining = True
         log.info("draining", exchanges=self.relay.exchanges, connections=self.relay.connections)
@@ -115,7 +116,7 @@ class Front:
             await asyncio.sleep(DRAIN_POLL_S)
 
     def close(self) -> None:
-        """Cut whatever is still open."""
+        """Close all connections, including those with open requests."""
         if self._watch is not None:
             self._watch.cancel()
         if self._server is not None:

@@ -1,9 +1,9 @@
-"""The errors that the gateway itself answers, in the shape of the API that the client uses.
+"""The gateway's own error responses, in the format of the API that the client uses.
 
-The request's path decides: ``/openai/v1/messages`` and what is below it get Anthropic's shape, all
-other paths OpenAI's. Every error of the gateway's own passes through :func:`error_answer`, whether
-the relay, an exchange or the aiohttp application refuses the request. An engine's error is passed
-on unchanged. Pure: no I/O.
+The request's path decides: ``/openai/v1/messages`` and paths below it get Anthropic's format, all
+other paths OpenAI's. Every error of the gateway goes through :func:`error_answer`, whether the
+relay, an exchange or the aiohttp application rejects the request. Errors from engines are forwarded
+unchanged. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import msgspec
 from kubeai.openai import PREFIX, BadRequest, Kind
 
 _MESSAGES_PATH = PREFIX + Kind.MESSAGES.value
-# The types that Anthropic's API reference defines for a status. Its other 4xx are
-# invalid_request_error, its other 5xx api_error. 503 always means here that the gateway or the
-# model cannot take the request now, which that API answers with 529 overloaded_error.
+# The error types in Anthropic's API reference by status. Its other 4xx are invalid_request_error,
+# its other 5xx api_error. Here 503 always means that the gateway or the model cannot accept the
+# request now, which Anthropic's API reports as 529 overloaded_error.
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     402: "billing_error",
@@ -43,13 +43,13 @@ class _AnthropicBody(msgspec.Struct, kw_only=True):
 def error_answer(
     error: BadRequest, target: str, request_id: str | None
 ) -> tuple[bytes, dict[str, str]]:
-    """The JSON body for an error, and the headers that belong to it.
+    """The JSON body of an error response, and its additional headers.
 
-    ``target``: the request's, in origin or absolute form; "" where it is not known. ``request_id``:
-    the value of the answer's X-Request-Id, None where it has none.
+    ``target``: of the request, in origin or absolute form; "" if unknown. ``request_id``: the value
+    of the response's X-Request-Id header, None if it has none.
     """
     headers = {}
-    if error.status == 415:  # only for content codings; RFC 9110, section 15.5.16
+    if error.status == 415:  # only used for content codings; RFC 9110, section 15.5.16
         headers["Accept-Encoding"] = "identity"
     if not _speaks_anthropic(target):
         return error.body(), headers
@@ -64,14 +64,14 @@ def error_answer(
 def relay_error(
     status: int, message: str, target: bytes, request_id: str | None
 ) -> tuple[bytes, bytes]:
-    """Like :func:`error_answer`, for the relay's own refusals: (body, header lines)."""
+    """Like :func:`error_answer`, for the relay's own errors: (body, header lines)."""
     error = BadRequest(message, status=status)
     body, headers = error_answer(error, target.decode("latin-1"), request_id)
     return body, header_lines(headers)
 
 
 def header_lines(headers: dict[str, str]) -> bytes:
-    """Headers as they are on the wire."""
+    """Headers in wire format."""
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 

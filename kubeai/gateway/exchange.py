@@ -1,15 +1,16 @@
-"""One request, from its head to the end of its answer: admit → wait → pick → attempt.
+"""One request, from its head to the end of its response: admit → wait → pick → attempt.
 
-:class:`Exchange` is what the relay asks at each step. An inference POST is read whole, counted for
-its model (Admission), given an endpoint (Reservation) and sent there; a request that no endpoint
-can serve yet is held. Everything else is relayed to the worker's pages while it comes. Nothing of
-this needs a task, but a wait, and a large body: that is read in a thread, while the loop goes on.
+The relay calls :class:`Exchange` at each step. An inference POST is read completely, counted for
+its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
+can serve yet is held. All other requests are streamed to the worker's local routes (pages.py). Only
+waits and large bodies need a task; large bodies are parsed in a thread so that they do not block
+the event loop.
 
-Which attempts are repeated, and where, is attempts.py's; how long a request waits, holding.py's.
-The Reservation of a failed attempt is released before the next pick.
+attempts.py decides which attempts are retried and where, holding.py how long a request waits. The
+Reservation of a failed attempt is released before the next pick.
 
-What nearly every request needs is done in C: _straight.pyx, which also gives back whatever was
-taken, exactly once, whatever happens. Here is the rest.
+The fast path, which nearly every request takes, is compiled (_straight.pyx). It also releases the
+Admission and the Reservation exactly once in all cases. This module handles everything else.
 """
 
 from __future__ import annotations
@@ -41,32 +42,32 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
-# Under load many requests move, each a line of 10 µs: half of what a request costs otherwise.
+# Under load many requests move. Logging a line takes 10 µs, half as long as a whole request.
 _moves = Sparingly(burst_max=500, per_s=20)
-# What the straight way looks a request's target up in; the owner of exchanges has it.
+# The request targets that the fast path serves; the owner of the exchanges has them.
 PLANS = {
     path.encode(): Plan(kind, _PATHS[kind], openai.SHAPES[kind])
     for path, kind in openai.route_table.items()
     if kind.is_json
 }
-# Of large bodies; two, so that one that takes long holds up few others. Made when first needed.
+# Two threads for large bodies, so that a slow one does not block all others. Started on demand.
 _readers = ThreadPoolExecutor(2, "bodies")
 _FAILURES = {
-    _relay.CONNECT: "no connection",
+    _relay.CONNECT: "cannot connect",
     _relay.LOST: "connection lost",
-    _relay.INVALID: "not an HTTP answer",
-    _relay.TIMEOUT: "no answer in time",
+    _relay.INVALID: "invalid HTTP response",
+    _relay.TIMEOUT: "response timeout",
 }
 
 
 class Exchange(Straight):
-    """See the module; made by the relay, one for each request."""
+    """See the module; the relay creates one for each request."""
 
     __slots__ = ()
 
     owner: Front
 
-    # -- what the relay asks -----------------------------------------------------------------------
+    # -- called by the relay -----------------------------------------------------------------------
 
     def on_head(self) -> None:
         target = openai.classify(self.method, self.target)
@@ -87,7 +88,7 @@ class Exchange(Straight):
             self._refuse(openai.compressed_body())
             return
         if codings:
-            self.drop_header(b"content-encoding")  # it says nothing, and not every engine knows it
+            self.drop_header(b"content-encoding")  # "identity", which some engines do not know
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
         self.collect(self.owner.config.body_max_bytes)
@@ -135,7 +136,7 @@ class Exchange(Straight):
             other.release()
             return
         self.detach()
-        self._end_attempt("endpoint does not answer, moving the request")
+        self._end_attempt("endpoint does not respond, moving the request")
         self._attempt(other)
 
     @property
@@ -152,7 +153,7 @@ class Exchange(Straight):
     def _end_attempt(self, event: str) -> Reservation:
         reservation, admission = self._reservation, self._admission
         assert reservation is not None, "an attempt has a reservation"
-        assert admission is not None, "an attempt is of an admitted request"
+        assert admission is not None, "only admitted requests are attempted"
         self._reservation = None
         reservation.release()
         admission.count("retried")
@@ -175,13 +176,13 @@ class Exchange(Straight):
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
         if self._reservation is None:
-            log.error("the pages did not answer", reason=reason)
-            self._say(502, "The gateway's own pages did not answer.")
+            log.error("local routes did not respond", reason=reason)
+            self._say(502, "The gateway's local routes did not respond.")
             return
         endpoint = self._reservation.name
-        log.warning("attempts failed", model=self._ask.name, endpoint=endpoint, reason=reason)
+        log.warning("request failed", model=self._ask.name, endpoint=endpoint, reason=reason)
         if failure == _relay.TIMEOUT:
-            self._say(504, f"The model {self._ask.model!r} did not answer in time.", "timeout")
+            self._say(504, f"The model {self._ask.model!r} did not respond in time.", "timeout")
         else:
             self._say(
                 502,
@@ -192,24 +193,24 @@ class Exchange(Straight):
     # -- routing -----------------------------------------------------------------------------------
 
     async def _read(self) -> Reservation:
-        """As ``on_body``, for a large body: what takes long is done in a thread."""
+        """Like ``on_body`` for a large body, with the slow steps in a thread."""
         run = asyncio.get_running_loop().run_in_executor
         ask = await run(_readers, openai.read, self._kind, self.body)
         routed = self._find(ask)
         self._key = await run(_readers, openai.key_of, ask, routed.prefix_char_length)
         self._payload = await run(_readers, openai.body_for, ask, self.body)
-        # The model may have gone meanwhile, or have come anew.
+        # The model may have been deleted or created again meanwhile.
         return self._admit(ask, self._find(ask)) or await self._hold()
 
     def _admit(self, ask: Ask | _ask.Ask, routed: RoutedModel) -> Reservation | None:
-        """Count the request for its model, and on an endpoint when one can serve it."""
+        """Count the request for its model, and pick an endpoint if one can serve it."""
         self._ask = ask
         self._routed = routed
         self._admission = routed.admit("http")
         return routed.pick(self._key, ask.adapter)
 
     def _find(self, ask: Ask | _ask.Ask) -> RoutedModel:
-        """The model that is asked for, if the request's selectors let it be seen."""
+        """The requested model, if it matches the request's label selectors."""
         routed = self.owner.gateway.table.find(ask.name)
         if routed is None or (ask.adapter is not None and ask.adapter not in routed.route.adapters):
             raise openai.model_not_found(ask.model)
@@ -226,7 +227,7 @@ class Exchange(Straight):
         if left_out is None:
             return
         log.info(
-            "moved off its endpoint",
+            "request moved off its first endpoint",
             request_id=self.request_id,
             model=self._ask.name,
             endpoint=reservation.name,
@@ -246,17 +247,17 @@ class Exchange(Straight):
 
     @property
     def is_inference(self) -> bool:
-        """Whether the path is one of the listed: of others there may be any number."""
+        """Whether the path is in the route table. Other paths have unbounded cardinality."""
         return self._kind is not None
 
     @property
     def model_name(self) -> str | None:
-        """The model that was asked for, once that is known, and there is such a model."""
+        """The requested model, once it is known to exist."""
         return None if self._admission is None else self._ask.model
 
     @property
     def endpoint_name(self) -> str | None:
-        """The endpoint that was tried last."""
+        """The endpoint of the last attempt."""
         return None if self._reservation is None else self._reservation.name
 
     @property
@@ -269,7 +270,7 @@ class Exchange(Straight):
         self._task = asyncio.get_running_loop().create_task(self._run(waiting))
 
     async def _run(self, waiting: Callable[[], Coroutine[Any, Any, Reservation]]) -> None:
-        """Attempt on the endpoint that was waited for, or answer why there is none."""
+        """Wait for an endpoint and send the request there, or respond with the error."""
         try:
             reservation = await waiting()
             self._task = None
@@ -278,7 +279,7 @@ class Exchange(Straight):
             self._task = None
             self._refuse(error)
         except Exception:
-            log.exception("a wait failed", model=self._ask.name if self._ask else None)
+            log.exception("request task failed", model=self._ask.name if self._ask else None)
             self._task = None
             self._say(500, "Something is wrong with the gateway.", "internal_error")
 
@@ -295,7 +296,7 @@ class Exchange(Straight):
         assert self._admission is not None, "a request is counted before it is held"
         return await hold(self.owner.gateway, self._routed, self._ask, self._key, self._admission)
 
-    # -- answers of our own ------------------------------------------------------------------------
+    # -- the gateway's own responses ---------------------------------------------------------------
 
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         body, more = error_answer(error, self.target, self.request_id)
@@ -306,16 +307,16 @@ class Exchange(Straight):
 
 
 def _no_websocket() -> BadRequest:
-    """Codex's WebSocket attempt, for one, falls back to HTTP at once when it gets a 426."""
+    """426, after which clients such as Codex fall back to HTTP at once."""
     return BadRequest(
-        "WebSocket is not supported here. Send a POST request over HTTP/1.1.",
+        "WebSocket is not supported. Send a POST request over HTTP/1.1.",
         status=426,
         code="upgrade_required",
     )
 
 
 def _origin_form(target: str) -> bytes:
-    """A request target without scheme and authority."""
+    """The request target without scheme and authority."""
     if not target.startswith("/"):
         _, separator, rest = target.partition("://")
         if separator:

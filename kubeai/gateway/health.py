@@ -1,14 +1,14 @@
-"""How one endpoint has answered, and when it is ejected: passive health checking.
+"""Passive health checking: tracks an endpoint's failures and ejects it.
 
-Failures are counted over all workers, in the load table. ``eject_after_failures`` consecutive ones
-eject the endpoint: for ``eject_time_s``, twice as long each further time. It is then half-open: one
-request at a time probes it, and a failed probe ejects it again. When every endpoint of a model is
-ejected there is nothing to be gained by passing any over, and picks go to all of them (panic mode),
-until one answers.
+Failures of all workers are counted in the load table. ``eject_after_failures`` consecutive failures
+eject the endpoint for ``eject_time_s``, doubled with each further ejection. The endpoint is then
+half-open: one request at a time probes it, and a failed probe ejects it again. If every endpoint of
+a model is ejected, skipping them gains nothing, and picks go to all of them (panic mode) until one
+responds.
 
-An endpoint is *trusted* while it is expected to answer, *down* while it keeps failing, and
-*proven* by an answer that has begun since a given time; attempts.py chooses by these. An endpoint's
-pool owns its Health, which holds no connection and gets the time from a clock.
+An endpoint is *trusted* while it is expected to respond, *down* while it keeps failing, and
+*proven* by a response that began after a given time; attempts.py chooses endpoints by these. An
+endpoint's pool owns its Health, which holds no connections and takes the time from a clock.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from kubeai.api.config import GatewayConfig
     from kubeai.routing import RoutedModel
 
-# For how long a failure makes an endpoint doubtful, unless as many answers have begun since.
+# After a failure, an endpoint is trusted again after this time or this many responses.
 DOUBT_S = 10.0
 TRUST_ANSWERS = 5
-# For how long consecutive failures say that the next attempt there would fail as well.
+# An endpoint is down for this long after this many consecutive failures.
 DOWN_S = 0.25
 DOWN_FAILURES = 2
-# How long after a probe beyond the retry budget the next one may follow; doubled with each that
-# has not led to a complete answer.
+# Minimum time between probes beyond the retry budget; doubled with each probe until the endpoint
+# completes a response.
 PROBE_INTERVAL_S = 0.25
 PROBE_DOUBLINGS_MAX = 10
 EJECTION_DOUBLINGS_MAX = 32
 
 
 class Health:
-    """One endpoint's health, as one worker sees it; see the module."""
+    """One endpoint's health from the point of view of one worker; see the module."""
 
     def __init__(
         self,
@@ -51,15 +51,15 @@ class Health:
         self._endpoint = endpoint
         self._config = config
         self._clock = clock
-        self._failed_s = 0.0  # the last failure that ``is_trusted`` has seen, by any worker
-        self._answers = 0  # how many answers had begun then
+        self._failed_s = 0.0  # the last failure in any worker that ``is_trusted`` has seen
+        self._answers = 0  # how many responses had begun then
         self._probed_s = -math.inf
         self._probes = 0  # since the last recovery
 
     def failed(self, *, unreachable: bool, probe: bool) -> float | None:
-        """Count a failure; for how many seconds the endpoint is ejected by it, if it is.
+        """Count a failure. If it ejects the endpoint, return for how many seconds.
 
-        ``unreachable``: there was no answer. ``probe``: the endpoint was picked while ejected.
+        ``unreachable``: there was no response. ``probe``: the endpoint was picked while ejected.
         """
         now_s, routed, config = self._clock(), self._routed, self._config
         failures = routed.note_failure(self._endpoint, now_s, unreachable)
@@ -68,13 +68,13 @@ class Health:
             return None
         until_s = routed.ejected_until(self._endpoint)
         if until_s and not (probe and until_s - now_s <= TRIAL_S):
-            return None  # sent before the ejection, or in panic mode
+            return None  # the request was sent before the ejection, or in panic mode
         doublings = min(routed.ejection_count(self._endpoint), EJECTION_DOUBLINGS_MAX)
         for_s = min(config.eject_max_time_s, config.eject_time_s * 2.0**doublings)
         return for_s if routed.eject(self._endpoint, now_s + for_s) else None
 
     def restored(self) -> bool:
-        """A request that was sent while the endpoint was ejected is being answered.
+        """Call when a request that was sent to the ejected endpoint gets a response.
 
         Returns whether this ends an ejection.
         """
@@ -84,14 +84,15 @@ class Health:
         return True
 
     def recovered(self) -> None:
-        """An answer is complete, the first since a failure or an ejection."""
+        """Call when the first response after a failure or an ejection is complete."""
         self._probes = 0
         self._routed.recover(self._endpoint)
 
     def is_trusted(self, answers: int) -> bool:
-        """Whether the endpoint can be expected to answer. ``answers``: that have begun so far.
+        """Whether the endpoint is expected to respond.
 
-        It can if it is not ejected and has not failed lately, or not after its last few answers.
+        It is if it is not ejected, and has not failed within ``DOUBT_S`` or has begun
+        ``TRUST_ANSWERS`` responses since. ``answers``: responses begun so far.
         """
         if self._routed.ejected_until(self._endpoint):
             return False
@@ -105,7 +106,7 @@ class Health:
         )
 
     def is_down(self, answered_s: float) -> bool:
-        """Whether it fails just now, again and again. ``answered_s``: when it last answered."""
+        """Whether it currently fails repeatedly. ``answered_s``: when its last response began."""
         failed_s = self._routed.failed_at(self._endpoint)
         return (
             failed_s > answered_s
@@ -114,7 +115,7 @@ class Health:
         )
 
     def take_probe(self, answered_s: float) -> bool:
-        """Whether a request may probe the endpoint beyond the retry budget, which is then counted.
+        """Whether a request may probe the endpoint beyond the retry budget; if so, counts a probe.
 
         ``answered_s``: as for `is_down`.
         """
@@ -127,7 +128,7 @@ class Health:
         return True
 
     def is_proven(self, answered_s: float, since_s: float) -> bool:
-        """Whether an answer began after ``since_s``, and no attempt has failed after that."""
+        """Whether a response began after ``since_s``, and no attempt has failed since."""
         return (
             not self._routed.ejected_until(self._endpoint)
             and answered_s > since_s

@@ -1,7 +1,7 @@
-"""Requests that no endpoint can serve yet, and the headers of answers that say so.
+"""Holds requests that no endpoint can serve yet.
 
-:func:`hold` waits for an endpoint when there is none. :func:`advice` tells a client whether and
-when to repeat a request. Called by exchange.py, transcriptions.py and pages.py.
+:func:`hold` waits for an endpoint. :func:`advice` returns headers that tell a client whether and
+when to retry. Called by exchange.py, transcriptions.py and pages.py.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Codes of a 503 for a model, or an adapter, that cannot be served: until somebody mends it, and
-# where a later request may succeed.
+# Error codes of a 503 for a model or adapter that cannot be served: until a user fixes it, or for
+# now, in which case a later request may succeed.
 CANNOT_START = "model_cannot_start"
 UNAVAILABLE = "model_unavailable"
 
-# Requests that fail at once may be many.
+# Requests that are rejected at once may be frequent.
 _refusals = Sparingly(burst_max=50, per_s=1)
 
 
 def advice(error: BadRequest) -> dict[str, str]:
-    """Headers of an answer of ours: whether a client is to repeat its request, and when."""
+    """Headers of an error response that say whether the client should retry, and when."""
     if error.code in (ENGINE_DIED, CANNOT_START):
-        return {"x-should-retry": "false"}  # OpenAI's clients would repeat a 502 or a 503
+        return {"x-should-retry": "false"}  # OpenAI's clients would retry a 502 or 503
     return {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
 
 
@@ -48,19 +48,21 @@ async def hold(
     key: int | None,
     admission: Admission,
 ) -> Reservation:
-    """Wait until an endpoint can serve the request; BadRequest when none does in time.
+    """Wait until an endpoint can serve the request; BadRequest if none can in time.
 
-    The request is counted as held meanwhile, and a replica of the model is demanded. A model that
-    is known to be unable to start is not waited for, and not scaled up.
+    The request is counted as held while it waits, and a replica of the model is demanded. A model
+    that is known to be unable to start is neither waited for nor scaled up.
     """
     loop = asyncio.get_running_loop()
     block = routed.block(ask.adapter)
     if block is not None and block.fails_at_s <= loop.time():
         raise _blocked(ask, block)
     if not gateway.hold(ask.name):
-        log.warning("too many requests are held", model=ask.name)
+        log.warning("too many held requests", model=ask.name)
         raise BadRequest(
-            f"Too many requests wait for the model {ask.model!r}.", status=503, code="overloaded"
+            f"Too many requests are waiting for the model {ask.model!r}.",
+            status=503,
+            code="overloaded",
         )
     admission.hold()
     gateway.demand(ask.name)
@@ -73,10 +75,10 @@ async def hold(
     except Blocked as blocked:
         raise _blocked(ask, blocked.block) from None
     except NoEndpoint:
-        message = f"No replica of the model {ask.model!r} was ready in time."
+        message = f"No replica of the model {ask.model!r} became ready in time."
         if block := routed.block(ask.adapter):
             message += f" {block.reason}: {block.message}"
-        log.warning("no endpoint in time", model=ask.model, reason=block and block.reason)
+        log.warning("no endpoint became ready", model=ask.model, reason=block and block.reason)
         raise BadRequest(message, status=504, code="timeout") from None
     except ModelGone:
         raise model_not_found(ask.model) from None

@@ -44,7 +44,9 @@ def moves(local):
     """Of each request that was moved off its endpoint: what the worker logged, by request id."""
     events = [json.loads(line) for line in local.log if line.startswith("{")]
     return {
-        event["request_id"]: event for event in events if event["event"] == "moved off its endpoint"
+        event["request_id"]: event
+        for event in events
+        if event["event"] == "request moved off its first endpoint"
     }
 
 
