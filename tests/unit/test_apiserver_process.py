@@ -190,8 +190,8 @@ def test_unavailable_logs_give_the_reason(shared: Api):
         ("/api/v1/namespaces/default/pods/none/log", 404, 'pods "none" not found'),
         (pod("waiting"), 400, "does not have a host assigned"),
         (pod("lost", "gone"), 404, 'nodes "gone" not found'),
-        (pod("quiet", "silent"), 400, "does not say where its kubelet is"),
-        (pod("late", "down"), 502, "the kubelet of node down does not answer"),
+        (pod("quiet", "silent"), 400, "reports no kubelet address"),
+        (pod("late", "down"), 502, "the kubelet of node down is unreachable"),
         (pod("two", "down", 2), 400, "choose one of: [c0 c1]"),
         ("/api/v1/namespaces/default/pods/two/log?container=x", 400, "container x is not valid"),
     ):

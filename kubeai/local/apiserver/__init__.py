@@ -1,17 +1,18 @@
-"""The embedded Kubernetes API: a generic object store that speaks Kubernetes over HTTPS.
+"""The embedded Kubernetes API: a generic object store that serves the Kubernetes API over HTTPS.
 
-It runs as a process of its own (``python -m kubeai.local.apiserver``), started by ``kubeai local``.
-Bottom up:
+``kubeai local`` starts it as a separate process (``python -m kubeai.local.apiserver``).
+From the bottom up:
 
-- ``status``: the errors a client sees (metav1.Status);
+- ``status``: the errors that clients see (metav1.Status);
 - ``selectors``, ``patch``, ``schema``, ``printing``: pure functions on objects;
-- ``ownership``: sets of fields, who owns which, and what an apply makes of an object; ``managers``:
-  the same for the resources that there are;
-- ``resources``, ``openapi``: which resources there are, and how that is told to clients;
+- ``ownership``: field sets, their owners and server-side apply; ``managers`` applies these to the
+  served resources;
+- ``resources``, ``discovery``, ``openapi_v2``: the served resources and their discovery documents;
 - ``store``: objects, revisions and recent events, in memory and in SQLite;
-- ``registry``: the rules of create, update and delete; ``collector``: what happens afterwards
-  (garbage collection, namespaces, old Events);
-- ``server``: HTTP in front of the registry; ``watching``, ``podlogs``: its two streams;
-- ``bodies``, ``protobuf``: the forms that clients send objects in;
+- ``registry``: the rules of create, update and delete; ``collector``: background work (garbage
+  collection, namespace deletion, expiry of Events);
+- ``server``: HTTP on top of the registry; ``watching``: lists and watches; ``kubelets``: pod logs
+  and exec, proxied to the kubelet;
+- ``requests``, ``bodies``, ``protobuf``: parsing of requests;
 - ``credentials``: token, certificates and kubeconfig.
 """

@@ -1,8 +1,8 @@
 """The embedded API's process: ``python -m kubeai.local.apiserver --data-dir D``.
 
-Writes ``ready <port>`` to the descriptor it was given once it serves, and ends on SIGTERM or
-when its parent does, however that ended. Without ``--port`` it listens where it did at the last
-start on this data directory, if that port is free.
+Writes ``ready <port>`` to the descriptor given by ``--ready-fd`` once it serves. Exits on SIGTERM,
+or when its parent exits for any reason. Without ``--port`` it reuses the port of the last start on
+this data directory, if that port is free.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel send SIGTERM when the parent ends; exit if it has ended just now.
+    """Have the kernel send SIGTERM when the parent exits; exit if it has just exited.
 
-    A parent that ended before is noticed when nobody reads the line that says ready.
+    If the parent exited before this call, writing the ready line fails.
     """
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -44,7 +44,7 @@ def die_with_parent() -> None:
 
 
 async def serve(directory: Path, port: int, namespace: str, ready_fd: int | None) -> None:
-    """Until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -71,7 +71,7 @@ async def serve(directory: Path, port: int, namespace: str, ready_fd: int | None
 
 
 async def _first(stop: asyncio.Event, collector: asyncio.Task[None]) -> None:
-    """Wait for the stop; the end of the collector is a failure, and is raised."""
+    """Wait for ``stop``. If the collector ends first, raise its exception."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((stopping, collector), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kubeai.local.apiserver", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--namespace", default="default", help="the kubeconfig's context has it")
+    parser.add_argument("--namespace", default="default", help="the kubeconfig's namespace")
     parser.add_argument("--ready-fd", type=int)
     options = parser.parse_args()
     die_with_parent()

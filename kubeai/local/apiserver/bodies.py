@@ -1,7 +1,7 @@
-"""Bodies of requests: JSON or YAML, with the keys that a map holds twice.
+"""Request bodies: decodes JSON and YAML, and finds duplicate keys.
 
-JSON is read fast; its duplicates are looked for only when the client wants to hear of mistakes,
-because that takes a slower reader. The server calls it.
+Duplicate keys in JSON are searched for only on request, because that needs a slower parser.
+`requests` calls it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 DEPTH_MAX = 100  # of YAML
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
-# Kubernetes reads what looks like a date as a string.
+# Like Kubernetes, decode what looks like a date as a string.
 RESOLVERS = {
     first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -22,7 +22,7 @@ RESOLVERS = {
 
 
 def read_json(raw: bytes, duplicates: bool = False) -> tuple[Any, list[str]]:
-    """The value, and the paths of duplicate keys if they are wanted. Raises ValueError."""
+    """Return the value, and the paths of duplicate keys if requested. Raises ValueError."""
     value = orjson.loads(raw)
     if not duplicates:
         return value, []
@@ -35,7 +35,7 @@ def read_json(raw: bytes, duplicates: bool = False) -> tuple[Any, list[str]]:
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object before the last of its equal keys wins."""
+    """A JSON object as a list of pairs, with its duplicate keys."""
 
 
 def _find_repeated(value: Any, path: str, found: list[str]) -> None:
@@ -53,19 +53,19 @@ def _find_repeated(value: Any, path: str, found: list[str]) -> None:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML as Kubernetes reads it."""
+    """Decodes YAML as Kubernetes does."""
 
     yaml_implicit_resolvers = RESOLVERS
 
 
 def read_yaml(raw: bytes) -> tuple[Any, list[str]]:
-    """The value as JSON has it, and the paths of duplicate keys. Raises ValueError.
+    """Return the value as JSON types, and the paths of duplicate keys. Raises ValueError.
 
-    Aliases are refused: a few of them, nested, make a body of a few bytes endless. So is deep
-    nesting, before anything follows it down: the C library would run out of its stack.
+    Rejects aliases, because nested ones expand a few bytes without bound, and deep nesting, before
+    anything recurses into it, because the C library would overflow the stack.
     """
     try:
-        return read_json(raw, duplicates=True)  # which is what kubectl sends
+        return read_json(raw, duplicates=True)  # kubectl sends JSON
     except ValueError:
         pass
     found: list[str] = []
@@ -87,11 +87,11 @@ def _check_events(raw: bytes) -> None:
     depth = 0
     for event in yaml.parse(raw, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError("YAML aliases are not accepted here")
+            raise ValueError("YAML aliases are not supported")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEPTH_MAX:
-            raise ValueError(f"YAML nested more than {DEPTH_MAX} levels deep is not accepted here")
+            raise ValueError(f"YAML is nested more than {DEPTH_MAX} levels deep")
 
 
 def _find_repeated_nodes(node: yaml.Node | None, path: str, found: list[str]) -> None:

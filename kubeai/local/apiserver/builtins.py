@@ -1,8 +1,8 @@
-"""What is special about each built-in resource: defaults, checks, status, grace.
+"""Strategies of the built-in resources: defaults, validation, status, grace periods.
 
-A `Strategy` is the difference between one resource and a plain one; `STRATEGIES[""]` is plain.
-Defaults are those of a real API server that somebody here relies on: a pod's probes, grace,
-restart policy and pull policy, ports' protocols.
+A `Strategy` holds what differs from a plain resource; `STRATEGIES[""]` is the plain one. Defaulting
+covers the subset of a real API server's defaults that KubeAI relies on: a pod's probes, grace
+period, restart policy and pull policy, and port protocols.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ DEFAULT_MODE = 0o644
 
 @dataclass(slots=True, frozen=True)
 class Strategy:
-    """A plain resource, custom or built in."""
+    """The strategy of a plain resource, custom or built-in."""
 
-    resets_status: bool = True  # a status given at creation is dropped
+    resets_status: bool = True  # drop the status on creation
     name_is_label: bool = False
     default_propagation: str | None = None
-    waits_for_contents: bool = False  # a namespace: the collector removes it once it is empty
-    metadata_with_status: bool = False  # a write to /status may also change labels and the like
-    sets_spec: bool = False  # the API alone does
+    waits_for_contents: bool = False  # a namespace: the collector removes it once empty
+    metadata_with_status: bool = False  # a write to /status may also change metadata
+    sets_spec: bool = False  # spec is set by the API only
 
     def prepare(self, obj: Object, old: Object | None) -> None:
-        """Defaults, and what clients cannot choose; `old`, which stays, is None at creation."""
+        """Set defaults and API-owned fields in `obj`. `old` (None on creation) is unchanged."""
 
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
         return []
 
     def only_status(self, obj: Object, old: Object, resource: Resource) -> Object:
-        """What a write to ``/status`` makes of the object `old` (a copy)."""
+        """Apply a write to ``/status`` to `old` (a copy), and return it."""
         if "status" in obj:
             old["status"] = obj["status"]
         else:
@@ -59,11 +59,11 @@ class Strategy:
         return old
 
     def grace_s(self, obj: Object, asked_s: int | None) -> int:
-        """How long the deleted object stays for somebody to end its work."""
+        """Return the deletion grace period in seconds."""
         return 0
 
     def mark_deleted(self, obj: Object) -> None:
-        """Deletion has begun and is not finished."""
+        """Update `obj` when its deletion has begun but is not finished."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -88,7 +88,7 @@ class _Pods(Strategy):
     def grace_s(self, obj: Object, asked_s: int | None) -> int:
         spec, phase = obj["spec"], obj.get("status", {}).get("phase")
         if not spec.get("nodeName") or phase in ("Failed", "Succeeded"):
-            return 0  # there is no kubelet that would have to stop it
+            return 0  # no kubelet has to stop it
         chosen = spec["terminationGracePeriodSeconds"] if asked_s is None else asked_s
         return max(0, int(chosen))
 
@@ -159,7 +159,7 @@ class _Claims(Strategy):
 
 @dataclass(slots=True, frozen=True)
 class _Jobs(Strategy):
-    # Kubernetes keeps this from the days before garbage collection.
+    # Kubernetes keeps this default from before garbage collection existed.
     default_propagation: str | None = "Orphan"
     metadata_with_status: bool = True
 
@@ -242,7 +242,7 @@ def strategy_of(resource: Resource) -> Strategy:
 
 
 def canonical(amounts: Object | None) -> None:
-    """Write the quantities as Kubernetes does, in place: 1 → "1", "1000m" → "1"."""
+    """Convert quantities to canonical form, in place: 1 → "1", "1000m" → "1"."""
     for name, amount in (amounts or {}).items():
         try:
             amounts[name] = str(parse_quantity(str(amount)))  # type: ignore[index]
@@ -252,14 +252,14 @@ def canonical(amounts: Object | None) -> None:
 
 
 def _drop_empty(obj: Object, *names: str) -> None:
-    """As Go's JSON leaves them out."""
+    """Drop empty maps, as Go's ``omitempty`` does."""
     for name in names:
         if obj.get(name) == {}:
             del obj[name]
 
 
 def _text_to_data(secret: Object) -> None:
-    """``stringData`` is written, ``data`` is read."""
+    """Move the write-only ``stringData`` to ``data``."""
     for name, text in (secret.pop("stringData", None) or {}).items():
         secret.setdefault("data", {})[name] = base64.b64encode(text.encode()).decode()
 
@@ -291,7 +291,7 @@ _JOB_FIXED = ("completions", "selector", "template", "completionMode")
 
 
 def _select_own_pods(job: Object) -> None:
-    """Labels for the Job's pods that no other pod has, and the selector of one of them."""
+    """Add labels unique to the Job's pods, and a selector on the Job's uid."""
     spec, metadata = job["spec"], job["metadata"]
     template = spec["template"].setdefault("metadata", {})
     if not spec["manualSelector"]:
@@ -346,7 +346,7 @@ def _check_job_change(spec: Object, old: Object) -> list[Cause]:
 
 
 def default_pod_spec(spec: Object) -> None:
-    """In place, as a real API server fills a pod's spec in."""
+    """Set a pod spec's defaults in place, like a real API server."""
     for name, value in (
         ("restartPolicy", "Always"), ("terminationGracePeriodSeconds", 30),
         ("dnsPolicy", "ClusterFirst"), ("securityContext", {}),
@@ -419,7 +419,7 @@ def _default_volume(volume: Object) -> None:
 
 
 def qos_class(spec: Object) -> str:
-    """Guaranteed, Burstable or BestEffort, from cpu and memory of all containers."""
+    """Return the QoS class, from cpu and memory of all containers."""
     used, equal = False, True
     for container in _containers(spec):
         resources = container.get("resources") or {}
@@ -433,7 +433,7 @@ def qos_class(spec: Object) -> str:
 
 
 def check_pod_spec(spec: Any) -> list[Cause]:
-    """The mistakes that a person makes in a new pod's spec."""
+    """Validate a new pod's spec; covers common mistakes only."""
     if not isinstance(spec, dict) or not spec.get("containers"):
         return [Cause("FieldValueRequired", "Required value", "spec.containers")]
     causes: list[Cause] = []
@@ -477,7 +477,7 @@ def _check_container(
 
 
 def _check_pod_change(spec: Object, old: Object) -> list[Cause]:
-    """Of a running pod's spec only images, the deadline and more tolerations may change."""
+    """Allow changes to images and the deadline, and additional tolerations only."""
     if _fixed(spec) == _fixed(old) and _extends(spec, old, "tolerations"):
         return []
     why = (

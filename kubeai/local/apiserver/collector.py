@@ -1,8 +1,8 @@
-"""What follows from a write: garbage collection, namespaces, definitions, old Events.
+"""Background work after writes: garbage collection, namespace and CRD deletion, old Events.
 
-Level-based: a write puts the objects that it may concern into a queue; working one off looks at
-the whole state and does the next step. At start everything is queued, so nothing is lost when
-the process is killed between two steps.
+Level-based: a write enqueues the objects that it may affect; processing one looks at the current
+state and takes the next step. On start all candidates are enqueued, so no work is lost if the
+process is killed between two steps.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Place = tuple[str, Key]
 EVENT_AGE_MAX_S = 3600.0
 EVENT_SWEEP_S = 60.0
 DELETIONS_AT_ONCE = 50
-STEPS_AT_ONCE = 20  # then requests have their turn
+STEPS_AT_ONCE = 20  # then yield to requests
 
 
 class Collector:
-    """Run `run` as a task for as long as the registry is used."""
+    """Collects garbage. `run` must run as a task while the registry is in use."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._store = registry.store
-        self._queue: dict[Place, None] = {}  # ordered, each place once
+        self._queue: dict[Place, None] = {}  # an ordered set
         self._work = asyncio.Event()
         self._store.listeners.append(self._follow)
         for resource, key, stored in self._store.all():
@@ -69,7 +69,7 @@ class Collector:
             self._add(place)
 
     def _add_containers(self, event: Event) -> None:
-        """A namespace or a definition may have waited for this object to go."""
+        """Enqueue a namespace or CRD that may be waiting for this object's deletion."""
         for place in (
             (NAMESPACES.key, ("", event.key[0])),
             (CRDS.key, ("", event.resource)),
@@ -103,7 +103,7 @@ class Collector:
             elif stored.metadata.get("ownerReferences"):
                 self._check_owners(resource, place[1], stored)
         except StatusError as error:
-            log.warning("collecting an object failed", object=place, error=error.message)
+            log.warning("failed to collect object", object=place, error=error.message)
 
     # Objects that are being deleted.
 
@@ -150,7 +150,7 @@ class Collector:
             self._registry.change(CRDS, key, lambda obj: _unfinalize(obj, CLEANUP))
 
     def _delete_all(self, resource: Resource, namespace: str) -> bool:
-        """Delete some; whether anything is left. Each deletion queues the holder again."""
+        """Delete a batch; return whether any are left. Each deletion re-enqueues the container."""
         whole = (
             stored.metadata
             for stored in self._store.items(resource.key, namespace)
@@ -164,7 +164,7 @@ class Collector:
     # Objects with owners.
 
     def _check_owners(self, resource: Resource, key: Key, stored: Stored) -> None:
-        """Delete the object if no owner of it is left, as Kubernetes' garbage collector does."""
+        """Delete the object if it has no owner left, like Kubernetes' garbage collector."""
         living, waiting, gone = set(), set(), set()
         for reference in stored.metadata["ownerReferences"]:
             owner = self._owner(key[0], reference)
@@ -187,7 +187,7 @@ class Collector:
         self._registry.delete(resource, *key, options)
 
     def _owner(self, namespace: str, reference: Object) -> Stored | None:
-        """The living object that a reference means; owners are in the same namespace or none."""
+        """Return the owner, if it exists. It is in the same namespace or cluster-scoped."""
         place = self._store.by_uid(reference["uid"])
         if place is None or place[1][0] not in ("", namespace):
             return None

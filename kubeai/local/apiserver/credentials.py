@@ -1,8 +1,8 @@
-"""Who may talk to the embedded API: the token, the certificates and the kubeconfig.
+"""Credentials of the embedded API: the token, the certificates and the kubeconfig.
 
-All files are in the data directory, mode 0600, and stay the same from start to start, also the
-kubeconfig, unless its port or its namespace changes. TLS is there because Go clients
-send a kubeconfig's token over https only; the certificate authority signs loopback names alone.
+All files are in the data directory with mode 0600, and stay the same across restarts; the
+kubeconfig changes only with its port or namespace. TLS is used because Go clients send a
+kubeconfig's token over https only. The certificate authority signs loopback names only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RENEW_BEFORE_DAYS = 30
 
 
 class Credentials(NamedTuple):
-    """What a server needs; `write_kubeconfig` gives clients theirs."""
+    """The server's credentials; `write_kubeconfig` writes those of the clients."""
 
     token: str
     tls: ssl.SSLContext
@@ -61,7 +61,7 @@ class Credentials(NamedTuple):
 
 
 def load(directory: Path) -> Credentials:
-    """Make what is missing in the data directory, read what is there."""
+    """Read the credentials in the data directory; create those that are missing."""
     directory = directory.resolve()
     token_file = directory / "token"
     if not token_file.exists():
@@ -84,7 +84,7 @@ def _expires_soon(directory: Path) -> bool:
 
 
 def _make_certificates(directory: Path) -> None:
-    """An authority whose key is thrown away at once, and the one certificate that it signs."""
+    """Create a CA and the one certificate that it signs; the CA's key is never stored."""
     authority_key = ec.generate_private_key(ec.SECP256R1())
     key = ec.generate_private_key(ec.SECP256R1())
     issuer = certificates.name("kubeai local authority")

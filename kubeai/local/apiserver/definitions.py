@@ -1,4 +1,4 @@
-"""CustomResourceDefinitions: checked, given their status, and turned into resources."""
+"""CustomResourceDefinitions: validation, status, and conversion to served resources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLEANUP = "customresourcecleanup.apiextensions.k8s.io"
 
 
 def prepare_definition(obj: Object, old: Object | None) -> None:
-    """Defaults and status: a definition that passes its checks is served at once."""
+    """Set defaults and status. A CRD that passes validation is established at once."""
     spec = obj.get("spec")
     if not isinstance(spec, dict) or not isinstance(spec.get("names"), dict):
         return
@@ -56,7 +56,7 @@ def prepare_definition(obj: Object, old: Object | None) -> None:
 
 
 def check_definition(obj: Object, old: Object | None) -> list[Cause]:
-    """The mistakes that would make the resource unusable."""
+    """Find mistakes that would make the resource unusable."""
     spec = obj.get("spec")
     if not isinstance(spec, dict):
         return [_required("spec")]
@@ -129,7 +129,7 @@ def _check_unchanged(spec: Object, old: Object | None) -> list[Cause]:
 
 
 def serve_definition(catalog: Catalog, store: Store, definition: Object) -> None:
-    """Make the catalog serve what the definition says, and no more."""
+    """Make the catalog serve exactly the versions that the CRD declares as served."""
     spec = definition["spec"]
     storage = next(version["name"] for version in spec["versions"] if version.get("storage"))
     resources = [
@@ -142,7 +142,7 @@ def serve_definition(catalog: Catalog, store: Store, definition: Object) -> None
 
 
 def _defaulted_by(schema: Schema) -> Callable[[Object], Object]:
-    """An old object, as it reads under a schema that knows more defaults."""
+    """Return a function that adds the schema's defaults to a copy of an object."""
 
     def default(obj: Object) -> Object:
         obj = copy.deepcopy(obj)

@@ -1,8 +1,8 @@
-"""What the API says about itself: versions, groups, resources, OpenAPI.
+"""Discovery documents: versions, groups, resources, OpenAPI.
 
-OpenAPI v3 is given a group and version at a time, as clients ask for it, with the paths, the
-parameters and, where there is one, the schema of each resource: enough for kubectl's apply,
-diff, edit and field validation. OpenAPI v2 is in openapi_v2.py.
+OpenAPI v3 is served per group and version, with the paths, the parameters and, if there is one, the
+schema of each resource: enough for kubectl's apply, diff, edit and field validation. OpenAPI v2 is
+in openapi_v2.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kubeai.local.apiserver.resources import VERBS, Catalog, Resource
 
 Object = dict[str, Any]
 
-# The release whose behaviour the contract tests compare with.
+# The Kubernetes release that the contract tests compare against.
 MAJOR, MINOR, PATCH = 1, 36, 3
-DOCUMENTS_MAX = 64  # kept until the resources change
+DOCUMENTS_MAX = 64  # cached until the resources change
 _READS = ("get", "patch", "update")
 
 
@@ -98,7 +98,7 @@ def _entry(resource: Resource) -> Object:
 
 
 def _of_subresource(resource: Resource, name: str) -> tuple[str, str, str, tuple[str, ...]]:
-    """Group, version, kind and verbs."""
+    """Return the subresource's group, version, kind and verbs."""
     if name == "scale":
         return "autoscaling", "v1", "Scale", _READS
     if name == "binding":
@@ -125,7 +125,7 @@ def _subresource_entry(resource: Resource, name: str) -> Object:
 
 
 def aggregated(catalog: Catalog, core: bool, version: str) -> Object:
-    """APIGroupDiscoveryList: all groups in one answer (`core`: the group that has no name)."""
+    """Return an APIGroupDiscoveryList of all named groups, or of the core group if `core`."""
     names = [""] if core else catalog.groups()
     return {
         "kind": "APIGroupDiscoveryList",
@@ -204,7 +204,7 @@ def openapi_index(catalog: Catalog) -> Object:
 
 
 def openapi_v3(catalog: Catalog, group: str, version: str) -> bytes | None:
-    """The document of one group and version; None when nothing is served there."""
+    """Return the document of one group and version, or None if it is not served."""
     return _openapi_v3(catalog, catalog.changes, group, version)
 
 

@@ -1,7 +1,7 @@
-"""What the API passes on to the kubelet of a pod's node: ``pods/<name>/log`` and ``…/exec``.
+"""Proxies ``pods/<name>/log`` and ``pods/<name>/exec`` to the kubelet of the pod's node.
 
-A log is copied as it comes. An exec's WebSocket is bridged, message by message, in the protocol
-that the client speaks; whatever the kubelet refuses is the client's answer.
+A log is streamed as it arrives. An exec's WebSocket is bridged message by message, in the client's
+protocol. Errors from the kubelet are returned to the client.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_MAX_S = 60.0  # between bytes of a log that is not followed
 CHUNK_MAX_BYTES = 64 << 10
 _NODES = next(resource for resource in BUILT_IN if resource.key == "nodes")
-# A stream of an exec, as clients of the API and as kubelets call it.
+# Query parameters for exec streams: (API name, kubelet name).
 _STREAMS = (("stdin", "input"), ("stdout", "output"), ("stderr", "error"), ("tty", "tty"))
 _PASSED_ON = (
     "follow", "tailLines", "sinceSeconds", "sinceTime", "timestamps", "previous", "limitBytes",
@@ -41,7 +41,7 @@ _PASSED_ON = (
 
 
 class Kubelets:
-    """Asks kubelets; the token is the one that clients show to the API."""
+    """A client of the kubelets. Authenticates with the same token that API clients use."""
 
     def __init__(self, registry: Registry, token: str) -> None:
         self._registry = registry
@@ -79,7 +79,7 @@ class Kubelets:
                 query.append((theirs, "1"))
         protocol = asked_protocol(request)
         with _unreachable(pod):
-            if not protocol:  # the kubelet refuses that, and has the better reason if there is one
+            if not protocol:  # the kubelet refuses this too, with the better error message
                 async with self._client().get(url, params=query, headers=self._headers) as answer:
                     raise await _refusal(answer)
             kubelet = await self._client().ws_connect(
@@ -119,7 +119,7 @@ class Kubelets:
         for address in status.get("addresses") or ():
             if address.get("type") == "InternalIP" and port:
                 return f"http://{address['address']}:{port}"
-        raise errors.bad_request(f"node {node_name} does not say where its kubelet is")
+        raise errors.bad_request(f"node {node_name} reports no kubelet address")
 
 
 def _container(pod: Object, asked: str) -> str:
@@ -141,19 +141,19 @@ def _container(pod: Object, asked: str) -> str:
 
 @contextmanager
 def _unreachable(pod: Object) -> Iterator[None]:
-    """Tell of a kubelet that does not answer; a client that left is not told of."""
+    """Turn connection errors to the kubelet into a 502. A client disconnect is re-raised."""
     try:
         yield
     except (aiohttp.ClientConnectionError, aiohttp.WSServerHandshakeError, TimeoutError) as error:
         if isinstance(error, ConnectionResetError):
             raise
         node = pod["spec"]["nodeName"]
-        message = f"the kubelet of node {node} does not answer: {error}"
+        message = f"the kubelet of node {node} is unreachable: {error}"
         raise StatusError(502, "BadGateway", message) from None
 
 
 async def _tell_refused_upgrade(answer: aiohttp.ClientResponse) -> None:
-    """aiohttp's error for an upgrade that is refused would not have what the kubelet said."""
+    """Raise the kubelet's error for a refused upgrade, which aiohttp's own error leaves out."""
     if answer.status >= 400 and "Upgrade" in answer.request_info.headers:
         raise await _refusal(answer)
 
@@ -163,7 +163,7 @@ async def _refusal(answer: aiohttp.ClientResponse) -> StatusError:
     if answer.content_type == "application/json":
         told = channels.Ending.decode(body)
         return StatusError(told.status, told.reason, told.message)
-    text = body.decode(errors="replace").strip() or f"the kubelet said {answer.status}"
+    text = body.decode(errors="replace").strip() or f"the kubelet returned {answer.status}"
     return StatusError(answer.status, "NotFound" if answer.status == 404 else "BadRequest", text)
 
 
@@ -182,7 +182,7 @@ _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
 
 async def _pass_on(source: _Socket, target: _Socket) -> None:
-    """Until the source is at its end."""
+    """Copy messages until the source is closed."""
     async for message in source:
         data = payload(message)
         if data is not None:

@@ -1,8 +1,8 @@
-"""Field managers, between the registry and `ownership`: what a write to a resource may own.
+"""Field managers: applies `ownership` to the served resources.
 
-Knows which members of an object a write (or one to a subresource) cannot set, when a client may
-write managedFields itself, and how kubectl's client-side apply becomes a server-side one. The
-registry calls `updated` for every write but an apply, and `applied` for that.
+Decides which members of an object a write (also to a subresource) cannot set, when a client may set
+managedFields itself, and how kubectl migrates from client-side to server-side apply. The registry
+calls `applied` for an apply, and `updated` for every other write.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from kubeai.local.apiserver.resources import OBJECT_META, Resource
 
 Object = dict[str, Any]
 
-# kubectl's own record of client-side apply; its server-side apply takes over what it holds.
+# kubectl's record of its last client-side apply. A server-side apply by kubectl takes it over.
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 KUBECTL = "kubectl"
-OWNERSHIPS_MAX = 256  # versions of resources whose shapes are kept
+OWNERSHIPS_MAX = 256  # cached, one per resource version
 
 
 def managed_fields(obj: Object) -> list[Object]:
@@ -45,7 +45,7 @@ def without_managed_fields(obj: Object) -> Object:
 
 
 def copied(obj: Object) -> Object:
-    """A copy to change; managedFields, which are never changed in place, are shared."""
+    """Return a deep copy that shares managedFields, which are never mutated."""
     metadata = obj.get("metadata")
     managed = metadata.get("managedFields") if isinstance(metadata, dict) else None
     return copy.deepcopy(obj, {id(managed): managed} if managed else None)
@@ -54,11 +54,11 @@ def copied(obj: Object) -> Object:
 def updated(
     resource: Resource, given: list[Object] | None, old: Object | None, new: Object, writer: Writer
 ) -> list[Object]:
-    """The managedFields after a write that made `new` of `old`; None when it created it.
+    """Return the managedFields after a write from `old` (None on creation) to `new`.
 
-    A client may write them itself (`given`). A list of one empty entry clears them; so does an
-    empty list in a built-in object. What cannot be decoded is ignored, so that clients that do
-    not know them do no harm.
+    A client may set managedFields itself (`given`). A list with one empty entry clears them; so
+    does an empty list in a built-in object. A malformed list is ignored, so that clients unaware of
+    managedFields do no harm.
     """
     before = managed_fields(old) if old else []
     if given is not None and not writer.subresource and given != before:
@@ -69,15 +69,15 @@ def updated(
     try:
         return _ownership(resource).updated(before, old, new, writer, unowned)
     except Misfit:
-        return before  # such an object is about to be refused, or was there before its schema
+        return before  # it fails validation next, or predates its schema
 
 
 def applied(
     resource: Resource, name: str, live: Object, config: Object, writer: Writer, force: bool
 ) -> tuple[Object, list[Object]]:
-    """What an apply makes of `live` ({} when it creates it), as a copy, and its managedFields.
+    """Return a copy of `live` ({} on creation) after an apply, and its managedFields.
 
-    Raises a 400 when the configuration does not fit, a 409 when it conflicts.
+    Raises a 400 if the configuration does not match the schema, or a 409 if it conflicts.
     """
     owners = _ownership(resource)
     unowned = _unowned(resource, writer.subresource, not live, live.keys() | config.keys())
@@ -114,7 +114,7 @@ def _ownership(resource: Resource) -> Ownership:
 def _unowned(
     resource: Resource, subresource: str, creating: bool, members: Iterable[str]
 ) -> tuple[str, ...]:
-    """The members of an object that a write to it, or to a subresource, leaves as they are."""
+    """Return the members of an object that a write, possibly to a subresource, cannot set."""
     strategy = strategy_of(resource)
     if subresource == "status":
         kept = {"status", "apiVersion", "kind"}
@@ -133,7 +133,7 @@ def _record(live: Object) -> str | None:
 
 
 def _read_record(resource: Resource, recorded: str) -> Object:
-    """What kubectl says that it applied from its side; {} when that cannot be used."""
+    """Return the configuration of the last client-side apply; {} if it is not usable."""
     try:
         config = orjson.loads(recorded)
     except ValueError:
@@ -143,7 +143,7 @@ def _read_record(resource: Resource, recorded: str) -> Object:
 
 
 def _as_record(config: Object) -> str:
-    """A configuration as kubectl writes it down."""
+    """Encode a configuration as kubectl does in its annotation."""
     metadata = {**config["metadata"]}
     if metadata.get("annotations"):
         metadata["annotations"] = {**metadata["annotations"]}

@@ -1,4 +1,4 @@
-"""``metadata``, which every object has: its form, its rules, its times."""
+"""Object metadata: schema, validation and timestamps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Object = dict[str, Any]
 NAME_MAX_CHARS = 253
 LABEL_VALUE_MAX_CHARS = 63
 ANNOTATIONS_MAX_BYTES = 256 << 10
-# Kubernetes leaves out vowels and lookalikes, so that no word appears by chance.
+# Like Kubernetes, without vowels and lookalikes, so that no words appear by chance.
 _SUFFIX = "bcdfghjklmnpqrstvwxz2456789"
 _SUFFIX_CHARS = 5
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
@@ -60,7 +60,7 @@ _DROPPED_WHEN_EMPTY = ("labels", "annotations", "finalizers", "ownerReferences")
 
 
 def now() -> str:
-    """This second, as Kubernetes writes times."""
+    """Return the current time in Kubernetes' format, in whole seconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -73,9 +73,9 @@ def random_suffix() -> str:
 
 
 def tidy(obj: Object, version: str, kind: str) -> tuple[list[str], list[Object] | None]:
-    """Refuse metadata of the wrong form; drop what is unknown or empty in it (in place).
+    """Validate the types in metadata; drop unknown and empty fields in place.
 
-    Returns the paths of unknown fields, and `managedFields`, which are taken out.
+    Returns the paths of unknown fields, and `managedFields`, which it removes.
     """
     metadata = obj.setdefault("metadata", {})
     unknown: list[str] = []
@@ -84,7 +84,7 @@ def tidy(obj: Object, version: str, kind: str) -> tuple[list[str], list[Object] 
         if _are_objects(metadata.get("managedFields")):
             managed = metadata.pop("managedFields")
         unknown = [f"metadata.{path}" for path in _SCHEMA.prune(metadata, embedded=False)]
-        _SCHEMA.default(metadata)  # which drops nulls
+        _SCHEMA.default(metadata)  # this drops nulls
     causes = _SCHEMA.validate(metadata)
     if causes:
         wrong = f"metadata.{causes[0].line()}".replace(".:", ":")
@@ -101,10 +101,10 @@ def _are_objects(items: Any) -> bool:
 
 
 def check(metadata: Object, one_label: bool = False, custom: bool = False) -> list[Cause]:
-    """What is wrong with names, labels, annotations, finalizers and owners.
+    """Validate names, labels, annotations, finalizers and owner references.
 
-    `one_label`: the name must be a DNS label, not a subdomain. `custom`: of a custom resource,
-    whose finalizers need no domain.
+    `one_label`: the name must be a DNS label, not a subdomain. `custom`: this is a custom resource,
+    whose finalizers need no domain prefix.
     """
     causes = [*_check_name(metadata.get("name", ""), one_label)]
     for key, value in (metadata.get("labels") or {}).items():
@@ -130,7 +130,7 @@ def check(metadata: Object, one_label: bool = False, custom: bool = False) -> li
 
 
 def check_unchanged(metadata: Object, old: Object) -> list[Cause]:
-    """What a write gives and cannot give; what it leaves out is kept as it was."""
+    """Reject changes of immutable fields. Fields that a write omits are kept."""
     causes = []
     for name in ("deletionTimestamp", "deletionGracePeriodSeconds"):
         given, kept = metadata.get(name), old.get(name)

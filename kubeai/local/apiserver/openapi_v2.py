@@ -1,8 +1,8 @@
 """OpenAPI v2: the schemas of all resources in one document, as JSON and as protobuf.
 
-kubectl asks for protobuf alone, and does so whenever OpenAPI v3 does not know a kind: before it
-can say that the kind has no match, it needs this document. The field numbers are those of
-gnostic's OpenAPIv2.proto, which is the schema of that media type. The document has no paths.
+kubectl requests protobuf only, whenever OpenAPI v3 does not list a kind: it needs this document
+before it reports that there are no matches for the kind. The field numbers are those of gnostic's
+OpenAPIv2.proto, the schema of that media type. The document has no paths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Object = dict[str, Any]
 
 PROTOBUF = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
 PROTOBUF_DEPRECATED = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
-DOCUMENTS_MAX = 2  # cached, of the current resources
+DOCUMENTS_MAX = 2  # cached until the resources change
 
 _TITLE = "KubeAI's embedded Kubernetes API"
 _INT_OR_STRING = "x-kubernetes-int-or-string"
@@ -74,7 +74,7 @@ def _named_schemas(schemas: Object) -> bytes:
 
 
 def _schema(schema: Object) -> bytes:
-    """A Schema; words that OpenAPI v2 does not have are left out, as by a real API server."""
+    """Encode a Schema. Like a real API server, omits keywords that OpenAPI v2 lacks."""
     if schema.get(_PRESERVE) or schema.get(_INT_OR_STRING):
         dropped = ("type", "properties", "items", "additionalProperties")
         schema = {name: value for name, value in schema.items() if name not in dropped}
@@ -92,7 +92,7 @@ def _reference(value: str) -> bytes:
 
 
 def _type(value: str | list[str]) -> bytes:
-    """One type: clients refuse two. Kubernetes writes a number or string as a string."""
+    """Encode one type, as clients reject lists; Kubernetes encodes int-or-string as string."""
     return _message(22, _text(1, value if isinstance(value, str) else "string"))
 
 
@@ -106,7 +106,7 @@ def _named_any(name: str, value: Any) -> bytes:
 
 
 def _any(value: Any) -> bytes:
-    """An Any holds YAML, of which JSON is a part."""
+    """Encode an Any. It holds YAML, of which JSON is a subset."""
     return _text(2, orjson.dumps(value).decode())
 
 
@@ -139,7 +139,7 @@ _FIELDS: dict[str, Callable[[Any], bytes]] = {
 }
 
 
-# The wire format: a tag, which is a field's number and wire type, and a value.
+# The wire format: a tag (field number and wire type), then a value.
 
 
 def _varint(value: int) -> bytes:

@@ -1,18 +1,19 @@
-"""Who owns which fields of an object: ``metadata.managedFields`` and server-side apply.
+"""Field ownership: ``metadata.managedFields`` and server-side apply.
 
-Owns three things, all of them values in and values out; the registry calls it at each write.
+Pure functions in three parts; the registry calls them, through `managers`, on each write.
 
-- Sets of fields, in the form that clients see (FieldsV1): a tree of dicts. Its keys are steps,
-  ``f:name`` to a member, ``k:{"name":"a"}`` to the item of a list with that key, ``v:"a"`` to an
-  item that is its own key. A node is in the set when it has no steps below it, or a ``.`` beside
+- Field sets, in the format that clients see (FieldsV1): a tree of dicts whose keys are steps.
+  ``f:name`` leads to a member, ``k:{"name":"a"}`` to the list item with that key, ``v:"a"`` to the
+  list item with that value. A node is in the set if it has no steps below it, or a ``.`` among
   them. Trees are shared between versions of an object and never mutated.
-- `Shape`, which says where a schema cuts an object into fields: scalars and atomic lists and maps
-  are one field, whatever is inside.
-- What a write does to the owners. An update takes what it changes from all others. An apply
-  names all that its manager wants: what it would take from others is a `Conflict`, unless it is
-  forced; what it named before, names no longer, and nobody else owns, goes.
+- `Shape`, which splits an object into fields by its schema: a scalar and an atomic list or map are
+  one field each.
+- What a write does to the owners. An update takes ownership of the fields that it changes. An apply
+  lists all fields that its manager wants. Changing a field owned by others is a `Conflict` unless
+  the apply is forced. A field that the manager applied before and no longer lists is removed if
+  nobody else owns it.
 
-The rules are Kubernetes' (structured merge and diff), so that its clients find what they expect.
+The rules are those of Kubernetes' structured-merge-diff, so that its clients work unchanged.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ import orjson
 from kubeai.local.apiserver.schema import Schema
 
 Object = dict[str, Any]
-Fields = dict[str, Any]  # a node of a tree
+Fields = dict[str, Any]  # a node of a field set
 
 UPDATE, APPLY = "Update", "Apply"
 FORMAT = "FieldsV1"
 BEFORE_FIRST_APPLY, ANCIENT = "before-first-apply", "ancient-changes"
-UPDATERS_MAX = 10  # the oldest beyond them share one entry
-DEPTH_MAX = 200  # of sets that clients send
-SHARED_MAX = 512  # sets that objects which come may share
+UPDATERS_MAX = 10  # beyond that, the oldest are merged into one entry
+DEPTH_MAX = 200  # of field sets that clients send
+SHARED_MAX = 512  # field sets cached for sharing between objects
 _PRESERVE = "x-kubernetes-preserve-unknown-fields"
 _SELF = "."
-_IN: Fields = {}  # a node in the set, with nothing below it
+_IN: Fields = {}  # a node that is in the set and has nothing below it
 _METADATA: Fields = {"f:metadata": _IN}
 _NAME: Fields = {"f:metadata": {"f:name": _IN}}
-# The API's own: nobody owns them.
+# Set by the API; never owned by a manager.
 _TYPE = ("apiVersion", "kind")
 _SYSTEM = (
     "name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "selfLink",
@@ -48,7 +49,7 @@ _SYSTEM = (
 )  # fmt: skip
 
 
-# Sets of fields. An empty set is {} at the root; below it, {} is a field.
+# Field sets. At the root {} is the empty set; below the root it is a field.
 
 
 def _is_in(node: Fields) -> bool:
@@ -56,7 +57,7 @@ def _is_in(node: Fields) -> bool:
 
 
 def _node(inside: bool, below: Fields) -> Fields | None:
-    """None when nothing is in it."""
+    """Return a node, or None if it would be empty."""
     if not below:
         return _IN if inside else None
     return {_SELF: _IN, **below} if inside else below
@@ -103,7 +104,7 @@ def _intersection(one: Fields, other: Fields) -> Fields | None:
 
 
 def paths(fields: Fields, before: str = "") -> Iterator[str]:
-    """The fields in a set as messages show them: ``.spec.containers[name="a"].image``."""
+    """Yield the fields of a set as messages show them: ``.spec.containers[name="a"].image``."""
     below = {step: child for step, child in sorted(fields.items()) if step != _SELF}
     for step, child in below.items():
         if _is_in(child):
@@ -146,11 +147,11 @@ def _is_step(step: str) -> bool:
 
 
 class Misfit(Exception):
-    """A value cannot be cut into fields as its schema wants it."""
+    """A value cannot be split into fields by its schema."""
 
 
 class Shape:
-    """How one place of a schema cuts what stands there. Made as it is needed: types recur."""
+    """How one node of a schema splits a value into fields. Created lazily: types recur."""
 
     def __init__(self, schema: Schema, node: Object, meta: Schema, resource: bool = False) -> None:
         node = {**schema.resolve(node), **node}
@@ -158,7 +159,7 @@ class Shape:
         self._known: dict[str, Shape] = {}
         self._resource = resource or bool(node.get("x-kubernetes-embedded-resource"))
         self._items: Shape | None = None
-        self.keys: tuple[str, ...] = ()  # that tell the items of a list apart; none: a set
+        self.keys: tuple[str, ...] = ()  # merge keys of a list's items; empty: a set
         self.type = self._type()
         if self.type == "list":
             items = node.get("items") or {}
@@ -168,7 +169,7 @@ class Shape:
             self._defaults = {key: members.get(key, {}).get("default") for key in self.keys}
 
     def _type(self) -> str:
-        """``map`` and ``list`` are cut, ``whole`` is not, ``free`` is as its value is."""
+        """``map`` and ``list`` are split, ``whole`` is not; ``free`` depends on the value."""
         node = self._node
         if node.get("type") == "array" or "items" in node:
             return "list" if node.get("x-kubernetes-list-type") in ("map", "set") else "whole"
@@ -181,14 +182,14 @@ class Shape:
         return "map" if node.get("type") == "object" else "whole"
 
     def cuts(self, value: Any) -> type | None:
-        """``dict`` or ``list`` when the value has fields of its own, None when it is one."""
+        """Return ``dict`` or ``list`` if the value is split, or None if it is one field."""
         if isinstance(value, dict):
             return dict if self.type in ("map", "free") else None
         return list if isinstance(value, list) and self.type == "list" else None
 
     @property
     def expected(self) -> str:
-        """The type of a value, as messages name it."""
+        """The expected type, as messages name it."""
         kind = self._node.get("type") if self.type == "whole" else self.type
         return kind if isinstance(kind, str) else "anything"
 
@@ -197,13 +198,13 @@ class Shape:
         return _ACCEPTED.get(self.expected, (object,))
 
     def names(self, name: str) -> bool:
-        """Whether the schema declares this very member (rather than any)."""
+        """Whether the schema declares this member by name."""
         return name in (self._node.get("properties") or ()) or (
             self._resource and name in ("apiVersion", "kind", "metadata")
         )
 
     def member(self, name: str) -> Shape:
-        """Raises Misfit when nothing declares it."""
+        """Return a member's shape. Raises Misfit if it is not declared."""
         found = self._known.get(name)
         if found is None:
             found = self._known[name] = self._member(name)
@@ -225,8 +226,8 @@ class Shape:
         raise Misfit("field not declared in schema")
 
     def _shared(self, name: str, node: Object) -> Shape:
-        """One shape for all members that nobody named."""
-        name = f"{name}:"  # which is no member's
+        """Return one shape that is shared by all members not declared by name."""
+        name = f"{name}:"  # cannot collide with a cached member
         if name not in self._known:
             self._known[name] = Shape(self._schema, node, self._meta)
         return self._known[name]
@@ -237,7 +238,7 @@ class Shape:
         return self._items
 
     def below(self, step: str) -> Shape:
-        """Raises Misfit when the schema has no such place (any more)."""
+        """Return the shape below a step. Raises Misfit if the schema has none (any more)."""
         if step.startswith("f:"):
             return self.member(step[2:])
         if self._items is None:
@@ -245,7 +246,7 @@ class Shape:
         return self._items
 
     def step(self, item: Any) -> str:
-        """The step to an item of the list. Raises Misfit when it has none of the keys."""
+        """Return the step to a list item. Raises Misfit if the item has none of the keys."""
         if not self.keys:
             return "v:" + orjson.dumps(item, option=orjson.OPT_SORT_KEYS).decode()
         if not isinstance(item, dict):
@@ -257,7 +258,7 @@ class Shape:
         return "k:" + orjson.dumps(found, option=orjson.OPT_SORT_KEYS).decode()
 
     def indexed(self, items: list[Any]) -> dict[str, list[Any]]:
-        """The items by their steps: more than one only where the list holds duplicates."""
+        """Return the items by step; more than one per step only if there are duplicates."""
         found: dict[str, list[Any]] = {}
         for item in items:
             found.setdefault(self.step(item), []).append(item)
@@ -272,14 +273,14 @@ _ACCEPTED: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-# From objects to sets.
+# From objects to field sets.
 
 
 def named(value: Any, shape: Shape) -> Fields:
-    """What an applied configuration names. Raises Misfit, whose text begins with the place.
+    """Return the fields of an applied configuration. Raises Misfit, whose text begins with a path.
 
-    Members that the schema declares come with what is in them; a map's own keys and the items of
-    a list are fields themselves.
+    A member declared by name is in the set through its content only; keys of a map and items of a
+    list are fields themselves.
     """
     return _named(value, shape, False, "") or {}
 
@@ -298,7 +299,7 @@ def _named(value: Any, shape: Shape, itself: bool, path: str) -> Fields | None:
 
 
 def _parts(value: Any, shape: Shape, path: str) -> Iterator[tuple[str, Any, Shape, bool]]:
-    """Step, value, shape, and whether it is a field itself. Names the place of a misfit."""
+    """Yield step, value, shape, and whether it is a field itself. A Misfit names the path."""
     if isinstance(value, dict):
         for name, part in value.items():
             try:
@@ -318,7 +319,7 @@ def _parts(value: Any, shape: Shape, path: str) -> Iterator[tuple[str, Any, Shap
 
 
 def everything(value: Any, shape: Shape) -> Fields:
-    """All fields of a value, and what holds them; as a node, that is, with itself."""
+    """Return a node with all fields of a value, including containers and the value itself."""
     below: Fields = {}
     cut = shape.cuts(value)
     if cut is dict:
@@ -333,7 +334,7 @@ def _of_item(found: list[Any], shape: Shape) -> Fields:
 
 
 def compare(old: Any, new: Any, shape: Shape) -> tuple[Fields, Fields]:
-    """The fields that are new or different in `new`, and those that are gone from it."""
+    """Return the fields added or changed in `new`, and the fields removed from it."""
     changed, gone = _compare(old, new, shape)
     return changed or {}, gone or {}
 
@@ -344,7 +345,7 @@ def _compare(old: Any, new: Any, shape: Shape) -> tuple[Fields | None, Fields | 
     cut = shape.cuts(old if new is None else new)
     if cut is None or (old is not None and shape.cuts(old) is not cut) or not (old or new):
         return _IN, None
-    old, new = old or cut(), new or cut()  # null has no fields, as the empty ones have none
+    old, new = old or cut(), new or cut()  # null has no fields, like an empty value
     changed, gone = Fields(), Fields()
     if cut is dict:
         for name, part in new.items():
@@ -378,11 +379,11 @@ def _add(
             into[step] = found
 
 
-# From sets to objects.
+# From field sets to objects.
 
 
 def merged(live: Any, config: Any, shape: Shape) -> Any:
-    """`live` with what `config` names. Parts of both may be shared with the result."""
+    """Merge `config` into `live`. The result may share parts of both."""
     cut = shape.cuts(live)
     if cut is None or (config is not None and shape.cuts(config) is not cut):
         return config
@@ -397,7 +398,7 @@ def merged(live: Any, config: Any, shape: Shape) -> Any:
 
 
 def _merged_list(live: list[Any], config: list[Any], shape: Shape) -> list[Any]:
-    """The configuration's items in its order; the others stay in front of what they preceded."""
+    """Keep the configuration's order; other items stay before the items that they preceded."""
     before, wanted = shape.indexed(live), shape.indexed(config)
     shared = [step for step in wanted if step in before]
     rest = iter(wanted)
@@ -422,7 +423,7 @@ def _merged_list(live: list[Any], config: list[Any], shape: Shape) -> list[Any]:
 
 
 def without(value: Any, fields: Fields, shape: Shape) -> Any:
-    """`value` less the fields of the set, and all that is in them. None when nothing is left."""
+    """Remove the fields of the set and their content. Returns None if nothing is left."""
     cut = shape.cuts(value)
     if cut is None or not fields or not value:
         return value
@@ -442,7 +443,7 @@ def without(value: Any, fields: Fields, shape: Shape) -> Any:
 
 
 def _with_holders(fields: Fields, shape: Shape) -> Fields:
-    """The set with the declared members that hold its fields: they go when these do."""
+    """Add the declared members that contain the set's fields: they are removed together."""
     out: Fields = {}
     for step, child in fields.items():
         if step == _SELF or not child:
@@ -463,13 +464,13 @@ def _with_holders(fields: Fields, shape: Shape) -> Fields:
 
 @functools.lru_cache(maxsize=SHARED_MAX)
 def _shared(fields: bytes) -> Fields:
-    """One tree for all objects that are alike: the pods of a model, the renewals of a lease."""
+    """Share one tree between equal field sets: pods of a model, renewals of a lease."""
     tree: Fields = orjson.loads(fields)
     return tree
 
 
 class Writer(NamedTuple):
-    """Who writes, and through what."""
+    """The manager of a write, and the API version, time and subresource that it used."""
 
     manager: str
     api_version: str
@@ -494,7 +495,7 @@ class Entry:
         return self.manager, self.operation, version, self.subresource
 
     def shown(self) -> str:
-        """As in the message of a conflict."""
+        """Format the manager as in a conflict message."""
         text = orjson.dumps(self.manager).decode()
         if self.subresource:
             text += f" with subresource {orjson.dumps(self.subresource).decode()}"
@@ -512,7 +513,7 @@ class Entry:
 
 
 class Conflict(Exception):
-    """An apply would change fields that others own."""
+    """An apply would change fields that other managers own."""
 
     def __init__(self, fields: list[tuple[Entry, Fields]]) -> None:
         super().__init__("an apply conflicts with other managers")
@@ -520,7 +521,7 @@ class Conflict(Exception):
 
 
 def decode(managed: Any) -> list[Entry] | None:
-    """The entries of ``managedFields``; None when a client sent something that is none."""
+    """Decode ``managedFields``. Returns None if it is malformed."""
     if not isinstance(managed, list):
         return None
     entries = []
@@ -541,20 +542,20 @@ def decode(managed: Any) -> list[Entry] | None:
 
 
 def well_formed(managed: Any) -> bool:
-    """Whether a client's ``managedFields`` can be decoded, and worked on later."""
+    """Whether a client's ``managedFields`` is non-empty and valid."""
     entries = decode(managed)
     return bool(entries) and all(_is_set(entry.fields) for entry in entries or ())
 
 
 def encode(entries: Iterable[Entry]) -> list[Object]:
-    """In Kubernetes' order: what was applied first, then by age."""
+    """Encode entries in Kubernetes' order: applies first, then by age."""
     kept = [entry for entry in entries if entry.fields]
     kept.sort(key=lambda e: (e.operation, e.time or "", e.manager, e.api_version, e.subresource))
     return [entry.encoded() for entry in kept]
 
 
 class Ownership:
-    """The owners of one resource's fields, at one version. `meta` is the schema of ObjectMeta."""
+    """Field ownership for one version of a resource. `meta` is the schema of ObjectMeta."""
 
     def __init__(self, schema: Schema, meta: Schema) -> None:
         self.shape = Shape(schema, schema.root, meta, resource=True)
@@ -563,10 +564,10 @@ class Ownership:
         self, managed: list[Object], old: Object | None, new: Object, writer: Writer,
         unowned: tuple[str, ...] = (),
     ) -> list[Object]:  # fmt: skip
-        """``managedFields`` after a write made `new` of `old`; None when it created it.
+        """Return ``managedFields`` after an update from `old` (None on creation) to `new`.
 
-        `unowned` are members of the object that this write cannot set. What was written before
-        anybody was tracked stays nobody's, until the first apply.
+        `unowned` are members of the object that this write cannot set. If the object has no
+        ``managedFields``, ownership stays untracked until the first apply.
         """
         if old is not None and not managed:
             return managed
@@ -591,9 +592,9 @@ class Ownership:
         force: bool = False, unowned: tuple[str, ...] = (),
         yielding: Callable[[], Fields] = dict,
     ) -> tuple[Object, list[Object]]:  # fmt: skip
-        """`live` after an apply, and its ``managedFields``. Raises Misfit or Conflict.
+        """Return `live` after an apply, and its ``managedFields``. Raises Misfit or Conflict.
 
-        `config` has no `unowned` members. Conflicts over the `yielding` fields alone are none.
+        `config` has no `unowned` members. The `yielding` fields never conflict.
         """
         shape = self.shape
         mine = Entry(writer.manager, APPLY, writer.api_version, writer.subresource,
@@ -622,7 +623,7 @@ class Ownership:
         return new, encode([*others, replace(mine, time=time)])
 
     def agreed(self, config: Object, live: Object) -> Fields:
-        """The fields that a configuration names and that are in `live` as it wants them."""
+        """Return the fields of a configuration that have the same value in `live`."""
         try:
             changed, gone = compare(_view(config), _view(live), self.shape)
             return difference(difference(self._named(config), changed), gone)
@@ -634,7 +635,7 @@ class Ownership:
 
 
 def _view(obj: Object, unowned: tuple[str, ...] = ()) -> Object:
-    """The part of an object that can be owned. Metadata is always there: nobody brings it."""
+    """Return the part of an object that can be owned. Always has ``metadata``."""
     view = {name: value for name, value in obj.items() if name not in _TYPE and name not in unowned}
     metadata = view.get("metadata") or {}
     view["metadata"] = {name: value for name, value in metadata.items() if name not in _SYSTEM}
@@ -653,7 +654,7 @@ def _refuse_conflicts(others: list[Entry], changed: Fields, yielding: Callable[[
 
 
 def _capped(entries: list[Entry]) -> list[Entry]:
-    """No more than UPDATERS_MAX entries of updates, the oldest joined."""
+    """Limit update entries to UPDATERS_MAX by merging the oldest."""
     updates = sorted(
         (entry for entry in entries if entry.operation == UPDATE and entry.fields),
         key=lambda entry: (entry.manager != ANCIENT, entry.time or "", entry.manager),

@@ -1,10 +1,10 @@
 """Patches: JSON patch, merge patch and strategic merge patch, applied to a copy.
 
-The fourth kind, APPLY, is not about one object but about its owners: see `ownership`.
+The fourth kind, APPLY, depends on field ownership: see `ownership`.
 
-A strategic merge follows the patch strategies of the built-in types, which their schemas carry
-(``x-kubernetes-patch-strategy`` and ``-merge-key``); custom resources have none, and are refused
-before they come here.
+A strategic merge follows the patch strategies in the schemas of the built-in types
+(``x-kubernetes-patch-strategy`` and ``-merge-key``). Custom resources have none, so strategic merge
+patches of them are rejected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPERATIONS_MAX = 10_000
 
 
 def apply(kind: str, target: Object, patch: Any, schema: Schema | None, custom: bool) -> Object:
-    """`target` with the patch applied. `kind` is the request's content type."""
+    """Return `target` with the patch applied. `kind` is the request's content type."""
     if kind == JSON:
         return _json(target, patch)
     if kind == MERGE or (kind == STRATEGIC and not custom and schema is not None):
@@ -82,12 +82,12 @@ _PLAIN: Object = {}
 
 
 def strategic(target: Object, patch: Object, schema: Schema) -> Object:
-    """Lists are merged by their keys, as the schema says; directives in the patch are obeyed."""
+    """Merge lists by the keys in the schema, and follow the directives in the patch."""
     return _merge_map(target, patch, schema.root, schema)
 
 
 def _merge_map(target: Any, patch: Object, place: Object, schema: Schema) -> Object:
-    """`place` is the schema of the two."""
+    """Merge two maps; `place` is the schema of both."""
     directive = patch.get(_DIRECTIVE)
     if directive == "delete":
         return {}
@@ -107,7 +107,7 @@ def _merge_map(target: Any, patch: Object, place: Object, schema: Schema) -> Obj
         else:
             order = patch.get(_ORDER + name)
             out[name] = _merge_member(out.get(name), value, _member(place, name), schema, order)
-    for name, order in patch.items():  # an order may come without a change
+    for name, order in patch.items():  # an order may be given without a change of the list
         field = name.removeprefix(_ORDER)
         if name.startswith(_ORDER) and field not in patch and out.get(field):
             key = _member(place, field).get(_KEY)
@@ -119,7 +119,7 @@ _KEY, _STRATEGY = "x-kubernetes-patch-merge-key", "x-kubernetes-patch-strategy"
 
 
 def _member(place: Object, name: str) -> Object:
-    """The schema of a member as it stands there: the strategy is not the referred type's."""
+    """Return a member's schema, unresolved: a strategy is declared beside the ``$ref``."""
     properties = place.get("properties") or {}
     member: Object = properties.get(name) or place.get("additionalProperties") or _PLAIN
     return member
@@ -166,9 +166,9 @@ def _merge_list(
 
 
 def _ordered(items: list[Any], before: list[Any], order: list[Any], key: str | None) -> list[Any]:
-    """In the order that the patch wants, the items that it does not know put between.
+    """Sort items into the patch's order, and insert those that the patch does not list.
 
-    Each of those comes before the first item that stood behind it; new items have no such place.
+    Each unlisted item goes before the first item that followed it in `before`.
     """
 
     def identity(item: Any) -> Any:

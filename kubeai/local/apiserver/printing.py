@@ -1,7 +1,7 @@
 """Tables (meta.k8s.io/v1 Table): what ``kubectl get`` prints.
 
-Columns and cells for the built-in resources follow a real API server; a custom resource has the
-columns of its definition, found by the JSONPath subset that definitions may use.
+Columns and cells of built-in resources follow a real API server. A custom resource has the columns
+of its CRD, evaluated with the JSONPath subset that CRDs may use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def table(
     include: str = "Metadata",
     headers: bool = True,
 ) -> Object:
-    """The Table of some objects. `include`: Metadata, Object or None, for each row."""
+    """Return a Table of objects. `include` selects each row's object: Metadata, Object or None."""
     columns, row = _printer(resource)
     at = datetime.now(UTC)
     return {
@@ -51,7 +51,7 @@ def _row_object(obj: Object, include: str) -> Object:
 
 
 def partial(obj: Object) -> Object:
-    """Metadata alone, as a PartialObjectMetadata."""
+    """Return the object as a PartialObjectMetadata."""
     return {**_PARTIAL, "metadata": obj["metadata"]}
 
 
@@ -79,7 +79,7 @@ def _printer(resource: Resource) -> tuple[list[Object], Row]:
 
 
 def human_duration(seconds: float) -> str:
-    """Short and coarser the longer it is: 65s, 2m5s, 3h, 2d4h, 1y20d."""
+    """Format a duration, coarser the longer it is: 65s, 2m5s, 3h, 2d4h, 1y20d."""
     if seconds < -1:
         return "<invalid>"
     whole = max(0, int(seconds))
@@ -180,7 +180,7 @@ _STEP = re.compile(
 
 
 def parse_path(text: str) -> list[Step]:
-    """A JSONPath such as ``.status.conditions[?(@.type=="Ready")].status``, as steps."""
+    """Parse a JSONPath such as ``.status.conditions[?(@.type=="Ready")].status``."""
     text = text.strip().removeprefix("{").removesuffix("}").removeprefix("$")
     steps: list[Step] = []
     position = 0
@@ -203,7 +203,7 @@ def parse_path(text: str) -> list[Step]:
 
 
 def find(steps: list[Step], obj: Any) -> list[Any]:
-    """Everything that the path leads to."""
+    """Return all values that the path matches."""
     found = [obj]
     for kind, what in steps:
         found = [value for place in found for value in _step(kind, what, place)]
@@ -249,7 +249,7 @@ def _pod(pod: Object, at: datetime) -> list[Any]:
 
 
 def _containers_of(status: Object, at: datetime) -> tuple[int, int, str]:
-    """How many are ready, how often they restarted, how long ago the last time was."""
+    """Return the ready containers, the restarts, and the time since the last restart."""
     ready = restarts = 0
     last = ""
     for container in status.get("containerStatuses") or ():
@@ -262,7 +262,7 @@ def _containers_of(status: Object, at: datetime) -> tuple[int, int, str]:
 
 
 def pod_status(pod: Object) -> str:
-    """The word in the STATUS column: the most telling of phase, reasons and deletion."""
+    """Return the STATUS column, derived from phase, container reasons and deletion."""
     status = pod.get("status", {})
     reason = status.get("reason") or status.get("phase") or "Unknown"
     starting = _init_reason(pod)
@@ -422,7 +422,7 @@ def _data(obj: Object) -> int:
 
 
 def _columns(*names: str) -> list[Object]:
-    """`*` marks a column of ``-o wide``."""
+    """Return columns. A leading ``*`` marks a column of ``-o wide``."""
     return [
         column(name.removeprefix("*"), wide=name.startswith("*"), form="name" * (name == "Name"))
         for name in names

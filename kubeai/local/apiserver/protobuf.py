@@ -1,11 +1,11 @@
-"""Kubernetes' protobuf, read only: what typed Go clients (``kubectl create secret``) send.
+"""Decoder for Kubernetes' protobuf, which typed Go clients (``kubectl create secret``) send.
 
-A body is four magic bytes and an Unknown message, which says the kind and holds the object. The
-numbers of the fields are in protobuf.json (tests/cluster/schemas.py writes it). Answers are JSON,
-which those clients accept as well.
+A body consists of four magic bytes and an Unknown message with the kind and the object. The field
+numbers are in protobuf.json, which tests/cluster/schemas.py generates. Responses are JSON, which
+those clients also accept.
 
-Go writes fields that are empty too, and does not say which of them were set: empty strings and
-times are taken as absent, as they are in Go's JSON.
+Go encodes unset fields as empty ones. Empty strings and times are therefore treated as absent, as
+in Go's JSON.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MAGIC = b"k8s\x00"
 _DEPTH_MAX = 64
 _VARINT_MAX_BYTES = 10
 _TYPE_META, _RAW, _CONTENT_ENCODING = 1, 2, 3
-_KEPT_WHEN_EMPTY = ("storageClassName",)  # there "" says something
+_KEPT_WHEN_EMPTY = ("storageClassName",)  # where "" differs from absent
 
 
-# A field may have any wire type, so that a number can stand where bytes should.
+# Errors of malformed input: a field may have any wire type, such as a number instead of bytes.
 _MALFORMED = (
     ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, OSError,
     struct.error,
@@ -41,24 +41,24 @@ _MALFORMED = (
 
 @functools.cache
 def _messages() -> dict[str, dict[str, tuple[str, str, str]]]:
-    """Message → field number → name ("": inlined in JSON), type, "" or repeated or map."""
+    """Map message → field number → (name or "" if inlined, type, "", "repeated" or "map")."""
     path = Path(__file__).with_name("protobuf.json")
     messages: dict[str, dict[str, tuple[str, str, str]]] = orjson.loads(path.read_bytes())
     return messages
 
 
 def decode(body: bytes) -> Object:
-    """The object, as its JSON would be. Raises a 400 when it is not one."""
+    """Decode an object into its JSON form. Raises a 400 if it is malformed."""
     try:
         if not body.startswith(_MAGIC):
-            raise ValueError("it does not begin as it should")
+            raise ValueError("the prefix k8s\\x00 is missing")
         fields = dict(_fields(body[len(_MAGIC) :]))
         if fields.get(_CONTENT_ENCODING):
-            raise ValueError("its content is encoded")
+            raise ValueError("content encodings are not supported")
         names = dict(_fields(fields[_TYPE_META]))
         kind = names.get(2, b"").decode()
         if kind not in _messages():
-            raise ValueError(f"the kind {kind} is only understood as JSON")
+            raise ValueError(f"the kind {kind} is supported as JSON only")
         obj = _message(kind, fields.get(_RAW, b""), 0)
         return {"apiVersion": names.get(1, b"").decode(), "kind": kind, **obj}
     except _MALFORMED as error:
@@ -72,11 +72,11 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, at + index + 1
-    raise ValueError("a number is too long")
+    raise ValueError("a varint is too long")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and raw values: numbers for the fixed and variable ones, bytes for others."""
+    """Yield field numbers and raw values: ints for varints, bytes for all other wire types."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
@@ -87,7 +87,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         elif wire == 2:
             size, at = _varint(data, at)
             if at + size > len(data):
-                raise ValueError("a field is cut off")
+                raise ValueError("a field is truncated")
             value, at = data[at : at + size], at + size
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4

@@ -1,9 +1,9 @@
-"""The rules of reading and writing: what Kubernetes does between a request and its store.
+"""The rules of reads and writes: what a Kubernetes API server does between request and store.
 
 Owns metadata, optimistic concurrency, the separation of spec and status, generations, schema
 pruning, defaulting and validation, finalizers and graceful deletion. Everything is synchronous:
-one request is one step, so a read and the write that depends on it are never torn apart.
-The server calls it for clients, the collector for what follows from a deletion.
+each request is one step, so nothing runs between a read and the write that depends on it. The
+server calls it for clients, the collector for the effects of deletions.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class WriteOptions:
     dry_run: bool = False
     field_validation: str = "Warn"  # Ignore, Warn, Strict
     warnings: list[str] = field(default_factory=list)  # filled by the write
-    duplicates: list[str] = field(default_factory=list)  # keys that the body gave twice
-    manager: str = "unknown"  # who writes
-    force: bool = False  # of an apply: take fields from others
+    duplicates: list[str] = field(default_factory=list)  # duplicate keys in the body
+    manager: str = "unknown"  # the field manager
+    force: bool = False  # for an apply: take over fields that others own
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class DeleteOptions:
 
 
 class Registry:
-    """Reads and writes of objects, by Kubernetes' rules."""
+    """Reads and writes objects by Kubernetes' rules."""
 
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
@@ -137,7 +137,7 @@ class Registry:
         options: WriteOptions,
         subresource: str = "",
     ) -> Stored:
-        """Replace the object, or its status."""
+        """Replace the object or its status."""
         return self._update(resource, namespace, name, obj, options, subresource)
 
     def _update(
@@ -204,7 +204,7 @@ class Registry:
         options: WriteOptions,
         subresource: str = "",
     ) -> Stored:
-        """Apply a patch of that content type to the object or its status."""
+        """Apply a patch to the object or its status. `kind` is the patch's content type."""
         old = self.get(resource, namespace, name)
         patched = self._patched(resource, kind, old.object, patch)
         _check_identity(resource, name, patched, old.uid)
@@ -219,9 +219,9 @@ class Registry:
         options: WriteOptions,
         subresource: str = "",
     ) -> tuple[Stored, bool]:
-        """Server-side apply: `config` is all that its manager wants of the object.
+        """Server-side apply; `config` holds all fields that the manager wants.
 
-        Creates the object when it is not there; whether it did.
+        Creates the object if it does not exist. Returns it, and whether it was created.
         """
         if (config.get("apiVersion"), config.get("kind")) != (resource.api_version, resource.kind):
             api_version, kind = config.get("apiVersion") or "/", config.get("kind") or ""
@@ -247,13 +247,13 @@ class Registry:
         return self._create(resource, namespace, obj, options, managed), True
 
     def scale(self, resource: Resource, namespace: str, name: str) -> Object:
-        """The object's autoscaling/v1 Scale."""
+        """Return the object's autoscaling/v1 Scale."""
         return scale_of(resource, self.get(resource, namespace, name).object)
 
     def set_scale(
         self, resource: Resource, namespace: str, name: str, scale: Object, options: WriteOptions
     ) -> Object:
-        """Write ``spec.replicas`` of a Scale through to the object."""
+        """Write a Scale's ``spec.replicas`` to the object."""
         old = self.get(resource, namespace, name)
         obj = with_replicas(resource, copied(old.object), scale)
         version = (scale.get("metadata") or {}).get("resourceVersion")
@@ -278,7 +278,7 @@ class Registry:
     def apply_scale(
         self, resource: Resource, namespace: str, name: str, scale: Object, options: WriteOptions
     ) -> Object:
-        """An apply to ``/scale`` is one to the object, of its replicas alone."""
+        """Apply to ``/scale``: an apply to the object with only its replicas."""
         check_scale(scale)
         config: Object = {"apiVersion": resource.api_version, "kind": resource.kind}
         config["metadata"] = scale.get("metadata") or {"name": name}
@@ -287,7 +287,7 @@ class Registry:
         return scale_of(resource, stored.object)
 
     def bind(self, namespace: str, name: str, binding: Object, options: WriteOptions) -> None:
-        """Give a pod its node: ``POST pods/<name>/binding``."""
+        """Bind a pod to a node: ``POST pods/<name>/binding``."""
         old = self.get(PODS, namespace, name)
         about = binding.get("metadata") or {}
         if about.get("name") != name:
@@ -318,7 +318,7 @@ class Registry:
     def delete(
         self, resource: Resource, namespace: str, name: str, options: DeleteOptions
     ) -> tuple[Stored, bool]:
-        """Delete, or begin to; whether the object is gone."""
+        """Delete the object or begin to. Returns it, and whether it is gone."""
         old = self.get(resource, namespace, name)
         self._check_preconditions(resource, name, old, options)
         strategy = strategy_of(resource)
@@ -356,7 +356,7 @@ class Registry:
                 raise errors.conflict(resource.group, resource.plural, name, why)
 
     def change(self, resource: Resource, key: Key, edit: Callable[[Object], None]) -> Stored | None:
-        """An edit by the API itself (the collector): no admission. None when it is gone."""
+        """Edit without admission, for the collector. Returns None if the object is gone."""
         old = self.store.get(resource.key, key)
         if old is None:
             return None
@@ -373,12 +373,12 @@ class Registry:
 
     def _patched(self, resource: Resource, kind: str, obj: Object, patch: Any) -> Object:
         patched = patches.apply(kind, obj, patch, resource.schema, resource.custom)
-        return copied(patched)  # what the patch left alone belongs to the store
+        return copied(patched)  # unpatched parts are shared with the store
 
     def _decode(self, resource: Resource, obj: Object, options: WriteOptions) -> Any:
-        """Check what the object says it is, and take out what nobody declared.
+        """Check the object's kind and apiVersion, and prune undeclared fields.
 
-        Takes out, too, the managedFields that came with it, and gives them back.
+        Removes and returns the managedFields that the client sent.
         """
         kind, version = obj.get("kind") or resource.kind, obj.get("apiVersion")
         if resource.custom and not obj.get("kind"):
@@ -453,7 +453,7 @@ class Registry:
     def _check(
         self, resource: Resource, obj: Object, old: Object | None, subresource: str = ""
     ) -> None:
-        """Raise a 422 that names everything that is wrong."""
+        """Validate the object. Raises a 422 that lists all problems."""
         strategy = strategy_of(resource)
         causes = meta.check(obj["metadata"], strategy.name_is_label, resource.custom)
         if old is not None:
@@ -491,7 +491,7 @@ def _set_managed(obj: Object, managed: list[Object]) -> None:
 
 
 def _check_identity(resource: Resource, name: str, obj: Object, uid: str) -> None:
-    """A patched or applied object is still the one that the URL names."""
+    """Check that a patch or apply does not change the object's name or uid."""
     metadata = obj.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise errors.bad_request("metadata must be an object")
@@ -559,7 +559,7 @@ def _check_finalizers(metadata: Object, old: Object) -> list[Cause]:
 
 
 def _is_finished(resource: Resource, metadata: Object) -> bool:
-    """Being deleted, and nothing holds it any more."""
+    """Whether the object is being deleted and nothing blocks its removal."""
     return bool(
         not strategy_of(resource).waits_for_contents
         and metadata.get("deletionTimestamp")
@@ -569,7 +569,7 @@ def _is_finished(resource: Resource, metadata: Object) -> bool:
 
 
 def _set_policy(metadata: Object, propagation: str | None) -> None:
-    """Write the deletion policy down as the finalizer that the collector works off."""
+    """Store the propagation policy as a finalizer for the collector."""
     if propagation is None:
         return
     if propagation not in _POLICIES:

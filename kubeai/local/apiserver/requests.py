@@ -1,6 +1,6 @@
-"""What a request to the embedded API asks for: its body, its query, and its Accept header.
+"""Parsing of requests to the embedded API: body, query and Accept header.
 
-The server calls it. Whatever it cannot make sense of is a `StatusError`.
+Called by the server. Invalid input raises a `StatusError`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from kubeai.local.apiserver.watching import ListOptions
 
 WATCH_TIMEOUT_S = (1800.0, 3600.0)
 MANAGER_MAX_BYTES = 128
-ASIDE_MIN_BYTES = 64 << 10  # bodies that take longer to read than others should wait: 10 ms
+ASIDE_MIN_BYTES = 64 << 10  # larger bodies take over 10 ms to parse strictly: use a thread
 JSON, YAML = "application/json", "application/yaml"
 JSON_RANGES = (JSON, "*/*", "application/*")
 TABLE, PARTIAL, PARTIAL_LIST = "Table", "PartialObjectMetadata", "PartialObjectMetadataList"
 
 
 class Form(NamedTuple):
-    """How the client wants objects: JSON as they are, a Table, or metadata alone."""
+    """The representation that the client asks for: full objects, a Table, or metadata only."""
 
     kind: str = ""
 
@@ -41,9 +41,9 @@ class Form(NamedTuple):
 async def read_body(
     request: web.Request, options: WriteOptions | None = None, anything: bool = False
 ) -> Any:
-    """What was sent: an object, unless `anything` may come.
+    """Return the decoded body. It must be an object unless `anything` is set.
 
-    `options` are told which keys came twice, if the client asked to hear of its mistakes.
+    If the client asked for field validation, duplicate keys are recorded in `options`.
     """
     raw, kind = await request.read(), request.content_type
     if kind == protobuf.CONTENT_TYPE and not anything:
@@ -90,7 +90,7 @@ _OPTIONS = {"POST": "CreateOptions", "PUT": "UpdateOptions", "PATCH": "PatchOpti
 
 
 def _manager(request: web.Request) -> str:
-    """Who writes: as it says, or the program that its User-Agent names."""
+    """Return the field manager: ``fieldManager``, or else the program in the User-Agent."""
     given, applies = request.query.get("fieldManager", ""), request.content_type == APPLY
     cause = None
     if len(given.encode()) > MANAGER_MAX_BYTES:
@@ -179,7 +179,7 @@ def _number(text: str | None, name: str) -> int:
 
 
 def accepts(request: web.Request) -> list[tuple[str, dict[str, str]]]:
-    """Media types and their parameters, in the client's order."""
+    """Return the accepted media types and their parameters, in the client's order."""
     found = []
     for item in (request.headers.get("Accept") or "*/*").split(","):
         kind, *parameters = (part.strip() for part in item.split(";"))
@@ -203,7 +203,7 @@ def wants_aggregated(request: web.Request) -> str:
 
 
 def form(request: web.Request, partial: str) -> Form:
-    """The first form in the Accept header that is known here."""
+    """Return the first supported form in the Accept header."""
     for kind, parameters in accepts(request):
         if kind not in JSON_RANGES:
             continue

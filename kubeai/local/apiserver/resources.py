@@ -1,7 +1,7 @@
-"""Which resources there are: the built-in ones, and those that CustomResourceDefinitions add.
+"""The served resources: the built-in ones, and those added by CustomResourceDefinitions.
 
-A `Resource` is what the registry, the printer and discovery need to know of a collection. The
-`Catalog` finds them by path and by kind, and changes as definitions come and go.
+A `Resource` describes a collection to the registry, the printer and discovery. The `Catalog` looks
+resources up by path and by key, and changes as CRDs are created and deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERBS = (
 
 @dataclass(slots=True, frozen=True)
 class ScalePaths:
-    """Where ``/scale`` finds its numbers, as JSONPaths such as ``.spec.replicas``."""
+    """The JSONPaths, such as ``.spec.replicas``, of the fields behind ``/scale``."""
 
     spec: str
     status: str
@@ -35,7 +35,7 @@ class ScalePaths:
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Resource:
-    """One collection at one version."""
+    """One collection at one API version."""
 
     group: str
     version: str
@@ -44,10 +44,10 @@ class Resource:
     namespaced: bool = True
     short_names: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
-    subresources: tuple[str, ...] = ()  # of: status, scale, log, exec, binding
-    # Built-in objects may be written without a resourceVersion, custom ones may not.
+    subresources: tuple[str, ...] = ()  # any of: status, scale, log, exec, binding
+    # Whether an update may omit resourceVersion: most built-in kinds allow it, custom ones do not.
     unconditional_update: bool = True
-    generation: bool = False  # metadata.generation counts changes of what is wanted
+    generation: bool = False  # metadata.generation counts spec changes
     custom: bool = False
     singular: str = ""
     list_kind: str = ""
@@ -63,7 +63,7 @@ class Resource:
 
     @property
     def key(self) -> str:
-        """What the store calls the collection; the same at every version."""
+        """The collection's key in the store; the same for all versions."""
         return group_resource(self.group, self.plural)
 
     @property
@@ -77,7 +77,7 @@ class Resource:
 
 @functools.cache
 def _definitions() -> Object:
-    """Schemas of the built-in kinds, by kind; tests/cluster/schemas.py writes the file."""
+    """Schemas of the built-in kinds, by kind. tests/cluster/schemas.py generates the file."""
     content: Object = orjson.loads(Path(__file__).with_name("builtins.json").read_bytes())
     return content
 
@@ -93,7 +93,7 @@ def _references(value: Any) -> set[str]:
 
 
 def _built_in_schema(kind: str) -> Schema:
-    """The schema of a built-in kind, with no more definitions than it needs."""
+    """Return the schema of a built-in kind, with only the definitions that it needs."""
     known = _definitions()
     needed: set[str] = set()
     wanted = _references(known[kind])
@@ -166,11 +166,11 @@ BUILT_IN = (
 
 
 class Catalog:
-    """The resources that are served now."""
+    """The resources that are currently served."""
 
     def __init__(self) -> None:
         self._served: dict[tuple[str, str, str], Resource] = {}
-        self.changes = 0  # counts them, for whoever derives something from the whole
+        self.changes = 0  # number of changes; part of the key of caches derived from the catalog
         for resource in BUILT_IN:
             self._served[resource.group, resource.version, resource.plural] = resource
 
@@ -178,7 +178,7 @@ class Catalog:
         return self._served.get((group, version, plural))
 
     def by_key(self, key: str) -> Resource | None:
-        """Any served version of the collection that the store calls `key`."""
+        """Return any served version of the collection with this store key."""
         plural, _, group = key.partition(".")
         for resource in self._served.values():
             if resource.plural == plural and resource.group == group:
@@ -192,11 +192,11 @@ class Catalog:
         return [resource for resource in self._served.values() if resource.group == group]
 
     def groups(self) -> list[str]:
-        """Their names, core left out."""
+        """The names of all groups except core."""
         return list(dict.fromkeys(r.group for r in self._served.values() if r.group))
 
     def replace(self, group: str, plural: str, resources: Iterable[Resource]) -> None:
-        """Serve these versions of a custom collection and no others."""
+        """Serve exactly these versions of a custom collection."""
         self.changes += 1
         for old in [r for r in self._served.values() if (r.group, r.plural) == (group, plural)]:
             del self._served[old.group, old.version, old.plural]

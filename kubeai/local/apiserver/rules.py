@@ -1,12 +1,12 @@
 """``x-kubernetes-validations``: CEL rules at every level of a structural schema.
 
-Compiled when the schema is, evaluated when an object fits the schema. A rule that names
-`oldSelf` is a transition rule: it runs on updates, where the old object has the same place
-(elements of lists of type map are matched by their keys; other lists' elements have none).
+Rules are compiled with the schema, and evaluated on objects that are valid under it. A rule that
+uses `oldSelf` is a transition rule: it runs on updates, if the old object has a value at the same
+path (items of map-type lists are matched by their keys; items of other lists are not matched).
 
-The CEL is common-expression-language's, with Kubernetes' functions on strings and lists added.
-It does not parse ``.?`` and ``[?…]``; a definition that uses them, or a function that is not
-here, is refused when it is created.
+CEL is evaluated by common-expression-language, extended with Kubernetes' string and list functions.
+``.?`` and ``[?…]`` are not supported. A CRD that uses them, or an unknown function, is rejected
+when it is created.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import orjson
 from kubeai.imports import without_init
 from kubeai.local.apiserver.status import Cause
 
-with without_init("cel"):  # or its command line is imported, too
+with without_init("cel"):  # without its __init__, which imports its command line too
     from cel import cel
 
 Object = dict[str, Any]
@@ -45,13 +45,13 @@ class _Rule:
 
 @dataclass(slots=True)
 class _Node:
-    """A place in the schema that has rules, or has places below it that do."""
+    """A schema node that has rules, or has nodes with rules below it."""
 
     schema: Object
     rules: list[_Rule] = field(default_factory=list)
     members: dict[str, _Node] = field(default_factory=dict)
-    each: _Node | None = None  # of a list, or of a map
-    keys: tuple[str, ...] = ()  # of a list of type map
+    each: _Node | None = None  # items of a list, or values of a map
+    keys: tuple[str, ...] = ()  # merge keys of a map-type list
 
     def __bool__(self) -> bool:
         return bool(self.rules or self.members or self.each)
@@ -69,14 +69,14 @@ class Rules:
     """The rules of one schema."""
 
     def __init__(self, root: Object) -> None:
-        self.mistakes: list[Cause] = []  # rules that cannot be used, by their path in the schema
+        self.mistakes: list[Cause] = []  # rules that do not compile, by their path in the schema
         self._root = self._compile(root, "")
         self._context = cel.Context(functions=_FUNCTIONS)
-        # What is said instead when the object is too wrong to be checked.
+        # Reported instead when the object is too invalid to evaluate rules on.
         self.unchecked = [_UNCHECKED] if self._root else []
 
     def check(self, obj: Object, old: Object | None) -> list[Cause]:
-        """The rules that a valid object breaks."""
+        """Return the rules that a valid object violates."""
         if not self._root:
             return []
         known = ("name", "generateName")
@@ -172,7 +172,7 @@ class Rules:
 
     @staticmethod
     def _below(node: _Node, value: Object, path: str) -> Iterator[tuple[str, _Node, str]]:
-        """Members that have rules, and where: ``path.property``, or ``path[key]`` in a map."""
+        """Yield members with rules, and their paths: ``path.name``, or ``path[key]`` in a map."""
         properties = node.schema.get("properties") or {}
         for name in value:
             below, where = node.members.get(name), f"{path}.{name}" if path else name
@@ -203,7 +203,7 @@ class Rules:
             why = f'Invalid value: "{kind}": {reason} evaluating rule: {rule.message}'
             return Cause("FieldValueInvalid", why, where or "<nil>")
         if not rule.transition and has_old and value == old:
-            return None  # it was broken before, and this write did not touch it
+            return None  # already violated, and unchanged by this write
         return _broken(rule, self._message(rule), value, where or "<nil>")
 
     def _message(self, rule: _Rule) -> str:
@@ -245,7 +245,7 @@ _RESERVED = frozenset((
 
 
 def _escaped(name: str) -> str:
-    """A property's name as rules write it (CEL has words and characters of its own)."""
+    """Escape a property's name for CEL, which reserves some words and characters."""
     if name in _RESERVED:
         return f"__{name}__"
     for plain, word in (("__", "__underscores__"), (".", "__dot__"), ("-", "__dash__"),
@@ -255,7 +255,7 @@ def _escaped(name: str) -> str:
 
 
 def _shown(value: Any, schema: Object) -> Any:
-    """With escaped property names and typed times; maps keep their keys."""
+    """Convert a value for CEL: escape property names (not map keys), parse date-times."""
     if isinstance(value, dict):
         properties = schema.get("properties") or {}
         extra = schema.get("additionalProperties")
@@ -275,7 +275,7 @@ def _shown(value: Any, schema: Object) -> Any:
     return value
 
 
-# Kubernetes' functions beyond CEL's own. Each is called as a method of its first argument.
+# Kubernetes' extensions to CEL. Each is called as a method of its first argument.
 
 
 def _replace(text: str, old: str, new: str, limit: int = -1) -> str:

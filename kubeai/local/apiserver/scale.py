@@ -1,4 +1,4 @@
-"""autoscaling/v1 Scale: three numbers of an object, at the paths that its definition names."""
+"""autoscaling/v1 Scale: reads and writes an object's replicas at the paths in its CRD."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Object = dict[str, Any]
 
 
 def scale_of(resource: Resource, obj: Object) -> Object:
-    """The Scale of an object."""
+    """Return the Scale of an object."""
     paths = resource.scale
     assert paths is not None
     metadata = {
@@ -37,14 +37,14 @@ def scale_of(resource: Resource, obj: Object) -> Object:
 
 
 def check_scale(scale: Object) -> None:
-    """Refuse an applied object that is no Scale."""
+    """Reject an applied object that is not a Scale."""
     if (scale.get("apiVersion"), scale.get("kind")) != ("autoscaling/v1", "Scale"):
         api_version, kind = scale.get("apiVersion") or "/", scale.get("kind") or ""
         raise errors.bad_request(f"invalid object type: {api_version}, Kind={kind}")
 
 
 def with_replicas(resource: Resource, obj: Object, scale: Object) -> Object:
-    """`obj` with ``spec.replicas`` of the Scale at its own path (in place)."""
+    """Set the Scale's ``spec.replicas`` in `obj` at the path in its CRD (in place)."""
     assert resource.scale is not None
     replicas = (scale.get("spec") or {}).get("replicas", 0)
     if not isinstance(replicas, int) or isinstance(replicas, bool):

@@ -1,10 +1,10 @@
-"""Structural schemas: what happens to an object before it is stored.
+"""Structural schemas: pruning, defaulting and validation of objects before they are stored.
 
-`Schema` prunes fields that nobody declared, fills in defaults, and validates: JSON schema by
-jsonschema-rs, list types here, ``x-kubernetes-validations`` by `rules`. Errors come back as
-Kubernetes words them, one `Cause` a field. Used for custom resources and for built-in ones.
+`Schema` prunes undeclared fields, sets defaults, and validates: JSON schema with jsonschema-rs,
+list types here, ``x-kubernetes-validations`` in `rules`. Errors use Kubernetes' wording, one
+`Cause` per field. Used for both custom and built-in resources.
 
-Paths are tuples inside, and are shown as in ``spec.adapters[0].name``.
+Paths are tuples internally, and shown like ``spec.adapters[0].name``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EMBEDDED = "x-kubernetes-embedded-resource"
 _INT_OR_STRING = "x-kubernetes-int-or-string"
 _ERRORS_MAX = 50
 _TYPE_META = ("apiVersion", "kind", "metadata")
-# jsonschema-rs knows more formats than Kubernetes checks; these mean the same to both.
+# jsonschema-rs knows more formats than Kubernetes checks; both agree on these.
 _FORMATS = {"date-time", "date", "email", "ipv4", "ipv6", "uri", "uuid", "hostname"}
 _KEPT = (
     "enum", "pattern", "minLength", "maxLength", "minimum", "maximum", "multipleOf", "minItems",
@@ -45,28 +45,28 @@ def show_path(path: Path) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as error messages quote it."""
+    """Format a value for error messages."""
     return orjson.dumps(value).decode()
 
 
 class UnknownField(NamedTuple):
-    """A field that nobody declared, and the names that are declared beside it."""
+    """An undeclared field, and the names declared at the same level."""
 
     path: Path
     declared: tuple[str, ...]
 
 
 class Schema:
-    """One version's schema. `definitions` are what ``$ref: #/$defs/…`` inside it points to.
+    """The schema of one version. `definitions` are the targets of ``$ref: #/$defs/…``.
 
-    A schema with definitions is a built-in resource's: it has no rules, and its list types only
-    say how lists are merged. Raises ValueError when it is not a JSON schema.
+    Only built-in resources have definitions. They have no rules, and their list types only affect
+    merging. Raises ValueError if this is not a valid JSON schema.
     """
 
     def __init__(self, root: Object, definitions: Object | None = None) -> None:
         self.root = root
         self.definitions = definitions or {}
-        self._defaults: dict[int, list[tuple[str, Any]]] = {}  # by the id of the properties
+        self._defaults: dict[int, list[tuple[str, Any]]] = {}  # by the id of `properties`
         self._rules = Rules(root)
         self.mistakes = self._rules.mistakes
         if not definitions:
@@ -86,14 +86,14 @@ class Schema:
     # Pruning.
 
     def prune(self, obj: Object, embedded: bool = True) -> list[str]:
-        """Remove undeclared fields in place; their paths.
+        """Remove undeclared fields in place. Returns their paths.
 
-        `embedded`: the object is a whole resource, whose kind and metadata are no concern here.
+        `embedded`: the object is a whole resource; its apiVersion, kind and metadata are kept.
         """
         return [show_path(field.path) for field in self.prune_fields(obj, embedded)]
 
     def prune_fields(self, obj: Object, embedded: bool = True) -> list[UnknownField]:
-        """Like `prune`, with the names that were declared instead."""
+        """Like `prune`, but with the names declared at the same level."""
         unknown: list[UnknownField] = []
         self._prune(obj, self.root, (), unknown, embedded)
         return unknown
@@ -129,7 +129,7 @@ class Schema:
         return schema
 
     def child(self, schema: Object, name: str) -> Object | None:
-        """The schema of a member, or None when nothing declares it."""
+        """Return the schema of a member, or None if it is not declared."""
         properties = schema.get("properties") or {}
         if name in properties:
             return self.resolve(properties[name])
@@ -141,7 +141,7 @@ class Schema:
     # Defaulting.
 
     def default(self, obj: Object) -> None:
-        """Fill in defaults in place."""
+        """Set defaults in place. Drops nulls in fields that are not nullable."""
         self._default(obj, self.root)
 
     def _default(self, value: Any, schema: Object) -> None:
@@ -153,7 +153,7 @@ class Schema:
             properties = schema.get("properties") or {}
             for name in [name for name, member in value.items() if member is None]:
                 if name in properties and not self._whole(properties[name]).get("nullable"):
-                    del value[name]  # such a null means that the field is absent
+                    del value[name]  # treated as absent
             for name, default in self._defaults_of(properties):
                 if name not in value:
                     value[name] = copy.deepcopy(default)
@@ -163,11 +163,11 @@ class Schema:
                     self._default(member, child)
 
     def _whole(self, declared: Object) -> Object:
-        """A member's schema with what stands beside a reference."""
+        """Return a member's schema: the resolved reference plus keywords beside it."""
         return {**self.resolve(declared), **declared}
 
     def _defaults_of(self, properties: Object) -> list[tuple[str, Any]]:
-        """Of many properties few have a default: found once."""
+        """Return the properties that have defaults. Cached: few of many have one."""
         found = self._defaults.get(id(properties)) if properties else []
         if found is None:
             wholes = ((name, self._whole(declared)) for name, declared in properties.items())
@@ -178,7 +178,7 @@ class Schema:
     # Validation.
 
     def misfits(self, obj: Object) -> list[Cause]:
-        """Values of the wrong type: what Go could not have decoded."""
+        """Return values of the wrong type, which Go would fail to decode."""
         return [
             _cause(error)
             for error in self._validator.iter_errors(obj)
@@ -186,10 +186,10 @@ class Schema:
         ]
 
     def validate(self, obj: Object, old: Object | None = None) -> list[Cause]:
-        """What is wrong with a pruned and defaulted object; `old` is the one that it replaces.
+        """Validate a pruned and defaulted object; `old` is the object that it replaces.
 
-        Transition rules need `old`. What was already wrong in it and has not changed is let
-        pass, so that a stricter definition does not lock up the objects that are there.
+        Transition rules need `old`. Unchanged values that were already invalid in `old` pass, so
+        that existing objects can still be updated after their CRD became stricter.
         """
         causes: list[Cause] = []
         for error in self._validator.iter_errors(obj):
@@ -216,7 +216,7 @@ class Schema:
                     yield from self._duplicates(member, child, (*path, name))
 
 
-# As in Kubernetes, rules are not evaluated on an object that is wrong in one of these ways.
+# As in Kubernetes, rules are not evaluated on an object with one of these errors.
 _BLOCKING = (
     "FieldValueNotSupported", "FieldValueRequired", "FieldValueTooLong", "FieldValueTooMany",
     "FieldValueTypeInvalid",
@@ -224,7 +224,7 @@ _BLOCKING = (
 
 
 def _is_unchanged(new: Any, old: Any, path: Sequence[str | int]) -> bool:
-    """Whether the value at the path, or one around it, is what it was (places in lists move)."""
+    """Whether the value at the path, or a parent, is unchanged. List items never match."""
     for part in path:
         if isinstance(part, int) or not (isinstance(old, dict) and part in old):
             return False
@@ -242,7 +242,7 @@ def _repeated(items: list[Any], schema: Object, path: Path) -> Iterator[Cause]:
     seen = set()
     for index, item in enumerate(items):
         if kind == "map" and not isinstance(item, dict):
-            continue  # which its type forbids
+            continue  # reported as a type error
         identity = item if kind == "set" else {key: item.get(key) for key in keys}
         text = show(identity)
         if text in seen:
@@ -252,7 +252,7 @@ def _repeated(items: list[Any], schema: Object, path: Path) -> Iterator[Cause]:
 
 
 def _json_schema(schema: Object) -> Object:
-    """The part of a structural schema that is plain JSON schema, in its 2020 words."""
+    """Convert the plain JSON schema part of a structural schema to draft 2020-12."""
     if "$ref" in schema:
         return {"$ref": schema["$ref"]}
     out: Object = {name: schema[name] for name in _KEPT if name in schema}
@@ -267,7 +267,7 @@ def _json_schema(schema: Object) -> Object:
             out["enum"] = [*out["enum"], None]
     if schema.get("format") in _FORMATS:
         out["format"] = schema["format"]
-    for name in ("minimum", "maximum"):  # OpenAPI's booleans are numbers of their own now
+    for name in ("minimum", "maximum"):  # booleans in OpenAPI 3.0, numbers in draft 2020-12
         strict = "exclusive" + name.capitalize()
         if schema.get(strict) is True and name in out:
             out[strict] = out.pop(name)
@@ -288,7 +288,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list:
 
 
 def _cause(error: jsonschema_rs.ValidationError) -> Cause:
-    """A JSON schema error in Kubernetes' words."""
+    """Convert a JSON schema error to Kubernetes' wording."""
     path: Path = tuple(error.instance_path)
     field, value, limit = show_path(path), error.instance, error.kind.value
     keyword = error.kind.name

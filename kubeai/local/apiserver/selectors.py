@@ -1,6 +1,6 @@
 """Label selectors and field selectors: text in, a predicate over objects out.
 
-Both are Kubernetes' own syntax. Bad text raises a 400 that names it.
+Both use Kubernetes' syntax. Invalid text raises a 400 that quotes it.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ def fields(text: str, selectable: tuple[str, ...]) -> Match:
 
 
 def _split(text: str) -> list[str]:
-    """At commas that no backslash escapes."""
+    """Split at commas that are not escaped by a backslash."""
     return re.split(r"(?<!\\),", text)
 
 
 def field(obj: Object, path: tuple[str, ...]) -> str:
-    """The field as a selector sees it: absent is "", true is "true"."""
+    """Return a field's value as a selector compares it: absent is "", true is "true"."""
     value: Any = obj
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     if value is None:
         return ""
-    if isinstance(value, dict):  # the one such field: an Event's source means its component
+    if isinstance(value, dict):  # the only such field is an Event's source: use its component
         return str(value.get("component", ""))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def selector(label_text: str, field_text: str, selectable: tuple[str, ...]) -> Match | None:
-    """Both at once; None when everything matches."""
+    """Combine a label and a field selector; None if both are empty."""
     if not label_text and not field_text:
         return None
     by_label = labels(label_text)

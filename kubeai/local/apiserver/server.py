@@ -1,8 +1,8 @@
-"""HTTP in front of the registry: who may ask, what a path means, and how the answer is written.
+"""The HTTP server on top of the registry: authentication, routing and encoding of responses.
 
-Listens on loopback over TLS. A request needs the token, a Host header that names loopback (so
-that no web page reaches this API by rebinding a name), and no Origin but this API's own. Every
-refusal is a metav1.Status. Answers are JSON, also for clients that send protobuf.
+Listens on loopback over TLS. A request needs the token, a Host header that names loopback (so that
+no web page can reach this API by DNS rebinding), and no Origin other than this API's own. Errors
+are a metav1.Status. Responses are JSON, even for clients that send protobuf.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ Object = dict[str, Any]
 BODY_MAX_BYTES = 3 << 20
 WATCHES_MAX = 2000
 SHUTDOWN_TIMEOUT_S = 2.0
-KEEP_ALIVE_S = 180.0  # longer than any client keeps a connection: the client closes it
+KEEP_ALIVE_S = 180.0  # longer than any client keeps idle connections, so that clients close them
 _OPEN_PATHS = ("/healthz", "/livez", "/readyz")
 
 
 class Target(NamedTuple):
-    """What a resource path names."""
+    """The resource, object and subresource that a path refers to."""
 
     resource: Resource
     namespace: str
@@ -59,7 +59,7 @@ class Target(NamedTuple):
 
 
 class Server:
-    """One listening address, until `stop`."""
+    """Serves the API on one address from `start` until `stop`."""
 
     def __init__(self, registry: Registry, token: str) -> None:
         self._registry = registry
@@ -71,7 +71,7 @@ class Server:
         self._runner: web.AppRunner | None = None
 
     async def start(self, ports: Sequence[int], tls: ssl.SSLContext) -> int:
-        """Listen on the first of these ports of 127.0.0.1 that is free; return it (0: any)."""
+        """Listen on 127.0.0.1, on the first free port of `ports` (0: any). Returns the port."""
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(
@@ -114,7 +114,7 @@ class Server:
         except (ConnectionResetError, asyncio.CancelledError):
             raise
         except Exception as failure:
-            log.exception("a request failed", method=request.method, path=request.path)
+            log.exception("request failed", method=request.method, path=request.path)
             message = f"Internal error occurred: {type(failure).__name__}: {failure}"
             return _json(StatusError(500, "InternalError", message).body(), 500)
 
@@ -132,7 +132,7 @@ class Server:
             raise StatusError(401, "Unauthorized", "Unauthorized")
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
-        # Split before unquoting, so that a quoted slash stays inside its name.
+        # Split before unquoting, so that an escaped slash stays part of its name.
         parts = [unquote(part) for part in request.rel_url.raw_path.split("/") if part]
         if not parts:
             return _json({"paths": ["/api", "/apis", "/healthz", "/openapi/v3", "/version"]})
@@ -213,7 +213,7 @@ class Server:
         target = self._target(group, version, parts)
         method = request.method
         if target.subresource not in _STREAMS:
-            requests.form(request, PARTIAL)  # before anything is written
+            requests.form(request, PARTIAL)  # reject an unsupported form before writing anything
         if target.subresource:
             return await self._subresource(request, target)
         if target.name:
@@ -341,7 +341,7 @@ class Server:
     async def _review(
         self, request: web.Request, group: str, version: str, plural: str
     ) -> web.Response:
-        """Whoever has the token may do everything."""
+        """Answer an access review: every client with the token may do everything."""
         review = await requests.read_body(request)
         if plural == "selfsubjectaccessreviews":
             review |= {"kind": "SelfSubjectAccessReview", "status": {"allowed": True}}
@@ -390,7 +390,7 @@ class Server:
         self, request: web.Request, resource: Resource, options: ListOptions
     ) -> web.StreamResponse:
         if self._watches >= WATCHES_MAX:
-            raise StatusError(429, "TooManyRequests", f"there are {WATCHES_MAX} watches already")
+            raise StatusError(429, "TooManyRequests", f"the limit is {WATCHES_MAX} watches")
         watching.check_start(self._registry.store, options)
         encode = self._encoder(request, resource)
         response = web.StreamResponse(headers={"Content-Type": JSON, "Cache-Control": "no-cache"})
@@ -411,7 +411,7 @@ class Server:
     def _encoder(
         self, request: web.Request, resource: Resource
     ) -> Callable[[watching.Seen], bytes]:
-        """A function from events to lines, in the form that the client asked for."""
+        """Return a function that encodes events as lines in the form that the client asked for."""
         form = requests.form(request, PARTIAL)
         include = request.query.get("includeObject", "Metadata")
         headers = True
@@ -460,16 +460,16 @@ class Server:
 
 
 def _own_origins(host: str) -> tuple[str, ...]:
-    """What a client names that is no web page: the origin of the server that it connects to.
+    """Return the origins to accept: non-browser clients send that of the server they connect to.
 
-    Older releases of Python's websocket-client write http for TLS too. On 127.0.0.1 no other
-    program can serve pages from this port; on ::1, where localhost may lead, one can.
+    Older releases of Python's websocket-client send http even over TLS. That is safe on 127.0.0.1,
+    where no other program can serve pages from this port, but not on ::1 (localhost).
     """
     secure = f"https://{host}"
     return (secure, f"http://{host}") if host.startswith("127.0.0.1:") else (secure,)
 
 
-_STREAMS = ("exec", "log")  # whose answers are no objects
+_STREAMS = ("exec", "log")  # subresources whose responses are not objects
 _REVIEWS = (
     ("authorization.k8s.io", ["selfsubjectaccessreviews"]),
     ("authentication.k8s.io", ["selfsubjectreviews"]),
@@ -480,7 +480,7 @@ _REVIEWS = (
 
 
 def _shown(resource: Resource, stored: Stored) -> Object:
-    """The object at the version that was asked for (versions differ in name only)."""
+    """Return the object at the requested API version (versions differ in name only)."""
     if stored.object["apiVersion"] == resource.api_version:
         return stored.object
     return {**stored.object, "apiVersion": resource.api_version}

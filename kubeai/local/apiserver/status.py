@@ -1,7 +1,7 @@
-"""Errors as Kubernetes tells them: an HTTP code, a reason for programs, a message for people.
+"""Errors as in Kubernetes: an HTTP code, a machine-readable reason, and a message.
 
-Everything that refuses a request raises `StatusError`; the server turns it into a metav1.Status.
-Messages follow the words of a real API server, because clients and people match on them.
+Code that rejects a request raises `StatusError`; the server turns it into a metav1.Status. Messages
+use the wording of a real API server, because clients and people match on it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Object = dict[str, Any]
 
 
 class Cause(NamedTuple):
-    """One wrong field: `reason` is a CauseType such as ``FieldValueInvalid``."""
+    """One invalid field. `reason` is a CauseType such as ``FieldValueInvalid``."""
 
     reason: str
     message: str
@@ -23,7 +23,7 @@ class Cause(NamedTuple):
 
 
 class StatusError(Exception):
-    """A request is refused."""
+    """A request is rejected."""
 
     def __init__(self, code: int, reason: str, message: str, details: Object | None = None) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class StatusError(Exception):
         self.details = details
 
     def body(self) -> Object:
-        """The metav1.Status."""
+        """Return the metav1.Status."""
         return {
             "kind": "Status",
             "apiVersion": "v1",
@@ -42,13 +42,13 @@ class StatusError(Exception):
             "message": self.message,
             "reason": self.reason,
             "code": self.code,
-            # Never left out: kubectl dereferences the details of a 404.
+            # Always present: kubectl dereferences the details of a 404.
             "details": self.details or {},
         }
 
 
 def success(name: str, group: str, kind: str, uid: str) -> Object:
-    """The answer to a delete that left nothing behind; `kind` is the resource's plural."""
+    """Return the Status for a completed delete. `kind` is the resource's plural."""
     details = {"name": name, "group": group, "kind": kind, "uid": uid}
     return {
         "kind": "Status",
@@ -97,7 +97,7 @@ MODIFIED = (
 
 
 def apply_conflict(found: list[tuple[str, list[str]]]) -> StatusError:
-    """An apply would take fields from others: who they are, and the paths of the fields."""
+    """An apply conflicts with other managers; `found` is (manager, field paths) pairs."""
     causes = [
         {"reason": "FieldManagerConflict", "message": f"conflict with {who}", "field": path}
         for who, paths in found

@@ -1,11 +1,11 @@
-"""Objects, revisions and recent events: in memory to read, in SQLite to keep.
+"""Objects, revisions and recent events: in memory for reads, in SQLite for persistence.
 
-Owns the database file (WAL, one writer: this process, one thread) and the revision counter that
-resourceVersions are. Every write is one transaction that holds the object and the counter, so
-what was acknowledged survives a SIGKILL, and a revision is never given twice. Knows nothing of
-Kubernetes beyond ``metadata``; the registry above makes the rules, the watches read the window.
+Owns the database file (WAL, written by one thread of this process only) and the revision counter
+behind resourceVersions. Each write is one transaction with the object and the counter, so an
+acknowledged write survives a SIGKILL, and revisions are never reused. Knows nothing of Kubernetes
+beyond ``metadata``: the registry implements the rules, and watches read the window of events.
 
-Stored objects are shared and never mutated: whoever changes one, copies it first.
+Stored objects are shared and must not be mutated: copy an object before changing it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Key = tuple[str, str]  # (namespace, name); namespace is "" for cluster-wide obj
 
 WINDOW_MAX_EVENTS = 8192
 WINDOW_MAX_BYTES = 64 << 20
-LOCK_TIMEOUT_S = 2.0  # for a predecessor on the same file to end
+LOCK_TIMEOUT_S = 2.0  # how long to wait for a previous process to release the file
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS objects (
@@ -39,12 +39,12 @@ INSERT OR IGNORE INTO counter VALUES (1, 1);
 
 
 class Expired(Exception):
-    """The events that were asked for are no longer (or not) in the window."""
+    """The requested events are not, or no longer, in the window."""
 
 
 @dataclass(slots=True, frozen=True)
 class Stored:
-    """One version of an object, with the JSON that is sent for it."""
+    """One version of an object, with its encoded JSON."""
 
     object: Object
     raw: bytes
@@ -64,7 +64,7 @@ class Stored:
 class Event:
     """One write. `new` is None for a deletion, `old` is None for a creation.
 
-    A deleted object is sent as it last was, with the deletion's revision: that is `last`.
+    `last` is `new`, or for a deletion the object's last state with the deletion's revision.
     """
 
     revision: int
@@ -85,7 +85,7 @@ class _Window:
     """The recent events of one resource, oldest first."""
 
     def __init__(self, floor: int) -> None:
-        self.floor = floor  # every event with a revision above it is here
+        self.floor = floor  # all events with a higher revision are in the window
         self._events: list[Event] = []
         self._bytes = 0
 
@@ -96,7 +96,7 @@ class _Window:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop a quarter at once, so that the cost of moving a list is paid rarely."""
+        """Drop a quarter of the events at once, to amortise the cost of moving the list."""
         drop = max(1, len(self._events) // 4)
         while drop < len(self._events) and (
             sum(len(event.last.raw) for event in self._events[drop:]) > WINDOW_MAX_BYTES
@@ -114,10 +114,10 @@ class _Window:
 
 
 class Store:
-    """All objects. Reads are free; each write is one SQLite transaction on this thread.
+    """All objects. Reads are in memory; each write is one SQLite transaction on this thread.
 
-    A commit costs some tens of µs: WAL with synchronous=NORMAL writes to the page cache, which
-    outlives the process (a power cut may lose the last writes, never the database).
+    A commit takes some tens of µs: WAL with synchronous=NORMAL writes to the page cache, which
+    outlives the process. A power failure may lose the last writes but does not corrupt the file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -150,11 +150,11 @@ class Store:
         return self._objects[resource].get(key)
 
     def items(self, resource: str, namespace: str = "") -> list[Stored]:
-        """Sorted by namespace and name; all namespaces when none is given."""
+        """Return objects sorted by namespace and name, of all namespaces if none is given."""
         return _sorted(self._objects[resource], namespace)
 
     def items_at(self, resource: str, revision: int, namespace: str = "") -> list[Stored]:
-        """As `items`, as they were at that revision. Raises Expired."""
+        """Like `items`, at an earlier revision. Raises Expired."""
         if revision > self.revision:
             raise Expired
         then = dict(self._objects[resource])
@@ -166,11 +166,11 @@ class Store:
         return _sorted(then, namespace)
 
     def by_uid(self, uid: str) -> tuple[str, Key] | None:
-        """Where the living object with that uid is."""
+        """Return the resource and key of the existing object with this uid."""
         return self._uids.get(uid)
 
     def dependents(self, uid: str) -> list[tuple[str, Key]]:
-        """Objects with an owner reference to that uid."""
+        """Return the objects with an owner reference to this uid."""
         return sorted(self._dependents.get(uid, ()))
 
     def all(self) -> Iterable[tuple[str, Key, Stored]]:
@@ -181,7 +181,7 @@ class Store:
     # Writes.
 
     def put(self, resource: str, key: Key, obj: Object) -> Stored:
-        """Keep `obj` (which becomes the store's) as the new version of the object."""
+        """Store `obj` as the object's new version. Takes ownership of `obj`."""
         revision = self.revision + 1
         obj["metadata"]["resourceVersion"] = str(revision)
         stored = Stored(obj, orjson.dumps(obj), revision)
@@ -196,7 +196,7 @@ class Store:
         return stored
 
     def remove(self, resource: str, key: Key) -> Stored:
-        """Forget an object; gives it back as it last was, with the deletion's revision."""
+        """Delete an object. Returns its last state with the deletion's revision."""
         old = self._objects[resource][key]
         revision = self.revision + 1
         obj = {**old.object, "metadata": {**old.metadata, "resourceVersion": str(revision)}}
@@ -211,9 +211,9 @@ class Store:
         return last
 
     def reread(self, resource: str, change: Callable[[Object], Object]) -> None:
-        """Show the objects of a resource differently from now on, at the revisions they have.
+        """Change how the stored objects of a resource read, without a new revision or event.
 
-        For a schema that changed: new defaults appear when an object is read; no event is sent.
+        For changed schemas: new defaults appear when existing objects are read.
         """
         objects = self._objects[resource]
         for key, stored in list(objects.items()):
@@ -222,7 +222,7 @@ class Store:
                 objects[key] = Stored(obj, orjson.dumps(obj), stored.revision)
 
     def _write(self, revision: int, statement: str, values: tuple[object, ...]) -> None:
-        """One transaction: the statement, and the revision that it makes."""
+        """Execute the statement and store the new revision, in one transaction."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.execute(statement, values)
@@ -258,16 +258,16 @@ class Store:
     # Events.
 
     def since(self, resource: str, revision: int) -> list[Event]:
-        """The events after `revision`, oldest first. Raises Expired."""
+        """Return the events after `revision`, oldest first. Raises Expired."""
         return self._window(resource).since(revision)
 
     def subscribe(self, resource: str, waiter: asyncio.Event) -> Callable[[], None]:
-        """Set `waiter` at each write to the resource, until the returned function is called."""
+        """Set `waiter` on each write to the resource. Returns a function to unsubscribe."""
         self._waiters[resource].add(waiter)
         return lambda: self._waiters[resource].discard(waiter)
 
     def wake_all(self) -> None:
-        """Wake every subscriber, for a reason of the caller's own."""
+        """Wake all subscribers, for example to stop them."""
         for waiters in self._waiters.values():
             for waiter in waiters:
                 waiter.set()

@@ -1,4 +1,4 @@
-"""Lists and watches: what of the store a client asked to see, and from when on."""
+"""Lists and watches: pages of a collection, and its events from a revision on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _check_not_ahead(store: Store, revision: int) -> None:
 
 
 def list_page(store: Store, resource: Resource, options: ListOptions) -> Page:
-    """One page of a list; every page of a list shows the same revision."""
+    """Return one page of a list. All pages of a list show the same revision."""
     revision, start = store.revision, ("", "")
     asked = revision_of(options.resource_version)
     if options.continue_:
@@ -107,25 +107,25 @@ def _decode_continue(token: str) -> tuple[int, tuple[str, str]]:
 
 
 class Seen(NamedTuple):
-    """One event of a watch. A bookmark's object has metadata alone; so has the error's Status."""
+    """One event of a watch. `object` is partial for BOOKMARK, and a Status for ERROR."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"]
     object: Object
-    stored: Stored | None = None  # where there is one, its JSON need not be made again
+    stored: Stored | None = None  # if set, its JSON is reused
 
 
 def check_start(store: Store, options: ListOptions) -> None:
-    """Raise what refuses a watch before it begins."""
+    """Raise the errors that reject a watch before it starts."""
     _check_not_ahead(store, revision_of(options.resource_version))
 
 
 async def watch(
     store: Store, resource: Resource, options: ListOptions, stop: asyncio.Event
 ) -> AsyncGenerator[Seen]:
-    """Events until the time is over, `stop` is set, or the client has fallen out of the window.
+    """Yield events until the timeout, until `stop` is set, or until the client is too far behind.
 
-    A slow client holds no queue here: it holds its place in the window, and loses it. Whoever
-    sets `stop` wakes the store's waiters.
+    There is no queue per client, only a position in the window of recent events. A slow client
+    whose position has left the window gets an error. After setting `stop`, call `store.wake_all`.
     """
     revision = revision_of(options.resource_version)
     wake = asyncio.Event()
@@ -167,8 +167,8 @@ async def _follow(
             if seen is not None:
                 yield seen
         if wake.is_set():
-            continue  # more has happened while the client took its time
-        at = max(at, now)  # what happened to other resources cannot concern this watch
+            continue  # there are new events already
+        at = max(at, now)  # skip revisions of other resources
         left = end - loop.time()
         try:
             async with asyncio.timeout(max(0.0, min(left, BOOKMARK_S))):
@@ -191,7 +191,7 @@ def _bookmark(resource: Resource, revision: int, initial: bool = False) -> Seen:
 
 
 def _seen(event: Event, options: ListOptions) -> Seen | None:
-    """The event as this client sees it: an object that leaves its selection is deleted for it."""
+    """Return the event as the client sees it. Leaving the selection counts as a deletion."""
     if options.namespace and event.key[0] != options.namespace:
         return None
     match = options.match
