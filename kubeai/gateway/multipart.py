@@ -1,23 +1,22 @@
-"""Reads a multipart/form-data body while it arrives, and reframes its parts. Pure: no I/O.
+"""Parses a multipart/form-data body incrementally, and rewrites its framing. Pure: no I/O.
 
-python-multipart, which vLLM and other engines written in Python use, finds the parts. This module
-adds what a gateway needs beyond that: limits, and agreement on which part is ``model``.
+python-multipart, which vLLM and other Python engines use, splits the body into parts. This module
+adds limits, and ensures that the gateway and the engine agree on which part is ``model``.
 
-The engine never parses the bytes that the client sent. The parts are sent on under a boundary that
-the client cannot know, each with a ``Content-Disposition`` that is written anew, so that no parser
-finds other parts or other names than were read here. What is written anew has one name for each
-part, quoted parameters, and no Content-Length of the part; contents and other headers are
-unchanged.
+The engine never parses the bytes that the client sent. The parts are forwarded under a boundary
+that the client cannot know, each with a rewritten ``Content-Disposition``, so that no parser finds
+other parts or names than this one did. A rewritten part has one name, quoted parameters, and no
+Content-Length; its content and other headers are unchanged.
 
-A form that well-known parsers read differently is still refused with 400, because the client may
-mean either: several Content-Disposition headers or names in one part, ``name*``, a disposition
-other than form-data, quotes that do not match, a name that is "model" only after decoding, a
-transfer encoding on ``model``, and a delimiter without CRLF at the start of a part's content.
-Python-multipart accepts these. It also accepts control characters in headers, a delimiter in the
-middle of a line before the first part, and non-ASCII boundaries, which are refused too. Text
-before the first delimiter is skipped, as RFC 2046 asks; python-multipart skips only line ends.
+A form that common parsers interpret differently is rejected with 400, because the client's intent
+is unclear: several Content-Disposition headers or names in one part, ``name*``, a disposition other
+than form-data, unbalanced quotes, a name that is "model" only after decoding, a transfer encoding
+on ``model``, and a delimiter without CRLF at the start of a part's content. python-multipart
+accepts these. It also accepts control characters in headers, a delimiter in the middle of a line
+before the first part, and non-ASCII boundaries, which are rejected too. Text before the first
+delimiter is skipped, as RFC 2046 requires; python-multipart skips only line breaks.
 
-Memory: a preamble, a part's headers, and the chunk that is fed, each within its limit.
+Memory use: the preamble, a part's headers, and the chunk being parsed, each with a limit.
 """
 
 from __future__ import annotations
@@ -41,38 +40,39 @@ HEAD_MAX_BYTES = 8 << 10
 HEADERS_MAX_COUNT = 32  # in one part
 PARTS_MAX_COUNT = 100
 
-# One parameter after its ";": a key, and a quoted or a bare value. Possessive, hence linear.
+# One parameter after its ";": a key and a quoted or bare value. Possessive, so it runs in linear
+# time.
 _PARAMETER = re.compile(r';([^=;"]*+)(?:=[ \t]*+("(?:[^"\\]|\\.)*+"[ \t]*+|[^;"]*+))?+(?=;|$)')
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
 _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
 
-# It logs a warning for each malformed form, which is the client's business and not the operator's.
+# It would log a warning for each malformed form. That is the client's error, not the operator's.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A part begins. ``head``: its header lines as the engine gets them, without the empty line."""
+    """The start of a part. ``head``: its header lines for the engine, without the empty line."""
 
     name: str
     head: bytes
 
 
 class Content(msgspec.Struct, frozen=True):
-    """More of the part that began last."""
+    """A chunk of the current part's content."""
 
     data: bytes
 
 
 class End(msgspec.Struct, frozen=True):
-    """The closing delimiter: the form is whole."""
+    """The closing delimiter: the form is complete."""
 
 
 Event = Part | Content | End
 
 
 def boundary_of(content_type: str) -> bytes:
-    """The boundary that a Content-Type names; BadRequest if it is not that of a form."""
+    """The boundary in a Content-Type; BadRequest if that is not a valid multipart/form-data."""
     kind, separator, rest = content_type.partition(";")
     if kind.strip().lower() != "multipart/form-data":
         raise BadRequest("The Content-Type must be multipart/form-data.")
@@ -86,28 +86,28 @@ def boundary_of(content_type: str) -> bytes:
         or parse_options_header(content_type)[1].get(b"boundary") != boundary.encode()
     ):
         raise BadRequest(
-            "The Content-Type must name one boundary of 1 to"
+            "The Content-Type must have one boundary of 1 to"
             f" {BOUNDARY_MAX_BYTES} printable ASCII characters."
         )
     return boundary.encode()
 
 
 def new_boundary() -> bytes:
-    """A boundary that no client can put into a part's content."""
+    """A random boundary, which no client can put into a part's content."""
     return b"kubeai-" + secrets.token_hex(16).encode()
 
 
 def form_type(boundary: bytes) -> str:
-    """The Content-Type of a form with a boundary of :func:`new_boundary`."""
+    """The Content-Type of a form with a boundary from :func:`new_boundary`."""
     return f"multipart/form-data; boundary={boundary.decode()}"
 
 
 class Splitter:
-    """One body. Feed it chunks, in order, then call :meth:`finish`."""
+    """Parses one body. Call :meth:`feed` with its chunks in order, then :meth:`finish`."""
 
     def __init__(self, boundary: bytes) -> None:
         self._delimiter = b"--" + boundary
-        self._preamble: bytearray | None = bytearray(b"\n")  # a line ends here
+        self._preamble: bytearray | None = bytearray(b"\n")  # the body starts a line
         self._events: list[Event] = []
         self._ended = False
         self._parts_count = 0
@@ -116,7 +116,7 @@ class Splitter:
         self._field = b""
         self._value = b""
         self._head_bytes = 0
-        self._opening = b""  # of the content, as long as a delimiter
+        self._opening = b""  # start of the content, up to the length of a delimiter
         self._parser = MultipartParser(
             boundary,
             {
@@ -134,14 +134,17 @@ class Splitter:
 
     @property
     def place(self) -> str:
-        """How far the form has been read, for messages."""
+        """The current position in the form, for error messages."""
         if not self._parts_count:
             return "before the first part"
         name = f" ('{self._name[:ECHO_MAX_CHARS]}')" if self._name else ""
         return f"part {self._parts_count}{name}"
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events of the body's next bytes; BadRequest, which names the part."""
+        """Parse the next bytes of the body and return their events.
+
+        BadRequest if the form is malformed; the message names the part.
+        """
         if self._preamble is not None:
             data = self._skip_preamble(self._preamble, data)
         try:
@@ -152,17 +155,17 @@ class Splitter:
         return events
 
     def finish(self) -> None:
-        """The body has ended; BadRequest unless its closing delimiter came."""
+        """Call at the end of the body; BadRequest unless there was a closing delimiter."""
         if not self._ended:
-            raise self._bad("the form ends without its closing delimiter")
+            raise self._bad("the closing boundary is missing")
 
     def _skip_preamble(self, preamble: bytearray, data: bytes) -> bytes:
-        """What follows the preamble, if its end is in sight."""
+        """The data after the preamble, or b"" while the preamble has not ended."""
         preamble += data
         at = preamble.find(self._delimiter)
         if at >= 0:
-            if preamble[at - 1] != ord("\n"):  # a delimiter for some parsers
-                raise self._bad("its boundary does not begin a line")
+            if preamble[at - 1] != ord("\n"):  # only some parsers treat this as a delimiter
+                raise self._bad("the boundary is not at the start of a line")
             self._preamble = None
             return bytes(preamble[at:])
         if len(preamble) > PREAMBLE_MAX_BYTES:
@@ -193,7 +196,7 @@ class Splitter:
 
     def _on_header_end(self) -> None:
         if _CONTROL.search(self._value):
-            raise self._bad("a header has a control character")
+            raise self._bad("a header contains a control character")
         self._headers.append((self._field, self._value.strip(b" \t")))
         self._field = self._value = b""
 
@@ -202,7 +205,7 @@ class Splitter:
             value for name, value in self._headers if name.lower() == b"content-disposition"
         ]
         if len(dispositions) != 1:
-            raise self._bad("it must have one Content-Disposition")
+            raise self._bad("it must have exactly one Content-Disposition header")
         disposition = _read_disposition(dispositions[0].decode("latin-1"))
         if isinstance(disposition, str):
             raise self._bad(disposition)
@@ -213,7 +216,7 @@ class Splitter:
             encoded = value.lower() not in _PLAIN_ENCODINGS
             if lower == b"content-transfer-encoding" and self._name == "model" and encoded:
                 raise self._bad("'model' must not have a Content-Transfer-Encoding")
-            # Some parsers would believe a part's own length.
+            # Some parsers would use a part's Content-Length.
             if lower not in (b"content-disposition", b"content-length"):
                 lines.append(name + b": " + value)
         self._events.append(Part(self._name, b"\r\n".join(lines)))
@@ -222,7 +225,7 @@ class Splitter:
         missing = len(self._delimiter) - len(self._opening)
         if missing:
             self._opening += data[start : min(end, start + missing)]
-            if self._opening == self._delimiter:  # the start of a part for Go
+            if self._opening == self._delimiter:  # Go's parser treats this as a new part
                 raise self._bad("its content begins with the boundary")
         self._events.append(Content(data[start:end]))
 
@@ -237,33 +240,33 @@ class Splitter:
 
 class _Disposition(NamedTuple):
     name: str
-    line: bytes  # the header, written anew
+    line: bytes  # the rewritten header
 
 
 def _read_disposition(value: str) -> _Disposition | str:
-    """Read a Content-Disposition, whose bytes are given as Latin-1; or say what is wrong."""
+    """Parse a Content-Disposition, decoded as Latin-1. Returns a message if it is invalid."""
     kind, separator, rest = value.partition(";")
     parameters = _parameters(separator + rest)
     if kind.strip().lower() != "form-data":
         return "its Content-Disposition is not form-data"
     if parameters is None:
-        return "its Content-Disposition cannot be read"
+        return "its Content-Disposition cannot be parsed"
     name = _only(parameters, "name")
     if name is None or parse_options_header(value)[1].get(b"name") != name.encode("latin-1"):
-        return "its Content-Disposition must have one name"
+        return "its Content-Disposition must have exactly one name"
     raw = dict(parameters)["name"]
     readings = {name, raw.strip('"'), re.sub(r"\\(.)", r"\1", raw.strip('"'))}
     readings |= {unquote(reading) for reading in readings}
     if "model" in readings and len(readings) > 1:
-        return "some parsers read its name as 'model' and others do not"
-    # Of several parameters with one key the last wins, and what is no parameter is ignored.
+        return "its name is ambiguous: only some parsers read it as 'model'"
+    # The last of several parameters with the same key wins. Invalid parameters are dropped.
     written = [_written(key, value) for key, value in dict(parameters).items()]
     line = "; ".join(["Content-Disposition: form-data", *filter(None, written)])
     return _Disposition(name.encode("latin-1").decode("utf-8", "replace"), line.encode("latin-1"))
 
 
 def _parameters(text: str) -> list[tuple[str, str]] | None:
-    """The (lower-case key, value with its quotes) of each ``;key=value``; None if one is wrong."""
+    """(lower-case key, value with its quotes) of each ``;key=value``; None if any is malformed."""
     found = []
     position = 0
     while match := _PARAMETER.match(text, position):
@@ -274,9 +277,9 @@ def _parameters(text: str) -> list[tuple[str, str]] | None:
 
 
 def _only(parameters: list[tuple[str, str]], key: str) -> str | None:
-    """The value of a parameter that has one value, unquoted; None if there is none or are several.
+    """The unquoted value of a parameter; None unless it has exactly one value.
 
-    RFC 7578 forbids the extended notation ``key*``, which parsers treat differently.
+    RFC 7578 forbids the extended notation ``key*``, which parsers handle differently.
     """
     values = {value for name, value in parameters if name == key}
     extended = any(name.startswith(key + "*") for name, _ in parameters)
@@ -290,7 +293,7 @@ def _unquoted(value: str) -> str:
 
 
 def _written(key: str, value: str) -> str | None:
-    """The parameter as it is sent to the engine; None if it is not sent."""
+    """The parameter as sent to the engine; None if it is dropped."""
     if not _TOKEN.fullmatch(key):
         return None
     if "*" in key:  # its value is a token, by definition

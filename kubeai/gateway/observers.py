@@ -1,8 +1,8 @@
-"""Who watches requests: the access log, and OpenTelemetry's spans.
+"""The access log and OpenTelemetry spans.
 
-A worker that has neither makes no :class:`Observers`, and a request then costs one comparison.
-Both are told of a request when its head is whole and when it is over; what they write goes through
-a thread of their own. Made by the worker, called by the exchange.
+If neither is enabled, the worker creates no :class:`Observers`, and the cost per request is one
+comparison. Both are called when a request's head is complete and when the request has ended; each
+writes from its own thread. Created by the worker, called by the exchange.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ PATH_MAX_CHARS = 200
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """One request in the access log; times in seconds, sizes of bodies in bytes."""
+    """One request in the access log; times in seconds, body sizes in bytes."""
 
-    time: str  # when its head was whole, UTC
+    time: str  # when its head was complete, UTC
     request_id: str
     client: str
     method: str
     path: str
-    status: int  # 0: the client left before there was one
-    end: str  # "whole", "left" (the client), "broken" (the engine's answer)
+    status: int  # 0: the client disconnected before the response began
+    end: str  # "whole", "left" (client disconnected), "broken" (engine's response was cut short)
     duration_s: float
     request_bytes: int
     answer_bytes: int
@@ -52,7 +52,7 @@ class Line(msgspec.Struct, omit_defaults=True):
     model: str | None = None
     endpoint: str | None = None
     retries: int = 0
-    left_out: int = 0  # lines before this one that could not be written in time
+    left_out: int = 0  # lines dropped before this one because the queue was full
 
 
 def _write_out(text: bytes) -> None:
@@ -61,10 +61,10 @@ def _write_out(text: bytes) -> None:
 
 
 class AccessLog:
-    """JSON lines, written by a thread; what it cannot keep up with is left out, and counted.
+    """Writes JSON lines from a thread. Lines are dropped and counted if it cannot keep up.
 
-    The workers share a pipe, which keeps a write whole up to ``PIPE_BUF`` bytes: no line is longer,
-    and none is parted.
+    The workers share a pipe, in which writes of up to ``PIPE_BUF`` bytes are atomic. No line is
+    longer, and none is split over two writes.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class AccessLog:
         write: Callable[[bytes], object] = _write_out,
         random: Callable[[], float] = random.random,
     ) -> None:
-        """``sample``: the share of whole answers below 500 that are logged; all others are."""
+        """``sample``: the share of complete responses below 500 to log. All others are logged."""
         self._sample = sample
         self._write = write
         self._random = random
@@ -95,7 +95,7 @@ class AccessLog:
             self._left_out += 1
 
     def close(self) -> None:
-        """Write what is there; a reader that takes nothing does not hold up the end."""
+        """Write the queued lines, but do not wait for a stalled reader."""
         try:
             self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
         except Full:
@@ -119,14 +119,14 @@ class AccessLog:
     def _put(self, text: bytes) -> None:
         try:
             self._write(text)
-        except OSError as error:  # a full disk or a reader that left must not stop the work
-            log.warning("access log not written", reason=str(error))
+        except OSError as error:  # a full disk or a closed pipe must not stop the thread
+            log.warning("cannot write access log", reason=str(error))
 
 
 def make_observers(config: GatewayConfig) -> Observers | None:
-    """As the config and OpenTelemetry's environment ask; None when nobody watches.
+    """Create what the config and OpenTelemetry's environment enable; None if that is nothing.
 
-    ConfigError when traces are asked for and OpenTelemetry is not installed.
+    ConfigError if tracing is enabled and OpenTelemetry is not installed.
     """
     access_log = AccessLog(config.access_log_sample) if config.access_log_sample else None
     tracing = make_tracing()
@@ -144,7 +144,7 @@ class Observers:
         return Observation(self, exchange)
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Flush the access log and the spans."""
         if self.access_log is not None:
             self.access_log.close()
         if self.tracing is not None:
@@ -152,7 +152,7 @@ class Observers:
 
 
 class Observation:
-    """One request that is watched."""
+    """The observation of one request."""
 
     __slots__ = ("_began_s", "_observers", "_span", "_time_s")
 

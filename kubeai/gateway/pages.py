@@ -1,9 +1,9 @@
-"""What a worker answers that is not an inference POST with a JSON body.
+"""The local routes: all requests except inference POSTs with a JSON body.
 
-The relay forwards all of it here, so this aiohttp application sees one request at a time on a
-connection that the relay owns: the list of models, audio transcriptions (transcriptions.py),
-health, and the 404s and 405s of what is not in the route table (errors.py shapes them). The
-worker serves it with :func:`make_runner`.
+The relay forwards those requests to this aiohttp application, one at a time on each connection. It
+serves the list of models, audio transcriptions (transcriptions.py), health, and 404 and 405
+responses for everything that is not in the route table (formatted by errors.py). The worker runs it
+with :func:`make_runner`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DEFAULT_FEATURE = "TextGeneration"
 
 
 def make_runner(gateway: Gateway) -> web.AppRunner:
-    """The application as the worker serves it; ``runner.server`` makes a connection's protocol.
+    """A runner for the application; ``runner.server`` creates a connection's protocol.
 
-    A client that leaves cancels its handler. The relay has already limited a request's head, so
-    what it lets through is not refused here.
+    A client disconnect cancels the handler. The limits on the head match the relay's, so that every
+    head that the relay accepted is accepted here.
     """
     return web.AppRunner(
         make_app(gateway),
@@ -49,7 +49,7 @@ def make_runner(gateway: Gateway) -> web.AppRunner:
         auto_decompress=False,
         max_line_size=gateway.config.head_max_bytes,
         max_field_size=gateway.config.head_max_bytes,
-        max_headers=gateway.config.head_max_count + 10,  # the relay's own
+        max_headers=gateway.config.head_max_count + 10,  # plus those that the relay adds
     )
 
 
@@ -66,7 +66,7 @@ def make_app(gateway: Gateway) -> web.Application:
 async def _errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer every failure before an answer began, in the shape that the path asks for."""
+    """Turn exceptions into error responses, in the format for the request's path."""
     try:
         return await handler(request)
     except BadRequest as error:
@@ -74,18 +74,18 @@ async def _errors(
     except web.HTTPException as error:
         return _refusal(request, BadRequest(error.reason, status=error.status))
     except (ConnectionError, web.RequestPayloadError):
-        # The client has left. An answer that has begun must not be followed by another.
+        # The client has disconnected. A second response must not follow one that has begun.
         if request.transport is not None:
             request.transport.abort()
         return web.Response()
     except Exception:
-        log.exception("a page failed", method=request.method, path=request.path)
-        message = "The gateway has failed; its log says why."
+        log.exception("local route failed", method=request.method, path=request.path)
+        message = "Internal gateway error. See the gateway's log."
         return _refusal(request, BadRequest(message, status=500))
 
 
 async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
-    """Take aiohttp's own name and version off an answer; an engine's stays."""
+    """Remove aiohttp's Server header; an engine's Server header is kept."""
     if response.headers.get("Server") == aiohttp.http.SERVER_SOFTWARE:
         del response.headers["Server"]
 
@@ -104,7 +104,7 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         return _models(request, target)
     if target.kind is Kind.TRANSCRIPTIONS:
         return await transcribe(request, target)
-    # The path as it was sent: decoded, it could name a path that exists.
+    # Echo the raw path: decoded, it could look like a path that exists.
     path = request.raw_path.partition("?")[0][:ECHO_MAX_CHARS]
     message = f"Invalid URL ({request.method} {path})"
     return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
@@ -113,7 +113,7 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
 def _refusal(
     request: web.Request, error: BadRequest, headers: dict[str, str] | None = None
 ) -> web.Response:
-    # The relay gives every request an id.
+    # The relay assigns an ID to every request.
     request_id = request.headers.get("X-Request-Id")
     body, more = error_answer(error, request.raw_path, request_id)
     return _json(body, error.status, {**(headers or {}), **more})
@@ -125,13 +125,13 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
 
 def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response:
     allow = ", ".join(methods)
-    message = f"The method {request.method} is not allowed here, only {allow}."
+    message = f"The method {request.method} is not allowed. Use {allow}."
     error = BadRequest(message, status=405, code="method_not_allowed")
     return _refusal(request, error, {"Allow": allow})
 
 
 def _health(request: web.Request) -> web.Response:
-    """``/healthz``: this worker's loop turns. ``/readyz``: it wants new requests."""
+    """``/healthz``: this worker's event loop runs. ``/readyz``: it accepts new requests."""
     gateway = request.app[GATEWAY]
     if request.path == "/healthz" or (gateway.ready and not gateway.draining):
         return web.Response(text="ok\n")
@@ -181,6 +181,6 @@ def _one_model(request: web.Request, encoded_id: str) -> _Item:
 
 
 def _items(route: Route) -> Iterable[_Item]:
-    """The model, and one more item for each adapter that it declares."""
+    """One item for the model, and one for each adapter that it declares."""
     for name in (route.model, *(f"{route.model}_{adapter}" for adapter in route.adapters)):
         yield _Item(name, route.created_s, "model", route.owner, route.features)

@@ -1,9 +1,9 @@
-"""Connections to one upstream: made when none is idle. ``_relay.Connections`` keeps those.
+"""Connection pools: open a connection if none is idle. ``_relay.Connections`` keeps idle ones.
 
-An endpoint's :class:`Pool` is what its Reservations carry as their target. The worker's aiohttp
-application is one more upstream (:class:`PagesPool`). Idle connections are taken last in, first
-out, so that no more than requests need stay open; they are closed after ``idle_timeout_s`` (the
-relay's clock sees to that), sooner than an engine would. Called by the relay and the exchange.
+An endpoint's :class:`Pool` is the target of its Reservations. The worker's aiohttp application is
+another upstream (:class:`PagesPool`). Idle connections are reused last in, first out, so that
+surplus ones stay idle. The relay's timer closes them after ``idle_timeout_s``, before an engine
+would. Called by the relay and the exchange.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Requests that an engine takes along when it dies are noticed within so much of each other.
+# The connections that a crashing engine loses are all noticed within this time.
 LOST_TOGETHER_S = 1.0
 
 
 class _Pool(Connections):
-    """Makes a new connection in a task. Subclasses know how to dial."""
+    """Opens a new connection in a task. Subclasses implement ``_dial``."""
 
     _connect_timeout_s: float
 
     def connect(self, exchange: Exchange) -> Connecting:
-        """Make a connection for an exchange, which then is told so, or that there is none."""
+        """Open a connection for an exchange; calls its ``connected`` or ``connect_failed``."""
         return asyncio.get_running_loop().create_task(self._connect(exchange))
 
     async def _connect(self, exchange: Exchange) -> None:
@@ -125,7 +125,7 @@ class Pool(_Pool):
     def is_proven(self, since_s: float) -> bool:
         return self._health.is_proven(self.answered_s, since_s)
 
-    # -- requests that wait for the first byte of an answer --------------------------------------
+    # -- requests that wait for the first byte of a response -------------------------------------
 
     @property
     def is_waited_on(self) -> bool:
@@ -139,7 +139,7 @@ class Pool(_Pool):
 
     @contextmanager
     def movable(self, move: Callable[[], None]) -> Iterator[None]:
-        """While an upload, which is not the relay's, waits; ``move_waiting`` calls ``move``."""
+        """While an upload (which the relay does not track) waits, let `move_waiting` move it."""
         self._movable.add(move)
         try:
             yield
@@ -148,13 +148,13 @@ class Pool(_Pool):
 
     @property
     def lost_one_alone(self) -> bool:
-        """Whether the connection that has just been lost is the only one: no other request is on
-        the endpoint, in any worker, and none was lost in the ``LOST_TOGETHER_S`` before."""
+        """Whether the connection that was just lost had the endpoint's only request: no worker has
+        another one there, and none was lost in the preceding ``LOST_TOGETHER_S``."""
         before_s, last_s = self._losses_s
         return last_s - before_s > LOST_TOGETHER_S and not self._routed.in_flight(self._endpoint)
 
     async def listens(self) -> bool:
-        """Whether somebody takes connections there; True when it cannot be known in time."""
+        """Whether the endpoint accepts connections; True if that is unknown after the timeout."""
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, writer = await asyncio.open_connection(self._ip, self._port)
@@ -167,11 +167,11 @@ class Pool(_Pool):
 
 
 class PagesPool(_Pool):
-    """The way to the worker's own aiohttp application.
+    """Connections to the worker's own aiohttp application (pages.py).
 
-    Each connection is a socket pair: there is no name in the file system or elsewhere that another
-    process could connect to. ``serve`` makes the application's protocol for one connection. The
-    application has its own clocks, and may hold a request as long as the gateway may.
+    Each connection is a socket pair, so that there is no address that another process could connect
+    to. ``serve`` creates the application's protocol for one connection. There are no response
+    timeouts, because the application has its own and may hold requests like the gateway.
     """
 
     def __init__(self, relay: Relay, serve: Callable[[], asyncio.BaseProtocol]) -> None:
@@ -189,7 +189,7 @@ class PagesPool(_Pool):
 
 
 async def _hand_over(connecting: Awaitable[object], *sockets: socket.socket) -> None:
-    """Give a socket to the loop; it (and others) are closed should that fail."""
+    """Attach a socket to the event loop; close all given sockets if that fails."""
     try:
         await connecting
     except BaseException:

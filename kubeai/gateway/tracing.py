@@ -1,11 +1,11 @@
-"""OpenTelemetry spans, one a request, behind the extra ``otel``.
+"""OpenTelemetry spans, one per request. Requires the extra ``otel``.
 
-Asked for by OpenTelemetry's own environment: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
-``…_TRACES_ENDPOINT``), with ``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME`` and the others as its
-SDK reads them; ``OTEL_SDK_DISABLED`` and ``OTEL_TRACES_EXPORTER=none`` turn it off. A request's
-``traceparent`` is the parent of its span, and the engine gets the span's in its place; without
-tracing it is passed on as it came. Spans are exported over HTTP by a thread of the SDK's, from a
-queue that drops what is too much. Called by observers.py, and by the supervisor at its start.
+Enabled by OpenTelemetry's environment variables: ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or
+``…_TRACES_ENDPOINT``), with ``OTEL_TRACES_SAMPLER``, ``OTEL_SERVICE_NAME`` and others as its SDK
+defines them. ``OTEL_SDK_DISABLED`` and ``OTEL_TRACES_EXPORTER=none`` disable it. The request's
+``traceparent`` becomes the parent of its span, and the engine receives the span's instead. Without
+tracing it is forwarded unchanged. A thread of the SDK exports spans over HTTP, from a queue that
+drops spans when it is full. Called by observers.py, and by the supervisor when it starts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLOSE_TIMEOUT_MS = 2_000
 
 
 def wants_tracing() -> str | None:
-    """The variable that asks for traces, if any does."""
+    """The environment variable that enables tracing, or None."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
     if os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "none":
@@ -39,9 +39,9 @@ def wants_tracing() -> str | None:
 
 
 def check_tracing() -> bool:
-    """Whether the environment asks for traces; ConfigError when OpenTelemetry is not installed.
+    """Whether the environment enables tracing; ConfigError if OpenTelemetry is not installed.
 
-    The supervisor asks too, before it starts workers that could not start.
+    The supervisor also calls this, before it starts workers that would fail.
     """
     variable = wants_tracing()
     if variable is None:
@@ -51,13 +51,13 @@ def check_tracing() -> bool:
         importlib.import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     except ImportError:
         raise ConfigError(
-            variable, f"traces need OpenTelemetry: {install_hint('otel')}; or unset it"
+            variable, f"tracing requires OpenTelemetry: {install_hint('otel')}; or unset it"
         ) from None
     return True
 
 
 def make_tracing() -> Tracing | None:
-    """As the environment asks; see :func:`check_tracing`."""
+    """Create the tracer if the environment enables it; see :func:`check_tracing`."""
     if not check_tracing():
         return None
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -73,7 +73,7 @@ def make_tracing() -> Tracing | None:
 
 
 class Tracing:
-    """Spans of one worker."""
+    """The spans of one worker."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
@@ -87,7 +87,7 @@ class Tracing:
         self._in_context = set_span_in_context
 
     def began(self, exchange: Exchange) -> Span:
-        """A request's span, a child of the client's; the engine's will be its child."""
+        """Start a request's span as a child of the client's, and make it the engine's parent."""
         came = {
             name: values[0].decode("latin-1")
             for name in ("traceparent", "tracestate")
@@ -112,7 +112,7 @@ class Tracing:
         return span
 
     def ended(self, span: Span, exchange: Exchange, end: str, first_byte_s: float | None) -> None:
-        """The span's other half. ``end``: whole, left or broken."""
+        """Set the outcome and end the span. ``end``: whole, left or broken."""
         if span.is_recording():
             if exchange.status:
                 span.set_attribute("http.response.status_code", exchange.status)
@@ -130,6 +130,6 @@ class Tracing:
         span.end()
 
     def close(self) -> None:
-        """Export what is left, for as long as ``CLOSE_TIMEOUT_MS``."""
+        """Export the remaining spans, for at most ``CLOSE_TIMEOUT_MS``."""
         self._provider.force_flush(CLOSE_TIMEOUT_MS)
         self._provider.shutdown()

@@ -1,14 +1,15 @@
-"""POST /openai/v1/audio/transcriptions: a multipart form, sent on to an engine.
+"""POST /openai/v1/audio/transcriptions: a multipart form that is forwarded to an engine.
 
-It takes the same way as a JSON request: the body is read whole, under a limit and a clock, before
-any load is counted; then admit → wait → pick → attempt, with retries. The form is spooled, so that
-``model`` may stand anywhere in it and an attempt can be repeated: at most about
-``SPOOL_MEMORY_MAX_BYTES`` of it in memory, the rest in an unnamed temporary file; all of it has at
-most ``multipart_max_bytes`` and 100 parts (multipart.py), ``model`` at most ``MODEL_MAX_BYTES``,
-and all forms of a worker together ``spool_max_bytes``.
-``model`` is left out for FasterWhisper and named as the engine knows it for others. Every other
-part's content reaches the engine byte for byte, in a form with a boundary of our own
-(multipart.py says why). The answer streams. Called by pages.py.
+It is handled like a JSON request: the body is read completely, with a size limit and a timeout,
+before any load is counted; then admit → wait → pick → attempt, with retries. The form is spooled,
+so that ``model`` may be anywhere in it and an attempt can be retried: about
+``SPOOL_MEMORY_MAX_BYTES`` in memory, the rest in an unnamed temporary file. A form is limited to
+``multipart_max_bytes`` and 100 parts (multipart.py), its ``model`` to ``MODEL_MAX_BYTES``, and all
+forms of a worker together to ``spool_max_bytes``.
+
+``model`` is removed for FasterWhisper, and replaced by the engine's name of the model for others.
+The content of every other part reaches the engine unchanged, in a form with a new boundary
+(multipart.py says why). The response is streamed. Called by pages.py.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ SPOOL_MEMORY_MAX_BYTES = 1 << 20
 MODEL_MAX_BYTES = 1024
 MODEL_HEAD = b'Content-Disposition: form-data; name="model"'
 READ_BYTES = 256 << 10
-# A body made of near-delimiters is parsed at 6 MB/s: the loop is held up for 5 ms at most.
+# A body full of almost-delimiters is parsed at 6 MB/s, so the event loop blocks for 5 ms at most.
 PARSED_AT_ONCE_BYTES = 32 << 10
 
 GATEWAY = web.AppKey("gateway", Gateway)
@@ -69,8 +70,8 @@ _OURS = frozenset(("host", "content-encoding", "content-length", "content-type",
 
 
 async def client(app: web.Application) -> AsyncIterator[None]:
-    """The application's HTTP client, while it runs."""
-    # A connection an attempt: what is odd about pooled connections is the relay's business.
+    """Provide the application's HTTP client while it runs."""
+    # One connection per attempt avoids the failure modes of reused connections.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(sock_connect=app[GATEWAY].config.connect_timeout_s, total=None)
     async with aiohttp.ClientSession(
@@ -85,13 +86,13 @@ async def client(app: web.Application) -> AsyncIterator[None]:
 
 
 def selection(request: web.Request) -> Callable[[Route], bool]:
-    """Whether a route's labels match every X-Label-Selector of the request."""
+    """A predicate for routes whose labels match every X-Label-Selector of the request."""
     selectors = [parse_selector(text) for text in request.headers.getall("X-Label-Selector", [])]
     return lambda route: all(selector(route.labels) for selector in selectors)
 
 
 async def transcribe(request: web.Request, target: Target) -> web.StreamResponse:
-    """Answer one request with an engine's answer, or raise BadRequest."""
+    """Respond with an engine's response, or raise BadRequest."""
     gateway = request.app[GATEWAY]
     if not is_identity(request.headers.getall("Content-Encoding", [])):
         raise compressed_body()
@@ -123,7 +124,7 @@ async def transcribe(request: web.Request, target: Target) -> web.StreamResponse
 
 
 async def _read_form(request: web.Request, form: Form, gateway: Gateway) -> None:
-    """Spool the whole body, under its limits and a clock between its bytes."""
+    """Spool the whole body, with size limits and a timeout between its bytes."""
     max_bytes = gateway.config.multipart_max_bytes
     too_long = BadRequest(f"The form is longer than {max_bytes} bytes.", status=413)
     announced_bytes = request.content_length or 0
@@ -145,20 +146,20 @@ async def _read_form(request: web.Request, form: Form, gateway: Gateway) -> None
 
 
 def _no_room(reason: str) -> BadRequest:
-    log.warning("no room for a form", reason=reason)
-    return BadRequest("Too many uploads are under way.", status=503, code="overloaded")
+    log.warning("cannot spool upload", reason=reason)
+    return BadRequest("Too many uploads in progress.", status=503, code="overloaded")
 
 
 class Form:
-    """A form that has been read: its model's name, and all the other parts, spooled."""
+    """A received form: the name of the model, and all other parts, spooled."""
 
     def __init__(self, boundary: bytes, gateway: Gateway) -> None:
         self.received_bytes = 0
-        self._gateway = gateway  # that has room for it
-        self._boundary = new_boundary()  # of the form that is sent
+        self._gateway = gateway  # limits the spool space
+        self._boundary = new_boundary()  # of the form to send
         self._splitter = Splitter(boundary)
         self._model: bytearray | None = None
-        self._model_at = 0  # where it stood among the other parts
+        self._model_at = 0  # its offset in the other parts
         self._in_model = False
         self._in_part = False
         self._written_bytes = 0
@@ -213,7 +214,7 @@ class Form:
             raise BadRequest("You must provide a model parameter.", "model")
 
     def pieces(self, model: str | None) -> tuple[bytes, bytes]:
-        """(the ``model`` part, the closing delimiter) to send; no such part for None."""
+        """(the ``model`` part, the closing delimiter) to send; the part is empty for None."""
         end = b"--" + self._boundary + b"--\r\n"
         if model is None:
             return b"", end
@@ -223,7 +224,7 @@ class Form:
         return self._written_bytes + sum(map(len, self.pieces(model)))
 
     async def chunks(self, model: str | None) -> AsyncIterator[bytes]:
-        """The form to send, with another model's name where ``model`` stood, or without it."""
+        """The form to send, with ``model`` replaced in place, or removed for None."""
         part, end = self.pieces(model)
         async for chunk in self._spooled(0, self._model_at):
             yield chunk
@@ -261,7 +262,7 @@ class Form:
         self._written_bytes += len(data)
 
     async def _spill(self) -> None:
-        """Move what is in memory to the file; the disk must not stall the loop."""
+        """Move the data in memory to the file, in a thread, as disk I/O may block."""
         data, self._memory = self._memory, bytearray()
         try:
             if self._file is None:
@@ -287,7 +288,7 @@ class Form:
 
 
 class _Attempts:
-    """One admitted transcription: wait → pick → attempt, until an answer begins."""
+    """One admitted transcription: wait → pick → attempt, until a response begins."""
 
     def __init__(
         self,
@@ -312,9 +313,9 @@ class _Attempts:
             lambda likely: self._gateway.may_retry(model, likely),
             timeouts=config.retry_first_byte_timeout,
         )
-        self._lost: Reservation | None = None  # whose connection was, in the last attempt
+        self._lost: Reservation | None = None  # the last attempt, if it lost its connection
         self._alone = False
-        self._moved_to: Reservation | None = None  # since the last attempt's endpoint left
+        self._moved_to: Reservation | None = None  # the next attempt, after the endpoint left
 
     async def run(self) -> web.StreamResponse:
         reservation = self._model.pick(self._key, self._ask.adapter) or await self._hold()
@@ -329,7 +330,7 @@ class _Attempts:
             reservation = await self._next()
 
     async def _next(self) -> Reservation:
-        """The endpoint of the next attempt, now that one has failed."""
+        """The endpoint of the next attempt after one has failed."""
         if self._moved_to is not None:
             moved_to, self._moved_to = self._moved_to, None
             return moved_to
@@ -346,7 +347,7 @@ class _Attempts:
         return await hold(self._gateway, self._model, self._ask, self._key, self._admission)
 
     async def _attempt(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
-        """The answer that is to be passed on; None for another attempt."""
+        """The response to forward; None to make another attempt."""
         name = reservation.name
         pool = cast(Pool, reservation.target)
         pool.trial = pool.trial or reservation.trial
@@ -356,12 +357,12 @@ class _Attempts:
             async with asyncio.timeout(self._gateway.config.first_byte_timeout_s):
                 answer = await self._post_until_moved(reservation)
             if answer is None:
-                self._count_retry(name, "it does not answer, moving the request")
+                self._count_retry(name, "endpoint does not respond, moving the request")
                 return None
         except TimeoutError as error:
             pool.note_failure(TIMEOUT)
             timed_out = not isinstance(error, aiohttp.ConnectionTimeoutError)
-            reason = "no answer in time" if timed_out else "no connection in time"
+            reason = "response timeout" if timed_out else "connect timeout"
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             connected = not isinstance(error, aiohttp.ClientConnectorError)
@@ -379,7 +380,7 @@ class _Attempts:
             return None
         if not self._wants_retry(TIMED_OUT if timed_out else NO_ANSWER, name):
             if timed_out:
-                raise self._failure(504, "it did not answer in time", "timeout")
+                raise self._failure(504, "it did not respond in time", "timeout")
             raise self._failure(502, f"no replica could be reached: {reason}", "bad_gateway")
         self._count_retry(name, reason)
         return None
@@ -388,7 +389,7 @@ class _Attempts:
         return self._retries.wants(status, endpoint, self._model, self._ask.adapter)
 
     async def _post_until_moved(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
-        """The answer; None when the endpoint left before it began, and another can be tried."""
+        """The response; None if the endpoint left before it began and another can be tried."""
         posting = asyncio.ensure_future(self._post(reservation.name))
 
         def move() -> None:
@@ -423,7 +424,7 @@ class _Attempts:
     async def _post(self, endpoint: str) -> aiohttp.ClientResponse:
         route = self._model.route
         address = next(e.address for e in route.endpoints if e.name == endpoint)
-        # FasterWhisper refuses a name that is not its model's own, and serves only one.
+        # FasterWhisper serves a single model, and rejects any other name for it.
         model = None if route.engine == "FasterWhisper" else self._ask.adapter or self._ask.name
         query = f"?{self._target.query}" if self._target.query else ""
         headers = _end_to_end(self._request.headers.items(), _OURS)
@@ -437,7 +438,7 @@ class _Attempts:
         )
 
     async def _relay(self, answer: aiohttp.ClientResponse, pool: Pool) -> web.StreamResponse:
-        """Pass the answer on as it comes. One that breaks is cut, so that it never looks whole."""
+        """Stream the response. If it breaks off, abort the connection to show that."""
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
         for name, value in _end_to_end(answer.headers.items()):
             response.headers.add(name, value)
@@ -448,10 +449,10 @@ class _Attempts:
                     data = await answer.content.readany()
             except (aiohttp.ClientError, OSError) as error:
                 pool.note_failure(TIMEOUT if isinstance(error, TimeoutError) else LOST)
-                log.warning("answer broke", model=self._ask.model, reason=str(error))
+                log.warning("response broke off", model=self._ask.model, reason=str(error))
                 if self._request.transport is not None:
                     self._request.transport.abort()
-                return response  # aiohttp finds the connection gone, and ends with it
+                return response  # aiohttp notices the closed connection
             await response.write(data)
         pool.note_end(answer.status)
         await response.write_eof()
@@ -461,7 +462,7 @@ class _Attempts:
 def _end_to_end(
     headers: Iterable[tuple[str, str]], drop: frozenset[str] = frozenset()
 ) -> list[tuple[str, str]]:
-    """The headers that are not only for this connection, less ``drop``."""
+    """The end-to-end headers, without those in ``drop``."""
     headers = list(headers)
     listed = {
         token.strip().lower()
