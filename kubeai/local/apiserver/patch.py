@@ -149,7 +149,7 @@ def _merge_list(
     merged = list(target)
     for item in patch:
         if not isinstance(item, dict):
-            raise bad_request(f"the patch has {item!r} in a list of objects with the key {key}")
+            raise bad_request(f"list item {item!r} must be an object with the merge key {key}")
         if item.get(_DIRECTIVE) == "replace":
             rest = [other for other in patch if _DIRECTIVE not in other]
             return copy.deepcopy(rest)
