@@ -1,7 +1,6 @@
-"""The control plane: what stands in the cluster becomes pods, replicas, status and routes.
+"""The control plane: reconciles Models into pods, replica counts, status and routes.
 
-`Operator` is what the supervisor runs; `Loads` is what it must offer. Life of a Model:
-docs/life-of-a-model.md.
+The supervisor runs an `Operator` and implements `Loads` for it. See docs/life-of-a-model.md.
 """
 
 from kubeai.operator.operator import Operator

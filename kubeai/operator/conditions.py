@@ -1,14 +1,14 @@
-"""What a Model's status says to people: counts, and conditions with their reasons. Pure.
+"""Builds a Model's status: replica counts, and conditions with reasons and messages. Pure.
 
 | condition | true when |
 |---|---|
 | Ready | requests are answered, or would be after a cold start |
-| Progressing | pods are still to come, to go or to be replaced |
+| Progressing | pods remain to be created, deleted or replaced |
 | CacheLoaded | all files are in the cache (Models with a cacheProfile) |
 | AdaptersLoaded | every ready replica serves every adapter (Models with adapters) |
-| Degraded | something that a person should look at keeps part of it from working |
+| Degraded | part of the Model does not work and needs a person's attention |
 
-Reasons are one word each and listed in docs/life-of-a-model.md. Called by `plan`.
+Each reason is one word. docs/life-of-a-model.md lists them. Called by `plan`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ OURS = ("Ready", "Progressing", "CacheLoaded", "AdaptersLoaded", "Degraded")
 
 
 class Facts(msgspec.Struct, kw_only=True):
-    """What the conditions are made from, as it will be once the plan's other actions are done."""
+    """Input of the conditions: the state once the plan's other actions are applied."""
 
     pods: Sequence[Pod]  # as observed
-    left: Sequence[Pod]  # of these, replicas that stay
-    made: int = 0  # replicas that are new
+    left: Sequence[Pod]  # the observed replicas that are kept
+    made: int = 0  # new replicas
     wanted: int = 0
-    outdated: int = 0  # of those that stay
-    error: ModelError | None = None  # why no pod can be made from the Model
-    create_error: Trouble | None = None  # why the API refused the last one
+    outdated: int = 0  # outdated pods among `left`
+    error: ModelError | None = None  # why no pod can be built from the Model
+    create_error: Trouble | None = None  # why the API rejected the last pod creation
     cache: CachePlan | None = None
     adapters: AdaptersView | None = None
     now_s: float = 0.0  # Unix time
@@ -63,7 +63,7 @@ class Facts(msgspec.Struct, kw_only=True):
 
 
 def status_of(model: Model, facts: Facts) -> ModelStatus:
-    """The whole status. Conditions that have changed are still without a time: see `dated`."""
+    """The complete status. Changed conditions have no transition time yet: see `dated`."""
     if model.metadata.deletion_timestamp is not None:
         ours = [_condition("Ready", False, "Deleting", "the Model is being deleted")]
     else:
@@ -90,7 +90,7 @@ def status_of(model: Model, facts: Facts) -> ModelStatus:
 
 
 def dated(status: ModelStatus, now: datetime) -> ModelStatus:
-    """With ``now`` as the time of our conditions that have changed."""
+    """The status with ``now`` as the transition time of our changed conditions."""
     conditions = (
         msgspec.structs.replace(c, last_transition_time=now)
         if c.type in OURS and c.last_transition_time is None
@@ -101,13 +101,13 @@ def dated(status: ModelStatus, now: datetime) -> ModelStatus:
 
 
 def timeless(status: ModelStatus) -> ModelStatus:
-    """Without the times of its conditions, to be compared."""
+    """The status without its conditions' transition times, for comparison."""
     conditions = (msgspec.structs.replace(c, last_transition_time=None) for c in status.conditions)
     return msgspec.structs.replace(status, conditions=tuple(conditions))
 
 
 def only_counts(new: ModelStatus, old: ModelStatus) -> bool:
-    """Whether more is to come, and until then nothing is new but how many replicas there are."""
+    """Whether only replica counts have changed, and more changes are expected."""
     now = {c.type: (c.status, c.reason) for c in new.conditions}
     before = {c.type: (c.status, c.reason) for c in old.conditions}
     _, counting = now["Ready"]
@@ -143,22 +143,22 @@ def _ready(model: Model, facts: Facts) -> Condition:
 
 def _progressing(facts: Facts) -> Condition:
     if facts.error is not None:
-        message = "no pod is made from such a Model"
+        message = "no pods can be created from this Model"
         return _condition("Progressing", False, facts.error.reason, message)
     if facts.create_error is not None:
         trouble = facts.create_error
         return _condition("Progressing", False, trouble.reason, trouble.message)
     but = _but(facts)
     if facts.outdated:
-        message = f"{facts.outdated} outdated of {facts.all} replicas are still to be replaced"
+        message = f"{facts.outdated} of {facts.all} replicas are outdated and will be replaced"
         return _condition("Progressing", True, "RollingOut", message + but)
     if facts.all > facts.wanted:
-        message = f"from {facts.all} to {facts.wanted} replicas"
+        message = f"scaling from {facts.all} to {facts.wanted} replicas"
         return _condition("Progressing", True, "ScalingDown", message)
     if facts.ready < facts.wanted:
         message = _of(facts.ready, facts.wanted)
         return _condition("Progressing", True, "ReplicasStarting", message + but)
-    return _condition("Progressing", False, "UpToDate", "all replicas are as wanted")
+    return _condition("Progressing", False, "UpToDate", "all replicas are up to date")
 
 
 def _cache_loaded(cache: CachePlan) -> Condition:
@@ -170,7 +170,7 @@ def _adapters_loaded(adapters: AdaptersView) -> Condition:
     if adapters.trouble is not None:
         return _condition("AdaptersLoaded", False, "LoadFailed", adapters.trouble.message)
     if not ready:
-        message = "no replica is ready; each loads the adapters as it starts"
+        message = "no replica is ready; each replica loads the adapters when it starts"
         return _condition("AdaptersLoaded", False, "NoReplicas", message)
     message = f"{complete} of {ready} ready replica{'s' * (ready > 1)} serve{'s' * (ready == 1)}"
     done = complete == ready
@@ -188,7 +188,7 @@ def _degraded(facts: Facts) -> Condition:
     ]
     trouble = next((one for one in troubles if one is not None), None)
     if trouble is None:
-        return _condition("Degraded", False, "AsExpected", "nothing is known to be wrong")
+        return _condition("Degraded", False, "AsExpected", "no problems detected")
     return _condition("Degraded", True, trouble.reason, trouble.text)
 
 
@@ -203,7 +203,7 @@ def _adapters_trouble(adapters: AdaptersView | None) -> Trouble | None:
 
 
 def _but(facts: Facts) -> str:
-    """What keeps a replica from becoming ready, for the end of a sentence."""
+    """A suffix for a message: why a replica does not become ready."""
     trouble = facts.trouble(facts.left)
     return "" if trouble is None else f", but {trouble.reason}: {trouble.text}"
 
@@ -219,7 +219,7 @@ def _condition(type_: str, holds: bool, reason: str, message: str) -> Condition:
 
 
 def _since(model: Model, new: Condition) -> Condition:
-    """With the time of the last change, if the status is what it was; else without a time."""
+    """The condition with its transition time kept if the status is unchanged, else without one."""
     old = next((c for c in model.status.conditions if c.type == new.type), None)
     return msgspec.structs.replace(
         new,

@@ -1,11 +1,10 @@
-"""Reconcile: bring one Model's pods and status to what its spec says.
+"""Reconciles one Model at a time: brings its pods and status in line with its spec.
 
-Owns the writes of the leader, but for its scaling. ``changed(name)`` puts a model into the queue;
-for each model, one after another, the controller looks at the store, at the cache and at the
-adapters, asks :func:`plan`, and sends the actions. Promises: no write unless this replica leads at
-that moment; a create or a delete that is not observed yet is not repeated; deletes carry the pod's
-uid, patches of a Model its resourceVersion; no write while nothing changes; and at most two writes
-a second to one object.
+Owns all of the leader's writes except scaling. ``changed(name)`` enqueues a model. Reconciling it
+means reading the store, the cache and the adapters, calling :func:`plan`, and applying the actions.
+Promises: no write unless this replica is the leader at that moment; a create or delete that has not
+been observed yet is not repeated; deletes carry the pod's uid, and patches of a Model its
+resourceVersion; no write while nothing changes; at most two writes per second to one object.
 """
 
 from __future__ import annotations
@@ -61,27 +60,29 @@ log = get_logger(__name__)
 PARALLEL_MODELS_MAX = 64
 CREATES_AT_FIRST_MAX = 8
 PARALLEL_WRITES_MAX = 32
-STATUS_SETTLE_S = 0.1  # changes come in flocks: tell them in one write
-MODEL_WRITES_INTERVAL_S = 1.05  # from one write to a Model, or its status, to the next but one
-# From any write to a status that tells of progress only: with 50 Models that start at once, these
-# were a fifth of all writes, each as dear to the API as several of pods, which came later for it.
+STATUS_SETTLE_S = 0.1  # changes come in bursts: batch them into one status write
+# Between a write to a Model or its status and the second write after it: two writes per interval.
+MODEL_WRITES_INTERVAL_S = 1.05
+# Between any write to a Model and a status write that only updates replica counts. With 50 Models
+# starting at once these were a fifth of all writes. Each costs the API as much as several pod
+# writes, which were delayed by it.
 COUNTING_INTERVAL_S = 5.0
 CONFLICT_REST_S = 0.5
 NAMES_MAX = 8  # in one Event
-DRAINED_INTERVAL_S = 0.5  # how often pods are looked at that are drained
-FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # rest before a pod that ended is replaced again
+DRAINED_INTERVAL_S = 0.5  # between checks of draining pods
+FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # back-off before finished pods are replaced
 
 
 class _Memory(msgspec.Struct):
-    """What is remembered of one Model between two reconciles; none of it must survive a restart."""
+    """State kept for one Model between reconciles. It need not survive a restart."""
 
     uid: str  # the Model's
     create_error: Trouble | None = None
-    taken: dict[str, float] = {}  # pod names of others → believed until
-    template: tuple[Any, Template | ModelError] | None = None  # what it was made from, and it
+    taken: dict[str, float] = {}  # pod names in use by others → assumed taken until
+    template: tuple[Any, Template | ModelError] | None = None  # (inputs, result)
     sent_s: tuple[float, float] = (-math.inf, -math.inf)  # the last two writes to the Model
-    status_due_s: float = math.inf  # when a status that has news will have settled
-    status_sent: tuple[ModelStatus, ModelStatus] | None = None  # what we sent, what came back
+    status_due_s: float = math.inf  # when a changed status will have settled
+    status_sent: tuple[ModelStatus, ModelStatus] | None = None  # (sent, as returned by the API)
     finished: Backoff = msgspec.field(
         default_factory=lambda: Backoff(FINISHED_FIRST_S, FINISHED_MAX_S)
     )
@@ -89,21 +90,21 @@ class _Memory(msgspec.Struct):
 
 
 class PodLoads(Protocol):
-    """What is read of the load table and of the other replicas. The supervisor implements it."""
+    """Per-endpoint loads of all KubeAI replicas. The supervisor implements it."""
 
     def in_flight(self, model: str, endpoint: str) -> int:
-        """Requests that one endpoint serves, for all replicas of KubeAI."""
+        """In-flight requests at one endpoint, from all replicas of KubeAI."""
         ...
 
     def in_use(self, model: str, endpoint: str) -> bool:
-        """Whether any worker of any replica may still send it requests, or has some there."""
+        """Whether any worker of any replica may still send requests to it or has some in flight."""
         ...
 
 
 class Controller:
-    """Started by the operator on every replica; writes only while ``leader`` leads.
+    """Runs on every replica, but writes only while ``leader`` leads.
 
-    ``loads``: of what a pod serves, by which it is spared, and drained before it is deleted.
+    ``loads`` decides which pods to delete first, and whether a pod must be drained before that.
     """
 
     def __init__(
@@ -135,12 +136,12 @@ class Controller:
         self._adapters = Adapters(kube, namespace, self._writes, self.changed, clock)
 
     def changed(self, name: str) -> None:
-        """Something about the model is new; called for each event."""
+        """Enqueue the model for reconciliation."""
         if self._leader.leads and self._store.listed:
             self.queue.add(name)
 
     def all_changed(self) -> None:
-        """This replica leads from now on, or knows the world from now on."""
+        """Enqueue every model: this replica has become the leader or has just synced."""
         for name in self._store.names():
             self.changed(name)
 
@@ -150,7 +151,7 @@ class Controller:
                 self.changed(name)
 
     def rest(self) -> None:
-        """This replica does not lead any more."""
+        """This replica is no longer the leader."""
         self._adapters.rest()
         self.claims.rest()
         self._files.rest()
@@ -160,7 +161,7 @@ class Controller:
         await self._adapters.stop()
 
     async def reconcile(self, name: str) -> float | None:
-        """One round for one model; seconds until the next, None when only news brings it."""
+        """Reconcile one model. Returns seconds until the next try, or None to wait for an event."""
         if not self._leader.leads or not self._store.listed:
             return None
         try:
@@ -174,7 +175,7 @@ class Controller:
                 self._forget(name)
             memory = self._memories.setdefault(name, _Memory(uid))
             if has_cache(model) and self.claims.pending:
-                return again_s  # nothing may be said of its files; that they are known is news
+                return again_s  # nothing is known about its files yet; their list is an event
             return _sooner(again_s, await self._round(model, memory))
         except NotLeader:
             return None
@@ -193,7 +194,7 @@ class Controller:
         observed, wait_s = self._observe(model, memory)
         actions = self._plan(model, memory, observed)
         if memory.create_error and not any(isinstance(a, CreatePod) for a in actions):
-            memory.create_error = None  # nothing is to be created any more
+            memory.create_error = None  # there is nothing left to create
             actions = self._plan(
                 model, memory, msgspec.structs.replace(observed, create_error=None)
             )
@@ -216,13 +217,13 @@ class Controller:
     def _plan(self, model: Model, memory: _Memory, observed: Observed) -> list[Action]:
         kept = memory.template
         made_from = (model.spec, model.metadata.uid, model.metadata.annotations)
-        if kept is None or kept[0] != made_from:  # building it is most of a plan's cost
+        if kept is None or kept[0] != made_from:  # building the template is most of a plan's cost
             kept = memory.template = made_from, template_of(model, self._config)
         now = datetime.fromtimestamp(int(time.time()), UTC)
         return plan(model, self._config, observed, now, kept[1])
 
     def _observe(self, model: Model, memory: _Memory) -> tuple[Observed, float | None]:
-        """The plan's view, and seconds until it may be another one without any news."""
+        """The plan's input, and seconds until it may change without an event."""
         now_s = self._clock()
         name, uid = model.metadata.name, model.metadata.uid
         memory.taken = {n: until_s for n, until_s in memory.taken.items() if until_s > now_s}
@@ -238,7 +239,8 @@ class Controller:
         unix_s = time.time()
         for pod in pods:
             if pod.trouble is not None and unix_s < pod.trouble_until_s < math.inf:
-                wait_s = _sooner(wait_s, pod.trouble_until_s - unix_s + 1.0)  # now is in seconds
+                # The plan's `now` is in whole seconds.
+                wait_s = _sooner(wait_s, pod.trouble_until_s - unix_s + 1.0)
         if any(pod.draining_since_s and not pod.terminating for pod in pods):
             wait_s = _sooner(wait_s, DRAINED_INTERVAL_S)
         cache, cache_wait_s = self._observe_cache(model, pods)
@@ -265,7 +267,7 @@ class Controller:
     def _observe_adapters(
         self, model: Model, pods: Sequence[Pod]
     ) -> tuple[AdaptersView | None, float | None]:
-        """How the adapters stand; what is missing is begun."""
+        """The state of the adapters. Starts loading those that are missing."""
         if model.metadata.deletion_timestamp is not None:
             self._adapters.forget(model.metadata.name)
             return None, None
@@ -279,9 +281,9 @@ class Controller:
     async def _apply(
         self, model: Model, memory: _Memory, actions: Sequence[Action]
     ) -> float | None:
-        """Send the actions; seconds until the next plan, None when these were all.
+        """Apply the actions. Returns seconds until the next plan, or None if none is needed.
 
-        Deletes first, so that no node is added for a pod whose place is about to be free.
+        Deletes go first, so that no node is added for a pod that fits where another is leaving.
         """
         again_s = None
         deletes = [action for action in actions if isinstance(action, DeletePod)]
@@ -293,7 +295,7 @@ class Controller:
         creates = [self._create(model, memory, action) for action in made]
         if deletes or creates:
             again_s = 0.0
-        # What refuses one pod (a quota, a webhook) mostly refuses them all: few at first.
+        # What rejects one pod (a quota, a webhook) usually rejects them all: start with a few.
         few = CREATES_AT_FIRST_MAX if memory.create_error is None else 1
         first, rest = creates[:few], creates[few:]
         for action in actions:
@@ -353,7 +355,7 @@ class Controller:
         log.info("pod created", model=model.metadata.name, pod=create.name)
 
     async def _is_ours(self, model: Model, name: str) -> bool:
-        """Whether the pod that has the name already is the replica that was wanted."""
+        """Whether the existing pod of this name belongs to the Model and is not terminating."""
         try:
             obj = await self._kube.get(PODS, name, self._namespace, type=PodObject)
         except ApiError as error:
@@ -387,12 +389,12 @@ class Controller:
         if not await self._annotate(action.name, action.uid, DRAINING_ANNOTATION, since):
             return
         if isinstance(action, DrainPod):
-            log.info("pod is drained", pod=action.name, why=action.why)
+            log.info("pod draining", pod=action.name, why=action.why)
         else:
-            log.info("pod is wanted again", pod=action.name)
+            log.info("pod no longer draining", pod=action.name)
 
     async def _annotate(self, name: str, uid: str, annotation: str, value: str | None) -> bool:
-        """False when it is another pod by now, or none."""
+        """Set an annotation of a pod; False if the pod is gone or has been replaced."""
         patch = {"metadata": {"uid": uid, "annotations": {annotation: value}}}
         try:
             async with self._writes:
@@ -416,7 +418,7 @@ class Controller:
         except ApiError as error:
             if error.status != 409:
                 raise
-            # Demand or a user was quicker: no reason to rest, there is something new to plan from.
+            # Another writer was faster: plan again from the new version, without back-off.
             answer = await self._kube.get(MODELS, name, self._namespace, type=Model)
             if answer.metadata.resource_version == model.metadata.resource_version:
                 raise
@@ -426,10 +428,10 @@ class Controller:
         self, model: Model, memory: _Memory, status: ModelStatus
     ) -> float | None:
         if memory.status_sent == (timeless(status), model.status):
-            return None  # the API keeps something else (a CRD without conditions): leave it
+            return None  # the API stores something else (a CRD without conditions): leave it
         now_s = self._clock()
         if only_counts(status, model.status):
-            memory.status_due_s = math.inf  # what may come next settles anew
+            memory.status_due_s = math.inf  # the next real change settles from the start
             due_s = memory.sent_s[1] + COUNTING_INTERVAL_S
         else:
             memory.status_due_s = min(memory.status_due_s, now_s + STATUS_SETTLE_S)
@@ -455,7 +457,7 @@ class Controller:
         except ApiError as error:
             if error.status == 404:
                 return None
-            if error.status == 409:  # the Model has changed: its event is on the way
+            if error.status == 409:  # the Model has changed; its watch event will follow
                 return CONFLICT_REST_S
             raise
         memory.status_sent = (timeless(status), answer.status)
@@ -464,7 +466,7 @@ class Controller:
         return None
 
     def _announce(self, model: Model, status: ModelStatus) -> None:
-        """Events for what has changed in the conditions that people wait for or look at."""
+        """Emit Events for the condition changes that users wait for or need to see."""
         before = {c.type: (c.status, c.reason) for c in model.status.conditions}
         for c in status.conditions:
             old = before.get(c.type, ("", ""))
@@ -481,7 +483,7 @@ class Controller:
                 self._events.tell(model, c.reason, text, warning=warning)
 
     async def _tell(self, model: Model, memory: _Memory, error: ApiError) -> None:
-        """Put a refusal that a person has to mend into the Model's conditions."""
+        """Report a rejected write that a person has to fix in the Model's conditions."""
         if not 400 <= error.status < 500 or error.status in (409, 429):
             return
         memory.create_error = Trouble("PodRefused", str(error)[:MESSAGE_MAX_CHARS])
@@ -491,7 +493,7 @@ class Controller:
                 await self._patch_status(model, memory, action.status)
 
     async def _sweep(self, name: str, model: Model | None) -> float | None:
-        """Delete pods whose Model is gone, should Kubernetes' garbage collection not do it."""
+        """Delete pods whose Model is gone, in case Kubernetes' garbage collection does not."""
         uid = model.metadata.uid if model is not None else None
         orphans = [
             pod
@@ -500,7 +502,7 @@ class Controller:
         ]
         if not orphans:
             return None
-        try:  # the store's two watches are not in step: ask before anything is deleted
+        try:  # the store's two watches are not synchronised: ask the API before deleting
             live = await self._kube.get(MODELS, name, self._namespace)
             uid = str(live["metadata"]["uid"])
         except ApiError as error:
@@ -509,12 +511,12 @@ class Controller:
             uid = None
         for pod in orphans:
             if pod.owner != uid:
-                await self._delete(DeletePod(pod.name, pod.uid, "its Model is gone"))
+                await self._delete(DeletePod(pod.name, pod.uid, "its Model no longer exists"))
         return EXPECTATION_TIMEOUT_S
 
 
 def _status_patch(new: ModelStatus, old: ModelStatus) -> dict[str, Any]:
-    """A merge patch. A field that has its default is not encoded, so null removes the old value."""
+    """A merge patch. Fields at their default are not encoded, so null removes the old value."""
     fields: dict[str, Any] = msgspec.to_builtins(new)
     return dict.fromkeys(msgspec.to_builtins(old).keys() - fields.keys()) | fields
 
@@ -525,7 +527,7 @@ def _names(pods: Sequence[str]) -> str:
 
 
 async def _together(writes: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """All of them, even if one fails; then the first failure."""
+    """Run all of them even if one fails, then raise the first error."""
     for result in await asyncio.gather(*writes, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result

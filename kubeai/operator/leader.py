@@ -1,13 +1,13 @@
-"""Which replica of KubeAI writes: the Lease ``kubeai.org``, by the rules of client-go.
+"""Leader election between replicas of KubeAI: the Lease ``kubeai.org``, by client-go's rules.
 
-Owns the lease and the answer to "may I write now?". A candidate takes the lease when it has not
-changed for its duration by the candidate's own clock (clocks of machines are never compared).
-The holder renews it every ``retry_period_s`` and stops leading when it has not succeeded for
-``renew_deadline_s``. :meth:`Leader.check` stands before each write of a leader: the age of the
-lease is taken from a clock that goes on while the machine sleeps, so a process that was frozen
-finds out before it writes, not after. It is asked twice: by :class:`Writes` before a write is
-begun, and by the Kube that is fenced with it (see :meth:`kubeai.kube.Kube.fenced`) when the
-connection is there and the bytes are about to go, however long the write has waited until then.
+Owns the lease and the answer to "may this replica write now?". A candidate takes the lease when it
+has not changed for its duration by the candidate's own clock (clocks of different machines are
+never compared). The holder renews it every ``retry_period_s`` and stops leading when no renewal has
+succeeded for ``renew_deadline_s``. :meth:`Leader.check` guards each write by a leader. It measures
+the lease's age with a clock that keeps running while the machine is suspended, so a process that
+was frozen detects this before it writes. It is called twice: by :class:`Writes` before a write
+starts, and by the fenced Kube (see :meth:`kubeai.kube.Kube.fenced`) once the connection is
+established and the bytes are about to be sent, however long the write has waited until then.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ RELEASE_TIMEOUT_S = 3.0
 
 
 class NotLeader(Exception):
-    """This replica must not write (any more)."""
+    """This replica is not the leader and must not write."""
 
 
 class Writes:
-    """``async with writes:`` around each write of a leader.
+    """Guards each write of a leader: ``async with writes:``.
 
-    Waits until fewer than ``parallel_max`` others are under way; NotLeader unless this replica
-    leads by then.
+    Waits until fewer than ``parallel_max`` other writes are in flight, then raises NotLeader unless
+    this replica is still the leader.
     """
 
     def __init__(self, leader: Leader, parallel_max: int) -> None:
@@ -45,7 +45,7 @@ class Writes:
         self._free = asyncio.Semaphore(parallel_max)
 
     def check(self) -> None:
-        """Raise NotLeader unless this replica leads at this moment."""
+        """Raise NotLeader unless this replica is the leader at this moment."""
         self._leader.check()
 
     async def __aenter__(self) -> None:
@@ -61,7 +61,7 @@ class Writes:
 
 
 class LeaseApi(Protocol):
-    """What is used of :class:`kubeai.kube.Kube`."""
+    """The part of :class:`kubeai.kube.Kube` that leader election uses."""
 
     async def get(self, r: Resource, name: str, namespace: str = "") -> dict[str, Any]: ...
     async def create(
@@ -73,12 +73,12 @@ class LeaseApi(Protocol):
 
 
 def boot_time_s() -> float:
-    """Seconds since boot, suspended time included."""
+    """Seconds since boot, including suspended time."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Leader:
-    """One candidate. ``run`` until cancelled, then ``release``."""
+    """One candidate. Call ``run``, cancel it, then call ``release``."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Leader:
         self._kube = kube
         self._namespace = namespace
         self._identity = identity
-        # Written in whole seconds; what others are told must cover what we count on.
+        # The Lease holds whole seconds. Rounding up keeps others from taking over too early.
         self._lease_duration_s = math.ceil(lease_duration_s)
         self._renew_deadline_s = renew_deadline_s
         self._retry_period_s = retry_period_s
@@ -106,7 +106,7 @@ class Leader:
         self._sleep = sleep
         self._random = rand
         self._lease: dict[str, Any] | None = None  # as last seen
-        self._seen_s = -math.inf  # when it last changed, by our clock
+        self._seen_s = -math.inf  # when we last saw it change, by our clock
         self._renewed_s = -math.inf  # when our last successful renewal was *sent*
         self._leads = False
 
@@ -121,7 +121,7 @@ class Leader:
             raise NotLeader
 
     async def run(self) -> None:
-        """Acquire, renew, lose, acquire again, until cancelled. ``changed`` hears of each turn."""
+        """Acquire and renew the lease until cancelled. Calls ``changed`` at each transition."""
         while True:
             renewed_s = self._renewed_s
             try:
@@ -130,23 +130,23 @@ class Leader:
                 held = self.leads
                 log.info("lease not renewed", leads=held, status=error.status, error=str(error))
             if self._clock() - renewed_s >= self._renew_deadline_s:
-                self._turn(False)  # for a moment it did not lead, and what came then was left
+                self._turn(False)  # it briefly did not lead, and events were skipped meanwhile
             self._turn(held)
             await self._sleep(self._wait_s())
 
     async def release(self) -> None:
-        """Give the lease up, so that a successor need not wait. Call after ``run`` has ended."""
+        """Release the lease so that a successor need not wait. Call after ``run`` has ended."""
         if not self._leads or self._lease is None:
             return
         self._turn(False)
-        with contextlib.suppress(ApiError, TimeoutError):  # then it runs out by itself
+        with contextlib.suppress(ApiError, TimeoutError):  # the lease then expires by itself
             async with asyncio.timeout(RELEASE_TIMEOUT_S):
                 try:
                     await self._give_up(self._lease)
                 except ApiError as error:
                     if error.status != 409:
                         raise
-                    # A renewal that was cut off has been made: the lease is newer than we know.
+                    # A cancelled renewal did succeed: the lease is newer than our copy.
                     lease = await self._kube.get(LEASES, LEASE_NAME, self._namespace)
                     if _holder(lease) == self._identity:
                         await self._give_up(lease)
@@ -163,13 +163,13 @@ class Leader:
         if leads == self._leads:
             return
         self._leads = leads
-        log.info("leading" if leads else "not leading any more", identity=self._identity)
+        log.info("leading" if leads else "stopped leading", identity=self._identity)
         self._changed(leads)
 
     def _wait_s(self) -> float:
         if self._leads:
             return self._retry_period_s
-        # Candidates spread out, and none oversleeps the end of a lease.
+        # Spread candidates out, and let none sleep past the end of the lease.
         wait_s = self._retry_period_s * (0.8 + 0.2 * self._random())
         left_s = self._seen_s + self._duration_s() - self._clock()
         return min(wait_s, left_s + 0.01) if left_s > 0 else wait_s
@@ -179,7 +179,7 @@ class Leader:
         return float(spec.get("leaseDurationSeconds") or self._lease_duration_s)
 
     async def _try_once(self) -> bool:
-        """One attempt to renew or acquire; whether the lease is ours afterwards."""
+        """Try once to renew or acquire the lease. Returns whether it is ours afterwards."""
         sent_s = self._clock()
         limit_s = self._renew_deadline_s
         if self._leads:
@@ -196,8 +196,8 @@ class Leader:
                 except ApiError as error:
                     if error.status not in (404, 409):
                         raise
-                    # Changed or gone since we looked. Somebody else has it now, unless they only
-                    # touched it, or it was a write of our own whose answer was lost.
+                    # Changed or deleted since we read it. Another replica holds it now, unless it
+                    # was edited otherwise, or our own write succeeded and its response was lost.
                     await self._look()
                     return self.leads and _holder(self._lease) == self._identity
         except TimeoutError:
@@ -211,7 +211,7 @@ class Leader:
         except ApiError as error:
             if error.status != 404:
                 raise
-            if not self._taken():  # else somebody deleted it, and its holder may not know yet
+            if not self._taken():  # else it was deleted, and its holder may not know yet
                 self._lease = None
             return
         self._see(lease)
@@ -223,7 +223,7 @@ class Leader:
         self._lease = lease
 
     def _taken(self) -> bool:
-        """Whether somebody else holds the lease and it has not run out."""
+        """Whether another replica holds the lease and it has not expired."""
         holder = _holder(self._lease)
         if not holder or holder == self._identity:
             return False
@@ -244,7 +244,7 @@ class Leader:
             meta = {"name": LEASE_NAME, "namespace": self._namespace}
             lease = {"metadata": meta, "spec": spec}
             self._see(await self._kube.create(LEASES, lease, self._namespace))
-        else:  # with the resourceVersion that we saw: of two candidates one is refused
+        else:  # with the resourceVersion that we read, so only one of two candidates succeeds
             lease = self._lease | {"spec": spec}
             self._see(await self._kube.update(LEASES, lease, self._namespace))
 

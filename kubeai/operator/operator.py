@@ -1,7 +1,8 @@
-"""The control plane of one KubeAI replica: wires store, routes, leader, controller, scaling.
+"""The control plane of one KubeAI replica: wires store, routes, leader, controller and scaling.
 
-Every replica follows Models and pods, publishes routes and answers demand. One of them leads, and
-it alone reconciles and autoscales. The supervisor makes one Operator, runs it, and reads `synced`.
+Every replica watches Models and pods, publishes routes and scales Models up from zero on demand.
+Only the leader reconciles and autoscales. The supervisor creates one Operator, runs it, and reads
+`synced`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ POD_SELECTOR = "app.kubernetes.io/managed-by=kubeai,model"
 
 
 class Operator:
-    """``publish(model, route)`` is called from watch callbacks: it must not block.
+    """``publish(model, route)`` is called from watch callbacks and must not block.
 
-    ``synced`` is set once every Model and pod is listed and every route published.
+    ``synced`` is set once all Models and pods are listed and all routes are published.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Operator:
         self._resign = asyncio.Event()
         self._resigned = asyncio.Event()
         for event in (self._ended, self._resigned):
-            event.set()  # until `run` begins, there is nothing to wait for
+            event.set()  # until `run` starts, there is nothing to wait for
         self.store = Store(self._changed, address_override=config.allow_pod_address_override)
         self._blocks = BlockTracker(config.gateway)
         lease = config.leader_election
@@ -67,7 +68,7 @@ class Operator:
             changed=self._turn,
         )
         self._events = Events(kube, namespace)
-        fenced = kube.fenced(self.leader.check)  # all that only a leader writes goes through it
+        fenced = kube.fenced(self.leader.check)  # for all writes that are reserved to the leader
         self.controller = Controller(
             fenced, config, namespace, self.store, self.leader, loads, self._events
         )
@@ -84,16 +85,16 @@ class Operator:
 
     @property
     def leads(self) -> bool:
-        """Whether this replica writes."""
+        """Whether this replica is the leader."""
         return self.leader.leads
 
     def demand(self, model: str) -> None:
-        """A request is held for the model: at least one replica is wanted."""
+        """Report that a request is held for the model, so at least one replica is wanted."""
         if not self._stop.is_set():
             self._wakes.demand(model)
 
     async def run(self) -> None:
-        """Until :meth:`stop`. Raises only what is a fault of the program."""
+        """Run until :meth:`stop`. Raises only on a programming error."""
         jobs = (
             self._follow_models(),
             self._follow_pods(),
@@ -111,7 +112,7 @@ class Operator:
             self._ended.set()
 
     async def _lead(self) -> None:
-        """What only a leader does, until :meth:`resign`; then the lease is given up."""
+        """Run the leader's part until :meth:`resign`, then release the lease."""
         self._resigned.clear()
         try:
             await _first_of(
@@ -128,25 +129,25 @@ class Operator:
         await self._stop.wait()
 
     async def resign(self) -> None:
-        """Lead no more, and give up the lease. Routes and demand go on until :meth:`stop`."""
+        """Stop leading and release the lease. Routes and demand continue until :meth:`stop`."""
         self._resign.set()
         await self._resigned.wait()
 
     async def stop(self) -> None:
-        """Stop writing, then give up the lease. Returns when ``run`` is at its end."""
+        """Stop writing, then release the lease. Returns when ``run`` has finished."""
         self._stop.set()
         await self._ended.wait()
 
-    # -- what the store and the leader tell ------------------------------------------------------
+    # -- callbacks of the store and the leader ---------------------------------------------------
 
     def _changed(self, name: str) -> None:
         if not self.synced.is_set():
-            return  # `_begin` does them all
+            return  # `_begin` handles all models
         self._route(name)
         self.controller.changed(name)
 
     def _begin(self) -> None:
-        """Once both collections are known: all routes, then all reconciles."""
+        """Once both collections are listed, publish all routes, then reconcile all Models."""
         if self.synced.is_set() or not self.store.listed:
             return
         for name in self.store.models:
@@ -199,7 +200,7 @@ class Operator:
 
 
 async def _first_of(*jobs: Coroutine[Any, Any, Any]) -> None:
-    """Run them at the same time until one ends; the others have ended too when this returns."""
+    """Run the jobs concurrently until one ends, then cancel the others and wait for them."""
     tasks = [asyncio.create_task(job) for job in jobs]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,22 +1,23 @@
-"""What to do next for one Model: from what is wanted and what is observed to a list of actions.
+"""Plans the next actions for one Model from its desired and observed state.
 
-Pure, level-based: :func:`plan` looks only at the present, and applying its actions in their order
-brings the Model closer to what is wanted. Called by the controller for every reconcile; an empty
-list means that nothing is to be done.
+Pure and level-based: :func:`plan` depends only on the current state, and applying its actions in
+order moves the Model towards the desired state. Called by the controller for every reconcile; an
+empty list means that there is nothing to do.
 
 Replacing outdated pods keeps these promises, which the tests check on random histories:
 
-- never more than replicas + surge pods (pods that are going away are not counted);
-- outdated pods that are not ready go at once: they serve nobody;
-- outdated pods that are ready go one at a time, and only while the wanted number is ready without
-  them (with surge 0: while all wanted are ready); so a broken new version stops after ``surge``
-  pods, and the old ones go on serving;
-- a new pod counts as ready for that once it serves the adapters that the old ones serve.
+- never more than replicas + surge pods (terminating pods are not counted);
+- outdated pods that are not ready are deleted at once: they serve nobody;
+- outdated pods that are ready are removed one at a time, and only while the wanted number is ready
+  without them (with surge 0: while all wanted pods are ready); so the rollout of a broken version
+  stops after ``surge`` pods, and the old pods keep serving;
+- a new pod counts as ready for this purpose once it serves the adapters that the old pods serve.
 
-No pod goes while requests are sent to it: it is drained first, for at most ``drainTimeout``. One
-that is being drained is no replica, and becomes one again if more are wanted before it is gone.
+No pod is deleted while requests are sent to it: it is drained first, for at most ``drainTimeout``.
+A draining pod is not a replica, but becomes one again if more replicas are wanted before it is
+deleted.
 
-No pod is made before the Model's files are in its cache.
+No pod is created before the Model's files are in its cache.
 """
 
 from __future__ import annotations
@@ -59,16 +60,16 @@ def _unused(_: str) -> bool:
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
-    """What the controller knows of one Model's pods, its own unobserved writes included."""
+    """The observed state of one Model, including the controller's own unobserved writes."""
 
     pods: tuple[Pod, ...] = ()  # owned by this very Model (uid)
-    taken: frozenset[str] = frozenset()  # pod names that cannot be had
-    replace_finished: bool = True  # False: pods failed lately, wait before making new ones
-    create_error: Trouble | None = None  # why the last creation of a pod was refused
-    in_flight: Callable[[str], int] = _idle  # requests that a pod, by its name, serves
-    # Whether a worker of any replica of KubeAI may still send a pod requests, or has some there.
+    taken: frozenset[str] = frozenset()  # pod names that are not available
+    replace_finished: bool = True  # False: pods failed recently, wait before creating new ones
+    create_error: Trouble | None = None  # why the last pod creation was rejected
+    in_flight: Callable[[str], int] = _idle  # in-flight requests by pod name
+    # Whether any worker of any KubeAI replica may still send requests to a pod or has some there.
     in_use: Callable[[str], bool] = _unused
-    cache: CacheView = CacheView(unknown="the cache is not looked at yet")
+    cache: CacheView = CacheView(unknown="the cache has not been observed yet")
     adapters: AdaptersView | None = None  # None: the Model has none
 
 
@@ -85,7 +86,7 @@ class DeletePod(msgspec.Struct, frozen=True):
 
 
 class DrainPod(msgspec.Struct, frozen=True):
-    """Send it no new requests from now on."""
+    """Stop sending new requests to the pod."""
 
     name: str
     uid: str
@@ -93,14 +94,14 @@ class DrainPod(msgspec.Struct, frozen=True):
 
 
 class UndrainPod(msgspec.Struct, frozen=True):
-    """It is wanted again."""
+    """Return a draining pod to service."""
 
     name: str
     uid: str
 
 
 class AdoptPod(msgspec.Struct, frozen=True):
-    """Write down that a pod of upstream's counts as made from the Model as it is now."""
+    """Annotate a pod created by KubeAI in Go as made from the current Model."""
 
     name: str
     uid: str
@@ -122,7 +123,7 @@ Action = CreatePod | PodAction | AdoptPod | PatchModel | PatchStatus | CacheActi
 
 
 class Template(msgspec.Struct, frozen=True):
-    """What a new pod of the Model would be."""
+    """The manifest and hash of the Model's new pods."""
 
     manifest: dict[str, Any]
     hash: str
@@ -135,9 +136,9 @@ def plan(
     now: datetime,
     template: Template | ModelError | None = None,
 ) -> list[Action]:
-    """The next actions, in order. ``now``: the time of changed conditions, and the end of drains.
+    """The next actions, in order. ``now``: time of condition changes, and for drain timeouts.
 
-    ``template``: what :func:`template_of` gave for this Model, should the caller have kept it.
+    ``template``: the result of :func:`template_of` for this Model, if the caller has cached it.
     """
     if model.metadata.deletion_timestamp is not None:
         return _end(model, config, observed, now)
@@ -152,7 +153,7 @@ def plan(
     if observed.replace_finished:
         actions += _clear_finished(observed)
     elif any(pod.finished for pod in observed.pods):
-        creates = 0  # they would end as the last ones did
+        creates = 0  # new pods would end like the last ones
     if cache is not None:
         actions += cache.actions
         creates = creates if cache.loaded else 0
@@ -179,7 +180,7 @@ def plan(
 
 
 def _end(model: Model, config: SystemConfig, observed: Observed, now: datetime) -> list[Action]:
-    """A Model that is being deleted: its pods go, then its files, then our finalizer."""
+    """For a Model being deleted: remove its pods, then its cached files, then our finalizer."""
     doomed = [pod for pod in observed.pods if not pod.terminating and pod.uid]
     actions: list[Action] = [
         DeletePod(pod.name, pod.uid, "its Model is being deleted") for pod in doomed
@@ -200,9 +201,9 @@ def _patch_status(model: Model, facts: Facts, now: datetime) -> list[Action]:
 
 
 def wanted_replicas(model: Model) -> int:
-    """How many replicas there should be: spec.replicas within its bounds.
+    """The desired number of replicas: spec.replicas within minReplicas and maxReplicas.
 
-    With autoscaling disabled the number is the user's, as it stands.
+    With autoscaling disabled, spec.replicas is used as it is.
     """
     spec = model.spec
     if spec.autoscaling_disabled:
@@ -211,18 +212,18 @@ def wanted_replicas(model: Model) -> int:
 
 
 def bounded(model: Model, replicas: int) -> int:
-    """``replicas`` within minReplicas and maxReplicas (which wins, should they contradict)."""
+    """``replicas`` within minReplicas and maxReplicas; maxReplicas wins if they contradict."""
     spec = model.spec
     replicas = max(replicas, spec.min_replicas)
     return replicas if spec.max_replicas is None else min(replicas, spec.max_replicas)
 
 
 def free_names(model: Model, hash_: str, used: frozenset[str], count: int) -> list[str]:
-    """The first ``count`` names of pods that nobody has.
+    """The first ``count`` unused pod names.
 
-    They follow from the Model's uid, the hash and an ordinal alone, so two leaders that want the
-    same replica ask for the same name, and one of them is refused. And a replica that is made
-    again gets its old place on the hash ring.
+    Names depend only on the Model's uid, the hash and an ordinal, so if two leaders create the same
+    replica they use the same name and the API rejects one. A recreated replica also gets its former
+    place on the hash ring.
     """
     names: list[str] = []
     ordinal = 0
@@ -235,7 +236,7 @@ def free_names(model: Model, hash_: str, used: frozenset[str], count: int) -> li
 
 
 def pod_name(model: Model, hash_: str, ordinal: int) -> str:
-    """``model-<name>-<hash>-<suffix>``; the suffix hides uid and ordinal."""
+    """``model-<name>-<hash>-<suffix>``; the suffix is derived from uid and ordinal."""
     digest = hashlib.blake2b(f"{model.metadata.uid}/{ordinal}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big")
     suffix = ""
@@ -249,21 +250,21 @@ def pod_name(model: Model, hash_: str, ordinal: int) -> str:
 
 
 def template_of(model: Model, config: SystemConfig) -> Template | ModelError:
-    """What a new pod would be, or why there can be none: from the spec and the annotations."""
+    """The pod template from the Model's spec and annotations, or why there can be none."""
     try:
         pod = build_pod(model, config)
     except ModelError as error:
         return error
     meta = pod["metadata"]
     hash_: str = meta["labels"][POD_HASH_LABEL]
-    # How the operator finds it again, whatever a patch of the config has done to its labels:
+    # The operator's watch selects by these, so set them whatever the config's patches have done.
     meta["labels"] |= {POD_MODEL_LABEL: model.metadata.name, MANAGED_BY_LABEL: MANAGED_BY}
     meta["annotations"][HASH_ANNOTATION] = hash_
     return Template(pod, hash_)
 
 
 class _Change(msgspec.Struct):
-    """What becomes of the pods: ``left`` are the replicas that stay, beside those that come."""
+    """Changes to the pods: ``left`` are the replicas kept, ``creates`` the number of new ones."""
 
     left: list[Pod]
     actions: list[PodAction]
@@ -278,7 +279,7 @@ def _change_pods(
     hash_: str | None,
     now: datetime,
 ) -> _Change:
-    """Which pods go, and how many new ones come. No hash: no pod is outdated, none is made."""
+    """Which pods to remove and how many to create. Without a hash no pod counts as outdated."""
     surge = rollouts.surge
     change = _Change([pod for pod in observed.pods if pod.counts], [])
     left = change.left
@@ -288,7 +289,7 @@ def _change_pods(
     limit = wanted + (surge if wanted and any(_outdated(pod, hash_) for pod in left) else 0)
     if len(left) > limit:
         for pod in _removal_order(left, hash_, observed.in_flight)[: len(left) - limit]:
-            _remove(change, pod, "more than wanted", observed)
+            _remove(change, pod, "more replicas than wanted", observed)
     outdated = [pod for pod in left if _outdated(pod, hash_) and pod.uid]
     ready = _as_able(model, left, outdated)
     enough = ready > wanted if surge else ready >= wanted
@@ -298,15 +299,15 @@ def _change_pods(
         outdated.remove(pod)
         draining += observed.in_use(pod.name)
     current = len(left) - len(outdated)
-    # An outdated pod that is drained has its node still. But many of them, after a step down, hold
-    # up no more than a rollout may have anyway.
+    # A draining outdated pod still occupies its node. But if many are draining after a scale-down,
+    # they reduce the room by no more than the surge.
     room = wanted + (surge if outdated and wanted else 0) - min(draining, max(surge, 1))
     change.creates = max(0, min(wanted - current, room - len(left)))
     return change
 
 
 def _remove(change: _Change, pod: Pod, why: str, observed: Observed) -> None:
-    """Delete it, or drain it first if somebody may send it requests."""
+    """Delete the pod, or drain it first if it is still in use."""
     change.left.remove(pod)
     action = DrainPod if observed.in_use(pod.name) else DeletePod
     change.actions.append(action(pod.name, pod.uid, why))
@@ -320,7 +321,7 @@ def _go_on_draining(
     hash_: str | None,
     now: datetime,
 ) -> int:
-    """Delete what is drained; take back what is wanted again. How many outdated ones are left."""
+    """Delete drained pods and undrain those wanted again. Returns how many outdated ones remain."""
     draining = [
         pod
         for pod in observed.pods
@@ -343,9 +344,9 @@ def _go_on_draining(
 
 
 def _as_able(model: Model, left: Sequence[Pod], outdated: Sequence[Pod]) -> int:
-    """How many are ready, new ones only with the adapters that outdated ones serve.
+    """How many pods are ready; new ones only if they serve the adapters that outdated ones serve.
 
-    An adapter that no outdated pod serves (it cannot be loaded) keeps nothing from being replaced.
+    An adapter that no outdated pod serves (because it cannot be loaded) does not block a rollout.
     """
     declared = {adapter.name for adapter in model.spec.adapters}
     needed = declared & {name for pod in outdated for name in pod.loaded}
@@ -359,11 +360,11 @@ def _outdated(pod: Pod, hash_: str | None) -> bool:
 def _removal_order(
     pods: Sequence[Pod], hash_: str | None, in_flight: Callable[[str], int]
 ) -> list[Pod]:
-    """Those that can go, the one that is missed least first.
+    """Removable pods, the most expendable first.
 
-    Not ready, not scheduled, outdated, serving the fewest requests, youngest. A pod without uid
-    is not observed yet: a delete of it could not be told from a delete of its successor, so it
-    waits.
+    The order is: not ready, not scheduled, outdated, fewest in-flight requests, youngest. A pod
+    without a uid has not been observed yet. It is left out, because a delete without a uid could
+    hit its successor.
     """
     return sorted(
         (pod for pod in pods if pod.uid),
@@ -380,7 +381,7 @@ def _removal_order(
 
 def _clear_finished(observed: Observed) -> list[DeletePod]:
     finished = [pod for pod in observed.pods if pod.finished and not pod.terminating and pod.uid]
-    return [DeletePod(pod.name, pod.uid, "it ended and will not come back") for pod in finished]
+    return [DeletePod(pod.name, pod.uid, "it has finished") for pod in finished]
 
 
 def _adopt(left: Sequence[Pod], hash_: str) -> list[AdoptPod]:
@@ -392,7 +393,7 @@ def _adopt(left: Sequence[Pod], hash_: str) -> list[AdoptPod]:
 
 
 def _patch_model(model: Model, cache: CachePlan | None) -> list[PatchModel]:
-    """Bounds on spec.replicas, a label for each feature, and what keeps a Model with a cache."""
+    """Patch spec.replicas to its bounds, the feature labels, and the cache finalizer."""
     patch: dict[str, Any] = {}
     spec = model.spec
     if not spec.autoscaling_disabled and spec.replicas != wanted_replicas(model):

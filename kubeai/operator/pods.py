@@ -1,13 +1,13 @@
-"""What the operator keeps of a pod: a few facts, read from the watch's bytes and no more.
+"""The operator's compact representation of a pod, decoded from the watch.
 
-:class:`PodObject` is what is decoded; :class:`Pod` is what the store keeps (some 500 bytes, so
-that 10,000 fit well). Pure. The store makes Pods; plan, routes and status read them.
+:class:`PodObject` is the part that is decoded; :class:`Pod` is what the store keeps (about 500
+bytes, so 10,000 pods fit easily). Pure. The store creates Pods; plan, routes and status read them.
 
 A container that exits is in trouble from its first exit until it is ready, or until it has run
-RECOVERED_AFTER_S longer than the run that failed. It is crash looping (`_is_looping`) if that has
-happened twice and the last run was short or never became ready. A crash loop outlasts readiness:
+RECOVERED_AFTER_S longer than the run that failed. It is crash looping (`_is_looping`) if it has
+exited twice and the last run was short or never became ready. A crash loop outlasts readiness:
 its trouble ends when a run has lasted RECOVERED_AFTER_S, which is when the kubelet resets its own
-back-off. So what is said does not change as the container waits, runs and exits.
+back-off. The reported trouble therefore stays the same while the container waits, runs and exits.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from kubeai.engines.adapters import (
 from kubeai.engines.cache import JOB_LABEL
 from kubeai.engines.files import config_map_name
 
-# Beside the label of the same meaning: it says that *our* hash function made it. A pod without it
-# is upstream's, whose hashes mean nothing here.
+# Set in addition to the pod-hash label: it marks hashes computed by *our* function. A pod without
+# it was created by KubeAI in Go, whose hashes are not comparable.
 HASH_ANNOTATION = "kubeai.org/pod-hash"
-# When the leader began to drain it (Unix seconds): nobody sends it new requests.
+# When the leader began to drain the pod (Unix seconds). It gets no new requests from then on.
 DRAINING_ANNOTATION = "kubeai.org/draining-since"
 PORT_NAME, PORT_DEFAULT = "http", 8000
 MESSAGE_MAX_CHARS = 500
 OUTPUT_MAX_CHARS = 500  # of a container's last lines
-RECOVERED_AFTER_S = 600.0  # of running; then the kubelet's back-off starts again at 10 s
+RECOVERED_AFTER_S = 600.0  # of running, after which the kubelet's back-off restarts at 10 s
 
-# What a container waits for is worth telling, but for these without a message.
+# Waiting reasons that are not a trouble, unless they have a message.
 _STARTING = ("", "ContainerCreating", "PodInitializing")
-# Exits that are the node's doing, not the container's.
+# Exits caused by the node rather than by the container.
 _NODE_EXITS = ("ContainerStatusUnknown", "KubeletStopped")
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and cursor movements of a terminal
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # terminal colours and cursor movements
 
 
 class _Part(msgspec.Struct, rename="camel"):
@@ -103,7 +103,7 @@ class _Exit(_Part):
 
     @property
     def ran_s(self) -> float:
-        """How long it ran; 0 if that is unknown."""
+        """How long the container ran; 0 if unknown."""
         return max(0.0, _seconds(self.finished_at) - _seconds(self.started_at))
 
 
@@ -148,7 +148,7 @@ class Trouble(msgspec.Struct, frozen=True):
 
     reason: str
     message: str
-    output: str = ""  # the last lines of the container: for operators, not for API clients
+    output: str = ""  # the container's last lines, for cluster operators, not for API clients
 
     @property
     def text(self) -> str:
@@ -157,38 +157,38 @@ class Trouble(msgspec.Struct, frozen=True):
 
 
 class Pod(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica, as last observed (or as created and not yet observed: then without uid)."""
+    """One replica as last observed, or as created and not yet observed (then without a uid)."""
 
     name: str
     uid: str = ""
     model: str = ""
     owner: str = ""  # uid of the Model that it belongs to
-    hash: str | None = None  # None: made by upstream
+    hash: str | None = None  # None: created by KubeAI in Go
     ready: bool = False
     scheduled: bool = False
     terminating: bool = False
-    draining_since_s: float = 0.0  # Unix time; 0: it is not drained
+    draining_since_s: float = 0.0  # Unix time; 0: not draining
     finished: bool = False  # Failed or Succeeded: it will never be ready again
     address: str = ""  # "ip:port", or empty while it has none
-    adapters: tuple[tuple[str, str], ...] = ()  # its labels: an adapter's name, hash of its URL
-    adapters_current: bool = True  # False: the engine has started anew and has none of them
+    adapters: tuple[tuple[str, str], ...] = ()  # from its labels: (adapter name, hash of its URL)
+    adapters_current: bool = True  # False: the engine has restarted and lost its adapters
     restarts: int = 0  # of the engine's container
-    has_loader: bool = False  # the loader of adapters runs
-    job: str = ""  # of a Job's pod, which is no replica: what the Job does
-    version: int = 0  # its resourceVersion
+    has_loader: bool = False  # whether the adapter loader is running
+    job: str = ""  # the Job's purpose, if this is a Job's pod and not a replica
+    version: int = 0  # resourceVersion
     created_s: float = 0.0  # Unix time
-    mounts_files: bool = False  # the ConfigMap of the Model's files
+    mounts_files: bool = False  # whether it mounts the ConfigMap with the Model's files
     # Why it is not ready. A ready pod has one only if it is crash looping.
     trouble: Trouble | None = None
     trouble_until_s: float = math.inf  # Unix time; finite while the container runs again
 
     def trouble_at(self, now_s: float) -> Trouble | None:
-        """Its trouble at a Unix time: none once the container has run for long enough."""
+        """The pod's trouble at a Unix time: None once the container has run for long enough."""
         return self.trouble if now_s < self.trouble_until_s else None
 
     @property
     def counts(self) -> bool:
-        """Whether it is a replica: neither going away nor done."""
+        """Whether it counts as a replica: not terminating, finished or draining."""
         return not self.terminating and not self.finished and not self.draining_since_s
 
     @property
@@ -205,7 +205,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
-    """The facts of a pod. ``address_override``: its annotations may say where it really is."""
+    """Convert a decoded pod. ``address_override``: its annotations may override its address."""
     meta, status = obj.metadata, obj.status
     owner = next((o.uid for o in meta.owner_references if o.kind == "Model" and o.controller), "")
     adapters = (
@@ -252,7 +252,7 @@ def _seconds(when: datetime | None) -> float:
 
 
 def _number(text: str | None) -> float:
-    """What an annotation says; what is no time counts as one long ago."""
+    """An annotation as a Unix time; an invalid value counts as a time long ago."""
     if text is None:
         return 0.0
     return float(text) if text.isdecimal() and int(text) else 1.0
@@ -276,15 +276,15 @@ def _address(obj: PodObject, override: bool) -> str:
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
-# -- what is wrong with it -----------------------------------------------------------------------
+# -- trouble -------------------------------------------------------------------------------------
 
 _NONE: tuple[None, float] = None, math.inf
 
 
 def _trouble(obj: PodObject, ready: bool) -> tuple[Trouble | None, float]:
-    """What is wrong, and the Unix time at which it will be over if its container goes on running.
+    """The pod's trouble, and the Unix time at which it ends if the container keeps running.
 
-    Of several containers' troubles, the one that lasts longest.
+    If several containers are in trouble, the one whose trouble lasts longest.
     """
     status = obj.status
     if not ready:
@@ -328,7 +328,7 @@ def _container_trouble(obj: PodObject, container: _ContainerStatus) -> tuple[Tro
     until_s = math.inf
     if container.state.running is not None and container.state.running.started_at is not None:
         until_s = container.state.running.started_at.timestamp() + RECOVERED_AFTER_S
-        until_s += 0.0 if container.ready else last.ran_s  # it may fail where it failed before
+        until_s += 0.0 if container.ready else last.ran_s  # it may fail at the same point again
     return _exit_trouble(container.name, last, looping), until_s
 
 
@@ -344,17 +344,17 @@ def _exit_trouble(name: str, last: _Exit, looping: bool) -> Trouble:
     output = _last_lines(last.message)
     if last.reason == "OOMKilled":
         return Trouble("OOMKilled", f"container {name} ran out of memory", output)
-    if looping:  # the kubelet's own message counts seconds, so it would change all the time
+    if looping:  # the kubelet's own message includes the back-off, so it would keep changing
         reason, message = "CrashLoopBackOff", f"keeps exiting (exit code {last.exit_code})"
     else:
         reason = "ContainerExited"
-        message = f"exited (exit code {last.exit_code}) and is starting again"
+        message = f"exited (exit code {last.exit_code}) and is restarting"
     hint = "" if output else "; see its logs"
     return Trouble(reason, f"container {name} {message}{hint}", output)
 
 
 def _last_exit(obj: PodObject, container: _ContainerStatus) -> _Exit | None:
-    """The container's last exit, if that is a failure of its own."""
+    """The container's last exit, if the container itself failed."""
     last = container.state.terminated or container.last_state.terminated
     if last is None or last.reason in _NODE_EXITS or obj.metadata.deletion_timestamp is not None:
         return None
@@ -363,7 +363,7 @@ def _last_exit(obj: PodObject, container: _ContainerStatus) -> _Exit | None:
 
 
 def _is_looping(obj: PodObject, container: _ContainerStatus, last: _Exit | None) -> bool:
-    """Whether it has failed twice, and the last time soon or before it was ever ready."""
+    """Whether it has failed at least twice, and the last run was short or never became ready."""
     waiting = container.state.waiting
     if waiting is not None and waiting.reason == "CrashLoopBackOff":
         return True
@@ -372,7 +372,7 @@ def _is_looping(obj: PodObject, container: _ContainerStatus, last: _Exit | None)
         return False
     if last.ran_s < RECOVERED_AFTER_S:
         return True
-    # Ready turned False when the last run ended if that run was ready, else before it began.
+    # Ready became False when the last run ended if that run was ready, otherwise before it began.
     since_s = max(
         (_seconds(c.last_transition_time) for c in obj.status.conditions if c.type == "Ready"),
         default=0.0,
@@ -389,7 +389,7 @@ def _last_lines(message: str) -> str:
 
 
 def _word(reason: str) -> str:
-    """A reason as conditions allow it: letters, digits, ``_``, ``,`` and ``:``."""
+    """The reason reduced to the characters conditions allow: letters, digits, ``_,:``."""
     return "".join(c for c in reason if c.isascii() and (c.isalnum() or c in "_,:")).strip("_,:")
 
 

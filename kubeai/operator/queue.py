@@ -1,8 +1,8 @@
-"""Work on names: one at a time for each name, several names at once, and not too often.
+"""A rate-limited work queue of names: many names in parallel, each name serially.
 
-Owns who is worked on and when. Promises: ``work(name)`` never runs twice at the same time for one
-name; a name added while it is worked on is worked on once more; after an error the name rests,
-with back-off and jitter, whatever is added meanwhile. Used by the controller.
+Promises: ``work(name)`` never runs concurrently for the same name; a name added while it is being
+processed is processed once more; after an error the name backs off, with jitter, even if it is
+added meanwhile. Used by the controller.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from kubeai.kube import ApiError, Backoff
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
-# The shortest rest is half of it: at most two attempts a second.
+# Jitter at most halves the first back-off: at most two attempts per second.
 REST_FIRST_S, REST_MAX_S = 1.0, 30.0
-DELAY_MIN_S = 0.001  # a sliver left by rounding must not become a busy loop
+DELAY_MIN_S = 0.001  # so that rounding errors cannot cause a busy loop
 
 
 class Queue:
-    """``work`` returns after how many seconds it wants the name again, or None."""
+    """``work`` returns the seconds after which to process the name again, or None."""
 
     def __init__(self, work: Callable[[str], Awaitable[float | None]], parallel_max: int) -> None:
         self._work = work
@@ -30,14 +30,14 @@ class Queue:
         self._queued: set[str] = set()
         self._running: set[str] = set()
         self._again: set[str] = set()  # added while running
-        self._resting: set[str] = set()  # after an error, until their timer rings
+        self._resting: set[str] = set()  # in back-off after an error, until their timer fires
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._backoffs: dict[str, Backoff] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
 
     def add(self, name: str) -> None:
-        """Work on the name soon."""
+        """Enqueue the name."""
         if self._stopped or name in self._queued or name in self._resting:
             return
         if name in self._running:
@@ -51,7 +51,7 @@ class Queue:
             task.add_done_callback(self._tasks.discard)
 
     def add_later(self, name: str, delay_s: float) -> None:
-        """Work on the name in ``delay_s``, or earlier when it is added or due earlier."""
+        """Enqueue the name after ``delay_s``, or earlier if it is added or due earlier."""
         loop = asyncio.get_running_loop()
         delay_s = max(delay_s, DELAY_MIN_S)
         timer = self._timers.get(name)
@@ -62,7 +62,7 @@ class Queue:
         self._timers[name] = loop.call_later(delay_s, self._ring, name)
 
     async def stop(self) -> None:
-        """Begin nothing more, and cancel what is running."""
+        """Start nothing more, and cancel running work."""
         self._stopped = True
         for timer in self._timers.values():
             timer.cancel()
@@ -96,10 +96,10 @@ class Queue:
             delay_s = await self._work(name)
         except ApiError as error:
             self._rest(name, error.retry_after_s or 0.0)
-            log.info("attempt failed", name=name, status=error.status, error=str(error))
+            log.info("reconcile failed", name=name, status=error.status, error=str(error))
         except Exception:
             self._rest(name, 0.0)
-            log.exception("attempt failed", name=name)
+            log.exception("reconcile failed", name=name)
         else:
             self._backoffs.pop(name, None)
             if delay_s is not None and delay_s > 0:

@@ -1,10 +1,10 @@
-"""Writes of spec.replicas: from zero at once, by any replica; up and down by the leader.
+"""Writes spec.replicas: any replica scales from zero at once, the leader scales up and down.
 
-:class:`Wakes` answers demand for a Model at zero. It is the one write that needs no leadership:
-the patch carries the Model's resourceVersion, so of several that try, and of one that is behind
-the times, only a true 0 → 1 is accepted. :class:`Scaler` runs the autoscaler. Every replica looks,
-so that it knows what it needs once it leads; the one that leads writes, and keeps its averages in
-a ConfigMap, for a next leader that was not there to look.
+:class:`Wakes` scales a Model up from zero on demand. This is the only write that needs no
+leadership: the patch carries the Model's resourceVersion, so only a real 0 → 1 transition is
+accepted, even if several replicas try or one has stale data. :class:`Scaler` runs the autoscaler.
+Every replica collects samples, so that it has a history when it becomes the leader. Only the leader
+writes, and it stores its averages in a ConfigMap for a next leader that has just started.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kubeai.operator.store import Store
 
 log = get_logger(__name__)
 WAKE_ATTEMPTS_MAX = 5
-HELD_INTERVAL_S = 0.5  # how often held requests are looked for that nobody told of
-REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # requests are held: once the API is back, look soon
+HELD_INTERVAL_S = 0.5  # between checks for held requests whose notification was lost
+REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # short, because requests are held meanwhile
 LOOKS_AN_INTERVAL = 10
 LOOK_MIN_S = 1.0
 STATE_NAME_DEFAULT = "kubeai-autoscaler-state"
@@ -39,27 +39,27 @@ STATE_KEY = "models"
 
 
 class Loads(PodLoads, Protocol):
-    """What is read of the load table, by name. The supervisor implements it."""
+    """Loads by model name, from the load table. The supervisor implements it."""
 
     def active(self, model: str) -> int:
-        """Requests served and held, by all replicas of KubeAI."""
+        """In-flight and held requests in all replicas of KubeAI."""
         ...
 
     def held(self, model: str) -> int:
-        """Requests that wait for an endpoint, in this replica."""
+        """Requests that wait for an endpoint in this replica."""
         ...
 
     def ended(self, model: str) -> int:
-        """Requests that have ended so far, however. Falls only when who counted them is gone."""
+        """Requests that have ended so far, successfully or not. Falls only if a counter is lost."""
         ...
 
     def complete(self) -> bool:
-        """Whether nobody's numbers are missing from these."""
+        """Whether the numbers include all replicas of KubeAI."""
         ...
 
 
 def sleeps(model: Model) -> bool:
-    """Whether the Model has no replica and demand should give it one."""
+    """Whether the Model is scaled to zero and demand should scale it up."""
     spec = model.spec
     return (
         not spec.replicas
@@ -69,7 +69,7 @@ def sleeps(model: Model) -> bool:
 
 
 class Wakes:
-    """From zero to one: at most one write under way a model, however many wait."""
+    """Scales from zero: at most one in-flight write per model, however many requests wait."""
 
     def __init__(
         self, kube: Kube, namespace: str, store: Store, loads: Loads, events: Events
@@ -83,7 +83,7 @@ class Wakes:
         self._backoffs: dict[str, Backoff] = {}
 
     def demand(self, name: str) -> None:
-        """At least one replica is wanted. Returns at once; nothing to do in most cases."""
+        """Request at least one replica. Returns at once, and usually does nothing."""
         model = self._store.models.get(name)
         if model is None or name in self._tasks or not sleeps(model):
             return
@@ -92,7 +92,7 @@ class Wakes:
         task.add_done_callback(lambda _: self._tasks.pop(name, None))
 
     async def run(self) -> None:
-        """Look for held requests of sleeping Models, for ever: a lost message costs a moment."""
+        """Check Models at zero for held requests, forever, in case a notification was lost."""
         while True:
             for name, model in list(self._store.models.items()):
                 if sleeps(model) and self._loads.held(name) > 0:
@@ -110,10 +110,12 @@ class Wakes:
             await self._raise(name, model)
             self._backoffs.pop(name, None)
         except ApiError as error:
-            # The demand stays: `run` comes back to it. The task is held until then, so nothing
-            # is sent meanwhile.
+            # The demand remains: `run` retries it. This task stays alive through the back-off, so
+            # nothing is sent meanwhile.
             backoff = self._backoffs.setdefault(name, Backoff(REST_FIRST_S, REST_MAX_S))
-            log.warning("model not woken", model=name, status=error.status, error=str(error))
+            log.warning(
+                "scaling from zero failed", model=name, status=error.status, error=str(error)
+            )
             await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
 
     async def _raise(self, name: str, model: Model) -> None:
@@ -136,11 +138,11 @@ class Wakes:
                 model = await self._kube.get(MODELS, name, self._namespace, type=Model)
                 self._store.model_written(model)
                 continue
-            log.info("model woken", model=name, replicas=woken.spec.replicas)
-            self._events.tell(woken, "ScaledUp", "a request came: from 0 replicas up")
+            log.info("model scaled from zero", model=name, replicas=woken.spec.replicas)
+            self._events.tell(woken, "ScaledUp", "scaled up from 0 replicas on request")
             self._store.model_written(woken)
             return
-        raise ApiError(409, "Conflict", f"{name} changed {WAKE_ATTEMPTS_MAX} times meanwhile")
+        raise ApiError(409, "Conflict", f"{name} conflicted on {WAKE_ATTEMPTS_MAX} attempts")
 
 
 class _ModelState(msgspec.Struct, rename="camel"):
@@ -148,14 +150,14 @@ class _ModelState(msgspec.Struct, rename="camel"):
 
 
 class _State(msgspec.Struct, rename="camel"):
-    """What the ConfigMap holds under the key ``models``."""
+    """The ConfigMap's value under the key ``models``."""
 
     models: dict[str, _ModelState] = {}
     last_calculation_time: datetime | None = None
 
 
 class Scaler:
-    """The autoscaler's eyes, and its hands while we lead: patches of spec.replicas."""
+    """Feeds the autoscaler with samples and, while this replica leads, patches spec.replicas."""
 
     def __init__(
         self,
@@ -182,11 +184,11 @@ class Scaler:
             config.interval_s, max(LOOK_MIN_S, config.interval_s / LOOKS_AN_INTERVAL)
         )
         self._next_s = clock()  # when the next interval's decisions are due
-        self._saved: dict[str, float] | None = None  # None: not read since we lead
-        self._version = ""  # of the ConfigMap, as last seen; empty: there is none
+        self._saved: dict[str, float] | None = None  # None: not read since this replica leads
+        self._version = ""  # the ConfigMap's resourceVersion; empty if there is none
 
     async def run(self) -> None:
-        """Look several times an interval, for ever, and decide at its end."""
+        """Take several samples per interval and decide at its end, forever."""
         while True:
             began_s = self._clock()
             try:
@@ -195,15 +197,15 @@ class Scaler:
             except NotLeader:
                 self._saved = None
             except ApiError as error:
-                log.warning("not scaled", status=error.status, error=str(error))
+                log.warning("autoscaling failed", status=error.status, error=str(error))
             except Exception:
-                log.exception("not scaled")
+                log.exception("autoscaling failed")
             await asyncio.sleep(max(0.01, self._look_s - (self._clock() - began_s)))
 
     async def _look(self) -> None:
         if not self._leader.leads:
             self._saved = None
-        elif self._saved is None:  # a new leader decides at once, from what it has seen
+        elif self._saved is None:  # a new leader decides at once, from its own samples
             self._core.observe(self._samples(), self._clock())
             await self._restore()
             self._next_s = self._clock()
@@ -224,7 +226,7 @@ class Scaler:
             if model.spec.replicas is None:
                 continue  # the controller is about to set it
             if decision.replicas == 0 and self._loads.active(name):
-                continue  # it came since the sample was taken
+                continue  # a request has arrived since the sample was taken
             await self._scale(model, decision.replicas, decision.average)
         await self._save({name: decision.average for name, decision in decisions.items()})
 
@@ -260,7 +262,7 @@ class Scaler:
         self._leader.check()
         try:
             answer = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
-        except ApiError as error:  # the next interval decides anew
+        except ApiError as error:  # the next interval decides again
             log.info("model not scaled", model=name, status=error.status, error=str(error))
             return
         log.info(
@@ -276,11 +278,11 @@ class Scaler:
         self._events.tell(
             answer,
             "ScaledUp" if replicas > before else "ScaledDown",
-            f"from {before} to {replicas} replicas: {average:g} requests active on average",
+            f"scaled from {before} to {replicas} replicas: {average:g} active requests on average",
         )
         self._store.model_written(answer)
 
-    # -- what the next leader should know ----------------------------------------------------------
+    # -- state for the next leader -----------------------------------------------------------------
 
     async def _restore(self) -> None:
         state = _parse_state((await self._read()).get(STATE_KEY) or "{}")
@@ -288,13 +290,13 @@ class Scaler:
         age_s = 0.0
         if state.last_calculation_time is not None:
             age_s = (datetime.now(UTC) - state.last_calculation_time).total_seconds()
-        # Older than the window: of that time, nothing would be left in it.
+        # State older than the window would have no samples left in it.
         self._core.restore(averages if age_s <= self._config.time_window_s else {})
         self._saved = averages
-        log.info("autoscaler's state read", models=len(averages), age_s=round(age_s, 1))
+        log.info("autoscaler state restored", models=len(averages), age_s=round(age_s, 1))
 
     async def _read(self) -> dict[str, str]:
-        """The ConfigMap's data; notes which version it is."""
+        """Read the ConfigMap's data and remember its version."""
         try:
             found = await self._kube.get(CONFIGMAPS, self._state_name, self._namespace)
         except ApiError as error:
@@ -305,7 +307,7 @@ class Scaler:
         return found.get("data") or {}
 
     async def _save(self, averages: Mapping[str, float]) -> None:
-        """At most one write, and none over what is not known."""
+        """Write the averages with at most one request; never overwrite an unknown version."""
         if averages == self._saved and self._version:
             return
         data = {STATE_KEY: _text(averages)}
@@ -320,7 +322,7 @@ class Scaler:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
-            await self._read()  # it is gone, or somebody wrote it: the next interval writes anew
+            await self._read()  # deleted or changed by others: the next interval writes again
             return
         self._version = kept["metadata"]["resourceVersion"]
         self._saved = dict(averages)
@@ -335,5 +337,5 @@ def _parse_state(text: str) -> _State:
     try:
         return msgspec.json.decode(text, type=_State)
     except msgspec.DecodeError as error:
-        log.warning("autoscaler's state is not readable: begun anew", error=str(error))
+        log.warning("autoscaler state is unreadable and is discarded", error=str(error))
         return _State()

@@ -1,10 +1,10 @@
-"""The operator's view of the world: every Model and every pod of one, as the watches tell it.
+"""The operator's cache of the cluster: all Models and their pods, as reported by the watches.
 
 Owns the two collections, an index of pods by model name, and the expectations: writes that were
-sent and are not observed yet. Promises: ``changed(name)`` is called synchronously for each model
-that an event touches; :meth:`Store.pods_of` shows a created pod from the moment the create is
-sent and a deleted one as going away, so that no plan repeats a write; an expectation that is
-never observed is given up after ``EXPECTATION_TIMEOUT_S``, and the next plan sees what is there.
+sent and not yet observed. Promises: ``changed(name)`` is called synchronously for each model
+that an event affects; :meth:`Store.pods_of` includes a pod from the moment its create is sent and
+shows a deleted one as terminating, so that no plan repeats a write; an expectation that is never
+observed expires after ``EXPECTATION_TIMEOUT_S``, and the next plan sees the observed state.
 """
 
 from __future__ import annotations
@@ -44,37 +44,37 @@ class Store:
         self.pods_listed = False
         self._pods: dict[str, dict[str, Pod]] = {}  # model → pod name → pod
         self._model_of: dict[str, str] = {}  # pod name → model
-        self._creating: dict[str, dict[str, _Expected]] = {}  # model → pod name →
-        self._deleting: dict[str, float] = {}  # pod uid → given up at
+        self._creating: dict[str, dict[str, _Expected]] = {}  # model → pod name → expected pod
+        self._deleting: dict[str, float] = {}  # pod uid → expires at
 
     # -- Models ----------------------------------------------------------------------------------
 
     def replace_models(self, models: list[Model]) -> None:
-        """A whole list: what it lacks is gone."""
+        """Replace the collection with a complete list."""
         names = {model.metadata.name for model in models}
         gone = [name for name in self.models if name not in names]
         for name in gone:
             del self.models[name]
         self.models_listed = True
-        for model in models:  # believed as it is, even if the API has gone back in time
+        for model in models:  # accepted even if the API has gone back in time
             self.models[model.metadata.name] = model
         for name in [*gone, *names]:
             self._changed(name)
 
     def model_changed(self, kind: str, model: Model) -> None:
-        """One event of the watch."""
+        """Apply one watch event."""
         name = model.metadata.name
         if kind != "DELETED":
             if not self._put_model(model):
                 return
         elif (old := self.models.get(name)) is not None:
             if old.metadata.uid != model.metadata.uid:
-                return  # its successor is known already
+                return  # a new Model of the same name is already known
             del self.models[name]
         self._changed(name)
 
     def model_written(self, model: Model) -> None:
-        """The API's answer to a write of ours, which may be ahead of the watch, or behind it."""
+        """Apply the API's response to our own write, which may be ahead of or behind the watch."""
         known = self.models.get(model.metadata.name)
         if known is not None and known.metadata.uid == model.metadata.uid:  # else it is gone
             self.model_changed("MODIFIED", model)
@@ -89,7 +89,7 @@ class Store:
     # -- pods ------------------------------------------------------------------------------------
 
     def replace_pods(self, objects: list[PodObject]) -> None:
-        """A whole list: what it lacks is gone."""
+        """Replace the collection with a complete list."""
         touched = set(self._pods)
         self._pods.clear()
         self._model_of.clear()
@@ -101,18 +101,18 @@ class Store:
             self._changed(name)
 
     def pod_written(self, obj: PodObject) -> None:
-        """The API's answer to a write of ours, which may be ahead of the watch, or behind it."""
+        """Apply the API's response to our own write, which may be ahead of or behind the watch."""
         known = self._pods.get(self._model_of.get(obj.metadata.name, ""), {})
         if obj.metadata.name in known:  # else it is gone
             self.pod_changed("MODIFIED", obj)
 
     def pod_changed(self, kind: str, obj: PodObject) -> None:
-        """One event of the watch."""
+        """Apply one watch event."""
         before = self._model_of.get(obj.metadata.name)
         if before is not None and kind != "DELETED":
             old = self._pods[before][obj.metadata.name]
             if old.uid == obj.metadata.uid and 0 < obj.metadata.version < old.version:
-                return  # our own write has overtaken it
+                return  # older than the response to our own write
         name = self._drop_pod(obj) if kind == "DELETED" else self._put_pod(obj)
         if before is not None and before != name:
             self._changed(before)
@@ -155,15 +155,15 @@ class Store:
 
     @property
     def listed(self) -> bool:
-        """Whether both collections are known."""
+        """Whether both collections have been listed."""
         return self.models_listed and self.pods_listed
 
     def observed_pods(self, model: str) -> Iterable[Pod]:
-        """Pods with the model's label, as the watch has them."""
+        """Pods with the model's label, as last observed."""
         return self._pods.get(model, {}).values()
 
     def pods_of(self, model: str) -> Iterator[Pod]:
-        """The same with our unobserved writes: created ones there, deleted ones going away."""
+        """The same with unobserved writes applied: created pods included, deleted terminating."""
         now_s = self._clock()
         observed = self._pods.get(model, {})
         for pod in observed.values():
@@ -176,26 +176,26 @@ class Store:
                 yield expected.pod
 
     def names(self) -> set[str]:
-        """Every model name that has a Model or a pod."""
+        """All names that have a Model or a pod."""
         return self.models.keys() | self._pods.keys()
 
     # -- expectations ----------------------------------------------------------------------------
 
     def creating(self, pod: Pod) -> None:
-        """A create is about to be sent. The pod has no uid until it is observed."""
+        """Expect a create that is about to be sent. The pod has no uid until it is observed."""
         self._expire(pod.model)
         until_s = self._clock() + EXPECTATION_TIMEOUT_S
         self._creating.setdefault(pod.model, {})[pod.name] = _Expected(pod, until_s)
 
     def not_created(self, pod: Pod) -> None:
-        """The create was refused, or nobody knows: the same name makes a second try harmless."""
+        """The create failed or its outcome is unknown. Retrying with the same name is safe."""
         creating = self._creating.get(pod.model, {})
         creating.pop(pod.name, None)
         if not creating:
             self._creating.pop(pod.model, None)
 
     def deleting(self, uid: str) -> None:
-        """A delete is about to be sent."""
+        """Expect a delete that is about to be sent."""
         self._deleting[uid] = self._clock() + EXPECTATION_TIMEOUT_S
 
     def not_deleted(self, uid: str) -> None:
@@ -203,7 +203,7 @@ class Store:
         self._deleting.pop(uid, None)
 
     def oldest_expectation_s(self, model: str) -> float | None:
-        """Seconds until an expectation of the model is given up; None when it has none."""
+        """Seconds until the model's oldest expectation expires; None if it has none."""
         self._expire(model)
         untils = [expected.until_s for expected in self._creating.get(model, {}).values()]
         pods = self._pods.get(model, {}).values()
@@ -221,7 +221,7 @@ class Store:
 
 
 def _older(new: Model, old: Model) -> bool:
-    """Whether ``new`` is an event that our own write has overtaken; in doubt it is believed."""
+    """Whether ``new`` is older than what our own write returned. False if unknown."""
     if new.metadata.uid != old.metadata.uid:
         created, known = new.metadata.creation_timestamp, old.metadata.creation_timestamp
         return created is not None and known is not None and created < known

@@ -59,7 +59,7 @@ class Replica:
     @property
     def leads(self):
         """By its own word."""
-        return self.times("leading") > self.times("not leading any more")
+        return self.times("leading") > self.times("stopped leading")
 
     def writes(self):
         """What only a leader may do: Events are told by all, and the Lease is asked for by all."""
@@ -218,7 +218,7 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
     async with changing(world, rand):
         for turn in range(ROUNDS):
             leader = await fleet.leader()
-            lost = leader.times("not leading any more")
+            lost = leader.times("stopped leading")
             await freeze_in_the_midst_of_writes(leader, rand)
             frozen_s = time.monotonic()
             if turn % 4:
@@ -228,7 +228,7 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
                 await asyncio.sleep(rand.uniform(RENEW_S, LEASE_S - RENEW_S / 2))
             leader.send(signal.SIGCONT)
             await until(
-                lambda leader=leader, lost=lost: leader.times("not leading any more") > lost,
+                lambda leader=leader, lost=lost: leader.times("stopped leading") > lost,
                 "the one that was frozen knows that it does not lead any more",
             )
 
