@@ -1,4 +1,4 @@
-"""The hinge: messages arrive whole and in order; the end of the other side is noticed."""
+"""The hinge: messages arrive whole and in order; the other end's death is noticed."""
 
 import asyncio
 import socket
@@ -44,7 +44,7 @@ async def test_messages_of_every_kind_arrive_as_they_were_sent():
     await worker.closed.wait()
 
 
-async def test_a_message_cut_anywhere_is_put_together():
+async def test_a_message_split_at_any_byte_is_reassembled():
     end = End(hinge.Up)
     other = End(hinge.Down)
     written = bytearray()
@@ -62,7 +62,7 @@ async def test_a_message_cut_anywhere_is_put_together():
     assert end.messages.get_nowait() == hinge.Ready(1)
 
 
-async def test_the_other_end_dying_is_noticed_and_sends_are_dropped():
+async def test_the_other_ends_death_is_noticed_and_sends_are_dropped():
     supervisor, worker = await pair()
     worker.channel.close()
     await supervisor.closed.wait()

@@ -1,4 +1,4 @@
-"""What a request does while no endpoint can serve it, on a clock of the test's."""
+"""What a request does while no endpoint can serve it, on the test's clock."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Worker:
         return asyncio.create_task(self._hold(model))
 
     async def _hold(self, model):
-        """The endpoint's name, or the error; and after how many seconds."""
+        """Return the endpoint's name or the error, and the seconds that it took."""
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         routed = self.table.find("m")
@@ -99,7 +99,7 @@ def check(error, status, code, *words):
         assert word in error.message
 
 
-async def test_what_is_certain_fails_at_once_and_scales_nothing_up(worker):
+async def test_a_permanent_trouble_fails_at_once_and_scales_nothing_up(worker):
     worker.route(block=Block("InvalidProfile", "spec.resourceProfile: no 'x'", 0.0, retry=False))
     error, took_s = await worker.ask()
     check(error, 503, "model_cannot_start", "'m'", "InvalidProfile", "spec.resourceProfile: no 'x'")
@@ -108,7 +108,7 @@ async def test_what_is_certain_fails_at_once_and_scales_nothing_up(worker):
     assert advice(error) == {"x-should-retry": "false"}
 
 
-async def test_what_may_pass_fails_after_the_grace_and_then_at_once(worker):
+async def test_a_temporary_trouble_fails_requests_after_the_grace_and_then_at_once(worker):
     worker.route(block=failing_in(30))
     error, took_s = await worker.ask()
     check(error, 503, "model_unavailable", "CrashLoopBackOff", "container server keeps exiting")
@@ -118,7 +118,7 @@ async def test_what_may_pass_fails_after_the_grace_and_then_at_once(worker):
     assert (error.status, took_s) == (503, 0)
 
 
-async def test_a_request_that_came_before_the_trouble_fails_with_it(worker):
+async def test_a_request_held_before_the_trouble_fails_with_it(worker):
     asking = worker.ask()
     await asyncio.sleep(100)
     assert worker.demanded == ["m"]
@@ -127,7 +127,7 @@ async def test_a_request_that_came_before_the_trouble_fails_with_it(worker):
     assert (error.status, took_s) == (503, pytest.approx(130))
 
 
-async def test_certainty_ends_a_wait_that_is_on(worker):
+async def test_a_permanent_trouble_ends_an_ongoing_wait(worker):
     asking = worker.ask()
     await asyncio.sleep(1)
     worker.route(block=Block("EngineNotInstalled", "vllm is not installed", 0.0, retry=False))
@@ -136,7 +136,7 @@ async def test_certainty_ends_a_wait_that_is_on(worker):
     assert took_s == pytest.approx(1)
 
 
-async def test_a_trouble_that_clears_lets_the_request_be_served(worker):
+async def test_a_request_is_served_once_the_trouble_clears(worker):
     worker.route(block=failing_in(30))
     asking = worker.ask()
     await asyncio.sleep(20)
@@ -147,7 +147,7 @@ async def test_a_trouble_that_clears_lets_the_request_be_served(worker):
     assert await asking == ("a", pytest.approx(60))
 
 
-async def test_an_endpoint_within_the_grace_serves(worker):
+async def test_an_endpoint_that_appears_within_the_grace_serves_the_request(worker):
     worker.route(block=failing_in(30))
     asking = worker.ask()
     await asyncio.sleep(29)
@@ -155,7 +155,7 @@ async def test_an_endpoint_within_the_grace_serves(worker):
     assert await asking == ("a", pytest.approx(29))
 
 
-async def test_a_longer_grace_of_a_new_trouble_counts(worker):
+async def test_a_new_trouble_with_a_longer_grace_extends_the_wait(worker):
     worker.route(block=failing_in(30))
     asking = worker.ask()
     await asyncio.sleep(10)
@@ -165,7 +165,7 @@ async def test_a_longer_grace_of_a_new_trouble_counts(worker):
     assert took_s == pytest.approx(310)
 
 
-async def test_many_waits_end_together(worker):
+async def test_many_held_requests_end_together(worker):
     asking = [worker.ask() for _ in range(50)]
     await asyncio.sleep(5)
     assert worker.held == 50
@@ -175,20 +175,20 @@ async def test_many_waits_end_together(worker):
 
 
 @pytest.mark.parametrize("grace_s", [HOLD_S + 1, math.inf])
-async def test_the_hold_timeout_gives_the_reason_too(worker, grace_s):
+async def test_the_hold_timeout_error_includes_the_reason(worker, grace_s):
     worker.route(block=Block("ReplicasStarting", "0 of 1 replica is ready", now_s() + grace_s))
     error, took_s = await worker.ask()
     check(error, 504, "timeout", "'m'", "ReplicasStarting: 0 of 1 replica is ready")
     assert took_s == pytest.approx(HOLD_S)
 
 
-async def test_the_hold_timeout_of_a_model_of_which_nothing_is_known(worker):
+async def test_the_hold_timeout_without_a_known_reason(worker):
     error, took_s = await worker.ask()
     check(error, 504, "timeout", "'m'")
     assert took_s == pytest.approx(HOLD_S)
 
 
-async def test_an_adapter_that_cannot_be_loaded_fails_while_its_model_serves(worker):
+async def test_requests_for_an_adapter_that_fails_to_load_fail_while_its_model_serves(worker):
     block = failing_in(30, "AdaptersFailed")
     worker.route(ready(), adapter_blocks={"fin": block})
     error, took_s = await worker.ask("m_fin")
@@ -199,13 +199,13 @@ async def test_an_adapter_that_cannot_be_loaded_fails_while_its_model_serves(wor
     assert await worker.ask("m_fin") == ("a", 0)
 
 
-async def test_an_adapter_of_a_model_that_cannot_start_fails_with_it(worker):
+async def test_requests_for_an_adapter_fail_if_its_model_cannot_start(worker):
     worker.route(block=Block("InvalidURL", "spec.url: wrong", 0.0, retry=False))
     error, _ = await worker.ask("m_fin")
     check(error, 503, "model_cannot_start", "'m_fin'", "InvalidURL")
 
 
-async def test_a_client_that_leaves_in_the_grace_is_forgotten(worker):
+async def test_a_request_is_dropped_when_its_client_disconnects_in_the_grace(worker):
     worker.route(block=failing_in(30))
     asking = worker.ask()
     await asyncio.sleep(1)

@@ -1,4 +1,4 @@
-"""What is imported in part stays out of a process, and is whole for whoever imports it later."""
+"""Partly imported packages: unused parts are not loaded, and later imports are complete."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ def run(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_what_nobody_uses_is_not_imported():
+def test_unused_modules_are_not_imported():
     run(
         "import sys, kubeai.kube, kubeai.local.apiserver.rules\n"
         "assert 'kubernetes_asyncio.client.models' not in sys.modules\n"
@@ -17,7 +17,7 @@ def test_what_nobody_uses_is_not_imported():
     )
 
 
-def test_the_packages_are_whole_afterwards():
+def test_the_packages_are_complete_afterwards():
     run(
         "import kubeai.kube, kubeai.local.apiserver.rules\n"
         "import cel.cli, kubernetes_asyncio\n"
@@ -26,7 +26,7 @@ def test_the_packages_are_whole_afterwards():
     )
 
 
-def test_they_stay_whole_where_they_were_imported_before():
+def test_packages_imported_before_stay_complete():
     run(
         "import cel, kubernetes_asyncio\n"
         "import kubeai.kube, kubeai.local.apiserver.rules\n"
@@ -35,7 +35,7 @@ def test_they_stay_whole_where_they_were_imported_before():
     )
 
 
-def test_a_worker_does_not_pay_for_tracebacks_authorities_or_its_version():
+def test_a_worker_does_not_import_traceback_rendering_certificate_authorities_or_its_version():
     run(
         "import kubeai.worker, aiohttp, ssl, sys\n"
         "assert not {'rich', 'importlib.metadata'} & sys.modules.keys()\n"

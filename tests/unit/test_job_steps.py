@@ -1,4 +1,4 @@
-"""The rules of Jobs: from a Job, its pods and the time to the one next step."""
+"""The rules of Jobs: from a Job, its pods and the time to the single next step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS_MAX = 60
 
 
 class World:
-    """One Job and its pods; steps are carried out as an API would. A pod's name is its uid."""
+    """One Job and its pods; steps are applied as an API would. A pod's name is its uid."""
 
     def __init__(self, restart="Never", **spec):
         self.now = BEGIN
@@ -52,7 +52,7 @@ class World:
         return next_step(job, pods, self.now, self.endings)
 
     def run(self):
-        """Steps until there is none; what the last one waits for."""
+        """Apply steps until there is none; return what the last one waits for."""
         for _ in range(STEPS_MAX):
             step = self.step()
             if isinstance(step, Wait) or self.job is None:
@@ -60,16 +60,16 @@ class World:
             self.take(step)
             if self.job is None:
                 return None
-        raise AssertionError(f"no end of steps: {step}")
+        raise AssertionError(f"the steps do not end: {step}")
 
     def take(self, step, parts=None):
-        """Carry it out; ``parts``: only so many of its writes, as if killed after them."""
+        """Apply a step; ``parts`` limits it to its first writes, as if killed after them."""
         self.writes += 1
         if isinstance(step, WriteStatus):
             self.job["status"] = msgspec.to_builtins(step.status)
         elif isinstance(step, CreatePods):
             for name in step.names[:parts]:
-                assert name not in self.made, "a name is used once"
+                assert name not in self.made, "a pod name is never reused"
                 self.made.append(name)
                 pod = pod_of(msgspec.convert(self.job, Job), name)
                 pod["metadata"]["uid"] = name
@@ -119,7 +119,7 @@ class World:
         return [(c["type"], c["status"], c["reason"]) for c in self.job["status"]["conditions"]]
 
 
-def test_a_job_runs_its_pod_is_complete_once_it_succeeds_and_then_rests():
+def test_a_job_is_complete_once_its_pod_succeeds_and_then_idle():
     world = World()
     assert world.run() is None
     (pod,) = world.active()
@@ -139,7 +139,7 @@ def test_a_job_runs_its_pod_is_complete_once_it_succeeds_and_then_rests():
     assert world.writes == writes
 
 
-def test_a_pods_labels_owner_and_finalizer_are_those_of_a_job():
+def test_a_pod_has_the_labels_owner_and_finalizer_of_its_job():
     world = World()
     world.run()
     (pod,) = world.pods.values()
@@ -152,7 +152,7 @@ def test_a_pods_labels_owner_and_finalizer_are_those_of_a_job():
     }  # fmt: skip
 
 
-def test_no_more_run_at_the_same_time_than_are_allowed_or_still_needed():
+def test_active_pods_are_limited_by_parallelism_and_remaining_completions():
     world = World(parallelism=3, completions=4)
     for running, done in ((3, 0), (3, 1), (2, 2), (1, 3)):
         world.run()
@@ -163,7 +163,7 @@ def test_no_more_run_at_the_same_time_than_are_allowed_or_still_needed():
     assert world.conditions()[-1][0] == "Complete"
 
 
-def test_without_completions_the_first_success_ends_it_once_the_others_have_ended():
+def test_without_completions_the_first_success_completes_the_job_once_the_others_end():
     world = World(parallelism=2, completions=None)
     world.run()
     one, other = world.active()
@@ -176,14 +176,14 @@ def test_without_completions_the_first_success_ends_it_once_the_others_have_ende
     assert world.conditions()[-1][0] == "Complete"
 
 
-def test_a_job_that_wants_no_success_is_complete_at_once():
+def test_a_job_with_zero_completions_is_complete_at_once():
     world = World(completions=0)
     world.run()
     assert not world.made
     assert world.conditions()[-1][0] == "Complete"
 
 
-def test_failed_pods_are_replaced_after_rests_that_double_up_to_six_minutes():
+def test_failed_pods_are_replaced_with_back_off_that_doubles_up_to_six_minutes():
     world = World(backoffLimit=99)
     rests = []
     for _ in range(8):
@@ -196,7 +196,7 @@ def test_failed_pods_are_replaced_after_rests_that_double_up_to_six_minutes():
     assert rests == [10, 20, 40, 80, 160, 320, 360, 360]
 
 
-def test_the_rest_begins_when_the_pod_failed_and_a_success_forgets_it():
+def test_the_back_off_starts_at_the_failure_and_a_success_resets_it():
     world = World(parallelism=2, completions=9, backoffLimit=99)
     world.run()
     one, other = world.active()
@@ -210,7 +210,7 @@ def test_the_rest_begins_when_the_pod_failed_and_a_success_forgets_it():
     assert len(world.active()) == 2
 
 
-def test_a_new_controller_knows_the_rest_from_the_pods():
+def test_a_new_controller_derives_the_back_off_from_the_pods():
     world = World()
     world.run()
     terminated = {"exitCode": 1, "finishedAt": world.now.isoformat()}
@@ -221,7 +221,7 @@ def test_a_new_controller_knows_the_rest_from_the_pods():
     assert world.run() == 7
 
 
-def test_more_failed_pods_than_the_limit_fail_the_job_and_end_the_others():
+def test_exceeding_the_back_off_limit_fails_the_job_and_ends_its_other_pods():
     world = World(parallelism=3, completions=3, backoffLimit=1)
     world.run()
     one, two, three = world.active()
@@ -241,7 +241,7 @@ def test_more_failed_pods_than_the_limit_fail_the_job_and_end_the_others():
 @pytest.mark.parametrize(
     ("limit", "restarts", "fails"), [(2, 1, False), (2, 2, True), (0, 1, True)]
 )
-def test_restarts_of_containers_count_where_the_pod_is_not_replaced(limit, restarts, fails):
+def test_container_restarts_count_if_the_pod_is_not_replaced(limit, restarts, fails):
     world = World("OnFailure", backoffLimit=limit)
     world.run()
     world.say(world.made[0], "Running", containerStatuses=[{"restartCount": restarts}])
@@ -250,7 +250,7 @@ def test_restarts_of_containers_count_where_the_pod_is_not_replaced(limit, resta
     assert bool(world.active()) is not fails
 
 
-def test_a_job_that_is_active_too_long_fails_at_its_deadline():
+def test_a_job_fails_at_its_active_deadline():
     world = World(activeDeadlineSeconds=30)
     assert world.run() == 30
     world.now += timedelta(seconds=29)
@@ -261,7 +261,7 @@ def test_a_job_that_is_active_too_long_fails_at_its_deadline():
     assert not world.pods
 
 
-def test_a_suspended_job_has_no_pod_and_its_time_begins_anew():
+def test_suspending_a_job_deletes_its_pods_and_resets_its_start_time():
     world = World(activeDeadlineSeconds=30, suspend=True)
     assert world.run() is None
     assert not world.made
@@ -279,7 +279,7 @@ def test_a_suspended_job_has_no_pod_and_its_time_begins_anew():
     assert world.numbers() == (0, 0, 0)  # it was stopped, and did not fail
 
 
-def test_less_parallelism_takes_away_what_has_done_least():
+def test_reducing_parallelism_deletes_the_least_ready_pods():
     world = World(parallelism=3, completions=3)
     world.run()
     one, two, three = world.active()
@@ -293,7 +293,7 @@ def test_less_parallelism_takes_away_what_has_done_least():
     assert world.numbers() == (1, 0, 0)
 
 
-def test_a_pod_that_somebody_deletes_counts_as_failed():
+def test_a_pod_deleted_by_someone_else_counts_as_failed():
     world = World()
     world.run()
     world.delete(world.made[0])
@@ -302,7 +302,7 @@ def test_a_pod_that_somebody_deletes_counts_as_failed():
     assert not world.pods
 
 
-def test_where_only_failed_pods_are_replaced_one_that_goes_away_keeps_its_place():
+def test_a_terminating_pod_is_not_replaced_under_replacement_policy_failed():
     world = World(podReplacementPolicy="Failed")
     world.run()
     pod = world.made[0]
@@ -315,7 +315,7 @@ def test_where_only_failed_pods_are_replaced_one_that_goes_away_keeps_its_place(
     assert world.numbers() == (0, 1, 0)
 
 
-def test_a_job_that_is_deleted_makes_no_pods_and_lets_go_of_those_it_has():
+def test_a_deleted_job_creates_no_pods_and_releases_its_existing_ones():
     world = World(parallelism=2, completions=3)
     world.run()
     world.say(world.made[0], "Succeeded")
@@ -327,7 +327,7 @@ def test_a_job_that_is_deleted_makes_no_pods_and_lets_go_of_those_it_has():
 
 
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
-def test_a_job_that_has_ended_is_deleted_after_its_time(phase):
+def test_a_finished_job_is_deleted_after_its_ttl(phase):
     world = World(ttlSecondsAfterFinished=60, backoffLimit=0)
     world.run()
     world.say(world.made[0], phase)
@@ -345,7 +345,7 @@ def test_a_job_that_has_ended_is_deleted_after_its_time(phase):
         ({"backoffLimitPerIndex": 1}, "spec.backoffLimitPerIndex"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(spec, named):
+def test_an_unsupported_field_is_rejected_by_name(spec, named):
     world = World(**spec)
     world.run()
     assert not world.made
@@ -353,7 +353,7 @@ def test_what_is_not_supported_is_refused_by_name(spec, named):
     assert world.job["status"]["conditions"][-1]["message"].endswith(named)
 
 
-def test_a_job_that_another_controller_manages_is_left_alone():
+def test_a_job_managed_by_another_controller_is_ignored():
     world = World(managedBy="example.com/another")
     assert world.run() is None
     assert world.writes == 0
@@ -374,7 +374,7 @@ HAPPENINGS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(HAPPENINGS, st.integers(0, 5), st.integers(0, 4))
-def test_every_pod_counts_once_however_often_the_controller_is_killed(happenings, wanted, limit):
+def test_every_pod_is_counted_once_regardless_of_controller_kills(happenings, wanted, limit):
     world = World(parallelism=2, completions=wanted, backoffLimit=limit)
     succeeded, failed, spared = set(), set(), set()
     for what, *how in happenings:
@@ -405,7 +405,7 @@ def test_every_pod_counts_once_however_often_the_controller_is_killed(happenings
     told = {kind: len(waiting.get(kind, ())) for kind in ("succeeded", "failed")}
     assert status.get("succeeded", 0) + told["succeeded"] <= len(succeeded)
     assert status.get("failed", 0) + told["failed"] <= len(failed)
-    world.job["spec"]["parallelism"] = 0  # nothing new: what there is settles
+    world.job["spec"]["parallelism"] = 0  # no new pods: the existing ones settle
     for name in world.active():
         if world.pods[name]["metadata"]["finalizers"]:
             succeeded.add(name)

@@ -1,4 +1,4 @@
-"""The Kubernetes client against a server that behaves as told: verbs, errors, watches, auth."""
+"""The Kubernetes client against a scripted server: verbs, errors, watches, authentication."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def gone():
 
 
 class Server:
-    """Answers from scripts: `lists` and `watches` are taken in turn, the last one again."""
+    """Responds from scripts: `lists` and `watches` are used in turn, the last one repeatedly."""
 
     def __init__(self):
         self.requests = []
-        self.times_s = []  # when they came
+        self.times_s = []  # arrival times of the requests
         self.lists = [([], "1")]
         self.watches = []
         self.answer = None  # (status, body, headers) for everything else
         self.tokens = None
         self.messages = []  # of an exec, before the server ends the connection
-        self.silent = False  # it does not end the connection
-        self.left = asyncio.Event()  # by the client of an exec
+        self.silent = False  # if true, it does not end the connection
+        self.left = asyncio.Event()  # set when the client of an exec disconnects
         self.open_watches = 0
         self.done = asyncio.Event()
         self.again = asyncio.Event()  # set when the last watch of the script is open
@@ -143,7 +143,7 @@ async def kube(server, tmp_path):
 
 
 class View:
-    """What a follower knows."""
+    """The state of a follower."""
 
     def __init__(self):
         self.objects = {}
@@ -164,7 +164,7 @@ class View:
 
 
 async def following(kube, server, **options):
-    """Follow until the server's script is at its end; the view that resulted."""
+    """Follow until the server's script has ended; return the resulting view."""
     view = View()
     follow = kube.follow(CONFIGMAPS, "ns", replaced=view.replaced, changed=view.changed, **options)
     task = asyncio.create_task(follow)
@@ -173,7 +173,7 @@ async def following(kube, server, **options):
         done, _ = await asyncio.wait(
             {task, end}, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
         )
-        assert done, "the script was not played to its end"
+        assert done, "the script did not reach its end"
         if task in done:
             task.result()
     finally:
@@ -196,11 +196,11 @@ async def following(kube, server, **options):
         (MODELS, ("ns", "m", "scale"), "/apis/kubeai.org/v1/namespaces/ns/models/m/scale"),
     ],
 )
-def test_a_resource_knows_its_path(resource, arguments, path):
+def test_the_path_of_a_resource(resource, arguments, path):
     assert resource.path(*arguments) == path
 
 
-async def test_verbs_send_what_kubernetes_wants(kube, server):
+async def test_verbs_send_the_requests_that_kubernetes_expects(kube, server):
     server.answer = 200, orjson.dumps(thing("a", 1)), {}
     await kube.get(CONFIGMAPS, "a")
     await kube.create(CONFIGMAPS, {"metadata": {"name": "a"}})
@@ -226,7 +226,7 @@ async def test_verbs_send_what_kubernetes_wants(kube, server):
     assert {h["Authorization"] for _, _, h, _ in server.requests} == {"Bearer secret"}
 
 
-async def test_answers_are_decoded_as_the_type_that_is_asked_for(kube, server):
+async def test_responses_are_decoded_as_the_requested_type(kube, server):
     class Data(msgspec.Struct):
         data: dict[str, str]
 
@@ -235,7 +235,7 @@ async def test_answers_are_decoded_as_the_type_that_is_asked_for(kube, server):
     assert (await kube.get(CONFIGMAPS, "a"))["data"] == {"key": "value"}
 
 
-async def test_a_long_list_comes_in_pages(kube, server):
+async def test_a_long_list_is_read_in_pages(kube, server):
     pages = {"": ([thing("a", 1)], "next"), "next": ([thing("b", 2)], "")}
     server.lists = [(pages, "9")]
     items, version = await kube.list(CONFIGMAPS, "ns", labels="x=y")
@@ -252,7 +252,7 @@ async def test_a_long_list_comes_in_pages(kube, server):
         (500, b"", "Internal Server Error", "HTTP 500"),
     ],
 )
-async def test_a_refusal_is_an_api_error(kube, server, status, body, reason, message):
+async def test_an_error_response_is_an_api_error(kube, server, status, body, reason, message):
     server.answer = status, body, {"Retry-After": "3"}
     with pytest.raises(ApiError) as caught:
         await kube.get(CONFIGMAPS, "a")
@@ -262,7 +262,7 @@ async def test_a_refusal_is_an_api_error(kube, server, status, body, reason, mes
     assert isinstance(error, KubeAIError)
 
 
-async def test_no_answer_and_nonsense_are_api_errors_too(kube, server, tmp_path):
+async def test_a_missing_or_malformed_response_is_an_api_error(kube, server, tmp_path):
     server.answer = 200, b"[1, 2", {}
     with pytest.raises(ApiError, match="decode"):
         await kube.get(CONFIGMAPS, "a")
@@ -274,10 +274,10 @@ async def test_no_answer_and_nonsense_are_api_errors_too(kube, server, tmp_path)
     await other.close()
 
 
-# -- who we are ----------------------------------------------------------------------------------
+# -- authentication ------------------------------------------------------------------------------
 
 
-async def test_a_token_that_was_replaced_in_its_file_is_read_again(server, tmp_path):
+async def test_a_rotated_token_file_is_read_again(server, tmp_path):
     token = tmp_path / "token"
     token.write_text("first")
     path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
@@ -293,7 +293,7 @@ async def test_a_token_that_was_replaced_in_its_file_is_read_again(server, tmp_p
     await kube.close()
 
 
-async def test_a_watch_that_is_refused_goes_on_with_a_token_that_is_read_again(server, tmp_path):
+async def test_a_rejected_watch_resumes_with_the_rotated_token(server, tmp_path):
     token = tmp_path / "token"
     token.write_text("first")
     path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
@@ -307,7 +307,7 @@ async def test_a_watch_that_is_refused_goes_on_with_a_token_that_is_read_again(s
     await kube.close()
 
 
-async def test_a_kubeconfig_that_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
+async def test_a_missing_or_invalid_kubeconfig_is_reported_by_name(tmp_path, monkeypatch):
     with pytest.raises(KubeAIError, match="nowhere: no such file"):
         await Kube.connect(str(tmp_path / "nowhere"))
     (tmp_path / "wrong").write_text("clusters: 7")
@@ -319,9 +319,7 @@ async def test_a_kubeconfig_that_is_missing_or_wrong_is_named(tmp_path, monkeypa
         await Kube.connect()
 
 
-async def test_a_proxy_of_the_environment_is_not_asked_for_this_machines_api(
-    server, tmp_path, monkeypatch
-):
+async def test_the_environments_proxy_is_not_used_for_a_loopback_api(server, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     kube = await Kube.connect(kubeconfig(tmp_path / "kubeconfig", server.url, {}))
     server.answer = 200, orjson.dumps(thing("a", 1)), {}
@@ -344,7 +342,7 @@ async def run(kube, timeout_s=DEADLINE_S):
     return await kube.exec("p", ["ls", "a b"], container="c", timeout_s=timeout_s)
 
 
-async def test_a_command_is_run_and_its_end_and_output_come_back(kube, server):
+async def test_a_command_returns_its_exit_status_and_output(kube, server):
     server.messages = [b"\x01", b"\x01out ", b"\x02err", b"\x03", exited(0)]
     assert await run(kube) == (0, "out err")
     method, path, headers, _ = server.requests[0]
@@ -354,12 +352,12 @@ async def test_a_command_is_run_and_its_end_and_output_come_back(kube, server):
     assert headers["Sec-WebSocket-Protocol"] == "v4.channel.k8s.io"
 
 
-async def test_a_command_that_ends_badly_is_a_result(kube, server):
+async def test_a_failed_command_is_a_result_not_an_error(kube, server):
     server.messages = [b"\x02no such file", exited(3)]
     assert await run(kube) == (3, "no such file")
 
 
-async def test_of_a_long_output_the_end_is_kept(kube, server):
+async def test_only_the_end_of_a_long_output_is_kept(kube, server):
     server.messages = [b"\x01" + bytes([65 + n]) * 50_000 for n in range(3)] + [exited(0)]
     output = (await run(kube)).output
     assert len(output) == EXEC_OUTPUT_MAX_BYTES
@@ -390,7 +388,7 @@ async def test_a_command_that_did_not_run_is_an_api_error(
     assert (caught.value.status, caught.value.reason) == (status, reason)
 
 
-async def test_a_refused_upgrade_is_an_api_error_that_says_why(kube, server):
+async def test_a_rejected_upgrade_is_an_api_error_with_the_reason(kube, server):
     server.answer = 404, b'{"reason":"NotFound","message":"pods \\"p\\" not found"}', {}
     with pytest.raises(ApiError, match='pods "p" not found') as caught:
         await run(kube)
@@ -401,7 +399,7 @@ async def test_a_refused_upgrade_is_an_api_error_that_says_why(kube, server):
     assert caught.value.status == 0
 
 
-async def test_a_command_has_a_limit_in_time_and_the_server_sees_the_client_leave(kube, server):
+async def test_a_command_times_out_and_its_connection_is_closed(kube, server):
     server.messages, server.silent = [b"\x01going on"], True
     with pytest.raises(ApiError) as caught:
         await run(kube, timeout_s=0.2)
@@ -410,7 +408,7 @@ async def test_a_command_has_a_limit_in_time_and_the_server_sees_the_client_leav
         await server.left.wait()
 
 
-async def test_an_exec_that_is_refused_goes_on_with_a_token_that_is_read_again(server, tmp_path):
+async def test_a_rejected_exec_is_retried_with_the_rotated_token(server, tmp_path):
     token = tmp_path / "token"
     token.write_text("first")
     path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
@@ -430,11 +428,11 @@ async def test_an_exec_that_is_refused_goes_on_with_a_token_that_is_read_again(s
 
 
 class Fallen(Exception):
-    """The fence says no."""
+    """Raised when the fence has fallen."""
 
 
 class Fence:
-    """Says yes so many times, then no."""
+    """Allows a number of writes, then none."""
 
     def __init__(self, times=0):
         self.times = times
@@ -456,7 +454,7 @@ WRITES = {
 
 
 async def sent(kube, server):
-    """What the server has got, once it has got a read that was sent last."""
+    """The requests that the server got up to a read that was sent last."""
     server.answer = 200, orjson.dumps(thing("a", 1)), {}
     await kube.get(CONFIGMAPS, "a")
     *earlier, last = [request[0] for request in server.requests]
@@ -465,7 +463,7 @@ async def sent(kube, server):
 
 
 @pytest.mark.parametrize("write", WRITES)
-async def test_a_write_whose_fence_falls_while_it_waits_for_a_connection_is_not_sent(
+async def test_a_write_is_not_sent_if_its_fence_falls_while_it_waits_for_a_connection(
     kube, server, monkeypatch, write
 ):
     loop, fence = asyncio.get_running_loop(), Fence(100)
@@ -482,7 +480,9 @@ async def test_a_write_whose_fence_falls_while_it_waits_for_a_connection_is_not_
 
 
 @pytest.mark.parametrize("write", WRITES)
-async def test_nor_is_it_over_a_connection_that_is_there_already(kube, server, write):
+async def test_a_write_is_not_sent_on_an_open_connection_if_its_fence_has_fallen(
+    kube, server, write
+):
     fenced = kube.fenced(Fence())
     assert await sent(fenced, server) == [], "reads pass"
     with pytest.raises(Fallen):
@@ -490,15 +490,13 @@ async def test_nor_is_it_over_a_connection_that_is_there_already(kube, server, w
     assert await sent(kube, server) == ["GET"]
 
 
-async def test_nor_if_it_falls_between_headers_and_body(kube, server):
+async def test_a_body_is_not_sent_if_the_fence_falls_after_the_headers(kube, server):
     with pytest.raises(Fallen):
         await WRITES["patch"](kube.fenced(Fence(1)))
     assert await sent(kube, server) == []
 
 
-async def test_a_write_within_its_fence_passes_and_one_that_is_sent_again_is_checked_again(
-    server, tmp_path
-):
+async def test_a_write_within_its_fence_is_sent_and_a_resend_is_checked_again(server, tmp_path):
     token = tmp_path / "token"
     token.write_text("first")
     path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
@@ -507,17 +505,17 @@ async def test_a_write_within_its_fence_passes_and_one_that_is_sent_again_is_che
     server.tokens, server.answer = {"Bearer second"}, (200, orjson.dumps(OBJECT), {})
     with pytest.raises(Fallen):
         await WRITES["patch"](kube.fenced(Fence(2)))
-    assert [request[0] for request in server.requests] == ["PATCH"], "refused as unknown"
+    assert [request[0] for request in server.requests] == ["PATCH"], "rejected as unauthorized"
     await WRITES["patch"](kube.fenced(Fence(100)))
     assert [request[0] for request in server.requests] == ["PATCH", "PATCH"]
     await kube.close()
 
 
-async def test_what_fails_behind_its_fence_is_an_api_error_as_ever(tmp_path):
+async def test_a_failed_write_within_its_fence_is_an_api_error(tmp_path):
     kube = await Kube.connect(kubeconfig(tmp_path / "nobody", "http://127.0.0.1:1", {}))
     with pytest.raises(ApiError):
         await WRITES["patch"](kube.fenced(Fence(100)))
-    with pytest.raises(Fallen):  # whatever came of it, its caller writes no more
+    with pytest.raises(Fallen):  # regardless of the outcome, its caller writes no more
         await WRITES["patch"](kube.fenced(Fence()))
     await kube.close()
 
@@ -525,7 +523,7 @@ async def test_what_fails_behind_its_fence_is_an_api_error_as_ever(tmp_path):
 # -- following -----------------------------------------------------------------------------------
 
 
-async def test_a_view_follows_events(kube, server):
+async def test_a_follower_applies_events(kube, server):
     server.lists = [([thing("a", 1), thing("b", 2)], "5")]
     server.watches = [
         [
@@ -543,7 +541,7 @@ async def test_a_view_follows_events(kube, server):
     assert view.lists == 1
 
 
-async def test_a_version_that_is_too_old_makes_it_list_again(kube, server):
+async def test_an_expired_resource_version_causes_a_relist(kube, server):
     server.lists = [([thing("a", 1)], "5"), ([thing("b", 30)], "30"), ([thing("c", 40)], "40")]
     server.watches = [[event("ADDED", thing("x", 6)), gone()], 410]
     view = await following(kube, server)
@@ -552,8 +550,8 @@ async def test_a_version_that_is_too_old_makes_it_list_again(kube, server):
     assert server.watched_from() == ["5", "30", "40"]
 
 
-async def test_an_api_that_was_away_and_has_forgotten_is_asked_for_a_list_at_once(kube, server):
-    """The rests were for its absence; but one whose own list is too old for it is spared."""
+async def test_an_expired_watch_after_an_outage_relists_without_back_off(kube, server):
+    """The back-off was for the outage; if the new list expires as well, it backs off again."""
     server.lists = [([], "5"), ([], "30"), ([], "40")]
     server.watches = [500] * 4 + [410] * 2
     view = await following(kube, server)
@@ -563,7 +561,7 @@ async def test_an_api_that_was_away_and_has_forgotten_is_asked_for_a_list_at_onc
     assert server.times_s[again + 1] - server.times_s[again] > 0.5
 
 
-async def test_a_watch_that_breaks_is_resumed_where_it_was(kube, server):
+async def test_a_broken_watch_resumes_where_it_stopped(kube, server):
     half = event("ADDED", thing("b", 7))
     server.watches = [[event("ADDED", thing("a", 6)), half[:20]], 500, [half]]
     view = await following(kube, server)
@@ -572,14 +570,14 @@ async def test_a_watch_that_breaks_is_resumed_where_it_was(kube, server):
     assert server.watched_from() == ["1", "6", "6", "7"]
 
 
-async def test_a_watch_that_is_taken_and_not_answered_is_asked_for_again(kube, server, monkeypatch):
+async def test_a_watch_without_a_response_is_retried(kube, server, monkeypatch):
     monkeypatch.setattr("kubeai.kube.CALL_TIMEOUT_S", 0.2)
     server.watches = [None, [event("ADDED", thing("a", 6))]]
     view = await following(kube, server)
     assert view.objects.keys() == {"a"}
 
 
-async def test_events_may_come_in_any_pieces_and_any_size(kube, server):
+async def test_events_may_arrive_in_pieces_of_any_size(kube, server):
     long = event("ADDED", thing("long", 8, text="x" * 3_000_000))
     stream = event("ADDED", thing("a", 6)) + b"\n" + event("ADDED", thing("b", 7)) + long
     pieces = [stream[i : i + 70_001] for i in range(0, len(stream), 70_001)]
@@ -597,7 +595,7 @@ class Typed(msgspec.Struct):
         return getattr(self, key)
 
 
-async def test_an_object_that_does_not_decode_is_passed_over(kube, server):
+async def test_an_object_that_does_not_decode_is_skipped(kube, server):
     odd = {"metadata": {"name": "odd", "resourceVersion": "3"}, "data": 7}
     server.lists = [([thing("a", 1), odd], "5"), ([], "9")]
     server.watches = [
@@ -611,7 +609,7 @@ async def test_an_object_that_does_not_decode_is_passed_over(kube, server):
     assert view.events == [("ADDED", "b")]
 
 
-async def test_when_it_cannot_tell_what_was_deleted_it_lists_again(kube, server):
+async def test_an_undecodable_delete_event_causes_a_relist(kube, server):
     odd = {"metadata": {"name": "a", "resourceVersion": "6"}, "data": 7}
     server.lists = [([thing("a", 1)], "5"), ([], "9")]
     server.watches = [[event("DELETED", odd)]]
@@ -620,15 +618,15 @@ async def test_when_it_cannot_tell_what_was_deleted_it_lists_again(kube, server)
     assert view.lists == 2
 
 
-async def test_failures_are_retried_less_and_less_often(kube, server):
+async def test_failures_are_retried_with_back_off(kube, server):
     server.watches = [500] * 5
     began = time.monotonic()
     await following(kube, server)
-    # at least 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s of rests
+    # at least 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s of back-off
     assert 1.5 < time.monotonic() - began < DEADLINE_S
 
 
-def test_backoff_grows_to_its_limit_with_jitter():
+def test_the_back_off_grows_to_its_limit_with_jitter():
     low, high = Backoff(1.0, 30.0, lambda: 0.0), Backoff(1.0, 30.0, lambda: 1.0)
     assert [low.next_s() for _ in range(7)] == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
     assert [high.next_s() for _ in range(7)] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]

@@ -1,4 +1,4 @@
-"""Who may ask a kubelet that serves a real API server: shown by certificates, over TLS."""
+"""Access to a kubelet that serves a real API server: client certificates over TLS."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def authority(tmp_path):
 
 @pytest.fixture
 async def status_for(tmp_path, authority):
-    """The status of an answer to a client; 404 is the pods' own, so who gets it is admitted."""
+    """The response status for a client; 404 comes from the pods' routes: it was admitted."""
     servers = []
 
     async def status_for(client, name=""):
@@ -56,20 +56,20 @@ async def test_a_client_with_a_certificate_of_the_authority_is_admitted(status_f
     assert await status_for(authority.client("api"), name="api") == 404
 
 
-async def test_a_client_of_another_name_is_not(status_for, authority):
+async def test_a_client_with_another_name_is_rejected(status_for, authority):
     assert await status_for(authority.client("somebody"), name="api") == 401
 
 
-async def test_a_client_without_a_certificate_is_not(status_for):
+async def test_a_client_without_a_certificate_is_rejected(status_for):
     assert await status_for(None) == 401
 
 
-async def test_a_client_of_another_authority_is_not(status_for, tmp_path):
+async def test_a_client_of_another_authority_is_rejected(status_for, tmp_path):
     with pytest.raises((aiohttp.ClientError, ssl.SSLError)):
         await status_for(Authority(tmp_path, "other").client("api"))
 
 
-async def test_the_kubelets_certificate_names_its_address(tmp_path, authority):
+async def test_the_kubelets_certificate_contains_its_address(tmp_path, authority):
     access = CertificateAccess(authority.file, "", "127.0.0.1", tmp_path)
     server = KubeletServer(NoPods(), access)
     port = await server.start()
@@ -82,7 +82,7 @@ async def test_the_kubelets_certificate_names_its_address(tmp_path, authority):
 
 
 @pytest.mark.parametrize("content", [None, "", "no certificate"])
-def test_a_file_that_is_no_authority_is_named(tmp_path, content):
+def test_an_invalid_authority_file_is_reported_by_name(tmp_path, content):
     file = tmp_path / "ca.crt"
     if content is not None:
         file.write_text(content)
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_authority_is_named(tmp_path, content):
         (["--client-name", "api"], "--client-name needs --client-ca-file"),
     ],
 )
-def test_a_wrong_option_is_named(tmp_path, options, message):
+def test_an_invalid_option_is_reported_by_name(tmp_path, options, message):
     command = [sys.executable, "-m", "kubeai.local.kubelet", "--data-dir", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2

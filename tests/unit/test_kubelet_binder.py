@@ -1,4 +1,4 @@
-"""Which pods a cordoned node still gets."""
+"""Which pods are still bound to a cordoned node."""
 
 import pytest
 
@@ -19,10 +19,10 @@ from kubeai.local.kubelet.binder import TAINT, tolerates_cordon
         ({"operator": "Equal"}, False),
     ],
 )
-def test_a_toleration_matches_as_it_would_the_taint(toleration, tolerates):
+def test_a_toleration_matches_the_cordon_taint(toleration, tolerates):
     assert tolerates_cordon({"spec": {"tolerations": [toleration]}}) is tolerates
 
 
 @pytest.mark.parametrize("spec", [{}, {"tolerations": None}, {"tolerations": []}])
-def test_without_tolerations_a_cordon_holds(spec):
+def test_a_pod_without_tolerations_does_not_tolerate_a_cordon(spec):
     assert not tolerates_cordon({"spec": spec})

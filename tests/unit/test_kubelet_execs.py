@@ -1,4 +1,4 @@
-"""Commands over the kubelet's WebSockets, in a container that is a process of its own."""
+"""Exec over the kubelet's WebSockets, in a container that is a real process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEADLINE_S = 10.0
 
 
 class Container:
-    """What the kubelet knows: one container ``server`` of the pod ``p``."""
+    """The kubelet's view: one container ``server`` of the pod ``p``."""
 
     def __init__(self, process):
         self.process = process
@@ -44,7 +44,7 @@ class Container:
         return self.process.open(list(command), {"PATH": os.environ["PATH"]})
 
     def children(self):
-        """The commands that run beside the main process, and what is below them."""
+        """The commands running beside the main process, and their descendants."""
         below = ProcessTable().below(self.process.shim_pid)
         return [pid for pid in below if pid != self.process.pid]
 
@@ -71,7 +71,7 @@ async def container(tmp_path):
 
 @pytest.fixture
 async def connect(container):
-    """Opens the WebSocket of a command."""
+    """Open the WebSocket of a command."""
     server = KubeletServer(container, TokenAccess("secret"))
     port = await server.start()
     async with aiohttp.ClientSession(headers={"Authorization": "Bearer secret"}) as session:
@@ -91,7 +91,7 @@ async def connect(container):
 
 
 async def everything(socket):
-    """The output by channel, and how the command ended."""
+    """Return the output by channel and the command's ending."""
     got = {channels.STDOUT: b"", channels.STDERR: b"", channels.ERROR: b""}
     async with asyncio.timeout(DEADLINE_S):
         async for message in socket:
@@ -100,7 +100,7 @@ async def everything(socket):
 
 
 @pytest.mark.parametrize("protocol", [channels.V4, channels.V5])
-async def test_a_command_runs_and_its_streams_and_its_end_are_told(connect, protocol):
+async def test_a_commands_streams_and_ending_are_sent(connect, protocol):
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
     async with connect(*PYTHON, code, protocols=(protocol,)) as socket:
         assert socket.protocol == protocol
@@ -112,13 +112,13 @@ async def test_a_command_runs_in_the_containers_directory(connect, tmp_path):
         assert (await everything(socket))[0] == f"{tmp_path}\n".encode()
 
 
-async def test_a_commands_words_are_kept_as_they_are_however_long(connect):
+async def test_a_commands_arguments_are_passed_unchanged_at_any_length(connect):
     word = "a b\n'\"&=" * 2000
     async with connect("printf", "%s", word) as socket:
         assert await everything(socket) == (word.encode(), b"", Ending(0))
 
 
-async def test_input_reaches_the_command_until_the_client_ends_it(connect):
+async def test_input_reaches_the_command_until_the_client_closes_it(connect):
     async with connect("cat", input="1") as socket:
         for _ in range(20):
             await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 30_000)
@@ -126,18 +126,18 @@ async def test_input_reaches_the_command_until_the_client_ends_it(connect):
         assert await everything(socket) == (b"x" * 600_000, b"", Ending(0))
 
 
-async def test_a_command_without_input_is_at_its_end_at_once(connect):
+async def test_a_command_without_stdin_reads_end_of_file_at_once(connect):
     async with connect("cat") as socket:
         assert await everything(socket) == (b"", b"", Ending(0))
 
 
-async def test_output_that_nobody_asked_for_is_dropped(connect):
+async def test_output_that_was_not_requested_is_dropped(connect):
     code = "import sys; print('x' * 1000000); print('err', file=sys.stderr)"
     async with connect(*PYTHON, code, output="0") as socket:
         assert await everything(socket) == (b"", b"err\n", Ending(0))
 
 
-async def test_a_command_that_cannot_be_started_says_why(connect):
+async def test_a_command_that_cannot_start_gives_the_reason(connect):
     async with connect("no-program") as socket:
         _, _, ending = await everything(socket)
     assert ending == Ending(
@@ -148,24 +148,24 @@ async def test_a_command_that_cannot_be_started_says_why(connect):
     assert ending.message == "/no/such/program: No such file or directory"
 
 
-async def test_a_client_that_leaves_takes_its_command_with_it(connect, container):
+async def test_a_command_is_killed_when_its_client_disconnects(connect, container):
     async with connect(*PYTHON, f"import os; os.fork(); print('up'); {SLEEP}") as socket:
         await socket.receive(DEADLINE_S)
         assert len(container.children()) == 2
     await container.until_alone()
 
 
-async def test_a_client_that_leaves_unread_input_behind_is_noticed(connect, container, monkeypatch):
+async def test_a_disconnect_with_unread_input_is_noticed(connect, container, monkeypatch):
     monkeypatch.setattr("kubeai.local.sockets.PING_INTERVAL_S", 0.05)
     async with connect(*PYTHON, f"print('up'); {SLEEP}", input="1") as socket:
         await socket.receive(DEADLINE_S)
-        for _ in range(100):  # more than the pipe and the command's reader take
+        for _ in range(100):  # more than the pipe and the command's reader hold
             await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 10_000)
-        socket._response.close()  # without a word
+        socket._response.close()  # without a close frame
     await container.until_alone()
 
 
-async def test_clients_that_leave_at_any_moment_leave_nothing(connect, container):
+async def test_clients_that_disconnect_at_any_time_leave_no_process_behind(connect, container):
     guardian = container.process.shim_pid
     before = len(os.listdir(f"/proc/{guardian}/fd"))
 
@@ -179,7 +179,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing(connect, container
     assert len(os.listdir(f"/proc/{guardian}/fd")) == before
 
 
-async def test_the_end_of_the_container_ends_the_command(connect, container):
+async def test_a_command_ends_with_its_container(connect, container):
     async with connect(*PYTHON, f"print('up'); {SLEEP}") as socket:
         await socket.receive(DEADLINE_S)
         container.process.kill()
@@ -187,7 +187,7 @@ async def test_the_end_of_the_container_ends_the_command(connect, container):
     assert ending in (Ending(137), Ending(None, 500, "InternalError", "the container has ended"))
 
 
-async def test_a_command_has_a_limit_in_time(connect, container, monkeypatch):
+async def test_a_command_times_out(connect, container, monkeypatch):
     monkeypatch.setattr(execs, "EXEC_TIMEOUT_S", 0.2)
     async with connect(*PYTHON, SLEEP) as socket:
         _, _, ending = await everything(socket)
@@ -195,7 +195,7 @@ async def test_a_command_has_a_limit_in_time(connect, container, monkeypatch):
     await container.until_alone()
 
 
-async def test_there_is_a_limit_of_commands_at_once(connect, monkeypatch):
+async def test_the_number_of_simultaneous_commands_is_limited(connect, monkeypatch):
     monkeypatch.setattr(execs, "EXECS_MAX", 1)
     async with connect(*PYTHON, f"print('up'); {SLEEP}") as socket:
         await socket.receive(DEADLINE_S)
@@ -215,14 +215,16 @@ async def test_there_is_a_limit_of_commands_at_once(connect, monkeypatch):
         (["ls"], {}, 400, "exec needs the upgrade to a WebSocket"),
     ],
 )
-async def test_what_is_refused_is_said_before_any_upgrade(connect, command, options, status, text):
+async def test_an_invalid_request_is_rejected_before_the_upgrade(
+    connect, command, options, status, text
+):
     async with connect(*command, upgrade=False, **options) as answer:
         told = await answer.json()
         assert (answer.status, told["code"]) == (status, status)
         assert told["message"].startswith(text)
 
 
-async def test_a_websocket_that_speaks_none_of_the_protocols_is_refused(connect):
+async def test_a_websocket_without_a_supported_protocol_is_rejected(connect):
     with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
         await connect("ls", protocols=("channel.k8s.io",))
     assert caught.value.status == 400

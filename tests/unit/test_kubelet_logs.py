@@ -46,7 +46,7 @@ async def read(path, alive=lambda: False, **query):
         ),
     ],
 )
-async def test_the_options_of_kubernetes_choose_what_is_read(log, query, expected):
+async def test_the_options_of_kubernetes_select_what_is_read(log, query, expected):
     assert await read(log, **query) == expected
 
 
@@ -55,7 +55,7 @@ async def test_a_log_that_does_not_exist_is_empty(tmp_path):
     assert last_lines(tmp_path / "none.log") == ""
 
 
-async def test_following_goes_on_through_a_rotation_until_the_container_ends(log):
+async def test_following_continues_across_a_rotation_until_the_container_ends(log):
     alive = True
     got = []
 
@@ -77,7 +77,7 @@ async def test_following_goes_on_through_a_rotation_until_the_container_ends(log
     await until("cc\n\n")
     got.clear()
     with log.open("a") as file:
-        # Written in two parts: half a record is not shown.
+        # Written in two parts: an incomplete record is not shown.
         line = record(4, "d")
         file.write(line[:20])
         file.flush()
@@ -93,11 +93,11 @@ async def test_following_goes_on_through_a_rotation_until_the_container_ends(log
     assert b"".join(got) == b"d\ne\nlast words\n"
 
 
-async def test_the_last_lines_are_without_their_times_and_whole_over_a_rotation(log):
+async def test_the_last_lines_omit_timestamps_and_span_a_rotation(log):
     assert last_lines(log) == "a\nb\ncc\n\n"
 
 
-async def test_of_the_last_lines_there_are_80_and_2048_bytes_at_most(tmp_path):
+async def test_the_last_lines_are_limited_to_80_lines_and_2048_bytes(tmp_path):
     path = tmp_path / "0.log"
     path.write_text("".join(record(0, f"{n}") for n in range(2000)))
     assert last_lines(path) == "".join(f"{n}\n" for n in range(1920, 2000))
@@ -147,12 +147,12 @@ async def get(log):
         ("default/q/server", 404, 'pod "q" is not on this node\n'),
     ],
 )
-async def test_logs_are_served_as_a_kubelet_does(get, path, status, text):
+async def test_logs_are_served_like_a_real_kubelet(get, path, status, text):
     answer = await get(path)
     assert answer[0] == status
     assert text is None or answer[1] == text
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "secret2"])
-async def test_logs_are_for_who_knows_the_token(get, token):
+async def test_logs_require_the_token(get, token):
     assert (await get("default/p/server", token))[0] == 401

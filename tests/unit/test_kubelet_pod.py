@@ -1,4 +1,4 @@
-"""What a manifest's strings come to: expansion, environments, references."""
+"""How a manifest's strings are resolved: expansion, environments, references."""
 
 import pytest
 
@@ -43,11 +43,11 @@ def environment(container, maps=None, secrets=None, fields=None):
         ("$($(A))", "$(1)"),
     ],
 )
-def test_references_expand_as_kubernetes_does(text, expected):
+def test_references_expand_as_in_kubernetes(text, expected):
     assert expand(text, {"A": "1", "B": "2"}) == expected
 
 
-def test_a_variable_may_refer_to_those_before_it_only():
+def test_a_variable_may_refer_only_to_earlier_ones():
     env = environment(
         {
             "env": [
@@ -60,7 +60,7 @@ def test_a_variable_may_refer_to_those_before_it_only():
     assert env == {"A": "$(B)", "B": "b", "C": "bc"}
 
 
-def test_env_wins_over_env_from_and_later_sources_win():
+def test_env_overrides_env_from_and_later_sources_override_earlier_ones():
     container = {
         "envFrom": [
             {"configMapRef": {"name": "one"}, "prefix": "P_"},
@@ -85,7 +85,7 @@ def test_fields_come_from_the_manifest_and_from_the_status():
     assert env == {"NAME": "p", "APP": "model", "IP": "127.9.9.9"}
 
 
-def test_an_optional_secret_that_is_missing_leaves_its_variable_out():
+def test_a_missing_optional_secret_omits_its_variable():
     ref = {"secretKeyRef": {"name": "hf", "key": "token", "optional": True}}
     container = {"env": [{"name": "HF_TOKEN", "valueFrom": ref}]}
     assert environment(container, secrets={"hf": None}) == {}
@@ -102,7 +102,7 @@ def test_an_optional_secret_that_is_missing_leaves_its_variable_out():
         ({"resourceFieldRef": {"resource": "limits.cpu"}}, "container server does not set it"),
     ],
 )
-def test_what_is_missing_and_not_optional_is_named(source, message):
+def test_a_missing_required_reference_is_reported_by_name(source, message):
     container = {"env": [{"name": "X", "valueFrom": source}]}
     with pytest.raises(PodError, match=message):
         environment(container, maps={"cm": {}}, secrets={"hf": None})
@@ -112,7 +112,7 @@ def test_what_is_missing_and_not_optional_is_named(source, message):
     ("ref", "message"),
     [("configMapRef", "configmap 'none' not found"), ("secretRef", "secret 'none' not found")],
 )
-def test_env_from_needs_what_it_names_unless_that_is_optional(ref, message):
+def test_env_from_requires_its_source_unless_optional(ref, message):
     missing = {"maps": {"none": None}, "secrets": {"none": None}}
     with pytest.raises(PodError, match=message):
         environment({"envFrom": [{ref: {"name": "none"}}]}, **missing)
@@ -137,7 +137,7 @@ def test_a_resource_field_is_divided_and_rounded_up():
     assert environment(container) == {"MEM": "1024", "CPU": "2"}
 
 
-def test_the_objects_that_an_environment_needs_are_known_beforehand():
+def test_the_objects_referenced_by_an_environment_are_listed():
     pod = decode_pod(
         manifest(
             env=[{"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
@@ -155,7 +155,7 @@ def test_the_objects_that_an_environment_needs_are_known_beforehand():
         ({"resources": {"limits": {"memory": "1 potato"}}}, "'1 potato' is not a quantity"),
     ],
 )
-def test_a_malformed_pod_is_refused_with_the_place_named(container, message):
+def test_a_malformed_pod_is_rejected_with_the_path(container, message):
     with pytest.raises(PodError, match=message) as caught:
         decode_pod(manifest(**container))
     assert caught.value.reason == "InvalidPod"

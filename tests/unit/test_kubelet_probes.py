@@ -1,4 +1,4 @@
-"""Probes: what an attempt is, when it is made, and after how many a container changes."""
+"""Probes: how an attempt is made, when, and after how many a container's state changes."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ looptime = pytest.mark.looptime(start=0)
 
 
 class Script:
-    """Attempts with the given outcomes, the last one for ever; remembers when they were made."""
+    """Attempts with the given outcomes, the last one repeatedly; records when they were made."""
 
     def __init__(self, *outcomes):
         self.outcomes = list(outcomes)
@@ -37,14 +37,14 @@ def loops(script):
 
 
 @looptime
-async def test_the_first_attempt_is_at_once_and_the_next_a_period_later():
+async def test_the_first_attempt_is_immediate_and_the_next_one_period_later():
     script = Script(NO, NO, YES)
     assert await loops(script).startup(Probe(period_seconds=2)) is None
     assert script.times == [0, 2, 4]
 
 
 @looptime
-async def test_the_initial_delay_counts_from_the_start_of_the_container():
+async def test_the_initial_delay_starts_with_the_container():
     script = Script(YES)
     later = loops(script)
     await asyncio.sleep(3)
@@ -53,21 +53,21 @@ async def test_the_initial_delay_counts_from_the_start_of_the_container():
 
 
 @looptime
-async def test_a_startup_probe_gives_up_after_its_failures():
+async def test_a_startup_probe_fails_at_its_failure_threshold():
     script = Script(NO)
     assert await loops(script).startup(Probe(period_seconds=2, failure_threshold=3)) == "no"
     assert script.times == [0, 2, 4]
 
 
 @looptime
-async def test_an_engine_that_does_not_listen_yet_is_asked_every_100_ms():
+async def test_an_engine_that_does_not_listen_yet_is_probed_every_100_ms():
     script = Script(*[NOT_YET] * 12, YES)
     assert await loops(script).startup(Probe(period_seconds=10)) is None
     assert script.times[-1] == pytest.approx(1.2)
 
 
 @looptime
-async def test_refused_connections_of_a_period_are_one_failure():
+async def test_refused_connections_within_a_period_are_one_failure():
     script = Script(NOT_YET)
     failure = await loops(script).startup(Probe(period_seconds=2, failure_threshold=3))
     assert failure == "refused"
@@ -75,21 +75,21 @@ async def test_refused_connections_of_a_period_are_one_failure():
 
 
 @looptime
-async def test_liveness_fails_only_in_a_row():
+async def test_liveness_fails_only_after_consecutive_failures():
     script = Script(NO, NO, YES, NO, NO, NO)
     await loops(script).liveness(Probe(period_seconds=1, failure_threshold=3))
     assert script.times == [0, 1, 2, 3, 4, 5]
 
 
 @looptime
-async def test_liveness_is_not_eager():
+async def test_liveness_is_not_probed_early():
     script = Script(YES, NOT_YET)
     await loops(script).liveness(Probe(period_seconds=10, failure_threshold=2))
     assert script.times == [0, 10, 20]
 
 
 @looptime
-async def test_readiness_reports_changes_at_its_thresholds():
+async def test_readiness_changes_at_its_thresholds():
     script = Script(NOT_YET, YES, YES, NO, YES, NO, NO, YES, YES)
     changes = []
 
@@ -100,7 +100,7 @@ async def test_readiness_reports_changes_at_its_thresholds():
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(75):
             await loops(script).readiness(probe, report)
-    # The refused first attempt is made again at once; not so once it has been ready.
+    # A refused first attempt is repeated at once, but not after the container has been ready.
     assert changes == [(10, True), (50, False), (70, True)]
 
 
@@ -164,12 +164,12 @@ async def server():
         (503, Outcome.NOT_YET),
     ],
 )
-async def test_an_answer_from_200_to_399_is_success(prober, server, status, outcome):
+async def test_a_status_from_200_to_399_is_success(prober, server, status, outcome):
     probe = Probe(http_get=HTTPGet("http", f"/health?status={status}"))
     assert (await prober.attempt(probe, server))[0] is outcome
 
 
-async def test_the_path_and_the_headers_are_sent_as_they_are(prober, server):
+async def test_the_path_and_the_headers_are_sent_unchanged(prober, server):
     action = HTTPGet("http", "a%2Fb?x=%20", http_headers=(Header("X-Probe", "1"),))
     assert (await prober.attempt(Probe(http_get=action), server))[0] is Outcome.SUCCESS
     path, headers = server.seen[0]
@@ -177,12 +177,12 @@ async def test_the_path_and_the_headers_are_sent_as_they_are(prober, server):
     assert headers["X-Probe"] == "1"
 
 
-async def test_no_answer_in_time_is_a_failure(prober, server):
+async def test_a_probe_timeout_is_a_failure(prober, server):
     probe = Probe(http_get=HTTPGet("http", "/hang"), timeout_seconds=1)
     assert await prober.attempt(probe, server) == (Outcome.FAILURE, "no answer within 1 s")
 
 
-async def test_nobody_listening_may_mend(prober, unused_tcp_port):
+async def test_a_refused_connection_is_reported_as_not_listening(prober, unused_tcp_port):
     target = Target(unused_tcp_port)
     for probe in (Probe(http_get=HTTPGet(1)), Probe(tcp_socket=TCPSocket(1))):
         assert (await prober.attempt(probe, target))[0] is Outcome.NOT_YET
@@ -210,7 +210,7 @@ async def test_a_command_succeeds_with_code_0(prober, result, outcome):
 @pytest.mark.parametrize(
     "probe", [Probe(http_get=HTTPGet("nope")), Probe(), Probe(http_get=HTTPGet(1, scheme="gopher"))]
 )
-async def test_a_probe_that_makes_no_sense_fails_and_says_so(prober, probe):
+async def test_an_invalid_probe_fails_with_a_message(prober, probe):
     outcome, message = await prober.attempt(probe, Target(1))
     assert outcome is Outcome.FAILURE
     assert message

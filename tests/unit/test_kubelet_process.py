@@ -27,7 +27,7 @@ from kubeai.local.kubelet.process import (
 PYTHON = [sys.executable, "-S", "-E", "-c"]
 ENV = {"PATH": os.environ["PATH"]}
 
-# Starts, by two forks and a new session, a process that nothing but its pid file remembers.
+# Double-forks into a new session a process that only its pid file leads to.
 NASTY = """
 import os, signal, sys, time
 for n in range(2):
@@ -47,10 +47,10 @@ time.sleep(600)
 
 
 async def until(condition, timeout_s=10.0):
-    """Wait for a state; what it came to."""
+    """Wait for a state and return it."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
-        assert time.monotonic() < deadline, "the state did not come"
+        assert time.monotonic() < deadline, "the state was not reached"
         await asyncio.sleep(0.01)
     return value
 
@@ -89,7 +89,7 @@ async def text(process, **query):
     return b"".join([b async for b in read_log(process.log, LogQuery(**query))]).decode()
 
 
-async def test_a_process_runs_with_its_environment_and_its_output_is_kept(start):
+async def test_a_process_has_its_environment_and_its_output_is_logged(start):
     code = "import os,sys; print(os.environ['X']); print('e', file=sys.stderr); sys.exit(3)"
     process = await start(*PYTHON, code, env={"X": "x"})
     end = await process.wait()
@@ -118,7 +118,7 @@ async def test_signals_that_the_guardian_ignores_are_not_ignored_by_the_program(
         (["ls"], "/no", "/no: No such"),
     ],
 )
-async def test_what_cannot_be_started_is_named(tmp_path, argv, cwd, message):
+async def test_a_process_that_cannot_start_is_reported_by_name(tmp_path, argv, cwd, message):
     launch = Launch(argv=tuple(argv), env=ENV, cwd=cwd, log=tmp_path / "0.log")
     with pytest.raises(StartError, match=message):
         await Process.start(launch)
@@ -127,7 +127,7 @@ async def test_what_cannot_be_started_is_named(tmp_path, argv, cwd, message):
 async def test_nothing_outlives_the_main_process(start, tmp_path):
     process = await start(*PYTHON, NASTY, str(tmp_path))
     await until(lambda: len(pids(tmp_path)) == 2)
-    process.signal(signal.SIGTERM)  # ends the main process alone
+    process.signal(signal.SIGTERM)  # ends only the main process
     assert (await process.wait()).signal == signal.SIGTERM
     assert not any(map(is_alive, pids(tmp_path)))
 
@@ -156,7 +156,7 @@ async def test_the_main_process_does_not_outlive_a_killed_guardian(start, tmp_pa
     await until(lambda: not is_alive(process.pid))
 
 
-async def test_leftovers_are_found_by_the_mark_in_their_environment(start):
+async def test_leftover_processes_are_found_by_the_mark_in_their_environment(start):
     marked = await start(*PYTHON, "import time; time.sleep(600)", env={"MARK": "/a/data/dir"})
     other = await start(*PYTHON, "import time; time.sleep(600)", env={"MARK": "/a/data/dir2"})
     assert kill_leftovers("MARK=/a/data/dir") == 1
@@ -164,7 +164,7 @@ async def test_leftovers_are_found_by_the_mark_in_their_environment(start):
     assert is_alive(other.pid)
 
 
-async def test_a_command_beside_the_main_process_tells_its_code_and_output(start):
+async def test_a_command_beside_the_main_process_returns_its_exit_code_and_output(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     code = "import os,sys; print(os.environ['X']); print('e', file=sys.stderr, end=''); sys.exit(4)"
     result = await process.open([*PYTHON, code], ENV | {"X": "x"}).result(10)
@@ -173,7 +173,7 @@ async def test_a_command_beside_the_main_process_tells_its_code_and_output(start
     assert (await process.open(["/no/such"], ENV).result(10)).code == -1
 
 
-async def test_a_command_that_is_too_slow_is_killed_with_all_it_started(start, tmp_path):
+async def test_a_command_that_times_out_is_killed_with_its_descendants(start, tmp_path):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     with pytest.raises(TimeoutError):
         await process.open([*PYTHON, "import os,time; os.fork(); time.sleep(600)"], ENV).result(0.3)
@@ -193,7 +193,7 @@ async def test_a_command_ends_when_the_container_does(start):
     )
     await until(lambda: len(ProcessTable().below(process.shim_pid)) == 2)
     process.kill()
-    # 137 when its own end is told before the container's.
+    # 137 if its own end is reported before the container's.
     assert (await asyncio.wait_for(command, 10)).code in (-1, 137)
 
 
@@ -210,7 +210,7 @@ async def everything(command):
         return await asyncio.gather(read(command.stdout), read(command.stderr))
 
 
-async def test_a_command_has_streams_of_its_own(start):
+async def test_a_command_has_its_own_streams(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     code = "import sys; print(sys.stdin.read()[::-1], end=''); print('e', file=sys.stderr, end='')"
     command = process.open([*PYTHON, code], ENV)
@@ -221,10 +221,10 @@ async def test_a_command_has_streams_of_its_own(start):
     command.close()
     process.kill()
     await process.wait()
-    assert await text(process) == ""  # a command's output is not the container's
+    assert await text(process) == ""  # a command's output does not go to the container's log
 
 
-async def test_a_commands_input_and_output_may_be_larger_than_any_pipe(start):
+async def test_a_commands_input_and_output_may_exceed_the_pipe_buffer(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     command = process.open(["cat"], ENV)
     sent = os.urandom(1 << 20)
@@ -238,7 +238,7 @@ async def test_a_commands_input_and_output_may_be_larger_than_any_pipe(start):
     command.close()
 
 
-async def test_input_that_a_command_does_not_want_is_dropped(start):
+async def test_input_that_a_command_does_not_read_is_dropped(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     command = process.open([*PYTHON, "import os; os.close(0); print('closed')"], ENV)
     async with asyncio.timeout(10):
@@ -247,7 +247,7 @@ async def test_input_that_a_command_does_not_want_is_dropped(start):
     command.close()
 
 
-async def test_all_that_a_command_wrote_is_read_though_it_left_something_that_still_could(start):
+async def test_all_output_of_a_command_is_read_even_if_a_child_keeps_the_pipe_open(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     code = "import os,time; os.write(1, b'x' * 60000); os.fork() or time.sleep(600)"
     command = process.open([*PYTHON, code], ENV)
@@ -255,11 +255,11 @@ async def test_all_that_a_command_wrote_is_read_though_it_left_something_that_st
         assert (await asyncio.shield(command.ended)).code == 0
     assert await everything(command) == [b"x" * 60000, b""]
     command.close()
-    # The main process, and what the command left: it belongs to the container now.
+    # The main process, and the command's child, which belongs to the container now.
     assert len(ProcessTable().below(process.shim_pid)) == 2
 
 
-async def test_a_command_that_is_closed_is_killed_with_what_its_dead_children_started(start):
+async def test_closing_a_command_kills_it_with_the_orphans_of_its_session(start):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     code = (
         "import os,time\n"
@@ -275,7 +275,7 @@ async def test_a_command_that_is_closed_is_killed_with_what_its_dead_children_st
     await until(lambda: ProcessTable().below(process.shim_pid) == [process.pid])
 
 
-async def test_a_command_in_a_container_that_has_ended_has_ended(start):
+async def test_a_command_in_an_ended_container_ends_at_once(start):
     process = await start(*PYTHON, "")
     await process.wait()
     assert await process.open(["ls"], ENV).result(10) == ExecResult(-1, "the container has ended")
@@ -289,13 +289,13 @@ async def test_commands_leave_no_descriptor_open(start):
     assert after == before
 
 
-async def test_a_long_line_is_put_together_again(start):
+async def test_a_long_line_is_reassembled(start):
     process = await start(*PYTHON, "print('a' * 50000); print('b', end='')")
     await process.wait()
     assert await text(process) == "a" * 50000 + "\nb\n"
 
 
-async def test_a_log_is_rotated_and_its_size_has_a_limit(start):
+async def test_a_log_is_rotated_and_limited_in_size(start):
     code = "for i in range(2000): print(f'line {i:06}')"
     process = await start(*PYTHON, code, log_max_bytes=20_000)
     await process.wait()
@@ -306,7 +306,7 @@ async def test_a_log_is_rotated_and_its_size_has_a_limit(start):
     assert lines == [f"line {i:06}" for i in range(2000 - len(lines), 2000)]
 
 
-async def test_a_tree_over_its_memory_limit_is_told(start):
+async def test_a_process_tree_over_its_memory_limit_is_reported(start):
     code = "import os,time; os.fork(); x = b'x' * (64 << 20); time.sleep(600)"
     process = await start(*PYTHON, code)
     told = asyncio.get_running_loop().create_future()
@@ -320,7 +320,7 @@ async def test_a_tree_over_its_memory_limit_is_told(start):
     assert used > limit == 100 << 20
 
 
-async def test_a_tree_under_its_memory_limit_is_left_alone(start):
+async def test_a_process_tree_under_its_memory_limit_is_left_alone(start):
     process = await start(
         *PYTHON, "print('up'); x = b'x' * (8 << 20); import time; time.sleep(0.5)"
     )
@@ -346,7 +346,7 @@ def volume(tmp_path):
     return directory
 
 
-async def test_a_volume_is_seen_at_a_path_that_the_machine_lacks(
+async def test_a_volume_is_mounted_at_a_path_that_does_not_exist_on_the_machine(
     start, volume, namespace, tmp_path
 ):
     path = "/kubeai-test-no-such/deeper"
@@ -360,7 +360,7 @@ async def test_a_volume_is_seen_at_a_path_that_the_machine_lacks(
     assert not Path("/kubeai-test-no-such").exists()
 
 
-async def test_the_rest_of_the_machine_is_where_it_was(start, volume, namespace, tmp_path):
+async def test_the_rest_of_the_file_system_stays_in_place(start, volume, namespace, tmp_path):
     (tmp_path / "host").write_text("host")
     code = f"import os; print(open('{tmp_path}/host').read(), sorted(os.listdir('/usr')))"
     mounts = (Mount(str(volume), "/usr/kubeai-test/x"),)
@@ -410,7 +410,7 @@ async def test_a_command_beside_the_main_process_sees_its_mounts(
     assert (result.code, result.output) == (0, "content")
 
 
-async def test_nothing_of_a_mount_is_left_on_the_machine(start, volume, namespace, tmp_path):
+async def test_a_mount_leaves_nothing_on_the_machine(start, volume, namespace, tmp_path):
     before = mounted()
     process = await start(
         *PYTHON, "", mounts=(Mount(str(volume), "/kubeai-a"),), root=tmp_path / "r",
@@ -422,12 +422,12 @@ async def test_nothing_of_a_mount_is_left_on_the_machine(start, volume, namespac
 
 
 def mounted():
-    """What is, but for networks' names: other tests give some meanwhile, on the whole machine."""
+    """The machine's mounts, except network namespaces, which other tests create meanwhile."""
     lines = Path("/proc/self/mounts").read_text().splitlines()
     return Counter(line for line in lines if line.split()[1].split("/")[2:3] != ["netns"])
 
 
-async def test_without_namespaces_a_mount_fails_with_its_reason(start, volume, tmp_path):
+async def test_without_namespaces_a_mount_fails_with_the_reason(start, volume, tmp_path):
     with pytest.raises(StartError, match="cannot mount /kubeai-a without root") as caught:
         await start(
             *PYTHON, "", mounts=(Mount(str(volume), "/kubeai-a"),), root=tmp_path / "r",
@@ -436,7 +436,9 @@ async def test_without_namespaces_a_mount_fails_with_its_reason(start, volume, t
     assert caught.value.reason == "MountError"
 
 
-async def test_without_namespaces_a_directory_can_be_mounted_where_it_is(start, volume, tmp_path):
+async def test_without_namespaces_a_directory_can_be_mounted_at_its_own_path(
+    start, volume, tmp_path
+):
     mounts = (Mount(str(volume), str(volume)),)
     process = await start(
         "cat", str(volume / "file"), mounts=mounts, root=tmp_path / "r", namespace="none"
@@ -445,7 +447,7 @@ async def test_without_namespaces_a_directory_can_be_mounted_where_it_is(start, 
     assert await text(process) == "content\n"
 
 
-async def test_a_guardian_that_does_not_answer_is_ended_itself(start, monkeypatch):
+async def test_an_unresponsive_guardian_is_killed(start, monkeypatch):
     from kubeai.local.kubelet import process as module
 
     monkeypatch.setattr(module, "SHIM_KILL_TIMEOUT_S", 0.2)

@@ -1,4 +1,4 @@
-"""Which local program a container is, and on which address it is told to listen."""
+"""Which local program a container runs, and on which address it listens."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ VLLM = ["python3", "-m", "vllm.entrypoints.openai.api_server"]
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """A PATH of our own, and a way to put programs on it."""
+    """A private PATH, and a function that installs programs in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
 
     def install(name, content="#!/bin/sh\n"):
@@ -30,7 +30,7 @@ async def resolve(image="", command=(), args=()):
     return await programs.resolve(image, command, args, dict(os.environ), IP)
 
 
-async def test_kubeai_is_this_very_installation():
+async def test_kubeai_runs_from_this_installation():
     argv = await resolve("kubeai/mock-engine", ["kubeai", "mock-engine"], ["--port=8000"])
     assert argv == [sys.executable, "-m", "kubeai", "mock-engine", "--port=8000"]
 
@@ -40,7 +40,7 @@ async def test_the_mock_engines_image_needs_no_command():
     assert argv == [sys.executable, "-m", "kubeai", "mock-engine"]
 
 
-async def test_what_loads_weights_is_this_very_installation_unless_there_is_another(tools):
+async def test_the_loader_runs_from_this_installation_unless_another_is_installed(tools):
     argv = ["hf://org/m", "/models/m"]
     ours = [sys.executable, "-m", "kubeai", "load", *argv]
     assert await resolve("registry.example/kubeai-model-loader", [], argv) == ours
@@ -50,18 +50,18 @@ async def test_what_loads_weights_is_this_very_installation_unless_there_is_anot
 
 
 async def test_vllm_listens_on_the_pods_address(tools):
-    python = tools("python3")  # says that it has every module
+    python = tools("python3")  # reports that it has every module
     argv = await resolve("vllm/vllm-openai:v1", VLLM, ["--model=m"])
     assert argv == [python, *VLLM[1:], "--model=m", f"--host={IP}"]
 
 
-async def test_a_host_that_the_manifest_gives_vllm_is_kept(tools):
+async def test_a_host_argument_for_vllm_in_the_manifest_is_kept(tools):
     tools("python3")
     argv = await resolve("vllm/vllm-openai", VLLM, ["--host=0.0.0.0"])
     assert argv[3:] == [f"--host={IP}"]
 
 
-async def test_a_vllm_in_an_environment_of_its_own_is_found_by_its_script(tools, tmp_path):
+async def test_vllm_in_its_own_environment_is_found_by_its_script(tools, tmp_path):
     own = tmp_path / "tool" / "bin"
     own.mkdir(parents=True)
     for name in ("vllm", "python3"):
@@ -75,7 +75,7 @@ async def test_a_vllm_in_an_environment_of_its_own_is_found_by_its_script(tools,
         programs._interpreters.clear()
 
 
-async def test_an_ollama_image_is_ollama_serve(tools):
+async def test_an_ollama_image_runs_ollama_serve(tools):
     ollama = tools("ollama")
     assert await resolve("ollama/ollama:0.11") == [ollama, "serve"]
     assert programs.engine_environment("ollama/ollama:0.11", (), IP) == {
@@ -83,7 +83,7 @@ async def test_an_ollama_image_is_ollama_serve(tools):
     }
 
 
-async def test_a_path_inside_an_image_is_looked_up_by_its_name(tools):
+async def test_a_path_inside_an_image_is_looked_up_by_its_base_name(tools):
     ollama = tools("ollama")
     assert await programs.locate(["/no/such/ollama", "pull"], dict(os.environ)) == [ollama, "pull"]
 
@@ -94,7 +94,7 @@ async def test_infinity_listens_on_the_pods_address(tools):
     assert programs.engine_environment("michaelf34/infinity", (), IP) == {"INFINITY_HOST": IP}
 
 
-async def test_faster_whisper_is_its_uvicorn_application(tools):
+async def test_faster_whisper_runs_its_uvicorn_application(tools):
     python = tools("python3")
     argv = await resolve("fedirz/faster-whisper-server:latest-cpu")
     assert argv[0] == python
@@ -113,7 +113,9 @@ async def test_faster_whisper_is_its_uvicorn_application(tools):
         ("x", ["my-tool"], "my-tool is not installed"),
     ],
 )
-async def test_what_is_not_installed_is_named_with_a_way_out(tools, image, command, names):
+async def test_a_program_that_is_not_installed_is_reported_with_a_remedy(
+    tools, image, command, names
+):
     programs._interpreters.clear()
     with pytest.raises(PodError, match=names) as caught:
         await resolve(image, command)
@@ -122,7 +124,7 @@ async def test_what_is_not_installed_is_named_with_a_way_out(tools, image, comma
     assert "\n" not in str(caught.value)
 
 
-async def test_an_image_without_a_command_that_nobody_knows_is_refused():
+async def test_an_unknown_image_without_a_command_is_rejected():
     with pytest.raises(PodError, match=r"'busybox:1' is not pulled") as caught:
         await resolve("busybox:1")
     assert caught.value.reason == "UnknownImage"
@@ -138,5 +140,5 @@ async def test_an_image_without_a_command_that_nobody_knows_is_refused():
         ("10.0.0.01", "10.0.0.01"),
     ],
 )
-def test_only_the_whole_address_is_replaced(text, expected):
+def test_only_a_complete_wildcard_address_is_replaced(text, expected):
     assert programs.bind_to_pod(text, IP) == expected

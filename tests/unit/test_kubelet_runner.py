@@ -1,4 +1,4 @@
-"""A pod's life, with real processes: order, probes, restarts, termination, what is left."""
+"""A pod's lifecycle with real processes: order, probes, restarts, termination, leftovers."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from kubeai.local.kubelet.runner import Host, PodRunner, RestartBackoff, Timing
 
 PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
 SLEEP = [*PYTHON, "import time; time.sleep(600)"]
-# Answers every GET on $POD_IP:8000 with the status that the file `status` holds (200 without).
+# Answers every GET on $POD_IP:8000 with the status in the file `status` (200 without it).
 SERVE = """
 import os, socket, time
 time.sleep(float(os.environ.get("DELAY", 0)))
@@ -37,7 +37,7 @@ PORTS = [{"name": "http", "containerPort": 8000}]
 
 
 class Objects:
-    """What the API holds beside the pods."""
+    """The objects in the API other than pods."""
 
     def __init__(self):
         self.maps, self.secrets = {}, {}
@@ -60,7 +60,7 @@ async def host(tmp_path):
 
 
 class Running:
-    """A runner with the statuses that it gave, in order."""
+    """A runner and the statuses that it reported, in order."""
 
     def __init__(self, runner):
         self.runner = runner
@@ -89,12 +89,14 @@ class Running:
         return [line.split(" ", 3)[3] for line in lines]
 
     async def until(self, condition, timeout_s=10):
-        """Wait for a state of the status, which is looked at after each change."""
+        """Wait for a state of the status, which is checked after each change."""
         async with asyncio.timeout(timeout_s):
             while not condition():
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), 0.05)  # logs tell nobody
+                    await asyncio.wait_for(
+                        self._changed.wait(), 0.05
+                    )  # a log change notifies nobody
 
     async def until_ready(self):
         await self.until(lambda: is_ready(self.status))
@@ -143,7 +145,7 @@ async def run(host):
 # -- running and ready ---------------------------------------------------------------------------
 
 
-async def test_two_pods_serve_the_same_port_each_on_its_own_address(run):
+async def test_two_pods_serve_the_same_port_on_different_addresses(run):
     pods = [
         run({"command": PYTHON, "args": [SERVE], "ports": PORTS, "readinessProbe": HTTP})
         for _ in "ab"
@@ -177,7 +179,7 @@ async def test_a_cold_start_does_not_wait_for_the_period_of_its_probes(run):
     assert time.monotonic() - began < 5
 
 
-async def test_the_environment_is_the_manifests_and_the_machines_but_not_the_kubelets(
+async def test_the_environment_comes_from_the_manifest_and_the_machine_not_the_kubelet(
     run, host, monkeypatch
 ):
     monkeypatch.setenv("KUBECONFIG", "/secret")
@@ -200,7 +202,7 @@ async def test_the_environment_is_the_manifests_and_the_machines_but_not_the_kub
     assert pod.log() == [f"None /opt/tool token http://{ip}:8000/token {ip}"]
 
 
-async def test_init_containers_run_in_order_and_hand_on_a_volume(run):
+async def test_init_containers_run_in_order_and_share_a_volume(run):
     mount = {"volumeMounts": [{"name": "v", "mountPath": "/kubeai-test"}]}
     write = "import sys; open('/kubeai-test/f', 'a').write(sys.argv[1])"
     pod = run(
@@ -218,7 +220,7 @@ async def test_init_containers_run_in_order_and_hand_on_a_volume(run):
     assert pod.container("one")["state"]["terminated"]["reason"] == "Completed"
 
 
-async def test_a_failed_init_container_fails_a_pod_that_is_never_restarted(run):
+async def test_a_failed_init_container_fails_a_pod_with_restart_policy_never(run):
     pod = run(
         {"command": SLEEP},
         initContainers=[{"name": "init", "command": [*PYTHON, "raise SystemExit(2)"]}],
@@ -229,7 +231,7 @@ async def test_a_failed_init_container_fails_a_pod_that_is_never_restarted(run):
     assert "waiting" in pod.container()["state"]
 
 
-async def test_a_sidecar_is_up_before_the_containers_and_ends_after_them(run, tmp_path):
+async def test_a_sidecar_starts_before_the_containers_and_ends_after_them(run, tmp_path):
     up = tmp_path / "up"
     side = (
         "import signal, sys, time\n"
@@ -260,7 +262,7 @@ async def test_a_sidecar_is_up_before_the_containers_and_ends_after_them(run, tm
 # -- restarts ------------------------------------------------------------------------------------
 
 
-def test_restarts_back_off_from_10_s_to_5_min_and_begin_anew_after_10_min():
+def test_restarts_back_off_from_10_s_to_5_min_and_reset_after_10_min():
     backoff = RestartBackoff(10, 300, 600)
     waits = [backoff.after(1) for _ in range(8)]
     assert waits == [0, 10, 20, 40, 80, 160, 300, 300]
@@ -268,7 +270,7 @@ def test_restarts_back_off_from_10_s_to_5_min_and_begin_anew_after_10_min():
     assert backoff.after(1) == 10
 
 
-async def test_a_crashing_container_is_restarted_and_says_so(run):
+async def test_a_crashing_container_is_restarted_and_reported(run):
     command = [*PYTHON, "print('the reason'); raise SystemExit(7)"]
     pod = run({"command": command, "terminationMessagePolicy": "FallbackToLogsOnError"})
     await pod.until(lambda: pod.container()["restartCount"] >= 3)
@@ -283,7 +285,7 @@ async def test_a_crashing_container_is_restarted_and_says_so(run):
     assert len(list(logs.glob("*.log"))) <= 2
 
 
-async def test_without_the_policy_a_failed_containers_log_is_no_termination_message(run):
+async def test_a_failed_containers_log_is_its_termination_message_only_with_the_policy(run):
     pod = run(
         {"command": [*PYTHON, "print('private'); raise SystemExit(7)"]}, restartPolicy="Never"
     )
@@ -317,7 +319,7 @@ async def test_a_container_may_write_its_termination_message_to_a_file(run):
     assert path.strip("/") not in os.listdir("/")
 
 
-async def test_the_first_restart_is_at_once(run, host):
+async def test_the_first_restart_is_immediate(run, host):
     host.timing = Timing(restart_first_s=60)
     pod = run({"command": [*PYTHON, "raise SystemExit(1)"]})
     await pod.until(lambda: pod.container()["restartCount"] == 1)
@@ -329,14 +331,14 @@ async def test_the_first_restart_is_at_once(run, host):
     ("policy", "code", "phase"),
     [("Never", 0, "Succeeded"), ("Never", 1, "Failed"), ("OnFailure", 0, "Succeeded")],
 )
-async def test_a_pod_that_is_not_restarted_ends(run, policy, code, phase):
+async def test_a_pod_that_is_not_restarted_finishes(run, policy, code, phase):
     pod = run({"command": [*PYTHON, f"raise SystemExit({code})"]}, restartPolicy=policy)
     await pod.over()
     assert pod.status["phase"] == phase
     assert pod.container()["restartCount"] == 0
 
 
-async def test_on_failure_restarts_until_it_succeeds(run):
+async def test_restart_policy_on_failure_restarts_until_success(run):
     code = "import os; e = os.path.exists('x'); open('x', 'w'); raise SystemExit(0 if e else 1)"
     pod = run({"command": [*PYTHON, code]}, restartPolicy="OnFailure")
     await pod.over()
@@ -357,7 +359,7 @@ async def test_a_failed_liveness_probe_restarts_the_container(run):
     assert message.endswith("HTTP status 500")
 
 
-async def test_a_startup_probe_that_gives_up_restarts_the_container_and_liveness_waits(run):
+async def test_a_failed_startup_probe_restarts_the_container_and_liveness_waits(run):
     pod = run(
         {
             "command": SLEEP,
@@ -371,7 +373,7 @@ async def test_a_startup_probe_that_gives_up_restarts_the_container_and_liveness
     assert not any(s["containerStatuses"][0]["started"] for s in pod.statuses)
 
 
-async def test_readiness_comes_and_goes_without_a_restart(run, host):
+async def test_readiness_changes_without_a_restart(run, host):
     pod = run(
         {
             "command": [*PYTHON, SERVE],
@@ -402,10 +404,10 @@ async def test_a_container_over_its_memory_limit_is_killed(run):
     assert "67108864" in ended["message"]
 
 
-# -- what is missing -----------------------------------------------------------------------------
+# -- missing prerequisites -----------------------------------------------------------------------
 
 
-async def test_a_program_that_is_not_installed_is_waited_for(run, tmp_path, monkeypatch):
+async def test_a_pod_waits_for_a_program_that_is_not_installed(run, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     pod = run({"command": ["kubeai-test-engine"]})
     await pod.until(lambda: pod.container()["state"].get("waiting", {}).get("message"))
@@ -420,7 +422,7 @@ async def test_a_program_that_is_not_installed_is_waited_for(run, tmp_path, monk
     assert pod.container()["restartCount"] == 0
 
 
-async def test_a_secret_that_is_missing_is_waited_for(run, host):
+async def test_a_pod_waits_for_a_missing_secret(run, host):
     ref = {"secretKeyRef": {"name": "s", "key": "k"}}
     pod = run({"command": SLEEP, "env": [{"name": "X", "valueFrom": ref}]})
     await pod.until(lambda: pod.container()["state"].get("waiting", {}).get("message"))
@@ -429,7 +431,7 @@ async def test_a_secret_that_is_missing_is_waited_for(run, host):
     await pod.until_ready()
 
 
-async def test_a_volume_that_is_missing_is_waited_for(run, host):
+async def test_a_pod_waits_for_a_missing_volume(run, host):
     pod = run({"command": SLEEP}, volumes=[{"name": "v", "configMap": {"name": "c"}}])
     await pod.until(lambda: pod.container()["state"]["waiting"].get("message"))
     assert "configmap 'c' not found" in pod.container()["state"]["waiting"]["message"]
@@ -437,7 +439,7 @@ async def test_a_volume_that_is_missing_is_waited_for(run, host):
     await pod.until_ready()
 
 
-async def test_a_mount_that_this_machine_cannot_make_is_told(run, host):
+async def test_an_unsupported_mount_is_reported(run, host):
     host.namespace = "none"
     pod = run(
         {"command": SLEEP, "volumeMounts": [{"name": "v", "mountPath": "/kubeai-test"}]},
@@ -448,7 +450,7 @@ async def test_a_mount_that_this_machine_cannot_make_is_told(run, host):
     assert "/kubeai-test" in pod.container()["state"]["waiting"]["message"]
 
 
-# -- the end -------------------------------------------------------------------------------------
+# -- termination ---------------------------------------------------------------------------------
 
 POLITE = """
 import signal, sys, time
@@ -462,7 +464,7 @@ time.sleep(600)
 DEAF = POLITE.replace("SIGTERM, end", "SIGTERM, signal.SIG_IGN")
 
 
-async def test_a_container_is_told_before_it_ends_and_is_unready_at_once(run):
+async def test_a_container_gets_a_signal_before_it_is_killed_and_is_unready_at_once(run):
     pod = run({"command": [*PYTHON, POLITE]})
     await pod.until(lambda: pod.log() == ["up"])
     assert is_ready(pod.status)
@@ -474,7 +476,7 @@ async def test_a_container_is_told_before_it_ends_and_is_unready_at_once(run):
     assert pod.status["phase"] == "Succeeded"
 
 
-async def test_a_container_that_does_not_listen_is_killed_after_the_grace(run):
+async def test_a_container_that_ignores_the_signal_is_killed_after_the_grace_period(run):
     pod = run({"command": [*PYTHON, DEAF]})
     await pod.until(lambda: pod.log() == ["up"])
     began = time.monotonic()
@@ -485,7 +487,7 @@ async def test_a_container_that_does_not_listen_is_killed_after_the_grace(run):
     assert pod.status["phase"] == "Failed"
 
 
-async def test_a_second_deletion_can_shorten_the_grace(run):
+async def test_a_second_deletion_can_shorten_the_grace_period(run):
     pod = run({"command": [*PYTHON, DEAF]})
     await pod.until(lambda: pod.log() == ["up"])
     first = asyncio.create_task(pod.runner.stop(600))
@@ -495,7 +497,7 @@ async def test_a_second_deletion_can_shorten_the_grace(run):
     await pod.over()
 
 
-async def test_the_pre_stop_hook_comes_before_the_signal(run, tmp_path):
+async def test_the_pre_stop_hook_runs_before_the_signal(run, tmp_path):
     told = tmp_path / "told"
     hook = f"import time; time.sleep(0.1); open({str(told)!r}, 'w').write('hook')"
     code = POLITE.replace('print("told")', f"print(open({str(told)!r}).read())")
@@ -511,29 +513,29 @@ async def test_the_pre_stop_hook_comes_before_the_signal(run, tmp_path):
     assert pod.log() == ["up", "hook"]
 
 
-async def test_stopping_while_it_cannot_start_ends_at_once(run):
+async def test_stopping_a_pod_that_cannot_start_ends_at_once(run):
     pod = run({"command": ["kubeai-no-such-program"]})
     await pod.until(lambda: pod.container()["state"]["waiting"].get("message"))
     await pod.runner.stop(30)
     await pod.over()
 
 
-async def test_stopping_at_any_moment_of_the_start_leaves_nothing(run):
+async def test_stopping_at_any_moment_of_the_start_leaves_nothing_behind(run):
     for delay_s in (0, 0.005, 0.02, 0.05, 0.1):
         pod = run({"command": SLEEP})
-        await asyncio.sleep(delay_s)  # not a wait for a state: the moments are what is tried
+        await asyncio.sleep(delay_s)  # not a wait for a state: the test varies this moment
         await pod.runner.stop(0)
         await pod.over()
         assert pod.runner.container("server").process is None
 
 
-async def test_a_pod_over_its_deadline_fails(run):
+async def test_a_pod_over_its_active_deadline_fails(run):
     pod = run({"command": SLEEP}, activeDeadlineSeconds=1)
     await pod.over()
     assert (pod.status["phase"], pod.status["reason"]) == ("Failed", "DeadlineExceeded")
 
 
-# -- from one kubelet to the next ----------------------------------------------------------------
+# -- restarts of the kubelet ---------------------------------------------------------------------
 
 
 def life(state, **fields):
@@ -548,7 +550,7 @@ RAN = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
 ENDED = {"terminated": {"exitCode": 0, "reason": "Completed"}}
 
 
-async def test_a_container_whose_kubelet_died_is_started_again_and_counted(run):
+async def test_a_container_whose_kubelet_died_is_restarted_and_counted(run):
     pod = run({"command": SLEEP}, status=life(RAN))
     await pod.until_ready()
     assert pod.container()["restartCount"] == 3
@@ -557,21 +559,21 @@ async def test_a_container_whose_kubelet_died_is_started_again_and_counted(run):
     assert pod.status["startTime"] == "2026-01-01T00:00:00Z"
 
 
-async def test_a_pod_that_is_never_restarted_fails_with_its_kubelet(run):
+async def test_a_pod_with_restart_policy_never_fails_with_its_kubelet(run):
     pod = run({"command": SLEEP}, status=life(RAN), restartPolicy="Never")
     await pod.over()
     assert pod.status["phase"] == "Failed"
     assert pod.container()["restartCount"] == 2
 
 
-async def test_a_container_that_had_ended_well_is_not_run_again(run):
+async def test_a_succeeded_container_is_not_run_again(run):
     pod = run({"command": SLEEP}, status=life(ENDED), restartPolicy="OnFailure")
     await pod.over()
     assert pod.status["phase"] == "Succeeded"
 
 
 @pytest.mark.parametrize("policy", ["Always", "OnFailure", "Never"])
-async def test_a_kubelet_that_leaves_has_its_pods_started_by_the_next(run, policy):
+async def test_the_next_kubelet_starts_the_pods_of_one_that_shut_down(run, policy):
     pod = run({"command": [*PYTHON, POLITE]}, restartPolicy=policy)
     await pod.until(lambda: pod.log() == ["up"])
     await pod.runner.leave(5)

@@ -1,4 +1,4 @@
-"""Phase and conditions, from what the containers are doing."""
+"""Phase and conditions, derived from the containers' states."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def conditions(answer):
         ("Never", [record(GOOD), record(UP)], "Running"),
     ],
 )
-def test_the_phase_is_the_one_kubernetes_would_show(policy, states, phase):
+def test_the_phase_equals_that_of_kubernetes(policy, states, phase):
     assert status(pod(policy), states)["phase"] == phase
 
 
@@ -73,20 +73,20 @@ def test_the_phase_is_the_one_kubernetes_would_show(policy, states, phase):
     ("policy", "state", "phase"),
     [("Always", BAD, "Pending"), ("Never", BAD, "Failed"), ("Never", UP, "Pending")],
 )
-def test_a_pod_whose_init_containers_are_not_done_is_pending_or_has_failed(policy, state, phase):
+def test_a_pod_with_unfinished_init_containers_is_pending_or_failed(policy, state, phase):
     answer = status(pod(policy), [record(CREATING)], [record(state)], initialized=False)
     assert answer["phase"] == phase
     assert conditions(answer)["Initialized"]["message"].endswith("[server]")
 
 
-def test_ready_waits_for_every_container_and_names_the_others():
+def test_ready_waits_for_every_container_and_names_the_unready_ones():
     answer = status(pod(), [record(UP, ready=True), Record("sidecar", "i", UP)])
     ready = conditions(answer)["Ready"]
     assert (ready["status"], ready["reason"]) == ("False", "ContainersNotReady")
     assert ready["message"] == "containers with unready status: [sidecar]"
 
 
-def test_ready_waits_for_a_readiness_gate_that_another_one_sets():
+def test_ready_waits_for_a_readiness_gate():
     gate = {"type": "gate", "status": "False"}
     of = pod(gates=["gate"], conditions=[gate])
     answer = conditions(status(of, [record(UP, ready=True)]))
@@ -97,7 +97,7 @@ def test_ready_waits_for_a_readiness_gate_that_another_one_sets():
     assert conditions(status(of, [record(UP, ready=True)]))["Ready"]["status"] == "True"
 
 
-def test_a_transition_time_changes_with_the_status_only():
+def test_a_transition_time_changes_only_with_the_status():
     before = {
         "Ready": Condition("Ready", "False", last_transition_time="t0"),
         "Initialized": Condition("Initialized", "True", last_transition_time="t0"),
@@ -107,7 +107,7 @@ def test_a_transition_time_changes_with_the_status_only():
     assert answer["Ready"]["lastTransitionTime"] == "t1"
 
 
-def test_a_container_is_shown_as_kubectl_expects():
+def test_a_container_status_has_the_form_that_kubectl_expects():
     last = Terminated(137, "OOMKilled", "used too much", 9, "t0", "t1", "process://u/server/0")
     shown = status(pod(), [record(UP, last=last, restarts=1, ready=True, started=True)])
     container = shown["containerStatuses"][0]
@@ -118,19 +118,19 @@ def test_a_container_is_shown_as_kubectl_expects():
     assert completed == {"terminated": {"exitCode": 0, "reason": "Completed"}}
 
 
-def test_all_termination_messages_of_a_pod_are_at_most_12_kib():
+def test_a_pods_termination_messages_are_limited_to_12_kib_in_total():
     last = Terminated(1, "Error", "x" * 4096)
     shown = status(pod(), [record(UP, last=last) for _ in range(4)])["containerStatuses"]
     assert {len(c["lastState"]["terminated"]["message"]) for c in shown} == {3072}
 
 
-def test_an_outcome_is_told_with_its_reason():
+def test_an_outcome_is_reported_with_its_reason():
     answer = status(pod(), [record(BAD)], outcome=PodOutcome("Failed", "DeadlineExceeded", "late"))
     assert (answer["phase"], answer["reason"]) == ("Failed", "DeadlineExceeded")
     assert conditions(answer)["Ready"]["reason"] == "PodFailed"
 
 
-def test_a_pending_pod_tells_what_it_waits_for():
+def test_a_pending_pod_reports_what_it_waits_for():
     waiting = Waiting("EngineNotInstalled", "vllm is not installed")
     assert status(pod(), [record(waiting)])["message"] == "vllm is not installed"
     assert status(pod(), [record(UP)])["message"] is None

@@ -43,14 +43,14 @@ def mounts(of, place):
     return mounts_of(of, of.spec.containers[0], {"v": place}, {"N": "n"})
 
 
-async def test_a_config_map_becomes_files(tmp_path):
+async def test_a_config_map_is_written_as_files(tmp_path):
     of = pod({"configMap": {"name": "c"}})
     place = await prepare(of, tmp_path, maps={"c": {"a": b"A", "b": b"\xff"}})
     assert {f.name: f.read_bytes() for f in place.iterdir()} == {"a": b"A", "b": b"\xff"}
     assert (place / "a").stat().st_mode & 0o777 == 0o644
 
 
-async def test_a_secret_is_for_its_owner_alone(tmp_path):
+async def test_a_secret_is_readable_by_its_owner_only(tmp_path):
     of = pod({"secret": {"secretName": "s", "items": [{"key": "k", "path": "deep/er"}]}})
     place = await prepare(of, tmp_path, secrets={"s": {"k": b"K", "other": b""}})
     assert (place / "deep/er").read_bytes() == b"K"
@@ -58,20 +58,20 @@ async def test_a_secret_is_for_its_owner_alone(tmp_path):
     assert not (place / "other").exists()
 
 
-async def test_a_mode_of_the_manifest_is_kept(tmp_path):
+async def test_the_mode_in_the_manifest_is_used(tmp_path):
     of = pod({"configMap": {"name": "c", "defaultMode": 0o755}})
     place = await prepare(of, tmp_path, maps={"c": {"run": b""}})
     assert (place / "run").stat().st_mode & 0o777 == 0o755
 
 
-async def test_a_volume_is_written_anew_for_the_next_kubelet(tmp_path):
+async def test_the_next_kubelet_writes_the_volume_again(tmp_path):
     of = pod({"secret": {"secretName": "s"}})
     await prepare(of, tmp_path, secrets={"s": {"old": b"1", "k": b"1"}})
     place = await prepare(of, tmp_path, secrets={"s": {"k": b"2"}})
     assert {f.name: f.read_bytes() for f in place.iterdir()} == {"k": b"2"}
 
 
-async def test_an_empty_dir_keeps_its_content_for_the_next_kubelet(tmp_path):
+async def test_an_empty_dir_keeps_its_content_across_kubelet_restarts(tmp_path):
     of = pod({"emptyDir": {}})
     (await prepare(of, tmp_path) / "f").write_text("x")
     assert (await prepare(of, tmp_path) / "f").read_text() == "x"
@@ -97,7 +97,7 @@ async def test_a_claim_is_a_directory_that_outlives_the_pod(tmp_path):
         ({"configMap": {"name": "have", "items": [{"key": "k", "path": "/k"}]}}, "leads out"),
     ],
 )
-async def test_a_volume_that_cannot_be_had_is_named(tmp_path, volume, message):
+async def test_an_unavailable_volume_is_reported_by_name(tmp_path, volume, message):
     with pytest.raises(PodError, match=f"volume 'v'.*{message}"):
         await prepare(pod(volume), tmp_path, maps={"have": {"k": b""}})
 
@@ -109,7 +109,7 @@ async def test_a_volume_that_cannot_be_had_is_named(tmp_path, volume, message):
         {"secret": {"secretName": "s", "optional": True}},
     ],
 )
-async def test_what_is_optional_and_missing_is_an_empty_directory(tmp_path, volume):
+async def test_a_missing_optional_source_is_an_empty_directory(tmp_path, volume):
     assert list((await prepare(pod(volume), tmp_path)).iterdir()) == []
 
 
@@ -136,12 +136,12 @@ def test_shared_memory_is_the_machines_own(tmp_path):
         ({"subPath": "../x"}, "leads out"),
     ],
 )
-def test_a_mount_that_makes_no_sense_is_named(tmp_path, mount, message):
+def test_an_invalid_mount_is_reported_by_name(tmp_path, mount, message):
     with pytest.raises(PodError, match=message):
         mounts(pod({"configMap": {"name": "c"}}, **mount), tmp_path)
 
 
-def test_data_is_read_as_the_api_has_it():
+def test_the_apis_encodings_of_data_are_decoded():
     assert config_map_data({"data": {"a": "é"}, "binaryData": {"b": "/w=="}}) == {
         "a": "é".encode(),
         "b": b"\xff",

@@ -1,4 +1,4 @@
-"""Who leads, on fake time and an API in memory."""
+"""Leader election, on fake time and an API in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = FAKE_TIME
 
 
 class Leases:
-    """One Lease, with optimistic concurrency; can be away."""
+    """One Lease with optimistic concurrency; can be unavailable."""
 
     def __init__(self):
         self.lease = None
@@ -24,7 +24,7 @@ class Leases:
         self.writes = []
         self.away = False
         self.lose_answers = False
-        self.answer_s = 0.0  # how long an answer is on its way, after the write
+        self.answer_s = 0.0  # how long a response is delayed after the write
 
     async def _answer(self):
         await asyncio.sleep(0.005)
@@ -68,7 +68,7 @@ class Leases:
 
 
 class Candidate:
-    """A Leader with its task, and what it was told."""
+    """A Leader with its task, and its callbacks' history."""
 
     def __init__(self, leases, identity, turns):
         self.identity = identity
@@ -89,7 +89,7 @@ class Candidate:
         self.task = asyncio.create_task(self.leader.run())
 
     async def freeze(self):
-        """Stop in the midst of whatever it does, and say nothing."""
+        """Stop in the middle of whatever it does, without a word."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
 
@@ -107,7 +107,7 @@ class World:
         return candidate
 
     async def until(self, true, limit_s):
-        """The seconds until it is true."""
+        """Wait until ``true`` returns true; returns the seconds that it took."""
         clock = asyncio.get_running_loop().time
         began = clock()
         while not true():
@@ -124,7 +124,7 @@ async def world():
         await candidate.freeze()
 
 
-async def test_of_many_candidates_one_leads_and_goes_on_leading(world):
+async def test_one_of_many_candidates_leads_and_keeps_leading(world):
     candidates = [world.join(name) for name in "abcde"]
     await world.until(lambda: any(c.leads for c in candidates), RETRY_S)
     (leader,) = [c for c in candidates if c.leads]
@@ -135,7 +135,7 @@ async def test_of_many_candidates_one_leads_and_goes_on_leading(world):
     assert world.leases.lease["spec"]["leaseTransitions"] == 0
 
 
-async def test_a_leader_that_is_gone_is_followed_when_its_lease_has_run_out(world):
+async def test_a_dead_leader_is_replaced_when_its_lease_expires(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     two = world.join("two")
@@ -147,7 +147,7 @@ async def test_a_leader_that_is_gone_is_followed_when_its_lease_has_run_out(worl
     assert world.leases.lease["spec"]["leaseTransitions"] == 1
 
 
-async def test_a_released_lease_is_taken_at_the_next_look(world):
+async def test_a_released_lease_is_acquired_at_the_next_retry(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     two = world.join("two")
@@ -159,19 +159,19 @@ async def test_a_released_lease_is_taken_at_the_next_look(world):
     await world.until(lambda: two.leads, RETRY_S + 0.1)
 
 
-async def test_a_lease_whose_renewal_was_cut_off_is_released_all_the_same(world):
+async def test_a_lease_is_released_even_if_its_renewal_was_interrupted(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     world.leases.answer_s = 1.0
     await asyncio.sleep(RETRY_S + 0.1)
-    assert len(world.leases.writes) == 2, "it is renewed, and the answer is on its way"
+    assert len(world.leases.writes) == 2, "it is renewed, but the response has not arrived"
     await one.freeze()
     world.leases.answer_s = 0.0
     await one.leader.release()
     assert world.leases.holder == ""
 
 
-async def test_a_lease_that_another_has_taken_is_not_released(world):
+async def test_a_lease_acquired_by_another_holder_is_not_released(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     await one.freeze()
@@ -181,17 +181,17 @@ async def test_a_lease_that_another_has_taken_is_not_released(world):
     assert world.leases.holder == "two"
 
 
-async def test_a_frozen_leader_may_not_write_when_it_wakes(world):
+async def test_a_frozen_leader_may_not_write_when_it_resumes(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     await one.freeze()
     one.leader.check()
-    await asyncio.sleep(RENEW_S)  # nobody took the lease, but its time is over
+    await asyncio.sleep(RENEW_S)  # nobody acquired the lease, but it has expired
     with pytest.raises(NotLeader):
         one.leader.check()
 
 
-async def test_a_lease_is_as_old_as_its_renewals_sending_not_its_answer(world):
+async def test_a_leases_age_counts_from_the_sending_of_its_renewal(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     world.leases.answer_s = 6.0
@@ -203,8 +203,8 @@ async def test_a_lease_is_as_old_as_its_renewals_sending_not_its_answer(world):
     assert not one.leads
 
 
-async def test_a_leader_that_was_late_and_leads_on_is_told_to_look_at_everything_anew(world):
-    """What came while it might not write was left undone."""
+async def test_a_leader_that_renewed_late_reconciles_everything_again(world):
+    """Events that arrived while it could not write were not acted on."""
     one = world.join("one")
     await world.until(lambda: one.leads, 1.0)
     await one.freeze()
@@ -215,7 +215,7 @@ async def test_a_leader_that_was_late_and_leads_on_is_told_to_look_at_everything
     assert world.turns == [("one", True), ("one", False), ("one", True)]
 
 
-async def test_a_frozen_leader_finds_its_successor_when_it_wakes(world):
+async def test_a_frozen_leader_sees_its_successor_when_it_resumes(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     two = world.join("two")
@@ -229,7 +229,7 @@ async def test_a_frozen_leader_finds_its_successor_when_it_wakes(world):
     assert world.leases.writes.count("one") == world.leases.writes.index("two")
 
 
-async def test_a_leader_stops_leading_when_the_api_is_away_for_the_renew_deadline(world):
+async def test_a_leader_stops_leading_if_the_api_is_unavailable_for_the_renew_deadline(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     world.leases.away = True
@@ -241,7 +241,7 @@ async def test_a_leader_stops_leading_when_the_api_is_away_for_the_renew_deadlin
     await world.until(lambda: one.leads, LEASE_S + 2 * RETRY_S)
 
 
-async def test_a_short_absence_of_the_api_changes_nothing(world):
+async def test_a_short_outage_of_the_api_changes_nothing(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     world.leases.away = True
@@ -252,7 +252,7 @@ async def test_a_short_absence_of_the_api_changes_nothing(world):
     assert world.turns == [("one", True)]
 
 
-async def test_a_renewal_whose_answer_was_lost_costs_nothing(world):
+async def test_a_renewal_whose_response_was_lost_keeps_the_leader(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     world.leases.lose_answers = True
@@ -263,7 +263,7 @@ async def test_a_renewal_whose_answer_was_lost_costs_nothing(world):
         assert one.leads
 
 
-async def test_a_lease_that_somebody_deleted_is_made_anew(world):
+async def test_a_deleted_lease_is_recreated(world):
     one = world.join("one")
     await world.until(lambda: one.leads, RETRY_S)
     world.leases.lease = None
@@ -272,7 +272,7 @@ async def test_a_lease_that_somebody_deleted_is_made_anew(world):
     assert world.leases.holder == "one"
 
 
-async def test_a_lease_that_somebody_deleted_is_not_taken_from_a_holder_that_may_not_know_yet(
+async def test_a_deleted_lease_is_not_taken_over_while_its_holder_may_still_lead(
     world,
 ):
     one = world.join("one")
@@ -291,7 +291,7 @@ async def test_a_lease_that_somebody_deleted_is_not_taken_from_a_holder_that_may
     assert not one.leads
 
 
-async def test_a_restarted_leader_of_the_same_name_need_not_wait(world):
+async def test_a_restarted_leader_with_the_same_identity_does_not_wait(world):
     one = world.join("pod-0")
     await world.until(lambda: one.leads, RETRY_S)
     await one.freeze()
@@ -306,7 +306,7 @@ async def test_a_lease_of_upstream_is_respected(world):
             "spec": {
                 "holderIdentity": "kubeai-in-go",
                 "leaseDurationSeconds": 40,
-                "renewTime": "2001-01-01T00:00:00.000000Z",  # its clock is its own affair
+                "renewTime": "2001-01-01T00:00:00.000000Z",  # clocks are not compared
                 "leaseTransitions": 7,
             },
         }
@@ -319,8 +319,8 @@ async def test_a_lease_of_upstream_is_respected(world):
 
 
 @pytest.mark.parametrize("year", [1971, 2999])
-async def test_what_time_another_holder_believes_it_is_does_not_matter(world, year):
-    """Neither is it taken over from while it renews, nor waited for when it does not."""
+async def test_another_holders_clock_does_not_matter(world, year):
+    """It is not replaced while it renews, nor waited for when it does not."""
     lease = {
         "metadata": {"name": "kubeai.org"},
         "spec": {"holderIdentity": "other", "leaseDurationSeconds": 15, "leaseTransitions": 0},

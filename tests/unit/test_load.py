@@ -1,4 +1,4 @@
-"""The load table: cells, columns and lives of rows, and what a Reservation gives back."""
+"""The load table: cells, columns, row generations, and what a Reservation returns."""
 
 import gc
 import os
@@ -49,7 +49,7 @@ def test_a_new_table_is_all_zero(table):
     assert table.iterations() == ([0] * (len(ITERATION_BUCKETS) + 1), 0)
 
 
-def test_an_admission_counts_once_however_often_it_is_closed(table, worker):
+def test_an_admission_is_counted_once_even_if_closed_repeatedly(table, worker):
     generation = table.open_row(3)
     admission = worker.admit(3, generation)
     other = worker.admit(3, generation, "message")
@@ -78,7 +78,7 @@ def test_a_held_request_is_counted_as_held_until_it_is_not(table, worker):
     assert table.held(3) == 0
 
 
-def test_a_load_is_the_sum_over_the_columns(table):
+def test_a_load_is_summed_over_the_columns(table):
     table.open_row(0), table.open_row(1)
     columns = [LoadTable.attach(table.fd, column) for column in range(WORKERS + 1)]
     held = [reserve(column, 1) for column in columns for _ in range(2)]
@@ -93,7 +93,7 @@ def test_a_load_is_the_sum_over_the_columns(table):
     assert table.in_flight(1) == table.in_flight(0) == 0
 
 
-def test_a_reservation_of_an_earlier_life_releases_into_nothing(table, worker):
+def test_releasing_a_reservation_of_an_old_generation_changes_nothing(table, worker):
     table.open_row(0), table.open_row(1)
     stale = reserve(worker, 1)
     stale_admission = worker.admit(0, table.generation(0))
@@ -107,7 +107,7 @@ def test_a_reservation_of_an_earlier_life_releases_into_nothing(table, worker):
     assert table.active_total() == 0
 
 
-def test_what_knows_an_old_generation_counts_nothing(table, worker):
+def test_picks_and_admissions_of_an_old_generation_count_nothing(table, worker):
     old = table.open_row(1)
     table.open_row(0)
     ring = Ring(worker, 0, table.generation(0))
@@ -122,7 +122,7 @@ def test_what_knows_an_old_generation_counts_nothing(table, worker):
     assert table.row_is_zero(1)
 
 
-def test_clearing_a_column_forgets_its_gauges_and_no_others(table):
+def test_clearing_a_column_resets_its_gauges_and_no_others(table):
     generation = table.open_row(0)
     table.open_row(1)
     dead, alive = (LoadTable.attach(table.fd, column) for column in range(2))
@@ -139,7 +139,7 @@ def test_clearing_a_column_forgets_its_gauges_and_no_others(table):
     assert table.row_is_zero(0)
 
 
-def test_counters_survive_a_cleared_column_and_end_with_the_row(table, worker):
+def test_counters_survive_a_cleared_column_and_are_reset_with_the_row(table, worker):
     table.open_row(0), table.open_row(1)
     ring = Ring(worker, 0, table.generation(0))
     ring.set("pod", 1, table.generation(1))
@@ -152,13 +152,13 @@ def test_counters_survive_a_cleared_column_and_end_with_the_row(table, worker):
     assert table.lookups(1) == (0, 0, 0)
 
 
-def test_a_row_tells_its_generation(table):
+def test_a_row_has_a_generation(table):
     assert table.generation(7) == 0
     assert [table.open_row(7) for _ in range(3)] == [1, 2, 3]
     assert table.generation(7) == 3
 
 
-def test_failures_are_counted_over_all_workers_until_an_answer_is_complete(table, worker):
+def test_failures_are_counted_over_all_workers_until_a_complete_response(table, worker):
     other = LoadTable.attach(table.fd, 1)
     generation = table.open_row(7)
     events = table.health_events()
@@ -166,13 +166,13 @@ def test_failures_are_counted_over_all_workers_until_an_answer_is_complete(table
     assert other.note_failure(7, generation, 2.0, False) == 2
     assert (table.failures(7), table.failed_at(7), table.unreachable(7)) == (2, 2.0, False)
     assert table.health_events() == events + 2
-    assert worker.note_failure(7, generation + 1, 3.0, True) == 0, "of another life of the row"
+    assert worker.note_failure(7, generation + 1, 3.0, True) == 0, "an old generation of the row"
     worker.recover(7, generation)
     assert (other.failures(7), other.failed_at(7)) == (0, 2.0)
     other.close()
 
 
-def test_an_ejection_can_be_ended_early_and_is_never_made_longer_by_that(table, worker):
+def test_an_ejection_can_be_shortened_but_not_extended(table, worker):
     generation = table.open_row(7)
     worker.eject(7, generation, 5.0)
     worker.half_open(7, generation, 8.0)
@@ -184,7 +184,7 @@ def test_an_ejection_can_be_ended_early_and_is_never_made_longer_by_that(table, 
     assert table.ejected_until(7) == 0
 
 
-def test_an_ejection_is_seen_by_all_and_ends_with_the_rows_life(table, worker):
+def test_an_ejection_is_shared_by_all_workers_and_ends_with_the_rows_generation(table, worker):
     generation = table.open_row(7)
     until_s = time.monotonic() + 100
     worker.eject(7, generation + 1, until_s)
@@ -195,7 +195,7 @@ def test_an_ejection_is_seen_by_all_and_ends_with_the_rows_life(table, worker):
     assert (table.ejected_until(7), table.ejection_count(7)) == (0, 0)
 
 
-def test_an_endpoint_is_restored_only_in_its_own_life(table, worker):
+def test_an_endpoint_is_restored_only_in_its_own_generation(table, worker):
     generation = table.open_row(7)
     worker.eject(7, generation, 5.0)
     worker.restore(7, generation + 1)
@@ -220,7 +220,7 @@ def test_the_ejection_count_is_shared_by_all_workers(table, worker):
     other.close()
 
 
-def test_how_requests_end_is_counted_by_model_and_column(table, worker):
+def test_outcomes_are_counted_by_model_and_column(table, worker):
     generation = table.open_row(7)
     other = LoadTable.attach(table.fd, 1)
     for by, outcomes in ((worker, ["2xx", "2xx", "left"]), (other, ["2xx", "retried", "broken"])):
@@ -238,7 +238,7 @@ def test_how_requests_end_is_counted_by_model_and_column(table, worker):
     late = worker.admit(7, generation)
     table.open_row(7)
     late.count("2xx")
-    assert not any(table.outcomes(7).values()), "another life of the row"
+    assert not any(table.outcomes(7).values()), "a new generation of the row"
     late.close()
     with pytest.raises(ValueError, match="not in"):
         late.count("odd")
@@ -306,7 +306,7 @@ def test_rows_outside_the_table_are_refused(table, worker, row):
             call(WORKERS + 1)
 
 
-def test_a_kind_that_does_not_exist_is_refused(table, worker):
+def test_an_unknown_kind_is_rejected(table, worker):
     with pytest.raises(ValueError, match="'smoke'"):
         worker.admit(0, 0, "smoke")
     with pytest.raises(ValueError, match="'smoke'"):
@@ -314,7 +314,7 @@ def test_a_kind_that_does_not_exist_is_refused(table, worker):
 
 
 @pytest.mark.parametrize(("rows", "workers"), [(0, 1), (2**20 + 1, 1), (1, 0), (1, 64)])
-def test_a_size_out_of_bounds_is_refused(rows, workers):
+def test_a_size_out_of_bounds_is_rejected(rows, workers):
     with pytest.raises(ValueError, match="must be"):
         LoadTable.create(rows, workers)
 
@@ -330,7 +330,7 @@ def test_the_largest_table_works_and_is_sparse():
     table.close()
 
 
-def test_a_file_that_is_no_load_table_is_refused(table, tmp_path: Path):
+def test_a_file_that_is_not_a_load_table_is_rejected(table, tmp_path: Path):
     good = os.pread(table.fd, 1 << 20, 0)
     bad = {
         "too short": good[:8],
@@ -347,12 +347,12 @@ def test_a_file_that_is_no_load_table_is_refused(table, tmp_path: Path):
             LoadTable.attach(f.fileno(), 99)
 
 
-def test_a_table_cannot_be_cut_short_under_a_process_that_maps_it(table):
+def test_a_mapped_table_cannot_be_truncated(table):
     with pytest.raises(PermissionError):
         os.ftruncate(table.fd, 0)
 
 
-def test_only_the_table_and_the_ring_make_what_counts():
+def test_admissions_and_reservations_cannot_be_constructed_directly():
     from kubeai._load import Admission, Reservation
 
     for cls in (LoadTable, Admission, Reservation):
@@ -362,8 +362,8 @@ def test_only_the_table_and_the_ring_make_what_counts():
 
 def test_a_reservation_in_a_garbage_cycle_is_released(table, worker):
     table.open_row(0), table.open_row(1)
-    # The collector takes objects in the order in which it began to track them: this dictionary
-    # only once something is in it, so the Reservation is the first to be cleared.
+    # The garbage collector clears objects in the order in which it began to track them. It tracks
+    # this dictionary only once it has an item, so it clears the Reservation first.
     knot = {}
     ring = Ring(worker, 0, 1)
     ring.set("pod", 1, 1, target=knot)
@@ -416,12 +416,12 @@ def test_neither_counting_nor_mapping_leaks():
 # -- other replicas of KubeAI ----------------------------------------------------------------------
 
 
-def test_what_peers_have_counts_for_picks_and_not_as_ours(table, worker):
+def test_the_load_of_peers_counts_for_picks_but_not_as_our_own(table, worker):
     model, pod = table.open_row(0), table.open_row(1)
     mine = reserve(worker, 1)
     table.set_peers(1, pod, 4)
     table.set_peers(0, model, 4)
-    table.set_peers(1, pod - 1, 9)  # of an earlier life
+    table.set_peers(1, pod - 1, 9)  # an old generation
     assert (table.in_flight(1), table.in_flight_here(1)) == (5, 1)
     assert worker.in_flight(0) == 5
     with pytest.raises(ValueError, match="negative"):
@@ -430,7 +430,7 @@ def test_what_peers_have_counts_for_picks_and_not_as_ours(table, worker):
     assert (table.in_flight(1), table.in_flight_here(1)) == (4, 0)
 
 
-def test_a_peer_is_expected_to_do_what_we_do_until_it_tells(table, worker):
+def test_unreported_peer_load_is_extrapolated_from_our_own(table, worker):
     table.open_row(0), table.open_row(1)
     table.peers = 3
     picks = [reserve(worker, 1) for _ in range(2)]
@@ -440,13 +440,13 @@ def test_a_peer_is_expected_to_do_what_we_do_until_it_tells(table, worker):
     table.settle(1)
     assert worker.expected(1) == 2
     picks.pop().release()
-    assert worker.expected(1) == 1 - 3, "they have ended requests too"
+    assert worker.expected(1) == 1 - 3, "they are assumed to have completed requests too"
     table.peers = 0
     assert worker.expected(1) == 1
     del picks
 
 
-def test_what_is_settled_comes_to_the_load_in_the_end(table, worker):
+def test_repeated_settling_converges_to_the_load(table, worker):
     table.open_row(0), table.open_row(1)
     table.peers = 1
     pick = reserve(worker, 1)
@@ -456,7 +456,7 @@ def test_what_is_settled_comes_to_the_load_in_the_end(table, worker):
     pick.release()
 
 
-def test_replicas_break_ties_at_different_places(table, worker):
+def test_replicas_break_ties_differently(table, worker):
     table.open_row(0)
     firsts = []
     for phase in range(3):
@@ -468,7 +468,7 @@ def test_replicas_break_ties_at_different_places(table, worker):
     assert firsts == ["pod-1", "pod-2", "pod-3"]
 
 
-def test_readings_tell_each_row_that_has_changed_once(table, worker):
+def test_readings_report_each_changed_row_once(table, worker):
     readings = Readings(table)
     assert readings.changed() == []
     table.open_row(0), table.open_row(1)
@@ -484,11 +484,11 @@ def test_readings_tell_each_row_that_has_changed_once(table, worker):
     pick.release()
     assert readings.changed() == [(0, 0, 0, 1), (1, 0, 0, 0)]
     table.open_row(1)
-    assert readings.changed() == [(1, 0, 0, 0)], "it lives anew"
+    assert readings.changed() == [(1, 0, 0, 0)], "the row has a new generation"
 
 
 class Tables(RuleBasedStateMachine):
-    """The table, seen from two workers and their supervisor, beside its oracle."""
+    """The table, seen from two workers and their supervisor, compared with its oracle."""
 
     @initialize()
     def start(self):
@@ -613,7 +613,7 @@ class Tables(RuleBasedStateMachine):
 
     @rule(column=st.integers(0, WORKERS - 1))
     def die(self, column):
-        """A worker is gone with all that it counted; a successor takes its column."""
+        """A worker dies with its counts; a successor takes its column."""
         self.workers[column].close()
         self.admissions = [entry for entry in self.admissions if entry[1] != column]
         self.reservations = [entry for entry in self.reservations if entry[1] != column]

@@ -101,7 +101,7 @@ def test_its_cost_is_that_of_all_processes_and_its_share_the_busiest():
         "chunks": 20_000,
     }
     assert client_line(cost) == (
-        "client: 400.0 µs of CPU a chunk (200.0 of it the kernel's), 60 % of a core, 2 processes"
+        "client: 400.0 µs of CPU per chunk (200.0 in the kernel), 60 % of a core, 2 processes"
     )
     nothing = saturation.cost([Usage()])
     assert client_line(nothing) == "client: 0 % of a core, 1 process"
@@ -158,7 +158,7 @@ def test_with_an_end_of_its_own_a_load_has_conversations_without_limit():
 
 
 def test_there_is_one_source_of_traffic():
-    with pytest.raises(OptionError, match="--trace: does not go with --sharegpt"):
+    with pytest.raises(OptionError, match="--trace: cannot be combined with --sharegpt"):
         made(sharegpt=Path("a"), trace=Path("b"))
     with pytest.raises(OptionError, match="--speed: must be more than 0"):
         made(trace=Path("b"), speed=0.0)

@@ -224,7 +224,7 @@ def test_settings_of_all_runs_are_told_once():
 def test_warnings_stand_before_the_figures_and_below_the_table():
     runs = [run("a", warnings=("the client was late",)), run("b", error="timeout")]
     page = report(runs)
-    assert page.index("the client was late") < page.index("<h2>Figures")
+    assert page.index("the client was late") < page.index("<h2>Results")
     assert "none of 300 requests succeeded" in page
     assert "! a: the client was late" in compare.table(runs)
     assert "! b: none of 300 requests succeeded" in compare.table(runs)
@@ -235,7 +235,7 @@ def test_some_failures_and_no_requests_are_a_warning():
     assert compare.warnings(run(count=0)) == ["no requests were measured"]
     some = run()
     some.summary |= {"failed": 2}
-    assert compare.warnings(some) == ["2 of 300 requests failed: times are those of the others"]
+    assert compare.warnings(some) == ["2 of 300 requests failed: latencies exclude them"]
 
 
 def cells(runs: list[Results], group: str, label: str) -> list[compare.Cell]:
@@ -313,6 +313,6 @@ def test_the_table_of_the_terminal():
         "  late             0      2",
         "  cut              0      1",
         "",
-        "* the best of its row; ×: ratio to the first run",
-        "! LeastLoad: 3 of 600 requests failed: times are those of the others",
+        "* best in its row; ×: ratio to the first run",
+        "! LeastLoad: 3 of 600 requests failed: latencies exclude them",
     ]

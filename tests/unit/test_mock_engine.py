@@ -737,7 +737,7 @@ async def test_it_dies_when_told_so():
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
-        ("--port=http", "--port: 'http' is not a whole number 0 to 65535"),
+        ("--port=http", "--port: 'http' is not an integer from 0 to 65535"),
         ("--startup-delay=1 minute", "--startup-delay: "),
         ("--startup-delay=-1s", "--startup-delay: '-1s' is negative"),
         ("--decode-tokens-per-second=nan", "--decode-tokens-per-second: 'nan' is not a rate"),
