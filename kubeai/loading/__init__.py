@@ -1,9 +1,9 @@
-"""``kubeai load URL DIR``: weights from a hub or a bucket into a folder, whole or not at all.
+"""``kubeai load URL DIR``: download weights from a hub or bucket into a folder, all or nothing.
 
-What a cache's Job and an adapter's loader run. :func:`load` lists what the URL holds, fetches it
-into a staging folder (`staging`), checks it, and puts the folder in place by one rename; a load
-that was killed goes on where it was. `hub` fetches by huggingface_hub, `buckets` by obstore; both
-are imported only when a URL needs them (``pip install 'kubeai-gateway[load]'``).
+Run by cache Jobs and adapter loaders. :func:`load` lists the files of the URL, downloads them into
+a staging folder (`staging`), verifies them, and puts the folder in place with a single rename. An
+interrupted load resumes. `hub` uses huggingface_hub and `buckets` uses obstore; each is imported
+only when a URL needs it (``pip install 'kubeai-gateway[load]'``).
 """
 
 from kubeai.loading.load import load

@@ -1,4 +1,4 @@
-"""Buckets: s3://, gs:// and oss://, by obstore, in parts and several at a time."""
+"""Buckets (s3://, gs:// and oss://), downloaded with obstore as parallel parts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CLIENT: Any = {
     "allow_http": True,
 }
 _RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-# Which variables say who asks, by scheme; named in errors.
+# The environment variables with credentials, by scheme, for error messages.
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -53,7 +53,7 @@ class Bucket:
     """The objects below a URL; see load.Source."""
 
     def __init__(self, url: str, parallel: int) -> None:
-        """``parallel``: parts at a time, each of up to `PART_BYTES`, which are held in memory."""
+        """``parallel``: concurrent parts of up to `PART_BYTES`, each held in memory."""
         self._url = url
         self._scheme, _, rest = url.partition("://")
         self._bucket, _, path = rest.partition("/")
@@ -61,7 +61,7 @@ class Bucket:
         self._parts = asyncio.Semaphore(parallel)
         self._files = asyncio.Semaphore(parallel)
         for name in [name for name, value in os.environ.items() if not value]:
-            del os.environ[name]  # a Secret's empty key; obstore would take it for one
+            del os.environ[name]  # an empty key of a Secret; obstore would use it
         self._etags_are_digests = True
         self._store: Store
 
@@ -72,20 +72,20 @@ class Bucket:
         files = [
             RemoteFile(meta["path"][start:], meta["size"], meta["e_tag"] or "", "md5")
             for meta in metas
-            # Consoles make an empty object for a folder; obstore takes its slash away.
+            # Consoles create an empty object per folder; obstore strips its trailing slash.
             if meta["path"] not in folders and meta["path"] != self._prefix
         ]
         if not files:
-            raise LoadError(f"{self._url}: no such key: the bucket holds nothing below it")
+            raise LoadError(f"{self._url}: no such key: no objects with this prefix")
         return sorted(files, key=lambda file: (file.size, file.path))
 
     async def fetch(self, files: list[RemoteFile], staging: Staging) -> None:
         await together(self._fetch_file(file, staging) for file in files)
 
-    # -- who asks --------------------------------------------------------------------------------
+    # -- credentials -----------------------------------------------------------------------------
 
     async def _first_that_may_see(self) -> tuple[Store, list[Any]]:
-        """Whoever has no credentials in the environment is nobody first, then what the node is."""
+        """Without credentials in the environment: anonymous access, then the node's identity."""
         refused: LoadError | None = None
         for open_store in await self._stores():
             try:
@@ -99,7 +99,7 @@ class Bucket:
         raise refused
 
     def _metas(self, store: Store) -> list[Any]:
-        # Without the slash a key that is the URL itself, or one beside it, would be of it.
+        # Without the slash, the key of the URL itself and its siblings would match.
         prefix = f"{self._prefix}/" if self._prefix else None
         return [meta for metas in store.list(prefix) for meta in metas]
 
@@ -111,11 +111,11 @@ class Bucket:
                 return self._gs()
             case "oss":
                 return [self._oss]
-        raise LoadError(f"{self._url}: {self._scheme}:// is no bucket")
+        raise LoadError(f"{self._url}: {self._scheme}:// is not a bucket scheme")
 
     async def _s3(self) -> list[Callable[[], Store]]:
         env = os.environ
-        config: Any = {}  # the rest obstore reads from the environment
+        config: Any = {}  # obstore reads the rest from the environment
         if not any(key in env for key in ("AWS_REGION", "AWS_DEFAULT_REGION", *_ENDPOINTS)):
             config["aws_region"] = await asyncio.to_thread(_region_of, self._bucket)
 
@@ -140,16 +140,16 @@ class Bucket:
 
         if has_key:
             return [lambda: store(google_application_credentials=key_file)]
-        os.environ.pop("GOOGLE_APPLICATION_CREDENTIALS", None)  # of a Secret that is not there
+        os.environ.pop("GOOGLE_APPLICATION_CREDENTIALS", None)  # the optional Secret is missing
         return [lambda: store(google_skip_signature=True), store]
 
     def _oss(self) -> Store:
-        """By its S3 interface, which wants the bucket in the host's name."""
+        """OSS through its S3-compatible API, which requires the bucket in the host name."""
         env = os.environ
         region = env.get("OSS_REGION", "")
         endpoint = env.get("OSS_ENDPOINT", "")
         if not (endpoint or region):
-            raise LoadError(f"{self._url}: set OSS_REGION (cn-hangzhou, say) or OSS_ENDPOINT")
+            raise LoadError(f"{self._url}: set OSS_REGION (such as cn-hangzhou) or OSS_ENDPOINT")
         endpoint = endpoint or f"https://s3.oss-{region}.aliyuncs.com"
         if "://" not in endpoint:
             endpoint = f"https://{endpoint}"
@@ -178,7 +178,7 @@ class Bucket:
         journal = staging.parts / hashlib.sha256(file.path.encode()).hexdigest()
         async with self._files:
             if path.exists() and not journal.exists():
-                return  # whole, and checked
+                return  # complete and verified
             if not path.exists():
                 journal.unlink(missing_ok=True)
             await self._fetch_parts(file, path, journal)
@@ -194,8 +194,8 @@ class Bucket:
         if await self._is_good(file, path):
             return
         if await asyncio.to_thread(digest, "md5", path) != first:
-            raise LoadError(f"{self._url}: {file.path} came different each time")
-        # What an encrypting bucket calls an object need not follow from its content.
+            raise LoadError(f"{self._url}: {file.path}: two downloads differ")
+        # In an encrypted bucket an ETag need not be a digest of the content.
         self._etags_are_digests = False
 
     async def _is_good(self, file: RemoteFile, path: Path) -> bool:
@@ -204,7 +204,7 @@ class Bucket:
         return await asyncio.to_thread(is_genuine, file, path) is not False
 
     async def _fetch_parts(self, file: RemoteFile, path: Path, journal: Path) -> None:
-        """Write the parts that the journal does not have."""
+        """Download the parts that are not in the journal."""
         done = _begin(path, file.size, journal)
         count = -(-file.size // PART_BYTES)
         parts = (part for part in range(count) if part not in done)
@@ -224,7 +224,7 @@ class Bucket:
                 data = await asyncio.to_thread(self._read_once, key, options)
                 if len(data) != end - start:
                     raise LoadError(
-                        f"{self._url}: {file.path}: {len(data)} bytes came instead of {end - start}"
+                        f"{self._url}: {file.path}: got {len(data)} bytes instead of {end - start}"
                     )
                 return data
             except exceptions.GenericError as error:
@@ -235,7 +235,7 @@ class Bucket:
         raise AssertionError("unreachable")
 
     def _read_once(self, key: str, options: Any) -> Any:
-        """Not by obstore's own coroutines: their threads may outlive, and so abort, the program."""
+        """Synchronous: the threads of obstore's coroutines may abort the process at its exit."""
         return obstore.get(self._store, key, options=options).bytes()
 
     def _explain(self, error: exceptions.BaseError, path: str = "") -> LoadError:
@@ -243,11 +243,11 @@ class Bucket:
         names = _CREDENTIALS[self._scheme]
         match _status(error):
             case 401 | 403:
-                return LoadError(f"{what}access is denied; look at {names}{_reason(error)}")
+                return LoadError(f"{what}access denied; check {names}{_reason(error)}")
             case 404:
                 return LoadError(f"{what}no such bucket or key{_reason(error)}")
             case 412:
-                return LoadError(f"{what}was replaced during the load; start it again")
+                return LoadError(f"{what}changed during the load; run it again")
         return LoadError(what + " ".join(str(error).split("\n\n")[0].split())[:300])
 
 
@@ -262,7 +262,7 @@ _AWS_IDENTITIES = (
 
 
 def _region_of(bucket: str) -> str:
-    """Where S3 says that a bucket is; it says so to anybody."""
+    """The region of an S3 bucket, which S3 returns without authentication."""
     request = urllib.request.Request(f"https://{bucket}.s3.amazonaws.com/", method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=REGION_TIMEOUT_S) as answer:
@@ -270,12 +270,12 @@ def _region_of(bucket: str) -> str:
     except urllib.error.HTTPError as refused:
         said = refused.headers["x-amz-bucket-region"]
     except OSError:
-        said = None  # the load itself will say what is wrong
+        said = None  # the load itself will report the problem
     return said or "us-east-1"
 
 
 def _write_part(path: Path, start: int, data: Any, journal: Path, part: int) -> None:
-    """What the journal says is on the disk is on the disk."""
+    """Write and sync a part before adding it to the journal."""
     with path.open("r+b", buffering=0) as file:
         view = memoryview(data)
         while view:
@@ -287,7 +287,7 @@ def _write_part(path: Path, start: int, data: Any, journal: Path, part: int) -> 
 
 
 def _begin(path: Path, size: int, journal: Path) -> set[int]:
-    """Make both files; the parts that the journal has. Its last line may be cut off."""
+    """Create both files; returns the parts in the journal, whose last line may be incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     journal.touch()
     path.touch()
@@ -297,7 +297,7 @@ def _begin(path: Path, size: int, journal: Path) -> set[int]:
 
 
 def _status(error: exceptions.BaseError) -> int:
-    """HTTP's; of a listing that is refused obstore says it in the text alone. 0: none came."""
+    """The HTTP status, 0 if none. For a denied listing, obstore has it only in the message."""
     match error:
         case exceptions.UnauthenticatedError():
             return 401
@@ -312,6 +312,6 @@ def _status(error: exceptions.BaseError) -> int:
 
 
 def _reason(error: exceptions.BaseError) -> str:
-    """What the store itself says, if it says anything."""
+    """The store's own error message, if any."""
     found = _MESSAGE.search(str(error))
     return f" ({found[1]})" if found else ""

@@ -1,4 +1,4 @@
-"""What a source holds, and how a file that came from it is checked. Pure but for reading files."""
+"""The files of a source and how downloads are verified. Pure, apart from reading files."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from kubeai.errors import KubeAIError
 Digest: TypeAlias = Literal["sha256", "git-blob", "md5"]
 READ_BYTES = 4 << 20
 _MIB = 1 << 20
-# What programs upload in, that say nothing of it: the aws command line, boto3, rclone, gsutil, ...
+# Common multipart sizes, which are not recorded: of the AWS CLI, boto3, rclone, gsutil, ...
 _USUAL_PART_BYTES = tuple(n * _MIB for n in (5, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256))
 
 
 class LoadError(KubeAIError):
-    """A load that cannot go on; the message names the URL, the folder or the variable."""
+    """A load failed; the message names the URL, the folder or the variable."""
 
 
 class RemoteFile(msgspec.Struct, frozen=True):
-    """One file of a source. ``etag`` changes when its content does."""
+    """One file of a source. ``etag`` changes with its content."""
 
     path: str  # relative to the URL, with slashes
     size: int  # bytes
     etag: str
-    digest: Digest | None = None  # how `etag` follows from the content, if it may
+    digest: Digest | None = None  # how `etag` is computed from the content, if known
 
 
 def check_paths(url: str, files: list[RemoteFile]) -> None:
-    """LoadError for a file that would not land inside its folder."""
+    """LoadError for a path that would leave the target folder."""
     for file in files:
         if {"", ".", ".."} & set(file.path.split("/")) or "\0" in file.path:
-            raise LoadError(f"{url}: holds {file.path!r}, which is no path of a file in a folder")
+            raise LoadError(f"{url}: contains an invalid path: {file.path!r}")
 
 
 def is_genuine(file: RemoteFile, path: Path) -> bool | None:
-    """Whether a file is what the source has; None where the source does not say enough to tell."""
+    """Whether a file matches the source; None if the source's metadata cannot tell."""
     if path.stat().st_size != file.size:
         return False
     etag = file.etag.strip('"').lower()
@@ -52,7 +52,7 @@ def is_genuine(file: RemoteFile, path: Path) -> bool | None:
 
 
 def digest(kind: Digest, path: Path) -> str:
-    """In hexadecimal."""
+    """The digest in hexadecimal."""
     match kind:
         case "sha256":
             hashed = hashlib.sha256()
@@ -67,7 +67,7 @@ def digest(kind: Digest, path: Path) -> str:
 
 
 async def together(works: Iterable[Awaitable[Any]]) -> None:
-    """Wait for all; the first that fails ends the others, and is what is raised."""
+    """Wait for all; the first failure cancels the others and is raised."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.gather(*tasks)
@@ -78,7 +78,7 @@ async def together(works: Iterable[Awaitable[Any]]) -> None:
 
 
 def write_out(path: Path) -> None:
-    """What was written to a file, or the names in a folder, outlast the machine."""
+    """fsync a file, or a folder's entries."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -87,7 +87,7 @@ def write_out(path: Path) -> None:
 
 
 def _is_of_parts(etag: str, size: int, path: Path) -> bool:
-    """Whether it is the MD5 of the MD5s of so many parts, of a size that parts usually have."""
+    """Whether it is a multipart ETag (the MD5 of the parts' MD5s) for a common part size."""
     count = int(etag.rsplit("-", 1)[1])
     least = -(-size // count)
     sizes = {-(-least // _MIB) * _MIB, least, *_USUAL_PART_BYTES}
@@ -107,7 +107,7 @@ def _md5_of_parts(path: Path, part_bytes: int) -> str:
 
 
 def _md5(blocks: Iterator[bytes]) -> bytes:
-    """Of what there is; nothing of nothing."""
+    """The MD5 of the blocks; empty if there are none."""
     first = next(blocks, None)
     if first is None:
         return b""
@@ -118,7 +118,7 @@ def _md5(blocks: Iterator[bytes]) -> bytes:
 
 
 def _blocks(file: FileIO, limit_bytes: int | None = None) -> Iterator[bytes]:
-    """From where the file stands, to its end or the limit."""
+    """Read from the current position to the end or the limit."""
     left = limit_bytes
     while block := file.read(READ_BYTES if left is None else min(READ_BYTES, left)):
         yield block

@@ -1,4 +1,4 @@
-"""Repositories of a Hugging Face hub, by huggingface_hub: it fetches, resumes, and knows Xet."""
+"""Hugging Face repositories, downloaded with huggingface_hub, which resumes and supports Xet."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CHECKS_AT_A_TIME = 4
 
 
 class Repository:
-    """A repository's files, as they were when it was listed; see `load.Source`."""
+    """A repository, pinned to its revision at listing time; see `load.Source`."""
 
     def __init__(self, url: str, parallel: int) -> None:
-        """``parallel``: files at a time."""
+        """``parallel``: number of concurrent files."""
         self._url = url
         self._id = url.partition("://")[2]
         self._parallel = parallel
@@ -46,7 +46,7 @@ class Repository:
         for file in bad:
             (staging.files / file.path).unlink(missing_ok=True)
         if bad and (still := await self._fetch(files, staging)):
-            raise LoadError(f"{self._url}: {still[0].path} came and is not what the hub says it is")
+            raise LoadError(f"{self._url}: {still[0].path} does not match the hub's checksum")
 
     def _list(self) -> list[RemoteFile]:
         info = self._api.model_info(self._id)
@@ -55,7 +55,7 @@ class Repository:
         return [_remote(one) for one in tree if isinstance(one, RepoFile)]
 
     async def _fetch(self, files: list[RemoteFile], staging: Staging) -> list[RemoteFile]:
-        """Those that came and are not what they should be."""
+        """Download the files; returns those that failed verification."""
         await self._call(
             snapshot_download,
             self._id,
@@ -87,17 +87,17 @@ class Repository:
     def _explain(self, error: Exception) -> Exception:
         match error:
             case GatedRepoError():
-                why = "access is denied: the repository is gated; look at HF_TOKEN, and ask for it"
+                why = "access denied: the repository is gated; request access and set HF_TOKEN"
             case RepositoryNotFoundError():
-                why = "no such repository, or HF_TOKEN may not see it"
+                why = "no such repository, or HF_TOKEN has no access to it"
             case RevisionNotFoundError():
-                why = "its files went while they were loaded; start it again"
+                why = "its revision was deleted during the load; run it again"
             case HFValidationError():
-                why = "is no name of a repository: hf://<owner>/<name>"
+                why = "is not a repository name; use hf://<owner>/<name>"
             case HfHubHTTPError() if error.response.status_code in (401, 403):
-                why = "access is denied; look at HF_TOKEN"
+                why = "access denied; check HF_TOKEN"
             case OSError() if error.errno is not None:
-                return error  # of this machine's disk
+                return error  # a local disk error
             case _:
                 why = " ".join(str(error).split())[:300] or type(error).__name__
         return LoadError(f"{self._url}: {why}")

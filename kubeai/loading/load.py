@@ -1,4 +1,4 @@
-"""One load, from listing to the last rename, and what it says on the way."""
+"""One load, from listing to the final rename, and its progress output."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ SCHEMES = ("hf", "s3", "gs", "oss")
 
 
 class Source(Protocol):
-    """Where files come from."""
+    """A source of files."""
 
     async def listed(self) -> list[RemoteFile]:
-        """Every file; LoadError when there is none, or none may be seen."""
+        """All files; LoadError if there are none or access is denied."""
         ...
 
     async def fetch(self, files: list[RemoteFile], staging: Staging) -> None:
-        """Bring these files into ``staging.files``, checked; what is there of them stays."""
+        """Download and verify these files into ``staging.files``, keeping what is already there."""
         ...
 
 
 async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
-    """Make the folder ``target`` hold what ``url`` holds, and nothing else.
+    """Make the folder ``target`` contain exactly the files of ``url``.
 
-    Says on stderr how far it is. LoadError when it cannot; what has come is kept, so that the next
-    call goes on from there. While it runs, ``target`` is as it was before.
+    Prints progress to stderr. LoadError on failure; downloaded data is kept, so that the next call
+    resumes. While it runs, ``target`` is unchanged.
     """
     url = url.rstrip("/")
     if url.partition("://")[0] not in SCHEMES:
-        raise LoadError(f"{url!r}: must be a URL of hf://, s3://, gs:// or oss://")
-    # Each part has a thread while it comes, and some are for what else blocks.
+        raise LoadError(f"{url!r}: must be an hf://, s3://, gs:// or oss:// URL")
+    # One thread per part in flight, and as many for other blocking calls.
     threads = ThreadPoolExecutor(max_workers=2 * parallel)
     asyncio.get_running_loop().set_default_executor(threads)
     with staged(url, target) as staging:
@@ -51,7 +51,7 @@ async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
         check_paths(url, files)
         size = sum(file.size for file in files)
         if staging.is_in_place(files):
-            _say(f"{target} is {url} already: {len(files)} files, {size / 1e9:.2f} GB")
+            _say(f"{target} already contains {url}: {len(files)} files, {size / 1e9:.2f} GB")
             staging.remove()
             return
         staging.prepare(files)
@@ -60,15 +60,18 @@ async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
             await source.fetch(files, staging)
         staging.finish(files)
         took_s = time.monotonic() - began_s
-        _say(f"{target} is {url}: {len(files)} files, {size / 1e9:.2f} GB in {took_s:.1f} s")
+        _say(
+            f"{target} now contains {url}: {len(files)} files, {size / 1e9:.2f} GB "
+            f"in {took_s:.1f} s"
+        )
 
 
 def _source(url: str, parallel: int, staging: Staging) -> Source:
     try:
         if url.startswith("hf://"):
             if not os.access(os.path.expanduser("~"), os.W_OK):
-                # A container's user has no home, or a read-only one: the hub's client needs some
-                # place, and reads where it is as it is imported.
+                # A container's user may have no writable home; huggingface_hub needs one, and
+                # reads HF_HOME when it is imported.
                 os.environ.setdefault("HF_HOME", str(staging.folder / "hub"))
             from kubeai.loading.hub import Repository
 
@@ -77,7 +80,7 @@ def _source(url: str, parallel: int, staging: Staging) -> Source:
 
         return Bucket(url, parallel)
     except ImportError as error:
-        raise LoadError(f"{url}: {error.name} is missing: {install_hint('load')}") from error
+        raise LoadError(f"{url}: {error.name} is not installed: {install_hint('load')}") from error
 
 
 @contextlib.asynccontextmanager
@@ -93,7 +96,7 @@ async def _progress(staging: Staging, size: int) -> AsyncIterator[None]:
 async def _tell(staging: Staging, size: int) -> None:
     began_s, had = time.monotonic(), await asyncio.to_thread(staging.held_bytes)
     if had:
-        _say(f"{had / 1e9:.2f} GB are there from an earlier try")
+        _say(f"resuming with {had / 1e9:.2f} GB from an earlier attempt")
     while True:
         await asyncio.sleep(PROGRESS_INTERVAL_S)
         held = min(size, await asyncio.to_thread(staging.held_bytes))

@@ -1,9 +1,9 @@
-"""Where a load is staged, and how it takes its place: whole, by one rename.
+"""The staging folder of a load, which replaces the target with a single rename.
 
-For ``/models/m`` that is ``/models/.m.kubeai-load`` with a lock, what is known of the files in it,
-and the files. A folder that is a volume's root cannot be renamed: there the staging folder lies
-inside it, and the files are moved one by one once all are whole. In either case the last thing to
-appear is `MARK`, which says what was loaded: without it a folder is not taken for a whole one.
+For ``/models/m`` it is ``/models/.m.kubeai-load``; it holds a lock, the state of partial files, and
+the files. A volume's root cannot be renamed: there the staging folder is inside the target, and the
+files are moved one by one when all are complete. In both cases `MARK`, which records what was
+loaded, appears last: a folder without it is considered incomplete.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kubeai.engines.cache import staging_directory
 from kubeai.loading.files import LoadError, RemoteFile, write_out
 
 MARK = ".kubeai-load.json"
-HUB_FOLDER = ".cache/huggingface"  # what huggingface_hub keeps beside the files
-SPARE_BYTES = 64 << 20  # that a file system is left with
+HUB_FOLDER = ".cache/huggingface"  # huggingface_hub's metadata next to the files
+SPARE_BYTES = 64 << 20  # free space to leave on the file system
 
 
 class _Mark(msgspec.Struct):
@@ -32,24 +32,24 @@ class _Mark(msgspec.Struct):
 
 
 class Staging:
-    """One load's place; made by :func:`staged`."""
+    """One load's staging folder; created by :func:`staged`."""
 
     def __init__(self, url: str, target: Path, folder: Path) -> None:
         self.folder = folder
         self.files = folder / "files"
-        self.parts = folder / "parts"  # what is known of files that are not whole
+        self.parts = folder / "parts"  # the state of partial files
         self._url, self._target = url, target
         self._inside = folder.parent == target
 
     def is_in_place(self, files: list[RemoteFile]) -> bool:
-        """Whether the target is these very files already."""
+        """Whether the target already contains exactly these files."""
         mark = _read_mark(self._target)
         return mark == _Mark(self._url, files) and all(
             _size(self._target / file.path) == file.size for file in files
         )
 
     def prepare(self, files: list[RemoteFile]) -> None:
-        """Keep of an earlier try what is still wanted; LoadError when the rest has no space."""
+        """Keep what is still valid from an earlier attempt; LoadError if space is insufficient."""
         before = _read_mark(self.folder)
         known = set(before.files) if before and before.url == self._url else set()
         if not set(files) & known:
@@ -65,7 +65,7 @@ class Staging:
         self._check_space(files)
 
     def held_bytes(self) -> int:
-        """What lies on the disk of the files, whole or not."""
+        """Bytes on disk, including partial files."""
         held = 0
         for directory, _, names in os.walk(self.files):
             for name in names:
@@ -74,9 +74,9 @@ class Staging:
         return held
 
     def finish(self, files: list[RemoteFile]) -> None:
-        """Put the files, and nothing else, in the target's place."""
+        """Replace the target with the files."""
         shutil.rmtree(self.files / HUB_FOLDER, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it is not there, or holds files that were wanted
+        with contextlib.suppress(OSError):  # missing, or contains files of the source
             (self.files / HUB_FOLDER).parent.rmdir()
         mark = _Mark(self._url, files)
         if self._inside:
@@ -98,7 +98,7 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         if needed + SPARE_BYTES > free:
             raise LoadError(
-                f"{self._target}: no space: {needed / 1e9:.2f} GB are still to come, "
+                f"{self._target}: not enough space: needs {needed / 1e9:.2f} GB more, "
                 f"{free / 1e9:.2f} GB are free"
             )
 
@@ -112,7 +112,7 @@ class Staging:
 
 @contextlib.contextmanager
 def staged(url: str, target: Path) -> Iterator[Staging]:
-    """Hold the staging folder of ``target``; LoadError when another load does, or none may be."""
+    """Lock the staging folder of ``target``; LoadError if it is locked, or on disk errors."""
     target = target.absolute()
     try:
         folder = _staging_folder(target)
@@ -121,11 +121,11 @@ def staged(url: str, target: Path) -> Iterator[Staging]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise LoadError(f"{target}: another load into it is going on") from None
+                raise LoadError(f"{target}: another load into this folder is running") from None
             yield Staging(url, target, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LoadError(f"{target}: no space is left") from error
+            raise LoadError(f"{target}: no space left on device") from error
         where = error.filename or target
         raise LoadError(f"{where}: {error.strerror or error}") from error
 
@@ -139,7 +139,7 @@ def _staging_folder(target: Path) -> Path:
 
 
 def _is_mount(target: Path) -> bool:
-    """Unlike os.path.ismount it knows folders that are mounted from the same file system."""
+    """Whether it is a mount point. Unlike os.path.ismount, recognises bind mounts."""
     with contextlib.suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         escaped = str(target).replace("\\", "\\134").replace(" ", "\\040")
@@ -148,7 +148,7 @@ def _is_mount(target: Path) -> bool:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Rename, also onto a folder that is not empty."""
+    """Rename, even onto a non-empty folder."""
     if target.is_dir() and not target.is_symlink():
         old = target.parent / f".{target.name}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,8 @@
-"""``kubeai bench``: load on any OpenAI endpoint, and what became of it.
+"""``kubeai bench``: load generator and benchmark reports for any OpenAI-compatible endpoint.
 
-`plan` says what is sent and when, `run` is the process that a person started: it asks the endpoint
-whether it is there, starts workers (`worker`, processes of their own) and puts together what they
-tell. In a worker `drive` begins conversations, `client` speaks HTTP, `sse` reads streams.
-`saturation` judges whether the client was the bottleneck, `compare` writes text for a terminal,
-`report` a page. `simulate` plays the same traffic on simulated engines.
-Nothing here is imported by what serves requests.
+`plan` defines what is sent and when. `run` is the main process: it checks the endpoint, starts
+`worker` processes and merges their measurements. In a worker, `drive` starts conversations,
+`client` speaks HTTP and `sse` parses streams. `saturation` detects whether the client was the
+bottleneck; `compare` renders text tables and `report` renders HTML. `simulate` runs the same
+traffic on simulated engines. The server never imports this package.
 """

@@ -1,40 +1,44 @@
-"""Reads the streams of thousands of connections, most of it without an object or a call for each."""
+"""Reads thousands of event streams, most events without a Python object or call."""
 
 from collections.abc import Callable
 
 class Stream:
-    """When the events of a stream came that have something in them."""
+    """Arrival times of a stream's events with content."""
 
-    tokens: int  # how many those are
-    between_chunks: bool  # the HTTP parser is
-    rest: bytes  # of a line, whose end has not come
-    kept: list[bytes] | None  # the pieces of the text, where it is wanted
+    tokens: int  # number of such events
+    between_chunks: bool  # whether the HTTP parser is between two chunks
+    rest: bytes  # an incomplete line
+    kept: list[bytes] | None  # the received data; None: not kept
 
     @property
     def times_s(self) -> list[float]: ...
     def note(self, at_s: float) -> None:
-        """One came."""
+        """Record an event's arrival."""
     def learn(self, line: bytes, text_at: int) -> None:
-        """Events are as this line, given without its line feed, which has `"content":"` there."""
+        """Learn the shape of events from a line without its line feed.
+
+        ``text_at``: the offset of its `"content":"`.
+        """
     def forget(self) -> None:
-        """The next event is not as the last."""
+        """Forget the shape learned from the last event."""
     def take(self, piece: bytes, at_s: float) -> bool:
-        """Whether a piece is one event as usual, which is counted then."""
+        """Count the piece if it is one event of the learned shape; returns whether it was."""
 
 class Poller:
-    """Reads sockets of which nobody else reads while they are here, on one thread.
+    """Reads sockets that nothing else reads while they are added; single-threaded.
 
-    Call `run` whenever ``fd`` can be read, `close` at the end.
+    Call `run` whenever ``fd`` is readable and `close` at the end.
     """
 
     fd: int
 
     def add(self, fd: int, stream: Stream, other: Callable[[bytes], object]) -> None:
-        """Read a socket. ``other``: takes what is not as usual; b"" at the end, or at an error.
+        """Read a socket. ``other`` receives data that does not match the stream's shape.
 
-        At that it is to `remove` it. OSError when there is no room for one more.
+        It receives b"" at the end or on an error, and must then call `remove`. OSError if epoll
+        accepts no more sockets.
         """
     def remove(self, fd: int, stream: Stream) -> None:
-        """Leave a socket alone, whether or not it was added, or was closed meanwhile."""
+        """Stop reading a socket. No effect if it was not added."""
     def run(self) -> None: ...
     def close(self) -> None: ...

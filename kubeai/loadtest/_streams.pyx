@@ -1,15 +1,14 @@
 # cython: language_level=3
-"""Reads the streams of thousands of connections, most of it without an object or a call for each.
+"""Reads thousands of event streams, most events without a Python object or call.
 
-In most streams every event looks like the one before: a chunk of its own, its text at the same
-place, the same end. A :class:`Stream` knows what its events look like; a :class:`Poller` reads the
-sockets of those that are under way into one buffer and counts what is as usual where it lies there.
-Whatever is not (roles, the usage, errors, the end, a chunk that is cut) goes to the HTTP parser,
-which knows nothing of chunks that it was not given: only whole ones are left out, and only where it
-stands between two.
+In most streams every event has the same shape as the one before: its own chunk, the text at the
+same offset, the same end. A :class:`Stream` learns the shape of its events; a :class:`Poller` reads
+the sockets of open streams into one buffer and counts matching events in place. Everything else
+(roles, usage, errors, the end, a partial chunk) goes to the HTTP parser. The parser never sees the
+counted chunks: only whole chunks are skipped, and only while it is between two chunks.
 
-What a chunk costs is then the kernel's part and cold memory; so nothing of a usual event is kept
-but its time.
+The remaining cost per chunk is the kernel's and cold memory, so only the arrival time of a matching
+event is kept.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -43,8 +42,8 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef enum:
     READ_MAX_BYTES = 65536
     READY_MAX = 64
-    READS_MAX = 256  # a turn of the loop, which has requests to send as well
-    SIZE_MAX_DIGITS = 6  # of a chunk; none that is longer has one event
+    READS_MAX = 256  # per turn of the event loop, which also sends requests
+    SIZE_MAX_DIGITS = 6  # of a chunk size; larger chunks are not single events
     CONTENT_BYTES = 11
     END_BYTES = 4
 
@@ -62,14 +61,14 @@ cdef class Stream:
     cdef double *_times_s
     cdef Py_ssize_t _room
     cdef readonly Py_ssize_t tokens
-    # Of the last event with text: where that is in it (0: there was none), and how it ends. One
-    # that tells the usage as well ends otherwise.
+    # The shape of the last event with text: the text's offset (0: none yet) and the event's end.
+    # An event that also carries usage ends differently.
     cdef Py_ssize_t _text_at
     cdef char[END_BYTES] _end
-    cdef public bint between_chunks  # the HTTP parser is
-    cdef public bytes rest  # of a line, whose end has not come
-    cdef public list kept  # the pieces of the text, or None
-    cdef object _other  # while a Poller reads it: takes what is not as usual
+    cdef public bint between_chunks  # whether the HTTP parser is between two chunks
+    cdef public bytes rest  # an incomplete line
+    cdef public list kept  # the received data, or None
+    cdef object _other  # while a Poller reads the stream: takes data that does not match
 
     def __cinit__(self):
         self.rest = b""
@@ -134,7 +133,7 @@ cdef class Stream:
         return 0
 
     cdef Py_ssize_t _take_chunks(self, const char *at, Py_ssize_t size) except -1:
-        """Count the usual events at the front, a chunk each; how many bytes those were."""
+        """Count the matching events at the front, one per chunk; returns the bytes consumed."""
         cdef double at_s = monotonic()
         cdef Py_ssize_t used = 0, data, length
         if not self.between_chunks:
@@ -154,7 +153,7 @@ cdef class Stream:
 
 
 cdef Py_ssize_t _size_line(const char *text, Py_ssize_t size, Py_ssize_t *at) noexcept:
-    """The length of the chunk whose line is there, or -1; moves to behind that line."""
+    """Parse a chunk size line and advance past it; returns the chunk's length, or -1."""
     cdef Py_ssize_t length = 0
     cdef Py_ssize_t most = at[0] + SIZE_MAX_DIGITS
     cdef char c
@@ -214,7 +213,7 @@ cdef class Poller:
     def run(self):
         cdef int left = READS_MAX
         cdef int ready, number
-        # More comes while this reads; a turn of the loop for it would cost as much as its read.
+        # More data arrives while this reads; another turn of the event loop costs as much.
         while left > 0:
             ready = epoll_wait(self.fd, self._ready, min(left, READY_MAX), 0)
             if ready <= 0:
@@ -226,7 +225,7 @@ cdef class Poller:
     cdef int _read(self, int fd) except -1:
         cdef Stream stream = self._streams[fd]
         cdef Py_ssize_t size, used
-        if stream is None:  # removed since it was ready
+        if stream is None:  # removed since epoll reported it
             return 0
         size = recv(fd, self._buffer, READ_MAX_BYTES, MSG_DONTWAIT)
         if size < 0 and (errno == EAGAIN or errno == EINTR):

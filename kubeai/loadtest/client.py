@@ -1,7 +1,7 @@
-"""HTTP/1.1 to one endpoint: a connection a request, kept alive between them, without a limit.
+"""HTTP/1.1 client for one endpoint, with an unlimited number of keep-alive connections.
 
-A request is bytes, made before it is due. From its head on a stream in chunks is read by a
-`Poller`, which counts what it can and passes on the rest; not so what comes by TLS. Times are of
+Requests are encoded before they are due. After the response head, a `Poller` reads chunked streams
+over plain TCP: it counts the events it recognises and passes on the rest. Times are
 CLOCK_MONOTONIC, in seconds.
 """
 
@@ -29,14 +29,14 @@ LOST_UNANSWERED = "lost before it answered"
 
 
 class EndpointError(KubeAIError):
-    """An endpoint cannot be asked, as its URL is written or as it answers."""
+    """An endpoint cannot be used: its URL is invalid, or it does not respond as expected."""
 
 
 class Answer:
-    """What became of a request. ``error``: what kind of failure, "" if it was none.
+    """The outcome of a request. ``error`` is the kind of failure, "" on success.
 
-    It is also what the HTTP parser calls, which has looked up the methods as it was made: a
-    stream's pieces go to its reader without a detour.
+    Also the HTTP parser's protocol object. The parser binds the callbacks when it is created, so a
+    stream's data goes directly to its reader.
     """
 
     __slots__ = (
@@ -46,15 +46,15 @@ class Answer:
     )
 
     def __init__(self, reader: Reader | None, endpoint_header: bytes) -> None:
-        self.reader = reader  # of a stream; None: the answer is wanted whole, in `body`
+        self.reader = reader  # for a stream; None collects the whole response in `body`
         self.status = 0
         self.error = ""
-        self.said = ""  # the endpoint's own words about a failure
+        self.said = ""  # the endpoint's message about a failure
         self.body = b""
-        self.endpoint = ""  # who answered
+        self.endpoint = ""  # the endpoint that responded
         self.ended_s = 0.0
         self._endpoint_header = endpoint_header
-        self._framed = False  # the head says where the body ends
+        self._framed = False  # the headers delimit the body
         self._chunked = False
         self._parts: list[bytes] = []
         self._connection: Connection | None = None
@@ -65,7 +65,7 @@ class Answer:
         self._parser: Any = None
 
     def begin(self, connection: Connection) -> Callable[[bytes], None]:
-        """It comes over this connection; returns what takes its bytes."""
+        """Receive the response over this connection; returns the callback for its bytes."""
         self._connection = connection
         self._parser = httptools.HttpResponseParser(self)
         self._ended = asyncio.get_running_loop().create_future()
@@ -75,15 +75,15 @@ class Answer:
         return feed
 
     async def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until the response has ended."""
         assert self._ended is not None
         await self._ended
 
     def lose(self, exc: Exception | None) -> None:
-        """Its connection has ended."""
+        """Handle the loss of the connection."""
         if not self.status:
             self.end(LOST_UNANSWERED)
-        elif exc is None and not self._framed:  # the end of the connection is that of the body
+        elif exc is None and not self._framed:  # the body is delimited by connection close
             self.on_message_complete()
         elif self.reader is not None and self.status < 300:
             self.reader.close()
@@ -92,7 +92,7 @@ class Answer:
             self.end("cut")
 
     def end(self, error: str, said: str = "") -> None:
-        """The first end counts."""
+        """Finish with this result; later calls have no effect."""
         if self._connection is None or self._ended is None:
             return
         self.error, self.said, self.ended_s = error, said, monotonic()
@@ -102,10 +102,10 @@ class Answer:
             self._ended.set_result(None)
 
     def forget(self) -> None:
-        """Nothing more comes. This and its parser would keep each other until a collection."""
+        """Break the reference cycle between this object and its parser."""
         self._connection = self._parser = None
 
-    # -- what the parser calls ---------------------------------------------------------------------
+    # -- parser callbacks --------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -116,7 +116,7 @@ class Answer:
             self.endpoint = value.decode(errors="replace")
 
     def on_headers_complete(self) -> None:
-        if self._parser is None:  # one more answer, to nothing
+        if self._parser is None:  # an unsolicited response
             return
         self.status = self._parser.get_status_code()
         if self.reader is None or self.status < 200:
@@ -150,7 +150,7 @@ class Answer:
 
 
 class Address:
-    """Where an OpenAI endpoint is. EndpointError when the URL does not say that."""
+    """The address of an OpenAI-compatible endpoint. EndpointError if the URL is invalid."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -160,10 +160,10 @@ class Address:
         except ValueError as error:
             raise EndpointError(f"{url!r}: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EndpointError(f"{url!r}: must be http://host:port/path, or https")
+            raise EndpointError(f"{url!r}: must be http://host:port/path or https://host:port/path")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise EndpointError(
-                f"{parts.scheme}://{parts.hostname}: takes no user, query or fragment in the URL"
+                f"{parts.scheme}://{parts.hostname}: URL must not have a user, query or fragment"
             )
         self.host = parts.hostname
         self.tls = parts.scheme == "https"
@@ -173,9 +173,10 @@ class Address:
 
 
 class Client:
-    """The connections to one endpoint. Call `find` before the first request, `close` at the end.
+    """Connections to one endpoint. Call `find` before the first request and `close` at the end.
 
-    ``headers``: of every request. ``endpoint_header``: the answers' header that says who answered.
+    ``headers`` are added to every request. ``endpoint_header`` names the response header that
+    identifies the endpoint.
     """
 
     def __init__(
@@ -190,8 +191,8 @@ class Client:
         self.endpoint_header = endpoint_header.lower().encode()
         self.idle: list[Connection] = []
         self.open: set[Connection] = set()
-        self.readers: set[Reader] = set()  # of streams that are under way
-        self.poller: Poller | None = None  # of those that come in the clear
+        self.readers: set[Reader] = set()  # of streams in flight
+        self.poller: Poller | None = None  # None with TLS
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if address.tls else None
         self._places: Sequence[tuple[Any, ...]] = ()
@@ -205,9 +206,9 @@ class Client:
         self._head = "".join(f"{line}\r\n" for line in lines).encode()
 
     async def find(self) -> None:
-        """Resolve the name, once, and keep the addresses that take a connection.
+        """Resolve the name once and keep the addresses that accept a connection.
 
-        EndpointError when none does.
+        EndpointError if none does.
         """
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_tell)
@@ -235,14 +236,14 @@ class Client:
         self._places = kept
 
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """The bytes of a request; ``path`` is below the endpoint's."""
+        """Encode a request; ``path`` is relative to the endpoint's."""
         head = f"{method} {self.address.path}{path} HTTP/1.1\r\n".encode() + self._head
         if body:
             head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
         return head + b"\r\n" + body
 
     async def send(self, request: bytes, reader: Reader | None = None) -> Answer:
-        """Send a request and wait for the end of its answer, whatever that is."""
+        """Send a request and wait for its response or failure, which `Answer.error` reports."""
         answer = Answer(reader, self.endpoint_header)
         if reader is not None:
             self.readers.add(reader)
@@ -254,7 +255,7 @@ class Client:
                     await connection.ask(request, answer)
                     if answer.error != LOST_UNANSWERED:
                         return answer
-                    # The server had ended the connection before it saw the request.
+                    # The server had closed the idle connection: retry on a new one.
                 place = self._places[next(self._next_place) % len(self._places)]
                 connection = await self._connect(place)
                 await connection.ask(request, answer)
@@ -293,12 +294,12 @@ class Client:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; it has an answer to bring, or rests in its client's ``idle``."""
+    """One connection: receiving a response, or in its client's ``idle`` list."""
 
     __slots__ = ("_answer", "_client", "_fault", "_fd", "_polled", "_transport", "data_received")
 
-    # The parser's own method while an answer comes: with a method of ours between, each piece would
-    # cost a call more. uvloop looks it up when it is told its protocol.
+    # Bound to the parser's own method during a response, which saves one call per read. uvloop
+    # looks it up in `set_protocol`.
     data_received: Callable[[bytes], None]  # type: ignore[assignment]
 
     def __init__(self, client: Client) -> None:
@@ -311,7 +312,7 @@ class Connection(asyncio.Protocol):
         self.data_received = self._unasked
 
     async def ask(self, request: bytes, answer: Answer) -> None:
-        """Send a request; returns when its answer has ended."""
+        """Send a request and wait until its response has ended."""
         self._answer = answer
         self._take(answer.begin(self))
         if self._transport is None or self._transport.is_closing():
@@ -321,7 +322,7 @@ class Connection(asyncio.Protocol):
         await answer.wait()
 
     def poll(self, reader: Reader) -> None:
-        """From here on a stream comes, which the client's poller reads."""
+        """Hand the socket to the client's poller for the rest of a stream."""
         poller, transport = self._client.poller, self._transport
         if poller is not None and transport is not None and not transport.is_closing():
             transport.pause_reading()
@@ -329,7 +330,7 @@ class Connection(asyncio.Protocol):
             poller.add(self._fd, reader, self._take_other)
 
     def ended(self, *, reusable: bool) -> None:
-        """The answer has."""
+        """The response has ended: reuse or close the connection."""
         self._answer = None
         self._unpoll()
         self._take(self._unasked)
@@ -341,9 +342,9 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def leave(self, answer: Answer) -> None:
-        """Nobody waits for it any longer: what is still to come of it is not wanted.
+        """Abort if this response is still pending.
 
-        If it has ended, this may be at work for another by now.
+        If it has ended, the connection may already serve another request.
         """
         if self._answer is answer:
             self._answer = None
@@ -379,7 +380,7 @@ class Connection(asyncio.Protocol):
             self._transport.set_protocol(self)
 
     def _take_other(self, data: bytes) -> None:
-        """What the poller does not count; nothing: the transport is to see for itself."""
+        """Take data that the poller does not count; b"" returns the socket to the transport."""
         if not data:
             self._unpoll()
             return
@@ -403,14 +404,14 @@ class Connection(asyncio.Protocol):
 
 
 def _is_no_http(error: object) -> bool:
-    """Whether the parser said so of what came; a fault in what it calls is another matter."""
+    """Whether the parser rejected the data, rather than one of our callbacks failing."""
     return isinstance(error, httptools.HttpParserError) and not isinstance(
         error, httptools.HttpParserCallbackError
     )
 
 
 def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """The loop's exception handler: what is no HTTP is told as its request's error, no more."""
+    """The loop's exception handler: invalid HTTP is only reported as its request's error."""
     if not _is_no_http(context.get("exception")):
         loop.default_exception_handler(context)
 

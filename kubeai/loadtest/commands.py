@@ -1,6 +1,6 @@
-"""The commands of ``kubeai bench``. Imports what they need when they run."""
+"""The commands of ``kubeai bench``. Each command imports its dependencies when it runs."""
 
-# No postponed annotations: typer evaluates them.
+# No `from __future__ import annotations`: typer evaluates the annotations.
 import asyncio
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +12,7 @@ ENGINES, ROUTING = "Engines", "Routing"
 
 
 def app() -> typer.Typer:
-    bench = typer.Typer(
-        help="Load on an OpenAI endpoint, and what it came to.", no_args_is_help=True
-    )
+    bench = typer.Typer(help="Benchmark an OpenAI-compatible endpoint.", no_args_is_help=True)
     bench.command("run")(run)
     bench.command("simulate")(simulate)
     bench.command("compare")(compare)
@@ -28,56 +26,70 @@ def _option(help: str, panel: str, *names: str, **more: Any) -> Any:
 # Options of both `run` and `simulate`.
 Shape = Annotated[
     str | None,
-    _option("chat (the default), assistant, rag, agent or embeddings: made up.", TRAFFIC),
+    _option("Synthetic traffic: chat (default), assistant, rag, agent or embeddings.", TRAFFIC),
 ]
 Conversations = Annotated[
     int | None,
-    _option("How many. Default: 1000; with --duration or --requests no limit.", TRAFFIC, min=1),
+    _option(
+        "Number of conversations. Default: 1000; unlimited with --duration or --requests.",
+        TRAFFIC,
+        min=1,
+    ),
 ]
-Turns = Annotated[int | None, _option("Of a conversation.", TRAFFIC, min=1)]
+Turns = Annotated[int | None, _option("Turns per conversation.", TRAFFIC, min=1)]
 SystemTokens = Annotated[
-    int | None, _option("Of the system prompt that conversations share.", TRAFFIC, min=0)
+    int | None, _option("Length of the shared system prompt, in tokens.", TRAFFIC, min=0)
 ]
-PromptTokens = Annotated[int | None, _option("Of the first turn, as a mean.", TRAFFIC, min=1)]
-TurnTokens = Annotated[int | None, _option("Of each further turn, as a mean.", TRAFFIC, min=1)]
+PromptTokens = Annotated[
+    int | None, _option("Mean length of the first user message, in tokens.", TRAFFIC, min=1)
+]
+TurnTokens = Annotated[
+    int | None, _option("Mean length of later user messages, in tokens.", TRAFFIC, min=1)
+]
 ReplyTokens = Annotated[
-    int | None, _option("max_tokens, as a mean; 0: as the engine likes.", TRAFFIC, min=0)
+    int | None, _option("Mean max_tokens; 0 leaves it to the engine.", TRAFFIC, min=0)
 ]
 ThinkTime = Annotated[
-    str | None, _option("Between an answer and the next turn, as a mean.", TRAFFIC)
+    str | None, _option("Mean pause between a response and the next turn.", TRAFFIC)
 ]
-Seed = Annotated[int, _option("The same seed makes the same traffic. Default: 1.", TRAFFIC)]
-Sharegpt = Annotated[
-    Path | None, _option("Conversations from a file in ShareGPT's format.", TRAFFIC)
+Seed = Annotated[
+    int, _option("Random seed; the same seed gives the same traffic. Default: 1.", TRAFFIC)
 ]
+Sharegpt = Annotated[Path | None, _option("Read conversations from a ShareGPT file.", TRAFFIC)]
 MessagesMin = Annotated[
-    int, _option("Of a conversation in that file, else it is left out.", TRAFFIC, min=2)
+    int, _option("Skip --sharegpt conversations with fewer messages.", TRAFFIC, min=2)
 ]
-Trace = Annotated[Path | None, _option("Requests from a file that says when each is due.", TRAFFIC)]
-Speed = Annotated[float, _option("2: a trace's time passes twice as fast.", TRAFFIC)]
+Trace = Annotated[Path | None, _option("Replay a trace file of timestamped requests.", TRAFFIC)]
+Speed = Annotated[float, _option("Trace replay speed; 2 replays twice as fast.", TRAFFIC)]
 Rate = Annotated[
     float | None,
     _option(
-        "Open loop: so many conversations begin a second, whether or not others have ended.",
+        "Open loop: start this many conversations per second, regardless of completions.",
         LOAD,
     ),
 ]
-Arrivals = Annotated[str | None, _option("poisson (the default), constant, bursts or ramp.", LOAD)]
-Burst = Annotated[int | None, _option("Conversations of a burst: 10.", LOAD, min=1)]
-UntilRate = Annotated[float | None, _option("The rate at a ramp's end.", LOAD)]
-RampTime = Annotated[str | None, _option("How long a ramp takes: 60s.", LOAD)]
-Requests = Annotated[int | None, _option("No more than so many.", LOAD, min=1)]
-WarmUp = Annotated[str | None, _option("What is due in that time is sent, but not counted.", LOAD)]
-SloTtft = Annotated[str | None, _option("Most time to the first token of a good answer.", JUDGING)]
-SloToken = Annotated[str | None, _option("Most time of each further token, as its mean.", JUDGING)]
-SloTotal = Annotated[str | None, _option("Most time to the end of a good answer.", JUDGING)]
-Html = Annotated[Path | None, _option("Write a page about them there.", JUDGING)]
+Arrivals = Annotated[
+    str | None, _option("Arrivals: poisson (default), constant, bursts or ramp.", LOAD)
+]
+Burst = Annotated[int | None, _option("Conversations per burst. Default: 10.", LOAD, min=1)]
+UntilRate = Annotated[float | None, _option("Final rate of the ramp.", LOAD)]
+RampTime = Annotated[str | None, _option("Duration of the ramp. Default: 60s.", LOAD)]
+Requests = Annotated[int | None, _option("Maximum number of requests.", LOAD, min=1)]
+WarmUp = Annotated[
+    str | None, _option("Send but do not count requests due within this time.", LOAD)
+]
+SloTtft = Annotated[str | None, _option("SLO: maximum time to first token.", JUDGING)]
+SloToken = Annotated[str | None, _option("SLO: maximum mean time per output token.", JUDGING)]
+SloTotal = Annotated[str | None, _option("SLO: maximum end-to-end time.", JUDGING)]
+Html = Annotated[Path | None, _option("Write an HTML report to this file.", JUDGING)]
 
 
 def run(
-    url: Annotated[str, typer.Argument(help="Of the endpoint, as http://host:port/openai/v1.")],
+    url: Annotated[
+        str, typer.Argument(help="Base URL of the endpoint, such as http://host:port/openai/v1.")
+    ],
     model: Annotated[
-        str, _option("Whom to ask. Default: the endpoint's only model.", SENDING)
+        str, _option("Model to request. Default: the endpoint's only model.", SENDING)
     ] = "",
     # traffic
     shape: Shape = None,
@@ -97,7 +109,7 @@ def run(
     concurrency: Annotated[
         int | None,
         _option(
-            "Closed loop: so many conversations at a time; the next begins when one ends. "
+            "Closed loop: number of concurrent conversations; the next starts when one ends. "
             "Default: 32.",
             LOAD,
             min=1,
@@ -110,40 +122,52 @@ def run(
     ramp_time: RampTime = None,
     duration: Annotated[
         str | None,
-        _option("Nothing begins later than that after the warm-up; what runs is finished.", LOAD),
+        _option(
+            "Start no request later than this after the warm-up; in-flight requests complete.",
+            LOAD,
+        ),
     ] = None,
     requests: Requests = None,
     warm_up: WarmUp = None,
     processes: Annotated[
-        int, _option("That send it. Default: 1; it says when that was too few.", LOAD, min=1)
+        int,
+        _option(
+            "Number of processes that generate load (default 1). Warns if they are the bottleneck.",
+            LOAD,
+            min=1,
+        ),
     ] = 1,
     # requests
-    timeout: Annotated[str | None, _option("Of a request: 300s.", SENDING)] = None,
+    timeout: Annotated[str | None, _option("Request timeout. Default: 300s.", SENDING)] = None,
     api_key: Annotated[
-        str | None, _option("Sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
+        str | None, _option("API key, sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
     ] = None,
     header: Annotated[
-        list[str] | None, _option("'Name: value', of each request; may be repeated.", SENDING)
+        list[str] | None,
+        _option("'Name: value' to add to each request; may be repeated.", SENDING),
     ] = None,
     body: Annotated[
         str | None,
-        _option('Fields that each request has besides, as {"temperature": 0}.', SENDING),
+        _option('JSON fields to add to each request body, such as {"temperature": 0}.', SENDING),
     ] = None,
-    stream: Annotated[bool, _option("Answers in pieces (the default), or whole.", SENDING)] = True,
+    stream: Annotated[bool, _option("Request streaming responses (default).", SENDING)] = True,
     endpoint_header: Annotated[
-        str, _option("Of answers: says who gave it. Default: X-Mock-Replica.", SENDING)
+        str,
+        _option("Response header that identifies the endpoint. Default: X-Mock-Replica.", SENDING),
     ] = "X-Mock-Replica",
     # results
     slo_ttft: SloTtft = None,
     slo_token: SloToken = None,
     slo_total: SloTotal = None,
-    name: Annotated[str, _option("Of this run, where it is compared.", JUDGING)] = "",
-    json: Annotated[Path | None, _option("Write the results there.", JUDGING)] = None,
+    name: Annotated[str, _option("Name of this run in comparisons.", JUDGING)] = "",
+    json: Annotated[
+        Path | None, _option("Write the results to this file as JSON.", JUDGING)
+    ] = None,
     html: Html = None,
 ) -> None:
-    """Send load to an OpenAI endpoint: ours, another gateway, an engine.
+    """Send load to an OpenAI-compatible endpoint and report latency and throughput.
 
-    Durations are written 500ms, 60s, 1m30s. Ctrl-C keeps what was measured so far.
+    Durations are written 500ms, 60s or 1m30s. Ctrl-C keeps what was measured so far.
     """
     import math
 
@@ -208,32 +232,44 @@ def run(
 def simulate(
     # engines
     preset: Annotated[
-        str, _option("Whose speed and memory they have. Default: llama-3.1-8b-fp8-l4.", ENGINES)
+        str,
+        _option(
+            "Model and GPU whose speed and memory engines have. Default: llama-3.1-8b-fp8-l4.",
+            ENGINES,
+        ),
     ] = "llama-3.1-8b-fp8-l4",
-    engines: Annotated[int, _option("How many. Default: 8.", ENGINES, min=1, max=20_000)] = 8,
+    engines: Annotated[
+        int, _option("Number of engines. Default: 8.", ENGINES, min=1, max=20_000)
+    ] = 8,
     cache_blocks: Annotated[
-        int | None, _option("Of 16 tokens, in each engine's memory.", ENGINES, min=1)
+        int | None, _option("KV-cache blocks per engine, of 16 tokens each.", ENGINES, min=1)
     ] = None,
     # routing
     strategies: Annotated[
         str,
         _option(
-            "Of Service (a Kubernetes Service: at random), RoundRobin, LeastLoad, PrefixHash, "
-            "Oracle (knows every cache). Default: Service,LeastLoad,PrefixHash.",
+            "Comma-separated list of Service (random, like a Kubernetes Service), RoundRobin, "
+            "LeastLoad, PrefixHash and Oracle (knows every cache). "
+            "Default: Service,LeastLoad,PrefixHash.",
             ROUTING,
         ),
     ] = "Service,LeastLoad,PrefixHash",
     replication: Annotated[
-        int | None, _option("PrefixHash: virtual nodes an engine: 20.", ROUTING, min=1, max=10_000)
+        int | None,
+        _option("PrefixHash: virtual nodes per engine. Default: 20.", ROUTING, min=1, max=10_000),
     ] = None,
     mean_load_factor: Annotated[
-        int | None, _option("PrefixHash: percent of the mean load: 125.", ROUTING, min=100)
+        int | None,
+        _option(
+            "PrefixHash: load limit, in percent of the mean load. Default: 125.", ROUTING, min=100
+        ),
     ] = None,
     prefix_char_length: Annotated[
-        int | None, _option("PrefixHash: characters of the prefix: 100.", ROUTING, min=0)
+        int | None,
+        _option("PrefixHash: prefix length in characters. Default: 100.", ROUTING, min=0),
     ] = None,
     replicas: Annotated[
-        int, _option("Of KubeAI, which tell each other their loads. Default: 1.", ROUTING, min=1)
+        int, _option("Number of KubeAI replicas, which share loads. Default: 1.", ROUTING, min=1)
     ] = 1,
     # traffic
     shape: Shape = None,
@@ -253,8 +289,8 @@ def simulate(
     concurrency: Annotated[
         str | None,
         _option(
-            "Closed loop: so many conversations at a time; several, as 100,200,400, are a run "
-            "each. Default: 32.",
+            "Closed loop: number of concurrent conversations; a list such as 100,200,400 gives "
+            "one run each. Default: 32.",
             LOAD,
         ),
     ] = None,
@@ -270,14 +306,14 @@ def simulate(
     slo_token: SloToken = None,
     slo_total: SloTotal = None,
     json: Annotated[
-        Path | None, _option("A folder: write the results of each run there.", JUDGING)
+        Path | None, _option("Write each run's results as JSON to this folder.", JUDGING)
     ] = None,
     html: Html = None,
 ) -> None:
-    """Ask the same of simulated engines, by each strategy: no GPU, no waiting.
+    """Compare routing strategies on simulated engines, without a GPU and in virtual time.
 
-    The ring and the load table are the gateway's own; times are virtual. The same options give the
-    same figures everywhere.
+    The hash ring and load table are the gateway's own code. The same options give the same results
+    on every machine.
     """
     from kubeai.loadtest import options
     from kubeai.loadtest import simulate as simulating
@@ -372,11 +408,12 @@ def _objective(ttft: str | None, token: str | None, total: str | None) -> Any:
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(help="What --json wrote; the first is what others are held to.")
+        list[Path],
+        typer.Argument(help="Result files written with --json; the first is the baseline."),
     ],
-    html: Annotated[Path | None, typer.Option(help="Write a page about them there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
 ) -> None:
-    """Put runs beside each other: in the terminal, and with --html on a page."""
+    """Compare runs in the terminal and, with --html, in an HTML report."""
     from kubeai.loadtest import options
     from kubeai.loadtest.compare import table
     from kubeai.simulation.records import read

@@ -1,7 +1,7 @@
-"""Runs of ``kubeai bench`` beside each other: which figures, which is best, and by how much.
+"""Compares runs of ``kubeai bench``: which figures to show, the best value and the ratios.
 
-Owns the rows, for the terminal (:func:`table`) and for the page (``report``) alike. A figure that
-no run has is left out; one that a run lacks is a dash.
+Owns the rows of both the terminal table (:func:`table`) and the HTML report (``report``). Figures
+that no run has are omitted; a missing value is shown as a dash.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import NamedTuple
 from kubeai.simulation.records import Results
 
 MISSING = "–"
-MORE, LESS, NEITHER = 1, -1, 0  # what is better
+MORE, LESS, NEITHER = 1, -1, 0  # which direction is better
 
 
 class Figure(NamedTuple):
     label: str
-    path: tuple[str, ...]  # where it is in Results.summary
+    path: tuple[str, ...]  # in Results.summary
     better: int = NEITHER
     scale: float = 1  # from the summary's unit to the label's
 
 
 class Cell(NamedTuple):
-    """A run's value, its ratio to the first run's ("" for the first), if no other run's is better.
+    """A run's value, its ratio to the first run's ("" for the first) and whether it is the best.
 
-    Where all runs show the same, or there is but one, none is best.
+    If all runs show the same value, or there is only one run, none is best.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
 
 class Row(NamedTuple):
     label: str
-    cells: list[Cell]  # one a run
+    cells: list[Cell]  # one per run
 
 
 def _times(key: str, better: int) -> tuple[Figure, ...]:
@@ -63,18 +63,18 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
     "Time per output token, ms": _times("token_ms", LESS),
     "Gap between tokens, ms": _times("gap_ms", LESS),
     "End to end, ms": _times("took_ms", LESS),
-    "Sent late by, ms": _times("late_ms", NEITHER),  # the client's doing
+    "Sent late by, ms": _times("late_ms", NEITHER),  # caused by the load generator
 }
 
 
 def figures(runs: Sequence[Results]) -> dict[str, list[Row]]:
-    """The rows of each group that has any, by the group's title."""
+    """Rows by group title; groups without rows are omitted."""
     found = {title: _rows(runs, group) for title, group in FIGURES.items()}
     return {title: rows for title, rows in found.items() if rows}
 
 
 def errors(runs: Sequence[Results]) -> list[Row]:
-    """A row for each kind of error, the commonest first."""
+    """One row per kind of error, most frequent first."""
     kinds = {kind for run in runs for kind in run.errors}
     counts = {kind: [run.errors.get(kind, 0) for run in runs] for kind in kinds}
     order = sorted(kinds, key=lambda kind: (-sum(counts[kind]), kind))
@@ -82,7 +82,7 @@ def errors(runs: Sequence[Results]) -> list[Row]:
 
 
 def warnings(run: Results) -> list[str]:
-    """What makes the run's figures doubtful: that requests failed, and its own warnings."""
+    """What makes the run's results unreliable: failed requests, and its own warnings."""
     failed, requests = (run.summary.get(key) or 0 for key in ("failed", "requests"))
     told = [printable(warning) for warning in run.warnings]
     if not requests:
@@ -90,12 +90,12 @@ def warnings(run: Results) -> list[str]:
     if failed == requests:
         return [f"none of {requests:,} requests succeeded", *told]
     if failed:
-        return [f"{failed:,} of {requests:,} requests failed: times are those of the others", *told]
+        return [f"{failed:,} of {requests:,} requests failed: latencies exclude them", *told]
     return told
 
 
 def table(runs: Sequence[Results]) -> str:
-    """Plain text for a terminal, without a newline at its end; "×": to the first run."""
+    """Plain text for a terminal, without a trailing newline. "×" is the ratio to the first run."""
     groups = [*figures(runs).items(), ("Errors", errors(runs))]
     lines = [["", *(printable(run.name) for run in runs)]]
     for title, rows in groups:
@@ -108,13 +108,13 @@ def table(runs: Sequence[Results]) -> str:
         for line in lines
     ]
     if len(runs) > 1:
-        text += ["", "* the best of its row; ×: ratio to the first run"]
+        text += ["", "* best in its row; ×: ratio to the first run"]
     text += [f"! {printable(run.name)}: {each}" for run in runs for each in warnings(run)]
     return "\n".join(line.rstrip() for line in text)
 
 
 def printable(text: str) -> str:
-    """Without what would move a terminal's cursor or is no character of XML."""
+    """Replace control characters, which could move a terminal's cursor or are invalid in XML."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
@@ -162,5 +162,5 @@ def _ratio(first: float | None, value: float | None) -> str:
 
 
 def _decimals(value: float) -> int:
-    """As many as show three digits, two at most; 0 needs none."""
+    """The decimals needed to show three significant digits, at most two; none for 0."""
     return max(0, min(2, 2 - math.floor(math.log10(abs(value))))) if value else 0

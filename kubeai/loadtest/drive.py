@@ -1,9 +1,9 @@
-"""Begins a worker's conversations when they are due, and measures what comes.
+"""Starts a worker's conversations when they are due and measures the responses.
 
-In a closed loop a slot has one conversation at a time; in an open one each begins at its time,
-however many are under way. A request's times count from when it was due, so that a wait for this
-process is part of what is measured and not left out of it (coordinated omission). Times in records
-are seconds since the start.
+In a closed loop each slot runs one conversation at a time; in an open loop each conversation starts
+at its scheduled time, however many are in flight. Latencies are measured from when a request was
+due, so that delays in this process are included (no coordinated omission). Times in records are
+seconds since the start.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from kubeai.loadtest.plan import Batch, ClosedLoop, Plan
 from kubeai.simulation.records import Gaps, Record
 from kubeai.simulation.traffic import Conversation
 
-AHEAD = 512  # conversations that are made before they are due
+AHEAD = 512  # conversations generated before they are due
 REFILL_INTERVAL_S = 0.02
 BEAT_S = 0.1
-# Timers tick in milliseconds: a request is sent up to half of one early or late.
+# Timers have a resolution of 1 ms: a request is sent up to half of that early or late.
 EARLY_S = 0.0005
-# Slots begin one after the other: 2,000 connections at once are more than a server's backlog.
+# Slots start staggered: 2,000 simultaneous connections would exceed a server's backlog.
 SLOT_STAGGER_S = 0.0005
-# Where requests fail at once, a slot would send as many as this process can.
+# Pause after a failure: without it, a slot whose requests fail immediately would spin.
 FAILED_PAUSE_S = 0.5
 
 
 class Prepared(NamedTuple):
     number: int
     conversation: Conversation
-    request: bytes  # of its first turn
+    request: bytes  # the first turn's
 
 
 class Driver:
-    """One worker's part of a plan. `prepare`, then `run` once; `take` what was measured so far."""
+    """One worker's share of a plan. Call `prepare`, then `run` once; `take` returns a batch."""
 
     def __init__(self, plan: Plan, to: client.Client) -> None:
         self._plan, self._client = plan, to
         self._source: Iterator[tuple[int, Conversation]] = iter(())
         self._ahead: deque[Prepared] = deque()
         self._start_s = 0.0
-        self._before_s = (0.0, 0.0)  # CPU that was used before the start
+        self._before_s = (0.0, 0.0)  # CPU time used before the start
         self._left = None if plan.requests_max is None else plan.share(plan.requests_max)
         self._in_flight = 0
         self._dropped = 0
@@ -58,17 +58,17 @@ class Driver:
         self._gaps = Gaps()
         self._beats_late_s: list[float] = []
         self._said: dict[str, str] = {}
-        # Of requests that have ended:
+        # For ended requests:
         self._known: set[str] = set()
         self._counts: Counter[str] = Counter()
 
     def prepare(self) -> None:
-        """Read or make the conversations that come first; TrafficError when that cannot be."""
+        """Load or generate the first conversations; TrafficError if that fails."""
         self._source = self._plan.conversations()
         self._ahead.extend(itertools.islice(map(self._prepared, self._source), AHEAD))
 
     async def run(self, start_s: float) -> None:
-        """Until all that began has ended; cancelled, what is under way is dropped."""
+        """Run until every started conversation has ended; cancellation drops those in flight."""
         self._start_s, self._before_s = start_s, _cpu_s()
         helpers = [asyncio.create_task(self._refill()), asyncio.create_task(self._beat())]
         try:
@@ -107,7 +107,7 @@ class Driver:
         self._beats_late_s, self._said = [], {}
         return batch
 
-    # -- when --------------------------------------------------------------------------------------
+    # -- schedule ----------------------------------------------------------------------------------
 
     async def _slot(self, number: int) -> None:
         due_s = number * SLOT_STAGGER_S
@@ -152,10 +152,10 @@ class Driver:
             self._beats_late_s.append(max(0.0, now_s - due_s))
             due_s = max(due_s, now_s - BEAT_S)
 
-    # -- what --------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     async def _converse(self, one: Prepared, due_s: float) -> float:
-        """Turn after turn, until one fails. Returns when the next conversation may begin."""
+        """Run all turns, until one fails. Returns the time at which the next one may start."""
         replies: list[str] = []
         turns = one.conversation.turns
         for turn, said in enumerate(turns):
@@ -179,7 +179,7 @@ class Driver:
     async def _ask(
         self, one: Prepared, turn: int, due_s: float, replies: list[str], keep: bool
     ) -> tuple[Record, str]:
-        """One request; also the text that came, where it is wanted."""
+        """Send one request; returns its record and, with ``keep``, the text of the reply."""
         chat = one.conversation.kind == "chat"
         request = self._request(one.conversation, turn, replies) if turn else one.request
         reader = sse.Reader(keep=keep) if chat and self._plan.stream else None
@@ -223,7 +223,7 @@ class Driver:
         try:
             answer = sse.decode_answer(body)
         except msgspec.DecodeError:
-            record.error = "not an answer"
+            record.error = "invalid response"
             return ""
         if answer.error is not None:
             record.error = "error"
@@ -260,6 +260,6 @@ class Driver:
 
 
 def _cpu_s() -> tuple[float, float]:
-    """Of this process: all of it, and the kernel's part."""
+    """CPU time of this process: total and kernel."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime, used.ru_stime

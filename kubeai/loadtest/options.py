@@ -1,4 +1,4 @@
-"""What stands on the command line, as a `Plan`; OptionError names the option that is wrong."""
+"""Converts command-line options to the parts of a `Plan`; OptionError names the invalid option."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Arrival = Literal["poisson", "constant", "bursts", "ramp"]
 
 
 class OptionError(KubeAIError):
-    """An option cannot be used; the message begins with its name."""
+    """An option is invalid; the message begins with its name."""
 
 
 def seconds(
     option: str, text: str | None, default: float = 0.0, *, positive: bool = False
 ) -> float:
-    """Of a duration such as ``1m30s``; ``default``: where the option is not given."""
+    """Parse a duration such as ``1m30s``; ``default`` applies when the option is not given."""
     if text is None:
         return default
     try:
@@ -32,14 +32,14 @@ def seconds(
     except ValueError as error:
         raise OptionError(f"{option}: {error}") from None
     if value < 0:
-        raise OptionError(f"{option}: {text} is less than 0")
+        raise OptionError(f"{option}: {text} is negative")
     if positive and not value:
         raise OptionError(f"{option}: must be more than 0")
     return value
 
 
 def headers(lines: list[str], api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """Of lines such as ``X-Label-Selector: tier=fast``, and the one that a key is sent in."""
+    """Parse lines such as ``X-Label-Selector: tier=fast``; add Authorization for the API key."""
     found = []
     for line in lines:
         name, colon, value = line.partition(":")
@@ -52,13 +52,13 @@ def headers(lines: list[str], api_key: str | None) -> tuple[tuple[str, str], ...
 
 
 def fields(option: str, text: str | None) -> dict[str, Any]:
-    """Of a JSON object such as ``{"ignore_eos": true}``."""
+    """Parse a JSON object such as ``{"ignore_eos": true}``."""
     try:
         found = msgspec.json.decode(text or "{}")
     except msgspec.DecodeError as error:
         raise OptionError(f"{option}: {error}") from None
     if not isinstance(found, dict):
-        raise OptionError(f"{option}: {text!r} is no JSON object")
+        raise OptionError(f"{option}: {text!r} is not a JSON object")
     return found
 
 
@@ -73,22 +73,22 @@ def traffic(
     trace: Path | None,
     speed: float,
 ) -> MadeUp | ShareGpt | Trace:
-    """``changes``: to the shape's fields, None where there is none. ``endless``: the load has an
-    end of its own."""
+    """``changes`` override the shape's fields; None keeps a field. ``endless`` means that the load
+    is bounded by other options."""
     given = {name: value for name, value in changes.items() if value is not None}
     sources = {"--shape": shape, "--sharegpt": sharegpt, "--trace": trace}
     if len(named := [name for name, value in sources.items() if value is not None]) > 1:
-        raise OptionError(f"{named[1]}: does not go with {named[0]}")
+        raise OptionError(f"{named[1]}: cannot be combined with {named[0]}")
     if sharegpt is None and trace is None:
         name = shape or "chat"
         if name not in SHAPES:
-            raise OptionError(f"--shape: {name!r} is none of {', '.join(SHAPES)}")
+            raise OptionError(f"--shape: {name!r} is not one of {', '.join(SHAPES)}")
         if endless:
             given.setdefault("conversations", ENDLESS)
         return MadeUp(name, msgspec.structs.replace(SHAPES[name], **given), seed)
     if given:
         option = {"think_s": "think-time"}.get(next(iter(given)), next(iter(given)))
-        raise OptionError(f"--{option.replace('_', '-')}: goes with --shape, not with {named[0]}")
+        raise OptionError(f"--{option.replace('_', '-')}: cannot be combined with {named[0]}")
     if sharegpt is not None:
         return ShareGpt(str(sharegpt), messages_min)
     if speed <= 0:
@@ -106,24 +106,24 @@ def load(
     ramp_time: str | None,
     timed: bool,
 ) -> ClosedLoop | OpenLoop:
-    """``timed``: the traffic has times of its own."""
+    """``timed``: the traffic carries its own start times."""
     of_rate = {"arrivals": arrivals, "burst": burst, "until-rate": until_rate}
     given = [name for name, value in (of_rate | {"ramp-time": ramp_time}).items() if value]
     if rate is None:
         if given:
-            raise OptionError(f"--{given[0]}: needs --rate")
+            raise OptionError(f"--{given[0]}: requires --rate")
         if timed and concurrency is None:
             return OpenLoop()
         return ClosedLoop(concurrency or CONCURRENCY)
     if concurrency is not None:
-        raise OptionError("--rate: does not go with --concurrency: a load has one or the other")
+        raise OptionError("--rate: cannot be combined with --concurrency")
     if rate <= 0:
         raise OptionError("--rate: must be more than 0")
     kind = arrivals or "poisson"
     if kind not in get_args(Arrival):
-        raise OptionError(f"--arrivals: {kind!r} is none of {', '.join(get_args(Arrival))}")
+        raise OptionError(f"--arrivals: {kind!r} is not one of {', '.join(get_args(Arrival))}")
     if kind == "ramp" and not (until_rate and until_rate > 0):
-        raise OptionError("--until-rate: a ramp needs the rate at its end, more than 0")
+        raise OptionError("--until-rate: a ramp requires a final rate greater than 0")
     return OpenLoop(
         Arrivals(
             per_s=rate,
@@ -136,18 +136,18 @@ def load(
 
 
 def counts(option: str, text: str | None) -> list[int]:
-    """Of ``100,200,400``; none where the option is not given."""
+    """Parse ``100,200,400``; empty if the option is not given."""
     try:
         found = [int(part) for part in (text or "").split(",") if text]
     except ValueError:
         found = [0]
     if any(count < 1 for count in found):
-        raise OptionError(f"{option}: {text!r} is not a number, or several as in 100,200,400")
+        raise OptionError(f"{option}: {text!r} is not a number or a list such as 100,200,400")
     return found
 
 
 def folder(option: str, path: Path | None) -> Path | None:
-    """Made where it is not there; results are written to it at the end."""
+    """Create the output folder if it does not exist."""
     if path is None:
         return None
     try:
@@ -158,7 +158,7 @@ def folder(option: str, path: Path | None) -> Path | None:
 
 
 def writable(option: str, path: Path | None) -> Path | None:
-    """The file that is written at the end: that it can be is known before hours of load."""
+    """Check before the run that the output file can be written after it."""
     if path is None:
         return None
     try:
@@ -166,5 +166,5 @@ def writable(option: str, path: Path | None) -> Path | None:
     except OSError as error:
         raise OptionError(f"{option}: {path.parent}: {error.strerror}") from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OptionError(f"{option}: {path} cannot be written")
+        raise OptionError(f"{option}: {path} is not writable")
     return path

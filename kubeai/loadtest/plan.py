@@ -1,7 +1,7 @@
-"""What a run sends, to whom and when; and what its processes tell each other about it.
+"""What a run sends, where and when, and the messages between its processes.
 
-All of it is values: a `Plan` goes to each worker whole, ``worker`` says which share is its own.
-Every n-th conversation is a worker's, so that n workers send what one would.
+Each worker receives the whole `Plan`; ``worker`` selects its share. Worker k of n sends every n-th
+conversation, so that n workers together send exactly what one would.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from kubeai.simulation.traffic import (
     read_trace,
 )
 
-FRAME_BYTES = 4  # of a message's length between processes
+FRAME_BYTES = 4  # length prefix of messages between processes
 ENDLESS = 1 << 40  # conversations
 
 
 class MadeUp(msgspec.Struct, frozen=True, tag="made up"):
-    name: str  # of the shape, before anything in it was changed
+    name: str  # of the shape, before overrides
     shape: Shape
     seed: int
 
@@ -46,29 +46,29 @@ class Trace(msgspec.Struct, frozen=True, tag="trace"):
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed"):
-    """So many conversations at a time: the next begins when one ends."""
+    """A fixed number of concurrent conversations; the next starts when one ends."""
 
     concurrency: int
 
 
 class OpenLoop(msgspec.Struct, frozen=True, tag="open"):
-    """Conversations begin at their times, whether or not others have ended.
+    """Conversations start at their scheduled times, regardless of completions.
 
-    ``arrivals``: their times; None: the traffic's own.
+    ``arrivals`` generates the start times; None uses the traffic's own.
     """
 
     arrivals: Arrivals | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A run. ``begin_until_s``, since the start: nothing begins later. Infinite: no such limit."""
+    """A run. No request starts more than ``begin_until_s`` after the start (infinite: no limit)."""
 
     url: str
     model: str
     headers: tuple[tuple[str, str], ...] = ()
     endpoint_header: str = ""
     stream: bool = True
-    more: dict[str, Any] = {}  # fields of each request's body, beside those that make it
+    more: dict[str, Any] = {}  # extra fields of each request's body
     traffic: MadeUp | ShareGpt | Trace
     load: ClosedLoop | OpenLoop
     seed: int = 0
@@ -80,13 +80,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
 
     def share(self, amount: int) -> int:
-        """What this worker has of an amount that all have together."""
+        """This worker's share of an amount that is split among all workers."""
         return amount // self.workers + (self.worker < amount % self.workers)
 
     def conversations(self) -> Iterator[tuple[int, Conversation]]:
-        """This worker's, numbered as they are among all; in an open loop each has its time.
+        """This worker's conversations with their global numbers; in an open loop, with start times.
 
-        TrafficError when they come from a file that cannot be used.
+        TrafficError if a traffic file cannot be used.
         """
         everyone = self._everyone()
         if isinstance(self.load, OpenLoop) and self.load.arrivals is not None:
@@ -108,7 +108,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             mine = iter(every[self.worker :: self.workers])
         else:
             requests = read_trace(Path(traffic.path))
-            first = requests[0].timestamp  # it is sent at once
+            first = requests[0].timestamp  # is sent immediately
             mine = (
                 one.conversation((one.timestamp - first) / 1000 / traffic.speed)
                 for one in requests[self.worker :: self.workers]
@@ -120,7 +120,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """From a worker: it has its plan, and conversations made beforehand."""
+    """From a worker: it has received its plan and prepared the first conversations."""
 
 
 class Failed(msgspec.Struct, tag="failed"):
@@ -130,43 +130,43 @@ class Failed(msgspec.Struct, tag="failed"):
 
 
 class Batch(msgspec.Struct, tag="batch"):
-    """From a worker, a few times a second: what was measured since the last one."""
+    """From a worker, several times per second: measurements since the previous batch."""
 
     at_s: float  # since the start
     records: list[Record]
     gaps: Gaps
     in_flight: int
-    tokens: int  # events with text, those of open streams as well; since the start, as is
-    chunks: int  # all events, and answers that came whole
-    cpu_s: float  # of this worker, kernel and user; since the start
-    kernel_s: float  # the kernel's part of it
-    beats_late_s: list[float]  # of the timer that says how busy the event loop is
-    said: dict[str, str]  # by kind of error, what the endpoint said when it came first
+    tokens: int  # events with text since the start, including open streams
+    chunks: int  # all events and non-streamed responses since the start
+    cpu_s: float  # of this worker since the start, user and kernel
+    kernel_s: float  # the kernel part of `cpu_s`
+    beats_late_s: list[float]  # lateness of the timer that measures how busy the event loop is
+    said: dict[str, str]  # by kind of error: the endpoint's message on its first occurrence
     last: bool = False
-    dropped: int = 0  # with the last: requests that were under way when it was stopped
-    used_up: bool = False  # with the last: no conversation was left
+    dropped: int = 0  # in the last batch: requests in flight when the worker was stopped
+    used_up: bool = False  # in the last batch: no conversations were left
 
 
 class Go(msgspec.Struct, tag="go"):
-    """To a worker: the start, by CLOCK_MONOTONIC, which all processes share."""
+    """To a worker: the start time on CLOCK_MONOTONIC, which all processes share."""
 
     start_s: float
 
 
 class Stop(msgspec.Struct, tag="stop"):
-    """To a worker: begin nothing, drop what is under way."""
+    """To a worker: start no more requests and drop those in flight."""
 
 
 Told = Ready | Failed | Batch
 
 
 def frame(message: Any) -> bytes:
-    """A message as it goes through a pipe: its length, and msgpack."""
+    """Encode a message for a pipe: a length prefix and msgpack."""
     body = msgspec.msgpack.encode(message)
     return len(body).to_bytes(FRAME_BYTES, "big") + body
 
 
 async def receive(reader: asyncio.StreamReader) -> bytes:
-    """The msgpack of the next message; IncompleteReadError when the other process has gone."""
+    """The msgpack of the next message; IncompleteReadError when the other process has exited."""
     size = int.from_bytes(await reader.readexactly(FRAME_BYTES), "big")
     return await reader.readexactly(size)

@@ -1,4 +1,4 @@
-"""How a run goes, while it does: a line that changes in a terminal, else one each 5 seconds."""
+"""Progress of a run: one updating line on a terminal, otherwise a new line every 5 seconds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ RECENT_S = 5.0
 
 
 class Progress:
-    """Give `note` what the workers tell and call `show` now and then; a context manager."""
+    """Pass the workers' batches to `note` and call `show` periodically. A context manager."""
 
     def __init__(self) -> None:
         self._done = self._failed = 0
         self._latest: dict[int, Batch] = {}
         self._recent: deque[tuple[float, float]] = (
             deque()
-        )  # when it was told, time to the first token
-        self._tokens: deque[tuple[float, int]] = deque([(0.0, 0)])  # in all, by then
+        )  # when it was reported, time to first token
+        self._tokens: deque[tuple[float, int]] = deque([(0.0, 0)])  # time, total tokens by then
         self._shown_s = 0.0
         self._status: Any = None
         if sys.stderr.isatty():
@@ -56,12 +56,12 @@ class Progress:
                 self._recent.append((batch.at_s, record.ttft_s))
 
     def gone(self, worker: int) -> None:
-        """This one tells no more: what it had under way is lost."""
+        """This worker has exited: its in-flight requests are lost."""
         if (latest := self._latest.get(worker)) is not None:
             latest.in_flight = 0
 
     def line(self, now_s: float) -> str:
-        """Counts of the whole run; rates and times of the last seconds."""
+        """Counts for the whole run; rates and latencies for the last `RECENT_S` seconds."""
         tokens = sum(batch.tokens for batch in self._latest.values())
         self._tokens.append((now_s, tokens))
         while len(self._tokens) > 2 and self._tokens[1][0] <= now_s - RECENT_S:

@@ -1,8 +1,8 @@
-"""The page that ``kubeai bench`` writes of one run, or of several beside each other.
+"""The HTML report that ``kubeai bench`` writes for one or more runs.
 
-One HTML file that asks for nothing else and runs no script; what came from outside (names,
-settings, errors) is escaped. The plots are SVG made here, not by matplotlib, because the page must
-also be there without the extra ``plots``, follow the reader's light or dark, and stay small.
+One self-contained HTML file without scripts; external text (names, settings, errors) is escaped.
+The plots are SVG generated here rather than by matplotlib, so that the report works without the
+``plots`` extra, follows the light or dark colour scheme and stays small.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kubeai.loadtest import compare
 from kubeai.loadtest.compare import Cell, Row, printable
 from kubeai.simulation.records import Results
 
-COLOURS = 6  # Okabe and Ito's, told apart by the colour-blind; a seventh run has the first's again
-ENDPOINTS_MAX = 24  # bars; of more endpoints, the busiest are drawn
-# Of a plot, in units of its view box: as wide as a phone shows at text size.
+COLOURS = 6  # Okabe and Ito's colour-blind-safe palette; a seventh run reuses the first colour
+ENDPOINTS_MAX = 24  # bars; with more endpoints, only the busiest are drawn
+# Plot dimensions in view box units; the width fits a phone at text size.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 50, 16, 8, 26
 LABEL_CHARS, LABEL_WIDTH, BAR, GAP = 19, 116, 9, 7
-BARS_TITLE = "Requests of each endpoint"
+BARS_TITLE = "Requests per endpoint"
 LADDER = [step * 10.0**power for power in range(-6, 13) for step in (1, 2, 5)]
 
 Point = tuple[float, float]
@@ -31,21 +31,21 @@ Show = Callable[[float], str]
 
 
 def report(runs: Sequence[Results]) -> str:
-    """The page, of one run or more; the first is what the others are compared with.
+    """Render the report of one or more runs; the first is the baseline.
 
-    Sizes of plots are in units of their view box, 440 of them across; times in milliseconds, those
-    over a run in seconds.
+    Plot sizes are in view box units, 440 across. Latencies are in milliseconds, times within a run
+    in seconds.
     """
     title = "kubeai bench: " + ", ".join(_text(run.name) for run in runs)
     groups = compare.figures(runs)
     errors, plots = compare.errors(runs), "".join(_plots(runs))
-    several = "<b>Marked</b>: the best of its row. ×: ratio to the first run."
+    several = "<b>Marked</b>: best in its row. ×: ratio to the first run."
     parts = [
         f"<h1>{title}</h1>",
         _warnings(runs),
-        "<h2>What was run</h2>",
+        "<h2>Settings</h2>",
         _table(runs, "settings", _settings(runs)),
-        "<h2>Figures</h2>",
+        "<h2>Results</h2>",
         f"<p>{several}</p>" if len(runs) > 1 else "",
         _table(runs, "figures", "".join(_group(*group) for group in groups.items())),
         f'<h2>Plots</h2><div class="plots">{plots}</div>' if plots else "",
@@ -81,7 +81,7 @@ def _table(runs: Sequence[Results], kind: str, body: str) -> str:
 
 
 def _key(at: int) -> str:
-    """The colour of a run."""
+    """A run's colour swatch."""
     return f'<i class="key c{at % COLOURS}"></i>'
 
 
@@ -104,7 +104,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _settings(runs: Sequence[Results]) -> str:
-    """A row a setting, with one cell where all runs have the same."""
+    """One row per setting; a value that all runs share spans one cell."""
     found = [dict(_flat(run.setting)) for run in runs]
     rows = []
     for key in dict.fromkeys(key for each in found for key in each):
@@ -137,7 +137,7 @@ class Axis(NamedTuple):
     log: bool = False
 
     def share(self, value: float) -> float:
-        """How far along the axis, from 0 to 1; what lies beyond an end is put on it."""
+        """Position along the axis, from 0 to 1; values outside the range are clamped."""
         value = min(max(value, self.low), self.high)
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
@@ -145,7 +145,7 @@ class Axis(NamedTuple):
 
 
 def _linear(values: Sequence[float], show: Show, least: float = 0.0) -> Axis:
-    """From 0, with six ticks at most; ``least``: the smallest step."""
+    """A linear axis from 0 with at most six ticks; ``least`` is the smallest step."""
     top = max(values)
     rough = max(top / 5, least, LADDER[0])
     step = next((step for step in LADDER if step >= rough), rough)
@@ -154,7 +154,7 @@ def _linear(values: Sequence[float], show: Show, least: float = 0.0) -> Axis:
 
 
 def _log(values: Sequence[float], show: Show) -> Axis:
-    """From one of 1, 2, 5, 10, … to another."""
+    """A logarithmic axis whose ends are in the series 1, 2, 5, 10, …"""
     known = [value for value in values if value > LADDER[0]] or [1.0]
     low = max(step for step in LADDER if step <= min(known))
     high = min((step for step in LADDER if step > max(known)), default=10 * max(known))
@@ -179,7 +179,7 @@ def _milliseconds(value: float) -> str:
 
 
 _in_ms, _in_s = partial(_linear, show=_milliseconds), partial(_linear, show=_seconds)
-_log_ms = partial(_log, show=_milliseconds)  # tails are long: a linear axis shows little else
+_log_ms = partial(_log, show=_milliseconds)  # long tails would dominate a linear axis
 
 
 class Plot(NamedTuple):
@@ -194,22 +194,22 @@ PLOTS = (
     Plot(
         "ttft_ms",
         "Time to first token",
-        "share of requests that waited no longer",
+        "share of requests with at most this latency",
         _log_ms,
         _shares,
     ),
-    Plot("took_ms", "End to end", "share of requests that took no longer", _log_ms, _shares),
+    Plot("took_ms", "End to end", "share of requests with at most this latency", _log_ms, _shares),
     Plot(
         "in_flight",
         "In flight",
-        "requests under way, over the run",
+        "in-flight requests over the run",
         _in_s,
         partial(_linear, show=_number, least=1),
     ),
     Plot(
         "ttft_ms_over_time",
         "Time to first token over the run",
-        "mean, by when requests were due",
+        "mean, by due time",
         _in_s,
         _in_ms,
     ),
@@ -237,7 +237,7 @@ def _figure(runs: Sequence[Results], title: str, about: str, svg: str) -> str:
 
 def _points(run: Results, plot: Plot) -> list[Point]:
     found = [(x, y) for x, y in run.curves.get(plot.curve, []) if math.isfinite(x + y)]
-    rises = plot.y is _shares  # from none at all
+    rises = plot.y is _shares  # cumulative: starts at 0
     return [(found[0][0], 0.0), *found] if found and rises else found
 
 
@@ -260,7 +260,7 @@ def _lines(runs: Sequence[Results], curves: Sequence[list[Point]], plot: Plot) -
         parts.append(f'<path d="M{x(tick)} {TOP}v{height}"/>')
         parts.append(_label(x(tick), HEIGHT - BOTTOM + 18, across.show(tick), "middle"))
     for at, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-        # A lone point is drawn as a line of no length: a dot, by the round ends.
+        # A single point is drawn as a zero-length line; the round caps make it a dot.
         line = " ".join(f"{x(a)},{y(b)}" for a, b in (curve * 2 if len(curve) == 1 else curve))
         name = f"<title>{_text(run.name)}</title>"
         parts.append(f'<polyline class="c{at % COLOURS}" points="{line}">{name}</polyline>')
@@ -268,7 +268,7 @@ def _lines(runs: Sequence[Results], curves: Sequence[list[Point]], plot: Plot) -
 
 
 def _bars(runs: Sequence[Results], names: Sequence[str]) -> str:
-    """For each of these endpoints a bar for each run that has it, across."""
+    """Horizontal bars: for each endpoint, one bar per run that used it."""
     across = _linear([run.spread.get(n, 0) for run in runs for n in names], _number, least=1)
     width, y, parts = WIDTH - LABEL_WIDTH - RIGHT, TOP + GAP / 2, []
     for name in names:
@@ -301,7 +301,7 @@ def _svg(title: str, height: float, parts: Sequence[str]) -> str:
     return f"{head}{''.join(parts)}</svg>"
 
 
-# -- the page --------------------------------------------------------------------------------------
+# -- HTML ------------------------------------------------------------------------------------------
 
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -1,8 +1,7 @@
-"""A run, in the process that a person started: workers, progress, and what it came to.
+"""The main process of ``kubeai bench run``: starts workers, shows progress and reports results.
 
-The load is sent by workers, processes of their own, so that counting and drawing here costs the
-measurement nothing. What they measured is here within a quarter of a second: neither Ctrl-C nor a
-worker's death loses more.
+Worker processes generate the load, so that counting and printing here do not affect the
+measurement. Workers report every 0.25 s; neither Ctrl-C nor the death of a worker loses more.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ from kubeai.simulation import records
 from kubeai.simulation.records import Gaps, Objective, Record, Results
 
 PROBE_TIMEOUT_S = 10.0
-START_DELAY_S = 0.05  # so that all workers know the start before it comes
+START_DELAY_S = 0.05  # so that all workers know the start time before it passes
 PROGRESS_INTERVAL_S = 0.25
 STOP_TIMEOUT_S = 5.0
 MODELS_SHOWN = 10
 FAILED = 1
-INTERRUPTED = 128  # and the signal's number
+INTERRUPTED = 128  # plus the signal's number
 
 
 class WorkerError(KubeAIError):
-    """A process that should have sent load could not."""
+    """A worker process failed."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a person wants: the load, and what becomes of its results."""
+    """The load to send, and what to do with the results."""
 
     plan: Plan
     processes: int = 1
@@ -64,7 +63,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured:
-    """What has been told so far, by all workers together."""
+    """Measurements reported so far by all workers."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -94,19 +93,19 @@ class Worker:
             self.process.stdin.write(frame(message))
 
     async def told(self) -> Told:
-        """Its next message; WorkerError when it has ended without one."""
+        """The worker's next message; WorkerError if it exited without one."""
         assert self.process.stdout is not None
         try:
             body = await receive(self.process.stdout)
         except (asyncio.IncompleteReadError, ConnectionError):
             code = await self.process.wait()
             how = f"signal {-code}" if code < 0 else f"exit status {code}"
-            raise WorkerError(f"process {self.number} ended ({how})") from None
+            raise WorkerError(f"process {self.number} exited ({how})") from None
         message: Told = msgspec.msgpack.decode(body, type=Told)
         return message
 
     async def listen(self, measured: Measured, progress: Progress) -> None:
-        """Collect what it measures, until it has told everything, or is no more."""
+        """Collect the worker's batches until the last one, or until it exits."""
         try:
             while True:
                 batch = await self.told()
@@ -119,7 +118,7 @@ class Worker:
         except WorkerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             measured.problems.append(
-                f"{error} after {self.usage.wall_s:.1f} s: what it had under way is missing"
+                f"{error} after {self.usage.wall_s:.1f} s: its in-flight requests are missing"
             )
             progress.gone(self.number)
 
@@ -136,7 +135,7 @@ class Worker:
 
 
 class Signals:
-    """Ctrl-C (or SIGTERM) sets ``number``; a second one ends this process as usual."""
+    """Ctrl-C (or SIGTERM) sets ``number``; a second one has its default effect."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -152,7 +151,7 @@ class Signals:
             signal.signal(each, signal.SIG_DFL)
 
     async def or_end(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Wait until a coroutine has ended or a signal came; it may be under way still."""
+        """Wait until the coroutine ends or a signal arrives; the task may still be running."""
         task = asyncio.create_task(work)
         signalled = asyncio.create_task(self._came.wait())
         try:
@@ -166,10 +165,10 @@ class Signals:
 
 
 async def run(asked: Asked) -> int:
-    """Send the load, say what it came to, write it; returns the exit status.
+    """Send the load, then print and write the results; returns the exit status.
 
-    KubeAIError when nothing could be sent: the endpoint is down, has no such model, a file of
-    traffic is wrong.
+    KubeAIError if nothing could be sent: the endpoint is down or lacks the model, or a traffic
+    file is invalid.
     """
     signals = Signals()
     preparing = await signals.or_end(_find_model(asked.plan))
@@ -200,14 +199,14 @@ async def _nothing(task: asyncio.Task[Any], signals: Signals) -> int:
     return INTERRUPTED + signals.number
 
 
-# -- before ----------------------------------------------------------------------------------------
+# -- preparation -----------------------------------------------------------------------------------
 
 
 async def _find_model(plan: Plan) -> Plan:
-    """Ask the endpoint for its models; a plan without one gets the only one.
+    """List the endpoint's models and set the plan's model if there is only one.
 
-    An endpoint that does not tell its models may have any. EndpointError when it is down, refuses,
-    or tells its models and lacks this one.
+    An endpoint without a model list is assumed to have the model. EndpointError if the endpoint is
+    down, denies access or does not list the model.
     """
     address = Address(plan.url)
     client = Client(address, plan.headers, timeout_s=min(PROBE_TIMEOUT_S, plan.timeout_s))
@@ -219,7 +218,7 @@ async def _find_model(plan: Plan) -> Plan:
     models = _models(address, answer)
     if models is None:
         if not plan.model:
-            raise EndpointError(f"{address.url}: does not tell its models: give it --model")
+            raise EndpointError(f"{address.url}: does not list its models: set --model")
     elif not plan.model and len(models) == 1:
         return msgspec.structs.replace(plan, model=models[0])
     elif plan.model not in models:
@@ -231,7 +230,7 @@ def _lacking(model: str, models: list[str]) -> str:
     if not models:
         return "has no models"
     more = f", and {len(models) - MODELS_SHOWN} more" if len(models) > MODELS_SHOWN else ""
-    said = f"has no model {model!r}, but" if model else "has several: give it --model of"
+    said = f"has no model {model!r}, but" if model else "has several models: set --model to one of"
     return f"{said} {', '.join(models[:MODELS_SHOWN])}{more}"
 
 
@@ -244,7 +243,7 @@ class _Models(msgspec.Struct):
 
 
 def _models(address: Address, answer: Answer) -> list[str] | None:
-    """Those that the endpoint told; None where it has no such list."""
+    """The endpoint's models; None if it has no model list."""
     if not answer.status or answer.error == "timeout":
         raise EndpointError(f"{address.url}/models: {answer.error}")
     if answer.status in (401, 403) or (answer.status >= 500 and answer.status != 501):
@@ -266,7 +265,7 @@ async def _workers(plan: Plan, processes: int) -> AsyncIterator[list[Worker]]:
                 *(sys.executable, "-m", "kubeai.loadtest.worker"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                # Ctrl-C is for this process, which tells them.
+                # Ctrl-C goes to this process only; it stops the workers.
                 start_new_session=True,
             )
             workers.append(Worker(number, process))
@@ -284,7 +283,7 @@ async def _ready(workers: Sequence[Worker]) -> None:
         assert isinstance(message, Ready)
 
 
-# -- meanwhile -------------------------------------------------------------------------------------
+# -- measurement -----------------------------------------------------------------------------------
 
 
 async def _measure(
@@ -318,7 +317,7 @@ async def _show(progress: Progress, start_s: float) -> None:
         await asyncio.sleep(PROGRESS_INTERVAL_S)
 
 
-# -- afterwards ------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def results(
@@ -333,13 +332,13 @@ def results(
     warnings = list(measured.problems)
     if interrupted:
         warnings.append(
-            f"interrupted after {ended_s:.1f} s: {measured.dropped} requests that were under way "
-            "are left out"
+            f"interrupted after {ended_s:.1f} s: {measured.dropped} in-flight requests are not "
+            "counted"
         )
     if not kept and measured.records:
-        warnings.append(f"all {len(measured.records)} requests were of the warm-up")
+        warnings.append(f"all {len(measured.records)} requests were part of the warm-up")
     if measured.used_up and ended_s < plan.begin_until_s < math.inf:
-        warnings.append(f"no conversation was left, {ended_s:.1f} s after the start")
+        warnings.append(f"ran out of conversations {ended_s:.1f} s after the start")
     late_s = [record.sent_s - record.due_s for record in kept]
     warnings += saturation.warnings(usages, late_s, warm_up_s=plan.warm_up_s)
     return records.results(
@@ -356,7 +355,7 @@ def results(
 def _setting(
     asked: Asked, plan: Plan, measured: Measured, usages: Sequence[saturation.Usage]
 ) -> dict[str, Any]:
-    """What is needed to run it again; of headers the names only, their values may be secrets."""
+    """The settings to repeat the run. Only header names: the values may be secrets."""
     traffic = msgspec.to_builtins(plan.traffic)
     if traffic.get("shape", {}).get("conversations") == ENDLESS:
         del traffic["shape"]["conversations"]
@@ -384,17 +383,17 @@ def _tell(found: Results, measured: Measured) -> None:
     print(compare.table([found]))
     for error, said in measured.said.items():
         if said and error in found.errors:
-            print(f"{error}: the first said: {compare.printable(said)}")
+            print(f"{error}: first message: {compare.printable(said)}")
     print(client_line(found.setting["client"]))
     sys.stdout.flush()
 
 
 def client_line(cost: dict[str, Any]) -> str:
-    """What it took to send and to read it: of all processes, and of the busiest one's core."""
+    """The load generator's CPU cost: per chunk over all processes, and the busiest one's core."""
     each, kernel = cost["cpu_us_per_chunk"], cost["kernel_us_per_chunk"]
     parts = []
     if each is not None:
-        parts.append(f"{each:.1f} µs of CPU a chunk ({kernel:.1f} of it the kernel's)")
+        parts.append(f"{each:.1f} µs of CPU per chunk ({kernel:.1f} in the kernel)")
     parts.append(f"{cost['cpu_share']:.0%} of a core".replace("%", " %"))
     parts.append(f"{cost['processes']} process" + ("es" if cost["processes"] > 1 else ""))
     return "client: " + ", ".join(parts)

@@ -1,7 +1,7 @@
-"""Whether this program was the bottleneck: figures that its own slowness has touched are doubtful.
+"""Detects whether the load generator itself was the bottleneck, which makes results unreliable.
 
-Two signs: how much of its core a process used, second by second (a ramp saturates it only at its
-end), and how late it was: requests against when they were due, and a timer against its time.
+Two signals: each process's CPU use per second (a ramp saturates it only at the end), and lateness:
+of requests after their due time, and of a periodic timer.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import msgspec
 from kubeai.loadtest.plan import Batch
 
 CPU_SHARE_MAX = 0.85
-# One full second is no more than a burst of new connections.
+# Tolerated share of busy seconds: opening many connections can fill one.
 BUSY_WINDOWS_MAX = 0.1
 LATE_P99_MAX_S = 0.05
 WINDOW_S = 1.0
 
 
 class Window(NamedTuple):
-    """About a second of one process."""
+    """One process's CPU use over about one second."""
 
     at_s: float  # its end
     cpu_share: float  # of one core
 
 
 class Usage(msgspec.Struct):
-    """What one worker needed, collected from what it tells."""
+    """One worker's resource use, collected from its batches."""
 
     windows: list[Window] = []
     beats_late_s: list[tuple[float, float]] = []  # when, how late
     cpu_s: float = 0.0
-    kernel_s: float = 0.0  # of that
+    kernel_s: float = 0.0  # part of `cpu_s`
     wall_s: float = 0.0
     chunks: int = 0
     _at_s: float = 0.0
@@ -50,7 +50,7 @@ class Usage(msgspec.Struct):
 
 
 def cost(workers: Sequence[Usage]) -> dict[str, float | int | None]:
-    """For ``setting["client"]``: CPU a chunk, kernel included; the busiest's share of a core."""
+    """For ``setting["client"]``: CPU time per chunk, and the busiest process's share of a core."""
     chunks = sum(one.chunks for one in workers)
     cpu_s = sum(one.cpu_s for one in workers)
     kernel_s = sum(one.kernel_s for one in workers)
@@ -67,9 +67,9 @@ def cost(workers: Sequence[Usage]) -> dict[str, float | int | None]:
 def warnings(
     workers: Sequence[Usage], sent_late_s: Sequence[float], *, warm_up_s: float = 0.0
 ) -> list[str]:
-    """What to say of a client that was too slow; nothing of one that was not.
+    """Warnings about a load generator that was too slow.
 
-    ``sent_late_s``: of each request, by how much it was sent after it was due.
+    ``sent_late_s``: for each request, how long after its due time it was sent.
     """
     found = []
     for number, one in enumerate(workers):
@@ -78,14 +78,14 @@ def warnings(
         if len(busy) > BUSY_WINDOWS_MAX * len(windows):
             found.append(
                 f"process {number} used over {CPU_SHARE_MAX:.0%} of a core in {len(busy)} of "
-                f"{len(windows)} seconds: figures are doubtful, give it more --processes"
+                f"{len(windows)} seconds: results are unreliable, increase --processes"
             )
     beats = [late for one in workers for at_s, late in one.beats_late_s if at_s > warm_up_s]
     for what, late_s in (("requests were sent", sent_late_s), ("timers ran", beats)):
         if late_s and (p99_s := _p99(late_s)) > LATE_P99_MAX_S:
             found.append(
-                f"{what} {p99_s * 1e3:.0f} ms late (p99): figures are doubtful, "
-                "give it more --processes, or a machine that does less"
+                f"{what} {p99_s * 1e3:.0f} ms late (p99): results are unreliable, "
+                "increase --processes or use a less busy machine"
             )
     return found
 

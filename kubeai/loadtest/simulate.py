@@ -1,4 +1,4 @@
-"""``kubeai bench simulate``: the same traffic on simulated engines, by the very same ring."""
+"""``kubeai bench simulate``: the same traffic on simulated engines, with the real hash ring."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ RUNS_MAX = 100
 
 
 class Simulation(msgspec.Struct, frozen=True, kw_only=True):
-    """Traffic, and the settings that it is played in, one after the other."""
+    """Traffic and the settings to run it with."""
 
     traffic: MadeUp | ShareGpt | Trace
-    load: ClosedLoop | OpenLoop  # of the traffic; a setting's own concurrency comes before it
+    load: ClosedLoop | OpenLoop  # a setting's own concurrency overrides it
     preset: str
     settings: tuple[Setting, ...]
     seed: int
@@ -41,13 +41,13 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     def conversations(self) -> Iterator[Conversation]:
         plan = Plan(url="", model="", traffic=self.traffic, load=self.load, seed=self.seed)
         every = (conversation for _, conversation in plan.conversations())
-        if isinstance(self.load, ClosedLoop):  # a trace's times do not count then
+        if isinstance(self.load, ClosedLoop):  # ignores a trace's timestamps
             every = (msgspec.structs.replace(one, at_s=None) for one in every)
         return _first(every, self.requests_max)
 
 
 def _first(every: Iterator[Conversation], requests: int | None) -> Iterator[Conversation]:
-    """Conversations that have so many turns together; the last one may be cut."""
+    """Conversations with ``requests`` turns in total; the last one may be truncated."""
     left = sys.maxsize if requests is None else requests
     for one in every:
         if left <= 0:
@@ -66,16 +66,18 @@ def settings(
     concurrencies: Sequence[int],
     **ring: Any,
 ) -> tuple[Setting, ...]:
-    """One for each strategy and concurrency; ``ring``: fields of `Setting`, None: its default."""
+    """One per strategy and concurrency. ``ring``: fields of `Setting`; None uses the default."""
     if preset not in PRESETS:
-        raise OptionError(f"--preset: {preset!r} is none of {', '.join(PRESETS)}")
+        raise OptionError(f"--preset: {preset!r} is not one of {', '.join(PRESETS)}")
     engine = PRESETS[preset]
     if cache_blocks is not None:
         engine = msgspec.structs.replace(engine, cache_blocks=cache_blocks)
     names = [name.strip() for name in strategies.split(",")]
     for name in names:
         if name not in get_args(Strategy):
-            raise OptionError(f"--strategies: {name!r} is none of {', '.join(get_args(Strategy))}")
+            raise OptionError(
+                f"--strategies: {name!r} is not one of {', '.join(get_args(Strategy))}"
+            )
     given = {key: value for key, value in ring.items() if value is not None}
     found = tuple(
         Setting(engines=engines, engine=engine, strategy=name, concurrency=concurrency, **given)  # type: ignore[arg-type]
@@ -87,14 +89,14 @@ def settings(
 
 
 def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> int:
-    """Play all settings, on as many cores as there are; say and write what they came to."""
+    """Run all settings in parallel on all cores, then print and write the results."""
     found: list[Results] = []
     jobs = [(asked, number) for number in range(len(asked.settings))]
-    # Spawned: a copy of this process would have its threads' locks, too.
+    # Spawn: a forked process would inherit locks held by this process's threads.
     with ProcessPoolExecutor(
         min(len(jobs), os.cpu_count() or 1),
         mp_context=get_context("spawn"),
-        initializer=signal.signal,  # a Ctrl-C is for this process, which ends the others
+        initializer=signal.signal,  # only this process handles Ctrl-C; it terminates the others
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
         try:
@@ -105,7 +107,7 @@ def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> 
             pool.shutdown(wait=False, cancel_futures=True)
             for child in active_children():
                 child.terminate()
-            print(f"interrupted: {len(found)} of {len(jobs)} runs are done", file=sys.stderr)
+            print(f"interrupted: {len(found)} of {len(jobs)} runs completed", file=sys.stderr)
     for concurrency in dict.fromkeys(setting.concurrency for setting in asked.settings):
         group = [one for one in found if one.setting.get("concurrency", concurrency) == concurrency]
         if group:

@@ -1,11 +1,10 @@
-"""Reads the stream of a chat completion, at little cost an event.
+"""Reads the stream of a chat completion at low cost per event.
 
-An event that brings text is told from its bytes alone: in JSON a quote inside of a string is
-escaped, so ``"content":"`` can only be the field. Whatever does not look like that is decoded:
-roles, reasoning, tool calls, the usage, errors, and text of servers that write JSON with spaces.
-In most streams the text stands at the same place in each event: such a one is counted without a
-look at its lines, and nothing of it is kept (`_streams`).
-Pieces may be cut anywhere, lines may end in CRLF.
+An event with text is recognised from its bytes alone: JSON escapes quotes inside strings, so
+``"content":"`` can only be the field. All other events are decoded: roles, reasoning, tool calls,
+usage, errors, and text from servers that write JSON with spaces. In most streams the text is at the
+same offset in each event: these are counted without parsing lines or keeping the event
+(`_streams`). Data may be split anywhere, and lines may end in CRLF.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class _Details(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """What an answer says of itself; -1: it does not."""
+    """Token counts that the endpoint reported; -1 if it did not."""
 
     prompt_tokens: int = -1
     completion_tokens: int = -1
@@ -42,7 +41,7 @@ class Usage(msgspec.Struct):
 
 
 class Said(msgspec.Struct):
-    """A message, or a part of it. Reasoning has two names, by the age of the engine."""
+    """A message or a delta. Older and newer engines name the reasoning field differently."""
 
     content: str | None = None
     reasoning_content: str | None = None
@@ -59,7 +58,7 @@ class _Choice(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """An event of a stream, or a whole answer: the fields that count here."""
+    """A stream event or a non-streamed response, with the fields used here."""
 
     choices: list[_Choice] = []
     usage: Usage | None = None
@@ -79,18 +78,18 @@ decode_answer = msgspec.json.Decoder(Answer).decode
 
 
 class Reader(Stream):
-    """One stream. ``times_s``: when each event with something in it came, by ``clock``.
+    """One stream. ``times_s`` holds the arrival time, on ``clock``, of each event with content.
 
-    ``keep``: the text is wanted. Call `feed` with what comes (a `Poller` may count what is as usual
-    before) and `close` at the end; then ``done`` says whether it ended as it should, ``problem``
-    what was wrong with it.
+    ``keep`` retains the text. Call `feed` with the received data (a `Poller` may already have
+    counted some events) and `close` at the end. Afterwards ``done`` tells whether the stream
+    completed, and ``problem`` what was wrong with it.
     """
 
     __slots__ = ("_clock", "done", "others", "problem", "usage")
 
     def __init__(self, *, keep: bool = False, clock: Callable[[], float] = monotonic) -> None:
         self.others = 0  # events without text
-        self.done = False  # `[DONE]` has come
+        self.done = False  # `[DONE]` was received
         self.usage: Usage | None = None
         self.problem = ""
         self._clock = clock
@@ -103,12 +102,12 @@ class Reader(Stream):
             self._lines(piece, now_s)
 
     def keep(self) -> None:
-        """Keep what comes from here on, as ``body``."""
+        """From now on, keep the received data as ``body``."""
         if self.kept is None:
             self.kept = []
 
     def close(self) -> None:
-        """Nothing more comes. A last line need not end in a line feed."""
+        """End of the stream. The last line need not end in a line feed."""
         if self.rest:
             self._lines(b"\n", self._clock())
 
@@ -118,7 +117,7 @@ class Reader(Stream):
 
     @property
     def text(self) -> str:
-        """What was said, reasoning left out: as a client's history has it."""
+        """The text without reasoning, as a client would keep it in its history."""
         lines = self.body.splitlines()
         events = (line[5:].strip() for line in lines if line.startswith(_FIELD))
         return "".join(_text(event) for event in events if event and event != b"[DONE]")
@@ -133,7 +132,7 @@ class Reader(Stream):
                 self._event(line, now_s)
         if len(self.rest) > LINE_MAX_BYTES:
             self.rest = b""
-            self.problem = f"an event of more than {LINE_MAX_BYTES >> 20} MiB"
+            self.problem = f"event larger than {LINE_MAX_BYTES >> 20} MiB"
 
     def _event(self, line: bytes, now_s: float) -> None:
         at = line.find(_CONTENT)
@@ -162,7 +161,7 @@ class Reader(Stream):
         try:
             event = decode_answer(data)
         except msgspec.DecodeError as error:
-            self.problem = self.problem or f"an event that is not understood: {error}"
+            self.problem = self.problem or f"invalid event: {error}"
             return None
         if event.usage is not None:
             self.usage = event.usage

@@ -1,8 +1,8 @@
-"""A process that sends a share of the load: ``python -m kubeai.loadtest.worker``.
+"""A process that generates a share of the load: ``python -m kubeai.loadtest.worker``.
 
-Started by `run`. A plan comes in on stdin, then the time to start; what was measured goes out on
-stdout, so often that little is lost when this process is killed. It ends when stdin does: whoever
-started it is gone then.
+Started by `run`. It reads a plan and then the start time from stdin and writes measurements to
+stdout, every 0.25 s so that little is lost if it is killed. It exits at the end of stdin, which
+means that the parent process has exited.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from kubeai.loadtest.plan import (
 )
 
 BATCH_INTERVAL_S = 0.25
-SPARE_FILES = 64  # beside a connection a stream
+SPARE_FILES = 64  # in addition to one connection per conversation
 FILES_MAX = 1 << 17
-# Thousands of conversations are alive and none is a cycle: the collector need not look often.
+# Thousands of conversations are live and none forms a cycle: collect rarely.
 GC_THRESHOLD = 50_000
 
 
 class Out(asyncio.Protocol):
-    """What is told to whoever started this process."""
+    """Messages to the parent process."""
 
     def __init__(self) -> None:
         self._transport: asyncio.WriteTransport | None = None
@@ -63,7 +63,7 @@ class Out(asyncio.Protocol):
         self._transport.write(frame(message))
 
     async def close(self) -> None:
-        """Returns when everything is told."""
+        """Flush and close."""
         assert self._transport is not None
         self._transport.close()
         await self._closed.wait()
@@ -101,7 +101,7 @@ async def _work(out_fd: int) -> None:
 
 
 async def _drive(driver: Driver, orders: asyncio.StreamReader, out: Out) -> None:
-    """From the order to go to the end, or to that of whoever gave it."""
+    """Run from `Go` until the load ends, `Stop` arrives or the parent exits."""
     order = msgspec.msgpack.decode(await receive(orders), type=Go | Stop)
     if not isinstance(order, Go):
         return
@@ -125,7 +125,7 @@ async def _drive(driver: Driver, orders: asyncio.StreamReader, out: Out) -> None
 
 
 def _allow_files(plan: Plan) -> None:
-    """A connection is an open file. KubeAIError when there are to be more than may be."""
+    """Raise the open-file limit for the connections; KubeAIError if it cannot be high enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES_MAX if hard == resource.RLIM_INFINITY else hard
     if soft < most:
@@ -134,12 +134,12 @@ def _allow_files(plan: Plan) -> None:
         wanted = plan.share(plan.load.concurrency) + SPARE_FILES
         if wanted > most:
             raise KubeAIError(
-                f"--concurrency: {wanted} open files are needed, {most} are allowed (ulimit -n)"
+                f"--concurrency: needs {wanted} open files, the limit is {most} (ulimit -n)"
             )
 
 
 def main() -> None:
-    # Whatever is printed must not get between the messages.
+    # Keep stray prints out of the message stream: stdout becomes stderr.
     out_fd = os.dup(1)
     os.dup2(2, 1)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

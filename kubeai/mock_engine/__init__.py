@@ -1,10 +1,10 @@
-"""The mock engine: an HTTP server that answers as vLLM does, from a simulated engine.
+"""The mock engine: an HTTP server with vLLM's API on top of a simulated engine.
 
-``kubeai mock-engine`` and ``python -m kubeai.mock_engine`` call :func:`main`. ``options`` reads
-the flags, ``dialects`` knows the APIs' shapes (pure), ``server`` is the aiohttp application, and
-``kubeai.simulation`` decides what is said and when.
+``kubeai mock-engine`` and ``python -m kubeai.mock_engine`` call :func:`main`. ``options`` parses
+the flags, ``dialects`` implements the APIs' formats (pure), ``server`` is the aiohttp application,
+and ``kubeai.simulation`` generates tokens and their timing.
 
-Engines start while a request waits for them, so nothing is imported here that is not needed.
+Requests wait for engines to start, so this module imports only what it needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         options, ignored = parse(argv)
         log = get_logger(__name__)
         for flag in ignored:
-            log.info("ignoring a flag that the mock engine does not know", flag=flag)
+            log.info("ignoring unknown flag", flag=flag)
         from kubeai.mock_engine.server import run
 
         run(options)

@@ -1,11 +1,11 @@
-"""The APIs that the mock engine speaks: reading their requests, writing their answers. Pure.
+"""The mock engine's APIs: parsing requests and formatting responses. Pure.
 
-Four of them generate text (OpenAI's chat, completions and responses, Anthropic's messages); each
-is a :class:`Dialect`. A request is decoded to an :class:`Ask`, the same for all; answers are
-written from it and the replies. Embeddings, rerank and transcription have functions of their own.
+Four APIs generate text (OpenAI's chat completions, completions and responses, and Anthropic's
+messages); each is a :class:`Dialect`. Requests are decoded to a common :class:`Ask`; responses are
+formatted from it and the replies. Embeddings, rerank and transcription have their own functions.
 
-Streams follow what vLLM sends, event by event. A token of simulated text is ASCII without quotes
-or backslashes, so it stands in a JSON string as it is; that keeps an event at two concatenations.
+Streams match vLLM's, event by event. Simulated tokens are ASCII without quotes or backslashes and
+need no JSON escaping, so that an event costs two concatenations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPTS_MAX = 2048  # in one request
 DIMENSIONS_MAX = 4096
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
-_HOLE = "\x00"  # in a template: where the token goes; JSON writes it as \u0000
+_HOLE = "\x00"  # placeholder for the token in a template; JSON encodes it as \u0000
 
 T = TypeVar("T")
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -32,7 +32,7 @@ Messages = list[tuple[str, str]]
 
 
 class Refused(Exception):
-    """A request that vLLM would not serve: its status, type and message."""
+    """A request that vLLM would reject: its status, type and message."""
 
     def __init__(
         self,
@@ -53,18 +53,18 @@ class Refused(Exception):
 
 
 class Ask(NamedTuple):
-    """What a request for text asks of the engine, whatever API it came by."""
+    """A text generation request, independent of its API."""
 
     model: str | None
     prompts: list[bytes]  # tokens
     stops: list[str]
     limit: int | None  # tokens of each reply
     stream: bool
-    usage: bool  # whether the stream ends with it
+    usage: bool  # whether the stream ends with the usage
 
 
 class Meta(NamedTuple):
-    """What every piece of an answer repeats."""
+    """Fields that every event of a response repeats."""
 
     id: str
     created: int
@@ -87,7 +87,7 @@ class Usage(NamedTuple):
 
 
 def decode(body: bytes, kind: type[T]) -> T:
-    """Typed, unknown fields skipped; Refused names the field."""
+    """Decode a body, ignoring unknown fields; Refused names an invalid field."""
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -99,7 +99,7 @@ def _stops(stop: str | list[str] | None) -> list[str]:
 
 
 def _content(content: Any) -> str:
-    """The text of a message; a part that is none (an image) is told apart by what it is."""
+    """The text of a message; other parts (images) contribute their JSON encoding."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -124,9 +124,9 @@ class Message(msgspec.Struct):
 
 
 class Dialect:
-    """One API's answers to one Ask. Streams: ``opening`` comes with the first token."""
+    """One API's response to one Ask. In streams, ``opening`` is sent with the first token."""
 
-    prefix: ClassVar[str]  # of an answer's id
+    prefix: ClassVar[str]  # of the response's id
 
     def __init__(self, meta: Meta, ask: Ask) -> None:
         self.meta = meta
@@ -138,14 +138,14 @@ class Dialect:
         raise NotImplementedError
 
     def whole(self, replies: list[Reply], usage: Usage) -> dict[str, Any]:
-        """The answer that is not streamed."""
+        """The non-streamed response."""
         raise NotImplementedError
 
     def opening(self, usage: Usage) -> bytes:
         return b""
 
     def token(self, index: int, number: int, piece: bytes) -> bytes:
-        """Token ``number``, not the last, of reply ``index``."""
+        """The event for token ``number`` of reply ``index``; not for the last token."""
         around = self._around.get(index)
         if around is None:
             before, _, behind = self._token(index, _HOLE).partition(_encode(_HOLE)[1:-1])
@@ -156,7 +156,7 @@ class Dialect:
         raise NotImplementedError
 
     def last(self, index: int, piece: str, reply: Reply) -> bytes:
-        """The last token of reply ``index``, which may be empty (cut by a stop string)."""
+        """The event for the last token of reply ``index``, empty if a stop string cut it."""
         raise NotImplementedError
 
     def closing(self, replies: list[Reply], usage: Usage) -> bytes:
@@ -240,7 +240,7 @@ class Chat(Dialect):
 
 def _only_one(count: int | None) -> None:
     if count not in (None, 1):
-        raise Refused("n: the mock engine gives one answer a prompt", param="n")
+        raise Refused("n: the mock engine only supports n=1", param="n")
 
 
 # -- OpenAI: completions -----------------------------------------------------------------------
@@ -249,7 +249,7 @@ Input = str | list[str | int | list[int]]
 
 
 def _prompts(value: Input, name: str) -> list[bytes]:
-    """The prompts of a request: a text, texts, token numbers, or lists of those."""
+    """The prompts of a request: a string, strings, token IDs, or lists of token IDs."""
     if isinstance(value, str):
         return [text.pack(value)]
     if not value:
@@ -261,9 +261,7 @@ def _prompts(value: Input, name: str) -> list[bytes]:
     prompts = []
     for item in value:
         if isinstance(item, int) or item == []:
-            raise Refused(
-                f"{name}: mixes texts and token numbers, or has an empty item", param=name
-            )
+            raise Refused(f"{name}: mixes strings and token IDs, or has an empty item", param=name)
         prompts.append(text.pack(item) if isinstance(item, str) else text.pack_ids(item))
     return prompts
 
@@ -287,7 +285,7 @@ class Completions(Dialect):
         asked = decode(body, CompletionRequest)
         _only_one(asked.n)
         if asked.echo:
-            raise Refused("echo: the mock engine does not repeat the prompt", param="echo")
+            raise Refused("echo: the mock engine does not support echo", param="echo")
         return Ask(
             asked.model,
             _prompts(asked.prompt, "prompt"),
@@ -335,7 +333,7 @@ class ResponseItem(msgspec.Struct):
     type: str = "message"
     role: str | None = None
     content: Content = None
-    output: Content = None  # of a tool's call
+    output: Content = None  # of a tool call
     arguments: str = ""
 
     def rendered(self) -> tuple[str, str]:
@@ -533,7 +531,7 @@ class AnthropicMessages(Dialect):
 
     @staticmethod
     def _usage(usage: Usage) -> dict[str, Any]:
-        # Anthropic counts what was read from the cache apart from the input.
+        # Anthropic does not include cached tokens in the input tokens.
         return {
             "input_tokens": usage.prompt - usage.cached,
             "cache_read_input_tokens": usage.cached,
@@ -621,10 +619,10 @@ class RerankRequest(msgspec.Struct):
 
 
 def audio_seconds(head: bytes, size_bytes: int) -> float:
-    """How long audio is: by its header if it is WAV, else as if it were 128 kbit/s.
+    """The duration of audio: from the header if it is WAV, else assuming 128 kbit/s.
 
-    ``head``: its first bytes, as many as hold the header. A WAV that was streamed has no true
-    length in its header, so no more is believed than ``size_bytes`` can hold.
+    ``head``: the first bytes, at least the header. The header of a streamed WAV has no valid
+    length, so the duration is capped at what ``size_bytes`` can hold.
     """
     try:
         with wave.open(io.BytesIO(head)) as file:
@@ -636,13 +634,13 @@ def audio_seconds(head: bytes, size_bytes: int) -> float:
 
 
 def transcript(digest: bytes, seconds: float) -> str:
-    """What was "heard": the same for the same bytes, about two words a second."""
+    """A transcript that depends only on the bytes, about two words per second."""
     words = text.reply(digest, limit=max(1, min(round(2 * seconds), 4096))).text
     return f"transcript of {seconds:.2f} s of audio {digest.hex()[:12]}: {words}"
 
 
 def transcription(form: str, said: str, seconds: float) -> tuple[str, bytes]:
-    """Content type and body of an answer in ``form``."""
+    """Content type and body of a response in format ``form``."""
     if form == "text":
         return "text/plain", said.encode() + b"\n"
     usage = {"type": "duration", "seconds": int(seconds + 0.999)}
@@ -670,6 +668,6 @@ def transcription(form: str, said: str, seconds: float) -> tuple[str, bytes]:
 
 
 def pieces(reply: Reply) -> list[str]:
-    """A reply's tokens as text; those that a stop string cut away are empty."""
+    """A reply's tokens as text; tokens cut by a stop string are empty."""
     said = reply.text
     return [said[at : at + TOKEN_BYTES] for at in range(0, reply.tokens * TOKEN_BYTES, TOKEN_BYTES)]

@@ -1,4 +1,4 @@
-"""The mock engine's ``/metrics``, under vLLM's names. Imported at the first scrape."""
+"""The mock engine's ``/metrics``, with vLLM's metric names. Imported on the first scrape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Collector(Base):
-    """Reads the engine when it is asked; nothing is counted twice to be exported."""
+    """Reads the engine's own counters on each scrape."""
 
     def __init__(self, engine: Engine, record: Record, model: str) -> None:
         self._engine = engine
@@ -25,15 +25,19 @@ class Collector(Base):
     def collect(self) -> Iterable[Metric]:
         engine = self._engine
         used = engine.cache.used / engine.cache.capacity
-        yield self._gauge("num_requests_running", "In the batch.", engine.running)
-        yield self._gauge("num_requests_waiting", "In the queue.", engine.waiting)
-        yield self._gauge("kv_cache_usage_perc", "KV blocks held, 1 is all.", used)
+        yield self._gauge("num_requests_running", "Requests in the batch.", engine.running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", engine.waiting)
+        yield self._gauge("kv_cache_usage_perc", "KV-cache usage; 1 means 100 %.", used)
         for name, meaning, value in (
-            ("prefix_cache_queries", "Prompt tokens looked up.", engine.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found.", engine.prefix_hits),
-            ("prompt_tokens", "Prompt tokens that entered.", engine.prompt_tokens),
+            (
+                "prefix_cache_queries",
+                "Prompt tokens looked up in the cache.",
+                engine.prefix_queries,
+            ),
+            ("prefix_cache_hits", "Prompt tokens found in the cache.", engine.prefix_hits),
+            ("prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens),
             ("generation_tokens", "Tokens generated.", engine.output_tokens),
-            ("num_preemptions", "Sequences set back.", engine.preemptions),
+            ("num_preemptions", "Sequences preempted.", engine.preemptions),
             ("request_success", "Sequences finished.", engine.finished),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", meaning, labels=("engine", "model_name"))

@@ -1,4 +1,4 @@
-"""The mock engine's options, as flags of its command line."""
+"""The mock engine's command-line options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_MODEL_LEN = 32_768
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``kubeai mock-engine`` was asked for."""
+    """The options of ``kubeai mock-engine``."""
 
     engine: str = "VLLM"
     model: str = "mock"
@@ -28,14 +28,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     startup_delay_s: float = 0.0
     max_model_len: int = MAX_MODEL_LEN
-    reply_tokens: int = 48  # of a reply to a request that sets no limit, give or take half
+    reply_tokens: int = 48  # mean length of replies without a limit; varies by ±50 %
     die_after_requests: int = 0  # 0: never
     fail_every: int = 0  # 0: never
     config: EngineConfig = EngineConfig()
 
 
 class UsageError(KubeAIError):
-    """A flag has a value that it cannot have."""
+    """A flag has an invalid value."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,10 +44,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """Options, and the flags that were not known, each with its values in one string.
+    """Parse the flags; also returns the unknown ones, each with its values in one string.
 
-    A pod's manifest carries flags of the engine that is played here, so unknown ones are no error.
-    UsageError names the flag whose value is wrong.
+    Pod manifests pass the flags of the emulated engine, so unknown flags are not an error.
+    UsageError names the flag whose value is invalid.
     """
     parser = _parser()
     found, rest = parser.parse_known_args(argv)
@@ -99,36 +99,37 @@ def _group(rest: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="kubeai mock-engine",
-        description="An engine that answers like vLLM: made-up text, real timing, no GPU.",
-        epilog="Flags that are not in this list are ignored: they are the played engine's.",
+        description="Emulate a vLLM engine: synthetic text, realistic timing, no GPU.",
+        epilog="Other flags are ignored, so that the emulated engine's flags can be passed.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--engine", choices=ENGINES, default="VLLM", help="the engine to play")
-    add("--model", default="mock", help="what was loaded; names the model if nothing else does")
-    add("--served-model-name", nargs="+", metavar="NAME", help="names that requests may use")
-    add("--host", help="address to listen on; default: $POD_IP, else 127.0.0.1")
-    add("--port", type=_whole(0, 65535), default=8000, help="0 takes a free one")
+    add("--engine", choices=ENGINES, default="VLLM", help="engine to emulate (default: VLLM)")
+    add("--model", default="mock", help="model path, and its name without --served-model-name")
+    add("--served-model-name", nargs="+", metavar="NAME", help="model names accepted in requests")
+    add("--host", help="address to listen on (default: $POD_IP, else 127.0.0.1)")
+    add("--port", type=_whole(0, 65535), default=8000,
+        help="port to listen on, 0 for a free one (default: 8000)")  # fmt: skip
     add("--startup-delay", type=_delay, default=0.0, metavar="DURATION",
-        help="503 for so long, e.g. 1m30s")  # fmt: skip
-    add("--preset", choices=sorted(PRESETS), help="the speed and memory of a real engine; the "
-        "flags below change it")  # fmt: skip
+        help="answer 503 for this long after the start, e.g. 1m30s")  # fmt: skip
+    add("--preset", choices=sorted(PRESETS), help="speed and memory of a real engine; the "
+        "flags below override it")  # fmt: skip
     add("--prefill-tokens-per-second", type=_rate, metavar="RATE",
-        help="of the whole engine; 0: in no time; default: 8000")  # fmt: skip
+        help="prefill rate of the engine, 0 for instant (default: 8000)")  # fmt: skip
     add("--decode-tokens-per-second", type=_rate, metavar="RATE",
-        help="of each sequence in the batch; 0: in no time; default: 50")  # fmt: skip
-    add("--max-batch", type=_whole(1, 65536), help="sequences that run at once; default: 256")
-    add("--step-tokens", type=_whole(1, 1 << 20), help="token budget of a step; default: 2048")
+        help="decode rate per sequence, 0 for instant (default: 50)")  # fmt: skip
+    add("--max-batch", type=_whole(1, 65536), help="maximum running sequences (default: 256)")
+    add("--step-tokens", type=_whole(1, 1 << 20), help="token budget per step (default: 2048)")
     add("--cache-blocks", type=_whole(1, 1 << 24),
-        help="KV memory, in blocks of 16 tokens; default: 4096")  # fmt: skip
+        help="KV cache size in blocks of 16 tokens (default: 4096)")  # fmt: skip
     add("--max-model-len", type=_length, metavar="TOKENS",
-        help="prompt and reply together; default: 32768, or what the KV memory holds")  # fmt: skip
+        help="context length (default: 32768, or what the KV cache holds)")  # fmt: skip
     add("--reply-tokens", type=_whole(1, 1 << 20), default=48,
-        help="length of a reply without max_tokens, give or take half")  # fmt: skip
+        help="mean reply length without max_tokens; varies by half (default: 48)")  # fmt: skip
     add("--die-after-requests", type=_whole(0, 1 << 31), default=0, metavar="N",
-        help="after N requests the next one kills the process; 0: never")  # fmt: skip
+        help="kill the process at the request after the Nth; 0: never")  # fmt: skip
     add("--fail-every", type=_whole(0, 1 << 31), default=0, metavar="N",
-        help="each Nth request is answered 500; 0: never")  # fmt: skip
+        help="answer every Nth request with 500; 0: never")  # fmt: skip
     return parser
 
 
@@ -139,7 +140,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
         return value
 
     return convert
@@ -151,7 +152,7 @@ def _rate(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e12:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate, a number of at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative number")
     return value
 
 
@@ -166,7 +167,7 @@ def _delay(text: str) -> float:
 
 
 def _length(text: str) -> int | None:
-    """vLLM's way to write it: 8192, 32k (thousands), 32K (of 1024), auto."""
+    """Parse a length in vLLM's notation: 8192, 32k (32,000), 32K (32,768), auto."""
     if text in ("auto", "-1"):
         return None
     scale = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}.get(text[-1:], 1)

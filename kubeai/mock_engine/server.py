@@ -1,11 +1,12 @@
-"""The mock engine's HTTP side: aiohttp in front of one simulated engine that runs in real time.
+"""The mock engine's HTTP server: aiohttp in front of one simulated engine that runs in real time.
 
-One timer per step of the engine, not one per token or request: a step's end calls every stream
-that got a token, and each writes its event at once. Thousands of streams fit on one core.
+There is one timer per engine step, not one per token or request: the end of a step calls every
+stream that got a token, and each writes its event immediately. One core serves thousands of
+streams.
 
-Limits: a body is at most ``BODY_MAX_BYTES`` (audio ``AUDIO_MAX_BYTES``, streamed); what a slow
-client has not read yet is at most one reply, which ``--max-model-len`` bounds; the record of
-requests keeps the last ``RECORD_MAX_COUNT``; a drain ends after ``DRAIN_TIMEOUT_S``.
+Limits: a body is at most ``BODY_MAX_BYTES`` (audio ``AUDIO_MAX_BYTES``, streamed); a slow client
+buffers at most one reply, which ``--max-model-len`` bounds; the request log keeps the last
+``RECORD_MAX_COUNT`` requests; a drain ends after ``DRAIN_TIMEOUT_S``.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ WAV_HEAD_MAX_BYTES = 64 << 10
 RECORD_MAX_COUNT = 10_000
 DRAIN_TIMEOUT_S = 300.0
 BACKLOG = 4096
-# A timer that is late by more than this has lost the time; below, the pace is kept up.
+# A timer later than this shifts the schedule; smaller delays are caught up.
 LAG_MAX_S = 0.05
-# Whisper's encoder: 30 s of audio at a time, 50 positions a second.
+# Whisper's encoder: 30 s of audio per window, 50 positions per second.
 AUDIO_WINDOW_S = 30.0
 AUDIO_TOKENS_PER_S = 50
 DIED = 70  # exit status of --die-after-requests
@@ -70,7 +71,7 @@ class Pacer:
         now = self._loop.time()
         sequence = self.engine.submit(now, prompt_tokens, output_tokens, hashes, owner)
         if self._timer is None:
-            # Soon, not now: what arrives in the same turn of the loop shares the first step.
+            # Deferred, so that requests arriving in the same loop iteration share the first step.
             self._timer = self._loop.call_soon(self._tick, now)
         return sequence
 
@@ -88,7 +89,7 @@ class Pacer:
 
 
 class Job(NamedTuple):
-    """One sequence to be: so many tokens of prompt and of output."""
+    """One sequence to run: its prompt and output lengths in tokens."""
 
     prompt_tokens: int
     output_tokens: int = 0
@@ -96,9 +97,9 @@ class Job(NamedTuple):
 
 
 class Group:
-    """The sequences of one request; ``await run(...)`` ends when all of them are done.
+    """The sequences of one request; ``await run(...)`` returns when all of them are done.
 
-    Cancelled (the client is gone), it takes them out of the engine.
+    Cancellation (the client disconnected) removes them from the engine.
     """
 
     def __init__(self, pacer: Pacer) -> None:
@@ -131,11 +132,11 @@ class Group:
 
 
 class Stream(Group):
-    """A Group whose tokens are written to the client as they come.
+    """A Group whose tokens are written to the client as they are generated.
 
-    They go straight to the transport: a task to wake for each token of each stream would cost
-    three times as much. The response has begun and frames its body as ``chunked`` says; the very
-    last event is left to the handler (``rest``), which sends it together with the end.
+    Tokens are written directly to the transport: waking a task per token and stream would cost
+    three times as much. The response is already prepared; ``chunked`` tells how its body is framed.
+    The handler sends the last event (``rest``) together with the end of the body.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Stream(Group):
         if not self.left:
             self.rest = event
         elif self._transport.is_closing():
-            pass  # the client is gone, and the handler about to be told
+            pass  # the client disconnected; the handler is about to be cancelled
         elif self._chunked:
             self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
         else:
@@ -186,19 +187,19 @@ class Stream(Group):
 
 
 class Record:
-    """Which requests came, so that a test can prove that none came twice."""
+    """A log of received requests, so that tests can prove that none arrived twice."""
 
     def __init__(self) -> None:
         self.received: Counter[str] = Counter()  # by path
         self.answered: Counter[int] = Counter()  # by status
-        self.aborted = 0  # the client left, or the connection broke
+        self.aborted = 0  # the client disconnected or the connection broke
         self.total = 0
         self._last: deque[dict[str, str]] = deque(maxlen=RECORD_MAX_COUNT)
 
     def add(self, request: web.Request) -> None:
         self.total += 1
         resource = request.match_info.route.resource
-        path = "other" if resource is None else resource.canonical  # not one entry a wrong path
+        path = "other" if resource is None else resource.canonical  # bounds the number of entries
         self.received[path] += 1
         self._last.append({"id": request.headers.get("X-Request-Id", ""), "path": path})
 
@@ -214,7 +215,7 @@ class Record:
 
 
 class MockEngine:
-    """The application. ``replica`` is the name that every answer carries."""
+    """The application. ``replica`` is the name in every response's X-Mock-Replica header."""
 
     def __init__(self, options: Options, replica: str = "") -> None:
         self.options = options
@@ -226,7 +227,7 @@ class MockEngine:
         self._created = int(time.time())
         self._ready_s = 0.0
         self._numbers = count(1)
-        self._metrics: Any = None  # a prometheus_client registry, made at the first scrape
+        self._metrics: Any = None  # a prometheus_client registry, created on the first scrape
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._middleware], client_max_size=BODY_MAX_BYTES)
@@ -288,10 +289,10 @@ class MockEngine:
         if self.starting:
             raise Refused("The engine is still starting", 503, "ServiceUnavailableError")
         if options.die_after_requests and self.record.total > options.die_after_requests:
-            log.warning("dying as told", after_requests=options.die_after_requests)
+            log.warning("exiting (--die-after-requests)", after_requests=options.die_after_requests)
             os._exit(DIED)
         if options.fail_every and self.record.total % options.fail_every == 0:
-            raise Refused("The engine fails as told", 500, "InternalServerError")
+            raise Refused("Injected failure (--fail-every)", 500, "InternalServerError")
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -346,13 +347,13 @@ class MockEngine:
         await response.prepare(request)
         transport = request.transport
         if transport is None:
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the client disconnected")
         stream = Stream(self._running(), dialect, replies, transport, chunked)
         await stream.run(jobs)
         await response.write_eof(stream.rest + dialect.closing(replies, stream.usage()))
         return response
 
-    # -- what is not text --------------------------------------------------------------------------
+    # -- embeddings, rerank, audio -----------------------------------------------------------------
 
     async def embeddings(self, request: web.Request) -> web.Response:
         asked = dialects.decode(await request.read(), dialects.EmbeddingRequest)
@@ -371,7 +372,7 @@ class MockEngine:
         return _json(asked.answer(self._meta(request, "rerank-", model), tokens))
 
     async def _compute(self, prompts: Sequence[int]) -> int:
-        """Compute prompts of these lengths, no output; returns the tokens of all."""
+        """Compute prompts of these lengths without output; returns the total number of tokens."""
         jobs = [Job(max(1, tokens)) for tokens in prompts]
         for job in jobs:
             self._room(job.prompt_tokens - 1)
@@ -384,13 +385,13 @@ class MockEngine:
             raise Refused("the body is not multipart/form-data")
         try:
             fields, digest, head, size = await _read_form(request)
-        except ValueError as error:  # a boundary that is missing or a part that is broken
+        except ValueError as error:  # a missing boundary or a malformed part
             raise Refused(f"multipart: {error}") from None
         self._served(fields.get("model"))
         if fields.get("stream", "").lower() == "true":
-            raise Refused("stream: the mock engine transcribes in one piece", param="stream")
+            raise Refused("stream: the mock engine does not stream transcriptions", param="stream")
         if digest is None:
-            raise Refused("file: is missing", param="file")
+            raise Refused("file: is required", param="file")
         seconds = dialects.audio_seconds(head, size)
         said = dialects.transcript(digest, seconds)
         kind, body = dialects.transcription(fields.get("response_format", "json"), said, seconds)
@@ -419,7 +420,7 @@ class MockEngine:
         return card | {"root": root, "parent": parent, "max_model_len": length, "permission": []}
 
     def _served(self, name: str | None) -> tuple[str, str]:
-        """The name to answer with and the adapter ("" for none); no name: the first model."""
+        """The model name of the response and the adapter ("" if none). Default: the first model."""
         if not name:
             return self.options.served_model_names[0], ""
         if name in self.options.served_model_names:
@@ -456,7 +457,7 @@ class MockEngine:
         log.info("unloaded an adapter", adapter=name)
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
 
-    # -- about the engine itself -------------------------------------------------------------------
+    # -- health, metrics ---------------------------------------------------------------------------
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.starting else 200)
@@ -479,7 +480,7 @@ class MockEngine:
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 
-    # -- small things ------------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _running(self) -> Pacer:
         assert self._pacer is not None
@@ -509,13 +510,13 @@ _USER_INPUT = "InvalidUserInput"
 
 
 async def _read_form(request: web.Request) -> tuple[dict[str, str], bytes | None, bytes, int]:
-    """Form fields; of the file its digest (None: there was none), first bytes and size."""
+    """The form fields, and the file's digest (None if there is no file), first bytes and size."""
     fields: dict[str, str] = {}
     digest: bytes | None = None
     head, size = b"", 0
     async for part in await request.multipart():
         if not isinstance(part, aiohttp.BodyPartReader):
-            raise Refused("a multipart body inside the multipart body")
+            raise Refused("nested multipart bodies are not supported")
         if part.name != "file":
             fields[part.name or ""] = await _read_field(part)
             continue
@@ -565,7 +566,7 @@ def _http_error(error: web.HTTPException) -> Refused:
 
 
 def run(options: Options) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is open. KubeAIError: cannot listen."""
+    """Serve until SIGTERM or SIGINT, then drain. KubeAIError if it cannot listen."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -581,7 +582,7 @@ async def _serve(options: Options) -> None:
         mock.app(),
         access_log=None,
         handle_signals=False,
-        handler_cancellation=True,  # a client that leaves frees its place in the batch
+        handler_cancellation=True,  # a disconnected client frees its place in the batch
         shutdown_timeout=DRAIN_TIMEOUT_S,
         keepalive_timeout=75.0,
     )

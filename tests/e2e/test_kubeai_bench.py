@@ -271,20 +271,20 @@ async def test_a_model_that_does_not_exist_is_one_line(bench):
         line = (await bench.run(one.url, "--model", "x")).fails()
         assert line == f"error: {one.url}: has no model 'x', but a, b"
         line = (await bench.run(one.url)).fails()
-        assert line == f"error: {one.url}: has several: give it --model of a, b"
+        assert line == f"error: {one.url}: has several models: set --model to one of a, b"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rate", "5", "--concurrency", "3"], "--rate: does not go with --concurrency"),
-        (["--arrivals", "ramp"], "--arrivals: needs --rate"),
+        (["--rate", "5", "--concurrency", "3"], "--rate: cannot be combined with --concurrency"),
+        (["--arrivals", "ramp"], "--arrivals: requires --rate"),
         (["--rate", "5", "--arrivals", "ramp"], "--until-rate: a ramp needs"),
-        (["--shape", "round"], "--shape: 'round' is none of chat,"),
+        (["--shape", "round"], "--shape: 'round' is not one of chat,"),
         (["--duration", "5"], "--duration: '5' has no unit"),
         (["--header", "x"], "--header: 'x' is not 'Name: value'"),
-        (["--body", "[1]"], "--body: '[1]' is no JSON object"),
-        (["--trace", "t", "--turns", "3"], "--turns: goes with --shape, not with --trace"),
+        (["--body", "[1]"], "--body: '[1]' is not a JSON object"),
+        (["--trace", "t", "--turns", "3"], "--turns: cannot be combined with --trace"),
         (["--html", "/proc/x/y"], "--html: /proc/x: "),
     ],
 )
@@ -346,7 +346,7 @@ async def test_a_process_of_its_own_that_is_killed_is_told_and_the_rest_is_kept(
     assert re.search(r"^error: process [01] ended \(signal 9\)$", ran.said, re.M)
     found = bench.found()
     assert found["summary"]["requests"] > 8
-    assert any("ended (signal 9)" in warning for warning in found["warnings"])
+    assert any("exited (signal 9)" in warning for warning in found["warnings"])
 
 
 async def test_failures_are_counted_by_kind_with_the_first_ones_words(bench):
@@ -355,7 +355,7 @@ async def test_failures_are_counted_by_kind_with_the_first_ones_words(bench):
     assert ran.code == 0
     found = bench.found()
     assert found["errors"] == {"status 500": 4}
-    assert re.search(r"^status 500: the first said: \{.*error", ran.out, re.M)
+    assert re.search(r"^status 500: first message: \{.*error", ran.out, re.M)
 
 
 async def test_runs_are_put_beside_each_other(bench):

@@ -74,12 +74,12 @@ def test_a_trace_is_played_by_its_times_and_a_limit_on_requests_holds(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--strategies=Best",), "--strategies: 'Best' is none of Service"),
-        (("--preset=tpu",), "--preset: 'tpu' is none of"),
+        (("--strategies=Best",), "--strategies: 'Best' is not one of Service"),
+        (("--preset=tpu",), "--preset: 'tpu' is not one of"),
         (("--concurrency=0",), "--concurrency: '0'"),
-        (("--shape=poem",), "--shape: 'poem' is none of"),
+        (("--shape=poem",), "--shape: 'poem' is not one of"),
         (("--sharegpt=/nowhere.json",), "/nowhere.json: No such file"),
-        (("--concurrency=4", "--rate=3"), "--rate: does not go with --concurrency"),
+        (("--concurrency=4", "--rate=3"), "--rate: cannot be combined with --concurrency"),
     ],
 )
 def test_a_wrong_option_is_one_line(options, words):
@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, said
-    assert "interrupted: 1 of 2 runs are done" in said
+    assert "interrupted: 1 of 2 runs completed" in said
     assert "Traceback" not in said
     assert "LeastLoad" in told
     assert [path.name for path in tmp_path.iterdir()] == ["01-leastload--32-at-a-time.json"]

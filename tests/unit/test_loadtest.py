@@ -1,4 +1,4 @@
-"""What `kubeai bench` decides without sending anything."""
+"""The decisions of `kubeai bench` that need no traffic."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def plan(**fields: object) -> Plan:
     return Plan(**(defaults | {"load": ClosedLoop(5)} | fields))
 
 
-# -- whether the client was too slow ---------------------------------------------------------------
+# -- whether the client was the bottleneck ---------------------------------------------------------
 
 
 def usage(*shares: float, late_s: float = 0.001) -> Usage:
-    """Of a worker that used such shares of a core, second by second."""
+    """The usage of a worker that used these shares of a core, second by second."""
     one, cpu_s = Usage(), 0.0
     for second, share in enumerate(shares, 1):
         cpu_s += share
@@ -55,17 +55,17 @@ def batch(
     return Batch(at_s, records, Gaps(), 7, tokens, tokens, cpu_s, cpu_s / 2, list(late_s), {})
 
 
-def test_a_client_with_time_to_spare_is_not_warned_of():
+def test_an_idle_client_causes_no_warning():
     assert saturation.warnings([usage(*[0.8] * 20), usage(*[0.1] * 20)], [0.001] * 100) == []
 
 
-def test_a_process_that_uses_its_whole_core_is_named():
+def test_a_process_that_saturates_its_core_causes_a_warning():
     (warning,) = saturation.warnings([usage(*[0.2] * 20), usage(*[0.99] * 20)], [0.001])
     assert warning.startswith("process 1 used over 85% of a core in 20 of 20 seconds")
     assert "--processes" in warning
 
 
-def test_a_ramp_that_saturates_it_at_its_end_is_seen():
+def test_saturation_at_the_end_of_a_ramp_is_noticed():
     assert saturation.warnings([usage(*[0.3] * 16, *[0.95] * 4)], [])
 
 
@@ -73,25 +73,25 @@ def test_a_second_of_new_connections_is_not_saturation():
     assert saturation.warnings([usage(1.0, *[0.3] * 19)], []) == []
 
 
-def test_what_is_of_the_warm_up_does_not_count():
+def test_the_warm_up_does_not_count():
     shares = [*[1.0] * 5, *[0.3] * 10]
     assert saturation.warnings([usage(*shares)], [])
     assert saturation.warnings([usage(*shares)], [], warm_up_s=5.0) == []
 
 
-def test_requests_that_were_sent_late_are_told():
+def test_requests_sent_late_cause_a_warning():
     late_s = [0.0] * 98 + [0.07] * 2
     (warning,) = saturation.warnings([usage(0.3)], late_s)
     assert warning.startswith("requests were sent 70 ms late (p99)")
     assert saturation.warnings([usage(0.3)], [0.0] * 199 + [9.0]) == []
 
 
-def test_a_loop_that_was_late_is_told():
+def test_a_late_event_loop_causes_a_warning():
     (warning,) = saturation.warnings([usage(*[0.3] * 5, late_s=0.2)], [])
     assert warning.startswith("timers ran 200 ms late")
 
 
-def test_its_cost_is_that_of_all_processes_and_its_share_the_busiest():
+def test_the_cpu_cost_sums_all_processes_and_the_share_is_the_busiest_ones():
     cost = saturation.cost([usage(*[0.2] * 10), usage(*[0.6] * 10)])
     assert cost == {
         "cpu_us_per_chunk": 400.0,
@@ -112,7 +112,7 @@ def test_its_cost_is_that_of_all_processes_and_its_share_the_busiest():
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("load", [ClosedLoop(5), OpenLoop(Arrivals(per_s=9.0))])
-def test_workers_send_together_what_one_would(workers, load):
+def test_several_workers_together_send_the_same_load_as_one(workers, load):
     alone = dict(plan(load=load).conversations())
     shares = [plan(load=load, worker=n, workers=workers) for n in range(workers)]
     together = [pair for share in shares for pair in share.conversations()]
@@ -122,7 +122,7 @@ def test_workers_send_together_what_one_would(workers, load):
     assert sum(share.share(7) for share in shares) == 7
 
 
-def test_a_trace_begins_at_once_and_at_its_speed(tmp_path):
+def test_a_trace_starts_at_once_and_is_replayed_at_the_given_speed(tmp_path):
     file = tmp_path / "trace"
     lines = [{"timestamp": 7000 + 500 * at, "input_length": 9} for at in range(5)]
     file.write_text("\n".join(map(json.dumps, lines)))
@@ -130,7 +130,7 @@ def test_a_trace_begins_at_once_and_at_its_speed(tmp_path):
     assert [(number, one.at_s) for number, one in traced.conversations()] == [(1, 0.25), (3, 0.75)]
 
 
-def test_messages_come_out_of_a_pipe_as_they_went_in():
+def test_messages_pass_through_a_pipe_unchanged():
     first = plan(traffic=ShareGpt("/x", 2), load=OpenLoop(Arrivals(per_s=1.0)))
     for message, kind in ((first, Plan), (Go(5.0), Go | Stop), (Stop(), Go | Stop)):
         framed = frame(message)
@@ -147,17 +147,17 @@ def made(**fields: object) -> MadeUp | ShareGpt | Trace:
     return options.traffic(**(defaults | more | fields))
 
 
-def test_a_shape_is_changed_by_what_is_given():
+def test_options_override_the_preset_shape():
     found = made(shape="rag", changes={"turns": 3, "system_tokens": None})
     assert found == MadeUp("rag", msgspec.structs.replace(SHAPES["rag"], turns=3), 1)
 
 
-def test_with_an_end_of_its_own_a_load_has_conversations_without_limit():
+def test_a_load_with_its_own_end_has_unlimited_conversations():
     assert made(endless=True).shape.conversations == ENDLESS
     assert made(endless=True, changes={"conversations": 5}).shape.conversations == 5
 
 
-def test_there_is_one_source_of_traffic():
+def test_only_one_source_of_traffic_may_be_given():
     with pytest.raises(OptionError, match="--trace: cannot be combined with --sharegpt"):
         made(sharegpt=Path("a"), trace=Path("b"))
     with pytest.raises(OptionError, match="--speed: must be more than 0"):
@@ -169,7 +169,7 @@ def load(**fields: object) -> ClosedLoop | OpenLoop:
     return options.load(**(dict.fromkeys(names) | {"timed": False} | fields))
 
 
-def test_the_load_is_closed_unless_there_is_a_rate_or_times():
+def test_the_load_is_closed_unless_a_rate_or_times_are_given():
     assert load() == ClosedLoop(32)
     assert load(timed=True) == OpenLoop()
     assert load(timed=True, concurrency=4) == ClosedLoop(4)
@@ -181,12 +181,12 @@ def test_the_load_is_closed_unless_there_is_a_rate_or_times():
 @pytest.mark.parametrize(
     "fields", [{"rate": 0.0}, {"burst": 3}, {"rate": 1.0, "arrivals": "x"}, {"ramp_time": "1s"}]
 )
-def test_a_load_that_makes_no_sense_is_refused(fields):
+def test_an_invalid_load_is_rejected(fields):
     with pytest.raises(OptionError, match=r"^--"):
         load(**fields)
 
 
-def test_a_key_is_a_bearer_token_unless_a_header_says_otherwise():
+def test_a_key_is_sent_as_a_bearer_token_unless_a_header_is_given():
     assert options.headers([], "k") == (("Authorization", "Bearer k"),)
     assert options.headers(["authorization: Basic x"], "k") == (("authorization", "Basic x"),)
     for line in ("x", ": y", "a: b\r\nc: d"):
@@ -197,7 +197,7 @@ def test_a_key_is_a_bearer_token_unless_a_header_says_otherwise():
 # -- progress --------------------------------------------------------------------------------------
 
 
-def test_progress_tells_counts_of_all_and_rates_of_late():
+def test_progress_shows_total_counts_and_recent_rates():
     progress = Progress()
     good = Record(0, 0, 0.0, 0.0, first_s=0.2, ended_s=1.0)
     progress.note(0, batch(1.0, [good, Record(1, 0, 0.0, 0.0, error="cut")], 1000))

@@ -1,4 +1,4 @@
-"""The client of `kubeai bench` against servers that do as they should, and do not."""
+"""The client of `kubeai bench` against well-behaved and misbehaving servers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def chunked(*pieces: bytes) -> bytes:
 async def served(
     serve: Serve, *, timeout_s: float = 5.0, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Client]:
-    """``serve(reader, writer, number)`` for each connection; they are closed when it returns."""
+    """Run ``serve(reader, writer, number)`` for each connection; closes them on return."""
     tasks, numbers = set(), iter(range(1000))
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -72,7 +72,7 @@ async def request(reader: asyncio.StreamReader) -> bytes:
 
 
 def answering(answer: bytes) -> Serve:
-    """The same to every request."""
+    """Send the same bytes in response to every request."""
 
     async def serve(reader, writer, _number):
         while True:
@@ -83,7 +83,7 @@ def answering(answer: bytes) -> Serve:
 
 
 def once(answer: bytes) -> Serve:
-    """One answer, and the connection ends."""
+    """Send one response and close the connection."""
 
     async def serve(reader, writer, _number):
         await request(reader)
@@ -96,7 +96,7 @@ async def ask(client: Client, reader: Reader | None = None):
     return await client.send(client.request("POST", "/x", b"{}"), reader)
 
 
-async def test_a_request_and_its_answer():
+async def test_a_request_and_its_response():
     seen = []
 
     async def serve(reader, writer, _number):
@@ -113,7 +113,7 @@ async def test_a_request_and_its_answer():
     assert {b"X-Label-Selector: a=b", b"Content-Length: 2", b"{}"} <= set(rest)
 
 
-async def test_connections_are_kept_and_each_has_one_request_at_a_time():
+async def test_connections_are_reused_with_one_request_at_a_time():
     async with served(answering(WHOLE)) as client:
         for _ in range(3):
             assert not (await ask(client)).error
@@ -121,7 +121,7 @@ async def test_connections_are_kept_and_each_has_one_request_at_a_time():
         answers = await asyncio.gather(*(ask(client) for _ in range(8)))
         assert [answer.error for answer in answers] == [""] * 8
         assert len(client.open) == len(client.idle) == 8
-        # Those that end let others have their connection at once.
+        # Requests that end free their connection for others at once.
         answers = await asyncio.gather(*(ask(client) for _ in range(40)))
         assert [answer.error for answer in answers] == [""] * 40
 
@@ -145,7 +145,7 @@ async def test_a_stream_is_read_in_pieces():
     ],
     ids=["no-end", "not-done", "an-error", "too-short"],
 )
-async def test_an_answer_that_ends_early_is_cut(answer):
+async def test_a_response_that_ends_early_is_truncated(answer):
     async with served(once(answer)) as client:
         assert (await ask(client, Reader())).error == "cut"
 
@@ -159,14 +159,14 @@ async def test_an_answer_that_ends_early_is_cut(answer):
     ],
     ids=["chunks-without-an-end", "http-1.0", "connection-close"],
 )
-async def test_a_stream_that_said_done_may_end_with_its_connection(answer):
+async def test_a_stream_that_sent_done_may_end_with_its_connection(answer):
     async with served(once(answer)) as client:
         reader = Reader()
         assert ((await ask(client, reader)).error, len(reader.times_s)) == ("", 1)
         assert not client.idle
 
 
-async def test_a_failure_has_its_status_and_words():
+async def test_a_failure_has_its_status_and_message():
     body = b'{"error": {"message": "busy"}}'
     head = b"HTTP/1.1 503 Unavailable\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with served(answering(head + body)) as client:
@@ -176,9 +176,9 @@ async def test_a_failure_has_its_status_and_words():
         assert len(client.open) == 1
 
 
-async def test_a_connection_that_the_server_had_closed_is_made_anew():
+async def test_a_connection_closed_by_the_server_is_replaced():
     async with served(once(WHOLE)) as client:
-        # `find` made the first, which serves one request; the client may not know of its end.
+        # `find` opened the first, which serves one request; the client may not know that it closed.
         for _ in range(5):
             assert (await ask(client)).error == ""
 
@@ -191,13 +191,13 @@ async def test_a_server_that_closes_every_connection_is_an_error():
         assert (await ask(client)).error == "connection: lost"
 
 
-async def test_what_is_not_http_is_an_error():
+async def test_a_response_that_is_not_http_is_an_error():
     async with served(answering(b"SSH-2.0-x\r\n")) as client:
         assert (await ask(client)).error.startswith("not HTTP")
         assert not client.idle
 
 
-async def test_an_answer_that_takes_too_long_is_given_up():
+async def test_a_slow_response_times_out():
     left = asyncio.Event()
 
     async def serve(reader, writer, _number):
@@ -215,13 +215,13 @@ async def test_an_answer_that_takes_too_long_is_given_up():
 
 
 @pytest.mark.parametrize("after", [b"", chunked(EVENT, EVENT)], ids=["head", "events"])
-async def test_a_stream_that_ceases_to_be_http_is_an_error(after):
+async def test_malformed_http_in_a_stream_is_an_error(after):
     async with served(once(HEAD + after + b"no chunk")) as client:
         assert (await ask(client, Reader())).error.startswith("not HTTP: ")
         assert not client.idle
 
 
-async def test_a_stream_that_is_reset_is_cut():
+async def test_a_reset_stream_is_truncated():
     seen = asyncio.Event()
 
     async def serve(reader, writer, _number):
@@ -241,7 +241,7 @@ async def test_a_stream_that_is_reset_is_cut():
         assert not client.open
 
 
-async def test_one_that_is_cancelled_leaves_its_connection():
+async def test_a_cancelled_request_closes_its_connection():
     got, left = asyncio.Event(), asyncio.Event()
 
     async def serve(reader, writer, _number):
@@ -263,7 +263,7 @@ async def test_one_that_is_cancelled_leaves_its_connection():
 
 @pytest.fixture
 def tls(tmp_path) -> ssl.SSLContext:
-    """Of a server that is localhost; its own certificate vouches for it, in server.crt."""
+    """The TLS context of a server at localhost; its self-signed certificate is in server.crt."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = certificates.name("localhost")
     certificate = (
@@ -278,7 +278,7 @@ def tls(tmp_path) -> ssl.SSLContext:
     return context
 
 
-async def test_tls_is_spoken_with_whom_the_machine_trusts(tls, tmp_path, monkeypatch):
+async def test_tls_works_with_a_certificate_that_the_machine_trusts(tls, tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "server.crt"))
     async with served(answering(HEAD + chunked(EVENT, EVENT, DONE, b"")), tls=tls) as client:
         for _ in range(2):
@@ -287,7 +287,7 @@ async def test_tls_is_spoken_with_whom_the_machine_trusts(tls, tmp_path, monkeyp
         assert len(client.open) == 1
 
 
-async def test_whom_the_machine_does_not_trust_is_an_error(tls):
+async def test_an_untrusted_certificate_is_an_error(tls):
     with pytest.raises(EndpointError, match=r"localhost:\d+/v1: certificate: self"):
         async with served(answering(WHOLE), tls=tls):
             raise AssertionError("it connected")
@@ -299,10 +299,10 @@ async def test_whom_the_machine_does_not_trust_is_an_error(tls):
         ("127.0.0.1:80/v1", "must be http://host:port/path"),
         ("ftp://x/v1", "must be http://host:port/path"),
         ("http://x:99999/v1", "ort"),
-        ("http://me:secret@x/v1", "takes no user"),
+        ("http://me:secret@x/v1", "must not have a user"),
     ],
 )
-def test_a_url_that_says_nothing_is_refused(url, said):
+def test_an_invalid_url_is_rejected(url, said):
     with pytest.raises(EndpointError, match=said) as raised:
         Address(url)
     assert "secret" not in str(raised.value)
@@ -316,6 +316,6 @@ def test_a_url_that_says_nothing_is_refused(url, said):
         ("http://[::1]:8000/openai/v1", 8000, False, "/openai/v1"),
     ],
 )
-def test_a_url_says_where(url, port, tls, path):
+def test_a_url_is_parsed_into_port_tls_and_path(url, port, tls, path):
     address = Address(url)
     assert (address.port, address.tls, address.path) == (port, tls, path)

@@ -1,4 +1,4 @@
-"""The page and the table of ``kubeai bench``: whole for any run, and nobody's markup but ours."""
+"""The HTML page and the table of ``kubeai bench``: complete for any run, with all text escaped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(
     warnings: tuple[str, ...] = (),
     setting: dict | None = None,
 ) -> Results:
-    """Made-up requests, ten a second; all of them fail, if with an error."""
+    """Made-up requests, ten per second; with ``error``, all of them fail."""
     rng, gaps = random.Random(7), Gaps()
     records = []
     for at in range(count):
@@ -68,7 +68,7 @@ def plots(page: str) -> list[ElementTree.Element]:
 
 
 def area(plot: ElementTree.Element) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what the axes span."""
+    """Left, top, right and bottom of the area within the axes."""
     (rect,) = plot.findall("rect[@class='area']")
     x, y, width, height = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
     return x, y, x + width, y + height
@@ -101,7 +101,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
-def test_any_runs_make_a_page_whose_curves_and_bars_lie_within_their_axes(runs):
+def test_any_runs_give_a_page_with_curves_and_bars_within_their_axes(runs):
     page = report(runs)
     assert page.startswith("<!doctype html>")
     for plot in plots(page):
@@ -122,19 +122,19 @@ def test_any_runs_make_a_page_whose_curves_and_bars_lie_within_their_axes(runs):
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
-def test_any_runs_make_a_table_whose_lines_fit_their_columns(runs):
+def test_any_runs_give_a_table_whose_lines_fit_their_columns(runs):
     lines = compare.table(runs).splitlines()
     assert all(line == line.rstrip() for line in lines)
     assert all(run.name in lines[0] for run in runs)
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
-def test_a_written_and_read_run_makes_the_same_page(runs):
+def test_a_saved_and_reloaded_run_gives_the_same_page(runs):
     read = msgspec.json.decode(msgspec.json.encode(runs), type=list[Results])
     assert report(read) == report(runs)
 
 
-def test_a_run_has_a_curve_in_each_plot_and_a_bar_an_endpoint():
+def test_a_run_has_a_curve_in_each_plot_and_a_bar_per_endpoint():
     *lines, last = plots(report([run("a"), run("b")]))
     assert [len(curve_points(plot)) for plot in lines] == [2, 2, 2, 2]
     assert len(bars(last)) == 2 * 4
@@ -149,7 +149,7 @@ def test_a_distribution_rises_from_the_floor_to_the_top():
     assert curve == sorted(curve, key=lambda point: (point[0], -point[1]))
 
 
-def test_times_ten_apart_are_as_far_apart_anywhere_on_the_logarithmic_axis():
+def test_a_factor_of_ten_has_the_same_length_anywhere_on_the_logarithmic_axis():
     shown = run()
     shown.curves = {"ttft_ms": [[1.0, 0.3], [10.0, 0.6], [100.0, 1.0]]}
     (curve,) = curve_points(plots(report([shown]))[0])
@@ -157,7 +157,7 @@ def test_times_ten_apart_are_as_far_apart_anywhere_on_the_logarithmic_axis():
     assert second - first == pytest.approx(third - second, abs=0.11)
 
 
-def test_ticks_do_not_run_into_each_other():
+def test_tick_labels_do_not_overlap():
     for runs in RUNS.values():
         for plot in plots(report(runs)):
             labels = [text for text in plot.findall("text") if text.get("text-anchor") == "middle"]
@@ -169,7 +169,7 @@ def test_ticks_do_not_run_into_each_other():
             assert ends == sorted(ends)
 
 
-def test_bars_are_as_long_as_their_counts_and_only_the_busiest_are_drawn():
+def test_bars_are_proportional_to_their_counts_and_only_the_busiest_are_drawn():
     shown = run()
     shown.spread = {f"engine-{at:02}": 10 * at for at in range(1, ENDPOINTS_MAX + 3)}
     page = report([shown])
@@ -180,7 +180,7 @@ def test_bars_are_as_long_as_their_counts_and_only_the_busiest_are_drawn():
     assert widths[-1] / widths[0] == pytest.approx((ENDPOINTS_MAX + 2) / 3, rel=0.02)
 
 
-def test_a_long_name_of_an_endpoint_is_cut_and_whole_where_it_is_pointed_at():
+def test_a_long_endpoint_name_is_truncated_with_the_full_name_in_its_tooltip():
     shown = run()
     name = "model-with-a-long-name-7c9f8d-x2x4z"
     shown.spread = {name: 3}
@@ -189,7 +189,7 @@ def test_a_long_name_of_an_endpoint_is_cut_and_whole_where_it_is_pointed_at():
     assert name in (bars(plot)[0].findtext("title") or "")
 
 
-def test_what_came_from_outside_is_text():
+def test_external_text_is_escaped():
     evil = run(EVIL, warnings=(EVIL,), setting={EVIL: EVIL, "deep": {EVIL: [EVIL]}})
     evil.spread, evil.errors = {EVIL: 3, EVIL * 2: 4}, {EVIL: 2}
     calm = run("calm")
@@ -203,7 +203,7 @@ def test_what_came_from_outside_is_text():
     assert plots(page)
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing():
+def test_the_page_loads_no_resources_and_runs_no_scripts():
     page = report(RUNS["three runs"])
     seen = Page(page)
     assert not {"script", "link", "img", "iframe", "object", "a"} & set(seen.tags)
@@ -213,7 +213,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing():
     assert "default-src 'none'" in page
 
 
-def test_settings_of_all_runs_are_told_once():
+def test_settings_common_to_all_runs_are_shown_once():
     page = report(
         [run("a", setting={"rate": 1, "x": {"y": 2}}), run("b", setting={"rate": 3, "x": {"y": 2}})]
     )
@@ -221,7 +221,7 @@ def test_settings_of_all_runs_are_told_once():
     assert '<th scope="row">x.y</th><td colspan="2">2</td>' in page
 
 
-def test_warnings_stand_before_the_figures_and_below_the_table():
+def test_warnings_are_above_the_pages_figures_and_below_the_table():
     runs = [run("a", warnings=("the client was late",)), run("b", error="timeout")]
     page = report(runs)
     assert page.index("the client was late") < page.index("<h2>Results")
@@ -230,7 +230,7 @@ def test_warnings_stand_before_the_figures_and_below_the_table():
     assert "! b: none of 300 requests succeeded" in compare.table(runs)
 
 
-def test_some_failures_and_no_requests_are_a_warning():
+def test_failures_and_an_empty_run_cause_a_warning():
     assert compare.warnings(run()) == []
     assert compare.warnings(run(count=0)) == ["no requests were measured"]
     some = run()
@@ -246,7 +246,7 @@ def with_summary(**summary: object) -> Results:
     return msgspec.structs.replace(run(), summary=summary)
 
 
-def test_the_best_is_the_least_time_and_the_most_throughput():
+def test_the_best_run_has_the_lowest_times_and_the_highest_throughput():
     runs = [
         with_summary(ttft_ms={"mean": 100.0}, requests_per_s=5.0, hit_rate=0.5),
         with_summary(ttft_ms={"mean": 50.0}, requests_per_s=4.0, hit_rate=None),
@@ -270,32 +270,32 @@ def test_the_best_is_the_least_time_and_the_most_throughput():
 
 
 @pytest.mark.parametrize("first", [None, 0, math.nan])
-def test_to_nothing_there_is_no_ratio(first):
+def test_a_ratio_to_zero_is_not_shown(first):
     runs = [with_summary(failed=first), with_summary(failed=3)]
     assert cells(runs, "Requests", "failed")[1].ratio == ""
 
 
-def test_none_is_best_where_all_show_the_same_or_none_is_better():
+def test_no_run_is_best_if_all_are_equal_or_the_figure_has_no_better_direction():
     runs = [with_summary(failed=1, requests=3, late_ms={"mean": 1.0}), with_summary(failed=1)]
     runs[1].summary |= {"requests": 4, "late_ms": {"mean": 2.0}}
     for rows in compare.figures(runs).values():
         assert not any(cell.best for row in rows for cell in row.cells)
 
 
-def test_figures_that_no_run_has_are_left_out():
+def test_figures_that_no_run_has_are_omitted():
     assert compare.figures([with_summary(gap_ms={}, hit_rate=None, spread=1.2)]).keys() == {
         "Cache and balance"
     }
 
 
-def test_a_run_alone_is_compared_with_nothing():
+def test_a_single_run_has_no_comparison():
     text = compare.table([run()])
     assert "×" not in text
     assert "*" not in text
     assert "<b>Marked" not in report([run()])
 
 
-def test_the_table_of_the_terminal():
+def test_the_terminal_table():
     runs = [
         with_summary(requests=1200, failed=0, ttft_ms={"mean": 12.34, "p99": 1234.0}),
         with_summary(requests=600, failed=3, ttft_ms={"mean": 6.17, "p99": 2469.0}),

@@ -1,4 +1,4 @@
-"""The mock engine over real loopback, with the clients that people use."""
+"""The mock engine over real loopback, with real clients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Served:
             return response.status, await response.text()
 
     async def events(self, path: str, body: dict) -> list[tuple[str, object]]:
-        """(event name, data) of a stream."""
+        """The (event name, data) pairs of a stream."""
         async with self.session.post(path, json=body | {"stream": True}) as response:
             assert response.status == 200
             assert response.content_type == "text/event-stream"
@@ -92,7 +92,7 @@ async def served():
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
     yield
-    structlog.reset_defaults()  # main() sets it up for a process of its own
+    structlog.reset_defaults()  # main() configures it for a separate process
 
 
 async def until(check, timeout_s: float = 5.0) -> None:
@@ -104,7 +104,7 @@ async def until(check, timeout_s: float = 5.0) -> None:
 # -- chat --------------------------------------------------------------------------------------
 
 
-async def test_a_chat_is_answered_with_usage_and_the_same_for_the_same_messages(served):
+async def test_a_chat_response_has_usage_and_is_the_same_for_the_same_messages(served):
     create = served.client.chat.completions.create
     first = await create(model="m", messages=HELLO, max_tokens=12)
     again = await create(model="m", messages=HELLO, max_tokens=12)
@@ -124,13 +124,13 @@ async def test_a_chat_is_answered_with_usage_and_the_same_for_the_same_messages(
     assert first.id.startswith("chatcmpl-")
 
 
-async def test_a_chat_without_a_limit_ends_by_itself(served):
+async def test_a_chat_without_a_token_limit_ends_by_itself(served):
     answer = await served.client.chat.completions.create(model="m", messages=HELLO)
     assert answer.choices[0].finish_reason == "stop"
     assert 24 <= answer.usage.completion_tokens <= 72
 
 
-async def test_a_streamed_chat_is_vllms_events_one_a_token(served):
+async def test_a_streamed_chat_has_vllms_events_one_per_token(served):
     body = {"model": "m", "messages": HELLO, "max_tokens": 5}
     events = [
         value
@@ -180,7 +180,7 @@ async def test_the_openai_client_streams_a_chat(served):
         None,
     ],
 )
-async def test_content_comes_as_text_as_parts_or_not_at_all(served, content):
+async def test_content_may_be_text_parts_or_absent(served, content):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
     status, answer = await served.post(
         "/v1/chat/completions", {"model": "m", "messages": messages, "max_tokens": 2}
@@ -206,7 +206,7 @@ async def test_stop_strings_end_the_text_before_them(served, as_list):
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_a_next_turn_finds_the_last_ones_tokens_in_the_cache(served):
+async def test_a_next_turn_has_the_previous_turns_tokens_cached(served):
     messages = [{"role": "user", "content": "Tell me about owls. " * 20}]
     first = await served.client.chat.completions.create(model="m", messages=messages, max_tokens=64)
     messages.append({"role": "assistant", "content": first.choices[0].message.content})
@@ -221,7 +221,7 @@ async def test_a_next_turn_finds_the_last_ones_tokens_in_the_cache(served):
 # -- completions -------------------------------------------------------------------------------
 
 
-async def test_completions_take_texts_and_token_numbers(served):
+async def test_completions_accept_texts_and_token_ids(served):
     create = served.client.completions.create
     one = await create(model="m", prompt="Once upon", max_tokens=4)
     assert one.object == "text_completion"
@@ -330,7 +330,7 @@ async def test_messages_have_anthropics_shape(served):
 # -- embeddings, rerank, audio -----------------------------------------------------------------
 
 
-async def test_embeddings_come_as_floats_and_base64_in_any_dimension(served):
+async def test_embeddings_are_floats_or_base64_of_any_dimension(served):
     create = served.client.embeddings.create
     encoded = await create(model="m", input=["owls sleep", "foxes run"])  # base64 on the wire
     plain = await create(model="m", input=["owls sleep", "foxes run"], encoding_format="float")
@@ -374,7 +374,7 @@ def wav(seconds: float, value: int = 0) -> bytes:
     return file.getvalue()
 
 
-async def test_audio_is_transcribed_by_its_bytes():
+async def test_a_transcription_depends_on_the_audios_bytes():
     async with serving(*FAST, "--engine=FasterWhisper") as served:
         create = served.client.audio.transcriptions.create
         first = await create(model="m", file=("a.wav", wav(2.5)))
@@ -395,7 +395,7 @@ async def test_audio_is_transcribed_by_its_bytes():
             assert "40.00 s" in (await response.json())["text"]
 
 
-async def test_a_form_that_is_none_or_lacks_the_file_is_refused(served):
+async def test_a_malformed_form_or_one_without_a_file_is_rejected(served):
     path = "/v1/audio/transcriptions"
     assert (await served.post(path, {"model": "m"}))[0] == 400
     kind = {"Content-Type": "multipart/form-data"}
@@ -406,7 +406,7 @@ async def test_a_form_that_is_none_or_lacks_the_file_is_refused(served):
         assert (await response.json())["error"]["param"] == "file"
 
 
-def test_the_length_of_audio_is_its_headers_but_no_more_than_its_bytes_hold():
+def test_the_audio_length_is_the_headers_limited_by_the_bytes():
     data = wav(3.0)
     assert audio_seconds(data[:64], len(data)) == 3.0
     assert audio_seconds(data[:64], 16_000) == 1.0
@@ -416,7 +416,7 @@ def test_the_length_of_audio_is_its_headers_but_no_more_than_its_bytes_hold():
 # -- models and adapters -----------------------------------------------------------------------
 
 
-async def test_adapters_are_loaded_served_and_unloaded_with_vllms_answers(served, tmp_path):
+async def test_adapters_are_loaded_served_and_unloaded_with_vllms_responses(served, tmp_path):
     load = {"lora_name": "pirate", "lora_path": str(tmp_path / "pirate")}
     status, error = await served.post("/v1/load_lora_adapter", load)
     assert (status, error["error"]["type"]) == (404, "NotFoundError")
@@ -479,7 +479,7 @@ async def test_adapters_are_loaded_served_and_unloaded_with_vllms_answers(served
         ("/v1/responses", {}, "input"),
     ],
 )
-async def test_a_bad_request_is_400_and_names_the_place(served, path, body, says):
+async def test_a_bad_request_is_400_and_names_the_field(served, path, body, says):
     status, answer = await served.post(path, body)
     assert status == 400
     assert says in answer["error"]["message"]
@@ -507,7 +507,7 @@ async def test_unknown_models_and_routes_are_404_in_vllms_shape(served):
 # -- who answered, and how often ---------------------------------------------------------------
 
 
-async def test_answers_name_their_replica_and_requests_are_recorded(served):
+async def test_responses_name_their_replica_and_requests_are_recorded(served):
     body = {"model": "m", "messages": HELLO, "max_tokens": 1}
     for number in range(3):
         async with served.session.post(
@@ -548,7 +548,7 @@ async def test_metrics_have_vllms_names(served):
 RATE = ("--prefill-tokens-per-second=0", "--decode-tokens-per-second=100")
 
 
-async def test_tokens_come_no_faster_than_was_asked_for():
+async def test_tokens_are_not_generated_faster_than_the_given_rate():
     async with serving(*RATE) as served:
         started = time.perf_counter()
         stream = await served.client.chat.completions.create(
@@ -560,7 +560,7 @@ async def test_tokens_come_no_faster_than_was_asked_for():
 
 
 @pytest.mark.looptime
-async def test_tokens_come_at_the_rate_that_was_asked_for():
+async def test_tokens_are_generated_at_the_given_rate():
     times = []
 
     class Timed(There):
@@ -569,13 +569,13 @@ async def test_tokens_come_at_the_rate_that_was_asked_for():
 
     pacer = Pacer(Engine(parse(RATE)[0].config))
     await stream_to(Timed(), pacer, tokens=31).run([Job(10, 31)])
-    assert len(times) == 30, "the last one goes with the end"
+    assert len(times) == 30, "the last one is sent with the end"
     assert [later - earlier for earlier, later in itertools.pairwise(times)] == [
         pytest.approx(0.01)
     ] * 29
 
 
-async def test_streams_run_side_by_side_up_to_the_batch_and_the_rest_waits():
+async def test_streams_run_in_parallel_up_to_the_batch_size_and_the_others_wait():
     async with serving("--decode-tokens-per-second=50", "--max-batch=2") as served:
         body = {"model": "m", "messages": HELLO, "max_tokens": 10}
         chats = [asyncio.create_task(served.events("/v1/chat/completions", body)) for _ in range(3)]
@@ -584,7 +584,7 @@ async def test_streams_run_side_by_side_up_to_the_batch_and_the_rest_waits():
         assert all(len(events) == 12 for events in await asyncio.gather(*chats))
 
 
-async def test_a_client_that_leaves_frees_its_place():
+async def test_a_client_that_disconnects_frees_its_slot():
     async with serving("--decode-tokens-per-second=5") as served:
         body = {"model": "m", "messages": HELLO, "max_tokens": 1000}
         engine = served.mock.engine
@@ -598,7 +598,7 @@ async def test_a_client_that_leaves_frees_its_place():
         await until(lambda: served.mock.record.aborted == 2)
 
 
-async def test_until_the_start_up_delay_is_over_it_is_unhealthy_and_refuses():
+async def test_during_the_start_up_delay_it_is_unhealthy_and_rejects_requests():
     body = {"messages": HELLO, "max_tokens": 1}
 
     async def health(served):
@@ -615,7 +615,7 @@ async def test_until_the_start_up_delay_is_over_it_is_unhealthy_and_refuses():
         assert (await served.post("/v1/chat/completions", body))[0] == 200
 
 
-async def test_many_streams_at_once_all_end_whole(served):
+async def test_many_simultaneous_streams_all_complete(served):
     body = {"model": "m", "messages": HELLO, "max_tokens": 20}
     results = await asyncio.gather(
         *(served.events("/v1/chat/completions", body) for _ in range(300))
@@ -624,7 +624,7 @@ async def test_many_streams_at_once_all_end_whole(served):
     assert served.mock.record.total == 300
 
 
-async def test_a_client_of_http_1_0_gets_its_stream_without_chunks(served):
+async def test_an_http_1_0_client_gets_its_stream_unchunked(served):
     reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
     body = json.dumps({"messages": HELLO, "max_tokens": 3, "stream": True})
     writer.write(
@@ -642,7 +642,7 @@ async def test_a_client_of_http_1_0_gets_its_stream_without_chunks(served):
 # -- faults ------------------------------------------------------------------------------------
 
 
-async def test_every_nth_request_fails_when_told_so():
+async def test_every_nth_request_fails_if_configured():
     async with serving(*FAST, "--fail-every=3") as served:
         body = {"messages": HELLO, "max_tokens": 1}
         statuses = [(await served.post("/v1/chat/completions", body))[0] for _ in range(6)]
@@ -654,7 +654,7 @@ async def test_every_nth_request_fails_when_told_so():
 
 @contextlib.asynccontextmanager
 async def process(*flags: str, **env: str):
-    """The engine as a process: (process, url, replica)."""
+    """Run the engine as a process; yields (process, url, replica)."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "kubeai.mock_engine", "--port=0", "--served-model-name=m"),
         *flags,
@@ -666,7 +666,7 @@ async def process(*flags: str, **env: str):
             log = []
             while not log or "mock engine listens" not in log[-1]:
                 line = await child.stderr.readline()
-                assert line, f"it ended: {log}"
+                assert line, f"it exited: {log}"
                 log.append(line.decode())
         address = re.search(r'"address": ?"([^"]+)"', log[-1])[1]
         yield child, f"http://{address}", log
@@ -677,7 +677,7 @@ async def process(*flags: str, **env: str):
 
 
 async def accepts(url: str) -> bool:
-    """Whether a new connection is still taken."""
+    """Whether a new connection is still accepted."""
     host, port = url.removeprefix("http://").split(":")
     try:
         _, writer = await asyncio.open_connection(host, int(port))
@@ -687,7 +687,7 @@ async def accepts(url: str) -> bool:
     return True
 
 
-async def test_sigterm_lets_open_streams_end_and_takes_no_new_ones():
+async def test_sigterm_finishes_open_streams_and_accepts_no_new_ones():
     async with (
         process("--decode-tokens-per-second=20", POD_NAME="pod-7") as (child, url, _),
         aiohttp.ClientSession() as session,
@@ -708,7 +708,7 @@ async def test_sigterm_lets_open_streams_end_and_takes_no_new_ones():
             assert await child.wait() == 0
 
 
-async def test_flags_of_the_played_engine_are_ignored_with_a_line_each():
+async def test_flags_of_the_imitated_engine_are_ignored_with_a_warning_each():
     async with process(
         *("--max-num-seqs", "64", "--enable-prefix-caching", "--max-model-len=2048", "v2"),
         POD_IP="127.0.0.9",
@@ -721,7 +721,7 @@ async def test_flags_of_the_played_engine_are_ignored_with_a_line_each():
         assert models["data"][0]["max_model_len"] == 2048
 
 
-async def test_it_dies_when_told_so():
+async def test_it_dies_after_the_configured_number_of_requests():
     async with (
         process("--die-after-requests=1") as (child, url, _),
         aiohttp.ClientSession() as session,
@@ -740,14 +740,14 @@ async def test_it_dies_when_told_so():
         ("--port=http", "--port: 'http' is not an integer from 0 to 65535"),
         ("--startup-delay=1 minute", "--startup-delay: "),
         ("--startup-delay=-1s", "--startup-delay: '-1s' is negative"),
-        ("--decode-tokens-per-second=nan", "--decode-tokens-per-second: 'nan' is not a rate"),
+        ("--decode-tokens-per-second=nan", "--decode-tokens-per-second: 'nan' is not a non-negative number"),
         ("--engine=TGI", "--engine: "),
         ("--max-batch=0", "--max-batch: "),
         ("--max-model-len=lots", "--max-model-len: 'lots'"),
         ("--max-model-len=65537", "--cache-blocks: 4096 blocks hold 65536 tokens, less than"),
     ],
 )
-def test_a_known_flag_with_a_bad_value_is_one_clear_line(flag, says, capsys):
+def test_a_flag_with_a_bad_value_is_reported_in_one_line(flag, says, capsys):
     with pytest.raises(UsageError) as caught:
         parse([flag])
     assert str(caught.value).startswith(says)
@@ -756,7 +756,7 @@ def test_a_known_flag_with_a_bad_value_is_one_clear_line(flag, says, capsys):
     assert captured.err == f"error: {caught.value}\n"
 
 
-def test_a_port_in_use_is_one_clear_line(capsys):
+def test_a_port_in_use_is_reported_in_one_line(capsys):
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -767,7 +767,7 @@ def test_a_port_in_use_is_one_clear_line(capsys):
     assert "Traceback" not in err
 
 
-def test_flags_are_read_as_manifests_write_them(monkeypatch):
+def test_flags_are_accepted_in_every_form_used_in_manifests(monkeypatch):
     monkeypatch.setenv("POD_IP", "127.1.2.3")
     options, ignored = parse(
         [
@@ -787,7 +787,7 @@ def test_flags_are_read_as_manifests_write_them(monkeypatch):
     assert len(pack("four")) == 4
 
 
-def test_a_preset_is_a_real_engines_speed_which_flags_change():
+def test_a_preset_has_a_real_engines_speed_and_flags_override_it():
     preset = "llama-3.1-8b-fp8-l4"
     assert parse([f"--preset={preset}"])[0].config == PRESETS[preset]
     changed = parse([f"--preset={preset}", "--cache-blocks=99", "--max-batch=3"])[0].config
@@ -796,7 +796,7 @@ def test_a_preset_is_a_real_engines_speed_which_flags_change():
 
 
 class Gone:
-    """The transport of a client that has left, as uvloop's is."""
+    """The transport of a disconnected client, as in uvloop."""
 
     def is_closing(self):
         return True
@@ -817,17 +817,17 @@ class There(Gone):
 
 
 def stream_to(transport, pacer: Pacer, tokens: int) -> Stream:
-    """A chat's stream of so many tokens."""
+    """A chat's stream of ``tokens`` tokens."""
     said = reply(b"x" * 40, limit=tokens)
     ask = Ask("m", [b""], [], tokens, True, False)
     dialect = Chat(Meta("chatcmpl-1", 0, "m", "r"), ask)
     return Stream(pacer, dialect, [said], transport, chunked=True)
 
 
-async def test_a_client_that_left_in_the_middle_of_a_step_holds_up_nobody_else():
+async def test_a_client_that_disconnects_during_a_step_does_not_delay_others():
     pacer = Pacer(Engine(EngineConfig(prefill_tokens_per_s=0, decode_tokens_per_s=200)))
     there = There()
     streams = [stream_to(transport, pacer, tokens=5) for transport in (Gone(), there)]
     async with asyncio.timeout(10):
         await asyncio.gather(*(stream.run([Job(10, 5)]) for stream in streams))
-    assert len(there.written) == 4, "the last one goes with the end"
+    assert len(there.written) == 4, "the last one is sent with the end"
