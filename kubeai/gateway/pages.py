@@ -80,7 +80,7 @@ async def _errors(
         return web.Response()
     except Exception:
         log.exception("local route failed", method=request.method, path=request.path)
-        message = "Internal gateway error. See the gateway's log."
+        message = "Internal error in the gateway. See its log."
         return _refusal(request, BadRequest(message, status=500))
 
 

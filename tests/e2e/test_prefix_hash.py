@@ -41,7 +41,7 @@ def four(name, load_balancing):
 
 
 def moves(local):
-    """Of each request that was moved off its endpoint: what the worker logged, by request id."""
+    """What the worker logged about each request off its first endpoint, by request id."""
     events = [json.loads(line) for line in local.log if line.startswith("{")]
     return {
         event["request_id"]: event

@@ -376,7 +376,7 @@ async def test_only_the_end_of_a_long_output_is_kept(kube, server):
         ),
         (ended(status="Failure", message="odd"), 500, "", "odd"),
         (b"\x03{", 0, "Undecodable", "command status"),
-        (b"\x01half", 0, "Unreachable", "ended before the command did"),
+        (b"\x01half", 0, "Unreachable", "closed before the command ended"),
     ],
 )
 async def test_a_command_that_did_not_run_is_an_api_error(
