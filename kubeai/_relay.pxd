@@ -1,4 +1,4 @@
-"""The relay's classes as other compiled modules see them; ``_relay.pyx`` says what they promise."""
+"""Declarations of the relay for other compiled modules; see ``_relay.pyx`` for its guarantees."""
 
 from libc.stdint cimport int64_t, uint64_t
 
@@ -9,7 +9,7 @@ cdef struct Text:
     Py_ssize_t room
 
 
-cdef struct Bytes:  # of somebody else's
+cdef struct Bytes:  # borrowed: the memory belongs to someone else
     const char *at
     Py_ssize_t size
 
@@ -25,18 +25,18 @@ cdef enum HeaderKind:
     FORWARDED_HOST
     FORWARDED_PROTO
     REQUEST_ID
-    DROPPED  # hop by hop
+    DROPPED  # hop-by-hop
 
 
 cdef struct Scan:
-    Py_ssize_t at  # looked at so far
-    Py_ssize_t line  # where the current line begins
-    Py_ssize_t first_end  # where the first line's CR is
+    Py_ssize_t at  # scanned up to here
+    Py_ssize_t line  # start of the current line
+    Py_ssize_t first_end  # the first line's CR
     int lines
 
 
 cdef class Head:
-    cdef Text text  # the headers that travel on, as "name: value\r\n" each
+    cdef Text text  # the headers to forward, each as "name: value\r\n"
     cdef Scan scan
     cdef object parser
     cdef int64_t length  # Content-Length, or -1
@@ -75,7 +75,7 @@ cdef enum ChunkState:
 
 cdef struct Chunks:
     ChunkState state
-    uint64_t left  # of the chunk's data
+    uint64_t left  # bytes left of the chunk's data
     int line  # bytes of the size line, or of all trailers, so far
 
 
@@ -85,7 +85,7 @@ cdef class Relay:
     cdef readonly set upstreams
     cdef readonly Py_ssize_t exchanges
     cdef readonly uint64_t requests  # since the start
-    cdef public bint draining  # answers say Connection: close
+    cdef public bint draining  # responses carry Connection: close
     cdef object exchange
     cdef object refusal
     cdef object loop
@@ -99,16 +99,16 @@ cdef class Relay:
     cdef double stall_timeout_s
     cdef Py_ssize_t connections_max
     cdef int64_t buffer_max_bytes
-    cdef readonly int64_t buffered_bytes  # by bodies that are being read or have been
-    cdef uint64_t id_high  # random; with the number of a request, the id of one without
+    cdef readonly int64_t buffered_bytes  # by request bodies that are collected or being collected
+    cdef uint64_t id_high  # random; prefix of generated request ids
     cdef void _report(self, str what, object error) noexcept
 
 
 cdef enum State:
-    IDLE  # no request, or part of a head
-    BODY  # a head is taken, its body is not whole
-    BUSY  # a request is whole, its answer is not
-    LEAVING  # what is written is being flushed; what comes is thrown away
+    IDLE  # no request, or an incomplete head
+    BODY  # the head is complete, its body is not
+    BUSY  # the request is complete, its response is not
+    LEAVING  # flushing what is written; received data is discarded
     CLOSED
 
 
@@ -118,9 +118,9 @@ cdef class Downstream(Head):
     cdef State state
     cdef double deadline
     cdef Exchange exchange
-    cdef bytes input  # received; from ``used`` on it waits to be taken
+    cdef bytes input  # received data; not yet consumed from ``used`` on
     cdef Py_ssize_t used
-    cdef bint head_started  # the clock of a head that is not whole runs
+    cdef bint head_started  # a head is incomplete and its timeout is running
     cdef bint reading
     cdef bint write_paused
     cdef bint pumping
@@ -128,11 +128,11 @@ cdef class Downstream(Head):
     cdef bytes method
     cdef bytes target
     cdef bytes host
-    cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto, as lines
+    cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto header lines
     cdef bytes forwarded_for
     cdef bint has_host
     cdef bint has_proto
-    cdef bytes request_id  # X-Request-Id, as a line
+    cdef bytes request_id  # the X-Request-Id header line
     cdef bint expects
     cdef bint asks_websocket
     cdef bint keep_alive
@@ -140,15 +140,15 @@ cdef class Downstream(Head):
     # of its body
     cdef Chunks chunks
     cdef int64_t left
-    cdef int64_t body_bytes  # taken so far, of a body that streams or is large and in chunks
+    cdef int64_t body_bytes  # consumed so far, of a streamed or a large chunked body
     cdef int64_t body_max_bytes
-    cdef bytes collected  # of known length, being filled; no larger than what has come warrants
+    cdef bytes collected  # of known length, being filled; sized by what has been received
     cdef Text grown  # of unknown length
-    cdef int64_t buffered_bytes  # of the relay's
+    cdef int64_t buffered_bytes  # this body's share of the relay's
     # of the connection
     cdef bytes peer
     cdef bytes usual_host
-    cdef bytes usual_forwarded  # ``forwarded`` for that host
+    cdef bytes usual_forwarded  # ``forwarded`` for ``usual_host``
     cdef int _append(self, bytes data) except -1
     cdef void _use(self, Py_ssize_t until) noexcept
     cdef int _set_reading(self) except -1
@@ -190,10 +190,10 @@ cdef class Connections:
     cdef readonly double between_bytes_timeout_s  # 0: no limit
     cdef readonly double idle_timeout_s
     cdef Py_ssize_t max_idle
-    cdef public bint failing  # it has failed since its last complete answer
-    cdef public bint trial  # it is ejected; requests there are probes
-    cdef readonly double answered_s  # when a good answer last began (CLOCK_MONOTONIC); 0: never
-    cdef readonly uint64_t answers  # good answers that have begun
+    cdef public bint failing  # the upstream has failed since its last complete response
+    cdef public bint trial  # the upstream is ejected; requests to it are probes
+    cdef readonly double answered_s  # start of the last good response (CLOCK_MONOTONIC); 0: never
+    cdef readonly uint64_t answers  # good responses that have begun
     cdef list resting
     cdef bint closed
     cpdef Upstream take(self)
@@ -206,7 +206,7 @@ cdef class Connections:
 cdef class Exchange:
     cdef Downstream downstream
     cdef Upstream upstream
-    cdef object connecting  # a connection being made: cancel() ends it
+    cdef object connecting  # a pending connection; cancel() aborts it
     cdef Connections pool
     cdef bytes path
     cdef bytes sending
@@ -214,12 +214,12 @@ cdef class Exchange:
     cdef bint collecting
     cdef bint streaming
     cdef bint replayed
-    cdef readonly bint answered  # the head of an answer has been written
-    cdef readonly int status  # of that answer
-    cdef readonly double answered_s  # when its head was written, by CLOCK_MONOTONIC; 0: not yet
-    cdef readonly int64_t answer_bytes  # written to the client, heads and framing included
-    cdef readonly bint broken  # the answer ended before its end
-    cdef readonly bint whole  # the answer has been written to its end
+    cdef readonly bint answered  # a response head has been written
+    cdef readonly int status  # of that response
+    cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
+    cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
+    cdef readonly bint broken  # the response was cut short
+    cdef readonly bint whole  # the response has been written completely
     cdef readonly bint finished
     cdef readonly bytes body  # once collected
     cdef int _begun(self) except -1
@@ -250,20 +250,20 @@ cdef class Upstream(Head):
     cdef double first_byte_timeout_s
     cdef double between_bytes_timeout_s
     cdef double deadline
-    cdef bint ended  # closed, or the other end has closed
+    cdef bint ended  # closed by either side
     cdef bint idle
     cdef bint write_paused
     cdef bint paused
     cdef Py_ssize_t served
-    # of the answer
-    cdef bytes input  # of a head that is not whole
-    cdef bint touched  # a byte of an answer has come
+    # of the response
+    cdef bytes input  # an incomplete head
+    cdef bint touched  # a byte of a response has been received
     cdef bint head_done
     cdef bint reusable
     cdef int status
     cdef Framing framing
-    cdef bint unchunk  # for a client that knows no chunks
-    cdef bint rechunk  # for an answer that would end with its connection
+    cdef bint unchunk  # for an HTTP/1.0 client, which does not support chunked encoding
+    cdef bint rechunk  # for a response that is delimited by the end of its connection
     cdef int64_t left
     cdef Chunks chunks
     cdef Text grown

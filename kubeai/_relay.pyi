@@ -1,26 +1,26 @@
-"""HTTP/1.1 between a client's connection and the engine that answers it; knows no models."""
+"""Relay HTTP/1.1 between clients' connections and engines; knows nothing of models."""
 
 import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol, final
 
-CONNECT: int  # why an attempt failed: no connection, or not in time
-LOST: int  # the connection ended before an answer's head was whole
-INVALID: int  # what came is not an HTTP answer
+CONNECT: int  # why an attempt failed: the connection failed or timed out
+LOST: int  # the connection ended before the response head was complete
+INVALID: int  # the response is not valid HTTP
 TIMEOUT: int  # no first byte in time
-STATUS: int  # an answer that the Exchange may not want to pass on
+STATUS: int  # a response that the Exchange may not want to pass on
 
-RETRY_AFTER_S: int  # what a client is told that gets a 503 of ours
+RETRY_AFTER_S: int  # Retry-After of the relay's own 503 responses
 
 class Connecting(Protocol):
-    """A connection that is being made."""
+    """A pending connection."""
 
     def cancel(self) -> object: ...
 
 class Connections:
-    """The connections to one upstream, of which those without a request rest here.
+    """The connection pool of one upstream.
 
-    Subclasses make them: see :meth:`connect`.
+    Subclasses create the connections: see :meth:`connect`.
     """
 
     relay: Relay
@@ -28,10 +28,10 @@ class Connections:
     first_byte_timeout_s: float  # 0: no limit
     between_bytes_timeout_s: float  # 0: no limit
     idle_timeout_s: float
-    failing: bool  # it has failed since its last complete answer
-    trial: bool  # it is ejected; requests there are probes
-    answered_s: float  # when a good answer last began (CLOCK_MONOTONIC); 0: never
-    answers: int  # good answers that have begun
+    failing: bool  # the upstream has failed since its last complete response
+    trial: bool  # the upstream is ejected; requests to it are probes
+    answered_s: float  # start of the last good response (CLOCK_MONOTONIC); 0: never
+    answers: int  # good responses that have begun
 
     def __init__(
         self,
@@ -45,43 +45,43 @@ class Connections:
     ) -> None: ...
     @property
     def idle(self) -> int:
-        """Connections that wait for a request."""
+        """Number of idle connections."""
     def connect(self, exchange: Exchange) -> Connecting:
-        """Make a connection for an exchange, which then is told so, or that there is none."""
+        """Open a connection; then call the exchange's ``connected`` or ``connect_failed``."""
     def take(self) -> Upstream | None:
-        """The connection that was given back last, or one whose time is half over, or None."""
+        """The most recently returned connection, or one past half its idle timeout, or None."""
     def give(self, upstream: Upstream) -> None:
-        """Keep a connection for the next request, while there is room."""
+        """Keep a connection for the next request if there is room; otherwise close it."""
     def note_failure(self, failure: int) -> None:
-        """An attempt failed, or its answer broke."""
+        """Record that an attempt failed or its response broke off."""
     def note_answer(self, status: int) -> None:
-        """An answer's head has come: some say that the upstream is not well."""
+        """Record a response head. Some statuses count as a failure of the upstream."""
     def note_end(self, status: int) -> None:
-        """An answer is whole."""
+        """Record that a response is complete."""
     def failed(self, failure: int) -> None:
-        """An attempt failed, or an answer broke."""
+        """Hook: an attempt failed, or a response broke off."""
     def restored(self) -> None:
-        """A probe has begun to be answered."""
+        """Hook: a probe has received a good response head."""
     def recovered(self) -> None:
-        """An answer is complete, the first since a failure or an ejection."""
+        """Hook: the first response since a failure or an ejection is complete."""
     def waiting(self) -> list[Exchange]:
-        """Exchanges that have sent their request here and got no byte of an answer."""
+        """Exchanges that have sent their request and received no byte of a response."""
     def forget(self, upstream: Upstream) -> None:
-        """An idle connection has ended."""
+        """Remove an idle connection that has ended."""
     def close(self) -> None:
-        """The upstream is gone or has moved: no connection is kept any longer."""
+        """Close idle connections and keep none from now on: the upstream is gone or has moved."""
 
 @final
 class Relay:
-    """All connections of one worker, their limits and their clock."""
+    """All connections of one worker, their limits and timers."""
 
-    owner: Any  # what the exchanges share
+    owner: Any  # shared by all exchanges
     downstreams: set[Downstream]
     upstreams: set[Upstream]
-    exchanges: int  # requests between their head and the end of their answer
+    exchanges: int  # requests between their head and the end of their response
     requests: int  # since the start
-    buffered_bytes: int  # by bodies that are being read whole, or have been
-    draining: bool  # answers say Connection: close
+    buffered_bytes: int  # by request bodies that are collected or being collected
+    draining: bool  # responses carry Connection: close
 
     def __init__(
         self,
@@ -99,118 +99,117 @@ class Relay:
         buffer_max_bytes: int,
         tick_s: float = 0.25,
     ) -> None:
-        """``refusal(status, message, target, request_id)``: the JSON of one of the relay's own
-        refusals, and header lines that go with it. ``target`` is empty, ``request_id`` None, where
-        the head has not come that far.
+        """``refusal(status, message, target, request_id)`` returns the JSON body and extra header
+        lines of an error response of the relay's own. ``target`` is empty and ``request_id`` None
+        if the request head was not read that far.
 
-
-        ``stall_timeout_s``: how long a client may read nothing of what is ready for it.
-        ``connections_max``: of clients; the next gets 503. ``buffer_max_bytes``: of all bodies that
-        are collected; whoever sends more gets 503.
-        ``tick_s``: how late a deadline may be noticed.
+        ``stall_timeout_s``: how long a client may leave pending response data unread.
+        ``connections_max``: client connections; further ones get 503. ``buffer_max_bytes``: of all
+        collected request bodies; requests beyond it get 503.
+        ``tick_s``: how late an expired deadline may be noticed.
         """
     @property
     def connections(self) -> int:
-        """Downstream connections that are open."""
+        """Number of open downstream connections."""
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the clock."""
+        """Start the timers."""
     def stop(self) -> None:
-        """Cut whatever is still open, and stop the clock."""
+        """Abort all open connections and stop the timers."""
     def downstream(self) -> Downstream:
-        """The protocol of one accepted connection (for ``loop.create_server``)."""
+        """Create the protocol for an accepted connection (for ``loop.create_server``)."""
     def close_idle(self) -> None:
-        """From here on a connection without a request is closed once it was idle for a second."""
+        """Start draining: close connections once they have been idle for a second."""
 
 @final
 class Downstream(asyncio.Protocol):
-    """One client's connection. Made by :meth:`Relay.downstream`."""
+    """One client connection. Created by :meth:`Relay.downstream`."""
 
 class Exchange:
-    """One request and its answer. Subclasses say what becomes of it.
+    """One request and its response. Subclasses decide how it is handled.
 
-    The hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``) are called by the relay; the
-    actions (``collect``, ``stream``, ``send``, ``answer``) by the hooks, or later while the
-    exchange is not ``finished``. An action after the client has left does nothing.
+    The relay calls the hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``). Hooks call the
+    actions (``collect``, ``stream``, ``send``, ``answer``), at once or later until the exchange is
+    ``finished``. An action after the client has disconnected does nothing.
     """
 
     method: str
     target: str
     body: bytes  # once collected
-    answered: bool  # the head of an answer has been written
-    status: int  # of that answer, or 0
-    answered_s: float  # when its head was written, by CLOCK_MONOTONIC; 0: not yet
-    answer_bytes: int  # written to the client, heads and framing included
-    broken: bool  # the answer ended before its end
-    peer: str  # the client's address, without its port
-    request_bytes: int  # of the request's body
-    whole: bool  # the answer has been written to its end
+    answered: bool  # a response head has been written
+    status: int  # of that response, or 0
+    answered_s: float  # when its head was written (CLOCK_MONOTONIC); 0: not yet
+    answer_bytes: int  # written to the client, including heads and framing
+    broken: bool  # the response was cut short
+    peer: str  # the client's address, without the port
+    request_bytes: int  # size of the request body
+    whole: bool  # the response has been written completely
     finished: bool
 
     def __init__(self, downstream: Downstream) -> None: ...
     @property
     def owner(self) -> Any: ...
     def headers(self, name: bytes) -> list[bytes]:
-        """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
+        """The values of a header, in order; ``name`` in lower case. Excludes hop-by-hop ones."""
     @property
     def request_id(self) -> str:
-        """The client's X-Request-Id, or the one that was made for it."""
+        """The client's X-Request-Id, or a generated one."""
     @property
     def asks_websocket(self) -> bool:
-        """Whether the client asks for an upgrade to WebSocket. HTTP/1.0 has no upgrades."""
+        """Whether the client requests a WebSocket upgrade. HTTP/1.0 has no upgrades."""
     def drop_header(self, name: bytes) -> None:
-        """Do not send this header to the upstream; ``name`` in lower case."""
+        """Remove a header from the upstream request; ``name`` in lower case."""
     def set_header(self, name: bytes, value: bytes) -> None:
-        """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
+        """Replace a header in the upstream request; ``name`` in lower case."""
     # actions
     def collect(self, max_bytes: int) -> None:
-        """Read the whole body; then comes ``on_body``."""
+        """Read the whole body, then call ``on_body``."""
     def stream(self, pool: Connections, path: bytes, max_bytes: int) -> None:
-        """Relay the request to an upstream while it comes, and the answer back. No retries."""
+        """Stream the request to an upstream and its response back. No retries."""
     def send(self, pool: Connections, path: bytes, body: bytes) -> None:
-        """Attempt: send the request with this body to an upstream, relay its answer."""
+        """Start an attempt: send the request with this body and relay the response."""
     def answer(self, status: int, body: bytes, headers: bytes = b"") -> None:
-        """Answer without an upstream: JSON. ``headers``: more of them, each ending in CRLF."""
+        """Respond with JSON, without an upstream. ``headers``: extra lines, each ending in CRLF."""
     def detach(self) -> None:
-        """Abandon the attempt under way, if any; the upstream connection is closed.
+        """Abandon the current attempt, if any, and close its upstream connection.
 
         ``send`` or ``answer`` must follow.
         """
-    # from pools
+    # called by pools
     def connected(self, upstream: Upstream) -> None:
-        """The connection that ``pool.connect`` was asked for is there."""
+        """The connection requested with ``pool.connect`` is established."""
     def connect_failed(self) -> None: ...
     # hooks
     def on_head(self) -> None:
-        """The head is whole: call ``collect``, ``stream`` or ``answer``."""
+        """The head is complete: call ``collect``, ``stream`` or ``answer``."""
     def on_body(self) -> None:
-        """The body is whole, in ``body``: call ``send`` or ``answer``, now or later."""
+        """``body`` is complete: call ``send`` or ``answer``, now or later."""
     def wants_retry(self, failure: int, status: int) -> bool:
-        """Whether to make another attempt (``retry`` follows) rather than ``give_up``.
+        """Whether to make another attempt: True calls ``retry``, False ``give_up``.
 
-        Nothing has reached the client. ``status``: of the answer, where ``failure`` is STATUS;
-        False then passes that answer on.
+        Nothing has reached the client. ``status``: of the response, if ``failure`` is STATUS;
+        False then passes that response on.
         """
     def retry(self) -> None:
-        """Make another attempt, or ``answer``, now or later."""
+        """Call ``send`` again or ``answer``, now or later."""
     def give_up(self, failure: int) -> None:
-        """Answer for a failure."""
+        """Respond with an error."""
     def attempt_elsewhere(self) -> None:
-        """The upstream is not expected to answer: make another attempt, if one is possible."""
+        """The upstream is not expected to respond: make another attempt if possible."""
     def on_end(self) -> None:
-        """It is over, answered or not: give back what was taken. Called once."""
+        """The exchange is over, answered or not: release its resources. Called once."""
 
 @final
 class Upstream(asyncio.Protocol):
-    """One connection to an engine; idle in its pool, or at work for one Exchange."""
+    """One connection to an engine; idle in its pool, or serving one Exchange."""
 
     def __init__(self, pool: Connections) -> None: ...
     def usable(self) -> bool:
-        """Whether a request can be written to it: not seen closed."""
+        """Whether a request can be written: the connection is not known to be closed."""
     def close(self) -> None:
-        """Close it, now. What it is at work for fails."""
+        """Close the connection at once. Its current exchange fails."""
 
 def unchunk(*pieces: bytes) -> tuple[bytes, int, bool]:
-    """Walk chunked framing given in pieces: (data, bytes used, ended); ValueError when it is bad.
+    """Parse chunked framing given in pieces: (data, bytes used, ended). ValueError if malformed.
 
-    For tests and fuzzers: the relay itself never joins pieces.
+    For tests and fuzzers only: the relay itself never joins pieces.
     """

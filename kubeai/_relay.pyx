@@ -1,37 +1,39 @@
 # cython: language_level=3, nonecheck=True
-"""The relay: HTTP/1.1 between one client's connection and whichever engine answers it.
+"""The relay: HTTP/1.1 between clients' connections and engines.
 
-Owns every downstream connection (:class:`Downstream`), every upstream one (:class:`Upstream`) and
-what passes between the two. It knows no models: an :class:`Exchange`, made for each request by the
-class that the :class:`Relay` was given, says where a request goes; the relay says how.
+Owns all downstream connections (:class:`Downstream`), all upstream connections (:class:`Upstream`)
+and the data that passes between them. It knows nothing of models: the :class:`Exchange` of a
+request, created by the factory passed to :class:`Relay`, decides where the request goes; the relay
+sends it there.
 
-A head is judged by llhttp (through httptools), on exactly the bytes up to its empty line, after a
-check that every line of it ends in CRLF and none is folded: no two parsers can disagree where it
-ends. Its lines are then taken from where they stand: each is a name, a colon and a value, or llhttp
-would have refused it. (httptools makes two objects and a call of each: a fifth of what a request
-costs.) What is sent on is written anew, with one framing header and without hop-by-hop headers.
-Bodies are never decoded on their way. A body of known length is counted; the chunk framing of
-others is walked (``chunks_scan``, stricter than llhttp: no bare LF, extensions and trailers
-limited) and passed through as it came, since httptools tells neither where a message ends nor what
-its chunks were.
+llhttp (through httptools) validates a head on exactly the bytes up to its empty line, after a check
+that every line ends in CRLF and none is folded, so no two parsers can disagree on where it ends.
+The relay then reads the header lines in place: each is a name, a colon and a value, or llhttp would
+have rejected it. (httptools would create two objects and make one call per header: a fifth of the
+cost of a request.) The forwarded head is written from scratch, with one framing header and without
+hop-by-hop headers. Bodies are passed through without decoding. A body of known length is counted;
+the framing of a chunked one is checked (``chunks_scan``, stricter than llhttp: no bare LF, limited
+extensions and trailers) and passed through unchanged, since httptools reports neither where a
+message ends nor its chunks.
 
-Promises:
-- a request that is malformed, too big or too slow is answered (400, 408, 413, 417, 431), its
-  connection closed, and no byte of it reaches an upstream;
-- one request of a connection at a time; what a client sends meanwhile waits, reading paused;
-- one write a direction and wake-up, and flow control both ways: a reader that is slow pauses its
-  own upstream and no other;
-- before the first byte of an answer a failure is the Exchange's to mend (``wants_retry``); after
-  it, the client's connection is cut: what is broken never looks complete;
-- a client that leaves closes its upstream connection at once;
-- ``on_end`` is called exactly once for each Exchange, whatever happens;
-- every wait has a deadline, looked at every ``tick_s``.
+Guarantees:
+- a request that is malformed, too large or too slow gets an error response (400, 408, 413, 417,
+  431), its connection is closed, and no byte of it reaches an upstream;
+- one request at a time per connection; data that a client sends meanwhile waits, with reading
+  paused;
+- one write per direction and wake-up, and flow control both ways: a slow reader pauses its own
+  upstream and no other;
+- before the first byte of a response, the Exchange may recover from a failure (``wants_retry``);
+  after it, the client's connection is cut, so a broken response never looks complete;
+- when a client disconnects, its upstream connection is closed at once;
+- ``on_end`` is called exactly once per Exchange, whatever happens;
+- every wait has a deadline, checked every ``tick_s``.
 
 One thread, one event loop (uvloop).
 
         client ── Downstream ── Exchange ── Upstream ── engine
                       │             │           │
-                  one a connection  one a request  one a connection, in a pool when idle
+          one per connection  one per request  one per connection, pooled when idle
 """
 
 from cpython.bytes cimport (
@@ -57,8 +59,8 @@ from httptools import HttpParserUpgrade, HttpRequestParser, HttpResponseParser
 cdef extern from *:
     """
     #include <sys/socket.h>
-    /* Closing such a socket sends RST: for answers that end when the connection does, the only
-       way to say that this is not the end. */
+    /* Closing the socket then sends RST: for responses delimited by the end of the connection, the
+       only way to signal that the response is incomplete. */
     static void kb_reset_on_close(int fd) {
         struct linger linger = {1, 0};
         (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
@@ -66,23 +68,23 @@ cdef extern from *:
     """
     void kb_reset_on_close(int fd) nogil
 
-# Why an attempt failed, as Exchange.wants_retry and give_up are told.
-CONNECT = 1  # no connection, or not in time
-LOST = 2  # the connection ended before an answer's head was whole
-INVALID = 3  # what came is not an HTTP answer
+# Why an attempt failed: passed to Exchange.wants_retry and give_up.
+CONNECT = 1  # the connection failed or timed out
+LOST = 2  # the connection ended before the response head was complete
+INVALID = 3  # the response is not valid HTTP
 TIMEOUT = 4  # no first byte in time
-STATUS = 5  # an answer that the Exchange may not want to pass on
+STATUS = 5  # a response that the Exchange may not want to pass on
 
-RETRY_AFTER_S = 5  # what a client is told that gets a 503 of ours
+RETRY_AFTER_S = 5  # Retry-After of the relay's own 503 responses
 
 cdef enum:
     BODY_IN_HEAD_WRITE_MAX_BYTES = 65536  # above it, a second buffer is cheaper than a copy
-    EXACT_BODY_MAX_BYTES = 1 << 20  # larger ones grow as they come: a length is only a claim
+    EXACT_BODY_MAX_BYTES = 1 << 20  # larger buffers grow with the data: a length is only a claim
     CHUNK_LINE_MAX_BYTES = 256
     TRAILERS_MAX_BYTES = 8192
     REQUEST_ID_MAX_BYTES = 128
-    LINGER_MAX_S = 2  # after an answer to a request that was not read to its end
-    CLOSING_IDLE_MAX_S = 1  # a client often asks again right after an answer
+    LINGER_MAX_S = 2  # after responding to a request that was not read completely
+    CLOSING_IDLE_MAX_S = 1  # clients often send the next request right after a response
 
 
 cdef double now() noexcept:
@@ -94,7 +96,7 @@ cdef double now() noexcept:
 # -- growing text ----------------------------------------------------------------------------------
 
 cdef int text_grow(Text *text, Py_ssize_t size) except -1:
-    """Make room for so many bytes more."""
+    """Make room for ``size`` more bytes."""
     cdef Py_ssize_t room
     cdef char *grown
     if text.size + size > text.room:
@@ -143,24 +145,26 @@ cdef inline char *put_bytes(char *at, bytes data) noexcept:
 # -- heads -----------------------------------------------------------------------------------------
 
 cdef int write_at_once(object transport) except -1:
-    """Have each write reach the kernel in its call.
+    """Pass each write to the kernel immediately.
 
-    uvloop would keep it until everything that is ready has been handled: after a stall, the last of
-    a backlog before the first is sent on. What the kernel does not take pauses writing.
+    By default uvloop holds writes until it has handled everything that is ready: after a stall, it
+    would process a whole backlog before sending the first of it. Writing is paused when the kernel
+    does not accept all the data.
     """
     transport.set_write_buffer_limits(0)
     return 0
 
 
 cdef inline bint is_failure(int status) noexcept:
-    """Whether an answer says that who gives it is not well."""
+    """Whether a response status counts as a failure of the upstream."""
     return status in (500, 502, 503, 504)
 
 
 cdef bint is_name(const char *name, const char *lower, Py_ssize_t size) noexcept:
-    """Whether a header name (a token: no control characters) is ``lower``, whatever its case.
+    """Whether a header name (a token: no control characters) equals ``lower``, ignoring case.
 
-    ``lower``: of letters, digits and hyphens, which are what one bit makes of no other character.
+    ``lower`` has only letters, digits and hyphens. Setting the case bit turns no other character
+    that a token may contain into one of these.
     """
     cdef Py_ssize_t i
     for i in range(size):
@@ -178,12 +182,12 @@ cdef inline bint is_same(bytes known, Bytes value) noexcept:
 
 
 cdef inline bint is_value(Bytes value, const char *lower, Py_ssize_t size) noexcept:
-    """As ``is_name``, of a value: llhttp lets no control characters into one either."""
+    """Like ``is_name``, for header values. llhttp already rejects control characters."""
     return value.size == size and is_name(value.at, lower, size)
 
 
 cdef inline void strip(Bytes *value) noexcept:
-    """Leave out blanks at both ends."""
+    """Strip spaces and tabs from both ends."""
     while value.size and (value.at[0] == c" " or value.at[0] == c"\t"):
         value.at += 1
         value.size -= 1
@@ -235,7 +239,7 @@ cdef HeaderKind header_kind(Bytes header) noexcept:
 
 
 cdef bint is_request_id(Bytes value) noexcept:
-    """Whether a client's own id can be passed on: short, and visible ASCII."""
+    """Whether a client's request id can be forwarded: short, and visible ASCII."""
     cdef Py_ssize_t i
     if not 0 < value.size <= REQUEST_ID_MAX_BYTES:
         return False
@@ -246,7 +250,7 @@ cdef bint is_request_id(Bytes value) noexcept:
 
 
 cdef int64_t number(Bytes digits) noexcept:
-    """What decimal digits say, at most 18 of them; -1: that is no such number."""
+    """Parse 1 to 18 decimal digits; -1 if malformed."""
     cdef int64_t value = 0
     cdef Py_ssize_t i
     if not 0 < digits.size <= 18:
@@ -259,7 +263,7 @@ cdef int64_t number(Bytes digits) noexcept:
 
 
 cdef char *put_length(char *to, int64_t length) noexcept:
-    """A Content-Length line: at most 37 bytes."""
+    """Write a Content-Length line: at most 37 bytes."""
     cdef char digits[20]
     cdef int at = 20
     while True:
@@ -274,7 +278,7 @@ cdef char *put_length(char *to, int64_t length) noexcept:
 
 
 cdef bytes new_request_id(uint64_t high, uint64_t low):
-    """A header line: 16 hexadecimal digits of this relay, 12 of the request's number."""
+    """A header line: 16 hexadecimal digits of this relay, 12 of the request number."""
     cdef bytes line = PyBytes_FromStringAndSize(NULL, 14 + 16 + 12 + 2)
     cdef char *to = put(PyBytes_AS_STRING(line), b"X-Request-Id: ", 14)
     cdef int i
@@ -292,9 +296,9 @@ cdef str id_in(bytes line):
 
 
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept:
-    """The offset after a head's empty line; 0 when it is not there yet; -1 when malformed.
+    """The offset after a head's empty line; 0 if it has not been received; -1 if malformed.
 
-    Every line must end in CRLF and none may be a fold. Empty lines before the first are skipped.
+    Every line must end in CRLF and none may be folded. Empty lines before the first are skipped.
     """
     cdef const char *found
     cdef Py_ssize_t end
@@ -320,7 +324,7 @@ cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noe
 
 
 cdef bint is_line(const char *at) noexcept:
-    """Whether a line up to its CR has no control character; llhttp lets a reason have any."""
+    """Whether a line up to its CR has no control characters. llhttp allows any in a reason."""
     while at[0] != c"\r":
         if <unsigned char> at[0] < 32 and at[0] != c"\t" or at[0] == 127:
             return False
@@ -334,7 +338,7 @@ cdef void scan_reset(Scan *scan, Py_ssize_t at) noexcept:
 
 
 cdef class Head:
-    """What is common to the head of a request and of an answer."""
+    """What request and response heads have in common."""
 
 
     def __dealloc__(self):
@@ -348,7 +352,7 @@ cdef class Head:
         self.fault = None
 
     cdef int _take_lines(self, const char *at, const char *end) except -1:
-        """Take the header lines of a head that llhttp has let pass; ``end``: after the last one."""
+        """Parse the header lines of a head that llhttp accepted; ``end``: after the last one."""
         cdef const char *stop
         cdef Bytes name
         cdef Bytes value
@@ -359,7 +363,7 @@ cdef class Head:
             if stop is not NULL and stop[1] == c"\n":
                 value.at = <const char *> memchr(at, c":", stop - at)
             if value.at is NULL:
-                self.fault = "A header is no name with a value"
+                self.fault = "A header line is not of the form 'name: value'."
                 return 0
             name.size = value.at - at
             value.at += 1
@@ -373,17 +377,23 @@ cdef class Head:
         raise NotImplementedError
 
     cdef int _framing(self, HeaderKind kind, Bytes value) except -1:
-        """Take one of the headers that say where a message ends, or whether its connection does."""
+        """Process a header on message framing or connection persistence."""
         cdef int64_t length
         if kind == CONTENT_LENGTH:
             length = number(value)
             if length < 0 or self.length >= 0 or self.chunked:
-                self.fault = "Content-Length is not one number, or not alone"
+                self.fault = (
+                    "Content-Length is malformed, is repeated, or is combined with "
+                    "Transfer-Encoding."
+                )
                 return 0
             self.length = length
         elif kind == TRANSFER_ENCODING:
             if self.length >= 0 or self.chunked or not is_value(value, b"chunked", 7):
-                self.fault = "Transfer-Encoding is not chunked, or not alone"
+                self.fault = (
+                    "Transfer-Encoding is not chunked, is repeated, or is combined with "
+                    "Content-Length."
+                )
                 return 0
             self.chunked = True
         elif is_value(value, b"keep-alive", 10):
@@ -395,7 +405,7 @@ cdef class Head:
         return 0
 
     cdef int _take_tokens(self, bytes value) except -1:
-        """Take a Connection header of several tokens, or one that names a header."""
+        """Process a Connection header with several tokens, or one that names a header."""
         cdef bytes token
         for token in value.lower().split(b","):
             token = token.strip(b" \t")
@@ -408,7 +418,7 @@ cdef class Head:
         return 0
 
     cdef int _drop(self, set names) except -1:
-        """Take headers out; ``names`` in lower case."""
+        """Remove headers; ``names`` in lower case."""
         cdef bytes line
         cdef list lines = self.text.at[:self.text.size].split(b"\r\n") if self.text.size else []
         self.text.size = 0
@@ -442,9 +452,9 @@ cdef inline bint is_token(char c) noexcept:
 cdef Py_ssize_t chunks_scan(
     Chunks *chunks, const char *data, Py_ssize_t size, Text *into
 ) except -1:
-    """Walk chunked framing; the bytes that belong to it, which is all unless it ended or is bad.
+    """Parse chunked framing. Returns the bytes consumed: all, unless it ended or is malformed.
 
-    ``into``: collects the data of the chunks, NULL: nobody wants it.
+    ``into``: collects the chunks' data, or NULL to discard it.
     """
     cdef Py_ssize_t at = 0
     cdef Py_ssize_t take
@@ -494,7 +504,7 @@ cdef Py_ssize_t chunks_scan(
                 chunks.state = EXTENSION_NAME_FIRST
             elif c == c"=" and chunks.state == EXTENSION_NAME:
                 chunks.state = EXTENSION_VALUE_FIRST
-            else:  # quoted values too: nobody sends them
+            else:  # including quoted values, which are not used in practice
                 chunks.state = CHUNKS_BAD
         elif chunks.state == CHUNK_SIZE_LF:
             if c != c"\n":
@@ -554,16 +564,16 @@ cdef bytes one_chunk(bytes prefix, bytes data, Py_ssize_t at, Py_ssize_t size):
 
 
 cdef bytes cut(bytes data, Py_ssize_t at, Py_ssize_t size):
-    """``data[at:at + size]``, without a copy where that is all of it."""
+    """``data[at:at + size]``, without a copy if that is all of it."""
     if at == 0 and size == PyBytes_GET_SIZE(data):
         return data
     return PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + at, size)
 
 
 def unchunk(*pieces):
-    """Walk chunked framing given in pieces: (data, bytes used, ended); ValueError when it is bad.
+    """Parse chunked framing given in pieces: (data, bytes used, ended). ValueError if malformed.
 
-    For tests and fuzzers: the relay itself never joins pieces.
+    For tests and fuzzers only: the relay itself never joins pieces.
     """
     cdef Chunks chunks
     cdef Text into
@@ -589,7 +599,7 @@ def unchunk(*pieces):
 # -- the relay -------------------------------------------------------------------------------------
 
 cdef class Relay:
-    """All connections of one worker, their limits and their clock."""
+    """All connections of one worker, their limits and timers."""
 
 
     def __init__(
@@ -629,7 +639,7 @@ cdef class Relay:
         self.timer = loop.call_later(self.tick_s, self._tick)
 
     def stop(self):
-        """Cut whatever is still open, and stop the clock."""
+        """Abort all open connections and stop the timers."""
         cdef Downstream downstream
         cdef Upstream upstream
         if self.timer is not None:
@@ -641,14 +651,14 @@ cdef class Relay:
             upstream._abort()
 
     def downstream(self):
-        """The protocol of one accepted connection (for ``loop.create_server``)."""
+        """Create the protocol for an accepted connection (for ``loop.create_server``)."""
         return Downstream(self)
 
     def close_idle(self):
-        """From here on a connection without a request is closed once it was idle for a second.
+        """Start draining: close connections once they have been idle for a second.
 
-        Not at once: after an answer that did not say ``Connection: close`` its client may be about
-        to send the next request, and that one's answer says it.
+        Not at once: after a response without ``Connection: close`` the client may be about to send
+        its next request, and the response to that one carries the header.
         """
         cdef Downstream downstream
         cdef double sooner_s = max(0.0, self.keep_alive_timeout_s - CLOSING_IDLE_MAX_S)
@@ -662,7 +672,7 @@ cdef class Relay:
 
     @property
     def connections(self):
-        """Downstream connections that are open."""
+        """Number of open downstream connections."""
         return len(self.downstreams)
 
     def _tick(self):
@@ -680,14 +690,14 @@ cdef class Relay:
     cdef void _report(self, str what, object error) noexcept:
         try:
             self.loop.call_exception_handler({"message": what, "exception": error})
-        except BaseException:  # a broken handler must not break the relay
+        except BaseException:  # a failing handler must not break the relay
             pass
 
 
 # -- downstream ------------------------------------------------------------------------------------
 
 cdef class Downstream(Head):
-    """One client's connection."""
+    """One client connection."""
 
 
     def __cinit__(self, Relay relay):
@@ -698,7 +708,7 @@ cdef class Downstream(Head):
     def __dealloc__(self):
         text_free(&self.grown)
 
-    # what the loop calls
+    # called by the event loop
 
     def connection_made(self, transport):
         self.transport = transport
@@ -725,7 +735,7 @@ cdef class Downstream(Head):
         self._set_reading()
 
     def eof_received(self):
-        """A client that has stopped sending has left (nginx and Go see it so too)."""
+        """A client that half-closes counts as disconnected, as in nginx and Go."""
         if self.exchange is not None:
             self._abort()
         return False
@@ -762,7 +772,7 @@ cdef class Downstream(Head):
             text_add_header(&self.text, name, value)
         elif kind == HOST:
             if self.host is not None:
-                self.fault = "There is more than one Host."
+                self.fault = "There is more than one Host header."
             if is_same(self.usual_host, value):
                 self.host = self.usual_host
             else:
@@ -770,7 +780,7 @@ cdef class Downstream(Head):
         elif kind == EXPECT:
             self.expects = True
             if not is_value(value, b"100-continue", 12):
-                self.fault = "Expect: nothing but 100-continue can be met."
+                self.fault = "Expect: only 100-continue is supported."
         elif kind == FORWARDED_FOR:
             copied = value.at[:value.size]
             self.forwarded_for = (
@@ -805,7 +815,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef void _use(self, Py_ssize_t until) noexcept:
-        """Take the input up to an offset."""
+        """Mark the input as consumed up to an offset."""
         if until == PyBytes_GET_SIZE(self.input):
             self.input = None
             self.used = 0
@@ -813,7 +823,7 @@ cdef class Downstream(Head):
             self.used = until
 
     cdef int _set_reading(self) except -1:
-        """Read only what can be used, but see a client leave wherever that is possible."""
+        """Read only while data can be used, or to notice that the client disconnects."""
         cdef bint reading
         cdef bint streaming
         if self.state >= LEAVING:
@@ -840,7 +850,7 @@ cdef class Downstream(Head):
     # heads
 
     cdef int _pump(self) except -1:
-        """Take requests from the input, one after another, as long as each is answered at once."""
+        """Take pipelined requests from the input for as long as each is answered immediately."""
         if self.pumping:
             return 0
         self.pumping = True
@@ -857,7 +867,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef bint _take_head(self) except -1:
-        """Take a request's head from the input, and begin it; False: not whole yet, or no good."""
+        """Take a request head and begin the request; False if it is incomplete or bad."""
         cdef const char *data = PyBytes_AS_STRING(self.input)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(self.input)
         cdef Py_ssize_t end
@@ -868,11 +878,11 @@ cdef class Downstream(Head):
         end = find_head_end(&self.scan, data, size)
         if end < 0:
             return self._refuse(
-                400, "A line of the request's head does not end in CRLF, or is folded."
+                400, "A line of the request head does not end in CRLF, or is folded."
             )
         if (end if end else size) - self.used > self.relay.head_max_bytes:
             return self._refuse(
-                431, f"The request's head is longer than {self.relay.head_max_bytes} bytes."
+                431, f"The request head is longer than {self.relay.head_max_bytes} bytes."
             )
         if self.scan.lines - 1 > self.relay.head_max_count:
             return self._refuse(
@@ -880,7 +890,7 @@ cdef class Downstream(Head):
             )
         if end == 0:
             if self.scan.lines == 0 and self.scan.line == size:
-                self._use(size)  # only empty lines, which old clients send after a body
+                self._use(size)  # only empty lines, which some old clients send after a body
             elif not self.head_started:
                 self.head_started = True
                 self.deadline = now() + self.relay.head_timeout_s
@@ -899,9 +909,9 @@ cdef class Downstream(Head):
         try:
             self.parser.feed_data(head)
         except HttpParserUpgrade:
-            self.parser = None  # an upgrade is not offered: the request is an ordinary one
+            self.parser = None  # upgrades are not supported: treat it as an ordinary request
         except Exception as error:
-            return self._refuse(400, f"The request's head is malformed: {error}.")
+            return self._refuse(400, f"The request head is malformed: {error}.")
         self._take_lines(data + self.scan.first_end + 2, data + end - 2)
         self._judge_line(data + self.scan.first_end)
         if self.fault is not None:
@@ -909,14 +919,14 @@ cdef class Downstream(Head):
         return True
 
     cdef int _judge_line(self, const char *end) except -1:
-        """Take the request line, and look at what llhttp lets pass; ``end``: of that line."""
+        """Parse the request line and reject what llhttp tolerates; ``end``: of that line."""
         cdef const char *begin = PyBytes_AS_STRING(self.input) + self.used
         cdef const char *space
         while begin[0] == c"\r" or begin[0] == c"\n":
             begin += 1
         space = <const char *> memchr(begin, c" ", end - begin)
         if space is NULL or end - space < 10 or memcmp(end - 9, b" HTTP/1.", 8) != 0:
-            self.fault = "Only HTTP/1.1 and HTTP/1.0 are spoken here."
+            self.fault = "Only HTTP/1.1 and HTTP/1.0 are supported."
             return 0
         if space - begin == 4 and memcmp(begin, b"POST", 4) == 0:
             self.method = b"POST"
@@ -925,21 +935,21 @@ cdef class Downstream(Head):
         self.target = space[1:end - 9 - space]
         self.old = (end - 1)[0] == c"0"
         if self.method == b"CONNECT":
-            self.fault = "This is not a proxy."
+            self.fault = "CONNECT is not supported."
         elif memchr(space + 1, c" ", end - 10 - space) is not NULL:
             self.fault = "There is more than one space between the parts of the request line."
         elif self.chunked and self.old:
-            self.fault = "HTTP/1.0 has no Transfer-Encoding."
+            self.fault = "Transfer-Encoding is not allowed in an HTTP/1.0 request."
         elif self.host is None and not self.old:
-            self.fault = "There is no Host."
+            self.fault = "The Host header is missing."
         self.keep_alive = not self.says_close and (self.says_keep or not self.old)
         return 0
 
     cdef bint _begin(self, Py_ssize_t end) except -1:
-        """A whole, good head: make the Exchange, and let it say what becomes of the request."""
+        """The head is complete and valid: create the Exchange, which decides what to do next."""
         cdef Exchange exchange
         if self.named is not None:
-            self._drop(set(self.named.split(b",")))  # they were meant for this hop
+            self._drop(set(self.named.split(b",")))  # hop-by-hop
         self.forwarded = self._forwarded()
         self.relay.requests += 1
         if self.request_id is None:
@@ -956,7 +966,7 @@ cdef class Downstream(Head):
         try:
             exchange._begun()
             if self.exchange is exchange and not exchange.decided:
-                raise RuntimeError("on_head decided nothing")
+                raise RuntimeError("on_head called no action")
         except Exception as error:
             self._crashed(exchange, error)
         if self.exchange is exchange and exchange.collecting:
@@ -967,7 +977,7 @@ cdef class Downstream(Head):
         return True
 
     cdef bytes _forwarded(self):
-        """The lines that say for whom this request is; the same for most of a connection."""
+        """The X-Forwarded-* lines; cached, as they rarely change within a connection."""
         cdef bint usual = self.forwarded_for is None and not self.has_host and not self.has_proto
         cdef bytes lines
         if usual and self.usual_forwarded is not None and self.host == self.usual_host:
@@ -988,15 +998,15 @@ cdef class Downstream(Head):
     # bodies
 
     cdef bint _buffer(self, int64_t size) except -1:
-        """Count the body as holding so many bytes; False: that is too much, it is refused."""
+        """Account for ``size`` buffered bytes; False: over the limit, the request is rejected."""
         self.relay.buffered_bytes += size - self.buffered_bytes
         self.buffered_bytes = size
         if self.relay.buffered_bytes <= self.relay.buffer_max_bytes:
             return True
-        return self._refuse(503, "Too many bytes of requests are buffered.")
+        return self._refuse(503, "The buffer for request bodies is full.")
 
     cdef int _take_body(self) except -1:
-        """Take what there is of the current request's body."""
+        """Consume the available part of the current request's body."""
         cdef Upstream upstream
         cdef bytes piece
         if self.exchange.collecting:
@@ -1013,7 +1023,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef int _expect_body(self) except -1:
-        """The body is wanted: say so to a client that waits for that."""
+        """Send 100 Continue if the client expects it."""
         if self.expects and self.state == BODY and self.input is None and not self.old:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return 0
@@ -1025,7 +1035,7 @@ cdef class Downstream(Head):
         if self.chunked:
             size = chunks_scan(&self.chunks, data, size, &self.grown)
             if self.chunks.state == CHUNKS_BAD:
-                self._refuse(400, "The chunks of the request's body are malformed.")
+                self._refuse(400, "The chunked encoding of the request body is malformed.")
                 return 0
             if self.body_bytes + self.grown.size > self.body_max_bytes:
                 self._refuse(413, f"The body is longer than {self.body_max_bytes} bytes.")
@@ -1054,7 +1064,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef bytes _fill(self, const char *data, Py_ssize_t size):
-        """Add to a body of known length; what is returned is whole when nothing is left."""
+        """Add to a body of known length. Returns the body once it is complete."""
         cdef Py_ssize_t filled = <Py_ssize_t> (self.length - self.left)
         cdef Py_ssize_t room = <Py_ssize_t> self.length
         cdef bytes body
@@ -1071,17 +1081,17 @@ cdef class Downstream(Head):
         return body
 
     cdef int _resize(self, Py_ssize_t room) except -1:
-        """Let ``collected`` grow where it is: a large block is mapped anew, not copied."""
+        """Grow ``collected`` by realloc: a large block is remapped, not copied."""
         cdef PyObject *block = <PyObject *> self.collected
         Py_INCREF(self.collected)
         self.collected = None
-        _PyBytes_Resize(&block, room)  # which alone refers to it now; gone when this fails
+        _PyBytes_Resize(&block, room)  # block holds the only reference now; freed on failure
         self.collected = <bytes> block
         Py_DECREF(self.collected)
         return 0
 
     cdef int _gather(self) except -1:
-        """Add what has grown to a large body: at its end a copy of it all would take long."""
+        """Append ``grown`` to ``collected``: a single copy at the end would take too long."""
         cdef Py_ssize_t size = <Py_ssize_t> self.body_bytes + self.grown.size
         cdef Py_ssize_t room = <Py_ssize_t> min(2 * size, self.body_max_bytes)
         if self.collected is None:
@@ -1111,8 +1121,8 @@ cdef class Downstream(Head):
         cdef Exchange exchange = self.exchange
         self.state = BUSY
         self.deadline = 0
-        # llhttp must get past the body to be ready for the next head. It does not look at one of
-        # known length, and sees of a chunked one only its end.
+        # llhttp must consume a body before the next head. It does not inspect one of known length,
+        # and of a chunked one it is given only the end.
         if self.parser is not None and (body or self.chunked):
             self.parser.feed_data(b"0\r\n\r\n" if self.chunked else body)
         exchange.body = body
@@ -1123,7 +1133,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef bytes _piece(self):
-        """Take the next piece of a body that streams; None when there is none, or it is no good."""
+        """Take the next piece of a streamed body; None if there is none or it is invalid."""
         cdef const char *data
         cdef Py_ssize_t size
         cdef bytes piece
@@ -1134,7 +1144,7 @@ cdef class Downstream(Head):
         if self.chunked:
             size = chunks_scan(&self.chunks, data, size, NULL)
             if self.chunks.state == CHUNKS_BAD:
-                self._refuse(400, "The chunks of the request's body are malformed.")
+                self._refuse(400, "The chunked encoding of the request body is malformed.")
                 return None
         elif size > self.left:
             size = <Py_ssize_t> self.left
@@ -1159,7 +1169,7 @@ cdef class Downstream(Head):
             self.deadline = 0
         return piece
 
-    # answers
+    # responses
 
     cdef int _write(self, bytes data) except -1:
         if self.state < CLOSED and self.transport is not None:
@@ -1169,14 +1179,14 @@ cdef class Downstream(Head):
         return 0
 
     cdef bint _settle(self) except -1:
-        """Decide, before an answer's head goes out, whether the connection outlives the answer."""
+        """Decide, before a response head is sent, whether to keep the connection alive."""
         if (
             self.state == BODY
             and self.input is not None
             and not self.chunked
             and self.parser is not None
             and PyBytes_GET_SIZE(self.input) - self.used >= self.left
-        ):  # nobody wanted the body, but it is here
+        ):  # the body is not needed, but has been received
             self.parser.feed_data(cut(self.input, self.used, <Py_ssize_t> self.left))
             self._use(self.used + <Py_ssize_t> self.left)
             self.state = BUSY
@@ -1185,7 +1195,7 @@ cdef class Downstream(Head):
         return self.keep_alive
 
     cdef bytes _own_answer(self, int status, bytes body, bytes headers, bint keep_alive):
-        """An answer of the relay's or the Exchange's own, JSON."""
+        """A JSON response from the relay or the Exchange itself."""
         cdef bytes connection = b""
         if not keep_alive:
             connection = b"Connection: close\r\n"
@@ -1206,7 +1216,7 @@ cdef class Downstream(Head):
         )
 
     cdef bint _refuse(self, int status, str message) except -1:
-        """Answer a request that cannot be gone on with, and close; False."""
+        """Respond with an error and close the connection. Returns False."""
         cdef bint answered = self.exchange is not None and self.exchange.answered
         cdef bytes body
         cdef bytes headers
@@ -1234,7 +1244,7 @@ cdef class Downstream(Head):
         return False
 
     cdef bytes _target_so_far(self):
-        """The target of a head that is not whole or malformed; empty before its first line ends."""
+        """The target of an incomplete or malformed head; empty before its first line ends."""
         cdef list parts
         if self.input is None or not self.scan.lines:
             return b""
@@ -1242,14 +1252,14 @@ cdef class Downstream(Head):
         return parts[1] if len(parts) == 3 else b""
 
     cdef int _crashed(self, Exchange exchange, object error) except -1:
-        """A hook raised: a fault of ours, which ends this request and no other."""
+        """A hook raised, which is a bug: end this request and no other."""
         self.relay._report("an exchange failed", error)
         if self.exchange is exchange:
-            self._refuse(500, "Something is wrong with the gateway.")
+            self._refuse(500, "Internal error in the gateway.")
         return 0
 
     cdef int _finish(self) except -1:
-        """Part with the current Exchange."""
+        """Finish the current Exchange."""
         cdef Exchange exchange = self.exchange
         self.exchange = None
         self.collected = None
@@ -1262,11 +1272,11 @@ cdef class Downstream(Head):
         try:
             exchange._ended()
         except Exception as error:
-            self.relay._report("an exchange did not end well", error)
+            self.relay._report("an exchange's cleanup failed", error)
         return 0
 
     cdef int _answer_ended(self) except -1:
-        """The last byte of an answer is written."""
+        """The last byte of a response has been written."""
         self.exchange.whole = True
         self._finish()
         if self.state >= LEAVING:
@@ -1287,8 +1297,8 @@ cdef class Downstream(Head):
     # ends
 
     cdef int _close(self) except -1:
-        """Flush what is written, then close."""
-        if self.input is not None:  # closing now would send RST and could destroy the answer
+        """Flush pending writes, then close."""
+        if self.input is not None:  # closing now would send RST and could discard the response
             return self._linger()
         self.state = LEAVING
         self.deadline = now() + self.relay.stall_timeout_s
@@ -1296,7 +1306,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef int _linger(self) except -1:
-        """Flush, say that no more comes, and wait a little for the client to close."""
+        """Flush, shut down the write side, and wait briefly for the client to close."""
         self.state = LEAVING
         self.deadline = now() + LINGER_MAX_S
         self.input = None
@@ -1307,7 +1317,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef int _abort(self) except -1:
-        """Close at once; what is not sent is lost."""
+        """Close at once, discarding unsent data."""
         if self.state == CLOSED:
             return 0
         self.state = CLOSED
@@ -1318,7 +1328,7 @@ cdef class Downstream(Head):
         return 0
 
     cdef int _cut(self, bint looks_complete) except -1:
-        """The answer is broken: end the connection so that the client sees it."""
+        """Abort a broken response so that the client can tell that it is incomplete."""
         if looks_complete and self.transport is not None:
             kb_reset_on_close(self.transport.get_extra_info("socket").fileno())
         return self._abort()
@@ -1328,9 +1338,9 @@ cdef class Downstream(Head):
         if self.state == LEAVING or self.write_paused or self.state == BUSY:
             self._abort()
         elif self.state == BODY:
-            self._refuse(408, "The request's body did not come in time.")
+            self._refuse(408, "The request body was not received in time.")
         elif self.input is not None:
-            self._refuse(408, "The request's head did not come in time.")
+            self._refuse(408, "The request head was not received in time.")
         else:
             self._close()
         return 0
@@ -1339,10 +1349,10 @@ cdef class Downstream(Head):
 # -- pools -----------------------------------------------------------------------------------------
 
 cdef class Connections:
-    """The connections to one upstream, of which those without a request rest here.
+    """The connection pool of one upstream.
 
-    Subclasses make them: ``connect(exchange)`` returns something with ``cancel()``, and in the end
-    calls the exchange's ``connected`` or ``connect_failed``.
+    Subclasses create the connections: ``connect(exchange)`` returns an object with ``cancel()`` and
+    eventually calls the exchange's ``connected`` or ``connect_failed``.
     """
 
     def __init__(
@@ -1365,14 +1375,14 @@ cdef class Connections:
 
     @property
     def idle(self):
-        """Connections that wait for a request."""
+        """Number of idle connections."""
         return len(self.resting)
 
     cpdef Upstream take(self):
-        """The connection that was given back last, or None.
+        """The most recently returned connection, or None.
 
-        But one whose time is half over goes first: what a burst needed stays open while requests
-        come often enough, since making it again would fall into the next burst.
+        A connection past half its idle timeout goes first: connections opened for a burst then stay
+        open while requests are frequent enough, and need not be reopened in the next burst.
         """
         cdef Upstream upstream
         while self.resting:
@@ -1387,19 +1397,19 @@ cdef class Connections:
         return None
 
     cpdef give(self, Upstream upstream):
-        """Keep a connection for the next request, while there is room."""
+        """Keep a connection for the next request if there is room; otherwise close it."""
         if self.closed or len(self.resting) >= self.max_idle:
             upstream.close()
         else:
             self.resting.append(upstream)
 
     cpdef note_failure(self, int failure):
-        """An attempt failed, or its answer broke."""
+        """Record that an attempt failed or its response broke off."""
         self.failing = True
         self.failed(failure)
 
     cpdef note_answer(self, int status):
-        """An answer's head has come: some say that the upstream is not well."""
+        """Record a response head. Some statuses count as a failure of the upstream."""
         if is_failure(status):
             self.note_failure(STATUS)
             return
@@ -1409,22 +1419,22 @@ cdef class Connections:
             self.restored()
 
     cpdef note_end(self, int status):
-        """An answer is whole."""
+        """Record that a response is complete."""
         if (self.failing or self.trial) and not is_failure(status):
             self.failing = self.trial = False
             self.recovered()
 
     def failed(self, int failure):
-        """An attempt failed, or an answer broke."""
+        """Hook: an attempt failed, or a response broke off."""
 
     def restored(self):
-        """A probe has begun to be answered."""
+        """Hook: a probe has received a good response head."""
 
     def recovered(self):
-        """An answer is complete, the first since a failure or an ejection."""
+        """Hook: the first response since a failure or an ejection is complete."""
 
     def waiting(self):
-        """Exchanges that have sent their request here and got no byte of an answer."""
+        """Exchanges that have sent their request and received no byte of a response."""
         cdef Upstream upstream
         cdef list found = []
         for upstream in self.relay.upstreams:
@@ -1433,12 +1443,12 @@ cdef class Connections:
         return found
 
     def forget(self, upstream):
-        """An idle connection has ended."""
+        """Remove an idle connection that has ended."""
         if upstream in self.resting:
             self.resting.remove(upstream)
 
     def close(self):
-        """The upstream is gone or has moved: no connection is kept any longer."""
+        """Close idle connections and keep none from now on: the upstream is gone or has moved."""
         self.closed = True
         while self.resting:
             self.resting.pop().close()
@@ -1447,11 +1457,11 @@ cdef class Connections:
 # -- exchange --------------------------------------------------------------------------------------
 
 cdef class Exchange:
-    """One request and its answer. Subclasses say what becomes of it.
+    """One request and its response. Subclasses decide how it is handled.
 
-    The hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``) are called by the relay; the
-    actions (``collect``, ``stream``, ``send``, ``answer``) by the hooks, or later while the
-    exchange is not ``finished``. An action after the client has left does nothing.
+    The relay calls the hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``). Hooks call the
+    actions (``collect``, ``stream``, ``send``, ``answer``), at once or later until the exchange is
+    ``finished``. An action after the client has disconnected does nothing.
     """
 
 
@@ -1472,37 +1482,37 @@ cdef class Exchange:
 
     @property
     def peer(self):
-        """The client's address, without its port."""
+        """The client's address, without the port."""
         return self.downstream.peer.decode("ascii")
 
     @property
     def request_bytes(self):
-        """Of the request's body."""
+        """Size of the request body."""
         if self.body is not None:
             return PyBytes_GET_SIZE(self.body)
         return self.downstream.body_bytes
 
     @property
     def request_id(self):
-        """The client's X-Request-Id, or the one that was made for it."""
+        """The client's X-Request-Id, or a generated one."""
         return id_in(self.downstream.request_id)
 
     @property
     def asks_websocket(self):
-        """Whether the client asks for an upgrade to WebSocket. HTTP/1.0 has no upgrades."""
+        """Whether the client requests a WebSocket upgrade. HTTP/1.0 has no upgrades."""
         return self.downstream.asks_websocket and not self.downstream.old
 
     def set_header(self, bytes name, bytes value):
-        """Send this header to the upstream, in place of the client's; ``name`` in lower case."""
+        """Replace a header in the upstream request; ``name`` in lower case."""
         self.downstream._drop({name})
         text_add_header(&self.downstream.text, view(name), view(value))
 
     def drop_header(self, bytes name):
-        """Do not send this header to the upstream; ``name`` in lower case."""
+        """Remove a header from the upstream request; ``name`` in lower case."""
         self.downstream._drop({name})
 
     def headers(self, bytes name):
-        """The values of a header, in order; ``name`` in lower case. Hop-by-hop ones are gone."""
+        """The values of a header, in order; ``name`` in lower case. Excludes hop-by-hop ones."""
         cdef Text *text = &self.downstream.text
         cdef const char *at = text.at
         cdef const char *end = text.at + text.size
@@ -1519,7 +1529,7 @@ cdef class Exchange:
         return values
 
     cdef bint _has(self, bytes name) except -1:
-        """Whether there is such a header; as ``headers``."""
+        """Whether ``headers(name)`` is not empty."""
         cdef Text *text = &self.downstream.text
         cdef const char *at = text.at
         cdef const char *end = text.at + text.size
@@ -1537,7 +1547,7 @@ cdef class Exchange:
     # actions
 
     cpdef collect(self, int64_t max_bytes):
-        """Read the whole body; then comes ``on_body``."""
+        """Read the whole body, then call ``on_body``."""
         self.decided = self.collecting = True
         self.downstream.body_max_bytes = max_bytes
         if self.downstream.length > max_bytes:
@@ -1546,7 +1556,7 @@ cdef class Exchange:
             self.downstream._expect_body()
 
     def stream(self, Connections pool not None, bytes path not None, int64_t max_bytes):
-        """Relay the request to an upstream while it comes, and the answer back. No retries."""
+        """Stream the request to an upstream and its response back. No retries."""
         cdef Upstream upstream = None
         self.decided = self.streaming = True
         self.downstream.body_max_bytes = max_bytes
@@ -1557,7 +1567,7 @@ cdef class Exchange:
         self.path = path
         self.sending = None
         self.downstream._expect_body()
-        if self.downstream.state == BUSY:  # a body that is on its way cannot be replayed
+        if self.downstream.state == BUSY:  # a body that is still arriving cannot be replayed
             upstream = pool.take()
         if upstream is None:
             self.connecting = pool.connect(self)
@@ -1565,7 +1575,7 @@ cdef class Exchange:
             upstream._start(self)
 
     cpdef send(self, Connections pool, bytes path, bytes body):
-        """Attempt: send the request with this body to an upstream, relay its answer."""
+        """Start an attempt: send the request with this body and relay the response."""
         cdef Upstream upstream
         if self.finished:
             return
@@ -1581,7 +1591,7 @@ cdef class Exchange:
             upstream._start(self)
 
     def answer(self, int status, bytes body, bytes headers=b""):
-        """Answer without an upstream: JSON. ``headers``: more of them, each ending in CRLF."""
+        """Respond with JSON, without an upstream. ``headers``: extra lines, each ending in CRLF."""
         cdef Downstream downstream = self.downstream
         if self.finished or self.answered:
             return
@@ -1594,15 +1604,15 @@ cdef class Exchange:
         )
         downstream._answer_ended()
 
-    # from pools
+    # called by pools
 
     def connected(self, Upstream upstream):
-        """The connection that ``pool.connect`` was asked for is there."""
+        """The connection requested with ``pool.connect`` is established."""
         if self.connecting is None:
             upstream._abort()
             return
         self.connecting = None
-        if not upstream.usable():  # it has gone again
+        if not upstream.usable():  # already closed again
             self._failed(LOST)
             return
         upstream._start(self)
@@ -1617,32 +1627,32 @@ cdef class Exchange:
     # hooks
 
     def on_head(self):
-        """The head is whole: call ``collect``, ``stream`` or ``answer``."""
+        """The head is complete: call ``collect``, ``stream`` or ``answer``."""
 
     def on_body(self):
-        """The body is whole, in ``body``: call ``send`` or ``answer``, now or later."""
+        """``body`` is complete: call ``send`` or ``answer``, now or later."""
 
     def wants_retry(self, int failure, int status):
-        """Whether to make another attempt (``retry`` follows) rather than ``give_up``.
+        """Whether to make another attempt: True calls ``retry``, False ``give_up``.
 
-        Nothing has reached the client. ``status``: of the answer, where ``failure`` is STATUS;
-        False then passes that answer on.
+        Nothing has reached the client. ``status``: of the response, if ``failure`` is STATUS;
+        False then passes that response on.
         """
         return False
 
     def retry(self):
-        """Make another attempt, or ``answer``, now or later."""
+        """Call ``send`` again or ``answer``, now or later."""
 
     def give_up(self, int failure):
-        """Answer for a failure."""
+        """Respond with an error."""
 
     def attempt_elsewhere(self):
-        """The upstream is not expected to answer: make another attempt, if one is possible."""
+        """The upstream is not expected to respond: make another attempt if possible."""
 
     def on_end(self):
-        """It is over, answered or not: give back what was taken. Called once."""
+        """The exchange is over, answered or not: release its resources. Called once."""
 
-    # the hooks as the relay calls them: a compiled subclass may take them over
+    # entry points from the relay, which a compiled subclass may override
 
     cdef int _begun(self) except -1:
         self.on_head()
@@ -1656,13 +1666,13 @@ cdef class Exchange:
         self.on_end()
         return 0
 
-    # inside
+    # internal
 
     cdef int _failed(self, int failure) except -1:
-        """An attempt failed and its upstream is gone; nothing has reached the client."""
+        """An attempt failed and its upstream connection is gone; nothing has reached the client."""
         try:
             self.pool.note_failure(failure)
-            if self.replayed and failure == LOST:  # so the first connection was not just idle
+            if self.replayed and failure == LOST:  # so the first was not a stale idle connection
                 self.pool.note_failure(failure)
             if not self.streaming and self.wants_retry(failure, 0):
                 self.retry()
@@ -1680,14 +1690,14 @@ cdef class Exchange:
         return 0
 
     cpdef detach(self):
-        """Abandon the attempt under way, if any; the upstream connection is closed.
+        """Abandon the current attempt, if any, and close its upstream connection.
 
         ``send`` or ``answer`` must follow.
         """
         self._detach()
 
     cdef int _detach(self) except -1:
-        """Let go of the upstream, if any: an answer that nobody waits for is stopped."""
+        """Drop the upstream, if any, which stops a response that is no longer wanted."""
         cdef Upstream upstream = self.upstream
         cdef object connecting = self.connecting
         self.upstream = None
@@ -1703,7 +1713,7 @@ cdef class Exchange:
 # -- upstream --------------------------------------------------------------------------------------
 
 cdef class Upstream(Head):
-    """One connection to an engine; idle in its pool, or at work for one Exchange."""
+    """One connection to an engine; idle in its pool, or serving one Exchange."""
 
 
 
@@ -1717,18 +1727,18 @@ cdef class Upstream(Head):
     def __dealloc__(self):
         text_free(&self.grown)
 
-    # what the pool asks
+    # called by the pool
 
     cpdef bint usable(self):
         return not self.ended and self.transport is not None
 
     def close(self):
-        """Close it, now; also when it was never whole and the loop will not say that it ended."""
+        """Close at once, even if it was never established and connection_lost will not come."""
         self.idle = False
         self.relay.upstreams.discard(self)
         self._abort()
 
-    # what the loop calls
+    # called by the event loop
 
     def connection_made(self, transport):
         self.transport = transport
@@ -1737,12 +1747,12 @@ cdef class Upstream(Head):
 
     def data_received(self, bytes data):
         if self.exchange is None:
-            self._lose()  # an answer to nothing
+            self._lose()  # data without a request
             return
         try:
             self._take(data)
         except Exception as error:
-            self.relay._report("an answer could not be relayed", error)
+            self.relay._report("relaying a response failed", error)
             self._broken(INVALID)
 
     def eof_received(self):
@@ -1750,7 +1760,7 @@ cdef class Upstream(Head):
         if self.exchange is not None and self.head_done and self.framing == UNTIL_CLOSE:
             self._complete()
         else:
-            self._abort()  # what is not written yet has no reader
+            self._abort()  # pending writes have no reader
         return False
 
     def connection_lost(self, error):
@@ -1780,7 +1790,7 @@ cdef class Upstream(Head):
     cdef int _header(self, HeaderKind kind, Bytes name, Bytes value) except -1:
         if kind == CONTENT_LENGTH or kind == TRANSFER_ENCODING or kind == CONNECTION:
             self._framing(kind, value)
-        elif kind != DROPPED and kind != REQUEST_ID:  # the client gets the one that was sent on
+        elif kind != DROPPED and kind != REQUEST_ID:  # the client gets the id that was forwarded
             text_add_header(&self.text, name, value)
         return 0
 
@@ -1795,7 +1805,7 @@ cdef class Upstream(Head):
         self.touched = self.head_done = False
         if exchange.streaming:
             body = downstream._piece()
-            if exchange.finished:  # that piece was no good
+            if exchange.finished:  # the piece was invalid
                 return 0
         self._write_request(exchange, downstream, body)
         self.deadline = now() + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
@@ -1851,9 +1861,10 @@ cdef class Upstream(Head):
         return 0
 
     cdef bint _replay(self) except -1:
-        """Send the request once more, on a fresh connection to the same upstream.
+        """Send the request again on a new connection to the same upstream.
 
-        Not to one that has just failed: it has not closed an idle connection, it resets all.
+        Not if the upstream has just failed: then it is resetting all connections, not just closing
+        an idle one.
         """
         cdef Exchange exchange = self.exchange
         if self.pool.failing or exchange.replayed or (exchange.streaming and exchange.downstream.body_bytes):
@@ -1864,7 +1875,7 @@ cdef class Upstream(Head):
         exchange.connecting = exchange.pool.connect(exchange)
         return True
 
-    # the answer
+    # the response
 
     cdef int _take(self, bytes data) except -1:
         cdef Py_ssize_t at = 0
@@ -1887,7 +1898,7 @@ cdef class Upstream(Head):
         return 0
 
     cdef Py_ssize_t _take_head(self, bytes data) except -2:
-        """Where the answer's body begins; 0: its head is not whole; -1: it goes no further."""
+        """The offset of the response body; 0: the head is incomplete; -1: stop here."""
         cdef const char *text = PyBytes_AS_STRING(data)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t begin = 0
@@ -1914,14 +1925,14 @@ cdef class Upstream(Head):
                 return -1
             if self.status >= 200:
                 break
-            begin = end  # an interim answer: nobody asked for it
+            begin = end  # an interim (1xx) response: skipped
             scan_reset(&self.scan, begin)
         self.input = None
         self.pool.note_answer(self.status)
         if self.status >= 500 and not self.exchange.streaming and self._diverted(data, end):
             return -1
         self.head_done = True
-        self.scan.line = begin  # where the answer's status line is, for _answer_head
+        self.scan.line = begin  # offset of the status line, for _answer_head
         return end
 
     cdef bint _parse_head(self, bytes head, const char *line, const char *line_end) except -1:
@@ -1940,11 +1951,11 @@ cdef class Upstream(Head):
         self.status = (line[9] - c"0") * 100 + (line[10] - c"0") * 10 + line[11] - c"0"
         self.reusable = not self.says_close and (self.says_keep or line[7] == c"1")
         if self.named is not None:
-            self._drop(set(self.named.split(b",")))  # they were meant for this hop
+            self._drop(set(self.named.split(b",")))  # hop-by-hop
         if self.exchange.downstream.method == b"HEAD" or self.status == 204 or self.status == 304:
             self.framing = NOTHING
             if self.length > 0 or self.chunked:
-                self.parser = None  # it would wait for a body
+                self.parser = None  # llhttp would wait for a body
         elif self.chunked:
             self.framing = CHUNKED
             chunks_reset(&self.chunks)
@@ -1957,7 +1968,7 @@ cdef class Upstream(Head):
         return 100 <= self.status != 101
 
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1:
-        """Ask whether a 5xx is to be passed on; True: no, another attempt is under way."""
+        """Ask the Exchange about a 5xx; True: not passed on, another attempt is under way."""
         cdef Exchange exchange = self.exchange
         cdef Py_ssize_t rest = PyBytes_GET_SIZE(data) - at
         try:
@@ -1978,7 +1989,7 @@ cdef class Upstream(Head):
         return True
 
     cdef bytes _answer_head(self, bytes data):
-        """The head as the client gets it; decides how the body is framed for it."""
+        """Build the head for the client and decide how the body is framed."""
         cdef Downstream downstream = self.exchange.downstream
         cdef const char *line = PyBytes_AS_STRING(data) + self.scan.line + 8
         cdef Py_ssize_t line_size = PyBytes_AS_STRING(data) + self.scan.first_end - line
@@ -2020,7 +2031,7 @@ cdef class Upstream(Head):
         return out
 
     cdef int _pass(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
-        """Pass on what came of the answer's body, after ``prefix``."""
+        """Pass on the received part of the response body, after ``prefix``."""
         cdef Downstream downstream = self.exchange.downstream
         cdef Py_ssize_t came = PyBytes_GET_SIZE(data) - at
         cdef Py_ssize_t size = came
@@ -2042,7 +2053,7 @@ cdef class Upstream(Head):
         elif self.framing == NOTHING:
             size = 0
             complete = True
-        if size < came:  # bytes after the answer's end belong to nothing
+        if size < came:  # unexpected bytes after the end of the response
             self.reusable = False
         if size:
             piece = cut(data, at, size)
@@ -2079,7 +2090,7 @@ cdef class Upstream(Head):
         return 0
 
     cdef int _complete(self) except -1:
-        """The answer has ended well."""
+        """The response is complete."""
         cdef Downstream downstream = self.exchange.downstream
         self.pool.note_end(self.status)
         if self.rechunk:
@@ -2099,7 +2110,7 @@ cdef class Upstream(Head):
         return 0
 
     cdef int _rest(self) except -1:
-        """Back to the pool."""
+        """Return the connection to the pool."""
         self.served += 1
         self.idle = True
         self.deadline = now() + self.pool.idle_timeout_s
@@ -2110,7 +2121,7 @@ cdef class Upstream(Head):
     # ends
 
     cdef int _broken(self, int failure) except -1:
-        """What comes from upstream cannot be gone on with."""
+        """The response cannot be continued: fail the attempt, or cut the client's connection."""
         cdef Exchange exchange = self.exchange
         cdef Downstream downstream
         self._abort()
@@ -2128,7 +2139,7 @@ cdef class Upstream(Head):
         return 0
 
     cdef int _lose(self) except -1:
-        """No longer to be taken from the pool."""
+        """Remove the connection from the pool; close it if it serves no Exchange."""
         if self.idle:
             self.idle = False
             self.pool.forget(self)
@@ -2146,7 +2157,7 @@ cdef class Upstream(Head):
     cdef int _pause(self) except -1:
         if not self.paused and self.transport is not None:
             self.paused = True
-            self.deadline = 0  # it is the client who is slow
+            self.deadline = 0  # the client is slow, not the upstream
             self.transport.pause_reading()
         return 0
 

@@ -281,7 +281,7 @@ class Exchange(Straight):
         except Exception:
             log.exception("request task failed", model=self._ask.name if self._ask else None)
             self._task = None
-            self._say(500, "Something is wrong with the gateway.", "internal_error")
+            self._say(500, "Internal error in the gateway.", "internal_error")
 
     async def _try_later(self) -> Reservation:
         later = await self._attempts.later(self._routed, self._key, self._ask.adapter)

@@ -374,7 +374,7 @@ def main() -> int:
             os.dup2(ours, 2)
         log.seek(0)
         said = log.read().decode(errors="replace")
-    for line in ("Traceback", "an exchange failed", "did not end well"):
+    for line in ("Traceback", "an exchange failed", "cleanup failed"):
         if line in said:
             soak.wrong.append("a process reported a fault: " + said[said.index(line) :][:2000])
     memory = soak.judge_memory()
