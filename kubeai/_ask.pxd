@@ -1,13 +1,13 @@
-"""What a request asks for, as the compiled exchange sees it; ``_ask.pyx`` says what it promises."""
+"""Declarations of the request parser for compiled modules; see ``_ask.pyx`` for its guarantees."""
 
 from libc.stdint cimport uint64_t
 
 cdef enum:
-    LARGE_BYTES = 1 << 20  # as openai.LARGE_BYTES
+    LARGE_BYTES = 1 << 20  # same as openai.LARGE_BYTES
     SAID_FEW_COUNT = 8
 
 
-cdef enum Fault:  # why a body is refused; FAULTS has the words
+cdef enum Fault:  # why a body is rejected; FAULTS has the messages
     NO_FAULT
     MALFORMED
     NO_OBJECT
@@ -33,39 +33,39 @@ cdef struct Name:
 
 cdef struct Place:
     const char *at  # the value's first byte
-    const char *after
+    const char *after  # its end
 
 
 cdef struct Text:
     char *at
     Py_ssize_t size
-    Py_ssize_t left  # code points that may still be added
+    Py_ssize_t left  # number of code points that may still be added
 
 
 cdef class Shape:
-    cdef readonly bytes conversation  # a list of messages, or a string
-    cdef readonly bytes text  # a string, or a list that begins with one
-    cdef readonly bytes system  # text beside the conversation
+    cdef readonly bytes conversation  # holds a list of messages, or a string
+    cdef readonly bytes text  # holds a string, or a list that begins with one
+    cdef readonly bytes system  # holds system text outside the conversation
     cdef Name names[3]  # of the above
 
 
 cdef class Ask:
     cdef readonly str model  # as the client wrote it
-    cdef readonly str name  # the Model's
+    cdef readonly str name  # the Model's name
     cdef readonly str adapter  # None: the model itself
     cdef readonly bint stream
-    cdef bytes body  # what the places point into
+    cdef bytes body  # which the places point into
     cdef const char *end
     cdef Place model_value
-    cdef Place first  # the conversation's first text by the user, or the text
-    cdef Place beside  # the system's text beside the conversation
-    cdef Place *said  # the system's texts in the conversation
-    cdef Place said_few[SAID_FEW_COUNT]  # where they are while they are few
+    cdef Place first  # the conversation's first user text, or the text
+    cdef Place beside  # the system text outside the conversation
+    cdef Place *said  # the system texts in the conversation
+    cdef Place said_few[SAID_FEW_COUNT]  # storage for ``said`` while they are few
     cdef int said_n
     cdef int said_room
     cdef bint is_input  # the first text is a list of strings or token ids
-    cdef bint crowded  # so many messages that their first bytes stand for them
-    cdef bint odd  # messages that an engine would refuse
+    cdef bint crowded  # too many messages: only their first bytes are hashed
+    cdef bint odd  # there are messages that an engine would reject
     cdef Fault fault
     cdef const char *fault_at
     cdef char fault_key[5]

@@ -1,14 +1,14 @@
-"""What a JSON request asks for, found in one pass over its body."""
+"""Extract routing data from a JSON request body in one pass."""
 
 from typing import final
 
 @final
 class Shape:
-    """Which top-level members place a request of one kind; one of the first two."""
+    """The top-level members that a kind of request is hashed by: one of the first two is set."""
 
-    conversation: bytes | None  # a list of messages, or a string
-    text: bytes | None  # a string, or a list that begins with one
-    system: bytes | None  # text beside the conversation
+    conversation: bytes | None  # holds a list of messages, or a string
+    text: bytes | None  # holds a string, or a list that begins with one
+    system: bytes | None  # holds system text outside the conversation
 
     def __init__(
         self,
@@ -19,26 +19,26 @@ class Shape:
 
 @final
 class Ask:
-    """What one request asks for. Made by :func:`read`."""
+    """The routing data of one request. Created by :func:`read`."""
 
     model: str  # as the client wrote it
-    name: str  # the Model's
+    name: str  # the Model's name
     adapter: str | None
     stream: bool
 
     def key(self, prefix_char_length: int) -> int:
-        """As ``openai.hash_key``."""
+        """The same key as ``openai.hash_key``."""
     def with_model(self, value: bytes) -> bytes:
-        """The body with another value (JSON) for its model; every other byte stays as it came."""
+        """The body with the value of ``model`` replaced (JSON); all other bytes are unchanged."""
 
 class Refused(Exception):
-    """Why a body is refused: a message, and the parameter that it is about, or None."""
+    """A body was rejected. Arguments: a message, and the parameter at fault or None."""
 
 def read(shape: Shape, body: bytes) -> Ask | None:
-    """Read a body of this shape; None: ``openai.parse`` may say why not.
+    """Parse a body of this shape; None if it is rejected: ``openai.parse`` then finds out why.
 
-    A body that is taken is one that ``openai.parse`` takes, and understands in the same way.
+    Accepts only bodies that ``openai.parse`` accepts, with the same result.
     """
 
 def judge(shape: Shape, body: bytes) -> Ask:
-    """As :func:`read`, without the interpreter's lock; Refused says why not."""
+    """Like :func:`read`, without the GIL. Raises Refused with the reason."""

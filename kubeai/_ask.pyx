@@ -1,16 +1,16 @@
 # cython: language_level=3, nonecheck=True
-"""What a JSON request asks for, found in one pass over its body, without objects for the rest.
+"""Extract routing data from a JSON request body in one pass, without creating other objects.
 
-:func:`read` understands a body as ``openai.parse`` and ``openai.hash_key`` do, or refuses it: all
-that they refuse, and no more than that but nesting beyond ``DEPTH_MAX_COUNT`` and names beyond
-``NAME_MAX_BYTES``. Of a body that it takes it has seen every byte: strict JSON, valid UTF-8, no
-lone surrogate, one ``model``.
+:func:`read` interprets a body as ``openai.parse`` and ``openai.hash_key`` do, or rejects it. It
+rejects what they reject and, in addition, nesting beyond ``DEPTH_MAX_COUNT`` and model names beyond
+``NAME_MAX_BYTES``. It validates every byte of the bodies that it accepts: strict JSON, valid UTF-8,
+no lone surrogates, exactly one ``model``.
 
-It knows JSON, and from a :class:`Shape` which members place a request on the ring; it does no I/O.
-Strings are looked at 64 bytes at a time (0.05 ns a byte for ASCII without escapes); what there is
-to do at worst takes 2 ns a byte. A body above ``LARGE_BYTES`` is read without the interpreter's
-lock: in a thread of its own it holds up nobody. All the code here leans on the NUL that ends every
-bytes object: no byte after it is read.
+It knows JSON and, from a :class:`Shape`, which members a request is hashed by. It does no I/O.
+Strings are scanned 64 bytes at a time (0.05 ns per byte for ASCII without escapes); the worst case
+is 2 ns per byte. A body above ``LARGE_BYTES`` is read without the GIL, so in its own thread it
+blocks nothing. All code here relies on the NUL that ends every bytes object, and reads no byte
+after it.
 """
 
 cimport cython
@@ -27,13 +27,13 @@ from mmh3 import mmh3_x64_128_digest
 
 cdef enum:
     DEPTH_MAX_COUNT = 512
-    KEYS_MAX_COUNT = 1000  # of the top level, as openai.TOP_LEVEL_KEYS_MAX_COUNT
-    NAME_MAX_BYTES = 4096  # of a model and an adapter; no Model's name has so many
-    SURE_BYTES = 1 << 20  # as openai.HASH_SURE_BYTES: above it, members are counted
-    MEMBERS_MAX_COUNT = 200_000  # as openai.HASH_MAX_COUNT
-    CROWDED_BYTES = 4096  # as openai.CROWDED_BYTES
-    TOKEN_MAX_BYTES = 24  # as openai's
-    WORD_MAX_CHARS = 16  # more than any name that is looked for has
+    KEYS_MAX_COUNT = 1000  # at the top level; same as openai.TOP_LEVEL_KEYS_MAX_COUNT
+    NAME_MAX_BYTES = 4096  # of model and adapter together; no Model's name is that long
+    SURE_BYTES = 1 << 20  # same as openai.HASH_SURE_BYTES: above it, members are counted
+    MEMBERS_MAX_COUNT = 200_000  # same as openai.HASH_MAX_COUNT
+    CROWDED_BYTES = 4096  # same as openai.CROWDED_BYTES
+    TOKEN_MAX_BYTES = 24  # same as openai's
+    WORD_MAX_CHARS = 16  # longer than any name that is looked for
 
 cdef extern from *:
     """
@@ -42,8 +42,8 @@ cdef extern from *:
         ['A'] = 10, 11, 12, 13, 14, 15, [71 ... 96] = -1,
         ['a'] = 10, 11, 12, 13, 14, 15, [103 ... 255] = -1,
     };
-    /* Whether 64 bytes of a string are all ASCII without quote, backslash or control character.
-       As signed bytes, what is above ASCII is below the space too. Vectorised by the compiler. */
+    /* Whether 64 bytes of a string are all ASCII without quotes, backslashes or control characters.
+       As signed bytes, non-ASCII bytes also compare below the space. The compiler vectorises it. */
     static inline int kb_is_plain(const char *text) {
         const signed char *at = (const signed char *) text;
         unsigned char special = 0;
@@ -51,7 +51,7 @@ cdef extern from *:
             special |= (at[i] < 0x20) | (at[i] == '"') | (at[i] == '\\\\');
         return !special;
     }
-    /* Past code points of three bytes, as far as they need no closer look: Chinese, Japanese, Thai. */
+    /* Skip three-byte code points that need no further checks: Chinese, Japanese, Thai. */
     static inline const char *kb_skip_threes(const char *text) {
         const unsigned char *at = (const unsigned char *) text;
         while ((unsigned char) (at[0] - 0xE1) < 12 && (at[1] & 0xC0) == 0x80
@@ -59,14 +59,14 @@ cdef extern from *:
             at += 3;
         return (const char *) at;
     }
-    /* As openai counts what may be members: braces and quotes, escaped quotes taken off. */
+    /* Counts possible members as openai does: braces and quotes, less escaped quotes. */
     static inline int kb_member(const char *at) {
         return (at[0] == '{') + (at[0] == '"') - ((at[0] == '\\\\') & (at[1] == '"'));
     }
     static long kb_members(const char *at, const char *end) {
         long count = 0;
         while (end - at >= 64) {
-            signed char some = 0;  /* small, so that it is vectorised */
+            signed char some = 0;  /* narrow, so that the loop is vectorised */
             for (int i = 0; i < 64; i++) some += kb_member(at + i);
             count += some;
             at += 64;
@@ -82,7 +82,8 @@ cdef extern from *:
 
 
 # -- JSON ------------------------------------------------------------------------------------------
-# Each function takes a place in the text and returns the place after what it read, NULL: refused.
+# Each function takes a position in the text and returns the position after what it read, or NULL if
+# the text is rejected.
 
 cdef inline const char *skip_space(const char *at) noexcept nogil:
     while at[0] == c" " or at[0] == c"\n" or at[0] == c"\r" or at[0] == c"\t":
@@ -94,7 +95,7 @@ cdef inline int hex4(const char *text) noexcept nogil:
     """The value of four hex digits, or -1."""
     cdef const unsigned char *at = <const unsigned char *> text
     cdef int value = kb_hex[at[0]]
-    # One that is no digit ends it there: what lies behind may be behind the end.
+    # Stop at the first non-digit: the bytes after it may be past the end.
     if value >= 0:
         value = value << 4 | kb_hex[at[1]]
     if value >= 0:
@@ -105,7 +106,7 @@ cdef inline int hex4(const char *text) noexcept nogil:
 
 
 cdef inline const char *skip_escape(const char *at, uint32_t *code) noexcept nogil:
-    """An escape, from its backslash; ``code``: what it stands for."""
+    """Skip an escape, starting at its backslash; ``code``: its code point."""
     cdef int value, low
     cdef char c = at[1]
     if c == c"u":
@@ -140,7 +141,7 @@ cdef inline const char *skip_escape(const char *at, uint32_t *code) noexcept nog
 
 
 cdef inline const char *skip_utf8(const char *text) noexcept nogil:
-    """One code point above ASCII (RFC 3629: shortest form, no surrogate, up to U+10FFFF)."""
+    """Skip a non-ASCII code point (RFC 3629: shortest form, no surrogate, up to U+10FFFF)."""
     cdef const unsigned char *at = <const unsigned char *> text
     cdef unsigned char first = at[0]
     if first < 0xE0:
@@ -159,7 +160,7 @@ cdef inline const char *skip_utf8(const char *text) noexcept nogil:
 
 
 cdef const char *skip_string(const char *at, const char *end, bint *escaped) noexcept nogil:
-    """A string, from behind its opening quote to behind its closing one."""
+    """Skip a string, from after its opening quote to after its closing one."""
     cdef const char *block
     cdef uint32_t code = 0
     cdef char c
@@ -167,13 +168,13 @@ cdef const char *skip_string(const char *at, const char *end, bint *escaped) noe
         while end - at >= 64 and kb_is_plain(at):
             at += 64
         block = at + 64
-        while at < block:  # the end, and whatever lies behind it, is met as a NUL
+        while at < block:  # the NUL at the end of the body stops the loop
             c = at[0]
             if c == c'"':
                 return at + 1
             if c == c"\\":
                 escaped[0] = True
-                # Nearly all there are.
+                # Nearly all escapes are one of these.
                 if at[1] == c"n" or at[1] == c'"' or at[1] == c"\\":
                     at += 2
                 else:
@@ -233,7 +234,7 @@ cdef const char *skip_scalar(const char *at, const char *end) noexcept nogil:
 
 
 cdef inline const char *skip_key(const char *at, const char *end) noexcept nogil:
-    """An object's key and its colon, and the space after that."""
+    """Skip an object's key, its colon and the space after it."""
     cdef bint escaped
     if at[0] != c'"':
         return NULL
@@ -245,8 +246,8 @@ cdef inline const char *skip_key(const char *at, const char *end) noexcept nogil
 
 
 cdef const char *skip_value(const char *at, const char *end) noexcept nogil:
-    """Any value, from its first byte."""
-    cdef char closing[DEPTH_MAX_COUNT]  # what each level will end with
+    """Skip any value, starting at its first byte."""
+    cdef char closing[DEPTH_MAX_COUNT]  # the closing bracket of each level
     cdef char close
     cdef int depth = 0
     while True:
@@ -288,7 +289,7 @@ cdef const char *skip_value(const char *at, const char *end) noexcept nogil:
 
 
 cdef const char *next_member(const char *at, char closing) noexcept nogil:
-    """After a member: the next one's place, or, at the closing bracket, that."""
+    """After a member: the position of the next one or of the closing bracket."""
     at = skip_space(at)
     if at[0] == c",":
         at = skip_space(at + 1)
@@ -324,9 +325,9 @@ cdef inline void put_utf8(Text *text, uint32_t code) noexcept nogil:
 
 
 cdef void put_string(Text *text, const char *at, const char *end) noexcept nogil:
-    """Decode a string that was read before, from behind its opening quote, as far as it may be.
+    """Decode a validated string from after its opening quote, up to ``text.left`` code points.
 
-    UTF-8 is never longer than what stands for it in JSON.
+    The UTF-8 is never longer than its JSON form.
     """
     cdef const char *after
     cdef uint32_t code = 0
@@ -355,7 +356,7 @@ cdef struct Word:
 
 
 cdef inline const char *read_word(const char *at, const char *end, Word *word) noexcept nogil:
-    """A string and what it says, escapes undone; of a long one with escapes only how it begins."""
+    """Read a string with escapes decoded. Only the start of a long one that has escapes."""
     cdef bint escaped = False
     cdef Text text
     if at[0] != c'"':
@@ -374,7 +375,7 @@ cdef inline const char *read_word(const char *at, const char *end, Word *word) n
 
 
 cdef inline const char *read_key(const char *at, const char *end, Word *key) noexcept nogil:
-    """As skip_key."""
+    """Like ``skip_key``, and read the key."""
     at = read_word(at, end, key)
     if at is NULL:
         return NULL
@@ -387,7 +388,7 @@ cdef inline bint is_word(const Word *word, const char *text, Py_ssize_t size) no
 
 
 cdef bint put_content(Text *text, const char *at, const char *end) noexcept nogil:
-    """The text of a message's content, as openai's _text; False: an engine would refuse it."""
+    """Append the text of a message's content, like openai's _text; False if it is invalid."""
     cdef const char *found
     cdef bint first = True
     cdef Word key
@@ -423,7 +424,7 @@ cdef bint put_content(Text *text, const char *at, const char *end) noexcept nogi
 
 
 cdef void put_bytes(Text *text, const char *at, const char *after) noexcept nogil:
-    """Each byte a code point (Latin-1)."""
+    """Append bytes as code points (Latin-1)."""
     while at < after:
         put_utf8(text, <unsigned char> at[0])
         at += 1
@@ -434,7 +435,7 @@ cdef inline bint is_space(char c) noexcept nogil:
 
 
 cdef void put_input(Text *text, const char *at, const char *after, const char *end) noexcept nogil:
-    """Of a list of strings or token ids, or of lists of those, as openai's _first_input."""
+    """Append the first input of a list, like openai's _first_input."""
     cdef const char *next
     cdef const char *last
     while at < after and (at[0] == c"[" or is_space(at[0])):
@@ -461,16 +462,16 @@ cdef void put_input(Text *text, const char *at, const char *after, const char *e
         at = next + 1
 
 
-# -- what is asked for -----------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 class Refused(Exception):
-    """Why a body is refused: a message, and the parameter that it is about, or None."""
+    """A body was rejected. Arguments: a message, and the parameter at fault or None."""
 
 
 cdef dict FAULTS = {
     <int> MALFORMED: (
-        "The body is not valid JSON in UTF-8, or it is nested too deeply: "
-        "see what begins at byte {at}.",
+        "The body is not valid UTF-8 JSON, or is nested too deeply: "
+        "the error is in the text that begins at byte {at}.",
         None,
     ),
     <int> NO_OBJECT: ("The body is not a JSON object.", None),
@@ -485,7 +486,7 @@ cdef dict FAULTS = {
 
 @cython.final
 cdef class Shape:
-    """Which top-level members place a request of one kind; one of the first two."""
+    """The top-level members that a kind of request is hashed by: one of the first two is set."""
 
     def __init__(self, bytes conversation=None, bytes text=None, bytes system=None):
         self.conversation = conversation
@@ -497,7 +498,7 @@ cdef class Shape:
 
 
 cdef Name name_of(bytes text) noexcept:
-    """Where a member's name is; NULL for no member."""
+    """A view of a member's name; NULL if there is none."""
     cdef Name name
     name.at = NULL if text is None else PyBytes_AS_STRING(text)
     name.size = 0 if text is None else PyBytes_GET_SIZE(text)
@@ -509,7 +510,7 @@ cdef inline bint is_key(const Word *key, const Name *name) noexcept nogil:
 
 
 cdef bint is_model(const char *key) noexcept nogil:
-    """Whether five bytes are "model", whatever their case: some readers do not mind it."""
+    """Whether five bytes are "model", ignoring case, as some JSON readers do."""
     cdef const char *model = b"model"
     cdef int i
     for i in range(5):
@@ -546,7 +547,7 @@ cdef uint64_t hash_of(const Text *text) except? 0:
 
 @cython.final
 cdef class Ask:
-    """What one request asks for; see ``openai.Ask``."""
+    """The routing data of one request; see ``openai.Ask``."""
 
     def __init__(self):
         raise TypeError("use read")
@@ -556,7 +557,7 @@ cdef class Ask:
             free(self.said)
 
     cdef bint _read(self, const Name *names, const char *at) noexcept nogil:
-        """The body; False: refused."""
+        """Parse the body; False if it is rejected."""
         at = skip_space(at)
         self.fault_at = at
         if at[0] != c"{":
@@ -574,7 +575,7 @@ cdef class Ask:
         return not self.fault
 
     cdef const char *_read_members(self, const Name *names, const char *at) noexcept nogil:
-        """The body's object; the place after it, NULL: refused."""
+        """Parse the top-level object; the position after it, or NULL if it is rejected."""
         cdef const char *value
         cdef int keys = 0
         cdef Word key
@@ -623,7 +624,7 @@ cdef class Ask:
         return MODEL_LONG if self.model_value.after - at > NAME_MAX_BYTES else NO_FAULT
 
     cdef int _take_model(self) except -1:
-        """Make the names."""
+        """Set ``model``, ``name`` and ``adapter``."""
         cdef const char *at = self.model_value.at + 1
         cdef Py_ssize_t size = self.model_value.after - 1 - at
         cdef const char *split
@@ -646,7 +647,7 @@ cdef class Ask:
         return 0
 
     cdef object _refusal(self):
-        """The exception for what is wrong."""
+        """The exception for the fault."""
         if self.fault == NO_MEMORY:
             return MemoryError()
         message, param = FAULTS[<int> self.fault]
@@ -658,8 +659,8 @@ cdef class Ask:
             param,
         )
 
-    # The places that hash_key reads; each function returns the place after the value, or NULL. Of
-    # members that are there twice the last one counts, as in most readers.
+    # The values that are hashed. Each function returns the position after the value, or NULL. If a
+    # member occurs twice, the last one counts, as in most JSON readers.
 
     cdef const char *_read_conversation(self, const char *begin) noexcept nogil:
         cdef const char *after
@@ -681,7 +682,7 @@ cdef class Ask:
         return after
 
     cdef const char *_read_messages(self, const char *at) noexcept nogil:
-        """Find the system's texts and the user's first."""
+        """Find the system texts and the first user text."""
         cdef Role role
         cdef Place content
         at = skip_space(at + 1)
@@ -708,7 +709,7 @@ cdef class Ask:
     cdef const char *_read_message(
         self, const char *at, Role *role, Place *content
     ) noexcept nogil:
-        """One message's members, from behind its brace."""
+        """Parse one message's members, starting after its opening brace."""
         cdef const char *value
         cdef Word key, word
         while at[0] != c"}":
@@ -736,11 +737,11 @@ cdef class Ask:
         return at + 1
 
     cdef bint _add_said(self, const Place *content) noexcept nogil:
-        """False when there is no memory."""
+        """Add a system text; False if out of memory."""
         cdef Place *grown
         if self.said_n == self.said_room:
             if self.said_n > MEMBERS_MAX_COUNT:
-                return True  # a crowd: nobody will ask
+                return True  # too many: the conversation is crowded, and ``said`` is not used
             grown = <Place *> malloc(2 * self.said_room * sizeof(Place))
             if grown is NULL:
                 self.fault = NO_MEMORY
@@ -771,7 +772,7 @@ cdef class Ask:
     # the hash key
 
     cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil:
-        """Bytes that any of what is hashed may take."""
+        """An upper bound in bytes for each of the hashed texts."""
         cdef Py_ssize_t said = 1 if self.beside.at is NULL else self.beside.after - self.beside.at
         cdef Py_ssize_t prefix = self.first.after - self.first.at
         cdef int i
@@ -823,7 +824,7 @@ cdef class Ask:
                 well = self._put_system(text)
         else:
             well = self._put_system(text)
-        if well and text.size:  # of nothing it is 0
+        if well and text.size:  # without system text the hash is 0
             system_hash = hash_of(text)
         for i in range(8):  # little-endian
             text.at[i] = <char> (system_hash >> 8 * i & 0xFF)
@@ -835,13 +836,13 @@ cdef class Ask:
                     well = self._put_prefix(text, limit)
             else:
                 well = self._put_prefix(text, limit)
-        if not well:  # as if nobody had said anything
+        if not well:  # hash as if empty
             memset(text.at, 0, 8)
             text.size = head_size
         return hash_of(text)
 
     cpdef key(self, Py_ssize_t prefix_char_length):
-        """As ``openai.hash_key``."""
+        """The same key as ``openai.hash_key``."""
         cdef bytes name = b"" if self.adapter is None else self.adapter.encode()
         cdef Py_ssize_t limit = min(max(prefix_char_length, 0), <Py_ssize_t> 1 << 40)
         cdef Py_ssize_t room = self._room(limit, PyBytes_GET_SIZE(name))
@@ -856,11 +857,11 @@ cdef class Ask:
             return self._key(&text, name, limit)
         finally:
             if text.at is not few:
-                with nogil:  # tens of mebibytes take some milliseconds
+                with nogil:  # freeing tens of MiB takes some milliseconds
                     free(text.at)
 
     def with_model(self, bytes value not None):
-        """The body with another value for its model; every other byte stays as it came."""
+        """The body with the value of ``model`` replaced; all other bytes are unchanged."""
         cdef const char *begin = PyBytes_AS_STRING(self.body)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(value)
         cdef const char *new = PyBytes_AS_STRING(value)
@@ -868,7 +869,7 @@ cdef class Ask:
         cdef const char *after = self.model_value.after
         cdef bytes out = PyBytes_FromStringAndSize(NULL, at - begin + size + (self.end - after))
         cdef char *to = PyBytes_AS_STRING(out)
-        with nogil:  # nobody else knows of it yet
+        with nogil:  # no other reference exists yet
             memcpy(to, begin, at - begin)
             memcpy(to + (at - begin), new, size)
             memcpy(to + (at - begin) + size, after, self.end - after)
@@ -885,7 +886,7 @@ cdef Ask new_ask(bytes body):
 
 
 cpdef Ask read(Shape shape, bytes body):
-    """Read a body of this shape; None: ``openai.parse`` may say why not."""
+    """Parse a body of this shape; None if it is rejected: ``openai.parse`` then finds out why."""
     cdef Ask ask = new_ask(body)
     if not ask._read(shape.names, PyBytes_AS_STRING(body)):
         return None
@@ -894,7 +895,7 @@ cpdef Ask read(Shape shape, bytes body):
 
 
 def judge(Shape shape not None, bytes body not None):
-    """As ``read``, without the interpreter's lock; Refused says why not."""
+    """Like ``read``, without the GIL. Raises Refused with the reason."""
     cdef Ask ask = new_ask(body)
     cdef const char *at = PyBytes_AS_STRING(body)
     cdef bint taken
