@@ -44,7 +44,7 @@ class RetryBudget:
 
     If every endpoint fails, retries would only multiply the load on them. There are two limits: a
     small count for retries that are likely to fail too, and that count plus a share of the recent
-    successful responses for all retries. Counts decay over ``BUDGET_WINDOW_S``.
+    responses for all retries. Counts decay over ``BUDGET_WINDOW_S``.
     """
 
     def __init__(self, percent: int, min_count: float) -> None:
@@ -60,8 +60,8 @@ class RetryBudget:
     def take(self, answered_total: int, now_s: float, *, likely: bool = True) -> bool:
         """Take one retry from the budget; False if it is exhausted.
 
-        ``answered_total``: the model's successful responses so far. ``likely``: whether an endpoint
-        remains that may serve the request.
+        ``answered_total``: the model's responses so far, without 5xx. ``likely``: whether an
+        endpoint remains that may serve the request.
         """
         self._fade(answered_total, now_s)
         if self._retried + 1 > self._min_count + self._share * self._answered:

@@ -100,7 +100,7 @@ class Front:
         self._watch = loop.call_later(self._tick_s, self._watch_ejections)
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
-        """Drain as described in the module; return after ``timeout_s`` at the latest."""
+        """Drain as described in the module, for at most ``accept_s`` plus ``timeout_s``."""
         self.gateway.draining = True
         self.relay.draining = True
         log.info("draining", exchanges=self.relay.exchanges, connections=self.relay.connections)
