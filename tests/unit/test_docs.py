@@ -84,7 +84,7 @@ def test_every_route_has_a_row():
 def names_in(file):
     """The names of the tests in a file, parametrised or not."""
     path = ROOT / file
-    assert path.is_file(), f"{path} does not exist"
+    assert path.is_file(), f"{file} does not exist"
     nodes = ast.walk(ast.parse(path.read_text()))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return {node.name for node in functions if node.name.startswith("test_")}

@@ -1,4 +1,4 @@
-"""What fetches weights for engines: the Jobs of a cache, and the loader of adapters."""
+"""What downloads weights for engines: the Jobs of a cache, and the loader of adapters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def environment(container):
         ("fixed", {"storageClassName": "", "volumeName": "volume-1"}),
     ],
 )
-def test_the_claim_is_the_profiles_and_nobodys_own(profile, expected):
+def test_the_claim_follows_its_cache_profile_and_has_no_owner(profile, expected):
     made = claim(model(cacheProfile=profile), CONFIG)
     assert made["metadata"]["name"] == f"shared-model-cache-{profile}"
     assert made["metadata"]["namespace"] == "ns"
@@ -63,14 +63,14 @@ def test_the_claim_is_the_profiles_and_nobodys_own(profile, expected):
     }
 
 
-def test_a_cache_profile_that_does_not_exist_is_named():
+def test_an_unknown_cache_profile_is_reported():
     with pytest.raises(ModelError, match="'none'") as caught:
         build_pod(model(cacheProfile="none"), CONFIG)
     assert (caught.value.field, caught.value.reason) == ("spec.cacheProfile", "InvalidProfile")
 
 
 @pytest.mark.parametrize("profile", ["{}", "{sharedFilesystem: {storageClassName: ''}}"])
-def test_an_incomplete_cache_profile_is_an_error_of_the_models_that_use_it(profile):
+def test_an_incomplete_cache_profile_is_an_error_of_the_models_using_it(profile):
     config = parse_config(f"cacheProfiles: {{none: {profile}}}")
     with pytest.raises(ModelError, match=r"cacheProfiles\.none\.sharedFilesystem") as caught:
         build_pod(model(cacheProfile="none"), config)
@@ -89,7 +89,7 @@ def test_an_incomplete_cache_profile_is_an_error_of_the_models_that_use_it(profi
     ],
 )
 @pytest.mark.parametrize("url", ["hf://org/name", "s3://b/p", "gs://b/p", "oss://b/p"])
-def test_an_engine_reads_its_files_from_the_cache_and_cannot_write_there(engine, where, url):
+def test_an_engine_mounts_the_cache_read_only(engine, where, url):
     pod = build_pod(model(engine, url, cacheProfile="fast"), CONFIG)
     server = containers(pod)["server"]
     assert where(server) == directory(model()) == FOLDER
@@ -117,7 +117,7 @@ def test_ollama_has_no_cache():
         ("gs://b/p", {"GOOGLE_APPLICATION_CREDENTIALS"}),
     ],
 )
-def test_the_load_job_fetches_with_the_urls_credentials(url, variables):
+def test_the_load_job_uses_the_credentials_for_its_url(url, variables):
     env_from = [{"secretRef": {"name": "more"}}]
     job = load_job(model(url=url, cacheProfile="fast", env={"A": "1"}, envFrom=env_from), CONFIG)
     assert job["metadata"]["name"] == "load-cache-m"
@@ -139,7 +139,7 @@ def test_the_load_job_fetches_with_the_urls_credentials(url, variables):
     assert names == {volume["name"] for volume in pod["spec"]["volumes"]}
 
 
-def test_the_evict_job_removes_the_folder_and_what_is_staged_for_it_without_a_shell():
+def test_the_evict_job_removes_the_folder_and_its_staging_area_without_a_shell():
     job = evict_job(model(cacheProfile="gone"), CONFIG)
     assert job["metadata"]["name"] == "evict-cache-m"
     assert job["spec"]["ttlSecondsAfterFinished"] == 60
@@ -153,10 +153,10 @@ def test_the_evict_job_removes_the_folder_and_what_is_staged_for_it_without_a_sh
 
 
 @pytest.mark.parametrize("make", [load_job, evict_job])
-def test_the_pods_of_jobs_are_no_replicas_and_have_the_settings_of_all_pods(make):
+def test_job_pods_are_not_replicas_and_have_the_common_pod_settings(make):
     pod = make(model(cacheProfile="fast"), CONFIG)["spec"]["template"]
     labels = pod["metadata"]["labels"]
-    assert "app" not in labels  # by which a Model's scale selects
+    assert "app" not in labels  # the label that a Model's scale selects by
     assert labels["kubeai.org/job"] in ("load-cache", "evict-cache")
     spec = pod["spec"]
     assert spec["serviceAccountName"] == "models"
@@ -176,10 +176,8 @@ def test_the_pods_of_jobs_are_no_replicas_and_have_the_settings_of_all_pods(make
         ("{podSecurityContext: {runAsNonRoot: true}}", None),
     ],
 )
-def test_the_pods_of_jobs_are_roots_as_a_fresh_volume_is_unless_the_config_says_whose(
-    make, pods, user
-):
-    """The image's own user may write nowhere there."""
+def test_job_pods_run_as_root_unless_configured(make, pods, user):
+    """A fresh volume belongs to root; the image's own user could not write to it."""
     config = parse_config(
         f"modelServerPods: {pods}\n"
         "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
@@ -191,7 +189,7 @@ def test_the_pods_of_jobs_are_roots_as_a_fresh_volume_is_unless_the_config_says_
 
 
 @pytest.mark.parametrize("make", [load_job, evict_job])
-def test_the_containers_of_jobs_have_the_configured_resources_and_show_why_they_fail(make):
+def test_job_containers_have_the_configured_resources_and_report_why_they_fail(make):
     text = "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}\n"
     settings = "modelLoading: {resources: {requests: {cpu: 1}, limits: {memory: 2Gi}}}"
     job = make(model(cacheProfile="fast"), parse_config(text + settings))
@@ -211,7 +209,7 @@ def test_the_adapters_loader_has_the_configured_resources():
     assert loader["resources"] == {"requests": {"cpu": "1"}}
 
 
-def test_a_url_in_the_load_job_is_data():
+def test_variable_references_in_a_load_jobs_url_are_escaped():
     job = load_job(model(url="s3://b/$(HOME)", cacheProfile="fast"), CONFIG)
     (loader,) = containers(job["spec"]["template"]).values()
     assert loader["args"][0] == "s3://b/$$(HOME)"
@@ -220,7 +218,7 @@ def test_a_url_in_the_load_job_is_data():
 # -- adapters ------------------------------------------------------------------------------------
 
 
-def test_a_loader_stands_beside_the_engine_of_a_model_with_adapters():
+def test_a_model_with_adapters_has_a_loader_container_beside_its_engine():
     env_from = [{"configMapRef": {"name": "more"}}]
     pod = build_pod(model(adapters=ADAPTERS, env={"A": "1"}, envFrom=env_from), CONFIG)
     server, loader = containers(pod).values()
@@ -238,7 +236,7 @@ def test_a_loader_stands_beside_the_engine_of_a_model_with_adapters():
     assert environment(server)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
 
 
-def test_which_adapters_a_model_has_is_no_matter_of_its_pods():
+def test_the_list_of_adapters_does_not_change_the_pods():
     more = [*ADAPTERS, {"name": "b", "url": "s3://b/p"}]
     assert build_pod(model(adapters=ADAPTERS), CONFIG) == build_pod(model(adapters=more), CONFIG)
 

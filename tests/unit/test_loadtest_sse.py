@@ -1,4 +1,4 @@
-"""Streams are read the same however they are cut, and whoever wrote them."""
+"""Streams are read the same regardless of how they are split and which server sent them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def answer(texts: list[str]) -> list[dict]:
 
 
 def cut(said: bytes) -> list[bytes]:
-    """A piece an event, as most servers send it."""
+    """One piece per event, as most servers send it."""
     return [event + b"\n\n" for event in said.split(b"\n\n") if event]
 
 
 def read(*pieces: bytes, keep: bool = True) -> Reader:
-    """By a clock that tells the piece's number, however often it is asked."""
+    """Read with a clock that returns the piece's number."""
     number = 0
     reader = Reader(keep=keep, clock=lambda: float(number))
     for number, piece in enumerate(pieces):  # noqa: B007
@@ -66,7 +66,7 @@ def check_whole(reader: Reader, texts: list[str]) -> None:
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("field", ["data: ", "data:"])
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")], ids=["tight", "with-spaces"])
-def test_a_stream_is_read_the_same_wherever_it_is_cut(line_end, field, separators):
+def test_a_stream_is_read_the_same_wherever_it_is_split(line_end, field, separators):
     said = stream(*answer(TEXTS), line_end=line_end, separators=separators, field=field)
     check_whole(read(said), TEXTS)
     check_whole(read(*(bytes([byte]) for byte in said)), TEXTS)
@@ -85,63 +85,63 @@ def test_any_text_in_any_pieces(texts, cuts, line_end):
     check_whole(read(*(said[a:b] for a, b in itertools.pairwise(places))), texts)
 
 
-def test_each_event_has_the_time_of_its_piece():
+def test_each_event_has_the_arrival_time_of_its_piece():
     events = cut(stream(*answer(TEXTS)))
     assert read(*events).times_s == [float(at) for at in range(1, 1 + len(TEXTS))]
     two = read(events[0], b"".join(events[1:4]), *events[4:])
     assert two.times_s[:4] == [1.0, 1.0, 1.0, 2.0]
 
 
-def test_events_without_text_are_no_tokens_but_count():
+def test_events_without_text_count_as_events_but_not_as_tokens():
     reader = read(stream(*answer([])), b": a comment\n\nevent: ping\n\n")
     assert reader.times_s == []
     assert reader.others == 4  # the role, the end, the usage, [DONE]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_reasoning_is_tokens_and_not_text(name):
+def test_reasoning_counts_as_tokens_but_not_as_text(name):
     reader = read(stream(chunk({name: "Hm"}), chunk({name: ""}), chunk({"content": "Yes"})))
     assert len(reader.times_s) == 2
     assert reader.text == "Yes"
 
 
-def test_tool_calls_are_tokens():
+def test_tool_calls_count_as_tokens():
     call = {"index": 0, "function": {"arguments": '{"content":"x"}'}}
     assert len(read(stream(chunk({"tool_calls": [call]}))).times_s) == 1
 
 
 def test_usage_may_come_with_the_text():
-    """With each event, as it grows, or with the last."""
+    """Cumulatively with each event, or with the last."""
     growing = [chunk({"content": t}, usage=USAGE | {"completion_tokens": 5 + n}) for n, t in TEXTED]
     check_whole(read(*cut(stream(*growing))), TEXTS)
     last = chunk({"content": TEXTS[-1]}, usage=USAGE)
     check_whole(read(*cut(stream(*answer(TEXTS)[:-3], last))), TEXTS)
 
 
-def test_no_usage_is_none():
+def test_missing_usage_is_none():
     assert read(stream(chunk({"content": "a"}))).usage is None
 
 
-def test_a_stream_that_is_cut_is_not_done():
+def test_a_truncated_stream_is_not_done():
     said = stream(*answer(TEXTS))
     assert not read(said[: -len(b"data: [DONE]\n\n")]).done
-    assert read(said.rstrip()).done, "the last line needs no end"
+    assert read(said.rstrip()).done, "the last line needs no line end"
 
 
-def test_an_error_in_a_stream_is_its_problem():
+def test_an_error_event_is_the_streams_problem():
     failure = {"error": {"message": "out of memory", "code": 500}}
     reader = read(stream(chunk({"content": "a"}), failure))
     assert "out of memory" in reader.problem
 
 
 @pytest.mark.parametrize("data", [b"data: {\n\n", b'data: {"choices": 5}\n\n', b"data: \xff\n\n"])
-def test_what_is_not_understood_is_a_problem(data):
+def test_an_unreadable_event_is_a_problem(data):
     assert "not understood" in read(data).problem
 
 
-def test_an_event_without_end_is_a_problem():
+def test_an_endless_line_is_a_problem():
     assert "MiB" in read(b"data: ", b"x" * (LINE_MAX_BYTES + 1)).problem
 
 
-def test_text_that_nobody_wants_is_not_kept():
+def test_text_is_not_kept_unless_requested():
     assert read(stream(*answer(TEXTS)), keep=False).text == ""

@@ -1,4 +1,4 @@
-"""What a poller counts by itself is what the HTTP parser and the reader would have counted."""
+"""The poller's own counts equal those of the HTTP parser and the event reader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chunk(data: bytes, size: str = "{:x}") -> bytes:
 
 
 class Wire:
-    """A stream that comes by a socket; its head has come already."""
+    """A stream that arrives on a socket; its head has already been read."""
 
     def __init__(self, *, keep: bool = False) -> None:
         self.poller = Poller()
@@ -95,8 +95,8 @@ sizes = st.sampled_from(["{:x}", "{:X}", "{:04x}", "{:08x}", "{:x};a=b"])
 
 
 @given(events, st.lists(st.integers(1, 400), max_size=30), sizes, st.data())
-def test_a_stream_is_the_same_however_it_comes(said, lengths, size, data):
-    """The body is cut into chunks, mostly an event each, and the whole into pieces."""
+def test_a_stream_is_counted_the_same_however_it_is_split(said, lengths, size, data):
+    """The body is split into chunks, mostly one per event, and the whole into pieces."""
     body = b"".join(said) + b"data: [DONE]\n\n"
     ends = set(itertools.accumulate(map(len, said)))
     if data.draw(st.booleans(), "chunks that are no events"):
@@ -121,7 +121,7 @@ def test_a_stream_is_the_same_however_it_comes(said, lengths, size, data):
     assert read == expected
 
 
-def test_the_parser_sees_nothing_of_what_is_as_usual(wire):
+def test_the_parser_sees_nothing_of_a_regular_stream(wire):
     for text in "abcdefgh":
         wire.write(chunk(event(text)))
     assert wire.others == [chunk(event("a"))]
@@ -133,7 +133,7 @@ def test_the_parser_sees_nothing_of_what_is_as_usual(wire):
     times_s = wire.reader.times_s
     assert len(times_s) == wire.reader.tokens == 10
     assert times_s == sorted(times_s)
-    assert times_s[-3] < times_s[-2] == times_s[-1], "what is read at once has one time"
+    assert times_s[-3] < times_s[-2] == times_s[-1], "events read together have the same time"
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ def test_the_parser_sees_nothing_of_what_is_as_usual(wire):
     ],
     ids=["empty", "usage", "two", "cut", "extension", "long-size", "named"],
 )
-def test_the_parser_sees_whatever_is_not(wire, piece):
+def test_the_parser_sees_every_irregular_piece(wire, piece):
     wire.write(chunk(event("a")), piece)
     assert wire.others == [chunk(event("a")), piece]
 
 
-def test_no_chunk_is_counted_while_another_or_a_line_is_cut(wire):
+def test_no_chunk_is_counted_inside_an_incomplete_chunk_or_line(wire):
     wire.write(chunk(event("a")))
     head, tail = event("b")[:20], event("b")[20:]
-    # What stands within a chunk, or a line, only looks like a chunk.
+    # What is inside a chunk or a line only looks like a chunk.
     inner = chunk(event("c"))
     wire.write(b"%x\r\n" % (len(inner) + 2), inner, b"\n\n\r\n")
     assert wire.others[2:] == [inner, b"\n\n\r\n"]
@@ -167,7 +167,7 @@ def test_no_chunk_is_counted_while_another_or_a_line_is_cut(wire):
     assert len(wire.others) == 7
 
 
-def test_text_that_nobody_wants_is_not_kept():
+def test_text_is_not_kept_unless_requested():
     wire = Wire()
     wire.write(chunk(event("a")), chunk(event("b")))
     wire.close()
@@ -175,16 +175,16 @@ def test_text_that_nobody_wants_is_not_kept():
     assert wire.reader.kept is None
 
 
-def test_the_end_of_a_connection_is_told_and_so_is_its_loss(wire):
+def test_the_end_and_the_loss_of_a_connection_are_reported(wire):
     wire.write(chunk(event("a")))
     wire.theirs.close()
     wire.poller.run()
     assert wire.others[1:] == [b""]
 
 
-def test_who_was_removed_is_not_read_and_its_number_may_be_anothers(wire):
+def test_a_removed_stream_is_not_read_and_its_descriptor_may_be_reused(wire):
     number = wire.ours.fileno()
-    wire.poller.remove(number, Stream())  # another's
+    wire.poller.remove(number, Stream())  # a different stream's
     wire.write(chunk(event("a")))
     assert wire.reader.tokens == 1
     wire.poller.remove(number, wire.reader)
@@ -192,14 +192,14 @@ def test_who_was_removed_is_not_read_and_its_number_may_be_anothers(wire):
     assert wire.reader.tokens == 1
     other = Reader()
     wire.poller.add(number, other, other.feed)
-    wire.poller.remove(number, wire.reader)  # the one before it, once more
+    wire.poller.remove(number, wire.reader)  # the former one, once more
     wire.poller.run()
     assert other.rest or other.tokens
     wire.poller.remove(number + 1000, other)
 
 
-def test_a_stream_that_is_removed_while_others_are_read_is_left_alone():
-    """By what is not as usual in another: both are ready at once."""
+def test_a_stream_removed_during_a_poll_is_not_read():
+    """Both are ready at once; an irregular piece of one makes the callback remove both."""
     poller, pairs = Poller(), [socket.socketpair() for _ in range(2)]
     readers = [Reader(), Reader()]
     told = []
@@ -219,14 +219,14 @@ def test_a_stream_that_is_removed_while_others_are_read_is_left_alone():
         end.close()
 
 
-def test_what_cannot_be_polled_is_an_error(tmp_path, wire):
+def test_a_file_that_cannot_be_polled_is_an_error(tmp_path, wire):
     with (tmp_path / "x").open("w") as file, pytest.raises(PermissionError):
         wire.poller.add(file.fileno(), Stream(), print)
     with pytest.raises(FileExistsError):
         wire.poller.add(wire.ours.fileno(), Stream(), print)
 
 
-def test_there_is_text_where_it_is_said_to_be():
+def test_an_event_without_text_at_the_given_position_is_rejected():
     with pytest.raises(ValueError, match="no text"):
         Stream().learn(b'"content":"', 0)
     with pytest.raises(ValueError, match="no text"):

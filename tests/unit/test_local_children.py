@@ -1,4 +1,4 @@
-"""What runs beside the supervisor of `kubeai local`: processes, started again when they die, and
+"""What runs beside the supervisor of `kubeai local`: processes, restarted when they die, and
 tasks."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from harness import until
 from kubeai.errors import KubeAIError
 from kubeai.local.run import Child, _beside
 
-# Its n-th life does what the n-th word says: be ready, or fail.
+# Its n-th run does what the n-th word says: become ready, or fail.
 PROGRAM = """
 import os, pathlib, signal, sys
 here = pathlib.Path(sys.argv[1])
@@ -36,7 +36,7 @@ def child(tmp_path, monkeypatch):
     )
 
 
-async def test_one_that_cannot_start_is_an_error_with_its_last_words(child, tmp_path):
+async def test_a_child_that_cannot_start_is_an_error_with_its_last_output(child, tmp_path):
     helper = child("fail")
     with pytest.raises(KubeAIError) as error:
         await helper.start()
@@ -45,7 +45,7 @@ async def test_one_that_cannot_start_is_an_error_with_its_last_words(child, tmp_
     await helper.stop()
 
 
-async def test_one_that_dies_is_started_again_even_if_that_fails_at_first(child, tmp_path):
+async def test_a_child_that_dies_is_restarted_even_if_the_restart_fails_at_first(child, tmp_path):
     helper = child("ready,fail,ready")
     await helper.start()
     try:
@@ -58,7 +58,7 @@ async def test_one_that_dies_is_started_again_even_if_that_fails_at_first(child,
         os.kill(int(third.read_text()), 0)
 
 
-async def test_a_task_beside_that_fails_stops_the_whole_and_is_raised():
+async def test_a_failing_side_task_stops_everything_and_is_raised():
     stopped = asyncio.Event()
 
     async def fails():
@@ -69,7 +69,7 @@ async def test_a_task_beside_that_fails_stops_the_whole_and_is_raised():
             await stopped.wait()
 
 
-async def test_tasks_beside_end_with_the_block():
+async def test_side_tasks_end_with_the_block():
     ended = []
 
     async def task():

@@ -1,4 +1,4 @@
-"""What is logged of very many alike events; logging must not be what fails."""
+"""Rate limits for repeated log events; a failure to log must not stop the program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ print("still here", flush=True)
 """
 
 
-def test_a_full_disk_or_a_reader_that_left_stops_nobody():
+def test_a_full_disk_or_a_closed_pipe_does_not_stop_the_program():
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=full, timeout=30
@@ -29,14 +29,14 @@ def test_a_full_disk_or_a_reader_that_left_stops_nobody():
     assert done.stdout == b"still here\n"
 
 
-def test_the_first_are_logged_then_so_many_a_second_and_the_rest_is_counted():
+def test_after_a_burst_events_are_logged_at_a_rate_and_the_others_counted():
     events = Sparingly(burst_max=3, per_s=2)
     assert [events.take(100.0) for _ in range(5)] == [0, 0, 0, None, None]
     assert [events.take(100.4), events.take(100.6), events.take(100.7)] == [None, 3, None]
     assert [events.take(101.2), events.take(101.3)] == [1, None]
 
 
-def test_a_pause_makes_room_for_no_more_than_a_burst():
+def test_a_pause_allows_at_most_one_burst():
     events = Sparingly(burst_max=3, per_s=2)
     for _ in range(4):
         events.take(0.0)

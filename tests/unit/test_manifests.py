@@ -1,4 +1,4 @@
-"""Manifests on the command line: what is wrong is named with its place; apply is three-way."""
+"""Manifests on the command line: errors are reported with their position; apply is three-way."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_a_folder_is_read_in_order_and_empty_documents_are_skipped(tmp_path):
         (f"{MODEL}---\nkind: Model", "document 2"),
     ],
 )
-def test_a_wrong_manifest_is_named_with_its_place(tmp_path, text, named):
+def test_an_invalid_manifest_is_reported_with_its_position(tmp_path, text, named):
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
     with pytest.raises(KubeAIError) as error:
@@ -102,7 +102,7 @@ spec:
         ),
     ],
 )
-def test_fields_that_nobody_declared_and_those_given_twice_are_errors(tmp_path, text, named):
+def test_unknown_and_duplicate_fields_are_errors(tmp_path, text, named):
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
     with pytest.raises(KubeAIError) as error:
@@ -112,7 +112,7 @@ def test_fields_that_nobody_declared_and_those_given_twice_are_errors(tmp_path, 
         assert words in str(error.value)
 
 
-def test_every_wrong_field_of_every_file_is_named_at_once(tmp_path):
+def test_every_invalid_field_of_every_file_is_reported_at_once(tmp_path):
     (tmp_path / "a.yaml").write_text(f"{MODEL}{SPEC}---\n{MODEL}{SPEC}  replicaz: 1\n")
     (tmp_path / "b.json").write_text(
         '{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "dta": {}}'
@@ -125,7 +125,7 @@ def test_every_wrong_field_of_every_file_is_named_at_once(tmp_path):
     assert f"{tmp_path}/b.json: ConfigMap c: " in second
 
 
-def test_the_number_of_wrong_fields_that_are_named_has_a_limit(tmp_path):
+def test_the_number_of_reported_fields_is_limited(tmp_path):
     (tmp_path / "a.yaml").write_text(MODEL + "".join(f"x{n}: 1\n" for n in range(100)))
     with pytest.raises(KubeAIError) as error:
         read_manifests([tmp_path])
@@ -134,14 +134,14 @@ def test_the_number_of_wrong_fields_that_are_named_has_a_limit(tmp_path):
     assert f"{100 - PROBLEMS_MAX} more" in lines[-1]
 
 
-def test_a_right_manifest_is_read_as_it_is(tmp_path):
+def test_a_valid_manifest_is_read_unchanged(tmp_path):
     text = MODEL + SPEC + "  env: {A: b}\nstatus: {}\n"
     (tmp_path / "a.yaml").write_text(text)
     (manifest,) = read_manifests([tmp_path])
     assert manifest.object == yaml.safe_load(text)
 
 
-def test_what_looks_like_a_date_is_a_string(tmp_path):
+def test_a_date_is_read_as_a_string(tmp_path):
     (tmp_path / "a.yaml").write_text(
         MODEL.replace("{name: a}", "{name: a, labels: {since: 2026-01-01}}")
     )
@@ -156,7 +156,7 @@ def test_a_value_that_json_cannot_hold_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("folder", sorted({p.parent for p in EXAMPLES.rglob("*.yaml")}))
-def test_the_examples_name_no_unknown_fields(folder):
+def test_the_examples_have_no_unknown_fields(folder):
     for file in folder.glob("*.yaml"):
         if "kind: Model" in file.read_text():
             assert read_manifests([file])
@@ -177,7 +177,7 @@ OBJECTS = st.dictionaries(st.sampled_from("abcd"), VALUES, max_size=4)
 
 
 def merged(live, patch):
-    """RFC 7396."""
+    """JSON merge patch, RFC 7396."""
     if not isinstance(patch, dict):
         return patch
     result = dict(live) if isinstance(live, dict) else {}
@@ -190,16 +190,16 @@ def merged(live, patch):
 
 
 @given(OBJECTS, OBJECTS)
-def test_applying_again_changes_nothing(live, wanted):
+def test_apply_is_idempotent(live, wanted):
     once = merged(live, merge_patch({}, live, wanted))
     assert merge_patch(wanted, once, wanted) == {}
 
 
 @given(OBJECTS, OBJECTS)
-def test_an_object_that_only_apply_wrote_becomes_what_is_wanted(last, wanted):
+def test_an_object_written_only_by_apply_becomes_the_manifest(last, wanted):
     assert merged(last, merge_patch(last, last, wanted)) == wanted
 
 
-def test_what_others_set_stays():
+def test_fields_set_by_others_are_kept():
     patch = merge_patch({"a": 1, "b": 1}, {"a": 1, "b": 1, "theirs": 2}, {"a": 2})
     assert patch == {"a": 2, "b": None}

@@ -1,4 +1,4 @@
-"""A scrape says what the load table says, for models and endpoints that exist."""
+"""A scrape shows the load table's values, for models and endpoints that exist."""
 
 import re
 import time
@@ -73,7 +73,7 @@ def replica():
     return Replica()
 
 
-def test_a_replica_without_models_has_no_series_of_models(replica):
+def test_a_replica_without_models_has_no_model_series(replica):
     assert replica.inference() == {}
     assert ("kubeai_routing_table_version",) in replica.scrape()
     assert ("process_resident_memory_bytes",) in replica.scrape()
@@ -94,7 +94,7 @@ def test_active_and_held_requests_of_all_workers_are_summed(replica):
     assert set(replica.inference().values()) == {0}
 
 
-def test_how_requests_ended_is_counted_by_model(replica):
+def test_request_outcomes_are_counted_by_model(replica):
     replica.publish("m", "a")
     for worker, outcomes in zip(
         replica.workers, (("2xx", "left"), ("2xx", "retried")), strict=True
@@ -141,7 +141,7 @@ def test_hash_lookups_are_counted_by_endpoint(replica):
         pick.release()
 
 
-def test_series_go_with_their_model_and_endpoint(replica):
+def test_series_are_removed_with_their_model_and_endpoint(replica):
     replica.publish("m", "a", strategy="PrefixHash")
     replica.publish("n", "b")
     replica.publish("m", "c", strategy="PrefixHash")
@@ -150,7 +150,7 @@ def test_series_go_with_their_model_and_endpoint(replica):
     assert labels == {"m", "http", "message", "c"}
 
 
-def test_how_far_each_worker_has_followed_is_shown(replica):
+def test_the_routing_table_version_of_each_worker_is_shown(replica):
     replica.publish("m")
     replica.workers[0].apply(replica.publisher.update("m", None))
     scraped = replica.scrape()
@@ -159,7 +159,7 @@ def test_how_far_each_worker_has_followed_is_shown(replica):
     assert scraped["kubeai_worker_routing_table_version", "1"] == 1
 
 
-def test_each_metric_is_documented_and_nothing_else(replica):
+def test_exactly_the_existing_metrics_are_documented(replica):
     replica.publish("m", "a", strategy="PrefixHash")
     body, _ = replica.metrics.render("")
     families = text_string_to_metric_families(body.decode())
@@ -172,7 +172,7 @@ def test_each_metric_is_documented_and_nothing_else(replica):
     assert set(re.findall(r"^\| `(kubeai_\w+)`", table, re.MULTILINE)) == ours
 
 
-def test_openmetrics_is_spoken_to_who_asks(replica):
+def test_openmetrics_is_served_on_request(replica):
     replica.publish("m", "a", strategy="PrefixHash")
     body, content_type = replica.metrics.render("application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")

@@ -1,4 +1,4 @@
-"""The Model type: what decodes to what, and what a URL means."""
+"""The Model type: decoding, defaults, errors, and the parts of a URL."""
 
 from datetime import UTC, datetime
 
@@ -14,7 +14,7 @@ MINIMAL = {
 }
 
 
-def test_a_minimal_model_has_the_defaults_of_the_reference():
+def test_a_minimal_model_has_the_defaults_in_the_reference():
     spec = decode_model(MINIMAL).spec
     assert (spec.min_replicas, spec.max_replicas, spec.replicas) == (0, None, None)
     assert spec.target_requests == 100
@@ -92,13 +92,13 @@ def test_every_field_is_read_from_its_camel_case_name():
     assert status.conditions[0].reason == "R"
 
 
-def test_unknown_fields_are_no_error():
+def test_unknown_fields_are_ignored():
     model = decode_model({**MINIMAL, "spec": {**MINIMAL["spec"], "fromTheFuture": 1}})
     assert model.spec.engine == "VLLM"
 
 
-def test_a_stored_object_outside_todays_limits_still_decodes():
-    """One odd object must not keep the list that it is in from being read."""
+def test_a_stored_object_outside_the_current_limits_still_decodes():
+    """A single invalid object must not make its whole list unreadable."""
     odd = {**MINIMAL["spec"], "minReplicas": -1, "targetRequests": 0, "owner": "x" * 10_000}
     assert decode_model({"metadata": {"name": "m" * 60}, "spec": odd}).spec.min_replicas == -1
 
@@ -119,7 +119,7 @@ def test_a_wrong_type_is_an_error_that_names_the_field(change, field):
     assert field in caught.value.field
 
 
-def test_what_is_not_json_is_a_model_error():
+def test_malformed_json_is_a_model_error():
     with pytest.raises(ModelError, match="model: "):
         decode_model(b'{"spec": ')
 
@@ -128,7 +128,7 @@ def test_bytes_and_objects_decode_alike():
     assert decode_model(msgspec.json.encode(MINIMAL)) == decode_model(MINIMAL)
 
 
-def test_encoding_a_model_gives_what_was_read():
+def test_encoding_a_decoded_model_gives_the_original():
     model = decode_model(MINIMAL)
     assert msgspec.convert(msgspec.to_builtins(model), Model) == model
 
@@ -150,7 +150,7 @@ def test_encoding_a_model_gives_what_was_read():
         ),
     ],
 )
-def test_a_url_is_taken_apart(url, parts):
+def test_a_url_is_parsed_into_its_parts(url, parts):
     parsed = parse_url(url)
     assert parsed.original == url
     assert parts == (
@@ -187,7 +187,7 @@ def test_a_url_is_taken_apart(url, parts):
         ("hf://org/name?revision=abc", "'revision' means nothing with hf://"),
     ],
 )
-def test_a_url_that_cannot_be_served_is_refused_on_its_field(url, wrong):
+def test_an_unsupported_url_is_an_error_of_its_field(url, wrong):
     with pytest.raises(ModelError) as caught:
         parse_url(url)
     assert caught.value.field == "spec.url"

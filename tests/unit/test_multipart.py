@@ -1,4 +1,4 @@
-"""A form is split as an engine's parser splits it, in whatever pieces it arrives."""
+"""A form is split as an engine's parser would split it, in whatever pieces it arrives."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ FIELD = 'Content-Disposition: form-data; name="{}"'
 
 
 def form(*parts, boundary="b"):
-    """parts: (name or whole head, content)."""
+    """Build a form from parts: (name or complete head, content)."""
     body = b""
     for head, content in parts:
         head = head if ":" in head else FIELD.format(head)
@@ -42,7 +42,7 @@ def form(*parts, boundary="b"):
 
 
 def split(body, boundary=b"b", sizes=()):
-    """[(name, head, content)], fed in pieces of these sizes, the last for the rest."""
+    """Split a body into [(name, head, content)], fed in pieces of ``sizes``, then the remainder."""
     splitter, parts, ended, at = Splitter(boundary), [], False, 0
     for size in [*sizes, len(body)]:
         piece, at = body[at : at + size], at + size
@@ -59,7 +59,7 @@ def split(body, boundary=b"b", sizes=()):
     return [tuple(part) for part in parts]
 
 
-def test_parts_come_with_their_disposition_written_anew_and_other_headers_unchanged():
+def test_parts_have_a_rewritten_disposition_and_otherwise_unchanged_headers():
     head = 'content-disposition:form-data; filename="a b.wav"; name="file"\r\nX-Y: \tz '
     assert split(form(("model", b"m"), (head, b"\r\n--\0"), ("empty", b""))) == [
         ("model", FIELD.format("model").encode(), b"m"),
@@ -99,12 +99,12 @@ def test_parts_come_with_their_disposition_written_anew_and_other_headers_unchan
         ),
     ],
 )
-def test_a_disposition_is_read_and_written_anew(disposition, name, sent):
+def test_a_disposition_is_parsed_and_rewritten(disposition, name, sent):
     [(read, head, content)] = split(form((f"Content-Disposition: {disposition}", b"x")))
     assert (read, head.decode(), content) == (name, f"Content-Disposition: {sent}", b"x")
 
 
-def test_a_parts_own_length_is_not_sent_on():
+def test_a_parts_content_length_is_not_forwarded():
     head = FIELD.format("file") + "\r\nContent-Length: 1\r\nContent-Type: audio/wav"
     [(_, sent, content)] = split(form((head, b"four")))
     assert sent.decode() == FIELD.format("file") + "\r\nContent-Type: audio/wav"
@@ -115,18 +115,18 @@ def test_a_parts_own_length_is_not_sent_on():
     "preamble", [b"\r\n", b"\r\n\r\n", b"\n", b"A form follows.\r\n", b"-\r\n--\r\n"]
 )
 @pytest.mark.parametrize("piece", [1, 1 << 20])
-def test_what_precedes_the_first_boundary_is_skipped(preamble, piece):
+def test_the_preamble_is_skipped(preamble, piece):
     body = preamble + form(("model", b"m"))
     assert [part[::2] for part in split(body, sizes=[piece] * len(body))] == [("model", b"m")]
 
 
-def test_the_headers_of_a_part_have_a_limit():
+def test_the_headers_of_a_part_are_limited():
     headers = "\r\n".join([FIELD.format("a"), *["X: y"] * HEADERS_MAX_COUNT])
     with pytest.raises(BadRequest, match=r"part 1: .*header count"):
         split(form((headers, b"")))
 
 
-def test_a_preamble_has_a_limit():
+def test_the_preamble_is_limited():
     splitter = Splitter(b"b")
     splitter.feed(b"x" * (PREAMBLE_MAX_BYTES - 1))
     with pytest.raises(BadRequest, match="before the first part: no boundary within"):
@@ -134,7 +134,7 @@ def test_a_preamble_has_a_limit():
 
 
 @pytest.mark.parametrize("content", [b"1\r\n--bc\r\n", b"1\r\n--b-\r\n", b"\n--b\r\n", b"\r\n-"])
-def test_what_only_resembles_a_delimiter_is_content(content):
+def test_a_near_delimiter_is_content(content):
     assert [part[2] for part in split(form(("a", content)))] == [content]
 
 
@@ -145,7 +145,7 @@ def test_blanks_may_follow_a_delimiter(end):
     assert [(name, content) for name, _, content in split(body)] == [("a", b"1"), ("c", b"2")]
 
 
-def test_what_follows_the_closing_delimiter_is_dropped():
+def test_the_epilogue_is_dropped():
     body = form(("a", b"1")) + b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nx'
     assert [name for name, _, _ in split(body, sizes=[60])] == ["a"]
 
@@ -160,7 +160,7 @@ contents = st.binary(max_size=12) | st.lists(
     st.lists(st.tuples(st.sampled_from(["model", "file", "é[]"]), contents), max_size=4),
     st.lists(st.integers(0, 9), max_size=60),
 )
-def test_pieces_make_no_difference(parts, sizes):
+def test_a_form_is_split_the_same_in_any_pieces(parts, sizes):
     if any(b"\r\n--b" in b"\r\n" + content for _, content in parts):
         return
     assert [(name, content) for name, _, content in split(form(*parts), sizes=sizes)] == parts
@@ -202,14 +202,14 @@ def test_pieces_make_no_difference(parts, sizes):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("piece", [1, 1 << 20])
-def test_a_malformed_form_is_refused_by_its_place(body, place, piece):
+def test_a_malformed_form_is_rejected_with_the_position(body, place, piece):
     with pytest.raises(BadRequest) as caught:
         split(body, sizes=[piece] * len(body))
     assert caught.value.status == 400
     assert f", {place}" in caught.value.message
 
 
-def test_a_head_without_end_is_refused_before_it_is_collected():
+def test_an_endless_part_head_is_rejected_before_it_is_buffered():
     splitter = Splitter(b"b")
     splitter.feed(b"--b\r\nX: ")
     for _ in range(HEAD_MAX_BYTES - 1):
@@ -218,11 +218,11 @@ def test_a_head_without_end_is_refused_before_it_is_collected():
         splitter.feed(b"y")
 
 
-# -- what other parsers read -----------------------------------------------------------------------
+# -- compared with other parsers -------------------------------------------------------------------
 
 
 def read_by_python_multipart(body, boundary):
-    """[(name, content)] as Starlette reads them; None where it refuses the form."""
+    """Return [(name, content)] as Starlette reads them, or None if it rejects the form."""
     parts, ended, headers, header = [], [], {}, {"field": b"", "value": b""}
 
     def add(key):
@@ -232,7 +232,7 @@ def read_by_python_multipart(body, boundary):
         return callback
 
     def header_end():
-        headers[header["field"].lower()] = header["value"]  # of several the last
+        headers[header["field"].lower()] = header["value"]  # the last one if repeated
         header.update(field=b"", value=b"")
 
     def headers_finished():
@@ -278,7 +278,7 @@ async def read_by_aiohttp(body, boundary):
 
 
 def sent_form(parts, boundary):
-    """The bytes that transcriptions.py sends for parts of :func:`split`."""
+    """The bytes that transcriptions.py sends for the parts returned by :func:`split`."""
     body = b"".join(
         b"--%b\r\n%b\r\n\r\n%b\r\n" % (boundary, head, content) for _, head, content in parts
     )
@@ -286,7 +286,7 @@ def sent_form(parts, boundary):
 
 
 def spaced(text):
-    """``text`` with optional blanks where the header's grammar of python-multipart has them."""
+    """Add optional blanks to ``text`` wherever python-multipart's header grammar allows them."""
     blank = st.sampled_from(["", " ", "\t", "  "])
     pieces = re.split("(~)", text)
     return st.tuples(*(blank if piece == "~" else st.just(piece) for piece in pieces)).map("".join)
@@ -320,12 +320,12 @@ preambles = st.sampled_from([b"", b"\r\n", b"\r\n\r\n"])
 
 @settings(max_examples=some(200), deadline=None)
 @given(st.lists(st.tuples(heads, contents), max_size=4), boundaries, preambles)
-def test_what_python_multipart_reads_is_read(parts, boundary, preamble):
+def test_every_form_that_python_multipart_reads_is_read_alike(parts, boundary, preamble):
     if any(f"--{boundary}".encode() in content for _, content in parts):
         return
     body = preamble + form(*parts, boundary=boundary)
     theirs = read_by_python_multipart(body, boundary)
-    assert theirs is not None, "the reference accepts all that is generated here"
+    assert theirs is not None, "the reference accepts every generated form"
     content_type = f'multipart/form-data; boundary="{boundary}"; charset=utf-8'
     ours = split(body, boundary_of(content_type))
     assert [(name.encode(), content) for name, _, content in ours] == theirs
@@ -359,7 +359,7 @@ ENGINE_BOUNDARY = b"kubeai-0123456789abcdef"
 @settings(max_examples=some(300), deadline=None)
 @given(st.lists(st.tuples(heads, contents), min_size=1, max_size=3), mutations)
 @example([("model", b"\r\n--b--\r\n")], [])
-def test_an_engine_reads_the_parts_that_were_read_here(parts, changes):
+def test_an_engine_reads_the_same_parts_as_the_gateway(parts, changes):
     body = mutated(parts, changes)
     try:
         ours = split(body)
@@ -388,7 +388,7 @@ def result(body, sizes=()):
     mutations,
     st.lists(st.integers(0, 9), max_size=60),
 )
-def test_pieces_make_no_difference_to_odd_forms(parts, changes, sizes):
+def test_an_odd_form_is_split_the_same_in_any_pieces(parts, changes, sizes):
     body = mutated(parts, changes)
     assert result(body, sizes) == result(body)
 
@@ -409,11 +409,11 @@ def test_pieces_make_no_difference_to_odd_forms(parts, changes, sizes):
         ("multipart/form-data; boundary=a; boundary=a", b"a"),
     ],
 )
-def test_a_boundary_is_read(content_type, boundary):
+def test_the_boundary_is_parsed_from_the_content_type(content_type, boundary):
     assert boundary_of(content_type) == boundary
 
 
-def test_the_type_of_a_sent_form_names_its_boundary():
+def test_the_content_type_of_a_sent_form_has_its_boundary():
     boundary = new_boundary()
     assert boundary_of(form_type(boundary)) == boundary
     assert boundary != new_boundary()
@@ -430,6 +430,6 @@ def test_the_type_of_a_sent_form_names_its_boundary():
         "multipart/form-data; boundary=é", "multipart/form-data; boundary=a\tb",
     ],
 )  # fmt: skip
-def test_a_type_without_one_plain_boundary_is_refused(content_type):
+def test_a_content_type_without_exactly_one_plain_boundary_is_rejected(content_type):
     with pytest.raises(BadRequest):
         boundary_of(content_type)

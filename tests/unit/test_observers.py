@@ -1,4 +1,4 @@
-"""The access log and OpenTelemetry's spans: what is told of each request."""
+"""The access log and OpenTelemetry spans: what is recorded for each request."""
 
 import asyncio
 import json
@@ -19,14 +19,14 @@ from kubeai.errors import ConfigError
 from kubeai.gateway import observers, tracing
 from kubeai.gateway.observers import AccessLog, Line, Observers
 
-LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 
 CHAT = "/openai/v1/chat/completions"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 class Lines:
-    """What an access log wrote."""
+    """The lines that an access log wrote."""
 
     def __init__(self):
         self.text = b""
@@ -72,7 +72,7 @@ def line(**fields) -> Line:
 # -- access log ------------------------------------------------------------------------------------
 
 
-async def test_each_request_is_a_line(start):
+async def test_each_request_is_one_line(start):
     lines = Lines()
     log = AccessLog(1.0, lines.write)
     world = await start(Observers(log, None))
@@ -93,10 +93,10 @@ async def test_each_request_is_a_line(start):
     assert 0 < first["first_byte_s"] <= first["duration_s"] < 5
     assert first["time"].endswith("+00:00")
     assert (second["request_id"], second["status"]) == ("two", 404)
-    assert "model" not in second, "a name that a client made up"
+    assert "model" not in second, "names made up by clients are not logged"
 
 
-async def test_a_line_says_who_ended_the_request(start):
+async def test_a_line_distinguishes_truncated_responses_from_client_disconnects(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(CHUNKED + chunk(b"x"))
         if b"break" in request.body:
@@ -123,7 +123,7 @@ async def test_a_line_says_who_ended_the_request(start):
     ]
 
 
-async def test_retries_are_told(start):
+async def test_retries_are_logged(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(answer(503))
 
@@ -138,7 +138,7 @@ async def test_retries_are_told(start):
     assert [(told["retries"], told["status"]) for told in lines.read()] == [(1, 503)]
 
 
-def test_only_a_sample_of_what_went_well_is_logged():
+def test_successful_requests_are_sampled():
     chances = iter([0.05, 0.2, 0.09])
     log = AccessLog(0.1, lambda data: None, lambda: next(chances))
     assert [log.wants(200, "whole") for _ in range(3)] == [True, False, True]
@@ -148,7 +148,7 @@ def test_only_a_sample_of_what_went_well_is_logged():
     log.close()
 
 
-def test_what_cannot_be_written_in_time_is_counted():
+def test_lines_that_cannot_be_written_in_time_are_counted():
     taken, go, lines = threading.Event(), threading.Event(), Lines()
 
     def write(data: bytes) -> None:
@@ -200,7 +200,7 @@ log.close()
 
 
 def writer(count: int, name: str, stdout: int) -> subprocess.Popen:
-    """A process that logs so many lines, and ends with its standard input."""
+    """A process that logs ``count`` lines and exits when its standard input ends."""
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, str(count), name],
         stdin=subprocess.PIPE,
@@ -210,7 +210,7 @@ def writer(count: int, name: str, stdout: int) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_line_is_there_before_the_process_ends(count):
+def test_lines_are_flushed_before_the_process_exits(count):
     with writer(count, "a", subprocess.PIPE) as process:
         assert select.select([process.stdout], [], [], 20)[0], "nothing was written"
         told = [json.loads(process.stdout.readline()) for _ in range(count)]
@@ -218,8 +218,8 @@ def test_a_line_is_there_before_the_process_ends(count):
     assert [each["answer_bytes"] for each in told] == list(range(count))
 
 
-def test_workers_that_share_a_pipe_keep_their_lines_whole():
-    """The kernel keeps a write whole up to PIPE_BUF bytes."""
+def test_workers_sharing_a_pipe_do_not_interleave_their_lines():
+    """The kernel makes writes of up to PIPE_BUF bytes atomic."""
     out, into = os.pipe()
     processes = [writer(3000, name, into) for name in "abcd"]
     os.close(into)
@@ -239,7 +239,7 @@ def test_workers_that_share_a_pipe_keep_their_lines_whole():
 
 @pytest.fixture
 async def collector(monkeypatch):
-    """An OTLP collector: the spans it got."""
+    """An OTLP collector that records the spans it receives."""
     spans = []
 
     async def take(request: web.Request) -> web.Response:
@@ -262,7 +262,9 @@ async def collector(monkeypatch):
     await runner.cleanup()
 
 
-async def test_a_request_is_a_span_between_the_clients_and_the_engines(start, collector):
+async def test_a_request_is_a_span_with_the_clients_parent_passed_on_to_the_engine(
+    start, collector
+):
     watching = Observers(None, tracing.make_tracing())
     got = []
 
@@ -292,7 +294,7 @@ async def test_a_request_is_a_span_between_the_clients_and_the_engines(start, co
     await asyncio.to_thread(watching.close)
 
 
-async def test_a_failure_is_a_span_in_error(start, collector):
+async def test_a_failure_is_a_span_with_error_status(start, collector):
     watching = Observers(None, tracing.make_tracing())
     world = await start(watching, says(b"", 503), retries=0)
     wire = await world.client()
@@ -305,7 +307,7 @@ async def test_a_failure_is_a_span_in_error(start, collector):
     await asyncio.to_thread(watching.close)
 
 
-def test_traces_are_off_unless_asked_for(monkeypatch):
+def test_traces_are_off_by_default(monkeypatch):
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert tracing.make_tracing() is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
@@ -313,7 +315,7 @@ def test_traces_are_off_unless_asked_for(monkeypatch):
     assert tracing.make_tracing() is None
 
 
-def test_traces_without_opentelemetry_are_a_clear_error(monkeypatch):
+def test_traces_without_opentelemetry_installed_are_a_clear_error(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*kubeai\[otel\]"):

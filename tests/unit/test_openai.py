@@ -1,4 +1,4 @@
-"""What a request asks for: routes, bodies, hash keys, selectors."""
+"""Parsing requests: routes, bodies, hash keys, selectors."""
 
 import json
 import time
@@ -53,7 +53,7 @@ def refused(body, kind=Kind.CHAT):
         "messages",
     ],
 )
-def test_listed_paths_take_post_and_nothing_else(path):
+def test_listed_paths_accept_only_post(path):
     target = classify("POST", f"/openai/v1/{path}")
     assert (target.status, target.kind) == (200, Kind(f"/v1/{path}"))
     for method in ("GET", "PUT", "DELETE", "OPTIONS", "post", "PATCH", "CONNECT", ""):
@@ -68,7 +68,7 @@ def test_models_are_read_only():
     assert classify("DELETE", "/openai/v1/models/m").allow == ("GET", "HEAD")
 
 
-def test_the_query_is_kept_apart():
+def test_the_query_is_separated_from_the_path():
     assert classify("POST", "/openai/v1/completions?a=1&b=/../x?c") == (
         200,
         Kind.COMPLETIONS,
@@ -78,7 +78,7 @@ def test_the_query_is_kept_apart():
     )
 
 
-def test_an_absolute_target_is_its_path():
+def test_an_absolute_target_is_reduced_to_its_path():
     url = "http://host:8000/openai/v1/completions"
     assert classify("POST", url).kind is Kind.COMPLETIONS
     assert classify("POST", "HTTP://u@h/openai/v1/completions?q").query == "q"
@@ -137,7 +137,7 @@ def test_only_the_table_reaches_an_engine(target):
 # -- bodies ----------------------------------------------------------------------------------------
 
 
-def test_an_ask_names_model_adapter_and_stream():
+def test_a_body_is_parsed_into_model_adapter_and_stream():
     ask = chat({"model": "llama_my_lora", "stream": True, "messages": []})
     assert (ask.model, ask.name, ask.adapter, ask.stream) == (
         "llama_my_lora",
@@ -156,7 +156,7 @@ def test_an_ask_names_model_adapter_and_stream():
     [{}, {"messages": []}, {"model": None}, {"model": 5}, {"model": ""}, {"model": ["m"]},
      {"Model": "m"}, {"x": {"model": "m"}}, {"model": {"model": "m"}}],
 )  # fmt: skip
-def test_a_model_that_is_missing_or_no_string_is_named(body):
+def test_a_missing_or_non_string_model_is_reported(body):
     assert refused(body).param == "model"
 
 
@@ -176,7 +176,7 @@ def test_a_model_that_is_missing_or_no_string_is_named(body):
         {"model_extra": {"model": "x"}, "deep": [[{"model": "y"}]], "MODELS": 1},
     ],
 )
-def test_other_fields_are_the_engines_business(body):
+def test_other_fields_are_left_to_the_engine(body):
     ask = chat({"model": "m", **body})
     assert ask.model == "m"
     assert hash_key(None, ask, 100) >= 0
@@ -224,16 +224,16 @@ def test_other_fields_are_the_engines_business(body):
         ("a bad number", b'{"model":"m","x":01}'),
     ],
 )
-def test_a_body_that_readers_may_differ_on_is_refused(name, body):
+def test_a_body_that_parsers_may_read_differently_is_rejected(name, body):
     assert refused(body).message
 
 
-def test_a_key_that_is_escaped_is_the_key():
+def test_an_escaped_key_equals_the_plain_key():
     assert chat(b'{"m\\u006fdel":"a\\u0062"}').model == "ab"
     assert chat(b'{"model":"a\\u0000"}').model == "a\0"
 
 
-def test_too_many_keys_are_refused():
+def test_too_many_keys_are_rejected():
     many = {f"k{n}": n for n in range(TOP_LEVEL_KEYS_MAX_COUNT - 1)}
     assert chat({**many, "model": "m"}).model == "m"
     assert "keys" in refused({**many, "model": "m", "one more": 1}).message
@@ -310,12 +310,12 @@ def test_the_gateway_and_a_json_reader_agree_or_the_client_gets_400(body):
          '{"é😀":"ü","model":"a","z":"😀"}'.encode()),
     ],
 )  # fmt: skip
-def test_only_the_models_value_changes(before, after):
+def test_replacing_the_model_changes_only_its_value(before, after):
     assert chat(before).adapter == "a"
     assert replace_model(before, "a") == after
 
 
-def test_replacing_needs_a_model():
+def test_replacing_the_model_requires_a_model():
     with pytest.raises(BadRequest):
         replace_model(b'{"x":{"model":"m"}}', "a")
 
@@ -331,7 +331,7 @@ def conversation(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_the_key_is_the_same_in_every_process_and_release():
+def test_the_hash_key_is_the_same_in_every_process_and_release():
     key = key_of(conversation(("system", "Be brief."), ("user", "Hello")), adapter="fin")
     system = mmh3.hash64(b"Be brief.", signed=False)[0]
     material = system.to_bytes(8, "little") + b"fin\0Hello"
@@ -339,7 +339,7 @@ def test_the_key_is_the_same_in_every_process_and_release():
     assert key == 14755248009380696229
 
 
-def test_a_second_turn_has_the_key_of_the_first():
+def test_a_second_turn_has_the_hash_key_of_the_first():
     first = conversation(("system", "S"), ("user", "What is a ring?"))
     second = conversation(
         ("system", "S"), ("user", "What is a ring?"), ("assistant", "A…"), ("user", "And then?")
@@ -347,7 +347,7 @@ def test_a_second_turn_has_the_key_of_the_first():
     assert key_of(first) == key_of(second)
 
 
-def test_system_prompts_part_tenants_whatever_their_length():
+def test_system_prompts_of_any_length_separate_tenants():
     def of(system):
         return key_of(conversation(("system", "x" * 500 + system), ("user", "hi")))
 
@@ -356,12 +356,12 @@ def test_system_prompts_part_tenants_whatever_their_length():
     assert roles[0] == roles[1]
 
 
-def test_adapters_have_keys_of_their_own():
+def test_adapters_have_their_own_hash_keys():
     body = conversation(("user", "hi"))
     assert len({key_of(body), key_of(body, adapter="a"), key_of(body, adapter="b")}) == 3
 
 
-def test_only_the_budget_of_code_points_counts():
+def test_only_code_points_within_the_prefix_length_count():
     def of(text, n):
         return key_of(conversation(("user", text)), n=n)
 
@@ -371,7 +371,7 @@ def test_only_the_budget_of_code_points_counts():
 
 
 @given(st.text(max_size=30), st.integers(0, 12), st.booleans(), st.sampled_from([0, 1000]))
-def test_a_long_text_is_cut_where_python_cuts_it(text, n, ascii_only, more):
+def test_a_long_text_is_truncated_at_the_same_code_point_as_in_python(text, n, ascii_only, more):
     text = text.encode("utf-8", "replace").decode()
     body = {"model": "m", **conversation(("user", text + '\U0001f600\\"' * more))}
     short = {"model": "m", **conversation(("user", (text + '\U0001f600\\"' * more)[:n]))}
@@ -379,7 +379,7 @@ def test_a_long_text_is_cut_where_python_cuts_it(text, n, ascii_only, more):
     assert long_key == hash_key(None, chat(short), n)
 
 
-def test_text_parts_are_the_text():
+def test_text_parts_are_joined():
     parts = [{"type": "image_url", "image_url": {"url": "data:"}}, {"type": "text", "text": "hi"}]
     assert key_of(conversation(("user", parts))) == key_of(conversation(("user", "hi")))
     assert key_of(conversation(("system", [{"type": "text", "text": "S"}]), ("user", "x"))) == (
@@ -387,7 +387,7 @@ def test_text_parts_are_the_text():
     )
 
 
-def test_one_conversation_has_one_key_in_every_dialect():
+def test_a_conversation_has_the_same_hash_key_in_every_api():
     expected = key_of(conversation(("system", "S"), ("user", "hi")))
     user = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
     for kind, body in [
@@ -403,7 +403,7 @@ def test_one_conversation_has_one_key_in_every_dialect():
 @pytest.mark.parametrize(
     ("kind", "name"), [(Kind.COMPLETIONS, "prompt"), (Kind.EMBEDDINGS, "input")]
 )
-def test_the_first_input_is_the_prefix(kind, name):
+def test_the_hash_key_is_taken_from_the_first_input(kind, name):
     def of(value, n=100):
         return key_of({name: value}, kind, n=n)
 
@@ -417,7 +417,7 @@ def test_the_first_input_is_the_prefix(kind, name):
 
 
 @given(st.text(max_size=20), st.integers(0, 30), st.booleans(), st.integers(0, 300))
-def test_the_first_of_a_list_is_cut_as_a_string_is(text, n, ascii_only, more):
+def test_the_first_of_a_list_is_truncated_like_a_string(text, n, ascii_only, more):
     text = (text + '\U0001f600\\"' * more).encode("utf-8", "replace").decode()
 
     def of(value, indent=None):
@@ -427,7 +427,7 @@ def test_the_first_of_a_list_is_cut_as_a_string_is(text, n, ascii_only, more):
     assert of(text) == of([text, "other"]) == of([text], indent=2) == of(text[:n])
 
 
-def test_a_rerank_goes_by_its_query():
+def test_the_hash_key_of_a_rerank_is_its_query():
     def of(**body):
         return key_of(body, Kind.RERANK)
 
@@ -446,7 +446,7 @@ def test_a_rerank_goes_by_its_query():
         (Kind.COMPLETIONS, b'{"model":"m","prompt":[' + b"1," * 5_000_000 + b"1]}"),
     ],
 )  # fmt: skip
-def test_a_body_of_very_many_parts_costs_no_memory(kind, body):
+def test_a_body_with_very_many_parts_uses_little_memory(kind, body):
     tracemalloc.start()
     hash_key(None, parse(kind, body), 100)
     peak = tracemalloc.get_traced_memory()[1]
@@ -454,13 +454,13 @@ def test_a_body_of_very_many_parts_costs_no_memory(kind, body):
     assert peak < 2 * len(body)
 
 
-def test_a_conversation_with_very_many_parts_keeps_its_key():
+def test_a_conversation_with_very_many_parts_keeps_its_hash_key():
     turns = [("user", [{"type": "text", "text": f"part {n}"} for n in range(40_000)])]
     first, second = conversation(*turns), conversation(*turns, ("user", "more"))
     assert key_of(first) == key_of(second) != key_of(conversation(("user", "part 0")))
 
 
-def test_megabytes_are_read_in_milliseconds():
+def test_megabytes_are_parsed_in_milliseconds():
     text = "The quick brown fox “jumps” over \\ the lazy dog.\n" * 100_000
     body = json.dumps({"messages": [{"role": "user", "content": text}], "model": "m"}).encode()
     assert len(body) > 5_000_000
@@ -523,7 +523,7 @@ LABELS = {"env": "prod", "team/x.y": "a", "empty": "", "n": "5"}
         ("in in (a)", False),
     ],
 )
-def test_selectors_select_as_kubernetes_does(selector, expected):
+def test_selectors_match_as_in_kubernetes(selector, expected):
     assert parse_selector(selector)(LABELS) is expected
 
 
@@ -542,7 +542,7 @@ def test_a_bad_selector_is_a_bad_request(selector):
 
 
 @given(st.text(alphabet="ab=!,() innot><-/.é\0", max_size=20))
-def test_any_selector_is_answered(selector):
+def test_any_selector_is_evaluated_or_rejected(selector):
     try:
         assert parse_selector(selector)({"a": "b"}) in (True, False)
     except BadRequest as error:

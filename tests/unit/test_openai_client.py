@@ -1,4 +1,4 @@
-"""The exceptions that users of the openai client catch when the gateway itself answers."""
+"""The exceptions that the openai client raises for the gateway's own error responses."""
 
 import contextlib
 
@@ -11,13 +11,13 @@ from fakes.world import World
 from kubeai.gateway.pages import make_app
 from kubeai.routing import Block
 
-LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture
 async def start():
-    """A worker with its real pages, and a client of it that repeats nothing."""
+    """A worker with its real local routes, and a client of it that never retries."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**config) -> tuple[World, openai.AsyncOpenAI]:
@@ -51,14 +51,14 @@ async def test_a_model_that_does_not_exist_is_a_not_found_error(start):
         assert "'nope'" in error.message
 
 
-async def test_what_is_not_offered_is_a_not_found_error(start):
+async def test_an_unsupported_path_is_a_not_found_error(start):
     _, client = await start()
     with pytest.raises(openai.NotFoundError) as caught:
         await client.images.generate(prompt="a cat")
     assert (caught.value.type, caught.value.code) == ("invalid_request_error", "unknown_url")
 
 
-async def test_a_mistake_of_the_clients_is_a_bad_request_error_that_names_it(start):
+async def test_an_invalid_request_is_a_bad_request_error_with_the_cause(start):
     world, client = await start()
     world.route("m", {})
     bad = {"X-Label-Selector": "a in"}
@@ -95,7 +95,7 @@ async def test_a_body_over_the_limit_is_a_status_error(start):
         ({"retries": 0}, (drop,), 502, "bad_gateway"),
     ],
 )
-async def test_a_model_that_cannot_answer_is_an_internal_server_error(
+async def test_a_model_that_cannot_serve_is_an_internal_server_error(
     start, config, endpoints, status, code
 ):
     world, client = await start(**config)

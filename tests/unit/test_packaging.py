@@ -1,4 +1,4 @@
-"""The distribution's name: every hint and every build file names ours, never another project's."""
+"""The distribution's name: hints and build files use ours, never that of another project."""
 
 import re
 import subprocess
@@ -12,11 +12,11 @@ from kubeai.distribution import DISTRIBUTION, install_hint
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# `kubeai` or `kubeai[extra]` where pip would look a distribution up by that name.
+# `kubeai` or `kubeai[extra]` where pip would look up a distribution of that name.
 FOREIGN = re.compile(r"(?<![\w./-])kubeai\[\w|pip install (?:-\S+ )*'?kubeai(?![\w-])")
 
 
-def test_the_distribution_has_the_name_that_the_version_is_looked_up_by():
+def test_the_distribution_name_equals_the_one_used_to_look_up_the_version():
     assert PROJECT["name"] == DISTRIBUTION != "kubeai"
     assert kubeai.__version__ == PROJECT["version"]
 
