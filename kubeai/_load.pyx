@@ -162,9 +162,9 @@ cdef class LoadTable:
                 f"load table has layout {header.version}, this program has {LAYOUT_VERSION}"
             )
         if not (1 <= header.rows <= ROWS_MAX and 2 <= header.columns <= WORKERS_MAX + 1):
-            raise ValueError(f"load table of {header.rows} rows × {header.columns} columns")
+            raise ValueError(f"load table has {header.rows} rows × {header.columns} columns")
         if size != _layout(header.rows, header.columns).end:
-            raise ValueError(f"load table has {size} bytes, its header wants another size")
+            raise ValueError(f"load table's size of {size} bytes does not match its header")
         if not 0 <= column < <int> header.columns:
             raise ValueError(f"column must be 0 to {header.columns - 1}, not {column}")
         table._map(fd, size, <int> header.rows, <int> header.columns)
@@ -228,7 +228,7 @@ cdef class LoadTable:
 
     cdef int _check_writer(self) except -1:
         if self._column < 0:
-            raise ValueError("this process has no column of the load table")
+            raise ValueError("this process has no column in the load table")
         return 0
 
     cdef int _check_column(self, int column) except -1:
@@ -602,7 +602,7 @@ cdef class Readings:
         self.table = table
         self.last = <Reading *> calloc(table.rows, sizeof(Reading))
         if self.last == NULL:
-            raise MemoryError(f"readings of {table.rows} rows")
+            raise MemoryError(f"cannot allocate readings for {table.rows} rows")
 
     def __dealloc__(self):
         free(self.last)

@@ -69,7 +69,7 @@ class Connections:
     def forget(self, upstream: Upstream) -> None:
         """Remove an idle connection that has ended."""
     def close(self) -> None:
-        """Close idle connections and keep none from now on: the upstream is gone or has moved."""
+        """Close idle connections and keep none in future: the upstream was removed or has moved."""
 
 @final
 class Relay:

@@ -1448,7 +1448,7 @@ cdef class Connections:
             self.resting.remove(upstream)
 
     def close(self):
-        """Close idle connections and keep none from now on: the upstream is gone or has moved."""
+        """Close idle connections and keep none in future: the upstream was removed or has moved."""
         self.closed = True
         while self.resting:
             self.resting.pop().close()
@@ -1968,7 +1968,7 @@ cdef class Upstream(Head):
         return 100 <= self.status != 101
 
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1:
-        """Ask the Exchange about a 5xx; True: not passed on, another attempt is under way."""
+        """Ask the Exchange about a 5xx; True if it is not passed on but retried."""
         cdef Exchange exchange = self.exchange
         cdef Py_ssize_t rest = PyBytes_GET_SIZE(data) - at
         try:

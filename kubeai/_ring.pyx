@@ -95,7 +95,7 @@ cdef inline int32_t _slot(Node node) noexcept nogil:
 cdef void *_grown(void *array, size_t size) except NULL:
     array = realloc(array, size)
     if array == NULL:
-        raise MemoryError(f"{size} bytes for a ring")
+        raise MemoryError(f"cannot allocate {size} bytes for a ring")
     return array
 
 
@@ -389,7 +389,7 @@ cdef class Ring:
         if result == NULL or ends == NULL:
             free(result)
             free(ends)
-            raise MemoryError(f"{n} virtual nodes")
+            raise MemoryError(f"cannot allocate {n} virtual nodes")
         memset(ends, 0, (ranges + 1) * sizeof(uint32_t))
         for at in range(n):
             ends[(nodes[at] >> shift) + 1] += 1
@@ -416,7 +416,7 @@ cdef class Ring:
         cdef size_t old = self.nodes_n
         cdef size_t start, low, high, middle
         if total > <size_t> 0xFFFFFFFF:
-            raise MemoryError(f"{total} virtual nodes")
+            raise MemoryError(f"a ring cannot hold {total} virtual nodes")
         if total > self.nodes_capacity:
             self.nodes = <Node *> _grown(self.nodes, total * sizeof(Node))
             self.nodes_capacity = total
