@@ -32,7 +32,7 @@ class LoadTable:
     def close(self) -> None:
         """Unmap. Open counts stay in the table; releasing them later has no effect."""
 
-    # -- rows: the supervisor's ------------------------------------------------------------
+    # -- rows: supervisor only -------------------------------------------------------------
     def open_row(self, row: int) -> int:
         """Reuse a free row: zero its counters and return its new generation."""
     def generation(self, row: int) -> int: ...
@@ -45,7 +45,7 @@ class LoadTable:
     def clear_column(self, column: int) -> None:
         """Zero all gauges of a column whose worker is dead and reaped. Counters are kept."""
 
-    # -- reads: anyone ---------------------------------------------------------------------
+    # -- reads: any process ----------------------------------------------------------------
     def active(self, row: int, kind: Kind | None = None) -> int:
         """A model's requests that are being served or held, over all columns."""
     def held(self, row: int) -> int:
@@ -111,7 +111,7 @@ class LoadTable:
 
 @final
 class Readings:
-    """This replica's counts per row as of the last call. Used by the supervisor."""
+    """This replica's counts per row as of the last ``changed``. Used by the supervisor."""
 
     def __init__(self, table: LoadTable) -> None: ...
     def changed(self) -> list[tuple[int, int, int, int]]:
@@ -155,4 +155,4 @@ OUTCOME_NAMES: tuple[str, ...]  # left, 2xx … 5xx, broken; and retried, which 
 TRIAL_S: float
 
 def live() -> tuple[int, int]:
-    """Open (Admissions, Reservations) of this process: leak check for tests."""
+    """Number of open (Admissions, Reservations) in this process: a leak check for tests."""

@@ -56,7 +56,7 @@ cdef int64_t live_reservations = 0
 
 
 def live():
-    """Open (Admissions, Reservations) of this process: leak check for tests."""
+    """Number of open (Admissions, Reservations) in this process: a leak check for tests."""
     return live_admissions, live_reservations
 
 
@@ -238,7 +238,7 @@ cdef class LoadTable:
             raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
         return 0
 
-    # -- rows: the supervisor's --------------------------------------------------------------
+    # -- rows: supervisor only ---------------------------------------------------------------
 
     def open_row(self, Py_ssize_t row):
         """Reuse a free row: zero all its cells and return its new generation."""
@@ -330,7 +330,7 @@ cdef class LoadTable:
         memset(&self.held_cells[<size_t> column * self.rows], 0, used * sizeof(int32_t))
         put_i64(&self.column_headers[column].active, 0)
 
-    # -- reads: anyone -----------------------------------------------------------------------
+    # -- reads: any process ------------------------------------------------------------------
 
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept:
         cdef int64_t total = 0
@@ -593,7 +593,7 @@ cdef struct Reading:
 
 @cython.final
 cdef class Readings:
-    """This replica's counts per row as of the last call. Used by the supervisor."""
+    """This replica's counts per row as of the last ``changed``. Used by the supervisor."""
 
     cdef LoadTable table
     cdef Reading *last
