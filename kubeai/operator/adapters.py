@@ -1,12 +1,12 @@
-"""A Model's LoRA adapters in the engines of its pods: fetched, loaded, and taken out again.
+"""Fetches, loads and unloads a Model's LoRA adapters in the engines of its pods.
 
-Owns, while this replica leads, at most one task a pod: the loader's container fetches the files
-(minutes, so it is no part of a reconcile), the engine is told, and the pod's label says so. The
-label is set to ``loading`` before an engine is touched and to the hash of the URL once it serves
-the adapter; so whatever is killed in between, the next leader knows what an engine may have.
-Promises: a pod whose label does not say the hash gets no request for that adapter; a changed URL
-is loaded anew in one pod after the other, and not in the next while it fails in one; an engine
-that has started anew gets its adapters again. Used by the controller.
+Owns at most one task per pod while this replica leads. The task has the loader container fetch the
+files (which takes minutes, so it is not part of a reconcile), calls the engine, and updates the
+pod's label. The label is set to ``loading`` before the engine is called and to the hash of the URL
+once it serves the adapter, so after a crash the next leader knows what an engine may have loaded.
+Promises: a pod without the hash in its label gets no request for that adapter; a changed URL is
+rolled out one pod at a time and stops at the first pod where it fails; a restarted engine gets its
+adapters again. Used by the controller.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Steps(msgspec.Struct, frozen=True):
-    """What one pod's engine needs. Nothing: it serves what its Model declares."""
+    """What one pod's engine needs. Empty if it already serves what its Model declares."""
 
     load: tuple[Wanted, ...] = ()
     drop: tuple[str, ...] = ()
 
 
 class AdaptersView(msgspec.Struct, frozen=True):
-    """What the Model's condition says."""
+    """Input of the Model's AdaptersLoaded condition."""
 
     ready: int = 0  # replicas that serve
-    complete: int = 0  # of these, replicas that have every adapter
-    failed: tuple[ModelStatusAdapter, ...] = ()  # in some pod
+    complete: int = 0  # those among them that have every adapter
+    failed: tuple[ModelStatusAdapter, ...] = ()  # adapters that failed in at least one pod
 
     @property
     def trouble(self) -> Trouble | None:
@@ -64,7 +64,7 @@ class AdaptersView(msgspec.Struct, frozen=True):
 
 
 class AdapterError(Exception):
-    """A pod could not get an adapter, and why."""
+    """Why an adapter could not be fetched, loaded or unloaded in a pod."""
 
 
 def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
@@ -77,13 +77,13 @@ def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
         if labels.get(name) == hash_ and pod.adapters_current:
             continue
         if name in pod.loaded and name in busy:
-            continue  # it serves the former URL's until another pod is through
+            continue  # keeps serving the former URL's adapter until the other pod is done
         load.append(Wanted(name, url, hash_))
     return Steps(tuple(load), tuple(name for name in labels if name not in wanted))
 
 
 class _Failure(msgspec.Struct):
-    """One adapter that one pod could not get; ``until_s``: when it is tried again."""
+    """A failed adapter in one pod; ``until_s``: when it is retried."""
 
     backoff: Backoff
     hash: str  # of the URL; empty when the adapter could not be unloaded
@@ -92,13 +92,13 @@ class _Failure(msgspec.Struct):
 
 
 class _Work(msgspec.Struct):
-    """What is remembered of one pod; none of it must survive a restart."""
+    """State kept for one pod. It need not survive a restart."""
 
     task: asyncio.Task[None] | None = None
-    loading: frozenset[str] = frozenset()  # adapters that the last task began with
-    fetched: dict[str, str] = {}  # adapter → hash of the URL whose files the pod has whole
-    version: int = 0  # of the pod after our last write
-    failures: dict[str, _Failure] = {}  # adapter →
+    loading: frozenset[str] = frozenset()  # adapters that the last task set out to load
+    fetched: dict[str, str] = {}  # adapter → hash of the URL whose files are complete in the pod
+    version: int = 0  # the pod's resourceVersion after our last write
+    failures: dict[str, _Failure] = {}  # by adapter
 
 
 class Adapters:
@@ -117,12 +117,12 @@ class Adapters:
         self._writes = writes
         self._changed = changed
         self._clock = clock
-        self._works: dict[str, dict[str, _Work]] = {}  # model → pod's uid →
+        self._works: dict[str, dict[str, _Work]] = {}  # model → pod uid → work
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
     def look(self, model: Model, pods: Sequence[Pod]) -> tuple[AdaptersView, float | None]:
-        """Begin what the Model's pods need; how it stands, and seconds until the next try."""
+        """Start the work that the pods need. Returns the state and seconds until a retry is due."""
         pods = [pod for pod in pods if pod.counts and pod.uid]
         name = model.metadata.name
         works = self._works.setdefault(name, {})
@@ -137,18 +137,18 @@ class Adapters:
         return _view(model, pods, works), wait_s
 
     def _begin(self, model: Model, pod: Pod, pods: list[Pod], work: _Work) -> float | None:
-        """Start the pod's task if it needs one; seconds until something may be tried again."""
+        """Start the pod's task if it needs one. Returns seconds until the next retry is due."""
         todo = steps(model, pod, self._busy(pod, pods))
         needed = dict.fromkeys(todo.drop, "") | {one.name: one.hash for one in todo.load}
         for name, failure in list(work.failures.items()):
-            if needed.get(name) != failure.hash:  # it is of a former URL: forget its back-off
+            if needed.get(name) != failure.hash:  # it was for a former URL: forget its back-off
                 del work.failures[name]
         if work.task is not None or pod.version < work.version:
             return None
         now_s = self._clock()
         resting = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
-        # Files are fetched while the engine still starts. A pod without a loader is from before
-        # the Model had adapters: it will be replaced.
+        # Files are fetched while the engine is still starting. A pod without a loader was created
+        # before the Model had adapters and will be replaced.
         due = [one for one in todo.load if one.name not in resting]
         fetch = [one for one in due if work.fetched.get(one.name) != one.hash and pod.has_loader]
         tell = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
@@ -163,7 +163,7 @@ class Adapters:
         return min(resting.values()) - now_s if resting else None
 
     def _busy(self, pod: Pod, pods: list[Pod]) -> set[str]:
-        """Adapters that pods other than this one are loading, observed or not."""
+        """Adapters that other pods are loading, including labels not yet observed."""
         works, busy = self._works[pod.model], set()
         for other in pods:
             if other is pod:
@@ -180,12 +180,12 @@ class Adapters:
             _cancel(work)
 
     def rest(self) -> None:
-        """Cancel everything: this replica does not lead any more."""
+        """This replica is no longer the leader: cancel all tasks."""
         for model in list(self._works):
             self.forget(model)
 
     async def stop(self) -> None:
-        """The same, for good."""
+        """Cancel all tasks and close the session."""
         self.rest()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._session is not None:
@@ -202,10 +202,10 @@ class Adapters:
         tell: list[Wanted],
         fetch: list[Wanted],
     ) -> None:
-        """One adapter after the other; what fails keeps no other from its turn."""
+        """Process the adapters one by one. A failure does not stop the others."""
         key = model.spec.env.get(API_KEY_VARIABLE, "")
         try:
-            if pod.adapters and not pod.adapters_current:  # the engine has none of them any more
+            if pod.adapters and not pod.adapters_current:  # the engine restarted and lost them
                 labels = {name: engine.LOADING for name, _ in pod.adapters}
                 await self._label(pod, work, labels)
                 pod = msgspec.structs.replace(pod, adapters=tuple(labels.items()))
@@ -217,8 +217,8 @@ class Adapters:
                 await self._try(pod, work, one.name, one.hash, self._fetch(pod, work, one))
         except NotLeader:
             return
-        except ApiError as error:  # of that first label; the pod's next event brings it back
-            log.warning("adapters not looked after", pod=pod.name, error=str(error))
+        except ApiError as error:  # from that first label; retried at the next reconcile
+            log.warning("cannot update adapters", pod=pod.name, error=str(error))
             await asyncio.sleep(RETRY_FIRST_S)
         finally:
             work.task = None
@@ -233,7 +233,7 @@ class Adapters:
             raise
         except Exception as error:
             if not isinstance(error, AdapterError | ApiError):
-                log.exception("a fault in loading an adapter", pod=pod.name, adapter=name)
+                log.exception("unexpected adapter error", pod=pod.name, adapter=name)
             failure = work.failures.get(name)
             if failure is None or failure.hash != hash_:
                 failure = work.failures[name] = _Failure(Backoff(RETRY_FIRST_S, RETRY_MAX_S), hash_)
@@ -242,10 +242,10 @@ class Adapters:
             log.warning("adapter not loaded", model=pod.model, error=failure.why)
 
     async def _fetch(self, pod: Pod, work: _Work, one: Wanted) -> None:
-        if one.name in pod.loaded:  # files that the engine knows are about to change
+        if one.name in pod.loaded:  # files that the engine has loaded are about to change
             await self._label(pod, work, {one.name: engine.LOADING})
         work.fetched.pop(one.name, None)
-        # What is there may be another URL's, or half of it.
+        # Existing files may belong to another URL or be incomplete.
         await self._exec(pod, engine.remove_command(one.name), REMOVE_TIMEOUT_S)
         await self._exec(pod, engine.fetch_command(one.name, one.url), FETCH_TIMEOUT_S)
         work.fetched[one.name] = one.hash
@@ -255,7 +255,7 @@ class Adapters:
         label = dict(pod.adapters).get(one.name)
         if label != engine.LOADING:
             await self._label(pod, work, {one.name: engine.LOADING})
-        if label is not None:  # the engine may have something under that name
+        if label is not None:  # the engine may already have an adapter of that name
             await self._call(pod, engine.unload_call(one.name), key)
         await self._call(pod, engine.load_call(one.name), key)
         await self._label(pod, work, {one.name: one.hash})
@@ -290,10 +290,10 @@ class Adapters:
         )
         if result.exit_code:
             said = " ".join(result.output.split())[-MESSAGE_MAX_CHARS // 2 :]
-            raise AdapterError(f"{' '.join(command)} ended with {result.exit_code}: {said}")
+            raise AdapterError(f"{' '.join(command)} exited with {result.exit_code}: {said}")
 
     async def _call(self, pod: Pod, call: engine.Call, key: str) -> None:
-        """Send one request to the pod's engine; AdapterError when it refuses or does not answer."""
+        """Send one request to the pod's engine. AdapterError if it fails or is not answered."""
         self._writes.check()
         if self._session is None:
             self._session = aiohttp.ClientSession(

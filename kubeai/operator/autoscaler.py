@@ -1,24 +1,24 @@
-"""How many replicas each Model should have, from how many requests were active. Pure.
+"""Computes each Model's desired number of replicas from its active requests. Pure.
 
-Owns the averages and the patience of scaling down. Time and samples are handed in: every replica
-of KubeAI calls :meth:`Autoscaler.observe` each second or so and :meth:`Autoscaler.step` each
-interval; the one that leads applies what `step` returns, the others remember the same.
+Owns the averages and the scale-down delay. Time and samples are passed in: every replica of KubeAI
+calls :meth:`Autoscaler.observe` about once a second and :meth:`Autoscaler.step` once per interval.
+The leader applies what `step` returns; the others only keep the same history.
 
-Two averages say how many replicas are wanted; the larger counts, within minReplicas and
-maxReplicas:
+The desired number of replicas follows from two averages. The larger one counts, within minReplicas
+and maxReplicas:
 
-- long: the mean of the active requests (served and held, of the model and its adapters) over the
-  time window, divided by ``targetRequests``, rounded up;
-- short: the same over an interval, of the last ``SHORT_INTERVALS`` the lowest. It asks for more
-  only where it exceeds what there is by more than a tolerance.
+- long: the mean of the active requests (in flight and held, of the model and its adapters) over
+  the time window, divided by ``targetRequests``, rounded up;
+- short: the same over one interval, using the lowest of the last ``SHORT_INTERVALS``. It scales up
+  only if it exceeds the current replicas by more than a tolerance.
 
-Up at once. Down to the most that was wanted during ``scaleDownDelaySeconds`` (by the short average:
-at least ``HOLD`` of the time window), and not before that delay has passed since the replicas last
-grew or had too much to do.
+Scaling up is immediate. Scaling down goes to the largest number wanted during
+``scaleDownDelaySeconds`` (for the short average: at least ``HOLD`` of the time window), and only
+once that delay has passed since the replicas last grew or were overloaded.
 
-When more requests are active than the ready replicas should have, they queue, and their number
-says how long that has been so rather than how many replicas are missing. An estimate stands in for
-it then: see :meth:`_Track._load`. docs/autoscaling.md tells how the constants were found.
+When more requests are active than the ready replicas should have, requests queue. Their number then
+shows how long the overload has lasted rather than how many replicas are missing, so an estimate
+replaces it: see :meth:`_Track._load`. docs/autoscaling.md explains how the constants were found.
 """
 
 from __future__ import annotations
@@ -32,33 +32,34 @@ import msgspec
 
 AVERAGE_DIGITS = 3
 SHORT_INTERVALS = 2
-TOLERANCE = 0.05  # of the replicas that there are …
-TOLERANCE_MIN = 0.25  # … and at least so much of a replica
-# Of a replica, that the long average must leave free before one goes; less if the load is steady.
+TOLERANCE = 0.05  # fraction of the current replicas …
+TOLERANCE_MIN = 0.25  # … but at least this fraction of one replica
+# Fraction of a replica that must be spare by the long average before one is removed; less under a
+# steady load.
 SLACK = 0.1
-HOLD = 0.2  # of the time window
-DRAIN_S = 120.0  # in which a backlog should be worked off
-GROWTH_MAX = 2.0  # times what the ready replicas should have, where it may be no backlog
-EARLY_S = 5.0  # an overload that is younger is taken as it stands
-SERVICE_S = 10.0  # for which a request may be served while nothing is known
+HOLD = 0.2  # fraction of the time window
+DRAIN_S = 120.0  # target time for working off a backlog
+GROWTH_MAX = 2.0  # times the ready replicas' capacity, if the queue may not be a backlog
+EARLY_S = 5.0  # an overload younger than this is taken at face value
+SERVICE_S = 10.0  # assumed service time while no request has ended
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One Model at one moment."""
 
-    active: int  # requests served or held, over all replicas of KubeAI
-    ended: int  # requests that have ended so far; less than before: a peer is gone
+    active: int  # requests in flight or held, in all replicas of KubeAI
+    ended: int  # requests that have ended so far; a decrease means that a peer is gone
     ready: int  # replicas that serve
     replicas: int  # spec.replicas
     target_requests: int
     min_replicas: int
     max_replicas: int | None
     scale_down_delay_s: float
-    complete: bool = True  # False: a peer was not heard, so there is at least so much
+    complete: bool = True  # False: a peer's numbers are missing, so these are lower bounds
 
     @property
     def capacity(self) -> int:
-        """Requests that the ready replicas should have at most."""
+        """The most active requests that the ready replicas should have."""
         return self.ready * self.target_requests
 
 
@@ -68,19 +69,19 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 class _Period(msgspec.Struct):
-    """What was seen from one step to the next."""
+    """Measurements between two steps."""
 
     end_s: float = 0.0
     load: float = 0.0  # sum over the samples
     samples: int = 0
     served_s: float = 0.0  # requests × seconds
     ended: int = 0  # requests
-    grown: int = 0  # active requests, from its begin to its end
-    mean: float = 0.0  # load, once it has ended
+    grown: int = 0  # change in active requests over the period
+    mean: float = 0.0  # mean load, set once the period has ended
 
 
 class _Averages(NamedTuple):
-    """Of active requests."""
+    """Averages of the active requests."""
 
     long: float
     spread: float  # standard deviation of the periods' means in the window
@@ -88,34 +89,34 @@ class _Averages(NamedTuple):
 
 
 class _Most:
-    """The largest of the values of a while back."""
+    """The maximum of the values within a sliding window."""
 
     def __init__(self) -> None:
         self._values: deque[tuple[float, int]] = deque()
 
     def add(self, value: int, now_s: float, while_s: float) -> int:
         self._values.append((now_s, value))
-        # A value holds until the next one, so the last one before the while still counts.
+        # A value holds until the next one, so the last one before the window still counts.
         while len(self._values) > 1 and self._values[1][0] <= now_s - while_s:
             self._values.popleft()
         return max(value for _, value in self._values)
 
 
 class _Track:
-    """One Model's past."""
+    """One Model's history."""
 
     def __init__(self, sample: Sample, now_s: float) -> None:
         self.restored: float | None = None  # the average before our first sample
         self.periods: deque[_Period] = deque()
         self.long_most = _Most()
         self.short_most = _Most()
-        self.busy_s = now_s  # when the replicas last grew or had too much; or were first seen
+        self.busy_s = now_s  # when the replicas last grew or were overloaded; or were first seen
         self.replicas = sample.replicas
         self._period = _Period()
         self._last = sample  # the last complete one
         self._last_s = now_s
         self._last_load = 0.0
-        self._over_s = now_s  # when the ready replicas last had no more than they should
+        self._over_s = now_s  # when the ready replicas were last not overloaded
         self._demand = float(sample.active)  # see `_load`
 
     def observe(self, sample: Sample, now_s: float) -> None:
@@ -125,12 +126,12 @@ class _Track:
         if sample.complete:
             self._last_load = self._count(sample, now_s)
             self._last, self._last_s = sample, now_s
-        # An incomplete one is no evidence of less than there was.
+        # An incomplete sample is no evidence that the load has dropped.
         self._period.load += max(self._last_load, 0 if sample.complete else sample.active)
         self._period.samples += 1
 
     def _count(self, sample: Sample, now_s: float) -> float:
-        """Add what ended and was served since the last complete sample; the load now."""
+        """Add what ended and was served since the last complete sample. Returns the load now."""
         last, passed_s = self._last, now_s - self._last_s
         ended, grown = sample.ended - last.ended, sample.active - last.active
         known = ended >= 0 and passed_s > 0
@@ -148,31 +149,32 @@ class _Track:
             stay = math.exp(-passed_s / service_s)
             came = max(0, ended + grown) / passed_s
             demand = self._demand * stay + came * service_s * (1 - stay)
-            still = grown**2 <= ended  # by chance alone, it would have moved more
+            still = grown**2 <= ended  # random arrivals alone would have changed it more
             self._demand = max(demand, self._demand) if still else demand
         return self._load(sample, service_s)
 
     def _service_s(self) -> float:
-        """How long a request is served: Little's law over the whole window.
+        """Mean service time of a request, by Little's law over the whole window.
 
-        One that was served in ``SERVICE_S`` is added, which only tells as long as there are few.
+        One request served in ``SERVICE_S`` is added as a prior. It only matters while few ended.
         """
         periods = (*self.periods, self._period)
         served_s = sum(period.served_s for period in periods)
         return (served_s + SERVICE_S) / (sum(period.ended for period in periods) + 1)
 
     def _load(self, sample: Sample, service_s: float) -> float:
-        """How many would be active with replicas enough, while there are too few of them.
+        """During an overload: how many requests would be active with enough replicas.
 
-        ``_demand`` is how many would be served now if each that came had been served at once, for
-        ``service_s``. It is what is active while an overload is younger than that, for then none
-        of them would have ended; and while what is active stands still it does not fall, for then
-        clients may come again only because they were answered.
+        ``_demand`` is the number of requests that would be in flight now if each had been served on
+        arrival, for ``service_s``. While the overload is younger than that, it equals the active
+        requests, because none of them would have ended yet. While the number of active requests is
+        constant it does not fall, because clients may only send a new request after each response.
 
-        The others are a backlog, which is allowed the places that work it off in ``DRAIN_S``. But
-        as long as there is one, the ready replicas have all to do that they can, and where it
-        neither grows nor shrinks it may be clients that wait for their turn before they ask again:
-        then up to ``GROWTH_MAX`` times as many.
+        The remaining requests are a backlog, which adds the load that works it off in ``DRAIN_S``.
+        The result is at least the ready replicas' capacity, since all of it is in use. If the
+        number of active requests neither grows nor shrinks, they may be clients that wait for their
+        turn before they send again: then it is at least ``GROWTH_MAX`` times the capacity. It never
+        exceeds the active requests.
         """
         backlog = max(0.0, sample.active - self._demand)
         load = self._demand + backlog * min(1.0, service_s / DRAIN_S)
@@ -180,13 +182,13 @@ class _Track:
         return min(sample.active, max(load, least))
 
     def _flat(self) -> bool:
-        """Whether the active requests moved less than chance moves those that come."""
+        """Whether the active requests changed less than random arrivals would change them."""
         recent = (*list(self.periods)[-1:], self._period)
         grown = sum(period.grown for period in recent)
         return grown**2 <= sum(period.ended for period in recent)
 
     def averages(self, now_s: float, window_s: float, periods_max: int) -> _Averages:
-        """End the period."""
+        """End the current period and return the averages."""
         self._period.end_s, self._period.mean = now_s, self._period.load / self._period.samples
         self.periods.append(self._period)
         self._period = _Period()
@@ -197,13 +199,13 @@ class _Track:
         if self.restored is not None:
             means += [self.restored] * (periods_max - len(means))
         mean = math.fsum(means) / len(means)
-        # Not statistics.pstdev: exact in fractions, it was two thirds of a decision's time.
+        # Not statistics.pstdev: its exact fractions took two thirds of a decision's time.
         deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in means) / len(means))
         return _Averages(mean, deviation, short)
 
 
 class Autoscaler:
-    """What one replica of KubeAI remembers of every Model's load. Seconds of any steady clock."""
+    """One KubeAI replica's history of all Models' loads. Times are seconds of a monotonic clock."""
 
     def __init__(self, interval_s: float, window_s: float) -> None:
         self._window_s = window_s
@@ -211,20 +213,20 @@ class Autoscaler:
         self._tracks: dict[str, _Track] = {}
 
     def restore(self, averages: Mapping[str, float]) -> None:
-        """What a predecessor wrote down stands in for the time before our own first samples.
+        """Use the previous leader's averages for the time before our own first samples.
 
-        For Models that were observed already; so observe first.
+        Applies only to Models that have already been observed, so call `observe` first.
         """
         for model, track in self._tracks.items():
             track.restored = averages.get(model)
 
     def shrunk(self, model: str, replicas: int) -> None:
-        """A decision to have fewer was carried out: more than that has grown since."""
+        """Note that a scale-down was applied, so that a larger number later counts as growth."""
         if (track := self._tracks.get(model)) is not None:
             track.replicas = replicas
 
     def observe(self, samples: Mapping[str, Sample], now_s: float) -> None:
-        """Take a sample of every Model; Models that are not among them are forgotten."""
+        """Record a sample of every Model. Models without a sample are forgotten."""
         for gone in self._tracks.keys() - samples.keys():
             del self._tracks[gone]
         for model, sample in samples.items():
@@ -234,7 +236,7 @@ class Autoscaler:
             track.observe(sample, now_s)
 
     def step(self, samples: Mapping[str, Sample], now_s: float) -> dict[str, Decision]:
-        """Take the last samples of an interval, and decide."""
+        """Record the last samples of an interval, and decide."""
         self.observe(samples, now_s)
         return {
             model: self._decide(self._tracks[model], sample, now_s)
@@ -263,7 +265,7 @@ class Autoscaler:
 
 
 def _up(replicas: float) -> int:
-    """Rounded up; a hair less, so that 3.0000000001 (a sum of fractions) stays 3."""
+    """Round up, with a small tolerance so that 3.0000000001 (a rounding error) stays 3."""
     return max(0, math.ceil(replicas - 1e-9))
 
 

@@ -1,21 +1,21 @@
-"""Why a Model, or one of its adapters, has no endpoint, and from when requests fail for it.
+"""Decides why a Model or adapter has no endpoint, and from when requests for it fail.
 
-Each replica of KubeAI finds out for itself: from the Model's conditions, which the leader writes,
-and from the pods. Conditions of an earlier generation are ignored, so a Model that has just been
+Each replica of KubeAI decides this by itself, from the Model's conditions (which the leader writes)
+and from its pods. Conditions of an earlier generation are ignored, so a Model that has just been
 edited is not judged by its former spec.
 
-| what is wrong | requests fail |
+| problem | requests fail |
 |---|---|
-| the Model itself, or the API refuses its pods (``AT_ONCE``, ``POD_REFUSED``) | at once |
-| a pod that no wait can help (``POD_AT_ONCE``) | at once |
+| an invalid Model, or the API rejects its pods (``AT_ONCE``, ``POD_REFUSED``) | at once |
+| a pod that cannot recover by waiting (``POD_AT_ONCE``) | at once |
 | a pod that waits for a node (``NEEDS_NODE``) | after ``unschedulableGrace`` |
-| a pod in any other way, the load of the cache or of an adapter | after ``startFailureGrace`` |
-| nothing known, or a container that exited once: replicas start | after ``holdTimeout`` alone |
+| any other pod trouble, or a failed cache or adapter load | after ``startFailureGrace`` |
+| none known, or a container that exited once: replicas are starting | after ``holdTimeout`` only |
 
-A grace begins when this replica of KubeAI first sees the trouble, not when a request arrives. It
-begins again with a new pod template, and after a replica was ready or none was wanted: a Model that
-is scaled up from zero always gets a new attempt. A replica that starts without trouble lifts every
-block of its Model, and so does one that is ready.
+A grace period starts when this replica of KubeAI first sees the trouble, not when a request
+arrives. It restarts with a new pod template, and after a replica was ready or none was wanted, so a
+Model that is scaled up from zero always gets a new attempt. A ready replica, or one that starts
+without trouble, lifts every block of its Model.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from kubeai.routing import Block
 AT_ONCE = frozenset(
     ("InvalidFile", "InvalidModel", "InvalidPatch", "InvalidProfile", "InvalidURL", "NoImage")
 )
-POD_REFUSED = "PodRefused"  # the leader tries again: a quota may have room by then
-# Of pods: UnknownImage, InvalidPod and EngineNotInstalled come from `kubeai local`.
+POD_REFUSED = "PodRefused"  # the leader retries: a quota may have room by then
+# Reasons of pods. UnknownImage, InvalidPod and EngineNotInstalled come from `kubeai local`.
 POD_AT_ONCE = frozenset(("EngineNotInstalled", "InvalidImageName", "InvalidPod", "UnknownImage"))
 NEEDS_NODE = frozenset(("Unschedulable", "SchedulingGated"))
-# A container that has exited once starts again; what it needs to start may take minutes.
+# A container that has exited once is restarted; its start may take minutes.
 STARTS_AGAIN = frozenset(("ContainerExited",))
-# Of CacheLoaded; its other reasons are progress.
+# Reasons of CacheLoaded that are failures; the others are progress.
 CACHE_FAILED = frozenset(("LoadFailed", "NoJobs", "NoPod", "PodRefused"))
 ADAPTERS_FAILED = "AdaptersFailed"
-TROUBLES_MAX = 64  # of pods, remembered per model
+TROUBLES_MAX = 64  # remembered pod troubles per model
 
 _LOAD_JOB = LOAD_JOB_PREFIX.rstrip("-")
 _CACHE, _ADAPTER = "cache", "adapter"
 
 
 class Blocks(msgspec.Struct, frozen=True):
-    """What keeps one Model from serving."""
+    """Why one Model, or some of its adapters, cannot serve."""
 
     model: Block | None = None
     adapters: dict[str, Block] = {}
@@ -68,7 +68,7 @@ class _Memory(msgspec.Struct):
 
 
 class BlockTracker:
-    """Remembers since when each Model has been in trouble. Used by the operator for the routes."""
+    """Tracks since when each Model has been in trouble. Used by the operator for the routes."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class BlockTracker:
         self._memories: dict[str, _Memory] = {}
 
     def observe(self, model: Model, pods: Iterable[Pod]) -> Blocks:
-        """Call for every change of the Model and of its pods (those of its Jobs included)."""
+        """Call for every change of the Model or its pods, including the pods of its Jobs."""
         name, uid = model.metadata.name, model.metadata.uid
         memory = self._memories.get(name)
         if memory is None or memory.uid != uid:
@@ -122,7 +122,7 @@ class BlockTracker:
         return _progress(model, replicas)
 
     def _cache(self, model: Model, jobs: Sequence[Pod], memory: _Memory) -> Block | None:
-        """Of a Model whose files are still to be loaded."""
+        """The block of a Model whose files are not loaded yet."""
         loaded = _condition(model, "CacheLoaded")
         if loaded is None or loaded.status != "False" or _starting(jobs):
             return None
@@ -146,13 +146,13 @@ class BlockTracker:
 
     @staticmethod
     def _last(blocks: Sequence[Block]) -> Block:
-        """The one that fails requests last: while one replica has its grace, there is hope."""
+        """The block that fails requests last: another replica may still start within its grace."""
         return max(blocks, key=lambda block: (block.fails_at_s, block.reason, block.message))
 
     # -- adapters ----------------------------------------------------------------------------------
 
     def _adapters(self, model: Model, serving: Sequence[Pod], memory: _Memory) -> dict[str, Block]:
-        """The adapters that no replica serves and that could not be loaded."""
+        """The blocks of adapters that failed to load and that no replica serves."""
         loaded = {name for pod in serving for name in pod.loaded}
         current = _condition(model, "AdaptersLoaded") is not None
         failed = {one.name: one.message for one in model.status.failed_adapters if current}
@@ -161,7 +161,7 @@ class BlockTracker:
             for one in model.spec.adapters
             if one.name in failed and one.name not in loaded
         }
-        for key in memory.since_s.keys() - keys.values():  # a replica serves: those of pods too
+        for key in memory.since_s.keys() - keys.values():  # pods' troubles too: a replica serves
             del memory.since_s[key]
         grace_s = self._config.start_failure_grace_s
         return {
@@ -174,15 +174,15 @@ class BlockTracker:
 
 
 def _group(pod: Pod) -> str:
-    """Pods that share their troubles: those of one template, or those that load the cache."""
+    """The group of pods that share a trouble: one template's pods, or those loading the cache."""
     return _CACHE if pod.job else pod.hash or ""
 
 
 def _forget_former(model: Model, pods: Sequence[Pod], memory: _Memory) -> None:
-    """Drop the troubles of other templates, of an earlier attempt, and of pods that got a node.
+    """Drop troubles of other templates, of earlier attempts, and of pods since scheduled.
 
-    A crashing engine runs between two crashes, and a pod that ended is gone for a moment before it
-    is replaced. Neither drops anything.
+    Nothing is dropped while a crashing engine runs between two crashes, or during the moment
+    between the end of a pod and its replacement.
     """
     wanted = wanted_replicas(model) > 0
     templates = {_group(pod) for pod in pods if not pod.job}
@@ -197,7 +197,7 @@ def _forget_former(model: Model, pods: Sequence[Pod], memory: _Memory) -> None:
 
 
 def _starting(pods: Sequence[Pod]) -> bool:
-    """Whether one of them may become ready, as far as it is known."""
+    """Whether any of the pods may still become ready, as far as known."""
     return any(
         (pod.trouble is None or pod.trouble.reason in STARTS_AGAIN) and not pod.finished
         for pod in pods
@@ -205,7 +205,7 @@ def _starting(pods: Sequence[Pod]) -> bool:
 
 
 def _refused(model: Model) -> Block | None:
-    """What keeps any pod of the Model from being made."""
+    """The block of a Model for which no pod can be created."""
     for type_ in ("Ready", "Progressing"):
         found = _condition(model, type_)
         if found is None or found.status != "False":
@@ -216,11 +216,11 @@ def _refused(model: Model) -> Block | None:
 
 
 def _progress(model: Model, replicas: Sequence[Pod]) -> Block | None:
-    """What the Model waits for; it fails no request."""
+    """What the Model is waiting for, as a block that never fails requests."""
     ready = _condition(model, "Ready")
     if ready is None or ready.status != "False":
         return None
-    # The condition ends with the container's last lines, which are not for API clients.
+    # The condition's message ends with the container's last lines, which are not for API clients.
     messages = (
         pod.trouble.message
         for pod in replicas
@@ -230,7 +230,7 @@ def _progress(model: Model, replicas: Sequence[Pod]) -> Block | None:
 
 
 def _condition(model: Model, type_: str) -> Condition | None:
-    """The condition, if it is about the Model's present spec."""
+    """The condition, if it was observed at the Model's current generation."""
     found = next((c for c in model.status.conditions if c.type == type_), None)
     if found is None or (found.observed_generation or 0) < model.metadata.generation:
         return None

@@ -1,9 +1,9 @@
-"""A Model's files on a shared file system: loaded before its first pod, evicted after its last.
+"""Plans a Model's cached files: loaded before its first pod, evicted after its last.
 
-:func:`plan_cache` and :func:`plan_eviction` are level-based: from what is observed to the next
-actions and to what the Model's condition ``CacheLoaded`` says. What has been done can be read from
-the API: the finalizer on the Model, the claim, the Job, the claim's annotation that the files are
-whole. Pure; `kubeai.operator.claims` observes and writes. Called by `plan`.
+:func:`plan_cache` and :func:`plan_eviction` are level-based: from the observed state they derive
+the next actions and the Model's ``CacheLoaded`` condition. All progress is stored in the API: the
+finalizer on the Model, the claim, the Job, and the claim's annotation that the files are complete.
+Pure; `kubeai.operator.claims` observes and writes. Called by `plan`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ FINALIZER = "kubeai.org/cache-eviction"
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One Job of ours, as last observed."""
+    """One load or evict Job, as last observed."""
 
     name: str
     uid: str
     owner: str = ""  # uid of its Model
     going: bool = False  # being deleted
     complete: bool = False
-    failed: str = ""  # why, once it will not be tried again
+    failed: str = ""  # why it failed for good
     podless: bool = False  # it should have a pod and has none
-    hash: str = ""  # of the manifest that it was made from
+    hash: str = ""  # of the manifest that it was created from
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -42,20 +42,20 @@ class Claim(msgspec.Struct, frozen=True):
     uid: str
     going: bool = False
     unbound: bool = False  # it never had a volume, so nothing was ever written to it
-    loaded: dict[str, str] = {}  # a Model's name → uid of the Model whose files are whole
+    loaded: dict[str, str] = {}  # Model name → uid of the Model whose files are complete
 
 
 class CacheView(msgspec.Struct, frozen=True, kw_only=True):
-    """What is observed of one Model's cache."""
+    """The observed state of one Model's cache."""
 
     unknown: str = ""  # why nothing is known yet
     claim: Claim | None = None
     load: Job | None = None
     evict: Job | None = None
     has_jobs: bool = True  # False: the API does not serve Jobs
-    may_load: bool = True  # False: loading failed lately, wait before the next try
-    failure: str = ""  # why the last try failed
-    trouble: Trouble | None = None  # why the Job's pod does not get on, or why it has none
+    may_load: bool = True  # False: loading failed recently, wait before the next attempt
+    failure: str = ""  # why the last attempt failed
+    trouble: Trouble | None = None  # why the Job's pod is stuck, or why there is no pod
 
 
 class CreateClaim(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class CreateClaim(msgspec.Struct, frozen=True):
 
 
 class AnnotateClaim(msgspec.Struct, frozen=True):
-    """Note that the Model's files are whole; ``value`` None: that they are not there."""
+    """Record that the Model's files are complete; with ``value`` None, that they are gone."""
 
     name: str
     uid: str
@@ -85,23 +85,23 @@ CacheAction = CreateClaim | AnnotateClaim | CreateJob | DeleteJob
 
 
 class CachePlan(msgspec.Struct, frozen=True):
-    """What to do next, and what to say. ``loaded``: pods may be made."""
+    """The next actions and the ``CacheLoaded`` condition. ``loaded``: pods may be created."""
 
     actions: tuple[CacheAction, ...] = ()
     loaded: bool = False
     reason: str = "Loading"
     message: str = ""
-    failed: bool = False  # a person should look at it
-    finalizer: bool = True  # whether the Model must keep (or get) ours
+    failed: bool = False  # needs a person's attention
+    finalizer: bool = True  # whether the Model must keep (or get) our finalizer
 
 
 def has_cache(model: Model) -> bool:
-    """Whether the Model has, or may have left, files in a cache."""
+    """Whether the Model uses a cache, or may still have files in one."""
     return bool(model.spec.cache_profile) or FINALIZER in model.metadata.finalizers
 
 
 def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetime) -> CachePlan:
-    """The next step of loading."""
+    """The next step of loading the Model's files."""
     if view.unknown:
         return CachePlan(reason="Unknown", message=view.unknown)
     name, uid, claim, job = model.metadata.name, model.metadata.uid, view.claim, view.load
@@ -109,7 +109,7 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
     stale = job is not None and (loaded or job.owner != uid)
     actions: list[CacheAction] = []
     if job is not None and stale and not job.going:
-        why = "it is done" if job.owner == uid else "it is of another Model"
+        why = "it has completed" if job.owner == uid else "it belongs to another Model"
         actions.append(DeleteJob(job.name, job.uid, why))
     if loaded:
         message = "all files are in the cache"
@@ -118,12 +118,12 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
         manifests.cache_profile(model, config)
     except ModelError as error:
         return CachePlan(tuple(actions), reason=error.reason, message=str(error), failed=True)
-    if FINALIZER not in model.metadata.finalizers:  # first of all: nothing may be left behind
+    if FINALIZER not in model.metadata.finalizers:  # first, so that no files are left behind
         return CachePlan(tuple(actions), message="the files are about to be loaded")
     if claim is None:
         return CachePlan((*actions, CreateClaim(manifests.claim(model, config))))
     if claim.going:
-        message = f"the claim {claim.name} is being deleted; it is made anew after that"
+        message = f"the claim {claim.name} is being deleted and will then be recreated"
         return CachePlan(tuple(actions), reason="ClaimDeleted", message=message)
     if not view.has_jobs:
         message = "the Kubernetes API does not serve batch/v1 Jobs"
@@ -136,7 +136,7 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
             text = msgspec.json.encode(value).decode()
             actions.append(AnnotateClaim(claim.name, claim.uid, name, text))
         elif job.failed and view.may_load:
-            actions.append(DeleteJob(job.name, job.uid, "it failed and is tried again"))
+            actions.append(DeleteJob(job.name, job.uid, "it failed and will be retried"))
         elif not job.failed:
             actions += _renew(job, manifests.load_job(model, config), view)
     return CachePlan(
@@ -148,10 +148,10 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
 
 
 def _renew(job: Job, manifest: dict[str, Any], view: CacheView) -> list[DeleteJob]:
-    """Delete a Job that does not get on if it would be made otherwise now: it cannot be edited."""
+    """Delete a stuck Job if its manifest has changed since it was created: Jobs are immutable."""
     if view.trouble is None or job.going or job.hash == manifests.job_hash(manifest):
         return []
-    return [DeleteJob(job.name, job.uid, "it does not get on, and the configuration has changed")]
+    return [DeleteJob(job.name, job.uid, "it is stuck and the configuration has changed")]
 
 
 def _loading_reason(view: CacheView) -> str:
@@ -167,15 +167,16 @@ def _loading(model: Model, view: CacheView) -> str:
     if view.trouble is not None:
         message += f", but {view.trouble.reason}: {view.trouble.text}"
     if view.failure:
-        message += f"; the last try failed ({view.failure}) and is made again, later each time"
+        message += f"; the last attempt failed ({view.failure}) and is retried with back-off"
     return message
 
 
 def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left: int) -> CachePlan:
     """The next step of removing the files of a Model that is being deleted.
 
-    It does not keep the Model for ever: without a claim, with one that was never bound, without
-    Jobs in the API, and when the Job has failed (EVICT_LIMIT_S at the latest), the Model may go.
+    Eviction does not block deletion forever: the finalizer is removed if there is no claim, if the
+    claim was never bound, if the API serves no Jobs, and when the Job has failed (after
+    EVICT_LIMIT_S at the latest).
     """
     if not model.spec.cache_profile:
         return CachePlan(finalizer=False)
@@ -186,13 +187,13 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
     name, uid, claim, job = model.metadata.name, model.metadata.uid, view.claim, view.evict
     folder = manifests.directory(model)
     if claim is None or claim.going:
-        message = f"the claim {manifests.claim_name(model)} is gone, and the files with it"
+        message = f"the claim {manifests.claim_name(model)} and its files no longer exist"
         return CachePlan(reason="Evicted", message=message, finalizer=False)
-    if claim.unbound and view.load is None:  # a load that is still there may yet get a volume
+    if claim.unbound and view.load is None:  # an existing load Job may still get a volume
         message = f"the claim {claim.name} was never bound, so there are no files"
         return CachePlan(reason="Evicted", message=message, finalizer=False)
     if not view.has_jobs:
-        message = f"{folder} stays in the claim {claim.name}: the API does not serve batch/v1 Jobs"
+        message = f"{folder} is left in the claim {claim.name}: the API serves no batch/v1 Jobs"
         return CachePlan(reason="EvictFailed", message=message, failed=True, finalizer=False)
     doing = CachePlan(
         reason="Evicting",
@@ -200,7 +201,7 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
         failed=view.trouble is not None,
     )
     others = [one for one in (view.load, job) if one and (one is view.load or one.owner != uid)]
-    if others:  # of the former, the first would go on writing
+    if others:  # a load Job would keep writing
         why = "its Model is being deleted"
         deletes = [DeleteJob(one.name, one.uid, why) for one in others if not one.going]
         return msgspec.structs.replace(doing, actions=tuple(deletes))
@@ -214,9 +215,9 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
         forget = AnnotateClaim(claim.name, claim.uid, name, None)
         return msgspec.structs.replace(doing, actions=(forget,))
     if job.failed:
-        message = f"{folder} stays in the claim {claim.name}: {job.failed}"
+        message = f"{folder} is left in the claim {claim.name}: {job.failed}"
         return CachePlan(reason="EvictFailed", message=message, failed=True, finalizer=False)
-    return CachePlan(reason="Evicted", message=f"{folder} is removed", finalizer=False)
+    return CachePlan(reason="Evicted", message=f"{folder} has been removed", finalizer=False)
 
 
 def _evicting(folder: str, claim: Claim, view: CacheView) -> str:

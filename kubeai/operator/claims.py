@@ -1,7 +1,7 @@
-"""Cache claims and their Jobs, as the operator sees and writes them.
+"""Observes and writes the cache claims and their Jobs.
 
-Owns the view of both collections, what was written included before the watch tells of it, and the
-patience with loads that fail. Used by the controller: `view` for the plan, `apply` for its actions.
+Owns the view of both collections, including our own writes not yet observed, and the back-off of
+failed loads. Used by the controller: `view` for the plan, `apply` for its actions.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
 from kubeai.operator.refusals import Refusals
 
 log = get_logger(__name__)
-RETRY_FIRST_S, RETRY_MAX_S = 10.0, 600.0  # before a load that failed is tried again
-NO_JOBS_AFTER_S = 10.0  # an API that is just starting may not know them either
+RETRY_FIRST_S, RETRY_MAX_S = 10.0, 600.0  # before a failed load is retried
+NO_JOBS_AFTER_S = 10.0  # an API server that is just starting may not serve Jobs yet
 
 
 class _Condition(msgspec.Struct):
@@ -76,7 +76,7 @@ class _Annotation(msgspec.Struct):
 
 
 class _Patience(msgspec.Struct):
-    """How often one Model's load has failed; of this replica's time as a leader."""
+    """The back-off of one Model's failed loads, since this replica leads."""
 
     job: str = ""  # uid of the Job that failed last
     failure: str = ""
@@ -85,9 +85,9 @@ class _Patience(msgspec.Struct):
 
 
 class Claims:
-    """Claims and Jobs of a namespace. ``changed(model)`` is called when a Job of it changes.
+    """Claims and Jobs of a namespace. ``changed(model)`` is called when a Job of a Model changes.
 
-    They are watched from the first Model on that has a cache.
+    The watches start with the first Model that has a cache.
     """
 
     def __init__(
@@ -105,17 +105,17 @@ class Claims:
         self._changed = changed
         self._all_changed = all_changed
         self._clock = clock
-        self._claims: dict[str, tuple[int, Claim]] = {}  # name → its version, and it
+        self._claims: dict[str, tuple[int, Claim]] = {}  # name → (resourceVersion, claim)
         self._jobs: dict[str, tuple[int, Job]] = {}
-        self._unlisted = {PVCS.plural: "", JOBS.plural: ""}  # what is not read yet, and why
+        self._unlisted = {PVCS.plural: "", JOBS.plural: ""}  # not listed yet → the last error
         self._has_jobs, self._no_jobs_since_s = True, math.inf
         self._needed = asyncio.Event()
-        self._patience: dict[str, _Patience] = {}  # uid of a Model →
-        self._outputs: dict[str, str] = {}  # uid of a Model → what its loader last said, failing
+        self._patience: dict[str, _Patience] = {}  # by Model uid
+        self._outputs: dict[str, str] = {}  # Model uid → last output of its failing loader
         self._refusals = Refusals(kube, namespace, self._refusal_changed, clock)
 
     async def run(self) -> None:
-        """Follow both collections, for ever, once :attr:`pending` has been asked."""
+        """Watch both collections forever, starting once :attr:`pending` has been read."""
         await self._needed.wait()
         await asyncio.gather(
             self._kube.follow(
@@ -138,21 +138,21 @@ class Claims:
         )
 
     def rest(self) -> None:
-        """This replica no longer leads."""
+        """This replica is no longer the leader."""
         self._refusals.rest()
 
     # -- reading ---------------------------------------------------------------------------------
 
     @property
     def pending(self) -> bool:
-        """Whether they are still being read for the first time; asking begins it."""
+        """Whether the first lists are still under way. Reading this starts the watches."""
         self._needed.set()
         return any(not why for why in self._unlisted.values())
 
     def view(self, model: Model, troubles: dict[str, Trouble]) -> tuple[CacheView, float | None]:
-        """What is known of the Model's cache, and seconds until loading may be tried again.
+        """The state of the Model's cache, and seconds until it may change without an event.
 
-        ``troubles``: what keeps the pods of Jobs from getting on, by the Job's purpose.
+        ``troubles``: why Jobs' pods are stuck, by the Job's purpose.
         """
         if unknown := self._unknown():
             return CacheView(unknown=unknown), None
@@ -179,7 +179,7 @@ class Claims:
     def _trouble(
         self, job: Job | None, troubles: dict[str, Trouble]
     ) -> tuple[Trouble | None, float | None]:
-        """What keeps a Job from getting on, and seconds until that may be another answer."""
+        """Why a Job is stuck, and seconds until the result may change."""
         if job is None:
             return None, None
         purpose = job.name.removesuffix(_model_of(job.name)).rstrip("-")
@@ -187,10 +187,10 @@ class Claims:
         return troubles.get(purpose, trouble), wait_s
 
     def _unknown(self) -> str:
-        """Why nothing can be said yet; empty when all is read."""
+        """Why the state is unknown; empty once everything has been listed."""
         for plural, why in self._unlisted.items():
             if plural != JOBS.plural or self._has_jobs:
-                return f"the API's {plural} are not read yet" + (f": {why}" if why else "")
+                return f"{plural} have not been listed yet" + (f": {why}" if why else "")
         return ""
 
     def _job(self, name: str) -> Job | None:
@@ -219,7 +219,7 @@ class Claims:
     # -- writing ---------------------------------------------------------------------------------
 
     async def apply(self, action: CacheAction) -> None:
-        """Send one action. What another did meanwhile is seen in the next round."""
+        """Apply one action. Concurrent changes are handled by the next reconcile."""
         match action:
             case CreateClaim():
                 await self._create_claim(action.manifest)
@@ -235,7 +235,7 @@ class Claims:
         async with self._writes:
             try:
                 made = await self._kube.create(PVCS, manifest, self._namespace, type=ClaimObject)
-                log.info("claim made", claim=name)
+                log.info("claim created", claim=name)
             except ApiError as error:
                 if error.status != 409:
                     raise
@@ -247,7 +247,7 @@ class Claims:
         async with self._writes:
             try:
                 made = await self._kube.create(JOBS, manifest, self._namespace, type=JobObject)
-                log.info("job made", job=name)
+                log.info("job created", job=name)
             except ApiError as error:
                 if error.status != 409:
                     raise
@@ -263,7 +263,7 @@ class Claims:
                     PVCS, action.name, patch, self._namespace, type=ClaimObject
                 )
             except ApiError as error:
-                if error.status not in (404, 409, 422):  # else it is another claim by now
+                if error.status not in (404, 409, 422):  # else the claim has been replaced
                     raise
                 self._claims.pop(action.name, None)
                 return
@@ -278,7 +278,7 @@ class Claims:
                     action.name,
                     self._namespace,
                     uid=action.uid,
-                    propagation="Foreground",  # it is gone when its pods are
+                    propagation="Foreground",  # the Job remains until its pods are gone
                 )
             except ApiError as error:
                 if error.status not in (404, 409):
@@ -288,7 +288,7 @@ class Claims:
             self._jobs[action.name] = version, msgspec.structs.replace(job, going=True)
         log.info("job deleted", job=action.name, why=action.why)
 
-    # -- what the watches tell -------------------------------------------------------------------
+    # -- watch events ----------------------------------------------------------------------------
 
     def _replace_claims(self, objects: list[ClaimObject]) -> None:
         self._claims.clear()
@@ -307,7 +307,7 @@ class Claims:
         _, after = self._claims.get(name, (0, None))
         if before is not None and after is not None and _same_claim(before, after):
             for model, _ in before.loaded.items() ^ after.loaded.items():
-                self._changed(model)  # and not each of the hundreds that share the claim
+                self._changed(model)  # not each of the hundreds that share the claim
         elif before is not after:
             self._all_changed()
 
@@ -359,7 +359,7 @@ class Claims:
 
     def _jobs_failed(self, error: ApiError) -> None:
         self._not_listed(JOBS.plural, error)
-        if error.status != 404:  # the answer to a list of what the API does not know
+        if error.status != 404:  # the response to a list of an unknown resource
             self._no_jobs_since_s = math.inf
         else:
             self._no_jobs_since_s = min(self._no_jobs_since_s, self._clock())

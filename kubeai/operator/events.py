@@ -1,8 +1,8 @@
-"""Kubernetes Events of Models: what ``kubectl describe model`` shows below the conditions.
+"""Kubernetes Events of Models, as shown by ``kubectl describe model`` below the conditions.
 
-Owns a bounded queue and one sender. Events are told, not promised: they wait for nobody, are
-dropped when too many come, and an Event that comes again is counted up instead of written anew.
-Used by the controller and the scaling; may be called from any callback.
+Owns a bounded queue and one sender. Delivery is best effort: emitting never blocks, Events are
+dropped when there are too many, and a repeated Event increments the count of the existing one.
+Used by the controller and the scaler; may be called from any callback.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = get_logger(__name__)
 QUEUE_MAX_EVENTS = 1000
 REMEMBERED_MAX_EVENTS = 4096
 MESSAGE_MAX_CHARS = 1000  # the API's limit is 1024
-DELAY_S = 5.0  # before one is written: what it tells of has the API to itself until then
-REPEAT_INTERVAL_S = 60.0  # between two counts of the same Event
-FORGET_S = 600.0  # after that the same words are a new Event
-BURST_MAX_EVENTS, REFILL_S = 25, 30.0  # of one Model: so many at once, then one each 30 s
+DELAY_S = 5.0  # before an Event is written, so that it does not delay the writes it reports
+REPEAT_INTERVAL_S = 60.0  # between two updates of an Event's count
+FORGET_S = 600.0  # after which the same message is a new Event
+BURST_MAX_EVENTS, REFILL_S = 25, 30.0  # per Model: a burst of 25, then one every 30 s
 
 
 class _Told(msgspec.Struct):
-    """One Event that was written, or is about to be."""
+    """One Event that has been written or queued."""
 
     name: str
     namespace: str
@@ -47,7 +47,7 @@ class _Allowance(msgspec.Struct):
 
 
 class Events:
-    """``run`` sends what ``tell`` is told, until it is cancelled."""
+    """``tell`` queues an Event; ``run`` sends queued Events until cancelled."""
 
     def __init__(
         self, kube: Kube, namespace: str, clock: Callable[[], float] = time.monotonic
@@ -62,7 +62,7 @@ class Events:
         self._allowances: OrderedDict[str, _Allowance] = OrderedDict()
 
     def tell(self, model: Model, reason: str, message: str, *, warning: bool = False) -> None:
-        """Something happened to the Model. ``reason``: one word; ``message``: a sentence."""
+        """Emit an Event for the Model. ``reason``: one word; ``message``: a sentence."""
         message, now_s = message[:MESSAGE_MAX_CHARS], self._clock()
         key = model.metadata.uid, reason, message
         told = self._told.get(key)
@@ -73,7 +73,7 @@ class Events:
             return
         if not self._allowed(model.metadata.uid, now_s):
             return
-        # As client-go names them: unique, and with the object's name in front for who lists them.
+        # Named as client-go does: unique, and prefixed with the object's name.
         name = f"{model.metadata.name}.{secrets.token_hex(8)}"
         told = _Told(name, model.metadata.namespace or self._namespace, now_s, now_s)
         if self._put(told, _event(told, model, reason, message, warning)):

@@ -1,8 +1,8 @@
-"""The ConfigMaps with the files of Models, as the leader keeps them.
+"""The ConfigMaps that hold Models' files, maintained by the leader.
 
-A Model's files are written before a pod that mounts them is made. Their ConfigMap is deleted once
-the Model has no files and no pod mounts it. Which ConfigMaps exist is read once per leadership,
-metadata alone. Used by the controller.
+A Model's files are written before a pod that mounts them is created. The ConfigMap is deleted once
+the Model has no files and no pod mounts it. The existing ConfigMaps are listed once per leadership,
+metadata only. Used by the controller.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ class Files:
         self._kube = kube
         self._namespace = namespace
         self._writes = writes
-        self._written: dict[str, dict[str, str]] = {}  # a Model's uid → what its ConfigMap holds
-        self._uids: dict[str, str] = {}  # a Model's uid → the uid of its ConfigMap
+        self._written: dict[str, dict[str, str]] = {}  # Model uid → its ConfigMap's data
+        self._uids: dict[str, str] = {}  # Model uid → its ConfigMap's uid
         self._listing = asyncio.Lock()
         self._listed = False
 
     def rest(self) -> None:
-        """This replica no longer leads: another may write from now on."""
+        """This replica is no longer the leader: another may write from now on."""
         self._written.clear()
         self._uids.clear()
         self._listed = False
 
     def forget(self, uid: str) -> None:
-        """The Model is gone, and its ConfigMap goes with it."""
+        """The Model is gone. Kubernetes deletes its ConfigMap with it."""
         self._written.pop(uid, None)
         self._uids.pop(uid, None)
 
     async def ensure(self, model: Model) -> None:
-        """Write the Model's files, unless they are known to be there."""
+        """Write the Model's files, unless they are known to be up to date."""
         try:
             wanted = files_config_map(model)
         except ModelError:
@@ -79,12 +79,12 @@ class Files:
                 await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=self._uids[uid])
                 log.info("files deleted", config_map=name)
             except ApiError as error:
-                if error.status not in (404, 409):  # else it is gone, or another one by now
+                if error.status not in (404, 409):  # else it is gone or has been replaced
                     raise
         self.forget(uid)
 
     async def _find(self, name: str) -> dict[str, Any]:
-        """The ConfigMap of that name; empty if there is none."""
+        """The ConfigMap of that name; an empty dict if there is none."""
         try:
             return await self._kube.get(CONFIGMAPS, name, self._namespace)
         except ApiError as error:
@@ -95,11 +95,11 @@ class Files:
     async def _write(
         self, wanted: dict[str, Any], found: dict[str, Any], model_uid: str
     ) -> dict[str, Any]:
-        """Make ``found`` what is wanted; the ConfigMap as it is then."""
+        """Bring ``found`` in line with ``wanted``. Returns the resulting ConfigMap."""
         name, meta = wanted["metadata"]["name"], found.get("metadata", {})
         owners = [owner["uid"] for owner in meta.get("ownerReferences", ())]
         async with self._writes:
-            if found and owners != [model_uid]:  # a former Model's: it is deleted in any case
+            if found and owners != [model_uid]:  # it belongs to a former Model of the same name
                 await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=meta["uid"])
                 found = {}
             if not found:
@@ -112,7 +112,7 @@ class Files:
             return await self._kube.patch(CONFIGMAPS, name, patch, self._namespace)
 
     async def _list(self) -> None:
-        """Learn which Models have a ConfigMap, those from before this leadership included."""
+        """List the Models' ConfigMaps, to find those from before this leadership."""
         async with self._listing:
             if self._listed:
                 return
@@ -123,7 +123,7 @@ class Files:
             except ApiError as error:
                 if error.status != 403:
                     raise
-                log.warning("config maps may not be listed; old ones may stay", error=str(error))
+                log.warning("cannot list ConfigMaps; stale ones may remain", error=str(error))
                 found = []
             self._listed = True
             for one in found:

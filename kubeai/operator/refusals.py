@@ -1,9 +1,9 @@
-"""Why a Job of a cache has no pod.
+"""Finds out why a cache Job has no pod.
 
-A Job whose pods the API refuses (a ResourceQuota, Pod Security, a webhook) says so in Events only:
-its status has no condition for it. They are read while a Job has been without a pod for
-READ_AFTER_S, all Jobs' with one list, every READ_INTERVAL_S. Where they may not be read, or none
-says why, the Job itself is named after NO_POD_AFTER_S. Used by `kubeai.operator.claims`.
+If the API rejects a Job's pods (a ResourceQuota, Pod Security, a webhook), only Events report it:
+the Job's status has no condition for that. Events are listed, for all Jobs at once, every
+READ_INTERVAL_S while any Job has had no pod for READ_AFTER_S. If they cannot be read or none gives
+a reason, a generic message names the Job after NO_POD_AFTER_S. Used by `kubeai.operator.claims`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Podless(msgspec.Struct):
 
 
 class Refusals:
-    """``changed(job)`` is called with a Job's name when what is known of it changes."""
+    """``changed(job)`` is called with a Job's name when the reason it has no pod changes."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Refusals:
         self._news = asyncio.Event()
 
     def trouble(self, job: Job) -> tuple[Trouble | None, float | None]:
-        """Why the Job has no pod, if so, and seconds until that may be another answer."""
+        """Why the Job has no pod, if it has none, and seconds until the result may change."""
         if not job.podless:
             self._podless.pop(job.uid, None)
             return None, None
@@ -89,7 +89,7 @@ class Refusals:
         self._podless.pop(uid, None)
 
     def rest(self) -> None:
-        """This replica no longer leads."""
+        """This replica is no longer the leader."""
         self._podless.clear()
 
     async def run(self) -> None:
@@ -108,7 +108,7 @@ class Refusals:
         try:
             events, _ = await self._kube.list(EVENTS, self._namespace, fields=_FIELDS, type=_Event)
         except ApiError as error:
-            log.info("events of jobs not read", error=str(error))
+            log.info("cannot list Events of Jobs", error=str(error))
             return
         for event in sorted(events, key=lambda event: event.at_s):
             podless = self._podless.get(event.involved_object.uid)
@@ -120,6 +120,6 @@ class Refusals:
 
 
 def _message(job: str, text: str) -> str:
-    """The message of an Event without the random end of a pod's name, new at each attempt."""
+    """The Event's message without the pod name's random suffix, which differs each time."""
     text = re.sub(rf"\b{re.escape(job)}-[a-z0-9]{{5}}\b", job, text)
     return text.removeprefix("Error creating: ")[:MESSAGE_MAX_CHARS]

@@ -1,4 +1,4 @@
-"""From a Model and its pods to the Route that the data plane uses. Pure."""
+"""Builds the data plane's Route from a Model and its pods. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from kubeai.routing import Endpoint, Route
 
 
 def route_of(model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS) -> Route | None:
-    """The Model's route, endpoints in the order of their names; None while it is being deleted.
+    """The Model's route, with endpoints sorted by name; None while the Model is being deleted.
 
-    Only pods of this very Model (by uid) that are ready and not going away are endpoints, and
-    only adapters that the Model still declares are offered. Pods that are drained or terminating
-    are listed as such: what they have in flight is left to them. ``blocks``: why the Model has no
-    endpoint.
+    Endpoints are the pods of this very Model (by uid) that are ready, not terminating and not
+    draining. Only adapters that the Model still declares are offered. Draining and terminating pods
+    are listed separately, and may finish their in-flight requests. ``blocks``: why the Model has
+    no endpoint.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:

@@ -1,10 +1,10 @@
-"""One view of load: what the other replicas of KubeAI serve, and what we tell them.
+"""Exchanges load between the replicas of KubeAI, so that each sees the total.
 
-The supervisor owns one :class:`Peers`. What others have in flight goes into the supervisor's column
-of the load table, where every pick sees it; what they have active is asked for by the autoscaler.
-Promises: a peer that is slow, hung, gone or lying costs the others nothing but its own numbers; its
-last word holds for a bounded time and is then forgotten; and until all have spoken, or have been
-silent for long, the view says that it is incomplete.
+The supervisor owns one :class:`Peers`. Peers' in-flight counts go into the supervisor's column of
+the load table, where every pick sees them; the autoscaler reads their active requests. Promises: a
+peer that is slow, hung, gone or misreporting affects nothing but its own numbers; its last report
+is kept for a bounded time and then dropped; until all peers have reported, or have been silent for
+long, the view is marked incomplete.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from kubeai.routing import Owner, Publisher
 
 log = get_logger(__name__)
 LOADS_PATH = wire.PATH
-METRICS_HEADERS = {wire.MARKER: wire.PATH}  # of each response of /metrics, for peers
+METRICS_HEADERS = {wire.MARKER: wire.PATH}  # on every /metrics response, for peers
 PEERS_MAX = 64
-HEARD = "peer heard"
+HEARD = "peer connected"
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
 AGE_INTERVAL_S = 1.0
-# What is settled (see _load) follows by a fourth each time: 50 ms late, as what peers tell is.
+# Each settling step (see _load) closes a quarter of the gap: a lag of 50 ms, like peers' reports.
 SETTLE_INTERVAL_S = TICK_S / 4
 CELL_MAX = 1 << 30
 
 
 class Peers:
-    """``pod``: our own, by whose labels the others are found; empty where there is none.
+    """``pod``: our own pod, whose labels select the other replicas; empty outside a cluster.
 
-    ``addresses``: further ones (``host:port``), which may be our own, or those of servers that
-    have nothing but ``/metrics``.
+    ``addresses``: further peers (``host:port``). They may include our own address, and servers that
+    only have ``/metrics``.
     """
 
     def __init__(
@@ -66,38 +66,38 @@ class Peers:
         self._view = View(self._put)
         self._discovery = Discovery(kube, namespace, pod, self._found)
         self._routed: dict[str, set[str]] = {}  # model → its endpoints
-        self._models: dict[str, set[str]] = {}  # endpoint → whose it is
+        self._models: dict[str, set[str]] = {}  # endpoint → models that route to it
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address
         self._session: aiohttp.ClientSession | None = None
         self._began_s = clock()
 
-    # -- what is asked ---------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------
 
     def active(self, model: str) -> int:
-        """Requests of a model that other replicas serve or hold."""
+        """A model's requests that other replicas have in flight or hold."""
         return self._view.active(model)
 
     def ended(self, model: str) -> int:
-        """Requests of a model of whose end they told; it never falls."""
+        """A model's requests that other replicas have reported as ended. Never falls."""
         return self._view.ended(model)
 
     def in_flight(self, endpoint: str) -> int:
-        """Requests that an endpoint serves for them."""
+        """Other replicas' in-flight requests at an endpoint."""
         return self._view.in_flight(endpoint)
 
     def routes(self, endpoint: str) -> bool:
-        """Whether one of them may still send requests to an endpoint, or has some there."""
+        """Whether any other replica may still send requests to an endpoint or has some there."""
         return self._view.routes(endpoint)
 
     def complete(self) -> bool:
-        """Whether all that are there have spoken lately, or not for long."""
+        """Whether every peer has reported recently, or has been silent long enough to ignore."""
         now_s = self._clock()
         known = self._session is not None and self._discovery.listed
         known = known or now_s - self._began_s > HOLD_S
         return known and self._view.complete(now_s)
 
     def silences_s(self) -> dict[str, float]:
-        """How long ago each was heard, by address."""
+        """Seconds since each peer's last report, by address."""
         now_s = self._clock()
         return {
             address: peer.silent_s(now_s)
@@ -105,10 +105,10 @@ class Peers:
             if not peer.ourselves
         }
 
-    # -- what the supervisor tells ---------------------------------------------------------------
+    # -- callbacks of the supervisor -------------------------------------------------------------
 
     def rerouted(self, model: str) -> None:
-        """The model's route is a new one: its endpoints' cells must say what peers have there."""
+        """The model's route has changed: write the peers' counts for its new endpoints."""
         route = self._publisher.route(model)
         names = set() if route is None else {endpoint.name for endpoint in route.endpoints}
         known = self._routed.pop(model, set())
@@ -123,17 +123,17 @@ class Peers:
         self._put_model(model)
 
     def freed(self, owners: Collection[Owner]) -> None:
-        """A row of the table is free that was theirs."""
+        """A load table row of each of these owners has been freed."""
         self._feed.freed(owners)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """``GET /loads``."""
+        """Serve ``GET /loads``."""
         return await self._feed.serve(request)
 
     # -- life ------------------------------------------------------------------------------------
 
     async def run(self, port: int) -> None:
-        """Listen to all, for ever. ``port``: where peers tell their loads, as we do there."""
+        """Follow all peers forever. ``port``: where every replica serves ``/loads``."""
         self._port = port
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             self._session = session
@@ -152,11 +152,11 @@ class Peers:
                 await asyncio.gather(*listeners, return_exceptions=True)
 
     def close(self) -> None:
-        """Tell nobody anything any more."""
+        """End all streams that this replica serves."""
         self._feed.close()
 
     def _found(self, ips: set[str]) -> None:
-        """The other replicas' pods are at these addresses."""
+        """Follow the replicas at these IPs, and drop those that are gone."""
         hosts = (f"[{ip}]" if ":" in ip else ip for ip in ips)
         wanted = self._fixed | {f"{host}:{self._port}" for host in hosts}
         for address in self._tasks.keys() - wanted:
@@ -167,7 +167,7 @@ class Peers:
 
     def _join(self, address: str) -> None:
         if len(self._tasks) >= PEERS_MAX:
-            log.error("too many replicas: one is not listened to", peer=address, max=PEERS_MAX)
+            log.error("too many peers: peer ignored", peer=address, max=PEERS_MAX)
             return
         peer = self._view.join(address, self._clock())
         self._tasks[address] = asyncio.create_task(self._listen(address, peer))
@@ -175,7 +175,7 @@ class Peers:
     async def _listen(self, address: str, peer: Peer) -> None:
         assert self._session is not None, "running"
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
-        said = ""  # of it in the log; not at each try
+        said = ""  # the last log message about this peer, so that retries do not repeat it
         while True:
             fixed = address in self._fixed
             words = listen(self._session, address, self._identity, metrics_first=fixed)
@@ -207,16 +207,16 @@ class Peers:
         while True:
             await asyncio.sleep(AGE_INTERVAL_S)
             for address in self._view.age(self._clock()):
-                log.warning("peer silent for long: its requests are not counted", peer=address)
+                log.warning("peer silent: its requests are no longer counted", peer=address)
 
-    # -- the column of the load table --------------------------------------------------------------
+    # -- the load table's column -------------------------------------------------------------------
 
     def _put(self, endpoints: set[str]) -> None:
         for model in set().union(*(self._models.get(name, ()) for name in endpoints)):
             self._put_model(model)
 
     def _put_model(self, model: str) -> None:
-        """Write the cells of a model's endpoints, and of the model: their sum."""
+        """Write the cells of a model's endpoints, and their sum to the model's cell."""
         route = self._publisher.route(model)
         if route is None:
             return

@@ -1,7 +1,7 @@
-"""Which pods are replicas of this KubeAI: those with its own pod's labels, whatever its release.
+"""Finds the other replicas of this KubeAI: pods with the same labels as its own pod.
 
-Of its labels the two that Helm charts give to the pods of one release count, or, without them,
-all but those that a controller sets on each pod or each version.
+It selects by the two labels that Helm charts set on the pods of a release. If they are missing, it
+selects by all labels except those that controllers set per pod or per revision.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Pod(msgspec.Struct, rename="camel"):
 
 
 def selector(labels: Mapping[str, str]) -> str:
-    """What selects the replicas, one of which has these labels; empty when it has none."""
+    """The label selector for replicas of the pod with these labels; empty if it has none."""
     chosen: Iterable[str] = RELEASE_LABELS
     if not all(label in labels for label in RELEASE_LABELS):
         chosen = sorted(labels.keys() - set(_OF_ONE_POD))
@@ -45,12 +45,12 @@ def selector(labels: Mapping[str, str]) -> str:
 
 
 class Discovery:
-    """Follows the replicas' pods. ``changed`` gets the IPs of the others, whenever they change."""
+    """Watches the replicas' pods. Calls ``changed`` with the other replicas' IPs on each change."""
 
     def __init__(
         self, kube: Kube, namespace: str, pod: str, changed: Callable[[set[str]], None]
     ) -> None:
-        self.listed = not pod  # whether it is known who there is
+        self.listed = not pod  # whether the replicas are known
         self._kube = kube
         self._namespace = namespace
         self._pod = pod
@@ -58,13 +58,13 @@ class Discovery:
         self._ips: dict[str, str] = {}  # by pod name
 
     async def run(self) -> None:
-        """For ever; nothing where there is no such pod (outside a cluster)."""
+        """Run forever, or return at once if our own pod does not exist (outside a cluster)."""
         if not self._pod:
             return
         labels = await self._labels()
         chosen = selector(labels) if labels is not None else ""
         if not chosen:
-            log.info("no other replicas are looked for", pod=self._pod, found=labels is not None)
+            log.info("peer discovery disabled", pod=self._pod, found=labels is not None)
             self.listed = True
             return
         await self._kube.follow(
@@ -77,7 +77,7 @@ class Discovery:
         )
 
     async def _labels(self) -> dict[str, str] | None:
-        """Our own pod's; None when there is no such pod."""
+        """Our own pod's labels; None if there is no such pod."""
         backoff = Backoff()
         while True:
             try:
@@ -86,7 +86,7 @@ class Discovery:
             except ApiError as error:
                 if error.status == 404:
                     return None
-                log.info("own pod not read", pod=self._pod, error=str(error))
+                log.info("cannot read own pod", pod=self._pod, error=str(error))
                 await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
 
     def _replaced(self, pods: list[_Pod]) -> None:
@@ -101,7 +101,7 @@ class Discovery:
         self._changed(set(self._ips.values()))
 
     def _put(self, kind: str, pod: _Pod) -> None:
-        """One that is being deleted still serves what it has: it is a replica until it is gone."""
+        """Record a pod. A terminating one still serves requests, so it counts until it is gone."""
         name, status = pod.metadata.name, pod.status
         self._ips.pop(name, None)
         alive = kind != "DELETED" and status.phase not in ("Succeeded", "Failed")

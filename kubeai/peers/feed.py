@@ -1,7 +1,7 @@
-"""What this replica tells the others: its own loads, as they change.
+"""Streams this replica's own loads to the other replicas as they change.
 
-Owns the stream of ``GET /loads``. It reads the load table every ``TICK_S`` while somebody listens,
-not at all otherwise. One who reads slowly gets fewer and larger frames, never a longer queue.
+Owns the stream of ``GET /loads``. It reads the load table every ``TICK_S``, but only while there
+are listeners. A slow listener gets fewer and larger frames, never a longer queue.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from kubeai.routing import Owner, Publisher
 TICK_S = 0.05
 LISTENERS_MAX = 64
 WRITE_TIMEOUT_S = 5.0
-GONE_MAX_ENDPOINTS = 10_000  # remembered as gone, for those who have not been told
+GONE_MAX_ENDPOINTS = 10_000  # remembered as gone, until every listener has been sent that
 
 
 class Feed:
-    """The loads of this replica by name, and when each last changed."""
+    """This replica's loads by name, and in which frame each last changed."""
 
     def __init__(self, identity: str, table: LoadTable, publisher: Publisher) -> None:
         self._identity = identity
         self._table = table
         self._publisher = publisher
         self._readings = Readings(table)
-        self._frames = 0  # how often anything was new
-        self._changed: OrderedDict[Owner, int] = OrderedDict()  # in which frame, oldest first
-        self._memo = (-1, -1, b"")  # what all who read in time are told: since, until, the bytes
+        self._frames = 0  # number of the latest frame with changes
+        self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
+        self._memo = (-1, -1, b"")  # (since, until, bytes), shared by listeners that keep up
         self._listeners = 0
         self._somebody = asyncio.Event()
         self._news = asyncio.Event()
         self._closed = False
 
     async def run(self) -> None:
-        """Read the table, for ever."""
+        """Read the table forever."""
         while True:
             await self._somebody.wait()
             self.read()
@@ -49,16 +49,16 @@ class Feed:
         self._closed = True
         self._wake()
 
-    # -- what is told ----------------------------------------------------------------------------
+    # -- frames ----------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Look at the table now; those who listen hear of what is new."""
+        """Read the table now and send changes to the listeners."""
         owners = self._publisher.owners
         changed = [row for row, *_ in self._readings.changed()]
-        self._note({owners[row] for row in changed if row in owners})  # others are free again
+        self._note({owners[row] for row in changed if row in owners})  # other rows are free
 
     def freed(self, owners: Collection[Owner]) -> None:
-        """A row of each is free: if it was the last, nobody can count for them any more."""
+        """A row of each owner was freed. An owner without rows is reported as gone."""
         if self._listeners:
             self._note(owners)
         else:
@@ -83,7 +83,7 @@ class Feed:
         self._news = asyncio.Event()
 
     def since(self, frame: int) -> wire.Loads:
-        """What has changed after a frame; everything after frame 0."""
+        """The changes since a frame; since frame 0, everything."""
         loads = wire.Loads({}, {})
         for owner in reversed(self._changed):
             if self._changed[owner] <= frame:
@@ -107,12 +107,12 @@ class Feed:
         active = sum(self._table.active(row) for row in rows)
         return min(active, wire.COUNT_MAX), sum(self._table.ended(row) for row in rows)
 
-    # -- who listens -----------------------------------------------------------------------------
+    # -- listeners -------------------------------------------------------------------------------
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
-        """``GET /loads``, for as long as the other stays."""
+        """Serve ``GET /loads`` until the listener disconnects."""
         if self._listeners >= LISTENERS_MAX:
-            raise web.HTTPServiceUnavailable(text=f"{LISTENERS_MAX} replicas listen already\n")
+            raise web.HTTPServiceUnavailable(text=f"too many listeners (max {LISTENERS_MAX})\n")
         response = web.StreamResponse(headers={"Content-Type": wire.CONTENT_TYPE})
         await response.prepare(request)
         self._listeners += 1
@@ -121,7 +121,7 @@ class Feed:
             self.read()
             await self._tell(response)
         except (ConnectionError, TimeoutError):
-            pass  # it left, or does not read
+            pass  # it disconnected or does not read
         finally:
             self._listeners -= 1
             if not self._listeners:
@@ -141,7 +141,7 @@ class Feed:
                 async with asyncio.timeout(wire.HEARTBEAT_S):
                     await news.wait()
             except TimeoutError:
-                pass  # nothing new: say so
+                pass  # send an empty frame as heartbeat
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
         async with asyncio.timeout(WRITE_TIMEOUT_S):

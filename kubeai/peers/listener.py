@@ -1,10 +1,9 @@
-"""One connection to one peer: its loads, as it tells them.
+"""One connection to one peer, which receives that peer's loads.
 
-A peer with nothing but ``/metrics``, such as KubeAI in Go, is asked there for the active requests
-by Model every ``POLL_S``. Addresses from the config are asked for ``/metrics`` first, because any
-server may be there, and for ``/loads`` only if the response has the header `wire.MARKER`. Nothing
-that a peer does holds up anything else: each has its own task, and limits on time, on size and on
-how often it is listened to.
+If a peer only has ``/metrics``, such as KubeAI in Go, the active requests per Model are polled from
+there every ``POLL_S``. Addresses from the config are asked for ``/metrics`` first, because they may
+be any server, and for ``/loads`` only if that response has the header `wire.MARKER`. A misbehaving
+peer cannot block anything else: each peer has its own task, with limits on time, size and rate.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ _TIMEOUT = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S, sock_read=SILEN
 
 
 class PeerLost(KubeAIError):
-    """A peer does not answer, or not as it should."""
+    """A peer does not respond, or not as expected."""
 
 
 class Ourselves(KubeAIError):
-    """The peer at that address is this very replica."""
+    """The peer at this address is this replica itself."""
 
 
 class Word(NamedTuple):
-    """What a peer said. ``whole``: it is all there is to say."""
+    """A peer's report. ``whole``: complete, rather than changes since the previous one."""
 
     loads: wire.Loads
     whole: bool
@@ -48,9 +47,9 @@ class Word(NamedTuple):
 async def listen(
     session: aiohttp.ClientSession, address: str, identity: str, *, metrics_first: bool = False
 ) -> AsyncGenerator[Word, None]:
-    """What the replica at ``address`` (``ip:port``) says, until PeerLost or BadFrame.
+    """Yield the reports of the replica at ``address`` (``ip:port``), until PeerLost or BadFrame.
 
-    Ourselves, if it calls itself by our ``identity``. ``metrics_first``: send no request for
+    Raises Ourselves if its identity equals ``identity``. ``metrics_first``: do not request
     ``/loads`` before the peer has announced it.
     """
     try:
@@ -71,7 +70,7 @@ async def listen(
 async def _subscribe(
     session: aiohttp.ClientSession, address: str, identity: str
 ) -> AsyncGenerator[Word, None]:
-    """The stream of ``/loads``. It ends only if the peer has no such path."""
+    """Yield reports from ``/loads``. Ends only if the peer has no such path."""
     async with session.get(f"http://{address}{wire.PATH}", timeout=_TIMEOUT) as response:
         if response.status == 200:
             async for word in _stream(response.content, identity):
@@ -85,7 +84,7 @@ async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator
     while True:
         (length,) = wire.LENGTH.unpack(await stream.readexactly(wire.LENGTH.size))
         if length > wire.FRAME_MAX_BYTES:
-            raise wire.BadFrame(f"a frame of {length} bytes")
+            raise wire.BadFrame(f"frame of {length} bytes is too large")
         frame = wire.decode(await stream.readexactly(length))
         if isinstance(frame, wire.Loads):
             yield Word(frame, whole)
@@ -96,7 +95,7 @@ async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator
 
 
 async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[Word, None]:
-    """The active requests in ``/metrics``. It ends when the peer announces ``/loads``."""
+    """Yield the active requests from ``/metrics``. Ends when the peer announces ``/loads``."""
     timeout = aiohttp.ClientTimeout(total=POLL_TIMEOUT_S)
     while True:
         async with session.get(f"http://{address}/metrics", timeout=timeout) as response:
@@ -119,7 +118,7 @@ async def _text(stream: aiohttp.StreamReader) -> str:
 
 
 def read_metrics(text: str) -> wire.Loads:
-    """The active requests of each Model in a page of Prometheus text; BadFrame."""
+    """Read each Model's active requests from Prometheus text. BadFrame if it is invalid."""
     active: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):

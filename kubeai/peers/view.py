@@ -1,7 +1,7 @@
-"""What the other replicas have told: each one's last word, and the sums of them. Pure.
+"""The other replicas' last reported loads, and their sums. Pure.
 
-A peer that is silent for ``HOLD_S`` is forgotten; until then its last word holds, and from
-``STALE_S`` on the view counts as incomplete. Time is handed in (seconds of any steady clock).
+A peer's last report is kept until the peer has been silent for ``HOLD_S``. From ``STALE_S`` of
+silence on the view counts as incomplete. Time is passed in (seconds of a monotonic clock).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from kubeai.peers import wire
 
 STALE_S = 3.0
 HOLD_S = 30.0
-NAMES_MAX = 65_536  # of one peer; 1,000 Models with 10,000 endpoints are 11,000
+NAMES_MAX = 65_536  # per peer; 1,000 Models with 10,000 endpoints are 11,000
 
 
 class Peer(msgspec.Struct):
     """One other replica."""
 
-    known_s: float  # since when we listen to it
-    heard_s: float | None = None  # when it last said anything
+    known_s: float  # when we started to follow it
+    heard_s: float | None = None  # when its last report arrived
     ourselves: bool = False  # an address that turned out to be our own
     models: dict[str, tuple[int, int]] = {}
     endpoints: dict[str, int] = {}
@@ -32,7 +32,7 @@ class Peer(msgspec.Struct):
 
 
 class View:
-    """All peers together. ``changed`` hears of the endpoints whose sums have changed."""
+    """All peers together. Calls ``changed`` with the endpoints whose sums have changed."""
 
     def __init__(self, changed: Callable[[set[str]], None]) -> None:
         self._changed = changed
@@ -42,31 +42,31 @@ class View:
         self._active: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
 
-    # -- what is asked ---------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------
 
     def in_flight(self, endpoint: str) -> int:
-        """Requests that an endpoint serves for them."""
+        """The peers' in-flight requests at an endpoint."""
         return self._in_flight[endpoint]
 
     def active(self, model: str) -> int:
-        """Requests of a model that they serve or hold."""
+        """A model's requests that the peers have in flight or hold."""
         return self._active[model]
 
     def ended(self, model: str) -> int:
-        """Requests of a model of whose end they told; it never falls."""
+        """A model's requests that the peers have reported as ended. Never falls."""
         return self._ended[model]
 
     @property
     def speaking(self) -> int:
-        """How many of them have told of their endpoints."""
+        """The number of peers that have reported endpoints."""
         return sum(bool(peer.endpoints) for peer in self.peers.values())
 
     def routes(self, endpoint: str) -> bool:
-        """Whether one of them may still send requests to the endpoint, or has some there."""
+        """Whether any peer may still send requests to the endpoint or has some there."""
         return any(endpoint in peer.endpoints for peer in self.peers.values())
 
     def complete(self, now_s: float) -> bool:
-        """Whether all of them have spoken lately. One who is silent for long is not waited for."""
+        """Whether every peer has reported recently. Peers silent for ``HOLD_S`` are ignored."""
         return not any(
             (peer.heard_s is None or peer.silent_s(now_s) > STALE_S)
             and peer.silent_s(now_s) <= HOLD_S
@@ -74,21 +74,21 @@ class View:
             for peer in self.peers.values()
         )
 
-    # -- what happens ----------------------------------------------------------------------------
+    # -- updates ---------------------------------------------------------------------------------
 
     def join(self, address: str, now_s: float) -> Peer:
         peer = self.peers[address] = Peer(now_s)
         return peer
 
     def leave(self, address: str) -> None:
-        """It is gone, and all that it had with it."""
+        """Remove a peer and everything it reported."""
         peer = self.peers.pop(address, None)
         if peer is not None:
             self._forget(peer)
             self._tell()
 
     def age(self, now_s: float) -> list[str]:
-        """Forget what is too old; the addresses of whom."""
+        """Drop the reports of peers silent for too long. Returns their addresses."""
         silent = [
             address
             for address, peer in self.peers.items()
@@ -100,7 +100,7 @@ class View:
         return silent
 
     def take(self, peer: Peer, loads: wire.Loads, now_s: float, whole: bool = False) -> None:
-        """A peer's word; ``whole``: it is all there is to say, so what it lacks is gone."""
+        """Apply a peer's report. ``whole``: it is complete, so names missing from it are gone."""
         peer.heard_s = now_s
         models, endpoints = loads.models, loads.endpoints
         if whole:
@@ -119,7 +119,7 @@ class View:
         active, ended = counts or (0, 0)
         if counts is not None:
             peer.models[model] = counts
-            # What ended before we heard of it is no news.
+            # Requests that ended before the first report are not counted.
             _shift(self._ended, model, max(0, ended - had_ended) if had_ended is not None else 0)
         _shift(self._active, model, active - was_active)
         if not any(model in other.models for other in self.peers.values()):

@@ -1,7 +1,7 @@
-"""What replicas of KubeAI tell each other: frames of msgpack, each after its length.
+"""The wire format between KubeAI replicas: length-prefixed msgpack frames.
 
-``GET /loads`` at ``metricsAddr`` answers with a :class:`Hello`, then with a :class:`Loads` whenever
-something has changed, and at least one each ``HEARTBEAT_S``. The first tells everything.
+``GET /loads`` at ``metricsAddr`` streams a :class:`Hello`, then a :class:`Loads` whenever something
+has changed and at least every ``HEARTBEAT_S``. The first Loads is complete.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import msgspec
 from kubeai.errors import KubeAIError
 
 PATH = "/loads"
-# On responses of /metrics: this replica also serves PATH. KubeAI in Go sends no such header.
+# Header of /metrics responses: this replica also serves PATH. KubeAI in Go does not send it.
 MARKER = "X-KubeAI-Loads"
 CONTENT_TYPE = "application/vnd.kubeai.loads"
 HEARTBEAT_S = 1.0
 FRAME_MAX_BYTES = 8 << 20  # 1,000 Models with 10,000 endpoints take 0.6 MB
-COUNT_MAX = 1 << 20  # a replica does not have more requests open
+COUNT_MAX = 1 << 20  # a replica never has more open requests
 GONE = -1
 LENGTH = struct.Struct(">I")
 
@@ -29,25 +29,25 @@ Ended = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
-    """Who speaks: the name by which it would hold the lease."""
+    """Identifies the sender, by the identity with which it would hold the lease."""
 
     identity: str
 
 
 class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
-    """What has changed since the frame before.
+    """Changes since the previous frame.
 
-    An endpoint (a pod, by name) is told of from when the replica routes to it, even with 0
-    requests in flight, until none of its workers can send it anything any more: then ``GONE``.
+    An endpoint (a pod, by name) is reported as soon as the replica routes to it, even with 0
+    in-flight requests, until none of the replica's workers can send it requests: then ``GONE``.
     A Model that is gone is None.
     """
 
-    models: dict[str, tuple[Active, Ended] | None] = {}  # requests served or held; those over
+    models: dict[str, tuple[Active, Ended] | None] = {}  # (in flight or held, ended) requests
     endpoints: dict[str, InFlight] = {}
 
 
 class BadFrame(KubeAIError):
-    """A peer sent what is no frame."""
+    """A peer sent an invalid frame."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -60,7 +60,7 @@ def encode(frame: Hello | Loads) -> bytes:
 
 
 def decode(body: bytes) -> Hello | Loads:
-    """A frame without its length; BadFrame."""
+    """Decode a frame without its length prefix. BadFrame if it is invalid."""
     try:
         return _decoder.decode(body)
     except msgspec.DecodeError as error:
