@@ -332,14 +332,14 @@ def test_infinity_is_configured_by_its_environment():
     [
         ("VLLM", "ollama://x", "VLLM cannot load from ollama://"),
         ("VLLM", "gs://b/x", "and gs:// with a cacheProfile"),
-        ("VLLM", "pvc://c?model=x", "means nothing to VLLM"),
+        ("VLLM", "pvc://c?model=x", "VLLM does not support the parameter 'model'"),
         ("OLlama", "hf://a/b", "OLlama cannot load from hf://"),
         ("OLlama", "s3://a/b", "it loads from ollama://, pvc://"),
         ("OLlama", "pvc://c", "needs the model's name"),
         ("Infinity", "ollama://x", "Infinity cannot load from ollama://"),
         ("Infinity", "s3://b/x", "and s3:// with a cacheProfile"),
         ("FasterWhisper", "oss://b/x", "and oss:// with a cacheProfile"),
-        ("FasterWhisper", "pvc://c?model=x", "means nothing to FasterWhisper"),
+        ("FasterWhisper", "pvc://c?model=x", "FasterWhisper does not support the parameter 'model'"),
     ],
 )
 def test_a_url_that_the_engine_cannot_load_is_rejected(engine, url, reason):
@@ -491,8 +491,8 @@ def test_an_edited_file_changes_the_pod_hash():
 @pytest.mark.parametrize(
     ("paths", "field", "reason"),
     [
-        (["/a/b", "/a_b"], "spec.files[1].path", "have the same key '_a_b'"),
-        (["/a b"], "spec.files[0].path", "may hold letters"),
+        (["/a/b", "/a_b"], "spec.files[1].path", "map to the same key '_a_b'"),
+        (["/a b"], "spec.files[0].path", "may contain only letters"),
         (["/" + "a" * 300], "spec.files[0].path", "at most 253"),
         (["/x", "/dev/shm"], "spec.files[1].path", "a volume already"),
     ],

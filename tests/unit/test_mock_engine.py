@@ -740,7 +740,10 @@ async def test_it_dies_after_the_configured_number_of_requests():
         ("--port=http", "--port: 'http' is not an integer from 0 to 65535"),
         ("--startup-delay=1 minute", "--startup-delay: "),
         ("--startup-delay=-1s", "--startup-delay: '-1s' is negative"),
-        ("--decode-tokens-per-second=nan", "--decode-tokens-per-second: 'nan' is not a non-negative number"),
+        (
+            "--decode-tokens-per-second=nan",
+            "--decode-tokens-per-second: 'nan' is not a non-negative number",
+        ),
         ("--engine=TGI", "--engine: "),
         ("--max-batch=0", "--max-batch: "),
         ("--max-model-len=lots", "--max-model-len: 'lots'"),

@@ -182,9 +182,9 @@ def test_a_url_is_parsed_into_its_parts(url, parts):
         ("pvc://claim?model=--help", "no name of an Ollama model"),
         ("pvc://claim?model=x;y", "no name of an Ollama model"),
         ("ollama://x?pull=maybe", "pull must be true or false"),
-        ("ollama://x?pull=true&pull=false", "'pull' is given twice"),
-        ("ollama://x?model=y", "'model' means nothing with ollama://"),
-        ("hf://org/name?revision=abc", "'revision' means nothing with hf://"),
+        ("ollama://x?pull=true&pull=false", "duplicate parameter 'pull'"),
+        ("ollama://x?model=y", "unknown parameter 'model' for ollama://"),
+        ("hf://org/name?revision=abc", "unknown parameter 'revision' for hf://"),
     ],
 )
 def test_an_unsupported_url_is_an_error_of_its_field(url, wrong):

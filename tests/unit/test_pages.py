@@ -1,4 +1,4 @@
-"""Models, transcriptions and what is not found, over HTTP; engines answer as they are told."""
+"""Models, transcriptions and 404s over HTTP, with scripted engines."""
 
 import asyncio
 import contextlib
@@ -38,12 +38,12 @@ async def serving(runner):
 
 
 class Engine:
-    """An engine that answers each request as ``answers`` says, the last of them for ever."""
+    """An engine that answers each request from ``answers``, using the last one repeatedly."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
         self.requests = []
-        self.left = 0  # requests whose client closed the connection before the answer
+        self.left = 0  # requests whose client disconnected before the response
 
     async def handle(self, request):
         data = await request.read()
@@ -63,7 +63,7 @@ class Engine:
         return web.AppRunner(app, access_log=None, handler_cancellation=True)
 
     async def form(self, number=-1):
-        """The parts of a request that came, as [(name, filename, content)]."""
+        """The parts of a received request, as [(name, filename, content)]."""
         request, data = self.requests[number]
         reader = aiohttp.StreamReader(_protocol(), 2**30)
         reader.feed_data(data)
@@ -80,7 +80,7 @@ def _protocol():
 
 
 class Replica:
-    """One worker's pages, and the supervisor's side of its routing table."""
+    """One worker's local routes, and the supervisor's side of its routing table."""
 
     def __init__(self, **config):
         self.table = LoadTable.create(64, 1)
@@ -195,7 +195,7 @@ async def test_models_are_listed_with_their_adapters(replica, client):
     assert listed[2] == {**listed[1], "id": "chat_fin"}
 
 
-async def test_features_choose_and_default_to_text_generation(replica, client):
+async def test_models_are_filtered_by_feature_with_text_generation_as_the_default(replica, client):
     publish_three(replica)
     assert await ids(client, "?feature=TextEmbedding") == ["both", "embed"]
     assert await ids(client, "?feature=SpeechToText") == []
@@ -218,7 +218,7 @@ async def test_every_selector_must_match_on_top_of_the_feature(replica, client):
         assert (await error_of(response))["param"] == "X-Label-Selector"
 
 
-async def test_one_model_is_shown_by_its_id(replica, client):
+async def test_a_model_is_returned_by_its_id(replica, client):
     publish_three(replica)
     for model_id in ("chat", "chat_fin", "embed"):
         response = await client.get("/openai/v1/models/" + model_id)
@@ -231,13 +231,13 @@ async def test_one_model_is_shown_by_its_id(replica, client):
     assert (await client.get("/openai/v1/models/chat", headers=hidden)).status == 404
 
 
-async def test_nobody_is_told_what_the_pages_are_made_of(client):
+async def test_the_server_software_is_not_disclosed(client):
     response = await client.get("/openai/v1/models")
     assert "Server" not in response.headers
     assert "Date" in response.headers
 
 
-async def test_a_head_has_no_body(replica, client):
+async def test_a_response_to_head_has_no_body(replica, client):
     publish_three(replica)
     full = await client.get("/openai/v1/models")
     head = await client.head("/openai/v1/models")
@@ -261,7 +261,7 @@ async def test_a_head_has_no_body(replica, client):
         ("GET", "/" + "x" * 9000),
     ],
 )
-async def test_what_is_not_listed_is_not_found(client, method, path):
+async def test_an_unlisted_path_is_not_found(client, method, path):
     url = client._build_url("/").human_repr().rstrip("/") + path
     response = await client.request(method, aiohttp.client.URL(url, encoded=True))
     assert response.status == 404
@@ -289,14 +289,14 @@ async def test_a_404_names_the_path_as_it_was_sent(client, path):
         ("/openai/v1/models", "GET, HEAD, OPTIONS"),
     ],
 )
-async def test_options_are_the_methods_of_a_path(client, path, allow):
+async def test_options_returns_the_methods_of_a_path(client, path, allow):
     response = await client.options(path)
     assert (response.status, response.headers["Allow"]) == (204, allow)
     assert await response.read() == b""
     assert (await client.options("/v1/load_lora_adapter")).status == 404
 
 
-async def test_a_wrong_method_is_told_the_right_ones(client):
+async def test_an_unsupported_method_gets_the_allowed_ones(client):
     for method, path, allow in [
         ("GET", TRANSCRIPTIONS, "POST"),
         ("POST", "/openai/v1/models", "GET, HEAD"),
@@ -307,7 +307,7 @@ async def test_a_wrong_method_is_told_the_right_ones(client):
         assert (await error_of(response))["code"] == "method_not_allowed"
 
 
-async def test_health_follows_the_worker(replica, client):
+async def test_health_reflects_the_workers_state(replica, client):
     async def status(path):
         return (await client.get(path)).status
 
@@ -321,7 +321,7 @@ async def test_health_follows_the_worker(replica, client):
 # -- transcriptions: what reaches the engine ------------------------------------------------------
 
 
-async def test_the_model_part_is_left_out_for_fasterwhisper(stack, replica, client):
+async def test_the_model_part_is_omitted_for_fasterwhisper(stack, replica, client):
     engine, address = await started(stack, 200)
     replica.publish("w", address)
     response = await client.post(TRANSCRIPTIONS, data=form_of(*SPEECH))
@@ -338,7 +338,9 @@ async def test_the_model_part_is_left_out_for_fasterwhisper(stack, replica, clie
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize(("asked", "sent"), [("w", b"w"), ("w_fin", b"fin")])
-async def test_other_engines_get_the_name_that_they_know(stack, replica, client, at, asked, sent):
+async def test_other_engines_receive_the_model_name_that_they_serve(
+    stack, replica, client, at, asked, sent
+):
     engine, address = await started(stack, 200)
     replica.publish(
         "w", engine="VLLM", adapters=("fin",), endpoints=(Endpoint("w-0", address, ("fin",)),)
@@ -387,14 +389,14 @@ async def test_odd_forms_reach_the_engine_in_order(stack, replica, client, odd, 
     assert request.headers["Content-Length"] == str(len(data))
 
 
-async def test_a_form_with_two_content_types_is_refused(client):
+async def test_a_form_with_two_content_types_is_rejected(client):
     headers = [("Content-Type", f"multipart/form-data; boundary={b}") for b in "ab"]
     async with client.post(TRANSCRIPTIONS, data=b"--a--\r\n", headers=headers) as response:
         assert response.status == 400
 
 
 @pytest.mark.parametrize("model_first", [True, False])
-async def test_a_large_file_is_spooled_and_arrives_whole(
+async def test_a_large_file_is_spooled_and_arrives_complete(
     stack, replica, client, model_first, monkeypatch
 ):
     spooled = []
@@ -416,7 +418,7 @@ async def test_a_large_file_is_spooled_and_arrives_whole(
     assert max(spooled) <= transcriptions.SPOOL_MEMORY_MAX_BYTES + (1 << 20)
 
 
-async def test_end_to_end_headers_and_the_query_go_along(stack, replica, client):
+async def test_end_to_end_headers_and_the_query_are_forwarded(stack, replica, client):
     engine, address = await started(stack, 200)
     replica.publish("w", address)
     headers = {"Authorization": "Bearer x", "X-Drop": "1", "Connection": "x-drop", "TE": "gzip"}
@@ -428,7 +430,7 @@ async def test_end_to_end_headers_and_the_query_go_along(stack, replica, client)
     assert not {"X-Drop", "TE", "Transfer-Encoding"} & set(request.headers)
 
 
-async def test_an_answer_streams_with_its_own_headers(stack, replica, client):
+async def test_a_response_is_streamed_with_its_own_headers(stack, replica, client):
     more = asyncio.Event()
 
     async def events(request):
@@ -478,7 +480,7 @@ def raw(body, content_type="multipart/form-data; boundary=b"):
         ({"data": form_of(("model", "w_none"))}, 404, "model", "w_none"),
     ],
 )  # fmt: skip
-async def test_a_bad_form_is_refused_by_its_place(
+async def test_a_bad_form_is_rejected_with_the_position(
     stack, replica, client, request_, status, param, says
 ):
     engine, address = await started(stack, 200)
@@ -491,7 +493,7 @@ async def test_a_bad_form_is_refused_by_its_place(
     assert not engine.requests
 
 
-async def test_a_form_over_the_limit_is_refused(stack):
+async def test_a_form_over_the_limit_is_rejected(stack):
     replica = Replica(multipart_max_bytes=10_000)
     client = await client_of(stack, replica)
     engine, address = await started(stack, 200)
@@ -511,7 +513,7 @@ async def test_a_form_over_the_limit_is_refused(stack):
     assert len(engine.requests) == 1
 
 
-async def test_all_forms_of_a_worker_share_the_room_to_spool(stack):
+async def test_all_forms_of_a_worker_share_the_spool_limit(stack):
     replica = Replica(multipart_max_bytes=10_000, spool_max_bytes=10_000)
     client = await client_of(stack, replica)
     _, address = await started(stack, 200)
@@ -520,7 +522,7 @@ async def test_all_forms_of_a_worker_share_the_room_to_spool(stack):
     first = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*sound)))
     await until(lambda: replica.held() == 1)
 
-    async def chunks():  # of no known length
+    async def chunks():  # of unknown length
         yield b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
         yield b"x" * 6_000
 
@@ -534,7 +536,7 @@ async def test_all_forms_of_a_worker_share_the_room_to_spool(stack):
     assert replica.gateway.spooled_bytes == 0
 
 
-async def test_a_full_disk_is_no_fault_of_the_client(stack, replica, client, monkeypatch):
+async def test_a_full_disk_is_a_server_error(stack, replica, client, monkeypatch):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -546,7 +548,7 @@ async def test_a_full_disk_is_no_fault_of_the_client(stack, replica, client, mon
     assert replica.gateway.spooled_bytes == 0
 
 
-async def test_a_form_that_stops_coming_is_given_up(stack):
+async def test_an_incomplete_form_times_out(stack):
     replica = Replica(body_timeout_s=0.05)
     client = await client_of(stack, replica)
     more = asyncio.Event()
@@ -561,7 +563,7 @@ async def test_a_form_that_stops_coming_is_given_up(stack):
 
 
 @pytest.mark.parametrize("codings", [["gzip"], ["identity", "br"], ["identity, gzip"]])
-async def test_a_compressed_form_is_refused(client, codings):
+async def test_a_compressed_form_is_rejected(client, codings):
     headers = [("Content-Type", "multipart/form-data; boundary=b")]
     headers += [("Content-Encoding", coding) for coding in codings]
     async with client.post(TRANSCRIPTIONS, data=b"--b--\r\n", headers=headers) as response:
@@ -569,7 +571,7 @@ async def test_a_compressed_form_is_refused(client, codings):
 
 
 @pytest.mark.parametrize("codings", [["Identity"], [""], ["identity, identity", "IDENTITY"]])
-async def test_a_form_with_no_coding_but_identity_is_sent_on(stack, replica, client, codings):
+async def test_a_form_with_identity_encoding_is_forwarded(stack, replica, client, codings):
     engine, address = await started(stack, 200)
     replica.publish("w", address)
     form = form_of(*SPEECH)()
@@ -598,7 +600,7 @@ async def test_a_selector_hides_the_model(stack, replica, client):
 # -- transcriptions: waiting -----------------------------------------------------------------------
 
 
-async def test_a_cold_model_holds_the_request_and_is_wanted(stack, replica, client):
+async def test_a_request_for_a_cold_model_is_held_and_activates_it(stack, replica, client):
     _, address = await started(stack, 200)
     replica.publish("w")
     asking = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*SPEECH)))
@@ -609,7 +611,7 @@ async def test_a_cold_model_holds_the_request_and_is_wanted(stack, replica, clie
     assert (replica.held(), replica.active(), replica.gateway.held("w")) == (0, 0, 0)
 
 
-async def test_a_wait_has_an_end(stack):
+async def test_a_held_request_times_out(stack):
     replica = Replica(hold_timeout_s=0.05)
     client = await client_of(stack, replica)
     replica.publish("w")
@@ -619,7 +621,7 @@ async def test_a_wait_has_an_end(stack):
     assert (replica.held(), replica.active()) == (0, 0)
 
 
-async def test_only_so_many_may_wait(stack):
+async def test_the_number_of_held_requests_is_limited(stack):
     replica = Replica(hold_max_requests=1)
     client = await client_of(stack, replica)
     replica.publish("w")
@@ -631,7 +633,7 @@ async def test_only_so_many_may_wait(stack):
     assert (await first).status == 404
 
 
-async def test_a_client_that_leaves_while_it_waits_is_forgotten(stack, replica, client):
+async def test_a_held_request_is_dropped_when_its_client_disconnects(stack, replica, client):
     replica.publish("w")
     asking = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*SPEECH)))
     await until(lambda: replica.held() == 1)
@@ -642,7 +644,7 @@ async def test_a_client_that_leaves_while_it_waits_is_forgotten(stack, replica, 
 # -- transcriptions: attempts --------------------------------------------------------------------
 
 
-async def test_a_failed_attempt_goes_to_another_endpoint(stack, replica, client):
+async def test_a_failed_attempt_is_retried_on_another_endpoint(stack, replica, client):
     bad, bad_address = await started(stack, 503)
     good, good_address = await started(stack, 200)
     replica.publish("w", "127.0.0.1:1", bad_address, good_address)
@@ -655,7 +657,7 @@ async def test_a_failed_attempt_goes_to_another_endpoint(stack, replica, client)
     assert replica.in_flight() == 0
 
 
-async def test_the_last_answer_passes_through(stack):
+async def test_the_last_response_passes_through(stack):
     replica = Replica(retries=1)
     client = await client_of(stack, replica)
     engine, address = await started(stack, 503, 502)
@@ -666,7 +668,7 @@ async def test_the_last_answer_passes_through(stack):
 
 
 @pytest.mark.parametrize(("status", "times"), [(500, 2), (502, 4), (400, 1), (429, 1)])
-async def test_what_repeating_cannot_mend_is_not_repeated(
+async def test_a_failure_that_a_retry_cannot_fix_is_not_retried(
     stack, replica, client, status, times, monkeypatch
 ):
     monkeypatch.setattr(attempts, "RETRY_PAUSE_S", 0.001)
@@ -676,7 +678,7 @@ async def test_what_repeating_cannot_mend_is_not_repeated(
     assert (response.status, len(engine.requests)) == (status, times)
 
 
-async def test_no_engine_that_can_be_reached_is_a_bad_gateway(stack, replica, client, monkeypatch):
+async def test_unreachable_engines_are_a_bad_gateway(stack, replica, client, monkeypatch):
     monkeypatch.setattr(attempts, "RETRY_PAUSE_S", 0.001)
     replica.publish("w", "127.0.0.1:1")
     response = await client.post(TRANSCRIPTIONS, data=form_of(*SPEECH))
@@ -689,8 +691,8 @@ async def never(request):
     await asyncio.Event().wait()
 
 
-async def test_an_engine_that_never_answers_is_a_timeout(stack):
-    replica = Replica(first_byte_timeout_s=0.5)  # the request has time to reach the engine
+async def test_an_engine_that_never_responds_is_a_timeout(stack):
+    replica = Replica(first_byte_timeout_s=0.5)  # long enough for the request to reach the engine
     client = await client_of(stack, replica)
     engine, address = await started(stack, never)
     replica.publish("w", address)
@@ -700,7 +702,7 @@ async def test_an_engine_that_never_answers_is_a_timeout(stack):
     assert (len(engine.requests), replica.in_flight()) == (1, 0)
 
 
-async def test_a_client_that_leaves_ends_the_attempt(stack, replica, client):
+async def test_a_client_disconnect_ends_the_attempt(stack, replica, client):
     engine, address = await started(stack, never)
     replica.publish("w", address)
     asking = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*SPEECH)))
@@ -711,7 +713,7 @@ async def test_a_client_that_leaves_ends_the_attempt(stack, replica, client):
 
 
 @pytest.mark.parametrize("length", [None, 100])
-async def test_an_answer_that_breaks_never_looks_whole(stack, replica, client, length):
+async def test_a_truncated_response_never_looks_complete(stack, replica, client, length):
     async def half(request):
         response = web.StreamResponse()
         response.content_length = length
@@ -729,7 +731,7 @@ async def test_an_answer_that_breaks_never_looks_whole(stack, replica, client, l
     await until(lambda: replica.in_flight() == replica.active() == 0)
 
 
-async def test_an_engine_that_stops_in_its_answer_is_cut(stack, caplog):
+async def test_an_engine_that_stalls_in_its_response_is_disconnected(stack, caplog):
     replica = Replica(between_bytes_timeout_s=0.05)
     client = await client_of(stack, replica)
 
@@ -746,10 +748,10 @@ async def test_an_engine_that_stops_in_its_answer_is_cut(stack, caplog):
         with pytest.raises((aiohttp.ClientPayloadError, OSError)):
             await response.read()
     await until(lambda: engine.left == 1 and replica.active() == 0)
-    assert not caplog.records, "no fault of ours"
+    assert not caplog.records, "not an error of the gateway"
 
 
-async def test_nothing_is_left_on_disk(stack, replica, client, tmp_path, monkeypatch):
+async def test_no_file_is_left_on_disk(stack, replica, client, tmp_path, monkeypatch):
     monkeypatch.setattr(transcriptions.tempfile, "tempdir", str(tmp_path))
     names = []
 

@@ -1,8 +1,8 @@
-"""Which requests are answered, and at what cost, while endpoints fail and recover.
+"""Which requests succeed, and at what cost, while endpoints fail and recover.
 
 The policy under test runs in a simulated cluster (fakes/partial_failure.py). Two bounds hold for
 every subset of endpoints that fails, in each way, at each load, and in each order of recovery:
-while some endpoint can answer, requests are answered; while none can, few attempts are made.
+while some endpoint can respond, requests succeed; while none can, few attempts are made.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def assert_bounds(report: Report, failing: int, endpoints: int, answered_before:
         assert attempts <= requests + budget, report
         return
     assert report.most_attempts <= 4, report
-    if mode == "500":  # repeated only once
+    if mode == "500":  # retried only once
         assert report.failed <= max(0.25 * requests, BUDGET_MIN), report
     elif requests == 20:
         assert report.failed <= 2, report
@@ -51,7 +51,7 @@ def assert_bounds(report: Report, failing: int, endpoints: int, answered_before:
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("mode", ["reset", "503", "500"])
 @pytest.mark.parametrize("endpoints", [2, 3])
-async def test_every_subset_fails_and_recovers_in_every_order(endpoints, mode, load):
+async def test_the_bounds_hold_for_every_failing_subset_and_recovery_order(endpoints, mode, load):
     names = [f"e{number}" for number in range(endpoints)]
     for seed, (first, second) in enumerate(itertools.product(subsets(names), repeat=2)):
         cluster = Cluster(endpoints, seed=seed)
@@ -67,7 +67,7 @@ async def test_every_subset_fails_and_recovers_in_every_order(endpoints, mode, l
 
 @pytest.mark.parametrize("failing", [("e0",), ("e1", "e3"), ("e0", "e1", "e2")])
 @pytest.mark.parametrize("mode", ["reset", "503"])
-async def test_of_four_endpoints_the_healthy_ones_answer_everything(mode, failing):
+async def test_the_healthy_ones_of_four_endpoints_serve_every_request(mode, failing):
     cluster = Cluster(4)
     cluster.behave(dict.fromkeys(failing, mode))
     burst = await cluster.at_once(400)
@@ -78,17 +78,19 @@ async def test_of_four_endpoints_the_healthy_ones_answer_everything(mode, failin
     await cluster.close()
 
 
-async def test_endpoints_that_fail_in_different_ways_are_told_apart_from_one_that_answers():
+async def test_one_healthy_endpoint_is_found_among_different_failures():
     cluster = Cluster(4)
     cluster.behave({"e0": "reset", "e1": "503", "e2": "slow"})
     report = await cluster.at_once(100)
     assert report.failed == 0
-    assert report.attempts["e2"] <= 50, "slow is not failed, but retries prefer who has answered"
+    assert report.attempts["e2"] <= 50, (
+        "a slow endpoint has not failed, but retries prefer a responsive one"
+    )
     await cluster.close()
 
 
 async def test_of_two_ejected_endpoints_the_one_that_recovers_takes_over():
-    """The last endpoint that served fails fast, and must not attract all requests for that."""
+    """The last endpoint that served now fails fast, and must not attract all requests for that."""
     cluster = Cluster(3)
     cluster.behave({"e0": "503", "e1": "503"})
     assert (await cluster.at_once(100)).failed == 0
@@ -102,7 +104,7 @@ async def test_of_two_ejected_endpoints_the_one_that_recovers_takes_over():
 
 
 async def test_when_all_endpoints_recover_at_once_all_serve_again_within_seconds():
-    """Not only the first one to answer, until the ejections of the others end."""
+    """Not only the first one to respond, with the others waiting for their ejections to end."""
     cluster = Cluster(3, eject_time_s=600.0, eject_max_time_s=600.0)
     cluster.behave(dict.fromkeys(cluster.names, "reset"))
     await cluster.at_once(100)
@@ -114,8 +116,8 @@ async def test_when_all_endpoints_recover_at_once_all_serve_again_within_seconds
     await cluster.close()
 
 
-async def test_slow_failures_of_all_endpoints_are_bounded_too(monkeypatch):
-    """Each attempt takes longer than a request waits for proof."""
+async def test_attempts_are_bounded_for_slow_failures_of_all_endpoints(monkeypatch):
+    """Each attempt takes longer than a request waits for proof of recovery."""
     monkeypatch.setattr("fakes.partial_failure.FAIL_S", SLOW_S)
     cluster = Cluster(3)
     cluster.behave(dict.fromkeys(cluster.names, "503"))
@@ -125,7 +127,7 @@ async def test_slow_failures_of_all_endpoints_are_bounded_too(monkeypatch):
     await cluster.close()
 
 
-async def test_requests_that_wait_on_a_hung_endpoint_move_when_it_leaves_the_routes():
+async def test_requests_waiting_on_a_hung_endpoint_move_when_it_leaves_the_routes():
     cluster = Cluster(3)
     cluster.behave({"e1": "hang"})
     burst = asyncio.create_task(cluster.at_once(30))
@@ -140,7 +142,7 @@ async def test_requests_that_wait_on_a_hung_endpoint_move_when_it_leaves_the_rou
     await cluster.close()
 
 
-async def test_requests_that_wait_on_a_hung_endpoint_stay_while_no_other_can_answer():
+async def test_requests_waiting_on_a_hung_endpoint_stay_if_no_other_can_serve():
     cluster = Cluster(2)
     cluster.behave({"e0": "hang", "e1": "hang"})
     burst = asyncio.create_task(cluster.at_once(10))
@@ -154,12 +156,12 @@ async def test_requests_that_wait_on_a_hung_endpoint_stay_while_no_other_can_ans
     await cluster.close()
 
 
-async def test_requests_that_wait_on_an_endpoint_ejected_for_resets_move():
+async def test_requests_waiting_on_an_endpoint_ejected_for_resets_move():
     cluster = Cluster(2)
     cluster.behave({"e1": "hang"})
     waiting = asyncio.create_task(cluster.at_once(10))
     await asyncio.sleep(1)
-    cluster.behaviours["e1"] = "reset"  # for new requests: those that wait get no word
+    cluster.behaviours["e1"] = "reset"  # affects new requests only; waiting ones get no response
     ejecting = await cluster.at_once(30)
     assert ejecting.failed == 0
     assert ejecting.attempts["e1"] >= 5
@@ -168,8 +170,8 @@ async def test_requests_that_wait_on_an_endpoint_ejected_for_resets_move():
     await cluster.close()
 
 
-async def test_requests_that_wait_on_an_endpoint_ejected_for_503_stay():
-    """It sheds load, and works on what it has accepted: that work must not be done twice."""
+async def test_requests_waiting_on_an_endpoint_ejected_for_503_stay():
+    """It sheds load, but works on accepted requests: that work must not be done twice."""
     cluster = Cluster(2)
     cluster.behave({"e1": "hang"})
     waiting = asyncio.create_task(cluster.at_once(10))

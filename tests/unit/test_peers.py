@@ -1,4 +1,4 @@
-"""One view of load: what replicas tell each other, and what a bad one cannot do."""
+"""Load shared between replicas: what peers report to each other, and what a bad one cannot do."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ from kubeai.supervisor import AllLoads
 
 
 class Kube:
-    """Pods of replicas, as the API would tell of them."""
+    """Pods of replicas, as the API would report them."""
 
     def __init__(self, pods=()):
         self.pods = {name: _pod(name, ip) for name, ip in pods}
@@ -63,7 +63,7 @@ class Clock:
 
 
 class Replica:
-    """One replica's load table with a worker, its routes, its peers, and its page of loads."""
+    """One replica's load table with a worker, its routes, its peers, and its loads route."""
 
     def __init__(self, name="one", addresses=(), kube=None, pod="", port=None):
         self.clock = Clock()
@@ -106,7 +106,7 @@ class Replica:
         self.table.close()
 
     def route(self, *pods, model="m"):
-        """The model has these endpoints from now on."""
+        """Set the model's endpoints."""
         endpoints = tuple(Endpoint(pod, "10.0.0.1:8000") for pod in pods)
         route = Route(model, "VLLM", endpoints=endpoints)
         self.publisher.update(model, route)
@@ -122,7 +122,7 @@ class Replica:
         return ring
 
     def serve(self, pod, count=1, model="m"):
-        """So many requests to an endpoint, of this replica."""
+        """Start ``count`` requests of this replica to an endpoint."""
         route = self.publisher.route(model)
         (endpoint,) = (e for e in route.endpoints if e.name == pod)
         ring = Ring(self.worker, route.row, route.generation)
@@ -138,7 +138,7 @@ class Replica:
 
 @contextlib.asynccontextmanager
 async def two():
-    """The second listens to the first."""
+    """Two replicas; the second listens to the first."""
     async with Replica("one") as one, Replica("two", [one.address]) as two:
         yield one, two
 
@@ -150,7 +150,7 @@ async def announce(request):
 
 @contextlib.asynccontextmanager
 async def page(handler, path=LOADS_PATH):
-    """Some other program's page at the address of a peer; beside loads, ``/metrics`` as well."""
+    """Another program's responses at the address of a peer, for the loads and for ``/metrics``."""
     app = web.Application()
     app.router.add_get(path, handler)
     if path == LOADS_PATH:
@@ -170,10 +170,10 @@ async def site(app):
         await runner.cleanup()
 
 
-# -- one view --------------------------------------------------------------------------------------
+# -- shared loads ----------------------------------------------------------------------------------
 
 
-async def test_a_pick_sees_what_other_replicas_have_in_flight():
+async def test_a_pick_includes_the_in_flight_requests_of_other_replicas():
     async with two() as (one, other):
         one.route("a", "b"), other.route("a", "b")
         one.serve("a", 3)
@@ -201,7 +201,7 @@ async def test_a_hashed_pick_is_bounded_by_the_load_of_all_replicas():
         pick.release()
 
 
-async def test_what_is_active_and_what_ended_is_told_by_model():
+async def test_active_and_completed_requests_are_reported_per_model():
     async with two() as (one, other):
         route = one.route("a")
         early = one.worker.admit(route.row, route.generation)
@@ -209,7 +209,7 @@ async def test_what_is_active_and_what_ended_is_told_by_model():
         early.close()
         admissions = [one.worker.admit(route.row, route.generation) for _ in range(4)]
         await until("they are seen", lambda: other.peers.active("m") == 4)
-        assert other.peers.ended("m") == 0, "what ended before it was listened to is no news"
+        assert other.peers.ended("m") == 0, "completions from before the connection do not count"
         for admission in admissions[:3]:
             admission.count("5xx")
             admission.close()
@@ -218,7 +218,7 @@ async def test_what_is_active_and_what_ended_is_told_by_model():
         admissions[3].close()
 
 
-async def test_the_operator_is_told_of_all_replicas():
+async def test_the_operator_sees_the_loads_of_all_replicas():
     async with two() as (one, other):
         loads = AllLoads(other.table, other.publisher, other.peers)
         for replica in (one, other):
@@ -246,10 +246,10 @@ async def test_the_operator_is_told_of_all_replicas():
         one.reclaim()
         await until("nobody does", lambda: not loads.in_use("m", "a"))
         other.clock.now_s += STALE_S + 0.1
-        assert loads.in_use("m", "a"), "nobody knows"
+        assert loads.in_use("m", "a"), "unknown, so it counts as in use"
 
 
-async def test_metrics_tell_this_replicas_load_and_that_of_the_others_apart():
+async def test_metrics_separate_this_replicas_load_from_that_of_its_peers():
     async with two() as (one, other):
         one.route("a"), other.route("a")
         one.serve("a", 2)
@@ -270,14 +270,14 @@ async def test_an_endpoint_is_in_use_until_no_worker_can_send_it_anything():
         one.route("b")
         one.reclaim()
         await until("its load is told", lambda: other.peers.in_flight("a") == 1)
-        assert other.peers.routes("a"), "a request is still there"
+        assert other.peers.routes("a"), "a request is still in flight there"
         one.held.clear()
         one.reclaim()
         await until("nobody uses it", lambda: not other.peers.routes("a"))
         assert other.peers.routes("b")
 
 
-async def test_an_endpoint_that_left_and_is_back_counts_with_both_its_rows():
+async def test_an_endpoint_that_was_removed_and_added_again_counts_with_both_its_rows():
     async with two() as (one, other):
         one.route("a")
         one.serve("a", 2)
@@ -291,7 +291,7 @@ async def test_an_endpoint_that_left_and_is_back_counts_with_both_its_rows():
         assert other.peers.routes("a")
 
 
-async def test_a_row_that_is_used_again_has_nothing_of_the_peers_of_its_last_owner():
+async def test_a_reused_row_has_no_peer_load_of_its_former_endpoint():
     async with two() as (one, other):
         one.route("a"), other.route("a")
         one.serve("a", 5)
@@ -308,7 +308,7 @@ async def test_a_row_that_is_used_again_has_nothing_of_the_peers_of_its_last_own
         assert other.in_flight("b") == 0
 
 
-async def test_an_endpoint_that_is_known_later_has_its_load_at_once():
+async def test_an_endpoint_added_later_has_its_peer_load_at_once():
     async with two() as (one, other):
         one.route("a")
         one.serve("a", 5)
@@ -317,7 +317,7 @@ async def test_an_endpoint_that_is_known_later_has_its_load_at_once():
         assert other.in_flight("a") == 5
 
 
-async def test_an_endpoint_of_two_models_has_its_load_for_both_whichever_leaves_it_first():
+async def test_an_endpoint_shared_by_two_models_has_its_load_for_both():
     async with two() as (one, other):
         one.route("a")
         one.serve("a", 5)
@@ -331,7 +331,7 @@ async def test_an_endpoint_of_two_models_has_its_load_for_both_whichever_leaves_
         other.route(model="first")
 
 
-async def test_a_model_that_is_gone_is_forgotten():
+async def test_the_load_of_a_deleted_model_is_dropped():
     async with two() as (one, other):
         one.route("a", model="gone")
         await until("it is known", lambda: other.peers.routes("a"))
@@ -344,7 +344,7 @@ async def test_a_model_that_is_gone_is_forgotten():
         await until("nothing is left", lambda: not peer.models)
 
 
-# -- who there is ----------------------------------------------------------------------------------
+# -- discovery -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_replicas_are_found_by_the_labels_of_their_release(labels, expected):
     assert selector(labels) == expected
 
 
-async def test_pods_of_the_release_are_listened_to_while_they_are_there():
+async def test_pods_of_the_release_are_followed_while_they_exist():
     async with Replica("kubeai-1") as one:
         one.route("a")
         one.serve("a", 2)
@@ -386,13 +386,13 @@ async def test_pods_of_the_release_are_listened_to_while_they_are_there():
             assert other.peers.complete()
 
 
-async def test_outside_a_cluster_there_are_no_peers_and_nothing_is_missing():
+async def test_outside_a_cluster_there_are_no_peers_and_the_view_is_complete():
     async with Replica("host-7", pod="host-7") as one:
         await until("it knows", one.peers.complete)
         assert one.peers.silences_s() == {}
 
 
-async def test_our_own_address_among_the_fixed_ones_is_not_counted_twice():
+async def test_our_own_address_among_the_configured_ones_is_not_counted_twice():
     replica = Replica("one")
     async with replica:
         again = Replica("one", [replica.address])  # the same identity
@@ -404,10 +404,10 @@ async def test_our_own_address_among_the_fixed_ones_is_not_counted_twice():
             assert again.in_flight("a") == 0
 
 
-# -- peers that are slow, hung, gone or lying ------------------------------------------------------
+# -- slow, hung, lost and misbehaving peers --------------------------------------------------------
 
 
-async def test_the_last_word_of_a_silent_peer_holds_for_a_time_and_no_longer():
+async def test_the_last_report_of_a_silent_peer_expires():
     async def hung(request):
         response = web.StreamResponse()
         await response.prepare(request)
@@ -417,19 +417,21 @@ async def test_the_last_word_of_a_silent_peer_holds_for_a_time_and_no_longer():
 
     async with page(hung) as address, Replica("two", [address]) as other:
         other.route("a")
-        assert not other.peers.complete(), "nobody has spoken yet"
+        assert not other.peers.complete(), "no peer has reported yet"
         await until("it is seen", lambda: other.in_flight("a") == 4)
         assert other.peers.complete()
         other.clock.now_s += STALE_S + 0.1
         assert not other.peers.complete()
-        assert (other.in_flight("a"), other.peers.active("m")) == (4, 7), "no data is not zero"
+        assert (other.in_flight("a"), other.peers.active("m")) == (4, 7), (
+            "missing data does not mean zero"
+        )
         other.clock.now_s += HOLD_S
         await until("it is forgotten", lambda: other.in_flight("a") == 0)
         assert other.peers.active("m") == 0
         assert other.peers.complete(), "it is not waited for any longer"
 
 
-async def test_a_peer_that_never_answers_is_waited_for_and_then_not():
+async def test_a_peer_that_never_responds_is_waited_for_only_for_a_time():
     async def never(request):
         await asyncio.Event().wait()
 
@@ -439,7 +441,7 @@ async def test_a_peer_that_never_answers_is_waited_for_and_then_not():
         assert other.peers.complete()
 
 
-async def test_a_hung_peer_costs_the_others_nothing():
+async def test_a_hung_peer_does_not_delay_the_others():
     async def never(request):
         await asyncio.Event().wait()
 
@@ -466,7 +468,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("frame", BAD.values(), ids=BAD.keys())
-async def test_a_peer_that_sends_what_it_must_not_is_not_listened_to(frame):
+async def test_an_invalid_frame_disconnects_the_peer(frame):
     calls = 0
 
     async def lying(request):
@@ -484,7 +486,7 @@ async def test_a_peer_that_sends_what_it_must_not_is_not_listened_to(frame):
         assert other.peers.active("m") == 0
 
 
-async def test_a_peer_that_comes_back_says_everything_anew():
+async def test_a_reconnected_peer_sends_its_complete_state():
     words = [wire.Loads({"m": (1, 9)}, {"a": 4, "b": 1}), wire.Loads({}, {"b": 2})]
 
     async def restarting(request):
@@ -503,7 +505,7 @@ async def test_a_peer_that_comes_back_says_everything_anew():
         assert not other.peers.routes("a")
 
 
-async def test_one_who_does_not_read_gets_fewer_frames_and_not_a_longer_queue():
+async def test_frames_are_merged_for_a_slow_listener():
     async with Replica("one") as one, aiohttp.ClientSession() as session:
         pods = [f"pod-{n:04}-{'x' * 200}" for n in range(50)]
         one.route(*pods)
@@ -526,7 +528,7 @@ async def frame_of(stream):
     return wire.decode(await stream.readexactly(length))
 
 
-async def test_there_is_a_limit_on_who_listens():
+async def test_the_number_of_listeners_is_limited():
     async with Replica("one") as one, aiohttp.ClientSession() as session:
         url = f"http://{one.address}{LOADS_PATH}"
         async with contextlib.AsyncExitStack() as stack:
@@ -537,7 +539,7 @@ async def test_there_is_a_limit_on_who_listens():
                 assert str(LISTENERS_MAX) in await response.text()
 
 
-# -- peers of an older kind ------------------------------------------------------------------------
+# -- peers that only serve metrics -----------------------------------------------------------------
 
 OLD = """\
 # HELP kubeai_inference_requests_active The number of active requests by model
@@ -549,7 +551,7 @@ go_goroutines 60
 """
 
 
-async def test_a_peer_with_nothing_but_metrics_is_counted_too():
+async def test_a_peer_with_only_metrics_is_counted():
     async def metrics(request):
         return web.Response(text=OLD)
 
@@ -559,7 +561,7 @@ async def test_a_peer_with_nothing_but_metrics_is_counted_too():
         assert other.peers.complete()
 
 
-async def test_a_model_that_is_gone_from_its_metrics_is_forgotten(monkeypatch):
+async def test_a_model_that_disappears_from_its_metrics_is_dropped(monkeypatch):
     monkeypatch.setattr(listener, "POLL_S", 0.01)
     pages = [OLD]
 
@@ -574,7 +576,7 @@ async def test_a_model_that_is_gone_from_its_metrics_is_forgotten(monkeypatch):
 
 
 class Requests:
-    """A server that answers ``/metrics`` alone, as KubeAI in Go, and notes every request."""
+    """A server that serves ``/metrics`` alone, like KubeAI in Go, and records every request."""
 
     def __init__(self, text=OLD):
         self.text = text
@@ -606,13 +608,13 @@ async def test_a_configured_address_that_has_only_metrics_gets_no_other_request(
     assert set(server.paths) == {"/metrics"}
 
 
-async def test_a_configured_address_that_announces_its_loads_is_followed_there(monkeypatch):
+async def test_a_configured_address_that_announces_its_loads_is_followed_on_that_route(monkeypatch):
     monkeypatch.setattr(listener, "POLL_S", 0.01)
     server = Requests()
     async with site(server.app) as address, Replica("two", [address]) as other:
         other.route("a")
         await until("it is polled", lambda: other.peers.active("m") == 5)
-        server.headers = METRICS_HEADERS  # a newer version took its place
+        server.headers = METRICS_HEADERS  # a newer version has replaced it
         await until("its loads are known", lambda: other.in_flight("a") == 4)
         assert other.peers.active("m") == 7
         assert other.peers.active("other") == 0
@@ -638,7 +640,7 @@ async def test_a_pod_of_the_release_without_loads_is_polled_too(monkeypatch):
         'kubeai_inference_requests_active{request_model="m"',
     ],
 )
-def test_metrics_that_say_nonsense_are_refused(text):
+def test_malformed_metrics_are_rejected(text):
     with pytest.raises(wire.BadFrame):
         read_metrics(text)
 
@@ -659,7 +661,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_the_sums_are_those_of_every_last_word(steps):
+def test_the_sums_equal_those_of_each_peers_last_report(steps):
     touched = set()
     view = View(touched.update)
     expected: dict[str, tuple[dict, dict]] = {}

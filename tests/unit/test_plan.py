@@ -1,4 +1,4 @@
-"""What is done next for a Model: tables of situations, and random histories."""
+"""The next steps for a Model: tables of situations, and random histories."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def hash_of(model):
 
 
 def plan_of(model, *pods, surge=1, **observed):
-    """(creates, deletes, adoptions, patches, the status or None)"""
+    """Return (creates, deletes, adoptions, patches, the status or None)."""
     actions = plan(model, config(surge), Observed(pods=tuple(pods), **observed), NOW)
     status = next((a.status for a in actions if isinstance(a, PatchStatus)), None)
     return (
@@ -116,13 +116,13 @@ def conditions(status):
         ({"autoscalingDisabled": True, "replicas": 0, "minReplicas": 2}, 0, None),
     ],
 )
-def test_replicas_are_kept_within_bounds_unless_they_are_the_users(spec, wanted, patched):
+def test_replicas_are_kept_within_bounds_unless_autoscaling_is_disabled(spec, wanted, patched):
     creates, _, _, patches, _ = plan_of(make_model(**spec))
     assert len(creates) == wanted
     assert [p["spec"]["replicas"] for p in patches] == ([] if patched is None else [patched])
 
 
-def test_a_label_for_each_feature_is_kept():
+def test_each_feature_has_a_label():
     model = make_model(
         meta={"labels": {"features.kubeai.org/SpeechToText": "true", "mine": "1"}},
         features=["TextGeneration", "TextEmbedding"], replicas=0,
@@ -185,7 +185,7 @@ def test_pods(name, replicas, surge, pods, creates, deletes):
     assert (len(got_creates), sorted(got_deletes)) == (creates, sorted(deletes))
 
 
-def test_of_replicas_that_are_alike_the_one_that_serves_least_goes():
+def test_among_equal_replicas_the_least_loaded_is_deleted():
     pods = [make_pod("a", created_s=1), make_pod("b", created_s=2), make_pod("c", created_s=3)]
     loads = {"a": 4, "b": 0, "c": 7}
     _, deletes, *_ = plan_of(make_model(replicas=2), *pods, in_flight=loads.__getitem__)
@@ -199,7 +199,7 @@ DRAINING = {"draining_since_s": NOW.timestamp() - 10}
 
 
 def changes_of(model, *pods, surge=1, **observed):
-    """What becomes of the pods, and how many come: {name: action}, creates."""
+    """Return ({pod: action}, the number of creates)."""
     actions = plan(model, config(surge), Observed(pods=tuple(pods), **observed), NOW)
     changes = {a.name: type(a) for a in actions if isinstance(a, DrainPod | UndrainPod | DeletePod)}
     return changes, sum(isinstance(a, CreatePod) for a in actions)
@@ -250,14 +250,14 @@ def test_a_pod_is_drained_before_it_is_deleted(name, replicas, surge, pods, used
     assert got == (changes, creates)
 
 
-def test_a_pod_that_is_drained_is_no_replica():
+def test_a_draining_pod_does_not_count_as_a_replica():
     pod = make_pod("a", address="10.0.0.1:8000", **DRAINING)
     assert not pod.serves
     *_, status = plan_of(make_model(replicas=0), pod, in_use=lambda name: True)
     assert (status.replicas.all, status.replicas.ready) == (0, 0)
 
 
-def test_when_its_model_is_deleted_nothing_is_waited_for():
+def test_pods_of_a_deleted_model_are_deleted_without_draining():
     model = make_model({"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["x/y"]})
     pods = [make_pod("a"), make_pod("b", **DRAINING)]
     assert changes_of(model, *pods, in_use=lambda name: True) == (
@@ -266,7 +266,7 @@ def test_when_its_model_is_deleted_nothing_is_waited_for():
     )
 
 
-def test_a_pod_is_the_models_and_says_its_hash():
+def test_a_pod_has_its_models_owner_reference_and_its_hash():
     (create,), *_ = plan_of(make_model(replicas=1))
     meta = create.manifest["metadata"]
     assert meta["labels"]["pod-hash"] == meta["annotations"][HASH_ANNOTATION] == create.hash
@@ -275,7 +275,7 @@ def test_a_pod_is_the_models_and_says_its_hash():
     assert create.name == pod_name(make_model(), create.hash, 0)
 
 
-def test_names_are_the_same_for_whoever_plans_and_never_those_of_others():
+def test_pod_names_are_deterministic_and_avoid_taken_ones():
     model = make_model(replicas=3)
     first = [create.name for create in plan_of(model)[0]]
     assert first == [create.name for create in plan_of(model)[0]]
@@ -289,7 +289,7 @@ def test_names_are_the_same_for_whoever_plans_and_never_those_of_others():
 
 
 @given(st.integers(0, 200), st.frozensets(st.integers(0, 300)))
-def test_free_names_are_free(count, used):
+def test_free_names_are_unused(count, used):
     model = make_model()
     taken = frozenset(pod_name(model, "h", ordinal) for ordinal in used)
     names = free_names(model, "h", taken, count)
@@ -297,18 +297,18 @@ def test_free_names_are_free(count, used):
     assert not set(names) & taken
 
 
-def test_pods_of_upstream_are_adopted_as_current():
+def test_pods_of_kubeai_in_go_are_adopted_as_current():
     creates, deletes, adopted, _, _ = plan_of(make_model(replicas=1), make_pod("a", hash=None))
     assert (creates, deletes, adopted) == ([], [], ["a"])
 
 
-def test_while_pods_keep_ending_none_is_made():
+def test_no_pod_is_created_while_pods_keep_failing():
     ended = make_pod("a", finished=True, ready=False)
     creates, deletes, *_ = plan_of(make_model(replicas=2), ended, replace_finished=False)
     assert (creates, deletes) == ([], [])
 
 
-def test_of_a_model_being_deleted_every_pod_goes_even_if_its_profile_is_gone():
+def test_all_pods_of_a_deleted_model_are_deleted_even_without_its_profile():
     model = make_model(
         meta={"deletionTimestamp": "2026-01-01T00:00:00Z"},
         replicas=2,
@@ -319,10 +319,10 @@ def test_of_a_model_being_deleted_every_pod_goes_even_if_its_profile_is_gone():
     assert (creates, sorted(deletes), patches, status) == ([], ["a", "b"], [], None)
 
 
-# -- what cannot be run --------------------------------------------------------------------------
+# -- invalid Models ------------------------------------------------------------------------------
 
 
-def test_a_model_error_becomes_a_condition_and_what_runs_goes_on_running():
+def test_a_model_error_becomes_a_condition_and_running_pods_are_kept():
     model = make_model(replicas=2, resourceProfile="gone:1")
     creates, deletes, adopted, _, status = plan_of(model, make_pod("a", hash="old"))
     assert (creates, deletes, adopted) == ([], [], [])
@@ -362,7 +362,7 @@ def test_a_model_in_error_can_still_be_scaled_down():
          ("True", "AllReplicasReady"), ("True", "RollingOut")),
     ],
 )  # fmt: skip
-def test_conditions_say_what_goes_on(spec, pods, ready, progressing):
+def test_conditions_reflect_the_state_of_the_pods(spec, pods, ready, progressing):
     *_, status = plan_of(make_model(**spec), *pods)
     trouble = [pod.trouble.reason for pod in pods if pod.trouble]
     degraded = ("True", trouble[0]) if trouble else ("False", "AsExpected")
@@ -373,7 +373,7 @@ def test_conditions_say_what_goes_on(spec, pods, ready, progressing):
 @pytest.mark.parametrize(
     "others", [[make_pod("a", hash="old")], [make_pod("a")]], ids=["rollout", "scale-up"]
 )
-def test_a_replica_that_cannot_start_is_told_while_others_serve(others):
+def test_a_replica_that_cannot_start_is_reported_while_others_serve(others):
     model = make_model(replicas=1 if others[0].hash == "old" else 2)
     trouble = Trouble("CrashLoopBackOff", "container server keeps exiting")
     *_, status = plan_of(model, *others, make_pod("b", ready=False, trouble=trouble))
@@ -383,7 +383,7 @@ def test_a_replica_that_cannot_start_is_told_while_others_serve(others):
     assert progressing.message.endswith("CrashLoopBackOff: container server keeps exiting")
 
 
-def test_conditions_show_the_last_lines_of_a_container_that_fails_until_it_has_recovered():
+def test_conditions_show_a_failing_containers_last_lines_until_it_recovers():
     trouble = Trouble("CrashLoopBackOff", "container server keeps exiting", "CUDA error")
     until_s = NOW.timestamp() + 1
     failing = make_pod("a", ready=False, trouble=trouble, trouble_until_s=until_s)
@@ -397,7 +397,7 @@ def test_conditions_show_the_last_lines_of_a_container_that_fails_until_it_has_r
     assert conditions(status)["Degraded"] == ("False", "AsExpected")
 
 
-def test_a_refused_creation_is_told_and_tried_again():
+def test_a_rejected_create_is_reported_and_retried():
     trouble = Trouble("PodRefused", "exceeded quota")
     creates, *_, status = plan_of(make_model(replicas=1), create_error=trouble)
     assert len(creates) == 1
@@ -405,7 +405,7 @@ def test_a_refused_creation_is_told_and_tried_again():
     assert status.replicas.all == 0
 
 
-def test_a_status_that_says_it_already_is_not_written():
+def test_an_unchanged_status_is_not_written():
     model = make_model(replicas=1)
     *_, status = plan_of(model, make_pod("a"))
     told = msgspec.structs.replace(model, status=status)
@@ -413,7 +413,7 @@ def test_a_status_that_says_it_already_is_not_written():
     assert plan(told, CONFIG, later, NOW + timedelta(hours=1)) == []
 
 
-def test_a_condition_keeps_its_time_until_its_status_changes_and_others_stay():
+def test_a_condition_keeps_its_time_until_its_status_changes_and_foreign_ones_are_kept():
     theirs = {"type": "Theirs", "status": "Unknown"}
     model = make_model(replicas=2, status={"conditions": [theirs]})
     *_, first = plan_of(model, make_pod("a"), make_pod("b"))
@@ -452,7 +452,7 @@ def cached_model(meta=OURS, **spec):
 
 
 def cache_plan(model, view, *pods):
-    """What is done, as "verb name" or the patch of the Model, and the plan's status."""
+    """Return the steps as "verb name" or the patch of the Model, and the plan's status."""
     done, status = [], None
     for action in plan(model, CACHE_CONFIG, Observed(pods=pods, cache=view), NOW):
         match action:
@@ -474,7 +474,7 @@ NO_LOAD = replace(LOAD, owner="u0")
 REFUSED = Trouble("PodRefused", "exceeded quota")
 LOAD_HASH = job_hash(load_job(cached_model(), CACHE_CONFIG))
 LOADING_STEPS = [
-    # the Model's finalizers, what is observed, what is done, the condition's reason
+    # the Model's finalizers, the observed state, the steps, the condition's reason
     ("first the finalizer", {}, CacheView(), [{"metadata": OURS}], "Loading"),
     ("then the claim", OURS, CacheView(), ["create PersistentVolumeClaim"], "Loading"),
     ("then the Job", OURS, CacheView(claim=CLAIM), ["create Job"], "Loading"),
@@ -525,7 +525,7 @@ def test_files_are_loaded_before_the_first_pod(meta, view, done, reason):
         assert conditions(status)["Ready"] == ("False", "CacheNotLoaded")
 
 
-def test_a_load_that_fails_is_told_with_its_reason():
+def test_a_failed_load_is_reported_with_its_reason():
     view = CacheView(claim=CLAIM, may_load=False, failure="BackoffLimitExceeded")
     _, status = cache_plan(cached_model(), view)
     assert conditions(status)["Degraded"] == ("True", "CacheFailed")
@@ -533,7 +533,7 @@ def test_a_load_that_fails_is_told_with_its_reason():
 
 
 @pytest.mark.parametrize("trouble", [REFUSED, Trouble("ImagePullBackOff", "no such image")])
-def test_a_load_that_does_not_get_on_is_degraded(trouble):
+def test_a_stuck_load_is_degraded(trouble):
     view = CacheView(claim=CLAIM, load=replace(LOAD, hash=LOAD_HASH), trouble=trouble)
     _, status = cache_plan(cached_model(), view)
     assert conditions(status)["Degraded"] == ("True", "CacheFailed")
@@ -543,7 +543,7 @@ def test_a_load_that_does_not_get_on_is_degraded(trouble):
     assert conditions(status)["Degraded"] == ("True", "CacheFailed")
 
 
-def test_a_cache_profile_that_is_gone_is_named_and_the_pods_stay():
+def test_a_missing_cache_profile_is_reported_and_the_pods_stay():
     model = cached_model(cacheProfile="gone")
     done, status = cache_plan(model, CacheView(), make_pod("a"))
     assert done == []
@@ -613,9 +613,9 @@ def test_an_old_pod_stays_until_a_new_one_serves_its_adapters():
     old = make_pod("old", hash="old", adapters=(("a", "hash"), ("gone", "hash")))
     new = make_pod("new", hash=hash_, adapters=(("a", "loading"),))
     assert plan_of(model, old, new)[1] == []
-    new = replace(new, adapters=(("a", "hash"),))  # b is in neither: it keeps nothing up
+    new = replace(new, adapters=(("a", "hash"),))  # neither has b, so b delays nothing
     assert plan_of(model, old, new)[1] == ["old"]
-    new = replace(new, adapters_current=False)  # its engine has started anew
+    new = replace(new, adapters_current=False)  # its engine has restarted
     assert plan_of(model, old, new)[1] == []
 
 
@@ -629,7 +629,7 @@ def test_an_old_pod_stays_until_a_new_one_serves_its_adapters():
          ("False", "LoadFailed"), ("True", "AdaptersFailed")),
     ],
 )  # fmt: skip
-def test_adapters_are_told(view, adapters_loaded, degraded):
+def test_adapters_are_reported_in_the_status(view, adapters_loaded, degraded):
     *_, status = plan_of(with_adapters(replicas=0), adapters=view)
     assert conditions(status)["AdaptersLoaded"] == adapters_loaded
     assert conditions(status)["Degraded"] == degraded
@@ -639,7 +639,7 @@ def test_adapters_are_told(view, adapters_loaded, degraded):
 
 
 class History:
-    """A Model, its pods, and what may happen to them."""
+    """A Model, its pods, and random events that happen to them."""
 
     def __init__(self, surge):
         self.config = config(surge)
@@ -648,13 +648,13 @@ class History:
         self.pods = {}
         self.clock_s = 0.0
         self.names_ever = 0
-        self.used = set()  # pods that are still sent requests
+        self.used = set()  # pods that still receive requests
 
     def wanted(self):
         return self.model.spec.replicas
 
     def step(self):
-        """Plan and apply, all at once; the actions that were not status."""
+        """Plan and apply everything at once; returns the actions except status writes."""
         before = [pod for pod in self.pods.values() if pod.counts]
         actions = plan(self.model, self.config, history_view(self), NOW)
         ready_left = sum(pod.ready for pod in before)
@@ -729,13 +729,15 @@ EVENTS = st.tuples(
 
 @settings(max_examples=some(80))
 @given(st.integers(0, 3), st.lists(EVENTS, max_size=25))
-def test_whatever_happens_it_converges_within_its_limits_and_then_rests(surge, events):
+def test_any_history_converges_within_the_limits_to_a_steady_state(surge, events):
     history = History(surge)
     for event in events:
         history.happen(*event)
         history.step()
     history.used.clear()
-    for _ in range(60):  # from here on all pods become ready, and those that go are soon gone
+    for _ in range(
+        60
+    ):  # from here on all pods become ready, and terminating ones disappear quickly
         changed = history.step()
         for name, pod in list(history.pods.items()):
             if pod.terminating:

@@ -1,4 +1,4 @@
-"""Quantities and durations: exact, and written as Kubernetes and Go write them."""
+"""Quantities and durations: exact, and formatted as Kubernetes and Go do."""
 
 from fractions import Fraction
 
@@ -39,7 +39,7 @@ from kubeai.api.quantity import parse_quantity
         (0.1, 3, "300m"),
     ],
 )
-def test_a_quantity_is_multiplied_exactly_and_written_as_kubernetes_does(text, count, product):
+def test_a_quantity_is_multiplied_exactly_and_formatted_as_in_kubernetes(text, count, product):
     assert str(parse_quantity(text) * count) == product
 
 
@@ -58,7 +58,7 @@ def test_a_quantity_is_multiplied_exactly_and_written_as_kubernetes_does(text, c
         ("٣", "not a quantity"),
     ],
 )
-def test_what_is_no_quantity_is_refused_with_a_reason(text, wrong):
+def test_an_invalid_quantity_is_rejected_with_a_reason(text, wrong):
     with pytest.raises(ValueError, match=wrong):
         parse_quantity(text)
 
@@ -68,7 +68,7 @@ def test_what_is_no_quantity_is_refused_with_a_reason(text, wrong):
     st.sampled_from(["", "n", "u", "m", "k", "M", "G", "Ki", "Mi", "Gi", "e3", "e-3", "E0"]),
     st.integers(0, 64),
 )
-def test_writing_a_quantity_and_reading_it_again_loses_nothing(number, suffix, count):
+def test_a_formatted_quantity_parses_to_the_same_value(number, suffix, count):
     product = parse_quantity(f"{number}{suffix}") * count
     again = parse_quantity(str(product))
     assert again.nanos == product.nanos
@@ -76,7 +76,7 @@ def test_writing_a_quantity_and_reading_it_again_loses_nothing(number, suffix, c
 
 
 @given(st.fractions(0, 10**6, max_denominator=1000), st.integers(1, 100))
-def test_a_product_is_the_sum_of_its_parts(amount, count):
+def test_a_product_equals_repeated_addition(amount, count):
     nanos = Fraction(amount) * 10**9
     millis = -(-(amount * 1000).numerator // (amount * 1000).denominator)
     assert (parse_quantity(f"{millis}m") * count).nanos == millis * 10**6 * count
@@ -103,7 +103,7 @@ def test_a_product_is_the_sum_of_its_parts(amount, count):
         ("+2s", 2),
     ],
 )
-def test_a_duration_reads_as_in_go(text, seconds):
+def test_a_duration_is_parsed_as_in_go(text, seconds):
     assert parse_duration(text) == pytest.approx(seconds, rel=1e-12)
 
 
@@ -122,7 +122,7 @@ def test_a_duration_reads_as_in_go(text, seconds):
         ("10000000h", "too long"),
     ],
 )
-def test_what_is_no_duration_is_refused_with_a_reason(text, wrong):
+def test_an_invalid_duration_is_rejected_with_a_reason(text, wrong):
     with pytest.raises(ValueError, match=wrong):
         parse_duration(text)
 
@@ -142,11 +142,11 @@ def test_what_is_no_duration_is_refused_with_a_reason(text, wrong):
         (-3, "-3s"),
     ],
 )
-def test_a_duration_is_written_as_in_go(seconds, text):
+def test_a_duration_is_formatted_as_in_go(seconds, text):
     assert format_duration(seconds) == text
 
 
 @given(st.integers(0, 10**15))
-def test_a_written_duration_reads_back_the_same(microseconds):
+def test_a_formatted_duration_parses_to_the_same_value(microseconds):
     seconds = microseconds / 1e6
     assert parse_duration(format_duration(seconds)) == pytest.approx(seconds, abs=1e-6)

@@ -1,4 +1,4 @@
-"""What requests come to: the figures of a run, real or simulated."""
+"""Summaries of a run's requests, real or simulated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record(due_s=0.0, ttft_s=0.1, took_s=1.0, tokens=10, **more):
     )  # fmt: skip
 
 
-def test_a_run_in_figures():
+def test_the_summary_of_a_run():
     records = [
         record(due_s=float(n), ttft_s=0.1 * (n + 1), endpoint="ab"[n % 2]) for n in range(10)
     ]
@@ -55,14 +55,14 @@ def test_the_clock_starts_when_a_request_is_due_however_late_it_is_sent():
     assert found["late_ms"]["mean"] == 1500.0
 
 
-def test_what_was_due_in_the_warm_up_is_left_out():
+def test_requests_due_in_the_warm_up_are_excluded():
     records = [record(due_s=0.0, ttft_s=9.0, took_s=9.5), record(due_s=5.0)]
     found = results("r", {}, records, Gaps(), warm_up_s=5.0).summary
     assert found["requests"] == 1
     assert found["ttft_ms"]["mean"] == 100.0
 
 
-def test_good_are_the_answers_that_keep_every_objective():
+def test_goodput_counts_the_requests_that_meet_every_objective():
     records = [record(ttft_s=0.1), record(ttft_s=0.6), record(took_s=5.0), record(error="cut")]
     for objective, good in (
         (Objective(), 3),
@@ -74,7 +74,7 @@ def test_good_are_the_answers_that_keep_every_objective():
         assert found["good_requests_per_s"] == pytest.approx(good / 5.0, abs=1e-3)
 
 
-def test_a_run_without_answers_has_figures_too(tmp_path):
+def test_a_run_without_responses_has_a_summary(tmp_path):
     failed = [Record(0, 0, 0.0, 0.0, ended_s=1.0, error="connection refused")]
     for records in ([], failed):
         found = results("r", {}, records, Gaps())
@@ -85,7 +85,7 @@ def test_a_run_without_answers_has_figures_too(tmp_path):
 
 
 @given(st.lists(st.floats(1e-5, 100), min_size=1, max_size=200))
-def test_gaps_are_told_within_two_percent(values_s):
+def test_gap_quantiles_are_accurate_within_two_percent(values_s):
     gaps = Gaps()
     for value_s in values_s:
         gaps.add(value_s)
@@ -96,7 +96,7 @@ def test_gaps_are_told_within_two_percent(values_s):
 
 
 @given(st.lists(st.lists(st.floats(0, 5000), max_size=20).map(sorted), max_size=4))
-def test_a_stream_at_a_time_gaps_are_the_same(streams):
+def test_adding_gaps_per_stream_gives_the_same_histogram(streams):
     found, oracle = Gaps(), Gaps()
     for times_s in streams:
         found.add_stream(times_s)
@@ -106,7 +106,7 @@ def test_a_stream_at_a_time_gaps_are_the_same(streams):
     assert found.counts == oracle.counts
 
 
-def test_gaps_of_several_processes_are_put_together():
+def test_gaps_of_several_processes_are_merged():
     one, other, both = Gaps(), Gaps(), Gaps()
     for value_s, gaps in ((0.01, one), (0.02, other), (0.3, other)):
         gaps.add(value_s)
@@ -120,7 +120,7 @@ def test_gaps_of_several_processes_are_put_together():
     ("content", "words"),
     [(None, "No such file"), ("{}", "holds no results"), ("x", "holds no results")],
 )
-def test_a_file_that_holds_no_results_is_told(tmp_path, content, words):
+def test_a_file_without_results_is_reported(tmp_path, content, words):
     path = tmp_path / "r.json"
     if content is not None:
         path.write_text(content)
@@ -128,7 +128,7 @@ def test_a_file_that_holds_no_results_is_told(tmp_path, content, words):
         read(path)
 
 
-def test_results_of_another_format_are_refused(tmp_path):
+def test_results_in_another_format_are_rejected(tmp_path):
     path = tmp_path / "r.json"
     found = results("r", {}, [], Gaps())
     found.format = 99

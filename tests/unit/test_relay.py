@@ -1,4 +1,4 @@
-"""HTTP/1.1 as the relay speaks it, byte for byte, both ways."""
+"""HTTP/1.1 in the relay, byte for byte, in both directions."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ from kubeai import _relay
 HEAD = b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: h\r\n"
 BODY = b'{"model":"m"}'
 
-LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 
 
 SLOW = asyncio.Event()  # an upload to /slow is read once this is set
@@ -61,7 +61,7 @@ def pages() -> web.Application:
 
 
 class Running:
-    """A world with one engine that serves the model ``m``."""
+    """A gateway with one engine that serves the model ``m``."""
 
     def __init__(self, world: World, engine: Engine) -> None:
         self.world = world
@@ -95,7 +95,7 @@ async def start():
 
 
 async def fails(wire: Wire, status: int) -> None:
-    """The wire gets this answer, and is closed."""
+    """Check that the connection gets this error response and is closed."""
     answered = await wire.answer()
     assert answered.status == status, answered
     assert answered.one("connection") == "close"
@@ -157,7 +157,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("request_", MALFORMED.values(), ids=MALFORMED)
-async def test_a_malformed_head_is_answered_400_and_reaches_no_engine(start, request_):
+async def test_a_malformed_head_gets_a_400_and_reaches_no_engine(start, request_):
     running = await start()
     wire = await running.client()
     await wire.send(request_ + post())
@@ -167,7 +167,7 @@ async def test_a_malformed_head_is_answered_400_and_reaches_no_engine(start, req
 
 
 @pytest.mark.parametrize("request_", MALFORMED.values(), ids=MALFORMED)
-async def test_a_malformed_head_in_single_bytes_is_refused_too(start, request_):
+async def test_a_malformed_head_in_single_bytes_is_rejected(start, request_):
     running = await start()
     wire = await running.client()
     try:
@@ -202,7 +202,7 @@ CHUNKED_HEAD = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         b"d\r\n" + BODY + b"\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
     ],
 )
-async def test_malformed_chunks_are_refused(start, body):
+async def test_malformed_chunks_are_rejected(start, body):
     running = await start()
     wire = await running.client()
     await wire.send(CHUNKED_HEAD + body)
@@ -210,7 +210,7 @@ async def test_malformed_chunks_are_refused(start, body):
     assert running.engine.connections == 0
 
 
-async def test_a_head_that_is_too_long_is_refused(start):
+async def test_a_head_that_is_too_long_is_rejected(start):
     running = await start(head_max_bytes=1000)
     for request in (
         HEAD + b"X: " + b"x" * 1000 + b"\r\n\r\n",
@@ -222,7 +222,7 @@ async def test_a_head_that_is_too_long_is_refused(start):
         await fails(wire, 431)
 
 
-async def test_too_many_headers_are_refused(start):
+async def test_too_many_headers_are_rejected(start):
     running = await start(head_max_count=10)
     wire = await running.client()
     await wire.send(HEAD + b"X: y\r\n" * 9 + b"\r\n")
@@ -232,7 +232,7 @@ async def test_too_many_headers_are_refused(start):
     await fails(wire, 431)
 
 
-async def test_a_head_that_is_too_slow_is_refused_and_others_are_not_disturbed(start):
+async def test_a_head_that_is_too_slow_is_rejected_without_disturbing_others(start):
     running = await start(head_timeout_s=0.05)
     slow = await running.client()
     await slow.send(HEAD)
@@ -244,7 +244,7 @@ async def test_a_head_that_is_too_slow_is_refused_and_others_are_not_disturbed(s
     assert (await other.answer()).status == 200
 
 
-async def test_a_body_that_is_too_slow_is_refused_and_never_counted(start):
+async def test_a_body_that_is_too_slow_is_rejected_and_never_counted(start):
     running = await start(body_timeout_s=0.05)
     wire = await running.client()
     await wire.send(post()[:-1])
@@ -255,21 +255,21 @@ async def test_a_body_that_is_too_slow_is_refused_and_never_counted(start):
 
 
 @pytest.mark.parametrize("size", [1001, 1 << 40])
-async def test_a_body_announced_too_long_is_refused_before_it_comes(start, size):
+async def test_a_too_long_content_length_is_rejected_before_the_body_arrives(start, size):
     running = await start(body_max_bytes=1000)
     wire = await running.client()
     await wire.send(HEAD + b"Content-Length: %d\r\n\r\n" % size)
     await fails(wire, 413)
 
 
-async def test_a_chunked_body_is_refused_once_it_is_too_long(start):
+async def test_a_chunked_body_is_rejected_once_it_is_too_long(start):
     running = await start(body_max_bytes=1000)
     wire = await running.client()
     await wire.send(CHUNKED_HEAD + chunk(b"x" * 1001))
     await fails(wire, 413)
 
 
-async def test_an_upload_to_the_pages_has_a_limit_of_its_own(start):
+async def test_an_upload_to_the_local_routes_has_its_own_limit(start):
     running = await start(body_max_bytes=10, multipart_max_bytes=1000)
     wire = await running.client()
     await wire.send(post("/upload", b"x" * 1000))
@@ -282,7 +282,7 @@ async def test_an_upload_to_the_pages_has_a_limit_of_its_own(start):
     await fails(wire, 413)
 
 
-async def test_an_expectation_of_100_continue_is_met(start):
+async def test_expect_100_continue_gets_a_100_continue(start):
     running = await start()
     wire = await running.client()
     for path in ("/openai/v1/chat/completions", "/upload"):
@@ -291,21 +291,21 @@ async def test_an_expectation_of_100_continue_is_met(start):
         assert (await wire.answer()).status == 100
         await wire.send(BODY)
         assert (await wire.answer()).status == 200
-    # Whoever sends the body at once is not told to.
+    # A client that sends the body at once gets no 100 Continue.
     await wire.send(post(body=BODY, path="/upload") + post())
     assert (await wire.answer()).status == 200
     assert (await wire.answer()).status == 200
     assert [r.one("expect") for r in running.engine.requests] == [None, None]
 
 
-async def test_a_body_that_will_be_refused_is_not_asked_for(start):
+async def test_no_100_continue_is_sent_for_a_body_that_will_be_rejected(start):
     running = await start(body_max_bytes=1000)
     wire = await running.client()
     await wire.send(HEAD + b"Expect: 100-continue\r\nContent-Length: 1001\r\n\r\n")
     await fails(wire, 413)
 
 
-async def test_other_expectations_are_refused(start):
+async def test_other_expectations_are_rejected(start):
     running = await start()
     wire = await running.client()
     await wire.send(HEAD + b"Expect: a miracle\r\nContent-Length: 13\r\n\r\n" + BODY)
@@ -321,11 +321,11 @@ async def test_other_expectations_are_refused(start):
     ],
 )
 @pytest.mark.parametrize("piece", [1, 7, 10000])
-async def test_a_chunked_body_reaches_the_engine_whole_with_its_length(start, body, piece):
+async def test_a_chunked_body_reaches_the_engine_with_a_content_length(start, body, piece):
     running = await start()
     wire = await running.client()
     request = CHUNKED_HEAD + body
-    for _ in range(2):  # and the connection goes on
+    for _ in range(2):  # and the connection stays usable
         for i in range(0, len(request), piece):
             await wire.send(request[i : i + piece])
             await asyncio.sleep(0)
@@ -338,7 +338,7 @@ async def test_a_chunked_body_reaches_the_engine_whole_with_its_length(start, bo
 
 
 @pytest.mark.parametrize("size", [0, 1, 70_000, 3_000_000, 5_000_000])
-async def test_a_body_of_any_size_reaches_the_engine_as_it_came(start, size):
+async def test_a_body_of_any_size_reaches_the_engine_unchanged(start, size):
     running = await start()
     wire = await running.client()
     body = b'{"model":"m","x":"' + bytes(97 + i % 26 for i in range(size)) + b'"}'
@@ -358,7 +358,7 @@ async def test_empty_lines_between_requests_are_skipped(start):
     assert (await wire.answer()).status == 200
 
 
-async def test_an_upgrade_is_not_taken(start):
+async def test_an_upgrade_is_ignored(start):
     running = await start()
     wire = await running.client()
     for _ in range(2):
@@ -430,7 +430,7 @@ async def test_other_upgrades_are_ignored(start, request_):
     assert not running.engine.requests
 
 
-async def test_frames_after_a_handshake_are_no_requests(start):
+async def test_frames_after_a_handshake_are_not_parsed_as_requests(start):
     running = await start()
     wire = await running.client()
     await wire.send(handshake("/openai/v1/responses") + b"\x81\x85abcdefghi")
@@ -449,7 +449,7 @@ IDENTITY = [
 
 
 @pytest.mark.parametrize("headers", IDENTITY)
-async def test_a_body_with_no_coding_but_identity_is_sent_on(start, headers):
+async def test_a_body_with_identity_encoding_is_forwarded(start, headers):
     running = await start()
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", BODY, *headers))
@@ -467,7 +467,7 @@ async def test_a_body_with_no_coding_but_identity_is_sent_on(start, headers):
         ("Content-Encoding: identity identity",),
     ],
 )
-async def test_a_body_in_another_coding_is_refused(start, headers):
+async def test_a_body_in_another_encoding_is_rejected(start, headers):
     running = await start()
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", BODY, *headers))
@@ -476,10 +476,10 @@ async def test_a_body_in_another_coding_is_refused(start, headers):
     assert not running.engine.requests
 
 
-# -- what is sent on -------------------------------------------------------------------------------
+# -- forwarding ------------------------------------------------------------------------------------
 
 
-async def test_a_request_is_sent_on_without_what_was_meant_for_this_hop(start):
+async def test_a_request_is_forwarded_without_hop_by_hop_headers(start):
     running = await start()
     wire = await running.client()
     await wire.send(
@@ -520,7 +520,7 @@ async def test_a_request_is_sent_on_without_what_was_meant_for_this_hop(start):
     assert got.body == BODY
 
 
-async def test_header_values_are_sent_on_without_the_blanks_around_them(start):
+async def test_header_values_are_forwarded_without_surrounding_blanks(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(b"HTTP/1.1 200 OK\r\nX:\t a \tb \t\r\nY:\r\nContent-Length: \t0\t \r\n\r\n")
 
@@ -545,7 +545,7 @@ async def test_forwarding_headers_are_added(start):
 
 
 async def test_forwarding_headers_are_those_of_each_request(start):
-    """They are kept for a connection's next request, which may be for somebody else."""
+    """The parsed ones are reused for a connection's next request, which may have different ones."""
     running = await start()
     wire = await running.client()
     for host in ("h", "h", "other", "h"):
@@ -565,7 +565,7 @@ async def test_a_request_keeps_its_id(start):
     assert running.engine.requests[0].one("x-request-id") == "client's-1"
 
 
-async def test_a_request_without_an_id_gets_one_of_its_own(start):
+async def test_a_request_without_an_id_gets_a_new_one(start):
     running = await start()
     wire = await running.client()
     ids = []
@@ -578,7 +578,7 @@ async def test_a_request_without_an_id_gets_one_of_its_own(start):
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "café"])
-async def test_an_id_that_is_no_token_is_replaced(start, given):
+async def test_an_invalid_request_id_is_replaced(start, given):
     running = await start()
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", BODY, f"X-Request-Id: {given}"))
@@ -587,7 +587,7 @@ async def test_an_id_that_is_no_token_is_replaced(start, given):
     assert running.engine.requests[0].all("x-request-id") == answered.all("x-request-id")
 
 
-async def test_the_client_gets_one_id_whatever_the_engine_calls_the_request(start):
+async def test_the_engines_own_request_id_is_not_forwarded(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(answer(200, b"", "X-Request-Id: engine's"))
 
@@ -597,7 +597,7 @@ async def test_the_client_gets_one_id_whatever_the_engine_calls_the_request(star
     assert (await wire.answer()).all("x-request-id") == ["mine"]
 
 
-async def test_an_answer_of_our_own_has_the_requests_id(start):
+async def test_the_gateways_own_response_has_the_request_id(start):
     running = await start()
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", b"{", "X-Request-Id: mine"))
@@ -605,7 +605,7 @@ async def test_an_answer_of_our_own_has_the_requests_id(start):
     assert (answered.status, answered.one("x-request-id")) == (400, "mine")
 
 
-async def test_a_traceparent_passes_as_it_came(start):
+async def test_a_traceparent_is_forwarded_unchanged(start):
     running = await start()
     wire = await running.client()
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -617,7 +617,7 @@ async def test_a_traceparent_passes_as_it_came(start):
     assert (got.one("traceparent"), got.one("tracestate")) == (parent, "a=b")
 
 
-async def test_more_connections_than_allowed_are_told_so(start):
+async def test_more_connections_than_allowed_get_an_error(start):
     running = await start(connections_max=2)
     first, second = await running.client(), await running.client()
     for wire in (first, second):
@@ -638,7 +638,7 @@ async def test_more_connections_than_allowed_are_told_so(start):
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-async def test_bodies_have_a_limit_together(start, framing):
+async def test_bodies_have_a_limit_together_over_all_connections(start, framing):
     running = await start(body_max_bytes=1 << 20, buffer_max_bytes=3 << 19)
     whole = post(body=b" " * (900 << 10) + BODY)
     if framing == "chunked":
@@ -658,7 +658,7 @@ async def test_bodies_have_a_limit_together(start, framing):
     assert (await first.answer()).status == 200
 
 
-async def test_an_answer_is_sent_on_without_what_was_meant_for_this_hop(start):
+async def test_a_response_is_forwarded_without_hop_by_hop_headers(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(
             answer(
@@ -688,7 +688,7 @@ async def test_an_answer_is_sent_on_without_what_was_meant_for_this_hop(start):
     assert answered.body == b"body"
 
 
-async def test_chunked_answers_pass_as_they_came_with_trailers(start):
+async def test_chunked_responses_are_forwarded_unchanged_with_trailers(start):
     raw = b"5;a=b\r\nhello\r\n1\r\n \r\n05\r\nworld\r\n0\r\nX-Sum: 1\r\nX-Other: 2\r\n\r\n"
 
     async def script(wire: Wire, request: Message) -> None:
@@ -708,7 +708,7 @@ async def test_chunked_answers_pass_as_they_came_with_trailers(start):
     assert running.engine.connections == 1
 
 
-async def test_a_stream_is_passed_on_chunk_by_chunk(start):
+async def test_a_stream_is_forwarded_chunk_by_chunk(start):
     go_on = asyncio.Semaphore(0)
 
     async def script(wire: Wire, request: Message) -> None:
@@ -731,7 +731,7 @@ async def test_a_stream_is_passed_on_chunk_by_chunk(start):
     assert await wire.reader.readexactly(5) == b"0\r\n\r\n"
 
 
-async def test_an_answer_that_ends_with_its_connection_becomes_chunked(start):
+async def test_a_response_delimited_by_close_becomes_chunked(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nfirst ")
         await asyncio.sleep(0.01)
@@ -749,7 +749,7 @@ async def test_an_answer_that_ends_with_its_connection_becomes_chunked(start):
 
 
 @pytest.mark.parametrize("status", [204, 304])
-async def test_answers_without_a_body_end_with_their_head(start, status):
+async def test_responses_without_a_body_end_with_their_head(start, status):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(b"HTTP/1.1 %d No\r\nETag: x\r\n\r\n" % status)
 
@@ -766,7 +766,7 @@ async def test_answers_without_a_body_end_with_their_head(start, status):
     assert running.engine.connections == 1
 
 
-async def test_interim_answers_are_dropped(start):
+async def test_interim_responses_are_dropped(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n")
         await asyncio.sleep(0.01)
@@ -782,7 +782,7 @@ async def test_interim_answers_are_dropped(start):
 
 
 @pytest.mark.parametrize("piece", [1, 5])
-async def test_an_answer_may_come_in_pieces(start, piece):
+async def test_a_response_may_arrive_in_pieces(start, piece):
     async def script(wire: Wire, request: Message) -> None:
         raw = answer(200, b"0123456789", "X: y")
         for i in range(0, len(raw), piece):
@@ -815,7 +815,7 @@ async def test_an_answer_may_come_in_pieces(start, piece):
         b"HTTP/1.1 200 O\x7fK\r\nContent-Length: 0\r\n\r\n",
     ],
 )
-async def test_what_is_not_an_http_answer_is_a_502(start, raw):
+async def test_a_response_that_is_not_http_is_a_502(start, raw):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(raw)
 
@@ -828,7 +828,7 @@ async def test_what_is_not_an_http_answer_is_a_502(start, raw):
     assert (await wire.answer()).body == b"fine"
 
 
-async def test_bytes_after_an_answer_belong_to_nobody(start):
+async def test_bytes_after_a_response_are_discarded_with_the_connection(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(answer(200, b"mine") + answer(200, b"whose?"))
 
@@ -843,7 +843,7 @@ async def test_bytes_after_an_answer_belong_to_nobody(start):
 # -- versions and methods --------------------------------------------------------------------------
 
 
-async def test_http_1_0_ends_with_its_connection(start):
+async def test_http_1_0_closes_by_default(start):
     running = await start()
     wire = await running.client()
     await wire.send(b"POST /openai/v1/completions HTTP/1.0\r\nContent-Length: 13\r\n\r\n" + BODY)
@@ -853,7 +853,7 @@ async def test_http_1_0_ends_with_its_connection(start):
     assert await wire.ended() is False
 
 
-async def test_http_1_0_may_stay(start):
+async def test_http_1_0_may_keep_alive(start):
     running = await start()
     wire = await running.client()
     for _ in range(2):
@@ -886,7 +886,7 @@ async def test_http_1_0_gets_streams_unchunked(start, framed):
     assert await wire.ended() is False
 
 
-async def test_head_gets_a_head(start):
+async def test_head_gets_only_the_response_head(start):
     running = await start()
     wire = await running.client()
     for _ in range(2):
@@ -898,7 +898,7 @@ async def test_head_gets_a_head(start):
     assert (await wire.answer()).status == 200
 
 
-async def test_everything_else_is_for_the_pages_and_keep_alive_mixes_both(start):
+async def test_other_paths_go_to_the_local_routes_on_the_same_connection(start):
     running = await start()
     wire = await running.client()
     for _ in range(2):
@@ -943,7 +943,7 @@ async def test_pipelined_requests_are_answered_in_order_one_at_a_time(start):
     assert most == 1
 
 
-async def test_a_thousand_pipelined_mistakes_are_answered_one_by_one(start):
+async def test_a_thousand_pipelined_bad_requests_are_answered_one_by_one(start):
     running = await start()
     wire = await running.client()
     await wire.send(post(body=b"{}") * 1000)
@@ -953,7 +953,7 @@ async def test_a_thousand_pipelined_mistakes_are_answered_one_by_one(start):
     assert (await wire.answer()).status == 200
 
 
-async def test_a_request_that_is_refused_early_leaves_the_connection_usable(start):
+async def test_the_connection_stays_usable_after_an_early_rejection(start):
     running = await start()
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", b"x" * 100, "Content-Encoding: gzip"))
@@ -964,7 +964,7 @@ async def test_a_request_that_is_refused_early_leaves_the_connection_usable(star
     assert (await wire.answer()).status == 200
 
 
-async def test_an_answer_of_our_own_says_when_it_was_made(start):
+async def test_the_gateways_own_response_has_a_date(start):
     running = await start()
     wire = await running.client()
     await wire.send(post(body=b"no json"), b"nonsense\r\n\r\n")
@@ -973,14 +973,14 @@ async def test_an_answer_of_our_own_says_when_it_was_made(start):
         assert abs((datetime.now(UTC) - made).total_seconds()) < 5
 
 
-async def test_an_answer_before_the_body_has_come_ends_the_connection(start):
+async def test_a_response_before_the_end_of_the_body_closes_the_connection(start):
     running = await start()
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", b"x" * 100, "Content-Encoding: gzip")[:-9])
     await fails(wire, 415)
 
 
-# -- flow ------------------------------------------------------------------------------------------
+# -- flow control ----------------------------------------------------------------------------------
 
 
 async def test_a_slow_reader_pauses_its_own_engine_and_no_other(start):
@@ -1005,20 +1005,20 @@ async def test_a_slow_reader_pauses_its_own_engine_and_no_other(start):
     await slow.head()
 
     before = -1
-    while before != sent:  # until the engine gets no further
+    while before != sent:  # until the engine is blocked
         before = sent
         other = await running.client()
         for _ in range(20):
             await other.send(post())
             assert (await other.answer()).body == b"quick"
         other.close()
-    assert sent < 256, "the relay read on: the reader's slowness did not reach the engine"
+    assert sent < 256, "the relay kept reading: backpressure did not reach the engine"
     slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
     raw = await slow.reader.readexactly(512 * len(piece) + 5)
     assert raw == piece * 512 + b"0\r\n\r\n"
 
 
-async def test_a_reader_that_stops_reading_is_cut(start):
+async def test_a_client_that_stops_reading_is_disconnected(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(CHUNKED)
         while True:
@@ -1032,7 +1032,7 @@ async def test_a_reader_that_stops_reading_is_cut(start):
     await until(lambda: not running.engine.open)
 
 
-async def test_an_upload_streams_to_the_pages_under_flow_control(start):
+async def test_an_upload_streams_to_the_local_routes_under_flow_control(start):
     running = await start(body_timeout_s=0.2)
     wire = await running.client()
     upload = b"POST /slow HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (32 << 20)
@@ -1050,14 +1050,14 @@ async def test_an_upload_streams_to_the_pages_under_flow_control(start):
     before = -1
     while before != sent or not sent:
         before = sent
-        await asyncio.sleep(0.3)  # longer than a body may take: it is not the client who is slow
+        await asyncio.sleep(0.3)  # longer than a body may take: it is not the client that is slow
     assert sent < 24
     SLOW.set()
     await sending
     assert b'"size": %d' % (32 << 20) in (await wire.answer()).body
 
 
-async def test_a_client_that_leaves_closes_its_upstream(start):
+async def test_a_client_that_leaves_closes_its_upstream_connection(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(CHUNKED + chunk(b"x"))
         await wire.reader.read()
@@ -1075,7 +1075,7 @@ async def test_a_client_that_leaves_closes_its_upstream(start):
 
 
 @pytest.mark.parametrize("begun", [b"", CHUNKED + chunk(b"data: 1\n\n")])
-async def test_a_client_that_closes_its_sending_side_has_left(start, begun):
+async def test_a_client_that_half_closes_its_connection_has_disconnected(start, begun):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(begun)
         await wire.reader.read()
@@ -1093,7 +1093,7 @@ async def test_a_client_that_closes_its_sending_side_has_left(start, begun):
 
 
 @pytest.mark.parametrize("sent", [0, 5, len(HEAD), len(post()) - 5])
-async def test_a_client_may_leave_in_the_middle_of_a_request(start, sent):
+async def test_a_client_may_disconnect_in_the_middle_of_a_request(start, sent):
     running = await start()
     for leave in (Wire.close, Wire.reset):
         wire = await running.client()
@@ -1114,7 +1114,7 @@ BEGUN = {
 
 @pytest.mark.parametrize("how", [Wire.close, Wire.reset])
 @pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
-async def test_a_broken_answer_never_looks_complete(start, begun, how):
+async def test_a_broken_response_never_looks_complete(start, begun, how):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(begun)
         await seen.wait()
@@ -1137,7 +1137,7 @@ async def test_a_broken_answer_never_looks_complete(start, begun, how):
             assert broken.value.reset
 
 
-async def test_a_reset_of_an_answer_without_framing_is_not_its_end(start):
+async def test_a_reset_is_not_the_end_of_a_response_delimited_by_close(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(b"HTTP/1.1 200 OK\r\n\r\nsome")
         await seen.wait()
@@ -1155,7 +1155,7 @@ async def test_a_reset_of_an_answer_without_framing_is_not_its_end(start):
         assert version == "1.1" or broken.value.reset
 
 
-async def test_bad_chunks_from_an_engine_break_the_answer(start):
+async def test_bad_response_chunks_truncate_the_response(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(CHUNKED + chunk(b"good"))
         await asyncio.sleep(0.01)
@@ -1169,7 +1169,7 @@ async def test_bad_chunks_from_an_engine_break_the_answer(start):
         await wire.body(head)
 
 
-async def test_an_engine_that_falls_silent_is_cut(start):
+async def test_an_engine_that_stalls_is_disconnected(start):
     async def script(wire: Wire, request: Message) -> None:
         await wire.send(CHUNKED + chunk(b"good"))
         await wire.reader.read()
@@ -1209,11 +1209,11 @@ async def test_an_idle_upstream_connection_is_closed_before_the_engine_would(sta
 
 
 def port_of(wire: Wire) -> bytes:
-    """Which of the gateway's connections this is, for an engine to say."""
+    """Which of the gateway's connections this is, as reported by the engine."""
     return str(wire.writer.get_extra_info("peername")[1]).encode()
 
 
-async def test_the_connection_that_was_given_back_last_is_taken_first(start):
+async def test_the_most_recently_used_connection_is_reused_first(start):
     at_work = asyncio.Semaphore(0)
 
     async def script(wire: Wire, request: Message) -> None:
@@ -1238,8 +1238,8 @@ async def test_the_connection_that_was_given_back_last_is_taken_first(start):
     assert running.engine.connections == 3
 
 
-async def test_what_a_burst_needed_stays_open_while_requests_come_often(start):
-    """Whoever has waited half of its time is used before the one that came back last."""
+async def test_connections_opened_for_a_burst_stay_open_under_frequent_requests(start):
+    """A connection past half of its idle time is used before the most recently returned one."""
     all_at_work = asyncio.Barrier(4)
 
     async def script(wire: Wire, request: Message) -> None:
@@ -1247,7 +1247,7 @@ async def test_what_a_burst_needed_stays_open_while_requests_come_often(start):
             await all_at_work.wait()
         await wire.send(answer(200, port_of(wire)))
 
-    # A clock that does not come to close any.
+    # The clock's tick is too long to close any.
     running = await start(script, upstream_idle_timeout_s=0.02, tick_s=60)
     wires = [await running.client() for _ in range(4)]
     for wire in wires:
@@ -1277,12 +1277,12 @@ async def test_no_more_idle_connections_are_kept_than_allowed(start):
     await until(lambda: len(running.engine.open) == 1)
 
 
-async def test_a_request_on_a_connection_that_turns_out_closed_is_replayed_once(start):
-    """The engine's close crosses the request on the wire."""
+async def test_a_request_on_a_stale_connection_is_replayed_once(start):
+    """The engine's close crosses the request in transit."""
 
     async def script(wire: Wire, request: Message) -> None:
         if b"bye" in request.body and wire in used:
-            wire.close()  # having read it, but no byte of answer
+            wire.close()  # after reading the request, but before any byte of the response
         else:
             used.add(wire)
             await wire.send(answer(200, request.body))
@@ -1300,7 +1300,7 @@ async def test_a_request_on_a_connection_that_turns_out_closed_is_replayed_once(
     assert len(running.engine.requests) == 3
 
 
-async def test_a_replay_is_made_once_only(start):
+async def test_a_request_is_replayed_only_once(start):
     async def script(wire: Wire, request: Message) -> None:
         if b"bye" in request.body:
             wire.close()
@@ -1316,7 +1316,7 @@ async def test_a_replay_is_made_once_only(start):
     assert len(running.engine.requests) == 3
 
 
-async def test_a_fresh_connection_that_is_closed_is_not_a_replay(start):
+async def test_a_request_on_a_new_connection_is_not_replayed(start):
     async def script(wire: Wire, request: Message) -> None:
         wire.close()
 
@@ -1327,7 +1327,7 @@ async def test_a_fresh_connection_that_is_closed_is_not_a_replay(start):
     assert len(running.engine.requests) == 1
 
 
-async def test_an_answer_that_has_begun_is_not_replayed(start):
+async def test_a_started_response_is_not_replayed(start):
     async def script(wire: Wire, request: Message) -> None:
         if b"bye" in request.body:
             await wire.send(b"HTTP/1.1 2")
@@ -1373,7 +1373,7 @@ tidy = st.lists(st.binary(min_size=1, max_size=40), max_size=5).map(
 
 
 @given(st.one_of(noise, tidy), st.integers(1, 20))
-def test_chunks_end_where_llhttp_says_or_are_refused(body, piece):
+def test_chunks_end_where_llhttp_ends_them_or_are_rejected(body, piece):
     reference = _Reference()
     bad = False
     at = 0
@@ -1396,7 +1396,7 @@ def test_chunks_end_where_llhttp_says_or_are_refused(body, piece):
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=5), st.integers(1, 20))
-def test_tidy_chunks_are_taken(chunks, piece):
+def test_well_formed_chunks_are_accepted(chunks, piece):
     body = b"".join(map(chunk, chunks)) + b"0\r\n\r\n"
     pieces = [body[i : i + piece] for i in range(0, len(body), piece)]
     assert _relay.unchunk(*pieces, b"next") == (b"".join(chunks), len(body), True)
@@ -1414,7 +1414,7 @@ class _Loop:
 
 
 class _Transport:
-    """Takes what is written; counts nothing, closes at once."""
+    """Accepts writes without counting them; closes at once."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -1451,7 +1451,7 @@ class _Echo(_relay.Exchange):
 
 
 class _Requests:
-    """llhttp's view of the same bytes."""
+    """llhttp's parse of the same bytes."""
 
     def __init__(self) -> None:
         self.whole: list[tuple[str, str, bytes]] = []
@@ -1495,7 +1495,7 @@ PARTS = [
 
 @given(st.lists(st.sampled_from(PARTS), max_size=14).map(b"".join), st.integers(1, 200))
 @example(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhelloGET /b HTTP/1.1\r\n", 1)
-def test_requests_begin_and_end_where_llhttp_says_or_are_refused(data, piece):
+def test_requests_are_framed_as_in_llhttp_or_rejected(data, piece):
     taken: list[tuple[str, str, bytes]] = []
     relay = _relay.Relay(
         taken,

@@ -1,4 +1,4 @@
-"""The ring: where keys live, who is picked under load, and what a change moves."""
+"""The ring: where keys are placed, which endpoint is picked under load, what a change moves."""
 
 import os
 import random
@@ -53,7 +53,7 @@ def homes(ring: Ring, some_keys) -> list[str | None]:
     return [ring.lookup(key) for key in some_keys]
 
 
-# -- where keys live -----------------------------------------------------------------------------
+# -- placement -----------------------------------------------------------------------------------
 
 
 @given(st.permutations(pods(12)), st.integers(1, 300))
@@ -66,7 +66,7 @@ def test_placement_does_not_depend_on_the_order_of_insertion(order, replication)
         for row, name in enumerate(names):
             ring.set(name, row, 1)
             if row % 3 == 0:
-                ring.lookup(row)  # merges what is there so far
+                ring.lookup(row)  # merges the endpoints added so far
         rings.append(ring)
     assert homes(rings[0], keys(200)) == homes(rings[1], keys(200))
 
@@ -88,11 +88,11 @@ def test_placement_is_the_same_in_every_process_and_release():
         ).stdout.strip()
         for seed in ("0", "1")
     }
-    # Whoever changes this moves every conversation of every user on upgrade.
+    # Changing these values moves every user's conversations on upgrade.
     assert outputs == {"[2, 5, 3, 0, 7, 7, 7, 0, 7, 1, 2, 3, 7, 3, 5, 6, 7, 3, 2, 4]"}
 
 
-def test_the_leavers_keys_move_and_no_others(make_ring):
+def test_only_the_keys_of_a_removed_endpoint_move(make_ring):
     names = pods(100)
     ring = make_ring(names, replication=100)
     some_keys = keys(20_000)
@@ -106,7 +106,7 @@ def test_the_leavers_keys_move_and_no_others(make_ring):
     assert homes(ring, some_keys) == before
 
 
-def test_a_newcomer_takes_about_its_share(make_ring):
+def test_a_new_endpoint_takes_about_its_share(make_ring):
     ring = make_ring(pods(50), replication=256)
     some_keys = keys(20_000)
     before = homes(ring, some_keys)
@@ -117,13 +117,13 @@ def test_a_newcomer_takes_about_its_share(make_ring):
     assert 0.5 < len(moved) / (20_000 / 51) < 1.5
 
 
-def test_names_that_run_into_each_other_have_places_of_their_own(make_ring):
+def test_names_that_are_prefixes_of_each_other_have_distinct_positions(make_ring):
     ring = make_ring(["pod-1", "pod-11", "pod-111"], replication=256)
     share = Counter(homes(ring, keys(9000)))
     assert min(share.values()) > 2000
 
 
-def test_endpoints_whose_names_hash_alike_stand_in_order_of_name(make_ring, monkeypatch):
+def test_endpoints_with_colliding_hashes_are_ordered_by_name(make_ring, monkeypatch):
     monkeypatch.setattr(kubeai._ring, "hash64", lambda *_, **__: (7, 7))
     for order in (["c", "a", "b"], ["b", "c", "a"]):
         ring = make_ring(order, replication=50)
@@ -133,7 +133,7 @@ def test_endpoints_whose_names_hash_alike_stand_in_order_of_name(make_ring, monk
         assert set(homes(ring, keys(100))) == {"b"}
 
 
-def test_sequential_keys_spread_like_random_ones(make_ring):
+def test_sequential_keys_are_spread_like_random_ones(make_ring):
     ring = make_ring(pods(4), replication=256)
     share = Counter(homes(ring, range(8000)))
     assert min(share.values()) > 1500
@@ -148,14 +148,14 @@ def test_a_new_replication_moves_keys_as_a_new_ring_would(make_ring, table):
     assert homes(ring, keys(500)) == homes(make_ring(names[1:], replication=64), keys(500))
 
 
-def test_replication_out_of_bounds_is_brought_within(make_ring):
+def test_replication_is_clamped_to_its_bounds(make_ring):
     names = pods(3)
     for asked, given_ in ((0, 1), (-5, 1), (10**12, REPLICATION_MAX)):
         ring = make_ring(names, replication=asked)
         assert homes(ring, keys(300)) == homes(make_ring(names, replication=given_), keys(300))
 
 
-def test_a_load_factor_below_the_mean_is_refused(make_ring):
+def test_a_load_factor_below_100_percent_is_rejected(make_ring):
     with pytest.raises(ValueError, match="at least 100"):
         make_ring([], mean_load_factor=99)
     with pytest.raises(ValueError, match="at least 100"):
@@ -165,7 +165,7 @@ def test_a_load_factor_below_the_mean_is_refused(make_ring):
 # -- picks under load ------------------------------------------------------------------------------
 
 
-def test_a_pick_tells_whom_it_chose_and_why(make_ring, table):
+def test_a_pick_reports_its_endpoint_and_the_reason(make_ring, table):
     ring = make_ring(pods(4), replication=100)
     home = ring.lookup(42)
     held = [ring.pick_hashed(42) for _ in range(LOAD_FLOOR)]
@@ -179,7 +179,7 @@ def test_a_pick_tells_whom_it_chose_and_why(make_ring, table):
     assert table.in_flight(4095) == 3
 
 
-def test_a_second_request_at_a_time_does_not_move_a_conversation(make_ring):
+def test_a_second_simultaneous_request_stays_on_the_same_endpoint(make_ring):
     ring = make_ring(pods(50))
     for key in keys(50):
         one, two = ring.pick_hashed(key), ring.pick_hashed(key)
@@ -196,15 +196,15 @@ def test_no_endpoint_exceeds_the_bound_when_every_pick_is_held(make_ring, table)
     assert sum(pick.name == pick.first for pick in held) > 90_000
 
 
-def test_each_endpoint_is_looked_at_once(make_ring, table):
-    """However many virtual nodes of the busy ones lie in between."""
+def test_each_endpoint_is_considered_once(make_ring, table):
+    """Regardless of how many virtual nodes of busy endpoints lie in between."""
     ring = make_ring(pods(8), replication=500, mean_load_factor=100)
     held = [ring.pick_hashed(7) for _ in range(8 * 20)]
     assert {table.in_flight(row) for row in range(8)} == {20}
     assert max(pick.iterations for pick in held) == 8
 
 
-def test_with_all_others_excluded_the_first_is_taken_beyond_the_bound(make_ring, table):
+def test_the_first_endpoint_is_picked_beyond_the_bound_if_all_others_are_excluded(make_ring, table):
     names = pods(4)
     ring = make_ring(names)
     held = [ring.pick_hashed(9, exclude=names[1:]) for _ in range(20)]
@@ -225,7 +225,7 @@ def test_excluded_names_are_not_picked_and_unknown_ones_are_ignored(make_ring):
     assert ring.pick_hashed(1, None, ["nobody"]).name == home
 
 
-def test_the_load_of_who_left_does_not_widen_the_bound(make_ring, table):
+def test_the_load_of_a_removed_endpoint_does_not_raise_the_bound(make_ring, table):
     names = pods(4)
     ring = make_ring(names)
     held = [ring.pick_hashed(3, exclude=names[1:]) for _ in range(40)]
@@ -236,12 +236,12 @@ def test_the_load_of_who_left_does_not_widen_the_bound(make_ring, table):
     ring.set(names[0], 0, table.generation(0))
     assert ring.pick_hashed(3).bound == ceil(1.25 * 42 / 4)
     ring.set(names[0], 10, table.open_row(10))
-    assert ring.pick_hashed(3).bound == LOAD_FLOOR, "its row is another now"
+    assert ring.pick_hashed(3).bound == LOAD_FLOOR, "its row belongs to another endpoint now"
     held.clear()
     assert table.in_flight(0) == 0
 
 
-def test_only_who_has_the_adapter_serves_it_and_counts_for_it(make_ring, table):
+def test_only_endpoints_with_the_adapter_serve_it_and_count_for_its_bound(make_ring, table):
     names = pods(10)
     ring = make_ring(names)
     for row in (2, 5):
@@ -249,7 +249,9 @@ def test_only_who_has_the_adapter_serves_it_and_counts_for_it(make_ring, table):
     busy = [ring.pick_least(exclude=names[1:]) for _ in range(100)]
     held = [ring.pick_hashed(key, "sql") for key in keys(40)]
     assert Counter(pick.name for pick in held).keys() == {names[2], names[5]}
-    assert held[-1].bound == ceil(1.25 * 40 / 2), "the hundred on another endpoint count nothing"
+    assert held[-1].bound == ceil(1.25 * 40 / 2), (
+        "the hundred on an endpoint without the adapter do not count"
+    )
     assert {ring.lookup(key, "law") for key in keys(50)} == {names[2], names[5]}
     held.clear()
     assert {ring.pick_least("law").name for _ in range(4)} == {names[2], names[5]}
@@ -262,7 +264,7 @@ def test_only_who_has_the_adapter_serves_it_and_counts_for_it(make_ring, table):
     del busy
 
 
-def test_the_ejected_are_passed_over_unless_nobody_else_is_left(make_ring, table):
+def test_ejected_endpoints_are_skipped_unless_no_other_is_left(make_ring, table):
     names = pods(3)
     ring = make_ring(names)
     home = ring.lookup(5)
@@ -273,7 +275,7 @@ def test_the_ejected_are_passed_over_unless_nobody_else_is_left(make_ring, table
     assert pick.iterations > 1
     del pick
     assert {ring.pick_least().name for _ in range(6)} == others
-    assert ring.lookup(5) == home, "where a key lives does not depend on health"
+    assert ring.lookup(5) == home, "placement does not depend on health"
     assert ring.pick_hashed(5, exclude=others).name == home
     assert ring.pick_least(exclude=others).name == home
     for row in range(3):
@@ -282,7 +284,7 @@ def test_the_ejected_are_passed_over_unless_nobody_else_is_left(make_ring, table
     assert {ring.pick_least().name for _ in range(6)} == set(names)
 
 
-def test_the_ejected_count_nothing_in_the_mean(make_ring, table):
+def test_ejected_endpoints_do_not_count_in_the_mean(make_ring, table):
     names = pods(4)
     ring = make_ring(names)
     held = [ring.pick_least(exclude=names[1:]) for _ in range(100)]
@@ -294,8 +296,10 @@ def test_the_ejected_count_nothing_in_the_mean(make_ring, table):
 
 
 @pytest.mark.parametrize("pick", ["pick_hashed", "pick_least"])
-def test_an_ejection_that_has_ended_is_a_trial_of_one_request_at_a_time(make_ring, table, pick):
-    """Until somebody restores the endpoint; another worker's ejection counts as ours."""
+def test_an_endpoint_whose_ejection_has_ended_gets_one_probe_request_at_a_time(
+    make_ring, table, pick
+):
+    """Until the endpoint is restored; ejections by other workers count as well."""
     ring = make_ring(pods(3))
     home = ring.lookup(5)
     row = pods(3).index(home)
@@ -319,7 +323,7 @@ def test_an_ejection_that_has_ended_is_a_trial_of_one_request_at_a_time(make_rin
         assert ring.ejected_count() == 0
 
 
-def test_a_pick_where_all_are_ejected_is_a_trial_too(make_ring, table):
+def test_a_pick_is_a_probe_if_all_endpoints_are_ejected(make_ring, table):
     ring = make_ring(pods(2))
     until_s = time.monotonic() + 100
     for row in range(2):
@@ -329,19 +333,19 @@ def test_a_pick_where_all_are_ejected_is_a_trial_too(make_ring, table):
     assert [table.ejected_until(row) for row in range(2)] == [until_s] * 2
 
 
-def test_a_pick_tells_that_its_endpoint_has_failed_until_it_has_recovered(make_ring, table):
+def test_a_pick_reports_a_failed_endpoint_until_it_has_recovered(make_ring, table):
     ring = make_ring(pods(2))
     assert not ring.pick_least().failing
     for row in range(2):
         table.note_failure(row, 1, time.monotonic(), False)
     assert ring.pick_least().failing
-    assert not ring.pick_least().trial, "it has failed, and is not ejected"
+    assert not ring.pick_least().trial, "it has failed but is not ejected"
     for row in range(2):
         table.recover(row, 1)
     assert not ring.pick_least().failing
 
 
-def test_ejections_end_by_the_clock_that_the_ring_is_given(table):
+def test_ejections_end_by_the_rings_own_clock(table):
     now_s = 1000.0
     ring = Ring(table, 7, table.open_row(7), clock=lambda: now_s)
     for row, name in enumerate(pods(2)):
@@ -370,7 +374,7 @@ def test_least_load_picks_the_least_loaded(make_ring, table):
     assert ring.pick_least().name == quiet.name
 
 
-def test_least_load_ties_go_round(make_ring):
+def test_least_load_ties_rotate(make_ring):
     ring = make_ring(pods(5))
     assert len({ring.pick_least().name for _ in range(5)}) == 5
     ring.remove(pods(5)[2])
@@ -398,7 +402,7 @@ def test_lookups_are_counted_as_initial_final_and_default(make_ring, table):
     counts, total = table.iterations()
     assert (counts[:3], total) == ([2, 1, 0], 4)
     assert ring.pick_hashed(1, "nobody has this") is None
-    assert table.lookups(home) == (4, 2, 0), "a walk that ends with nobody began somewhere"
+    assert table.lookups(home) == (4, 2, 0), "a walk that picks no endpoint still has a first one"
     ring.pick_least()
     ring.lookup(2)
     assert sum(table.lookups(row)[0] for row in range(3)) == 4
@@ -416,7 +420,7 @@ def test_a_reservation_keeps_the_target_it_was_made_with(make_ring, table):
     assert table.in_flight(0) == table.in_flight(4095) == 0
 
 
-def test_an_empty_ring_serves_nobody(make_ring):
+def test_an_empty_ring_picks_nothing(make_ring):
     ring = make_ring([])
     assert ring.pick_hashed(1) is ring.pick_least() is ring.lookup(1) is None
     assert not ring.can_serve()
@@ -429,7 +433,7 @@ def test_an_empty_ring_serves_nobody(make_ring):
     assert (len(ring), "a" in ring, ring.names()) == (0, False, [])
 
 
-def test_what_is_no_key_or_no_column_is_refused(make_ring, table):
+def test_an_invalid_key_or_column_is_rejected(make_ring, table):
     ring = make_ring(["a"])
     for key in (-1, 2**64, "a"):
         with pytest.raises((OverflowError, TypeError)):
@@ -445,7 +449,7 @@ def test_what_is_no_key_or_no_column_is_refused(make_ring, table):
     assert ring.lookup(1) == "a"
 
 
-# -- beside the oracle -----------------------------------------------------------------------------
+# -- compared with the oracle ----------------------------------------------------------------------
 
 ROWS = 12
 MODEL = 0
@@ -458,7 +462,7 @@ ASKS = st.fixed_dictionaries(
 
 
 class Rings(RuleBasedStateMachine):
-    """Two workers with a ring each over one table, told of changes alike, beside the oracle."""
+    """Two workers with a ring each over one table, given the same changes, beside the oracle."""
 
     @initialize(replication=st.integers(1, 40), factor=st.sampled_from([100, 125, 300]))
     def start(self, replication, factor):
@@ -529,7 +533,7 @@ class Rings(RuleBasedStateMachine):
             self.oracle_table.ejected.pop(endpoint.row, None)
 
     def tried(self, pick, began_s):
-        """A pick of an endpoint on trial keeps others off it for a while."""
+        """A pick of a half-open endpoint keeps others away from it for a while."""
         row = self.oracle.endpoints[pick.name].row
         until_s = self.oracle_table.ejected.get(row)
         assert pick.trial == (until_s is not None)
@@ -596,7 +600,7 @@ class Rings(RuleBasedStateMachine):
 
     @rule(column=st.integers(0, 1))
     def die(self, column):
-        """A worker is killed; its successor learns the same endpoints, in another order."""
+        """A worker is killed; its successor learns the same endpoints in another order."""
         self.workers[column].close()
         self.held = [entry for entry in self.held if entry[1] != column]
         self.table.clear_column(column)
@@ -607,7 +611,7 @@ class Rings(RuleBasedStateMachine):
         for name in sorted(left):
             endpoint = self.oracle.endpoints[name]
             ring.set(name, endpoint.row, endpoint.generation, endpoint.adapters)
-        # What departed before its time it cannot know; so nothing is left of that here.
+        # It cannot know about earlier departures, so nothing is left of them here.
         survivors = {e.row for e in self.oracle.endpoints.values()}
         for entry in [e for e in self.held if e[2][0][0] not in survivors]:
             self.held.remove(entry)

@@ -1,4 +1,4 @@
-"""From pods to routes, and what the store believes of events."""
+"""From pods to routes, and which events the store accepts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def endpoints(*pods, model=None, **options):
     return [(e.name, e.address) for e in route_of(model or make_model(), observed).endpoints]
 
 
-def test_ready_pods_of_this_very_model_are_endpoints_in_the_order_of_their_names():
+def test_ready_pods_of_the_model_are_endpoints_ordered_by_name():
     gone = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
     pods = [
         make_pod("c", ip="10.0.0.3"),
@@ -70,7 +70,7 @@ def test_ready_pods_of_this_very_model_are_endpoints_in_the_order_of_their_names
     assert endpoints(*pods) == [("a", "10.0.0.1:8000"), ("c", "10.0.0.3:8000")]
 
 
-def test_pods_that_are_drained_or_terminating_are_draining_and_failed_ones_are_not():
+def test_draining_and_terminating_pods_are_draining_endpoints_but_failed_ones_are_not():
     gone = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
     pods = [
         make_pod("ready"),
@@ -91,7 +91,7 @@ def test_a_model_that_is_being_deleted_has_no_route():
     assert route_of(model, [observe(make_pod())]) is None
 
 
-def test_a_route_says_what_the_data_plane_needs_of_the_model():
+def test_a_route_has_the_models_routing_settings():
     balancing = {"strategy": "PrefixHash", "prefixHash": {"meanLoadFactor": 150}}
     model = make_model(owner="me", loadBalancing=balancing)
     route = route_of(model, [])
@@ -101,7 +101,7 @@ def test_a_route_says_what_the_data_plane_needs_of_the_model():
     assert route.prefix_char_length == 100
 
 
-def test_only_adapters_that_are_loaded_and_still_declared_are_offered():
+def test_only_loaded_and_still_declared_adapters_are_routed():
     adapters = [{"name": "fin", "url": "hf://a/b"}, {"name": "law", "url": "hf://a/c"}]
     loaded = make_model(adapters=adapters)
     route = route_of(loaded, [observe(make_pod())])
@@ -190,7 +190,7 @@ def test_an_endpoints_address(pod, override, address):
         ({"containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}, None),
     ],
 )
-def test_a_pod_in_trouble_says_why(status, reason):
+def test_a_pod_in_trouble_has_the_reason(status, reason):
     trouble = observe(make_pod(**({"conditions": []} | status))).trouble
     assert (trouble and trouble.reason) == reason
 
@@ -207,7 +207,7 @@ def store():
     return store
 
 
-def test_an_event_that_our_own_write_has_overtaken_is_passed_over(store):
+def test_an_event_older_than_our_own_write_is_ignored(store):
     store.model_changed("ADDED", make_model(replicas=0))
     store.model_written(make_model(meta={"resourceVersion": "10"}, replicas=1))
     store.heard.clear()
@@ -216,19 +216,19 @@ def test_an_event_that_our_own_write_has_overtaken_is_passed_over(store):
     assert store.heard == []
 
 
-def test_a_list_is_believed_even_if_the_api_has_gone_back_in_time(store):
+def test_a_list_is_accepted_even_with_older_resource_versions(store):
     store.model_changed("ADDED", make_model(meta={"resourceVersion": "900"}, replicas=1))
     store.replace_models([make_model(meta={"resourceVersion": "3"}, replicas=0)])
     assert store.models["m"].spec.replicas == 0
 
 
-def test_the_end_of_a_former_model_does_not_end_its_successor(store):
+def test_deleting_a_former_model_does_not_affect_its_successor(store):
     store.model_changed("ADDED", make_model(meta={"uid": "u2"}))
     store.model_changed("DELETED", make_model(meta={"uid": "u1"}))
     assert store.models["m"].metadata.uid == "u2"
 
 
-def test_what_a_list_lacks_is_gone_and_told(store):
+def test_objects_missing_from_a_list_are_removed_and_reported(store):
     store.model_changed("ADDED", make_model())
     store.pod_changed("ADDED", make_pod("p"))
     store.heard.clear()
@@ -240,7 +240,7 @@ def test_what_a_list_lacks_is_gone_and_told(store):
     assert store.names() == set()
 
 
-def test_a_pod_that_changes_its_model_leaves_the_old_one(store):
+def test_a_pod_that_changes_its_model_is_removed_from_the_old_one(store):
     store.pod_changed("ADDED", make_pod("p"))
     store.heard.clear()
     store.pod_changed("MODIFIED", make_pod("p", meta={"labels": {"model": "other"}}))
@@ -249,6 +249,6 @@ def test_a_pod_that_changes_its_model_leaves_the_old_one(store):
     assert [pod.name for pod in store.observed_pods("other")] == ["p"]
 
 
-def test_a_hash_counts_only_if_it_is_ours():
+def test_only_our_own_hash_annotation_counts():
     assert observe(make_pod(meta={"labels": {"model": "m", "pod-hash": "x"}})).hash is None
     assert observe(make_pod(meta={"annotations": {HASH_ANNOTATION: "x"}})).hash == "x"

@@ -1,4 +1,4 @@
-"""Routes go down as snapshots and deltas; every worker ends with the supervisor's view."""
+"""Routes are published as snapshots and deltas; all workers converge on the supervisor's view."""
 
 import asyncio
 import contextlib
@@ -33,13 +33,13 @@ from kubeai.routing import (
 
 
 class Upstream:
-    """Stands for a pool of connections to one address."""
+    """Stands in for a connection pool to one address."""
 
     def __init__(self, endpoint):
         self.address = endpoint.address
         self.closed = False
 
-    is_waited_on = False  # nothing here sends requests
+    is_waited_on = False  # no requests are sent here
 
     def close(self):
         assert not self.closed, "closed twice"
@@ -50,7 +50,7 @@ class Upstream:
 
 
 class Worker:
-    """One column of the table, and the routing table of the process that has it."""
+    """One column of the table, and the routing table of its process."""
 
     def __init__(self, table, column=0):
         self.upstreams = []
@@ -103,7 +103,7 @@ def publish(publisher, worker, model, new):
 # -- publishing ------------------------------------------------------------------------------------
 
 
-def test_only_a_change_gets_a_version(publisher):
+def test_only_changes_increment_the_version(publisher):
     first = publisher.update("m", route(endpoint("a"), endpoint("b")))
     assert (first.version, publisher.version) == (1, 1)
     assert publisher.update("m", route(endpoint("b"), endpoint("a"))) is None
@@ -113,7 +113,7 @@ def test_only_a_change_gets_a_version(publisher):
     assert publisher.snapshot() == Snapshot(2, ())
 
 
-def test_rows_stay_with_their_owners(publisher):
+def test_endpoints_keep_their_rows(publisher):
     publisher.update("m", route(endpoint("a")))
     rows = publisher.endpoint_rows("m")
     publisher.update("m", route(endpoint("b"), endpoint("a", "x", address="elsewhere:1")))
@@ -124,7 +124,7 @@ def test_rows_stay_with_their_owners(publisher):
     assert publisher.endpoint_rows("none") == {}
 
 
-def test_a_full_table_names_its_size_and_changes_nothing():
+def test_a_full_table_is_an_error_with_its_size_and_changes_nothing():
     table = LoadTable.create(3, 1)
     publisher = Publisher(table)
     before = publisher.update("m", route(endpoint("a"), endpoint("b")))
@@ -144,7 +144,7 @@ def row_of_a_newcomer(publisher, table, name):
     return publisher.endpoint_rows("m")[name]
 
 
-def test_a_row_is_used_again_only_when_every_worker_knows(publisher, table):
+def test_a_row_is_reused_only_after_every_worker_has_acknowledged(publisher, table):
     workers = [Worker(table, 0), Worker(table, 1)]
     publisher.update("m", route(endpoint("a")))
     dropped = publisher.endpoint_rows("m")["a"]
@@ -156,7 +156,7 @@ def test_a_row_is_used_again_only_when_every_worker_knows(publisher, table):
     assert row_of_a_newcomer(publisher, table, "d") == dropped
 
 
-def test_a_row_is_used_again_only_when_nobody_counts_in_it(publisher, table, worker):
+def test_a_row_is_reused_only_when_it_has_no_counts(publisher, table, worker):
     model = publish(publisher, worker, "m", route(endpoint("a")))
     dropped = publisher.endpoint_rows("m")["a"]
     other = Worker(table, 1).routing
@@ -169,7 +169,7 @@ def test_a_row_is_used_again_only_when_nobody_counts_in_it(publisher, table, wor
     assert row_of_a_newcomer(publisher, table, "c") == dropped
 
 
-def test_a_request_of_an_earlier_life_counts_in_no_later_one(publisher, table, worker):
+def test_a_request_of_an_old_generation_does_not_count_in_a_reused_row(publisher, table, worker):
     model = publish(publisher, worker, "m", route(endpoint("a")))
     row = publisher.endpoint_rows("m")["a"]
     late = model.pick(1)
@@ -191,7 +191,7 @@ def test_a_request_of_an_earlier_life_counts_in_no_later_one(publisher, table, w
 def test_a_change_is_acknowledged_once_applied(publisher, table, worker):
     publish(publisher, worker, "m", route())
     assert table.acknowledged(0) == 1
-    worker.routing.apply(Delta(1, "m", None))  # old news
+    worker.routing.apply(Delta(1, "m", None))  # an old delta
     assert worker.routing.find("m") is not None
     assert len(worker.routing) == 1
 
@@ -202,7 +202,7 @@ def test_a_lost_delta_is_noticed(publisher, worker):
         worker.routing.apply(publisher.update("n", route(model="n")))
 
 
-def test_connections_are_kept_while_the_address_is(publisher, worker):
+def test_connections_are_kept_while_the_address_is_unchanged(publisher, worker):
     publish(publisher, worker, "m", route(endpoint("a"), endpoint("b")))
     first = list(worker.upstreams)
     model = publish(publisher, worker, "m", route(endpoint("a", "x"), endpoint("b")))
@@ -226,7 +226,7 @@ def test_closing_the_table_closes_every_connection(publisher, worker):
     assert (worker.open_upstreams(), len(worker.routing)) == ([], 0)
 
 
-def test_a_model_made_again_is_another_model(publisher, worker):
+def test_a_recreated_model_is_a_different_model(publisher, worker):
     old = publish(publisher, worker, "m", route(endpoint("a")))
     publisher.update("m", None)
     publisher.update("m", route(endpoint("a")))
@@ -240,7 +240,7 @@ def test_a_model_made_again_is_another_model(publisher, worker):
 # -- picking ---------------------------------------------------------------------------------------
 
 
-def test_the_strategy_may_change_under_way(publisher, worker):
+def test_the_strategy_may_change_at_runtime(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
     model = publish(publisher, worker, "m", route(*pods))
     ask = parse(Kind.COMPLETIONS, b'{"model":"m","prompt":"hello"}')
@@ -257,7 +257,7 @@ def test_the_strategy_may_change_under_way(publisher, worker):
         pick.release()
 
 
-def test_recordings_share_no_prefix_and_go_by_least_load(publisher, worker):
+def test_audio_requests_have_no_prefix_and_use_least_load(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
     model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
     picks = [model.pick(model.key(named(Kind.TRANSCRIPTIONS, "m"))) for _ in range(4)]
@@ -266,7 +266,7 @@ def test_recordings_share_no_prefix_and_go_by_least_load(publisher, worker):
         pick.release()
 
 
-def test_a_new_factor_binds_the_next_pick(publisher, worker):
+def test_a_new_load_factor_applies_to_the_next_pick(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
 
     def spread(factor):
@@ -284,7 +284,7 @@ def test_a_new_factor_binds_the_next_pick(publisher, worker):
     assert spread(100) <= 6
 
 
-def test_replication_may_change_under_way(publisher, worker):
+def test_replication_may_change_at_runtime(publisher, worker):
     pods = [endpoint(f"p{n}") for n in range(8)]
     model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
     model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash", replication=256))
@@ -327,7 +327,7 @@ def test_an_admitted_request_counts_for_its_model(publisher, table, worker):
 
 
 async def waiting(model, adapter=None, timeout_s=30.0, exclude=()):
-    """A task that waits, once it does."""
+    """Start a task that waits; return once it does."""
     count = len(model._waiters)
     task = asyncio.create_task(model.wait(adapter, timeout_s, exclude))
     for _ in range(3):  # turns of the loop; a task waits after its first
@@ -336,12 +336,12 @@ async def waiting(model, adapter=None, timeout_s=30.0, exclude=()):
     return task
 
 
-async def test_who_can_be_served_does_not_wait(publisher, worker):
+async def test_a_request_that_can_be_served_does_not_wait(publisher, worker):
     model = publish(publisher, worker, "m", route(endpoint("a")))
     await model.wait(None, 0)
 
 
-async def test_a_new_endpoint_ends_the_wait_of_all(publisher, worker):
+async def test_a_new_endpoint_ends_all_waits(publisher, worker):
     model = publish(publisher, worker, "m", route())
     tasks = [await waiting(model) for _ in range(3)]
     publish(publisher, worker, "m", route(endpoint("a")))
@@ -349,7 +349,7 @@ async def test_a_new_endpoint_ends_the_wait_of_all(publisher, worker):
     assert not model._waiters
 
 
-async def test_a_wait_for_an_adapter_ends_with_the_adapter(publisher, worker):
+async def test_a_wait_for_an_adapter_ends_when_an_endpoint_has_it(publisher, worker):
     model = publish(publisher, worker, "m", route())
     plain, adapter = await waiting(model), await waiting(model, "x")
     publish(publisher, worker, "m", route(endpoint("a")))
@@ -360,7 +360,7 @@ async def test_a_wait_for_an_adapter_ends_with_the_adapter(publisher, worker):
     await adapter
 
 
-async def test_a_wait_for_another_endpoint_passes_over_the_tried(publisher, worker):
+async def test_a_wait_for_another_endpoint_skips_the_tried_ones(publisher, worker):
     model = publish(publisher, worker, "m", route(endpoint("a")))
     task = await waiting(model, exclude={"a"})
     publish(publisher, worker, "m", route(endpoint("a", "x")))
@@ -370,11 +370,11 @@ async def test_a_wait_for_another_endpoint_passes_over_the_tried(publisher, work
     await task
 
 
-async def test_an_endpoint_that_left_again_serves_nobody(publisher, worker):
+async def test_an_endpoint_removed_at_once_serves_no_request(publisher, worker):
     model = publish(publisher, worker, "m", route())
     task = await waiting(model)
-    publish(publisher, worker, "m", route(endpoint("a")))  # wakes it, but
-    publish(publisher, worker, "m", route())  # this comes before its turn
+    publish(publisher, worker, "m", route(endpoint("a")))  # ends the wait, but
+    publish(publisher, worker, "m", route())  # this comes before the waiting task runs
     for _ in range(5):
         await asyncio.sleep(0)
     assert not task.done()
@@ -399,7 +399,7 @@ async def test_a_deleted_model_ends_the_wait(publisher, worker):
         await model.wait(None, 30)
 
 
-async def test_a_client_that_leaves_is_forgotten(publisher, worker):
+async def test_a_wait_is_dropped_when_its_client_disconnects(publisher, worker):
     model = publish(publisher, worker, "m", route())
     task = await waiting(model)
     task.cancel()
@@ -408,7 +408,7 @@ async def test_a_client_that_leaves_is_forgotten(publisher, worker):
     assert not model._waiters
 
 
-# -- everybody ends with the same view -----------------------------------------------------------
+# -- convergence ---------------------------------------------------------------------------------
 
 MODELS = st.sampled_from(["m", "n"])
 endpoints = st.lists(
@@ -432,7 +432,7 @@ WORKERS = 2
 
 
 class Hinge(RuleBasedStateMachine):
-    """A Publisher, and workers that hear of its changes late and die now and then."""
+    """A Publisher, and workers that get its changes late and die now and then."""
 
     @initialize()
     def start(self):
@@ -488,8 +488,8 @@ class Hinge(RuleBasedStateMachine):
 
     @rule(column=st.integers(0, WORKERS - 1))
     def die(self, column):
-        # A killed process releases nothing. Its objects must go before the column is zeroed here,
-        # where they live in a process that did not die.
+        # A killed process releases nothing. Its objects are in this live process, so they must be
+        # gone before the column is cleared.
         for picked, _, _ in self.reservations[column]:
             picked.release()
         self.reservations[column] = []
@@ -522,7 +522,7 @@ class Hinge(RuleBasedStateMachine):
         counted = {}
         for column in range(WORKERS):
             for _, row, generation in self.reservations[column]:
-                assert self.table.generation(row) == generation, "reused while it counted"
+                assert self.table.generation(row) == generation, "reused while it had counts"
                 counted[row] = counted.get(row, 0) + 1
         for published in self.publisher.snapshot().routes:
             for e in published.endpoints:
@@ -559,7 +559,7 @@ class Hinge(RuleBasedStateMachine):
             for worker in self.workers:
                 worker.routing.apply(delta)
         self.reclaim()
-        # Nothing has leaked: every row of the table can be had again.
+        # No row has leaked: every row of the table can be allocated again.
         full = [Endpoint(f"p{n}", "3:3") for n in range(self.table.rows - 1)]
         assert self.publisher.update("m", route(*full)) is not None
         self.table.close()

@@ -1,4 +1,4 @@
-"""The autoscaler's eyes and hands, against an API in memory, on fake time."""
+"""The autoscaler's inputs and writes, against an API in memory, on fake time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def world():
 
 
 async def start(world, replicas, active):
-    """A Model with so many replicas, all ready, and a scaler. Within the test: on its clock."""
+    """A Model with ready replicas, and a scaler. Called within the test, on its clock."""
     world.loads.counts["m"] = active
     world.start()
     world.apply(replicas=replicas, targetRequests=10)
@@ -37,7 +37,7 @@ def wanted(world):
 
 
 @FAKE_TIME
-async def test_a_step_of_eight_times_the_target_is_answered_within_three_intervals(world):
+async def test_a_step_to_eight_times_the_target_is_followed_within_three_intervals(world):
     await start(world, 1, active=5)
     await asyncio.sleep(600)
     assert wanted(world) == 1
@@ -51,7 +51,7 @@ async def test_a_step_of_eight_times_the_target_is_answered_within_three_interva
 
 
 @FAKE_TIME
-async def test_the_load_is_looked_at_several_times_an_interval(world):
+async def test_the_load_is_sampled_several_times_per_interval(world):
     await start(world, 1, active=5)
     world.loads.asked = 0
     await asyncio.sleep(10 * INTERVAL_S)
@@ -59,11 +59,11 @@ async def test_the_load_is_looked_at_several_times_an_interval(world):
 
 
 @FAKE_TIME
-async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(world):
+async def test_a_follower_writes_nothing_and_acts_on_its_own_samples_once_it_leads(world):
     await start(world, 4, active=35)
     await world.until(lambda: STATE in world.kube.objects)
     world.leader.leads = False
-    # what the other leader wrote down is no match for what was seen here
+    # its own samples take precedence over the former leader's saved state
     text = '{"models":{"m":{"averageActiveRequests":2}},"lastCalculationTime":null}'
     world.kube.objects[STATE]["data"]["models"] = text
     await asyncio.sleep(600)
@@ -78,7 +78,7 @@ async def test_a_follower_writes_nothing_and_knows_what_to_do_once_it_leads(worl
 
 
 @FAKE_TIME
-async def test_nothing_goes_while_a_peer_is_not_heard(world):
+async def test_no_replica_is_removed_while_a_peer_does_not_report(world):
     await start(world, 3, active=25)
     world.loads.counts["m"], world.loads.whole = 0, False
     await asyncio.sleep(1000)

@@ -1,4 +1,4 @@
-"""Engines behind a gateway in virtual time: what must hold whatever the traffic is."""
+"""Engines behind a gateway in virtual time: invariants for any traffic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def figures(outcome):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_turn_is_asked_once_and_answered_whole(strategy):
+def test_every_turn_is_sent_once_and_completed(strategy):
     outcome = run(strategy=strategy)
     expected = list(traffic.generate(TALKS, 1))
     asked = {(one.conversation, one.turn): one for one in outcome.records}
@@ -40,11 +40,11 @@ def test_every_turn_is_asked_once_and_answered_whole(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_same_setting_gives_the_same_records(strategy):
+def test_the_same_settings_give_the_same_records(strategy):
     assert run(strategy=strategy).records == run(strategy=strategy).records
 
 
-def test_a_turn_comes_after_the_answer_before_it_and_the_thinking():
+def test_a_turn_starts_after_the_previous_response_and_the_think_time():
     shape = Shape(conversations=20, turns=3, think_s=5.0)
     expected = list(traffic.generate(shape, 1))
     turns = defaultdict(dict)
@@ -56,7 +56,7 @@ def test_a_turn_comes_after_the_answer_before_it_and_the_thinking():
             assert of[turn].due_s == pytest.approx(of[turn - 1].ended_s + think_s)
 
 
-def test_no_more_conversations_run_than_at_a_time_and_as_many_when_there_are():
+def test_the_configured_number_of_conversations_runs_concurrently():
     outcome = run(concurrency=7)
     changes = sorted(
         [(r.due_s, 1) for r in outcome.records if r.turn == 0]
@@ -69,14 +69,14 @@ def test_no_more_conversations_run_than_at_a_time_and_as_many_when_there_are():
     assert most == 7
 
 
-def test_conversations_with_times_begin_then_whatever_else_goes_on():
+def test_conversations_with_start_times_start_on_time():
     times = [0.5 * n for n in range(60)]
     outcome = run(traffic.timed(traffic.generate(TALKS, 1), times), engines=1)
     first = sorted(record.due_s for record in outcome.records if record.turn == 0)
     assert first == times
 
 
-def test_a_client_that_cannot_keep_up_is_late_and_its_own_clock_does_not_tell():
+def test_an_overloaded_client_is_late_and_its_send_time_hides_the_delay():
     outcome = run(client_per_s=5.0, concurrency=60)
     found = figures(outcome)
     assert found["late_ms"]["p90"] > 3_000
@@ -86,13 +86,13 @@ def test_a_client_that_cannot_keep_up_is_late_and_its_own_clock_does_not_tell():
     assert paced["ttft_ms"] == paced["ttft_sent_ms"] == found["ttft_sent_ms"]
 
 
-def test_prefixes_are_found_more_often_the_more_the_router_knows():
+def test_cache_hits_increase_with_the_routers_information():
     hits = {s: figures(run(strategy=s, concurrency=40))["hit_rate"] for s in STRATEGIES}
     assert hits["Service"] < hits["PrefixHash"] <= hits["Oracle"] + 0.02
     assert hits["LeastLoad"] < hits["PrefixHash"]
 
 
-def test_what_an_engine_could_never_hold_is_refused_and_the_rest_goes_on():
+def test_a_request_too_large_for_any_engine_is_rejected_and_the_others_continue():
     long = Conversation((Turn("x" * 100_000, 10), Turn("more", 10)))
     short = Conversation((Turn("hello", 10),))
     outcome = run([long, short], engines=1)
@@ -100,7 +100,7 @@ def test_what_an_engine_could_never_hold_is_refused_and_the_rest_goes_on():
     assert sorted(errors) == [(0, "status 400"), (0, "status 400"), (1, "")]
 
 
-def test_embeddings_make_no_tokens_and_share_nothing():
+def test_embeddings_generate_no_tokens_and_share_no_cache():
     shape = Shape(conversations=30, turns=1, prompt_tokens=200, reply_tokens=0, kind="embeddings")
     outcome = run(traffic.generate(shape, 1))
     assert len(outcome.records) == 30
@@ -109,7 +109,7 @@ def test_embeddings_make_no_tokens_and_share_nothing():
         assert record.ended_s == record.first_s
 
 
-def test_gaps_add_up_to_the_time_between_first_and_last_tokens():
+def test_gaps_add_up_to_the_time_from_first_to_last_token():
     outcome = run(engines=1, concurrency=5)
     assert outcome.preemptions == 0
     between_s = sum(record.ended_s - record.first_s for record in outcome.records)
@@ -118,8 +118,8 @@ def test_gaps_add_up_to_the_time_between_first_and_last_tokens():
     assert sum(outcome.gaps.counts.values()) == tokens
 
 
-def test_a_preset_alone_has_the_times_of_its_source():
-    """By NVIDIA's figures for one request at a time: 407 ms to the first token, 18.6 ms each."""
+def test_a_preset_reproduces_the_latencies_of_its_source():
+    """NVIDIA's figures for one request at a time: 407 ms to the first token, then 18.6 ms each."""
     shape = Shape(conversations=5, turns=1, prompt_tokens=5000, reply_tokens=500, spread=0.0)
     engine = PRESETS["llama-3.3-70b-fp8-h100x2"]
     found = figures(run(traffic.generate(shape, 1), engine=engine, engines=1, concurrency=1))

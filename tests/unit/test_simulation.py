@@ -1,4 +1,4 @@
-"""The simulated engine: batches, memory and time, as properties of a pure machine."""
+"""The simulated engine: batching, memory and time, as properties of a pure state machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drain(machine: Engine, now: float = 0.0, steps: int = 10_000) -> list[tuple[
     return trace
 
 
-def test_a_lone_request_takes_its_prefill_and_then_a_step_a_token():
+def test_a_lone_request_takes_its_prefill_and_one_step_per_token():
     machine = engine()
     sequence = machine.submit(0.0, prompt_tokens=500, output_tokens=3)
     times = [now for now, advanced in drain(machine) if advanced]
@@ -48,7 +48,7 @@ def test_a_lone_request_takes_its_prefill_and_then_a_step_a_token():
     assert sequence.done
 
 
-def test_a_step_that_is_not_over_gives_nothing_and_names_its_end_again():
+def test_an_unfinished_step_yields_nothing_and_returns_its_end_time_again():
     machine = engine()
     machine.submit(0.0, 500, 2)
     end = machine.step(0.0).next_s
@@ -63,7 +63,7 @@ def test_sequences_decode_together_at_the_rate_of_one():
     assert {round(sequence.finished_s, 6) for sequence in sequences} == {1.0}
 
 
-def test_no_more_than_max_batch_run_and_the_rest_wait_their_turn():
+def test_at_most_max_batch_sequences_run_and_the_others_queue():
     machine = engine(max_batch=2)
     first, second, third = (machine.submit(0.0, 10, 3) for _ in range(3))
     machine.step(0.0)
@@ -72,7 +72,7 @@ def test_no_more_than_max_batch_run_and_the_rest_wait_their_turn():
     assert first.finished_s == second.finished_s < third.first_token_s
 
 
-def test_a_long_prompt_is_computed_in_chunks_while_others_keep_decoding():
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_keep_decoding():
     machine = engine(step_tokens=100)
     talker = machine.submit(0.0, 10, 50)
     step = machine.step(0.0)
@@ -81,11 +81,11 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_keep_decoding():
     reader = machine.submit(0.01, 450, 1)
     trace = drain(machine, step.next_s)
     first = next(index for index, (_, advanced) in enumerate(trace) if reader in advanced)
-    assert first >= 4  # 450 tokens at 99 a step
+    assert first >= 4  # 450 tokens at 99 per step
     assert all(talker in advanced for _, advanced in trace[: first + 1])
 
 
-def test_the_same_prompt_again_is_cached_but_for_what_must_be_computed():
+def test_a_repeated_prompt_is_cached_except_for_its_last_tokens():
     machine = engine()
     hashes = list(range(10))
     cold = machine.submit(0.0, 160, 1, hashes)
@@ -106,7 +106,7 @@ def test_a_prefix_is_shared_only_up_to_the_first_block_that_differs():
     assert other.cached_tokens == 48
 
 
-def test_what_was_generated_is_cached_for_the_next_turn():
+def test_generated_tokens_are_cached_for_the_next_turn():
     machine = engine()
     machine.submit(0.0, 32, 49, [1, 2, 3, 4, 5])
     drain(machine)
@@ -124,10 +124,10 @@ def test_the_least_recently_used_blocks_are_evicted_tails_first():
     drain(machine, 20.0)
     old = machine.submit(30.0, 81, 1, [*range(5), 500])
     drain(machine, 30.0)
-    assert old.cached_tokens == 3 * 16  # of 5: two made room, from the tail
+    assert old.cached_tokens == 3 * 16  # of 5: two were evicted, from the tail
 
 
-def test_when_memory_runs_out_the_last_to_come_starts_again_and_all_finish():
+def test_when_memory_runs_out_the_newest_sequence_restarts_and_all_finish():
     machine = engine(cache_blocks=8, prefill_tokens_per_s=0.0)
     sequences = [machine.submit(0.0, 16, 80, range(9 * n, 9 * n + 6)) for n in range(3)]
     drain(machine)
@@ -137,7 +137,7 @@ def test_when_memory_runs_out_the_last_to_come_starts_again_and_all_finish():
     assert machine.output_tokens == 240
 
 
-def test_a_cancelled_sequence_gives_its_memory_back_and_never_advances():
+def test_a_cancelled_sequence_frees_its_memory_and_never_advances():
     machine = engine(max_batch=1)
     gone = machine.submit(0.0, 100, 50, range(6))
     queued = machine.submit(0.0, 100, 50, range(10, 16))
@@ -151,7 +151,7 @@ def test_a_cancelled_sequence_gives_its_memory_back_and_never_advances():
     assert machine.cache.used == 0
 
 
-def test_a_prompt_alone_is_done_when_it_is_computed():
+def test_a_request_without_output_is_done_after_its_prefill():
     machine = engine()
     sequence = machine.submit(0.0, 200, 0)
     assert [(now, advanced) for now, advanced in drain(machine) if advanced] == [
@@ -161,7 +161,7 @@ def test_a_prompt_alone_is_done_when_it_is_computed():
     assert sequence.produced == 0
 
 
-def test_what_could_never_fit_is_refused():
+def test_a_request_that_could_never_fit_is_rejected():
     with pytest.raises(ValueError, match="longer than the KV cache"):
         engine(cache_blocks=4).submit(0.0, 60, 5)
     with pytest.raises(ValueError, match="prompt"):
@@ -170,7 +170,7 @@ def test_what_could_never_fit_is_refused():
 
 requests = st.lists(
     st.tuples(
-        st.floats(0, 5),  # when it comes
+        st.floats(0, 5),  # arrival time
         st.integers(1, 120),  # prompt tokens
         st.integers(0, 40),  # output tokens
         st.integers(0, 2),  # which prefix family
@@ -213,7 +213,7 @@ def test_every_request_gets_all_its_tokens_and_no_block_is_lost(plan, batch, bud
             for sequence in step.advanced:
                 tokens[sequence.owner] += bool(sequence.output_tokens)
         else:
-            raise AssertionError("the engine never came to rest")
+            raise AssertionError("the engine never became idle")
         assert machine.cache.used == 0
         for n, (*_, output, _, leaves) in enumerate(plan):
             assert sequences[n].done
@@ -224,7 +224,7 @@ def test_every_request_gets_all_its_tokens_and_no_block_is_lost(plan, batch, bud
     assert str(first) == str(second)  # NaN is not equal to itself
 
 
-def test_the_block_cache_revives_idle_blocks_without_counting_them_twice():
+def test_the_block_cache_reuses_idle_blocks_without_counting_them_twice():
     cache = BlockCache(4)
     assert cache.take(3)
     cache.share([1, 2, 3])
@@ -240,7 +240,7 @@ def test_the_block_cache_revives_idle_blocks_without_counting_them_twice():
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "system"]), st.text(max_size=80)), min_size=1))
-def test_a_next_turn_starts_with_the_tokens_of_the_last_and_its_reply(messages):
+def test_a_turn_starts_with_the_tokens_of_the_previous_turn_and_its_reply(messages):
     prompt = render(messages)
     said = reply(prompt, limit=30)
     following = render([*messages, ("assistant", said.text), ("user", "go on")])
@@ -249,14 +249,14 @@ def test_a_next_turn_starts_with_the_tokens_of_the_last_and_its_reply(messages):
     assert len(said.text) == 4 * said.tokens
 
 
-def test_a_reply_is_the_same_for_the_same_prompt_only():
+def test_equal_prompts_get_equal_replies_and_different_ones_different_replies():
     assert reply(pack("one"), limit=20) == reply(pack("one"), limit=20)
     assert reply(pack("one"), limit=20).text != reply(pack("two"), limit=20).text
     assert reply(pack("one"), limit=20).text != reply(pack("one"), limit=20, salt="lora").text
     assert reply(pack("one"), limit=20).text.startswith("mock ")
 
 
-def test_a_reply_ends_at_its_limit_or_by_itself_or_at_a_stop_string():
+def test_a_reply_ends_at_its_limit_by_itself_or_at_a_stop_string():
     prompt = pack("hello")
     natural = reply(prompt, limit=None)
     assert natural.finish == "stop"
@@ -272,7 +272,7 @@ def test_a_reply_ends_at_its_limit_or_by_itself_or_at_a_stop_string():
     assert stopped.stop == f"{second} {third}"
 
 
-def test_block_hashes_stand_for_everything_before_them():
+def test_block_hashes_cover_everything_before_them():
     one = block_hashes(pack("a" * 640))
     assert len(one) == 10
     other = block_hashes(pack("b" + "a" * 639))
@@ -290,7 +290,7 @@ def test_hashes_and_replies_do_not_depend_on_the_process():
     assert reply(pack("hello"), limit=5).text == "mock lap fox pin art"
 
 
-def test_embeddings_are_unit_vectors_that_lie_near_for_texts_with_common_words():
+def test_embeddings_are_unit_vectors_and_close_for_texts_with_common_words():
     query = embed("where do owls sleep")
     near, far = embed("owls sleep in old oaks"), embed("the price of tin")
     assert len(query) == 384

@@ -1,4 +1,4 @@
-"""What clients ask: made up, read from files, and when."""
+"""Client traffic: generated, read from files, and its arrival times."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def some(shape: Shape, count: int, seed: int = 1) -> list[Conversation]:
     return list(generate(msgspec.structs.replace(shape, conversations=count), seed))
 
 
-# -- made up ---------------------------------------------------------------------------------------
+# -- generated -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_seed_gives_the_same_conversations_however_many_there_are(name):
+def test_a_seed_gives_the_same_conversations_regardless_of_their_number(name):
     assert some(SHAPES[name], 3) == some(SHAPES[name], 30)[:3]
     assert some(SHAPES[name], 3) != some(SHAPES[name], 3, seed=2)
 
@@ -53,7 +53,7 @@ def test_lengths_are_spread_around_their_means():
     assert {tokens(one.turns[0].text) for one in alike} == {200}
 
 
-def test_system_prompts_are_shared_and_documents_stand_before_the_question():
+def test_system_prompts_are_shared_and_documents_precede_the_question():
     many = some(Shape(system_tokens=300, systems=3), 100)
     systems = {one.history[0] for one in many}
     assert len(systems) == 3
@@ -62,10 +62,10 @@ def test_system_prompts_are_shared_and_documents_stand_before_the_question():
     documents = [one.turns[0].text[: 100 * text.TOKEN_BYTES] for one in asked]
     counts = sorted((documents.count(one) for one in set(documents)), reverse=True)
     assert len(counts) <= 20
-    assert counts[0] > 4 * counts[-1], "some are asked about far more often"
+    assert counts[0] > 4 * counts[-1], "some documents are asked about far more often"
 
 
-def test_a_turn_carries_what_was_said_before_it():
+def test_a_turn_contains_the_conversation_before_it():
     one = Conversation((Turn("a"), Turn("b", reply="given"), Turn("c")), (("system", "s"),))
     assert one.prompt(2, ["came", "ignored"]) == [
         ("system", "s"),
@@ -77,7 +77,7 @@ def test_a_turn_carries_what_was_said_before_it():
     ]
 
 
-def test_unrolled_each_turn_is_a_request_with_its_history():
+def test_unrolling_makes_each_turn_a_request_with_its_history():
     (one,) = some(Shape(turns=3, replies=True), 1)
     parts = list(unrolled([one]))
     assert [len(part.history) for part in parts] == [0, 2, 4]
@@ -94,7 +94,7 @@ def said(*texts: str) -> dict:
     return {"conversations": [{"from": next(speakers), "value": t} for t in texts]}
 
 
-def test_sharegpt_gives_turns_with_the_files_answers(tmp_path):
+def test_sharegpt_gives_turns_with_the_replies_in_the_file(tmp_path):
     file = tmp_path / "s.json"
     entries = [said("hello", "hi there", "bye", "b" * 40), said("short", "one")]
     late = {
@@ -119,7 +119,7 @@ def test_sharegpt_gives_turns_with_the_files_answers(tmp_path):
         ("[1]", "entry 0 is not"),
     ],
 )
-def test_a_wrong_sharegpt_file_is_told_with_its_path(tmp_path, content, words):
+def test_an_invalid_sharegpt_file_is_reported_with_the_path(tmp_path, content, words):
     file = tmp_path / "s.json"
     if content is not None:
         file.write_text(content)
@@ -128,7 +128,7 @@ def test_a_wrong_sharegpt_file_is_told_with_its_path(tmp_path, content, words):
     assert str(file) in str(caught.value)
 
 
-def test_a_trace_has_times_and_equal_blocks_are_equal_text(tmp_path):
+def test_a_trace_has_start_times_and_equal_blocks_become_equal_text(tmp_path):
     file = tmp_path / "t.jsonl"
     lines = [
         {"timestamp": 2000, "input_length": 700, "output_length": 9, "hash_ids": [1, 2]},
@@ -159,21 +159,21 @@ def test_a_trace_has_times_and_equal_blocks_are_equal_text(tmp_path):
         ('{"input_length": 4}', "line 1.*timestamp"),
     ],
 )
-def test_a_wrong_trace_is_told_with_its_line(tmp_path, content, words):
+def test_an_invalid_trace_is_reported_with_the_line(tmp_path, content, words):
     file = tmp_path / "t.jsonl"
     file.write_text(content)
     with pytest.raises(TrafficError, match=words):
         read_trace(file)
 
 
-# -- when ------------------------------------------------------------------------------------------
+# -- arrival times -------------------------------------------------------------------------------
 
 
 def until(arrivals: Arrivals, end_s: float) -> list[float]:
     return list(itertools.takewhile(lambda at_s: at_s < end_s, arrivals.times(1)))
 
 
-def test_arrivals_come_at_their_rate():
+def test_arrivals_have_the_given_rate():
     assert len(until(Arrivals(per_s=20), 500)) == pytest.approx(10_000, rel=0.05)
     assert until(Arrivals(per_s=4, kind="constant"), 1.0) == [0.0, 0.25, 0.5, 0.75]
     bursts = until(Arrivals(per_s=20, kind="bursts", burst=50), 500)

@@ -1,4 +1,4 @@
-"""What transcriptions share with JSON requests: retries, blame and health, through the relay."""
+"""What transcriptions share with JSON requests through the relay: retries, blame, ejection."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from fakes.world import World
 
 from kubeai.gateway.pages import make_app
 
-LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # what workers run on
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 FORM = (
     b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nw\r\n'
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
@@ -60,7 +60,7 @@ async def test_an_endpoint_that_keeps_failing_is_ejected(start, script):
     assert world.ejected("w") == {"a"}
 
 
-async def test_answers_that_break_count_as_failures(start):
+async def test_truncated_responses_count_as_failures(start):
     world = await start(eject_after_failures=2)
     bad = await world.engine(break_off)
     world.route("w", {"a": bad, "b": await world.engine(says(b"good"))})
@@ -77,7 +77,7 @@ async def test_answers_that_break_count_as_failures(start):
     assert world.outcomes("w")["broken"] == 2
 
 
-async def test_a_whole_answer_ends_the_trial(start):
+async def test_a_complete_response_returns_the_endpoint_to_service(start):
     world = await start(eject_after_failures=1, eject_time_s=0.01, retries=1)
     flaky = await world.engine(failing(503))
     world.route("w", {"a": flaky, "b": await world.engine(says(b"good"))})
@@ -106,7 +106,7 @@ async def test_a_waiting_upload_moves_when_its_endpoint_leaves_the_routes(start)
     await until(lambda: hung.requests)
     world.route("w", {})
     await asyncio.sleep(0)
-    assert world.in_flight("w") == 1, "it still waits there: its engine may yet answer"
+    assert world.in_flight("w") == 1, "it still waits there: its engine may yet respond"
     world.route("w", {"b": good})
     assert (await wire.answer()).body == b"good"
     assert good.requests[0].body == hung.requests[0].body
@@ -114,7 +114,7 @@ async def test_a_waiting_upload_moves_when_its_endpoint_leaves_the_routes(start)
     await until(lambda: not hung.open, "the engine's connection is closed")
 
 
-async def test_a_client_that_leaves_while_its_upload_waits_leaves_nothing(start):
+async def test_a_client_that_disconnects_while_its_upload_waits_leaves_nothing_behind(start):
     world = await start()
     hung = await world.engine(hang)
     world.route("w", {"a": hung})
@@ -128,7 +128,7 @@ async def test_a_client_that_leaves_while_its_upload_waits_leaves_nothing(start)
 
 
 @pytest.mark.parametrize("retried", [True, False])
-async def test_a_missing_first_byte_is_retried_elsewhere_if_the_config_says_so(start, retried):
+async def test_a_first_byte_timeout_is_retried_elsewhere_if_configured(start, retried):
     world = await start(first_byte_timeout_s=0.1, retry_first_byte_timeout=retried)
     world.route("w", {"a": await world.engine(hang), "b": await world.engine(says(b"good"))})
     wire = await world.client()
@@ -139,7 +139,7 @@ async def test_a_missing_first_byte_is_retried_elsewhere_if_the_config_says_so(s
     assert statuses == ({200} if retried else {200, 504})
 
 
-async def test_retries_are_a_share_of_what_is_answered(start):
+async def test_retries_are_limited_to_a_share_of_the_responses(start):
     world = await start(retry_budget_min=4, eject_after_failures=0)
     engines = [await world.engine(failing(503)) for _ in range(2)]
     world.route("w", dict(zip("ab", engines, strict=True)))
@@ -168,7 +168,7 @@ async def test_a_request_that_killed_its_engine_kills_no_other(start):
     assert sum(len(engine.requests) for engine in engines.values()) == 1
 
 
-async def test_a_client_that_leaves_is_no_fault_of_the_engine(start):
+async def test_a_client_disconnect_does_not_count_as_an_engine_failure(start):
     world = await start(eject_after_failures=1)
 
     async def long_answer(wire: Wire, request: Message) -> None:
@@ -187,7 +187,7 @@ async def test_a_client_that_leaves_is_no_fault_of_the_engine(start):
     assert world.outcomes("w")["left"] == 1
 
 
-async def test_a_client_that_leaves_as_its_answer_ends_is_no_error(start, caplog):
+async def test_a_client_disconnect_at_the_end_of_a_response_is_no_error(start, caplog):
     """Either may be noticed first, in any turn of the loop."""
     world = await start()
     end = asyncio.Event()

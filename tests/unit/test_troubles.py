@@ -1,4 +1,4 @@
-"""What is said of a pod whose containers fail, over whole crash loops."""
+"""The reported trouble of a pod whose containers fail, over whole crash loops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reasons(*troubles):
 
 
 def crash_loop(run_s, backoffs_s, reason="Error"):
-    """The troubles a kubelet's statuses lead to, a second after each and at each one's end."""
+    """The troubles from a kubelet's statuses, one second after each and at the end of each."""
     found, began_s, last = [], 0.0, None
     for restarts, backoff_s in enumerate(backoffs_s):
         ended_s = began_s + run_s
@@ -69,8 +69,8 @@ def crash_loop(run_s, backoffs_s, reason="Error"):
 
 
 @pytest.mark.parametrize("run_s", [2.0, 90.0, 590.0, 3000.0])
-def test_a_crash_loop_is_one_trouble_whatever_its_container_does_at_the_moment(run_s):
-    """Runs of a quarter of an hour are those of an engine that fails once its weights are there."""
+def test_a_crash_loop_is_one_trouble_in_every_phase_of_its_container(run_s):
+    """Runs of 15 minutes are typical of an engine that fails after loading its weights."""
     waits = run_s < 600
     found = crash_loop(run_s, (0, 10, 20, 40, 300) if waits else (0,) * 5)
     assert found[:2] == [None, None]
@@ -78,7 +78,7 @@ def test_a_crash_loop_is_one_trouble_whatever_its_container_does_at_the_moment(r
     assert set(found[5:]) == {"CrashLoopBackOff"}
 
 
-def test_a_container_that_runs_out_of_memory_again_and_again_is_oom_killed_throughout():
+def test_a_container_that_keeps_running_out_of_memory_stays_oom_killed():
     found = crash_loop(30.0, (0, 10, 20, 40), reason="OOMKilled")
     assert set(found[2:]) == {"OOMKilled"}
 
@@ -92,7 +92,7 @@ def test_a_crash_loop_outlasts_readiness_until_a_run_has_lasted_ten_minutes():
     assert reasons(*found) == ["CrashLoopBackOff"] * 3 + [None]
 
 
-def test_a_single_exit_is_over_once_the_container_is_ready():
+def test_a_single_exit_is_cleared_once_the_container_is_ready():
     last = exited(0, 60)
     assert reasons(
         trouble(running(61), last, restarts=1, now_s=70),
@@ -126,20 +126,22 @@ def test_a_container_that_runs_ten_minutes_longer_than_the_run_that_failed_has_r
 @pytest.mark.parametrize(
     ("policy", "init", "code", "reason"),
     [
-        ("Always", False, 0, "ContainerExited"),  # a server must not end
+        ("Always", False, 0, "ContainerExited"),  # a server must not exit
         ("OnFailure", False, 0, None),
         ("OnFailure", False, 1, "ContainerExited"),
         ("Always", True, 0, None),
         ("Always", True, 1, "ContainerExited"),
     ],
 )
-def test_a_container_that_may_end_well_is_not_in_trouble_when_it_does(policy, init, code, reason):
+def test_a_container_that_may_succeed_is_not_in_trouble_after_exit_code_0(
+    policy, init, code, reason
+):
     ended = exited(0, 5, code=code)
     assert reasons(trouble(ended, policy=policy, init=init)) == [reason]
 
 
 @pytest.mark.parametrize("reason", ["ContainerStatusUnknown", "KubeletStopped"])
-def test_a_restart_of_the_node_is_no_fault_of_the_container(reason):
+def test_a_node_restart_is_no_container_trouble(reason):
     last = exited(0, 5, code=137, reason=reason)
     assert trouble(running(6), last, restarts=3, now_s=7) is None
 
@@ -156,7 +158,7 @@ def test_the_last_lines_of_a_container_are_shown_in_one_printable_line():
     assert found.text == f"{found.message}: {found.output}"
 
 
-def test_of_long_last_lines_the_end_is_kept():
+def test_only_the_end_of_long_last_lines_is_kept():
     message = "x" * 4000 + "\nCUDA out of memory"
     found = trouble(WAITING, exited(0, 5, message=message), restarts=1)
     assert len(found.output) == OUTPUT_MAX_CHARS
@@ -164,6 +166,6 @@ def test_of_long_last_lines_the_end_is_kept():
     assert found.output.endswith("x | CUDA out of memory")
 
 
-def test_without_last_lines_the_logs_are_pointed_to():
+def test_without_last_lines_the_message_refers_to_the_logs():
     found = trouble(WAITING, exited(0, 5), restarts=1)
     assert found.text == "container server keeps exiting (exit code 1); see its logs"

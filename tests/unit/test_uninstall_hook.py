@@ -1,4 +1,4 @@
-"""When the chart's hook may delete Models, by Helm's records of a release and the hook's Job."""
+"""When the chart's hook may delete Models, based on Helm's release records and the hook's Job."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_uninstall_in_progress_that_created_the_job_is_accepted():
         "unknown",
     ],
 )
-def test_any_other_status_is_refused(status):
+def test_any_other_status_is_rejected(status):
     assert f"its status is {status}" in reason_to_refuse("r", [record(status)], JOB)
 
 
@@ -45,10 +45,10 @@ def test_the_newest_revision_counts():
     assert "its status is deployed" in reason_to_refuse("r", records, JOB)
 
 
-def test_a_release_without_a_record_is_refused():
+def test_a_release_without_a_record_is_rejected():
     assert "no Secret for a Helm release r" in reason_to_refuse("r", [], JOB)
 
 
 @pytest.mark.parametrize("time", ["2026-01-01T11:58:59Z", "2026-01-01T12:00:06Z", None])
-def test_a_job_that_was_created_at_another_time_is_refused(time):
+def test_a_job_created_at_another_time_is_rejected(time):
     assert "was created at" in reason_to_refuse("r", [record("uninstalling", time=time)], JOB)

@@ -16,7 +16,7 @@ def condition(kind, status, reason="R", since="2025-01-01T00:00:00Z"):
     return {"type": kind, "status": status, "reason": reason, "lastTransitionTime": since}
 
 
-def test_a_new_model_is_not_ready_with_the_reason():
+def test_a_new_model_is_not_ready_and_has_the_reason():
     patch = status_patch(model(), "default", NOW)
     assert patch["metadata"] == {"resourceVersion": "7"}
     (ready,) = patch["status"]["conditions"]
@@ -30,7 +30,7 @@ def test_a_new_model_is_not_ready_with_the_reason():
     }
 
 
-def test_what_was_true_when_it_was_served_is_replaced():
+def test_the_status_from_when_it_was_served_is_replaced():
     before = [condition("Ready", "True"), condition("Progressing", "True"), condition("X", "True")]
     patch = status_patch(
         model(conditions=before, replicas={"all": 2, "ready": 1}, selector="s"), "default", NOW
@@ -40,13 +40,13 @@ def test_what_was_true_when_it_was_served_is_replaced():
     assert "selector" not in patch["status"]
 
 
-def test_a_model_that_was_not_ready_keeps_the_time():
+def test_a_model_that_was_not_ready_keeps_its_transition_time():
     before = [condition("Ready", "False", since="2025-05-05T00:00:00Z")]
     (ready,) = status_patch(model(conditions=before), "default", NOW)["status"]["conditions"]
     assert ready["lastTransitionTime"] == "2025-05-05T00:00:00Z"
 
 
-def test_nothing_is_written_twice():
+def test_an_unchanged_status_is_not_written_again():
     written = status_patch(model(), "default", NOW)["status"]
     assert status_patch(model(**written), "default", datetime.now(UTC)) is None
     assert status_patch(model(**written), "other", NOW) is not None

@@ -1,4 +1,4 @@
-"""The worker process, as the supervisor starts it."""
+"""The worker process, started as the supervisor starts it."""
 
 import asyncio
 import json
@@ -19,12 +19,12 @@ from kubeai.routing import Endpoint, Publisher, Route
 
 
 class Supervised:
-    """One worker process with what a supervisor holds for it."""
+    """One worker process and what its supervisor holds for it."""
 
     async def start(
         self, *, descriptors: tuple[int, int] | None = None, **config: object
     ) -> "Supervised":
-        """``descriptors``: how many the process may have open at first, and at most."""
+        """``descriptors``: the process's soft and hard limit of open files."""
         self.descriptors = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)
         self.table = LoadTable.create(64, 1)
         self.publisher = Publisher(self.table)
@@ -35,7 +35,7 @@ class Supervised:
         return self
 
     async def spawn(self) -> None:
-        """Start the process, or its successor."""
+        """Start the process or its successor."""
         self.received = []
         self.ended = asyncio.Event()
         ours, theirs = socket.socketpair()
@@ -122,7 +122,7 @@ async def test_it_serves_once_it_has_routes_and_follows_their_changes(start, eng
     worker.route("m", engine)
     worker.route("cold")
     wire = await connect(worker.port)
-    await wire.send(post())  # waits in the listener's queue
+    await wire.send(post())  # queued in the listener's backlog
     await worker.ready()
     assert (await wire.answer()).body == b"here"
     assert worker.table.acknowledged(0) == worker.publisher.version
@@ -154,7 +154,7 @@ def by_end_of_hinge(worker: Supervised) -> None:
 
 
 @pytest.mark.parametrize("stop", [by_signal, by_message, by_end_of_hinge])
-async def test_it_finishes_what_is_open_then_exits(start, engine, stop):
+async def test_it_finishes_open_requests_then_exits(start, engine, stop):
     worker = await start(drain_accept_s=0.1)
     worker.route("m", engine)
     await worker.ready()
@@ -174,7 +174,7 @@ async def test_it_finishes_what_is_open_then_exits(start, engine, stop):
     idle.close()
 
 
-async def test_it_cuts_what_does_not_end_in_time(start, engine):
+async def test_it_aborts_requests_that_do_not_end_in_time(start, engine):
     worker = await start(drain_accept_s=0, drain_timeout_s=0.1)
     worker.route("m", engine)
     await worker.ready()
@@ -193,7 +193,7 @@ async def test_it_can_be_stopped_before_it_has_routes(start):
     assert await worker.exits() == 0
 
 
-async def test_an_interrupt_is_the_supervisors_business(start, engine):
+async def test_sigint_is_left_to_the_supervisor(start, engine):
     worker = await start()
     worker.route("m", engine)
     await worker.ready()
@@ -206,7 +206,7 @@ async def test_an_interrupt_is_the_supervisors_business(start, engine):
     wire.close()
 
 
-async def test_a_killed_workers_successor_answers_who_came_in_between(start, engine):
+async def test_a_killed_workers_successor_serves_connections_made_in_between(start, engine):
     worker = await start()
     worker.route("m", engine)
     await worker.ready()
@@ -221,7 +221,7 @@ async def test_a_killed_workers_successor_answers_who_came_in_between(start, eng
     wire.close()
 
 
-async def test_it_says_what_it_is_when_started_by_hand():
+async def test_it_explains_itself_when_started_manually():
     environment = {k: v for k, v in os.environ.items() if k != "KUBEAI_WORKER"}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -235,8 +235,8 @@ async def test_it_says_what_it_is_when_started_by_hand():
     assert b"kubeai serve" in error
 
 
-async def test_it_takes_as_many_connections_as_it_may_have_descriptors_for(start, engine):
-    """It raises its soft limit; each client may need a second one for its engine."""
+async def test_it_accepts_as_many_connections_as_its_descriptors_allow(start, engine):
+    """It raises its soft limit; each client may need a second descriptor for its engine."""
     worker = await start(descriptors=(100, 300))
     worker.route("m", engine)
     await worker.ready()
