@@ -244,7 +244,7 @@ def test_only_the_most_recent_update_managers_are_kept_separate():
         thing.apply("a", obj(labels={"l00": "2"}))
 
 
-def test_subresources_and_operations_have_entries_of_their_own():
+def test_subresources_and_operations_have_their_own_entries():
     thing = Thing()
     thing.apply("m", obj(size=1))
     thing.update("m", {**thing.object, "spec": {"size": 1, "nick": "n"}})

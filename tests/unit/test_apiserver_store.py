@@ -179,7 +179,7 @@ async def test_bookmarks_advance_a_quiet_watch(store: Store, monkeypatch):
     await events.aclose()
 
 
-async def test_a_watch_is_woken_by_a_write(store: Store):
+async def test_a_watch_is_notified_of_a_write(store: Store):
     options = ListOptions(resource_version=str(put(store, "a")), timeout_s=5.0)
     events = watching.watch(store, PODS, options, asyncio.Event())
     waiting = asyncio.ensure_future(anext(events))

@@ -81,7 +81,7 @@ def test_samples_within_an_interval_have_equal_weight():
     assert clock.average == 30.0
 
 
-def test_samples_older_than_the_window_are_forgotten():
+def test_samples_older_than_the_window_are_dropped():
     clock, averages = Clock(delay_s=0.0), []
     clock.steps(*[60] * 6)
     for _ in range(6):
@@ -181,7 +181,7 @@ def test_without_overload_the_average_is_the_mean_of_the_active_requests(seen):
 
 
 @given(st.integers(0, 500), st.integers(1, 50), st.integers(0, 60))
-def test_steady_load_settles_and_stays(active, target, start):
+def test_replicas_settle_under_steady_load(active, target, start):
     clock = Clock(replicas=start, target=target)
     clock.steps(*[active] * 14)
     needed = -(-active // target)
@@ -194,7 +194,7 @@ def test_steady_load_settles_and_stays(active, target, start):
     st.lists(st.integers(0, 100), min_size=20, max_size=20),
     st.integers(0, 40),
 )
-def test_more_load_never_wants_less(actives, more, replicas):
+def test_more_load_never_reduces_the_wanted_replicas(actives, more, replicas):
     less, greater = Clock(), Clock()
     for n, active in enumerate(actives):
         less.replicas = greater.replicas = replicas

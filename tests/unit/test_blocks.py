@@ -213,7 +213,7 @@ def test_each_pod_trouble_has_its_own_grace(reason, fails_after_s, retry):
     assert world.fails_after_s() == fails_after_s
 
 
-def test_a_container_that_exited_once_and_starts_again_is_waited_for():
+def test_requests_wait_for_a_container_that_restarts_after_a_single_exit():
     """Its output is for readers of the Model's status, not for clients."""
     exited = Trouble("ContainerExited", "container server exited (exit code 1)", "secret words")
     world = World().pod(exited).reconciled()

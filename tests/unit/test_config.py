@@ -125,7 +125,7 @@ def test_defaults_equal_the_reference():
         assert config.model_servers.images(engine)["default"]
 
 
-def test_json_is_read_too():
+def test_a_json_file_is_read():
     assert parse_config('{"modelRollouts": {"surge": 4}}').model_rollouts.surge == 4
 
 
@@ -192,13 +192,13 @@ MISTAKES = [
     (
         "resourceProfiles: {g: {imageName: a, imageName: b}}",
         "resourceProfiles.g.imageName",
-        "given twice",
+        "duplicate key",
     ),
     ("modelServers: {vLLM: {images: {}}}", "modelServers.vLLM", "did you mean 'VLLM'?"),
     (
         "messaging: {streams: [{requestsURL: a}]}",
         "messaging.streams[0].responsesURL",
-        "must be given",
+        "is required",
     ),
     (
         "messaging: {streams: [{requestsURL: a, responsesURL: b, maxHandlers: -1}]}",
@@ -218,7 +218,7 @@ MISTAKES = [
     (
         "modelServerPods: {jsonPatches: [{op: copy, path: /a}]}",
         "modelServerPods.jsonPatches[0].from",
-        "must be given with op copy",
+        "is required with op copy",
     ),
     (
         "leaderElection: {leaseDuration: 5s}",
@@ -230,7 +230,7 @@ MISTAKES = [
         "leaderElection.renewDeadline",
         "longer than leaderElection.retryPeriod",
     ),
-    ("a: 1\na: 2", "a", "given twice (again in line 2)"),
+    ("a: 1\na: 2", "a", "duplicate key (line 2)"),
 ]
 
 
@@ -245,13 +245,13 @@ def test_an_error_is_reported_with_its_path(text, path, reason):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a: [1", "sys.yaml:1:6: not YAML"),
-        ("a: b: c", "sys.yaml:1:5: not YAML"),
-        ("- a", "sys.yaml: must hold a map"),
-        ("words", "sys.yaml: must hold a map"),
-        ("a: !!python/object/apply:os.getpid []", "sys.yaml:1:4: not YAML"),
-        ("--- {}\n--- {}", "not YAML"),
-        ("a: \x00", "not YAML"),
+        ("a: [1", "sys.yaml:1:6: invalid YAML"),
+        ("a: b: c", "sys.yaml:1:5: invalid YAML"),
+        ("- a", "sys.yaml: must be a map"),
+        ("words", "sys.yaml: must be a map"),
+        ("a: !!python/object/apply:os.getpid []", "sys.yaml:1:4: invalid YAML"),
+        ("--- {}\n--- {}", "invalid YAML"),
+        ("a: \x00", "invalid YAML"),
     ],
 )
 def test_anything_but_a_yaml_map_is_rejected_with_its_position(text, reason):

@@ -120,7 +120,7 @@ def test_null_and_the_zero_value_mean_the_default(path, zero):
     is_string = path.startswith(("secretNames", "modelServerPods"))
     is_value = path in ZERO_IS_A_VALUE and zero is not None and (zero != "" or is_string)
     if path in REQUIRED and not is_value:
-        with pytest.raises(ConfigError, match="must be given") as caught:
+        with pytest.raises(ConfigError, match="is required") as caught:
             parse(config)
         assert caught.value.path == path.replace("[]", "[0]")
     elif is_value:

@@ -339,7 +339,7 @@ def test_infinity_is_configured_by_its_environment():
         ("Infinity", "ollama://x", "Infinity cannot load from ollama://"),
         ("Infinity", "s3://b/x", "and s3:// with a cacheProfile"),
         ("FasterWhisper", "oss://b/x", "and oss:// with a cacheProfile"),
-        ("FasterWhisper", "pvc://c?model=x", "FasterWhisper does not support the parameter 'model'"),
+        ("FasterWhisper", "pvc://c?model=x", "does not support the parameter 'model'"),
     ],
 )
 def test_a_url_that_the_engine_cannot_load_is_rejected(engine, url, reason):

@@ -291,7 +291,7 @@ async def test_an_exception_in_the_parsing_thread_fails_one_request(start, monke
 
 
 @pytest.mark.parametrize("piece", [1_000, 300_000, 3_000_000])
-async def test_a_large_body_in_chunks_arrives_whole(start, piece):
+async def test_a_large_chunked_body_arrives_complete(start, piece):
     world = await start()
     engine = await world.engine(says(b""))
     world.route("m", {"a": engine})
@@ -672,7 +672,7 @@ async def test_if_every_endpoint_fails_retries_are_few_despite_earlier_successes
     assert world.outcomes("n")["retried"] == 3, "each model has its own budget"
 
 
-async def test_a_request_that_killed_its_engine_kills_no_other(start):
+async def test_a_request_that_killed_its_engine_is_not_retried(start):
     """The engine was serving no other request and does not come back at once."""
     world = await start()
 

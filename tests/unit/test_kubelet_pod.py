@@ -73,7 +73,7 @@ def test_env_overrides_env_from_and_later_sources_override_earlier_ones():
     assert environment(container, maps, {"none": None}) == {"P_K": "2", "X": "from env"}
 
 
-def test_fields_come_from_the_manifest_and_from_the_status():
+def test_field_refs_read_the_manifest_and_the_status():
     container = {
         "env": [
             {"name": "NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},

@@ -123,7 +123,7 @@ def test_a_mount_shows_the_volume_or_a_part_of_it(tmp_path):
     assert (tmp_path / "n/x").is_dir()
 
 
-def test_shared_memory_is_the_machines_own(tmp_path):
+def test_shared_memory_uses_the_machines_dev_shm(tmp_path):
     assert mounts(pod({"emptyDir": {"medium": "Memory"}}, mountPath="/dev/shm"), tmp_path) == ()
 
 

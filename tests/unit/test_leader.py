@@ -299,7 +299,7 @@ async def test_a_restarted_leader_with_the_same_identity_does_not_wait(world):
     await world.until(lambda: again.leads, 0.1)
 
 
-async def test_a_lease_of_upstream_is_respected(world):
+async def test_a_lease_of_kubeai_in_go_is_respected(world):
     world.leases._keep(
         {
             "metadata": {"name": "kubeai.org"},

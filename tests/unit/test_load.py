@@ -281,7 +281,7 @@ def test_a_process_without_a_column_counts_nothing(table):
 
 
 @pytest.mark.parametrize("row", [-1, 64, 2**40])
-def test_rows_outside_the_table_are_refused(table, worker, row):
+def test_rows_outside_the_table_are_rejected(table, worker, row):
     for call in (
         table.open_row,
         table.generation,

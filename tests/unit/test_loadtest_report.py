@@ -140,7 +140,7 @@ def test_a_run_has_a_curve_in_each_plot_and_a_bar_per_endpoint():
     assert len(bars(last)) == 2 * 4
 
 
-def test_a_distribution_rises_from_the_floor_to_the_top():
+def test_a_distribution_curve_rises_from_the_bottom_to_the_top():
     plot = plots(report([run()]))[0]
     _, top, _, bottom = area(plot)
     (curve,) = curve_points(plot)

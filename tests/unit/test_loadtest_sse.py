@@ -79,7 +79,7 @@ def test_a_stream_is_read_the_same_wherever_it_is_split(line_end, field, separat
     st.lists(st.integers(0, 4000), max_size=12),
     st.sampled_from(["\n", "\r\n"]),
 )
-def test_any_text_in_any_pieces(texts, cuts, line_end):
+def test_any_text_is_read_in_any_pieces(texts, cuts, line_end):
     said = stream(*answer(texts), line_end=line_end)
     places = sorted({min(cut, len(said)) for cut in cuts} | {0, len(said)})
     check_whole(read(*(said[a:b] for a, b in itertools.pairwise(places))), texts)
@@ -110,7 +110,7 @@ def test_tool_calls_count_as_tokens():
     assert len(read(stream(chunk({"tool_calls": [call]}))).times_s) == 1
 
 
-def test_usage_may_come_with_the_text():
+def test_usage_may_be_sent_with_the_text():
     """Cumulatively with each event, or with the last."""
     growing = [chunk({"content": t}, usage=USAGE | {"completion_tokens": 5 + n}) for n, t in TEXTED]
     check_whole(read(*cut(stream(*growing))), TEXTS)

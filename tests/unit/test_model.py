@@ -167,10 +167,10 @@ def test_a_url_is_parsed_into_its_parts(url, parts):
 @pytest.mark.parametrize(
     ("url", "wrong"),
     [
-        ("", "must be a URL of hf://"),
-        ("org/name", "must be a URL of hf://"),
-        ("http://host/x", "must be a URL of hf://"),
-        ("hf://", "must be a URL of hf://"),
+        ("", "must be a URL with one of the schemes hf://"),
+        ("org/name", "must be a URL with one of the schemes hf://"),
+        ("http://host/x", "must be a URL with one of the schemes hf://"),
+        ("hf://", "must be a URL with one of the schemes hf://"),
         ("hf://a b", "white space"),
         ("hf://a\nb", "white space"),
         ("hf://-a/b", "must start with a letter"),

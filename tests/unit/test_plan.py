@@ -180,7 +180,9 @@ def test_each_feature_has_a_label():
         ("upstream's hash is not outdated", 1, 1, [make_pod("a", hash=None)], 0, []),
     ],
 )  # fmt: skip
-def test_pods(name, replicas, surge, pods, creates, deletes):
+def test_pods_are_created_and_deleted_to_match_the_spec(
+    name, replicas, surge, pods, creates, deletes
+):
     got_creates, got_deletes, *_ = plan_of(make_model(replicas=replicas), *pods, surge=surge)
     assert (len(got_creates), sorted(got_deletes)) == (creates, sorted(deletes))
 

@@ -48,7 +48,7 @@ def test_the_summary_of_a_run():
     assert max(level for _, level in found.curves["in_flight"]) >= 1
 
 
-def test_the_clock_starts_when_a_request_is_due_however_late_it_is_sent():
+def test_latency_is_measured_from_the_time_a_request_was_due():
     found = results("r", {}, [record(ttft_s=2.0, sent_s=1.5)], Gaps()).summary
     assert found["ttft_ms"]["mean"] == 2000.0
     assert found["ttft_sent_ms"]["mean"] == 500.0
@@ -133,5 +133,5 @@ def test_results_in_another_format_are_rejected(tmp_path):
     found = results("r", {}, [], Gaps())
     found.format = 99
     write(found, path)
-    with pytest.raises(ResultsError, match="is of format 99"):
+    with pytest.raises(ResultsError, match="has format 99"):
         read(path)

@@ -544,7 +544,7 @@ async def test_forwarding_headers_are_added(start):
     assert got.one("x-forwarded-host") == "gateway"
 
 
-async def test_forwarding_headers_are_those_of_each_request(start):
+async def test_each_request_has_its_own_forwarding_headers(start):
     """The parsed ones are reused for a connection's next request, which may have different ones."""
     running = await start()
     wire = await running.client()

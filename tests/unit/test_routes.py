@@ -135,7 +135,7 @@ def test_only_loaded_and_still_declared_adapters_are_routed():
         (make_pod(meta={"annotations": {"model-pod-port": "no"}}), True, "10.0.0.1:8000"),
     ],
 )
-def test_an_endpoints_address(pod, override, address):
+def test_an_endpoint_has_the_pods_address_unless_overridden(pod, override, address):
     assert observe(pod, address_override=override).address == address
 
 

@@ -151,7 +151,7 @@ async def test_retries_are_limited_to_a_share_of_the_responses(start):
     assert world.outcomes("w")["retried"] == 4
 
 
-async def test_a_request_that_killed_its_engine_kills_no_other(start):
+async def test_a_request_that_killed_its_engine_is_not_retried(start):
     world = await start()
 
     async def die(wire: Wire, request: Message) -> None:
