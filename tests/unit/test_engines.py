@@ -494,7 +494,7 @@ def test_an_edited_file_changes_the_pod_hash():
         (["/a/b", "/a_b"], "spec.files[1].path", "map to the same key '_a_b'"),
         (["/a b"], "spec.files[0].path", "may contain only letters"),
         (["/" + "a" * 300], "spec.files[0].path", "at most 253"),
-        (["/x", "/dev/shm"], "spec.files[1].path", "a volume already"),
+        (["/x", "/dev/shm"], "spec.files[1].path", "is already the mount path"),
     ],
 )
 def test_a_path_invalid_for_a_config_map_or_pod_is_reported(paths, field, reason):

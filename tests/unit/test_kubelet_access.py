@@ -96,7 +96,7 @@ def test_an_invalid_authority_file_is_reported_by_name(tmp_path, content):
         (["--capacity", "nvidia.com/gpu"], "'nvidia.com/gpu' is not key=value"),
         (["--capacity", "nvidia.com/gpu=two"], "nvidia.com/gpu: 'two' is not a quantity"),
         (["--label", "=l4"], "'=l4' is not key=value"),
-        (["--client-name", "api"], "--client-name needs --client-ca-file"),
+        (["--client-name", "api"], "--client-name requires --client-ca-file"),
     ],
 )
 def test_an_invalid_option_is_reported_by_name(tmp_path, options, message):

@@ -209,10 +209,10 @@ async def test_the_number_of_simultaneous_commands_is_limited(connect, monkeypat
     [
         (["ls"], {"to": "default/q/server"}, 404, 'pod "q" is not on this node'),
         (["ls"], {"to": "default/p/c"}, 400, "container c is not valid for pod p"),
-        ([], {}, 400, "the request names no command"),
-        (["ls"], {"tty": "1"}, 400, "containers are processes without a terminal here: no tty"),
+        ([], {}, 400, "no command specified"),
+        (["ls"], {"tty": "1"}, 400, "tty is not supported"),
         (["ls"], {"output": "0", "error": "0"}, 400, "at least one of stdin, stdout and stderr"),
-        (["ls"], {}, 400, "exec needs the upgrade to a WebSocket"),
+        (["ls"], {}, 400, "exec requires a WebSocket upgrade"),
     ],
 )
 async def test_an_invalid_request_is_rejected_before_the_upgrade(

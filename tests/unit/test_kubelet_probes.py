@@ -179,7 +179,7 @@ async def test_the_path_and_the_headers_are_sent_unchanged(prober, server):
 
 async def test_a_probe_timeout_is_a_failure(prober, server):
     probe = Probe(http_get=HTTPGet("http", "/hang"), timeout_seconds=1)
-    assert await prober.attempt(probe, server) == (Outcome.FAILURE, "no answer within 1 s")
+    assert await prober.attempt(probe, server) == (Outcome.FAILURE, "no response within 1 s")
 
 
 async def test_a_refused_connection_is_reported_as_not_listening(prober, unused_tcp_port):

@@ -125,7 +125,7 @@ async def test_a_program_that_is_not_installed_is_reported_with_a_remedy(
 
 
 async def test_an_unknown_image_without_a_command_is_rejected():
-    with pytest.raises(PodError, match=r"'busybox:1' is not pulled") as caught:
+    with pytest.raises(PodError, match=r"'busybox:1' is not a known engine") as caught:
         await resolve("busybox:1")
     assert caught.value.reason == "UnknownImage"
 

@@ -91,10 +91,16 @@ async def test_a_claim_is_a_directory_that_outlives_the_pod(tmp_path):
         ({"secret": {"secretName": "s"}}, "secret 's' not found"),
         ({"persistentVolumeClaim": {"claimName": "m"}}, "persistentvolumeclaim 'm' not found"),
         ({"hostPath": {"path": "/no/such"}}, "hostPath /no/such does not exist"),
-        ({"nfs": {"server": "x"}}, "its type is not supported"),
-        ({"configMap": {"name": "have", "items": [{"key": "x", "path": "x"}]}}, "the key 'x'"),
-        ({"configMap": {"name": "have", "items": [{"key": "k", "path": "../k"}]}}, "leads out"),
-        ({"configMap": {"name": "have", "items": [{"key": "k", "path": "/k"}]}}, "leads out"),
+        ({"nfs": {"server": "x"}}, "unsupported type"),
+        ({"configMap": {"name": "have", "items": [{"key": "x", "path": "x"}]}}, "missing key 'x'"),
+        (
+            {"configMap": {"name": "have", "items": [{"key": "k", "path": "../k"}]}},
+            "is outside the volume",
+        ),
+        (
+            {"configMap": {"name": "have", "items": [{"key": "k", "path": "/k"}]}},
+            "is outside the volume",
+        ),
     ],
 )
 async def test_an_unavailable_volume_is_reported_by_name(tmp_path, volume, message):
@@ -130,10 +136,10 @@ def test_shared_memory_uses_the_machines_dev_shm(tmp_path):
 @pytest.mark.parametrize(
     ("mount", "message"),
     [
-        ({"name": "w"}, "there is no volume 'w'"),
+        ({"name": "w"}, "volume 'w' not found"),
         ({"mountPath": "m"}, "'m' is not absolute"),
-        ({"subPath": "nope"}, "has no 'nope'"),
-        ({"subPath": "../x"}, "leads out"),
+        ({"subPath": "nope"}, "subPath 'nope' does not exist"),
+        ({"subPath": "../x"}, "is outside the volume"),
     ],
 )
 def test_an_invalid_mount_is_reported_by_name(tmp_path, mount, message):

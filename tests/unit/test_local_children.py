@@ -51,7 +51,7 @@ async def test_a_child_that_dies_is_restarted_even_if_the_restart_fails_at_first
     try:
         os.kill(int((tmp_path / "life-0").read_text()), signal.SIGKILL)
         third = tmp_path / "life-2"
-        await until("its third life begins", lambda: third.exists() and third.read_text(), 20)
+        await until("its third run begins", lambda: third.exists() and third.read_text(), 20)
     finally:
         await helper.stop()
     with pytest.raises(ProcessLookupError):

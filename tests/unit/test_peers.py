@@ -177,7 +177,7 @@ async def test_a_pick_includes_the_in_flight_requests_of_other_replicas():
     async with two() as (one, other):
         one.route("a", "b"), other.route("a", "b")
         one.serve("a", 3)
-        await until("it is seen", lambda: other.in_flight("a") == 3)
+        await until("the peer's load is seen", lambda: other.in_flight("a") == 3)
         row = other.publisher.row("m")
         assert other.table.in_flight(row) == 3
         ring = other.ring()
@@ -185,7 +185,7 @@ async def test_a_pick_includes_the_in_flight_requests_of_other_replicas():
         assert [pick.name for pick in picks] == ["b"] * 3
         del picks
         one.held.clear()
-        await until("it is over", lambda: other.in_flight("a") == 0)
+        await until("the request has ended", lambda: other.in_flight("a") == 0)
         assert other.table.in_flight(row) == 0
 
 
@@ -195,7 +195,7 @@ async def test_a_hashed_pick_is_bounded_by_the_load_of_all_replicas():
         ring = other.ring()
         key = next(k << 54 for k in range(1024) if ring.lookup(k << 54) == "a")
         one.serve("a", 8)
-        await until("it is seen", lambda: other.in_flight("a") == 8)
+        await until("the peer's load is seen", lambda: other.in_flight("a") == 8)
         pick = ring.pick_hashed(key)
         assert (pick.first, pick.first_load, pick.name) == ("a", 8, "b")
         pick.release()
@@ -208,12 +208,12 @@ async def test_active_and_completed_requests_are_reported_per_model():
         early.count("2xx")
         early.close()
         admissions = [one.worker.admit(route.row, route.generation) for _ in range(4)]
-        await until("they are seen", lambda: other.peers.active("m") == 4)
+        await until("the requests are seen", lambda: other.peers.active("m") == 4)
         assert other.peers.ended("m") == 0, "completions from before the connection do not count"
         for admission in admissions[:3]:
             admission.count("5xx")
             admission.close()
-        await until("ends are seen", lambda: other.peers.ended("m") == 3)
+        await until("completions are seen", lambda: other.peers.ended("m") == 3)
         assert other.peers.active("m") == 1
         admissions[3].close()
 
@@ -236,7 +236,7 @@ async def test_the_operator_sees_the_loads_of_all_replicas():
                 for outcome in outcomes:
                     admission.count(outcome)
                 admission.close()
-        await until("ends are counted once each", lambda: loads.ended("m") == 6)
+        await until("completions are counted once each", lambda: loads.ended("m") == 6)
         other.held.clear()
         other.route()
         other.reclaim()
@@ -244,7 +244,7 @@ async def test_the_operator_sees_the_loads_of_all_replicas():
         one.held.clear()
         one.route()
         one.reclaim()
-        await until("nobody does", lambda: not loads.in_use("m", "a"))
+        await until("no replica uses it", lambda: not loads.in_use("m", "a"))
         other.clock.now_s += STALE_S + 0.1
         assert loads.in_use("m", "a"), "unknown, so it counts as in use"
 
@@ -253,7 +253,7 @@ async def test_metrics_separate_this_replicas_load_from_that_of_its_peers():
     async with two() as (one, other):
         one.route("a"), other.route("a")
         one.serve("a", 2)
-        await until("it is seen", lambda: other.in_flight("a") == 2)
+        await until("the peer's load is seen", lambda: other.in_flight("a") == 2)
         metrics = Metrics(other.table, other.publisher, other.peers.silences_s)
         text = metrics.render("")[0].decode()
         series = '{endpoint="a",request_model="m"}'
@@ -265,15 +265,15 @@ async def test_metrics_separate_this_replicas_load_from_that_of_its_peers():
 async def test_an_endpoint_is_in_use_until_no_worker_can_send_it_anything():
     async with two() as (one, other):
         one.route("a", "b")
-        await until("both are routed to", lambda: other.peers.routes("a"))
+        await until("both have a route", lambda: other.peers.routes("a"))
         one.serve("a")
         one.route("b")
         one.reclaim()
-        await until("its load is told", lambda: other.peers.in_flight("a") == 1)
+        await until("its load is reported", lambda: other.peers.in_flight("a") == 1)
         assert other.peers.routes("a"), "a request is still in flight there"
         one.held.clear()
         one.reclaim()
-        await until("nobody uses it", lambda: not other.peers.routes("a"))
+        await until("it is not in use", lambda: not other.peers.routes("a"))
         assert other.peers.routes("b")
 
 
@@ -284,10 +284,10 @@ async def test_an_endpoint_that_was_removed_and_added_again_counts_with_both_its
         one.route()
         one.route("a")
         one.serve("a", 1)
-        await until("all three are told", lambda: other.peers.in_flight("a") == 3)
+        await until("all three are reported", lambda: other.peers.in_flight("a") == 3)
         del one.held[:2]
         one.reclaim()
-        await until("the first two are over", lambda: other.peers.in_flight("a") == 1)
+        await until("the first two have ended", lambda: other.peers.in_flight("a") == 1)
         assert other.peers.routes("a")
 
 
@@ -295,7 +295,7 @@ async def test_a_reused_row_has_no_peer_load_of_its_former_endpoint():
     async with two() as (one, other):
         one.route("a"), other.route("a")
         one.serve("a", 5)
-        await until("it is seen", lambda: other.in_flight("a") == 5)
+        await until("the peer's load is seen", lambda: other.in_flight("a") == 5)
         row = other.publisher.endpoint_rows("m")["a"]
         other.route()
         assert other.table.in_flight(row) == 0
@@ -304,7 +304,7 @@ async def test_a_reused_row_has_no_peer_load_of_its_former_endpoint():
         other.route("b")
         assert other.publisher.endpoint_rows("m") == {"b": row}
         one.serve("a")
-        await until("more is told", lambda: other.peers.in_flight("a") == 6)
+        await until("the new load is reported", lambda: other.peers.in_flight("a") == 6)
         assert other.in_flight("b") == 0
 
 
@@ -312,7 +312,7 @@ async def test_an_endpoint_added_later_has_its_peer_load_at_once():
     async with two() as (one, other):
         one.route("a")
         one.serve("a", 5)
-        await until("it is told", lambda: other.peers.in_flight("a") == 5)
+        await until("the load is reported", lambda: other.peers.in_flight("a") == 5)
         other.route("a")
         assert other.in_flight("a") == 5
 
@@ -323,23 +323,23 @@ async def test_an_endpoint_shared_by_two_models_has_its_load_for_both():
         one.serve("a", 5)
         other.route("a", model="first")
         other.route("a", model="m")
-        await until("it is told to one", lambda: other.in_flight("a", "m") == 5)
+        await until("the load is reported to one", lambda: other.in_flight("a", "m") == 5)
         assert other.in_flight("a", "first") == 5
         other.route(model="m")
         one.serve("a")
-        await until("more is told", lambda: other.in_flight("a", "first") == 6)
+        await until("the new load is reported", lambda: other.in_flight("a", "first") == 6)
         other.route(model="first")
 
 
 async def test_the_load_of_a_deleted_model_is_dropped():
     async with two() as (one, other):
         one.route("a", model="gone")
-        await until("it is known", lambda: other.peers.routes("a"))
+        await until("the model is known", lambda: other.peers.routes("a"))
         one.publisher.update("gone", None)
         one.peers.rerouted("gone")
         one.worker.acknowledge(one.publisher.version)
         one.reclaim()
-        await until("it is not", lambda: not other.peers.routes("a"))
+        await until("the model is dropped", lambda: not other.peers.routes("a"))
         (peer,) = other.peers._view.peers.values()
         await until("nothing is left", lambda: not peer.models)
 
@@ -375,20 +375,20 @@ async def test_pods_of_the_release_are_followed_while_they_exist():
         kube = Kube([("kubeai-1", "127.0.0.1"), ("kubeai-2", "127.0.0.2")])
         async with Replica("kubeai-2", kube=kube, pod="kubeai-2", port=port) as other:
             other.route("a")
-            await until("it is seen", lambda: other.in_flight("a") == 2)
+            await until("the peer's load is seen", lambda: other.in_flight("a") == 2)
             assert list(other.peers.silences_s()) == [one.address]
             kube.tell("MODIFIED", "kubeai-1", "127.0.0.1", "Failed")
-            await until("it has ended", lambda: other.in_flight("a") == 0)
+            await until("the pod has ended", lambda: other.in_flight("a") == 0)
             kube.tell("ADDED", "kubeai-1", "127.0.0.1")
-            await until("it is back", lambda: other.in_flight("a") == 2)
+            await until("the peer is back", lambda: other.in_flight("a") == 2)
             kube.tell("DELETED", "kubeai-1", "127.0.0.1")
-            await until("it is gone", lambda: other.in_flight("a") == 0)
+            await until("the peer is gone", lambda: other.in_flight("a") == 0)
             assert other.peers.complete()
 
 
 async def test_outside_a_cluster_there_are_no_peers_and_the_view_is_complete():
     async with Replica("host-7", pod="host-7") as one:
-        await until("it knows", one.peers.complete)
+        await until("it knows its peers", one.peers.complete)
         assert one.peers.silences_s() == {}
 
 
@@ -399,7 +399,7 @@ async def test_our_own_address_among_the_configured_ones_is_not_counted_twice():
         async with again:
             replica.route("a"), again.route("a")
             replica.serve("a")
-            await until("it knows", again.peers.complete)
+            await until("it knows its peers", again.peers.complete)
             assert again.peers.silences_s() == {}
             assert again.in_flight("a") == 0
 
@@ -418,7 +418,7 @@ async def test_the_last_report_of_a_silent_peer_expires():
     async with page(hung) as address, Replica("two", [address]) as other:
         other.route("a")
         assert not other.peers.complete(), "no peer has reported yet"
-        await until("it is seen", lambda: other.in_flight("a") == 4)
+        await until("the peer's load is seen", lambda: other.in_flight("a") == 4)
         assert other.peers.complete()
         other.clock.now_s += STALE_S + 0.1
         assert not other.peers.complete()
@@ -426,7 +426,7 @@ async def test_the_last_report_of_a_silent_peer_expires():
             "missing data does not mean zero"
         )
         other.clock.now_s += HOLD_S
-        await until("it is forgotten", lambda: other.in_flight("a") == 0)
+        await until("its load is dropped", lambda: other.in_flight("a") == 0)
         assert other.peers.active("m") == 0
         assert other.peers.complete(), "it is not waited for any longer"
 
@@ -481,7 +481,7 @@ async def test_an_invalid_frame_disconnects_the_peer(frame):
 
     async with page(lying) as address, Replica("two", [address]) as other:
         other.route("a")
-        await until("it was tried again", lambda: calls >= 2)
+        await until("the connection was retried", lambda: calls >= 2)
         assert other.in_flight("a") == 0
         assert other.peers.active("m") == 0
 
@@ -500,7 +500,9 @@ async def test_a_reconnected_peer_sends_its_complete_state():
 
     async with page(restarting) as address, Replica("two", [address]) as other:
         other.route("a", "b")
-        await until("it is back", lambda: (other.in_flight("a"), other.in_flight("b")) == (0, 2))
+        await until(
+            "the peer is back", lambda: (other.in_flight("a"), other.in_flight("b")) == (0, 2)
+        )
         assert other.peers.active("m") == 0
         assert not other.peers.routes("a")
 
@@ -556,7 +558,7 @@ async def test_a_peer_with_only_metrics_is_counted():
         return web.Response(text=OLD)
 
     async with page(metrics, "/metrics") as address, Replica("two", [address]) as other:
-        await until("it is seen", lambda: other.peers.active("m") == 5)
+        await until("the peer's load is seen", lambda: other.peers.active("m") == 5)
         assert other.peers.active("other") == 1
         assert other.peers.complete()
 
@@ -569,9 +571,9 @@ async def test_a_model_that_disappears_from_its_metrics_is_dropped(monkeypatch):
         return web.Response(text=pages[-1])
 
     async with page(metrics, "/metrics") as address, Replica("two", [address]) as other:
-        await until("it is seen", lambda: other.peers.active("other") == 1)
+        await until("the peer's load is seen", lambda: other.peers.active("other") == 1)
         pages.append("\n".join(line for line in OLD.splitlines() if '"other"' not in line) + "\n")
-        await until("it is gone", lambda: other.peers.active("other") == 0, 3.0)
+        await until("the peer is gone", lambda: other.peers.active("other") == 0, 3.0)
         assert other.peers.active("m") == 5
 
 
@@ -603,7 +605,7 @@ async def test_a_configured_address_that_has_only_metrics_gets_no_other_request(
     monkeypatch.setattr(listener, "POLL_S", 0.01)
     server = Requests()
     async with site(server.app) as address, Replica("two", [address]) as other:
-        await until("it is polled", lambda: len(server.paths) >= 3)
+        await until("the peer is polled", lambda: len(server.paths) >= 3)
         assert other.peers.active("m") == 5
     assert set(server.paths) == {"/metrics"}
 
@@ -613,9 +615,9 @@ async def test_a_configured_address_that_announces_its_loads_is_followed_on_that
     server = Requests()
     async with site(server.app) as address, Replica("two", [address]) as other:
         other.route("a")
-        await until("it is polled", lambda: other.peers.active("m") == 5)
+        await until("the peer is polled", lambda: other.peers.active("m") == 5)
         server.headers = METRICS_HEADERS  # a newer version has replaced it
-        await until("its loads are known", lambda: other.in_flight("a") == 4)
+        await until("the peer's loads are known", lambda: other.in_flight("a") == 4)
         assert other.peers.active("m") == 7
         assert other.peers.active("other") == 0
 
@@ -627,7 +629,7 @@ async def test_a_pod_of_the_release_without_loads_is_polled_too(monkeypatch):
         port = int(address.rpartition(":")[2])
         kube = Kube([("one", "10.0.0.9"), ("two", "127.0.0.1")])
         async with Replica("one", kube=kube, pod="one", port=port) as replica:
-            await until("it is seen", lambda: replica.peers.active("m") == 5)
+            await until("the peer's load is seen", lambda: replica.peers.active("m") == 5)
     assert server.paths[0] == LOADS_PATH
 
 

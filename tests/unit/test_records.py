@@ -118,7 +118,7 @@ def test_gaps_of_several_processes_are_merged():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "No such file"), ("{}", "holds no results"), ("x", "holds no results")],
+    [(None, "No such file"), ("{}", "is not a results file"), ("x", "is not a results file")],
 )
 def test_a_file_without_results_is_reported(tmp_path, content, words):
     path = tmp_path / "r.json"
