@@ -1,1 +1,1 @@
-"""What users write: the Model type, the CRD made from it, the system config. Pure values."""
+"""The user-facing API: the Model type, its generated CRD, and the system config. Pure values."""

@@ -1,13 +1,13 @@
-"""The system config: how KubeAI itself runs, as YAML (or JSON) at ``CONFIG_PATH``.
+"""The system config: KubeAI's own settings, as YAML or JSON at ``CONFIG_PATH``.
 
 It is read once, at start, and strictly: an unknown key, a wrong type, a duration without a unit or
-a negative number is a ConfigError that carries the key's dotted path. Every key has a default, so
-that an empty config works, and so does one that a Go program writes: null and Go's zero values mean
-the default (see `kubeai.api.strict`). What only some Models or nothing at all can use, such as a
-cache profile without a volume, does not stop KubeAI: it is an error of those Models, or a warning.
+a negative number is a ConfigError with the key's dotted path. Every key has a default, so an empty
+config is valid. null and Go's zero values also mean the default (see `kubeai.api.strict`), so a
+config written by a Go program is valid too. An entry that cannot be used, such as a cache profile
+without a volume, does not stop KubeAI: it is an error of the Models that use it, or a warning.
 docs/configuration.md lists all keys.
 
-`load_config` is called by the commands; the operator and the engines get a SystemConfig, the
+`load_config` is called by the commands. The operator and the engines get a SystemConfig, the
 workers its `gateway` section (as msgspec builtins, through their environment).
 """
 
@@ -31,9 +31,9 @@ log = get_logger(__name__)
 
 CONFIG_MAX_BYTES = 4 << 20  # a ConfigMap holds 1 MiB
 PROFILE_COUNT_MAX = 10_000
-DEFAULT_IMAGE = "default"  # the image name that stands in for all others
+DEFAULT_IMAGE = "default"  # the image name used if there is no other
 
-# "zero": 0 or an empty string is a value of its own. Everywhere else it stands for the default.
+# "zero": 0 or an empty string is a meaningful value. Everywhere else it means the default.
 Duration = Annotated[float, Meta(extra={"unit": "duration", "zero": True})]
 PositiveDuration = Annotated[float, Meta(extra={"unit": "duration"})]
 Bytes = Annotated[int, Meta(extra={"unit": "bytes"})]
@@ -51,7 +51,7 @@ class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class SecretNames(_Section, frozen=True, kw_only=True):
-    """Secrets (in the Models' namespace) that hold credentials for where weights come from."""
+    """Secrets in the Models' namespace with credentials for the sources of weights."""
 
     alibaba: SecretName = "kubeai-alibaba"
     aws: SecretName = "kubeai-aws"
@@ -60,7 +60,7 @@ class SecretNames(_Section, frozen=True, kw_only=True):
 
 
 class ModelServer(_Section, frozen=True, kw_only=True):
-    """Images of one engine, by the names that resource profiles use."""
+    """The images of one engine, by the image names that resource profiles use."""
 
     images: dict[str, str]
 
@@ -104,7 +104,7 @@ def _infinity() -> ModelServer:
 
 
 class ModelServers(_Section, frozen=True, kw_only=True):
-    """The images of each engine. ``images`` that are given replace all default images of it."""
+    """The images of each engine. Setting an engine's ``images`` replaces all its defaults."""
 
     ollama: ModelServer = field(name="OLlama", default_factory=_ollama)
     vllm: ModelServer = field(name="VLLM", default_factory=_vllm)
@@ -122,21 +122,21 @@ class ModelServers(_Section, frozen=True, kw_only=True):
 
 
 class Resources(_Section, frozen=True, kw_only=True):
-    """What a container gets (Kubernetes' ResourceRequirements)."""
+    """A container's resources (Kubernetes' ResourceRequirements)."""
 
     requests: dict[str, Quantity] = {}
     limits: dict[str, Quantity] = {}
 
 
 class ModelLoading(_Section, frozen=True, kw_only=True):
-    """What copies weights into caches and adapters into pods."""
+    """The loader, which copies weights into caches and adapters into pods."""
 
     image: str = "ghcr.io/kubeai-project/kubeai-model-loader:v0.14.0"
-    resources: Resources = Resources()  # of load and evict Jobs, and of the adapters' loader
+    resources: Resources = Resources()  # of load and evict Jobs, and of the adapter loader
 
 
 class Toleration(_Section, frozen=True, kw_only=True, omit_defaults=True):
-    """A taint that the pods may ignore (Kubernetes' Toleration)."""
+    """A taint that the pods tolerate (Kubernetes' Toleration)."""
 
     key: str = ""
     operator: str = ""
@@ -146,7 +146,7 @@ class Toleration(_Section, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Affinity(_Section, frozen=True, kw_only=True, omit_defaults=True):
-    """Where pods should land (Kubernetes' Affinity; its three parts are passed on as they are)."""
+    """Scheduling constraints (Kubernetes' Affinity; its three parts are passed on unchanged)."""
 
     node_affinity: dict[str, Any] | None = None
     pod_affinity: dict[str, Any] | None = None
@@ -154,7 +154,7 @@ class Affinity(_Section, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ResourceProfile(_Section, frozen=True, kw_only=True):
-    """What one unit of a profile gives a replica; a Model asks for a count of it."""
+    """Resources and scheduling of a replica. A Model requests a multiple of the resources."""
 
     image_name: str = ""
     requests: dict[str, Quantity] = {}
@@ -167,7 +167,7 @@ class ResourceProfile(_Section, frozen=True, kw_only=True):
 
 
 def _default_profiles() -> dict[str, ResourceProfile]:
-    """The CPU profile and the common accelerators, by the names that published Models use."""
+    """The CPU profile and common accelerators, with the names that published Models use."""
     gpu = {"nvidia.com/gpu": "1"}
     bigger = {**gpu, "cpu": "6", "memory": "24Gi"}
 
@@ -182,7 +182,7 @@ def _default_profiles() -> dict[str, ResourceProfile]:
 
     return {
         "cpu": ResourceProfile(image_name="cpu", requests={"cpu": "1", "memory": "2Gi"}),
-        # As published: T4 nodes are expected to have no taint.
+        # As in upstream KubeAI's chart: T4 nodes are expected to have no taint.
         "nvidia-gpu-t4": ResourceProfile(image_name="nvidia-gpu", limits=gpu, requests=gpu),
         "nvidia-gpu-l4": accelerator(bigger),
         "nvidia-gpu-l40s": accelerator(bigger),
@@ -197,20 +197,20 @@ def _default_profiles() -> dict[str, ResourceProfile]:
 
 
 class SharedFilesystem(_Section, frozen=True, kw_only=True):
-    """A file system that many pods can write: by its class, or one volume that exists."""
+    """A ReadWriteMany file system: a storage class, or an existing volume."""
 
     storage_class_name: str = ""
     persistent_volume_name: str = ""
 
 
 class CacheProfile(_Section, frozen=True, kw_only=True):
-    """Where the files of cached Models are kept."""
+    """Where cached Models' files are stored."""
 
     shared_filesystem: SharedFilesystem = SharedFilesystem()
 
 
 class MessageStream(_Section, frozen=True, kw_only=True):
-    """One pair of topics: requests come from one, answers go to the other."""
+    """A pair of topics: one for requests, one for responses."""
 
     requests_url: str = field(name="requestsURL")
     responses_url: str = field(name="responsesURL")
@@ -218,14 +218,14 @@ class MessageStream(_Section, frozen=True, kw_only=True):
 
 
 class Messaging(_Section, frozen=True, kw_only=True):
-    """Requests that come by message instead of HTTP."""
+    """Requests that arrive as messages instead of over HTTP."""
 
     error_max_backoff_s: PositiveDuration = field(name="errorMaxBackoff", default=30.0)
     streams: tuple[MessageStream, ...] = ()
 
 
 class ModelAutoscaling(_Section, frozen=True, kw_only=True):
-    """How often the autoscaler looks, over how long it averages, where it keeps what it knows."""
+    """The autoscaler's interval, averaging window, and ConfigMap for its state."""
 
     interval_s: PositiveDuration = field(name="interval", default=10.0)
     time_window_s: PositiveDuration = field(name="timeWindow", default=600.0)
@@ -235,11 +235,11 @@ class ModelAutoscaling(_Section, frozen=True, kw_only=True):
 class LocalObjectReference(_Section, frozen=True, kw_only=True):
     """An object in the same namespace."""
 
-    name: str = ""  # as in Kubernetes, which ignores a pull secret without a name
+    name: str = ""  # optional as in Kubernetes, which ignores a pull secret without a name
 
 
 class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
-    """One operation of RFC 6902 on the pod of every Model."""
+    """One JSON Patch operation (RFC 6902), applied to the pods of every Model."""
 
     op: Literal["add", "remove", "replace", "move", "copy", "test"]
     path: Pointer
@@ -247,7 +247,7 @@ class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
     from_: Pointer | UnsetType = field(name="from", default=UNSET)
 
     def operation(self) -> dict[str, Any]:
-        """As the jsonpatch package takes it."""
+        """The operation in the jsonpatch package's format."""
         operation: dict[str, Any] = {"op": self.op, "path": self.path}
         if self.op in ("add", "replace", "test"):
             operation["value"] = self.value
@@ -257,7 +257,7 @@ class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelServerPods(_Section, frozen=True, kw_only=True):
-    """What all engine pods have in common."""
+    """Settings of all engine pods."""
 
     service_account_name: str = ""
     pod_security_context: dict[str, Any] = {}
@@ -267,14 +267,14 @@ class ModelServerPods(_Section, frozen=True, kw_only=True):
 
 
 class ModelRollouts(_Section, frozen=True, kw_only=True):
-    """How pods are replaced when a Model changes, and how long one that goes may finish."""
+    """How pods are replaced when a Model changes, and how long they are drained."""
 
     surge: Count = 1
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
 
 
 class LeaderElection(_Section, frozen=True, kw_only=True):
-    """The lease by which one replica of KubeAI leads."""
+    """Timing of the leader election between replicas of KubeAI."""
 
     lease_duration_s: PositiveDuration = field(name="leaseDuration", default=15.0)
     renew_deadline_s: PositiveDuration = field(name="renewDeadline", default=10.0)
@@ -282,35 +282,35 @@ class LeaderElection(_Section, frozen=True, kw_only=True):
 
 
 class GatewayConfig(_Section, frozen=True, kw_only=True):
-    """Limits of the gateway's workers. All counts are for one worker."""
+    """Limits of the gateway's workers. All counts are per worker."""
 
-    connections_max: PositiveCount = 16_384  # of clients; fewer when there are no descriptors
-    # How long, and how many, requests wait for a model that has no endpoint (count: per model).
+    connections_max: PositiveCount = 16_384  # of clients; less if file descriptors are limited
+    # How long requests are held for a model without an endpoint, and how many per model.
     hold_timeout_s: Duration = field(name="holdTimeout", default=600.0)
     hold_max_requests: Count = 1000
     # How long requests are held for a model whose replicas cannot start, from when that is first
-    # seen. Nodes are added within minutes; many clients give up after ten.
+    # seen. Nodes are added within minutes; many clients time out after ten.
     start_failure_grace_s: Duration = field(name="startFailureGrace", default=30.0)
     unschedulable_grace_s: Duration = field(name="unschedulableGrace", default=540.0)
-    # What a client may send, and how slowly.
+    # Limits on the size and duration of client requests.
     body_max_bytes: Bytes = 64 << 20
-    buffer_max_bytes: Bytes = 1 << 30  # of all JSON bodies together
+    buffer_max_bytes: Bytes = 1 << 30  # for all JSON bodies together
     multipart_max_bytes: Bytes = 1 << 30
-    spool_max_bytes: Bytes = 2 << 30  # of all forms together
+    spool_max_bytes: Bytes = 2 << 30  # for all forms together
     head_max_bytes: Bytes = 64 << 10
     head_max_count: PositiveCount = 100
     head_timeout_s: PositiveDuration = field(name="headTimeout", default=10.0)
     body_timeout_s: PositiveDuration = field(name="bodyTimeout", default=60.0)
     keep_alive_timeout_s: PositiveDuration = field(name="keepAliveTimeout", default=75.0)
-    # Connections to engines. Idle ones go before uvicorn's 5 s keep-alive closes them.
+    # Connections to engines. Idle ones are closed before uvicorn's 5 s keep-alive closes them.
     connect_timeout_s: PositiveDuration = field(name="connectTimeout", default=5.0)
     upstream_idle_timeout_s: PositiveDuration = field(name="upstreamIdleTimeout", default=4.0)
     upstream_max_idle: Count = 256
     first_byte_timeout_s: PositiveDuration = field(name="firstByteTimeout", default=600.0)
     between_bytes_timeout_s: PositiveDuration = field(name="betweenBytesTimeout", default=120.0)
-    # Further attempts before the first byte of an answer. The budget is for those of a model's
-    # requests that are repeated without proof that another endpoint answers: a count in ten seconds
-    # and a share of the requests answered in them.
+    # Retries before the first byte of a response. The budget, per model, limits retries without
+    # proof that another endpoint works: a count per ten seconds, and a percentage of the requests
+    # answered in that time.
     retries: Count = 3
     retry_first_byte_timeout: bool = False
     retry_budget_min: Count = 10
@@ -319,9 +319,9 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     eject_after_failures: Count = 5  # 0: never
     eject_time_s: PositiveDuration = field(name="ejectTime", default=10.0)
     eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)
-    # The share of requests that get a line in the access log (all failures do); 0: there is none.
+    # The share of requests in the access log (failures are always logged); 0 disables the log.
     access_log_sample: Share = 0.0
-    # On SIGTERM: how long new requests are still taken, and how long open ones may last.
+    # On SIGTERM: how long new requests are still accepted, and how long in-flight ones may take.
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
 
@@ -346,7 +346,7 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
 
     def listening_on(self, host: str) -> SystemConfig:
-        """With this host where an address of ours is a port only."""
+        """The config with this host in those of our listen addresses that have only a port."""
         host = f"[{host}]" if ":" in host else host
         ours = {"metrics_addr": self.metrics_addr, "health_address": self.health_address}
         whole = {key: host + at if at.startswith(":") else at for key, at in ours.items()}
@@ -356,10 +356,10 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
 def load_config(
     path: str | Path | None, *, defaults: Mapping[str, Any] | None = None
 ) -> SystemConfig:
-    """The config in a file; ConfigError when it is wrong.
+    """Load the config from a file. ConfigError if it is invalid.
 
-    Without a file all keys have their defaults; ``defaults`` (as it would stand in a file)
-    replaces some of them, and the file wins over both, key by key.
+    Without a file all keys have their defaults. ``defaults`` (in the file's format) overrides
+    some of them, and the file overrides both, key by key.
     """
     if path is None:
         return _config({}, defaults)
@@ -381,12 +381,12 @@ def load_config(
 def parse_config(
     text: str, source: str = "config", *, defaults: Mapping[str, Any] | None = None
 ) -> SystemConfig:
-    """The config in a text; ``source`` is its name in errors about YAML itself."""
+    """Parse the config from text. ``source`` is its name in YAML errors."""
     value = read_yaml(text, source)
     if value is None:
         value = {}
     if not isinstance(value, dict):
-        raise ConfigError("", f"{source}: must hold a map of keys")
+        raise ConfigError("", f"{source}: must be a map")
     return _config(value, defaults)
 
 
@@ -409,7 +409,7 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
 
 
 def _without_unusable(config: SystemConfig) -> SystemConfig:
-    """Leave out, with a warning, what nothing can use but what harms nothing else either."""
+    """Drop entries that cannot be used but do no harm, with a warning."""
     addresses = []
     for i, address in enumerate(config.fixed_self_metric_addrs):
         try:
@@ -417,12 +417,12 @@ def _without_unusable(config: SystemConfig) -> SystemConfig:
         except ConfigError as error:
             _warn_ignored(error)
         else:
-            # As in Go, no host means this machine.
+            # As in Go, an empty host means the local machine.
             addresses.append(f"127.0.0.1{address}" if address.startswith(":") else address)
     profiles = dict(config.resource_profiles)
     for name in config.resource_profiles:
         if not name or ":" in name:
-            problem = "no Model can name a profile whose name is empty or has a colon"
+            problem = "a profile's name must not be empty or contain a colon"
             _warn_ignored(ConfigError(f"resourceProfiles.{name}", problem))
             del profiles[name]
     return replace(config, fixed_self_metric_addrs=tuple(addresses), resource_profiles=profiles)
@@ -433,7 +433,7 @@ def _warn_ignored(problem: ConfigError) -> None:
 
 
 def _check_leader_election(lease: LeaderElection) -> None:
-    """A leader must notice that it cannot renew before others may take over."""
+    """A leader must detect that it cannot renew before others may take over."""
     if lease.lease_duration_s <= lease.renew_deadline_s:
         raise ConfigError(
             "leaderElection.leaseDuration", "must be longer than leaderElection.renewDeadline"
@@ -450,19 +450,19 @@ def _check_patches(pods: ModelServerPods) -> None:
         if patch.path and not patch.path.startswith("/"):
             raise ConfigError(f"{place}.path", f"must start with '/', not {patch.path!r}")
         if patch.op in ("move", "copy") and patch.from_ is UNSET:
-            raise ConfigError(f"{place}.from", f"must be given with op {patch.op}")
+            raise ConfigError(f"{place}.from", f"is required with op {patch.op}")
 
 
 def resolve_profile(config: SystemConfig, wanted: str) -> ResourceProfile:
-    """What ``name:count`` gives a replica, quantities multiplied; ModelError when it is unknown.
+    """The profile for ``name:count``, with quantities multiplied. ModelError if it is unknown.
 
-    An empty ``wanted`` asks for nothing: no requests, no limits, the default image.
+    An empty ``wanted`` means no requests, no limits and the default image.
     """
     if not wanted:
         return ResourceProfile()
     name, colon, count_text = wanted.partition(":")
     if not colon or not count_text.isascii() or not count_text.isdigit():
-        raise _bad_profile(f"{wanted!r} must be <profile>:<count>, as nvidia-gpu-l4:2")
+        raise _bad_profile(f"{wanted!r} must be <profile>:<count>, such as nvidia-gpu-l4:2")
     count = int(count_text[:9])
     if not 1 <= count <= PROFILE_COUNT_MAX:
         raise _bad_profile(f"the count of {wanted!r} must be from 1 to {PROFILE_COUNT_MAX}")
@@ -486,7 +486,7 @@ def _bad_profile(message: str) -> ModelError:
 
 
 def server_image(config: SystemConfig, engine: Engine, profile: ResourceProfile) -> str:
-    """The image of ``engine`` for ``profile``: the profile's image name, else the default."""
+    """The image of ``engine`` with the profile's image name, else its default image."""
     images = config.model_servers.images(engine)
     image = images.get(profile.image_name) or images.get(DEFAULT_IMAGE)
     if not image:

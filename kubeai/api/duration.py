@@ -1,10 +1,10 @@
-"""Durations as Go writes them (``1m30s``, ``250ms``), in seconds here."""
+"""Parses and formats Go's durations (``1m30s``, ``250ms``) as seconds."""
 
 from __future__ import annotations
 
 import re
 
-# Nanoseconds, so that sums are exact until the end.
+# In nanoseconds, so that sums are exact.
 _UNITS = {
     "ns": 1,
     "us": 1_000,
@@ -16,11 +16,11 @@ _UNITS = {
     "h": 3_600_000_000_000,
 }
 _PART = re.compile(r"(?P<whole>\d*)(?:\.(?P<fraction>\d*))?(?P<unit>[a-zµμ]+)", re.ASCII | re.I)
-_MAX_NS = 2**63 - 1  # what Go can hold, some 292 years
+_MAX_NS = 2**63 - 1  # Go's maximum, about 292 years
 
 
 def parse_duration(text: str) -> float:
-    """Seconds; ValueError says what is wrong with the text. Follows Go's time.ParseDuration."""
+    """Parse a duration to seconds, like Go's time.ParseDuration. ValueError if it is invalid."""
     negative = text.startswith("-")
     rest = text[1:] if text[:1] in ("-", "+") else text
     if rest == "0":
@@ -33,7 +33,7 @@ def parse_duration(text: str) -> float:
         match = _PART.match(rest, position)
         if match is None:
             missing = re.fullmatch(r"\d*\.?\d*", rest[position:]) is not None
-            why = "has no unit at its end" if missing else "is not a duration"
+            why = "has no unit" if missing else "is not a duration"
             raise ValueError(f"{text!r} {why}; write it as 1m30s or 250ms")
         total += _part_ns(text, match)
         position = match.end()
@@ -45,7 +45,7 @@ def parse_duration(text: str) -> float:
 def _part_ns(text: str, match: re.Match[str]) -> int:
     whole, fraction, unit = match["whole"], match["fraction"] or "", match["unit"]
     if unit not in _UNITS:
-        raise ValueError(f"{text!r} has the unknown unit {unit!r}; known are ns, us, ms, s, m, h")
+        raise ValueError(f"{text!r} has the unknown unit {unit!r}; known: ns, us, ms, s, m, h")
     if not whole and not fraction:
         raise ValueError(f"{text!r} has no number before {unit!r}")
     scale = _UNITS[unit]
@@ -54,7 +54,7 @@ def _part_ns(text: str, match: re.Match[str]) -> int:
 
 
 def format_duration(seconds: float) -> str:
-    """The text that Go prints for it: ``90`` is ``1m30s``, ``0.25`` is ``250ms``."""
+    """Format seconds as Go does: ``90`` is ``1m30s``, ``0.25`` is ``250ms``."""
     ns = round(seconds * 1e9)
     if ns == 0:
         return "0s"

@@ -1,10 +1,10 @@
 """The Model resource (``kubeai.org/v1``) as typed values.
 
-These types are the schema: `kubeai.api.crd` makes the CustomResourceDefinition from them, so a
-field's type, default, limits and description stand here and nowhere else. The limits are enforced
-by the API server. Decoding enforces types and enums only, so that one odd stored object cannot
-stop a list from being read. Decoding drops unknown fields, and whoever writes to the API sends
-patches, never a whole Model.
+These types are the schema: `kubeai.api.crd` generates the CustomResourceDefinition from them, so a
+field's type, default, limits and description are defined only here. The API server enforces the
+limits. Decoding enforces types and enums only, so that one invalid stored object cannot prevent a
+list from being read. Decoding drops unknown fields, so all writes to the API are patches, never a
+whole Model.
 
 Used by the operator (informers), the engines (pods), `kubeai local` and the CRD generator.
 """
@@ -40,9 +40,9 @@ Strategy = Literal["LeastLoad", "PrefixHash"]
 Scheme = Literal["hf", "pvc", "ollama", "s3", "gs", "oss"]
 
 MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "pvc", "ollama", "s3", "gs", "oss")
-CACHE_SCHEMES: tuple[Scheme, ...] = ("hf", "s3", "gs", "oss")  # what a loader can fetch
+CACHE_SCHEMES: tuple[Scheme, ...] = ("hf", "s3", "gs", "oss")  # supported by the loader
 
-# Annotations on a Model that reach its pods, and labels that KubeAI sets.
+# Annotations that are copied from a Model to its pods, and labels that KubeAI sets.
 POD_IP_ANNOTATION = "model-pod-ip"
 POD_PORT_ANNOTATION = "model-pod-port"
 POD_MODEL_LABEL = "model"
@@ -58,7 +58,7 @@ class Rule(NamedTuple):
 
 
 def doc(description: str, *, rules: tuple[Rule, ...] = (), **schema: Any) -> Meta:
-    """What the CRD says of a field: its description, its limits, its rules."""
+    """A field's entry in the CRD: its description, limits and CEL rules."""
     if rules:
         schema["x-kubernetes-validations"] = [r._asdict() for r in rules]
     return Meta(description=description, extra_json_schema=schema or None)
@@ -77,13 +77,13 @@ _HAD_CACHE = "has(oldSelf.cacheProfile) && oldSelf.cacheProfile != ''"
 
 
 class _Object(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """What all API values share: frozen, camelCase on the wire, defaults left out."""
+    """Base of all API values: frozen, camelCase on the wire, defaults omitted."""
 
     RULES: ClassVar[tuple[Rule, ...]] = ()
 
 
 class OwnerReference(_Object, frozen=True, kw_only=True):
-    """An object that this one is deleted with."""
+    """A reference to an owner; the object is deleted together with it."""
 
     api_version: str
     kind: str
@@ -94,7 +94,7 @@ class OwnerReference(_Object, frozen=True, kw_only=True):
 
 
 class ObjectMeta(_Object, frozen=True, kw_only=True):
-    """The part of Kubernetes' metadata that KubeAI reads, of any object."""
+    """The fields of Kubernetes' ObjectMeta that KubeAI reads."""
 
     name: str = ""
     namespace: str = ""
@@ -111,21 +111,22 @@ class ObjectMeta(_Object, frozen=True, kw_only=True):
 
     @property
     def version(self) -> int:
-        """The resourceVersion as a number, by which one object's versions are ordered.
+        """The resourceVersion as a number, which orders the versions of one object.
 
-        Kubernetes lets those of one resource be compared (since 1.35, and in fact ever since
-        etcd 3). 0 where it is no number.
+        Versions within one resource are comparable (officially since Kubernetes 1.35, in practice
+        since etcd 3). 0 if it is not a number.
         """
         return int(self.resource_version) if self.resource_version.isdecimal() else 0
 
 
 class Adapter(_Object, frozen=True, kw_only=True):
-    """A LoRA adapter that is served beside the base model, as `<model>_<adapter>`."""
+    """A LoRA adapter that is served alongside the base model, as `<model>_<adapter>`."""
 
     name: Annotated[
         str,
         doc(
-            "What clients write after the underscore: lower-case letters, digits and dashes.",
+            "Name of the adapter, which clients append to the model's name after an underscore. "
+            "Lower-case letters, digits and dashes.",
             maxLength=63,
             minLength=1,
             pattern="^[a-z0-9-]+$",
@@ -156,21 +157,21 @@ class LocalReference(_Object, frozen=True, kw_only=True):
 
 
 class EnvFrom(_Object, frozen=True, kw_only=True):
-    """Every key of a ConfigMap or Secret as an environment variable."""
+    """A source of environment variables: all keys of a ConfigMap or Secret."""
 
-    prefix: Annotated[str, doc("Put before each key to make the variable's name.")] = ""
+    prefix: Annotated[str, doc("Prepended to each key to form the variable's name.")] = ""
     config_map_ref: Annotated[LocalReference | None, doc("The ConfigMap to take keys from.")] = None
     secret_ref: Annotated[LocalReference | None, doc("The Secret to take keys from.")] = None
 
 
 class PrefixHash(_Object, frozen=True, kw_only=True):
-    """How PrefixHash spreads requests over replicas (consistent hashing with bounded loads)."""
+    """Settings of PrefixHash, which uses consistent hashing with bounded loads."""
 
     mean_load_factor: Annotated[
         int,
         doc(
-            "How far above the mean a replica's load may go before its requests move on to the "
-            "next one on the ring, in percent of the mean.",
+            "Maximum load of a replica, in percent of the mean load of all replicas. Requests "
+            "beyond it go to the next replica on the ring.",
             format="int32",
             minimum=100,
         ),
@@ -178,8 +179,8 @@ class PrefixHash(_Object, frozen=True, kw_only=True):
     replication: Annotated[
         int,
         doc(
-            "Virtual nodes of each replica on the ring. More of them spread keys more evenly and "
-            "cost memory and a little time in each lookup.",
+            "Number of virtual nodes per replica on the ring. More virtual nodes spread keys more "
+            "evenly, but cost memory and slightly slow down each lookup.",
             format="int32",
             minimum=1,
             maximum=REPLICATION_MAX,
@@ -188,8 +189,8 @@ class PrefixHash(_Object, frozen=True, kw_only=True):
     prefix_char_length: Annotated[
         int,
         doc(
-            "How many characters of a request's first input make its hash key. The system prompt "
-            "always counts as a whole and is not part of this number.",
+            "Number of characters of a request's first input that are used for its hash key. The "
+            "system prompt is always used in full and does not count towards this number.",
             format="int32",
             minimum=0,
         ),
@@ -197,13 +198,14 @@ class PrefixHash(_Object, frozen=True, kw_only=True):
 
 
 class LoadBalancing(_Object, frozen=True, kw_only=True):
-    """How requests are spread over the Model's replicas."""
+    """How requests are distributed over the Model's replicas."""
 
     strategy: Annotated[
         Strategy,
         doc(
-            "LeastLoad sends a request to the replica with the fewest in flight. PrefixHash sends "
-            "requests that begin alike to the same replica, whose cache then knows them."
+            "LeastLoad sends each request to the replica with the fewest in-flight requests. "
+            "PrefixHash sends requests with the same prefix to the same replica, to make use of "
+            "its prefix cache."
         ),
     ] = "LeastLoad"
     prefix_hash: Annotated[PrefixHash, doc("Settings of PrefixHash.")] = msgspec.field(
@@ -212,12 +214,12 @@ class LoadBalancing(_Object, frozen=True, kw_only=True):
 
 
 class File(_Object, frozen=True, kw_only=True):
-    """A small file that every pod of the Model finds at a given path."""
+    """A small file that is mounted in every pod of the Model."""
 
     path: Annotated[
         str,
         doc(
-            "Where the engine finds the file: an absolute path without a colon.",
+            "Path of the file in the engine's container. Must be absolute, without a colon.",
             maxLength=FILE_PATH_MAX_CHARS,
             minLength=1,
             rules=(
@@ -228,11 +230,11 @@ class File(_Object, frozen=True, kw_only=True):
             ),
         ),
     ]
-    content: Annotated[str, doc("What the file holds, as text.", maxLength=FILE_CONTENT_MAX_CHARS)]
+    content: Annotated[str, doc("Content of the file, as text.", maxLength=FILE_CONTENT_MAX_CHARS)]
 
 
 class ModelSpec(_Object, frozen=True, kw_only=True):
-    """What should be served, by which engine, on what, and how many times."""
+    """The desired state: the model, its engine, its resources and its replicas."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -276,11 +278,11 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
             "Where the model's weights come from.\n\n"
             "VLLM, FasterWhisper and Infinity:\n"
             "hf://<org>/<name>, pvc://<claim>, pvc://<claim>/<path>, s3://<bucket>/<path>,\n"
-            "gs://<bucket>/<path> and oss://<bucket>/<path> (these two with a cacheProfile;\n"
-            "s3 without one only on VLLM).\n\n"
+            "gs://<bucket>/<path> and oss://<bucket>/<path>. gs and oss need a cacheProfile; s3\n"
+            "needs one except with VLLM.\n\n"
             "OLlama:\n"
             "ollama://<name>[:<tag>], with ?insecure=true for a registry without TLS and\n"
-            "?pull=false for a model that is in the image already;\n"
+            "?pull=false for a model that is already in the image;\n"
             "pvc://<claim>?model=<name>[:<tag>].",
             maxLength=URL_MAX_CHARS,
             rules=(
@@ -294,16 +296,16 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     engine: Annotated[Engine, doc("The model server that runs the model.")]
     features: Annotated[
         tuple[Feature, ...],
-        doc("What the model can do, and so which APIs it is offered on and listed for."),
+        doc("Capabilities of the model. They determine which APIs serve and list it."),
     ]
     adapters: Annotated[
-        tuple[Adapter, ...], doc("LoRA adapters served beside the base model (VLLM only).")
+        tuple[Adapter, ...], doc("LoRA adapters served alongside the base model (VLLM only).")
     ] = ()
     resource_profile: Annotated[
         str,
         doc(
-            "What hardware one replica gets: <profile>:<count>, a resource profile of the system "
-            "config and how many times of it. nvidia-gpu-l4:2 is two L4 GPUs."
+            "Resources of one replica, as <profile>:<count>: a resource profile of the system "
+            "config and its multiple. For example, nvidia-gpu-l4:2 is two L4 GPUs."
         ),
     ] = ""
     cache_profile: Annotated[
@@ -316,16 +318,16 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     image: Annotated[
         str,
         doc(
-            "Container image of the engine. When empty, the system config's image for the engine "
+            "Container image of the engine. Defaults to the system config's image for the engine "
             "and the resource profile."
         ),
     ] = ""
     args: Annotated[
-        tuple[str, ...], doc("Arguments for the engine, after those that KubeAI sets.")
+        tuple[str, ...], doc("Arguments for the engine, appended to those that KubeAI sets.")
     ] = ()
     env: Annotated[
         dict[str, str],
-        doc("Environment variables for the engine. They win over those that KubeAI sets."),
+        doc("Environment variables for the engine. They override those that KubeAI sets."),
     ] = {}
     env_from: Annotated[
         tuple[EnvFrom, ...],
@@ -334,8 +336,8 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     replicas: Annotated[
         int | None,
         doc(
-            "How many replicas should serve the model. KubeAI sets it, within minReplicas and "
-            "maxReplicas, unless autoscalingDisabled is true.",
+            "Desired number of replicas. KubeAI sets it, within minReplicas and maxReplicas, "
+            "unless autoscalingDisabled is true.",
             format="int32",
             minimum=0,
         ),
@@ -343,8 +345,8 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     min_replicas: Annotated[
         int,
         doc(
-            "KubeAI never scales below this number of replicas. 0 lets an idle model go away; the "
-            "next request brings it back.",
+            "Minimum number of replicas. With 0, an idle model is scaled to zero, and the next "
+            "request scales it up again.",
             format="int32",
             minimum=0,
         ),
@@ -352,19 +354,19 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     max_replicas: Annotated[
         int | None,
         doc(
-            "KubeAI never scales above this number of replicas. No limit when empty.",
+            "Maximum number of replicas. Unlimited if empty.",
             format="int32",
             minimum=1,
         ),
     ] = None
     autoscaling_disabled: Annotated[
-        bool, doc("True leaves replicas to you: KubeAI does not change the number.")
+        bool, doc("If true, KubeAI does not change replicas; you set it yourself.")
     ] = False
     target_requests: Annotated[
         int,
         doc(
-            "How many requests in flight one replica should have on average. The autoscaler "
-            "wants so many replicas that this holds.",
+            "Target for the average number of active requests per replica. The autoscaler scales "
+            "the replicas to meet it.",
             format="int32",
             minimum=1,
         ),
@@ -372,59 +374,59 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     scale_down_delay_seconds: Annotated[
         int,
         doc(
-            "How long fewer replicas must have been enough before one is taken away.",
+            "How long fewer replicas must have been sufficient before the Model is scaled down.",
             format="int64",
             minimum=0,
         ),
     ] = 30
     owner: Annotated[
         str,
-        doc("Deprecated. Shown as owned_by in the list of models and used for nothing else."),
+        doc("Deprecated. Shown as owned_by in the list of models and not used otherwise."),
     ] = ""
-    load_balancing: Annotated[LoadBalancing, doc("How requests are spread over the replicas.")] = (
+    load_balancing: Annotated[LoadBalancing, doc("How requests are distributed over replicas.")] = (
         msgspec.field(default_factory=LoadBalancing)
     )
     files: Annotated[
         tuple[File, ...],
-        doc("Small files that the engine finds in its container.", maxItems=FILES_MAX),
+        doc("Small files that are mounted in the engine's container.", maxItems=FILES_MAX),
     ] = ()
     priority_class_name: Annotated[
         str,
         doc(
-            "PriorityClass of the Model's pods. It must exist before the pods are made. Pods of "
-            "a lower priority make room for pods of a higher one."
+            "PriorityClass of the Model's pods. It must exist before the pods are created. Pods of "
+            "lower priority are preempted by pods of higher priority."
         ),
     ] = ""
 
 
 class Condition(_Object, frozen=True, kw_only=True):
-    """One statement about the Model's state, with its reason."""
+    """One aspect of the Model's state, with its reason."""
 
-    type: Annotated[str, doc("What the statement is about, e.g. Ready.", maxLength=316)]
-    status: Annotated[Literal["True", "False", "Unknown"], doc("Whether it holds.")]
+    type: Annotated[str, doc("Type of the condition, e.g. Ready.", maxLength=316)]
+    status: Annotated[Literal["True", "False", "Unknown"], doc("Status of the condition.")]
     reason: Annotated[
         str,
         doc(
-            "Why, as one word for programs.",
+            "Machine-readable reason for the status, as one word.",
             maxLength=1024,
             pattern="^([A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?)?$",
         ),
     ] = ""
-    message: Annotated[str, doc("Why, in words for people.", maxLength=32768)] = ""
+    message: Annotated[str, doc("Human-readable details.", maxLength=32768)] = ""
     last_transition_time: Annotated[
         datetime | None, doc("When the status last changed.", format="date-time")
     ] = None
     observed_generation: Annotated[
         int | None,
-        doc("The metadata.generation that it was made from.", format="int64", minimum=0),
+        doc("The metadata.generation that the condition is based on.", format="int64", minimum=0),
     ] = None
 
 
 class ModelStatusReplicas(_Object, frozen=True, kw_only=True):
-    """How many pods the Model has."""
+    """The number of the Model's pods."""
 
     all: Annotated[int, doc("Pods that exist and are not being deleted.", format="int32")]
-    ready: Annotated[int, doc("Pods that can be sent requests.", format="int32")]
+    ready: Annotated[int, doc("Pods that are ready to serve requests.", format="int32")]
 
 
 class ModelStatusCache(_Object, frozen=True, kw_only=True):
@@ -437,13 +439,13 @@ class ModelStatusAdapter(_Object, frozen=True, kw_only=True):
     """An adapter that could not be loaded or unloaded."""
 
     name: Annotated[str, doc("The adapter's name.")]
-    message: Annotated[str, doc("Why, on one of the pods; it is tried again.")] = ""
+    message: Annotated[str, doc("The error on one of the pods. KubeAI retries.")] = ""
 
 
 class ModelStatus(_Object, frozen=True, kw_only=True):
-    """What KubeAI has seen of the Model's pods."""
+    """The observed state of the Model."""
 
-    replicas: Annotated[ModelStatusReplicas | None, doc("How many pods there are.")] = None
+    replicas: Annotated[ModelStatusReplicas | None, doc("Numbers of pods.")] = None
     selector: Annotated[
         str, doc("Label selector of the Model's pods, for the scale subresource.")
     ] = ""
@@ -460,7 +462,7 @@ class ModelStatus(_Object, frozen=True, kw_only=True):
     conditions: Annotated[
         tuple[Condition, ...],
         doc(
-            "What is going on, and why the Model does not serve when it does not.",
+            "The Model's current state, including why it does not serve.",
             **{"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = ()
@@ -489,7 +491,7 @@ _ERROR_PATH = re.compile(
 
 
 def decode_model(source: bytes | str | dict[str, Any]) -> Model:
-    """A Model from JSON or from a decoded object; ModelError names the field that is wrong."""
+    """Decode a Model from JSON or from a plain object. ModelError names the invalid field."""
     try:
         if isinstance(source, dict):
             return msgspec.convert(source, Model)
@@ -501,16 +503,16 @@ def decode_model(source: bytes | str | dict[str, Any]) -> Model:
 
 
 class ModelURL(Struct, frozen=True):
-    """A Model's url, taken apart."""
+    """A Model's parsed URL."""
 
     original: str
     scheme: Scheme
-    ref: str  # all between :// and ?
+    ref: str  # everything between :// and ?
     name: str  # ref up to its first slash: organisation, bucket or claim
-    path: str = ""  # the rest of ref
+    path: str = ""  # ref after its first slash
     model: str = ""  # ?model=, the name of the model on a claim (OLlama)
     insecure: bool = False  # ?insecure=true, pull without TLS
-    pull: bool = True  # ?pull=false, the model is already there
+    pull: bool = True  # ?pull=false, the model is already in the image
 
     @property
     def base(self) -> str:
@@ -522,7 +524,7 @@ _URL = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<ref>[^?]+)(?:\?(?P<params>.*))?"
 _REF = re.compile(r"[A-Za-z0-9_][^\s\x00-\x1f\x7f]*")
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@-]*")
-# Which parameter means something, by scheme.
+# Supported parameters by scheme.
 _PARAMS: dict[str, frozenset[str]] = {
     "pvc": frozenset({"model"}),
     "ollama": frozenset({"insecure", "pull"}),
@@ -530,17 +532,21 @@ _PARAMS: dict[str, frozenset[str]] = {
 
 
 def parse_url(url: str, field: str = "spec.url") -> ModelURL:
-    """Take a model's URL apart; ModelError on ``field`` when it is not one that can be served."""
+    """Parse a model's URL. ModelError on ``field`` if it is invalid or its scheme unsupported."""
     match = _URL.fullmatch(url)
     if match is None or match["scheme"] not in MODEL_SCHEMES:
-        raise ModelError(field, f"{url!r} must be a URL of {_listed(MODEL_SCHEMES)}", "InvalidURL")
+        raise ModelError(
+            field,
+            f"{url!r} must be a URL with one of the schemes {_listed(MODEL_SCHEMES)}",
+            "InvalidURL",
+        )
     scheme: Scheme = match["scheme"]
     ref = match["ref"]
     if not _REF.fullmatch(ref):
         raise ModelError(
             field,
-            f"{url!r}: what follows {scheme}:// must start with a letter or digit and hold no "
-            "white space or control character",
+            f"{url!r}: the part after {scheme}:// must start with a letter or digit and must not "
+            "contain white space or control characters",
             "InvalidURL",
         )
     name, _, path = ref.partition("/")
@@ -566,15 +572,15 @@ def parse_url(url: str, field: str = "spec.url") -> ModelURL:
 def _check_claim(url: str, claim: str, path: str, field: str) -> None:
     if not _CLAIM.fullmatch(claim):
         raise ModelError(
-            field, f"{url!r}: {claim!r} is no name of a PersistentVolumeClaim", "InvalidURL"
+            field, f"{url!r}: {claim!r} is not a valid PersistentVolumeClaim name", "InvalidURL"
         )
-    if ".." in path.split("/"):  # Kubernetes refuses such a subPath
+    if ".." in path.split("/"):  # Kubernetes rejects such a subPath
         raise ModelError(field, f"{url!r}: the path must not contain '..'", "InvalidURL")
 
 
 def _check_ollama_name(url: str, name: str, field: str) -> None:
     if not _OLLAMA_NAME.fullmatch(name):
-        raise ModelError(field, f"{url!r}: {name!r} is no name of an Ollama model", "InvalidURL")
+        raise ModelError(field, f"{url!r}: {name!r} is not a valid Ollama model name", "InvalidURL")
 
 
 def _params(url: str, scheme: str, query: str | None, field: str) -> dict[str, str]:
@@ -582,14 +588,14 @@ def _params(url: str, scheme: str, query: str | None, field: str) -> dict[str, s
     known = _PARAMS.get(scheme, frozenset())
     for key, value in parse_qsl(query or "", keep_blank_values=True):
         if key not in known:
-            means = f"only {', '.join(sorted(known))}" if known else "none"
+            means = f"known: {', '.join(sorted(known))}" if known else "none are known"
             raise ModelError(
                 field,
-                f"{url!r}: the parameter {key!r} means nothing with {scheme}:// ({means} does)",
+                f"{url!r}: unknown parameter {key!r} for {scheme}:// ({means})",
                 "InvalidURL",
             )
         if key in params:
-            raise ModelError(field, f"{url!r}: {key!r} is given twice", "InvalidURL")
+            raise ModelError(field, f"{url!r}: duplicate parameter {key!r}", "InvalidURL")
         params[key] = value
     return params
 

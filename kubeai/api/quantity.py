@@ -1,8 +1,8 @@
-"""Kubernetes quantities (``500m``, ``1.5Gi``, ``2e3``): exact, and written as Kubernetes does.
+"""Exact Kubernetes quantities (``500m``, ``1.5Gi``, ``2e3``), formatted as Kubernetes does.
 
 Used to multiply a resource profile by its count, and to read sizes in the system config. The
-canonical form follows apimachinery's resource.Quantity: no number is lost, no fraction is shown,
-and the suffix is the largest that allows it.
+canonical form follows apimachinery's resource.Quantity: no precision is lost, there are no
+fractional digits, and the suffix is the largest for which both hold.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUANTITY = re.compile(
 
 
 class Format(Enum):
-    """How a quantity was written, and so how it is written again."""
+    """The notation of a quantity, which is kept when it is formatted."""
 
     BINARY = "binary"  # 1Gi
     DECIMAL = "decimal"  # 500m
@@ -33,7 +33,7 @@ class Format(Enum):
 
 
 class Quantity(NamedTuple):
-    """An exact amount in billionths, the finest that Kubernetes knows."""
+    """An exact amount in billionths, Kubernetes' finest unit."""
 
     nanos: int
     format: Format = Format.DECIMAL
@@ -44,7 +44,7 @@ class Quantity(NamedTuple):
         return Quantity(self.nanos * count, self.format)
 
     def whole(self) -> int | None:
-        """The amount as a whole number, or None where it has a fraction."""
+        """The amount as an integer, or None if it has a fraction."""
         value, rest = divmod(self.nanos, _NANO)
         return None if rest else value
 
@@ -53,14 +53,14 @@ class Quantity(NamedTuple):
             return "0"
         sign, nanos = ("-", -self.nanos) if self.nanos < 0 else ("", self.nanos)
         value, rest = divmod(nanos, _NANO)
-        # Below 1024, and with a fraction, Kubernetes leaves the binary suffixes.
+        # Below 1024, and for fractions, Kubernetes does not use binary suffixes.
         if self.format is Format.BINARY and value >= 1024 and not rest:
             return sign + _binary(value)
         return sign + _decimal(nanos, self.format is Format.EXPONENT)
 
 
 def parse_quantity(text: str | int | float) -> Quantity:
-    """Read a quantity; ValueError says what is wrong. Finer than a billionth is rounded up."""
+    """Parse a quantity, rounding up to a billionth. ValueError if it is invalid."""
     match = _QUANTITY.fullmatch(str(text))
     if match is None:
         raise ValueError(f"{text!r} is not a quantity such as 500m, 2 or 1.5Gi")
@@ -73,9 +73,9 @@ def parse_quantity(text: str | int | float) -> Quantity:
         scale, form = Fraction(10) ** _DECIMAL[suffix], Format.DECIMAL
     else:
         known = ", ".join([*(s for s in _DECIMAL if s), *_BINARY])
-        raise ValueError(f"{text!r} has the unknown suffix {suffix!r}; known are {known}")
+        raise ValueError(f"{text!r} has the unknown suffix {suffix!r}; known: {known}")
     exact = Fraction(match["number"]) * scale * _NANO
-    nanos = -(-abs(exact.numerator) // exact.denominator)  # away from zero, as Kubernetes does
+    nanos = -(-abs(exact.numerator) // exact.denominator)  # away from zero, like Kubernetes
     if nanos > _MAX_NANOS:
         raise ValueError(f"{text!r} is more than Kubernetes can hold (2^63 - 1)")
     return Quantity(-nanos if exact < 0 else nanos, form)

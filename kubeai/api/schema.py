@@ -1,7 +1,7 @@
-"""The system config as JSON Schema, from the types that `kubeai.api.strict` reads it by.
+"""Generates the system config's JSON Schema from the types that `kubeai.api.strict` reads.
 
-What a pattern cannot say (a duration that is too long, profiles that contradict each other) is left
-to the reader. For the Helm chart's values, and for editors.
+Constraints that a pattern cannot express (a duration that is too long, contradictory profiles) are
+checked only when the config is read. Used for the Helm chart's values, and by editors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UNITS: dict[str, Schema] = {
 
 
 def config_schema(cls: type[msgspec.Struct]) -> Schema:
-    """The schema of one section, with all that is below it; no key has to be given to a chart."""
+    """The schema of one section and everything below it."""
     return _schema(inspect.type_info(cls), {})
 
 
@@ -72,7 +72,7 @@ def _or_zero(schema: Schema) -> Schema:
 
 
 def _or_null(schema: Schema) -> Schema:
-    """``null`` is how Helm's users take a default away, and means "not given"."""
+    """``null`` means "not given". Helm users set it to remove a default."""
     if "type" not in schema:
         return schema
     types = schema["type"]

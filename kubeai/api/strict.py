@@ -1,16 +1,16 @@
-"""Reads YAML or JSON into msgspec Structs, strictly, and names the place of whatever is wrong.
+"""Strictly decodes YAML or JSON into msgspec Structs, with the path of each error.
 
-msgspec's own errors leave out the keys of maps and know neither durations nor quantities. This
-reader follows the same type information and gives each error its dotted path. A unit stands in the
-``extra`` of a field's Meta: ``{"unit": "duration"}`` turns ``1m30s`` into seconds, ``bytes`` turns
-``64Mi`` into an integer, ``quantity`` and ``address`` check a string.
+msgspec's own errors omit the keys of maps, and msgspec supports neither durations nor quantities.
+This reader uses the same type information and gives each error a dotted path. A field's unit is set
+in the ``extra`` of its Meta: ``{"unit": "duration"}`` turns ``1m30s`` into seconds, ``bytes`` turns
+``64Mi`` into an integer, ``quantity`` and ``address`` validate a string.
 
-A key is not given, and keeps its default, if it is ``null`` or has Go's zero value for its type
-(``0``, ``0s``, ``""``, ``{}``, ``[]``): programs in Go write those for what they leave out. Where
-zero is a value of its own the Meta has ``{"zero": True}``; for a boolean, a quantity and a field
-that may be None it always is.
+A key counts as not given, and keeps its default, if it is ``null`` or has Go's zero value for its
+type (``0``, ``0s``, ``""``, ``{}``, ``[]``), because Go programs write those for unset fields. If
+zero is a meaningful value, the Meta has ``{"zero": True}``. For booleans, quantities and optional
+fields zero is always meaningful.
 
-Called by `kubeai.api.config`; `kubeai local` finds repeated keys of manifests with it.
+Called by `kubeai.api.config`, and by `kubeai local` to find duplicate keys in manifests.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from kubeai.api.quantity import parse_quantity
 from kubeai.errors import ConfigError
 
 T = TypeVar("T", bound=msgspec.Struct)
-# Go reads a number as nanoseconds. A smaller one is taken for a forgotten unit.
+# Go reads a number as nanoseconds. A smaller number is rejected as a missing unit.
 NANOSECONDS_MIN = 100_000_000
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/\s]*):(?P<port>\d{1,5})")
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The plain value of a YAML (or JSON) text; a key given twice is an error."""
+    """Parse YAML or JSON text into plain values. ConfigError if it is invalid or repeats a key."""
     try:
         loader = yaml.SafeLoader(text)
         try:
@@ -44,22 +44,22 @@ def read_yaml(text: str, source: str) -> Any:
             if node is None:
                 return None
             for path, line in repeated_keys(node):
-                raise ConfigError(path, f"given twice (again in line {line})")
+                raise ConfigError(path, f"duplicate key (line {line})")
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise ConfigError("", f"{place}: not YAML: {error.problem or error.context}") from None
+        raise ConfigError("", f"{place}: invalid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("", f"{source}: not YAML: {error}") from None
+        raise ConfigError("", f"{source}: invalid YAML: {error}") from None
 
 
 def read(value: Any, default: T) -> T:
-    """``value`` as a Struct of the type of ``default``, which has the keys that are not given.
+    """Decode ``value`` into a Struct of ``default``'s type, which supplies keys not given.
 
-    ConfigError carries the dotted path of the first thing wrong.
+    ConfigError has the dotted path of the first error.
     """
     struct = inspect.type_info(type(default))
     assert isinstance(struct, inspect.StructType)
@@ -76,21 +76,21 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` when something known is close, else what is known."""
+    """A hint: ``; did you mean 'x'?`` if a known name is close, else the known names."""
     known = sorted(known)
     close = closest(word, known)
     if close is not None:
         return f"; did you mean {close!r}?"
-    return f"; known are {', '.join(known)}" if known else ""
+    return f"; known: {', '.join(known)}" if known else ""
 
 
 def repeated_keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
-    """The dotted path of each key that its map already has, and the line, counted from 1."""
+    """The dotted path and 1-based line of each key that its map already has."""
     return _repeated_keys(node, "", set())
 
 
 def _repeated_keys(node: yaml.Node, path: str, seen: set[int]) -> Iterator[tuple[str, int]]:
-    if id(node) in seen:  # an alias: looked at already
+    if id(node) in seen:  # an alias, already visited
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -164,7 +164,7 @@ def _scalar(value: Any, type_: inspect.Type, path: str) -> Any:
 
 
 def _bounded(value: float, least: float | None, most: float | None, path: str) -> float:
-    if least is not None and not value >= least:  # NaN is neither
+    if least is not None and not value >= least:  # also rejects NaN
         raise ConfigError(path, f"must be at least {least}, not {value}")
     if most is not None and not value <= most:
         raise ConfigError(path, f"must be at most {most}, not {value}")
@@ -174,7 +174,7 @@ def _bounded(value: float, least: float | None, most: float | None, path: str) -
 def _struct(
     value: Any, type_: inspect.StructType, path: str, default: msgspec.Struct | None = None
 ) -> msgspec.Struct:
-    """A Struct in which the keys that are not given are those of ``default``."""
+    """Decode a Struct. ``default`` supplies the keys that are not given."""
     items = _mapping(value, path)
     fields = {field.encode_name: field for field in type_.fields}
     for key in items:
@@ -187,7 +187,7 @@ def _struct(
         if result is not UNSET:
             given[field.name] = result
         elif field.required and default is None:
-            raise ConfigError(_join(path, key), "must be given")
+            raise ConfigError(_join(path, key), "is required")
     struct = type_.cls(**given) if default is None else replace(default, **given)
     assert isinstance(struct, msgspec.Struct)
     return struct
@@ -200,7 +200,7 @@ def _default(field: inspect.Field) -> Any:
 
 
 def _given(value: Any, type_: inspect.Type, path: str, default: Any) -> Any:
-    """The value of a key; UNSET if it stands for the default."""
+    """The value of a key; UNSET if it means the default."""
     kind, unit = _unwrap(type_)
     if value is None or any(type(value) is type(z) and value == z for z in _zeros(kind, unit)):
         return UNSET
@@ -210,7 +210,7 @@ def _given(value: Any, type_: inspect.Type, path: str, default: Any) -> Any:
 
 
 def _unwrap(type_: inspect.Type) -> tuple[inspect.Type, dict[str, Any]]:
-    """The type itself and its unit. Zero is a value of its own where None is another one."""
+    """The underlying type and its unit. For an optional field zero is a meaningful value."""
     unit: dict[str, Any] = {}
     while isinstance(type_, inspect.Metadata | inspect.UnionType):
         if isinstance(type_, inspect.Metadata):
@@ -222,7 +222,7 @@ def _unwrap(type_: inspect.Type) -> tuple[inspect.Type, dict[str, Any]]:
 
 
 def _zeros(type_: inspect.Type, unit: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The written values of a type that stand for the default."""
+    """The written values of a type that mean the default."""
     zero = unit.get("zero", False)
     match type_:
         case inspect.StructType() | inspect.DictType():
@@ -296,7 +296,7 @@ def _quantity(value: Any, path: str) -> str:
 
 
 def check_address(value: Any, path: str) -> str:
-    """``host:port``, where the host may be empty; ConfigError if it is something else."""
+    """Check for ``host:port``, where the host may be empty. ConfigError otherwise."""
     if not isinstance(value, str):
         raise _wrong(path, "an address such as :8080 or 10.0.0.1:8080", value)
     match = _ADDRESS.fullmatch(value)

@@ -1,6 +1,6 @@
-"""What each engine's pod looks like. Pure: Models and the system config in, manifests out.
+"""Builds engine pods. Pure: Models and the system config in, manifests out.
 
-The operator calls `build_pod` and compares hashes; one file an engine says how it is started.
+The operator calls `build_pod` and compares hashes. One module per engine defines how it is started.
 """
 
 from kubeai.engines.files import config_map_name, files_config_map, owner_reference

@@ -1,4 +1,4 @@
-"""LoRA adapters: the container beside the engine that fetches them, and how an engine is told.
+"""LoRA adapters: the loader sidecar that fetches them, and the engine's API to load them.
 
 Pure. The operator runs the commands and sends the requests (`kubeai.operator.adapters`).
 """
@@ -15,16 +15,16 @@ from kubeai.engines.server import Object, container_resources
 from kubeai.engines.sources import environment, every_source
 
 LABEL_PREFIX = "adapter.kubeai.org/"  # + an adapter's name, on a pod
-LOADING = "loading"  # the label's value while the engine may have anything under that name
-# Into which run of the engine the adapters were loaded: a restarted one has none of them.
+LOADING = "loading"  # the label's value while it is unknown what the engine has loaded
+# The engine's restart count when the adapters were loaded: a restarted engine has none of them.
 RESTARTS_ANNOTATION = "kubeai.org/adapters-loaded-at-restart"
 LOADER_CONTAINER = "loader"
 ROOT = "/adapters"
 _VOLUME = "adapters"
-# Sleeps until it is told to end. Bare `sleep` ignores SIGTERM as a container's first process, and
-# would keep a deleted pod, and its GPUs, for the whole grace period.
+# Sleeps until SIGTERM. A bare `sleep` ignores SIGTERM as a container's first process, and would
+# keep a deleted pod and its GPUs for the whole grace period.
 _SLEEP = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"
-# What Kubernetes' label values are made of here, as KubeAI in Go writes them (see `url_hash`).
+# Alphabet of the label values, as in KubeAI in Go (see `url_hash`).
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
 _FNV_OFFSET, _FNV_PRIME = 0x811C9DC5, 0x01000193
 
@@ -37,9 +37,9 @@ class Call(NamedTuple):
 
 
 def url_hash(url: str) -> str:
-    """The value of an adapter's label: FNV-1a (32 bits) of its URL, in decimal, without vowels.
+    """An adapter's label value: FNV-1a (32 bits) of its URL in decimal, mapped to `_ALPHABET`.
 
-    The very value that KubeAI in Go writes, so that pods of its making keep their adapters.
+    Equal to the value that KubeAI in Go writes, so that its pods keep their adapters.
     """
     value = _FNV_OFFSET
     for byte in url.encode():
@@ -48,14 +48,14 @@ def url_hash(url: str) -> str:
 
 
 def adapter_directory(name: str) -> str:
-    """Where an adapter's files are, in the engine's container and in the loader's."""
+    """The directory of an adapter's files, in the engine's and in the loader's container."""
     return f"{ROOT}/{name}"
 
 
 def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) -> None:
-    """Put the loader into the pod of a Model with adapters. Which ones they are does not matter:
+    """Add the loader container to the pod of a Model with adapters.
 
-    adapters come and go without a new pod.
+    It does not depend on which adapters there are: they come and go without a new pod.
     """
     if not model.spec.adapters:
         return
@@ -80,28 +80,28 @@ def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) 
 
 
 def fetch_command(name: str, url: str) -> list[str]:
-    """What the loader runs to fetch an adapter."""
+    """The loader's command to fetch an adapter."""
     return ["load", url, adapter_directory(name)]
 
 
 def remove_command(name: str) -> list[str]:
-    """What the loader runs to remove an adapter's files."""
+    """The loader's command to remove an adapter's files."""
     return ["rm", "-rf", "--", adapter_directory(name)]
 
 
 def load_call(name: str) -> Call:
-    """Make vLLM serve an adapter whose files are there."""
+    """The request that makes vLLM load an adapter whose files are present."""
     path = adapter_directory(name)
     return Call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
 
 def unload_call(name: str) -> Call:
-    """Make vLLM forget an adapter."""
+    """The request that makes vLLM unload an adapter."""
     return Call("/v1/unload_lora_adapter", {"lora_name": name})
 
 
 def refusal(call: Call, status: int, answer: str) -> str:
-    """Why vLLM did not do it; empty when it did, or when it was so already."""
+    """Why vLLM rejected a request; empty on success or if there was nothing to do."""
     if 200 <= status < 300:
         return ""
     text = answer.lower()

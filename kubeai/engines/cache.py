@@ -1,6 +1,6 @@
-"""A Model's cache: the claim that all Models of a profile share, the Model's folder, its two Jobs.
+"""A Model's cache: the claim shared by all Models of a profile, the Model's folder, its two Jobs.
 
-Pure. The operator decides when each is made (`kubeai.operator.cache`); pods mount the folder.
+Pure. The operator decides when to create each (`kubeai.operator.cache`); pods mount the folder.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from kubeai.errors import ModelError
 
 ROOT = "/models"
 CLAIM_PREFIX = "shared-model-cache-"
-CLAIM_SIZE = "10Gi"  # shared file systems seldom mind it, but the field is required
+CLAIM_SIZE = "10Gi"  # required by the API, but ignored by most shared file systems
 LOAD_JOB_PREFIX, EVICT_JOB_PREFIX = "load-cache-", "evict-cache-"
-ANNOTATION_PREFIX = "models.kubeai.org/"  # on the claim: this Model's files are whole
+ANNOTATION_PREFIX = "models.kubeai.org/"  # on the claim: this Model's files are complete
 JOB_TTL_S = 60
-EVICT_LIMIT_S = 900  # then the Model may go though its files stay
-JOB_HASH_ANNOTATION = "kubeai.org/job-hash"  # of the Job's manifest
-JOB_LABEL = "kubeai.org/job"  # on the pods of Jobs, which are no replicas
+EVICT_LIMIT_S = 900  # then the Model may be deleted although its files remain
+JOB_HASH_ANNOTATION = "kubeai.org/job-hash"  # hash of the Job's manifest
+JOB_LABEL = "kubeai.org/job"  # on the pods of Jobs, which are not replicas
 _VOLUME = "models"
-# A Model's folder is not mounted alone: as a volume's root it could neither appear by one rename,
-# when it is whole, nor be removed.
+# Jobs mount all folders rather than the Model's own: a mount point can neither be put in place by a
+# single rename once the files are complete, nor be removed.
 _ALL_FOLDERS = {"name": _VOLUME, "mountPath": ROOT, "subPath": ROOT.lstrip("/")}
 
 
@@ -44,13 +44,13 @@ def directory(model: Model) -> str:
 
 
 def staging_directory(path: str) -> str:
-    """Where a load keeps what it has of a folder that is not whole yet."""
+    """Where a load keeps the files of a folder that is not complete yet."""
     parent, _, name = path.rpartition("/")
     return f"{parent}/.{name}.kubeai-load"
 
 
 def weights(model: Model, url: ModelURL) -> str:
-    """Where the engine finds the weights, as it stands in an argument or a variable."""
+    """Where the engine finds the weights, as the value of an argument or variable."""
     if model.spec.cache_profile:
         return directory(model)
     return MODEL_MOUNT if url.scheme == "pvc" else literal(url.ref)
@@ -77,16 +77,16 @@ def cache_profile(model: Model, config: SystemConfig) -> CacheProfile:
 
 
 def claim_name(model: Model) -> str:
-    """The claim's name. It follows from the Model alone: its profile may be gone."""
+    """The claim's name. It depends only on the Model, because its profile may be gone."""
     return CLAIM_PREFIX + model.spec.cache_profile
 
 
 def claim(model: Model, config: SystemConfig) -> Object:
-    """The claim of the Model's profile, which no Model owns: it outlives each of them."""
+    """The claim of the Model's profile. It has no owner, because it outlives every Model."""
     shared = cache_profile(model, config).shared_filesystem
     spec: Object = {
         "accessModes": ["ReadWriteMany"],
-        # Empty says that no class is to make the volume: it is the one that is named.
+        # An empty class disables dynamic provisioning: the claim binds to volumeName.
         "storageClassName": shared.storage_class_name,
         "resources": {"requests": {"storage": CLAIM_SIZE}},
     }
@@ -105,7 +105,7 @@ def claim(model: Model, config: SystemConfig) -> Object:
 
 
 def cache_volume(model: Model) -> tuple[Object, Object]:
-    """The claim as a volume, and the mount of the Model's folder, which may be written to."""
+    """The claim as a volume, and a writable mount of the Model's folder."""
     path = directory(model)
     mount = {"name": _VOLUME, "mountPath": path, "subPath": path.lstrip("/")}
     return _claim_volume(model), mount
@@ -144,7 +144,7 @@ def _claim_volume(model: Model) -> Object:
 
 
 def _whose_folders(pods: ModelServerPods) -> Object:
-    """The user of a Job: root, whose the folders of a fresh volume are, unless the config says."""
+    """The user of a Job: root, which owns a new volume's folders, unless the config sets one."""
     says = pods.pod_security_context.keys() | pods.security_context.keys()
     return {} if says & {"runAsUser", "runAsNonRoot"} else {"runAsUser": 0}
 
@@ -152,7 +152,7 @@ def _whose_folders(pods: ModelServerPods) -> Object:
 def _job(
     model: Model, config: SystemConfig, prefix: str, container: Object, volumes: list[Object]
 ) -> Object:
-    """One run of the loader's image, owned by the Model. Empty settings are left out."""
+    """A Job that runs the loader image once, owned by the Model. Empty settings are left out."""
     pods = config.model_server_pods
     labels = {
         "app.kubernetes.io/managed-by": "kubeai",
@@ -191,7 +191,7 @@ def _job(
             "template": template,
         },
     }
-    # A plain copy: parts of it are the config's own.
+    # A deep copy: parts of it belong to the config.
     plain: Object = msgspec.json.decode(msgspec.json.encode(job))
     digest = hashlib.blake2b(msgspec.json.encode(plain["spec"], order="sorted"), digest_size=8)
     plain["metadata"]["annotations"] = {JOB_HASH_ANNOTATION: digest.hexdigest()}
@@ -199,5 +199,5 @@ def _job(
 
 
 def job_hash(job: Object) -> str:
-    """Changes with the spec of a Job, as `load_job` and `evict_job` make it."""
+    """The hash of a Job's spec, as built by `load_job` and `evict_job`."""
     return str(job["metadata"]["annotations"][JOB_HASH_ANNOTATION])

@@ -1,4 +1,4 @@
-"""A Model's files: the ConfigMap that holds them and the mounts that bring them into pods."""
+"""A Model's files: the ConfigMap that holds them, and their mounts in pods."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from kubeai.engines.server import Object
 from kubeai.errors import ModelError
 
 VOLUME = "model-files"
-HASH_ANNOTATION = "kubeai.org/files-hash"  # in the pod, so that an edited file replaces pods
+HASH_ANNOTATION = "kubeai.org/files-hash"  # on the pod, so that editing a file replaces pods
 _KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 
 
 def config_map_name(model: str) -> str:
-    """The name of the ConfigMap with the files of the Model of that name."""
+    """The name of the ConfigMap that holds the files of the named Model."""
     return f"model-{model}-files"
 
 
 def files_config_map(model: Model) -> Object | None:
-    """The ConfigMap with the Model's files, owned by the Model; None when it has no files."""
+    """The ConfigMap with the Model's files, owned by the Model; None if it has no files."""
     if not model.spec.files:
         return None
     meta = model.metadata
@@ -38,7 +38,7 @@ def files_config_map(model: Model) -> Object | None:
 
 
 def owner_reference(model: Model) -> Object:
-    """Makes an object the Model's own: deleted with it, and by it alone controlled."""
+    """The owner reference that makes the Model an object's controller."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -60,7 +60,7 @@ def files_volume(model: Model) -> tuple[Object, list[Object]]:
 
 
 def files_hash(model: Model) -> str:
-    """Changes with any path or content."""
+    """A hash of all paths and contents."""
     digest = hashlib.sha256()
     for file in sorted(model.spec.files, key=lambda file: file.path):
         for text in (file.path, file.content):
@@ -78,14 +78,14 @@ def _keys(model: Model) -> list[str]:
         if not _KEY.fullmatch(key):
             raise ModelError(
                 field,
-                f"{file.path!r} may hold letters, digits, '-', '_', '.' and '/' only, "
+                f"{file.path!r} may contain only letters, digits, '-', '_', '.' and '/', "
                 "and at most 253 characters",
                 "InvalidFile",
             )
         if key in keys:
             other = model.spec.files[keys.index(key)].path
             raise ModelError(
-                field, f"{file.path!r} and {other!r} have the same key {key!r}", "InvalidFile"
+                field, f"{file.path!r} and {other!r} map to the same key {key!r}", "InvalidFile"
             )
         keys.append(key)
     return keys

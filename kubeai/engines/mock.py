@@ -1,6 +1,6 @@
-"""The mock engine in place of any of the four: made-up answers, real timing, no weights.
+"""The mock engine, in place of any of the four: made-up responses, real timing, no weights.
 
-It runs only where a manifest or the config names its image, and the pod's annotation says so.
+It runs only if a manifest or the config names its image. An annotation marks its pods.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_mock(image: str) -> bool:
 
 
 def server(model: Model, url: ModelURL, played: Server) -> Server:
-    """The mock that plays ``played``, with that engine's environment and the Model's args."""
+    """The mock of the engine ``played``, with that engine's environment and the Model's args."""
     name = model.metadata.name
     return Server(
         command=["kubeai", "mock-engine"],
@@ -32,6 +32,6 @@ def server(model: Model, url: ModelURL, played: Server) -> Server:
         ],
         env=played.env,
         pod_fields={"POD_IP": "status.podIP"},  # where it listens
-        # Each second: the mock is for trying things out, and nobody waits for weights.
+        # Every second: the mock has no weights to load, and users try things out with it.
         startup_probe=startup_probe(failures=STARTUP_FAILURES, period_s=1),
     )

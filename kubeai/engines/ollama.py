@@ -7,10 +7,10 @@ from kubeai.engines.server import MODEL_MOUNT, PORT, Object, Server
 
 PULL_TIMEOUT_S = 10_800
 
-# Ollama pulls through its running server, so the startup probe does it. The text is the same for
-# every Model: what comes from a Model are arguments ($1 to $4), which the shell does not read as
-# code. `cp` gives the model the name that it is served by, without copying weights; `run` loads
-# it into memory, which an embedding model refuses.
+# Ollama pulls through its running server, so the startup probe does it. The script is the same for
+# every Model. Values from the Model are passed as arguments ($1 to $4), which the shell does not
+# interpret as code. `cp` gives the model its served name without copying weights; `run` loads it
+# into memory, which is not possible for an embedding model.
 STARTUP_SCRIPT = """\
 case "$3" in
   pull) ollama pull "$1" ;;
@@ -25,7 +25,7 @@ def server(model: Model, url: ModelURL) -> Server:
     """``ollama serve``, which the image starts by itself."""
     env = {
         "OLLAMA_HOST": f"0.0.0.0:{PORT}",
-        "OLLAMA_KEEP_ALIVE": "999999h",  # a pod has one model: it stays loaded
+        "OLLAMA_KEEP_ALIVE": "999999h",  # a pod has one model, which stays loaded
     }
     if url.scheme == "pvc":
         env["OLLAMA_MODELS"] = MODEL_MOUNT

@@ -1,9 +1,9 @@
-"""From a Model and the system config to the pod that serves it. Pure; the operator calls it.
+"""Builds the pod that serves a Model, from the Model and the system config. Pure.
 
-A pod is the engine's `Server` (one file an engine) in the frame that all engines share: probes,
-resources, credentials, files, labels, and last the system config's JSON patches. Its hash covers
-all of that, so a pod whose hash differs from the Model's is outdated. What `_finish` adds is not
-covered: pods from before KubeAI added it are not restarted for it.
+A pod combines the engine's `Server` (one module per engine) with what all engines share: probes,
+resources, credentials, files, labels, and finally the system config's JSON patches. Its hash covers
+all of that, so a pod whose hash differs from the Model's is outdated. The hash does not cover what
+`_finish` adds, so pods created before KubeAI added it are not restarted. Called by the operator.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from kubeai.engines.server import (
 )
 from kubeai.errors import ModelError
 
-GRACE_MIN_S = 10  # what KubeAI in Go gives
+GRACE_MIN_S = 10  # as in KubeAI in Go
 _HASH_BYTES = 5  # 8 characters of base32
-# Besides its own errors, jsonpatch lets through what Python says of a path into a wrong type.
+# Besides its own errors, jsonpatch leaks Python's errors for a path into a value of another type.
 _PATCH_ERRORS = (
     jsonpatch.JsonPatchException,
     jsonpatch.JsonPointerException,
@@ -69,7 +69,7 @@ _SERVERS: dict[Engine, Callable[[Model, ModelURL], Server]] = {
 
 
 def build_pod(model: Model, config: SystemConfig) -> Object:
-    """The manifest of one replica: all but its name. ModelError names the field that is wrong."""
+    """The manifest of one replica, without a name. ModelError names the invalid field."""
     profile = resolve_profile(config, model.spec.resource_profile)
     url = sources.model_url(model.spec)
     image = model.spec.image or server_image(config, model.spec.engine, profile)
@@ -93,7 +93,7 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     _add_cache(model, config, pod, container)
     _add_files(model, pod, container)
     add_loader(model, config, pod, container)
-    # A plain copy: parts of it are the config's own, which nobody may change through the pod.
+    # A deep copy: parts of it belong to the config and must not be changed through the pod.
     pod = msgspec.json.decode(msgspec.json.encode(pod))
     pod = _patched(pod, model, config.model_server_pods.json_patches)
     hash_ = pod_hash(pod)
@@ -102,7 +102,7 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
 
 
 def _finish(pod: Object, model: Model, hash_: str) -> None:
-    """Add what the hash does not cover."""
+    """Add the parts that the hash does not cover."""
     metadata, spec = pod["metadata"], pod["spec"]
     metadata["labels"][POD_HASH_LABEL] = hash_
     metadata["namespace"] = model.metadata.namespace
@@ -112,9 +112,9 @@ def _finish(pod: Object, model: Model, hash_: str) -> None:
 
 
 def pod_hash(pod: Object) -> str:
-    """Eight letters and digits that change with the spec, a label or an annotation of the pod.
+    """Eight letters and digits that depend on the pod's spec, labels and annotations.
 
-    Of a manifest as `build_pod` makes it, not of a pod that the API server has completed.
+    For a manifest from `build_pod`, not for a pod to which the API server has applied defaults.
     """
     metadata = pod["metadata"]
     labels = {k: v for k, v in metadata.get("labels", {}).items() if k != POD_HASH_LABEL}
@@ -144,7 +144,7 @@ def _annotations(model: Model) -> dict[str, str]:
 
 
 def _pod_settings(model: Model, config: SystemConfig, profile: ResourceProfile) -> Object:
-    """The part of the pod's spec around its container. Empty settings are left out."""
+    """The pod's spec without containers and volumes. Empty settings are left out."""
     pods = config.model_server_pods
     spec: dict[str, Any] = {
         "serviceAccountName": pods.service_account_name,
@@ -158,7 +158,7 @@ def _pod_settings(model: Model, config: SystemConfig, profile: ResourceProfile) 
         "runtimeClassName": profile.runtime_class_name,
     }
     spec = {key: value for key, value in spec.items() if value}
-    # A deleted pod gets no new requests; those that it has may take as long as in a drain.
+    # A deleted pod gets no new requests; in-flight ones may take as long as during a drain.
     drain_s = math.ceil(config.gateway.drain_timeout_s)
     return spec | {"terminationGracePeriodSeconds": max(GRACE_MIN_S, drain_s)}
 
@@ -192,7 +192,7 @@ def _container(
 
 
 def _add_cache(model: Model, config: SystemConfig, pod: Object, container: Object) -> None:
-    """Mount the Model's folder of the cache; the load Job has filled it before."""
+    """Mount the Model's cache folder, which the load Job has already filled."""
     if model.spec.cache_profile:
         cache.cache_profile(model, config)
         volume, mount = cache.cache_volume(model)
@@ -201,7 +201,7 @@ def _add_cache(model: Model, config: SystemConfig, pod: Object, container: Objec
 
 
 def _add_files(model: Model, pod: Object, container: Object) -> None:
-    """Mount the Model's files, and note their hash: an edited file makes a new pod."""
+    """Mount the Model's files, and add their hash, so that editing a file replaces the pod."""
     if not model.spec.files:
         return
     volume, mounts = files_volume(model)
@@ -210,7 +210,7 @@ def _add_files(model: Model, pod: Object, container: Object) -> None:
         if mount["mountPath"] in taken:
             raise ModelError(
                 f"spec.files[{i}].path",
-                f"{mount['mountPath']!r} is where the pod has a volume already",
+                f"{mount['mountPath']!r} is already the mount path of a volume",
                 "InvalidFile",
             )
     container["volumeMounts"] += mounts
@@ -219,7 +219,7 @@ def _add_files(model: Model, pod: Object, container: Object) -> None:
 
 
 def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...]) -> Object:
-    """The pod after the config's patches, one by one so that an error names the one at fault."""
+    """Apply the config's patches one by one, so that an error names the failing one."""
     for i, patch in enumerate(patches):
         operation = copy.deepcopy(patch.operation())  # the patch's value becomes part of the pod
         try:
@@ -231,7 +231,7 @@ def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...]) -> Objec
 
 
 def _check_patched(pod: Any, model: Model, index: int, patch: JSONPatch) -> None:
-    """The operator finds pods by their labels, and the endpoint by the server container."""
+    """Check what the operator relies on: the pod's labels and its server container."""
     try:
         labels = pod["metadata"]["labels"]
         kept = all(labels[key] == value for key, value in _labels(model).items())
@@ -239,9 +239,9 @@ def _check_patched(pod: Any, model: Model, index: int, patch: JSONPatch) -> None
     except (LookupError, TypeError):
         kept = named = False
     if not kept:
-        raise _bad_patch(index, patch, "it takes or changes a label that KubeAI needs")
+        raise _bad_patch(index, patch, "it removes or changes a label that KubeAI needs")
     if not named:
-        raise _bad_patch(index, patch, f"no container {SERVER_CONTAINER!r} is left")
+        raise _bad_patch(index, patch, f"it removes the container {SERVER_CONTAINER!r}")
 
 
 def _bad_patch(index: int, patch: JSONPatch, why: str) -> ModelError:

@@ -1,9 +1,9 @@
-"""Where weights come from: which engine takes which URL, with whose credentials, from what volume.
+"""Sources of weights: the URLs each engine supports, and the credentials and volumes they need.
 
-What fetches weights (an engine, the load Job of a cache, the loader of adapters) gets its
-environment here too.
+Also builds the environment of every container that fetches weights: an engine, a cache's load Job,
+and the adapter loader.
 
-Credentials come from the Secrets that the system config names. All are optional: a pod starts
+Credentials come from the Secrets named in the system config. All are optional: a pod starts
 without them, and public weights need none.
 """
 
@@ -19,7 +19,7 @@ from kubeai.errors import ModelError
 GCP_DIRECTORY = "/secrets/gcp-credentials"
 GCP_FILE = "credentials.json"
 
-# What an engine loads by itself. Through a cache, all but OLlama take hf, s3, gs and oss.
+# What an engine loads by itself. Through a cache, all except OLlama support hf, s3, gs and oss.
 _DIRECT: dict[Engine, tuple[Scheme, ...]] = {
     "VLLM": ("hf", "pvc", "s3"),
     "OLlama": ("ollama", "pvc"),
@@ -30,7 +30,7 @@ _CACHED: tuple[Scheme, ...] = ("s3", "gs", "oss")
 
 
 class Source:
-    """What a pod needs for its weights beside the engine's own settings."""
+    """What a pod needs to access its weights, besides the engine's own settings."""
 
     def __init__(self) -> None:
         self.env: list[Object] = []
@@ -39,7 +39,7 @@ class Source:
 
 
 def model_url(spec: ModelSpec) -> ModelURL:
-    """The Model's URL; ModelError on ``spec.url`` when its engine cannot load from there."""
+    """The Model's parsed URL. ModelError on ``spec.url`` if its engine does not support it."""
     url = parse_url(spec.url)
     direct = _DIRECT[spec.engine]
     through_cache = bool(spec.cache_profile) and spec.engine != "OLlama"
@@ -61,13 +61,13 @@ def model_url(spec: ModelSpec) -> ModelURL:
         )
     if url.model and spec.engine != "OLlama":
         raise ModelError(
-            "spec.url", f"the parameter 'model' means nothing to {spec.engine}", "InvalidURL"
+            "spec.url", f"{spec.engine} does not support the parameter 'model'", "InvalidURL"
         )
     return url
 
 
 def source(url: ModelURL, secrets: SecretNames) -> Source:
-    """Credentials, or the claim's volume, for one URL."""
+    """The credentials or the claim's volume for one URL."""
     result = Source()
     if url.scheme == "pvc":
         _add_claim(result, url)
@@ -77,7 +77,7 @@ def source(url: ModelURL, secrets: SecretNames) -> Source:
 
 
 def every_source(secrets: SecretNames) -> Source:
-    """Credentials for whatever URL may come: adapters are added while the pod runs."""
+    """Credentials for all schemes, because adapters may be added while the pod runs."""
     result = Source()
     for scheme in CACHE_SCHEMES:
         _add_credentials(result, scheme, secrets)
@@ -87,9 +87,10 @@ def every_source(secrets: SecretNames) -> Source:
 def environment(
     model: Model, own: Mapping[str, str], fields: Mapping[str, str], source: Source
 ) -> list[Object]:
-    """A container's ``own`` variables and pod ``fields``, credentials, then the Model's variables.
+    """A container's ``own`` variables, its pod ``fields``, credentials, and the Model's variables.
 
-    The Model's win over all others, and come last, so that they may refer to them as ``$(NAME)``.
+    The Model's variables override all others. They come last, so that they can refer to the others
+    as ``$(NAME)``.
     """
     chosen = model.spec.env
     env: list[Object] = [{"name": name, "value": value} for name, value in own.items()]
@@ -129,7 +130,7 @@ def _from_secret(secret: str, keys: dict[str, str]) -> list[Object]:
 
 
 def _add_gcp(result: Source, secret: str) -> None:
-    """Google's libraries take a key file, and its place by a variable."""
+    """Google's libraries read a key file, whose path is set by a variable."""
     if not secret:
         return
     volume = "gcp-credentials"

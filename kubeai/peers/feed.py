@@ -18,7 +18,7 @@ from kubeai.routing import Owner, Publisher
 TICK_S = 0.05
 LISTENERS_MAX = 64
 WRITE_TIMEOUT_S = 5.0
-GONE_MAX_ENDPOINTS = 10_000  # remembered as gone, until every listener has been sent that
+GONE_MAX_ENDPOINTS = 10_000  # removed endpoints kept, so that listeners can be sent GONE
 
 
 class Feed:

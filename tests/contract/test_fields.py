@@ -388,15 +388,15 @@ async def test_a_url_that_nobody_could_load_is_refused_by_the_api(world):
 
 
 PARAMETERS = {
-    "ollama-model": ("OLlama", "ollama://q?model=x", "'model' means nothing with ollama://"),
+    "ollama-model": ("OLlama", "ollama://q?model=x", "unknown parameter 'model' for ollama://"),
     "ollama-odd": ("OLlama", "ollama://q?pull=maybe", "pull must be true or false"),
     "claim-alone": ("OLlama", "pvc://claim", "OLlama needs the model's name on the claim"),
-    "claim-pull": ("OLlama", "pvc://claim?model=q&pull=false", "'pull' means nothing with pvc://"),
-    "vllm-model": ("VLLM", "pvc://claim?model=q", "'model' means nothing to VLLM"),
-    "vllm-revision": ("VLLM", "hf://org/name?revision=1", "'revision' means nothing with hf://"),
-    "no-claim": ("Infinity", "pvc://No_Claim", "no name of a PersistentVolumeClaim"),
+    "claim-pull": ("OLlama", "pvc://claim?model=q&pull=false", "unknown parameter 'pull'"),
+    "vllm-model": ("VLLM", "pvc://claim?model=q", "VLLM does not support the parameter 'model'"),
+    "vllm-revision": ("VLLM", "hf://org/name?revision=1", "unknown parameter 'revision' for hf://"),
+    "no-claim": ("Infinity", "pvc://No_Claim", "not a valid PersistentVolumeClaim name"),
     "outside": ("FasterWhisper", "pvc://claim/../other", "must not contain '..'"),
-    "shell": ("OLlama", "ollama://q;id", "no name of an Ollama model"),
+    "shell": ("OLlama", "ollama://q;id", "not a valid Ollama model name"),
 }
 
 
@@ -472,7 +472,7 @@ async def test_a_file_that_no_pod_can_have_is_told(world):
     world.start()
     for name, paths, why in (
         ("same-key", ["/a/b", "/a_b"], "spec.files[1].path: '/a_b' and '/a/b'"),
-        ("odd-name", ["/a b"], "spec.files[0].path: '/a b' may hold letters"),
+        ("odd-name", ["/a b"], "spec.files[0].path: '/a b' may contain only letters"),
         ("volume", ["/x", "/dev/shm"], "spec.files[1].path: '/dev/shm' is where"),
     ):
         files = [{"path": path, "content": ""} for path in paths]
