@@ -1,8 +1,8 @@
-"""What an inference engine does, without one: no sockets, no clock, the time is handed in.
+"""Simulated inference engines, without sockets or clocks: callers pass in the time.
 
-``engine`` batches and caches as vLLM does, ``text`` makes the tokens, ``presets`` are the figures
-of real engines. The mock engine runs them in real time; benchmarks run them in virtual time:
-``cluster`` is what is behind one gateway, under ``traffic``, and tells ``records``; ``replicas``
-puts several replicas of KubeAI before such engines. ``fleet`` is a Model's replicas seen from far
-off, for the autoscaler: it plays ``traces`` against its rule, and against those in ``rules``.
+``engine`` batches and caches like vLLM, ``text`` generates tokens, and ``presets`` hold the
+parameters of real engines. The mock engine runs them in real time, benchmarks in virtual time:
+``cluster`` simulates the engines behind a gateway under ``traffic`` and produces ``records``;
+``replicas`` measures several KubeAI replicas in front of them. ``fleet`` is a coarser model of a
+Model's replicas for the autoscaler: it runs ``traces`` against our rule and those in ``rules``.
 """

@@ -1,8 +1,8 @@
-"""A Model's engines behind KubeAI, under traffic, in virtual time: ``kubeai bench simulate``.
+"""Simulates a Model's engines behind KubeAI in virtual time, for ``kubeai bench simulate``.
 
-The ring, the load table and the key of a request are those that serve requests, and the engines are
-the mock engine's; only time and sockets are not there. Deterministic: the same setting and traffic
-give the same records everywhere.
+The hash ring, the load table and the request keys are the gateway's own code and the engines are
+the mock engine's; only time and sockets are simulated. Deterministic: the same setting and traffic
+give the same records on every machine.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from kubeai.simulation.traffic import Conversation
 Strategy = Literal["Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle"]
 STRATEGIES: tuple[Strategy, ...] = ("Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle")
 MODEL_ROW = 0
-REPLY_TOKENS = 48  # where a turn does not say
+REPLY_TOKENS = 48  # for turns without a length
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """What is simulated, but for the traffic."""
+    """The parameters of a simulation, apart from the traffic."""
 
     engines: int = 8
     engine: EngineConfig = EngineConfig()
@@ -39,14 +39,14 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     mean_load_factor: int = 125
     replication: int = 20
     prefix_char_length: int = 100
-    replicas: int = 1  # of KubeAI: a pick counts in its own at once, in others when they are told
-    shared: bool = True  # whether they tell each other their loads
-    expected: bool = True  # whether they expect of each other what they do themselves
+    replicas: int = 1  # of KubeAI; a pick counts at once locally, and in others when they hear it
+    shared: bool = True  # whether the replicas exchange their loads
+    expected: bool = True  # whether a replica assumes that its peers pick as it does itself
     tell_interval_s: float = 0.05
-    concurrency: int = 32  # conversations at a time, of those without a time of their own
-    paced_per_s: float = 0.0  # no more requests are wanted a second; 0: any number
-    client_per_s: float = 0.0  # no more can the client send, however many are due; 0: any number
-    network_s: float = 0.0005  # from the client to an engine, and back; between replicas
+    concurrency: int = 32  # concurrent conversations, for those without a start time
+    paced_per_s: float = 0.0  # maximum rate at which requests are due; 0: unlimited
+    client_per_s: float = 0.0  # maximum rate at which the client can send; 0: unlimited
+    network_s: float = 0.0005  # one way: between client and engine, and between replicas
     seed: int = 1
 
     @property
@@ -60,7 +60,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pod_names(self) -> list[str]:
-        """As pods have them: where an engine stands on the ring depends on its name."""
+        """Realistic pod names: an engine's position on the ring depends on its name."""
         source = random.Random(f"{self.seed} pods")
         letters = "bcdfghjklmnpqrstvwxz2456789"
         return [f"model-m-{''.join(source.choices(letters, k=5))}" for _ in range(self.engines)]
@@ -73,28 +73,28 @@ class Outcome(NamedTuple):
     ended_s: float
 
 
-# -- who serves a request --------------------------------------------------------------------------
+# -- routing ---------------------------------------------------------------------------------------
 
 
 class Clock(Protocol):
     def __call__(self, when_s: float, happen: Callable[[float], None]) -> None:
-        """Call it back at a time, with that time."""
+        """Call ``happen`` at ``when_s`` with that time."""
 
 
 class Router:
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
-        """An engine's number; what is to be released when it has answered."""
+        """An engine's number, and the reservation to release when it has responded."""
         raise NotImplementedError
 
     def start(self, at: Clock) -> None:
-        """Begin what is done again and again."""
+        """Schedule periodic work."""
 
     def close(self) -> None:
         pass
 
 
 class Service(Router):
-    """A Kubernetes Service in front of the engines: at random, or each in its turn (IPVS)."""
+    """A Kubernetes Service in front of the engines: random, or round-robin (IPVS)."""
 
     def __init__(self, setting: Setting) -> None:
         self._turns = itertools.cycle(range(setting.engines))
@@ -109,7 +109,7 @@ class Service(Router):
 
 
 class Replica:
-    """One of KubeAI: a ring, and a load table that has the others' loads as far as it has heard."""
+    """One KubeAI replica: a ring and a load table, with the other replicas' last reported loads."""
 
     def __init__(self, setting: Setting, phase: int) -> None:
         self._supervisor = LoadTable.create(setting.engines + 1, 1)
@@ -135,11 +135,11 @@ class Replica:
         return self._ring.pick_least()
 
     def in_flight(self) -> list[int]:
-        """Of each engine, by this replica."""
+        """This replica's in-flight requests per engine."""
         return [self._table.in_flight_here(row) for row in range(1, len(self._lives))]
 
     def hear(self, number: int, told: list[int]) -> None:
-        """What another has in flight with each engine."""
+        """Record another replica's in-flight requests per engine."""
         self._heard[number] = told
         sums = [sum(counts) for counts in zip(*self._heard.values(), strict=True)]
         for row, count in enumerate(sums, 1):
@@ -155,7 +155,7 @@ class Replica:
 
 
 class Replicas(Router):
-    """KubeAI: each request comes to any of them."""
+    """KubeAI's replicas; each request goes to a random one."""
 
     def __init__(self, setting: Setting) -> None:
         self._random = random.Random(f"{setting.seed} gateway")
@@ -200,9 +200,9 @@ def _again(at: Clock, first_s: float, interval_s: float, happen: Callable[[float
 
 
 class Oracle(Router):
-    """Knows every cache: of the engines within the load bound, that which has most of the prompt.
+    """An ideal router that knows every cache, as an upper bound.
 
-    What no gateway can be; the bound is PrefixHash's.
+    Picks the engine with the longest cached prefix among those within PrefixHash's load bound.
     """
 
     def __init__(self, setting: Setting, engines: list[Engine]) -> None:
@@ -232,11 +232,11 @@ def _router(setting: Setting, engines: list[Engine]) -> Router:
             return Replicas(setting)
 
 
-# -- a conversation under way ----------------------------------------------------------------------
+# -- conversations ---------------------------------------------------------------------------------
 
 
 class _Talk:
-    """Its prompt so far as the engines know it, and its place on the ring."""
+    """A conversation in progress: its tokens so far and its hash key."""
 
     __slots__ = ("_blocks", "_random", "_said", "conversation", "key", "number", "turn")
 
@@ -252,7 +252,7 @@ class _Talk:
             self._blocks.add(text.message(role, said))
 
     def ask(self) -> tuple[int, int, list[int]]:
-        """(prompt tokens, output tokens, hashes of both) of the turn that is due."""
+        """(prompt tokens, output tokens, block hashes of both) of the next turn."""
         turn = self.conversation.turns[self.turn]
         if self.conversation.kind == "embeddings":
             return max(1, text.count(text.pack(turn.text))), 0, []
@@ -260,7 +260,7 @@ class _Talk:
         prompt = self._blocks.then(text.OPENING)
         output = turn.reply_tokens or REPLY_TOKENS
         answer = text.pack(text.words(self._random, output))
-        # The history may have another answer than the engine's.
+        # The history may have a given reply instead of the engine's.
         kept = answer if turn.reply is None else text.pack(turn.reply)
         self._said = text.OPENING + kept + text.END
         return prompt.tokens, output, prompt.then(answer).hashes
@@ -275,7 +275,7 @@ class _Talk:
 
 
 def _key(conversation: Conversation, prefix_char_length: int) -> int:
-    """The same for all turns: it is of what is said first."""
+    """The hash key, which is the same for all turns: it depends on the first message."""
     if conversation.kind == "embeddings":
         body: dict[str, Any] = {"input": conversation.turns[0].text}
         kind = openai.Kind.EMBEDDINGS
@@ -288,7 +288,7 @@ def _key(conversation: Conversation, prefix_char_length: int) -> int:
 
 
 class _Pace:
-    """So many a second and no more; ``per_s`` 0: any number."""
+    """A rate limit of ``per_s`` events per second; 0: unlimited."""
 
     def __init__(self, per_s: float) -> None:
         self._apart_s = 1 / per_s if per_s else 0.0
@@ -301,7 +301,7 @@ class _Pace:
 
 
 class _Asked(NamedTuple):
-    """A request under way: the owner of its sequence."""
+    """An in-flight request, the owner of its sequence."""
 
     talk: _Talk
     record: Record
@@ -315,7 +315,7 @@ Watch = Callable[[float, list[Engine]], None]
 
 
 class Cluster:
-    """One run of a setting. ``watch(now_s, engines)``: called when a request has been sent."""
+    """One run of a setting. ``watch(now_s, engines)`` is called after each request is sent."""
 
     def __init__(self, setting: Setting, watch: Watch | None = None) -> None:
         self._setting = setting
@@ -324,11 +324,11 @@ class Cluster:
         self._names = [f"engine-{number}" for number in range(setting.engines)]
         self._router = _router(setting, self._engines)
         self._stepping = [False] * setting.engines
-        self._ended_s = [0.0] * setting.engines  # the last step
-        self._events: list[tuple[float, int, int, Any]] = []  # (when, order, what, of whom)
+        self._ended_s = [0.0] * setting.engines  # end of the last step
+        self._events: list[tuple[float, int, int, Any]] = []  # heap of (time, order, kind, subject)
         self._order = itertools.count()
         self._numbers = itertools.count()
-        self._under_way = 0  # conversations that have begun, or have their time
+        self._under_way = 0  # conversations started or scheduled
         self._waiting: Iterator[Conversation] = iter(())
         self._paced = _Pace(setting.paced_per_s)
         self._client = _Pace(setting.client_per_s)
@@ -336,7 +336,7 @@ class Cluster:
         self._gaps = Gaps()
 
     def run(self, conversations: Iterable[Conversation]) -> Outcome:
-        """Play them to their ends: each at its time if it has one, else as others end."""
+        """Run all conversations, each at its start time or else when another ends."""
         self._waiting = iter(conversations)
         for _ in range(self._setting.concurrency):
             if not self._begin(0.0):
@@ -364,7 +364,7 @@ class Cluster:
         heapq.heappush(self._events, (when_s, next(self._order), what, whose))
 
     def _begin(self, now_s: float) -> bool:
-        """The next conversation; whether another may begin beside it."""
+        """Start the next conversation; returns whether another may start at the same time."""
         conversation = next(self._waiting, None)
         if conversation is None:
             return False
@@ -374,10 +374,10 @@ class Cluster:
             self._ask(talk, now_s)
             return True
         self._at(conversation.at_s, ARRIVE, talk)
-        return False  # it begins the one after it
+        return False  # its arrival starts the next one
 
     def _ask(self, talk: _Talk, now_s: float) -> None:
-        """A turn is due: it is sent at once, unless the client cannot."""
+        """A turn is due: send it, subject to the rate limits."""
         if talk.conversation.at_s is not None and not talk.turn:
             self._begin(now_s)
         due_s = self._paced.next_s(now_s)
@@ -395,7 +395,7 @@ class Cluster:
         try:
             self._engines[number].submit(now_s, prompt, output, hashes, asked)
         except ValueError:
-            record.error, record.ended_s = "status 400", now_s  # longer than the engine's memory
+            record.error, record.ended_s = "status 400", now_s  # exceeds the engine's KV cache
             self._over(asked, now_s)
             return
         if not self._stepping[number]:
@@ -414,7 +414,7 @@ class Cluster:
             self._at(step.next_s, STEP, number)
         if not step.advanced:
             return
-        # All that decode have waited for the step, but for who was preempted in between.
+        # All decoding sequences waited for this step, ignoring preemptions in between.
         decoded = sum(1 for sequence in step.advanced if sequence.produced > 1)
         if decoded:
             self._gaps.add(now_s - self._ended_s[number], decoded)

@@ -1,25 +1,25 @@
-"""A continuous-batching engine with a paged, prefix-cached KV memory, as a pure state machine.
+"""A continuous-batching engine with a paged, prefix-cached KV cache, as a pure state machine.
 
-It owns the queue, the batch and the KV blocks of one replica and knows tokens only as counts and
-block hashes: what a sequence will say is its caller's business and known when it is submitted.
+It owns the queue, the batch and the KV blocks of one replica. It handles tokens only as counts and
+block hashes; the caller knows a sequence's output when it submits it.
 Time is a number that callers hand in (seconds, any origin), so the same engine runs in real time
 (the mock engine) and in virtual time. It is deterministic: same calls, same answers.
 
 The rules are those of vLLM's scheduler (V1), which this module follows:
 
-- Work goes in steps. A step takes the running sequences first, in the order they came, then
-  waiting ones, until ``max_batch`` sequences or ``step_tokens`` tokens are in it. A prompt that
-  is longer than what is left of the budget is computed in several steps (chunked prefill).
-- A sequence whose prompt is computed makes one token a step, the first with the step that ends
-  its prefill.
-- Before a sequence enters, the leading full blocks of it whose hashes are in the cache are taken
-  over, but for the last token, which must be computed to have something to sample from.
-- When the blocks run out, the sequence that came last gives its own back and starts again, at the
+- Work proceeds in steps. A step takes the running sequences first, in arrival order, then waiting
+  ones, up to ``max_batch`` sequences or ``step_tokens`` tokens. A prompt that exceeds the remaining
+  budget is computed in several steps (chunked prefill).
+- A sequence whose prompt is computed generates one token per step, the first in the step that
+  completes its prefill.
+- When a sequence enters the batch, its leading full blocks are reused if their hashes are in the
+  cache, except for the last token, which must be computed to sample from.
+- When the blocks run out, the most recently started sequence frees its blocks and restarts from the
   head of the queue (preemption by recomputation).
-- Blocks of finished sequences stay findable until their place is needed: least recently used
-  first, the tail of a sequence before its head.
+- Blocks of finished sequences stay in the cache until they are evicted: least recently used first,
+  the tail of a sequence before its head.
 
-One difference: two sequences that compute the same block at the same time share it from then on,
+One difference: two sequences that compute the same block at the same time share it afterwards,
 where vLLM keeps both copies.
 """
 
@@ -34,26 +34,26 @@ import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine can do. A rate of 0 means: in no time.
+    """An engine's speed and memory. A rate of 0 means instant.
 
-    Two ways to say how long a step takes: by ``decode_tokens_per_s``, whatever the batch is; or as
-    hardware has it (``presets``), by the time that the weights take to be read, which computing
-    hides until there is more to compute, and by what decoding reads of keys and values.
+    The duration of a step has two models: ``decode_tokens_per_s``, independent of the batch size;
+    or the hardware's (``presets``): the maximum of the time to read the weights and the time to
+    compute, plus the time to read the keys and values of decoding sequences.
     """
 
     max_batch: int = 256  # sequences in a step
     step_tokens: int = 2048  # tokens in a step
     prefill_tokens_per_s: float = 8000.0  # of the whole engine
     decode_tokens_per_s: float = 50.0  # of each sequence in the batch
-    weights_s: float = 0.0  # a step takes no less; decoding tokens are computed, too, if it is set
-    context_tokens_per_s: float = 0.0  # tokens before the one that is decoded
+    weights_s: float = 0.0  # minimum step time; if set, decoded tokens also cost compute time
+    context_tokens_per_s: float = 0.0  # rate of reading the context of decoding sequences
     cache_blocks: int = 4096
     block_tokens: int = 16
 
     def step_s(self, prefill_tokens: int, decodes: int, context_tokens: int = 0) -> float:
-        """How long a step takes for so many prompt tokens and so many decoding sequences.
+        """The duration of a step with these prompt tokens and decoding sequences.
 
-        ``context_tokens``: of those sequences, all together.
+        ``context_tokens``: total context length of the decoding sequences.
         """
         duration = 0.0
         computed = prefill_tokens + (decodes if self.weights_s else 0)
@@ -68,7 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sequence:
-    """One prompt and what becomes of it. Made by :meth:`Engine.submit`; read-only for others."""
+    """One prompt and its progress. Created by :meth:`Engine.submit`; read-only for callers."""
 
     __slots__ = (
         "arrived_s",
@@ -93,46 +93,46 @@ class Sequence:
         self, prompt_tokens: int, output_tokens: int, hashes: Seq[int], owner: object, now: float
     ) -> None:
         self.prompt_tokens = prompt_tokens
-        self.output_tokens = output_tokens  # how many it will make
+        self.output_tokens = output_tokens  # number it will generate
         self.hashes = hashes  # of its full blocks, prompt and output together
-        self.owner = owner  # the caller's; the engine does not look at it
+        self.owner = owner  # the caller's; opaque to the engine
         self.arrived_s = now
         self.first_token_s = math.nan
         self.finished_s = math.nan
-        self.cached_tokens = 0  # of the prompt, found in the cache when it first entered
+        self.cached_tokens = 0  # prompt tokens found in the cache when it first entered the batch
         self.produced = 0  # output tokens so far
         self.done = False  # finished or cancelled
         self.total = prompt_tokens  # tokens known: prompt + produced
-        self.computed = 0  # of those, tokens with their keys and values in memory
-        self.scheduled = 0  # tokens of it in the step under way
+        self.computed = 0  # of those, tokens whose keys and values are in memory
+        self.scheduled = 0  # tokens in the current step
         self.blocks = 0  # KV blocks that it holds
-        self.shared = 0  # of those, the leading ones that others may find by their hash
-        self.block_end = 0  # up to here (exclusive) it neither fills a block nor needs another
+        self.shared = 0  # of those, the leading ones that others can find by hash
+        self.block_end = 0  # below this many tokens it neither fills a block nor needs another
 
 
 class Step(NamedTuple):
-    """What happened up to now, and when to call again."""
+    """The completed step's results and when to call again."""
 
-    advanced: list[Sequence]  # each made one token more, or (``output_tokens`` 0) was computed
-    next_s: float | None  # the end of the step under way; None: nothing to do
+    advanced: list[Sequence]  # each generated a token, or (``output_tokens`` 0) was computed
+    next_s: float | None  # the end of the current step; None: idle
 
 
 class Engine:
-    """One replica's engine. ``submit``, then ``step`` whenever the time it named has come."""
+    """One replica's engine. Call ``submit``, then ``step`` at each time that it returns."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.cache = BlockCache(config.cache_blocks)
         self.prefix_queries = 0  # prompt tokens looked up in the cache
         self.prefix_hits = 0  # of those, found
-        self.prompt_tokens = 0  # of sequences that have entered
+        self.prompt_tokens = 0  # of sequences that have entered the batch
         self.output_tokens = 0
         self.finished = 0
         self.preemptions = 0
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: list[Sequence] = []
-        self._ends_s: float | None = None  # of the step under way
+        self._ends_s: float | None = None  # end of the current step
 
     @property
     def waiting(self) -> int:
@@ -150,14 +150,14 @@ class Engine:
         hashes: Seq[int] = (),
         owner: object = None,
     ) -> Sequence:
-        """Queue a sequence. Call ``step`` afterwards when none was under way.
+        """Queue a sequence. Call ``step`` afterwards if no step is in progress.
 
-        ``output_tokens`` 0: only the prompt is computed (embeddings). ``hashes``: one number for
-        each full block of prompt and output, each standing for all the tokens up to its end; ()
-        keeps the sequence out of the prefix cache. ValueError: it could never fit.
+        ``output_tokens`` 0: only the prompt is computed (embeddings). ``hashes``: one per full
+        block of prompt and output, each covering all tokens up to the block's end; () keeps the
+        sequence out of the prefix cache. ValueError if the sequence can never fit.
         """
         if prompt_tokens < 1 or output_tokens < 0:
-            raise ValueError("a sequence needs a prompt")
+            raise ValueError("a sequence must have a prompt")
         if prompt_tokens + output_tokens > self.config.cache_blocks * self.config.block_tokens:
             raise ValueError("the sequence is longer than the KV cache")
         sequence = Sequence(prompt_tokens, output_tokens, hashes, owner, now)
@@ -165,7 +165,7 @@ class Engine:
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Forget a sequence (its client is gone); nothing when it is done already."""
+        """Remove a sequence (its client disconnected); no effect if it is done."""
         if sequence.done:
             return
         sequence.done = True
@@ -176,7 +176,7 @@ class Engine:
             self._release(sequence)
 
     def step(self, now: float) -> Step:
-        """End the step that is due, and begin the next one at ``now`` if there is work."""
+        """Complete the step that is due and start the next one at ``now`` if there is work."""
         advanced: list[Sequence] = []
         if self._ends_s is not None:
             if now < self._ends_s:
@@ -196,7 +196,7 @@ class Engine:
         while budget and index < len(self._running):
             sequence = self._running[index]
             tokens = min(sequence.total - sequence.computed, budget)
-            # Most sequences have room for one more token, and fill no block with it.
+            # Fast path: most sequences have room for a token without completing a block.
             if sequence.computed + tokens >= sequence.block_end and not self._grow(
                 sequence, sequence.computed + tokens
             ):
@@ -211,12 +211,12 @@ class Engine:
             sequence.scheduled = tokens
             self._batch.append(sequence)
             index += 1
-        if preemptions == self.preemptions:  # else memory is short: let nobody else in
+        if preemptions == self.preemptions:  # else memory is short: admit no more sequences
             prefill += self._enter(budget)
         return now + self.config.step_s(prefill, decodes, context) if self._batch else None
 
     def _enter(self, budget: int) -> int:
-        """Let waiting sequences into the step; returns how many tokens of theirs it computes."""
+        """Admit waiting sequences to the step; returns the number of their tokens it computes."""
         entered = 0
         block = self.config.block_tokens
         while self._waiting and entered < budget and len(self._running) < self.config.max_batch:
@@ -250,7 +250,7 @@ class Engine:
         advanced = []
         finished = False
         for sequence in self._batch:
-            if sequence.done:  # cancelled meanwhile
+            if sequence.done:  # cancelled during the step
                 continue
             sequence.computed += sequence.scheduled
             if sequence.computed < sequence.total:
@@ -282,7 +282,7 @@ class Engine:
         return True
 
     def _share(self, sequence: Sequence, computed: int) -> None:
-        """Make the blocks findable that are full once ``computed`` tokens are."""
+        """Add the blocks that ``computed`` tokens fill to the cache."""
         block = self.config.block_tokens
         full = min(computed // block, len(sequence.hashes))
         if full > sequence.shared:
@@ -302,7 +302,7 @@ class Engine:
 
 
 class BlockCache:
-    """KV blocks by count: private ones, shared ones with their holders, idle ones to evict."""
+    """KV blocks: a count of private ones, reference-counted shared ones, and idle ones to evict."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -312,11 +312,11 @@ class BlockCache:
 
     @property
     def used(self) -> int:
-        """Blocks that sequences hold."""
+        """Blocks held by sequences."""
         return self._private + len(self._shared)
 
     def match(self, hashes: Seq[int], limit: int) -> int:
-        """How many of the first ``limit`` blocks are in memory, up to the first that is not."""
+        """The number of leading blocks, at most ``limit``, that are in memory."""
         shared, idle = self._shared, self._idle
         for index in range(limit):
             found = hashes[index]
@@ -325,7 +325,7 @@ class BlockCache:
         return limit
 
     def admit(self, hashes: Seq[int], found: int, fresh: int) -> bool:
-        """Take over the first ``found`` blocks and ``fresh`` private ones; False: no room."""
+        """Hold the first ``found`` blocks and take ``fresh`` private ones; False if no room."""
         revived = sum(1 for index in range(found) if hashes[index] not in self._shared)
         if self.used + revived + fresh > self.capacity:
             return False
@@ -334,7 +334,7 @@ class BlockCache:
         return self.take(fresh)
 
     def take(self, count: int) -> bool:
-        """Take private blocks, evicting idle ones; False and nothing taken: no room."""
+        """Take private blocks, evicting idle ones; False, taking none, if there is no room."""
         if self.used + count > self.capacity:
             return False
         for _ in range(self.used + len(self._idle) + count - self.capacity):
@@ -343,13 +343,13 @@ class BlockCache:
         return True
 
     def share(self, hashes: Seq[int]) -> None:
-        """Private blocks are full now: let others find them."""
+        """Make private blocks, which are now full, shared."""
         self._private -= len(hashes)
         for block in hashes:
             self._hold(block)
 
     def release(self, hashes: Seq[int], private: int) -> None:
-        """Give back shared blocks, the last first so that it is evicted first, and private ones."""
+        """Release private and shared blocks, the last one first so that it is evicted first."""
         self._private -= private
         for block in reversed(hashes):
             holders = self._shared[block] - 1

@@ -1,13 +1,13 @@
-"""A Model's replicas under a load, in virtual time, with a rule that says how many there are.
+"""Simulates a Model's replicas under load in virtual time, scaled by an autoscaling rule.
 
-Owns the queue, the replicas and the clock; :func:`run` plays one trace against one rule and
-returns what happened. Deterministic: same trace, rule and seed, same answer. For the autoscaler's
-traces (bench/autoscaling.py and its tests).
+Owns the queue, the replicas and the clock; :func:`run` runs one trace against one rule.
+Deterministic: the same trace, rule and seed give the same result. Used by bench/autoscaling.py and
+the autoscaler's tests.
 
-Every replica serves ``target_requests`` at full speed each; what is beyond waits, first come first
-served, in one queue (as if the gateway always found the replica with a free place). A new replica
-serves after ``startup_s``. One that must go takes no more and finishes what it has. From zero, the
-first request wakes one replica, whatever the rule.
+Every replica serves ``target_requests`` at full speed; further requests wait in one FIFO queue (as
+if the gateway always found a replica with a free slot). A new replica serves after ``startup_s``. A
+removed replica accepts no more requests and completes its in-flight ones. At zero replicas, the
+first request starts one, regardless of the rule.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ import msgspec
 
 from kubeai.simulation.traces import Trace
 
-TICK_S = 1.0  # how often the rule is shown what there is
+TICK_S = 1.0  # how often the rule gets an observation
 
 
 class Observation(msgspec.Struct, frozen=True):
-    """What an autoscaler gets to know of one Model at one moment."""
+    """What an autoscaler observes of one Model at one time."""
 
     now_s: float
-    active: int  # requests served and waiting
+    active: int  # requests in service and waiting
     ended: int  # requests that have ended so far
-    ready: int  # replicas that serve
-    replicas: int  # replicas that serve or start
+    ready: int  # ready replicas
+    replicas: int  # ready and starting replicas
 
 
 class Rule(Protocol):
-    """An autoscaler for one Model: sees every tick, answers when it decides."""
+    """An autoscaler for one Model; it gets an observation every tick."""
 
     def see(self, seen: Observation) -> int | None:
-        """Replicas wanted from now on; None: no decision at this tick."""
+        """The desired replicas; None if it makes no decision at this tick."""
         ...
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """What the replicas are like."""
+    """Parameters of the replicas."""
 
     target_requests: int = 20
     startup_s: float = 60.0
@@ -55,7 +55,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """One row of what happened."""
+    """The state at one tick."""
 
     now_s: float
     needed: float  # offered concurrency in replicas
@@ -65,16 +65,16 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run comes down to. Waits are from a request's arrival until it is served."""
+    """The summary of a run. A wait is the time from a request's arrival to its service."""
 
     replica_hours: float
     served: int  # requests
-    waits_s: float  # all together
-    waited: int  # requests that waited for more than a second
+    waits_s: float  # total
+    waited: int  # requests that waited more than a second
     wait_p99_s: float
     changes: int  # of the number of replicas
-    reversals: int  # changes up after a change down, or down after up
-    too_many: int  # replicas beyond the most that were ever needed
+    reversals: int  # scale-ups after a scale-down, and vice versa
+    too_many: int  # replicas in excess of the maximum needed
 
 
 class Run(msgspec.Struct):
@@ -99,7 +99,7 @@ class Run(msgspec.Struct):
 
 
 def run(trace: Trace, rule: Rule, fleet: Fleet, seed: int = 0) -> Run:
-    """Play the whole trace."""
+    """Run the whole trace."""
     world = _World(trace, fleet, random.Random(seed))
     while world.now_s < trace.duration_s:
         world.advance(world.now_s + TICK_S)
@@ -111,7 +111,7 @@ def run(trace: Trace, rule: Rule, fleet: Fleet, seed: int = 0) -> Run:
 
 
 class _World:
-    """The state between two ticks."""
+    """The simulated state."""
 
     def __init__(self, trace: Trace, fleet: Fleet, rng: random.Random) -> None:
         self.now_s = 0.0
@@ -119,12 +119,12 @@ class _World:
         self._trace = trace
         self._fleet = fleet
         self._rng = rng
-        # of a lognormal distribution with this mean
+        # Location parameter of the lognormal distribution with this mean.
         self._mu = math.log(fleet.service_s) - fleet.service_sigma**2 / 2
-        self._ready = math.ceil(trace.offered(0.0))  # at rest
-        self._starting: deque[float] = deque()  # when each will serve, soonest first
-        self._ends: list[float] = []  # heap, of the requests that are served
-        self._queue: deque[float] = deque()  # when each that waits arrived
+        self._ready = math.ceil(trace.offered(0.0))  # steady state
+        self._starting: deque[float] = deque()  # times at which replicas become ready, sorted
+        self._ends: list[float] = []  # heap of end times of requests in service
+        self._queue: deque[float] = deque()  # arrival times of waiting requests
         self._ended = 0
         self._next_s = self._arrival_s(0.0)
 
@@ -149,7 +149,7 @@ class _World:
         self._ready = min(self._ready, max(0, wanted))
 
     def advance(self, until_s: float) -> None:
-        """All that happens until then, in order."""
+        """Process all events up to that time, in order."""
         while True:
             end_s = self._ends[0] if self._ends else math.inf
             ready_s = self._starting[0] if self._starting else math.inf
@@ -190,7 +190,7 @@ class _World:
         return round(self._trace.offered(now_s) * self._fleet.target_requests)
 
     def _arrival_s(self, now_s: float) -> float:
-        """The next arrival of a Poisson process whose rate changes (by thinning)."""
+        """The next arrival of an inhomogeneous Poisson process (by thinning)."""
         if self._trace.closed:
             return math.inf
         per_replica = self._fleet.target_requests / self._fleet.service_s

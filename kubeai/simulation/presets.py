@@ -1,6 +1,6 @@
-"""Engines with the figures of real ones, for simulations and the mock engine.
+"""Parameters of real engines, for simulations and the mock engine.
 
-Each says where its figures come from, and is held against measurements in docs/benchmarks.md.
+Each preset states its sources; docs/benchmarks.md compares it with measurements.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from kubeai.simulation.engine import EngineConfig
 
 PRESETS: dict[str, EngineConfig] = {
-    # Weights of 8 GB and a memory of 300 GB/s, of which a step has three quarters: 35 ms. 16 GFLOP
-    # a token, of 242 TFLOPS (FP8, dense) a third: 5,000 a second. Keys and values in BF16, 128 KiB
-    # a token, at 85 % of the memory's rate. What 24 GB leave for them: 80,000 tokens. Measured:
-    # KubeAI in Go's published benchmark with vLLM V1 on 8 L4s, whose token times and running
-    # sequences these figures give (2025).
+    # 8 GB of weights at 75 % of 300 GB/s memory bandwidth: 35 ms per step. 16 GFLOP per token at
+    # a third of 242 TFLOPS (FP8, dense): 5,000 tokens/s. Keys and values in BF16, 128 KiB per
+    # token, read at 85 % of the memory bandwidth. 24 GB leave room for 80,000 tokens. These
+    # parameters reproduce the token times and running sequences of the published benchmark of
+    # the Go version of KubeAI with vLLM V1 on 8 L4s (2025).
     "llama-3.1-8b-fp8-l4": EngineConfig(
         max_batch=256,
         step_tokens=16_384,
@@ -22,9 +22,10 @@ PRESETS: dict[str, EngineConfig] = {
         context_tokens_per_s=2e6,
         cache_blocks=5_000,
     ),
-    # By NVIDIA's published figures for Llama 3.3 70B, FP8, on two H100s (NIM 1.8.0, 5,000 tokens in
-    # and 500 out): alone 18.6 ms a token and 407 ms to the first; from 100 at a time on 85 run,
-    # which is what fits in FP8 keys and values (160 KiB a token, read at 85 % of 6.7 TB/s).
+    # From NVIDIA's published results for Llama 3.3 70B, FP8, on two H100s (NIM 1.8.0, 5,000 input
+    # and 500 output tokens): a single request takes 407 ms to the first token and 18.6 ms per
+    # token; at a concurrency of 100 and more, 85 run, which is what fits in the FP8 KV cache
+    # (160 KiB per token, read at 85 % of 6.7 TB/s).
     "llama-3.3-70b-fp8-h100x2": EngineConfig(
         max_batch=256,
         step_tokens=8_192,
@@ -34,8 +35,8 @@ PRESETS: dict[str, EngineConfig] = {
         context_tokens_per_s=35e6,
         cache_blocks=28_000,
     ),
-    # Measured with vLLM 0.32 on CPUs: a Llama of 2 layers and 256 wide, one core an engine, shared
-    # with others. What its steps take is vLLM's own work; docs/benchmarks.md has the comparison.
+    # Measured with vLLM 0.32 on CPUs: a Llama with 2 layers of width 256, one shared core per
+    # engine. The step time is vLLM's own overhead; docs/benchmarks.md has the comparison.
     "tiny-cpu": EngineConfig(
         max_batch=32,
         step_tokens=2_048,

@@ -1,7 +1,7 @@
-"""What became of requests, and what it comes to: of a real run and of a simulated one alike.
+"""Request records and their summaries, for real and simulated runs.
 
-A :class:`Record` a request, in seconds since the run's start; :class:`Results` are a whole run's,
-as JSON they are what ``kubeai bench`` writes and compares.
+A :class:`Record` describes one request, with times in seconds since the run's start.
+:class:`Results` describe a run; ``kubeai bench`` writes and compares them as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kubeai.errors import KubeAIError
 
 FORMAT = 1
 QUANTILES = (0.5, 0.9, 0.99)
-# A gap falls into a bucket that is 2 % wide; they reach from 10 µs to 90 days.
+# Histogram buckets for gaps are 2 % wide and range from 10 µs to 90 days.
 GAP_FLOOR_S = 1e-5
 GAP_STEP = 1.02
 GAP_BUCKETS = 1400
@@ -30,27 +30,27 @@ CURVE_POINTS = 200
 
 
 class ResultsError(KubeAIError):
-    """A file that holds no results; says why."""
+    """A file does not contain valid results."""
 
 
 class Record(msgspec.Struct, array_like=True):
-    """One request. Times of what did not happen are NaN, counts that nobody told are -1."""
+    """One request. Times of events that did not happen are NaN; unreported counts are -1."""
 
     conversation: int
     turn: int
-    due_s: float  # when it should have been sent; later than that, the client was late
+    due_s: float  # when it should have been sent; `sent_s` is later if the client was late
     sent_s: float
     first_s: float = math.nan  # its first token
     ended_s: float = math.nan
     prompt_tokens: int = -1
-    cached_tokens: int = -1  # of those, found in a cache
+    cached_tokens: int = -1  # of the prompt, found in a cache
     output_tokens: int = 0
-    endpoint: str = ""  # who answered, where it is told
-    error: str = ""  # what kind, if it failed: "status 503", "cut", "timeout", …
+    endpoint: str = ""  # the endpoint that responded, if known
+    error: str = ""  # the kind of failure: "status 503", "cut", "timeout", …
 
     @property
     def ttft_s(self) -> float:
-        """Since it was due: the time that a client too busy to send it took counts as well."""
+        """Time to first token since the request was due, which includes delays in the client."""
         return self.first_s - self.due_s
 
     @property
@@ -59,13 +59,13 @@ class Record(msgspec.Struct, array_like=True):
 
     @property
     def token_s(self) -> float:
-        """Mean time of an output token after the first; NaN for answers of one."""
+        """Mean time per output token after the first; NaN if there is only one."""
         rest = self.output_tokens - 1
         return (self.ended_s - self.first_s) / rest if rest > 0 else math.nan
 
 
 class Gaps(msgspec.Struct):
-    """Times between the tokens of a stream, all streams together, by buckets of 2 %."""
+    """A histogram of the times between tokens, over all streams, with 2 % wide buckets."""
 
     counts: dict[int, int] = {}
     total_s: float = 0.0
@@ -76,10 +76,10 @@ class Gaps(msgspec.Struct):
         self.total_s += gap_s * times
 
     def add_stream(self, times_s: Sequence[float]) -> None:
-        """``times_s``: when each token of a stream came, in order."""
+        """``times_s``: the arrival times of a stream's tokens, in order."""
         gaps_s = sorted(map(operator.sub, times_s[1:], times_s))
         begin = 0
-        while begin < len(gaps_s):  # to sort them takes less than a search for each
+        while begin < len(gaps_s):  # sorting is faster than a search per gap
             bucket = bisect_right(GAP_BOUNDS_S, gaps_s[begin])
             end = bisect_left(gaps_s, GAP_BOUNDS_S[bucket], begin)
             self.counts[bucket] = self.counts.get(bucket, 0) + end - begin
@@ -111,7 +111,7 @@ class Gaps(msgspec.Struct):
 
 
 class Objective(msgspec.Struct, frozen=True):
-    """What an answer must keep to count as good; 0: anything goes."""
+    """The limits for a request to count as good; 0 means no limit."""
 
     ttft_s: float = 0.0
     token_s: float = 0.0
@@ -127,9 +127,9 @@ class Objective(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """A run: what it was (``setting``), what it comes to (``summary``), and curves to draw.
+    """A run: its parameters (``setting``), ``summary`` and curves to plot.
 
-    ``warnings``: what makes its figures doubtful, such as a client that was too slow.
+    ``warnings``: what makes the results unreliable, such as a load generator that was too slow.
     """
 
     format: int = FORMAT
@@ -137,7 +137,7 @@ class Results(msgspec.Struct, kw_only=True):
     setting: dict[str, Any]
     summary: dict[str, Any]
     curves: dict[str, list[list[float]]]
-    spread: dict[str, int]  # requests of each endpoint, where they are told
+    spread: dict[str, int]  # requests per endpoint, if known
     errors: dict[str, int]
     warnings: list[str] = []
 
@@ -152,7 +152,7 @@ def results(
     objective: Objective | None = None,
     warnings: Iterable[str] = (),
 ) -> Results:
-    """What the records come to; those that were due in the warm-up are left out."""
+    """Summarise the records, without requests that were due during the warm-up."""
     kept = [record for record in records if record.due_s >= warm_up_s]
     good = [record for record in kept if not record.error]
     return Results(
@@ -199,7 +199,7 @@ def _summary(
         if told
         else None,
         "ttft_ms": _figures_ms([r.ttft_s for r in good]),
-        # What a client sees that starts its clock when it sends, however late that is.
+        # Measured from sending, as by clients that ignore their own delays.
         "ttft_sent_ms": _figures_ms([r.first_s - r.sent_s for r in good]),
         "token_ms": _figures_ms([r.token_s for r in good]),
         "gap_ms": gaps.figures_ms(),
@@ -223,13 +223,13 @@ def _name(quantile: float) -> str:
 
 
 def _unevenness(records: list[Record]) -> float | None:
-    """Requests of the busiest endpoint over the mean of all that answered."""
+    """The busiest endpoint's requests relative to the mean per endpoint."""
     counts = Counter(record.endpoint for record in records if record.endpoint)
     return round(max(counts.values()) * len(counts) / counts.total(), 3) if counts else None
 
 
 def _distribution(values_s: list[float]) -> list[list[float]]:
-    """Points (milliseconds, share of requests that took no longer)."""
+    """Points (milliseconds, share of requests with at most this latency)."""
     known = sorted(value for value in values_s if not math.isnan(value))
     count = len(known)
     ranks = sorted({round(at * (count - 1) / CURVE_POINTS) for at in range(CURVE_POINTS + 1)})
@@ -237,7 +237,7 @@ def _distribution(values_s: list[float]) -> list[list[float]]:
 
 
 def _in_flight(records: Sequence[Record]) -> list[list[float]]:
-    """Points (seconds, requests under way)."""
+    """Points (seconds, in-flight requests)."""
     changes = sorted(
         [(r.sent_s, 1) for r in records] + [(r.ended_s, -1) for r in records if r.ended_s >= 0]
     )
@@ -255,7 +255,7 @@ def _in_flight(records: Sequence[Record]) -> list[list[float]]:
 
 
 def _over_time(good: list[Record]) -> list[list[float]]:
-    """Points (seconds, mean time to the first token of the requests that were due around then)."""
+    """Points (seconds, mean time to first token of the requests due around then)."""
     known = sorted((r.due_s, r.ttft_s) for r in good if not math.isnan(r.ttft_s))
     size = -(-len(known) // CURVE_POINTS)
     parts = [known[at : at + size] for at in range(0, len(known), size)] if known else []
@@ -271,13 +271,13 @@ def write(found: Results, path: Path) -> None:
 
 
 def read(path: Path) -> Results:
-    """ResultsError when the file is not there or holds something else."""
+    """Read results; ResultsError if the file is missing or invalid."""
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Results)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except msgspec.DecodeError as error:
-        raise ResultsError(f"{path}: holds no results of kubeai bench: {error}") from None
+        raise ResultsError(f"{path}: is not a results file of kubeai bench: {error}") from None
     if found.format != FORMAT:
-        raise ResultsError(f"{path}: is of format {found.format}, this version knows {FORMAT}")
+        raise ResultsError(f"{path}: has format {found.format}, this version reads {FORMAT}")
     return found

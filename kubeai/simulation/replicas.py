@@ -1,6 +1,6 @@
-"""What several replicas of KubeAI before one set of engines do not see of each other's picks.
+"""Measures the effect of several KubeAI replicas not seeing each other's picks immediately.
 
-``bench/replicas.py`` makes the table in docs/several-replicas.md from it.
+``bench/replicas.py`` generates the table in docs/several-replicas.md with it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kubeai.simulation.traffic import Conversation, Shape, generate
 
 
 class Outcome(NamedTuple):
-    """``imbalance``: requests on the engine that has the most, over the mean of all engines."""
+    """``imbalance``: requests on the busiest engine relative to the mean of all engines."""
 
     imbalance_mean: float
     imbalance_p99: float
-    hit_rate: float  # of prompt tokens, found in a cache
+    hit_rate: float  # share of prompt tokens found in a cache
 
 
 class Play(msgspec.Struct, frozen=True, kw_only=True):
-    """Conversations without end. What is sent from ``from_s`` on, and until ``until_s``, counts."""
+    """An endless stream of conversations; requests sent from ``from_s`` to ``until_s`` count."""
 
     shape: Shape
     concurrency: int
@@ -43,7 +43,7 @@ class Play(msgspec.Struct, frozen=True, kw_only=True):
         shared: bool = True,
         expected: bool = True,
     ) -> Outcome:
-        """Takes some seconds of real time for a minute of virtual time."""
+        """Simulate; a minute of virtual time takes a few seconds."""
         imbalances: list[float] = []
         now_s = 0.0
 

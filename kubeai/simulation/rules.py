@@ -1,6 +1,6 @@
-"""Other autoscalers' rules, to compare ours with. Pure; each looks at one Model.
+"""Other autoscalers' rules, for comparison with ours. Pure; each handles one Model.
 
-Both are written from what they are documented to do, with the defaults that they come with.
+Both follow the autoscaler's documentation and use its defaults.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from kubeai.simulation.fleet import Observation
 
 
 class MovingAverage:
-    """KubeAI as it was before this project.
+    """The Go version of KubeAI.
 
-    Every interval the mean of the last ``window_s`` (zeros before the first sample), divided by
-    the target, rounded up. Up at once; down once less was wanted ``scale_down_delay_s / interval``
-    times one after the other, a count that only begins anew when less is wanted no more.
+    Every interval, the desired replicas are the mean over the last ``window_s`` (zeros before the
+    first sample) divided by the target, rounded up. Scales up immediately; scales down after the
+    desired replicas were lower ``scale_down_delay_s / interval`` consecutive times, a count that is
+    reset only when they are no longer lower.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class MovingAverage:
 class Knative:
     """Knative's pod autoscaler (KPA) on concurrency.
 
-    Every 2 s it compares the mean over a minute (stable) and over 6 s (panic) with the target, of
-    which it wants only ``utilization`` used. When the short one asks for twice the ready replicas
-    it panics: until that has not been so for a minute, the larger of the two counts, and nothing
-    goes down. At most it grows 1000-fold and halves at a time. The last replica stays for the
-    grace period after a minute without a request.
+    Every 2 s it compares the mean over 60 s (stable window) and over 6 s (panic window) with
+    ``utilization`` × the target. If the panic window asks for twice the ready replicas, it enters
+    panic mode until that has not been the case for a minute: the larger value applies and it does
+    not scale down. One decision grows at most 1000-fold or halves. The last replica is kept for a
+    minute without requests plus the grace period.
     """
 
     TICK_S, STABLE_S, PANIC_S, GRACE_S = 2.0, 60.0, 6.0, 30.0
@@ -66,11 +67,11 @@ class Knative:
 
     def __init__(self, target_requests: int, *, utilization: float = 0.7) -> None:
         self._target = target_requests * utilization
-        self._samples: deque[int] = deque(maxlen=int(self.STABLE_S))  # one a second
+        self._samples: deque[int] = deque(maxlen=int(self.STABLE_S))  # one per second
         self._next_s = self.TICK_S
-        self._panic_s: float | None = None  # when it last had reason to
+        self._panic_s: float | None = None  # when the panic threshold was last exceeded
         self._panic_most = 0
-        self._idle_s: float | None = None  # since when nothing is wanted
+        self._idle_s: float | None = None  # since when zero replicas are desired
 
     def see(self, seen: Observation) -> int | None:
         self._samples.append(seen.active)

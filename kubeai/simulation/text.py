@@ -1,8 +1,8 @@
-"""Tokens and text for simulated engines: deterministic, cheap, and the same wherever they run.
+"""Tokens and text for simulated engines: deterministic, cheap and identical on every machine.
 
-A token is four bytes of UTF-8, about what a real tokenizer makes of English. Each message starts
-on a token boundary and every word that a simulated engine says is one token long, so a reply that
-comes back as history has the very tokens it was generated with and finds its KV blocks again.
+A token is four bytes of UTF-8, about the average of real tokenizers for English. Each message
+starts on a token boundary and every generated word is one token, so a reply that is sent back as
+history has the same tokens as when it was generated and hits the same KV blocks.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _WORDS = tuple(f" {noun}" for noun in _NOUNS.split())
 
 
 class Reply(NamedTuple):
-    """What a simulated model says: ``text[4 * i:4 * i + 4]`` is its token ``i``."""
+    """A simulated model's reply: ``text[4 * i:4 * i + 4]`` is its token ``i``."""
 
     text: str
-    tokens: int  # those that a stop string cut away count too: they were generated
+    tokens: int  # includes generated tokens that a stop string cut
     finish: Literal["stop", "length"]
     stop: str | None  # the stop string that ended it
 
 
 def pack(text: str) -> bytes:
-    """The tokens of a text, padded to a whole one."""
+    """The tokens of a text, padded to a whole token."""
     data = text.encode("utf-8", "surrogatepass")
     return data + b"\0" * (-len(data) % TOKEN_BYTES)
 
@@ -50,20 +50,20 @@ OPENING = pack("<|assistant|>")  # the assistant speaks next
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
-    """The tokens of a prompt that comes as token numbers."""
+    """The tokens of a prompt that is given as token IDs."""
     return b"".join((number & 0xFFFFFFFF).to_bytes(TOKEN_BYTES, "little") for number in ids)
 
 
 def message(role: str, text: str) -> bytes:
-    """A message of a chat that others follow."""
+    """The tokens of a complete chat message."""
     return b"".join((pack(f"<|{role}|>"), pack(text), END))
 
 
 def render(messages: Iterable[tuple[str, str]]) -> bytes:
-    """The prompt of a chat, (role, text) a message, up to where the assistant speaks next.
+    """The prompt of a chat of (role, text) messages, up to the start of the assistant's reply.
 
-    Appending the reply and a next message to ``messages`` gives a prompt that starts with this
-    one's tokens and the reply's.
+    Appending the reply and another message to ``messages`` gives a prompt that starts with this
+    prompt's and the reply's tokens.
     """
     return b"".join([*(message(role, text) for role, text in messages), OPENING])
 
@@ -73,10 +73,10 @@ def count(tokens: bytes) -> int:
 
 
 class Blocks:
-    """Tokens that grow at their end, and a number for each full block of them.
+    """An append-only sequence of tokens with a hash for each full block.
 
-    It stands for everything up to the block's end. ``salt`` keeps apart what must not share blocks:
-    adapters.
+    The hash covers all tokens up to the block's end. ``salt`` separates sequences that must not
+    share blocks, such as those of different adapters.
     """
 
     __slots__ = ("_chain", "_rest", "_size", "hashes", "tokens")
@@ -100,7 +100,7 @@ class Blocks:
         self.tokens += len(tokens) // TOKEN_BYTES
 
     def then(self, tokens: bytes) -> Blocks:
-        """What there would be with these added."""
+        """A copy with these tokens added."""
         more = Blocks.__new__(Blocks)
         more.tokens, more.hashes = self.tokens, self.hashes.copy()
         more._chain, more._rest, more._size = self._chain, self._rest, self._size
@@ -109,7 +109,7 @@ class Blocks:
 
 
 def block_hashes(tokens: bytes, salt: str = "", block_tokens: int = 16) -> list[int]:
-    """Those of :class:`Blocks`."""
+    """The hashes of :class:`Blocks` for these tokens."""
     blocks = Blocks(block_tokens, salt)
     blocks.add(tokens)
     return blocks.hashes
@@ -124,11 +124,11 @@ def reply(
     stops: Sequence[str] = (),
     salt: str = "",
 ) -> Reply:
-    """The answer to a prompt: the same for the same prompt and salt.
+    """The reply to a prompt; deterministic for a prompt and salt.
 
-    A simulated model always has more to say: it makes ``limit`` tokens (finish "length"). Without
-    a limit it makes ``typical`` ones, give or take half, and ends by itself (finish "stop") unless
-    the ``room`` in its context ends it before. The first of ``stops`` in the text ends it.
+    With a ``limit``, the reply has that many tokens (finish "length"). Without one, it has
+    ``typical`` tokens ±50 % (finish "stop"), or fewer if the ``room`` in the context is smaller.
+    The first occurrence of any of ``stops`` ends it.
     """
     source = random.Random(mmh3.hash_bytes(prompt) + salt.encode())
     natural = source.randint(max(1, typical // 2), max(1, typical + typical // 2))
@@ -144,14 +144,14 @@ def reply(
 
 
 def words(source: random.Random, tokens: int) -> str:
-    """Words of three letters, so many tokens of them; of most real tokenizers' as many."""
+    """Three-letter words, one token each, also in most real tokenizers."""
     return "".join(source.choices(_WORDS, k=tokens))
 
 
 def embed(text: str, dimensions: int = EMBEDDING_DIMENSIONS) -> array[float]:
-    """A unit vector of 32-bit floats; texts that share words point the same way.
+    """A unit vector of 32-bit floats; texts that share words have similar vectors.
 
-    Each word adds to a few places that its hash names (feature hashing).
+    Each word contributes to a few dimensions selected by its hash (feature hashing).
     """
     places = [0.0] * dimensions
     for word in re.findall(r"\w+", text.lower()) or [text]:
@@ -159,7 +159,7 @@ def embed(text: str, dimensions: int = EMBEDDING_DIMENSIONS) -> array[float]:
             places[value % dimensions] += 1.0
             places[(value >> 20) % dimensions] -= 0.5
     length = math.sqrt(sum(value * value for value in places))
-    if not length:  # a word may cancel itself in very few dimensions
+    if not length:  # with very few dimensions, contributions can cancel out
         places[0] = length = 1.0
     return array("f", [value / length for value in places])
 

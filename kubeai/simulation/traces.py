@@ -1,8 +1,8 @@
-"""Loads over time for the autoscaler's simulator. Pure.
+"""Load traces for the autoscaler's simulator. Pure.
 
-A load is the concurrency that it would have if nobody ever waited, in units of what one replica
-should have: 8 means that eight replicas are needed. Open: requests come whatever happens to those
-before them. Closed: so many clients, each of whom asks again once it is answered.
+A load is the concurrency without any queueing, in units of one replica's target: 8 means that eight
+replicas are needed. In open traces requests arrive regardless of completions; in closed traces a
+number of clients each send the next request when the previous one completes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 def _noisy(
     offered: Callable[[float], float], duration_s: float, share: float, seed: int
 ) -> Callable[[float], float]:
-    """Ten seconds long the load is off by a factor of about 1 ± share."""
+    """Multiply the load by a random factor of about 1 ± share that changes every 10 s."""
     rng = random.Random(seed)
     factors = [min(2.0, max(0.0, rng.gauss(1.0, share))) for _ in range(int(duration_s / 10) + 2)]
     return lambda now_s: offered(now_s) * factors[int(now_s / 10)]
@@ -46,13 +46,13 @@ def _trace(
 
 
 def _diurnal(now_s: float) -> float:
-    """A day in two hours: little at night, two peaks."""
+    """A day compressed to two hours: low at night, with two peaks."""
     day = now_s / 7200 * 2 * math.pi
     return 3.2 - 2.6 * math.cos(day) - 1.2 * math.cos(2 * day + 0.6)
 
 
 def traces() -> list[Trace]:
-    """What the rules are compared on."""
+    """The traces on which the rules are compared."""
     return [
         _trace("steady", 3600, lambda _: 3.95, noise=0.1),
         _trace("step", 3000, lambda t: 0.9 if t < 600 or t >= 2400 else 7.8, noise=0.03),

@@ -1,9 +1,9 @@
-"""What clients ask: conversations, whose turns carry what was said before, and when they begin.
+"""Client traffic: multi-turn conversations with their history, and when they start.
 
 The same traffic drives real endpoints (``kubeai.loadtest``) and simulated engines
-(``kubeai.simulation.cluster``). Generators give the same conversations for the same seed, in text
-of which a simulated token is four bytes (``kubeai.simulation.text``); of a real tokenizer's tokens
-it is about as many.
+(``kubeai.simulation.cluster``). Generators are deterministic for a seed. In the generated text a
+simulated token is four bytes (``kubeai.simulation.text``); real tokenizers give about the same
+number of tokens.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from kubeai.simulation import text
 
 Role = Literal["system", "user", "assistant"]
 Message = tuple[str, str]  # role, text
-TRACE_BLOCK_TOKENS = 512  # what one of a trace's `hash_ids` stands for
+TRACE_BLOCK_TOKENS = 512  # tokens per entry of a trace's `hash_ids`
 FILE_MAX_BYTES = 8 << 30
 
 
 class TrafficError(KubeAIError):
-    """A file of traffic that cannot be used; says where in it."""
+    """A traffic file is invalid; the message names the position."""
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What a user says next, and how long the answer may be."""
+    """The user's next message and the maximum length of the reply."""
 
     text: str
-    reply_tokens: int = 0  # `max_tokens`; 0: as long as the engine makes it
-    reply: str | None = None  # what the history has for an answer; None: the one that came
-    think_s: float = 0.0  # between the answer before and this
+    reply_tokens: int = 0  # `max_tokens`; 0: not sent
+    reply: str | None = None  # the reply to use in the history; None: the engine's
+    think_s: float = 0.0  # pause after the previous reply
 
 
 class Conversation(msgspec.Struct, frozen=True):
-    """``history``: what stands before its first turn. ``embeddings``: turns are inputs alone."""
+    """``history`` precedes the first turn. With kind ``embeddings``, turns are only inputs."""
 
     turns: tuple[Turn, ...]
     history: tuple[Message, ...] = ()
-    at_s: float | None = None  # when it begins, since the start; None: when there is room
+    at_s: float | None = None  # start time, since the run's start; None: when a slot is free
     kind: Literal["chat", "embeddings"] = "chat"
 
     def prompt(self, turn: int, replies: Iterable[str]) -> list[Message]:
-        """The messages of a turn; ``replies``: what came for the turns before it."""
+        """The messages of a turn; ``replies``: the engine's replies to the previous turns."""
         messages = list(self.history)
         for said, came in zip(self.turns[:turn], replies, strict=True):
             messages.append(("user", said.text))
@@ -58,43 +58,43 @@ class Conversation(msgspec.Struct, frozen=True):
         return messages
 
 
-# -- made up ---------------------------------------------------------------------------------------
+# -- generated -------------------------------------------------------------------------------------
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """A generator's parameters: lengths are means in tokens, spread as real traffic's are."""
+    """A generator's parameters. Lengths are means in tokens, with a lognormal distribution."""
 
     conversations: int = 1000
     turns: int = 8
     system_tokens: int = 0
-    systems: int = 1  # different system prompts, each conversation has one
-    prompt_tokens: int = 120  # of the first turn
-    turn_tokens: int = 60  # of each further one
+    systems: int = 1  # number of distinct system prompts; each conversation has one
+    prompt_tokens: int = 120  # first turn
+    turn_tokens: int = 60  # later turns
     reply_tokens: int = 120
     think_s: float = 0.0
-    documents: int = 0  # RAG: different ones, the popular ones asked about far more often
+    documents: int = 0  # RAG: number of distinct documents; popularity follows Zipf's law
     document_tokens: int = 0
-    replies: bool = False  # whether history has answers of the generator's, not the engine's
-    spread: float = 0.6  # of lengths: the deviation of their logarithm; 0: all alike
+    replies: bool = False  # whether the history has generated replies instead of the engine's
+    spread: float = 0.6  # standard deviation of the logarithm of lengths; 0: all equal
     kind: Literal["chat", "embeddings"] = "chat"
 
 
 SHAPES = {
     "chat": Shape(),
-    # A long instruction that all share, as products have it.
+    # A long system prompt shared by all conversations.
     "assistant": Shape(system_tokens=1500, turns=6),
-    # Questions about documents that stand before the question.
+    # Questions, each preceded by a document.
     "rag": Shape(turns=2, documents=200, document_tokens=4000, prompt_tokens=40, reply_tokens=200),
-    # Many short steps with a tool's output each, on one long prompt.
+    # Many short steps with tool output, after a long system prompt.
     "agent": Shape(turns=20, system_tokens=3000, systems=4, turn_tokens=250, reply_tokens=60),
     "embeddings": Shape(turns=1, prompt_tokens=300, reply_tokens=0, kind="embeddings"),
 }
 
 
 def generate(shape: Shape, seed: int, *, first: int = 0, step: int = 1) -> Iterator[Conversation]:
-    """The conversations of a shape, one after the other; the same for the same seed.
+    """Generate the conversations of a shape; the same seed gives the same conversations.
 
-    Of those, with ``first`` and ``step``, one in so many: a share of several processes.
+    ``first`` and ``step`` select every ``step``-th conversation, to split them among processes.
     """
     writer = _Writer(shape, seed)
     for number in range(first, shape.conversations, step):
@@ -110,7 +110,7 @@ class _Writer:
 
     def conversation(self, number: int) -> Conversation:
         shape = self._shape
-        # Not one source for all: a conversation is the same however many there are.
+        # Seeded per conversation, so that each is independent of the others.
         source = random.Random(f"{self._seed} conversation {number}")
         history: list[Message] = []
         if shape.system_tokens:
@@ -134,7 +134,7 @@ class _Writer:
         return Turn(said, reply_tokens, reply, think_s)
 
     def _fixed(self, what: str, which: int, tokens: int) -> str:
-        """Of exactly this length, the same wherever it stands."""
+        """A text of exactly this length, identical wherever it is used."""
         return text.words(random.Random(f"{self._seed} {what} {which}"), tokens)
 
     def _length(self, source: random.Random, mean: int) -> int:
@@ -147,9 +147,9 @@ class _Writer:
 
 
 def unrolled(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-    """Each turn as a request of its own, with the history that it has; replies must be given.
+    """Turn each turn into an independent request with its history; turns must have replies.
 
-    As vLLM's benchmark and those made of it ask: turns do not wait for those before them.
+    Like vLLM's benchmark and its derivatives: turns do not wait for the previous ones.
     """
     for one in conversations:
         for turn in range(len(one.turns)):
@@ -164,11 +164,11 @@ def unrolled(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
 def read_sharegpt(
     path: Path, *, messages_min: int = 2, tokens_max: int = 8192
 ) -> list[Conversation]:
-    """Conversations in ShareGPT's format: ``[{"conversations": [{"from", "value"}, …]}, …]``.
+    """Conversations in ShareGPT format: ``[{"conversations": [{"from", "value"}, …]}, …]``.
 
-    History has the answers of the file; the file's answers say how long those of the engine may be.
-    What begins with an answer loses it; turns from the first that is too long on are left out.
-    TrafficError says what is wrong with the file.
+    The history uses the file's replies, whose lengths also limit the engine's. Leading replies are
+    dropped; a conversation is cut before the turn that exceeds ``tokens_max``. TrafficError if the
+    file is invalid.
     """
     found = _parsed(path)
     if not isinstance(found, list):
@@ -184,7 +184,7 @@ def read_sharegpt(
         if len(said) >= messages_min and (turns := _turns(said, tokens_max)):
             conversations.append(Conversation(turns))
     if not conversations:
-        raise TrafficError(f"{path}: holds no conversation of at least {messages_min} messages")
+        raise TrafficError(f"{path}: has no conversation with at least {messages_min} messages")
     return conversations
 
 
@@ -202,7 +202,7 @@ def _turns(said: list[Message], tokens_max: int) -> tuple[Turn, ...]:
 
 
 class Traced(msgspec.Struct):
-    """A request of a trace, as its line has it."""
+    """A request of a trace, as in its line."""
 
     timestamp: float  # milliseconds
     messages: list[dict[str, Any]] | None = None
@@ -225,13 +225,13 @@ class Traced(msgspec.Struct):
 
 
 def read_trace(path: Path) -> list[Traced]:
-    """Requests by their times, from a JSON object a line, in one of two forms.
+    """Requests ordered by time, from a file with one JSON object per line, in one of two forms.
 
-    ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or as
-    published traces have it, without text: ``{"timestamp": <ms>, "input_length": <tokens>,
-    "output_length": <tokens>, "hash_ids": [<block>, …]}``, where equal blocks (of 512 tokens) are
-    equal text. That of an hour is gigabytes: each request's is made when it is asked for.
-    TrafficError says which line is wrong.
+    ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or, as in
+    published traces without text, ``{"timestamp": <ms>, "input_length": <tokens>,
+    "output_length": <tokens>, "hash_ids": [<block>, …]}``, where equal IDs stand for equal blocks
+    of 512 tokens. The text of an hour would be gigabytes, so it is generated per request on demand.
+    TrafficError names an invalid line.
     """
     requests = []
     try:
@@ -257,7 +257,7 @@ def _traced(where: str, line: bytes) -> Traced:
     return one
 
 
-@functools.lru_cache(maxsize=4096)  # of 2 KiB: what many requests begin with
+@functools.lru_cache(maxsize=4096)  # 2 KiB each: common prefixes
 def _block(number: int) -> str:
     return text.words(random.Random(f"block {number}"), TRACE_BLOCK_TOKENS)
 
@@ -273,20 +273,20 @@ def _parsed(path: Path) -> Any:
         raise TrafficError(f"{path}: is not JSON: {error}") from None
 
 
-# -- when ------------------------------------------------------------------------------------------
+# -- arrivals --------------------------------------------------------------------------------------
 
 
 class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
-    """Times at which conversations begin whether or not others have ended (open loop)."""
+    """Start times of conversations, regardless of completions (open loop)."""
 
     per_s: float
     kind: Literal["poisson", "constant", "bursts", "ramp"] = "poisson"
-    burst: int = 10  # conversations at once
-    until_per_s: float = 0.0  # a ramp's rate at its end
+    burst: int = 10  # conversations per burst
+    until_per_s: float = 0.0  # final rate of a ramp
     ramp_s: float = 60.0
 
     def times(self, seed: int) -> Iterator[float]:
-        """Seconds since the start, without end."""
+        """An endless sequence of times, in seconds since the start."""
         source = random.Random(f"{seed} arrivals")
         at_s = 0.0
         while True:
@@ -308,6 +308,6 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def timed(conversations: Iterable[Conversation], times: Iterable[float]) -> Iterator[Conversation]:
-    """Conversations with the times of their beginning."""
+    """Assign start times to conversations."""
     for one, at_s in zip(conversations, times, strict=False):
         yield msgspec.structs.replace(one, at_s=at_s)

@@ -118,7 +118,7 @@ def test_a_terminal_is_refused_clearly(kubectl: Kubectl, pods):
 def test_a_kubectl_that_speaks_no_websockets_is_told_what_is_needed(kubectl: Kubectl, pods):
     kubectl.environment["KUBECTL_REMOTE_COMMAND_WEBSOCKETS"] = "false"
     said = kubectl("exec", "p", "--", "ls", code=1)
-    assert "exec needs the upgrade to a WebSocket" in said
+    assert "exec requires a WebSocket upgrade" in said
 
 
 @pytest.mark.kubectl

@@ -135,7 +135,7 @@ def test_a_pod_that_makes_no_sense_fails_and_can_be_deleted(kubelet, pods):
         statuses = pods.get()["status"].get("containerStatuses") or [{}]
         return statuses[0].get("state", {}).get("waiting", {}).get("message")
 
-    assert "volume 'v': its type is not supported" in until(waiting)
+    assert "volume 'v': unsupported type" in until(waiting)
     pods.delete()
     until(lambda: pods.get() is None)
 
@@ -148,7 +148,7 @@ def test_a_pod_whose_port_is_taken_on_every_address_says_so_and_waits(kubelet, p
         container = {"name": "c", "image": "i", "command": sleep, "ports": ports}
         pods.create(node=kubelet.node, containers=[container])
         message = until(lambda: pods.get()["status"].get("message"))
-        assert f"has its ports {port} free" in message
+        assert f"free ports {port}" in message
     assert "message" not in pods.until_ready()["status"]
 
 

@@ -132,7 +132,7 @@ async def test_a_closed_loop_of_conversations_is_measured(bench):
         assert summary[times]["p99"] >= summary[times]["p50"] >= 0
     assert found["name"] == "mine"
     assert found["setting"]["client"]["processes"] == 1
-    cost = r"client: [\d.]+ µs of CPU a chunk \([\d.]+ of it the kernel's\), .*, 1 process"
+    cost = r"client: [\d.]+ µs of CPU per chunk \([\d.]+ in the kernel\), .*, 1 process"
     assert re.fullmatch(cost, ran.out.splitlines()[-1])
     assert "<html" in page.read_text()
 
@@ -279,7 +279,7 @@ async def test_a_model_that_does_not_exist_is_one_line(bench):
     [
         (["--rate", "5", "--concurrency", "3"], "--rate: cannot be combined with --concurrency"),
         (["--arrivals", "ramp"], "--arrivals: requires --rate"),
-        (["--rate", "5", "--arrivals", "ramp"], "--until-rate: a ramp needs"),
+        (["--rate", "5", "--arrivals", "ramp"], "--until-rate: a ramp requires"),
         (["--shape", "round"], "--shape: 'round' is not one of chat,"),
         (["--duration", "5"], "--duration: '5' has no unit"),
         (["--header", "x"], "--header: 'x' is not 'Name: value'"),
@@ -343,7 +343,7 @@ async def test_a_process_of_its_own_that_is_killed_is_told_and_the_rest_is_kept(
         os.kill(children(process.pid)[1], signal.SIGKILL)
         ran = await bench.ended(process)
     assert ran.code == 1
-    assert re.search(r"^error: process [01] ended \(signal 9\)$", ran.said, re.M)
+    assert re.search(r"^error: process [01] exited \(signal 9\)$", ran.said, re.M)
     found = bench.found()
     assert found["summary"]["requests"] > 8
     assert any("exited (signal 9)" in warning for warning in found["warnings"])
@@ -371,7 +371,7 @@ async def test_runs_are_put_beside_each_other(bench):
     assert ran.out.splitlines()[0].split() == ["one", "two"]
     assert "<html" in page.read_text()
     line = (await bench.ended(await bench.start("compare", str(page)))).fails()
-    assert "holds no results of kubeai bench" in line
+    assert "is not a results file of kubeai bench" in line
 
 
 def children(pid: int) -> list[int]:

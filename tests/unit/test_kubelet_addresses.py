@@ -70,5 +70,5 @@ def test_an_address_whose_port_is_taken_is_skipped():
 def test_a_port_taken_on_every_address_is_reported():
     with socket.create_server(("0.0.0.0", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(KubeAIError, match=rf"ports {port} free"):
+        with pytest.raises(KubeAIError, match=rf"free ports {port}"):
             PodAddress.claim(ports=[port])

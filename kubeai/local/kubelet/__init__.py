@@ -1,5 +1,5 @@
 """The process kubelet: runs the pods of one Node as processes of this machine.
 
-``__main__`` wires it; ``agent`` speaks with the API; ``runner`` lives one pod's life; ``shim`` is
-the process that guards a container. docs/process-kubelet.md says what differs from a cluster's.
+``__main__`` wires it up; ``agent`` talks to the API; ``runner`` runs one pod; ``shim`` is the
+process that supervises a container. docs/process-kubelet.md lists the differences from Kubernetes'.
 """

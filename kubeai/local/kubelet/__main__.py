@@ -1,9 +1,9 @@
 """``python -m kubeai.local.kubelet``: the process kubelet of one Node.
 
-``--ready-fd``: gets ``ready <port of its server>`` once the Node is registered and every pod found
-in the API has a true status. Then this process belongs to the one that started it: it ignores
-Ctrl-C and dies when its parent does. SIGTERM ends every process within ``SHUTDOWN_GRACE_S`` and
-leaves the Pods in the API; a second start goes on with them.
+It writes ``ready <port of its server>`` to ``--ready-fd`` once the Node is registered and every pod
+found in the API has a current status. With that option the process belongs to its parent: it
+ignores Ctrl-C and exits when the parent does. SIGTERM ends every container within
+``SHUTDOWN_GRACE_S`` and keeps the Pods in the API; the next kubelet restarts them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> None:
         setup_logging()
         if options.ready_fd is not None:
             os.set_inheritable(options.ready_fd, False)
-            # Not SIGTERM: nobody is left to wait for a grace, and the shims end the engines.
+            # Not SIGTERM: without the parent, nobody waits for a grace period, and the shims end
+            # the engines.
             ctypes.CDLL(None).prctl(shim.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         become_subreaper()
         with _lock(options.data_dir):
@@ -62,35 +63,39 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         prog="python -m kubeai.local.kubelet", description="run pods as processes of this machine"
     )
     parser.add_argument("--kubeconfig", help="default: $KUBECONFIG")
-    parser.add_argument("--data-dir", type=Path, required=True, help="logs, volumes")
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, help="directory for logs and volumes"
+    )
     parser.add_argument("--node-name", default="local")
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument(
         "--no-bind",
         action="store_true",
-        help="the cluster has a scheduler: take only pods that it gave to this node",
+        help="run only pods that the cluster's scheduler has assigned to this node",
     )
     parser.add_argument(
         "--client-ca-file",
         type=Path,
-        help="serve logs and commands over TLS, to clients with a certificate of this authority "
-        "(a real API server's --kubelet-client-certificate); default: to who knows the API's token",
+        help="serve logs and exec over TLS to clients with a certificate from this CA (a real API "
+        "server's --kubelet-client-certificate); default: to clients with the API's bearer token",
     )
-    parser.add_argument("--client-name", default="", help="the one common name of such a client")
     parser.add_argument(
-        "--label", action="append", default=[], type=_pair, help="key=value: one of the Node's"
+        "--client-name", default="", help="required common name of the client certificate"
+    )
+    parser.add_argument(
+        "--label", action="append", default=[], type=_pair, help="key=value: a label of the Node"
     )
     parser.add_argument(
         "--capacity",
         action="append",
         default=[],
         type=_pair,
-        help="resource=quantity: what the Node has, such as nvidia.com/gpu=2, or has more or less "
-        "of than was found",
+        help="resource=quantity: capacity of the Node, such as nvidia.com/gpu=2; overrides what "
+        "was detected",
     )
     options = parser.parse_args(arguments)
     if options.client_name and not options.client_ca_file:
-        parser.error("--client-name needs --client-ca-file")
+        parser.error("--client-name requires --client-ca-file")
     for resource, quantity in options.capacity:
         try:
             parse_quantity(quantity)
@@ -126,7 +131,7 @@ async def _run(options: argparse.Namespace) -> None:
             ip=HOST_IP,
         )
         if killed := kill_leftovers(host.marker):
-            log.warning("processes of an earlier kubelet were killed", count=killed)
+            log.warning("killed processes of an earlier kubelet", count=killed)
         agent = Agent(kube, host, options.node_name, bind=not options.no_bind)
         server = KubeletServer(agent, _access(options))
         stack.push_async_callback(server.close)
@@ -148,7 +153,7 @@ async def _run(options: argparse.Namespace) -> None:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         await agent.stop(SHUTDOWN_GRACE_S)
-        for outcome in ended:  # following and heartbeats end only by an error or our cancel
+        for outcome in ended:  # the tasks end only with an error or by our cancellation
             if isinstance(outcome, Exception):
                 raise outcome
 
@@ -163,7 +168,7 @@ async def _tell_ready(
             os.write(ready_fd, f"ready {port}\n".encode())
             os.close(ready_fd)
         except OSError:
-            stopping.set()  # the parent died before this process could ask to die with it
+            stopping.set()  # the parent exited before PR_SET_PDEATHSIG took effect
 
 
 def _lock(data_dir: Path) -> IO[str]:
@@ -188,7 +193,7 @@ def _access(options: argparse.Namespace) -> Access:
 
 
 def _token(kubeconfig: str) -> str:
-    """The API's bearer token, which its clients must show; else one that nobody knows."""
+    """The API's bearer token, which clients must present; else a random one."""
     try:
         content: Any = yaml.safe_load(Path(kubeconfig.split(":")[0]).read_text())
         context = _named(content["contexts"], content["current-context"])["context"]

@@ -1,8 +1,8 @@
-"""Who may ask the kubelet: each kind of API shows itself in its own way.
+"""Authentication of the kubelet's clients, for both kinds of API server.
 
-The embedded API shows the token that its own clients know, over HTTP, as both are on loopback. A
-real API server speaks to kubelets over TLS alone, does not check their certificate unless it is
-told to, and shows a certificate of its own (``--kubelet-client-certificate``).
+The embedded API presents the token of its own clients, over HTTP, as both are on loopback. A real
+API server talks to kubelets over TLS only, does not verify their certificate by default, and
+presents a client certificate (``--kubelet-client-certificate``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from kubeai.local import certificates
 
 
 class Access(Protocol):
-    """One of the two below."""
+    """Implemented by TokenAccess and CertificateAccess."""
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """What to listen with; None: plain HTTP."""
+        """The TLS context to listen with; None for plain HTTP."""
 
     def admits(self, request: web.Request) -> bool: ...
 
 
 class TokenAccess:
-    """For who knows a bearer token."""
+    """Admits clients with a bearer token."""
 
     tls = None
 
@@ -47,21 +47,21 @@ class TokenAccess:
 
 
 class CertificateAccess:
-    """For who has a certificate of an authority, and of one name of it if a name is given."""
+    """Admits clients with a certificate from a CA and, if given, the name ``client_name``."""
 
     tls: ssl.SSLContext
 
     def __init__(self, client_ca: Path, client_name: str, ip: str, directory: Path) -> None:
-        """The kubelet's own certificate, for ``ip``, is made anew in ``directory``."""
+        """Creates a new serving certificate for ``ip`` in ``directory``."""
         self._name = client_name
         _make_certificate(directory, ip)
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.tls.load_cert_chain(directory / "kubelet.crt", directory / "kubelet.key")
         try:
             self.tls.load_verify_locations(client_ca)
-        except OSError as error:  # ssl.SSLError, for what is no certificate, is one
+        except OSError as error:  # including ssl.SSLError for an invalid certificate
             raise KubeAIError(f"--client-ca-file: {client_ca}: {error.strerror or error}") from None
-        # Not CERT_REQUIRED: a client without one is told 401, not that the handshake failed.
+        # Not CERT_REQUIRED: a client without a certificate gets 401, not a failed handshake.
         self.tls.verify_mode = ssl.CERT_OPTIONAL
 
     def admits(self, request: web.Request) -> bool:

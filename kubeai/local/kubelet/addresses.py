@@ -1,9 +1,9 @@
-"""A loopback address for each pod, unique on this machine while the pod lives.
+"""A loopback address for each pod, unique on this machine while the pod exists.
 
-All of 127.0.0.0/8 is this machine; a port on one of its addresses is free of the same port on the
-others. An address is claimed by an abstract Unix socket named after it: the kernel lets one
-process of the machine have that name, whoever its user is, and gives it up with the process. So
-two kubelets never hand out the same address, and nothing is left to clean up.
+All of 127.0.0.0/8 is this machine, and each address has its own ports. An address is claimed by
+binding an abstract Unix socket named after it: the kernel allows one owner per name, across users,
+and releases it when the process exits. So two kubelets never use the same address, and nothing
+needs cleaning up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ATTEMPTS_MAX = 1000
 
 
 class PodAddress:
-    """A claimed address; :meth:`release` it when no process of the pod is left."""
+    """A claimed address; :meth:`release` it when all processes of the pod have exited."""
 
     def __init__(self, ip: str, claim: socket.socket) -> None:
         self.ip = ip
@@ -35,14 +35,14 @@ class PodAddress:
         ports: Iterable[int] = (),
         rand: Callable[[int, int], int] = random.randint,
     ) -> PodAddress:
-        """An address on which every one of ``ports`` can be bound; ``preferred`` if it is free.
+        """Claim an address on which all ``ports`` are free; ``preferred`` if possible.
 
-        KubeAIError names the ports when there is none (something listens on all addresses).
+        KubeAIError names the ports if there is none (something listens on all addresses).
         """
         ports = tuple(ports)
         for attempt in range(ATTEMPTS_MAX):
             ip = preferred if attempt == 0 else ""
-            # Not 127.0.x.y: 127.0.0.1 is everybody's, Debian gives 127.0.1.1 to the host's name.
+            # Not 127.0.x.y: 127.0.0.1 is shared, and Debian maps the host name to 127.0.1.1.
             ip = ip or f"127.{rand(1, 254)}.{rand(0, 255)}.{rand(1, 254)}"
             if not _usable(ip):
                 continue
@@ -53,10 +53,10 @@ class PodAddress:
                 return cls(ip, claim)
             claim.close()
             if attempt >= 20:
-                break  # not one taken address but a port that is taken on all of them
+                break  # not a taken address, but a port that is taken on all of them
         raise KubeAIError(
-            f"no loopback address has its ports {', '.join(map(str, ports))} free: "
-            "is something listening on 0.0.0.0?"
+            f"no loopback address with free ports {', '.join(map(str, ports))}: "
+            "is another process listening on 0.0.0.0?"
         )
 
 
@@ -80,7 +80,7 @@ def _claim(ip: str) -> socket.socket | None:
 
 def _bindable(ip: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is no user
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore TIME_WAIT
         try:
             tried.bind((ip, port))
             tried.listen(1)

@@ -1,9 +1,9 @@
-"""The kubelet's side towards the API: which pods to run, what became of them.
+"""The kubelet's interface to the API: which pods to run, and their status.
 
-Owns: following the Node's pods, one :class:`_PodWorker` a pod, and the writes. Pods that have no
-node go to the :class:`~.binder.Binder`, as there is no scheduler on one machine. A worker starts
-the pod's runner, patches ``status`` when it differs from what was written last, and deletes the
-object when a deleted pod's processes are gone. Nothing is written while nothing changes.
+Owns the watch on the Node's pods, one :class:`_PodWorker` per pod, and all writes. Without a
+scheduler, pods that have no node go to the :class:`~.binder.Binder`. A worker starts the pod's
+runner, patches ``status`` when it differs from the last one written, and deletes the object when
+the processes of a deleted pod have exited. Without changes nothing is written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Object = dict[str, Any]
 
 
 class KubeObjects:
-    """The objects that pods refer to, read from the API when they are needed."""
+    """The objects that pods refer to, read from the API on demand."""
 
     def __init__(self, kube: Kube) -> None:
         self._kube = kube
@@ -71,7 +71,7 @@ class KubeObjects:
 
 
 class Agent:
-    """All pods of one Node. ``synced`` is set once every pod found at the start has its status."""
+    """All pods of one Node. ``synced`` is set once all pods found at the start have a status."""
 
     def __init__(self, kube: Kube, host: Host, node: str, *, bind: bool) -> None:
         self.kube = kube
@@ -83,13 +83,13 @@ class Agent:
         self._sync: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Follow the pods, until cancelled."""
+        """Watch the pods until cancelled."""
         fields = "" if self._binder else f"spec.nodeName={self._node}"
         pods = self.kube.follow(PODS, fields=fields, replaced=self._replaced, changed=self._changed)
         await (asyncio.gather(pods, self._binder.run()) if self._binder else pods)
 
     async def stop(self, grace_s: float) -> None:
-        """End every process, leave every Pod: the next kubelet starts them. Call after run."""
+        """End all processes but keep the Pods for the next kubelet. Call after run."""
         if self._binder:
             self._binder.stop()
         await asyncio.gather(*(worker.leave(grace_s) for worker in self._workers.values()))
@@ -110,7 +110,7 @@ class Agent:
             raise Refusal(404, f'pod "{pod}" is not on this node')
         return found[-1]
 
-    # -- what the API says -----------------------------------------------------------------------
+    # -- watch events ----------------------------------------------------------------------------
 
     def _replaced(self, pods: list[Object]) -> None:
         uids = {pod["metadata"]["uid"] for pod in pods}
@@ -161,23 +161,23 @@ class Agent:
 
 
 class _PodWorker:
-    """One pod of this Node, from when it is first seen until its object is gone."""
+    """One pod of this Node, from its first event until its object is deleted."""
 
     def __init__(self, agent: Agent, obj: Object, done: Callable[[], object]) -> None:
-        self.written = asyncio.Event()  # a status of ours is in the API, or none is needed
+        self.written = asyncio.Event()  # the status was written, or none is needed
         self._agent = agent
         self._meta = msgspec.convert(_metadata(obj), ObjectMeta)
         self._phase = (obj.get("status") or {}).get("phase") or ""
         self._directory = agent.host.pod_directory(self._meta)
         self._pod: Pod | None = None
         self._runner: PodRunner | None = None
-        self._override: Object | None = None  # the status of a pod that has no runner
+        self._override: Object | None = None  # the status of a pod without a runner
         self._last: Mapping[str, Any] | None = None
         self._dirty = asyncio.Event()
         self._vanished = asyncio.Event()
         self._deleting = False
         self._leaving = False
-        self._grace_s = float("inf")  # the shortest that was asked for
+        self._grace_s = float("inf")  # the shortest requested
         try:
             self._pod = decode_pod(obj)
         except PodError as error:
@@ -194,21 +194,21 @@ class _PodWorker:
         try:
             self._pod = decode_pod(obj)
         except PodError as error:
-            log.warning("a change to a pod was passed over", pod=self._meta.name, error=str(error))
+            log.warning("ignoring invalid pod update", pod=self._meta.name, error=str(error))
         if self._runner is not None and self._pod is not None:
             self._runner.update(self._pod)
         self._heed_deletion()
         self._dirty.set()
 
     def vanished(self) -> None:
-        """The object is gone from the API, however that came: nothing may be left of it here."""
+        """The object was deleted from the API: kill its processes."""
         self._vanished.set()
         self.written.set()
         self._stop(0)
         self._dirty.set()
 
     async def leave(self, grace_s: float) -> None:
-        """The kubelet ends: end the processes, tell the API, keep the object and the logs."""
+        """The kubelet shuts down: end the processes, write the status, keep the object and logs."""
         self._leaving = True
         if self._runner is None or self._deleting:
             self._task.cancel()
@@ -254,7 +254,7 @@ class _PodWorker:
         return one
 
     def _find_old_log(self, container: str, previous: bool) -> tuple[Path, Callable[[], bool]]:
-        """Of a pod that ended in the life of an earlier kubelet."""
+        """The log of a pod that ended under an earlier kubelet."""
         runs = sorted(
             (path for path in (self._directory / container).glob("*.log")),
             key=lambda path: int(path.stem),
@@ -263,11 +263,11 @@ class _PodWorker:
             raise Refusal(400, f'container "{container}" in pod "{self._meta.name}" has no log')
         return runs[-1 - previous], lambda: False
 
-    # -- its life --------------------------------------------------------------------------------
+    # -- lifecycle -------------------------------------------------------------------------------
 
     async def _work(self) -> None:
         if self._pod is None or self._phase in TERMINAL or self._meta.deletion_timestamp:
-            # Nothing of it runs: what an earlier kubelet ran ended with that one.
+            # It has no processes: those of an earlier kubelet ended with it.
             if self._phase in TERMINAL or self._meta.deletion_timestamp:
                 self.written.set()
             await self._write_until(lambda: False)
@@ -280,7 +280,7 @@ class _PodWorker:
             await self._delete()
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
         log.info("pod ended", pod=f"{self._meta.namespace}/{self._meta.name}")
-        await self._vanished.wait()  # so that a late event of it does not look like a new pod
+        await self._vanished.wait()  # so that a late event is not taken for a new pod
 
     @property
     def _gone(self) -> bool:
@@ -305,7 +305,7 @@ class _PodWorker:
                 await asyncio.wait({running})
 
     async def _write_until(self, is_running: Callable[[], bool]) -> None:
-        """Write each change, until the object may go (or is gone) and nothing of it runs."""
+        """Write changes until the object can be deleted (or is gone) and no process is left."""
         self._dirty.set()
         while True:
             await self._dirty.wait()
@@ -345,7 +345,7 @@ class _PodWorker:
         self._stop(grace_s or 0)
 
     def _stop(self, grace_s: float) -> None:
-        """End the processes; once more only when the grace got shorter."""
+        """End the processes; repeated only with a shorter grace period."""
         runner = self._runner
         if runner is not None and not runner.over.is_set() and grace_s < self._grace_s:
             self._grace_s = grace_s
@@ -354,7 +354,7 @@ class _PodWorker:
     # -- writes ----------------------------------------------------------------------------------
 
     async def _write_status(self) -> None:
-        """Patch the status if it differs from the one written last; until it is written."""
+        """Patch the status if it differs from the last one written; retries until it succeeds."""
         backoff = Backoff()
         meta = self._meta
         while not self._gone:
@@ -370,7 +370,7 @@ class _PodWorker:
                 if error.status == 404:
                     self.vanished()
                     return
-                log.warning("a status was not written", pod=meta.name, error=str(error))
+                log.warning("failed to write pod status", pod=meta.name, error=str(error))
                 await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
             else:
                 self._last = status
@@ -389,14 +389,14 @@ class _PodWorker:
                 if error.status in (404, 409):
                     self._vanished.set()
                     break
-                log.warning("a pod was not deleted", pod=meta.name, error=str(error))
+                log.warning("failed to delete pod", pod=meta.name, error=str(error))
                 await asyncio.sleep(backoff.next_s())
             else:
                 break
 
     def _finished(self, task: asyncio.Task[None], done: Callable[[], object]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a pod's worker failed", pod=self._meta.name, exc_info=error)
+            log.error("pod worker failed", pod=self._meta.name, exc_info=error)
         done()
 
 

@@ -1,9 +1,9 @@
-"""Gives pods that have no Node to this one: the scheduler of a machine that has none.
+"""Binds pods without a Node to this one, in place of a scheduler.
 
-A pod waits while the Node is cordoned (``spec.unschedulable``), unless it tolerates that. It then
-says so as with kube-scheduler: condition PodScheduled=False with the reason Unschedulable, and an
-Event FailedScheduling. The Node is read before each binding, so a pod that is created after a
-cordon never slips through. The agent calls it.
+A pod waits while the Node is cordoned (``spec.unschedulable``), unless it tolerates that. As with
+kube-scheduler, it then has the condition PodScheduled=False with the reason Unschedulable, and an
+Event FailedScheduling. The Node is read before each binding, so a pod created after a cordon is
+never bound. Called by the agent.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ log = get_logger(__name__)
 
 Object = dict[str, Any]
 
-TAINT = "node.kubernetes.io/unschedulable"  # what cordoning amounts to, for tolerations
+TAINT = "node.kubernetes.io/unschedulable"  # the taint of a cordoned node, for tolerations
 MESSAGE = "0/1 nodes are available: 1 node(s) were unschedulable."
 
 
 class Binder:
-    """One task for each pod that is to be bound or waits; run `run` beside them."""
+    """Runs one task per unbound pod. Run `run` concurrently."""
 
     def __init__(self, kube: Kube, node: str) -> None:
         self._kube = kube
@@ -36,10 +36,10 @@ class Binder:
         self._pods: dict[str, Object] = {}  # by uid, as last seen
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._waiting: set[str] = set()  # pods that wait for the Node to change
-        self._node_changed = asyncio.Event()  # set once, and replaced, at each change
+        self._node_changed = asyncio.Event()  # set and replaced on each change
 
     async def run(self) -> None:
-        """Follow the Node, until cancelled."""
+        """Watch the Node until cancelled."""
         await self._kube.follow(
             NODES,
             fields=f"metadata.name={self._node}",
@@ -52,7 +52,7 @@ class Binder:
         self._node_changed = asyncio.Event()
 
     def offer(self, pod: Object) -> None:
-        """A pod without a Node, new or changed."""
+        """Bind a new or changed pod without a Node."""
         uid = pod["metadata"]["uid"]
         self._pods[uid] = pod
         if uid not in self._tasks:
@@ -60,17 +60,17 @@ class Binder:
             task.add_done_callback(lambda _: self._forget(uid))
 
     def withdraw(self, uid: str) -> None:
-        """The pod is gone, or going."""
+        """Stop binding a pod that is deleted or being deleted."""
         if uid in self._tasks:
             self._tasks[uid].cancel()
 
     def bound(self, uid: str) -> None:
-        """The pod has a Node, from here or from somebody else."""
+        """The pod was bound, by this or another binder."""
         if uid in self._waiting:  # a binding in flight ends by itself
             self.withdraw(uid)
 
     def keep_only(self, uids: Container[str]) -> None:
-        """Withdraw all others."""
+        """Withdraw all other pods."""
         for uid in list(self._tasks):
             if uid not in uids:
                 self.withdraw(uid)
@@ -98,22 +98,22 @@ class Binder:
             except ApiError as error:
                 if error.status == 404:
                     return  # the pod is gone
-                if error.status != 409:  # else it has changed just now
+                if error.status != 409:  # 409: it was changed concurrently
                     name = pod["metadata"]["name"]
-                    log.warning("a pod could not be bound", pod=name, error=str(error))
+                    log.warning("failed to bind pod", pod=name, error=str(error))
                 await asyncio.sleep(backoff.next_s())
 
     async def _is_cordoned(self) -> bool:
         try:
             node = await self._kube.get(NODES, self._node)
         except ApiError as error:
-            if error.status == 404:  # somebody deleted it; the next heartbeat creates it
+            if error.status == 404:  # deleted; the next heartbeat recreates it
                 return False
             raise
         return bool(node.get("spec", {}).get("unschedulable"))
 
     async def _bind(self, meta: Object) -> None:
-        """The watch then brings the pod back, with its Node."""
+        """Create a Binding; the watch then reports the pod with its Node."""
         name, namespace = meta["name"], meta["namespace"]
         collection = Resource("", "v1", f"pods/{name}/binding", "Binding")
         binding = {
@@ -123,7 +123,7 @@ class Binder:
         try:
             await self._kube.create(collection, binding, namespace)
         except ApiError as error:
-            if error.status != 409:  # bound already, or going: the watch says which
+            if error.status != 409:  # already bound or being deleted: the watch tells which
                 raise
 
     async def _report(self, pod: Object) -> None:

@@ -1,10 +1,10 @@
-"""Commands that people and programs run in containers, over a WebSocket each.
+"""Exec: commands in containers, each over a WebSocket.
 
-``/exec/{namespace}/{pod}/{container}`` with the kubelet's own parameters: ``command`` (once a
-word) and ``input``, ``output``, ``error``. The messages are those of kubeai.channels.
+``/exec/{namespace}/{pod}/{container}`` with the kubelet's parameters: ``command`` (repeated for
+each argument) and ``input``, ``output``, ``error``. Messages are those of kubeai.channels.
 
-Promises: a command whose client has left, or that ran for ``EXEC_TIMEOUT_S``, is killed with all
-below it; a client that reads slowly slows the command down, and nothing is kept of it here.
+Promises: when the client disconnects or after ``EXEC_TIMEOUT_S``, the command is killed with all
+its descendants. A slow client slows the command down; its output is not buffered here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REASONS = {400: "BadRequest", 404: "NotFound", 429: "TooManyRequests"}
 
 
 class Refusal(Exception):
-    """What was asked for is not to be had; ``status`` is HTTP's."""
+    """A request is refused with the HTTP ``status``."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -37,13 +37,13 @@ class Refusal(Exception):
 
 
 class Container(Protocol):
-    """One that runs; KubeAIError or OSError when a command cannot be started in it."""
+    """A running container. ``open`` raises KubeAIError or OSError if a command cannot start."""
 
     async def open(self, command: Sequence[str]) -> Command: ...
 
 
 class Containers(Protocol):
-    """The containers of this node; Refusal where there is none that runs."""
+    """The containers of this node; Refusal if the container is not running."""
 
     def find_container(self, namespace: str, pod: str, container: str) -> Container: ...
 
@@ -65,7 +65,7 @@ class Execs:
         try:
             return await self._handle(request)
         except Refusal as error:
-            # A Status, not text as for logs: real API servers hand it on to clients unread.
+            # A Status, not text as for logs: real API servers pass it through to clients.
             ending = Ending(None, error.status, _REASONS[error.status], str(error))
             return web.Response(
                 status=error.status, body=ending.encode(), content_type="application/json"
@@ -78,16 +78,16 @@ class Execs:
             names["namespace"], names["pod"], names["container"]
         )
         if not words or not words[0]:
-            raise Refusal(400, "the request names no command")
+            raise Refusal(400, "no command specified")
         if not any(streams):
             raise Refusal(400, "at least one of stdin, stdout and stderr is needed")
         if request.query.get("tty") == "1":
-            raise Refusal(400, "containers are processes without a terminal here: no tty")
+            raise Refusal(400, "tty is not supported: containers are processes without a terminal")
         if not (protocol := asked_protocol(request)):
             known = f"{channels.V5}, {channels.V4}"
-            raise Refusal(400, f"exec needs the upgrade to a WebSocket that speaks one of: {known}")
+            raise Refusal(400, f"exec requires a WebSocket upgrade with one of: {known}")
         if self._count >= EXECS_MAX:
-            raise Refusal(429, f"there are {EXECS_MAX} commands already")
+            raise Refusal(429, f"too many commands: the limit is {EXECS_MAX}")
         self._count += 1
         try:
             socket = server_socket(protocol)
@@ -115,13 +115,13 @@ async def _run(
             await socket.send_bytes(bytes([channels.ERROR]) + ending.encode())
         await socket.close()
     except ConnectionError:
-        pass  # the client has left
+        pass  # the client disconnected
 
 
 async def _converse(
     socket: web.WebSocketResponse, command: Command, streams: _Streams
 ) -> Ending | None:
-    """Carry input and output until the command has ended; None when the client left before."""
+    """Forward input and output until the command ends; None if the client disconnects first."""
     if not streams.input:
         command.end_input()
     output = asyncio.create_task(_send_output(socket, command, streams))
@@ -132,14 +132,14 @@ async def _converse(
         return output.result()
     if not (receiving.cancelled() and pings.cancelled()):
         return None
-    log.warning("a command was killed that ran too long", limit_s=EXEC_TIMEOUT_S)
+    log.warning("killed a command after the timeout", limit_s=EXEC_TIMEOUT_S)
     return Ending(None, 504, "Timeout", f"killed after {EXEC_TIMEOUT_S:.0f} s")
 
 
 async def _send_output(
     socket: web.WebSocketResponse, command: Command, streams: _Streams
 ) -> Ending | None:
-    """Until the command has ended and all that it wrote is sent; None when the client left."""
+    """Send output until the command has ended; None if the client disconnected."""
 
     async def send(stream: int, channel: int, wanted: bool) -> None:
         while data := await command.read(stream):
@@ -162,7 +162,7 @@ async def _send_output(
 
 
 async def _receive(socket: web.WebSocketResponse, command: Command, streams: _Streams) -> None:
-    """Until the client leaves."""
+    """Forward input until the client disconnects."""
     async for message in socket:
         data = payload(message)
         if data is None or not streams.input:

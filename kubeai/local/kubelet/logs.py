@@ -1,7 +1,7 @@
-"""Reading the logs that the shims write (their format: shim.Log).
+"""Reads the logs written by the shims (format: shim.Log).
 
-A run's log is ``<restart>.log``, preceded by ``<restart>.log.1`` once it was rotated. Reading is
-done in threads, a block at a time, so that a long log holds up no probe.
+A run's log is ``<restart>.log``, preceded by ``<restart>.log.1`` once it has been rotated. Blocks
+are read in threads, so that a long log does not delay probes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LAST_LINES_MAX, LAST_LINES_MAX_BYTES = 80, 2048  # the kubelet's limits
 
 
 class LogQuery(msgspec.Struct, frozen=True):
-    """What of a log is wanted; the options of Kubernetes' pod logs."""
+    """The options of Kubernetes' pod logs."""
 
     follow: bool = False
     tail_lines: int | None = None
-    since: str = ""  # a time as the log writes it; earlier lines are left out
+    since: str = ""  # a time in the log's format; earlier lines are omitted
     timestamps: bool = False
     limit_bytes: int | None = None
 
@@ -33,7 +33,7 @@ class LogQuery(msgspec.Struct, frozen=True):
 async def read_log(
     path: Path, query: LogQuery, alive: Callable[[], bool] = lambda: False
 ) -> AsyncIterator[bytes]:
-    """The log's text, in blocks. With ``follow``, until ``alive()`` is false and all was read."""
+    """The log's text in blocks. With ``follow``, until ``alive()`` is false and all is read."""
     reader = await asyncio.to_thread(_Reader, path, query)
     try:
         while True:
@@ -48,9 +48,9 @@ async def read_log(
 
 
 def last_lines(path: Path) -> str:
-    """The end of a log, for a termination message; empty where there is none.
+    """The end of a log, for a termination message; empty if there is no log.
 
-    The log may have been rotated a moment ago, so the file before it is read too.
+    The log may just have been rotated, so the previous file is read as well.
     """
     text = b""
     for part in (path, path.with_name(path.name + ".1")):
@@ -58,12 +58,12 @@ def last_lines(path: Path) -> str:
         if len(text) >= LAST_LINES_MAX_BYTES:
             break
     lines = text.split(b"\n")
-    text = b"\n".join(lines[-LAST_LINES_MAX - 1 :])  # after the last newline there is no line
+    text = b"\n".join(lines[-LAST_LINES_MAX - 1 :])  # the last element is not a line
     return text[-LAST_LINES_MAX_BYTES:].decode(errors="ignore")
 
 
 def _last_text(path: Path) -> bytes:
-    """At least LAST_LINES_MAX_BYTES of the text at the end of a file, as far as there are."""
+    """At least LAST_LINES_MAX_BYTES of text from the end of a file, or all of it."""
     read_bytes = 4 * LAST_LINES_MAX_BYTES
     while True:
         try:
@@ -76,11 +76,11 @@ def _last_text(path: Path) -> bytes:
         text = b"".join(map(_content, records[1:] if start else records))
         if not start or len(text) >= LAST_LINES_MAX_BYTES:
             return text
-        read_bytes *= 4  # short lines, or empty ones: a record's head is longer than its text
+        read_bytes *= 4  # with short or empty lines, record headers are longer than the text
 
 
 def _content(record: bytes) -> bytes:
-    """The text of one record; a partial one (tagged P) goes on in the next."""
+    """The text of one record; a partial one (tagged P) continues in the next."""
     parts = record.split(b" ", 3)
     if len(parts) < 4:
         return b""
@@ -88,14 +88,14 @@ def _content(record: bytes) -> bytes:
 
 
 class _Reader:
-    """A position in a log that may be rotated meanwhile."""
+    """A position in a log that may be rotated concurrently."""
 
     def __init__(self, path: Path, query: LogQuery) -> None:
         self._path = path
         self._query = query
         self._left = query.limit_bytes
         self._rest = b""
-        self._in_line = False  # the last record was tagged P: its line goes on
+        self._in_line = False  # the last record was tagged P: its line continues
         rotated = path.with_name(path.name + ".1")
         self._files: list[BinaryIO] = [
             open(p, "rb")  # noqa: SIM115 - closed by close()
@@ -106,7 +106,7 @@ class _Reader:
 
     @property
     def full(self) -> bool:
-        """The wanted number of bytes was read."""
+        """Whether ``limit_bytes`` has been reached."""
         return self._left == 0
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class _Reader:
             file.close()
 
     def block(self) -> bytes:
-        """The next text; empty when there is none now."""
+        """The next text; empty if there is none at present."""
         while not self.full:
             data = self._files[0].read(BLOCK_BYTES) if self._files else b""
             if not data:
@@ -132,7 +132,7 @@ class _Reader:
         return b""
 
     def _next_file(self) -> bool:
-        """Go on to the file that followed the one that is read; False when it is the newest."""
+        """Advance to the next newer file; False if this is the newest."""
         if len(self._files) > 1:
             self._files.pop(0).close()
             return True
@@ -152,7 +152,7 @@ class _Reader:
         return start + content + (b"" if self._in_line else b"\n")
 
     def _seek(self) -> None:
-        """Stand where the wanted lines begin."""
+        """Seek to the first selected line."""
         query = self._query
         if query.tail_lines is None and not query.since:
             return

@@ -1,7 +1,7 @@
-"""Memory limits: the tree's resident memory is looked at, and who is over its limit is told.
+"""Memory limits, enforced by polling the resident memory of each container's process tree.
 
-The kernel's own limits need a delegated cgroup, which an ordinary user seldom has; polling needs
-nothing. A tree that grows by gigabytes within ``POLL_INTERVAL_S`` can pass its limit for as long.
+The kernel's own limits require a delegated cgroup, which ordinary users seldom have. Between polls,
+a process tree can exceed its limit for up to ``POLL_INTERVAL_S``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Watched(msgspec.Struct, eq=False):
 
 
 class MemoryGuard:
-    """One for a kubelet: one scan of /proc an interval for all containers that have a limit."""
+    """One per kubelet: scans /proc once per interval for all containers with a limit."""
 
     def __init__(self, poll_interval_s: float = POLL_INTERVAL_S) -> None:
         self._poll_interval_s = poll_interval_s
@@ -35,7 +35,7 @@ class MemoryGuard:
     def watching(
         self, process: Process, limit_bytes: int | None, over: Callable[[int, int], None]
     ) -> Iterator[None]:
-        """Within it, ``over(used_bytes, limit_bytes)`` is called at each look that finds more."""
+        """Within it, ``over(used_bytes, limit_bytes)`` is called at each poll over the limit."""
         if limit_bytes is None:
             yield
             return

@@ -1,9 +1,9 @@
 """The Node object of this machine, and its heartbeat.
 
-Owns: what the machine has (CPUs, memory, NVIDIA GPUs, and what it is told to have) and that the
-API knows where the kubelet serves. On `kubeai local` the heartbeat is one status patch in five
-minutes; on a cluster, whose controllers take a silent node for a dead one, it is a Lease that is
-renewed every ten seconds, as every kubelet's is.
+Owns the reported capacity (CPUs, memory, NVIDIA GPUs, and overrides) and the kubelet's port in the
+API. In `kubeai local` the heartbeat is a status patch every five minutes; in a cluster, whose
+controllers mark silent nodes as not ready, it is a Lease renewed every ten seconds, as in other
+kubelets.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ HEARTBEAT_INTERVAL_S = 300.0
 LEASE_INTERVAL_S, LEASE_DURATION_S = 10.0, 40
 LEASE_NAMESPACE = "kube-node-lease"
 PODS_MAX = 1000
-# An API server of 1.36 or later then passes kubectl's WebSockets on as they are. For other nodes,
-# and in older versions, it translates them to SPDY, which this kubelet does not speak.
+# With this feature, API servers from 1.36 on pass kubectl's WebSockets through. Otherwise they
+# translate them to SPDY, which this kubelet does not support.
 DECLARED_FEATURES = ["ExtendWebSocketsToKubelet"]
 _CONDITIONS = (
     ("MemoryPressure", "False", "KubeletHasSufficientMemory"),
@@ -40,7 +40,7 @@ _CONDITIONS = (
 
 
 class Node:
-    """This machine, as the API shows it."""
+    """This machine's Node object."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Node:
         labels: dict[str, str],
         capacity: dict[str, str],
     ) -> None:
-        """``labels`` and ``capacity`` are added to what is found here, or replace it."""
+        """``labels`` and ``capacity`` extend or override the detected ones."""
         self._kube = kube
         self._name = name
         self._ip = host_ip
@@ -64,7 +64,7 @@ class Node:
         self._gpus = 0
 
     async def register(self, port: int) -> None:
-        """Create the Node or take it over; ``port`` serves logs and commands."""
+        """Create or adopt the Node; ``port`` serves logs and exec."""
         self._port = port
         self._gpus = await _gpu_count()
         labels = {
@@ -82,7 +82,7 @@ class Node:
         await self._write_status()
 
     async def run(self) -> None:
-        """Heartbeats, until cancelled; a Node that somebody deleted comes back."""
+        """Send heartbeats until cancelled; recreates the Node if it was deleted."""
         backoff = Backoff()
         while True:
             await asyncio.sleep(LEASE_INTERVAL_S if self._lease else HEARTBEAT_INTERVAL_S)
@@ -99,7 +99,7 @@ class Node:
         try:
             await self.register(self._port)
         except ApiError as error:
-            log.warning("the node could not be registered", node=self._name, error=str(error))
+            log.warning("failed to register the node", node=self._name, error=str(error))
 
     async def _write_status(self) -> None:
         await self._kube.patch(NODES, self._name, {"status": self._status()}, subresource="status")
@@ -115,7 +115,7 @@ class Node:
             capacity["nvidia.com/gpu"] = str(self._gpus)
         capacity |= self._capacity
         return {
-            # No Hostname: API servers would prefer it, and it does not lead to loopback.
+            # No Hostname: API servers would prefer it, and it does not resolve to loopback.
             "addresses": [{"type": "InternalIP", "address": self._ip}],
             "capacity": capacity,
             "allocatable": capacity,

@@ -1,8 +1,8 @@
-"""The part of a Pod that the kubelet acts on, typed; and what its strings come to.
+"""Typed access to the fields of a Pod that the kubelet uses. Pure.
 
-Pure. Owns: decoding a manifest (:func:`decode_pod`), environment variables and ``$(VAR)``
-expansion (:func:`container_environment`, :func:`expand`), which follow Kubernetes' rules, and the
-names of what else a pod refers to.
+Owns decoding (:func:`decode_pod`), environment variables and ``$(VAR)`` expansion under Kubernetes'
+rules (:func:`container_environment`, :func:`expand`), and the names of the objects that a pod's
+environment refers to.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ RestartPolicy = Literal["Always", "OnFailure", "Never"]
 
 
 class PodError(KubeAIError):
-    """A pod cannot run as it is written, or something that it refers to is missing.
+    """A pod is invalid, or an object that it refers to is missing.
 
-    ``reason`` becomes that of the container's waiting state.
+    ``reason`` becomes the reason of the container's waiting state.
     """
 
     def __init__(self, message: str, reason: str = "CreateContainerConfigError") -> None:
@@ -169,7 +169,7 @@ class Container(_Camel, frozen=True):
     restart_policy: RestartPolicy | None = None  # an init container's: Always makes it a sidecar
 
     def port(self, wanted: int | str) -> int:
-        """A port by its number or name."""
+        """Resolve a port number or name."""
         if isinstance(wanted, str) and not wanted.isdecimal():
             for port in self.ports:
                 if port.name == wanted:
@@ -280,7 +280,7 @@ class Terminated(_Camel, frozen=True):
 
 
 class ContainerState(_Camel, frozen=True):
-    """Exactly one of them, or none for "no such state yet"."""
+    """At most one of the states is set."""
 
     waiting: Waiting | None = None
     running: Running | None = None
@@ -314,22 +314,22 @@ class Pod(_Camel, frozen=True):
 
 
 def decode_pod(obj: Object) -> Pod:
-    """Read a Pod as the API has it; PodError names the field that is wrong."""
+    """Decode a Pod from the API; PodError names an invalid field."""
     try:
         pod = msgspec.convert(_without_nulls(obj), Pod)
     except msgspec.ValidationError as error:
         raise PodError(str(error), "InvalidPod") from None
     names = [c.name for c in (*pod.spec.init_containers, *pod.spec.containers)]
     for name in names:
-        # A container's name becomes a directory's; the embedded API does not check pods.
+        # Names are used as directory names, and the embedded API does not validate pods.
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", name) or names.count(name) > 1:
-            raise PodError(f"spec: the container name {name!r} is wrong or twice", "InvalidPod")
+            raise PodError(f"spec: container name {name!r} is invalid or duplicate", "InvalidPod")
     for volume in pod.spec.volumes:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", volume.name):
-            raise PodError(f"spec: the volume name {volume.name!r} is wrong", "InvalidPod")
+            raise PodError(f"spec: volume name {volume.name!r} is invalid", "InvalidPod")
     for container in (*pod.spec.init_containers, *pod.spec.containers):
         try:
-            container.memory_limit_bytes()  # a wrong quantity is an error now, not in mid-run
+            container.memory_limit_bytes()  # report an invalid quantity now, not during the run
         except PodError as error:
             raise PodError(f"container {container.name}: {error}", "InvalidPod") from None
     if not pod.spec.containers:
@@ -345,11 +345,11 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-# -- what the pod refers to ----------------------------------------------------------------------
+# -- references and environment ------------------------------------------------------------------
 
 
 def environment_references(container: Container) -> tuple[set[str], set[str]]:
-    """Names of the ConfigMaps and Secrets that the container's environment needs."""
+    """Names of the ConfigMaps and Secrets that the container's environment refers to."""
     maps: set[str] = set()
     secrets: set[str] = set()
     for source in container.env_from:
@@ -375,11 +375,11 @@ def container_environment(
     maps: Mapping[str, Data | None],
     secrets: Mapping[str, Data | None],
 ) -> dict[str, str]:
-    """What the manifest says the environment is: envFrom, then env, each ``$(VAR)`` expanded.
+    """The environment from the manifest: envFrom, then env, with ``$(VAR)`` expanded.
 
-    ``fields``: values of the fieldRefs that are not in the manifest (status.podIP, …). ``maps``
-    and ``secrets``: the data of each referenced object, None where it does not exist. PodError
-    where something that is not optional is missing.
+    ``fields``: values of fieldRefs that are not in the manifest (status.podIP, …). ``maps`` and
+    ``secrets``: the data of each referenced object, None if it does not exist. PodError if
+    something that is not optional is missing.
     """
     env: dict[str, str] = {}
     for source in container.env_from:
@@ -426,7 +426,7 @@ def _value_from(
         if not ref.optional:
             raise PodError(f"couldn't find key {ref.key} in {kind} {ref.name!r}")
         return None
-    raise PodError(f"env {variable.name}: valueFrom names no source that is supported")
+    raise PodError(f"env {variable.name}: valueFrom has no supported source")
 
 
 def _found(kind: str, name: str, optional: bool, objects: Mapping[str, Data | None]) -> Data:
@@ -480,7 +480,7 @@ _REFERENCE = re.compile(r"\$(?:\$|\(([^()]*)\))")
 
 
 def expand(text: str, env: Mapping[str, str]) -> str:
-    """``$(VAR)`` → its value, an unknown one stays; ``$$`` → ``$``, so ``$$(VAR)`` stays a text."""
+    """Expand ``$(VAR)``; unknown ones are kept. ``$$`` becomes ``$``, so ``$$(VAR)`` is literal."""
 
     def replace(match: re.Match[str]) -> str:
         name = match[1]

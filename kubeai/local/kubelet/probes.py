@@ -1,11 +1,11 @@
-"""Probes of a container: one attempt, and the three loops that act on attempts.
+"""Container probes: single attempts, and the three probe loops.
 
-Owns: how an attempt is made (httpGet, tcpSocket, exec) and counted. Called by the runner, which
-says what an outcome means for the container.
+Owns how an attempt is made (httpGet, tcpSocket, exec) and counted. The runner calls it and acts on
+the outcomes.
 
-A cold start is not made longer by a probe's period: while a container has not yet been up, an
-attempt that meets nobody listening (connection refused) or a server that answers 503 is made
-again every ``EAGER_RETRY_S`` until its period is over, and counts as one failure only then.
+A probe's period does not delay cold starts: until a container has first been up, an attempt that
+fails with connection refused or 503 is retried every ``EAGER_RETRY_S`` until its period is over,
+and only then counts as one failure.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ OUTPUT_MAX_CHARS = 512
 class Outcome(Enum):
     SUCCESS = auto()
     FAILURE = auto()
-    NOT_YET = auto()  # a failure that waiting a little may mend
+    NOT_YET = auto()  # a failure that may resolve itself soon
 
 
-Attempt = tuple[Outcome, str]  # with what to tell a person
+Attempt = tuple[Outcome, str]  # with a message
 
 
 class Target(Protocol):
-    """The container that is probed."""
+    """The probed container."""
 
     ip: str
 
@@ -47,13 +47,13 @@ class Target(Protocol):
 
 
 class Prober:
-    """Makes attempts; one for a kubelet. ``close`` it."""
+    """Makes attempts; one per kubelet. Call ``close`` at the end."""
 
     def __init__(self) -> None:
         unverified = ssl.create_default_context()
         unverified.check_hostname = False
         unverified.verify_mode = ssl.CERT_NONE
-        # A new connection each time: a probe asks whether one can connect.
+        # A new connection each time: probes also check that one can connect.
         connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=unverified)
         self._session = aiohttp.ClientSession(
             connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
@@ -74,10 +74,10 @@ class Prober:
                 outcome = Outcome.FAILURE if result.code else Outcome.SUCCESS
                 return outcome, result.output.strip()[:OUTPUT_MAX_CHARS]
         except TimeoutError:
-            return Outcome.FAILURE, f"no answer within {timeout_s} s"
+            return Outcome.FAILURE, f"no response within {timeout_s} s"
         except (PodError, ValueError) as error:  # no such port, not a URL
             return Outcome.FAILURE, str(error)
-        return Outcome.FAILURE, "the probe's kind is not supported (httpGet, tcpSocket, exec are)"
+        return Outcome.FAILURE, "unsupported kind of probe (supported: httpGet, tcpSocket, exec)"
 
     async def http(self, action: HTTPGet, target: Target, timeout_s: float) -> Attempt:
         """One GET; 200–399 is success, redirects are not followed."""
@@ -120,9 +120,9 @@ def _refused(error: OSError | aiohttp.ClientError) -> Outcome:
 
 
 class Loops:
-    """The loops over one container's probes. ``started`` is when it started, on the loop's clock.
+    """One container's probe loops. ``started`` is its start time on the event loop's clock.
 
-    Each loop awaits ``make(probe)`` for an attempt, so that tests hand in attempts.
+    Each loop awaits ``make(probe)`` for an attempt, so that tests can provide attempts.
     """
 
     def __init__(self, make: MakeAttempt, started: float) -> None:
@@ -131,17 +131,17 @@ class Loops:
         self._clock = asyncio.get_running_loop().time
 
     async def startup(self, probe: Probe) -> str | None:
-        """Until the probe succeeded (None) or failed ``failureThreshold`` times (its message)."""
+        """Run until the probe succeeds (None) or fails ``failureThreshold`` times (its message)."""
         await self._initial_delay(probe)
         return await self._until_failed(probe, eager=True, stop_at_success=True)
 
     async def liveness(self, probe: Probe) -> str:
-        """Until the probe failed ``failureThreshold`` times in a row; the last one's message."""
+        """Run until ``failureThreshold`` consecutive failures; returns the last one's message."""
         await self._initial_delay(probe)
         return await self._until_failed(probe, eager=False, stop_at_success=False) or ""
 
     async def readiness(self, probe: Probe, report: Callable[[bool, str], None]) -> None:
-        """For ever; ``report`` gets each change (it begins as not ready)."""
+        """Run forever; calls ``report`` on each change, starting from not ready."""
         await self._initial_delay(probe)
         ready = False
         was_ready = False

@@ -1,9 +1,9 @@
-"""Container processes, as the runner sees them: started, signalled, probed, gone.
+"""Starts, signals and reaps container processes.
 
-Owns: the shim processes (shim.py), the sockets to each, and the streams of the commands that run
-beside a container's main process (:class:`Command`). Promises: a
-:class:`Process` whose ``exited`` is set has no process left; when a shim is killed, what it
-guarded is found and killed here, because the kubelet is a subreaper (:func:`become_subreaper`).
+Owns the shim processes (shim.py), the sockets to each, and the streams of commands that run
+alongside a container's main process (:class:`Command`). Promises: when a :class:`Process` has
+``exited`` set, no process of it is left. If a shim is killed, its container's processes are found
+and killed here, because the kubelet is a subreaper (:func:`become_subreaper`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ log = get_logger(__name__)
 
 LOG_FILE_MAX_BYTES = 10 << 20
 START_TIMEOUT_S = 20.0
-SHIM_KILL_TIMEOUT_S = 35.0  # a shim that did not end its container by then is ended itself
+SHIM_KILL_TIMEOUT_S = 35.0  # a shim that has not ended its container by then is killed
 ORPHAN_KILL_TIMEOUT_S = 5.0
 HELPER_TIMEOUT_S = 10.0
 EXEC_OUTPUT_MAX_BYTES = 10 << 10  # of a probe's or a hook's command
 EXEC_READ_MAX_BYTES = 32 << 10
-EXEC_DRAIN_MAX_BYTES = 1 << 20  # read after a command's end, if what it left behind still writes
+EXEC_DRAIN_MAX_BYTES = 1 << 20  # read after a command's end, if its children still write
 _MESSAGE_MAX_BYTES = 1 << 20
 
-# Children that are not orphans: shims, and the short programs of run_helper.
+# Children that are not orphans: shims and the programs started by run_helper.
 _known: set[int] = set()
 _reaping = False
 
@@ -54,7 +54,7 @@ class StartError(Exception):
 
 
 class Mount(msgspec.Struct, frozen=True):
-    """``source`` on this machine is shown to the container at ``path``."""
+    """Mounts ``source`` of this machine at ``path`` in the container."""
 
     source: str
     path: str
@@ -62,14 +62,14 @@ class Mount(msgspec.Struct, frozen=True):
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """All that a container's main process needs."""
+    """The specification of a container's main process."""
 
     argv: tuple[str, ...]
     env: dict[str, str]
     cwd: str
     log: Path
     mounts: tuple[Mount, ...] = ()
-    root: Path = Path("/nonexistent")  # where the private root is put together; only with mounts
+    root: Path = Path("/nonexistent")  # where the private root is assembled; only with mounts
     log_max_bytes: int = LOG_FILE_MAX_BYTES
     namespace: str = "auto"  # see shim.realise_mounts
 
@@ -77,23 +77,23 @@ class Launch(msgspec.Struct, frozen=True):
 class Exit(msgspec.Struct, frozen=True):
     """How a main process ended."""
 
-    code: int  # 128 + the signal's number when one ended it
+    code: int  # 128 + the signal's number if a signal ended it
     signal: int
     finished_s: float  # since the epoch
     message: str = ""
 
 
 class ExecResult(msgspec.Struct, frozen=True):
-    """What a command in the container came to; ``code`` is -1 when it could not be started."""
+    """The result of a command in the container; ``code`` is -1 if it could not be started."""
 
     code: int
     output: str
 
 
 class Command:
-    """A command beside a container's main process, and its streams. ``close`` it.
+    """A command alongside a container's main process, and its streams. Call ``close`` at the end.
 
-    One task at a time may read a stream, and one write.
+    Only one task at a time may read a stream, and only one may write.
     """
 
     def __init__(self, kill: Callable[[], None], stdin: int, stdout: int, stderr: int) -> None:
@@ -106,7 +106,7 @@ class Command:
             os.set_blocking(fd, False)
 
     async def write(self, data: bytes) -> None:
-        """Give it input, as fast as it takes it; what it does not want any more is dropped."""
+        """Write input with backpressure; input after the command has closed stdin is dropped."""
         loop = asyncio.get_running_loop()
         while data and self._stdin >= 0:
             try:
@@ -122,14 +122,14 @@ class Command:
             self._stdin = -1
 
     async def read(self, stream: int) -> bytes:
-        """Output as it comes; nothing at its end, or once all that the command wrote is read."""
+        """The next output; empty at the end, or once the ended command's output is read."""
         loop = asyncio.get_running_loop()
         while True:
             try:
                 data = os.read(stream, EXEC_READ_MAX_BYTES)
             except BlockingIOError:
                 if self.ended.done():
-                    return b""  # what it left behind may keep the stream open
+                    return b""  # its children may keep the stream open
                 await _until_ready(stream, loop.add_reader, loop.remove_reader, self.ended)
                 continue
             if self.ended.done():
@@ -139,7 +139,10 @@ class Command:
             return data
 
     async def result(self, timeout_s: float) -> ExecResult:
-        """Its end and the beginning of its output; TimeoutError kills it. It gets no input."""
+        """Wait for its result with the beginning of its output, without input.
+
+        On TimeoutError it is killed.
+        """
         output = bytearray()
 
         async def collect(stream: int) -> None:
@@ -156,7 +159,7 @@ class Command:
         return end if end.code == -1 else ExecResult(end.code, output.decode(errors="replace"))
 
     def close(self) -> None:
-        """Kill it, and all below it, if it has not ended. Call when nobody reads or writes."""
+        """Kill it and its descendants if it is running. Call when no task reads or writes."""
         if self.stdout < 0:
             return
         if not self.ended.done():
@@ -190,9 +193,9 @@ async def _until_ready(
 
 
 def become_subreaper() -> None:
-    """From now on orphans of killed shims become children of this process, which kills them.
+    """Inherit, and kill, the orphans of killed shims.
 
-    Only for a process whose every other child is known to this module.
+    Only for a process all of whose other children are known to this module.
     """
     global _reaping
     ctypes.CDLL(None).prctl(shim.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -200,7 +203,7 @@ def become_subreaper() -> None:
 
 
 class Process:
-    """A container's main process and all that descends from it."""
+    """A container's main process and its descendants."""
 
     def __init__(
         self,
@@ -223,7 +226,7 @@ class Process:
 
     @classmethod
     async def start(cls, launch: Launch) -> Process:
-        """Start; StartError when the program, its directory or a mount is not to be had."""
+        """Start; StartError if the program, its directory or a mount is not available."""
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         handover, taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -262,16 +265,16 @@ class Process:
         return process
 
     async def wait(self) -> Exit:
-        """Until no process of it is left."""
+        """Wait until no process of it is left."""
         await asyncio.shield(self._reading)
         return self.exited.result()
 
     def signal(self, number: int) -> None:
-        """Signal the main process alone, as a container runtime does."""
-        self._send(("signal", int(number)))  # marshal knows no enum
+        """Signal only the main process, like a container runtime."""
+        self._send(("signal", int(number)))  # marshal does not support enums
 
     def kill(self) -> None:
-        """SIGKILL the whole tree."""
+        """SIGKILL the whole process tree."""
         if self.exited.done():
             return
         self._send(("kill",))
@@ -282,10 +285,10 @@ class Process:
             )
 
     def open(self, argv: list[str], env: dict[str, str]) -> Command:
-        """Start a command beside the main process, with the same mounts and working directory.
+        """Start a command alongside the main process, with the same mounts and working directory.
 
-        When it cannot be started, it has ended, with code -1 and the reason for output. OSError
-        when this process has too many files open.
+        If it cannot be started, it ends with code -1 and the reason as its output. OSError if this
+        process has too many open files.
         """
         self._next_exec += 1
         id = self._next_exec
@@ -306,7 +309,7 @@ class Process:
         return command
 
     def memory_bytes(self, processes: ProcessTable) -> int:
-        """Resident memory of the tree: each one's own pages, and the largest one's shared."""
+        """Resident memory of the tree: all private pages, plus the largest shared part."""
         own = shared = 0
         for pid in processes.below(self.shim_pid):
             pages = _resident_pages(pid)
@@ -343,7 +346,7 @@ class Process:
             self._last_resort.cancel()
         if not self._started.done():
             self._started.set_exception(StartError("StartError", end.message))
-            self._started.exception()  # somebody may have stopped waiting
+            self._started.exception()  # mark as retrieved: the waiter may be gone
         for command in list(self._commands.values()):
             _end_command(command, -1, "the container has ended")
         self.exited.set_result(end)
@@ -370,7 +373,7 @@ class Process:
 
 
 def _pipes() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Pipes for stdin, stdout and stderr: the command's ends, and ours."""
+    """Pipes for stdin, stdout and stderr: the command's ends and ours."""
     made: list[int] = []
     try:
         for _ in range(shim.EXEC_STREAMS):
@@ -393,8 +396,8 @@ def _code(status: int) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-# A script is compiled at each start, which would be half of a shim's 40 ms; so the kubelet compiles
-# it once and every shim reads the result from a memory file.
+# Compiling the script would be half of a shim's 40 ms start time, so the kubelet compiles it once
+# and every shim reads the code from a memory file.
 _BOOT = (
     "import marshal,os,sys;fd=int(sys.argv.pop(1));code=os.pread(fd,1<<20,0);os.close(fd);"
     "exec(marshal.loads(code))"
@@ -411,12 +414,12 @@ def _compiled_shim() -> int:
 
 def _spawn_shim(control: int, handover: int, log: Path) -> int:
     code = _compiled_shim()
-    name = f"{log.parent.parent.name}/{log.parent.name}"  # for who looks with ps
+    name = f"{log.parent.parent.name}/{log.parent.name}"  # shown by ps
     popen = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _BOOT, str(code), str(control), str(handover), name],
         stdin=subprocess.DEVNULL,
         pass_fds=(code, control, handover),
-        start_new_session=True,  # a terminal's Ctrl-C is not for the engines
+        start_new_session=True,  # keep a terminal's Ctrl-C from the engines
         cwd="/",
     )
     popen.returncode = 0  # reaped by _wait_for_exit, not by Popen
@@ -425,7 +428,7 @@ def _spawn_shim(control: int, handover: int, log: Path) -> int:
 
 
 async def _wait_for_exit(pid: int) -> None:
-    """Wait for a child of ours and reap it."""
+    """Wait for a child process and reap it."""
     loop = asyncio.get_running_loop()
     try:
         fd = os.pidfd_open(pid)
@@ -449,7 +452,7 @@ def _reap(pid: int) -> None:
 
 
 async def kill_orphans() -> None:
-    """Kill what was inherited from a dead shim, and all below it."""
+    """Kill the processes inherited from a dead shim, with their descendants."""
     give_up = time.monotonic() + ORPHAN_KILL_TIMEOUT_S
     while time.monotonic() < give_up:
         table = ProcessTable()
@@ -462,13 +465,13 @@ async def kill_orphans() -> None:
         for pid in orphans:
             _reap(pid)
         await asyncio.sleep(0.005)
-    log.error("orphans could not be killed", pids=orphans)
+    log.error("failed to kill orphans", pids=orphans)
 
 
 async def run_helper(argv: list[str], timeout_s: float = HELPER_TIMEOUT_S) -> tuple[int, str]:
-    """Run a short program; its exit code (-1: not to be run, or too slow) and its output."""
+    """Run a short program; its exit code (-1: could not be run, or timeout) and its output."""
     try:
-        # Started on this thread, so that kill_orphans never meets it before it is known.
+        # Started on this thread, so that kill_orphans never sees it before it is known.
         popen = subprocess.Popen(  # noqa: ASYNC220
             argv,
             stdin=subprocess.DEVNULL,
@@ -497,7 +500,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class ProcessTable:
-    """Who descends from whom, from one scan of /proc."""
+    """The process tree, from one scan of /proc."""
 
     def __init__(self) -> None:
         self._children: dict[int, list[int]] = {}
@@ -519,7 +522,7 @@ class ProcessTable:
 
 
 def _resident_pages(pid: int) -> tuple[int, int]:
-    """(own, shared) resident pages; zeros when the process is gone."""
+    """(private, shared) resident pages; zeros if the process is gone."""
     try:
         fields = Path(f"/proc/{pid}/statm").read_bytes().split()
         resident, shared = int(fields[1]), int(fields[2])
@@ -529,10 +532,10 @@ def _resident_pages(pid: int) -> tuple[int, int]:
 
 
 def kill_leftovers(marker: str, spare: Callable[[int], bool] = lambda pid: False) -> int:
-    """Kill every process whose environment holds ``marker`` (``NAME=value``); how many.
+    """Kill all processes whose environment contains ``marker`` (``NAME=value``); returns the count.
 
-    For what an earlier kubelet of the same data directory left when it and a shim were killed in
-    the same moment. Only environments that this user may read are seen.
+    For processes left by an earlier kubelet of the same data directory that was killed together
+    with a shim. Only sees environments that this user can read.
     """
     wanted = marker.encode()
     killed = 0

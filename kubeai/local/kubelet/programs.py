@@ -1,8 +1,7 @@
-"""Which program of this machine a container is: images are names here, nothing is pulled.
+"""Maps a container's image or command to an installed program; images are never pulled.
 
-Owns the one place where an engine's image or command meets what is installed, and where an engine
-is told to listen on its pod's address. Called by the runner for a container's main process and
-for its exec probes and hooks. No shell is ever put in between.
+Also makes engines listen on their pod's address. Called by the runner for a container's main
+process, exec probes and hooks. Never runs a shell in between.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 _MOCK_HINT = "or set image: kubeai/mock-engine to run the mock engine"
 _VLLM_SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
 
-# The last part of an image's name → the command that such an image starts with.
+# The last part of an image's name → the command of such an image.
 _IMAGE_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"kubeai", ("kubeai",)),
     (r"mock-engine", ("kubeai", "mock-engine")),
@@ -52,12 +51,12 @@ _interpreters: dict[str, str] = {}  # Python module → an interpreter that has 
 
 
 def bind_to_pod(text: str, ip: str) -> str:
-    """ "All interfaces" in a manifest's value becomes the pod's address."""
+    """Replace 0.0.0.0 in a manifest's value by the pod's address."""
     return _ANY_ADDRESS.sub(ip, text)
 
 
 def engine_environment(image: str, command: Sequence[str], ip: str) -> dict[str, str]:
-    """Variables that make a known engine listen on ``ip``, under those that the manifest sets."""
+    """Variables that make a known engine listen on ``ip``; the manifest overrides them."""
     program = Path(command[0]).name if command else ""
     name = _image_name(image)
     if program == "ollama" or (not command and name == "ollama"):
@@ -72,7 +71,7 @@ def engine_environment(image: str, command: Sequence[str], ip: str) -> dict[str,
 async def resolve(
     image: str, command: Sequence[str], args: Sequence[str], env: dict[str, str], ip: str
 ) -> list[str]:
-    """The argv to execute for a container; PodError says what is not installed, and what to do."""
+    """The argv to execute for a container; PodError if the program is not installed."""
     if not command:
         command = _image_command(image)
     argv = [bind_to_pod(word, ip) for word in (*command, *args)]
@@ -82,12 +81,12 @@ async def resolve(
 
 
 async def locate(argv: Sequence[str], env: dict[str, str]) -> list[str]:
-    """``argv`` with its program found on this machine; PodError where there is none."""
+    """``argv`` with its program resolved on this machine; PodError if it is not found."""
     program = Path(argv[0]).name
     if program == "kubeai":
         return [sys.executable, "-m", "kubeai", *argv[1:]]
     module = argv[2].split(".")[0] if _PYTHON.fullmatch(program) and argv[1:2] == ["-m"] else ""
-    if module == "uvicorn":  # what has to be installed is the application
+    if module == "uvicorn":  # check for the application instead
         module = next((word.split(".")[0] for word in argv[3:] if ":" in word), module)
     if module in _INSTALL:
         return [await _interpreter(module), *argv[1:]]
@@ -106,8 +105,8 @@ def _image_command(image: str) -> tuple[str, ...]:
         if re.fullmatch(pattern, name):
             return command
     raise PodError(
-        f"image {image!r} is not pulled on this machine, and names no engine that is known here: "
-        f"give the container a command, {_MOCK_HINT}",
+        f"image {image!r} is not a known engine, and images are not pulled on this machine: "
+        f"set the container's command, {_MOCK_HINT}",
         UNKNOWN_IMAGE,
     )
 
@@ -121,7 +120,7 @@ def _is_vllm(argv: Sequence[str]) -> bool:
 
 def _program(wanted: str, env: dict[str, str]) -> str:
     path = env.get("PATH", os.defpath)
-    # A path inside an image, such as /bin/ollama, may be elsewhere on this machine.
+    # A path inside an image, such as /bin/ollama, may differ on this machine.
     found = shutil.which(wanted, path=path) or shutil.which(Path(wanted).name, path=path)
     if found is None:
         raise _not_installed(Path(wanted).name)
@@ -129,11 +128,11 @@ def _program(wanted: str, env: dict[str, str]) -> str:
 
 
 async def _interpreter(module: str) -> str:
-    """A Python that has ``module``: ours, the one on PATH, or the one of its console script."""
+    """A Python interpreter with ``module``: ours, its console script's, or the one on PATH."""
     known = _interpreters.get(module)
     if known is not None and os.access(known, os.X_OK):
         return known
-    importlib.invalidate_caches()  # it may have been installed since
+    importlib.invalidate_caches()  # it may have been installed in the meantime
     if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
         return sys.executable
     for candidate in (_beside_script(module), shutil.which("python3")):
@@ -148,7 +147,7 @@ async def _interpreter(module: str) -> str:
 
 
 def _beside_script(module: str) -> str | None:
-    """The interpreter of a tool that was installed into an environment of its own."""
+    """The interpreter of a tool that is installed in its own environment."""
     script = shutil.which(module)
     return str(Path(script).resolve().parent / "python3") if script else None
 

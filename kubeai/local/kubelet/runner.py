@@ -1,12 +1,12 @@
-"""One pod's life: from its manifest to processes, probes and a status.
+"""Runs one pod: from its manifest to processes, probes and a status.
 
-Owns: a pod's containers and what is made for them in the pod's directory. Knows no API: it is
-given the objects a pod refers to (:class:`~.volumes.Objects`), tells that its status changed, and
-is told to stop. Called by agent.py; tests call it with plain pods.
+Owns a pod's containers and their files in the pod's directory. Independent of the API: it gets the
+objects that the pod refers to from :class:`~.volumes.Objects` and reports status changes through a
+callback. Called by agent.py; tests call it with plain pods.
 
-Life: volumes → init containers in order (a sidecar is started and left running) → containers,
-each restarted under its policy with back-off → once all have ended, the sidecars are ended.
-``stop`` ends it earlier: preStop, SIGTERM, the grace, SIGKILL to every descendant.
+Lifecycle: volumes → init containers in order (sidecars are started and keep running) → containers,
+each restarted under its policy with back-off → when all have ended, the sidecars are ended.
+``stop`` ends it earlier: preStop, SIGTERM, the grace period, SIGKILL to every descendant.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ from kubeai.logs import get_logger
 log = get_logger(__name__)
 
 POD_UID_VARIABLE, NODE_VARIABLE = "KUBEAI_POD_UID", "KUBEAI_NODE_DIR"
-LAST_GRACE_S = 2.0  # what SIGTERM gets at least after a preStop hook that took the whole grace
+LAST_GRACE_S = 2.0  # minimum time after SIGTERM if the preStop hook used up the grace period
 POST_START_TIMEOUT_S = 60.0
 _HIDDEN_VARIABLES = ("KUBEAI_", "KUBERNETES_", "KUBECONFIG", "POD_", "CONFIG_PATH")
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """Waits between starts; tests shorten them."""
+    """Delays between starts; tests shorten them."""
 
     restart_first_s: float = 10.0
     restart_max_s: float = 300.0
-    restart_reset_s: float = 600.0  # a container that ran this long begins anew
-    config_first_s: float = 1.0  # something is missing that may yet come
+    restart_reset_s: float = 600.0  # a run of this length resets the back-off
+    config_first_s: float = 1.0  # retry if a referenced object is missing
     config_max_s: float = 60.0
 
 
 class Host(msgspec.Struct):
-    """What all pods of a kubelet share."""
+    """State shared by all pods of a kubelet."""
 
     data_dir: Path
     objects: Objects
@@ -88,12 +88,12 @@ class Host(msgspec.Struct):
 
     @property
     def marker(self) -> str:
-        """In the environment of every process of this data directory."""
+        """An environment variable that marks every process of this data directory."""
         return f"{NODE_VARIABLE}={self.data_dir.resolve()}"
 
 
 class RestartBackoff:
-    """Kubernetes' crash loop: at once, then ``first_s``, doubled up to ``max_s``."""
+    """Kubernetes' crash loop back-off: 0, then ``first_s``, doubling up to ``max_s``."""
 
     def __init__(self, first_s: float, max_s: float, reset_s: float) -> None:
         self._first_s, self._max_s, self._reset_s = first_s, max_s, reset_s
@@ -109,14 +109,14 @@ class RestartBackoff:
 
 
 class ContainerRunner:
-    """One container: its runs, and the record of them. A probe's Target."""
+    """One container: its runs and their record. A probe's Target."""
 
     def __init__(self, pod: PodRunner, spec: Container, policy: str) -> None:
         self.spec = spec
         self.ip = pod.ip
         initial = "PodInitializing" if pod.pod.spec.init_containers else "ContainerCreating"
         self.record = Record(spec.name, spec.image, Waiting(initial))
-        self.started = asyncio.Event()  # its start-up is over; what a sidecar's successor waits for
+        self.started = asyncio.Event()  # startup is complete; a sidecar's successor waits for it
         self.process: Process | None = None
         self._pod = pod
         self._host = pod.host
@@ -127,18 +127,18 @@ class ContainerRunner:
         self._env: dict[str, str] = {}
         self._has_run = False
         self._over = False
-        self._cause: tuple[str, str] | None = None  # why it is being killed: reason, message
+        self._cause: tuple[str, str] | None = None  # of the kill: reason, message
         timing = pod.host.timing
         self._restart = RestartBackoff(
             timing.restart_first_s, timing.restart_max_s, timing.restart_reset_s
         )
 
-    # -- its runs --------------------------------------------------------------------------------
+    # -- runs ------------------------------------------------------------------------------------
 
     def remember(self, status: ContainerStatus, *, again: bool) -> None:
-        """Take over from an earlier kubelet, whose processes are gone.
+        """Restore the state from an earlier kubelet, whose processes are gone.
 
-        ``again``: run it even if it had ended (an init container).
+        ``again``: run the container even if it had ended (init containers).
         """
         state, self.record.restarts = status.state, status.restart_count
         ended = state.terminated
@@ -157,7 +157,7 @@ class ContainerRunner:
             self._over = True
 
     async def run(self) -> bool:
-        """Until it is not to be started again; whether it ended well."""
+        """Run until it is not restarted any more; returns whether it succeeded."""
         while not (self._over or self._stopping.is_set()):
             process = await self._start()
             if process is None:
@@ -171,7 +171,7 @@ class ContainerRunner:
         return isinstance(state, Terminated) and state.exit_code == 0
 
     async def stop(self, grace_s: float) -> None:
-        """End it and do not start it again. A second call can only shorten the grace."""
+        """End it without a restart. Another call can only shorten the grace period."""
         self._grace_s = grace_s if not self._stopping.is_set() else min(grace_s, self._grace_s)
         self._stopping.set()
         if self.process is not None:
@@ -181,7 +181,7 @@ class ContainerRunner:
         return self._policy == "Always" or (self._policy == "OnFailure" and code != 0)
 
     async def _start(self) -> Process | None:
-        """Start it, however long what it needs takes to come; None when told to stop."""
+        """Start it, waiting for missing dependencies; None if it is stopped first."""
         timing = self._host.timing
         wait_s = timing.config_first_s
         if not self._has_run:
@@ -202,7 +202,7 @@ class ContainerRunner:
         return None
 
     async def _live(self, process: Process) -> Exit:
-        """One run: from the process's start to its end."""
+        """Supervise one run, from the process's start to its end."""
         self.process, self._cause = process, None
         record, uid = self.record, self._pod.pod.metadata.uid
         if self._has_run:
@@ -261,7 +261,7 @@ class ContainerRunner:
             async with asyncio.timeout(wait_s):
                 await self._stopping.wait()
 
-    # -- what it is started with -----------------------------------------------------------------
+    # -- launch ----------------------------------------------------------------------------------
 
     async def _plan(self) -> Launch:
         pod, spec, ip = self._pod.pod, self.spec, self.ip
@@ -273,7 +273,7 @@ class ContainerRunner:
         name, _, value = self._host.marker.partition("=")
         self._env = {
             **base,
-            "PYTHONUNBUFFERED": "1",  # so that a log shows what happens when it happens
+            "PYTHONUNBUFFERED": "1",  # so that logs appear immediately
             "POD_IP": ip,
             **programs.engine_environment(spec.image, command, ip),
             **{k: programs.bind_to_pod(v, ip) for k, v in declared.items()},
@@ -324,25 +324,25 @@ class ContainerRunner:
         return self._host.pod_directory(self._pod.pod.metadata) / self.spec.name / f"{run}.log"
 
     def _prune_logs(self) -> None:
-        """Keep the logs of this run and the one before."""
+        """Keep the logs of this run and the previous one."""
         old = self._log_path(self.record.restarts - 2)
         for path in (old, old.with_suffix(".log.1")):
             path.unlink(missing_ok=True)
 
-    # -- its health ------------------------------------------------------------------------------
+    # -- health ----------------------------------------------------------------------------------
 
     def port(self, wanted: int | str) -> int:
         return self.spec.port(wanted)
 
     async def open(self, command: Sequence[str]) -> Command:
-        """Start a command beside the main process; PodError when there is none, or no program."""
+        """Start a command alongside the main process; PodError if either is not available."""
         if (process := self.process) is None:
             raise PodError(f"container {self.spec.name} is not running")
         words = [programs.bind_to_pod(word, self.ip) for word in command]
         return process.open(await programs.locate(words, self._env), self._env)
 
     async def exec(self, command: tuple[str, ...], timeout_s: float) -> ExecResult:
-        """Run a command to its end (an exec probe, a hook)."""
+        """Run a command to completion (for an exec probe or a hook)."""
         try:
             opened = await self.open(command)
         except (PodError, OSError) as error:
@@ -353,7 +353,7 @@ class ContainerRunner:
         return await self._host.prober.attempt(probe, self)
 
     async def _watch_health(self, process: Process) -> None:
-        """postStart, then the startup probe, then liveness and readiness, while it runs."""
+        """Run postStart, then the startup probe, then the liveness and readiness probes."""
         spec = self.spec
         loops = Loops(self._attempt, asyncio.get_running_loop().time())
         if spec.lifecycle.post_start is not None:
@@ -400,18 +400,18 @@ class ContainerRunner:
         log.info("unhealthy", pod=self._pod.pod.key, container=self.spec.name, why=why)
         self._cause = ("", why)
         pod_grace_s = self._pod.pod.spec.termination_grace_period_seconds
-        # Not awaited: this task is cancelled when the process ends.
+        # Not awaited: this task is cancelled when the process exits.
         self._pod.spawn(self._end(process, pod_grace_s if grace_s is None else grace_s))
 
     def _out_of_memory(self, used_bytes: int, limit_bytes: int) -> None:
         if self.process is not None:
-            self._cause = ("OOMKilled", f"used {used_bytes} bytes, its limit is {limit_bytes}")
+            self._cause = ("OOMKilled", f"used {used_bytes} bytes, the limit is {limit_bytes}")
             self.process.kill()
 
-    # -- its end ---------------------------------------------------------------------------------
+    # -- termination -----------------------------------------------------------------------------
 
     async def _end(self, process: Process, grace_s: float) -> None:
-        """preStop, SIGTERM, and SIGKILL to the tree ``grace_s`` after now; until it is gone."""
+        """Run preStop, send SIGTERM, SIGKILL the tree after ``grace_s``; wait until it is gone."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
         timer = loop.call_later(grace_s, process.kill)
@@ -429,13 +429,13 @@ class ContainerRunner:
                 process.signal(signal.SIGTERM)
             await process.wait()
         except Exception:
-            process.kill()  # whatever failed, it must end
+            process.kill()  # it must end despite the error
             raise
         finally:
             timer.cancel()
 
     async def _hook(self, hook: Handler, timeout_s: float) -> str:
-        """Run a lifecycle hook; why it failed, or nothing."""
+        """Run a lifecycle hook; returns why it failed, or ""."""
         try:
             async with asyncio.timeout(timeout_s):
                 if hook.sleep is not None:
@@ -447,7 +447,7 @@ class ContainerRunner:
                     outcome, why = await self._host.prober.http(hook.http_get, self, timeout_s)
                     return "" if outcome is Outcome.SUCCESS else why
         except TimeoutError:
-            return f"not done within {timeout_s:g} s"
+            return f"not completed within {timeout_s:g} s"
         except PodError as error:
             return str(error)
         return ""
@@ -468,7 +468,7 @@ class PodRunner:
         self.host = host
         self.changed = changed
         self.places: dict[str, Path] = {}
-        self.over = asyncio.Event()  # no process of it is left, and none will be started
+        self.over = asyncio.Event()  # no process is left, and none will be started
         self._stopping = asyncio.Event()
         self._deadline = float("inf")
         self._initialized = False
@@ -497,10 +497,10 @@ class PodRunner:
                 if container.spec.name in by_name:
                     container.remember(by_name[container.spec.name], again=again)
 
-    # -- its life --------------------------------------------------------------------------------
+    # -- lifecycle -------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until every container has ended for good, or :meth:`stop`; then no process is left."""
+        """Run until all containers have ended for good, or :meth:`stop`; leaves no process."""
         alarm: asyncio.TimerHandle | None = None
         if (limit_s := self.pod.spec.active_deadline_seconds) is not None:
             loop = asyncio.get_running_loop()
@@ -511,7 +511,7 @@ class PodRunner:
                 self.changed()
                 await asyncio.gather(*(container.run() for container in self._main))
         except Exception:
-            log.exception("a pod's runner failed", pod=self.pod.key)
+            log.exception("pod runner failed", pod=self.pod.key)
             self._outcome = PodOutcome("Failed", "KubeletError", "see the kubelet's log")
             self.spawn(self.stop(0))
         finally:
@@ -530,7 +530,7 @@ class PodRunner:
         return all(isinstance(state, Terminated) and state.exit_code == 0 for state in states)
 
     async def stop(self, grace_s: float) -> None:
-        """End every container; called again, it can only shorten the grace."""
+        """End all containers; another call can only shorten the grace period."""
         loop = asyncio.get_running_loop()
         self._deadline = min(self._deadline, loop.time() + grace_s)
         self._stopping.set()
@@ -539,7 +539,7 @@ class PodRunner:
         await self._end_sidecars()
 
     def spawn(self, work: Any) -> None:
-        """Run something beside the containers; the pod is not over before it is."""
+        """Run a task alongside the containers; the pod is not over before it ends."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -569,7 +569,7 @@ class PodRunner:
         return False
 
     async def _initialize(self) -> bool:
-        """Run the init containers in order; False when one failed for good, or on stop."""
+        """Run the init containers in order; False if one failed for good, or on stop."""
         for container in self._init:
             if self._stopping.is_set():
                 return False
@@ -590,7 +590,7 @@ class PodRunner:
                 wait.cancel()
 
     async def _end_sidecars(self) -> None:
-        """In reverse order, within what is left of the grace."""
+        """End the sidecars in reverse order, within the remaining grace period."""
         loop = asyncio.get_running_loop()
         for container in reversed(self._sidecars):
             grace_s = float(self.pod.spec.termination_grace_period_seconds)
@@ -603,22 +603,22 @@ class PodRunner:
         self._outcome = PodOutcome("Failed", "DeadlineExceeded", message)
         self.spawn(self.stop(self.pod.spec.termination_grace_period_seconds))
 
-    # -- its status ------------------------------------------------------------------------------
+    # -- status ----------------------------------------------------------------------------------
 
     def update(self, pod: Pod) -> None:
-        """The API's newer version: labels, annotations, others' conditions."""
+        """Take the API's newer version: labels, annotations, others' conditions."""
         self.pod = pod
 
     async def leave(self, grace_s: float) -> None:
-        """The kubelet goes, the pod stays: end its processes; the next kubelet starts them."""
+        """End the processes but keep the pod for the next kubelet, because this one exits."""
         self._outcome = self._outcome or PodOutcome(str(self.status()["phase"]))
         going = [c.record for c in (*self._init, *self._main) if c.process is not None]
         await self.stop(grace_s)
         await self.over.wait()
         for record in going:
-            if isinstance(record.state, Terminated):  # and not because the container failed
+            if isinstance(record.state, Terminated):  # by the kubelet, not by a failure
                 record.last = msgspec.structs.replace(record.state, reason="KubeletStopped")
-            record.state = Waiting("KubeletStopped", "starts again with the kubelet")
+            record.state = Waiting("KubeletStopped", "will be restarted with the kubelet")
         self.changed()
 
     def container(self, name: str) -> ContainerRunner | None:
@@ -626,7 +626,7 @@ class PodRunner:
         return next((c for c in every if c.spec.name == name), None)
 
     def status(self) -> Mapping[str, Any]:
-        """What the API should say."""
+        """The pod's current status for the API."""
         status = pod_status(
             self.pod,
             [c.record for c in self._init],
@@ -650,4 +650,4 @@ class PodRunner:
 
 def _tell_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a pod's task failed", exc_info=error)
+        log.error("pod task failed", exc_info=error)

@@ -1,8 +1,8 @@
-"""The kubelet's HTTP server: logs and commands, for those that :mod:`~.access` admits.
+"""The kubelet's HTTP server: logs and exec, for clients that :mod:`~.access` admits.
 
-``GET /containerLogs/{namespace}/{pod}/{container}`` with the kubelet's own parameters (follow,
+``GET /containerLogs/{namespace}/{pod}/{container}`` with the kubelet's parameters (follow,
 tailLines, sinceSeconds, sinceTime, timestamps, previous, limitBytes), and ``/exec/…``, which
-execs.py serves. The client is the API's process.
+execs.py handles. The client is the API server.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
 
 
 class Pods(Containers, Protocol):
-    """The pods of this node. ``find_log``: a container's log, and whether it still grows."""
+    """The pods of this node. ``find_log`` returns a log's path and whether it may still grow."""
 
     def find_log(
         self, namespace: str, pod: str, container: str, previous: bool
@@ -29,7 +29,7 @@ class Pods(Containers, Protocol):
 
 
 class KubeletServer:
-    """Listens on a port of 127.0.0.1; ``start`` returns it."""
+    """Listens on a free port of 127.0.0.1, which ``start`` returns."""
 
     def __init__(self, pods: Pods, access: Access) -> None:
         self._pods = pods
@@ -81,7 +81,7 @@ class KubeletServer:
                 await response.write(block)
             await response.write_eof()
         except ConnectionError:
-            pass  # the reader left
+            pass  # the client disconnected
         return response
 
 

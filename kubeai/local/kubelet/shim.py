@@ -1,16 +1,16 @@
-"""The guardian of one container: a small process between the kubelet and the container's main one.
+"""Supervises one container: a small process between the kubelet and the container's main process.
 
-Owns: the container's processes (every descendant, also those that daemonised: it is their
-subreaper), its private view of the file system, its log. Promises: when the main process ends,
-when the kubelet says so, or when the kubelet is gone (the control socket ends), every descendant
-is killed before this process exits. When this process itself is SIGKILLed, the kernel kills the
-main process (PR_SET_PDEATHSIG) and the kubelet, which inherits the others, kills those.
+Owns the container's processes (all descendants, including daemons, as their subreaper), its private
+view of the file system, and its log. Promises: when the main process ends, the kubelet requests it,
+or the kubelet exits (EOF on the control socket), every descendant is killed before this process
+exits. If this process itself is SIGKILLed, the kernel kills the main process (PR_SET_PDEATHSIG),
+and the kubelet inherits and kills the others.
 
-Started by process.py with ``python -I -S`` and the descriptors of two sockets. It imports little
-and nothing of kubeai, because its start is part of a model's cold start. On the control socket
-messages in both directions are marshal (both ends are the same interpreter), each after its
-length in 4 bytes, network order. Before each "exec" the kubelet hands over the command's stdin,
-stdout and stderr on the second one, so that no output of a command passes through this process:
+Started by process.py with ``python -I -S`` and the descriptors of two sockets. Its start is part of
+a model's cold start, so it imports little, and nothing of kubeai. Messages on the control socket
+are marshalled in both directions (both ends are the same interpreter), each preceded by its length
+in 4 bytes, network order. Before each "exec" the kubelet passes the command's stdin, stdout and
+stderr over the second socket, so that command output does not go through this process:
 
 to the shim     ("start", {argv, env, cwd, log, log_max_bytes, mounts, root, namespace})
                 ("signal", number) · ("kill",) · ("exec", id, argv, env) · ("exec-kill", id)
@@ -32,11 +32,11 @@ import sys
 import time
 from typing import Any
 
-LOG_LINE_MAX_BYTES = 16 << 10  # a longer line is written in parts, tagged P, as CRI does
+LOG_LINE_MAX_BYTES = 16 << 10  # longer lines are written in parts, tagged P, as in CRI
 EXEC_STREAMS = 3
 EXEC_KILL_MAX_PASSES = 20
-KILL_TIMEOUT_S = 30.0  # for processes that even SIGKILL does not end (uninterruptible in a driver)
-DRAIN_MAX_READS = 64  # what may still be in a pipe once all of its writers are dead
+KILL_TIMEOUT_S = 30.0  # for processes that SIGKILL does not end (uninterruptible in a driver)
+DRAIN_MAX_READS = 64  # per pipe, for data left after all its writers have exited
 MIRROR_MAX_ENTRIES = 5000
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -58,7 +58,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ContainerError(Exception):
-    """The container cannot be started; ``reason`` becomes that of its status."""
+    """The container cannot be started; ``reason`` becomes the reason in its status."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -66,15 +66,15 @@ class ContainerError(Exception):
 
 
 class Log:
-    """A container's log in CRI's format: ``<time> stdout|stderr F|P <line>``.
+    """A container's log in CRI format: ``<time> stdout|stderr F|P <line>``.
 
-    At ``max_bytes`` the file becomes ``<name>.1`` (replacing an older one) and a new one begins,
-    so that a log takes at most twice that.
+    At ``max_bytes`` the file is renamed to ``<name>.1``, replacing an older one, so a log takes at
+    most twice that.
     """
 
     def __init__(self, path: str, max_bytes: int) -> None:
         directory, self._name = os.path.split(path)
-        # The directory by descriptor: the private mounts may hide its path.
+        # By descriptor, because the private mounts may hide the directory's path.
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._max_bytes = max_bytes
         self._rest = {b"stdout": b"", b"stderr": b""}
@@ -86,7 +86,7 @@ class Log:
         self._size = os.fstat(self._file).st_size
 
     def write(self, stream: bytes, data: bytes) -> None:
-        """Append output; what has no newline yet is kept until it has, or the line is full."""
+        """Append output; an incomplete line is kept until its newline or the maximum length."""
         lines = (self._rest[stream] + data).split(b"\n")
         rest = lines.pop()
         now = _timestamp()
@@ -98,7 +98,7 @@ class Log:
         self._append(records)
 
     def finish(self) -> None:
-        """Write what never got its newline."""
+        """Write incomplete lines."""
         now = _timestamp()
         for stream, rest in self._rest.items():
             if rest:
@@ -167,12 +167,12 @@ def descendants(root: int) -> list[int]:
 
 
 def parent_of(pid: int) -> int:
-    """The parent of ``pid``; 0 when it is gone."""
+    """The parent of ``pid``; 0 if it is gone."""
     return _stat(pid, 1)
 
 
 def _stat(pid: int, field: int) -> int:
-    """A field of /proc/<pid>/stat, counted after the name, which may hold anything; 0: gone."""
+    """A field of /proc/<pid>/stat, counted after the name; 0 if the process is gone."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -186,9 +186,9 @@ def _stat(pid: int, field: int) -> int:
 
 
 def kill_session(leader: int) -> None:
-    """SIGKILL a command that is not reaped yet: all below it, and all that is in its session."""
+    """SIGKILL a command that is not reaped yet, with its descendants and its whole session."""
     killed: set[int] = set()
-    for _ in range(EXEC_KILL_MAX_PASSES):  # what is met alive may have forked in the meantime
+    for _ in range(EXEC_KILL_MAX_PASSES):  # processes may have forked since the last scan
         found = {leader, *descendants(leader)}
         for pid in descendants(os.getpid()):
             if _stat(pid, 3) == leader:
@@ -206,13 +206,13 @@ def kill(pid: int, number: int) -> None:
     except ProcessLookupError:
         pass
     except PermissionError:
-        pass  # it became another user (a setuid program); only that user can end it
+        pass  # it runs as another user (a setuid program); only that user can kill it
 
 
 def spawn(
     argv: list[str], env: dict[str, str], cwd: str, stdin: int, stdout: int, stderr: int
 ) -> int:
-    """Fork and exec in a session of its own; OSError when the exec (or the chdir) fails."""
+    """Fork and exec in a new session; OSError if the exec or the chdir fails."""
     parent = os.getpid()
     reader, writer = os.pipe()
     pid = os.fork()
@@ -230,7 +230,7 @@ def spawn(
         os.setsid()
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
-            os._exit(127)  # the shim died before the line above
+            os._exit(127)  # the shim exited before prctl took effect
         for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
             os.dup2(source, target)
         for ignored in DEFAULT_SIGNALS:
@@ -246,7 +246,7 @@ def spawn(
 
 
 class Shim:
-    """The loop over the control socket, the pipes and SIGCHLD."""
+    """The event loop over the control socket, the pipes and SIGCHLD."""
 
     def __init__(self, control: int, handover: int) -> None:
         self._control = control
@@ -259,7 +259,7 @@ class Shim:
         self._env: dict[str, str] = {}
         self._cwd = "/"
         self._streams: dict[int, bytes] = {}
-        self._execs: dict[int, int] = {}  # a command's pid, and what the kubelet calls it
+        self._execs: dict[int, int] = {}  # a command's pid → the kubelet's id for it
         self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
@@ -272,7 +272,7 @@ class Shim:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the kubelet alone decides
+            signal.signal(number, signal.SIG_IGN)  # only the kubelet decides
         self._poll.register(reader, select.POLLIN)
         return reader
 
@@ -332,7 +332,7 @@ class Shim:
             while data:
                 data = data[os.write(self._control, data) :]
         except OSError:
-            pass  # the kubelet is gone; the next read says so too
+            pass  # the kubelet is gone; the next read reports EOF
 
     def _start(self, spec: dict[str, Any]) -> None:
         try:
@@ -383,7 +383,7 @@ class Shim:
             del self._streams[fd]
 
     def _exec(self, id: int, argv: list[str], env: dict[str, str]) -> None:
-        """Run a command beside the main process: an exec probe's, a hook's, a person's."""
+        """Run a command alongside the main process: of a probe, a hook or a user."""
         streams: list[int] = []
         try:
             _, streams, _, _ = socket.recv_fds(self._handover, 1, EXEC_STREAMS)
@@ -416,12 +416,12 @@ class Shim:
 def _read(fd: int) -> bytes:
     try:
         return os.read(fd, 1 << 16)
-    except OSError:  # EAGAIN, or a reset that means the end as well
+    except OSError:  # EAGAIN, or a reset, which is treated like EOF
         return b""
 
 
 def kill_all() -> int:
-    """SIGKILL every descendant until none is left; returns how many would not die."""
+    """SIGKILL descendants until none is left; returns how many survived the timeout."""
     pause_s, give_up = 0.001, time.monotonic() + KILL_TIMEOUT_S
     while True:
         left = descendants(os.getpid())
@@ -442,15 +442,15 @@ def kill_all() -> int:
 
 
 def realise_mounts(mounts: list[tuple[str, str, bool]], root: str, namespace: str) -> None:
-    """Show each ``source`` at its ``path`` (read-only if so) to this process and what it starts.
+    """Mount each ``source`` at its ``path``, some read-only, for this process and its children.
 
-    In a mount namespace of our own, a new root is put together on a tmpfs at ``root``: every entry
-    of / is bound into it, the volumes are bound over that, then it becomes /. A mount point that
-    the machine lacks is made in a mirror of the directory it belongs to (a tmpfs with each of its
-    entries bound), so that nothing is created on the machine itself.
+    In a private mount namespace, a new root is assembled on a tmpfs at ``root``: every entry of /
+    is bind-mounted into it, the volumes are bind-mounted over that, then it becomes /. A mount
+    point that the machine lacks is created in a mirror of its parent directory (a tmpfs with each
+    entry bind-mounted), so that nothing is created on the machine itself.
 
-    ``namespace``: "auto" (as root a mount namespace, else with a user namespace), "user" (always
-    with a user namespace), "none" (no namespaces: only mounts that change nothing are possible).
+    ``namespace``: "auto" (a mount namespace as root, else also a user namespace), "user" (always
+    also a user namespace), "none" (no namespaces: only mounts that change nothing are possible).
     """
     wanted = []
     for source, path, read_only in mounts:
@@ -473,7 +473,7 @@ def realise_mounts(mounts: list[tuple[str, str, bool]], root: str, namespace: st
 
 def _unshare(namespace: str) -> None:
     if namespace == "none":
-        raise OSError(errno.EPERM, "namespaces are switched off", "unshare")
+        raise OSError(errno.EPERM, "namespaces are disabled", "unshare")
     if namespace == "auto" and libc.unshare(CLONE_NEWNS) == 0:
         return
     uid, gid = os.geteuid(), os.getegid()
@@ -492,7 +492,7 @@ def _unshare(namespace: str) -> None:
 
 
 class _Root:
-    """The new root while it is being put together at ``at``."""
+    """The new root, assembled at ``at``."""
 
     def __init__(self, at: str) -> None:
         self._at = at
@@ -511,7 +511,7 @@ class _Root:
         for source, path, read_only in mounts:
             target = self._at + path
             if (source, path, read_only) not in outer:
-                _point(source, target)  # inside another volume, as container runtimes do
+                _point(source, target)  # inside another volume, as in container runtimes
             _mount(source, target, "", MS_BIND | MS_REC)
             if read_only:
                 flags = os.statvfs(target).f_flag
@@ -531,7 +531,7 @@ class _Root:
             self._mirrored.add(at)
 
     def _mirror(self, directory: str) -> None:
-        """Cover ``directory`` with a tmpfs that shows the same entries and can take more."""
+        """Cover ``directory`` with a writable tmpfs that contains the same entries."""
         target = self._at if directory == "/" else self._at + directory
         entries = list(os.scandir(directory))
         if len(entries) > MIRROR_MAX_ENTRIES:
@@ -550,7 +550,7 @@ class _Root:
                 _point(entry.path, shown)
                 _mount(entry.path, shown, "", MS_BIND | MS_REC)
             except OSError:
-                pass  # gone, or not ours to show: left empty
+                pass  # gone or not permitted: left empty
 
     def _enter(self) -> None:
         os.chdir(self._at)
@@ -558,7 +558,7 @@ class _Root:
             if libc.umount2(b".", MNT_DETACH):
                 raise _os_error("/")
         else:
-            os.chroot(".")  # the machine runs from its initial RAM disk, which cannot be pivoted
+            os.chroot(".")  # the root is an initial RAM disk, which cannot be pivoted
         os.chdir("/")
 
 

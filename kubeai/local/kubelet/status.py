@@ -1,7 +1,7 @@
-"""What a pod's status says, from what its containers are doing. Pure.
+"""Computes a pod's status from its containers' records. Pure.
 
-Owns: the rules of phase and conditions, which are the Kubernetes kubelet's. The runner keeps the
-records; the agent writes what comes out when it differs from what it wrote before.
+Owns the rules for phase and conditions, which are those of the Kubernetes kubelet. The runner keeps
+the records; the agent writes the status when it changes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kubeai.local.kubelet.pod import (
 )
 
 Object = dict[str, Any]
-TERMINATION_MESSAGES_MAX_BYTES = 12 << 10  # of one pod: each container has its share of it
+TERMINATION_MESSAGES_MAX_BYTES = 12 << 10  # per pod, shared equally by its containers
 OUR_CONDITIONS = ("PodScheduled", "Initialized", "ContainersReady", "Ready")
 
 
 class Record(msgspec.Struct):
-    """One container, as its status tells it."""
+    """The state of one container."""
 
     name: str
     image: str
@@ -40,7 +40,7 @@ class Record(msgspec.Struct):
 
 
 class PodOutcome(msgspec.Struct, frozen=True):
-    """A phase that the containers' states do not tell."""
+    """A phase that does not follow from the containers' states."""
 
     phase: str
     reason: str = ""
@@ -48,7 +48,7 @@ class PodOutcome(msgspec.Struct, frozen=True):
 
 
 def timestamp(seconds: float) -> str:
-    """Seconds since the epoch as the API writes times."""
+    """Format seconds since the epoch like the API."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -66,7 +66,7 @@ def pod_status(
     before: Mapping[str, Condition],
     outcome: PodOutcome | None = None,
 ) -> Object:
-    """The whole ``status``. ``before``: our conditions so far, for their transition times."""
+    """The whole ``status``. ``before``: our previous conditions, for their transition times."""
     phase = outcome.phase if outcome else _phase(pod, init, main, sidecars, initialized)
     conditions = [
         _since(condition, before, now)
@@ -113,14 +113,14 @@ def _phase(
     if pod.spec.restart_policy == "Always":
         return "Running"
     if any(isinstance(r.state, Waiting) for r in main):
-        return "Running"  # ended, and about to be started again
+        return "Running"  # ended, and about to be restarted
     if all(isinstance(state, Terminated) and state.exit_code == 0 for state in states):
         return "Succeeded"
     return "Failed" if pod.spec.restart_policy == "Never" else "Running"
 
 
 def _why_pending(init: Sequence[Record], main: Sequence[Record], phase: str) -> str | None:
-    """What the first container is waiting for: `kubectl describe` shows the pod's message only."""
+    """What the first container waits for: `kubectl describe` only shows the pod's message."""
     waiting = [r.state.message for r in (*init, *main) if isinstance(r.state, Waiting)]
     return next(filter(None, waiting), None) if phase == "Pending" else None
 

@@ -1,9 +1,9 @@
-"""Termination messages: what a container that ended says about why.
+"""Termination messages of containers, under Kubernetes' rules.
 
-Kubernetes' rules: what the container wrote to its terminationMessagePath, at most
-FILE_MAX_BYTES; if that is nothing, the container failed and its policy is FallbackToLogsOnError,
-the end of its log. The default path is not mounted: it would cost each container without mounts a
-namespace of its own. Called by the runner.
+The message is what the container wrote to its terminationMessagePath, at most FILE_MAX_BYTES. If
+that is empty, the container failed and its policy is FallbackToLogsOnError, it is the end of the
+log. The default path is not mounted: containers without other mounts would then each need a mount
+namespace. Called by the runner.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FILE_MAX_BYTES = 4096
 
 
 def termination_mounts(container: Container, pod_directory: Path) -> tuple[Mount, ...]:
-    """An empty file at the container's terminationMessagePath, for the run about to start."""
+    """Create an empty file for the next run, mounted at the container's terminationMessagePath."""
     where = container.termination_message_path
     if (path := _file(container, pod_directory)) is None:
         return ()
@@ -32,7 +32,7 @@ def termination_mounts(container: Container, pod_directory: Path) -> tuple[Mount
 
 
 def termination_message(container: Container, pod_directory: Path, log: Path, code: int) -> str:
-    """The message of a container that has ended with ``code``; empty if it left none."""
+    """The message of a container that ended with ``code``; empty if there is none."""
     message = _read(_file(container, pod_directory))
     if not message and code and container.termination_message_policy == "FallbackToLogsOnError":
         return last_lines(log)

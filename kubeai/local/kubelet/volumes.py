@@ -1,8 +1,8 @@
-"""A pod's volumes as directories of this machine, and where its containers see them.
+"""A pod's volumes as directories of this machine, and their mounts in containers.
 
-Owns: ``<pod directory>/.volumes`` (emptyDir, configMap, secret) and ``<data dir>/volumes``
-(claims). Called by the runner before the first container starts. ConfigMaps and Secrets are
-written once in a pod's life; later edits reach the next pod.
+Owns ``<pod directory>/.volumes`` (emptyDir, configMap, secret) and ``<data dir>/volumes`` (claims).
+Called by the runner before the first container starts. ConfigMaps and Secrets are written once per
+pod; later changes only affect new pods.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONFIG_MAP_MODE, SECRET_MODE = 0o644, 0o400
 
 
 class Objects(Protocol):
-    """What a pod refers to. None where an object does not exist; KubeAIError when nobody knows."""
+    """The objects a pod refers to; None if one does not exist, KubeAIError if the API fails."""
 
     async def config_map(self, namespace: str, name: str) -> Data | None: ...
 
@@ -41,13 +41,13 @@ class Objects(Protocol):
 
 
 def config_map_data(obj: dict[str, Any]) -> Data:
-    """The data of a ConfigMap as the API has it."""
+    """The data of a ConfigMap object."""
     text = {key: value.encode() for key, value in (obj.get("data") or {}).items()}
     return text | _decoded(obj.get("binaryData"))
 
 
 def secret_data(obj: dict[str, Any]) -> Data:
-    """The data of a Secret as the API has it."""
+    """The data of a Secret object."""
     text = {key: value.encode() for key, value in (obj.get("stringData") or {}).items()}
     return _decoded(obj.get("data")) | text
 
@@ -59,7 +59,7 @@ def _decoded(values: dict[str, str] | None) -> dict[str, bytes]:
 async def prepare_volumes(
     pod: Pod, directory: Path, claims: Path, objects: Objects
 ) -> dict[str, Path]:
-    """Make every volume of the pod; its place by its name. PodError where one cannot be had."""
+    """Create the pod's volumes; returns their directories by name. PodError if one fails."""
     places = await asyncio.gather(
         *(_prepare(pod, volume, directory, claims, objects) for volume in pod.spec.volumes)
     )
@@ -100,8 +100,8 @@ async def _prepare(
     else:
         raise _failed(
             volume,
-            "its type is not supported on this machine (emptyDir, configMap, secret, "
-            "persistentVolumeClaim and hostPath are)",
+            "unsupported type (supported: emptyDir, configMap, secret, persistentVolumeClaim, "
+            "hostPath)",
         )
     return place
 
@@ -121,29 +121,29 @@ def _write(
         if item.key not in data:
             if optional:
                 continue
-            raise _failed(volume, f"references the key {item.key!r}, which does not exist")
+            raise _failed(volume, f"references a missing key {item.key!r}")
         file = place / _inside(volume.name, item.path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        bits = (item.mode or mode) | 0o400  # its reader is always this user
+        bits = (item.mode or mode) | 0o400  # containers run as this user
         with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, bits), "wb") as opened:
             opened.write(data[item.key])
-        file.chmod(bits)  # whatever the umask took
+        file.chmod(bits)  # regardless of the umask
 
 
 def mounts_of(
     pod: Pod, container: Container, places: dict[str, Path], env: dict[str, str]
 ) -> tuple[Mount, ...]:
-    """The container's mounts; PodError where one names what is not there."""
+    """The container's mounts; PodError if a volume or path does not exist."""
     volumes = {volume.name: volume for volume in pod.spec.volumes}
     mounts = []
     for mount in container.volume_mounts:
         volume = volumes.get(mount.name)
         if volume is None:
-            raise PodError(f"container {container.name}: there is no volume {mount.name!r}")
+            raise PodError(f"container {container.name}: volume {mount.name!r} not found")
         if not mount.mount_path.startswith("/"):
             raise PodError(f"mountPath {mount.mount_path!r} is not absolute")
         if mount.mount_path.rstrip("/") == "/dev/shm" and volume.empty_dir is not None:
-            continue  # the machine's own shared memory is the one
+            continue  # uses the machine's own /dev/shm
         claim = volume.persistent_volume_claim
         read_only = mount.read_only or (claim is not None and claim.read_only)
         source = _source(volume, mount, places[mount.name], env)
@@ -158,7 +158,7 @@ def _source(volume: Volume, mount: VolumeMount, place: Path, env: dict[str, str]
     source = place / _inside(volume.name, below)
     if not source.exists():
         if volume.config_map or volume.secret:
-            raise PodError(f"volume {volume.name!r} has no {below!r}, which a subPath names")
+            raise PodError(f"volume {volume.name!r}: subPath {below!r} does not exist")
         source.mkdir(parents=True)
     return source
 
@@ -166,7 +166,7 @@ def _source(volume: Volume, mount: VolumeMount, place: Path, env: dict[str, str]
 def _inside(volume: str, path: str) -> PurePosixPath:
     relative = PurePosixPath(path)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise PodError(f"volume {volume!r}: the path {path!r} leads out of it")
+        raise PodError(f"volume {volume!r}: path {path!r} is outside the volume")
     return relative
 
 
