@@ -613,7 +613,7 @@ async def life(world, crash_at, committed):
     def after(verb, plural, name):
         if seen == crash_at and committed:
             crashed.set()
-            raise ApiError(0, "Crash", "sent, but nobody is there to hear the answer")
+            raise ApiError(0, "Crash", "sent, but the response was lost")
 
     async def phoenix():
         await crashed.wait()
