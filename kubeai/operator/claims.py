@@ -76,7 +76,7 @@ class _Annotation(msgspec.Struct):
 
 
 class _Patience(msgspec.Struct):
-    """The back-off of one Model's failed loads, since this replica leads."""
+    """The back-off of one Model's failed loads since this replica became the leader."""
 
     job: str = ""  # uid of the Job that failed last
     failure: str = ""
@@ -145,7 +145,7 @@ class Claims:
 
     @property
     def pending(self) -> bool:
-        """Whether the first lists are still under way. Reading this starts the watches."""
+        """Whether the first lists are still in progress. Reading this starts the watches."""
         self._needed.set()
         return any(not why for why in self._unlisted.values())
 

@@ -101,7 +101,7 @@ class UndrainPod(msgspec.Struct, frozen=True):
 
 
 class AdoptPod(msgspec.Struct, frozen=True):
-    """Annotate a pod created by KubeAI in Go as made from the current Model."""
+    """Annotate a pod created by KubeAI in Go as created from the current Model."""
 
     name: str
     uid: str

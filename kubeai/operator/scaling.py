@@ -184,7 +184,7 @@ class Scaler:
             config.interval_s, max(LOOK_MIN_S, config.interval_s / LOOKS_AN_INTERVAL)
         )
         self._next_s = clock()  # when the next interval's decisions are due
-        self._saved: dict[str, float] | None = None  # None: not read since this replica leads
+        self._saved: dict[str, float] | None = None  # None: not read in this leadership
         self._version = ""  # the ConfigMap's resourceVersion; empty if there is none
 
     async def run(self) -> None:
