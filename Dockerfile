@@ -2,7 +2,7 @@
 #
 #     docker build -t kubeai .
 #
-# BASE may name another Debian with Python 3.11 or later, or this one by its digest.
+# BASE may be another Debian with Python 3.11 or later, or this one pinned by digest.
 ARG BASE=debian:trixie-slim
 
 FROM ${BASE} AS build
@@ -17,7 +17,7 @@ RUN python3 -m venv /build \
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kubeai kubeai
 RUN CFLAGS=-g0 /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
-# Without pip; byte code is made here, since the root file system is read-only later.
+# Without pip. Byte code is compiled here, because the root file system may be read-only later.
 RUN python3 -m venv --without-pip /opt/kubeai \
     && /build/bin/pip --python /opt/kubeai/bin/python install --no-cache-dir --no-compile \
         --only-binary :all: -c constraints.txt "$(echo /wheels/kubeai_gateway-*.whl)[load,otel]" \
@@ -30,7 +30,7 @@ RUN apt-get update \
 COPY --from=build /opt/kubeai /opt/kubeai
 RUN printf '#!/bin/sh\nexec kubeai load "$@"\n' >/usr/local/bin/load \
     && chmod 755 /usr/local/bin/load
-# The user has no home, which some libraries take for a fault unless it is said.
+# The user has no home directory; some libraries fail if HOME is not set.
 ENV HOME=/nonexistent \
     PATH=/opt/kubeai/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \

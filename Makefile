@@ -1,4 +1,4 @@
-# Everything that a person or CI runs. Needs python3 (≥ 3.11) with venv and dev, gcc, make.
+# Targets for developers and CI. They need python3 (≥ 3.11) with venv and dev, gcc and make.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
@@ -7,14 +7,14 @@ CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd kubeai/gateway/*.pyx kubeai/loadtes
 .DEFAULT_GOAL := help
 .PHONY: help build run test check bench bench-headline asan soak clean
 
-help:  ## what there is
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt "setuptools>=77" cython wheel
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
-	$(BIN)/python -m compileall -q kubeai  # also where byte code is not written at run time
+	$(BIN)/python -m compileall -q kubeai  # for systems with PYTHONDONTWRITEBYTECODE
 	touch $@
 
 # Installs only what the extra adds to the installed distribution: -e would compile the core again.
@@ -26,16 +26,16 @@ help:  ## what there is
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check]'
 	touch $@
 
-build: .venv/installed  ## the virtual environment and the compiled core
+build: .venv/installed  ## create the virtual environment and compile the core
 
-run: build  ## kubeai local with the manifests of examples/
+run: build  ## run kubeai local with the manifests in examples/
 	$(BIN)/kubeai local examples --data-dir .kubeai
 
-# Three processes on two cores: most tests wait for processes of their own.
-test: .venv/installed-test  ## all tests that need nothing but Python
+# Three processes on two cores, because most tests wait for child processes.
+test: .venv/installed-test  ## run all tests that need only Python
 	$(BIN)/pytest tests -n 3 --dist loadfile -m "not image and not package and not nginx"
 
-check: .venv/installed-check  ## the fast gate: style, types, import floors, C warnings
+check: .venv/installed-check  ## fast checks: style, types, import layers, C warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -49,7 +49,7 @@ check: .venv/installed-check  ## the fast gate: style, types, import floors, C w
 		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
 
-bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from what they found
+bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
 	mkdir -p build/bench
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only --benchmark-json build/bench/micro.json
 	$(BIN)/python bench/gateway_vs_nginx.py --json build/bench/gateway.json
@@ -60,13 +60,13 @@ bench: .venv/installed-test  ## all benchmarks, and docs/performance.md from wha
 		$(BIN)/python bench/control_plane.py --json build/bench/control.json
 	$(BIN)/python bench/report.py build/bench docs/performance.md
 
-bench-headline: .venv/installed-test  ## what routing by prefix is worth, simulated
+bench-headline: .venv/installed-test  ## simulate the gain of prefix routing
 	$(BIN)/python bench/headline.py
 
-asan: .venv/installed-test  ## the compiled core's tests under AddressSanitizer
+asan: .venv/installed-test  ## run the compiled core's tests under AddressSanitizer
 	tests/asan.sh
 
-soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SOAK_SECONDS (600)
+soak: .venv/installed-test  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
 	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/test_ask.py tests/unit/test_openai.py \
 		tests/unit/test_ring.py tests/unit/test_load.py tests/unit/test_routing.py \
 		tests/unit/test_plan.py --timeout 600
@@ -76,5 +76,5 @@ soak: .venv/installed-test  ## long fuzz and hammer runs, then mixed load for SO
 	OUTAGE_S=30 $(BIN)/pytest tests/contract/test_replicas.py
 	$(BIN)/python tests/soak/soak.py
 
-clean:  ## everything that was built
+clean:  ## delete everything that was built
 	rm -rf .venv build dist *.egg-info kubeai/*.so kubeai/*/*.so kubeai/_*.c kubeai/*/_*.c .kubeai

@@ -210,7 +210,7 @@ def speed() -> float:
 
 def headline_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| concurrency | strategy | mean TTFT | p99 | tokens/s | time a token | hit rate "
+        "| concurrency | strategy | mean TTFT | p99 | tokens/s | time per token | hit rate "
         "| published: mean TTFT, tokens/s |",
         "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -246,7 +246,8 @@ def study_table(rows: list[dict[str, Any]], key: str, label: str) -> list[str]:
 
 def h100_table(found: list[records.Results]) -> list[str]:
     lines = [
-        "| at a time | TTFT | published | a token | published | output tokens/s | published |",
+        "| concurrency | TTFT | published | time per token | published "
+        "| output tokens/s | published |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (concurrency, ttft, token, tokens), one in zip(H100, found, strict=True):
@@ -260,7 +261,7 @@ def h100_table(found: list[records.Results]) -> list[str]:
 
 
 LABELS = {
-    "threads": ("concurrency", "conversations at a time"),
+    "threads": ("concurrency", "concurrent conversations"),
     "replication": ("replication", "replication"),
     "factor": ("mean_load_factor", "meanLoadFactor"),
     "prefix": ("prefix_char_length", "prefixCharLength"),
@@ -281,7 +282,7 @@ def plot(name: str, title: str, x: list[int], curves: dict[str, list[float]], un
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [f"{value:,}" for value in x])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("conversations at a time")
+    axes.set_xlabel("concurrent conversations")
     axes.set_ylabel(unit)
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)

@@ -101,7 +101,7 @@ async def leaving(endpoints: int) -> Row:
 
 async def tables() -> list[str]:
     lines = [
-        "| engines | of them | load | answered, % | attempts per 100 requests | most per request "
+        "| engines | failure | load | answered, % | attempts per 100 requests | most per request "
         "| longest, s |",
         "|--:|---|---|--:|--:|--:|--:|",
     ]

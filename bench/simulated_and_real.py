@@ -141,7 +141,7 @@ def agree(of_real: dict[str, Any], of_simulated: dict[str, Any]) -> bool:
 
 def compare(addresses: Sequence[str], config: EngineConfig, shape: Shape) -> bool:
     alike = True
-    print("| strategy | TTFT mean, ms | TTFT p90, ms | a token, ms | hit rate | tokens/s |")
+    print("| strategy | TTFT mean, ms | TTFT p90, ms | time per token, ms | hit rate | tokens/s |")
     print("|---|--:|--:|--:|--:|--:|")
     for strategy, seed in SEEDS.items():
         setting = Setting(

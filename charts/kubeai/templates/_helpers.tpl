@@ -25,7 +25,7 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
-{{/* The image of KubeAI in Go has another program; --reuse-values keeps its name. */}}
+{{/* KubeAI in Go's image contains a different program; --reuse-values keeps its name. */}}
 {{- define "kubeai.image" -}}
 {{- $repository := .Values.image.repository }}
 {{- if not $repository }}
