@@ -384,7 +384,7 @@ class RoutedModel:
         self._table = table
         self._target = target
         self._upstreams: dict[str, Upstream] = {}  # by endpoint name
-        self._departed: list[tuple[str, Upstream]] = []  # requests still wait there
+        self._departed: list[tuple[Endpoint, Upstream]] = []  # requests still wait there
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
         self.update(route)
@@ -603,9 +603,9 @@ class RoutedModel:
             known = before.pop(endpoint.name, None)
             if endpoint != known:
                 self._set_endpoint(endpoint, known)
-        for name in before:
+        for name, gone in before.items():
             self.ring.remove(name)
-            self._depart(name)
+            self._depart(gone)
         for woken, concerned in self._waiters.items():
             if not woken.done() and concerned():
                 woken.set_result(None)
@@ -629,21 +629,23 @@ class RoutedModel:
         upstream = self._target(self, endpoint) if moved else self._upstreams[endpoint.name]
         self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
         if known is not None and moved:
-            self._depart(endpoint.name)
+            self._depart(known)
         self._upstreams[endpoint.name] = upstream
 
-    def _depart(self, name: str) -> None:
-        upstream = self._upstreams.pop(name)
+    def _depart(self, endpoint: Endpoint) -> None:
+        upstream = self._upstreams.pop(endpoint.name)
         upstream.close()
-        self._departed.append((name, upstream))
+        self._departed.append((endpoint, upstream))
 
     def _move_off_departed(self) -> None:
         """Requests that wait on an endpoint which left are attempted elsewhere.
 
-        Not while it drains: it is going to answer them. Where no endpoint can take a request, it
-        waits on, until the next change of the route.
+        Not while it drains, or once it is back: it is going to answer them. Where no endpoint can
+        take a request, it waits on, until the next change of the route.
         """
-        for name, upstream in self._departed:
-            if name not in self.route.draining:
+        present = {(endpoint.name, endpoint.address) for endpoint in self.route.endpoints}
+        for endpoint, upstream in self._departed:
+            is_back = (endpoint.name, endpoint.address) in present
+            if endpoint.name not in self.route.draining and not is_back:
                 upstream.move_waiting()
         self._departed = [each for each in self._departed if each[1].is_waited_on]

@@ -868,6 +868,26 @@ async def test_a_waiting_request_stays_while_its_endpoint_drains(start):
     assert (await wire.answer()).body == b"slow"
 
 
+async def test_a_waiting_request_stays_when_its_endpoint_is_taken_back_from_a_drain(start):
+    world = await start()
+    answers = asyncio.Event()
+
+    async def slow(wire: Wire, request: Message) -> None:
+        await answers.wait()
+        await wire.send(answer(200, b"slow"))
+
+    slow_engine, good = await world.engine(slow), await world.engine(says(b"good"))
+    world.route("m", {"a": slow_engine})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: slow_engine.requests)
+    world.route("m", {"b": good}, draining=("a",))
+    world.route("m", {"a": slow_engine, "b": good})
+    answers.set()
+    assert (await wire.answer()).body == b"slow"
+    assert len(slow_engine.requests) == 1
+
+
 async def test_a_waiting_request_moves_when_its_endpoint_is_gone_before_its_drain_has_ended(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
