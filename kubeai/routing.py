@@ -622,6 +622,7 @@ class RoutedModel:
             upstream.close()
         self._upstreams.clear()
         self._departed.clear()
+        self.route = replace(self.route, endpoints=())
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)

@@ -815,6 +815,19 @@ async def test_all_endpoints_may_be_ejected_and_then_all_are_tried(start, count,
     await until(lambda: len(world.ejected("m")) == max(0, ejected - 1), "who answers serves again")
 
 
+async def test_a_request_to_a_model_that_is_deleted_during_its_attempt_is_a_404(start):
+    world = await start()
+
+    async def deleted(wire: Wire, request: Message) -> None:
+        world.unroute("m")
+        await wire.send(answer(503))
+
+    world.route("m", {name: await world.engine(deleted) for name in "ab"})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).status == 404
+
+
 # -- requests that wait for the first byte of an answer --------------------------------------------
 
 
