@@ -387,7 +387,8 @@ class RoutedModel:
         self._table = table
         self._target = target
         self._upstreams: dict[str, Upstream] = {}  # by endpoint name
-        self._departed: list[tuple[str, Upstream]] = []  # removed, with requests still waiting
+        # Removed, with requests still waiting.
+        self._departed: list[tuple[Endpoint, Upstream]] = []
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
         self.update(route)
@@ -612,9 +613,9 @@ class RoutedModel:
             known = before.pop(endpoint.name, None)
             if endpoint != known:
                 self._set_endpoint(endpoint, known)
-        for name in before:
+        for name, gone in before.items():
             self.ring.remove(name)
-            self._depart(name)
+            self._depart(gone)
         for woken, concerned in self._waiters.items():
             if not woken.done() and concerned():
                 woken.set_result(None)
@@ -631,6 +632,7 @@ class RoutedModel:
             upstream.close()
         self._upstreams.clear()
         self._departed.clear()
+        self.route = replace(self.route, endpoints=())
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)
@@ -638,21 +640,23 @@ class RoutedModel:
         upstream = self._target(self, endpoint) if moved else self._upstreams[endpoint.name]
         self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
         if known is not None and moved:
-            self._depart(endpoint.name)
+            self._depart(known)
         self._upstreams[endpoint.name] = upstream
 
-    def _depart(self, name: str) -> None:
-        upstream = self._upstreams.pop(name)
+    def _depart(self, endpoint: Endpoint) -> None:
+        upstream = self._upstreams.pop(endpoint.name)
         upstream.close()
-        self._departed.append((name, upstream))
+        self._departed.append((endpoint, upstream))
 
     def _move_off_departed(self) -> None:
         """Move waiting requests off endpoints that were removed.
 
-        An endpoint that is draining keeps them, because it will still serve them. A request that no
-        other endpoint can take keeps waiting until the route changes again.
+        An endpoint that is draining, or that is back, keeps them, because it will still serve them.
+        A request that no other endpoint can take keeps waiting until the route changes again.
         """
-        for name, upstream in self._departed:
-            if name not in self.route.draining:
+        present = {(endpoint.name, endpoint.address) for endpoint in self.route.endpoints}
+        for endpoint, upstream in self._departed:
+            is_back = (endpoint.name, endpoint.address) in present
+            if endpoint.name not in self.route.draining and not is_back:
                 upstream.move_waiting()
         self._departed = [each for each in self._departed if each[1].is_waited_on]

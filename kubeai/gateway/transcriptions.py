@@ -390,7 +390,8 @@ class _Attempts:
 
     async def _post_until_moved(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The response; None if the endpoint left before it began and another can be tried."""
-        posting = asyncio.ensure_future(self._post(reservation.name))
+        pool = cast(Pool, reservation.target)
+        posting = asyncio.ensure_future(self._post(pool.host))
 
         def move() -> None:
             if posting.done() or self._moved_to is not None:
@@ -398,14 +399,14 @@ class _Attempts:
             other = self._retries.trusted(self._model, self._key, self._ask.adapter)
             if other is None:
                 return
-            if other.target is reservation.target or not self._retries.moved(reservation.name):
+            if other.target is pool or not self._retries.moved(reservation.name):
                 other.release()
                 return
             self._moved_to = other
             posting.cancel()
 
         try:
-            with cast(Pool, reservation.target).movable(move):
+            with pool.movable(move):
                 return await posting
         except asyncio.CancelledError:
             posting.cancel()
@@ -421,9 +422,8 @@ class _Attempts:
         log.warning("request failed", model=self._ask.name, status=status, reason=reason)
         return BadRequest(f"The model {self._ask.model!r}: {reason}.", status=status, code=code)
 
-    async def _post(self, endpoint: str) -> aiohttp.ClientResponse:
+    async def _post(self, address: str) -> aiohttp.ClientResponse:
         route = self._model.route
-        address = next(e.address for e in route.endpoints if e.name == endpoint)
         # FasterWhisper serves a single model, and rejects any other name for it.
         model = None if route.engine == "FasterWhisper" else self._ask.adapter or self._ask.name
         query = f"?{self._target.query}" if self._target.query else ""

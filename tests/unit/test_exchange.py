@@ -815,6 +815,19 @@ async def test_if_all_endpoints_are_ejected_all_are_tried(start, count, ejected)
     await until(lambda: len(world.ejected("m")) == max(0, ejected - 1), "who answers serves again")
 
 
+async def test_a_request_to_a_model_that_is_deleted_during_its_attempt_is_a_404(start):
+    world = await start()
+
+    async def deleted(wire: Wire, request: Message) -> None:
+        world.unroute("m")
+        await wire.send(answer(503))
+
+    world.route("m", {name: await world.engine(deleted) for name in "ab"})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).status == 404
+
+
 # -- requests that wait for the first byte of an answer --------------------------------------------
 
 
@@ -866,6 +879,26 @@ async def test_a_waiting_request_stays_while_its_endpoint_drains(start):
     world.route("m", {"b": good}, draining=("a",), owner="another change")
     answers.set()
     assert (await wire.answer()).body == b"slow"
+
+
+async def test_a_waiting_request_stays_when_its_endpoint_is_taken_back_from_a_drain(start):
+    world = await start()
+    answers = asyncio.Event()
+
+    async def slow(wire: Wire, request: Message) -> None:
+        await answers.wait()
+        await wire.send(answer(200, b"slow"))
+
+    slow_engine, good = await world.engine(slow), await world.engine(says(b"good"))
+    world.route("m", {"a": slow_engine})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: slow_engine.requests)
+    world.route("m", {"b": good}, draining=("a",))
+    world.route("m", {"a": slow_engine, "b": good})
+    answers.set()
+    assert (await wire.answer()).body == b"slow"
+    assert len(slow_engine.requests) == 1
 
 
 async def test_a_waiting_request_moves_if_its_endpoint_disappears_during_its_drain(start):

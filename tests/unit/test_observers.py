@@ -318,5 +318,5 @@ def test_traces_are_off_by_default(monkeypatch):
 def test_traces_without_opentelemetry_installed_are_a_clear_error(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*kubeai\[otel\]"):
+    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT.*kubeai-gateway\[otel\]"):
         tracing.make_tracing()

@@ -114,6 +114,37 @@ async def test_a_waiting_upload_moves_when_its_endpoint_leaves_the_routes(start)
     await until(lambda: not hung.open, "the engine's connection is closed")
 
 
+@pytest.mark.parametrize("script", [failing(503), drop], ids=["503", "drop"])
+async def test_an_upload_to_a_model_that_is_deleted_meanwhile_is_a_404(start, script):
+    world = await start()
+
+    async def deleted(wire: Wire, request: Message) -> None:
+        world.unroute("w")
+        await script(wire, request)
+
+    world.route("w", {name: await world.engine(deleted) for name in "ab"})
+    wire = await world.client()
+    await wire.send(ASK)
+    assert (await wire.answer()).status == 404
+
+
+async def test_an_upload_reaches_an_endpoint_that_leaves_just_after_the_pick(start, monkeypatch):
+    world = await start()
+    world.route("w", {"a": await world.engine(says(b"good"))})
+    routed = world.table.find("w")
+    pick = routed.pick
+
+    def pick_and_leave(*args):
+        reservation = pick(*args)
+        world.route("w", {}, draining=("a",))
+        return reservation
+
+    monkeypatch.setattr(routed, "pick", pick_and_leave)
+    wire = await world.client()
+    await wire.send(ASK)
+    assert (await wire.answer()).body == b"good"
+
+
 async def test_a_client_that_disconnects_while_its_upload_waits_leaves_nothing_behind(start):
     world = await start()
     hung = await world.engine(hang)
