@@ -14,12 +14,12 @@ from kubeai.imports import without
 with without("rich"):  # structlog imports it (90 ms) for tracebacks that are not used here
     import structlog
 
-__all__ = ["Sparingly", "get_logger", "setup_logging"]
+__all__ = ["RateLimit", "get_logger", "setup_logging"]
 
 get_logger = structlog.get_logger
 
 
-class Sparingly:
+class RateLimit:
     """A rate limit for a log event: a burst of ``burst_max``, then ``per_s`` per second."""
 
     def __init__(self, burst_max: int, per_s: float) -> None:

@@ -27,7 +27,7 @@ def _end_by_timeout(loop, context):
     """Fail a test that hangs on uvloop.
 
     pytest-timeout raises the failure in its signal handler. uvloop reports that as a fault of
-    the interrupted callback and carries on, so such a test would hang for ever.
+    the interrupted callback and carries on, so such a test would hang forever.
     """
     fault = context.get("exception")
     if isinstance(fault, pytest.fail.Exception):

@@ -1,9 +1,10 @@
-"""Which arguments vLLM's server takes, for tests/unit/test_catalogue.py.
+"""Record the arguments of vLLM's server, for tests/unit/test_catalogue.py.
 
     python tests/vllm_arguments.py tests/unit/vllm_arguments.json
 
-in an environment with vLLM (the one for CPUs will do) adds its version to the file, in which only
-the arguments and choices are left that all its versions take. Delete the file to begin anew.
+Run it in an environment with vLLM (the build for CPUs is enough). It adds that version to the file,
+which keeps only the arguments and choices that all recorded versions accept. Delete the file to
+start over.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from kubeai.gateway.attempts import TIMED_OUT, Retries, check_loss
 from kubeai.gateway.errors import error_answer, header_lines
 from kubeai.gateway.holding import advice, hold
 from kubeai.gateway.pool import Pool
-from kubeai.logs import Sparingly, get_logger
+from kubeai.logs import RateLimit, get_logger
 from kubeai.openai import BadRequest, Kind
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ log = get_logger(__name__)
 
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 # Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
-_moves = Sparingly(burst_max=500, per_s=20)
+_moves = RateLimit(burst_max=500, per_s=20)
 # The request targets that the fast path serves; the owner of the exchanges has them.
 PLANS = {
     path.encode(): Plan(kind, _PATHS[kind], openai.SHAPES[kind])

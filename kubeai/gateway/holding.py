@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kubeai._relay import RETRY_AFTER_S
 from kubeai.gateway.attempts import ENGINE_DIED
-from kubeai.logs import Sparingly, get_logger
+from kubeai.logs import RateLimit, get_logger
 from kubeai.openai import BadRequest, model_not_found
 from kubeai.routing import Blocked, ModelGone, NoEndpoint
 
@@ -31,7 +31,7 @@ CANNOT_START = "model_cannot_start"
 UNAVAILABLE = "model_unavailable"
 
 # Requests that are rejected at once may be frequent.
-_refusals = Sparingly(burst_max=50, per_s=1)
+_refusals = RateLimit(burst_max=50, per_s=1)
 
 
 def advice(error: BadRequest) -> dict[str, str]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Print the folder that holds etcd, the Kubernetes control plane, kubectl, kwok and helm, and build
-# them there first if need be. The folder is outside the tree and named after what goes into it, so
-# that it can be kept between runs. Where KUBEBUILDER_ASSETS is set, it is that folder, and nothing
-# is built; it may lack what only those tests of tests/contract need that have a whole cluster.
+# Print the directory with etcd, the Kubernetes control plane, kubectl, kwok and helm, after building
+# them if needed. The directory is outside the tree and named after the versions, so it can be cached
+# between runs. If KUBEBUILDER_ASSETS is set, that directory is printed and nothing is built; it may
+# lack the programs that only tests with a whole cluster need.
 set -euo pipefail
 cd "$(dirname "$0")"
 

@@ -251,16 +251,16 @@ async def test_a_client_may_disconnect_while_its_large_body_is_parsed(start, mon
 async def test_a_model_may_be_deleted_or_recreated_while_a_large_body_is_parsed(start, monkeypatch):
     world = await start()
     world.route("m", {"a": await world.engine(says(b"old"))})
-    for anew in (False, True):
+    for recreated in (False, True):
         slow = Slow(monkeypatch, "key_of")
         wire = await world.client()
         await wire.send(post(CHAT, LARGE % b"m"))
         await until(slow.begun.is_set)
         world.unroute("m")
-        if anew:
+        if recreated:
             world.route("m", {"a": await world.engine(says(b"new"))})
         slow.may_end.set()
-        if anew:
+        if recreated:
             assert (await wire.answer()).body == b"new"
         else:
             await error_of(wire, 404)

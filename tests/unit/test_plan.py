@@ -286,8 +286,8 @@ def test_pod_names_are_deterministic_and_avoid_taken_ones():
     again = [c.name for c in plan_of(model, *pods, taken=frozenset({first[1]}))[0]]
     assert len(again) == 2
     assert not set(again) & set(first)
-    anew = make_model(meta={"uid": "u2"}, replicas=3)
-    assert not set(first) & {create.name for create in plan_of(anew)[0]}
+    recreated = make_model(meta={"uid": "u2"}, replicas=3)
+    assert not set(first) & {create.name for create in plan_of(recreated)[0]}
 
 
 @given(st.integers(0, 200), st.frozensets(st.integers(0, 300)))
