@@ -42,7 +42,7 @@ TRAFFIC = {
 }
 VIEWS: dict[str, dict[str, bool]] = {
     "shared": {},
-    "shared, nothing expected": {"expected": False},
+    "shared, no assumption": {"expected": False},
     "none": {"shared": False},
 }
 
