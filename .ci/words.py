@@ -52,7 +52,7 @@ def main() -> int:
     paths = [Path(name) for name in sys.argv[1:]] or tracked()
     count = 0
     for path in paths:
-        if path.suffix not in SUFFIXES and path.name not in NAMES or path.name == "words.py":
+        if (path.suffix not in SUFFIXES and path.name not in NAMES) or path.name == "words.py":
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
             for match in PATTERN.finditer(line):
