@@ -1,9 +1,9 @@
-"""What managedFields cost the embedded API: writes with them, and with their tracking left out.
+"""Measure what managedFields cost the embedded API: writes with and without tracking.
 
     python bench/api_writes.py
 
-In one process and without HTTP: CPU time of a write by the registry, SQLite in memory, and the
-bytes of the object that is stored and sent. Each figure is the best of ROUNDS.
+Runs in one process without HTTP. Measures the CPU time per write in the registry, with SQLite in
+memory, and the size of the stored object. Each figure is the best of ROUNDS.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RUNNING = {
 
 
 def measure() -> dict[str, tuple[float, int]]:
-    """µs of CPU a write, and bytes of its object, by the kind of write."""
+    """CPU time in µs and object size in bytes per kind of write."""
     registry = Registry(Store(":memory:"), Catalog())
     registry.create(CRDS, "", model_crd(), WriteOptions())
     models = registry.catalog.find("kubeai.org", "v1", "models")

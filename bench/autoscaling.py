@@ -1,12 +1,12 @@
-"""Plays the autoscaler's traces against its rule and others: the figures of docs/autoscaling.md.
+"""Compare the autoscaler's rule with others on traces: the figures in docs/autoscaling.md.
 
     python bench/autoscaling.py             # docs/autoscaling/*.svg and the tables
     python bench/autoscaling.py --check     # exit code 1 where the tables are not up to date
 
-Needs `pip install -c constraints.txt -e '.[plots]'`, and some minutes of two cores.
+Needs `pip install -c constraints.txt -e '.[plots]'` and takes some minutes on two cores.
 
 Everything is simulated in virtual time with fixed seeds (kubeai/simulation), so the same code
-writes the same bytes. The rule under test is the very class that the operator runs.
+writes the same bytes. The rule under test is the class that the operator runs.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def plot(name: str, runs: dict[str, list[Tick]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="only check that the tables are up to date")
     check = parser.parse_args().check
     before = page = PAGE.read_text()
     names = [trace.name for trace in traces()]

@@ -1,4 +1,4 @@
-"""What the micro-benchmarks measure on: rings up to the largest of the bars, and 100,000 keys."""
+"""Fixtures of the micro-benchmarks: rings of several sizes and 100,000 keys."""
 
 import random
 from collections.abc import Callable

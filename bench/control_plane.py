@@ -1,4 +1,4 @@
-"""The control plane on a real Kubernetes: how soon it acts, what it costs, how often it writes.
+"""Measure the control plane on a real Kubernetes API: reaction times, CPU, memory and writes.
 
     export KUBEBUILDER_ASSETS=$(tests/cluster/build.sh)
     python bench/control_plane.py [--quick] [--only wake] [--json FILE]
@@ -843,9 +843,9 @@ async def run_part(bench: Bench, part: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a minute's sample of it all")
+    parser.add_argument("--quick", action="store_true", help="run a one-minute sample of all parts")
     parser.add_argument("--only", action="append", choices=PARTS)
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:

@@ -1,10 +1,10 @@
-"""One KubeAI worker beside one nginx worker: many connections, latency, open streams, two workers.
+"""Compare a KubeAI worker with an nginx worker: connections, latency, streams, two workers.
 
     python bench/gateway_at_scale.py [--quick] [--only latency] [--json FILE]
 
 Proxies, mock engines and cores are those of ``gateway_vs_nginx.py``. Parts:
 
-- ``connections``: CPU a chat request with 1 to 1,024 connections, each asking again when answered;
+- ``connections``: CPU per chat request with 1 to 1,024 connections in a closed loop;
 - ``latency``: p50 and p99 at one open-loop rate, half of what we answer at most (found first, with
   128 connections that ask again when answered). Requests are due at fixed times, whether or not
   earlier ones are answered, and latency counts from when a request was due. The load and its
@@ -14,7 +14,7 @@ Proxies, mock engines and cores are those of ``gateway_vs_nginx.py``. Parts:
   millisecond several times a second) would be the p99 of both;
 - ``streams``: memory of the proxy's worker a stream with 9,500 open at once, each of which has
   given its first chunk, and how long until none is counted once the clients have gone;
-- ``workers``: CPU a request of two workers over that of one, 256 connections, all on one core.
+- ``workers``: CPU per request of two workers relative to one, 256 connections, all on one core.
 """
 
 from __future__ import annotations
@@ -337,10 +337,10 @@ def line(result: dict) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a minute's sample of it all")
+    parser.add_argument("--quick", action="store_true", help="run a one-minute sample of all parts")
     parser.add_argument("--only", action="append", choices=PARTS)
-    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="proxies' and load's")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="CPU cores of the proxies and of the load")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--endless", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--listeners", help=argparse.SUPPRESS)
     return parser.parse_args()

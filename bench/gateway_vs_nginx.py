@@ -1,4 +1,4 @@
-"""CPU that one KubeAI worker and one nginx worker spend on the same requests, side by side.
+"""Compare the CPU that a KubeAI worker and an nginx worker spend on the same requests.
 
     python bench/gateway_vs_nginx.py [--rounds 5] [--seconds 3] [--only chat] [--json FILE]
 
@@ -543,8 +543,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a sample: 2 rounds of a second")
     parser.add_argument("--only", action="append", choices=[s.name for s in SCENARIOS])
-    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="proxies' and load's")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="CPU cores of the proxies and of the load")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--engines", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--load", help=argparse.SUPPRESS)
     parser.add_argument("--load-port", type=int, help=argparse.SUPPRESS)

@@ -1,13 +1,13 @@
-"""What routing by prefix is worth, simulated: bench/results/headline.json and docs/benchmarks.md.
+"""Simulate the benefit of prefix routing: bench/results/headline.json and docs/benchmarks.md.
 
     python bench/headline.py               # make bench-headline
 
 Engines like L4s with Llama 3.1 8B in FP8 behind the ring and the load table that serve requests, in
 virtual time (kubeai/simulation): the same code writes the same figures on every machine.
 
-- ``headline.json``: a list, a row a strategy and concurrency, of the published scenario;
+- ``headline.json``: the published scenario, a row per strategy and concurrency;
 - ``headline.html``: its runs at the highest concurrency, as ``kubeai bench`` reports them;
-- ``studies.json``: where the edge ends, and what replication, factor and prefix length cost;
+- ``studies.json``: where the benefit ends; the cost of replication, factor and prefix length;
 - the tables of docs/benchmarks.md, and its pictures where matplotlib is installed
   (``pip install -c constraints.txt -e '.[plots]'``).
 """
@@ -102,7 +102,7 @@ PREAMBLE = msgspec.structs.replace(TALKS, documents=1, document_tokens=100)
 
 
 def talk(threads: int, shape: Shape = TALKS, **setting: Any) -> tuple[Setting, Shape]:
-    """Conversations of real turns, so many at a time, each two after the other."""
+    """Multi-turn conversations, ``threads`` at a time."""
     return (
         Setting(engine=ENGINE, concurrency=threads, **setting),
         msgspec.structs.replace(shape, conversations=2 * threads),

@@ -1,4 +1,4 @@
-"""Instructions a request, counted by callgrind: the same on a busy machine as on an idle one.
+"""Count instructions per request with callgrind: the same on a busy machine as on an idle one.
 
     python bench/instructions.py [--against REVISION] [--json FILE]
 
@@ -7,9 +7,9 @@ exchange, routing and counting are real, sockets and event loop are not there. A
 instructions of some hundred requests are counted, and divided by their number; so they are by the
 library whose code they are, the interpreter's part with what the driving itself costs.
 
-``--against`` builds another revision in a folder of its own and counts there too; the exit status
-is 1 when this tree needs over 5 % more anywhere. Needs valgrind (Debian: apt install valgrind) and
-gcc; without valgrind it says so and ends well.
+``--against`` builds another revision in a separate folder and counts there too; the exit status is
+1 if this tree needs over 5 % more in any scenario. Needs valgrind (Debian: apt install valgrind)
+and gcc; without valgrind it prints a notice and exits with status 0.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def show(here: dict[str, dict[str, float]], there: dict[str, dict[str, float]]) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--against", metavar="REVISION", help="a commit to compare with")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--against", metavar="REVISION", help="git revision to compare with")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--count", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.count:

@@ -1,4 +1,4 @@
-"""What a chunk costs `kubeai bench`: 2,000 streams at once, on one core.
+"""Measure the CPU that `kubeai bench` spends per chunk: 2,000 concurrent streams on one core.
 
     python bench/loadtest_cost.py [--streams 2000] [--chunks 400] [--json FILE]
 
@@ -8,8 +8,8 @@ steps, 20 a second. The figure is `client.cpu_us_per_chunk` of its results: all 
 that sends, kernel included, over the events that it read, requests and connections in it. Fails
 when that is more than 10 µs, when a request failed, or when a chunk was not seen.
 
-Beside it stands what no client can be below on this machine: the kernel's time of a loop that does
-nothing but wait for the same streams and read them, in the same minute and on the same core.
+For comparison it reports a lower bound for any client on this machine: the kernel time of a loop
+that only waits for the same streams and reads them, in the same minute and on the same core.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def measure(streams: int, chunks: int) -> tuple[dict[str, Any], float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=int, default=2000)
-    parser.add_argument("--chunks", type=int, default=400, help="of each stream")
+    parser.add_argument("--chunks", type=int, default=400, help="chunks per stream")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bare", type=int, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""What requests get while engines fail and recover: the tables in docs/partial-failure.md.
+"""Simulate requests while engines fail and recover: the tables in docs/partial-failure.md.
 
     python bench/partial_failure.py [--write docs/partial-failure.md]
 

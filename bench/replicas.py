@@ -1,4 +1,4 @@
-"""What it costs to be several: the table in docs/several-replicas.md.
+"""Simulate the cost of several KubeAI replicas: the table in docs/several-replicas.md.
 
     python bench/replicas.py [--write docs/several-replicas.md]
 

@@ -1,4 +1,4 @@
-"""One small scenario twice: in real time, and simulated. They must agree.
+"""Run one small scenario in real time and in simulation, and check that they agree.
 
     python bench/simulated_and_real.py
     python bench/simulated_and_real.py --vllm 127.0.0.1:8801 127.0.0.1:8802 \\
@@ -165,7 +165,7 @@ def compare(addresses: Sequence[str], config: EngineConfig, shape: Shape) -> boo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vllm", nargs="+", metavar="ADDRESS", help="host:port of vLLM's servers")
+    parser.add_argument("--vllm", nargs="+", metavar="ADDRESS", help="host:port of running vLLM servers")
     parser.add_argument("--block-tokens", type=int, default=16)
     parser.add_argument("--cache-blocks", type=int, default=4096)
     parser.add_argument("--prefill-tokens-per-second", type=float, default=8000.0)

@@ -1,11 +1,11 @@
-"""How long one request body at the limit (64 MiB) holds a worker's loop.
+"""Measure how long one request body at the limit (64 MiB) blocks a worker's event loop.
 
     python bench/stall.py [--json FILE]
 
-A gateway runs here; a second process is the client, and the engine. What is told is the longest
-that anything else had to wait for its turn on the loop, from the first byte of the request to the
-last of its answer: reading what is asked for, hashing, sending on, freeing. It is the best of some
-rounds, since a busy machine makes others wait too.
+The gateway runs in this process; a second process is both client and engine. The figure is the
+longest delay of any other task on the event loop, from the request's first byte to the response's
+last: parsing, hashing, forwarding, freeing. It is the best of several rounds, since other load on
+the machine adds delays.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ async def longest_ms(name: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -156,7 +156,7 @@ class Fleet(Machine):
         return next((one for one in self.replicas if one.name == holder), None)
 
     async def settled(self, name: str, count: int) -> bool:
-        """Whether a Model wants, has and says that it has so many replicas, all ready."""
+        """Whether a Model's spec, pods and status all have ``count`` replicas, all ready."""
         found = await self.kube.get(MODELS, name, self.namespace)
         status = found.get("status", {}).get("replicas", {})
         said = found["spec"].get("replicas"), status.get("all"), status.get("ready")

@@ -208,7 +208,7 @@ class World:
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     async def pods_once(self, count, name="m"):
-        """Those pods, once there are so many."""
+        """The model's pods, once there are ``count``."""
         found = []
 
         async def there():

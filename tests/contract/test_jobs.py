@@ -145,7 +145,7 @@ class World:
         return True
 
     async def reasons(self, name="j"):
-        """How often each kind of Event was told of the Job."""
+        """Count the Job's Events by reason."""
         events, _ = await self.kube.list(EVENTS, self.kube.namespace)
         return Counter(e["reason"] for e in events if e["involvedObject"]["name"] == name)
 

@@ -132,7 +132,7 @@ async def test_an_adapter_that_cannot_be_loaded_is_told_and_the_model_serves(box
         return (await box.ask("m_a"))[0] == 200
 
     await until("answers", answers)
-    await until("mended", lambda: box.is_so("Degraded", "False", "AsExpected"))
+    await until("repaired", lambda: box.is_so("Degraded", "False", "AsExpected"))
     assert "failedAdapters" not in (await box.kube.get(MODELS, "m"))["status"]
 
 

@@ -47,7 +47,7 @@ class Machine(World):
         )
 
     async def serve(self, replicas: int) -> list[dict]:
-        """Run a Model of so many replicas; its pods, once all are ready."""
+        """Create a Model with ``replicas`` replicas and return its pods once all are ready."""
         self.start(config=self.config)
         await self.create(resourceProfile="gpu:1", autoscalingDisabled=True, replicas=replicas)
         await self.replicas_are(replicas, replicas)

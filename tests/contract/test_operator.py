@@ -202,8 +202,8 @@ async def test_a_broken_version_stops_after_the_surge_and_the_old_one_serves(wor
     await world.replicas_are(4, 3)
     assert replica.endpoints("m") == old
     assert await world.condition("Progressing") == ("True", "RollingOut")
-    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--mended"]}})
-    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "mended")
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--repaired"]}})
+    await until(lambda: has(world, "Progressing", "False", "UpToDate"), "repaired")
     assert world.nodes.most <= 4
 
 

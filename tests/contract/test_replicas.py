@@ -194,7 +194,7 @@ async def test_a_pod_is_drained_by_the_replicas_that_do_not_lead(small_fleet):
 
 
 async def all_hear(fleet: Fleet) -> bool:
-    """Whether each replica has heard the other two of late."""
+    """Whether each replica has recently heard from the other two."""
     for replica in fleet.replicas:
         series = await replica.series()
         silences = [v for s, v in series.items() if s.startswith("kubeai_peer_silence_seconds{")]
@@ -204,7 +204,7 @@ async def all_hear(fleet: Fleet) -> bool:
 
 
 async def loads_are(fleet: Fleet, *loads: int) -> bool:
-    """Whether the endpoints serve so many requests each, all replicas together."""
+    """Whether the endpoints' in-flight counts, summed over all replicas, are ``loads``."""
     found: Counter[str] = Counter()
     for replica in fleet.replicas:
         series = await replica.series()
@@ -213,14 +213,14 @@ async def loads_are(fleet: Fleet, *loads: int) -> bool:
 
 
 async def told(replica: Replica, *loads: int) -> bool:
-    """Whether a replica has heard that the others have so many requests at each endpoint."""
+    """Whether a replica has received ``loads`` as the others' in-flight counts per endpoint."""
     series = await replica.series()
     found = [v for s, v in series.items() if s.startswith(PEERS_IN_FLIGHT)]
     return sorted(found) == sorted(loads)
 
 
 async def average_is(fleet: Fleet, requests: float) -> bool:
-    """Whether so many requests of the Model are active by the state that the autoscaler keeps."""
+    """Whether the Model's average in the autoscaler's stored state is ``requests``."""
     found, _ = await fleet.kube.list(CONFIGMAPS, fleet.namespace)
     kept = [one["data"]["models"] for one in found if "models" in one.get("data", {})]
     return any(

@@ -194,7 +194,7 @@ async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tm
         assert await pods(kube, "wrong") == []
         async with aiohttp.ClientSession() as session:
             assert (await chat(session, local.endpoint, "right", "hi")).whole
-        # It is mended by hand, and can be deleted as it is.
+        # The user repairs it; it can be deleted without that.
         await kube.delete(k.MODELS, "wrong", kube.namespace)
 
 
@@ -264,7 +264,7 @@ async def test_wrong_requests_get_openais_errors_and_others_go_on(tmp_path):
 
 
 async def test_traces_that_nothing_installed_can_send(tmp_path):
-    """Said once, before anything serves; a worker that ended by it would be started for ever."""
+    """Reported once, before serving: a worker that failed on it would be restarted forever."""
     package = tmp_path / "modules" / "opentelemetry"  # hides what is installed here
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -60,4 +60,4 @@ async def test_a_model_that_cannot_start_is_a_503_with_the_reason(local):
         assert int(error.response.headers["Retry-After"]) > 0
 
         await kube.patch(MODELS, "misnamed", {"spec": {"resourceProfile": "cpu:1"}}, "default")
-        await until("the mended Model answers", lambda: answers(client, "misnamed"))
+        await until("the repaired Model answers", lambda: answers(client, "misnamed"))

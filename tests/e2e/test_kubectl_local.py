@@ -53,7 +53,7 @@ class Kubectl:
         )
 
     async def counts(self, wanted):
-        """Whether the one Model's replicas, and the ready ones, are so many."""
+        """Whether the Model's counts of all and of ready replicas are as wanted."""
         row = await self.row("get", "models")
         return [row.get(name) for name in ("NAME", "REPLICAS", "READY")] == ["chat", wanted, wanted]
 

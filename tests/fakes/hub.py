@@ -20,7 +20,7 @@ class Repository:
     files: dict[str, bytes]
     token: str = ""  # who may see it; anybody if empty
     gated: bool = False
-    corrupt: dict[str, int] = field(default_factory=dict)  # path → so many times
+    corrupt: dict[str, int] = field(default_factory=dict)  # path → number of corrupt responses
     cut: dict[str, int] = field(default_factory=dict)  # path → sent once up to this byte
     ranges: list[tuple[str, int]] = field(default_factory=list)  # what was asked for, from where
 

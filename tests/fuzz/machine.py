@@ -60,7 +60,7 @@ class End:
         self._deliver()
 
     def receive_end(self, reset: bool) -> None:
-        """FIN or RST; a FIN is seen only by who reads."""
+        """Receive FIN or RST; a FIN is only noticed while reading."""
         if self.closed or (not reset and not self._reading):
             return
         if reset:

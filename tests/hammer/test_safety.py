@@ -137,7 +137,7 @@ async def test_a_killed_worker_takes_only_its_own_requests_with_it(start, stream
     await until(lambda: fleet.counts().get("active m", 0) < 40, "its column is cleared", 1.0)
     left = fleet.counts()["active m"]
     assert 0 < left < 40
-    # Who comes now may wait for the successor in the dead worker's queue, and is answered.
+    # New connections may wait in the dead worker's queue; its successor answers them.
     wires = [await connect(fleet.port) for _ in range(20)]
     for wire in wires:
         await wire.send(post())
