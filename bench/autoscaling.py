@@ -213,7 +213,9 @@ def plot(name: str, runs: dict[str, list[Tick]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only check that the tables are up to date")
+    parser.add_argument(
+        "--check", action="store_true", help="only check that the tables are up to date"
+    )
     check = parser.parse_args().check
     before = page = PAGE.read_text()
     names = [trace.name for trace in traces()]

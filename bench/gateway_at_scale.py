@@ -339,7 +339,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="run a one-minute sample of all parts")
     parser.add_argument("--only", action="append", choices=PARTS)
-    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="CPU cores of the proxies and of the load")
+    parser.add_argument(
+        "--cores",
+        type=int,
+        nargs=2,
+        default=(0, 1),
+        help="CPU cores of the proxies and of the load",
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--endless", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--listeners", help=argparse.SUPPRESS)

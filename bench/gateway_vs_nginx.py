@@ -543,7 +543,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a sample: 2 rounds of a second")
     parser.add_argument("--only", action="append", choices=[s.name for s in SCENARIOS])
-    parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="CPU cores of the proxies and of the load")
+    parser.add_argument(
+        "--cores",
+        type=int,
+        nargs=2,
+        default=(0, 1),
+        help="CPU cores of the proxies and of the load",
+    )
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--engines", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--load", help=argparse.SUPPRESS)

@@ -165,7 +165,9 @@ def compare(addresses: Sequence[str], config: EngineConfig, shape: Shape) -> boo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vllm", nargs="+", metavar="ADDRESS", help="host:port of running vLLM servers")
+    parser.add_argument(
+        "--vllm", nargs="+", metavar="ADDRESS", help="host:port of running vLLM servers"
+    )
     parser.add_argument("--block-tokens", type=int, default=16)
     parser.add_argument("--cache-blocks", type=int, default=4096)
     parser.add_argument("--prefill-tokens-per-second", type=float, default=8000.0)
