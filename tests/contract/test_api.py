@@ -38,7 +38,7 @@ def test_a_created_object_has_its_metadata(widgets: Collection, namespace: str):
     assert widgets("GET", "w")[1]["spec"] == made["spec"]
 
 
-def test_names_are_taken_once(widgets: Collection):
+def test_creating_an_existing_name_conflicts(widgets: Collection):
     widgets.make(widget())
     answer = widgets.refused(409, "POST", "", widget())
     assert answer["reason"] == "AlreadyExists"
@@ -57,7 +57,7 @@ def test_bad_names_are_refused(configs: Collection, name: str):
     assert answer["details"]["causes"][0]["field"] == "metadata.name"
 
 
-def test_what_is_not_there_is_not_found(widgets: Collection, api_server: ApiServer):
+def test_missing_objects_are_not_found(widgets: Collection, api_server: ApiServer):
     for method, body in (("GET", None), ("DELETE", None), ("PATCH", {}), ("PUT", widget("none"))):
         answer = widgets.refused(404, method, "none", body)
         assert answer["reason"] == "NotFound"
@@ -77,7 +77,7 @@ def test_what_is_not_there_is_not_found(widgets: Collection, api_server: ApiServ
         ("POST", "/api/v1/namespaces/default/configmaps/x", 405),
     ],
 )
-def test_a_path_that_is_not_served_is_a_status_with_details(
+def test_unserved_path_returns_status_with_details(
     api_server: ApiServer, method: str, path: str, code: int
 ):
     got, answer = api_server.request(method, path, {}, "application/merge-patch+json")
@@ -88,7 +88,7 @@ def test_a_path_that_is_not_served_is_a_status_with_details(
 @pytest.mark.parametrize(
     "accept", ["application/xml", "application/json;as=Foo;v=v1;g=meta.k8s.io", "text/html"]
 )
-def test_a_form_that_is_not_served_is_not_acceptable(
+def test_unsupported_media_type_is_not_acceptable(
     configs: Collection, api_server: ApiServer, accept: str
 ):
     for method, body in (("GET", None), ("POST", {"metadata": {"name": "c"}})):
@@ -100,7 +100,7 @@ def test_a_form_that_is_not_served_is_not_acceptable(
         assert (code, answer["reason"]) == (406, "NotAcceptable")
 
 
-def test_only_the_token_opens_the_api(api_server: ApiServer):
+def test_requests_without_the_token_are_unauthorized(api_server: ApiServer):
     code, answer = api_server._replace(token="wrong").request("GET", "/api/v1/namespaces")
     assert (code, answer["reason"]) == (401, "Unauthorized")
 
@@ -140,7 +140,7 @@ def test_a_built_in_object_may_be_replaced_without_one(configs: Collection):
     assert (code, answer["data"]) == (200, {"b": "2"})
 
 
-def test_a_lease_goes_to_one_of_those_who_want_it(api_server: ApiServer, namespace: str):
+def test_concurrent_lease_claims_have_one_winner(api_server: ApiServer, namespace: str):
     path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
     leases = Collection(api_server, path)
     spec = {"holderIdentity": "a", "renewTime": "2026-01-01T00:00:00.000001Z"}
@@ -155,7 +155,7 @@ def test_a_lease_goes_to_one_of_those_who_want_it(api_server: ApiServer, namespa
 
 
 @pytest.mark.parametrize("kind", [MERGE, JSON_PATCH])
-def test_patches_are_validated_by_their_fields(widgets: Collection, kind: str):
+def test_patch_results_are_validated(widgets: Collection, kind: str):
     widgets.make(widget())
     patch: object = {"spec": {"odd": 1}}
     if kind == JSON_PATCH:
@@ -170,12 +170,12 @@ def test_patches_are_validated_by_their_fields(widgets: Collection, kind: str):
     assert said in answer["message"]
 
 
-def test_a_write_that_changes_nothing_is_no_write(widgets: Collection):
+def test_no_op_write_keeps_resource_version(widgets: Collection):
     made = widgets.make(widget())
     assert widgets.patch("w", {"spec": {"size": 3}}) == made
 
 
-def test_metadata_that_the_api_owns_stays(widgets: Collection):
+def test_server_owned_metadata_cannot_be_changed(widgets: Collection):
     made = widgets.make(widget())["metadata"]
     long_ago = "2000-01-01T00:00:00Z"
     answer = widgets.patch("w", {"metadata": {"generation": 9, "creationTimestamp": long_ago}})
@@ -187,7 +187,7 @@ def test_metadata_that_the_api_owns_stays(widgets: Collection):
     widgets.refused(422, "PATCH", "w", {"metadata": {"uid": "other"}})
 
 
-def test_status_and_spec_are_written_apart(widgets: Collection):
+def test_status_and_spec_are_written_separately(widgets: Collection):
     made = widgets.make({**widget(), "status": {"replicas": 7}})
     assert "status" not in made
     assert "status" not in widgets.patch("w", {"status": {"replicas": 7}})
@@ -389,7 +389,7 @@ BLOCKED = (
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_objects_that_do_not_fit_the_schema(widgets: Collection, spec, reason, line):
+def test_objects_that_violate_the_schema_are_rejected(widgets: Collection, spec, reason, line):
     answer = widgets.refused(422, "POST", "", widget(**spec))
     assert answer["reason"] == "Invalid"
     causes = [f"{cause['field']}: {cause['message']}" for cause in answer["details"]["causes"]]
@@ -425,7 +425,7 @@ def test_transition_rules_compare_with_the_old_object(widgets: Collection):
     assert widgets.patch("w", {"spec": {"parts": parts, "frozen": None}})
 
 
-def test_what_was_wrong_before_does_not_stop_other_changes(api_server: ApiServer, namespace: str):
+def test_existing_violations_do_not_block_unrelated_changes(api_server: ApiServer, namespace: str):
     crds = Collection(api_server, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions")
     name = f"gadgets.{namespace}.org"
     crd = orjson.loads(orjson.dumps(WIDGETS))
@@ -488,7 +488,7 @@ def test_a_definition_is_established(definition, api_server: ApiServer):
 # Lists.
 
 
-def test_lists_are_cut_in_pages_of_one_moment(widgets: Collection):
+def test_paginated_lists_show_one_snapshot(widgets: Collection):
     for index in range(5):
         widgets.make(widget(f"w{index}"))
     code, first = widgets("GET", "?limit=2")
@@ -542,7 +542,7 @@ def test_field_selectors(widgets: Collection, pods: Collection, namespace: str):
     widgets.refused(400, "GET", "?labelSelector=a+in+b")
 
 
-def test_a_list_of_the_future_is_refused(widgets: Collection):
+def test_list_at_a_future_resource_version_is_rejected(widgets: Collection):
     answer = widgets.refused(504, "GET", "?resourceVersion=99999999&resourceVersionMatch=Exact")
     assert answer["details"]["causes"][0]["reason"] == "ResourceVersionTooLarge"
 
@@ -559,7 +559,7 @@ def _types(events, count: int) -> list[tuple[str, str]]:
     return found
 
 
-def test_a_watch_tells_what_happened_since(widgets: Collection):
+def test_watch_returns_events_since_a_resource_version(widgets: Collection):
     start = widgets("GET")[1]["metadata"]["resourceVersion"]
     widgets.make(widget())
     with widgets.server.watch(f"{widgets.path}?watch=1&resourceVersion={start}") as events:
@@ -574,7 +574,7 @@ def test_a_watch_tells_what_happened_since(widgets: Collection):
     assert versions == sorted(set(versions))
 
 
-def test_a_watch_without_a_version_begins_with_what_is_there(widgets: Collection):
+def test_watch_without_resource_version_starts_with_existing_objects(widgets: Collection):
     widgets.make(widget())
     for query in ("?watch=1", "?watch=1&resourceVersion=0"):
         with widgets.server.watch(widgets.path + query) as events:
@@ -593,7 +593,7 @@ def test_a_watch_may_ask_for_the_initial_events(widgets: Collection):
     assert bookmark["object"]["metadata"]["annotations"] == {"k8s.io/initial-events-end": "true"}
 
 
-def test_a_selection_is_watched_as_objects_come_and_leave(widgets: Collection):
+def test_watch_with_selector_reports_objects_entering_and_leaving(widgets: Collection):
     start = widgets("GET")[1]["metadata"]["resourceVersion"]
     query = f"?watch=1&resourceVersion={start}&labelSelector=in=1"
     with widgets.server.watch(widgets.path + query) as events:
@@ -608,7 +608,7 @@ def test_a_selection_is_watched_as_objects_come_and_leave(widgets: Collection):
         ]  # fmt: skip
 
 
-def test_a_watch_ends_after_its_time(widgets: Collection):
+def test_watch_ends_after_its_timeout(widgets: Collection):
     started = time.monotonic()
     with widgets.server.watch(f"{widgets.path}?watch=1&timeoutSeconds=1") as events:
         assert list(events) == []
@@ -666,7 +666,7 @@ def test_preconditions_of_a_deletion(widgets: Collection):
     assert widgets("DELETE", "w", {"preconditions": right})[0] == 200
 
 
-def test_a_pod_without_a_node_goes_at_once(pods: Collection):
+def test_unscheduled_pod_is_deleted_immediately(pods: Collection):
     pods.make(pod())
     assert pods("DELETE", "p")[0] == 200
     assert pods("GET", "p")[0] == 404
@@ -690,7 +690,7 @@ def test_a_pod_on_a_node_stays_until_its_kubelet_ends_it(pods: Collection):
     assert pods("GET", "p")[0] == 404
 
 
-def test_a_finished_pod_goes_at_once(pods: Collection):
+def test_finished_pod_is_deleted_immediately(pods: Collection):
     pods.make(pod(nodeName="n1"))
     pods.patch("p/status", {"status": {"phase": "Succeeded"}})
     assert pods("DELETE", "p")[0] == 200
@@ -707,7 +707,7 @@ def test_a_collection_is_deleted_by_selector(configs: Collection):
 # Pods.
 
 
-def test_a_pod_is_filled_in(pods: Collection):
+def test_pod_defaults_are_set(pods: Collection):
     container = {
         "name": "c", "image": "registry:5000/x/i", "ports": [{"containerPort": 80}],
         "resources": {"limits": {"cpu": 1, "memory": "1024Mi"}},
@@ -753,7 +753,7 @@ def test_bad_pods_are_refused(pods: Collection, spec: dict, field: str):
     assert field in [cause["field"] for cause in answer["details"]["causes"]]
 
 
-def test_a_pod_cannot_be_changed_but_for_its_image(pods: Collection):
+def test_only_the_image_of_a_pod_can_be_changed(pods: Collection):
     pods.make(pod())
     image = {"spec": {"containers": [{"name": "c", "image": "j"}]}}
     assert pods.patch("p", image, STRATEGIC)["spec"]["containers"][0]["image"] == "j"
@@ -766,7 +766,7 @@ def test_a_pod_cannot_be_changed_but_for_its_image(pods: Collection):
 # Jobs.
 
 
-def test_a_job_is_filled_in_and_selects_its_own_pods(jobs: Collection):
+def test_job_defaults_are_set_and_select_its_own_pods(jobs: Collection):
     made = jobs.make(job(labels={"app": "x"}))
     spec, uid = made["spec"], made["metadata"]["uid"]
     ours = {
@@ -798,7 +798,7 @@ def test_a_job_with_parallelism_alone_has_no_completions(jobs: Collection):
     assert table["rows"][0]["cells"][2] == "0/1 of 2"
 
 
-def test_a_selector_of_ones_own_is_kept(jobs: Collection):
+def test_manual_job_selector_is_kept(jobs: Collection):
     labels = {"app": "x"}
     own = job(labels=labels, manualSelector=True, selector={"matchLabels": labels})
     spec = jobs.make(own)["spec"]
@@ -834,7 +834,7 @@ def test_bad_jobs_are_refused(jobs: Collection, wrong: dict, field: str):
         ({"template": {"spec": {"terminationGracePeriodSeconds": 3}}}, "spec.template"),
     ],
 )
-def test_what_a_job_runs_cannot_be_changed(jobs: Collection, change: dict, field: str):
+def test_job_template_is_immutable(jobs: Collection, change: dict, field: str):
     jobs.make(job())
     answer = jobs.refused(422, "PATCH", "j", {"spec": change})
     assert field in [cause["field"] for cause in answer["details"]["causes"]]
@@ -879,7 +879,7 @@ def test_a_watch_as_tables_has_columns_once(widgets: Collection):
     assert second["rows"][0]["cells"][0] == "b"
 
 
-def test_metadata_alone(widgets: Collection):
+def test_partial_object_metadata(widgets: Collection):
     widgets.make(widget())
     code, answer = widgets.server.request("GET", f"{widgets.path}/w", accept=PARTIAL)
     assert (code, answer["kind"]) == (200, "PartialObjectMetadata")
@@ -903,7 +903,7 @@ def test_the_columns_of_pods(pods: Collection):
 # Discovery.
 
 
-def test_discovery_tells_the_resources(definition, api_server: ApiServer):
+def test_discovery_lists_resources(definition, api_server: ApiServer):
     listed = api_server.request("GET", "/apis/test.kubeai.org/v1")[1]["resources"]
     assert [entry["name"] for entry in listed] == ["widgets", "widgets/status", "widgets/scale"]
     assert listed[0]["shortNames"] == ["wd"]
@@ -918,7 +918,7 @@ def test_discovery_tells_the_resources(definition, api_server: ApiServer):
     assert "test.kubeai.org" in [group["name"] for group in groups]
 
 
-def test_discovery_in_one_answer(definition, api_server: ApiServer):
+def test_aggregated_discovery(definition, api_server: ApiServer):
     accept = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
     code, answer = api_server.request("GET", "/apis", accept=accept)
     assert (code, answer["kind"]) == (200, "APIGroupDiscoveryList")
@@ -930,7 +930,7 @@ def test_discovery_in_one_answer(definition, api_server: ApiServer):
     assert [sub["subresource"] for sub in resource["subresources"]] == ["status", "scale"]
 
 
-def test_openapi_tells_the_schema_and_the_patches(definition, api_server: ApiServer):
+def test_openapi_describes_schema_and_patch_types(definition, api_server: ApiServer):
     index = until(
         lambda: api_server.request("GET", "/openapi/v3")[1]["paths"].get("apis/test.kubeai.org/v1")
     )

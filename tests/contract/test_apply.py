@@ -50,7 +50,7 @@ def entries(obj: dict) -> dict[tuple[str, str], dict]:
 # Applies.
 
 
-def test_an_apply_creates_changes_and_leaves_alone(widgets: Collection):
+def test_apply_creates_changes_and_skips_unchanged_objects(widgets: Collection):
     code, made = asked(widgets, widget(size=3, labels={"x": "1"}))
     assert (code, made["spec"]["color"], made["metadata"]["generation"]) == (201, "red", 1)
     assert apply(widgets, widget(size=3, labels={"x": "1"})) == made
@@ -75,7 +75,7 @@ def test_an_apply_may_be_yaml(configs: Collection):
     configs.refused(400, "PATCH", "c?fieldManager=a", [1], APPLY)
 
 
-def test_an_apply_that_would_change_what_others_own_conflicts(widgets: Collection):
+def test_apply_to_fields_of_another_manager_conflicts(widgets: Collection):
     parts = [{"name": "p", "weight": 2}]
     apply(widgets, widget(size=3, labels={"x": "1"}, parts=parts))
     answer = conflict(widgets, widget(size=4), "b")
@@ -96,7 +96,7 @@ def test_an_apply_that_would_change_what_others_own_conflicts(widgets: Collectio
     assert conflict(widgets, widget(size=3))["details"]["causes"][0]["field"] == ".spec.size"
 
 
-def test_what_managers_agree_on_is_shared_until_both_leave_it(configs: Collection):
+def test_equal_values_are_co_owned_until_both_managers_drop_them(configs: Collection):
     apply(configs, config(a="1", b="2"))
     shared = apply(configs, config(a="1", c="3"), "b")
     assert entries(shared) == {
@@ -109,7 +109,7 @@ def test_what_managers_agree_on_is_shared_until_both_leave_it(configs: Collectio
     assert "managedFields" not in left["metadata"]
 
 
-def test_lists_are_owned_as_the_schema_says(widgets: Collection):
+def test_list_ownership_follows_the_schema(widgets: Collection):
     apply(widgets, widget(tags=["ta", "tb"], parts=[{"name": "p", "weight": 1}, {"name": "q"}]))
     both = apply(widgets, widget(tags=["tc", "tb"], parts=[{"name": "n"}, {"name": "p"}]), "b")
     assert both["spec"]["tags"] == ["ta", "tc", "tb"]
@@ -124,7 +124,7 @@ def test_lists_are_owned_as_the_schema_says(widgets: Collection):
     assert left["parts"] == [{"name": "n", "weight": 1}, {"name": "p", "weight": 1}]
 
 
-def test_pods_are_owned_by_the_keys_of_their_lists(pods: Collection):
+def test_pod_list_items_are_owned_by_key(pods: Collection):
     container = {
         "name": "c", "image": "i", "command": ["x"], "ports": [{"containerPort": 80}],
         "env": [{"name": "A", "value": "1"}],
@@ -156,7 +156,7 @@ def test_pods_are_owned_by_the_keys_of_their_lists(pods: Collection):
     pods.patch("p", {"metadata": {"finalizers": None}})
 
 
-def test_an_apply_is_refused(widgets: Collection, api_server: ApiServer):
+def test_invalid_apply_requests_are_rejected(widgets: Collection, api_server: ApiServer):
     made = apply(widgets, widget())
     for query, body, kind, said in (
         ("", widget(), APPLY, "fieldManager: Required value: is required for apply patch"),
@@ -198,9 +198,7 @@ def test_an_apply_is_refused(widgets: Collection, api_server: ApiServer):
         ({"labels": "x"}, ".spec.labels: expected map, got "),
     ],
 )
-def test_an_apply_that_does_not_fit_the_schema_names_the_place(
-    widgets: Collection, spec: dict, said: str
-):
+def test_apply_that_violates_the_schema_names_the_field(widgets: Collection, spec: dict, said: str):
     code, answer = asked(widgets, widget(**spec))
     # A real API server calls this an error of its own.
     assert code == (400 if widgets.server.kind == "embedded" else 500)
@@ -257,7 +255,9 @@ def test_an_update_takes_fields_from_an_applier(widgets: Collection):
     assert ("a", "Apply") not in entries(gone)
 
 
-def test_an_update_that_does_not_fit_is_refused_as_ever(widgets: Collection, pods: Collection):
+def test_invalid_update_is_rejected_as_without_managed_fields(
+    widgets: Collection, pods: Collection
+):
     made = widgets.make(widget(parts=[{"name": "p"}]))
     made["spec"]["parts"] = [{"weight": 1}]
     answer = widgets.refused(422, "PUT", "w", made)
@@ -267,7 +267,7 @@ def test_an_update_that_does_not_fit_is_refused_as_ever(widgets: Collection, pod
     pods.refused(422, "PUT", "p", made)
 
 
-def test_the_status_is_owned_apart(widgets: Collection):
+def test_status_fields_are_owned_separately(widgets: Collection):
     apply(widgets, widget(size=3))
     status = {"replicas": 1, "conditions": [{"type": "A"}]}
     body = {**widget(size=9, metadata={"labels": {"x": "1"}}), "status": status}
@@ -321,7 +321,7 @@ def test_managed_fields_can_be_cleared_and_begin_again_with_an_apply(widgets: Co
     }
 
 
-def test_managed_fields_can_be_written_but_not_by_mistake(configs: Collection):
+def test_managed_fields_can_be_replaced_but_not_corrupted(configs: Collection):
     apply(configs, config(a="1"))
     entry = {"manager": "x", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
              "fieldsV1": {"f:data": {"f:q": {}}}}  # fmt: skip
@@ -335,7 +335,7 @@ def test_managed_fields_can_be_written_but_not_by_mistake(configs: Collection):
     configs.refused(400, "PUT", "c", patched)
 
 
-def test_old_updaters_are_joined(widgets: Collection):
+def test_oldest_update_managers_are_merged(widgets: Collection):
     widgets.make(widget())
     for index in range(14):
         label = {"metadata": {"labels": {f"l{index}": "1"}}}
@@ -345,7 +345,7 @@ def test_old_updaters_are_joined(widgets: Collection):
     assert "ancient-changes" in found
 
 
-def test_kubectl_takes_over_what_it_applied_from_its_side(configs: Collection):
+def test_kubectl_migrates_client_side_apply_to_server_side(configs: Collection):
     recorded = '{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"c"},"data":{"a":"1"}}'
     annotation = "kubectl.kubernetes.io/last-applied-configuration"
     made = config(a="1", b="1")
@@ -364,7 +364,7 @@ def test_kubectl_takes_over_what_it_applied_from_its_side(configs: Collection):
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/yaml"])
-def test_duplicate_keys_are_mistakes(configs: Collection, kind: str):
+def test_duplicate_keys_are_reported(configs: Collection, kind: str):
     if kind == "application/json":
         text = b'{"metadata":{"name":"c","name":"c"},"data":{"a":"1","a":"2"}}'
     else:
@@ -470,7 +470,7 @@ def some_config(chance: random.Random) -> dict:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_writes_to_a_custom_object_end_as_the_rules_say(widgets: Collection, seed: int):
+def test_random_writes_to_a_custom_object_match_the_model(widgets: Collection, seed: int):
     chance, oracle = random.Random(seed), Oracle("test.kubeai.org", "v1", "widgets")
     body = widget("x")
     assert told(200, apply(widgets, body, "m0")) == oracle.apply(body, "m0", False)
@@ -494,7 +494,7 @@ def test_any_writes_to_a_custom_object_end_as_the_rules_say(widgets: Collection,
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_writes_to_a_built_in_object_end_as_the_rules_say(configs: Collection, seed: int):
+def test_random_writes_to_a_built_in_object_match_the_model(configs: Collection, seed: int):
     chance, oracle = random.Random(seed), Oracle("", "v1", "configmaps")
     body = config("x")
     assert told(200, apply(configs, body, "m0")) == oracle.apply(body, "m0", False)

@@ -102,7 +102,7 @@ def helm(tmp_path) -> Helm:
 
 
 @pytest.mark.parametrize("values", ["", *(f.name for f in sorted(CHART.glob("values-*.yaml")))])
-def test_the_charts_have_nothing_to_complain_of_and_the_config_is_one(helm, values):
+def test_charts_lint_and_render_one_config(helm, values):
     options = ["--values", str(CHART / values)] if values else []
     helm("lint", str(CHART), "--strict", *IMAGE, *options)
     config = parse_config(config_of(helm.render("kubeai", *options)))
@@ -125,7 +125,7 @@ def test_the_charts_have_nothing_to_complain_of_and_the_config_is_one(helm, valu
         ({"resourceProfiles": {"cpu": {"requests": {"cpu": "one"}}}}, "/resourceProfiles/cpu/"),
     ],
 )
-def test_wrong_values_are_refused_by_their_path(helm, values, words):
+def test_invalid_values_are_rejected_with_their_path(helm, values, words):
     assert words in helm("template", "kubeai", str(CHART), *IMAGE, values=values, code=1)
 
 
@@ -142,7 +142,7 @@ def test_names_follow_the_release_where_they_are_not_given(helm):
     assert one(helm.render("prod"), "Deployment")["metadata"]["name"] == "kubeai"
 
 
-def test_secrets_hold_what_is_given_and_are_not_made_of_nothing(helm):
+def test_secrets_are_rendered_only_with_values(helm):
     assert [obj for obj in helm.render("kubeai") if obj["kind"] == "Secret"] == []
     given = {"aws": {"accessKeyID": "id", "secretAccessKey": "key"}, "gcp": {"name": "mine"}}
     rendered = helm.render("kubeai", values={"secrets": given})
@@ -202,7 +202,7 @@ NEEDS = {
 }
 
 
-def test_each_right_of_the_operator_is_needed_by_a_call_and_told_in_the_docs():
+def test_each_operator_permission_is_used_and_documented():
     """That they are enough the other contract tests show: on the real API they run with them."""
     rights = {
         f"{resource} {verb}"
@@ -218,7 +218,7 @@ def test_each_right_of_the_operator_is_needed_by_a_call_and_told_in_the_docs():
     assert by_resource(chart_role()) == by_resource(documented_role())
 
 
-def test_the_dashboard_shows_metrics_that_there_are(helm):
+def test_dashboard_uses_existing_metrics(helm):
     """KubeAI's by its docs; vLLM's are its own."""
     rendered = helm.render("kubeai", values={"metrics": {"grafanaDashboard": {"enabled": True}}})
     (found,) = [obj for obj in rendered if "kubeai.json" in obj.get("data", {})]
@@ -236,7 +236,7 @@ def test_the_dashboard_shows_metrics_that_there_are(helm):
     assert shown <= {*told, *of_histograms}
 
 
-def test_open_webui_is_there_when_it_is_wanted_and_takes_upstreams_values(helm):
+def test_open_webui_is_optional_and_accepts_upstream_values(helm):
     assert not [obj for obj in helm.render("k") if obj["metadata"]["name"] == "open-webui"]
     values = {
         "enabled": True,
@@ -259,7 +259,7 @@ def test_open_webui_is_there_when_it_is_wanted_and_takes_upstreams_values(helm):
 # -- the catalogue ---------------------------------------------------------------------------------
 
 
-def test_the_catalogue_has_nothing_to_complain_of_and_is_off(helm):
+def test_catalogue_lints_and_is_disabled_by_default(helm):
     helm("lint", str(MODELS_CHART), "--strict")
     assert helm.render("models", chart=MODELS_CHART) == []
 
@@ -272,7 +272,7 @@ def test_the_catalogue_has_nothing_to_complain_of_and_is_off(helm):
         ({"mine": {"url": "hf://a/b", "engine": "vllm", "features": []}}, "/catalog/mine/engine"),
     ],
 )
-def test_a_wrong_entry_is_refused_by_its_path(helm, entry, words):
+def test_invalid_catalogue_entry_is_rejected_with_its_path(helm, entry, words):
     assert words in helm("template", "m", str(MODELS_CHART), values={"catalog": entry}, code=1)
 
 
@@ -382,7 +382,7 @@ WARNED = {
 }
 
 
-def test_the_docs_list_what_pod_security_says_of_engines(helm, api, namespace):
+def test_docs_list_pod_security_violations_of_engines(helm, api, namespace):
     """By the chart's default values; `modelServerPods` is there to change it."""
     config = parse_config(config_of(helm.render("kubeai", values=CACHED)))
     rows = [
@@ -606,7 +606,7 @@ async def hub() -> Hub:
     await hub.stop()
 
 
-async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site, hub):
+async def test_release_installs_serves_upgrades_and_uninstalls_cleanly(site, hub):
     """With Models that run, one of them from a cache that the chart's own loader has filled.
 
     By `uninstall.deleteModels`; only the Model type stays.
@@ -638,7 +638,7 @@ async def test_a_release_is_installed_serves_is_upgraded_and_leaves_nothing(site
     assert not loaded.exists()
 
 
-async def test_a_newcomer_has_an_answer_after_two_charts(site):
+async def test_installing_both_charts_serves_a_model(site):
     """As docs/helm.md says; the engine that answers is the mock one, the GPU's is kwok's."""
     with site.gpu_node():
         before = site.objects()

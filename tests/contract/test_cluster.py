@@ -83,7 +83,7 @@ async def world(api, tmp_path):
         await world.close()
 
 
-async def test_a_replica_of_two_gpus_lands_where_two_are_free_and_nowhere_else(world):
+async def test_two_gpu_replica_is_scheduled_only_where_two_are_free(world):
     world.add_node("no-gpu")
     world.add_node("a100", "a100", 8)
     world.add_node("l4-one", "l4", 1)
@@ -110,7 +110,7 @@ async def test_a_replica_of_two_gpus_lands_where_two_are_free_and_nowhere_else(w
     assert await world.where() == ["l4-four", "l4-two"]
 
 
-async def test_a_model_that_no_node_can_run_says_so(world):
+async def test_unschedulable_model_reports_it(world):
     world.add_node("l4-one", "l4", 1)
     world.start(config=world.config)
     await world.create(resourceProfile="nvidia-gpu-l4:2", minReplicas=1)
@@ -150,7 +150,7 @@ async def test_a_cordoned_nodes_pod_that_is_evicted_comes_back_elsewhere(world):
     await world.replicas_are(1, 1)
 
 
-async def test_what_a_deleted_model_owns_is_collected_though_no_operator_runs(world):
+async def test_deleted_models_objects_are_garbage_collected_without_operator(world):
     world.add_node("one", "l4", 8)
     replica = world.start(config=world.config)
     file = {"path": "/etc/prompt.txt", "content": "Be kind."}

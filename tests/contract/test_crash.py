@@ -372,7 +372,7 @@ def _differences(expected, outcome) -> list:
     ]
 
 
-async def test_whenever_the_operator_is_killed_the_end_is_the_same(api_server, tmp_path):
+async def test_operator_killed_at_any_write_converges_to_the_same_state(api_server, tmp_path):
     expected, calls, _ = await _life(api_server, tmp_path / "unharmed")
     print(*calls, sep="\n")
     cuts = list(itertools.product(range(1, len(calls) + 1, STEP), ("before", "after")))

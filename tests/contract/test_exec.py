@@ -95,7 +95,7 @@ def test_exec_without_a_program_or_a_pod_says_so(kubectl: Kubectl, pods):
 
 
 @pytest.mark.kubectl
-def test_a_terminal_is_refused_clearly(kubectl: Kubectl, pods):
+def test_terminal_request_is_rejected_with_a_clear_message(kubectl: Kubectl, pods):
     ours, theirs = pty.openpty()
     try:
         done = subprocess.run(
@@ -115,7 +115,7 @@ def test_a_terminal_is_refused_clearly(kubectl: Kubectl, pods):
 
 
 @pytest.mark.kubectl
-def test_a_kubectl_that_speaks_no_websockets_is_told_what_is_needed(kubectl: Kubectl, pods):
+def test_kubectl_without_websockets_gets_the_required_version(kubectl: Kubectl, pods):
     kubectl.environment["KUBECTL_REMOTE_COMMAND_WEBSOCKETS"] = "false"
     said = kubectl("exec", "p", "--", "ls", code=1)
     assert "exec requires a WebSocket upgrade" in said

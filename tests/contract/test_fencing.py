@@ -204,9 +204,7 @@ async def freeze_in_the_midst_of_writes(replica, rand):
     await until(stopped.is_set, f"{replica.name} writes")
 
 
-async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_when_it_wakes(
-    fleet, world
-):
+async def test_leader_frozen_during_writes_stops_writing_after_it_thaws(fleet, world):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rand = random.Random(seed)
@@ -246,7 +244,7 @@ async def test_a_leader_that_is_frozen_in_the_midst_of_writes_writes_no_more_whe
     assert fleet.faults() == []
 
 
-async def test_a_leader_that_is_killed_or_told_to_stop_is_followed_in_time(fleet, world):
+async def test_killed_or_stopped_leader_is_replaced_in_time(fleet, world):
     await world.create(autoscalingDisabled=True, replicas=1)
     for name in ("one", "two", "three"):
         await fleet.join(name)
@@ -268,7 +266,7 @@ async def test_a_leader_that_is_killed_or_told_to_stop_is_followed_in_time(fleet
     assert fleet.faults() == []
 
 
-async def test_a_write_that_was_lost_in_a_partition_does_not_arrive_when_that_heals(fleet, world):
+async def test_write_lost_in_a_partition_is_not_delivered_after_it_heals(fleet, world):
     with contextlib.ExitStack() as stack:
         try:
             network = stack.enter_context(apart())
