@@ -1,4 +1,4 @@
-"""The process kubelet as a process, and pods for it whose processes are real."""
+"""Run the process kubelet as a process, with pods whose processes are real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operator's contract tests are made of: replicas of KubeAI's control plane, and nodes."""
+"""Helpers of the operator's contract tests: replicas of KubeAI's control plane, and nodes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Replica:
         await self.task
 
     async def kill(self):
-        """Gone without a word: the lease stays."""
+        """Kill the replica; its lease remains."""
         self.task.cancel()
         self.operator.leader.release = nothing
         with contextlib.suppress(asyncio.CancelledError):

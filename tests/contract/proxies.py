@@ -1,4 +1,4 @@
-"""A proxy before a Kubernetes API that notes what changes something, and can cut it off there.
+"""A proxy in front of a Kubernetes API that records writes and can cut the connection at one.
 
 It speaks plain HTTP on loopback. Commands in containers it answers itself, by ``run``, since the
 clusters of these tests have no kubelets.

@@ -1,4 +1,4 @@
-"""What clients may rely on: the same assertions on the embedded API and a real kube-apiserver."""
+"""API behaviour that clients rely on, tested on the embedded API and a real kube-apiserver."""
 
 from __future__ import annotations
 
@@ -834,7 +834,9 @@ def test_bad_jobs_are_refused(jobs: Collection, wrong: dict, field: str):
         ({"template": {"spec": {"terminationGracePeriodSeconds": 3}}}, "spec.template"),
     ],
 )
-def test_job_template_is_immutable(jobs: Collection, change: dict, field: str):
+def test_completions_selector_and_template_of_a_job_are_immutable(
+    jobs: Collection, change: dict, field: str
+):
     jobs.make(job())
     answer = jobs.refused(422, "PATCH", "j", {"spec": change})
     assert field in [cause["field"] for cause in answer["details"]["causes"]]

@@ -1,6 +1,6 @@
-"""The operator is killed at every single write of a Model's life, and the end is the same.
+"""Kill the operator at every single write of a Model's life: the final state is the same.
 
-A proxy before the API counts what changes something: create → scale to 3 → roll out → adapter →
+A proxy in front of the API counts the writes: create → scale to 3 → roll out → adapter →
 delete with cache. For each k (or each sixteenth, see STEP) the operator is killed before the k-th
 change is sent and, in another life, after it is made; a new one starts at once. What a cluster's
 other parts do (nodes, engines, the loader, the Job controller, the collectors of pods and of

@@ -115,7 +115,7 @@ def test_terminal_request_is_rejected_with_a_clear_message(kubectl: Kubectl, pod
 
 
 @pytest.mark.kubectl
-def test_kubectl_without_websockets_gets_the_required_version(kubectl: Kubectl, pods):
+def test_kubectl_without_websockets_gets_a_clear_error(kubectl: Kubectl, pods):
     kubectl.environment["KUBECTL_REMOTE_COMMAND_WEBSOCKETS"] = "false"
     said = kubectl("exec", "p", "--", "ls", code=1)
     assert "exec requires a WebSocket upgrade" in said

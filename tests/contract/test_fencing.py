@@ -1,4 +1,4 @@
-"""One replica of KubeAI writes at a time, whatever is frozen, cut off, killed or wrong by years.
+"""Only the leader writes, whether replicas are frozen, partitioned, killed or years off in time.
 
 `kubeai serve` runs as several processes, each with a proxy before its API that notes when a change
 arrives, to the Lease or to anything else: so of each change it is known who led when it arrived.
@@ -58,7 +58,7 @@ class Replica:
 
     @property
     def leads(self):
-        """By its own word."""
+        """Whether it says that it leads."""
         return self.times("leading") > self.times("stopped leading")
 
     def writes(self):
@@ -139,7 +139,7 @@ class Fleet:
         return self.replicas[self.holder]
 
     def faults(self):
-        """Changes of one who did not lead when they arrived, by the Lease or by its own clock."""
+        """Writes by a replica that did not lead on arrival, by the Lease or by its own clock."""
         found = []
         for replica in self.replicas.values():
             renewals = replica.renewals()

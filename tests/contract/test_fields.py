@@ -1,4 +1,4 @@
-"""What each field of a Model does in a cluster: to the pods, the route, the scale, the list.
+"""The effect of each Model field in a cluster: on pods, route, scale and the list of models.
 
 Both APIs, with the operator, and `Nodes` in the place of kubelets. docs/fields.md says for every
 field which test shows its effect; most of those are here.
@@ -180,9 +180,7 @@ def install_classes(api_server):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-async def test_everything_that_makes_a_pod_reaches_the_pod_of_each_engine(
-    world, api_server, engine
-):
+async def test_all_pod_settings_reach_the_pod_of_each_engine(world, api_server, engine):
     install_classes(api_server)
     replica = world.start(config=EVERYTHING)
     await world.create(engine=engine, url=URLS.get(engine, "hf://org/name"), **EVERY_FIELD)
@@ -280,7 +278,7 @@ async def test_a_model_that_sets_nothing_gets_a_pod_of_each_engine(world):
 # -- image ---------------------------------------------------------------------------------------
 
 
-async def test_the_models_image_comes_before_the_profiles_and_that_before_the_default(world):
+async def test_image_of_model_overrides_profile_overrides_default(world):
     config = """
 modelServers: {VLLM: {images: {default: of-the-engine, gpu: of-the-profile}}}
 resourceProfiles: {gpu: {imageName: gpu}, tpu: {imageName: not-listed}, cpu: {}}
@@ -338,7 +336,7 @@ def source_in(pod, engine):
             return env(pod)["INFINITY_MODEL_ID"]
 
 
-async def test_each_engine_loads_from_the_schemes_that_it_knows_and_no_other(world):
+async def test_each_engine_accepts_only_its_url_schemes(world):
     world.start(config=FAST)
     cases = [(s, e, comes) for s, by_engine in SCHEMES.items() for e, comes in by_engine.items()]
     assert len(cases) == 6 * 4
@@ -376,7 +374,7 @@ def assert_source(pod, engine, scheme):
     assert (mount["mountPath"], mount["subPath"]) == ("/model", "sub/path")
 
 
-async def test_a_url_that_nobody_could_load_is_refused_by_the_api(world):
+async def test_api_rejects_unloadable_urls(world):
     for url in ("", "name", "http://host/name", "HF://org/name", "file:///x"):
         assert "spec.url" in (said := await refusal(world, url=url)), said
         assert "url must start with one of hf://" in said
@@ -400,7 +398,7 @@ PARAMETERS = {
 }
 
 
-async def test_what_is_wrong_with_a_url_or_its_parameters_is_told(world):
+async def test_invalid_url_or_parameters_are_reported(world):
     world.start(config=FAST)
     for name, (engine, url, _) in PARAMETERS.items():
         await world.create(name, engine=engine, url=url, minReplicas=1)
@@ -411,7 +409,7 @@ async def test_what_is_wrong_with_a_url_or_its_parameters_is_told(world):
         assert await world.pods(name) == []
 
 
-async def test_parameters_say_how_ollama_gets_its_model(world):
+async def test_url_parameters_control_how_ollama_pulls_its_model(world):
     world.start(config=FAST)
     urls = {
         "plain": ("ollama://host:5000/q:1b", ["host:5000/q:1b", "plain", "pull", "load"]),
@@ -468,7 +466,7 @@ async def test_an_edited_file_is_in_the_config_map_and_rolls_the_pods(world, aft
         assert mounts == ["/dev/shm", *(path for path, _ in after)]
 
 
-async def test_a_file_that_no_pod_can_have_is_told(world):
+async def test_invalid_file_is_reported(world):
     world.start()
     for name, paths, why in (
         ("same-key", ["/a/b", "/a_b"], "spec.files[1].path: '/a_b' and '/a/b'"),
@@ -498,14 +496,14 @@ async def test_a_patch_that_cannot_be_applied_is_named_in_the_conditions(world, 
     assert await world.pods() == []
 
 
-async def test_a_patch_that_the_api_refuses_is_told_in_the_conditions(world):
+async def test_patch_rejected_by_the_api_is_reported_in_conditions(world):
     patch = "{op: add, path: /spec/restartPolicy, value: Sometimes}"
     world.start(config=CONFIG + f"modelServerPods: {{jsonPatches: [{patch}]}}")
     await world.create(minReplicas=1)
     assert "spec.restartPolicy" in await told(world, "PodRefused")
 
 
-async def test_a_priority_class_that_does_not_exist_is_told_and_waited_for(world, api_server):
+async def test_missing_priority_class_is_reported_and_awaited(world, api_server):
     if api_server.kind != "real":
         pytest.skip("the embedded API has no admission: it looks up no PriorityClass")
     name = f"class-{secrets.token_hex(4)}"
@@ -522,7 +520,7 @@ async def test_a_priority_class_that_does_not_exist_is_told_and_waited_for(world
     await world.replicas_are(1, 1)
 
 
-async def test_a_profile_that_does_not_exist_is_told(world):
+async def test_missing_profile_is_reported(world):
     world.start()
     for name, profile, why in (
         ("unknown", "gpu:1", "the system config has no resource profile 'gpu'"),
@@ -562,7 +560,7 @@ async def test_new_bounds_move_the_replicas(world):
     await world.replicas_are(2, 2)
 
 
-async def test_the_scale_subresource_tells_replicas_and_selector(world):
+async def test_scale_subresource_reports_replicas_and_selector(world):
     world.start()
     await world.create(minReplicas=2)
     await world.replicas_are(2, 2)
@@ -574,7 +572,7 @@ async def test_the_scale_subresource_tells_replicas_and_selector(world):
     assert len(found) == 2
 
 
-async def test_a_lower_target_brings_more_replicas(world):
+async def test_lower_target_requests_adds_replicas(world):
     replica = world.start()
     await world.create(targetRequests=30)
     await world.replicas_are(0, 0)
@@ -584,7 +582,7 @@ async def test_a_lower_target_brings_more_replicas(world):
     await world.replicas_are(5, 5)  # no maxReplicas: no limit
 
 
-async def test_replicas_go_after_the_models_own_delay(world):
+async def test_scale_down_waits_for_the_models_delay(world):
     replica = world.start()
     for name, delay_s in (("quick", 0), ("patient", 3600)):
         await world.create(name, targetRequests=1, scaleDownDelaySeconds=delay_s)
@@ -599,7 +597,7 @@ async def test_replicas_go_after_the_models_own_delay(world):
     await world.replicas_are(0, 0, "patient")
 
 
-async def test_load_leaves_replicas_alone_where_autoscaling_is_disabled(world):
+async def test_load_does_not_scale_when_autoscaling_is_disabled(world):
     replica = world.start()
     fixed = {"autoscalingDisabled": True, "replicas": 1, "minReplicas": 0, "maxReplicas": 1}
     await world.create("fixed", targetRequests=1, **fixed)
@@ -668,7 +666,7 @@ async def listed(session, query="", *selectors):
         return {item["id"]: item for item in (await response.json())["data"]}
 
 
-async def test_owner_features_and_labels_are_what_the_list_of_models_goes_by(world):
+async def test_model_list_shows_owner_and_filters_by_features_and_labels(world):
     replica = world.start()
     for name, features, owner, labels in (
         ("chat", ["TextGeneration"], "meta", {"tenancy": "a"}),
@@ -807,13 +805,13 @@ LIMITS = [
 ]
 
 
-async def test_what_is_out_of_bounds_is_refused_by_name(world):
+async def test_out_of_bounds_values_are_rejected_by_field(world):
     for change, named in LIMITS:
         said = await refusal(world, **change)
         assert named in said, said
 
 
-async def test_what_is_just_within_bounds_is_accepted(world):
+async def test_values_at_the_bounds_are_accepted(world):
     for change in (
         {"name": "n" * 40},
         {"maxReplicas": 1},
@@ -827,7 +825,7 @@ async def test_what_is_just_within_bounds_is_accepted(world):
         await world.create(**{"name": f"m-{secrets.token_hex(4)}", **change})
 
 
-async def test_what_a_cache_depends_on_cannot_be_changed(world):
+async def test_fields_that_the_cache_depends_on_are_immutable(world):
     await world.create("cached", cacheProfile="c")
     await world.create("plain")
     for change, why in (
@@ -844,7 +842,7 @@ async def test_what_a_cache_depends_on_cannot_be_changed(world):
     await world.kube.patch(MODELS, "plain", {"spec": {"cacheProfile": "c"}})
 
 
-async def test_a_condition_says_since_when_and_of_which_generation_it_is(world):
+async def test_conditions_have_transition_time_and_generation(world):
     world.start()
     await world.create()
 

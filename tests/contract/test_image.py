@@ -52,12 +52,12 @@ def as_shell(image: dockerfiles.Stage, script: str) -> subprocess.CompletedProce
     return run(image.run("-c", script, entrypoint=["/bin/sh"]))
 
 
-def test_its_entry_point_tells_its_version(image):
+def test_entry_point_prints_version(image):
     done = run(image.run("--version"))
     assert (done.returncode, done.stdout.strip()) == (0, kubeai.__version__)
 
 
-def test_it_runs_as_nobody_in_particular_and_can_write_nowhere(image):
+def test_image_runs_as_numeric_user_with_read_only_root(image):
     """The user is a number, or runAsNonRoot could not be checked by a kubelet."""
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", image.user)
     user, group = image.user.split(":")
@@ -70,14 +70,14 @@ def test_it_runs_as_nobody_in_particular_and_can_write_nowhere(image):
         assert "Read-only file system" in done.stderr or "Permission denied" in done.stderr
 
 
-def test_no_compiler_and_no_installer_is_in_it(image):
+def test_image_has_no_compiler_and_no_installer(image):
     found = as_shell(image, f"command -v {' '.join(PROBES)}").stdout.split()
     assert found == []
     assert not list(image.root.glob("opt/kubeai/**/pip")), "pip"
     assert not list(image.root.glob("usr/include/python3*")), "headers"
 
 
-def test_it_holds_the_pinned_versions_and_nothing_else(image):
+def test_image_has_exactly_the_pinned_versions(image):
     pinned = dict(
         line.lower().replace("_", "-").split("==")
         for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
@@ -91,7 +91,7 @@ def test_it_holds_the_pinned_versions_and_nothing_else(image):
     assert installed.items() <= pinned.items()
 
 
-def test_all_of_it_is_compiled_to_byte_code_already(image):
+def test_image_is_precompiled_to_byte_code(image):
     """A start writes nothing and compiles nothing."""
     sources = list(image.root.glob("opt/kubeai/lib/python3*/site-packages/kubeai/**/*.py"))
     compiled = {
@@ -119,13 +119,13 @@ async def get(url: str) -> int:
         return answer.status
 
 
-async def test_a_mock_engine_of_it_answers_health(image):
+async def test_mock_engine_in_the_image_answers_health(image):
     async with started(image, "mock-engine", "--host", "127.0.0.1", "--port", "0") as engine:
         await until("it listens", lambda: engine.said("mock engine listens"), RUN_TIMEOUT_S)
         assert await get(f"http://{engine.said('mock engine listens')['address']}/health") == 200
 
 
-async def test_load_fills_a_folder_that_is_mounted(image, tmp_path):
+async def test_load_in_the_image_fills_a_mounted_folder(image, tmp_path):
     """As the Job of a cache runs it."""
     hub = Hub()
     await hub.start()

@@ -245,7 +245,7 @@ async def test_without_completions_one_success_is_enough(world):
     await world.numbers_are(0, 1, 1)
 
 
-async def test_a_failed_pod_is_replaced_after_a_rest_until_the_limit(world):
+async def test_failed_pod_is_replaced_with_back_off_up_to_the_limit(world):
     await world.create(backoffLimit=1)
     (first,) = await world.some_active(1)
     began = time.monotonic()
@@ -309,7 +309,7 @@ async def test_a_suspended_job_has_no_pods_and_goes_on_when_it_is_resumed(world)
     await world.numbers_are(0, 1, 0)
 
 
-async def test_less_parallelism_takes_pods_away_that_did_not_fail(world):
+async def test_lower_parallelism_deletes_active_pods_without_counting_failures(world):
     await world.create(parallelism=3, completions=3)
     pods = await world.some_active(3)
     await world.say(pods[1], "Running", conditions=[{"type": "Ready", "status": "True"}])
@@ -321,7 +321,7 @@ async def test_less_parallelism_takes_pods_away_that_did_not_fail(world):
     await world.some_active(2)
 
 
-async def test_a_pod_that_somebody_deletes_goes_and_counts_as_failed(world):
+async def test_externally_deleted_pod_counts_as_failed(world):
     await world.create(backoffLimit=0)
     (name,) = await world.some_active(1)
     await world.kube.delete(PODS, name)
@@ -343,7 +343,7 @@ async def test_a_pod_that_succeeded_still_counts_when_it_is_deleted(world):
     assert len(world.seen) == 2
 
 
-async def test_a_job_that_has_ended_goes_with_its_pods_after_its_time(world):
+async def test_finished_job_is_deleted_with_its_pods_after_its_ttl(world):
     if world.api.kind == "real":
         pytest.skip("no controller collects what the Job owns")
     await world.create(ttlSecondsAfterFinished=1)
@@ -450,7 +450,7 @@ async def test_a_killed_controllers_successor_makes_no_pod_twice_and_counts_each
     assert len(world.seen) == 6
 
 
-async def test_an_indexed_job_is_refused_in_words(world):
+async def test_indexed_job_is_rejected_with_a_message(world):
     if world.api.kind == "cluster":
         pytest.skip("the cluster's controller supports them")
     await world.create(completionMode="Indexed", completions=2)

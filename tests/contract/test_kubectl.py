@@ -21,7 +21,7 @@ from kubeai.kube import MODELS, PODS
 pytestmark = pytest.mark.kubectl
 
 
-def test_apply_creates_changes_and_leaves_alone(kubectl: Kubectl):
+def test_apply_creates_changes_and_reports_unchanged(kubectl: Kubectl):
     assert kubectl("apply", "-f", "-", given=MODEL) == "model.kubeai.org/tiny created\n"
     assert kubectl("apply", "-f", "-", given=MODEL) == "model.kubeai.org/tiny unchanged\n"
     changed = MODEL.replace("cpu:1", "cpu:2")
@@ -177,7 +177,7 @@ def test_pods_are_shown_with_status_address_and_node(kubectl: Kubectl, api_serve
     assert "Node:" in kubectl("describe", "pod", "pod")
 
 
-def test_describe_tells_the_model_and_its_events(kubectl: Kubectl, api_server, namespace):
+def test_describe_shows_the_model_and_its_events(kubectl: Kubectl, api_server, namespace):
     kubectl("apply", "-f", "-", given=MODEL)
     model = orjson.loads(kubectl("get", "model", "tiny", "-o", "json"))
     event = {

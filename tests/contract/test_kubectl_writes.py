@@ -42,7 +42,7 @@ def test_apply_from_the_server_side(kubectl: Kubectl):
     assert "resourceProfile" not in spec(kubectl)
 
 
-def test_a_conflict_is_told_and_can_be_forced(kubectl: Kubectl):
+def test_apply_conflict_is_reported_and_can_be_forced(kubectl: Kubectl):
     kubectl("apply", "--server-side", "-f", "-", given=MODEL)
     other = ("apply", "--server-side", "--field-manager=other", "-f", "-")
     changed = MODEL.replace("cpu:1", "cpu:2")
@@ -189,7 +189,7 @@ def test_strategic_merge_is_for_built_in_objects(kubectl: Kubectl):
 # Explanations.
 
 
-def test_explain_tells_the_fields_of_models(kubectl: Kubectl):
+def test_explain_shows_the_fields_of_models(kubectl: Kubectl):
     said = kubectl("explain", "model.spec")
     assert "KIND:       Model" in said
     assert "FIELD: spec <Object>" in said
@@ -204,7 +204,7 @@ def test_explain_tells_the_fields_of_models(kubectl: Kubectl):
     assert 'field "bogus" does not exist' in kubectl("explain", "model.spec.bogus", code=1)
 
 
-def test_explain_tells_the_fields_of_built_in_kinds(kubectl: Kubectl):
+def test_explain_shows_the_fields_of_built_in_kinds(kubectl: Kubectl):
     said = kubectl("explain", "pod.spec.containers")
     assert "FIELD: containers <[]Container>" in said
     assert "env\t<[]EnvVar>" in said

@@ -126,7 +126,7 @@ def test_nothing_is_written_while_nothing_changes(kubelet, pods):
     assert pods.get()["metadata"]["resourceVersion"] == before
 
 
-def test_a_pod_that_makes_no_sense_fails_and_can_be_deleted(kubelet, pods):
+def test_invalid_pod_fails_and_can_be_deleted(kubelet, pods):
     container = {"name": "c", "image": "i", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}
     volume = {"name": "v", "nfs": {"server": "s", "path": "/"}}
     pods.create(node=kubelet.node, containers=[container], volumes=[volume])
@@ -274,7 +274,7 @@ def test_a_pod_deleted_while_there_was_no_kubelet_goes_with_the_next(kubelet, po
     until(lambda: pods.get() is None)
 
 
-def test_one_data_directory_has_one_kubelet(kubelet):
+def test_second_kubelet_on_a_data_directory_is_rejected(kubelet):
     second = subprocess.run(kubelet.command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert second.returncode == 1
     assert second.stderr.strip().endswith("is in use by another kubelet")
@@ -298,7 +298,7 @@ def test_logs_come_through_the_api(api_server, kubelet, pods):
 
 
 @pytest.mark.parametrize("path", ["containerLogs/{}/p/server", "exec/{}/p/server?command=ls"])
-def test_logs_and_commands_are_not_for_strangers(api_server, kubelet, pods, path):
+def test_logs_and_exec_require_authentication(api_server, kubelet, pods, path):
     code, node = api_server.request("GET", f"/api/v1/nodes/{kubelet.node}")
     assert code == 200
     port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"]

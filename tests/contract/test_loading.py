@@ -114,7 +114,7 @@ async def test_an_engine_that_crashed_gets_its_adapters_again(box):
     assert (status, answer["model"]) == (200, "a")
 
 
-async def test_an_adapter_that_cannot_be_loaded_is_told_and_the_model_serves(box):
+async def test_failed_adapter_is_reported_and_the_model_serves(box):
     await box.serve(gateway=CONFIG["gateway"] | {"startFailureGrace": "1s"})
     await box.create(with_adapters(box, a="hf://org/missing"))
     await until("told", lambda: box.is_so("AdaptersLoaded", "False", "LoadFailed"))
@@ -209,7 +209,7 @@ async def test_a_cold_model_is_loaded_once_served_and_evicted(box):
     assert await note(box) == ""
 
 
-async def test_why_a_load_does_not_get_on_is_told(box):
+async def test_stuck_load_reports_its_reason(box):
     await box.create(cached(box, url="hf://org/missing", minReplicas=1))
 
     async def told():
@@ -245,7 +245,7 @@ async def test_a_model_can_be_deleted_though_its_claim_is_going(box):
 @pytest.mark.parametrize(
     "whole_api", [pytest.param("real", marks=pytest.mark.cluster)], indirect=True
 )
-async def test_a_load_that_a_quota_refuses_says_why_and_what_to_set_is_enough(box):
+async def test_load_rejected_by_quota_reports_the_limits_to_set(box):
     nowhere = {"sharedFilesystem": {"storageClassName": "nowhere"}}
     profiles = box.config["cacheProfiles"] | {"nowhere": nowhere}
     await box.serve(cacheProfiles=profiles)

@@ -117,7 +117,7 @@ async def test_the_scheduler_gives_it_pods_that_run_and_answer(machine):
     assert one["status"]["podIP"] != other["status"]["podIP"]
 
 
-async def test_the_scheduler_heeds_the_capacity_that_it_was_given(machine):
+async def test_scheduler_respects_the_nodes_capacity(machine):
     await machine.serve(replicas=2)
     await machine.kube.patch(MODELS, "m", {"spec": {"replicas": 3}}, subresource="scale")
 
@@ -160,7 +160,7 @@ async def test_a_drained_nodes_pod_ends_and_comes_back(machine, kubectl):
     assert await ask(again)
 
 
-async def test_nodes_of_kwok_and_of_the_kubelet_live_side_by_side(machine, api):
+async def test_kwok_nodes_and_the_kubelets_node_coexist(machine, api):
     """What one of them runs is not the other's."""
     labels = {"belongs-to": machine.kube.namespace}
     played = node(f"played-{machine.kube.namespace}", {"nvidia.com/gpu": "1"}, labels)

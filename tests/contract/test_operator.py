@@ -117,7 +117,7 @@ async def next_renewal(world, before):
     return (await world.kube.get(LEASES, "kubeai.org"))["spec"]["renewTime"]
 
 
-async def test_many_waiters_wake_a_model_with_one_write(world):
+async def test_many_held_requests_scale_up_a_model_with_one_write(world):
     leader, follower = world.start("leader"), None
     await until(lambda: leader.operator.leads, "leading")
     follower = world.start("follower")
@@ -141,7 +141,7 @@ async def test_many_waiters_wake_a_model_with_one_write(world):
     assert not follower.operator.leads
 
 
-async def test_held_requests_wake_a_model_even_if_no_message_came(world):
+async def test_held_requests_scale_up_a_model_without_a_demand_message(world):
     replica = world.start()
     await world.create()
     await world.replicas_are(0, 0)
@@ -163,7 +163,7 @@ async def test_a_stale_store_does_not_set_a_running_model_to_one(world):
     await world.replicas_are(4, 4)
 
 
-async def test_demand_leaves_a_model_alone_whose_autoscaling_is_disabled(world):
+async def test_demand_does_not_scale_a_model_with_autoscaling_disabled(world):
     replica = world.start()
     await world.create(autoscalingDisabled=True, replicas=0)
     await world.create("other")
@@ -233,7 +233,7 @@ async def test_a_model_with_a_finalizer_loses_pods_and_route_at_once(world):
     await world.kube.patch(MODELS, "m", {"metadata": {"finalizers": None}})
 
 
-async def test_a_model_made_anew_under_its_name_gets_pods_of_its_own(world):
+async def test_recreated_model_gets_its_own_pods(world):
     replica = world.start()
     first = await world.create(minReplicas=1)
     await until(lambda: replica.endpoints("m"), "an endpoint")
@@ -293,7 +293,7 @@ async def test_a_second_operator_takes_over_and_makes_no_pod_twice(world):
     assert world.nodes.most == 4
 
 
-async def test_a_leader_that_resigns_is_followed_and_still_routes_and_wakes(world):
+async def test_former_leader_still_routes_and_scales_up_models(world):
     one = world.start("one")
     await world.create()
     await until(lambda: one.operator.leads and "m" in one.routes, "leading")
@@ -350,7 +350,7 @@ async def test_load_scales_a_model_up_within_its_bounds_and_back_to_zero(world):
     await until(lambda: kept_average(world, 0.0), "the average is kept")
 
 
-async def test_a_model_that_is_woken_between_two_looks_has_its_delay_again(world):
+async def test_demand_between_two_ticks_restarts_the_scale_down_delay(world):
     """Another replica of KubeAI holds a request, the moment after the leader scaled it to zero."""
     world.start(config=CONFIG.replace("interval: 100ms", "interval: 1s"))
     await world.create(replicas=1, scaleDownDelaySeconds=2)
@@ -375,7 +375,7 @@ async def kept_average(world, value):
     return state["models"].get("m", {}).get("averageActiveRequests") == value
 
 
-async def test_the_averages_of_a_former_leader_are_read_back(world):
+async def test_averages_of_the_former_leader_are_restored(world):
     state = '{"models":{"m":{"averageActiveRequests":30}},"lastCalculationTime":null}'
     meta = {"name": "kubeai-autoscaler-state"}
     await world.kube.create(CONFIGMAPS, {"metadata": meta, "data": {"models": state}})

@@ -1,4 +1,4 @@
-"""Three `kubeai serve` at once, and what goes wrong around them, under load.
+"""Three `kubeai serve` replicas under load while replicas, engines and the API fail.
 
 Clients see them as through a Kubernetes Service (fleets.py), and every request that fails is a
 failure: none is tried again. The APIs are this module's own, since it takes them away. What is
@@ -111,7 +111,7 @@ async def test_a_rolling_restart_under_load_fails_nothing(fleet):
     assert traffic.failures == []
 
 
-async def test_a_replica_is_ready_when_it_is_synced_and_no_more_once_it_is_to_stop(small_fleet):
+async def test_replica_is_ready_once_synced_and_unready_once_stopping(small_fleet):
     fleet, api = small_fleet, small_fleet.api.program
     first, second, _ = fleet.replicas
     await first.launch()
@@ -238,7 +238,7 @@ async def nobody_routes(fleet: Fleet) -> bool:
 
 
 @pytest.mark.cluster
-async def test_an_api_that_hangs_fails_nothing_and_what_is_held_is_answered_after(fleet):
+async def test_hung_api_fails_no_request_and_held_requests_are_answered_after(fleet):
     await fleet.launch()
     await run_engines(fleet)
     cold = model("cold", args=SLOW, minReplicas=0, maxReplicas=1, scaleDownDelaySeconds=60)
@@ -284,7 +284,7 @@ async def is_led(fleet: Fleet) -> bool:
 
 
 @pytest.mark.cluster
-async def test_whoever_dies_or_hangs_cold_models_are_woken_once_and_answer_once(fleet):
+async def test_cold_models_scale_up_once_and_answer_once_despite_failures(fleet):
     """The leader hangs and is killed, and the API goes: its clients apart, nobody is the loser."""
     await fleet.launch()
     for name in COLD:

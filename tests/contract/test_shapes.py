@@ -489,7 +489,7 @@ async def test_models_of_two_tenants_keep_their_labels_and_their_priority(world,
         ({"resourceProfil": "cpu:1"}, "spec.resourceProfil"),
     ],
 )
-def test_what_upstream_refuses_too_is_refused_by_name(api_server, namespace, change, named):
+def test_shapes_that_upstream_rejects_are_rejected_by_field(api_server, namespace, change, named):
     spec = {"url": "hf://org/model", "engine": "VLLM", "features": ["TextGeneration"], **change}
     model = {"apiVersion": "kubeai.org/v1", "kind": "Model", "metadata": {"name": "m"}}
     path = f"/apis/kubeai.org/v1/namespaces/{namespace}/models?fieldValidation=Strict"

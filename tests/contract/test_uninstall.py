@@ -1,4 +1,4 @@
-"""`kubeai uninstall`: Models first, while somebody can still evict their caches."""
+"""`kubeai uninstall` deletes Models first, while the operator can still evict their caches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def test_models_and_then_the_claims_of_their_caches_go_and_nothing_else(wo
     assert await claims(world) == ["shared-model-cache-mine", "somebodys"]
 
 
-async def test_it_waits_for_who_evicts_and_says_which_models_are_left(world):
+async def test_uninstall_waits_for_cache_eviction_and_names_remaining_models(world):
     await world.create("kept")
     await world.kube.patch(MODELS, "kept", {"metadata": {"finalizers": [FINALIZER]}})
     await claim(world, "shared-model-cache-fast", **{"app.kubernetes.io/managed-by": "kubeai"})
@@ -59,7 +59,7 @@ async def going(world, name):
     return "deletionTimestamp" in (await world.kube.get(MODELS, name))["metadata"]
 
 
-async def test_nothing_there_is_nothing_to_do(world):
+async def test_uninstall_without_models_does_nothing(world):
     await uninstall(world.kube, world.kube.namespace, 1.0)
     with pytest.raises(ApiError):
         await world.kube.get(MODELS, "any")

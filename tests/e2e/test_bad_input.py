@@ -1,4 +1,4 @@
-"""What a person or a client does wrong: one clear error that names the place; nothing is lost."""
+"""Mistakes of users and clients: each gives one clear error naming the place; nothing is lost."""
 
 import asyncio
 import json
@@ -116,7 +116,7 @@ async def test_ports_that_do_not_exist_and_a_data_directory_that_kubeconfig_cann
     assert (code, err) == (2, f"error: --data-dir: {tmp_path / 'a:b'}: must not contain ':'\n")
 
 
-async def test_a_namespace_that_cannot_be(tmp_path):
+async def test_invalid_namespace_is_rejected(tmp_path):
     line = await refused(tmp_path, "--namespace", "Team_A")
     assert "--namespace: 'Team_A'" in line
 
@@ -198,7 +198,7 @@ async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tm
         await kube.delete(k.MODELS, "wrong", kube.namespace)
 
 
-async def test_an_engine_that_crashes_is_told_with_where_to_look(tmp_path):
+async def test_crashing_engine_is_reported_with_where_to_look(tmp_path):
     async with running(tmp_path, model("bad", args=("--max-batch=frog",), minReplicas=1)) as local:
         await until(
             "the terminal says how it ended",
@@ -206,7 +206,7 @@ async def test_an_engine_that_crashes_is_told_with_where_to_look(tmp_path):
         )
 
 
-async def test_an_engine_that_is_not_installed_is_told_in_one_line(tmp_path):
+async def test_missing_engine_is_reported_in_one_line(tmp_path):
     real = model("real", engine="OLlama", minReplicas=1)
     del real["spec"]["image"]
     path = "/usr/bin:/bin"
@@ -263,7 +263,7 @@ async def test_wrong_requests_get_openais_errors_and_others_go_on(tmp_path):
         assert (await chat(session, local.endpoint, "chat", "still here")).whole
 
 
-async def test_traces_that_nothing_installed_can_send(tmp_path):
+async def test_traces_without_an_installed_exporter_fail_at_start(tmp_path):
     """Reported once, before serving: a worker that failed on it would be restarted forever."""
     package = tmp_path / "modules" / "opentelemetry"  # hides what is installed here
     package.mkdir(parents=True)

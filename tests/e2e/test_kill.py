@@ -1,4 +1,4 @@
-"""kill -9 of an engine, a worker, the whole: what fails is what was on it, and it comes back."""
+"""kill -9 of an engine, a worker or everything: only its own requests fail, and it recovers."""
 
 import asyncio
 import contextlib

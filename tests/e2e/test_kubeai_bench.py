@@ -31,7 +31,7 @@ class Ran:
         self.code, self.out, self.said = code, out, said
 
     def fails(self) -> str:
-        """The one line that it said."""
+        """The single line of error output."""
         assert (self.code, self.out) == (2, "")
         assert "Traceback" not in self.said
         (line,) = self.said.splitlines()
@@ -215,7 +215,7 @@ async def test_requests_come_from_a_trace_at_its_times(bench):
     assert summary["hit_rate"] > 0.5, "of the block that all of them have"
 
 
-async def test_embeddings_have_one_time(bench):
+async def test_embeddings_report_a_single_latency(bench):
     async with engine(*FAST) as one:
         ran = await bench.run(one.url, "--shape", "embeddings", "--conversations", "10")
     assert ran.code == 0
@@ -333,7 +333,7 @@ async def test_an_engine_that_is_killed_is_errors_and_the_rest_is_kept(bench):
     }
 
 
-async def test_a_process_of_its_own_that_is_killed_is_told_and_the_rest_is_kept(bench):
+async def test_killed_load_process_is_reported_and_other_results_are_kept(bench):
     async with engine(*SLOW) as one:
         process = await bench.start(
             *("run", one.url, "--duration", "5s", "--concurrency", "4", *SMALL),
@@ -358,7 +358,7 @@ async def test_failures_are_counted_by_kind_with_the_first_ones_words(bench):
     assert re.search(r"^status 500: first message: \{.*error", ran.out, re.M)
 
 
-async def test_runs_are_put_beside_each_other(bench):
+async def test_runs_are_compared(bench):
     async with engine(*FAST) as one:
         for name in ("one", "two"):
             ran = await bench.run(one.url, "--conversations", "4", *SMALL, "--name", name)

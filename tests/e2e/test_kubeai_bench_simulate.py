@@ -113,7 +113,7 @@ def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["01-leastload--32-at-a-time.json"]
 
 
-def test_ctrl_c_is_the_first_processs_business(tmp_path):
+def test_ctrl_c_is_handled_by_the_first_process(tmp_path):
     """A terminal tells every process of it; whichever hears of it first, the results are kept."""
     options = ("--strategies=LeastLoad,Oracle", "--engines=100", "--conversations=200")
     process = subprocess.Popen(

@@ -329,7 +329,7 @@ async def test_an_object_that_comes_broken_is_fetched_again_and_then_given_up(lo
     assert "two downloads differ" in await loader.fails("s3://weights/m")
 
 
-async def test_etags_that_are_no_digests_are_found_out(loader, bucket):
+async def test_etags_that_are_not_digests_are_detected(loader, bucket):
     bucket.new_etag = f'"{"0" * 32}"'  # as an encrypting bucket has them
     assert (await loader.run("s3://weights/m")).code == 0
     assert loader.holds() == IN_BUCKET
@@ -346,7 +346,7 @@ async def test_a_volumes_root_is_filled_file_by_file(loader, bucket):
     assert loader.holds() == IN_BUCKET
 
 
-async def test_no_space_is_said_before_anything_comes(loader, bucket):
+async def test_insufficient_space_is_reported_before_downloading(loader, bucket):
     loader.folder = loader.folder.parent / "small" / "m"
     loader.folder.parent.mkdir()
     mounted = f"mount -t tmpfs -o size=8m none {loader.folder.parent} && exec "
@@ -368,7 +368,7 @@ async def test_no_space_is_said_before_anything_comes(loader, bucket):
         ("ftp://weights/m", "must be an hf://, s3://, gs:// or oss:// URL"),
     ],
 )
-async def test_what_is_not_there_is_an_error_that_says_so(loader, bucket, url, words):
+async def test_missing_objects_are_reported(loader, bucket, url, words):
     assert words in await loader.fails(url)
 
 

@@ -1,4 +1,4 @@
-"""What PrefixHash is for: conversations stay where their cache is, and what moves says why.
+"""PrefixHash keeps conversations on the endpoint with their cache, and logs why one moves.
 
 Bounded loads make a trade. With 64 requests always in flight, 100 conversations are spread too
 unevenly over four endpoints for a bound of 125 % of the mean: about 15 % of the turns would be

@@ -1,1 +1,1 @@
-"""Scripted other ends for tests: engines and clients on loopback, a Kubernetes API in memory."""
+"""Fakes for tests: scripted engines and clients on loopback, a Kubernetes API in memory."""

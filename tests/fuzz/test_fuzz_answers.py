@@ -137,7 +137,7 @@ LOOP = asyncio.new_event_loop()
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 @given(st.sampled_from(sorted(CLIENTS)), answers, cuts, st.sampled_from(ENDS))
-def test_what_the_client_has_whole_the_engine_sent_whole(kind, stream, sizes, end):
+def test_complete_client_answers_equal_complete_engine_answers(kind, stream, sizes, end):
     LOOP.run_until_complete(judge(kind, stream, sizes, end))
 
 

@@ -267,9 +267,7 @@ class Hammer:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_every_count_is_zero_again_whoever_ends_a_request_and_wherever(
-    seed, capfd, monkeypatch
-):
+async def test_every_count_returns_to_zero_wherever_a_request_ends(seed, capfd, monkeypatch):
     monkeypatch.setenv("LOG_LEVEL", "error")  # failed attempts are no news here
     try:
         await Hammer(seed).run()

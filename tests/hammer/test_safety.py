@@ -1,4 +1,4 @@
-"""What the supervisor and its workers promise when something goes badly, on real processes."""
+"""The supervisor's and workers' guarantees under failure, on real processes."""
 
 import asyncio
 import contextlib
@@ -86,7 +86,7 @@ async def get(address: str, path: str) -> tuple[int, str]:
         return got.status, await got.text()
 
 
-async def test_a_drain_ends_every_stream_whole_and_serves_who_comes_late(start, streams):
+async def test_drain_completes_every_stream_and_serves_late_requests(start, streams):
     fleet = await start(2, drain_accept_s=1.0, drain_timeout_s=20.0)
     opened = await open_streams(fleet.port, 50)
     assert fleet.counts()["active m"] == 50
@@ -199,7 +199,7 @@ async def test_an_endpoint_ejected_by_one_worker_is_ejected_for_all_and_their_su
         await engine.stop()
 
 
-async def test_names_of_models_that_do_not_exist_leave_nothing(start):
+async def test_unknown_model_names_leave_no_memory_or_series(start):
     fleet = await start(1, drain_accept_s=0.0)
     (pid,) = fleet.pids
     wire = await connect(fleet.port)
