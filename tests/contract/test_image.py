@@ -155,7 +155,7 @@ class InImage(Machine):
     image: dockerfiles.Stage
 
     def _mounts(self) -> dict[str, Path]:
-        """What a kubelet makes of the pod's volumes."""
+        """The mounts that a kubelet would make for the pod's volumes."""
         pod = self.directory / "pod"
         account, config, tmp = (pod / name for name in ("account", "config", "tmp"))
         for folder in (account, config, tmp):

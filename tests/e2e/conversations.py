@@ -1,4 +1,4 @@
-"""Load as people make it: conversations of several turns, many at a time, each turn in its turn."""
+"""Realistic load: many concurrent multi-turn conversations, the turns of each in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Turn:
 
 @dataclasses.dataclass
 class Talk:
-    """What a client saw of all turns of all conversations."""
+    """The client's view of all turns of all conversations."""
 
     turns: list[Turn]
 

@@ -40,7 +40,7 @@ async def answers(client, name):
     return bool(completion.choices[0].message.content)
 
 
-async def test_a_model_that_cannot_start_is_a_503_with_the_reason(local):
+async def test_model_that_cannot_start_returns_503_with_the_reason(local):
     async with (
         openai.AsyncOpenAI(
             base_url=local.endpoint, api_key="none", max_retries=0, timeout=CLIENT_TIMEOUT_S

@@ -58,7 +58,7 @@ async def session():
         yield session
 
 
-async def test_an_engine_killed_fails_only_its_own_requests(tmp_path, session):
+async def test_killed_engine_fails_only_its_own_requests(tmp_path, session):
     two = model("chat", args=SLOW, minReplicas=2, maxReplicas=2)
     async with running(tmp_path, two) as local, local.kube() as kube:
         await ready(kube, "chat", 2)
@@ -81,7 +81,7 @@ async def test_an_engine_killed_fails_only_its_own_requests(tmp_path, session):
         assert all(answer.whole for answer in again)
 
 
-async def test_a_worker_killed_fails_only_its_own_requests(tmp_path, session):
+async def test_killed_worker_fails_only_its_own_requests(tmp_path, session):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=1)
     async with running(tmp_path, one, workers=2) as local, local.kube() as kube:
         await ready(kube, "chat", 1)
@@ -107,7 +107,7 @@ async def test_a_worker_killed_fails_only_its_own_requests(tmp_path, session):
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["the-parent", "every-process"])
-async def test_the_whole_killed_leaves_no_orphan_and_starts_again(tmp_path, session, everything):
+async def test_killing_everything_leaves_no_orphan_and_restarts(tmp_path, session, everything):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=2)
     async with running(tmp_path, one) as local, local.kube() as kube:
         await ready(kube, "chat", 1)
@@ -131,7 +131,7 @@ async def test_the_whole_killed_leaves_no_orphan_and_starts_again(tmp_path, sess
         await nothing_in_flight(local, 2)
 
 
-async def test_the_api_and_the_kubelet_killed_come_back_without_help(tmp_path, session):
+async def test_killed_api_and_kubelet_restart_by_themselves(tmp_path, session):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=1)
     async with running(tmp_path, one) as local, local.kube() as kube:
         await ready(kube, "chat", 1)

@@ -151,7 +151,7 @@ async def test_an_open_loop_begins_conversations_at_their_times(bench):
     assert max(count for _, count in found["curves"]["in_flight"]) > 3
 
 
-async def test_what_is_due_in_the_warm_up_is_sent_and_not_counted(bench):
+async def test_warm_up_requests_are_sent_but_not_counted(bench):
     async with engine(*FAST) as one:
         ran = await bench.run(
             *(one.url, "--rate", "50", "--arrivals", "constant", "--turns", "1"),
@@ -176,7 +176,7 @@ async def test_two_processes_send_what_one_sends(bench):
         assert summaries[0][what] == summaries[1][what]
 
 
-async def test_no_more_requests_than_wanted(bench):
+async def test_request_limit_is_respected(bench):
     async with engine(*FAST) as one:
         ran = await bench.run(one.url, "--requests", "17", "--processes", "2", *SMALL)
         assert ran.code == 0
@@ -225,7 +225,7 @@ async def test_embeddings_report_a_single_latency(bench):
     assert summary["prompt_tokens"] > 0
 
 
-async def test_answers_may_be_asked_for_whole(bench):
+async def test_non_streaming_answers_can_be_requested(bench):
     async with engine(*FAST) as one:
         ran = await bench.run(one.url, "--no-stream", "--conversations", "8", *SMALL)
     assert ran.code == 0
@@ -247,7 +247,7 @@ async def test_answers_may_be_asked_for_whole(bench):
         ("--trace", '{"timestamp": 1, "input_length": 5}\n{"timestamp": "x"}\n', "line 2"),
     ],
 )
-async def test_a_wrong_file_is_one_line(bench, option, content, said):
+async def test_invalid_file_is_reported_in_one_line(bench, option, content, said):
     file = bench.folder / "file"
     if content is not None:
         file.write_text(content)
@@ -258,7 +258,7 @@ async def test_a_wrong_file_is_one_line(bench, option, content, said):
     assert not bench.json.exists()
 
 
-async def test_an_endpoint_that_is_down_is_one_line(bench):
+async def test_unreachable_endpoint_is_reported_in_one_line(bench):
     with socket.socket() as bound:  # and does not listen
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
@@ -266,7 +266,7 @@ async def test_an_endpoint_that_is_down_is_one_line(bench):
     assert line == f"error: {url}: Connection refused"
 
 
-async def test_a_model_that_does_not_exist_is_one_line(bench):
+async def test_unknown_model_is_reported_in_one_line(bench):
     async with engine(*FAST, "--served-model-name", "a", "b") as one:
         line = (await bench.run(one.url, "--model", "x")).fails()
         assert line == f"error: {one.url}: has no model 'x', but a, b"
@@ -314,7 +314,7 @@ async def test_ctrl_c_keeps_what_was_measured(bench):
     assert not [pid for pid in workers if is_alive(pid)]
 
 
-async def test_an_engine_that_is_killed_is_errors_and_the_rest_is_kept(bench):
+async def test_killed_engine_counts_as_errors_and_other_results_are_kept(bench):
     async with engine(*SLOW) as one:
         process = await bench.start(
             *("run", one.url, "--duration", "5s", "--concurrency", "4", *SMALL),
@@ -349,7 +349,7 @@ async def test_killed_load_process_is_reported_and_other_results_are_kept(bench)
     assert any("exited (signal 9)" in warning for warning in found["warnings"])
 
 
-async def test_failures_are_counted_by_kind_with_the_first_ones_words(bench):
+async def test_failures_are_counted_by_kind_with_the_first_message(bench):
     async with engine(*FAST, "--fail-every", "5") as one:
         ran = await bench.run(one.url, "--conversations", "20", "--turns", "1")
     assert ran.code == 0

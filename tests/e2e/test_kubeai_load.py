@@ -121,7 +121,7 @@ async def test_a_repository_becomes_a_folder_and_is_not_fetched_twice(loader, hu
     assert "already" in again.said
 
 
-async def test_another_version_takes_the_place_of_the_first(loader, hub):
+async def test_another_version_replaces_the_first(loader, hub):
     hub.repositories["org/m"] = Repository(REPOSITORY)
     assert (await loader.run("hf://org/m")).code == 0
     newer = {"config.json": b"{}", "model.bin": WEIGHTS}
@@ -131,7 +131,7 @@ async def test_another_version_takes_the_place_of_the_first(loader, hub):
     assert loader.left_over() == []
 
 
-async def test_a_file_that_comes_broken_is_fetched_again_and_then_given_up(loader, hub):
+async def test_corrupt_file_is_fetched_again_then_fails(loader, hub):
     one = hub.repositories["org/m"] = Repository(REPOSITORY, corrupt={"model.safetensors": 1})
     assert (await loader.run("hf://org/m")).code == 0
     assert loader.holds() == REPOSITORY
@@ -140,7 +140,7 @@ async def test_a_file_that_comes_broken_is_fetched_again_and_then_given_up(loade
     assert "does not match the hub's checksum" in await loader.fails("hf://org/m")
 
 
-async def test_a_hubs_file_that_breaks_off_goes_on_where_it_was(loader, hub):
+async def test_interrupted_hub_download_is_resumed(loader, hub):
     files = REPOSITORY | {"model.safetensors": noise(14 * MIB)}  # it is written in 10 MiB
     one = hub.repositories["org/m"] = Repository(files, cut={"model.safetensors": 12 * MIB})
     assert (await loader.run("hf://org/m")).code == 0
@@ -166,7 +166,7 @@ async def test_a_hub_that_does_not_give_is_an_error_that_says_why(loader, hub, r
     assert words in await loader.fails("hf://org/m")
 
 
-async def test_a_private_repository_wants_its_token(loader, hub):
+async def test_private_repository_requires_its_token(loader, hub):
     hub.repositories["org/m"] = Repository(REPOSITORY, token="t")
     loader.env["HF_TOKEN"] = "t"
     assert (await loader.run("hf://org/m")).code == 0
@@ -288,7 +288,7 @@ async def test_what_is_below_a_url_becomes_a_folder_in_parts(loader, bucket):
     assert len(bucket.ranges) == asked
 
 
-async def test_a_load_that_was_killed_goes_on_and_nobody_sees_half_of_it(loader, bucket):
+async def test_killed_load_resumes_and_is_never_partially_visible(loader, bucket):
     bucket.let_through = 5  # the small files, and two or three parts
     process = await loader.start("s3://weights/m")
     name = hashlib.sha256(b"model.safetensors").hexdigest()
@@ -310,7 +310,7 @@ def _lines(journal: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-async def test_two_loads_of_one_folder_do_not_meet(loader, bucket):
+async def test_concurrent_loads_of_one_folder_do_not_interfere(loader, bucket):
     bucket.let_through = 0
     first = await loader.start("s3://weights/m")
     await until("it loads", lambda: bucket.ranges)
@@ -320,7 +320,7 @@ async def test_two_loads_of_one_folder_do_not_meet(loader, bucket):
     assert loader.holds() == IN_BUCKET
 
 
-async def test_an_object_that_comes_broken_is_fetched_again_and_then_given_up(loader, bucket):
+async def test_corrupt_object_is_fetched_again_then_fails(loader, bucket):
     bucket.corrupt = 1
     assert (await loader.run("s3://weights/m")).code == 0
     assert loader.holds() == IN_BUCKET
@@ -382,7 +382,7 @@ async def test_wrong_credentials_are_an_error_that_names_them(loader, bucket, s3
     assert "access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said
 
 
-async def test_an_empty_key_of_a_secret_is_no_key(loader, bucket):
+async def test_empty_key_in_a_secret_is_ignored(loader, bucket):
     loader.env |= {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     assert (await loader.run("s3://weights/m")).code == 0
     assert loader.holds() == IN_BUCKET

@@ -67,7 +67,7 @@ async def lines_until(process, done):
     raise AssertionError("kubectl ended")
 
 
-async def test_a_replica_is_seen_to_come_and_go(tmp_path):
+async def test_kubectl_watches_a_replica_come_and_go(tmp_path):
     file = tmp_path / "chat.yaml"
     file.write_text(yaml.safe_dump(model("chat", args=ARGS, maxReplicas=3)))
     async with running(tmp_path / "local") as local, aiohttp.ClientSession() as session:

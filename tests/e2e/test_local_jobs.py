@@ -58,7 +58,7 @@ async def pods_of(kube, name):
     return pods
 
 
-async def test_a_job_fills_its_claim_and_goes_after_its_time(tmp_path):
+async def test_job_fills_its_claim_and_is_deleted_after_its_ttl(tmp_path):
     script = "[ -e /cache/tried ] || { touch /cache/tried; exit 1; }; echo weights > /cache/model"
     loader = job("load", script, ttlSecondsAfterFinished=2, backoffLimit=3)
     async with running(tmp_path, CLAIM, loader) as local, local.kube() as kube:

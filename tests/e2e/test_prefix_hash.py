@@ -56,7 +56,7 @@ def check_reason(event):
 
 
 @pytest.mark.timeout(90)
-async def test_conversations_stay_with_their_cache_and_what_moves_says_why(tmp_path):
+async def test_conversations_stay_with_their_cache_and_moves_are_logged(tmp_path):
     models = [four("hashed", PREFIX_HASH), four("spread", {"strategy": "LeastLoad"})]
     async with running(tmp_path, *models, workers=2) as local, local.kube() as kube:
         for name in ("hashed", "spread"):

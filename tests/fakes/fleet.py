@@ -1,9 +1,10 @@
 """The real supervisor and its worker processes, with routes that a script hands out.
 
 Everything but the control plane is what `kubeai serve` runs: listeners, load table, supervisor,
-workers and their successors. :class:`Fleet` is for tests; as a program it serves ``bench/``: ``fleet.py '{"workers": 2, "gateway": {…}, "routes": […]}'`` prints
-``{"port": …, "pids": […]}`` once it serves, answers each line on standard input with the gauges
-that are not 0, and ends with its standard input.
+workers and their successors. :class:`Fleet` is for tests; as a program it serves ``bench/``:
+``fleet.py '{"workers": 2, "gateway": {…}, "routes": […]}'`` prints ``{"port": …, "pids": […]}``
+once it serves, answers each line on standard input with the gauges that are not 0, and exits when
+standard input closes.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ class FakeLeader:
 
 
 class FakeEvents:
-    """What was told, as (model, reason, message)."""
+    """The recorded events, as (model, reason, message)."""
 
     def __init__(self):
         self.told = []
@@ -411,7 +411,7 @@ class World:
         return now_s() - began
 
     async def settled(self, all_, ready, limit_s=60.0):
-        """The status says so, and from then on nothing is written."""
+        """Wait until the status shows these counts, then check that nothing is written."""
         wanted = {"all": all_, "ready": ready}
         await self.until(lambda: self.replicas() == wanted and len(self.pods()) == all_, limit_s)
         await asyncio.sleep(2.0)

@@ -1,4 +1,4 @@
-"""Random bytes for an answer, in random pieces, with an end at any place.
+"""Random response bytes in random pieces, ending at any point.
 
 When the client has what h11 calls a whole answer of the engine's, then h11 calls what the engine
 sent whole too, and it is the same answer. An answer that was cut never looks complete.

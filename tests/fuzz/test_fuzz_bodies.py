@@ -1,4 +1,4 @@
-"""Random JSON, nearly JSON and noise: the gateway and any JSON reader agree on what was asked.
+"""Random JSON, near-JSON and noise: the gateway and every JSON parser agree on its meaning.
 
 Readers differ in which of two equal keys they take, in whether ``Model`` is ``model``, and in what
 they let pass. A body that the gateway takes means the same to all of them.

@@ -1,4 +1,4 @@
-"""Requests that end at every point where one can end, on workers that are killed meanwhile.
+"""Requests that end at every possible point, on workers that are being killed.
 
 Four worker processes under the real supervisor; 2,000 requests, nearly all of them aborted, by
 the client or by the engine, with FIN or RST; SIGKILLs for workers meanwhile. When the last request
@@ -49,7 +49,7 @@ CLIENT_PHASES = ["head", "body", "sent", "waiting", "held", "mid-stream", "half-
 
 
 def seal(text: str) -> bytes:
-    """What an answer ends with, so that a part of it is not taken for all."""
+    """The checksum that ends an answer, so that a truncated one is detected."""
     return f"{text} {zlib.crc32(text.encode()):08x}".encode()
 
 
