@@ -72,7 +72,7 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
 
 
 def count_here(marks: str) -> None:
-    """What runs under callgrind."""
+    """The program that callgrind runs."""
     library = ctypes.CDLL(marks)
     for name, (times, act) in scenarios().items():
         for _ in range(min(WARMUP, times)):

@@ -1,8 +1,8 @@
 """Three replicas of `kubeai serve` in one namespace, and what a Kubernetes Service is to clients.
 
 Each replica listens on an address of its own, on the port that all have. :class:`Service` probes
-them as a kubelet does and gives each new connection to one that is ready; :class:`Traffic` is the
-clients behind it, who try nothing twice; :class:`Watched` is what became of Models and pods.
+them as a kubelet does and gives each new connection to one that is ready; :class:`Traffic` is
+its clients, which never retry; :class:`Watched` records what happened to Models and pods.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Replica:
         return code
 
     async def kill(self) -> None:
-        """Every process of it at once, as when its machine is gone."""
+        """Kill all its processes at once, as when its machine fails."""
         await self._life.aclose()
 
     async def series(self) -> dict[str, float]:
@@ -130,7 +130,7 @@ class Fleet(Machine):
             await replica.until_ready()
 
     async def tell_of(self, replica: Replica) -> None:
-        """What a cluster has for each replica: its pod, by which the others find it."""
+        """Create the replica's pod, by which the other replicas discover it."""
         if replica.name in self._told:
             return
         self._told.add(replica.name)
@@ -331,11 +331,11 @@ class Watched:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def woken(self, name: str) -> int:
-        """How often the Model went from zero to more."""
+        """Count the Model's scale-ups from zero."""
         return sum(before == 0 < after for before, after in itertools.pairwise(self.wanted[name]))
 
     def shrunk(self) -> list[str]:
-        """The Models that ever went to fewer."""
+        """The Models that were ever scaled down."""
         return [
             name
             for name, wanted in self.wanted.items()

@@ -48,7 +48,7 @@ with socket.create_server((os.environ["POD_IP"], 8000)) as server:
 
 
 def until(condition, what="the state did not come"):
-    """Wait for a state; what it came to."""
+    """Wait until ``condition`` returns a true value; return it."""
     deadline = time.monotonic() + DEADLINE_S
     while not (value := condition()):
         assert time.monotonic() < deadline, what
@@ -97,7 +97,7 @@ class Kubelet:
         self.process.wait(DEADLINE_S)
 
     def clean_up(self) -> None:
-        """End it, and what a failed test left."""
+        """Stop the kubelet and any processes that a failed test left."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
         for file in self.pids.iterdir():

@@ -58,14 +58,14 @@ class Program:
             )
 
     def freeze(self) -> None:
-        """It takes connections and answers nobody."""
+        """Accept connections without answering."""
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """It refuses connections."""
+        """Kill it, so that connections are refused."""
         self._process.kill()
         self._process.wait()
 

@@ -275,7 +275,7 @@ async def all_settled(fleet: Fleet, **replicas: int) -> bool:
 
 
 async def is_led(fleet: Fleet) -> bool:
-    """Whether the lease's holder renews it, and says so itself, and nobody else does."""
+    """Whether the lease's holder renews it, and it alone says that it leads."""
     before = await fleet.kube.get(LEASES, "kubeai.org", fleet.namespace)
     await asyncio.sleep(1.5)
     after = await fleet.kube.get(LEASES, "kubeai.org", fleet.namespace)
@@ -285,7 +285,7 @@ async def is_led(fleet: Fleet) -> bool:
 
 @pytest.mark.cluster
 async def test_cold_models_scale_up_once_and_answer_once_despite_failures(fleet):
-    """The leader hangs and is killed, and the API goes: its clients apart, nobody is the loser."""
+    """The leader hangs, is killed, and the API fails: only the killed replica's clients lose."""
     await fleet.launch()
     for name in COLD:
         cold = model(name, args=SLOW, minReplicas=0, maxReplicas=1, scaleDownDelaySeconds=90)

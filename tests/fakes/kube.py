@@ -38,7 +38,7 @@ def merge(target, patch):
 
 
 def field(obj, path):
-    """What is at a dotted path of an object."""
+    """The value at a dotted path of an object."""
     for key in path.split("."):
         obj = obj.get(key, {})
     return obj
@@ -355,7 +355,7 @@ class World:
         return sorted(name for plural, name in self.kube.objects if plural == "jobs")
 
     def delete(self, name="m"):
-        """What a user does: the Model goes at once unless it has finalizers."""
+        """Delete a Model as a user does: it is removed at once unless it has finalizers."""
         obj = copy.deepcopy(self.model(name))
         if obj["metadata"].get("finalizers"):
             stamp = {"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}
@@ -376,7 +376,7 @@ class World:
         self.kube._keep(PODS, merge(obj, {"status": status}), "MODIFIED")
 
     def apply(self, name="m", meta=None, **spec):
-        """What a user does: create or edit a Model; no write of the controller's."""
+        """Create or edit a Model as a user does; not counted as a controller write."""
         old = self.kube.objects.get(("models", name))
         if old is None:
             labels = {"features.kubeai.org/TextGeneration": "true"}

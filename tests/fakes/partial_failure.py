@@ -85,7 +85,7 @@ class Upstream:
 
 @dataclass
 class Report:
-    """What became of a number of requests."""
+    """The outcome of a number of requests."""
 
     answered: int = 0
     failed: int = 0
