@@ -40,8 +40,11 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/words.py
 	KUBEAI_CYTHON_STRICT=1 $(BIN)/python setup.py -q build_ext --force \
 		--build-temp build/strict --build-lib build/strict-lib
+	$(BIN)/python -m mypy.stubtest --ignore-disjoint-bases --allowlist .ci/stubtest.txt \
+		$(subst /,.,$(basename $(filter %.pyx,$(CORE))))
 	$(BIN)/python -m kubeai crd | diff charts/kubeai/files/kubeai.org_models.yaml -
 	$(BIN)/python charts/values_schema.py | diff charts/kubeai/values.schema.json -
 	$(BIN)/python charts/values_schema.py fields | diff charts/kubeai/files/fields.json -

@@ -136,7 +136,7 @@ def test_an_error_event_is_the_streams_problem():
 
 @pytest.mark.parametrize("data", [b"data: {\n\n", b'data: {"choices": 5}\n\n', b"data: \xff\n\n"])
 def test_an_unreadable_event_is_a_problem(data):
-    assert "not understood" in read(data).problem
+    assert "invalid event" in read(data).problem
 
 
 def test_an_endless_line_is_a_problem():
