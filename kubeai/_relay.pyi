@@ -64,8 +64,8 @@ class Connections:
         """A probe has begun to be answered."""
     def recovered(self) -> None:
         """An answer is complete, the first since a failure or an ejection."""
-    def waiting(self) -> list[Exchange]:
-        """Exchanges that have sent their request here and got no byte of an answer."""
+    def waiting(self, sent_before_s: float) -> list[Exchange]:
+        """Exchanges that sent their request here before then and got no byte of an answer."""
     def forget(self, upstream: Upstream) -> None:
         """An idle connection has ended."""
     def close(self) -> None:

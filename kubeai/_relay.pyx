@@ -1423,12 +1423,17 @@ cdef class Connections:
     def recovered(self):
         """An answer is complete, the first since a failure or an ejection."""
 
-    def waiting(self):
-        """Exchanges that have sent their request here and got no byte of an answer."""
+    def waiting(self, double sent_before_s):
+        """Exchanges that sent their request here before then and got no byte of an answer."""
         cdef Upstream upstream
         cdef list found = []
         for upstream in self.relay.upstreams:
-            if upstream.pool is self and upstream.exchange is not None and not upstream.touched:
+            if (
+                upstream.pool is self
+                and upstream.exchange is not None
+                and not upstream.touched
+                and upstream.sent_s < sent_before_s
+            ):
                 found.append(upstream.exchange)
         return found
 
@@ -1798,7 +1803,8 @@ cdef class Upstream(Head):
             if exchange.finished:  # that piece was no good
                 return 0
         self._write_request(exchange, downstream, body)
-        self.deadline = now() + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
+        self.sent_s = now()
+        self.deadline = self.sent_s + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
         return 0
 
     cdef int _write_request(self, Exchange exchange, Downstream downstream, bytes body) except -1:

@@ -257,8 +257,11 @@ class Upstream(Protocol):
     def is_waited_on(self) -> bool:
         """Whether requests wait there for the first byte of an answer."""
 
-    def move_waiting(self) -> None:
-        """Attempt the requests that wait there elsewhere, those for which that is possible."""
+    def move_waiting(self, sent_before_s: float = math.inf) -> None:
+        """Attempt the requests that wait there elsewhere, those for which that is possible.
+
+        Only those that were sent there before ``sent_before_s`` (CLOCK_MONOTONIC seconds).
+        """
 
     @property
     def is_trusted(self) -> bool:
@@ -295,6 +298,7 @@ class RoutingTable:
         self._clock = clock
         self._models: dict[str, RoutedModel] = {}
         self._health_events = 0  # the load table's, when ejected endpoints were last looked for
+        self._any_ejected = False  # there were some then
 
     def apply(self, message: Snapshot | Delta) -> None:
         """Take a change and acknowledge its version. What is not news is ignored."""
@@ -331,10 +335,13 @@ class RoutingTable:
         Cheap while nothing fails; to be called every moment.
         """
         health_events = self._table.health_events()
-        if health_events != self._health_events:
+        if health_events != self._health_events or self._any_ejected:
             self._health_events = health_events
+            self._any_ejected = False
             for routed in self._models.values():
-                routed.move_off_ejected()
+                if routed.ring.ejected_count():
+                    self._any_ejected = True
+                    routed.move_off_ejected()
 
     def close(self) -> None:
         """Forget every model, and close what was made for their endpoints."""
@@ -531,14 +538,17 @@ class RoutedModel:
     def move_off_ejected(self) -> None:
         """Attempt requests elsewhere that wait on ejected endpoints which give no answers.
 
-        An endpoint that was ejected for its answers (503) is alive and works on what it has.
+        An endpoint that was ejected for its answers (503) is alive and works on what it has. A
+        request that was sent after the last failure probes the endpoint, and stays.
         """
-        if self.ring.ejected_count():
-            for endpoint in self.route.endpoints:
-                if self._table.ejected_until(endpoint.row) and self._table.unreachable(
-                    endpoint.row
-                ):
-                    self._upstreams[endpoint.name].move_waiting()
+        for endpoint in self.route.endpoints:
+            row = endpoint.row
+            if self._table.ejected_until(row) and self._table.unreachable(row):
+                failed_s = self._table.failed_at(row)
+                self._upstreams[endpoint.name].move_waiting(failed_s)
+                for departed, upstream in self._departed:
+                    if _is_same_pod(departed, endpoint):
+                        upstream.move_waiting(failed_s)
 
     def _find(self, endpoint: str) -> Endpoint | None:
         return next((e for e in self.route.endpoints if e.name == endpoint), None)
@@ -650,3 +660,7 @@ class RoutedModel:
             if endpoint.name not in self.route.draining and not is_back:
                 upstream.move_waiting()
         self._departed = [each for each in self._departed if each[1].is_waited_on]
+
+
+def _is_same_pod(endpoint: Endpoint, other: Endpoint) -> bool:
+    return (endpoint.name, endpoint.address) == (other.name, other.address)

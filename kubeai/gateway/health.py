@@ -93,11 +93,11 @@ class Health:
 
         It can if it is not ejected and has not failed lately, or not after its last few answers.
         """
-        if self._routed.ejected_until(self._endpoint):
-            return False
         failed_s = self._routed.failed_at(self._endpoint)
         if failed_s != self._failed_s:
             self._failed_s, self._answers = failed_s, answers
+        if self._routed.ejected_until(self._endpoint):
+            return False
         return (
             not failed_s
             or self._clock() - failed_s > DOUBT_S
