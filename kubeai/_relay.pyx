@@ -1666,9 +1666,11 @@ cdef class Exchange:
     cdef int _failed(self, int failure) except -1:
         """An attempt failed and its upstream is gone; nothing has reached the client."""
         try:
+            if self.replayed and failure == LOST:
+                # So the first connection was not just idle. It is not LOST: that counts requests
+                # which an engine takes along when it dies, and this is one.
+                self.pool.note_failure(INVALID)
             self.pool.note_failure(failure)
-            if self.replayed and failure == LOST:  # so the first connection was not just idle
-                self.pool.note_failure(failure)
             if not self.streaming and self.wants_retry(failure, 0):
                 self.retry()
             else:

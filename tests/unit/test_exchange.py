@@ -701,6 +701,33 @@ async def test_a_request_that_killed_its_engine_kills_no_other(start):
     assert (await wire.answer()).body == b"good"
 
 
+async def test_a_request_that_kills_its_engine_when_it_is_sent_again_is_to_blame_too(start):
+    """It was first written to an idle connection, which might be closed for other reasons."""
+    world = await start()
+    has_other = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        if b"poison" not in request.body:
+            await wire.send(answer(200, b"good"))
+        elif len(engine.requests) == 2:
+            await has_other.wait()
+            wire.close()
+        else:
+            engine.die()
+
+    engine, other = await world.engine(script), await world.engine(says(b"good"))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).body == b"good"
+    await wire.send(ask(poison=True))
+    await until(lambda: len(engine.requests) == 2)
+    world.route("m", {"a": engine, "b": other})
+    has_other.set()
+    assert (await error_of(wire, 502))["code"] == "engine_died"
+    assert not other.requests
+
+
 async def test_requests_that_went_down_together_are_each_tried_elsewhere_once(start):
     """One of them may be to blame: it takes a second engine along, and no third."""
     world = await start(retries=5, eject_after_failures=0)
@@ -1153,6 +1180,31 @@ async def test_a_failed_probe_ejects_for_longer(start):
             asked.append((sent_s, time.monotonic()))
     pauses = [later - earlier for (earlier, _), (_, later) in itertools.pairwise(asked)]
     assert all(pause >= 0.02 * 2**n for n, pause in enumerate(pauses)), pauses
+
+
+async def test_a_probe_whose_client_left_does_not_make_the_next_failure_eject(start):
+    world = await start(eject_after_failures=3)
+    engine = await world.engine(hang)
+    world.route("m", {"a": engine, "b": await world.engine(says(b"good"))})
+    a = next(e for e in world.table.find("m").route.endpoints if e.name == "a")
+    for _ in range(3):
+        world.loads.note_failure(a.row, a.generation, time.monotonic(), False)
+    world.loads.eject(a.row, a.generation, time.monotonic())  # half-open at once
+    while not engine.requests:
+        wire = await world.client()
+        await wire.send(ask())
+        answering = asyncio.create_task(wire.answer())
+        await until(lambda: answering.done() or engine.requests)  # noqa: B023 (awaited here)
+    answering.cancel()
+    wire.reset()
+    await world.at_rest()
+    world.loads.recover(a.row, a.generation)  # as another worker would
+    engine.script = failing(503)
+    wire = await world.client()
+    while len(engine.requests) < 2:
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+    assert not world.ejected("m")
 
 
 # -- counts ----------------------------------------------------------------------------------------
