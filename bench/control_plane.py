@@ -691,7 +691,7 @@ class Bench:
         return {kind: {"worst_s": max(found), "runs": found} for kind, found in times.items()}
 
     async def _succeed(self, space: str, number: int) -> float:
-        """Seconds without a live leader after the leader receives a signal."""
+        """Seconds from a signal to the leader until the other replica leads."""
         patient = {"gateway": {}}  # drains as it does by default
         async with self.space(space) as kube, self.serve(kube, patient) as first:
             await first.said("leading")

@@ -160,7 +160,7 @@ cdef class LoadTable:
         """Whether this is the row's current generation; 0 (never opened) is never current."""
         return generation != 0 and get_u32(&self.generations[row]) == generation
 
-    cpdef uint64_t health_events(self) noexcept
+    cdef uint64_t _health_events(self) noexcept
     cdef void count_lookup(
         self, int initial, int chosen, bint defaulted, int iterations
     ) noexcept

@@ -531,8 +531,12 @@ cdef class LoadTable:
         self._check_row(row)
         return get_u32(&self.health[row].unreachable) != 0
 
-    cpdef uint64_t health_events(self) noexcept:
+    def health_events(self):
         """Total failures and ejections recorded by all workers; never decreases."""
+        self._check_row(0)
+        return self._health_events()
+
+    cdef uint64_t _health_events(self) noexcept:
         cdef uint64_t total = 0
         cdef int column
         for column in range(self.columns):

@@ -250,6 +250,7 @@ cdef class Upstream(Head):
     cdef double first_byte_timeout_s
     cdef double between_bytes_timeout_s
     cdef double deadline
+    cdef double sent_s  # when the request was written (CLOCK_MONOTONIC)
     cdef bint ended  # closed by either side
     cdef bint idle
     cdef bint write_paused

@@ -64,8 +64,8 @@ class Connections:
         """Hook: a probe has received a good response head."""
     def recovered(self) -> None:
         """Hook: the first response since a failure or an ejection is complete."""
-    def waiting(self) -> list[Exchange]:
-        """Exchanges that have sent their request and received no byte of a response."""
+    def waiting(self, sent_before_s: float) -> list[Exchange]:
+        """Exchanges that sent their request before then and received no byte of a response."""
     def forget(self, upstream: Upstream) -> None:
         """Remove an idle connection that has ended."""
     def close(self) -> None:

@@ -1433,12 +1433,17 @@ cdef class Connections:
     def recovered(self):
         """Hook: the first response since a failure or an ejection is complete."""
 
-    def waiting(self):
-        """Exchanges that have sent their request and received no byte of a response."""
+    def waiting(self, double sent_before_s):
+        """Exchanges that sent their request before then and received no byte of a response."""
         cdef Upstream upstream
         cdef list found = []
         for upstream in self.relay.upstreams:
-            if upstream.pool is self and upstream.exchange is not None and not upstream.touched:
+            if (
+                upstream.pool is self
+                and upstream.exchange is not None
+                and not upstream.touched
+                and upstream.sent_s < sent_before_s
+            ):
                 found.append(upstream.exchange)
         return found
 
@@ -1671,9 +1676,11 @@ cdef class Exchange:
     cdef int _failed(self, int failure) except -1:
         """An attempt failed and its upstream connection is gone; nothing has reached the client."""
         try:
+            if self.replayed and failure == LOST:
+                # So the first connection was not just idle. It is not LOST: that counts requests
+                # which an engine takes along when it dies, and this is one.
+                self.pool.note_failure(INVALID)
             self.pool.note_failure(failure)
-            if self.replayed and failure == LOST:  # so the first was not a stale idle connection
-                self.pool.note_failure(failure)
             if not self.streaming and self.wants_retry(failure, 0):
                 self.retry()
             else:
@@ -1808,7 +1815,8 @@ cdef class Upstream(Head):
             if exchange.finished:  # the piece was invalid
                 return 0
         self._write_request(exchange, downstream, body)
-        self.deadline = now() + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
+        self.sent_s = now()
+        self.deadline = self.sent_s + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
         return 0
 
     cdef int _write_request(self, Exchange exchange, Downstream downstream, bytes body) except -1:

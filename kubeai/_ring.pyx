@@ -599,7 +599,7 @@ cdef class Ring:
     ) except -1:
         """Find who can serve; False if none can. ``loads``: compute n and total too."""
         cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
-        cdef uint64_t health_events = self.table.health_events()
+        cdef uint64_t health_events = self.table._health_events()
         survey.now_s = 0
         survey.unwell = health_events != self.health_events_seen and not self._all_well()
         if not survey.unwell:

@@ -260,8 +260,11 @@ class Upstream(Protocol):
     def is_waited_on(self) -> bool:
         """Whether requests wait for the first byte of its response."""
 
-    def move_waiting(self) -> None:
-        """Move requests that wait for its response to other endpoints, where possible."""
+    def move_waiting(self, sent_before_s: float = math.inf) -> None:
+        """Move requests that wait for its response to other endpoints, where possible.
+
+        Only those sent before ``sent_before_s`` (CLOCK_MONOTONIC seconds).
+        """
 
     @property
     def is_trusted(self) -> bool:
@@ -298,6 +301,7 @@ class RoutingTable:
         self._clock = clock
         self._models: dict[str, RoutedModel] = {}
         self._health_events = 0  # of the load table, at the last check for ejected endpoints
+        self._any_ejected = False  # at that check
 
     def apply(self, message: Snapshot | Delta) -> None:
         """Apply a change and acknowledge its version. Outdated changes are ignored."""
@@ -334,10 +338,13 @@ class RoutingTable:
         Cheap while nothing fails, so it can be called periodically.
         """
         health_events = self._table.health_events()
-        if health_events != self._health_events:
+        if health_events != self._health_events or self._any_ejected:
             self._health_events = health_events
+            self._any_ejected = False
             for routed in self._models.values():
-                routed.move_off_ejected()
+                if routed.ring.ejected_count():
+                    self._any_ejected = True
+                    routed.move_off_ejected()
 
     def close(self) -> None:
         """Remove all models and close their endpoints' upstreams."""
@@ -541,14 +548,16 @@ class RoutedModel:
         """Move waiting requests off endpoints that were ejected because they were unreachable.
 
         An endpoint that was ejected for its responses (503) is alive and may still serve the
-        requests that it has.
+        requests that it has. A request sent after the last failure is a probe, and stays.
         """
-        if self.ring.ejected_count():
-            for endpoint in self.route.endpoints:
-                if self._table.ejected_until(endpoint.row) and self._table.unreachable(
-                    endpoint.row
-                ):
-                    self._upstreams[endpoint.name].move_waiting()
+        for endpoint in self.route.endpoints:
+            row = endpoint.row
+            if self._table.ejected_until(row) and self._table.unreachable(row):
+                failed_s = self._table.failed_at(row)
+                self._upstreams[endpoint.name].move_waiting(failed_s)
+                for departed, upstream in self._departed:
+                    if _is_same_pod(departed, endpoint):
+                        upstream.move_waiting(failed_s)
 
     def _find(self, endpoint: str) -> Endpoint | None:
         return next((e for e in self.route.endpoints if e.name == endpoint), None)
@@ -660,3 +669,7 @@ class RoutedModel:
             if endpoint.name not in self.route.draining and not is_back:
                 upstream.move_waiting()
         self._departed = [each for each in self._departed if each[1].is_waited_on]
+
+
+def _is_same_pod(endpoint: Endpoint, other: Endpoint) -> bool:
+    return (endpoint.name, endpoint.address) == (other.name, other.address)

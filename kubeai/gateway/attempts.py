@@ -37,6 +37,7 @@ PROOF_PAUSES_S = (0.02, 0.04, 0.08, 0.16, 0.32)
 NO_ANSWER = 0
 TIMED_OUT = -1
 ENGINE_DIED = "engine_died"
+_CODES = {503: "model_unavailable", 504: "timeout"}  # of failures that are answered; as elsewhere
 
 
 class RetryBudget:
@@ -229,15 +230,22 @@ class Retries:
                 break
         silent = self.trusted(routed, key, adapter)
         if silent is None:
-            raise self._exhausted()
+            raise self._exhausted(routed)
         return silent
 
-    def _exhausted(self) -> BadRequest:
+    def _exhausted(self, routed: RoutedModel) -> BadRequest:
         what = f"responded with {self._status}" if self._status > 0 else "did not respond"
+        status = self._status if self._status > 0 else 504 if self._status == TIMED_OUT else 502
+        log.warning(
+            "attempt failed and no other endpoint is known to work",
+            model=routed.route.model,
+            endpoint=self._tried[-1],
+            reason=what,
+        )
         return BadRequest(
             f"The last replica tried {what}, and no other replica is known to work.",
-            status=self._status if self._status > 0 else 502,
-            code="bad_gateway",
+            status=status,
+            code=_CODES.get(status, "bad_gateway"),
         )
 
     def _jittered(self, pause_s: float) -> float:

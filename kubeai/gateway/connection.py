@@ -95,9 +95,9 @@ class Front:
         self._watch_ejections()
 
     def _watch_ejections(self) -> None:
-        self.gateway.table.move_off_ejected()
         loop = asyncio.get_running_loop()
         self._watch = loop.call_later(self._tick_s, self._watch_ejections)
+        self.gateway.table.move_off_ejected()
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
         """Drain as described in the module, for at most ``accept_s`` plus ``timeout_s``."""

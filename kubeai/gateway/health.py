@@ -64,11 +64,13 @@ class Health:
         now_s, routed, config = self._clock(), self._routed, self._config
         failures = routed.note_failure(self._endpoint, now_s, unreachable)
         after = config.eject_after_failures
-        if not after or not (probe or failures >= after):
+        if not after:
             return None
         until_s = routed.ejected_until(self._endpoint)
         if until_s and not (probe and until_s - now_s <= TRIAL_S):
             return None  # the request was sent before the ejection, or in panic mode
+        if not until_s and failures < after:  # even for a probe, if others have recovered it since
+            return None
         doublings = min(routed.ejection_count(self._endpoint), EJECTION_DOUBLINGS_MAX)
         for_s = min(config.eject_max_time_s, config.eject_time_s * 2.0**doublings)
         return for_s if routed.eject(self._endpoint, now_s + for_s) else None
@@ -94,11 +96,11 @@ class Health:
         It is if it is not ejected, and has not failed within ``DOUBT_S`` or has begun
         ``TRUST_ANSWERS`` responses since. ``answers``: responses begun so far.
         """
-        if self._routed.ejected_until(self._endpoint):
-            return False
         failed_s = self._routed.failed_at(self._endpoint)
         if failed_s != self._failed_s:
             self._failed_s, self._answers = failed_s, answers
+        if self._routed.ejected_until(self._endpoint):
+            return False
         return (
             not failed_s
             or self._clock() - failed_s > DOUBT_S

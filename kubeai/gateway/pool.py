@@ -21,7 +21,7 @@ from kubeai.gateway.health import Health
 from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
-    from kubeai._relay import Connecting, Exchange, Relay
+    from kubeai._relay import Exchange, Relay
     from kubeai.api.config import GatewayConfig
     from kubeai.routing import Endpoint, RoutedModel
 
@@ -36,7 +36,7 @@ class _Pool(Connections):
 
     _connect_timeout_s: float
 
-    def connect(self, exchange: Exchange) -> Connecting:
+    def connect(self, exchange: Exchange) -> asyncio.Task[None]:
         """Open a connection for an exchange; calls its ``connected`` or ``connect_failed``."""
         return asyncio.get_running_loop().create_task(self._connect(exchange))
 
@@ -78,10 +78,18 @@ class Pool(_Pool):
         self._endpoint = endpoint.name
         self._connect_timeout_s = config.connect_timeout_s
         self._losses_s = (-math.inf, -math.inf)  # when the last two connections were lost
-        self._movable: set[Callable[[], None]] = set()
+        # Requests for which a connection is made, and uploads; since when (CLOCK_MONOTONIC).
+        self._connecting: dict[asyncio.Task[None], tuple[Exchange, float]] = {}
+        self._movable: dict[Callable[[], None], float] = {}
         ip, _, port = endpoint.address.rpartition(":")
         self._ip = ip.strip("[]")
         self._port = int(port)
+
+    def connect(self, exchange: Exchange) -> asyncio.Task[None]:
+        connecting = super().connect(exchange)
+        self._connecting[connecting] = exchange, time.monotonic()
+        connecting.add_done_callback(self._connecting.pop)
+        return connecting
 
     async def _dial(self, upstream: Upstream) -> None:
         loop = asyncio.get_running_loop()
@@ -129,22 +137,30 @@ class Pool(_Pool):
 
     @property
     def is_waited_on(self) -> bool:
-        return bool(self._movable or self.waiting())
+        return bool(self._movable or self._connecting or self.waiting(math.inf))
 
-    def move_waiting(self) -> None:
-        for exchange in self.waiting():
+    def move_waiting(self, sent_before_s: float = math.inf) -> None:
+        for exchange in [*self.waiting(sent_before_s), *self._being_connected(sent_before_s)]:
             exchange.attempt_elsewhere()
-        for move in list(self._movable):
-            move()
+        for move, since_s in list(self._movable.items()):
+            if since_s < sent_before_s:
+                move()
+
+    def _being_connected(self, sent_before_s: float) -> list[Exchange]:
+        return [
+            exchange
+            for connecting, (exchange, since_s) in self._connecting.items()
+            if since_s < sent_before_s and not connecting.cancelling()
+        ]
 
     @contextmanager
     def movable(self, move: Callable[[], None]) -> Iterator[None]:
         """While an upload (which the relay does not track) waits, let `move_waiting` move it."""
-        self._movable.add(move)
+        self._movable[move] = time.monotonic()
         try:
             yield
         finally:
-            self._movable.discard(move)
+            del self._movable[move]
 
     @property
     def lost_one_alone(self) -> bool:

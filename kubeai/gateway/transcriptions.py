@@ -318,6 +318,13 @@ class _Attempts:
         self._moved_to: Reservation | None = None  # the next attempt, after the endpoint left
 
     async def run(self) -> web.StreamResponse:
+        try:
+            return await self._run()
+        finally:
+            if self._moved_to is not None:
+                self._moved_to.release()
+
+    async def _run(self) -> web.StreamResponse:
         reservation = self._model.pick(self._key, self._ask.adapter) or await self._hold()
         while True:
             try:
@@ -333,7 +340,9 @@ class _Attempts:
         """The endpoint of the next attempt after one has failed."""
         if self._moved_to is not None:
             moved_to, self._moved_to = self._moved_to, None
-            return moved_to
+            if self._model.serves(moved_to.name):
+                return moved_to
+            moved_to.release()  # it has left in its turn
         if self._lost is not None:
             await check_loss(self._retries, self._model, self._lost, self._alone)
         place = (self._model, self._key, self._ask.adapter)
@@ -351,6 +360,7 @@ class _Attempts:
         name = reservation.name
         pool = cast(Pool, reservation.target)
         pool.trial = pool.trial or reservation.trial
+        pool.failing = pool.failing or reservation.failing
         self._lost = None
         timed_out = False
         try:
@@ -392,6 +402,9 @@ class _Attempts:
         """The response; None if the endpoint left before it began and another can be tried."""
         pool = cast(Pool, reservation.target)
         posting = asyncio.ensure_future(self._post(pool.host))
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
 
         def move() -> None:
             if posting.done() or self._moved_to is not None:
@@ -409,8 +422,9 @@ class _Attempts:
             with pool.movable(move):
                 return await posting
         except asyncio.CancelledError:
-            posting.cancel()
-            if self._moved_to is None:
+            if not posting.cancel() and not posting.cancelled() and not posting.exception():
+                posting.result().close()  # it came in the moment in which nobody waits any more
+            if self._moved_to is None or task.cancelling() > cancelled_before:
                 raise
             return None
 

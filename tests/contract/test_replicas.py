@@ -285,7 +285,7 @@ async def is_led(fleet: Fleet) -> bool:
 
 @pytest.mark.cluster
 async def test_cold_models_scale_up_once_and_answer_once_despite_failures(fleet):
-    """The leader hangs, is killed, and the API fails: only the killed replica's clients lose."""
+    """The leader hangs and is killed while the API is down; no request to the others fails."""
     await fleet.launch()
     for name in COLD:
         cold = model(name, args=SLOW, minReplicas=0, maxReplicas=1, scaleDownDelaySeconds=90)

@@ -8,6 +8,7 @@ two processes of a gateway do. Used by tests and by ``bench/partial_failure.py``
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ class Upstream:
         self._failing = self.trial = False
         self._answers = 0
         self._answered_s = 0.0
-        self.movable: set[Callable[[], None]] = set()
+        self.movable: dict[Callable[[], None], float] = {}  # since when it waits
 
     def close(self) -> None:
         pass
@@ -64,9 +65,10 @@ class Upstream:
     def is_waited_on(self) -> bool:
         return bool(self.movable)
 
-    def move_waiting(self) -> None:
-        for move in list(self.movable):
-            move()
+    def move_waiting(self, sent_before_s: float = math.inf) -> None:
+        for move, since_s in list(self.movable.items()):
+            if since_s < sent_before_s:
+                move()
 
     @property
     def is_trusted(self) -> bool:
@@ -225,13 +227,13 @@ class Cluster:
             moved_to = other
             serving.cancel()
 
-        upstream.movable.add(move)
+        upstream.movable[move] = self.clock()
         try:
             status = await serving
         except asyncio.CancelledError:
             return NO_ANSWER, moved_to
         finally:
-            upstream.movable.discard(move)
+            del upstream.movable[move]
             reservation.release()
         if status == 200:
             upstream.answered()

@@ -6,6 +6,7 @@ import pytest
 from fakes.time import FAKE_TIME
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from kubeai.gateway.attempts import (
     BUDGET_WINDOW_S,
@@ -16,6 +17,7 @@ from kubeai.gateway.attempts import (
     RetryBudget,
 )
 from kubeai.openai import BadRequest
+from kubeai.routing import Route
 
 
 class Upstream:
@@ -40,6 +42,7 @@ class Model:
 
     def __init__(self, names):
         self.upstreams = {name: Upstream() for name in names}
+        self.route = Route("m", "VLLM")
 
     def pick(self, key, adapter, exclude=()):
         return next((name for name in self.upstreams if name not in exclude), None)
@@ -175,18 +178,29 @@ async def test_beyond_the_budget_a_silent_endpoint_without_failures_is_picked(
 
 
 @FAKE_TIME
-@pytest.mark.parametrize(("status", "becomes"), [(503, 503), (500, 500), (NO_ANSWER, 502)])
+@pytest.mark.parametrize(
+    ("status", "becomes", "code"),
+    [
+        (500, 500, "bad_gateway"),
+        (502, 502, "bad_gateway"),
+        (503, 503, "model_unavailable"),
+        (504, 504, "timeout"),
+        (NO_ANSWER, 502, "bad_gateway"),
+        (TIMED_OUT, 504, "timeout"),
+    ],
+)
 async def test_beyond_the_budget_the_failure_is_returned_once_all_others_are_down(
-    event_loop_clock, status, becomes
+    event_loop_clock, status, becomes, code
 ):
     now_s, wait_until = event_loop_clock
-    retries, model = Retries(3, refused, clock=now_s), Model("ab")
+    retries, model = Retries(3, refused, timeouts=True, clock=now_s), Model("ab")
     assert retries.wants(status, "a", model)
     other = model.upstreams["b"]
     wait_until(0.05, lambda: other.__dict__.update(is_down=True, is_trusted=False))
-    with pytest.raises(BadRequest) as caught:
+    with capture_logs() as logs, pytest.raises(BadRequest) as caught:
         await retries.later(model, 1, None)
-    assert caught.value.status == becomes
+    assert (caught.value.status, caught.value.code) == (becomes, code)
+    assert [line["endpoint"] for line in logs if line["log_level"] == "warning"] == ["a"]
     assert now_s() < 0.2
 
 

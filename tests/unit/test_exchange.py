@@ -12,6 +12,7 @@ import pytest
 import uvloop
 from fakes.wire import (
     CHUNKED,
+    WAIT_S,
     Broken,
     Engine,
     Message,
@@ -27,6 +28,7 @@ from fakes.world import World
 from structlog.testing import capture_logs
 
 from kubeai import openai
+from kubeai.gateway.health import TRUST_ANSWERS
 
 CHAT = "/openai/v1/chat/completions"
 
@@ -699,6 +701,33 @@ async def test_a_request_that_killed_its_engine_is_not_retried(start):
     assert (await wire.answer()).body == b"good"
 
 
+async def test_a_request_that_kills_its_engine_when_it_is_sent_again_is_to_blame_too(start):
+    """It was first written to an idle connection, which might be closed for other reasons."""
+    world = await start()
+    has_other = asyncio.Event()
+
+    async def script(wire: Wire, request: Message) -> None:
+        if b"poison" not in request.body:
+            await wire.send(answer(200, b"good"))
+        elif len(engine.requests) == 2:
+            await has_other.wait()
+            wire.close()
+        else:
+            engine.die()
+
+    engine, other = await world.engine(script), await world.engine(says(b"good"))
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).body == b"good"
+    await wire.send(ask(poison=True))
+    await until(lambda: len(engine.requests) == 2)
+    world.route("m", {"a": engine, "b": other})
+    has_other.set()
+    assert (await error_of(wire, 502))["code"] == "engine_died"
+    assert not other.requests
+
+
 async def test_requests_on_a_crashed_engine_are_each_retried_elsewhere_once(start):
     """If one of them is to blame, it may crash a second engine, but not a third."""
     world = await start(retries=5, eject_after_failures=0)
@@ -964,6 +993,124 @@ async def test_moves_count_against_the_retry_limit(start):
     wire.close()
 
 
+async def test_a_request_stays_on_a_pod_that_is_out_of_service_for_a_moment(start):
+    world = await start()
+    answers = asyncio.Event()
+
+    async def slow(wire: Wire, request: Message) -> None:
+        await answers.wait()
+        await wire.send(answer(200, b"slow"))
+
+    engine = await world.engine(slow)
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: engine.requests)
+    world.route("m", {})  # it is not ready
+    world.route("m", {"a": engine, "b": await world.engine(says(b"other"))})
+    answers.set()
+    assert (await wire.answer()).body == b"slow"
+    assert len(engine.requests) == 1
+
+
+async def test_a_request_moves_off_a_pod_that_comes_back_and_leaves_for_good(start):
+    world = await start()
+    hung, good = await world.engine(hang), await world.engine(says(b"good"))
+    world.route("m", {"a": hung})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: hung.requests)
+    world.route("m", {})
+    world.route("m", {"a": hung})
+    world.route("m", {"b": good})
+    assert (await wire.answer()).body == b"good"
+
+
+async def test_a_request_that_is_being_connected_moves_when_its_endpoint_leaves(start):
+    world = await start(connect_timeout_s=WAIT_S)
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = full.getsockname()[1]
+    fillers = [socket.socket() for _ in range(4)]
+    for filler in fillers:  # the backlog is full: connections hang
+        filler.setblocking(False)
+        filler.connect_ex(("127.0.0.1", port))
+    world.route("m", {"a": f"127.0.0.1:{port}"})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: world.in_flight("m"))
+    world.route("m", {"b": await world.engine(says(b"good"))})
+    async with asyncio.timeout(WAIT_S / 2):
+        assert (await wire.answer()).body == b"good"
+    for each in (full, *fillers):
+        each.close()
+
+
+async def test_a_probe_stays_while_other_endpoints_fail(start):
+    world = await start(eject_after_failures=1, eject_time_s=0.01, retries=1)
+    answers = asyncio.Event()
+
+    async def slow(wire: Wire, request: Message) -> None:
+        await answers.wait()
+        await wire.send(answer(200, b"back"))
+
+    ejected = await world.engine(lose)
+    world.route("m", {"a": ejected, "b": await world.engine(says(b"good"))})
+    world.route("other", {"c": await world.engine(says(b"good"))})
+    wire = await world.client()
+    while not world.ejected("m"):
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+    ejected.requests.clear()
+    ejected.script = slow
+    while not ejected.requests:
+        probe = await world.client()
+        await probe.send(ask())
+        answering = asyncio.create_task(probe.answer())
+        await until(lambda: answering.done() or ejected.requests)  # noqa: B023 (awaited here)
+    other = world.table.find("other").route.endpoints[0]
+    for _ in range(3):
+        world.loads.note_failure(other.row, other.generation, time.monotonic(), True)
+        await looked_for_ejected(world)
+    answers.set()
+    assert (await answering).body == b"back"
+    await until(lambda: not world.ejected("m"))
+
+
+async def test_a_request_moves_off_an_ejected_endpoint_as_soon_as_another_is_trusted(start):
+    world = await start(eject_after_failures=2)
+    engines = {name: await world.engine(says(b"good")) for name in "ab"}
+    engines["a"].script = hang
+    world.route("m", engines)
+    rows = {e.name: e for e in world.table.find("m").route.endpoints}
+    stuck = []
+    while not stuck:
+        wire = await world.client()
+        await wire.send(ask())
+        waiting = asyncio.create_task(wire.answer())
+        await until(lambda: waiting.done() or engines["a"].requests)  # noqa: B023 (awaited here)
+        if engines["a"].requests:
+            stuck.append(waiting)
+    now_s = time.monotonic()
+    for name in "ab":
+        world.loads.note_failure(rows[name].row, rows[name].generation, now_s, True)
+        world.loads.eject(rows[name].row, rows[name].generation, now_s + 100)
+    await looked_for_ejected(world)
+    assert not stuck[0].done(), "no other endpoint is trusted"
+    world.loads.recover(rows["b"].row, rows["b"].generation)
+    wire = await world.client()
+    for _ in range(TRUST_ANSWERS):
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+    assert (await stuck[0]).body == b"good"
+
+
+async def looked_for_ejected(world: World) -> None:
+    """The worker has looked for requests that wait on ejected endpoints, once more at least."""
+    await asyncio.sleep(0)
+    for _ in range(2):
+        world.table.move_off_ejected()
+
+
 @pytest.mark.parametrize("retried", [True, False])
 async def test_a_first_byte_timeout_is_retried_elsewhere_if_configured(start, retried):
     world = await start(first_byte_timeout_s=0.05, retry_first_byte_timeout=retried)
@@ -1033,6 +1180,31 @@ async def test_a_failed_probe_ejects_for_longer(start):
             asked.append((sent_s, time.monotonic()))
     pauses = [later - earlier for (earlier, _), (_, later) in itertools.pairwise(asked)]
     assert all(pause >= 0.02 * 2**n for n, pause in enumerate(pauses)), pauses
+
+
+async def test_a_probe_whose_client_left_does_not_make_the_next_failure_eject(start):
+    world = await start(eject_after_failures=3)
+    engine = await world.engine(hang)
+    world.route("m", {"a": engine, "b": await world.engine(says(b"good"))})
+    a = next(e for e in world.table.find("m").route.endpoints if e.name == "a")
+    for _ in range(3):
+        world.loads.note_failure(a.row, a.generation, time.monotonic(), False)
+    world.loads.eject(a.row, a.generation, time.monotonic())  # half-open at once
+    while not engine.requests:
+        wire = await world.client()
+        await wire.send(ask())
+        answering = asyncio.create_task(wire.answer())
+        await until(lambda: answering.done() or engine.requests)  # noqa: B023 (awaited here)
+    answering.cancel()
+    wire.reset()
+    await world.at_rest()
+    world.loads.recover(a.row, a.generation)  # as another worker would
+    engine.script = failing(503)
+    wire = await world.client()
+    while len(engine.requests) < 2:
+        await wire.send(ask())
+        assert (await wire.answer()).body == b"good"
+    assert not world.ejected("m")
 
 
 # -- counts ----------------------------------------------------------------------------------------

@@ -645,3 +645,10 @@ class Tables(RuleBasedStateMachine):
 
 TestTables = Tables.TestCase
 TestTables.settings = settings(max_examples=some(60), stateful_step_count=50)
+
+
+def test_a_closed_table_counts_no_more_health_events():
+    table = LoadTable.create(8, 1)
+    table.close()
+    with pytest.raises(ValueError, match="closed"):
+        table.health_events()

@@ -1,5 +1,6 @@
 """A scrape shows the load table's values, for models and endpoints that exist."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ class Target:
     def __init__(self, routed, endpoint):
         pass
 
-    def move_waiting(self):
+    def move_waiting(self, sent_before_s=math.inf):
         pass
 
     def close(self):

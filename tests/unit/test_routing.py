@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import math
 
 import pytest
 from hypothesis import settings
@@ -45,7 +46,7 @@ class Upstream:
         assert not self.closed, "closed twice"
         self.closed = True
 
-    def move_waiting(self):
+    def move_waiting(self, sent_before_s=math.inf):
         pass
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 
 import pytest
 import uvloop
@@ -241,3 +242,44 @@ async def test_a_client_disconnect_at_the_end_of_a_response_is_no_error(start, c
         await until(lambda: world.active("w") == 0)
         end.clear()
     assert caplog.records == []
+
+
+async def test_a_client_that_leaves_while_its_upload_moves_leaves_nothing(start):
+    world = await start()
+    hung, other = await world.engine(hang), await world.engine(hang)
+    world.route("w", {"a": hung})
+    wire = await world.client()
+    await wire.send(ASK)
+    await until(lambda: hung.requests)
+    (handling,) = [
+        task for task in asyncio.all_tasks() if "RequestHandler.start" in repr(task.get_coro())
+    ]
+    world.route("w", {"b": other})
+    handling.cancel()  # what aiohttp does when the client has left
+    await until(lambda: world.active("w") == 0)
+    await world.at_rest()
+    assert not other.requests
+
+
+async def test_an_upload_whose_endpoint_leaves_just_before_it_is_sent_goes_elsewhere(start):
+    world = await start()
+    hung = [await world.engine(hang) for _ in range(2)]
+    good = await world.engine(says(b"good"))
+    world.route("w", {"a": hung[0]})
+    wire = await world.client()
+    await wire.send(ASK)
+    await until(lambda: hung[0].requests)
+    world.route("w", {"b": hung[1]})  # it moves there, but leaves in the same moment
+    world.route("w", {"c": good})
+    assert (await wire.answer()).body == b"good"
+
+
+async def test_failures_are_consecutive_over_all_workers(start):
+    world = await start(eject_after_failures=3)
+    world.route("w", {"a": await world.engine(says(b"good"))})
+    endpoint = world.table.find("w").route.endpoints[0]
+    world.loads.note_failure(endpoint.row, endpoint.generation, time.monotonic(), False)
+    wire = await world.client()
+    await wire.send(ASK)
+    assert (await wire.answer()).body == b"good"
+    assert world.loads.failures(endpoint.row) == 0
