@@ -267,9 +267,12 @@ def _take_probe(upstream: Upstream) -> bool:
 async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, alone: bool) -> None:
     """After an attempt lost its connection, raise BadRequest if the request crashed the engine.
 
-    An engine that still listens has not crashed. One that is no longer in the route may have been
-    stopped for another reason. ``alone``: no other request lost its connection to the engine.
+    An engine that still listens has not crashed, and one that drains was stopped on purpose. One
+    that is no longer in the route may have been stopped for another reason. ``alone``: no other
+    request lost its connection to the engine.
     """
+    if lost.name in routed.route.draining:
+        return
     gone = not routed.serves(lost.name)
     if not gone and await cast("Pool", lost.target).listens():
         return

@@ -772,6 +772,24 @@ async def test_an_engine_that_dies_after_it_left_the_routes_is_not_blamed_on_its
     assert (await wire.answer()).body == b"good"
 
 
+async def test_a_request_that_loses_two_terminating_engines_is_not_blamed_for_it(start):
+    """As in a node drain: both engines end, and neither because of the request."""
+    world = await start()
+    routes = [({"b": "b"}, ("a",)), ({"c": "c"}, ("a", "b"))]
+
+    async def script(wire: Wire, request: Message) -> None:
+        names, draining = routes.pop(0)
+        world.route("m", {name: engines[name] for name in names}, draining=draining)
+        next(engine for engine in engines.values() if wire in engine.open).die()
+
+    engines = {name: await world.engine(script) for name in "ab"}
+    engines["c"] = await world.engine(says(b"good"))
+    world.route("m", {"a": engines["a"]})
+    wire = await world.client()
+    await wire.send(ask())
+    assert (await wire.answer()).body == b"good"
+
+
 # -- health ----------------------------------------------------------------------------------------
 
 
