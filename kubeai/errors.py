@@ -5,6 +5,13 @@ manifest (``spec.resourceProfile``), an option, or a file. The command line prin
 without a traceback; the operator reports them in a Model's conditions.
 """
 
+QUOTED_MAX_CHARS = 200  # of a user's text in an error message
+
+
+def quoted(text: str) -> str:
+    """A user's text for an error message: in quotes, and cut off when it is long."""
+    return repr(text if len(text) <= QUOTED_MAX_CHARS else text[:QUOTED_MAX_CHARS] + "…")
+
 
 class KubeAIError(Exception):
     """Invalid input or a failure outside the program; the message says what and where."""

@@ -1,7 +1,7 @@
 """Parses requests to OpenAI's, vLLM's and Anthropic's HTTP APIs for routing. Pure: no I/O.
 
 Owns the route table, the parsing of JSON bodies as far as routing needs it, the hash key, the
-replacement of ``model`` for adapters, label selectors, and the format of error bodies. Called by
+replacement of ``model`` for adapters, X-Label-Selector, and the format of error bodies. Called by
 the gateway for every request.
 
 Paths: nothing is decoded, normalized or repaired. Scheme and authority of a target in absolute form
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -40,15 +40,12 @@ import msgspec
 from msgspec import Raw
 
 from kubeai import _ask
+from kubeai.api.labels import Selector, label_selector
+from kubeai.errors import quoted
 
 PREFIX = "/openai"
 TOP_LEVEL_KEYS_MAX_COUNT = 1000
-SELECTOR_MAX_CHARS = 4096
 LARGE_BYTES = 1 << 20  # larger bodies are parsed in a thread; smaller ones take 2 ms at most
-ECHO_MAX_CHARS = 200  # of client text that is quoted in an error message
-
-Labels = Mapping[str, str]
-Selector = Callable[[Labels], bool]
 
 
 class Kind(StrEnum):
@@ -123,15 +120,11 @@ def error_body(
 def model_not_found(model: str) -> BadRequest:
     """The same 404 for a missing model, a missing adapter and a selector that does not match."""
     return BadRequest(
-        f"The model {_echo(model)} does not exist or you do not have access to it.",
+        f"The model {quoted(model)} does not exist or you do not have access to it.",
         param="model",
         status=404,
         code="model_not_found",
     )
-
-
-def _echo(text: str) -> str:
-    return repr(text if len(text) <= ECHO_MAX_CHARS else text[:ECHO_MAX_CHARS] + "…")
 
 
 # -- paths -----------------------------------------------------------------------------------------
@@ -286,7 +279,7 @@ def parse(kind: Kind, body: bytes) -> Ask:
                 raise BadRequest(
                     "The body has several keys that may be read as 'model'."
                     if model is not None
-                    else f"Unknown parameter {_echo(text)}: did you mean 'model'?",
+                    else f"Unknown parameter {quoted(text)}: did you mean 'model'?",
                     param="model",
                 )
             model = value
@@ -518,12 +511,6 @@ def _is_crowded(raw: Raw) -> bool:
 
 # -- label selectors -------------------------------------------------------------------------------
 
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-_DOMAIN = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*"
-_KEY = re.compile(rf"(?:(?=.{{1,253}}/){_DOMAIN}/)?{_NAME}")
-_VALUE = re.compile(rf"(?:{_NAME})?")
-_TOKEN = re.compile(r"\s*(==|!=|[=!<>(),]|[^\s=!<>(),]+)")
-
 
 @lru_cache(maxsize=256)
 def parse_selector(text: str) -> Selector:
@@ -532,93 +519,6 @@ def parse_selector(text: str) -> Selector:
         return label_selector(text)
     except ValueError as error:
         raise BadRequest(
-            f"X-Label-Selector {_echo(text)} is not a valid label selector: {error}.",
+            f"X-Label-Selector {quoted(text)} is not a valid label selector: {error}.",
             param="X-Label-Selector",
         ) from None
-
-
-def label_selector(text: str) -> Selector:
-    """Parse a Kubernetes label selector into a predicate. An empty selector matches everything.
-
-    ``k``, ``!k``, ``k=v``, ``k==v``, ``k!=v``, ``k in (a,b)``, ``k notin (a,b)``, ``k>1``,
-    ``k<1``, joined by commas. As in Kubernetes, ``!=`` and ``notin`` also match a missing label.
-    ValueError says what is wrong. Also used by the embedded API.
-    """
-    if len(text) > SELECTOR_MAX_CHARS:
-        raise ValueError(f"it is longer than {SELECTOR_MAX_CHARS} characters")
-    requirements = tuple(_requirements(text))
-    return lambda labels: all(requirement(labels) for requirement in requirements)
-
-
-def _requirements(text: str) -> Iterator[Selector]:
-    tokens = _TOKEN.findall(text)
-    if not tokens:
-        return
-    while True:
-        yield _requirement(tokens)
-        if not tokens:
-            return
-        if (token := tokens.pop(0)) != ",":
-            raise ValueError(f"expected a comma, found {_echo(token)}")
-
-
-def _requirement(tokens: list[str]) -> Selector:
-    """Consume one requirement from the start of ``tokens``."""
-    if tokens[:1] == ["!"]:
-        del tokens[0]
-        absent = _checked(_KEY, "key", tokens)
-        return lambda labels: absent not in labels
-    key = _checked(_KEY, "key", tokens)
-    operator = tokens.pop(0) if tokens and tokens[0] != "," else ""
-    if operator == "":
-        return lambda labels: key in labels
-    if operator in ("in", "notin"):
-        values = _value_set(tokens)
-        if operator == "in":
-            return lambda labels: labels.get(key) in values
-        return lambda labels: labels.get(key) not in values
-    value = "" if not tokens or tokens[0] == "," else _checked(_VALUE, "value", tokens)
-    if operator in ("=", "=="):
-        return lambda labels: labels.get(key) == value
-    if operator == "!=":
-        return lambda labels: labels.get(key) != value
-    if operator in (">", "<"):
-        sign, bound = (1 if operator == ">" else -1), _integer(value)
-        return lambda labels: _exceeds(labels.get(key), bound, sign)
-    raise ValueError(f"{_echo(operator)} is not an operator")
-
-
-def _value_set(tokens: list[str]) -> frozenset[str]:
-    if tokens[:1] != ["("]:
-        raise ValueError("expected a list in parentheses after in or notin")
-    del tokens[0]
-    values = set()
-    while True:
-        values.add("" if tokens[:1] in ([","], [")"]) else _checked(_VALUE, "value", tokens))
-        token = tokens.pop(0) if tokens else "the end"
-        if token == ")":
-            return frozenset(values)
-        if token != ",":
-            raise ValueError(f"expected a comma or ), found {_echo(token)}")
-
-
-def _checked(pattern: re.Pattern[str], what: str, tokens: list[str]) -> str:
-    if not tokens:
-        raise ValueError(f"expected a {what} at the end")
-    token = tokens.pop(0)
-    if not pattern.fullmatch(token):
-        raise ValueError(f"{_echo(token)} is not a valid label {what}")
-    return token
-
-
-def _integer(value: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,18}", value):
-        raise ValueError(f"{_echo(value)} is not an integer")
-    return int(value)
-
-
-def _exceeds(value: str | None, bound: int, sign: int) -> bool:
-    try:
-        return value is not None and sign * (_integer(value) - bound) > 0
-    except ValueError:
-        return False

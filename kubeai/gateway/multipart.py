@@ -32,7 +32,8 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from kubeai.openai import ECHO_MAX_CHARS, BadRequest
+from kubeai.errors import QUOTED_MAX_CHARS
+from kubeai.openai import BadRequest
 
 BOUNDARY_MAX_BYTES = 256  # python-multipart's limit; RFC 2046 has 70
 PREAMBLE_MAX_BYTES = 8 << 10
@@ -137,7 +138,7 @@ class Splitter:
         """The current position in the form, for error messages."""
         if not self._parts_count:
             return "before the first part"
-        name = f" ('{self._name[:ECHO_MAX_CHARS]}')" if self._name else ""
+        name = f" ('{self._name[:QUOTED_MAX_CHARS]}')" if self._name else ""
         return f"part {self._parts_count}{name}"
 
     def feed(self, data: bytes) -> list[Event]:

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from kubeai.errors import QUOTED_MAX_CHARS
 from kubeai.gateway import Gateway
 from kubeai.gateway.errors import error_answer
 from kubeai.gateway.holding import advice
@@ -20,7 +21,6 @@ from kubeai.gateway.transcriptions import GATEWAY, client, selection, transcribe
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.openai import (
-    ECHO_MAX_CHARS,
     BadRequest,
     Kind,
     Target,
@@ -105,7 +105,7 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
     if target.kind is Kind.TRANSCRIPTIONS:
         return await transcribe(request, target)
     # Echo the raw path: decoded, it could look like a path that exists.
-    path = request.raw_path.partition("?")[0][:ECHO_MAX_CHARS]
+    path = request.raw_path.partition("?")[0][:QUOTED_MAX_CHARS]
     message = f"Invalid URL ({request.method} {path})"
     return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
 

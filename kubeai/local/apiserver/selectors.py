@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kubeai.api.labels import label_selector
 from kubeai.local.apiserver.status import bad_request
-from kubeai.openai import label_selector
 
 Object = dict[str, Any]
 Match = Callable[[Object], bool]
