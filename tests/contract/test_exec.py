@@ -111,7 +111,7 @@ def test_terminal_request_is_rejected_with_a_clear_message(kubectl: Kubectl, pod
         os.close(ours)
         os.close(theirs)
     assert done.returncode == 1
-    assert "no tty" in done.stderr
+    assert "tty is not supported" in done.stderr
 
 
 @pytest.mark.kubectl

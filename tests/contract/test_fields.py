@@ -471,7 +471,7 @@ async def test_invalid_file_is_reported(world):
     for name, paths, why in (
         ("same-key", ["/a/b", "/a_b"], "spec.files[1].path: '/a_b' and '/a/b'"),
         ("odd-name", ["/a b"], "spec.files[0].path: '/a b' may contain only letters"),
-        ("volume", ["/x", "/dev/shm"], "spec.files[1].path: '/dev/shm' is where"),
+        ("volume", ["/x", "/dev/shm"], "spec.files[1].path: '/dev/shm' is already the mount path"),
     ):
         files = [{"path": path, "content": ""} for path in paths]
         await world.create(name, files=files, minReplicas=1)
@@ -483,7 +483,10 @@ async def test_invalid_file_is_reported(world):
     [
         ("{op: remove, path: /spec/nothing}", "remove '/spec/nothing' cannot be applied"),
         ("{op: remove, path: /metadata/labels/model}", "a label that KubeAI needs"),
-        ("{op: replace, path: /spec/containers/0/name, value: x}", "no container 'server' is left"),
+        (
+            "{op: replace, path: /spec/containers/0/name, value: x}",
+            "it removes the container 'server'",
+        ),
     ],
 )
 async def test_a_patch_that_cannot_be_applied_is_named_in_the_conditions(world, patch, why):
