@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from autoscaling import filled
 from fakes.partial_failure import Cluster, Report
+
+from kubeai.logs import setup_logging
 
 SEEDS = (1, 2, 3)
 MODES = {  # of one engine, of several
@@ -125,6 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="replace the table in this file")
     options = parser.parse_args()
+    os.environ.setdefault("LOG_LEVEL", "error")  # failed attempts are expected here
+    setup_logging()
     loop = looptime.new_event_loop(noop_cycles=0)
     lines = loop.run_until_complete(tables())
     loop.close()
