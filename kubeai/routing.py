@@ -393,6 +393,7 @@ class RoutedModel:
         )
         self._table = table
         self._target = target
+        self._endpoints: dict[str, Endpoint] = {}  # the route's, by name
         self._upstreams: dict[str, Upstream] = {}  # by endpoint name
         # Removed, with requests still waiting.
         self._departed: list[tuple[Endpoint, Upstream]] = []
@@ -560,7 +561,7 @@ class RoutedModel:
                         upstream.move_waiting(failed_s)
 
     def _find(self, endpoint: str) -> Endpoint | None:
-        return next((e for e in self.route.endpoints if e.name == endpoint), None)
+        return self._endpoints.get(endpoint)
 
     # -- waiting -----------------------------------------------------------------------------------
 
@@ -617,7 +618,8 @@ class RoutedModel:
             self.ring.configure(
                 replication=route.replication, mean_load_factor=route.mean_load_factor
             )
-        before = {endpoint.name: endpoint for endpoint in old.endpoints}
+        before = self._endpoints
+        self._endpoints = {endpoint.name: endpoint for endpoint in route.endpoints}
         for endpoint in route.endpoints:
             known = before.pop(endpoint.name, None)
             if endpoint != known:
@@ -642,6 +644,7 @@ class RoutedModel:
         self._upstreams.clear()
         self._departed.clear()
         self.route = replace(self.route, endpoints=())
+        self._endpoints.clear()
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)
@@ -663,9 +666,9 @@ class RoutedModel:
         An endpoint that is draining, or that is back, keeps them, because it will still serve them.
         A request that no other endpoint can take keeps waiting until the route changes again.
         """
-        present = {(endpoint.name, endpoint.address) for endpoint in self.route.endpoints}
         for endpoint, upstream in self._departed:
-            is_back = (endpoint.name, endpoint.address) in present
+            present = self._endpoints.get(endpoint.name)
+            is_back = present is not None and _is_same_pod(endpoint, present)
             if endpoint.name not in self.route.draining and not is_back:
                 upstream.move_waiting()
         self._departed = [each for each in self._departed if each[1].is_waited_on]
