@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from kubeai.gateway.attempts import RetryBudget
+from kubeai.gateway.attempts import Retries, RetryBudget
 
 if TYPE_CHECKING:
     from kubeai._relay import Relay
@@ -71,15 +71,19 @@ class Gateway:
         """The number of requests that this worker holds for a model."""
         return self._held.get(model, 0)
 
-    def may_retry(self, routed: RoutedModel, likely: bool) -> bool:
-        """Take one retry from a model's budget, if possible; see `RetryBudget.take`."""
+    def retries(self, routed: RoutedModel) -> Retries:
+        """The retries of one request, within the model's budget."""
+        config = self.config
         budget = self._budgets.get(routed)
         if budget is None:
-            config = self.config
             min_count = config.retry_budget_min / self.table.workers
             budget = RetryBudget(config.retry_budget_percent, min_count)
             self._budgets[routed] = budget
-        return budget.take(routed.answered(), time.monotonic(), likely=likely)
+
+        def take(likely: bool) -> bool:
+            return budget.take(routed.answered(), time.monotonic(), likely=likely)
+
+        return Retries(config.retries, take, timeouts=config.retry_first_byte_timeout)
 
     def spool(self, size_bytes: int) -> bool:
         """Reserve spool space for a form; False if all forms would exceed ``spool_max_bytes``.

@@ -177,12 +177,27 @@ class Retries:
         self._tried, self._granted, self._status = tried, granted, status
         return True
 
-    def moved(self, endpoint: str) -> bool:
-        """Count an abandoned attempt; False if no further attempt is allowed."""
+    def move(
+        self,
+        here: Reservation,
+        routed: RoutedModel,
+        key: int | None,
+        adapter: str | None,
+    ) -> Reservation | None:
+        """Pick another endpoint for an attempt that gets no response, and count it as failed.
+
+        None if it has to stay: no other endpoint is expected to respond, or the request has no
+        retries left.
+        """
         if self.count >= self._max_count:
-            return False
-        self._tried += (endpoint,)
-        return True
+            return None
+        other = self.trusted(routed, key, adapter)
+        if other is not None and other.target is here.target:
+            other.release()
+            return None
+        if other is not None:
+            self._tried += (here.name,)
+        return other
 
     def killed(self, alone: bool) -> bool:
         """Count an engine that crashed during an attempt. Returns whether the request is to blame.

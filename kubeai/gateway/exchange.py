@@ -127,27 +127,16 @@ class Exchange(Straight):
     def attempt_elsewhere(self) -> None:
         if self.answered or self._reservation is None:
             return
-        retries = self._attempts
-        other = retries.trusted(self._routed, self._key, self._ask.adapter)
-        if other is None:
-            return
-        here = self._reservation
-        if other.target is here.target or not retries.moved(here.name):
-            other.release()
-            return
-        self.detach()
-        self._end_attempt("endpoint does not respond, moving the request")
-        self._attempt(other)
+        other = self._attempts.move(self._reservation, self._routed, self._key, self._ask.adapter)
+        if other is not None:
+            self.detach()
+            self._end_attempt("endpoint does not respond, moving the request")
+            self._attempt(other)
 
     @property
     def _attempts(self) -> Retries:
         if self._retries is None:
-            config = self.owner.config
-            self._retries = Retries(
-                config.retries,
-                lambda likely: self.owner.gateway.may_retry(self._routed, likely),
-                timeouts=config.retry_first_byte_timeout,
-            )
+            self._retries = self.owner.gateway.retries(self._routed)
         return self._retries
 
     def _end_attempt(self, event: str) -> Reservation:

@@ -24,7 +24,7 @@ from yarl import URL
 from kubeai._load import Admission, Reservation
 from kubeai._relay import CONNECT, LOST, TIMEOUT
 from kubeai.gateway import Gateway
-from kubeai.gateway.attempts import NO_ANSWER, TIMED_OUT, Retries, check_loss
+from kubeai.gateway.attempts import NO_ANSWER, TIMED_OUT, check_loss
 from kubeai.gateway.holding import hold
 from kubeai.gateway.multipart import (
     Content,
@@ -307,12 +307,7 @@ class _Attempts:
         self._model = model
         self._admission = admission
         self._key = model.key(ask)
-        config = self._gateway.config
-        self._retries = Retries(
-            config.retries,
-            lambda likely: self._gateway.may_retry(model, likely),
-            timeouts=config.retry_first_byte_timeout,
-        )
+        self._retries = self._gateway.retries(model)
         self._lost: Reservation | None = None  # the last attempt, if it lost its connection
         self._alone = False
         self._moved_to: Reservation | None = None  # the next attempt, after the endpoint left
@@ -409,14 +404,10 @@ class _Attempts:
         def move() -> None:
             if posting.done() or self._moved_to is not None:
                 return
-            other = self._retries.trusted(self._model, self._key, self._ask.adapter)
-            if other is None:
-                return
-            if other.target is pool or not self._retries.moved(reservation.name):
-                other.release()
-                return
-            self._moved_to = other
-            posting.cancel()
+            place = (self._model, self._key, self._ask.adapter)
+            self._moved_to = self._retries.move(reservation, *place)
+            if self._moved_to is not None:
+                posting.cancel()
 
         try:
             with pool.movable(move):

@@ -218,14 +218,9 @@ class Cluster:
 
         def move() -> None:
             nonlocal moved_to
-            other = retries.trusted(routed, None, None)
-            if other is None:
-                return
-            if other.target is upstream or not retries.moved(reservation.name):
-                other.release()
-                return
-            moved_to = other
-            serving.cancel()
+            moved_to = retries.move(reservation, routed, None, None)
+            if moved_to is not None:
+                serving.cancel()
 
         upstream.movable[move] = self.clock()
         try:

@@ -1,6 +1,7 @@
 """Which failures are retried, where, and how often: the policy for all kinds of requests."""
 
 import asyncio
+import sys
 
 import pytest
 from fakes.time import FAKE_TIME
@@ -37,6 +38,21 @@ class Upstream:
         return self.probes_left >= 0
 
 
+class Pick(str):
+    """Stands in for a Reservation: compares as its endpoint's name."""
+
+    @property
+    def name(self):
+        return str(self)
+
+    @property
+    def target(self):
+        return sys.intern(str(self))
+
+    def release(self):
+        pass
+
+
 class Model:
     """Stands in for a RoutedModel: a pick returns the first endpoint that can be picked."""
 
@@ -45,7 +61,7 @@ class Model:
         self.route = Route("m", "VLLM")
 
     def pick(self, key, adapter, exclude=()):
-        return next((name for name in self.upstreams if name not in exclude), None)
+        return next((Pick(name) for name in self.upstreams if name not in exclude), None)
 
     def pick_among(self, fits, key, adapter, exclude=()):
         unfit = [name for name, upstream in self.upstreams.items() if not fits(upstream)]
@@ -232,10 +248,17 @@ def event_loop_clock():
 
 def test_a_move_counts_as_an_attempt():
     retries, model = Retries(1), Model("abc")
-    assert retries.moved("a")
+    model.upstreams["a"].is_trusted = False
+    assert retries.move(Pick("a"), model, 1, None) == "b"
     assert retries.trusted(model, 1, None) == "b"
-    assert not retries.moved("b")
+    assert retries.move(Pick("b"), model, 1, None) is None
     assert not retries.wants(503, "b", model)
+
+
+def test_a_request_does_not_move_to_where_it_is():
+    retries, model = Retries(3), Model("a")
+    assert retries.move(Pick("a"), model, 1, None) is None
+    assert retries.count == 0
 
 
 def test_a_request_that_was_alone_or_twice_on_a_crashing_engine_is_blamed():
