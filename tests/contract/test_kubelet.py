@@ -187,7 +187,13 @@ def test_kill_9_of_an_engine_leaves_no_process_and_it_is_restarted(kubelet, pods
     pod = pods.until_ready()
     engine = kubelet.engine_pids()
     (shim,) = kubelet.shims()
-    main = next(p for p in engine if f" {shim} " in f" {_parent(p)} " and _is_main(p))
+
+    def mains() -> list[int] | None:
+        """A daemon looks like the main process until it has called exec."""
+        found = [p for p in engine if _parent(p) == str(shim) and _is_main(p)]
+        return found if len(found) == 1 else None
+
+    (main,) = until(mains)
     kubelet.forget_pids()
     os.kill(main, signal.SIGKILL)
     until(lambda: not any(map(is_alive, engine)))
