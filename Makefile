@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
-CORE := $(wildcard kubeai/*.pyx kubeai/*.pxd kubeai/gateway/*.pyx kubeai/loadtest/*.pyx)
+CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test check bench bench-headline asan soak clean
@@ -70,9 +70,8 @@ asan: .venv/installed-test  ## run the compiled core's tests under AddressSaniti
 	tests/asan.sh
 
 soak: .venv/installed-test  ## run long fuzz and hammer tests, and mixed load for SOAK_SECONDS (600)
-	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/test_ask.py tests/unit/test_openai.py \
-		tests/unit/test_ring.py tests/unit/test_load.py tests/unit/test_routing.py \
-		tests/unit/test_plan.py --timeout 600
+	EXAMPLES_FACTOR=20 $(BIN)/pytest tests/unit/openai tests/unit/routing tests/unit/test_ring.py \
+		tests/unit/test_load.py tests/unit/operator/test_plan.py --timeout 600
 	FUZZ_EXAMPLES=10000 $(BIN)/pytest tests/fuzz
 	HAMMER_SEEDS=20 $(BIN)/pytest tests/hammer
 	CRASH_STEP=1 $(BIN)/pytest tests/contract/test_crash.py
@@ -80,4 +79,5 @@ soak: .venv/installed-test  ## run long fuzz and hammer tests, and mixed load fo
 	$(BIN)/python tests/soak/soak.py
 
 clean:  ## delete everything that was built
-	rm -rf .venv build dist *.egg-info kubeai/*.so kubeai/*/*.so kubeai/_*.c kubeai/*/_*.c .kubeai
+	rm -rf .venv build dist *.egg-info .kubeai
+	find kubeai -name '*.so' -o -name '_*.c' | xargs rm -f

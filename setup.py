@@ -1,17 +1,18 @@
-"""Builds the compiled core: ``_ask`` (bodies), ``_load`` (load table), ``_ring`` (routing),
-``_relay`` (HTTP), ``gateway/_straight`` (a request's way through them); and what reads streams for
-``kubeai bench`` (``loadtest/_streams``).
+"""Builds the compiled core: the load table and the ring, the relay and the fast path of a request,
+the scanner of JSON bodies, and the reader of streams for ``kubeai bench``.
 
 ``KUBEAI_CYTHON_STRICT=1`` turns warnings of Cython and the C compiler into errors (``make check``);
 ``KUBEAI_SANITIZE=address`` builds with AddressSanitizer.
 """
 
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
 from setuptools import Extension, setup
 
+root = Path(__file__).parent
 compile_args = ["-O3"]
 link_args = []
 if os.environ.get("KUBEAI_CYTHON_STRICT"):
@@ -30,15 +31,17 @@ if sanitize := os.environ.get("KUBEAI_SANITIZE"):
     compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
     link_args += [f"-fsanitize={sanitize}"]
 
-modules = ["_ask", "_load", "_ring", "_relay", "gateway/_straight", "loadtest/_streams"]
+modules = sorted(
+    path.relative_to(root).with_suffix("").as_posix() for path in (root / "kubeai").rglob("*.pyx")
+)
 
 setup(
     options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [
             Extension(
-                f"kubeai.{name.replace('/', '.')}",
-                [f"kubeai/{name}.pyx"],
+                name.replace("/", "."),
+                [f"{name}.pyx"],
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )

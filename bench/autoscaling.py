@@ -17,8 +17,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from kubeai.operator import autoscaler
-from kubeai.operator.autoscaler import Autoscaler, Sample
+from kubeai.operator.scaling import autoscaler
+from kubeai.operator.scaling.autoscaler import Autoscaler, Sample
 from kubeai.simulation.fleet import Figures, Fleet, Observation, Rule, Tick, run
 from kubeai.simulation.rules import Knative, MovingAverage
 from kubeai.simulation.traces import Trace, traces

@@ -55,15 +55,15 @@ import uvloop
 import yaml
 from aiohttp import web
 
-from kubeai.api.config import parse_config
+from kubeai.api.config.system import parse_config
 from kubeai.api.model import Model
-from kubeai.engines import build_pod
-from kubeai.kube import MODELS, PODS, Kube
+from kubeai.kube.client import MODELS, PODS, Kube
 from kubeai.operator import events
 from kubeai.operator.controller import Controller
 from kubeai.operator.operator import POD_SELECTOR
 from kubeai.operator.pods import PodObject, observe
-from kubeai.supervisor import Supervisor
+from kubeai.podspec import build_pod
+from kubeai.supervisor.supervisor import Supervisor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "contract"))

@@ -132,42 +132,43 @@ SAFETY = (
     ),
     (
         "client gone: its engine's connection closes ≤ 1 s",
-        "tests/unit/test_relay.py -k leaves",
+        "tests/unit/gateway/relay/test_relay.py -k leaves",
     ),
     (
         "engine dies mid-stream: the answer never looks complete",
-        "tests/unit/test_relay.py -k broken; tests/fuzz/test_fuzz_answers.py",
+        "tests/unit/gateway/relay/test_relay.py -k broken; tests/fuzz/test_fuzz_answers.py",
     ),
     (
         "head or body too slow, too big, too many: 408, 431, 413",
-        'tests/unit/test_relay.py -k "too_"',
+        'tests/unit/gateway/relay/test_relay.py -k "too_"',
     ),
     (
         "a request to a model that cannot start: 503 with the reason, at once or after a grace",
-        "tests/e2e/test_cannot_start.py; tests/unit/test_holding.py; tests/unit/test_blocks.py",
+        "tests/e2e/test_cannot_start.py; tests/unit/gateway/test_holding.py; "
+        "tests/unit/operator/test_blocks.py",
     ),
     (
         "an endpoint that keeps failing is ejected for all workers, and probed until it answers",
         "tests/hammer/test_safety.py -k ejected; "
-        "tests/unit/test_exchange.py -k 'ejected or probe or keeps_failing'",
+        "tests/unit/gateway/test_proxy.py -k 'ejected or probe or keeps_failing'",
     ),
     (
         "retries within a budget, never after the first byte, none for a request that killed "
         "an engine",
-        "tests/unit/test_exchange.py -k 'few or killed'; tests/unit/test_attempts.py",
+        "tests/unit/gateway/test_proxy.py -k 'few or killed'; tests/unit/gateway/test_retries.py",
     ),
     (
         "connections, and the total size of all bodies, are limited",
-        "tests/unit/test_relay.py -k 'than_allowed or limit_together'; "
-        "tests/unit/test_worker.py -k descriptors",
+        "tests/unit/gateway/relay/test_relay.py -k 'than_allowed or limit_together'; "
+        "tests/unit/gateway/test_worker.py -k descriptors",
     ),
     (
         "only listed routes reach an engine, whatever their spelling",
-        "tests/unit/test_openai.py -k 'spelling or reaches or listed'",
+        "tests/unit/openai/test_request.py -k 'spelling or reaches or listed'",
     ),
     (
         "malformed HTTP: 400 and close; framed as by h11 and llhttp, or rejected",
-        "tests/unit/test_relay.py -k malformed; tests/fuzz/test_fuzz_requests.py",
+        "tests/unit/gateway/relay/test_relay.py -k malformed; tests/fuzz/test_fuzz_requests.py",
     ),
     (
         "unknown model names: no metric series, no memory",

@@ -9,11 +9,11 @@ import json
 import pytest
 
 from kubeai._load import LoadTable
-from kubeai._relay import Upstream
-from kubeai.api.config import GatewayConfig
-from kubeai.gateway import Gateway
-from kubeai.gateway.connection import Front
-from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
+from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway.context import Gateway
+from kubeai.gateway.relay._relay import Upstream
+from kubeai.gateway.server import Front
+from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
 
 TIMES = range(1000)
 HEAD = (

@@ -7,8 +7,8 @@
     python ../../../values_schema.py fields open-webui > files/fields.json
 
 The schema is what Helm validates values against. Types of the system config come from
-`kubeai.api.config`; the others are defined here. Numbers and booleans may be given as strings, as
-`--set-string` and many values files do.
+`kubeai.api.config.system`; the others are defined here. Numbers and booleans may be given as
+strings, as `--set-string` and many values files do.
 
 The fields are for the template `kubeai.prepare`: each value's type, to convert such strings, and
 its default, for values that have no such key (`helm upgrade --reuse-values`).
@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from kubeai.api.config import SystemConfig
-from kubeai.api.schema import config_schema
+from kubeai.api.config.schema import config_schema
+from kubeai.api.config.system import SystemConfig
 
 CHART = Path(__file__).parent / "kubeai"
 SECTIONS = (

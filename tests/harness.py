@@ -21,8 +21,8 @@ from typing import Any
 import aiohttp
 import yaml
 
-from kubeai import kube
-from kubeai.kube import Kube
+from kubeai.kube import client as kube
+from kubeai.kube.client import Kube
 
 START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 25.0
@@ -187,7 +187,9 @@ class Local:
         return found
 
     def workers(self) -> list[int]:
-        return [pid for pid, command in self.processes().items() if "kubeai.worker" in command]
+        return [
+            pid for pid, command in self.processes().items() if "kubeai.gateway.worker" in command
+        ]
 
     def engines(self) -> list[int]:
         return [

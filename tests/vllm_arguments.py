@@ -1,6 +1,6 @@
-"""Record the arguments of vLLM's server, for tests/unit/test_catalogue.py.
+"""Record the arguments of vLLM's server, for tests/unit/podspec/test_catalogue.py.
 
-    python tests/vllm_arguments.py tests/unit/vllm_arguments.json
+    python tests/vllm_arguments.py tests/unit/podspec/vllm_arguments.json
 
 Run it in an environment with vLLM (the build for CPUs is enough). It adds that version to the file,
 which keeps only the arguments and choices that all recorded versions accept. Delete the file to

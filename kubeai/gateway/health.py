@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from kubeai._load import TRIAL_S
 
 if TYPE_CHECKING:
-    from kubeai.api.config import GatewayConfig
-    from kubeai.routing import RoutedModel
+    from kubeai.api.config.system import GatewayConfig
+    from kubeai.routing.table import RoutedModel
 
 # After a failure, an endpoint is trusted again after this time or this many responses.
 DOUBT_S = 10.0

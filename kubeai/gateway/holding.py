@@ -10,18 +10,18 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from kubeai._relay import RETRY_AFTER_S
-from kubeai.gateway.attempts import ENGINE_DIED
+from kubeai.gateway.relay._relay import RETRY_AFTER_S
+from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import RateLimit, get_logger
-from kubeai.openai import BadRequest, model_not_found
-from kubeai.routing import Blocked, ModelGone, NoEndpoint
+from kubeai.openai.request import BadRequest, model_not_found
+from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
-    from kubeai import _ask
     from kubeai._load import Admission, Reservation
-    from kubeai.gateway import Gateway
-    from kubeai.openai import Ask
-    from kubeai.routing import Block, RoutedModel
+    from kubeai.gateway.context import Gateway
+    from kubeai.openai import _body_scan as _ask
+    from kubeai.openai.request import Ask
+    from kubeai.routing.table import Block, RoutedModel
 
 log = get_logger(__name__)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from kubeai.engines.cache import staging_directory
 from kubeai.loading.files import LoadError, RemoteFile, write_out
+from kubeai.podspec.cache import staging_directory
 
 MARK = ".kubeai-load.json"
 HUB_FOLDER = ".cache/huggingface"  # huggingface_hub's metadata next to the files

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 import msgspec
 
-from kubeai.api.duration import parse_duration
+from kubeai.api.config.duration import parse_duration
 from kubeai.errors import KubeAIError
 from kubeai.loadtest.plan import ENDLESS, ClosedLoop, MadeUp, OpenLoop, ShareGpt, Trace
 from kubeai.simulation.traffic import SHAPES, Arrivals

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 import yaml
 
-from kubeai import kube
+from kubeai.api.config.strict import closest, repeated_keys
 from kubeai.api.crd import model_crd
-from kubeai.api.strict import closest, repeated_keys
 from kubeai.errors import KubeAIError
-from kubeai.kube import ApiError, Kube, Resource
+from kubeai.kube import client as kube
+from kubeai.kube.client import ApiError, Kube, Resource
 from kubeai.local.apiserver.bodies import RESOLVERS
 
 if TYPE_CHECKING:

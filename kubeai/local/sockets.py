@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from kubeai import channels
 from kubeai.http import aiohttp, web
+from kubeai.kube import exec_channels as channels
 
 PING_INTERVAL_S = 15.0
 CLOSE_TIMEOUT_S = 1.0

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kubeai.api.model import POD_MODEL_LABEL
-from kubeai.kube import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.kube.client import MODELS, PODS, ApiError, Backoff, Kube
 from kubeai.logs import get_logger
 from kubeai.operator.conditions import OURS
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
-from kubeai.api.duration import parse_duration
+from kubeai.api.config.duration import parse_duration
 from kubeai.errors import KubeAIError
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.presets import PRESETS

@@ -4,6 +4,6 @@ The supervisor runs an `Operator` and implements `Loads` for it. See docs/life-o
 """
 
 from kubeai.operator.operator import Operator
-from kubeai.operator.scaling import Loads
+from kubeai.operator.scaling.scaler import Loads
 
 __all__ = ["Loads", "Operator"]

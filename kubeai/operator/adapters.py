@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 
 from kubeai.api.model import Model, ModelStatusAdapter
-from kubeai.engines import adapters as engine
 from kubeai.http import aiohttp
-from kubeai.kube import PODS, ApiError, Backoff, Kube, fence
+from kubeai.kube.client import PODS, ApiError, Backoff, Kube, fence
 from kubeai.logs import get_logger
 from kubeai.operator.leader import NotLeader, Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
+from kubeai.podspec import adapters as engine
 
 log = get_logger(__name__)
 FETCH_TIMEOUT_S = 3600.0

@@ -26,12 +26,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from kubeai.api.config import GatewayConfig
+from kubeai.api.config.system import GatewayConfig
 from kubeai.api.model import Condition, Model
-from kubeai.engines.cache import LOAD_JOB_PREFIX
 from kubeai.operator.plan import wanted_replicas
 from kubeai.operator.pods import Pod
-from kubeai.routing import Block
+from kubeai.podspec.cache import LOAD_JOB_PREFIX
+from kubeai.routing.table import Block
 
 # Reasons of a ModelError: only a change to the Model or to the system config helps.
 AT_ONCE = frozenset(

@@ -28,7 +28,7 @@ from kubeai.api.model import (
 )
 from kubeai.errors import ModelError
 from kubeai.operator.adapters import AdaptersView
-from kubeai.operator.cache import CachePlan
+from kubeai.operator.cache.plan import CachePlan
 from kubeai.operator.pods import Pod, Trouble
 
 OURS = ("Ready", "Progressing", "CacheLoaded", "AdaptersLoaded", "Degraded")

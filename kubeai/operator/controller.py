@@ -19,14 +19,15 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kubeai.api.config import SystemConfig
+from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model, ModelStatus
 from kubeai.errors import ModelError
-from kubeai.kube import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.kube.client import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.kube.workqueue import Queue
 from kubeai.logs import get_logger
 from kubeai.operator.adapters import Adapters, AdaptersView
-from kubeai.operator.cache import CacheAction, CacheView, has_cache
-from kubeai.operator.claims import Claims
+from kubeai.operator.cache.claims import Claims
+from kubeai.operator.cache.plan import CacheAction, CacheView, has_cache
 from kubeai.operator.conditions import only_counts, timeless
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
@@ -53,7 +54,6 @@ from kubeai.operator.pods import (
     PodObject,
     Trouble,
 )
-from kubeai.operator.queue import Queue
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 log = get_logger(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from kubeai.api.model import Model
-from kubeai.kube import EVENTS, ApiError, Kube
+from kubeai.kube.client import EVENTS, ApiError, Kube
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

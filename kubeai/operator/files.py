@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 
 from kubeai.api.model import Model, ObjectMeta
-from kubeai.engines import config_map_name, files_config_map
 from kubeai.errors import ModelError
-from kubeai.kube import CONFIGMAPS, ApiError, Kube
+from kubeai.kube.client import CONFIGMAPS, ApiError, Kube
 from kubeai.logs import get_logger
 from kubeai.operator.leader import Writes
 from kubeai.operator.pods import Pod
+from kubeai.podspec import config_map_name, files_config_map
 
 log = get_logger(__name__)
 

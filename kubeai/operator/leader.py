@@ -6,7 +6,7 @@ never compared). The holder renews it every ``retry_period_s`` and stops leading
 succeeded for ``renew_deadline_s``. :meth:`Leader.check` guards each write by a leader. It measures
 the lease's age with a clock that keeps running while the machine is suspended, so a process that
 was frozen detects this before it writes. It is called twice: by :class:`Writes` before a write
-starts, and by the fenced Kube (see :meth:`kubeai.kube.Kube.fenced`) once the connection is
+starts, and by the fenced Kube (see :meth:`kubeai.kube.client.Kube.fenced`) once the connection is
 established and the bytes are about to be sent, however long the write has waited until then.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from kubeai.kube import LEASES, ApiError, Resource
+from kubeai.kube.client import LEASES, ApiError, Resource
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -61,7 +61,7 @@ class Writes:
 
 
 class LeaseApi(Protocol):
-    """The part of :class:`kubeai.kube.Kube` that leader election uses."""
+    """The part of :class:`kubeai.kube.client.Kube` that leader election uses."""
 
     async def get(self, r: Resource, name: str, namespace: str = "") -> dict[str, Any]: ...
     async def create(

@@ -12,9 +12,9 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from kubeai.api.config import SystemConfig
+from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
-from kubeai.kube import MODELS, PODS, Kube
+from kubeai.kube.client import MODELS, PODS, Kube
 from kubeai.logs import get_logger
 from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller
@@ -22,9 +22,9 @@ from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
-from kubeai.operator.scaling import Loads, Scaler, Wakes
+from kubeai.operator.scaling.scaler import Loads, Scaler, Wakes
 from kubeai.operator.store import Store
-from kubeai.routing import Route
+from kubeai.routing.table import Route
 
 log = get_logger(__name__)
 POD_SELECTOR = "app.kubernetes.io/managed-by=kubeai,model"

@@ -29,12 +29,11 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.config import ModelRollouts, SystemConfig
+from kubeai.api.config.system import ModelRollouts, SystemConfig
 from kubeai.api.model import FEATURE_LABEL_PREFIX, POD_MODEL_LABEL, Model, ModelStatus
-from kubeai.engines import build_pod
 from kubeai.errors import ModelError
 from kubeai.operator.adapters import AdaptersView
-from kubeai.operator.cache import (
+from kubeai.operator.cache.plan import (
     FINALIZER,
     CacheAction,
     CachePlan,
@@ -45,6 +44,7 @@ from kubeai.operator.cache import (
 )
 from kubeai.operator.conditions import Facts, dated, status_of
 from kubeai.operator.pods import HASH_ANNOTATION, POD_HASH_LABEL, Pod, Trouble
+from kubeai.podspec import build_pod
 
 MANAGED_BY_LABEL, MANAGED_BY = "app.kubernetes.io/managed-by", "kubeai"
 SUFFIX_CHARS = 5

@@ -25,15 +25,15 @@ from kubeai.api.model import (
     POD_PORT_ANNOTATION,
     ObjectMeta,
 )
-from kubeai.engines import SERVER_CONTAINER
-from kubeai.engines.adapters import (
+from kubeai.podspec import SERVER_CONTAINER
+from kubeai.podspec.adapters import (
     LABEL_PREFIX,
     LOADER_CONTAINER,
     LOADING,
     RESTARTS_ANNOTATION,
 )
-from kubeai.engines.cache import JOB_LABEL
-from kubeai.engines.files import config_map_name
+from kubeai.podspec.cache import JOB_LABEL
+from kubeai.podspec.files import config_map_name
 
 # Set in addition to the pod-hash label: it marks hashes computed by *our* function. A pod without
 # it was created by KubeAI in Go, whose hashes are not comparable.

@@ -3,7 +3,8 @@
 If the API rejects a Job's pods (a ResourceQuota, Pod Security, a webhook), only Events report it:
 the Job's status has no condition for that. Events are listed, for all Jobs at once, every
 READ_INTERVAL_S while any Job has had no pod for READ_AFTER_S. If they cannot be read or none gives
-a reason, a generic message names the Job after NO_POD_AFTER_S. Used by `kubeai.operator.claims`.
+a reason, a generic message names the Job after NO_POD_AFTER_S. Used by
+`kubeai.operator.cache.claims`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from datetime import datetime
 
 import msgspec
 
-from kubeai.kube import EVENTS, JOBS, ApiError, Kube
+from kubeai.kube.client import EVENTS, JOBS, ApiError, Kube
 from kubeai.logs import get_logger
-from kubeai.operator.cache import Job
+from kubeai.operator.cache.plan import Job
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
 
 log = get_logger(__name__)

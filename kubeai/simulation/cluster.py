@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from kubeai import openai
 from kubeai._load import LoadTable, Reservation
 from kubeai._ring import Ring
+from kubeai.openai import request as openai
 from kubeai.simulation import text
 from kubeai.simulation.engine import Engine, EngineConfig, Sequence
 from kubeai.simulation.records import Gaps, Record

@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 
 import orjson
+from repository import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "contract"), str(ROOT / "tests")]
-TARGET = ROOT / "kubeai" / "local" / "apiserver"
+sys.path[:0] = [str(REPOSITORY / "tests" / "contract"), str(REPOSITORY / "tests")]
+TARGET = REPOSITORY / "kubeai" / "local" / "apiserver"
 GROUPS = {
     "api/v1": (
         "ConfigMap", "Event", "Namespace", "Node", "PersistentVolumeClaim", "Pod", "Secret",

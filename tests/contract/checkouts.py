@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from repository import REPOSITORY
 
 
 def tracked(*within: str) -> list[str]:

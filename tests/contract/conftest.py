@@ -16,7 +16,7 @@ from operators import Nodes, World, as_operator
 from servers import ApiServer, assets, embedded, install_models, real
 from widgets import WIDGETS, Collection, until
 
-from kubeai.kube import Kube
+from kubeai.kube.client import Kube
 
 
 @pytest.fixture(

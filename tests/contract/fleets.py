@@ -22,7 +22,7 @@ from harness import START_TIMEOUT_S, chat, scrape, until
 from machines import Machine, Serve, launched
 from servers import ApiServer
 
-from kubeai.kube import LEASES, MODELS, PODS, Kube
+from kubeai.kube.client import LEASES, MODELS, PODS, Kube
 
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 SERVICE = "kubeai"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import REPOSITORY
 from servers import ApiServer, assets, wait_until
 
-CHARTS = Path(__file__).parents[2] / "charts"
+CHARTS = REPOSITORY / "charts"
 CHART = CHARTS / "kubeai"
 MODELS_CHART = CHARTS / "models"
 HELM_TIMEOUT_S = 150

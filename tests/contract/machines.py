@@ -19,8 +19,8 @@ from kubelets import Kubelet
 from operators import as_operator
 from servers import ApiServer
 
-from kubeai.kube import MODELS, PODS, ApiError, Kube
-from kubeai.local.jobs import JobController
+from kubeai.kube.client import MODELS, PODS, ApiError, Kube
+from kubeai.local.jobs.controller import JobController
 
 EXEC_TIMEOUT_S = 20.0
 # Stands for the loader's image: leaves a file that says what was fetched. It waits while the file

@@ -7,12 +7,12 @@ import contextlib
 import re
 import time
 from collections import Counter
-from pathlib import Path
 
 import yaml
+from repository import REPOSITORY
 
-from kubeai.api.config import parse_config
-from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
+from kubeai.api.config.system import parse_config
+from kubeai.kube.client import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.operator import Operator
 
 DEADLINE_S = 20.0
@@ -254,7 +254,7 @@ class World:
 
 def documented_role() -> list[dict]:
     """The rules of a Role, from the table of docs/life-of-a-model.md."""
-    text = (Path(__file__).parents[2] / "docs" / "life-of-a-model.md").read_text()
+    text = (REPOSITORY / "docs" / "life-of-a-model.md").read_text()
     table = text[text.index("## Permissions") :]
     rows = re.findall(r"^\| `([a-z/]+)`(?: \(([a-z.0-9]+)\))? \| ([a-z, ]+)", table, re.MULTILINE)
     groups = {"models": "kubeai.org"}
@@ -270,7 +270,7 @@ def documented_role() -> list[dict]:
 
 def chart_role() -> list[dict]:
     """The rules that the chart gives the operator."""
-    text = (Path(__file__).parents[2] / "charts/kubeai/templates/rbac.yaml").read_text()
+    text = (REPOSITORY / "charts/kubeai/templates/rbac.yaml").read_text()
     return yaml.safe_load(text[text.index("rules:") : text.index("---")])["rules"]
 
 

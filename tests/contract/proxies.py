@@ -18,8 +18,8 @@ import aiohttp
 from aiohttp import web
 from servers import ApiServer
 
-from kubeai import channels
-from kubeai.kube import ExecResult
+from kubeai.kube import exec_channels as channels
+from kubeai.kube.client import ExecResult
 
 CUT = Literal["before", "after"]
 DROPPED_HEADERS = {"host", "content-length", "transfer-encoding", "connection"}

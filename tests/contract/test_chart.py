@@ -30,21 +30,21 @@ from kubelets import Kubelet, is_ready
 from operators import chart_role, documented_role
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
-from kubeai.api.config import SystemConfig, parse_config
+from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
 from kubeai.api.model import decode_model
-from kubeai.engines import build_pod, files
-from kubeai.engines.cache import evict_job, load_job
-from kubeai.kube import MODELS, PODS, SECRETS, Kube, Resource
+from kubeai.kube.client import MODELS, PODS, SECRETS, Kube, Resource
 from kubeai.operator.adapters import Adapters
-from kubeai.operator.claims import Claims
+from kubeai.operator.cache.claims import Claims
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
 from kubeai.operator.refusals import Refusals
-from kubeai.operator.scaling import Scaler
+from kubeai.operator.scaling.scaler import Scaler
+from kubeai.podspec import build_pod, files
+from kubeai.podspec.cache import evict_job, load_job
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}

@@ -19,8 +19,8 @@ from harness import model, until
 from helms import CHART, IMAGE, Helm
 from kubectls import Kubectl, found
 
-from kubeai.kube import CRDS, JOBS, MODELS, PVCS, SECRETS, Kube, Resource
-from kubeai.uninstall import reason_to_refuse
+from kubeai.kube.client import CRDS, JOBS, MODELS, PVCS, SECRETS, Kube, Resource
+from kubeai.operator.uninstall import reason_to_refuse
 
 pytestmark = [
     pytest.mark.cluster,

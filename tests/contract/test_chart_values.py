@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helms import CHART, CHARTS, IMAGE, MODELS_CHART, REPOSITORY, Helm, config_of, one
 
-from kubeai.api.config import parse_config
+from kubeai.api.config.system import parse_config
 from kubeai.api.crd import model_crd
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]

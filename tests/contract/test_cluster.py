@@ -9,7 +9,7 @@ import pytest
 from operators import CONFIG, World, until
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
-from kubeai.kube import MODELS, PODS, Kube
+from kubeai.kube.client import MODELS, PODS, Kube
 
 pytestmark = pytest.mark.cluster
 

@@ -21,8 +21,8 @@ from fakes.lora import Engine
 from operators import CONFIG, Replica, World, as_operator, until
 from proxies import Proxy
 
-from kubeai.engines.adapters import url_hash
-from kubeai.kube import CONFIGMAPS, JOBS, MODELS, PODS, PVCS, ApiError, Kube
+from kubeai.kube.client import CONFIGMAPS, JOBS, MODELS, PODS, PVCS, ApiError, Kube
+from kubeai.podspec.adapters import url_hash
 
 pytestmark = pytest.mark.timeout(400)
 STEP = int(os.environ.get("CRASH_STEP", "16"))  # 1: every change, as CI does on the real API

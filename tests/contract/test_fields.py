@@ -15,12 +15,12 @@ from aiohttp import web
 from operators import CONFIG, until
 
 from kubeai._load import LoadTable
-from kubeai.api.config import GatewayConfig
-from kubeai.gateway import Gateway
-from kubeai.gateway.connection import Front
-from kubeai.gateway.pages import make_runner
-from kubeai.kube import CONFIGMAPS, MODELS, PODS, ApiError
-from kubeai.routing import Publisher, RoutingTable
+from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway.context import Gateway
+from kubeai.gateway.local_routes import make_runner
+from kubeai.gateway.server import Front
+from kubeai.kube.client import CONFIGMAPS, MODELS, PODS, ApiError
+from kubeai.routing.table import Publisher, RoutingTable
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))
 ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")

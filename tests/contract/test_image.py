@@ -17,10 +17,11 @@ import aiohttp
 import dockerfiles
 import pytest
 import yaml
-from checkouts import REPOSITORY, check_out
+from checkouts import check_out
 from fakes.hub import Hub, Repository
 from harness import CONFIG, model, until
 from machines import Machine, attended, machine
+from repository import REPOSITORY
 from servers import ApiServer, embedded, install_models
 
 import kubeai

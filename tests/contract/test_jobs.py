@@ -18,8 +18,8 @@ import pytest
 from operators import until
 from servers import CONTROL_PLANE, assets, cluster, embedded, real
 
-from kubeai.kube import EVENTS, JOBS, PODS, ApiError, Kube
-from kubeai.local.jobs import JobController
+from kubeai.kube.client import EVENTS, JOBS, PODS, ApiError, Kube
+from kubeai.local.jobs.controller import JobController
 
 TRACKING = "batch.kubernetes.io/job-tracking"
 SERVERS = {"cluster": cluster, "embedded": embedded, "real": real}

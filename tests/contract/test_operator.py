@@ -12,7 +12,7 @@ import time
 import msgspec
 from operators import CONFIG, is_ready, until
 
-from kubeai.kube import CONFIGMAPS, LEASES, MODELS, PODS, ApiError
+from kubeai.kube.client import CONFIGMAPS, LEASES, MODELS, PODS, ApiError
 from kubeai.operator.pods import HASH_ANNOTATION
 
 

@@ -57,7 +57,9 @@ def test_a_wheel_of_it_has_the_compiled_core_and_the_types_and_starts(sdist, tmp
         assert any(name.startswith(f"{core}.cpython") for name in names), core
         assert f"{core}.pyi" in names
     assert not [name for name in names if name.endswith(".c")]
-    code = "import kubeai.cli, kubeai.worker, sys; print(kubeai.__file__); kubeai.cli.main()"
+    code = (
+        "import kubeai.cli, kubeai.gateway.worker, sys; print(kubeai.__file__); kubeai.cli.main()"
+    )
     done = subprocess.run(
         (sys.executable, "-c", code, "--version"),
         cwd=tmp_path / "installed",

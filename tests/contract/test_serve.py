@@ -15,8 +15,8 @@ from harness import chat, model, until
 from machines import serving
 from operators import as_operator
 
-from kubeai import kube as k
-from kubeai.kube import Kube
+from kubeai.kube import client as k
+from kubeai.kube.client import Kube
 
 STREAMS = 50
 TOKENS = 40  # 2 s at the model's rate

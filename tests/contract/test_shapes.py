@@ -12,8 +12,8 @@ import pytest
 import yaml
 from operators import until
 
-from kubeai.api.config import SystemConfig
-from kubeai.kube import CONFIGMAPS, MODELS
+from kubeai.api.config.system import SystemConfig
+from kubeai.kube.client import CONFIGMAPS, MODELS
 
 IMAGES = SystemConfig().model_servers
 QUIET = """

@@ -8,8 +8,8 @@ import pytest
 from operators import until
 
 from kubeai.errors import KubeAIError
-from kubeai.kube import MODELS, PVCS, ApiError
-from kubeai.uninstall import uninstall
+from kubeai.kube.client import MODELS, PVCS, ApiError
+from kubeai.operator.uninstall import uninstall
 
 FINALIZER = "kubeai.org/cache-eviction"
 CLAIM = {

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from harness import chat, model, pods, running, until
 
-from kubeai import kube as k
 from kubeai.distribution import install_hint
+from kubeai.kube import client as k
 
 RUN_TIMEOUT_S = 40
 

@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "gateway_vs_nginx.py"
+SCRIPT = REPOSITORY / "bench" / "gateway_vs_nginx.py"
 
 
 @pytest.mark.nginx

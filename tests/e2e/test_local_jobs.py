@@ -9,7 +9,7 @@ import signal
 import pytest
 from harness import running, until
 
-from kubeai.kube import JOBS, PODS, ApiError
+from kubeai.kube.client import JOBS, PODS, ApiError
 
 CLAIM = {
     "apiVersion": "v1",

@@ -20,9 +20,9 @@ from unittest import mock
 
 import msgspec
 
-from kubeai import supervisor
-from kubeai.api.config import GatewayConfig, SystemConfig
-from kubeai.routing import Route
+from kubeai.api.config.system import GatewayConfig, SystemConfig
+from kubeai.routing.table import Route
+from kubeai.supervisor import supervisor
 
 START_TIMEOUT_S = 30.0
 

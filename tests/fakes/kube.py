@@ -8,13 +8,13 @@ from collections import Counter
 
 import msgspec
 
-from kubeai.api.config import parse_config
+from kubeai.api.config.system import parse_config
 from kubeai.api.model import Model
-from kubeai.kube import EVENTS, JOBS, MODELS, PODS, ApiError
+from kubeai.kube.client import EVENTS, JOBS, MODELS, PODS, ApiError
 from kubeai.operator.controller import Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
-from kubeai.operator.scaling import Scaler
+from kubeai.operator.scaling.scaler import Scaler
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")

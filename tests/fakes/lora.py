@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from kubeai.kube import ExecResult
+from kubeai.kube.client import ExecResult
 
 
 class Engine:

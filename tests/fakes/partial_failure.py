@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kubeai._load import LoadTable, Reservation
-from kubeai.api.config import GatewayConfig
-from kubeai.gateway.attempts import NO_ANSWER, Retries, RetryBudget
+from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
-from kubeai.openai import BadRequest
-from kubeai.routing import Endpoint, Publisher, Route, RoutedModel, RoutingTable
+from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
+from kubeai.openai.request import BadRequest
+from kubeai.routing.table import Endpoint, Publisher, Route, RoutedModel, RoutingTable
 
 WORKERS = 2
 ANSWER_S = 0.05  # to the first byte of a good answer

@@ -9,11 +9,11 @@ from aiohttp import web
 
 from fakes.wire import Engine, Script, Wire, connect, until
 from kubeai._load import LoadTable
-from kubeai.api.config import GatewayConfig
-from kubeai.gateway import Gateway
-from kubeai.gateway.connection import Front
-from kubeai.gateway.observers import Observers
-from kubeai.routing import Endpoint, Publisher, Route, RoutingTable
+from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway.access_log import Observers
+from kubeai.gateway.context import Gateway
+from kubeai.gateway.server import Front
+from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
 
 
 class World:

@@ -18,11 +18,13 @@ from unittest import mock
 import h11
 
 from kubeai._load import LoadTable
-from kubeai._relay import Downstream
-from kubeai.api.config import GatewayConfig
-from kubeai.gateway import Gateway, connection, pool
-from kubeai.gateway.exchange import Exchange
-from kubeai.routing import Endpoint, Publisher, Route, RoutedModel, RoutingTable
+from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway import endpoint_pool as pool
+from kubeai.gateway import server as connection
+from kubeai.gateway.context import Gateway
+from kubeai.gateway.proxy import Exchange
+from kubeai.gateway.relay._relay import Downstream
+from kubeai.routing.table import Endpoint, Publisher, Route, RoutedModel, RoutingTable
 
 CORPUS = Path(__file__).with_name("corpus")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))

@@ -11,7 +11,7 @@ from fuzz.machine import CORPUS, EXAMPLES, corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kubeai.openai import BadRequest, Kind, hash_key, parse, replace_model
+from kubeai.openai.request import BadRequest, Kind, hash_key, parse, replace_model
 
 STORED = corpus("bodies")
 KINDS = [kind for kind in Kind if kind.is_json]

@@ -16,7 +16,7 @@ from fuzz.machine import CORPUS, EXAMPLES, End, Machine, corpus, read_requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kubeai import openai
+from kubeai.openai import request as openai
 
 STORED = corpus("requests")
 

@@ -11,7 +11,7 @@ import uvloop
 from fakes.wire import CHUNKED, Broken, Engine, Message, Wire, answer, chunk, connect, post, until
 from fakes.world import World
 
-from kubeai.gateway.pages import make_app
+from kubeai.gateway.local_routes import make_app
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}
 SEEDS = int(os.environ.get("HAMMER_SEEDS", "2"))

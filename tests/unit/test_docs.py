@@ -9,15 +9,14 @@ import ast
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
 from kubeai.api.crd import model_crd
-from kubeai.openai import route_table
+from kubeai.openai.request import route_table
 from kubeai.operator.conditions import OURS
 
-ROOT = Path(__file__).parents[2]
 SCHEMA = model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 TEST = re.compile(r"`([^`]+\.py)::(\w+)`")
 
@@ -36,7 +35,7 @@ def leaves(schema, path=""):
 
 def sections():
     """The tables: title → [(first cell, description, cited tests)]."""
-    text = (ROOT / "docs/fields.md").read_text()
+    text = (REPOSITORY / "docs/fields.md").read_text()
     tables = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         lines = [line for line in part.splitlines() if line.startswith("|")][2:]
@@ -75,7 +74,7 @@ def test_every_condition_that_the_operator_writes_has_a_row():
 
 
 def test_every_route_has_a_row():
-    rows = (ROOT / "docs/http-api.md").read_text().splitlines()
+    rows = (REPOSITORY / "docs/http-api.md").read_text().splitlines()
     for path in route_table:
         assert any(row.startswith(f"| `{path}`") for row in rows), path
 
@@ -83,7 +82,7 @@ def test_every_route_has_a_row():
 @cache
 def names_in(file):
     """The names of the tests in a file, parametrised or not."""
-    path = ROOT / file
+    path = REPOSITORY / file
     assert path.is_file(), f"{file} does not exist"
     nodes = ast.walk(ast.parse(path.read_text()))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))

@@ -6,12 +6,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
 import kubeai
 from kubeai.distribution import DISTRIBUTION, install_hint
 
-ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # `kubeai` or `kubeai[extra]` where pip would look up a distribution of that name.
 FOREIGN = re.compile(r"(?<![\w./-])kubeai\[\w|pip install (?:-\S+ )*'?kubeai(?![\w-])")
 
@@ -31,7 +31,7 @@ def test_a_hint_names_an_extra_of_this_distribution(extra):
 def test_no_file_asks_pip_for_the_unrelated_distribution_kubeai():
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )
@@ -39,7 +39,7 @@ def test_no_file_asks_pip_for_the_unrelated_distribution_kubeai():
         pytest.skip("not a git checkout")
     found = []
     for name in listing.stdout.splitlines():
-        path = ROOT / name
+        path = REPOSITORY / name
         if name == "CHANGELOG.md" or path == Path(__file__) or not path.is_file():
             continue
         text = path.read_text(errors="ignore")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from kubeai.api.quantity import parse_quantity
+from kubeai.api.config.quantity import parse_quantity
 from kubeai.local.apiserver import metadata as meta
 from kubeai.local.apiserver.definitions import check_definition, prepare_definition
 from kubeai.local.apiserver.status import Cause, bad_request

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kubeai import channels
 from kubeai.http import aiohttp, web
+from kubeai.kube import exec_channels as channels
 from kubeai.local.apiserver import status as errors
 from kubeai.local.apiserver.registry import Registry
 from kubeai.local.apiserver.resources import BUILT_IN, PODS

@@ -22,9 +22,9 @@ from typing import IO, Any
 
 import yaml
 
-from kubeai.api.quantity import parse_quantity
+from kubeai.api.config.quantity import parse_quantity
 from kubeai.errors import KubeAIError
-from kubeai.kube import Kube
+from kubeai.kube.client import Kube
 from kubeai.local.kubelet import shim
 from kubeai.local.kubelet.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.agent import Agent, KubeObjects

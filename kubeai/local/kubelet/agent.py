@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from kubeai.errors import KubeAIError
-from kubeai.kube import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
+from kubeai.kube.client import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
 from kubeai.local.kubelet.addresses import PodAddress
 from kubeai.local.kubelet.binder import Binder
 from kubeai.local.kubelet.execs import Refusal

@@ -15,7 +15,7 @@ import time
 from collections.abc import Container
 from typing import Any
 
-from kubeai.kube import EVENTS, NODES, PODS, ApiError, Backoff, Kube, Resource
+from kubeai.kube.client import EVENTS, NODES, PODS, ApiError, Backoff, Kube, Resource
 from kubeai.local.kubelet.status import timestamp
 from kubeai.logs import get_logger
 

@@ -1,7 +1,8 @@
 """Exec: commands in containers, each over a WebSocket.
 
 ``/exec/{namespace}/{pod}/{container}`` with the kubelet's parameters: ``command`` (repeated for
-each argument) and ``input``, ``output``, ``error``. Messages are those of kubeai.channels.
+each argument) and ``input``, ``output``, ``error``. Messages are those of
+``kubeai.kube.exec_channels``.
 
 Promises: when the client disconnects or after ``EXEC_TIMEOUT_S``, the command is killed with all
 its descendants. A slow client slows the command down; its output is not buffered here.
@@ -13,10 +14,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from kubeai import channels
-from kubeai.channels import Ending
 from kubeai.errors import KubeAIError
 from kubeai.http import web
+from kubeai.kube import exec_channels as channels
+from kubeai.kube.exec_channels import Ending
 from kubeai.local.kubelet.process import Command
 from kubeai.local.sockets import asked_protocol, first_of, payload, ping, server_socket
 from kubeai.logs import get_logger

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import kubeai
-from kubeai.kube import LEASES, NODES, ApiError, Backoff, Kube
+from kubeai.kube.client import LEASES, NODES, ApiError, Backoff, Kube
 from kubeai.local.kubelet.process import run_helper
 from kubeai.local.kubelet.status import timestamp
 from kubeai.logs import get_logger

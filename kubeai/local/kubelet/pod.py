@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kubeai.api.quantity import parse_quantity
+from kubeai.api.config.quantity import parse_quantity
 from kubeai.errors import KubeAIError
 
 Object = dict[str, Any]

@@ -1,0 +1,500 @@
+"""The system config: KubeAI's own settings, as YAML or JSON at ``CONFIG_PATH``.
+
+It is read once, at start, and strictly: an unknown key, a wrong type, a duration without a unit or
+a negative number is a ConfigError with the key's dotted path. Every key has a default, so an empty
+config is valid. null and Go's zero values also mean the default (see `kubeai.api.config.strict`),
+so a config written by a Go program is valid too. An entry that cannot be used, such as a cache
+profile without a volume, does not stop KubeAI: it is an error of the Models that use it, or a
+warning.
+docs/configuration.md lists all keys.
+
+`load_config` is called by the commands. The operator and the engines get a SystemConfig, the
+workers its `gateway` section (as msgspec builtins, through their environment).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec.structs import replace
+
+from kubeai.api.config.quantity import parse_quantity
+from kubeai.api.config.strict import check_address, did_you_mean, read, read_yaml
+from kubeai.api.model import Engine
+from kubeai.errors import ConfigError, ModelError
+from kubeai.logs import get_logger
+
+log = get_logger(__name__)
+
+CONFIG_MAX_BYTES = 4 << 20  # a ConfigMap holds 1 MiB
+PROFILE_COUNT_MAX = 10_000
+DEFAULT_IMAGE = "default"  # the image name used if there is no other
+
+# "zero": 0 or an empty string is a meaningful value. Everywhere else it means the default.
+Duration = Annotated[float, Meta(extra={"unit": "duration", "zero": True})]
+PositiveDuration = Annotated[float, Meta(extra={"unit": "duration"})]
+Bytes = Annotated[int, Meta(extra={"unit": "bytes"})]
+Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
+Address = Annotated[str, Meta(extra={"unit": "address"})]
+Count = Annotated[int, Meta(ge=0, extra={"zero": True})]
+PositiveCount = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, le=1, extra={"zero": True})]
+SecretName = Annotated[str, Meta(extra={"zero": True})]  # empty: no Secret
+Pointer = Annotated[str, Meta(extra={"zero": True})]  # RFC 6901; empty: the whole document
+
+
+class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
+    """One section of the config; its keys are camelCase in the file."""
+
+
+class SecretNames(_Section, frozen=True, kw_only=True):
+    """Secrets in the Models' namespace with credentials for the sources of weights."""
+
+    alibaba: SecretName = "kubeai-alibaba"
+    aws: SecretName = "kubeai-aws"
+    gcp: SecretName = "kubeai-gcp"
+    huggingface: SecretName = "kubeai-huggingface"
+
+
+class ModelServer(_Section, frozen=True, kw_only=True):
+    """The images of one engine, by the image names that resource profiles use."""
+
+    images: dict[str, str]
+
+
+def _vllm() -> ModelServer:
+    release = "vllm/vllm-openai:v0.10.2"
+    images = {
+        "default": release,
+        "nvidia-gpu": release,
+        "gh200": release,
+        "cpu": "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo:v0.10.2",
+        "google-tpu": "vllm/vllm-tpu:23194d83e8f2a6783b0d8c275f5f8a22faab9aec",
+        "amd-gpu": "rocm/vllm/rocm6.4.1_vllm_0.10.1_20250909",
+    }
+    return ModelServer(images=images)
+
+
+def _ollama() -> ModelServer:
+    release = "ollama/ollama:0.11.11"
+    images = {"default": release, "nvidia-gpu": release, "amd-gpu": f"{release}-rocm"}
+    return ModelServer(images=images)
+
+
+def _faster_whisper() -> ModelServer:
+    images = {
+        "default": "fedirz/faster-whisper-server:latest-cpu",
+        "nvidia-gpu": "fedirz/faster-whisper-server:latest-cuda",
+    }
+    return ModelServer(images=images)
+
+
+def _infinity() -> ModelServer:
+    release = "michaelf34/infinity:0.0.77"
+    images = {
+        "default": release,
+        "nvidia-gpu": release,
+        "cpu": f"{release}-cpu",
+        "amd-gpu": f"{release}-rocm",
+    }
+    return ModelServer(images=images)
+
+
+class ModelServers(_Section, frozen=True, kw_only=True):
+    """The images of each engine. Setting an engine's ``images`` replaces all its defaults."""
+
+    ollama: ModelServer = field(name="OLlama", default_factory=_ollama)
+    vllm: ModelServer = field(name="VLLM", default_factory=_vllm)
+    faster_whisper: ModelServer = field(name="FasterWhisper", default_factory=_faster_whisper)
+    infinity: ModelServer = field(name="Infinity", default_factory=_infinity)
+
+    def images(self, engine: Engine) -> dict[str, str]:
+        servers = {
+            "OLlama": self.ollama,
+            "VLLM": self.vllm,
+            "FasterWhisper": self.faster_whisper,
+            "Infinity": self.infinity,
+        }
+        return servers[engine].images
+
+
+class Resources(_Section, frozen=True, kw_only=True):
+    """A container's resources (Kubernetes' ResourceRequirements)."""
+
+    requests: dict[str, Quantity] = {}
+    limits: dict[str, Quantity] = {}
+
+
+class ModelLoading(_Section, frozen=True, kw_only=True):
+    """The loader, which copies weights into caches and adapters into pods."""
+
+    image: str = "ghcr.io/kubeai-project/kubeai-model-loader:v0.14.0"
+    resources: Resources = Resources()  # of load and evict Jobs, and of the adapter loader
+
+
+class Toleration(_Section, frozen=True, kw_only=True, omit_defaults=True):
+    """A taint that the pods tolerate (Kubernetes' Toleration)."""
+
+    key: str = ""
+    operator: str = ""
+    value: str = ""
+    effect: str = ""
+    toleration_seconds: int | None = None
+
+
+class Affinity(_Section, frozen=True, kw_only=True, omit_defaults=True):
+    """Scheduling constraints (Kubernetes' Affinity; its three parts are passed on unchanged)."""
+
+    node_affinity: dict[str, Any] | None = None
+    pod_affinity: dict[str, Any] | None = None
+    pod_anti_affinity: dict[str, Any] | None = None
+
+
+class ResourceProfile(_Section, frozen=True, kw_only=True):
+    """Resources and scheduling of a replica. A Model requests a multiple of the resources."""
+
+    image_name: str = ""
+    requests: dict[str, Quantity] = {}
+    limits: dict[str, Quantity] = {}
+    node_selector: dict[str, str] = {}
+    affinity: Affinity = Affinity()
+    tolerations: tuple[Toleration, ...] = ()
+    scheduler_name: str = ""
+    runtime_class_name: str = ""
+
+
+def _default_profiles() -> dict[str, ResourceProfile]:
+    """The CPU profile and common accelerators, with the names that published Models use."""
+    gpu = {"nvidia.com/gpu": "1"}
+    bigger = {**gpu, "cpu": "6", "memory": "24Gi"}
+
+    def accelerator(
+        requests: dict[str, str], image: str = "nvidia-gpu", resource: str = "nvidia.com/gpu"
+    ) -> ResourceProfile:
+        taint = Toleration(key=resource, operator="Equal", value="present", effect="NoSchedule")
+        limits = {resource: "1"}
+        return ResourceProfile(
+            image_name=image, limits=limits, requests=requests, tolerations=(taint,)
+        )
+
+    return {
+        "cpu": ResourceProfile(image_name="cpu", requests={"cpu": "1", "memory": "2Gi"}),
+        # As in upstream KubeAI's chart: T4 nodes are expected to have no taint.
+        "nvidia-gpu-t4": ResourceProfile(image_name="nvidia-gpu", limits=gpu, requests=gpu),
+        "nvidia-gpu-l4": accelerator(bigger),
+        "nvidia-gpu-l40s": accelerator(bigger),
+        "nvidia-gpu-h100": accelerator({}),
+        "nvidia-gpu-gh200": accelerator(gpu, image="gh200"),
+        "nvidia-gpu-a100-80gb": accelerator({}),
+        "nvidia-gpu-a100-40gb": accelerator({}),
+        "nvidia-gpu-a16": accelerator({}),
+        "nvidia-gpu-rtx4070-8gb": accelerator({}),
+        "amd-gpu-mi300x": accelerator({}, image="amd-gpu", resource="amd.com/gpu"),
+    }
+
+
+class SharedFilesystem(_Section, frozen=True, kw_only=True):
+    """A ReadWriteMany file system: a storage class, or an existing volume."""
+
+    storage_class_name: str = ""
+    persistent_volume_name: str = ""
+
+
+class CacheProfile(_Section, frozen=True, kw_only=True):
+    """Where cached Models' files are stored."""
+
+    shared_filesystem: SharedFilesystem = SharedFilesystem()
+
+
+class MessageStream(_Section, frozen=True, kw_only=True):
+    """A pair of topics: one for requests, one for responses."""
+
+    requests_url: str = field(name="requestsURL")
+    responses_url: str = field(name="responsesURL")
+    max_handlers: PositiveCount = 1
+
+
+class Messaging(_Section, frozen=True, kw_only=True):
+    """Requests that arrive as messages instead of over HTTP."""
+
+    error_max_backoff_s: PositiveDuration = field(name="errorMaxBackoff", default=30.0)
+    streams: tuple[MessageStream, ...] = ()
+
+
+class ModelAutoscaling(_Section, frozen=True, kw_only=True):
+    """The autoscaler's interval, averaging window, and ConfigMap for its state."""
+
+    interval_s: PositiveDuration = field(name="interval", default=10.0)
+    time_window_s: PositiveDuration = field(name="timeWindow", default=600.0)
+    state_config_map_name: str = "kubeai-autoscaler-state"
+
+
+class LocalObjectReference(_Section, frozen=True, kw_only=True):
+    """An object in the same namespace."""
+
+    name: str = ""  # optional as in Kubernetes, which ignores a pull secret without a name
+
+
+class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
+    """One JSON Patch operation (RFC 6902), applied to the pods of every Model."""
+
+    op: Literal["add", "remove", "replace", "move", "copy", "test"]
+    path: Pointer
+    value: Any = None
+    from_: Pointer | UnsetType = field(name="from", default=UNSET)
+
+    def operation(self) -> dict[str, Any]:
+        """The operation in the jsonpatch package's format."""
+        operation: dict[str, Any] = {"op": self.op, "path": self.path}
+        if self.op in ("add", "replace", "test"):
+            operation["value"] = self.value
+        if self.from_ is not UNSET:
+            operation["from"] = self.from_
+        return operation
+
+
+class ModelServerPods(_Section, frozen=True, kw_only=True):
+    """Settings of all engine pods."""
+
+    service_account_name: str = ""
+    pod_security_context: dict[str, Any] = {}
+    security_context: dict[str, Any] = {}
+    image_pull_secrets: tuple[LocalObjectReference, ...] = ()
+    json_patches: tuple[JSONPatch, ...] = ()
+
+
+class ModelRollouts(_Section, frozen=True, kw_only=True):
+    """How pods are replaced when a Model changes, and how long they are drained."""
+
+    surge: Count = 1
+    drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
+
+
+class LeaderElection(_Section, frozen=True, kw_only=True):
+    """Timing of the leader election between replicas of KubeAI."""
+
+    lease_duration_s: PositiveDuration = field(name="leaseDuration", default=15.0)
+    renew_deadline_s: PositiveDuration = field(name="renewDeadline", default=10.0)
+    retry_period_s: PositiveDuration = field(name="retryPeriod", default=2.0)
+
+
+class GatewayConfig(_Section, frozen=True, kw_only=True):
+    """Limits of the gateway's workers. All counts are per worker."""
+
+    connections_max: PositiveCount = 16_384  # of clients; less if file descriptors are limited
+    # How long requests are held for a model without an endpoint, and how many per model.
+    hold_timeout_s: Duration = field(name="holdTimeout", default=600.0)
+    hold_max_requests: Count = 1000
+    # How long requests are held for a model whose replicas cannot start, from when that is first
+    # seen. Nodes are added within minutes; many clients time out after ten.
+    start_failure_grace_s: Duration = field(name="startFailureGrace", default=30.0)
+    unschedulable_grace_s: Duration = field(name="unschedulableGrace", default=540.0)
+    # Limits on the size and duration of client requests.
+    body_max_bytes: Bytes = 64 << 20
+    buffer_max_bytes: Bytes = 1 << 30  # for all JSON bodies together
+    multipart_max_bytes: Bytes = 1 << 30
+    spool_max_bytes: Bytes = 2 << 30  # for all forms together
+    head_max_bytes: Bytes = 64 << 10
+    head_max_count: PositiveCount = 100
+    head_timeout_s: PositiveDuration = field(name="headTimeout", default=10.0)
+    body_timeout_s: PositiveDuration = field(name="bodyTimeout", default=60.0)
+    keep_alive_timeout_s: PositiveDuration = field(name="keepAliveTimeout", default=75.0)
+    # Connections to engines. Idle ones are closed before uvicorn's 5 s keep-alive closes them.
+    connect_timeout_s: PositiveDuration = field(name="connectTimeout", default=5.0)
+    upstream_idle_timeout_s: PositiveDuration = field(name="upstreamIdleTimeout", default=4.0)
+    upstream_max_idle: Count = 256
+    first_byte_timeout_s: PositiveDuration = field(name="firstByteTimeout", default=600.0)
+    between_bytes_timeout_s: PositiveDuration = field(name="betweenBytesTimeout", default=120.0)
+    # Retries before the first byte of a response. The budget, per model, limits retries without
+    # proof that another endpoint works: a count per ten seconds, and a percentage of the requests
+    # answered in that time.
+    retries: Count = 3
+    retry_first_byte_timeout: bool = False
+    retry_budget_min: Count = 10
+    retry_budget_percent: Count = 20
+    # After this many consecutive failures an endpoint is ejected, for longer each time.
+    eject_after_failures: Count = 5  # 0: never
+    eject_time_s: PositiveDuration = field(name="ejectTime", default=10.0)
+    eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)
+    # The share of requests in the access log (failures are always logged); 0 disables the log.
+    access_log_sample: Share = 0.0
+    # On SIGTERM: how long new requests are still accepted, and how long in-flight ones may take.
+    drain_accept_s: Duration = field(name="drainAccept", default=5.0)
+    drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
+
+
+class SystemConfig(_Section, frozen=True, kw_only=True):
+    """The whole config."""
+
+    secret_names: SecretNames = field(default_factory=SecretNames)
+    model_servers: ModelServers = field(default_factory=ModelServers)
+    model_loading: ModelLoading = field(default_factory=ModelLoading)
+    resource_profiles: dict[str, ResourceProfile] = field(default_factory=_default_profiles)
+    cache_profiles: dict[str, CacheProfile] = {}
+    messaging: Messaging = field(default_factory=Messaging)
+    metrics_addr: Address = ":8080"
+    health_address: Address = ":8081"
+    model_autoscaling: ModelAutoscaling = field(default_factory=ModelAutoscaling)
+    model_server_pods: ModelServerPods = field(default_factory=ModelServerPods)
+    model_rollouts: ModelRollouts = field(default_factory=ModelRollouts)
+    leader_election: LeaderElection = field(default_factory=LeaderElection)
+    allow_pod_address_override: bool = False
+    fixed_self_metric_addrs: tuple[str, ...] = ()
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+
+    def listening_on(self, host: str) -> SystemConfig:
+        """The config with this host in those of our listen addresses that have only a port."""
+        host = f"[{host}]" if ":" in host else host
+        ours = {"metrics_addr": self.metrics_addr, "health_address": self.health_address}
+        whole = {key: host + at if at.startswith(":") else at for key, at in ours.items()}
+        return replace(self, **whole)
+
+
+def load_config(
+    path: str | Path | None, *, defaults: Mapping[str, Any] | None = None
+) -> SystemConfig:
+    """Load the config from a file. ConfigError if it is invalid.
+
+    Without a file all keys have their defaults. ``defaults`` (in the file's format) overrides
+    some of them, and the file overrides both, key by key.
+    """
+    if path is None:
+        return _config({}, defaults)
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(CONFIG_MAX_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError("", f"cannot read the config {path}: {reason}") from None
+    if len(raw) > CONFIG_MAX_BYTES:
+        raise ConfigError("", f"the config {path} is larger than {CONFIG_MAX_BYTES} bytes")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise ConfigError("", f"the config {path} is not UTF-8") from None
+    return parse_config(text, str(path), defaults=defaults)
+
+
+def parse_config(
+    text: str, source: str = "config", *, defaults: Mapping[str, Any] | None = None
+) -> SystemConfig:
+    """Parse the config from text. ``source`` is its name in YAML errors."""
+    value = read_yaml(text, source)
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError("", f"{source}: must be a map")
+    return _config(value, defaults)
+
+
+def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> SystemConfig:
+    config = read(value, read(dict(defaults or {}), SystemConfig()))
+    config = _without_unusable(config)
+    _check_leader_election(config.leader_election)
+    _check_patches(config.model_server_pods)
+    if config.gateway.drain_accept_s > config.gateway.drain_timeout_s:
+        raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
+    if config.gateway.eject_max_time_s < config.gateway.eject_time_s:
+        raise ConfigError("gateway.ejectMaxTime", "must not be shorter than gateway.ejectTime")
+    if config.gateway.buffer_max_bytes < config.gateway.body_max_bytes:
+        raise ConfigError("gateway.bufferMaxBytes", "must not be less than gateway.bodyMaxBytes")
+    if config.gateway.spool_max_bytes < config.gateway.multipart_max_bytes:
+        raise ConfigError(
+            "gateway.spoolMaxBytes", "must not be less than gateway.multipartMaxBytes"
+        )
+    return config
+
+
+def _without_unusable(config: SystemConfig) -> SystemConfig:
+    """Drop entries that cannot be used but do no harm, with a warning."""
+    addresses = []
+    for i, address in enumerate(config.fixed_self_metric_addrs):
+        try:
+            check_address(address, f"fixedSelfMetricAddrs[{i}]")
+        except ConfigError as error:
+            _warn_ignored(error)
+        else:
+            # As in Go, an empty host means the local machine.
+            addresses.append(f"127.0.0.1{address}" if address.startswith(":") else address)
+    profiles = dict(config.resource_profiles)
+    for name in config.resource_profiles:
+        if not name or ":" in name:
+            problem = "a profile's name must not be empty or contain a colon"
+            _warn_ignored(ConfigError(f"resourceProfiles.{name}", problem))
+            del profiles[name]
+    return replace(config, fixed_self_metric_addrs=tuple(addresses), resource_profiles=profiles)
+
+
+def _warn_ignored(problem: ConfigError) -> None:
+    log.warning("part of the config is ignored", path=problem.path, error=str(problem))
+
+
+def _check_leader_election(lease: LeaderElection) -> None:
+    """A leader must detect that it cannot renew before others may take over."""
+    if lease.lease_duration_s <= lease.renew_deadline_s:
+        raise ConfigError(
+            "leaderElection.leaseDuration", "must be longer than leaderElection.renewDeadline"
+        )
+    if lease.renew_deadline_s <= lease.retry_period_s:
+        raise ConfigError(
+            "leaderElection.renewDeadline", "must be longer than leaderElection.retryPeriod"
+        )
+
+
+def _check_patches(pods: ModelServerPods) -> None:
+    for i, patch in enumerate(pods.json_patches):
+        place = f"modelServerPods.jsonPatches[{i}]"
+        if patch.path and not patch.path.startswith("/"):
+            raise ConfigError(f"{place}.path", f"must start with '/', not {patch.path!r}")
+        if patch.op in ("move", "copy") and patch.from_ is UNSET:
+            raise ConfigError(f"{place}.from", f"is required with op {patch.op}")
+
+
+def resolve_profile(config: SystemConfig, wanted: str) -> ResourceProfile:
+    """The profile for ``name:count``, with quantities multiplied. ModelError if it is unknown.
+
+    An empty ``wanted`` means no requests, no limits and the default image.
+    """
+    if not wanted:
+        return ResourceProfile()
+    name, colon, count_text = wanted.partition(":")
+    if not colon or not count_text.isascii() or not count_text.isdigit():
+        raise _bad_profile(f"{wanted!r} must be <profile>:<count>, such as nvidia-gpu-l4:2")
+    count = int(count_text[:9])
+    if not 1 <= count <= PROFILE_COUNT_MAX:
+        raise _bad_profile(f"the count of {wanted!r} must be from 1 to {PROFILE_COUNT_MAX}")
+    profile = config.resource_profiles.get(name)
+    if profile is None:
+        hint = did_you_mean(name, config.resource_profiles)
+        raise _bad_profile(f"the system config has no resource profile {name!r}{hint}")
+    return msgspec.structs.replace(
+        profile,
+        requests=_multiply(profile.requests, count),
+        limits=_multiply(profile.limits, count),
+    )
+
+
+def _multiply(amounts: dict[str, str], count: int) -> dict[str, str]:
+    return {name: str(parse_quantity(amount) * count) for name, amount in amounts.items()}
+
+
+def _bad_profile(message: str) -> ModelError:
+    return ModelError("spec.resourceProfile", message, "InvalidProfile")
+
+
+def server_image(config: SystemConfig, engine: Engine, profile: ResourceProfile) -> str:
+    """The image of ``engine`` with the profile's image name, else its default image."""
+    images = config.model_servers.images(engine)
+    image = images.get(profile.image_name) or images.get(DEFAULT_IMAGE)
+    if not image:
+        raise ModelError(
+            "spec.image",
+            f"is empty, and the system config has no default image for it "
+            f"(modelServers.{engine}.images.{DEFAULT_IMAGE})",
+            "NoImage",
+        )
+    return image

@@ -1,0 +1,144 @@
+# cython: language_level=3, nonecheck=True
+"""The fast path of a request in C: read, count, pick an endpoint, send.
+
+:class:`Straight` is the base class of Exchange in exchange.py. It handles what nearly every request
+needs, from its head to the end of its response, and leaves everything else to its subclass: other
+paths and methods, bodies that are large or that ``_ask`` rejects, adapters and label selectors,
+models without a ready endpoint, and failures. Its decisions are the same as the subclass's.
+"""
+
+from cpython.bytes cimport PyBytes_GET_SIZE
+
+from kubeai.openai._body_scan cimport LARGE_BYTES, Ask, Shape, read
+from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
+from kubeai.gateway.relay._relay cimport Connections, Exchange
+from kubeai._ring cimport Ring
+
+
+cdef class Plan:
+    """How to handle requests for one path."""
+
+    cdef readonly object kind
+    cdef readonly bytes path  # the engine's
+    cdef readonly Shape shape
+
+    def __init__(self, kind, bytes path not None, Shape shape not None):
+        self.kind = kind
+        self.path = path
+        self.shape = shape
+
+
+cdef class Straight(Exchange):
+    """See the module docstring. The owner's ``plans`` map JSON POST targets to Plans."""
+
+    cdef public object _kind
+    cdef public bytes _path  # the engine's
+    cdef public bytes _payload  # the body sent to the engine
+    cdef public object _ask
+    cdef public object _routed
+    cdef public object _key
+    cdef public Admission _admission
+    cdef public Reservation _reservation
+    cdef public object _task  # while the request waits
+    cdef public object _retries  # set once an attempt has failed
+    cdef public bint _lost  # the last failed attempt lost its connection
+    cdef public object _observed  # None: this request is not observed
+    cdef Plan plan
+
+    cdef int _begun(self) except -1:
+        cdef Plan plan = None
+        cdef object owner = self.downstream.relay.owner
+        if self.downstream.method == b"POST" and not self._has(b"content-encoding"):
+            plan = (<dict> owner.plans).get(self.downstream.target)
+        if plan is None:
+            self.on_head()
+        else:
+            self.plan = plan
+            self._kind = plan.kind
+            self._path = plan.path
+            self.collect(owner.config.body_max_bytes)
+        if owner.observers is not None:
+            self.observe(owner.observers)
+        return 0
+
+    cdef int _collected(self) except -1:
+        cdef Ask ask = None
+        cdef object routed = None
+        cdef object key = None
+        cdef Ring ring
+        if self.plan is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
+            ask = read(self.plan.shape, self.body)
+        if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
+            routed = self.downstream.relay.owner.gateway.table.find(ask.name)
+        self._ask = ask
+        if routed is None:
+            self.on_body()
+            return 0
+        if routed.hashes:
+            key = ask.key(routed.prefix_char_length)
+        self._routed = routed
+        self._key = key
+        self._payload = self.body
+        self._admission = routed.admit("http")
+        ring = <Ring?> routed.ring
+        self._place(ring.pick_least() if key is None else ring.pick_hashed(key))
+        return 0
+
+    cpdef _place(self, Reservation reservation):
+        """Start an attempt, or hold the request if no endpoint can serve it."""
+        if reservation is None:
+            self.wait_for_endpoint()
+        else:
+            self._attempt(reservation)
+
+    cpdef _attempt(self, Reservation reservation):
+        self._reservation = reservation
+        cdef Connections pool = <Connections?> reservation.target
+        if reservation.first != reservation.name:
+            self.moved(reservation)
+        if reservation.trial:
+            pool.trial = True
+        if reservation.failing:
+            pool.failing = True
+        self.send(pool, self._path, self._payload)
+
+    cdef int _ended(self) except -1:
+        cdef object task = self._task
+        cdef Reservation reservation = self._reservation
+        if task is not None:
+            self._task = None
+            task.cancel()
+        if reservation is not None and not reservation._released:
+            reservation._release()
+        if self._admission is not None:
+            self._admission._count(self._outcome())
+            if self._admission._open:
+                self._admission._close()
+        if self._observed is not None:
+            self.observed()
+        return 0
+
+    cdef int _outcome(self) noexcept:
+        if self.broken:
+            return BROKEN
+        if not self.whole or not 200 <= self.status < 600:
+            return LEFT
+        return ANSWERED_2XX + self.status // 100 - 2
+
+    # implemented by the subclass
+
+    def wait_for_endpoint(self):
+        """Hold the request."""
+        raise NotImplementedError
+
+    def moved(self, reservation):
+        """Log that a request goes to another endpoint than the one its key maps to."""
+        raise NotImplementedError
+
+    def observe(self, observers):
+        """Notify observers of a new request; keep their observation in ``_observed``."""
+        raise NotImplementedError
+
+    def observed(self):
+        """Notify observers that the request has ended."""
+        raise NotImplementedError

@@ -1,0 +1,194 @@
+"""The access log and OpenTelemetry spans.
+
+If neither is enabled, the worker creates no :class:`Observers`, and the cost per request is one
+comparison. Both are called when a request's head is complete and when the request has ended; each
+writes from its own thread. Created by the worker, called by the exchange.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from queue import Full, Queue
+from select import PIPE_BUF
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kubeai.gateway.tracing import Tracing, make_tracing
+from kubeai.logs import get_logger
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from kubeai.api.config.system import GatewayConfig
+    from kubeai.gateway.proxy import Exchange
+
+log = get_logger(__name__)
+
+QUEUE_MAX_LINES = 10_000
+CLOSE_TIMEOUT_S = 2.0
+PATH_MAX_CHARS = 200
+
+
+class Line(msgspec.Struct, omit_defaults=True):
+    """One request in the access log; times in seconds, body sizes in bytes."""
+
+    time: str  # when its head was complete, UTC
+    request_id: str
+    client: str
+    method: str
+    path: str
+    status: int  # 0: the client disconnected before the response began
+    end: str  # "whole", "left" (client disconnected), "broken" (engine's response was cut short)
+    duration_s: float
+    request_bytes: int
+    answer_bytes: int
+    first_byte_s: float | None = None
+    model: str | None = None
+    endpoint: str | None = None
+    retries: int = 0
+    left_out: int = 0  # lines dropped before this one because the queue was full
+
+
+def _write_out(text: bytes) -> None:
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
+class AccessLog:
+    """Writes JSON lines from a thread. Lines are dropped and counted if it cannot keep up.
+
+    The workers share a pipe, in which writes of up to ``PIPE_BUF`` bytes are atomic. No line is
+    longer, and none is split over two writes.
+    """
+
+    def __init__(
+        self,
+        sample: float,
+        write: Callable[[bytes], object] = _write_out,
+        random: Callable[[], float] = random.random,
+    ) -> None:
+        """``sample``: the share of complete responses below 500 to log. All others are logged."""
+        self._sample = sample
+        self._write = write
+        self._random = random
+        self._left_out = 0
+        self._lines: Queue[Line | None] = Queue(QUEUE_MAX_LINES)
+        self._thread = threading.Thread(target=self._run, name="access log", daemon=True)
+        self._thread.start()
+
+    def wants(self, status: int, end: str) -> bool:
+        well = end == "whole" and status < 500
+        return not well or self._sample >= 1 or self._random() < self._sample
+
+    def add(self, line: Line) -> None:
+        line.left_out = self._left_out
+        try:
+            self._lines.put_nowait(line)
+            self._left_out = 0
+        except Full:
+            self._left_out += 1
+
+    def close(self) -> None:
+        """Write the queued lines, but do not wait for a stalled reader."""
+        try:
+            self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
+        except Full:
+            return
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _run(self) -> None:
+        encode = msgspec.json.Encoder().encode
+        text = b""
+        while (line := self._lines.get()) is not None:
+            encoded = encode(line) + b"\n"
+            if len(text) + len(encoded) > PIPE_BUF:
+                self._put(text)
+                text = b""
+            text += encoded
+            if self._lines.empty():
+                self._put(text)
+                text = b""
+        self._put(text)
+
+    def _put(self, text: bytes) -> None:
+        try:
+            self._write(text)
+        except OSError as error:  # a full disk or a closed pipe must not stop the thread
+            log.warning("cannot write access log", reason=str(error))
+
+
+def make_observers(config: GatewayConfig) -> Observers | None:
+    """Create what the config and OpenTelemetry's environment enable; None if that is nothing.
+
+    ConfigError if tracing is enabled and OpenTelemetry is not installed.
+    """
+    access_log = AccessLog(config.access_log_sample) if config.access_log_sample else None
+    tracing = make_tracing()
+    return Observers(access_log, tracing) if access_log or tracing else None
+
+
+class Observers:
+    """See the module."""
+
+    def __init__(self, access_log: AccessLog | None, tracing: Tracing | None) -> None:
+        self.access_log = access_log
+        self.tracing = tracing
+
+    def began(self, exchange: Exchange) -> Observation:
+        return Observation(self, exchange)
+
+    def close(self) -> None:
+        """Flush the access log and the spans."""
+        if self.access_log is not None:
+            self.access_log.close()
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+class Observation:
+    """The observation of one request."""
+
+    __slots__ = ("_began_s", "_observers", "_span", "_time_s")
+
+    def __init__(self, observers: Observers, exchange: Exchange) -> None:
+        self._observers = observers
+        self._time_s = time.time()
+        self._began_s = time.monotonic()
+        tracing = observers.tracing
+        self._span: Span | None = None if tracing is None else tracing.began(exchange)
+
+    def ended(self, exchange: Exchange) -> None:
+        access_log, tracing = self._observers.access_log, self._observers.tracing
+        end = "broken" if exchange.broken else "whole" if exchange.whole else "left"
+        if access_log is not None and access_log.wants(exchange.status, end):
+            access_log.add(self._line(exchange, end))
+        if tracing is not None and self._span is not None:
+            tracing.ended(self._span, exchange, end, self._first_byte_s(exchange))
+
+    def _first_byte_s(self, exchange: Exchange) -> float | None:
+        return exchange.answered_s - self._began_s if exchange.answered_s else None
+
+    def _line(self, exchange: Exchange, end: str) -> Line:
+        first_byte_s = self._first_byte_s(exchange)
+        return Line(
+            time=datetime.fromtimestamp(self._time_s, UTC).isoformat(timespec="milliseconds"),
+            request_id=exchange.request_id,
+            client=exchange.peer,
+            method=exchange.method,
+            path=exchange.target[:PATH_MAX_CHARS],
+            status=exchange.status,
+            end=end,
+            duration_s=round(time.monotonic() - self._began_s, 6),
+            request_bytes=exchange.request_bytes,
+            answer_bytes=exchange.answer_bytes,
+            first_byte_s=None if first_byte_s is None else round(first_byte_s, 6),
+            model=exchange.model_name,
+            endpoint=exchange.endpoint_name,
+            retries=exchange.retry_count,
+        )

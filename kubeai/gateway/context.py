@@ -1,0 +1,100 @@
+"""The data plane: how one worker process handles requests.
+
+:class:`Gateway` is the state that the parts of a worker share: the routing table, the config, the
+callback that demands a replica of a model, and the counts of held requests and spooled bytes. The
+worker creates one; connection.py, exchange.py and pages.py use it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from kubeai.gateway.retries import Retries, RetryBudget
+
+if TYPE_CHECKING:
+    from kubeai.api.config.system import GatewayConfig
+    from kubeai.gateway.relay._relay import Relay
+    from kubeai.routing.table import RoutedModel, RoutingTable
+
+
+class Gateway:
+    """The shared state of one worker; see the module."""
+
+    def __init__(
+        self, table: RoutingTable, config: GatewayConfig, demand: Callable[[str], None]
+    ) -> None:
+        """``demand``: tells the supervisor that a request is held for a model."""
+        self.table = table
+        self.config = config
+        self.demand = demand
+        self.ready = False  # the first routing table has arrived
+        self.draining = False
+        self.relay: Relay | None = None
+        self._held: dict[str, int] = {}
+        self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
+        self.spooled_bytes = 0  # of multipart forms that are being received or sent
+
+    @property
+    def connections(self) -> int:
+        """The number of open downstream connections."""
+        return 0 if self.relay is None else self.relay.connections
+
+    @property
+    def exchanges(self) -> int:
+        """The number of requests whose head has been read and whose response is not complete."""
+        return 0 if self.relay is None else self.relay.exchanges
+
+    def hold(self, model: str) -> bool:
+        """Count a request as held for a model; False if the limit is reached.
+
+        The limit is ``hold_max_requests`` per model and worker. After True, call :meth:`unhold`
+        exactly once.
+        """
+        held = self._held.get(model, 0)
+        if held >= self.config.hold_max_requests:
+            return False
+        self._held[model] = held + 1
+        return True
+
+    def unhold(self, model: str) -> None:
+        """Stop counting a request as held."""
+        held = self._held[model] - 1
+        if held:
+            self._held[model] = held
+        else:
+            del self._held[model]
+
+    def held(self, model: str) -> int:
+        """The number of requests that this worker holds for a model."""
+        return self._held.get(model, 0)
+
+    def retries(self, routed: RoutedModel) -> Retries:
+        """The retries of one request, within the model's budget."""
+        config = self.config
+        budget = self._budgets.get(routed)
+        if budget is None:
+            min_count = config.retry_budget_min / self.table.workers
+            budget = RetryBudget(config.retry_budget_percent, min_count)
+            self._budgets[routed] = budget
+
+        def take(likely: bool) -> bool:
+            return budget.take(routed.answered(), time.monotonic(), likely=likely)
+
+        return Retries(config.retries, take, timeouts=config.retry_first_byte_timeout)
+
+    def spool(self, size_bytes: int) -> bool:
+        """Reserve spool space for a form; False if all forms would exceed ``spool_max_bytes``.
+
+        After True, release the space with :meth:`unspool`.
+        """
+        if self.spooled_bytes + size_bytes > self.config.spool_max_bytes:
+            return False
+        self.spooled_bytes += size_bytes
+        return True
+
+    def unspool(self, size_bytes: int) -> None:
+        """Release spool space."""
+        self.spooled_bytes -= size_bytes

@@ -1,0 +1,186 @@
+"""The local routes: all requests except inference POSTs with a JSON body.
+
+The relay forwards those requests to this aiohttp application, one at a time on each connection. It
+serves the list of models, audio transcriptions (transcriptions.py), health, and 404 and 405
+responses for everything that is not in the route table (formatted by errors.py). The worker runs it
+with :func:`make_runner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from urllib.parse import unquote
+
+import msgspec
+
+from kubeai.errors import QUOTED_MAX_CHARS
+from kubeai.gateway.context import Gateway
+from kubeai.gateway.holding import advice
+from kubeai.gateway.uploads.transcriptions import GATEWAY, client, selection, transcribe
+from kubeai.http import aiohttp, web
+from kubeai.logs import get_logger
+from kubeai.openai.errors import error_answer
+from kubeai.openai.request import (
+    BadRequest,
+    Kind,
+    Target,
+    classify,
+    model_not_found,
+    split_model,
+)
+from kubeai.routing.table import Route
+
+log = get_logger(__name__)
+
+DEFAULT_FEATURE = "TextGeneration"
+
+
+def make_runner(gateway: Gateway) -> web.AppRunner:
+    """A runner for the application; ``runner.server`` creates a connection's protocol.
+
+    A client disconnect cancels the handler. The limits on the head match the relay's, so that every
+    head that the relay accepted is accepted here.
+    """
+    return web.AppRunner(
+        make_app(gateway),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=1.0,  # the worker has drained by then
+        auto_decompress=False,
+        max_line_size=gateway.config.head_max_bytes,
+        max_field_size=gateway.config.head_max_bytes,
+        max_headers=gateway.config.head_max_count + 10,  # plus those that the relay adds
+    )
+
+
+def make_app(gateway: Gateway) -> web.Application:
+    app = web.Application(middlewares=[_errors])
+    app[GATEWAY] = gateway
+    app.cleanup_ctx.append(client)
+    app.on_response_prepare.append(_unsigned)
+    app.router.add_route("*", "/{path:.*}", _dispatch)
+    return app
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Turn exceptions into error responses, in the format for the request's path."""
+    try:
+        return await handler(request)
+    except BadRequest as error:
+        return _refusal(request, error, advice(error))
+    except web.HTTPException as error:
+        return _refusal(request, BadRequest(error.reason, status=error.status))
+    except (ConnectionError, web.RequestPayloadError):
+        # The client has disconnected. A second response must not follow one that has begun.
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
+    except Exception:
+        log.exception("local route failed", method=request.method, path=request.path)
+        message = "Internal error in the gateway. See its log."
+        return _refusal(request, BadRequest(message, status=500))
+
+
+async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
+    """Remove aiohttp's Server header; an engine's Server header is kept."""
+    if response.headers.get("Server") == aiohttp.http.SERVER_SOFTWARE:
+        del response.headers["Server"]
+
+
+async def _dispatch(request: web.Request) -> web.StreamResponse:
+    if request.path in ("/healthz", "/readyz"):
+        if request.method not in ("GET", "HEAD"):
+            return _not_allowed(request, ("GET", "HEAD"))
+        return _health(request)
+    target = classify(request.method, request.raw_path)
+    if request.method == "OPTIONS" and target.status == 405:
+        return web.Response(status=204, headers={"Allow": ", ".join((*target.allow, "OPTIONS"))})
+    if target.status == 405:
+        return _not_allowed(request, target.allow)
+    if target.kind is Kind.MODELS:
+        return _models(request, target)
+    if target.kind is Kind.TRANSCRIPTIONS:
+        return await transcribe(request, target)
+    # Echo the raw path: decoded, it could look like a path that exists.
+    path = request.raw_path.partition("?")[0][:QUOTED_MAX_CHARS]
+    message = f"Invalid URL ({request.method} {path})"
+    return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
+
+
+def _refusal(
+    request: web.Request, error: BadRequest, headers: dict[str, str] | None = None
+) -> web.Response:
+    # The relay assigns an ID to every request.
+    request_id = request.headers.get("X-Request-Id")
+    body, more = error_answer(error, request.raw_path, request_id)
+    return _json(body, error.status, {**(headers or {}), **more})
+
+
+def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+
+
+def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response:
+    allow = ", ".join(methods)
+    message = f"The method {request.method} is not allowed. Use {allow}."
+    error = BadRequest(message, status=405, code="method_not_allowed")
+    return _refusal(request, error, {"Allow": allow})
+
+
+def _health(request: web.Request) -> web.Response:
+    """``/healthz``: this worker's event loop runs. ``/readyz``: it accepts new requests."""
+    gateway = request.app[GATEWAY]
+    if request.path == "/healthz" or (gateway.ready and not gateway.draining):
+        return web.Response(text="ok\n")
+    return web.Response(status=503, text="draining\n" if gateway.draining else "not ready\n")
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+class _Item(msgspec.Struct):
+    id: str
+    created: int
+    object: str
+    owned_by: str
+    features: tuple[str, ...]
+
+
+class _List(msgspec.Struct):
+    object: str
+    data: list[_Item]
+
+
+def _models(request: web.Request, target: Target) -> web.Response:
+    gateway = request.app[GATEWAY]
+    if target.model_id is not None:
+        return _json(msgspec.json.encode(_one_model(request, target.model_id)))
+    features = set(request.query.getall("feature", [DEFAULT_FEATURE]))
+    selected = selection(request)
+    routes = (model.route for model in gateway.table)
+    items = [
+        item
+        for route in sorted(routes, key=lambda route: route.model)
+        if features.intersection(route.features) and selected(route)
+        for item in _items(route)
+    ]
+    return _json(msgspec.json.encode(_List("list", items)))
+
+
+def _one_model(request: web.Request, encoded_id: str) -> _Item:
+    model_id = unquote(encoded_id)
+    found = request.app[GATEWAY].table.find(split_model(model_id)[0])
+    if found is not None and selection(request)(found.route):
+        for item in _items(found.route):
+            if item.id == model_id:
+                return item
+    raise model_not_found(model_id)
+
+
+def _items(route: Route) -> Iterable[_Item]:
+    """One item for the model, and one for each adapter that it declares."""
+    for name in (route.model, *(f"{route.model}_{adapter}" for adapter in route.adapters)):
+        yield _Item(name, route.created_s, "model", route.owner, route.features)

@@ -1,0 +1,314 @@
+"""One request, from its head to the end of its response: admit → wait → pick → attempt.
+
+The relay calls :class:`Exchange` at each step. An inference POST is read completely, counted for
+its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
+can serve yet is held. All other requests are streamed to the worker's local routes (pages.py). Only
+waits and large bodies need a task; large bodies are parsed in a thread so that they do not block
+the event loop.
+
+attempts.py decides which attempts are retried and where, holding.py how long a request waits. The
+Reservation of a failed attempt is released before the next pick.
+
+The fast path, which nearly every request takes, is compiled (_straight.pyx). It also releases the
+Admission and the Reservation exactly once in all cases. This module handles everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from kubeai.gateway._fast_path import Plan, Straight
+from kubeai.gateway.endpoint_pool import Pool
+from kubeai.gateway.holding import advice, hold
+from kubeai.gateway.relay import _relay
+from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
+from kubeai.logs import RateLimit, get_logger
+from kubeai.openai import request as openai
+from kubeai.openai.errors import error_answer, header_lines
+from kubeai.openai.request import BadRequest, Kind
+
+if TYPE_CHECKING:
+    from kubeai._load import Reservation
+    from kubeai.gateway.access_log import Observation, Observers
+    from kubeai.gateway.server import Front
+    from kubeai.openai import _body_scan as _ask
+    from kubeai.openai.request import Ask
+    from kubeai.routing.table import RoutedModel
+
+log = get_logger(__name__)
+
+_PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
+# Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
+_moves = RateLimit(burst_max=500, per_s=20)
+# The request targets that the fast path serves; the owner of the exchanges has them.
+PLANS = {
+    path.encode(): Plan(kind, _PATHS[kind], openai.SHAPES[kind])
+    for path, kind in openai.route_table.items()
+    if kind.is_json
+}
+# Two threads for large bodies, so that a slow one does not block all others. Started on demand.
+_readers = ThreadPoolExecutor(2, "bodies")
+_FAILURES = {
+    _relay.CONNECT: "cannot connect",
+    _relay.LOST: "connection lost",
+    _relay.INVALID: "invalid HTTP response",
+    _relay.TIMEOUT: "response timeout",
+}
+
+
+class Exchange(Straight):
+    """See the module; the relay creates one for each request."""
+
+    __slots__ = ()
+
+    owner: Front
+
+    # -- called by the relay -----------------------------------------------------------------------
+
+    def on_head(self) -> None:
+        target = openai.classify(self.method, self.target)
+        kind = target.kind
+        path = _PATHS.get(kind) if kind is not None else None
+        if self.asks_websocket and self.method == "GET" and target.status == 405:
+            self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+            return
+        if kind is None or path is None or target.status != 200:
+            self.stream(
+                self.owner.pages,
+                _origin_form(self.target),
+                self.owner.config.multipart_max_bytes,
+            )
+            return
+        codings = [value.decode("latin-1") for value in self.headers(b"content-encoding")]
+        if not openai.is_identity(codings):
+            self._refuse(openai.compressed_body())
+            return
+        if codings:
+            self.drop_header(b"content-encoding")  # "identity", which some engines do not know
+        self._kind = kind
+        self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
+        self.collect(self.owner.config.body_max_bytes)
+
+    def on_body(self) -> None:
+        if len(self.body) > openai.LARGE_BYTES:
+            self._wait(self._read)
+            return
+        try:
+            ask = self._ask or openai.read(self._kind, self.body)
+            routed = self._find(ask)
+        except BadRequest as error:
+            self._refuse(error)
+            return
+        if routed.hashes:
+            self._key = openai.key_of(ask, routed.prefix_char_length)
+        self._payload = openai.body_for(ask, self.body)
+        self._place(self._admit(ask, routed))
+
+    def wants_retry(self, failure: int, status: int) -> bool:
+        reservation = self._reservation
+        assert reservation is not None, "an attempt has a reservation"
+        self._lost = failure == _relay.LOST
+        if failure == _relay.TIMEOUT:
+            status = TIMED_OUT
+        return self._attempts.wants(status, reservation.name, self._routed, self._ask.adapter)
+
+    def retry(self) -> None:
+        reservation = self._end_attempt("attempt failed, retrying")
+        if self._lost:
+            alone = cast(Pool, reservation.target).lost_one_alone
+            self._wait(partial(self._try_after_loss, reservation, alone))
+        else:
+            self._try_elsewhere()
+
+    def attempt_elsewhere(self) -> None:
+        if self.answered or self._reservation is None:
+            return
+        other = self._attempts.move(self._reservation, self._routed, self._key, self._ask.adapter)
+        if other is not None:
+            self.detach()
+            self._end_attempt("endpoint does not respond, moving the request")
+            self._attempt(other)
+
+    @property
+    def _attempts(self) -> Retries:
+        if self._retries is None:
+            self._retries = self.owner.gateway.retries(self._routed)
+        return self._retries
+
+    def _end_attempt(self, event: str) -> Reservation:
+        reservation, admission = self._reservation, self._admission
+        assert reservation is not None, "an attempt has a reservation"
+        assert admission is not None, "only admitted requests are attempted"
+        self._reservation = None
+        reservation.release()
+        admission.count("retried")
+        log.info(
+            event,
+            request_id=self.request_id,
+            model=self._ask.name,
+            endpoint=reservation.name,
+            retry=self.retry_count,
+        )
+        return reservation
+
+    def _try_elsewhere(self) -> None:
+        other = self._attempts.elsewhere(self._routed, self._key, self._ask.adapter)
+        if other is not None:
+            self._attempt(other)
+        else:
+            self._wait(self._try_later)
+
+    def give_up(self, failure: int) -> None:
+        reason = _FAILURES[failure]
+        if self._reservation is None:
+            log.error("local routes did not respond", reason=reason)
+            self._say(502, "The gateway's local routes did not respond.")
+            return
+        endpoint = self._reservation.name
+        log.warning("request failed", model=self._ask.name, endpoint=endpoint, reason=reason)
+        if failure == _relay.TIMEOUT:
+            self._say(504, f"The model {self._ask.model!r} did not respond in time.", "timeout")
+        else:
+            self._say(
+                502,
+                f"No replica of the model {self._ask.model!r} could be reached: {reason}.",
+                "bad_gateway",
+            )
+
+    # -- routing -----------------------------------------------------------------------------------
+
+    async def _read(self) -> Reservation:
+        """Like ``on_body`` for a large body, with the slow steps in a thread."""
+        run = asyncio.get_running_loop().run_in_executor
+        ask = await run(_readers, openai.read, self._kind, self.body)
+        routed = self._find(ask)
+        self._key = await run(_readers, openai.key_of, ask, routed.prefix_char_length)
+        self._payload = await run(_readers, openai.body_for, ask, self.body)
+        # The model may have been deleted or created again meanwhile.
+        return self._admit(ask, self._find(ask)) or await self._hold()
+
+    def _admit(self, ask: Ask | _ask.Ask, routed: RoutedModel) -> Reservation | None:
+        """Count the request for its model, and pick an endpoint if one can serve it."""
+        self._ask = ask
+        self._routed = routed
+        self._admission = routed.admit("http")
+        return routed.pick(self._key, ask.adapter)
+
+    def _find(self, ask: Ask | _ask.Ask) -> RoutedModel:
+        """The requested model, if it matches the request's label selectors."""
+        routed = self.owner.gateway.table.find(ask.name)
+        if routed is None or (ask.adapter is not None and ask.adapter not in routed.route.adapters):
+            raise openai.model_not_found(ask.model)
+        for selector in self.headers(b"x-label-selector"):
+            if not openai.parse_selector(selector.decode("latin-1"))(routed.route.labels):
+                raise openai.model_not_found(ask.model)
+        return routed
+
+    def wait_for_endpoint(self) -> None:
+        self._wait(self._hold)
+
+    def moved(self, reservation: Reservation) -> None:
+        left_out = _moves.take(time.monotonic())
+        if left_out is None:
+            return
+        log.info(
+            "request moved off its first endpoint",
+            request_id=self.request_id,
+            model=self._ask.name,
+            endpoint=reservation.name,
+            first=reservation.first,
+            first_load=reservation.first_load,
+            bound=reservation.bound,
+            left_out=left_out,
+        )
+
+    # -- observers ---------------------------------------------------------------------------------
+
+    def observe(self, observers: Observers) -> None:
+        self._observed = observers.began(self)
+
+    def observed(self) -> None:
+        cast("Observation", self._observed).ended(self)
+
+    @property
+    def is_inference(self) -> bool:
+        """Whether the path is in the route table. Other paths have unbounded cardinality."""
+        return self._kind is not None
+
+    @property
+    def model_name(self) -> str | None:
+        """The requested model, once it is known to exist."""
+        return None if self._admission is None else self._ask.model
+
+    @property
+    def endpoint_name(self) -> str | None:
+        """The endpoint of the last attempt."""
+        return None if self._reservation is None else self._reservation.name
+
+    @property
+    def retry_count(self) -> int:
+        return 0 if self._retries is None else self._retries.count
+
+    # -- waits -------------------------------------------------------------------------------------
+
+    def _wait(self, waiting: Callable[[], Coroutine[Any, Any, Reservation]]) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(waiting))
+
+    async def _run(self, waiting: Callable[[], Coroutine[Any, Any, Reservation]]) -> None:
+        """Wait for an endpoint and send the request there, or respond with the error."""
+        try:
+            reservation = await waiting()
+            self._task = None
+            self._attempt(reservation)
+        except BadRequest as error:
+            self._task = None
+            self._refuse(error)
+        except Exception:
+            log.exception("request task failed", model=self._ask.name if self._ask else None)
+            self._task = None
+            self._say(500, "Internal error in the gateway.", "internal_error")
+
+    async def _try_later(self) -> Reservation:
+        later = await self._attempts.later(self._routed, self._key, self._ask.adapter)
+        return later or await self._hold()
+
+    async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
+        await check_loss(self._attempts, self._routed, lost, alone)
+        other = self._attempts.elsewhere(self._routed, self._key, self._ask.adapter)
+        return other or await self._try_later()
+
+    async def _hold(self) -> Reservation:
+        assert self._admission is not None, "a request is counted before it is held"
+        return await hold(self.owner.gateway, self._routed, self._ask, self._key, self._admission)
+
+    # -- the gateway's own responses ---------------------------------------------------------------
+
+    def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
+        body, more = error_answer(error, self.target, self.request_id)
+        self.answer(error.status, body, header_lines({**advice(error), **more, **(headers or {})}))
+
+    def _say(self, status: int, message: str, code: str | None = None) -> None:
+        self._refuse(BadRequest(message, status=status, code=code))
+
+
+def _no_websocket() -> BadRequest:
+    """426, after which clients such as Codex fall back to HTTP at once."""
+    return BadRequest(
+        "WebSocket is not supported. Send a POST request over HTTP/1.1.",
+        status=426,
+        code="upgrade_required",
+    )
+
+
+def _origin_form(target: str) -> bytes:
+    """The request target without scheme and authority."""
+    if not target.startswith("/"):
+        _, separator, rest = target.partition("://")
+        if separator:
+            target = "/" + rest.partition("/")[2]
+    return target.encode("latin-1")

@@ -1,0 +1,1 @@
+"""Requests whose body is a multipart form."""

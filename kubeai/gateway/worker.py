@@ -1,0 +1,170 @@
+"""One data-plane process: ``python -m kubeai.gateway.worker``, started by the supervisor.
+
+It inherits file descriptors for the load table, a listening socket and its end of the channel to
+the supervisor (hinge.py). The environment variable ``KUBEAI_WORKER`` has their numbers and its
+column of the load table (JSON, :class:`Settings`). It serves once it has received the first routing
+table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is
+gone finishes its open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+
+import msgspec
+import uvloop
+
+from kubeai._load import LoadTable
+from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway.access_log import make_observers
+from kubeai.gateway.context import Gateway
+from kubeai.gateway.local_routes import make_runner
+from kubeai.gateway.server import Front
+from kubeai.http import web
+from kubeai.logs import get_logger, setup_logging
+from kubeai.routing import channel as hinge
+from kubeai.routing.table import Delta, RoutingTable, Snapshot
+
+log = get_logger(__name__)
+
+ENVIRONMENT = "KUBEAI_WORKER"
+KEPT_MAX_BYTES = 64 << 20  # free memory at the end of the heap
+KEPT_BLOCK_MAX_BYTES = 4 << 20  # larger blocks are mapped, and unmapped when freed
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the supervisor passes to a worker when it starts it."""
+
+    column: int  # of the load table
+    table_fd: int
+    listen_fd: int
+    hinge_fd: int
+    gateway: GatewayConfig
+
+
+class Worker:
+    """The components of the process and its lifecycle."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._table = LoadTable.attach(settings.table_fd, settings.column)
+        self._front = Front(settings.gateway, make_observers(settings.gateway))
+        self._routes = RoutingTable(self._table, self._front.pool)
+        self._gateway = Gateway(self._routes, settings.gateway, self._demand)
+        self._channel = hinge.Channel(hinge.Down, self._received, self._hinge_ended)
+        self._started = asyncio.Event()  # the first routing table has arrived
+        self._stopped: asyncio.Future[hinge.Drain] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Serve until told to drain, then drain."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop, None)
+        sock = socket.socket(fileno=self._settings.hinge_fd)
+        sock.setblocking(False)
+        await loop.create_unix_connection(lambda: self._channel, sock=sock)
+        started = asyncio.ensure_future(self._started.wait())
+        await asyncio.wait((started, self._stopped), return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        if self._stopped.done():
+            return
+        runner = make_runner(self._gateway)
+        await runner.setup()
+        try:
+            await self._serve(runner)
+        finally:
+            self._front.close()
+            self._routes.close()
+            await runner.cleanup()
+            self._channel.close()
+
+    async def _serve(self, runner: web.AppRunner) -> None:
+        assert runner.server is not None, "set up"
+        listener = socket.socket(fileno=self._settings.listen_fd)
+        listener.setblocking(False)
+        await self._front.serve(self._gateway, runner.server, listener)
+        self._gateway.ready = True
+        self._channel.send(hinge.Ready(os.getpid()))
+        # Objects created at start-up live as long as the process, so exclude them from collections.
+        gc.collect()
+        gc.freeze()
+        drain = await self._stopped
+        await self._front.drain(drain.accept_s, drain.timeout_s)
+
+    def _demand(self, model: str) -> None:
+        self._channel.send(hinge.Demand(model))
+
+    def _received(self, message: object) -> None:
+        if isinstance(message, hinge.Drain):
+            self._stop(message)
+        else:
+            assert isinstance(message, Snapshot | Delta)
+            self._routes.apply(message)
+            self._started.set()
+
+    def _hinge_ended(self) -> None:
+        if not self._stopped.done():
+            log.warning("lost the connection to the supervisor, draining")
+        self._stop(None)
+
+    def _stop(self, drain: hinge.Drain | None) -> None:
+        """Start draining. Without ``drain``, the config's timeouts apply."""
+        config = self._settings.gateway
+        if not self._stopped.done():
+            self._stopped.set_result(
+                drain or hinge.Drain(config.drain_accept_s, config.drain_timeout_s)
+            )
+
+
+def _keep_memory() -> None:
+    """Let malloc keep freed memory for reuse instead of returning it to the kernel.
+
+    glibc returns free memory at the end of its heap. With prompts of 400 KB, that cost a brk and
+    four page faults each.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK_MAX_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_MAX_BYTES)
+
+
+def _raise_descriptors() -> None:
+    """Raise the limit of open files to the hard limit; the usual soft limit is only 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_memory()
+    _raise_descriptors()
+    setup_logging()
+    text = os.environ.pop(ENVIRONMENT, None)
+    if text is None:
+        print(
+            f"{ENVIRONMENT} is not set: only kubeai serve and kubeai local start this module",
+            file=sys.stderr,
+        )
+        return 2
+    settings = msgspec.json.decode(text, type=Settings)
+
+    async def run() -> None:
+        await Worker(settings).run()
+
+    began = time.monotonic()
+    uvloop.run(run())
+    log.info("worker ended", worker=settings.column, lived_s=round(time.monotonic() - began, 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The gateway's own error responses, in the format of the API that the client uses.
+
+The request's path decides: ``/openai/v1/messages`` and paths below it get Anthropic's format, all
+other paths OpenAI's. Every error of the gateway goes through :func:`error_answer`, whether the
+relay, an exchange or the aiohttp application rejects the request. Errors from engines are forwarded
+unchanged. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kubeai.openai.request import PREFIX, BadRequest, Kind
+
+_MESSAGES_PATH = PREFIX + Kind.MESSAGES.value
+# The error types in Anthropic's API reference by status. Its other 4xx are invalid_request_error,
+# its other 5xx api_error. Here 503 always means that the gateway or the model cannot accept the
+# request now, which Anthropic's API reports as 529 overloaded_error.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+class _Detail(msgspec.Struct):
+    type: str
+    message: str
+
+
+class _AnthropicBody(msgspec.Struct, kw_only=True):
+    type: str = "error"
+    error: _Detail
+    request_id: str | None
+
+
+def error_answer(
+    error: BadRequest, target: str, request_id: str | None
+) -> tuple[bytes, dict[str, str]]:
+    """The JSON body of an error response, and its additional headers.
+
+    ``target``: of the request, in origin or absolute form; "" if unknown. ``request_id``: the value
+    of the response's X-Request-Id header, None if it has none.
+    """
+    headers = {}
+    if error.status == 415:  # only used for content codings; RFC 9110, section 15.5.16
+        headers["Accept-Encoding"] = "identity"
+    if not _speaks_anthropic(target):
+        return error.body(), headers
+    if request_id is not None:
+        headers["request-id"] = request_id  # the header that Anthropic's clients read
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    message = error.message.encode("utf-8", "replace").decode()
+    detail = _Detail(_ANTHROPIC_TYPES.get(error.status, default), message)
+    return msgspec.json.encode(_AnthropicBody(error=detail, request_id=request_id)), headers
+
+
+def relay_error(
+    status: int, message: str, target: bytes, request_id: str | None
+) -> tuple[bytes, bytes]:
+    """Like :func:`error_answer`, for the relay's own errors: (body, header lines)."""
+    error = BadRequest(message, status=status)
+    body, headers = error_answer(error, target.decode("latin-1"), request_id)
+    return body, header_lines(headers)
+
+
+def header_lines(headers: dict[str, str]) -> bytes:
+    """Headers in wire format."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+
+
+def _speaks_anthropic(target: str) -> bool:
+    path = target.partition("?")[0]
+    if not path.startswith("/"):
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return path == _MESSAGES_PATH or path.startswith(_MESSAGES_PATH + "/")

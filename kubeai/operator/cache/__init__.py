@@ -1,0 +1,1 @@
+"""Loads Models' files into caches, and evicts them."""

@@ -1,0 +1,1 @@
+"""Decides and sets each Model's number of replicas."""

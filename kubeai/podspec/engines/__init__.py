@@ -1,0 +1,1 @@
+"""The engines' containers, one module for each engine."""

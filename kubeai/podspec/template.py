@@ -1,0 +1,253 @@
+"""Builds the pod that serves a Model, from the Model and the system config. Pure.
+
+A pod combines the engine's `Server` (one module per engine) with what all engines share: probes,
+resources, credentials, files, labels, and finally the system config's JSON patches. Its hash covers
+all of that, so a pod whose hash differs from the Model's is outdated. The hash does not cover what
+`_finish` adds, so pods created before KubeAI added it are not restarted. Called by the operator.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jsonpatch
+import msgspec
+
+from kubeai.api.config.system import (
+    JSONPatch,
+    ResourceProfile,
+    SystemConfig,
+    resolve_profile,
+    server_image,
+)
+from kubeai.api.model import (
+    POD_HASH_LABEL,
+    POD_IP_ANNOTATION,
+    POD_MODEL_LABEL,
+    POD_PORT_ANNOTATION,
+    Engine,
+    Model,
+    ModelURL,
+)
+from kubeai.errors import ModelError
+from kubeai.podspec import cache, sources
+from kubeai.podspec.adapters import add_loader
+from kubeai.podspec.engines import faster_whisper, infinity, mock, ollama, vllm
+from kubeai.podspec.engines.server import (
+    PORT,
+    PORT_NAME,
+    SERVER_CONTAINER,
+    TERMINATION_MESSAGE,
+    Object,
+    Server,
+    container_resources,
+    http_probe,
+)
+from kubeai.podspec.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
+
+GRACE_MIN_S = 10  # as in KubeAI in Go
+_HASH_BYTES = 5  # 8 characters of base32
+# Besides its own errors, jsonpatch leaks Python's errors for a path into a value of another type.
+_PATCH_ERRORS = (
+    jsonpatch.JsonPatchException,
+    jsonpatch.JsonPointerException,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+_SERVERS: dict[Engine, Callable[[Model, ModelURL], Server]] = {
+    "VLLM": vllm.server,
+    "OLlama": ollama.server,
+    "FasterWhisper": faster_whisper.server,
+    "Infinity": infinity.server,
+}
+
+
+def build_pod(model: Model, config: SystemConfig) -> Object:
+    """The manifest of one replica, without a name. ModelError names the invalid field."""
+    profile = resolve_profile(config, model.spec.resource_profile)
+    url = sources.model_url(model.spec)
+    image = model.spec.image or server_image(config, model.spec.engine, profile)
+    server = _SERVERS[model.spec.engine](model, url)
+    annotations = _annotations(model)
+    if mock.is_mock(image):
+        server = mock.server(model, url, server)
+        annotations[mock.ANNOTATION] = "true"
+    source = sources.source(url, config.secret_names)
+    container = _container(model, config, profile, image, server, source)
+    pod: Object = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"labels": _labels(model), "annotations": annotations},
+        "spec": {
+            **_pod_settings(model, config, profile),
+            "containers": [container],
+            "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory"}}, *source.volumes],
+        },
+    }
+    _add_cache(model, config, pod, container)
+    _add_files(model, pod, container)
+    add_loader(model, config, pod, container)
+    # A deep copy: parts of it belong to the config and must not be changed through the pod.
+    pod = msgspec.json.decode(msgspec.json.encode(pod))
+    pod = _patched(pod, model, config.model_server_pods.json_patches)
+    hash_ = pod_hash(pod)
+    _finish(pod, model, hash_)
+    return pod
+
+
+def _finish(pod: Object, model: Model, hash_: str) -> None:
+    """Add the parts that the hash does not cover."""
+    metadata, spec = pod["metadata"], pod["spec"]
+    metadata["labels"][POD_HASH_LABEL] = hash_
+    metadata["namespace"] = model.metadata.namespace
+    metadata["ownerReferences"] = [owner_reference(model)]
+    for container in (*(spec.get("initContainers") or ()), *spec["containers"]):
+        container.setdefault(*TERMINATION_MESSAGE)
+
+
+def pod_hash(pod: Object) -> str:
+    """Eight letters and digits that depend on the pod's spec, labels and annotations.
+
+    For a manifest from `build_pod`, not for a pod to which the API server has applied defaults.
+    """
+    metadata = pod["metadata"]
+    labels = {k: v for k, v in metadata.get("labels", {}).items() if k != POD_HASH_LABEL}
+    covered = [pod["spec"], labels, metadata.get("annotations", {})]
+    digest = hashlib.sha256(msgspec.json.encode(covered, order="sorted")).digest()
+    return base64.b32encode(digest[:_HASH_BYTES]).decode().lower()
+
+
+def _labels(model: Model) -> dict[str, str]:
+    engine = model.spec.engine.lower()
+    name = model.metadata.name
+    return {
+        "app": "model",
+        POD_MODEL_LABEL: name,
+        "app.kubernetes.io/name": engine,
+        "app.kubernetes.io/instance": f"{engine}-{name}",
+        "app.kubernetes.io/managed-by": "kubeai",
+    }
+
+
+def _annotations(model: Model) -> dict[str, str]:
+    given = model.metadata.annotations
+    annotations = {POD_PORT_ANNOTATION: given.get(POD_PORT_ANNOTATION, str(PORT))}
+    if POD_IP_ANNOTATION in given:
+        annotations[POD_IP_ANNOTATION] = given[POD_IP_ANNOTATION]
+    return annotations
+
+
+def _pod_settings(model: Model, config: SystemConfig, profile: ResourceProfile) -> Object:
+    """The pod's spec without containers and volumes. Empty settings are left out."""
+    pods = config.model_server_pods
+    spec: dict[str, Any] = {
+        "serviceAccountName": pods.service_account_name,
+        "securityContext": pods.pod_security_context,
+        "imagePullSecrets": msgspec.to_builtins(pods.image_pull_secrets),
+        "priorityClassName": model.spec.priority_class_name,
+        "nodeSelector": profile.node_selector,
+        "affinity": msgspec.to_builtins(profile.affinity),
+        "tolerations": msgspec.to_builtins(profile.tolerations),
+        "schedulerName": profile.scheduler_name,
+        "runtimeClassName": profile.runtime_class_name,
+    }
+    spec = {key: value for key, value in spec.items() if value}
+    # A deleted pod gets no new requests; in-flight ones may take as long as during a drain.
+    drain_s = math.ceil(config.gateway.drain_timeout_s)
+    return spec | {"terminationGracePeriodSeconds": max(GRACE_MIN_S, drain_s)}
+
+
+def _container(
+    model: Model,
+    config: SystemConfig,
+    profile: ResourceProfile,
+    image: str,
+    server: Server,
+    source: sources.Source,
+) -> Object:
+    optional: dict[str, Any] = {
+        "command": server.command,
+        "args": [*server.args, *model.spec.args, *server.more_args],
+        "env": sources.environment(model, server.env, server.pod_fields, source),
+        "envFrom": msgspec.to_builtins(model.spec.env_from),
+        "resources": container_resources(profile),
+        "securityContext": config.model_server_pods.security_context,
+    }
+    return {
+        "name": SERVER_CONTAINER,
+        "image": image,
+        **{key: value for key, value in optional.items() if value},
+        "ports": [{"name": PORT_NAME, "containerPort": PORT, "protocol": "TCP"}],
+        "startupProbe": server.startup_probe,
+        "readinessProbe": http_probe(server.health_path, period_s=10, failures=3, timeout_s=2),
+        "livenessProbe": http_probe(server.health_path, period_s=30, failures=3, timeout_s=3),
+        "volumeMounts": [{"name": "dshm", "mountPath": "/dev/shm"}, *source.mounts],
+    }
+
+
+def _add_cache(model: Model, config: SystemConfig, pod: Object, container: Object) -> None:
+    """Mount the Model's cache folder, which the load Job has already filled."""
+    if model.spec.cache_profile:
+        cache.cache_profile(model, config)
+        volume, mount = cache.cache_volume(model)
+        pod["spec"]["volumes"].append(volume)
+        container["volumeMounts"].append(mount | {"readOnly": True})
+
+
+def _add_files(model: Model, pod: Object, container: Object) -> None:
+    """Mount the Model's files, and add their hash, so that editing a file replaces the pod."""
+    if not model.spec.files:
+        return
+    volume, mounts = files_volume(model)
+    taken = {mount["mountPath"] for mount in container["volumeMounts"]}
+    for i, mount in enumerate(mounts):
+        if mount["mountPath"] in taken:
+            raise ModelError(
+                f"spec.files[{i}].path",
+                f"{mount['mountPath']!r} is already the mount path of a volume",
+                "InvalidFile",
+            )
+    container["volumeMounts"] += mounts
+    pod["spec"]["volumes"].append(volume)
+    pod["metadata"]["annotations"][HASH_ANNOTATION] = files_hash(model)
+
+
+def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...]) -> Object:
+    """Apply the config's patches one by one, so that an error names the failing one."""
+    for i, patch in enumerate(patches):
+        operation = copy.deepcopy(patch.operation())  # the patch's value becomes part of the pod
+        try:
+            pod = jsonpatch.apply_patch(pod, [operation], in_place=True)
+        except _PATCH_ERRORS as error:
+            raise _bad_patch(i, patch, str(error) or type(error).__name__) from None
+        _check_patched(pod, model, i, patch)
+    return pod
+
+
+def _check_patched(pod: Any, model: Model, index: int, patch: JSONPatch) -> None:
+    """Check what the operator relies on: the pod's labels and its server container."""
+    try:
+        labels = pod["metadata"]["labels"]
+        kept = all(labels[key] == value for key, value in _labels(model).items())
+        named = any(c["name"] == SERVER_CONTAINER for c in pod["spec"]["containers"])
+    except (LookupError, TypeError):
+        kept = named = False
+    if not kept:
+        raise _bad_patch(index, patch, "it removes or changes a label that KubeAI needs")
+    if not named:
+        raise _bad_patch(index, patch, f"it removes the container {SERVER_CONTAINER!r}")
+
+
+def _bad_patch(index: int, patch: JSONPatch, why: str) -> ModelError:
+    return ModelError(
+        f"modelServerPods.jsonPatches[{index}]",
+        f"{patch.op} {patch.path!r} cannot be applied to the pod: {why}",
+        "InvalidPatch",
+    )

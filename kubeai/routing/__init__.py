@@ -1,0 +1,1 @@
+"""The hinge: routes and loads between the supervisor and its workers."""

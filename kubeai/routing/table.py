@@ -1,0 +1,678 @@
+"""The routing table: one Route per model, distributed to workers as versioned snapshots and deltas.
+
+The operator describes each model as a :class:`Route`. The supervisor's :class:`Publisher` assigns
+rows of the load table to the model and its endpoints, and a version to each change. A worker's
+:class:`RoutingTable` applies the changes in order and picks endpoints for requests. Every worker
+that has applied version v has the same view as the Publisher had at version v.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Literal, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from kubeai._load import Admission, LoadTable, Reservation
+from kubeai._ring import Ring
+from kubeai.errors import KubeAIError
+from kubeai.openai.request import Ask, Kind, hash_key
+
+RequestType = Literal["http", "message"]
+Strategy = Literal["LeastLoad", "PrefixHash"]
+Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
+
+# After panic mode, an endpoint is not probed until this long after its last failure.
+PROBE_AFTER_FAILURE_S = 1.0
+
+
+class Endpoint(msgspec.Struct, frozen=True, array_like=True):
+    """One replica that can serve requests: a ready pod that is not terminating."""
+
+    name: str  # of the pod
+    address: str  # "ip:port"
+    adapters: tuple[str, ...] = ()  # loaded adapters
+    row: int = -1  # in the load table; assigned by the Publisher
+    generation: int = 0
+
+
+class Block(msgspec.Struct, frozen=True, array_like=True):
+    """Why a model, or one of its adapters, has no endpoint.
+
+    Requests are held until ``fails_at_s`` and get 503 from then on. It is a CLOCK_MONOTONIC time,
+    which all processes on a machine share: 0 means at once, infinity means that only
+    ``holdTimeout`` ends the wait.
+    """
+
+    reason: str  # one word, as in the Model's conditions
+    message: str
+    fails_at_s: float = math.inf
+    retry: bool = True  # whether it may resolve without a change to the Model or this machine
+
+
+class Route(msgspec.Struct, frozen=True, array_like=True):
+    """One Model as the data plane sees it."""
+
+    model: str
+    engine: str
+    features: tuple[Feature, ...] = ()
+    labels: dict[str, str] = {}
+    owner: str = ""
+    created_s: int = 0  # Unix time of the Model's creation
+    adapters: tuple[str, ...] = ()  # declared in the Model, loaded or not
+    strategy: Strategy = "LeastLoad"
+    mean_load_factor: int = 125  # percent
+    replication: int = 20  # virtual nodes per endpoint
+    prefix_char_length: int = 100  # code points
+    endpoints: tuple[Endpoint, ...] = ()
+    draining: tuple[str, ...] = ()  # former endpoints that are finishing their in-flight requests
+    row: int = -1
+    generation: int = 0
+    block: Block | None = None  # why the model has no endpoint
+    adapter_blocks: dict[str, Block] = {}  # why no endpoint serves an adapter, by adapter
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
+    """All routes, sent when a worker starts."""
+
+    version: int
+    routes: tuple[Route, ...]
+
+
+class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
+    """One model's new route, or None if the model was deleted."""
+
+    version: int
+    model: str
+    route: Route | None
+
+
+# -- in the supervisor -----------------------------------------------------------------------------
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """The model or the endpoint that a row of the load table belongs to."""
+
+    model: str
+    endpoint: str = ""
+
+
+class Publisher:
+    """Assigns a row of the load table to every model and endpoint, and a version to every change.
+
+    A row has one owner at a time. It is dropped when its model or endpoint is removed, and reused
+    only once every live worker has acknowledged the version that dropped it and all its cells are
+    0. Until then requests may still be counted in it, and it stays in ``owners`` and ``rows_of``.
+    """
+
+    def __init__(self, table: LoadTable) -> None:
+        self.version = 0
+        self._table = table
+        self._routes: dict[str, Route] = {}
+        self._unused = 0  # the first row that never had an owner
+        self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
+        self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+        self.owners: dict[int, Owner] = {}  # by row in use
+        self.rows_of: dict[Owner, set[int]] = {}  # two rows for an endpoint that was added again
+
+    def update(self, model: str, route: Route | None) -> Delta | None:
+        """Set a model's route (rows and the order of endpoints are ignored) or remove it (None).
+
+        Returns None if nothing changed. KubeAIError if the table is full; nothing is changed then.
+        """
+        old = self._routes.get(model)
+        if route is None:
+            if old is None:
+                return None
+            del self._routes[model]
+            new = None
+        else:
+            new = self._with_rows(route, old)
+            if new == old:
+                return None
+            self._routes[model] = new
+        self.version += 1
+        for row in _rows(old) - _rows(new):
+            self._table.set_peers(row, self._table.generation(row), 0)
+            self._dropped.append((row, self.version))
+        return Delta(self.version, model, new)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.version, tuple(self._routes.values()))
+
+    def reclaim(self, acknowledged: Iterable[int]) -> list[Owner]:
+        """Free dropped rows that are no longer used, and return their owners.
+
+        ``acknowledged``: the version that each live worker has applied.
+        """
+        if not self._dropped:
+            return []
+        safe = min(acknowledged, default=self.version)
+        waiting, freed = [], []
+        for row, version in self._dropped:
+            if version <= safe and self._table.row_is_zero(row):
+                heapq.heappush(self._free, row)
+                owner = self.owners.pop(row)
+                freed.append(owner)
+                self.rows_of[owner].remove(row)
+                if not self.rows_of[owner]:
+                    del self.rows_of[owner]
+            else:
+                waiting.append((row, version))
+        self._dropped = waiting
+        return freed
+
+    def models(self) -> list[str]:
+        return list(self._routes)
+
+    def row(self, model: str) -> int | None:
+        route = self._routes.get(model)
+        return None if route is None else route.row
+
+    def endpoint_rows(self, model: str) -> dict[str, int]:
+        """Endpoint name → row; empty for an unknown model."""
+        route = self._routes.get(model)
+        return {} if route is None else {e.name: e.row for e in route.endpoints}
+
+    def route(self, model: str) -> Route | None:
+        """A model's route as published, with rows and generations."""
+        return self._routes.get(model)
+
+    def in_use(self, model: str, endpoint: str) -> bool:
+        """Whether a worker may still send requests to an endpoint, or still has some in flight."""
+        return Owner(model, endpoint) in self.rows_of
+
+    def _with_rows(self, route: Route, old: Route | None) -> Route:
+        known = {} if old is None else {e.name: e for e in old.endpoints}
+        wanted = {e.name: e for e in route.endpoints}
+        fresh = [name for name in wanted if name not in known]
+        rows = iter(self._open_rows(len(fresh) + (old is None)))
+        if old is not None:
+            row, generation = old.row, old.generation
+        else:
+            row, generation = self._own(next(rows), Owner(route.model))
+        endpoints = []
+        for name in sorted(wanted):
+            if (before := known.get(name)) is not None:
+                lease = before.row, before.generation
+            else:
+                lease = self._own(next(rows), Owner(route.model, name))
+            endpoints.append(replace(wanted[name], row=lease[0], generation=lease[1]))
+        return replace(route, endpoints=tuple(endpoints), row=row, generation=generation)
+
+    def _own(self, lease: tuple[int, int], owner: Owner) -> tuple[int, int]:
+        self.owners[lease[0]] = owner
+        self.rows_of.setdefault(owner, set()).add(lease[0])
+        return lease
+
+    def _open_rows(self, count: int) -> list[tuple[int, int]]:
+        """Open ``count`` rows and return them with their generations; KubeAIError if too few."""
+        if count > len(self._free) + self._table.rows - self._unused:
+            raise KubeAIError(
+                f"the load table is full: of {self._table.rows} rows, {len(self._dropped)} belong "
+                "to removed models or endpoints that workers may still use"
+            )
+        opened = []
+        for _ in range(count):
+            if self._free:
+                row = heapq.heappop(self._free)
+            else:
+                row = self._unused
+                self._unused += 1
+            opened.append((row, self._table.open_row(row)))
+        return opened
+
+
+def _rows(route: Route | None) -> set[int]:
+    return set() if route is None else {route.row, *(e.row for e in route.endpoints)}
+
+
+# -- in a worker -----------------------------------------------------------------------------------
+
+
+class NoEndpoint(Exception):
+    """No endpoint could serve the request before its deadline."""
+
+
+class ModelGone(Exception):
+    """The model was deleted while the request waited."""
+
+
+class Blocked(Exception):
+    """No endpoint can serve the request, and waiting longer would not help."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block.message)
+        self.block = block
+
+
+class Upstream(Protocol):
+    """A worker's connections to an endpoint's address, and its health."""
+
+    def close(self) -> None:
+        """The endpoint was removed or its address changed; in-flight requests may finish."""
+
+    @property
+    def is_waited_on(self) -> bool:
+        """Whether requests wait for the first byte of its response."""
+
+    def move_waiting(self, sent_before_s: float = math.inf) -> None:
+        """Move requests that wait for its response to other endpoints, where possible.
+
+        Only those sent before ``sent_before_s`` (CLOCK_MONOTONIC seconds).
+        """
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it is expected to respond."""
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it currently fails repeatedly."""
+
+    def take_probe(self) -> bool:
+        """Whether a request may probe it now; the probe is then counted."""
+
+    def is_proven(self, since_s: float) -> bool:
+        """Whether it began a successful response after ``since_s`` and has not failed since."""
+
+
+class RoutingTable:
+    """A worker's view of all models. Only the supervisor's messages change it, on one event loop.
+
+    ``target`` creates the upstream that Reservations of an endpoint carry. It is created once per
+    address and row, and closed when the endpoint is removed or either of them changes.
+    """
+
+    def __init__(
+        self,
+        table: LoadTable,
+        target: Callable[[RoutedModel, Endpoint], Upstream],
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC."""
+        self.version = 0
+        self._table = table
+        self._target = target
+        self._clock = clock
+        self._models: dict[str, RoutedModel] = {}
+        self._health_events = 0  # of the load table, at the last check for ejected endpoints
+        self._any_ejected = False  # at that check
+
+    def apply(self, message: Snapshot | Delta) -> None:
+        """Apply a change and acknowledge its version. Outdated changes are ignored."""
+        if isinstance(message, Snapshot):
+            if message.version >= self.version:
+                self._replace(message)
+        elif message.version > self.version:
+            if message.version != self.version + 1:
+                raise RuntimeError(
+                    f"routing table is at version {self.version} but the next delta is "
+                    f"{message.version}: a delta was lost"
+                )
+            self._set(message.model, message.route)
+            self.version = message.version
+        self._table.acknowledge(self.version)
+
+    @property
+    def workers(self) -> int:
+        """The number of worker processes that share the load table."""
+        return self._table.columns - 1
+
+    def find(self, model: str) -> RoutedModel | None:
+        return self._models.get(model)
+
+    def __iter__(self) -> Iterator[RoutedModel]:
+        return iter(self._models.values())
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def move_off_ejected(self) -> None:
+        """Move requests off endpoints that any worker has ejected; see `RoutedModel`.
+
+        Cheap while nothing fails, so it can be called periodically.
+        """
+        health_events = self._table.health_events()
+        if health_events != self._health_events or self._any_ejected:
+            self._health_events = health_events
+            self._any_ejected = False
+            for routed in self._models.values():
+                if routed.ring.ejected_count():
+                    self._any_ejected = True
+                    routed.move_off_ejected()
+
+    def close(self) -> None:
+        """Remove all models and close their endpoints' upstreams."""
+        for model in list(self._models):
+            self._set(model, None)
+
+    def _replace(self, snapshot: Snapshot) -> None:
+        for gone in self._models.keys() - {route.model for route in snapshot.routes}:
+            self._set(gone, None)
+        for route in snapshot.routes:
+            self._set(route.model, route)
+        self.version = snapshot.version
+
+    def _set(self, model: str, route: Route | None) -> None:
+        known = self._models.get(model)
+        if known is not None and (route is None or not known.is_life_of(route)):
+            del self._models[model]
+            known.end()
+            known = None
+        if route is None:
+            return
+        if known is None:
+            self._models[model] = RoutedModel(self._table, route, self._target, self._clock)
+        else:
+            known.update(route)
+
+
+class RoutedModel:
+    """One model's route, ring and waiting requests."""
+
+    def __init__(
+        self,
+        table: LoadTable,
+        route: Route,
+        target: Callable[[RoutedModel, Endpoint], Upstream],
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.route = replace(route, endpoints=())
+        self.ring = Ring(
+            table,
+            route.row,
+            route.generation,
+            replication=route.replication,
+            mean_load_factor=route.mean_load_factor,
+            clock=clock,
+        )
+        self._table = table
+        self._target = target
+        self._endpoints: dict[str, Endpoint] = {}  # the route's, by name
+        self._upstreams: dict[str, Upstream] = {}  # by endpoint name
+        # Removed, with requests still waiting.
+        self._departed: list[tuple[Endpoint, Upstream]] = []
+        self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._gone = False
+        self.update(route)
+
+    # -- for exchanges -----------------------------------------------------------------------------
+
+    def key(self, ask: Ask) -> int | None:
+        """The request's hash key; None if it is routed by least load.
+
+        That applies to all requests under LeastLoad, and to audio always, because recordings do not
+        share prefixes.
+        """
+        if not self.hashes or ask.kind is Kind.TRANSCRIPTIONS:
+            return None
+        return hash_key(ask.adapter, ask, self.prefix_char_length)
+
+    def pick(
+        self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()
+    ) -> Reservation | None:
+        """Pick an endpoint and count a request on it; None if no endpoint can serve it.
+
+        ``exclude``: names of endpoints that must not be picked.
+        """
+        if key is None or not self.hashes:
+            return self.ring.pick_least(adapter, exclude)
+        return self.ring.pick_hashed(key, adapter, exclude)
+
+    def pick_among(
+        self,
+        fits: Callable[[Upstream], bool],
+        key: int | None,
+        adapter: str | None = None,
+        exclude: Iterable[str] = (),
+    ) -> Reservation | None:
+        """Like ``pick``, but only among endpoints whose upstream satisfies ``fits``."""
+        unfit = [name for name, upstream in self._upstreams.items() if not fits(upstream)]
+        return self.pick(key, adapter, (*exclude, *unfit))
+
+    def first(
+        self,
+        fits: Callable[[Upstream], bool],
+        adapter: str | None = None,
+        exclude: Collection[str] = (),
+    ) -> Upstream | None:
+        """The upstream of the first endpoint that serves the adapter and satisfies ``fits``."""
+        upstreams = (
+            self._upstreams[endpoint.name]
+            for endpoint in self.route.endpoints
+            if endpoint.name not in exclude and (adapter is None or adapter in endpoint.adapters)
+        )
+        return next(filter(fits, upstreams), None)
+
+    def admit(self, kind: RequestType = "http") -> Admission:
+        """Count a request as active until the Admission is closed."""
+        return self._table.admit(self.route.row, self.route.generation, kind)
+
+    def can_serve(self, adapter: str | None = None, exclude: Collection[str] = ()) -> bool:
+        """Whether an endpoint outside ``exclude`` serves the adapter (None: the model itself)."""
+        if not exclude:
+            return self.ring.can_serve(adapter)
+        return any(
+            endpoint.name not in exclude and (adapter is None or adapter in endpoint.adapters)
+            for endpoint in self.route.endpoints
+        )
+
+    def block(self, adapter: str | None = None) -> Block | None:
+        """Why no endpoint serves the adapter (None: the model itself); None if unknown."""
+        if adapter is None or self.route.block is not None:
+            return self.route.block
+        return self.route.adapter_blocks.get(adapter)
+
+    def serves(self, endpoint: str) -> bool:
+        """Whether the endpoint is in the route."""
+        return endpoint in self.ring
+
+    def in_flight(self, endpoint: str) -> int:
+        """All workers' in-flight requests on an endpoint; 0 if it is not in the route."""
+        found = self._find(endpoint)
+        return 0 if found is None else self._table.in_flight(found.row)
+
+    def answered(self) -> int:
+        """The number of requests that this worker has finished so far with other than a 5xx."""
+        outcomes = self._table.outcomes(self.route.row, self._table.column)
+        return outcomes["2xx"] + outcomes["3xx"] + outcomes["4xx"]
+
+    # -- health ------------------------------------------------------------------------------------
+
+    def note_failure(self, endpoint: str, now_s: float, unreachable: bool) -> int:
+        """Count a failed attempt. Returns the endpoint's failures since its last full response."""
+        found = self._find(endpoint)
+        if found is None:
+            return 0
+        return self._table.note_failure(found.row, found.generation, now_s, unreachable)
+
+    def eject(self, endpoint: str, until_s: float) -> bool:
+        """Eject an endpoint for all workers. Returns False if it is the model's only endpoint.
+
+        ``until_s``: CLOCK_MONOTONIC seconds; after that the endpoint is half-open until restored.
+        If all of a model's endpoints are ejected, picks go to all of them again (panic mode).
+        """
+        found = self._find(endpoint)
+        if found is None or len(self.ring) == 1:
+            return False
+        self._table.eject(found.row, found.generation, until_s)
+        return True
+
+    def restore(self, endpoint: str, now_s: float) -> None:
+        """Return an ejected endpoint to service. Its ejection count is kept.
+
+        If all endpoints were ejected, they may all have recovered from a common cause. The others
+        then become half-open soon, so that this one does not carry all load until their ejections
+        end.
+        """
+        found = self._find(endpoint)
+        if found is None:
+            return
+        panic = self.ring.ejected_count() == len(self.ring)
+        self._table.restore(found.row, found.generation)
+        for other in self.route.endpoints if panic else ():
+            probe_s = max(now_s, self._table.failed_at(other.row) + PROBE_AFTER_FAILURE_S)
+            self._table.half_open(other.row, other.generation, probe_s)
+
+    def recover(self, endpoint: str) -> None:
+        """Return an endpoint to service and reset its failure and ejection counts."""
+        found = self._find(endpoint)
+        if found is not None:
+            self._table.recover(found.row, found.generation)
+
+    def ejected_until(self, endpoint: str) -> float:
+        """When an endpoint becomes half-open or may be probed again; 0 if it is not ejected."""
+        found = self._find(endpoint)
+        return 0.0 if found is None else self._table.ejected_until(found.row)
+
+    def ejection_count(self, endpoint: str) -> int:
+        """How often any worker has ejected an endpoint since it last recovered."""
+        found = self._find(endpoint)
+        return 0 if found is None else self._table.ejection_count(found.row)
+
+    def failures(self, endpoint: str) -> int:
+        """An endpoint's failed attempts in all workers since its last full response."""
+        found = self._find(endpoint)
+        return 0 if found is None else self._table.failures(found.row)
+
+    def failed_at(self, endpoint: str) -> float:
+        """When an endpoint last failed in any worker (CLOCK_MONOTONIC seconds); 0 if never."""
+        found = self._find(endpoint)
+        return 0.0 if found is None else self._table.failed_at(found.row)
+
+    def move_off_ejected(self) -> None:
+        """Move waiting requests off endpoints that were ejected because they were unreachable.
+
+        An endpoint that was ejected for its responses (503) is alive and may still serve the
+        requests that it has. A request sent after the last failure is a probe, and stays.
+        """
+        for endpoint in self.route.endpoints:
+            row = endpoint.row
+            if self._table.ejected_until(row) and self._table.unreachable(row):
+                failed_s = self._table.failed_at(row)
+                self._upstreams[endpoint.name].move_waiting(failed_s)
+                for departed, upstream in self._departed:
+                    if _is_same_pod(departed, endpoint):
+                        upstream.move_waiting(failed_s)
+
+    def _find(self, endpoint: str) -> Endpoint | None:
+        return self._endpoints.get(endpoint)
+
+    # -- waiting -----------------------------------------------------------------------------------
+
+    async def wait(
+        self, adapter: str | None, timeout_s: float, exclude: Collection[str] = ()
+    ) -> None:
+        """Return once :meth:`can_serve` is true; NoEndpoint after ``timeout_s``, or ModelGone.
+
+        Raises Blocked once :meth:`block` fails requests. Wakes up only when the route changes. The
+        caller limits how many requests wait.
+        """
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        # The route may change again between the wake-up and this task's turn: check again.
+        while not self._gone and not self.can_serve(adapter, exclude):
+            block, now_s = self.block(adapter), loop.time()
+            if block is not None and block.fails_at_s <= now_s:
+                raise Blocked(block)
+            if deadline_s <= now_s:
+                raise NoEndpoint
+            until_s = deadline_s if block is None else min(deadline_s, block.fails_at_s)
+            await self._change(adapter, exclude, block, until_s)
+        if self._gone:
+            raise ModelGone
+
+    async def _change(
+        self, adapter: str | None, exclude: Collection[str], block: Block | None, until_s: float
+    ) -> None:
+        """Return once an endpoint can serve, once the block has changed, or at ``until_s``."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[woken] = lambda: (
+            self.can_serve(adapter, exclude) or self.block(adapter) != block
+        )
+        try:
+            async with asyncio.timeout_at(until_s):
+                await woken
+        except TimeoutError:
+            pass
+        finally:
+            del self._waiters[woken]
+
+    # -- for the routing table ---------------------------------------------------------------------
+
+    def is_life_of(self, route: Route) -> bool:
+        """Whether ``route`` is for this same model, not for one deleted and created again."""
+        return (self.route.row, self.route.generation) == (route.row, route.generation)
+
+    def update(self, route: Route) -> None:
+        """Apply the new route; wake requests that can now be served or whose block has changed."""
+        old, self.route = self.route, route
+        self.hashes = route.strategy == "PrefixHash"
+        self.prefix_char_length = route.prefix_char_length
+        if (old.replication, old.mean_load_factor) != (route.replication, route.mean_load_factor):
+            self.ring.configure(
+                replication=route.replication, mean_load_factor=route.mean_load_factor
+            )
+        before = self._endpoints
+        self._endpoints = {endpoint.name: endpoint for endpoint in route.endpoints}
+        for endpoint in route.endpoints:
+            known = before.pop(endpoint.name, None)
+            if endpoint != known:
+                self._set_endpoint(endpoint, known)
+        for name, gone in before.items():
+            self.ring.remove(name)
+            self._depart(gone)
+        for woken, concerned in self._waiters.items():
+            if not woken.done() and concerned():
+                woken.set_result(None)
+        self._move_off_departed()
+
+    def end(self) -> None:
+        """The model was deleted: wake all waiting requests and close its connections."""
+        self._gone = True
+        for woken in self._waiters:
+            if not woken.done():
+                woken.set_result(None)
+        for name, upstream in self._upstreams.items():
+            self.ring.remove(name)
+            upstream.close()
+        self._upstreams.clear()
+        self._departed.clear()
+        self.route = replace(self.route, endpoints=())
+        self._endpoints.clear()
+
+    def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
+        place = (endpoint.address, endpoint.row, endpoint.generation)
+        moved = known is None or (known.address, known.row, known.generation) != place
+        upstream = self._target(self, endpoint) if moved else self._upstreams[endpoint.name]
+        self.ring.set(endpoint.name, endpoint.row, endpoint.generation, endpoint.adapters, upstream)
+        if known is not None and moved:
+            self._depart(known)
+        self._upstreams[endpoint.name] = upstream
+
+    def _depart(self, endpoint: Endpoint) -> None:
+        upstream = self._upstreams.pop(endpoint.name)
+        upstream.close()
+        self._departed.append((endpoint, upstream))
+
+    def _move_off_departed(self) -> None:
+        """Move waiting requests off endpoints that were removed.
+
+        An endpoint that is draining, or that is back, keeps them, because it will still serve them.
+        A request that no other endpoint can take keeps waiting until the route changes again.
+        """
+        for endpoint, upstream in self._departed:
+            present = self._endpoints.get(endpoint.name)
+            is_back = present is not None and _is_same_pod(endpoint, present)
+            if endpoint.name not in self.route.draining and not is_back:
+                upstream.move_waiting()
+        self._departed = [each for each in self._departed if each[1].is_waited_on]
+
+
+def _is_same_pod(endpoint: Endpoint, other: Endpoint) -> bool:
+    return (endpoint.name, endpoint.address) == (other.name, other.address)

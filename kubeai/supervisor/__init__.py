@@ -1,0 +1,1 @@
+"""The main process: runs the operator and the workers."""

@@ -1,0 +1,148 @@
+"""Streams this replica's own loads to the other replicas as they change.
+
+Owns the stream of ``GET /loads``. It reads the load table every ``TICK_S``, but only while there
+are listeners. A slow listener gets fewer and larger frames, never a longer queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection
+
+from kubeai._load import LoadTable, Readings
+from kubeai.http import web
+from kubeai.routing.table import Owner, Publisher
+from kubeai.supervisor.peers import wire
+
+TICK_S = 0.05
+LISTENERS_MAX = 64
+WRITE_TIMEOUT_S = 5.0
+GONE_MAX_ENDPOINTS = 10_000  # removed endpoints kept, so that listeners can be sent GONE
+
+
+class Feed:
+    """This replica's loads by name, and in which frame each last changed."""
+
+    def __init__(self, identity: str, table: LoadTable, publisher: Publisher) -> None:
+        self._identity = identity
+        self._table = table
+        self._publisher = publisher
+        self._readings = Readings(table)
+        self._frames = 0  # number of the latest frame with changes
+        self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
+        self._memo = (-1, -1, b"")  # (since, until, bytes), shared by listeners that keep up
+        self._listeners = 0
+        self._somebody = asyncio.Event()
+        self._news = asyncio.Event()
+        self._closed = False
+
+    async def run(self) -> None:
+        """Read the table forever."""
+        while True:
+            await self._somebody.wait()
+            self.read()
+            await asyncio.sleep(TICK_S)
+
+    def close(self) -> None:
+        """End every stream."""
+        self._closed = True
+        self._wake()
+
+    # -- frames ----------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Read the table now and send changes to the listeners."""
+        owners = self._publisher.owners
+        changed = [row for row, *_ in self._readings.changed()]
+        self._note({owners[row] for row in changed if row in owners})  # other rows are free
+
+    def freed(self, owners: Collection[Owner]) -> None:
+        """A row of each owner was freed. An owner without rows is reported as gone."""
+        if self._listeners:
+            self._note(owners)
+        else:
+            for owner in owners:
+                if owner not in self._publisher.rows_of:
+                    self._changed.pop(owner, None)
+
+    def _note(self, touched: Collection[Owner]) -> None:
+        if not touched:
+            return
+        self._frames += 1
+        for owner in touched:
+            self._changed[owner] = self._frames
+            self._changed.move_to_end(owner)
+        if len(self._changed) - len(self._publisher.rows_of) > GONE_MAX_ENDPOINTS:
+            for owner in self._changed.keys() - self._publisher.rows_of.keys():
+                del self._changed[owner]
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def since(self, frame: int) -> wire.Loads:
+        """The changes since a frame; since frame 0, everything."""
+        loads = wire.Loads({}, {})
+        for owner in reversed(self._changed):
+            if self._changed[owner] <= frame:
+                break
+            rows = self._publisher.rows_of.get(owner)
+            if owner.endpoint:
+                loads.endpoints[owner.endpoint] = self._in_flight(rows) if rows else wire.GONE
+            else:
+                loads.models[owner.model] = self._counts(rows) if rows else None
+        return loads
+
+    def _encoded_since(self, frame: int) -> bytes:
+        if self._memo[:2] != (frame, self._frames):
+            self._memo = (frame, self._frames, wire.encode(self.since(frame)))
+        return self._memo[2]
+
+    def _in_flight(self, rows: set[int]) -> int:
+        return min(sum(self._table.in_flight_here(row) for row in rows), wire.COUNT_MAX)
+
+    def _counts(self, rows: set[int]) -> tuple[int, int]:
+        active = sum(self._table.active(row) for row in rows)
+        return min(active, wire.COUNT_MAX), sum(self._table.ended(row) for row in rows)
+
+    # -- listeners -------------------------------------------------------------------------------
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """Serve ``GET /loads`` until the listener disconnects."""
+        if self._listeners >= LISTENERS_MAX:
+            raise web.HTTPServiceUnavailable(text=f"too many listeners (max {LISTENERS_MAX})\n")
+        response = web.StreamResponse(headers={"Content-Type": wire.CONTENT_TYPE})
+        await response.prepare(request)
+        self._listeners += 1
+        self._somebody.set()
+        try:
+            self.read()
+            await self._tell(response)
+        except (ConnectionError, TimeoutError):
+            pass  # it disconnected or does not read
+        finally:
+            self._listeners -= 1
+            if not self._listeners:
+                self._somebody.clear()
+        return response
+
+    async def _tell(self, response: web.StreamResponse) -> None:
+        await self._write(response, wire.encode(wire.Hello(self._identity)))
+        told = 0
+        while not self._closed:
+            data, news = self._encoded_since(told), self._news
+            told = self._frames
+            await self._write(response, data)
+            if self._frames > told:
+                continue
+            try:
+                async with asyncio.timeout(wire.HEARTBEAT_S):
+                    await news.wait()
+            except TimeoutError:
+                pass  # send an empty frame as heartbeat
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)

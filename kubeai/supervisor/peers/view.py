@@ -1,0 +1,156 @@
+"""The other replicas' last reported loads, and their sums. Pure.
+
+A peer's last report is kept until the peer has been silent for ``HOLD_S``. From ``STALE_S`` of
+silence on the view counts as incomplete. Time is passed in (seconds of a monotonic clock).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+
+from kubeai.supervisor.peers import wire
+
+STALE_S = 3.0
+HOLD_S = 30.0
+NAMES_MAX = 65_536  # per peer; 1,000 Models with 10,000 endpoints are 11,000
+
+
+class Peer(msgspec.Struct):
+    """One other replica."""
+
+    known_s: float  # when we started to follow it
+    heard_s: float | None = None  # when its last report arrived
+    ourselves: bool = False  # an address that turned out to be our own
+    models: dict[str, tuple[int, int]] = {}
+    endpoints: dict[str, int] = {}
+
+    def silent_s(self, now_s: float) -> float:
+        return now_s - (self.known_s if self.heard_s is None else self.heard_s)
+
+
+class View:
+    """All peers together. Calls ``changed`` with the endpoints whose sums have changed."""
+
+    def __init__(self, changed: Callable[[set[str]], None]) -> None:
+        self._changed = changed
+        self._touched: set[str] = set()
+        self.peers: dict[str, Peer] = {}  # by address
+        self._in_flight: Counter[str] = Counter()
+        self._active: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def in_flight(self, endpoint: str) -> int:
+        """The peers' in-flight requests at an endpoint."""
+        return self._in_flight[endpoint]
+
+    def active(self, model: str) -> int:
+        """A model's requests that the peers have in flight or hold."""
+        return self._active[model]
+
+    def ended(self, model: str) -> int:
+        """A model's requests that the peers have reported as ended. Never falls."""
+        return self._ended[model]
+
+    @property
+    def speaking(self) -> int:
+        """The number of peers that have reported endpoints."""
+        return sum(bool(peer.endpoints) for peer in self.peers.values())
+
+    def routes(self, endpoint: str) -> bool:
+        """Whether any peer may still send requests to the endpoint or has some there."""
+        return any(endpoint in peer.endpoints for peer in self.peers.values())
+
+    def complete(self, now_s: float) -> bool:
+        """Whether every peer has reported recently. Peers silent for ``HOLD_S`` are ignored."""
+        return not any(
+            (peer.heard_s is None or peer.silent_s(now_s) > STALE_S)
+            and peer.silent_s(now_s) <= HOLD_S
+            and not peer.ourselves
+            for peer in self.peers.values()
+        )
+
+    # -- updates ---------------------------------------------------------------------------------
+
+    def join(self, address: str, now_s: float) -> Peer:
+        peer = self.peers[address] = Peer(now_s)
+        return peer
+
+    def leave(self, address: str) -> None:
+        """Remove a peer and everything it reported."""
+        peer = self.peers.pop(address, None)
+        if peer is not None:
+            self._forget(peer)
+            self._tell()
+
+    def age(self, now_s: float) -> list[str]:
+        """Drop the reports of peers silent for too long. Returns their addresses."""
+        silent = [
+            address
+            for address, peer in self.peers.items()
+            if peer.silent_s(now_s) > HOLD_S and (peer.models or peer.endpoints)
+        ]
+        for address in silent:
+            self._forget(self.peers[address])
+        self._tell()
+        return silent
+
+    def take(self, peer: Peer, loads: wire.Loads, now_s: float, whole: bool = False) -> None:
+        """Apply a peer's report. ``whole``: it is complete, so names missing from it are gone."""
+        peer.heard_s = now_s
+        models, endpoints = loads.models, loads.endpoints
+        if whole:
+            models = dict.fromkeys(peer.models) | models
+            endpoints = dict.fromkeys(peer.endpoints, wire.GONE) | endpoints
+        for model, counts in models.items():
+            self._take_model(peer, model, counts)
+        for endpoint, in_flight in endpoints.items():
+            self._take_endpoint(peer, endpoint, in_flight)
+        self._tell()
+        if len(peer.models) + len(peer.endpoints) > NAMES_MAX:
+            raise wire.BadFrame(f"more than {NAMES_MAX} names")
+
+    def _take_model(self, peer: Peer, model: str, counts: tuple[int, int] | None) -> None:
+        was_active, had_ended = peer.models.pop(model, None) or (0, None)
+        active, ended = counts or (0, 0)
+        if counts is not None:
+            peer.models[model] = counts
+            # Requests that ended before the first report are not counted.
+            _shift(self._ended, model, max(0, ended - had_ended) if had_ended is not None else 0)
+        _shift(self._active, model, active - was_active)
+        if not any(model in other.models for other in self.peers.values()):
+            del self._ended[model]
+
+    def _take_endpoint(self, peer: Peer, endpoint: str, in_flight: int) -> None:
+        before = peer.endpoints.get(endpoint, 0)
+        if in_flight == wire.GONE:
+            peer.endpoints.pop(endpoint, None)
+        else:
+            peer.endpoints[endpoint] = in_flight
+        difference = max(0, in_flight) - before
+        if difference:
+            _shift(self._in_flight, endpoint, difference)
+            self._touched.add(endpoint)
+
+    def _tell(self) -> None:
+        touched, self._touched = self._touched, set()
+        if touched:
+            self._changed(touched)
+
+    def _forget(self, peer: Peer) -> None:
+        for model in list(peer.models):
+            self._take_model(peer, model, None)
+        for endpoint in list(peer.endpoints):
+            self._take_endpoint(peer, endpoint, wire.GONE)
+
+
+def _shift(sums: Counter[str], name: str, by: int) -> None:
+    total = sums[name] + by
+    if total:
+        sums[name] = total
+    else:
+        del sums[name]

@@ -1,0 +1,438 @@
+"""The control-plane process: owns the listeners, the load table and the worker processes.
+
+It publishes routes to the workers, is notified of held requests, restarts workers that die, serves
+``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It handles no inference requests.
+``kubeai serve`` and ``kubeai local`` both run :class:`Supervisor`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from kubeai._load import LoadTable
+from kubeai.api.config.system import SystemConfig
+from kubeai.errors import ConfigError, KubeAIError
+from kubeai.gateway.tracing import check_tracing
+from kubeai.http import web
+from kubeai.kube.client import Kube
+from kubeai.logs import get_logger
+from kubeai.operator import Operator
+from kubeai.routing import channel as hinge
+from kubeai.routing.table import Publisher, Route
+from kubeai.supervisor.metrics import Metrics
+from kubeai.supervisor.peers import LOADS_PATH, METRICS_HEADERS, Peers
+
+log = get_logger(__name__)
+
+# 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
+# allocated once a row is touched.
+TABLE_ROWS = 32_768
+WORKERS_MAX = 63
+LISTEN_BACKLOG = 4_096
+SWEEP_INTERVAL_S = 0.5
+RESPAWN_BACKOFF_MAX_S = 5.0
+# A worker that ran for this long is restarted without back-off.
+RESPAWN_SETTLED_S = 10.0
+# Between the drain timeout and SIGKILL.
+EXIT_GRACE_S = 5.0
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """``host:port`` or ``:port`` (all interfaces), as the system config writes it."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def listen(host: str, port: int, count: int) -> list[socket.socket]:
+    """``count`` listening sockets on one port; the kernel spreads connections over them.
+
+    A probe socket is bound without SO_REUSEPORT first, so that a port in use by another program is
+    an error even if that program set SO_REUSEPORT.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets: list[socket.socket] = []
+    try:
+        probe = socket.socket(family, socket.SOCK_STREAM)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with probe:
+            probe.bind((host, port))
+            port = probe.getsockname()[1]
+        for _ in range(count):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((host, port))
+            sock.listen(LISTEN_BACKLOG)
+            sock.setblocking(False)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise KubeAIError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return sockets
+
+
+def refuse_unserved(config: SystemConfig) -> None:
+    """ConfigError if the config enables a feature that this version does not support.
+
+    Ignoring the setting would leave a queue without a consumer.
+    """
+    if config.messaging.streams:
+        raise ConfigError(
+            "messaging.streams", "this version does not support message streams; remove them"
+        )
+
+
+class AllLoads:
+    """Loads by model and endpoint name, over this and the other replicas, for the operator."""
+
+    def __init__(self, table: LoadTable, publisher: Publisher, peers: Peers) -> None:
+        self._table = table
+        self._publisher = publisher
+        self._peers = peers
+
+    def active(self, model: str) -> int:
+        row = self._publisher.row(model)
+        return self._peers.active(model) + (0 if row is None else self._table.active(row))
+
+    def held(self, model: str) -> int:
+        row = self._publisher.row(model)
+        return 0 if row is None else self._table.held(row)
+
+    def in_flight(self, model: str, endpoint: str) -> int:
+        row = self._publisher.endpoint_rows(model).get(endpoint)
+        return 0 if row is None else self._table.in_flight(row)
+
+    def in_use(self, model: str, endpoint: str) -> bool:
+        return (
+            self._publisher.in_use(model, endpoint)
+            or self._peers.routes(endpoint)
+            or not self._peers.complete()
+        )
+
+    def ended(self, model: str) -> int:
+        row = self._publisher.row(model)
+        return self._peers.ended(model) + (0 if row is None else self._table.ended(row))
+
+    def complete(self) -> bool:
+        return self._peers.complete()
+
+
+class Worker:
+    """One column of the load table, one listener, and the process that currently uses them."""
+
+    def __init__(self, supervisor: Supervisor, column: int, listener: socket.socket) -> None:
+        self.column = column
+        self.listener = listener
+        self.ready = False
+        self.pid = 0
+        self._supervisor = supervisor
+        self._channel: hinge.Channel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        """Start the process, and restart it when it exits, until the supervisor stops."""
+        loop = asyncio.get_running_loop()
+        backoff_s = 0.0
+        while not self._supervisor.stopping:
+            started = loop.time()
+            code = await self._live()
+            # The process has been reaped, so it can no longer write to its column.
+            self._supervisor.table.clear_column(self.column)
+            if self._supervisor.stopping:
+                return
+            log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
+            settled = loop.time() - started > RESPAWN_SETTLED_S
+            backoff_s = 0.0 if settled else min(RESPAWN_BACKOFF_MAX_S, 2 * backoff_s + 0.1)
+            await asyncio.sleep(0.0 if settled else backoff_s - 0.1)
+
+    async def _live(self) -> int:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            spec = {
+                "column": self.column,
+                "table_fd": self._supervisor.table.fd,
+                "listen_fd": self.listener.fileno(),
+                "hinge_fd": theirs.fileno(),
+                "gateway": msgspec.to_builtins(self._supervisor.config.gateway),
+            }
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "kubeai.gateway.worker",
+                env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
+                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["hinge_fd"]),
+            )
+            self._process = process
+            self.pid = process.pid
+            theirs.close()
+            channel = hinge.Channel(hinge.Up, self._received, lambda: None)
+            await loop.create_connection(lambda: channel, sock=ours.dup())
+        self._channel = channel
+        if self._supervisor.synced:
+            self.send(self._supervisor.publisher.snapshot())
+        try:
+            return await process.wait()
+        finally:
+            self.ready = False
+            self._channel = None
+            self._process = None
+            channel.close()
+
+    def _received(self, message: object) -> None:
+        if isinstance(message, hinge.Ready):
+            self.ready = True
+            self._supervisor.worker_ready()
+        elif isinstance(message, hinge.Demand):
+            self._supervisor.operator.demand(message.model)
+
+    def send(self, message: hinge.Down) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+
+class Supervisor:
+    """Connects the operator to the workers and keeps the worker processes running.
+
+    ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
+    whose labels select the other replicas (empty: there are none). ``started`` is called once, when
+    every worker accepts requests.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        config: SystemConfig,
+        *,
+        namespace: str,
+        identity: str,
+        pod: str = "",
+        host: str = "0.0.0.0",
+        port: int = 8000,
+        workers: int = 1,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        if not 1 <= workers <= WORKERS_MAX:
+            raise KubeAIError(f"--workers: {workers} is not between 1 and {WORKERS_MAX}")
+        refuse_unserved(config)
+        check_tracing()
+        self.config = config
+        self.table = LoadTable.create(TABLE_ROWS, workers)
+        self.table.phase = random.getrandbits(32)
+        self.publisher = Publisher(self.table)
+        self.peers = Peers(
+            kube,
+            namespace,
+            identity,
+            self.table,
+            self.publisher,
+            pod=pod,
+            addresses=config.fixed_self_metric_addrs,
+        )
+        self.operator = Operator(
+            kube,
+            config,
+            namespace=namespace,
+            identity=identity,
+            publish=self._publish,
+            loads=AllLoads(self.table, self.publisher, self.peers),
+        )
+        self.synced = False
+        self.stopping = False
+        self.metrics_address = ""
+        self.health_address = ""
+        self._started = started
+        self._announced = False
+        listeners = listen(host, port, workers)
+        self.port: int = listeners[0].getsockname()[1]
+        self._workers = [Worker(self, column, sock) for column, sock in enumerate(listeners)]
+        self._metrics = Metrics(self.table, self.publisher, self.peers.silences_s)
+        self._stop = asyncio.Event()
+        self._signals = 0
+
+    # -- what the workers and the operator call ------------------------------------------------
+
+    def _publish(self, model: str, route: Route | None) -> None:
+        try:
+            delta = self.publisher.update(model, route)
+        except KubeAIError as error:  # the load table is full: the model keeps its old route
+            log.error("route not published", model=model, error=str(error))
+            return
+        if delta is None:
+            return
+        self.peers.rerouted(model)
+        if self.synced:
+            for worker in self._workers:
+                worker.send(delta)
+
+    def worker_ready(self) -> None:
+        if self.ready and not self._announced:
+            self._announced = True
+            self._started()
+
+    @property
+    def ready(self) -> bool:
+        return self.synced and not self.stopping and all(w.ready for w in self._workers)
+
+    # -- lifecycle -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until :meth:`stop` or a signal; then drain, release the lease and return."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        runner = await self._serve_pages()
+        operator = asyncio.create_task(self.operator.run(), name="operator")
+        operator.add_done_callback(lambda _: self._stop.set())
+        lives = [asyncio.create_task(worker.run()) for worker in self._workers]
+        for life in lives:
+            life.add_done_callback(lambda _: self._stop.set())
+        background = [
+            asyncio.create_task(self._hand_out_routes()),
+            asyncio.create_task(self._sweep()),
+            asyncio.create_task(self.peers.run(parse_address(self.metrics_address)[1])),
+        ]
+        for task in background:
+            task.add_done_callback(self._background_ended)
+        try:
+            await self._stop.wait()
+            log.info("stopping")
+            self.stopping = True
+            # Release the lease now: the drain may last as long as the longest request.
+            resigned = asyncio.create_task(self.operator.resign())
+            await self._drain(lives)
+            await resigned
+            await self.operator.stop()
+            await asyncio.gather(operator, return_exceptions=True)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+            for task in (operator, *lives, *background):
+                task.cancel()
+            await asyncio.gather(operator, *lives, *background, return_exceptions=True)
+            self.peers.close()
+            await runner.cleanup()
+            for worker in self._workers:
+                worker.listener.close()
+            self.table.close()
+        for task in (operator, *lives, *background):
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._stop.set()  # a bug: exit and be restarted rather than keep running without it
+
+    def _signalled(self) -> None:
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:  # a second signal ends the drain
+            for worker in self._workers:
+                worker.kill()
+
+    async def _hand_out_routes(self) -> None:
+        await self.operator.synced.wait()
+        self.synced = True
+        snapshot = self.publisher.snapshot()
+        for worker in self._workers:
+            worker.send(snapshot)
+        # Objects created at start-up live as long as the process. A collection that scans them
+        # again blocks the event loop for 50 ms.
+        gc.collect()
+        gc.freeze()
+
+    async def _sweep(self) -> None:
+        """Free unused rows. Signal demand again, in case a worker's message was lost."""
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            freed = self.publisher.reclaim(
+                self.table.acknowledged(worker.column) for worker in self._workers if worker.alive
+            )
+            self.peers.freed(freed)
+            for model in self.publisher.models():
+                row = self.publisher.row(model)
+                if (
+                    row is not None
+                    and self.table.held(row)
+                    and not self.publisher.endpoint_rows(model)
+                ):
+                    self.operator.demand(model)
+
+    async def _drain(self, lives: list[asyncio.Task[None]]) -> None:
+        gateway = self.config.gateway
+        message = hinge.Drain(gateway.drain_accept_s, gateway.drain_timeout_s)
+        for worker in self._workers:
+            worker.send(message)
+        if any(worker.alive for worker in self._workers):
+            await asyncio.wait(lives, timeout=gateway.drain_accept_s)
+        # The workers close their copies of the listeners now. Close the originals too, or the
+        # kernel would keep queueing connections that nobody accepts.
+        for worker in self._workers:
+            worker.listener.close()
+        _, late = await asyncio.wait(lives, timeout=gateway.drain_timeout_s + EXIT_GRACE_S)
+        if late:
+            log.error("workers did not drain in time, killing them", count=len(late))
+
+    # -- local routes ------------------------------------------------------------------------------
+
+    async def _serve_pages(self) -> web.AppRunner:
+        """Serve all local routes on both the metrics and the health address.
+
+        They include the loads that the other replicas read.
+        """
+        app = web.Application()
+        app.router.add_get("/metrics", self._get_metrics)
+        app.router.add_get(LOADS_PATH, self.peers.serve)
+        app.router.add_get("/healthz", self._get_healthz)
+        app.router.add_get("/readyz", self._get_readyz)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        self.metrics_address = await _serve(runner, "metricsAddr", self.config.metrics_addr)
+        self.health_address = await _serve(runner, "healthAddress", self.config.health_address)
+        return runner
+
+    async def _get_metrics(self, request: web.Request) -> web.Response:
+        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type, **METRICS_HEADERS})
+
+    async def _get_healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _get_readyz(self, _: web.Request) -> web.Response:
+        if self.ready:
+            return web.Response(text="ok\n")
+        return web.Response(status=503, text="stopping\n" if self.stopping else "not synced\n")
+
+
+async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
+    host, port = parse_address(address)
+    try:
+        (sock,) = listen(host, port, 1)
+    except KubeAIError as error:
+        await runner.cleanup()
+        raise KubeAIError(f"{key}: {error}") from None
+    await web.SockSite(runner, sock).start()
+    name = sock.getsockname()
+    return f"{name[0]}:{name[1]}"

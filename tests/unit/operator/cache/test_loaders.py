@@ -1,0 +1,250 @@
+"""What downloads weights for engines: the Jobs of a cache, and the loader of adapters."""
+
+from __future__ import annotations
+
+import pytest
+
+from kubeai.api.config.system import parse_config
+from kubeai.api.model import decode_model
+from kubeai.errors import ModelError
+from kubeai.podspec import build_pod
+from kubeai.podspec.cache import claim, directory, evict_job, job_hash, load_job
+
+CONFIG = parse_config("""
+cacheProfiles:
+  fast: {sharedFilesystem: {storageClassName: nfs}}
+  fixed: {sharedFilesystem: {persistentVolumeName: volume-1}}
+modelLoading: {image: loader:1}
+modelServerPods:
+  serviceAccountName: models
+  podSecurityContext: {fsGroup: 7}
+  securityContext: {runAsUser: 7}
+  imagePullSecrets: [{name: pull}]
+""")
+FOLDER = "/models/m-u1"
+ADAPTERS = [{"name": "a", "url": "hf://org/a"}]
+
+
+def model(engine="VLLM", url="hf://org/name", **spec):
+    spec = {"url": url, "engine": engine, "features": ["TextGeneration"], **spec}
+    meta = {"name": "m", "namespace": "ns", "uid": "u1"}
+    return decode_model({"metadata": meta, "spec": spec})
+
+
+def containers(pod):
+    return {container["name"]: container for container in pod["spec"]["containers"]}
+
+
+def environment(container):
+    return {
+        v["name"]: v.get("value", v.get("valueFrom", {}).get("secretKeyRef"))
+        for v in container["env"]
+    }
+
+
+# -- cache ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        ("fast", {"storageClassName": "nfs"}),
+        ("fixed", {"storageClassName": "", "volumeName": "volume-1"}),
+    ],
+)
+def test_the_claim_follows_its_cache_profile_and_has_no_owner(profile, expected):
+    made = claim(model(cacheProfile=profile), CONFIG)
+    assert made["metadata"]["name"] == f"shared-model-cache-{profile}"
+    assert made["metadata"]["namespace"] == "ns"
+    assert "ownerReferences" not in made["metadata"]
+    assert made["spec"] == expected | {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "10Gi"}},
+    }
+
+
+def test_an_unknown_cache_profile_is_reported():
+    with pytest.raises(ModelError, match="'none'") as caught:
+        build_pod(model(cacheProfile="none"), CONFIG)
+    assert (caught.value.field, caught.value.reason) == ("spec.cacheProfile", "InvalidProfile")
+
+
+@pytest.mark.parametrize("profile", ["{}", "{sharedFilesystem: {storageClassName: ''}}"])
+def test_an_incomplete_cache_profile_is_an_error_of_the_models_using_it(profile):
+    config = parse_config(f"cacheProfiles: {{none: {profile}}}")
+    with pytest.raises(ModelError, match=r"cacheProfiles\.none\.sharedFilesystem") as caught:
+        build_pod(model(cacheProfile="none"), config)
+    assert (caught.value.field, caught.value.reason) == ("spec.cacheProfile", "InvalidProfile")
+    with pytest.raises(ModelError):
+        claim(model(cacheProfile="none"), config)
+    assert build_pod(model(), config)
+
+
+@pytest.mark.parametrize(
+    ("engine", "where"),
+    [
+        ("VLLM", lambda c: c["args"][0].removeprefix("--model=")),
+        ("FasterWhisper", lambda c: environment(c)["WHISPER__MODEL"]),
+        ("Infinity", lambda c: environment(c)["INFINITY_MODEL_ID"]),
+    ],
+)
+@pytest.mark.parametrize("url", ["hf://org/name", "s3://b/p", "gs://b/p", "oss://b/p"])
+def test_an_engine_mounts_the_cache_read_only(engine, where, url):
+    pod = build_pod(model(engine, url, cacheProfile="fast"), CONFIG)
+    server = containers(pod)["server"]
+    assert where(server) == directory(model()) == FOLDER
+    assert "--load-format=runai_streamer" not in server.get("args", [])
+    assert {
+        "name": "models", "mountPath": FOLDER, "subPath": "models/m-u1", "readOnly": True,
+    } in server["volumeMounts"]  # fmt: skip
+    assert {
+        "name": "models",
+        "persistentVolumeClaim": {"claimName": "shared-model-cache-fast"},
+    } in pod["spec"]["volumes"]
+
+
+def test_ollama_has_no_cache():
+    with pytest.raises(ModelError, match="OLlama cannot load from hf://"):
+        build_pod(model("OLlama", cacheProfile="fast"), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("url", "variables"),
+    [
+        ("hf://org/name", {"HF_TOKEN"}),
+        ("s3://b/p", {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}),
+        ("oss://b/p", {"OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET"}),
+        ("gs://b/p", {"GOOGLE_APPLICATION_CREDENTIALS"}),
+    ],
+)
+def test_the_load_job_uses_the_credentials_for_its_url(url, variables):
+    env_from = [{"secretRef": {"name": "more"}}]
+    job = load_job(model(url=url, cacheProfile="fast", env={"A": "1"}, envFrom=env_from), CONFIG)
+    assert job["metadata"]["name"] == "load-cache-m"
+    assert job["metadata"]["ownerReferences"][0]["uid"] == "u1"
+    assert job["spec"]["ttlSecondsAfterFinished"] == 60
+    assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (1, 1)
+    pod = job["spec"]["template"]
+    assert pod["spec"]["restartPolicy"] == "OnFailure"
+    loader = containers(pod)["loader"]
+    assert loader["image"] == "loader:1"
+    assert loader["command"] == ["load"]
+    assert loader["args"] == [url, FOLDER]
+    assert set(environment(loader)) == variables | {"A"}
+    assert loader["envFrom"] == env_from
+    assert loader["volumeMounts"][0] == {
+        "name": "models", "mountPath": "/models", "subPath": "models",
+    }  # fmt: skip
+    names = {mount["name"] for mount in loader["volumeMounts"]}
+    assert names == {volume["name"] for volume in pod["spec"]["volumes"]}
+
+
+def test_the_evict_job_removes_the_folder_and_its_staging_area_without_a_shell():
+    job = evict_job(model(cacheProfile="gone"), CONFIG)
+    assert job["metadata"]["name"] == "evict-cache-m"
+    assert job["spec"]["ttlSecondsAfterFinished"] == 60
+    assert job["spec"]["activeDeadlineSeconds"] == 900
+    evictor = containers(job["spec"]["template"])["evictor"]
+    assert evictor["command"] == ["rm", "-rf", "--", FOLDER, "/models/.m-u1.kubeai-load"]
+    (mount,) = evictor["volumeMounts"]
+    assert mount == {"name": "models", "mountPath": "/models", "subPath": "models"}
+    (volume,) = job["spec"]["template"]["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "shared-model-cache-gone"}
+
+
+@pytest.mark.parametrize("make", [load_job, evict_job])
+def test_job_pods_are_not_replicas_and_have_the_common_pod_settings(make):
+    pod = make(model(cacheProfile="fast"), CONFIG)["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert "app" not in labels  # the label that a Model's scale selects by
+    assert labels["kubeai.org/job"] in ("load-cache", "evict-cache")
+    spec = pod["spec"]
+    assert spec["serviceAccountName"] == "models"
+    assert spec["securityContext"] == {"fsGroup": 7}
+    assert spec["imagePullSecrets"] == [{"name": "pull"}]
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {"runAsUser": 7}
+
+
+@pytest.mark.parametrize("make", [load_job, evict_job])
+@pytest.mark.parametrize(
+    ("pods", "user"),
+    [
+        ("{}", {"runAsUser": 0}),
+        ("{securityContext: {privileged: false}}", {"runAsUser": 0, "privileged": False}),
+        ("{podSecurityContext: {runAsUser: 7}}", None),
+        ("{podSecurityContext: {runAsNonRoot: true}}", None),
+    ],
+)
+def test_job_pods_run_as_root_unless_configured(make, pods, user):
+    """A fresh volume belongs to root; the image's own user could not write to it."""
+    config = parse_config(
+        f"modelServerPods: {pods}\n"
+        "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}"
+    )
+    (container,) = make(model(cacheProfile="fast"), config)["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert container.get("securityContext") == user
+
+
+@pytest.mark.parametrize("make", [load_job, evict_job])
+def test_job_containers_have_the_configured_resources_and_report_why_they_fail(make):
+    text = "cacheProfiles: {fast: {sharedFilesystem: {storageClassName: nfs}}}\n"
+    settings = "modelLoading: {resources: {requests: {cpu: 1}, limits: {memory: 2Gi}}}"
+    job = make(model(cacheProfile="fast"), parse_config(text + settings))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {"requests": {"cpu": "1"}, "limits": {"memory": "2Gi"}}
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    plain = make(model(cacheProfile="fast"), parse_config(text))
+    (container,) = plain["spec"]["template"]["spec"]["containers"]
+    assert "resources" not in container
+    assert job_hash(job) != job_hash(plain)
+
+
+def test_the_adapters_loader_has_the_configured_resources():
+    config = parse_config("modelLoading: {resources: {requests: {cpu: 1}}}")
+    built = build_pod(model(adapters=[{"name": "a", "url": "hf://a/b"}], image="i"), config)
+    loader = containers(built)["loader"]
+    assert loader["resources"] == {"requests": {"cpu": "1"}}
+
+
+def test_variable_references_in_a_load_jobs_url_are_escaped():
+    job = load_job(model(url="s3://b/$(HOME)", cacheProfile="fast"), CONFIG)
+    (loader,) = containers(job["spec"]["template"]).values()
+    assert loader["args"][0] == "s3://b/$$(HOME)"
+
+
+# -- adapters ------------------------------------------------------------------------------------
+
+
+def test_a_model_with_adapters_has_a_loader_container_beside_its_engine():
+    env_from = [{"configMapRef": {"name": "more"}}]
+    pod = build_pod(model(adapters=ADAPTERS, env={"A": "1"}, envFrom=env_from), CONFIG)
+    server, loader = containers(pod).values()
+    assert loader["name"] == "loader"
+    assert loader["image"] == "loader:1"
+    assert loader["securityContext"] == {"runAsUser": 7}
+    assert loader["envFrom"] == env_from
+    assert {"HF_TOKEN", "AWS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_ID", "A"} < set(environment(loader))
+    assert {"name": "adapters", "mountPath": "/adapters"} in loader["volumeMounts"]
+    assert {
+        "name": "adapters", "mountPath": "/adapters", "readOnly": True,
+    } in server["volumeMounts"]  # fmt: skip
+    assert {"name": "adapters", "emptyDir": {}} in pod["spec"]["volumes"]
+    assert "--enable-lora" in server["args"]
+    assert environment(server)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+
+
+def test_the_list_of_adapters_does_not_change_the_pods():
+    more = [*ADAPTERS, {"name": "b", "url": "s3://b/p"}]
+    assert build_pod(model(adapters=ADAPTERS), CONFIG) == build_pod(model(adapters=more), CONFIG)
+
+
+def test_every_mount_has_one_volume():
+    spec = {"url": "gs://b/p", "cacheProfile": "fast", "adapters": ADAPTERS}
+    pod = build_pod(model(**spec), CONFIG)
+    names = [volume["name"] for volume in pod["spec"]["volumes"]]
+    assert len(names) == len(set(names))
+    for container in pod["spec"]["containers"]:
+        assert {mount["name"] for mount in container["volumeMounts"]} <= set(names)

@@ -1,0 +1,570 @@
+"""Routes are published as snapshots and deltas; all workers converge on the supervisor's view."""
+
+import asyncio
+import contextlib
+import functools
+import math
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from msgspec.structs import replace
+
+from examples import some
+from kubeai._load import LoadTable
+from kubeai.errors import KubeAIError
+from kubeai.openai.request import Kind, named, parse
+from kubeai.routing.table import (
+    Delta,
+    Endpoint,
+    ModelGone,
+    NoEndpoint,
+    Publisher,
+    Route,
+    RoutingTable,
+    Snapshot,
+)
+
+
+class Upstream:
+    """Stands in for a connection pool to one address."""
+
+    def __init__(self, endpoint):
+        self.address = endpoint.address
+        self.closed = False
+
+    is_waited_on = False  # no requests are sent here
+
+    def close(self):
+        assert not self.closed, "closed twice"
+        self.closed = True
+
+    def move_waiting(self, sent_before_s=math.inf):
+        pass
+
+
+class Worker:
+    """One column of the table, and the routing table of its process."""
+
+    def __init__(self, table, column=0):
+        self.upstreams = []
+        self.table = LoadTable.attach(table.fd, column)
+        self.routing = RoutingTable(self.table, self._target)
+
+    def _target(self, routed, endpoint):
+        upstream = Upstream(endpoint)
+        self.upstreams.append(upstream)
+        return upstream
+
+    def open_upstreams(self):
+        return sorted(u.address for u in self.upstreams if not u.closed)
+
+    def view(self):
+        return {model.route.model: model.route for model in self.routing}
+
+
+def route(*endpoints, model="m", **values):
+    return Route(model, "VLLM", endpoints=tuple(endpoints), **values)
+
+
+def endpoint(name, *adapters, address=None):
+    return Endpoint(name, address or f"{name}:8000", adapters)
+
+
+@pytest.fixture
+def table():
+    table = LoadTable.create(64, 2)
+    yield table
+    table.close()
+
+
+@pytest.fixture
+def publisher(table):
+    return Publisher(table)
+
+
+@pytest.fixture
+def worker(table):
+    return Worker(table)
+
+
+def publish(publisher, worker, model, new):
+    delta = publisher.update(model, new)
+    worker.routing.apply(delta)
+    return worker.routing.find(model)
+
+
+# -- publishing ------------------------------------------------------------------------------------
+
+
+def test_only_changes_increment_the_version(publisher):
+    first = publisher.update("m", route(endpoint("a"), endpoint("b")))
+    assert (first.version, publisher.version) == (1, 1)
+    assert publisher.update("m", route(endpoint("b"), endpoint("a"))) is None
+    assert publisher.update("gone", None) is None
+    assert publisher.version == 1
+    assert publisher.update("m", None) == Delta(2, "m", None)
+    assert publisher.snapshot() == Snapshot(2, ())
+
+
+def test_endpoints_keep_their_rows(publisher):
+    publisher.update("m", route(endpoint("a")))
+    rows = publisher.endpoint_rows("m")
+    publisher.update("m", route(endpoint("b"), endpoint("a", "x", address="elsewhere:1")))
+    assert publisher.endpoint_rows("m")["a"] == rows["a"]
+    assert len({publisher.row("m"), *publisher.endpoint_rows("m").values()}) == 3
+    assert publisher.models() == ["m"]
+    assert publisher.row("none") is None
+    assert publisher.endpoint_rows("none") == {}
+
+
+def test_a_full_table_is_an_error_with_its_size_and_changes_nothing():
+    table = LoadTable.create(3, 1)
+    publisher = Publisher(table)
+    before = publisher.update("m", route(endpoint("a"), endpoint("b")))
+    with pytest.raises(KubeAIError, match="3 rows"):
+        publisher.update("n", route(model="n"))
+    with pytest.raises(KubeAIError, match="full"):
+        publisher.update("m", route(endpoint("c"), endpoint("a")))
+    assert publisher.snapshot() == Snapshot(1, (before.route,))
+    publisher.update("m", None)
+    publisher.reclaim([2])
+    assert publisher.update("n", route(endpoint("c"), endpoint("d"), model="n")) is not None
+
+
+def row_of_a_newcomer(publisher, table, name):
+    publisher.reclaim(table.acknowledged(column) for column in (0, 1))
+    publisher.update("m", route(endpoint(name)))
+    return publisher.endpoint_rows("m")[name]
+
+
+def test_a_row_is_reused_only_after_every_worker_has_acknowledged(publisher, table):
+    workers = [Worker(table, 0), Worker(table, 1)]
+    publisher.update("m", route(endpoint("a")))
+    dropped = publisher.endpoint_rows("m")["a"]
+    publisher.update("m", route())
+    assert row_of_a_newcomer(publisher, table, "b") != dropped
+    workers[0].routing.apply(publisher.snapshot())
+    assert row_of_a_newcomer(publisher, table, "c") != dropped
+    workers[1].routing.apply(publisher.snapshot())
+    assert row_of_a_newcomer(publisher, table, "d") == dropped
+
+
+def test_a_row_is_reused_only_when_it_has_no_counts(publisher, table, worker):
+    model = publish(publisher, worker, "m", route(endpoint("a")))
+    dropped = publisher.endpoint_rows("m")["a"]
+    other = Worker(table, 1).routing
+    reservation = model.pick(1)
+    for routing in (worker.routing, other):
+        publisher.update("m", route())
+        routing.apply(publisher.snapshot())
+    assert row_of_a_newcomer(publisher, table, "b") != dropped
+    reservation.release()
+    assert row_of_a_newcomer(publisher, table, "c") == dropped
+
+
+def test_a_request_of_an_old_generation_does_not_count_in_a_reused_row(publisher, table, worker):
+    model = publish(publisher, worker, "m", route(endpoint("a")))
+    row = publisher.endpoint_rows("m")["a"]
+    late = model.pick(1)
+    table.clear_column(0)  # as if the worker were dead; it is only slow
+    publish(publisher, worker, "m", route())
+    publisher.reclaim([publisher.version])
+    model = publish(publisher, worker, "m", route(endpoint("b")))
+    assert publisher.endpoint_rows("m")["b"] == row
+    held = model.pick(1)
+    late.release()
+    assert table.in_flight(row) == 1
+    held.release()
+    assert table.in_flight(row) == 0
+
+
+# -- applying --------------------------------------------------------------------------------------
+
+
+def test_a_change_is_acknowledged_once_applied(publisher, table, worker):
+    publish(publisher, worker, "m", route())
+    assert table.acknowledged(0) == 1
+    worker.routing.apply(Delta(1, "m", None))  # an old delta
+    assert worker.routing.find("m") is not None
+    assert len(worker.routing) == 1
+
+
+def test_a_lost_delta_is_noticed(publisher, worker):
+    publisher.update("m", route())
+    with pytest.raises(RuntimeError, match="lost"):
+        worker.routing.apply(publisher.update("n", route(model="n")))
+
+
+def test_connections_are_kept_while_the_address_is_unchanged(publisher, worker):
+    publish(publisher, worker, "m", route(endpoint("a"), endpoint("b")))
+    first = list(worker.upstreams)
+    model = publish(publisher, worker, "m", route(endpoint("a", "x"), endpoint("b")))
+    assert worker.upstreams == first
+    model = publish(publisher, worker, "m", route(endpoint("a", address="new:1"), endpoint("b")))
+    assert worker.open_upstreams() == ["b:8000", "new:1"]
+    picks = [model.pick(0) for _ in range(2)]
+    assert {p.name: p.target.address for p in picks} == {"a": "new:1", "b": "b:8000"}
+    for pick in picks:
+        pick.release()
+    publish(publisher, worker, "m", route(endpoint("b")))
+    assert worker.open_upstreams() == ["b:8000"]
+    publish(publisher, worker, "m", None)
+    assert worker.open_upstreams() == []
+    assert worker.routing.find("m") is None
+
+
+def test_closing_the_table_closes_every_connection(publisher, worker):
+    publish(publisher, worker, "m", route(endpoint("a")))
+    worker.routing.close()
+    assert (worker.open_upstreams(), len(worker.routing)) == ([], 0)
+
+
+def test_a_recreated_model_is_a_different_model(publisher, worker):
+    old = publish(publisher, worker, "m", route(endpoint("a")))
+    publisher.update("m", None)
+    publisher.update("m", route(endpoint("a")))
+    worker.routing.apply(publisher.snapshot())
+    new = worker.routing.find("m")
+    assert new is not old
+    assert worker.open_upstreams() == ["a:8000"]
+    new.pick(0).release()
+
+
+# -- picking ---------------------------------------------------------------------------------------
+
+
+def test_the_strategy_may_change_at_runtime(publisher, worker):
+    pods = [endpoint(name) for name in "abcd"]
+    model = publish(publisher, worker, "m", route(*pods))
+    ask = parse(Kind.COMPLETIONS, b'{"model":"m","prompt":"hello"}')
+    assert model.key(ask) is None
+    picks = [model.pick(model.key(ask)) for _ in range(4)]
+    assert {p.name for p in picks} == set("abcd")
+    for pick in picks:
+        pick.release()
+    again = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
+    assert again is model
+    picks = [model.pick(model.key(ask)) for _ in range(2)]
+    assert {p.name for p in picks} == {model.ring.lookup(model.key(ask))}
+    for pick in picks:
+        pick.release()
+
+
+def test_audio_requests_have_no_prefix_and_use_least_load(publisher, worker):
+    pods = [endpoint(name) for name in "abcd"]
+    model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
+    picks = [model.pick(model.key(named(Kind.TRANSCRIPTIONS, "m"))) for _ in range(4)]
+    assert {p.name for p in picks} == set("abcd")
+    for pick in picks:
+        pick.release()
+
+
+def test_a_new_load_factor_applies_to_the_next_pick(publisher, worker):
+    pods = [endpoint(name) for name in "abcd"]
+
+    def spread(factor):
+        model = publish(
+            publisher, worker, "m", route(*pods, strategy="PrefixHash", mean_load_factor=factor)
+        )
+        picks = [model.pick(42) for _ in range(20)]
+        loads = {}
+        for pick in picks:
+            loads[pick.name] = loads.get(pick.name, 0) + 1
+            pick.release()
+        return max(loads.values())
+
+    assert spread(10_000) == 20
+    assert spread(100) <= 6
+
+
+def test_replication_may_change_at_runtime(publisher, worker):
+    pods = [endpoint(f"p{n}") for n in range(8)]
+    model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
+    model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash", replication=256))
+    other = Worker(worker.table, 1)
+    other.routing.apply(publisher.snapshot())
+    fresh = other.routing.find("m")
+    keys = [n * 2**57 + n for n in range(128)]
+    assert [model.ring.lookup(k) for k in keys] == [fresh.ring.lookup(k) for k in keys]
+
+
+def test_only_an_endpoint_with_the_adapter_serves_it(publisher, worker):
+    model = publish(publisher, worker, "m", route(endpoint("a"), endpoint("b", "x")))
+    assert model.can_serve("x")
+    assert not model.can_serve("x", {"b"})
+    assert not model.can_serve("y")
+    with model_pick(model, "x") as pick:
+        assert pick.name == "b"
+    assert model.pick(0, "x", ("b",)) is None
+    publish(publisher, worker, "m", route(endpoint("a", "x"), endpoint("b")))
+    with model_pick(model, "x") as pick:
+        assert pick.name == "a"
+
+
+@contextlib.contextmanager
+def model_pick(model, adapter):
+    pick = model.pick(0, adapter)
+    yield pick
+    pick.release()
+
+
+def test_an_admitted_request_counts_for_its_model(publisher, table, worker):
+    model = publish(publisher, worker, "m", route())
+    admission = model.admit("message")
+    assert table.active(publisher.row("m"), "message") == 1
+    admission.close()
+    assert table.active(publisher.row("m")) == 0
+
+
+# -- waiting ---------------------------------------------------------------------------------------
+
+
+async def waiting(model, adapter=None, timeout_s=30.0, exclude=()):
+    """Start a task that waits; return once it does."""
+    count = len(model._waiters)
+    task = asyncio.create_task(model.wait(adapter, timeout_s, exclude))
+    for _ in range(3):  # turns of the loop; a task waits after its first
+        await asyncio.sleep(0)
+    assert len(model._waiters) == count + 1
+    return task
+
+
+async def test_a_request_that_can_be_served_does_not_wait(publisher, worker):
+    model = publish(publisher, worker, "m", route(endpoint("a")))
+    await model.wait(None, 0)
+
+
+async def test_a_new_endpoint_ends_all_waits(publisher, worker):
+    model = publish(publisher, worker, "m", route())
+    tasks = [await waiting(model) for _ in range(3)]
+    publish(publisher, worker, "m", route(endpoint("a")))
+    await asyncio.gather(*tasks)
+    assert not model._waiters
+
+
+async def test_a_wait_for_an_adapter_ends_when_an_endpoint_has_it(publisher, worker):
+    model = publish(publisher, worker, "m", route())
+    plain, adapter = await waiting(model), await waiting(model, "x")
+    publish(publisher, worker, "m", route(endpoint("a")))
+    await plain
+    await asyncio.sleep(0)
+    assert not adapter.done()
+    publish(publisher, worker, "m", route(endpoint("a", "x")))
+    await adapter
+
+
+async def test_a_wait_for_another_endpoint_skips_the_tried_ones(publisher, worker):
+    model = publish(publisher, worker, "m", route(endpoint("a")))
+    task = await waiting(model, exclude={"a"})
+    publish(publisher, worker, "m", route(endpoint("a", "x")))
+    await asyncio.sleep(0)
+    assert not task.done()
+    publish(publisher, worker, "m", route(endpoint("a"), endpoint("b")))
+    await task
+
+
+async def test_an_endpoint_removed_at_once_serves_no_request(publisher, worker):
+    model = publish(publisher, worker, "m", route())
+    task = await waiting(model)
+    publish(publisher, worker, "m", route(endpoint("a")))  # ends the wait, but
+    publish(publisher, worker, "m", route())  # this comes before the waiting task runs
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not task.done()
+    publish(publisher, worker, "m", route(endpoint("b")))
+    await task
+
+
+async def test_a_deadline_ends_the_wait(publisher, worker):
+    model = publish(publisher, worker, "m", route())
+    with pytest.raises(NoEndpoint):
+        await model.wait(None, 0.01)
+    assert not model._waiters
+
+
+async def test_a_deleted_model_ends_the_wait(publisher, worker):
+    model = publish(publisher, worker, "m", route())
+    task = await waiting(model)
+    publish(publisher, worker, "m", None)
+    with pytest.raises(ModelGone):
+        await task
+    with pytest.raises(ModelGone):
+        await model.wait(None, 30)
+
+
+async def test_a_wait_is_dropped_when_its_client_disconnects(publisher, worker):
+    model = publish(publisher, worker, "m", route())
+    task = await waiting(model)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not model._waiters
+
+
+# -- convergence ---------------------------------------------------------------------------------
+
+MODELS = st.sampled_from(["m", "n"])
+endpoints = st.lists(
+    st.builds(
+        Endpoint,
+        st.sampled_from("abc"),
+        st.sampled_from(["1:1", "2:2"]),
+        st.sampled_from([(), ("x",), ("x", "y")]),
+    ),
+    max_size=3,
+    unique_by=lambda e: e.name,
+)
+routes = st.builds(
+    functools.partial(Route, "?", "VLLM"),
+    strategy=st.sampled_from(["LeastLoad", "PrefixHash"]),
+    replication=st.sampled_from([1, 20]),
+    mean_load_factor=st.sampled_from([100, 125]),
+    endpoints=endpoints.map(tuple),
+)
+WORKERS = 2
+
+
+class Hinge(RuleBasedStateMachine):
+    """A Publisher, and workers that get its changes late and die now and then."""
+
+    @initialize()
+    def start(self):
+        self.table = LoadTable.create(14, WORKERS)
+        self.publisher = Publisher(self.table)
+        self.workers = [None] * WORKERS
+        self.queues = [[] for _ in range(WORKERS)]
+        self.reservations = [[] for _ in range(WORKERS)]
+        for column in range(WORKERS):
+            self.spawn(column)
+
+    def spawn(self, column):
+        self.workers[column] = Worker(self.table, column)
+        self.queues[column] = [self.publisher.snapshot()]
+
+    @rule(model=MODELS, new=st.none() | routes)
+    def change(self, model, new):
+        before = self.publisher.snapshot()
+        try:
+            delta = self.publisher.update(model, None if new is None else replace(new, model=model))
+        except KubeAIError:
+            assert self.publisher.snapshot() == before
+            return
+        if delta is not None:
+            for queue in self.queues:
+                queue.append(delta)
+
+    @rule(column=st.integers(0, WORKERS - 1), count=st.integers(1, 5))
+    def hear(self, column, count):
+        for _ in range(min(count, len(self.queues[column]))):
+            self.workers[column].routing.apply(self.queues[column].pop(0))
+
+    @rule(column=st.integers(0, WORKERS - 1))
+    def hear_a_snapshot(self, column):
+        self.queues[column].append(self.publisher.snapshot())
+
+    @rule(column=st.integers(0, WORKERS - 1), model=MODELS, adapter=st.none() | st.just("x"))
+    def pick(self, column, model, adapter):
+        found = self.workers[column].routing.find(model)
+        if found is not None and (picked := found.pick(7, adapter)) is not None:
+            known = {e.name: e for e in found.route.endpoints}[picked.name]
+            assert adapter is None or adapter in known.adapters
+            assert picked.target.address == known.address
+            assert not picked.target.closed
+            self.reservations[column].append((picked, known.row, known.generation))
+
+    @precondition(lambda self: any(self.reservations))
+    @rule(data=st.data())
+    def release(self, data):
+        column = data.draw(st.sampled_from([c for c in range(WORKERS) if self.reservations[c]]))
+        at = data.draw(st.integers(0, len(self.reservations[column]) - 1))
+        self.reservations[column].pop(at)[0].release()
+
+    @rule(column=st.integers(0, WORKERS - 1))
+    def die(self, column):
+        # A killed process releases nothing. Its objects are in this live process, so they must be
+        # gone before the column is cleared.
+        for picked, _, _ in self.reservations[column]:
+            picked.release()
+        self.reservations[column] = []
+        self.table.clear_column(column)
+        self.spawn(column)
+
+    @rule()
+    def reclaim(self):
+        self.publisher.reclaim([self.table.acknowledged(c) for c in range(WORKERS)])
+
+    @invariant()
+    def no_row_has_two_owners(self):
+        rows = []
+        for published in self.publisher.snapshot().routes:
+            rows.append(published.row)
+            rows += [e.row for e in published.endpoints]
+            lives = [published, *published.endpoints]
+            assert all(self.table.generation(x.row) == x.generation for x in lives)
+        assert len(rows) == len(set(rows))
+
+    @invariant()
+    def no_row_that_a_worker_knows_has_begun_another_life(self):
+        for worker in self.workers:
+            for known in worker.view().values():
+                for owner in (known, *known.endpoints):
+                    assert self.table.generation(owner.row) == owner.generation
+
+    @invariant()
+    def what_is_counted_is_what_is_reserved(self):
+        counted = {}
+        for column in range(WORKERS):
+            for _, row, generation in self.reservations[column]:
+                assert self.table.generation(row) == generation, "reused while it had counts"
+                counted[row] = counted.get(row, 0) + 1
+        for published in self.publisher.snapshot().routes:
+            for e in published.endpoints:
+                assert self.table.in_flight(e.row) == counted.get(e.row, 0)
+
+    @invariant()
+    def a_worker_that_has_heard_all_sees_what_is_published(self):
+        for column in range(WORKERS):
+            if not self.queues[column]:
+                self.check_view(column)
+
+    def check_view(self, column):
+        worker = self.workers[column]
+        snapshot = self.publisher.snapshot()
+        assert worker.routing.version == snapshot.version
+        assert worker.view() == {r.model: r for r in snapshot.routes}
+        for model in worker.routing:
+            assert sorted(model.ring.names()) == sorted(e.name for e in model.route.endpoints)
+        assert worker.open_upstreams() == sorted(
+            e.address for r in snapshot.routes for e in r.endpoints
+        )
+
+    def teardown(self):
+        if not hasattr(self, "table"):
+            return
+        for column in range(WORKERS):
+            self.hear(column, 10_000)
+            for picked, _, _ in self.reservations[column]:
+                picked.release()
+        for column in range(WORKERS):
+            self.check_view(column)
+        for model in self.publisher.models():
+            delta = self.publisher.update(model, None)
+            for worker in self.workers:
+                worker.routing.apply(delta)
+        self.reclaim()
+        # No row has leaked: every row of the table can be allocated again.
+        full = [Endpoint(f"p{n}", "3:3") for n in range(self.table.rows - 1)]
+        assert self.publisher.update("m", route(*full)) is not None
+        self.table.close()
+
+
+Hinge.TestCase.settings = settings(max_examples=some(50), stateful_step_count=40)
+TestHinge = Hinge.TestCase

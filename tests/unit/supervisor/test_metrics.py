@@ -1,0 +1,194 @@
+"""A scrape shows the load table's values, for models and endpoints that exist."""
+
+import math
+import re
+import time
+
+import pytest
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+from repository import REPOSITORY
+
+from kubeai._load import LoadTable
+from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
+from kubeai.supervisor.metrics import Metrics
+
+ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_retries_total"
+
+
+class Target:
+    is_waited_on = False
+
+    def __init__(self, routed, endpoint):
+        pass
+
+    def move_waiting(self, sent_before_s=math.inf):
+        pass
+
+    def close(self):
+        pass
+
+
+class Replica:
+    def __init__(self, rows=64):
+        self.table = LoadTable.create(rows, 2)
+        self.publisher = Publisher(self.table)
+        self.metrics = Metrics(self.table, self.publisher)
+        self.workers = [
+            RoutingTable(LoadTable.attach(self.table.fd, column), Target) for column in (0, 1)
+        ]
+
+    def publish(self, model, *endpoints, strategy="LeastLoad", gone=False):
+        route = Route(
+            model,
+            "VLLM",
+            strategy=strategy,
+            endpoints=tuple(Endpoint(name, "127.0.0.1:1") for name in endpoints),
+        )
+        delta = self.publisher.update(model, None if gone else route)
+        for worker in self.workers:
+            worker.apply(delta)
+
+    def scrape(self):
+        """{(sample name, *sorted label values): value}"""
+        body, content_type = self.metrics.render("")
+        assert content_type.startswith("text/plain")
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+        }
+
+    def inference(self):
+        return {
+            (name.removeprefix("kubeai_inference_requests_"), *labels): value
+            for (name, *labels), value in self.scrape().items()
+            if name.startswith("kubeai_inference")
+            and "iterations" not in name
+            and name not in (ENDED, RETRIED)
+        }
+
+
+@pytest.fixture
+def replica():
+    return Replica()
+
+
+def test_a_replica_without_models_has_no_model_series(replica):
+    assert replica.inference() == {}
+    assert ("kubeai_routing_table_version",) in replica.scrape()
+    assert ("process_resident_memory_bytes",) in replica.scrape()
+
+
+def test_active_and_held_requests_of_all_workers_are_summed(replica):
+    replica.publish("m")
+    first, second = (worker.find("m").admit() for worker in replica.workers)
+    message = replica.workers[1].find("m").admit("message")
+    second.hold()
+    assert replica.inference() == {
+        ("active", "m", "http"): 2,
+        ("active", "m", "message"): 1,
+        ("held", "m"): 1,
+    }
+    for admission in (first, second, message):
+        admission.close()
+    assert set(replica.inference().values()) == {0}
+
+
+def test_request_outcomes_are_counted_by_model(replica):
+    replica.publish("m", "a")
+    for worker, outcomes in zip(
+        replica.workers, (("2xx", "left"), ("2xx", "retried")), strict=True
+    ):
+        for outcome in outcomes:
+            admission = worker.find("m").admit()
+            admission.count(outcome)
+            admission.close()
+    scraped = replica.scrape()
+    assert scraped[ENDED, "2xx", "m"] == 2
+    assert scraped[ENDED, "left", "m"] == 1
+    assert scraped[ENDED, "broken", "m"] == 0
+    assert scraped[RETRIED, "m"] == 1
+
+
+def test_an_ejected_endpoint_is_shown(replica):
+    replica.publish("m", "a", "b")
+    model = replica.workers[0].find("m")
+    assert model.eject("a", time.monotonic() + 100)
+    scraped = replica.scrape()
+    assert scraped["kubeai_endpoint_ejected", "a", "m"] == 1
+    assert scraped["kubeai_endpoint_ejected", "b", "m"] == 0
+
+
+def test_hash_lookups_are_counted_by_endpoint(replica):
+    replica.publish("m", "a", "b", strategy="PrefixHash")
+    model = replica.workers[0].find("m")
+    home = model.ring.lookup(7)
+    (other,) = {"a", "b"} - {home}
+    picks = [model.pick(7), model.pick(7), model.pick(7, None, (home,))]
+    scraped = replica.scrape()
+    prefix = "kubeai_inference_requests_hash_lookup_"
+    assert scraped[prefix + "final_total", home] + scraped[prefix + "final_total", other] == 3
+    assert scraped[prefix + "initial_total", home] >= 2
+    assert (prefix + "default_total", other) in scraped
+    assert scraped[prefix + "iterations_count",] == 3
+    assert scraped[prefix + "iterations_sum",] == sum(pick.iterations for pick in picks)
+    assert scraped[prefix + "iterations_bucket", "+Inf"] == 3
+    assert scraped[prefix + "iterations_bucket", "1.0"] == sum(p.iterations == 1 for p in picks)
+    assert scraped["kubeai_endpoint_requests_in_flight", home, "m"] == sum(
+        pick.name == home for pick in picks
+    )
+    for pick in picks:
+        pick.release()
+
+
+def test_series_are_removed_with_their_model_and_endpoint(replica):
+    replica.publish("m", "a", strategy="PrefixHash")
+    replica.publish("n", "b")
+    replica.publish("m", "c", strategy="PrefixHash")
+    replica.publish("n", gone=True)
+    labels = {label for key in replica.inference() for label in key[1:]}
+    assert labels == {"m", "http", "message", "c"}
+
+
+def test_the_routing_table_version_of_each_worker_is_shown(replica):
+    replica.publish("m")
+    replica.workers[0].apply(replica.publisher.update("m", None))
+    scraped = replica.scrape()
+    assert scraped["kubeai_routing_table_version",] == 2
+    assert scraped["kubeai_worker_routing_table_version", "0"] == 2
+    assert scraped["kubeai_worker_routing_table_version", "1"] == 1
+
+
+def test_exactly_the_existing_metrics_are_documented(replica):
+    replica.publish("m", "a", strategy="PrefixHash")
+    body, _ = replica.metrics.render("")
+    families = text_string_to_metric_families(body.decode())
+    ours = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in families
+        if family.name.startswith("kubeai_")
+    }
+    table = (REPOSITORY / "docs/metrics.md").read_text()
+    assert set(re.findall(r"^\| `(kubeai_\w+)`", table, re.MULTILINE)) == ours
+
+
+def test_openmetrics_is_served_on_request(replica):
+    replica.publish("m", "a", strategy="PrefixHash")
+    body, content_type = replica.metrics.render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    families = {f.name for f in openmetrics.text_string_to_metric_families(body.decode())}
+    assert "kubeai_inference_requests_hash_lookup_final" in families
+
+
+def test_a_thousand_models_are_scraped_in_a_fraction_of_a_second():
+    replica = Replica(rows=1 << 14)
+    for number in range(1000):
+        names = (f"p{number}-{pod}" for pod in range(10))
+        route = Route(
+            f"m{number}", "VLLM", endpoints=tuple(Endpoint(name, "1:1") for name in names)
+        )
+        replica.publisher.update(f"m{number}", route)
+    start = time.thread_time()
+    replica.metrics.render("")
+    assert time.thread_time() - start < 2
