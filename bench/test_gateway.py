@@ -10,9 +10,10 @@ import pytest
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
-from kubeai.gateway.context import Gateway
-from kubeai.gateway.relay._relay import Upstream
-from kubeai.gateway.server import Front
+from kubeai.gateway.context import Context
+from kubeai.gateway.relay._downstream import Downstream
+from kubeai.gateway.relay._upstream import Upstream
+from kubeai.gateway.server import Server
 from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
 
 TIMES = range(1000)
@@ -53,9 +54,10 @@ def ends(request):
     supervisors = LoadTable.create(8, 1)
     publisher = Publisher(supervisors)
     config = GatewayConfig()
-    front = Front(config)
-    table = RoutingTable(LoadTable.attach(supervisors.fd, 0), front.pool)
-    front.gateway = Gateway(table, config, lambda model: None)
+    context = Context(config, lambda model: None)
+    server = Server(context)
+    table = RoutingTable(LoadTable.attach(supervisors.fd, 0), server.endpoint_pool)
+    context.routes = table
     endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
     route = Route("m", "VLLM", strategy=request.param, endpoints=endpoints)
     table.apply(publisher.update("m", route))
@@ -65,7 +67,7 @@ def ends(request):
     upstream = Upstream(pool)
     upstream.connection_made(Transport())
     pool.give(upstream)
-    downstream = front.relay.downstream()
+    downstream = Downstream(server.relay)
     downstream.connection_made(Transport())
     yield downstream.data_received, upstream.data_received
     downstream.connection_lost(None)

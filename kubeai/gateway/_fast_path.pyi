@@ -1,5 +1,3 @@
-"""The fast path of a request in C: read, count, pick an endpoint, send."""
-
 import asyncio
 from typing import final
 
@@ -7,23 +5,27 @@ from kubeai.openai import _body_scan as _ask
 from kubeai.openai import request as openai
 from kubeai.routing import table as routing
 from kubeai._load import Admission, Reservation
-from kubeai.gateway.relay._relay import Exchange
+from kubeai.api.config.system import GatewayConfig
+from kubeai.gateway.context import Context
+from kubeai.gateway.relay._exchange import Exchange
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 
-@final
-class Plan:
-    """How to handle requests for one path."""
+class FastPathContext:
+    config: GatewayConfig
+    routes: routing.RoutingTable
+    observers: Observers | None
+    json_routes: dict[bytes, JsonRoute]
 
+@final
+class JsonRoute:
     kind: openai.Kind
     path: bytes  # the engine's
     shape: _ask.Shape
 
     def __init__(self, kind: openai.Kind, path: bytes, shape: _ask.Shape) -> None: ...
 
-class Straight(Exchange):
-    """See the module docstring. The owner's ``plans`` map JSON POST targets to Plans."""
-
+class FastPath(Exchange):
     _kind: openai.Kind
     _path: bytes  # the engine's
     _payload: bytes  # the body sent to the engine
@@ -37,15 +39,12 @@ class Straight(Exchange):
     _lost: bool  # the last failed attempt lost its connection
     _observed: object  # None: this request is not observed
 
-    def _place(self, reservation: Reservation | None) -> None:
-        """Start an attempt, or hold the request if no endpoint can serve it."""
+    @property
+    def context(self) -> Context: ...
+    def _place(self, reservation: Reservation | None) -> None: ...
     def _attempt(self, reservation: Reservation) -> None: ...
     # implemented by the subclass
-    def wait_for_endpoint(self) -> None:
-        """Hold the request."""
-    def moved(self, reservation: Reservation) -> None:
-        """Log that a request goes to another endpoint than the one its key maps to."""
-    def observe(self, observers: Observers) -> None:
-        """Notify observers of a new request; keep their observation in ``_observed``."""
-    def observed(self) -> None:
-        """Notify observers that the request has ended."""
+    def wait_for_endpoint(self) -> None: ...
+    def moved(self, reservation: Reservation) -> None: ...
+    def observe(self, observers: Observers) -> None: ...
+    def observed(self) -> None: ...

@@ -1,7 +1,7 @@
 # cython: language_level=3, nonecheck=True
 """The fast path of a request in C: read, count, pick an endpoint, send.
 
-:class:`Straight` is the base class of Exchange in exchange.py. It handles what nearly every request
+:class:`FastPath` is the base class of Proxy in proxy.py. It handles what nearly every request
 needs, from its head to the end of its response, and leaves everything else to its subclass: other
 paths and methods, bodies that are large or that ``_ask`` rejects, adapters and label selectors,
 models without a ready endpoint, and failures. Its decisions are the same as the subclass's.
@@ -11,12 +11,21 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 
 from kubeai.openai._body_scan cimport LARGE_BYTES, Ask, Shape, read
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
-from kubeai.gateway.relay._relay cimport Connections, Exchange
+from kubeai.gateway.relay._exchange cimport Exchange, Pool
 from kubeai._ring cimport Ring
 
 
-cdef class Plan:
-    """How to handle requests for one path."""
+cdef class FastPathContext:
+    """What the fast path uses of the worker's context; see context.py."""
+
+    cdef public object config  # GatewayConfig
+    cdef public object routes  # RoutingTable
+    cdef public object observers  # None: requests are not observed
+    cdef public dict json_routes  # request target -> JsonRoute
+
+
+cdef class JsonRoute:
+    """How to handle POST requests with a JSON body for one path."""
 
     cdef readonly object kind
     cdef readonly bytes path  # the engine's
@@ -28,8 +37,8 @@ cdef class Plan:
         self.shape = shape
 
 
-cdef class Straight(Exchange):
-    """See the module docstring. The owner's ``plans`` map JSON POST targets to Plans."""
+cdef class FastPath(Exchange):
+    """See the module docstring. The relay's context is a FastPathContext."""
 
     cdef public object _kind
     cdef public bytes _path  # the engine's
@@ -43,22 +52,22 @@ cdef class Straight(Exchange):
     cdef public object _retries  # set once an attempt has failed
     cdef public bint _lost  # the last failed attempt lost its connection
     cdef public object _observed  # None: this request is not observed
-    cdef Plan plan
+    cdef JsonRoute json_route
 
     cdef int _begun(self) except -1:
-        cdef Plan plan = None
-        cdef object owner = self.downstream.relay.owner
+        cdef JsonRoute json_route = None
+        cdef FastPathContext context = <FastPathContext?> self.downstream.relay.context
         if self.downstream.method == b"POST" and not self._has(b"content-encoding"):
-            plan = (<dict> owner.plans).get(self.downstream.target)
-        if plan is None:
+            json_route = context.json_routes.get(self.downstream.target)
+        if json_route is None:
             self.on_head()
         else:
-            self.plan = plan
-            self._kind = plan.kind
-            self._path = plan.path
-            self.collect(owner.config.body_max_bytes)
-        if owner.observers is not None:
-            self.observe(owner.observers)
+            self.json_route = json_route
+            self._kind = json_route.kind
+            self._path = json_route.path
+            self.collect(context.config.body_max_bytes)
+        if context.observers is not None:
+            self.observe(context.observers)
         return 0
 
     cdef int _collected(self) except -1:
@@ -66,10 +75,10 @@ cdef class Straight(Exchange):
         cdef object routed = None
         cdef object key = None
         cdef Ring ring
-        if self.plan is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
-            ask = read(self.plan.shape, self.body)
+        if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
+            ask = read(self.json_route.shape, self.body)
         if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
-            routed = self.downstream.relay.owner.gateway.table.find(ask.name)
+            routed = (<FastPathContext> self.downstream.relay.context).routes.find(ask.name)
         self._ask = ask
         if routed is None:
             self.on_body()
@@ -84,6 +93,11 @@ cdef class Straight(Exchange):
         self._place(ring.pick_least() if key is None else ring.pick_hashed(key))
         return 0
 
+    @property
+    def context(self):
+        """The worker's context."""
+        return self.downstream.relay.context
+
     cpdef _place(self, Reservation reservation):
         """Start an attempt, or hold the request if no endpoint can serve it."""
         if reservation is None:
@@ -93,11 +107,11 @@ cdef class Straight(Exchange):
 
     cpdef _attempt(self, Reservation reservation):
         self._reservation = reservation
-        cdef Connections pool = <Connections?> reservation.target
+        cdef Pool pool = <Pool?> reservation.target
         if reservation.first != reservation.name:
             self.moved(reservation)
         if reservation.trial:
-            pool.trial = True
+            pool.probing = True
         if reservation.failing:
             pool.failing = True
         self.send(pool, self._path, self._payload)

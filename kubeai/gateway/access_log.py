@@ -2,7 +2,7 @@
 
 If neither is enabled, the worker creates no :class:`Observers`, and the cost per request is one
 comparison. Both are called when a request's head is complete and when the request has ended; each
-writes from its own thread. Created by the worker, called by the exchange.
+writes from its own thread. Created by the worker, called by proxy.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from kubeai.api.config.system import GatewayConfig
-    from kubeai.gateway.proxy import Exchange
+    from kubeai.gateway.observation import End, RequestEnd, RequestStart
 
 log = get_logger(__name__)
 
@@ -44,7 +44,7 @@ class Line(msgspec.Struct, omit_defaults=True):
     method: str
     path: str
     status: int  # 0: the client disconnected before the response began
-    end: str  # "whole", "left" (client disconnected), "broken" (engine's response was cut short)
+    end: str  # see observation.End
     duration_s: float
     request_bytes: int
     answer_bytes: int
@@ -82,7 +82,8 @@ class AccessLog:
         self._thread = threading.Thread(target=self._run, name="access log", daemon=True)
         self._thread.start()
 
-    def wants(self, status: int, end: str) -> bool:
+    def wants(self, status: int, end: End) -> bool:
+        """Whether a request that ended like this is logged."""
         well = end == "whole" and status < 500
         return not well or self._sample >= 1 or self._random() < self._sample
 
@@ -140,8 +141,9 @@ class Observers:
         self.access_log = access_log
         self.tracing = tracing
 
-    def began(self, exchange: Exchange) -> Observation:
-        return Observation(self, exchange)
+    def began(self, request: RequestStart) -> Observation:
+        """Start observing a request."""
+        return Observation(self, request)
 
     def close(self) -> None:
         """Flush the access log and the spans."""
@@ -152,43 +154,44 @@ class Observers:
 
 
 class Observation:
-    """The observation of one request."""
+    """The observation of one request. ``upstream_headers``: to set in the request to the engine."""
 
-    __slots__ = ("_began_s", "_observers", "_span", "_time_s")
+    __slots__ = ("_began_s", "_observers", "_request", "_span", "_time_s", "upstream_headers")
 
-    def __init__(self, observers: Observers, exchange: Exchange) -> None:
+    def __init__(self, observers: Observers, request: RequestStart) -> None:
         self._observers = observers
+        self._request = request
         self._time_s = time.time()
         self._began_s = time.monotonic()
-        tracing = observers.tracing
-        self._span: Span | None = None if tracing is None else tracing.began(exchange)
+        self._span: Span | None = None
+        self.upstream_headers: dict[str, str] = {}
+        if observers.tracing is not None:
+            self._span, self.upstream_headers = observers.tracing.began(request)
 
-    def ended(self, exchange: Exchange) -> None:
+    def ended(self, ending: RequestEnd) -> None:
+        """Log the request and end its span."""
         access_log, tracing = self._observers.access_log, self._observers.tracing
-        end = "broken" if exchange.broken else "whole" if exchange.whole else "left"
-        if access_log is not None and access_log.wants(exchange.status, end):
-            access_log.add(self._line(exchange, end))
+        first_byte_s = ending.answered_s - self._began_s if ending.answered_s else None
+        if access_log is not None and access_log.wants(ending.status, ending.end):
+            access_log.add(self._line(ending, first_byte_s))
         if tracing is not None and self._span is not None:
-            tracing.ended(self._span, exchange, end, self._first_byte_s(exchange))
+            tracing.ended(self._span, ending, first_byte_s)
 
-    def _first_byte_s(self, exchange: Exchange) -> float | None:
-        return exchange.answered_s - self._began_s if exchange.answered_s else None
-
-    def _line(self, exchange: Exchange, end: str) -> Line:
-        first_byte_s = self._first_byte_s(exchange)
+    def _line(self, ending: RequestEnd, first_byte_s: float | None) -> Line:
+        request = self._request
         return Line(
             time=datetime.fromtimestamp(self._time_s, UTC).isoformat(timespec="milliseconds"),
-            request_id=exchange.request_id,
-            client=exchange.peer,
-            method=exchange.method,
-            path=exchange.target[:PATH_MAX_CHARS],
-            status=exchange.status,
-            end=end,
+            request_id=request.request_id,
+            client=request.peer,
+            method=request.method,
+            path=request.target[:PATH_MAX_CHARS],
+            status=ending.status,
+            end=ending.end,
             duration_s=round(time.monotonic() - self._began_s, 6),
-            request_bytes=exchange.request_bytes,
-            answer_bytes=exchange.answer_bytes,
+            request_bytes=ending.request_bytes,
+            answer_bytes=ending.response_bytes,
             first_byte_s=None if first_byte_s is None else round(first_byte_s, 6),
-            model=exchange.model_name,
-            endpoint=exchange.endpoint_name,
-            retries=exchange.retry_count,
+            model=ending.model,
+            endpoint=ending.endpoint,
+            retries=ending.retry_count,
         )

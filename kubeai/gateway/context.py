@@ -1,8 +1,8 @@
-"""The data plane: how one worker process handles requests.
+"""What the requests of one worker process share.
 
-:class:`Gateway` is the state that the parts of a worker share: the routing table, the config, the
-callback that demands a replica of a model, and the counts of held requests and spooled bytes. The
-worker creates one; connection.py, exchange.py and pages.py use it.
+:class:`Context` has the routing table, the config, the observers, the callback that demands a
+replica of a model, and the counts of held requests and spooled bytes. The worker creates one;
+server.py, proxy.py, local_routes.py and uploads use it.
 """
 
 from __future__ import annotations
@@ -12,40 +12,46 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway.retries import Retries, RetryBudget
+from kubeai.openai import request as openai
 
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
-    from kubeai.gateway.relay._relay import Relay
+    from kubeai.gateway.access_log import Observers
+    from kubeai.gateway.endpoint_pool import LocalRoutesPool
     from kubeai.routing.table import RoutedModel, RoutingTable
 
+# The request targets that the fast path serves.
+JSON_ROUTES = {
+    path.encode(): JsonRoute(kind, kind.value.encode(), openai.SHAPES[kind])
+    for path, kind in openai.route_table.items()
+    if kind.is_json
+}
 
-class Gateway:
-    """The shared state of one worker; see the module."""
+
+class Context(FastPathContext):
+    """See the module. ``routes`` and ``local_routes`` are set before the first request."""
+
+    routes: RoutingTable
+    local_routes: LocalRoutesPool  # serves what is not proxied
 
     def __init__(
-        self, table: RoutingTable, config: GatewayConfig, demand: Callable[[str], None]
+        self,
+        config: GatewayConfig,
+        demand: Callable[[str], None],
+        observers: Observers | None = None,
     ) -> None:
-        """``demand``: tells the supervisor that a request is held for a model."""
-        self.table = table
+        """``demand``: notifies the supervisor that a request is held for a model."""
         self.config = config
         self.demand = demand
+        self.observers = observers
+        self.json_routes = JSON_ROUTES
         self.ready = False  # the first routing table has arrived
         self.draining = False
-        self.relay: Relay | None = None
         self._held: dict[str, int] = {}
         self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
         self.spooled_bytes = 0  # of multipart forms that are being received or sent
-
-    @property
-    def connections(self) -> int:
-        """The number of open downstream connections."""
-        return 0 if self.relay is None else self.relay.connections
-
-    @property
-    def exchanges(self) -> int:
-        """The number of requests whose head has been read and whose response is not complete."""
-        return 0 if self.relay is None else self.relay.exchanges
 
     def hold(self, model: str) -> bool:
         """Count a request as held for a model; False if the limit is reached.
@@ -76,7 +82,7 @@ class Gateway:
         config = self.config
         budget = self._budgets.get(routed)
         if budget is None:
-            min_count = config.retry_budget_min / self.table.workers
+            min_count = config.retry_budget_min / self.routes.workers
             budget = RetryBudget(config.retry_budget_percent, min_count)
             self._budgets[routed] = budget
 

@@ -1,9 +1,9 @@
-"""Connection pools: open a connection if none is idle. ``_relay.Connections`` keeps idle ones.
+"""Connection pools: open a connection if none is idle. ``ConnectionPool`` keeps idle ones.
 
-An endpoint's :class:`Pool` is the target of its Reservations. The worker's aiohttp application is
-another upstream (:class:`PagesPool`). Idle connections are reused last in, first out, so that
-surplus ones stay idle. The relay's timer closes them after ``idle_timeout_s``, before an engine
-would. Called by the relay and the exchange.
+An endpoint's :class:`EndpointPool` is the target of its Reservations. The worker's aiohttp
+application is another upstream (:class:`LocalRoutesPool`). Idle connections are reused last in,
+first out, so that surplus ones stay idle. The relay's timer closes them after ``idle_timeout_s``,
+before an engine would. Called by the relay and the exchange.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kubeai.gateway.health import Health
-from kubeai.gateway.relay._relay import LOST, STATUS, Connections, Upstream
+from kubeai.gateway.relay._exchange import LOST, STATUS
+from kubeai.gateway.relay._pool import ConnectionPool
+from kubeai.gateway.relay._upstream import Upstream
 from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
-    from kubeai.gateway.relay._relay import Exchange, Relay
+    from kubeai.gateway.relay._exchange import Exchange, Relay
     from kubeai.routing.table import Endpoint, RoutedModel
 
 log = get_logger(__name__)
@@ -31,7 +33,7 @@ log = get_logger(__name__)
 LOST_TOGETHER_S = 1.0
 
 
-class _Pool(Connections):
+class _DialingPool(ConnectionPool):
     """Opens a new connection in a task. Subclasses implement ``_dial``."""
 
     _connect_timeout_s: float
@@ -59,7 +61,7 @@ class _Pool(Connections):
         raise NotImplementedError
 
 
-class Pool(_Pool):
+class EndpointPool(_DialingPool):
     """The connections to one endpoint, and its health."""
 
     def __init__(
@@ -100,7 +102,7 @@ class Pool(_Pool):
     def failed(self, failure: int) -> None:
         if failure == LOST:
             self._losses_s = (self._losses_s[1], time.monotonic())
-        probe, self.trial = self.trial, False
+        probe, self.probing = self.probing, False
         for_s = self._health.failed(unreachable=failure != STATUS, probe=probe)
         if for_s is not None:
             log.warning(
@@ -182,8 +184,8 @@ class Pool(_Pool):
         return True
 
 
-class PagesPool(_Pool):
-    """Connections to the worker's own aiohttp application (pages.py).
+class LocalRoutesPool(_DialingPool):
+    """Connections to the worker's own aiohttp application (local_routes.py).
 
     Each connection is a socket pair, so that there is no address that another process could connect
     to. ``serve`` creates the application's protocol for one connection. There are no response

@@ -7,7 +7,7 @@ a model is ejected, skipping them gains nothing, and picks go to all of them (pa
 responds.
 
 An endpoint is *trusted* while it is expected to respond, *down* while it keeps failing, and
-*proven* by a response that began after a given time; attempts.py chooses endpoints by these. An
+*proven* by a response that began after a given time; retries.py chooses endpoints by these. An
 endpoint's pool owns its Health, which holds no connections and takes the time from a clock.
 """
 

@@ -1,7 +1,7 @@
 """Holds requests that no endpoint can serve yet.
 
 :func:`hold` waits for an endpoint. :func:`advice` returns headers that tell a client whether and
-when to retry. Called by exchange.py, transcriptions.py and pages.py.
+when to retry. Called by proxy.py, uploads and local_routes.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from kubeai.gateway.relay._relay import RETRY_AFTER_S
+from kubeai.gateway.relay._exchange import RETRY_AFTER_S
 from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import RateLimit, get_logger
 from kubeai.openai.request import BadRequest, model_not_found
@@ -18,7 +18,7 @@ from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
     from kubeai._load import Admission, Reservation
-    from kubeai.gateway.context import Gateway
+    from kubeai.gateway.context import Context
     from kubeai.openai import _body_scan as _ask
     from kubeai.openai.request import Ask
     from kubeai.routing.table import Block, RoutedModel
@@ -42,7 +42,7 @@ def advice(error: BadRequest) -> dict[str, str]:
 
 
 async def hold(
-    gateway: Gateway,
+    context: Context,
     routed: RoutedModel,
     ask: Ask | _ask.Ask,
     key: int | None,
@@ -57,7 +57,7 @@ async def hold(
     block = routed.block(ask.adapter)
     if block is not None and block.fails_at_s <= loop.time():
         raise _blocked(ask, block)
-    if not gateway.hold(ask.name):
+    if not context.hold(ask.name):
         log.warning("too many held requests", model=ask.name)
         raise BadRequest(
             f"Too many requests are waiting for the model {ask.model!r}.",
@@ -65,8 +65,8 @@ async def hold(
             code="overloaded",
         )
     admission.hold()
-    gateway.demand(ask.name)
-    deadline_s = loop.time() + gateway.config.hold_timeout_s
+    context.demand(ask.name)
+    deadline_s = loop.time() + context.config.hold_timeout_s
     try:
         while True:
             await routed.wait(ask.adapter, max(0.0, deadline_s - loop.time()))
@@ -84,7 +84,7 @@ async def hold(
         raise model_not_found(ask.model) from None
     finally:
         admission.unhold()
-        gateway.unhold(ask.name)
+        context.unhold(ask.name)
 
 
 def _blocked(ask: Ask | _ask.Ask, block: Block) -> BadRequest:

@@ -14,9 +14,9 @@ from urllib.parse import unquote
 import msgspec
 
 from kubeai.errors import QUOTED_MAX_CHARS
-from kubeai.gateway.context import Gateway
+from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice
-from kubeai.gateway.uploads.transcriptions import GATEWAY, client, selection, transcribe
+from kubeai.gateway.uploads.transcriptions import CONTEXT, client, selection, transcribe
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.openai.errors import error_answer
@@ -35,27 +35,27 @@ log = get_logger(__name__)
 DEFAULT_FEATURE = "TextGeneration"
 
 
-def make_runner(gateway: Gateway) -> web.AppRunner:
+def make_runner(context: Context) -> web.AppRunner:
     """A runner for the application; ``runner.server`` creates a connection's protocol.
 
     A client disconnect cancels the handler. The limits on the head match the relay's, so that every
     head that the relay accepted is accepted here.
     """
     return web.AppRunner(
-        make_app(gateway),
+        make_app(context),
         access_log=None,
         handler_cancellation=True,
         shutdown_timeout=1.0,  # the worker has drained by then
         auto_decompress=False,
-        max_line_size=gateway.config.head_max_bytes,
-        max_field_size=gateway.config.head_max_bytes,
-        max_headers=gateway.config.head_max_count + 10,  # plus those that the relay adds
+        max_line_size=context.config.head_max_bytes,
+        max_field_size=context.config.head_max_bytes,
+        max_headers=context.config.head_max_count + 10,  # plus those that the relay adds
     )
 
 
-def make_app(gateway: Gateway) -> web.Application:
+def make_app(context: Context) -> web.Application:
     app = web.Application(middlewares=[_errors])
-    app[GATEWAY] = gateway
+    app[CONTEXT] = context
     app.cleanup_ctx.append(client)
     app.on_response_prepare.append(_unsigned)
     app.router.add_route("*", "/{path:.*}", _dispatch)
@@ -132,10 +132,10 @@ def _not_allowed(request: web.Request, methods: tuple[str, ...]) -> web.Response
 
 def _health(request: web.Request) -> web.Response:
     """``/healthz``: this worker's event loop runs. ``/readyz``: it accepts new requests."""
-    gateway = request.app[GATEWAY]
-    if request.path == "/healthz" or (gateway.ready and not gateway.draining):
+    context = request.app[CONTEXT]
+    if request.path == "/healthz" or (context.ready and not context.draining):
         return web.Response(text="ok\n")
-    return web.Response(status=503, text="draining\n" if gateway.draining else "not ready\n")
+    return web.Response(status=503, text="draining\n" if context.draining else "not ready\n")
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -155,12 +155,12 @@ class _List(msgspec.Struct):
 
 
 def _models(request: web.Request, target: Target) -> web.Response:
-    gateway = request.app[GATEWAY]
+    context = request.app[CONTEXT]
     if target.model_id is not None:
         return _json(msgspec.json.encode(_one_model(request, target.model_id)))
     features = set(request.query.getall("feature", [DEFAULT_FEATURE]))
     selected = selection(request)
-    routes = (model.route for model in gateway.table)
+    routes = (model.route for model in context.routes)
     items = [
         item
         for route in sorted(routes, key=lambda route: route.model)
@@ -172,7 +172,7 @@ def _models(request: web.Request, target: Target) -> web.Response:
 
 def _one_model(request: web.Request, encoded_id: str) -> _Item:
     model_id = unquote(encoded_id)
-    found = request.app[GATEWAY].table.find(split_model(model_id)[0])
+    found = request.app[CONTEXT].routes.find(split_model(model_id)[0])
     if found is not None and selection(request)(found.route):
         for item in _items(found.route):
             if item.id == model_id:

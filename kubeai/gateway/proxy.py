@@ -1,15 +1,15 @@
 """One request, from its head to the end of its response: admit → wait → pick → attempt.
 
-The relay calls :class:`Exchange` at each step. An inference POST is read completely, counted for
+The relay calls :class:`Proxy` at each step. An inference POST is read completely, counted for
 its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
-can serve yet is held. All other requests are streamed to the worker's local routes (pages.py). Only
-waits and large bodies need a task; large bodies are parsed in a thread so that they do not block
-the event loop.
+can serve yet is held. All other requests are streamed to the worker's local routes
+(local_routes.py). Only waits and large bodies need a task; large bodies are parsed in a thread so
+that they do not block the event loop.
 
-attempts.py decides which attempts are retried and where, holding.py how long a request waits. The
+retries.py decides which attempts are retried and where, holding.py how long a request waits. The
 Reservation of a failed attempt is released before the next pick.
 
-The fast path, which nearly every request takes, is compiled (_straight.pyx). It also releases the
+The fast path, which nearly every request takes, is compiled (_fast_path.pyx). It also releases the
 Admission and the Reservation exactly once in all cases. This module handles everything else.
 """
 
@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from kubeai.gateway._fast_path import Plan, Straight
-from kubeai.gateway.endpoint_pool import Pool
+from kubeai.gateway._fast_path import FastPath
+from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.holding import advice, hold
-from kubeai.gateway.relay import _relay
+from kubeai.gateway.observation import RequestEnd, RequestStart
+from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
 from kubeai.logs import RateLimit, get_logger
 from kubeai.openai import request as openai
@@ -35,7 +36,6 @@ from kubeai.openai.request import BadRequest, Kind
 if TYPE_CHECKING:
     from kubeai._load import Reservation
     from kubeai.gateway.access_log import Observation, Observers
-    from kubeai.gateway.server import Front
     from kubeai.openai import _body_scan as _ask
     from kubeai.openai.request import Ask
     from kubeai.routing.table import RoutedModel
@@ -45,28 +45,20 @@ log = get_logger(__name__)
 _PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 # Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
 _moves = RateLimit(burst_max=500, per_s=20)
-# The request targets that the fast path serves; the owner of the exchanges has them.
-PLANS = {
-    path.encode(): Plan(kind, _PATHS[kind], openai.SHAPES[kind])
-    for path, kind in openai.route_table.items()
-    if kind.is_json
-}
 # Two threads for large bodies, so that a slow one does not block all others. Started on demand.
 _readers = ThreadPoolExecutor(2, "bodies")
 _FAILURES = {
-    _relay.CONNECT: "cannot connect",
-    _relay.LOST: "connection lost",
-    _relay.INVALID: "invalid HTTP response",
-    _relay.TIMEOUT: "response timeout",
+    CONNECT: "cannot connect",
+    LOST: "connection lost",
+    INVALID: "invalid HTTP response",
+    TIMEOUT: "response timeout",
 }
 
 
-class Exchange(Straight):
+class Proxy(FastPath):
     """See the module; the relay creates one for each request."""
 
     __slots__ = ()
-
-    owner: Front
 
     # -- called by the relay -----------------------------------------------------------------------
 
@@ -79,9 +71,9 @@ class Exchange(Straight):
             return
         if kind is None or path is None or target.status != 200:
             self.stream(
-                self.owner.pages,
+                self.context.local_routes,
                 _origin_form(self.target),
-                self.owner.config.multipart_max_bytes,
+                self.context.config.multipart_max_bytes,
             )
             return
         codings = [value.decode("latin-1") for value in self.headers(b"content-encoding")]
@@ -92,7 +84,7 @@ class Exchange(Straight):
             self.drop_header(b"content-encoding")  # "identity", which some engines do not know
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
-        self.collect(self.owner.config.body_max_bytes)
+        self.collect(self.context.config.body_max_bytes)
 
     def on_body(self) -> None:
         if len(self.body) > openai.LARGE_BYTES:
@@ -112,15 +104,15 @@ class Exchange(Straight):
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
         assert reservation is not None, "an attempt has a reservation"
-        self._lost = failure == _relay.LOST
-        if failure == _relay.TIMEOUT:
+        self._lost = failure == LOST
+        if failure == TIMEOUT:
             status = TIMED_OUT
         return self._attempts.wants(status, reservation.name, self._routed, self._ask.adapter)
 
     def retry(self) -> None:
         reservation = self._end_attempt("attempt failed, retrying")
         if self._lost:
-            alone = cast(Pool, reservation.target).lost_one_alone
+            alone = cast(EndpointPool, reservation.target).lost_one_alone
             self._wait(partial(self._try_after_loss, reservation, alone))
         else:
             self._try_elsewhere()
@@ -137,7 +129,7 @@ class Exchange(Straight):
     @property
     def _attempts(self) -> Retries:
         if self._retries is None:
-            self._retries = self.owner.gateway.retries(self._routed)
+            self._retries = self.context.retries(self._routed)
         return self._retries
 
     def _end_attempt(self, event: str) -> Reservation:
@@ -171,7 +163,7 @@ class Exchange(Straight):
             return
         endpoint = self._reservation.name
         log.warning("request failed", model=self._ask.name, endpoint=endpoint, reason=reason)
-        if failure == _relay.TIMEOUT:
+        if failure == TIMEOUT:
             self._say(504, f"The model {self._ask.model!r} did not respond in time.", "timeout")
         else:
             self._say(
@@ -201,7 +193,7 @@ class Exchange(Straight):
 
     def _find(self, ask: Ask | _ask.Ask) -> RoutedModel:
         """The requested model, if it matches the request's label selectors."""
-        routed = self.owner.gateway.table.find(ask.name)
+        routed = self.context.routes.find(ask.name)
         if routed is None or (ask.adapter is not None and ask.adapter not in routed.route.adapters):
             raise openai.model_not_found(ask.model)
         for selector in self.headers(b"x-label-selector"):
@@ -230,25 +222,35 @@ class Exchange(Straight):
     # -- observers ---------------------------------------------------------------------------------
 
     def observe(self, observers: Observers) -> None:
-        self._observed = observers.began(self)
+        start = RequestStart(
+            request_id=self.request_id,
+            peer=self.peer,
+            method=self.method,
+            target=self.target,
+            is_inference=self._kind is not None,
+            trace_headers={
+                name: values[0].decode("latin-1")
+                for name in ("traceparent", "tracestate")
+                if (values := self.headers(name.encode()))
+            },
+        )
+        self._observed = observation = observers.began(start)
+        for name, value in observation.upstream_headers.items():
+            self.set_header(name.encode(), value.encode("latin-1"))
 
     def observed(self) -> None:
-        cast("Observation", self._observed).ended(self)
-
-    @property
-    def is_inference(self) -> bool:
-        """Whether the path is in the route table. Other paths have unbounded cardinality."""
-        return self._kind is not None
-
-    @property
-    def model_name(self) -> str | None:
-        """The requested model, once it is known to exist."""
-        return None if self._admission is None else self._ask.model
-
-    @property
-    def endpoint_name(self) -> str | None:
-        """The endpoint of the last attempt."""
-        return None if self._reservation is None else self._reservation.name
+        end = RequestEnd(
+            status=self.status,
+            end="broken" if self.broken else "whole" if self.whole else "left",
+            answered_s=self.answered_s,
+            request_bytes=self.request_bytes,
+            response_bytes=self.answer_bytes,
+            # Names that clients make up are not recorded.
+            model=None if self._admission is None else self._ask.model,
+            endpoint=None if self._reservation is None else self._reservation.name,
+            retry_count=self.retry_count,
+        )
+        cast("Observation", self._observed).ended(end)
 
     @property
     def retry_count(self) -> int:
@@ -284,7 +286,7 @@ class Exchange(Straight):
 
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
-        return await hold(self.owner.gateway, self._routed, self._ask, self._key, self._admission)
+        return await hold(self.context, self._routed, self._ask, self._key, self._admission)
 
     # -- the gateway's own responses ---------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 :class:`Retries` decides whether a failed attempt is retried, on which endpoint, and after what
 back-off; it holds no connections. :class:`RetryBudget` limits the retries of all of a model's
 requests in a worker. :func:`check_loss` determines whether a request crashed its engine. Used by
-exchange.py and transcriptions.py; holding.py waits for an endpoint when there is none.
+proxy.py and uploads; holding.py waits for an endpoint when there is none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kubeai.openai.request import BadRequest
 
 if TYPE_CHECKING:
     from kubeai._load import Reservation
-    from kubeai.gateway.endpoint_pool import Pool
+    from kubeai.gateway.endpoint_pool import EndpointPool
     from kubeai.routing.table import RoutedModel, Upstream
 
 log = get_logger(__name__)
@@ -289,7 +289,7 @@ async def check_loss(retries: Retries, routed: RoutedModel, lost: Reservation, a
     if lost.name in routed.route.draining:
         return
     gone = not routed.serves(lost.name)
-    if not gone and await cast("Pool", lost.target).listens():
+    if not gone and await cast("EndpointPool", lost.target).listens():
         return
     if retries.killed(alone and not gone):
         log.error("request crashed its engine", model=routed.route.model, endpoint=lost.name)

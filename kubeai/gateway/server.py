@@ -1,7 +1,7 @@
 """A worker's server: accepts connections and drains them.
 
-:class:`Front` owns the relay with the config's limits, the connections to the local routes
-(pages.py), and draining: the worker becomes unready at once, serves new requests with
+:class:`Server` owns the relay with the config's limits, the connections to the local routes
+(local_routes.py), and draining: the worker becomes unready at once, serves new requests with
 ``Connection: close`` for a while, then closes the listener and gives open requests time to finish.
 The worker creates one.
 """
@@ -13,19 +13,16 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
 
-from kubeai.api.config.system import GatewayConfig
-from kubeai.gateway.context import Gateway
-from kubeai.gateway.endpoint_pool import PagesPool, Pool
-from kubeai.gateway.proxy import PLANS, Exchange
-from kubeai.gateway.relay._relay import Relay
+from kubeai.gateway.context import Context
+from kubeai.gateway.endpoint_pool import EndpointPool, LocalRoutesPool
+from kubeai.gateway.proxy import Proxy
+from kubeai.gateway.relay._downstream import Downstream
+from kubeai.gateway.relay._exchange import Relay
 from kubeai.logs import get_logger
 from kubeai.openai.errors import relay_error
 from kubeai.routing.table import Endpoint, RoutedModel
-
-if TYPE_CHECKING:
-    from kubeai.gateway.access_log import Observers
 
 log = get_logger(__name__)
 
@@ -42,25 +39,19 @@ def connections_possible() -> int:
     return max(1, (limit - RESERVED_DESCRIPTORS) // 2)
 
 
-class Front:
-    """One worker's listener, connections and drain; the ``owner`` of its exchanges.
+class Server:
+    """One worker's listener, connections and drain.
 
-    Created before the routing table, which gets its endpoints' pools from :meth:`pool`. Starts
-    accepting connections with :meth:`serve`.
+    Created before the routing table, whose endpoints get their connection pools from
+    :meth:`endpoint_pool`. Starts accepting connections with :meth:`serve`.
     """
 
-    gateway: Gateway
-    pages: PagesPool
-
-    def __init__(
-        self, config: GatewayConfig, observers: Observers | None = None, *, tick_s: float = 0.25
-    ) -> None:
-        self.config = config
-        self.plans = PLANS
-        self.observers = observers
+    def __init__(self, context: Context, *, tick_s: float = 0.25) -> None:
+        config = context.config
+        self._context = context
         self.relay = Relay(
-            self,
-            Exchange,
+            context,
+            Proxy,
             relay_error,
             head_max_bytes=config.head_max_bytes,
             head_max_count=config.head_max_count,
@@ -74,34 +65,33 @@ class Front:
         )
         self._tick_s = tick_s
         self._server: asyncio.Server | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._ejection_timer: asyncio.TimerHandle | None = None
 
-    def pool(self, routed: RoutedModel, endpoint: Endpoint) -> Pool:
-        """Create the upstream that the routing table keeps for an endpoint."""
-        return Pool(self.relay, routed, endpoint, self.config)
+    def endpoint_pool(self, routed: RoutedModel, endpoint: Endpoint) -> EndpointPool:
+        """Create the connection pool that the routing table keeps for an endpoint."""
+        return EndpointPool(self.relay, routed, endpoint, self._context.config)
 
     async def serve(
-        self, gateway: Gateway, pages: Callable[[], asyncio.BaseProtocol], sock: socket.socket
+        self, local_routes: Callable[[], asyncio.BaseProtocol], sock: socket.socket
     ) -> None:
-        """Accept on a listening socket. ``pages``: the aiohttp application's protocol factory."""
+        """Accept on a listening socket. ``local_routes``: creates the protocol of a connection to
+        the aiohttp application."""
         loop = asyncio.get_running_loop()
-        self.gateway = gateway
-        self.pages = PagesPool(self.relay, pages)
-        gateway.relay = self.relay
+        self._context.local_routes = LocalRoutesPool(self.relay, local_routes)
         self.relay.start(loop)
         self._server = await loop.create_server(
-            self.relay.downstream, sock=sock, backlog=LISTEN_BACKLOG
+            partial(Downstream, self.relay), sock=sock, backlog=LISTEN_BACKLOG
         )
-        self._watch_ejections()
+        self._move_off_ejected()
 
-    def _watch_ejections(self) -> None:
+    def _move_off_ejected(self) -> None:
         loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(self._tick_s, self._watch_ejections)
-        self.gateway.table.move_off_ejected()
+        self._ejection_timer = loop.call_later(self._tick_s, self._move_off_ejected)
+        self._context.routes.move_off_ejected()
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
         """Drain as described in the module, for at most ``accept_s`` plus ``timeout_s``."""
-        self.gateway.draining = True
+        self._context.draining = True
         self.relay.draining = True
         log.info("draining", exchanges=self.relay.exchanges, connections=self.relay.connections)
         await asyncio.sleep(accept_s)
@@ -117,11 +107,11 @@ class Front:
 
     def close(self) -> None:
         """Close all connections, including those with open requests."""
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._ejection_timer is not None:
+            self._ejection_timer.cancel()
         if self._server is not None:
             self._server.close()
-        self.pages.close()
+        self._context.local_routes.close()
         self.relay.stop()
-        if self.observers is not None:
-            self.observers.close()
+        if self._context.observers is not None:
+            self._context.observers.close()

@@ -5,7 +5,7 @@ Enabled by OpenTelemetry's environment variables: ``OTEL_EXPORTER_OTLP_ENDPOINT`
 defines them. ``OTEL_SDK_DISABLED`` and ``OTEL_TRACES_EXPORTER=none`` disable it. The request's
 ``traceparent`` becomes the parent of its span, and the engine receives the span's instead. Without
 tracing it is forwarded unchanged. A thread of the SDK exports spans over HTTP, from a queue that
-drops spans when it is full. Called by observers.py, and by the supervisor when it starts.
+drops spans when it is full. Called by access_log.py, and by the supervisor when it starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
-    from kubeai.gateway.proxy import Exchange
+    from kubeai.gateway.observation import RequestEnd, RequestStart
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SERVICE_NAME = "kubeai"
@@ -86,46 +86,42 @@ class Tracing:
         self._error = Status(StatusCode.ERROR)
         self._in_context = set_span_in_context
 
-    def began(self, exchange: Exchange) -> Span:
-        """Start a request's span as a child of the client's, and make it the engine's parent."""
-        came = {
-            name: values[0].decode("latin-1")
-            for name in ("traceparent", "tracestate")
-            if (values := exchange.headers(name.encode()))
-        }
-        path = exchange.target.partition("?")[0]
+    def began(self, request: RequestStart) -> tuple[Span, dict[str, str]]:
+        """Start a request's span as a child of the client's.
+
+        Also returns the headers that make it the parent of the engine's span.
+        """
+        path = request.target.partition("?")[0]
         span = self._tracer.start_span(
-            f"{exchange.method} {path}" if exchange.is_inference else exchange.method,
-            context=self._context.extract(came),
+            f"{request.method} {path}" if request.is_inference else request.method,
+            context=self._context.extract(request.trace_headers),
             kind=self._server,
             attributes={
-                "http.request.method": exchange.method,
+                "http.request.method": request.method,
                 "url.path": path,
-                "client.address": exchange.peer,
-                "kubeai.request_id": exchange.request_id,
+                "client.address": request.peer,
+                "kubeai.request_id": request.request_id,
             },
         )
         sent: dict[str, str] = {}
         self._context.inject(sent, self._in_context(span))
-        for name, value in sent.items():
-            exchange.set_header(name.encode(), value.encode("latin-1"))
-        return span
+        return span, sent
 
-    def ended(self, span: Span, exchange: Exchange, end: str, first_byte_s: float | None) -> None:
-        """Set the outcome and end the span. ``end``: whole, left or broken."""
+    def ended(self, span: Span, request: RequestEnd, first_byte_s: float | None) -> None:
+        """Set the attributes of the response and end the span."""
         if span.is_recording():
-            if exchange.status:
-                span.set_attribute("http.response.status_code", exchange.status)
-            if exchange.model_name is not None:
-                span.set_attribute("gen_ai.request.model", exchange.model_name)
-            if exchange.endpoint_name is not None:
-                span.set_attribute("kubeai.endpoint", exchange.endpoint_name)
-            if exchange.retry_count:
-                span.set_attribute("http.request.resend_count", exchange.retry_count)
+            if request.status:
+                span.set_attribute("http.response.status_code", request.status)
+            if request.model is not None:
+                span.set_attribute("gen_ai.request.model", request.model)
+            if request.endpoint is not None:
+                span.set_attribute("kubeai.endpoint", request.endpoint)
+            if request.retry_count:
+                span.set_attribute("http.request.resend_count", request.retry_count)
             if first_byte_s is not None:
                 span.set_attribute("kubeai.first_byte_s", first_byte_s)
-            span.set_attribute("kubeai.end", end)
-            if exchange.status >= 500 or end == "broken":
+            span.set_attribute("kubeai.end", request.end)
+            if request.status >= 500 or request.end == "broken":
                 span.set_status(self._error)
         span.end()
 

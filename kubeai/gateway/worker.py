@@ -25,9 +25,9 @@ import uvloop
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import make_observers
-from kubeai.gateway.context import Gateway
+from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
-from kubeai.gateway.server import Front
+from kubeai.gateway.server import Server
 from kubeai.http import web
 from kubeai.logs import get_logger, setup_logging
 from kubeai.routing import channel as hinge
@@ -57,9 +57,11 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._table = LoadTable.attach(settings.table_fd, settings.column)
-        self._front = Front(settings.gateway, make_observers(settings.gateway))
-        self._routes = RoutingTable(self._table, self._front.pool)
-        self._gateway = Gateway(self._routes, settings.gateway, self._demand)
+        observers = make_observers(settings.gateway)
+        self._context = Context(settings.gateway, self._demand, observers)
+        self._server = Server(self._context)
+        self._routes = RoutingTable(self._table, self._server.endpoint_pool)
+        self._context.routes = self._routes
         self._channel = hinge.Channel(hinge.Down, self._received, self._hinge_ended)
         self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[hinge.Drain] = asyncio.get_running_loop().create_future()
@@ -76,12 +78,12 @@ class Worker:
         started.cancel()
         if self._stopped.done():
             return
-        runner = make_runner(self._gateway)
+        runner = make_runner(self._context)
         await runner.setup()
         try:
             await self._serve(runner)
         finally:
-            self._front.close()
+            self._server.close()
             self._routes.close()
             await runner.cleanup()
             self._channel.close()
@@ -90,14 +92,14 @@ class Worker:
         assert runner.server is not None, "set up"
         listener = socket.socket(fileno=self._settings.listen_fd)
         listener.setblocking(False)
-        await self._front.serve(self._gateway, runner.server, listener)
-        self._gateway.ready = True
+        await self._server.serve(runner.server, listener)
+        self._context.ready = True
         self._channel.send(hinge.Ready(os.getpid()))
         # Objects created at start-up live as long as the process, so exclude them from collections.
         gc.collect()
         gc.freeze()
         drain = await self._stopped
-        await self._front.drain(drain.accept_s, drain.timeout_s)
+        await self._server.drain(drain.accept_s, drain.timeout_s)
 
     def _demand(self, model: str) -> None:
         self._channel.send(hinge.Demand(model))

@@ -16,9 +16,9 @@ from operators import CONFIG, until
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
-from kubeai.gateway.context import Gateway
+from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
-from kubeai.gateway.server import Front
+from kubeai.gateway.server import Server
 from kubeai.kube.client import CONFIGMAPS, MODELS, PODS, ApiError
 from kubeai.routing.table import Publisher, RoutingTable
 
@@ -648,10 +648,12 @@ async def gateway(routes):
     table = LoadTable.create(64, 1)
     publisher = Publisher(table)
     config = GatewayConfig()
-    routing = RoutingTable(LoadTable.attach(table.fd, 0), Front(config).pool)
+    context = Context(config, lambda model: None)
+    routing = RoutingTable(LoadTable.attach(table.fd, 0), Server(context).endpoint_pool)
+    context.routes = routing
     for model, route in routes.items():
         routing.apply(publisher.update(model, route))
-    runner = make_runner(Gateway(routing, config, lambda model: None))
+    runner = make_runner(context)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()

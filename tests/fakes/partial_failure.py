@@ -29,7 +29,7 @@ FAILING = ("reset", "503", "500", "hang", "slow")
 
 
 class Upstream:
-    """What a worker knows of an endpoint: see ``_relay.Connections``, whose rules these are."""
+    """What a worker knows of an endpoint: see ``ConnectionPool``, whose rules these are."""
 
     def __init__(self, cluster: Cluster, routed: RoutedModel, endpoint: Endpoint) -> None:
         self._clock = cluster.clock
@@ -171,7 +171,7 @@ class Cluster:
                 await asyncio.sleep(1 / per_s)
         return report
 
-    # -- one request: as gateway/exchange.py ------------------------------------------------------
+    # -- one request: as gateway/proxy.py ---------------------------------------------------------
 
     async def _request(self, report: Report) -> None:
         worker = self._random.randrange(WORKERS)

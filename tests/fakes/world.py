@@ -1,4 +1,4 @@
-"""A worker's data plane in one process: load table, routing table, front, and scripted engines."""
+"""A worker's data plane in one process: load table, routing table, server, and scripted engines."""
 
 import asyncio
 import socket
@@ -11,8 +11,8 @@ from fakes.wire import Engine, Script, Wire, connect, until
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import Observers
-from kubeai.gateway.context import Gateway
-from kubeai.gateway.server import Front
+from kubeai.gateway.context import Context
+from kubeai.gateway.server import Server
 from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
 
 
@@ -24,30 +24,30 @@ class World:
         cls,
         *,
         app: web.Application | None = None,
-        pages: Callable[[Gateway], web.Application] | None = None,
+        local_routes: Callable[[Context], web.Application] | None = None,
         tick_s: float = 0.01,
         observers: Observers | None = None,
         **config: object,
     ) -> "World":
-        """``app``: stands in for the pages; ``pages`` makes them."""
+        """``app`` replaces the local routes; ``local_routes`` creates them."""
         world = cls()
         world.supervisors = LoadTable.create(64, 1)
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
         world.publisher = Publisher(world.supervisors)
         world.config = GatewayConfig(**config)
-        world.front = Front(world.config, observers, tick_s=tick_s)
-        world.table = RoutingTable(world.loads, world.front.pool)
         world.demanded = []
-        world.gateway = Gateway(world.table, world.config, world.demanded.append)
-        if pages is not None:
-            app = pages(world.gateway)
+        world.context = Context(world.config, world.demanded.append, observers)
+        world.server = Server(world.context, tick_s=tick_s)
+        world.table = world.context.routes = RoutingTable(world.loads, world.server.endpoint_pool)
+        if local_routes is not None:
+            app = local_routes(world.context)
         world.runner = web.AppRunner(
             app or web.Application(), access_log=None, handler_cancellation=True
         )
         await world.runner.setup()
         listener = socket.create_server(("127.0.0.1", 0))
         world.port = listener.getsockname()[1]
-        await world.front.serve(world.gateway, world.runner.server, listener)
+        await world.server.serve(world.runner.server, listener)
         world.engines = {}
         world.routes = {}
         world.wires = []
@@ -98,14 +98,14 @@ class World:
 
     async def at_rest(self) -> None:
         """No request is open and none is counted."""
-        await until(lambda: self.front.relay.exchanges == 0, "no exchange open")
+        await until(lambda: self.server.relay.exchanges == 0, "no exchange open")
         for model in self.publisher.models():
             assert self.active(model) == 0
             assert self.held(model) == 0
             assert self.in_flight(model) == 0
             assert set(self.endpoint_loads(model).values()) <= {0}
             # The place is given back by the task that waited, which ends a turn later.
-            await until(lambda: self.gateway.held(model) == 0)  # noqa: B023 (awaited here)
+            await until(lambda: self.context.held(model) == 0)  # noqa: B023 (awaited here)
 
     def endpoint_loads(self, model: str) -> dict[str, int]:
         rows = self.publisher.endpoint_rows(model)
@@ -115,12 +115,12 @@ class World:
         for wire in self.wires:
             wire.close()
         await self.at_rest()
-        self.front.close()
+        self.server.close()
         self.table.close()
         await self.runner.cleanup()
         for engine in self.engines.values():
             await engine.stop()
-        relay = self.front.relay
+        relay = self.server.relay
         await until(lambda: not relay.downstreams and not relay.upstreams, "no connection left")
         await asyncio.sleep(0)
         self.loads.close()

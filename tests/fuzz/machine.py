@@ -19,11 +19,10 @@ import h11
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
-from kubeai.gateway import endpoint_pool as pool
-from kubeai.gateway import server as connection
-from kubeai.gateway.context import Gateway
-from kubeai.gateway.proxy import Exchange
-from kubeai.gateway.relay._relay import Downstream
+from kubeai.gateway import endpoint_pool, server
+from kubeai.gateway.context import Context
+from kubeai.gateway.proxy import Proxy
+from kubeai.gateway.relay._downstream import Downstream
 from kubeai.routing.table import Endpoint, Publisher, Route, RoutedModel, RoutingTable
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -130,7 +129,7 @@ class Taken:
     method: str
     target: str
     headers: dict[bytes, list[bytes]]  # of END_TO_END
-    exchange: Exchange
+    exchange: Proxy
 
     @property
     def body(self) -> bytes | None:
@@ -156,14 +155,13 @@ class Machine:
         self._loads = LoadTable.attach(self._supervisors.fd, 0)
         self._publisher = Publisher(self._supervisors)
         config = GatewayConfig(retries=self.retries, head_max_bytes=HEAD_MAX_BYTES)
-        with mock.patch.object(connection, "Exchange", self._watched()):
-            self.front = connection.Front(config, tick_s=60)
-        self.front.relay.start(loop)
-        self._table = RoutingTable(self._loads, self._pool)
-        self._gateway = Gateway(self._table, config, lambda model: None)
-        self.front.gateway = self._gateway
-        self._gateway.relay = self.front.relay
-        self.front.pages = self._dialled(pool.PagesPool)(self.front.relay, lambda: None)
+        self._context = Context(config, lambda model: None)
+        with mock.patch.object(server, "Proxy", self._watched()):
+            self.server = server.Server(self._context, tick_s=60)
+        self.server.relay.start(loop)
+        self._table = self._context.routes = RoutingTable(self._loads, self._pool)
+        local_routes = self._dialled(endpoint_pool.LocalRoutesPool)
+        self._context.local_routes = local_routes(self.server.relay, lambda: None)
         endpoints = tuple(Endpoint(f"pod-{i}", f"10.0.1.{i}:8000", ("x",)) for i in range(2))
         for route in (
             Route("m", "VLLM", strategy="PrefixHash", adapters=("x",), endpoints=endpoints),
@@ -175,7 +173,7 @@ class Machine:
     def _watched(self) -> type:
         taken = self.taken
 
-        class Watched(Exchange):
+        class Watched(Proxy):
             __slots__ = ()
 
             def __init__(self, downstream: Downstream) -> None:
@@ -197,18 +195,19 @@ class Machine:
         return Dialled
 
     def _pool(self, routed: RoutedModel, endpoint: Endpoint) -> object:
-        with mock.patch.object(connection, "Pool", self._dialled(pool.Pool)):
-            return self.front.pool(routed, endpoint)
+        dialled = self._dialled(endpoint_pool.EndpointPool)
+        with mock.patch.object(server, "EndpointPool", dialled):
+            return self.server.endpoint_pool(routed, endpoint)
 
     def client(self) -> End:
-        return End(self.front.relay.downstream(), None)
+        return End(Downstream(self.server.relay), None)
 
     async def turn(self) -> None:
         for _ in range(TURNS):
             await asyncio.sleep(0)
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
-        relay = self.front.relay
+        relay = self.server.relay
         for downstream in list(relay.downstreams):
             downstream.connection_lost(None)
         await self.turn()
@@ -219,10 +218,10 @@ class Machine:
                 for model in ("m", "cold"):
                     row = self._publisher.row(model)
                     assert self._loads.active(row) == self._loads.held(row) == 0
-                    assert self._loads.in_flight(row) == self._gateway.held(model) == 0
+                    assert self._loads.in_flight(row) == self._context.held(model) == 0
                 assert not self.faults, self.faults
         finally:
-            self.front.pages.close()
+            self._context.local_routes.close()
             relay.stop()
             self._table.close()
             await self.turn()

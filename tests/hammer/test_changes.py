@@ -116,7 +116,7 @@ class Changes:
 @pytest.mark.parametrize("seed", range(SEEDS))
 async def test_every_request_ends_and_is_counted_back_while_routes_and_engines_change(seed):
     world = await World.start(
-        pages=make_app,
+        local_routes=make_app,
         eject_time_s=0.1,
         eject_max_time_s=0.5,
         first_byte_timeout_s=0.5,
@@ -129,5 +129,5 @@ async def test_every_request_ends_and_is_counted_back_while_routes_and_engines_c
     await asyncio.gather(changes.change(), *(changes.ask(statuses) for _ in range(CLIENTS)))
     assert statuses[200] > 0
     assert set(statuses) <= {200, 404, 502, 503, 504, "broken"}, "500 is a fault of the gateway"
-    await until(lambda: not world.front.relay.exchanges, "every exchange ends", 10)
+    await until(lambda: not world.server.relay.exchanges, "every exchange ends", 10)
     await world.close()

@@ -9,7 +9,7 @@ forms of a worker together to ``spool_max_bytes``.
 
 ``model`` is removed for FasterWhisper, and replaced by the engine's name of the model for others.
 The content of every other part reaches the engine unchanged, in a form with a new boundary
-(multipart.py says why). The response is streamed. Called by pages.py.
+(multipart.py says why). The response is streamed. Called by local_routes.py.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import IO, cast
 from yarl import URL
 
 from kubeai._load import Admission, Reservation
-from kubeai.gateway.context import Gateway
-from kubeai.gateway.endpoint_pool import Pool
+from kubeai.gateway.context import Context
+from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.holding import hold
-from kubeai.gateway.relay._relay import CONNECT, LOST, TIMEOUT
+from kubeai.gateway.relay._exchange import CONNECT, LOST, TIMEOUT
 from kubeai.gateway.retries import NO_ANSWER, TIMED_OUT, check_loss
 from kubeai.gateway.uploads.multipart import (
     Content,
@@ -59,7 +59,7 @@ READ_BYTES = 256 << 10
 # A body full of almost-delimiters is parsed at 6 MB/s, so the event loop blocks for 5 ms at most.
 PARSED_AT_ONCE_BYTES = 32 << 10
 
-GATEWAY = web.AppKey("gateway", Gateway)
+CONTEXT = web.AppKey("context", Context)
 _SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 _HOP_BY_HOP = frozenset(
@@ -73,7 +73,7 @@ async def client(app: web.Application) -> AsyncIterator[None]:
     """Provide the application's HTTP client while it runs."""
     # One connection per attempt avoids the failure modes of reused connections.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    timeout = aiohttp.ClientTimeout(sock_connect=app[GATEWAY].config.connect_timeout_s, total=None)
+    timeout = aiohttp.ClientTimeout(sock_connect=app[CONTEXT].config.connect_timeout_s, total=None)
     async with aiohttp.ClientSession(
         connector=connector,
         timeout=timeout,
@@ -93,17 +93,17 @@ def selection(request: web.Request) -> Callable[[Route], bool]:
 
 async def transcribe(request: web.Request, target: Target) -> web.StreamResponse:
     """Respond with an engine's response, or raise BadRequest."""
-    gateway = request.app[GATEWAY]
+    context = request.app[CONTEXT]
     if not is_identity(request.headers.getall("Content-Encoding", [])):
         raise compressed_body()
     selected = selection(request)
     types = request.headers.getall("Content-Type", [""])
     if len(types) > 1:
         raise BadRequest("The request has more than one Content-Type.")
-    with Form(boundary_of(types[0]), gateway) as form:
-        await _read_form(request, form, gateway)
+    with Form(boundary_of(types[0]), context) as form:
+        await _read_form(request, form, context)
         ask = named(Kind.TRANSCRIPTIONS, form.model)
-        model = gateway.table.find(ask.name)
+        model = context.routes.find(ask.name)
         if model is None or not selected(model.route):
             raise model_not_found(ask.model)
         if ask.adapter is not None and ask.adapter not in model.route.adapters:
@@ -123,19 +123,19 @@ async def transcribe(request: web.Request, target: Target) -> web.StreamResponse
             admission.close()
 
 
-async def _read_form(request: web.Request, form: Form, gateway: Gateway) -> None:
+async def _read_form(request: web.Request, form: Form, context: Context) -> None:
     """Spool the whole body, with size limits and a timeout between its bytes."""
-    max_bytes = gateway.config.multipart_max_bytes
+    max_bytes = context.config.multipart_max_bytes
     too_long = BadRequest(f"The form is longer than {max_bytes} bytes.", status=413)
     announced_bytes = request.content_length or 0
     if announced_bytes > max_bytes:
         raise too_long
-    if gateway.spooled_bytes + announced_bytes > gateway.config.spool_max_bytes:
+    if context.spooled_bytes + announced_bytes > context.config.spool_max_bytes:
         raise _no_room("gateway.spoolMaxBytes is used up")
     content = request.content
     while not content.at_eof():
         try:
-            async with asyncio.timeout(gateway.config.body_timeout_s):
+            async with asyncio.timeout(context.config.body_timeout_s):
                 data = await content.readany()
         except TimeoutError:
             raise BadRequest("The form did not arrive in time.", status=408) from None
@@ -153,9 +153,9 @@ def _no_room(reason: str) -> BadRequest:
 class Form:
     """A received form: the name of the model, and all other parts, spooled."""
 
-    def __init__(self, boundary: bytes, gateway: Gateway) -> None:
+    def __init__(self, boundary: bytes, context: Context) -> None:
         self.received_bytes = 0
-        self._gateway = gateway  # limits the spool space
+        self._context = context  # limits the spool space
         self._boundary = new_boundary()  # of the form to send
         self._splitter = Splitter(boundary)
         self._model: bytearray | None = None
@@ -170,7 +170,7 @@ class Form:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._gateway.unspool(self.received_bytes)
+        self._context.unspool(self.received_bytes)
         if self._file is not None:
             self._file.close()
 
@@ -187,7 +187,7 @@ class Form:
         return form_type(self._boundary)
 
     async def feed(self, data: bytes) -> None:
-        if not self._gateway.spool(len(data)):
+        if not self._context.spool(len(data)):
             raise _no_room("gateway.spoolMaxBytes is used up")
         self.received_bytes += len(data)
         for at in range(0, len(data), PARSED_AT_ONCE_BYTES):
@@ -300,14 +300,14 @@ class _Attempts:
         admission: Admission,
     ) -> None:
         self._request = request
-        self._gateway = request.app[GATEWAY]
+        self._context = request.app[CONTEXT]
         self._target = target
         self._form = form
         self._ask = ask
         self._model = model
         self._admission = admission
         self._key = model.key(ask)
-        self._retries = self._gateway.retries(model)
+        self._retries = self._context.retries(model)
         self._lost: Reservation | None = None  # the last attempt, if it lost its connection
         self._alone = False
         self._moved_to: Reservation | None = None  # the next attempt, after the endpoint left
@@ -326,7 +326,7 @@ class _Attempts:
                 answer = await self._attempt(reservation)
                 if answer is not None:
                     async with answer:
-                        return await self._relay(answer, cast(Pool, reservation.target))
+                        return await self._relay(answer, cast(EndpointPool, reservation.target))
             finally:
                 reservation.release()
             reservation = await self._next()
@@ -348,18 +348,18 @@ class _Attempts:
         )
 
     async def _hold(self) -> Reservation:
-        return await hold(self._gateway, self._model, self._ask, self._key, self._admission)
+        return await hold(self._context, self._model, self._ask, self._key, self._admission)
 
     async def _attempt(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The response to forward; None to make another attempt."""
         name = reservation.name
-        pool = cast(Pool, reservation.target)
-        pool.trial = pool.trial or reservation.trial
+        pool = cast(EndpointPool, reservation.target)
+        pool.probing = pool.probing or reservation.trial
         pool.failing = pool.failing or reservation.failing
         self._lost = None
         timed_out = False
         try:
-            async with asyncio.timeout(self._gateway.config.first_byte_timeout_s):
+            async with asyncio.timeout(self._context.config.first_byte_timeout_s):
                 answer = await self._post_until_moved(reservation)
             if answer is None:
                 self._count_retry(name, "endpoint does not respond, moving the request")
@@ -395,7 +395,7 @@ class _Attempts:
 
     async def _post_until_moved(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The response; None if the endpoint left before it began and another can be tried."""
-        pool = cast(Pool, reservation.target)
+        pool = cast(EndpointPool, reservation.target)
         posting = asyncio.ensure_future(self._post(pool.host))
         task = asyncio.current_task()
         assert task is not None
@@ -442,7 +442,9 @@ class _Attempts:
             allow_redirects=False,
         )
 
-    async def _relay(self, answer: aiohttp.ClientResponse, pool: Pool) -> web.StreamResponse:
+    async def _relay(
+        self, answer: aiohttp.ClientResponse, pool: EndpointPool
+    ) -> web.StreamResponse:
         """Stream the response. If it breaks off, abort the connection to show that."""
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
         for name, value in _end_to_end(answer.headers.items()):
@@ -450,7 +452,7 @@ class _Attempts:
         await response.prepare(self._request)
         while not answer.content.at_eof():
             try:
-                async with asyncio.timeout(self._gateway.config.between_bytes_timeout_s):
+                async with asyncio.timeout(self._context.config.between_bytes_timeout_s):
                     data = await answer.content.readany()
             except (aiohttp.ClientError, OSError) as error:
                 pool.note_failure(TIMEOUT if isinstance(error, TimeoutError) else LOST)

@@ -23,7 +23,7 @@ async def start():
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**config) -> tuple[World, anthropic.AsyncAnthropic]:
-            world = await World.start(pages=make_app, **config)
+            world = await World.start(local_routes=make_app, **config)
             stack.push_async_callback(world.close)
             client = anthropic.AsyncAnthropic(
                 base_url=f"http://127.0.0.1:{world.port}/openai",
@@ -118,7 +118,7 @@ async def test_a_model_that_cannot_serve_is_an_internal_server_error(
 async def test_an_exception_in_the_gateway_is_an_internal_server_error(start, monkeypatch):
     world, client = await start()
     world.route("m", {})
-    monkeypatch.setattr(world.gateway, "hold", None)
+    monkeypatch.setattr(world.context, "hold", None)
     error = await error_of(client, anthropic.InternalServerError)
     assert (error.status_code, error.type) == (500, "api_error")
 

@@ -11,7 +11,7 @@ from fakes.time import FAKE_TIME
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
-from kubeai.gateway.context import Gateway
+from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice, hold
 from kubeai.openai.request import BadRequest, Kind, named
 from kubeai.routing.table import Block, Endpoint, Publisher, Route, RoutingTable
@@ -37,7 +37,8 @@ class Worker:
         )
         self.demanded = []
         config = GatewayConfig(hold_timeout_s=HOLD_S)
-        self.gateway = Gateway(self.table, config, self.demanded.append)
+        self.context = Context(config, self.demanded.append)
+        self.context.routes = self.table
         self.route()
 
     def route(self, *endpoints, block=None, **values):
@@ -59,7 +60,7 @@ class Worker:
         admission = routed.admit()
         ask = named(Kind.CHAT, model)
         try:
-            reservation = await hold(self.gateway, routed, ask, None, admission)
+            reservation = await hold(self.context, routed, ask, None, admission)
         except BadRequest as error:
             return error, loop.time() - began_s
         finally:
@@ -76,7 +77,7 @@ class Worker:
 async def worker():
     worker = Worker()
     yield worker
-    assert worker.held == worker.gateway.held("m") == 0
+    assert worker.held == worker.context.held("m") == 0
     worker.table.close()
     worker.loads.close()
 

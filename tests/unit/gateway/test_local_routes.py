@@ -14,9 +14,9 @@ from aiohttp import web
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway import retries as attempts
-from kubeai.gateway.context import Gateway
+from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
-from kubeai.gateway.server import Front
+from kubeai.gateway.server import Server
 from kubeai.gateway.uploads import transcriptions
 from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
 
@@ -88,9 +88,11 @@ class Replica:
         self.table = LoadTable.create(64, 1)
         self.publisher = Publisher(self.table)
         config = GatewayConfig(**config)
-        self.routing = RoutingTable(LoadTable.attach(self.table.fd, 0), Front(config).pool)
         self.demands = []
-        self.gateway = Gateway(self.routing, config, self.demands.append)
+        self.context = Context(config, self.demands.append)
+        endpoint_pool = Server(self.context).endpoint_pool
+        self.routing = RoutingTable(LoadTable.attach(self.table.fd, 0), endpoint_pool)
+        self.context.routes = self.routing
 
     def publish(self, model, *addresses, gone=False, **values):
         values.setdefault("engine", "FasterWhisper")
@@ -121,7 +123,7 @@ def replica():
 
 
 async def client_of(stack, replica):
-    address = await stack.enter_async_context(serving(make_runner(replica.gateway)))
+    address = await stack.enter_async_context(serving(make_runner(replica.context)))
     session = aiohttp.ClientSession(f"http://{address}")
     return await stack.enter_async_context(session)
 
@@ -314,9 +316,9 @@ async def test_health_reflects_the_workers_state(replica, client):
         return (await client.get(path)).status
 
     assert (await status("/healthz"), await status("/readyz")) == (200, 503)
-    replica.gateway.ready = True
+    replica.context.ready = True
     assert (await status("/healthz"), await status("/readyz")) == (200, 200)
-    replica.gateway.draining = True
+    replica.context.draining = True
     assert (await status("/healthz"), await status("/readyz")) == (200, 503)
 
 
@@ -535,7 +537,7 @@ async def test_all_forms_of_a_worker_share_the_spool_limit(stack):
     replica.publish("w", address)
     assert (await first).status == 200
     assert (await client.post(TRANSCRIPTIONS, data=form_of(*sound))).status == 200
-    assert replica.gateway.spooled_bytes == 0
+    assert replica.context.spooled_bytes == 0
 
 
 async def test_a_full_disk_is_a_server_error(stack, replica, client, monkeypatch):
@@ -547,7 +549,7 @@ async def test_a_full_disk_is_a_server_error(stack, replica, client, monkeypatch
     form = form_of(("file", b"x" * (3 << 20)), ("model", "w"))
     response = await client.post(TRANSCRIPTIONS, data=form)
     assert (response.status, response.headers["Retry-After"]) == (503, "5")
-    assert replica.gateway.spooled_bytes == 0
+    assert replica.context.spooled_bytes == 0
 
 
 async def test_an_incomplete_form_times_out(stack):
@@ -607,10 +609,10 @@ async def test_a_request_for_a_cold_model_is_held_and_activates_it(stack, replic
     replica.publish("w")
     asking = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*SPEECH)))
     await until(lambda: replica.held() == 1)
-    assert (replica.active(), replica.demands, replica.gateway.held("w")) == (1, ["w"], 1)
+    assert (replica.active(), replica.demands, replica.context.held("w")) == (1, ["w"], 1)
     replica.publish("w", address)
     assert (await asking).status == 200
-    assert (replica.held(), replica.active(), replica.gateway.held("w")) == (0, 0, 0)
+    assert (replica.held(), replica.active(), replica.context.held("w")) == (0, 0, 0)
 
 
 async def test_a_held_request_times_out(stack):
@@ -640,7 +642,7 @@ async def test_a_held_request_is_dropped_when_its_client_disconnects(stack, repl
     asking = asyncio.create_task(client.post(TRANSCRIPTIONS, data=form_of(*SPEECH)))
     await until(lambda: replica.held() == 1)
     asking.cancel()
-    await until(lambda: replica.held() == replica.active() == replica.gateway.held("w") == 0)
+    await until(lambda: replica.held() == replica.active() == replica.context.held("w") == 0)
 
 
 # -- transcriptions: attempts --------------------------------------------------------------------

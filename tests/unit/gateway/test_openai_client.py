@@ -21,7 +21,7 @@ async def start():
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**config) -> tuple[World, openai.AsyncOpenAI]:
-            world = await World.start(pages=make_app, **config)
+            world = await World.start(local_routes=make_app, **config)
             stack.push_async_callback(world.close)
             client = openai.AsyncOpenAI(
                 base_url=f"http://127.0.0.1:{world.port}/openai/v1", api_key="none", max_retries=0

@@ -327,7 +327,7 @@ async def test_a_request_is_in_flight_from_its_last_byte_to_the_end_of_its_respo
     wire = await world.client()
     request = ask()
     await wire.send(request[:-1])
-    await until(lambda: world.front.relay.exchanges == 1)
+    await until(lambda: world.server.relay.exchanges == 1)
     assert (world.active("m"), world.in_flight("m")) == (0, 0)
     await wire.send(request[-1:])
     head = await wire.head()
@@ -1387,10 +1387,10 @@ async def test_draining_serves_new_requests_then_closes_and_finishes_open_ones(s
     await idle.send(ask())
     assert (await idle.answer()).one("connection") is None
     silent = await world.client()
-    await until(lambda: world.front.relay.connections == 4)
+    await until(lambda: world.server.relay.connections == 4)
 
-    drained = asyncio.create_task(world.front.drain(accept_s=1.0, timeout_s=5))
-    await until(lambda: world.gateway.draining)
+    drained = asyncio.create_task(world.server.drain(accept_s=1.0, timeout_s=5))
+    await until(lambda: world.context.draining)
     new = await world.client()
     await new.send(ask())
     answered = await new.answer()
@@ -1422,8 +1422,8 @@ async def test_a_keep_alive_connection_accepts_one_more_request_while_draining(s
     fresh = await world.client()
     await fresh.send(ask())
     assert (await fresh.answer()).one("connection") is None
-    drained = asyncio.create_task(world.front.drain(accept_s=0, timeout_s=5))
-    await until(lambda: world.front.relay.draining)
+    drained = asyncio.create_task(world.server.drain(accept_s=0, timeout_s=5))
+    await until(lambda: world.server.relay.draining)
     while await listens(world):
         pass
     go_on.set()
@@ -1455,8 +1455,8 @@ async def test_draining_times_out(start):
     wire = await world.client()
     await wire.send(ask())
     head = await wire.head()
-    await world.front.drain(accept_s=0, timeout_s=0.05)
-    world.front.close()
+    await world.server.drain(accept_s=0, timeout_s=0.05)
+    world.server.close()
     with pytest.raises(Broken):
         await wire.body(head)
 

@@ -29,7 +29,9 @@ from fakes.world import World
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kubeai.gateway.relay import _relay
+from kubeai.gateway.relay._downstream import Downstream
+from kubeai.gateway.relay._exchange import Exchange, Relay
+from kubeai.gateway.relay._http1 import unchunk
 
 HEAD = b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: h\r\n"
 BODY = b'{"model":"m"}'
@@ -68,8 +70,8 @@ class Running:
         self.engine = engine
 
     @property
-    def relay(self) -> _relay.Relay:
-        return self.world.front.relay
+    def relay(self) -> Relay:
+        return self.world.server.relay
 
     async def client(self, **options: object) -> Wire:
         return await self.world.client(**options)
@@ -1384,9 +1386,7 @@ def test_chunks_end_where_llhttp_ends_them_or_are_rejected(body, piece):
     except httptools.HttpParserError:
         bad = True
     try:
-        data, used, ended = _relay.unchunk(
-            *(body[i : i + piece] for i in range(0, len(body), piece))
-        )
+        data, used, ended = unchunk(*(body[i : i + piece] for i in range(0, len(body), piece)))
     except ValueError:
         return  # stricter than llhttp is fine
     assert not bad
@@ -1399,7 +1399,7 @@ def test_chunks_end_where_llhttp_ends_them_or_are_rejected(body, piece):
 def test_well_formed_chunks_are_accepted(chunks, piece):
     body = b"".join(map(chunk, chunks)) + b"0\r\n\r\n"
     pieces = [body[i : i + piece] for i in range(0, len(body), piece)]
-    assert _relay.unchunk(*pieces, b"next") == (b"".join(chunks), len(body), True)
+    assert unchunk(*pieces, b"next") == (b"".join(chunks), len(body), True)
 
 
 # -- where requests begin and end, against llhttp --------------------------------------------------
@@ -1441,12 +1441,15 @@ class _Transport:
     resume_reading = pause_reading
 
 
-class _Echo(_relay.Exchange):
+class _Echo(Exchange):
+    def __init__(self, downstream, taken) -> None:
+        self.taken = taken
+
     def on_head(self) -> None:
         self.collect(1 << 20)
 
     def on_body(self) -> None:
-        self.owner.append((self.method, self.target, self.body))
+        self.taken.append((self.method, self.target, self.body))
         self.answer(200, b"{}")
 
 
@@ -1497,9 +1500,9 @@ PARTS = [
 @example(b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhelloGET /b HTTP/1.1\r\n", 1)
 def test_requests_are_framed_as_in_llhttp_or_rejected(data, piece):
     taken: list[tuple[str, str, bytes]] = []
-    relay = _relay.Relay(
+    relay = Relay(
         taken,
-        _Echo,
+        lambda downstream: _Echo(downstream, taken),
         lambda status, message, target, request_id: (message.encode(), b""),
         head_max_bytes=10_000,
         head_max_count=100,
@@ -1511,7 +1514,7 @@ def test_requests_are_framed_as_in_llhttp_or_rejected(data, piece):
         buffer_max_bytes=1 << 20,
     )
     relay.start(_Loop())
-    downstream = relay.downstream()
+    downstream = Downstream(relay)
     transport = _Transport()
     downstream.connection_made(transport)
     for i in range(0, len(data), piece):

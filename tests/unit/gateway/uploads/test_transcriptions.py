@@ -25,7 +25,7 @@ async def start():
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**config) -> World:
-            world = await World.start(pages=make_app, **config)
+            world = await World.start(local_routes=make_app, **config)
             stack.push_async_callback(world.close)
             return world
 

@@ -1,0 +1,165 @@
+# cython: language_level=3, nonecheck=True
+"""A request's body: its framing, its size limit and its buffer; sans I/O.
+
+A body is either collected (:meth:`RequestBody.collect`) or measured while it is streamed
+(:meth:`RequestBody.advance`). A body of known length is counted. A chunked one is checked, and
+decoded if it is collected.
+"""
+
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+    _PyBytes_Resize,
+)
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy
+
+from kubeai.gateway.relay._http1 cimport (
+    CHUNKS_BAD,
+    CHUNKS_END,
+    chunks_reset,
+    chunks_scan,
+    cut,
+    text_free,
+)
+
+
+cdef class RequestBody:
+    """The body of a connection's current request."""
+
+    def __dealloc__(self):
+        text_free(&self.grown)
+
+    cdef void begin(self, int64_t length, bint chunked) noexcept:
+        """Start a body. ``length``: its Content-Length, or -1."""
+        self.length = self.left = length
+        self.chunked = chunked
+        self.received_bytes = 0
+        self.state = INCOMPLETE if chunked or length > 0 else COMPLETE
+        chunks_reset(&self.chunks)
+
+    cdef void clear(self) noexcept:
+        """Free the buffer."""
+        self.collected = None
+        text_free(&self.grown)
+
+    cdef Py_ssize_t collect(self, bytes data, Py_ssize_t at) except -1:
+        """Buffer the body's next bytes from ``data[at:]``; returns how many belong to it.
+
+        Sets ``state``. Once it is COMPLETE, :meth:`take` returns the body.
+        """
+        cdef const char *begin = PyBytes_AS_STRING(data) + at
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data) - at
+        if self.chunked:
+            return self._collect_chunks(begin, size)
+        if size > self.left:
+            size = <Py_ssize_t> self.left
+        if size == self.length:
+            self.collected = cut(data, at, size)
+        else:
+            self._fill(begin, size)
+        self.left -= size
+        if self.left == 0:
+            self.state = COMPLETE
+        return size
+
+    cdef bytes take(self):
+        """The collected body. It is buffered no longer."""
+        cdef bytes body = self.collected
+        self.collected = None
+        return body
+
+    cdef int64_t buffered_bytes(self) noexcept:
+        """The memory that the collected part takes."""
+        return self.grown.room + (
+            0 if self.collected is None else PyBytes_GET_SIZE(self.collected)
+        )
+
+    cdef Py_ssize_t advance(self, const char *data, Py_ssize_t size) except -1:
+        """Measure the next bytes of a streamed body; returns how many belong to it.
+
+        Sets ``state``.
+        """
+        if self.chunked:
+            size = chunks_scan(&self.chunks, data, size, NULL)
+            if self.chunks.state == CHUNKS_BAD:
+                self.state = MALFORMED
+                return size
+            if self.chunks.state == CHUNKS_END:
+                self.state = COMPLETE
+        else:
+            if size > self.left:
+                size = <Py_ssize_t> self.left
+            self.left -= size
+            if self.left == 0:
+                self.state = COMPLETE
+        self.received_bytes += size
+        if self.received_bytes > self.max_bytes:
+            self.state = TOO_LONG
+        return size
+
+    # internal
+
+    cdef Py_ssize_t _collect_chunks(self, const char *data, Py_ssize_t size) except -1:
+        size = chunks_scan(&self.chunks, data, size, &self.grown)
+        if self.chunks.state == CHUNKS_BAD:
+            self.state = MALFORMED
+        elif self.received_bytes + self.grown.size > self.max_bytes:
+            self.state = TOO_LONG
+        elif self.chunks.state == CHUNKS_END:
+            self.state = COMPLETE
+            self._finish_chunks()
+        elif self.grown.size > EXACT_BODY_MAX_BYTES:
+            self._gather()
+        return size
+
+    cdef int _fill(self, const char *data, Py_ssize_t size) except -1:
+        """Add to a body of known length."""
+        cdef Py_ssize_t filled = <Py_ssize_t> (self.length - self.left)
+        cdef Py_ssize_t room = <Py_ssize_t> self.length
+        if self.collected is None:
+            self.collected = PyBytes_FromStringAndSize(NULL, min(room, EXACT_BODY_MAX_BYTES))
+        elif filled + size > PyBytes_GET_SIZE(self.collected):
+            self._resize(min(room, max(filled + size, 2 * PyBytes_GET_SIZE(self.collected))))
+        memcpy(PyBytes_AS_STRING(self.collected) + filled, data, size)
+        return 0
+
+    cdef int _resize(self, Py_ssize_t room) except -1:
+        """Grow ``collected`` by realloc: a large block is remapped, not copied."""
+        cdef PyObject *block = <PyObject *> self.collected
+        Py_INCREF(self.collected)
+        self.collected = None
+        _PyBytes_Resize(&block, room)  # block holds the only reference now; freed on failure
+        self.collected = <bytes> block
+        Py_DECREF(self.collected)
+        return 0
+
+    cdef int _gather(self) except -1:
+        """Append ``grown`` to ``collected``: a single copy at the end would take too long."""
+        cdef Py_ssize_t size = <Py_ssize_t> self.received_bytes + self.grown.size
+        cdef Py_ssize_t room = <Py_ssize_t> min(2 * size, self.max_bytes)
+        if self.collected is None:
+            self.collected = PyBytes_FromStringAndSize(NULL, room)
+        elif size > PyBytes_GET_SIZE(self.collected):
+            self._resize(room)
+        memcpy(
+            PyBytes_AS_STRING(self.collected) + self.received_bytes,
+            self.grown.at,
+            self.grown.size,
+        )
+        self.received_bytes = size
+        self.grown.size = 0
+        return 0
+
+    cdef int _finish_chunks(self) except -1:
+        """Make ``collected`` the whole body."""
+        if self.collected is None:
+            self.collected = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+        else:
+            self._gather()
+            self._resize(<Py_ssize_t> self.received_bytes)
+        text_free(&self.grown)
+        return 0

@@ -1,0 +1,146 @@
+"""Declarations of ``_exchange.pyx``: the relay, a request, and the abstract ends of its path."""
+
+from libc.stdint cimport int64_t, uint64_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from kubeai.gateway.relay._body cimport RequestBody
+from kubeai.gateway.relay._http1 cimport Head
+
+
+cdef inline double now() noexcept:
+    """CLOCK_MONOTONIC, in seconds."""
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + t.tv_nsec * 1e-9
+
+
+cdef int write_at_once(object transport) except -1
+
+
+cdef class Relay:
+    cdef readonly object context
+    cdef readonly set downstreams
+    cdef readonly set upstreams
+    cdef readonly Py_ssize_t exchanges
+    cdef readonly uint64_t requests  # since the start
+    cdef public bint draining  # responses carry Connection: close
+    cdef object exchange
+    cdef object refusal
+    cdef object loop
+    cdef object timer
+    cdef double tick_s
+    cdef Py_ssize_t head_max_bytes
+    cdef int head_max_count
+    cdef double head_timeout_s
+    cdef double body_timeout_s
+    cdef double keep_alive_timeout_s
+    cdef double stall_timeout_s
+    cdef Py_ssize_t connections_max
+    cdef int64_t buffer_max_bytes
+    cdef readonly int64_t buffered_bytes  # by request bodies that are collected or being collected
+    cdef uint64_t id_high  # random; prefix of generated request ids
+    cdef void _report(self, str what, object error) noexcept
+
+
+cdef enum State:
+    IDLE  # no request, or an incomplete head
+    BODY  # the head is complete, its body is not
+    BUSY  # the request is complete, its response is not
+    LEAVING  # flushing what is written; received data is discarded
+    CLOSED
+
+
+cdef class DownstreamEnd(Head):  # implemented by _downstream
+    cdef Relay relay
+    cdef State state
+    cdef double deadline
+    cdef Exchange exchange
+    cdef bytes input  # received data; not yet consumed from ``used`` on
+    cdef bint write_paused
+    cdef bytes peer
+    # of the request
+    cdef bytes method
+    cdef bytes target
+    cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto header lines
+    cdef bytes request_id  # the X-Request-Id header line
+    cdef bint asks_websocket
+    cdef bint keep_alive
+    cdef bint http10
+    cdef RequestBody body
+    cdef int _set_reading(self) except -1
+    cdef int _expect_body(self) except -1
+    cdef int _take_body(self) except -1
+    cdef bytes _piece(self)
+    cdef int _write(self, bytes data) except -1
+    cdef bint _settle(self) except -1
+    cdef int _respond(self, int status, bytes body, bytes headers) except -1
+    cdef int _refuse_length(self) except -1
+    cdef int _crashed(self, Exchange exchange, object error) except -1
+    cdef int _response_ended(self) except -1
+    cdef int _close(self) except -1
+    cdef int _abort(self) except -1
+    cdef int _cut(self, bint looks_complete) except -1
+    cdef int _expired(self) except -1
+
+
+cdef class UpstreamEnd(Head):  # implemented by _upstream
+    cdef Exchange exchange
+    cdef Pool pool
+    cdef double deadline
+    cdef double sent_s  # when the request was written (CLOCK_MONOTONIC)
+    cdef bint touched  # a byte of a response has been received
+    cdef bint write_paused
+    cpdef bint usable(self)
+    cpdef close(self)
+    cdef int _start(self, Exchange exchange) except -1
+    cdef int _write(self, bytes data) except -1
+    cdef int _pause(self) except -1
+    cdef int _resume(self) except -1
+    cdef int _abort(self) except -1
+    cdef int _expired(self) except -1
+
+
+cdef class Pool:  # implemented by _pool
+    cdef readonly Relay relay
+    cdef readonly str host  # for the Host header
+    cdef readonly double first_byte_timeout_s  # 0: no limit
+    cdef readonly double between_bytes_timeout_s  # 0: no limit
+    cdef readonly double idle_timeout_s
+    cdef public bint failing  # the upstream has failed since its last complete response
+    cdef public bint probing  # the upstream is ejected; requests to it are probes
+    cpdef UpstreamEnd take(self)
+    cpdef give(self, UpstreamEnd upstream)
+    cpdef note_failure(self, int failure)
+    cpdef note_answer(self, int status)
+    cpdef note_end(self, int status)
+
+
+cdef class Exchange:
+    cdef DownstreamEnd downstream
+    cdef UpstreamEnd upstream
+    cdef object connecting  # a pending connection; cancel() aborts it
+    cdef Pool pool
+    cdef bytes path
+    cdef bytes sending
+    cdef bint decided
+    cdef bint collecting
+    cdef bint streaming
+    cdef bint replayed
+    cdef readonly bint answered  # a response head has been written
+    cdef readonly int status  # of that response
+    cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
+    cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
+    cdef readonly bint broken  # the response was cut short
+    cdef readonly bint whole  # the response has been written completely
+    cdef readonly bint finished
+    cdef readonly bytes body  # once collected
+    cdef int _begun(self) except -1
+    cdef int _collected(self) except -1
+    cdef int _ended(self) except -1
+    cdef bint _has(self, bytes name) except -1
+    cpdef collect(self, int64_t max_bytes)
+    cpdef send(self, Pool pool, bytes path, bytes body)
+    cdef int _failed(self, int failure) except -1
+    cdef int _retry(self) except -1
+    cpdef detach(self)
+    cdef int _detach(self) except -1

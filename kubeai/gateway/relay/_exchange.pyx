@@ -1,0 +1,513 @@
+# cython: language_level=3, nonecheck=True
+"""The relay of one worker, and the exchange of one request between its two ends.
+
+:class:`Relay` holds all connections, their limits and timers. :class:`Exchange` is one request and
+its response. The ends of its path (``DownstreamEnd``, ``UpstreamEnd`` and the ``Pool`` of upstream
+connections) are abstract here, so that this module imports none of those that implement them.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t
+from libc.string cimport memchr
+
+from kubeai.gateway.relay._http1 cimport Head, Text, id_in, is_name, text_add_header, view
+
+from os import urandom
+
+# Why an attempt failed: passed to Exchange.wants_retry and give_up.
+CONNECT = 1  # the connection failed or timed out
+LOST = 2  # the connection ended before the response head was complete
+INVALID = 3  # the response is not valid HTTP
+TIMEOUT = 4  # no first byte in time
+STATUS = 5  # a response that the Exchange may not want to pass on
+
+RETRY_AFTER_S = 5  # Retry-After of the relay's own 503 responses
+
+cdef enum:
+    CLOSING_IDLE_MAX_S = 1  # clients often send the next request right after a response
+
+
+cdef int write_at_once(object transport) except -1:
+    """Pass each write to the kernel immediately.
+
+    By default uvloop holds writes until it has handled everything that is ready: after a stall, it
+    would process a whole backlog before sending the first of it. Writing is paused when the kernel
+    does not accept all the data.
+    """
+    transport.set_write_buffer_limits(0)
+    return 0
+
+
+cdef class Relay:
+    """All connections of one worker, their limits and timers.
+
+    ``exchange(downstream)`` creates the Exchange of a request. ``context`` is for the exchanges;
+    the relay does not use it. ``refusal(status, message, target, request_id)`` returns the JSON
+    body and extra header lines of an error response of the relay's own. ``target`` is empty and
+    ``request_id`` None if the request head was not read that far.
+
+    ``stall_timeout_s``: how long a client may leave pending response data unread.
+    ``connections_max``: client connections; further ones get 503. ``buffer_max_bytes``: of all
+    collected request bodies; requests beyond it get 503. ``tick_s``: how late an expired deadline
+    may be noticed.
+    """
+
+    def __init__(
+        self,
+        context,
+        exchange,
+        refusal,
+        *,
+        Py_ssize_t head_max_bytes,
+        int head_max_count,
+        double head_timeout_s,
+        double body_timeout_s,
+        double keep_alive_timeout_s,
+        double stall_timeout_s,
+        Py_ssize_t connections_max,
+        int64_t buffer_max_bytes,
+        double tick_s=0.25,
+    ):
+        self.context = context
+        self.exchange = exchange
+        self.refusal = refusal
+        self.head_max_bytes = head_max_bytes
+        self.head_max_count = head_max_count
+        self.head_timeout_s = head_timeout_s
+        self.body_timeout_s = body_timeout_s
+        self.keep_alive_timeout_s = keep_alive_timeout_s
+        self.stall_timeout_s = stall_timeout_s
+        self.connections_max = connections_max
+        self.buffer_max_bytes = buffer_max_bytes
+        self.id_high = int.from_bytes(urandom(8), "little")
+        self.tick_s = tick_s
+        self.downstreams = set()
+        self.upstreams = set()
+
+    def start(self, loop):
+        """Start the timers."""
+        self.loop = loop
+        self.timer = loop.call_later(self.tick_s, self._tick)
+
+    def stop(self):
+        """Abort all open connections and stop the timers."""
+        cdef DownstreamEnd downstream
+        cdef UpstreamEnd upstream
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        for downstream in list(self.downstreams):
+            downstream._abort()
+        for upstream in list(self.upstreams):
+            upstream._abort()
+
+    def close_idle(self):
+        """Start draining: close connections once they have been idle for a second.
+
+        Not at once: after a response without ``Connection: close`` the client may be about to send
+        its next request, and the response to that one carries the header.
+        """
+        cdef DownstreamEnd downstream
+        cdef double sooner_s = max(0.0, self.keep_alive_timeout_s - CLOSING_IDLE_MAX_S)
+        self.draining = True
+        self.keep_alive_timeout_s -= sooner_s
+        for downstream in list(self.downstreams):
+            if downstream.state == IDLE and downstream.input is None and not downstream.write_paused:
+                downstream.deadline -= sooner_s
+                if downstream.deadline <= now():
+                    downstream._close()
+
+    @property
+    def connections(self):
+        """Number of open downstream connections."""
+        return len(self.downstreams)
+
+    def _tick(self):
+        cdef DownstreamEnd downstream
+        cdef UpstreamEnd upstream
+        cdef double time = now()
+        for downstream in list(self.downstreams):
+            if 0 < downstream.deadline < time:
+                downstream._expired()
+        for upstream in list(self.upstreams):
+            if 0 < upstream.deadline < time:
+                upstream._expired()
+        self.timer = self.loop.call_later(self.tick_s, self._tick)
+
+    cdef void _report(self, str what, object error) noexcept:
+        try:
+            self.loop.call_exception_handler({"message": what, "exception": error})
+        except BaseException:  # a failing handler must not break the relay
+            pass
+
+
+# -- the abstract ends -----------------------------------------------------------------------------
+
+cdef class DownstreamEnd(Head):
+    """A client's connection; see ``_downstream.pyx``."""
+
+    cdef int _set_reading(self) except -1:
+        """Read only while data can be used, or to notice that the client disconnects."""
+        raise NotImplementedError
+
+    cdef int _expect_body(self) except -1:
+        """Send 100 Continue if the client expects it."""
+        raise NotImplementedError
+
+    cdef int _take_body(self) except -1:
+        """Consume the available part of the current request's body."""
+        raise NotImplementedError
+
+    cdef bytes _piece(self):
+        """Take the next piece of a streamed body; None if there is none or it is invalid."""
+        raise NotImplementedError
+
+    cdef int _write(self, bytes data) except -1:
+        """Write a part of the response."""
+        raise NotImplementedError
+
+    cdef bint _settle(self) except -1:
+        """Decide, before a response head is sent, whether to keep the connection alive."""
+        raise NotImplementedError
+
+    cdef int _respond(self, int status, bytes body, bytes headers) except -1:
+        """Send a JSON response from the Exchange itself, which ends the Exchange."""
+        raise NotImplementedError
+
+    cdef int _refuse_length(self) except -1:
+        """Respond that the body is longer than its limit, and close the connection."""
+        raise NotImplementedError
+
+    cdef int _crashed(self, Exchange exchange, object error) except -1:
+        """A hook raised, which is a bug: end this request and no other."""
+        raise NotImplementedError
+
+    cdef int _response_ended(self) except -1:
+        """The last byte of a response has been written."""
+        raise NotImplementedError
+
+    cdef int _close(self) except -1:
+        """Flush pending writes, then close."""
+        raise NotImplementedError
+
+    cdef int _abort(self) except -1:
+        """Close at once, discarding unsent data."""
+        raise NotImplementedError
+
+    cdef int _cut(self, bint looks_complete) except -1:
+        """Abort a broken response so that the client can tell that it is incomplete."""
+        raise NotImplementedError
+
+    cdef int _expired(self) except -1:
+        """The deadline has passed."""
+        raise NotImplementedError
+
+
+cdef class UpstreamEnd(Head):
+    """A connection to an engine; see ``_upstream.pyx``."""
+
+    cpdef bint usable(self):
+        """Whether a request can be written: the connection is not known to be closed."""
+        raise NotImplementedError
+
+    cpdef close(self):
+        """Close at once, even if it was never established and connection_lost will not come."""
+        raise NotImplementedError
+
+    cdef int _start(self, Exchange exchange) except -1:
+        """Send an exchange's request."""
+        raise NotImplementedError
+
+    cdef int _write(self, bytes data) except -1:
+        """Write a piece of a streamed request body."""
+        raise NotImplementedError
+
+    cdef int _pause(self) except -1:
+        """Stop reading the response, because the client is slow."""
+        raise NotImplementedError
+
+    cdef int _resume(self) except -1:
+        """Read the response again."""
+        raise NotImplementedError
+
+    cdef int _abort(self) except -1:
+        """Close at once."""
+        raise NotImplementedError
+
+    cdef int _expired(self) except -1:
+        """The deadline has passed."""
+        raise NotImplementedError
+
+
+cdef class Pool:
+    """The connections to one upstream; see ``_pool.pyx``."""
+
+    cpdef UpstreamEnd take(self):
+        """An idle connection, or None."""
+        raise NotImplementedError
+
+    cpdef give(self, UpstreamEnd upstream):
+        """Keep a connection for the next request if there is room; otherwise close it."""
+        raise NotImplementedError
+
+    cpdef note_failure(self, int failure):
+        """Record that an attempt failed or its response broke off."""
+        raise NotImplementedError
+
+    cpdef note_answer(self, int status):
+        """Record a response head. Some statuses count as a failure of the upstream."""
+        raise NotImplementedError
+
+    cpdef note_end(self, int status):
+        """Record that a response is complete."""
+        raise NotImplementedError
+
+
+# -- the exchange ----------------------------------------------------------------------------------
+
+cdef class Exchange:
+    """One request and its response. Subclasses decide how it is handled.
+
+    The relay calls the hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``). Hooks call the
+    actions (``collect``, ``stream``, ``send``, ``answer``), at once or later until the exchange is
+    ``finished``. An action after the client has disconnected does nothing.
+    """
+
+    def __cinit__(self, DownstreamEnd downstream, *args):
+        self.downstream = downstream
+
+    @property
+    def method(self):
+        return self.downstream.method.decode("ascii")
+
+    @property
+    def target(self):
+        return self.downstream.target.decode("latin-1")
+
+    @property
+    def peer(self):
+        """The client's address, without the port."""
+        return self.downstream.peer.decode("ascii")
+
+    @property
+    def request_bytes(self):
+        """Size of the request body."""
+        if self.body is not None:
+            return PyBytes_GET_SIZE(self.body)
+        return self.downstream.body.received_bytes
+
+    @property
+    def request_id(self):
+        """The client's X-Request-Id, or a generated one."""
+        return id_in(self.downstream.request_id)
+
+    @property
+    def asks_websocket(self):
+        """Whether the client requests a WebSocket upgrade. HTTP/1.0 has no upgrades."""
+        return self.downstream.asks_websocket and not self.downstream.http10
+
+    def set_header(self, bytes name, bytes value):
+        """Replace a header in the upstream request; ``name`` in lower case."""
+        self.downstream._drop({name})
+        text_add_header(&self.downstream.text, view(name), view(value))
+
+    def drop_header(self, bytes name):
+        """Remove a header from the upstream request; ``name`` in lower case."""
+        self.downstream._drop({name})
+
+    def headers(self, bytes name):
+        """The values of a header, in order; ``name`` in lower case. Excludes hop-by-hop ones."""
+        cdef Text *text = &self.downstream.text
+        cdef const char *at = text.at
+        cdef const char *end = text.at + text.size
+        cdef const char *line_end
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
+        cdef list values = []
+        while at < end:
+            line_end = <const char *> memchr(at, c"\r", end - at)
+            if line_end - at > size and at[size] == c":" and is_name(
+                at, PyBytes_AS_STRING(name), size
+            ):
+                values.append(at[size + 1:line_end - at].strip(b" \t"))
+            at = line_end + 2
+        return values
+
+    cdef bint _has(self, bytes name) except -1:
+        """Whether ``headers(name)`` is not empty."""
+        cdef Text *text = &self.downstream.text
+        cdef const char *at = text.at
+        cdef const char *end = text.at + text.size
+        cdef const char *line_end
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
+        while at < end:
+            line_end = <const char *> memchr(at, c"\r", end - at)
+            if line_end - at > size and at[size] == c":" and is_name(
+                at, PyBytes_AS_STRING(name), size
+            ):
+                return True
+            at = line_end + 2
+        return False
+
+    # actions
+
+    cpdef collect(self, int64_t max_bytes):
+        """Read the whole body, then call ``on_body``."""
+        self.decided = self.collecting = True
+        self.downstream.body.max_bytes = max_bytes
+        if self.downstream.length > max_bytes:
+            self.downstream._refuse_length()
+        else:
+            self.downstream._expect_body()
+
+    def stream(self, Pool pool not None, bytes path not None, int64_t max_bytes):
+        """Stream the request to an upstream and its response back. No retries."""
+        cdef UpstreamEnd upstream = None
+        self.decided = self.streaming = True
+        self.downstream.body.max_bytes = max_bytes
+        if self.downstream.length > max_bytes:
+            self.downstream._refuse_length()
+            return
+        self.pool = pool
+        self.path = path
+        self.sending = None
+        self.downstream._expect_body()
+        if self.downstream.state == BUSY:  # a body that is still arriving cannot be replayed
+            upstream = pool.take()
+        if upstream is None:
+            self.connecting = pool.connect(self)
+        else:
+            upstream._start(self)
+
+    cpdef send(self, Pool pool, bytes path, bytes body):
+        """Start an attempt: send the request with this body and relay the response."""
+        cdef UpstreamEnd upstream
+        if self.finished:
+            return
+        self.decided = True
+        self.pool = pool
+        self.path = path
+        self.sending = body
+        self.replayed = False
+        upstream = pool.take()
+        if upstream is None:
+            self.connecting = pool.connect(self)
+        else:
+            upstream._start(self)
+
+    def answer(self, int status, bytes body, bytes headers=b""):
+        """Respond with JSON, without an upstream. ``headers``: extra lines, each ending in CRLF."""
+        cdef DownstreamEnd downstream = self.downstream
+        if self.finished or self.answered:
+            return
+        self.decided = self.answered = True
+        self.status = status
+        self.answered_s = now()
+        self._detach()
+        downstream._respond(status, body, headers)
+
+    # called by pools
+
+    def connected(self, UpstreamEnd upstream):
+        """The connection requested with ``pool.connect`` is established."""
+        if self.connecting is None:
+            upstream._abort()
+            return
+        self.connecting = None
+        if not upstream.usable():  # already closed again
+            self._failed(LOST)
+            return
+        upstream._start(self)
+        if not self.finished:
+            self.downstream._set_reading()
+
+    def connect_failed(self):
+        if self.connecting is not None:
+            self.connecting = None
+            self._failed(CONNECT)
+
+    # hooks
+
+    def on_head(self):
+        """The head is complete: call ``collect``, ``stream`` or ``answer``."""
+
+    def on_body(self):
+        """``body`` is complete: call ``send`` or ``answer``, now or later."""
+
+    def wants_retry(self, int failure, int status):
+        """Whether to make another attempt: True calls ``retry``, False ``give_up``.
+
+        Nothing has reached the client. ``status``: of the response, if ``failure`` is STATUS;
+        False then passes that response on.
+        """
+        return False
+
+    def retry(self):
+        """Call ``send`` again or ``answer``, now or later."""
+
+    def give_up(self, int failure):
+        """Respond with an error."""
+
+    def attempt_elsewhere(self):
+        """The upstream is not expected to respond: make another attempt if possible."""
+
+    def on_end(self):
+        """The exchange is over, answered or not: release its resources. Called once."""
+
+    # entry points from the relay, which a compiled subclass may override
+
+    cdef int _begun(self) except -1:
+        self.on_head()
+        return 0
+
+    cdef int _collected(self) except -1:
+        self.on_body()
+        return 0
+
+    cdef int _ended(self) except -1:
+        self.on_end()
+        return 0
+
+    # internal
+
+    cdef int _failed(self, int failure) except -1:
+        """An attempt failed and its upstream connection is gone; nothing has reached the client."""
+        try:
+            if self.replayed and failure == LOST:
+                # So the first connection was not just idle. It is not LOST: that counts requests
+                # which an engine takes along when it dies, and this is one.
+                self.pool.note_failure(INVALID)
+            self.pool.note_failure(failure)
+            if not self.streaming and self.wants_retry(failure, 0):
+                self.retry()
+            else:
+                self.give_up(failure)
+        except Exception as error:
+            self.downstream._crashed(self, error)
+        return 0
+
+    cdef int _retry(self) except -1:
+        try:
+            self.retry()
+        except Exception as error:
+            self.downstream._crashed(self, error)
+        return 0
+
+    cpdef detach(self):
+        """Abandon the current attempt, if any, and close its upstream connection.
+
+        ``send`` or ``answer`` must follow.
+        """
+        self._detach()
+
+    cdef int _detach(self) except -1:
+        """Drop the upstream, if any, which stops a response that is no longer wanted."""
+        cdef UpstreamEnd upstream = self.upstream
+        cdef object connecting = self.connecting
+        self.upstream = None
+        self.connecting = None
+        if connecting is not None:
+            connecting.cancel()
+        if upstream is not None:
+            upstream.exchange = None
+            upstream._abort()
+        return 0

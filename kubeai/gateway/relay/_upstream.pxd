@@ -1,0 +1,49 @@
+"""Declarations of ``_upstream.pyx``."""
+
+from libc.stdint cimport int64_t
+
+from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, Relay, UpstreamEnd
+from kubeai.gateway.relay._http1 cimport Chunks, Text
+
+
+cdef enum Framing:
+    NOTHING
+    LENGTH
+    CHUNKED
+    UNTIL_CLOSE
+
+
+cdef class Upstream(UpstreamEnd):
+    cdef Relay relay
+    cdef object transport
+    cdef bytes host_line
+    cdef double first_byte_timeout_s
+    cdef double between_bytes_timeout_s
+    cdef bint ended  # closed by either side
+    cdef bint idle
+    cdef bint paused
+    cdef Py_ssize_t served
+    # of the response
+    cdef bytes input  # an incomplete head
+    cdef bint head_done
+    cdef bint reusable
+    cdef int status
+    cdef Framing framing
+    cdef bint unchunk  # for an HTTP/1.0 client, which does not support chunked encoding
+    cdef bint rechunk  # for a response that is delimited by the end of its connection
+    cdef int64_t left
+    cdef Chunks chunks
+    cdef Text grown
+    cdef int _write_request(self, Exchange exchange, DownstreamEnd downstream, bytes body) except -1
+    cdef bint _replay(self) except -1
+    cdef int _take(self, bytes data) except -1
+    cdef Py_ssize_t _take_head(self, bytes data) except -2
+    cdef bint _parse_head(self, bytes head, const char *line, const char *line_end) except -1
+    cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1
+    cdef bytes _response_head(self, bytes data)
+    cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1
+    cdef int _forward(self, DownstreamEnd downstream, bytes prefix, bytes piece) except -1
+    cdef int _complete(self) except -1
+    cdef int _release(self) except -1
+    cdef int _broken(self, int failure) except -1
+    cdef int _lose(self) except -1

@@ -1,0 +1,25 @@
+"""The relay's modules import each other in one direction only.
+
+import-linter does not read compiled modules.
+"""
+
+import re
+
+import pytest
+from repository import REPOSITORY
+
+FOLDER = REPOSITORY / "kubeai/gateway/relay"
+LAYERS = [{"_http1"}, {"_body"}, {"_exchange"}, {"_downstream", "_upstream", "_pool"}]
+IMPORT = re.compile(r"^ *from kubeai\.([\w.]+) c?import", re.MULTILINE)
+
+
+def test_every_module_has_a_layer():
+    assert {path.stem for path in FOLDER.glob("*.pyx")} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("layer", range(len(LAYERS)))
+def test_a_module_imports_only_lower_layers(layer):
+    allowed = {f"gateway.relay.{name}" for lower in LAYERS[:layer] for name in lower}
+    for name in LAYERS[layer]:
+        text = "".join(FOLDER.joinpath(name + end).read_text() for end in (".pyx", ".pxd"))
+        assert set(IMPORT.findall(text)) - {f"gateway.relay.{name}"} <= allowed
