@@ -88,6 +88,9 @@ cdef extern from *:
     ) nogil
 
 
+cdef int kind_index(object kind) except -1
+
+
 cdef enum:
     SETTLED_BITS = 8
     BUCKETS = 12  # 1, 2, 4 … 1024, +Inf
@@ -174,43 +177,3 @@ cdef enum:  # how a request ends; same order as OUTCOME_NAMES
     ANSWERED_5XX
     BROKEN  # the engine's response was cut short
     RETRIED  # not an outcome: another attempt was made
-
-
-cdef class Admission:
-    cdef LoadTable table
-    cdef int32_t *active_cell
-    cdef int32_t *held_cell
-    cdef int64_t *column_active
-    cdef uint64_t *outcome_cells
-    cdef int row
-    cdef uint32_t generation
-    cdef bint _open
-    cdef bint _held
-    cdef bint _counts(self) noexcept
-    cdef void _close(self) noexcept
-    cdef void _count(self, int outcome) noexcept
-
-
-cdef class Reservation:
-    cdef LoadTable table
-    cdef int32_t *cell
-    cdef int32_t *model_cell
-    cdef int row
-    cdef int model_row
-    cdef uint32_t generation
-    cdef uint32_t model_generation
-    cdef bint _released
-    cdef readonly int iterations
-    cdef readonly bint trial  # a probe of an ejected endpoint
-    cdef readonly bint failing  # the endpoint has failed since its last complete response
-    cdef readonly int64_t first_load
-    cdef readonly int64_t bound
-    cdef readonly str name
-    cdef readonly str first
-    cdef readonly object target
-    cdef void _release(self) noexcept
-
-
-cdef Reservation reserve(
-    LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
-)

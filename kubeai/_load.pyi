@@ -85,7 +85,7 @@ class LoadTable:
     def eject(self, row: int, generation: int, until_s: float) -> None:
         """Eject an endpoint until ``until_s`` (CLOCK_MONOTONIC seconds); then it is half-open.
 
-        A half-open endpoint gets one pick per ``TRIAL_S`` until it is restored.
+        A half-open endpoint gets one pick per ``HALF_OPEN_PROBE_S`` until it is restored.
         """
     def half_open(self, row: int, generation: int, now_s: float) -> None:
         """End an ejection early: the endpoint may be probed from ``now_s`` on."""
@@ -106,53 +106,6 @@ class LoadTable:
     def health_events(self) -> int:
         """Total failures and ejections recorded by all workers; never decreases."""
 
-    # -- counting a request: workers only --------------------------------------------------
-    def admit(self, row: int, generation: int, kind: Kind = "http") -> Admission: ...
-
-@final
-class Readings:
-    """This replica's counts per row as of the last ``changed``. Used by the supervisor."""
-
-    def __init__(self, table: LoadTable) -> None: ...
-    def changed(self) -> list[tuple[int, int, int, int]]:
-        """Return the rows that have changed or were reopened since the last call.
-
-        A list of (row, in flight, active, ended).
-        """
-
-@final
-class Admission:
-    """One request, counted as active for a model until closed."""
-
-    def hold(self) -> None:
-        """Count the request as held too (idempotent; no effect once closed)."""
-    def unhold(self) -> None: ...
-    def count(self, outcome: str) -> None:
-        """Count the request's outcome, or a retry: one of ``OUTCOME_NAMES``."""
-    def close(self) -> None:
-        """Stop counting it (idempotent; also done when garbage-collected)."""
-
-@final
-class Reservation:
-    """One pick of an endpoint, counted in its row and its model's row until released."""
-
-    name: str  # the endpoint's (pod's) name
-    target: object  # as passed to Ring.set
-    trial: bool  # the endpoint is ejected: a good response restores it
-    failing: bool  # the endpoint has failed since its last complete response
-    iterations: int  # distinct endpoints examined (0 for LeastLoad)
-    first: str  # name of the first endpoint on the ring that can serve; == name if not moved
-    first_load: int  # load of ``first`` before this pick
-    bound: int  # maximum load per endpoint, including this pick (0 for LeastLoad: no bound)
-
-    @property
-    def released(self) -> bool: ...
-    def release(self) -> None:
-        """Stop counting it (idempotent; also done when garbage-collected)."""
-
 ITERATION_BUCKETS: tuple[int, ...]
 OUTCOME_NAMES: tuple[str, ...]  # left, 2xx … 5xx, broken; and retried, which is not an outcome
-TRIAL_S: float
-
-def live() -> tuple[int, int]:
-    """Number of open (Admissions, Reservations) in this process: a leak check for tests."""
+HALF_OPEN_PROBE_S: float

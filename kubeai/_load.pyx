@@ -15,16 +15,15 @@ choose the same endpoint. Each replica therefore assumes that its peers pick as 
 between the two is counted once more per peer (:meth:`LoadTable.expected`).
 
 An endpoint's health is shared as well: its consecutive failures and the end of its ejection. After
-that time it is half-open: one probe per ``TRIAL_S`` until a worker restores it.
+that time it is half-open: one probe per ``HALF_OPEN_PROBE_S`` until a worker restores it.
 
 Counts that picks read (in-flight) are stored by row. Counts that one worker writes and only scrapes
 read (active, held, lookups) are stored by column, so that workers do not share cache lines.
 
-The supervisor creates the table; workers attach. ``_ring`` picks through :func:`reserve`.
+The supervisor creates the table; workers attach. ``_counts`` counts requests and picks in it.
 """
 
 cimport cython
-from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 import fcntl
@@ -47,18 +46,9 @@ cdef enum:
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 
 ITERATION_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-TRIAL_S = 5.0
+HALF_OPEN_PROBE_S = 5.0
 # How a request may end, in the order of the cells; the last, retried, is not an outcome.
 OUTCOME_NAMES = ("left", "2xx", "3xx", "4xx", "5xx", "broken", "retried")
-
-cdef int64_t live_admissions = 0
-cdef int64_t live_reservations = 0
-
-
-def live():
-    """Number of open (Admissions, Reservations) in this process: a leak check for tests."""
-    return live_admissions, live_reservations
-
 
 cdef struct Layout:
     size_t column_headers
@@ -98,7 +88,7 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     return layout
 
 
-cdef int _kind(object kind) except -1:
+cdef int kind_index(object kind) except -1:
     if kind == "http":
         return 0
     if kind == "message":
@@ -344,7 +334,7 @@ cdef class LoadTable:
         self._check_row(row)
         cdef size_t kind_cells = <size_t> self.columns * self.rows
         if kind is not None:
-            return self._sum_columns(self.active_cells + kind_cells * _kind(kind), row)
+            return self._sum_columns(self.active_cells + kind_cells * kind_index(kind), row)
         return self._sum_columns(self.active_cells, row) + self._sum_columns(
             self.active_cells + kind_cells, row
         )
@@ -543,31 +533,7 @@ cdef class LoadTable:
             total += get_u64(&self.column_headers[column].health_events)
         return total
 
-    # -- counting a request: workers only ----------------------------------------------------
-
-    def admit(self, Py_ssize_t row, uint32_t generation, kind="http"):
-        """Count one request as active for the model in ``row`` until the Admission is closed."""
-        global live_admissions
-        self._check_row(row)
-        self._check_writer()
-        cdef size_t cell = <size_t> self._column * self.rows + row
-        cdef int kind_index = _kind(kind)
-        cdef Admission admission = Admission.__new__(Admission)
-        admission.table = self
-        admission.row = <int> row
-        admission.generation = generation
-        admission.active_cell = (
-            &self.active_cells[kind_index * <size_t> self.columns * self.rows + cell]
-        )
-        admission.held_cell = &self.held_cells[cell]
-        admission.column_active = &self.column_headers[self._column].active
-        admission.outcome_cells = &self.outcome_cells[OUTCOMES * cell]
-        admission._open = True
-        live_admissions += 1
-        put_i64(admission.column_active, get_i64(admission.column_active) + 1)
-        if self.lives(row, generation):
-            up(admission.active_cell)
-        return admission
+    # -- counting a pick: workers only ------------------------------------------------------
 
     cdef void count_lookup(
         self, int initial, int chosen, bint defaulted, int iterations
@@ -586,172 +552,3 @@ cdef class LoadTable:
             bucket += 1
         count(&column.iterations[bucket], 1)
         count(&column.iterations_sum, iterations)
-
-
-cdef struct Reading:
-    uint32_t generation
-    int64_t in_flight
-    int64_t active
-    uint64_t ended
-
-
-@cython.final
-cdef class Readings:
-    """This replica's counts per row as of the last ``changed``. Used by the supervisor."""
-
-    cdef LoadTable table
-    cdef Reading *last
-
-    def __init__(self, LoadTable table not None):
-        self.table = table
-        self.last = <Reading *> calloc(table.rows, sizeof(Reading))
-        if self.last == NULL:
-            raise MemoryError(f"cannot allocate readings for {table.rows} rows")
-
-    def __dealloc__(self):
-        free(self.last)
-
-    def changed(self):
-        """Return the rows that have changed or were reopened since the last call.
-
-        A list of (row, in flight, active, ended).
-        """
-        cdef LoadTable table = self.table
-        table._check_row(0)
-        cdef size_t row
-        cdef size_t used = get_u64(&table.header.rows_used)
-        cdef size_t kind_cells = <size_t> table.columns * table.rows
-        cdef Reading now
-        cdef Reading *last
-        cdef list changed = []
-        for row in range(used):
-            now.generation = get_u32(&table.generations[row])
-            now.in_flight = table._here(row)
-            now.active = table._sum_columns(table.active_cells, row)
-            now.active += table._sum_columns(table.active_cells + kind_cells, row)
-            now.ended = table._ended(row)
-            last = &self.last[row]
-            if (
-                now.generation != last.generation
-                or now.in_flight != last.in_flight
-                or now.active != last.active
-                or now.ended != last.ended
-            ):
-                last[0] = now
-                changed.append((row, now.in_flight, now.active, now.ended))
-        return changed
-
-
-@cython.final
-@cython.freelist(256)
-@cython.no_gc
-cdef class Admission:
-    """One request, counted as active for a model until closed."""
-
-    def __init__(self):
-        raise TypeError("use LoadTable.admit")
-
-    cdef bint _counts(self) noexcept:
-        return self.table.header != NULL and self.table.lives(self.row, self.generation)
-
-    def hold(self):
-        """Count the request as held too (idempotent; no effect once closed)."""
-        if self._open and not self._held:
-            self._held = True
-            if self._counts():
-                up(self.held_cell)
-
-    def unhold(self):
-        if self._held:
-            self._held = False
-            if self._counts():
-                down(self.held_cell)
-
-    def close(self):
-        """Stop counting it (idempotent; also done when garbage-collected)."""
-        if self._open:
-            self._close()
-
-    def count(self, outcome):
-        """Count the request's outcome, or a retry: one of ``OUTCOME_NAMES``."""
-        self._count(OUTCOME_NAMES.index(outcome))
-
-    cdef void _close(self) noexcept:
-        global live_admissions
-        if self._held:
-            self.unhold()
-        self._open = False
-        live_admissions -= 1
-        if self.table.header == NULL:
-            return
-        cdef int64_t total = get_i64(self.column_active)
-        if total > 0:
-            put_i64(self.column_active, total - 1)
-        if self._counts():
-            down(self.active_cell)
-
-    cdef void _count(self, int outcome) noexcept:
-        if self._counts():
-            count(&self.outcome_cells[outcome], 1)
-
-    def __dealloc__(self):
-        if self._open:
-            self._close()
-
-
-@cython.final
-@cython.freelist(1024)
-@cython.no_gc_clear  # __dealloc__ releases it and still needs the table
-cdef class Reservation:
-    """One pick of an endpoint, counted in its row and its model's row until released."""
-
-    def __init__(self):
-        raise TypeError("use Ring.pick_hashed or Ring.pick_least")
-
-    @property
-    def released(self):
-        return self._released
-
-    cdef void _release(self) noexcept:
-        global live_reservations
-        self._released = True
-        live_reservations -= 1
-        cdef LoadTable table = self.table
-        if table.header == NULL:
-            return
-        if table.lives(self.row, self.generation):
-            down(self.cell)
-        if table.lives(self.model_row, self.model_generation):
-            down(self.model_cell)
-
-    def release(self):
-        """Stop counting it (idempotent; also done when garbage-collected)."""
-        if not self._released:
-            self._release()
-
-    def __dealloc__(self):
-        if self.table is not None and not self._released:
-            self._release()
-
-
-cdef Reservation reserve(
-    LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
-):
-    """Count one pick of ``row`` for ``model_row``. The caller has checked rows and column."""
-    global live_reservations
-    cdef Reservation reservation = Reservation.__new__(Reservation)
-    reservation.table = table
-    reservation.row = row
-    reservation.generation = generation
-    reservation.model_row = model_row
-    reservation.model_generation = model_generation
-    reservation.cell = &table.in_flight_cells[<size_t> row * table.stride + table._column]
-    reservation.model_cell = (
-        &table.in_flight_cells[<size_t> model_row * table.stride + table._column]
-    )
-    live_reservations += 1
-    if table.lives(row, generation):
-        up(reservation.cell)
-    if table.lives(model_row, model_generation):
-        up(reservation.model_cell)
-    return reservation

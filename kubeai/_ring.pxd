@@ -2,7 +2,8 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
-from kubeai._load cimport LoadTable, Reservation
+from kubeai._counts cimport Reservation
+from kubeai._load cimport LoadTable
 
 # A virtual node: the upper 44 bits are its position on the ring, the lower 20 its endpoint's slot.
 # Eight per cache line; 256,000 of them take 2 MB, where a pick mostly waits for memory. If nodes

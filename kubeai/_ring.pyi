@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import final
 
-from kubeai._load import LoadTable, Reservation
+from kubeai._counts import Reservation
+from kubeai._load import LoadTable
 
 LOAD_FLOOR: int  # endpoints are never skipped for a load, including this pick, up to this
 REPLICATION_MAX: int  # maximum virtual nodes per endpoint
@@ -58,7 +59,7 @@ class Ring:
         this pick, is at most max(floor, ceil(factor × (total + 1) / n)). If there is none, takes
         the first that can serve. ``exclude``: names of endpoints already tried. Ejected
         endpoints are skipped unless no other can serve; a half-open one gets one pick per
-        ``TRIAL_S``.
+        ``HALF_OPEN_PROBE_S``.
         """
     def pick_least(
         self, adapter: str | None = None, exclude: Iterable[str] = ()

@@ -30,23 +30,22 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memmove, memset
 
+from kubeai._counts cimport Reservation, reserve
 from kubeai._load cimport (
     Health,
     LoadTable,
-    Reservation,
     get_i32,
     get_time,
     get_u32,
     get_u64,
     least_row,
     put_time,
-    reserve,
     sum_row,
 )
 
 from mmh3 import hash64
 
-from kubeai._load import TRIAL_S as _TRIAL_S
+from kubeai._load import HALF_OPEN_PROBE_S as _HALF_OPEN_PROBE_S
 
 cdef extern from "<time.h>" nogil:
     cdef struct timespec:
@@ -56,7 +55,7 @@ cdef extern from "<time.h>" nogil:
     int CLOCK_MONOTONIC
 
 cdef double FAR_S = 1e300  # later than the end of any ejection: no endpoint is skipped
-cdef double TRIAL_S = _TRIAL_S
+cdef double HALF_OPEN_PROBE_S = _HALF_OPEN_PROBE_S
 cdef uint64_t NEVER = <uint64_t> -1
 
 cdef enum:
@@ -470,7 +469,7 @@ cdef class Ring:
         this pick, is at most max(floor, ceil(factor × (total + 1) / n)). If there is none, takes
         the first that can serve. ``exclude``: names of endpoints already tried. Ejected
         endpoints are skipped unless no other can serve; a half-open one gets one pick per
-        ``TRIAL_S``.
+        ``HALF_OPEN_PROBE_S``.
         """
         self._begin()
         if self.everyone.n == 0:
@@ -697,18 +696,18 @@ cdef class Ring:
         reservation.iterations = iterations
         if survey.unwell:
             reservation.failing = get_u32(&self.table.health[self.slots[chosen].row].failures) != 0
-            reservation.trial = survey.now_s != 0 and self._try(
+            reservation.is_probe = survey.now_s != 0 and self._try(
                 self.slots[chosen].row, survey.now_s
             )
         return reservation
 
     cdef bint _try(self, int32_t row, double now_s) noexcept:
-        """Whether this pick probes an ejected endpoint; other picks avoid it for ``TRIAL_S``."""
+        """Whether this pick probes an ejected endpoint; other picks avoid it for ``HALF_OPEN_PROBE_S``."""
         cdef double until_s = get_time(&self.table.health[row].ejected_until_s)
         if until_s == 0:
             return False
         if until_s <= now_s < FAR_S:
-            put_time(&self.table.health[row].ejected_until_s, now_s + TRIAL_S)
+            put_time(&self.table.health[row].ejected_until_s, now_s + HALF_OPEN_PROBE_S)
         return True
 
     cpdef int32_t ejected_count(self) noexcept:

@@ -15,12 +15,12 @@ settings.load_profile("untimed")
 @pytest.fixture(autouse=True)
 def nothing_in_flight():
     """Check that a test has closed every Admission and released every Reservation."""
-    from kubeai import _load
+    from kubeai import _counts
 
     yield
-    if _load.live() != (0, 0):
+    if _counts.live() != (0, 0):
         gc.collect()
-        assert _load.live() == (0, 0), "leaked (Admissions, Reservations)"
+        assert _counts.live() == (0, 0), "leaked (Admissions, Reservations)"
 
 
 def _end_by_timeout(loop, context):

@@ -4,7 +4,7 @@ from typing import final
 from kubeai.openai import _body_scan as _ask
 from kubeai.openai import request as openai
 from kubeai.routing import table as routing
-from kubeai._load import Admission, Reservation
+from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.relay._exchange import Exchange

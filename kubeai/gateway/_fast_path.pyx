@@ -10,7 +10,8 @@ models without a ready endpoint, and failures. Its decisions are the same as the
 from cpython.bytes cimport PyBytes_GET_SIZE
 
 from kubeai.openai._body_scan cimport LARGE_BYTES, Ask, Shape, read
-from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
+from kubeai._counts cimport Admission, Reservation
+from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT
 from kubeai.gateway.relay._exchange cimport Exchange, Pool
 from kubeai._ring cimport Ring
 
@@ -110,7 +111,7 @@ cdef class FastPath(Exchange):
         cdef Pool pool = <Pool?> reservation.target
         if reservation.first != reservation.name:
             self.moved(reservation)
-        if reservation.trial:
+        if reservation.is_probe:
             pool.probing = True
         if reservation.failing:
             pool.failing = True

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kubeai._load import TRIAL_S
+from kubeai._load import HALF_OPEN_PROBE_S
 
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
@@ -67,7 +67,7 @@ class Health:
         if not after:
             return None
         until_s = routed.ejected_until(self._endpoint)
-        if until_s and not (probe and until_s - now_s <= TRIAL_S):
+        if until_s and not (probe and until_s - now_s <= HALF_OPEN_PROBE_S):
             return None  # the request was sent before the ejection, or in panic mode
         if not until_s and failures < after:  # even for a probe, if others have recovered it since
             return None

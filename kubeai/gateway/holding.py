@@ -17,7 +17,7 @@ from kubeai.openai.request import BadRequest, model_not_found
 from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
-    from kubeai._load import Admission, Reservation
+    from kubeai._counts import Admission, Reservation
     from kubeai.gateway.context import Context
     from kubeai.openai import _body_scan as _ask
     from kubeai.openai.request import Ask

@@ -34,7 +34,7 @@ from kubeai.openai.errors import error_answer, header_lines
 from kubeai.openai.request import BadRequest, Kind
 
 if TYPE_CHECKING:
-    from kubeai._load import Reservation
+    from kubeai._counts import Reservation
     from kubeai.gateway.access_log import Observation, Observers
     from kubeai.openai import _body_scan as _ask
     from kubeai.openai.request import Ask

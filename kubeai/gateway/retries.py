@@ -18,7 +18,7 @@ from kubeai.logs import get_logger
 from kubeai.openai.request import BadRequest
 
 if TYPE_CHECKING:
-    from kubeai._load import Reservation
+    from kubeai._counts import Reservation
     from kubeai.gateway.endpoint_pool import EndpointPool
     from kubeai.routing.table import RoutedModel, Upstream
 

@@ -17,7 +17,8 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec.structs import replace
 
-from kubeai._load import Admission, LoadTable, Reservation
+from kubeai._counts import Admission, Reservation, admit
+from kubeai._load import LoadTable
 from kubeai._ring import Ring
 from kubeai.errors import KubeAIError
 from kubeai.openai.request import Ask, Kind, hash_key
@@ -451,7 +452,7 @@ class RoutedModel:
 
     def admit(self, kind: RequestType = "http") -> Admission:
         """Count a request as active until the Admission is closed."""
-        return self._table.admit(self.route.row, self.route.generation, kind)
+        return admit(self._table, self.route.row, self.route.generation, kind)
 
     def can_serve(self, adapter: str | None = None, exclude: Collection[str] = ()) -> bool:
         """Whether an endpoint outside ``exclude`` serves the adapter (None: the model itself)."""

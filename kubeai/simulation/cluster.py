@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from kubeai._load import LoadTable, Reservation
+from kubeai._counts import Reservation
+from kubeai._load import LoadTable
 from kubeai._ring import Ring
 from kubeai.openai import request as openai
 from kubeai.simulation import text

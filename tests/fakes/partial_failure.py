@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from kubeai._load import LoadTable, Reservation
+from kubeai._counts import Reservation
+from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
 from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
@@ -34,7 +35,7 @@ class Upstream:
     def __init__(self, cluster: Cluster, routed: RoutedModel, endpoint: Endpoint) -> None:
         self._clock = cluster.clock
         self._health = Health(routed, endpoint.name, cluster.config, cluster.clock)
-        self._failing = self.trial = False
+        self._failing = self.probing = False
         self._answers = 0
         self._answered_s = 0.0
         self.movable: dict[Callable[[], None], float] = {}  # since when it waits
@@ -43,21 +44,21 @@ class Upstream:
         pass
 
     def picked(self, reservation: Reservation) -> None:
-        self.trial = self.trial or reservation.trial
+        self.probing = self.probing or reservation.is_probe
         self._failing = self._failing or reservation.failing
 
     def failed(self, *, unreachable: bool) -> None:
         self._failing = True
-        probe, self.trial = self.trial, False
+        probe, self.probing = self.probing, False
         self._health.failed(unreachable=unreachable, probe=probe)
 
     def answered(self) -> None:
         self._answers += 1
         self._answered_s = self._clock()
-        if self.trial:
+        if self.probing:
             self._health.restored()
-        if self._failing or self.trial:
-            self._failing = self.trial = False
+        if self._failing or self.probing:
+            self._failing = self.probing = False
             self._health.restored()
             self._health.recovered()
 

@@ -92,7 +92,7 @@ class World:
         return self.loads.outcomes(self.publisher.row(model))
 
     def ejected(self, model: str) -> set[str]:
-        """The endpoints that are ejected or on trial."""
+        """The endpoints that are ejected or half-open."""
         rows = self.publisher.endpoint_rows(model)
         return {name for name, row in rows.items() if self.loads.ejected_until(row)}
 

@@ -14,7 +14,8 @@ from math import ceil
 
 import pytest
 
-from kubeai._load import LoadTable, live
+from kubeai._counts import admit, live
+from kubeai._load import LoadTable
 from kubeai._ring import Ring
 
 ENDPOINTS = 8
@@ -46,7 +47,7 @@ def churn(table: LoadTable, ring: Ring, seed: int) -> dict[str, int]:
             elif kind == 3:
                 held.append(ring.pick_least())
             elif kind == 4:
-                admissions.append(table.admit(MODEL, 1, source.choice(["http", "message"])))
+                admissions.append(admit(table, MODEL, 1, source.choice(["http", "message"])))
                 if source.random() < 0.5:
                     admissions[-1].hold()
             elif kind == 5 and source.random() < 0.01:

@@ -12,7 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from oracles import OracleTable
 
 from examples import some
-from kubeai._load import ITERATION_BUCKETS, OUTCOME_NAMES, LoadTable, Readings, live
+from kubeai._counts import admit, live
+from kubeai._load import ITERATION_BUCKETS, OUTCOME_NAMES, LoadTable
+from kubeai._readings import Readings
 from kubeai._ring import Ring
 
 ROWS = 6
@@ -51,8 +53,8 @@ def test_a_new_table_is_all_zero(table):
 
 def test_an_admission_is_counted_once_even_if_closed_repeatedly(table, worker):
     generation = table.open_row(3)
-    admission = worker.admit(3, generation)
-    other = worker.admit(3, generation, "message")
+    admission = admit(worker, 3, generation)
+    other = admit(worker, 3, generation, "message")
     assert (table.active(3), table.active(3, "http"), table.active(3, "message")) == (2, 1, 1)
     assert table.active_total() == 2
     admission.close()
@@ -64,7 +66,7 @@ def test_an_admission_is_counted_once_even_if_closed_repeatedly(table, worker):
 
 
 def test_a_held_request_is_counted_as_held_until_it_is_not(table, worker):
-    admission = worker.admit(3, table.open_row(3))
+    admission = admit(worker, 3, table.open_row(3))
     admission.hold()
     admission.hold()
     assert (table.held(3), table.active(3)) == (1, 1)
@@ -96,7 +98,7 @@ def test_a_load_is_summed_over_the_columns(table):
 def test_releasing_a_reservation_of_an_old_generation_changes_nothing(table, worker):
     table.open_row(0), table.open_row(1)
     stale = reserve(worker, 1)
-    stale_admission = worker.admit(0, table.generation(0))
+    stale_admission = admit(worker, 0, table.generation(0))
     table.open_row(0), table.open_row(1)
     fresh = reserve(worker, 1)
     stale.release()
@@ -114,7 +116,7 @@ def test_picks_and_admissions_of_an_old_generation_count_nothing(table, worker):
     ring.set("pod", 1, old)
     table.open_row(1)
     with_old = ring.pick_least()
-    admission = worker.admit(1, old)
+    admission = admit(worker, 1, old)
     admission.hold()
     assert table.row_is_zero(1)
     with_old.release()
@@ -126,8 +128,8 @@ def test_clearing_a_column_resets_its_gauges_and_no_others(table):
     generation = table.open_row(0)
     table.open_row(1)
     dead, alive = (LoadTable.attach(table.fd, column) for column in range(2))
-    kept = [reserve(alive, 1), alive.admit(0, generation)]
-    lost = [reserve(dead, 1), dead.admit(0, generation), dead.admit(0, generation, "message")]
+    kept = [reserve(alive, 1), admit(alive, 0, generation)]
+    lost = [reserve(dead, 1), admit(dead, 0, generation), admit(dead, 0, generation, "message")]
     lost[1].hold()
     table.clear_column(0)
     assert (table.in_flight(0), table.in_flight(1)) == (1, 1)
@@ -225,7 +227,7 @@ def test_outcomes_are_counted_by_model_and_column(table, worker):
     other = LoadTable.attach(table.fd, 1)
     for by, outcomes in ((worker, ["2xx", "2xx", "left"]), (other, ["2xx", "retried", "broken"])):
         for outcome in outcomes:
-            admission = by.admit(7, generation)
+            admission = admit(by, 7, generation)
             admission.count(outcome)
             admission.close()
     assert {k: v for k, v in table.outcomes(7).items() if v} == {
@@ -235,7 +237,7 @@ def test_outcomes_are_counted_by_model_and_column(table, worker):
     assert tuple(table.outcomes(7)) == OUTCOME_NAMES
     table.clear_column(0)
     assert table.outcomes(7)["2xx"] == 3, "counters outlive a worker"
-    late = worker.admit(7, generation)
+    late = admit(worker, 7, generation)
     table.open_row(7)
     late.count("2xx")
     assert not any(table.outcomes(7).values()), "a new generation of the row"
@@ -251,7 +253,7 @@ def test_each_worker_acknowledges_for_itself(table, worker):
 
 def test_a_reservation_outlives_its_table(table, worker):
     table.open_row(0), table.open_row(1)
-    reservation, admission = reserve(worker, 1), worker.admit(0, 1)
+    reservation, admission = reserve(worker, 1), admit(worker, 0, 1)
     worker.close()
     reservation.release()
     admission.close()
@@ -263,7 +265,7 @@ def test_a_reservation_outlives_its_table(table, worker):
 def test_a_process_without_a_column_counts_nothing(table):
     table.open_row(0), table.open_row(1)
     for call in (
-        lambda: table.admit(0, 1),
+        lambda: admit(table, 0, 1),
         lambda: table.acknowledge(1),
         lambda: table.eject(1, 1, 1.0),
         lambda: table.restore(1, 1),
@@ -272,7 +274,7 @@ def test_a_process_without_a_column_counts_nothing(table):
         with pytest.raises(ValueError, match="no column"):
             call()
     table.column = WORKERS
-    admission = table.admit(0, 1)
+    admission = admit(table, 0, 1)
     assert table.active(0) == 1
     assert table.active_total() == 0, "the supervisor's column is not a worker's"
     admission.close()
@@ -292,7 +294,7 @@ def test_rows_outside_the_table_are_rejected(table, worker, row):
         table.lookups,
         table.ejected_until,
         table.ejection_count,
-        lambda row: worker.admit(row, 1),
+        lambda row: admit(worker, row, 1),
         lambda row: worker.eject(row, 1, 1.0),
         lambda row: worker.restore(row, 1),
         lambda row: worker.recover(row, 1),
@@ -308,7 +310,7 @@ def test_rows_outside_the_table_are_rejected(table, worker, row):
 
 def test_an_unknown_kind_is_rejected(table, worker):
     with pytest.raises(ValueError, match="'smoke'"):
-        worker.admit(0, 0, "smoke")
+        admit(worker, 0, 0, "smoke")
     with pytest.raises(ValueError, match="'smoke'"):
         table.active(0, "smoke")
 
@@ -323,7 +325,7 @@ def test_the_largest_table_works_and_is_sparse():
     table = LoadTable.create(2**20, 63)
     table.column = 62
     generation = table.open_row(2**20 - 1)
-    admission = table.admit(2**20 - 1, generation)
+    admission = admit(table, 2**20 - 1, generation)
     assert table.active(2**20 - 1) == 1
     assert os.fstat(table.fd).st_blocks * 512 < 4 << 20
     admission.close()
@@ -353,7 +355,7 @@ def test_a_mapped_table_cannot_be_truncated(table):
 
 
 def test_admissions_and_reservations_cannot_be_constructed_directly():
-    from kubeai._load import Admission, Reservation
+    from kubeai._counts import Admission, Reservation
 
     for cls in (LoadTable, Admission, Reservation):
         with pytest.raises(TypeError):
@@ -368,7 +370,7 @@ def test_a_reservation_in_a_garbage_cycle_is_released(table, worker):
     ring = Ring(worker, 0, 1)
     ring.set("pod", 1, 1, target=knot)
     knot["reservation"] = ring.pick_least()
-    knot["admission"] = worker.admit(0, 1)
+    knot["admission"] = admit(worker, 0, 1)
     del knot, ring
     assert live() == (1, 1)
     gc.collect()
@@ -392,7 +394,7 @@ def test_neither_counting_nor_mapping_leaks():
                 ring.set(f"pod-{row}", row, table.open_row(row), {"a", f"b{row % 3}"})
             for key in range(50):
                 picked = ring.pick_hashed(key, "a", ["pod-1", "pod-2"])
-                admission = table.admit(0, 1)
+                admission = admit(table, 0, 1)
                 admission.hold()
                 del admission
                 if i % 2:
@@ -473,7 +475,7 @@ def test_readings_report_each_changed_row_once(table, worker):
     assert readings.changed() == []
     table.open_row(0), table.open_row(1)
     assert readings.changed() == [(0, 0, 0, 0), (1, 0, 0, 0)]
-    admission = worker.admit(0, table.generation(0))
+    admission = admit(worker, 0, table.generation(0))
     pick = reserve(worker, 1)
     table.set_peers(1, table.generation(1), 7)
     assert readings.changed() == [(0, 1, 1, 0), (1, 1, 0, 0)]
@@ -520,7 +522,7 @@ class Tables(RuleBasedStateMachine):
     def admit(self, row, column, stale, kind):
         generation = max(0, self.oracle.generations[row] - stale)
         self.admissions.append(
-            [self.workers[column].admit(row, generation, kind), column, row, generation, kind, 0]
+            [admit(self.workers[column], row, generation, kind), column, row, generation, kind, 0]
         )
         self.oracle.up(self.oracle.active, (row, column, kind), generation)
         self.oracle.column_active[column] += 1

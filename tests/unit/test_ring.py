@@ -16,7 +16,7 @@ from oracles import OracleRing, OracleTable
 
 import kubeai._ring
 from examples import some
-from kubeai._load import ITERATION_BUCKETS, TRIAL_S, LoadTable
+from kubeai._load import HALF_OPEN_PROBE_S, ITERATION_BUCKETS, LoadTable
 from kubeai._ring import LOAD_FLOOR, REPLICATION_MAX, Ring
 
 
@@ -308,7 +308,7 @@ def test_an_endpoint_whose_ejection_has_ended_gets_one_probe_request_at_a_time(
     def picked(times):
         key = [5] if pick == "pick_hashed" else []
         picks = (getattr(ring, pick)(*key) for _ in range(times))
-        return [p.trial for p in picks if p.name == home]
+        return [p.is_probe for p in picks if p.name == home]
 
     assert ring.ejected_count() == 0
     for _ in range(2):
@@ -317,7 +317,7 @@ def test_an_endpoint_whose_ejection_has_ended_gets_one_probe_request_at_a_time(
         other.eject(row, 1, time.monotonic())
         assert ring.ejected_count() == 1
         assert picked(9) == [True]
-        assert 0 < table.ejected_until(row) - time.monotonic() <= TRIAL_S
+        assert 0 < table.ejected_until(row) - time.monotonic() <= HALF_OPEN_PROBE_S
         other.restore(row, 1)
         assert picked(3) == [False] * (3 if pick == "pick_hashed" else 1)
         assert ring.ejected_count() == 0
@@ -328,8 +328,8 @@ def test_a_pick_is_a_probe_if_all_endpoints_are_ejected(make_ring, table):
     until_s = time.monotonic() + 100
     for row in range(2):
         table.eject(row, 1, until_s)
-    assert ring.pick_least().trial
-    assert ring.pick_hashed(1).trial
+    assert ring.pick_least().is_probe
+    assert ring.pick_hashed(1).is_probe
     assert [table.ejected_until(row) for row in range(2)] == [until_s] * 2
 
 
@@ -339,7 +339,7 @@ def test_a_pick_reports_a_failed_endpoint_until_it_has_recovered(make_ring, tabl
     for row in range(2):
         table.note_failure(row, 1, time.monotonic(), False)
     assert ring.pick_least().failing
-    assert not ring.pick_least().trial, "it has failed but is not ejected"
+    assert not ring.pick_least().is_probe, "it has failed but is not ejected"
     for row in range(2):
         table.recover(row, 1)
     assert not ring.pick_least().failing
@@ -353,7 +353,7 @@ def test_ejections_end_by_the_rings_own_clock(table):
     table.eject(0, table.generation(0), 1010.0)
     assert {ring.pick_least().name for _ in range(4)} == {pods(2)[1]}
     now_s = 1010.0
-    assert any(ring.pick_least().trial for _ in range(4))
+    assert any(ring.pick_least().is_probe for _ in range(4))
 
 
 def test_an_endpoint_may_be_ejected_before_it_is_added(make_ring, table):
@@ -536,10 +536,10 @@ class Rings(RuleBasedStateMachine):
         """A pick of a half-open endpoint keeps others away from it for a while."""
         row = self.oracle.endpoints[pick.name].row
         until_s = self.oracle_table.ejected.get(row)
-        assert pick.trial == (until_s is not None)
+        assert pick.is_probe == (until_s is not None)
         if until_s is not None and until_s <= began_s:
             self.oracle_table.ejected[row] = self.table.ejected_until(row)
-            assert began_s < self.table.ejected_until(row) <= time.monotonic() + TRIAL_S
+            assert began_s < self.table.ejected_until(row) <= time.monotonic() + HALF_OPEN_PROBE_S
 
     def hold(self, pick, column):
         endpoint = self.oracle.endpoints[pick.name]

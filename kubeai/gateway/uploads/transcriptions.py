@@ -21,7 +21,7 @@ from typing import IO, cast
 
 from yarl import URL
 
-from kubeai._load import Admission, Reservation
+from kubeai._counts import Admission, Reservation
 from kubeai.gateway.context import Context
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.holding import hold
@@ -354,7 +354,7 @@ class _Attempts:
         """The response to forward; None to make another attempt."""
         name = reservation.name
         pool = cast(EndpointPool, reservation.target)
-        pool.probing = pool.probing or reservation.trial
+        pool.probing = pool.probing or reservation.is_probe
         pool.failing = pool.failing or reservation.failing
         self._lost = None
         timed_out = False

@@ -10,7 +10,8 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Collection
 
-from kubeai._load import LoadTable, Readings
+from kubeai._load import LoadTable
+from kubeai._readings import Readings
 from kubeai.http import web
 from kubeai.routing.table import Owner, Publisher
 from kubeai.supervisor.peers import wire

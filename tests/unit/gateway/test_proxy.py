@@ -1163,18 +1163,18 @@ async def test_an_ejected_endpoint_is_probed_by_one_request_and_returns_to_servi
         assert (await wire.answer()).body == b"good"
     while True:  # once the ejection has expired, one request is sent there
         await wire.send(ask())
-        trial = asyncio.create_task(wire.answer())
-        await until(lambda: trial.done() or len(bad.requests) == 2)  # noqa: B023 (awaited here)
-        if not trial.done():
+        probe = asyncio.create_task(wire.answer())
+        await until(lambda: probe.done() or len(bad.requests) == 2)  # noqa: B023 (awaited here)
+        if not probe.done():
             break
-        assert (await trial).body == b"good"
+        assert (await probe).body == b"good"
     other = await world.client()
     for _ in range(10):  # the others avoid it until it has responded
         await other.send(ask())
         assert (await other.answer()).body == b"good"
     assert len(bad.requests) == 2
     answers.set()
-    assert (await trial).body == b"back"
+    assert (await probe).body == b"back"
     await until(lambda: not world.ejected("m"))
     for _ in range(4):
         await other.send(ask())

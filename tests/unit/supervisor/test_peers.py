@@ -11,6 +11,7 @@ from harness import until
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kubeai._counts import admit
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
 from kubeai.kube.client import ApiError
@@ -204,10 +205,10 @@ async def test_a_hashed_pick_is_bounded_by_the_load_of_all_replicas():
 async def test_active_and_completed_requests_are_reported_per_model():
     async with two() as (one, other):
         route = one.route("a")
-        early = one.worker.admit(route.row, route.generation)
+        early = admit(one.worker, route.row, route.generation)
         early.count("2xx")
         early.close()
-        admissions = [one.worker.admit(route.row, route.generation) for _ in range(4)]
+        admissions = [admit(one.worker, route.row, route.generation) for _ in range(4)]
         await until("the requests are seen", lambda: other.peers.active("m") == 4)
         assert other.peers.ended("m") == 0, "completions from before the connection do not count"
         for admission in admissions[:3]:
@@ -223,7 +224,7 @@ async def test_the_operator_sees_the_loads_of_all_replicas():
         loads = AllLoads(other.table, other.publisher, other.peers)
         for replica in (one, other):
             route = replica.route("a")
-            replica.held.append(replica.worker.admit(route.row, route.generation))
+            replica.held.append(admit(replica.worker, route.row, route.generation))
             replica.serve("a")
         await until("both are counted", lambda: loads.active("m") == 2)
         assert loads.held("m") == 0
@@ -232,7 +233,7 @@ async def test_the_operator_sees_the_loads_of_all_replicas():
         for outcomes in (["2xx"], ["retried", "retried", "5xx"], ["left"]):
             for replica in (one, other):
                 route = replica.publisher.route("m")
-                admission = replica.worker.admit(route.row, route.generation)
+                admission = admit(replica.worker, route.row, route.generation)
                 for outcome in outcomes:
                     admission.count(outcome)
                 admission.close()

@@ -1,0 +1,167 @@
+"""What a worker counts in the load table: its requests (:class:`Admission`) and their picks of
+endpoints (:class:`Reservation`). Each is counted once and released once."""
+
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+from kubeai._load cimport (
+    OUTCOMES,
+    LoadTable,
+    count,
+    down,
+    get_i64,
+    kind_index,
+    put_i64,
+    up,
+)
+
+# How a request may end, in the order of the cells; the last, retried, is not an outcome.
+from kubeai._load import OUTCOME_NAMES as _OUTCOME_NAMES
+
+cdef int64_t live_admissions = 0
+cdef int64_t live_reservations = 0
+
+
+def live():
+    """Number of open (Admissions, Reservations) in this process: a leak check for tests."""
+    return live_admissions, live_reservations
+
+
+def admit(LoadTable table not None, Py_ssize_t row, uint32_t generation, kind="http"):
+    """Count one request as active for the model in ``row`` until the Admission is closed."""
+    global live_admissions
+    table._check_row(row)
+    table._check_writer()
+    cdef size_t cell = <size_t> table._column * table.rows + row
+    cdef int index = kind_index(kind)
+    cdef Admission admission = Admission.__new__(Admission)
+    admission.table = table
+    admission.row = <int> row
+    admission.generation = generation
+    admission.active_cell = (
+        &table.active_cells[index * <size_t> table.columns * table.rows + cell]
+    )
+    admission.held_cell = &table.held_cells[cell]
+    admission.column_active = &table.column_headers[table._column].active
+    admission.outcome_cells = &table.outcome_cells[OUTCOMES * cell]
+    admission._open = True
+    live_admissions += 1
+    put_i64(admission.column_active, get_i64(admission.column_active) + 1)
+    if table.lives(row, generation):
+        up(admission.active_cell)
+    return admission
+
+
+@cython.final
+@cython.freelist(256)
+@cython.no_gc
+cdef class Admission:
+    """One request, counted as active for a model until closed."""
+
+    def __init__(self):
+        raise TypeError("use admit()")
+
+    cdef bint _counts(self) noexcept:
+        return self.table.header != NULL and self.table.lives(self.row, self.generation)
+
+    def hold(self):
+        """Count the request as held too (idempotent; no effect once closed)."""
+        if self._open and not self._held:
+            self._held = True
+            if self._counts():
+                up(self.held_cell)
+
+    def unhold(self):
+        if self._held:
+            self._held = False
+            if self._counts():
+                down(self.held_cell)
+
+    def close(self):
+        """Stop counting it (idempotent; also done when garbage-collected)."""
+        if self._open:
+            self._close()
+
+    def count(self, outcome):
+        """Count the request's outcome, or a retry: one of ``OUTCOME_NAMES``."""
+        self._count(_OUTCOME_NAMES.index(outcome))
+
+    cdef void _close(self) noexcept:
+        global live_admissions
+        if self._held:
+            self.unhold()
+        self._open = False
+        live_admissions -= 1
+        if self.table.header == NULL:
+            return
+        cdef int64_t total = get_i64(self.column_active)
+        if total > 0:
+            put_i64(self.column_active, total - 1)
+        if self._counts():
+            down(self.active_cell)
+
+    cdef void _count(self, int outcome) noexcept:
+        if self._counts():
+            count(&self.outcome_cells[outcome], 1)
+
+    def __dealloc__(self):
+        if self._open:
+            self._close()
+
+
+@cython.final
+@cython.freelist(1024)
+@cython.no_gc_clear  # __dealloc__ releases it and still needs the table
+cdef class Reservation:
+    """One pick of an endpoint, counted in its row and its model's row until released."""
+
+    def __init__(self):
+        raise TypeError("use Ring.pick_hashed or Ring.pick_least")
+
+    @property
+    def released(self):
+        return self._released
+
+    cdef void _release(self) noexcept:
+        global live_reservations
+        self._released = True
+        live_reservations -= 1
+        cdef LoadTable table = self.table
+        if table.header == NULL:
+            return
+        if table.lives(self.row, self.generation):
+            down(self.cell)
+        if table.lives(self.model_row, self.model_generation):
+            down(self.model_cell)
+
+    def release(self):
+        """Stop counting it (idempotent; also done when garbage-collected)."""
+        if not self._released:
+            self._release()
+
+    def __dealloc__(self):
+        if self.table is not None and not self._released:
+            self._release()
+
+
+cdef Reservation reserve(
+    LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
+):
+    """Count one pick of ``row`` for ``model_row``. The caller has checked rows and column."""
+    global live_reservations
+    cdef Reservation reservation = Reservation.__new__(Reservation)
+    reservation.table = table
+    reservation.row = row
+    reservation.generation = generation
+    reservation.model_row = model_row
+    reservation.model_generation = model_generation
+    reservation.cell = &table.in_flight_cells[<size_t> row * table.stride + table._column]
+    reservation.model_cell = (
+        &table.in_flight_cells[<size_t> model_row * table.stride + table._column]
+    )
+    live_reservations += 1
+    if table.lives(row, generation):
+        up(reservation.cell)
+    if table.lives(model_row, model_generation):
+        up(reservation.model_cell)
+    return reservation

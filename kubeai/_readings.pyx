@@ -1,0 +1,61 @@
+"""The changes in the load table since the last reading: what this replica reports to its peers."""
+
+cimport cython
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from kubeai._load cimport LoadTable, get_u32, get_u64
+
+
+cdef struct Reading:
+    uint32_t generation
+    int64_t in_flight
+    int64_t active
+    uint64_t ended
+
+
+@cython.final
+cdef class Readings:
+    """This replica's counts per row as of the last ``changed``. Used by the supervisor."""
+
+    cdef LoadTable table
+    cdef Reading *last
+
+    def __init__(self, LoadTable table not None):
+        self.table = table
+        self.last = <Reading *> calloc(table.rows, sizeof(Reading))
+        if self.last == NULL:
+            raise MemoryError(f"cannot allocate readings for {table.rows} rows")
+
+    def __dealloc__(self):
+        free(self.last)
+
+    def changed(self):
+        """Return the rows that have changed or were reopened since the last call.
+
+        A list of (row, in flight, active, ended).
+        """
+        cdef LoadTable table = self.table
+        table._check_row(0)
+        cdef size_t row
+        cdef size_t used = get_u64(&table.header.rows_used)
+        cdef size_t kind_cells = <size_t> table.columns * table.rows
+        cdef Reading now
+        cdef Reading *last
+        cdef list changed = []
+        for row in range(used):
+            now.generation = get_u32(&table.generations[row])
+            now.in_flight = table._here(row)
+            now.active = table._sum_columns(table.active_cells, row)
+            now.active += table._sum_columns(table.active_cells + kind_cells, row)
+            now.ended = table._ended(row)
+            last = &self.last[row]
+            if (
+                now.generation != last.generation
+                or now.in_flight != last.in_flight
+                or now.active != last.active
+                or now.ended != last.ended
+            ):
+                last[0] = now
+                changed.append((row, now.in_flight, now.active, now.ended))
+        return changed
