@@ -1,14 +1,12 @@
 """Declarations of the ring for other compiled modules; see ``_ring.pyx`` for its guarantees."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from kubeai._counts cimport Reservation
 from kubeai._load cimport LoadTable
+from kubeai._members cimport Members
+from kubeai._nodes cimport VirtualNodes
 
-# A virtual node: the upper 44 bits are its position on the ring, the lower 20 its endpoint's slot.
-# Eight per cache line; 256,000 of them take 2 MB, where a pick mostly waits for memory. If nodes
-# ever share a position, they are ordered by endpoint name.
-ctypedef uint64_t Node
 
 cdef struct Slot:  # what a walk needs to know of an endpoint
     int32_t row
@@ -39,20 +37,6 @@ cdef class _Endpoint:
     cdef int32_t slot
 
 
-cdef class _Members:
-    cdef int32_t *slots
-    cdef int32_t *rows  # parallel to slots, so that a scan of loads reads one array
-    cdef uint8_t *has  # by slot
-    cdef int32_t n
-    cdef int32_t capacity
-    cdef int32_t has_capacity
-    cdef int32_t cursor  # start of the next least-load scan
-    cdef bint contains(self, int32_t slot) noexcept
-    cdef int add(self, int32_t slot, int32_t row) except -1
-    cdef int32_t position(self, int32_t slot) noexcept
-    cdef void drop(self, int32_t slot) noexcept
-
-
 cdef class Ring:
     cdef LoadTable table
     cdef int32_t row
@@ -64,22 +48,18 @@ cdef class Ring:
     cdef list free_slots
     cdef list gone_slots  # on the ring until the next merge
     cdef list new_slots  # not on the ring until the next merge
-    cdef dict adapters  # name → _Members
-    cdef _Members everyone
+    cdef dict adapters  # name → Members
+    cdef Members everyone
     cdef Slot *slots
     cdef int32_t slots_capacity
-    cdef Node *nodes  # sorted by position, then by endpoint name
-    cdef size_t nodes_n
-    cdef size_t nodes_capacity
-    cdef uint32_t *buckets  # first node of each range of positions, and an end marker
-    cdef int bucket_shift
+    cdef VirtualNodes nodes
     cdef uint64_t walk
     cdef uint64_t health_events_seen  # the table's, when every endpoint here was last healthy
     cdef object clock  # in seconds; None: CLOCK_MONOTONIC
     cdef Departed *departed
     cdef int32_t departed_n
     cdef int32_t departed_capacity
-    cdef _Members _members(self, str adapter)
+    cdef Members _members(self, str adapter)
     cdef int32_t _take_slot(self) except -1
     cdef int _join_adapters(self, _Endpoint endpoint) except -1
     cdef int _leave_adapters(self, _Endpoint endpoint) except -1
@@ -87,25 +67,20 @@ cdef class Ring:
     cdef void _return(self, int32_t row, uint32_t generation) noexcept
     cdef int _merge(self) except -1
     cdef void _compact(self) noexcept
-    cdef bint _before(self, Node one, Node other) noexcept
-    cdef Node *_sorted(self, Node *nodes, size_t n) except NULL
-    cdef int _insert(self, const Node *added, size_t added_n) except -1
-    cdef int _index(self) except -1
-    cdef size_t _first_node(self, uint64_t key) noexcept
     cpdef Reservation pick_hashed(self, uint64_t key, str adapter=*, object exclude=*)
     cpdef Reservation pick_least(self, str adapter=*, object exclude=*)
     cdef int32_t _least(
-        self, _Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
+        self, Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
     ) noexcept
     cdef int _begin(self) except -1
     cdef int64_t _load(self, int32_t row) noexcept
     cdef bint _is_open(self, int32_t slot, double now_s) noexcept
-    cdef bint _survey(self, Survey *survey, _Members members, object exclude, bint loads) except -1
-    cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept
-    cdef int32_t _exclude(self, _Members members, object exclude) except -1
-    cdef int64_t _total(self, _Members members) noexcept
+    cdef bint _survey(self, Survey *survey, Members members, object exclude, bint loads) except -1
+    cdef bint _survey_ejected(self, Survey *survey, Members members) noexcept
+    cdef int32_t _exclude(self, Members members, object exclude) except -1
+    cdef int64_t _total(self, Members members) noexcept
     cdef int64_t _departed_load(self) noexcept
-    cdef int32_t _any(self, _Members members) noexcept
+    cdef int32_t _any(self, Members members) noexcept
     cdef Reservation _reserve(
         self,
         int32_t chosen,

@@ -27,9 +27,10 @@ other's picks, and may exceed the bound by at most their number − 1.
 
 cimport cython
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memmove, memset
+from libc.stdlib cimport free
+from libc.string cimport memset
 
+from kubeai._clock cimport now
 from kubeai._counts cimport Reservation, reserve
 from kubeai._load cimport (
     Health,
@@ -42,17 +43,12 @@ from kubeai._load cimport (
     put_time,
     sum_row,
 )
+from kubeai._members cimport Members
+from kubeai._nodes cimport SLOTS_MAX, Node, VirtualNodes, grown, slot_of
 
 from mmh3 import hash64
 
 from kubeai._load import HALF_OPEN_PROBE_S as _HALF_OPEN_PROBE_S
-
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int clock_gettime(int clock, timespec *now)
-    int CLOCK_MONOTONIC
 
 cdef double FAR_S = 1e300  # later than the end of any ejection: no endpoint is skipped
 cdef double HALF_OPEN_PROBE_S = _HALF_OPEN_PROBE_S
@@ -61,97 +57,15 @@ cdef uint64_t NEVER = <uint64_t> -1
 cdef enum:
     _LOAD_FLOOR = 2
     _REPLICATION_MAX = 4096
-    NODES_A_BUCKET = 4
-    SLOT_BITS = 20
-    SLOTS_MAX = 1 << SLOT_BITS
 
 LOAD_FLOOR = _LOAD_FLOOR
 REPLICATION_MAX = _REPLICATION_MAX
-
-
-cdef double _monotonic_s() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return now.tv_sec + now.tv_nsec * 1e-9
-
-
-cdef inline uint64_t _mix(uint64_t value) noexcept nogil:
-    """The finaliser of SplitMix64 (Stafford's variant 13): an input bit flips half the output."""
-    value = (value ^ (value >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
-    value = (value ^ (value >> 27)) * <uint64_t> 0x94D049BB133111EB
-    return value ^ (value >> 31)
-
-
-cdef inline Node _node(uint64_t name_hash, uint64_t index, int32_t slot) noexcept nogil:
-    cdef uint64_t place = _mix(name_hash + (index + 1) * <uint64_t> 0x9E3779B97F4A7C15)
-    return place >> SLOT_BITS << SLOT_BITS | <uint64_t> slot
-
-
-cdef inline int32_t _slot(Node node) noexcept nogil:
-    return <int32_t> (node & (SLOTS_MAX - 1))
-
-
-cdef void *_grown(void *array, size_t size) except NULL:
-    array = realloc(array, size)
-    if array == NULL:
-        raise MemoryError(f"cannot allocate {size} bytes for a ring")
-    return array
 
 
 @cython.final
 cdef class _Endpoint:
     """One endpoint as last set. Immutable, so that a Reservation can outlive it."""
 
-
-
-@cython.final
-@cython.no_gc
-cdef class _Members:
-    """The slots that have one adapter (or all slots), as a dense array and as a map."""
-
-    def __cinit__(self):
-        self.cursor = -1  # no pick yet
-
-    def __dealloc__(self):
-        free(self.slots)
-        free(self.rows)
-        free(self.has)
-
-    cdef bint contains(self, int32_t slot) noexcept:
-        return slot < self.has_capacity and self.has[slot]
-
-    cdef int add(self, int32_t slot, int32_t row) except -1:
-        cdef int32_t capacity
-        if slot >= self.has_capacity:
-            capacity = max(2 * self.has_capacity, slot + 16)
-            self.has = <uint8_t *> _grown(self.has, capacity)
-            memset(self.has + self.has_capacity, 0, capacity - self.has_capacity)
-            self.has_capacity = capacity
-        if self.n == self.capacity:
-            capacity = 2 * self.capacity + 16
-            self.slots = <int32_t *> _grown(self.slots, capacity * sizeof(int32_t))
-            self.rows = <int32_t *> _grown(self.rows, capacity * sizeof(int32_t))
-            self.capacity = capacity
-        self.slots[self.n] = slot
-        self.rows[self.n] = row
-        self.has[slot] = 1
-        self.n += 1
-        return 0
-
-    cdef int32_t position(self, int32_t slot) noexcept:
-        cdef int32_t at = 0
-        while self.slots[at] != slot:
-            at += 1
-        return at
-
-    cdef void drop(self, int32_t slot) noexcept:
-        cdef int32_t at = self.position(slot)
-        self.n -= 1
-        self.slots[at] = self.slots[self.n]
-        self.rows[at] = self.rows[self.n]
-        self.has[slot] = 0
-        if self.cursor >= self.n:
-            self.cursor = 0
 
 
 @cython.final
@@ -183,13 +97,12 @@ cdef class Ring:
         self.gone_slots = []
         self.new_slots = []
         self.adapters = {}
-        self.everyone = _Members()
+        self.everyone = Members()
+        self.nodes = VirtualNodes()
         self.configure(replication=replication, mean_load_factor=mean_load_factor)
 
     def __dealloc__(self):
         free(self.slots)
-        free(self.nodes)
-        free(self.buckets)
         free(self.departed)
 
     # -- membership ----------------------------------------------------------------------------
@@ -207,7 +120,7 @@ cdef class Ring:
         if replication == self.replication:
             return
         self.replication = replication
-        self.nodes_n = 0
+        self.nodes.n = 0
         self.free_slots += self.gone_slots
         self.gone_slots = []
         self.new_slots = [(<_Endpoint> e).slot for e in self.endpoints.values()]
@@ -225,6 +138,7 @@ cdef class Ring:
             endpoint.name_hash = hash64(name.encode(), signed=False)[0]
             endpoint.slot = self._take_slot()
             self.slots[endpoint.slot].gone = False
+            self.nodes.names[endpoint.slot] = name
             self.everyone.add(endpoint.slot, <int32_t> row)
             self.new_slots.append(endpoint.slot)
         else:
@@ -274,9 +188,9 @@ cdef class Ring:
         """Whether any endpoint has the adapter (None: whether there are any endpoints)."""
         return self._members(adapter) is not None
 
-    cdef _Members _members(self, str adapter):
+    cdef Members _members(self, str adapter):
         if adapter is not None:
-            return <_Members> self.adapters.get(adapter)
+            return <Members> self.adapters.get(adapter)
         return self.everyone if self.everyone.n else None
 
     cdef int32_t _take_slot(self) except -1:
@@ -288,23 +202,24 @@ cdef class Ring:
             raise MemoryError(f"a ring holds at most {SLOTS_MAX} endpoints")
         if slot == self.slots_capacity:
             capacity = 2 * self.slots_capacity + 16
-            self.slots = <Slot *> _grown(self.slots, capacity * sizeof(Slot))
+            self.slots = <Slot *> grown(self.slots, capacity * sizeof(Slot))
             memset(self.slots + slot, 0, (capacity - slot) * sizeof(Slot))
             self.slots_capacity = capacity
         self.by_slot.append(None)
+        self.nodes.names.append(None)
         return slot
 
     cdef int _join_adapters(self, _Endpoint endpoint) except -1:
-        cdef _Members members
+        cdef Members members
         for adapter in endpoint.adapters:
             members = self.adapters.get(adapter)
             if members is None:
-                members = self.adapters[adapter] = _Members()
+                members = self.adapters[adapter] = Members()
             members.add(endpoint.slot, self.slots[endpoint.slot].row)
         return 0
 
     cdef int _leave_adapters(self, _Endpoint endpoint) except -1:
-        cdef _Members members
+        cdef Members members
         for adapter in endpoint.adapters:
             members = self.adapters[adapter]
             members.drop(endpoint.slot)
@@ -316,7 +231,7 @@ cdef class Ring:
         cdef int32_t capacity
         if self.departed_n == self.departed_capacity:
             capacity = 2 * self.departed_capacity + 4
-            self.departed = <Departed *> _grown(self.departed, capacity * sizeof(Departed))
+            self.departed = <Departed *> grown(self.departed, capacity * sizeof(Departed))
             self.departed_capacity = capacity
         self.departed[self.departed_n].row = row
         self.departed[self.departed_n].generation = generation
@@ -334,131 +249,24 @@ cdef class Ring:
 
     cdef int _merge(self) except -1:
         """Apply recorded additions and removals to the sorted nodes."""
-        cdef Node *added = NULL
-        cdef size_t added_n = 0
         cdef int32_t slot
-        cdef int64_t index
-        cdef uint64_t name_hash
         if self.gone_slots:
             self._compact()
         if self.new_slots:
-            added = <Node *> _grown(
-                NULL, <size_t> len(self.new_slots) * self.replication * sizeof(Node)
-            )
-            try:
-                for slot in self.new_slots:
-                    name_hash = (<_Endpoint> self.by_slot[slot]).name_hash
-                    for index in range(self.replication):
-                        added[added_n] = _node(name_hash, index, slot)
-                        added_n += 1
-                added = self._sorted(added, added_n)
-                self._insert(added, added_n)
-            finally:
-                free(added)
+            hashes = [(<_Endpoint> self.by_slot[slot]).name_hash for slot in self.new_slots]
+            self.nodes.add(self.new_slots, hashes, self.replication)
             self.new_slots = []
-        return self._index()
+        return self.nodes.index()
 
     cdef void _compact(self) noexcept:
         cdef size_t source, target = 0
-        for source in range(self.nodes_n):
-            self.nodes[target] = self.nodes[source]
-            target += not self.slots[_slot(self.nodes[source])].gone
-        self.nodes_n = target
+        cdef Node *nodes = self.nodes.nodes
+        for source in range(self.nodes.n):
+            nodes[target] = nodes[source]
+            target += not self.slots[slot_of(nodes[source])].gone
+        self.nodes.n = target
         self.free_slots += self.gone_slots
         self.gone_slots = []
-
-    cdef bint _before(self, Node one, Node other) noexcept:
-        if one >> SLOT_BITS != other >> SLOT_BITS:
-            return one < other
-        return (
-            (<_Endpoint> self.by_slot[_slot(one)]).name
-            < (<_Endpoint> self.by_slot[_slot(other)]).name
-        )
-
-    cdef Node *_sorted(self, Node *nodes, size_t n) except NULL:
-        """Sort, and free ``nodes``. Positions are uniform: one scatter nearly sorts them."""
-        cdef int shift = 63
-        while (<size_t> 1 << (64 - shift)) < n and shift > 1:
-            shift -= 1
-        cdef size_t ranges = <size_t> 1 << (64 - shift)
-        cdef Node *result = <Node *> malloc(n * sizeof(Node))
-        cdef uint32_t *ends = <uint32_t *> malloc((ranges + 1) * sizeof(uint32_t))
-        cdef size_t at, back
-        cdef Node node
-        if result == NULL or ends == NULL:
-            free(result)
-            free(ends)
-            raise MemoryError(f"cannot allocate {n} virtual nodes")
-        memset(ends, 0, (ranges + 1) * sizeof(uint32_t))
-        for at in range(n):
-            ends[(nodes[at] >> shift) + 1] += 1
-        for at in range(ranges):
-            ends[at + 1] += ends[at]
-        for at in range(n):
-            back = ends[nodes[at] >> shift]
-            ends[nodes[at] >> shift] += 1
-            result[back] = nodes[at]
-        for at in range(1, n):
-            node = result[at]
-            back = at
-            while back > 0 and self._before(node, result[back - 1]):
-                result[back] = result[back - 1]
-                back -= 1
-            result[back] = node
-        free(ends)
-        free(nodes)
-        return result
-
-    cdef int _insert(self, const Node *added, size_t added_n) except -1:
-        """Merge sorted nodes into the array from its end; each existing node moves once."""
-        cdef size_t total = self.nodes_n + added_n
-        cdef size_t old = self.nodes_n
-        cdef size_t start, low, high, middle
-        if total > <size_t> 0xFFFFFFFF:
-            raise MemoryError(f"a ring cannot hold {total} virtual nodes")
-        if total > self.nodes_capacity:
-            self.nodes = <Node *> _grown(self.nodes, total * sizeof(Node))
-            self.nodes_capacity = total
-        while added_n:
-            low = 0
-            high = old
-            while low < high:
-                middle = (low + high) // 2
-                if self._before(added[added_n - 1], self.nodes[middle]):
-                    high = middle
-                else:
-                    low = middle + 1
-            memmove(&self.nodes[low + added_n], &self.nodes[low], (old - low) * sizeof(Node))
-            old = low
-            added_n -= 1
-            self.nodes[old + added_n] = added[added_n]
-        self.nodes_n = total
-        return 0
-
-    cdef int _index(self) except -1:
-        """Record where each range of positions begins in the array."""
-        cdef int shift = 63
-        cdef size_t ranges, at
-        while (<size_t> NODES_A_BUCKET << (64 - shift)) < self.nodes_n:
-            shift -= 1
-        ranges = <size_t> 1 << (64 - shift)
-        self.buckets = <uint32_t *> _grown(self.buckets, (ranges + 1) * sizeof(uint32_t))
-        self.bucket_shift = shift
-        memset(self.buckets, 0, (ranges + 1) * sizeof(uint32_t))
-        # The last node of a range overwrites those before it: branch-free, 0.1 ms for 256,000.
-        for at in range(self.nodes_n):
-            self.buckets[(self.nodes[at] >> shift) + 1] = <uint32_t> (at + 1)
-        for at in range(ranges):
-            self.buckets[at + 1] = max(self.buckets[at], self.buckets[at + 1])
-        return 0
-
-    cdef size_t _first_node(self, uint64_t key) noexcept:
-        """The first node at or after the key's position, wrapping around."""
-        cdef Node place = _mix(key) >> SLOT_BITS << SLOT_BITS
-        cdef size_t at = self.buckets[place >> self.bucket_shift]
-        while at < self.nodes_n and self.nodes[at] < place:
-            at += 1
-        return at if at < self.nodes_n else 0
 
     # -- picks ---------------------------------------------------------------------------------
 
@@ -474,9 +282,9 @@ cdef class Ring:
         self._begin()
         if self.everyone.n == 0:
             return None
-        cdef _Members members = self._members(adapter)
-        cdef size_t at = self._first_node(key)
-        cdef int32_t initial = self.slots[_slot(self.nodes[at])].row
+        cdef Members members = self._members(adapter)
+        cdef size_t at = self.nodes.first_at(key)
+        cdef int32_t initial = self.slots[slot_of(self.nodes.nodes[at])].row
         cdef Survey survey
         if members is None or not self._survey(&survey, members, exclude, True):
             self.table.count_lookup(initial, -1, False, 0)
@@ -488,9 +296,9 @@ cdef class Ring:
         cdef int64_t load, first_load = 0
         cdef int iterations = 0
         while iterations < self.everyone.n and survey.open:
-            slot = _slot(self.nodes[at])
+            slot = slot_of(self.nodes.nodes[at])
             at += 1
-            if at == self.nodes_n:
+            if at == self.nodes.n:
                 at = 0
             if self.slots[slot].seen == self.walk:
                 continue
@@ -522,7 +330,7 @@ cdef class Ring:
         If there are other KubeAI replicas, compares expected loads (``LoadTable.expected``).
         """
         self._begin()
-        cdef _Members members = self._members(adapter)
+        cdef Members members = self._members(adapter)
         cdef Survey survey
         if members is None or not self._survey(&survey, members, exclude, False):
             return None
@@ -541,7 +349,7 @@ cdef class Ring:
         return self._reserve(slot, slot, load, 0, 0, &survey)
 
     cdef int32_t _least(
-        self, _Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
+        self, Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
     ) noexcept:
         """The first member in [start, end) with the least load below ``load`` (updated); or -1."""
         cdef LoadTable table = self.table
@@ -563,17 +371,17 @@ cdef class Ring:
 
     def lookup(self, uint64_t key, str adapter=None):
         """The endpoint that a key maps to when there is no load. Pure: counts nothing."""
-        cdef _Members members = self._members(adapter)
+        cdef Members members = self._members(adapter)
         if members is None:
             return None
         if self.new_slots or self.gone_slots:
             self._merge()
-        cdef size_t at = self._first_node(key)
-        while not members.contains(_slot(self.nodes[at])):
+        cdef size_t at = self.nodes.first_at(key)
+        while not members.contains(slot_of(self.nodes.nodes[at])):
             at += 1
-            if at == self.nodes_n:
+            if at == self.nodes.n:
                 at = 0
-        return (<_Endpoint> self.by_slot[_slot(self.nodes[at])]).name
+        return (<_Endpoint> self.by_slot[slot_of(self.nodes.nodes[at])]).name
 
     cdef int _begin(self) except -1:
         self.table._check_row(0)
@@ -594,7 +402,7 @@ cdef class Ring:
         return now_s == 0 or get_time(&health.ejected_until_s) <= now_s
 
     cdef bint _survey(
-        self, Survey *survey, _Members members, object exclude, bint loads
+        self, Survey *survey, Members members, object exclude, bint loads
     ) except -1:
         """Find who can serve; False if none can. ``loads``: compute n and total too."""
         cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
@@ -617,7 +425,7 @@ cdef class Ring:
                 survey.total = self._total(members)
         return survey.open > 0
 
-    cdef bint _survey_ejected(self, Survey *survey, _Members members) noexcept:
+    cdef bint _survey_ejected(self, Survey *survey, Members members) noexcept:
         """Skip ejected endpoints; False if no other can serve (panic mode: none is skipped)."""
         cdef int32_t at
         survey.n = 0
@@ -631,7 +439,7 @@ cdef class Ring:
             survey.open += self.slots[members.slots[at]].excluded != self.walk
         return survey.open > 0
 
-    cdef int32_t _exclude(self, _Members members, object exclude) except -1:
+    cdef int32_t _exclude(self, Members members, object exclude) except -1:
         cdef _Endpoint endpoint
         cdef int32_t excluded = 0
         for name in exclude:
@@ -642,7 +450,7 @@ cdef class Ring:
             excluded += members.contains(endpoint.slot)
         return excluded
 
-    cdef int64_t _total(self, _Members members) noexcept:
+    cdef int64_t _total(self, Members members) noexcept:
         cdef int64_t total = 0
         cdef int32_t at
         for at in range(members.n):
@@ -663,7 +471,7 @@ cdef class Ring:
             total += load
         return total
 
-    cdef int32_t _any(self, _Members members) noexcept:
+    cdef int32_t _any(self, Members members) noexcept:
         """One that is not excluded: the last open ones have been ejected since the survey."""
         cdef int32_t at
         for at in range(members.n):
@@ -728,4 +536,4 @@ cdef class Ring:
         return True
 
     cdef double _now_s(self) except -1:
-        return _monotonic_s() if self.clock is None else self.clock()
+        return now() if self.clock is None else self.clock()

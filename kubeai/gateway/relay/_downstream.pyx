@@ -5,6 +5,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
 from libc.string cimport memchr, memcmp
 
+from kubeai._clock cimport now
 from kubeai.gateway.relay._body cimport COMPLETE, TOO_LONG, RequestBody
 from kubeai.gateway.relay._exchange cimport (
     BODY,
@@ -16,7 +17,6 @@ from kubeai.gateway.relay._exchange cimport (
     Exchange,
     Relay,
     UpstreamEnd,
-    now,
     write_at_once,
 )
 from kubeai.gateway.relay._http1 cimport (

@@ -1,17 +1,9 @@
 """Declarations of ``_exchange.pyx``: the relay, a request, and the abstract ends of its path."""
 
 from libc.stdint cimport int64_t, uint64_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from kubeai.gateway.relay._body cimport RequestBody
 from kubeai.gateway.relay._http1 cimport Head
-
-
-cdef inline double now() noexcept:
-    """CLOCK_MONOTONIC, in seconds."""
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return t.tv_sec + t.tv_nsec * 1e-9
 
 
 cdef int write_at_once(object transport) except -1

@@ -10,6 +10,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
 from libc.string cimport memchr
 
+from kubeai._clock cimport now
 from kubeai.gateway.relay._http1 cimport Head, Text, id_in, is_name, text_add_header, view
 
 from os import urandom

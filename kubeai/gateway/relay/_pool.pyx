@@ -1,7 +1,8 @@
 # cython: language_level=3, nonecheck=True
 """The idle connections to one upstream, and what its responses say about its health."""
 
-from kubeai.gateway.relay._exchange cimport Pool, Relay, UpstreamEnd, now
+from kubeai._clock cimport now
+from kubeai.gateway.relay._exchange cimport Pool, Relay, UpstreamEnd
 
 from kubeai.gateway.relay._exchange import STATUS as _STATUS
 

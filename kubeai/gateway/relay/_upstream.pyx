@@ -5,13 +5,13 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int64_t
 from libc.string cimport memcmp
 
+from kubeai._clock cimport now
 from kubeai.gateway.relay._exchange cimport (
     BODY,
     DownstreamEnd,
     Exchange,
     Pool,
     UpstreamEnd,
-    now,
     write_at_once,
 )
 from kubeai.gateway.relay._http1 cimport (
