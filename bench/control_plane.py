@@ -57,7 +57,8 @@ from aiohttp import web
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import Model
-from kubeai.kube.client import MODELS, PODS, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import MODELS, PODS
 from kubeai.operator import events
 from kubeai.operator.controller import Controller
 from kubeai.operator.operator import POD_SELECTOR

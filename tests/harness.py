@@ -21,8 +21,8 @@ from typing import Any
 import aiohttp
 import yaml
 
-from kubeai.kube import client as kube
 from kubeai.kube.client import Kube
+from kubeai.kube.resources import MODELS, PODS
 
 START_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 25.0
@@ -282,13 +282,13 @@ def _take(answer: Answer, data: bytes, started: float) -> None:
 
 
 async def pods(client: Kube, name: str) -> list[dict[str, Any]]:
-    items, _ = await client.list(kube.PODS, client.namespace, labels=f"model={name}")
+    items, _ = await client.list(PODS, client.namespace, labels=f"model={name}")
     return items
 
 
 async def replicas(client: Kube, name: str) -> tuple[int, int, int]:
     """A Model's replicas as (wanted, all, ready)."""
-    found = await client.get(kube.MODELS, name, client.namespace)
+    found = await client.get(MODELS, name, client.namespace)
     status = found.get("status", {}).get("replicas", {})
     wanted = found["spec"].get("replicas") or 0
     return wanted, status.get("all", 0), status.get("ready", 0)

@@ -1,6 +1,6 @@
 """A Kubernetes API client, used by the operator, the kubelet and ``kubeai local``.
 
-Owns the connections (kubernetes_asyncio loads kubeconfigs, tokens and exec plug-ins), the verbs,
+Owns the connections, the verbs,
 :meth:`Kube.follow`, which keeps a caller's view of a collection up to date, and
 :meth:`Kube.fenced`, through which a leader writes. Objects are dicts, or any type that msgspec
 decodes directly from the response.
@@ -17,38 +17,32 @@ import asyncio
 import builtins
 import contextlib
 import copy
-import os
 import random
-import socket
-import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
-from urllib.parse import urlencode, urlsplit
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlencode
 
 import msgspec
 
-from kubeai.errors import KubeAIError
 from kubeai.http import aiohttp
-from kubeai.imports import without_init
-from kubeai.kube import exec_channels as channels
+from kubeai.kube import exec_channels
+from kubeai.kube.auth import Loader, load_access
+from kubeai.kube.backoff import BACKOFF_MAX_S, Backoff
+from kubeai.kube.connections import enable_keep_alive, is_loopback, open_socket, tls_context
+from kubeai.kube.decoding import Event, Page, Versioned, decode, decode_leniently, event_lines
+from kubeai.kube.errors import ApiError, Status, api_error, no_response
+from kubeai.kube.exec import ExecResult, command_result, raise_refused_upgrade
+from kubeai.kube.fencing import fence
+from kubeai.kube.resources import PODS, Object, Resource, selector_query
 from kubeai.logs import get_logger
 
-with without_init("kubernetes_asyncio", "kubernetes_asyncio.client") as (_, client):
+log = get_logger(__name__)
+if TYPE_CHECKING:
     from kubernetes_asyncio.client.configuration import Configuration
 
-    if not hasattr(client, "Configuration"):  # names that `config` imports from the package
-        client.Configuration, client.ApiClient = Configuration, None  # type: ignore[attr-defined]
-    from kubernetes_asyncio import config as kube_config
-
-log = get_logger(__name__)
-Object = dict[str, Any]
-if TYPE_CHECKING:
-    from typing_extensions import TypeVar
-
-    T = TypeVar("T", default=Object)  # the type that objects are decoded as
+    from kubeai.kube.decoding import T
 PatchKind = Literal["merge", "json", "strategic"]
 
 CALL_TIMEOUT_S = 30.0
@@ -58,138 +52,13 @@ LIST_PAGE_MAX_ITEMS = 500
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 WATCH_TIMEOUT_S = (240.0, 300.0)  # range of the timeout that the server is asked for
 WATCH_SILENCE_MAX_S = 330.0
-EVENT_MAX_BYTES = 64 << 20
-EXEC_OUTPUT_MAX_BYTES = 64 << 10  # the tail of a command's output that is kept
 EXEC_MESSAGE_MAX_BYTES = 4 << 20
 EXEC_CLOSE_TIMEOUT_S = 1.0
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 10.0
-_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _CONTENT_TYPE = {
     "merge": "application/merge-patch+json",
     "json": "application/json-patch+json",
     "strategic": "application/strategic-merge-patch+json",
 }
-
-
-class Resource(NamedTuple):
-    """An API resource type."""
-
-    group: str
-    version: str
-    plural: str
-    kind: str
-    namespaced: bool = True
-
-    @property
-    def api_version(self) -> str:
-        """The ``apiVersion`` of its objects."""
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-    def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
-        parts = ["apis", self.group, self.version] if self.group else ["api", self.version]
-        if self.namespaced and namespace:
-            parts += ["namespaces", namespace]
-        return "/" + "/".join([*parts, self.plural, *filter(None, (name, subresource))])
-
-
-PODS = Resource("", "v1", "pods", "Pod")
-CONFIGMAPS = Resource("", "v1", "configmaps", "ConfigMap")
-SECRETS = Resource("", "v1", "secrets", "Secret")
-NODES = Resource("", "v1", "nodes", "Node", namespaced=False)
-NAMESPACES = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
-PVCS = Resource("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim")
-EVENTS = Resource("", "v1", "events", "Event")
-JOBS = Resource("batch", "v1", "jobs", "Job")
-LEASES = Resource("coordination.k8s.io", "v1", "leases", "Lease")
-MODELS = Resource("kubeai.org", "v1", "models", "Model")
-CRDS = Resource(
-    "apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", False
-)
-
-
-class ApiError(KubeAIError):
-    """A call to the Kubernetes API failed.
-
-    ``status`` is the HTTP status, or 0 if there was no response (a write may have been applied).
-    """
-
-    def __init__(
-        self, status: int, reason: str, message: str, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-class ExecResult(NamedTuple):
-    """Result of a command in a container; ``output`` is the tail of its stdout and stderr."""
-
-    exit_code: int
-    output: str
-
-
-class Backoff:
-    """Exponential back-off with jitter, so that many clients of one server spread out.
-
-    The n-th wait is random between half and all of ``first_s × 2ⁿ``, at most ``max_s``.
-    """
-
-    def __init__(
-        self,
-        first_s: float = BACKOFF_FIRST_S,
-        max_s: float = BACKOFF_MAX_S,
-        rand: Callable[[], float] = random.random,
-    ) -> None:
-        self._first_s, self._max_s, self._random = first_s, max_s, rand
-        self.failures = 0
-
-    def reset(self) -> None:
-        self.failures = 0
-
-    def next_s(self) -> float:
-        """Count a failure and return the next wait in seconds."""
-        wait_s = min(self._max_s, self._first_s * 2.0 ** min(self.failures, 32))
-        self.failures += 1
-        return wait_s * (0.5 + 0.5 * self._random())
-
-
-class _Status(msgspec.Struct):
-    message: str = ""
-    reason: str = ""
-    code: int = 0
-
-
-class _ListMeta(msgspec.Struct, rename="camel"):
-    resource_version: str = ""
-    continue_: str = msgspec.field(default="", name="continue")
-
-
-class _Page(msgspec.Struct):
-    metadata: _ListMeta = msgspec.field(default_factory=_ListMeta)
-    items: list[msgspec.Raw] | None = None
-
-
-class _Event(msgspec.Struct):
-    type: str
-    object: msgspec.Raw
-
-
-class _Versioned(msgspec.Struct):
-    metadata: _ListMeta
-
-
-class _Loader(Protocol):
-    async def load_and_set(self, configuration: Configuration) -> None: ...
-
-
-_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
-
-
-def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
-    if type_ not in _DECODERS:
-        _DECODERS[type_] = msgspec.json.Decoder(type_)
-    return _DECODERS[type_]
 
 
 class Kube:
@@ -199,7 +68,7 @@ class Kube:
         self,
         configuration: Configuration,
         namespace: str,
-        loader: _Loader | None = None,
+        loader: Loader | None = None,
         unacknowledged_max_s: float = UNACKNOWLEDGED_MAX_S,
     ) -> None:
         self.namespace = namespace
@@ -209,8 +78,8 @@ class Kube:
         self._base = str(configuration.host)
         self._connector = aiohttp.TCPConnector(
             limit=configuration.connection_pool_maxsize,
-            ssl=_tls(configuration),
-            socket_factory=partial(_socket, unacknowledged_max_s=unacknowledged_max_s),
+            ssl=tls_context(configuration),
+            socket_factory=partial(open_socket, unacknowledged_max_s=unacknowledged_max_s),
         )
         self._check: Callable[[], None] | None = None
         self._sessions: builtins.list[aiohttp.ClientSession] = []  # fenced ones too
@@ -229,32 +98,8 @@ class Kube:
 
         KubeAIError if the one that applies cannot be read. Does not contact the server yet.
         """
-        configuration = Configuration()
-        path = kubeconfig or os.environ.get("KUBECONFIG")
-        environment = os.environ.get("POD_NAMESPACE", "")
-        if not path:
-            try:
-                _in_cluster(configuration)
-            except kube_config.ConfigException as error:
-                raise KubeAIError(
-                    f"no Kubernetes API: KUBECONFIG is not set and this is not a pod ({error})"
-                ) from error
-            namespace = environment or _account_namespace() or "default"
-            return cls(configuration, namespace, None, unacknowledged_max_s)
-        missing = _missing_files(path)
-        if missing:
-            raise KubeAIError(f"kubeconfig {missing[0]}: no such file")
-        try:
-            loader = await kube_config.load_kube_config(
-                config_file=path, client_configuration=configuration
-            )
-        except kube_config.ConfigException as error:
-            raise KubeAIError(f"kubeconfig {path}: {error}") from error
-        except Exception as error:  # an invalid file can raise anything
-            raise KubeAIError(f"kubeconfig {path}: not a valid kubeconfig ({error})") from error
-        context = (loader.current_context or {}).get("context") or {}
-        namespace = context.get("namespace") or environment or "default"
-        return cls(configuration, namespace, loader, unacknowledged_max_s)
+        access = await load_access(kubeconfig)
+        return cls(access.configuration, access.namespace, access.loader, unacknowledged_max_s)
 
     def fenced(self, check: Callable[[], None]) -> Kube:
         """A client on the same connections whose writes are only sent if ``check`` passes.
@@ -286,7 +131,7 @@ class Kube:
     ) -> T:
         """Read one object from the API server, not from a cache."""
         path = r.path(namespace or self.namespace, name)
-        return _decode(await self._call("GET", path), type)
+        return decode(await self._call("GET", path), type)
 
     async def list(
         self,
@@ -307,7 +152,7 @@ class Kube:
         accept = METADATA_LIST if metadata_only else ""
         async for page in self._pages(r, namespace, labels, fields, accept):
             version = page.metadata.resource_version
-            items += [_decode(raw, type) for raw in page.items or ()]
+            items += [decode(raw, type) for raw in page.items or ()]
         return items, version
 
     async def create(
@@ -320,7 +165,7 @@ class Kube:
     ) -> T:
         """Create an object. ApiError 409 (AlreadyExists) if the name is taken."""
         path = r.path(self._namespace_of(obj, namespace))
-        return _decode(await self._call("POST", path, body=_with_kind(r, obj)), type)
+        return decode(await self._call("POST", path, body=_with_kind(r, obj)), type)
 
     async def update(
         self,
@@ -334,7 +179,7 @@ class Kube:
         """Replace an object. ApiError 409 (Conflict) if it has an outdated resourceVersion."""
         path = r.path(self._namespace_of(obj, namespace), obj["metadata"]["name"], subresource)
         body = obj if subresource == "scale" else _with_kind(r, obj)
-        return _decode(await self._call("PUT", path, body=body), type)
+        return decode(await self._call("PUT", path, body=body), type)
 
     async def patch(
         self,
@@ -350,7 +195,7 @@ class Kube:
         """Patch an object. A ``metadata.resourceVersion`` in it makes the patch conditional."""
         path = r.path(namespace or self.namespace, name, subresource)
         answer = await self._call("PATCH", path, body=patch, content_type=_CONTENT_TYPE[kind])
-        return _decode(answer, type)
+        return decode(answer, type)
 
     async def delete(
         self,
@@ -398,12 +243,12 @@ class Kube:
             async with asyncio.timeout(timeout_s):
                 messages = await self._upgrade(path, query)
                 try:
-                    return await _command_result(messages)
+                    return await command_result(messages)
                 finally:
                     await messages.close()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._ask_again()
-            raise _no_answer("exec", name, error) from error
+            self._recheck()
+            raise no_response("exec", name, error) from error
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -426,7 +271,7 @@ class Kube:
             self._events(r, namespace, resource_version, labels, fields)
         ) as events:
             async for kind, _, raw in events:
-                yield kind, _decode(raw, type)
+                yield kind, decode(raw, type)
 
     async def follow(
         self,
@@ -465,7 +310,7 @@ class Kube:
                         backoff.reset()
                         if kind == "BOOKMARK":
                             continue
-                        obj = _decode_leniently(r, raw, type)
+                        obj = decode_leniently(r, raw, type)
                         if obj is not None:
                             changed(kind, obj)
                         elif kind == "DELETED":
@@ -489,9 +334,9 @@ class Kube:
             connector=self._connector,
             connector_owner=False,
             # Like Go's HTTP client, do not use a proxy from the environment for loopback addresses.
-            trust_env=not _is_loopback(self._base),
+            trust_env=not is_loopback(self._base),
             read_bufsize=1 << 20,
-            raise_for_status=_tell_refused_upgrade,
+            raise_for_status=raise_refused_upgrade,
             skip_auto_headers=("User-Agent",),
             trace_configs=[*traces],
         )
@@ -508,19 +353,19 @@ class Kube:
         version = ""
         async for page in self._pages(r, namespace, labels, fields):
             version = page.metadata.resource_version
-            decoded = (_decode_leniently(r, raw, type_) for raw in page.items or ())
+            decoded = (decode_leniently(r, raw, type_) for raw in page.items or ())
             items += [item for item in decoded if item is not None]
         return items, version
 
     async def _pages(
         self, r: Resource, namespace: str, labels: str, fields: str, accept: str = ""
-    ) -> AsyncIterator[_Page]:
-        query = {"limit": str(LIST_PAGE_MAX_ITEMS)} | _selectors(labels, fields)
+    ) -> AsyncIterator[Page]:
+        query = {"limit": str(LIST_PAGE_MAX_ITEMS)} | selector_query(labels, fields)
         while True:
             body = await self._call(
                 "GET", r.path(namespace), query, accept=accept, timeout_s=LIST_TIMEOUT_S
             )
-            page = _decode(body, _Page)
+            page = decode(body, Page)
             yield page
             if not page.metadata.continue_:
                 return
@@ -535,7 +380,7 @@ class Kube:
             "resourceVersion": version,
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(int(random.uniform(*WATCH_TIMEOUT_S))),
-        } | _selectors(labels, fields)
+        } | selector_query(labels, fields)
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=CALL_TIMEOUT_S, sock_read=WATCH_SILENCE_MAX_S
         )
@@ -546,17 +391,17 @@ class Kube:
                 if response.status == 401:
                     await self._renew()  # for the next watch
                 if response.status >= 400:
-                    raise _api_error(response, await response.read())
-                _notice_dead_peers(response)
-                async for line in _lines(response.content):
-                    event = _decode(line, _Event)
+                    raise api_error(response, await response.read())
+                enable_keep_alive(response)
+                async for line in event_lines(response.content):
+                    event = decode(line, Event)
                     if event.type == "ERROR":
-                        status = _decode(event.object, _Status)
+                        status = decode(event.object, Status)
                         raise ApiError(status.code, status.reason, status.message)
-                    meta = _decode(event.object, _Versioned).metadata
+                    meta = decode(event.object, Versioned).metadata
                     yield event.type, meta.resource_version, event.object
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _no_answer("watch", r.plural, error) from error
+            raise no_response("watch", r.plural, error) from error
 
     async def _call(
         self,
@@ -583,13 +428,13 @@ class Kube:
                         response, answer = again, await again.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if method != "GET":
-                self._ask_again()
-            raise _no_answer(method, path, error) from error
+                self._recheck()
+            raise no_response(method, path, error) from error
         if response.status >= 400:
-            raise _api_error(response, answer)
+            raise api_error(response, answer)
         return answer
 
-    def _ask_again(self) -> None:
+    def _recheck(self) -> None:
         """Repeat the check, since aiohttp hides an exception that it raised for a body."""
         if self._check is not None:
             self._check()
@@ -622,7 +467,7 @@ class Kube:
             try:
                 messages: aiohttp.ClientWebSocketResponse = await self._session.ws_connect(
                     url,
-                    protocols=(channels.V4,),
+                    protocols=(exec_channels.V4,),
                     headers=await self._headers(),
                     timeout=aiohttp.ClientWSTimeout(ws_close=EXEC_CLOSE_TIMEOUT_S),
                     max_msg_size=EXEC_MESSAGE_MAX_BYTES,
@@ -652,198 +497,5 @@ class Kube:
         return False
 
 
-def fence(check: Callable[[], None]) -> aiohttp.TraceConfig:
-    """Make a session send its requests only if ``check`` passes; see :meth:`Kube.fenced`.
-
-    aiohttp calls these two hooks when it has a connection: the first right before the headers are
-    written, the second one event-loop iteration later, before the body. Both are sent together.
-    """
-
-    async def headers(
-        session: aiohttp.ClientSession, context: object, sent: aiohttp.TraceRequestHeadersSentParams
-    ) -> None:
-        if sent.method != "GET" or "Upgrade" in sent.headers:
-            check()
-
-    async def body(
-        session: aiohttp.ClientSession, context: object, sent: aiohttp.TraceRequestChunkSentParams
-    ) -> None:
-        if sent.method != "GET":
-            check()
-
-    trace = aiohttp.TraceConfig()
-    trace.on_request_headers_sent.append(headers)
-    trace.on_request_chunk_sent.append(body)
-    return trace
-
-
-def _tls(configuration: Configuration) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
-    if configuration.cert_file:
-        context.load_cert_chain(configuration.cert_file, configuration.key_file)
-    if not configuration.verify_ssl:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if configuration.disable_strict_ssl_verification:
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    return context
-
-
-def _socket(address: aiohttp.AddrInfoType, *, unacknowledged_max_s: float) -> socket.socket:
-    """A socket that drops data its peer does not acknowledge in time, even after it is closed.
-
-    Otherwise Linux retransmits for about 15 minutes, and a write that was lost in a network
-    partition takes effect when the partition heals.
-    """
-    family, kind, protocol, _, _ = address
-    sock = socket.socket(family, kind, protocol)
-    limit_ms = max(1, round(unacknowledged_max_s * 1000))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
-    return sock
-
-
-def _in_cluster(configuration: Configuration) -> None:
-    kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-
-
-def _missing_files(paths: str) -> list[str]:
-    return [path for path in paths.split(os.pathsep) if not Path(path).is_file()]
-
-
-def _selectors(labels: str, fields: str) -> dict[str, str]:
-    given = {"labelSelector": labels, "fieldSelector": fields}
-    return {key: value for key, value in given.items() if value}
-
-
 def _with_kind(r: Resource, obj: Object) -> Object:
     return {"apiVersion": r.api_version, "kind": r.kind} | obj
-
-
-def _decode(data: bytes | msgspec.Raw, type_: type[T]) -> T:
-    try:
-        decoded: T = _decoder(type_).decode(data)
-        return decoded
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(0, "Undecodable", f"cannot decode the response: {error}") from error
-
-
-def _decode_leniently(r: Resource, raw: msgspec.Raw, type_: Any) -> Any:
-    try:
-        return _decoder(type_).decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        log.error("object skipped", resource=r.plural, error=str(error), start=bytes(raw)[:200])
-        return None
-
-
-async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Split at newlines. Unlike StreamReader.readline, allows lines longer than the buffer."""
-    parts: list[bytes] = []
-    held_bytes = 0
-    async for chunk in content.iter_any():
-        first, *lines = chunk.split(b"\n")
-        parts.append(first)
-        held_bytes += len(first)
-        if held_bytes > EVENT_MAX_BYTES:
-            raise ApiError(0, "TooLarge", f"watch event larger than {EVENT_MAX_BYTES} bytes")
-        for line in lines:
-            whole = b"".join(parts)
-            if whole.strip():
-                yield whole
-            parts, held_bytes = [line], len(line)
-
-
-async def _tell_refused_upgrade(response: aiohttp.ClientResponse) -> None:
-    """Raise the Status of a refused upgrade, which aiohttp's own error does not include."""
-    if response.status >= 400 and "Upgrade" in response.request_info.headers:
-        raise _api_error(response, await response.read())
-
-
-async def _command_result(messages: aiohttp.ClientWebSocketResponse) -> ExecResult:
-    """Read an exec's channels until the command's status arrives."""
-    output = bytearray()
-    async for message in messages:
-        if message.type is not aiohttp.WSMsgType.BINARY or len(message.data) < 2:
-            continue  # an empty message only announces the channel
-        channel, data = message.data[0], message.data[1:]
-        if channel in (channels.STDOUT, channels.STDERR):
-            output += data
-            del output[:-EXEC_OUTPUT_MAX_BYTES]
-        elif channel == channels.ERROR:
-            try:
-                ending = channels.Ending.decode(data)
-            except ValueError as error:
-                raise ApiError(0, "Undecodable", f"command status: {error}") from error
-            if ending.exit_code is None:
-                raise ApiError(ending.status, ending.reason, ending.message)
-            return ExecResult(ending.exit_code, output.decode(errors="replace"))
-    code = messages.close_code
-    raise ApiError(0, "Unreachable", f"connection closed before the command ended ({code})")
-
-
-def _api_error(response: aiohttp.ClientResponse, body: bytes) -> ApiError:
-    try:
-        status = _decoder(_Status).decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        status = _Status(message=body[:200].decode(errors="replace").strip())
-    retry_after = response.headers.get("Retry-After", "")
-    return ApiError(
-        response.status,
-        status.reason or response.reason or "",
-        status.message or f"HTTP {response.status}",
-        float(retry_after) if retry_after.isdecimal() else None,
-    )
-
-
-def _no_answer(verb: str, what: str, error: Exception) -> ApiError:
-    reason = "Timeout" if isinstance(error, TimeoutError) else "Unreachable"
-    return ApiError(0, reason, f"{verb} {what}: {error or type(error).__name__}")
-
-
-def _notice_dead_peers(response: aiohttp.ClientResponse) -> None:
-    """Enable keep-alive, so that a watch whose peer vanished silently fails after about 20 s.
-
-    The first probe is sent after 15 s. When the second is due, the socket's limit for
-    unacknowledged data (see `_socket`) is exceeded; it replaces the probe count here.
-    """
-    connection = response.connection
-    transport = connection.transport if connection is not None else None
-    sock = transport.get_extra_info("socket") if transport is not None else None
-    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host == "localhost" or host.startswith("127.") or host == "::1"
-
-
-def _account_namespace() -> str:
-    try:
-        return _NAMESPACE_FILE.read_text().strip()
-    except OSError:
-        return ""
-
-
-__all__ = [
-    "CONFIGMAPS",
-    "CRDS",
-    "EVENTS",
-    "JOBS",
-    "LEASES",
-    "MODELS",
-    "NAMESPACES",
-    "NODES",
-    "PODS",
-    "PVCS",
-    "SECRETS",
-    "ApiError",
-    "Backoff",
-    "ExecResult",
-    "Kube",
-    "Resource",
-    "fence",
-]

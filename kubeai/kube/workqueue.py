@@ -11,7 +11,8 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from kubeai.kube.client import ApiError, Backoff
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.errors import ApiError
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -26,8 +26,10 @@ import msgspec
 from kubeai.api.config.system import load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
-from kubeai.kube import client as kube
-from kubeai.kube.client import ApiError, Backoff, Kube, Resource
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, PODS, Resource
 from kubeai.local import ports
 from kubeai.local.jobs.controller import JobController
 from kubeai.local.manifests import Manifest, apply, read_manifests
@@ -296,16 +298,16 @@ async def _install_crd(client: Kube) -> None:
     crd = model_crd()
     name = crd["metadata"]["name"]
     try:
-        live = await client.get(kube.CRDS, name)
+        live = await client.get(CRDS, name)
         crd["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
-        await client.update(kube.CRDS, crd)
+        await client.update(CRDS, crd)
     except ApiError as error:
         if error.status != 404:
             raise
-        await client.create(kube.CRDS, crd)
+        await client.create(CRDS, crd)
     async with asyncio.timeout(CRD_TIMEOUT_S):
         while True:
-            live = await client.get(kube.CRDS, name)
+            live = await client.get(CRDS, name)
             conditions = live.get("status", {}).get("conditions", [])
             if any(c["type"] == "Established" and c["status"] == "True" for c in conditions):
                 return
@@ -324,7 +326,7 @@ def _say_if_moved(options: Options, kept_port: int, port: int) -> None:
 async def _create_namespace(client: Kube) -> None:
     """Create the served namespace if it does not exist."""
     try:
-        await client.create(kube.NAMESPACES, {"metadata": {"name": client.namespace}})
+        await client.create(NAMESPACES, {"metadata": {"name": client.namespace}})
     except ApiError as error:
         if error.status != 409:
             raise
@@ -333,7 +335,7 @@ async def _create_namespace(client: Kube) -> None:
 def _check_namespaces(manifests: list[Manifest], served: str) -> None:
     for manifest in manifests:
         namespace = manifest.object["metadata"].get("namespace") or served
-        if manifest.resource is kube.MODELS and namespace != served:
+        if manifest.resource is MODELS and namespace != served:
             raise KubeAIError(
                 f"{manifest.source}: metadata.namespace: {namespace}: Models are served in the "
                 f"namespace {served} only; use --namespace to choose another"
@@ -387,9 +389,7 @@ async def _report(client: Kube) -> None:
             resource, client.namespace, labels=labels, replaced=replaced, changed=tell
         )
 
-    await asyncio.gather(
-        follow(kube.PODS, "app=model", _pod_line), follow(kube.MODELS, "", _model_line)
-    )
+    await asyncio.gather(follow(PODS, "app=model", _pod_line), follow(MODELS, "", _model_line))
 
 
 def _model_line(model: dict[str, Any]) -> str:

@@ -18,8 +18,9 @@ import yaml
 from kubeai.api.config.strict import closest, repeated_keys
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
-from kubeai.kube import client as kube
-from kubeai.kube.client import ApiError, Kube, Resource
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, JOBS, MODELS, NAMESPACES, PVCS, SECRETS, Resource
 from kubeai.local.apiserver.bodies import RESOLVERS
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ CONFLICT_RETRIES = 5
 # The kinds that `kubeai local` accepts; others can be applied with kubectl.
 RESOURCES: dict[tuple[str, str], Resource] = {
     (f"{r.group}/{r.version}" if r.group else r.version, r.kind): r
-    for r in (kube.MODELS, kube.CONFIGMAPS, kube.SECRETS, kube.PVCS, kube.JOBS, kube.NAMESPACES)
+    for r in (MODELS, CONFIGMAPS, SECRETS, PVCS, JOBS, NAMESPACES)
 }
 
 
@@ -167,7 +168,7 @@ def _schemas() -> dict[str, Schema]:
 
     schemas = {r.kind: r.schema for r in BUILT_IN if r.schema is not None}
     (version,) = model_crd()["spec"]["versions"]
-    schemas[kube.MODELS.kind] = Schema(version["schema"]["openAPIV3Schema"])
+    schemas[MODELS.kind] = Schema(version["schema"]["openAPIV3Schema"])
     return {**schemas, "ObjectMeta": OBJECT_META}
 
 

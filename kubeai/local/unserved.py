@@ -14,7 +14,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kubeai.api.model import POD_MODEL_LABEL
-from kubeai.kube.client import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import MODELS, PODS
 from kubeai.logs import get_logger
 from kubeai.operator.conditions import OURS
 

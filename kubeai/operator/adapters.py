@@ -20,7 +20,11 @@ import msgspec
 
 from kubeai.api.model import Model, ModelStatusAdapter
 from kubeai.http import aiohttp
-from kubeai.kube.client import PODS, ApiError, Backoff, Kube, fence
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.fencing import fence
+from kubeai.kube.resources import PODS
 from kubeai.logs import get_logger
 from kubeai.operator.leader import NotLeader, Writes
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble

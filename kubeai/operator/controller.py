@@ -22,7 +22,10 @@ import msgspec
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model, ModelStatus
 from kubeai.errors import ModelError
-from kubeai.kube.client import MODELS, PODS, ApiError, Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import MODELS, PODS
 from kubeai.kube.workqueue import Queue
 from kubeai.logs import get_logger
 from kubeai.operator.adapters import Adapters, AdaptersView

@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 
 from kubeai.api.model import Model
-from kubeai.kube.client import EVENTS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -15,7 +15,9 @@ import msgspec
 
 from kubeai.api.model import Model, ObjectMeta
 from kubeai.errors import ModelError
-from kubeai.kube.client import CONFIGMAPS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS
 from kubeai.logs import get_logger
 from kubeai.operator.leader import Writes
 from kubeai.operator.pods import Pod

@@ -21,7 +21,8 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from kubeai.kube.client import LEASES, ApiError, Resource
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import LEASES, Resource
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

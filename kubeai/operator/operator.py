@@ -14,7 +14,8 @@ from typing import Any
 
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
-from kubeai.kube.client import MODELS, PODS, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import MODELS, PODS
 from kubeai.logs import get_logger
 from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller

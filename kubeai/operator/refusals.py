@@ -17,7 +17,9 @@ from datetime import datetime
 
 import msgspec
 
-from kubeai.kube.client import EVENTS, JOBS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS, JOBS
 from kubeai.logs import get_logger
 from kubeai.operator.cache.plan import Job
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble

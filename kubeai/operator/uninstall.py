@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from kubeai.errors import KubeAIError
-from kubeai.kube.client import JOBS, MODELS, PVCS, SECRETS, ApiError, Kube, Object, Resource
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import JOBS, MODELS, PVCS, SECRETS, Object, Resource
 from kubeai.logs import get_logger
 from kubeai.podspec.cache import CLAIM_PREFIX
 

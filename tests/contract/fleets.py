@@ -22,7 +22,8 @@ from harness import START_TIMEOUT_S, chat, scrape, until
 from machines import Machine, Serve, launched
 from servers import ApiServer
 
-from kubeai.kube.client import LEASES, MODELS, PODS, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import LEASES, MODELS, PODS
 
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 SERVICE = "kubeai"

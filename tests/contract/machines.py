@@ -19,7 +19,9 @@ from kubelets import Kubelet
 from operators import as_operator
 from servers import ApiServer
 
-from kubeai.kube.client import MODELS, PODS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import MODELS, PODS
 from kubeai.local.jobs.controller import JobController
 
 EXEC_TIMEOUT_S = 20.0

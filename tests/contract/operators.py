@@ -12,7 +12,8 @@ import yaml
 from repository import REPOSITORY
 
 from kubeai.api.config.system import parse_config
-from kubeai.kube.client import CONFIGMAPS, MODELS, PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
 from kubeai.operator import Operator
 
 DEADLINE_S = 20.0

@@ -19,7 +19,7 @@ from aiohttp import web
 from servers import ApiServer
 
 from kubeai.kube import exec_channels as channels
-from kubeai.kube.client import ExecResult
+from kubeai.kube.exec import ExecResult
 
 CUT = Literal["before", "after"]
 DROPPED_HEADERS = {"host", "content-length", "transfer-encoding", "connection"}

@@ -33,7 +33,8 @@ from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, n
 from kubeai.api.config.system import SystemConfig, parse_config
 from kubeai.api.crd import model_crd
 from kubeai.api.model import decode_model
-from kubeai.kube.client import MODELS, PODS, SECRETS, Kube, Resource
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import MODELS, PODS, SECRETS, Resource
 from kubeai.operator.adapters import Adapters
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.controller import Controller

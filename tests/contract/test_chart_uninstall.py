@@ -19,7 +19,8 @@ from harness import model, until
 from helms import CHART, IMAGE, Helm
 from kubectls import Kubectl, found
 
-from kubeai.kube.client import CRDS, JOBS, MODELS, PVCS, SECRETS, Kube, Resource
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import CRDS, JOBS, MODELS, PVCS, SECRETS, Resource
 from kubeai.operator.uninstall import reason_to_refuse
 
 pytestmark = [

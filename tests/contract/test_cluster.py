@@ -9,7 +9,8 @@ import pytest
 from operators import CONFIG, World, until
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
-from kubeai.kube.client import MODELS, PODS, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import MODELS, PODS
 
 pytestmark = pytest.mark.cluster
 

@@ -21,7 +21,9 @@ from fakes.lora import Engine
 from operators import CONFIG, Replica, World, as_operator, until
 from proxies import Proxy
 
-from kubeai.kube.client import CONFIGMAPS, JOBS, MODELS, PODS, PVCS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, JOBS, MODELS, PODS, PVCS
 from kubeai.podspec.adapters import url_hash
 
 pytestmark = pytest.mark.timeout(400)

@@ -15,7 +15,8 @@ from kubectls import Kubectl
 from kubelets import DEADLINE_S, PYTHON, Kubelet, Pods, is_alive, until
 from servers import ApiServer
 
-from kubeai.kube.client import ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
 
 SLEEP = [*PYTHON, "import time; time.sleep(600)"]
 

@@ -20,7 +20,7 @@ from operators import until
 from partitions import apart
 from proxies import Proxy
 
-from kubeai.kube.client import LEASES, MODELS
+from kubeai.kube.resources import LEASES, MODELS
 
 LEASE_S, RENEW_S, RETRY_S = 2, 1.0, 0.2
 CONFIG = {

@@ -19,7 +19,8 @@ from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
-from kubeai.kube.client import CONFIGMAPS, MODELS, PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
 from kubeai.routing.table import Publisher, RoutingTable
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))

@@ -18,7 +18,9 @@ import pytest
 from operators import until
 from servers import CONTROL_PLANE, assets, cluster, embedded, real
 
-from kubeai.kube.client import EVENTS, JOBS, PODS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS, JOBS, PODS
 from kubeai.local.jobs.controller import JobController
 
 TRACKING = "batch.kubernetes.io/job-tracking"

@@ -16,7 +16,7 @@ from kubectls import MODEL, POD, TIMEOUT_S, Kubectl, rows
 from operators import until as until_true
 from servers import ApiServer
 
-from kubeai.kube.client import MODELS, PODS
+from kubeai.kube.resources import MODELS, PODS
 
 pytestmark = pytest.mark.kubectl
 

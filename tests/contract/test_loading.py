@@ -15,7 +15,8 @@ from harness import CONFIG, model, until
 from machines import Machine, install_load, machine
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, embedded, install_models
 
-from kubeai.kube.client import EVENTS, JOBS, MODELS, PVCS, ApiError, Resource
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS, JOBS, MODELS, PVCS, Resource
 from kubeai.podspec.adapters import url_hash
 
 pytestmark = pytest.mark.timeout(150)

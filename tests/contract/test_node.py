@@ -12,7 +12,8 @@ from kubelets import Kubelet, is_alive, is_ready
 from operators import CONFIG, World, as_operator, until
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
-from kubeai.kube.client import MODELS, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.resources import MODELS
 
 pytestmark = pytest.mark.cluster
 

@@ -12,7 +12,8 @@ import time
 import msgspec
 from operators import CONFIG, is_ready, until
 
-from kubeai.kube.client import CONFIGMAPS, LEASES, MODELS, PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, PODS
 from kubeai.operator.pods import HASH_ANNOTATION
 
 

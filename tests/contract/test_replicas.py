@@ -21,7 +21,7 @@ from harness import Answer, chat, model, pods, received, until
 from machines import machine
 from servers import ApiServer, assets, embedded, install_models, real
 
-from kubeai.kube.client import CONFIGMAPS, LEASES, MODELS, PODS
+from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, PODS
 
 pytestmark = pytest.mark.timeout(200)
 ENGINES = 3

@@ -15,8 +15,8 @@ from harness import chat, model, until
 from machines import serving
 from operators import as_operator
 
-from kubeai.kube import client as k
 from kubeai.kube.client import Kube
+from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS
 
 STREAMS = 50
 TOKENS = 40  # 2 s at the model's rate
@@ -54,13 +54,13 @@ async def cluster(kube_api, namespace, tmp_path):
     async with node(tmp_path, kube_api):
         client = await Kube.connect(kube_api)
         yield client
-        for found in (await client.list(k.MODELS, namespace))[0]:
-            await client.delete(k.MODELS, found["metadata"]["name"], namespace)
+        for found in (await client.list(MODELS, namespace))[0]:
+            await client.delete(MODELS, found["metadata"]["name"], namespace)
         await client.close()
 
 
 async def apply(client, namespace, manifest):
-    await client.create(k.MODELS, manifest, namespace)
+    await client.create(MODELS, manifest, namespace)
 
 
 async def test_a_model_is_woken_streams_and_sigterm_drains(account, cluster, namespace, tmp_path):
@@ -74,7 +74,7 @@ async def test_a_model_is_woken_streams_and_sigterm_drains(account, cluster, nam
             assert response.status == 200
         answer = await chat(session, up["endpoint"], "chat", "wake up")
         assert answer.whole, answer
-        lease = await cluster.get(k.LEASES, "kubeai.org", namespace)
+        lease = await cluster.get(LEASES, "kubeai.org", namespace)
         assert lease["spec"]["holderIdentity"] == "kubeai-1"
         await until("the autoscaler's state is kept", lambda: state(cluster, namespace))
 
@@ -96,12 +96,12 @@ async def test_a_model_is_woken_streams_and_sigterm_drains(account, cluster, nam
         assert [answer.error for answer in answers if not answer.whole] == []
         async with asyncio.timeout(10):
             assert await serve.process.wait() == 0
-        lease = await cluster.get(k.LEASES, "kubeai.org", namespace)
+        lease = await cluster.get(LEASES, "kubeai.org", namespace)
         assert not lease["spec"].get("holderIdentity"), "handed over, not left to expire"
 
 
 async def state(client, namespace):
-    found, _ = await client.list(k.CONFIGMAPS, namespace)
+    found, _ = await client.list(CONFIGMAPS, namespace)
     return [c for c in found if "lastCalculationTime" in c.get("data", {}).get("models", "")]
 
 

@@ -13,7 +13,7 @@ import yaml
 from operators import until
 
 from kubeai.api.config.system import SystemConfig
-from kubeai.kube.client import CONFIGMAPS, MODELS
+from kubeai.kube.resources import CONFIGMAPS, MODELS
 
 IMAGES = SystemConfig().model_servers
 QUIET = """

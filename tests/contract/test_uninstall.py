@@ -8,7 +8,8 @@ import pytest
 from operators import until
 
 from kubeai.errors import KubeAIError
-from kubeai.kube.client import MODELS, PVCS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import MODELS, PVCS
 from kubeai.operator.uninstall import uninstall
 
 FINALIZER = "kubeai.org/cache-eviction"

@@ -13,7 +13,7 @@ import yaml
 from harness import chat, model, pods, running, until
 
 from kubeai.distribution import install_hint
-from kubeai.kube import client as k
+from kubeai.kube.resources import MODELS, PODS
 
 RUN_TIMEOUT_S = 40
 
@@ -101,7 +101,7 @@ async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
         cluster = {"cluster": {"server": f"https://127.0.0.1:{port}"}}
         (tmp_path / "state" / "kubeconfig").write_text(yaml.safe_dump({"clusters": [cluster]}))
         async with running(tmp_path) as local, local.kube() as kube:
-            assert await kube.list(k.PODS)
+            assert await kube.list(PODS)
             (line,) = (line for line in local.out if f"port {port}" in line)
             assert "in use by another program" in line
             assert "in use by another" in await refused(tmp_path)
@@ -125,7 +125,7 @@ async def test_one_namespace_is_served_and_models_of_others_say_so(tmp_path):
     chosen, other = model("chosen", minReplicas=1), model("other", minReplicas=1)
 
     async def ready(kube, name, namespace):
-        found = await kube.get(k.MODELS, name, namespace)
+        found = await kube.get(MODELS, name, namespace)
         conditions = found.get("status", {}).get("conditions", [])
         return next(((c["status"], c["reason"]) for c in conditions if c["type"] == "Ready"), None)
 
@@ -141,7 +141,7 @@ async def test_one_namespace_is_served_and_models_of_others_say_so(tmp_path):
         assert kube.namespace == "team"
         assert any(re.fullmatch(r"Namespace\s+team", line) for line in local.out)
         await settles(kube, "chosen", "team", served)
-        await kube.create(k.MODELS, other, "default")
+        await kube.create(MODELS, other, "default")
         await settles(kube, "other", "default", unserved)
         assert not await pods(kube, "other")
         (line,) = [line for line in local.out if line.startswith("model default/other: ")]
@@ -150,7 +150,7 @@ async def test_one_namespace_is_served_and_models_of_others_say_so(tmp_path):
         assert kube.namespace == "default"
         await settles(kube, "other", "default", served)
         await settles(kube, "chosen", "team", unserved)
-        found, _ = await kube.list(k.PODS, "team")
+        found, _ = await kube.list(PODS, "team")
         assert not [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
         await until("only one engine runs", lambda: len(local.engines()) == 1)
 
@@ -180,7 +180,7 @@ async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tm
     async with running(tmp_path, wrong, right) as local, local.kube() as kube:
 
         async def told():
-            found = await kube.get(k.MODELS, "wrong", kube.namespace)
+            found = await kube.get(MODELS, "wrong", kube.namespace)
             conditions = found.get("status", {}).get("conditions", [])
             return [c for c in conditions if "nvidia-gpu-l44" in c.get("message", "")]
 
@@ -195,7 +195,7 @@ async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tm
         async with aiohttp.ClientSession() as session:
             assert (await chat(session, local.endpoint, "right", "hi")).whole
         # The user repairs it; it can be deleted without that.
-        await kube.delete(k.MODELS, "wrong", kube.namespace)
+        await kube.delete(MODELS, "wrong", kube.namespace)
 
 
 async def test_crashing_engine_is_reported_with_where_to_look(tmp_path):
@@ -219,7 +219,7 @@ async def test_missing_engine_is_reported_in_one_line(tmp_path):
         async with local.kube() as kube:
 
             async def told():
-                found = await kube.get(k.MODELS, "real", kube.namespace)
+                found = await kube.get(MODELS, "real", kube.namespace)
                 conditions = found.get("status", {}).get("conditions", [])
                 return [c for c in conditions if c["reason"] == "EngineNotInstalled"]
 

@@ -4,7 +4,7 @@ import openai
 import pytest
 from harness import model, running, until
 
-from kubeai.kube.client import MODELS
+from kubeai.kube.resources import MODELS
 
 MESSAGES = [{"role": "user", "content": "Hello!"}]
 # A request that is held ends with the client's timeout, which is not an answer.

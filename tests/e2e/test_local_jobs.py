@@ -9,7 +9,8 @@ import signal
 import pytest
 from harness import running, until
 
-from kubeai.kube.client import JOBS, PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import JOBS, PODS
 
 CLAIM = {
     "apiVersion": "v1",

@@ -10,7 +10,8 @@ import msgspec
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import Model
-from kubeai.kube.client import EVENTS, JOBS, MODELS, PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS, JOBS, MODELS, PODS
 from kubeai.operator.controller import Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from kubeai.kube.client import ExecResult
+from kubeai.kube.exec import ExecResult
 
 
 class Engine:

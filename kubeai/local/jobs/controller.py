@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from kubeai.kube.client import EVENTS, JOBS, PODS, ApiError, Kube
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS, JOBS, PODS
 from kubeai.kube.workqueue import Queue
 from kubeai.local.jobs.rules import (
     TRACKING,

@@ -18,7 +18,10 @@ from typing import Any
 import msgspec
 
 from kubeai.errors import KubeAIError
-from kubeai.kube.client import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, PODS, PVCS, SECRETS, Resource
 from kubeai.local.kubelet.addresses import PodAddress
 from kubeai.local.kubelet.binder import Binder
 from kubeai.local.kubelet.execs import Refusal

@@ -15,7 +15,10 @@ import time
 from collections.abc import Container
 from typing import Any
 
-from kubeai.kube.client import EVENTS, NODES, PODS, ApiError, Backoff, Kube, Resource
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import EVENTS, NODES, PODS, Resource
 from kubeai.local.kubelet.status import timestamp
 from kubeai.logs import get_logger
 

@@ -17,7 +17,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import kubeai
-from kubeai.kube.client import LEASES, NODES, ApiError, Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import LEASES, NODES
 from kubeai.local.kubelet.process import run_helper
 from kubeai.local.kubelet.status import timestamp
 from kubeai.logs import get_logger

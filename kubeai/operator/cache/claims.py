@@ -16,7 +16,10 @@ from typing import Any
 import msgspec
 
 from kubeai.api.model import Model, ObjectMeta
-from kubeai.kube.client import JOBS, PVCS, ApiError, Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import JOBS, PVCS
 from kubeai.logs import get_logger
 from kubeai.operator.cache.plan import (
     AnnotateClaim,

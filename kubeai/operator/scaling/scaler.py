@@ -19,7 +19,10 @@ import msgspec
 
 from kubeai.api.config.system import ModelAutoscaling
 from kubeai.api.model import Model
-from kubeai.kube.client import CONFIGMAPS, MODELS, ApiError, Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, MODELS
 from kubeai.logs import get_logger
 from kubeai.operator.controller import PodLoads
 from kubeai.operator.events import Events

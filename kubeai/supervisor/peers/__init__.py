@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from kubeai._load import LoadTable
 from kubeai.http import aiohttp, web
-from kubeai.kube.client import Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.routing.table import Owner, Publisher
 from kubeai.supervisor.peers import wire

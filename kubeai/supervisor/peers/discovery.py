@@ -13,7 +13,10 @@ from typing import Any
 import msgspec
 
 from kubeai.api.model import ObjectMeta
-from kubeai.kube.client import PODS, ApiError, Backoff, Kube
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import PODS
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -14,17 +14,11 @@ from fakes.web import start
 
 from kubeai.errors import KubeAIError
 from kubeai.kube import exec_channels as channels
-from kubeai.kube.client import (
-    CONFIGMAPS,
-    EXEC_OUTPUT_MAX_BYTES,
-    LEASES,
-    MODELS,
-    NODES,
-    PODS,
-    ApiError,
-    Backoff,
-    Kube,
-)
+from kubeai.kube.backoff import Backoff
+from kubeai.kube.client import Kube
+from kubeai.kube.errors import ApiError
+from kubeai.kube.exec import EXEC_OUTPUT_MAX_BYTES
+from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, NODES, PODS
 
 DEADLINE_S = 10.0
 

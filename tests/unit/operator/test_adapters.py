@@ -11,7 +11,8 @@ from fakes.kube import World, merge
 from fakes.lora import Engine
 
 from kubeai.api.model import decode_model
-from kubeai.kube.client import PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import PODS
 from kubeai.operator import adapters
 from kubeai.operator.adapters import Steps, Wanted, steps
 from kubeai.operator.pods import Pod

@@ -16,7 +16,8 @@ from fakes.kube import World, now_s
 from fakes.time import FAKE_TIME
 
 from kubeai.api.model import Model
-from kubeai.kube.client import CONFIGMAPS, MODELS, PODS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
 from kubeai.kube.workqueue import REST_MAX_S, Queue
 from kubeai.operator.controller import CREATES_AT_FIRST_MAX
 from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject

@@ -9,7 +9,7 @@ from fakes.kube import FakeKube, now_s
 from fakes.time import FAKE_TIME
 
 from kubeai.api.model import decode_model
-from kubeai.kube.client import ApiError
+from kubeai.kube.errors import ApiError
 from kubeai.operator.events import BURST_MAX_EVENTS, DELAY_S, FORGET_S, REFILL_S, Events
 
 pytestmark = FAKE_TIME

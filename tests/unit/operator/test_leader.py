@@ -8,7 +8,7 @@ import copy
 import pytest
 from fakes.time import FAKE_TIME
 
-from kubeai.kube.client import ApiError
+from kubeai.kube.errors import ApiError
 from kubeai.operator.leader import Leader, NotLeader
 
 LEASE_S, RENEW_S, RETRY_S = 15.0, 10.0, 2.0

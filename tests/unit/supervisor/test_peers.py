@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kubeai._counts import admit
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
-from kubeai.kube.client import ApiError
+from kubeai.kube.errors import ApiError
 from kubeai.routing.table import Endpoint, Publisher, Route
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers import LOADS_PATH, METRICS_HEADERS, Peers, listener, wire

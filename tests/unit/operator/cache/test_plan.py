@@ -11,7 +11,8 @@ from fakes.kube import World, now_s
 from fakes.time import FAKE_TIME
 
 from kubeai.api.config.system import parse_config
-from kubeai.kube.client import PODS, PVCS, ApiError
+from kubeai.kube.errors import ApiError
+from kubeai.kube.resources import PODS, PVCS
 from kubeai.operator.cache.claims import RETRY_MAX_S
 from kubeai.operator.cache.plan import FINALIZER
 

@@ -1,0 +1,33 @@
+"""Waits between retries."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 10.0
+
+
+class Backoff:
+    """Exponential back-off with jitter, so that many clients of one server spread out.
+
+    The n-th wait is random between half and all of ``first_s × 2ⁿ``, at most ``max_s``.
+    """
+
+    def __init__(
+        self,
+        first_s: float = BACKOFF_FIRST_S,
+        max_s: float = BACKOFF_MAX_S,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self._first_s, self._max_s, self._random = first_s, max_s, rand
+        self.failures = 0
+
+    def reset(self) -> None:
+        self.failures = 0
+
+    def next_s(self) -> float:
+        """Count a failure and return the next wait in seconds."""
+        wait_s = min(self._max_s, self._first_s * 2.0 ** min(self.failures, 32))
+        self.failures += 1
+        return wait_s * (0.5 + 0.5 * self._random())
