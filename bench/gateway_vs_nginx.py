@@ -376,7 +376,7 @@ def kubeai(
     core: int, engines: dict[str, int], mean_load_factor: int = 125, workers: int = 1
 ) -> Iterator[Kubeai]:
     """The supervisor and its workers, as `kubeai serve` runs them, but for the operator."""
-    from kubeai.routing.table import Endpoint, Route
+    from kubeai.routing.routes import Endpoint, Route
 
     routes = [
         Route(

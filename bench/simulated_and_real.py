@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from kubeai.routing.table import Endpoint, Route
+from kubeai.routing.routes import Endpoint, Route
 from kubeai.simulation import cluster, records, traffic
 from kubeai.simulation.cluster import Setting
 from kubeai.simulation.engine import EngineConfig

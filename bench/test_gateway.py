@@ -14,7 +14,9 @@ from kubeai.gateway.context import Context
 from kubeai.gateway.relay._downstream import Downstream
 from kubeai.gateway.relay._upstream import Upstream
 from kubeai.gateway.server import Server
-from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.table import RoutingTable
 
 TIMES = range(1000)
 HEAD = (

@@ -25,7 +25,8 @@ from kubeai.logs import get_logger
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
     from kubeai.gateway.relay._exchange import Exchange, Relay
-    from kubeai.routing.table import Endpoint, RoutedModel
+    from kubeai.routing.routes import Endpoint
+    from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
 

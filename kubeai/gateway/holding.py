@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from kubeai.gateway.context import Context
     from kubeai.openai import _body_scan as _ask
     from kubeai.openai.request import Ask
-    from kubeai.routing.table import Block, RoutedModel
+    from kubeai.routing.routes import Block
+    from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
 

@@ -28,7 +28,7 @@ from kubeai.openai.request import (
     model_not_found,
     split_model,
 )
-from kubeai.routing.table import Route
+from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
 

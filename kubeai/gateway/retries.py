@@ -20,7 +20,7 @@ from kubeai.openai.request import BadRequest
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
     from kubeai.gateway.endpoint_pool import EndpointPool
-    from kubeai.routing.table import RoutedModel, Upstream
+    from kubeai.routing.table import EndpointConnections, RoutedModel
 
 log = get_logger(__name__)
 
@@ -137,7 +137,9 @@ class Retries:
         self._tried: tuple[str, ...] = ()  # endpoints that failed, in order
         self._granted = True  # whether the next retry is within the budget
         self._status = NO_ANSWER  # of the last failed attempt
-        self._probe: Upstream | None = None  # to be probed by the next retry, beyond the budget
+        self._probe: EndpointConnections | None = (
+            None  # to be probed by the next retry, beyond the budget
+        )
 
     @property
     def count(self) -> int:
@@ -267,15 +269,15 @@ class Retries:
         return pause_s * (0.5 + self._random())
 
 
-def _is_trusted(upstream: Upstream) -> bool:
+def _is_trusted(upstream: EndpointConnections) -> bool:
     return upstream.is_trusted
 
 
-def _may_answer(upstream: Upstream) -> bool:
+def _may_answer(upstream: EndpointConnections) -> bool:
     return not upstream.is_down
 
 
-def _take_probe(upstream: Upstream) -> bool:
+def _take_probe(upstream: EndpointConnections) -> bool:
     return not upstream.is_trusted and upstream.take_probe()
 
 

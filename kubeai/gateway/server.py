@@ -22,7 +22,8 @@ from kubeai.gateway.relay._downstream import Downstream
 from kubeai.gateway.relay._exchange import Relay
 from kubeai.logs import get_logger
 from kubeai.openai.errors import relay_error
-from kubeai.routing.table import Endpoint, RoutedModel
+from kubeai.routing.routes import Endpoint
+from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
 

@@ -1,10 +1,11 @@
 """One data-plane process: ``python -m kubeai.gateway.worker``, started by the supervisor.
 
 It inherits file descriptors for the load table, a listening socket and its end of the channel to
-the supervisor (hinge.py). The environment variable ``KUBEAI_WORKER`` has their numbers and its
-column of the load table (JSON, :class:`Settings`). It serves once it has received the first routing
-table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is
-gone finishes its open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
+the supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has their numbers
+and its column of the load table (JSON, :class:`Settings`). It serves once it has received the first
+routing table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker whose
+supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which the supervisor
+handles.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.http import web
 from kubeai.logs import get_logger, setup_logging
-from kubeai.routing import channel as hinge
-from kubeai.routing.table import Delta, RoutingTable, Snapshot
+from kubeai.routing.channel import Channel, Demand, Down, Drain, Ready
+from kubeai.routing.routes import Delta, Snapshot
+from kubeai.routing.table import RoutingTable
 
 log = get_logger(__name__)
 
@@ -47,7 +49,7 @@ class Settings(msgspec.Struct, frozen=True):
     column: int  # of the load table
     table_fd: int
     listen_fd: int
-    hinge_fd: int
+    channel_fd: int
     gateway: GatewayConfig
 
 
@@ -62,15 +64,15 @@ class Worker:
         self._server = Server(self._context)
         self._routes = RoutingTable(self._table, self._server.endpoint_pool)
         self._context.routes = self._routes
-        self._channel = hinge.Channel(hinge.Down, self._received, self._hinge_ended)
+        self._channel = Channel(Down, self._received, self._channel_ended)
         self._started = asyncio.Event()  # the first routing table has arrived
-        self._stopped: asyncio.Future[hinge.Drain] = asyncio.get_running_loop().create_future()
+        self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Serve until told to drain, then drain."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop, None)
-        sock = socket.socket(fileno=self._settings.hinge_fd)
+        sock = socket.socket(fileno=self._settings.channel_fd)
         sock.setblocking(False)
         await loop.create_unix_connection(lambda: self._channel, sock=sock)
         started = asyncio.ensure_future(self._started.wait())
@@ -94,7 +96,7 @@ class Worker:
         listener.setblocking(False)
         await self._server.serve(runner.server, listener)
         self._context.ready = True
-        self._channel.send(hinge.Ready(os.getpid()))
+        self._channel.send(Ready(os.getpid()))
         # Objects created at start-up live as long as the process, so exclude them from collections.
         gc.collect()
         gc.freeze()
@@ -102,28 +104,26 @@ class Worker:
         await self._server.drain(drain.accept_s, drain.timeout_s)
 
     def _demand(self, model: str) -> None:
-        self._channel.send(hinge.Demand(model))
+        self._channel.send(Demand(model))
 
     def _received(self, message: object) -> None:
-        if isinstance(message, hinge.Drain):
+        if isinstance(message, Drain):
             self._stop(message)
         else:
             assert isinstance(message, Snapshot | Delta)
             self._routes.apply(message)
             self._started.set()
 
-    def _hinge_ended(self) -> None:
+    def _channel_ended(self) -> None:
         if not self._stopped.done():
             log.warning("lost the connection to the supervisor, draining")
         self._stop(None)
 
-    def _stop(self, drain: hinge.Drain | None) -> None:
+    def _stop(self, drain: Drain | None) -> None:
         """Start draining. Without ``drain``, the config's timeouts apply."""
         config = self._settings.gateway
         if not self._stopped.done():
-            self._stopped.set_result(
-                drain or hinge.Drain(config.drain_accept_s, config.drain_timeout_s)
-            )
+            self._stopped.set_result(drain or Drain(config.drain_accept_s, config.drain_timeout_s))
 
 
 def _keep_memory() -> None:

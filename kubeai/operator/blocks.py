@@ -31,7 +31,7 @@ from kubeai.api.model import Condition, Model
 from kubeai.operator.plan import wanted_replicas
 from kubeai.operator.pods import Pod
 from kubeai.podspec.cache import LOAD_JOB_PREFIX
-from kubeai.routing.table import Block
+from kubeai.routing.routes import Block
 
 # Reasons of a ModelError: only a change to the Model or to the system config helps.
 AT_ONCE = frozenset(

@@ -25,7 +25,7 @@ from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Loads, Scaler, Wakes
 from kubeai.operator.store import Store
-from kubeai.routing.table import Route
+from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
 POD_SELECTOR = "app.kubernetes.io/managed-by=kubeai,model"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from kubeai.api.model import Model
 from kubeai.operator.blocks import NO_BLOCKS, Blocks
 from kubeai.operator.pods import Pod
-from kubeai.routing.table import Endpoint, Route
+from kubeai.routing.routes import Endpoint, Route
 
 
 def route_of(model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS) -> Route | None:

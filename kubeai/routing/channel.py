@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import msgspec
 
-from kubeai.routing.table import Delta as Delta
-from kubeai.routing.table import Snapshot as Snapshot
+from kubeai.routing.routes import Delta as Delta
+from kubeai.routing.routes import Snapshot as Snapshot
 
 MESSAGE_MAX_BYTES = 256 << 20
 _LENGTH = struct.Struct(">I")

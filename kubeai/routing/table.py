@@ -1,238 +1,25 @@
-"""The routing table: one Route per model, distributed to workers as versioned snapshots and deltas.
+"""A worker's side of the routing table.
 
-The operator describes each model as a :class:`Route`. The supervisor's :class:`Publisher` assigns
-rows of the load table to the model and its endpoints, and a version to each change. A worker's
-:class:`RoutingTable` applies the changes in order and picks endpoints for requests. Every worker
-that has applied version v has the same view as the Publisher had at version v.
+:class:`RoutingTable` applies the supervisor's changes in order and picks endpoints for requests.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
 from msgspec.structs import replace
 
 from kubeai._counts import Admission, Reservation, admit
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
-from kubeai.errors import KubeAIError
 from kubeai.openai.request import Ask, Kind, hash_key
-
-RequestType = Literal["http", "message"]
-Strategy = Literal["LeastLoad", "PrefixHash"]
-Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
+from kubeai.routing.routes import Block, Delta, Endpoint, RequestType, Route, Snapshot
 
 # After panic mode, an endpoint is not probed until this long after its last failure.
 PROBE_AFTER_FAILURE_S = 1.0
-
-
-class Endpoint(msgspec.Struct, frozen=True, array_like=True):
-    """One replica that can serve requests: a ready pod that is not terminating."""
-
-    name: str  # of the pod
-    address: str  # "ip:port"
-    adapters: tuple[str, ...] = ()  # loaded adapters
-    row: int = -1  # in the load table; assigned by the Publisher
-    generation: int = 0
-
-
-class Block(msgspec.Struct, frozen=True, array_like=True):
-    """Why a model, or one of its adapters, has no endpoint.
-
-    Requests are held until ``fails_at_s`` and get 503 from then on. It is a CLOCK_MONOTONIC time,
-    which all processes on a machine share: 0 means at once, infinity means that only
-    ``holdTimeout`` ends the wait.
-    """
-
-    reason: str  # one word, as in the Model's conditions
-    message: str
-    fails_at_s: float = math.inf
-    retry: bool = True  # whether it may resolve without a change to the Model or this machine
-
-
-class Route(msgspec.Struct, frozen=True, array_like=True):
-    """One Model as the data plane sees it."""
-
-    model: str
-    engine: str
-    features: tuple[Feature, ...] = ()
-    labels: dict[str, str] = {}
-    owner: str = ""
-    created_s: int = 0  # Unix time of the Model's creation
-    adapters: tuple[str, ...] = ()  # declared in the Model, loaded or not
-    strategy: Strategy = "LeastLoad"
-    mean_load_factor: int = 125  # percent
-    replication: int = 20  # virtual nodes per endpoint
-    prefix_char_length: int = 100  # code points
-    endpoints: tuple[Endpoint, ...] = ()
-    draining: tuple[str, ...] = ()  # former endpoints that are finishing their in-flight requests
-    row: int = -1
-    generation: int = 0
-    block: Block | None = None  # why the model has no endpoint
-    adapter_blocks: dict[str, Block] = {}  # why no endpoint serves an adapter, by adapter
-
-
-class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):
-    """All routes, sent when a worker starts."""
-
-    version: int
-    routes: tuple[Route, ...]
-
-
-class Delta(msgspec.Struct, frozen=True, tag="delta", array_like=True):
-    """One model's new route, or None if the model was deleted."""
-
-    version: int
-    model: str
-    route: Route | None
-
-
-# -- in the supervisor -----------------------------------------------------------------------------
-
-
-class Owner(msgspec.Struct, frozen=True):
-    """The model or the endpoint that a row of the load table belongs to."""
-
-    model: str
-    endpoint: str = ""
-
-
-class Publisher:
-    """Assigns a row of the load table to every model and endpoint, and a version to every change.
-
-    A row has one owner at a time. It is dropped when its model or endpoint is removed, and reused
-    only once every live worker has acknowledged the version that dropped it and all its cells are
-    0. Until then requests may still be counted in it, and it stays in ``owners`` and ``rows_of``.
-    """
-
-    def __init__(self, table: LoadTable) -> None:
-        self.version = 0
-        self._table = table
-        self._routes: dict[str, Route] = {}
-        self._unused = 0  # the first row that never had an owner
-        self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
-        self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
-        self.owners: dict[int, Owner] = {}  # by row in use
-        self.rows_of: dict[Owner, set[int]] = {}  # two rows for an endpoint that was added again
-
-    def update(self, model: str, route: Route | None) -> Delta | None:
-        """Set a model's route (rows and the order of endpoints are ignored) or remove it (None).
-
-        Returns None if nothing changed. KubeAIError if the table is full; nothing is changed then.
-        """
-        old = self._routes.get(model)
-        if route is None:
-            if old is None:
-                return None
-            del self._routes[model]
-            new = None
-        else:
-            new = self._with_rows(route, old)
-            if new == old:
-                return None
-            self._routes[model] = new
-        self.version += 1
-        for row in _rows(old) - _rows(new):
-            self._table.set_peers(row, self._table.generation(row), 0)
-            self._dropped.append((row, self.version))
-        return Delta(self.version, model, new)
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.version, tuple(self._routes.values()))
-
-    def reclaim(self, acknowledged: Iterable[int]) -> list[Owner]:
-        """Free dropped rows that are no longer used, and return their owners.
-
-        ``acknowledged``: the version that each live worker has applied.
-        """
-        if not self._dropped:
-            return []
-        safe = min(acknowledged, default=self.version)
-        waiting, freed = [], []
-        for row, version in self._dropped:
-            if version <= safe and self._table.row_is_zero(row):
-                heapq.heappush(self._free, row)
-                owner = self.owners.pop(row)
-                freed.append(owner)
-                self.rows_of[owner].remove(row)
-                if not self.rows_of[owner]:
-                    del self.rows_of[owner]
-            else:
-                waiting.append((row, version))
-        self._dropped = waiting
-        return freed
-
-    def models(self) -> list[str]:
-        return list(self._routes)
-
-    def row(self, model: str) -> int | None:
-        route = self._routes.get(model)
-        return None if route is None else route.row
-
-    def endpoint_rows(self, model: str) -> dict[str, int]:
-        """Endpoint name → row; empty for an unknown model."""
-        route = self._routes.get(model)
-        return {} if route is None else {e.name: e.row for e in route.endpoints}
-
-    def route(self, model: str) -> Route | None:
-        """A model's route as published, with rows and generations."""
-        return self._routes.get(model)
-
-    def in_use(self, model: str, endpoint: str) -> bool:
-        """Whether a worker may still send requests to an endpoint, or still has some in flight."""
-        return Owner(model, endpoint) in self.rows_of
-
-    def _with_rows(self, route: Route, old: Route | None) -> Route:
-        known = {} if old is None else {e.name: e for e in old.endpoints}
-        wanted = {e.name: e for e in route.endpoints}
-        fresh = [name for name in wanted if name not in known]
-        rows = iter(self._open_rows(len(fresh) + (old is None)))
-        if old is not None:
-            row, generation = old.row, old.generation
-        else:
-            row, generation = self._own(next(rows), Owner(route.model))
-        endpoints = []
-        for name in sorted(wanted):
-            if (before := known.get(name)) is not None:
-                lease = before.row, before.generation
-            else:
-                lease = self._own(next(rows), Owner(route.model, name))
-            endpoints.append(replace(wanted[name], row=lease[0], generation=lease[1]))
-        return replace(route, endpoints=tuple(endpoints), row=row, generation=generation)
-
-    def _own(self, lease: tuple[int, int], owner: Owner) -> tuple[int, int]:
-        self.owners[lease[0]] = owner
-        self.rows_of.setdefault(owner, set()).add(lease[0])
-        return lease
-
-    def _open_rows(self, count: int) -> list[tuple[int, int]]:
-        """Open ``count`` rows and return them with their generations; KubeAIError if too few."""
-        if count > len(self._free) + self._table.rows - self._unused:
-            raise KubeAIError(
-                f"the load table is full: of {self._table.rows} rows, {len(self._dropped)} belong "
-                "to removed models or endpoints that workers may still use"
-            )
-        opened = []
-        for _ in range(count):
-            if self._free:
-                row = heapq.heappop(self._free)
-            else:
-                row = self._unused
-                self._unused += 1
-            opened.append((row, self._table.open_row(row)))
-        return opened
-
-
-def _rows(route: Route | None) -> set[int]:
-    return set() if route is None else {route.row, *(e.row for e in route.endpoints)}
-
-
-# -- in a worker -----------------------------------------------------------------------------------
 
 
 class NoEndpoint(Exception):
@@ -251,7 +38,7 @@ class Blocked(Exception):
         self.block = block
 
 
-class Upstream(Protocol):
+class EndpointConnections(Protocol):
     """A worker's connections to an endpoint's address, and its health."""
 
     def close(self) -> None:
@@ -292,7 +79,7 @@ class RoutingTable:
     def __init__(
         self,
         table: LoadTable,
-        target: Callable[[RoutedModel, Endpoint], Upstream],
+        target: Callable[[RoutedModel, Endpoint], EndpointConnections],
         clock: Callable[[], float] | None = None,
     ) -> None:
         """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC."""
@@ -380,7 +167,7 @@ class RoutedModel:
         self,
         table: LoadTable,
         route: Route,
-        target: Callable[[RoutedModel, Endpoint], Upstream],
+        target: Callable[[RoutedModel, Endpoint], EndpointConnections],
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.route = replace(route, endpoints=())
@@ -395,9 +182,9 @@ class RoutedModel:
         self._table = table
         self._target = target
         self._endpoints: dict[str, Endpoint] = {}  # the route's, by name
-        self._upstreams: dict[str, Upstream] = {}  # by endpoint name
+        self._upstreams: dict[str, EndpointConnections] = {}  # by endpoint name
         # Removed, with requests still waiting.
-        self._departed: list[tuple[Endpoint, Upstream]] = []
+        self._departed: list[tuple[Endpoint, EndpointConnections]] = []
         self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
         self.update(route)
@@ -427,7 +214,7 @@ class RoutedModel:
 
     def pick_among(
         self,
-        fits: Callable[[Upstream], bool],
+        fits: Callable[[EndpointConnections], bool],
         key: int | None,
         adapter: str | None = None,
         exclude: Iterable[str] = (),
@@ -438,10 +225,10 @@ class RoutedModel:
 
     def first(
         self,
-        fits: Callable[[Upstream], bool],
+        fits: Callable[[EndpointConnections], bool],
         adapter: str | None = None,
         exclude: Collection[str] = (),
-    ) -> Upstream | None:
+    ) -> EndpointConnections | None:
         """The upstream of the first endpoint that serves the adapter and satisfies ``fits``."""
         upstreams = (
             self._upstreams[endpoint.name]

@@ -25,7 +25,8 @@ from prometheus_client.registry import Collector
 
 import kubeai
 from kubeai._load import ITERATION_BUCKETS, LoadTable
-from kubeai.routing.table import Publisher, RequestType, Route
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import RequestType, Route
 
 REQUESTS = "kubeai_inference_requests"
 _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")

@@ -27,8 +27,9 @@ from kubeai.http import web
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator
-from kubeai.routing import channel as hinge
-from kubeai.routing.table import Publisher, Route
+from kubeai.routing.channel import Channel, Demand, Down, Drain, Ready, Up
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Route
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers import LOADS_PATH, METRICS_HEADERS, Peers
 
@@ -137,7 +138,7 @@ class Worker:
         self.ready = False
         self.pid = 0
         self._supervisor = supervisor
-        self._channel: hinge.Channel | None = None
+        self._channel: Channel | None = None
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> None:
@@ -164,7 +165,7 @@ class Worker:
                 "column": self.column,
                 "table_fd": self._supervisor.table.fd,
                 "listen_fd": self.listener.fileno(),
-                "hinge_fd": theirs.fileno(),
+                "channel_fd": theirs.fileno(),
                 "gateway": msgspec.to_builtins(self._supervisor.config.gateway),
             }
             process = await asyncio.create_subprocess_exec(
@@ -172,12 +173,12 @@ class Worker:
                 "-m",
                 "kubeai.gateway.worker",
                 env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
-                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["hinge_fd"]),
+                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),
             )
             self._process = process
             self.pid = process.pid
             theirs.close()
-            channel = hinge.Channel(hinge.Up, self._received, lambda: None)
+            channel = Channel(Up, self._received, lambda: None)
             await loop.create_connection(lambda: channel, sock=ours.dup())
         self._channel = channel
         if self._supervisor.synced:
@@ -191,13 +192,13 @@ class Worker:
             channel.close()
 
     def _received(self, message: object) -> None:
-        if isinstance(message, hinge.Ready):
+        if isinstance(message, Ready):
             self.ready = True
             self._supervisor.worker_ready()
-        elif isinstance(message, hinge.Demand):
+        elif isinstance(message, Demand):
             self._supervisor.operator.demand(message.model)
 
-    def send(self, message: hinge.Down) -> None:
+    def send(self, message: Down) -> None:
         if self._channel is not None:
             self._channel.send(message)
 
@@ -382,7 +383,7 @@ class Supervisor:
 
     async def _drain(self, lives: list[asyncio.Task[None]]) -> None:
         gateway = self.config.gateway
-        message = hinge.Drain(gateway.drain_accept_s, gateway.drain_timeout_s)
+        message = Drain(gateway.drain_accept_s, gateway.drain_timeout_s)
         for worker in self._workers:
             worker.send(message)
         if any(worker.alive for worker in self._workers):

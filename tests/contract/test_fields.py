@@ -21,7 +21,8 @@ from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
-from kubeai.routing.table import Publisher, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.table import RoutingTable
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))
 ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")

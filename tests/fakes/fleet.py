@@ -21,7 +21,7 @@ from unittest import mock
 import msgspec
 
 from kubeai.api.config.system import GatewayConfig, SystemConfig
-from kubeai.routing.table import Route
+from kubeai.routing.routes import Route
 from kubeai.supervisor import supervisor
 
 START_TIMEOUT_S = 30.0

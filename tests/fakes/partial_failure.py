@@ -20,7 +20,9 @@ from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
 from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
 from kubeai.openai.request import BadRequest
-from kubeai.routing.table import Endpoint, Publisher, Route, RoutedModel, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.table import RoutedModel, RoutingTable
 
 WORKERS = 2
 ANSWER_S = 0.05  # to the first byte of a good answer

@@ -13,7 +13,9 @@ from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.server import Server
-from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.table import RoutingTable
 
 
 class World:

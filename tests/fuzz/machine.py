@@ -23,7 +23,9 @@ from kubeai.gateway import endpoint_pool, server
 from kubeai.gateway.context import Context
 from kubeai.gateway.proxy import Proxy
 from kubeai.gateway.relay._downstream import Downstream
-from kubeai.routing.table import Endpoint, Publisher, Route, RoutedModel, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.table import RoutedModel, RoutingTable
 
 CORPUS = Path(__file__).with_name("corpus")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))

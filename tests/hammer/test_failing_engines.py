@@ -10,7 +10,7 @@ import uvloop
 from fakes.fleet import Fleet
 from fakes.wire import Broken, Engine, Wire, answer, connect, post, until
 
-from kubeai.routing.table import Endpoint, Route
+from kubeai.routing.routes import Endpoint, Route
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}
 ANSWER_S = 0.02

@@ -19,7 +19,7 @@ import uvloop
 from fakes.fleet import Fleet
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, connect, until
 
-from kubeai.routing.table import Endpoint, Route
+from kubeai.routing.routes import Endpoint, Route
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # quick enough to be both ends of it all
 

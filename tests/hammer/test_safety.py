@@ -25,7 +25,7 @@ from fakes.wire import (
     until,
 )
 
-from kubeai.routing.table import Endpoint, Route
+from kubeai.routing.routes import Endpoint, Route
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}
 STREAM = b'{"model":"m","stream":true}'

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fakes.fleet import Fleet
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, connect, until
 
-from kubeai.routing.table import Endpoint, Route
+from kubeai.routing.routes import Endpoint, Route
 
 WORKERS = 2
 ENGINES = 3

@@ -48,7 +48,8 @@ from kubeai.openai.request import (
     named,
     parse_selector,
 )
-from kubeai.routing.table import Route, RoutedModel
+from kubeai.routing.routes import Route
+from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
 

@@ -19,7 +19,7 @@ from kubeai.http import aiohttp, web
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
-from kubeai.routing.table import Owner, Publisher
+from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.discovery import Discovery
 from kubeai.supervisor.peers.feed import TICK_S, Feed

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from kubeai._load import LoadTable
 from kubeai._readings import Readings
 from kubeai.http import web
-from kubeai.routing.table import Owner, Publisher
+from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
 
 TICK_S = 0.05

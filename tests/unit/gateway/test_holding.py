@@ -14,7 +14,9 @@ from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice, hold
 from kubeai.openai.request import BadRequest, Kind, named
-from kubeai.routing.table import Block, Endpoint, Publisher, Route, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Block, Endpoint, Route
+from kubeai.routing.table import RoutingTable
 
 pytestmark = FAKE_TIME
 

@@ -18,7 +18,9 @@ from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.gateway.uploads import transcriptions
-from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.table import RoutingTable
 
 TRANSCRIPTIONS = "/openai/v1/audio/transcriptions"
 DEADLINE_S = 10

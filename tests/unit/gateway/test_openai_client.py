@@ -9,7 +9,7 @@ from fakes.wire import Broken, Message, Wire
 from fakes.world import World
 
 from kubeai.gateway.local_routes import make_app
-from kubeai.routing.table import Block
+from kubeai.routing.routes import Block
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 MESSAGES = [{"role": "user", "content": "Hello"}]

@@ -18,7 +18,7 @@ from kubeai.gateway.retries import (
     RetryBudget,
 )
 from kubeai.openai.request import BadRequest
-from kubeai.routing.table import Route
+from kubeai.routing.routes import Route
 
 
 class Upstream:

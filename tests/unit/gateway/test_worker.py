@@ -14,8 +14,9 @@ from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, connect, p
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
-from kubeai.routing import channel as hinge
-from kubeai.routing.table import Endpoint, Publisher, Route
+from kubeai.routing.channel import Channel, Delta, Demand, Drain, Ready, Up
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
 
 
 class Supervised:
@@ -43,7 +44,7 @@ class Supervised:
             "column": 0,
             "table_fd": self.table.fd,
             "listen_fd": self.listener.fileno(),
-            "hinge_fd": theirs.fileno(),
+            "channel_fd": theirs.fileno(),
             "gateway": msgspec.to_builtins(self.config),
         }
         with theirs:
@@ -56,18 +57,18 @@ class Supervised:
                 stderr=asyncio.subprocess.DEVNULL,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, self.descriptors),
             )
-        self.channel = hinge.Channel(hinge.Up, self.received.append, self.ended.set)
+        self.channel = Channel(Up, self.received.append, self.ended.set)
         ours.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self.channel, sock=ours)
 
-    def route(self, model: str, *engines: Engine) -> hinge.Delta | None:
+    def route(self, model: str, *engines: Engine) -> Delta | None:
         endpoints = tuple(Endpoint(f"pod-{i}", e.address) for i, e in enumerate(engines))
         return self.publisher.update(model, Route(model, "VLLM", endpoints=endpoints))
 
     async def ready(self) -> None:
         self.channel.send(self.publisher.snapshot())
-        await until(lambda: hinge.Ready(self.process.pid) in self.received, within_s=20)
+        await until(lambda: Ready(self.process.pid) in self.received, within_s=20)
 
     async def exits(self) -> int:
         async with asyncio.timeout(10):
@@ -128,7 +129,7 @@ async def test_it_serves_once_it_has_routes_and_follows_their_changes(start, eng
     assert worker.table.acknowledged(0) == worker.publisher.version
 
     await wire.send(post(body=b'{"model":"cold"}'))
-    await until(lambda: hinge.Demand("cold") in worker.received)
+    await until(lambda: Demand("cold") in worker.received)
     assert worker.table.held(worker.publisher.row("cold")) == 1
     worker.channel.send(worker.route("cold", engine))
     assert (await wire.answer()).body == b"here"
@@ -146,7 +147,7 @@ def by_signal(worker: Supervised) -> None:
 
 
 def by_message(worker: Supervised) -> None:
-    worker.channel.send(hinge.Drain(0.1, 5))
+    worker.channel.send(Drain(0.1, 5))
 
 
 def by_end_of_hinge(worker: Supervised) -> None:

@@ -21,16 +21,9 @@ from examples import some
 from kubeai._load import LoadTable
 from kubeai.errors import KubeAIError
 from kubeai.openai.request import Kind, named, parse
-from kubeai.routing.table import (
-    Delta,
-    Endpoint,
-    ModelGone,
-    NoEndpoint,
-    Publisher,
-    Route,
-    RoutingTable,
-    Snapshot,
-)
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Delta, Endpoint, Route, Snapshot
+from kubeai.routing.table import ModelGone, NoEndpoint, RoutingTable
 
 
 class Upstream:

@@ -10,7 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from repository import REPOSITORY
 
 from kubeai._load import LoadTable
-from kubeai.routing.table import Endpoint, Publisher, Route, RoutingTable
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.table import RoutingTable
 from kubeai.supervisor.metrics import Metrics
 
 ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_retries_total"

@@ -15,7 +15,8 @@ from kubeai._counts import admit
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
 from kubeai.kube.errors import ApiError
-from kubeai.routing.table import Endpoint, Publisher, Route
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint, Route
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers import LOADS_PATH, METRICS_HEADERS, Peers, listener, wire
 from kubeai.supervisor.peers.discovery import selector
