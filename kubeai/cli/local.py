@@ -1,0 +1,55 @@
+"""``kubeai local``: the same on one machine, without a cluster."""
+
+# No postponed annotations: typer evaluates those of the command.
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kubeai.cli.options import Port, Workers, run_async
+
+
+def local(
+    manifests: Annotated[
+        list[Path] | None, typer.Argument(help="Manifest files or directories to apply.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Listen address of the OpenAI-compatible API.")
+    ] = "127.0.0.1",
+    port: Port = 8000,
+    workers: Workers = 1,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for state, logs and the kubeconfig (default $XDG_DATA_HOME/kubeai)."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="System config file (YAML).")] = None,
+    api_port: Annotated[
+        int,
+        typer.Option(
+            help="Port of the Kubernetes API; 0 reuses the previous port or picks a free one.",
+            min=0,
+            max=65535,
+        ),
+    ] = 0,
+    namespace: Annotated[
+        str, typer.Option(help="Namespace whose Models are served; created if missing.")
+    ] = "default",
+) -> None:
+    """Run on this machine without a cluster, with the same manifests and plain kubectl."""
+    from kubeai.local.app import Options, run
+
+    data_home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    options = Options(
+        manifests=tuple(manifests or ()),
+        host=host,
+        port=port,
+        workers=workers,
+        data_dir=(data_dir or data_home / "kubeai").absolute(),
+        config=config,
+        api_port=api_port,
+        namespace=namespace,
+    )
+    run_async(run(options))
