@@ -25,15 +25,15 @@ import yaml
 from kubeai.api.config.quantity import parse_quantity
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
-from kubeai.local.kubelet import shim
-from kubeai.local.kubelet.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.agent import Agent, KubeObjects
-from kubeai.local.kubelet.memory import MemoryGuard
 from kubeai.local.kubelet.node import Node
-from kubeai.local.kubelet.probes import Prober
-from kubeai.local.kubelet.process import become_subreaper, kill_leftovers
-from kubeai.local.kubelet.runner import Host
-from kubeai.local.kubelet.server import KubeletServer
+from kubeai.local.kubelet.pods.probes import Prober
+from kubeai.local.kubelet.pods.runner import Host
+from kubeai.local.kubelet.runtime import shim
+from kubeai.local.kubelet.runtime.memory import MemoryGuard
+from kubeai.local.kubelet.runtime.process import become_subreaper, kill_leftovers
+from kubeai.local.kubelet.server.access import Access, CertificateAccess, TokenAccess
+from kubeai.local.kubelet.server.server import KubeletServer
 from kubeai.logs import get_logger, setup_logging
 
 log = get_logger(__name__)

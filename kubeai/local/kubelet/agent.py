@@ -19,12 +19,12 @@ import msgspec
 
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import CONFIGMAPS, PODS, PVCS, SECRETS, ApiError, Backoff, Kube, Resource
-from kubeai.local.kubelet.addresses import PodAddress
 from kubeai.local.kubelet.binder import Binder
-from kubeai.local.kubelet.execs import Refusal
-from kubeai.local.kubelet.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
-from kubeai.local.kubelet.runner import ContainerRunner, Host, PodRunner
-from kubeai.local.kubelet.volumes import config_map_data, secret_data
+from kubeai.local.kubelet.pods.addresses import PodAddress
+from kubeai.local.kubelet.pods.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
+from kubeai.local.kubelet.pods.runner import ContainerRunner, Host, PodRunner
+from kubeai.local.kubelet.pods.volumes import config_map_data, secret_data
+from kubeai.local.kubelet.server.execs import Refusal
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

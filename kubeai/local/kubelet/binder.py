@@ -16,7 +16,7 @@ from collections.abc import Container
 from typing import Any
 
 from kubeai.kube.client import EVENTS, NODES, PODS, ApiError, Backoff, Kube, Resource
-from kubeai.local.kubelet.status import timestamp
+from kubeai.local.kubelet.pods.status import timestamp
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.local.apiserver import patch, printing, protobuf, selectors
-from kubeai.local.apiserver.rules import Rules
-from kubeai.local.apiserver.schema import Schema
-from kubeai.local.apiserver.status import StatusError
+from kubeai.local.apiserver.apply import patch
+from kubeai.local.apiserver.errors import StatusError
+from kubeai.local.apiserver.http import protobuf
+from kubeai.local.apiserver.kinds import printing
+from kubeai.local.apiserver.schema.rules import Rules
+from kubeai.local.apiserver.schema.structural import Schema
+from kubeai.local.apiserver.storage import selectors
 
 META = {"name": "x"}
 
