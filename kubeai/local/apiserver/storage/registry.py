@@ -18,10 +18,14 @@ from typing import Any
 import orjson
 
 from kubeai.local.apiserver import errors
-from kubeai.local.apiserver.apply import managers
+from kubeai.local.apiserver.apply import field_manager
 from kubeai.local.apiserver.apply import patch as patches
-from kubeai.local.apiserver.apply.managers import copied, managed_fields, without_managed_fields
-from kubeai.local.apiserver.apply.ownership import Writer
+from kubeai.local.apiserver.apply.field_manager import (
+    copied,
+    managed_fields,
+    without_managed_fields,
+)
+from kubeai.local.apiserver.apply.managed_fields import Writer
 from kubeai.local.apiserver.errors import Cause
 from kubeai.local.apiserver.kinds import metadata as meta
 from kubeai.local.apiserver.kinds.definitions import serve_definition
@@ -124,7 +128,7 @@ class Registry:
             resource.schema.default(obj)
         self._check(resource, obj, None)
         if applied is None:
-            applied = managers.updated(resource, given, None, obj, _writer(resource, options))
+            applied = field_manager.updated(resource, given, None, obj, _writer(resource, options))
         _set_managed(obj, applied)
         return self._commit(resource, (namespace, name), obj, options)
 
@@ -185,7 +189,7 @@ class Registry:
             obj["metadata"]["generation"] = old.metadata.get("generation", 0) + 1
         if applied is None:
             writer = _writer(resource, options, subresource)
-            applied = managers.updated(resource, given, old.object, obj, writer)
+            applied = field_manager.updated(resource, given, old.object, obj, writer)
         if obj == without_managed_fields(old.object) and applied == managed_fields(old.object):
             return old
         self._check(resource, obj, old.object, subresource)
@@ -234,7 +238,7 @@ class Registry:
             raise errors.not_found(resource.group, resource.plural, name)
         _check_identity(resource, name, config, old.uid if old else "")
         writer, live = _writer(resource, options, subresource), old.object if old else {}
-        obj, managed = managers.applied(resource, name, live, config, writer, options.force)
+        obj, managed = field_manager.applied(resource, name, live, config, writer, options.force)
         if old is not None:
             stored = self._update(resource, namespace, name, obj, options, subresource, managed)
             return stored, False

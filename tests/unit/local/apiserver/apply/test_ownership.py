@@ -10,8 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kubeai.local.apiserver.apply import ownership
-from kubeai.local.apiserver.apply.ownership import Conflict, Misfit, Ownership, Writer
+from kubeai.local.apiserver.apply import field_sets
+from kubeai.local.apiserver.apply.managed_fields import Writer, well_formed
+from kubeai.local.apiserver.apply.ownership import Conflict, Ownership
+from kubeai.local.apiserver.apply.shape import SchemaMismatch
+from kubeai.local.apiserver.apply.typed import compare
 from kubeai.local.apiserver.kinds.resources import OBJECT_META, PODS
 from kubeai.local.apiserver.schema.structural import Schema
 
@@ -79,7 +82,7 @@ class Thing:
             path
             for entry in self.managed
             if entry["manager"] == manager
-            for path in ownership.paths(entry["fieldsV1"])
+            for path in field_sets.paths(entry["fieldsV1"])
         ]
 
 
@@ -139,7 +142,7 @@ def test_fields_written_before_the_first_apply_get_their_own_manager():
         thing.apply("a", obj(size=3))
     ((entry, fields),) = caught.value.fields
     assert entry.shown() == '"before-first-apply" using x.org/v1'
-    assert list(ownership.paths(fields)) == [".spec.size"]
+    assert list(field_sets.paths(fields)) == [".spec.size"]
     thing.apply("a", obj(size=3), force=True)
     assert thing.owned("before-first-apply") == [".spec", ".spec.nick"]
 
@@ -150,7 +153,7 @@ def test_a_conflict_names_the_fields_of_each_manager():
     thing.apply("b", obj(nick="n"))
     with pytest.raises(Conflict) as caught:
         thing.apply("c", obj(size=2, nick="m", parts=[{"name": "p", "note": "o"}]))
-    found = {entry.shown(): list(ownership.paths(fields)) for entry, fields in caught.value.fields}
+    found = {entry.shown(): list(field_sets.paths(fields)) for entry, fields in caught.value.fields}
     assert found == {
         '"a"': [".spec.size", '.spec.parts[name="p"].note'],
         '"b"': [".spec.nick"],
@@ -212,7 +215,7 @@ def test_missing_list_keys_get_their_defaults():
     ],
 )
 def test_an_invalid_applied_configuration_is_rejected(spec: dict, why: str):
-    with pytest.raises(Misfit) as caught:
+    with pytest.raises(SchemaMismatch) as caught:
         Thing().apply("a", obj(**spec))
     assert str(caught.value).startswith(why)
 
@@ -271,8 +274,8 @@ def test_subresources_and_operations_have_their_own_entries():
 def test_each_kind_of_malformed_managed_fields_entry_is_reported(entry: dict):
     good = {"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1",
             "fieldsV1": {"f:a": {'k:{"b":1}': {".": {}, "v:2": {}}, "i:0": {}}}}  # fmt: skip
-    assert ownership.well_formed([good])
-    assert not ownership.well_formed([{**good, **entry}])
+    assert well_formed([good])
+    assert not well_formed([{**good, **entry}])
 
 
 def test_managed_fields_unknown_to_the_schema_are_tolerated():
@@ -285,10 +288,10 @@ def test_managed_fields_unknown_to_the_schema_are_tolerated():
 
 def test_deeply_nested_field_sets_from_clients_are_rejected():
     deep: dict[str, Any] = {}
-    for _ in range(ownership.DEPTH_MAX + 1):
+    for _ in range(field_sets.DEPTH_MAX + 1):
         deep = {"f:a": deep}
     entry = {"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1"}
-    assert not ownership.well_formed([{**entry, "fieldsV1": deep}])
+    assert not well_formed([{**entry, "fieldsV1": deep}])
 
 
 # Properties.
@@ -326,7 +329,7 @@ def _normal(tree: dict, root: bool = False) -> dict | None:
 
 
 def _members(fields: dict) -> set[str]:
-    return set(ownership.paths(fields))
+    return set(field_sets.paths(fields))
 
 
 def _alike(value: Any) -> Any:
@@ -341,11 +344,11 @@ def _alike(value: Any) -> Any:
 @settings(deadline=None)
 @given(sets, sets)
 def test_field_sets_behave_like_sets(one: dict, other: dict):
-    assert _members(ownership.union(one, other)) == _members(one) | _members(other)
-    assert _members(ownership.difference(one, other)) == _members(one) - _members(other)
-    assert _members(ownership.intersection(one, other)) == _members(one) & _members(other)
-    assert ownership.difference(one, one) == {}
-    assert ownership.union(one, one) == ownership.intersection(one, one) == one
+    assert _members(field_sets.union(one, other)) == _members(one) | _members(other)
+    assert _members(field_sets.difference(one, other)) == _members(one) - _members(other)
+    assert _members(field_sets.intersection(one, other)) == _members(one) & _members(other)
+    assert field_sets.difference(one, one) == {}
+    assert field_sets.union(one, one) == field_sets.intersection(one, one) == one
 
 
 @settings(deadline=None)
@@ -402,7 +405,7 @@ def test_an_update_owns_every_field_that_it_changed(applied: dict, before: dict,
     thing.update("u", obj(**before))
     assume(thing.managed)  # otherwise no manager is tracked any more
     thing.update("v", obj(**after))
-    view, gone = ownership.compare(obj(**before), obj(**after), OWNERS.shape)
+    view, gone = compare(obj(**before), obj(**after), OWNERS.shape)
     assert _members(view) <= set(thing.owned("v"))
     for manager in ("a", "u"):
         assert not set(thing.owned(manager)) & (_members(view) | _members(gone))

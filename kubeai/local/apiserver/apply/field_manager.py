@@ -15,15 +15,10 @@ from typing import Any
 import orjson
 
 from kubeai.local.apiserver import errors
-from kubeai.local.apiserver.apply.ownership import (
-    Conflict,
-    Fields,
-    Misfit,
-    Ownership,
-    Writer,
-    paths,
-    well_formed,
-)  # fmt: skip
+from kubeai.local.apiserver.apply.field_sets import Fields, paths
+from kubeai.local.apiserver.apply.managed_fields import Writer, well_formed
+from kubeai.local.apiserver.apply.ownership import Conflict, Ownership
+from kubeai.local.apiserver.apply.shape import SchemaMismatch
 from kubeai.local.apiserver.kinds.resources import OBJECT_META, Resource
 from kubeai.local.apiserver.kinds.strategies import strategy_of
 
@@ -36,10 +31,12 @@ OWNERSHIPS_MAX = 256  # cached, one per resource version
 
 
 def managed_fields(obj: Object) -> list[Object]:
+    """Return the object's ``metadata.managedFields``; empty if ownership is untracked."""
     return obj.get("metadata", {}).get("managedFields") or []
 
 
 def without_managed_fields(obj: Object) -> Object:
+    """Return a shallow copy without ``metadata.managedFields``, for comparison."""
     metadata = {name: value for name, value in obj["metadata"].items() if name != "managedFields"}
     return {**obj, "metadata": metadata}
 
@@ -68,7 +65,7 @@ def updated(
     unowned = _unowned(resource, writer.subresource, old is None, new)
     try:
         return _ownership(resource).updated(before, old, new, writer, unowned)
-    except Misfit:
+    except SchemaMismatch:
         return before  # it fails validation next, or predates its schema
 
 
@@ -85,16 +82,18 @@ def applied(
     config["metadata"] = config.get("metadata") or {}
     recorded = _record(live) if writer.manager == KUBECTL else None
 
-    def agreed() -> Fields:
-        return owners.agreed(_read_record(resource, recorded), live) if recorded else {}
+    def uncontested() -> Fields:
+        return (
+            owners.fields_in_agreement(_read_record(resource, recorded), live) if recorded else {}
+        )
 
     try:
         obj, managed = owners.applied(
-            managed_fields(live), live, config, writer, force, unowned, agreed
+            managed_fields(live), live, config, writer, force, unowned, uncontested
         )
-    except Misfit as misfit:
+    except SchemaMismatch as mismatch:
         about = f"{name}; {resource.api_version}, Kind={resource.kind}"
-        message = f"failed to create typed patch object ({about}): {misfit}"
+        message = f"failed to create typed patch object ({about}): {mismatch}"
         raise errors.bad_request(message) from None
     except Conflict as conflict:
         found = [(entry.shown(), list(paths(fields))) for entry, fields in conflict.fields]
