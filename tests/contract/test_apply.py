@@ -13,7 +13,8 @@ from widgets import APPLY, JSON_PATCH, MERGE, STRATEGIC, WIDGETS, Collection, po
 
 from kubeai.local.apiserver.errors import StatusError
 from kubeai.local.apiserver.kinds.resources import CRDS, NAMESPACES, Catalog
-from kubeai.local.apiserver.storage.registry import Registry, WriteOptions
+from kubeai.local.apiserver.storage.options import WriteOptions
+from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.store import Store, Stored
 
 STEPS = 80

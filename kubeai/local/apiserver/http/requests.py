@@ -18,7 +18,7 @@ from kubeai.local.apiserver.errors import Cause, StatusError
 from kubeai.local.apiserver.http import bodies, protobuf
 from kubeai.local.apiserver.kinds.resources import Resource
 from kubeai.local.apiserver.storage import selectors
-from kubeai.local.apiserver.storage.registry import DeleteOptions, WriteOptions
+from kubeai.local.apiserver.storage.options import DeleteOptions, WriteOptions
 from kubeai.local.apiserver.storage.watching import ListOptions
 
 WATCH_TIMEOUT_S = (1800.0, 3600.0)

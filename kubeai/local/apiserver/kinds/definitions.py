@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kubeai.local.apiserver.errors import Cause
 from kubeai.local.apiserver.kinds import metadata as meta
-from kubeai.local.apiserver.kinds.resources import BUILT_IN, Catalog, Resource, ScalePaths
+from kubeai.local.apiserver.kinds.resources import BUILT_IN, Resource, ScalePaths
 from kubeai.local.apiserver.schema.structural import Schema
-
-if TYPE_CHECKING:
-    from kubeai.local.apiserver.storage.store import Store
 
 Object = dict[str, Any]
 
@@ -128,28 +123,13 @@ def _check_unchanged(spec: Object, old: Object | None) -> list[Cause]:
     ]  # fmt: skip
 
 
-def serve_definition(catalog: Catalog, store: Store, definition: Object) -> None:
-    """Make the catalog serve exactly the versions that the CRD declares as served."""
+def resources_of(definition: Object) -> list[Resource]:
+    """Return a resource for each version that the CRD declares as served."""
     spec = definition["spec"]
     storage = next(version["name"] for version in spec["versions"] if version.get("storage"))
-    resources = [
+    return [
         _resource(spec, version, storage) for version in spec["versions"] if version.get("served")
     ]
-    catalog.replace(spec["group"], spec["names"]["plural"], resources)
-    for resource in resources:
-        if resource.version == storage and resource.schema is not None:
-            store.reread(resource.key, _defaulted_by(resource.schema))
-
-
-def _defaulted_by(schema: Schema) -> Callable[[Object], Object]:
-    """Return a function that adds the schema's defaults to a copy of an object."""
-
-    def default(obj: Object) -> Object:
-        obj = copy.deepcopy(obj)
-        schema.default(obj)
-        return obj
-
-    return default
 
 
 def _resource(spec: Object, version: Object, storage: str) -> Resource:

@@ -177,7 +177,7 @@ class Schema:
 
     # Validation.
 
-    def misfits(self, obj: Object) -> list[Cause]:
+    def mismatches(self, obj: Object) -> list[Cause]:
         """Return values of the wrong type, which Go would fail to decode."""
         return [
             _cause(error)

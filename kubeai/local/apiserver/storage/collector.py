@@ -16,7 +16,9 @@ from kubeai.local.apiserver.errors import StatusError
 from kubeai.local.apiserver.kinds.definitions import CLEANUP
 from kubeai.local.apiserver.kinds.metadata import parse_time
 from kubeai.local.apiserver.kinds.resources import CRDS, EVENTS, NAMESPACES, Resource
-from kubeai.local.apiserver.storage.registry import FOREGROUND, ORPHAN, DeleteOptions, Registry
+from kubeai.local.apiserver.storage.deletion import FOREGROUND, ORPHAN
+from kubeai.local.apiserver.storage.options import DeleteOptions
+from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.store import Event, Key, Stored
 from kubeai.logs import get_logger
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
@@ -28,36 +26,30 @@ from kubeai.local.apiserver.apply.field_manager import (
 from kubeai.local.apiserver.apply.managed_fields import Writer
 from kubeai.local.apiserver.errors import Cause
 from kubeai.local.apiserver.kinds import metadata as meta
-from kubeai.local.apiserver.kinds.definitions import serve_definition
-from kubeai.local.apiserver.kinds.resources import CRDS, NAMESPACES, PODS, Catalog, Resource
+from kubeai.local.apiserver.kinds.resources import NAMESPACES, PODS, Catalog, Resource
 from kubeai.local.apiserver.kinds.scale import check_scale, scale_of, with_replicas
 from kubeai.local.apiserver.kinds.strategies import strategy_of
-from kubeai.local.apiserver.storage.store import Event, Key, Store, Stored
+from kubeai.local.apiserver.storage.custom_resources import serve_custom_resources
+from kubeai.local.apiserver.storage.deletion import (
+    check_preconditions,
+    is_finished,
+    mark_deleted,
+    set_propagation,
+)
+from kubeai.local.apiserver.storage.options import DeleteOptions, WriteOptions
+from kubeai.local.apiserver.storage.store import Key, Store, Stored
+from kubeai.local.apiserver.storage.validation import (
+    changes_desired_state,
+    check_identity,
+    check_version,
+    decode,
+    set_namespace,
+    validate,
+)
 
 Object = dict[str, Any]
 
-FOREGROUND, ORPHAN = "foregroundDeletion", "orphan"
-_POLICIES = {"Foreground": FOREGROUND, "Orphan": ORPHAN, "Background": ""}
 PREMADE_NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
-
-
-@dataclass(slots=True)
-class WriteOptions:
-    dry_run: bool = False
-    field_validation: str = "Warn"  # Ignore, Warn, Strict
-    warnings: list[str] = field(default_factory=list)  # filled by the write
-    duplicates: list[str] = field(default_factory=list)  # duplicate keys in the body
-    manager: str = "unknown"  # the field manager
-    force: bool = False  # for an apply: take over fields that others own
-
-
-@dataclass(slots=True)
-class DeleteOptions:
-    grace_s: int | None = None
-    uid: str | None = None
-    resource_version: str | None = None
-    propagation: str | None = None  # Background, Foreground, Orphan
-    dry_run: bool = False
 
 
 class Registry:
@@ -66,25 +58,15 @@ class Registry:
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
         self.catalog = catalog
-        for definition in store.items(CRDS.key):
-            serve_definition(catalog, store, definition.object)
-        store.listeners.append(self._follow_definitions)
+        serve_custom_resources(store, catalog)
         for name in PREMADE_NAMESPACES:
             if store.get(NAMESPACES.key, ("", name)) is None:
                 self.create(NAMESPACES, "", {"metadata": {"name": name}}, WriteOptions())
 
-    def _follow_definitions(self, event: Event) -> None:
-        if event.resource != CRDS.key:
-            return
-        if event.new is not None:
-            serve_definition(self.catalog, self.store, event.new.object)
-        else:
-            spec = event.last.object["spec"]
-            self.catalog.replace(spec["group"], spec["names"]["plural"], ())
-
     # Reads.
 
     def get(self, resource: Resource, namespace: str, name: str) -> Stored:
+        """Return the object. Raises a 404."""
         stored = self.store.get(resource.key, (namespace, name))
         if stored is None:
             raise errors.not_found(resource.group, resource.plural, name)
@@ -95,6 +77,7 @@ class Registry:
     def create(
         self, resource: Resource, namespace: str, obj: Object, options: WriteOptions
     ) -> Stored:
+        """Create the object, with a generated name if it has only ``generateName``."""
         return self._create(resource, namespace, obj, options)
 
     def _create(
@@ -107,15 +90,15 @@ class Registry:
     ) -> Stored:
         """`applied`: the managedFields that an apply made; other writes make them here."""
         strategy = strategy_of(resource)
-        given = self._decode(resource, obj, options)
+        given = decode(resource, obj, options)
         metadata = obj["metadata"]
         if metadata.get("resourceVersion"):
             raise errors.bad_request("resourceVersion should not be set on objects to be created")
-        _check_namespace_matches(resource, namespace, metadata)
+        set_namespace(resource, namespace, metadata)
         name = self._name(resource, namespace, metadata)
         if self.store.get(resource.key, (namespace, name)) is not None:
             raise errors.already_exists(resource.group, resource.plural, name)
-        self._check_namespace_lives(resource, namespace, name)
+        self._check_namespace_accepts(resource, namespace, name)
         for given in ("deletionTimestamp", "deletionGracePeriodSeconds", "generation"):
             metadata.pop(given, None)
         metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": meta.now()}
@@ -126,7 +109,7 @@ class Registry:
         strategy.prepare(obj, None)
         if resource.schema is not None:
             resource.schema.default(obj)
-        self._check(resource, obj, None)
+        validate(resource, obj, None)
         if applied is None:
             applied = field_manager.updated(resource, given, None, obj, _writer(resource, options))
         _set_managed(obj, applied)
@@ -156,9 +139,9 @@ class Registry:
     ) -> Stored:
         """`applied`: the managedFields that an apply made; other writes make them here."""
         old = self.get(resource, namespace, name)
-        given = self._decode(resource, obj, options)
+        given = decode(resource, obj, options)
         metadata = obj["metadata"]
-        _check_namespace_matches(resource, namespace, metadata)
+        set_namespace(resource, namespace, metadata)
         if not metadata.get("name"):
             raise errors.bad_request(
                 f"the name of the object ({name} based on URL) was undeterminable: "
@@ -169,32 +152,32 @@ class Registry:
                 f"the name of the object ({metadata['name']}) does not match the name on the "
                 f"URL ({name})"
             )
-        self._check_version(resource, name, metadata, old)
+        check_version(resource, name, metadata, old)
         strategy = strategy_of(resource)
         fixed = meta.check_unchanged(metadata, old.metadata)
         if fixed:
             raise errors.invalid(resource.group, resource.kind, name, fixed)
-        _keep_what_clients_cannot_change(metadata, old.metadata)
+        _keep_system_metadata(metadata, old.metadata)
         if subresource == "status":
             obj = strategy.only_status(
                 obj, copy.deepcopy(without_managed_fields(old.object)), resource
             )
         elif "status" in resource.subresources:
-            _carry(obj, old.object, "status")
+            _keep_status(obj, old.object)
         strategy.prepare(obj, old.object)
         if resource.schema is not None:
             resource.schema.default(obj)
         obj["metadata"]["resourceVersion"] = old.metadata["resourceVersion"]
-        if _wants_something_else(resource, obj, old.object):
+        if changes_desired_state(resource, obj, old.object):
             obj["metadata"]["generation"] = old.metadata.get("generation", 0) + 1
         if applied is None:
             writer = _writer(resource, options, subresource)
             applied = field_manager.updated(resource, given, old.object, obj, writer)
         if obj == without_managed_fields(old.object) and applied == managed_fields(old.object):
             return old
-        self._check(resource, obj, old.object, subresource)
+        validate(resource, obj, old.object, subresource)
         _set_managed(obj, applied)
-        if _is_finished(resource, obj["metadata"]):
+        if is_finished(resource, obj["metadata"]):
             return self._remove(resource, (namespace, name), options, obj)
         return self._commit(resource, (namespace, name), obj, options)
 
@@ -211,7 +194,7 @@ class Registry:
         """Apply a patch to the object or its status. `kind` is the patch's content type."""
         old = self.get(resource, namespace, name)
         patched = self._patched(resource, kind, old.object, patch)
-        _check_identity(resource, name, patched, old.uid)
+        check_identity(resource, name, patched, old.uid)
         return self._update(resource, namespace, name, patched, options, subresource)
 
     def apply(
@@ -236,7 +219,7 @@ class Registry:
         old = self.store.get(resource.key, (namespace, name))
         if old is None and subresource:
             raise errors.not_found(resource.group, resource.plural, name)
-        _check_identity(resource, name, config, old.uid if old else "")
+        check_identity(resource, name, config, old.uid if old else "")
         writer, live = _writer(resource, options, subresource), old.object if old else {}
         obj, managed = field_manager.applied(resource, name, live, config, writer, options.force)
         if old is not None:
@@ -275,6 +258,7 @@ class Registry:
         patch: Any,
         options: WriteOptions,
     ) -> Object:
+        """Apply a patch to the object's Scale. `kind` is the patch's content type."""
         before = self.scale(resource, namespace, name)
         scale = patches.apply(kind, before, patch, None, custom=True)
         return self.set_scale(resource, namespace, name, scale, options)
@@ -324,40 +308,25 @@ class Registry:
     ) -> tuple[Stored, bool]:
         """Delete the object or begin to. Returns it, and whether it is gone."""
         old = self.get(resource, namespace, name)
-        self._check_preconditions(resource, name, old, options)
+        check_preconditions(resource, name, old, options)
         strategy = strategy_of(resource)
         if resource is NAMESPACES and name in PREMADE_NAMESPACES[:-1]:
             raise errors.forbidden("", "namespaces", name, "this namespace may not be deleted")
         obj = copied(old.object)
         metadata = obj["metadata"]
-        _set_policy(metadata, options.propagation or strategy.default_propagation)
+        set_propagation(metadata, options.propagation or strategy.default_propagation)
         grace_s = strategy.grace_s(obj, options.grace_s)
         write = WriteOptions(dry_run=options.dry_run)
         stays = grace_s > 0 or metadata.get("finalizers") or strategy.waits_for_contents
         if not stays:
             return self._remove(resource, (namespace, name), write), True
-        _mark_deleted(metadata, grace_s)
+        mark_deleted(metadata, grace_s)
         strategy.mark_deleted(obj)
         if obj == old.object:
             return old, False
         if "generation" in metadata and not old.metadata.get("deletionTimestamp"):
             metadata["generation"] += 1
         return self._commit(resource, (namespace, name), obj, write), False
-
-    def _check_preconditions(
-        self, resource: Resource, name: str, old: Stored, options: DeleteOptions
-    ) -> None:
-        version = old.metadata["resourceVersion"]
-        for label, wanted, found, perhaps in (
-            ("UID", options.uid, old.uid, "deleted and then recreated"),
-            ("ResourceVersion", options.resource_version, version, "modified"),
-        ):
-            if wanted is not None and wanted != found:
-                why = (
-                    f"the {label} in the precondition ({wanted}) does not match the {label} in "
-                    f"record ({found}). The object might have been {perhaps}"
-                )
-                raise errors.conflict(resource.group, resource.plural, name, why)
 
     def change(self, resource: Resource, key: Key, edit: Callable[[Object], None]) -> Stored | None:
         """Edit without admission, for the collector. Returns None if the object is gone."""
@@ -368,7 +337,7 @@ class Registry:
         edit(obj)
         if obj == old.object:
             return old
-        if _is_finished(resource, obj["metadata"]):
+        if is_finished(resource, obj["metadata"]):
             self.store.remove(resource.key, key)
             return None
         return self.store.put(resource.key, key, obj)
@@ -379,46 +348,6 @@ class Registry:
         patched = patches.apply(kind, obj, patch, resource.schema, resource.custom)
         return copied(patched)  # unpatched parts are shared with the store
 
-    def _decode(self, resource: Resource, obj: Object, options: WriteOptions) -> Any:
-        """Check the object's kind and apiVersion, and prune undeclared fields.
-
-        Removes and returns the managedFields that the client sent.
-        """
-        kind, version = obj.get("kind") or resource.kind, obj.get("apiVersion")
-        if resource.custom and not obj.get("kind"):
-            raise errors.bad_request(
-                f"the object provided is unrecognized (must be of type {resource.kind}): "
-                "Object 'Kind' is missing"
-            )
-        if kind != resource.kind or (version or resource.api_version) != resource.api_version:
-            raise errors.bad_request(
-                f"the object provided is unrecognized or does not match the resource: "
-                f"{version or resource.api_version}, Kind={kind} (want "
-                f"{resource.api_version}, Kind={resource.kind})"
-            )
-        obj["kind"], obj["apiVersion"] = resource.kind, resource.api_version
-        unknown, given = meta.tidy(obj, resource.version, resource.kind)
-        if resource.schema is not None:
-            unknown += resource.schema.prune(obj)
-            resource.schema.default(obj)
-            misfits = [] if resource.custom else resource.schema.misfits(obj)
-            if misfits:
-                raise errors.bad_request(
-                    f'{resource.kind} in version "{resource.version}" cannot be handled as a '
-                    f"{resource.kind}: {misfits[0].line()}"
-                )
-        said = [f'duplicate field "{path}"' for path in options.duplicates]
-        said += [f'unknown field "{path}"' for path in sorted(set(unknown))]
-        if not said or options.field_validation == "Ignore":
-            return given
-        if options.field_validation == "Strict":
-            raise errors.bad_request(
-                f'{resource.kind} in version "{resource.version}" cannot be handled as a '
-                f"{resource.kind}: strict decoding error: {', '.join(said)}"
-            )
-        options.warnings += said
-        return given
-
     def _name(self, resource: Resource, namespace: str, metadata: Object) -> str:
         prefix = metadata.get("generateName")
         if not metadata.get("name") and prefix:
@@ -428,7 +357,7 @@ class Registry:
             metadata["name"] = name
         return str(metadata.get("name", ""))
 
-    def _check_namespace_lives(self, resource: Resource, namespace: str, name: str) -> None:
+    def _check_namespace_accepts(self, resource: Resource, namespace: str, name: str) -> None:
         if not resource.namespaced:
             return
         home = self.store.get(NAMESPACES.key, ("", namespace))
@@ -440,35 +369,6 @@ class Registry:
                 "because it is being terminated"
             )
             raise errors.forbidden(resource.group, resource.plural, name, why)
-
-    def _check_version(self, resource: Resource, name: str, metadata: Object, old: Stored) -> None:
-        version, uid = metadata.get("resourceVersion"), metadata.get("uid")
-        if uid and uid != old.uid:
-            why = f"Precondition failed: UID in precondition: {uid}, UID in object meta: {old.uid}"
-            raise errors.conflict(resource.group, resource.plural, name, why)
-        if version and version != "0":
-            if version != old.metadata["resourceVersion"]:
-                raise errors.conflict(resource.group, resource.plural, name, errors.MODIFIED)
-        elif not resource.unconditional_update:
-            why = "Invalid value: 0: must be specified for an update"
-            cause = Cause("FieldValueInvalid", why, "metadata.resourceVersion")
-            raise errors.invalid(resource.group, resource.kind, name, [cause])
-
-    def _check(
-        self, resource: Resource, obj: Object, old: Object | None, subresource: str = ""
-    ) -> None:
-        """Validate the object. Raises a 422 that lists all problems."""
-        strategy = strategy_of(resource)
-        causes = meta.check(obj["metadata"], strategy.name_is_label, resource.custom)
-        if old is not None:
-            causes += _check_finalizers(obj["metadata"], old["metadata"])
-        if not causes and resource.schema is not None:
-            causes = resource.schema.validate(obj, old)
-        if not causes:
-            causes = strategy.check(obj, old, subresource)
-        if causes:
-            name = obj["metadata"].get("name", "")
-            raise errors.invalid(resource.group, resource.kind, name, causes)
 
     def _commit(self, resource: Resource, key: Key, obj: Object, options: WriteOptions) -> Stored:
         if options.dry_run:
@@ -494,35 +394,8 @@ def _set_managed(obj: Object, managed: list[Object]) -> None:
         obj["metadata"]["managedFields"] = managed
 
 
-def _check_identity(resource: Resource, name: str, obj: Object, uid: str) -> None:
-    """Check that a patch or apply does not change the object's name or uid."""
-    metadata = obj.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise errors.bad_request("metadata must be an object")
-    given = metadata.get("uid", uid)
-    if given != uid:
-        why = f'Invalid value: "{given}": field is immutable'
-        cause = Cause("FieldValueInvalid", why, "metadata.uid")
-        raise errors.invalid(resource.group, resource.kind, name, [cause])
-    if metadata.get("name", name) != name:
-        raise errors.bad_request(
-            f"the name of the object ({metadata['name']}) does not match the name "
-            f"on the URL ({name})"
-        )
-
-
-def _check_namespace_matches(resource: Resource, namespace: str, metadata: Object) -> None:
-    given = metadata.pop("namespace", "")
-    if given and given != namespace:
-        raise errors.bad_request(
-            f"the namespace of the provided object does not match the namespace sent on the "
-            f"request ({given} != {namespace or 'none'})"
-        )
-    if resource.namespaced:
-        metadata["namespace"] = namespace
-
-
-def _keep_what_clients_cannot_change(metadata: Object, old: Object) -> None:
+def _keep_system_metadata(metadata: Object, old: Object) -> None:
+    """Restore the metadata that clients cannot change."""
     for name in (
         "uid", "creationTimestamp", "generation", "generateName", "deletionTimestamp",
         "deletionGracePeriodSeconds",
@@ -532,64 +405,7 @@ def _keep_what_clients_cannot_change(metadata: Object, old: Object) -> None:
             metadata[name] = old[name]
 
 
-def _carry(obj: Object, old: Object, name: str) -> None:
-    obj.pop(name, None)
-    if name in old:
-        obj[name] = copy.deepcopy(old[name])
-
-
-def _wants_something_else(resource: Resource, obj: Object, old: Object) -> bool:
-    if not (resource.generation or resource.custom):
-        return False
-    ignored = {"metadata", "apiVersion", "kind"}
-    if "status" in resource.subresources:
-        ignored.add("status")
-    return {name: obj[name] for name in obj if name not in ignored} != {
-        name: old[name] for name in old if name not in ignored
-    }
-
-
-def _check_finalizers(metadata: Object, old: Object) -> list[Cause]:
-    if not old.get("deletionTimestamp"):
-        return []
-    new = sorted(set(metadata.get("finalizers") or ()) - set(old.get("finalizers") or ()))
-    if not new:
-        return []
-    why = (
-        "Forbidden: no new finalizers can be added if the object is being deleted, found new "
-        f"finalizers []string{{{', '.join(orjson.dumps(name).decode() for name in new)}}}"
-    )
-    return [Cause("FieldValueForbidden", why, "metadata.finalizers")]
-
-
-def _is_finished(resource: Resource, metadata: Object) -> bool:
-    """Whether the object is being deleted and nothing blocks its removal."""
-    return bool(
-        not strategy_of(resource).waits_for_contents
-        and metadata.get("deletionTimestamp")
-        and not metadata.get("finalizers")
-        and not metadata.get("deletionGracePeriodSeconds")
-    )
-
-
-def _set_policy(metadata: Object, propagation: str | None) -> None:
-    """Store the propagation policy as a finalizer for the collector."""
-    if propagation is None:
-        return
-    if propagation not in _POLICIES:
-        raise errors.bad_request(f"invalid propagationPolicy {propagation!r}")
-    kept = [f for f in metadata.get("finalizers", ()) if f not in (FOREGROUND, ORPHAN)]
-    added = _POLICIES[propagation]
-    metadata["finalizers"] = [*kept, added] if added else kept
-    if not metadata["finalizers"]:
-        del metadata["finalizers"]
-
-
-def _mark_deleted(metadata: Object, grace_s: int) -> None:
-    """Set the time of deletion; a second deletion can only bring it forward."""
-    before = metadata.get("deletionGracePeriodSeconds")
-    if metadata.get("deletionTimestamp") and (before is None or before <= grace_s):
-        return
-    at = datetime.now(UTC) + timedelta(seconds=grace_s)
-    metadata["deletionTimestamp"] = at.strftime("%Y-%m-%dT%H:%M:%SZ")
-    metadata["deletionGracePeriodSeconds"] = grace_s
+def _keep_status(obj: Object, old: Object) -> None:
+    obj.pop("status", None)
+    if "status" in old:
+        obj["status"] = copy.deepcopy(old["status"])

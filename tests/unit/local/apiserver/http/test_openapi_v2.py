@@ -10,7 +10,8 @@ import pytest
 from kubeai.api.crd import model_crd
 from kubeai.local.apiserver.http import openapi_v2
 from kubeai.local.apiserver.kinds.resources import CRDS, Catalog
-from kubeai.local.apiserver.storage.registry import Registry, WriteOptions
+from kubeai.local.apiserver.storage.options import WriteOptions
+from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.store import Store
 
 

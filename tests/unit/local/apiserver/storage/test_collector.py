@@ -13,7 +13,8 @@ from kubeai.local.apiserver.errors import StatusError
 from kubeai.local.apiserver.kinds.resources import BUILT_IN, CRDS, EVENTS, NAMESPACES, PODS, Catalog
 from kubeai.local.apiserver.storage import collector as collector_module
 from kubeai.local.apiserver.storage.collector import Collector
-from kubeai.local.apiserver.storage.registry import DeleteOptions, Registry, WriteOptions
+from kubeai.local.apiserver.storage.options import DeleteOptions, WriteOptions
+from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.store import Store
 
 CONFIGS = next(resource for resource in BUILT_IN if resource.plural == "configmaps")
