@@ -59,6 +59,11 @@ def success(name: str, group: str, kind: str, uid: str) -> Object:
     }
 
 
+def created() -> Object:
+    """Return the Status for a create whose response is no object (a Binding)."""
+    return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
+
+
 def group_resource(group: str, plural: str) -> str:
     return f"{plural}.{group}" if group else plural
 
@@ -121,13 +126,13 @@ def forbidden(group: str, plural: str, name: str, why: str) -> StatusError:
 
 def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> StatusError:
     lines = list(dict.fromkeys(cause.line() for cause in causes))
-    said = lines[0] if len(lines) == 1 else "[" + ", ".join(lines) + "]"
+    listed = lines[0] if len(lines) == 1 else "[" + ", ".join(lines) + "]"
     of = f"{kind}.{group}" if group else kind
     details = _details(group, kind, name)
     details["causes"] = [
         {"reason": cause.reason, "message": cause.message, "field": cause.field} for cause in causes
     ]
-    return StatusError(422, "Invalid", f'{of} "{name}" is invalid: {said}', details)
+    return StatusError(422, "Invalid", f'{of} "{name}" is invalid: {listed}', details)
 
 
 def expired(why: str) -> StatusError:

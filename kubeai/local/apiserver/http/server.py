@@ -1,4 +1,4 @@
-"""The HTTP server on top of the registry: authentication, routing and encoding of responses.
+"""The HTTP server on top of the registry: authentication and routing.
 
 Listens on loopback over TLS. A request needs the token, a Host header that names loopback (so that
 no web page can reach this API by DNS rebinding), and no Origin other than this API's own. Errors
@@ -12,11 +12,9 @@ import contextlib
 import errno
 import hmac
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import unquote
-
-import orjson
 
 from kubeai.http import web
 from kubeai.local.apiserver import errors
@@ -25,12 +23,17 @@ from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.errors import StatusError
 from kubeai.local.apiserver.http import discovery, openapi_v2, requests
 from kubeai.local.apiserver.http.kubelets import Kubelets
-from kubeai.local.apiserver.http.requests import JSON, JSON_RANGES, PARTIAL, PARTIAL_LIST, TABLE
-from kubeai.local.apiserver.kinds import printing
+from kubeai.local.apiserver.http.requests import JSON, JSON_RANGES, PARTIAL
+from kubeai.local.apiserver.http.responses import (
+    event_encoder,
+    json_response,
+    list_response,
+    object_response,
+    raw_response,
+)
 from kubeai.local.apiserver.kinds.resources import Resource
 from kubeai.local.apiserver.storage import watching
 from kubeai.local.apiserver.storage.registry import Registry
-from kubeai.local.apiserver.storage.store import Stored
 from kubeai.local.apiserver.storage.watching import ListOptions
 from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
 from kubeai.logs import get_logger
@@ -45,7 +48,7 @@ KEEP_ALIVE_S = 180.0  # longer than any client keeps idle connections, so that c
 _OPEN_PATHS = ("/healthz", "/livez", "/readyz")
 
 
-class Target(NamedTuple):
+class RequestInfo(NamedTuple):
     """The resource, object and subresource that a path refers to."""
 
     resource: Resource
@@ -91,8 +94,9 @@ class Server:
         return port
 
     async def stop(self) -> None:
+        """End the watches, then stop listening."""
         self._stopping.set()
-        self._registry.store.wake_all()
+        self._registry.store.notify_all()
         if self._runner is not None:
             await self._runner.cleanup()
         await self._kubelets.close()
@@ -104,15 +108,15 @@ class Server:
             self._check_client(request)
             return await self._route(request)
         except StatusError as error:
-            return _json(error.body(), error.code)
+            return json_response(error.body(), error.code)
         except web.HTTPRequestEntityTooLarge:
-            return _json(errors.too_large(BODY_MAX_BYTES).body(), 413)
+            return json_response(errors.too_large(BODY_MAX_BYTES).body(), 413)
         except (ConnectionResetError, asyncio.CancelledError):
             raise
         except Exception as failure:
             log.exception("request failed", method=request.method, path=request.path)
             message = f"Internal error occurred: {type(failure).__name__}: {failure}"
-            return _json(StatusError(500, "InternalError", message).body(), 500)
+            return json_response(StatusError(500, "InternalError", message).body(), 500)
 
     def _check_client(self, request: web.Request) -> None:
         host = request.headers.get("Host", "")
@@ -131,7 +135,9 @@ class Server:
         # Split before unquoting, so that an escaped slash stays part of its name.
         parts = [unquote(part) for part in request.rel_url.raw_path.split("/") if part]
         if not parts:
-            return _json({"paths": ["/api", "/apis", "/healthz", "/openapi/v3", "/version"]})
+            return json_response(
+                {"paths": ["/api", "/apis", "/healthz", "/openapi/v3", "/version"]}
+            )
         if parts[0] in ("api", "apis"):
             depth = 2 if parts[0] == "api" else 3
             if len(parts) <= depth:
@@ -144,7 +150,7 @@ class Server:
             return web.Response(text="ok")
         if parts == ["version"]:
             requests.check_accepts_json(request)
-            return _json(discovery.version())
+            return json_response(discovery.version())
         if parts[0] == "openapi":
             return self._openapi(request, parts[1:])
         raise errors.no_such_path()
@@ -161,16 +167,16 @@ class Server:
             if version:
                 document = discovery.aggregated(catalog, parts[0] == "api", version)
                 kind = f"{JSON};g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList"
-                return _json(document, content_type=kind)
+                return json_response(document, content_type=kind)
             if parts[0] == "api":
-                return _json(discovery.api_versions())
-            return _json(discovery.group_list(catalog))
+                return json_response(discovery.api_versions())
+            return json_response(discovery.group_list(catalog))
         group = "" if parts[0] == "api" else parts[1]
         served = {resource.version for resource in catalog.of_group(group)}
         if parts[0] == "apis" and len(parts) == 2 and served:
-            return _json(discovery.group(catalog, group))
+            return json_response(discovery.group(catalog, group))
         if parts[-1] in served and len(parts) == (2 if parts[0] == "api" else 3):
-            return _json(discovery.resource_list(catalog, group, parts[-1]))
+            return json_response(discovery.resource_list(catalog, group, parts[-1]))
         raise errors.no_such_path()
 
     def _openapi(self, request: web.Request, parts: list[str]) -> web.Response:
@@ -179,7 +185,7 @@ class Server:
             return self._openapi_v2(request)
         requests.check_accepts_json(request)
         if parts == ["v3"]:
-            return _json(discovery.openapi_index(catalog))
+            return json_response(discovery.openapi_index(catalog))
         document = None
         if parts[:2] == ["v3", "api"] and len(parts) == 3:
             document = discovery.openapi_v3(catalog, "", parts[2])
@@ -187,7 +193,7 @@ class Server:
             document = discovery.openapi_v3(catalog, parts[2], parts[3])
         if document is None:
             raise errors.no_such_path()
-        return _respond(request, document)
+        return raw_response(request, document)
 
     def _openapi_v2(self, request: web.Request) -> web.Response:
         catalog = self._registry.catalog
@@ -196,7 +202,7 @@ class Server:
                 document = openapi_v2.as_protobuf(catalog)
                 return web.Response(body=document, headers={"Content-Type": openapi_v2.PROTOBUF})
             if kind in JSON_RANGES:
-                return _respond(request, openapi_v2.as_json(catalog))
+                return raw_response(request, openapi_v2.as_json(catalog))
         raise errors.not_acceptable((JSON, openapi_v2.PROTOBUF))
 
     # Resources.
@@ -206,30 +212,30 @@ class Server:
     ) -> web.StreamResponse:
         if request.method == "POST" and (group, parts) in _REVIEWS:
             return await self._review(request, group, version, parts[0])
-        target = self._target(group, version, parts)
+        info = self._request_info(group, version, parts)
         method = request.method
-        if target.subresource not in _STREAMS:
+        if info.subresource not in _STREAMS:
             requests.form(request, PARTIAL)  # reject an unsupported form before writing anything
-        if target.subresource:
-            return await self._subresource(request, target)
-        if target.name:
+        if info.subresource:
+            return await self._subresource(request, info)
+        if info.name:
             if method in ("GET", "HEAD"):
-                stored = self._registry.get(target.resource, target.namespace, target.name)
-                return self._one(request, target.resource, stored)
+                stored = self._registry.get(info.resource, info.namespace, info.name)
+                return object_response(request, info.resource, stored)
             if method in ("PUT", "PATCH"):
-                return await self._write(request, target)
+                return await self._write(request, info)
             if method == "DELETE":
-                return await self._delete(request, target)
+                return await self._delete(request, info)
         else:
             if method in ("GET", "HEAD"):
-                return await self._list_or_watch(request, target)
+                return await self._list_or_watch(request, info)
             if method == "POST":
-                return await self._create(request, target)
+                return await self._create(request, info)
             if method == "DELETE":
-                return await self._delete_collection(request, target)
+                return await self._delete_collection(request, info)
         raise errors.method_not_allowed()
 
-    def _target(self, group: str, version: str, parts: list[str]) -> Target:
+    def _request_info(self, group: str, version: str, parts: list[str]) -> RequestInfo:
         namespace = ""
         if (
             parts[0] == "namespaces"
@@ -245,10 +251,10 @@ class Server:
             raise errors.no_such_path()
         if subresource and subresource not in resource.subresources:
             raise errors.no_such_path()
-        return Target(resource, namespace, name, subresource)
+        return RequestInfo(resource, namespace, name, subresource)
 
-    async def _subresource(self, request: web.Request, target: Target) -> web.StreamResponse:
-        resource, namespace, name, subresource = target
+    async def _subresource(self, request: web.Request, info: RequestInfo) -> web.StreamResponse:
+        resource, namespace, name, subresource = info
         method = request.method
         if subresource == "log" and method == "GET":
             return await self._kubelets.log(request, namespace, name)
@@ -259,43 +265,46 @@ class Server:
             self._registry.bind(
                 namespace, name, await requests.read_body(request, options), options
             )
-            return _json(_success(), 201)
+            return json_response(errors.created(), 201)
         if subresource == "scale":
-            return await self._scale(request, target)
+            return await self._scale(request, info)
         if subresource == "status":
             if method == "GET":
-                return self._one(request, resource, self._registry.get(resource, namespace, name))
+                return object_response(
+                    request, resource, self._registry.get(resource, namespace, name)
+                )
             if method in ("PUT", "PATCH"):
-                return await self._write(request, target)
+                return await self._write(request, info)
         raise errors.method_not_allowed()
 
-    async def _scale(self, request: web.Request, target: Target) -> web.Response:
-        resource, namespace, name, _ = target
+    async def _scale(self, request: web.Request, info: RequestInfo) -> web.Response:
+        resource, namespace, name, _ = info
+        registry = self._registry
         if request.method == "GET":
-            return _json(self._registry.scale(resource, namespace, name))
+            return json_response(registry.scale(resource, namespace, name))
         options = requests.write_options(request)
         if request.method == "PUT":
             scale = await requests.read_body(request, options)
-            return _json(self._registry.set_scale(resource, namespace, name, scale, options))
+            return json_response(registry.set_scale(resource, namespace, name, scale, options))
         if request.method == "PATCH" and request.content_type == APPLY:
             scale = await requests.read_body(request, options)
-            return _json(self._registry.apply_scale(resource, namespace, name, scale, options))
+            return json_response(registry.apply_scale(resource, namespace, name, scale, options))
         if request.method == "PATCH":
             patch = await requests.read_body(request, options, anything=True)
-            scale = self._registry.patch_scale(
+            scale = registry.patch_scale(
                 resource, namespace, name, request.content_type, patch, options
             )
-            return _json(scale)
+            return json_response(scale)
         raise errors.method_not_allowed()
 
-    async def _create(self, request: web.Request, target: Target) -> web.Response:
+    async def _create(self, request: web.Request, info: RequestInfo) -> web.Response:
         options = requests.write_options(request)
         obj = await requests.read_body(request, options)
-        stored = self._registry.create(target.resource, target.namespace, obj, options)
-        return self._one(request, target.resource, stored, 201, options.warnings)
+        stored = self._registry.create(info.resource, info.namespace, obj, options)
+        return object_response(request, info.resource, stored, 201, options.warnings)
 
-    async def _write(self, request: web.Request, target: Target) -> web.Response:
-        resource, namespace, name, subresource = target
+    async def _write(self, request: web.Request, info: RequestInfo) -> web.Response:
+        resource, namespace, name, subresource = info
         options, kind, made = requests.write_options(request), request.content_type, False
         registry = self._registry
         if request.method == "PUT":
@@ -307,23 +316,23 @@ class Server:
         else:
             patch = await requests.read_body(request, options, anything=True)
             stored = registry.patch(resource, namespace, name, kind, patch, options, subresource)
-        return self._one(request, resource, stored, 201 if made else 200, options.warnings)
+        return object_response(request, resource, stored, 201 if made else 200, options.warnings)
 
-    async def _delete(self, request: web.Request, target: Target) -> web.Response:
-        resource, namespace, name, _ = target
+    async def _delete(self, request: web.Request, info: RequestInfo) -> web.Response:
+        resource, namespace, name, _ = info
         options = await requests.delete_options(request)
         stored, gone = self._registry.delete(resource, namespace, name, options)
         if not gone:
-            return self._one(request, resource, stored)
-        return _json(errors.success(name, resource.group, resource.plural, stored.uid))
+            return object_response(request, resource, stored)
+        return json_response(errors.success(name, resource.group, resource.plural, stored.uid))
 
-    async def _delete_collection(self, request: web.Request, target: Target) -> web.Response:
-        resource = target.resource
+    async def _delete_collection(self, request: web.Request, info: RequestInfo) -> web.Response:
+        resource = info.resource
         options = await requests.delete_options(request)
         page = watching.list_page(
             self._registry.store,
             resource,
-            requests.list_options(request, target.resource, target.namespace),
+            requests.list_options(request, info.resource, info.namespace),
         )
         for index, stored in enumerate(page.items):
             metadata = stored.metadata
@@ -332,7 +341,7 @@ class Server:
             )
             if index % 100 == 99:
                 await asyncio.sleep(0)
-        return self._page(request, resource, page)
+        return list_response(request, resource, page)
 
     async def _review(
         self, request: web.Request, group: str, version: str, plural: str
@@ -347,40 +356,16 @@ class Server:
                 "groups": ["system:masters", "system:authenticated"],
             }
             review |= {"kind": "SelfSubjectReview", "status": {"userInfo": user}}
-        return _json({**review, "apiVersion": f"{group}/{version}"}, 201)
+        return json_response({**review, "apiVersion": f"{group}/{version}"}, 201)
 
     # Lists and watches.
 
-    async def _list_or_watch(self, request: web.Request, target: Target) -> web.StreamResponse:
-        options = requests.list_options(request, target.resource, target.namespace)
+    async def _list_or_watch(self, request: web.Request, info: RequestInfo) -> web.StreamResponse:
+        options = requests.list_options(request, info.resource, info.namespace)
         if request.query.get("watch", "").lower() in ("1", "true", "t"):
-            return await self._watch(request, target.resource, options)
-        page = watching.list_page(self._registry.store, target.resource, options)
-        return self._page(request, target.resource, page)
-
-    def _page(self, request: web.Request, resource: Resource, page: watching.Page) -> web.Response:
-        form = requests.form(request, PARTIAL_LIST)
-        if form.kind == TABLE:
-            table = printing.table(
-                resource,
-                [_shown(resource, stored) for stored in page.items],
-                page.metadata,
-                request.query.get("includeObject", "Metadata"),
-            )
-            return _json(table, content_type=form.content_type)
-        if form.kind:
-            items = [printing.partial(stored.object) for stored in page.items]
-            listed: Object = {"kind": form.kind, "apiVersion": "meta.k8s.io/v1"}
-            listed |= {"metadata": page.metadata, "items": items}
-            return _json(listed, content_type=form.content_type)
-        head = {
-            "kind": resource.lists,
-            "apiVersion": resource.api_version,
-            "metadata": page.metadata,
-        }
-        items_raw = b",".join(_raw(resource, stored) for stored in page.items)
-        body = orjson.dumps(head)[:-1] + b',"items":[' + items_raw + b"]}"
-        return _respond(request, body)
+            return await self._watch(request, info.resource, options)
+        page = watching.list_page(self._registry.store, info.resource, options)
+        return list_response(request, info.resource, page)
 
     async def _watch(
         self, request: web.Request, resource: Resource, options: ListOptions
@@ -388,70 +373,20 @@ class Server:
         if self._watches >= WATCHES_MAX:
             raise StatusError(429, "TooManyRequests", f"the limit is {WATCHES_MAX} watches")
         watching.check_start(self._registry.store, options)
-        encode = self._encoder(request, resource)
+        encode = event_encoder(request, resource)
         response = web.StreamResponse(headers={"Content-Type": JSON, "Cache-Control": "no-cache"})
         await response.prepare(request)
         self._watches += 1
         events = watching.watch(self._registry.store, resource, options, self._stopping)
         try:
             async with contextlib.aclosing(events):
-                async for seen in events:
-                    await response.write(encode(seen))
+                async for event in events:
+                    await response.write(encode(event))
             await response.write_eof()
         except ConnectionError:
             pass  # the client is gone
         finally:
             self._watches -= 1
-        return response
-
-    def _encoder(
-        self, request: web.Request, resource: Resource
-    ) -> Callable[[watching.Seen], bytes]:
-        """Return a function that encodes events as lines in the form that the client asked for."""
-        form = requests.form(request, PARTIAL)
-        include = request.query.get("includeObject", "Metadata")
-        headers = True
-
-        def encode(seen: watching.Seen) -> bytes:
-            nonlocal headers
-            if seen.stored is not None and not form.kind:
-                raw = _raw(resource, seen.stored)
-            elif form.kind == TABLE and seen.type != "ERROR":
-                obj = {**seen.object, "apiVersion": resource.api_version}
-                metadata = {"resourceVersion": obj["metadata"]["resourceVersion"]}
-                shown = [] if seen.type == "BOOKMARK" else [obj]
-                table = printing.table(resource, shown, metadata, include, headers)
-                if seen.type == "BOOKMARK":
-                    table["rows"] = [{"cells": [], "object": printing.partial(obj)}]
-                raw, headers = orjson.dumps(table), False
-            elif form.kind and seen.type != "ERROR":
-                raw = orjson.dumps(printing.partial(seen.object))
-            else:
-                raw = orjson.dumps(seen.object)
-            return b'{"type":"' + seen.type.encode() + b'","object":' + raw + b"}\n"
-
-        return encode
-
-    def _one(
-        self,
-        request: web.Request,
-        resource: Resource,
-        stored: Stored,
-        code: int = 200,
-        warnings: list[str] | None = None,
-    ) -> web.Response:
-        form = requests.form(request, PARTIAL)
-        if form.kind == TABLE:
-            metadata = {"resourceVersion": stored.metadata.get("resourceVersion", "")}
-            include = request.query.get("includeObject", "Metadata")
-            table = printing.table(resource, [_shown(resource, stored)], metadata, include)
-            response = _json(table, code, form.content_type)
-        elif form.kind:
-            response = _json(printing.partial(stored.object), code, form.content_type)
-        else:
-            response = _respond(request, _raw(resource, stored), code)
-        for text in warnings or ():
-            response.headers.add("Warning", f"299 - {orjson.dumps(text).decode()}")
         return response
 
 
@@ -470,34 +405,3 @@ _REVIEWS = (
     ("authorization.k8s.io", ["selfsubjectaccessreviews"]),
     ("authentication.k8s.io", ["selfsubjectreviews"]),
 )
-
-
-# Answers.
-
-
-def _shown(resource: Resource, stored: Stored) -> Object:
-    """Return the object at the requested API version (versions differ in name only)."""
-    if stored.object["apiVersion"] == resource.api_version:
-        return stored.object
-    return {**stored.object, "apiVersion": resource.api_version}
-
-
-def _raw(resource: Resource, stored: Stored) -> bytes:
-    if stored.object["apiVersion"] == resource.api_version:
-        return stored.raw
-    return orjson.dumps(_shown(resource, stored))
-
-
-def _respond(request: web.Request, body: bytes, code: int = 200) -> web.Response:
-    if request.query.get("pretty", "").lower() in ("1", "true"):
-        body = orjson.dumps(orjson.loads(body), option=orjson.OPT_INDENT_2)
-    return web.Response(body=body, status=code, headers={"Content-Type": JSON})
-
-
-def _json(body: Object, code: int = 200, content_type: str = JSON) -> web.Response:
-    headers = {"Content-Type": content_type}
-    return web.Response(body=orjson.dumps(body), status=code, headers=headers)
-
-
-def _success() -> Object:
-    return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}

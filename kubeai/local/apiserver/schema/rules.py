@@ -210,10 +210,10 @@ class Rules:
         if rule.message_program is None:
             return rule.message
         try:
-            said = rule.message_program.execute(self._context)
+            message = rule.message_program.execute(self._context)
         except (KeyError, RuntimeError, TypeError, ValueError, OverflowError):
             return rule.message
-        return said.strip() if isinstance(said, str) and said.strip() else rule.message
+        return message.strip() if isinstance(message, str) and message.strip() else rule.message
 
 
 def _broken(rule: _Rule, message: str, value: Any, where: str) -> Cause:

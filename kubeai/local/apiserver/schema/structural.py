@@ -315,13 +315,13 @@ def _cause(error: jsonschema_rs.ValidationError) -> Cause:
             f"Invalid value: {kind}: {field} in body must be of type {wanted}: {kind}",
             field,
         )
-    said = _SAID.get(keyword)
-    what = said.format(limit) if said else f"is not valid: {error.message}"
+    message = _MESSAGES.get(keyword)
+    what = message.format(limit) if message else f"is not valid: {error.message}"
     why = f"Invalid value: {show(value)}: {field} in body {what}"
     return Cause("FieldValueInvalid", why, field)
 
 
-_SAID = {
+_MESSAGES = {
     "minimum": "should be greater than or equal to {}",
     "maximum": "should be less than or equal to {}",
     "exclusiveMinimum": "should be greater than {}",

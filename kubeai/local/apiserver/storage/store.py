@@ -266,8 +266,8 @@ class Store:
         self._waiters[resource].add(waiter)
         return lambda: self._waiters[resource].discard(waiter)
 
-    def wake_all(self) -> None:
-        """Wake all subscribers, for example to stop them."""
+    def notify_all(self) -> None:
+        """Notify all subscribers, for example to stop them."""
         for waiters in self._waiters.values():
             for waiter in waiters:
                 waiter.set()

@@ -39,11 +39,14 @@ class ListOptions:
 
 
 class Page(NamedTuple):
+    """A page of a list, and the list's metadata."""
+
     items: list[Stored]
     metadata: Object
 
 
 def revision_of(text: str) -> int:
+    """Parse a resourceVersion; 0 if it is empty. Raises a 400."""
     if not text.isdecimal() and text:
         raise errors.bad_request(f'resourceVersion: Invalid value: "{text}": must be a number')
     return int(text or 0)
@@ -60,14 +63,14 @@ def _check_not_ahead(store: Store, revision: int) -> None:
 def list_page(store: Store, resource: Resource, options: ListOptions) -> Page:
     """Return one page of a list. All pages of a list show the same revision."""
     revision, start = store.revision, ("", "")
-    asked = revision_of(options.resource_version)
+    requested = revision_of(options.resource_version)
     if options.continue_:
         revision, start = _decode_continue(options.continue_)
     elif options.version_match == "Exact":
-        _check_not_ahead(store, asked)
-        revision = asked
+        _check_not_ahead(store, requested)
+        revision = requested
     else:
-        _check_not_ahead(store, asked)
+        _check_not_ahead(store, requested)
     try:
         items = (
             store.items(resource.key, options.namespace)
@@ -106,7 +109,7 @@ def _decode_continue(token: str) -> tuple[int, tuple[str, str]]:
         raise errors.bad_request(f"continue key is not valid: {token!r}") from None
 
 
-class Seen(NamedTuple):
+class WatchEvent(NamedTuple):
     """One event of a watch. `object` is partial for BOOKMARK, and a Status for ERROR."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"]
@@ -121,29 +124,29 @@ def check_start(store: Store, options: ListOptions) -> None:
 
 async def watch(
     store: Store, resource: Resource, options: ListOptions, stop: asyncio.Event
-) -> AsyncGenerator[Seen]:
+) -> AsyncGenerator[WatchEvent]:
     """Yield events until the timeout, until `stop` is set, or until the client is too far behind.
 
     There is no queue per client, only a position in the window of recent events. A slow client
-    whose position has left the window gets an error. After setting `stop`, call `store.wake_all`.
+    whose position has left the window gets an error. After setting `stop`, call `store.notify_all`.
     """
     revision = revision_of(options.resource_version)
-    wake = asyncio.Event()
-    unsubscribe = store.subscribe(resource.key, wake)
+    changed = asyncio.Event()
+    unsubscribe = store.subscribe(resource.key, changed)
     try:
         at = revision
         if options.initial_events or revision == 0:
             at = store.revision
             for stored in store.items(resource.key, options.namespace):
                 if options.match is None or options.match(stored.object):
-                    yield Seen("ADDED", stored.object, stored)
+                    yield WatchEvent("ADDED", stored.object, stored)
             if options.initial_events and options.bookmarks:
                 yield _bookmark(resource, at, initial=True)
-        async for seen in _follow(store, resource, options, at, wake, stop):
-            yield seen
+        async for watch_event in _follow(store, resource, options, at, changed, stop):
+            yield watch_event
     except Expired:
         old = errors.expired(f"too old resource version: {revision} ({store.revision})")
-        yield Seen("ERROR", old.body())
+        yield WatchEvent("ERROR", old.body())
     finally:
         unsubscribe()
 
@@ -153,26 +156,26 @@ async def _follow(
     resource: Resource,
     options: ListOptions,
     at: int,
-    wake: asyncio.Event,
+    changed: asyncio.Event,
     stop: asyncio.Event,
-) -> AsyncGenerator[Seen]:
+) -> AsyncGenerator[WatchEvent]:
     loop = asyncio.get_running_loop()
     end = loop.time() + options.timeout_s
     while not stop.is_set():
-        wake.clear()
+        changed.clear()
         now = store.revision
         for event in store.since(resource.key, at):
             at = event.revision
-            seen = _seen(event, options)
-            if seen is not None:
-                yield seen
-        if wake.is_set():
+            watch_event = _watch_event(event, options)
+            if watch_event is not None:
+                yield watch_event
+        if changed.is_set():
             continue  # there are new events already
         at = max(at, now)  # skip revisions of other resources
         left = end - loop.time()
         try:
             async with asyncio.timeout(max(0.0, min(left, BOOKMARK_S))):
-                await wake.wait()
+                await changed.wait()
         except TimeoutError:
             if options.bookmarks:
                 yield _bookmark(resource, at)
@@ -180,17 +183,17 @@ async def _follow(
                 return
 
 
-def _bookmark(resource: Resource, revision: int, initial: bool = False) -> Seen:
+def _bookmark(resource: Resource, revision: int, initial: bool = False) -> WatchEvent:
     metadata: Object = {"resourceVersion": str(revision), "creationTimestamp": None}
     if initial:
         metadata["annotations"] = {"k8s.io/initial-events-end": "true"}
-    return Seen(
+    return WatchEvent(
         "BOOKMARK",
         {"kind": resource.kind, "apiVersion": resource.api_version, "metadata": metadata},
     )
 
 
-def _seen(event: Event, options: ListOptions) -> Seen | None:
+def _watch_event(event: Event, options: ListOptions) -> WatchEvent | None:
     """Return the event as the client sees it. Leaving the selection counts as a deletion."""
     if options.namespace and event.key[0] != options.namespace:
         return None
@@ -199,11 +202,11 @@ def _seen(event: Event, options: ListOptions) -> Seen | None:
     after = event.new is not None and (match is None or match(event.new.object))
     if after:
         assert event.new is not None
-        return Seen("MODIFIED" if before else "ADDED", event.new.object, event.new)
+        return WatchEvent("MODIFIED" if before else "ADDED", event.new.object, event.new)
     if not before:
         return None
     if event.new is None:
-        return Seen("DELETED", event.last.object, event.last)
+        return WatchEvent("DELETED", event.last.object, event.last)
     assert event.old is not None
     metadata = {**event.old.metadata, "resourceVersion": str(event.revision)}
-    return Seen("DELETED", {**event.old.object, "metadata": metadata})
+    return WatchEvent("DELETED", {**event.old.object, "metadata": metadata})

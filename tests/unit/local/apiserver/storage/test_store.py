@@ -207,5 +207,5 @@ async def test_a_stopped_watch_ends(store: Store):
     waiting = asyncio.ensure_future(anext(events, None))
     await asyncio.sleep(0)
     stop.set()
-    store.wake_all()
+    store.notify_all()
     assert await waiting is None
