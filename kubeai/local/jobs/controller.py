@@ -18,15 +18,11 @@ import msgspec
 
 from kubeai.kube.client import EVENTS, JOBS, PODS, ApiError, Kube
 from kubeai.kube.workqueue import Queue
+from kubeai.local.jobs.objects import TRACKING, Job, JobStatus, Metadata, Pod
 from kubeai.local.jobs.rules import (
-    TRACKING,
     CreatePods,
     DeletePods,
     Ending,
-    Job,
-    JobStatus,
-    Metadata,
-    Pod,
     ReleasePods,
     Wait,
     WriteStatus,

@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubeai.local.jobs.controller import pod_of
+from kubeai.local.jobs.objects import TRACKING, Job, Pod
 from kubeai.local.jobs.rules import (
-    TRACKING,
     CreatePods,
     DeleteJob,
     DeletePods,
-    Job,
-    Pod,
     ReleasePods,
     Wait,
     WriteStatus,
