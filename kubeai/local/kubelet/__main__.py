@@ -29,9 +29,10 @@ from kubeai.local.kubelet.agent import Agent, KubeObjects
 from kubeai.local.kubelet.node import Node
 from kubeai.local.kubelet.pods.probes import Prober
 from kubeai.local.kubelet.pods.runner import Host
-from kubeai.local.kubelet.runtime import shim
+from kubeai.local.kubelet.runtime.children import become_subreaper
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
-from kubeai.local.kubelet.runtime.process import become_subreaper, kill_leftovers
+from kubeai.local.kubelet.runtime.process_table import kill_leftovers
+from kubeai.local.kubelet.runtime.shim.processes import PR_SET_PDEATHSIG
 from kubeai.local.kubelet.server.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.server.server import KubeletServer
 from kubeai.logs import get_logger, setup_logging
@@ -50,7 +51,7 @@ def main() -> None:
             os.set_inheritable(options.ready_fd, False)
             # Not SIGTERM: without the parent, nobody waits for a grace period, and the shims end
             # the engines.
-            ctypes.CDLL(None).prctl(shim.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         become_subreaper()
         with _lock(options.data_dir):
             asyncio.run(_run(options))

@@ -19,7 +19,7 @@ from typing import Any
 import kubeai
 from kubeai.kube.client import LEASES, NODES, ApiError, Backoff, Kube
 from kubeai.local.kubelet.pods.status import timestamp
-from kubeai.local.kubelet.runtime.process import run_helper
+from kubeai.local.kubelet.runtime.children import run_helper
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -21,7 +21,7 @@ from yarl import URL
 
 from kubeai.http import aiohttp
 from kubeai.local.kubelet.pods.pod import HTTPGet, PodError, Probe, TCPSocket
-from kubeai.local.kubelet.runtime.process import ExecResult
+from kubeai.local.kubelet.runtime.command import ExecResult
 
 EAGER_RETRY_S = 0.1
 OUTPUT_MAX_CHARS = 512

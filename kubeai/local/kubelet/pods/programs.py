@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kubeai.local.kubelet.pods.pod import PodError
-from kubeai.local.kubelet.runtime.process import run_helper
+from kubeai.local.kubelet.runtime.children import run_helper
 
 ENGINE_NOT_INSTALLED = "EngineNotInstalled"
 UNKNOWN_IMAGE = "UnknownImage"

@@ -43,10 +43,9 @@ from kubeai.local.kubelet.pods.probes import Attempt, Loops, Outcome, Prober
 from kubeai.local.kubelet.pods.status import PodOutcome, Record, pod_status, timestamp
 from kubeai.local.kubelet.pods.termination import termination_message, termination_mounts
 from kubeai.local.kubelet.pods.volumes import Objects, mounts_of, prepare_volumes
+from kubeai.local.kubelet.runtime.command import Command, ExecResult
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
 from kubeai.local.kubelet.runtime.process import (
-    Command,
-    ExecResult,
     Exit,
     Launch,
     Process,
@@ -81,7 +80,7 @@ class Host(msgspec.Struct):
     memory: MemoryGuard
     timing: Timing = Timing()
     ip: str = "127.0.0.1"
-    namespace: str = "auto"  # of mounts; see shim.realise_mounts
+    namespace: str = "auto"  # of mounts; see runtime/shim/mounts.py
 
     def pod_directory(self, meta: ObjectMeta) -> Path:
         return self.data_dir / "pods" / f"{meta.namespace}_{meta.name}_{meta.uid}"

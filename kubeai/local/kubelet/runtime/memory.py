@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from kubeai.local.kubelet.runtime.process import Process, ProcessTable
+from kubeai.local.kubelet.runtime.process import Process
+from kubeai.local.kubelet.runtime.process_table import ProcessTable
 
 POLL_INTERVAL_S = 1.0
 

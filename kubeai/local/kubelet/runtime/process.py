@@ -1,16 +1,13 @@
 """Starts, signals and reaps container processes.
 
-Owns the shim processes (shim.py), the sockets to each, and the streams of commands that run
-alongside a container's main process (:class:`Command`). Promises: when a :class:`Process` has
+Owns the shim processes (shim/) and the sockets to each. Promises: when a :class:`Process` has
 ``exited`` set, no process of it is left. If a shim is killed, its container's processes are found
-and killed here, because the kubelet is a subreaper (:func:`become_subreaper`).
+and killed, because the kubelet is a subreaper (see children.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import functools
 import marshal
 import os
@@ -19,30 +16,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kubeai.local.kubelet.runtime import shim
-from kubeai.logs import get_logger
-
-log = get_logger(__name__)
+from kubeai.local.kubelet.runtime.children import add_child, kill_orphans, wait_for_exit
+from kubeai.local.kubelet.runtime.command import Command, open_pipes
+from kubeai.local.kubelet.runtime.process_table import PAGE_BYTES, ProcessTable, resident_pages
+from kubeai.local.kubelet.runtime.shim.processes import kill
 
 LOG_FILE_MAX_BYTES = 10 << 20
 START_TIMEOUT_S = 20.0
 SHIM_KILL_TIMEOUT_S = 35.0  # a shim that has not ended its container by then is killed
-ORPHAN_KILL_TIMEOUT_S = 5.0
-HELPER_TIMEOUT_S = 10.0
-EXEC_OUTPUT_MAX_BYTES = 10 << 10  # of a probe's or a hook's command
-EXEC_READ_MAX_BYTES = 32 << 10
-EXEC_DRAIN_MAX_BYTES = 1 << 20  # read after a command's end, if its children still write
 _MESSAGE_MAX_BYTES = 1 << 20
-
-# Children that are not orphans: shims and the programs started by run_helper.
-_known: set[int] = set()
-_reaping = False
 
 
 class StartError(Exception):
@@ -71,7 +59,7 @@ class Launch(msgspec.Struct, frozen=True):
     mounts: tuple[Mount, ...] = ()
     root: Path = Path("/nonexistent")  # where the private root is assembled; only with mounts
     log_max_bytes: int = LOG_FILE_MAX_BYTES
-    namespace: str = "auto"  # see shim.realise_mounts
+    namespace: str = "auto"  # see shim/mounts.py
 
 
 class Exit(msgspec.Struct, frozen=True):
@@ -81,125 +69,6 @@ class Exit(msgspec.Struct, frozen=True):
     signal: int
     finished_s: float  # since the epoch
     message: str = ""
-
-
-class ExecResult(msgspec.Struct, frozen=True):
-    """The result of a command in the container; ``code`` is -1 if it could not be started."""
-
-    code: int
-    output: str
-
-
-class Command:
-    """A command alongside a container's main process, and its streams. Call ``close`` at the end.
-
-    Only one task at a time may read a stream, and only one may write.
-    """
-
-    def __init__(self, kill: Callable[[], None], stdin: int, stdout: int, stderr: int) -> None:
-        self.ended: asyncio.Future[ExecResult] = asyncio.get_running_loop().create_future()
-        self.stdout, self.stderr = stdout, stderr  # for `read`
-        self._kill = kill
-        self._stdin = stdin
-        self._drained_bytes = 0
-        for fd in (stdin, stdout, stderr):
-            os.set_blocking(fd, False)
-
-    async def write(self, data: bytes) -> None:
-        """Write input with backpressure; input after the command has closed stdin is dropped."""
-        loop = asyncio.get_running_loop()
-        while data and self._stdin >= 0:
-            try:
-                data = data[os.write(self._stdin, data) :]
-            except BlockingIOError:
-                await _until_ready(self._stdin, loop.add_writer, loop.remove_writer)
-            except BrokenPipeError:
-                self.end_input()
-
-    def end_input(self) -> None:
-        if self._stdin >= 0:
-            os.close(self._stdin)
-            self._stdin = -1
-
-    async def read(self, stream: int) -> bytes:
-        """The next output; empty at the end, or once the ended command's output is read."""
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                data = os.read(stream, EXEC_READ_MAX_BYTES)
-            except BlockingIOError:
-                if self.ended.done():
-                    return b""  # its children may keep the stream open
-                await _until_ready(stream, loop.add_reader, loop.remove_reader, self.ended)
-                continue
-            if self.ended.done():
-                self._drained_bytes += len(data)
-                if self._drained_bytes > EXEC_DRAIN_MAX_BYTES:
-                    return b""
-            return data
-
-    async def result(self, timeout_s: float) -> ExecResult:
-        """Wait for its result with the beginning of its output, without input.
-
-        On TimeoutError it is killed.
-        """
-        output = bytearray()
-
-        async def collect(stream: int) -> None:
-            while data := await self.read(stream):
-                output.extend(data[: EXEC_OUTPUT_MAX_BYTES - len(output)])
-
-        try:
-            self.end_input()
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(collect(self.stdout), collect(self.stderr))
-                end = await asyncio.shield(self.ended)
-        finally:
-            self.close()
-        return end if end.code == -1 else ExecResult(end.code, output.decode(errors="replace"))
-
-    def close(self) -> None:
-        """Kill it and its descendants if it is running. Call when no task reads or writes."""
-        if self.stdout < 0:
-            return
-        if not self.ended.done():
-            self._kill()
-        self.end_input()
-        os.close(self.stdout)
-        os.close(self.stderr)
-        self.stdout = self.stderr = -1
-
-
-async def _until_ready(
-    fd: int,
-    watch: Callable[[int, Callable[[], None]], None],
-    unwatch: Callable[[int], bool],
-    or_else: asyncio.Future[Any] | None = None,
-) -> None:
-    ready = asyncio.Event()
-    watch(fd, ready.set)
-
-    def end(_: object) -> None:
-        ready.set()
-
-    if or_else is not None:
-        or_else.add_done_callback(end)
-    try:
-        await ready.wait()
-    finally:
-        unwatch(fd)
-        if or_else is not None:
-            or_else.remove_done_callback(end)
-
-
-def become_subreaper() -> None:
-    """Inherit, and kill, the orphans of killed shims.
-
-    Only for a process all of whose other children are known to this module.
-    """
-    global _reaping
-    ctypes.CDLL(None).prctl(shim.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    _reaping = True
 
 
 class Process:
@@ -222,7 +91,7 @@ class Process:
         self._writer = writer
         self._handover = handover
         self._reading = asyncio.create_task(self._read(reader), name=f"shim {shim_pid}")
-        self._last_resort: asyncio.TimerHandle | None = None
+        self._kill_timer: asyncio.TimerHandle | None = None
 
     @classmethod
     async def start(cls, launch: Launch) -> Process:
@@ -278,10 +147,10 @@ class Process:
         if self.exited.done():
             return
         self._send(("kill",))
-        if self._last_resort is None:
+        if self._kill_timer is None:
             loop = asyncio.get_running_loop()
-            self._last_resort = loop.call_later(
-                SHIM_KILL_TIMEOUT_S, shim.kill, self.shim_pid, signal.SIGKILL
+            self._kill_timer = loop.call_later(
+                SHIM_KILL_TIMEOUT_S, kill, self.shim_pid, signal.SIGKILL
             )
 
     def open(self, argv: list[str], env: dict[str, str]) -> Command:
@@ -292,13 +161,13 @@ class Process:
         """
         self._next_exec += 1
         id = self._next_exec
-        theirs, ours = _pipes()
+        theirs, ours = open_pipes()
         command = Command(lambda: self._send(("exec-kill", id)), *ours)
         try:
             socket.send_fds(self._handover, [b"e"], theirs)
         except OSError as error:
             why = "the container has ended" if self.exited.done() else str(error)
-            _end_command(command, -1, why)
+            command.finish(-1, why)
             return command
         finally:
             for fd in theirs:
@@ -312,10 +181,10 @@ class Process:
         """Resident memory of the tree: all private pages, plus the largest shared part."""
         own = shared = 0
         for pid in processes.below(self.shim_pid):
-            pages = _resident_pages(pid)
+            pages = resident_pages(pid)
             own += pages[0]
             shared = max(shared, pages[1])
-        return (own + shared) * _PAGE_BYTES
+        return (own + shared) * PAGE_BYTES
 
     # -- the control socket ----------------------------------------------------------------------
 
@@ -331,27 +200,26 @@ class Process:
                 size = int.from_bytes(await reader.readexactly(4), "big")
                 if size > _MESSAGE_MAX_BYTES:
                     break
-                end = self._take(marshal.loads(await reader.readexactly(size))) or end
+                end = self._handle(marshal.loads(await reader.readexactly(size))) or end
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             self._writer.close()
             self._handover.close()
-        await _wait_for_exit(self.shim_pid)
+        await wait_for_exit(self.shim_pid)
         if end is None:
-            end = Exit(137, signal.SIGKILL, time.time(), "the container's guardian was killed")
-            if _reaping:
-                await kill_orphans()
-        if self._last_resort is not None:
-            self._last_resort.cancel()
+            end = Exit(137, signal.SIGKILL, time.time(), "the container's shim was killed")
+            await kill_orphans()
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
         if not self._started.done():
             self._started.set_exception(StartError("StartError", end.message))
             self._started.exception()  # mark as retrieved: the waiter may be gone
         for command in list(self._commands.values()):
-            _end_command(command, -1, "the container has ended")
+            command.finish(-1, "the container has ended")
         self.exited.set_result(end)
 
-    def _take(self, message: tuple[Any, ...]) -> Exit | None:
+    def _handle(self, message: tuple[Any, ...]) -> Exit | None:
         kind, *rest = message
         if kind == "started":
             self.pid, self.started_s = rest[0], time.time()
@@ -363,7 +231,7 @@ class Process:
         elif kind == "exec":
             command = self._commands.get(rest[0])
             if command is not None:
-                _end_command(command, _code(rest[1]), rest[2])
+                command.finish(_code(rest[1]), rest[2])
         elif kind == "exited":
             status, finished_ns, survivors = rest
             left = f"{survivors} processes could not be killed" if survivors else ""
@@ -372,43 +240,33 @@ class Process:
         return None
 
 
-def _pipes() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Pipes for stdin, stdout and stderr: the command's ends and ours."""
-    made: list[int] = []
-    try:
-        for _ in range(shim.EXEC_STREAMS):
-            made += os.pipe()
-    except OSError:
-        for fd in made:
-            os.close(fd)
-        raise
-    return (made[0], made[3], made[5]), (made[1], made[2], made[4])
-
-
-def _end_command(command: Command, code: int, why: str) -> None:
-    if not command.ended.done():
-        command.ended.set_result(ExecResult(code, why))
-
-
 def _code(status: int) -> int:
     if status == -1:
         return -1
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-# Compiling the script would be half of a shim's 40 ms start time, so the kubelet compiles it once
-# and every shim reads the code from a memory file.
+# Compiling the shim's modules would be half of its 40 ms start time, so the kubelet compiles them
+# once and every shim reads the code from a memory file. Each is a module before the next is run, so
+# that they can import each other by name, without the packages that contain them.
+_SHIM_MODULES = ("processes", "log", "mounts", "main")
 _BOOT = (
-    "import marshal,os,sys;fd=int(sys.argv.pop(1));code=os.pread(fd,1<<20,0);os.close(fd);"
-    "exec(marshal.loads(code))"
+    "import marshal,os,sys;fd=int(sys.argv.pop(1));"
+    "modules=marshal.loads(os.pread(fd,1<<20,0));os.close(fd);"
+    "[exec(code,sys.modules.setdefault(name,type(sys)(name)).__dict__) for name,code in modules];"
+    "sys.modules[modules[-1][0]].main()"
 )
 
 
 @functools.cache
 def _compiled_shim() -> int:
-    code = compile(Path(shim.__file__).read_bytes(), shim.__file__, "exec", dont_inherit=True)
+    directory, modules = Path(shim.__path__[0]), []
+    for name in _SHIM_MODULES:
+        path = directory / f"{name}.py"
+        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+        modules.append((f"{shim.__name__}.{name}", code))
     fd = os.memfd_create("kubeai-shim")
-    os.write(fd, marshal.dumps(code))
+    os.write(fd, marshal.dumps(modules))
     return fd
 
 
@@ -422,131 +280,6 @@ def _spawn_shim(control: int, handover: int, log: Path) -> int:
         start_new_session=True,  # keep a terminal's Ctrl-C from the engines
         cwd="/",
     )
-    popen.returncode = 0  # reaped by _wait_for_exit, not by Popen
-    _known.add(popen.pid)
+    popen.returncode = 0  # reaped by wait_for_exit, not by Popen
+    add_child(popen.pid)
     return popen.pid
-
-
-async def _wait_for_exit(pid: int) -> None:
-    """Wait for a child process and reap it."""
-    loop = asyncio.get_running_loop()
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        _known.discard(pid)
-        return
-    ended = asyncio.Event()
-    loop.add_reader(fd, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
-    _reap(pid)
-    _known.discard(pid)
-
-
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-
-
-async def kill_orphans() -> None:
-    """Kill the processes inherited from a dead shim, with their descendants."""
-    give_up = time.monotonic() + ORPHAN_KILL_TIMEOUT_S
-    while time.monotonic() < give_up:
-        table = ProcessTable()
-        orphans = [pid for pid in table.children(os.getpid()) if pid not in _known]
-        if not orphans:
-            return
-        for pid in orphans:
-            for descendant in (pid, *table.below(pid)):
-                shim.kill(descendant, signal.SIGKILL)
-        for pid in orphans:
-            _reap(pid)
-        await asyncio.sleep(0.005)
-    log.error("failed to kill orphans", pids=orphans)
-
-
-async def run_helper(argv: list[str], timeout_s: float = HELPER_TIMEOUT_S) -> tuple[int, str]:
-    """Run a short program; its exit code (-1: could not be run, or timeout) and its output."""
-    try:
-        # Started on this thread, so that kill_orphans never sees it before it is known.
-        popen = subprocess.Popen(  # noqa: ASYNC220
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-        )
-    except OSError:
-        return -1, ""
-    _known.add(popen.pid)
-    try:
-        output, _ = await asyncio.to_thread(popen.communicate, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return -1, ""
-    finally:
-        if popen.returncode is None:
-            popen.kill()
-            await asyncio.to_thread(popen.communicate)
-        _known.discard(popen.pid)
-    return popen.returncode, output.decode(errors="replace")
-
-
-# -- /proc ---------------------------------------------------------------------------------------
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-class ProcessTable:
-    """The process tree, from one scan of /proc."""
-
-    def __init__(self) -> None:
-        self._children: dict[int, list[int]] = {}
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                self._children.setdefault(shim.parent_of(int(entry)), []).append(int(entry))
-
-    def children(self, pid: int) -> list[int]:
-        return self._children.get(pid, [])
-
-    def below(self, pid: int) -> list[int]:
-        found: list[int] = []
-        todo = [pid]
-        while todo:
-            children = self.children(todo.pop())
-            found += children
-            todo += children
-        return found
-
-
-def _resident_pages(pid: int) -> tuple[int, int]:
-    """(private, shared) resident pages; zeros if the process is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/statm").read_bytes().split()
-        resident, shared = int(fields[1]), int(fields[2])
-    except (OSError, IndexError, ValueError):
-        return 0, 0
-    return resident - shared, shared
-
-
-def kill_leftovers(marker: str, spare: Callable[[int], bool] = lambda pid: False) -> int:
-    """Kill all processes whose environment contains ``marker`` (``NAME=value``); returns the count.
-
-    For processes left by an earlier kubelet of the same data directory that was killed together
-    with a shim. Only sees environments that this user can read.
-    """
-    wanted = marker.encode()
-    killed = 0
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid() or spare(int(entry)):
-            continue
-        try:
-            environment = Path(f"/proc/{entry}/environ").read_bytes()
-        except OSError:
-            continue
-        if wanted in environment.split(b"\0"):
-            shim.kill(int(entry), signal.SIGKILL)
-            killed += 1
-    return killed

@@ -18,7 +18,7 @@ from kubeai.errors import KubeAIError
 from kubeai.http import web
 from kubeai.kube import exec_channels as channels
 from kubeai.kube.exec_channels import Ending
-from kubeai.local.kubelet.runtime.process import Command
+from kubeai.local.kubelet.runtime.command import Command
 from kubeai.local.sockets import asked_protocol, first_of, payload, ping, server_socket
 from kubeai.logs import get_logger
 

@@ -14,7 +14,7 @@ from kubeai.local.kubelet.pods.pod import (
     TCPSocket,
 )
 from kubeai.local.kubelet.pods.probes import Loops, Outcome, Prober
-from kubeai.local.kubelet.runtime.process import ExecResult
+from kubeai.local.kubelet.runtime.command import ExecResult
 
 YES, NO, NOT_YET = (Outcome.SUCCESS, ""), (Outcome.FAILURE, "no"), (Outcome.NOT_YET, "refused")
 looptime = pytest.mark.looptime(start=0)

@@ -12,17 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from kubeai.local.kubelet.runtime.command import ExecResult
 from kubeai.local.kubelet.runtime.logs import LogQuery, read_log
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
-from kubeai.local.kubelet.runtime.process import (
-    ExecResult,
-    Launch,
-    Mount,
-    Process,
-    ProcessTable,
-    StartError,
-    kill_leftovers,
-)
+from kubeai.local.kubelet.runtime.process import Launch, Mount, Process, StartError
+from kubeai.local.kubelet.runtime.process_table import ProcessTable, kill_leftovers
 
 PYTHON = [sys.executable, "-S", "-E", "-c"]
 ENV = {"PATH": os.environ["PATH"]}
@@ -104,7 +98,7 @@ async def test_a_signal_reaches_the_main_process_and_is_reported(start):
     assert (end.code, end.signal) == (143, 15)
 
 
-async def test_signals_that_the_guardian_ignores_are_not_ignored_by_the_program(start):
+async def test_signals_that_the_shim_ignores_are_not_ignored_by_the_program(start):
     code = "import signal; print(*(signal.getsignal(s) is signal.SIG_DFL for s in (2+13, 1)))"
     process = await start(*PYTHON, code)
     await process.wait()
@@ -148,11 +142,11 @@ async def test_nothing_outlives_the_kubelet(start, tmp_path):
     await until(lambda: not any(map(is_alive, [*pids(tmp_path), process.pid])))
 
 
-async def test_the_main_process_does_not_outlive_a_killed_guardian(start, tmp_path):
+async def test_the_main_process_does_not_outlive_a_killed_shim(start, tmp_path):
     process = await start(*PYTHON, "import time; time.sleep(600)")
     os.kill(process.shim_pid, signal.SIGKILL)
     end = await process.wait()
-    assert (end.code, end.message) == (137, "the container's guardian was killed")
+    assert (end.code, end.message) == (137, "the container's shim was killed")
     await until(lambda: not is_alive(process.pid))
 
 
@@ -447,7 +441,7 @@ async def test_without_namespaces_a_directory_can_be_mounted_at_its_own_path(
     assert await text(process) == "content\n"
 
 
-async def test_an_unresponsive_guardian_is_killed(start, monkeypatch):
+async def test_an_unresponsive_shim_is_killed(start, monkeypatch):
     from kubeai.local.kubelet.runtime import process as module
 
     monkeypatch.setattr(module, "SHIM_KILL_TIMEOUT_S", 0.2)

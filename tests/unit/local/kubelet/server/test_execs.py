@@ -14,7 +14,8 @@ import pytest
 from kubeai.kube import exec_channels as channels
 from kubeai.kube.exec_channels import Ending
 from kubeai.local.kubelet.pods.pod import PodError
-from kubeai.local.kubelet.runtime.process import Launch, Process, ProcessTable
+from kubeai.local.kubelet.runtime.process import Launch, Process
+from kubeai.local.kubelet.runtime.process_table import ProcessTable
 from kubeai.local.kubelet.server import execs
 from kubeai.local.kubelet.server.access import TokenAccess
 from kubeai.local.kubelet.server.execs import Refusal
@@ -166,8 +167,8 @@ async def test_a_disconnect_with_unread_input_is_noticed(connect, container, mon
 
 
 async def test_clients_that_disconnect_at_any_time_leave_no_process_behind(connect, container):
-    guardian = container.process.shim_pid
-    before = len(os.listdir(f"/proc/{guardian}/fd"))
+    shim = container.process.shim_pid
+    before = len(os.listdir(f"/proc/{shim}/fd"))
 
     async def come_and_go(n):
         async with connect(*PYTHON, f"print('up'); {SLEEP}", input="1") as socket:
@@ -176,7 +177,7 @@ async def test_clients_that_disconnect_at_any_time_leave_no_process_behind(conne
 
     await asyncio.gather(*(come_and_go(n) for n in range(1, 33)))
     await container.until_alone()
-    assert len(os.listdir(f"/proc/{guardian}/fd")) == before
+    assert len(os.listdir(f"/proc/{shim}/fd")) == before
 
 
 async def test_a_command_ends_with_its_container(connect, container):
