@@ -27,8 +27,8 @@ from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.local.kubelet.agent import Agent, KubeObjects
 from kubeai.local.kubelet.node import Node
+from kubeai.local.kubelet.pods.host import Host
 from kubeai.local.kubelet.pods.probes import Prober
-from kubeai.local.kubelet.pods.runner import Host
 from kubeai.local.kubelet.runtime.children import become_subreaper
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
 from kubeai.local.kubelet.runtime.process_table import kill_leftovers

@@ -1,14 +1,12 @@
 """Typed access to the fields of a Pod that the kubelet uses. Pure.
 
-Owns decoding (:func:`decode_pod`), environment variables and ``$(VAR)`` expansion under Kubernetes'
-rules (:func:`container_environment`, :func:`expand`), and the names of the objects that a pod's
-environment refers to.
+The classes are Kubernetes' types of these names, shortened where that is clear. :func:`decode_pod`
+creates them from an object of the API.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -33,26 +31,34 @@ class PodError(KubeAIError):
 
 
 class _Camel(msgspec.Struct, rename="camel", frozen=True):
-    pass
+    """Fields with Kubernetes' names. Others are ignored."""
 
 
 class KeyRef(_Camel, frozen=True):
+    """One key of a ConfigMap or Secret."""
+
     name: str = ""
     key: str = ""
     optional: bool = False
 
 
 class FieldRef(_Camel, frozen=True):
+    """A field of the pod, as an environment variable's value."""
+
     field_path: str
 
 
 class ResourceFieldRef(_Camel, frozen=True):
+    """A container's limit or request, as an environment variable's value."""
+
     resource: str
     container_name: str = ""
     divisor: str | int = "1"
 
 
 class ValueFrom(_Camel, frozen=True):
+    """The source of an environment variable's value; one is set."""
+
     field_ref: FieldRef | None = None
     secret_key_ref: KeyRef | None = None
     config_map_key_ref: KeyRef | None = None
@@ -60,28 +66,38 @@ class ValueFrom(_Camel, frozen=True):
 
 
 class EnvVar(_Camel, frozen=True):
+    """An environment variable."""
+
     name: str
     value: str = ""
     value_from: ValueFrom | None = None
 
 
 class SourceRef(_Camel, frozen=True):
+    """A ConfigMap or Secret, all of whose keys become variables."""
+
     name: str = ""
     optional: bool = False
 
 
 class EnvFrom(_Camel, frozen=True):
+    """A source of environment variables; one reference is set."""
+
     prefix: str = ""
     config_map_ref: SourceRef | None = None
     secret_ref: SourceRef | None = None
 
 
 class Header(_Camel, frozen=True):
+    """An HTTP header of a probe or hook."""
+
     name: str
     value: str = ""
 
 
 class HTTPGet(_Camel, frozen=True):
+    """An HTTP request of a probe or hook. The host defaults to the pod's address."""
+
     port: int | str
     path: str = "/"
     host: str = ""
@@ -90,15 +106,21 @@ class HTTPGet(_Camel, frozen=True):
 
 
 class TCPSocket(_Camel, frozen=True):
+    """A connection attempt of a probe."""
+
     port: int | str
     host: str = ""
 
 
 class ExecAction(_Camel, frozen=True):
+    """A command of a probe or hook, run in the container."""
+
     command: tuple[str, ...] = ()
 
 
 class Sleep(_Camel, frozen=True):
+    """A hook that only waits."""
+
     seconds: int
 
 
@@ -111,11 +133,15 @@ class Handler(_Camel, frozen=True):
 
 
 class Lifecycle(_Camel, frozen=True):
+    """A container's hooks."""
+
     pre_stop: Handler | None = None
     post_start: Handler | None = None
 
 
 class Probe(_Camel, frozen=True):
+    """A startup, readiness or liveness probe; one action is set."""
+
     exec: ExecAction | None = None
     http_get: HTTPGet | None = None
     tcp_socket: TCPSocket | None = None
@@ -128,17 +154,23 @@ class Probe(_Camel, frozen=True):
 
 
 class Port(_Camel, frozen=True):
+    """A port of a container, which probes can refer to by name."""
+
     container_port: int
     name: str = ""
     protocol: str = "TCP"
 
 
 class Resources(_Camel, frozen=True):
+    """A container's limits and requests, as quantities."""
+
     limits: dict[str, str | int | float] = {}
     requests: dict[str, str | int | float] = {}
 
 
 class VolumeMount(_Camel, frozen=True):
+    """Where a volume appears in a container."""
+
     name: str
     mount_path: str
     sub_path: str = ""
@@ -150,6 +182,8 @@ TERMINATION_LOG = "/dev/termination-log"  # the API's default for terminationMes
 
 
 class Container(_Camel, frozen=True):
+    """A container, init container or sidecar."""
+
     name: str
     image: str = ""
     command: tuple[str, ...] = ()
@@ -178,21 +212,28 @@ class Container(_Camel, frozen=True):
         return int(wanted)
 
     def memory_limit_bytes(self) -> int | None:
+        """The memory limit, rounded down; PodError if it is not a quantity."""
         limit = self.resources.limits.get("memory")
-        return None if limit is None else _amount(limit) // 10**9
+        return None if limit is None else quantity_nanos(limit) // 10**9
 
 
 class EmptyDir(_Camel, frozen=True):
+    """A directory that lives as long as the pod."""
+
     medium: str = ""
 
 
 class KeyToPath(_Camel, frozen=True):
+    """The file of one key of a ConfigMap or Secret."""
+
     key: str
     path: str
     mode: int | None = None
 
 
 class ConfigMapVolume(_Camel, frozen=True):
+    """A ConfigMap's keys as files."""
+
     name: str = ""
     items: tuple[KeyToPath, ...] = ()
     default_mode: int | None = None
@@ -200,6 +241,8 @@ class ConfigMapVolume(_Camel, frozen=True):
 
 
 class SecretVolume(_Camel, frozen=True):
+    """A Secret's keys as files."""
+
     secret_name: str = ""
     items: tuple[KeyToPath, ...] = ()
     default_mode: int | None = None
@@ -207,16 +250,22 @@ class SecretVolume(_Camel, frozen=True):
 
 
 class HostPath(_Camel, frozen=True):
+    """A path of this machine."""
+
     path: str
     type: str = ""
 
 
 class ClaimVolume(_Camel, frozen=True):
+    """A PersistentVolumeClaim."""
+
     claim_name: str
     read_only: bool = False
 
 
 class Volume(_Camel, frozen=True):
+    """A volume; one source is set."""
+
     name: str
     empty_dir: EmptyDir | None = None
     config_map: ConfigMapVolume | None = None
@@ -226,10 +275,14 @@ class Volume(_Camel, frozen=True):
 
 
 class ReadinessGate(_Camel, frozen=True):
+    """A condition that others set, and that the pod's readiness requires."""
+
     condition_type: str
 
 
 class PodSpec(_Camel, frozen=True):
+    """A pod's spec."""
+
     containers: tuple[Container, ...]
     init_containers: tuple[Container, ...] = ()
     volumes: tuple[Volume, ...] = ()
@@ -242,6 +295,8 @@ class PodSpec(_Camel, frozen=True):
 
 
 class ObjectMeta(_Camel, frozen=True):
+    """A pod's metadata."""
+
     name: str
     namespace: str
     uid: str
@@ -253,6 +308,8 @@ class ObjectMeta(_Camel, frozen=True):
 
 
 class Condition(_Camel, frozen=True):
+    """A condition of a pod's status."""
+
     type: str
     status: str
     reason: str = ""
@@ -261,15 +318,21 @@ class Condition(_Camel, frozen=True):
 
 
 class Waiting(_Camel, frozen=True):
+    """The state of a container that is not started, or is about to be restarted."""
+
     reason: str = ""
     message: str = ""
 
 
 class Running(_Camel, frozen=True):
+    """The state of a container whose main process runs."""
+
     started_at: str
 
 
 class Terminated(_Camel, frozen=True):
+    """The state of a container whose main process has ended."""
+
     exit_code: int
     reason: str = ""
     message: str = ""
@@ -288,6 +351,8 @@ class ContainerState(_Camel, frozen=True):
 
 
 class ContainerStatus(_Camel, frozen=True):
+    """A container's status, as an earlier kubelet wrote it."""
+
     name: str
     state: ContainerState = ContainerState()
     last_state: ContainerState = ContainerState()
@@ -295,6 +360,8 @@ class ContainerStatus(_Camel, frozen=True):
 
 
 class PodStatus(_Camel, frozen=True):
+    """A pod's status, as an earlier kubelet wrote it."""
+
     phase: str = ""
     pod_ip: str = msgspec.field(default="", name="podIP")
     start_time: str | None = None
@@ -304,12 +371,15 @@ class PodStatus(_Camel, frozen=True):
 
 
 class Pod(_Camel, frozen=True):
+    """A pod."""
+
     metadata: ObjectMeta
     spec: PodSpec
     status: PodStatus = PodStatus()
 
     @property
     def key(self) -> str:
+        """``namespace/name``, as logs show it."""
         return f"{self.metadata.namespace}/{self.metadata.name}"
 
 
@@ -345,145 +415,9 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-# -- references and environment ------------------------------------------------------------------
-
-
-def environment_references(container: Container) -> tuple[set[str], set[str]]:
-    """Names of the ConfigMaps and Secrets that the container's environment refers to."""
-    maps: set[str] = set()
-    secrets: set[str] = set()
-    for source in container.env_from:
-        if source.config_map_ref:
-            maps.add(source.config_map_ref.name)
-        if source.secret_ref:
-            secrets.add(source.secret_ref.name)
-    for variable in container.env:
-        if variable.value_from and variable.value_from.config_map_key_ref:
-            maps.add(variable.value_from.config_map_key_ref.name)
-        if variable.value_from and variable.value_from.secret_key_ref:
-            secrets.add(variable.value_from.secret_key_ref.name)
-    return maps, secrets
-
-
-Data = Mapping[str, bytes]  # of a ConfigMap or Secret
-
-
-def container_environment(
-    pod: Pod,
-    container: Container,
-    fields: Mapping[str, str],
-    maps: Mapping[str, Data | None],
-    secrets: Mapping[str, Data | None],
-) -> dict[str, str]:
-    """The environment from the manifest: envFrom, then env, with ``$(VAR)`` expanded.
-
-    ``fields``: values of fieldRefs that are not in the manifest (status.podIP, …). ``maps`` and
-    ``secrets``: the data of each referenced object, None if it does not exist. PodError if
-    something that is not optional is missing.
-    """
-    env: dict[str, str] = {}
-    for source in container.env_from:
-        for kind, ref, objects in (
-            ("configmap", source.config_map_ref, maps),
-            ("secret", source.secret_ref, secrets),
-        ):
-            if ref is not None:
-                data = _found(kind, ref.name, ref.optional, objects)
-                env |= {source.prefix + key: _text(value) for key, value in data.items()}
-    for variable in container.env:
-        if variable.value_from is None:
-            env[variable.name] = expand(variable.value, env)
-            continue
-        value = _value_from(pod, container, variable, fields, maps, secrets)
-        if value is not None:
-            env[variable.name] = value
-    return env
-
-
-def _value_from(
-    pod: Pod,
-    container: Container,
-    variable: EnvVar,
-    fields: Mapping[str, str],
-    maps: Mapping[str, Data | None],
-    secrets: Mapping[str, Data | None],
-) -> str | None:
-    source = variable.value_from
-    assert source is not None
-    if source.field_ref is not None:
-        return _field(pod, source.field_ref.field_path, fields)
-    if source.resource_field_ref is not None:
-        return _resource_field(pod, container, source.resource_field_ref)
-    for kind, ref, objects in (
-        ("configmap", source.config_map_key_ref, maps),
-        ("secret", source.secret_key_ref, secrets),
-    ):
-        if ref is None:
-            continue
-        data = _found(kind, ref.name, ref.optional, objects)
-        if ref.key in data:
-            return _text(data[ref.key])
-        if not ref.optional:
-            raise PodError(f"couldn't find key {ref.key} in {kind} {ref.name!r}")
-        return None
-    raise PodError(f"env {variable.name}: valueFrom has no supported source")
-
-
-def _found(kind: str, name: str, optional: bool, objects: Mapping[str, Data | None]) -> Data:
-    data = objects.get(name)
-    if data is None and not optional:
-        raise PodError(f"{kind} {name!r} not found")
-    return data or {}
-
-
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", "surrogateescape")
-
-
-def _field(pod: Pod, path: str, fields: Mapping[str, str]) -> str:
-    meta = pod.metadata
-    match = re.fullmatch(r"metadata\.(labels|annotations)\['(.+)'\]", path)
-    if match:
-        return (meta.labels if match[1] == "labels" else meta.annotations).get(match[2], "")
-    known = {
-        "metadata.name": meta.name,
-        "metadata.namespace": meta.namespace,
-        "metadata.uid": meta.uid,
-        "spec.nodeName": pod.spec.node_name,
-        "spec.serviceAccountName": pod.spec.service_account_name,
-        **fields,
-    }
-    if path not in known:
-        raise PodError(f"fieldRef {path!r} is not supported")
-    return known[path]
-
-
-def _resource_field(pod: Pod, container: Container, ref: ResourceFieldRef) -> str:
-    containers = (*pod.spec.containers, *pod.spec.init_containers)
-    of = next((c for c in containers if c.name == ref.container_name), container)
-    kind, _, name = ref.resource.partition(".")
-    amounts = of.resources.limits if kind == "limits" else of.resources.requests
-    if name not in amounts:
-        raise PodError(f"resourceFieldRef {ref.resource!r}: container {of.name} does not set it")
-    divisor = _amount(ref.divisor) or 10**9  # "0" is how Kubernetes writes the default
-    return str(-(-_amount(amounts[name]) // divisor))
-
-
-def _amount(text: str | int | float) -> int:
+def quantity_nanos(text: str | int | float) -> int:
+    """Parse a quantity, in billionths. PodError if it is invalid."""
     try:
         return parse_quantity(text).nanos
     except ValueError as error:
         raise PodError(str(error)) from None
-
-
-_REFERENCE = re.compile(r"\$(?:\$|\(([^()]*)\))")
-
-
-def expand(text: str, env: Mapping[str, str]) -> str:
-    """Expand ``$(VAR)``; unknown ones are kept. ``$$`` becomes ``$``, so ``$$(VAR)`` is literal."""
-
-    def replace(match: re.Match[str]) -> str:
-        name = match[1]
-        return "$" if name is None else env.get(name, match[0])
-
-    return _REFERENCE.sub(replace, text)

@@ -1,7 +1,7 @@
 """Container probes: single attempts, and the three probe loops.
 
 Owns how an attempt is made (httpGet, tcpSocket, exec) and counted. The runner calls it and acts on
-the outcomes.
+the results.
 
 A probe's period does not delay cold starts: until a container has first been up, an attempt that
 fails with connection refused or 503 is retried every ``EAGER_RETRY_S`` until its period is over,
@@ -27,23 +27,27 @@ EAGER_RETRY_S = 0.1
 OUTPUT_MAX_CHARS = 512
 
 
-class Outcome(Enum):
+class ProbeResult(Enum):
+    """The result of one attempt."""
+
     SUCCESS = auto()
     FAILURE = auto()
     NOT_YET = auto()  # a failure that may resolve itself soon
 
 
-Attempt = tuple[Outcome, str]  # with a message
+Attempt = tuple[ProbeResult, str]  # with a message
 
 
-class Target(Protocol):
+class ProbedContainer(Protocol):
     """The probed container."""
 
     ip: str
 
-    def port(self, wanted: int | str) -> int: ...
+    def port(self, wanted: int | str) -> int:
+        """Resolve a port number or name."""
 
-    async def exec(self, command: tuple[str, ...], timeout_s: float) -> ExecResult: ...
+    async def exec(self, command: tuple[str, ...], timeout_s: float) -> ExecResult:
+        """Run a command in the container; TimeoutError after ``timeout_s``."""
 
 
 class Prober:
@@ -60,31 +64,36 @@ class Prober:
         )
 
     async def close(self) -> None:
+        """Close the HTTP session."""
         await self._session.close()
 
-    async def attempt(self, probe: Probe, target: Target) -> Attempt:
+    async def attempt(self, probe: Probe, container: ProbedContainer) -> Attempt:
+        """Make one attempt of a probe. Never raises: a failure has a message."""
         timeout_s = max(1, probe.timeout_seconds)
         try:
             if probe.http_get is not None:
-                return await self.http(probe.http_get, target, timeout_s)
+                return await self.http(probe.http_get, container, timeout_s)
             if probe.tcp_socket is not None:
-                return await _tcp(probe.tcp_socket, target, timeout_s)
+                return await _tcp(probe.tcp_socket, container, timeout_s)
             if probe.exec is not None:
-                result = await target.exec(probe.exec.command, timeout_s)
-                outcome = Outcome.FAILURE if result.code else Outcome.SUCCESS
-                return outcome, result.output.strip()[:OUTPUT_MAX_CHARS]
+                executed = await container.exec(probe.exec.command, timeout_s)
+                result = ProbeResult.FAILURE if executed.code else ProbeResult.SUCCESS
+                return result, executed.output.strip()[:OUTPUT_MAX_CHARS]
         except TimeoutError:
-            return Outcome.FAILURE, f"no response within {timeout_s} s"
+            return ProbeResult.FAILURE, f"no response within {timeout_s} s"
         except (PodError, ValueError) as error:  # no such port, not a URL
-            return Outcome.FAILURE, str(error)
-        return Outcome.FAILURE, "unsupported kind of probe (supported: httpGet, tcpSocket, exec)"
+            return ProbeResult.FAILURE, str(error)
+        return (
+            ProbeResult.FAILURE,
+            "unsupported kind of probe (supported: httpGet, tcpSocket, exec)",
+        )
 
-    async def http(self, action: HTTPGet, target: Target, timeout_s: float) -> Attempt:
+    async def http(self, action: HTTPGet, container: ProbedContainer, timeout_s: float) -> Attempt:
         """One GET; 200–399 is success, redirects are not followed."""
-        host = action.host or target.ip
+        host = action.host or container.ip
         scheme = action.scheme.lower() or "http"
         path = action.path if action.path.startswith("/") else f"/{action.path}"
-        url = URL(f"{scheme}://{host}:{target.port(action.port)}{path}", encoded=True)
+        url = URL(f"{scheme}://{host}:{container.port(action.port)}{path}", encoded=True)
         headers = {"User-Agent": "kube-probe/kubeai", "Accept": "*/*"}
         headers |= {header.name: header.value for header in action.http_headers}
         try:
@@ -94,15 +103,15 @@ class Prober:
         except (aiohttp.ClientConnectorError, ConnectionError) as error:
             return _refused(error), f"GET {url}: {error}"
         except aiohttp.ClientError as error:
-            return Outcome.FAILURE, f"GET {url}: {error or type(error).__name__}"
+            return ProbeResult.FAILURE, f"GET {url}: {error or type(error).__name__}"
         if 200 <= response.status < 400:
-            return Outcome.SUCCESS, ""
-        outcome = Outcome.NOT_YET if response.status == 503 else Outcome.FAILURE
-        return outcome, f"GET {url}: HTTP status {response.status}"
+            return ProbeResult.SUCCESS, ""
+        result = ProbeResult.NOT_YET if response.status == 503 else ProbeResult.FAILURE
+        return result, f"GET {url}: HTTP status {response.status}"
 
 
-async def _tcp(action: TCPSocket, target: Target, timeout_s: float) -> Attempt:
-    host, port = action.host or target.ip, target.port(action.port)
+async def _tcp(action: TCPSocket, container: ProbedContainer, timeout_s: float) -> Attempt:
+    host, port = action.host or container.ip, container.port(action.port)
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host, port)
@@ -111,12 +120,12 @@ async def _tcp(action: TCPSocket, target: Target, timeout_s: float) -> Attempt:
             raise
         return _refused(error), f"connect to {host}:{port}: {error.strerror}"
     writer.close()
-    return Outcome.SUCCESS, ""
+    return ProbeResult.SUCCESS, ""
 
 
-def _refused(error: OSError | aiohttp.ClientError) -> Outcome:
+def _refused(error: OSError | aiohttp.ClientError) -> ProbeResult:
     number = getattr(error, "errno", None)
-    return Outcome.NOT_YET if number == errno.ECONNREFUSED else Outcome.FAILURE
+    return ProbeResult.NOT_YET if number == errno.ECONNREFUSED else ProbeResult.FAILURE
 
 
 class Loops:
@@ -149,8 +158,8 @@ class Loops:
         last: bool | None = None
         while True:
             began = self._clock()
-            outcome, message = await self._attempt(probe, eager=not was_ready)
-            success = outcome is Outcome.SUCCESS
+            result, message = await self._attempt(probe, eager=not was_ready)
+            success = result is ProbeResult.SUCCESS
             in_a_row = in_a_row + 1 if success is last else 1
             last = success
             needed = probe.success_threshold if success else probe.failure_threshold
@@ -166,8 +175,8 @@ class Loops:
         failures = 0
         while True:
             began = self._clock()
-            outcome, message = await self._attempt(probe, eager=eager)
-            if outcome is Outcome.SUCCESS:
+            result, message = await self._attempt(probe, eager=eager)
+            if result is ProbeResult.SUCCESS:
                 failures = 0
                 if stop_at_success:
                     return None
@@ -181,7 +190,7 @@ class Loops:
         period_over = self._clock() + max(1, probe.period_seconds)
         while True:
             attempt = await self._make(probe)
-            retry = eager and attempt[0] is Outcome.NOT_YET
+            retry = eager and attempt[0] is ProbeResult.NOT_YET
             if not retry or self._clock() + EAGER_RETRY_S >= period_over:
                 return attempt
             await asyncio.sleep(EAGER_RETRY_S)
@@ -195,4 +204,6 @@ class Loops:
 
 
 class MakeAttempt(Protocol):
+    """Makes one attempt of a probe."""
+
     async def __call__(self, probe: Probe) -> Attempt: ...

@@ -25,7 +25,7 @@ TERMINATION_MESSAGES_MAX_BYTES = 12 << 10  # per pod, shared equally by its cont
 OUR_CONDITIONS = ("PodScheduled", "Initialized", "ContainersReady", "Ready")
 
 
-class Record(msgspec.Struct):
+class ContainerRecord(msgspec.Struct):
     """The state of one container."""
 
     name: str
@@ -39,7 +39,7 @@ class Record(msgspec.Struct):
     program: str = ""
 
 
-class PodOutcome(msgspec.Struct, frozen=True):
+class PhaseOverride(msgspec.Struct, frozen=True):
     """A phase that does not follow from the containers' states."""
 
     phase: str
@@ -54,8 +54,8 @@ def timestamp(seconds: float) -> str:
 
 def pod_status(
     pod: Pod,
-    init: Sequence[Record],
-    main: Sequence[Record],
+    init: Sequence[ContainerRecord],
+    main: Sequence[ContainerRecord],
     *,
     sidecars: frozenset[str],
     initialized: bool,
@@ -64,10 +64,10 @@ def pod_status(
     start_time: str,
     now: str,
     before: Mapping[str, Condition],
-    outcome: PodOutcome | None = None,
+    override: PhaseOverride | None = None,
 ) -> Object:
     """The whole ``status``. ``before``: our previous conditions, for their transition times."""
-    phase = outcome.phase if outcome else _phase(pod, init, main, sidecars, initialized)
+    phase = override.phase if override else _phase(pod, init, main, sidecars, initialized)
     conditions = [
         _since(condition, before, now)
         for condition in _conditions(pod, init, main, sidecars, initialized, phase)
@@ -77,8 +77,8 @@ def pod_status(
     share_bytes = TERMINATION_MESSAGES_MAX_BYTES // max(1, len(init) + len(main))
     return {
         "phase": phase,
-        "reason": outcome.reason or None if outcome else None,
-        "message": outcome.message or None if outcome else _why_pending(init, main, phase),
+        "reason": override.reason or None if override else None,
+        "message": override.message or None if override else _why_pending(init, main, phase),
         "conditions": [_condition(c) for c in conditions],
         "hostIP": host_ip,
         "hostIPs": [{"ip": host_ip}],
@@ -93,8 +93,8 @@ def pod_status(
 
 def _phase(
     pod: Pod,
-    init: Sequence[Record],
-    main: Sequence[Record],
+    init: Sequence[ContainerRecord],
+    main: Sequence[ContainerRecord],
     sidecars: frozenset[str],
     initialized: bool,
 ) -> str:
@@ -119,7 +119,9 @@ def _phase(
     return "Failed" if pod.spec.restart_policy == "Never" else "Running"
 
 
-def _why_pending(init: Sequence[Record], main: Sequence[Record], phase: str) -> str | None:
+def _why_pending(
+    init: Sequence[ContainerRecord], main: Sequence[ContainerRecord], phase: str
+) -> str | None:
     """What the first container waits for: `kubectl describe` only shows the pod's message."""
     waiting = [r.state.message for r in (*init, *main) if isinstance(r.state, Waiting)]
     return next(filter(None, waiting), None) if phase == "Pending" else None
@@ -127,8 +129,8 @@ def _why_pending(init: Sequence[Record], main: Sequence[Record], phase: str) -> 
 
 def _conditions(
     pod: Pod,
-    init: Sequence[Record],
-    main: Sequence[Record],
+    init: Sequence[ContainerRecord],
+    main: Sequence[ContainerRecord],
     sidecars: frozenset[str],
     initialized: bool,
     phase: str,
@@ -161,7 +163,10 @@ def _conditions(
 
 
 def _containers_ready(
-    init: Sequence[Record], main: Sequence[Record], sidecars: frozenset[str], phase: str
+    init: Sequence[ContainerRecord],
+    main: Sequence[ContainerRecord],
+    sidecars: frozenset[str],
+    phase: str,
 ) -> Condition:
     if phase in ("Succeeded", "Failed"):
         reason = "PodCompleted" if phase == "Succeeded" else "PodFailed"
@@ -174,7 +179,7 @@ def _containers_ready(
     return Condition("ContainersReady", "False", "ContainersNotReady", message)
 
 
-def _finished(record: Record, sidecars: frozenset[str]) -> bool:
+def _finished(record: ContainerRecord, sidecars: frozenset[str]) -> bool:
     if record.name in sidecars:
         return record.started
     return isinstance(record.state, Terminated) and record.state.exit_code == 0
@@ -192,7 +197,7 @@ def _condition(condition: Condition) -> Object:
     return {key: value for key, value in fields.items() if value}
 
 
-def _container_status(record: Record, message_max_bytes: int) -> Object:
+def _container_status(record: ContainerRecord, message_max_bytes: int) -> Object:
     return {
         "name": record.name,
         "image": record.image,

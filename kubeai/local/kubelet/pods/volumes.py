@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from kubeai.local.kubelet.pods.environment import Data, expand
 from kubeai.local.kubelet.pods.pod import (
     Container,
-    Data,
     KeyToPath,
     Pod,
     PodError,
     Volume,
     VolumeMount,
-    expand,
 )
 from kubeai.local.kubelet.runtime.process import Mount
 

@@ -2,12 +2,14 @@
 
 import pytest
 
-from kubeai.local.kubelet.pods.pod import (
-    PodError,
+from kubeai.local.kubelet.pods.environment import (
     container_environment,
-    decode_pod,
     environment_references,
     expand,
+)
+from kubeai.local.kubelet.pods.pod import (
+    PodError,
+    decode_pod,
 )
 
 

@@ -13,10 +13,14 @@ from kubeai.local.kubelet.pods.pod import (
     Probe,
     TCPSocket,
 )
-from kubeai.local.kubelet.pods.probes import Loops, Outcome, Prober
+from kubeai.local.kubelet.pods.probes import Loops, Prober, ProbeResult
 from kubeai.local.kubelet.runtime.command import ExecResult
 
-YES, NO, NOT_YET = (Outcome.SUCCESS, ""), (Outcome.FAILURE, "no"), (Outcome.NOT_YET, "refused")
+YES, NO, NOT_YET = (
+    (ProbeResult.SUCCESS, ""),
+    (ProbeResult.FAILURE, "no"),
+    (ProbeResult.NOT_YET, "refused"),
+)
 looptime = pytest.mark.looptime(start=0)
 
 
@@ -107,7 +111,7 @@ async def test_readiness_changes_at_its_thresholds():
 # -- attempts ------------------------------------------------------------------------------------
 
 
-class Target:
+class FakeContainer:
     ip = "127.0.0.1"
 
     def __init__(self, port=0, result=None):
@@ -147,7 +151,7 @@ async def server():
     runner = web.AppRunner(app, shutdown_timeout=0.01)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    target = Target(runner.addresses[0][1])
+    target = FakeContainer(runner.addresses[0][1])
     target.seen = seen
     yield target
     over.set()
@@ -157,11 +161,11 @@ async def server():
 @pytest.mark.parametrize(
     ("status", "outcome"),
     [
-        (200, Outcome.SUCCESS),
-        (302, Outcome.SUCCESS),
-        (404, Outcome.FAILURE),
-        (500, Outcome.FAILURE),
-        (503, Outcome.NOT_YET),
+        (200, ProbeResult.SUCCESS),
+        (302, ProbeResult.SUCCESS),
+        (404, ProbeResult.FAILURE),
+        (500, ProbeResult.FAILURE),
+        (503, ProbeResult.NOT_YET),
     ],
 )
 async def test_a_status_from_200_to_399_is_success(prober, server, status, outcome):
@@ -171,7 +175,7 @@ async def test_a_status_from_200_to_399_is_success(prober, server, status, outco
 
 async def test_the_path_and_the_headers_are_sent_unchanged(prober, server):
     action = HTTPGet("http", "a%2Fb?x=%20", http_headers=(Header("X-Probe", "1"),))
-    assert (await prober.attempt(Probe(http_get=action), server))[0] is Outcome.SUCCESS
+    assert (await prober.attempt(Probe(http_get=action), server))[0] is ProbeResult.SUCCESS
     path, headers = server.seen[0]
     assert path == "/a%2Fb?x=%20"
     assert headers["X-Probe"] == "1"
@@ -179,38 +183,38 @@ async def test_the_path_and_the_headers_are_sent_unchanged(prober, server):
 
 async def test_a_probe_timeout_is_a_failure(prober, server):
     probe = Probe(http_get=HTTPGet("http", "/hang"), timeout_seconds=1)
-    assert await prober.attempt(probe, server) == (Outcome.FAILURE, "no response within 1 s")
+    assert await prober.attempt(probe, server) == (ProbeResult.FAILURE, "no response within 1 s")
 
 
 async def test_a_refused_connection_is_reported_as_not_listening(prober, unused_tcp_port):
-    target = Target(unused_tcp_port)
+    target = FakeContainer(unused_tcp_port)
     for probe in (Probe(http_get=HTTPGet(1)), Probe(tcp_socket=TCPSocket(1))):
-        assert (await prober.attempt(probe, target))[0] is Outcome.NOT_YET
+        assert (await prober.attempt(probe, target))[0] is ProbeResult.NOT_YET
 
 
 async def test_a_tcp_probe_connects(prober, server):
     probe = Probe(tcp_socket=TCPSocket("http"))
-    assert (await prober.attempt(probe, server))[0] is Outcome.SUCCESS
+    assert (await prober.attempt(probe, server))[0] is ProbeResult.SUCCESS
 
 
 @pytest.mark.parametrize(
     ("result", "outcome"),
     [
-        (ExecResult(0, ""), Outcome.SUCCESS),
-        (ExecResult(1, "broken"), Outcome.FAILURE),
-        (ExecResult(-1, "not found"), Outcome.FAILURE),
-        (None, Outcome.FAILURE),
+        (ExecResult(0, ""), ProbeResult.SUCCESS),
+        (ExecResult(1, "broken"), ProbeResult.FAILURE),
+        (ExecResult(-1, "not found"), ProbeResult.FAILURE),
+        (None, ProbeResult.FAILURE),
     ],
 )
 async def test_a_command_succeeds_with_code_0(prober, result, outcome):
     probe = Probe(exec=ExecAction(("true",)))
-    assert (await prober.attempt(probe, Target(result=result)))[0] is outcome
+    assert (await prober.attempt(probe, FakeContainer(result=result)))[0] is outcome
 
 
 @pytest.mark.parametrize(
     "probe", [Probe(http_get=HTTPGet("nope")), Probe(), Probe(http_get=HTTPGet(1, scheme="gopher"))]
 )
 async def test_an_invalid_probe_fails_with_a_message(prober, probe):
-    outcome, message = await prober.attempt(probe, Target(1))
-    assert outcome is Outcome.FAILURE
+    outcome, message = await prober.attempt(probe, FakeContainer(1))
+    assert outcome is ProbeResult.FAILURE
     assert message

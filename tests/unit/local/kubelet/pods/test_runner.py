@@ -11,9 +11,11 @@ import uuid
 import pytest
 
 from kubeai.local.kubelet.pods.addresses import PodAddress
+from kubeai.local.kubelet.pods.container import RestartBackoff
+from kubeai.local.kubelet.pods.host import Host, Timing
 from kubeai.local.kubelet.pods.pod import decode_pod
 from kubeai.local.kubelet.pods.probes import Prober
-from kubeai.local.kubelet.pods.runner import Host, PodRunner, RestartBackoff, Timing
+from kubeai.local.kubelet.pods.runner import PodRunner
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
 
 PYTHON = [sys.executable, "-S", "-E", "-u", "-c"]
@@ -103,7 +105,7 @@ class Running:
 
     async def over(self):
         async with asyncio.timeout(20):
-            await self.runner.over.wait()
+            await self.runner.terminated.wait()
             await self._task
 
 
@@ -576,7 +578,7 @@ async def test_a_succeeded_container_is_not_run_again(run):
 async def test_the_next_kubelet_starts_the_pods_of_one_that_shut_down(run, policy):
     pod = run({"command": [*PYTHON, POLITE]}, restartPolicy=policy)
     await pod.until(lambda: pod.log() == ["up"])
-    await pod.runner.leave(5)
+    await pod.runner.shut_down(5)
     left = pod.status
     assert pod.log() == ["up", "told"]
     assert (left["phase"], is_ready(left)) == ("Running", False)

@@ -3,7 +3,7 @@
 import pytest
 
 from kubeai.local.kubelet.pods.pod import Condition, Running, Terminated, Waiting, decode_pod
-from kubeai.local.kubelet.pods.status import PodOutcome, Record, pod_status
+from kubeai.local.kubelet.pods.status import ContainerRecord, PhaseOverride, pod_status
 
 UP = Running("2026-01-01T00:00:00Z")
 GOOD, BAD = Terminated(0, "Completed"), Terminated(1, "Error")
@@ -26,7 +26,7 @@ def pod(policy="Always", gates=(), conditions=()):
 
 
 def record(state, **fields):
-    return Record("server", "image", state, **fields)
+    return ContainerRecord("server", "image", state, **fields)
 
 
 def status(of, main, init=(), **options):
@@ -80,7 +80,7 @@ def test_a_pod_with_unfinished_init_containers_is_pending_or_failed(policy, stat
 
 
 def test_ready_waits_for_every_container_and_names_the_unready_ones():
-    answer = status(pod(), [record(UP, ready=True), Record("sidecar", "i", UP)])
+    answer = status(pod(), [record(UP, ready=True), ContainerRecord("sidecar", "i", UP)])
     ready = conditions(answer)["Ready"]
     assert (ready["status"], ready["reason"]) == ("False", "ContainersNotReady")
     assert ready["message"] == "containers with unready status: [sidecar]"
@@ -125,7 +125,9 @@ def test_a_pods_termination_messages_are_limited_to_12_kib_in_total():
 
 
 def test_an_outcome_is_reported_with_its_reason():
-    answer = status(pod(), [record(BAD)], outcome=PodOutcome("Failed", "DeadlineExceeded", "late"))
+    answer = status(
+        pod(), [record(BAD)], override=PhaseOverride("Failed", "DeadlineExceeded", "late")
+    )
     assert (answer["phase"], answer["reason"]) == ("Failed", "DeadlineExceeded")
     assert conditions(answer)["Ready"]["reason"] == "PodFailed"
 
