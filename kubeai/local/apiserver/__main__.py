@@ -80,6 +80,7 @@ async def _first(stop: asyncio.Event, collector: asyncio.Task[None]) -> None:
 
 
 def main() -> None:
+    """Parse the arguments and serve. Exits with a message if the server cannot start."""
     parser = argparse.ArgumentParser(prog="python -m kubeai.local.apiserver", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)

@@ -19,6 +19,7 @@ class Cause(NamedTuple):
     field: str
 
     def line(self) -> str:
+        """Return the cause as one line of a message."""
         return f"{self.field}: {self.message}" if self.field else self.message
 
 
@@ -65,6 +66,7 @@ def created() -> Object:
 
 
 def group_resource(group: str, plural: str) -> str:
+    """Return ``plural.group``, or the plural for the core group."""
     return f"{plural}.{group}" if group else plural
 
 
@@ -74,24 +76,29 @@ def _details(group: str, kind: str, name: str) -> Object:
 
 
 def bad_request(message: str) -> StatusError:
+    """A 400: the request or its body is malformed."""
     return StatusError(400, "BadRequest", message)
 
 
 def not_found(group: str, plural: str, name: str) -> StatusError:
+    """A 404 that names the missing object."""
     message = f'{group_resource(group, plural)} "{name}" not found'
     return StatusError(404, "NotFound", message, _details(group, plural, name))
 
 
 def no_such_path() -> StatusError:
+    """A 404 for a path that the API does not serve."""
     return StatusError(404, "NotFound", "the server could not find the requested resource")
 
 
 def already_exists(group: str, plural: str, name: str) -> StatusError:
+    """A 409 for a create with an existing name."""
     message = f'{group_resource(group, plural)} "{name}" already exists'
     return StatusError(409, "AlreadyExists", message, _details(group, plural, name))
 
 
 def conflict(group: str, plural: str, name: str, why: str) -> StatusError:
+    """A 409 for a write that is based on another version of the object."""
     message = f'Operation cannot be fulfilled on {group_resource(group, plural)} "{name}": {why}'
     return StatusError(409, "Conflict", message, _details(group, plural, name))
 
@@ -120,11 +127,13 @@ def apply_conflict(found: list[tuple[str, list[str]]]) -> StatusError:
 
 
 def forbidden(group: str, plural: str, name: str, why: str) -> StatusError:
+    """A 403 for a write that the object's state does not allow."""
     message = f'{group_resource(group, plural)} "{name}" is forbidden: {why}'
     return StatusError(403, "Forbidden", message, _details(group, plural, name))
 
 
 def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> StatusError:
+    """A 422 that lists all invalid fields."""
     lines = list(dict.fromkeys(cause.line() for cause in causes))
     listed = lines[0] if len(lines) == 1 else "[" + ", ".join(lines) + "]"
     of = f"{kind}.{group}" if group else kind
@@ -136,21 +145,25 @@ def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> StatusErro
 
 
 def expired(why: str) -> StatusError:
+    """A 410: the revision is no longer available."""
     return StatusError(410, "Expired", why)
 
 
 def method_not_allowed() -> StatusError:
+    """A 405."""
     return StatusError(
         405, "MethodNotAllowed", "the server does not allow this method on the requested resource"
     )
 
 
 def not_acceptable(accepted: tuple[str, ...]) -> StatusError:
+    """A 406 that lists the media types that the server can send."""
     message = f"only the following media types are accepted: {', '.join(accepted)}"
     return StatusError(406, "NotAcceptable", message)
 
 
 def unsupported_media_type(got: str, accepted: tuple[str, ...]) -> StatusError:
+    """A 415 that lists the media types that the server can read."""
     message = (
         "the body of the request was in an unknown format - accepted media types include: "
         f"{', '.join(accepted)} (not {got or 'none'})"
@@ -159,5 +172,6 @@ def unsupported_media_type(got: str, accepted: tuple[str, ...]) -> StatusError:
 
 
 def too_large(limit_bytes: int) -> StatusError:
+    """A 413: the body exceeds the limit."""
     message = f"the request is too large: the limit is {limit_bytes} bytes"
     return StatusError(413, "RequestEntityTooLarge", message)

@@ -44,6 +44,7 @@ HOST_IP = "127.0.0.1"
 
 
 def main() -> None:
+    """Run the kubelet. Exits with a message if it cannot start."""
     options = _parse(sys.argv[1:])
     try:
         setup_logging()
@@ -147,7 +148,7 @@ async def _run(options: argparse.Namespace) -> None:
         )
         await node.register(port)
         tasks = [asyncio.create_task(agent.run()), asyncio.create_task(node.run())]
-        tasks.append(asyncio.create_task(_tell_ready(agent, port, options.ready_fd, stopping)))
+        tasks.append(asyncio.create_task(_report_ready(agent, port, options.ready_fd, stopping)))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([stop, *tasks[:2]], return_when=asyncio.FIRST_COMPLETED)
         for task in (*tasks, stop):
@@ -159,7 +160,7 @@ async def _run(options: argparse.Namespace) -> None:
                 raise outcome
 
 
-async def _tell_ready(
+async def _report_ready(
     agent: Agent, port: int, ready_fd: int | None, stopping: asyncio.Event
 ) -> None:
     await agent.synced.wait()

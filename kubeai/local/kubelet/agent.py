@@ -52,14 +52,17 @@ class KubeObjects:
         self._kube = kube
 
     async def config_map(self, namespace: str, name: str) -> Data | None:
+        """Return the ConfigMap's data."""
         obj = await self._get(CONFIGMAPS, namespace, name)
         return None if obj is None else config_map_data(obj)
 
     async def secret(self, namespace: str, name: str) -> Data | None:
+        """Return the Secret's data."""
         obj = await self._get(SECRETS, namespace, name)
         return None if obj is None else secret_data(obj)
 
     async def open_claim(self, namespace: str, name: str) -> bool:
+        """Whether the claim exists. A pending claim becomes Bound."""
         claim = await self._get(PVCS, namespace, name)
         if claim is None:
             return False

@@ -43,11 +43,11 @@ class Binder:
         await self._kube.follow(
             NODES,
             fields=f"metadata.name={self._node}",
-            replaced=lambda _: self._look_again(),
-            changed=lambda *_: self._look_again(),
+            replaced=lambda _: self._retry(),
+            changed=lambda *_: self._retry(),
         )
 
-    def _look_again(self) -> None:
+    def _retry(self) -> None:
         self._node_changed.set()
         self._node_changed = asyncio.Event()
 
@@ -76,6 +76,7 @@ class Binder:
                 self.withdraw(uid)
 
     def stop(self) -> None:
+        """Withdraw all pods."""
         self.keep_only(())
 
     def _forget(self, uid: str) -> None:
@@ -123,7 +124,7 @@ class Binder:
         try:
             await self._kube.create(collection, binding, namespace)
         except ApiError as error:
-            if error.status != 409:  # already bound or being deleted: the watch tells which
+            if error.status != 409:  # already bound or being deleted: the watch reports which
                 raise
 
     async def _report(self, pod: Object) -> None:
@@ -151,6 +152,7 @@ class Binder:
 
 
 def is_unschedulable(condition: Object) -> bool:
+    """Whether a pod's condition says that no node can run it."""
     found = condition.get("type"), condition.get("status"), condition.get("reason")
     return found == ("PodScheduled", "False", "Unschedulable")
 

@@ -27,6 +27,7 @@ _READS = ("get", "patch", "update")
 
 
 def version() -> Object:
+    """Return the document of ``/version``."""
     return {
         "major": str(MAJOR),
         "minor": str(MINOR),
@@ -41,10 +42,12 @@ def version() -> Object:
 
 
 def api_versions() -> Object:
+    """Return the document of ``/api``."""
     return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
 
 
 def group_list(catalog: Catalog) -> Object:
+    """Return the document of ``/apis``."""
     groups = [group(catalog, name) for name in catalog.groups()]
     return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
 
@@ -54,6 +57,7 @@ def _versions(catalog: Catalog, name: str) -> list[str]:
 
 
 def group(catalog: Catalog, name: str) -> Object:
+    """Return the document of ``/apis/<group>``."""
     versions = [
         {"groupVersion": f"{name}/{version}", "version": version}
         for version in _versions(catalog, name)
@@ -68,6 +72,7 @@ def group(catalog: Catalog, name: str) -> Object:
 
 
 def resource_list(catalog: Catalog, group: str, version: str) -> Object:
+    """Return the resources of a group and version, with their subresources."""
     entries: list[Object] = []
     for resource in catalog.of_group(group):
         if resource.version == version:
@@ -195,6 +200,7 @@ def _group_versions(catalog: Catalog) -> dict[str, tuple[str, str]]:
 
 
 def openapi_index(catalog: Catalog) -> Object:
+    """Return the document of ``/openapi/v3``: each group and version, with a hash."""
     paths: Object = {}
     for path, (group, version) in _group_versions(catalog).items():
         document = openapi_v3(catalog, group, version) or b""
@@ -231,15 +237,18 @@ def _openapi_v3(catalog: Catalog, _changes: int, group: str, version: str) -> by
 
 
 def version_text() -> str:
+    """Return the server's version, like ``v1.2.3+kubeai-0.1.0``."""
     return str(version()["gitVersion"])
 
 
 def schema_name(resource: Resource) -> str:
+    """Return the name of the kind's schema in OpenAPI documents."""
     domain = ".".join(reversed(resource.group.split("."))) if resource.group else "io.k8s.api.core"
     return f"{domain}.{resource.version}.{resource.kind}"
 
 
 def schema_of(resource: Resource) -> Object:
+    """Return the kind's schema, tagged with its group, version and kind."""
     root: Object = {"type": "object"}
     if resource.schema is not None:
         root = {**resource.schema.root}

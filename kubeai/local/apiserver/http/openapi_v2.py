@@ -29,6 +29,7 @@ _PRESERVE = "x-kubernetes-preserve-unknown-fields"
 
 
 def as_json(catalog: Catalog) -> bytes:
+    """Return the document as JSON."""
     document = {
         "swagger": "2.0",
         "info": {"title": _TITLE, "version": version_text()},
@@ -39,6 +40,7 @@ def as_json(catalog: Catalog) -> bytes:
 
 
 def as_protobuf(catalog: Catalog) -> bytes:
+    """Return the document as protobuf, which kubectl asks for."""
     return _as_protobuf(catalog, catalog.changes)
 
 

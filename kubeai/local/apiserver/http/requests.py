@@ -36,6 +36,7 @@ class Form(NamedTuple):
 
     @property
     def content_type(self) -> str:
+        """The Content-Type of a response in this form."""
         return f"{JSON};as={self.kind};v=v1;g=meta.k8s.io" if self.kind else JSON
 
 
@@ -70,6 +71,7 @@ async def read_body(
 
 
 def write_options(request: web.Request) -> WriteOptions:
+    """Read the options of a write from the query."""
     query = request.query
     validation = query.get("fieldValidation") or "Warn"
     if validation not in ("Ignore", "Strict", "Warn"):
@@ -127,6 +129,7 @@ def _dry_run(given: list[str]) -> bool:
 
 
 async def delete_options(request: web.Request) -> DeleteOptions:
+    """Read the options of a delete from the body, or else from the query."""
     body = await read_body(request) if request.can_read_body and await request.read() else {}
     query = request.query
     conditions = body.get("preconditions") or {}
@@ -151,6 +154,7 @@ async def delete_options(request: web.Request) -> DeleteOptions:
 
 
 def list_options(request: web.Request, resource: Resource, namespace: str) -> ListOptions:
+    """Read the query of a list or watch."""
     query = request.query
     match = selectors.selector(
         query.get("labelSelector", ""),
@@ -189,11 +193,13 @@ def accepts(request: web.Request) -> list[tuple[str, dict[str, str]]]:
 
 
 def check_accepts_json(request: web.Request) -> None:
+    """Raise a 406 if the client accepts no JSON."""
     if not any(kind in JSON_RANGES for kind, _ in accepts(request)):
         raise errors.not_acceptable((JSON,))
 
 
 def wants_aggregated(request: web.Request) -> str:
+    """Return the version of aggregated discovery that the client prefers, or an empty string."""
     for kind, parameters in accepts(request):
         if kind == JSON and parameters.get("as") == "APIGroupDiscoveryList":
             if parameters.get("v") in ("v2", "v2beta1"):

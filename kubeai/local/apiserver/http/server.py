@@ -22,7 +22,7 @@ from kubeai.local.apiserver.apply.patch import APPLY
 from kubeai.local.apiserver.credentials import LOOPBACK
 from kubeai.local.apiserver.errors import StatusError
 from kubeai.local.apiserver.http import discovery, openapi_v2, requests
-from kubeai.local.apiserver.http.kubelets import Kubelets
+from kubeai.local.apiserver.http.kubelet_proxy import KubeletProxy
 from kubeai.local.apiserver.http.requests import JSON, JSON_RANGES, PARTIAL
 from kubeai.local.apiserver.http.responses import (
     event_encoder,
@@ -63,7 +63,7 @@ class Server:
     def __init__(self, registry: Registry, token: str) -> None:
         self._registry = registry
         self._authorization = f"Bearer {token}".encode()
-        self._kubelets = Kubelets(registry, token)
+        self._kubelet_proxy = KubeletProxy(registry, token)
         self._hosts: set[str] = set()
         self._watches = 0
         self._stopping = asyncio.Event()
@@ -99,7 +99,7 @@ class Server:
         self._registry.store.notify_all()
         if self._runner is not None:
             await self._runner.cleanup()
-        await self._kubelets.close()
+        await self._kubelet_proxy.close()
 
     # One request.
 
@@ -257,9 +257,9 @@ class Server:
         resource, namespace, name, subresource = info
         method = request.method
         if subresource == "log" and method == "GET":
-            return await self._kubelets.log(request, namespace, name)
+            return await self._kubelet_proxy.log(request, namespace, name)
         if subresource == "exec" and method in ("GET", "POST"):
-            return await self._kubelets.exec(request, namespace, name)
+            return await self._kubelet_proxy.exec(request, namespace, name)
         if subresource == "binding" and method == "POST":
             options = requests.write_options(request)
             self._registry.bind(

@@ -30,6 +30,7 @@ class JobStrategy(Strategy):
     metadata_with_status: bool = True
 
     def prepare(self, obj: Object, old: Object | None) -> None:
+        """Set defaults, and on creation the selector of the Job's own pods."""
         spec = obj["spec"] = obj.get("spec") or {}
         if spec.get("parallelism") is None and spec.get("completions") is None:
             spec["completions"] = 1  # with parallelism alone, one success is enough
@@ -48,6 +49,7 @@ class JobStrategy(Strategy):
             _select_own_pods(obj)
 
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
+        """Validate numbers, the pod template, and what an update may not change."""
         spec = obj.get("spec") or {}
         causes = _check_job_numbers(spec)
         if old is not None:

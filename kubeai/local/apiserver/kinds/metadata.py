@@ -65,10 +65,12 @@ def now() -> str:
 
 
 def parse_time(text: str) -> datetime:
+    """Parse an RFC 3339 timestamp."""
     return datetime.fromisoformat(text)
 
 
 def random_suffix() -> str:
+    """Return random characters for a generated name."""
     return "".join(secrets.choice(_SUFFIX) for _ in range(_SUFFIX_CHARS))
 
 

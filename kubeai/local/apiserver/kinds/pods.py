@@ -26,6 +26,7 @@ class PodStrategy(Strategy):
     metadata_with_status: bool = True
 
     def prepare(self, obj: Object, old: Object | None) -> None:
+        """Set the spec's defaults, and on creation the status."""
         spec = obj.get("spec")
         if not isinstance(spec, dict):
             return
@@ -34,6 +35,7 @@ class PodStrategy(Strategy):
             obj["status"] = {"phase": "Pending", "qosClass": qos_class(spec)}
 
     def check(self, obj: Object, old: Object | None, subresource: str) -> list[Cause]:
+        """Validate a new spec, or what changed in it."""
         if old is None:
             return check_pod_spec(obj.get("spec"))
         if subresource:
@@ -41,6 +43,7 @@ class PodStrategy(Strategy):
         return _check_pod_change(obj.get("spec") or {}, old["spec"])
 
     def grace_s(self, obj: Object, requested_s: int | None) -> int:
+        """Return the requested period, or the pod's; 0 if no process runs."""
         spec, phase = obj["spec"], obj.get("status", {}).get("phase")
         if not spec.get("nodeName") or phase in ("Failed", "Succeeded"):
             return 0  # no kubelet has to stop it

@@ -56,6 +56,7 @@ def partial(obj: Object) -> Object:
 
 
 def column(name: str, kind: str = "string", wide: bool = False, form: str = "") -> Object:
+    """Return a column definition of a Table. `wide` columns appear with ``-o wide``."""
     return {
         "name": name,
         "type": kind,
@@ -106,6 +107,7 @@ def _two(big: int, unit: str, small: int, small_unit: str) -> str:
 
 
 def since(time: str | None, at: datetime) -> str:
+    """Return the age that a Table shows for a timestamp."""
     if not time:
         return "<unknown>"
     try:

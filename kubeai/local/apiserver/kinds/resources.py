@@ -59,6 +59,7 @@ class Resource:
 
     @property
     def api_version(self) -> str:
+        """The group and version, as in an object's ``apiVersion``."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
     @property
@@ -68,10 +69,12 @@ class Resource:
 
     @property
     def lists(self) -> str:
+        """The kind of a list of these objects."""
         return self.list_kind or self.kind + "List"
 
     @property
     def one(self) -> str:
+        """The singular name, as kubectl accepts it."""
         return self.singular or self.kind.lower()
 
 
@@ -175,6 +178,7 @@ class Catalog:
             self._served[resource.group, resource.version, resource.plural] = resource
 
     def find(self, group: str, version: str, plural: str) -> Resource | None:
+        """Return the resource that a path refers to, if it is served."""
         return self._served.get((group, version, plural))
 
     def by_key(self, key: str) -> Resource | None:
@@ -186,9 +190,11 @@ class Catalog:
         return None
 
     def all(self) -> Iterable[Resource]:
+        """Return all served versions of all resources."""
         return list(self._served.values())
 
     def of_group(self, group: str) -> list[Resource]:
+        """Return all served versions of the group's resources."""
         return [resource for resource in self._served.values() if resource.group == group]
 
     def groups(self) -> list[str]:

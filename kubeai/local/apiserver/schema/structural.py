@@ -124,6 +124,7 @@ class Schema:
                     unknown.append(UnknownField((*path, name), declared))
 
     def resolve(self, schema: Object) -> Object:
+        """Follow references to the named definitions."""
         while "$ref" in schema:
             schema = self.definitions[schema["$ref"].rpartition("/")[2]]
         return schema

@@ -81,6 +81,7 @@ class Collector:
                 self._add(place)
 
     async def run(self) -> None:
+        """Process the queue until cancelled, and delete old Events."""
         sweeper = asyncio.create_task(self._sweep_events())
         try:
             while True:

@@ -52,11 +52,13 @@ class Stored:
 
     @property
     def metadata(self) -> Object:
+        """The object's metadata."""
         metadata: Object = self.object["metadata"]
         return metadata
 
     @property
     def uid(self) -> str:
+        """The object's uid."""
         return str(self.metadata["uid"])
 
 
@@ -76,6 +78,7 @@ class Event:
 
     @property
     def type(self) -> Literal["ADDED", "MODIFIED", "DELETED"]:
+        """The event's type, for a watch without a selector."""
         if self.new is None:
             return "DELETED"
         return "ADDED" if self.old is None else "MODIFIED"
@@ -142,11 +145,13 @@ class Store:
             self._index(resource, (namespace, name), None, stored)
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
     # Reads.
 
     def get(self, resource: str, key: Key) -> Stored | None:
+        """Return the object, or None if it does not exist."""
         return self._objects[resource].get(key)
 
     def items(self, resource: str, namespace: str = "") -> list[Stored]:
@@ -174,6 +179,7 @@ class Store:
         return sorted(self._dependents.get(uid, ()))
 
     def all(self) -> Iterable[tuple[str, Key, Stored]]:
+        """Yield all objects, of all resources."""
         for resource, objects in list(self._objects.items()):
             for key, stored in list(objects.items()):
                 yield resource, key, stored

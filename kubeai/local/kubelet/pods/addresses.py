@@ -26,6 +26,7 @@ class PodAddress:
         self._claim = claim
 
     def release(self) -> None:
+        """Let other pods claim the address."""
         self._claim.close()
 
     @classmethod

@@ -206,4 +206,5 @@ class Loops:
 class MakeAttempt(Protocol):
     """Makes one attempt of a probe."""
 
-    async def __call__(self, probe: Probe) -> Attempt: ...
+    async def __call__(self, probe: Probe) -> Attempt:
+        """Make one attempt."""

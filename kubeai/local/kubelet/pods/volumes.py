@@ -32,11 +32,14 @@ CONFIG_MAP_MODE, SECRET_MODE = 0o644, 0o400
 class Objects(Protocol):
     """The objects a pod refers to; None if one does not exist, KubeAIError if the API fails."""
 
-    async def config_map(self, namespace: str, name: str) -> Data | None: ...
+    async def config_map(self, namespace: str, name: str) -> Data | None:
+        """Return the data of a ConfigMap."""
 
-    async def secret(self, namespace: str, name: str) -> Data | None: ...
+    async def secret(self, namespace: str, name: str) -> Data | None:
+        """Return the data of a Secret."""
 
-    async def open_claim(self, namespace: str, name: str) -> bool: ...
+    async def open_claim(self, namespace: str, name: str) -> bool:
+        """Whether the claim exists. Called before its volume is used."""
 
 
 def config_map_data(obj: dict[str, Any]) -> Data:

@@ -30,7 +30,8 @@ class Access(Protocol):
     def tls(self) -> ssl.SSLContext | None:
         """The TLS context to listen with; None for plain HTTP."""
 
-    def admits(self, request: web.Request) -> bool: ...
+    def admits(self, request: web.Request) -> bool:
+        """Whether the client of this request may read logs and run commands."""
 
 
 class TokenAccess:
@@ -42,6 +43,7 @@ class TokenAccess:
         self._token = token.encode()
 
     def admits(self, request: web.Request) -> bool:
+        """Whether the request has the token, compared in constant time."""
         sent = request.headers.get("Authorization", "").removeprefix("Bearer ").encode()
         return hmac.compare_digest(sent, self._token)
 
@@ -65,6 +67,7 @@ class CertificateAccess:
         self.tls.verify_mode = ssl.CERT_OPTIONAL
 
     def admits(self, request: web.Request) -> bool:
+        """Whether the client has shown a certificate with the required name."""
         shown = request.get_extra_info("peercert")
         if not shown:
             return False

@@ -40,13 +40,15 @@ class Refusal(Exception):
 class Container(Protocol):
     """A running container. ``open`` raises KubeAIError or OSError if a command cannot start."""
 
-    async def open(self, command: Sequence[str]) -> Command: ...
+    async def open(self, command: Sequence[str]) -> Command:
+        """Start a command alongside the container's main process."""
 
 
 class Containers(Protocol):
     """The containers of this node; Refusal if the container is not running."""
 
-    def find_container(self, namespace: str, pod: str, container: str) -> Container: ...
+    def find_container(self, namespace: str, pod: str, container: str) -> Container:
+        """Return a running container. Raises Refusal."""
 
 
 class _Streams(NamedTuple):
@@ -63,6 +65,7 @@ class Execs:
         self._count = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Run a command and relay its streams. A refused request gets a Status."""
         try:
             return await self._handle(request)
         except Refusal as error:

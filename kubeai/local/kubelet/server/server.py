@@ -25,7 +25,8 @@ class Pods(Containers, Protocol):
 
     def find_log(
         self, namespace: str, pod: str, container: str, previous: bool
-    ) -> tuple[Path, Callable[[], bool]]: ...
+    ) -> tuple[Path, Callable[[], bool]]:
+        """Return the path of a log, and whether it may still grow. Raises Refusal."""
 
 
 class KubeletServer:
@@ -44,12 +45,14 @@ class KubeletServer:
         )
 
     async def start(self) -> int:
+        """Listen, and return the port."""
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._access.tls)
         await site.start()
         return int(self._runner.addresses[0][1])
 
     async def close(self) -> None:
+        """Stop listening, and end open requests."""
         await self._runner.cleanup()
 
     @web.middleware

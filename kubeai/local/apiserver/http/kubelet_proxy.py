@@ -40,7 +40,7 @@ _PASSED_ON = (
 )  # fmt: skip
 
 
-class Kubelets:
+class KubeletProxy:
     """A client of the kubelets. Authenticates with the same token that API clients use."""
 
     def __init__(self, registry: Registry, token: str) -> None:
@@ -49,10 +49,12 @@ class Kubelets:
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
+        """Close the connections to the kubelets."""
         if self._session is not None:
             await self._session.close()
 
     async def log(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
+        """Answer ``GET pods/<name>/log`` with the kubelet's response."""
         pod = self._registry.get(PODS, namespace, name).object
         container = _container(pod, request.query.get("container", ""))
         url = f"{self._kubelet(pod)}/containerLogs/{namespace}/{name}/{container}"
@@ -66,10 +68,11 @@ class Kubelets:
         with _unreachable(pod):
             async with self._client().get(
                 url, params=query, headers=self._headers, timeout=timeout
-            ) as answer:
-                return await _copy(request, answer)
+            ) as response:
+                return await _copy(request, response)
 
     async def exec(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
+        """Relay the messages of ``pods/<name>/exec`` to and from the kubelet."""
         pod = self._registry.get(PODS, namespace, name).object
         container = _container(pod, request.query.get("container", ""))
         url = f"{self._kubelet(pod)}/exec/{namespace}/{name}/{container}"
@@ -80,8 +83,8 @@ class Kubelets:
         protocol = asked_protocol(request)
         with _unreachable(pod):
             if not protocol:  # the kubelet refuses this too, with the better error message
-                async with self._client().get(url, params=query, headers=self._headers) as answer:
-                    raise await _refusal(answer)
+                async with self._client().get(url, params=query, headers=self._headers) as response:
+                    raise await _refusal(response)
             kubelet = await self._client().ws_connect(
                 url,
                 params=query,
@@ -107,7 +110,7 @@ class Kubelets:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(raise_for_status=_tell_refused_upgrade)
+            self._session = aiohttp.ClientSession(raise_for_status=_raise_refused_upgrade)
         return self._session
 
     def _kubelet(self, pod: Object) -> str:
@@ -122,14 +125,14 @@ class Kubelets:
         raise errors.bad_request(f"node {node_name} reports no kubelet address")
 
 
-def _container(pod: Object, asked: str) -> str:
+def _container(pod: Object, requested: str) -> str:
     spec, name = pod["spec"], pod["metadata"]["name"]
     names = [container["name"] for container in spec["containers"]]
     initial = [container["name"] for container in spec.get("initContainers") or ()]
-    if asked:
-        if asked not in (*names, *initial):
-            raise errors.bad_request(f"container {asked} is not valid for pod {name}")
-        return asked
+    if requested:
+        if requested not in (*names, *initial):
+            raise errors.bad_request(f"container {requested} is not valid for pod {name}")
+        return requested
     if len(names) == 1:
         return str(names[0])
     choice = f"[{' '.join(names)}]"
@@ -152,27 +155,29 @@ def _unreachable(pod: Object) -> Iterator[None]:
         raise StatusError(502, "BadGateway", message) from None
 
 
-async def _tell_refused_upgrade(answer: aiohttp.ClientResponse) -> None:
-    """Raise the kubelet's error for a refused upgrade, which aiohttp's own error leaves out."""
-    if answer.status >= 400 and "Upgrade" in answer.request_info.headers:
-        raise await _refusal(answer)
+async def _raise_refused_upgrade(response: aiohttp.ClientResponse) -> None:
+    """Raise the kubelet's error for a refused upgrade, which aiohttp's own error omits."""
+    if response.status >= 400 and "Upgrade" in response.request_info.headers:
+        raise await _refusal(response)
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> StatusError:
-    body = await answer.content.read(CHUNK_MAX_BYTES)
-    if answer.content_type == "application/json":
-        told = channels.Ending.decode(body)
-        return StatusError(told.status, told.reason, told.message)
-    text = body.decode(errors="replace").strip() or f"the kubelet returned {answer.status}"
-    return StatusError(answer.status, "NotFound" if answer.status == 404 else "BadRequest", text)
+async def _refusal(response: aiohttp.ClientResponse) -> StatusError:
+    body = await response.content.read(CHUNK_MAX_BYTES)
+    if response.content_type == "application/json":
+        ending = channels.Ending.decode(body)
+        return StatusError(ending.status, ending.reason, ending.message)
+    text = body.decode(errors="replace").strip() or f"the kubelet returned {response.status}"
+    return StatusError(
+        response.status, "NotFound" if response.status == 404 else "BadRequest", text
+    )
 
 
-async def _copy(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-    if answer.status != 200:
-        raise await _refusal(answer)
+async def _copy(request: web.Request, source: aiohttp.ClientResponse) -> web.StreamResponse:
+    if source.status != 200:
+        raise await _refusal(source)
     response = web.StreamResponse(headers={"Content-Type": "text/plain"})
     await response.prepare(request)
-    async for chunk in answer.content.iter_any():
+    async for chunk in source.content.iter_any():
         await response.write(chunk)
     await response.write_eof()
     return response
