@@ -400,9 +400,9 @@ def test_every_pod_is_counted_once_regardless_of_controller_kills(happenings, wa
             world.job["metadata"]["generation"] += 1
     status = world.job["status"]
     waiting = status.get("uncountedTerminatedPods", {})
-    told = {kind: len(waiting.get(kind, ())) for kind in ("succeeded", "failed")}
-    assert status.get("succeeded", 0) + told["succeeded"] <= len(succeeded)
-    assert status.get("failed", 0) + told["failed"] <= len(failed)
+    uncounted = {kind: len(waiting.get(kind, ())) for kind in ("succeeded", "failed")}
+    assert status.get("succeeded", 0) + uncounted["succeeded"] <= len(succeeded)
+    assert status.get("failed", 0) + uncounted["failed"] <= len(failed)
     world.job["spec"]["parallelism"] = 0  # no new pods: the existing ones settle
     for name in world.active():
         if world.pods[name]["metadata"]["finalizers"]:

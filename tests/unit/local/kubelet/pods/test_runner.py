@@ -237,7 +237,7 @@ async def test_a_sidecar_starts_before_the_containers_and_ends_after_them(run, t
     up = tmp_path / "up"
     side = (
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('told'), sys.exit(0)))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('terminated'), sys.exit(0)))\n"
         "print('up')\n"
         f"open({str(up)!r}, 'w')\n"
         "time.sleep(600)"
@@ -257,7 +257,7 @@ async def test_a_sidecar_starts_before_the_containers_and_ends_after_them(run, t
     )
     await pod.over()
     assert pod.log() == ["saw it"]
-    assert pod.log("side") == ["up", "told"]
+    assert pod.log("side") == ["up", "terminated"]
     assert pod.status["phase"] == "Succeeded"
 
 
@@ -457,7 +457,7 @@ async def test_an_unsupported_mount_is_reported(run, host):
 POLITE = """
 import signal, sys, time
 def end(*_):
-    print("told")
+    print("terminated")
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
 print("up")
@@ -474,7 +474,7 @@ async def test_a_container_gets_a_signal_before_it_is_killed_and_is_unready_at_o
     await pod.until(lambda: not is_ready(pod.status))
     await stopping
     await pod.over()
-    assert pod.log() == ["up", "told"]
+    assert pod.log() == ["up", "terminated"]
     assert pod.status["phase"] == "Succeeded"
 
 
@@ -500,9 +500,9 @@ async def test_a_second_deletion_can_shorten_the_grace_period(run):
 
 
 async def test_the_pre_stop_hook_runs_before_the_signal(run, tmp_path):
-    told = tmp_path / "told"
-    hook = f"import time; time.sleep(0.1); open({str(told)!r}, 'w').write('hook')"
-    code = POLITE.replace('print("told")', f"print(open({str(told)!r}).read())")
+    terminated = tmp_path / "terminated"
+    hook = f"import time; time.sleep(0.1); open({str(terminated)!r}, 'w').write('hook')"
+    code = POLITE.replace('print("terminated")', f"print(open({str(terminated)!r}).read())")
     pod = run(
         {
             "command": [*PYTHON, code],
@@ -580,7 +580,7 @@ async def test_the_next_kubelet_starts_the_pods_of_one_that_shut_down(run, polic
     await pod.until(lambda: pod.log() == ["up"])
     await pod.runner.shut_down(5)
     left = pod.status
-    assert pod.log() == ["up", "told"]
+    assert pod.log() == ["up", "terminated"]
     assert (left["phase"], is_ready(left)) == ("Running", False)
     assert pod.container()["state"]["waiting"]["reason"] == "KubeletStopped"
     assert pod.container()["lastState"]["terminated"]["reason"] == "KubeletStopped"

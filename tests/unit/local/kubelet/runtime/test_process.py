@@ -303,14 +303,14 @@ async def test_a_log_is_rotated_and_limited_in_size(start):
 async def test_a_process_tree_over_its_memory_limit_is_reported(start):
     code = "import os,time; os.fork(); x = b'x' * (64 << 20); time.sleep(600)"
     process = await start(*PYTHON, code)
-    told = asyncio.get_running_loop().create_future()
+    reported = asyncio.get_running_loop().create_future()
 
     def over(used, limit):
-        if not told.done():
-            told.set_result((used, limit))
+        if not reported.done():
+            reported.set_result((used, limit))
 
     with MemoryGuard(poll_interval_s=0.05).watching(process, 100 << 20, over):
-        used, limit = await asyncio.wait_for(told, 10)
+        used, limit = await asyncio.wait_for(reported, 10)
     assert used > limit == 100 << 20
 
 

@@ -220,9 +220,9 @@ async def test_an_invalid_request_is_rejected_before_the_upgrade(
     connect, command, options, status, text
 ):
     async with connect(*command, upgrade=False, **options) as answer:
-        told = await answer.json()
-        assert (answer.status, told["code"]) == (status, status)
-        assert told["message"].startswith(text)
+        answered = await answer.json()
+        assert (answer.status, answered["code"]) == (status, status)
+        assert answered["message"].startswith(text)
 
 
 async def test_a_websocket_without_a_supported_protocol_is_rejected(connect):
