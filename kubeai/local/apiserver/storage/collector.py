@@ -24,7 +24,7 @@ from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 Object = dict[str, Any]
-Place = tuple[str, Key]
+ObjectKey = tuple[str, Key]
 
 EVENT_AGE_MAX_S = 3600.0
 EVENT_SWEEP_S = 60.0
@@ -38,7 +38,7 @@ class Collector:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._store = registry.store
-        self._queue: dict[Place, None] = {}  # an ordered set
+        self._queue: dict[ObjectKey, None] = {}  # an ordered set
         self._work = asyncio.Event()
         self._store.listeners.append(self._follow)
         for resource, key, stored in self._store.all():
@@ -46,15 +46,15 @@ class Collector:
             if metadata.get("deletionTimestamp") or metadata.get("ownerReferences"):
                 self._add((resource, key))
 
-    def _add(self, place: Place) -> None:
-        self._queue[place] = None
+    def _add(self, object_key: ObjectKey) -> None:
+        self._queue[object_key] = None
         self._work.set()
 
     def _follow(self, event: Event) -> None:
         metadata = event.last.metadata
         if event.new is None:
-            for place in self._store.dependents(event.last.uid):
-                self._add(place)
+            for object_key in self._store.dependents(event.last.uid):
+                self._add(object_key)
             for owner in metadata.get("ownerReferences", ()):
                 self._add_owner(owner["uid"])
             self._add_containers(event)
@@ -66,19 +66,19 @@ class Collector:
                 self._add_containers(event)
 
     def _add_owner(self, uid: str) -> None:
-        place = self._store.by_uid(uid)
-        if place is not None:
-            self._add(place)
+        object_key = self._store.by_uid(uid)
+        if object_key is not None:
+            self._add(object_key)
 
     def _add_containers(self, event: Event) -> None:
         """Enqueue a namespace or CRD that may be waiting for this object's deletion."""
-        for place in (
+        for object_key in (
             (NAMESPACES.key, ("", event.key[0])),
             (CRDS.key, ("", event.resource)),
         ):
-            holder = self._store.get(*place)
+            holder = self._store.get(*object_key)
             if holder is not None and holder.metadata.get("deletionTimestamp"):
-                self._add(place)
+                self._add(object_key)
 
     async def run(self) -> None:
         """Process the queue until cancelled, and delete old Events."""
@@ -94,47 +94,47 @@ class Collector:
         finally:
             sweeper.cancel()
 
-    def _step(self, place: Place) -> None:
-        del self._queue[place]
-        stored = self._store.get(*place)
-        resource = self._registry.catalog.by_key(place[0])
+    def _step(self, object_key: ObjectKey) -> None:
+        del self._queue[object_key]
+        stored = self._store.get(*object_key)
+        resource = self._registry.catalog.by_key(object_key[0])
         if stored is None or resource is None:
             return
         try:
             if stored.metadata.get("deletionTimestamp"):
-                self._go_on_deleting(resource, place[1], stored)
+                self._continue_deletion(resource, object_key[1], stored)
             elif stored.metadata.get("ownerReferences"):
-                self._check_owners(resource, place[1], stored)
+                self._check_owners(resource, object_key[1], stored)
         except StatusError as error:
-            log.warning("failed to collect object", object=place, error=error.message)
+            log.warning("failed to collect object", object=object_key, error=error.message)
 
     # Objects that are being deleted.
 
-    def _go_on_deleting(self, resource: Resource, key: Key, stored: Stored) -> None:
+    def _continue_deletion(self, resource: Resource, key: Key, stored: Stored) -> None:
         finalizers = stored.metadata.get("finalizers", ())
         if resource is NAMESPACES:
             self._empty_namespace(key, stored)
         elif resource is CRDS and CLEANUP in finalizers:
             self._empty_definition(key, stored)
         elif ORPHAN in finalizers:
-            for place in self._store.dependents(stored.uid):
-                self._drop_owners(place, {stored.uid})
+            for object_key in self._store.dependents(stored.uid):
+                self._drop_owners(object_key, {stored.uid})
             self._registry.change(resource, key, lambda obj: _unfinalize(obj, ORPHAN))
         elif FOREGROUND in finalizers:
             self._delete_dependents_first(resource, key, stored)
 
     def _delete_dependents_first(self, resource: Resource, key: Key, stored: Stored) -> None:
-        for place in self._store.dependents(stored.uid):
-            dependent = self._store.get(*place)
-            kind = self._registry.catalog.by_key(place[0])
+        for object_key in self._store.dependents(stored.uid):
+            dependent = self._store.get(*object_key)
+            kind = self._registry.catalog.by_key(object_key[0])
             if dependent is None or kind is None:
                 continue
             if not dependent.metadata.get("deletionTimestamp"):
-                self._check_owners(kind, place[1], dependent)
+                self._check_owners(kind, object_key[1], dependent)
         if not any(
             _blocks(left, stored.uid)
-            for place in self._store.dependents(stored.uid)
-            if (left := self._store.get(*place)) is not None
+            for object_key in self._store.dependents(stored.uid)
+            if (left := self._store.get(*object_key)) is not None
         ):
             self._registry.change(resource, key, lambda obj: _unfinalize(obj, FOREGROUND))
 
@@ -191,18 +191,18 @@ class Collector:
 
     def _owner(self, namespace: str, reference: Object) -> Stored | None:
         """Return the owner, if it exists. It is in the same namespace or cluster-scoped."""
-        place = self._store.by_uid(reference["uid"])
-        if place is None or place[1][0] not in ("", namespace):
+        object_key = self._store.by_uid(reference["uid"])
+        if object_key is None or object_key[1][0] not in ("", namespace):
             return None
-        owner = self._store.get(*place)
+        owner = self._store.get(*object_key)
         if owner is None or owner.metadata["name"] != reference["name"]:
             return None
         return owner if owner.object["kind"] == reference["kind"] else None
 
-    def _drop_owners(self, place: Place, uids: set[str]) -> None:
-        resource = self._registry.catalog.by_key(place[0])
+    def _drop_owners(self, object_key: ObjectKey, uids: set[str]) -> None:
+        resource = self._registry.catalog.by_key(object_key[0])
         if resource is not None:
-            self._registry.change(resource, place[1], lambda obj: _disown(obj, uids))
+            self._registry.change(resource, object_key[1], lambda obj: _disown(obj, uids))
 
     # Events.
 

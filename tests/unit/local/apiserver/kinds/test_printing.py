@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kubeai.local.apiserver.kinds import printing
+from kubeai.local.apiserver.kinds import columns, jsonpath
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from kubeai.local.apiserver.kinds import printing
     ],
 )  # fmt: skip
 def test_ages_are_printed_like_kubectl(seconds: int, expected: str):
-    assert printing.human_duration(seconds) == expected
+    assert columns.human_duration(seconds) == expected
 
 
 def _pod(status: dict, **metadata: object) -> dict:
@@ -54,7 +54,7 @@ def _container(ready: bool = False, **state: object) -> dict:
     ],
 )  # fmt: skip
 def test_the_status_column_of_pods(pod: dict, expected: str):
-    assert printing.pod_status(pod) == expected
+    assert columns.pod_status(pod) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,4 +73,4 @@ def test_the_status_column_of_pods(pod: dict, expected: str):
 )
 def test_paths_are_parsed(path: str, expected: list):
     obj = {"a": {"b": 1}, "l": [{"n": "x", "v": 1}, {"n": "y", "v": 2}], "d.e": 3}
-    assert printing.find(printing.parse_path(path), obj) == expected
+    assert jsonpath.find(jsonpath.parse_path(path), obj) == expected
