@@ -117,7 +117,7 @@ class Agent:
         return self._find_pod(namespace, pod).find_container(container)
 
     def _find_pod(self, namespace: str, pod: str) -> _PodSync:
-        found = [w for w in self._pods.values() if w.is_named(namespace, pod)]
+        found = [pod_sync for pod_sync in self._pods.values() if pod_sync.is_named(namespace, pod)]
         if not found:
             raise Refusal(404, f'pod "{pod}" is not on this node')
         return found[-1]
@@ -159,7 +159,7 @@ class Agent:
                 pod_sync.observe(obj)
 
     async def _wait_for_statuses(self) -> None:
-        written = [asyncio.create_task(w.written.wait()) for w in self._pods.values()]
+        written = [asyncio.create_task(p.written.wait()) for p in self._pods.values()]
         if written:
             _, late = await asyncio.wait(written, timeout=FIRST_STATUS_TIMEOUT_S)
             for task in late:
