@@ -7,10 +7,10 @@ exits. If this process itself is SIGKILLed, the kernel kills the main process (P
 and the kubelet inherits and kills the others.
 
 Started by process.py with ``python -I -S`` and the descriptors of two sockets. Its start is part of
-a model's cold start, so it imports little. Messages on the control socket
-are marshalled in both directions (both ends are the same interpreter), each preceded by its length
-in 4 bytes, network order. Before each "exec" the kubelet passes the command's stdin, stdout and
-stderr over the second socket, so that command output does not go through this process:
+a model's cold start, so it imports little. Messages on the control socket are marshalled in both
+directions (both ends are the same interpreter), each preceded by its length in 4 bytes, network
+order. Before each "exec" the kubelet passes the command's stdin, stdout and stderr over the second
+socket, so that command output does not go through this process:
 
 to the shim     ("start", {argv, env, cwd, log, log_max_bytes, mounts, root, namespace})
                 ("signal", number) · ("kill",) · ("exec", id, argv, env) · ("exec-kill", id)
