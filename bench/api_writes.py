@@ -14,11 +14,12 @@ from collections.abc import Callable
 import orjson
 
 from kubeai.api.crd import model_crd
-from kubeai.local.apiserver.ownership import Ownership
-from kubeai.local.apiserver.patch import MERGE
-from kubeai.local.apiserver.registry import Registry, WriteOptions
-from kubeai.local.apiserver.resources import CRDS, PODS, Catalog
-from kubeai.local.apiserver.store import Store
+from kubeai.local.apiserver.apply.ownership import Ownership
+from kubeai.local.apiserver.apply.patch import MERGE
+from kubeai.local.apiserver.kinds.resources import CRDS, PODS, Catalog
+from kubeai.local.apiserver.storage.options import WriteOptions
+from kubeai.local.apiserver.storage.registry import Registry
+from kubeai.local.apiserver.storage.store import Store
 
 WRITES, ROUNDS = 1000, 3
 PROBE = {"httpGet": {"path": "/health", "port": 8000}}

@@ -21,10 +21,10 @@ from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, JOBS, MODELS, NAMESPACES, PVCS, SECRETS, Resource
-from kubeai.local.apiserver.bodies import RESOLVERS
+from kubeai.local.apiserver.http.bodies import RESOLVERS
 
 if TYPE_CHECKING:
-    from kubeai.local.apiserver.schema import Schema, UnknownField
+    from kubeai.local.apiserver.schema.structural import Schema, UnknownField
 
 SUFFIXES = (".yaml", ".yml", ".json")
 FILE_MAX_BYTES = 4 << 20
@@ -152,7 +152,7 @@ def _problems(manifest: Manifest, schemas: Mapping[str, Schema]) -> Iterator[str
 
 
 def _unknown(field: UnknownField) -> str:
-    from kubeai.local.apiserver.schema import show_path
+    from kubeai.local.apiserver.schema.structural import show_path
 
     *parent, name = field.path
     close = closest(str(name), field.declared)
@@ -163,8 +163,8 @@ def _unknown(field: UnknownField) -> str:
 def _schemas() -> dict[str, Schema]:
     """Return the schema of each accepted kind, and of ObjectMeta."""
     # Imported here because it takes 35 ms, which a start without manifests does not need.
-    from kubeai.local.apiserver.resources import BUILT_IN, OBJECT_META
-    from kubeai.local.apiserver.schema import Schema
+    from kubeai.local.apiserver.kinds.resources import BUILT_IN, OBJECT_META
+    from kubeai.local.apiserver.schema.structural import Schema
 
     schemas = {r.kind: r.schema for r in BUILT_IN if r.schema is not None}
     (version,) = model_crd()["spec"]["versions"]

@@ -150,7 +150,7 @@ def main() -> None:
     chosen = {name: known[name] for name in sorted(needed)}
     kinds = {kind for kinds in GROUPS.values() for kind in kinds} | set(ALSO_SENT)
     wire = wire_format(known, kinds - {"CustomResourceDefinition"})
-    for name, content in (("builtins.json", chosen), ("protobuf.json", wire)):
+    for name, content in (("kinds/builtins.json", chosen), ("http/protobuf.json", wire)):
         data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS) + b"\n"
         (TARGET / name).write_bytes(data)
         print(f"{name}: {len(content)} types, {len(data)} bytes")

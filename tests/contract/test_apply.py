@@ -11,10 +11,11 @@ import pytest
 from servers import ApiServer
 from widgets import APPLY, JSON_PATCH, MERGE, STRATEGIC, WIDGETS, Collection, pod, widget
 
-from kubeai.local.apiserver.registry import Registry, WriteOptions
-from kubeai.local.apiserver.resources import CRDS, NAMESPACES, Catalog
-from kubeai.local.apiserver.status import StatusError
-from kubeai.local.apiserver.store import Store, Stored
+from kubeai.local.apiserver.errors import StatusError
+from kubeai.local.apiserver.kinds.resources import CRDS, NAMESPACES, Catalog
+from kubeai.local.apiserver.storage.options import WriteOptions
+from kubeai.local.apiserver.storage.registry import Registry
+from kubeai.local.apiserver.storage.store import Store, Stored
 
 STEPS = 80
 

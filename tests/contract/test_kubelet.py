@@ -168,7 +168,7 @@ def test_kill_9_of_the_kubelet_leaves_no_process_and_the_next_one_goes_on(kubele
     assert ended["reason"] == "ContainerStatusUnknown"
 
 
-def test_kill_9_of_a_guardian_leaves_no_process_and_the_container_is_restarted(kubelet, pods):
+def test_kill_9_of_a_shim_leaves_no_process_and_the_container_is_restarted(kubelet, pods):
     pods.create(node=kubelet.node, pids=kubelet.pids)
     pods.until_ready()
     engine = kubelet.engine_pids()
@@ -179,7 +179,7 @@ def test_kill_9_of_a_guardian_leaves_no_process_and_the_container_is_restarted(k
     pod = pods.until_ready(restarts=1)
     ended = pod["status"]["containerStatuses"][0]["lastState"]["terminated"]
     assert ended["exitCode"] == 137
-    assert "guardian" in ended["message"]
+    assert "shim" in ended["message"]
 
 
 def test_kill_9_of_an_engine_leaves_no_process_and_it_is_restarted(kubelet, pods):
@@ -210,7 +210,7 @@ def _is_main(pid: int) -> bool:
     return b"socket.create_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_kill_9_of_the_kubelet_and_a_guardian_at_once_is_cleaned_up_by_the_next(kubelet, pods):
+def test_kill_9_of_the_kubelet_and_a_shim_at_once_is_cleaned_up_by_the_next(kubelet, pods):
     pods.create(node=kubelet.node, pids=kubelet.pids)
     pods.until_ready()
     engine = kubelet.engine_pids()

@@ -11,7 +11,7 @@ def run(code):
 
 def test_unused_modules_are_not_imported():
     run(
-        "import sys, kubeai.kube.client, kubeai.local.apiserver.rules\n"
+        "import sys, kubeai.kube.client, kubeai.local.apiserver.schema.rules\n"
         "assert 'kubernetes_asyncio.client.models' not in sys.modules\n"
         "assert 'prompt_toolkit' not in sys.modules\n"
     )
@@ -19,7 +19,7 @@ def test_unused_modules_are_not_imported():
 
 def test_the_packages_are_complete_afterwards():
     run(
-        "import kubeai.kube.client, kubeai.local.apiserver.rules\n"
+        "import kubeai.kube.client, kubeai.local.apiserver.schema.rules\n"
         "import cel.cli, kubernetes_asyncio\n"
         "assert kubernetes_asyncio.client.CoreV1Api and kubernetes_asyncio.client.ApiClient\n"
         "assert kubernetes_asyncio.config.load_kube_config and cel.compile\n"
@@ -29,7 +29,7 @@ def test_the_packages_are_complete_afterwards():
 def test_packages_imported_before_stay_complete():
     run(
         "import cel, kubernetes_asyncio\n"
-        "import kubeai.kube.client, kubeai.local.apiserver.rules\n"
+        "import kubeai.kube.client, kubeai.local.apiserver.schema.rules\n"
         "assert kubernetes_asyncio.client.ApiClient and cel.cli\n"
         "assert kubeai.kube.client.Configuration is kubernetes_asyncio.client.Configuration\n"
     )

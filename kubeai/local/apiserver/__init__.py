@@ -1,18 +1,16 @@
 """The embedded Kubernetes API: a generic object store that serves the Kubernetes API over HTTPS.
 
-``kubeai local`` starts it as a separate process (``python -m kubeai.local.apiserver``).
-From the bottom up:
+``kubeai local`` starts it as a separate process (``python -m kubeai.local.apiserver``). Its rooms,
+from the bottom up:
 
-- ``status``: the errors that clients see (metav1.Status);
-- ``selectors``, ``patch``, ``schema``, ``printing``: pure functions on objects;
-- ``ownership``: field sets, their owners and server-side apply; ``managers`` applies these to the
-  served resources;
-- ``resources``, ``discovery``, ``openapi_v2``: the served resources and their discovery documents;
-- ``store``: objects, revisions and recent events, in memory and in SQLite;
-- ``registry``: the rules of create, update and delete; ``collector``: background work (garbage
-  collection, namespace deletion, expiry of Events);
-- ``server``: HTTP on top of the registry; ``watching``: lists and watches; ``kubelets``: pod logs
-  and exec, proxied to the kubelet;
-- ``requests``, ``bodies``, ``protobuf``: parsing of requests;
-- ``credentials``: token, certificates and kubeconfig.
+- ``errors``: the errors that clients see (metav1.Status);
+- ``schema``: schemas of objects and their CEL rules;
+- ``kinds``: the served resources, with the defaults, validation and columns of the built-in ones;
+- ``apply``: patches, field ownership and server-side apply;
+- ``storage``: objects in memory and in SQLite (``store``), the rules of create, update and delete
+  (``registry``), lists and watches (``watching``), and garbage collection (``collector``);
+- ``http``: authentication and routing (``server``), requests, responses, discovery, and pod logs
+  and exec (``kubelet_proxy``).
+
+``credentials`` creates the token, the certificates and the kubeconfig.
 """

@@ -20,11 +20,11 @@ from pathlib import Path
 from kubeai.errors import KubeAIError
 from kubeai.local import ports
 from kubeai.local.apiserver import credentials
-from kubeai.local.apiserver.collector import Collector
-from kubeai.local.apiserver.registry import Registry
-from kubeai.local.apiserver.resources import Catalog
-from kubeai.local.apiserver.server import Server
-from kubeai.local.apiserver.store import Store
+from kubeai.local.apiserver.http.server import Server
+from kubeai.local.apiserver.kinds.resources import Catalog
+from kubeai.local.apiserver.storage.collector import Collector
+from kubeai.local.apiserver.storage.registry import Registry
+from kubeai.local.apiserver.storage.store import Store
 from kubeai.logs import get_logger, setup_logging
 
 log = get_logger(__name__)
@@ -80,6 +80,7 @@ async def _first(stop: asyncio.Event, collector: asyncio.Task[None]) -> None:
 
 
 def main() -> None:
+    """Parse the arguments and serve. Exits with a message if the server cannot start."""
     parser = argparse.ArgumentParser(prog="python -m kubeai.local.apiserver", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)

@@ -34,6 +34,7 @@ class Credentials(NamedTuple):
     directory: Path
 
     def write_kubeconfig(self, port: int, namespace: str) -> Path:
+        """Write a kubeconfig for the server on this port, and return its path."""
         path = self.directory / "kubeconfig"
         config = {
             "apiVersion": "v1",

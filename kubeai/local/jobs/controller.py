@@ -20,15 +20,11 @@ from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import EVENTS, JOBS, PODS
 from kubeai.kube.workqueue import Queue
+from kubeai.local.jobs.objects import TRACKING, Job, JobStatus, Metadata, Pod
 from kubeai.local.jobs.rules import (
-    TRACKING,
     CreatePods,
     DeletePods,
     Ending,
-    Job,
-    JobStatus,
-    Metadata,
-    Pod,
     ReleasePods,
     Wait,
     WriteStatus,
@@ -41,15 +37,15 @@ log = get_logger(__name__)
 
 PARALLEL_JOBS_MAX = 8
 PARALLEL_WRITES_MAX = 16
-CONFLICT_AGAIN_S = 0.05
+CONFLICT_RETRY_S = 0.05
 WAIT_MAX_S = 600.0  # timers stop while a machine is suspended; its clock does not
 
 
-class _Memory(msgspec.Struct):
+class _JobState(msgspec.Struct):
     """In-memory state of one Job; after a restart, it is recovered from the Job's pods."""
 
     endings: dict[str, Ending] = {}
-    refusal: str = ""  # the last pod creation error that was recorded as an Event
+    create_error: str = ""  # the last pod creation error that was recorded as an Event
 
 
 class JobController:
@@ -65,7 +61,7 @@ class JobController:
         self._kube = kube
         self._clock = clock
         self._jobs: set[str] = set()
-        self._memories: dict[str, _Memory] = {}
+        self._states: dict[str, _JobState] = {}
         self._writes = asyncio.Semaphore(PARALLEL_WRITES_MAX)
         self._queue = Queue(self.reconcile, PARALLEL_JOBS_MAX)
 
@@ -118,17 +114,17 @@ class JobController:
         job = await self._read(namespace, name)
         pods, _ = await self._kube.list(PODS, namespace, type=Pod)
         try:
-            await self._release(_strays(pods, name, job))
+            await self._release(_orphans(pods, name, job))
             if job is None:
-                self._memories.pop(key, None)
+                self._states.pop(key, None)
                 return None
-            memory = self._memories.setdefault(key, _Memory())
-            return await self._step(job, pods, memory)
+            state = self._states.setdefault(key, _JobState())
+            return await self._step(job, pods, state)
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
             log.info("conflicting write, retrying", job=key, error=str(error))
-            return CONFLICT_AGAIN_S
+            return CONFLICT_RETRY_S
 
     async def _read(self, namespace: str, name: str) -> Job | None:
         try:
@@ -138,12 +134,12 @@ class JobController:
                 return None
             raise
 
-    async def _step(self, job: Job, pods: list[Pod], memory: _Memory) -> float | None:
+    async def _step(self, job: Job, pods: list[Pod], state: _JobState) -> float | None:
         uid, now = job.metadata.uid, self._clock()
-        ours = [pod for pod in pods if pod.controller is not None and pod.controller.uid == uid]
-        memory.endings = endings_of(job, ours, memory.endings, now)
+        own_pods = [pod for pod in pods if pod.controller is not None and pod.controller.uid == uid]
+        state.endings = endings_of(job, own_pods, state.endings, now)
         taken = {pod.metadata.name for pod in pods}
-        step = next_step(job, ours, now, memory.endings, taken)
+        step = next_step(job, own_pods, now, state.endings, taken)
         if isinstance(step, Wait):
             return None if step.seconds is None else min(step.seconds, WAIT_MAX_S)
         if isinstance(step, WriteStatus):
@@ -151,9 +147,9 @@ class JobController:
         elif isinstance(step, ReleasePods):
             await self._release(step.pods)
         elif isinstance(step, DeletePods):
-            await self._together(self._delete(job, pod, step.fails) for pod in step.pods)
+            await self._write_all(self._delete(job, pod, step.fails) for pod in step.pods)
         elif isinstance(step, CreatePods):
-            await self._together(self._create(job, name, memory) for name in step.names)
+            await self._write_all(self._create(job, name, state) for name in step.names)
         else:
             meta = job.metadata
             await self._kube.delete(
@@ -164,7 +160,7 @@ class JobController:
 
     # -- writes ----------------------------------------------------------------------------------
 
-    async def _together(self, writes: Iterable[Coroutine[Any, Any, None]]) -> None:
+    async def _write_all(self, writes: Iterable[Coroutine[Any, Any, None]]) -> None:
         """Run all writes even if some fail, then raise the first failure."""
 
         async def one(write: Coroutine[Any, Any, None]) -> None:
@@ -189,10 +185,10 @@ class JobController:
             if condition != old and event is not None:
                 kind, reason, message = event
                 reason, message = reason or condition.reason, message or condition.message
-                await self._tell(job, kind, reason, message)
+                await self._record_event(job, kind, reason, message)
 
     async def _release(self, pods: Sequence[Pod]) -> None:
-        await self._together(self._release_one(pod) for pod in pods)
+        await self._write_all(self._release_one(pod) for pod in pods)
 
     async def _release_one(self, pod: Pod) -> None:
         meta = pod.metadata
@@ -211,22 +207,22 @@ class JobController:
             await self._release_one(pod)
         meta = pod.metadata
         await self._kube.delete(PODS, meta.name, meta.namespace, uid=meta.uid)
-        await self._tell(job, "Normal", "SuccessfulDelete", f"Deleted pod: {meta.name}")
+        await self._record_event(job, "Normal", "SuccessfulDelete", f"Deleted pod: {meta.name}")
 
-    async def _create(self, job: Job, name: str, memory: _Memory) -> None:
+    async def _create(self, job: Job, name: str, state: _JobState) -> None:
         namespace = job.metadata.namespace
         try:
             await self._kube.create(PODS, pod_of(job, name), namespace)
         except ApiError as error:
             refused = error.status and error.status != 409
-            if refused and str(error) != memory.refusal:
-                memory.refusal = str(error)
-                await self._tell(job, "Warning", "FailedCreate", f"Error creating: {error}")
+            if refused and str(error) != state.create_error:
+                state.create_error = str(error)
+                await self._record_event(job, "Warning", "FailedCreate", f"Error creating: {error}")
             raise
-        memory.refusal = ""
-        await self._tell(job, "Normal", "SuccessfulCreate", f"Created pod: {name}")
+        state.create_error = ""
+        await self._record_event(job, "Normal", "SuccessfulCreate", f"Created pod: {name}")
 
-    async def _tell(
+    async def _record_event(
         self, job: Job, kind: Literal["Normal", "Warning"], reason: str, message: str
     ) -> None:
         """Record an Event about the Job. Best effort: failures are ignored."""
@@ -277,7 +273,7 @@ def pod_of(job: Job, name: str) -> dict[str, Any]:
     }
 
 
-def _strays(pods: Iterable[Pod], name: str, job: Job | None) -> list[Pod]:
+def _orphans(pods: Iterable[Pod], name: str, job: Job | None) -> list[Pod]:
     """Pods that no Job counts any more: their Job is gone, or their owner reference is."""
     uid = None if job is None else job.metadata.uid
     return [

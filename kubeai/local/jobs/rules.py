@@ -20,14 +20,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 from msgspec.structs import replace
 
-KIND = "Job"
-TRACKING = "batch.kubernetes.io/job-tracking"
-MANAGED_BY = "kubernetes.io/job-controller"
+from kubeai.local.jobs.objects import (
+    MANAGED_BY,
+    Condition,
+    Job,
+    JobSpec,
+    JobStatus,
+    Pod,
+    Uncounted,
+)
+
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 10.0, 360.0  # between failing pods
 UNCOUNTED_PODS_MAX, CREATES_AT_ONCE_MAX = 500, 50
 NAME_PREFIX_MAX_CHARS = 58
@@ -35,172 +41,9 @@ _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels, so that no words appear
 _SUFFIX_CHARS = 5
 
 
-# The fields that are read from the objects.
-
-
-class _Part(msgspec.Struct, rename="camel", frozen=True):
-    pass
-
-
-class Owner(_Part, frozen=True):
-    kind: str = ""
-    name: str = ""
-    uid: str = ""
-    controller: bool = False
-
-
-class Metadata(_Part, frozen=True):
-    name: str = ""
-    namespace: str = ""
-    uid: str = ""
-    resource_version: str = ""
-    generation: int = 0
-    finalizers: tuple[str, ...] = ()
-    owner_references: tuple[Owner, ...] = ()
-    deletion_timestamp: datetime | None = None
-    deletion_grace_period_seconds: int | None = None
-
-
-class Condition(_Part, frozen=True, omit_defaults=True):
-    type: str = ""
-    status: str = ""
-    last_probe_time: datetime | None = None
-    last_transition_time: datetime | None = None
-    reason: str = ""
-    message: str = ""
-
-
-class _Ended(_Part, frozen=True):
-    finished_at: datetime | None = None
-
-
-class _State(_Part, frozen=True):
-    terminated: _Ended | None = None
-
-
-class _Container(_Part, frozen=True):
-    restart_count: int = 0
-    state: _State = _State()
-
-
-class _PodSpec(_Part, frozen=True):
-    node_name: str = ""
-
-
-class _PodCondition(_Part, frozen=True):
-    type: str = ""
-    status: str = ""
-
-
-class _PodStatus(_Part, frozen=True):
-    phase: str = ""
-    conditions: tuple[_PodCondition, ...] = ()
-    container_statuses: tuple[_Container, ...] = ()
-    init_container_statuses: tuple[_Container, ...] = ()
-
-
-class Pod(_Part, frozen=True):
-    """The fields of a pod that the rules use."""
-
-    metadata: Metadata = Metadata()
-    spec: _PodSpec = _PodSpec()
-    status: _PodStatus = _PodStatus()
-
-    @property
-    def controller(self) -> Owner | None:
-        """The owner reference to the Job that controls the pod."""
-        for owner in self.metadata.owner_references:
-            if owner.controller:
-                return owner if owner.kind == KIND else None
-        return None
-
-    @property
-    def tracked(self) -> bool:
-        return TRACKING in self.metadata.finalizers
-
-    @property
-    def terminating(self) -> bool:
-        return self.metadata.deletion_timestamp is not None and not self.over
-
-    @property
-    def over(self) -> bool:
-        return self.status.phase in ("Succeeded", "Failed")
-
-    @property
-    def active(self) -> bool:
-        return not self.over and self.metadata.deletion_timestamp is None
-
-    @property
-    def ready(self) -> bool:
-        return any((c.type, c.status) == ("Ready", "True") for c in self.status.conditions)
-
-    @property
-    def restarts(self) -> int:
-        status = self.status
-        containers = (*status.init_container_statuses, *status.container_statuses)
-        return sum(container.restart_count for container in containers)
-
-
-class Uncounted(_Part, frozen=True):
-    """Uids of terminated pods that are not yet in ``succeeded`` or ``failed``."""
-
-    succeeded: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
-
-
-class JobStatus(_Part, frozen=True):
-    conditions: tuple[Condition, ...] = ()
-    start_time: datetime | None = None
-    completion_time: datetime | None = None
-    active: int = 0
-    ready: int | None = None
-    terminating: int | None = None
-    succeeded: int = 0
-    failed: int = 0
-    uncounted: Uncounted = msgspec.field(default=Uncounted(), name="uncountedTerminatedPods")
-
-    def condition(self, *types: str) -> Condition | None:
-        """Return the first condition of these types that is True."""
-        held = (c for c in self.conditions if c.type in types and c.status == "True")
-        return next(held, None)
-
-
-class JobSpec(_Part, frozen=True):
-    template: dict[str, Any] = {}
-    parallelism: int = 1
-    completions: int | None = None
-    backoff_limit: int = 6
-    active_deadline_seconds: int | None = None
-    ttl_seconds_after_finished: int | None = None
-    suspend: bool = False
-    pod_replacement_policy: str = ""
-    managed_by: str = MANAGED_BY
-    completion_mode: str = "NonIndexed"
-    pod_failure_policy: Any = None
-    success_policy: Any = None
-    backoff_limit_per_index: int | None = None
-    max_failed_indexes: int | None = None
-
-
-class Job(_Part, frozen=True):
-    metadata: Metadata = Metadata()
-    spec: JobSpec = JobSpec()
-    status: JobStatus = JobStatus()
-
-    @property
-    def deleted(self) -> bool:
-        return self.metadata.deletion_timestamp is not None
-
-    @property
-    def replaces_only_failed(self) -> bool:
-        """Whether a terminating pod is replaced only once it has terminated."""
-        return self.spec.pod_replacement_policy == "Failed"
-
-
-# The rules. Pure.
-
-
 class WriteStatus(NamedTuple):
+    """Replace the Job's status."""
+
     status: JobStatus
 
 
@@ -211,19 +54,25 @@ class ReleasePods(NamedTuple):
 
 
 class DeletePods(NamedTuple):
+    """Delete pods that the Job does not need."""
+
     pods: tuple[Pod, ...]
     fails: bool  # whether they count as failed
 
 
 class CreatePods(NamedTuple):
+    """Create pods with these names."""
+
     names: tuple[str, ...]
 
 
 class DeleteJob(NamedTuple):
-    pass
+    """Delete the Job: its ttlSecondsAfterFinished has passed."""
 
 
 class Wait(NamedTuple):
+    """Do nothing for a time."""
+
     seconds: float | None  # None: wait for a change
 
 
@@ -251,40 +100,42 @@ def next_step(
     """
     if job.spec.managed_by != MANAGED_BY:
         return Wait(None)
-    over = job.status.condition("Complete", "Failed")
-    if over is not None:
-        return _after_end(job, pods, over, now)
-    status = _finish(_judge(job, pods, _count(job, pods), now), pods, now)
+    finished = job.status.condition("Complete", "Failed")
+    if finished is not None:
+        return _after_end(job, pods, finished, now)
+    status = _finish(_decide(job, pods, _count(job, pods), now), pods, now)
     if _is_urgent(job.status, status):
         return WriteStatus(status)
-    told = {*status.uncounted.succeeded, *status.uncounted.failed}
-    held = tuple(pod for pod in pods if pod.tracked and (job.deleted or pod.metadata.uid in told))
-    if held:
-        return ReleasePods(held)
+    uncounted = {*status.uncounted.succeeded, *status.uncounted.failed}
+    tracked = tuple(
+        pod for pod in pods if pod.tracked and (job.deleting or pod.metadata.uid in uncounted)
+    )
+    if tracked:
+        return ReleasePods(tracked)
     step = _manage(job, pods, now, endings, taken)
     if not isinstance(step, Wait):
         return step
     if status != job.status:
         return WriteStatus(status)
-    return Wait(_sooner(step.seconds, _deadline_s(job, now)))
+    return Wait(_earlier(step.seconds, _deadline_s(job, now)))
 
 
-def _after_end(job: Job, pods: Iterable[Pod], over: Condition, now: datetime) -> Step:
-    held = tuple(pod for pod in pods if pod.tracked)
-    if held:
-        return ReleasePods(held)
+def _after_end(job: Job, pods: Iterable[Pod], finished: Condition, now: datetime) -> Step:
+    tracked = tuple(pod for pod in pods if pod.tracked)
+    if tracked:
+        return ReleasePods(tracked)
     ttl_s = job.spec.ttl_seconds_after_finished
-    if ttl_s is None or job.deleted:
+    if ttl_s is None or job.deleting:
         return Wait(None)
-    since = over.last_transition_time or now
+    since = finished.last_transition_time or now
     left_s = (since + timedelta(seconds=ttl_s) - now).total_seconds()
     return Wait(left_s) if left_s > 0 else DeleteJob()
 
 
 def _is_urgent(old: JobStatus, new: JobStatus) -> bool:
     """Whether more than pod counts changed: such a change is written before it is acted on."""
-    there = {name: getattr(new, name) for name in ("active", "ready", "terminating")}
-    return replace(old, **there) != new
+    counts = {name: getattr(new, name) for name in ("active", "ready", "terminating")}
+    return replace(old, **counts) != new
 
 
 def _count(job: Job, pods: Collection[Pod]) -> JobStatus:
@@ -293,11 +144,11 @@ def _count(job: Job, pods: Collection[Pod]) -> JobStatus:
     held = {pod.metadata.uid for pod in pods if pod.tracked}
     before = old.uncounted
     known = {*before.succeeded, *before.failed}
-    news = [pod for pod in pods if pod.tracked and pod.metadata.uid not in known]
+    new = [pod for pod in pods if pod.tracked and pod.metadata.uid not in known]
     room = max(0, UNCOUNTED_PODS_MAX - len(known))
-    succeeded = [p.metadata.uid for p in news if p.status.phase == "Succeeded"][:room]
+    succeeded = [p.metadata.uid for p in new if p.status.phase == "Succeeded"][:room]
     room -= len(succeeded)
-    failed = [p.metadata.uid for p in news if _has_failed(job, p)][:room]
+    failed = [p.metadata.uid for p in new if _has_failed(job, p)][:room]
     left = Uncounted(
         tuple(uid for uid in before.succeeded if uid in held) + tuple(succeeded),
         tuple(uid for uid in before.failed if uid in held) + tuple(failed),
@@ -320,7 +171,7 @@ def _has_failed(job: Job, pod: Pod) -> bool:
     return not job.replaces_only_failed or pod.metadata.deletion_grace_period_seconds == 0
 
 
-def _judge(job: Job, pods: Iterable[Pod], status: JobStatus, now: datetime) -> JobStatus:
+def _decide(job: Job, pods: Iterable[Pod], status: JobStatus, now: datetime) -> JobStatus:
     """Return the status with the decision to end, suspend or resume the Job."""
     spec, now = job.spec, now.replace(microsecond=0)
     if not spec.suspend and status.start_time is None:
@@ -367,7 +218,7 @@ def _unsupported(spec: JobSpec) -> str:
 def _restarts_too_often(spec: JobSpec, pods: Iterable[Pod]) -> bool:
     if (spec.template.get("spec") or {}).get("restartPolicy") != "OnFailure":
         return False
-    restarts = sum(pod.restarts for pod in pods if not pod.over)
+    restarts = sum(pod.restarts for pod in pods if not pod.finished)
     return restarts >= max(1, spec.backoff_limit)
 
 
@@ -388,7 +239,7 @@ def _deadline_s(job: Job, now: datetime) -> float | None:
 def _finish(status: JobStatus, pods: Iterable[Pod], now: datetime) -> JobStatus:
     """Return the status with its final condition, once no pod is left to be counted."""
     target = status.condition("FailureTarget", "SuccessCriteriaMet")
-    if target is None or any(pod.tracked or not pod.over for pod in pods):
+    if target is None or any(pod.tracked or not pod.finished for pod in pods):
         return status
     now = now.replace(microsecond=0)
     status = replace(status, start_time=status.start_time or now)
@@ -417,20 +268,20 @@ def _manage(
     active = [pod for pod in pods if pod.active]
     if job.status.condition("FailureTarget", "SuccessCriteriaMet"):
         return DeletePods(tuple(active), fails=True) if active else Wait(None)
-    if job.deleted:
+    if job.deleting:
         return Wait(None)
     wanted = _wanted(job, len(active))
     if len(active) > wanted:
-        spare = sorted(active, key=_worth)[: len(active) - wanted]
+        spare = sorted(active, key=_deletion_order)[: len(active) - wanted]
         return DeletePods(tuple(spare), fails=False)
     missing = wanted - len(active)
     if job.replaces_only_failed:
         missing -= sum(pod.terminating for pod in pods)
     if missing <= 0:
         return Wait(None)
-    rest_s = _rest_s(endings.values(), now)
-    if rest_s > 0:
-        return Wait(rest_s)
+    backoff_s = _backoff_s(endings.values(), now)
+    if backoff_s > 0:
+        return Wait(backoff_s)
     missing = min(missing, CREATES_AT_ONCE_MAX)
     used = {*taken, *(pod.metadata.name for pod in pods)}
     return CreatePods(_free_names(job, len(active), used, missing))
@@ -446,21 +297,21 @@ def _wanted(job: Job, active: int) -> int:
     return max(0, min(spec.parallelism, spec.completions - status.succeeded))
 
 
-def _worth(pod: Pod) -> tuple[bool, bool, bool, str]:
+def _deletion_order(pod: Pod) -> tuple[bool, bool, bool, str]:
     """Sort key for deletion: the pods that have made the least progress come first."""
     status = pod.status
     return bool(pod.spec.node_name), status.phase == "Running", pod.ready, pod.metadata.name
 
 
-def _rest_s(endings: Iterable[Ending], now: datetime) -> float:
+def _backoff_s(endings: Iterable[Ending], now: datetime) -> float:
     """Return the remaining back-off after failed pods, in seconds."""
     endings = list(endings)
     success = max((ending.at for ending in endings if not ending.failed), default=None)
     failures = [e.at for e in endings if e.failed and (success is None or e.at > success)]
     if not failures:
         return 0.0
-    rest_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(len(failures) - 1, 32))
-    return (max(failures) + timedelta(seconds=rest_s) - now).total_seconds()
+    backoff_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(len(failures) - 1, 32))
+    return (max(failures) + timedelta(seconds=backoff_s) - now).total_seconds()
 
 
 def _free_names(job: Job, active: int, used: Collection[str], count: int) -> tuple[str, ...]:
@@ -499,5 +350,5 @@ def endings_of(
     return endings
 
 
-def _sooner(a: float | None, b: float | None) -> float | None:
+def _earlier(a: float | None, b: float | None) -> float | None:
     return b if a is None else a if b is None else min(a, b)

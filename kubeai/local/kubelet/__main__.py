@@ -25,15 +25,16 @@ import yaml
 from kubeai.api.config.quantity import parse_quantity
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
-from kubeai.local.kubelet import shim
-from kubeai.local.kubelet.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.agent import Agent, KubeObjects
-from kubeai.local.kubelet.memory import MemoryGuard
 from kubeai.local.kubelet.node import Node
-from kubeai.local.kubelet.probes import Prober
-from kubeai.local.kubelet.process import become_subreaper, kill_leftovers
-from kubeai.local.kubelet.runner import Host
-from kubeai.local.kubelet.server import KubeletServer
+from kubeai.local.kubelet.pods.host import Host
+from kubeai.local.kubelet.pods.probes import Prober
+from kubeai.local.kubelet.runtime.children import become_subreaper
+from kubeai.local.kubelet.runtime.memory import MemoryGuard
+from kubeai.local.kubelet.runtime.process_table import kill_leftovers
+from kubeai.local.kubelet.runtime.shim.processes import PR_SET_PDEATHSIG
+from kubeai.local.kubelet.server.access import Access, CertificateAccess, TokenAccess
+from kubeai.local.kubelet.server.server import KubeletServer
 from kubeai.logs import get_logger, setup_logging
 
 log = get_logger(__name__)
@@ -43,6 +44,7 @@ HOST_IP = "127.0.0.1"
 
 
 def main() -> None:
+    """Run the kubelet. Exits with a message if it cannot start."""
     options = _parse(sys.argv[1:])
     try:
         setup_logging()
@@ -50,7 +52,7 @@ def main() -> None:
             os.set_inheritable(options.ready_fd, False)
             # Not SIGTERM: without the parent, nobody waits for a grace period, and the shims end
             # the engines.
-            ctypes.CDLL(None).prctl(shim.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         become_subreaper()
         with _lock(options.data_dir):
             asyncio.run(_run(options))
@@ -146,7 +148,7 @@ async def _run(options: argparse.Namespace) -> None:
         )
         await node.register(port)
         tasks = [asyncio.create_task(agent.run()), asyncio.create_task(node.run())]
-        tasks.append(asyncio.create_task(_tell_ready(agent, port, options.ready_fd, stopping)))
+        tasks.append(asyncio.create_task(_report_ready(agent, port, options.ready_fd, stopping)))
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([stop, *tasks[:2]], return_when=asyncio.FIRST_COMPLETED)
         for task in (*tasks, stop):
@@ -158,7 +160,7 @@ async def _run(options: argparse.Namespace) -> None:
                 raise outcome
 
 
-async def _tell_ready(
+async def _report_ready(
     agent: Agent, port: int, ready_fd: int | None, stopping: asyncio.Event
 ) -> None:
     await agent.synced.wait()

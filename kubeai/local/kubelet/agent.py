@@ -1,9 +1,9 @@
 """The kubelet's interface to the API: which pods to run, and their status.
 
-Owns the watch on the Node's pods, one :class:`_PodWorker` per pod, and all writes. Without a
-scheduler, pods that have no node go to the :class:`~.binder.Binder`. A worker starts the pod's
-runner, patches ``status`` when it differs from the last one written, and deletes the object when
-the processes of a deleted pod have exited. Without changes nothing is written.
+Owns the watch on the Node's pods, one :class:`_PodSync` per pod, and all writes. Without a
+scheduler, pods that have no node go to the :class:`~.binder.Binder`. Each :class:`_PodSync` starts
+its pod's runner, patches ``status`` when it differs from the last one written, and deletes the
+object when the processes of a deleted pod have exited. Without changes nothing is written.
 """
 
 from __future__ import annotations
@@ -22,12 +22,21 @@ from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, PODS, PVCS, SECRETS, Resource
-from kubeai.local.kubelet.addresses import PodAddress
 from kubeai.local.kubelet.binder import Binder
-from kubeai.local.kubelet.execs import Refusal
-from kubeai.local.kubelet.pod import Data, ObjectMeta, Pod, PodError, Waiting, decode_pod
-from kubeai.local.kubelet.runner import ContainerRunner, Host, PodRunner
-from kubeai.local.kubelet.volumes import config_map_data, secret_data
+from kubeai.local.kubelet.pods.addresses import PodAddress
+from kubeai.local.kubelet.pods.container import ContainerRunner
+from kubeai.local.kubelet.pods.environment import Data
+from kubeai.local.kubelet.pods.host import Host
+from kubeai.local.kubelet.pods.pod import (
+    ObjectMeta,
+    Pod,
+    PodError,
+    Waiting,
+    decode_pod,
+)
+from kubeai.local.kubelet.pods.runner import PodRunner
+from kubeai.local.kubelet.pods.volumes import config_map_data, secret_data
+from kubeai.local.kubelet.server.execs import Refusal
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -46,14 +55,17 @@ class KubeObjects:
         self._kube = kube
 
     async def config_map(self, namespace: str, name: str) -> Data | None:
+        """Return the ConfigMap's data."""
         obj = await self._get(CONFIGMAPS, namespace, name)
         return None if obj is None else config_map_data(obj)
 
     async def secret(self, namespace: str, name: str) -> Data | None:
+        """Return the Secret's data."""
         obj = await self._get(SECRETS, namespace, name)
         return None if obj is None else secret_data(obj)
 
     async def open_claim(self, namespace: str, name: str) -> bool:
+        """Whether the claim exists. A pending claim becomes Bound."""
         claim = await self._get(PVCS, namespace, name)
         if claim is None:
             return False
@@ -82,7 +94,7 @@ class Agent:
         self.synced = asyncio.Event()
         self._node = node
         self._binder = Binder(kube, node) if bind else None
-        self._workers: dict[str, _PodWorker] = {}
+        self._pods: dict[str, _PodSync] = {}
         self._sync: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -95,20 +107,20 @@ class Agent:
         """End all processes but keep the Pods for the next kubelet. Call after run."""
         if self._binder:
             self._binder.stop()
-        await asyncio.gather(*(worker.leave(grace_s) for worker in self._workers.values()))
+        await asyncio.gather(*(pod_sync.shut_down(grace_s) for pod_sync in self._pods.values()))
 
     def find_log(
         self, namespace: str, pod: str, container: str, previous: bool
     ) -> tuple[Path, Callable[[], bool]]:
         """See server.Pods."""
-        return self._worker(namespace, pod).find_log(container, previous)
+        return self._find_pod(namespace, pod).find_log(container, previous)
 
     def find_container(self, namespace: str, pod: str, container: str) -> ContainerRunner:
         """See execs.Containers."""
-        return self._worker(namespace, pod).find_container(container)
+        return self._find_pod(namespace, pod).find_container(container)
 
-    def _worker(self, namespace: str, pod: str) -> _PodWorker:
-        found = [w for w in self._workers.values() if w.is_named(namespace, pod)]
+    def _find_pod(self, namespace: str, pod: str) -> _PodSync:
+        found = [pod_sync for pod_sync in self._pods.values() if pod_sync.is_named(namespace, pod)]
         if not found:
             raise Refusal(404, f'pod "{pod}" is not on this node')
         return found[-1]
@@ -117,9 +129,9 @@ class Agent:
 
     def _replaced(self, pods: list[Object]) -> None:
         uids = {pod["metadata"]["uid"] for pod in pods}
-        for uid, worker in self._workers.items():
+        for uid, pod_sync in self._pods.items():
             if uid not in uids:
-                worker.vanished()
+                pod_sync.object_deleted()
         if self._binder:
             self._binder.keep_only(uids)
         if self._sync is None:
@@ -132,25 +144,25 @@ class Agent:
     def _changed(self, kind: str, obj: Object) -> None:
         meta, spec = obj["metadata"], obj.get("spec") or {}
         uid, node = meta["uid"], spec.get("nodeName") or ""
-        worker = self._workers.get(uid)
+        pod_sync = self._pods.get(uid)
         if self._binder:
             if kind == "DELETED" or meta.get("deletionTimestamp"):
                 self._binder.withdraw(uid)
             elif node:
                 self._binder.bound(uid)
-            elif worker is None:
+            elif pod_sync is None:
                 self._binder.offer(obj)
         if kind == "DELETED":
-            if worker is not None:
-                worker.vanished()
+            if pod_sync is not None:
+                pod_sync.object_deleted()
         elif node == self._node:
-            if worker is None:
-                self._workers[uid] = _PodWorker(self, obj, lambda: self._workers.pop(uid, None))
+            if pod_sync is None:
+                self._pods[uid] = _PodSync(self, obj, lambda: self._pods.pop(uid, None))
             else:
-                worker.observe(obj)
+                pod_sync.observe(obj)
 
     async def _wait_for_statuses(self) -> None:
-        written = [asyncio.create_task(w.written.wait()) for w in self._workers.values()]
+        written = [asyncio.create_task(p.written.wait()) for p in self._pods.values()]
         if written:
             _, late = await asyncio.wait(written, timeout=FIRST_STATUS_TIMEOUT_S)
             for task in late:
@@ -163,7 +175,7 @@ class Agent:
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-class _PodWorker:
+class _PodSync:
     """One pod of this Node, from its first event until its object is deleted."""
 
     def __init__(self, agent: Agent, obj: Object, done: Callable[[], object]) -> None:
@@ -177,15 +189,15 @@ class _PodWorker:
         self._override: Object | None = None  # the status of a pod without a runner
         self._last: Mapping[str, Any] | None = None
         self._dirty = asyncio.Event()
-        self._vanished = asyncio.Event()
+        self._object_deleted = asyncio.Event()
         self._deleting = False
-        self._leaving = False
+        self._shutting_down = False
         self._grace_s = float("inf")  # the shortest requested
         try:
             self._pod = decode_pod(obj)
         except PodError as error:
             self._override = {"phase": "Failed", "reason": error.reason, "message": str(error)}
-        self._task = asyncio.create_task(self._work(), name=f"pod {self._meta.name}")
+        self._task = asyncio.create_task(self._sync(), name=f"pod {self._meta.name}")
         self._task.add_done_callback(lambda task: self._finished(task, done))
 
     def is_named(self, namespace: str, name: str) -> bool:
@@ -200,24 +212,24 @@ class _PodWorker:
             log.warning("ignoring invalid pod update", pod=self._meta.name, error=str(error))
         if self._runner is not None and self._pod is not None:
             self._runner.update(self._pod)
-        self._heed_deletion()
+        self._handle_deletion()
         self._dirty.set()
 
-    def vanished(self) -> None:
+    def object_deleted(self) -> None:
         """The object was deleted from the API: kill its processes."""
-        self._vanished.set()
+        self._object_deleted.set()
         self.written.set()
         self._stop(0)
         self._dirty.set()
 
-    async def leave(self, grace_s: float) -> None:
+    async def shut_down(self, grace_s: float) -> None:
         """The kubelet shuts down: end the processes, write the status, keep the object and logs."""
-        self._leaving = True
+        self._shutting_down = True
         if self._runner is None or self._deleting:
             self._task.cancel()
             return
-        if not self._runner.over.is_set():
-            await self._runner.leave(grace_s)
+        if not self._runner.terminated.is_set():
+            await self._runner.shut_down(grace_s)
         self._dirty.set()
         with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             async with asyncio.timeout(FLUSH_TIMEOUT_S):
@@ -268,7 +280,7 @@ class _PodWorker:
 
     # -- lifecycle -------------------------------------------------------------------------------
 
-    async def _work(self) -> None:
+    async def _sync(self) -> None:
         if self._pod is None or self._phase in TERMINAL or self._meta.deletion_timestamp:
             # It has no processes: those of an earlier kubelet ended with it.
             if self._phase in TERMINAL or self._meta.deletion_timestamp:
@@ -276,18 +288,18 @@ class _PodWorker:
             await self._write_until(lambda: False)
         else:
             await self._run(self._pod)
-        if self._leaving:
+        if self._shutting_down:
             return
         self._deleting = True
-        if not self._gone:
+        if not self._is_deleted:
             await self._delete()
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
         log.info("pod ended", pod=f"{self._meta.namespace}/{self._meta.name}")
-        await self._vanished.wait()  # so that a late event is not taken for a new pod
+        await self._object_deleted.wait()  # so that a late event is not taken for a new pod
 
     @property
-    def _gone(self) -> bool:
-        return self._vanished.is_set()
+    def _is_deleted(self) -> bool:
+        return self._object_deleted.is_set()
 
     async def _run(self, pod: Pod) -> None:
         address = await self._claim_address(pod)
@@ -300,9 +312,9 @@ class _PodWorker:
             running.add_done_callback(lambda _: address.release())
             self._runner = runner
             log.info("pod started", pod=pod.key, ip=address.ip)
-            self._heed_deletion()
+            self._handle_deletion()
             self._dirty.set()
-            await self._write_until(lambda: not runner.over.is_set())
+            await self._write_until(lambda: not runner.terminated.is_set())
         finally:
             if running is not None:
                 await asyncio.wait({running})
@@ -313,17 +325,17 @@ class _PodWorker:
         while True:
             await self._dirty.wait()
             self._dirty.clear()
-            if not self._gone:
+            if not self._is_deleted:
                 await self._write_status()
             over = not is_running()
-            leave = self._leaving and over and not self._dirty.is_set()
-            if leave or (over and (self._gone or self._meta.deletion_timestamp is not None)):
+            done = self._shutting_down and over and not self._dirty.is_set()
+            if done or (over and (self._is_deleted or self._meta.deletion_timestamp is not None)):
                 return
 
     async def _claim_address(self, pod: Pod) -> PodAddress | None:
         backoff = Backoff(max_s=ADDRESS_RETRY_MAX_S)
         ports = [p.container_port for c in pod.spec.containers for p in c.ports]
-        while not (self._gone or self._meta.deletion_timestamp or self._leaving):
+        while not (self._is_deleted or self._meta.deletion_timestamp or self._shutting_down):
             try:
                 return PodAddress.claim(pod.status.pod_ip, ports)
             except KubeAIError as error:
@@ -338,7 +350,7 @@ class _PodWorker:
                     await self._dirty.wait()
         return None
 
-    def _heed_deletion(self) -> None:
+    def _handle_deletion(self) -> None:
         meta = self._meta
         if meta.deletion_timestamp is None:
             return
@@ -350,7 +362,7 @@ class _PodWorker:
     def _stop(self, grace_s: float) -> None:
         """End the processes; repeated only with a shorter grace period."""
         runner = self._runner
-        if runner is not None and not runner.over.is_set() and grace_s < self._grace_s:
+        if runner is not None and not runner.terminated.is_set() and grace_s < self._grace_s:
             self._grace_s = grace_s
             runner.spawn(runner.stop(grace_s))
 
@@ -360,7 +372,7 @@ class _PodWorker:
         """Patch the status if it differs from the last one written; retries until it succeeds."""
         backoff = Backoff()
         meta = self._meta
-        while not self._gone:
+        while not self._is_deleted:
             status = self._runner.status() if self._runner is not None else self._override
             if status is None or status == self._last:
                 return
@@ -371,7 +383,7 @@ class _PodWorker:
                 )
             except ApiError as error:
                 if error.status == 404:
-                    self.vanished()
+                    self.object_deleted()
                     return
                 log.warning("failed to write pod status", pod=meta.name, error=str(error))
                 await asyncio.sleep(max(backoff.next_s(), error.retry_after_s or 0.0))
@@ -383,14 +395,14 @@ class _PodWorker:
     async def _delete(self) -> None:
         backoff = Backoff()
         meta = self._meta
-        while not self._gone:
+        while not self._is_deleted:
             try:
                 await self._agent.kube.delete(
                     PODS, meta.name, meta.namespace, uid=meta.uid, grace_s=0
                 )
             except ApiError as error:
                 if error.status in (404, 409):
-                    self._vanished.set()
+                    self._object_deleted.set()
                     break
                 log.warning("failed to delete pod", pod=meta.name, error=str(error))
                 await asyncio.sleep(backoff.next_s())
@@ -399,7 +411,7 @@ class _PodWorker:
 
     def _finished(self, task: asyncio.Task[None], done: Callable[[], object]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("pod worker failed", pod=self._meta.name, exc_info=error)
+            log.error("pod sync failed", pod=self._meta.name, exc_info=error)
         done()
 
 

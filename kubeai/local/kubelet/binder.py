@@ -19,7 +19,7 @@ from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import EVENTS, NODES, PODS, Resource
-from kubeai.local.kubelet.status import timestamp
+from kubeai.local.kubelet.pods.status import timestamp
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -46,11 +46,11 @@ class Binder:
         await self._kube.follow(
             NODES,
             fields=f"metadata.name={self._node}",
-            replaced=lambda _: self._look_again(),
-            changed=lambda *_: self._look_again(),
+            replaced=lambda _: self._retry(),
+            changed=lambda *_: self._retry(),
         )
 
-    def _look_again(self) -> None:
+    def _retry(self) -> None:
         self._node_changed.set()
         self._node_changed = asyncio.Event()
 
@@ -79,6 +79,7 @@ class Binder:
                 self.withdraw(uid)
 
     def stop(self) -> None:
+        """Withdraw all pods."""
         self.keep_only(())
 
     def _forget(self, uid: str) -> None:
@@ -126,7 +127,7 @@ class Binder:
         try:
             await self._kube.create(collection, binding, namespace)
         except ApiError as error:
-            if error.status != 409:  # already bound or being deleted: the watch tells which
+            if error.status != 409:  # already bound or being deleted: the watch reports which
                 raise
 
     async def _report(self, pod: Object) -> None:
@@ -154,6 +155,7 @@ class Binder:
 
 
 def is_unschedulable(condition: Object) -> bool:
+    """Whether a pod's condition says that no node can run it."""
     found = condition.get("type"), condition.get("status"), condition.get("reason")
     return found == ("PodScheduled", "False", "Unschedulable")
 

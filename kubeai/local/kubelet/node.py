@@ -21,8 +21,8 @@ from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import LEASES, NODES
-from kubeai.local.kubelet.process import run_helper
-from kubeai.local.kubelet.status import timestamp
+from kubeai.local.kubelet.pods.status import timestamp
+from kubeai.local.kubelet.runtime.children import run_helper
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

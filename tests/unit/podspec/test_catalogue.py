@@ -21,7 +21,7 @@ from repository import REPOSITORY
 from kubeai.api.config.system import parse_config
 from kubeai.api.crd import model_crd
 from kubeai.api.model import NAME_MAX_CHARS, decode_model
-from kubeai.local.apiserver.schema import Schema
+from kubeai.local.apiserver.schema.structural import Schema
 from kubeai.podspec import build_pod
 
 CHARTS = REPOSITORY / "charts"

@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubeai.local.jobs.controller import pod_of
+from kubeai.local.jobs.objects import TRACKING, Job, Pod
 from kubeai.local.jobs.rules import (
-    TRACKING,
     CreatePods,
     DeleteJob,
     DeletePods,
-    Job,
-    Pod,
     ReleasePods,
     Wait,
     WriteStatus,
@@ -402,9 +400,9 @@ def test_every_pod_is_counted_once_regardless_of_controller_kills(happenings, wa
             world.job["metadata"]["generation"] += 1
     status = world.job["status"]
     waiting = status.get("uncountedTerminatedPods", {})
-    told = {kind: len(waiting.get(kind, ())) for kind in ("succeeded", "failed")}
-    assert status.get("succeeded", 0) + told["succeeded"] <= len(succeeded)
-    assert status.get("failed", 0) + told["failed"] <= len(failed)
+    uncounted = {kind: len(waiting.get(kind, ())) for kind in ("succeeded", "failed")}
+    assert status.get("succeeded", 0) + uncounted["succeeded"] <= len(succeeded)
+    assert status.get("failed", 0) + uncounted["failed"] <= len(failed)
     world.job["spec"]["parallelism"] = 0  # no new pods: the existing ones settle
     for name in world.active():
         if world.pods[name]["metadata"]["finalizers"]:

@@ -1,0 +1,1 @@
+"""Writes to one object, as values: patches, server-side apply and ``managedFields``."""

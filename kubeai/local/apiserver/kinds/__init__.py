@@ -1,0 +1,1 @@
+"""The served kinds: their resources, strategies (defaults and validation) and printed columns."""

@@ -1,0 +1,1 @@
+"""OpenAPI schemas and CEL rules: pruning, defaulting and validation of objects."""

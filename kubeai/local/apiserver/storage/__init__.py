@@ -1,0 +1,1 @@
+"""Objects and their revisions, the rules of writes, lists and watches, garbage collection."""

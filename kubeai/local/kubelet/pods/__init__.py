@@ -1,0 +1,1 @@
+"""Pods on this machine: from the manifest to containers, probes and a status."""

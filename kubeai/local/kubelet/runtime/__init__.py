@@ -1,0 +1,1 @@
+"""The container runtime: starts, supervises and ends containers, and keeps their logs."""

@@ -1,0 +1,144 @@
+"""Which local program a container runs, and on which address it listens."""
+
+import os
+import sys
+
+import pytest
+
+from kubeai.local.kubelet.pods import programs
+from kubeai.local.kubelet.pods.pod import PodError
+
+IP = "127.8.8.8"
+VLLM = ["python3", "-m", "vllm.entrypoints.openai.api_server"]
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A private PATH, and a function that installs programs in it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def install(name, content="#!/bin/sh\n"):
+        program = tmp_path / name
+        program.write_text(content)
+        program.chmod(0o755)
+        return str(program)
+
+    return install
+
+
+async def resolve(image="", command=(), args=()):
+    return await programs.resolve(image, command, args, dict(os.environ), IP)
+
+
+async def test_kubeai_runs_from_this_installation():
+    argv = await resolve("kubeai/mock-engine", ["kubeai", "mock-engine"], ["--port=8000"])
+    assert argv == [sys.executable, "-m", "kubeai", "mock-engine", "--port=8000"]
+
+
+async def test_the_mock_engines_image_needs_no_command():
+    argv = await resolve("registry.example/kubeai/mock-engine:v1@sha256:00")
+    assert argv == [sys.executable, "-m", "kubeai", "mock-engine"]
+
+
+async def test_the_loader_runs_from_this_installation_unless_another_is_installed(tools):
+    argv = ["hf://org/m", "/models/m"]
+    ours = [sys.executable, "-m", "kubeai", "load", *argv]
+    assert await resolve("registry.example/kubeai-model-loader", [], argv) == ours
+    assert await resolve("registry.example/kubeai:v1", ["load"], argv) == ours
+    theirs = tools("load")
+    assert await resolve("registry.example/kubeai:v1", ["load"], argv) == [theirs, *argv]
+
+
+async def test_vllm_listens_on_the_pods_address(tools):
+    python = tools("python3")  # reports that it has every module
+    argv = await resolve("vllm/vllm-openai:v1", VLLM, ["--model=m"])
+    assert argv == [python, *VLLM[1:], "--model=m", f"--host={IP}"]
+
+
+async def test_a_host_argument_for_vllm_in_the_manifest_is_kept(tools):
+    tools("python3")
+    argv = await resolve("vllm/vllm-openai", VLLM, ["--host=0.0.0.0"])
+    assert argv[3:] == [f"--host={IP}"]
+
+
+async def test_vllm_in_its_own_environment_is_found_by_its_script(tools, tmp_path):
+    own = tmp_path / "tool" / "bin"
+    own.mkdir(parents=True)
+    for name in ("vllm", "python3"):
+        (own / name).write_text("#!/bin/sh\n")
+        (own / name).chmod(0o755)
+    (tmp_path / "vllm").symlink_to(own / "vllm")
+    programs._interpreters.clear()
+    try:
+        assert (await resolve("vllm/vllm-openai", VLLM))[0] == str(own / "python3")
+    finally:
+        programs._interpreters.clear()
+
+
+async def test_an_ollama_image_runs_ollama_serve(tools):
+    ollama = tools("ollama")
+    assert await resolve("ollama/ollama:0.11") == [ollama, "serve"]
+    assert programs.engine_environment("ollama/ollama:0.11", (), IP) == {
+        "OLLAMA_HOST": f"{IP}:11434"
+    }
+
+
+async def test_a_path_inside_an_image_is_looked_up_by_its_base_name(tools):
+    ollama = tools("ollama")
+    assert await programs.locate(["/no/such/ollama", "pull"], dict(os.environ)) == [ollama, "pull"]
+
+
+async def test_infinity_listens_on_the_pods_address(tools):
+    infinity = tools("infinity_emb")
+    assert await resolve("michaelf34/infinity:0.0.77", (), ["v2"]) == [infinity, "v2"]
+    assert programs.engine_environment("michaelf34/infinity", (), IP) == {"INFINITY_HOST": IP}
+
+
+async def test_faster_whisper_runs_its_uvicorn_application(tools):
+    python = tools("python3")
+    argv = await resolve("fedirz/faster-whisper-server:latest-cpu")
+    assert argv[0] == python
+    assert argv[-1] == "faster_whisper_server.main:create_app"
+    env = programs.engine_environment("fedirz/faster-whisper-server:latest-cpu", (), IP)
+    assert env == {"UVICORN_HOST": IP, "UVICORN_PORT": "8000"}
+
+
+@pytest.mark.parametrize(
+    ("image", "command", "names"),
+    [
+        ("vllm/vllm-openai", VLLM, "vllm is not installed"),
+        ("ollama/ollama", (), "ollama is not installed"),
+        ("michaelf34/infinity", (), "infinity_emb is not installed"),
+        ("fedirz/faster-whisper-server", (), "faster_whisper_server is not installed"),
+        ("x", ["my-tool"], "my-tool is not installed"),
+    ],
+)
+async def test_a_program_that_is_not_installed_is_reported_with_a_remedy(
+    tools, image, command, names
+):
+    programs._interpreters.clear()
+    with pytest.raises(PodError, match=names) as caught:
+        await resolve(image, command)
+    assert caught.value.reason == "EngineNotInstalled"
+    assert "kubeai/mock-engine" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_an_unknown_image_without_a_command_is_rejected():
+    with pytest.raises(PodError, match=r"'busybox:1' is not a known engine") as caught:
+        await resolve("busybox:1")
+    assert caught.value.reason == "UnknownImage"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.0.0.0:8000", f"{IP}:8000"),
+        ("http://0.0.0.0/x", f"http://{IP}/x"),
+        ("10.0.0.0.0", "10.0.0.0.0"),
+        ("0.0.0.0.1", "0.0.0.0.1"),
+        ("10.0.0.01", "10.0.0.01"),
+    ],
+)
+def test_only_a_complete_wildcard_address_is_replaced(text, expected):
+    assert programs.bind_to_pod(text, IP) == expected
