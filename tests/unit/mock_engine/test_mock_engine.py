@@ -22,9 +22,12 @@ import structlog
 from aiohttp import web
 
 from kubeai.mock_engine import main
-from kubeai.mock_engine.dialects import Ask, Chat, Meta, audio_seconds
+from kubeai.mock_engine.formats.base import GenerationRequest, Meta
+from kubeai.mock_engine.formats.completions import Chat
+from kubeai.mock_engine.formats.transcriptions import audio_seconds
 from kubeai.mock_engine.options import UsageError, parse
-from kubeai.mock_engine.server import Job, MockEngine, Pacer, Stream
+from kubeai.mock_engine.pacing import Job, Pacer, StreamingGroup
+from kubeai.mock_engine.server import MockEngine
 from kubeai.simulation.engine import Engine, EngineConfig
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.text import pack, reply
@@ -595,7 +598,7 @@ async def test_a_client_that_disconnects_frees_its_slot():
             await until(lambda: engine.running == 1)
             leaving.cancel()
             await until(lambda: engine.running == 0)
-        await until(lambda: served.mock.record.aborted == 2)
+        await until(lambda: served.mock.request_log.aborted == 2)
 
 
 async def test_during_the_start_up_delay_it_is_unhealthy_and_rejects_requests():
@@ -621,7 +624,7 @@ async def test_many_simultaneous_streams_all_complete(served):
         *(served.events("/v1/chat/completions", body) for _ in range(300))
     )
     assert {len(events) for events in results} == {22}
-    assert served.mock.record.total == 300
+    assert served.mock.request_log.total == 300
 
 
 async def test_an_http_1_0_client_gets_its_stream_unchunked(served):
@@ -819,12 +822,12 @@ class There(Gone):
         self.written.append(data)
 
 
-def stream_to(transport, pacer: Pacer, tokens: int) -> Stream:
+def stream_to(transport, pacer: Pacer, tokens: int) -> StreamingGroup:
     """A chat's stream of ``tokens`` tokens."""
     said = reply(b"x" * 40, limit=tokens)
-    ask = Ask("m", [b""], [], tokens, True, False)
-    dialect = Chat(Meta("chatcmpl-1", 0, "m", "r"), ask)
-    return Stream(pacer, dialect, [said], transport, chunked=True)
+    request = GenerationRequest("m", [b""], [], tokens, True, False)
+    chat = Chat(Meta("chatcmpl-1", 0, "m", "r"), request)
+    return StreamingGroup(pacer, chat, [said], transport, chunked=True)
 
 
 async def test_a_client_that_disconnects_during_a_step_does_not_delay_others():
