@@ -66,25 +66,25 @@ class Ours:
         self._average = average
         self._next_s = INTERVAL_S
 
-    def see(self, seen: Observation) -> int | None:
+    def decide(self, observation: Observation) -> int | None:
         sample = Sample(
-            active=seen.active,
-            ended=seen.ended,
-            ready=seen.ready,
-            replicas=seen.replicas,
+            active=observation.active,
+            ended=observation.ended,
+            ready=observation.ready,
+            replicas=observation.replicas,
             target_requests=self._target,
             min_replicas=0,
             max_replicas=None,
             scale_down_delay_s=DELAY_S,
         )
         first, self._average = self._average, -1.0
-        if seen.now_s < self._next_s:
-            self._core.observe({"": sample}, seen.now_s)
+        if observation.now_s < self._next_s:
+            self._core.observe({"": sample}, observation.now_s)
             if first >= 0:
                 self._core.restore({"": first})
             return None
         self._next_s += INTERVAL_S
-        return self._core.step({"": sample}, seen.now_s)[""].replicas
+        return self._core.step({"": sample}, observation.now_s)[""].replicas
 
 
 def rules(trace: Trace, fleet: Fleet) -> dict[str, Rule]:

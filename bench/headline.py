@@ -28,7 +28,7 @@ import msgspec
 from autoscaling import filled
 
 from kubeai.loadtest.report import report
-from kubeai.simulation import cluster, records, traffic
+from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.cluster import Setting
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.traffic import Conversation, Shape
@@ -147,25 +147,25 @@ H100_SHAPE = Shape(turns=1, prompt_tokens=5_000, reply_tokens=500, spread=0.0)
 # == running =======================================================================================
 
 
-def played(setting: Setting, conversations: Iterable[Conversation]) -> records.Results:
-    outcome = cluster.play(setting, conversations)
+def played(setting: Setting, conversations: Iterable[Conversation]) -> results.Results:
+    run = cluster.simulate(setting, conversations)
     described = {"simulated": True} | msgspec.to_builtins(setting)
     name = setting.name
     if setting.client_per_s:
         name += f", a client of {setting.client_per_s:g} requests a second"
-    return records.results(name, described, outcome.records, outcome.gaps)
+    return results.summarize(name, described, run.measurements, run.gaps)
 
 
-def play_headline(setting: Setting) -> records.Results:
+def play_headline(setting: Setting) -> results.Results:
     return played(setting, prompts())
 
 
-def play_study(study: tuple[Setting, Shape]) -> records.Results:
+def play_study(study: tuple[Setting, Shape]) -> results.Results:
     setting, shape = study
     return played(setting, traffic.generate(shape, SEED))
 
 
-def play_h100(concurrency: int) -> records.Results:
+def play_h100(concurrency: int) -> results.Results:
     setting = Setting(
         engines=1,
         engine=PRESETS["llama-3.3-70b-fp8-h100x2"],
@@ -176,7 +176,7 @@ def play_h100(concurrency: int) -> records.Results:
     return played(setting, traffic.generate(shape, SEED))
 
 
-def row(setting: Setting, found: records.Results) -> dict[str, Any]:
+def row(setting: Setting, found: results.Results) -> dict[str, Any]:
     summary = found.summary
     one = {
         "strategy": setting.strategy,
@@ -244,7 +244,7 @@ def study_table(rows: list[dict[str, Any]], key: str, label: str) -> list[str]:
     return lines
 
 
-def h100_table(found: list[records.Results]) -> list[str]:
+def h100_table(found: list[results.Results]) -> list[str]:
     lines = [
         "| concurrency | TTFT | published | time per token | published "
         "| output tokens/s | published |",
@@ -331,8 +331,8 @@ def main() -> int:
     (RESULTS / "headline.html").write_text(report(shown))
     page = filled(PAGE.read_text(), "headline", headline_table(rows))
     page = filled(page, "h100", h100_table(h100))
-    for name, results in tables.items():
-        page = filled(page, name, study_table(results, *LABELS[name]))
+    for name, studied in tables.items():
+        page = filled(page, name, study_table(studied, *LABELS[name]))
     PAGE.write_text(page)
     try:
         plots(rows, tables["threads"])

@@ -19,7 +19,7 @@ from autoscaling import filled
 
 from kubeai.simulation.cluster import Strategy
 from kubeai.simulation.engine import EngineConfig
-from kubeai.simulation.replicas import Play
+from kubeai.simulation.replicas import Experiment
 from kubeai.simulation.traffic import Shape
 
 SEEDS = (1, 2, 3, 4)
@@ -27,11 +27,14 @@ REPLICAS = (1, 2, 4, 8)
 FAST = EngineConfig(cache_blocks=1600, prefill_tokens_per_s=40000.0, decode_tokens_per_s=100.0)
 SLOW = Shape(prompt_tokens=600, turn_tokens=60, reply_tokens=120, think_s=2.0)
 TRAFFIC = {
-    "few": ("24 conversations, answers of 2.4 s", Play(shape=SLOW, concurrency=24)),
-    "many": ("128 conversations, answers of 2.4 s and longer", Play(shape=SLOW, concurrency=128)),
+    "few": ("24 conversations, answers of 2.4 s", Experiment(shape=SLOW, concurrency=24)),
+    "many": (
+        "128 conversations, answers of 2.4 s and longer",
+        Experiment(shape=SLOW, concurrency=128),
+    ),
     "fast": (
         "160 conversations, 500 requests a second of 0.2 s",
-        Play(
+        Experiment(
             shape=Shape(prompt_tokens=100, turn_tokens=20, reply_tokens=10, think_s=0.1),
             concurrency=160,
             engine=FAST,
@@ -47,11 +50,12 @@ VIEWS: dict[str, dict[str, bool]] = {
 }
 
 
-def cell(replicas: int, strategy: Strategy, play: Play, view: str) -> str:
+def cell(replicas: int, strategy: Strategy, experiment: Experiment, view: str) -> str:
     if replicas == 1 and view != "shared":
         return ""  # there is nobody to share it with
     played = [
-        play.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view]) for seed in SEEDS
+        experiment.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view])
+        for seed in SEEDS
     ]
     mean, p99, hit_rate = (statistics.fmean(values) for values in zip(*played, strict=True))
     return f"{mean:.2f} / {p99:.2f} / {hit_rate:.0%}"

@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 
 from kubeai.routing.table import Endpoint, Route
-from kubeai.simulation import cluster, records, traffic
+from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.cluster import Setting
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.traffic import Shape
@@ -82,7 +82,7 @@ def mock_engines(config: EngineConfig, count: int) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def gateway(setting: Setting, addresses: Sequence[str]) -> Iterator[str]:
     """The endpoint of a gateway with these engines behind it, by the names of the simulated."""
-    endpoints = tuple(map(Endpoint, cluster.pod_names(setting), addresses))
+    endpoints = tuple(map(Endpoint, setting.pod_names, addresses))
     route = Route("m", "VLLM", ("TextGeneration",), strategy=setting.strategy, endpoints=endpoints)
     spec = {"workers": 1, "routes": [msgspec.to_builtins(route)]}
     command = (sys.executable, str(FLEET), json.dumps(spec))
@@ -123,14 +123,14 @@ def real(setting: Setting, addresses: Sequence[str], shape: Shape) -> dict[str, 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        summary = records.read(path).summary
+        summary = results.read(path).summary
     after = prefixes(addresses)
     return summary | {"hit_rate": (after[1] - before[1]) / (after[0] - before[0])}
 
 
 def simulated(setting: Setting, shape: Shape) -> dict[str, Any]:
-    outcome = cluster.play(setting, traffic.generate(shape, setting.seed))
-    return records.results("", {}, outcome.records, outcome.gaps).summary
+    run = cluster.simulate(setting, traffic.generate(shape, setting.seed))
+    return results.summarize("", {}, run.measurements, run.gaps).summary
 
 
 def agree(of_real: dict[str, Any], of_simulated: dict[str, Any]) -> bool:

@@ -66,6 +66,7 @@ class Bucket:
         self._store: Store
 
     async def listed(self) -> list[RemoteFile]:
+        """The objects, smallest first; tries each kind of credentials."""
         self._store, metas = await self._first_that_may_see()
         start = len(self._prefix) + 1 if self._prefix else 0
         folders = {parent.as_posix() for meta in metas for parent in Path(meta["path"]).parents}
@@ -80,6 +81,7 @@ class Bucket:
         return sorted(files, key=lambda file: (file.size, file.path))
 
     async def fetch(self, files: list[RemoteFile], staging: Staging) -> None:
+        """Download the files in parallel parts, recording completed parts in a journal."""
         await together(self._fetch_file(file, staging) for file in files)
 
     # -- credentials -----------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Repository:
         self._revision = ""
 
     async def listed(self) -> list[RemoteFile]:
+        """The files of the current revision, smallest first."""
         disable_progress_bars()  # `kubeai load` has its own
         files = await self._call(self._list)
         if not files:
@@ -42,6 +43,7 @@ class Repository:
         return sorted(files, key=lambda file: (file.size, file.path))
 
     async def fetch(self, files: list[RemoteFile], staging: Staging) -> None:
+        """Download and verify the files; those that fail are downloaded once more."""
         bad = await self._fetch(files, staging)
         for file in bad:
             (staging.files / file.path).unlink(missing_ok=True)

@@ -107,6 +107,7 @@ class Staging:
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
+        """Delete the staging folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -10,13 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kubeai.simulation.records import Results
+from kubeai.simulation.results import Results
 
 MISSING = "–"
 MORE, LESS, NEITHER = 1, -1, 0  # which direction is better
 
 
 class Figure(NamedTuple):
+    """A row of the comparison: where its value is and which direction is better."""
+
     label: str
     path: tuple[str, ...]  # in Results.summary
     better: int = NEITHER
@@ -35,6 +37,8 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
+    """A figure's values in all runs."""
+
     label: str
     cells: list[Cell]  # one per run
 

@@ -201,7 +201,7 @@ def _turns(said: list[Message], tokens_max: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-class Traced(msgspec.Struct):
+class TraceEntry(msgspec.Struct):
     """A request of a trace, as in its line."""
 
     timestamp: float  # milliseconds
@@ -212,6 +212,7 @@ class Traced(msgspec.Struct):
     hash_ids: list[int] = []
 
     def conversation(self, at_s: float) -> Conversation:
+        """The request as a conversation of one turn that starts at ``at_s``."""
         if self.messages:
             *before, last = (
                 (str(m.get("role", "user")), str(m.get("content") or "")) for m in self.messages
@@ -224,7 +225,7 @@ class Traced(msgspec.Struct):
         return Conversation((Turn(prompt, self.output_length),), (), at_s)
 
 
-def read_trace(path: Path) -> list[Traced]:
+def read_trace(path: Path) -> list[TraceEntry]:
     """Requests ordered by time, from a file with one JSON object per line, in one of two forms.
 
     ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or, as in
@@ -238,7 +239,7 @@ def read_trace(path: Path) -> list[Traced]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    requests.append(_traced(f"{path}: line {number}", line))
+                    requests.append(_trace_entry(f"{path}: line {number}", line))
     except OSError as error:
         raise TrafficError(f"{path}: {error.strerror}") from None
     if not requests:
@@ -246,9 +247,9 @@ def read_trace(path: Path) -> list[Traced]:
     return sorted(requests, key=lambda one: one.timestamp)
 
 
-def _traced(where: str, line: bytes) -> Traced:
+def _trace_entry(where: str, line: bytes) -> TraceEntry:
     try:
-        one = msgspec.json.decode(line, type=Traced)
+        one = msgspec.json.decode(line, type=TraceEntry)
     except msgspec.DecodeError as error:
         raise TrafficError(f"{where}: {error}") from None
     if not one.messages and one.input_length < 1:
