@@ -2,13 +2,14 @@
 
     python bench/headline.py               # make bench-headline
 
-Engines like L4s with Llama 3.1 8B in FP8 behind the ring and the load table that serve requests, in
-virtual time (kubeai/simulation): the same code writes the same figures on every machine.
+Simulates L4 GPUs with Llama 3.1 8B in FP8 behind the gateway's own ring and load table, in virtual
+time (kubeai/simulation): the same code writes the same figures on every machine.
 
 - ``headline.json``: the published scenario, a row per strategy and concurrency;
 - ``headline.html``: its runs at the highest concurrency, as ``kubeai bench`` reports them;
-- ``studies.json``: where the benefit ends; the cost of replication, factor and prefix length;
-- the tables of docs/benchmarks.md, and its pictures where matplotlib is installed
+- ``studies.json``: the limits of the benefit; the effect of replication, load factor and prefix
+  length;
+- the tables of docs/benchmarks.md, and its plots if matplotlib is installed
   (``pip install -c constraints.txt -e '.[plots]'``).
 """
 
@@ -42,12 +43,13 @@ SEED = 1
 # == the published scenario ========================================================================
 
 REQUESTS = 8_000
-# The published list had 800 prompts less those that were too short, over and over in one order. A
-# count that the engines' number divides would give each prompt the same engine every time.
+# The published benchmark repeated a list of 800 prompts, without those that were too short, in a
+# fixed order. With a multiple of the number of engines, round-robin would always send a prompt to
+# the same engine.
 PROMPTS = 797
 PACED_PER_S = {800: 800.0, 1_600: 200.0, 3_200: 200.0, 8_000: 800.0}
-CLIENT_PER_S = 76.0  # what the published client sent when nothing else was slower
-# Lengths with the published means (832 tokens in, 76 out), spread as widely as ShareGPT's.
+CLIENT_PER_S = 76.0  # maximum rate of the published client
+# Lengths with the published means (832 tokens in, 76 out), with the spread of ShareGPT's.
 CHATS = Shape(
     conversations=80,
     turns=11,
@@ -58,7 +60,7 @@ CHATS = Shape(
     replies=True,
 )
 STRATEGIES = ("Service", "LeastLoad", "PrefixHash", "Oracle")
-# Mean time to the first token (ms) and tokens a second, as published by KubeAI in Go.
+# Mean time to the first token (ms) and tokens per second, as published by the Go version of KubeAI.
 PUBLISHED = {
     ("Service", 800): (1_320, 45_410),
     ("LeastLoad", 800): (817, 45_866),
@@ -76,7 +78,7 @@ PUBLISHED = {
 
 
 def prompts() -> Iterator[Conversation]:
-    """Each turn of each conversation as a request of its own, in a random order, many times."""
+    """Each turn of each conversation as an independent request, repeated in a random order."""
     pairs = list(itertools.islice(traffic.unrolled(traffic.generate(CHATS, SEED)), PROMPTS))
     random.Random(SEED).shuffle(pairs)
     return itertools.islice(itertools.cycle(pairs), REQUESTS)
@@ -91,13 +93,13 @@ def headline_settings() -> list[Setting]:
     return settings
 
 
-# == what else is asked ============================================================================
+# == studies =======================================================================================
 
-# Without time to think, a next turn would find the engine that it has just left the least loaded.
+# Without think time, LeastLoad would often send the next turn to the engine that just finished.
 TALKS = Shape(turns=10, prompt_tokens=120, turn_tokens=60, reply_tokens=80, think_s=2.0)
 THREADS = (100, 200, 400, 800, 1_600, 3_200)
-BUSY = 400  # threads of the other studies: the engines are busy, and their caches suffice
-# A first message of everybody that begins with the same 400 characters.
+BUSY = 400  # threads of the other studies: engines are busy and their caches are large enough
+# All first messages begin with the same 400 characters.
 PREAMBLE = msgspec.structs.replace(TALKS, documents=1, document_tokens=100)
 
 
@@ -139,8 +141,8 @@ STUDIES: dict[str, list[tuple[Setting, Shape]]] = {
     ],
 }
 
-# Llama 3.3 70B, FP8, on two H100s, as NVIDIA publishes it for NIM 1.8.0: requests at a time, mean
-# milliseconds to the first token and between tokens, output tokens a second.
+# Llama 3.3 70B, FP8, on two H100s, as NVIDIA publishes it for NIM 1.8.0: concurrency, mean time to
+# first token and between tokens in milliseconds, output tokens per second.
 H100 = ((1, 407, 18.6, 52), (25, 688, 38.8, 623), (50, 835, 59.7, 814), (100, 7_996, 92.9, 917))
 H100_SHAPE = Shape(turns=1, prompt_tokens=5_000, reply_tokens=500, spread=0.0)
 
@@ -199,13 +201,13 @@ def row(setting: Setting, found: results.Results) -> dict[str, Any]:
 
 
 def speed() -> float:
-    """Requests of the published scenario that one core simulates in a minute, here and now."""
+    """Requests of the published scenario that one core of this machine simulates per minute."""
     began_s = time.process_time()
     play_headline(headline_settings()[0])
     return REQUESTS / (time.process_time() - began_s) * 60
 
 
-# == what is written ===============================================================================
+# == output ========================================================================================
 
 
 def headline_table(rows: list[dict[str, Any]]) -> list[str]:

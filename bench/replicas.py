@@ -2,9 +2,9 @@
 
     python bench/replicas.py [--write docs/several-replicas.md]
 
-Plays the same conversations over 1, 2, 4 and 8 replicas of KubeAI with the ring and the load table
-that serve requests, simulated engines and virtual time: with the shared view of load, with a view
-in which others' unseen picks are not expected, and with none. The figures are the same everywhere.
+Simulates the same conversations with 1, 2, 4 and 8 replicas of KubeAI, which use the gateway's own
+ring and load table, in virtual time: with shared loads, with shared loads but without anticipating
+the other replicas' latest picks, and without sharing. The figures are the same on every machine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ VIEWS: dict[str, dict[str, bool]] = {
 
 def cell(replicas: int, strategy: Strategy, experiment: Experiment, view: str) -> str:
     if replicas == 1 and view != "shared":
-        return ""  # there is nobody to share it with
+        return ""  # no other replica to share loads with
     played = [
         experiment.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view])
         for seed in SEEDS
@@ -69,7 +69,7 @@ def rows() -> list[str]:
     strategies: tuple[Strategy, ...] = ("LeastLoad", "PrefixHash")
     for traffic, strategy, view in itertools.product(TRAFFIC, strategies, VIEWS):
         if strategy == "PrefixHash" and "expected" in VIEWS[view]:
-            continue  # keys spread: nothing is expected there
+            continue  # hash keys spread the load: nothing to anticipate
         cells = [cell(replicas, strategy, TRAFFIC[traffic][1], view) for replicas in REPLICAS]
         lines.append(f"| {traffic} | {strategy} | {view} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr)
