@@ -33,7 +33,7 @@ class EndpointError(KubeAIError):
 
 
 class Response:
-    """The outcome of a request. ``error`` is the kind of failure, "" on success.
+    """The response to a request, or its failure. ``error`` is the kind of failure, "" on success.
 
     Also the HTTP parser's protocol object. The parser binds the callbacks when it is created, so a
     stream's data goes directly to its reader.

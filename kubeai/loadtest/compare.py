@@ -88,14 +88,14 @@ def errors(runs: Sequence[Results]) -> list[Row]:
 def warnings(run: Results) -> list[str]:
     """What makes the run's results unreliable: failed requests, and its own warnings."""
     failed, requests = (run.summary.get(key) or 0 for key in ("failed", "requests"))
-    told = [printable(warning) for warning in run.warnings]
+    reported = [printable(warning) for warning in run.warnings]
     if not requests:
-        return ["no requests were measured", *told]
+        return ["no requests were measured", *reported]
     if failed == requests:
-        return [f"none of {requests:,} requests succeeded", *told]
+        return [f"none of {requests:,} requests succeeded", *reported]
     if failed:
-        return [f"{failed:,} of {requests:,} requests failed: latencies exclude them", *told]
-    return told
+        return [f"{failed:,} of {requests:,} requests failed: latencies exclude them", *reported]
+    return reported
 
 
 def table(runs: Sequence[Results]) -> str:

@@ -106,7 +106,7 @@ class StreamingGroup(SequenceGroup):
 
     Tokens are written directly to the transport: waking a task per token and stream would cost
     three times as much. The response is already prepared; ``chunked`` tells how its body is framed.
-    The handler sends the last event (``rest``) together with the end of the body.
+    The handler sends the last event (``last_event``) together with the end of the body.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class StreamingGroup(SequenceGroup):
         chunked: bool,
     ) -> None:
         super().__init__(pacer)
-        self.rest = b""
+        self.last_event = b""
         self._api = api
         self._replies = replies
         self._pieces = [[piece.encode() for piece in pieces(reply)] for reply in replies]
@@ -140,7 +140,7 @@ class StreamingGroup(SequenceGroup):
             self._opened = True
             event = self._api.opening(self.usage()) + event
         if not self.left:
-            self.rest = event
+            self.last_event = event
         elif self._transport.is_closing():
             pass  # the client disconnected; the handler is about to be cancelled
         elif self._chunked:

@@ -191,7 +191,7 @@ class MockEngine:
             raise ConnectionResetError("the client disconnected")
         stream = StreamingGroup(self._running(), api, replies, transport, chunked)
         await stream.run(jobs)
-        await response.write_eof(stream.rest + api.closing(replies, stream.usage()))
+        await response.write_eof(stream.last_event + api.closing(replies, stream.usage()))
         return response
 
     # -- embeddings, rerank, audio -----------------------------------------------------------------

@@ -227,11 +227,11 @@ class Oracle(Router):
         bound = max(2.0, self._factor * (sum(loads) + 1) / len(loads))
         within = [number for number, load in enumerate(loads) if load + 1 <= bound]
 
-        def worth(number: int) -> tuple[int, int]:
+        def rank(number: int) -> tuple[int, int]:
             found = self._engines[number].cache.match(hashes, len(hashes))
             return found, -loads[number]
 
-        return max(within or range(len(loads)), key=worth), None
+        return max(within or range(len(loads)), key=rank), None
 
 
 def _router(setting: Setting, engines: list[Engine]) -> Router:

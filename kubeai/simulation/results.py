@@ -61,8 +61,8 @@ class Measurement(msgspec.Struct, array_like=True):
     @property
     def token_s(self) -> float:
         """Mean time per output token after the first; NaN if there is only one."""
-        rest = self.output_tokens - 1
-        return (self.ended_s - self.first_s) / rest if rest > 0 else math.nan
+        later_tokens = self.output_tokens - 1
+        return (self.ended_s - self.first_s) / later_tokens if later_tokens > 0 else math.nan
 
 
 class Gaps(msgspec.Struct):
@@ -187,7 +187,7 @@ def _summary(
 
     output = sum(measurement.output_tokens for measurement in good)
     prompts = sum(max(0, measurement.prompt_tokens) for measurement in good)
-    told = [
+    reported = [
         measurement
         for measurement in good
         if measurement.cached_tokens >= 0 and measurement.prompt_tokens > 0
@@ -203,9 +203,9 @@ def _summary(
         "output_tokens_per_s": per_s(output),
         "tokens_per_s": per_s(output + prompts),
         "hit_rate": round(
-            sum(r.cached_tokens for r in told) / sum(r.prompt_tokens for r in told), 4
+            sum(r.cached_tokens for r in reported) / sum(r.prompt_tokens for r in reported), 4
         )
-        if told
+        if reported
         else None,
         "ttft_ms": _figures_ms([r.ttft_s for r in good]),
         # Measured from sending, as by clients that ignore their own delays.

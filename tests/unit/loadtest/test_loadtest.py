@@ -113,7 +113,7 @@ def test_the_cpu_cost_sums_all_processes_and_the_share_is_the_busiest_ones():
 
 @pytest.mark.parametrize("generators", [1, 2, 3])
 @pytest.mark.parametrize("load", [ClosedLoop(5), OpenLoop(Arrivals(per_s=9.0))])
-def test_several_workers_together_send_the_same_load_as_one(generators, load):
+def test_several_generators_together_send_the_same_load_as_one(generators, load):
     alone = dict(scenario(load=load).conversations())
     shares = [scenario(load=load, generator=n, generators=generators) for n in range(generators)]
     together = [pair for share in shares for pair in share.conversations()]
