@@ -1,7 +1,7 @@
 """Compare the autoscaler's rule with others on traces: the figures in docs/autoscaling.md.
 
     python bench/autoscaling.py             # docs/autoscaling/*.svg and the tables
-    python bench/autoscaling.py --check     # exit code 1 where the tables are not up to date
+    python bench/autoscaling.py --check     # exits with 1 if the tables are outdated
 
 Needs `pip install -c constraints.txt -e '.[plots]'` and takes some minutes on two cores.
 
@@ -30,10 +30,10 @@ PLOTTED_EVERY = 15  # ticks
 FLEETS = {"60 s": Fleet(), "300 s": Fleet(startup_s=300.0)}
 SLOW_TRACES = ("step", "diurnal", "cold", "clients-ramp")
 
-# Of each constant the values that it was compared with, beside the one in use.
+# Alternative values of each constant, for comparison with the one in use.
 VARIANTS: list[tuple[str, float]] = [
-    ("EARLY_S", math.inf),  # what is active is taken as it stands, whatever the overload
-    ("SHORT_INTERVALS", 10**9),  # no short average
+    ("EARLY_S", math.inf),  # no early reaction to overload
+    ("SHORT_INTERVALS", 10**9),  # no short window
     ("HOLD", 0.0),
     ("HOLD", 0.1),
     ("HOLD", 0.3),
@@ -58,7 +58,7 @@ VARIANTS: list[tuple[str, float]] = [
 
 
 class Ours:
-    """The operator's rule, shown what the operator would see."""
+    """The operator's rule, with the operator's observations."""
 
     def __init__(self, fleet: Fleet, average: float) -> None:
         self._core = Autoscaler(INTERVAL_S, WINDOW_S)
@@ -66,29 +66,29 @@ class Ours:
         self._average = average
         self._next_s = INTERVAL_S
 
-    def see(self, seen: Observation) -> int | None:
+    def decide(self, observation: Observation) -> int | None:
         sample = Sample(
-            active=seen.active,
-            ended=seen.ended,
-            ready=seen.ready,
-            replicas=seen.replicas,
+            active=observation.active,
+            ended=observation.ended,
+            ready=observation.ready,
+            replicas=observation.replicas,
             target_requests=self._target,
             min_replicas=0,
             max_replicas=None,
             scale_down_delay_s=DELAY_S,
         )
         first, self._average = self._average, -1.0
-        if seen.now_s < self._next_s:
-            self._core.observe({"": sample}, seen.now_s)
+        if observation.now_s < self._next_s:
+            self._core.observe({"": sample}, observation.now_s)
             if first >= 0:
                 self._core.restore({"": first})
             return None
         self._next_s += INTERVAL_S
-        return self._core.step({"": sample}, seen.now_s)[""].replicas
+        return self._core.step({"": sample}, observation.now_s)[""].replicas
 
 
 def rules(trace: Trace, fleet: Fleet) -> dict[str, Rule]:
-    """Every rule, as if the trace's first load had lasted for a while."""
+    """Every rule, in the steady state of the trace's initial load."""
     target = fleet.target_requests
     average = trace.offered(0.0) * target
     return {
@@ -99,7 +99,7 @@ def rules(trace: Trace, fleet: Fleet) -> dict[str, Rule]:
     }
 
 
-Played = tuple[Figures, list[Tick]]  # of the ticks, those that are plotted
+Played = tuple[Figures, list[Tick]]  # with only the plotted ticks
 
 
 def compare(job: tuple[str, str, str]) -> Played:
@@ -110,7 +110,7 @@ def compare(job: tuple[str, str, str]) -> Played:
 
 
 def vary(job: tuple[str, float, str]) -> Figures:
-    """Ours with another value of a constant."""
+    """The operator's rule with another value of a constant."""
     constant, value, name = job
     before = getattr(autoscaler, constant)
     setattr(autoscaler, constant, value)
@@ -175,7 +175,7 @@ def filled(page: str, part: str, lines: list[str]) -> str:
 
 
 def plot(name: str, runs: dict[str, list[Tick]]) -> None:
-    """Needed, wanted and ready replicas, and below how many requests wait; a column a rule."""
+    """Plot needed, desired and ready replicas, and below them the waiting requests, per rule."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -186,7 +186,7 @@ def plot(name: str, runs: dict[str, list[Tick]]) -> None:
     figure, axes = plt.subplots(
         2, len(runs), figsize=(11, 3.4), sharex=True, sharey="row", height_ratios=(3, 1)
     )
-    # A rule that is far off would flatten the others: its curve leaves the picture.
+    # Clip rules that are far off: they would flatten the others.
     top = 2.2 * max(2.0, *(tick.needed for tick in runs["KubeAI"]))
     for (rule, ticks), upper, lower in zip(runs.items(), *axes, strict=True):
         minutes = [tick.now_s / 60 for tick in ticks]
@@ -208,7 +208,7 @@ def plot(name: str, runs: dict[str, list[Tick]]) -> None:
     plt.close(figure)
 
 
-# -- all of it -------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
 def main() -> int:

@@ -3,26 +3,30 @@
     export KUBEBUILDER_ASSETS=$(tests/cluster/build.sh)
     python bench/control_plane.py [--quick] [--only wake] [--json FILE]
 
-The cluster is etcd, kube-apiserver, controller-manager, scheduler and kwok (`tests/contract/
-servers.py`), all on this machine; scheduler and controller-manager may send as much as they like.
-`kubeai serve` runs in a process of its own with one worker, and this file gives that process stop-
-watches (``--serve``); load and looking on are in this process. Parts:
+The cluster consists of etcd, kube-apiserver, controller-manager, scheduler and kwok
+(`tests/contract/servers.py`), all on this machine, without client-side rate limits for scheduler
+and controller-manager. `kubeai serve` runs in a separate process with one worker, which this file
+instruments with timers (``--serve``). The load generator and its watches run in this process.
 
-- ``wake``: one request to a Model at zero. Until its pod is seen by a watch of ours; from the
-  moment that this watch shows the pod ready (and, ``since_sent``, that we tell the API so) until
-  the engine has the request;
-- ``burst``: 50 Models of 5 replicas, sent at once, until every status says 5 ready, and beside it
-  a script that sends 250 such pods and waits until it has seen them ready, in turns. Both send
-  16 requests at a time;
-- ``leaving``: from the moment that a watch of ours shows a pod terminating or not ready any more
-  (and, ``since_sent``, that we tell the API so) until the supervisor has sent the worker a route
-  without it. Which of two watches the API tells first is chance: some times are below zero;
-- ``scale``: 1,000 Models of 10 pods: a start until synced, memory, the time of a reconcile (its
-  writes included) while pods fall and return, and while nothing changes: CPU, and every
-  write in the API's audit log;
-- ``storm``: started while the API answers each write with 409, 429 or 500: writes to one object in
-  any second, and whether the state is right after the storm;
-- ``takeover``: two replicas of KubeAI with the lease's defaults, the leading one killed or ended.
+Parts:
+
+- ``wake``: one request to a Model at zero replicas. Measures the time until the load generator's
+  watch reports the new pod, and the time from the pod being ready (as reported by that watch, or,
+  for ``since_sent``, as sent to the API) until the engine receives the request;
+- ``burst``: creates 50 Models of 5 replicas at once and waits until every status reports 5 ready
+  replicas. Alternates with a script that creates 250 such pods and waits until its watch reports
+  them ready. Both keep 16 API requests in flight;
+- ``leaving``: the time from a pod terminating or becoming unready (as reported by the load
+  generator's watch, or, for ``since_sent``, as sent to the API) until the supervisor sends the
+  worker a route without it. The API notifies the two watches in no particular order, so some times
+  are negative;
+- ``scale``: 1,000 Models of 10 pods. Measures a restart until synced, memory, the duration of a
+  reconcile (including its writes) while pods become unready and ready again, and, while nothing
+  changes, the CPU use and every write in the API's audit log;
+- ``storm``: starts while the API responds to each write with 409, 429 or 500. Measures the most
+  writes to one object in any second, and checks that the state is right after the storm;
+- ``takeover``: two replicas of KubeAI with the default lease settings; the leader is killed or
+  terminated.
 """
 
 from __future__ import annotations
@@ -71,7 +75,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "contract"))
 from servers import CONTROL_PLANE, ApiServer, assets, cluster, install_models, node
 
 PARTS = ("wake", "burst", "leaving", "scale", "storm", "takeover")
-AT_A_TIME = 16  # requests that the load has in flight
+AT_A_TIME = 16  # API requests that the load generator keeps in flight
 CALLS_PER_S = 2_000
 NODES, PODS_A_NODE = 10, 1_100
 CHANGE_INTERVAL_S = 0.02
@@ -83,7 +87,7 @@ CONFIG: dict[str, Any] = {
     "healthAddress": "127.0.0.1:0",
     "gateway": {"drainAccept": "0s"},
 }
-# Pods that no scheduler sees: the bench itself says when they are ready.
+# Pods that no scheduler handles: the benchmark itself sets them ready.
 UNSCHEDULED = {
     "modelServerPods": {
         "jsonPatches": [{"op": "add", "path": "/spec/schedulerName", "value": "nobody"}]
@@ -108,7 +112,7 @@ AUDIT = {
 class Effort:
     wakes: int
     pairs: int
-    models: int  # of burst
+    models: int  # in burst
     leaving: int
     scale: int  # Models of 10 pods
     changes_s: float
@@ -121,12 +125,14 @@ FULL = Effort(60, 5, 50, 200, 1000, 30.0, 60.0, 20.0, 3)
 QUICK = Effort(8, 1, 10, 20, 50, 4.0, 4.0, 3.0, 1)
 
 
-# -- kubeai serve, with stop-watches ---------------------------------------------------------------
+# -- kubeai serve, with timers ---------------------------------------------------------------------
 
 
-def serve_with_stopwatches() -> None:
-    """`kubeai serve`; for each line on standard input, what was measured since the last one."""
-    reconciles: list[tuple[float, float]] = []  # seconds, and those without waiting for the API
+def serve_with_timers() -> None:
+    """Run `kubeai serve`; for each line on stdin, print the measurements since the previous one."""
+    reconciles: list[
+        tuple[float, float]
+    ] = []  # duration in total, and without API calls, in seconds
     published: list[tuple[float, str, int]] = []  # CLOCK_MONOTONIC, model, endpoints
     reconcile, publish, call = Controller.reconcile, Supervisor._publish, Kube._call
     calls: ContextVar[list[tuple[float, float]]] = ContextVar("calls")  # of one reconcile
@@ -147,7 +153,7 @@ def serve_with_stopwatches() -> None:
         finally:
             calls.get([]).append((began_s, time.monotonic()))
 
-    def told(supervisor: Supervisor, model: str, route: Any) -> None:
+    def timed_publish(supervisor: Supervisor, model: str, route: Any) -> None:
         publish(supervisor, model, route)
         count = 0 if route is None else len(route.endpoints)
         published.append((time.monotonic(), model, count))
@@ -159,7 +165,7 @@ def serve_with_stopwatches() -> None:
             reconciles, published = [], []
             print(json.dumps(taken), flush=True)
 
-    Controller.reconcile, Supervisor._publish, Kube._call = timed, told, called
+    Controller.reconcile, Supervisor._publish, Kube._call = timed, timed_publish, called
     threading.Thread(target=answer, daemon=True).start()
     sys.argv = ["kubeai", "serve", "--host", "127.0.0.1", "--port", "0"]
     from kubeai.cli import main as kubeai
@@ -168,7 +174,7 @@ def serve_with_stopwatches() -> None:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The time that some spans cover together."""
+    """The total time covered by the spans, which may overlap."""
     total_s, until_s = 0.0, -math.inf
     for began_s, ended_s in sorted(spans):
         total_s += max(0.0, ended_s - max(began_s, until_s))
@@ -177,7 +183,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 class Serve:
-    """A `kubeai serve` process, and when it logged what."""
+    """A `kubeai serve` process and its log lines with their arrival times."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -195,8 +201,8 @@ class Serve:
             self._news.set()
             self._news = asyncio.Event()
 
-    async def said(self, event: str, after_s: float = 0.0) -> tuple[float, dict[str, Any]]:
-        """The first such log line, and when it came (CLOCK_MONOTONIC)."""
+    async def logged(self, event: str, after_s: float = 0.0) -> tuple[float, dict[str, Any]]:
+        """Wait for a log line; returns its arrival time (CLOCK_MONOTONIC) and its fields."""
         async with asyncio.timeout(DEADLINE_S):
             while True:
                 for at_s, entry in self.log:
@@ -207,10 +213,10 @@ class Serve:
                 await self._news.wait()
 
     async def endpoint(self) -> str:
-        return str((await self.said("serving"))[1]["endpoint"])
+        return str((await self.logged("serving"))[1]["endpoint"])
 
     async def measured(self) -> dict[str, Any]:
-        """What the stop-watches took since the last call."""
+        """The measurements since the previous call."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(b"\n")
@@ -227,20 +233,20 @@ class Serve:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# -- what the load does and sees -------------------------------------------------------------------
+# -- load generator --------------------------------------------------------------------------------
 
 
-class Eyes:
-    """What a watch of the bench's own shows of one namespace, and when it came."""
+class Observer:
+    """The load generator's own watch of one namespace, with the time of each observation."""
 
     def __init__(self, kube: Kube, labels: str = "") -> None:
-        self.pods: dict[str, float] = {}  # pod's name → first seen
+        self.pods: dict[str, float] = {}  # pod name → time first seen
         self.model_of: dict[str, str] = {}
-        self.ready: dict[str, float] = {}  # pod's name → ready since
+        self.ready: dict[str, float] = {}  # pod name → ready since
         self.leaving: set[str] = set()
-        self.fallen: dict[str, float] = {}  # pod's name → not ready any more, or terminating, since
+        self.fallen: dict[str, float] = {}  # pod name → unready or terminating since
         self.models: dict[str, Model] = {}
-        self.as_wanted: set[str] = set()  # Models whose status says what they ask for
+        self.as_wanted: set[str] = set()  # Models whose status reports all desired replicas ready
         self._news = asyncio.Event()
         follow = kube.follow
         self._tasks = [
@@ -293,8 +299,12 @@ class Eyes:
         if kind == "DELETED":
             del self.models[name]
             return
-        wanted, told = model.spec.replicas, model.status.replicas
-        if wanted is not None and told is not None and told.all == told.ready == wanted:
+        desired, reported = model.spec.replicas, model.status.replicas
+        if (
+            desired is not None
+            and reported is not None
+            and reported.all == reported.ready == desired
+        ):
             self.as_wanted.add(name)
 
     async def until(self, what: str, true: Callable[[], Any]) -> Any:
@@ -308,7 +318,7 @@ class Eyes:
                             task.result()
                 return found
         except TimeoutError:
-            raise SystemExit(f"not within {DEADLINE_S:.0f} s: {what}") from None
+            raise SystemExit(f"timed out after {DEADLINE_S:.0f} s: {what}") from None
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -317,7 +327,7 @@ class Eyes:
 
 
 async def at_a_time(jobs: Iterable[Awaitable[Any]], count: int = AT_A_TIME) -> None:
-    """All of them, ``count`` at once."""
+    """Run all jobs, ``count`` concurrently."""
     left = iter(jobs)
 
     async def some() -> None:
@@ -343,7 +353,7 @@ def manifest(name: str, annotations: dict[str, str] | None = None, **spec: Any) 
 
 
 def spread(times_s: list[float]) -> dict[str, float]:
-    """p50, p99 and worst of some times, in milliseconds."""
+    """The p50, p99 and maximum of the times, in milliseconds."""
     ordered = sorted(times_s)
     return {
         "n": len(ordered),
@@ -354,7 +364,7 @@ def spread(times_s: list[float]) -> dict[str, float]:
 
 
 class Engine(asyncio.Protocol):
-    """Answers every request with the same few words; notes when one came."""
+    """A server with a constant response that records the arrival time of each request."""
 
     came: asyncio.Queue[float]
     HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -377,7 +387,7 @@ class Engine(asyncio.Protocol):
 
 
 class Bench:
-    """What all parts measure on. One namespace a part."""
+    """The cluster that all parts use, with one namespace per part."""
 
     def __init__(self, api: ApiServer, folder: Path, effort: Effort) -> None:
         self.api = api
@@ -386,7 +396,7 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def space(self, name: str) -> AsyncIterator[Kube]:
-        """A namespace, and the bench's own connection."""
+        """Create a namespace; yields the load generator's connection to it."""
         code, answer = self.api.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         assert code == 201, answer
         kube = await Kube.connect(str(self.api.kubeconfig(self.folder / name, name)))
@@ -400,7 +410,7 @@ class Bench:
     async def serve(
         self, kube: Kube, config: dict[str, Any], identity: str = "one", url: str = ""
     ) -> AsyncIterator[Serve]:
-        """`kubeai serve`, just started. ``url``: of an API other than the cluster's own."""
+        """Start `kubeai serve`. ``url``: an API address to use instead of the cluster's."""
         file = self.folder / f"{kube.namespace}-{identity}.yaml"
         file.write_text(yaml.safe_dump(CONFIG | config))
         api = self.api._replace(url=url) if url else self.api
@@ -441,28 +451,28 @@ class Bench:
             aiohttp.ClientSession() as session,
         ):
             url = f"{await serve.endpoint()}/chat/completions"
-            await serve.said("leading")
-            eyes = Eyes(kube)
+            await serve.logged("leading")
+            observer = Observer(kube)
             for i in range(self.effort.wakes):
                 name = f"m{i}"
                 await kube.create(MODELS, manifest(name, there))
-                await eyes.until("the Model is known", lambda n=name: n in eyes.as_wanted)
+                await observer.until("the Model is known", lambda n=name: n in observer.as_wanted)
                 began_s = time.monotonic()
                 request = asyncio.create_task(chat(session, url, name))
-                (pod,) = await eyes.until(
-                    "a pod", lambda n=name: [p for p, m in eyes.model_of.items() if m == n]
+                (pod,) = await observer.until(
+                    "a pod", lambda n=name: [p for p, m in observer.model_of.items() if m == n]
                 )
-                created.append(eyes.pods[pod] - began_s)
+                created.append(observer.pods[pod] - began_s)
                 ready_s = time.monotonic()
                 await set_ready(kube, pod, True)
                 came_s = await Engine.came.get()
                 sent_on.append(came_s - ready_s)
-                seen_s = await eyes.until("it is seen", lambda p=pod: eyes.ready.get(p))
+                seen_s = await observer.until("it is seen", lambda p=pod: observer.ready.get(p))
                 seen.append(came_s - seen_s)
                 await request
                 answered.append(time.monotonic() - began_s)
                 await kube.delete(MODELS, name)
-            await eyes.close()
+            await observer.close()
         server.close()
         return {
             "created": spread(created),
@@ -475,16 +485,16 @@ class Bench:
         count, replicas = self.effort.models, 5
         ours, script = [], []
         async with self.space("burst") as kube, self.serve(kube, {}) as serve:
-            await serve.said("leading")
-            eyes = Eyes(kube)
+            await serve.logged("leading")
+            observer = Observer(kube)
             for pair in range(self.effort.pairs):
                 turns = [
-                    (ours, self._models_at_once(kube, eyes, f"m{pair}", count, replicas)),
-                    (script, self._pods_at_once(kube, eyes, f"p{pair}", count * replicas)),
+                    (ours, self._models_at_once(kube, observer, f"m{pair}", count, replicas)),
+                    (script, self._pods_at_once(kube, observer, f"p{pair}", count * replicas)),
                 ]
                 for times, turn in turns if pair % 2 else reversed(turns):
                     times.append(await turn)
-            await eyes.close()
+            await observer.close()
         return {
             "models": count,
             "replicas": replicas,
@@ -495,28 +505,30 @@ class Bench:
         }
 
     async def _models_at_once(
-        self, kube: Kube, eyes: Eyes, prefix: str, count: int, replicas: int
+        self, kube: Kube, observer: Observer, prefix: str, count: int, replicas: int
     ) -> float:
         names = [f"{prefix}-{i}" for i in range(count)]
         began_s = time.monotonic()
         await at_a_time(kube.create(MODELS, manifest(n, minReplicas=replicas)) for n in names)
-        await eyes.until("every status", lambda: eyes.as_wanted.issuperset(names))
+        await observer.until("every status", lambda: observer.as_wanted.issuperset(names))
         took_s = time.monotonic() - began_s
         await at_a_time(kube.delete(MODELS, name) for name in names)
-        await eyes.until("no pod is left", lambda: not eyes.pods)
+        await observer.until("no pod is left", lambda: not observer.pods)
         return took_s
 
-    async def _pods_at_once(self, kube: Kube, eyes: Eyes, prefix: str, count: int) -> float:
+    async def _pods_at_once(self, kube: Kube, observer: Observer, prefix: str, count: int) -> float:
         model = msgspec.convert(manifest("any"), Model)
         pod = build_pod(model, parse_config(yaml.safe_dump(CONFIG)))
-        meta = {"annotations": pod["metadata"]["annotations"]}  # no label, no owner: not ours
+        meta = {
+            "annotations": pod["metadata"]["annotations"]
+        }  # no label and no owner: KubeAI ignores them
         names = [f"{prefix}-{i}" for i in range(count)]
         began_s = time.monotonic()
         await at_a_time(kube.create(PODS, pod | {"metadata": meta | {"name": n}}) for n in names)
-        await eyes.until("every pod is ready", lambda: eyes.ready.keys() >= set(names))
+        await observer.until("every pod is ready", lambda: observer.ready.keys() >= set(names))
         took_s = time.monotonic() - began_s
         await at_a_time(kube.delete(PODS, name, grace_s=0) for name in names)
-        await eyes.until("no pod is left", lambda: not eyes.pods)
+        await observer.until("no pod is left", lambda: not observer.pods)
         return took_s
 
     async def leaving(self) -> dict[str, Any]:
@@ -524,16 +536,16 @@ class Bench:
         times: dict[str, list[float]] = {"terminating": [], "not ready": []}
         seen: dict[str, list[float]] = {kind: [] for kind in times}
         async with self.space("leaving") as kube, self.serve(kube, {}) as serve:
-            await serve.said("leading")
-            eyes = Eyes(kube)
+            await serve.logged("leading")
+            observer = Observer(kube)
             names = [f"m{i}" for i in range(count)]
             await at_a_time(kube.create(MODELS, manifest(n, minReplicas=replicas)) for n in names)
-            whole = lambda: eyes.as_wanted.issuperset(names)  # noqa: E731
-            await eyes.until("every status", whole)
+            whole = lambda: observer.as_wanted.issuperset(names)  # noqa: E731
+            await observer.until("every status", whole)
             turns = zip(range(self.effort.leaving), itertools.cycle(times), strict=False)
             for i, kind in turns:
                 name = names[i % count]
-                pod = next(p for p, m in eyes.model_of.items() if m == name)
+                pod = next(p for p, m in observer.model_of.items() if m == name)
                 await serve.measured()
                 began_s = time.monotonic()
                 if kind == "terminating":
@@ -542,15 +554,17 @@ class Bench:
                     await set_ready(kube, pod, False)
                 published_s = await first_publish(serve, name, replicas - 1)
                 times[kind].append(published_s - began_s)
-                seen_s = await eyes.until("it is seen", lambda p=pod: eyes.fallen.get(p))
+                seen_s = await observer.until("it is seen", lambda p=pod: observer.fallen.get(p))
                 seen[kind].append(published_s - seen_s)
                 if kind == "not ready":
                     await set_ready(kube, pod, True)
-                await eyes.until(
+                await observer.until(
                     "five are ready again",
-                    lambda: len(eyes.ready) == count * replicas and not eyes.leaving and whole(),
+                    lambda: (
+                        len(observer.ready) == count * replicas and not observer.leaving and whole()
+                    ),
                 )
-            await eyes.close()
+            await observer.close()
         return {
             kind: {"since_seen": spread(seen[kind]), "since_sent": spread(times[kind])}
             for kind in times
@@ -561,14 +575,14 @@ class Bench:
         found: dict[str, Any] = {"models": effort.scale, "pods": effort.scale * replicas}
         names = [f"m{i}" for i in range(effort.scale)]
         async with self.space("scale") as kube:
-            eyes = Eyes(kube)
+            observer = Observer(kube)
             async with self.serve(kube, {}) as serve:
-                await serve.said("leading")
+                await serve.logged("leading")
                 began_s = time.monotonic()
                 await at_a_time(
                     kube.create(MODELS, manifest(n, minReplicas=replicas)) for n in names
                 )
-                await eyes.until("every status", lambda: len(eyes.as_wanted) == len(names))
+                await observer.until("every status", lambda: len(observer.as_wanted) == len(names))
                 found["made_s"] = time.monotonic() - began_s
                 found["maker_mb"] = serve.resident_mb
                 serve.process.terminate()
@@ -577,30 +591,30 @@ class Bench:
             assert sum(observe(pod).ready for pod in held) == found["pods"], len(held)
             began_s = time.monotonic()
             async with self.serve(kube, {}) as serve:
-                found["synced_s"] = (await serve.said("synced"))[0] - began_s
-                found["serving_s"] = (await serve.said("serving"))[0] - began_s
-                await serve.said("leading")
+                found["synced_s"] = (await serve.logged("synced"))[0] - began_s
+                found["serving_s"] = (await serve.logged("serving"))[0] - began_s
+                await serve.logged("leading")
                 await self._quiet(serve)
                 found["at_rest_s"] = time.monotonic() - began_s
                 found["synced_mb"] = serve.resident_mb
                 found["first"] = spread([t for t, _ in (await serve.measured())["reconciles"]])
-                found |= await self._changes(kube, eyes, serve)
+                found |= await self._changes(kube, observer, serve)
                 found |= await self._idle(kube, serve)
                 found["resident_mb"] = serve.resident_mb
-            await eyes.close()
+            await observer.close()
         return found
 
     async def _quiet(self, serve: Serve) -> None:
-        """Until the supervisor has next to nothing to do."""
+        """Wait until the supervisor is nearly idle."""
         while True:
             before_s = serve.cpu_s
             await asyncio.sleep(1)
             if serve.cpu_s - before_s < 0.1:
                 return
 
-    async def _changes(self, kube: Kube, eyes: Eyes, serve: Serve) -> dict[str, Any]:
-        """Every 20 ms a pod falls, returns, or (one of 21) is deleted."""
-        pods = random.Random(1).sample(sorted(eyes.pods), len(eyes.pods))
+    async def _changes(self, kube: Kube, observer: Observer, serve: Serve) -> dict[str, Any]:
+        """Every 20 ms, set a pod unready, set it ready again, or (one time in 21) delete it."""
+        pods = random.Random(1).sample(sorted(observer.pods), len(observer.pods))
         fallen: set[str] = set()
         cpu_s, began_s = serve.cpu_s, time.monotonic()
         calls: list[float] = []
@@ -619,7 +633,7 @@ class Bench:
         cpu_s, took_s = serve.cpu_s - cpu_s, time.monotonic() - began_s
         for pod in fallen:
             await set_ready(kube, pod, True)
-        await eyes.until("all is well", lambda: len(eyes.as_wanted) == self.effort.scale)
+        await observer.until("all is well", lambda: len(observer.as_wanted) == self.effort.scale)
         reconciles = (await serve.measured())["reconciles"]
         return {
             "changes": len(calls),
@@ -633,11 +647,11 @@ class Bench:
     async def _idle(self, kube: Kube, serve: Serve) -> dict[str, Any]:
         await self._quiet(serve)
         log = self.folder / "audit.log"
-        await asyncio.sleep(events.DELAY_S + 2)  # what the changes were worth an Event is written
+        await asyncio.sleep(events.DELAY_S + 2)  # until the Events about the changes are written
         read, cpu_s, began_s = log.stat().st_size, serve.cpu_s, time.monotonic()
         await asyncio.sleep(self.effort.idle_s)
         cpu_s, took_s = serve.cpu_s - cpu_s, time.monotonic() - began_s
-        await asyncio.sleep(1)  # the log is written a moment later
+        await asyncio.sleep(1)  # the audit log is written with a delay
         writes: Counter[str] = Counter()
         with log.open("rb") as file:
             file.seek(read)
@@ -660,17 +674,17 @@ class Bench:
         names = [f"m{i}" for i in range(20)]
         async with self.space("storm") as kube, Storm(self.api).running() as storm:
             await at_a_time(kube.create(MODELS, manifest(n, minReplicas=3)) for n in names)
-            eyes = Eyes(kube)
+            observer = Observer(kube)
             storm.rages = True
             async with self.serve(kube, {}, url=storm.url) as serve:
-                await serve.said("leading")
+                await serve.logged("leading")
                 await asyncio.sleep(self.effort.storm_s)
                 storm.rages = False
                 began_s = time.monotonic()
-                await eyes.until("every status", lambda: eyes.as_wanted.issuperset(names))
+                await observer.until("every status", lambda: observer.as_wanted.issuperset(names))
                 took_s = time.monotonic() - began_s
-                right = Counter(eyes.model_of.values()) == dict.fromkeys(names, 3)
-            await eyes.close()
+                right = Counter(observer.model_of.values()) == dict.fromkeys(names, 3)
+            await observer.close()
         return {
             "storm_s": self.effort.storm_s,
             "answers": dict(storm.answers),
@@ -693,15 +707,15 @@ class Bench:
 
     async def _succeed(self, space: str, number: int) -> float:
         """Seconds from a signal to the leader until the other replica leads."""
-        patient = {"gateway": {}}  # drains as it does by default
+        patient = {"gateway": {}}  # default drain settings
         async with self.space(space) as kube, self.serve(kube, patient) as first:
-            await first.said("leading")
+            await first.logged("leading")
             async with self.serve(kube, patient, "two") as second:
-                await second.said("serving")
-                await asyncio.sleep(random.uniform(2, 4))  # anywhere between two renewals
+                await second.logged("serving")
+                await asyncio.sleep(random.uniform(2, 4))  # at a random time between two renewals
                 began_s = time.monotonic()
                 first.process.send_signal(number)
-                return (await second.said("leading"))[0] - began_s
+                return (await second.logged("leading"))[0] - began_s
 
 
 async def chat(session: aiohttp.ClientSession, url: str, model: str) -> None:
@@ -712,14 +726,14 @@ async def chat(session: aiohttp.ClientSession, url: str, model: str) -> None:
 
 
 async def set_ready(kube: Kube, pod: str, ready: bool) -> None:
-    """What a kubelet says; the other conditions stay as they are."""
+    """Set the Ready condition, as a kubelet does, and keep the other conditions."""
     condition = {"type": "Ready", "status": "True" if ready else "False"}
     patch = {"status": {"conditions": [condition]}}
     await kube.patch(PODS, pod, patch, subresource="status", kind="strategic")
 
 
 async def first_publish(serve: Serve, model: str, count: int) -> float:
-    """When the route had at most ``count`` endpoints for the first time."""
+    """The time at which the route first had at most ``count`` endpoints."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             for at_s, name, endpoints in (await serve.measured())["published"]:
@@ -728,17 +742,17 @@ async def first_publish(serve: Serve, model: str, count: int) -> float:
             await asyncio.sleep(0.005)
 
 
-# -- an API in trouble -----------------------------------------------------------------------------
+# -- failing API -----------------------------------------------------------------------------------
 
 
 class Storm:
-    """A proxy before the API that refuses each write while it rages, but for those to leases."""
+    """A proxy in front of the API that rejects all writes, except to leases, while ``rages``."""
 
     KINDS = ((409, "Conflict"), (429, "TooManyRequests"), (500, "InternalError"))
 
     def __init__(self, api: ApiServer) -> None:
         self._api = api
-        self._writes: defaultdict[str, list[float]] = defaultdict(list)  # object → when
+        self._writes: defaultdict[str, list[float]] = defaultdict(list)  # object → times
         self._random = random.Random(1)
         self.rages = False
         self.answers: Counter[int] = Counter()
@@ -763,9 +777,9 @@ class Storm:
                 await runner.cleanup()
 
     def most_a_second(self) -> tuple[int, str]:
-        """Writes to one object in any second, and to which.
+        """The most writes to one object in any second, and the object.
 
-        A status is of its Model, a create of the name that it asks for.
+        A status write counts for its Model, a create for the requested name.
         """
         return max(
             (sum(at_s <= other < at_s + 1 for other in times[i:]), name)
@@ -805,7 +819,7 @@ class Storm:
         return web.json_response(status, status=code, headers=headers)
 
 
-# -- running it ------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -850,15 +864,15 @@ def main() -> int:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve_with_stopwatches()
+        serve_with_timers()
         return 0
     if assets(*CONTROL_PLANE) is None:
-        print("KUBEBUILDER_ASSETS holds no control plane: see tests/cluster/README.md")
+        print("KUBEBUILDER_ASSETS has no control plane binaries: see tests/cluster/README.md")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the cluster
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stops the cluster
     results: dict[str, Any] = {}
     if options.only and options.json and options.json.exists():
-        results = json.loads(options.json.read_text())  # the other parts stay
+        results = json.loads(options.json.read_text())  # keep the results of other parts
     with TemporaryDirectory() as folder, running_cluster(Path(folder)) as api:
         bench = Bench(api, Path(folder), QUICK if options.quick else FULL)
         for part in PARTS:

@@ -2,19 +2,19 @@
 
     python bench/gateway_at_scale.py [--quick] [--only latency] [--json FILE]
 
-Proxies, mock engines and cores are those of ``gateway_vs_nginx.py``. Parts:
+Uses the proxies, mock engines and cores of ``gateway_vs_nginx.py``. Parts:
 
 - ``connections``: CPU per chat request with 1 to 1,024 connections in a closed loop;
-- ``latency``: p50 and p99 at one open-loop rate, half of what we answer at most (found first, with
-  128 connections that ask again when answered). Requests are due at fixed times, whether or not
-  earlier ones are answered, and latency counts from when a request was due. The load and its
-  engines are ``open_loop.c`` (gcc): one in Python was late itself, by more than what it measured.
-  Pairs of runs, nginx first in every other one; the ratio is the median over the pairs. Both
-  proxies run with SCHED_FIFO where that is allowed: what else the machine does (memory reclaim, a
-  millisecond several times a second) would be the p99 of both;
-- ``streams``: memory of the proxy's worker a stream with 9,500 open at once, each of which has
-  given its first chunk, and how long until none is counted once the clients have gone;
-- ``workers``: CPU per request of two workers relative to one, 256 connections, all on one core.
+- ``latency``: p50 and p99 at one open-loop rate, half of KubeAI's maximum throughput (measured
+  first, with 128 connections in a closed loop). Requests are due at fixed times, regardless of
+  earlier responses, and latency is measured from the due time. The load generator and its engines
+  are ``open_loop.c`` (needs gcc): a load generator in Python was itself late by more than the
+  latency it measured. Runs are in pairs, nginx first in every other pair; the ratio is the median
+  over the pairs. Both proxies run with SCHED_FIFO where permitted, since otherwise the machine's
+  other work (memory reclaim, one millisecond several times per second) determines the p99 of both;
+- ``streams``: memory of the proxy's worker per stream, with 9,500 open streams that have each
+  delivered their first chunk, and the time until none is counted after the clients disconnect;
+- ``workers``: CPU per request of two workers relative to one, with 256 connections, on one core.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ QUICK = Effort(1, 0.7, 2, 1.0, (1, 256, 1024), 2000)
 
 @contextmanager
 def open_loop(core: int, folder: Path) -> Iterator[tuple[int, Popen[str]]]:
-    """open_loop.c on a core of its own: its engines' port, and what takes its runs."""
+    """Run open_loop.c on a separate core; yields its engines' port and its process."""
     program, frames = folder / "open_loop", folder / "frames"
     source = Path(__file__).with_name("open_loop.c")
     subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", program, source], check=True)
@@ -97,20 +97,20 @@ def open_loop(core: int, folder: Path) -> Iterator[tuple[int, Popen[str]]]:
 
 
 def run_open_loop(child: Popen[str], port: int, rate: float, seconds: float) -> dict[str, float]:
-    """One run against a proxy; a rate of 0 finds out how many it answers at most."""
+    """Run once against a proxy; a rate of 0 measures its maximum throughput."""
     child.stdin.write(f"{port} {rate} {seconds}\n")
     child.stdin.flush()
-    told = child.stdout.readline()
-    if not told:
+    result = child.stdout.readline()
+    if not result:
         raise SystemExit("the open-loop load failed")
-    return json.loads(told)
+    return json.loads(result)
 
 
 # -- open streams ----------------------------------------------------------------------------------
 
 
 class Endless(asyncio.Protocol):
-    """An engine that gives a stream's first chunk and no more."""
+    """An engine that sends only the first chunk of each stream."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -143,7 +143,7 @@ class Listener(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._got:
-            raise SystemExit(f"a stream was closed on the load: {self._got[:400]!r}")
+            raise SystemExit(f"a stream was closed unexpectedly: {self._got[:400]!r}")
 
 
 async def run_endless(port: int) -> None:
@@ -155,7 +155,7 @@ async def run_endless(port: int) -> None:
 
 
 async def run_listeners(port: int, count: int) -> None:
-    """Opens the streams, says so, and closes them once standard input ends."""
+    """Open the streams, print "open", and close them at the end of stdin."""
     loop = asyncio.get_running_loop()
     requests = make_requests(SCENARIOS[1], port)
     first: asyncio.Queue[Listener] = asyncio.Queue()
@@ -170,7 +170,7 @@ async def run_listeners(port: int, count: int) -> None:
         try:
             streams.append(await asyncio.wait_for(first.get(), 20))
         except TimeoutError:
-            raise SystemExit(f"only {len(streams)} of {count} streams began") from None
+            raise SystemExit(f"only {len(streams)} of {count} streams started") from None
     print("open", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
     for stream in streams:
@@ -187,7 +187,7 @@ def resident_bytes(pid: int) -> int:
 
 
 class Bench:
-    """What all parts measure on: engines, nginx and one supervisor with one worker."""
+    """The processes that all parts use: engines, nginx, and a supervisor with one worker."""
 
     def __init__(self, effort: Effort, cores: tuple[int, int], stack: ExitStack) -> None:
         self.effort = effort
@@ -260,11 +260,11 @@ class Bench:
                 result[f"{name}_{key}"] = statistics.median(run[key] for run in made)
         for key in ("p50", "p99"):
             result[f"{key}_ratio"] = median_ratio(runs["kubeai"], runs["nginx"], f"{key}_us")
-        for name, made in runs.items():  # stalls of the machine are in the other three quarters
+        for name, made in runs.items():  # the other three quarters include the machine's stalls
             calm = statistics.quantiles((run["p99_us"] for run in made), n=4, method="inclusive")[0]
             result[f"{name}_calm_p99_us"] = calm
         result["runs"] = runs
-        print(f"latency at {rate:.0f} a second: {line(result)}", flush=True)
+        print(f"latency at {rate:.0f} per second: {line(result)}", flush=True)
         return result
 
     def streams(self) -> dict:
@@ -321,13 +321,13 @@ class Bench:
 
 
 def put_first(pid: int) -> None:
-    """Have a process run as soon as it can, whatever else the machine does; only root may."""
+    """Give a process real-time priority over all others; requires root."""
     with suppress(PermissionError):
         os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
 
 
 def median_ratio(ours: list[dict], theirs: list[dict], key: str) -> float:
-    """Each pair's own ratio: what disturbs the machine for longer than a run is in both."""
+    """The median of each pair's ratio: disturbances longer than a run affect both of a pair."""
     return statistics.median(o[key] / t[key] for o, t in zip(ours, theirs, strict=True))
 
 
@@ -371,7 +371,7 @@ def main() -> int:
         return 2
     results = {}
     if options.only and options.json and options.json.exists():
-        results = json.loads(options.json.read_text())  # the other parts stay
+        results = json.loads(options.json.read_text())  # keep the results of other parts
     with ExitStack() as stack:
         bench = Bench(QUICK if options.quick else FULL, tuple(options.cores), stack)
         for part in PARTS:

@@ -2,16 +2,16 @@
 
     python bench/gateway_vs_nginx.py [--rounds 5] [--seconds 3] [--only chat] [--json FILE]
 
-Both proxies run on one core, the load and the mock engines on another; both know four engines
-(on 127.0.0.1 to 127.0.0.4). nginx: ``proxy_pass`` with keep-alive upstream, response buffering
-off, ``client_body_buffer_size 1m``, no access log. KubeAI: the supervisor and one worker, a
-PrefixHash model, all limits and counters on; what the supervisor spends counts. Only the operator
-is not there: a script hands out the routes.
+Both proxies run on one core, the load generator and the mock engines on another. Both proxy to
+four engines (on 127.0.0.1 to 127.0.0.4). nginx uses ``proxy_pass`` with keep-alive upstream
+connections, response buffering off, ``client_body_buffer_size 1m`` and no access log. KubeAI runs
+the supervisor and one worker with a PrefixHash model and all limits and counters on; the
+supervisor's CPU is included. There is no operator: a script provides the routes.
 
-A closed loop of connections sends the same bodies to each in turn, nginx first in even rounds.
-CPU is the on-CPU time of all the proxy's processes from /proc/PID/task/*/schedstat, its share in
-the kernel from /proc/PID/stat; figures are medians over the rounds. Streams are counted by their
-chunks, so that one which is open at either end of the measurement counts for its part.
+A closed loop of connections sends the same bodies to each proxy in turn, nginx first in even
+rounds. CPU is the on-CPU time of all the proxy's processes from /proc/PID/task/*/schedstat, and the
+kernel's share is from /proc/PID/stat; figures are medians over the rounds. Streams are counted by
+their chunks, so that a stream which is open at the start or end of the measurement counts in part.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scenario:
     name: str
     unit: str
     body_bytes: int
-    engine: str  # how the mock engine answers: whole · burst · paced
+    engine: str  # the mock engine's response: whole, burst or paced
     warmup_s: float = 0.5
 
 
@@ -97,13 +97,13 @@ STREAM_END = chunk("[DONE]") + b"0\r\n\r\n"
 
 
 class Engine(asyncio.Protocol):
-    """Answers as cheaply as it can; each chunk is a write of its own, as an engine's is."""
+    """A mock engine with minimal CPU use; it writes each chunk separately, as real engines do."""
 
     def __init__(self, answer: str) -> None:
         self._answer = getattr(self, answer)
         self._loop = asyncio.get_running_loop()
         self._head = b""
-        self._left = 0  # of the body
+        self._left = 0  # bytes of the request body not yet received
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -161,7 +161,7 @@ async def run_engines(ports: dict[str, int]) -> None:
 
 
 class Client(asyncio.Protocol):
-    """One connection that asks again as soon as it is answered."""
+    """A connection that sends the next request as soon as the previous response has ended."""
 
     def __init__(self, requests: Iterator[bytes], tally: dict[str, float]) -> None:
         self._requests = requests
@@ -170,10 +170,10 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self._ask()
+        self._send_next()
 
-    def _ask(self) -> None:
-        self._left = -1  # of the answer's body; -1: its head is not here yet; -2: chunked
+    def _send_next(self) -> None:
+        self._left = -1  # bytes of the response body; -1: no complete head yet; -2: chunked
         self._transport.write(next(self._requests))
 
     def data_received(self, data: bytes) -> None:
@@ -185,7 +185,7 @@ class Client(asyncio.Protocol):
                 return
             head, self._buffer = data[:end].lower(), b""
             if not head.startswith(b"http/1.1 200"):
-                raise SystemExit(f"not an answer: {data[:400]!r}")
+                raise SystemExit(f"not a 200 response: {data[:400]!r}")
             data = data[end + 4 :]
             if b"\r\ntransfer-encoding: chunked" in head:
                 self._left = -2
@@ -203,18 +203,18 @@ class Client(asyncio.Protocol):
         if whole:
             self._buffer = b""
             self._tally["answers"] += 1
-            self._ask()
+            self._send_next()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._tally["over"]:
-            raise SystemExit(f"a connection was closed on the load: {exc}")
+            raise SystemExit(f"a connection was closed unexpectedly: {exc}")
 
 
 def make_requests(scenario: Scenario, port: int) -> list[bytes]:
     requests = []
     for conversation in range(BODIES if scenario.body_bytes < 10_000 else 16):
         text = f"Conversation {conversation}: "
-        ask = {
+        request = {
             "model": scenario.engine,
             "messages": [
                 {"role": "system", "content": "You are a helpful assistant."},
@@ -224,9 +224,9 @@ def make_requests(scenario: Scenario, port: int) -> list[bytes]:
             "max_tokens": 256,
             "stream": scenario.engine != "whole",
         }
-        missing = scenario.body_bytes - len(json.dumps(ask))
-        ask["messages"][1]["content"] += "The quick brown fox jumps. " * (missing // 27 + 1)
-        body = json.dumps(ask).encode()
+        missing = scenario.body_bytes - len(json.dumps(request))
+        request["messages"][1]["content"] += "The quick brown fox jumps. " * (missing // 27 + 1)
+        body = json.dumps(request).encode()
         requests.append(
             b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n"
             b"Content-Type: application/json\r\nAccept: application/json\r\n"
@@ -237,7 +237,7 @@ def make_requests(scenario: Scenario, port: int) -> list[bytes]:
 
 
 async def run_load(scenario: Scenario, port: int, connections: int, seconds: float) -> None:
-    """Prints a line when the measurement begins and one with what was counted when it ends."""
+    """Print a line when the measurement begins, and one with the counts when it ends."""
     loop = asyncio.get_running_loop()
     tally: dict[str, float] = {"answers": 0, "chunks": 0, "over": 0}
     requests = make_requests(scenario, port)
@@ -250,7 +250,7 @@ async def run_load(scenario: Scenario, port: int, connections: int, seconds: flo
     for i in range(connections):
         await loop.create_connection(lambda i=i: Client(some_requests(i), tally), "127.0.0.1", port)
         if scenario.engine == "paced":
-            # Spread over the pace, or all connections' chunks would come in one wake-up.
+            # Stagger the streams: otherwise all chunks would arrive in one wake-up.
             await asyncio.sleep(CHUNKS * PACE_S / connections)
     await asyncio.sleep(scenario.warmup_s)
     before = dict(tally)
@@ -268,7 +268,7 @@ async def run_load(scenario: Scenario, port: int, connections: int, seconds: flo
 
 @contextmanager
 def process(command: list[str], core: int, **options) -> Iterator:
-    """A child on one core, gone when the block ends or this program does."""
+    """Run a child on one core; it ends with the block or with this process."""
 
     def settle() -> None:
         os.sched_setaffinity(0, {core})
@@ -296,7 +296,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     end_s = time.monotonic() + START_TIMEOUT_S
     while not condition():
         if time.monotonic() > end_s:
-            raise SystemExit(f"{what}: not within {START_TIMEOUT_S} s")
+            raise SystemExit(f"{what}: timed out after {START_TIMEOUT_S} s")
         time.sleep(0.01)
 
 
@@ -344,28 +344,28 @@ def nginx_config(folder: Path, ports: dict[str, int], engines: dict[str, int]) -
 
 @contextmanager
 def nginx(core: int, engines: dict[str, int]) -> Iterator[tuple[list[int], dict[str, int]]]:
-    """nginx's processes, and the port for each kind of answer."""
+    """Run nginx; yields its process IDs and the port for each kind of response."""
     ports = {answer: free_port() for answer in ANSWERS}
     with tempfile.TemporaryDirectory() as name:
         config = Path(name, "nginx.conf")
         config.write_text(nginx_config(Path(name), ports, engines))
         with process([find_nginx(), "-p", name, "-e", "stderr", "-c", str(config)], core) as master:
             children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
-            # The sockets listen before the worker exists.
+            # The sockets are listening before the worker starts.
             wait_until(lambda: children.read_text() and all(map(accepts, ports.values())), "nginx")
             yield [master.pid, *map(int, children.read_text().split())], ports
 
 
 @dataclass
 class Kubeai:
-    """A supervisor and its workers, with routes that a script hands out."""
+    """A supervisor and its workers, with routes provided by a script."""
 
-    pids: list[int]  # the supervisor's first
+    pids: list[int]  # the supervisor is the first
     ports: dict[str, int]
     _child: subprocess.Popen
 
     def counts(self) -> dict[str, int]:
-        """The gauges of the load table that are not 0."""
+        """The nonzero gauges of the load table."""
         self._child.stdin.write("\n")
         self._child.stdin.flush()
         return json.loads(self._child.stdout.readline())
@@ -375,7 +375,7 @@ class Kubeai:
 def kubeai(
     core: int, engines: dict[str, int], mean_load_factor: int = 125, workers: int = 1
 ) -> Iterator[Kubeai]:
-    """The supervisor and its workers, as `kubeai serve` runs them, but for the operator."""
+    """Run the supervisor and its workers as `kubeai serve` does, without the operator."""
     from kubeai.routing.routes import Endpoint, Route
 
     routes = [
@@ -407,8 +407,8 @@ def kubeai(
         if not line:
             log.seek(0)
             raise SystemExit(f"kubeai did not start: {log.read().decode()[-2000:]}")
-        told = json.loads(line)
-        fleet = Kubeai(told["pids"], dict.fromkeys(ANSWERS, told["port"]), child)
+        started = json.loads(line)
+        fleet = Kubeai(started["pids"], dict.fromkeys(ANSWERS, started["port"]), child)
         yield fleet
         wait_until(lambda: not fleet.counts(), "a request is still counted")
 
@@ -440,9 +440,9 @@ def usage(pids: list[int]) -> Usage:
 
 @dataclass
 class Run:
-    us: float  # of CPU, each
+    us: float  # CPU time per request or stream
     kernel_share: float
-    rate: float  # a second
+    rate: float  # per second
 
 
 def measure(
@@ -452,12 +452,12 @@ def measure(
     command += ["--connections", str(connections), "--seconds", str(seconds)]
     with process(command, core, stdout=subprocess.PIPE, text=True) as load:
         if load.stdout.readline() != "begin\n":
-            raise SystemExit(f"{scenario.name}: the load failed")
+            raise SystemExit(f"{scenario.name}: the load generator failed")
         before = usage(pids)
         line = load.stdout.readline()
         after = usage(pids)
         if not line:
-            raise SystemExit(f"{scenario.name}: the load failed")
+            raise SystemExit(f"{scenario.name}: the load generator failed")
     counted = json.loads(line)
     streamed = scenario.engine != "whole"
     done = counted["chunks"] / CHUNKS if streamed else counted["answers"]
@@ -511,14 +511,16 @@ def summary(nginx_runs: list[Run], kubeai_runs: list[Run]) -> dict:
         **{f"{name}_us": median(run.us for run in runs) for name, runs in both.items()},
         **{f"{name}_rate": median(run.rate for run in runs) for name, runs in both.items()},
         **{f"{name}_kernel": median(run.kernel_share for run in r) for name, r in both.items()},
-        # Each round's own ratio: what disturbs the machine for longer than a run is in both.
+        # The ratio per round: disturbances longer than a run affect both runs of a round.
         "ratio": median(k.us / n.us for n, k in zip(nginx_runs, kubeai_runs, strict=True)),
         "runs": {name: [asdict(run) for run in runs] for name, runs in both.items()},
     }
 
 
 def show(results: dict[str, dict]) -> None:
-    print(f"{'µs of CPU (in the kernel), rate a second':44}{'nginx':>20}{'kubeai':>20}{'ratio':>8}")
+    print(
+        f"{'µs of CPU (kernel share), rate per second':44}{'nginx':>20}{'kubeai':>20}{'ratio':>8}"
+    )
     for scenario in SCENARIOS:
         if result := results.get(scenario.name):
             cells = (
@@ -532,16 +534,17 @@ def show(results: dict[str, dict]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each run")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument(
         "--mean-load-factor",
         type=int,
         default=125,
         metavar="PERCENT",
-        help="of KubeAI's ring; a closed loop moves, and logs, many requests at 125",
+        help="mean load factor of KubeAI's ring; at 125, a closed loop moves and logs many"
+        " requests",
     )
-    parser.add_argument("--quick", action="store_true", help="a sample: 2 rounds of a second")
+    parser.add_argument("--quick", action="store_true", help="run a sample: 2 rounds of 1 second")
     parser.add_argument("--only", action="append", choices=[s.name for s in SCENARIOS])
     parser.add_argument(
         "--cores",
@@ -571,7 +574,7 @@ def main() -> int:
         print("nginx is not installed: nothing to compare with (Debian: apt install nginx-light)")
         return 0
     if not set(options.cores) <= os.sched_getaffinity(0):
-        print(f"cores {options.cores}: not both are this process's (--cores)")
+        print(f"cores {options.cores}: this process may not run on both (--cores)")
         return 2
     if options.quick:
         options.rounds, options.seconds = 2, 1.0

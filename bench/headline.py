@@ -2,13 +2,14 @@
 
     python bench/headline.py               # make bench-headline
 
-Engines like L4s with Llama 3.1 8B in FP8 behind the ring and the load table that serve requests, in
-virtual time (kubeai/simulation): the same code writes the same figures on every machine.
+Simulates L4 GPUs with Llama 3.1 8B in FP8 behind the gateway's own ring and load table, in virtual
+time (kubeai/simulation): the same code writes the same figures on every machine.
 
 - ``headline.json``: the published scenario, a row per strategy and concurrency;
 - ``headline.html``: its runs at the highest concurrency, as ``kubeai bench`` reports them;
-- ``studies.json``: where the benefit ends; the cost of replication, factor and prefix length;
-- the tables of docs/benchmarks.md, and its pictures where matplotlib is installed
+- ``studies.json``: the limits of the benefit; the effect of replication, load factor and prefix
+  length;
+- the tables of docs/benchmarks.md, and its plots if matplotlib is installed
   (``pip install -c constraints.txt -e '.[plots]'``).
 """
 
@@ -28,7 +29,7 @@ import msgspec
 from autoscaling import filled
 
 from kubeai.loadtest.report import report
-from kubeai.simulation import cluster, records, traffic
+from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.cluster import Setting
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.traffic import Conversation, Shape
@@ -42,12 +43,13 @@ SEED = 1
 # == the published scenario ========================================================================
 
 REQUESTS = 8_000
-# The published list had 800 prompts less those that were too short, over and over in one order. A
-# count that the engines' number divides would give each prompt the same engine every time.
+# The published benchmark repeated a list of 800 prompts, without those that were too short, in a
+# fixed order. With a multiple of the number of engines, round-robin would always send a prompt to
+# the same engine.
 PROMPTS = 797
 PACED_PER_S = {800: 800.0, 1_600: 200.0, 3_200: 200.0, 8_000: 800.0}
-CLIENT_PER_S = 76.0  # what the published client sent when nothing else was slower
-# Lengths with the published means (832 tokens in, 76 out), spread as widely as ShareGPT's.
+CLIENT_PER_S = 76.0  # maximum rate of the published client
+# Lengths with the published means (832 tokens in, 76 out), with the spread of ShareGPT's.
 CHATS = Shape(
     conversations=80,
     turns=11,
@@ -58,7 +60,7 @@ CHATS = Shape(
     replies=True,
 )
 STRATEGIES = ("Service", "LeastLoad", "PrefixHash", "Oracle")
-# Mean time to the first token (ms) and tokens a second, as published by KubeAI in Go.
+# Mean time to the first token (ms) and tokens per second, as published by the Go version of KubeAI.
 PUBLISHED = {
     ("Service", 800): (1_320, 45_410),
     ("LeastLoad", 800): (817, 45_866),
@@ -76,7 +78,7 @@ PUBLISHED = {
 
 
 def prompts() -> Iterator[Conversation]:
-    """Each turn of each conversation as a request of its own, in a random order, many times."""
+    """Each turn of each conversation as an independent request, repeated in a random order."""
     pairs = list(itertools.islice(traffic.unrolled(traffic.generate(CHATS, SEED)), PROMPTS))
     random.Random(SEED).shuffle(pairs)
     return itertools.islice(itertools.cycle(pairs), REQUESTS)
@@ -91,13 +93,13 @@ def headline_settings() -> list[Setting]:
     return settings
 
 
-# == what else is asked ============================================================================
+# == studies =======================================================================================
 
-# Without time to think, a next turn would find the engine that it has just left the least loaded.
+# Without think time, LeastLoad would often send the next turn to the engine that just finished.
 TALKS = Shape(turns=10, prompt_tokens=120, turn_tokens=60, reply_tokens=80, think_s=2.0)
 THREADS = (100, 200, 400, 800, 1_600, 3_200)
-BUSY = 400  # threads of the other studies: the engines are busy, and their caches suffice
-# A first message of everybody that begins with the same 400 characters.
+BUSY = 400  # threads of the other studies: engines are busy and their caches are large enough
+# All first messages begin with the same 400 characters.
 PREAMBLE = msgspec.structs.replace(TALKS, documents=1, document_tokens=100)
 
 
@@ -139,33 +141,33 @@ STUDIES: dict[str, list[tuple[Setting, Shape]]] = {
     ],
 }
 
-# Llama 3.3 70B, FP8, on two H100s, as NVIDIA publishes it for NIM 1.8.0: requests at a time, mean
-# milliseconds to the first token and between tokens, output tokens a second.
+# Llama 3.3 70B, FP8, on two H100s, as NVIDIA publishes it for NIM 1.8.0: concurrency, mean time to
+# first token and between tokens in milliseconds, output tokens per second.
 H100 = ((1, 407, 18.6, 52), (25, 688, 38.8, 623), (50, 835, 59.7, 814), (100, 7_996, 92.9, 917))
 H100_SHAPE = Shape(turns=1, prompt_tokens=5_000, reply_tokens=500, spread=0.0)
 
 # == running =======================================================================================
 
 
-def played(setting: Setting, conversations: Iterable[Conversation]) -> records.Results:
-    outcome = cluster.play(setting, conversations)
+def played(setting: Setting, conversations: Iterable[Conversation]) -> results.Results:
+    run = cluster.simulate(setting, conversations)
     described = {"simulated": True} | msgspec.to_builtins(setting)
     name = setting.name
     if setting.client_per_s:
         name += f", a client of {setting.client_per_s:g} requests a second"
-    return records.results(name, described, outcome.records, outcome.gaps)
+    return results.summarize(name, described, run.measurements, run.gaps)
 
 
-def play_headline(setting: Setting) -> records.Results:
+def play_headline(setting: Setting) -> results.Results:
     return played(setting, prompts())
 
 
-def play_study(study: tuple[Setting, Shape]) -> records.Results:
+def play_study(study: tuple[Setting, Shape]) -> results.Results:
     setting, shape = study
     return played(setting, traffic.generate(shape, SEED))
 
 
-def play_h100(concurrency: int) -> records.Results:
+def play_h100(concurrency: int) -> results.Results:
     setting = Setting(
         engines=1,
         engine=PRESETS["llama-3.3-70b-fp8-h100x2"],
@@ -176,7 +178,7 @@ def play_h100(concurrency: int) -> records.Results:
     return played(setting, traffic.generate(shape, SEED))
 
 
-def row(setting: Setting, found: records.Results) -> dict[str, Any]:
+def row(setting: Setting, found: results.Results) -> dict[str, Any]:
     summary = found.summary
     one = {
         "strategy": setting.strategy,
@@ -199,13 +201,13 @@ def row(setting: Setting, found: records.Results) -> dict[str, Any]:
 
 
 def speed() -> float:
-    """Requests of the published scenario that one core simulates in a minute, here and now."""
+    """Requests of the published scenario that one core of this machine simulates per minute."""
     began_s = time.process_time()
     play_headline(headline_settings()[0])
     return REQUESTS / (time.process_time() - began_s) * 60
 
 
-# == what is written ===============================================================================
+# == output ========================================================================================
 
 
 def headline_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -244,7 +246,7 @@ def study_table(rows: list[dict[str, Any]], key: str, label: str) -> list[str]:
     return lines
 
 
-def h100_table(found: list[records.Results]) -> list[str]:
+def h100_table(found: list[results.Results]) -> list[str]:
     lines = [
         "| concurrency | TTFT | published | time per token | published "
         "| output tokens/s | published |",
@@ -331,8 +333,8 @@ def main() -> int:
     (RESULTS / "headline.html").write_text(report(shown))
     page = filled(PAGE.read_text(), "headline", headline_table(rows))
     page = filled(page, "h100", h100_table(h100))
-    for name, results in tables.items():
-        page = filled(page, name, study_table(results, *LABELS[name]))
+    for name, studied in tables.items():
+        page = filled(page, name, study_table(studied, *LABELS[name]))
     PAGE.write_text(page)
     try:
         plots(rows, tables["threads"])

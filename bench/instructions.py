@@ -2,10 +2,10 @@
 
     python bench/instructions.py [--against REVISION] [--json FILE]
 
-A client's connection and an engine's are driven by hand, as in ``test_gateway.py``: relay,
-exchange, routing and counting are real, sockets and event loop are not there. After a warm-up the
-instructions of some hundred requests are counted, and divided by their number; so they are by the
-library whose code they are, the interpreter's part with what the driving itself costs.
+Drives a client connection and an engine connection directly, as in ``test_gateway.py``: relay,
+exchange, routing and counting are real, but there are no sockets and no event loop. After a
+warm-up, counts the instructions of a few hundred requests and divides by their number, in total
+and per library. The interpreter's share includes the cost of driving the connections.
 
 ``--against`` builds another revision in a separate folder and counts there too; the exit status is
 1 if this tree needs over 5 % more in any scenario. Needs valgrind (Debian: apt install valgrind)
@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 0.05
 WARMUP = 50
-# Client requests are instructions that only valgrind understands; C can utter them.
+# valgrind's client requests are instruction sequences that are only available from C.
 MARKS = r"""
 #include <valgrind/callgrind.h>
 void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
@@ -39,7 +39,7 @@ void end(const char *name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTR
 
 
 def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
-    """What is counted: name → (how often, what)."""
+    """The scenarios: name → (repetitions, function)."""
     from test_gateway import CHUNK, STREAM, WHOLE, chat, ends
 
     make_ends = ends.__wrapped__ if hasattr(ends, "__wrapped__") else ends
@@ -67,12 +67,12 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
         if strategy == "PrefixHash":
             made["400 KB prompt"] = (10, lambda f=whole, r=large: f(r))
             made["stream of 64 chunks"] = (30, lambda f=stream, r=small: f(r))
-    scenarios.keep = keep  # a generator that is collected closes its connections
+    scenarios.keep = keep  # garbage-collecting a generator would close its connections
     return made
 
 
 def count_here(marks: str) -> None:
-    """The program that callgrind runs."""
+    """Run as the program under callgrind."""
     library = ctypes.CDLL(marks)
     for name, (times, act) in scenarios().items():
         for _ in range(min(WARMUP, times)):
@@ -81,23 +81,23 @@ def count_here(marks: str) -> None:
         for _ in range(times):
             act()
         library.end(f"{times} {name}".encode())
-    os._exit(0)  # what comes after is not counted, and slow
+    os._exit(0)  # interpreter shutdown is slow and not counted
 
 
 def by_library(profile: str) -> Counter[str]:
-    """Instructions by the library that they are in, of a file in callgrind's format."""
+    """Instructions per library, from a file in callgrind's format."""
     names: dict[str, str] = {}
     counts: Counter[str] = Counter()
     library, of_callee = "", False
     for line in profile.splitlines():
         if found := re.match(r"(c?)ob=(\(\d+\))(?: (.*))?", line):
             caller, number, name = found.groups()
-            if name:  # each is told once
+            if name:  # names are defined on first use
                 names[number] = Path(name).name.partition(".")[0]
             if not caller:
                 library = names[number]
         elif line.startswith("calls="):
-            of_callee = True  # the next line tells what was spent in there, which stands there too
+            of_callee = True  # the next line is the callee's cost, which is listed there too
         elif re.match(r"[\d+*-]", line):
             if not of_callee:
                 counts[library] += int(line.split()[-1])
@@ -106,7 +106,7 @@ def by_library(profile: str) -> Counter[str]:
 
 
 def count(checkout: Path, work: Path) -> dict[str, dict[str, float]]:
-    """Instructions a request, in a checkout that is built: scenario → library → count."""
+    """Instructions per request in a built checkout: scenario → library → count."""
     out = work / f"callgrind-{checkout.name}"
     marks = work / "marks.so"
     if not marks.exists():
@@ -114,7 +114,7 @@ def count(checkout: Path, work: Path) -> dict[str, dict[str, float]]:
         source.write_text(MARKS)
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", marks, source], check=True)
     command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
-    # -P: the checkout's own bench/test_gateway.py, which knows how its relay is driven.
+    # -P: use the checkout's own bench/test_gateway.py, which matches its relay.
     command += [sys.executable, "-P", __file__, "--count", str(marks)]
     environment = {
         **os.environ,
@@ -140,7 +140,7 @@ def count(checkout: Path, work: Path) -> dict[str, dict[str, float]]:
 
 
 def build(revision: str, folder: Path) -> Path:
-    """Another revision's package, compiled, in a folder."""
+    """Build another revision of the package in a folder."""
     archive = subprocess.run(
         ["git", "archive", revision, "kubeai", "bench", "setup.py", "pyproject.toml"],
         cwd=ROOT,
@@ -156,13 +156,13 @@ def build(revision: str, folder: Path) -> Path:
 
 
 def shares(libraries: dict[str, float]) -> str:
-    """Each library's part, but for those of a hundredth and less."""
+    """Each library's share, without those of 1 % or less."""
     total = sum(libraries.values())
     return ", ".join(f"{name} {n / total:.0%}" for name, n in libraries.items() if n > 0.01 * total)
 
 
 def show(here: dict[str, dict[str, float]], there: dict[str, dict[str, float]]) -> bool:
-    """Print what was counted; whether no figure is worse than it may be."""
+    """Print the counts; returns whether all are within the limit."""
     well = True
     print(f"{'instructions':24}{'before':>12}{'now':>12}{'change':>9}")
     for name, libraries in here.items():

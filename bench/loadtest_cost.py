@@ -2,11 +2,11 @@
 
     python bench/loadtest_cost.py [--streams 2000] [--chunks 400] [--json FILE]
 
-`kubeai bench run`, with one process on a core of its own, against a server that stands for 8
-engines of 250 sequences each: prepared bytes, sent to all streams of an engine at each of its
-steps, 20 a second. The figure is `client.cpu_us_per_chunk` of its results: all CPU of the process
-that sends, kernel included, over the events that it read, requests and connections in it. Fails
-when that is more than 10 µs, when a request failed, or when a chunk was not seen.
+Runs `kubeai bench run` with one process on a separate core, against a server that imitates 8
+engines of 250 sequences each: it sends prepared bytes to all streams of an engine at each step, 20
+steps per second. The figure is `client.cpu_us_per_chunk` of the results: all CPU time of the
+generator process, including the kernel's and that for requests and connections, per event read.
+Fails if that is more than 10 µs, if a request failed, or if a chunk was missed.
 
 For comparison it reports a lower bound for any client on this machine: the kernel time of a loop
 that only waits for the same streams and reads them, in the same minute and on the same core.
@@ -38,13 +38,13 @@ ENGINES = 8
 STEP_S = 0.05
 DESCRIPTORS = 20_000
 TIMEOUT_S = 300
-OTHERS = 3  # events of a stream: the role, the usage, `[DONE]`
+OTHERS = 3  # events of a stream without text: the role, the usage, `[DONE]`
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 NO_MODELS = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 
 
 def framed(*events: object) -> bytes:
-    """Events of a stream, in one chunk of HTTP."""
+    """Encode events of a stream as one HTTP chunk."""
     lines = [
         one if isinstance(one, str) else json.dumps(one, separators=(",", ":")) for one in events
     ]
@@ -53,7 +53,7 @@ def framed(*events: object) -> bytes:
 
 
 def event(delta: dict[str, str], **more: object) -> dict[str, object]:
-    """As vLLM writes it."""
+    """An event as vLLM writes it."""
     return {
         "id": "chatcmpl-5f0e8f8a8a5b4c4f9d6e2f4c1a7b3d90",
         "object": "chat.completion.chunk",
@@ -67,7 +67,7 @@ def event(delta: dict[str, str], **more: object) -> dict[str, object]:
 
 
 class Stream(asyncio.Protocol):
-    """One connection: each request on it gets a stream."""
+    """A server connection: each request gets a stream."""
 
     engines: tuple[set[Stream], ...] = tuple(set() for _ in range(ENGINES))
     numbers = itertools.count()
@@ -107,7 +107,7 @@ async def serve(chunks: int) -> None:
         while True:
             for stream in list(streams):
                 piece = first if not stream.sent else token if stream.sent <= chunks else last
-                # Not by the transport: it would cost as much as the client that is measured.
+                # Bypass the transport, which would cost as much as the measured client.
                 with suppress(OSError):
                     os.write(stream.fd, piece)
                 stream.sent += 1
@@ -126,7 +126,7 @@ async def serve(chunks: int) -> None:
 
 
 def read_bare(port: int, streams: int) -> None:
-    """Print the µs that the kernel took for a read."""
+    """Print the kernel time per read, in µs."""
     poller = select.epoll()
     connections = {}
     for _ in range(streams):
@@ -150,7 +150,7 @@ def read_bare(port: int, streams: int) -> None:
 
 
 def measure(streams: int, chunks: int) -> tuple[dict[str, Any], float]:
-    """The results of `kubeai bench`, and µs of the kernel's for a bare read."""
+    """The results of `kubeai bench`, and the kernel time of a bare read in µs."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         print("one core: the server takes its part of it", file=sys.stderr)

@@ -27,7 +27,7 @@ from fakes.partial_failure import Cluster, Report
 from kubeai.logs import setup_logging
 
 SEEDS = (1, 2, 3)
-MODES = {  # of one engine, of several
+MODES = {  # failure modes of one or more engines
     "reset": ("resets", "reset"),
     "503": ("answers 503", "answer 503"),
     "500": ("answers 500", "answer 500"),
@@ -41,7 +41,7 @@ LOADS: dict[str, Callable[[Cluster], Awaitable[Report]]] = {
 
 
 class Row:
-    """The worst of several runs."""
+    """The worst value of several runs."""
 
     def __init__(self) -> None:
         self.answered = 100.0
@@ -73,7 +73,7 @@ async def failing(endpoints: int, count: int, mode: str, load: str) -> Row:
 
 
 async def recovering(endpoints: int, mode: str, load: str) -> Row:
-    """The endpoints that failed recover, and others (but at least one of all) fail instead."""
+    """The failed endpoints recover and others fail instead; at least one always works."""
     row = Row()
     names = [f"e{number}" for number in range(endpoints)]
     subsets = [s for n in range(1, endpoints) for s in itertools.combinations(names, n)]
@@ -89,7 +89,7 @@ async def recovering(endpoints: int, mode: str, load: str) -> Row:
 
 
 async def leaving(endpoints: int) -> Row:
-    """An endpoint hangs, and leaves the routes 10 s later."""
+    """An endpoint hangs and is removed from the routes 10 s later."""
     row = Row()
     for seed in SEEDS:
         cluster = Cluster(endpoints, seed=seed)

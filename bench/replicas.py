@@ -2,9 +2,9 @@
 
     python bench/replicas.py [--write docs/several-replicas.md]
 
-Plays the same conversations over 1, 2, 4 and 8 replicas of KubeAI with the ring and the load table
-that serve requests, simulated engines and virtual time: with the shared view of load, with a view
-in which others' unseen picks are not expected, and with none. The figures are the same everywhere.
+Simulates the same conversations with 1, 2, 4 and 8 replicas of KubeAI, which use the gateway's own
+ring and load table, in virtual time: with shared loads, with shared loads but without anticipating
+the other replicas' latest picks, and without sharing. The figures are the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autoscaling import filled
 
 from kubeai.simulation.cluster import Strategy
 from kubeai.simulation.engine import EngineConfig
-from kubeai.simulation.replicas import Play
+from kubeai.simulation.replicas import Experiment
 from kubeai.simulation.traffic import Shape
 
 SEEDS = (1, 2, 3, 4)
@@ -27,11 +27,14 @@ REPLICAS = (1, 2, 4, 8)
 FAST = EngineConfig(cache_blocks=1600, prefill_tokens_per_s=40000.0, decode_tokens_per_s=100.0)
 SLOW = Shape(prompt_tokens=600, turn_tokens=60, reply_tokens=120, think_s=2.0)
 TRAFFIC = {
-    "few": ("24 conversations, answers of 2.4 s", Play(shape=SLOW, concurrency=24)),
-    "many": ("128 conversations, answers of 2.4 s and longer", Play(shape=SLOW, concurrency=128)),
+    "few": ("24 conversations, answers of 2.4 s", Experiment(shape=SLOW, concurrency=24)),
+    "many": (
+        "128 conversations, answers of 2.4 s and longer",
+        Experiment(shape=SLOW, concurrency=128),
+    ),
     "fast": (
         "160 conversations, 500 requests a second of 0.2 s",
-        Play(
+        Experiment(
             shape=Shape(prompt_tokens=100, turn_tokens=20, reply_tokens=10, think_s=0.1),
             concurrency=160,
             engine=FAST,
@@ -47,11 +50,12 @@ VIEWS: dict[str, dict[str, bool]] = {
 }
 
 
-def cell(replicas: int, strategy: Strategy, play: Play, view: str) -> str:
+def cell(replicas: int, strategy: Strategy, experiment: Experiment, view: str) -> str:
     if replicas == 1 and view != "shared":
-        return ""  # there is nobody to share it with
+        return ""  # no other replica to share loads with
     played = [
-        play.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view]) for seed in SEEDS
+        experiment.run(replicas=replicas, strategy=strategy, seed=seed, **VIEWS[view])
+        for seed in SEEDS
     ]
     mean, p99, hit_rate = (statistics.fmean(values) for values in zip(*played, strict=True))
     return f"{mean:.2f} / {p99:.2f} / {hit_rate:.0%}"
@@ -65,7 +69,7 @@ def rows() -> list[str]:
     strategies: tuple[Strategy, ...] = ("LeastLoad", "PrefixHash")
     for traffic, strategy, view in itertools.product(TRAFFIC, strategies, VIEWS):
         if strategy == "PrefixHash" and "expected" in VIEWS[view]:
-            continue  # keys spread: nothing is expected there
+            continue  # hash keys spread the load: nothing to anticipate
         cells = [cell(replicas, strategy, TRAFFIC[traffic][1], view) for replicas in REPLICAS]
         lines.append(f"| {traffic} | {strategy} | {view} | {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from what the benchmarks found.
+"""Write docs/performance.md from the benchmarks' results.
 
     python bench/report.py build/bench docs/performance.md [--only-control-plane]
 
@@ -49,7 +49,7 @@ several other programs running, the worst first request took 0.1 s, the p99 of a
 ranged from 0.8 to 2.1.
 """
 
-# What, its bar, where the figure is in control.json, the most that it may be, its unit.
+# Measure, limit as text, path in control.json, limit as number, unit.
 CONTROL_BARS = (
     (
         "first request on a cold Model → its pod is on the API, p50",
@@ -440,7 +440,7 @@ class Report:
         return f"{CONTROL_HEADING}\n\n{introduction}\n{bars}{control_notes(found)}"
 
 
-# Calls in a round of a micro-benchmark, where it is more than one.
+# Calls per round of a micro-benchmark, if more than one.
 PER_ROUND = {"test_pick_hashed_and_release": 1000, "test_pick_least_and_release": 1000}
 
 
@@ -521,7 +521,7 @@ def main() -> int:
 
 
 def with_section(text: str, section: str) -> str:
-    """``text`` with its section on the control plane replaced, or put before that on safety."""
+    """Replace the control plane section of ``text``, or insert it before the safety section."""
     old = re.compile(rf"^{CONTROL_HEADING}\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
     text = old.sub("", text)
     return text.replace("## Safety\n", section + "\n## Safety\n", 1)

@@ -4,14 +4,15 @@
     python bench/simulated_and_real.py --vllm 127.0.0.1:8801 127.0.0.1:8802 \\
         --block-tokens 32 --cache-blocks 199 --prefill-tokens-per-second 1800 --weights-s 0.062
 
-Engines behind the gateway (a worker under the real supervisor), driven by ``kubeai bench run``; and
-``kubeai.simulation.cluster`` with engines of the same figures, the same strategy and traffic. The
-engines are four mock engines, started here: then it exits 1 when a mean time to the first token of
-200 ms or more differs by more than 10 %, or a hit rate by more than 2 points. Or they are vLLM's
-servers that run already, with the model name ``m`` and the figures that are given (``--num-gpu-
-blocks-override`` is one more than ``--cache-blocks``): then it shows how near the two come.
+The real run puts engines behind the gateway (a worker under the real supervisor) and drives them
+with ``kubeai bench run``. The simulated run uses ``kubeai.simulation.cluster`` with the same engine
+parameters, strategy and traffic. By default the engines are four mock engines, started here; the
+exit status is 1 if a mean time to first token of 200 ms or more differs by more than 10 %, or a hit
+rate by more than 2 percentage points. With ``--vllm``, the engines are running vLLM servers with
+the model name ``m`` and the given parameters (``--num-gpu-blocks-override`` is one more than
+``--cache-blocks``), and the difference is only printed.
 
-Takes two minutes, most of which is waiting; figures in real time want a machine that is not busy.
+Takes two minutes, most of it waiting. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import msgspec
 
 from kubeai.routing.routes import Endpoint, Route
-from kubeai.simulation import cluster, records, traffic
+from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.cluster import Setting
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.traffic import Shape
@@ -41,9 +42,12 @@ MOCK = EngineConfig(
 )
 SHAPE = Shape(conversations=160, turns=4, prompt_tokens=600, turn_tokens=150, reply_tokens=24)
 CONCURRENCY_PER_ENGINE = 6
-# From a client to an engine through the gateway, half of it on the way back.
+# Latency from a client to an engine through the gateway, and half of it for the response.
 NETWORK_S = 0.001
-SEEDS = {"LeastLoad": 7, "PrefixHash": 8}  # engines that run already know the other one's prompts
+SEEDS = {
+    "LeastLoad": 7,
+    "PrefixHash": 8,
+}  # different, since running engines have cached the other's prompts
 TTFT_FLOOR_MS, TTFT_SHARE, HITS_POINTS = 200.0, 0.10, 2.0
 RUN_TIMEOUT_S = 300
 COLUMNS = (("ttft_ms", "mean", 0), ("ttft_ms", "p90", 0), ("token_ms", "mean", 1))
@@ -56,7 +60,7 @@ def program(*command: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        if process.stdin is not None:  # it ends with that
+        if process.stdin is not None:  # closing stdin ends the process
             process.stdin.close()
         else:
             process.terminate()
@@ -65,7 +69,7 @@ def program(*command: str, **pipes: int) -> Iterator[subprocess.Popen[str]]:
 
 @contextlib.contextmanager
 def mock_engines(config: EngineConfig, count: int) -> Iterator[list[str]]:
-    """Their addresses."""
+    """Start mock engines; yields their addresses."""
     command = (
         *(sys.executable, "-m", "kubeai", "mock-engine", "--port=0", "--served-model-name=m"),
         f"--prefill-tokens-per-second={config.prefill_tokens_per_s}",
@@ -81,8 +85,8 @@ def mock_engines(config: EngineConfig, count: int) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def gateway(setting: Setting, addresses: Sequence[str]) -> Iterator[str]:
-    """The endpoint of a gateway with these engines behind it, by the names of the simulated."""
-    endpoints = tuple(map(Endpoint, cluster.pod_names(setting), addresses))
+    """Run a gateway with these engines under the simulated pods' names; yields its URL."""
+    endpoints = tuple(map(Endpoint, setting.pod_names, addresses))
     route = Route("m", "VLLM", ("TextGeneration",), strategy=setting.strategy, endpoints=endpoints)
     spec = {"workers": 1, "routes": [msgspec.to_builtins(route)]}
     command = (sys.executable, str(FLEET), json.dumps(spec))
@@ -92,7 +96,7 @@ def gateway(setting: Setting, addresses: Sequence[str]) -> Iterator[str]:
 
 
 def prefixes(addresses: Sequence[str]) -> tuple[float, float]:
-    """Prompt tokens that the engines looked up in their caches, and found."""
+    """Prompt tokens that the engines looked up in their caches, and those found."""
     sums = {"vllm:prefix_cache_queries_total": 0.0, "vllm:prefix_cache_hits_total": 0.0}
     for address in addresses:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
@@ -123,14 +127,14 @@ def real(setting: Setting, addresses: Sequence[str], shape: Shape) -> dict[str, 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        summary = records.read(path).summary
+        summary = results.read(path).summary
     after = prefixes(addresses)
     return summary | {"hit_rate": (after[1] - before[1]) / (after[0] - before[0])}
 
 
 def simulated(setting: Setting, shape: Shape) -> dict[str, Any]:
-    outcome = cluster.play(setting, traffic.generate(shape, setting.seed))
-    return records.results("", {}, outcome.records, outcome.gaps).summary
+    run = cluster.simulate(setting, traffic.generate(shape, setting.seed))
+    return results.summarize("", {}, run.measurements, run.gaps).summary
 
 
 def agree(of_real: dict[str, Any], of_simulated: dict[str, Any]) -> bool:

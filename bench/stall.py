@@ -46,7 +46,7 @@ def long(text: bytes) -> bytes:
     return text * ((LIMIT_BYTES - 200) // len(text))
 
 
-# One that is hard in each way that there is: what makes it, and what the client is answered.
+# Worst-case bodies of each kind: how to build one, and the expected response.
 BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
     "one long prompt": (lambda: CHAT % (USER % long(b"x")), 200),
     "the same in chunks": (lambda: CHAT % (USER % long(b"x")), 200),
@@ -73,7 +73,7 @@ BODIES: dict[str, tuple[Callable[[], bytes], int]] = {
 
 
 def read_message(wire: socket.socket) -> bytes:
-    """A message of known length; its head."""
+    """The head of a message of known length."""
     got = bytearray()
     while b"\r\n\r\n" not in got:
         got += wire.recv(PIECE_BYTES)
@@ -93,7 +93,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def peer(name: str, port: int) -> None:
-    """Be the engine, whose port is told, and once for each line of stdin the client."""
+    """Run the engine, print its port, and act as a client once per line of stdin."""
     make, status = BODIES[name]
     body = make()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -120,7 +120,7 @@ def peer(name: str, port: int) -> None:
 
 
 class Heart:
-    """Wants a turn of the loop every ``BEAT_S``; ``worst_s`` is the longest it waited for one."""
+    """A task that wakes every ``BEAT_S``; ``worst_s`` is its longest delay."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -138,7 +138,7 @@ class Heart:
 
 
 async def longest_ms(name: str) -> float:
-    """The best of some rounds."""
+    """The best of several rounds."""
     world = await World.start()
     other = await asyncio.create_subprocess_exec(
         *(sys.executable, __file__, "--peer", name, "--port", str(world.port)),

@@ -1,7 +1,7 @@
 """One exchange from first byte to last, without sockets and their system calls.
 
-Rounds of 1,000 requests: the reported time divided by 1,000 is one. What a worker spends on top is
-the event loop's and the kernel's (``gateway_vs_nginx.py`` has the sum).
+Each round is 1,000 requests: divide the reported time by 1,000. A real worker also spends time in
+the event loop and the kernel (``gateway_vs_nginx.py`` measures the total).
 """
 
 import json
@@ -52,7 +52,7 @@ class Transport:
 
 @pytest.fixture(params=["LeastLoad", "PrefixHash"])
 def ends(request):
-    """What the loop calls for a client's connection, and for its engine's."""
+    """The callbacks that the event loop calls with data from the client and from the engine."""
     supervisors = LoadTable.create(8, 1)
     publisher = Publisher(supervisors)
     config = GatewayConfig()

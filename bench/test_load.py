@@ -1,6 +1,6 @@
 """The load table, from Python: counting a request, reading a row, clearing a dead worker's column.
 
-Rounds of 1,000 operations: the reported time divided by 1,000 is one.
+Each round is 1,000 operations: divide the reported time by 1,000.
 """
 
 import pytest
@@ -48,7 +48,7 @@ def test_attach(benchmark, table):
 
 
 def test_look_at_16_384_rows_for_changes(benchmark):
-    """What a supervisor does 20 times a second while a peer listens; 2 workers, 10 rows changed."""
+    """A supervisor does this 20 times per second for its peers; 2 workers, 10 changed rows."""
     table, worker = _large()
     readings = Readings(table)
     readings.changed()
@@ -63,7 +63,7 @@ def test_look_at_16_384_rows_for_changes(benchmark):
 
 
 def test_settle_16_384_rows(benchmark):
-    """What a supervisor does 80 times a second while it has peers."""
+    """A supervisor does this 80 times per second while it has peers."""
     table, _ = _large()
     benchmark.pedantic(table.settle, rounds=100, warmup_rounds=1)
 

@@ -1,7 +1,7 @@
-"""The ring, from Python: picks, lookups, and what a change costs.
+"""The ring, from Python: picks, lookups, and the cost of a change.
 
-A pick's benchmark runs 1,000 of them a round, so the reported time divided by 1,000 is one pick
-with its release and the loop around it (about 10 ns). The bars, at 1,000 endpoints × 256 virtual
+Each round of a pick benchmark is 1,000 picks: the reported time divided by 1,000 is one pick with
+its release and the loop overhead (about 10 ns). The limits, at 1,000 endpoints × 256 virtual
 nodes: pick and release ≤ 300 ns, LeastLoad ≤ 1 µs, build ≤ 60 ms, add or remove one ≤ 1 ms.
 """
 
@@ -20,13 +20,13 @@ def ring(request, make_ring):
 
 @pytest.fixture(params=["idle", "loaded"])
 def held(request, ring, keys):
-    """Twenty requests an endpoint already in flight, or none."""
+    """Start with twenty requests per endpoint in flight, or with none."""
     times = 20 * len(ring) if request.param == "loaded" else 0
     return [ring.pick_hashed(key) for key in itertools.islice(itertools.cycle(keys), times)]
 
 
 def each_of(keys):
-    """A new thousand keys a round, so that no round finds its places in the cache."""
+    """Use 1,000 new keys in each round, so that no round benefits from the CPU cache."""
     starts = itertools.cycle(range(0, len(keys), PICKS))
 
     def setup():
@@ -80,7 +80,7 @@ def test_build(benchmark, make_ring):
 
 
 def test_add_and_remove_one(benchmark, make_ring):
-    """Both changes, each with the merge that the next lookup does: half of this is one."""
+    """An add and a remove, each with the merge in the next lookup: one is half of this."""
     ring = make_ring(1000, 256)
     name = ring.names()[500]
 

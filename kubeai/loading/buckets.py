@@ -22,7 +22,7 @@ from kubeai.loading.files import (
     LoadError,
     RemoteFile,
     digest,
-    is_genuine,
+    matches_source,
     together,
     write_out,
 )
@@ -65,8 +65,9 @@ class Bucket:
         self._etags_are_digests = True
         self._store: Store
 
-    async def listed(self) -> list[RemoteFile]:
-        self._store, metas = await self._first_that_may_see()
+    async def list_files(self) -> list[RemoteFile]:
+        """The objects, smallest first; tries each kind of credentials."""
+        self._store, metas = await self._open_and_list()
         start = len(self._prefix) + 1 if self._prefix else 0
         folders = {parent.as_posix() for meta in metas for parent in Path(meta["path"]).parents}
         files = [
@@ -80,11 +81,12 @@ class Bucket:
         return sorted(files, key=lambda file: (file.size, file.path))
 
     async def fetch(self, files: list[RemoteFile], staging: Staging) -> None:
+        """Download the files in parallel parts, recording completed parts in a journal."""
         await together(self._fetch_file(file, staging) for file in files)
 
     # -- credentials -----------------------------------------------------------------------------
 
-    async def _first_that_may_see(self) -> tuple[Store, list[Any]]:
+    async def _open_and_list(self) -> tuple[Store, list[Any]]:
         """Without credentials in the environment: anonymous access, then the node's identity."""
         refused: LoadError | None = None
         for open_store in await self._stores():
@@ -201,7 +203,7 @@ class Bucket:
     async def _is_good(self, file: RemoteFile, path: Path) -> bool:
         if not self._etags_are_digests:
             return True
-        return await asyncio.to_thread(is_genuine, file, path) is not False
+        return await asyncio.to_thread(matches_source, file, path) is not False
 
     async def _fetch_parts(self, file: RemoteFile, path: Path, journal: Path) -> None:
         """Download the parts that are not in the journal."""
@@ -265,13 +267,13 @@ def _region_of(bucket: str) -> str:
     """The region of an S3 bucket, which S3 returns without authentication."""
     request = urllib.request.Request(f"https://{bucket}.s3.amazonaws.com/", method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=REGION_TIMEOUT_S) as answer:
-            said = answer.headers["x-amz-bucket-region"]
-    except urllib.error.HTTPError as refused:
-        said = refused.headers["x-amz-bucket-region"]
+        with urllib.request.urlopen(request, timeout=REGION_TIMEOUT_S) as response:
+            region = response.headers["x-amz-bucket-region"]
+    except urllib.error.HTTPError as error:
+        region = error.headers["x-amz-bucket-region"]
     except OSError:
-        said = None  # the load itself will report the problem
-    return said or "us-east-1"
+        region = None  # the load itself will report the problem
+    return region or "us-east-1"
 
 
 def _write_part(path: Path, start: int, data: Any, journal: Path, part: int) -> None:

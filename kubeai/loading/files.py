@@ -35,13 +35,13 @@ class RemoteFile(msgspec.Struct, frozen=True):
 
 
 def check_paths(url: str, files: list[RemoteFile]) -> None:
-    """LoadError for a path that would leave the target folder."""
+    """LoadError for a path that would leave the destination folder."""
     for file in files:
         if {"", ".", ".."} & set(file.path.split("/")) or "\0" in file.path:
             raise LoadError(f"{url}: contains an invalid path: {file.path!r}")
 
 
-def is_genuine(file: RemoteFile, path: Path) -> bool | None:
+def matches_source(file: RemoteFile, path: Path) -> bool | None:
     """Whether a file matches the source; None if the source's metadata cannot tell."""
     if path.stat().st_size != file.size:
         return False

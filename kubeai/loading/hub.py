@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from kubeai.loading.files import LoadError, RemoteFile, is_genuine, together, write_out
+from kubeai.loading.files import LoadError, RemoteFile, matches_source, together, write_out
 from kubeai.loading.staging import Staging
 
 CHECKS_AT_A_TIME = 4
@@ -34,7 +34,8 @@ class Repository:
         self._api = HfApi(token=os.environ.get("HF_TOKEN") or None)
         self._revision = ""
 
-    async def listed(self) -> list[RemoteFile]:
+    async def list_files(self) -> list[RemoteFile]:
+        """The files of the current revision, smallest first."""
         disable_progress_bars()  # `kubeai load` has its own
         files = await self._call(self._list)
         if not files:
@@ -42,6 +43,7 @@ class Repository:
         return sorted(files, key=lambda file: (file.size, file.path))
 
     async def fetch(self, files: list[RemoteFile], staging: Staging) -> None:
+        """Download and verify the files; those that fail are downloaded once more."""
         bad = await self._fetch(files, staging)
         for file in bad:
             (staging.files / file.path).unlink(missing_ok=True)
@@ -70,7 +72,10 @@ class Repository:
         async def check(file: RemoteFile) -> None:
             path = staging.files / file.path
             async with at_a_time:
-                if not path.exists() or await asyncio.to_thread(is_genuine, file, path) is False:
+                if (
+                    not path.exists()
+                    or await asyncio.to_thread(matches_source, file, path) is False
+                ):
                     bad.append(file)
                 else:
                     await asyncio.to_thread(write_out, path)

@@ -24,7 +24,7 @@ SCHEMES = ("hf", "s3", "gs", "oss")
 class Source(Protocol):
     """A source of files."""
 
-    async def listed(self) -> list[RemoteFile]:
+    async def list_files(self) -> list[RemoteFile]:
         """All files; LoadError if there are none or access is denied."""
         ...
 
@@ -33,11 +33,11 @@ class Source(Protocol):
         ...
 
 
-async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
-    """Make the folder ``target`` contain exactly the files of ``url``.
+async def load(url: str, destination: Path, *, parallel: int = PARALLEL) -> None:
+    """Make the folder ``destination`` contain exactly the files of ``url``.
 
     Prints progress to stderr. LoadError on failure; downloaded data is kept, so that the next call
-    resumes. While it runs, ``target`` is unchanged.
+    resumes. While it runs, ``destination`` is unchanged.
     """
     url = url.rstrip("/")
     if url.partition("://")[0] not in SCHEMES:
@@ -45,13 +45,13 @@ async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
     # One thread per part in flight, and as many for other blocking calls.
     threads = ThreadPoolExecutor(max_workers=2 * parallel)
     asyncio.get_running_loop().set_default_executor(threads)
-    with staged(url, target) as staging:
+    with staged(url, destination) as staging:
         source = _source(url, parallel, staging)
-        files = await source.listed()
+        files = await source.list_files()
         check_paths(url, files)
         size = sum(file.size for file in files)
         if staging.is_in_place(files):
-            _say(f"{target} already contains {url}: {len(files)} files, {size / 1e9:.2f} GB")
+            _print(f"{destination} already contains {url}: {len(files)} files, {size / 1e9:.2f} GB")
             staging.remove()
             return
         staging.prepare(files)
@@ -60,8 +60,8 @@ async def load(url: str, target: Path, *, parallel: int = PARALLEL) -> None:
             await source.fetch(files, staging)
         staging.finish(files)
         took_s = time.monotonic() - began_s
-        _say(
-            f"{target} now contains {url}: {len(files)} files, {size / 1e9:.2f} GB "
+        _print(
+            f"{destination} now contains {url}: {len(files)} files, {size / 1e9:.2f} GB "
             f"in {took_s:.1f} s"
         )
 
@@ -85,7 +85,7 @@ def _source(url: str, parallel: int, staging: Staging) -> Source:
 
 @contextlib.asynccontextmanager
 async def _progress(staging: Staging, size: int) -> AsyncIterator[None]:
-    task = asyncio.create_task(_tell(staging, size))
+    task = asyncio.create_task(_print_progress(staging, size))
     try:
         yield
     finally:
@@ -93,17 +93,17 @@ async def _progress(staging: Staging, size: int) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _tell(staging: Staging, size: int) -> None:
+async def _print_progress(staging: Staging, size: int) -> None:
     began_s, had = time.monotonic(), await asyncio.to_thread(staging.held_bytes)
     if had:
-        _say(f"resuming with {had / 1e9:.2f} GB from an earlier attempt")
+        _print(f"resuming with {had / 1e9:.2f} GB from an earlier attempt")
     while True:
         await asyncio.sleep(PROGRESS_INTERVAL_S)
         held = min(size, await asyncio.to_thread(staging.held_bytes))
         per_s = (held - had) / (time.monotonic() - began_s)
         left = f", {(size - held) / per_s:.0f} s left" if per_s > 0 else ""
-        _say(f"{held / 1e9:.2f} of {size / 1e9:.2f} GB, {per_s / 1e6:.0f} MB/s{left}")
+        _print(f"{held / 1e9:.2f} of {size / 1e9:.2f} GB, {per_s / 1e6:.0f} MB/s{left}")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

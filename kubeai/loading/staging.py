@@ -1,9 +1,9 @@
-"""The staging folder of a load, which replaces the target with a single rename.
+"""The staging folder of a load, which replaces the destination with a single rename.
 
 For ``/models/m`` it is ``/models/.m.kubeai-load``; it holds a lock, the state of partial files, and
-the files. A volume's root cannot be renamed: there the staging folder is inside the target, and the
-files are moved one by one when all are complete. In both cases `MARK`, which records what was
-loaded, appears last: a folder without it is considered incomplete.
+the files. A volume's root cannot be renamed: there the staging folder is inside the destination,
+and the files are moved one by one when all are complete. In both cases `MARK`, which records what
+was loaded, appears last: a folder without it is considered incomplete.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class _Mark(msgspec.Struct):
 class Staging:
     """One load's staging folder; created by :func:`staged`."""
 
-    def __init__(self, url: str, target: Path, folder: Path) -> None:
+    def __init__(self, url: str, destination: Path, folder: Path) -> None:
         self.folder = folder
         self.files = folder / "files"
         self.parts = folder / "parts"  # the state of partial files
-        self._url, self._target = url, target
-        self._inside = folder.parent == target
+        self._url, self._destination = url, destination
+        self._inside = folder.parent == destination
 
     def is_in_place(self, files: list[RemoteFile]) -> bool:
-        """Whether the target already contains exactly these files."""
-        mark = _read_mark(self._target)
+        """Whether the destination already contains exactly these files."""
+        mark = _read_mark(self._destination)
         return mark == _Mark(self._url, files) and all(
-            _size(self._target / file.path) == file.size for file in files
+            _size(self._destination / file.path) == file.size for file in files
         )
 
     def prepare(self, files: list[RemoteFile]) -> None:
@@ -74,23 +74,23 @@ class Staging:
         return held
 
     def finish(self, files: list[RemoteFile]) -> None:
-        """Replace the target with the files."""
+        """Replace the destination with the files."""
         shutil.rmtree(self.files / HUB_FOLDER, ignore_errors=True)
         with contextlib.suppress(OSError):  # missing, or contains files of the source
             (self.files / HUB_FOLDER).parent.rmdir()
         mark = _Mark(self._url, files)
         if self._inside:
-            (self._target / MARK).unlink(missing_ok=True)
+            (self._destination / MARK).unlink(missing_ok=True)
             for entry in sorted(self.files.iterdir()):
-                _replace(entry, self._target / entry.name)
-            _write_mark(self._target, mark)
+                _replace(entry, self._destination / entry.name)
+            _write_mark(self._destination, mark)
             self.remove()
             return
         _write_mark(self.files, mark)
         for directory, _, _ in os.walk(self.files):
             write_out(Path(directory))
-        _replace(self.files, self._target)
-        write_out(self._target.parent)
+        _replace(self.files, self._destination)
+        write_out(self._destination.parent)
         self.remove()
 
     def _check_space(self, files: list[RemoteFile]) -> None:
@@ -98,7 +98,7 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         if needed + SPARE_BYTES > free:
             raise LoadError(
-                f"{self._target}: not enough space: needs {needed / 1e9:.2f} GB more, "
+                f"{self._destination}: not enough space: needs {needed / 1e9:.2f} GB more, "
                 f"{free / 1e9:.2f} GB are free"
             )
 
@@ -107,56 +107,61 @@ class Staging:
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
+        """Delete the staging folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def staged(url: str, target: Path) -> Iterator[Staging]:
-    """Lock the staging folder of ``target``; LoadError if it is locked, or on disk errors."""
-    target = target.absolute()
+def staged(url: str, destination: Path) -> Iterator[Staging]:
+    """Lock the staging folder of ``destination``; LoadError if it is locked, or on disk errors."""
+    destination = destination.absolute()
     try:
-        folder = _staging_folder(target)
+        folder = _staging_folder(destination)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise LoadError(f"{target}: another load into this folder is running") from None
-            yield Staging(url, target, folder)
+                raise LoadError(
+                    f"{destination}: another load into this folder is running"
+                ) from None
+            yield Staging(url, destination, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LoadError(f"{target}: no space left on device") from error
-        where = error.filename or target
+            raise LoadError(f"{destination}: no space left on device") from error
+        where = error.filename or destination
         raise LoadError(f"{where}: {error.strerror or error}") from error
 
 
-def _staging_folder(target: Path) -> Path:
-    if target.exists() and not target.is_dir():
-        raise LoadError(f"{target}: is not a folder")
-    if target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK)):
-        return target / ".kubeai-load"
-    return Path(staging_directory(str(target)))
+def _staging_folder(destination: Path) -> Path:
+    if destination.exists() and not destination.is_dir():
+        raise LoadError(f"{destination}: is not a folder")
+    if destination.is_dir() and (
+        _is_mount(destination) or not os.access(destination.parent, os.W_OK)
+    ):
+        return destination / ".kubeai-load"
+    return Path(staging_directory(str(destination)))
 
 
-def _is_mount(target: Path) -> bool:
+def _is_mount(destination: Path) -> bool:
     """Whether it is a mount point. Unlike os.path.ismount, recognises bind mounts."""
     with contextlib.suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-        escaped = str(target).replace("\\", "\\134").replace(" ", "\\040")
+        escaped = str(destination).replace("\\", "\\134").replace(" ", "\\040")
         return any(line.split(" ")[4] == escaped for line in mounts)
-    return os.path.ismount(target)
+    return os.path.ismount(destination)
 
 
-def _replace(source: Path, target: Path) -> None:
+def _replace(source: Path, destination: Path) -> None:
     """Rename, even onto a non-empty folder."""
-    if target.is_dir() and not target.is_symlink():
-        old = target.parent / f".{target.name}.old"
+    if destination.is_dir() and not destination.is_symlink():
+        old = destination.parent / f".{destination.name}.old"
         shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        source.rename(target)
+        destination.rename(old)
+        source.rename(destination)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        source.replace(target)
+        source.replace(destination)
 
 
 def _read_mark(folder: Path) -> _Mark | None:

@@ -32,15 +32,15 @@ class EndpointError(KubeAIError):
     """An endpoint cannot be used: its URL is invalid, or it does not respond as expected."""
 
 
-class Answer:
-    """The outcome of a request. ``error`` is the kind of failure, "" on success.
+class Response:
+    """The response to a request, or its failure. ``error`` is the kind of failure, "" on success.
 
     Also the HTTP parser's protocol object. The parser binds the callbacks when it is created, so a
     stream's data goes directly to its reader.
     """
 
     __slots__ = (
-        *("body", "ended_s", "endpoint", "error", "reader", "said", "status"),
+        *("body", "ended_s", "endpoint", "error", "reader", "error_message", "status"),
         *("_chunked", "_connection", "_ended", "_endpoint_header", "_framed", "_parser", "_parts"),
         "on_body",
     )
@@ -49,7 +49,7 @@ class Answer:
         self.reader = reader  # for a stream; None collects the whole response in `body`
         self.status = 0
         self.error = ""
-        self.said = ""  # the endpoint's message about a failure
+        self.error_message = ""  # the endpoint's message about a failure
         self.body = b""
         self.endpoint = ""  # the endpoint that responded
         self.ended_s = 0.0
@@ -69,7 +69,7 @@ class Answer:
         self._connection = connection
         self._parser = httptools.HttpResponseParser(self)
         self._ended = asyncio.get_running_loop().create_future()
-        self.error = self.said = ""
+        self.error = self.error_message = ""
         self.ended_s = 0.0
         feed: Callable[[bytes], None] = self._parser.feed_data
         return feed
@@ -79,7 +79,7 @@ class Answer:
         assert self._ended is not None
         await self._ended
 
-    def lose(self, exc: Exception | None) -> None:
+    def on_connection_lost(self, exc: Exception | None) -> None:
         """Handle the loss of the connection."""
         if not self.status:
             self.end(LOST_UNANSWERED)
@@ -91,11 +91,11 @@ class Answer:
         else:
             self.end("cut")
 
-    def end(self, error: str, said: str = "") -> None:
+    def end(self, error: str, error_message: str = "") -> None:
         """Finish with this result; later calls have no effect."""
         if self._connection is None or self._ended is None:
             return
-        self.error, self.said, self.ended_s = error, said, monotonic()
+        self.error, self.error_message, self.ended_s = error, error_message, monotonic()
         self._connection.ended(reusable=self._parser.should_keep_alive())
         self.forget()
         if not self._ended.done():
@@ -108,6 +108,7 @@ class Answer:
     # -- parser callbacks --------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Note the body's framing and the endpoint."""
         name = name.lower()
         if name in (b"content-length", b"transfer-encoding"):
             self._framed = True
@@ -116,6 +117,7 @@ class Answer:
             self.endpoint = value.decode(errors="replace")
 
     def on_headers_complete(self) -> None:
+        """Note the status; hand a chunked stream to the poller."""
         if self._parser is None:  # an unsolicited response
             return
         self.status = self._parser.get_status_code()
@@ -127,21 +129,24 @@ class Answer:
             self._connection.poll(self.reader)
 
     def on_chunk_header(self) -> None:
+        """A chunk begins: the poller must not skip its bytes."""
         if self.reader is not None:
             self.reader.between_chunks = False
 
     def on_chunk_complete(self) -> None:
+        """A chunk has ended: the poller may skip whole chunks."""
         if self.reader is not None:
             self.reader.between_chunks = True
 
     def on_message_complete(self) -> None:
+        """Finish, unless the response was only informational (1xx)."""
         if self.status < 200:  # 100 Continue and the like
             self._framed = self._chunked = False
             return
         reader = self.reader
         self.body = b"".join(self._parts) if reader is None else reader.body
         if self.status >= 300:
-            self.end(f"status {self.status}", _words(self.body))
+            self.end(f"status {self.status}", _one_line(self.body))
         elif reader is None:
             self.end("")
         else:
@@ -173,7 +178,7 @@ class Address:
 
 
 class Client:
-    """Connections to one endpoint. Call `find` before the first request and `close` at the end.
+    """Connections to one endpoint. Call `resolve` before the first request and `close` at the end.
 
     ``headers`` are added to every request. ``endpoint_header`` names the response header that
     identifies the endpoint.
@@ -195,8 +200,8 @@ class Client:
         self.poller: Poller | None = None  # None with TLS
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if address.tls else None
-        self._places: Sequence[tuple[Any, ...]] = ()
-        self._next_place = itertools.count()
+        self._addresses: Sequence[tuple[Any, ...]] = ()
+        self._next_address = itertools.count()
         given = {name.lower() for name, _ in headers}
         defaults = {"Host": address.authority, "User-Agent": "kubeai-bench", "Accept": "*/*"}
         lines = [f"{name}: {value}" for name, value in headers]
@@ -205,13 +210,13 @@ class Client:
         ]
         self._head = "".join(f"{line}\r\n" for line in lines).encode()
 
-    async def find(self) -> None:
+    async def resolve(self) -> None:
         """Resolve the name once and keep the addresses that accept a connection.
 
         EndpointError if none does.
         """
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(_tell)
+        loop.set_exception_handler(_handle_exception)
         if not self.address.tls:
             self.poller = Poller()
             loop.add_reader(self.poller.fd, self.poller.run)
@@ -220,20 +225,20 @@ class Client:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise EndpointError(f"{self.address.url}: {host}: {_reason(error)}") from None
-        places = list(dict.fromkeys(place for *_, place in found))
+        addresses = list(dict.fromkeys(sockaddr for *_, sockaddr in found))
         kept, last = [], ""
-        for place in places:
+        for sockaddr in addresses:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    self.idle.append(await self._connect(place))
-                kept.append(place)
+                    self.idle.append(await self._connect(sockaddr))
+                kept.append(sockaddr)
             except TimeoutError:
                 last = f"no connection within {CONNECT_TIMEOUT_S:g} s"
             except OSError as error:
                 last = _reason(error)
         if not kept:
             raise EndpointError(f"{self.address.url}: {last}")
-        self._places = kept
+        self._addresses = kept
 
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """Encode a request; ``path`` is relative to the endpoint's."""
@@ -242,9 +247,9 @@ class Client:
             head += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
         return head + b"\r\n" + body
 
-    async def send(self, request: bytes, reader: Reader | None = None) -> Answer:
-        """Send a request and wait for its response or failure, which `Answer.error` reports."""
-        answer = Answer(reader, self.endpoint_header)
+    async def send(self, request: bytes, reader: Reader | None = None) -> Response:
+        """Send a request and wait for its response or failure, which `Response.error` reports."""
+        response = Response(reader, self.endpoint_header)
         if reader is not None:
             self.readers.add(reader)
         connection = None
@@ -252,30 +257,31 @@ class Client:
             async with asyncio.timeout(self._timeout_s):
                 connection = self.idle.pop() if self.idle else None
                 if connection is not None:
-                    await connection.ask(request, answer)
-                    if answer.error != LOST_UNANSWERED:
-                        return answer
+                    await connection.send(request, response)
+                    if response.error != LOST_UNANSWERED:
+                        return response
                     # The server had closed the idle connection: retry on a new one.
-                place = self._places[next(self._next_place) % len(self._places)]
-                connection = await self._connect(place)
-                await connection.ask(request, answer)
+                sockaddr = self._addresses[next(self._next_address) % len(self._addresses)]
+                connection = await self._connect(sockaddr)
+                await connection.send(request, response)
         except TimeoutError:
-            answer.error = "timeout"
+            response.error = "timeout"
         except OSError as error:
-            answer.error = f"connection: {_reason(error)}"
+            response.error = f"connection: {_reason(error)}"
         finally:
             if reader is not None:
                 self.readers.discard(reader)
             if connection is not None:
-                connection.leave(answer)
-            answer.forget()
-            if not answer.ended_s or answer.error == "timeout":
-                answer.ended_s = monotonic()
-        if answer.error == LOST_UNANSWERED:
-            answer.error = "connection: lost"
-        return answer
+                connection.release(response)
+            response.forget()
+            if not response.ended_s or response.error == "timeout":
+                response.ended_s = monotonic()
+        if response.error == LOST_UNANSWERED:
+            response.error = "connection: lost"
+        return response
 
     def close(self) -> None:
+        """Abort all connections and close the poller."""
         for connection in list(self.open):
             connection.abort()
         if self.poller is not None:
@@ -283,10 +289,10 @@ class Client:
             self.poller.close()
             self.poller = None
 
-    async def _connect(self, place: tuple[Any, ...]) -> Connection:
+    async def _connect(self, sockaddr: tuple[Any, ...]) -> Connection:
         _, made = await asyncio.get_running_loop().create_connection(
             lambda: Connection(self),
-            *place[:2],
+            *sockaddr[:2],
             ssl=self._tls,
             server_hostname=self.address.host if self._tls else None,
         )
@@ -296,7 +302,7 @@ class Client:
 class Connection(asyncio.Protocol):
     """One connection: receiving a response, or in its client's ``idle`` list."""
 
-    __slots__ = ("_answer", "_client", "_fault", "_fd", "_polled", "_transport", "data_received")
+    __slots__ = ("_client", "_fault", "_fd", "_polled", "_response", "_transport", "data_received")
 
     # Bound to the parser's own method during a response, which saves one call per read. uvloop
     # looks it up in `set_protocol`.
@@ -305,21 +311,21 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Client) -> None:
         self._client = client
         self._transport: asyncio.Transport | None = None
-        self._answer: Answer | None = None
+        self._response: Response | None = None
         self._polled: Reader | None = None
         self._fd = -1
         self._fault: Exception | None = None
-        self.data_received = self._unasked
+        self.data_received = self._unsolicited
 
-    async def ask(self, request: bytes, answer: Answer) -> None:
+    async def send(self, request: bytes, response: Response) -> None:
         """Send a request and wait until its response has ended."""
-        self._answer = answer
-        self._take(answer.begin(self))
+        self._response = response
+        self._route_data(response.begin(self))
         if self._transport is None or self._transport.is_closing():
-            answer.end(LOST_UNANSWERED)
+            response.end(LOST_UNANSWERED)
         else:
             self._transport.write(request)
-        await answer.wait()
+        await response.wait()
 
     def poll(self, reader: Reader) -> None:
         """Hand the socket to the client's poller for the rest of a stream."""
@@ -327,13 +333,13 @@ class Connection(asyncio.Protocol):
         if poller is not None and transport is not None and not transport.is_closing():
             transport.pause_reading()
             self._polled = reader
-            poller.add(self._fd, reader, self._take_other)
+            poller.add(self._fd, reader, self._on_unmatched)
 
     def ended(self, *, reusable: bool) -> None:
         """The response has ended: reuse or close the connection."""
-        self._answer = None
-        self._unpoll()
-        self._take(self._unasked)
+        self._response = None
+        self._stop_polling()
+        self._route_data(self._unsolicited)
         if self._transport is None or self._transport.is_closing():
             return
         if reusable:
@@ -341,17 +347,18 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.close()
 
-    def leave(self, answer: Answer) -> None:
+    def release(self, response: Response) -> None:
         """Abort if this response is still pending.
 
         If it has ended, the connection may already serve another request.
         """
-        if self._answer is answer:
-            self._answer = None
+        if self._response is response:
+            self._response = None
             self.abort()
 
     def abort(self) -> None:
-        self._unpoll()
+        """Close the connection without waiting for its response."""
+        self._stop_polling()
         if self._transport is not None:
             self._transport.abort()
 
@@ -361,62 +368,62 @@ class Connection(asyncio.Protocol):
         self._client.open.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unpoll()
+        self._stop_polling()
         self._client.open.discard(self)
         self._transport = None
         exc = self._fault or exc
         with contextlib.suppress(ValueError):
             self._client.idle.remove(self)
-        if self._answer is None:
+        if self._response is None:
             return
-        if _is_no_http(exc):
-            self._answer.end(f"not HTTP: {exc}")
+        if _is_invalid_http(exc):
+            self._response.end(f"not HTTP: {exc}")
         else:
-            self._answer.lose(exc)
+            self._response.on_connection_lost(exc)
 
-    def _take(self, data_received: Callable[[bytes], None]) -> None:
+    def _route_data(self, data_received: Callable[[bytes], None]) -> None:
         self.data_received = data_received
         if self._transport is not None:
             self._transport.set_protocol(self)
 
-    def _take_other(self, data: bytes) -> None:
+    def _on_unmatched(self, data: bytes) -> None:
         """Take data that the poller does not count; b"" returns the socket to the transport."""
         if not data:
-            self._unpoll()
+            self._stop_polling()
             return
         try:
             self.data_received(data)
         except httptools.HttpParserError as error:
             self._fault = error
             self.abort()
-            if not _is_no_http(error):
+            if not _is_invalid_http(error):
                 raise
 
-    def _unpoll(self) -> None:
+    def _stop_polling(self) -> None:
         reader, self._polled = self._polled, None
         if reader is not None and self._client.poller is not None:
             self._client.poller.remove(self._fd, reader)
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.resume_reading()
 
-    def _unasked(self, _data: bytes) -> None:
+    def _unsolicited(self, _data: bytes) -> None:
         self.abort()
 
 
-def _is_no_http(error: object) -> bool:
+def _is_invalid_http(error: object) -> bool:
     """Whether the parser rejected the data, rather than one of our callbacks failing."""
     return isinstance(error, httptools.HttpParserError) and not isinstance(
         error, httptools.HttpParserCallbackError
     )
 
 
-def _tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """The loop's exception handler: invalid HTTP is only reported as its request's error."""
-    if not _is_no_http(context.get("exception")):
+    if not _is_invalid_http(context.get("exception")):
         loop.default_exception_handler(context)
 
 
-def _words(body: bytes) -> str:
+def _one_line(body: bytes) -> str:
     return " ".join(body.decode(errors="replace").split())[:500]
 
 

@@ -12,6 +12,7 @@ ENGINES, ROUTING = "Engines", "Routing"
 
 
 def app() -> typer.Typer:
+    """The ``kubeai bench`` command group."""
     bench = typer.Typer(help="Benchmark an OpenAI-compatible endpoint.", no_args_is_help=True)
     bench.command("run")(run)
     bench.command("simulate")(simulate)
@@ -175,16 +176,16 @@ def run(
 
     from kubeai.loadtest import options
     from kubeai.loadtest import run as running
-    from kubeai.loadtest.plan import Plan
+    from kubeai.loadtest.scenario import Scenario
 
     warm_up_s = options.seconds("--warm-up", warm_up)
-    plan = Plan(
+    scenario = Scenario(
         url=url,
         model=model,
         headers=options.headers(header or [], api_key),
         endpoint_header=endpoint_header,
         stream=stream,
-        more=options.fields("--body", body),
+        extra_body=options.fields("--body", body),
         traffic=_traffic(
             shape=shape,
             conversations=conversations,
@@ -216,8 +217,8 @@ def run(
         requests_max=requests,
         timeout_s=options.seconds("--timeout", timeout, 300.0, positive=True),
     )
-    asked = running.Asked(
-        plan=plan,
+    run_options = running.RunOptions(
+        scenario=scenario,
         processes=processes,
         objective=_objective(slo_ttft, slo_token, slo_total),
         name=name,
@@ -225,7 +226,7 @@ def run(
         html_path=options.writable("--html", html),
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(running.run(asked))
+        status = runner.run(running.run(run_options))
     raise typer.Exit(status)
 
 
@@ -397,7 +398,7 @@ def _traffic(
 
 def _objective(ttft: str | None, token: str | None, total: str | None) -> Any:
     from kubeai.loadtest import options
-    from kubeai.simulation.records import Objective
+    from kubeai.simulation.results import Objective
 
     return Objective(
         options.seconds("--slo-ttft", ttft),
@@ -416,7 +417,7 @@ def compare(
     """Compare runs in the terminal and, with --html, in an HTML report."""
     from kubeai.loadtest import options
     from kubeai.loadtest.compare import table
-    from kubeai.simulation.records import read
+    from kubeai.simulation.results import read
 
     options.writable("--html", html)
     found = [read(path) for path in runs]

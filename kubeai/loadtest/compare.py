@@ -10,13 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kubeai.simulation.records import Results
+from kubeai.simulation.results import Results
 
 MISSING = "–"
 MORE, LESS, NEITHER = 1, -1, 0  # which direction is better
 
 
 class Figure(NamedTuple):
+    """A row of the comparison: where its value is and which direction is better."""
+
     label: str
     path: tuple[str, ...]  # in Results.summary
     better: int = NEITHER
@@ -35,6 +37,8 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
+    """A figure's values in all runs."""
+
     label: str
     cells: list[Cell]  # one per run
 
@@ -84,14 +88,14 @@ def errors(runs: Sequence[Results]) -> list[Row]:
 def warnings(run: Results) -> list[str]:
     """What makes the run's results unreliable: failed requests, and its own warnings."""
     failed, requests = (run.summary.get(key) or 0 for key in ("failed", "requests"))
-    told = [printable(warning) for warning in run.warnings]
+    reported = [printable(warning) for warning in run.warnings]
     if not requests:
-        return ["no requests were measured", *told]
+        return ["no requests were measured", *reported]
     if failed == requests:
-        return [f"none of {requests:,} requests succeeded", *told]
+        return [f"none of {requests:,} requests succeeded", *reported]
     if failed:
-        return [f"{failed:,} of {requests:,} requests failed: latencies exclude them", *told]
-    return told
+        return [f"{failed:,} of {requests:,} requests failed: latencies exclude them", *reported]
+    return reported
 
 
 def table(runs: Sequence[Results]) -> str:

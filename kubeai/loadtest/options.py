@@ -1,4 +1,4 @@
-"""Converts command-line options to the parts of a `Plan`; OptionError names the invalid option."""
+"""Converts command-line options to a `Scenario`'s parts; OptionError names the invalid option."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 from kubeai.api.config.duration import parse_duration
 from kubeai.errors import KubeAIError
-from kubeai.loadtest.plan import ENDLESS, ClosedLoop, MadeUp, OpenLoop, ShareGpt, Trace
+from kubeai.loadtest.scenario import ENDLESS, ClosedLoop, OpenLoop, ShareGpt, Synthetic, TraceReplay
 from kubeai.simulation.traffic import SHAPES, Arrivals
 
 CONCURRENCY = 32
@@ -72,7 +72,7 @@ def traffic(
     messages_min: int,
     trace: Path | None,
     speed: float,
-) -> MadeUp | ShareGpt | Trace:
+) -> Synthetic | ShareGpt | TraceReplay:
     """``changes`` override the shape's fields; None keeps a field. ``endless`` means that the load
     is bounded by other options."""
     given = {name: value for name, value in changes.items() if value is not None}
@@ -85,7 +85,7 @@ def traffic(
             raise OptionError(f"--shape: {name!r} is not one of {', '.join(SHAPES)}")
         if endless:
             given.setdefault("conversations", ENDLESS)
-        return MadeUp(name, msgspec.structs.replace(SHAPES[name], **given), seed)
+        return Synthetic(name, msgspec.structs.replace(SHAPES[name], **given), seed)
     if given:
         option = {"think_s": "think-time"}.get(next(iter(given)), next(iter(given)))
         raise OptionError(f"--{option.replace('_', '-')}: cannot be combined with {named[0]}")
@@ -93,7 +93,7 @@ def traffic(
         return ShareGpt(str(sharegpt), messages_min)
     if speed <= 0:
         raise OptionError("--speed: must be more than 0")
-    return Trace(str(trace), speed)
+    return TraceReplay(str(trace), speed)
 
 
 def load(

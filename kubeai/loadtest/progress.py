@@ -9,14 +9,14 @@ from collections import deque
 from types import TracebackType
 from typing import Any
 
-from kubeai.loadtest.plan import Batch
+from kubeai.loadtest.messages import Batch
 
 PLAIN_INTERVAL_S = 5.0
 RECENT_S = 5.0
 
 
 class Progress:
-    """Pass the workers' batches to `note` and call `show` periodically. A context manager."""
+    """Pass the generators' batches to `note` and call `show` periodically. A context manager."""
 
     def __init__(self) -> None:
         self._done = self._failed = 0
@@ -46,18 +46,19 @@ class Progress:
         if self._status is not None:
             self._status.stop()
 
-    def note(self, worker: int, batch: Batch) -> None:
-        self._latest[worker] = batch
-        self._done += len(batch.records)
-        for record in batch.records:
-            if record.error:
+    def note(self, generator: int, batch: Batch) -> None:
+        """Add a batch of a generator."""
+        self._latest[generator] = batch
+        self._done += len(batch.measurements)
+        for measurement in batch.measurements:
+            if measurement.error:
                 self._failed += 1
-            elif not math.isnan(record.first_s):
-                self._recent.append((batch.at_s, record.ttft_s))
+            elif not math.isnan(measurement.first_s):
+                self._recent.append((batch.at_s, measurement.ttft_s))
 
-    def gone(self, worker: int) -> None:
-        """This worker has exited: its in-flight requests are lost."""
-        if (latest := self._latest.get(worker)) is not None:
+    def gone(self, generator: int) -> None:
+        """This generator has exited: its in-flight requests are lost."""
+        if (latest := self._latest.get(generator)) is not None:
             latest.in_flight = 0
 
     def line(self, now_s: float) -> str:
@@ -84,6 +85,7 @@ class Progress:
         return ", ".join(parts)
 
     def show(self, now_s: float) -> None:
+        """Update the line on a terminal, or print one if it is time."""
         if self._status is not None:
             self._status.update(self.line(now_s))
         elif now_s - self._shown_s >= PLAIN_INTERVAL_S:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kubeai.loadtest import compare
 from kubeai.loadtest.compare import Cell, Row, printable
-from kubeai.simulation.records import Results
+from kubeai.simulation.results import Results
 
 COLOURS = 6  # Okabe and Ito's colour-blind-safe palette; a seventh run reuses the first colour
 ENDPOINTS_MAX = 24  # bars; with more endpoints, only the busiest are drawn
@@ -130,6 +130,8 @@ def _flat(setting: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, st
 
 
 class Axis(NamedTuple):
+    """A plot's axis: its range, ticks and tick labels."""
+
     low: float
     high: float
     ticks: list[float]
@@ -183,6 +185,8 @@ _log_ms = partial(_log, show=_milliseconds)  # long tails would dominate a linea
 
 
 class Plot(NamedTuple):
+    """A plot of one of the runs' curves."""
+
     curve: str  # in Results.curves
     title: str
     about: str

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from kubeai.loadtest.plan import Batch
+from kubeai.loadtest.messages import Batch
 
 CPU_SHARE_MAX = 0.85
 # Tolerated share of busy seconds: opening many connections can fill one.
@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 class Usage(msgspec.Struct):
-    """One worker's resource use, collected from its batches."""
+    """One generator's resource use, collected from its batches."""
 
     windows: list[Window] = []
     beats_late_s: list[tuple[float, float]] = []  # when, how late
@@ -40,6 +40,7 @@ class Usage(msgspec.Struct):
     _had_s: float = 0.0
 
     def note(self, batch: Batch) -> None:
+        """Add a batch of the generator."""
         at_s, cpu_s = batch.at_s, batch.cpu_s
         self.cpu_s, self.kernel_s, self.wall_s = cpu_s, batch.kernel_s, at_s
         self.chunks = batch.chunks
@@ -49,30 +50,30 @@ class Usage(msgspec.Struct):
             self._at_s, self._had_s = at_s, cpu_s
 
 
-def cost(workers: Sequence[Usage]) -> dict[str, float | int | None]:
+def cost(generators: Sequence[Usage]) -> dict[str, float | int | None]:
     """For ``setting["client"]``: CPU time per chunk, and the busiest process's share of a core."""
-    chunks = sum(one.chunks for one in workers)
-    cpu_s = sum(one.cpu_s for one in workers)
-    kernel_s = sum(one.kernel_s for one in workers)
-    shares = [one.cpu_s / one.wall_s for one in workers if one.wall_s > 0]
+    chunks = sum(one.chunks for one in generators)
+    cpu_s = sum(one.cpu_s for one in generators)
+    kernel_s = sum(one.kernel_s for one in generators)
+    shares = [one.cpu_s / one.wall_s for one in generators if one.wall_s > 0]
     return {
         "cpu_us_per_chunk": round(cpu_s / chunks * 1e6, 2) if chunks else None,
         "kernel_us_per_chunk": round(kernel_s / chunks * 1e6, 2) if chunks else None,
         "cpu_share": round(max(shares, default=0.0), 3),
-        "processes": len(workers),
+        "processes": len(generators),
         "chunks": chunks,
     }
 
 
 def warnings(
-    workers: Sequence[Usage], sent_late_s: Sequence[float], *, warm_up_s: float = 0.0
+    generators: Sequence[Usage], sent_late_s: Sequence[float], *, warm_up_s: float = 0.0
 ) -> list[str]:
     """Warnings about a load generator that was too slow.
 
     ``sent_late_s``: for each request, how long after its due time it was sent.
     """
     found = []
-    for number, one in enumerate(workers):
+    for number, one in enumerate(generators):
         windows = [window for window in one.windows if window.at_s > warm_up_s]
         busy = [window for window in windows if window.cpu_share > CPU_SHARE_MAX]
         if len(busy) > BUSY_WINDOWS_MAX * len(windows):
@@ -80,7 +81,7 @@ def warnings(
                 f"process {number} used over {CPU_SHARE_MAX:.0%} of a core in {len(busy)} of "
                 f"{len(windows)} seconds: results are unreliable, increase --processes"
             )
-    beats = [late for one in workers for at_s, late in one.beats_late_s if at_s > warm_up_s]
+    beats = [late for one in generators for at_s, late in one.beats_late_s if at_s > warm_up_s]
     for what, late_s in (("requests were sent", sent_late_s), ("timers ran", beats)):
         if late_s and (p99_s := _p99(late_s)) > LATE_P99_MAX_S:
             found.append(

@@ -16,11 +16,18 @@ import msgspec
 
 from kubeai.loadtest import compare
 from kubeai.loadtest.options import OptionError
-from kubeai.loadtest.plan import ClosedLoop, MadeUp, OpenLoop, Plan, ShareGpt, Trace
-from kubeai.simulation import cluster, records
+from kubeai.loadtest.scenario import (
+    ClosedLoop,
+    OpenLoop,
+    Scenario,
+    ShareGpt,
+    Synthetic,
+    TraceReplay,
+)
+from kubeai.simulation import cluster, results
 from kubeai.simulation.cluster import Setting, Strategy
 from kubeai.simulation.presets import PRESETS
-from kubeai.simulation.records import Objective, Results
+from kubeai.simulation.results import Objective, Results
 from kubeai.simulation.traffic import Conversation
 
 RUNS_MAX = 100
@@ -29,7 +36,7 @@ RUNS_MAX = 100
 class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     """Traffic and the settings to run it with."""
 
-    traffic: MadeUp | ShareGpt | Trace
+    traffic: Synthetic | ShareGpt | TraceReplay
     load: ClosedLoop | OpenLoop  # a setting's own concurrency overrides it
     preset: str
     settings: tuple[Setting, ...]
@@ -39,8 +46,9 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     objective: Objective = Objective()
 
     def conversations(self) -> Iterator[Conversation]:
-        plan = Plan(url="", model="", traffic=self.traffic, load=self.load, seed=self.seed)
-        every = (conversation for _, conversation in plan.conversations())
+        """The traffic, the same for every setting."""
+        scenario = Scenario(url="", model="", traffic=self.traffic, load=self.load, seed=self.seed)
+        every = (conversation for _, conversation in scenario.conversations())
         if isinstance(self.load, ClosedLoop):  # ignores a trace's timestamps
             every = (msgspec.structs.replace(one, at_s=None) for one in every)
         return _first(every, self.requests_max)
@@ -88,10 +96,10 @@ def settings(
     return found
 
 
-def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> int:
+def run(simulation: Simulation, json_folder: Path | None, html_path: Path | None) -> int:
     """Run all settings in parallel on all cores, then print and write the results."""
     found: list[Results] = []
-    jobs = [(asked, number) for number in range(len(asked.settings))]
+    jobs = [(simulation, number) for number in range(len(simulation.settings))]
     # Spawn: a forked process would inherit locks held by this process's threads.
     with ProcessPoolExecutor(
         min(len(jobs), os.cpu_count() or 1),
@@ -100,7 +108,7 @@ def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> 
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
         try:
-            for one in pool.map(_play, jobs):
+            for one in pool.map(_simulate, jobs):
                 found.append(one)
                 print(f"{one.name}: done", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
@@ -108,7 +116,7 @@ def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> 
             for child in active_children():
                 child.terminate()
             print(f"interrupted: {len(found)} of {len(jobs)} runs completed", file=sys.stderr)
-    for concurrency in dict.fromkeys(setting.concurrency for setting in asked.settings):
+    for concurrency in dict.fromkeys(setting.concurrency for setting in simulation.settings):
         group = [one for one in found if one.setting.get("concurrency", concurrency) == concurrency]
         if group:
             print(compare.table(group))
@@ -116,27 +124,27 @@ def run(asked: Simulation, json_folder: Path | None, html_path: Path | None) -> 
     return 0 if len(found) == len(jobs) else 130
 
 
-def _play(job: tuple[Simulation, int]) -> Results:
-    asked, number = job
-    setting = asked.settings[number]
-    outcome = cluster.play(setting, asked.conversations())
-    closed = isinstance(asked.load, ClosedLoop)
+def _simulate(job: tuple[Simulation, int]) -> Results:
+    simulation, number = job
+    setting = simulation.settings[number]
+    run = cluster.simulate(setting, simulation.conversations())
+    closed = isinstance(simulation.load, ClosedLoop)
     described = msgspec.to_builtins(setting)
     if not closed:
         del described["concurrency"]
-    return records.results(
+    return results.summarize(
         f"{setting.name}, {setting.concurrency:,} at a time" if closed else setting.name,
         {
-            "simulated": asked.preset,
-            "traffic": msgspec.to_builtins(asked.traffic),
-            "load": "closed" if closed else msgspec.to_builtins(asked.load),
+            "simulated": simulation.preset,
+            "traffic": msgspec.to_builtins(simulation.traffic),
+            "load": "closed" if closed else msgspec.to_builtins(simulation.load),
             **described,
-            "preemptions": outcome.preemptions,
+            "preemptions": run.preemptions,
         },
-        outcome.records,
-        outcome.gaps,
-        warm_up_s=asked.warm_up_s,
-        objective=asked.objective,
+        run.measurements,
+        run.gaps,
+        warm_up_s=simulation.warm_up_s,
+        objective=simulation.objective,
     )
 
 
@@ -144,7 +152,7 @@ def _write(found: list[Results], json_folder: Path | None, html_path: Path | Non
     if json_folder is not None:
         for number, one in enumerate(found, 1):
             name = "".join(c if c.isalnum() else "-" for c in one.name.lower())
-            records.write(one, json_folder / f"{number:02}-{name}.json")
+            results.write(one, json_folder / f"{number:02}-{name}.json")
     if html_path is not None and found:
         from kubeai.loadtest.report import report
 

@@ -36,11 +36,12 @@ class Usage(msgspec.Struct):
 
     @property
     def cached_tokens(self) -> int:
+        """Prompt tokens found in a cache; -1 if the endpoint did not report it."""
         details = self.prompt_tokens_details
         return -1 if details is None or details.cached_tokens is None else details.cached_tokens
 
 
-class Said(msgspec.Struct):
+class Delta(msgspec.Struct):
     """A message or a delta. Older and newer engines name the reasoning field differently."""
 
     content: str | None = None
@@ -49,15 +50,16 @@ class Said(msgspec.Struct):
     tool_calls: list[Any] | None = None
 
     def is_empty(self) -> bool:
+        """Whether it has no text, reasoning or tool calls."""
         return not (self.content or self.reasoning_content or self.reasoning or self.tool_calls)
 
 
 class _Choice(msgspec.Struct):
-    delta: Said | None = None
-    message: Said | None = None
+    delta: Delta | None = None
+    message: Delta | None = None
 
 
-class Answer(msgspec.Struct):
+class Completion(msgspec.Struct):
     """A stream event or a non-streamed response, with the fields used here."""
 
     choices: list[_Choice] = []
@@ -65,16 +67,18 @@ class Answer(msgspec.Struct):
     error: Any = None
 
     @property
-    def said(self) -> list[Said]:
+    def deltas(self) -> list[Delta]:
+        """The message or delta of each choice."""
         found = (choice.delta or choice.message for choice in self.choices)
         return [one for one in found if one is not None]
 
     @property
     def text(self) -> str:
-        return "".join(one.content or "" for one in self.said)
+        """The text of all choices."""
+        return "".join(one.content or "" for one in self.deltas)
 
 
-decode_answer = msgspec.json.Decoder(Answer).decode
+decode_completion = msgspec.json.Decoder(Completion).decode
 
 
 class Reader(Stream):
@@ -97,6 +101,7 @@ class Reader(Stream):
             self.keep()
 
     def feed(self, piece: bytes) -> None:
+        """Take received data, which may be split anywhere."""
         now_s = self._clock()
         if not self.take(piece, now_s):
             self._lines(piece, now_s)
@@ -113,6 +118,7 @@ class Reader(Stream):
 
     @property
     def body(self) -> bytes:
+        """The received data, if kept."""
         return b"".join(self.kept or ())
 
     @property
@@ -152,14 +158,14 @@ class Reader(Stream):
 
     def _other(self, data: bytes, now_s: float) -> None:
         event = self._decoded(data)
-        if event is not None and not all(one.is_empty() for one in event.said):
+        if event is not None and not all(one.is_empty() for one in event.deltas):
             self.note(now_s)
         else:
             self.others += 1
 
-    def _decoded(self, data: bytes) -> Answer | None:
+    def _decoded(self, data: bytes) -> Completion | None:
         try:
-            event = decode_answer(data)
+            event = decode_completion(data)
         except msgspec.DecodeError as error:
             self.problem = self.problem or f"invalid event: {error}"
             return None
@@ -172,6 +178,6 @@ class Reader(Stream):
 
 def _text(event: bytes) -> str:
     try:
-        return decode_answer(event).text
+        return decode_completion(event).text
     except msgspec.DecodeError:
         return ""

@@ -1,8 +1,9 @@
 """The mock engine: an HTTP server with vLLM's API on top of a simulated engine.
 
 ``kubeai mock-engine`` and ``python -m kubeai.mock_engine`` call :func:`main`. ``options`` parses
-the flags, ``dialects`` implements the APIs' formats (pure), ``server`` is the aiohttp application,
-and ``kubeai.simulation`` generates tokens and their timing.
+the flags, ``formats`` implements the APIs' formats (pure), ``server`` is the aiohttp application,
+``pacing`` runs the engine in real time, and ``kubeai.simulation`` generates tokens and their
+timing.
 
 Requests wait for engines to start, so this module imports only what it needs.
 """

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector as Base
 
+from kubeai.mock_engine.request_log import RequestLog
 from kubeai.simulation.engine import Engine
-
-if TYPE_CHECKING:
-    from kubeai.mock_engine.server import Record
 
 
 class Collector(Base):
     """Reads the engine's own counters on each scrape."""
 
-    def __init__(self, engine: Engine, record: Record, model: str) -> None:
+    def __init__(self, engine: Engine, request_log: RequestLog, model: str) -> None:
         self._engine = engine
-        self._record = record
+        self._request_log = request_log
         self._model = model
 
     def collect(self) -> Iterable[Metric]:
@@ -44,7 +41,7 @@ class Collector(Base):
             counter.add_metric(("0", self._model), value)
             yield counter
         received = CounterMetricFamily("mock_requests", "POSTs received.", labels=("path",))
-        for path, value in self._record.received.items():
+        for path, value in self._request_log.received.items():
             received.add_metric((path,), value)
         yield received
 

@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     UsageError names the flag whose value is invalid.
     """
     parser = _parser()
-    found, rest = parser.parse_known_args(argv)
+    found, unknown = parser.parse_known_args(argv)
     length = found.max_model_len
     given = {
         "max_batch": found.max_batch,
@@ -83,12 +83,12 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         fail_every=found.fail_every,
         config=config,
     )
-    return options, _group(rest)
+    return options, _group(unknown)
 
 
-def _group(rest: list[str]) -> list[str]:
+def _group(unknown: list[str]) -> list[str]:
     groups: list[str] = []
-    for word in rest:
+    for word in unknown:
         if word.startswith("-") or not groups or not groups[-1].startswith("-"):
             groups.append(word)
         else:

@@ -2,7 +2,7 @@
 
 The hash ring, the load table and the request keys are the gateway's own code and the engines are
 the mock engine's; only time and sockets are simulated. Deterministic: the same setting and traffic
-give the same records on every machine.
+give the same measurements on every machine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import msgspec
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
-from kubeai.openai import request as openai
+from kubeai.openai.request import Kind, key_of
+from kubeai.openai.request import read as read_request
 from kubeai.simulation import text
 from kubeai.simulation.engine import Engine, EngineConfig, Sequence
-from kubeai.simulation.records import Gaps, Record
+from kubeai.simulation.results import Gaps, Measurement
 from kubeai.simulation.traffic import Conversation
 
 Strategy = Literal["Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle"]
@@ -43,7 +44,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 1  # of KubeAI; a pick counts at once locally, and in others when they hear it
     shared: bool = True  # whether the replicas exchange their loads
     expected: bool = True  # whether a replica assumes that its peers pick as it does itself
-    tell_interval_s: float = 0.05
+    share_interval_s: float = msgspec.field(default=0.05, name="tell_interval_s")
     concurrency: int = 32  # concurrent conversations, for those without a start time
     paced_per_s: float = 0.0  # maximum rate at which requests are due; 0: unlimited
     client_per_s: float = 0.0  # maximum rate at which the client can send; 0: unlimited
@@ -52,6 +53,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
+        """The setting's name in reports."""
         name: str = self.strategy
         if self.strategy == "PrefixHash":
             name += f" {self.mean_load_factor} % x{self.replication}"
@@ -67,8 +69,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         return [f"model-m-{''.join(source.choices(letters, k=5))}" for _ in range(self.engines)]
 
 
-class Outcome(NamedTuple):
-    records: list[Record]
+class SimulationRun(NamedTuple):
+    """The result of a simulation."""
+
+    measurements: list[Measurement]
     gaps: Gaps
     preemptions: int
     ended_s: float
@@ -78,11 +82,15 @@ class Outcome(NamedTuple):
 
 
 class Clock(Protocol):
-    def __call__(self, when_s: float, happen: Callable[[float], None]) -> None:
-        """Call ``happen`` at ``when_s`` with that time."""
+    """Schedules callbacks in virtual time."""
+
+    def __call__(self, when_s: float, callback: Callable[[float], None]) -> None:
+        """Call ``callback`` at ``when_s`` with that time."""
 
 
 class Router:
+    """Selects the engine for each request."""
+
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         """An engine's number, and the reservation to release when it has responded."""
         raise NotImplementedError
@@ -91,7 +99,7 @@ class Router:
         """Schedule periodic work."""
 
     def close(self) -> None:
-        pass
+        """Release resources."""
 
 
 class Service(Router):
@@ -130,7 +138,7 @@ class Replica:
             self._ring.set(name, row, self._lives[row], target=row - 1)
         hashes = setting.strategy == "PrefixHash"
         self.pick = self._ring.pick_hashed if hashes else self._pick_least
-        self._heard: dict[int, list[int]] = {}
+        self._peer_loads: dict[int, list[int]] = {}
 
     def _pick_least(self, _key: int) -> Reservation | None:
         return self._ring.pick_least()
@@ -139,18 +147,20 @@ class Replica:
         """This replica's in-flight requests per engine."""
         return [self._table.in_flight_here(row) for row in range(1, len(self._lives))]
 
-    def hear(self, number: int, told: list[int]) -> None:
-        """Record another replica's in-flight requests per engine."""
-        self._heard[number] = told
-        sums = [sum(counts) for counts in zip(*self._heard.values(), strict=True)]
+    def set_peer_loads(self, number: int, loads: list[int]) -> None:
+        """Measurement another replica's in-flight requests per engine."""
+        self._peer_loads[number] = loads
+        sums = [sum(counts) for counts in zip(*self._peer_loads.values(), strict=True)]
         for row, count in enumerate(sums, 1):
             self._supervisor.set_peers(row, self._lives[row], count)
         self._supervisor.set_peers(MODEL_ROW, self._lives[MODEL_ROW], sum(sums))
 
     def settle(self) -> None:
+        """Move the settled counts, which predict the peers' loads, towards the current loads."""
         self._supervisor.settle()
 
     def close(self) -> None:
+        """Close the load table."""
         self._table.close()
         self._supervisor.close()
 
@@ -163,8 +173,8 @@ class Replicas(Router):
         self._replicas = [
             Replica(setting, self._random.getrandbits(32)) for _ in range(setting.replicas)
         ]
-        self._tell = setting.shared and setting.replicas > 1
-        self._interval_s, self._travel_s = setting.tell_interval_s, setting.network_s
+        self._shares_loads = setting.shared and setting.replicas > 1
+        self._interval_s, self._travel_s = setting.share_interval_s, setting.network_s
 
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         several = len(self._replicas) > 1
@@ -173,31 +183,33 @@ class Replicas(Router):
         return pick.target, pick  # type: ignore[return-value]
 
     def start(self, at: Clock) -> None:
-        if not self._tell:
+        if not self._shares_loads:
             return
         for number, replica in enumerate(self._replicas):
-            tell = partial(self._told, at, number)
-            _again(at, self._random.random() * self._interval_s, self._interval_s, tell)
+            share = partial(self._share_loads, at, number)
+            _repeat(at, self._random.random() * self._interval_s, self._interval_s, share)
             settle_s = self._interval_s / 4
-            _again(at, self._random.random() * settle_s, settle_s, lambda _, r=replica: r.settle())  # type: ignore[misc]
+            _repeat(at, self._random.random() * settle_s, settle_s, lambda _, r=replica: r.settle())  # type: ignore[misc]
 
-    def _told(self, at: Clock, number: int, now_s: float) -> None:
-        told = self._replicas[number].in_flight()
+    def _share_loads(self, at: Clock, number: int, now_s: float) -> None:
+        loads = self._replicas[number].in_flight()
         for other in self._replicas:
             if other is not self._replicas[number]:
-                at(now_s + self._travel_s, lambda _, other=other: other.hear(number, told))  # type: ignore[misc]
+                at(now_s + self._travel_s, lambda _, to=other: to.set_peer_loads(number, loads))  # type: ignore[misc]
 
     def close(self) -> None:
         for replica in self._replicas:
             replica.close()
 
 
-def _again(at: Clock, first_s: float, interval_s: float, happen: Callable[[float], None]) -> None:
-    def happens(now_s: float) -> None:
-        happen(now_s)
-        at(now_s + interval_s, happens)
+def _repeat(
+    at: Clock, first_s: float, interval_s: float, callback: Callable[[float], None]
+) -> None:
+    def fire(now_s: float) -> None:
+        callback(now_s)
+        at(now_s + interval_s, fire)
 
-    at(first_s, happens)
+    at(first_s, fire)
 
 
 class Oracle(Router):
@@ -216,11 +228,11 @@ class Oracle(Router):
         bound = max(2.0, self._factor * (sum(loads) + 1) / len(loads))
         within = [number for number, load in enumerate(loads) if load + 1 <= bound]
 
-        def worth(number: int) -> tuple[int, int]:
+        def rank(number: int) -> tuple[int, int]:
             found = self._engines[number].cache.match(hashes, len(hashes))
             return found, -loads[number]
 
-        return max(within or range(len(loads)), key=worth), None
+        return max(within or range(len(loads)), key=rank), None
 
 
 def _router(setting: Setting, engines: list[Engine]) -> Router:
@@ -236,10 +248,10 @@ def _router(setting: Setting, engines: list[Engine]) -> Router:
 # -- conversations ---------------------------------------------------------------------------------
 
 
-class _Talk:
+class _Session:
     """A conversation in progress: its tokens so far and its hash key."""
 
-    __slots__ = ("_blocks", "_random", "_said", "conversation", "key", "number", "turn")
+    __slots__ = ("_blocks", "_random", "_reply", "conversation", "key", "number", "turn")
 
     def __init__(self, number: int, conversation: Conversation, setting: Setting) -> None:
         self.number = number
@@ -247,12 +259,12 @@ class _Talk:
         self.turn = 0
         self.key = _key(conversation, setting.prefix_char_length)
         self._random = random.Random(f"{setting.seed} answers {number}")
-        self._said = b""
+        self._reply = b""
         self._blocks = text.Blocks(setting.engine.block_tokens)
-        for role, said in conversation.history:
-            self._blocks.add(text.message(role, said))
+        for role, content in conversation.history:
+            self._blocks.add(text.message(role, content))
 
-    def ask(self) -> tuple[int, int, list[int]]:
+    def next_request(self) -> tuple[int, int, list[int]]:
         """(prompt tokens, output tokens, block hashes of both) of the next turn."""
         turn = self.conversation.turns[self.turn]
         if self.conversation.kind == "embeddings":
@@ -260,14 +272,14 @@ class _Talk:
         self._blocks.add(text.message("user", turn.text))
         prompt = self._blocks.then(text.OPENING)
         output = turn.reply_tokens or REPLY_TOKENS
-        answer = text.pack(text.words(self._random, output))
+        reply = text.pack(text.words(self._random, output))
         # The history may have a given reply instead of the engine's.
-        kept = answer if turn.reply is None else text.pack(turn.reply)
-        self._said = text.OPENING + kept + text.END
-        return prompt.tokens, output, prompt.then(answer).hashes
+        kept = reply if turn.reply is None else text.pack(turn.reply)
+        self._reply = text.OPENING + kept + text.END
+        return prompt.tokens, output, prompt.then(reply).hashes
 
-    def answered(self) -> None:
-        self._blocks.add(self._said)
+    def complete_turn(self) -> None:
+        self._blocks.add(self._reply)
         self.turn += 1
 
     @property
@@ -279,13 +291,13 @@ def _key(conversation: Conversation, prefix_char_length: int) -> int:
     """The hash key, which is the same for all turns: it depends on the first message."""
     if conversation.kind == "embeddings":
         body: dict[str, Any] = {"input": conversation.turns[0].text}
-        kind = openai.Kind.EMBEDDINGS
+        kind = Kind.EMBEDDINGS
     else:
-        said = conversation.prompt(0, ())
-        body = {"messages": [{"role": role, "content": content} for role, content in said]}
-        kind = openai.Kind.CHAT
-    ask = openai.read(kind, msgspec.json.encode({"model": "m"} | body))
-    return openai.key_of(ask, prefix_char_length)
+        messages = conversation.prompt(0, ())
+        body = {"messages": [{"role": role, "content": content} for role, content in messages]}
+        kind = Kind.CHAT
+    request = read_request(kind, msgspec.json.encode({"model": "m"} | body))
+    return key_of(request, prefix_char_length)
 
 
 class _Pace:
@@ -301,11 +313,11 @@ class _Pace:
         return at_s
 
 
-class _Asked(NamedTuple):
+class _InFlight(NamedTuple):
     """An in-flight request, the owner of its sequence."""
 
-    talk: _Talk
-    record: Record
+    session: _Session
+    measurement: Measurement
     reservation: Reservation | None
 
 
@@ -329,14 +341,14 @@ class Cluster:
         self._events: list[tuple[float, int, int, Any]] = []  # heap of (time, order, kind, subject)
         self._order = itertools.count()
         self._numbers = itertools.count()
-        self._under_way = 0  # conversations started or scheduled
+        self._active = 0  # conversations started or scheduled
         self._waiting: Iterator[Conversation] = iter(())
         self._paced = _Pace(setting.paced_per_s)
         self._client = _Pace(setting.client_per_s)
-        self._records: list[Record] = []
+        self._measurements: list[Measurement] = []
         self._gaps = Gaps()
 
-    def run(self, conversations: Iterable[Conversation]) -> Outcome:
+    def run(self, conversations: Iterable[Conversation]) -> SimulationRun:
         """Run all conversations, each at its start time or else when another ends."""
         self._waiting = iter(conversations)
         for _ in range(self._setting.concurrency):
@@ -344,60 +356,63 @@ class Cluster:
                 break
         now_s = 0.0
         events = self._events
-        self._router.start(lambda when_s, happen: self._at(when_s, CALL, happen))
+        self._router.start(lambda when_s, callback: self._at(when_s, CALL, callback))
         try:
-            while self._under_way:
-                now_s, _, what, whose = heapq.heappop(events)
-                if what == STEP:
-                    self._step(whose, now_s)
-                elif what == SEND:
-                    self._send(whose, now_s)
-                elif what == ARRIVE:
-                    self._ask(whose, now_s)
+            while self._active:
+                now_s, _, kind, subject = heapq.heappop(events)
+                if kind == STEP:
+                    self._step(subject, now_s)
+                elif kind == SEND:
+                    self._send(subject, now_s)
+                elif kind == ARRIVE:
+                    self._schedule_turn(subject, now_s)
                 else:
-                    whose(now_s)
+                    subject(now_s)
         finally:
             self._router.close()
         preemptions = sum(engine.preemptions for engine in self._engines)
-        return Outcome(self._records, self._gaps, preemptions, now_s)
+        return SimulationRun(self._measurements, self._gaps, preemptions, now_s)
 
-    def _at(self, when_s: float, what: int, whose: Any) -> None:
-        heapq.heappush(self._events, (when_s, next(self._order), what, whose))
+    def _at(self, when_s: float, kind: int, subject: Any) -> None:
+        heapq.heappush(self._events, (when_s, next(self._order), kind, subject))
 
     def _begin(self, now_s: float) -> bool:
         """Start the next conversation; returns whether another may start at the same time."""
         conversation = next(self._waiting, None)
         if conversation is None:
             return False
-        self._under_way += 1
-        talk = _Talk(next(self._numbers), conversation, self._setting)
+        self._active += 1
+        session = _Session(next(self._numbers), conversation, self._setting)
         if conversation.at_s is None:
-            self._ask(talk, now_s)
+            self._schedule_turn(session, now_s)
             return True
-        self._at(conversation.at_s, ARRIVE, talk)
+        self._at(conversation.at_s, ARRIVE, session)
         return False  # its arrival starts the next one
 
-    def _ask(self, talk: _Talk, now_s: float) -> None:
+    def _schedule_turn(self, session: _Session, now_s: float) -> None:
         """A turn is due: send it, subject to the rate limits."""
-        if talk.conversation.at_s is not None and not talk.turn:
+        if session.conversation.at_s is not None and not session.turn:
             self._begin(now_s)
         due_s = self._paced.next_s(now_s)
         sent_s = self._client.next_s(due_s)
-        record = Record(talk.number, talk.turn, due_s, sent_s)
-        self._records.append(record)
-        self._at(sent_s + self._setting.network_s, SEND, (talk, record))
+        measurement = Measurement(session.number, session.turn, due_s, sent_s)
+        self._measurements.append(measurement)
+        self._at(sent_s + self._setting.network_s, SEND, (session, measurement))
 
-    def _send(self, whose: tuple[_Talk, Record], now_s: float) -> None:
-        talk, record = whose
-        prompt, output, hashes = talk.ask()
-        number, reservation = self._router.pick(talk.key, hashes[: prompt // self._block])
-        record.prompt_tokens, record.endpoint = prompt, self._names[number]
-        asked = _Asked(talk, record, reservation)
+    def _send(self, subject: tuple[_Session, Measurement], now_s: float) -> None:
+        session, measurement = subject
+        prompt, output, hashes = session.next_request()
+        number, reservation = self._router.pick(session.key, hashes[: prompt // self._block])
+        measurement.prompt_tokens, measurement.endpoint = prompt, self._names[number]
+        request = _InFlight(session, measurement, reservation)
         try:
-            self._engines[number].submit(now_s, prompt, output, hashes, asked)
+            self._engines[number].submit(now_s, prompt, output, hashes, request)
         except ValueError:
-            record.error, record.ended_s = "status 400", now_s  # exceeds the engine's KV cache
-            self._over(asked, now_s)
+            measurement.error, measurement.ended_s = (
+                "status 400",
+                now_s,
+            )  # exceeds the engine's KV cache
+            self._end_turn(request, now_s)
             return
         if not self._stepping[number]:
             self._step(number, now_s)
@@ -422,33 +437,37 @@ class Cluster:
         self._ended_s[number] = now_s
         for sequence in step.advanced:
             if sequence.done:
-                self._answered(sequence, now_s)
+                self._complete(sequence, now_s)
 
-    def _answered(self, sequence: Sequence, now_s: float) -> None:
-        asked = sequence.owner
-        assert isinstance(asked, _Asked)
-        record, back_s = asked.record, self._setting.network_s
+    def _complete(self, sequence: Sequence, now_s: float) -> None:
+        request = sequence.owner
+        assert isinstance(request, _InFlight)
+        measurement, back_s = request.measurement, self._setting.network_s
         first_s = sequence.first_token_s if sequence.output_tokens else now_s
-        record.first_s, record.ended_s = first_s + back_s, now_s + back_s
-        record.cached_tokens, record.output_tokens = sequence.cached_tokens, sequence.produced
-        self._over(asked, now_s)
+        measurement.first_s, measurement.ended_s = first_s + back_s, now_s + back_s
+        measurement.cached_tokens, measurement.output_tokens = (
+            sequence.cached_tokens,
+            sequence.produced,
+        )
+        self._end_turn(request, now_s)
 
-    def _over(self, asked: _Asked, now_s: float) -> None:
-        talk = asked.talk
-        if asked.reservation is not None:
-            asked.reservation.release()
-        talk.answered()
+    def _end_turn(self, request: _InFlight, now_s: float) -> None:
+        session = request.session
+        if request.reservation is not None:
+            request.reservation.release()
+        session.complete_turn()
         back_s = now_s + self._setting.network_s
-        if not talk.is_over:
-            think_s = talk.conversation.turns[talk.turn].think_s
-            self._at(back_s + think_s, ARRIVE, talk)
+        if not session.is_over:
+            think_s = session.conversation.turns[session.turn].think_s
+            self._at(back_s + think_s, ARRIVE, session)
             return
-        self._under_way -= 1
-        if talk.conversation.at_s is None:
+        self._active -= 1
+        if session.conversation.at_s is None:
             self._begin(back_s)
 
 
-def play(
+def simulate(
     setting: Setting, conversations: Iterable[Conversation], watch: Watch | None = None
-) -> Outcome:
+) -> SimulationRun:
+    """Simulate a setting; see :class:`Cluster`."""
     return Cluster(setting, watch).run(conversations)

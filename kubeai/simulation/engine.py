@@ -136,10 +136,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
+        """Number of queued sequences."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """Number of sequences in the batch."""
         return len(self._running)
 
     def submit(

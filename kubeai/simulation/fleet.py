@@ -40,7 +40,7 @@ class Observation(msgspec.Struct, frozen=True):
 class Rule(Protocol):
     """An autoscaler for one Model; it gets an observation every tick."""
 
-    def see(self, seen: Observation) -> int | None:
+    def decide(self, observation: Observation) -> int | None:
         """The desired replicas; None if it makes no decision at this tick."""
         ...
 
@@ -78,10 +78,13 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Run(msgspec.Struct):
+    """A run's ticks and the waits of its requests."""
+
     ticks: list[Tick]
     waits_s: array[float]
 
     def figures(self) -> Figures:
+        """Summarize the run."""
         waits = sorted(self.waits_s)
         counts = [tick.replicas for tick in self.ticks]
         steps = [b - a for a, b in pairwise(counts) if a != b]
@@ -103,10 +106,10 @@ def run(trace: Trace, rule: Rule, fleet: Fleet, seed: int = 0) -> Run:
     world = _World(trace, fleet, random.Random(seed))
     while world.now_s < trace.duration_s:
         world.advance(world.now_s + TICK_S)
-        wanted = rule.see(world.observe())
+        wanted = rule.decide(world.observe())
         if wanted is not None:
             world.scale(wanted)
-        world.note()
+        world.record_tick()
     return world.run
 
 
@@ -132,7 +135,7 @@ class _World:
         active = len(self._ends) + len(self._queue)
         return Observation(self.now_s, active, self._ended, self._ready, self._replicas)
 
-    def note(self) -> None:
+    def record_tick(self) -> None:
         needed = self._trace.offered(self.now_s)
         waiting = len(self._queue)
         self.run.ticks.append(Tick(self.now_s, needed, self._replicas, self._ready, waiting))

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from kubeai.simulation.cluster import Setting, Strategy, play
+from kubeai.simulation.cluster import Setting, Strategy, simulate
 from kubeai.simulation.engine import Engine, EngineConfig
 from kubeai.simulation.traffic import Conversation, Shape, generate
 
 
-class Outcome(NamedTuple):
+class Balance(NamedTuple):
     """``imbalance``: requests on the busiest engine relative to the mean of all engines."""
 
     imbalance_mean: float
@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
     hit_rate: float  # share of prompt tokens found in a cache
 
 
-class Play(msgspec.Struct, frozen=True, kw_only=True):
+class Experiment(msgspec.Struct, frozen=True, kw_only=True):
     """An endless stream of conversations; requests sent from ``from_s`` to ``until_s`` count."""
 
     shape: Shape
@@ -42,7 +42,7 @@ class Play(msgspec.Struct, frozen=True, kw_only=True):
         seed: int = 1,
         shared: bool = True,
         expected: bool = True,
-    ) -> Outcome:
+    ) -> Balance:
         """Simulate; a minute of virtual time takes a few seconds."""
         imbalances: list[float] = []
         now_s = 0.0
@@ -68,10 +68,10 @@ class Play(msgspec.Struct, frozen=True, kw_only=True):
             concurrency=self.concurrency,
             seed=seed,
         )
-        records = play(setting, conversations(), watch).records
-        counted = [one for one in records if self.from_s <= one.sent_s < self.until_s]
+        measurements = simulate(setting, conversations(), watch).measurements
+        counted = [one for one in measurements if self.from_s <= one.sent_s < self.until_s]
         imbalances.sort()
-        return Outcome(
+        return Balance(
             imbalance_mean=statistics.fmean(imbalances),
             imbalance_p99=imbalances[len(imbalances) * 99 // 100],
             hit_rate=sum(one.cached_tokens for one in counted)

@@ -37,13 +37,14 @@ class MovingAverage:
         self._lower = 0
         self._next_s = interval_s
 
-    def see(self, seen: Observation) -> int | None:
-        if seen.now_s < self._next_s:
+    def decide(self, observation: Observation) -> int | None:
+        """The desired replicas, at most once per interval."""
+        if observation.now_s < self._next_s:
             return None
         self._next_s += self._interval_s
-        self._samples.append(seen.active)
+        self._samples.append(observation.active)
         wanted = math.ceil(sum(self._samples) / len(self._samples) / self._target)
-        if wanted >= seen.replicas:
+        if wanted >= observation.replicas:
             self._lower = 0
             return wanted
         if self._lower < self._lower_needed:
@@ -73,16 +74,17 @@ class Knative:
         self._panic_most = 0
         self._idle_s: float | None = None  # since when zero replicas are desired
 
-    def see(self, seen: Observation) -> int | None:
-        self._samples.append(seen.active)
-        if seen.now_s < self._next_s:
+    def decide(self, observation: Observation) -> int | None:
+        """The desired replicas, every 2 s."""
+        self._samples.append(observation.active)
+        if observation.now_s < self._next_s:
             return None
         self._next_s += self.TICK_S
-        ready = max(1, seen.ready)
+        ready = max(1, observation.ready)
         stable = self._wanted(int(self.STABLE_S), ready)
         panic = self._wanted(int(self.PANIC_S), ready)
-        wanted = self._panicked(stable, panic, ready, seen.now_s)
-        return self._last_stays(wanted, seen.now_s)
+        wanted = self._panicked(stable, panic, ready, observation.now_s)
+        return self._last_stays(wanted, observation.now_s)
 
     def _wanted(self, seconds: int, ready: int) -> int:
         recent = list(self._samples)[-seconds:]

@@ -69,6 +69,7 @@ def render(messages: Iterable[tuple[str, str]]) -> bytes:
 
 
 def count(tokens: bytes) -> int:
+    """The number of tokens."""
     return len(tokens) // TOKEN_BYTES
 
 
@@ -89,6 +90,7 @@ class Blocks:
         self._size = block_tokens * TOKEN_BYTES
 
     def add(self, tokens: bytes) -> None:
+        """Append tokens and hash the blocks they fill."""
         data = self._rest + tokens
         size, chain = self._size, self._chain
         end = len(data) - len(data) % size

@@ -15,6 +15,8 @@ import msgspec
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """The offered load of a Model over time."""
+
     name: str
     duration_s: float
     offered: Callable[[float], float]  # time → replicas needed

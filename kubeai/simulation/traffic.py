@@ -51,9 +51,11 @@ class Conversation(msgspec.Struct, frozen=True):
     def prompt(self, turn: int, replies: Iterable[str]) -> list[Message]:
         """The messages of a turn; ``replies``: the engine's replies to the previous turns."""
         messages = list(self.history)
-        for said, came in zip(self.turns[:turn], replies, strict=True):
-            messages.append(("user", said.text))
-            messages.append(("assistant", came if said.reply is None else said.reply))
+        for turn_before, reply in zip(self.turns[:turn], replies, strict=True):
+            messages.append(("user", turn_before.text))
+            messages.append(
+                ("assistant", reply if turn_before.reply is None else turn_before.reply)
+            )
         messages.append(("user", self.turns[turn].text))
         return messages
 
@@ -127,11 +129,11 @@ class _Writer:
 
     def _turn(self, source: random.Random, tokens: int, before: str = "") -> Turn:
         shape = self._shape
-        said = before + text.words(source, self._length(source, tokens))
+        message = before + text.words(source, self._length(source, tokens))
         reply_tokens = self._length(source, shape.reply_tokens) if shape.reply_tokens else 0
         reply = text.words(source, reply_tokens) if shape.replies else None
         think_s = source.expovariate(1 / shape.think_s) if shape.think_s else 0.0
-        return Turn(said, reply_tokens, reply, think_s)
+        return Turn(message, reply_tokens, reply, think_s)
 
     def _fixed(self, what: str, which: int, tokens: int) -> str:
         """A text of exactly this length, identical wherever it is used."""
@@ -176,23 +178,23 @@ def read_sharegpt(
     conversations = []
     for number, entry in enumerate(found):
         try:
-            said = [(str(m["from"]), str(m["value"])) for m in entry["conversations"]]
+            messages = [(str(m["from"]), str(m["value"])) for m in entry["conversations"]]
         except (TypeError, KeyError):
             raise TrafficError(
                 f"{path}: entry {number} is not {{'conversations': [{{'from', 'value'}}, …]}}"
             ) from None
-        if len(said) >= messages_min and (turns := _turns(said, tokens_max)):
+        if len(messages) >= messages_min and (turns := _turns(messages, tokens_max)):
             conversations.append(Conversation(turns))
     if not conversations:
         raise TrafficError(f"{path}: has no conversation with at least {messages_min} messages")
     return conversations
 
 
-def _turns(said: list[Message], tokens_max: int) -> tuple[Turn, ...]:
-    while said and said[0][0] not in ("human", "user"):
-        said = said[1:]
+def _turns(messages: list[Message], tokens_max: int) -> tuple[Turn, ...]:
+    while messages and messages[0][0] not in ("human", "user"):
+        messages = messages[1:]
     turns, tokens = [], 0
-    for (_, question), (_, answer) in zip(said[::2], said[1::2], strict=False):
+    for (_, question), (_, answer) in zip(messages[::2], messages[1::2], strict=False):
         length = text.count(text.pack(answer))
         tokens += text.count(text.pack(question)) + length
         if tokens > tokens_max or not question:
@@ -201,7 +203,7 @@ def _turns(said: list[Message], tokens_max: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-class Traced(msgspec.Struct):
+class TraceEntry(msgspec.Struct):
     """A request of a trace, as in its line."""
 
     timestamp: float  # milliseconds
@@ -212,6 +214,7 @@ class Traced(msgspec.Struct):
     hash_ids: list[int] = []
 
     def conversation(self, at_s: float) -> Conversation:
+        """The request as a conversation of one turn that starts at ``at_s``."""
         if self.messages:
             *before, last = (
                 (str(m.get("role", "user")), str(m.get("content") or "")) for m in self.messages
@@ -224,7 +227,7 @@ class Traced(msgspec.Struct):
         return Conversation((Turn(prompt, self.output_length),), (), at_s)
 
 
-def read_trace(path: Path) -> list[Traced]:
+def read_trace(path: Path) -> list[TraceEntry]:
     """Requests ordered by time, from a file with one JSON object per line, in one of two forms.
 
     ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or, as in
@@ -238,7 +241,7 @@ def read_trace(path: Path) -> list[Traced]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    requests.append(_traced(f"{path}: line {number}", line))
+                    requests.append(_trace_entry(f"{path}: line {number}", line))
     except OSError as error:
         raise TrafficError(f"{path}: {error.strerror}") from None
     if not requests:
@@ -246,9 +249,9 @@ def read_trace(path: Path) -> list[Traced]:
     return sorted(requests, key=lambda one: one.timestamp)
 
 
-def _traced(where: str, line: bytes) -> Traced:
+def _trace_entry(where: str, line: bytes) -> TraceEntry:
     try:
-        one = msgspec.json.decode(line, type=Traced)
+        one = msgspec.json.decode(line, type=TraceEntry)
     except msgspec.DecodeError as error:
         raise TrafficError(f"{where}: {error}") from None
     if not one.messages and one.input_length < 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kubeai.simulation.records import read
+from kubeai.simulation.results import read
 
 COMMAND = (sys.executable, "-m", "kubeai", "bench", "simulate")
 SMALL = ("--conversations=60", "--turns=4", "--engines=4", "--concurrency=20")

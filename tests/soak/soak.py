@@ -1,19 +1,19 @@
-"""Minutes of mixed load on real workers, with engines that die, stall and reset: ``make soak``.
+"""Run mixed load on real workers while engines die, stall and reset: ``make soak``.
 
     SOAK_SECONDS=60 python tests/soak/soak.py
 
-Two workers under the real supervisor, three engine processes of which one is killed every few
-seconds and started again. Chats whole and streamed, prompts of 400 KB, recordings, requests for a
-model at zero replicas, clients that leave. Every answer ends with a checksum of the whole. It
-passes when
+Two workers run under the real supervisor, with three engine processes, one of which is killed
+every few seconds and restarted. The load consists of streamed and non-streamed chats, prompts of
+400 KB, audio uploads, requests for a model at zero replicas, and clients that disconnect. Every
+response ends with a checksum of its content. The run passes if
 
-- no answer looked whole that was not, and none was cut without a reason;
-- every count of the load table is 0 within two seconds of the end;
-- the workers are those of the beginning, and said nothing of a fault;
-- their memory after the warm-up (a quarter of the time) grew by at most ``GROWTH_MAX_SHARE`` to
-  the last quarter, and their descriptors are as few as idle connections leave.
+- no truncated response looked complete, and none was truncated without a reason;
+- every count in the load table is 0 within two seconds of the end;
+- no worker was replaced, and none logged a fault;
+- the workers' memory grew by at most ``GROWTH_MAX_SHARE`` from the end of the warm-up (a quarter of
+  the time) to the last quarter, and they hold no more descriptors than idle connections need.
 
-``SOAK_SEED`` repeats a run's choices, if not its timing.
+``SOAK_SEED`` repeats a run's random choices, but not its timing.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ WORKERS = 2
 ENGINES = 3
 CLIENTS = 32
 BETWEEN_BYTES_S = 1.0
-STALL_S = 2.5  # longer than the gateway bears
+STALL_S = 2.5  # longer than the gateway's timeout
 KILL_EVERY_S = 5.0
 GROWTH_MAX_SHARE = 0.10
 GROWTH_SLACK_BYTES = 4 << 20
 SETTLE_S = 2.0
-PAGES_IDLE_MAX = 64
+LOCAL_ROUTES_IDLE_MAX = 64
 FAULTS = ["reset", "fin", "stall", "no answer", "500"]
 WANTED = re.compile(rb"tag-(\d+)-(\w+)-(\d+)-([\w ]+)-")
 
@@ -68,7 +68,7 @@ def is_sealed(data: bytes, tag: int) -> bool:
 
 
 async def answer_one(wire: Wire, request: Message) -> bool:
-    """Answer as the request's tag says; whether the connection goes on."""
+    """Respond as the request's tag says; returns whether to keep the connection."""
     tag, style, size, fault = WANTED.search(request.body).groups()
     size, fault = int(size), fault.decode()
     body = seal(b"%d " % int(tag) + b"w" * size)
@@ -111,7 +111,7 @@ async def run_engine(port: int) -> None:
 
 
 class Engine:
-    """An engine's process and its successors, all on one port."""
+    """An engine process, which is restarted on the same port."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -134,7 +134,7 @@ class Engine:
         return Endpoint(f"pod-{self.number}", f"127.0.0.1:{self.port}")
 
     async def kill(self) -> None:
-        if self._process.returncode is None:  # the load may end between a death and a start
+        if self._process.returncode is None:  # the run may end between a kill and a restart
             self._process.send_signal(signal.SIGKILL)
         await self._process.wait()
 
@@ -148,7 +148,7 @@ class Soak:
         self.random = random.Random(seed)
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.memory: list[list[int]] = []  # each second, each worker
+        self.memory: list[list[int]] = []  # per second and worker
         self.last_death_s = 0.0
         self.tag = 0
         self.engines = [Engine(number) for number in range(ENGINES)]
@@ -183,7 +183,7 @@ class Soak:
             task.cancel()
         ends = await asyncio.gather(*others, return_exceptions=True)
         self.wrong += [
-            f"the soak's own fault: {end!r}"
+            f"internal error of the soak test: {end!r}"
             for end in ends
             if not isinstance(end, asyncio.CancelledError)
         ]
@@ -195,15 +195,18 @@ class Soak:
             self.wrong.append("a worker died")
             return
         try:
-            # Idle connections to engines go after four seconds; those to the pages are both ends'.
-            most = 2 * PAGES_IDLE_MAX + 2
+            # Idle upstream connections close after 4 s. A connection to the local routes has both
+            # ends in the worker.
+            most = 2 * LOCAL_ROUTES_IDLE_MAX + 2
             await until(
                 lambda: all(descriptors(p) <= n + most for p, n in zip(pids, files, strict=True)),
                 "",
                 8,
             )
         except AssertionError:
-            self.wrong.append(f"descriptors: {files} at first, {list(map(descriptors, pids))} now")
+            self.wrong.append(
+                f"descriptors: {files} at the start, {list(map(descriptors, pids))} at the end"
+            )
 
     def _routes(self) -> list[Route]:
         endpoints = tuple(engine.endpoint for engine in self.engines)
@@ -215,7 +218,7 @@ class Soak:
         ]
 
     def _demanded(self, model: str) -> None:
-        """Bring the cold model up for a second, as an operator would."""
+        """Scale the cold model up for one second, as the operator would."""
         loop = asyncio.get_running_loop()
         warm = Route(model, "VLLM", endpoints=(self.engines[0].endpoint,))
         loop.call_later(0.1, self.fleet.route, model, warm)
@@ -229,7 +232,7 @@ class Soak:
             await engine.kill()
             self.seen["engines killed"] += 1
             routes = {route.model: route for route in self._routes()}
-            if self.random.random() < 0.5:  # the pod's end is seen, or not
+            if self.random.random() < 0.5:  # whether the operator notices the pod's end
                 for model in ("hashed", "least"):
                     rest = tuple(e for e in routes[model].endpoints if e != engine.endpoint)
                     self.fleet.route(
@@ -265,7 +268,7 @@ class Soak:
             except (Broken, ConnectionError):
                 what = "cut"
                 if fault == "none" and self.last_death_s < began_s - BETWEEN_BYTES_S:
-                    self.wrong.append("an answer was cut without a reason")
+                    self.wrong.append("a response was truncated without a reason")
             except TimeoutError:
                 what = "hung"
                 self.wrong.append("a request took 40 s")
@@ -307,16 +310,16 @@ class Soak:
                 self.wrong.append(f"status {answered.status}: {answered.body[:200]!r}")
             return f"status {answered.status}"
         if not is_sealed(answered.body, tag):
-            self.wrong.append(f"looked whole ({fault}): {len(answered.body)} bytes of {tag}")
+            self.wrong.append(f"looked complete ({fault}): {len(answered.body)} bytes of {tag}")
         return "whole"
 
-    # -- what came of it ---------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def judge_memory(self) -> str:
-        """The growth from after the warm-up to the end, of the worker where it is largest."""
+        """The growth from the warm-up to the end, of the worker that grew most."""
         quarter = len(self.memory) // 4
         if quarter < 3:
-            return "too short a run to say"
+            return "the run was too short to judge"
         grown = []
         for worker in range(WORKERS):
             samples = [each[worker] for each in self.memory]
@@ -367,18 +370,18 @@ def main() -> int:
     print(f"SOAK_SEED={seed} SOAK_SECONDS={seconds:.0f}", flush=True)
     with tempfile.TemporaryFile() as log:
         ours = os.dup(2)
-        os.dup2(log.fileno(), 2)  # the workers' logs, which are looked at for faults
+        os.dup2(log.fileno(), 2)  # the workers' logs, which are searched for faults
         try:
             uvloop.run(soak.run())
         finally:
             os.dup2(ours, 2)
         log.seek(0)
-        said = log.read().decode(errors="replace")
+        logs = log.read().decode(errors="replace")
     for line in ("Traceback", "an exchange failed", "cleanup failed"):
-        if line in said:
-            soak.wrong.append("a process reported a fault: " + said[said.index(line) :][:2000])
+        if line in logs:
+            soak.wrong.append("a process reported a fault: " + logs[logs.index(line) :][:2000])
     memory = soak.judge_memory()
-    print(f"requests          {soak.tag} ({soak.tag / seconds:.0f} a second)")
+    print(f"requests          {soak.tag} ({soak.tag / seconds:.0f} per second)")
     for what, count in soak.seen.most_common():
         print(f"  {what:16}{count}")
     print(f"workers' memory   {memory}")

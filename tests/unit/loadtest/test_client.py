@@ -55,7 +55,7 @@ async def served(
         endpoint_header="X-Who",
     )
     try:
-        await client.find()
+        await client.resolve()
         yield client
         assert not client.readers
     finally:
@@ -171,7 +171,11 @@ async def test_a_failure_has_its_status_and_message():
     head = b"HTTP/1.1 503 Unavailable\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with served(answering(head + body)) as client:
         answer = await ask(client, Reader())
-        assert (answer.status, answer.error, answer.said) == (503, "status 503", body.decode())
+        assert (answer.status, answer.error, answer.error_message) == (
+            503,
+            "status 503",
+            body.decode(),
+        )
         assert (await ask(client, Reader())).error == "status 503"
         assert len(client.open) == 1
 

@@ -9,39 +9,36 @@ import msgspec
 import pytest
 
 from kubeai.loadtest import options, saturation
+from kubeai.loadtest.messages import Batch, Go, Stop, frame
 from kubeai.loadtest.options import OptionError
-from kubeai.loadtest.plan import (
-    ENDLESS,
-    Batch,
-    ClosedLoop,
-    Go,
-    MadeUp,
-    OpenLoop,
-    Plan,
-    ShareGpt,
-    Stop,
-    Trace,
-    frame,
-)
 from kubeai.loadtest.progress import Progress
 from kubeai.loadtest.run import client_line
 from kubeai.loadtest.saturation import Usage
-from kubeai.simulation.records import Gaps, Record
+from kubeai.loadtest.scenario import (
+    ENDLESS,
+    ClosedLoop,
+    OpenLoop,
+    Scenario,
+    ShareGpt,
+    Synthetic,
+    TraceReplay,
+)
+from kubeai.simulation.results import Gaps, Measurement
 from kubeai.simulation.traffic import SHAPES, Arrivals, Shape
 
 SMALL = Shape(conversations=11, turns=2, prompt_tokens=5, turn_tokens=5)
 
 
-def plan(**fields: object) -> Plan:
-    defaults = {"url": "http://x", "model": "m", "traffic": MadeUp("chat", SMALL, 3)}
-    return Plan(**(defaults | {"load": ClosedLoop(5)} | fields))
+def scenario(**fields: object) -> Scenario:
+    defaults = {"url": "http://x", "model": "m", "traffic": Synthetic("chat", SMALL, 3)}
+    return Scenario(**(defaults | {"load": ClosedLoop(5)} | fields))
 
 
 # -- whether the client was the bottleneck ---------------------------------------------------------
 
 
 def usage(*shares: float, late_s: float = 0.001) -> Usage:
-    """The usage of a worker that used these shares of a core, second by second."""
+    """The usage of a generator that used these shares of a core, second by second."""
     one, cpu_s = Usage(), 0.0
     for second, share in enumerate(shares, 1):
         cpu_s += share
@@ -50,9 +47,13 @@ def usage(*shares: float, late_s: float = 0.001) -> Usage:
 
 
 def batch(
-    at_s: float, records: list[Record], tokens: int, cpu_s: float = 0.1, late_s: list[float] = ()
+    at_s: float,
+    measurements: list[Measurement],
+    tokens: int,
+    cpu_s: float = 0.1,
+    late_s: list[float] = (),
 ) -> Batch:
-    return Batch(at_s, records, Gaps(), 7, tokens, tokens, cpu_s, cpu_s / 2, list(late_s), {})
+    return Batch(at_s, measurements, Gaps(), 7, tokens, tokens, cpu_s, cpu_s / 2, list(late_s), {})
 
 
 def test_an_idle_client_causes_no_warning():
@@ -107,14 +108,14 @@ def test_the_cpu_cost_sums_all_processes_and_the_share_is_the_busiest_ones():
     assert client_line(nothing) == "client: 0 % of a core, 1 process"
 
 
-# -- plans -----------------------------------------------------------------------------------------
+# -- scenarios -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("generators", [1, 2, 3])
 @pytest.mark.parametrize("load", [ClosedLoop(5), OpenLoop(Arrivals(per_s=9.0))])
-def test_several_workers_together_send_the_same_load_as_one(workers, load):
-    alone = dict(plan(load=load).conversations())
-    shares = [plan(load=load, worker=n, workers=workers) for n in range(workers)]
+def test_several_generators_together_send_the_same_load_as_one(generators, load):
+    alone = dict(scenario(load=load).conversations())
+    shares = [scenario(load=load, generator=n, generators=generators) for n in range(generators)]
     together = [pair for share in shares for pair in share.conversations()]
     assert len(together) == len(alone) == SMALL.conversations
     assert dict(together) == alone
@@ -126,13 +127,15 @@ def test_a_trace_starts_at_once_and_is_replayed_at_the_given_speed(tmp_path):
     file = tmp_path / "trace"
     lines = [{"timestamp": 7000 + 500 * at, "input_length": 9} for at in range(5)]
     file.write_text("\n".join(map(json.dumps, lines)))
-    traced = plan(traffic=Trace(str(file), 2.0), load=OpenLoop(), worker=1, workers=2)
+    traced = scenario(
+        traffic=TraceReplay(str(file), 2.0), load=OpenLoop(), generator=1, generators=2
+    )
     assert [(number, one.at_s) for number, one in traced.conversations()] == [(1, 0.25), (3, 0.75)]
 
 
 def test_messages_pass_through_a_pipe_unchanged():
-    first = plan(traffic=ShareGpt("/x", 2), load=OpenLoop(Arrivals(per_s=1.0)))
-    for message, kind in ((first, Plan), (Go(5.0), Go | Stop), (Stop(), Go | Stop)):
+    first = scenario(traffic=ShareGpt("/x", 2), load=OpenLoop(Arrivals(per_s=1.0)))
+    for message, kind in ((first, Scenario), (Go(5.0), Go | Stop), (Stop(), Go | Stop)):
         framed = frame(message)
         assert int.from_bytes(framed[:4], "big") == len(framed) - 4
         assert msgspec.msgpack.decode(framed[4:], type=kind) == message
@@ -141,7 +144,7 @@ def test_messages_pass_through_a_pipe_unchanged():
 # -- options ---------------------------------------------------------------------------------------
 
 
-def made(**fields: object) -> MadeUp | ShareGpt | Trace:
+def made(**fields: object) -> Synthetic | ShareGpt | TraceReplay:
     defaults = {"shape": None, "changes": {}, "seed": 1, "endless": False, "sharegpt": None}
     more = {"messages_min": 2, "trace": None, "speed": 1.0}
     return options.traffic(**(defaults | more | fields))
@@ -149,7 +152,7 @@ def made(**fields: object) -> MadeUp | ShareGpt | Trace:
 
 def test_options_override_the_preset_shape():
     found = made(shape="rag", changes={"turns": 3, "system_tokens": None})
-    assert found == MadeUp("rag", msgspec.structs.replace(SHAPES["rag"], turns=3), 1)
+    assert found == Synthetic("rag", msgspec.structs.replace(SHAPES["rag"], turns=3), 1)
 
 
 def test_a_load_with_its_own_end_has_unlimited_conversations():
@@ -199,8 +202,8 @@ def test_a_key_is_sent_as_a_bearer_token_unless_a_header_is_given():
 
 def test_progress_shows_total_counts_and_recent_rates():
     progress = Progress()
-    good = Record(0, 0, 0.0, 0.0, first_s=0.2, ended_s=1.0)
-    progress.note(0, batch(1.0, [good, Record(1, 0, 0.0, 0.0, error="cut")], 1000))
+    good = Measurement(0, 0, 0.0, 0.0, first_s=0.2, ended_s=1.0)
+    progress.note(0, batch(1.0, [good, Measurement(1, 0, 0.0, 0.0, error="cut")], 1000))
     progress.note(1, batch(1.0, [], 1000))
     line = progress.line(2.0)
     assert line == ("2 s, 2 done, 1 failed, 14 in flight, 1,000 tokens/s, first token after 200 ms")

@@ -13,7 +13,7 @@ import pytest
 
 from kubeai.loadtest import compare
 from kubeai.loadtest.report import COLOURS, ENDPOINTS_MAX, report
-from kubeai.simulation.records import Gaps, Record, Results, results
+from kubeai.simulation.results import Gaps, Measurement, Results, summarize
 
 EVIL = "<script>alert('1')</script>&\"\x1b[31m\n"
 
@@ -30,19 +30,19 @@ def run(
 ) -> Results:
     """Made-up requests, ten per second; with ``error``, all of them fail."""
     rng, gaps = random.Random(7), Gaps()
-    records = []
+    measurements = []
     for at in range(count):
         due = at / 10
-        record = Record(at, 0, due, due, prompt_tokens=100, cached_tokens=50, error=error)
+        measurement = Measurement(at, 0, due, due, prompt_tokens=100, cached_tokens=50, error=error)
         if not error:
-            record.first_s = due + rng.lognormvariate(-2, 1) * pace
-            record.ended_s = record.first_s + 1.9 * pace
-            record.output_tokens = 20
-            record.endpoint = f"10.0.0.{at % endpoints}:8000"
+            measurement.first_s = due + rng.lognormvariate(-2, 1) * pace
+            measurement.ended_s = measurement.first_s + 1.9 * pace
+            measurement.output_tokens = 20
+            measurement.endpoint = f"10.0.0.{at % endpoints}:8000"
             gaps.add(0.1 * pace, 19)
-        records.append(record)
+        measurements.append(measurement)
     setting = {"model": "m", "traffic": {"rate": 10}} if setting is None else setting
-    return results(name, setting, records, gaps, warnings=warnings)
+    return summarize(name, setting, measurements, gaps, warnings=warnings)
 
 
 class Page(HTMLParser):

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from kubeai.simulation import records, traffic
-from kubeai.simulation.cluster import STRATEGIES, Setting, play
+from kubeai.simulation import results, traffic
+from kubeai.simulation.cluster import STRATEGIES, Setting, simulate
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.traffic import Conversation, Shape, Turn
@@ -19,37 +19,37 @@ TALKS = Shape(conversations=60, turns=4, reply_tokens=30)
 
 def run(conversations=None, **setting):
     setting = Setting(**({"engine": ENGINE, "engines": 4, "concurrency": 20} | setting))
-    return play(setting, conversations or traffic.generate(TALKS, 1))
+    return simulate(setting, conversations or traffic.generate(TALKS, 1))
 
 
-def figures(outcome):
-    return records.results("r", {}, outcome.records, outcome.gaps).summary
+def figures(result):
+    return results.summarize("r", {}, result.measurements, result.gaps).summary
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_turn_is_sent_once_and_completed(strategy):
-    outcome = run(strategy=strategy)
+    result = run(strategy=strategy)
     expected = list(traffic.generate(TALKS, 1))
-    asked = {(one.conversation, one.turn): one for one in outcome.records}
-    assert len(asked) == len(outcome.records) == 60 * 4
-    for (conversation, turn), record in asked.items():
-        assert not record.error
-        assert record.output_tokens == expected[conversation].turns[turn].reply_tokens
-        assert record.due_s <= record.sent_s < record.first_s <= record.ended_s
-        assert 0 <= record.cached_tokens < record.prompt_tokens
+    asked = {(one.conversation, one.turn): one for one in result.measurements}
+    assert len(asked) == len(result.measurements) == 60 * 4
+    for (conversation, turn), measurement in asked.items():
+        assert not measurement.error
+        assert measurement.output_tokens == expected[conversation].turns[turn].reply_tokens
+        assert measurement.due_s <= measurement.sent_s < measurement.first_s <= measurement.ended_s
+        assert 0 <= measurement.cached_tokens < measurement.prompt_tokens
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_same_settings_give_the_same_records(strategy):
-    assert run(strategy=strategy).records == run(strategy=strategy).records
+    assert run(strategy=strategy).measurements == run(strategy=strategy).measurements
 
 
 def test_a_turn_starts_after_the_previous_response_and_the_think_time():
     shape = Shape(conversations=20, turns=3, think_s=5.0)
     expected = list(traffic.generate(shape, 1))
     turns = defaultdict(dict)
-    for record in run(traffic.generate(shape, 1)).records:
-        turns[record.conversation][record.turn] = record
+    for measurement in run(traffic.generate(shape, 1)).measurements:
+        turns[measurement.conversation][measurement.turn] = measurement
     for number, of in turns.items():
         for turn in (1, 2):
             think_s = expected[number].turns[turn].think_s
@@ -57,10 +57,10 @@ def test_a_turn_starts_after_the_previous_response_and_the_think_time():
 
 
 def test_the_configured_number_of_conversations_runs_concurrently():
-    outcome = run(concurrency=7)
+    result = run(concurrency=7)
     changes = sorted(
-        [(r.due_s, 1) for r in outcome.records if r.turn == 0]
-        + [(r.ended_s, -1) for r in outcome.records if r.turn == TALKS.turns - 1]
+        [(r.due_s, 1) for r in result.measurements if r.turn == 0]
+        + [(r.ended_s, -1) for r in result.measurements if r.turn == TALKS.turns - 1]
     )
     level, most = 0, 0
     for _, change in sorted(changes, key=lambda pair: (pair[0], pair[1])):
@@ -71,14 +71,16 @@ def test_the_configured_number_of_conversations_runs_concurrently():
 
 def test_conversations_with_start_times_start_on_time():
     times = [0.5 * n for n in range(60)]
-    outcome = run(traffic.timed(traffic.generate(TALKS, 1), times), engines=1)
-    first = sorted(record.due_s for record in outcome.records if record.turn == 0)
+    result = run(traffic.timed(traffic.generate(TALKS, 1), times), engines=1)
+    first = sorted(
+        measurement.due_s for measurement in result.measurements if measurement.turn == 0
+    )
     assert first == times
 
 
 def test_an_overloaded_client_is_late_and_its_send_time_hides_the_delay():
-    outcome = run(client_per_s=5.0, concurrency=60)
-    found = figures(outcome)
+    result = run(client_per_s=5.0, concurrency=60)
+    found = figures(result)
     assert found["late_ms"]["p90"] > 3_000
     assert found["ttft_ms"]["mean"] > 3_000 > found["ttft_sent_ms"]["mean"]
     paced = figures(run(paced_per_s=5.0, concurrency=60))
@@ -95,27 +97,33 @@ def test_cache_hits_increase_with_the_routers_information():
 def test_a_request_too_large_for_any_engine_is_rejected_and_the_others_continue():
     long = Conversation((Turn("x" * 100_000, 10), Turn("more", 10)))
     short = Conversation((Turn("hello", 10),))
-    outcome = run([long, short], engines=1)
-    errors = [(record.conversation, record.error) for record in outcome.records]
+    result = run([long, short], engines=1)
+    errors = [(measurement.conversation, measurement.error) for measurement in result.measurements]
     assert sorted(errors) == [(0, "status 400"), (0, "status 400"), (1, "")]
 
 
 def test_embeddings_generate_no_tokens_and_share_no_cache():
     shape = Shape(conversations=30, turns=1, prompt_tokens=200, reply_tokens=0, kind="embeddings")
-    outcome = run(traffic.generate(shape, 1))
-    assert len(outcome.records) == 30
-    for record in outcome.records:
-        assert (record.output_tokens, record.cached_tokens, record.error) == (0, 0, "")
-        assert record.ended_s == record.first_s
+    result = run(traffic.generate(shape, 1))
+    assert len(result.measurements) == 30
+    for measurement in result.measurements:
+        assert (measurement.output_tokens, measurement.cached_tokens, measurement.error) == (
+            0,
+            0,
+            "",
+        )
+        assert measurement.ended_s == measurement.first_s
 
 
 def test_gaps_add_up_to_the_time_from_first_to_last_token():
-    outcome = run(engines=1, concurrency=5)
-    assert outcome.preemptions == 0
-    between_s = sum(record.ended_s - record.first_s for record in outcome.records)
-    assert outcome.gaps.total_s == pytest.approx(between_s, rel=1e-6)
-    tokens = sum(record.output_tokens - 1 for record in outcome.records)
-    assert sum(outcome.gaps.counts.values()) == tokens
+    result = run(engines=1, concurrency=5)
+    assert result.preemptions == 0
+    between_s = sum(
+        measurement.ended_s - measurement.first_s for measurement in result.measurements
+    )
+    assert result.gaps.total_s == pytest.approx(between_s, rel=1e-6)
+    tokens = sum(measurement.output_tokens - 1 for measurement in result.measurements)
+    assert sum(result.gaps.counts.values()) == tokens
 
 
 def test_a_preset_reproduces_the_latencies_of_its_source():

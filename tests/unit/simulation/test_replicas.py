@@ -4,11 +4,11 @@ import msgspec
 import pytest
 
 from kubeai.simulation.engine import EngineConfig
-from kubeai.simulation.replicas import Play
+from kubeai.simulation.replicas import Experiment
 from kubeai.simulation.traffic import Shape
 
 # 500 requests per second that last 0.2 s: a quarter begin and end between two reports.
-FAST = Play(
+FAST = Experiment(
     shape=Shape(prompt_tokens=100, turn_tokens=20, reply_tokens=10, think_s=0.1),
     concurrency=160,
     engine=EngineConfig(cache_blocks=1600, prefill_tokens_per_s=40000.0, decode_tokens_per_s=100.0),
@@ -16,8 +16,8 @@ FAST = Play(
     until_s=8.0,
 )
 SLOW = Shape(prompt_tokens=600, turn_tokens=60, reply_tokens=120, think_s=2.0)
-MANY = Play(shape=SLOW, concurrency=128, from_s=10.0, until_s=40.0)
-FEW = Play(shape=SLOW, concurrency=24, from_s=10.0, until_s=60.0)
+MANY = Experiment(shape=SLOW, concurrency=128, from_s=10.0, until_s=40.0)
+FEW = Experiment(shape=SLOW, concurrency=24, from_s=10.0, until_s=60.0)
 
 
 def test_eight_replicas_with_delayed_reports_do_not_herd():

@@ -34,8 +34,8 @@ class Fixed:
     def __init__(self, replicas, from_s=0.0):
         self.replicas, self.from_s = replicas, from_s
 
-    def see(self, seen):
-        return self.replicas if seen.now_s >= self.from_s else None
+    def decide(self, observation):
+        return self.replicas if observation.now_s >= self.from_s else None
 
 
 def trace(offered, duration_s=600.0, closed=False, most=8.0):
@@ -98,8 +98,8 @@ def see(rule, active, replicas, ready=None, seconds=1, begin_s=0.0):
     wanted = None
     for n in range(seconds):
         ready = replicas if ready is None else ready
-        seen = Observation(begin_s + n + 1.0, active, 0, ready, replicas)
-        decided = rule.see(seen)
+        observation = Observation(begin_s + n + 1.0, active, 0, ready, replicas)
+        decided = rule.decide(observation)
         wanted = wanted if decided is None else decided
     return wanted
 

@@ -1,6 +1,6 @@
-"""A process that generates a share of the load: ``python -m kubeai.loadtest.worker``.
+"""A process that generates a share of the load: ``python -m kubeai.loadtest.generator``.
 
-Started by `run`. It reads a plan and then the start time from stdin and writes measurements to
+Started by `run`. It reads a scenario and then the start time from stdin and writes measurements to
 stdout, every 0.25 s so that little is lost if it is killed. It exits at the end of stdin, which
 means that the parent process has exited.
 """
@@ -19,18 +19,9 @@ import uvloop
 
 from kubeai.errors import KubeAIError
 from kubeai.loadtest.client import Address, Client
-from kubeai.loadtest.drive import Driver
-from kubeai.loadtest.plan import (
-    ClosedLoop,
-    Failed,
-    Go,
-    Plan,
-    Ready,
-    Stop,
-    Told,
-    frame,
-    receive,
-)
+from kubeai.loadtest.executor import Executor
+from kubeai.loadtest.messages import Failed, FromGenerator, Go, Ready, Stop, frame, receive
+from kubeai.loadtest.scenario import ClosedLoop, Scenario
 
 BATCH_INTERVAL_S = 0.25
 SPARE_FILES = 64  # in addition to one connection per conversation
@@ -39,7 +30,7 @@ FILES_MAX = 1 << 17
 GC_THRESHOLD = 50_000
 
 
-class Out(asyncio.Protocol):
+class Outbox(asyncio.Protocol):
     """Messages to the parent process."""
 
     def __init__(self) -> None:
@@ -47,10 +38,11 @@ class Out(asyncio.Protocol):
         self._closed = asyncio.Event()
 
     @classmethod
-    async def to(cls, fd: int) -> Out:
-        made = os.fdopen(fd, "wb", buffering=0)
-        _, out = await asyncio.get_running_loop().connect_write_pipe(cls, made)
-        return out
+    async def open(cls, fd: int) -> Outbox:
+        """Open the pipe with this file descriptor."""
+        pipe = os.fdopen(fd, "wb", buffering=0)
+        _, outbox = await asyncio.get_running_loop().connect_write_pipe(cls, pipe)
+        return outbox
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
@@ -58,7 +50,8 @@ class Out(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed.set()
 
-    def tell(self, message: Told) -> None:
+    def send(self, message: FromGenerator) -> None:
+        """Send a message; never blocks."""
         assert self._transport is not None
         self._transport.write(frame(message))
 
@@ -69,44 +62,44 @@ class Out(asyncio.Protocol):
         await self._closed.wait()
 
 
-async def _work(out_fd: int) -> None:
-    orders = asyncio.StreamReader(limit=1 << 20)
+async def _generate(out_fd: int) -> None:
+    inbox = asyncio.StreamReader(limit=1 << 20)
     loop = asyncio.get_running_loop()
     stdin = os.fdopen(0, "rb", buffering=0, closefd=False)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), stdin)
-    out = await Out.to(out_fd)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(inbox), stdin)
+    outbox = await Outbox.open(out_fd)
     with contextlib.suppress(asyncio.IncompleteReadError):
-        plan = msgspec.msgpack.decode(await receive(orders), type=Plan)
+        scenario = msgspec.msgpack.decode(await receive(inbox), type=Scenario)
         try:
-            _allow_files(plan)
+            _raise_file_limit(scenario)
             client = Client(
-                Address(plan.url),
-                plan.headers,
-                timeout_s=plan.timeout_s,
-                endpoint_header=plan.endpoint_header,
+                Address(scenario.url),
+                scenario.headers,
+                timeout_s=scenario.timeout_s,
+                endpoint_header=scenario.endpoint_header,
             )
-            await client.find()
-            driver = Driver(plan, client)
-            driver.prepare()
+            await client.resolve()
+            executor = Executor(scenario, client)
+            executor.prepare()
         except KubeAIError as error:
-            out.tell(Failed(str(error)))
+            outbox.send(Failed(str(error)))
         else:
             gc.collect()
             gc.freeze()
             gc.set_threshold(GC_THRESHOLD)
-            out.tell(Ready())
-            await _drive(driver, orders, out)
+            outbox.send(Ready())
+            await _execute(executor, inbox, outbox)
             client.close()
-    await out.close()
+    await outbox.close()
 
 
-async def _drive(driver: Driver, orders: asyncio.StreamReader, out: Out) -> None:
+async def _execute(executor: Executor, inbox: asyncio.StreamReader, outbox: Outbox) -> None:
     """Run from `Go` until the load ends, `Stop` arrives or the parent exits."""
-    order = msgspec.msgpack.decode(await receive(orders), type=Go | Stop)
-    if not isinstance(order, Go):
+    message = msgspec.msgpack.decode(await receive(inbox), type=Go | Stop)
+    if not isinstance(message, Go):
         return
-    running = asyncio.create_task(driver.run(order.start_s))
-    stopped = asyncio.create_task(receive(orders))
+    running = asyncio.create_task(executor.run(message.start_s))
+    stopped = asyncio.create_task(receive(inbox))
     try:
         while not (running.done() or stopped.done()):
             await asyncio.wait(
@@ -114,24 +107,24 @@ async def _drive(driver: Driver, orders: asyncio.StreamReader, out: Out) -> None
                 timeout=BATCH_INTERVAL_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            out.tell(driver.take())
+            outbox.send(executor.take())
         if running.done():
             running.result()
     finally:
         running.cancel()
         stopped.cancel()
         await asyncio.gather(running, stopped, return_exceptions=True)
-    out.tell(driver.take(last=True))
+    outbox.send(executor.take(last=True))
 
 
-def _allow_files(plan: Plan) -> None:
+def _raise_file_limit(scenario: Scenario) -> None:
     """Raise the open-file limit for the connections; KubeAIError if it cannot be high enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = FILES_MAX if hard == resource.RLIM_INFINITY else hard
     if soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if isinstance(plan.load, ClosedLoop):
-        wanted = plan.share(plan.load.concurrency) + SPARE_FILES
+    if isinstance(scenario.load, ClosedLoop):
+        wanted = scenario.share(scenario.load.concurrency) + SPARE_FILES
         if wanted > most:
             raise KubeAIError(
                 f"--concurrency: needs {wanted} open files, the limit is {most} (ulimit -n)"
@@ -139,11 +132,12 @@ def _allow_files(plan: Plan) -> None:
 
 
 def main() -> None:
-    # Keep stray prints out of the message stream: stdout becomes stderr.
+    """Run the generator; stdout carries only messages."""
+    # Keep stray prints outbox of the message stream: stdout becomes stderr.
     out_fd = os.dup(1)
     os.dup2(2, 1)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_work(out_fd))
+        runner.run(_generate(out_fd))
 
 
 if __name__ == "__main__":

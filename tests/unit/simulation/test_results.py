@@ -9,31 +9,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.simulation.records import (
+from kubeai.simulation.results import (
     Gaps,
+    Measurement,
     Objective,
-    Record,
     ResultsError,
     read,
-    results,
+    summarize,
     write,
 )
 
 
-def record(due_s=0.0, ttft_s=0.1, took_s=1.0, tokens=10, **more):
+def measurement(due_s=0.0, ttft_s=0.1, took_s=1.0, tokens=10, **more):
     more = {"prompt_tokens": 100, "cached_tokens": 50} | more
-    return Record(
+    return Measurement(
         0, 0, due_s, more.pop("sent_s", due_s), due_s + ttft_s, due_s + took_s, **more,
         output_tokens=tokens,
     )  # fmt: skip
 
 
 def test_the_summary_of_a_run():
-    records = [
-        record(due_s=float(n), ttft_s=0.1 * (n + 1), endpoint="ab"[n % 2]) for n in range(10)
+    measurements = [
+        measurement(due_s=float(n), ttft_s=0.1 * (n + 1), endpoint="ab"[n % 2]) for n in range(10)
     ]
-    records.append(Record(0, 0, 3.0, 3.0, ended_s=4.0, error="status 503", endpoint="a"))
-    found = results("r", {"x": 1}, records, Gaps())
+    measurements.append(Measurement(0, 0, 3.0, 3.0, ended_s=4.0, error="status 503", endpoint="a"))
+    found = summarize("r", {"x": 1}, measurements, Gaps())
     summary = found.summary
     assert (summary["requests"], summary["failed"]) == (11, 1)
     assert summary["duration_s"] == 10.0
@@ -49,35 +49,40 @@ def test_the_summary_of_a_run():
 
 
 def test_latency_is_measured_from_the_time_a_request_was_due():
-    found = results("r", {}, [record(ttft_s=2.0, sent_s=1.5)], Gaps()).summary
+    found = summarize("r", {}, [measurement(ttft_s=2.0, sent_s=1.5)], Gaps()).summary
     assert found["ttft_ms"]["mean"] == 2000.0
     assert found["ttft_sent_ms"]["mean"] == 500.0
     assert found["late_ms"]["mean"] == 1500.0
 
 
 def test_requests_due_in_the_warm_up_are_excluded():
-    records = [record(due_s=0.0, ttft_s=9.0, took_s=9.5), record(due_s=5.0)]
-    found = results("r", {}, records, Gaps(), warm_up_s=5.0).summary
+    measurements = [measurement(due_s=0.0, ttft_s=9.0, took_s=9.5), measurement(due_s=5.0)]
+    found = summarize("r", {}, measurements, Gaps(), warm_up_s=5.0).summary
     assert found["requests"] == 1
     assert found["ttft_ms"]["mean"] == 100.0
 
 
 def test_goodput_counts_the_requests_that_meet_every_objective():
-    records = [record(ttft_s=0.1), record(ttft_s=0.6), record(took_s=5.0), record(error="cut")]
+    measurements = [
+        measurement(ttft_s=0.1),
+        measurement(ttft_s=0.6),
+        measurement(took_s=5.0),
+        measurement(error="cut"),
+    ]
     for objective, good in (
         (Objective(), 3),
         (Objective(ttft_s=0.5), 2),
         (Objective(ttft_s=0.5, took_s=2.0), 1),
         (Objective(token_s=0.2), 2),
     ):
-        found = results("r", {}, records, Gaps(), objective=objective).summary
+        found = summarize("r", {}, measurements, Gaps(), objective=objective).summary
         assert found["good_requests_per_s"] == pytest.approx(good / 5.0, abs=1e-3)
 
 
 def test_a_run_without_responses_has_a_summary(tmp_path):
-    failed = [Record(0, 0, 0.0, 0.0, ended_s=1.0, error="connection refused")]
-    for records in ([], failed):
-        found = results("r", {}, records, Gaps())
+    failed = [Measurement(0, 0, 0.0, 0.0, ended_s=1.0, error="connection refused")]
+    for measurements in ([], failed):
+        found = summarize("r", {}, measurements, Gaps())
         assert found.summary["ttft_ms"] == {}
         assert found.summary["hit_rate"] is None
         write(found, tmp_path / "r.json")
@@ -130,7 +135,7 @@ def test_a_file_without_results_is_reported(tmp_path, content, words):
 
 def test_results_in_another_format_are_rejected(tmp_path):
     path = tmp_path / "r.json"
-    found = results("r", {}, [], Gaps())
+    found = summarize("r", {}, [], Gaps())
     found.format = 99
     write(found, path)
     with pytest.raises(ResultsError, match="has format 99"):

@@ -1,6 +1,6 @@
-"""Request records and their summaries, for real and simulated runs.
+"""Request measurements and their summaries, for real and simulated runs.
 
-A :class:`Record` describes one request, with times in seconds since the run's start.
+A :class:`Measurement` describes one request, with times in seconds since the run's start.
 :class:`Results` describe a run; ``kubeai bench`` writes and compares them as JSON.
 """
 
@@ -33,7 +33,7 @@ class ResultsError(KubeAIError):
     """A file does not contain valid results."""
 
 
-class Record(msgspec.Struct, array_like=True):
+class Measurement(msgspec.Struct, array_like=True):
     """One request. Times of events that did not happen are NaN; unreported counts are -1."""
 
     conversation: int
@@ -55,13 +55,14 @@ class Record(msgspec.Struct, array_like=True):
 
     @property
     def took_s(self) -> float:
+        """End-to-end time since the request was due."""
         return self.ended_s - self.due_s
 
     @property
     def token_s(self) -> float:
         """Mean time per output token after the first; NaN if there is only one."""
-        rest = self.output_tokens - 1
-        return (self.ended_s - self.first_s) / rest if rest > 0 else math.nan
+        later_tokens = self.output_tokens - 1
+        return (self.ended_s - self.first_s) / later_tokens if later_tokens > 0 else math.nan
 
 
 class Gaps(msgspec.Struct):
@@ -71,6 +72,7 @@ class Gaps(msgspec.Struct):
     total_s: float = 0.0
 
     def add(self, gap_s: float, times: int = 1) -> None:
+        """Count a gap, ``times`` times."""
         bucket = bisect_right(GAP_BOUNDS_S, gap_s)
         self.counts[bucket] = self.counts.get(bucket, 0) + times
         self.total_s += gap_s * times
@@ -88,11 +90,13 @@ class Gaps(msgspec.Struct):
             self.total_s += times_s[-1] - times_s[0]
 
     def merge(self, other: Gaps) -> None:
+        """Add another histogram to this one."""
         for bucket, count in other.counts.items():
             self.counts[bucket] = self.counts.get(bucket, 0) + count
         self.total_s += other.total_s
 
     def figures_ms(self) -> dict[str, float]:
+        """Mean and quantiles in milliseconds; empty if there are no gaps."""
         total = sum(self.counts.values())
         if not total:
             return {}
@@ -117,13 +121,14 @@ class Objective(msgspec.Struct, frozen=True):
     token_s: float = 0.0
     took_s: float = 0.0
 
-    def met(self, record: Record) -> bool:
+    def met(self, measurement: Measurement) -> bool:
+        """Whether the request succeeded within the limits."""
         pairs = (
-            (record.ttft_s, self.ttft_s),
-            (record.token_s, self.token_s),
-            (record.took_s, self.took_s),
+            (measurement.ttft_s, self.ttft_s),
+            (measurement.token_s, self.token_s),
+            (measurement.took_s, self.took_s),
         )
-        return not record.error and not any(most and took > most for took, most in pairs)
+        return not measurement.error and not any(most and took > most for took, most in pairs)
 
 
 class Results(msgspec.Struct, kw_only=True):
@@ -142,19 +147,19 @@ class Results(msgspec.Struct, kw_only=True):
     warnings: list[str] = []
 
 
-def results(
+def summarize(
     name: str,
     setting: dict[str, Any],
-    records: Sequence[Record],
+    measurements: Sequence[Measurement],
     gaps: Gaps,
     *,
     warm_up_s: float = 0.0,
     objective: Objective | None = None,
     warnings: Iterable[str] = (),
 ) -> Results:
-    """Summarise the records, without requests that were due during the warm-up."""
-    kept = [record for record in records if record.due_s >= warm_up_s]
-    good = [record for record in kept if not record.error]
+    """Summarise the measurements, without requests that were due during the warm-up."""
+    kept = [measurement for measurement in measurements if measurement.due_s >= warm_up_s]
+    good = [measurement for measurement in kept if not measurement.error]
     return Results(
         name=name,
         setting=setting,
@@ -162,7 +167,7 @@ def results(
         curves={
             "ttft_ms": _distribution([r.ttft_s for r in good]),
             "took_ms": _distribution([r.took_s for r in good]),
-            "in_flight": _in_flight(records),
+            "in_flight": _in_flight(measurements),
             "ttft_ms_over_time": _over_time(good),
         },
         spread=dict(sorted(Counter(r.endpoint for r in kept if r.endpoint).items())),
@@ -172,31 +177,35 @@ def results(
 
 
 def _summary(
-    kept: list[Record], good: list[Record], gaps: Gaps, objective: Objective
+    kept: list[Measurement], good: list[Measurement], gaps: Gaps, objective: Objective
 ) -> dict[str, Any]:
-    ended = [record.ended_s for record in kept if not math.isnan(record.ended_s)]
+    ended = [measurement.ended_s for measurement in kept if not math.isnan(measurement.ended_s)]
     duration_s = max(ended, default=0.0) - min((r.due_s for r in kept), default=0.0)
 
     def per_s(amount: int) -> float:
         return round(amount / duration_s, 3) if duration_s > 0 else 0.0
 
-    output = sum(record.output_tokens for record in good)
-    prompts = sum(max(0, record.prompt_tokens) for record in good)
-    told = [record for record in good if record.cached_tokens >= 0 and record.prompt_tokens > 0]
+    output = sum(measurement.output_tokens for measurement in good)
+    prompts = sum(max(0, measurement.prompt_tokens) for measurement in good)
+    reported = [
+        measurement
+        for measurement in good
+        if measurement.cached_tokens >= 0 and measurement.prompt_tokens > 0
+    ]
     return {
         "requests": len(kept),
         "failed": len(kept) - len(good),
         "duration_s": round(duration_s, 3),
         "requests_per_s": per_s(len(good)),
-        "good_requests_per_s": per_s(sum(objective.met(record) for record in good)),
+        "good_requests_per_s": per_s(sum(objective.met(measurement) for measurement in good)),
         "prompt_tokens": prompts,
         "output_tokens": output,
         "output_tokens_per_s": per_s(output),
         "tokens_per_s": per_s(output + prompts),
         "hit_rate": round(
-            sum(r.cached_tokens for r in told) / sum(r.prompt_tokens for r in told), 4
+            sum(r.cached_tokens for r in reported) / sum(r.prompt_tokens for r in reported), 4
         )
-        if told
+        if reported
         else None,
         "ttft_ms": _figures_ms([r.ttft_s for r in good]),
         # Measured from sending, as by clients that ignore their own delays.
@@ -222,9 +231,9 @@ def _name(quantile: float) -> str:
     return f"p{quantile * 100:g}"
 
 
-def _unevenness(records: list[Record]) -> float | None:
+def _unevenness(measurements: list[Measurement]) -> float | None:
     """The busiest endpoint's requests relative to the mean per endpoint."""
-    counts = Counter(record.endpoint for record in records if record.endpoint)
+    counts = Counter(measurement.endpoint for measurement in measurements if measurement.endpoint)
     return round(max(counts.values()) * len(counts) / counts.total(), 3) if counts else None
 
 
@@ -236,10 +245,11 @@ def _distribution(values_s: list[float]) -> list[list[float]]:
     return [[round(known[r] * 1e3, 3), round((r + 1) / count, 5)] for r in ranks] if known else []
 
 
-def _in_flight(records: Sequence[Record]) -> list[list[float]]:
+def _in_flight(measurements: Sequence[Measurement]) -> list[list[float]]:
     """Points (seconds, in-flight requests)."""
     changes = sorted(
-        [(r.sent_s, 1) for r in records] + [(r.ended_s, -1) for r in records if r.ended_s >= 0]
+        [(r.sent_s, 1) for r in measurements]
+        + [(r.ended_s, -1) for r in measurements if r.ended_s >= 0]
     )
     if not changes:
         return []
@@ -254,7 +264,7 @@ def _in_flight(records: Sequence[Record]) -> list[list[float]]:
     return points
 
 
-def _over_time(good: list[Record]) -> list[list[float]]:
+def _over_time(good: list[Measurement]) -> list[list[float]]:
     """Points (seconds, mean time to first token of the requests due around then)."""
     known = sorted((r.due_s, r.ttft_s) for r in good if not math.isnan(r.ttft_s))
     size = -(-len(known) // CURVE_POINTS)
@@ -266,6 +276,7 @@ def _over_time(good: list[Record]) -> list[list[float]]:
 
 
 def write(found: Results, path: Path) -> None:
+    """Write results as JSON, creating the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
 

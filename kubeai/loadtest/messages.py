@@ -1,0 +1,72 @@
+"""The messages between the main process and its generator processes, and their encoding.
+
+A message is msgpack with a length prefix. `run` sends the scenario, then `Go` and perhaps `Stop`;
+a generator answers `Ready` or `Failed`, then sends a `Batch` of measurements several times per
+second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from kubeai.simulation.results import Gaps, Measurement
+
+FRAME_BYTES = 4  # length prefix
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """From a generator: it has received its scenario and prepared the first conversations."""
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """From a generator: its scenario cannot be carried out."""
+
+    why: str
+
+
+class Batch(msgspec.Struct, tag="batch"):
+    """From a generator, several times per second: measurements since the previous batch."""
+
+    at_s: float  # since the start
+    measurements: list[Measurement]
+    gaps: Gaps
+    in_flight: int
+    tokens: int  # events with text since the start, including open streams
+    chunks: int  # all events and non-streamed responses since the start
+    cpu_s: float  # of this generator since the start, user and kernel
+    kernel_s: float  # the kernel part of `cpu_s`
+    beats_late_s: list[float]  # lateness of the timer that measures how busy the event loop is
+    error_messages: dict[
+        str, str
+    ]  # by kind of error: the endpoint's message on its first occurrence
+    last: bool = False
+    dropped: int = 0  # in the last batch: requests in flight when the generator was stopped
+    used_up: bool = False  # in the last batch: no conversations were left
+
+
+class Go(msgspec.Struct, tag="go"):
+    """To a generator: the start time on CLOCK_MONOTONIC, which all processes share."""
+
+    start_s: float
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """To a generator: start no more requests and drop those in flight."""
+
+
+FromGenerator = Ready | Failed | Batch
+
+
+def frame(message: Any) -> bytes:
+    """Encode a message for a pipe: a length prefix and msgpack."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(FRAME_BYTES, "big") + body
+
+
+async def receive(reader: asyncio.StreamReader) -> bytes:
+    """The msgpack of the next message; IncompleteReadError when the other process has exited."""
+    size = int.from_bytes(await reader.readexactly(FRAME_BYTES), "big")
+    return await reader.readexactly(size)
