@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import os
 import random
 import signal
-import socket
-import sys
 from collections.abc import Callable
-
-import msgspec
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import SystemConfig
@@ -27,11 +21,14 @@ from kubeai.http import web
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator
-from kubeai.routing.channel import Channel, Demand, Down, Drain, Ready, Up
+from kubeai.routing.channel import Drain
 from kubeai.routing.publisher import Publisher
-from kubeai.routing.routes import Route
+from kubeai.routing.routes import Route, Snapshot
+from kubeai.supervisor.listeners import listen, parse_address
+from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.metrics import Metrics
-from kubeai.supervisor.peers import LOADS_PATH, METRICS_HEADERS, Peers
+from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
+from kubeai.supervisor.worker_process import WorkerProcess
 
 log = get_logger(__name__)
 
@@ -39,48 +36,9 @@ log = get_logger(__name__)
 # allocated once a row is touched.
 TABLE_ROWS = 32_768
 WORKERS_MAX = 63
-LISTEN_BACKLOG = 4_096
 SWEEP_INTERVAL_S = 0.5
-RESPAWN_BACKOFF_MAX_S = 5.0
-# A worker that ran for this long is restarted without back-off.
-RESPAWN_SETTLED_S = 10.0
 # Between the drain timeout and SIGKILL.
 EXIT_GRACE_S = 5.0
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """``host:port`` or ``:port`` (all interfaces), as the system config writes it."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]") or "0.0.0.0", int(port)
-
-
-def listen(host: str, port: int, count: int) -> list[socket.socket]:
-    """``count`` listening sockets on one port; the kernel spreads connections over them.
-
-    A probe socket is bound without SO_REUSEPORT first, so that a port in use by another program is
-    an error even if that program set SO_REUSEPORT.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sockets: list[socket.socket] = []
-    try:
-        probe = socket.socket(family, socket.SOCK_STREAM)
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with probe:
-            probe.bind((host, port))
-            port = probe.getsockname()[1]
-        for _ in range(count):
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            sock.bind((host, port))
-            sock.listen(LISTEN_BACKLOG)
-            sock.setblocking(False)
-    except OSError as error:
-        for sock in sockets:
-            sock.close()
-        raise KubeAIError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    return sockets
 
 
 def refuse_unserved(config: SystemConfig) -> None:
@@ -92,123 +50,6 @@ def refuse_unserved(config: SystemConfig) -> None:
         raise ConfigError(
             "messaging.streams", "this version does not support message streams; remove them"
         )
-
-
-class AllLoads:
-    """Loads by model and endpoint name, over this and the other replicas, for the operator."""
-
-    def __init__(self, table: LoadTable, publisher: Publisher, peers: Peers) -> None:
-        self._table = table
-        self._publisher = publisher
-        self._peers = peers
-
-    def active(self, model: str) -> int:
-        row = self._publisher.row(model)
-        return self._peers.active(model) + (0 if row is None else self._table.active(row))
-
-    def held(self, model: str) -> int:
-        row = self._publisher.row(model)
-        return 0 if row is None else self._table.held(row)
-
-    def in_flight(self, model: str, endpoint: str) -> int:
-        row = self._publisher.endpoint_rows(model).get(endpoint)
-        return 0 if row is None else self._table.in_flight(row)
-
-    def in_use(self, model: str, endpoint: str) -> bool:
-        return (
-            self._publisher.in_use(model, endpoint)
-            or self._peers.routes(endpoint)
-            or not self._peers.complete()
-        )
-
-    def ended(self, model: str) -> int:
-        row = self._publisher.row(model)
-        return self._peers.ended(model) + (0 if row is None else self._table.ended(row))
-
-    def complete(self) -> bool:
-        return self._peers.complete()
-
-
-class Worker:
-    """One column of the load table, one listener, and the process that currently uses them."""
-
-    def __init__(self, supervisor: Supervisor, column: int, listener: socket.socket) -> None:
-        self.column = column
-        self.listener = listener
-        self.ready = False
-        self.pid = 0
-        self._supervisor = supervisor
-        self._channel: Channel | None = None
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def run(self) -> None:
-        """Start the process, and restart it when it exits, until the supervisor stops."""
-        loop = asyncio.get_running_loop()
-        backoff_s = 0.0
-        while not self._supervisor.stopping:
-            started = loop.time()
-            code = await self._live()
-            # The process has been reaped, so it can no longer write to its column.
-            self._supervisor.table.clear_column(self.column)
-            if self._supervisor.stopping:
-                return
-            log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
-            settled = loop.time() - started > RESPAWN_SETTLED_S
-            backoff_s = 0.0 if settled else min(RESPAWN_BACKOFF_MAX_S, 2 * backoff_s + 0.1)
-            await asyncio.sleep(0.0 if settled else backoff_s - 0.1)
-
-    async def _live(self) -> int:
-        loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            spec = {
-                "column": self.column,
-                "table_fd": self._supervisor.table.fd,
-                "listen_fd": self.listener.fileno(),
-                "channel_fd": theirs.fileno(),
-                "gateway": msgspec.to_builtins(self._supervisor.config.gateway),
-            }
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "kubeai.gateway.worker",
-                env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
-                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),
-            )
-            self._process = process
-            self.pid = process.pid
-            theirs.close()
-            channel = Channel(Up, self._received, lambda: None)
-            await loop.create_connection(lambda: channel, sock=ours.dup())
-        self._channel = channel
-        if self._supervisor.synced:
-            self.send(self._supervisor.publisher.snapshot())
-        try:
-            return await process.wait()
-        finally:
-            self.ready = False
-            self._channel = None
-            self._process = None
-            channel.close()
-
-    def _received(self, message: object) -> None:
-        if isinstance(message, Ready):
-            self.ready = True
-            self._supervisor.worker_ready()
-        elif isinstance(message, Demand):
-            self._supervisor.operator.demand(message.model)
-
-    def send(self, message: Down) -> None:
-        if self._channel is not None:
-            self._channel.send(message)
-
-    @property
-    def alive(self) -> bool:
-        return self._process is not None
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
 
 
 class Supervisor:
@@ -265,7 +106,18 @@ class Supervisor:
         self._announced = False
         listeners = listen(host, port, workers)
         self.port: int = listeners[0].getsockname()[1]
-        self._workers = [Worker(self, column, sock) for column, sock in enumerate(listeners)]
+        self._workers = [
+            WorkerProcess(
+                column,
+                sock,
+                self.table,
+                config.gateway,
+                snapshot=self._snapshot,
+                on_ready=self._worker_ready,
+                on_demand=self.operator.demand,
+            )
+            for column, sock in enumerate(listeners)
+        ]
         self._metrics = Metrics(self.table, self.publisher, self.peers.silences_s)
         self._stop = asyncio.Event()
         self._signals = 0
@@ -285,7 +137,7 @@ class Supervisor:
             for worker in self._workers:
                 worker.send(delta)
 
-    def worker_ready(self) -> None:
+    def _worker_ready(self) -> None:
         if self.ready and not self._announced:
             self._announced = True
             self._started()
@@ -318,6 +170,8 @@ class Supervisor:
             await self._stop.wait()
             log.info("stopping")
             self.stopping = True
+            for worker in self._workers:
+                worker.stopping = True
             # Release the lease now: the drain may last as long as the longest request.
             resigned = asyncio.create_task(self.operator.resign())
             await self._drain(lives)
@@ -352,6 +206,9 @@ class Supervisor:
         if self._signals > 1:  # a second signal ends the drain
             for worker in self._workers:
                 worker.kill()
+
+    def _snapshot(self) -> Snapshot | None:
+        return self.publisher.snapshot() if self.synced else None
 
     async def _hand_out_routes(self) -> None:
         await self.operator.synced.wait()

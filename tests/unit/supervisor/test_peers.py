@@ -17,13 +17,14 @@ from kubeai._ring import Ring
 from kubeai.kube.errors import ApiError
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
+from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.metrics import Metrics
-from kubeai.supervisor.peers import LOADS_PATH, METRICS_HEADERS, Peers, listener, wire
+from kubeai.supervisor.peers import listener, wire
 from kubeai.supervisor.peers.discovery import selector
 from kubeai.supervisor.peers.feed import LISTENERS_MAX
 from kubeai.supervisor.peers.listener import read_metrics
+from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.supervisor.peers.view import HOLD_S, NAMES_MAX, STALE_S, View
-from kubeai.supervisor.supervisor import AllLoads
 
 
 class Kube:

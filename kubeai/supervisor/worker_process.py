@@ -1,0 +1,130 @@
+"""The supervisor's handle of one worker process: starts it, restarts it, talks to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from kubeai._load import LoadTable
+from kubeai.api.config.system import GatewayConfig
+from kubeai.logs import get_logger
+from kubeai.routing.channel import Channel, Demand, Down, Ready, Up
+from kubeai.routing.routes import Snapshot
+
+log = get_logger(__name__)
+
+RESPAWN_BACKOFF_MAX_S = 5.0
+# A worker that ran for this long is restarted without back-off.
+RESPAWN_SETTLED_S = 10.0
+
+
+class WorkerProcess:
+    """One column of the load table, one listener, and the process that currently uses them."""
+
+    def __init__(
+        self,
+        column: int,
+        listener: socket.socket,
+        table: LoadTable,
+        config: GatewayConfig,
+        *,
+        snapshot: Callable[[], Snapshot | None],
+        on_ready: Callable[[], None],
+        on_demand: Callable[[str], None],
+    ) -> None:
+        """``snapshot``: the routes for a new process; None: they are not known yet.
+
+        ``on_ready``: called when the process accepts requests. ``on_demand``: called with the name
+        of a model for which it holds a request.
+        """
+        self.column = column
+        self.listener = listener
+        self.ready = False
+        self.pid = 0
+        self.stopping = False  # the process is not restarted when it exits
+        self._table = table
+        self._config = config
+        self._snapshot = snapshot
+        self._on_ready = on_ready
+        self._on_demand = on_demand
+        self._channel: Channel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        """Start the process, and restart it when it exits, until ``stopping``."""
+        loop = asyncio.get_running_loop()
+        backoff_s = 0.0
+        while not self.stopping:
+            started = loop.time()
+            code = await self._run_once()
+            # The process has been reaped, so it can no longer write to its column.
+            self._table.clear_column(self.column)
+            if self.stopping:
+                return
+            log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
+            settled = loop.time() - started > RESPAWN_SETTLED_S
+            backoff_s = 0.0 if settled else min(RESPAWN_BACKOFF_MAX_S, 2 * backoff_s + 0.1)
+            await asyncio.sleep(0.0 if settled else backoff_s - 0.1)
+
+    async def _run_once(self) -> int:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            spec = {
+                "column": self.column,
+                "table_fd": self._table.fd,
+                "listen_fd": self.listener.fileno(),
+                "channel_fd": theirs.fileno(),
+                "gateway": msgspec.to_builtins(self._config),
+            }
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "kubeai.gateway.worker",
+                env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
+                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),
+            )
+            self._process = process
+            self.pid = process.pid
+            theirs.close()
+            channel = Channel(Up, self._received, lambda: None)
+            await loop.create_connection(lambda: channel, sock=ours.dup())
+        self._channel = channel
+        snapshot = self._snapshot()
+        if snapshot is not None:
+            self.send(snapshot)
+        try:
+            return await process.wait()
+        finally:
+            self.ready = False
+            self._channel = None
+            self._process = None
+            channel.close()
+
+    def _received(self, message: object) -> None:
+        if isinstance(message, Ready):
+            self.ready = True
+            self._on_ready()
+        elif isinstance(message, Demand):
+            self._on_demand(message.model)
+
+    def send(self, message: Down) -> None:
+        """Send a message to the process; dropped if it does not run."""
+        if self._channel is not None:
+            self._channel.send(message)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process, if it runs."""
+        if self._process is not None:
+            self._process.kill()
