@@ -3,8 +3,9 @@
 import asyncio
 from typing import final
 
-from kubeai.openai import _body_scan as _ask
-from kubeai.openai import request as openai
+from kubeai.openai.request import InferenceRequest
+from kubeai.openai._body_scan import Shape
+from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
 from kubeai._load import Admission, Reservation
 from kubeai.gateway.relay._relay import Exchange
@@ -15,19 +16,19 @@ from kubeai.gateway.access_log import Observers
 class Plan:
     """How to handle requests for one path."""
 
-    kind: openai.Kind
+    kind: Kind
     path: bytes  # the engine's
-    shape: _ask.Shape
+    shape: Shape
 
-    def __init__(self, kind: openai.Kind, path: bytes, shape: _ask.Shape) -> None: ...
+    def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
 
 class Straight(Exchange):
     """See the module docstring. The owner's ``plans`` map JSON POST targets to Plans."""
 
-    _kind: openai.Kind
+    _kind: Kind
     _path: bytes  # the engine's
     _payload: bytes  # the body sent to the engine
-    _ask: openai.Ask | _ask.Ask  # None until the body is read
+    _ask: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
     _key: int | None
     _admission: Admission | None

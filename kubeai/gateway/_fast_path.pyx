@@ -3,13 +3,13 @@
 
 :class:`Straight` is the base class of Exchange in exchange.py. It handles what nearly every request
 needs, from its head to the end of its response, and leaves everything else to its subclass: other
-paths and methods, bodies that are large or that ``_ask`` rejects, adapters and label selectors,
+paths and methods, bodies that are large or that ``scan`` rejects, adapters and label selectors,
 models without a ready endpoint, and failures. Its decisions are the same as the subclass's.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
 
-from kubeai.openai._body_scan cimport LARGE_BYTES, Ask, Shape, read
+from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT, Admission, Reservation
 from kubeai.gateway.relay._relay cimport Connections, Exchange
 from kubeai._ring cimport Ring
@@ -62,12 +62,12 @@ cdef class Straight(Exchange):
         return 0
 
     cdef int _collected(self) except -1:
-        cdef Ask ask = None
+        cdef InferenceRequest ask = None
         cdef object routed = None
         cdef object key = None
         cdef Ring ring
         if self.plan is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
-            ask = read(self.plan.shape, self.body)
+            ask = scan(self.plan.shape, self.body)
         if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
             routed = self.downstream.relay.owner.gateway.table.find(ask.name)
         self._ask = ask

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 from kubeai.gateway.relay._relay import RETRY_AFTER_S
 from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import RateLimit, get_logger
-from kubeai.openai.request import BadRequest, model_not_found
+from kubeai.openai.errors import BadRequest, model_not_found
 from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
     from kubeai._load import Admission, Reservation
     from kubeai.gateway.context import Gateway
-    from kubeai.openai import _body_scan as _ask
-    from kubeai.openai.request import Ask
+    from kubeai.openai.request import InferenceRequest
     from kubeai.routing.table import Block, RoutedModel
 
 log = get_logger(__name__)
@@ -44,7 +43,7 @@ def advice(error: BadRequest) -> dict[str, str]:
 async def hold(
     gateway: Gateway,
     routed: RoutedModel,
-    ask: Ask | _ask.Ask,
+    ask: InferenceRequest,
     key: int | None,
     admission: Admission,
 ) -> Reservation:
@@ -87,7 +86,7 @@ async def hold(
         gateway.unhold(ask.name)
 
 
-def _blocked(ask: Ask | _ask.Ask, block: Block) -> BadRequest:
+def _blocked(ask: InferenceRequest, block: Block) -> BadRequest:
     left_out = _refusals.take(time.monotonic())
     if left_out is not None:
         log.warning(

@@ -1,9 +1,11 @@
-"""Declarations of the request parser for compiled modules; see ``_ask.pyx`` for its guarantees."""
+"""Declarations of the body scanner for compiled modules; see ``_body_scan.pyx``."""
 
 from libc.stdint cimport uint64_t
 
+from kubeai.openai._json cimport Text
+
 cdef enum:
-    LARGE_BYTES = 1 << 20  # same as openai.LARGE_BYTES
+    LARGE_BYTES = 1 << 20  # same as in request.py
     SAID_FEW_COUNT = 8
 
 
@@ -36,25 +38,22 @@ cdef struct Place:
     const char *after  # its end
 
 
-cdef struct Text:
-    char *at
-    Py_ssize_t size
-    Py_ssize_t left  # number of code points that may still be added
-
-
 cdef class Shape:
+    cdef readonly object kind
     cdef readonly bytes conversation  # holds a list of messages, or a string
     cdef readonly bytes text  # holds a string, or a list that begins with one
     cdef readonly bytes system  # holds system text outside the conversation
     cdef Name names[3]  # of the above
 
 
-cdef class Ask:
+cdef class InferenceRequest:
+    cdef readonly object kind
     cdef readonly str model  # as the client wrote it
     cdef readonly str name  # the Model's name
     cdef readonly str adapter  # None: the model itself
     cdef readonly bint stream
     cdef bytes body  # which the places point into
+    cdef const char *begin
     cdef const char *end
     cdef Place model_value
     cdef Place first  # the conversation's first user text, or the text
@@ -79,6 +78,7 @@ cdef class Ask:
     cdef const char *_read_text(self, const char *begin) noexcept nogil
     cdef const char *_read_beside(self, const char *begin) noexcept nogil
     cdef Fault _judge_model(self) noexcept nogil
+    cdef bint _is_large(self) noexcept nogil
     cdef int _take_model(self) except -1
     cdef object _refusal(self)
     cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil
@@ -88,4 +88,4 @@ cdef class Ask:
     cpdef key(self, Py_ssize_t prefix_char_length)
 
 
-cpdef Ask read(Shape shape, bytes body)
+cdef InferenceRequest scan(Shape shape, bytes body)

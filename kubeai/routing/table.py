@@ -20,7 +20,8 @@ from msgspec.structs import replace
 from kubeai._load import Admission, LoadTable, Reservation
 from kubeai._ring import Ring
 from kubeai.errors import KubeAIError
-from kubeai.openai.request import Ask, Kind, hash_key
+from kubeai.openai.request import InferenceRequest
+from kubeai.openai.routes import Kind
 
 RequestType = Literal["http", "message"]
 Strategy = Literal["LeastLoad", "PrefixHash"]
@@ -403,7 +404,7 @@ class RoutedModel:
 
     # -- for exchanges -----------------------------------------------------------------------------
 
-    def key(self, ask: Ask) -> int | None:
+    def key(self, ask: InferenceRequest) -> int | None:
         """The request's hash key; None if it is routed by least load.
 
         That applies to all requests under LeastLoad, and to audio always, because recordings do not
@@ -411,7 +412,7 @@ class RoutedModel:
         """
         if not self.hashes or ask.kind is Kind.TRANSCRIPTIONS:
             return None
-        return hash_key(ask.adapter, ask, self.prefix_char_length)
+        return ask.key(self.prefix_char_length)
 
     def pick(
         self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()

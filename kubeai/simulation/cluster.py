@@ -18,7 +18,8 @@ import msgspec
 
 from kubeai._load import LoadTable, Reservation
 from kubeai._ring import Ring
-from kubeai.openai import request as openai
+from kubeai.openai.request import read
+from kubeai.openai.routes import Kind
 from kubeai.simulation import text
 from kubeai.simulation.engine import Engine, EngineConfig, Sequence
 from kubeai.simulation.records import Gaps, Record
@@ -278,13 +279,13 @@ def _key(conversation: Conversation, prefix_char_length: int) -> int:
     """The hash key, which is the same for all turns: it depends on the first message."""
     if conversation.kind == "embeddings":
         body: dict[str, Any] = {"input": conversation.turns[0].text}
-        kind = openai.Kind.EMBEDDINGS
+        kind = Kind.EMBEDDINGS
     else:
         said = conversation.prompt(0, ())
         body = {"messages": [{"role": role, "content": content} for role, content in said]}
-        kind = openai.Kind.CHAT
-    ask = openai.read(kind, msgspec.json.encode({"model": "m"} | body))
-    return openai.key_of(ask, prefix_char_length)
+        kind = Kind.CHAT
+    request = read(kind, msgspec.json.encode({"model": "m"} | body))
+    return request.key(prefix_char_length)
 
 
 class _Pace:

@@ -18,7 +18,7 @@ from kubeai._load import LoadTable, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
 from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
-from kubeai.openai.request import BadRequest
+from kubeai.openai.errors import BadRequest
 from kubeai.routing.table import Endpoint, Publisher, Route, RoutedModel, RoutingTable
 
 WORKERS = 2

@@ -37,17 +37,9 @@ from kubeai.gateway.uploads.multipart import (
 )
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
-from kubeai.openai.request import (
-    Ask,
-    BadRequest,
-    Kind,
-    Target,
-    compressed_body,
-    is_identity,
-    model_not_found,
-    named,
-    parse_selector,
-)
+from kubeai.openai.errors import BadRequest, compressed_body, model_not_found
+from kubeai.openai.request import InferenceRequest, is_identity, named, parse_selector
+from kubeai.openai.routes import Kind, RouteMatch
 from kubeai.routing.table import Route, RoutedModel
 
 log = get_logger(__name__)
@@ -91,7 +83,7 @@ def selection(request: web.Request) -> Callable[[Route], bool]:
     return lambda route: all(selector(route.labels) for selector in selectors)
 
 
-async def transcribe(request: web.Request, target: Target) -> web.StreamResponse:
+async def transcribe(request: web.Request, target: RouteMatch) -> web.StreamResponse:
     """Respond with an engine's response, or raise BadRequest."""
     gateway = request.app[GATEWAY]
     if not is_identity(request.headers.getall("Content-Encoding", [])):
@@ -293,9 +285,9 @@ class _Attempts:
     def __init__(
         self,
         request: web.Request,
-        target: Target,
+        target: RouteMatch,
         form: Form,
-        ask: Ask,
+        ask: InferenceRequest,
         model: RoutedModel,
         admission: Admission,
     ) -> None:
