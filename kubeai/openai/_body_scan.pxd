@@ -6,7 +6,7 @@ from kubeai.openai._json cimport Text
 
 cdef enum:
     LARGE_BYTES = 1 << 20  # same as in request.py
-    SAID_FEW_COUNT = 8
+    SYSTEMS_FEW_COUNT = 8
 
 
 cdef enum Fault:  # why a body is rejected; FAULTS has the messages
@@ -57,11 +57,11 @@ cdef class InferenceRequest:
     cdef const char *end
     cdef Place model_value
     cdef Place first  # the conversation's first user text, or the text
-    cdef Place beside  # the system text outside the conversation
-    cdef Place *said  # the system texts in the conversation
-    cdef Place said_few[SAID_FEW_COUNT]  # storage for ``said`` while they are few
-    cdef int said_n
-    cdef int said_room
+    cdef Place system_field  # the system text outside the conversation
+    cdef Place *systems  # the system texts in the conversation
+    cdef Place systems_few[SYSTEMS_FEW_COUNT]  # storage for ``systems`` while they are few
+    cdef int systems_n
+    cdef int systems_room
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed
     cdef bint odd  # there are messages that an engine would reject
@@ -74,9 +74,9 @@ cdef class InferenceRequest:
     cdef const char *_read_conversation(self, const char *begin) noexcept nogil
     cdef const char *_read_messages(self, const char *at) noexcept nogil
     cdef const char *_read_message(self, const char *at, Role *role, Place *content) noexcept nogil
-    cdef bint _add_said(self, const Place *content) noexcept nogil
+    cdef bint _add_system(self, const Place *content) noexcept nogil
     cdef const char *_read_text(self, const char *begin) noexcept nogil
-    cdef const char *_read_beside(self, const char *begin) noexcept nogil
+    cdef const char *_read_system(self, const char *begin) noexcept nogil
     cdef Fault _judge_model(self) noexcept nogil
     cdef bint _is_large(self) noexcept nogil
     cdef int _take_model(self) except -1

@@ -126,8 +126,8 @@ cdef class InferenceRequest:
         raise TypeError("use read or named")
 
     def __dealloc__(self):
-        if self.said is not self.said_few:
-            free(self.said)
+        if self.systems is not self.systems_few:
+            free(self.systems)
 
     cdef bint _read(self, const Name *names, const char *at) noexcept nogil:
         """Parse the body; False if it is rejected."""
@@ -169,7 +169,7 @@ cdef class InferenceRequest:
             elif is_key(&key, &names[1]):
                 at = self._read_text(value)
             elif is_key(&key, &names[2]):
-                at = self._read_beside(value)
+                at = self._read_system(value)
             else:
                 at = skip_value(value, self.end)
                 if is_word(&key, b"stream", 6):
@@ -254,7 +254,7 @@ cdef class InferenceRequest:
     cdef const char *_read_conversation(self, const char *begin) noexcept nogil:
         cdef const char *after
         self.first.at = self.first.after = NULL
-        self.said_n = 0
+        self.systems_n = 0
         self.odd = self.crowded = False
         if begin[0] == c"[":
             after = self._read_messages(begin)
@@ -267,7 +267,7 @@ cdef class InferenceRequest:
             self.odd = False
             self.first.at = begin
             self.first.after = begin + CROWDED_BYTES
-            self.said_n = 0
+            self.systems_n = 0
         return after
 
     cdef const char *_read_messages(self, const char *at) noexcept nogil:
@@ -283,7 +283,7 @@ cdef class InferenceRequest:
                 at = self._read_message(skip_space(at + 1), &role, &content)
                 if role == USER and self.first.at is NULL:
                     self.first = content
-                elif role == SYSTEM and not self._add_said(&content):
+                elif role == SYSTEM and not self._add_system(&content):
                     return NULL
             else:
                 self.odd = True
@@ -325,23 +325,23 @@ cdef class InferenceRequest:
                 return NULL
         return at + 1
 
-    cdef bint _add_said(self, const Place *content) noexcept nogil:
+    cdef bint _add_system(self, const Place *content) noexcept nogil:
         """Add a system text; False if out of memory."""
         cdef Place *grown
-        if self.said_n == self.said_room:
-            if self.said_n > MEMBERS_MAX_COUNT:
-                return True  # too many: the conversation is crowded, and ``said`` is not used
-            grown = <Place *> malloc(2 * self.said_room * sizeof(Place))
+        if self.systems_n == self.systems_room:
+            if self.systems_n > MEMBERS_MAX_COUNT:
+                return True  # too many: the conversation is crowded, and ``systems`` is not used
+            grown = <Place *> malloc(2 * self.systems_room * sizeof(Place))
             if grown is NULL:
                 self.fault = NO_MEMORY
                 return False
-            memcpy(grown, self.said, self.said_n * sizeof(Place))
-            if self.said is not self.said_few:
-                free(self.said)
-            self.said = grown
-            self.said_room = 2 * self.said_room
-        self.said[self.said_n] = content[0]
-        self.said_n = self.said_n + 1
+            memcpy(grown, self.systems, self.systems_n * sizeof(Place))
+            if self.systems is not self.systems_few:
+                free(self.systems)
+            self.systems = grown
+            self.systems_room = 2 * self.systems_room
+        self.systems[self.systems_n] = content[0]
+        self.systems_n = self.systems_n + 1
         return True
 
     cdef const char *_read_text(self, const char *begin) noexcept nogil:
@@ -350,30 +350,32 @@ cdef class InferenceRequest:
         self.is_input = begin[0] == c"["
         return self.first.after
 
-    cdef const char *_read_beside(self, const char *begin) noexcept nogil:
+    cdef const char *_read_system(self, const char *begin) noexcept nogil:
         cdef const char *after = skip_value(begin, self.end)
-        self.beside.after = after
-        self.beside.at = begin
+        self.system_field.after = after
+        self.system_field.at = begin
         if after is NULL or is_crowded(begin, after):
-            self.beside.at = NULL
+            self.system_field.at = NULL
         return after
 
     # the hash key
 
     cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil:
         """An upper bound in bytes for each of the hashed texts."""
-        cdef Py_ssize_t said = 1 if self.beside.at is NULL else self.beside.after - self.beside.at
+        cdef Py_ssize_t systems = 1
         cdef Py_ssize_t prefix = self.first.after - self.first.at
         cdef int i
-        for i in range(self.said_n):
-            said += self.said[i].after - self.said[i].at + 1
+        if self.system_field.at is not NULL:
+            systems = self.system_field.after - self.system_field.at
+        for i in range(self.systems_n):
+            systems += self.systems[i].after - self.systems[i].at + 1
         if self.crowded:
             prefix *= 2
         elif self.is_input:
             prefix = min(2 * prefix, 2 * TOKEN_MAX_BYTES * (limit + 3))
         else:
             prefix = min(prefix, 4 * limit)
-        return max(said, prefix + name_size + 16)
+        return max(systems, prefix + name_size + 16)
 
     cdef bint _put_system(self, Text *text) noexcept nogil:
         cdef int i
@@ -381,12 +383,13 @@ cdef class InferenceRequest:
         text.left = PY_SSIZE_T_MAX
         if self.odd:
             return False
-        if self.beside.at is not NULL and not put_content(text, self.beside.at, self.end):
-            return False
-        for i in range(self.said_n):
-            if i or self.beside.at is not NULL:
+        if self.system_field.at is not NULL:
+            if not put_content(text, self.system_field.at, self.end):
+                return False
+        for i in range(self.systems_n):
+            if i or self.system_field.at is not NULL:
                 put_utf8(text, 0)
-            if not put_content(text, self.said[i].at, self.end):
+            if not put_content(text, self.systems[i].at, self.end):
                 return False
         return True
 
@@ -473,8 +476,8 @@ cdef InferenceRequest new_request(object kind, bytes body):
     request.body = body
     request.begin = PyBytes_AS_STRING(body)
     request.end = request.begin + PyBytes_GET_SIZE(body)
-    request.said = request.said_few
-    request.said_room = SAID_FEW_COUNT
+    request.systems = request.systems_few
+    request.systems_room = SYSTEMS_FEW_COUNT
     return request
 
 

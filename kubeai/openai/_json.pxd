@@ -418,7 +418,9 @@ cdef inline bint is_space(char c) noexcept nogil:
     return c == c" " or c == c"\n" or c == c"\r" or c == c"\t"
 
 
-cdef inline void put_input(Text *text, const char *at, const char *after, const char *end) noexcept nogil:
+cdef inline void put_input(
+    Text *text, const char *at, const char *after, const char *end
+) noexcept nogil:
     """Append the first input of a list: a string, or token ids joined by commas."""
     cdef const char *next
     cdef const char *last
