@@ -1,8 +1,9 @@
 import asyncio
 from typing import final
 
-from kubeai.openai import _body_scan as _ask
-from kubeai.openai import request as openai
+from kubeai.openai.request import InferenceRequest
+from kubeai.openai._body_scan import Shape
+from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -19,17 +20,17 @@ class FastPathContext:
 
 @final
 class JsonRoute:
-    kind: openai.Kind
+    kind: Kind
     path: bytes  # the engine's
-    shape: _ask.Shape
+    shape: Shape
 
-    def __init__(self, kind: openai.Kind, path: bytes, shape: _ask.Shape) -> None: ...
+    def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
 
 class FastPath(Exchange):
-    _kind: openai.Kind
+    _kind: Kind
     _path: bytes  # the engine's
     _payload: bytes  # the body sent to the engine
-    _ask: openai.Ask | _ask.Ask  # None until the body is read
+    _ask: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
     _key: int | None
     _admission: Admission | None

@@ -3,13 +3,13 @@
 
 :class:`FastPath` is the base class of Proxy in proxy.py. It handles what nearly every request
 needs, from its head to the end of its response, and leaves everything else to its subclass: other
-paths and methods, bodies that are large or that ``_ask`` rejects, adapters and label selectors,
+paths and methods, bodies that are large or that ``scan`` rejects, adapters and label selectors,
 models without a ready endpoint, and failures. Its decisions are the same as the subclass's.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
 
-from kubeai.openai._body_scan cimport LARGE_BYTES, Ask, Shape, read
+from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai._counts cimport Admission, Reservation
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT
 from kubeai.gateway.relay._exchange cimport Exchange, Pool
@@ -72,12 +72,12 @@ cdef class FastPath(Exchange):
         return 0
 
     cdef int _collected(self) except -1:
-        cdef Ask ask = None
+        cdef InferenceRequest ask = None
         cdef object routed = None
         cdef object key = None
         cdef Ring ring
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
-            ask = read(self.json_route.shape, self.body)
+            ask = scan(self.json_route.shape, self.body)
         if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
             routed = (<FastPathContext> self.downstream.relay.context).routes.find(ask.name)
         self._ask = ask

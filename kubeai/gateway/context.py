@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway.retries import Retries, RetryBudget
-from kubeai.openai import request as openai
+from kubeai.openai.request import SHAPES
+from kubeai.openai.routes import route_table
 
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 # The request targets that the fast path serves.
 JSON_ROUTES = {
-    path.encode(): JsonRoute(kind, kind.value.encode(), openai.SHAPES[kind])
-    for path, kind in openai.route_table.items()
+    path.encode(): JsonRoute(kind, kind.value.encode(), SHAPES[kind])
+    for path, kind in route_table.items()
     if kind.is_json
 }
 

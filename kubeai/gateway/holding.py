@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 from kubeai.gateway.relay._exchange import RETRY_AFTER_S
 from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import RateLimit, get_logger
-from kubeai.openai.request import BadRequest, model_not_found
+from kubeai.openai.errors import BadRequest, model_not_found
 from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
     from kubeai._counts import Admission, Reservation
     from kubeai.gateway.context import Context
-    from kubeai.openai import _body_scan as _ask
-    from kubeai.openai.request import Ask
+    from kubeai.openai.request import InferenceRequest
     from kubeai.routing.routes import Block
     from kubeai.routing.table import RoutedModel
 
@@ -45,7 +44,7 @@ def advice(error: BadRequest) -> dict[str, str]:
 async def hold(
     context: Context,
     routed: RoutedModel,
-    ask: Ask | _ask.Ask,
+    ask: InferenceRequest,
     key: int | None,
     admission: Admission,
 ) -> Reservation:
@@ -88,7 +87,7 @@ async def hold(
         context.unhold(ask.name)
 
 
-def _blocked(ask: Ask | _ask.Ask, block: Block) -> BadRequest:
+def _blocked(ask: InferenceRequest, block: Block) -> BadRequest:
     left_out = _refusals.take(time.monotonic())
     if left_out is not None:
         log.warning(

@@ -19,15 +19,9 @@ from kubeai.gateway.holding import advice
 from kubeai.gateway.uploads.transcriptions import CONTEXT, client, selection, transcribe
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
-from kubeai.openai.errors import error_answer
-from kubeai.openai.request import (
-    BadRequest,
-    Kind,
-    Target,
-    classify,
-    model_not_found,
-    split_model,
-)
+from kubeai.openai.errors import BadRequest, error_answer, model_not_found
+from kubeai.openai.request import split_model
+from kubeai.openai.routes import Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
@@ -154,7 +148,7 @@ class _List(msgspec.Struct):
     data: list[_Item]
 
 
-def _models(request: web.Request, target: Target) -> web.Response:
+def _models(request: web.Request, target: RouteMatch) -> web.Response:
     context = request.app[CONTEXT]
     if target.model_id is not None:
         return _json(msgspec.json.encode(_one_model(request, target.model_id)))

@@ -30,14 +30,19 @@ from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
 from kubeai.logs import RateLimit, get_logger
 from kubeai.openai import request as openai
-from kubeai.openai.errors import error_answer, header_lines
-from kubeai.openai.request import BadRequest, Kind
+from kubeai.openai.errors import (
+    BadRequest,
+    compressed_body,
+    error_answer,
+    header_lines,
+    model_not_found,
+)
+from kubeai.openai.routes import Kind, classify
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
     from kubeai.gateway.access_log import Observation, Observers
-    from kubeai.openai import _body_scan as _ask
-    from kubeai.openai.request import Ask
+    from kubeai.openai.request import InferenceRequest
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
@@ -63,7 +68,7 @@ class Proxy(FastPath):
     # -- called by the relay -----------------------------------------------------------------------
 
     def on_head(self) -> None:
-        target = openai.classify(self.method, self.target)
+        target = classify(self.method, self.target)
         kind = target.kind
         path = _PATHS.get(kind) if kind is not None else None
         if self.asks_websocket and self.method == "GET" and target.status == 405:
@@ -78,7 +83,7 @@ class Proxy(FastPath):
             return
         codings = [value.decode("latin-1") for value in self.headers(b"content-encoding")]
         if not openai.is_identity(codings):
-            self._refuse(openai.compressed_body())
+            self._refuse(compressed_body())
             return
         if codings:
             self.drop_header(b"content-encoding")  # "identity", which some engines do not know
@@ -184,21 +189,21 @@ class Proxy(FastPath):
         # The model may have been deleted or created again meanwhile.
         return self._admit(ask, self._find(ask)) or await self._hold()
 
-    def _admit(self, ask: Ask | _ask.Ask, routed: RoutedModel) -> Reservation | None:
+    def _admit(self, ask: InferenceRequest, routed: RoutedModel) -> Reservation | None:
         """Count the request for its model, and pick an endpoint if one can serve it."""
         self._ask = ask
         self._routed = routed
         self._admission = routed.admit("http")
         return routed.pick(self._key, ask.adapter)
 
-    def _find(self, ask: Ask | _ask.Ask) -> RoutedModel:
+    def _find(self, ask: InferenceRequest) -> RoutedModel:
         """The requested model, if it matches the request's label selectors."""
         routed = self.context.routes.find(ask.name)
         if routed is None or (ask.adapter is not None and ask.adapter not in routed.route.adapters):
-            raise openai.model_not_found(ask.model)
+            raise model_not_found(ask.model)
         for selector in self.headers(b"x-label-selector"):
             if not openai.parse_selector(selector.decode("latin-1"))(routed.route.labels):
-                raise openai.model_not_found(ask.model)
+                raise model_not_found(ask.model)
         return routed
 
     def wait_for_endpoint(self) -> None:

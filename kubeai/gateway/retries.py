@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kubeai.logs import get_logger
-from kubeai.openai.request import BadRequest
+from kubeai.openai.errors import BadRequest
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation

@@ -1,10 +1,12 @@
-"""Declarations of the request parser for compiled modules; see ``_ask.pyx`` for its guarantees."""
+"""Declarations of the body scanner for compiled modules; see ``_body_scan.pyx``."""
 
 from libc.stdint cimport uint64_t
 
+from kubeai.openai._json cimport Text
+
 cdef enum:
-    LARGE_BYTES = 1 << 20  # same as openai.LARGE_BYTES
-    SAID_FEW_COUNT = 8
+    LARGE_BYTES = 1 << 20  # same as in request.py
+    SYSTEMS_FEW_COUNT = 8
 
 
 cdef enum Fault:  # why a body is rejected; FAULTS has the messages
@@ -36,33 +38,30 @@ cdef struct Place:
     const char *after  # its end
 
 
-cdef struct Text:
-    char *at
-    Py_ssize_t size
-    Py_ssize_t left  # number of code points that may still be added
-
-
 cdef class Shape:
+    cdef readonly object kind
     cdef readonly bytes conversation  # holds a list of messages, or a string
     cdef readonly bytes text  # holds a string, or a list that begins with one
     cdef readonly bytes system  # holds system text outside the conversation
     cdef Name names[3]  # of the above
 
 
-cdef class Ask:
+cdef class InferenceRequest:
+    cdef readonly object kind
     cdef readonly str model  # as the client wrote it
     cdef readonly str name  # the Model's name
     cdef readonly str adapter  # None: the model itself
     cdef readonly bint stream
     cdef bytes body  # which the places point into
+    cdef const char *begin
     cdef const char *end
     cdef Place model_value
     cdef Place first  # the conversation's first user text, or the text
-    cdef Place beside  # the system text outside the conversation
-    cdef Place *said  # the system texts in the conversation
-    cdef Place said_few[SAID_FEW_COUNT]  # storage for ``said`` while they are few
-    cdef int said_n
-    cdef int said_room
+    cdef Place system_field  # the system text outside the conversation
+    cdef Place *systems  # the system texts in the conversation
+    cdef Place systems_few[SYSTEMS_FEW_COUNT]  # storage for ``systems`` while they are few
+    cdef int systems_n
+    cdef int systems_room
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed
     cdef bint odd  # there are messages that an engine would reject
@@ -75,10 +74,11 @@ cdef class Ask:
     cdef const char *_read_conversation(self, const char *begin) noexcept nogil
     cdef const char *_read_messages(self, const char *at) noexcept nogil
     cdef const char *_read_message(self, const char *at, Role *role, Place *content) noexcept nogil
-    cdef bint _add_said(self, const Place *content) noexcept nogil
+    cdef bint _add_system(self, const Place *content) noexcept nogil
     cdef const char *_read_text(self, const char *begin) noexcept nogil
-    cdef const char *_read_beside(self, const char *begin) noexcept nogil
+    cdef const char *_read_system(self, const char *begin) noexcept nogil
     cdef Fault _judge_model(self) noexcept nogil
+    cdef bint _is_large(self) noexcept nogil
     cdef int _take_model(self) except -1
     cdef object _refusal(self)
     cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil
@@ -88,4 +88,4 @@ cdef class Ask:
     cpdef key(self, Py_ssize_t prefix_char_length)
 
 
-cpdef Ask read(Shape shape, bytes body)
+cdef InferenceRequest scan(Shape shape, bytes body)

@@ -2,43 +2,56 @@
 
 from typing import final
 
+from kubeai.openai.routes import Kind
+
 @final
 class Shape:
-    """The top-level members that a kind of request is hashed by: one of the first two is set."""
+    """The top-level members that a kind of request is hashed by.
 
-    conversation: bytes | None  # holds a list of messages, or a string
-    text: bytes | None  # holds a string, or a list that begins with one
-    system: bytes | None  # holds system text outside the conversation
+    ``conversation`` is a list of messages or a string, ``text`` a string or a list that begins with
+    one; one of these two is set. ``system`` is system text outside the conversation.
+    """
+
+    kind: Kind
+    conversation: bytes | None
+    text: bytes | None
+    system: bytes | None
 
     def __init__(
         self,
+        kind: Kind,
         conversation: bytes | None = None,
         text: bytes | None = None,
         system: bytes | None = None,
     ) -> None: ...
 
 @final
-class Ask:
-    """The routing data of one request. Created by :func:`read`."""
+class InferenceRequest:
+    """The routing data of one request. Created by :func:`read` and :func:`named`."""
 
+    kind: Kind
     model: str  # as the client wrote it
     name: str  # the Model's name
-    adapter: str | None
+    adapter: str | None  # "" if the first "_" is the last character: matches no adapter
     stream: bool
 
     def key(self, prefix_char_length: int) -> int:
-        """The same key as ``openai.hash_key``."""
+        """The 64-bit key of the request on the ring; the same in every process and release.
+
+        mmh3 of a hash of all system text, the adapter, and the first ``prefix_char_length`` code
+        points of the first user message (chat, responses, messages), the prompt, the query or the
+        first input. A token id counts as one code point. Structures that an engine would reject
+        hash as if they were empty. Conversations of more than 200,000 messages and parts hash by
+        their first bytes.
+        """
     def with_model(self, value: bytes) -> bytes:
         """The body with the value of ``model`` replaced (JSON); all other bytes are unchanged."""
 
-class Refused(Exception):
-    """A body was rejected. Arguments: a message, and the parameter at fault or None."""
+def read(shape: Shape, body: bytes) -> InferenceRequest:
+    """Parse a body of this shape. Raises BadRequest if it is invalid or ambiguous.
 
-def read(shape: Shape, body: bytes) -> Ask | None:
-    """Parse a body of this shape; None if it is rejected: ``openai.parse`` then finds out why.
-
-    Accepts only bodies that ``openai.parse`` accepts, with the same result.
+    Releases the GIL if the body is large.
     """
 
-def judge(shape: Shape, body: bytes) -> Ask:
-    """Like :func:`read`, without the GIL. Raises Refused with the reason."""
+def named(kind: Kind, model: str) -> InferenceRequest:
+    """A request whose model is not in a JSON body (but in a form field); BadRequest if empty."""

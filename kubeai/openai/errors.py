@@ -2,7 +2,7 @@
 
 The request's path decides: ``/openai/v1/messages`` and paths below it get Anthropic's format, all
 other paths OpenAI's. Every error of the gateway goes through :func:`error_answer`, whether the
-relay, an exchange or the aiohttp application rejects the request. Errors from engines are forwarded
+relay, the proxy or the aiohttp application rejects the request. Errors from engines are forwarded
 unchanged. Pure: no I/O.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
-from kubeai.openai.request import PREFIX, BadRequest, Kind
+from kubeai.errors import quoted
+from kubeai.openai.routes import PREFIX, Kind
 
 _MESSAGES_PATH = PREFIX + Kind.MESSAGES.value
 # The error types in Anthropic's API reference by status. Its other 4xx are invalid_request_error,
@@ -27,6 +28,63 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+
+
+class BadRequest(Exception):
+    """An error response by the gateway itself, with ``status`` and ``body()``."""
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+    def body(self) -> bytes:
+        """The response's body in OpenAI's format."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return error_body(self.message, kind, self.code, self.param)
+
+
+class _ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class _ErrorBody(msgspec.Struct):
+    error: _ErrorDetail
+
+
+def error_body(
+    message: str,
+    type: str = "invalid_request_error",
+    code: str | None = None,
+    param: str | None = None,
+) -> bytes:
+    """OpenAI's error object as JSON. Lone surrogates in ``message`` are replaced."""
+    message = message.encode("utf-8", "replace").decode()
+    return msgspec.json.encode(_ErrorBody(_ErrorDetail(message, type, param, code)))
+
+
+def model_not_found(model: str) -> BadRequest:
+    """The same 404 for a missing model, a missing adapter and a selector that does not match."""
+    return BadRequest(
+        f"The model {quoted(model)} does not exist or you do not have access to it.",
+        param="model",
+        status=404,
+        code="model_not_found",
+    )
+
+
+def compressed_body() -> BadRequest:
+    """415 for a body in another content coding."""
+    return BadRequest(
+        "Compressed request bodies are not supported. Send the body uncompressed.", status=415
+    )
 
 
 class _Detail(msgspec.Struct):

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from kubeai._counts import Admission, Reservation, admit
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
-from kubeai.openai.request import Ask, Kind, hash_key
+from kubeai.openai.request import InferenceRequest
+from kubeai.openai.routes import Kind
 from kubeai.routing.routes import Block, Delta, Endpoint, RequestType, Route, Snapshot
 
 # After panic mode, an endpoint is not probed until this long after its last failure.
@@ -191,7 +192,7 @@ class RoutedModel:
 
     # -- for exchanges -----------------------------------------------------------------------------
 
-    def key(self, ask: Ask) -> int | None:
+    def key(self, ask: InferenceRequest) -> int | None:
         """The request's hash key; None if it is routed by least load.
 
         That applies to all requests under LeastLoad, and to audio always, because recordings do not
@@ -199,7 +200,7 @@ class RoutedModel:
         """
         if not self.hashes or ask.kind is Kind.TRANSCRIPTIONS:
             return None
-        return hash_key(ask.adapter, ask, self.prefix_char_length)
+        return ask.key(self.prefix_char_length)
 
     def pick(
         self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()

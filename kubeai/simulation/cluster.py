@@ -19,8 +19,9 @@ import msgspec
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
-from kubeai.openai.request import Kind, key_of
+from kubeai.openai.request import key_of
 from kubeai.openai.request import read as read_request
+from kubeai.openai.routes import Kind
 from kubeai.simulation import text
 from kubeai.simulation.engine import Engine, EngineConfig, Sequence
 from kubeai.simulation.results import Gaps, Measurement

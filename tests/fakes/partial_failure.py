@@ -19,7 +19,7 @@ from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
 from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
-from kubeai.openai.request import BadRequest
+from kubeai.openai.errors import BadRequest
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutedModel, RoutingTable

@@ -15,8 +15,9 @@ import pytest
 from fuzz.machine import CORPUS, EXAMPLES, End, Machine, corpus, read_requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_oracle import replace_model
 
-from kubeai.openai import request as openai
+from kubeai.openai.errors import BadRequest
 
 STORED = corpus("requests")
 
@@ -279,8 +280,8 @@ def judge_sent(machine: Machine, where: str, sent: bytes) -> None:
 def adapted(bodies: list[bytes]) -> Iterator[bytes]:
     """What an engine gets of the bodies that ask for the adapter; some cannot be read."""
     for body in bodies:
-        with contextlib.suppress(openai.BadRequest):
-            yield openai.replace_model(body, "x")
+        with contextlib.suppress(BadRequest):
+            yield replace_model(body, "x")
 
 
 def judge_answered(sent: bytes) -> None:

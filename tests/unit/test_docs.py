@@ -14,7 +14,7 @@ import pytest
 from repository import REPOSITORY
 
 from kubeai.api.crd import model_crd
-from kubeai.openai.request import route_table
+from kubeai.openai.routes import route_table
 from kubeai.operator.conditions import OURS
 
 SCHEMA = model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]

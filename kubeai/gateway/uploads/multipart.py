@@ -33,7 +33,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from kubeai.errors import QUOTED_MAX_CHARS
-from kubeai.openai.request import BadRequest
+from kubeai.openai.errors import BadRequest
 
 BOUNDARY_MAX_BYTES = 256  # python-multipart's limit; RFC 2046 has 70
 PREAMBLE_MAX_BYTES = 8 << 10

@@ -37,17 +37,9 @@ from kubeai.gateway.uploads.multipart import (
 )
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
-from kubeai.openai.request import (
-    Ask,
-    BadRequest,
-    Kind,
-    Target,
-    compressed_body,
-    is_identity,
-    model_not_found,
-    named,
-    parse_selector,
-)
+from kubeai.openai.errors import BadRequest, compressed_body, model_not_found
+from kubeai.openai.request import InferenceRequest, is_identity, named, parse_selector
+from kubeai.openai.routes import Kind, RouteMatch
 from kubeai.routing.routes import Route
 from kubeai.routing.table import RoutedModel
 
@@ -92,7 +84,7 @@ def selection(request: web.Request) -> Callable[[Route], bool]:
     return lambda route: all(selector(route.labels) for selector in selectors)
 
 
-async def transcribe(request: web.Request, target: Target) -> web.StreamResponse:
+async def transcribe(request: web.Request, target: RouteMatch) -> web.StreamResponse:
     """Respond with an engine's response, or raise BadRequest."""
     context = request.app[CONTEXT]
     if not is_identity(request.headers.getall("Content-Encoding", [])):
@@ -294,9 +286,9 @@ class _Attempts:
     def __init__(
         self,
         request: web.Request,
-        target: Target,
+        target: RouteMatch,
         form: Form,
-        ask: Ask,
+        ask: InferenceRequest,
         model: RoutedModel,
         admission: Admission,
     ) -> None:

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai.api.labels import label_selector
-from kubeai.openai.request import BadRequest, parse_selector
+from kubeai.openai.errors import BadRequest
+from kubeai.openai.request import parse_selector
 
 LABELS = {"env": "prod", "team/x.y": "a", "empty": "", "n": "5"}
 

@@ -13,7 +13,9 @@ from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice, hold
-from kubeai.openai.request import BadRequest, Kind, named
+from kubeai.openai.errors import BadRequest
+from kubeai.openai.request import named
+from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Block, Endpoint, Route
 from kubeai.routing.table import RoutingTable

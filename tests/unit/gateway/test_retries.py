@@ -17,7 +17,7 @@ from kubeai.gateway.retries import (
     Retries,
     RetryBudget,
 )
-from kubeai.openai.request import BadRequest
+from kubeai.openai.errors import BadRequest
 from kubeai.routing.routes import Route
 
 

@@ -1,4 +1,4 @@
-"""The single-pass body parser accepts what the two msgspec passes accept, with the same meaning."""
+"""The compiled reader accepts the bodies that the oracle accepts, with the same meaning."""
 
 import json
 import os
@@ -8,11 +8,12 @@ import time
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from json_oracle import hash_key, parse, replace_model
 
 from examples import some
-from kubeai.openai import _body_scan as _ask
-from kubeai.openai import request as openai
-from kubeai.openai.request import BadRequest, Kind
+from kubeai.openai.errors import BadRequest
+from kubeai.openai.request import LARGE_BYTES, body_for, key_of, read
+from kubeai.openai.routes import Kind
 
 JSON_KINDS = [kind for kind in Kind if kind.is_json]
 LIMITS = (0, 1, 7, 100)
@@ -100,27 +101,31 @@ def spoiled(draw) -> bytes:
     return bytes(body)
 
 
+def _is_refused_alike(kind: Kind, body: bytes, expected: BadRequest) -> bool:
+    with pytest.raises(BadRequest) as refused:
+        read(kind, body)
+    error = refused.value
+    assert (error.status, error.param) == (expected.status, expected.param)
+    if error.param is not None or "UTF-8" in expected.message:
+        assert error.message == expected.message
+    return True
+
+
 def agrees(kind: Kind, body: bytes) -> bool:
-    """Whether the body is accepted; both parsers must agree on that and on its meaning."""
-    ask = _ask.read(openai.SHAPES[kind], body)
-    if ask is None:
-        with pytest.raises(_ask.Refused) as refused:
-            _ask.judge(openai.SHAPES[kind], body)
-        with pytest.raises(BadRequest) as told:
-            openai.parse(kind, body)
-        # If a body has several errors, the parsers may find different ones first.
-        assert refused.value.args[1] in (told.value.param, None) or told.value.param is None
-        return False
-    told = openai.parse(kind, body)  # a BadRequest fails the test
+    """Whether the body is accepted; both readers must agree on that and on its meaning."""
+    try:
+        expected = parse(kind, body)
+    except BadRequest as error:
+        return not _is_refused_alike(kind, body, error)
+    request = read(kind, body)  # a BadRequest fails the test
     json.loads(body.decode())
-    assert (ask.model, ask.name, ask.adapter) == (told.model, told.name, told.adapter)
-    assert ask.stream == told.stream
-    judged = _ask.judge(openai.SHAPES[kind], body)
+    assert (request.kind, request.model, request.name, request.adapter, request.stream) == (
+        kind, expected.model, expected.name, expected.adapter, expected.stream,
+    )  # fmt: skip
     for limit in LIMITS:
-        key = openai.hash_key(told.adapter, told, limit)
-        assert ask.key(limit) == judged.key(limit) == key
-    if ask.adapter is not None:
-        assert openai.body_for(ask, body) == openai.replace_model(body, ask.adapter)
+        assert request.key(limit) == hash_key(expected.adapter, expected, limit)
+    if request.adapter is not None:
+        assert body_for(request, body) == replace_model(body, request.adapter)
     return True
 
 
@@ -215,10 +220,17 @@ def test_bodies_that_parsers_may_read_differently_are_rejected(body):
 @pytest.mark.parametrize("nesting", [1, 64, 512])
 def test_nested_values_are_skipped_correctly(nesting):
     body = b'{"x":' + b'[{"y":' * (nesting // 2) + b"[" + b"]" + b"}]" * (nesting // 2)
-    body += b',"model":"m"}'
-    assert (_ask.read(openai.SHAPES[Kind.CHAT], body) is not None) == (nesting < 512)
-    with_lists = b'{"x":' + b"[" * nesting + b"]" * nesting + b',"model":"m"}'
-    assert agrees(Kind.CHAT, with_lists)
+    assert agrees(Kind.CHAT, body + b',"model":"m"}')
+    assert agrees(Kind.CHAT, b'{"x":' + b"[" * nesting + b"]" * nesting + b',"model":"m"}')
+
+
+def test_nesting_is_limited():
+    def nested(depth: int) -> bytes:
+        return b'{"x":' + b"[" * depth + b"]" * depth + b',"model":"m"}'
+
+    assert read(Kind.CHAT, nested(980)).model == "m"
+    with pytest.raises(BadRequest, match="nested too deeply"):
+        read(Kind.CHAT, nested(981))
 
 
 @pytest.mark.parametrize(
@@ -258,11 +270,18 @@ def test_several_system_messages_are_accepted(count):
     assert agrees(Kind.CHAT, json.dumps({"model": "m", "messages": said}).encode())
 
 
-def test_a_name_too_long_for_any_model_is_not_looked_up():
-    body = b'{"model":"%s"}' % (b"m" * 5000)
-    with pytest.raises(_ask.Refused, match="longer than 4096 bytes"):
-        _ask.judge(openai.SHAPES[Kind.CHAT], body)
-    assert openai.read(Kind.CHAT, body).name == "m" * 5000
+@pytest.mark.parametrize("piece", ["m", "\\u006d"])
+def test_a_long_name_is_read_from_a_small_body_only(piece):
+    body = b'{"model":"%s"%%s}' % (piece * 5000).encode()
+    assert agrees(Kind.CHAT, body % b"")
+    with pytest.raises(BadRequest, match="longer than 4096 bytes") as refused:
+        read(Kind.CHAT, body % (b',"x":"%s"' % (b"x" * LARGE_BYTES)))
+    assert refused.value.param == "model"
+
+
+def test_an_error_in_the_syntax_is_reported_first():
+    for body in (b'{"model":"m","model":"m",}', b'{"Model":"m","x":"\xff"}', b'{"model":1} '):
+        assert not agrees(Kind.CHAT, body)
 
 
 @pytest.mark.parametrize("piece", ["a", "\\n", "中", "\\u4e2d", 'é\\\\\\"', "🎉x"])
@@ -291,7 +310,7 @@ def test_a_body_at_the_size_limit_is_parsed_quickly():
     took_s = []
     for _ in range(3):
         began = time.perf_counter()
-        openai.read(Kind.CHAT, body).key(100)
+        read(Kind.CHAT, body).key(100)
         took_s.append(time.perf_counter() - began)
     assert min(took_s) < 0.05
 
@@ -305,11 +324,11 @@ def test_other_threads_run_while_a_large_body_is_parsed(end):
 
     def act() -> None:
         try:
-            ask = openai.read(Kind.CHAT, body)
+            request = read(Kind.CHAT, body)
         except BadRequest:
             return
-        openai.key_of(ask, 100)
-        openai.body_for(ask, body)
+        key_of(request, 100)
+        body_for(request, body)
 
     found = []
     for _ in range(5):
@@ -323,10 +342,3 @@ def test_other_threads_run_while_a_large_body_is_parsed(end):
             last_s = time.perf_counter()
         found.append(longest_s / (last_s - began_s))
     assert min(found) < 0.5
-
-
-def test_an_ask_that_openai_parse_rejects_is_never_accepted():
-    for body in (b'{"model":"m","x":"\xc3"}', b'{"Model":"m"}'):
-        with pytest.raises(BadRequest):
-            openai.parse(Kind.CHAT, body)
-        assert _ask.read(openai.SHAPES[Kind.CHAT], body) is None

@@ -20,7 +20,8 @@ from msgspec.structs import replace
 from examples import some
 from kubeai._load import LoadTable
 from kubeai.errors import KubeAIError
-from kubeai.openai.request import Kind, named, parse
+from kubeai.openai.request import named, read
+from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Delta, Endpoint, Route, Snapshot
 from kubeai.routing.table import ModelGone, NoEndpoint, RoutingTable
@@ -237,7 +238,7 @@ def test_a_recreated_model_is_a_different_model(publisher, worker):
 def test_the_strategy_may_change_at_runtime(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
     model = publish(publisher, worker, "m", route(*pods))
-    ask = parse(Kind.COMPLETIONS, b'{"model":"m","prompt":"hello"}')
+    ask = read(Kind.COMPLETIONS, b'{"model":"m","prompt":"hello"}')
     assert model.key(ask) is None
     picks = [model.pick(model.key(ask)) for _ in range(4)]
     assert {p.name for p in picks} == set("abcd")

@@ -27,7 +27,7 @@ from kubeai.gateway.uploads.multipart import (
     form_type,
     new_boundary,
 )
-from kubeai.openai.request import BadRequest
+from kubeai.openai.errors import BadRequest
 
 FIELD = 'Content-Disposition: form-data; name="{}"'
 

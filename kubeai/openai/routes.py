@@ -1,0 +1,80 @@
+"""The routes of the OpenAI-compatible API: which paths and methods the gateway serves.
+
+Nothing is decoded, normalized or repaired. Scheme and authority of a target in absolute form are
+removed, everything after the first ``?`` is the query, and the rest must match a listed path
+*exactly*: ``%63hat``, ``//``, ``/./``, ``..``, ``;x``, a trailing slash or different case all get
+404. An engine receives the path from the table, never the client's spelling. The only variable
+path, ``/openai/v1/models/{id}``, is served by the gateway and never reaches an engine.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+PREFIX = "/openai"
+
+
+class Kind(StrEnum):
+    """The API of a request; the value is the path at the engine."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RERANK = "/v1/rerank"
+    TRANSCRIPTIONS = "/v1/audio/transcriptions"
+    RESPONSES = "/v1/responses"
+    MESSAGES = "/v1/messages"
+    MODELS = "/v1/models"  # served by the gateway itself
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the request is a POST with a JSON body."""
+        return self not in (Kind.TRANSCRIPTIONS, Kind.MODELS)
+
+
+route_table: dict[str, Kind] = {PREFIX + kind.value: kind for kind in Kind}
+_MODEL_PATH = PREFIX + Kind.MODELS.value + "/"
+_GET = ("GET", "HEAD")
+_POST = ("POST",)
+
+
+class RouteMatch(NamedTuple):
+    """The route of a request. ``kind`` is set for status 200; else 404, or 405 with ``allow``."""
+
+    status: int
+    kind: Kind | None = None
+    query: str = ""  # without the "?", unchanged
+    model_id: str | None = None  # of GET /openai/v1/models/{id}, still percent-encoded
+    allow: tuple[str, ...] = ()
+
+
+_EXACT = {
+    (method, path): RouteMatch(200, kind)
+    for path, kind in route_table.items()
+    for method in (_GET if kind is Kind.MODELS else _POST)
+}
+
+
+def classify(method: str, target: str) -> RouteMatch:
+    """Look a request line up in the route table; see the module's docstring for the rules."""
+    if found := _EXACT.get((method, target)):
+        return found
+    if not target.startswith("/"):  # absolute form: http://authority/path
+        scheme, separator, rest = target.partition("://")
+        if not separator or scheme.lower() not in ("http", "https"):
+            return RouteMatch(404)
+        slash = rest.find("/")
+        target = rest[slash:] if slash >= 0 else "/"
+    path, _, query = target.partition("?")
+    kind = route_table.get(path)
+    model_id = None
+    if kind is None:
+        model_id = path.removeprefix(_MODEL_PATH)
+        if model_id == path or not model_id or "/" in model_id:
+            return RouteMatch(404)
+        kind = Kind.MODELS
+    allow = _GET if kind is Kind.MODELS else _POST
+    if method not in allow:
+        return RouteMatch(405, allow=allow)
+    return RouteMatch(200, kind, query, model_id)
