@@ -30,7 +30,7 @@ class FastPath(Exchange):
     _kind: Kind
     _path: bytes  # the engine's
     _payload: bytes  # the body sent to the engine
-    _ask: InferenceRequest  # None until the body is read
+    _request: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
     _key: int | None
     _admission: Admission | None

@@ -44,7 +44,7 @@ cdef class FastPath(Exchange):
     cdef public object _kind
     cdef public bytes _path  # the engine's
     cdef public bytes _payload  # the body sent to the engine
-    cdef public object _ask
+    cdef public object _request
     cdef public object _routed
     cdef public object _key
     cdef public Admission _admission
@@ -72,20 +72,20 @@ cdef class FastPath(Exchange):
         return 0
 
     cdef int _collected(self) except -1:
-        cdef InferenceRequest ask = None
+        cdef InferenceRequest request = None
         cdef object routed = None
         cdef object key = None
         cdef Ring ring
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
-            ask = scan(self.json_route.shape, self.body)
-        if ask is not None and ask.adapter is None and not self._has(b"x-label-selector"):
-            routed = (<FastPathContext> self.downstream.relay.context).routes.find(ask.name)
-        self._ask = ask
+            request = scan(self.json_route.shape, self.body)
+        if request is not None and request.adapter is None and not self._has(b"x-label-selector"):
+            routed = (<FastPathContext> self.downstream.relay.context).routes.find(request.name)
+        self._request = request
         if routed is None:
             self.on_body()
             return 0
         if routed.hashes:
-            key = ask.key(routed.prefix_char_length)
+            key = request.key(routed.prefix_char_length)
         self._routed = routed
         self._key = key
         self._payload = self.body

@@ -44,7 +44,7 @@ def advice(error: BadRequest) -> dict[str, str]:
 async def hold(
     context: Context,
     routed: RoutedModel,
-    ask: InferenceRequest,
+    request: InferenceRequest,
     key: int | None,
     admission: Admission,
 ) -> Reservation:
@@ -54,47 +54,47 @@ async def hold(
     that is known to be unable to start is neither waited for nor scaled up.
     """
     loop = asyncio.get_running_loop()
-    block = routed.block(ask.adapter)
+    block = routed.block(request.adapter)
     if block is not None and block.fails_at_s <= loop.time():
-        raise _blocked(ask, block)
-    if not context.hold(ask.name):
-        log.warning("too many held requests", model=ask.name)
+        raise _blocked(request, block)
+    if not context.hold(request.name):
+        log.warning("too many held requests", model=request.name)
         raise BadRequest(
-            f"Too many requests are waiting for the model {ask.model!r}.",
+            f"Too many requests are waiting for the model {request.model!r}.",
             status=503,
             code="overloaded",
         )
     admission.hold()
-    context.demand(ask.name)
+    context.demand(request.name)
     deadline_s = loop.time() + context.config.hold_timeout_s
     try:
         while True:
-            await routed.wait(ask.adapter, max(0.0, deadline_s - loop.time()))
-            if reservation := routed.pick(key, ask.adapter):
+            await routed.wait(request.adapter, max(0.0, deadline_s - loop.time()))
+            if reservation := routed.pick(key, request.adapter):
                 return reservation
     except Blocked as blocked:
-        raise _blocked(ask, blocked.block) from None
+        raise _blocked(request, blocked.block) from None
     except NoEndpoint:
-        message = f"No replica of the model {ask.model!r} became ready in time."
-        if block := routed.block(ask.adapter):
+        message = f"No replica of the model {request.model!r} became ready in time."
+        if block := routed.block(request.adapter):
             message += f" {block.reason}: {block.message}"
-        log.warning("no endpoint became ready", model=ask.model, reason=block and block.reason)
+        log.warning("no endpoint became ready", model=request.model, reason=block and block.reason)
         raise BadRequest(message, status=504, code="timeout") from None
     except ModelGone:
-        raise model_not_found(ask.model) from None
+        raise model_not_found(request.model) from None
     finally:
         admission.unhold()
-        context.unhold(ask.name)
+        context.unhold(request.name)
 
 
-def _blocked(ask: InferenceRequest, block: Block) -> BadRequest:
+def _blocked(request: InferenceRequest, block: Block) -> BadRequest:
     left_out = _refusals.take(time.monotonic())
     if left_out is not None:
         log.warning(
-            "model cannot be served", model=ask.model, reason=block.reason, left_out=left_out
+            "model cannot be served", model=request.model, reason=block.reason, left_out=left_out
         )
     return BadRequest(
-        f"The model {ask.model!r} cannot be served. {block.reason}: {block.message}",
+        f"The model {request.model!r} cannot be served. {block.reason}: {block.message}",
         status=503,
         code=UNAVAILABLE if block.retry else CANNOT_START,
     )

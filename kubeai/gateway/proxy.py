@@ -96,15 +96,15 @@ class Proxy(FastPath):
             self._wait(self._read)
             return
         try:
-            ask = self._ask or openai.read(self._kind, self.body)
-            routed = self._find(ask)
+            request = self._request or openai.read(self._kind, self.body)
+            routed = self._find(request)
         except BadRequest as error:
             self._refuse(error)
             return
         if routed.hashes:
-            self._key = openai.key_of(ask, routed.prefix_char_length)
-        self._payload = openai.body_for(ask, self.body)
-        self._place(self._admit(ask, routed))
+            self._key = openai.key_of(request, routed.prefix_char_length)
+        self._payload = openai.body_for(request, self.body)
+        self._place(self._admit(request, routed))
 
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
@@ -112,7 +112,7 @@ class Proxy(FastPath):
         self._lost = failure == LOST
         if failure == TIMEOUT:
             status = TIMED_OUT
-        return self._attempts.wants(status, reservation.name, self._routed, self._ask.adapter)
+        return self._attempts.wants(status, reservation.name, self._routed, self._request.adapter)
 
     def retry(self) -> None:
         reservation = self._end_attempt("attempt failed, retrying")
@@ -125,7 +125,9 @@ class Proxy(FastPath):
     def attempt_elsewhere(self) -> None:
         if self.answered or self._reservation is None:
             return
-        other = self._attempts.move(self._reservation, self._routed, self._key, self._ask.adapter)
+        other = self._attempts.move(
+            self._reservation, self._routed, self._key, self._request.adapter
+        )
         if other is not None:
             self.detach()
             self._end_attempt("endpoint does not respond, moving the request")
@@ -147,14 +149,14 @@ class Proxy(FastPath):
         log.info(
             event,
             request_id=self.request_id,
-            model=self._ask.name,
+            model=self._request.name,
             endpoint=reservation.name,
             retry=self.retry_count,
         )
         return reservation
 
     def _try_elsewhere(self) -> None:
-        other = self._attempts.elsewhere(self._routed, self._key, self._ask.adapter)
+        other = self._attempts.elsewhere(self._routed, self._key, self._request.adapter)
         if other is not None:
             self._attempt(other)
         else:
@@ -167,13 +169,13 @@ class Proxy(FastPath):
             self._say(502, "The gateway's local routes did not respond.")
             return
         endpoint = self._reservation.name
-        log.warning("request failed", model=self._ask.name, endpoint=endpoint, reason=reason)
+        log.warning("request failed", model=self._request.name, endpoint=endpoint, reason=reason)
         if failure == TIMEOUT:
-            self._say(504, f"The model {self._ask.model!r} did not respond in time.", "timeout")
+            self._say(504, f"The model {self._request.model!r} did not respond in time.", "timeout")
         else:
             self._say(
                 502,
-                f"No replica of the model {self._ask.model!r} could be reached: {reason}.",
+                f"No replica of the model {self._request.model!r} could be reached: {reason}.",
                 "bad_gateway",
             )
 
@@ -182,28 +184,30 @@ class Proxy(FastPath):
     async def _read(self) -> Reservation:
         """Like ``on_body`` for a large body, with the slow steps in a thread."""
         run = asyncio.get_running_loop().run_in_executor
-        ask = await run(_readers, openai.read, self._kind, self.body)
-        routed = self._find(ask)
-        self._key = await run(_readers, openai.key_of, ask, routed.prefix_char_length)
-        self._payload = await run(_readers, openai.body_for, ask, self.body)
+        request = await run(_readers, openai.read, self._kind, self.body)
+        routed = self._find(request)
+        self._key = await run(_readers, openai.key_of, request, routed.prefix_char_length)
+        self._payload = await run(_readers, openai.body_for, request, self.body)
         # The model may have been deleted or created again meanwhile.
-        return self._admit(ask, self._find(ask)) or await self._hold()
+        return self._admit(request, self._find(request)) or await self._hold()
 
-    def _admit(self, ask: InferenceRequest, routed: RoutedModel) -> Reservation | None:
+    def _admit(self, request: InferenceRequest, routed: RoutedModel) -> Reservation | None:
         """Count the request for its model, and pick an endpoint if one can serve it."""
-        self._ask = ask
+        self._request = request
         self._routed = routed
         self._admission = routed.admit("http")
-        return routed.pick(self._key, ask.adapter)
+        return routed.pick(self._key, request.adapter)
 
-    def _find(self, ask: InferenceRequest) -> RoutedModel:
+    def _find(self, request: InferenceRequest) -> RoutedModel:
         """The requested model, if it matches the request's label selectors."""
-        routed = self.context.routes.find(ask.name)
-        if routed is None or (ask.adapter is not None and ask.adapter not in routed.route.adapters):
-            raise model_not_found(ask.model)
+        routed = self.context.routes.find(request.name)
+        if routed is None or (
+            request.adapter is not None and request.adapter not in routed.route.adapters
+        ):
+            raise model_not_found(request.model)
         for selector in self.headers(b"x-label-selector"):
             if not openai.parse_selector(selector.decode("latin-1"))(routed.route.labels):
-                raise model_not_found(ask.model)
+                raise model_not_found(request.model)
         return routed
 
     def wait_for_endpoint(self) -> None:
@@ -216,7 +220,7 @@ class Proxy(FastPath):
         log.info(
             "request moved off its first endpoint",
             request_id=self.request_id,
-            model=self._ask.name,
+            model=self._request.name,
             endpoint=reservation.name,
             first=reservation.first,
             first_load=reservation.first_load,
@@ -251,7 +255,7 @@ class Proxy(FastPath):
             request_bytes=self.request_bytes,
             response_bytes=self.answer_bytes,
             # Names that clients make up are not recorded.
-            model=None if self._admission is None else self._ask.model,
+            model=None if self._admission is None else self._request.model,
             endpoint=None if self._reservation is None else self._reservation.name,
             retry_count=self.retry_count,
         )
@@ -276,22 +280,24 @@ class Proxy(FastPath):
             self._task = None
             self._refuse(error)
         except Exception:
-            log.exception("request task failed", model=self._ask.name if self._ask else None)
+            log.exception(
+                "request task failed", model=self._request.name if self._request else None
+            )
             self._task = None
             self._say(500, "Internal error in the gateway.", "internal_error")
 
     async def _try_later(self) -> Reservation:
-        later = await self._attempts.later(self._routed, self._key, self._ask.adapter)
+        later = await self._attempts.later(self._routed, self._key, self._request.adapter)
         return later or await self._hold()
 
     async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
         await check_loss(self._attempts, self._routed, lost, alone)
-        other = self._attempts.elsewhere(self._routed, self._key, self._ask.adapter)
+        other = self._attempts.elsewhere(self._routed, self._key, self._request.adapter)
         return other or await self._try_later()
 
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
-        return await hold(self.context, self._routed, self._ask, self._key, self._admission)
+        return await hold(self.context, self._routed, self._request, self._key, self._admission)
 
     # -- the gateway's own responses ---------------------------------------------------------------
 

@@ -192,15 +192,15 @@ class RoutedModel:
 
     # -- for exchanges -----------------------------------------------------------------------------
 
-    def key(self, ask: InferenceRequest) -> int | None:
+    def key(self, request: InferenceRequest) -> int | None:
         """The request's hash key; None if it is routed by least load.
 
         That applies to all requests under LeastLoad, and to audio always, because recordings do not
         share prefixes.
         """
-        if not self.hashes or ask.kind is Kind.TRANSCRIPTIONS:
+        if not self.hashes or request.kind is Kind.TRANSCRIPTIONS:
             return None
-        return ask.key(self.prefix_char_length)
+        return request.key(self.prefix_char_length)
 
     def pick(
         self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()

@@ -95,16 +95,16 @@ async def transcribe(request: web.Request, target: RouteMatch) -> web.StreamResp
         raise BadRequest("The request has more than one Content-Type.")
     with Form(boundary_of(types[0]), context) as form:
         await _read_form(request, form, context)
-        ask = named(Kind.TRANSCRIPTIONS, form.model)
-        model = context.routes.find(ask.name)
+        inference = named(Kind.TRANSCRIPTIONS, form.model)
+        model = context.routes.find(inference.name)
         if model is None or not selected(model.route):
-            raise model_not_found(ask.model)
-        if ask.adapter is not None and ask.adapter not in model.route.adapters:
-            raise model_not_found(ask.model)
+            raise model_not_found(inference.model)
+        if inference.adapter is not None and inference.adapter not in model.route.adapters:
+            raise model_not_found(inference.model)
         admission = model.admit()
         outcome = "left"
         try:
-            response = await _Attempts(request, target, form, ask, model, admission).run()
+            response = await _Attempts(request, target, form, inference, model, admission).run()
             cut = request.transport is None or request.transport.is_closing()
             outcome = "broken" if cut else f"{response.status // 100}xx"
             return response
@@ -288,7 +288,7 @@ class _Attempts:
         request: web.Request,
         target: RouteMatch,
         form: Form,
-        ask: InferenceRequest,
+        inference: InferenceRequest,
         model: RoutedModel,
         admission: Admission,
     ) -> None:
@@ -296,10 +296,10 @@ class _Attempts:
         self._context = request.app[CONTEXT]
         self._target = target
         self._form = form
-        self._ask = ask
+        self._inference = inference
         self._model = model
         self._admission = admission
-        self._key = model.key(ask)
+        self._key = model.key(inference)
         self._retries = self._context.retries(model)
         self._lost: Reservation | None = None  # the last attempt, if it lost its connection
         self._alone = False
@@ -313,7 +313,7 @@ class _Attempts:
                 self._moved_to.release()
 
     async def _run(self) -> web.StreamResponse:
-        reservation = self._model.pick(self._key, self._ask.adapter) or await self._hold()
+        reservation = self._model.pick(self._key, self._inference.adapter) or await self._hold()
         while True:
             try:
                 answer = await self._attempt(reservation)
@@ -333,7 +333,7 @@ class _Attempts:
             moved_to.release()  # it has left in its turn
         if self._lost is not None:
             await check_loss(self._retries, self._model, self._lost, self._alone)
-        place = (self._model, self._key, self._ask.adapter)
+        place = (self._model, self._key, self._inference.adapter)
         return (
             self._retries.elsewhere(*place)
             or await self._retries.later(*place)
@@ -341,7 +341,7 @@ class _Attempts:
         )
 
     async def _hold(self) -> Reservation:
-        return await hold(self._context, self._model, self._ask, self._key, self._admission)
+        return await hold(self._context, self._model, self._inference, self._key, self._admission)
 
     async def _attempt(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The response to forward; None to make another attempt."""
@@ -384,7 +384,7 @@ class _Attempts:
         return None
 
     def _wants_retry(self, status: int, endpoint: str) -> bool:
-        return self._retries.wants(status, endpoint, self._model, self._ask.adapter)
+        return self._retries.wants(status, endpoint, self._model, self._inference.adapter)
 
     async def _post_until_moved(self, reservation: Reservation) -> aiohttp.ClientResponse | None:
         """The response; None if the endpoint left before it began and another can be tried."""
@@ -397,7 +397,7 @@ class _Attempts:
         def move() -> None:
             if posting.done() or self._moved_to is not None:
                 return
-            place = (self._model, self._key, self._ask.adapter)
+            place = (self._model, self._key, self._inference.adapter)
             self._moved_to = self._retries.move(reservation, *place)
             if self._moved_to is not None:
                 posting.cancel()
@@ -414,22 +414,30 @@ class _Attempts:
 
     def _count_retry(self, endpoint: str, reason: str) -> None:
         self._admission.count("retried")
-        log.info("attempt failed, retrying", model=self._ask.name, endpoint=endpoint, reason=reason)
+        log.info(
+            "attempt failed, retrying", model=self._inference.name, endpoint=endpoint, reason=reason
+        )
 
     def _failure(self, status: int, reason: str, code: str) -> BadRequest:
-        log.warning("request failed", model=self._ask.name, status=status, reason=reason)
-        return BadRequest(f"The model {self._ask.model!r}: {reason}.", status=status, code=code)
+        log.warning("request failed", model=self._inference.name, status=status, reason=reason)
+        return BadRequest(
+            f"The model {self._inference.model!r}: {reason}.", status=status, code=code
+        )
 
     async def _post(self, address: str) -> aiohttp.ClientResponse:
         route = self._model.route
         # FasterWhisper serves a single model, and rejects any other name for it.
-        model = None if route.engine == "FasterWhisper" else self._ask.adapter or self._ask.name
+        model = (
+            None
+            if route.engine == "FasterWhisper"
+            else self._inference.adapter or self._inference.name
+        )
         query = f"?{self._target.query}" if self._target.query else ""
         headers = _end_to_end(self._request.headers.items(), _OURS)
         headers.append(("Content-Type", self._form.content_type))
         headers.append(("Content-Length", str(self._form.length_bytes(model))))
         return await self._request.app[_SESSION].post(
-            URL(f"http://{address}{self._ask.kind}{query}", encoded=True),
+            URL(f"http://{address}{self._inference.kind}{query}", encoded=True),
             data=self._form.chunks(model),
             headers=headers,
             allow_redirects=False,
@@ -449,7 +457,7 @@ class _Attempts:
                     data = await answer.content.readany()
             except (aiohttp.ClientError, OSError) as error:
                 pool.note_failure(TIMEOUT if isinstance(error, TimeoutError) else LOST)
-                log.warning("response broke off", model=self._ask.model, reason=str(error))
+                log.warning("response broke off", model=self._inference.model, reason=str(error))
                 if self._request.transport is not None:
                     self._request.transport.abort()
                 return response  # aiohttp notices the closed connection
