@@ -7,8 +7,8 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/${python##*/} ;; esac
 [ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py \
-    tests/unit/openai/test_body_scan.py tests/unit/gateway/relay/test_relay.py tests/unit/gateway/test_proxy.py \
-    tests/unit/loadtest/test_sse.py tests/unit/loadtest/test_streams.py tests/fuzz
+    tests/unit/openai/test_body_scan.py tests/unit/gateway/relay/test_relay.py \
+    tests/unit/gateway/test_proxy.py tests/unit/loadtest/test_sse.py tests/unit/loadtest/test_streams.py tests/fuzz
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM

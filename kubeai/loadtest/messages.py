@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
+from kubeai import framing
 from kubeai.simulation.results import Gaps, Measurement
 
-FRAME_BYTES = 4  # length prefix
+FRAME_MAX_BYTES = 1 << 30
 
 
 class Ready(msgspec.Struct, tag="ready"):
@@ -62,11 +63,9 @@ FromGenerator = Ready | Failed | Batch
 
 def frame(message: Any) -> bytes:
     """Encode a message for a pipe: a length prefix and msgpack."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(FRAME_BYTES, "big") + body
+    return framing.frame(msgspec.msgpack.encode(message))
 
 
 async def receive(reader: asyncio.StreamReader) -> bytes:
     """The msgpack of the next message; IncompleteReadError when the other process has exited."""
-    size = int.from_bytes(await reader.readexactly(FRAME_BYTES), "big")
-    return await reader.readexactly(size)
+    return await framing.read_frame(reader, FRAME_MAX_BYTES)

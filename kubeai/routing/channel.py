@@ -8,17 +8,16 @@ its length (4 bytes, big-endian). A worker that loses the channel drains.
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
 
+from kubeai.framing import FrameTooLong, frame, take_frames
 from kubeai.routing.routes import Delta as Delta
 from kubeai.routing.routes import Snapshot as Snapshot
 
 MESSAGE_MAX_BYTES = 256 << 20
-_LENGTH = struct.Struct(">I")
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
@@ -69,21 +68,12 @@ class Channel(asyncio.Protocol):
         self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= 4:
-            (length,) = _LENGTH.unpack_from(buffer, start)
-            if length > MESSAGE_MAX_BYTES:
-                self.close()
-                return
-            end = start + 4 + length
-            if len(buffer) < end:
-                break
-            message = self._decoder.decode(bytes(buffer[start + 4 : end]))
-            start = end
-            self._received(message)
-        del buffer[:start]
+        self._buffer += data
+        try:
+            for body in take_frames(self._buffer, MESSAGE_MAX_BYTES):
+                self._received(self._decoder.decode(body))
+        except FrameTooLong:
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -93,8 +83,7 @@ class Channel(asyncio.Protocol):
         """Queue a message. Dropped if the other end is gone; ``closed`` has then been called."""
         if self._transport is None:
             return
-        body = self._encoder.encode(message)
-        self._transport.write(_LENGTH.pack(len(body)) + body)
+        self._transport.write(frame(self._encoder.encode(message)))
 
     def close(self) -> None:
         if self._transport is not None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 from kubeai.errors import KubeAIError
+from kubeai.framing import FrameTooLong, read_frame
 from kubeai.http import aiohttp
 from kubeai.supervisor.peers import wire
 
@@ -82,10 +83,11 @@ async def _subscribe(
 async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator[Word, None]:
     whole = True
     while True:
-        (length,) = wire.LENGTH.unpack(await stream.readexactly(wire.LENGTH.size))
-        if length > wire.FRAME_MAX_BYTES:
-            raise wire.BadFrame(f"frame of {length} bytes is too large")
-        frame = wire.decode(await stream.readexactly(length))
+        try:
+            body = await read_frame(stream, wire.FRAME_MAX_BYTES)
+        except FrameTooLong as error:
+            raise wire.BadFrame(str(error)) from None
+        frame = wire.decode(body)
         if isinstance(frame, wire.Loads):
             yield Word(frame, whole)
             whole = False

@@ -6,11 +6,11 @@ has changed and at least every ``HEARTBEAT_S``. The first Loads is complete.
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated
 
 import msgspec
 
+from kubeai import framing
 from kubeai.errors import KubeAIError
 
 PATH = "/loads"
@@ -21,7 +21,6 @@ HEARTBEAT_S = 1.0
 FRAME_MAX_BYTES = 8 << 20  # 1,000 Models with 10,000 endpoints take 0.6 MB
 COUNT_MAX = 1 << 20  # a replica never has more open requests
 GONE = -1
-LENGTH = struct.Struct(">I")
 
 InFlight = Annotated[int, msgspec.Meta(ge=GONE, le=COUNT_MAX)]
 Active = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
@@ -55,8 +54,7 @@ _decoder: msgspec.msgpack.Decoder[Hello | Loads] = msgspec.msgpack.Decoder(Hello
 
 
 def encode(frame: Hello | Loads) -> bytes:
-    body = _encoder.encode(frame)
-    return LENGTH.pack(len(body)) + body
+    return framing.frame(_encoder.encode(frame))
 
 
 def decode(body: bytes) -> Hello | Loads:

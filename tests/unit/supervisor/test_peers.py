@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kubeai._counts import admit
 from kubeai._load import LoadTable
 from kubeai._ring import Ring
+from kubeai.framing import frame, read_frame
 from kubeai.kube.errors import ApiError
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
@@ -462,9 +463,9 @@ BAD = {
     "a number below 0": wire.encode(wire.Loads({}, {"a": -2})),
     "too large a number": wire.encode(wire.Loads({}, {"a": wire.COUNT_MAX + 1})),
     "active below 0": wire.encode(wire.Loads({"m": (-1, 0)})),
-    "another type": wire.LENGTH.pack(3) + b"\x93abc"[:3],
-    "no msgpack": wire.LENGTH.pack(1) + b"\xc1",
-    "a frame too long": wire.LENGTH.pack(wire.FRAME_MAX_BYTES + 1),
+    "another type": frame(b"\x93abc"[:3]),
+    "no msgpack": frame(b"\xc1"),
+    "a frame too long": (wire.FRAME_MAX_BYTES + 1).to_bytes(4, "big"),
     "too many names": wire.encode(wire.Loads({}, {str(n): 0 for n in range(NAMES_MAX + 1)})),
     "the end": b"",
 }
@@ -529,8 +530,7 @@ async def test_frames_are_merged_for_a_slow_listener():
 
 
 async def frame_of(stream):
-    (length,) = wire.LENGTH.unpack(await stream.readexactly(wire.LENGTH.size))
-    return wire.decode(await stream.readexactly(length))
+    return wire.decode(await read_frame(stream, wire.FRAME_MAX_BYTES))
 
 
 async def test_the_number_of_listeners_is_limited():

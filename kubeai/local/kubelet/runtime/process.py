@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from kubeai.framing import FrameTooLong, frame, read_frame
 from kubeai.local.kubelet.runtime import shim
 from kubeai.local.kubelet.runtime.children import add_child, kill_orphans, wait_for_exit
 from kubeai.local.kubelet.runtime.command import Command, open_pipes
@@ -190,18 +191,15 @@ class Process:
 
     def _send(self, message: tuple[Any, ...]) -> None:
         if not self._writer.is_closing():
-            data = marshal.dumps(message)
-            self._writer.write(len(data).to_bytes(4, "big") + data)
+            self._writer.write(frame(marshal.dumps(message)))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         end: Exit | None = None
         try:
             while True:
-                size = int.from_bytes(await reader.readexactly(4), "big")
-                if size > _MESSAGE_MAX_BYTES:
-                    break
-                end = self._handle(marshal.loads(await reader.readexactly(size))) or end
-        except (asyncio.IncompleteReadError, ConnectionError):
+                message = await read_frame(reader, _MESSAGE_MAX_BYTES)
+                end = self._handle(marshal.loads(message)) or end
+        except (FrameTooLong, asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             self._writer.close()
