@@ -3,7 +3,7 @@
 The operator calls `build_pod` and compares hashes. One module per engine defines how it is started.
 """
 
-from kubeai.podspec.engines.server import PORT, SERVER_CONTAINER
+from kubeai.podspec.container import PORT, SERVER_CONTAINER
 from kubeai.podspec.files import config_map_name, files_config_map, owner_reference
 from kubeai.podspec.template import build_pod, pod_hash
 

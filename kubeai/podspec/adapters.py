@@ -11,7 +11,7 @@ import msgspec
 
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
-from kubeai.podspec.engines.server import Object, container_resources
+from kubeai.podspec.container import Object, container_resources
 from kubeai.podspec.sources import environment, every_source
 
 LABEL_PREFIX = "adapter.kubeai.org/"  # + an adapter's name, on a pod

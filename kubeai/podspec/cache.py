@@ -14,7 +14,7 @@ import msgspec
 from kubeai.api.config.system import CacheProfile, ModelServerPods, SystemConfig
 from kubeai.api.model import POD_MODEL_LABEL, Model, ModelURL, parse_url
 from kubeai.errors import ModelError
-from kubeai.podspec.engines.server import (
+from kubeai.podspec.container import (
     MODEL_MOUNT,
     TERMINATION_MESSAGE,
     Object,

@@ -7,7 +7,7 @@ import re
 
 from kubeai.api.model import API_VERSION, KIND, Model
 from kubeai.errors import ModelError
-from kubeai.podspec.engines.server import Object
+from kubeai.podspec.container import Object
 
 VOLUME = "model-files"
 HASH_ANNOTATION = "kubeai.org/files-hash"  # on the pod, so that editing a file replaces pods

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from kubeai.api.config.system import SecretNames
 from kubeai.api.model import CACHE_SCHEMES, Engine, Model, ModelSpec, ModelURL, Scheme, parse_url
 from kubeai.errors import ModelError
-from kubeai.podspec.engines.server import MODEL_MOUNT, Object
+from kubeai.podspec.container import MODEL_MOUNT, Object
 
 GCP_DIRECTORY = "/secrets/gcp-credentials"
 GCP_FILE = "credentials.json"

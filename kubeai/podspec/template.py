@@ -37,8 +37,7 @@ from kubeai.api.model import (
 from kubeai.errors import ModelError
 from kubeai.podspec import cache, sources
 from kubeai.podspec.adapters import add_loader
-from kubeai.podspec.engines import faster_whisper, infinity, mock, ollama, vllm
-from kubeai.podspec.engines.server import (
+from kubeai.podspec.container import (
     PORT,
     PORT_NAME,
     SERVER_CONTAINER,
@@ -48,6 +47,7 @@ from kubeai.podspec.engines.server import (
     container_resources,
     http_probe,
 )
+from kubeai.podspec.engines import faster_whisper, infinity, mock, ollama, vllm
 from kubeai.podspec.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
 
 GRACE_MIN_S = 10  # as in KubeAI in Go

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kubeai.api.model import Model, ModelURL
 from kubeai.podspec.cache import weights
-from kubeai.podspec.engines.server import Server, startup_probe
+from kubeai.podspec.container import Server, startup_probe
 
 STARTUP_FAILURES = 900  # 30 minutes
 

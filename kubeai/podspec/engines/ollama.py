@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kubeai.api.model import Model, ModelURL
-from kubeai.podspec.engines.server import MODEL_MOUNT, PORT, Object, Server
+from kubeai.podspec.container import MODEL_MOUNT, PORT, Object, Server
 
 PULL_TIMEOUT_S = 10_800
 
