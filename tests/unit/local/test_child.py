@@ -11,7 +11,8 @@ import pytest
 from harness import until
 
 from kubeai.errors import KubeAIError
-from kubeai.local.app import Child, _beside
+from kubeai.local.app import _beside
+from kubeai.local.child import Child
 
 # Its n-th run does what the n-th word says: become ready, or fail.
 PROGRAM = """
