@@ -150,21 +150,21 @@ class Adapters:
         if work.task is not None or pod.version < work.version:
             return None
         now_s = self._clock()
-        resting = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
+        backing_off = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
         # Files are fetched while the engine is still starting. A pod without a loader was created
         # before the Model had adapters and will be replaced.
-        due = [one for one in todo.load if one.name not in resting]
+        due = [one for one in todo.load if one.name not in backing_off]
         fetch = [one for one in due if work.fetched.get(one.name) != one.hash and pod.has_loader]
-        tell = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
-        drop = [name for name in todo.drop if name not in resting and pod.ready]
-        if fetch or tell or drop:
+        load = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
+        drop = [name for name in todo.drop if name not in backing_off and pod.ready]
+        if fetch or load or drop:
             work.loading = frozenset(one.name for one in todo.load)
             work.task = asyncio.get_running_loop().create_task(
-                self._run(model, pod, work, drop, tell, fetch)
+                self._run(model, pod, work, drop, load, fetch)
             )
             self._tasks.add(work.task)
             work.task.add_done_callback(self._tasks.discard)
-        return min(resting.values()) - now_s if resting else None
+        return min(backing_off.values()) - now_s if backing_off else None
 
     def _busy(self, pod: Pod, pods: list[Pod]) -> set[str]:
         """Adapters that other pods are loading, including labels not yet observed."""
@@ -183,14 +183,14 @@ class Adapters:
         for work in self._works.pop(model, {}).values():
             _cancel(work)
 
-    def rest(self) -> None:
+    def stopped_leading(self) -> None:
         """This replica is no longer the leader: cancel all tasks."""
         for model in list(self._works):
             self.forget(model)
 
     async def stop(self) -> None:
         """Cancel all tasks and close the session."""
-        self.rest()
+        self.stopped_leading()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
@@ -203,7 +203,7 @@ class Adapters:
         pod: Pod,
         work: _Work,
         drop: list[str],
-        tell: list[Wanted],
+        load: list[Wanted],
         fetch: list[Wanted],
     ) -> None:
         """Process the adapters one by one. A failure does not stop the others."""
@@ -215,8 +215,8 @@ class Adapters:
                 pod = msgspec.structs.replace(pod, adapters=tuple(labels.items()))
             for name in drop:
                 await self._try(pod, work, name, "", self._drop(pod, work, name, key))
-            for one in tell:
-                await self._try(pod, work, one.name, one.hash, self._tell(pod, work, one, key))
+            for one in load:
+                await self._try(pod, work, one.name, one.hash, self._load(pod, work, one, key))
             for one in fetch:
                 await self._try(pod, work, one.name, one.hash, self._fetch(pod, work, one))
         except NotLeader:
@@ -255,7 +255,7 @@ class Adapters:
         work.fetched[one.name] = one.hash
         log.info("adapter fetched", pod=pod.name, adapter=one.name, url=one.url)
 
-    async def _tell(self, pod: Pod, work: _Work, one: Wanted, key: str) -> None:
+    async def _load(self, pod: Pod, work: _Work, one: Wanted, key: str) -> None:
         label = dict(pod.adapters).get(one.name)
         if label != engine.LOADING:
             await self._label(pod, work, {one.name: engine.LOADING})

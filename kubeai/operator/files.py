@@ -42,7 +42,7 @@ class Files:
         self._listing = asyncio.Lock()
         self._listed = False
 
-    def rest(self) -> None:
+    def stopped_leading(self) -> None:
         """This replica is no longer the leader: another may write from now on."""
         self._written.clear()
         self._uids.clear()

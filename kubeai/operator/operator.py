@@ -170,7 +170,7 @@ class Operator:
         if leads:
             self.controller.all_changed()
         else:
-            self.controller.rest()
+            self.controller.stopped_leading()
 
     def _replace_models(self, models: list[Model]) -> None:
         self.store.replace_models(models)

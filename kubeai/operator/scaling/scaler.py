@@ -32,7 +32,7 @@ from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
 from kubeai.operator.store import Store
 
 log = get_logger(__name__)
-WAKE_ATTEMPTS_MAX = 5
+SCALE_UP_ATTEMPTS_MAX = 5
 HELD_INTERVAL_S = 0.5  # between checks for held requests whose notification was lost
 REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # short, because requests are held meanwhile
 LOOKS_AN_INTERVAL = 10
@@ -123,7 +123,7 @@ class Wakes:
 
     async def _raise(self, name: str, model: Model) -> None:
         retries = Backoff(0.02, 0.5)
-        for _ in range(WAKE_ATTEMPTS_MAX):
+        for _ in range(SCALE_UP_ATTEMPTS_MAX):
             if not sleeps(model):
                 return
             patch = {
@@ -131,7 +131,7 @@ class Wakes:
                 "spec": {"replicas": bounded(model, 1)},
             }
             try:
-                woken = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
+                scaled = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
             except ApiError as error:
                 if error.status == 404:
                     return
@@ -141,11 +141,11 @@ class Wakes:
                 model = await self._kube.get(MODELS, name, self._namespace, type=Model)
                 self._store.model_written(model)
                 continue
-            log.info("model scaled from zero", model=name, replicas=woken.spec.replicas)
-            self._events.tell(woken, "ScaledUp", "scaled up from 0 replicas on request")
-            self._store.model_written(woken)
+            log.info("model scaled from zero", model=name, replicas=scaled.spec.replicas)
+            self._events.emit(scaled, "ScaledUp", "scaled up from 0 replicas on request")
+            self._store.model_written(scaled)
             return
-        raise ApiError(409, "Conflict", f"{name} conflicted on {WAKE_ATTEMPTS_MAX} attempts")
+        raise ApiError(409, "Conflict", f"{name} conflicted on {SCALE_UP_ATTEMPTS_MAX} attempts")
 
 
 class _ModelState(msgspec.Struct, rename="camel"):
@@ -278,7 +278,7 @@ class Scaler:
         before = model.spec.replicas or 0
         if replicas < before:
             self._core.shrunk(name, replicas)
-        self._events.tell(
+        self._events.emit(
             answer,
             "ScaledUp" if replicas > before else "ScaledDown",
             f"scaled from {before} to {replicas} replicas: {average:g} active requests on average",

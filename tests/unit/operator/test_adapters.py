@@ -354,7 +354,7 @@ async def test_a_replica_that_is_not_the_leader_does_nothing(world):
     world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: world.served() == [{"a"}])
     world.leader.leads = False
-    world.controller.rest()
+    world.controller.stopped_leading()
     (one,) = world.engines.values()
     asked, writes = len(one.log), len(world.kube.writes)
     world.set_adapters(a=B)

@@ -19,7 +19,7 @@ from kubeai.api.model import Model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
 from kubeai.kube.workqueue import REST_MAX_S, Queue
-from kubeai.operator.controller import CREATES_AT_FIRST_MAX
+from kubeai.operator.apply import CREATES_AT_FIRST_MAX
 from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject
 from kubeai.operator.scaling.scaler import Wakes
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S
