@@ -20,12 +20,12 @@ import msgspec
 
 from kubeai.api.model import (
     POD_MODEL_LABEL,
-    Condition,
     Model,
     ModelStatus,
     ModelStatusCache,
     ModelStatusReplicas,
 )
+from kubeai.api.objects import Condition
 from kubeai.errors import ModelError
 from kubeai.operator.adapters import AdaptersView
 from kubeai.operator.cache.plan import CachePlan

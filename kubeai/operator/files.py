@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import Model, ObjectMeta
+from kubeai.api.model import Model
+from kubeai.api.objects import ObjectMeta
 from kubeai.errors import ModelError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import Model, ObjectMeta
+from kubeai.api.model import Model
+from kubeai.api.objects import ObjectMeta
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
