@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,8 +26,9 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.fencing import fence
 from kubeai.kube.resources import PODS
 from kubeai.logs import get_logger
+from kubeai.operator.adapter_steps import AdaptersView, Wanted, steps
 from kubeai.operator.leader import NotLeader, Writes
-from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
+from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject
 from kubeai.podspec import adapters as engine
 
 log = get_logger(__name__)
@@ -39,51 +40,8 @@ RETRY_FIRST_S, RETRY_MAX_S = 2.0, 120.0
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """One adapter that a pod should serve and does not."""
-
-    name: str
-    url: str
-    hash: str
-
-
-class Steps(msgspec.Struct, frozen=True):
-    """What one pod's engine needs. Empty if it already serves what its Model declares."""
-
-    load: tuple[Wanted, ...] = ()
-    drop: tuple[str, ...] = ()
-
-
-class AdaptersView(msgspec.Struct, frozen=True):
-    """Input of the Model's AdaptersLoaded condition."""
-
-    ready: int = 0  # replicas that serve
-    complete: int = 0  # those among them that have every adapter
-    failed: tuple[ModelStatusAdapter, ...] = ()  # adapters that failed in at least one pod
-
-    @property
-    def trouble(self) -> Trouble | None:
-        """The first failure, for the conditions."""
-        return Trouble("LoadFailed", self.failed[0].message) if self.failed else None
-
-
 class AdapterError(Exception):
     """Why an adapter could not be fetched, loaded or unloaded in a pod."""
-
-
-def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
-    """What the pod needs; ``busy``: adapters that another pod is loading. Pure."""
-    labels = dict(pod.adapters)
-    wanted = {adapter.name: adapter.url for adapter in model.spec.adapters}
-    load = []
-    for name, url in wanted.items():
-        hash_ = engine.url_hash(url)
-        if labels.get(name) == hash_ and pod.adapters_current:
-            continue
-        if name in pod.loaded and name in busy:
-            continue  # keeps serving the former URL's adapter until the other pod is done
-        load.append(Wanted(name, url, hash_))
-    return Steps(tuple(load), tuple(name for name in labels if name not in wanted))
 
 
 class _Failure(msgspec.Struct):
@@ -331,6 +289,3 @@ def _view(model: Model, pods: Sequence[Pod], works: dict[str, _Work]) -> Adapter
         for name, failure in work.failures.items():
             failed.setdefault(name, ModelStatusAdapter(name=name, message=failure.why))
     return AdaptersView(len(ready), len(complete), tuple(failed.values()))
-
-
-__all__ = ["Adapters", "AdaptersView", "Steps", "Wanted", "steps"]

@@ -26,7 +26,8 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import MODELS
 from kubeai.kube.workqueue import Queue
 from kubeai.logs import get_logger
-from kubeai.operator.adapters import Adapters, AdaptersView
+from kubeai.operator.adapter_steps import AdaptersView
+from kubeai.operator.adapters import Adapters
 from kubeai.operator.apply import Applier, WriteState, sooner
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.cache.plan import CacheView, has_cache

@@ -109,6 +109,7 @@ class ModelServers(_Section, frozen=True, kw_only=True):
     infinity: ModelServer = field(name="Infinity", default_factory=_infinity)
 
     def images(self, engine: Engine) -> dict[str, str]:
+        """The engine's images by image name; the Model's ``engine`` selects the section."""
         servers = {
             "OLlama": self.ollama,
             "VLLM": self.vllm,

@@ -59,6 +59,8 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CreateClaim(msgspec.Struct, frozen=True):
+    """Create the PersistentVolumeClaim that holds the Model's files."""
+
     manifest: dict[str, Any]
 
 
@@ -72,10 +74,14 @@ class AnnotateClaim(msgspec.Struct, frozen=True):
 
 
 class CreateJob(msgspec.Struct, frozen=True):
+    """Create a Job that loads or evicts the Model's files."""
+
     manifest: dict[str, Any]
 
 
 class DeleteJob(msgspec.Struct, frozen=True):
+    """Delete exactly the Job with this uid; ``why`` is for the log."""
+
     name: str
     uid: str
     why: str

@@ -14,7 +14,7 @@ from kubeai.api.model import decode_model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import PODS
 from kubeai.operator import adapters
-from kubeai.operator.adapters import Steps, Wanted, steps
+from kubeai.operator.adapter_steps import Steps, Wanted, steps
 from kubeai.operator.pods import Pod
 from kubeai.operator.routes import route_of
 from kubeai.podspec import adapters as engine

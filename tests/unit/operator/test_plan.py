@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from examples import some
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import ModelStatusAdapter, decode_model
-from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.adapter_steps import AdaptersView
 from kubeai.operator.cache.plan import (
     FINALIZER,
     AnnotateClaim,
