@@ -13,7 +13,8 @@ import msgspec
 import yaml
 from msgspec import inspect
 
-from kubeai.api.model import GROUP, KIND, PLURAL, VERSION, Model, ModelSpec, ModelStatus, Rule
+from kubeai.api.model import GROUP, KIND, PLURAL, VERSION, Model, ModelSpec, ModelStatus
+from kubeai.api.objects import Rule
 
 Schema = dict[str, Any]
 

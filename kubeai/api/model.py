@@ -12,13 +12,12 @@ Used by the operator (informers), the engines (pods), `kubeai local` and the CRD
 from __future__ import annotations
 
 import re
-from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
-from urllib.parse import parse_qsl
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import Meta, Struct
 
+from kubeai.api.model_url import CACHE_SCHEMES, MODEL_SCHEMES, listed
+from kubeai.api.objects import ApiValue, Condition, ObjectMeta, Rule, doc
 from kubeai.errors import ModelError
 
 GROUP = "kubeai.org"
@@ -37,10 +36,6 @@ REPLICATION_MAX = 10_000
 Engine = Literal["OLlama", "VLLM", "FasterWhisper", "Infinity"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
 Strategy = Literal["LeastLoad", "PrefixHash"]
-Scheme = Literal["hf", "pvc", "ollama", "s3", "gs", "oss"]
-
-MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "pvc", "ollama", "s3", "gs", "oss")
-CACHE_SCHEMES: tuple[Scheme, ...] = ("hf", "s3", "gs", "oss")  # supported by the loader
 
 # Annotations that are copied from a Model to its pods, and labels that KubeAI sets.
 POD_IP_ANNOTATION = "model-pod-ip"
@@ -50,76 +45,15 @@ POD_HASH_LABEL = "pod-hash"
 FEATURE_LABEL_PREFIX = "features.kubeai.org/"
 
 
-class Rule(NamedTuple):
-    """One CEL rule of the schema (``x-kubernetes-validations``)."""
-
-    rule: str
-    message: str
-
-
-def doc(description: str, *, rules: tuple[Rule, ...] = (), **schema: Any) -> Meta:
-    """A field's entry in the CRD: its description, limits and CEL rules."""
-    if rules:
-        schema["x-kubernetes-validations"] = [r._asdict() for r in rules]
-    return Meta(description=description, extra_json_schema=schema or None)
-
-
 def _one_of(schemes: tuple[str, ...], subject: str = "self") -> str:
     return " || ".join(f"{subject}.startsWith('{scheme}://')" for scheme in schemes)
-
-
-def _listed(schemes: tuple[str, ...]) -> str:
-    return ", ".join(f"{scheme}://" for scheme in schemes)
 
 
 _HAS_CACHE = "has(self.cacheProfile) && self.cacheProfile != ''"
 _HAD_CACHE = "has(oldSelf.cacheProfile) && oldSelf.cacheProfile != ''"
 
 
-class _Object(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """Base of all API values: frozen, camelCase on the wire, defaults omitted."""
-
-    RULES: ClassVar[tuple[Rule, ...]] = ()
-
-
-class OwnerReference(_Object, frozen=True, kw_only=True):
-    """A reference to an owner; the object is deleted together with it."""
-
-    api_version: str
-    kind: str
-    name: str
-    uid: str
-    controller: bool = False
-    block_owner_deletion: bool = False
-
-
-class ObjectMeta(_Object, frozen=True, kw_only=True):
-    """The fields of Kubernetes' ObjectMeta that KubeAI reads."""
-
-    name: str = ""
-    namespace: str = ""
-    uid: str = ""
-    resource_version: str = ""
-    generation: int = 0
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
-    creation_timestamp: datetime | None = None
-    deletion_timestamp: datetime | None = None
-    deletion_grace_period_seconds: int | None = None
-    finalizers: tuple[str, ...] = ()
-    owner_references: tuple[OwnerReference, ...] = ()
-
-    @property
-    def version(self) -> int:
-        """The resourceVersion as a number, which orders the versions of one object.
-
-        Versions within one resource are comparable (officially since Kubernetes 1.35, in practice
-        since etcd 3). 0 if it is not a number.
-        """
-        return int(self.resource_version) if self.resource_version.isdecimal() else 0
-
-
-class Adapter(_Object, frozen=True, kw_only=True):
+class Adapter(ApiValue, frozen=True, kw_only=True):
     """A LoRA adapter that is served alongside the base model, as `<model>_<adapter>`."""
 
     name: Annotated[
@@ -135,19 +69,19 @@ class Adapter(_Object, frozen=True, kw_only=True):
     url: Annotated[
         str,
         doc(
-            f"Where the adapter's weights are: {_listed(CACHE_SCHEMES)}.",
+            f"Where the adapter's weights are: {listed(CACHE_SCHEMES)}.",
             maxLength=URL_MAX_CHARS,
             rules=(
                 Rule(
                     _one_of(CACHE_SCHEMES),
-                    f"an adapter's url must start with one of {_listed(CACHE_SCHEMES)}",
+                    f"an adapter's url must start with one of {listed(CACHE_SCHEMES)}",
                 ),
             ),
         ),
     ]
 
 
-class LocalReference(_Object, frozen=True, kw_only=True):
+class LocalReference(ApiValue, frozen=True, kw_only=True):
     """A ConfigMap or Secret in the Model's namespace."""
 
     name: Annotated[str, doc("Name of the object.")] = ""
@@ -156,7 +90,7 @@ class LocalReference(_Object, frozen=True, kw_only=True):
     )
 
 
-class EnvFrom(_Object, frozen=True, kw_only=True):
+class EnvFrom(ApiValue, frozen=True, kw_only=True):
     """A source of environment variables: all keys of a ConfigMap or Secret."""
 
     prefix: Annotated[str, doc("Prepended to each key to form the variable's name.")] = ""
@@ -164,7 +98,7 @@ class EnvFrom(_Object, frozen=True, kw_only=True):
     secret_ref: Annotated[LocalReference | None, doc("The Secret to take keys from.")] = None
 
 
-class PrefixHash(_Object, frozen=True, kw_only=True):
+class PrefixHash(ApiValue, frozen=True, kw_only=True):
     """Settings of PrefixHash, which uses consistent hashing with bounded loads."""
 
     mean_load_factor: Annotated[
@@ -197,7 +131,7 @@ class PrefixHash(_Object, frozen=True, kw_only=True):
     ] = 100
 
 
-class LoadBalancing(_Object, frozen=True, kw_only=True):
+class LoadBalancing(ApiValue, frozen=True, kw_only=True):
     """How requests are distributed over the Model's replicas."""
 
     strategy: Annotated[
@@ -213,7 +147,7 @@ class LoadBalancing(_Object, frozen=True, kw_only=True):
     )
 
 
-class File(_Object, frozen=True, kw_only=True):
+class File(ApiValue, frozen=True, kw_only=True):
     """A small file that is mounted in every pod of the Model."""
 
     path: Annotated[
@@ -233,13 +167,13 @@ class File(_Object, frozen=True, kw_only=True):
     content: Annotated[str, doc("Content of the file, as text.", maxLength=FILE_CONTENT_MAX_CHARS)]
 
 
-class ModelSpec(_Object, frozen=True, kw_only=True):
+class ModelSpec(ApiValue, frozen=True, kw_only=True):
     """The desired state: the model, its engine, its resources and its replicas."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             f"!({_HAS_CACHE}) || {_one_of(CACHE_SCHEMES, 'self.url')}",
-            f"cacheProfile is only possible with urls that start with {_listed(CACHE_SCHEMES)}",
+            f"cacheProfile is only possible with urls that start with {listed(CACHE_SCHEMES)}",
         ),
         Rule(
             f"!self.url.startsWith('gs://') || ({_HAS_CACHE})",
@@ -288,7 +222,7 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
             rules=(
                 Rule(
                     _one_of(MODEL_SCHEMES),
-                    f"url must start with one of {_listed(MODEL_SCHEMES)}",
+                    f"url must start with one of {listed(MODEL_SCHEMES)}",
                 ),
             ),
         ),
@@ -328,7 +262,7 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     env: Annotated[
         dict[str, str],
         doc("Environment variables for the engine. They override those that KubeAI sets."),
-    ] = {}
+    ] = msgspec.field(default_factory=dict)
     env_from: Annotated[
         tuple[EnvFrom, ...],
         doc("ConfigMaps and Secrets whose keys become environment variables of the engine."),
@@ -399,50 +333,27 @@ class ModelSpec(_Object, frozen=True, kw_only=True):
     ] = ""
 
 
-class Condition(_Object, frozen=True, kw_only=True):
-    """One aspect of the Model's state, with its reason."""
-
-    type: Annotated[str, doc("Type of the condition, e.g. Ready.", maxLength=316)]
-    status: Annotated[Literal["True", "False", "Unknown"], doc("Status of the condition.")]
-    reason: Annotated[
-        str,
-        doc(
-            "Machine-readable reason for the status, as one word.",
-            maxLength=1024,
-            pattern="^([A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?)?$",
-        ),
-    ] = ""
-    message: Annotated[str, doc("Human-readable details.", maxLength=32768)] = ""
-    last_transition_time: Annotated[
-        datetime | None, doc("When the status last changed.", format="date-time")
-    ] = None
-    observed_generation: Annotated[
-        int | None,
-        doc("The metadata.generation that the condition is based on.", format="int64", minimum=0),
-    ] = None
-
-
-class ModelStatusReplicas(_Object, frozen=True, kw_only=True):
+class ModelStatusReplicas(ApiValue, frozen=True, kw_only=True):
     """The number of the Model's pods."""
 
     all: Annotated[int, doc("Pods that exist and are not being deleted.", format="int32")]
     ready: Annotated[int, doc("Pods that are ready to serve requests.", format="int32")]
 
 
-class ModelStatusCache(_Object, frozen=True, kw_only=True):
+class ModelStatusCache(ApiValue, frozen=True, kw_only=True):
     """The state of the Model's files in its cache."""
 
     loaded: Annotated[bool, doc("Whether all files are in the cache.")]
 
 
-class ModelStatusAdapter(_Object, frozen=True, kw_only=True):
+class ModelStatusAdapter(ApiValue, frozen=True, kw_only=True):
     """An adapter that could not be loaded or unloaded."""
 
     name: Annotated[str, doc("The adapter's name.")]
     message: Annotated[str, doc("The error on one of the pods. KubeAI retries.")] = ""
 
 
-class ModelStatus(_Object, frozen=True, kw_only=True):
+class ModelStatus(ApiValue, frozen=True, kw_only=True):
     """The observed state of the Model."""
 
     replicas: Annotated[ModelStatusReplicas | None, doc("Numbers of pods.")] = None
@@ -468,7 +379,7 @@ class ModelStatus(_Object, frozen=True, kw_only=True):
     ] = ()
 
 
-class Model(_Object, frozen=True, kw_only=True):
+class Model(ApiValue, frozen=True, kw_only=True):
     """A model that KubeAI serves: its weights, its engine, and how it is scaled."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
@@ -500,110 +411,3 @@ def decode_model(source: bytes | str | dict[str, Any]) -> Model:
         match = _ERROR_PATH.match(str(error))
         assert match is not None
         raise ModelError(match["path"] or "model", match["message"]) from None
-
-
-class ModelURL(Struct, frozen=True):
-    """A Model's parsed URL."""
-
-    original: str
-    scheme: Scheme
-    ref: str  # everything between :// and ?
-    name: str  # ref up to its first slash: organisation, bucket or claim
-    path: str = ""  # ref after its first slash
-    model: str = ""  # ?model=, the name of the model on a claim (OLlama)
-    insecure: bool = False  # ?insecure=true, pull without TLS
-    pull: bool = True  # ?pull=false, the model is already in the image
-
-    @property
-    def base(self) -> str:
-        """The URL without its parameters."""
-        return f"{self.scheme}://{self.ref}"
-
-
-_URL = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<ref>[^?]+)(?:\?(?P<params>.*))?", re.DOTALL)
-_REF = re.compile(r"[A-Za-z0-9_][^\s\x00-\x1f\x7f]*")
-_CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-_OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@-]*")
-# Supported parameters by scheme.
-_PARAMS: dict[str, frozenset[str]] = {
-    "pvc": frozenset({"model"}),
-    "ollama": frozenset({"insecure", "pull"}),
-}
-
-
-def parse_url(url: str, field: str = "spec.url") -> ModelURL:
-    """Parse a model's URL. ModelError on ``field`` if it is invalid or its scheme unsupported."""
-    match = _URL.fullmatch(url)
-    if match is None or match["scheme"] not in MODEL_SCHEMES:
-        raise ModelError(
-            field,
-            f"{url!r} must be a URL with one of the schemes {_listed(MODEL_SCHEMES)}",
-            "InvalidURL",
-        )
-    scheme: Scheme = match["scheme"]
-    ref = match["ref"]
-    if not _REF.fullmatch(ref):
-        raise ModelError(
-            field,
-            f"{url!r}: the part after {scheme}:// must start with a letter or digit and must not "
-            "contain white space or control characters",
-            "InvalidURL",
-        )
-    name, _, path = ref.partition("/")
-    if scheme == "pvc":
-        _check_claim(url, name, path, field)
-    if scheme == "ollama":
-        _check_ollama_name(url, ref, field)
-    params = _params(url, scheme, match["params"], field)
-    if "model" in params:
-        _check_ollama_name(url, params["model"], field)
-    return ModelURL(
-        original=url,
-        scheme=scheme,
-        ref=ref,
-        name=name,
-        path=path,
-        model=params.get("model", ""),
-        insecure=_flag(url, params, "insecure", False, field),
-        pull=_flag(url, params, "pull", True, field),
-    )
-
-
-def _check_claim(url: str, claim: str, path: str, field: str) -> None:
-    if not _CLAIM.fullmatch(claim):
-        raise ModelError(
-            field, f"{url!r}: {claim!r} is not a valid PersistentVolumeClaim name", "InvalidURL"
-        )
-    if ".." in path.split("/"):  # Kubernetes rejects such a subPath
-        raise ModelError(field, f"{url!r}: the path must not contain '..'", "InvalidURL")
-
-
-def _check_ollama_name(url: str, name: str, field: str) -> None:
-    if not _OLLAMA_NAME.fullmatch(name):
-        raise ModelError(field, f"{url!r}: {name!r} is not a valid Ollama model name", "InvalidURL")
-
-
-def _params(url: str, scheme: str, query: str | None, field: str) -> dict[str, str]:
-    params: dict[str, str] = {}
-    known = _PARAMS.get(scheme, frozenset())
-    for key, value in parse_qsl(query or "", keep_blank_values=True):
-        if key not in known:
-            means = f"known: {', '.join(sorted(known))}" if known else "none are known"
-            raise ModelError(
-                field,
-                f"{url!r}: unknown parameter {key!r} for {scheme}:// ({means})",
-                "InvalidURL",
-            )
-        if key in params:
-            raise ModelError(field, f"{url!r}: duplicate parameter {key!r}", "InvalidURL")
-        params[key] = value
-    return params
-
-
-def _flag(url: str, params: dict[str, str], key: str, default: bool, field: str) -> bool:
-    value = params.get(key)
-    if value is None:
-        return default
-    if value.lower() not in ("true", "false"):
-        raise ModelError(field, f"{url!r}: {key} must be true or false", "InvalidURL")
-    return value.lower() == "true"

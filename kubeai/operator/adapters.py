@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -26,8 +26,9 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.fencing import fence
 from kubeai.kube.resources import PODS
 from kubeai.logs import get_logger
+from kubeai.operator.adapter_steps import AdaptersView, Wanted, steps
 from kubeai.operator.leader import NotLeader, Writes
-from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject, Trouble
+from kubeai.operator.pods import MESSAGE_MAX_CHARS, Pod, PodObject
 from kubeai.podspec import adapters as engine
 
 log = get_logger(__name__)
@@ -39,51 +40,8 @@ RETRY_FIRST_S, RETRY_MAX_S = 2.0, 120.0
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """One adapter that a pod should serve and does not."""
-
-    name: str
-    url: str
-    hash: str
-
-
-class Steps(msgspec.Struct, frozen=True):
-    """What one pod's engine needs. Empty if it already serves what its Model declares."""
-
-    load: tuple[Wanted, ...] = ()
-    drop: tuple[str, ...] = ()
-
-
-class AdaptersView(msgspec.Struct, frozen=True):
-    """Input of the Model's AdaptersLoaded condition."""
-
-    ready: int = 0  # replicas that serve
-    complete: int = 0  # those among them that have every adapter
-    failed: tuple[ModelStatusAdapter, ...] = ()  # adapters that failed in at least one pod
-
-    @property
-    def trouble(self) -> Trouble | None:
-        """The first failure, for the conditions."""
-        return Trouble("LoadFailed", self.failed[0].message) if self.failed else None
-
-
 class AdapterError(Exception):
     """Why an adapter could not be fetched, loaded or unloaded in a pod."""
-
-
-def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
-    """What the pod needs; ``busy``: adapters that another pod is loading. Pure."""
-    labels = dict(pod.adapters)
-    wanted = {adapter.name: adapter.url for adapter in model.spec.adapters}
-    load = []
-    for name, url in wanted.items():
-        hash_ = engine.url_hash(url)
-        if labels.get(name) == hash_ and pod.adapters_current:
-            continue
-        if name in pod.loaded and name in busy:
-            continue  # keeps serving the former URL's adapter until the other pod is done
-        load.append(Wanted(name, url, hash_))
-    return Steps(tuple(load), tuple(name for name in labels if name not in wanted))
 
 
 class _Failure(msgspec.Struct):
@@ -150,21 +108,21 @@ class Adapters:
         if work.task is not None or pod.version < work.version:
             return None
         now_s = self._clock()
-        resting = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
+        backing_off = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
         # Files are fetched while the engine is still starting. A pod without a loader was created
         # before the Model had adapters and will be replaced.
-        due = [one for one in todo.load if one.name not in resting]
+        due = [one for one in todo.load if one.name not in backing_off]
         fetch = [one for one in due if work.fetched.get(one.name) != one.hash and pod.has_loader]
-        tell = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
-        drop = [name for name in todo.drop if name not in resting and pod.ready]
-        if fetch or tell or drop:
+        load = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
+        drop = [name for name in todo.drop if name not in backing_off and pod.ready]
+        if fetch or load or drop:
             work.loading = frozenset(one.name for one in todo.load)
             work.task = asyncio.get_running_loop().create_task(
-                self._run(model, pod, work, drop, tell, fetch)
+                self._run(model, pod, work, drop, load, fetch)
             )
             self._tasks.add(work.task)
             work.task.add_done_callback(self._tasks.discard)
-        return min(resting.values()) - now_s if resting else None
+        return min(backing_off.values()) - now_s if backing_off else None
 
     def _busy(self, pod: Pod, pods: list[Pod]) -> set[str]:
         """Adapters that other pods are loading, including labels not yet observed."""
@@ -183,14 +141,14 @@ class Adapters:
         for work in self._works.pop(model, {}).values():
             _cancel(work)
 
-    def rest(self) -> None:
+    def stopped_leading(self) -> None:
         """This replica is no longer the leader: cancel all tasks."""
         for model in list(self._works):
             self.forget(model)
 
     async def stop(self) -> None:
         """Cancel all tasks and close the session."""
-        self.rest()
+        self.stopped_leading()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
@@ -203,7 +161,7 @@ class Adapters:
         pod: Pod,
         work: _Work,
         drop: list[str],
-        tell: list[Wanted],
+        load: list[Wanted],
         fetch: list[Wanted],
     ) -> None:
         """Process the adapters one by one. A failure does not stop the others."""
@@ -215,8 +173,8 @@ class Adapters:
                 pod = msgspec.structs.replace(pod, adapters=tuple(labels.items()))
             for name in drop:
                 await self._try(pod, work, name, "", self._drop(pod, work, name, key))
-            for one in tell:
-                await self._try(pod, work, one.name, one.hash, self._tell(pod, work, one, key))
+            for one in load:
+                await self._try(pod, work, one.name, one.hash, self._load(pod, work, one, key))
             for one in fetch:
                 await self._try(pod, work, one.name, one.hash, self._fetch(pod, work, one))
         except NotLeader:
@@ -255,7 +213,7 @@ class Adapters:
         work.fetched[one.name] = one.hash
         log.info("adapter fetched", pod=pod.name, adapter=one.name, url=one.url)
 
-    async def _tell(self, pod: Pod, work: _Work, one: Wanted, key: str) -> None:
+    async def _load(self, pod: Pod, work: _Work, one: Wanted, key: str) -> None:
         label = dict(pod.adapters).get(one.name)
         if label != engine.LOADING:
             await self._label(pod, work, {one.name: engine.LOADING})
@@ -331,6 +289,3 @@ def _view(model: Model, pods: Sequence[Pod], works: dict[str, _Work]) -> Adapter
         for name, failure in work.failures.items():
             failed.setdefault(name, ModelStatusAdapter(name=name, message=failure.why))
     return AdaptersView(len(ready), len(complete), tuple(failed.values()))
-
-
-__all__ = ["Adapters", "AdaptersView", "Steps", "Wanted", "steps"]

@@ -27,7 +27,8 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from kubeai.api.config.system import GatewayConfig
-from kubeai.api.model import Condition, Model
+from kubeai.api.model import Model
+from kubeai.api.objects import Condition
 from kubeai.operator.plan import wanted_replicas
 from kubeai.operator.pods import Pod
 from kubeai.podspec.cache import LOAD_JOB_PREFIX

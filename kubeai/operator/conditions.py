@@ -20,14 +20,14 @@ import msgspec
 
 from kubeai.api.model import (
     POD_MODEL_LABEL,
-    Condition,
     Model,
     ModelStatus,
     ModelStatusCache,
     ModelStatusReplicas,
 )
+from kubeai.api.objects import Condition
 from kubeai.errors import ModelError
-from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.adapter_steps import AdaptersView
 from kubeai.operator.cache.plan import CachePlan
 from kubeai.operator.pods import Pod, Trouble
 
@@ -50,10 +50,12 @@ class Facts(msgspec.Struct, kw_only=True):
 
     @property
     def all(self) -> int:
+        """Replicas that will exist, ready or not."""
         return len(self.left) + self.made
 
     @property
     def ready(self) -> int:
+        """Kept replicas that are ready; a new one cannot be yet."""
         return sum(pod.ready for pod in self.left)
 
     def trouble(self, pods: Sequence[Pod]) -> Trouble | None:

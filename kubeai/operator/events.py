@@ -33,7 +33,7 @@ FORGET_S = 600.0  # after which the same message is a new Event
 BURST_MAX_EVENTS, REFILL_S = 25, 30.0  # per Model: a burst of 25, then one every 30 s
 
 
-class _Told(msgspec.Struct):
+class _Emitted(msgspec.Struct):
     """One Event that has been written or queued."""
 
     name: str
@@ -49,7 +49,7 @@ class _Allowance(msgspec.Struct):
 
 
 class Events:
-    """``tell`` queues an Event; ``run`` sends queued Events until cancelled."""
+    """``emit`` queues an Event; ``run`` sends queued Events until cancelled."""
 
     def __init__(
         self, kube: Kube, namespace: str, clock: Callable[[], float] = time.monotonic
@@ -57,35 +57,35 @@ class Events:
         self._kube = kube
         self._namespace = namespace
         self._clock = clock
-        self._queue: asyncio.Queue[tuple[_Told, dict[str, Any] | None]] = asyncio.Queue(
+        self._queue: asyncio.Queue[tuple[_Emitted, dict[str, Any] | None]] = asyncio.Queue(
             QUEUE_MAX_EVENTS
         )
-        self._told: OrderedDict[tuple[str, str, str], _Told] = OrderedDict()
+        self._emitted: OrderedDict[tuple[str, str, str], _Emitted] = OrderedDict()
         self._allowances: OrderedDict[str, _Allowance] = OrderedDict()
 
-    def tell(self, model: Model, reason: str, message: str, *, warning: bool = False) -> None:
+    def emit(self, model: Model, reason: str, message: str, *, warning: bool = False) -> None:
         """Emit an Event for the Model. ``reason``: one word; ``message``: a sentence."""
         message, now_s = message[:MESSAGE_MAX_CHARS], self._clock()
         key = model.metadata.uid, reason, message
-        told = self._told.get(key)
-        if told is not None and now_s - told.first_s < FORGET_S:
-            told.count += 1
-            if now_s - told.written_s >= REPEAT_INTERVAL_S and self._put(told, None):
-                told.written_s = now_s
+        emitted = self._emitted.get(key)
+        if emitted is not None and now_s - emitted.first_s < FORGET_S:
+            emitted.count += 1
+            if now_s - emitted.written_s >= REPEAT_INTERVAL_S and self._put(emitted, None):
+                emitted.written_s = now_s
             return
         if not self._allowed(model.metadata.uid, now_s):
             return
         # Named as client-go does: unique, and prefixed with the object's name.
         name = f"{model.metadata.name}.{secrets.token_hex(8)}"
-        told = _Told(name, model.metadata.namespace or self._namespace, now_s, now_s)
-        if self._put(told, _event(told, model, reason, message, warning)):
-            self._told[key] = told
-            if len(self._told) > REMEMBERED_MAX_EVENTS:
-                self._told.popitem(last=False)
+        emitted = _Emitted(name, model.metadata.namespace or self._namespace, now_s, now_s)
+        if self._put(emitted, _event(emitted, model, reason, message, warning)):
+            self._emitted[key] = emitted
+            if len(self._emitted) > REMEMBERED_MAX_EVENTS:
+                self._emitted.popitem(last=False)
 
-    def _put(self, told: _Told, event: dict[str, Any] | None) -> bool:
+    def _put(self, emitted: _Emitted, event: dict[str, Any] | None) -> bool:
         try:
-            self._queue.put_nowait((told, event))
+            self._queue.put_nowait((emitted, event))
         except asyncio.QueueFull:
             return False
         return True
@@ -104,30 +104,33 @@ class Events:
         return True
 
     async def run(self) -> None:
+        """Send queued Events in order, each a while after it was emitted, until cancelled."""
         while True:
-            told, event = await self._queue.get()
-            await asyncio.sleep(told.written_s + DELAY_S - self._clock())
+            emitted, event = await self._queue.get()
+            await asyncio.sleep(emitted.written_s + DELAY_S - self._clock())
             try:
-                await self._send(told, event)
+                await self._send(emitted, event)
             except ApiError as error:
-                log.info("event not written", name=told.name, error=str(error))
+                log.info("event not written", name=emitted.name, error=str(error))
 
-    async def _send(self, told: _Told, event: dict[str, Any] | None) -> None:
+    async def _send(self, emitted: _Emitted, event: dict[str, Any] | None) -> None:
         if event is not None:
-            await self._kube.create(EVENTS, event, told.namespace)
+            await self._kube.create(EVENTS, event, emitted.namespace)
             return
-        patch = {"count": told.count, "lastTimestamp": _now()}
-        await self._kube.patch(EVENTS, told.name, patch, told.namespace)
+        patch = {"count": emitted.count, "lastTimestamp": _now()}
+        await self._kube.patch(EVENTS, emitted.name, patch, emitted.namespace)
 
 
-def _event(told: _Told, model: Model, reason: str, message: str, warning: bool) -> dict[str, Any]:
+def _event(
+    emitted: _Emitted, model: Model, reason: str, message: str, warning: bool
+) -> dict[str, Any]:
     now = _now()
     return {
-        "metadata": {"name": told.name, "namespace": told.namespace},
+        "metadata": {"name": emitted.name, "namespace": emitted.namespace},
         "involvedObject": {
             "apiVersion": model.api_version,
             "kind": model.kind,
-            "namespace": told.namespace,
+            "namespace": emitted.namespace,
             "name": model.metadata.name,
             "uid": model.metadata.uid,
             "resourceVersion": model.metadata.resource_version,

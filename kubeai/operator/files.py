@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import Model, ObjectMeta
+from kubeai.api.model import Model
+from kubeai.api.objects import ObjectMeta
 from kubeai.errors import ModelError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
@@ -42,7 +43,7 @@ class Files:
         self._listing = asyncio.Lock()
         self._listed = False
 
-    def rest(self) -> None:
+    def stopped_leading(self) -> None:
         """This replica is no longer the leader: another may write from now on."""
         self._written.clear()
         self._uids.clear()

@@ -64,13 +64,17 @@ class Writes:
 class LeaseApi(Protocol):
     """The part of :class:`kubeai.kube.client.Kube` that leader election uses."""
 
-    async def get(self, r: Resource, name: str, namespace: str = "") -> dict[str, Any]: ...
-    async def create(
-        self, r: Resource, obj: dict[str, Any], namespace: str = ""
-    ) -> dict[str, Any]: ...
-    async def update(
-        self, r: Resource, obj: dict[str, Any], namespace: str = ""
-    ) -> dict[str, Any]: ...
+    async def get(self, r: Resource, name: str, namespace: str = "") -> dict[str, Any]:
+        """Read the Lease; ApiError 404 if there is none."""
+        ...
+
+    async def create(self, r: Resource, obj: dict[str, Any], namespace: str = "") -> dict[str, Any]:
+        """Create the Lease; ApiError 409 if another replica was faster."""
+        ...
+
+    async def update(self, r: Resource, obj: dict[str, Any], namespace: str = "") -> dict[str, Any]:
+        """Replace the Lease; ApiError 409 if its resourceVersion has changed."""
+        ...
 
 
 def boot_time_s() -> float:

@@ -23,7 +23,7 @@ from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
-from kubeai.operator.scaling.scaler import Loads, Scaler, Wakes
+from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
 from kubeai.operator.store import Store
 from kubeai.routing.routes import Route
 
@@ -73,7 +73,7 @@ class Operator:
         self.controller = Controller(
             fenced, config, namespace, self.store, self.leader, loads, self._events
         )
-        self._wakes = Wakes(kube, namespace, self.store, loads, self._events)
+        self._activator = Activator(kube, namespace, self.store, loads, self._events)
         self._scaler = Scaler(
             fenced,
             namespace,
@@ -92,7 +92,7 @@ class Operator:
     def demand(self, model: str) -> None:
         """Report that a request is held for the model, so at least one replica is wanted."""
         if not self._stop.is_set():
-            self._wakes.demand(model)
+            self._activator.demand(model)
 
     async def run(self) -> None:
         """Run until :meth:`stop`. Raises only on a programming error."""
@@ -100,7 +100,7 @@ class Operator:
             self._follow_models(),
             self._follow_pods(),
             self._events.run(),
-            self._wakes.run(),
+            self._activator.run(),
             self._lead(),
             self._stop.wait(),
         )
@@ -109,7 +109,7 @@ class Operator:
             await _first_of(*jobs)
         finally:
             self._stop.set()
-            await self._wakes.stop()
+            await self._activator.stop()
             self._ended.set()
 
     async def _lead(self) -> None:
@@ -170,7 +170,7 @@ class Operator:
         if leads:
             self.controller.all_changed()
         else:
-            self.controller.rest()
+            self.controller.stopped_leading()
 
     def _replace_models(self, models: list[Model]) -> None:
         self.store.replace_models(models)

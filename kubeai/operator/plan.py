@@ -32,7 +32,7 @@ import msgspec
 from kubeai.api.config.system import ModelRollouts, SystemConfig
 from kubeai.api.model import FEATURE_LABEL_PREFIX, POD_MODEL_LABEL, Model, ModelStatus
 from kubeai.errors import ModelError
-from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.adapter_steps import AdaptersView
 from kubeai.operator.cache.plan import (
     FINALIZER,
     CacheAction,
@@ -74,12 +74,16 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CreatePod(msgspec.Struct, frozen=True):
+    """Create a replica under a name that is available; ``hash`` is of its template."""
+
     name: str
     manifest: dict[str, Any]
     hash: str
 
 
 class DeletePod(msgspec.Struct, frozen=True):
+    """Delete exactly the pod with this uid; ``why`` is for the Model's Events."""
+
     name: str
     uid: str
     why: str
@@ -115,6 +119,8 @@ class PatchModel(msgspec.Struct, frozen=True):
 
 
 class PatchStatus(msgspec.Struct, frozen=True):
+    """Write the status that the Model will have once the other actions are applied."""
+
     status: ModelStatus
 
 

@@ -18,13 +18,8 @@ from datetime import datetime
 
 import msgspec
 
-from kubeai.api.model import (
-    POD_HASH_LABEL,
-    POD_IP_ANNOTATION,
-    POD_MODEL_LABEL,
-    POD_PORT_ANNOTATION,
-    ObjectMeta,
-)
+from kubeai.api.model import POD_HASH_LABEL, POD_IP_ANNOTATION, POD_MODEL_LABEL, POD_PORT_ANNOTATION
+from kubeai.api.objects import ObjectMeta
 from kubeai.podspec import SERVER_CONTAINER
 from kubeai.podspec.adapters import (
     LABEL_PREFIX,

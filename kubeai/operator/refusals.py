@@ -91,7 +91,7 @@ class Refusals:
         """The Job is gone."""
         self._podless.pop(uid, None)
 
-    def rest(self) -> None:
+    def stopped_leading(self) -> None:
         """This replica is no longer the leader."""
         self._podless.clear()
 

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from kubeai.api.config.system import CacheProfile, ModelServerPods, SystemConfig
-from kubeai.api.model import POD_MODEL_LABEL, Model, ModelURL, parse_url
+from kubeai.api.model import POD_MODEL_LABEL, Model
+from kubeai.api.model_url import ModelURL, parse_url
 from kubeai.errors import ModelError
 from kubeai.podspec.container import (
     MODEL_MOUNT,

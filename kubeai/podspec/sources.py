@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kubeai.api.config.system import SecretNames
-from kubeai.api.model import CACHE_SCHEMES, Engine, Model, ModelSpec, ModelURL, Scheme, parse_url
+from kubeai.api.model import Engine, Model, ModelSpec
+from kubeai.api.model_url import CACHE_SCHEMES, ModelURL, Scheme, parse_url
 from kubeai.errors import ModelError
 from kubeai.podspec.container import MODEL_MOUNT, Object
 

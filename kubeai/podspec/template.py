@@ -18,13 +18,8 @@ from typing import Any
 import jsonpatch
 import msgspec
 
-from kubeai.api.config.system import (
-    JSONPatch,
-    ResourceProfile,
-    SystemConfig,
-    resolve_profile,
-    server_image,
-)
+from kubeai.api.config.profiles import resolve_profile, server_image
+from kubeai.api.config.system import JSONPatch, ResourceProfile, SystemConfig
 from kubeai.api.model import (
     POD_HASH_LABEL,
     POD_IP_ANNOTATION,
@@ -32,8 +27,8 @@ from kubeai.api.model import (
     POD_PORT_ANNOTATION,
     Engine,
     Model,
-    ModelURL,
 )
+from kubeai.api.model_url import ModelURL
 from kubeai.errors import ModelError
 from kubeai.podspec import cache, sources
 from kubeai.podspec.adapters import add_loader

@@ -36,8 +36,8 @@ from kubeai.api.model import decode_model
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import MODELS, PODS, SECRETS, Resource
 from kubeai.operator.adapters import Adapters
+from kubeai.operator.apply import Applier
 from kubeai.operator.cache.claims import Claims
-from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
 from kubeai.operator.leader import Leader
@@ -164,19 +164,19 @@ def test_the_operator_may_do_nothing_by_a_wildcard_and_nothing_outside_its_names
 
 # What each of the operator's rights is for: a function, and the call in it.
 NEEDS = {
-    "models get": (Controller._patch_model, "get(MODELS"),
+    "models get": (Applier._patch_model, "get(MODELS"),
     "models list": (Operator._follow_models, "follow(MODELS"),
     "models watch": (Operator._follow_models, "follow(MODELS"),
     "models patch": (Scaler._scale, "patch(MODELS"),
-    "models/status patch": (Controller._patch_status, "patch(MODELS"),
+    "models/status patch": (Applier.patch_status, "patch(MODELS"),
     # For `blockOwnerDeletion`, where OwnerReferencesPermissionEnforcement runs.
     "models/finalizers update": (files.owner_reference, "blockOwnerDeletion"),
-    "pods get": (Controller._is_ours, "get(PODS"),
+    "pods get": (Applier._is_ours, "get(PODS"),
     "pods list": (Operator._follow_pods, "follow(PODS"),
     "pods watch": (Operator._follow_pods, "follow(PODS"),
-    "pods create": (Controller._create, "create(PODS"),
-    "pods patch": (Controller._annotate, "patch(PODS"),
-    "pods delete": (Controller._delete, "delete(PODS"),
+    "pods create": (Applier._create, "create(PODS"),
+    "pods patch": (Applier._annotate, "patch(PODS"),
+    "pods delete": (Applier.delete, "delete(PODS"),
     "pods/exec get": (Adapters._exec, "exec("),
     "pods/exec create": (Adapters._exec, "exec("),
     "configmaps get": (Files._find, "get(CONFIGMAPS"),

@@ -241,13 +241,13 @@ class FakeEvents:
     """The recorded events, as (model, reason, message)."""
 
     def __init__(self):
-        self.told = []
+        self.emitted = []
 
-    def tell(self, model, reason, message, *, warning=False):
-        self.told.append((model.metadata.name, reason, message))
+    def emit(self, model, reason, message, *, warning=False):
+        self.emitted.append((model.metadata.name, reason, message))
 
     def reasons(self):
-        return [reason for _, reason, _ in self.told]
+        return [reason for _, reason, _ in self.emitted]
 
 
 class World:

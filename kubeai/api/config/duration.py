@@ -22,17 +22,17 @@ _MAX_NS = 2**63 - 1  # Go's maximum, about 292 years
 def parse_duration(text: str) -> float:
     """Parse a duration to seconds, like Go's time.ParseDuration. ValueError if it is invalid."""
     negative = text.startswith("-")
-    rest = text[1:] if text[:1] in ("-", "+") else text
-    if rest == "0":
+    unsigned = text[1:] if text[:1] in ("-", "+") else text
+    if unsigned == "0":
         return 0.0
-    if not rest:
+    if not unsigned:
         raise ValueError(f"{text!r} is not a duration such as 1m30s or 250ms")
     total = 0
     position = 0
-    while position < len(rest):
-        match = _PART.match(rest, position)
+    while position < len(unsigned):
+        match = _PART.match(unsigned, position)
         if match is None:
-            missing = re.fullmatch(r"\d*\.?\d*", rest[position:]) is not None
+            missing = re.fullmatch(r"\d*\.?\d*", unsigned[position:]) is not None
             why = "has no unit" if missing else "is not a duration"
             raise ValueError(f"{text!r} {why}; write it as 1m30s or 250ms")
         total += _part_ns(text, match)
@@ -62,9 +62,9 @@ def format_duration(seconds: float) -> str:
     for unit, scale in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000)):
         if ns < scale * 1_000:
             return f"{sign}{_decimal(ns, scale)}{unit}"
-    minutes, rest = divmod(ns, _UNITS["m"])
+    minutes, remainder = divmod(ns, _UNITS["m"])
     hours, minutes = divmod(minutes, 60)
-    text = f"{_decimal(rest, _UNITS['s'])}s"
+    text = f"{_decimal(remainder, _UNITS['s'])}s"
     if hours or minutes:
         text = f"{minutes}m{text}"
     if hours:
@@ -73,8 +73,8 @@ def format_duration(seconds: float) -> str:
 
 
 def _decimal(value: int, scale: int) -> str:
-    whole, rest = divmod(value, scale)
-    if not rest:
+    whole, remainder = divmod(value, scale)
+    if not remainder:
         return str(whole)
     digits = len(str(scale)) - 1
-    return f"{whole}.{rest:0{digits}d}".rstrip("0")
+    return f"{whole}.{remainder:0{digits}d}".rstrip("0")

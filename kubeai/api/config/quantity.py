@@ -45,16 +45,16 @@ class Quantity(NamedTuple):
 
     def whole(self) -> int | None:
         """The amount as an integer, or None if it has a fraction."""
-        value, rest = divmod(self.nanos, _NANO)
-        return None if rest else value
+        value, remainder = divmod(self.nanos, _NANO)
+        return None if remainder else value
 
     def __str__(self) -> str:
         if self.nanos == 0:
             return "0"
         sign, nanos = ("-", -self.nanos) if self.nanos < 0 else ("", self.nanos)
-        value, rest = divmod(nanos, _NANO)
+        value, remainder = divmod(nanos, _NANO)
         # Below 1024, and for fractions, Kubernetes does not use binary suffixes.
-        if self.format is Format.BINARY and value >= 1024 and not rest:
+        if self.format is Format.BINARY and value >= 1024 and not remainder:
             return sign + _binary(value)
         return sign + _decimal(nanos, self.format is Format.EXPONENT)
 

@@ -18,21 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 from msgspec.structs import replace
 
-from kubeai.api.config.quantity import parse_quantity
-from kubeai.api.config.strict import check_address, did_you_mean, read, read_yaml
+from kubeai.api.config.strict import check_address, read, read_yaml
 from kubeai.api.model import Engine
-from kubeai.errors import ConfigError, ModelError
+from kubeai.errors import ConfigError
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 
 CONFIG_MAX_BYTES = 4 << 20  # a ConfigMap holds 1 MiB
-PROFILE_COUNT_MAX = 10_000
-DEFAULT_IMAGE = "default"  # the image name used if there is no other
 
 # "zero": 0 or an empty string is a meaningful value. Everywhere else it means the default.
 Duration = Annotated[float, Meta(extra={"unit": "duration", "zero": True})]
@@ -113,6 +109,7 @@ class ModelServers(_Section, frozen=True, kw_only=True):
     infinity: ModelServer = field(name="Infinity", default_factory=_infinity)
 
     def images(self, engine: Engine) -> dict[str, str]:
+        """The engine's images by image name; the Model's ``engine`` selects the section."""
         servers = {
             "OLlama": self.ollama,
             "VLLM": self.vllm,
@@ -452,49 +449,3 @@ def _check_patches(pods: ModelServerPods) -> None:
             raise ConfigError(f"{place}.path", f"must start with '/', not {patch.path!r}")
         if patch.op in ("move", "copy") and patch.from_ is UNSET:
             raise ConfigError(f"{place}.from", f"is required with op {patch.op}")
-
-
-def resolve_profile(config: SystemConfig, wanted: str) -> ResourceProfile:
-    """The profile for ``name:count``, with quantities multiplied. ModelError if it is unknown.
-
-    An empty ``wanted`` means no requests, no limits and the default image.
-    """
-    if not wanted:
-        return ResourceProfile()
-    name, colon, count_text = wanted.partition(":")
-    if not colon or not count_text.isascii() or not count_text.isdigit():
-        raise _bad_profile(f"{wanted!r} must be <profile>:<count>, such as nvidia-gpu-l4:2")
-    count = int(count_text[:9])
-    if not 1 <= count <= PROFILE_COUNT_MAX:
-        raise _bad_profile(f"the count of {wanted!r} must be from 1 to {PROFILE_COUNT_MAX}")
-    profile = config.resource_profiles.get(name)
-    if profile is None:
-        hint = did_you_mean(name, config.resource_profiles)
-        raise _bad_profile(f"the system config has no resource profile {name!r}{hint}")
-    return msgspec.structs.replace(
-        profile,
-        requests=_multiply(profile.requests, count),
-        limits=_multiply(profile.limits, count),
-    )
-
-
-def _multiply(amounts: dict[str, str], count: int) -> dict[str, str]:
-    return {name: str(parse_quantity(amount) * count) for name, amount in amounts.items()}
-
-
-def _bad_profile(message: str) -> ModelError:
-    return ModelError("spec.resourceProfile", message, "InvalidProfile")
-
-
-def server_image(config: SystemConfig, engine: Engine, profile: ResourceProfile) -> str:
-    """The image of ``engine`` with the profile's image name, else its default image."""
-    images = config.model_servers.images(engine)
-    image = images.get(profile.image_name) or images.get(DEFAULT_IMAGE)
-    if not image:
-        raise ModelError(
-            "spec.image",
-            f"is empty, and the system config has no default image for it "
-            f"(modelServers.{engine}.images.{DEFAULT_IMAGE})",
-            "NoImage",
-        )
-    return image

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import Model, ObjectMeta
+from kubeai.api.model import Model
+from kubeai.api.objects import ObjectMeta
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
@@ -140,9 +141,9 @@ class Claims:
             self._refusals.run(),
         )
 
-    def rest(self) -> None:
+    def stopped_leading(self) -> None:
         """This replica is no longer the leader."""
-        self._refusals.rest()
+        self._refusals.stopped_leading()
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -288,7 +289,7 @@ class Claims:
                     raise
         version, job = self._jobs.get(action.name, (0, None))
         if job is not None and job.uid == action.uid:
-            self._jobs[action.name] = version, msgspec.structs.replace(job, going=True)
+            self._jobs[action.name] = version, msgspec.structs.replace(job, terminating=True)
         log.info("job deleted", job=action.name, why=action.why)
 
     # -- watch events ----------------------------------------------------------------------------
@@ -326,7 +327,7 @@ class Claims:
             claim = Claim(
                 name=meta.name,
                 uid=meta.uid,
-                going=meta.deletion_timestamp is not None,
+                terminating=meta.deletion_timestamp is not None,
                 unbound=obj.status.phase == "Pending" and not loaded,
                 loaded=loaded,
             )
@@ -377,8 +378,8 @@ class Claims:
         if not _model_of(meta.name) or meta.version < version:
             return
         ends = {c.type: c.message for c in obj.status.conditions if c.status == "True"}
-        going, status = meta.deletion_timestamp is not None, obj.status
-        ended = going or ends.keys() & {"Complete", "Failed", "Suspended"}
+        terminating, status = meta.deletion_timestamp is not None, obj.status
+        ended = terminating or ends.keys() & {"Complete", "Failed", "Suspended"}
         failed = (ends["Failed"] or "it failed")[:MESSAGE_MAX_CHARS] if "Failed" in ends else ""
         self._jobs[meta.name] = (
             meta.version,
@@ -386,7 +387,7 @@ class Claims:
                 name=meta.name,
                 uid=meta.uid,
                 owner=next((o.uid for o in meta.owner_references if o.controller), ""),
-                going=going,
+                terminating=terminating,
                 complete="Complete" in ends,
                 failed=failed,
                 podless=not ended and not status.active and not status.terminating,
@@ -396,7 +397,7 @@ class Claims:
 
 
 def _same_claim(one: Claim, other: Claim) -> bool:
-    return (one.uid, one.going, one.unbound) == (other.uid, other.going, other.unbound)
+    return (one.uid, one.terminating, one.unbound) == (other.uid, other.terminating, other.unbound)
 
 
 def _model_of(job: str) -> str:

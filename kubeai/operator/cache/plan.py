@@ -28,7 +28,7 @@ class Job(msgspec.Struct, frozen=True):
     name: str
     uid: str
     owner: str = ""  # uid of its Model
-    going: bool = False  # being deleted
+    terminating: bool = False  # being deleted
     complete: bool = False
     failed: str = ""  # why it failed for good
     podless: bool = False  # it should have a pod and has none
@@ -40,7 +40,7 @@ class Claim(msgspec.Struct, frozen=True):
 
     name: str
     uid: str
-    going: bool = False
+    terminating: bool = False
     unbound: bool = False  # it never had a volume, so nothing was ever written to it
     loaded: dict[str, str] = {}  # Model name → uid of the Model whose files are complete
 
@@ -59,6 +59,8 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CreateClaim(msgspec.Struct, frozen=True):
+    """Create the PersistentVolumeClaim that holds the Model's files."""
+
     manifest: dict[str, Any]
 
 
@@ -72,10 +74,14 @@ class AnnotateClaim(msgspec.Struct, frozen=True):
 
 
 class CreateJob(msgspec.Struct, frozen=True):
+    """Create a Job that loads or evicts the Model's files."""
+
     manifest: dict[str, Any]
 
 
 class DeleteJob(msgspec.Struct, frozen=True):
+    """Delete exactly the Job with this uid; ``why`` is for the log."""
+
     name: str
     uid: str
     why: str
@@ -105,10 +111,10 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
     if view.unknown:
         return CachePlan(reason="Unknown", message=view.unknown)
     name, uid, claim, job = model.metadata.name, model.metadata.uid, view.claim, view.load
-    loaded = claim is not None and not claim.going and claim.loaded.get(name) == uid
+    loaded = claim is not None and not claim.terminating and claim.loaded.get(name) == uid
     stale = job is not None and (loaded or job.owner != uid)
     actions: list[CacheAction] = []
-    if job is not None and stale and not job.going:
+    if job is not None and stale and not job.terminating:
         why = "it has completed" if job.owner == uid else "it belongs to another Model"
         actions.append(DeleteJob(job.name, job.uid, why))
     if loaded:
@@ -122,7 +128,7 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
         return CachePlan(tuple(actions), message="the files are about to be loaded")
     if claim is None:
         return CachePlan((*actions, CreateClaim(manifests.claim(model, config))))
-    if claim.going:
+    if claim.terminating:
         message = f"the claim {claim.name} is being deleted and will then be recreated"
         return CachePlan(tuple(actions), reason="ClaimDeleted", message=message)
     if not view.has_jobs:
@@ -130,7 +136,7 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
         return CachePlan(reason="NoJobs", message=message, failed=True)
     if job is None and view.may_load:
         actions.append(CreateJob(manifests.load_job(model, config)))
-    elif job is not None and not stale and not job.going:
+    elif job is not None and not stale and not job.terminating:
         if job.complete:
             value = {"uid": uid, "timestamp": now.isoformat().replace("+00:00", "Z")}
             text = msgspec.json.encode(value).decode()
@@ -149,7 +155,7 @@ def plan_cache(model: Model, config: SystemConfig, view: CacheView, now: datetim
 
 def _renew(job: Job, manifest: dict[str, Any], view: CacheView) -> list[DeleteJob]:
     """Delete a stuck Job if its manifest has changed since it was created: Jobs are immutable."""
-    if view.trouble is None or job.going or job.hash == manifests.job_hash(manifest):
+    if view.trouble is None or job.terminating or job.hash == manifests.job_hash(manifest):
         return []
     return [DeleteJob(job.name, job.uid, "it is stuck and the configuration has changed")]
 
@@ -186,7 +192,7 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
         return CachePlan(reason="Unknown", message=view.unknown)
     name, uid, claim, job = model.metadata.name, model.metadata.uid, view.claim, view.evict
     folder = manifests.directory(model)
-    if claim is None or claim.going:
+    if claim is None or claim.terminating:
         message = f"the claim {manifests.claim_name(model)} and its files no longer exist"
         return CachePlan(reason="Evicted", message=message, finalizer=False)
     if claim.unbound and view.load is None:  # an existing load Job may still get a volume
@@ -203,7 +209,7 @@ def plan_eviction(model: Model, config: SystemConfig, view: CacheView, pods_left
     others = [one for one in (view.load, job) if one and (one is view.load or one.owner != uid)]
     if others:  # a load Job would keep writing
         why = "its Model is being deleted"
-        deletes = [DeleteJob(one.name, one.uid, why) for one in others if not one.going]
+        deletes = [DeleteJob(one.name, one.uid, why) for one in others if not one.terminating]
         return msgspec.structs.replace(doing, actions=tuple(deletes))
     if job is None:
         create = CreateJob(manifests.evict_job(model, config))

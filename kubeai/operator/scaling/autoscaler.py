@@ -64,6 +64,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
+    """What one step of the autoscaler concludes for a Model."""
+
     average: float  # active requests over the window, rounded to AVERAGE_DIGITS
     replicas: int  # what spec.replicas should be
 

@@ -1,6 +1,6 @@
 """Writes spec.replicas: any replica scales from zero at once, the leader scales up and down.
 
-:class:`Wakes` scales a Model up from zero on demand. This is the only write that needs no
+:class:`Activator` scales a Model up from zero on demand. This is the only write that needs no
 leadership: the patch carries the Model's resourceVersion, so only a real 0 → 1 transition is
 accepted, even if several replicas try or one has stale data. :class:`Scaler` runs the autoscaler.
 Every replica collects samples, so that it has a history when it becomes the leader. Only the leader
@@ -32,9 +32,9 @@ from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
 from kubeai.operator.store import Store
 
 log = get_logger(__name__)
-WAKE_ATTEMPTS_MAX = 5
+SCALE_UP_ATTEMPTS_MAX = 5
 HELD_INTERVAL_S = 0.5  # between checks for held requests whose notification was lost
-REST_FIRST_S, REST_MAX_S = 1.0, 5.0  # short, because requests are held meanwhile
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 5.0  # short, because requests are held meanwhile
 LOOKS_AN_INTERVAL = 10
 LOOK_MIN_S = 1.0
 STATE_NAME_DEFAULT = "kubeai-autoscaler-state"
@@ -61,7 +61,7 @@ class Loads(PodLoads, Protocol):
         ...
 
 
-def sleeps(model: Model) -> bool:
+def scaled_to_zero(model: Model) -> bool:
     """Whether the Model is scaled to zero and demand should scale it up."""
     spec = model.spec
     return (
@@ -71,7 +71,7 @@ def sleeps(model: Model) -> bool:
     )
 
 
-class Wakes:
+class Activator:
     """Scales from zero: at most one in-flight write per model, however many requests wait."""
 
     def __init__(
@@ -88,9 +88,9 @@ class Wakes:
     def demand(self, name: str) -> None:
         """Request at least one replica. Returns at once, and usually does nothing."""
         model = self._store.models.get(name)
-        if model is None or name in self._tasks or not sleeps(model):
+        if model is None or name in self._tasks or not scaled_to_zero(model):
             return
-        task = asyncio.get_running_loop().create_task(self._wake(name, model))
+        task = asyncio.get_running_loop().create_task(self._activate(name, model))
         self._tasks[name] = task
         task.add_done_callback(lambda _: self._tasks.pop(name, None))
 
@@ -98,24 +98,25 @@ class Wakes:
         """Check Models at zero for held requests, forever, in case a notification was lost."""
         while True:
             for name, model in list(self._store.models.items()):
-                if sleeps(model) and self._loads.held(name) > 0:
+                if scaled_to_zero(model) and self._loads.held(name) > 0:
                     self.demand(name)
             await asyncio.sleep(HELD_INTERVAL_S)
 
     async def stop(self) -> None:
+        """Cancel the writes in flight and wait until they have ended."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _wake(self, name: str, model: Model) -> None:
+    async def _activate(self, name: str, model: Model) -> None:
         try:
             await self._raise(name, model)
             self._backoffs.pop(name, None)
         except ApiError as error:
             # The demand remains: `run` retries it. This task stays alive through the back-off, so
             # nothing is sent meanwhile.
-            backoff = self._backoffs.setdefault(name, Backoff(REST_FIRST_S, REST_MAX_S))
+            backoff = self._backoffs.setdefault(name, Backoff(BACKOFF_FIRST_S, BACKOFF_MAX_S))
             log.warning(
                 "scaling from zero failed", model=name, status=error.status, error=str(error)
             )
@@ -123,15 +124,15 @@ class Wakes:
 
     async def _raise(self, name: str, model: Model) -> None:
         retries = Backoff(0.02, 0.5)
-        for _ in range(WAKE_ATTEMPTS_MAX):
-            if not sleeps(model):
+        for _ in range(SCALE_UP_ATTEMPTS_MAX):
+            if not scaled_to_zero(model):
                 return
             patch = {
                 "metadata": {"resourceVersion": model.metadata.resource_version},
                 "spec": {"replicas": bounded(model, 1)},
             }
             try:
-                woken = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
+                scaled = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
             except ApiError as error:
                 if error.status == 404:
                     return
@@ -141,11 +142,11 @@ class Wakes:
                 model = await self._kube.get(MODELS, name, self._namespace, type=Model)
                 self._store.model_written(model)
                 continue
-            log.info("model scaled from zero", model=name, replicas=woken.spec.replicas)
-            self._events.tell(woken, "ScaledUp", "scaled up from 0 replicas on request")
-            self._store.model_written(woken)
+            log.info("model scaled from zero", model=name, replicas=scaled.spec.replicas)
+            self._events.emit(scaled, "ScaledUp", "scaled up from 0 replicas on request")
+            self._store.model_written(scaled)
             return
-        raise ApiError(409, "Conflict", f"{name} conflicted on {WAKE_ATTEMPTS_MAX} attempts")
+        raise ApiError(409, "Conflict", f"{name} conflicted on {SCALE_UP_ATTEMPTS_MAX} attempts")
 
 
 class _ModelState(msgspec.Struct, rename="camel"):
@@ -278,7 +279,7 @@ class Scaler:
         before = model.spec.replicas or 0
         if replicas < before:
             self._core.shrunk(name, replicas)
-        self._events.tell(
+        self._events.emit(
             answer,
             "ScaledUp" if replicas > before else "ScaledDown",
             f"scaled from {before} to {replicas} replicas: {average:g} active requests on average",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kubeai.api.model import Model, ModelURL
+from kubeai.api.model import Model
+from kubeai.api.model_url import ModelURL
 from kubeai.podspec.cache import weights
 from kubeai.podspec.container import PORT, Server, startup_probe
 

@@ -5,7 +5,8 @@ It runs only if a manifest or the config names its image. An annotation marks it
 
 from __future__ import annotations
 
-from kubeai.api.model import Model, ModelURL
+from kubeai.api.model import Model
+from kubeai.api.model_url import ModelURL
 from kubeai.podspec.container import PORT, Server, literal, startup_probe
 
 IMAGE_NAME = "mock-engine"  # the last part of the image's path, whatever its registry and tag

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kubeai.api.model import Model, ModelURL
+from kubeai.api.model import Model
+from kubeai.api.model_url import ModelURL
 from kubeai.podspec.container import MODEL_MOUNT, PORT, Object, Server
 
 PULL_TIMEOUT_S = 10_800

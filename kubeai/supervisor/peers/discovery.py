@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import ObjectMeta
+from kubeai.api.objects import ObjectMeta
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError

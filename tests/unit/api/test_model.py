@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 import msgspec
 import pytest
 
-from kubeai.api.model import Model, decode_model, parse_url
+from kubeai.api.model import Model, decode_model
+from kubeai.api.model_url import parse_url
 from kubeai.errors import ModelError
 
 MINIMAL = {

@@ -14,7 +14,7 @@ from kubeai.api.model import decode_model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import PODS
 from kubeai.operator import adapters
-from kubeai.operator.adapters import Steps, Wanted, steps
+from kubeai.operator.adapter_steps import Steps, Wanted, steps
 from kubeai.operator.pods import Pod
 from kubeai.operator.routes import route_of
 from kubeai.podspec import adapters as engine
@@ -354,7 +354,7 @@ async def test_a_replica_that_is_not_the_leader_does_nothing(world):
     world.apply(replicas=1, adapters=both(a=A))
     await world.until(lambda: world.served() == [{"a"}])
     world.leader.leads = False
-    world.controller.rest()
+    world.controller.stopped_leading()
     (one,) = world.engines.values()
     asked, writes = len(one.log), len(world.kube.writes)
     world.set_adapters(a=B)

@@ -13,7 +13,7 @@ import pytest
 import kubeai
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import ModelStatusAdapter, decode_model
-from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.adapter_steps import AdaptersView
 from kubeai.operator.blocks import AT_ONCE, BlockTracker
 from kubeai.operator.cache.plan import FINALIZER, CacheView, Claim, Job
 from kubeai.operator.plan import Observed, PatchStatus, plan

@@ -40,7 +40,7 @@ def written(kube):
 
 
 async def test_an_event_refers_to_its_model(kube, events):
-    events.tell(model(), "LoadFailed", "no such repository", warning=True)
+    events.emit(model(), "LoadFailed", "no such repository", warning=True)
     await asyncio.sleep(DELAY_S + 1.0)
     (event,) = written(kube)
     assert event["involvedObject"] == {
@@ -58,29 +58,29 @@ async def test_an_event_refers_to_its_model(kube, events):
 
 async def test_a_repeated_event_increments_the_count(kube, events):
     for _ in range(300):
-        events.tell(model(), "ScaledUp", "from 1 to 2 replicas")
+        events.emit(model(), "ScaledUp", "from 1 to 2 replicas")
         await asyncio.sleep(1.0)
     await asyncio.sleep(DELAY_S)
     (event,) = written(kube)
     assert 200 <= event["count"] <= 300
     assert len(kube.writes) <= 6  # one per minute
     await asyncio.sleep(FORGET_S)
-    events.tell(model(), "ScaledUp", "from 1 to 2 replicas")
+    events.emit(model(), "ScaledUp", "from 1 to 2 replicas")
     await asyncio.sleep(DELAY_S + 1.0)
     assert len(written(kube)) == 2
 
 
 async def test_events_are_rate_limited_per_model(kube, events):
     for n in range(1000):
-        events.tell(model(), "PodsCreated", f"created pod {n}")
-    events.tell(model("other", "v"), "PodsCreated", "created pod a")
+        events.emit(model(), "PodsCreated", f"created pod {n}")
+    events.emit(model("other", "v"), "PodsCreated", "created pod a")
     await asyncio.sleep(60.0)
     names = [event["involvedObject"]["name"] for event in written(kube)]
     assert names.count("m") == BURST_MAX_EVENTS
     assert names.count("other") == 1
     await asyncio.sleep(3 * REFILL_S)
     for n in range(1000):
-        events.tell(model(), "PodsCreated", f"created pod {n + 1000}")
+        events.emit(model(), "PodsCreated", f"created pod {n + 1000}")
     await asyncio.sleep(60.0)
     assert BURST_MAX_EVENTS < len(written(kube)) <= BURST_MAX_EVENTS + 1 + 5
 
@@ -90,10 +90,10 @@ async def test_a_rejected_event_is_not_retried(kube, events):
         raise ApiError(403, "Forbidden", "no rights")
 
     kube.before = refuse
-    events.tell(model(), "PodsCreated", "created pod a")
+    events.emit(model(), "PodsCreated", "created pod a")
     await asyncio.sleep(60.0)
     assert len(kube.writes) == 1
     kube.before = lambda *_: None
-    events.tell(model(), "PodsDeleted", "deleted pod a")
+    events.emit(model(), "PodsDeleted", "deleted pod a")
     await asyncio.sleep(60.0)
     assert [event["reason"] for event in written(kube)] == ["PodsDeleted"]

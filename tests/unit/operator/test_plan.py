@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from examples import some
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import ModelStatusAdapter, decode_model
-from kubeai.operator.adapters import AdaptersView
+from kubeai.operator.adapter_steps import AdaptersView
 from kubeai.operator.cache.plan import (
     FINALIZER,
     AnnotateClaim,
@@ -485,7 +485,7 @@ LOADING_STEPS = [
      ["note loaded"], "Loading"),
     ("then the Job is deleted", OURS, CacheView(claim=LOADED, load=replace(LOAD, complete=True)),
      ["delete load-cache-m", "create Pod"], "Loaded"),
-    ("the Job is deleted once", OURS, CacheView(claim=LOADED, load=replace(LOAD, going=True)),
+    ("the Job is deleted once", OURS, CacheView(claim=LOADED, load=replace(LOAD, terminating=True)),
      ["create Pod"], "Loaded"),
     ("another Model's Job is deleted first", OURS, CacheView(claim=CLAIM, load=NO_LOAD),
      ["delete load-cache-m"], "Loading"),
@@ -506,7 +506,7 @@ LOADING_STEPS = [
     ("not while it progresses", OURS, CacheView(claim=CLAIM, load=replace(LOAD, hash="old")), [],
      "Loading"),
     ("nothing before all lists are synced", OURS, CacheView(unknown="not read yet"), [], "Unknown"),
-    ("a terminating claim is waited for", OURS, CacheView(claim=replace(LOADED, going=True)),
+    ("a terminating claim is waited for", OURS, CacheView(claim=replace(LOADED, terminating=True)),
      [], "ClaimDeleted"),
     ("an API without Jobs", OURS, CacheView(claim=CLAIM, has_jobs=False), [], "NoJobs"),
 ]  # fmt: skip
@@ -559,7 +559,7 @@ EVICTION_STEPS = [
      "Evicting"),
     ("then the Job that loads", CacheView(claim=CLAIM, load=LOAD), [], ["delete load-cache-m"],
      "Evicting"),
-    ("it is waited for", CacheView(claim=CLAIM, load=replace(LOAD, going=True)), [], [],
+    ("it is waited for", CacheView(claim=CLAIM, load=replace(LOAD, terminating=True)), [], [],
      "Evicting"),
     ("then the Job", CacheView(claim=LOADED), [], ["create Job"], "Evicting"),
     ("not another Model's", CacheView(claim=LOADED, evict=replace(EVICT, owner="u0")), [],
@@ -579,7 +579,8 @@ EVICTION_STEPS = [
     ("but not before the Job that loads is gone",
      CacheView(claim=replace(CLAIM, unbound=True), load=LOAD), [], ["delete load-cache-m"],
      "Evicting"),
-    ("also if the claim is deleted", CacheView(claim=replace(LOADED, going=True), load=LOAD), [],
+    ("also if the claim is deleted",
+     CacheView(claim=replace(LOADED, terminating=True), load=LOAD), [],
      [{"metadata": {"finalizers": ["theirs"]}}], "Evicted"),
     ("also without Jobs", CacheView(claim=LOADED, load=LOAD, has_jobs=False), [],
      [{"metadata": {"finalizers": ["theirs"]}}], "EvictFailed"),

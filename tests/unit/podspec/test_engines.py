@@ -9,7 +9,8 @@ import yaml
 from repository import REPOSITORY
 
 from kubeai.api.config.system import SystemConfig, parse_config
-from kubeai.api.model import decode_model, parse_url
+from kubeai.api.model import decode_model
+from kubeai.api.model_url import parse_url
 from kubeai.errors import ModelError
 from kubeai.podspec import build_pod, files_config_map, pod_hash, sources
 from kubeai.podspec.engines import vllm

@@ -10,15 +10,9 @@ from repository import REPOSITORY
 from structlog.testing import capture_logs
 
 from kubeai.api.config.duration import parse_duration
+from kubeai.api.config.profiles import resolve_profile, server_image
 from kubeai.api.config.quantity import parse_quantity
-from kubeai.api.config.system import (
-    GatewayConfig,
-    SystemConfig,
-    load_config,
-    parse_config,
-    resolve_profile,
-    server_image,
-)
+from kubeai.api.config.system import GatewayConfig, SystemConfig, load_config, parse_config
 from kubeai.errors import ConfigError, ModelError
 
 EVERYTHING = """
