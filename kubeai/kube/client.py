@@ -165,7 +165,7 @@ class Kube:
     ) -> T:
         """Create an object. ApiError 409 (AlreadyExists) if the name is taken."""
         path = r.path(self._namespace_of(obj, namespace))
-        return decode(await self._call("POST", path, body=_with_kind(r, obj)), type)
+        return decode(await self._call("POST", path, body=r.typed(obj)), type)
 
     async def update(
         self,
@@ -178,7 +178,7 @@ class Kube:
     ) -> T:
         """Replace an object. ApiError 409 (Conflict) if it has an outdated resourceVersion."""
         path = r.path(self._namespace_of(obj, namespace), obj["metadata"]["name"], subresource)
-        body = obj if subresource == "scale" else _with_kind(r, obj)
+        body = obj if subresource == "scale" else r.typed(obj)
         return decode(await self._call("PUT", path, body=body), type)
 
     async def patch(
@@ -495,7 +495,3 @@ class Kube:
             await self._loader.load_and_set(self._configuration)
             return True
         return False
-
-
-def _with_kind(r: Resource, obj: Object) -> Object:
-    return {"apiVersion": r.api_version, "kind": r.kind} | obj

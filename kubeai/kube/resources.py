@@ -22,10 +22,15 @@ class Resource(NamedTuple):
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
+        """The URL path of a collection, an object or a subresource."""
         parts = ["apis", self.group, self.version] if self.group else ["api", self.version]
         if self.namespaced and namespace:
             parts += ["namespaces", namespace]
         return "/" + "/".join([*parts, self.plural, *filter(None, (name, subresource))])
+
+    def typed(self, obj: Object) -> Object:
+        """The object with its ``apiVersion`` and ``kind``."""
+        return {"apiVersion": self.api_version, "kind": self.kind} | obj
 
 
 PODS = Resource("", "v1", "pods", "Pod")
