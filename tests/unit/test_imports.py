@@ -31,7 +31,7 @@ def test_packages_imported_before_stay_complete():
         "import cel, kubernetes_asyncio\n"
         "import kubeai.kube.client, kubeai.local.apiserver.schema.rules\n"
         "assert kubernetes_asyncio.client.ApiClient and cel.cli\n"
-        "assert kubeai.kube.client.Configuration is kubernetes_asyncio.client.Configuration\n"
+        "assert kubeai.kube.auth.Configuration is kubernetes_asyncio.client.Configuration\n"
     )
 
 
