@@ -88,6 +88,7 @@ class AccessLog:
         return not well or self._sample >= 1 or self._random() < self._sample
 
     def add(self, line: Line) -> None:
+        """Queue a line; dropped and counted if the queue is full."""
         line.left_out = self._left_out
         try:
             self._lines.put_nowait(line)

@@ -48,6 +48,7 @@ def make_runner(context: Context) -> web.AppRunner:
 
 
 def make_app(context: Context) -> web.Application:
+    """The application, without a server."""
     app = web.Application(middlewares=[_errors])
     app[CONTEXT] = context
     app.cleanup_ctx.append(client)

@@ -146,6 +146,7 @@ def _raise_descriptors() -> None:
 
 
 def main() -> int:
+    """Run a worker; returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _keep_memory()
     _raise_descriptors()

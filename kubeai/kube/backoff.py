@@ -24,6 +24,7 @@ class Backoff:
         self.failures = 0
 
     def reset(self) -> None:
+        """Forget the failures, after a success."""
         self.failures = 0
 
     def next_s(self) -> float:

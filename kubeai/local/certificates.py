@@ -25,6 +25,7 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as unencrypted PEM."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -33,12 +34,14 @@ def pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def name(common: str) -> x509.Name:
+    """A subject with this common name."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
 def builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
 ) -> x509.CertificateBuilder:
+    """A certificate with a random serial number, without extensions."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -52,6 +55,7 @@ def builder(
 
 
 def key_usage(authority: bool) -> x509.KeyUsage:
+    """The usage of an authority's key, or of a server's or client's."""
     return x509.KeyUsage(
         digital_signature=not authority,
         key_cert_sign=authority,

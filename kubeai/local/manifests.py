@@ -40,6 +40,8 @@ RESOURCES: dict[tuple[str, str], Resource] = {
 
 
 class Manifest(NamedTuple):
+    """One object of a manifest file."""
+
     source: str  # "file" or "file (document 2)"
     resource: Resource
     object: dict[str, Any]

@@ -26,6 +26,7 @@ def asked_protocol(request: web.Request) -> str:
 
 
 def server_socket(protocol: str) -> web.WebSocketResponse:
+    """The server's end of a WebSocket that speaks one subprotocol."""
     return web.WebSocketResponse(
         protocols=(protocol,),
         timeout=CLOSE_TIMEOUT_S,

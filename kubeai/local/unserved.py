@@ -41,6 +41,7 @@ class Unserved:
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
+        """Watch all Models until cancelled."""
         follow = self._kube.follow(MODELS, replaced=self._replaced, changed=self._changed)
         await asyncio.gather(follow, self._work())
 
@@ -103,6 +104,7 @@ class Unserved:
 
 
 def message(served: str) -> str:
+    """Tell the user why a Model in another namespace is not served."""
     return (
         f"kubeai local serves Models in the namespace {served} only. Create it there, or start "
         f"kubeai local with another --namespace"

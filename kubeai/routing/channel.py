@@ -86,5 +86,6 @@ class Channel(asyncio.Protocol):
         self._transport.write(frame(self._encoder.encode(message)))
 
     def close(self) -> None:
+        """Close the connection."""
         if self._transport is not None:
             self._transport.close()

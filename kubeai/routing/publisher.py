@@ -66,6 +66,7 @@ class Publisher:
         return Delta(self.version, model, new)
 
     def snapshot(self) -> Snapshot:
+        """All routes, for a worker that starts."""
         return Snapshot(self.version, tuple(self._routes.values()))
 
     def reclaim(self, acknowledged: Iterable[int]) -> list[Owner]:
@@ -91,9 +92,11 @@ class Publisher:
         return freed
 
     def models(self) -> list[str]:
+        """The names of all published models."""
         return list(self._routes)
 
     def row(self, model: str) -> int | None:
+        """A model's row in the load table; None for an unknown model."""
         route = self._routes.get(model)
         return None if route is None else route.row
 

@@ -113,6 +113,7 @@ class RoutingTable:
         return self._table.columns - 1
 
     def find(self, model: str) -> RoutedModel | None:
+        """The model with this name, if it exists."""
         return self._models.get(model)
 
     def __iter__(self) -> Iterator[RoutedModel]:

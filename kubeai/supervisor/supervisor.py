@@ -144,6 +144,7 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
+        """Whether every worker serves requests, with all Models known."""
         return self.synced and not self.stopping and all(w.ready for w in self._workers)
 
     # -- lifecycle -------------------------------------------------------------------------------
@@ -194,6 +195,7 @@ class Supervisor:
                 raise error
 
     def stop(self) -> None:
+        """Start draining; ``run`` returns when all workers have exited."""
         self._stop.set()
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:

@@ -1,11 +1,10 @@
 """POST /openai/v1/audio/transcriptions: a multipart form that is forwarded to an engine.
 
 It is handled like a JSON request: the body is read completely, with a size limit and a timeout,
-before any load is counted; then admit → wait → pick → attempt, with retries. The form is spooled,
-so that ``model`` may be anywhere in it and an attempt can be retried: about
-``SPOOL_MEMORY_MAX_BYTES`` in memory, the rest in an unnamed temporary file. A form is limited to
-``multipart_max_bytes`` and 100 parts (multipart.py), its ``model`` to ``MODEL_MAX_BYTES``, and all
-forms of a worker together to ``spool_max_bytes``.
+before any load is counted; then admit → wait → pick → attempt, with retries. The form is spooled
+(spool.py), so that ``model`` may be anywhere in it and an attempt can be retried. A form is limited
+to ``multipart_max_bytes`` and 100 parts (multipart.py), its ``model`` to ``MODEL_MAX_BYTES``, and
+all forms of a worker together to ``spool_max_bytes``.
 
 ``model`` is removed for FasterWhisper, and replaced by the engine's name of the model for others.
 The content of every other part reaches the engine unchanged, in a form with a new boundary
@@ -15,9 +14,8 @@ The content of every other part reaches the engine unchanged, in a form with a n
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import IO, cast
+from typing import cast
 
 from yarl import URL
 
@@ -27,14 +25,8 @@ from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.holding import hold
 from kubeai.gateway.relay._exchange import CONNECT, LOST, TIMEOUT
 from kubeai.gateway.retries import NO_ANSWER, TIMED_OUT, check_loss
-from kubeai.gateway.uploads.multipart import (
-    Content,
-    Part,
-    Splitter,
-    boundary_of,
-    form_type,
-    new_boundary,
-)
+from kubeai.gateway.uploads.multipart import boundary_of
+from kubeai.gateway.uploads.spool import SpooledForm, no_room
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, compressed_body, model_not_found
@@ -44,13 +36,6 @@ from kubeai.routing.routes import Route
 from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
-
-SPOOL_MEMORY_MAX_BYTES = 1 << 20
-MODEL_MAX_BYTES = 1024
-MODEL_HEAD = b'Content-Disposition: form-data; name="model"'
-READ_BYTES = 256 << 10
-# A body full of almost-delimiters is parsed at 6 MB/s, so the event loop blocks for 5 ms at most.
-PARSED_AT_ONCE_BYTES = 32 << 10
 
 CONTEXT = web.AppKey("context", Context)
 _SESSION = web.AppKey("session", aiohttp.ClientSession)
@@ -93,7 +78,7 @@ async def transcribe(request: web.Request, target: RouteMatch) -> web.StreamResp
     types = request.headers.getall("Content-Type", [""])
     if len(types) > 1:
         raise BadRequest("The request has more than one Content-Type.")
-    with Form(boundary_of(types[0]), context) as form:
+    with SpooledForm(boundary_of(types[0]), context) as form:
         await _read_form(request, form, context)
         inference = named(Kind.TRANSCRIPTIONS, form.model)
         model = context.routes.find(inference.name)
@@ -116,7 +101,7 @@ async def transcribe(request: web.Request, target: RouteMatch) -> web.StreamResp
             admission.close()
 
 
-async def _read_form(request: web.Request, form: Form, context: Context) -> None:
+async def _read_form(request: web.Request, form: SpooledForm, context: Context) -> None:
     """Spool the whole body, with size limits and a timeout between its bytes."""
     max_bytes = context.config.multipart_max_bytes
     too_long = BadRequest(f"The form is longer than {max_bytes} bytes.", status=413)
@@ -124,7 +109,7 @@ async def _read_form(request: web.Request, form: Form, context: Context) -> None
     if announced_bytes > max_bytes:
         raise too_long
     if context.spooled_bytes + announced_bytes > context.config.spool_max_bytes:
-        raise _no_room("gateway.spoolMaxBytes is used up")
+        raise no_room("gateway.spoolMaxBytes is used up")
     content = request.content
     while not content.at_eof():
         try:
@@ -138,148 +123,6 @@ async def _read_form(request: web.Request, form: Form, context: Context) -> None
     form.finish()
 
 
-def _no_room(reason: str) -> BadRequest:
-    log.warning("cannot spool upload", reason=reason)
-    return BadRequest("Too many uploads in progress.", status=503, code="overloaded")
-
-
-class Form:
-    """A received form: the name of the model, and all other parts, spooled."""
-
-    def __init__(self, boundary: bytes, context: Context) -> None:
-        self.received_bytes = 0
-        self._context = context  # limits the spool space
-        self._boundary = new_boundary()  # of the form to send
-        self._splitter = Splitter(boundary)
-        self._model: bytearray | None = None
-        self._model_at = 0  # its offset in the other parts
-        self._in_model = False
-        self._in_part = False
-        self._written_bytes = 0
-        self._memory = bytearray()
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Form:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._context.unspool(self.received_bytes)
-        if self._file is not None:
-            self._file.close()
-
-    @property
-    def model(self) -> str:
-        """The ``model`` part's value."""
-        try:
-            return (self._model or b"").decode()
-        except UnicodeDecodeError:
-            raise BadRequest("'model' is not valid UTF-8.", "model") from None
-
-    @property
-    def content_type(self) -> str:
-        return form_type(self._boundary)
-
-    async def feed(self, data: bytes) -> None:
-        if not self._context.spool(len(data)):
-            raise _no_room("gateway.spoolMaxBytes is used up")
-        self.received_bytes += len(data)
-        for at in range(0, len(data), PARSED_AT_ONCE_BYTES):
-            if at:
-                await asyncio.sleep(0)
-            self._parse(data[at : at + PARSED_AT_ONCE_BYTES])
-        if len(self._memory) > SPOOL_MEMORY_MAX_BYTES:
-            await self._spill()
-
-    def _parse(self, data: bytes) -> None:
-        for event in self._splitter.feed(data):
-            if isinstance(event, Content):
-                self._take(event.data)
-                continue
-            if self._in_part:
-                self._write(b"\r\n")
-            self._in_part = False
-            if isinstance(event, Part):
-                self._begin(event)
-
-    def finish(self) -> None:
-        self._splitter.finish()
-        if self._model is None:
-            raise BadRequest("You must provide a model parameter.", "model")
-
-    def pieces(self, model: str | None) -> tuple[bytes, bytes]:
-        """(the ``model`` part, the closing delimiter) to send; the part is empty for None."""
-        end = b"--" + self._boundary + b"--\r\n"
-        if model is None:
-            return b"", end
-        return self._head(MODEL_HEAD) + model.encode() + b"\r\n", end
-
-    def length_bytes(self, model: str | None) -> int:
-        return self._written_bytes + sum(map(len, self.pieces(model)))
-
-    async def chunks(self, model: str | None) -> AsyncIterator[bytes]:
-        """The form to send, with ``model`` replaced in place, or removed for None."""
-        part, end = self.pieces(model)
-        async for chunk in self._spooled(0, self._model_at):
-            yield chunk
-        if part:
-            yield part
-        async for chunk in self._spooled(self._model_at, self._written_bytes):
-            yield chunk
-        yield end
-
-    def _begin(self, part: Part) -> None:
-        self._in_model = part.name == "model"
-        if not self._in_model:
-            self._in_part = True
-            self._write(self._head(part.head))
-            return
-        if self._model is not None:
-            raise BadRequest("The form has several parts named 'model'.", "model")
-        self._model = bytearray()
-        self._model_at = self._written_bytes
-
-    def _take(self, data: bytes) -> None:
-        if not self._in_model:
-            self._write(data)
-            return
-        assert self._model is not None
-        self._model += data
-        if len(self._model) > MODEL_MAX_BYTES:
-            raise BadRequest(f"'model' is longer than {MODEL_MAX_BYTES} bytes.", "model")
-
-    def _head(self, head: bytes) -> bytes:
-        return b"--" + self._boundary + b"\r\n" + head + b"\r\n\r\n"
-
-    def _write(self, data: bytes) -> None:
-        self._memory += data
-        self._written_bytes += len(data)
-
-    async def _spill(self) -> None:
-        """Move the data in memory to the file, in a thread, as disk I/O may block."""
-        data, self._memory = self._memory, bytearray()
-        try:
-            if self._file is None:
-                self._file = await asyncio.to_thread(tempfile.TemporaryFile)
-            await asyncio.to_thread(self._file.write, data)
-        except OSError as error:
-            raise _no_room(str(error)) from None
-
-    async def _spooled(self, start: int, end: int) -> AsyncIterator[bytes]:
-        in_file = self._written_bytes - len(self._memory)
-        if self._file is not None and start < in_file:
-            await asyncio.to_thread(self._file.seek, start)
-        while start < min(end, in_file):
-            assert self._file is not None
-            size = min(READ_BYTES, end - start, in_file - start)
-            data = await asyncio.to_thread(self._file.read, size)
-            if not data:
-                raise OSError("the spool file is shorter than what was written to it")
-            start += len(data)
-            yield data
-        if start < end:
-            yield bytes(self._memory[start - in_file : end - in_file])
-
-
 class _Attempts:
     """One admitted transcription: wait → pick → attempt, until a response begins."""
 
@@ -287,7 +130,7 @@ class _Attempts:
         self,
         request: web.Request,
         target: RouteMatch,
-        form: Form,
+        form: SpooledForm,
         inference: InferenceRequest,
         model: RoutedModel,
         admission: Admission,

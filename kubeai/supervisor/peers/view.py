@@ -28,6 +28,7 @@ class Peer(msgspec.Struct):
     endpoints: dict[str, int] = {}
 
     def silent_s(self, now_s: float) -> float:
+        """Time since the last frame, or since the peer was discovered."""
         return now_s - (self.known_s if self.heard_s is None else self.heard_s)
 
 
@@ -77,6 +78,7 @@ class View:
     # -- updates ---------------------------------------------------------------------------------
 
     def join(self, address: str, now_s: float) -> Peer:
+        """Add a discovered peer."""
         peer = self.peers[address] = Peer(now_s)
         return peer
 

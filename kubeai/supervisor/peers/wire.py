@@ -54,6 +54,7 @@ _decoder: msgspec.msgpack.Decoder[Hello | Loads] = msgspec.msgpack.Decoder(Hello
 
 
 def encode(frame: Hello | Loads) -> bytes:
+    """A frame with its length prefix."""
     return framing.frame(_encoder.encode(frame))
 
 

@@ -17,7 +17,7 @@ from kubeai.gateway import retries as attempts
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
-from kubeai.gateway.uploads import transcriptions
+from kubeai.gateway.uploads import spool
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutingTable
@@ -406,13 +406,13 @@ async def test_a_large_file_is_spooled_and_arrives_complete(
     stack, replica, client, model_first, monkeypatch
 ):
     spooled = []
-    spill = transcriptions.Form._spill
+    spill = spool.SpooledForm._spill
 
     async def watched(form):
         spooled.append(len(form._memory))
         await spill(form)
 
-    monkeypatch.setattr(transcriptions.Form, "_spill", watched)
+    monkeypatch.setattr(spool.SpooledForm, "_spill", watched)
     engine, address = await started(stack, 503, 200)
     replica.publish("w", address)
     sound = os.urandom(5 << 20) + b"\r\n--"
@@ -421,7 +421,7 @@ async def test_a_large_file_is_spooled_and_arrives_complete(
     assert (await client.post(TRANSCRIPTIONS, data=form)).status == 200
     assert [await engine.form(n) for n in (0, 1)] == [[("file", "a.wav", sound)]] * 2
     assert len(spooled) >= 3
-    assert max(spooled) <= transcriptions.SPOOL_MEMORY_MAX_BYTES + (1 << 20)
+    assert max(spooled) <= spool.SPOOL_MEMORY_MAX_BYTES + (1 << 20)
 
 
 async def test_end_to_end_headers_and_the_query_are_forwarded(stack, replica, client):
@@ -546,7 +546,7 @@ async def test_a_full_disk_is_a_server_error(stack, replica, client, monkeypatch
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(transcriptions.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
     replica.publish("w")
     form = form_of(("file", b"x" * (3 << 20)), ("model", "w"))
     response = await client.post(TRANSCRIPTIONS, data=form)
@@ -758,7 +758,7 @@ async def test_an_engine_that_stalls_in_its_response_is_disconnected(stack, capl
 
 
 async def test_no_file_is_left_on_disk(stack, replica, client, tmp_path, monkeypatch):
-    monkeypatch.setattr(transcriptions.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(spool.tempfile, "tempdir", str(tmp_path))
     names = []
 
     async def look(request):
