@@ -17,7 +17,7 @@ from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 # Jitter at most halves the first back-off: at most two attempts per second.
-REST_FIRST_S, REST_MAX_S = 1.0, 30.0
+ERROR_BACKOFF_FIRST_S, ERROR_BACKOFF_MAX_S = 1.0, 30.0
 DELAY_MIN_S = 0.001  # so that rounding errors cannot cause a busy loop
 
 
@@ -30,8 +30,8 @@ class Queue:
         self._waiting: deque[str] = deque()
         self._queued: set[str] = set()
         self._running: set[str] = set()
-        self._again: set[str] = set()  # added while running
-        self._resting: set[str] = set()  # in back-off after an error, until their timer fires
+        self._dirty: set[str] = set()  # added while running
+        self._backing_off: set[str] = set()  # in back-off after an error, until their timer fires
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._backoffs: dict[str, Backoff] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -39,10 +39,10 @@ class Queue:
 
     def add(self, name: str) -> None:
         """Enqueue the name."""
-        if self._stopped or name in self._queued or name in self._resting:
+        if self._stopped or name in self._queued or name in self._backing_off:
             return
         if name in self._running:
-            self._again.add(name)
+            self._dirty.add(name)
             return
         self._queued.add(name)
         self._waiting.append(name)
@@ -60,7 +60,7 @@ class Queue:
             return
         if timer is not None:
             timer.cancel()
-        self._timers[name] = loop.call_later(delay_s, self._ring, name)
+        self._timers[name] = loop.call_later(delay_s, self._timer_fired, name)
 
     async def stop(self) -> None:
         """Start nothing more, and cancel running work."""
@@ -74,9 +74,9 @@ class Queue:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ring(self, name: str) -> None:
+    def _timer_fired(self, name: str) -> None:
         self._timers.pop(name, None)
-        self._resting.discard(name)
+        self._backing_off.discard(name)
         self.add(name)
 
     async def _drain(self) -> None:
@@ -88,31 +88,33 @@ class Queue:
                 await self._once(name)
             finally:
                 self._running.discard(name)
-            if name in self._again:
-                self._again.discard(name)
+            if name in self._dirty:
+                self._dirty.discard(name)
                 self.add(name)
 
     async def _once(self, name: str) -> None:
         try:
             delay_s = await self._work(name)
         except ApiError as error:
-            self._rest(name, error.retry_after_s or 0.0)
+            self._back_off(name, error.retry_after_s or 0.0)
             log.info("reconcile failed", name=name, status=error.status, error=str(error))
         except Exception:
-            self._rest(name, 0.0)
+            self._back_off(name, 0.0)
             log.exception("reconcile failed", name=name)
         else:
             self._backoffs.pop(name, None)
             if delay_s is not None and delay_s > 0:
                 self.add_later(name, delay_s)
             elif delay_s is not None:
-                self._again.add(name)
+                self._dirty.add(name)
 
-    def _rest(self, name: str, at_least_s: float) -> None:
-        backoff = self._backoffs.setdefault(name, Backoff(REST_FIRST_S, REST_MAX_S))
-        self._again.discard(name)
-        self._resting.add(name)
+    def _back_off(self, name: str, at_least_s: float) -> None:
+        backoff = self._backoffs.setdefault(
+            name, Backoff(ERROR_BACKOFF_FIRST_S, ERROR_BACKOFF_MAX_S)
+        )
+        self._dirty.discard(name)
+        self._backing_off.add(name)
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()
-        self.add_later(name, max(backoff.next_s(), min(at_least_s, REST_MAX_S)))
+        self.add_later(name, max(backoff.next_s(), min(at_least_s, ERROR_BACKOFF_MAX_S)))

@@ -252,24 +252,24 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
 
 async def _report(client: Kube) -> None:
     """Print a line for each change of a pod's state, and for Models that cannot run."""
-    told: dict[tuple[str, str], str] = {}
+    printed: dict[tuple[str, str], str] = {}
 
     async def follow(resource: Resource, labels: str, line_of: Callable[[Any], str]) -> None:
-        def tell(kind: str, obj: dict[str, Any]) -> None:
+        def report(kind: str, obj: dict[str, Any]) -> None:
             key = resource.kind.lower(), obj["metadata"]["name"]
             line = "gone" if kind == "DELETED" else line_of(obj)
-            if line and told.get(key) != line:
+            if line and printed.get(key) != line:
                 _print(f"{' '.join(key)}: {line}")
-            told[key] = line
+            printed[key] = line
             if kind == "DELETED":
-                del told[key]
+                del printed[key]
 
         def replaced(objects: list[dict[str, Any]]) -> None:
             for obj in objects:
-                tell("ADDED", obj)
+                report("ADDED", obj)
 
         await client.follow(
-            resource, client.namespace, labels=labels, replaced=replaced, changed=tell
+            resource, client.namespace, labels=labels, replaced=replaced, changed=report
         )
 
     await asyncio.gather(follow(PODS, "app=model", _pod_line), follow(MODELS, "", _model_line))

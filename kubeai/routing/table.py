@@ -381,17 +381,17 @@ class RoutedModel:
         self, adapter: str | None, exclude: Collection[str], block: Block | None, until_s: float
     ) -> None:
         """Return once an endpoint can serve, once the block has changed, or at ``until_s``."""
-        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters[woken] = lambda: (
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[waiter] = lambda: (
             self.can_serve(adapter, exclude) or self.block(adapter) != block
         )
         try:
             async with asyncio.timeout_at(until_s):
-                await woken
+                await waiter
         except TimeoutError:
             pass
         finally:
-            del self._waiters[woken]
+            del self._waiters[waiter]
 
     # -- for the routing table ---------------------------------------------------------------------
 
@@ -417,17 +417,17 @@ class RoutedModel:
         for name, gone in before.items():
             self.ring.remove(name)
             self._depart(gone)
-        for woken, concerned in self._waiters.items():
-            if not woken.done() and concerned():
-                woken.set_result(None)
+        for waiter, concerned in self._waiters.items():
+            if not waiter.done() and concerned():
+                waiter.set_result(None)
         self._move_off_departed()
 
     def end(self) -> None:
         """The model was deleted: wake all waiting requests and close its connections."""
         self._gone = True
-        for woken in self._waiters:
-            if not woken.done():
-                woken.set_result(None)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
         for name, upstream in self._upstreams.items():
             self.ring.remove(name)
             upstream.close()

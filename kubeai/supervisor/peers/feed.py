@@ -131,12 +131,12 @@ class Feed:
 
     async def _tell(self, response: web.StreamResponse) -> None:
         await self._write(response, wire.encode(wire.Hello(self._identity)))
-        told = 0
+        sent = 0
         while not self._closed:
-            data, news = self._encoded_since(told), self._news
-            told = self._frames
+            data, news = self._encoded_since(sent), self._news
+            sent = self._frames
             await self._write(response, data)
-            if self._frames > told:
+            if self._frames > sent:
                 continue
             try:
                 async with asyncio.timeout(wire.HEARTBEAT_S):

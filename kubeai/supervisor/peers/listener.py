@@ -34,11 +34,11 @@ class PeerLost(KubeAIError):
     """A peer does not respond, or not as expected."""
 
 
-class Ourselves(KubeAIError):
+class OwnIdentity(KubeAIError):
     """The peer at this address is this replica itself."""
 
 
-class Word(NamedTuple):
+class Report(NamedTuple):
     """A peer's report. ``whole``: complete, rather than changes since the previous one."""
 
     loads: wire.Loads
@@ -47,10 +47,10 @@ class Word(NamedTuple):
 
 async def listen(
     session: aiohttp.ClientSession, address: str, identity: str, *, metrics_first: bool = False
-) -> AsyncGenerator[Word, None]:
+) -> AsyncGenerator[Report, None]:
     """Yield the reports of the replica at ``address`` (``ip:port``), until PeerLost or BadFrame.
 
-    Raises Ourselves if its identity equals ``identity``. ``metrics_first``: do not request
+    Raises OwnIdentity if its identity equals ``identity``. ``metrics_first``: do not request
     ``/loads`` before the peer has announced it.
     """
     try:
@@ -70,7 +70,7 @@ async def listen(
 
 async def _subscribe(
     session: aiohttp.ClientSession, address: str, identity: str
-) -> AsyncGenerator[Word, None]:
+) -> AsyncGenerator[Report, None]:
     """Yield reports from ``/loads``. Ends only if the peer has no such path."""
     async with session.get(f"http://{address}{wire.PATH}", timeout=_TIMEOUT) as response:
         if response.status == 200:
@@ -80,7 +80,7 @@ async def _subscribe(
             raise PeerLost(f"{wire.PATH} answered {response.status}")
 
 
-async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator[Word, None]:
+async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator[Report, None]:
     whole = True
     while True:
         try:
@@ -89,14 +89,14 @@ async def _stream(stream: aiohttp.StreamReader, identity: str) -> AsyncGenerator
             raise wire.BadFrame(str(error)) from None
         frame = wire.decode(body)
         if isinstance(frame, wire.Loads):
-            yield Word(frame, whole)
+            yield Report(frame, whole)
             whole = False
         elif frame.identity == identity:
-            raise Ourselves(identity)
+            raise OwnIdentity(identity)
         await asyncio.sleep(READ_INTERVAL_MIN_S)
 
 
-async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[Word, None]:
+async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[Report, None]:
     """Yield the active requests from ``/metrics``. Ends when the peer announces ``/loads``."""
     timeout = aiohttp.ClientTimeout(total=POLL_TIMEOUT_S)
     while True:
@@ -106,7 +106,7 @@ async def _poll(session: aiohttp.ClientSession, address: str) -> AsyncGenerator[
             if wire.MARKER in response.headers:
                 return
             text = await _text(response.content)
-        yield Word(await asyncio.to_thread(read_metrics, text), whole=True)
+        yield Report(await asyncio.to_thread(read_metrics, text), whole=True)
         await asyncio.sleep(POLL_S)
 
 

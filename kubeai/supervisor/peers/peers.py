@@ -23,14 +23,14 @@ from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.discovery import Discovery
 from kubeai.supervisor.peers.feed import TICK_S, Feed
-from kubeai.supervisor.peers.listener import Ourselves, PeerLost, listen
+from kubeai.supervisor.peers.listener import OwnIdentity, PeerLost, listen
 from kubeai.supervisor.peers.view import HOLD_S, Peer, View
 
 log = get_logger(__name__)
 LOADS_PATH = wire.PATH
 METRICS_HEADERS = {wire.MARKER: wire.PATH}  # on every /metrics response, for peers
 PEERS_MAX = 64
-HEARD = "peer connected"
+CONNECTED = "peer connected"
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
 AGE_INTERVAL_S = 1.0
 # Each settling step (see _load) closes a quarter of the gap: a lag of 50 ms, like peers' reports.
@@ -176,7 +176,7 @@ class Peers:
     async def _listen(self, address: str, peer: Peer) -> None:
         assert self._session is not None, "running"
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
-        said = ""  # the last log message about this peer, so that retries do not repeat it
+        logged = ""  # the last log message about this peer, so that retries do not repeat it
         while True:
             fixed = address in self._fixed
             words = listen(self._session, address, self._identity, metrics_first=fixed)
@@ -184,17 +184,17 @@ class Peers:
                 async with contextlib.aclosing(words):
                     async for loads, whole in words:
                         self._view.take(peer, loads, self._clock(), whole)
-                        if said != HEARD:
-                            said = HEARD
-                            log.info(said, peer=address)
+                        if logged != CONNECTED:
+                            logged = CONNECTED
+                            log.info(logged, peer=address)
                             backoff.reset()
-            except Ourselves:
+            except OwnIdentity:
                 peer.ourselves = True
                 return
             except (PeerLost, wire.BadFrame) as error:
-                if str(error) != said:
-                    said = str(error)
-                    log.info("peer lost", peer=address, error=said)
+                if str(error) != logged:
+                    logged = str(error)
+                    log.info("peer lost", peer=address, error=logged)
             await asyncio.sleep(backoff.next_s())
 
     async def _settle(self) -> None:

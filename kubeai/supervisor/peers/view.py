@@ -22,14 +22,14 @@ class Peer(msgspec.Struct):
     """One other replica."""
 
     known_s: float  # when we started to follow it
-    heard_s: float | None = None  # when its last report arrived
+    reported_s: float | None = None  # when its last report arrived
     ourselves: bool = False  # an address that turned out to be our own
     models: dict[str, tuple[int, int]] = {}
     endpoints: dict[str, int] = {}
 
     def silent_s(self, now_s: float) -> float:
         """Time since the last frame, or since the peer was discovered."""
-        return now_s - (self.known_s if self.heard_s is None else self.heard_s)
+        return now_s - (self.known_s if self.reported_s is None else self.reported_s)
 
 
 class View:
@@ -69,7 +69,7 @@ class View:
     def complete(self, now_s: float) -> bool:
         """Whether every peer has reported recently. Peers silent for ``HOLD_S`` are ignored."""
         return not any(
-            (peer.heard_s is None or peer.silent_s(now_s) > STALE_S)
+            (peer.reported_s is None or peer.silent_s(now_s) > STALE_S)
             and peer.silent_s(now_s) <= HOLD_S
             and not peer.ourselves
             for peer in self.peers.values()
@@ -103,7 +103,7 @@ class View:
 
     def take(self, peer: Peer, loads: wire.Loads, now_s: float, whole: bool = False) -> None:
         """Apply a peer's report. ``whole``: it is complete, so names missing from it are gone."""
-        peer.heard_s = now_s
+        peer.reported_s = now_s
         models, endpoints = loads.models, loads.endpoints
         if whole:
             models = dict.fromkeys(peer.models) | models

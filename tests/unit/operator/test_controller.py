@@ -18,7 +18,7 @@ from fakes.time import FAKE_TIME
 from kubeai.api.model import Model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
-from kubeai.kube.workqueue import REST_MAX_S, Queue
+from kubeai.kube.workqueue import ERROR_BACKOFF_MAX_S, Queue
 from kubeai.operator.apply import CREATES_AT_FIRST_MAX
 from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject
 from kubeai.operator.scaling.scaler import Activator
@@ -702,7 +702,7 @@ async def test_it_converges_after_random_failures_and_edits(world, seed):
     world.apply(replicas=replicas)
     # failed pods are replaced after a back-off that has grown
     await world.until(lambda: len(living(world)) == len(world.pods()) == replicas, limit_s=400.0)
-    await asyncio.sleep(REST_MAX_S)
+    await asyncio.sleep(ERROR_BACKOFF_MAX_S)
     await world.settled(replicas, replicas)
 
 
