@@ -251,6 +251,7 @@ class Retries:
         return silent
 
     def _exhausted(self, routed: RoutedModel) -> BadRequest:
+        """The error after the last failed attempt; its status is that attempt's if it had one."""
         what = f"responded with {self._status}" if self._status > 0 else "did not respond"
         status = self._status if self._status > 0 else 504 if self._status == TIMED_OUT else 502
         log.warning(

@@ -52,7 +52,10 @@ def headers(lines: list[str], api_key: str | None) -> tuple[tuple[str, str], ...
 
 
 def fields(option: str, text: str | None) -> dict[str, Any]:
-    """Parse a JSON object such as ``{"ignore_eos": true}``."""
+    """Parse an option that adds fields to requests: a JSON object such as ``{"ignore_eos": true}``.
+
+    None and "" mean no fields. OptionError names the option.
+    """
     try:
         found = msgspec.json.decode(text or "{}")
     except msgspec.DecodeError as error:

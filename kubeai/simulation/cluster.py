@@ -175,7 +175,7 @@ class Replicas(Router):
             Replica(setting, self._random.getrandbits(32)) for _ in range(setting.replicas)
         ]
         self._shares_loads = setting.shared and setting.replicas > 1
-        self._interval_s, self._travel_s = setting.share_interval_s, setting.network_s
+        self._interval_s, self._network_delay_s = setting.share_interval_s, setting.network_s
 
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         several = len(self._replicas) > 1
@@ -196,7 +196,8 @@ class Replicas(Router):
         loads = self._replicas[number].in_flight()
         for other in self._replicas:
             if other is not self._replicas[number]:
-                at(now_s + self._travel_s, lambda _, to=other: to.set_peer_loads(number, loads))  # type: ignore[misc]
+                arrival_s = now_s + self._network_delay_s
+                at(arrival_s, lambda _, to=other: to.set_peer_loads(number, loads))  # type: ignore[misc]
 
     def close(self) -> None:
         for replica in self._replicas:

@@ -75,7 +75,7 @@ class LoadCollector(Collector):
         yield from self._models(snapshot.routes)
         yield from self._endpoints(snapshot.routes)
         yield self._iterations()
-        yield from self._hinge(snapshot.version)
+        yield from self._routing_versions(snapshot.version)
         yield self._silences()
         yield InfoMetricFamily("kubeai_build", "KubeAI version.", {"version": kubeai.__version__})
 
@@ -174,7 +174,7 @@ class LoadCollector(Collector):
             sum_value=total,
         )
 
-    def _hinge(self, version: int) -> Iterable[Metric]:
+    def _routing_versions(self, version: int) -> Iterable[Metric]:
         yield GaugeMetricFamily(
             "kubeai_routing_table_version", "Published version of the routing table.", version
         )
