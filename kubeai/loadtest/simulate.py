@@ -107,12 +107,15 @@ def run(simulation: Simulation, json_folder: Path | None, html_path: Path | None
         initializer=signal.signal,  # only this process handles Ctrl-C; it terminates the others
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:
+        futures = [pool.submit(_simulate, job) for job in jobs]
         try:
-            for one in pool.map(_simulate, jobs):
+            for future in futures:
+                one = future.result()
                 found.append(one)
                 print(f"{one.name}: done", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # The futures fail with their processes. Cancelled ones would make the pool's thread
+            # print a traceback when it finds that its processes are gone.
             for child in active_children():
                 child.terminate()
             print(f"interrupted: {len(found)} of {len(jobs)} runs completed", file=sys.stderr)
