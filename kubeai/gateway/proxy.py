@@ -37,7 +37,7 @@ from kubeai.openai.errors import (
     header_lines,
     model_not_found,
 )
-from kubeai.openai.routes import Kind, classify
+from kubeai.openai.routes import classify
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_PATHS = {kind: kind.value.encode() for kind in Kind if kind.is_json}
 # Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
 _moves = RateLimit(burst_max=500, per_s=20)
 # Two threads for large bodies, so that a slow one does not block all others. Started on demand.
@@ -70,11 +69,10 @@ class Proxy(FastPath):
     def on_head(self) -> None:
         target = classify(self.method, self.target)
         kind = target.kind
-        path = _PATHS.get(kind) if kind is not None else None
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
-        if kind is None or path is None or target.status != 200:
+        if kind is None or not kind.is_json or target.status != 200:
             self.stream(
                 self.context.local_routes,
                 _origin_form(self.target),
@@ -87,6 +85,7 @@ class Proxy(FastPath):
             return
         if codings:
             self.drop_header(b"content-encoding")  # "identity", which some engines do not know
+        path = kind.value.encode()
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
         self.collect(self.context.config.body_max_bytes)
