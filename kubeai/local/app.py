@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, PODS, Resource
 from kubeai.local import ports
 from kubeai.local.child import Child
 from kubeai.local.jobs.controller import JobController
+from kubeai.local.locks import lock_data_dir
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.local.unserved import Unserved
 from kubeai.logs import get_logger
@@ -164,16 +164,7 @@ def _api_command(options: Options, api: Child) -> list[str]:
 def _lock(data_dir: Path) -> IO[str]:
     if os.pathsep in str(data_dir):  # KUBECONFIG is a list of paths
         raise KubeAIError(f"--data-dir: {data_dir}: must not contain {os.pathsep!r}")
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (data_dir / "lock").open("w")
-    except OSError as error:
-        raise KubeAIError(f"--data-dir: {data_dir}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise KubeAIError(f"--data-dir: {data_dir} is in use by another `kubeai local`") from None
-    return file
+    return lock_data_dir(data_dir, "lock", "`kubeai local`")
 
 
 async def _install_crd(client: Kube) -> None:

@@ -12,13 +12,12 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import os
 import secrets
 import signal
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -35,6 +34,7 @@ from kubeai.local.kubelet.runtime.process_table import kill_leftovers
 from kubeai.local.kubelet.runtime.shim.processes import PR_SET_PDEATHSIG
 from kubeai.local.kubelet.server.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.server.server import KubeletServer
+from kubeai.local.locks import lock_data_dir
 from kubeai.logs import get_logger, setup_logging
 
 log = get_logger(__name__)
@@ -54,7 +54,7 @@ def main() -> None:
             # the engines.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         become_subreaper()
-        with _lock(options.data_dir):
+        with lock_data_dir(options.data_dir, "kubelet.lock", "kubelet"):
             asyncio.run(_run(options))
     except KubeAIError as error:
         sys.exit(f"kubelet: {error}")
@@ -171,19 +171,6 @@ async def _report_ready(
             os.close(ready_fd)
         except OSError:
             stopping.set()  # the parent exited before PR_SET_PDEATHSIG took effect
-
-
-def _lock(data_dir: Path) -> IO[str]:
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (data_dir / "kubelet.lock").open("w")
-    except OSError as error:
-        raise KubeAIError(f"--data-dir: {data_dir}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise KubeAIError(f"--data-dir: {data_dir} is in use by another kubelet") from None
-    return file
 
 
 def _access(options: argparse.Namespace) -> Access:
