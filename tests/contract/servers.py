@@ -263,11 +263,23 @@ def real(directory: Path, *options: str, accounts: Sequence[str] = ()):
             tokens,
         )
         wait_until(
-            lambda: server.request("GET", "/api/v1/namespaces/default")[0] == 200,
+            lambda: _takes_services(server),
             "kube-apiserver is ready",
             directory / "kube-apiserver.log",
         )
         yield server
+
+
+def _takes_services(server: ApiServer) -> bool:
+    """Until its allocator of cluster IPs is ready, kube-apiserver refuses Services with 422."""
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "probe"},
+        "spec": {"ports": [{"port": 80}]},
+    }
+    path = "/api/v1/namespaces/default/services?dryRun=All"
+    return server.request("POST", path, service)[0] == 201
 
 
 @contextlib.contextmanager
