@@ -8,9 +8,10 @@ from kubeai.routing import table as routing
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
-from kubeai.gateway.relay._exchange import Exchange
+from kubeai.gateway.relay._exchange import Exchange, Pool
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
+from kubeai.gateway.uploads.upload import Upload
 
 class FastPathContext:
     config: GatewayConfig
@@ -29,7 +30,8 @@ class JsonRoute:
 class FastPath(Exchange):
     _kind: Kind
     _path: bytes  # the engine's
-    _payload: bytes  # the body sent to the engine
+    _payload: bytes | None  # the body sent to the engine; None for an upload
+    _upload: Upload | None  # of a request with a multipart form
     _request: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
     _key: int | None
@@ -46,6 +48,7 @@ class FastPath(Exchange):
     def _attempt(self, reservation: Reservation) -> None: ...
     # implemented by the subclass
     def wait_for_endpoint(self) -> None: ...
+    def send_upload(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...
     def observe(self, observers: Observers) -> None: ...
     def observed(self) -> None: ...

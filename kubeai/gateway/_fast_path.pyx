@@ -43,7 +43,8 @@ cdef class FastPath(Exchange):
 
     cdef public object _kind
     cdef public bytes _path  # the engine's
-    cdef public bytes _payload  # the body sent to the engine
+    cdef public bytes _payload  # the body sent to the engine; None for an upload
+    cdef public object _upload  # of a request with a multipart form
     cdef public object _request
     cdef public object _routed
     cdef public object _key
@@ -115,7 +116,10 @@ cdef class FastPath(Exchange):
             pool.probing = True
         if reservation.failing:
             pool.failing = True
-        self.send(pool, self._path, self._payload)
+        if self._payload is None:
+            self.send_upload(pool)
+        else:
+            self.send(pool, self._path, self._payload)
 
     cdef int _ended(self) except -1:
         cdef object task = self._task
@@ -123,6 +127,8 @@ cdef class FastPath(Exchange):
         if task is not None:
             self._task = None
             task.cancel()
+        if self._upload is not None:
+            self._upload.close()
         if reservation is not None and not reservation._released:
             reservation._release()
         if self._admission is not None:
@@ -144,6 +150,10 @@ cdef class FastPath(Exchange):
 
     def wait_for_endpoint(self):
         """Hold the request."""
+        raise NotImplementedError
+
+    def send_upload(self, pool):
+        """Send an upload's form to an endpoint."""
         raise NotImplementedError
 
     def moved(self, reservation):

@@ -92,12 +92,16 @@ class Context(FastPathContext):
 
         return Retries(config.retries, take, timeouts=config.retry_first_byte_timeout)
 
+    def has_spool_room(self, size_bytes: int) -> bool:
+        """Whether a form of this size keeps all forms together within ``spool_max_bytes``."""
+        return self.spooled_bytes + size_bytes <= self.config.spool_max_bytes
+
     def spool(self, size_bytes: int) -> bool:
-        """Reserve spool space for a form; False if all forms would exceed ``spool_max_bytes``.
+        """Reserve spool space for a part of a form, if there is room.
 
         After True, release the space with :meth:`unspool`.
         """
-        if self.spooled_bytes + size_bytes > self.config.spool_max_bytes:
+        if not self.has_spool_room(size_bytes):
             return False
         self.spooled_bytes += size_bytes
         return True

@@ -12,8 +12,7 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from kubeai.gateway.health import Health
@@ -81,9 +80,8 @@ class EndpointPool(_DialingPool):
         self._endpoint = endpoint.name
         self._connect_timeout_s = config.connect_timeout_s
         self._losses_s = (-math.inf, -math.inf)  # when the last two connections were lost
-        # Requests for which a connection is made, and uploads; since when (CLOCK_MONOTONIC).
+        # Requests for which a connection is made; since when (CLOCK_MONOTONIC).
         self._connecting: dict[asyncio.Task[None], tuple[Exchange, float]] = {}
-        self._movable: dict[Callable[[], None], float] = {}
         ip, _, port = endpoint.address.rpartition(":")
         self._ip = ip.strip("[]")
         self._port = int(port)
@@ -140,14 +138,11 @@ class EndpointPool(_DialingPool):
 
     @property
     def is_waited_on(self) -> bool:
-        return bool(self._movable or self._connecting or self.waiting(math.inf))
+        return bool(self._connecting or self.waiting(math.inf))
 
     def move_waiting(self, sent_before_s: float = math.inf) -> None:
         for exchange in [*self.waiting(sent_before_s), *self._being_connected(sent_before_s)]:
             exchange.attempt_elsewhere()
-        for move, since_s in list(self._movable.items()):
-            if since_s < sent_before_s:
-                move()
 
     def _being_connected(self, sent_before_s: float) -> list[Exchange]:
         return [
@@ -155,15 +150,6 @@ class EndpointPool(_DialingPool):
             for connecting, (exchange, since_s) in self._connecting.items()
             if since_s < sent_before_s and not connecting.cancelling()
         ]
-
-    @contextmanager
-    def movable(self, move: Callable[[], None]) -> Iterator[None]:
-        """While an upload (which the relay does not track) waits, let `move_waiting` move it."""
-        self._movable[move] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._movable[move]
 
     @property
     def lost_one_alone(self) -> bool:

@@ -1,7 +1,7 @@
 """Holds requests that no endpoint can serve yet.
 
 :func:`hold` waits for an endpoint. :func:`advice` returns headers that tell a client whether and
-when to retry. Called by proxy.py, uploads and local_routes.py.
+when to retry. Called by proxy.py and local_routes.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The local routes: all requests except inference POSTs with a JSON body.
+"""The local routes: all requests except inference POSTs.
 
 The relay forwards those requests to this aiohttp application, one at a time on each connection. It
-serves the list of models, audio transcriptions (transcriptions.py), health, and 404 and 405
-responses for everything that is not in the route table (formatted by errors.py). The worker runs it
-with :func:`make_runner`.
+serves the list of models, health, and 404 and 405 responses for everything that is not in the route
+table (formatted by errors.py). The worker runs it with :func:`make_runner`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import msgspec
 from kubeai.errors import QUOTED_MAX_CHARS
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice
-from kubeai.gateway.uploads.transcriptions import CONTEXT, client, selection, transcribe
 from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
-from kubeai.openai.request import split_model
+from kubeai.openai.request import parse_selector, split_model
 from kubeai.openai.routes import Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
 
+CONTEXT = web.AppKey("context", Context)
 DEFAULT_FEATURE = "TextGeneration"
 
 
@@ -51,7 +50,6 @@ def make_app(context: Context) -> web.Application:
     """The application, without a server."""
     app = web.Application(middlewares=[_errors])
     app[CONTEXT] = context
-    app.cleanup_ctx.append(client)
     app.on_response_prepare.append(_unsigned)
     app.router.add_route("*", "/{path:.*}", _dispatch)
     return app
@@ -97,8 +95,6 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         return _not_allowed(request, target.allow)
     if target.kind is Kind.MODELS:
         return _models(request, target)
-    if target.kind is Kind.TRANSCRIPTIONS:
-        return await transcribe(request, target)
     # Echo the raw path: decoded, it could look like a path that exists.
     path = request.raw_path.partition("?")[0][:QUOTED_MAX_CHARS]
     message = f"Invalid URL ({request.method} {path})"
@@ -154,7 +150,7 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
     if target.model_id is not None:
         return _json(msgspec.json.encode(_one_model(request, target.model_id)))
     features = set(request.query.getall("feature", [DEFAULT_FEATURE]))
-    selected = selection(request)
+    selected = _selection(request)
     routes = (model.route for model in context.routes)
     items = [
         item
@@ -165,10 +161,16 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
     return _json(msgspec.json.encode(_List("list", items)))
 
 
+def _selection(request: web.Request) -> Callable[[Route], bool]:
+    """A predicate for routes whose labels match every X-Label-Selector of the request."""
+    selectors = [parse_selector(text) for text in request.headers.getall("X-Label-Selector", [])]
+    return lambda route: all(selector(route.labels) for selector in selectors)
+
+
 def _one_model(request: web.Request, encoded_id: str) -> _Item:
     model_id = unquote(encoded_id)
     found = request.app[CONTEXT].routes.find(split_model(model_id)[0])
-    if found is not None and selection(request)(found.route):
+    if found is not None and _selection(request)(found.route):
         for item in _items(found.route):
             if item.id == model_id:
                 return item

@@ -2,9 +2,10 @@
 
 The relay calls :class:`Proxy` at each step. An inference POST is read completely, counted for
 its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
-can serve yet is held. All other requests are streamed to the worker's local routes
-(local_routes.py). Only waits and large bodies need a task; large bodies are parsed in a thread so
-that they do not block the event loop.
+can serve yet is held. An upload takes the same path, except that its body, a multipart form, waits
+on disk (uploads). All other requests are streamed to the worker's local routes (local_routes.py).
+Only waits, uploads and large bodies need a task; large bodies are parsed in a thread so that they
+do not block the event loop.
 
 retries.py decides which attempts are retried and where, holding.py how long a request waits. The
 Reservation of a failed attempt is released before the next pick.
@@ -28,6 +29,7 @@ from kubeai.gateway.holding import advice, hold
 from kubeai.gateway.observation import RequestEnd, RequestStart
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
+from kubeai.gateway.uploads.upload import Upload
 from kubeai.logs import RateLimit, get_logger
 from kubeai.openai import request as openai
 from kubeai.openai.errors import (
@@ -37,11 +39,13 @@ from kubeai.openai.errors import (
     header_lines,
     model_not_found,
 )
-from kubeai.openai.routes import classify
+from kubeai.openai.request import named
+from kubeai.openai.routes import Kind, classify
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
     from kubeai.gateway.access_log import Observation, Observers
+    from kubeai.gateway.relay._exchange import Pool
     from kubeai.openai.request import InferenceRequest
     from kubeai.routing.table import RoutedModel
 
@@ -72,7 +76,7 @@ class Proxy(FastPath):
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
-        if kind is None or not kind.is_json or target.status != 200:
+        if kind is None or kind is Kind.MODELS or target.status != 200:
             self.stream(
                 self.context.local_routes,
                 _origin_form(self.target),
@@ -88,7 +92,10 @@ class Proxy(FastPath):
         path = kind.value.encode()
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
-        self.collect(self.context.config.body_max_bytes)
+        if kind.is_json:
+            self.collect(self.context.config.body_max_bytes)
+        else:
+            self._receive_upload()
 
     def on_body(self) -> None:
         if len(self.body) > openai.LARGE_BYTES:
@@ -144,6 +151,8 @@ class Proxy(FastPath):
         assert admission is not None, "only admitted requests are attempted"
         self._reservation = None
         reservation.release()
+        if self._upload is not None:
+            self._upload.stop_sending()
         admission.count("retried")
         log.info(
             event,
@@ -177,6 +186,43 @@ class Proxy(FastPath):
                 f"No replica of the model {self._request.model!r} could be reached: {reason}.",
                 "bad_gateway",
             )
+
+    # -- uploads -----------------------------------------------------------------------------------
+
+    def _receive_upload(self) -> None:
+        try:
+            self._upload = Upload(self, self.context)
+        except BadRequest as error:
+            self._refuse(error)
+            return
+        self.receive(self.context.config.multipart_max_bytes)
+        if not self.finished:
+            self._wait(self._read_upload)
+
+    async def _read_upload(self) -> Reservation:
+        upload = self._uploaded
+        await upload.receive()
+        self.set_header(b"content-type", upload.content_type)
+        request = named(self._kind, upload.model)
+        return self._admit(request, self._find(request)) or await self._hold()
+
+    def send_upload(self, pool: Pool) -> None:
+        size_bytes = self._uploaded.length_bytes(self._request, self._routed.route)
+        self.send_in_pieces(pool, self._path, size_bytes)
+
+    def on_send(self) -> None:
+        self._uploaded.send(self._request, self._routed.route)
+
+    def on_piece(self) -> None:
+        self._uploaded.wake()
+
+    def on_writable(self) -> None:
+        self._uploaded.wake()
+
+    @property
+    def _uploaded(self) -> Upload:
+        assert self._upload is not None, "the request has a form"
+        return self._upload
 
     # -- routing -----------------------------------------------------------------------------------
 

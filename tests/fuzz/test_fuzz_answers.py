@@ -50,10 +50,15 @@ CLIENTS = {
     "1.0": b"POST /openai/v1/completions HTTP/1.0\r\n",
     "1.0, kept": b"POST /openai/v1/completions HTTP/1.0\r\nConnection: keep-alive\r\n",
     "closing": b"POST /openai/v1/completions HTTP/1.1\r\nHost: h\r\nConnection: close\r\n",
-    "pages": b"POST /openai/v1/audio/transcriptions HTTP/1.1\r\nHost: h\r\n",
+    "upload": (
+        b"POST /openai/v1/audio/transcriptions HTTP/1.1\r\nHost: h\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n"
+    ),
+    "local": b"POST /openai/v1/unknown HTTP/1.1\r\nHost: h\r\n",
     "HEAD": b"HEAD /openai/v1/models HTTP/1.1\r\nHost: h\r\n",
 }
 BODY = b'{"model":"m"}'
+FORM = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--b--\r\n'
 ENDS = ["stay", "fin", "rst", "client"]  # of the engine's connection; the client's comes after
 
 
@@ -83,8 +88,9 @@ async def judge(kind: str, stream: bytes, sizes: list[int], end: str) -> None:
     async with Machine(answers=engine_wrote) as machine:
         client = machine.client()
         request = CLIENTS[kind]
+        body = FORM if kind == "upload" else BODY
         if kind != "HEAD":
-            request += b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+            request += b"Content-Length: %d\r\n\r\n" % len(body) + body
         else:
             request += b"\r\n"
         client.receive(request)

@@ -31,7 +31,7 @@ cdef class RequestBody:
     cdef Py_ssize_t collect(self, bytes data, Py_ssize_t at) except -1
     cdef bytes take(self)
     cdef int64_t buffered_bytes(self) noexcept
-    cdef Py_ssize_t advance(self, const char *data, Py_ssize_t size) except -1
+    cdef bytes next_piece(self, bytes data, Py_ssize_t at, Py_ssize_t *size, bint decode)
     cdef Py_ssize_t _collect_chunks(self, const char *data, Py_ssize_t size) except -1
     cdef int _fill(self, const char *data, Py_ssize_t size) except -1
     cdef int _resize(self, Py_ssize_t room) except -1

@@ -1,9 +1,9 @@
 # cython: language_level=3, nonecheck=True
 """A request's body: its framing, its size limit and its buffer; sans I/O.
 
-A body is either collected (:meth:`RequestBody.collect`) or measured while it is streamed
-(:meth:`RequestBody.advance`). A body of known length is counted. A chunked one is checked, and
-decoded if it is collected.
+A body is either collected (:meth:`RequestBody.collect`) or taken in pieces
+(:meth:`RequestBody.next_piece`). A body of known length is counted. A chunked one is checked, and
+decoded unless it is streamed as it came.
 """
 
 from cpython.bytes cimport (
@@ -78,28 +78,36 @@ cdef class RequestBody:
             0 if self.collected is None else PyBytes_GET_SIZE(self.collected)
         )
 
-    cdef Py_ssize_t advance(self, const char *data, Py_ssize_t size) except -1:
-        """Measure the next bytes of a streamed body; returns how many belong to it.
+    cdef bytes next_piece(self, bytes data, Py_ssize_t at, Py_ssize_t *size, bint decode):
+        """The body's next bytes from ``data[at:]``; ``decode``: without their chunked encoding.
 
-        Sets ``state``.
+        Sets ``state``, and ``size`` to how many bytes of ``data`` belong to the body.
         """
+        cdef Text *into = &self.grown if decode else NULL
+        cdef bytes piece
+        size[0] = PyBytes_GET_SIZE(data) - at
         if self.chunked:
-            size = chunks_scan(&self.chunks, data, size, NULL)
+            size[0] = chunks_scan(&self.chunks, PyBytes_AS_STRING(data) + at, size[0], into)
             if self.chunks.state == CHUNKS_BAD:
                 self.state = MALFORMED
-                return size
+                return None
             if self.chunks.state == CHUNKS_END:
                 self.state = COMPLETE
         else:
-            if size > self.left:
-                size = <Py_ssize_t> self.left
-            self.left -= size
+            if size[0] > self.left:
+                size[0] = <Py_ssize_t> self.left
+            self.left -= size[0]
             if self.left == 0:
                 self.state = COMPLETE
-        self.received_bytes += size
+        if self.chunked and decode:
+            piece = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+            self.grown.size = 0
+        else:
+            piece = cut(data, at, size[0])
+        self.received_bytes += PyBytes_GET_SIZE(piece)
         if self.received_bytes > self.max_bytes:
             self.state = TOO_LONG
-        return size
+        return piece
 
     # internal
 

@@ -187,11 +187,13 @@ cdef class Downstream(DownstreamEnd):
 
     cdef int _set_reading(self) except -1:
         cdef bint reading
-        cdef bint streaming
+        cdef bint in_pieces
         if self.state >= LEAVING:
             return 0
-        streaming = self.state == BODY and not self.exchange.collecting
-        if streaming:
+        in_pieces = self.state == BODY and not self.exchange.collecting
+        if in_pieces and self.exchange.receiving:
+            reading = self.input is None
+        elif in_pieces:
             reading = (
                 self.exchange.upstream is not None and not self.exchange.upstream.write_paused
             )
@@ -205,7 +207,7 @@ cdef class Downstream(DownstreamEnd):
                 self.transport.resume_reading()
             else:
                 self.transport.pause_reading()
-        if streaming and not self.write_paused:
+        if in_pieces and not self.write_paused:
             self.deadline = now() + self.relay.body_timeout_s if reading else 0
         return 0
 
@@ -368,6 +370,8 @@ cdef class Downstream(DownstreamEnd):
                 self._collect()
             if self.state == BODY and self.deadline == 0:
                 self.deadline = now() + self.relay.body_timeout_s
+        elif self.input is not None and self.exchange.receiving:
+            self.exchange._hook(self.exchange.on_piece)
         elif self.input is not None:
             upstream = self.exchange.upstream
             if upstream is not None and not upstream.write_paused:
@@ -408,17 +412,14 @@ cdef class Downstream(DownstreamEnd):
         return 0
 
     cdef bytes _piece(self):
-        cdef Py_ssize_t size
+        cdef Py_ssize_t size = 0
         cdef bytes piece
         if self.state != BODY or self.input is None:
             return None
-        size = self.body.advance(
-            PyBytes_AS_STRING(self.input) + self.used, PyBytes_GET_SIZE(self.input) - self.used
-        )
+        piece = self.body.next_piece(self.input, self.used, &size, self.exchange.receiving)
         if self.body.state > COMPLETE:
             self._refuse_body()
             return None
-        piece = cut(self.input, self.used, size)
         self._use(self.used + size)
         if self.parser is not None:
             if not self.chunked:

@@ -117,6 +117,9 @@ cdef class Exchange:
     cdef bint decided
     cdef bint collecting
     cdef bint streaming
+    cdef bint receiving
+    cdef bint in_pieces  # the upstream request's body: written with ``write``
+    cdef int64_t sending_bytes  # its size
     cdef bint replayed
     cdef readonly bint answered  # a response head has been written
     cdef readonly int status  # of that response
@@ -132,6 +135,8 @@ cdef class Exchange:
     cdef bint _has(self, bytes name) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)
+    cdef int _attempt_at(self, Pool pool, bytes path) except -1
+    cdef int _hook(self, hook) except -1
     cdef int _failed(self, int failure) except -1
     cdef int _retry(self) except -1
     cpdef detach(self)

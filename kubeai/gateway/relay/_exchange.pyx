@@ -160,7 +160,10 @@ cdef class DownstreamEnd(Head):
         raise NotImplementedError
 
     cdef bytes _piece(self):
-        """Take the next piece of a streamed body; None if there is none or it is invalid."""
+        """Take the next piece of the body; None if there is none or it is invalid.
+
+        It is decoded if the Exchange receives it, and as it came if it is streamed.
+        """
         raise NotImplementedError
 
     cdef int _write(self, bytes data) except -1:
@@ -270,8 +273,8 @@ cdef class Exchange:
     """One request and its response. Subclasses decide how it is handled.
 
     The relay calls the hooks (``on_…``, ``wants_retry``, ``retry``, ``give_up``). Hooks call the
-    actions (``collect``, ``stream``, ``send``, ``answer``), at once or later until the exchange is
-    ``finished``. An action after the client has disconnected does nothing.
+    actions (``collect``, ``receive``, ``stream``, ``send``, ``answer``), at once or later until the
+    exchange is ``finished``. An action after the client has disconnected does nothing.
     """
 
     def __cinit__(self, DownstreamEnd downstream, *args):
@@ -296,6 +299,11 @@ cdef class Exchange:
         if self.body is not None:
             return PyBytes_GET_SIZE(self.body)
         return self.downstream.body.received_bytes
+
+    @property
+    def announced_bytes(self):
+        """The Content-Length of the request; -1 if it has none."""
+        return self.downstream.length
 
     @property
     def request_id(self):
@@ -360,6 +368,33 @@ cdef class Exchange:
         else:
             self.downstream._expect_body()
 
+    def receive(self, int64_t max_bytes):
+        """Read the body in pieces: ``on_piece``, then ``next_piece``, until ``received``."""
+        self.decided = self.receiving = True
+        self.downstream.body.max_bytes = max_bytes
+        if self.downstream.length > max_bytes:
+            self.downstream._refuse_length()
+        else:
+            self.downstream._expect_body()
+
+    def next_piece(self):
+        """Take what has been received of the body, decoded; None if ``on_piece`` will announce it.
+
+        No more than one piece is read from the client ahead of this call.
+        """
+        cdef bytes piece
+        if self.finished:
+            return None
+        piece = self.downstream._piece()
+        if not self.finished:
+            self.downstream._set_reading()
+        return piece
+
+    @property
+    def received(self):
+        """Whether the last piece of the body has been taken."""
+        return self.downstream.state != BODY
+
     def stream(self, Pool pool not None, bytes path not None, int64_t max_bytes):
         """Stream the request to an upstream and its response back. No retries."""
         cdef UpstreamEnd upstream = None
@@ -381,19 +416,41 @@ cdef class Exchange:
 
     cpdef send(self, Pool pool, bytes path, bytes body):
         """Start an attempt: send the request with this body and relay the response."""
+        self.sending = body
+        self._attempt_at(pool, path)
+
+    def send_in_pieces(self, Pool pool not None, bytes path not None, int64_t size_bytes):
+        """Start an attempt with a body of ``size_bytes``: ``on_send``, then ``write`` it.
+
+        ``on_send`` is called again if the attempt needs a new connection. The body then begins
+        anew.
+        """
+        self.in_pieces = True
+        self.sending_bytes = size_bytes
+        self._attempt_at(pool, path)
+
+    def write(self, bytes piece not None):
+        """Write the next piece of the body. False: wait for ``on_writable`` before the next."""
+        cdef UpstreamEnd upstream = self.upstream
+        if upstream is None:  # the attempt is over
+            return False
+        upstream._write(piece)
+        return not upstream.write_paused
+
+    cdef int _attempt_at(self, Pool pool, bytes path) except -1:
         cdef UpstreamEnd upstream
         if self.finished:
-            return
+            return 0
         self.decided = True
         self.pool = pool
         self.path = path
-        self.sending = body
         self.replayed = False
         upstream = pool.take()
         if upstream is None:
             self.connecting = pool.connect(self)
         else:
             upstream._start(self)
+        return 0
 
     def answer(self, int status, bytes body, bytes headers=b""):
         """Respond with JSON, without an upstream. ``headers``: extra lines, each ending in CRLF."""
@@ -405,6 +462,11 @@ cdef class Exchange:
         self.answered_s = now()
         self._detach()
         downstream._respond(status, body, headers)
+
+    def fail(self, error):
+        """End the request because of a bug or a local fault: 500, or a broken response."""
+        if not self.finished:
+            self.downstream._crashed(self, error)
 
     # called by pools
 
@@ -433,6 +495,15 @@ cdef class Exchange:
 
     def on_body(self):
         """``body`` is complete: call ``send`` or ``answer``, now or later."""
+
+    def on_piece(self):
+        """A piece of the body has been received: call ``next_piece``, now or later."""
+
+    def on_send(self):
+        """The head of an upstream request is written: ``write`` its body, now or later."""
+
+    def on_writable(self):
+        """The next piece of the upstream request's body can be written."""
 
     def wants_retry(self, int failure, int status):
         """Whether to make another attempt: True calls ``retry``, False ``give_up``.
@@ -487,8 +558,11 @@ cdef class Exchange:
         return 0
 
     cdef int _retry(self) except -1:
+        return self._hook(self.retry)
+
+    cdef int _hook(self, hook) except -1:
         try:
-            self.retry()
+            hook()
         except Exception as error:
             self.downstream._crashed(self, error)
         return 0

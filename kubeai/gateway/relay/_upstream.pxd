@@ -23,6 +23,7 @@ cdef class Upstream(UpstreamEnd):
     cdef bint idle
     cdef bint paused
     cdef Py_ssize_t served
+    cdef int64_t unsent_bytes  # of a body that is written in pieces
     # of the response
     cdef bytes input  # an incomplete head
     cdef bint head_done
@@ -44,6 +45,7 @@ cdef class Upstream(UpstreamEnd):
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1
     cdef int _forward(self, DownstreamEnd downstream, bytes prefix, bytes piece) except -1
     cdef int _complete(self) except -1
+    cdef bint _is_clean(self)
     cdef int _release(self) except -1
     cdef int _broken(self, int failure) except -1
     cdef int _lose(self) except -1

@@ -115,7 +115,11 @@ cdef class Upstream(UpstreamEnd):
 
     def resume_writing(self):
         self.write_paused = False
-        if self.exchange is not None and self.exchange.streaming:
+        if self.exchange is None:
+            return
+        if self.exchange.in_pieces:
+            self.exchange._hook(self.exchange.on_writable)
+        elif self.exchange.streaming:
             if self.exchange.downstream.state == BODY:
                 self.exchange.downstream._take_body()
             if self.exchange is not None:
@@ -141,9 +145,12 @@ cdef class Upstream(UpstreamEnd):
             body = downstream._piece()
             if exchange.finished:  # the piece was invalid
                 return 0
+        self.unsent_bytes = exchange.sending_bytes if exchange.in_pieces else 0
         self._write_request(exchange, downstream, body)
         self.sent_s = now()
         self.deadline = self.sent_s + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
+        if exchange.in_pieces:
+            exchange._hook(exchange.on_send)
         return 0
 
     cdef int _write_request(self, Exchange exchange, DownstreamEnd downstream, bytes body) except -1:
@@ -154,7 +161,9 @@ cdef class Upstream(UpstreamEnd):
         cdef bint together = body_size <= BODY_IN_HEAD_WRITE_MAX_BYTES
         cdef bytes out
         cdef char *to
-        if not exchange.streaming:
+        if exchange.in_pieces:
+            end = put_length(end, exchange.sending_bytes)
+        elif not exchange.streaming:
             end = put_length(end, body_size)
         elif downstream.chunked:
             end = put(end, b"Transfer-Encoding: chunked\r\n", 28)
@@ -193,6 +202,9 @@ cdef class Upstream(UpstreamEnd):
     cdef int _write(self, bytes data) except -1:
         if self.transport is not None and not self.ended:
             self.transport.write(data)
+            self.unsent_bytes -= PyBytes_GET_SIZE(data)
+            if self.first_byte_timeout_s and not self.touched:
+                self.deadline = now() + self.first_byte_timeout_s
         return 0
 
     cdef bint _replay(self) except -1:
@@ -314,7 +326,7 @@ cdef class Upstream(UpstreamEnd):
             return True
         exchange.upstream = None
         self.exchange = None
-        if self.framing == LENGTH and left == self.left and self.reusable:
+        if self.framing == LENGTH and left == self.left and self._is_clean():
             if left:
                 self.parser.feed_data(cut(data, at, left))
             self._release()
@@ -432,17 +444,21 @@ cdef class Upstream(UpstreamEnd):
             downstream._write(b"0\r\n\r\n")
         self.exchange.upstream = None
         self.exchange = None
-        if (
-            self.reusable
-            and not self.ended
-            and downstream.state != BODY
-            and self.transport.get_write_buffer_size() == 0
-        ):
+        if self._is_clean() and downstream.state != BODY:
             self._release()
         else:
             self._abort()
         downstream._response_ended()
         return 0
+
+    cdef bint _is_clean(self):
+        """Whether the next request can follow: the last one has been sent completely."""
+        return (
+            self.reusable
+            and not self.ended
+            and self.unsent_bytes <= 0
+            and self.transport.get_write_buffer_size() == 0
+        )
 
     cdef int _release(self) except -1:
         """Return the connection to the pool."""

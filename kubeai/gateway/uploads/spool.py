@@ -8,6 +8,7 @@ the engine.
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from typing import IO
@@ -49,13 +50,13 @@ class SpooledForm:
         self._memory = bytearray()
         self._file: IO[bytes] | None = None
 
-    def __enter__(self) -> SpooledForm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Delete the form, and release its space."""
         self._context.unspool(self.received_bytes)
+        self.received_bytes = 0
         if self._file is not None:
-            self._file.close()
+            # In a thread: deleting a large file takes time, and so may a write that still runs.
+            asyncio.get_running_loop().run_in_executor(None, self._file.close)
 
     @property
     def model(self) -> str:
@@ -113,6 +114,10 @@ class SpooledForm:
     async def chunks(self, model: str | None) -> AsyncIterator[bytes]:
         """The form to send, with ``model`` replaced in place, or removed for None."""
         part, end = self.pieces(model)
+        if self._file is None:  # one write instead of four
+            at = self._model_at
+            yield bytes(self._memory[:at]) + part + bytes(self._memory[at:]) + end
+            return
         async for chunk in self._spooled(0, self._model_at):
             yield chunk
         if part:
@@ -154,21 +159,25 @@ class SpooledForm:
         try:
             if self._file is None:
                 self._file = await asyncio.to_thread(tempfile.TemporaryFile)
-            await asyncio.to_thread(self._file.write, data)
+            await asyncio.to_thread(_append, self._file, data)
         except OSError as error:
             raise no_room(str(error)) from None
 
     async def _spooled(self, start: int, end: int) -> AsyncIterator[bytes]:
         in_file = self._written_bytes - len(self._memory)
-        if self._file is not None and start < in_file:
-            await asyncio.to_thread(self._file.seek, start)
         while start < min(end, in_file):
             assert self._file is not None
             size = min(READ_BYTES, end - start, in_file - start)
-            data = await asyncio.to_thread(self._file.read, size)
+            # At an offset: a read of an attempt that has ended may still run.
+            data = await asyncio.to_thread(os.pread, self._file.fileno(), size, start)
             if not data:
                 raise OSError("the spool file is shorter than what was written to it")
             start += len(data)
             yield data
         if start < end:
             yield bytes(self._memory[start - in_file : end - in_file])
+
+
+def _append(file: IO[bytes], data: bytes | bytearray) -> None:
+    file.write(data)
+    file.flush()

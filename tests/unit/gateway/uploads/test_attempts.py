@@ -1,4 +1,4 @@
-"""What transcriptions share with JSON requests through the relay: retries, blame, ejection."""
+"""The attempts of an upload: retries, blame and ejection are those of a JSON request."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,6 @@ import pytest
 import uvloop
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
 from fakes.world import World
-
-from kubeai.gateway.local_routes import make_app
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 FORM = (
@@ -25,7 +23,7 @@ async def start():
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**config) -> World:
-            world = await World.start(local_routes=make_app, **config)
+            world = await World.start(**config)
             stack.push_async_callback(world.close)
             return world
 
@@ -251,11 +249,8 @@ async def test_a_client_that_leaves_while_its_upload_moves_leaves_nothing(start)
     wire = await world.client()
     await wire.send(ASK)
     await until(lambda: hung.requests)
-    (handling,) = [
-        task for task in asyncio.all_tasks() if "RequestHandler.start" in repr(task.get_coro())
-    ]
     world.route("w", {"b": other})
-    handling.cancel()  # what aiohttp does when the client has left
+    wire.reset()
     await until(lambda: world.active("w") == 0)
     await world.at_rest()
     assert not other.requests
