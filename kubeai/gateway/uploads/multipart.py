@@ -255,8 +255,9 @@ def _read_disposition(value: str) -> _Disposition | str:
     name = _only(parameters, "name")
     if name is None or parse_options_header(value)[1].get(b"name") != name.encode("latin-1"):
         return "its Content-Disposition must have exactly one name"
-    raw = dict(parameters)["name"]
-    readings = {name, raw.strip('"'), re.sub(r"\\(.)", r"\1", raw.strip('"'))}
+    raw = dict(parameters)["name"].strip('"')
+    readings = {name, raw, raw.lstrip("\\/")}  # aiohttp removes slashes at the start
+    readings |= {re.sub(r"\\(.)", r"\1", reading) for reading in readings}
     readings |= {unquote(reading) for reading in readings}
     if "model" in readings and len(readings) > 1:
         return "its name is ambiguous: only some parsers read it as 'model'"

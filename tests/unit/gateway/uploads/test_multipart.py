@@ -186,6 +186,9 @@ def test_a_form_is_split_the_same_in_any_pieces(parts, sizes):
         (form((FIELD.format("a") + "; name*=utf-8''model", b"")), "part 1"),
         (form(("Content-Disposition: form-data; name*=utf-8''model", b"")), "part 1"),
         (form((FIELD.format("mod\\el"), b"")), "part 1"),
+        (form((FIELD.format("/model"), b"")), "part 1"),  # aiohttp removes leading slashes
+        (form((FIELD.format("\\\\model"), b"")), "part 1"),
+        (form((FIELD.format("/\\\\mod\\el"), b"")), "part 1"),
         (form((FIELD.format("mod%65l"), b"")), "part 1"),
         (form((FIELD.format("a") + " junk", b"")), "part 1"),
         (form((FIELD.format("a") + "; name*0=model", b"")), "part 1"),
