@@ -177,7 +177,10 @@ class Engine:
 
     The script is called with the connection and the request; the connection is kept open after it
     unless the script closed it. ``requests``: those read so far; ``connections``: those accepted.
+    ``read_request``: how much of a request is read before the script is called.
     """
+
+    read_request = staticmethod(Wire.request)
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -205,7 +208,7 @@ class Engine:
         self.open.add(wire)
         try:
             while not writer.is_closing():
-                request = await wire.request()
+                request = await self.read_request(wire)
                 self.requests.append(request)
                 await self.script(wire, request)
         except (Broken, ConnectionError, asyncio.CancelledError):

@@ -56,7 +56,11 @@ class World:
         return world
 
     async def engine(self, script: Script) -> Engine:
-        engine = await Engine(script).start()
+        return await self.added(Engine(script))
+
+    async def added(self, engine: Engine) -> Engine:
+        """An engine of another kind, started."""
+        await engine.start()
         self.engines[engine.address] = engine
         return engine
 
