@@ -423,7 +423,7 @@ cdef class Exchange:
         """Start an attempt with a body of ``size_bytes``: ``on_send``, then ``write`` it.
 
         ``on_send`` is called again if the attempt needs a new connection. The body then begins
-        anew.
+        again.
         """
         self.in_pieces = True
         self.sending_bytes = size_bytes

@@ -188,7 +188,7 @@ async def test_a_connection_with_half_a_form_on_it_is_not_used_again(start, stat
 
 
 async def test_the_engine_has_its_time_once_it_has_the_whole_form(start):
-    """``firstByteTimeout`` begins anew with each piece that is sent."""
+    """``firstByteTimeout`` begins again with each piece that is sent."""
     pieces_count, pause_s = 6, 0.5
 
     async def script(wire: Wire, request: Message) -> None:
