@@ -39,7 +39,8 @@ def local(
     ] = "default",
 ) -> None:
     """Run on this machine without a cluster, with the same manifests and plain kubectl."""
-    from kubeai.local.app import Options, run
+    from kubeai.local.app import PROCESSES, Options, run
+    from kubeai.processes import ForkServer
 
     data_home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     options = Options(
@@ -52,4 +53,8 @@ def local(
         api_port=api_port,
         namespace=namespace,
     )
-    run_async(run(options))
+    fork_server = ForkServer(*PROCESSES)
+    try:
+        run_async(run(options, fork_server.spawn))
+    finally:
+        fork_server.close()

@@ -31,6 +31,7 @@ from kubeai.local.locks import lock_data_dir
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.local.unserved import Unserved
 from kubeai.logs import get_logger
+from kubeai.processes import Spawn
 from kubeai.supervisor.supervisor import Supervisor
 
 log = get_logger(__name__)
@@ -39,6 +40,8 @@ NODE_NAME = "local"
 DEFAULT_NAMESPACE = "default"
 ENGINE_PORT = 8000
 CRD_TIMEOUT_S = 10.0
+# The modules of the processes that the main process starts.
+PROCESSES = "kubeai.local.apiserver", "kubeai.local.kubelet", "kubeai.gateway.worker"
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 # Defaults for interactive use on one machine: scale down soon after the last request, and stop
@@ -81,8 +84,8 @@ def _check_namespace(options: Options) -> None:
         )
 
 
-async def run(options: Options) -> None:
-    """Run ``kubeai local`` until Ctrl-C or SIGTERM."""
+async def run(options: Options, spawn: Spawn) -> None:
+    """Run ``kubeai local`` until Ctrl-C or SIGTERM. ``spawn`` starts its processes."""
     _check_host(options)
     _check_namespace(options)
     config = load_config(options.config, defaults=LOCAL_DEFAULTS)
@@ -90,7 +93,12 @@ async def run(options: Options) -> None:
     _check_namespaces(manifests, options.namespace)
     lock = _lock(options.data_dir)
     kubeconfig = options.data_dir / "kubeconfig"
-    api = Child("Kubernetes API", lambda: _api_command(options, api), options.data_dir / "api.log")
+    api = Child(
+        "Kubernetes API",
+        lambda: _api_command(options, api),
+        options.data_dir / "api.log",
+        spawn,
+    )
     kubelet = Child(
         "kubelet",
         lambda: [
@@ -100,6 +108,7 @@ async def run(options: Options) -> None:
             f"--node-name={NODE_NAME}",
         ],
         options.data_dir / "kubelet.log",
+        spawn,
     )
     kept_port = ports.kept_port(options.data_dir)
     try:
@@ -116,6 +125,7 @@ async def run(options: Options) -> None:
                 host=options.host,
                 port=options.port,
                 workers=options.workers,
+                spawn=spawn,
                 started=lambda: _greet(options, supervisor, api.port),
             )
             await _install_crd(client)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 from kubeai.errors import KubeAIError
 from kubeai.kube.backoff import Backoff
 from kubeai.logs import get_logger
+from kubeai.processes import Process, Spawn
 
 log = get_logger(__name__)
 
@@ -22,18 +21,21 @@ CHILD_STOP_TIMEOUT_S = 15.0
 CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S = 0.2, 5.0
 CHILD_SETTLED_S = 10.0  # a process that ran this long resets the restart back-off
 LOG_TAIL_MAX_BYTES = 4096
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
     """A child process: started, awaited until ready, restarted when it exits, stopped with us."""
 
-    def __init__(self, name: str, command: Callable[[], list[str]], log_file: Path) -> None:
+    def __init__(
+        self, name: str, command: Callable[[], list[str]], log_file: Path, spawn: Spawn
+    ) -> None:
+        """``command``: the module to run, and its arguments."""
         self.name = name
         self.port = 0
         self._command = command
         self._log_file = log_file
-        self._process: asyncio.subprocess.Process | None = None
+        self._spawn_process = spawn
+        self._process: Process | None = None
         self._restarter: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -47,18 +49,13 @@ class Child:
         try:
             with self._log_file.open("ab") as log_to:
                 log_begin = log_to.tell()
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
+                self._process = await self._spawn_process(
                     *self._command(),
                     "--ready-fd",
                     str(writer),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log_to,
-                    stderr=log_to,
+                    output=log_to.fileno(),
                     pass_fds=(writer,),
-                    start_new_session=True,  # Ctrl-C reaches only us: we stop the children in order
-                    preexec_fn=_die_with_parent,
+                    new_session=True,  # Ctrl-C reaches only us: we stop the children in order
                 )
         finally:
             os.close(writer)
@@ -112,10 +109,6 @@ def _last_line(log_file: Path, begin: int) -> str:
         file.seek(max(begin, end - LOG_TAIL_MAX_BYTES))
         lines = file.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 async def _read_line(fd: int, timeout_s: float) -> str:

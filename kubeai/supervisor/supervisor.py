@@ -21,6 +21,7 @@ from kubeai.http import web
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator
+from kubeai.processes import Spawn, spawn_by_exec
 from kubeai.routing.channel import Drain
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route, Snapshot
@@ -71,6 +72,7 @@ class Supervisor:
         host: str = "0.0.0.0",
         port: int = 8000,
         workers: int = 1,
+        spawn: Spawn = spawn_by_exec,
         started: Callable[[], None] = lambda: None,
     ) -> None:
         if not 1 <= workers <= WORKERS_MAX:
@@ -115,6 +117,7 @@ class Supervisor:
                 snapshot=self._snapshot,
                 on_ready=self._worker_ready,
                 on_demand=self.operator.demand,
+                spawn=spawn,
             )
             for column, sock in enumerate(listeners)
         ]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable
 
 import msgspec
@@ -14,6 +13,7 @@ import msgspec
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.logs import get_logger
+from kubeai.processes import Process, Spawn
 from kubeai.routing.channel import Channel, Demand, Down, Ready, Up
 from kubeai.routing.routes import Snapshot
 
@@ -37,6 +37,7 @@ class WorkerProcess:
         snapshot: Callable[[], Snapshot | None],
         on_ready: Callable[[], None],
         on_demand: Callable[[str], None],
+        spawn: Spawn,
     ) -> None:
         """``snapshot``: the routes for a new process; None: they are not known yet.
 
@@ -53,8 +54,9 @@ class WorkerProcess:
         self._snapshot = snapshot
         self._on_ready = on_ready
         self._on_demand = on_demand
+        self._spawn = spawn
         self._channel: Channel | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
 
     async def run(self) -> None:
         """Start the process, and restart it when it exits, until ``stopping``."""
@@ -83,9 +85,7 @@ class WorkerProcess:
                 "channel_fd": theirs.fileno(),
                 "gateway": msgspec.to_builtins(self._config),
             }
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
+            process = await self._spawn(
                 "kubeai.gateway.worker",
                 env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
                 pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),

@@ -13,6 +13,7 @@ from harness import until
 from kubeai.errors import KubeAIError
 from kubeai.local.app import _beside
 from kubeai.local.child import Child
+from kubeai.processes import spawn_by_exec
 
 # Its n-th run does what the n-th word says: become ready, or fail.
 PROGRAM = """
@@ -33,7 +34,10 @@ def child(tmp_path, monkeypatch):
     (tmp_path / "helper_program.py").write_text(PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return lambda lives: Child(
-        "helper", lambda: ["helper_program", str(tmp_path), lives], tmp_path / "log"
+        "helper",
+        lambda: ["helper_program", str(tmp_path), lives],
+        tmp_path / "log",
+        spawn_by_exec,
     )
 
 
