@@ -106,6 +106,25 @@ async def test_killed_worker_fails_only_its_own_requests(tmp_path, session):
         assert all(answer.whole for answer in again)
 
 
+async def test_a_killed_fork_server_is_missed_by_nobody(tmp_path, session):
+    one = model("chat", minReplicas=1, maxReplicas=1)
+    async with running(tmp_path, one) as local, local.kube() as kube:
+        await ready(kube, "chat", 1)
+        before = local.processes()
+        (fork_server,) = (pid for pid, command in before.items() if "fork server" in command)
+        (worker,) = local.workers()
+        os.kill(fork_server, signal.SIGKILL)
+        assert (await chat(session, local.endpoint, "chat", "hello")).whole
+        os.kill(worker, signal.SIGKILL)
+        await until("it has a successor", lambda: set(local.workers()) - {worker}, 10)
+        await until("requests are served", lambda: served(session, local), 10)
+        assert set(before) - set(local.processes()) == {fork_server, worker}
+
+
+async def served(session, local):
+    return (await chat(session, local.endpoint, "chat", "hello")).whole
+
+
 @pytest.mark.parametrize("everything", [False, True], ids=["the-parent", "every-process"])
 async def test_killing_everything_leaves_no_orphan_and_restarts(tmp_path, session, everything):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=2)
