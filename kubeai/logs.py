@@ -8,11 +8,9 @@ import os
 import sys
 from typing import Any
 
-from kubeai.errors import KubeAIError
-from kubeai.imports import without
+import structlog
 
-with without("rich"):  # structlog imports it (90 ms) for tracebacks that are not used here
-    import structlog
+from kubeai.errors import KubeAIError
 
 __all__ = ["RateLimit", "get_logger", "setup_logging"]
 

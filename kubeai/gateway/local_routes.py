@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from urllib.parse import unquote
 
+import aiohttp
 import msgspec
+from aiohttp import web
 
 from kubeai.errors import QUOTED_MAX_CHARS
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice
-from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
 from kubeai.openai.request import parse_selector, split_model

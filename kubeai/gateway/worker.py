@@ -22,6 +22,7 @@ import time
 
 import msgspec
 import uvloop
+from aiohttp import web
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
@@ -29,7 +30,6 @@ from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
-from kubeai.http import web
 from kubeai.logs import get_logger, setup_logging
 from kubeai.routing.channel import Channel, Demand, Down, Drain, Ready
 from kubeai.routing.routes import Delta, Snapshot

@@ -24,11 +24,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlencode
 
+import aiohttp
 import msgspec
 
-from kubeai.http import aiohttp
 from kubeai.kube import exec_channels
-from kubeai.kube.auth import Loader, load_access
+from kubeai.kube.auth import Access, load_access
 from kubeai.kube.backoff import BACKOFF_MAX_S, Backoff
 from kubeai.kube.connections import enable_keep_alive, is_loopback, open_socket, tls_context
 from kubeai.kube.decoding import Event, Page, Versioned, decode, decode_leniently, event_lines
@@ -40,11 +40,10 @@ from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 if TYPE_CHECKING:
-    from kubernetes_asyncio.client.configuration import Configuration
-
     from kubeai.kube.decoding import T
 PatchKind = Literal["merge", "json", "strategic"]
 
+CONNECTIONS_MAX = 100
 CALL_TIMEOUT_S = 30.0
 UNACKNOWLEDGED_MAX_S = 5.0  # default leaseDuration - renewDeadline
 LIST_TIMEOUT_S = 120.0
@@ -65,30 +64,24 @@ class Kube:
     """A client for one Kubernetes API. Create it with :meth:`connect`, end it with ``close``."""
 
     def __init__(
-        self,
-        configuration: Configuration,
-        namespace: str,
-        loader: Loader | None = None,
-        unacknowledged_max_s: float = UNACKNOWLEDGED_MAX_S,
+        self, access: Access, *, unacknowledged_max_s: float = UNACKNOWLEDGED_MAX_S
     ) -> None:
-        self.namespace = namespace
-        self._configuration = configuration
-        self._loader = loader
-        self._renewed_at = 0.0
-        self._base = str(configuration.host)
+        self.namespace = access.namespace
+        self._credentials = access.credentials
+        self._base = access.host
         self._connector = aiohttp.TCPConnector(
-            limit=configuration.connection_pool_maxsize,
-            ssl=tls_context(configuration),
+            limit=CONNECTIONS_MAX,
+            ssl=tls_context(access),
             socket_factory=partial(open_socket, unacknowledged_max_s=unacknowledged_max_s),
         )
         self._check: Callable[[], None] | None = None
         self._sessions: builtins.list[aiohttp.ClientSession] = []  # fenced ones too
         self._session = self._open_session()
         self._options: dict[str, Any] = {}
-        if configuration.proxy:
-            self._options["proxy"] = configuration.proxy
-        if configuration.tls_server_name:
-            self._options["server_hostname"] = configuration.tls_server_name
+        if access.proxy:
+            self._options["proxy"] = access.proxy
+        if access.tls_server_name:
+            self._options["server_hostname"] = access.tls_server_name
 
     @classmethod
     async def connect(
@@ -99,7 +92,7 @@ class Kube:
         KubeAIError if the one that applies cannot be read. Does not contact the server yet.
         """
         access = await load_access(kubeconfig)
-        return cls(access.configuration, access.namespace, access.loader, unacknowledged_max_s)
+        return cls(access, unacknowledged_max_s=unacknowledged_max_s)
 
     def fenced(self, check: Callable[[], None]) -> Kube:
         """A client on the same connections whose writes are only sent if ``check`` passes.
@@ -389,7 +382,7 @@ class Kube:
                 response = await self._send("GET", r.path(namespace), query, timeout=timeout)
             async with response:
                 if response.status == 401:
-                    await self._renew()  # for the next watch
+                    await self._credentials.renew()  # for the next watch
                 if response.status >= 400:
                     raise api_error(response, await response.read())
                 enable_keep_alive(response)
@@ -420,7 +413,7 @@ class Kube:
             response = await self._send(method, path, query, data, content_type, timeout, accept)
             async with response:
                 answer = await response.read()
-                if response.status == 401 and await self._renew():
+                if response.status == 401 and await self._credentials.renew():
                     again = await self._send(
                         method, path, query, data, content_type, timeout, accept
                     )
@@ -475,23 +468,12 @@ class Kube:
                 )
                 return messages
             except ApiError as error:
-                if error.status != 401 or not await self._renew():
+                if error.status != 401 or not await self._credentials.renew():
                     raise
 
     async def _headers(self) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": "kubeai"}
-        for setting in (await self._configuration.auth_settings()).values():
-            if setting["value"]:
-                headers[setting["key"]] = setting["value"].strip()
+        authorization = await self._credentials.authorization()
+        if authorization:
+            headers["Authorization"] = authorization
         return headers
-
-    async def _renew(self) -> bool:
-        """Reload the kubeconfig's credentials, at most every 10 s."""
-        now = time.monotonic()
-        if self._loader is None or now - self._renewed_at < 10 < now:
-            return False
-        self._renewed_at = now
-        with contextlib.suppress(Exception):  # the 401 is the more useful error
-            await self._loader.load_and_set(self._configuration)
-            return True
-        return False

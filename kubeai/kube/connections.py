@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from kubeai.http import aiohttp
+import aiohttp
 
-if TYPE_CHECKING:
-    from kubernetes_asyncio.client.configuration import Configuration
+from kubeai.kube.auth import Access
 
 
-def tls_context(configuration: Configuration) -> ssl.SSLContext:
+def tls_context(access: Access) -> ssl.SSLContext:
     """The TLS settings of a cluster's connections."""
-    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
-    if configuration.cert_file:
-        context.load_cert_chain(configuration.cert_file, configuration.key_file)
-    if not configuration.verify_ssl:
+    context = ssl.create_default_context(cafile=access.ca_file)
+    if access.cert_file:
+        context.load_cert_chain(access.cert_file, access.key_file)
+    if not access.verify_tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    if configuration.disable_strict_ssl_verification:
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
 

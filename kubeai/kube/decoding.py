@@ -12,9 +12,8 @@ from kubeai.kube.resources import Object, Resource
 from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
+    import aiohttp
     from typing_extensions import TypeVar
-
-    from kubeai.http import aiohttp
 
     T = TypeVar("T", default=Object)  # the type that objects are decoded as
 

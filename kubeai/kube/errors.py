@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import aiohttp
 import msgspec
 
 from kubeai.errors import KubeAIError
-from kubeai.http import aiohttp
 
 
 class ApiError(KubeAIError):

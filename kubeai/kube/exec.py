@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kubeai.http import aiohttp
+import aiohttp
+
 from kubeai.kube import exec_channels
 from kubeai.kube.errors import ApiError, api_error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kubeai.http import aiohttp
+import aiohttp
 
 
 def fence(check: Callable[[], None]) -> aiohttp.TraceConfig:

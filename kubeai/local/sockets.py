@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from kubeai.http import aiohttp, web
+import aiohttp
+from aiohttp import web
+
 from kubeai.kube import exec_channels as channels
 
 PING_INTERVAL_S = 15.0

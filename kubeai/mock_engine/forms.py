@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from kubeai.http import aiohttp, web
+import aiohttp
+from aiohttp import web
+
 from kubeai.mock_engine.formats.base import ApiError
 
 AUDIO_MAX_BYTES = 1 << 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Any
 
-from kubeai.http import web
+from aiohttp import web
 
 REQUESTS_MAX = 10_000
 

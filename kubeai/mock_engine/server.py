@@ -18,10 +18,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
+from aiohttp import web
 
 from kubeai.errors import KubeAIError
-from kubeai.http import aiohttp, web
 from kubeai.logs import get_logger
 from kubeai.mock_engine.formats.base import ApiError, ApiFormat, GenerationRequest, Meta, decode
 from kubeai.mock_engine.formats.completions import Chat, Completions

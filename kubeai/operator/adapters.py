@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+import aiohttp
 import msgspec
 
 from kubeai.api.model import Model, ModelStatusAdapter
-from kubeai.http import aiohttp
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError

@@ -13,11 +13,12 @@ import random
 import signal
 from collections.abc import Callable
 
+from aiohttp import web
+
 from kubeai._load import LoadTable
 from kubeai.api.config.system import SystemConfig
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.gateway.tracing import check_tracing
-from kubeai.http import web
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator

@@ -10,9 +10,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Collection
 
+from aiohttp import web
+
 from kubeai._load import LoadTable
 from kubeai._readings import Readings
-from kubeai.http import web
 from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
 

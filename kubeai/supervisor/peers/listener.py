@@ -13,11 +13,11 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
+import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from kubeai.errors import KubeAIError
 from kubeai.framing import FrameTooLong, read_frame
-from kubeai.http import aiohttp
 from kubeai.supervisor.peers import wire
 
 CONNECT_TIMEOUT_S = 2.0

@@ -14,8 +14,10 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable
 
+import aiohttp
+from aiohttp import web
+
 from kubeai._load import LoadTable
-from kubeai.http import aiohttp, web
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger

@@ -1,4 +1,4 @@
-"""The Kubernetes client against a scripted server: verbs, errors, watches, authentication."""
+"""The Kubernetes client against a scripted server: verbs, errors, watches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import time
 import msgspec
 import orjson
 import pytest
-import yaml
-from aiohttp import web
-from fakes.web import start
+from fakes.scripted_api import event, gone, kubeconfig, thing
 
 from kubeai.errors import KubeAIError
 from kubeai.kube import exec_channels as channels
@@ -21,119 +19,6 @@ from kubeai.kube.exec import EXEC_OUTPUT_MAX_BYTES
 from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, NODES, PODS
 
 DEADLINE_S = 10.0
-
-
-def thing(name, version, **data):
-    return {"metadata": {"name": name, "resourceVersion": str(version)}, "data": data}
-
-
-def event(kind, obj):
-    return orjson.dumps({"type": kind, "object": obj}) + b"\n"
-
-
-def gone():
-    return event("ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "old"})
-
-
-class Server:
-    """Responds from scripts: `lists` and `watches` are used in turn, the last one repeatedly."""
-
-    def __init__(self):
-        self.requests = []
-        self.times_s = []  # arrival times of the requests
-        self.lists = [([], "1")]
-        self.watches = []
-        self.answer = None  # (status, body, headers) for everything else
-        self.tokens = None
-        self.messages = []  # of an exec, before the server ends the connection
-        self.silent = False  # if true, it does not end the connection
-        self.left = asyncio.Event()  # set when the client of an exec disconnects
-        self.open_watches = 0
-        self.done = asyncio.Event()
-        self.again = asyncio.Event()  # set when the last watch of the script is open
-
-    async def handle(self, request):
-        body = await request.read()
-        self.requests.append((request.method, request.path_qs, request.headers, body))
-        self.times_s.append(time.monotonic())
-        if self.tokens and request.headers.get("Authorization") not in self.tokens:
-            return web.json_response({"message": "who are you", "code": 401}, status=401)
-        if self.answer is not None:
-            status, body, headers = self.answer
-            return web.Response(status=status, body=body, headers=headers)
-        if "command" in request.query:
-            return await self.exec(request)
-        if "watch" in request.query:
-            return await self.watch(request)
-        items, version = self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
-        meta = {"resourceVersion": version}
-        if isinstance(items, dict):  # pages by their continue token
-            items, meta["continue"] = items[request.query.get("continue", "")]
-        return web.json_response({"metadata": meta, "items": items})
-
-    async def exec(self, request):
-        response = web.WebSocketResponse(protocols=(channels.V4,))
-        await response.prepare(request)
-        for message in self.messages:
-            await response.send_bytes(message)
-        while self.silent and not response.closed:
-            await response.receive()
-        self.left.set()
-        return response
-
-    async def watch(self, request):
-        if not self.watches:
-            self.again.set()
-            response = web.StreamResponse()
-            await response.prepare(request)
-            await self.done.wait()
-            return response
-        chunks = self.watches.pop(0)
-        if chunks is None:
-            await self.done.wait()
-        if isinstance(chunks, int):
-            return web.json_response({"code": chunks, "message": "no"}, status=chunks)
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for chunk in chunks:
-            await response.write(chunk)
-            await asyncio.sleep(0)
-        return response
-
-    def watched_from(self):
-        queries = [path for _, path, _, _ in self.requests if "watch=1" in path]
-        return [q.split("resourceVersion=")[1].split("&")[0] for q in queries]
-
-
-def kubeconfig(path, url, user):
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "c",
-        "clusters": [{"name": "c", "cluster": {"server": url}}],
-        "users": [{"name": "u", "user": user}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "ns"}}],
-    }
-    path.write_text(yaml.safe_dump(config))
-    return str(path)
-
-
-@pytest.fixture
-async def server():
-    server = Server()
-    app = web.Application(client_max_size=1 << 30)
-    app.router.add_route("*", "/{path:.*}", server.handle)
-    runner, server.url = await start(app, shutdown_timeout_s=0.1)
-    yield server
-    server.done.set()
-    await runner.cleanup()
-
-
-@pytest.fixture
-async def kube(server, tmp_path):
-    kube = await Kube.connect(kubeconfig(tmp_path / "kubeconfig", server.url, {"token": "secret"}))
-    yield kube
-    await kube.close()
 
 
 class View:
@@ -266,51 +151,6 @@ async def test_a_missing_or_malformed_response_is_an_api_error(kube, server, tmp
         await other.get(CONFIGMAPS, "a")
     assert (caught.value.status, caught.value.reason) == (0, "Unreachable")
     await other.close()
-
-
-# -- authentication ------------------------------------------------------------------------------
-
-
-async def test_a_rotated_token_file_is_read_again(server, tmp_path):
-    token = tmp_path / "token"
-    token.write_text("first")
-    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
-    kube = await Kube.connect(path)
-    server.tokens = {"Bearer second"}
-    server.answer = 200, orjson.dumps(thing("a", 1)), {}
-    token.write_text("second")
-    assert (await kube.get(CONFIGMAPS, "a"))["metadata"]["name"] == "a"
-    server.tokens = {"Bearer third"}
-    with pytest.raises(ApiError) as caught:
-        await kube.get(CONFIGMAPS, "a")
-    assert caught.value.status == 401
-    await kube.close()
-
-
-async def test_a_rejected_watch_resumes_with_the_rotated_token(server, tmp_path):
-    token = tmp_path / "token"
-    token.write_text("first")
-    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
-    kube = await Kube.connect(path)
-    token.write_text("second")
-    server.watches = [401]
-    view = await following(kube, server)
-    used = [h["Authorization"] for _, _, h, _ in server.requests]
-    assert used == ["Bearer first", "Bearer first", "Bearer second"]
-    assert view.lists == 1
-    await kube.close()
-
-
-async def test_a_missing_or_invalid_kubeconfig_is_reported_by_name(tmp_path, monkeypatch):
-    with pytest.raises(KubeAIError, match="nowhere: no such file"):
-        await Kube.connect(str(tmp_path / "nowhere"))
-    (tmp_path / "wrong").write_text("clusters: 7")
-    with pytest.raises(KubeAIError, match="wrong"):
-        await Kube.connect(str(tmp_path / "wrong"))
-    monkeypatch.delenv("KUBECONFIG", raising=False)
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(KubeAIError, match="KUBECONFIG is not set"):
-        await Kube.connect()
 
 
 async def test_the_environments_proxy_is_not_used_for_a_loopback_api(server, tmp_path, monkeypatch):
@@ -618,6 +458,20 @@ async def test_failures_are_retried_with_back_off(kube, server):
     await following(kube, server)
     # at least 0.05 + 0.1 + 0.2 + 0.4 + 0.8 s of back-off
     assert 1.5 < time.monotonic() - began < DEADLINE_S
+
+
+async def test_a_rejected_watch_resumes_with_the_rotated_token(server, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("first")
+    path = kubeconfig(tmp_path / "kubeconfig", server.url, {"tokenFile": str(token)})
+    kube = await Kube.connect(path)
+    token.write_text("second")
+    server.watches = [401]
+    view = await following(kube, server)
+    used = [h["Authorization"] for _, _, h, _ in server.requests]
+    assert used == ["Bearer first", "Bearer first", "Bearer second"]
+    assert view.lists == 1
+    await kube.close()
 
 
 def test_the_back_off_grows_to_its_limit_with_jitter():

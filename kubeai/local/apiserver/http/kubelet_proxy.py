@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kubeai.http import aiohttp, web
+import aiohttp
+from aiohttp import web
+
 from kubeai.kube import exec_channels as channels
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.errors import StatusError

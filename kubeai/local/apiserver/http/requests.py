@@ -10,8 +10,8 @@ import random
 from typing import Any, NamedTuple
 
 import orjson
+from aiohttp import web
 
-from kubeai.http import web
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.apply.patch import APPLY
 from kubeai.local.apiserver.errors import Cause, StatusError

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import orjson
+from aiohttp import web
 
-from kubeai.http import web
 from kubeai.local.apiserver.http import requests
 from kubeai.local.apiserver.http.requests import JSON, PARTIAL, PARTIAL_LIST, TABLE
 from kubeai.local.apiserver.kinds import printing

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from kubeai.http import web
+from aiohttp import web
+
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.apply.patch import APPLY
 from kubeai.local.apiserver.credentials import LOOPBACK

@@ -18,13 +18,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import cel
 import orjson
 
-from kubeai.imports import without_init
 from kubeai.local.apiserver.errors import Cause
-
-with without_init("cel"):  # without its __init__, which imports its command line too
-    from cel import cel
 
 Object = dict[str, Any]
 

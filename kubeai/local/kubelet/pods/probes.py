@@ -17,9 +17,9 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol
 
+import aiohttp
 from yarl import URL
 
-from kubeai.http import aiohttp
 from kubeai.local.kubelet.pods.pod import HTTPGet, PodError, Probe, TCPSocket
 from kubeai.local.kubelet.runtime.command import ExecResult
 

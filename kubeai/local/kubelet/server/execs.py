@@ -14,8 +14,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from aiohttp import web
+
 from kubeai.errors import KubeAIError
-from kubeai.http import web
 from kubeai.kube import exec_channels as channels
 from kubeai.kube.exec_channels import Ending
 from kubeai.local.kubelet.runtime.command import Command

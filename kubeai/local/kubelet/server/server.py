@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from kubeai.http import web
+from aiohttp import web
+
 from kubeai.local.kubelet.runtime.logs import LogQuery, read_log
 from kubeai.local.kubelet.server.access import Access
 from kubeai.local.kubelet.server.execs import Containers, Execs, Refusal
