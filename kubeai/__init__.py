@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+DISTRIBUTION = "kubeai-gateway"  # on PyPI, where `kubeai` is an unrelated project
+
 if TYPE_CHECKING:
     __version__: str
 else:
@@ -11,7 +13,5 @@ else:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version
-
-        from kubeai.distribution import DISTRIBUTION
 
         return version(DISTRIBUTION)

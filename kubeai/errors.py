@@ -5,12 +5,23 @@ manifest (``spec.resourceProfile``), an option, or a file. The command line prin
 without a traceback; the operator reports them in a Model's conditions.
 """
 
+from kubeai import DISTRIBUTION
+
 QUOTED_MAX_CHARS = 200  # of a user's text in an error message
 
 
 def quoted(text: str) -> str:
     """A user's text for an error message: in quotes, and cut off when it is long."""
     return repr(text if len(text) <= QUOTED_MAX_CHARS else text[:QUOTED_MAX_CHARS] + "…")
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an optional dependency, for use in an error message.
+
+    pip keeps a distribution that is already installed, so the first command also works after an
+    editable install. The second one works in a checkout that is not installed.
+    """
+    return f"pip install '{DISTRIBUTION}[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
 
 
 class KubeAIError(Exception):

@@ -15,8 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 import kubeai
-from kubeai.distribution import install_hint
-from kubeai.errors import ConfigError
+from kubeai.errors import ConfigError, install_hint
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from kubeai.distribution import install_hint
+from kubeai.errors import install_hint
 from kubeai.loading.files import LoadError, RemoteFile, check_paths
 from kubeai.loading.staging import Staging, staged
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from harness import chat, model, pods, running, until
 
-from kubeai.distribution import install_hint
+from kubeai.errors import install_hint
 from kubeai.kube.resources import MODELS, PODS
 
 RUN_TIMEOUT_S = 40

@@ -9,7 +9,8 @@ import pytest
 from repository import REPOSITORY
 
 import kubeai
-from kubeai.distribution import DISTRIBUTION, install_hint
+from kubeai import DISTRIBUTION
+from kubeai.errors import install_hint
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # `kubeai` or `kubeai[extra]` where pip would look up a distribution of that name.
