@@ -1,9 +1,8 @@
 """A Kubernetes API client, used by the operator, the kubelet and ``kubeai local``.
 
-Owns the connections, the verbs,
-:meth:`Kube.follow`, which keeps a caller's view of a collection up to date, and
-:meth:`Kube.fenced`, through which a leader writes. Objects are dicts, or any type that msgspec
-decodes directly from the response.
+Owns the connections, the verbs, :meth:`Kube.follow`, which keeps a caller's view of a collection
+up to date, and :meth:`Kube.fenced`, through which a leader writes. Objects are dicts, or any type
+that msgspec decodes directly from the response.
 
 Promises: every failed call raises :class:`ApiError` (status 0 if there was no response). Only
 ``follow`` retries, and a call that got 401 is repeated once with refreshed credentials. Every call
@@ -17,8 +16,6 @@ import asyncio
 import builtins
 import contextlib
 import copy
-import random
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,18 +24,15 @@ from urllib.parse import urlencode
 import aiohttp
 import msgspec
 
-from kubeai.kube import exec_channels
 from kubeai.kube.auth import Access, load_access
-from kubeai.kube.backoff import BACKOFF_MAX_S, Backoff
-from kubeai.kube.connections import enable_keep_alive, is_loopback, open_socket, tls_context
-from kubeai.kube.decoding import Event, Page, Versioned, decode, decode_leniently, event_lines
-from kubeai.kube.errors import ApiError, Status, api_error, no_response
-from kubeai.kube.exec import ExecResult, command_result, raise_refused_upgrade
+from kubeai.kube.connections import is_loopback, open_socket, tls_context
+from kubeai.kube.decoding import Page, decode, decode_leniently
+from kubeai.kube.errors import ApiError, api_error, no_response
+from kubeai.kube.exec import PROTOCOL_V4, ExecResult, command_result, raise_refused_upgrade
 from kubeai.kube.fencing import fence
-from kubeai.kube.resources import PODS, Object, Resource, selector_query
-from kubeai.logs import get_logger
+from kubeai.kube.resources import PODS, Object, Resource, Selection
+from kubeai.kube.watch import RawEvent, follow, watch_events
 
-log = get_logger(__name__)
 if TYPE_CHECKING:
     from kubeai.kube.decoding import T
 PatchKind = Literal["merge", "json", "strategic"]
@@ -49,8 +43,6 @@ UNACKNOWLEDGED_MAX_S = 5.0  # default leaseDuration - renewDeadline
 LIST_TIMEOUT_S = 120.0
 LIST_PAGE_MAX_ITEMS = 500
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-WATCH_TIMEOUT_S = (240.0, 300.0)  # range of the timeout that the server is asked for
-WATCH_SILENCE_MAX_S = 330.0
 EXEC_MESSAGE_MAX_BYTES = 4 << 20
 EXEC_CLOSE_TIMEOUT_S = 1.0
 _CONTENT_TYPE = {
@@ -143,7 +135,7 @@ class Kube:
         items: builtins.list[Any] = []
         version = ""
         accept = METADATA_LIST if metadata_only else ""
-        async for page in self._pages(r, namespace, labels, fields, accept):
+        async for page in self._pages(Selection(r, namespace, labels, fields), accept):
             version = page.metadata.resource_version
             items += [decode(raw, type) for raw in page.items or ()]
         return items, version
@@ -260,9 +252,8 @@ class Kube:
         A bookmark's object has little more than metadata.resourceVersion. ApiError 410 if
         ``resource_version`` is too old: list again.
         """
-        async with contextlib.aclosing(
-            self._events(r, namespace, resource_version, labels, fields)
-        ) as events:
+        selection = Selection(r, namespace, labels, fields)
+        async with contextlib.aclosing(self._events(selection, resource_version)) as events:
             async for kind, _, raw in events:
                 yield kind, decode(raw, type)
 
@@ -286,39 +277,16 @@ class Kube:
         Failures are reported to ``failed`` and retried with back-off and jitter from the last
         resourceVersion. If that has expired, the collection is listed again at once.
         """
-        backoff = Backoff()
-        version = ""
-        while True:
-            began, broke, forgotten = time.monotonic(), False, False
-            resumed = version != ""
-            retry_after_s = 0.0
-            try:
-                if not version:
-                    items, version = await self._list_leniently(r, namespace, labels, fields, type)
-                    replaced(items)
-                async with contextlib.aclosing(
-                    self._events(r, namespace, version, labels, fields)
-                ) as events:
-                    async for kind, version, raw in events:
-                        backoff.reset()
-                        if kind == "BOOKMARK":
-                            continue
-                        obj = decode_leniently(r, raw, type)
-                        if obj is not None:
-                            changed(kind, obj)
-                        elif kind == "DELETED":
-                            version = ""  # only a new list can show which object was deleted
-                            break
-            except ApiError as error:
-                broke = True
-                failed(error)
-                if error.status == 410:
-                    version = ""
-                    forgotten = resumed
-                retry_after_s = min(error.retry_after_s or 0.0, BACKOFF_MAX_S)
-                log.info("watch failed", resource=r.plural, status=error.status, error=str(error))
-            if not forgotten and (broke or time.monotonic() - began < 1.0):
-                await asyncio.sleep(max(backoff.next_s(), retry_after_s))
+        selection = Selection(r, namespace, labels, fields)
+        await follow(
+            r,
+            type,
+            list_all=partial(self._list_leniently, selection, type),
+            events=partial(self._events, selection),
+            replaced=replaced,
+            changed=changed,
+            failed=failed,
+        )
 
     # -- implementation --------------------------------------------------------------------------
 
@@ -340,61 +308,30 @@ class Kube:
         return namespace or obj["metadata"].get("namespace") or self.namespace
 
     async def _list_leniently(
-        self, r: Resource, namespace: str, labels: str, fields: str, type_: Any
+        self, selection: Selection, type_: Any
     ) -> tuple[builtins.list[Any], str]:
         items: builtins.list[Any] = []
         version = ""
-        async for page in self._pages(r, namespace, labels, fields):
+        async for page in self._pages(selection):
             version = page.metadata.resource_version
-            decoded = (decode_leniently(r, raw, type_) for raw in page.items or ())
+            decoded = (decode_leniently(selection.resource, raw, type_) for raw in page.items or ())
             items += [item for item in decoded if item is not None]
         return items, version
 
-    async def _pages(
-        self, r: Resource, namespace: str, labels: str, fields: str, accept: str = ""
-    ) -> AsyncIterator[Page]:
-        query = {"limit": str(LIST_PAGE_MAX_ITEMS)} | selector_query(labels, fields)
+    async def _pages(self, selection: Selection, accept: str = "") -> AsyncIterator[Page]:
+        path = selection.resource.path(selection.namespace)
+        query = {"limit": str(LIST_PAGE_MAX_ITEMS)} | selection.query()
         while True:
-            body = await self._call(
-                "GET", r.path(namespace), query, accept=accept, timeout_s=LIST_TIMEOUT_S
-            )
+            body = await self._call("GET", path, query, accept=accept, timeout_s=LIST_TIMEOUT_S)
             page = decode(body, Page)
             yield page
             if not page.metadata.continue_:
                 return
             query["continue"] = page.metadata.continue_
 
-    async def _events(
-        self, r: Resource, namespace: str, version: str, labels: str, fields: str
-    ) -> AsyncGenerator[tuple[str, str, msgspec.Raw], None]:
-        """(type, resourceVersion, object) of one watch."""
-        query = {
-            "watch": "1",
-            "resourceVersion": version,
-            "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(int(random.uniform(*WATCH_TIMEOUT_S))),
-        } | selector_query(labels, fields)
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CALL_TIMEOUT_S, sock_read=WATCH_SILENCE_MAX_S
-        )
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):  # for the response's head only
-                response = await self._send("GET", r.path(namespace), query, timeout=timeout)
-            async with response:
-                if response.status == 401:
-                    await self._credentials.renew()  # for the next watch
-                if response.status >= 400:
-                    raise api_error(response, await response.read())
-                enable_keep_alive(response)
-                async for line in event_lines(response.content):
-                    event = decode(line, Event)
-                    if event.type == "ERROR":
-                        status = decode(event.object, Status)
-                        raise ApiError(status.code, status.reason, status.message)
-                    meta = decode(event.object, Versioned).metadata
-                    yield event.type, meta.resource_version, event.object
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise no_response("watch", r.plural, error) from error
+    def _events(self, selection: Selection, version: str) -> AsyncGenerator[RawEvent, None]:
+        get = partial(self._send, "GET")
+        return watch_events(get, self._credentials.renew, selection, version)
 
     async def _call(
         self,
@@ -460,7 +397,7 @@ class Kube:
             try:
                 messages: aiohttp.ClientWebSocketResponse = await self._session.ws_connect(
                     url,
-                    protocols=(exec_channels.V4,),
+                    protocols=(PROTOCOL_V4,),
                     headers=await self._headers(),
                     timeout=aiohttp.ClientWSTimeout(ws_close=EXEC_CLOSE_TIMEOUT_S),
                     max_msg_size=EXEC_MESSAGE_MAX_BYTES,

@@ -33,6 +33,20 @@ class Resource(NamedTuple):
         return {"apiVersion": self.api_version, "kind": self.kind} | obj
 
 
+class Selection(NamedTuple):
+    """Objects of one type: those of a namespace ("": all) that the selectors match ("": all)."""
+
+    resource: Resource
+    namespace: str = ""
+    labels: str = ""
+    fields: str = ""
+
+    def query(self) -> dict[str, str]:
+        """The selectors as query parameters of a list or watch."""
+        given = {"labelSelector": self.labels, "fieldSelector": self.fields}
+        return {key: value for key, value in given.items() if value}
+
+
 PODS = Resource("", "v1", "pods", "Pod")
 CONFIGMAPS = Resource("", "v1", "configmaps", "ConfigMap")
 SECRETS = Resource("", "v1", "secrets", "Secret")
@@ -46,9 +60,3 @@ MODELS = Resource("kubeai.org", "v1", "models", "Model")
 CRDS = Resource(
     "apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", False
 )
-
-
-def selector_query(labels: str, fields: str) -> dict[str, str]:
-    """The query parameters of a list or watch with these selectors; "" selects everything."""
-    given = {"labelSelector": labels, "fieldSelector": fields}
-    return {key: value for key, value in given.items() if value}

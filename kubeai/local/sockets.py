@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import aiohttp
 from aiohttp import web
 
-from kubeai.kube import exec_channels as channels
+from kubeai.kube.exec import PROTOCOL_V4, PROTOCOL_V5
 
 PING_INTERVAL_S = 15.0
 CLOSE_TIMEOUT_S = 1.0
@@ -24,7 +24,7 @@ def asked_protocol(request: web.Request) -> str:
     offered = [
         word.strip() for word in request.headers.get("Sec-WebSocket-Protocol", "").split(",")
     ]
-    return next((known for known in (channels.V5, channels.V4) if known in offered), "")
+    return next((known for known in (PROTOCOL_V5, PROTOCOL_V4) if known in offered), "")
 
 
 def server_socket(protocol: str) -> web.WebSocketResponse:

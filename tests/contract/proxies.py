@@ -18,8 +18,7 @@ import aiohttp
 from aiohttp import web
 from servers import ApiServer
 
-from kubeai.kube import exec_channels as channels
-from kubeai.kube.exec import ExecResult
+from kubeai.kube.exec import ERROR, PROTOCOL_V4, STDOUT, Ending, ExecResult
 
 CUT = Literal["before", "after"]
 DROPPED_HEADERS = {"host", "content-length", "transfer-encoding", "connection"}
@@ -138,11 +137,11 @@ class Proxy:
     async def _exec(self, request: web.Request) -> web.StreamResponse:
         pod = request.path.split("/")[-2]
         result = self._run(pod, request.query.getall("command"))
-        messages = web.WebSocketResponse(protocols=(channels.V4,))
+        messages = web.WebSocketResponse(protocols=(PROTOCOL_V4,))
         with contextlib.suppress(ConnectionError):
             await messages.prepare(request)
-            await messages.send_bytes(bytes([channels.STDOUT]) + result.output.encode())
-            ending = channels.Ending(result.exit_code).encode()
-            await messages.send_bytes(bytes([channels.ERROR]) + ending)
+            await messages.send_bytes(bytes([STDOUT]) + result.output.encode())
+            ending = Ending(result.exit_code).encode()
+            await messages.send_bytes(bytes([ERROR]) + ending)
             await messages.close()
         return messages

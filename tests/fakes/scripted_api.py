@@ -9,7 +9,7 @@ import orjson
 import yaml
 from aiohttp import web
 
-from kubeai.kube import exec_channels as channels
+from kubeai.kube.exec import PROTOCOL_V4
 
 
 def thing(name, version, **data):
@@ -64,7 +64,7 @@ class ScriptedApi:
         return web.json_response({"metadata": meta, "items": items})
 
     async def exec(self, request):
-        response = web.WebSocketResponse(protocols=(channels.V4,))
+        response = web.WebSocketResponse(protocols=(PROTOCOL_V4,))
         await response.prepare(request)
         for message in self.messages:
             await response.send_bytes(message)

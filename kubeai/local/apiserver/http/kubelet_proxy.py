@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from kubeai.kube import exec_channels as channels
+from kubeai.kube.exec import Ending
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.errors import StatusError
 from kubeai.local.apiserver.kinds.resources import BUILT_IN, PODS
@@ -166,7 +166,7 @@ async def _raise_refused_upgrade(response: aiohttp.ClientResponse) -> None:
 async def _refusal(response: aiohttp.ClientResponse) -> StatusError:
     body = await response.content.read(CHUNK_MAX_BYTES)
     if response.content_type == "application/json":
-        ending = channels.Ending.decode(body)
+        ending = Ending.decode(body)
         return StatusError(ending.status, ending.reason, ending.message)
     text = body.decode(errors="replace").strip() or f"the kubelet returned {response.status}"
     return StatusError(

@@ -2,7 +2,7 @@
 
 ``/exec/{namespace}/{pod}/{container}`` with the kubelet's parameters: ``command`` (repeated for
 each argument) and ``input``, ``output``, ``error``. Messages are those of
-``kubeai.kube.exec_channels``.
+``kubeai.kube.exec``.
 
 Promises: when the client disconnects or after ``EXEC_TIMEOUT_S``, the command is killed with all
 its descendants. A slow client slows the command down; its output is not buffered here.
@@ -17,8 +17,7 @@ from typing import NamedTuple, Protocol
 from aiohttp import web
 
 from kubeai.errors import KubeAIError
-from kubeai.kube import exec_channels as channels
-from kubeai.kube.exec_channels import Ending
+from kubeai.kube.exec import CLOSE, ERROR, PROTOCOL_V4, PROTOCOL_V5, STDERR, STDIN, STDOUT, Ending
 from kubeai.local.kubelet.runtime.command import Command
 from kubeai.local.sockets import asked_protocol, first_of, payload, ping, server_socket
 from kubeai.logs import get_logger
@@ -89,7 +88,7 @@ class Execs:
         if request.query.get("tty") == "1":
             raise Refusal(400, "tty is not supported: containers are processes without a terminal")
         if not (protocol := asked_protocol(request)):
-            known = f"{channels.V5}, {channels.V4}"
+            known = f"{PROTOCOL_V5}, {PROTOCOL_V4}"
             raise Refusal(400, f"exec requires a WebSocket upgrade with one of: {known}")
         if self._count >= EXECS_MAX:
             raise Refusal(429, f"too many commands: the limit is {EXECS_MAX}")
@@ -117,7 +116,7 @@ async def _run(
             command.close()
     try:
         if ending is not None:
-            await socket.send_bytes(bytes([channels.ERROR]) + ending.encode())
+            await socket.send_bytes(bytes([ERROR]) + ending.encode())
         await socket.close()
     except ConnectionError:
         pass  # the client disconnected
@@ -154,8 +153,8 @@ async def _send_output(
     left = False
     try:
         async with asyncio.TaskGroup() as both:
-            both.create_task(send(command.stdout, channels.STDOUT, streams.output))
-            both.create_task(send(command.stderr, channels.STDERR, streams.error))
+            both.create_task(send(command.stdout, STDOUT, streams.output))
+            both.create_task(send(command.stderr, STDERR, streams.error))
     except* ConnectionError:
         left = True
     if left:
@@ -172,7 +171,7 @@ async def _receive(socket: web.WebSocketResponse, command: Command, streams: _St
         data = payload(message)
         if data is None or not streams.input:
             continue
-        if data[:1] == bytes([channels.STDIN]):
+        if data[:1] == bytes([STDIN]):
             await command.write(data[1:])
-        elif data == bytes([channels.CLOSE, channels.STDIN]):
+        elif data == bytes([CLOSE, STDIN]):
             command.end_input()

@@ -11,8 +11,7 @@ import time
 import aiohttp
 import pytest
 
-from kubeai.kube import exec_channels as channels
-from kubeai.kube.exec_channels import Ending
+from kubeai.kube.exec import CLOSE, ERROR, PROTOCOL_V4, PROTOCOL_V5, STDERR, STDIN, STDOUT, Ending
 from kubeai.local.kubelet.pods.pod import PodError
 from kubeai.local.kubelet.runtime.process import Launch, Process
 from kubeai.local.kubelet.runtime.process_table import ProcessTable
@@ -78,7 +77,7 @@ async def connect(container):
     async with aiohttp.ClientSession(headers={"Authorization": "Bearer secret"}) as session:
 
         def connect(
-            *command, to="default/p/server", protocols=(channels.V5,), upgrade=True, **options
+            *command, to="default/p/server", protocols=(PROTOCOL_V5,), upgrade=True, **options
         ):
             query = [("command", word) for word in command]
             query += list(({"output": "1", "error": "1"} | options).items())
@@ -93,14 +92,14 @@ async def connect(container):
 
 async def everything(socket):
     """Return the output by channel and the command's ending."""
-    got = {channels.STDOUT: b"", channels.STDERR: b"", channels.ERROR: b""}
+    got = {STDOUT: b"", STDERR: b"", ERROR: b""}
     async with asyncio.timeout(DEADLINE_S):
         async for message in socket:
             got[message.data[0]] += message.data[1:]
-    return got[channels.STDOUT], got[channels.STDERR], Ending.decode(got[channels.ERROR])
+    return got[STDOUT], got[STDERR], Ending.decode(got[ERROR])
 
 
-@pytest.mark.parametrize("protocol", [channels.V4, channels.V5])
+@pytest.mark.parametrize("protocol", [PROTOCOL_V4, PROTOCOL_V5])
 async def test_a_commands_streams_and_ending_are_sent(connect, protocol):
     code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
     async with connect(*PYTHON, code, protocols=(protocol,)) as socket:
@@ -122,8 +121,8 @@ async def test_a_commands_arguments_are_passed_unchanged_at_any_length(connect):
 async def test_input_reaches_the_command_until_the_client_closes_it(connect):
     async with connect("cat", input="1") as socket:
         for _ in range(20):
-            await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 30_000)
-        await socket.send_bytes(bytes([channels.CLOSE, channels.STDIN]))
+            await socket.send_bytes(bytes([STDIN]) + b"x" * 30_000)
+        await socket.send_bytes(bytes([CLOSE, STDIN]))
         assert await everything(socket) == (b"x" * 600_000, b"", Ending(0))
 
 
@@ -161,7 +160,7 @@ async def test_a_disconnect_with_unread_input_is_noticed(connect, container, mon
     async with connect(*PYTHON, f"print('up'); {SLEEP}", input="1") as socket:
         await socket.receive(DEADLINE_S)
         for _ in range(100):  # more than the pipe and the command's reader hold
-            await socket.send_bytes(bytes([channels.STDIN]) + b"x" * 10_000)
+            await socket.send_bytes(bytes([STDIN]) + b"x" * 10_000)
         socket._response.close()  # without a close frame
     await container.until_alone()
 
