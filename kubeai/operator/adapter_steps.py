@@ -11,7 +11,7 @@ import msgspec
 
 from kubeai.api.model import Model, ModelStatusAdapter
 from kubeai.operator.pods import Pod, Trouble
-from kubeai.podspec import adapters as engine
+from kubeai.podspec.adapters import url_hash
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ def steps(model: Model, pod: Pod, busy: Collection[str]) -> Steps:
     wanted = {adapter.name: adapter.url for adapter in model.spec.adapters}
     load = []
     for name, url in wanted.items():
-        hash_ = engine.url_hash(url)
+        hash_ = url_hash(url)
         if labels.get(name) == hash_ and pod.adapters_current:
             continue
         if name in pod.loaded and name in busy:

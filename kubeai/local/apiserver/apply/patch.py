@@ -27,7 +27,9 @@ APPLY = "application/apply-patch+yaml"
 OPERATIONS_MAX = 10_000
 
 
-def apply(kind: str, target: Object, patch: Any, schema: Schema | None, custom: bool) -> Object:
+def apply_patch(
+    kind: str, target: Object, patch: Any, schema: Schema | None, custom: bool
+) -> Object:
     """Return `target` with the patch applied. `kind` is the request's content type."""
     if kind == JSON:
         return _json(target, patch)

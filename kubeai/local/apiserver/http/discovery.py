@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 import kubeai
-from kubeai.local.apiserver.apply import patch as patches
+from kubeai.local.apiserver.apply.patch import APPLY, JSON, MERGE, STRATEGIC
 from kubeai.local.apiserver.kinds.resources import VERBS, Catalog, Resource
 
 Object = dict[str, Any]
@@ -279,7 +279,7 @@ def _paths(resource: Resource, schema: Object) -> Object:
     }
 
 
-_PATCHES = (patches.JSON, patches.MERGE, patches.APPLY)
+_PATCHES = (JSON, MERGE, APPLY)
 
 
 def _operation(
@@ -299,6 +299,6 @@ def _operation(
     if action in ("post", "put"):
         operation["requestBody"] = {"content": {"application/json": {"schema": schema}}}
     elif action == "patch":
-        kinds = _PATCHES if resource.custom else (*_PATCHES, patches.STRATEGIC)
+        kinds = _PATCHES if resource.custom else (*_PATCHES, STRATEGIC)
         operation["requestBody"] = {"content": {kind: {"schema": {}} for kind in kinds}}
     return operation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kubeai.local.apiserver.errors import Cause
-from kubeai.local.apiserver.kinds import metadata as meta
+from kubeai.local.apiserver.kinds.metadata import now
 from kubeai.local.apiserver.kinds.resources import BUILT_IN, Resource, ScalePaths
 from kubeai.local.apiserver.schema.structural import Schema
 
@@ -41,7 +41,7 @@ def prepare_definition(obj: Object, old: Object | None) -> None:
         conditions.setdefault(
             kind,
             {"type": kind, "status": "True", "reason": reason, "message": message,
-             "lastTransitionTime": meta.now()},
+             "lastTransitionTime": now()},
         )  # fmt: skip
     obj["status"] = {
         "acceptedNames": dict(names),

@@ -74,7 +74,7 @@ def random_suffix() -> str:
     return "".join(secrets.choice(_SUFFIX) for _ in range(_SUFFIX_CHARS))
 
 
-def tidy(obj: Object, version: str, kind: str) -> tuple[list[str], list[Object] | None]:
+def tidy_metadata(obj: Object, version: str, kind: str) -> tuple[list[str], list[Object] | None]:
     """Validate the types in metadata; drop unknown and empty fields in place.
 
     Returns the paths of unknown fields, and `managedFields`, which it removes.
@@ -102,7 +102,7 @@ def _are_objects(items: Any) -> bool:
     return isinstance(items, list) and all(isinstance(item, dict) for item in items)
 
 
-def check(metadata: Object, one_label: bool = False, custom: bool = False) -> list[Cause]:
+def check_metadata(metadata: Object, one_label: bool = False, custom: bool = False) -> list[Cause]:
     """Validate names, labels, annotations, finalizers and owner references.
 
     `one_label`: the name must be a DNS label, not a subdomain. `custom`: this is a custom resource,
@@ -131,7 +131,7 @@ def check(metadata: Object, one_label: bool = False, custom: bool = False) -> li
     return causes + _check_owners(metadata.get("ownerReferences") or [])
 
 
-def check_unchanged(metadata: Object, old: Object) -> list[Cause]:
+def check_metadata_unchanged(metadata: Object, old: Object) -> list[Cause]:
     """Reject changes of immutable fields. Fields that a write omits are kept."""
     causes = []
     for name in ("deletionTimestamp", "deletionGracePeriodSeconds"):

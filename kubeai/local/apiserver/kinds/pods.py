@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kubeai.local.apiserver.errors import Cause
-from kubeai.local.apiserver.kinds import metadata as meta
+from kubeai.local.apiserver.kinds.metadata import check_metadata
 from kubeai.local.apiserver.kinds.strategy import Strategy, canonicalize
 
 Object = dict[str, Any]
@@ -160,8 +160,8 @@ def _check_container(
         causes.append(Cause("FieldValueRequired", "Required value", f"{path}.name"))
     elif name in seen:
         causes.append(Cause("FieldValueDuplicate", f'Duplicate value: "{name}"', f"{path}.name"))
-    elif meta.check({"name": name}, one_label=True):
-        found = meta.check({"name": name}, one_label=True)[0]
+    elif check_metadata({"name": name}, one_label=True):
+        found = check_metadata({"name": name}, one_label=True)[0]
         causes.append(found._replace(field=f"{path}.name"))
     seen.add(name)
     if not container.get("image"):

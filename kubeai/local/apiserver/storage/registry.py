@@ -17,15 +17,20 @@ import orjson
 
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.apply import field_manager
-from kubeai.local.apiserver.apply import patch as patches
 from kubeai.local.apiserver.apply.field_manager import (
     copied,
     managed_fields,
     without_managed_fields,
 )
 from kubeai.local.apiserver.apply.managed_fields import Writer
+from kubeai.local.apiserver.apply.patch import apply_patch
 from kubeai.local.apiserver.errors import Cause
-from kubeai.local.apiserver.kinds import metadata as meta
+from kubeai.local.apiserver.kinds.metadata import (
+    NAME_MAX_CHARS,
+    check_metadata_unchanged,
+    now,
+    random_suffix,
+)
 from kubeai.local.apiserver.kinds.resources import NAMESPACES, PODS, Catalog, Resource
 from kubeai.local.apiserver.kinds.scale import check_scale, scale_of, with_replicas
 from kubeai.local.apiserver.kinds.strategies import strategy_of
@@ -101,7 +106,7 @@ class Registry:
         self._check_namespace_accepts(resource, namespace, name)
         for given in ("deletionTimestamp", "deletionGracePeriodSeconds", "generation"):
             metadata.pop(given, None)
-        metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": meta.now()}
+        metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": now()}
         if resource.generation or resource.custom:
             metadata["generation"] = 1
         if "status" in resource.subresources and strategy.resets_status:
@@ -154,7 +159,7 @@ class Registry:
             )
         check_version(resource, name, metadata, old)
         strategy = strategy_of(resource)
-        fixed = meta.check_unchanged(metadata, old.metadata)
+        fixed = check_metadata_unchanged(metadata, old.metadata)
         if fixed:
             raise errors.invalid(resource.group, resource.kind, name, fixed)
         _keep_system_metadata(metadata, old.metadata)
@@ -260,7 +265,7 @@ class Registry:
     ) -> Object:
         """Apply a patch to the object's Scale. `kind` is the patch's content type."""
         before = self.scale(resource, namespace, name)
-        scale = patches.apply(kind, before, patch, None, custom=True)
+        scale = apply_patch(kind, before, patch, None, custom=True)
         return self.set_scale(resource, namespace, name, scale, options)
 
     def apply_scale(
@@ -296,7 +301,7 @@ class Registry:
         obj = copied(old.object)
         obj["spec"]["nodeName"] = node
         condition = {"type": "PodScheduled", "status": "True", "lastProbeTime": None,
-                     "lastTransitionTime": meta.now()}  # fmt: skip
+                     "lastTransitionTime": now()}  # fmt: skip
         conditions = obj.setdefault("status", {}).setdefault("conditions", [])
         conditions[:] = [c for c in conditions if c.get("type") != "PodScheduled"] + [condition]
         self._commit(PODS, (namespace, name), obj, options)
@@ -345,15 +350,15 @@ class Registry:
     # Steps of a write.
 
     def _patched(self, resource: Resource, kind: str, obj: Object, patch: Any) -> Object:
-        patched = patches.apply(kind, obj, patch, resource.schema, resource.custom)
+        patched = apply_patch(kind, obj, patch, resource.schema, resource.custom)
         return copied(patched)  # unpatched parts are shared with the store
 
     def _name(self, resource: Resource, namespace: str, metadata: Object) -> str:
         prefix = metadata.get("generateName")
         if not metadata.get("name") and prefix:
-            name = prefix[: meta.NAME_MAX_CHARS - 5] + meta.random_suffix()
+            name = prefix[: NAME_MAX_CHARS - 5] + random_suffix()
             while self.store.get(resource.key, (namespace, name)) is not None:
-                name = prefix + meta.random_suffix()
+                name = prefix + random_suffix()
             metadata["name"] = name
         return str(metadata.get("name", ""))
 
@@ -385,7 +390,7 @@ class Registry:
 
 
 def _writer(resource: Resource, options: WriteOptions, subresource: str = "") -> Writer:
-    return Writer(options.manager, resource.api_version, meta.now(), subresource)
+    return Writer(options.manager, resource.api_version, now(), subresource)
 
 
 def _set_managed(obj: Object, managed: list[Object]) -> None:

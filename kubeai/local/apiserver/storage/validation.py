@@ -12,7 +12,7 @@ import orjson
 
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.errors import Cause
-from kubeai.local.apiserver.kinds import metadata as meta
+from kubeai.local.apiserver.kinds.metadata import check_metadata, tidy_metadata
 from kubeai.local.apiserver.kinds.resources import Resource
 from kubeai.local.apiserver.kinds.strategies import strategy_of
 from kubeai.local.apiserver.storage.options import WriteOptions
@@ -39,7 +39,7 @@ def decode(resource: Resource, obj: Object, options: WriteOptions) -> Any:
             f"{resource.api_version}, Kind={resource.kind})"
         )
     obj["kind"], obj["apiVersion"] = resource.kind, resource.api_version
-    unknown, given = meta.tidy(obj, resource.version, resource.kind)
+    unknown, given = tidy_metadata(obj, resource.version, resource.kind)
     if resource.schema is not None:
         unknown += resource.schema.prune(obj)
         resource.schema.default(obj)
@@ -109,7 +109,7 @@ def check_version(resource: Resource, name: str, metadata: Object, old: Stored) 
 def validate(resource: Resource, obj: Object, old: Object | None, subresource: str = "") -> None:
     """Validate the object. Raises a 422 that lists all problems."""
     strategy = strategy_of(resource)
-    causes = meta.check(obj["metadata"], strategy.name_is_label, resource.custom)
+    causes = check_metadata(obj["metadata"], strategy.name_is_label, resource.custom)
     if old is not None:
         causes += _check_finalizers(obj["metadata"], old["metadata"])
     if not causes and resource.schema is not None:
