@@ -33,11 +33,13 @@ RawEvent = tuple[str, str, msgspec.Raw]  # type, resourceVersion, object
 
 
 class Get(Protocol):
-    """Sends a GET request and returns once the response's head is there."""
+    """Sends a GET request."""
 
     async def __call__(
         self, path: str, query: dict[str, str], *, timeout: aiohttp.ClientTimeout
-    ) -> aiohttp.ClientResponse: ...
+    ) -> aiohttp.ClientResponse:
+        """Return once the response's head is there. aiohttp.ClientError if there is none."""
+        ...
 
 
 async def watch_events(

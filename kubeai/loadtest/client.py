@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Any, cast
 
 import httptools
+from typing_extensions import override
 
 from kubeai.errors import KubeAIError
 from kubeai.loadtest._streams import Poller
@@ -362,11 +363,13 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._fd = transport.get_extra_info("socket").fileno()
         self._client.open.add(self)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_polling()
         self._client.open.discard(self)

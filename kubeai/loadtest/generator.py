@@ -16,6 +16,7 @@ from typing import cast
 
 import msgspec
 import uvloop
+from typing_extensions import override
 
 from kubeai.errors import KubeAIError
 from kubeai.loadtest.client import Address, Client
@@ -44,9 +45,11 @@ class Outbox(asyncio.Protocol):
         _, outbox = await asyncio.get_running_loop().connect_write_pipe(cls, pipe)
         return outbox
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed.set()
 

@@ -49,6 +49,7 @@ class Manifest(NamedTuple):
 
     @property
     def name(self) -> str:
+        """``metadata.name``, which `read_manifests` has checked to be there."""
         return str(self.object["metadata"]["name"])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector as Base
+from typing_extensions import override
 
 from kubeai.mock_engine.request_log import RequestLog
 from kubeai.simulation.engine import Engine
@@ -19,6 +20,7 @@ class Collector(Base):
         self._request_log = request_log
         self._model = model
 
+    @override
     def collect(self) -> Iterable[Metric]:
         engine = self._engine
         used = engine.cache.used / engine.cache.capacity

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from typing_extensions import override
+
 from kubeai.mock_engine.formats.base import ApiFormat, Usage, pieces
 from kubeai.simulation.engine import Engine
 from kubeai.simulation.engine import Sequence as Running
@@ -127,6 +129,7 @@ class StreamingGroup(SequenceGroup):
         self._chunked = chunked
         self._opened = False
 
+    @override
     def advanced(self, sequence: Running) -> None:
         super().advanced(sequence)
         index = self._index_of(sequence)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
+from typing_extensions import override
 
 from kubeai.framing import FrameTooLong, frame, take_frames
 from kubeai.routing.routes import Delta as Delta
@@ -63,10 +64,12 @@ class Channel(asyncio.Protocol):
         self._buffer = bytearray()
         self._transport: asyncio.WriteTransport | None = None
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast, because uvloop's transports are not subclasses of asyncio's.
         self._transport = cast(asyncio.WriteTransport, transport)
 
+    @override
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         try:
@@ -75,6 +78,7 @@ class Channel(asyncio.Protocol):
         except FrameTooLong:
             self.close()
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._closed()

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
+from typing_extensions import override
 
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
@@ -112,6 +113,7 @@ class Service(Router):
         self._engines = setting.engines
         self._in_turn = setting.strategy == "RoundRobin"
 
+    @override
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         if self._in_turn:
             return next(self._turns), None
@@ -177,12 +179,14 @@ class Replicas(Router):
         self._shares_loads = setting.shared and setting.replicas > 1
         self._interval_s, self._network_delay_s = setting.share_interval_s, setting.network_s
 
+    @override
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         several = len(self._replicas) > 1
         pick = (self._random.choice(self._replicas) if several else self._replicas[0]).pick(key)
         assert pick is not None, "there are engines"
         return pick.target, pick  # type: ignore[return-value]
 
+    @override
     def start(self, at: Clock) -> None:
         if not self._shares_loads:
             return
@@ -199,6 +203,7 @@ class Replicas(Router):
                 arrival_s = now_s + self._network_delay_s
                 at(arrival_s, lambda _, to=other: to.set_peer_loads(number, loads))  # type: ignore[misc]
 
+    @override
     def close(self) -> None:
         for replica in self._replicas:
             replica.close()
@@ -225,6 +230,7 @@ class Oracle(Router):
         self._factor = setting.mean_load_factor / 100
         self._block = setting.engine.block_tokens
 
+    @override
     def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
         loads = [engine.running + engine.waiting for engine in self._engines]
         bound = max(2.0, self._factor * (sum(loads) + 1) / len(loads))

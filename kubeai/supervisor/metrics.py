@@ -22,6 +22,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from typing_extensions import override
 
 import kubeai
 from kubeai._load import ITERATION_BUCKETS, LoadTable
@@ -68,8 +69,10 @@ class LoadCollector(Collector):
         self._peers = peers
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # otherwise the registry collects once during registration
+        """No metrics. Without this method, the registry collects once during registration."""
+        return ()
 
+    @override
     def collect(self) -> Iterable[Metric]:
         snapshot = self._publisher.snapshot()
         yield from self._models(snapshot.routes)

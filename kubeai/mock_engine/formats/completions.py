@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
+from typing_extensions import override
 
 from kubeai.mock_engine.formats.base import (
     DONE,
@@ -49,6 +50,7 @@ class Chat(ApiFormat):
     prefix = "chatcmpl-"
 
     @staticmethod
+    @override
     def parse(body: bytes) -> GenerationRequest:
         request = decode(body, ChatRequest)
         require_n_1(request.n)
@@ -61,6 +63,7 @@ class Chat(ApiFormat):
             request.stream_options is not None and request.stream_options.include_usage,
         )
 
+    @override
     def response(self, replies: list[Reply], usage: Usage) -> dict[str, Any]:
         (reply,) = replies
         choice = {
@@ -72,15 +75,18 @@ class Chat(ApiFormat):
         }
         return self._object("chat.completion", [choice]) | {"usage": usage.openai()}
 
+    @override
     def opening(self, usage: Usage) -> bytes:
         return self._chunk({"role": "assistant", "content": ""})
 
     def _token(self, index: int, piece: str) -> bytes:
         return self._chunk({"content": piece})
 
+    @override
     def last_token(self, index: int, piece: str, reply: Reply) -> bytes:
         return self._chunk({"content": piece}, reply.finish, {"stop_reason": reply.stop})
 
+    @override
     def closing(self, replies: list[Reply], usage: Usage) -> bytes:
         if not self.request.usage:
             return DONE
@@ -125,6 +131,7 @@ class Completions(ApiFormat):
     prefix = "cmpl-"
 
     @staticmethod
+    @override
     def parse(body: bytes) -> GenerationRequest:
         request = decode(body, CompletionRequest)
         require_n_1(request.n)
@@ -139,6 +146,7 @@ class Completions(ApiFormat):
             request.stream_options is not None and request.stream_options.include_usage,
         )
 
+    @override
     def response(self, replies: list[Reply], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(i, r.text, r.finish, r.stop) for i, r in enumerate(replies)]
         return self._object(choices) | {"usage": usage.openai()}
@@ -146,9 +154,11 @@ class Completions(ApiFormat):
     def _token(self, index: int, piece: str) -> bytes:
         return sse_data(self._object([self._choice(index, piece, None, None)]))
 
+    @override
     def last_token(self, index: int, piece: str, reply: Reply) -> bytes:
         return sse_data(self._object([self._choice(index, piece, reply.finish, reply.stop)]))
 
+    @override
     def closing(self, replies: list[Reply], usage: Usage) -> bytes:
         if not self.request.usage:
             return DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
+from typing_extensions import override
 
 from kubeai.mock_engine.formats.base import (
     ApiFormat,
@@ -39,6 +40,7 @@ class AnthropicMessages(ApiFormat):
     prefix = "msg_"
 
     @staticmethod
+    @override
     def parse(body: bytes) -> GenerationRequest:
         request = decode(body, MessagesRequest)
         messages: Messages = [("system", content_text(request.system))] if request.system else []
@@ -52,6 +54,7 @@ class AnthropicMessages(ApiFormat):
             True,
         )
 
+    @override
     def response(self, replies: list[Reply], usage: Usage) -> dict[str, Any]:
         (reply,) = replies
         return self._message(usage) | {
@@ -60,6 +63,7 @@ class AnthropicMessages(ApiFormat):
             **self._ending(reply),
         }
 
+    @override
     def opening(self, usage: Usage) -> bytes:
         return self._event("message_start", {"message": self._message(usage)}) + self._event(
             "content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}
@@ -68,9 +72,11 @@ class AnthropicMessages(ApiFormat):
     def _token(self, index: int, piece: str) -> bytes:
         return self._delta(piece)
 
+    @override
     def last_token(self, index: int, piece: str, reply: Reply) -> bytes:
         return self._delta(piece)
 
+    @override
     def closing(self, replies: list[Reply], usage: Usage) -> bytes:
         final = self._usage(usage) | {"output_tokens": usage.completion}
         return b"".join(

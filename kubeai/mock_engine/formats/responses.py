@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from typing_extensions import override
 
 from kubeai.mock_engine.formats.base import (
     ApiFormat,
@@ -52,6 +53,7 @@ class Responses(ApiFormat):
     prefix = "resp_"
 
     @staticmethod
+    @override
     def parse(body: bytes) -> GenerationRequest:
         request = decode(body, ResponsesRequest)
         messages: Messages = [("system", request.instructions)] if request.instructions else []
@@ -64,6 +66,7 @@ class Responses(ApiFormat):
             request.model, [text.render(messages)], [], limit, bool(request.stream), True
         )
 
+    @override
     def response(self, replies: list[Reply], usage: Usage) -> dict[str, Any]:
         (reply,) = replies
         cut = reply.finish == "length"
@@ -79,6 +82,7 @@ class Responses(ApiFormat):
             },
         }
 
+    @override
     def opening(self, usage: Usage) -> bytes:
         begun = {"response": self._response("in_progress", [])}
         return b"".join(
@@ -96,12 +100,15 @@ class Responses(ApiFormat):
             )
         )
 
+    @override
     def token(self, index: int, number: int, piece: bytes) -> bytes:
         return self._delta(4 + number, piece.decode())
 
+    @override
     def last_token(self, index: int, piece: str, reply: Reply) -> bytes:
         return self._delta(3 + reply.tokens, piece)
 
+    @override
     def closing(self, replies: list[Reply], usage: Usage) -> bytes:
         whole = self.response(replies, usage)
         (item,) = whole["output"]
