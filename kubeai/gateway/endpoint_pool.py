@@ -15,11 +15,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from kubeai.gateway.health import Health
 from kubeai.gateway.relay._exchange import LOST, STATUS
 from kubeai.gateway.relay._pool import ConnectionPool
 from kubeai.gateway.relay._upstream import Upstream
 from kubeai.logs import get_logger
+from kubeai.routing.table import EndpointConnections
 
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
@@ -61,7 +64,7 @@ class _DialingPool(ConnectionPool):
         raise NotImplementedError
 
 
-class EndpointPool(_DialingPool):
+class EndpointPool(_DialingPool, EndpointConnections):
     """The connections to one endpoint, and its health."""
 
     def __init__(
@@ -86,6 +89,7 @@ class EndpointPool(_DialingPool):
         self._ip = ip.strip("[]")
         self._port = int(port)
 
+    @override
     def connect(self, exchange: Exchange) -> asyncio.Task[None]:
         connecting = super().connect(exchange)
         self._connecting[connecting] = exchange, time.monotonic()
@@ -98,6 +102,7 @@ class EndpointPool(_DialingPool):
 
     # -- health --------------------------------------------------------------------------------
 
+    @override
     def failed(self, failure: int) -> None:
         if failure == LOST:
             self._losses_s = (self._losses_s[1], time.monotonic())
@@ -111,35 +116,43 @@ class EndpointPool(_DialingPool):
                 for_s=for_s,
             )
 
+    @override
     def restored(self) -> None:
         if self._health.restored():
             model = self._routed.route.model
             log.info("endpoint returned to service", model=model, endpoint=self._endpoint)
 
+    @override
     def recovered(self) -> None:
         self.restored()
         self._health.recovered()
 
     @property
+    @override
     def is_trusted(self) -> bool:
         return self._health.is_trusted(self.answers)
 
     @property
+    @override
     def is_down(self) -> bool:
         return self._health.is_down(self.answered_s)
 
+    @override
     def take_probe(self) -> bool:
         return self._health.take_probe(self.answered_s)
 
+    @override
     def is_proven(self, since_s: float) -> bool:
         return self._health.is_proven(self.answered_s, since_s)
 
     # -- requests that wait for the first byte of a response -------------------------------------
 
     @property
+    @override
     def is_waited_on(self) -> bool:
         return bool(self._connecting or self.waiting(math.inf))
 
+    @override
     def move_waiting(self, sent_before_s: float = math.inf) -> None:
         for exchange in [*self.waiting(sent_before_s), *self._being_connected(sent_before_s)]:
             exchange.attempt_elsewhere()

@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from typing_extensions import override
+
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.holding import advice, hold
@@ -70,6 +72,7 @@ class Proxy(FastPath):
 
     # -- called by the relay -----------------------------------------------------------------------
 
+    @override
     def on_head(self) -> None:
         target = classify(self.method, self.target)
         kind = target.kind
@@ -97,6 +100,7 @@ class Proxy(FastPath):
         else:
             self._receive_upload()
 
+    @override
     def on_body(self) -> None:
         if len(self.body) > openai.LARGE_BYTES:
             self._wait(self._read)
@@ -112,6 +116,7 @@ class Proxy(FastPath):
         self._payload = openai.body_for(request, self.body)
         self._place(self._admit(request, routed))
 
+    @override
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
         assert reservation is not None, "an attempt has a reservation"
@@ -120,6 +125,7 @@ class Proxy(FastPath):
             status = TIMED_OUT
         return self._attempts.wants(status, reservation.name, self._routed, self._request.adapter)
 
+    @override
     def retry(self) -> None:
         reservation = self._end_attempt("attempt failed, retrying")
         if self._lost:
@@ -128,6 +134,7 @@ class Proxy(FastPath):
         else:
             self._try_elsewhere()
 
+    @override
     def attempt_elsewhere(self) -> None:
         if self.answered or self._reservation is None:
             return
@@ -170,6 +177,7 @@ class Proxy(FastPath):
         else:
             self._wait(self._try_later)
 
+    @override
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
         if self._reservation is None:
@@ -206,16 +214,20 @@ class Proxy(FastPath):
         request = named(self._kind, upload.model)
         return self._admit(request, self._find(request)) or await self._hold()
 
+    @override
     def send_upload(self, pool: Pool) -> None:
         size_bytes = self._uploaded.length_bytes(self._request, self._routed.route)
         self.send_in_pieces(pool, self._path, size_bytes)
 
+    @override
     def on_send(self) -> None:
         self._uploaded.send(self._request, self._routed.route)
 
+    @override
     def on_piece(self) -> None:
         self._uploaded.wake()
 
+    @override
     def on_writable(self) -> None:
         self._uploaded.wake()
 
@@ -255,9 +267,11 @@ class Proxy(FastPath):
                 raise model_not_found(request.model)
         return routed
 
+    @override
     def wait_for_endpoint(self) -> None:
         self._wait(self._hold)
 
+    @override
     def moved(self, reservation: Reservation) -> None:
         left_out = _moves.take(time.monotonic())
         if left_out is None:
@@ -275,6 +289,7 @@ class Proxy(FastPath):
 
     # -- observers ---------------------------------------------------------------------------------
 
+    @override
     def observe(self, observers: Observers) -> None:
         start = RequestStart(
             request_id=self.request_id,
@@ -292,6 +307,7 @@ class Proxy(FastPath):
         for name, value in observation.upstream_headers.items():
             self.set_header(name.encode(), value.encode("latin-1"))
 
+    @override
     def observed(self) -> None:
         end = RequestEnd(
             status=self.status,
@@ -308,6 +324,7 @@ class Proxy(FastPath):
 
     @property
     def retry_count(self) -> int:
+        """How many attempts of this request have failed."""
         return 0 if self._retries is None else self._retries.count
 
     # -- waits -------------------------------------------------------------------------------------
