@@ -19,14 +19,19 @@ from widgets import WIDGETS, Collection, until
 from kubeai.kube.client import Kube
 
 
-@pytest.fixture(
-    scope="session",
-    params=["embedded", pytest.param("real", marks=pytest.mark.cluster)],
-)
+# A mark skips before the fixture is asked for, so that the embedded API is not restarted each time.
+REAL = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(
+        assets("etcd", "kube-apiserver") is None,
+        reason="KUBEBUILDER_ASSETS holds no etcd and kube-apiserver",
+    ),
+]
+
+
+@pytest.fixture(scope="session", params=["embedded", pytest.param("real", marks=REAL)])
 def api_server(request, tmp_path_factory) -> ApiServer:
     """Both APIs in turn, shared by the tests of a session."""
-    if request.param == "real" and assets("etcd", "kube-apiserver") is None:
-        pytest.skip("KUBEBUILDER_ASSETS holds no etcd and kube-apiserver")
     start = real if request.param == "real" else embedded
     with start(tmp_path_factory.mktemp("api") / request.param) as server:
         install_models(server)
