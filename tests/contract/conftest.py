@@ -18,7 +18,6 @@ from widgets import WIDGETS, Collection, until
 
 from kubeai.kube.client import Kube
 
-
 # A mark skips before the fixture is asked for, so that the embedded API is not restarted each time.
 REAL = [
     pytest.mark.cluster,

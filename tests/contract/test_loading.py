@@ -24,13 +24,21 @@ A, B = "hf://org/a", "hf://org/b"
 QUOTAS = Resource("", "v1", "resourcequotas", "ResourceQuota")
 
 
-@pytest.fixture(
-    scope="module", params=["embedded", pytest.param("real", marks=pytest.mark.cluster)]
+REAL = pytest.param(
+    "real",
+    marks=[
+        pytest.mark.cluster,
+        pytest.mark.skipif(
+            assets(*CONTROL_PLANE) is None,
+            reason="KUBEBUILDER_ASSETS holds no whole control plane",
+        ),
+    ],
 )
+
+
+@pytest.fixture(scope="module", params=["embedded", REAL])
 def whole_api(request, tmp_path_factory) -> ApiServer:
     """Both APIs, with what makes Jobs and claims work."""
-    if request.param == "real" and assets(*CONTROL_PLANE) is None:
-        pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane")
     start = cluster if request.param == "real" else embedded
     with start(tmp_path_factory.mktemp("api") / request.param) as server:
         install_models(server)
@@ -243,9 +251,7 @@ async def test_a_model_can_be_deleted_though_its_claim_is_going(box):
     await until("the Model is gone", lambda: is_gone(box), 60)
 
 
-@pytest.mark.parametrize(
-    "whole_api", [pytest.param("real", marks=pytest.mark.cluster)], indirect=True
-)
+@pytest.mark.parametrize("whole_api", [REAL], indirect=True)
 async def test_load_rejected_by_quota_reports_the_limits_to_set(box):
     nowhere = {"sharedFilesystem": {"storageClassName": "nowhere"}}
     profiles = box.config["cacheProfiles"] | {"nowhere": nowhere}

@@ -42,7 +42,14 @@ async def refused(tmp_path, *arguments):
     return lines[0]
 
 
-@pytest.mark.parametrize("arguments", [(), ("--helm-release", "r"), ("--job", "j")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        pytest.param(("--helm-release", "r"), marks=pytest.mark.slow),
+        pytest.param(("--job", "j"), marks=pytest.mark.slow),
+    ],
+)
 async def test_uninstall_has_to_be_confirmed(arguments):
     code, _, err = await kubeai("uninstall", *arguments)
     assert code == 2
@@ -54,17 +61,27 @@ async def test_uninstall_has_to_be_confirmed(arguments):
 @pytest.mark.parametrize(
     ("manifest", "named"),
     [
-        ("kind: [", ":1:"),
-        ("apiVersion: v1", "kind"),
-        (yaml.safe_dump(model("a") | {"spec": {"engine": "VLLM"}}), "spec.url"),
-        (yaml.safe_dump(model("a", minReplicas=3, maxReplicas=1)), "minReplicas"),
-        (yaml.safe_dump(model("a", minReplica=1)), 'did you mean "spec.minReplicas"?'),
-        (
+        pytest.param("kind: [", ":1:", id="not-yaml", marks=pytest.mark.slow),
+        pytest.param("apiVersion: v1", "kind", id="no-kind", marks=pytest.mark.slow),
+        pytest.param(
+            *(yaml.safe_dump(model("a") | {"spec": {"engine": "VLLM"}}), "spec.url"),
+            id="no-url",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(yaml.safe_dump(model("a", minReplicas=3, maxReplicas=1)), "minReplicas"), id="cel"
+        ),
+        pytest.param(
+            *(yaml.safe_dump(model("a", minReplica=1)), 'did you mean "spec.minReplicas"?'),
+            id="misspelt",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             yaml.safe_dump(model("a") | {"metadata": {"name": "a", "namespace": "kube-system"}}),
             "metadata.namespace: kube-system",
+            id="elsewhere",
         ),
     ],
-    ids=["not-yaml", "no-kind", "no-url", "cel", "misspelt", "elsewhere"],
 )
 async def test_a_wrong_manifest(tmp_path, manifest, named):
     file = tmp_path / "wrong.yaml"
@@ -78,9 +95,14 @@ async def test_a_wrong_manifest(tmp_path, manifest, named):
     ("config", "named"),
     [
         ("modelAutoscaling: {intervall: 1s}", "modelAutoscaling.intervall"),
-        ("modelAutoscaling: {interval: 1 parsec}", "modelAutoscaling.interval"),
+        pytest.param(
+            *("modelAutoscaling: {interval: 1 parsec}", "modelAutoscaling.interval"),
+            marks=pytest.mark.slow,
+        ),
         ("metricsAddr: [", "config.yaml"),
-        ("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes"),
+        pytest.param(
+            *("gateway: {bodyMaxBytes: -1}", "gateway.bodyMaxBytes"), marks=pytest.mark.slow
+        ),
         ("messaging: {streams: [{requestsURL: a, responsesURL: b}]}", "messaging.streams"),
     ],
 )

@@ -60,6 +60,7 @@ async def a_client(session, local, number):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 async def test_200_chats_at_once_scale_from_zero_to_three_and_back(tmp_path):
     burst = model("chat", args=ARGS, minReplicas=0, maxReplicas=3, targetRequests=32)

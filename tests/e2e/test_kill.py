@@ -81,6 +81,7 @@ async def test_killed_engine_fails_only_its_own_requests(tmp_path, session):
         assert all(answer.whole for answer in again)
 
 
+@pytest.mark.slow
 async def test_killed_worker_fails_only_its_own_requests(tmp_path, session):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=1)
     async with running(tmp_path, one, workers=2) as local, local.kube() as kube:

@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ class Bench:
 
 
 class Engine:
-    def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
+    """A mock engine's process, and its requests so far."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process | subprocess.Popen[str], address: str
+    ) -> None:
         self.process, self.address, self.url = process, address, f"http://{address}/v1"
 
     async def received(self) -> dict[str, Any]:
@@ -87,12 +92,15 @@ class Engine:
         await until(f"{count} requests have come", enough)
 
 
+def _command(*flags: str) -> list[str]:
+    command = [sys.executable, "-m", "kubeai", "mock-engine"]
+    return [*command, "--host", "127.0.0.1", "--port", "0", "--model", "m", *flags]
+
+
 @contextlib.asynccontextmanager
 async def engine(*flags: str) -> AsyncIterator[Engine]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kubeai", "mock-engine"),
-        *("--host", "127.0.0.1", "--port", "0", "--model", "m", *flags),
-        stderr=asyncio.subprocess.PIPE,
+        *_command(*flags), stderr=asyncio.subprocess.PIPE
     )
     try:
         async with asyncio.timeout(RUN_TIMEOUT_S):
@@ -103,6 +111,19 @@ async def engine(*flags: str) -> AsyncIterator[Engine]:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.communicate()
+
+
+@pytest.fixture(scope="module")
+def shared_engine() -> Iterator[Engine]:
+    """An engine for tests that do not count its requests."""
+    process = subprocess.Popen(_command(*FAST), stderr=subprocess.PIPE, text=True)
+    try:
+        while "mock engine listens" not in (line := process.stderr.readline()):
+            assert line, "it ended"
+        yield Engine(process, json.loads(line)["address"])
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
@@ -163,14 +184,13 @@ async def test_warm_up_requests_are_sent_but_not_counted(bench):
     assert bench.found()["summary"]["requests"] == 30
 
 
-async def test_two_processes_send_what_one_sends(bench):
+async def test_two_processes_send_what_one_sends(bench, shared_engine):
     arguments = ("--conversations", "21", "--concurrency", "4", *SMALL)
-    async with engine(*FAST) as one:
-        summaries = []
-        for processes in ("1", "2"):
-            ran = await bench.run(one.url, *arguments, "--processes", processes)
-            assert ran.code == 0
-            summaries.append(bench.found()["summary"])
+    summaries = []
+    for processes in ("1", "2"):
+        ran = await bench.run(shared_engine.url, *arguments, "--processes", processes)
+        assert ran.code == 0
+        summaries.append(bench.found()["summary"])
     assert bench.found()["setting"]["client"]["processes"] == 2
     for what in ("requests", "failed", "prompt_tokens", "output_tokens"):
         assert summaries[0][what] == summaries[1][what]
@@ -184,29 +204,27 @@ async def test_request_limit_is_respected(bench):
     assert bench.found()["summary"]["requests"] == 17
 
 
-async def test_conversations_come_from_a_sharegpt_file(bench):
+async def test_conversations_come_from_a_sharegpt_file(bench, shared_engine):
     said = [("human", "Why is the sky blue?"), ("gpt", "It scatters."), ("human", "What does?")]
     said.append(("gpt", "The air that is between you and the sun, more of it in the evening."))
     entry = {"conversations": [{"from": who, "value": text} for who, text in said]}
     file = bench.folder / "sharegpt.json"
     file.write_text(json.dumps([entry] * 6))
-    async with engine(*FAST) as one:
-        ran = await bench.run(one.url, "--sharegpt", str(file))
+    ran = await bench.run(shared_engine.url, "--sharegpt", str(file))
     assert ran.code == 0
     summary = bench.found()["summary"]
     assert summary["requests"] == 12
     assert summary["output_tokens"] == 6 * (3 + 17)  # as long as the file's answers
 
 
-async def test_requests_come_from_a_trace_at_its_times(bench):
+async def test_requests_come_from_a_trace_at_its_times(bench, shared_engine):
     lines = [
         {"timestamp": 5000 + 100 * at, "input_length": 600, "output_length": 5, "hash_ids": [1, at]}
         for at in range(21)
     ]
     file = bench.folder / "trace.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    async with engine(*FAST) as one:
-        ran = await bench.run(one.url, "--trace", str(file), "--speed", "2")
+    ran = await bench.run(shared_engine.url, "--trace", str(file), "--speed", "2")
     assert ran.code == 0
     summary = bench.found()["summary"]
     assert summary["requests"] == 21
@@ -215,9 +233,8 @@ async def test_requests_come_from_a_trace_at_its_times(bench):
     assert summary["hit_rate"] > 0.5, "of the block that all of them have"
 
 
-async def test_embeddings_report_a_single_latency(bench):
-    async with engine(*FAST) as one:
-        ran = await bench.run(one.url, "--shape", "embeddings", "--conversations", "10")
+async def test_embeddings_report_a_single_latency(bench, shared_engine):
+    ran = await bench.run(shared_engine.url, "--shape", "embeddings", "--conversations", "10")
     assert ran.code == 0
     summary = bench.found()["summary"]
     assert (summary["requests"], summary["failed"]) == (10, 0)
@@ -225,9 +242,8 @@ async def test_embeddings_report_a_single_latency(bench):
     assert summary["prompt_tokens"] > 0
 
 
-async def test_non_streaming_answers_can_be_requested(bench):
-    async with engine(*FAST) as one:
-        ran = await bench.run(one.url, "--no-stream", "--conversations", "8", *SMALL)
+async def test_non_streaming_answers_can_be_requested(bench, shared_engine):
+    ran = await bench.run(shared_engine.url, "--no-stream", "--conversations", "8", *SMALL)
     assert ran.code == 0
     summary = bench.found()["summary"]
     assert (summary["requests"], summary["ttft_ms"]) == (16, {})
@@ -247,12 +263,11 @@ async def test_non_streaming_answers_can_be_requested(bench):
         ("--trace", '{"timestamp": 1, "input_length": 5}\n{"timestamp": "x"}\n', "line 2"),
     ],
 )
-async def test_invalid_file_is_reported_in_one_line(bench, option, content, said):
+async def test_invalid_file_is_reported_in_one_line(bench, shared_engine, option, content, said):
     file = bench.folder / "file"
     if content is not None:
         file.write_text(content)
-    async with engine(*FAST) as one:
-        line = (await bench.run(one.url, option, str(file))).fails()
+    line = (await bench.run(shared_engine.url, option, str(file))).fails()
     assert str(file) in line
     assert said in line
     assert not bench.json.exists()
@@ -358,12 +373,11 @@ async def test_failures_are_counted_by_kind_with_the_first_message(bench):
     assert re.search(r"^status 500: first message: \{.*error", ran.out, re.M)
 
 
-async def test_runs_are_compared(bench):
-    async with engine(*FAST) as one:
-        for name in ("one", "two"):
-            ran = await bench.run(one.url, "--conversations", "4", *SMALL, "--name", name)
-            assert ran.code == 0
-            bench.json.rename(bench.folder / f"{name}.json")
+async def test_runs_are_compared(bench, shared_engine):
+    for name in ("one", "two"):
+        ran = await bench.run(shared_engine.url, "--conversations", "4", *SMALL, "--name", name)
+        assert ran.code == 0
+        bench.json.rename(bench.folder / f"{name}.json")
     files = [str(bench.folder / f"{name}.json") for name in ("one", "two")]
     page = bench.folder / "page.html"
     ran = await bench.ended(await bench.start("compare", *files, "--html", str(page)))

@@ -19,6 +19,7 @@ ARGS = ("--startup-delay=1s", "--decode-tokens-per-second=200")
 
 pytestmark = [
     pytest.mark.kubectl,
+    pytest.mark.slow,
     pytest.mark.skipif(KUBECTL is None, reason="no kubectl on PATH or in KUBEBUILDER_ASSETS"),
 ]
 

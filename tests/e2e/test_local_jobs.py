@@ -88,7 +88,11 @@ async def test_a_job_that_keeps_failing_fails_and_leaves_no_process(tmp_path):
         assert not [c for c in local.processes().values() if "exit 3" in c]
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["the-parent", "every-process"])
+@pytest.mark.parametrize(
+    "everything",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["the-parent", "every-process"],
+)
 async def test_a_job_goes_on_after_all_was_killed_and_its_work_is_done_once(tmp_path, everything):
     script = "until [ -e /cache/go ]; do sleep 0.05; done; echo done >> /cache/log"
     directory = tmp_path / "state" / "volumes" / "default" / "cache"

@@ -55,6 +55,7 @@ def check_reason(event):
     assert event["first_load"] + 1 > event["bound"], "nothing forced it to move"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 async def test_conversations_stay_with_their_cache_and_moves_are_logged(tmp_path):
     models = [four("hashed", PREFIX_HASH), four("spread", {"strategy": "LeastLoad"})]

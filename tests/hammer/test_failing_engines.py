@@ -86,6 +86,7 @@ async def answered_at_once(fleet: Fleet, count: int) -> int:
     return statuses.count(200)
 
 
+@pytest.mark.slow
 async def test_of_three_engines_one_resets_every_connection(fleet, engines):
     engines.behave(c="reset")
     assert await answered_at_once(fleet, 100) == 100
@@ -102,12 +103,14 @@ async def test_of_three_engines_two_answer_503_then_recover_while_the_third_rese
     assert engines.attempts["c"] <= 5
 
 
+@pytest.mark.slow
 async def test_where_every_engine_answers_503_few_attempts_are_added(fleet, engines):
     engines.behave(a="503", b="503", c="503")
     assert await answered_at_once(fleet, 100) == 0
     assert sum(engines.attempts.values()) <= 130
 
 
+@pytest.mark.slow
 async def test_requests_waiting_on_a_hung_engine_are_answered_once_it_leaves_the_routes(
     fleet, engines
 ):

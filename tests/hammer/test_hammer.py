@@ -29,7 +29,7 @@ CLIENTS = 96  # at a time
 KILLS = 5
 SETTLE_S = 2.0
 FIRST_SEED = int(os.environ.get("HAMMER_FIRST_SEED", "0"))
-SEEDS = range(FIRST_SEED, FIRST_SEED + int(os.environ.get("HAMMER_SEEDS", "2")))
+SEEDS = range(FIRST_SEED, FIRST_SEED + int(os.environ.get("HAMMER_SEEDS", "1")))
 
 # Where an engine ends an exchange: before it has read anything, and so on to a whole answer.
 ENGINE_PHASES = [
