@@ -31,9 +31,10 @@ build: .venv/installed  ## create the virtual environment and compile the core
 run: build  ## run kubeai local with the manifests in examples/
 	$(BIN)/kubeai local examples --data-dir .kubeai
 
-# Four processes on two cores, because most tests wait for child processes.
+# Four processes on two cores, because most tests wait for child processes. Each of them would compile
+# all tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
 test: .venv/installed-test  ## run the tests that need only Python; .ci/run adds the slow ones
-	$(BIN)/pytest tests -n 4 --dist loadfile \
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest tests -n 4 --dist loadfile \
 		-m "not image and not package and not nginx and not slow"
 
 check: .venv/installed-check  ## fast checks: style, types, import layers, C warnings

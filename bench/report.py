@@ -132,15 +132,15 @@ SAFETY = (
     ),
     (
         "client gone: its engine's connection closes ≤ 1 s",
-        "tests/unit/gateway/relay/test_relay.py -k leaves",
+        "tests/unit/gateway/relay/test_body.py -k leaves",
     ),
     (
         "engine dies mid-stream: the answer never looks complete",
-        "tests/unit/gateway/relay/test_relay.py -k broken; tests/fuzz/test_fuzz_answers.py",
+        "tests/unit/gateway/relay/test_body.py -k broken; tests/fuzz/test_fuzz_answers.py",
     ),
     (
         "head or body too slow, too big, too many: 408, 431, 413",
-        'tests/unit/gateway/relay/test_relay.py -k "too_"',
+        'tests/unit/gateway/relay/test_downstream.py -k "too_"',
     ),
     (
         "a request to a model that cannot start: 503 with the reason, at once or after a grace",
@@ -149,17 +149,17 @@ SAFETY = (
     ),
     (
         "an endpoint that keeps failing is ejected for all workers, and probed until it answers",
-        "tests/hammer/test_safety.py -k ejected; "
-        "tests/unit/gateway/test_proxy.py -k 'ejected or probe or keeps_failing'",
+        "tests/hammer/test_safety.py -k ejected; tests/unit/gateway/test_ejection.py",
     ),
     (
         "retries within a budget, never after the first byte, none for a request that killed "
         "an engine",
-        "tests/unit/gateway/test_proxy.py -k 'few or killed'; tests/unit/gateway/test_retries.py",
+        "tests/unit/gateway/test_attempts.py -k 'few or killed'; "
+        "tests/unit/gateway/test_retries.py",
     ),
     (
         "connections, and the total size of all bodies, are limited",
-        "tests/unit/gateway/relay/test_relay.py -k 'than_allowed or limit_together'; "
+        "tests/unit/gateway/relay/test_forwarding.py -k 'than_allowed or limit_together'; "
         "tests/unit/gateway/test_worker.py -k descriptors",
     ),
     (
@@ -168,7 +168,8 @@ SAFETY = (
     ),
     (
         "malformed HTTP: 400 and close; framed as by h11 and llhttp, or rejected",
-        "tests/unit/gateway/relay/test_relay.py -k malformed; tests/fuzz/test_fuzz_requests.py",
+        "tests/unit/gateway/relay/test_downstream.py -k malformed; "
+        "tests/fuzz/test_fuzz_requests.py",
     ),
     (
         "unknown model names: no metric series, no memory",

@@ -7,8 +7,12 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/${python##*/} ;; esac
 [ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py \
-    tests/unit/openai/test_body_scan.py tests/unit/gateway/relay/test_relay.py \
-    tests/unit/gateway/test_proxy.py tests/unit/loadtest/test_sse.py tests/unit/loadtest/test_streams.py tests/fuzz
+    tests/unit/openai/test_body_scan.py tests/unit/gateway/relay \
+    tests/unit/gateway/test_proxy.py tests/unit/gateway/test_large_bodies.py \
+    tests/unit/gateway/test_attempts.py tests/unit/gateway/test_ejection.py \
+    tests/unit/gateway/test_moves.py tests/unit/gateway/test_draining.py \
+    tests/unit/gateway/test_chaos.py tests/unit/loadtest/test_sse.py \
+    tests/unit/loadtest/test_streams.py tests/fuzz
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
