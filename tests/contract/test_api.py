@@ -229,7 +229,7 @@ def test_scale_reads_and_writes_the_replicas(widgets: Collection):
     assert "at most 3 replicas" in answer["message"]
 
 
-def test_patches(widgets: Collection):
+def test_merge_and_json_patches_apply_or_are_rejected_as_a_whole(widgets: Collection):
     widgets.make(widget(labels={"a": "b", "c": "d"}))
     merged = widgets.patch("w", {"spec": {"labels": {"a": None, "e": "f"}}})
     assert merged["spec"]["labels"] == {"c": "d", "e": "f"}
@@ -519,13 +519,17 @@ def test_paginated_lists_show_one_snapshot(widgets: Collection):
         ("", ["w1", "w2", "w3"]),
     ],
 )
-def test_label_selectors(widgets: Collection, selector: str, expected: list[str]):
+def test_list_returns_the_objects_that_match_a_label_selector(
+    widgets: Collection, selector: str, expected: list[str]
+):
     for name, labels in (("w1", {"a": "1", "b": "x"}), ("w2", {"a": "2"}), ("w3", {"b": "y"})):
         widgets.make(widget(name, {"labels": labels}))
     assert widgets.names(f"?labelSelector={selector}") == expected
 
 
-def test_field_selectors(widgets: Collection, pods: Collection, namespace: str):
+def test_list_returns_the_objects_that_match_a_field_selector(
+    widgets: Collection, pods: Collection, namespace: str
+):
     widgets.make(widget("w1"))
     widgets.make(widget("w2", color="blue"))
     assert widgets.names("?fieldSelector=metadata.name=w2") == ["w2"]
@@ -920,7 +924,9 @@ def test_discovery_lists_resources(definition, api_server: ApiServer):
     assert "test.kubeai.org" in [group["name"] for group in groups]
 
 
-def test_aggregated_discovery(definition, api_server: ApiServer):
+def test_aggregated_discovery_lists_a_resource_with_its_subresources(
+    definition, api_server: ApiServer
+):
     accept = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
     code, answer = api_server.request("GET", "/apis", accept=accept)
     assert (code, answer["kind"]) == (200, "APIGroupDiscoveryList")

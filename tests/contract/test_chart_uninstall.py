@@ -159,7 +159,7 @@ async def test_manifests_applied_without_helm_delete_nothing(site):
     assert await site.models() == 2
 
 
-async def test_models_are_deleted_on_uninstall_if_that_was_asked_for(site):
+async def test_models_are_deleted_on_uninstall_if_the_values_opt_in(site):
     labels = {"app.kubernetes.io/managed-by": "kubeai"}
     spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
     claim = {"metadata": {"name": "shared-model-cache-c", "labels": labels}, "spec": spec}

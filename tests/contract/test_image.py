@@ -196,9 +196,7 @@ def api(tmp_path_factory) -> ApiServer:
         yield server
 
 
-async def test_it_serves_a_model_from_zero_and_ends_when_it_is_told_as_process_1(
-    image, api, tmp_path
-):
+async def test_it_serves_a_model_from_zero_and_stops_on_sigterm_as_process_1(image, api, tmp_path):
     kind = type("Imaged", (InImage,), {"image": image})
     async with machine(api, tmp_path, kind) as one:
         assert await get(f"{one.health}/healthz") == 200

@@ -289,7 +289,7 @@ async def test_a_job_that_is_active_too_long_fails(world):
     await until(lambda: not world.pods, "its pod is gone")
 
 
-async def test_a_suspended_job_has_no_pods_and_goes_on_when_it_is_resumed(world):
+async def test_a_suspended_job_has_no_pods_and_continues_once_resumed(world):
     await world.create(suspend=True)
     await world.conditions_are(("Suspended", "True", "JobSuspended"))
     assert "startTime" not in await world.status()

@@ -147,7 +147,7 @@ def test_unknown_fields_by_validation(kubectl: Kubectl, side: tuple[str, ...]):
 # Edits.
 
 
-def test_edit(kubectl: Kubectl):
+def test_edit_changes_a_model_and_reports_what_the_schema_rejects(kubectl: Kubectl):
     kubectl("apply", "-f", "-", given=MODEL)
     kubectl.set_editor("sed -i s/cpu:1/cpu:5/")
     assert kubectl("edit", "model", "tiny") == "model.kubeai.org/tiny edited\n"

@@ -155,7 +155,9 @@ def test_a_pod_whose_port_is_taken_on_every_address_says_so_and_waits(kubelet, p
 # -- kills ---------------------------------------------------------------------------------------
 
 
-def test_kill_9_of_the_kubelet_leaves_no_process_and_the_next_one_goes_on(kubelet, pods):
+def test_kill_9_of_the_kubelet_leaves_no_process_and_its_successor_restarts_the_container(
+    kubelet, pods
+):
     pods.create(node=kubelet.node, pids=kubelet.pids)
     pods.until_ready()
     engine, shims = kubelet.engine_pids(), kubelet.shims()

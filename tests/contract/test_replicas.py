@@ -406,7 +406,7 @@ class Callers:
 # -- keys ------------------------------------------------------------------------------------------
 
 
-async def test_a_key_goes_to_the_same_endpoint_whichever_replica_is_asked(small_fleet):
+async def test_every_replica_sends_a_key_to_the_same_endpoint(small_fleet):
     """The replicas start at different times, and see pods come and go in different orders."""
     fleet = small_fleet
     first, second, third = fleet.replicas

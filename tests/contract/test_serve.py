@@ -63,7 +63,9 @@ async def apply(client, namespace, manifest):
     await client.create(MODELS, manifest, namespace)
 
 
-async def test_a_model_is_woken_streams_and_sigterm_drains(account, cluster, namespace, tmp_path):
+async def test_a_model_scales_from_zero_streams_and_drains_on_sigterm(
+    account, cluster, namespace, tmp_path
+):
     await apply(cluster, namespace, model("chat", args=ARGS, maxReplicas=1))
     async with (
         serving(tmp_path, account, namespace) as serve,

@@ -196,7 +196,7 @@ async def test_serve_without_a_cluster_or_with_a_wrong_config_says_so(tmp_path):
     assert "nope" in err
 
 
-async def test_a_profile_that_does_not_exist_is_told_in_the_models_conditions(tmp_path):
+async def test_a_profile_that_does_not_exist_is_reported_in_the_models_conditions(tmp_path):
     wrong = model("wrong", minReplicas=1, resourceProfile="nvidia-gpu-l44:1")
     right = model("right", minReplicas=1)
     async with running(tmp_path, wrong, right) as local, local.kube() as kube:

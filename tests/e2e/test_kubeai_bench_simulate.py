@@ -25,7 +25,7 @@ def simulate(*options: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_each_strategy_and_concurrency_is_a_run_that_is_told_and_written(tmp_path):
+def test_each_strategy_and_concurrency_is_a_run_that_is_printed_and_written(tmp_path):
     done = simulate(*SMALL[:3], "--concurrency=10,20", "--json", tmp_path, "--html",
                     tmp_path / "r.html")  # fmt: skip
     assert done.returncode == 0, done.stderr

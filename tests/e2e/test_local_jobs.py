@@ -93,7 +93,7 @@ async def test_a_job_that_keeps_failing_fails_and_leaves_no_process(tmp_path):
     [pytest.param(False, marks=pytest.mark.slow), True],
     ids=["the-parent", "every-process"],
 )
-async def test_a_job_goes_on_after_all_was_killed_and_its_work_is_done_once(tmp_path, everything):
+async def test_a_job_resumes_after_a_kill_and_its_work_is_done_once(tmp_path, everything):
     script = "until [ -e /cache/go ]; do sleep 0.05; done; echo done >> /cache/log"
     directory = tmp_path / "state" / "volumes" / "default" / "cache"
     async with running(tmp_path, CLAIM, job("load", script)) as local, local.kube() as kube:

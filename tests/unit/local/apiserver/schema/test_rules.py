@@ -43,7 +43,9 @@ def broken(rule: str | dict, value: object, old: object = None, **schema: object
         ("self.join('-') == 'a-b'", ["a", "b"], ["a"]),
     ],
 )
-def test_validation_rules(rule: str, good: object, bad: object):
+def test_a_validation_rule_accepts_good_values_and_rejects_bad_ones(
+    rule: str, good: object, bad: object
+):
     assert broken(rule, good) == []
     assert len(broken(rule, bad)) == 1
 
