@@ -5,7 +5,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test check bench bench-headline asan soak clean
+.PHONY: help build run test coverage check bench bench-headline asan soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,16 +26,29 @@ help:  ## list the targets
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check]'
 	touch $@
 
+.venv/installed-coverage: .venv/installed-test
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[coverage]'
+	touch $@
+
 build: .venv/installed  ## create the virtual environment and compile the core
 
 run: build  ## run kubeai local with the manifests in examples/
 	$(BIN)/kubeai local examples --data-dir .kubeai
 
-# Four processes on two cores, because most tests wait for child processes. Each of them would compile
-# all tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
+# Four processes on two cores, because many tests wait for child processes. By default, xdist begins
+# with the files with most tests, which are not those that take longest. Each process would compile all
+# tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
+TESTS := tests -n 4 --dist loadfile --no-loadscope-reorder \
+	-m "not image and not package and not nginx and not slow"
+
 test: .venv/installed-test  ## run the tests that need only Python; .ci/run adds the slow ones
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest tests -n 4 --dist loadfile \
-		-m "not image and not package and not nginx and not slow"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(TESTS)
+
+coverage: .venv/installed-coverage  ## run the tests of `make test` and report the Python coverage
+	rm -rf build/coverage
+	$(BIN)/coverage run -m pytest $(TESTS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 check: .venv/installed-check  ## fast checks: style, types, import layers, C warnings
 	$(BIN)/ruff check .
