@@ -54,6 +54,7 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.toml
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python .ci/words.py
 	KUBEAI_CYTHON_STRICT=1 $(BIN)/python setup.py -q build_ext --force \

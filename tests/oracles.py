@@ -113,6 +113,9 @@ def places(name: str, replication: int) -> list[int]:
     return [mix((start + i * 0x9E3779B97F4A7C15) & MASK) >> 20 for i in range(1, replication + 1)]
 
 
+Names = set[str]  # the oracle has a method named set
+
+
 class OracleRing:
     """Makes the ring's decisions; counts nothing itself."""
 
@@ -142,14 +145,14 @@ class OracleRing:
     def load(self, name: str) -> int:
         return self.table.load(self.endpoints[name].row)
 
-    def able(self, adapter: str | None) -> set[str]:
+    def able(self, adapter: str | None) -> Names:
         return {
             name for name, e in self.endpoints.items() if adapter is None or adapter in e.adapters
         }
 
     def who_can_serve(
         self, adapter: str | None, exclude: frozenset[str], now_s: float
-    ) -> tuple[set[str], set[str]]:
+    ) -> tuple[Names, Names]:
         """Return (the endpoints that the mean covers, the endpoints that may be chosen)."""
         able = self.able(adapter)
         healthy = {n for n in able if self.table.ejected.get(self.endpoints[n].row, -inf) <= now_s}
@@ -176,7 +179,7 @@ class OracleRing:
             chosen, first, self.load(first), bound, looked_at, walk[0], defaulted=not within
         )
 
-    def least(self, adapter: str | None, exclude: frozenset[str], now_s: float) -> set[str]:
+    def least(self, adapter: str | None, exclude: frozenset[str], now_s: float) -> Names:
         """All endpoints that a least-load pick may choose."""
         _, allowed = self.who_can_serve(adapter, exclude, now_s)
         least = min((self.load(name) for name in allowed), default=0)

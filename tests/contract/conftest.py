@@ -8,6 +8,7 @@ KUBEBUILDER_ASSETS holds etcd and kube-apiserver (see tests/cluster); it has no 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import kubectls
@@ -29,7 +30,7 @@ REAL = [
 
 
 @pytest.fixture(scope="session", params=["embedded", pytest.param("real", marks=REAL)])
-def api_server(request, tmp_path_factory) -> ApiServer:
+def api_server(request, tmp_path_factory) -> Iterator[ApiServer]:
     """Both APIs in turn, shared by the tests of a session."""
     start = real if request.param == "real" else embedded
     with start(tmp_path_factory.mktemp("api") / request.param) as server:

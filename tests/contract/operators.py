@@ -10,6 +10,7 @@ from collections import Counter
 
 import yaml
 from repository import REPOSITORY
+from servers import ApiServer
 
 from kubeai.api.config.system import parse_config
 from kubeai.kube.errors import ApiError
@@ -173,6 +174,7 @@ class World:
         self.operator_kube = operator_kube or kube
         self.nodes = nodes
         self.replicas = []
+        self.operator_api: ApiServer | None = None
 
     async def close(self):
         await asyncio.gather(*(replica.stop() for replica in self.replicas))

@@ -8,7 +8,9 @@ import inspect
 import json
 import re
 import secrets
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -320,7 +322,7 @@ def model_crd_spec() -> dict:
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> ApiServer:
+def api(tmp_path_factory) -> Iterator[ApiServer]:
     if assets(*CONTROL_PLANE, "helm") is None:
         pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane, or no helm")
     accounts = [f"{RELEASE}:{name}" for name in ("kubeai", "kubeai-uninstall")]
@@ -409,7 +411,7 @@ def _pods_of(config: SystemConfig) -> dict[str, dict]:
     return pods
 
 
-def _decoded(engine: str, url: str, **spec: object):
+def _decoded(engine: str, url: str, **spec: Any):
     spec = {"url": url, "engine": engine, "features": [], **spec}
     return decode_model({"metadata": {"name": "m", "namespace": "n", "uid": "u"}, "spec": spec})
 
@@ -588,7 +590,7 @@ class Site:
 
 
 @pytest.fixture
-async def site(api, tmp_path) -> Site:
+async def site(api, tmp_path) -> AsyncIterator[Site]:
     """Of one test after the other: the accounts' tokens are for this namespace."""
     code, answer = api.request("POST", "/api/v1/namespaces", {"metadata": {"name": RELEASE}})
     assert code in (201, 409), answer
@@ -600,7 +602,7 @@ async def site(api, tmp_path) -> Site:
 
 
 @pytest.fixture
-async def hub() -> Hub:
+async def hub() -> AsyncIterator[Hub]:
     hub = Hub()
     await hub.start()
     yield hub

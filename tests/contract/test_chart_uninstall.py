@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class Site:
 
 
 @pytest.fixture
-async def site(api_server, namespace, kube_api, tmp_path) -> Site:
+async def site(api_server, namespace, kube_api, tmp_path) -> AsyncIterator[Site]:
     if "assets" not in found():
         pytest.skip("KUBEBUILDER_ASSETS holds no kubectl")
     site = Site(api_server, namespace, kube_api, tmp_path)

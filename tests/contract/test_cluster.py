@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Iterator
 
 import pytest
 from operators import CONFIG, World, until
@@ -26,7 +27,7 @@ GPU_TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> ApiServer:
+def api(tmp_path_factory) -> Iterator[ApiServer]:
     if assets(*CONTROL_PLANE) is None:
         pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane")
     with cluster(tmp_path_factory.mktemp("cluster") / "servers") as server:

@@ -352,7 +352,8 @@ async def _life(api, directory, cut=None) -> tuple[tuple[dict, dict], list[str],
     life = Life(api, namespace, directory)
     await life.start()
     if cut is not None:
-        life.proxy.cut(*cut, life.kill)
+        k, when = cut
+        life.proxy.cut(k, when, life.kill)
     try:
         return await life.live(), life.proxy.calls, life.killed.is_set()
     except BaseException as error:

@@ -8,6 +8,7 @@ import os
 import pty
 import ssl
 import subprocess
+from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
@@ -22,7 +23,7 @@ SLEEP = [*PYTHON, "import time; time.sleep(600)"]
 
 
 @pytest.fixture
-def pods(api_server: ApiServer, namespace: str, kube_api: str, tmp_path) -> Pods:
+def pods(api_server: ApiServer, namespace: str, kube_api: str, tmp_path) -> Iterator[Pods]:
     """A running pod ``p`` on a kubelet of its own; its one container sees a volume."""
     kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=False)
     kubelet.start()
@@ -45,7 +46,7 @@ def pods(api_server: ApiServer, namespace: str, kube_api: str, tmp_path) -> Pods
 
 
 @pytest.fixture
-async def kube(kube_api: str) -> Kube:
+async def kube(kube_api: str) -> AsyncIterator[Kube]:
     kube = await Kube.connect(kube_api)
     yield kube
     await kube.close()

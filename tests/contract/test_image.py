@@ -12,6 +12,7 @@ import subprocess
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import dockerfiles
@@ -170,7 +171,7 @@ class InImage(Machine):
         (config / "system.yaml").write_text(text)
         return {"/app/config": config, "/app/tmp": tmp, ACCOUNT: account}
 
-    async def serve(self) -> None:
+    async def serve(self, **config: Any) -> None:
         url = urllib.parse.urlsplit(self.api.url)
         context = started(
             self.image,
@@ -190,7 +191,7 @@ class InImage(Machine):
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> ApiServer:
+def api(tmp_path_factory) -> Iterator[ApiServer]:
     with embedded(tmp_path_factory.mktemp("api") / "embedded") as server:
         install_models(server)
         yield server

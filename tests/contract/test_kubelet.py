@@ -78,6 +78,9 @@ def test_a_pod_without_a_node_is_bound(api_server, kube_api, namespace, pods, tm
 
 
 def test_a_cordoned_node_gets_no_new_pods(api_server, kube_api, namespace, pods, tmp_path):
+    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=True)
+    kubelet.start()
+
     def cordon(unschedulable: bool) -> None:
         path, patch = f"/api/v1/nodes/{namespace}", {"spec": {"unschedulable": unschedulable}}
         kind = "application/merge-patch+json"
@@ -94,8 +97,6 @@ def test_a_cordoned_node_gets_no_new_pods(api_server, kube_api, namespace, pods,
         pods.create(name, pids=kubelet.pids, tolerations=tolerations)
         until(lambda: pods.get(name)["spec"].get("nodeName"))
 
-    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, bind=True)
-    kubelet.start()
     try:
         cordon(True)
         pods.create(pids=kubelet.pids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from harness import CONFIG, model, until
@@ -37,7 +38,7 @@ REAL = pytest.param(
 
 
 @pytest.fixture(scope="module", params=["embedded", REAL])
-def whole_api(request, tmp_path_factory) -> ApiServer:
+def whole_api(request, tmp_path_factory) -> Iterator[ApiServer]:
     """Both APIs, with what makes Jobs and claims work."""
     start = cluster if request.param == "real" else embedded
     with start(tmp_path_factory.mktemp("api") / request.param) as server:
@@ -46,7 +47,7 @@ def whole_api(request, tmp_path_factory) -> ApiServer:
 
 
 @pytest.fixture
-async def box(whole_api, tmp_path, monkeypatch) -> Machine:
+async def box(whole_api, tmp_path, monkeypatch) -> AsyncIterator[Machine]:
     install_load(tmp_path / "bin")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     async with machine(whole_api, tmp_path) as one:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Iterator
 
 import aiohttp
 import pytest
@@ -29,7 +30,7 @@ QUESTION = {"model": "m", "messages": [{"role": "user", "content": "Who are you?
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory) -> ApiServer:
+def api(tmp_path_factory) -> Iterator[ApiServer]:
     if assets(*CONTROL_PLANE, "kubectl") is None:
         pytest.skip("KUBEBUILDER_ASSETS holds no whole control plane")
     with cluster(tmp_path_factory.mktemp("cluster") / "servers") as server:

@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
@@ -40,7 +41,7 @@ PEERS_IN_FLIGHT = "kubeai_endpoint_peers_requests_in_flight{"
 
 
 @pytest.fixture(scope="module")
-def real_api(tmp_path_factory) -> ApiServer:
+def real_api(tmp_path_factory) -> Iterator[ApiServer]:
     if assets("etcd", "kube-apiserver") is None:
         pytest.skip("KUBEBUILDER_ASSETS holds no etcd and kube-apiserver")
     with real(tmp_path_factory.mktemp("api") / "real") as server:
@@ -49,20 +50,20 @@ def real_api(tmp_path_factory) -> ApiServer:
 
 
 @pytest.fixture
-async def fleet(real_api, tmp_path) -> Fleet:
+async def fleet(real_api, tmp_path) -> AsyncIterator[Fleet]:
     async with machine(real_api, tmp_path, Fleet) as fleet:
         yield fleet
 
 
 @pytest.fixture(scope="module")
-def small_api(tmp_path_factory) -> ApiServer:
+def small_api(tmp_path_factory) -> Iterator[ApiServer]:
     with embedded(tmp_path_factory.mktemp("api") / "embedded") as server:
         install_models(server)
         yield server
 
 
 @pytest.fixture
-async def small_fleet(small_api, tmp_path) -> Fleet:
+async def small_fleet(small_api, tmp_path) -> AsyncIterator[Fleet]:
     async with machine(small_api, tmp_path, Fleet) as fleet:
         yield fleet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from servers import ApiServer
 
@@ -147,7 +148,7 @@ WIDGETS = {
 }
 
 
-def widget(name: str = "w", metadata: dict | None = None, **spec: object) -> dict:
+def widget(name: str = "w", metadata: dict | None = None, **spec: Any) -> dict:
     return {
         "apiVersion": "test.kubeai.org/v1",
         "kind": "Widget",
@@ -156,7 +157,7 @@ def widget(name: str = "w", metadata: dict | None = None, **spec: object) -> dic
     }
 
 
-def pod(name: str = "p", metadata: dict | None = None, **spec: object) -> dict:
+def pod(name: str = "p", metadata: dict | None = None, **spec: Any) -> dict:
     containers = [{"name": "c", "image": "i"}]
     return {
         "metadata": {"name": name, **(metadata or {})},
@@ -164,9 +165,7 @@ def pod(name: str = "p", metadata: dict | None = None, **spec: object) -> dict:
     }
 
 
-def job(
-    name: str = "j", labels: dict | None = None, restart: str = "Never", **spec: object
-) -> dict:
+def job(name: str = "j", labels: dict | None = None, restart: str = "Never", **spec: Any) -> dict:
     template = {"spec": {"restartPolicy": restart, "containers": [{"name": "c", "image": "i"}]}}
     template |= {"metadata": {"labels": labels}} if labels else {}
     return {"metadata": {"name": name}, "spec": {"template": template, **spec}}

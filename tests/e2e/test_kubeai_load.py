@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import boto3
@@ -102,7 +103,7 @@ def loader(tmp_path) -> Loader:
 
 
 @pytest.fixture
-async def hub(loader) -> Hub:
+async def hub(loader) -> AsyncIterator[Hub]:
     hub = Hub()
     await hub.start()
     loader.env["HF_ENDPOINT"] = hub.url
@@ -252,7 +253,7 @@ ETAGS = [hashlib.md5(content).hexdigest() for content in (CONFIG, b"names are od
 
 
 @pytest.fixture
-async def bucket(s3, loader) -> Gate:
+async def bucket(s3, loader) -> AsyncIterator[Gate]:
     def fill() -> None:
         keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
         client = boto3.client("s3", endpoint_url=s3, **keys)

@@ -1,13 +1,14 @@
 """Chat requests, and scripts for engines that answer or fail."""
 
 import json
+from typing import Any
 
 from fakes.wire import Message, Wire, answer, post, says
 
 CHAT = "/openai/v1/chat/completions"
 
 
-def ask(model: str = "m", *headers: str, path: str = CHAT, **fields: object) -> bytes:
+def ask(model: str = "m", *headers: str, path: str = CHAT, **fields: Any) -> bytes:
     return post(path, json.dumps({"model": model, **fields}).encode(), *headers)
 
 

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 from unittest import mock
 
 import msgspec
@@ -36,7 +37,7 @@ class _Script:
         self.demand = demanded
         self.synced = asyncio.Event()
 
-    def __call__(self, *_: object, publish: Callable[[str, Route | None], None], **__: object):
+    def __call__(self, *_: object, publish: Callable[[str, Route | None], None], **__: Any):
         self.publish = publish
         return self
 
@@ -56,6 +57,11 @@ class _Script:
 class Fleet:
     """``await Fleet.start(routes, workers=4, hold_timeout_s=2)`` … ``await fleet.close()``."""
 
+    port: int
+    supervisor: supervisor.Supervisor
+    _script: _Script
+    _life: asyncio.Task[int]
+
     @classmethod
     async def start(
         cls,
@@ -63,7 +69,7 @@ class Fleet:
         *,
         workers: int,
         demanded: Callable[[str], None] = lambda model: None,
-        **gateway: object,
+        **gateway: Any,
     ) -> Fleet:
         fleet = cls()
         fleet._script = _Script(routes, demanded)

@@ -261,6 +261,7 @@ class World:
         self.refusal = None  # why Jobs get no pods; "": they get none, and nothing says why
         self.job_end = "Complete"  # how Jobs end, a moment after they were made; or None
         self.leader = self.store = self.controller = None
+        self.scaling: asyncio.Task[None] | None = None
         self.events = FakeEvents()
         self.loads = FakeLoads()
 

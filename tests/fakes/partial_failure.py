@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
@@ -109,7 +110,7 @@ class Report:
 class Cluster:
     """Endpoints ``e0`` … and two workers; to be made within the event loop that it runs in."""
 
-    def __init__(self, endpoints: int, *, seed: int = 1, **config: object) -> None:
+    def __init__(self, endpoints: int, *, seed: int = 1, **config: Any) -> None:
         self.clock = asyncio.get_running_loop().time
         self.config = GatewayConfig(**config)
         self._random = random.Random(seed)

@@ -1,6 +1,7 @@
 """A relay with one scripted engine, and local routes that describe what they receive."""
 
 import asyncio
+from typing import Any
 
 from aiohttp import web
 
@@ -45,7 +46,7 @@ class Running:
     def relay(self) -> Relay:
         return self.world.server.relay
 
-    async def client(self, **options: object) -> Wire:
+    async def client(self, **options: Any) -> Wire:
         return await self.world.client(**options)
 
     def runs(self, script) -> None:

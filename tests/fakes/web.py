@@ -9,4 +9,4 @@ async def start(app: web.Application, shutdown_timeout_s: float) -> tuple[web.Ap
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    return runner, f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -21,6 +22,20 @@ from kubeai.routing.table import RoutingTable
 class World:
     """``await World.start(...)`` … ``await world.close()``, which checks that nothing is left."""
 
+    supervisors: LoadTable
+    loads: LoadTable
+    publisher: Publisher
+    config: GatewayConfig
+    demanded: list[str]
+    context: Context
+    server: Server
+    table: RoutingTable
+    runner: web.AppRunner
+    port: int
+    engines: dict[str, Engine]
+    routes: dict[str, Route]
+    wires: list[Wire]
+
     @classmethod
     async def start(
         cls,
@@ -29,7 +44,7 @@ class World:
         local_routes: Callable[[Context], web.Application] | None = None,
         tick_s: float = 0.01,
         observers: Observers | None = None,
-        **config: object,
+        **config: Any,
     ) -> "World":
         """``app`` replaces the local routes; ``local_routes`` creates them."""
         world = cls()
@@ -64,7 +79,7 @@ class World:
         self.engines[engine.address] = engine
         return engine
 
-    def route(self, model: str, endpoints: dict[str, object], **fields: object) -> None:
+    def route(self, model: str, endpoints: dict[str, object], **fields: Any) -> None:
         """Publish a model with endpoints: name → Engine, or "ip:port", or (either, adapters)."""
         made = []
         for name, where in endpoints.items():
@@ -80,7 +95,7 @@ class World:
     def unroute(self, model: str) -> None:
         self.table.apply(self.publisher.update(model, None))
 
-    async def client(self, **options: object) -> Wire:
+    async def client(self, **options: Any) -> Wire:
         wire = await connect(self.port, **options)
         self.wires.append(wire)
         return wire

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 import h11
@@ -43,12 +44,13 @@ def corpus(kind: str) -> list[bytes]:
 class End:
     """Our end of a connection, as the protocol on it sees it."""
 
-    def __init__(self, protocol: asyncio.Protocol, wrote: Callable[[End], None] | None) -> None:
+    def __init__(self, protocol: Any, wrote: Callable[[End], None] | None) -> None:
         self.protocol = protocol
         self.sent = b""
         self.closed = False  # no byte goes either way any more
         self.finished = False  # a FIN has gone out, or will once the bytes are
         self.was_reset = False  # the other end sees RST rather than FIN
+        self.answered = 0  # requests that a script has answered
         self._wrote = wrote
         self._socket = socket.socket()
         self._reading = True
@@ -211,7 +213,7 @@ class Machine:
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         relay = self.server.relay
         for downstream in list(relay.downstreams):
-            downstream.connection_lost(None)
+            cast(Downstream, downstream).connection_lost(None)
         await self.turn()
         try:
             if error is None:

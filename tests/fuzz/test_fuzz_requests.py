@@ -202,7 +202,7 @@ class Llhttp:
 
 def answer_requests(end: End) -> None:
     """Answer each whole request that an engine has got."""
-    done = getattr(end, "answered", 0)
+    done = end.answered
     got = read_requests(end.sent)
     assert not got.error, (got.error, end.sent)
     end.answered = len(got.messages)

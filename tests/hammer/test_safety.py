@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -62,7 +63,7 @@ async def start(streams, monkeypatch):
     monkeypatch.setenv("LOG_LEVEL", "error")
     fleets = []
 
-    async def start(workers: int, **gateway: object) -> Fleet:
+    async def start(workers: int, **gateway: Any) -> Fleet:
         route = Route("m", "VLLM", endpoints=(Endpoint("pod-0", streams.engine.address),))
         fleets.append(await Fleet.start([route], workers=workers, **gateway))
         return fleets[-1]

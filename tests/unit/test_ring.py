@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from math import ceil
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -501,12 +502,14 @@ class Rings(RuleBasedStateMachine):
             if row is None:
                 return
             generation = self.open_row(row)
-        for ring in (*self.rings, self.oracle):
+        rings: list[Any] = [*self.rings, self.oracle]
+        for ring in rings:
             ring.set(name, row, generation, adapters)
 
     @rule(name=NAMES)
     def remove(self, name):
-        for ring in (*self.rings, self.oracle):
+        rings: list[Any] = [*self.rings, self.oracle]
+        for ring in rings:
             ring.remove(name)
 
     @rule(replication=st.integers(1, 40), factor=st.sampled_from([100, 125, 300]))

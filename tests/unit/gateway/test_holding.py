@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from typing import Any, cast
 
 import pytest
 from fakes.time import FAKE_TIME
@@ -37,7 +38,7 @@ class Worker:
         self.loads = LoadTable.create(8, 1)
         self.publisher = Publisher(self.loads)
         self.table = RoutingTable(
-            LoadTable.attach(self.loads.fd, 0), lambda routed, endpoint: Upstream()
+            LoadTable.attach(self.loads.fd, 0), lambda routed, endpoint: cast(Any, Upstream())
         )
         self.demanded = []
         config = GatewayConfig(hold_timeout_s=HOLD_S)

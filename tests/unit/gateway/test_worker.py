@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import sys
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,7 +24,7 @@ class Supervised:
     """One worker process and what its supervisor holds for it."""
 
     async def start(
-        self, *, descriptors: tuple[int, int] | None = None, **config: object
+        self, *, descriptors: tuple[int, int] | None = None, **config: Any
     ) -> "Supervised":
         """``descriptors``: the process's soft and hard limit of open files."""
         self.descriptors = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)

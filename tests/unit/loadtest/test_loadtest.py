@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,7 +30,7 @@ from kubeai.simulation.traffic import SHAPES, Arrivals, Shape
 SMALL = Shape(conversations=11, turns=2, prompt_tokens=5, turn_tokens=5)
 
 
-def scenario(**fields: object) -> Scenario:
+def scenario(**fields: Any) -> Scenario:
     defaults = {"url": "http://x", "model": "m", "traffic": Synthetic("chat", SMALL, 3)}
     return Scenario(**(defaults | {"load": ClosedLoop(5)} | fields))
 
@@ -144,7 +145,7 @@ def test_messages_pass_through_a_pipe_unchanged():
 # -- options ---------------------------------------------------------------------------------------
 
 
-def made(**fields: object) -> Synthetic | ShareGpt | TraceReplay:
+def made(**fields: Any) -> Synthetic | ShareGpt | TraceReplay:
     defaults = {"shape": None, "changes": {}, "seed": 1, "endless": False, "sharegpt": None}
     more = {"messages_min": 2, "trace": None, "speed": 1.0}
     return options.traffic(**(defaults | more | fields))
@@ -167,7 +168,7 @@ def test_only_one_source_of_traffic_may_be_given():
         made(trace=Path("b"), speed=0.0)
 
 
-def load(**fields: object) -> ClosedLoop | OpenLoop:
+def load(**fields: Any) -> ClosedLoop | OpenLoop:
     names = ("concurrency", "rate", "arrivals", "burst", "until_rate", "ramp_time")
     return options.load(**(dict.fromkeys(names) | {"timed": False} | fields))
 

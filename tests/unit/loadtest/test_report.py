@@ -6,6 +6,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
@@ -242,7 +243,7 @@ def cells(runs: list[Results], group: str, label: str) -> list[compare.Cell]:
     return next(row.cells for row in compare.figures(runs)[group] if row.label == label)
 
 
-def with_summary(**summary: object) -> Results:
+def with_summary(**summary: Any) -> Results:
     return msgspec.structs.replace(run(), summary=summary)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ USAGE = {
 }
 
 
-def chunk(delta: dict, **more: object) -> dict:
+def chunk(delta: dict, **more: Any) -> dict:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
     return {"id": "c", "object": "chat.completion.chunk", "choices": [choice], **more}
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httptools
 import pytest
@@ -19,7 +20,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4}
 
 
-def event(text: str | None, line_end: str = "\n", **more: object) -> bytes:
+def event(text: str | None, line_end: str = "\n", **more: Any) -> bytes:
     delta = {} if text is None else {"content": text}
     said = {"id": "c", "choices": [{"index": 0, "delta": delta}], **more}
     return f"data: {json.dumps(said, separators=(',', ':'))}{line_end * 2}".encode()

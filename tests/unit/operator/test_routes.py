@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -200,8 +202,9 @@ def test_a_pod_in_trouble_has_the_reason(status, reason):
 
 @pytest.fixture
 def store():
-    store = Store(lambda name: store.heard.append(name))
-    store.heard = []
+    heard: list[str] = []
+    store: Any = Store(heard.append)
+    store.heard = heard
     store.replace_models([])
     store.replace_pods([])
     return store

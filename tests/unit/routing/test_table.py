@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -433,7 +434,7 @@ class Hinge(RuleBasedStateMachine):
     def start(self):
         self.table = LoadTable.create(14, WORKERS)
         self.publisher = Publisher(self.table)
-        self.workers = [None] * WORKERS
+        self.workers: list[Any] = [None] * WORKERS
         self.queues = [[] for _ in range(WORKERS)]
         self.reservations = [[] for _ in range(WORKERS)]
         for column in range(WORKERS):
@@ -501,7 +502,7 @@ class Hinge(RuleBasedStateMachine):
         for published in self.publisher.snapshot().routes:
             rows.append(published.row)
             rows += [e.row for e in published.endpoints]
-            lives = [published, *published.endpoints]
+            lives: list[Any] = [published, *published.endpoints]
             assert all(self.table.generation(x.row) == x.generation for x in lives)
         assert len(rows) == len(set(rows))
 

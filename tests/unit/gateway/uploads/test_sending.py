@@ -148,7 +148,12 @@ async def test_a_form_on_a_stale_connection_is_replayed_from_its_beginning(start
 async def test_an_engine_that_reads_slowly_slows_the_reads_from_disk(start, monkeypatch):
     read = []
     pread = spool.os.pread
-    monkeypatch.setattr(spool.os, "pread", lambda *args: read.append(1) or pread(*args))
+
+    def counted(*args):
+        read.append(1)
+        return pread(*args)
+
+    monkeypatch.setattr(spool.os, "pread", counted)
     world = await start()
     go_on = asyncio.Event()
 

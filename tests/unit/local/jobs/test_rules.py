@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -33,7 +34,7 @@ class World:
         self.now = BEGIN
         template = {"metadata": {"labels": {"a": "b"}}, "spec": {"restartPolicy": restart}}
         spec = {"parallelism": 1, "completions": 1, "template": template, **spec}
-        self.job = {
+        self.job: dict[str, Any] | None = {
             "metadata": {"name": "j", "namespace": "n", "uid": "u", "generation": 1},
             "spec": spec,
             "status": {},
@@ -74,13 +75,13 @@ class World:
                 pod["status"] = {"phase": "Pending"}
                 self.pods[name] = pod
         elif isinstance(step, ReleasePods):
-            for pod in step.pods[:parts]:
-                self.release(pod.metadata.name)
+            for released in step.pods[:parts]:
+                self.release(released.metadata.name)
         elif isinstance(step, DeletePods):
-            for pod in step.pods[:parts]:
-                if not step.fails and pod.tracked:
-                    self.release(pod.metadata.name)
-                self.delete(pod.metadata.name)
+            for doomed in step.pods[:parts]:
+                if not step.fails and doomed.tracked:
+                    self.release(doomed.metadata.name)
+                self.delete(doomed.metadata.name)
         elif isinstance(step, DeleteJob):
             self.job = None
 

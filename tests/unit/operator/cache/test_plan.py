@@ -165,7 +165,12 @@ async def test_loading_a_models_files_enqueues_no_other_model(world):
     await asyncio.sleep(5.0)
     looked_at = []
     add = world.controller.queue.add
-    world.controller.queue.add = lambda name: (looked_at.append(name), add(name))
+
+    def noted(name):
+        looked_at.append(name)
+        add(name)
+
+    world.controller.queue.add = noted
     world.delete("m7")
     await world.until(lambda: ("models", "m7") not in world.kube.objects)
     assert set(looked_at) == {"m7"}

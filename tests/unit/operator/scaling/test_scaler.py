@@ -16,7 +16,6 @@ STATE = "configmaps", "kubeai-autoscaler-state"
 @pytest.fixture
 async def world():
     world = World()
-    world.scaling = None
     yield world
     world.scaling.cancel()
     await asyncio.gather(world.scaling, return_exceptions=True)

@@ -50,7 +50,7 @@ def writer(manager: str, time: str = "2026-01-01T00:00:00Z", subresource: str = 
     return Writer(manager, "x.org/v1", time, subresource)
 
 
-def obj(**spec: object) -> dict[str, Any]:
+def obj(**spec: Any) -> dict[str, Any]:
     head = {"apiVersion": "x.org/v1", "kind": "X", "metadata": {"name": "x"}}
     return {**head, **({"spec": spec} if spec else {})}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import orjson
 import pytest
@@ -15,7 +16,7 @@ from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.store import Store
 
 
-def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield a message's field numbers and raw values."""
     at = 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kubeai.local.apiserver.kinds import columns, jsonpath
@@ -19,11 +21,11 @@ def test_ages_are_printed_like_kubectl(seconds: int, expected: str):
     assert columns.human_duration(seconds) == expected
 
 
-def _pod(status: dict, **metadata: object) -> dict:
+def _pod(status: dict, **metadata: Any) -> dict:
     return {"metadata": {"name": "p", **metadata}, "spec": {"containers": []}, "status": status}
 
 
-def _container(ready: bool = False, **state: object) -> dict:
+def _container(ready: bool = False, **state: Any) -> dict:
     return {"name": "c", "ready": ready, "restartCount": 0, "state": state}
 
 

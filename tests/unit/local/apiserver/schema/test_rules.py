@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kubeai.local.apiserver.schema.rules import Rules
@@ -10,7 +12,7 @@ from kubeai.local.apiserver.schema.structural import Schema
 META = {"name": "x"}
 
 
-def broken(rule: str | dict, value: object, old: object = None, **schema: object) -> list[str]:
+def broken(rule: str | dict, value: object, old: object = None, **schema: Any) -> list[str]:
     """The error messages of a rule on ``spec``."""
     rule = {"rule": rule, "message": "broken"} if isinstance(rule, str) else rule
     root = {

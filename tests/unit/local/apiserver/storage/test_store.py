@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +19,7 @@ from kubeai.local.apiserver.storage.store import Expired, Store
 from kubeai.local.apiserver.storage.watching import ListOptions
 
 
-def obj(name: str, owners: tuple[str, ...] = (), **fields: object) -> dict:
+def obj(name: str, owners: tuple[str, ...] = (), **fields: Any) -> dict:
     references = [{"uid": uid, "name": uid, "kind": "X", "apiVersion": "v1"} for uid in owners]
     metadata = {"name": name, "namespace": "n", "uid": f"uid-{name}"}
     if references:
@@ -26,13 +28,13 @@ def obj(name: str, owners: tuple[str, ...] = (), **fields: object) -> dict:
 
 
 @pytest.fixture
-def store() -> Store:
+def store() -> Iterator[Store]:
     store = Store(":memory:")
     yield store
     store.close()
 
 
-def put(store: Store, name: str, **fields: object) -> int:
+def put(store: Store, name: str, **fields: Any) -> int:
     return store.put("pods", ("n", name), obj(name, **fields)).revision
 
 

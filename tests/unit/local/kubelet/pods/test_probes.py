@@ -116,6 +116,7 @@ class FakeContainer:
 
     def __init__(self, port=0, result=None):
         self._port, self._result = port, result
+        self.seen: list[tuple[str, object]] = []
 
     def port(self, wanted):
         if wanted == "nope":

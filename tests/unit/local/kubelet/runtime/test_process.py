@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ async def start(tmp_path):
     async def start(*argv, **options):
         log = tmp_path / "log" / f"{len(started)}.log"
         launch = Launch(argv=argv, env=ENV | options.pop("env", {}), cwd="/", log=log, **options)
-        process = await Process.start(launch)
+        process: Any = await Process.start(launch)
         started.append(process)
         process.log = log
         return process
