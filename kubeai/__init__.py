@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-DISTRIBUTION = "kubeai-gateway"  # on PyPI, where `kubeai` is an unrelated project
-
 if TYPE_CHECKING:
     __version__: str
 else:
@@ -13,5 +11,7 @@ else:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib.metadata import version
+
+        from kubeai.errors import DISTRIBUTION
 
         return version(DISTRIBUTION)

@@ -5,8 +5,7 @@ manifest (``spec.resourceProfile``), an option, or a file. The command line prin
 without a traceback; the operator reports them in a Model's conditions.
 """
 
-from kubeai import DISTRIBUTION
-
+DISTRIBUTION = "kubeai-gateway"  # on PyPI, where `kubeai` is an unrelated project
 QUOTED_MAX_CHARS = 200  # of a user's text in an error message
 
 

@@ -31,6 +31,7 @@ class ScriptedApi:
     """Responds from scripts: `lists` and `watches` are used in turn, the last one repeatedly."""
 
     def __init__(self):
+        self.url = ""  # set by who serves it
         self.requests = []
         self.times_s = []  # arrival times of the requests
         self.lists = [([], "1")]

@@ -9,8 +9,7 @@ import pytest
 from repository import REPOSITORY
 
 import kubeai
-from kubeai import DISTRIBUTION
-from kubeai.errors import install_hint
+from kubeai.errors import DISTRIBUTION, install_hint
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # `kubeai` or `kubeai[extra]` where pip would look up a distribution of that name.
