@@ -303,7 +303,7 @@ async def test_unknown_model_is_reported_in_one_line(bench):
         (["--html", "/proc/x/y"], "--html: /proc/x: "),
     ],
 )
-async def test_a_wrong_option_is_one_line(bench, arguments, said):
+async def test_an_invalid_option_is_reported_in_one_line(bench, arguments, said):
     process = await bench.start("run", "http://127.0.0.1:9/v1", *arguments)
     assert said in (await bench.ended(process)).fails()
 

@@ -161,7 +161,9 @@ async def test_interrupted_hub_download_is_resumed(loader, hub):
         (Repository({"../x": b"x"}), "contains an invalid path"),
     ],
 )
-async def test_a_hub_that_does_not_give_is_an_error_that_says_why(loader, hub, repository, words):
+async def test_an_unavailable_repository_is_an_error_with_the_reason(
+    loader, hub, repository, words
+):
     if repository is not None:
         hub.repositories["org/m"] = repository
     assert words in await loader.fails("hf://org/m")
