@@ -16,7 +16,6 @@ from kubeai.gateway.relay._upstream import Upstream
 from kubeai.gateway.server import Server
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
-from kubeai.routing.table import RoutingTable
 
 TIMES = range(1000)
 HEAD = (
@@ -57,9 +56,8 @@ def ends(request):
     publisher = Publisher(supervisors)
     config = GatewayConfig()
     context = Context(config, lambda model: None)
-    server = Server(context)
-    table = RoutingTable(LoadTable.attach(supervisors.fd, 0), server.endpoint_pool)
-    context.routes = table
+    server = Server(context, LoadTable.attach(supervisors.fd, 0))
+    table = server.routes
     endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
     route = Route("m", "VLLM", strategy=request.param, endpoints=endpoints)
     table.apply(publisher.update("m", route))

@@ -162,7 +162,7 @@ class ForkServer:
         async with self._turn:
             if self._sock is not None:
                 try:
-                    return await self._ask(self._sock, request, (*outputs, *pass_fds))
+                    return await self._fork(self._sock, request, (*outputs, *pass_fds))
                 except (OSError, TimeoutError, EOFError) as error:
                     log.error(
                         "the fork server has failed", error=str(error) or type(error).__name__
@@ -176,6 +176,15 @@ class ForkServer:
             pass_fds=pass_fds,
             new_session=new_session,
         )
+
+    async def _fork(self, sock: socket.socket, request: _Request, fds: Sequence[int]) -> Process:
+        """Like :meth:`_ask`, but a cancellation waits for the reply, and kills the process."""
+        asking = asyncio.ensure_future(self._ask(sock, request, fds))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            (await asking).kill()
+            raise
 
     async def _ask(self, sock: socket.socket, request: _Request, fds: Sequence[int]) -> Process:
         data = msgspec.msgpack.encode(request)

@@ -32,7 +32,7 @@ JSON_ROUTES = {
 
 
 class Context(FastPathContext):
-    """See the module. ``routes`` and ``local_routes`` are set before the first request."""
+    """See the module. The Server sets ``routes`` and ``local_routes``."""
 
     routes: RoutingTable
     local_routes: LocalRoutesPool  # serves what is not proxied

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from kubeai._load import LoadTable
 from kubeai.gateway.context import Context
 from kubeai.gateway.endpoint_pool import EndpointPool, LocalRoutesPool
 from kubeai.gateway.proxy import Proxy
@@ -23,7 +24,7 @@ from kubeai.gateway.relay._exchange import Relay
 from kubeai.logs import get_logger
 from kubeai.openai.errors import relay_error
 from kubeai.routing.routes import Endpoint
-from kubeai.routing.table import RoutedModel
+from kubeai.routing.table import RoutedModel, RoutingTable
 
 log = get_logger(__name__)
 
@@ -43,11 +44,11 @@ def connections_possible() -> int:
 class Server:
     """One worker's listener, connections and drain.
 
-    Created before the routing table, whose endpoints get their connection pools from
-    :meth:`endpoint_pool`. Starts accepting connections with :meth:`serve`.
+    It creates the routing table, whose endpoints have their connection pools here. Starts accepting
+    connections with :meth:`serve`.
     """
 
-    def __init__(self, context: Context, *, tick_s: float = 0.25) -> None:
+    def __init__(self, context: Context, loads: LoadTable, *, tick_s: float = 0.25) -> None:
         config = context.config
         self._context = context
         self.relay = Relay(
@@ -64,12 +65,12 @@ class Server:
             buffer_max_bytes=config.buffer_max_bytes,
             tick_s=tick_s,
         )
+        self.routes = context.routes = RoutingTable(loads, self._endpoint_pool)
         self._tick_s = tick_s
         self._server: asyncio.Server | None = None
         self._ejection_timer: asyncio.TimerHandle | None = None
 
-    def endpoint_pool(self, routed: RoutedModel, endpoint: Endpoint) -> EndpointPool:
-        """Create the connection pool that the routing table keeps for an endpoint."""
+    def _endpoint_pool(self, routed: RoutedModel, endpoint: Endpoint) -> EndpointPool:
         return EndpointPool(self.relay, routed, endpoint, self._context.config)
 
     async def serve(
@@ -88,7 +89,7 @@ class Server:
     def _move_off_ejected(self) -> None:
         loop = asyncio.get_running_loop()
         self._ejection_timer = loop.call_later(self._tick_s, self._move_off_ejected)
-        self._context.routes.move_off_ejected()
+        self.routes.move_off_ejected()
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
         """Drain as described in the module, for at most ``accept_s`` plus ``timeout_s``."""
@@ -114,5 +115,6 @@ class Server:
             self._server.close()
         self._context.local_routes.close()
         self.relay.stop()
+        self.routes.close()
         if self._context.observers is not None:
             self._context.observers.close()

@@ -33,7 +33,6 @@ from kubeai.gateway.server import Server
 from kubeai.logs import get_logger, setup_logging
 from kubeai.routing.channel import Channel, Demand, Down, Drain, Ready
 from kubeai.routing.routes import Delta, Snapshot
-from kubeai.routing.table import RoutingTable
 
 log = get_logger(__name__)
 
@@ -61,9 +60,7 @@ class Worker:
         self._table = LoadTable.attach(settings.table_fd, settings.column)
         observers = make_observers(settings.gateway)
         self._context = Context(settings.gateway, self._demand, observers)
-        self._server = Server(self._context)
-        self._routes = RoutingTable(self._table, self._server.endpoint_pool)
-        self._context.routes = self._routes
+        self._server = Server(self._context, self._table)
         self._channel = Channel(Down, self._received, self._channel_ended)
         self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
@@ -86,7 +83,6 @@ class Worker:
             await self._serve(runner)
         finally:
             self._server.close()
-            self._routes.close()
             await runner.cleanup()
             self._channel.close()
 
@@ -111,7 +107,7 @@ class Worker:
             self._stop(message)
         else:
             assert isinstance(message, Snapshot | Delta)
-            self._routes.apply(message)
+            self._server.routes.apply(message)
             self._started.set()
 
     def _channel_ended(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kubeai.errors import KubeAIError
-from kubeai.kube.backoff import Backoff
+from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Process, Spawn
 
@@ -19,7 +19,7 @@ log = get_logger(__name__)
 CHILD_START_TIMEOUT_S = 30.0
 CHILD_STOP_TIMEOUT_S = 15.0
 CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S = 0.2, 5.0
-CHILD_SETTLED_S = 10.0  # a process that ran this long resets the restart back-off
+CHILD_SETTLED_S = 10.0  # a process that ran this long is restarted at once
 LOG_TAIL_MAX_BYTES = 4096
 
 
@@ -68,15 +68,13 @@ class Child:
         self.port = int(words[1]) if len(words) > 1 else 0
 
     async def _restart(self) -> None:
-        backoff = Backoff(CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S)
+        backoff = RestartBackoff(CHILD_RESTART_FIRST_S, CHILD_RESTART_MAX_S, CHILD_SETTLED_S)
         while True:
             assert self._process is not None
             began_s = time.monotonic()
             code = await self._process.wait()
-            if time.monotonic() - began_s > CHILD_SETTLED_S:
-                backoff.reset()
             log.error("process exited, restarting it", process=self.name, exit_code=code)
-            await asyncio.sleep(backoff.next_s())
+            await asyncio.sleep(backoff.next_s(time.monotonic() - began_s))
             try:
                 await self._spawn()
             except (KubeAIError, OSError) as error:

@@ -12,6 +12,7 @@ import msgspec
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
+from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Process, Spawn
 from kubeai.routing.channel import Channel, Demand, Down, Ready, Up
@@ -19,9 +20,8 @@ from kubeai.routing.routes import Snapshot
 
 log = get_logger(__name__)
 
-RESPAWN_BACKOFF_MAX_S = 5.0
-# A worker that ran for this long is restarted without back-off.
-RESPAWN_SETTLED_S = 10.0
+RESPAWN_BACKOFF_FIRST_S, RESPAWN_BACKOFF_MAX_S = 0.2, 5.0
+RESPAWN_SETTLED_S = 10.0  # a worker that ran this long is restarted at once
 
 
 class WorkerProcess:
@@ -61,7 +61,7 @@ class WorkerProcess:
     async def run(self) -> None:
         """Start the process, and restart it when it exits, until ``stopping``."""
         loop = asyncio.get_running_loop()
-        backoff_s = 0.0
+        backoff = RestartBackoff(RESPAWN_BACKOFF_FIRST_S, RESPAWN_BACKOFF_MAX_S, RESPAWN_SETTLED_S)
         while not self.stopping:
             started = loop.time()
             code = await self._run_once()
@@ -70,9 +70,7 @@ class WorkerProcess:
             if self.stopping:
                 return
             log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
-            settled = loop.time() - started > RESPAWN_SETTLED_S
-            backoff_s = 0.0 if settled else min(RESPAWN_BACKOFF_MAX_S, 2 * backoff_s + 0.1)
-            await asyncio.sleep(0.0 if settled else backoff_s - 0.1)
+            await asyncio.sleep(backoff.next_s(loop.time() - started))
 
     async def _run_once(self) -> int:
         loop = asyncio.get_running_loop()

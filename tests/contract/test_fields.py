@@ -22,7 +22,6 @@ from kubeai.gateway.server import Server
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
 from kubeai.routing.publisher import Publisher
-from kubeai.routing.table import RoutingTable
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))
 ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")
@@ -651,8 +650,7 @@ async def gateway(routes):
     publisher = Publisher(table)
     config = GatewayConfig()
     context = Context(config, lambda model: None)
-    routing = RoutingTable(LoadTable.attach(table.fd, 0), Server(context).endpoint_pool)
-    context.routes = routing
+    routing = Server(context, LoadTable.attach(table.fd, 0)).routes
     for model, route in routes.items():
         routing.apply(publisher.update(model, route))
     runner = make_runner(context)

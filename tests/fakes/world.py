@@ -54,8 +54,8 @@ class World:
         world.config = GatewayConfig(**config)
         world.demanded = []
         world.context = Context(world.config, world.demanded.append, observers)
-        world.server = Server(world.context, tick_s=tick_s)
-        world.table = world.context.routes = RoutingTable(world.loads, world.server.endpoint_pool)
+        world.server = Server(world.context, world.loads, tick_s=tick_s)
+        world.table = world.server.routes
         if local_routes is not None:
             app = local_routes(world.context)
         world.runner = web.AppRunner(
@@ -137,7 +137,6 @@ class World:
             wire.close()
         await self.at_rest()
         self.server.close()
-        self.table.close()
         await self.runner.cleanup()
         for engine in self.engines.values():
             await engine.stop()

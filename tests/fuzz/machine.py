@@ -26,7 +26,6 @@ from kubeai.gateway.proxy import Proxy
 from kubeai.gateway.relay._downstream import Downstream
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
-from kubeai.routing.table import RoutedModel, RoutingTable
 
 CORPUS = Path(__file__).with_name("corpus")
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "150"))
@@ -161,17 +160,18 @@ class Machine:
         config = GatewayConfig(retries=self.retries, head_max_bytes=HEAD_MAX_BYTES)
         self._context = Context(config, lambda model: None)
         with mock.patch.object(server, "Proxy", self._watched()):
-            self.server = server.Server(self._context, tick_s=60)
+            self.server = server.Server(self._context, self._loads, tick_s=60)
         self.server.relay.start(loop)
-        self._table = self._context.routes = RoutingTable(self._loads, self._pool)
         local_routes = self._dialled(endpoint_pool.LocalRoutesPool)
         self._context.local_routes = local_routes(self.server.relay, lambda: None)
+        dialled = self._dialled(endpoint_pool.EndpointPool)
         endpoints = tuple(Endpoint(f"pod-{i}", f"10.0.1.{i}:8000", ("x",)) for i in range(2))
         for route in (
             Route("m", "VLLM", strategy="PrefixHash", adapters=("x",), endpoints=endpoints),
             Route("cold", "VLLM"),
         ):
-            self._table.apply(self._publisher.update(route.model, route))
+            with mock.patch.object(server, "EndpointPool", dialled):
+                self.server.routes.apply(self._publisher.update(route.model, route))
         return self
 
     def _watched(self) -> type:
@@ -198,11 +198,6 @@ class Machine:
 
         return Dialled
 
-    def _pool(self, routed: RoutedModel, endpoint: Endpoint) -> object:
-        dialled = self._dialled(endpoint_pool.EndpointPool)
-        with mock.patch.object(server, "EndpointPool", dialled):
-            return self.server.endpoint_pool(routed, endpoint)
-
     def client(self) -> End:
         return End(Downstream(self.server.relay), None)
 
@@ -227,7 +222,7 @@ class Machine:
         finally:
             self._context.local_routes.close()
             relay.stop()
-            self._table.close()
+            self.server.routes.close()
             await self.turn()
             self._loads.close()
             self._supervisors.close()

@@ -171,6 +171,27 @@ async def body(server):
     assert run(body).splitlines()[-2:] == ["-9", "-9"]
 
 
+def test_a_cancelled_start_leaves_no_process_and_no_reply_behind(run):
+    body = """
+async def body(server):
+    read, write = os.pipe()
+    starting = asyncio.ensure_future(
+        server.spawn("reporter", "wait", str(write), pass_fds=(write,))
+    )
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # the request has been sent
+    starting.cancel()
+    assert isinstance((await asyncio.gather(starting, return_exceptions=True))[0],
+                      asyncio.CancelledError)
+    process = await server.spawn("reporter", "exit", "5")
+    print(await process.wait())
+    os.close(write)
+    os.read(read, 9)  # its ID, if it came so far
+    print(os.read(read, 9), "the end: no process has the pipe open")
+"""
+    assert run(body).splitlines() == ["5", "b'' the end: no process has the pipe open"]
+
+
 def test_the_fork_server_ends_with_its_parent(run):
     body = """
 async def body(server):

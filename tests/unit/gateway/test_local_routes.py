@@ -14,7 +14,6 @@ from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
-from kubeai.routing.table import RoutingTable
 
 TRANSCRIPTIONS = "/openai/v1/audio/transcriptions"
 
@@ -37,9 +36,7 @@ class Replica:
         config = GatewayConfig(**config)
         self.demands = []
         self.context = Context(config, self.demands.append)
-        endpoint_pool = Server(self.context).endpoint_pool
-        self.routing = RoutingTable(LoadTable.attach(self.table.fd, 0), endpoint_pool)
-        self.context.routes = self.routing
+        self.routing = Server(self.context, LoadTable.attach(self.table.fd, 0)).routes
 
     def publish(self, model, *addresses, gone=False, **values):
         values.setdefault("engine", "FasterWhisper")
