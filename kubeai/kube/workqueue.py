@@ -38,7 +38,10 @@ class Queue:
         self._stopped = False
 
     def add(self, name: str) -> None:
-        """Enqueue the name."""
+        """Enqueue the name, unless it is queued or backing off.
+
+        A name that is being processed is processed once more afterwards.
+        """
         if self._stopped or name in self._queued or name in self._backing_off:
             return
         if name in self._running:

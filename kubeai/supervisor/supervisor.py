@@ -291,6 +291,7 @@ class Supervisor:
 
 
 async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
+    """Serve on an address, and return the bound one. ``key``: of the config, for errors."""
     host, port = parse_address(address)
     try:
         (sock,) = listen(host, port, 1)

@@ -90,6 +90,7 @@ def _binary(value: int) -> str:
 
 
 def _decimal(nanos: int, exponential: bool) -> str:
+    """Format with the largest power of 1000 that leaves an integer: "1500m", "2k" or "2e3"."""
     exponent = -9
     while exponent < 18 and nanos % 1000 == 0:
         nanos //= 1000

@@ -304,7 +304,10 @@ def _deletion_order(pod: Pod) -> tuple[bool, bool, bool, str]:
 
 
 def _backoff_s(endings: Iterable[Ending], now: datetime) -> float:
-    """Return the remaining back-off after failed pods, in seconds."""
+    """Return the remaining back-off after failed pods, in seconds; 0 or less if it is over.
+
+    Only failures since the last success count.
+    """
     endings = list(endings)
     success = max((ending.at for ending in endings if not ending.failed), default=None)
     failures = [e.at for e in endings if e.failed and (success is None or e.at > success)]

@@ -143,7 +143,7 @@ async def _converse(
 async def _send_output(
     socket: web.WebSocketResponse, command: Command, streams: _Streams
 ) -> Ending | None:
-    """Send output until the command has ended; None if the client disconnected."""
+    """Send output until the command has ended, and return how; None if the client disconnected."""
 
     async def send(stream: int, channel: int, wanted: bool) -> None:
         while data := await command.read(stream):
@@ -160,7 +160,7 @@ async def _send_output(
     if left:
         return None
     end = await asyncio.shield(command.ended)
-    if end.code < 0:
+    if end.code < 0:  # it could not be started
         return Ending(None, 500, "InternalError", end.output)
     return Ending(end.code)
 
