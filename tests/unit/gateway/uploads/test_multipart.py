@@ -281,7 +281,7 @@ async def read_by_aiohttp(body, boundary):
 
 
 def sent_form(parts, boundary):
-    """The bytes that transcriptions.py sends for the parts returned by :func:`split`."""
+    """The bytes that spool.py sends for the parts returned by :func:`split`."""
     body = b"".join(
         b"--%b\r\n%b\r\n\r\n%b\r\n" % (boundary, head, content) for _, head, content in parts
     )
