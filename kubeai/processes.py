@@ -27,7 +27,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 from setproctitle import setproctitle
@@ -37,11 +37,14 @@ from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 
+Handlers = dict[signal.Signals, Any]  # of the parent, before it forked the server
+
 SPAWN_TIMEOUT_S = 30.0  # includes the fork server's imports
 REQUEST_MAX_BYTES = 256 << 10
 FDS_MAX_COUNT = 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # the fork server ends with its parent
+# The fork server ignores these, because it ends with its parent.
+_IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Process(Protocol):
@@ -236,8 +239,7 @@ class _Forked:
 def _serve(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
     """Fork a process for each request until the other end is closed."""
     try:
-        for number in _IGNORED:
-            signal.signal(number, signal.SIG_IGN)
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}
         setproctitle(f"{sys.executable} -m kubeai: fork server")
         for module in modules:
             _import(module)
@@ -248,7 +250,7 @@ def _serve(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
             if not data:
                 os._exit(0)
             request = msgspec.msgpack.decode(data, type=_Request)
-            sock.send(msgspec.msgpack.encode(_fork_orphan(request, fds, sock)))
+            sock.send(msgspec.msgpack.encode(_fork_orphan(request, fds, sock, handlers)))
             for fd in fds:
                 os.close(fd)
     except BaseException:
@@ -257,7 +259,7 @@ def _serve(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
         os._exit(1)
 
 
-def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket) -> int:
+def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket, handlers: Handlers) -> int:
     """Fork a process whose parent has exited by the time that it runs; returns its ID."""
     go_read, go_write = os.pipe()
     pid_read, pid_write = os.pipe()
@@ -270,7 +272,7 @@ def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket) -> int:
         os.close(go_write)
         os.read(go_read, 1)  # until it is closed
         sock.detach()  # so that it never closes a descriptor that has got its number
-        _become(request, fds)
+        _become(request, fds, handlers)
     os.waitpid(between, 0)  # now the process has been adopted
     os.close(pid_write)
     pid = int(os.read(pid_read, 32))
@@ -279,13 +281,12 @@ def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket) -> int:
     return pid
 
 
-def _become(request: _Request, fds: list[int]) -> NoReturn:
+def _become(request: _Request, fds: list[int], handlers: Handlers) -> NoReturn:
     """Turn this fork of the server into the requested process, and run it to its end."""
     status = 1
     try:
-        for number in _IGNORED:
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, default)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if request.new_session:
             os.setsid()
         _place(fds, request.fds)

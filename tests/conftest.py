@@ -2,10 +2,15 @@
 
 import asyncio
 import gc
+import signal
 
 import pytest
 import pytest_asyncio
 from hypothesis import settings
+
+# A shell makes the programs that it starts in the background ignore SIGINT, which Python and every
+# program that a test starts would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Machine load decides how long an example takes; benchmarks measure speed.
 settings.register_profile("untimed", deadline=None)
