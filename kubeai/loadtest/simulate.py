@@ -97,34 +97,51 @@ def settings(
 
 
 def run(simulation: Simulation, json_folder: Path | None, html_path: Path | None) -> int:
-    """Run all settings in parallel on all cores, then print and write the results."""
+    """Run all settings in parallel on all cores, then print and write the results.
+
+    Exits the process after Ctrl-C.
+    """
     found: list[Results] = []
     jobs = [(simulation, number) for number in range(len(simulation.settings))]
     # Spawn: a forked process would inherit locks held by this process's threads.
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         min(len(jobs), os.cpu_count() or 1),
         mp_context=get_context("spawn"),
         initializer=signal.signal,  # only this process handles Ctrl-C; it terminates the others
         initargs=(signal.SIGINT, signal.SIG_IGN),
-    ) as pool:
-        futures = [pool.submit(_simulate, job) for job in jobs]
-        try:
-            for future in futures:
-                one = future.result()
-                found.append(one)
-                print(f"{one.name}: done", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            # The futures fail with their processes. Cancelled ones would make the pool's thread
-            # print a traceback when it finds that its processes are gone.
-            for child in active_children():
-                child.terminate()
-            print(f"interrupted: {len(found)} of {len(jobs)} runs completed", file=sys.stderr)
+    )
+    interrupted = False
+    try:
+        for future in [pool.submit(_simulate, job) for job in jobs]:
+            one = future.result()
+            found.append(one)
+            print(f"{one.name}: done", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        # The futures fail with their processes. Cancelled ones would make the pool's thread print a
+        # traceback when it finds that its processes are gone.
+        for child in active_children():
+            child.terminate()
+        print(f"interrupted: {len(found)} of {len(jobs)} runs completed", file=sys.stderr)
+    finally:
+        if not interrupted:
+            pool.shutdown()
+    _report(simulation, found)
+    _write(found, json_folder, html_path)
+    if interrupted:
+        # If a process was terminated while it sent its results, the pool's thread waits for the
+        # rest of them forever, and the end of the interpreter waits for that thread.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+    return 0
+
+
+def _report(simulation: Simulation, found: list[Results]) -> None:
     for concurrency in dict.fromkeys(setting.concurrency for setting in simulation.settings):
         group = [one for one in found if one.setting.get("concurrency", concurrency) == concurrency]
         if group:
             print(compare.table(group))
-    _write(found, json_folder, html_path)
-    return 0 if len(found) == len(jobs) else 130
 
 
 def _simulate(job: tuple[Simulation, int]) -> Results:
