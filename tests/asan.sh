@@ -6,7 +6,7 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/${python##*/} ;; esac
-[ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py \
+[ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py tests/unit/test_prefix.py \
     tests/unit/openai/test_body_scan.py tests/unit/gateway/relay \
     tests/unit/gateway/test_proxy.py tests/unit/gateway/test_large_bodies.py \
     tests/unit/gateway/test_attempts.py tests/unit/gateway/test_ejection.py \

@@ -1,0 +1,49 @@
+"""Declarations of the prefix index for other compiled modules; see ``_prefix.pyx``."""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+
+
+cdef enum:
+    BUCKET_ENTRIES = 8  # a cache line
+    FOUND_MAX = 64  # endpoints per lookup
+
+
+cdef struct Header:
+    uint64_t magic
+    uint64_t version
+    uint64_t rows
+    uint64_t buckets  # a power of two
+    uint64_t spare[4]
+
+
+cdef struct Row:  # of an endpoint
+    uint64_t sent_tokens  # new prompt tokens sent to it; grows only
+    uint32_t cache_tokens  # how many its cache holds
+    uint32_t epoch  # incremented when its cache is lost
+    uint32_t stamp  # of an entry that is written now
+    uint32_t spare
+
+
+cdef struct Found:
+    int32_t row
+    int32_t depth  # number of leading blocks believed to be in the endpoint's cache
+
+
+cdef class PrefixIndex:
+    cdef readonly int fd
+    cdef readonly int rows
+    cdef readonly Py_ssize_t entries
+    cdef bint _owns_fd
+    cdef size_t _size
+    cdef uint64_t _mask  # of bucket numbers
+    cdef Header *header  # NULL once closed
+    cdef Row *row_states
+    cdef uint64_t *cells  # [buckets][BUCKET_ENTRIES]
+    cdef int _map(self, int fd, size_t size) except -1
+    cdef int _check_row(self, Py_ssize_t row) except -1
+    cdef int _read(self, blocks, uint64_t *hashes) except -1
+    cdef uint64_t *_bucket(self, uint64_t block) noexcept
+    cdef uint32_t _advance(self, Row *row, uint32_t new_tokens) noexcept
+    cdef uint32_t _staleness(self, uint64_t entry) noexcept
+    cdef void record(self, int32_t row, const uint64_t *blocks, int n, uint32_t new_tokens) noexcept
+    cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept

@@ -1,0 +1,55 @@
+"""The prefix index: which endpoint's cache holds which beginnings of prompts, in shared memory."""
+
+from collections.abc import Sequence
+from typing import final
+
+CACHE_UNITS: int  # parts of a cache in which the age of an entry is counted
+BLOCKS_MAX: int  # sampled blocks of a prompt
+ENTRIES_MAX: int
+ROWS_MAX: int
+
+@final
+class PrefixIndex:
+    """Hashes of a prompt's blocks → the endpoints that it was sent to, in one memfd of fixed size.
+
+    Rows are the endpoints' rows in the load table. A hash has 64 bits and covers the prompt from
+    its beginning to the end of the block. Any process may write; no lock is taken.
+    """
+
+    fd: int  # the memfd, inheritable; pass it to a worker with pass_fds
+    rows: int
+    entries: int  # 8 bytes each
+
+    @staticmethod
+    def create(rows: int, entries: int) -> PrefixIndex:
+        """Create an empty index with room for at least ``entries``, rounded up to 8 × 2ⁿ."""
+    @staticmethod
+    def attach(fd: int) -> PrefixIndex:
+        """Map an existing index; ValueError if its header does not match.
+
+        The caller keeps ownership of the descriptor: ``close`` only unmaps.
+        """
+    def close(self) -> None:
+        """Unmap."""
+
+    # -- endpoints -----------------------------------------------------------------------------
+    def set_cache(self, row: int, tokens: int) -> None:
+        """Set how many tokens an endpoint's cache holds; a change forgets what it holds.
+
+        Until it is set, nothing counts as evicted.
+        """
+    def forget(self, row: int) -> None:
+        """The endpoint has lost its cache, or the row has another endpoint."""
+
+    # -- blocks --------------------------------------------------------------------------------
+    def note(self, row: int, blocks: Sequence[int], new_tokens: int) -> None:
+        """Note that a prompt is sent to an endpoint.
+
+        ``blocks``: hashes of its blocks, or of some of them, in order; at most ``BLOCKS_MAX``.
+        ``new_tokens``: of the prompt, those that the endpoint's cache did not hold.
+        """
+    def find(self, blocks: Sequence[int]) -> dict[int, int]:
+        """The endpoints that hold a beginning of a prompt: row → how many of ``blocks``.
+
+        The 64 with the longest beginnings, if there are more.
+        """

@@ -1,0 +1,321 @@
+"""The prefix index: which endpoint's cache holds which beginnings of prompts, in shared memory.
+
+A prompt is a chain of blocks. The hash of a block covers everything before it, so an endpoint that
+has been sent a block has been sent all blocks before it. The index maps a block's hash to the
+endpoints that it was sent to. It is one memfd of a fixed size, which all workers map, read and write
+without locks.
+
+An entry is 8 bytes, written at once: a part of the hash, the endpoint's row in the load table, its
+epoch, and a stamp. Eight entries are a bucket, one cache line. A block's entries are all in one
+bucket, so that one read finds every endpoint that holds it. A new entry takes the place of the
+stalest in its bucket.
+
+An engine evicts the blocks that it has not used for longest. The stamp is the number of tokens that
+had been sent to the endpoint, in units of 1/``CACHE_UNITS`` of what its cache holds. Once as many
+tokens as that have been sent since an entry was written or used, the block counts as evicted. Stamps
+wrap after 16 times the size of the cache; an entry that is not overwritten until then may be believed
+again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
+another epoch do not count.
+
+All of this is a belief about the engines. Two workers that write one bucket at the same instant may
+lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in two
+million is wrong for that). Either makes a pick worse, and none makes an answer wrong.
+"""
+
+cimport cython
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+import fcntl
+import os
+
+from kubeai._load cimport get_u32, get_u64, put_u32, put_u64
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t size)
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_SHARED
+    void *MAP_FAILED
+
+cdef extern from *:
+    """
+    #define kb_prefetch(address) __builtin_prefetch(address)
+    /* Of the cells of one endpoint several workers add tokens. */
+    #define kb_add(cell, value) __atomic_fetch_add((cell), (value), __ATOMIC_RELAXED)
+    """
+    void prefetch "kb_prefetch"(const void *address) nogil
+    uint64_t fetch_add "kb_add"(uint64_t *cell, uint64_t value) nogil
+
+cdef enum:
+    LAYOUT_VERSION = 1
+    LINE_BYTES = 64
+    ROW_BITS = 20
+    EPOCH_BITS = 4
+    STAMP_BITS = 16
+    TAG_SHIFT = ROW_BITS + EPOCH_BITS + STAMP_BITS
+    _CACHE_UNITS = 4096
+    _BLOCKS_MAX = 64  # of a prompt
+    FORGOTTEN = 1 << 20  # staler than any stamp
+
+cdef uint64_t MAGIC = 0x6B75626561695058  # "kubeaiPX"
+cdef uint64_t STAMP_MASK = (1 << STAMP_BITS) - 1
+cdef uint64_t EPOCH_MASK = (1 << EPOCH_BITS) - 1
+cdef uint64_t ROW_MASK = (1 << ROW_BITS) - 1
+
+CACHE_UNITS = _CACHE_UNITS
+BLOCKS_MAX = _BLOCKS_MAX
+ENTRIES_MAX = 1 << 30
+ROWS_MAX = 1 << ROW_BITS
+
+
+cdef size_t _lines(size_t size) noexcept:
+    return (size + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
+
+
+cdef size_t _buckets_at(uint64_t rows) noexcept:
+    return _lines(sizeof(Header)) + _lines(rows * sizeof(Row))
+
+
+cdef size_t _size_of(uint64_t rows, uint64_t buckets) noexcept:
+    return _buckets_at(rows) + buckets * LINE_BYTES
+
+
+@cython.final
+cdef class PrefixIndex:
+    """Hashes of blocks → endpoints, in one memfd; see the module docstring."""
+
+    def __init__(self):
+        raise TypeError("use PrefixIndex.create or PrefixIndex.attach")
+
+    def __cinit__(self):
+        self.fd = -1
+
+    @staticmethod
+    def create(int rows, Py_ssize_t entries):
+        """See the stub."""
+        cdef uint64_t buckets = 1
+        if not 1 <= rows <= ROWS_MAX:
+            raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
+        if not 1 <= entries <= ENTRIES_MAX:
+            raise ValueError(f"entries must be 1 to {ENTRIES_MAX}, not {entries}")
+        while buckets * BUCKET_ENTRIES < <uint64_t> entries:
+            buckets *= 2
+        cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
+        cdef size_t size = _size_of(rows, buckets)
+        index.fd = os.memfd_create("kubeai-prefixes", os.MFD_ALLOW_SEALING)
+        index._owns_fd = True
+        os.ftruncate(index.fd, size)
+        # Sealed, so that no holder of the descriptor can shrink the file under another's mapping.
+        fcntl.fcntl(
+            index.fd,
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        )
+        index._map(index.fd, size)
+        index.header.version = LAYOUT_VERSION
+        index.header.rows = rows
+        index.header.buckets = buckets
+        index.header.magic = MAGIC
+        index._use_header()
+        return index
+
+    @staticmethod
+    def attach(int fd):
+        """See the stub."""
+        cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
+        cdef size_t size = os.fstat(fd).st_size
+        cdef Header header
+        cdef bytes start = os.pread(fd, sizeof(Header), 0)
+        if len(start) < <Py_ssize_t> sizeof(Header):
+            raise ValueError("not a prefix index: too short")
+        header = (<Header *> <const char *> start)[0]
+        if header.magic != MAGIC:
+            raise ValueError("not a prefix index: wrong magic")
+        if header.version != LAYOUT_VERSION:
+            raise ValueError(
+                f"prefix index has layout {header.version}, this program has {LAYOUT_VERSION}"
+            )
+        if not 1 <= header.rows <= <uint64_t> ROWS_MAX or header.buckets & (header.buckets - 1):
+            raise ValueError(f"prefix index has {header.rows} rows, {header.buckets} buckets")
+        if not header.buckets or size != _size_of(header.rows, header.buckets):
+            raise ValueError(f"prefix index's size of {size} bytes does not match its header")
+        index._map(fd, size)
+        index._use_header()
+        return index
+
+    cdef int _map(self, int fd, size_t size) except -1:
+        cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if base == MAP_FAILED:
+            raise OSError(f"mapping a prefix index of {size} bytes failed")
+        self.fd = fd
+        self._size = size
+        self.header = <Header *> base
+        return 0
+
+    def _use_header(self):
+        cdef char *base = <char *> self.header
+        self.rows = <int> self.header.rows
+        self.entries = <Py_ssize_t> self.header.buckets * BUCKET_ENTRIES
+        self._mask = self.header.buckets - 1
+        self.row_states = <Row *> (base + _lines(sizeof(Header)))
+        self.cells = <uint64_t *> (base + _buckets_at(self.header.rows))
+
+    def close(self):
+        """Unmap."""
+        if self.header != NULL:
+            munmap(self.header, self._size)
+            self.header = NULL
+        if self._owns_fd:
+            self._owns_fd = False
+            os.close(self.fd)
+        self.fd = -1
+
+    def __dealloc__(self):
+        if self.header != NULL:
+            munmap(self.header, self._size)
+        if self._owns_fd:
+            os.close(self.fd)
+
+    cdef int _check_row(self, Py_ssize_t row) except -1:
+        if self.header == NULL:
+            raise ValueError("the prefix index is closed")
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")
+        return 0
+
+    # -- endpoints -----------------------------------------------------------------------------
+
+    def set_cache(self, Py_ssize_t row, uint32_t tokens):
+        """See the stub."""
+        self._check_row(row)
+        if tokens == 0:
+            raise ValueError("a cache holds at least one token")
+        if get_u32(&self.row_states[row].cache_tokens) != tokens:  # stamps have another unit now
+            put_u32(&self.row_states[row].cache_tokens, tokens)
+            self.forget(row)
+
+    def forget(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        put_u32(&self.row_states[row].epoch, get_u32(&self.row_states[row].epoch) + 1)
+
+    # -- blocks --------------------------------------------------------------------------------
+
+    def note(self, Py_ssize_t row, blocks not None, uint32_t new_tokens):
+        """See the stub."""
+        cdef uint64_t hashes[_BLOCKS_MAX]
+        cdef int n = self._read(blocks, hashes)
+        self._check_row(row)
+        self.record(<int32_t> row, hashes, n, new_tokens)
+
+    def find(self, blocks not None):
+        """See the stub."""
+        cdef uint64_t hashes[_BLOCKS_MAX]
+        cdef Found found[FOUND_MAX]
+        cdef int n = self._read(blocks, hashes)
+        cdef int at
+        self._check_row(0)
+        n = self.lookup(hashes, n, found)
+        return {found[at].row: found[at].depth for at in range(n)}
+
+    cdef int _read(self, blocks, uint64_t *hashes) except -1:
+        cdef int n = 0
+        if len(blocks) > _BLOCKS_MAX:
+            raise ValueError(f"a prompt has at most {_BLOCKS_MAX} sampled blocks")
+        for block in blocks:
+            hashes[n] = block
+            n += 1
+        return n
+
+    cdef uint64_t *_bucket(self, uint64_t block) noexcept:
+        return &self.cells[(block & self._mask) * BUCKET_ENTRIES]
+
+    cdef uint32_t _advance(self, Row *row, uint32_t new_tokens) noexcept:
+        """Count the tokens as sent, and return the endpoint's stamp after that."""
+        cdef uint64_t cache_tokens = get_u32(&row.cache_tokens)
+        cdef uint64_t sent_tokens = fetch_add(&row.sent_tokens, new_tokens) + new_tokens
+        if cache_tokens:
+            put_u32(&row.stamp, <uint32_t> (sent_tokens * _CACHE_UNITS // cache_tokens))
+        return get_u32(&row.stamp)
+
+    cdef uint32_t _staleness(self, uint64_t entry) noexcept:
+        """How much has been sent to an entry's endpoint since it was used, in cache units."""
+        cdef uint64_t row = entry >> (EPOCH_BITS + STAMP_BITS) & ROW_MASK
+        cdef const Row *state
+        if entry == 0 or row >= <uint64_t> self.rows:
+            return FORGOTTEN
+        state = &self.row_states[row]
+        if (entry >> STAMP_BITS & EPOCH_MASK) != (get_u32(&state.epoch) & EPOCH_MASK):
+            return FORGOTTEN
+        return <uint32_t> ((get_u32(&state.stamp) - entry) & STAMP_MASK)
+
+    cdef void record(
+        self, int32_t row, const uint64_t *blocks, int n, uint32_t new_tokens
+    ) noexcept:
+        """Note that a prompt with these blocks is sent to an endpoint; see ``note``."""
+        cdef Row *state = &self.row_states[row]
+        cdef uint64_t value
+        cdef uint64_t *bucket
+        cdef uint64_t entry
+        cdef uint32_t staleness, stalest
+        cdef int block, at, place
+        value = (<uint64_t> row << EPOCH_BITS | (get_u32(&state.epoch) & EPOCH_MASK)) << STAMP_BITS
+        value |= self._advance(state, new_tokens) & STAMP_MASK
+        for block in range(n):
+            prefetch(self._bucket(blocks[block]))
+        for block in range(n):
+            bucket = self._bucket(blocks[block])
+            stalest = 0
+            place = 0
+            for at in range(BUCKET_ENTRIES):
+                entry = get_u64(&bucket[at])
+                if is_of(entry, blocks[block], row):
+                    place = at
+                    break
+                staleness = self._staleness(entry)
+                if staleness > stalest:
+                    stalest = staleness
+                    place = at
+            put_u64(&bucket[place], tag_of(blocks[block]) | value)
+
+    cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept:
+        """The endpoints that are believed to hold a beginning of the prompt, with its depth.
+
+        Fills ``found``, which has FOUND_MAX places; returns how many.
+        """
+        cdef uint64_t *bucket
+        cdef uint64_t entry, tag
+        cdef int32_t row
+        cdef int block, at, place, count = 0
+        for block in range(n):
+            prefetch(self._bucket(blocks[block]))
+        for block in range(n - 1, -1, -1):  # the deepest first: the first hit of a row counts
+            bucket = self._bucket(blocks[block])
+            tag = tag_of(blocks[block])
+            for at in range(BUCKET_ENTRIES):
+                entry = get_u64(&bucket[at])
+                if (entry ^ tag) >> TAG_SHIFT != 0 or self._staleness(entry) >= _CACHE_UNITS:
+                    continue
+                row = <int32_t> (entry >> (EPOCH_BITS + STAMP_BITS) & ROW_MASK)
+                for place in range(count):
+                    if found[place].row == row:
+                        break
+                else:
+                    if count == FOUND_MAX:
+                        return count
+                    found[count].row = row
+                    found[count].depth = block + 1
+                    count += 1
+        return count
+
+
+cdef inline uint64_t tag_of(uint64_t block) noexcept:
+    """The part of a hash that an entry has, in its place; the bucket's number is another part."""
+    return block >> TAG_SHIFT << TAG_SHIFT
+
+
+cdef inline bint is_of(uint64_t entry, uint64_t block, int32_t row) noexcept:
+    return (entry ^ block) >> TAG_SHIFT == 0 and (
+        <int32_t> (entry >> (EPOCH_BITS + STAMP_BITS) & ROW_MASK) == row
+    )
