@@ -25,14 +25,13 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 import msgspec
 from setproctitle import setproctitle
 
-from kubeai.errors import KubeAIError
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -66,52 +65,33 @@ class Process(Protocol):
         """Send SIGKILL to the process, if it runs."""
 
 
-class Spawn(Protocol):
-    """Starts ``python -m module arguments``."""
+class Command(msgspec.Struct, frozen=True):
+    """``python -m module arguments``, and what the process inherits."""
 
-    async def __call__(
-        self,
-        module: str,
-        *arguments: str,
-        env: dict[str, str] | None = None,
-        output: int | None = None,
-        pass_fds: Sequence[int] = (),
-        new_session: bool = False,
-    ) -> Process:
-        """Start the module's ``main``. OSError if that fails.
-
-        ``output``: descriptor for stdout and stderr, with stdin closed; None: all three are
-        inherited. ``pass_fds``: descriptors that keep their numbers; all others are closed.
-        """
-
-
-async def spawn_by_exec(
-    module: str,
-    *arguments: str,
-    env: dict[str, str] | None = None,
-    output: int | None = None,
-    pass_fds: Sequence[int] = (),
-    new_session: bool = False,
-) -> Process:
-    """A `Spawn` that starts a new interpreter."""
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *arguments),
-        env=env,
-        stdin=None if output is None else asyncio.subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        pass_fds=pass_fds,
-        start_new_session=new_session,
-    )
-
-
-class _Request(msgspec.Struct):
     module: str
-    arguments: tuple[str, ...]
-    env: dict[str, str]
-    fds: tuple[int, ...]  # the numbers of the descriptors that come with the request
-    detached: bool  # stdin is closed; stdout and stderr are among ``fds``
-    new_session: bool
+    arguments: tuple[str, ...] = ()
+    env: dict[str, str] | None = None  # None: this process's
+    output: int | None = (
+        None  # descriptor for stdout and stderr, with stdin closed; None: inherited
+    )
+    pass_fds: tuple[int, ...] = ()  # they keep their numbers; all others are closed
+    new_session: bool = False
+
+
+Spawn = Callable[[Command], Awaitable[Process]]  # OSError if the process cannot be started
+
+
+async def spawn_by_exec(command: Command) -> Process:
+    """Start a new interpreter."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", command.module, *command.arguments),
+        env=command.env,
+        stdin=None if command.output is None else asyncio.subprocess.DEVNULL,
+        stdout=command.output,
+        stderr=command.output,
+        pass_fds=command.pass_fds,
+        start_new_session=command.new_session,
+    )
 
 
 class ForkServer:
@@ -143,61 +123,40 @@ class ForkServer:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 
-    async def spawn(
-        self,
-        module: str,
-        *arguments: str,
-        env: dict[str, str] | None = None,
-        output: int | None = None,
-        pass_fds: Sequence[int] = (),
-        new_session: bool = False,
-    ) -> Process:
-        """A `Spawn` that forks; it starts a new interpreter if the server has ended."""
-        outputs = () if output is None else (output, output)
-        request = _Request(
-            module,
-            arguments,
-            dict(os.environ) if env is None else env,
-            (*((1, 2) if outputs else ()), *pass_fds),
-            bool(outputs),
-            new_session,
-        )
+    async def spawn(self, command: Command) -> Process:
+        """Fork a process; if the server has ended, start a new interpreter."""
         async with self._turn:
             if self._sock is not None:
                 try:
-                    return await self._fork(self._sock, request, (*outputs, *pass_fds))
-                except (OSError, TimeoutError, EOFError) as error:
+                    return await self._fork(self._sock, command)
+                except (OSError, EOFError) as error:
                     log.error(
                         "the fork server has failed", error=str(error) or type(error).__name__
                     )
                     self.close()
-        return await spawn_by_exec(
-            module,
-            *arguments,
-            env=env,
-            output=output,
-            pass_fds=pass_fds,
-            new_session=new_session,
-        )
+        return await spawn_by_exec(command)
 
-    async def _fork(self, sock: socket.socket, request: _Request, fds: Sequence[int]) -> Process:
+    async def _fork(self, sock: socket.socket, command: Command) -> Process:
         """Like :meth:`_ask`, but a cancellation waits for the reply, and kills the process."""
-        asking = asyncio.ensure_future(self._ask(sock, request, fds))
+        asking = asyncio.ensure_future(self._ask(sock, command))
         try:
             return await asyncio.shield(asking)
         except asyncio.CancelledError:
             (await asking).kill()
             raise
 
-    async def _ask(self, sock: socket.socket, request: _Request, fds: Sequence[int]) -> Process:
-        data = msgspec.msgpack.encode(request)
-        _adopt_orphans(True)
+    async def _ask(self, sock: socket.socket, command: Command) -> Process:
+        if command.env is None:
+            command = msgspec.structs.replace(command, env=dict(os.environ))
+        outputs = () if command.output is None else (command.output, command.output)
+        data = msgspec.msgpack.encode(command)
+        set_subreaper(True)
         try:
-            socket.send_fds(sock, [data], fds)
+            socket.send_fds(sock, [data], (*outputs, *command.pass_fds))
             async with asyncio.timeout(SPAWN_TIMEOUT_S):
                 reply = await asyncio.get_running_loop().sock_recv(sock, REQUEST_MAX_BYTES)
         finally:
-            _adopt_orphans(False)
+            set_subreaper(False)
         if not reply:
             raise EOFError("it has exited")
         pid = msgspec.msgpack.decode(reply, type=int)
@@ -233,6 +192,19 @@ class _Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def set_death_signal(number: int) -> None:
+    """Have the kernel send this process a signal when its parent exits.
+
+    Nothing is sent if the parent has already exited.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def set_subreaper(adopt: bool) -> None:
+    """Whether orphaned descendants become children of this process."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
+
+
 # -- the fork server -------------------------------------------------------------------------------
 
 
@@ -249,8 +221,8 @@ def _serve(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
             data, fds, _, _ = socket.recv_fds(sock, REQUEST_MAX_BYTES, FDS_MAX_COUNT)
             if not data:
                 os._exit(0)
-            request = msgspec.msgpack.decode(data, type=_Request)
-            sock.send(msgspec.msgpack.encode(_fork_orphan(request, fds, sock, handlers)))
+            command = msgspec.msgpack.decode(data, type=Command)
+            sock.send(msgspec.msgpack.encode(_fork_orphan(command, fds, sock, handlers)))
             for fd in fds:
                 os.close(fd)
     except BaseException:
@@ -259,7 +231,7 @@ def _serve(sock: socket.socket, modules: Sequence[str]) -> NoReturn:
         os._exit(1)
 
 
-def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket, handlers: Handlers) -> int:
+def _fork_orphan(command: Command, fds: list[int], sock: socket.socket, handlers: Handlers) -> int:
     """Fork a process whose parent has exited by the time that it runs; returns its ID."""
     go_read, go_write = os.pipe()
     pid_read, pid_write = os.pipe()
@@ -272,7 +244,7 @@ def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket, handler
         os.close(go_write)
         os.read(go_read, 1)  # until it is closed
         sock.detach()  # so that it never closes a descriptor that has got its number
-        _become(request, fds, handlers)
+        _become(command, fds, handlers)
     os.waitpid(between, 0)  # now the process has been adopted
     os.close(pid_write)
     pid = int(os.read(pid_read, 32))
@@ -281,25 +253,25 @@ def _fork_orphan(request: _Request, fds: list[int], sock: socket.socket, handler
     return pid
 
 
-def _become(request: _Request, fds: list[int], handlers: Handlers) -> NoReturn:
+def _become(command: Command, fds: list[int], handlers: Handlers) -> NoReturn:
     """Turn this fork of the server into the requested process, and run it to its end."""
     status = 1
     try:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if request.new_session:
+        if command.new_session:
             os.setsid()
-        _place(fds, request.fds)
-        if request.detached:
+        outputs = () if command.output is None else (1, 2)
+        _place(fds, (*outputs, *command.pass_fds))
+        if outputs:
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.close(null)
         os.environ.clear()
-        os.environ.update(request.env)
-        sys.argv = [request.module, *request.arguments]
-        command = (sys.executable, "-m", request.module, *request.arguments)
-        setproctitle(" ".join(command))
-        status = _status_of(_import(request.module).main)
+        os.environ.update(command.env or {})
+        sys.argv = [command.module, *command.arguments]
+        setproctitle(" ".join((sys.executable, "-m", *sys.argv)))
+        status = _status_of(_import(command.module).main)
         threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does
     except BaseException:
         traceback.print_exc()
@@ -348,11 +320,6 @@ def _flush() -> None:
 
 def _end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent exits."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    set_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _adopt_orphans(adopt: bool) -> None:
-    if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0):
-        raise KubeAIError("cannot become a subreaper")

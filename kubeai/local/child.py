@@ -12,7 +12,7 @@ from pathlib import Path
 from kubeai.errors import KubeAIError
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
-from kubeai.processes import Process, Spawn
+from kubeai.processes import Command, Process, Spawn
 
 log = get_logger(__name__)
 
@@ -49,13 +49,15 @@ class Child:
         try:
             with self._log_file.open("ab") as log_to:
                 log_begin = log_to.tell()
+                module, *arguments = self._command()
                 self._process = await self._spawn_process(
-                    *self._command(),
-                    "--ready-fd",
-                    str(writer),
-                    output=log_to.fileno(),
-                    pass_fds=(writer,),
-                    new_session=True,  # Ctrl-C reaches only us: we stop the children in order
+                    Command(
+                        module,
+                        (*arguments, "--ready-fd", str(writer)),
+                        output=log_to.fileno(),
+                        pass_fds=(writer,),
+                        new_session=True,  # Ctrl-C reaches only us: we stop the children in order
+                    )
                 )
         finally:
             os.close(writer)

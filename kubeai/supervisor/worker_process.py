@@ -14,7 +14,7 @@ from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
-from kubeai.processes import Process, Spawn
+from kubeai.processes import Command, Process, Spawn
 from kubeai.routing.channel import Channel, Demand, Down, Ready, Up
 from kubeai.routing.routes import Snapshot
 
@@ -84,9 +84,11 @@ class WorkerProcess:
                 "gateway": msgspec.to_builtins(self._config),
             }
             process = await self._spawn(
-                "kubeai.gateway.worker",
-                env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
-                pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),
+                Command(
+                    "kubeai.gateway.worker",
+                    env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
+                    pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),
+                )
             )
             self._process = process
             self.pid = process.pid

@@ -13,7 +13,7 @@ import pytest
 # Runs ``body`` (a coroutine that is given a ForkServer) in a process that has no thread yet.
 PROGRAM = """
 import asyncio, json, os, signal, sys
-from kubeai.processes import ForkServer
+from kubeai.processes import Command, ForkServer, spawn_by_exec
 
 {body}
 
@@ -79,12 +79,12 @@ def test_a_forked_process_is_like_a_started_one(run):
     body = """
 async def body(server):
     read, write = os.pipe()
-    for spawn in (server.spawn, __import__("kubeai.processes").processes.spawn_by_exec):
+    for spawn in (server.spawn, spawn_by_exec):
         with open(sys.argv[1], "w") as output:
-            process = await spawn(
-                "reporter", "report", "a b", env={**os.environ, "MARK": "child"},
+            process = await spawn(Command(
+                "reporter", ("report", "a b"), env={**os.environ, "MARK": "child"},
                 output=output.fileno(), pass_fds=(write,), new_session=True,
-            )
+            ))
             assert await process.wait() == process.returncode == 0
         print(json.dumps([os.getpid(), write, json.load(open(sys.argv[1]))]))
 """
@@ -118,7 +118,8 @@ def test_the_exit_status_is_the_one_of_the_module(run, arguments, status, says):
     body = f"""
 async def body(server):
     with open(sys.argv[1], "w") as output:
-        process = await server.spawn("reporter", {arguments}, output=output.fileno())
+        command = Command("reporter", ({arguments},), output=output.fileno())
+        process = await server.spawn(command)
         print(await process.wait())
     print(open(sys.argv[1]).read(), end="")
 """
@@ -131,7 +132,7 @@ def test_a_signal_is_the_exit_status_of_the_process_that_it_ends(run):
     body = """
 async def body(server):
     read, write = os.pipe()
-    process = await server.spawn("reporter", "wait", str(write), pass_fds=(write,))
+    process = await server.spawn(Command("reporter", ("wait", str(write)), pass_fds=(write,)))
     assert os.read(read, 9).decode() == str(process.pid)
     assert process.returncode is None
     process.send_signal(signal.SIGTERM)
@@ -147,7 +148,7 @@ async def body(server):
     before = os.open("/", os.O_RDONLY)
     os.set_inheritable(before, True)
     with open(sys.argv[1], "w") as output:
-        process = await server.spawn("reporter", "report", output=output.fileno())
+        process = await server.spawn(Command("reporter", ("report",), output=output.fileno()))
         assert await process.wait() == 0
     print(json.load(open(sys.argv[1]))["fds"])
 """
@@ -158,10 +159,10 @@ def test_processes_outlive_the_fork_server_and_are_then_started_by_exec(run):
     body = """
 async def body(server):
     read, write = os.pipe()
-    first = await server.spawn("reporter", "wait", str(write), pass_fds=(write,))
+    first = await server.spawn(Command("reporter", ("wait", str(write)), pass_fds=(write,)))
     os.read(read, 9)
     os.kill(server.pid, signal.SIGKILL)
-    second = await server.spawn("reporter", "wait", str(write), pass_fds=(write,))
+    second = await server.spawn(Command("reporter", ("wait", str(write)), pass_fds=(write,)))
     assert os.read(read, 9).decode() == str(second.pid)
     assert first.returncode is second.returncode is None
     for process in (first, second):
@@ -176,14 +177,14 @@ def test_a_cancelled_start_leaves_no_process_and_no_reply_behind(run):
 async def body(server):
     read, write = os.pipe()
     starting = asyncio.ensure_future(
-        server.spawn("reporter", "wait", str(write), pass_fds=(write,))
+        server.spawn(Command("reporter", ("wait", str(write)), pass_fds=(write,)))
     )
     await asyncio.sleep(0)
     await asyncio.sleep(0)  # the request has been sent
     starting.cancel()
     assert isinstance((await asyncio.gather(starting, return_exceptions=True))[0],
                       asyncio.CancelledError)
-    process = await server.spawn("reporter", "exit", "5")
+    process = await server.spawn(Command("reporter", ("exit", "5")))
     print(await process.wait())
     os.close(write)
     os.read(read, 9)  # its ID, if it came so far
@@ -210,7 +211,7 @@ def test_a_module_that_cannot_be_imported_is_an_exit_status(run):
     body = """
 async def body(server):
     with open(sys.argv[1], "w") as output:
-        process = await server.spawn("missing_module", output=output.fileno())
+        process = await server.spawn(Command("missing_module", output=output.fileno()))
         print(await process.wait())
     print(open(sys.argv[1]).read())
 """

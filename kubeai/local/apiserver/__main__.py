@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sqlite3
@@ -26,10 +25,9 @@ from kubeai.local.apiserver.storage.collector import Collector
 from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.store import Store
 from kubeai.logs import get_logger, setup_logging
+from kubeai.processes import set_death_signal
 
 log = get_logger(__name__)
-
-_PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
@@ -38,7 +36,7 @@ def die_with_parent() -> None:
     If the parent exited before this call, writing the ready line fails.
     """
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    set_death_signal(signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(0)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import os
 import secrets
 import signal
@@ -31,11 +30,11 @@ from kubeai.local.kubelet.pods.probes import Prober
 from kubeai.local.kubelet.runtime.children import become_subreaper
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
 from kubeai.local.kubelet.runtime.process_table import kill_leftovers
-from kubeai.local.kubelet.runtime.shim.processes import PR_SET_PDEATHSIG
 from kubeai.local.kubelet.server.access import Access, CertificateAccess, TokenAccess
 from kubeai.local.kubelet.server.server import KubeletServer
 from kubeai.local.locks import lock_data_dir
 from kubeai.logs import get_logger, setup_logging
+from kubeai.processes import set_death_signal
 
 log = get_logger(__name__)
 
@@ -52,7 +51,7 @@ def main() -> None:
             os.set_inheritable(options.ready_fd, False)
             # Not SIGTERM: without the parent, nobody waits for a grace period, and the shims end
             # the engines.
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            set_death_signal(signal.SIGKILL)
         become_subreaper()
         with lock_data_dir(options.data_dir, "kubelet.lock", "kubelet"):
             asyncio.run(_run(options))
@@ -170,7 +169,7 @@ async def _report_ready(
             os.write(ready_fd, f"ready {port}\n".encode())
             os.close(ready_fd)
         except OSError:
-            stopping.set()  # the parent exited before PR_SET_PDEATHSIG took effect
+            stopping.set()  # the parent exited before `set_death_signal` took effect
 
 
 def _access(options: argparse.Namespace) -> Access:

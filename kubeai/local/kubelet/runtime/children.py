@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import time
 
 from kubeai.local.kubelet.runtime.process_table import ProcessTable
-from kubeai.local.kubelet.runtime.shim.processes import PR_SET_CHILD_SUBREAPER, kill
+from kubeai.local.kubelet.runtime.shim.processes import kill
 from kubeai.logs import get_logger
+from kubeai.processes import set_subreaper
 
 log = get_logger(__name__)
 
@@ -34,7 +34,7 @@ def become_subreaper() -> None:
     Only for a process all of whose other children are known to this module.
     """
     global _is_subreaper
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    set_subreaper(True)
     _is_subreaper = True
 
 
