@@ -6,6 +6,8 @@ value but no ordering. On x86-64 and arm64 they compile to plain aligned moves.
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
+from kubeai._shared_memory cimport SharedMemory
+
 cdef extern from *:
     """
     #include <stdint.h>
@@ -125,13 +127,10 @@ cdef struct Health:  # of one endpoint; any worker writes: a lost update loses o
     uint32_t spare
 
 
-cdef class LoadTable:
-    cdef readonly int fd
+cdef class LoadTable(SharedMemory):
     cdef readonly int rows
     cdef readonly int columns
     cdef int _column
-    cdef bint _owns_fd
-    cdef size_t _size
     cdef int stride  # cells per row of in_flight
     cdef Header *header  # NULL once closed
     cdef Column *column_headers
@@ -144,7 +143,7 @@ cdef class LoadTable:
     cdef uint64_t *lookup_cells  # [columns][rows][3]
     cdef uint64_t *outcome_cells  # [columns][rows][OUTCOMES]
 
-    cdef void _map(self, int fd, size_t size, int rows, int columns) except *
+    cdef void _lay_out(self, int rows, int columns) noexcept
     cdef int _check_row(self, Py_ssize_t row) except -1
     cdef int _check_writer(self) except -1
     cdef int _check_column(self, int column) except -1

@@ -2,10 +2,12 @@
 
 from typing import Literal, final
 
+from kubeai._shared_memory import SharedMemory
+
 Kind = Literal["http", "message"]
 
 @final
-class LoadTable:
+class LoadTable(SharedMemory):
     """Rows × columns of counters in one memfd.
 
     A row is a model or an endpoint. Each column belongs to one worker process, its only writer;
@@ -13,7 +15,6 @@ class LoadTable:
     A load is the sum of a row over all columns.
     """
 
-    fd: int  # the memfd, inheritable; pass it to a worker with pass_fds
     rows: int
     columns: int  # workers + 1
     column: int  # the column that this process writes; -1 in the supervisor until set

@@ -26,22 +26,14 @@ The supervisor creates the table; workers attach. ``_counts`` counts requests an
 cimport cython
 from libc.string cimport memset
 
-import fcntl
 import os
 
-cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
-    int munmap(void *address, size_t size)
-    int PROT_READ
-    int PROT_WRITE
-    int MAP_SHARED
-    void *MAP_FAILED
+from kubeai._shared_memory cimport SharedMemory, lines
 
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
     LAYOUT_VERSION = 5
-    LINE_BYTES = 64
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 
@@ -64,10 +56,6 @@ cdef struct Layout:
     int stride
 
 
-cdef size_t _lines(size_t size) noexcept:
-    return (size + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
-
-
 cdef Layout _layout(size_t rows, size_t columns) noexcept:
     cdef Layout layout
     cdef size_t stride = 1
@@ -75,15 +63,15 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     while stride < columns:
         stride *= 2
     layout.stride = <int> stride
-    layout.column_headers = _lines(sizeof(Header))
-    layout.generations = layout.column_headers + _lines(columns * sizeof(Column))
-    layout.health = layout.generations + _lines(rows * sizeof(uint32_t))
-    layout.in_flight = layout.health + _lines(rows * sizeof(Health))
-    layout.settled = layout.in_flight + _lines(rows * stride * sizeof(int32_t))
-    layout.active = layout.settled + _lines(rows * sizeof(int32_t))
-    layout.held = layout.active + _lines(2 * columns * rows * sizeof(int32_t))
-    layout.lookups = layout.held + _lines(columns * rows * sizeof(int32_t))
-    layout.outcomes = layout.lookups + _lines(columns * rows * 3 * sizeof(uint64_t))
+    layout.column_headers = lines(sizeof(Header))
+    layout.generations = layout.column_headers + lines(columns * sizeof(Column))
+    layout.health = layout.generations + lines(rows * sizeof(uint32_t))
+    layout.in_flight = layout.health + lines(rows * sizeof(Health))
+    layout.settled = layout.in_flight + lines(rows * stride * sizeof(int32_t))
+    layout.active = layout.settled + lines(rows * sizeof(int32_t))
+    layout.held = layout.active + lines(2 * columns * rows * sizeof(int32_t))
+    layout.lookups = layout.held + lines(columns * rows * sizeof(int32_t))
+    layout.outcomes = layout.lookups + lines(columns * rows * 3 * sizeof(uint64_t))
     layout.end = layout.outcomes + columns * rows * OUTCOMES * sizeof(uint64_t)
     return layout
 
@@ -97,14 +85,13 @@ cdef int kind_index(object kind) except -1:
 
 
 @cython.final
-cdef class LoadTable:
+cdef class LoadTable(SharedMemory):
     """Rows × columns of counters in one memfd; see the module docstring."""
 
     def __init__(self):
         raise TypeError("use LoadTable.create or LoadTable.attach")
 
     def __cinit__(self):
-        self.fd = -1
         self._column = -1
 
     @staticmethod
@@ -116,16 +103,8 @@ cdef class LoadTable:
             raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
         cdef LoadTable table = LoadTable.__new__(LoadTable)
         cdef size_t size = _layout(rows, workers + 1).end
-        table.fd = os.memfd_create("kubeai-load", os.MFD_ALLOW_SEALING)
-        table._owns_fd = True
-        os.ftruncate(table.fd, size)
-        # Sealed, so that no holder of the descriptor can shrink the file under another's mapping.
-        fcntl.fcntl(
-            table.fd,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-        )
-        table._map(table.fd, size, rows, workers + 1)
+        table._create("kubeai-load", size)
+        table._lay_out(rows, workers + 1)
         table.header.version = LAYOUT_VERSION
         table.header.rows = rows
         table.header.columns = workers + 1
@@ -157,20 +136,17 @@ cdef class LoadTable:
             raise ValueError(f"load table's size of {size} bytes does not match its header")
         if not 0 <= column < <int> header.columns:
             raise ValueError(f"column must be 0 to {header.columns - 1}, not {column}")
-        table._map(fd, size, <int> header.rows, <int> header.columns)
+        table._attach(fd, size)
+        table._lay_out(<int> header.rows, <int> header.columns)
         table._column = column
         return table
 
-    cdef void _map(self, int fd, size_t size, int rows, int columns) except *:
+    cdef void _lay_out(self, int rows, int columns) noexcept:
         cdef Layout layout = _layout(rows, columns)
-        cdef char *base = <char *> mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
-        if base == <char *> MAP_FAILED:
-            raise OSError(f"mapping a load table of {size} bytes failed")
-        self.fd = fd
+        cdef char *base = self.base
         self.rows = rows
         self.columns = columns
         self.stride = layout.stride
-        self._size = size
         self.header = <Header *> base
         self.column_headers = <Column *> (base + layout.column_headers)
         self.generations = <uint32_t *> (base + layout.generations)
@@ -184,19 +160,8 @@ cdef class LoadTable:
 
     def close(self):
         """Unmap. Open counts stay in the table; releasing them later has no effect."""
-        if self.header != NULL:
-            munmap(self.header, self._size)
-            self.header = NULL
-        if self._owns_fd:
-            self._owns_fd = False
-            os.close(self.fd)
-        self.fd = -1
-
-    def __dealloc__(self):
-        if self.header != NULL:
-            munmap(self.header, self._size)
-        if self._owns_fd:
-            os.close(self.fd)
+        self.header = NULL
+        SharedMemory.close(self)
 
     @property
     def column(self):

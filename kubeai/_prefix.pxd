@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
+from kubeai._shared_memory cimport SharedMemory
+
 
 cdef enum:
     BUCKET_ENTRIES = 8  # a cache line
@@ -29,17 +31,13 @@ cdef struct Found:
     int32_t depth  # number of leading blocks believed to be in the endpoint's cache
 
 
-cdef class PrefixIndex:
-    cdef readonly int fd
+cdef class PrefixIndex(SharedMemory):
     cdef readonly int rows
     cdef readonly Py_ssize_t entries
-    cdef bint _owns_fd
-    cdef size_t _size
     cdef uint64_t _mask  # of bucket numbers
-    cdef Header *header  # NULL once closed
     cdef Row *row_states
     cdef uint64_t *cells  # [buckets][BUCKET_ENTRIES]
-    cdef int _map(self, int fd, size_t size) except -1
+    cdef void _lay_out(self) noexcept
     cdef int _check_row(self, Py_ssize_t row) except -1
     cdef int _read(self, blocks, uint64_t *hashes) except -1
     cdef uint64_t *_bucket(self, uint64_t block) noexcept

@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from typing import final
 
+from kubeai._shared_memory import SharedMemory
+
 CACHE_UNITS: int  # parts of a cache in which the age of an entry is counted
 BLOCKS_MAX: int  # sampled blocks of a prompt
 ENTRIES_MAX: int
 ROWS_MAX: int
 
 @final
-class PrefixIndex:
+class PrefixIndex(SharedMemory):
     """Hashes of a prompt's blocks → the endpoints that it was sent to, in one memfd of fixed size.
 
     Rows are the endpoints' rows in the load table. A hash has 64 bits and covers the prompt from
     its beginning to the end of the block. Any process may write; no lock is taken.
     """
 
-    fd: int  # the memfd, inheritable; pass it to a worker with pass_fds
     rows: int
     entries: int  # 8 bytes each
 
@@ -29,9 +30,6 @@ class PrefixIndex:
 
         The caller keeps ownership of the descriptor: ``close`` only unmaps.
         """
-    def close(self) -> None:
-        """Unmap."""
-
     # -- endpoints -----------------------------------------------------------------------------
     def set_cache(self, row: int, tokens: int) -> None:
         """Set how many tokens an endpoint's cache holds; a change forgets what it holds.

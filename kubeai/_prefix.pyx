@@ -25,18 +25,10 @@ million is wrong for that). Either makes a pick worse, and none makes an answer 
 cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
-import fcntl
 import os
 
+from kubeai._shared_memory cimport SharedMemory, lines
 from kubeai._load cimport get_u32, get_u64, put_u32, put_u64
-
-cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
-    int munmap(void *address, size_t size)
-    int PROT_READ
-    int PROT_WRITE
-    int MAP_SHARED
-    void *MAP_FAILED
 
 cdef extern from *:
     """
@@ -49,7 +41,6 @@ cdef extern from *:
 
 cdef enum:
     LAYOUT_VERSION = 1
-    LINE_BYTES = 64
     ROW_BITS = 20
     EPOCH_BITS = 4
     STAMP_BITS = 16
@@ -69,27 +60,20 @@ ENTRIES_MAX = 1 << 30
 ROWS_MAX = 1 << ROW_BITS
 
 
-cdef size_t _lines(size_t size) noexcept:
-    return (size + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
-
-
 cdef size_t _buckets_at(uint64_t rows) noexcept:
-    return _lines(sizeof(Header)) + _lines(rows * sizeof(Row))
+    return lines(sizeof(Header)) + lines(rows * sizeof(Row))
 
 
 cdef size_t _size_of(uint64_t rows, uint64_t buckets) noexcept:
-    return _buckets_at(rows) + buckets * LINE_BYTES
+    return _buckets_at(rows) + buckets * BUCKET_ENTRIES * sizeof(uint64_t)
 
 
 @cython.final
-cdef class PrefixIndex:
+cdef class PrefixIndex(SharedMemory):
     """Hashes of blocks → endpoints, in one memfd; see the module docstring."""
 
     def __init__(self):
         raise TypeError("use PrefixIndex.create or PrefixIndex.attach")
-
-    def __cinit__(self):
-        self.fd = -1
 
     @staticmethod
     def create(int rows, Py_ssize_t entries):
@@ -102,22 +86,13 @@ cdef class PrefixIndex:
         while buckets * BUCKET_ENTRIES < <uint64_t> entries:
             buckets *= 2
         cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
-        cdef size_t size = _size_of(rows, buckets)
-        index.fd = os.memfd_create("kubeai-prefixes", os.MFD_ALLOW_SEALING)
-        index._owns_fd = True
-        os.ftruncate(index.fd, size)
-        # Sealed, so that no holder of the descriptor can shrink the file under another's mapping.
-        fcntl.fcntl(
-            index.fd,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-        )
-        index._map(index.fd, size)
-        index.header.version = LAYOUT_VERSION
-        index.header.rows = rows
-        index.header.buckets = buckets
-        index.header.magic = MAGIC
-        index._use_header()
+        index._create("kubeai-prefixes", _size_of(rows, buckets))
+        cdef Header *header = <Header *> index.base
+        header.version = LAYOUT_VERSION
+        header.rows = rows
+        header.buckets = buckets
+        header.magic = MAGIC
+        index._lay_out()
         return index
 
     @staticmethod
@@ -140,45 +115,20 @@ cdef class PrefixIndex:
             raise ValueError(f"prefix index has {header.rows} rows, {header.buckets} buckets")
         if not header.buckets or size != _size_of(header.rows, header.buckets):
             raise ValueError(f"prefix index's size of {size} bytes does not match its header")
-        index._map(fd, size)
-        index._use_header()
+        index._attach(fd, size)
+        index._lay_out()
         return index
 
-    cdef int _map(self, int fd, size_t size) except -1:
-        cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
-        if base == MAP_FAILED:
-            raise OSError(f"mapping a prefix index of {size} bytes failed")
-        self.fd = fd
-        self._size = size
-        self.header = <Header *> base
-        return 0
-
-    def _use_header(self):
-        cdef char *base = <char *> self.header
-        self.rows = <int> self.header.rows
-        self.entries = <Py_ssize_t> self.header.buckets * BUCKET_ENTRIES
-        self._mask = self.header.buckets - 1
-        self.row_states = <Row *> (base + _lines(sizeof(Header)))
-        self.cells = <uint64_t *> (base + _buckets_at(self.header.rows))
-
-    def close(self):
-        """Unmap."""
-        if self.header != NULL:
-            munmap(self.header, self._size)
-            self.header = NULL
-        if self._owns_fd:
-            self._owns_fd = False
-            os.close(self.fd)
-        self.fd = -1
-
-    def __dealloc__(self):
-        if self.header != NULL:
-            munmap(self.header, self._size)
-        if self._owns_fd:
-            os.close(self.fd)
+    cdef void _lay_out(self) noexcept:
+        cdef Header *header = <Header *> self.base
+        self.rows = <int> header.rows
+        self.entries = <Py_ssize_t> header.buckets * BUCKET_ENTRIES
+        self._mask = header.buckets - 1
+        self.row_states = <Row *> (self.base + lines(sizeof(Header)))
+        self.cells = <uint64_t *> (self.base + _buckets_at(header.rows))
 
     cdef int _check_row(self, Py_ssize_t row) except -1:
-        if self.header == NULL:
+        if self.base == NULL:
             raise ValueError("the prefix index is closed")
         if not 0 <= row < self.rows:
             raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")

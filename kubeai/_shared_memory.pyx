@@ -1,0 +1,71 @@
+"""Memory that several processes map: a memfd of fixed size, passed on by descriptor."""
+
+import fcntl
+import os
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t size, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t size)
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_SHARED
+    void *MAP_FAILED
+
+cdef enum:
+    LINE_BYTES = 64
+
+
+cdef size_t lines(size_t size) noexcept:
+    """Round a size up to whole cache lines."""
+    return (size + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
+
+
+cdef class SharedMemory:
+    """See the module. Subclasses say what is in it."""
+
+    def __cinit__(self):
+        self.fd = -1
+
+    cdef int _create(self, str name, size_t size) except -1:
+        """Create and map zeroed memory. ``name``: shown in /proc."""
+        self.fd = os.memfd_create(name, os.MFD_ALLOW_SEALING)
+        self._owns_fd = True
+        os.ftruncate(self.fd, size)
+        # Sealed, so that no holder of the descriptor can shrink the file under another's mapping.
+        fcntl.fcntl(
+            self.fd,
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        )
+        return self._map(size)
+
+    cdef int _attach(self, int fd, size_t size) except -1:
+        """Map existing memory. The caller keeps ownership of the descriptor."""
+        self.fd = fd
+        return self._map(size)
+
+    cdef int _map(self, size_t size) except -1:
+        cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
+        if base == MAP_FAILED:
+            raise OSError(f"mapping {size} bytes of shared memory failed")
+        self.base = <char *> base
+        self._size = size
+        return 0
+
+    cdef void _unmap(self) noexcept:
+        if self.base != NULL:
+            munmap(self.base, self._size)
+            self.base = NULL
+
+    def close(self):
+        """Unmap, and close the descriptor if this process created it."""
+        self._unmap()
+        if self._owns_fd:
+            self._owns_fd = False
+            os.close(self.fd)
+        self.fd = -1
+
+    def __dealloc__(self):
+        self._unmap()
+        if self._owns_fd:
+            os.close(self.fd)
