@@ -41,7 +41,6 @@ from kubeai.openai.errors import (
     header_lines,
     model_not_found,
 )
-from kubeai.openai.request import named
 from kubeai.openai.routes import Kind, classify
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ class Proxy(FastPath):
         upload = self._uploaded
         await upload.receive()
         self.set_header(b"content-type", upload.content_type)
-        request = named(self._kind, upload.model)
+        request = openai.named(self._kind, upload.model)
         return self._admit(request, self._find(request)) or await self._hold()
 
     @override

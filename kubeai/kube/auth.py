@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TOKEN_MAX_AGE_S = 60.0
 RENEW_INTERVAL_S = 10.0
+# What reading a kubeconfig raises if there is none, or it is not one.
+UNREADABLE = OSError, yaml.YAMLError, LookupError, TypeError, ValueError
 
 
 class Credentials(Protocol):
@@ -149,10 +151,7 @@ class _Token:
 def _with_token(path: str) -> Access | None:
     """Read a kubeconfig whose user has only a token. None: it has something else, or is invalid."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-        context = _named(content["contexts"], content["current-context"])["context"]
-        cluster = _named(content["clusters"], context["cluster"])["cluster"]
-        user = _named(content["users"], context["user"])["user"]
+        context, cluster, user = current_context(Path(path))
         if user.keys() != {"token"} or not cluster.keys() <= {"server", "certificate-authority"}:
             return None
         host, token = cluster["server"], user["token"]
@@ -163,7 +162,7 @@ def _with_token(path: str) -> Access | None:
                 return None
         if not token.strip():
             return None
-    except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError):
+    except (*UNREADABLE, AttributeError):
         return None  # kubernetes_asyncio reports what is wrong
     return Access(
         host=host.rstrip("/"),
@@ -171,6 +170,14 @@ def _with_token(path: str) -> Access | None:
         credentials=_Token(token),
         ca_file=None if authority is None else str(authority),
     )
+
+
+def current_context(kubeconfig: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The context that a kubeconfig selects, its cluster and its user. Raises `UNREADABLE`."""
+    content = yaml.safe_load(kubeconfig.read_text())
+    context = _named(content["contexts"], content["current-context"])["context"]
+    cluster = _named(content["clusters"], context["cluster"])["cluster"]
+    return context, cluster, _named(content["users"], context["user"])["user"]
 
 
 def _named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:

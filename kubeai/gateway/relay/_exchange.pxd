@@ -135,6 +135,7 @@ cdef class Exchange:
     cdef bint _has(self, bytes name) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)
+    cdef bint _accept_body(self, int64_t max_bytes) except -1
     cdef int _attempt_at(self, Pool pool, bytes path) except -1
     cdef int _hook(self, hook) except -1
     cdef int _failed(self, int failure) except -1

@@ -361,21 +361,13 @@ cdef class Exchange:
 
     cpdef collect(self, int64_t max_bytes):
         """Read the whole body, then call ``on_body``."""
-        self.decided = self.collecting = True
-        self.downstream.body.max_bytes = max_bytes
-        if self.downstream.length > max_bytes:
-            self.downstream._refuse_length()
-        else:
-            self.downstream._expect_body()
+        self.collecting = True
+        self._accept_body(max_bytes)
 
     def receive(self, int64_t max_bytes):
         """Read the body in pieces: ``on_piece``, then ``next_piece``, until ``received``."""
-        self.decided = self.receiving = True
-        self.downstream.body.max_bytes = max_bytes
-        if self.downstream.length > max_bytes:
-            self.downstream._refuse_length()
-        else:
-            self.downstream._expect_body()
+        self.receiving = True
+        self._accept_body(max_bytes)
 
     def next_piece(self):
         """Take what has been received of the body, decoded; None if ``on_piece`` will announce it.
@@ -398,15 +390,12 @@ cdef class Exchange:
     def stream(self, Pool pool not None, bytes path not None, int64_t max_bytes):
         """Stream the request to an upstream and its response back. No retries."""
         cdef UpstreamEnd upstream = None
-        self.decided = self.streaming = True
-        self.downstream.body.max_bytes = max_bytes
-        if self.downstream.length > max_bytes:
-            self.downstream._refuse_length()
+        self.streaming = True
+        if not self._accept_body(max_bytes):
             return
         self.pool = pool
         self.path = path
         self.sending = None
-        self.downstream._expect_body()
         if self.downstream.state == BUSY:  # a body that is still arriving cannot be replayed
             upstream = pool.take()
         if upstream is None:
@@ -436,6 +425,16 @@ cdef class Exchange:
             return False
         upstream._write(piece)
         return not upstream.write_paused
+
+    cdef bint _accept_body(self, int64_t max_bytes) except -1:
+        """Have the body sent; False if it is announced to be too long, and the request rejected."""
+        self.decided = True
+        self.downstream.body.max_bytes = max_bytes
+        if self.downstream.length > max_bytes:
+            self.downstream._refuse_length()
+            return False
+        self.downstream._expect_body()
+        return True
 
     cdef int _attempt_at(self, Pool pool, bytes path) except -1:
         cdef UpstreamEnd upstream

@@ -16,12 +16,10 @@ import secrets
 import signal
 import sys
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from kubeai.api.config.quantity import parse_quantity
 from kubeai.errors import KubeAIError
+from kubeai.kube.auth import UNREADABLE, current_context
 from kubeai.kube.client import Kube
 from kubeai.local.kubelet.agent import Agent, KubeObjects
 from kubeai.local.kubelet.node import Node
@@ -183,15 +181,10 @@ def _access(options: argparse.Namespace) -> Access:
 def _token(kubeconfig: str) -> str:
     """The API's bearer token, which clients must present; else a random one."""
     try:
-        content: Any = yaml.safe_load(Path(kubeconfig.split(":")[0]).read_text())
-        context = _named(content["contexts"], content["current-context"])["context"]
-        return str(_named(content["users"], context["user"])["user"]["token"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration):
+        _, _, user = current_context(Path(kubeconfig.split(os.pathsep)[0]))
+        return str(user["token"])
+    except UNREADABLE:
         return secrets.token_urlsafe()
-
-
-def _named(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next(item for item in items if item["name"] == name)
 
 
 if __name__ == "__main__":
