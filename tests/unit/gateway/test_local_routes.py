@@ -5,7 +5,7 @@ import contextlib
 import aiohttp
 import pytest
 import pytest_asyncio
-from aiohttp import web
+from fakes.web import serving
 
 from kubeai._load import LoadTable
 from kubeai.api.config.system import GatewayConfig
@@ -16,15 +16,6 @@ from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 
 TRANSCRIPTIONS = "/openai/v1/audio/transcriptions"
-
-
-@contextlib.asynccontextmanager
-async def serving(runner):
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    yield f"127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
 
 
 class Replica:

@@ -6,7 +6,18 @@ import time
 
 import uvloop
 from fakes.chats import ask, hang, lose
-from fakes.wire import CHUNKED, WAIT_S, Message, Wire, answer, chunk, says, until
+from fakes.wire import (
+    CHUNKED,
+    WAIT_S,
+    Engine,
+    Message,
+    Script,
+    Wire,
+    answer,
+    chunk,
+    says,
+    until,
+)
 from fakes.world import World
 
 from kubeai.gateway.health import TRUST_ANSWERS
@@ -14,13 +25,29 @@ from kubeai.gateway.health import TRUST_ANSWERS
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 
 
+async def asked(world: World, engine: Engine) -> Wire:
+    """A client whose request waits at ``a``, the model's only endpoint."""
+    world.route("m", {"a": engine})
+    wire = await world.client()
+    await wire.send(ask())
+    await until(lambda: engine.requests)
+    return wire
+
+
+def says_later(answers: asyncio.Event) -> Script:
+    """A script that answers once the event is set."""
+
+    async def slow(wire: Wire, request: Message) -> None:
+        await answers.wait()
+        await wire.send(answer(200, b"slow"))
+
+    return slow
+
+
 async def test_a_waiting_request_moves_when_its_endpoint_leaves_the_routes(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
-    world.route("m", {"a": hung})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: hung.requests)
+    wire = await asked(world, hung)
     world.route("m", {"b": good})
     assert (await wire.answer()).body == b"good"
     assert world.outcomes("m")["retried"] == 1
@@ -30,10 +57,7 @@ async def test_a_waiting_request_moves_when_its_endpoint_leaves_the_routes(start
 async def test_a_waiting_request_moves_to_an_endpoint_added_later(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
-    world.route("m", {"a": hung})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: hung.requests)
+    wire = await asked(world, hung)
     world.route("m", {})
     await asyncio.sleep(0)
     assert world.in_flight("m") == 1, "it still waits there: its engine may yet respond"
@@ -44,16 +68,8 @@ async def test_a_waiting_request_moves_to_an_endpoint_added_later(start):
 async def test_a_waiting_request_stays_while_its_endpoint_drains(start):
     world = await start()
     answers = asyncio.Event()
-
-    async def slow(wire: Wire, request: Message) -> None:
-        await answers.wait()
-        await wire.send(answer(200, b"slow"))
-
-    draining, good = await world.engine(slow), await world.engine(says(b"good"))
-    world.route("m", {"a": draining})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: draining.requests)
+    draining, good = await world.engine(says_later(answers)), await world.engine(says(b"good"))
+    wire = await asked(world, draining)
     world.route("m", {"b": good}, draining=("a",))
     world.route("m", {"b": good}, draining=("a",), owner="another change")
     answers.set()
@@ -63,16 +79,8 @@ async def test_a_waiting_request_stays_while_its_endpoint_drains(start):
 async def test_a_waiting_request_stays_when_its_endpoint_is_taken_back_from_a_drain(start):
     world = await start()
     answers = asyncio.Event()
-
-    async def slow(wire: Wire, request: Message) -> None:
-        await answers.wait()
-        await wire.send(answer(200, b"slow"))
-
-    slow_engine, good = await world.engine(slow), await world.engine(says(b"good"))
-    world.route("m", {"a": slow_engine})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: slow_engine.requests)
+    slow_engine, good = await world.engine(says_later(answers)), await world.engine(says(b"good"))
+    wire = await asked(world, slow_engine)
     world.route("m", {"b": good}, draining=("a",))
     world.route("m", {"a": slow_engine, "b": good})
     answers.set()
@@ -83,10 +91,7 @@ async def test_a_waiting_request_stays_when_its_endpoint_is_taken_back_from_a_dr
 async def test_a_waiting_request_moves_if_its_endpoint_disappears_during_its_drain(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
-    world.route("m", {"a": hung})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: hung.requests)
+    wire = await asked(world, hung)
     world.route("m", {"b": good}, draining=("a",))
     world.route("m", {"b": good})
     assert (await wire.answer()).body == b"good"
@@ -146,16 +151,8 @@ async def test_moves_count_against_the_retry_limit(start):
 async def test_a_request_stays_on_a_pod_that_is_out_of_service_for_a_moment(start):
     world = await start()
     answers = asyncio.Event()
-
-    async def slow(wire: Wire, request: Message) -> None:
-        await answers.wait()
-        await wire.send(answer(200, b"slow"))
-
-    engine = await world.engine(slow)
-    world.route("m", {"a": engine})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: engine.requests)
+    engine = await world.engine(says_later(answers))
+    wire = await asked(world, engine)
     world.route("m", {})  # it is not ready
     world.route("m", {"a": engine, "b": await world.engine(says(b"other"))})
     answers.set()
@@ -166,10 +163,7 @@ async def test_a_request_stays_on_a_pod_that_is_out_of_service_for_a_moment(star
 async def test_a_request_moves_off_a_pod_that_comes_back_and_leaves_for_good(start):
     world = await start()
     hung, good = await world.engine(hang), await world.engine(says(b"good"))
-    world.route("m", {"a": hung})
-    wire = await world.client()
-    await wire.send(ask())
-    await until(lambda: hung.requests)
+    wire = await asked(world, hung)
     world.route("m", {})
     world.route("m", {"a": hung})
     world.route("m", {"b": good})

@@ -1,14 +1,12 @@
 """The attempts of an upload: retries, blame and ejection are those of a JSON request."""
 
 import asyncio
-import contextlib
 import json
 import time
 
 import pytest
 import uvloop
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
-from fakes.world import World
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 FORM = (
@@ -16,18 +14,6 @@ FORM = (
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
 )
 ASK = post("/openai/v1/audio/transcriptions", FORM, "Content-Type: multipart/form-data; boundary=b")
-
-
-@pytest.fixture
-async def start():
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(**config) -> World:
-            world = await World.start(**config)
-            stack.push_async_callback(world.close)
-            return world
-
-        yield start
 
 
 def failing(status: int):

@@ -1,13 +1,11 @@
 """How a form travels: in pieces from the client, under flow control to the engine."""
 
 import asyncio
-import contextlib
 import json
 
 import pytest
 import uvloop
 from fakes.wire import Engine, Message, Wire, answer, chunk, post, says, until
-from fakes.world import World
 
 from kubeai.gateway.access_log import AccessLog, Observers
 from kubeai.gateway.uploads import spool
@@ -31,18 +29,6 @@ def in_chunks(*chunks: bytes) -> bytes:
 
 
 ASK = post(PATH, form(b"RIFF"), MULTIPART)
-
-
-@pytest.fixture
-async def start():
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(**config) -> World:
-            world = await World.start(**config)
-            stack.push_async_callback(world.close)
-            return world
-
-        yield start
 
 
 class HeadReader(Engine):

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from fakes.web import serving
 from fakes.wire import until
 from fakes.world import World
 
@@ -18,15 +19,6 @@ from kubeai.gateway.uploads import spool
 from kubeai.routing.routes import Endpoint, Route
 
 TRANSCRIPTIONS = "/openai/v1/audio/transcriptions"
-
-
-@contextlib.asynccontextmanager
-async def serving(runner):
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    yield f"127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
 
 
 class Engine:
