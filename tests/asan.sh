@@ -30,4 +30,4 @@ KUBEAI_SANITIZE=address "$python" setup.py -q build_ext --inplace
 LD_PRELOAD=$(gcc -print-file-name=libasan.so) \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:strict_init_order=1 \
 PYTHONMALLOC=malloc PYTHONPATH="$work" KUBEAI_ASAN=1 \
-    "$python" -m pytest -q --timeout 300 -o addopts= -p no:cacheprovider --capture=sys "$@"
+    "$python" -m pytest -q --timeout 300 --capture=sys "$@"
