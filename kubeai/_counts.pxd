@@ -22,24 +22,36 @@ cdef class Admission:
 
 cdef class Reservation:
     cdef LoadTable table
-    cdef int32_t *cell
-    cdef int32_t *model_cell
+    cdef uint64_t *cell
+    cdef uint64_t *model_cell
     cdef int row
     cdef int model_row
     cdef uint32_t generation
     cdef uint32_t model_generation
     cdef bint _released
+    cdef readonly uint32_t pending  # tokens of the prompt that are still to be computed
+    cdef double picked_s
+    cdef double ahead_tokens  # what its first byte waits for; 0: nothing is learned from it
     cdef readonly int iterations
     cdef readonly bint is_probe  # a probe of an ejected endpoint
     cdef readonly bint failing  # the endpoint has failed since its last complete response
-    cdef readonly int64_t first_load
+    cdef readonly double first_load
+    cdef readonly double own_load
     cdef readonly int64_t bound
     cdef readonly str name
     cdef readonly str first
     cdef readonly object target
+    cdef void _subtract(self, uint64_t load) noexcept
+    cdef void _computed(self) noexcept
+    cdef void _prefilled(self, double now_s) noexcept
     cdef void _release(self) noexcept
 
 
 cdef Reservation reserve(
-    LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
+    LoadTable table,
+    int row,
+    uint32_t generation,
+    int model_row,
+    uint32_t model_generation,
+    uint32_t pending,
 )

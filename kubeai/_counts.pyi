@@ -17,11 +17,18 @@ class Reservation:
     failing: bool  # the endpoint has failed since its last complete response
     iterations: int  # distinct endpoints examined (0 for LeastLoad)
     first: str  # name of the first endpoint on the ring that can serve; == name if not moved
-    first_load: int  # load of ``first`` before this pick
-    bound: int  # maximum load per endpoint, including this pick (0 for LeastLoad: no bound)
+    first_load: float  # load of ``first`` before this pick, in requests of ``REQUEST_TOKENS``
+    own_load: float  # what this request would have added there (0 for LeastLoad)
+    bound: int  # maximum load per endpoint, including this pick (0: no bound)
+    pending: int  # prompt tokens that the endpoint is believed to have yet to compute
 
     @property
     def released(self) -> bool: ...
+    def prefilled(self, now_s: float) -> None:
+        """The first byte of the response's body has come: nothing is pending any more.
+
+        ``now_s``: on the ring's clock; the endpoint's time per token is learned from it.
+        """
     def release(self) -> None: ...
 
 def admit(table: LoadTable, row: int, generation: int, kind: Kind = "http") -> Admission: ...

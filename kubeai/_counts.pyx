@@ -6,12 +6,18 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from kubeai._load cimport (
     OUTCOMES,
+    PENDING_MAX,
     LoadTable,
+    add_load,
     count,
     down,
     get_i64,
+    get_u64,
     kind_index,
+    load_of,
+    pending_of,
     put_i64,
+    subtract_load,
     up,
 )
 
@@ -122,17 +128,41 @@ cdef class Reservation:
     def released(self):
         return self._released
 
-    cdef void _release(self) noexcept:
-        global live_reservations
-        self._released = True
-        live_reservations -= 1
+    cdef void _subtract(self, uint64_t load) noexcept:
         cdef LoadTable table = self.table
         if table.header == NULL:
             return
         if table.lives(self.row, self.generation):
-            down(self.cell)
+            subtract_load(self.cell, load)
         if table.lives(self.model_row, self.model_generation):
-            down(self.model_cell)
+            subtract_load(self.model_cell, load)
+
+    cdef void _computed(self) noexcept:
+        """The prompt's tokens are no longer pending (idempotent)."""
+        if self.pending:
+            self._subtract(load_of(0, self.pending))
+            self.pending = 0
+
+    cdef void _prefilled(self, double now_s) noexcept:
+        """The first byte of the response's body has come."""
+        self._computed()
+        if self.ahead_tokens > 0:
+            self.table.learn(
+                self.row, self.model_row, max(0.0, now_s - self.picked_s), self.ahead_tokens
+            )
+            self.ahead_tokens = 0
+
+    def prefilled(self, double now_s):
+        """See the stub."""
+        if not self._released and self.table.header != NULL:
+            self._prefilled(now_s)
+
+    cdef void _release(self) noexcept:
+        global live_reservations
+        self._released = True
+        live_reservations -= 1
+        self._subtract(load_of(1, self.pending))
+        self.pending = 0
 
     def release(self):
         """Stop counting it (idempotent; also done when garbage-collected)."""
@@ -145,9 +175,17 @@ cdef class Reservation:
 
 
 cdef Reservation reserve(
-    LoadTable table, int row, uint32_t generation, int model_row, uint32_t model_generation
+    LoadTable table,
+    int row,
+    uint32_t generation,
+    int model_row,
+    uint32_t model_generation,
+    uint32_t pending,
 ):
-    """Count one pick of ``row`` for ``model_row``. The caller has checked rows and column."""
+    """Count one pick of ``row`` for ``model_row``, with the tokens that it has to compute.
+
+    The caller has checked rows and column.
+    """
     global live_reservations
     cdef Reservation reservation = Reservation.__new__(Reservation)
     reservation.table = table
@@ -155,13 +193,17 @@ cdef Reservation reserve(
     reservation.generation = generation
     reservation.model_row = model_row
     reservation.model_generation = model_generation
-    reservation.cell = &table.in_flight_cells[<size_t> row * table.stride + table._column]
+    reservation.cell = &table.load_cells[<size_t> row * table.stride + table._column]
     reservation.model_cell = (
-        &table.in_flight_cells[<size_t> model_row * table.stride + table._column]
+        &table.load_cells[<size_t> model_row * table.stride + table._column]
     )
+    # The model's cell has the sum of its endpoints' tokens: if it has room, so have theirs.
+    cdef uint32_t counted = min(<uint32_t> PENDING_MAX, pending_of(get_u64(reservation.model_cell)))
+    reservation.pending = min(pending, <uint32_t> PENDING_MAX - counted)
     live_reservations += 1
+    cdef uint64_t load = load_of(1, reservation.pending)
     if table.lives(row, generation):
-        up(reservation.cell)
+        add_load(reservation.cell, load)
     if table.lives(model_row, model_generation):
-        up(reservation.model_cell)
+        add_load(reservation.model_cell, load)
     return reservation

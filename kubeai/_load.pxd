@@ -31,42 +31,60 @@ cdef extern from *:
     }
     static inline void kb_count(uint64_t *cell, uint64_t by) { kb_put(cell, kb_get(cell) + by); }
 
-    /* The sum of a row, two cells per load: rows have an even number of cells, those after the
-       last column are 0, and neither half of the sum can reach 2^32. */
-    typedef uint64_t __attribute__((may_alias)) kb_pair;
-    static inline int64_t kb_sum(const int32_t *cells, int columns) {
-        const kb_pair *pairs = (const kb_pair *) cells;
-        uint64_t sum = kb_get(pairs);
-        for (int pair = 1; pair < (columns + 1) / 2; pair++) sum += kb_get(pairs + pair);
-        return (int64_t) ((sum & 0xFFFFFFFF) + (sum >> 32));
+    /* A load: requests in flight in the low half of a cell, and prompt tokens that are pending in
+       the high half. Cells are added as they are: no half of the sum of a row reaches 2^32. */
+    #define KB_PENDING_MAX ((1u << 26) - 1)
+    static inline uint32_t kb_in_flight(uint64_t load) { return (uint32_t) load; }
+    static inline uint32_t kb_pending(uint64_t load) { return (uint32_t) (load >> 32); }
+    static inline uint64_t kb_load(uint32_t in_flight, uint32_t pending) {
+        return (uint64_t) pending << 32 | in_flight;
+    }
+    static inline uint64_t kb_sum(const uint64_t *cells, int columns) {
+        uint64_t sum = kb_get(cells);
+        for (int column = 1; column < columns; column++) sum += kb_get(cells + column);
+        return sum;
+    }
+    static inline void kb_add(uint64_t *cell, uint64_t load) { kb_put(cell, kb_get(cell) + load); }
+    static inline void kb_subtract(uint64_t *cell, uint64_t load) {
+        uint64_t now = kb_get(cell);
+        uint32_t in_flight = kb_in_flight(now), pending = kb_pending(now);
+        in_flight -= in_flight < kb_in_flight(load) ? in_flight : kb_in_flight(load);
+        pending -= pending < kb_pending(load) ? pending : kb_pending(load);
+        kb_put(cell, kb_load(in_flight, pending));
     }
 
-    /* The first of rows[from:to] with the smallest sum below *least, or -1. Specialised for
-       common numbers of columns: a thousand rows take well under a microsecond. */
+    /* A load in tokens of work, if a request counts as much as ``per_request`` pending tokens. */
+    static inline int64_t kb_work(uint64_t load, int64_t per_request) {
+        return (int64_t) kb_pending(load) + per_request * (int64_t) kb_in_flight(load);
+    }
+
+    /* The first of rows[from:to] with the least work below *least, or -1. Specialised for
+       common numbers of columns: a thousand rows take about a microsecond. */
     static inline __attribute__((always_inline)) int kb_least_of(
-        const int32_t *cells, size_t stride, int columns,
-        const int32_t *rows, int from, int to, int64_t *least)
+        const uint64_t *cells, size_t stride, int columns,
+        const int32_t *rows, int from, int to, int64_t per_request, int64_t *least)
     {
         int64_t smallest = *least;
         int at = -1;
         #pragma GCC unroll 4
         for (int i = from; i < to; i++) {
-            int64_t sum = kb_sum(cells + (size_t) rows[i] * stride, columns);
-            if (__builtin_expect(sum < smallest, 0)) { smallest = sum; at = i; }
+            int64_t work = kb_work(kb_sum(cells + (size_t) rows[i] * stride, columns), per_request);
+            if (__builtin_expect(work < smallest, 0)) { smallest = work; at = i; }
         }
         *least = smallest;
         return at;
     }
     static inline int kb_least(
-        const int32_t *cells, int stride, int columns,
-        const int32_t *rows, int from, int to, int64_t *least)
+        const uint64_t *cells, int stride, int columns,
+        const int32_t *rows, int from, int to, int64_t per_request, int64_t *least)
     {
         switch (columns) {
-            case 2: return kb_least_of(cells, 2, 2, rows, from, to, least);
-            case 3: return kb_least_of(cells, 4, 3, rows, from, to, least);
-            case 5: return kb_least_of(cells, 8, 5, rows, from, to, least);
-            case 9: return kb_least_of(cells, 16, 9, rows, from, to, least);
-            default: return kb_least_of(cells, (size_t) stride, columns, rows, from, to, least);
+            case 2: return kb_least_of(cells, 2, 2, rows, from, to, per_request, least);
+            case 3: return kb_least_of(cells, 4, 3, rows, from, to, per_request, least);
+            case 5: return kb_least_of(cells, 8, 5, rows, from, to, per_request, least);
+            case 9: return kb_least_of(cells, 16, 9, rows, from, to, per_request, least);
+            default: return kb_least_of(
+                cells, (size_t) stride, columns, rows, from, to, per_request, least);
         }
     }
     """
@@ -83,10 +101,17 @@ cdef extern from *:
     void up "kb_up"(int32_t *cell) nogil
     void down "kb_down"(int32_t *cell) nogil
     void count "kb_count"(uint64_t *cell, uint64_t by) nogil
-    int64_t sum_row "kb_sum"(const int32_t *cells, int columns) nogil
+    enum: PENDING_MAX "KB_PENDING_MAX"
+    uint32_t in_flight_of "kb_in_flight"(uint64_t load) nogil
+    uint32_t pending_of "kb_pending"(uint64_t load) nogil
+    uint64_t load_of "kb_load"(uint32_t in_flight, uint32_t pending) nogil
+    int64_t work_of "kb_work"(uint64_t load, int64_t per_request) nogil
+    void add_load "kb_add"(uint64_t *cell, uint64_t load) nogil
+    void subtract_load "kb_subtract"(uint64_t *cell, uint64_t load) nogil
+    uint64_t sum_row "kb_sum"(const uint64_t *cells, int columns) nogil
     int least_row "kb_least"(
-        const int32_t *cells, int stride, int columns,
-        const int32_t *rows, int start, int end, int64_t *least
+        const uint64_t *cells, int stride, int columns,
+        const int32_t *rows, int start, int end, int64_t per_request, int64_t *least
     ) nogil
 
 
@@ -97,6 +122,12 @@ cdef enum:
     SETTLED_BITS = 8
     BUCKETS = 12  # 1, 2, 4 … 1024, +Inf
     OUTCOMES = 8  # a cache line
+
+
+cdef enum:
+    # What a request in flight counts as, in prompt tokens, besides those that it has pending.
+    # Between 64 and 1,024 the simulated times to the first token hardly depend on it.
+    REQUEST_TOKENS = 256
 
 
 cdef struct Header:
@@ -127,17 +158,30 @@ cdef struct Health:  # of one endpoint; any worker writes: a lost update loses o
     uint32_t spare
 
 
+cdef struct Settled:  # the local load that peers know of, in 2^-SETTLED_BITS
+    int64_t in_flight
+    int64_t pending
+
+
+cdef struct Speed:  # of an endpoint, or of a model's endpoints together; any worker writes
+    double took_s  # recent times to the first byte
+    double expected  # of a model, the tokens ahead of those bytes; of an endpoint, their time in s
+    double slowness  # took_s / expected: a model's time per token; an endpoint's, relative to it
+    uint64_t samples  # of the model, as of the last one here
+
+
 cdef class LoadTable(SharedMemory):
     cdef readonly int rows
     cdef readonly int columns
     cdef int _column
-    cdef int stride  # cells per row of in_flight
+    cdef int stride  # cells per row of loads
     cdef Header *header  # NULL once closed
     cdef Column *column_headers
     cdef uint32_t *generations
     cdef Health *health
-    cdef int32_t *in_flight_cells  # [rows][stride]: a pick reads whole rows
-    cdef int32_t *settled_cells  # per row: 2^SETTLED_BITS × the local count that peers know of
+    cdef uint64_t *load_cells  # [rows][stride]: a pick reads whole rows
+    cdef Settled *settled  # per row
+    cdef Speed *speeds  # per row
     cdef int32_t *active_cells  # [2 kinds][columns][rows]: a worker's cells are contiguous
     cdef int32_t *held_cells  # [columns][rows]
     cdef uint64_t *lookup_cells  # [columns][rows][3]
@@ -148,14 +192,21 @@ cdef class LoadTable(SharedMemory):
     cdef int _check_writer(self) except -1
     cdef int _check_column(self, int column) except -1
     cdef int64_t _sum_columns(self, const int32_t *cells, Py_ssize_t row) noexcept
-    cdef int64_t _here(self, size_t row) noexcept
-    cdef inline int64_t _expected(self, size_t row) noexcept:
-        """A row's load, assuming that peers have made as many unreported picks as this replica."""
-        cdef int32_t *cells = self.in_flight_cells + row * self.stride
-        cdef int64_t load = sum_row(cells, self.columns)
-        cdef int64_t here = load - get_i32(&cells[self.columns - 1])
-        cdef int64_t untold = (here << SETTLED_BITS) - get_i32(&self.settled_cells[row])
-        return load + (<int64_t> get_u64(&self.header.peers) * untold >> SETTLED_BITS)
+    cdef inline uint64_t _load(self, size_t row) noexcept:
+        """A row's load over all columns."""
+        return sum_row(self.load_cells + row * self.stride, self.columns)
+
+    cdef inline uint64_t _here(self, size_t row) noexcept:
+        """A row's load without that of the other replicas."""
+        return sum_row(self.load_cells + row * self.stride, self.columns - 1)
+
+    cdef inline int64_t _expected(self, size_t row, int64_t per_request) noexcept:
+        """A row's work, assuming that peers have made as many unreported picks as this replica."""
+        cdef int64_t here = work_of(self._here(row), per_request) << SETTLED_BITS
+        cdef int64_t told = get_i64(&self.settled[row].pending)
+        told += per_request * get_i64(&self.settled[row].in_flight)
+        cdef int64_t untold = <int64_t> get_u64(&self.header.peers) * (here - told)
+        return work_of(self._load(row), per_request) + (untold >> SETTLED_BITS)
 
     cdef uint64_t _ended(self, size_t row) noexcept
     cdef inline bint lives(self, size_t row, uint32_t generation) noexcept:
@@ -163,6 +214,7 @@ cdef class LoadTable(SharedMemory):
         return generation != 0 and get_u32(&self.generations[row]) == generation
 
     cdef uint64_t _health_events(self) noexcept
+    cdef void learn(self, int row, int model_row, double took_s, double tokens) noexcept
     cdef void count_lookup(
         self, int initial, int chosen, bint defaulted, int iterations
     ) noexcept

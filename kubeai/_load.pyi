@@ -37,10 +37,13 @@ class LoadTable(SharedMemory):
     def open_row(self, row: int) -> int:
         """Reuse a free row: zero its counters and return its new generation."""
     def generation(self, row: int) -> int: ...
-    def set_peers(self, row: int, generation: int, in_flight: int) -> None:
-        """Record the other replicas' in-flight count. No effect for another generation."""
+    def set_peers(self, row: int, generation: int, in_flight: int, pending: int = 0) -> None:
+        """Record the other replicas' load. No effect for another generation.
+
+        ``pending``: prompt tokens; counted up to 2^26.
+        """
     def settle(self, steps: int = 4) -> None:
-        """Move each settled count towards the local load by 1/``steps`` of the difference."""
+        """Move each settled load towards the local load by 1/``steps`` of the difference."""
     def row_is_zero(self, row: int) -> bool:
         """Whether all gauges (active, held, in-flight) of this row are 0."""
     def clear_column(self, column: int) -> None:
@@ -55,8 +58,19 @@ class LoadTable(SharedMemory):
         """Unreleased picks of an endpoint, or of all endpoints of a model."""
     def in_flight_here(self, row: int) -> int:
         """Like ``in_flight``, without the other KubeAI replicas' picks."""
-    def expected(self, row: int) -> int:
-        """A row's load, assuming that peers have made as many unreported picks as this replica."""
+    def pending(self, row: int) -> int:
+        """Prompt tokens of unreleased picks that have not led to the first byte of a body."""
+    def pending_here(self, row: int) -> int:
+        """Like ``pending``, without the other KubeAI replicas' picks."""
+    def expected(self, row: int, per_request: int = 1) -> int:
+        """A row's work, assuming that peers have made as many unreported picks as this replica.
+
+        In tokens: the pending ones, and ``per_request`` for each request in flight.
+        """
+    def s_per_token(self, model_row: int) -> float:
+        """The learned time per prompt token of a model's endpoints; 0 if unknown."""
+    def slowness(self, row: int) -> float:
+        """An endpoint's learned time per prompt token, relative to its model's; 0 if unknown."""
     def ended(self, row: int) -> int:
         """A model's requests that have ended, with any outcome, since the row was opened."""
     def lookups(self, row: int) -> tuple[int, int, int]:

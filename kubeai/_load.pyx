@@ -33,7 +33,7 @@ from kubeai._shared_memory cimport SharedMemory, lines
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 5
+    LAYOUT_VERSION = 6
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 
@@ -42,12 +42,17 @@ HALF_OPEN_PROBE_S = 5.0
 # How a request may end, in the order of the cells; the last, retried, is not an outcome.
 OUTCOME_NAMES = ("left", "2xx", "3xx", "4xx", "5xx", "broken", "retried")
 
+# Older samples count less: an endpoint's mean is of about 50, its model's of about 200.
+cdef double ENDPOINT_DECAY = 0.98
+cdef double MODEL_DECAY = 0.995
+
 cdef struct Layout:
     size_t column_headers
     size_t generations
     size_t health
-    size_t in_flight
+    size_t loads
     size_t settled
+    size_t speeds
     size_t active
     size_t held
     size_t lookups
@@ -59,16 +64,17 @@ cdef struct Layout:
 cdef Layout _layout(size_t rows, size_t columns) noexcept:
     cdef Layout layout
     cdef size_t stride = 1
-    # A power of two: a row of up to 16 columns never straddles two cache lines.
+    # A power of two: a row of up to 8 columns never straddles two cache lines.
     while stride < columns:
         stride *= 2
     layout.stride = <int> stride
     layout.column_headers = lines(sizeof(Header))
     layout.generations = layout.column_headers + lines(columns * sizeof(Column))
     layout.health = layout.generations + lines(rows * sizeof(uint32_t))
-    layout.in_flight = layout.health + lines(rows * sizeof(Health))
-    layout.settled = layout.in_flight + lines(rows * stride * sizeof(int32_t))
-    layout.active = layout.settled + lines(rows * sizeof(int32_t))
+    layout.loads = layout.health + lines(rows * sizeof(Health))
+    layout.settled = layout.loads + lines(rows * stride * sizeof(uint64_t))
+    layout.speeds = layout.settled + lines(rows * sizeof(Settled))
+    layout.active = layout.speeds + lines(rows * sizeof(Speed))
     layout.held = layout.active + lines(2 * columns * rows * sizeof(int32_t))
     layout.lookups = layout.held + lines(columns * rows * sizeof(int32_t))
     layout.outcomes = layout.lookups + lines(columns * rows * 3 * sizeof(uint64_t))
@@ -82,6 +88,26 @@ cdef int kind_index(object kind) except -1:
     if kind == "message":
         return 1
     raise ValueError(f"kind must be 'http' or 'message', not {kind!r}")
+
+
+cdef void learn_one(
+    Speed *speed, double decay, double took_s, double expected, uint64_t samples
+) noexcept:
+    cdef double all_took_s = get_time(&speed.took_s) * decay + took_s
+    cdef double all_expected = get_time(&speed.expected) * decay + expected
+    put_time(&speed.took_s, all_took_s)
+    put_time(&speed.expected, all_expected)
+    put_time(&speed.slowness, all_took_s / all_expected)
+    put_u64(&speed.samples, samples)
+
+
+cdef void approach(int64_t *settled, int64_t here, int steps) noexcept:
+    """Move a settled value by 1/``steps`` of its difference from the local one."""
+    cdef int64_t before = get_i64(settled)
+    here <<= SETTLED_BITS
+    cdef int64_t step = (here - before) // steps
+    if here != before:
+        put_i64(settled, before + step if step else here)
 
 
 @cython.final
@@ -151,8 +177,9 @@ cdef class LoadTable(SharedMemory):
         self.column_headers = <Column *> (base + layout.column_headers)
         self.generations = <uint32_t *> (base + layout.generations)
         self.health = <Health *> (base + layout.health)
-        self.in_flight_cells = <int32_t *> (base + layout.in_flight)
-        self.settled_cells = <int32_t *> (base + layout.settled)
+        self.load_cells = <uint64_t *> (base + layout.loads)
+        self.settled = <Settled *> (base + layout.settled)
+        self.speeds = <Speed *> (base + layout.speeds)
         self.active_cells = <int32_t *> (base + layout.active)
         self.held_cells = <int32_t *> (base + layout.held)
         self.lookup_cells = <uint64_t *> (base + layout.lookups)
@@ -206,10 +233,11 @@ cdef class LoadTable(SharedMemory):
         if self.header.rows_used < <uint64_t> row + 1:
             put_u64(&self.header.rows_used, row + 1)
         memset(&self.health[row], 0, sizeof(Health))
-        put_i32(&self.settled_cells[row], 0)
+        memset(&self.settled[row], 0, sizeof(Settled))
+        memset(&self.speeds[row], 0, sizeof(Speed))
         for column in range(self.columns):
             cell = <size_t> column * self.rows + row
-            put_i32(&self.in_flight_cells[row * self.stride + column], 0)
+            put_u64(&self.load_cells[row * self.stride + column], 0)
             put_i32(&self.active_cells[cell], 0)
             put_i32(&self.active_cells[cell + <size_t> self.columns * self.rows], 0)
             put_i32(&self.held_cells[cell], 0)
@@ -224,13 +252,21 @@ cdef class LoadTable(SharedMemory):
         self._check_row(row)
         return get_u32(&self.generations[row])
 
-    def set_peers(self, Py_ssize_t row, uint32_t generation, int32_t in_flight):
-        """Record the other replicas' in-flight count. No effect for another generation."""
+    def set_peers(
+        self, Py_ssize_t row, uint32_t generation, int32_t in_flight, int64_t pending=0
+    ):
+        """Record the other replicas' load. No effect for another generation.
+
+        ``pending``: in tokens; counts up to 2^26.
+        """
         self._check_row(row)
-        if in_flight < 0:
-            raise ValueError(f"in_flight must not be negative, but is {in_flight}")
+        if in_flight < 0 or pending < 0:
+            raise ValueError(f"a load must not be negative, but is {in_flight}, {pending} tokens")
         if self.lives(row, generation):
-            put_i32(&self.in_flight_cells[row * self.stride + self.columns - 1], in_flight)
+            put_u64(
+                &self.load_cells[row * self.stride + self.columns - 1],
+                load_of(in_flight, <uint32_t> min(pending, <int64_t> PENDING_MAX)),
+            )
 
     @property
     def peers(self):
@@ -255,17 +291,14 @@ cdef class LoadTable(SharedMemory):
         put_u64(&self.header.phase, phase)
 
     def settle(self, int steps=4):
-        """Move each settled count towards the local load by 1/``steps`` of the difference."""
+        """Move each settled load towards the local load by 1/``steps`` of the difference."""
         self._check_row(0)
         cdef size_t row
-        cdef int64_t here, settled, step
+        cdef uint64_t here
         for row in range(get_u64(&self.header.rows_used)):
-            here = self._here(row) << SETTLED_BITS
-            settled = get_i32(&self.settled_cells[row])
-            if here == settled:
-                continue
-            step = (here - settled) // steps
-            put_i32(&self.settled_cells[row], <int32_t> (settled + step if step else here))
+            here = self._here(row)
+            approach(&self.settled[row].in_flight, in_flight_of(here), steps)
+            approach(&self.settled[row].pending, pending_of(here), steps)
 
     def row_is_zero(self, Py_ssize_t row):
         """Whether all gauges (active, held, in-flight) of this row are 0."""
@@ -278,7 +311,7 @@ cdef class LoadTable(SharedMemory):
         cdef size_t used = get_u64(&self.header.rows_used)
         cdef size_t cell = <size_t> column * self.rows
         for row in range(used):
-            put_i32(&self.in_flight_cells[row * self.stride + column], 0)
+            put_u64(&self.load_cells[row * self.stride + column], 0)
         memset(&self.active_cells[cell], 0, used * sizeof(int32_t))
         cell += <size_t> self.columns * self.rows
         memset(&self.active_cells[cell], 0, used * sizeof(int32_t))
@@ -312,21 +345,27 @@ cdef class LoadTable(SharedMemory):
     def in_flight(self, Py_ssize_t row):
         """Unreleased picks of an endpoint, or of all endpoints of a model."""
         self._check_row(row)
-        return sum_row(self.in_flight_cells + row * self.stride, self.columns)
+        return in_flight_of(self._load(row))
 
     def in_flight_here(self, Py_ssize_t row):
         """Like ``in_flight``, without the other KubeAI replicas' picks."""
         self._check_row(row)
-        return self._here(row)
+        return in_flight_of(self._here(row))
 
-    def expected(self, Py_ssize_t row):
-        """A row's load, assuming that peers have made as many unreported picks as this replica."""
+    def pending(self, Py_ssize_t row):
+        """Prompt tokens of unreleased picks that have not led to the first byte of a response."""
         self._check_row(row)
-        return self._expected(row)
+        return pending_of(self._load(row))
 
-    cdef int64_t _here(self, size_t row) noexcept:
-        cdef int32_t *cells = self.in_flight_cells + row * self.stride
-        return sum_row(cells, self.columns) - get_i32(&cells[self.columns - 1])
+    def pending_here(self, Py_ssize_t row):
+        """Like ``pending``, without the other KubeAI replicas' picks."""
+        self._check_row(row)
+        return pending_of(self._here(row))
+
+    def expected(self, Py_ssize_t row, int64_t per_request=1):
+        """See the stub."""
+        self._check_row(row)
+        return self._expected(row, per_request)
 
     cdef uint64_t _ended(self, size_t row) noexcept:
         """A model's requests that have ended, with any outcome."""
@@ -497,6 +536,30 @@ cdef class LoadTable(SharedMemory):
         for column in range(self.columns):
             total += get_u64(&self.column_headers[column].health_events)
         return total
+
+    # -- learned times: written and read by any worker ---------------------------------------
+
+    cdef void learn(self, int row, int model_row, double took_s, double tokens) noexcept:
+        """Learn from a first byte that came after ``took_s``, with ``tokens`` of work ahead of it.
+
+        Workers that write at the same instant lose a sample.
+        """
+        cdef Speed *model = &self.speeds[model_row]
+        cdef uint64_t samples = get_u64(&model.samples) + 1
+        learn_one(model, MODEL_DECAY, took_s, tokens, samples)
+        # Relative to the model's time at this moment: in a burst all its endpoints become slower.
+        cdef double expected_s = get_time(&model.slowness) * tokens
+        learn_one(&self.speeds[row], ENDPOINT_DECAY, took_s, max(expected_s, 1e-6), samples)
+
+    def s_per_token(self, Py_ssize_t model_row):
+        """The learned time per prompt token of a model's endpoints; 0 if unknown."""
+        self._check_row(model_row)
+        return get_time(&self.speeds[model_row].slowness)
+
+    def slowness(self, Py_ssize_t row):
+        """An endpoint's learned time per prompt token, relative to its model's; 0 if unknown."""
+        self._check_row(row)
+        return get_time(&self.speeds[row].slowness)
 
     # -- counting a pick: workers only ------------------------------------------------------
 

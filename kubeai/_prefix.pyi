@@ -20,13 +20,19 @@ class PrefixIndex(SharedMemory):
 
     rows: int
     entries: int  # 8 bytes each
+    silent: int  # number of other KubeAI replicas that do not tell what they send
 
     @staticmethod
-    def create(rows: int, entries: int) -> PrefixIndex:
-        """Create an empty index with room for at least ``entries``, rounded up to 8 × 2ⁿ."""
+    def create(rows: int, entries: int, workers: int = 1) -> PrefixIndex:
+        """Create an empty index with room for at least ``entries``, rounded up to 8 × 2ⁿ.
+
+        ``workers``: number of logs, at most 64.
+        """
     @staticmethod
-    def attach(fd: int) -> PrefixIndex:
+    def attach(fd: int, column: int = -1) -> PrefixIndex:
         """Map an existing index; ValueError if its header does not match.
+
+        ``column``: of the worker whose log this process writes; -1: none.
 
         The caller keeps ownership of the descriptor: ``close`` only unmaps.
         """
@@ -40,14 +46,22 @@ class PrefixIndex(SharedMemory):
         """The endpoint has lost its cache, or the row has another endpoint."""
 
     # -- blocks --------------------------------------------------------------------------------
-    def note(self, row: int, blocks: Sequence[int], new_tokens: int) -> None:
+    def note(self, row: int, blocks: Sequence[int] | bytes, new_tokens: int) -> None:
         """Note that a prompt is sent to an endpoint.
 
-        ``blocks``: hashes of its blocks, or of some of them, in order; at most ``BLOCKS_MAX``.
+        ``blocks``: hashes of its blocks, or of some of them, in order; at most ``BLOCKS_MAX``. As
+        bytes, 8 for each, as ``take_log`` returns them; further ones are ignored.
         ``new_tokens``: of the prompt, those that the endpoint's cache did not hold.
         """
     def find(self, blocks: Sequence[int]) -> dict[int, int]:
         """The endpoints that hold a beginning of a prompt: row → how many of ``blocks``.
 
         The 64 with the longest beginnings, if there are more.
+        """
+    # -- logs ----------------------------------------------------------------------------------
+    def take_log(self, limit: int) -> tuple[list[tuple[int, int, bytes]], int]:
+        """What the workers have sent since the last call, and how much of it is left out.
+
+        A list of (row, new tokens, blocks): of each worker the newest ``limit``. A worker's log has
+        room for 512 prompts.
         """

@@ -17,13 +17,18 @@ wrap after 16 times the size of the cache; an entry that is not overwritten unti
 again. An endpoint that loses its cache, because its engine restarts, gets a new epoch: entries of
 another epoch do not count.
 
+Each worker also has a log of what it has sent, from which the supervisor tells the other replicas of
+KubeAI; they note it in their own indexes.
+
 All of this is a belief about the engines. Two workers that write one bucket at the same instant may
 lose an entry, and different blocks may have equal parts of their hashes (one lookup of a block in two
 million is wrong for that). Either makes a pick worse, and none makes an answer wrong.
 """
 
 cimport cython
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 import os
 
@@ -35,18 +40,22 @@ cdef extern from *:
     #define kb_prefetch(address) __builtin_prefetch(address)
     /* Of the cells of one endpoint several workers add tokens. */
     #define kb_add(cell, value) __atomic_fetch_add((cell), (value), __ATOMIC_RELAXED)
+    /* An entry of a log is written before the count that announces it. */
+    #define kb_acquire(cell) __atomic_load_n((cell), __ATOMIC_ACQUIRE)
+    #define kb_release(cell, value) __atomic_store_n((cell), (value), __ATOMIC_RELEASE)
     """
     void prefetch "kb_prefetch"(const void *address) nogil
     uint64_t fetch_add "kb_add"(uint64_t *cell, uint64_t value) nogil
+    uint64_t acquire "kb_acquire"(const uint64_t *cell) nogil
+    void release "kb_release"(uint64_t *cell, uint64_t value) nogil
 
 cdef enum:
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
     ROW_BITS = 20
     EPOCH_BITS = 4
     STAMP_BITS = 16
     TAG_SHIFT = ROW_BITS + EPOCH_BITS + STAMP_BITS
     _CACHE_UNITS = 4096
-    _BLOCKS_MAX = 64  # of a prompt
     FORGOTTEN = 1 << 20  # staler than any stamp
 
 cdef uint64_t MAGIC = 0x6B75626561695058  # "kubeaiPX"
@@ -55,17 +64,21 @@ cdef uint64_t EPOCH_MASK = (1 << EPOCH_BITS) - 1
 cdef uint64_t ROW_MASK = (1 << ROW_BITS) - 1
 
 CACHE_UNITS = _CACHE_UNITS
-BLOCKS_MAX = _BLOCKS_MAX
+BLOCKS_MAX = SAMPLES_MAX
 ENTRIES_MAX = 1 << 30
 ROWS_MAX = 1 << ROW_BITS
 
 
-cdef size_t _buckets_at(uint64_t rows) noexcept:
+cdef size_t _logs_at(uint64_t rows) noexcept:
     return lines(sizeof(Header)) + lines(rows * sizeof(Row))
 
 
-cdef size_t _size_of(uint64_t rows, uint64_t buckets) noexcept:
-    return _buckets_at(rows) + buckets * BUCKET_ENTRIES * sizeof(uint64_t)
+cdef size_t _buckets_at(uint64_t rows, uint64_t columns) noexcept:
+    return _logs_at(rows) + lines(columns * sizeof(Log))
+
+
+cdef size_t _size_of(uint64_t rows, uint64_t columns, uint64_t buckets) noexcept:
+    return _buckets_at(rows, columns) + buckets * BUCKET_ENTRIES * sizeof(uint64_t)
 
 
 @cython.final
@@ -75,28 +88,34 @@ cdef class PrefixIndex(SharedMemory):
     def __init__(self):
         raise TypeError("use PrefixIndex.create or PrefixIndex.attach")
 
+    def __cinit__(self):
+        self._column = -1
+
     @staticmethod
-    def create(int rows, Py_ssize_t entries):
+    def create(int rows, Py_ssize_t entries, int workers=1):
         """See the stub."""
         cdef uint64_t buckets = 1
         if not 1 <= rows <= ROWS_MAX:
             raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
         if not 1 <= entries <= ENTRIES_MAX:
             raise ValueError(f"entries must be 1 to {ENTRIES_MAX}, not {entries}")
+        if not 1 <= workers <= COLUMNS_MAX:
+            raise ValueError(f"workers must be 1 to {COLUMNS_MAX}, not {workers}")
         while buckets * BUCKET_ENTRIES < <uint64_t> entries:
             buckets *= 2
         cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
-        index._create("kubeai-prefixes", _size_of(rows, buckets))
+        index._create("kubeai-prefixes", _size_of(rows, workers, buckets))
         cdef Header *header = <Header *> index.base
         header.version = LAYOUT_VERSION
         header.rows = rows
         header.buckets = buckets
+        header.columns = workers
         header.magic = MAGIC
         index._lay_out()
         return index
 
     @staticmethod
-    def attach(int fd):
+    def attach(int fd, int column=-1):
         """See the stub."""
         cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
         cdef size_t size = os.fstat(fd).st_size
@@ -113,10 +132,15 @@ cdef class PrefixIndex(SharedMemory):
             )
         if not 1 <= header.rows <= <uint64_t> ROWS_MAX or header.buckets & (header.buckets - 1):
             raise ValueError(f"prefix index has {header.rows} rows, {header.buckets} buckets")
-        if not header.buckets or size != _size_of(header.rows, header.buckets):
+        if not 1 <= header.columns <= COLUMNS_MAX:
+            raise ValueError(f"prefix index has {header.columns} columns")
+        if not header.buckets or size != _size_of(header.rows, header.columns, header.buckets):
             raise ValueError(f"prefix index's size of {size} bytes does not match its header")
+        if not -1 <= column < <int> header.columns:
+            raise ValueError(f"column must be -1 to {header.columns - 1}, not {column}")
         index._attach(fd, size)
         index._lay_out()
+        index._column = column
         return index
 
     cdef void _lay_out(self) noexcept:
@@ -125,7 +149,10 @@ cdef class PrefixIndex(SharedMemory):
         self.entries = <Py_ssize_t> header.buckets * BUCKET_ENTRIES
         self._mask = header.buckets - 1
         self.row_states = <Row *> (self.base + lines(sizeof(Header)))
-        self.cells = <uint64_t *> (self.base + _buckets_at(header.rows))
+        self.header = header
+        self.columns = <int> header.columns
+        self.logs = <Log *> (self.base + _logs_at(header.rows))
+        self.cells = <uint64_t *> (self.base + _buckets_at(header.rows, header.columns))
 
     cdef int _check_row(self, Py_ssize_t row) except -1:
         if self.base == NULL:
@@ -133,6 +160,17 @@ cdef class PrefixIndex(SharedMemory):
         if not 0 <= row < self.rows:
             raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")
         return 0
+
+    @property
+    def silent(self):
+        """See the stub."""
+        self._check_row(0)
+        return get_u64(&self.header.silent)
+
+    @silent.setter
+    def silent(self, uint64_t count):
+        self._check_row(0)
+        put_u64(&self.header.silent, count)
 
     # -- endpoints -----------------------------------------------------------------------------
 
@@ -154,14 +192,14 @@ cdef class PrefixIndex(SharedMemory):
 
     def note(self, Py_ssize_t row, blocks not None, uint32_t new_tokens):
         """See the stub."""
-        cdef uint64_t hashes[_BLOCKS_MAX]
+        cdef uint64_t hashes[SAMPLES_MAX]
         cdef int n = self._read(blocks, hashes)
         self._check_row(row)
         self.record(<int32_t> row, hashes, n, new_tokens)
 
     def find(self, blocks not None):
         """See the stub."""
-        cdef uint64_t hashes[_BLOCKS_MAX]
+        cdef uint64_t hashes[SAMPLES_MAX]
         cdef Found found[FOUND_MAX]
         cdef int n = self._read(blocks, hashes)
         cdef int at
@@ -169,10 +207,40 @@ cdef class PrefixIndex(SharedMemory):
         n = self.lookup(hashes, n, found)
         return {found[at].row: found[at].depth for at in range(n)}
 
+    def take_log(self, int limit):
+        """See the stub."""
+        cdef LogEntry entry
+        cdef Log *log
+        cdef uint64_t written
+        cdef int column
+        cdef Py_ssize_t skipped = 0
+        cdef list entries = []
+        self._check_row(0)
+        for column in range(self.columns):
+            log = &self.logs[column]
+            written = acquire(&log.written)
+            if written - self.taken[column] > <uint64_t> limit:
+                skipped += written - limit - self.taken[column]
+                self.taken[column] = written - limit
+            while self.taken[column] < written:
+                entry = log.entries[self.taken[column] % LOG_ENTRIES]
+                self.taken[column] += 1
+                # Whether the worker has come round to it meanwhile.
+                if acquire(&log.written) - self.taken[column] >= LOG_ENTRIES - 1:
+                    skipped += 1
+                elif 0 <= entry.row < self.rows and entry.n <= SAMPLES_MAX:
+                    blocks = PyBytes_FromStringAndSize(<char *> entry.blocks, 8 * entry.n)
+                    entries.append((entry.row, entry.new_tokens, blocks))
+        return entries, skipped
+
     cdef int _read(self, blocks, uint64_t *hashes) except -1:
         cdef int n = 0
-        if len(blocks) > _BLOCKS_MAX:
-            raise ValueError(f"a prompt has at most {_BLOCKS_MAX} sampled blocks")
+        if isinstance(blocks, bytes):
+            n = <int> min(PyBytes_GET_SIZE(blocks) // 8, <Py_ssize_t> SAMPLES_MAX)
+            memcpy(hashes, PyBytes_AS_STRING(blocks), 8 * n)
+            return n
+        if len(blocks) > SAMPLES_MAX:
+            raise ValueError(f"a prompt has at most {SAMPLES_MAX} sampled blocks")
         for block in blocks:
             hashes[n] = block
             n += 1
@@ -228,6 +296,25 @@ cdef class PrefixIndex(SharedMemory):
                     stalest = staleness
                     place = at
             put_u64(&bucket[place], tag_of(blocks[block]) | value)
+
+    cdef void send(
+        self, int32_t row, const uint64_t *blocks, int n, uint32_t new_tokens
+    ) noexcept:
+        """Record a prompt that this worker sends, in its log too."""
+        cdef Log *log
+        cdef LogEntry *entry
+        cdef uint64_t written
+        self.record(row, blocks, n, new_tokens)
+        if self._column < 0 or n == 0:
+            return
+        log = &self.logs[self._column]
+        written = get_u64(&log.written)
+        entry = &log.entries[written % LOG_ENTRIES]
+        entry.row = row
+        entry.new_tokens = new_tokens
+        entry.n = n
+        memcpy(entry.blocks, blocks, n * sizeof(uint64_t))
+        release(&log.written, written + 1)
 
     cdef int lookup(self, const uint64_t *blocks, int n, Found *found) noexcept:
         """The endpoints that are believed to hold a beginning of the prompt, with its depth.

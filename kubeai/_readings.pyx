@@ -4,12 +4,12 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kubeai._load cimport LoadTable, get_u32, get_u64
+from kubeai._load cimport LoadTable, get_u32, get_u64, in_flight_of
 
 
 cdef struct Reading:
     uint32_t generation
-    int64_t in_flight
+    uint64_t load
     int64_t active
     uint64_t ended
 
@@ -45,17 +45,17 @@ cdef class Readings:
         cdef list changed = []
         for row in range(used):
             now.generation = get_u32(&table.generations[row])
-            now.in_flight = table._here(row)
+            now.load = table._here(row)
             now.active = table._sum_columns(table.active_cells, row)
             now.active += table._sum_columns(table.active_cells + kind_cells, row)
             now.ended = table._ended(row)
             last = &self.last[row]
             if (
                 now.generation != last.generation
-                or now.in_flight != last.in_flight
+                or now.load != last.load
                 or now.active != last.active
                 or now.ended != last.ended
             ):
                 last[0] = now
-                changed.append((row, now.in_flight, now.active, now.ended))
+                changed.append((row, in_flight_of(now.load), now.active, now.ended))
         return changed

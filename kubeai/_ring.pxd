@@ -6,6 +6,8 @@ from kubeai._counts cimport Reservation
 from kubeai._load cimport LoadTable
 from kubeai._members cimport Members
 from kubeai._nodes cimport VirtualNodes
+from kubeai._prefix cimport PrefixIndex
+from kubeai._prompt cimport Prompt
 
 
 cdef struct Slot:  # what a walk needs to know of an endpoint
@@ -24,8 +26,9 @@ cdef struct Departed:  # a removed endpoint; the model's row still counts its op
 cdef struct Survey:  # which endpoints can serve one request
     double now_s  # endpoints ejected until later are skipped; 0: none is ejected
     bint unwell  # some endpoint has failed since its last complete response, or is ejected
+    int64_t per_request  # tokens of work that a request in flight counts as
     int64_t n
-    int64_t total
+    int64_t total  # work of the n
     int64_t open  # of the n, those that are not excluded
 
 
@@ -67,28 +70,32 @@ cdef class Ring:
     cdef void _return(self, int32_t row, uint32_t generation) noexcept
     cdef int _merge(self) except -1
     cdef void _compact(self) noexcept
-    cpdef Reservation pick_hashed(self, uint64_t key, str adapter=*, object exclude=*)
-    cpdef Reservation pick_least(self, str adapter=*, object exclude=*)
+    cpdef Reservation pick_hashed(
+        self,
+        uint64_t key,
+        str adapter=*,
+        object exclude=*,
+        Prompt prompt=*,
+        PrefixIndex index=*,
+    )
+    cdef int64_t _bound(self, const Survey *survey, int64_t factor, int64_t own) noexcept
+    cpdef Reservation pick_least(self, str adapter=*, object exclude=*, uint32_t tokens=*)
+    cdef void _turn(self, Members members) noexcept
     cdef int32_t _least(
-        self, Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
+        self, Members members, const Survey *survey, int32_t start, int32_t end, int64_t *least
     ) noexcept
     cdef int _begin(self) except -1
-    cdef int64_t _load(self, int32_t row) noexcept
+    cdef int64_t _work(self, int32_t row, int64_t per_request) noexcept
+    cdef int64_t _expected(self, int32_t row, int64_t per_request) noexcept
     cdef bint _is_open(self, int32_t slot, double now_s) noexcept
     cdef bint _survey(self, Survey *survey, Members members, object exclude, bint loads) except -1
     cdef bint _survey_ejected(self, Survey *survey, Members members) noexcept
     cdef int32_t _exclude(self, Members members, object exclude) except -1
-    cdef int64_t _total(self, Members members) noexcept
-    cdef int64_t _departed_load(self) noexcept
+    cdef int64_t _total(self, Members members, int64_t per_request) noexcept
+    cdef int64_t _departed_work(self, int64_t per_request) noexcept
     cdef int32_t _any(self, Members members) noexcept
     cdef Reservation _reserve(
-        self,
-        int32_t chosen,
-        int32_t first,
-        int64_t first_load,
-        int64_t bound,
-        int iterations,
-        const Survey *survey,
+        self, int32_t chosen, int32_t first, uint32_t tokens, const Survey *survey
     )
     cdef bint _try(self, int32_t row, double now_s) noexcept
     cpdef int32_t ejected_count(self) noexcept

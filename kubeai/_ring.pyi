@@ -5,6 +5,8 @@ from typing import final
 
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
+from kubeai._prompt import Prompt
 
 LOAD_FLOOR: int  # endpoints are never skipped for a load, including this pick, up to this
 REPLICATION_MAX: int  # maximum virtual nodes per endpoint
@@ -51,19 +53,31 @@ class Ring:
     def can_serve(self, adapter: str | None = None) -> bool:
         """Whether any endpoint has the adapter (None: whether there are any endpoints)."""
     def pick_hashed(
-        self, key: int, adapter: str | None = None, exclude: Iterable[str] = ()
+        self,
+        key: int,
+        adapter: str | None = None,
+        exclude: Iterable[str] = (),
+        prompt: Prompt = ...,
+        index: PrefixIndex | None = None,
     ) -> Reservation | None:
         """Bounded-load pick for a 64-bit key; None if no endpoint can serve.
 
         Clockwise from the key, takes the first endpoint that can serve and whose load, including
-        this pick, is at most max(floor, ceil(factor × (total + 1) / n)). If there is none, takes
-        the first that can serve. ``exclude``: names of endpoints already tried. Ejected
+        this pick, is at most max(floor, ceil(factor × (total + own) / n)). If there is none, takes
+        the first that can serve. Loads are counted in requests of ``REQUEST_TOKENS``, to which
+        pending tokens add; ``own`` includes the tokens of ``prompt`` that the index does not know
+        at the endpoint. The pick is recorded in the index. ``exclude``: names of endpoints already tried. Ejected
         endpoints are skipped unless no other can serve; a half-open one gets one pick per
         ``HALF_OPEN_PROBE_S``.
         """
     def pick_least(
-        self, adapter: str | None = None, exclude: Iterable[str] = ()
+        self, adapter: str | None = None, exclude: Iterable[str] = (), tokens: int = 0
     ) -> Reservation | None:
-        """Pick the endpoint with the fewest in flight; ties are broken round-robin."""
+        """Pick the endpoint with the least load; ties are broken round-robin.
+
+        A load is the pending tokens and ``REQUEST_TOKENS`` for each request in flight. ``tokens``:
+        of this prompt. If there are other KubeAI replicas, compares expected loads
+        (``LoadTable.expected``).
+        """
     def lookup(self, key: int, adapter: str | None = None) -> str | None:
         """The endpoint that a key maps to when there is no load. Pure: counts nothing."""

@@ -26,6 +26,7 @@ other's picks, and may exceed the bound by at most their number − 1.
 """
 
 cimport cython
+from libc.math cimport ceil
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -33,23 +34,26 @@ from libc.string cimport memset
 from kubeai._clock cimport now
 from kubeai._counts cimport Reservation, reserve
 from kubeai._load cimport (
+    REQUEST_TOKENS,
     Health,
     LoadTable,
-    get_i32,
     get_time,
     get_u32,
     get_u64,
     least_row,
     put_time,
-    sum_row,
+    work_of,
 )
 from kubeai._members cimport Members
 from kubeai._nodes cimport SLOTS_MAX, Node, VirtualNodes, grown, slot_of
+from kubeai._prefix cimport PrefixIndex
+from kubeai._prompt cimport Known, Prompt, known_tokens, new_prompt
 
 from mmh3 import hash64
 
 from kubeai._load import HALF_OPEN_PROBE_S as _HALF_OPEN_PROBE_S
 
+cdef Prompt NOTHING = new_prompt(False)
 cdef double FAR_S = 1e300  # later than the end of any ejection: no endpoint is skipped
 cdef double HALF_OPEN_PROBE_S = _HALF_OPEN_PROBE_S
 cdef uint64_t NEVER = <uint64_t> -1
@@ -270,15 +274,17 @@ cdef class Ring:
 
     # -- picks ---------------------------------------------------------------------------------
 
-    cpdef Reservation pick_hashed(self, uint64_t key, str adapter=None, object exclude=()):
-        """Bounded-load pick for a 64-bit key; None if no endpoint can serve.
-
-        Clockwise from the key, takes the first endpoint that can serve and whose load, including
-        this pick, is at most max(floor, ceil(factor × (total + 1) / n)). If there is none, takes
-        the first that can serve. ``exclude``: names of endpoints already tried. Ejected
-        endpoints are skipped unless no other can serve; a half-open one gets one pick per
-        ``HALF_OPEN_PROBE_S``.
-        """
+    cpdef Reservation pick_hashed(
+        self,
+        uint64_t key,
+        str adapter=None,
+        object exclude=(),
+        Prompt prompt=NOTHING,
+        PrefixIndex index=None,
+    ):
+        """See the stub."""
+        cdef Known known
+        prompt.look_up(index, &known)
         self._begin()
         if self.everyone.n == 0:
             return None
@@ -286,14 +292,15 @@ cdef class Ring:
         cdef size_t at = self.nodes.first_at(key)
         cdef int32_t initial = self.slots[slot_of(self.nodes.nodes[at])].row
         cdef Survey survey
+        survey.per_request = REQUEST_TOKENS
         if members is None or not self._survey(&survey, members, exclude, True):
             self.table.count_lookup(initial, -1, False, 0)
             return None
-        cdef int64_t bound = max(
-            _LOAD_FLOOR, (self.factor * (survey.total + 1) + 100 * survey.n - 1) // (100 * survey.n)
-        )
+        cdef int64_t own = survey.per_request + prompt.tokens
+        cdef int64_t bound = self._bound(&survey, self.factor, own)
+        cdef uint32_t new_tokens
         cdef int32_t slot, chosen = -1, first = -1
-        cdef int64_t load, first_load = 0
+        cdef int64_t work, first_work = 0, first_own = 0
         cdef int iterations = 0
         while iterations < self.everyone.n and survey.open:
             slot = slot_of(self.nodes.nodes[at])
@@ -307,51 +314,74 @@ cdef class Ring:
             if not members.contains(slot) or not self._is_open(slot, survey.now_s):
                 continue
             survey.open -= 1
-            load = self._load(self.slots[slot].row)
+            work = self._work(self.slots[slot].row, survey.per_request)
+            own = survey.per_request + prompt.tokens - known_tokens(&known, self.slots[slot].row)
             if first < 0:
+                first_own = own
+                bound = self._bound(&survey, self.factor, own)
                 first = slot
-                first_load = load
-            if load < bound:
+                first_work = work
+            if work + own <= bound:
                 chosen = slot
                 break
         if first < 0:
             first = members.slots[self._any(members)]
-            first_load = self._load(self.slots[first].row)
+            first_work = self._work(self.slots[first].row, survey.per_request)
         if chosen < 0:
             self.table.count_lookup(initial, self.slots[first].row, True, iterations)
             chosen = first
         else:
             self.table.count_lookup(initial, self.slots[chosen].row, False, iterations)
-        return self._reserve(chosen, first, first_load, bound, iterations, &survey)
+        new_tokens = prompt.tokens - known_tokens(&known, self.slots[chosen].row)
+        if index is not None:
+            index.send(self.slots[chosen].row, prompt.blocks, prompt.n, new_tokens)
+        cdef Reservation reservation = self._reserve(chosen, first, new_tokens, &survey)
+        reservation.first_load = <double> first_work / survey.per_request
+        reservation.own_load = <double> first_own / survey.per_request
+        reservation.bound = bound // survey.per_request
+        reservation.iterations = iterations
+        return reservation
 
-    cpdef Reservation pick_least(self, str adapter=None, object exclude=()):
-        """Pick the endpoint with the fewest in flight; ties are broken round-robin.
+    cdef int64_t _bound(self, const Survey *survey, int64_t factor, int64_t own) noexcept:
+        """The most work that an endpoint may have, this request's included: whole requests."""
+        cdef double share = <double> factor * (survey.total + own) / (100.0 * survey.n)
+        return survey.per_request * max(
+            <int64_t> ceil(share / survey.per_request),
+            _LOAD_FLOOR - 1 + (own + survey.per_request - 1) // survey.per_request,
+        )
 
-        If there are other KubeAI replicas, compares expected loads (``LoadTable.expected``).
-        """
+    cpdef Reservation pick_least(self, str adapter=None, object exclude=(), uint32_t tokens=0):
+        """See the stub."""
         self._begin()
         cdef Members members = self._members(adapter)
         cdef Survey survey
+        survey.per_request = REQUEST_TOKENS
         if members is None or not self._survey(&survey, members, exclude, False):
             return None
-        if members.cursor < 0:
-            members.cursor = <int32_t> (get_u64(&self.table.header.phase) % members.n)
-        cdef int64_t load = INT64_MAX
-        cdef int32_t best = self._least(members, &survey, members.cursor, members.n, &load)
-        cdef int32_t round_the_end = self._least(members, &survey, 0, members.cursor, &load)
+        self._turn(members)
+        cdef int64_t work = INT64_MAX
+        cdef int32_t best = self._least(members, &survey, members.cursor, members.n, &work)
+        cdef int32_t round_the_end = self._least(members, &survey, 0, members.cursor, &work)
         if round_the_end >= 0:
             best = round_the_end
         if best < 0:
             best = self._any(members)
-            load = self._load(members.rows[best])
+            work = self._work(members.rows[best], survey.per_request)
         members.cursor = best + 1 if best + 1 < members.n else 0
         cdef int32_t slot = members.slots[best]
-        return self._reserve(slot, slot, load, 0, 0, &survey)
+        cdef Reservation reservation = self._reserve(slot, slot, tokens, &survey)
+        reservation.first_load = <double> work / survey.per_request
+        return reservation
+
+    cdef void _turn(self, Members members) noexcept:
+        """Set the cursor of the first pick; it differs between replicas."""
+        if members.cursor < 0:
+            members.cursor = <int32_t> (get_u64(&self.table.header.phase) % members.n)
 
     cdef int32_t _least(
-        self, Members members, const Survey *survey, int32_t start, int32_t end, int64_t *load
+        self, Members members, const Survey *survey, int32_t start, int32_t end, int64_t *least
     ) noexcept:
-        """The first member in [start, end) with the least load below ``load`` (updated); or -1."""
+        """The first member in [start, end) with the least work below ``least`` (updated); or -1."""
         cdef LoadTable table = self.table
         cdef int32_t at, best = -1
         cdef int64_t here
@@ -359,13 +389,20 @@ cdef class Ring:
         cdef bint alone = get_u64(&table.header.peers) == 0
         if all_open and alone:
             return least_row(
-                table.in_flight_cells, table.stride, table.columns, members.rows, start, end, load
+                table.load_cells,
+                table.stride,
+                table.columns,
+                members.rows,
+                start,
+                end,
+                survey.per_request,
+                least,
             )
         for at in range(start, end):
             if all_open or self._is_open(members.slots[at], survey.now_s):
-                here = self._load(members.rows[at]) if alone else table._expected(members.rows[at])
-                if here < load[0]:
-                    load[0] = here
+                here = self._expected(members.rows[at], survey.per_request)
+                if here < least[0]:
+                    least[0] = here
                     best = at
         return best
 
@@ -391,9 +428,14 @@ cdef class Ring:
         self.walk += 1
         return 0
 
-    cdef int64_t _load(self, int32_t row) noexcept:
-        return sum_row(&self.table.in_flight_cells[<size_t> row * self.table.stride],
-                       self.table.columns)
+    cdef int64_t _work(self, int32_t row, int64_t per_request) noexcept:
+        return work_of(self.table._load(row), per_request)
+
+    cdef int64_t _expected(self, int32_t row, int64_t per_request) noexcept:
+        """The work that other replicas have not reported yet is included."""
+        if get_u64(&self.table.header.peers) == 0:
+            return self._work(row, per_request)
+        return self.table._expected(row, per_request)
 
     cdef bint _is_open(self, int32_t slot, double now_s) noexcept:
         if self.slots[slot].excluded == self.walk:
@@ -420,9 +462,13 @@ cdef class Ring:
         survey.open = members.n - excluded
         if loads:
             if members is self.everyone:
-                survey.total = max(0, self._load(self.row) - self._departed_load())
+                survey.total = max(
+                    0,
+                    self._work(self.row, survey.per_request)
+                    - self._departed_work(survey.per_request),
+                )
             else:
-                survey.total = self._total(members)
+                survey.total = self._total(members, survey.per_request)
         return survey.open > 0
 
     cdef bint _survey_ejected(self, Survey *survey, Members members) noexcept:
@@ -435,7 +481,7 @@ cdef class Ring:
             if get_time(&self.table.health[members.rows[at]].ejected_until_s) > survey.now_s:
                 continue
             survey.n += 1
-            survey.total += self._load(members.rows[at])
+            survey.total += self._work(members.rows[at], survey.per_request)
             survey.open += self.slots[members.slots[at]].excluded != self.walk
         return survey.open > 0
 
@@ -450,25 +496,25 @@ cdef class Ring:
             excluded += members.contains(endpoint.slot)
         return excluded
 
-    cdef int64_t _total(self, Members members) noexcept:
+    cdef int64_t _total(self, Members members, int64_t per_request) noexcept:
         cdef int64_t total = 0
         cdef int32_t at
         for at in range(members.n):
-            total += self._load(members.rows[at])
+            total += self._work(members.rows[at], per_request)
         return total
 
-    cdef int64_t _departed_load(self) noexcept:
-        """The load that the model's row still includes for removed endpoints."""
-        cdef int64_t total = 0, load
+    cdef int64_t _departed_work(self, int64_t per_request) noexcept:
+        """The work that the model's row still includes for removed endpoints."""
+        cdef int64_t total = 0, work
         cdef int32_t at
         for at in range(self.departed_n - 1, -1, -1):
-            load = 0
+            work = 0
             if self.table.lives(self.departed[at].row, self.departed[at].generation):
-                load = self._load(self.departed[at].row)
-            if load == 0:
+                work = self._work(self.departed[at].row, per_request)
+            if work == 0:
                 self.departed_n -= 1
                 self.departed[at] = self.departed[self.departed_n]
-            total += load
+            total += work
         return total
 
     cdef int32_t _any(self, Members members) noexcept:
@@ -480,13 +526,7 @@ cdef class Ring:
         return 0
 
     cdef Reservation _reserve(
-        self,
-        int32_t chosen,
-        int32_t first,
-        int64_t first_load,
-        int64_t bound,
-        int iterations,
-        const Survey *survey,
+        self, int32_t chosen, int32_t first, uint32_t tokens, const Survey *survey
     ):
         cdef _Endpoint endpoint = <_Endpoint> self.by_slot[chosen]
         cdef Reservation reservation = reserve(
@@ -495,13 +535,11 @@ cdef class Ring:
             self.slots[chosen].generation,
             self.row,
             self.generation,
+            tokens,
         )
         reservation.name = endpoint.name
         reservation.target = endpoint.target
         reservation.first = (<_Endpoint> self.by_slot[first]).name
-        reservation.first_load = first_load
-        reservation.bound = bound
-        reservation.iterations = iterations
         if survey.unwell:
             reservation.failing = get_u32(&self.table.health[self.slots[chosen].row].failures) != 0
             reservation.is_probe = survey.now_s != 0 and self._try(

@@ -35,7 +35,7 @@ REPLICATION_MAX = 10_000
 
 Engine = Literal["OLlama", "VLLM", "FasterWhisper", "Infinity"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
-Strategy = Literal["LeastLoad", "PrefixHash"]
+Strategy = Literal["LeastLoad", "PrefixHash", "PrefixCache"]
 
 # Annotations that are copied from a Model to its pods, and labels that KubeAI sets.
 POD_IP_ANNOTATION = "model-pod-ip"
@@ -131,20 +131,36 @@ class PrefixHash(ApiValue, frozen=True, kw_only=True):
     ] = 100
 
 
+class PrefixCache(ApiValue, frozen=True, kw_only=True):
+    """Settings of PrefixCache. None is needed."""
+
+    mean_load_factor: Annotated[
+        int | None,
+        doc(
+            "Maximum load of a replica, in percent of the mean load of all replicas. A request is "
+            "not sent beyond it if another replica can serve it. Unset: there is no maximum.",
+            format="int32",
+            minimum=100,
+        ),
+    ] = None
+
+
 class LoadBalancing(ApiValue, frozen=True, kw_only=True):
     """How requests are distributed over the Model's replicas."""
 
     strategy: Annotated[
         Strategy,
         doc(
-            "LeastLoad sends each request to the replica with the fewest in-flight requests. "
+            "LeastLoad sends each request to the replica with the least work. "
             "PrefixHash sends requests with the same prefix to the same replica, to make use of "
-            "its prefix cache."
+            "its prefix cache. PrefixCache sends each request to the replica where it costs all "
+            "requests the least time: it knows what was sent where, and what is still to be done."
         ),
     ] = "LeastLoad"
     prefix_hash: Annotated[PrefixHash, doc("Settings of PrefixHash.")] = msgspec.field(
         default_factory=PrefixHash
     )
+    prefix_cache: Annotated[PrefixCache | None, doc("Settings of PrefixCache.")] = None
 
 
 class File(ApiValue, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
 from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
+from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
@@ -34,7 +35,7 @@ class FastPath(Exchange):
     _upload: Upload | None  # of a request with a multipart form
     _request: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
-    _key: int | None
+    _prompt: Prompt  # None until the body is read
     _admission: Admission | None
     _reservation: Reservation | None
     _task: asyncio.Task[None] | None  # while the request waits

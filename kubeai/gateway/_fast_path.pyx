@@ -10,10 +10,13 @@ models without a ready endpoint, and failures. Its decisions are the same as the
 from cpython.bytes cimport PyBytes_GET_SIZE
 
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
+from kubeai._clock cimport now
 from kubeai._counts cimport Admission, Reservation
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT
 from kubeai.gateway.relay._exchange cimport Exchange, Pool
-from kubeai._ring cimport Ring
+from kubeai._pick cimport Picker
+from kubeai._prompt cimport Prompt
+from kubeai.openai._prompt_scan cimport prompt_for
 
 
 cdef class FastPathContext:
@@ -47,7 +50,7 @@ cdef class FastPath(Exchange):
     cdef public object _upload  # of a request with a multipart form
     cdef public object _request
     cdef public object _routed
-    cdef public object _key
+    cdef public Prompt _prompt
     cdef public Admission _admission
     cdef public Reservation _reservation
     cdef public object _task  # while the request waits
@@ -75,8 +78,7 @@ cdef class FastPath(Exchange):
     cdef int _collected(self) except -1:
         cdef InferenceRequest request = None
         cdef object routed = None
-        cdef object key = None
-        cdef Ring ring
+        cdef Picker picker
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
         if request is not None and request.adapter is None and not self._has(b"x-label-selector"):
@@ -85,14 +87,12 @@ cdef class FastPath(Exchange):
         if routed is None:
             self.on_body()
             return 0
-        if routed.hashes:
-            key = request.key(routed.prefix_char_length)
+        picker = <Picker?> routed.picker
         self._routed = routed
-        self._key = key
+        self._prompt = prompt_for(picker, request)
         self._payload = self.body
         self._admission = routed.admit("http")
-        ring = <Ring?> routed.ring
-        self._place(ring.pick_least() if key is None else ring.pick_hashed(key))
+        self._place(picker.pick(self._prompt))
         return 0
 
     @property
@@ -120,6 +120,11 @@ cdef class FastPath(Exchange):
             self.send_upload(pool)
         else:
             self.send(pool, self._path, self._payload)
+
+    cdef int _body_came(self) except -1:
+        if self._reservation is not None and not self._reservation._released:
+            self._reservation._prefilled(now())
+        return 0
 
     cdef int _ended(self) except -1:
         cdef object task = self._task

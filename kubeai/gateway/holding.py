@@ -18,6 +18,7 @@ from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 
 if TYPE_CHECKING:
     from kubeai._counts import Admission, Reservation
+    from kubeai._prompt import Prompt
     from kubeai.gateway.context import Context
     from kubeai.openai.request import InferenceRequest
     from kubeai.routing.routes import Block
@@ -45,7 +46,7 @@ async def hold(
     context: Context,
     routed: RoutedModel,
     request: InferenceRequest,
-    key: int | None,
+    prompt: Prompt,
     admission: Admission,
 ) -> Reservation:
     """Wait until an endpoint can serve the request; BadRequest if none can in time.
@@ -70,7 +71,7 @@ async def hold(
     try:
         while True:
             await routed.wait(request.adapter, max(0.0, deadline_s - loop.time()))
-            if reservation := routed.pick(key, request.adapter):
+            if reservation := routed.pick(prompt, request.adapter):
                 return reservation
     except Blocked as blocked:
         raise _blocked(request, blocked.block) from None

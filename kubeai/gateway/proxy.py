@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
 
+from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.holding import advice, hold
@@ -110,8 +111,7 @@ class Proxy(FastPath):
         except BadRequest as error:
             self._refuse(error)
             return
-        if routed.hashes:
-            self._key = openai.key_of(request, routed.prefix_char_length)
+        self._prompt = openai.prompt_of(routed.picker, request)
         self._payload = openai.body_for(request, self.body)
         self._place(self._admit(request, routed))
 
@@ -138,7 +138,7 @@ class Proxy(FastPath):
         if self.answered or self._reservation is None:
             return
         other = self._attempts.move(
-            self._reservation, self._routed, self._key, self._request.adapter
+            self._reservation, self._routed, self._prompt, self._request.adapter
         )
         if other is not None:
             self.detach()
@@ -170,7 +170,7 @@ class Proxy(FastPath):
         return reservation
 
     def _try_elsewhere(self) -> None:
-        other = self._attempts.elsewhere(self._routed, self._key, self._request.adapter)
+        other = self._attempts.elsewhere(self._routed, self._prompt, self._request.adapter)
         if other is not None:
             self._attempt(other)
         else:
@@ -242,7 +242,7 @@ class Proxy(FastPath):
         run = asyncio.get_running_loop().run_in_executor
         request = await run(_readers, openai.read, self._kind, self.body)
         routed = self._find(request)
-        self._key = await run(_readers, openai.key_of, request, routed.prefix_char_length)
+        self._prompt = await run(_readers, openai.prompt_of, routed.picker, request)
         self._payload = await run(_readers, openai.body_for, request, self.body)
         # The model may have been deleted or created again meanwhile.
         return self._admit(request, self._find(request)) or await self._hold()
@@ -252,7 +252,9 @@ class Proxy(FastPath):
         self._request = request
         self._routed = routed
         self._admission = routed.admit("http")
-        return routed.pick(self._key, request.adapter)
+        if self._prompt is None:  # an upload's
+            self._prompt = Prompt()
+        return routed.pick(self._prompt, request.adapter)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
         """The requested model, if it matches the request's label selectors."""
@@ -281,7 +283,8 @@ class Proxy(FastPath):
             model=self._request.name,
             endpoint=reservation.name,
             first=reservation.first,
-            first_load=reservation.first_load,
+            first_load=round(reservation.first_load, 2),
+            own_load=round(reservation.own_load, 2),
             bound=reservation.bound,
             left_out=left_out,
         )
@@ -348,17 +351,17 @@ class Proxy(FastPath):
             self._say(500, "Internal error in the gateway.", "internal_error")
 
     async def _try_later(self) -> Reservation:
-        later = await self._attempts.later(self._routed, self._key, self._request.adapter)
+        later = await self._attempts.later(self._routed, self._prompt, self._request.adapter)
         return later or await self._hold()
 
     async def _try_after_loss(self, lost: Reservation, alone: bool) -> Reservation:
         await check_loss(self._attempts, self._routed, lost, alone)
-        other = self._attempts.elsewhere(self._routed, self._key, self._request.adapter)
+        other = self._attempts.elsewhere(self._routed, self._prompt, self._request.adapter)
         return other or await self._try_later()
 
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
-        return await hold(self.context, self._routed, self._request, self._key, self._admission)
+        return await hold(self.context, self._routed, self._request, self._prompt, self._admission)
 
     # -- the gateway's own responses ---------------------------------------------------------------
 

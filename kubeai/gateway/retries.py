@@ -19,6 +19,7 @@ from kubeai.openai.errors import BadRequest
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
+    from kubeai._prompt import Prompt
     from kubeai.gateway.endpoint_pool import EndpointPool
     from kubeai.routing.table import EndpointConnections, RoutedModel
 
@@ -183,7 +184,7 @@ class Retries:
         self,
         here: Reservation,
         routed: RoutedModel,
-        key: int | None,
+        prompt: Prompt,
         adapter: str | None,
     ) -> Reservation | None:
         """Pick another endpoint for an attempt that gets no response, and count it as failed.
@@ -193,7 +194,7 @@ class Retries:
         """
         if self.count >= self._max_count:
             return None
-        other = self.trusted(routed, key, adapter)
+        other = self.trusted(routed, prompt, adapter)
         if other is not None and other.target is here.target:
             other.release()
             return None
@@ -210,24 +211,24 @@ class Retries:
         return alone or self._kills > 1
 
     def elsewhere(
-        self, routed: RoutedModel, key: int | None, adapter: str | None
+        self, routed: RoutedModel, prompt: Prompt, adapter: str | None
     ) -> Reservation | None:
         """Pick an untried endpoint for an immediate retry. None: wait with `later`."""
         if not self._granted:
             probe, self._probe = self._probe, None
             if probe is None:
                 return None
-            return routed.pick_among(lambda u: u is probe, key, adapter, self._tried)
-        return self.trusted(routed, key, adapter) or routed.pick(key, adapter, self._tried)
+            return routed.pick_among(lambda u: u is probe, prompt, adapter, self._tried)
+        return self.trusted(routed, prompt, adapter) or routed.pick(prompt, adapter, self._tried)
 
     def trusted(
-        self, routed: RoutedModel, key: int | None, adapter: str | None
+        self, routed: RoutedModel, prompt: Prompt, adapter: str | None
     ) -> Reservation | None:
         """Pick an untried endpoint that is expected to respond."""
-        return routed.pick_among(_is_trusted, key, adapter, self._tried)
+        return routed.pick_among(_is_trusted, prompt, adapter, self._tried)
 
     async def later(
-        self, routed: RoutedModel, key: int | None, adapter: str | None
+        self, routed: RoutedModel, prompt: Prompt, adapter: str | None
     ) -> Reservation | None:
         """Pick an endpoint after a wait; None if there is no endpoint at all.
 
@@ -236,16 +237,16 @@ class Retries:
         """
         if self._granted:  # all have been tried: retry any but the one that failed last
             await asyncio.sleep(self.pause_s)
-            return routed.pick(key, adapter, self._tried[-1:]) or routed.pick(key, adapter)
+            return routed.pick(prompt, adapter, self._tried[-1:]) or routed.pick(prompt, adapter)
         since_s = self._clock()
         for pause_s in PROOF_PAUSES_S:
             await asyncio.sleep(self._jittered(pause_s))
-            proven = routed.pick_among(lambda u: u.is_proven(since_s), key, adapter, self._tried)
+            proven = routed.pick_among(lambda u: u.is_proven(since_s), prompt, adapter, self._tried)
             if proven is not None:
                 return proven
             if routed.first(_may_answer, adapter, self._tried) is None:
                 break
-        silent = self.trusted(routed, key, adapter)
+        silent = self.trusted(routed, prompt, adapter)
         if silent is None:
             raise self._exhausted(routed)
         return silent

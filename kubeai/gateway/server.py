@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.gateway.context import Context
 from kubeai.gateway.endpoint_pool import EndpointPool, LocalRoutesPool
 from kubeai.gateway.proxy import Proxy
@@ -48,7 +49,14 @@ class Server:
     connections with :meth:`serve`.
     """
 
-    def __init__(self, context: Context, loads: LoadTable, *, tick_s: float = 0.25) -> None:
+    def __init__(
+        self,
+        context: Context,
+        loads: LoadTable,
+        index: PrefixIndex | None = None,
+        *,
+        tick_s: float = 0.25,
+    ) -> None:
         config = context.config
         self._context = context
         self.relay = Relay(
@@ -65,10 +73,10 @@ class Server:
             buffer_max_bytes=config.buffer_max_bytes,
             tick_s=tick_s,
         )
-        self.routes = context.routes = RoutingTable(loads, self._endpoint_pool)
+        self.routes = context.routes = RoutingTable(loads, self._endpoint_pool, index=index)
         self._tick_s = tick_s
         self._server: asyncio.Server | None = None
-        self._ejection_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def _endpoint_pool(self, routed: RoutedModel, endpoint: Endpoint) -> EndpointPool:
         return EndpointPool(self.relay, routed, endpoint, self._context.config)
@@ -84,12 +92,14 @@ class Server:
         self._server = await loop.create_server(
             partial(Downstream, self.relay), sock=sock, backlog=LISTEN_BACKLOG
         )
-        self._move_off_ejected()
+        self._tick()
 
-    def _move_off_ejected(self) -> None:
+    def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        self._ejection_timer = loop.call_later(self._tick_s, self._move_off_ejected)
+        self._timer = loop.call_later(self._tick_s, self._tick)
         self.routes.move_off_ejected()
+        self.routes.expire()
+        self.routes.expire()
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
         """Drain as described in the module, for at most ``accept_s`` plus ``timeout_s``."""
@@ -109,8 +119,8 @@ class Server:
 
     def close(self) -> None:
         """Close all connections, including those with open requests."""
-        if self._ejection_timer is not None:
-            self._ejection_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._server is not None:
             self._server.close()
         self._context.local_routes.close()

@@ -1,11 +1,11 @@
 """One data-plane process: ``python -m kubeai.gateway.worker``, started by the supervisor.
 
-It inherits file descriptors for the load table, a listening socket and its end of the channel to
-the supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has their numbers
-and its column of the load table (JSON, :class:`Settings`). It serves once it has received the first
-routing table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker whose
-supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which the supervisor
-handles.
+It inherits file descriptors for the load table, the prefix index, a listening socket and its end of
+the channel to the supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has
+their numbers and its column of the load table (JSON, :class:`Settings`). It serves once it has
+received the first routing table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a
+worker whose supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which
+the supervisor handles.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import uvloop
 from aiohttp import web
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
@@ -47,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     column: int  # of the load table
     table_fd: int
+    index_fd: int  # of the prefix index
     listen_fd: int
     channel_fd: int
     gateway: GatewayConfig
@@ -60,7 +62,8 @@ class Worker:
         self._table = LoadTable.attach(settings.table_fd, settings.column)
         observers = make_observers(settings.gateway)
         self._context = Context(settings.gateway, self._demand, observers)
-        self._server = Server(self._context, self._table)
+        self._index = PrefixIndex.attach(settings.index_fd, settings.column)
+        self._server = Server(self._context, self._table, self._index)
         self._channel = Channel(Down, self._received, self._channel_ended)
         self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()

@@ -44,6 +44,7 @@ cdef class Shape:
     cdef readonly bytes text  # holds a string, or a list that begins with one
     cdef readonly bytes system  # holds system text outside the conversation
     cdef Name names[3]  # of the above
+    cdef bint is_cached
 
 
 cdef class InferenceRequest:
@@ -56,12 +57,16 @@ cdef class InferenceRequest:
     cdef const char *begin
     cdef const char *end
     cdef Place model_value
+    cdef Place conversation  # all of it, or the text
+    cdef Place tools
     cdef Place first  # the conversation's first user text, or the text
     cdef Place system_field  # the system text outside the conversation
     cdef Place *systems  # the system texts in the conversation
     cdef Place systems_few[SYSTEMS_FEW_COUNT]  # storage for ``systems`` while they are few
     cdef int systems_n
     cdef int systems_room
+    cdef bint has_parts  # some message's content is a list
+    cdef bint is_cached  # the engine keeps the keys and values of prompts of this kind
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed
     cdef bint odd  # there are messages that an engine would reject

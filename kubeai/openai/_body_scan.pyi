@@ -9,7 +9,8 @@ class Shape:
     """The top-level members that a kind of request is hashed by.
 
     ``conversation`` is a list of messages or a string, ``text`` a string or a list that begins with
-    one; one of these two is set. ``system`` is system text outside the conversation.
+    one; one of these two is set. ``system`` is system text outside the conversation. ``is_cached``:
+    whether an engine keeps what it computes for such a prompt, and finds it again.
     """
 
     kind: Kind
@@ -23,6 +24,7 @@ class Shape:
         conversation: bytes | None = None,
         text: bytes | None = None,
         system: bytes | None = None,
+        is_cached: bool = True,
     ) -> None: ...
 
 @final

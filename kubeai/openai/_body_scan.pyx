@@ -60,7 +60,14 @@ cdef dict FAULTS = {
 cdef class Shape:
     """The top-level members that a kind of request is hashed by: one of the first two is set."""
 
-    def __init__(self, kind, bytes conversation=None, bytes text=None, bytes system=None):
+    def __init__(
+        self,
+        kind,
+        bytes conversation=None,
+        bytes text=None,
+        bytes system=None,
+        bint is_cached=True,
+    ):
         self.kind = kind
         self.conversation = conversation
         self.text = text
@@ -68,6 +75,7 @@ cdef class Shape:
         self.names[0] = name_of(conversation)
         self.names[1] = name_of(text)
         self.names[2] = name_of(system)
+        self.is_cached = is_cached
 
 
 cdef Name name_of(bytes text) noexcept:
@@ -174,6 +182,9 @@ cdef class InferenceRequest:
                 at = skip_value(value, self.end)
                 if is_word(&key, b"stream", 6):
                     self.stream = value[0] == c"t"
+                elif key.size == 5 and is_word(&key, b"tools", 5):
+                    self.tools.at = value
+                    self.tools.after = at
                 elif key.size == 5 and is_model(key.at):
                     if self.model_value.at is NULL and memcmp(key.at, b"model", 5) == 0:
                         self.model_value.at = value
@@ -255,6 +266,7 @@ cdef class InferenceRequest:
         cdef const char *after
         self.first.at = self.first.after = NULL
         self.systems_n = 0
+        self.has_parts = False
         self.odd = self.crowded = False
         if begin[0] == c"[":
             after = self._read_messages(begin)
@@ -262,6 +274,8 @@ cdef class InferenceRequest:
             after = skip_value(begin, self.end)
             self.first.at = begin
             self.first.after = after
+        self.conversation.at = begin
+        self.conversation.after = after
         if after is not NULL and is_crowded(begin, after):
             self.crowded = True
             self.odd = False
@@ -318,6 +332,8 @@ cdef class InferenceRequest:
                 if is_word(&key, b"content", 7):
                     content.at = value
                     content.after = at
+                    if value[0] == c"[":
+                        self.has_parts = True
             if at is NULL:
                 return NULL
             at = next_member(at, c"}")
@@ -348,6 +364,7 @@ cdef class InferenceRequest:
         self.first.at = begin
         self.first.after = skip_value(begin, self.end)
         self.is_input = begin[0] == c"["
+        self.conversation = self.first
         return self.first.after
 
     cdef const char *_read_system(self, const char *begin) noexcept nogil:
@@ -484,6 +501,7 @@ cdef InferenceRequest new_request(object kind, bytes body):
 cdef InferenceRequest scan(Shape shape, bytes body):
     """Parse a body of this shape; None if it is rejected: ``read`` then reports why."""
     cdef InferenceRequest request = new_request(shape.kind, body)
+    request.is_cached = shape.is_cached
     if not request._read(shape.names, request.begin):
         return None
     request._take_model()
@@ -494,6 +512,7 @@ def read(Shape shape not None, bytes body not None):
     """Like ``scan``, but raises BadRequest if the body is rejected."""
     cdef InferenceRequest request = new_request(shape.kind, body)
     cdef bint accepted
+    request.is_cached = shape.is_cached
     if request._is_large():
         with nogil:
             accepted = request._read(shape.names, request.begin)

@@ -11,7 +11,7 @@ would accept it). The rest of the body is left to the engine: unknown fields, un
 wrong types pass through, and at most make the hash key less specific.
 
 Reading is one compiled pass (``_body_scan``). For a body above ``LARGE_BYTES``, :func:`read`,
-:func:`key_of` and :func:`body_for` release the GIL, so that a thread can call them.
+:func:`prompt_of` and :func:`body_for` release the GIL, so that a thread can call them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kubeai.api.labels import Selector, label_selector
 from kubeai.errors import quoted
 from kubeai.openai import _body_scan
 from kubeai.openai._body_scan import InferenceRequest, Shape, named
+from kubeai.openai._prompt_scan import prompt_of
 from kubeai.openai.errors import BadRequest
 from kubeai.openai.routes import Kind
 
@@ -34,9 +35,9 @@ __all__ = [
     "InferenceRequest",
     "body_for",
     "is_identity",
-    "key_of",
     "named",
     "parse_selector",
+    "prompt_of",
     "read",
     "split_model",
 ]
@@ -48,8 +49,8 @@ SHAPES: dict[Kind, Shape] = {
     for shape in (
         Shape(Kind.CHAT, conversation=b"messages"),
         Shape(Kind.COMPLETIONS, text=b"prompt"),
-        Shape(Kind.EMBEDDINGS, text=b"input"),
-        Shape(Kind.RERANK, text=b"query"),
+        Shape(Kind.EMBEDDINGS, text=b"input", is_cached=False),
+        Shape(Kind.RERANK, text=b"query", is_cached=False),
         Shape(Kind.RESPONSES, conversation=b"input", system=b"instructions"),
         Shape(Kind.MESSAGES, conversation=b"messages", system=b"system"),
     )
@@ -61,11 +62,6 @@ _encode = msgspec.json.Encoder().encode
 def read(kind: Kind, body: bytes) -> InferenceRequest:
     """Parse a request's JSON body. BadRequest if it is invalid or ambiguous; see the module."""
     return _body_scan.read(SHAPES[kind], body)
-
-
-def key_of(request: InferenceRequest, prefix_char_length: int) -> int:
-    """The request's hash key: `InferenceRequest.key` as a function for threads."""
-    return request.key(prefix_char_length)
 
 
 def body_for(request: InferenceRequest, body: bytes) -> bytes:

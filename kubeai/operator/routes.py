@@ -47,6 +47,7 @@ def route_of(model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS) -> R
         mean_load_factor=balancing.prefix_hash.mean_load_factor,
         replication=balancing.prefix_hash.replication,
         prefix_char_length=balancing.prefix_hash.prefix_char_length,
+        cache_load_factor=(balancing.prefix_cache and balancing.prefix_cache.mean_load_factor) or 0,
         endpoints=tuple(sorted(endpoints, key=lambda endpoint: endpoint.name)),
         draining=tuple(sorted(draining)),
         block=blocks.model,

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 RequestType = Literal["http", "message"]
-Strategy = Literal["LeastLoad", "PrefixHash"]
+Strategy = Literal["LeastLoad", "PrefixHash", "PrefixCache"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
 
 
@@ -60,6 +60,7 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     generation: int = 0
     block: Block | None = None  # why the model has no endpoint
     adapter_blocks: dict[str, Block] = {}  # why no endpoint serves an adapter, by adapter
+    cache_load_factor: int = 0  # bound of PrefixCache, in percent of the mean load; 0: none
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):

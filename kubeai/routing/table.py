@@ -14,9 +14,10 @@ from msgspec.structs import replace
 
 from kubeai._counts import Admission, Reservation, admit
 from kubeai._load import LoadTable
+from kubeai._pick import Picker
+from kubeai._prefix import PrefixIndex
+from kubeai._prompt import Prompt
 from kubeai._ring import Ring
-from kubeai.openai.request import InferenceRequest
-from kubeai.openai.routes import Kind
 from kubeai.routing.routes import Block, Delta, Endpoint, RequestType, Route, Snapshot
 
 # After panic mode, an endpoint is not probed until this long after its last failure.
@@ -82,12 +83,14 @@ class RoutingTable:
         table: LoadTable,
         target: Callable[[RoutedModel, Endpoint], EndpointConnections],
         clock: Callable[[], float] | None = None,
+        index: PrefixIndex | None = None,
     ) -> None:
         """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC."""
         self.version = 0
         self._table = table
         self._target = target
         self._clock = clock
+        self._index = index
         self._models: dict[str, RoutedModel] = {}
         self._health_events = 0  # of the load table, at the last check for ejected endpoints
         self._any_ejected = False  # at that check
@@ -136,6 +139,11 @@ class RoutingTable:
                     self._any_ejected = True
                     routed.move_off_ejected()
 
+    def expire(self) -> None:
+        """Stop counting prompts as pending that are believed to be computed by now."""
+        for routed in self._models.values():
+            routed.picker.expire()
+
     def close(self) -> None:
         """Remove all models and close their endpoints' upstreams."""
         for model in list(self._models):
@@ -157,7 +165,9 @@ class RoutingTable:
         if route is None:
             return
         if known is None:
-            self._models[model] = RoutedModel(self._table, route, self._target, self._clock)
+            self._models[model] = RoutedModel(
+                self._table, route, self._target, self._clock, self._index
+            )
         else:
             known.update(route)
 
@@ -171,6 +181,7 @@ class RoutedModel:
         route: Route,
         target: Callable[[RoutedModel, Endpoint], EndpointConnections],
         clock: Callable[[], float] | None = None,
+        index: PrefixIndex | None = None,
     ) -> None:
         self.route = replace(route, endpoints=())
         self.ring = Ring(
@@ -181,6 +192,7 @@ class RoutedModel:
             mean_load_factor=route.mean_load_factor,
             clock=clock,
         )
+        self.picker = Picker(self.ring, index)
         self._table = table
         self._target = target
         self._endpoints: dict[str, Endpoint] = {}  # the route's, by name
@@ -193,37 +205,25 @@ class RoutedModel:
 
     # -- for exchanges -----------------------------------------------------------------------------
 
-    def key(self, request: InferenceRequest) -> int | None:
-        """The request's hash key; None if it is routed by least load.
-
-        That applies to all requests under LeastLoad, and to audio always, because recordings do not
-        share prefixes.
-        """
-        if not self.hashes or request.kind is Kind.TRANSCRIPTIONS:
-            return None
-        return request.key(self.prefix_char_length)
-
     def pick(
-        self, key: int | None, adapter: str | None = None, exclude: Iterable[str] = ()
+        self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
         """Pick an endpoint and count a request on it; None if no endpoint can serve it.
 
         ``exclude``: names of endpoints that must not be picked.
         """
-        if key is None or not self.hashes:
-            return self.ring.pick_least(adapter, exclude)
-        return self.ring.pick_hashed(key, adapter, exclude)
+        return self.picker.pick(prompt, adapter, exclude)
 
     def pick_among(
         self,
         fits: Callable[[EndpointConnections], bool],
-        key: int | None,
+        prompt: Prompt,
         adapter: str | None = None,
         exclude: Iterable[str] = (),
     ) -> Reservation | None:
         """Like ``pick``, but only among endpoints whose upstream satisfies ``fits``."""
         unfit = [name for name, upstream in self._upstreams.items() if not fits(upstream)]
-        return self.pick(key, adapter, (*exclude, *unfit))
+        return self.pick(prompt, adapter, (*exclude, *unfit))
 
     def first(
         self,
@@ -402,8 +402,7 @@ class RoutedModel:
     def update(self, route: Route) -> None:
         """Apply the new route; wake requests that can now be served or whose block has changed."""
         old, self.route = self.route, route
-        self.hashes = route.strategy == "PrefixHash"
-        self.prefix_char_length = route.prefix_char_length
+        self.picker.configure(route.strategy, route.prefix_char_length, route.cache_load_factor)
         if (old.replication, old.mean_load_factor) != (route.replication, route.mean_load_factor):
             self.ring.configure(
                 replication=route.replication, mean_load_factor=route.mean_load_factor

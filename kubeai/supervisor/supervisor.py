@@ -16,6 +16,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import SystemConfig
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.gateway.tracing import check_tracing
@@ -37,6 +38,7 @@ log = get_logger(__name__)
 # 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
 # allocated once a row is touched.
 TABLE_ROWS = 32_768
+INDEX_ENTRIES = 1 << 20  # 8 MiB
 WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
@@ -83,12 +85,14 @@ class Supervisor:
         self.config = config
         self.table = LoadTable.create(TABLE_ROWS, workers)
         self.table.phase = random.getrandbits(32)
-        self.publisher = Publisher(self.table)
+        self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, workers)
+        self.publisher = Publisher(self.table, self.index)
         self.peers = Peers(
             kube,
             namespace,
             identity,
             self.table,
+            self.index,
             self.publisher,
             pod=pod,
             addresses=config.fixed_self_metric_addrs,
@@ -114,6 +118,7 @@ class Supervisor:
                 column,
                 sock,
                 self.table,
+                self.index,
                 config.gateway,
                 snapshot=self._snapshot,
                 on_ready=self._worker_ready,

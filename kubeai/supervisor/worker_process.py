@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
@@ -32,6 +33,7 @@ class WorkerProcess:
         column: int,
         listener: socket.socket,
         table: LoadTable,
+        index: PrefixIndex,
         config: GatewayConfig,
         *,
         snapshot: Callable[[], Snapshot | None],
@@ -50,6 +52,7 @@ class WorkerProcess:
         self.pid = 0
         self.stopping = False  # the process is not restarted when it exits
         self._table = table
+        self._index = index
         self._config = config
         self._snapshot = snapshot
         self._on_ready = on_ready
@@ -79,6 +82,7 @@ class WorkerProcess:
             spec = {
                 "column": self.column,
                 "table_fd": self._table.fd,
+                "index_fd": self._index.fd,
                 "listen_fd": self.listener.fileno(),
                 "channel_fd": theirs.fileno(),
                 "gateway": msgspec.to_builtins(self._config),
@@ -87,7 +91,7 @@ class WorkerProcess:
                 Command(
                     "kubeai.gateway.worker",
                     env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
-                    pass_fds=(spec["table_fd"], spec["listen_fd"], spec["channel_fd"]),
+                    pass_fds=tuple(number for name, number in spec.items() if name.endswith("_fd")),
                 )
             )
             self._process = process

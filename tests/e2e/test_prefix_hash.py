@@ -52,7 +52,7 @@ def moves(local):
 
 def check_reason(event):
     assert event["endpoint"] != event["first"]
-    assert event["first_load"] + 1 > event["bound"], "nothing forced it to move"
+    assert event["first_load"] + event["own_load"] > event["bound"], "nothing forced it to move"
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
+from kubeai._prompt import Prompt
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.health import Health
 from kubeai.gateway.retries import NO_ANSWER, Retries, RetryBudget
@@ -192,7 +193,7 @@ class Cluster:
         attempts: list[str] = []
         admission = routed.admit()
         try:
-            reservation = routed.pick(None)
+            reservation = routed.pick(Prompt())
             while True:
                 attempts.append(reservation.name)
                 status, moved_to = await self._attempt(routed, retries, reservation)

@@ -125,12 +125,14 @@ cdef class Exchange:
     cdef readonly int status  # of that response
     cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
+    cdef bint body_came  # the first byte of the response's body has been received
     cdef readonly bint broken  # the response was cut short
     cdef readonly bint whole  # the response has been written completely
     cdef readonly bint finished
     cdef readonly bytes body  # once collected
     cdef int _begun(self) except -1
     cdef int _collected(self) except -1
+    cdef int _body_came(self) except -1
     cdef int _ended(self) except -1
     cdef bint _has(self, bytes name) except -1
     cpdef collect(self, int64_t max_bytes)

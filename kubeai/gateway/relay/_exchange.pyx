@@ -534,6 +534,10 @@ cdef class Exchange:
         self.on_body()
         return 0
 
+    cdef int _body_came(self) except -1:
+        """The first byte of the response's body has been received."""
+        return 0
+
     cdef int _ended(self) except -1:
         self.on_end()
         return 0

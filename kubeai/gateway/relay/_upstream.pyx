@@ -403,6 +403,9 @@ cdef class Upstream(UpstreamEnd):
         if size < came:  # unexpected bytes after the end of the response
             self.reusable = False
         if size:
+            if not self.exchange.body_came:
+                self.exchange.body_came = True
+                self.exchange._body_came()
             piece = cut(data, at, size)
             if self.framing == LENGTH and self.parser is not None:
                 self.parser.feed_data(piece)

@@ -88,7 +88,7 @@ async def test_other_requests_proceed_while_a_large_body_is_parsed(start, monkey
     assert (await wire.answer()).body == b"fine"
 
 
-@pytest.mark.parametrize("during", ["read", "key_of", "body_for"])
+@pytest.mark.parametrize("during", ["read", "prompt_of", "body_for"])
 async def test_a_client_may_disconnect_while_its_large_body_is_parsed(start, monkeypatch, during):
     world = await start()
     engine = await world.engine(says(b""))
@@ -109,7 +109,7 @@ async def test_a_model_may_be_deleted_or_recreated_while_a_large_body_is_parsed(
     world = await start()
     world.route("m", {"a": await world.engine(says(b"old"))})
     for recreated in (False, True):
-        slow = Slow(monkeypatch, "key_of")
+        slow = Slow(monkeypatch, "prompt_of")
         wire = await world.client()
         await wire.send(post(CHAT, LARGE % b"m"))
         await until(slow.begun.is_set)

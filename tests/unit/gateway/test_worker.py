@@ -14,6 +14,7 @@ import pytest
 from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, connect, post, until
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig
 from kubeai.routing.channel import Channel, Delta, Demand, Drain, Ready, Up
 from kubeai.routing.publisher import Publisher
@@ -29,7 +30,8 @@ class Supervised:
         """``descriptors``: the process's soft and hard limit of open files."""
         self.descriptors = descriptors or resource.getrlimit(resource.RLIMIT_NOFILE)
         self.table = LoadTable.create(64, 1)
-        self.publisher = Publisher(self.table)
+        self.index = PrefixIndex.create(64, 1024)
+        self.publisher = Publisher(self.table, self.index)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.config = GatewayConfig(**config)
@@ -44,6 +46,7 @@ class Supervised:
         settings = {
             "column": 0,
             "table_fd": self.table.fd,
+            "index_fd": self.index.fd,
             "listen_fd": self.listener.fileno(),
             "channel_fd": theirs.fileno(),
             "gateway": msgspec.to_builtins(self.config),
@@ -54,7 +57,7 @@ class Supervised:
                 "-m",
                 "kubeai.gateway.worker",
                 env={**os.environ, "KUBEAI_WORKER": json.dumps(settings)},
-                pass_fds=(self.table.fd, self.listener.fileno(), theirs.fileno()),
+                pass_fds=tuple(fd for name, fd in settings.items() if name.endswith("_fd")),
                 stderr=asyncio.subprocess.DEVNULL,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, self.descriptors),
             )

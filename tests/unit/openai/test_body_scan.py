@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from json_oracle import hash_key, parse, replace_model
 
 from examples import some
+from kubeai._load import LoadTable
+from kubeai._pick import Picker
+from kubeai._ring import Ring
 from kubeai.openai.errors import BadRequest
-from kubeai.openai.request import LARGE_BYTES, body_for, key_of, read
+from kubeai.openai.request import LARGE_BYTES, body_for, prompt_of, read
 from kubeai.openai.routes import Kind
 
 JSON_KINDS = [kind for kind in Kind if kind.is_json]
@@ -318,6 +321,8 @@ def test_a_body_at_the_size_limit_is_parsed_quickly():
 @pytest.mark.skipif("KUBEAI_ASAN" in os.environ, reason="the sanitizer is slow")
 @pytest.mark.parametrize("end", [b"]}", b"]"])
 def test_other_threads_run_while_a_large_body_is_parsed(end):
+    picker = Picker(Ring(LoadTable.create(1, 1), 0, 0))
+    picker.configure("PrefixHash", 100)
     size = 32 << 20
     said = b'{"role":"system","content":"%s"}' % (b"\\n" * (size // 4))
     body = b'{"model":"m_a","messages":[%s,%s%s' % (said, b"[]," * (size // 6) + b"0", end)
@@ -327,7 +332,7 @@ def test_other_threads_run_while_a_large_body_is_parsed(end):
             request = read(Kind.CHAT, body)
         except BadRequest:
             return
-        key_of(request, 100)
+        prompt_of(picker, request)
         body_for(request, body)
 
     found = []

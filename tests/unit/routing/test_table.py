@@ -20,8 +20,9 @@ from msgspec.structs import replace
 
 from examples import some
 from kubeai._load import LoadTable
+from kubeai._prompt import Prompt
 from kubeai.errors import KubeAIError
-from kubeai.openai.request import named, read
+from kubeai.openai.request import prompt_of, read
 from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Delta, Endpoint, Route, Snapshot
@@ -71,6 +72,10 @@ def route(*endpoints, model="m", **values):
 
 def endpoint(name, *adapters, address=None):
     return Endpoint(name, address or f"{name}:8000", adapters)
+
+
+def hashed(key):
+    return Prompt(key=key)
 
 
 @pytest.fixture
@@ -156,7 +161,7 @@ def test_a_row_is_reused_only_when_it_has_no_counts(publisher, table, worker):
     model = publish(publisher, worker, "m", route(endpoint("a")))
     dropped = publisher.endpoint_rows("m")["a"]
     other = Worker(table, 1).routing
-    reservation = model.pick(1)
+    reservation = model.pick(hashed(1))
     for routing in (worker.routing, other):
         publisher.update("m", route())
         routing.apply(publisher.snapshot())
@@ -168,13 +173,13 @@ def test_a_row_is_reused_only_when_it_has_no_counts(publisher, table, worker):
 def test_a_request_of_an_old_generation_does_not_count_in_a_reused_row(publisher, table, worker):
     model = publish(publisher, worker, "m", route(endpoint("a")))
     row = publisher.endpoint_rows("m")["a"]
-    late = model.pick(1)
+    late = model.pick(hashed(1))
     table.clear_column(0)  # as if the worker were dead; it is only slow
     publish(publisher, worker, "m", route())
     publisher.reclaim([publisher.version])
     model = publish(publisher, worker, "m", route(endpoint("b")))
     assert publisher.endpoint_rows("m")["b"] == row
-    held = model.pick(1)
+    held = model.pick(hashed(1))
     late.release()
     assert table.in_flight(row) == 1
     held.release()
@@ -205,7 +210,7 @@ def test_connections_are_kept_while_the_address_is_unchanged(publisher, worker):
     assert worker.upstreams == first
     model = publish(publisher, worker, "m", route(endpoint("a", address="new:1"), endpoint("b")))
     assert worker.open_upstreams() == ["b:8000", "new:1"]
-    picks = [model.pick(0) for _ in range(2)]
+    picks = [model.pick(hashed(0)) for _ in range(2)]
     assert {p.name: p.target.address for p in picks} == {"a": "new:1", "b": "b:8000"}
     for pick in picks:
         pick.release()
@@ -230,7 +235,7 @@ def test_a_recreated_model_is_a_different_model(publisher, worker):
     new = worker.routing.find("m")
     assert new is not old
     assert worker.open_upstreams() == ["a:8000"]
-    new.pick(0).release()
+    new.pick(hashed(0)).release()
 
 
 # -- picking ---------------------------------------------------------------------------------------
@@ -240,15 +245,15 @@ def test_the_strategy_may_change_at_runtime(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
     model = publish(publisher, worker, "m", route(*pods))
     ask = read(Kind.COMPLETIONS, b'{"model":"m","prompt":"hello"}')
-    assert model.key(ask) is None
-    picks = [model.pick(model.key(ask)) for _ in range(4)]
+    picks = [model.pick(prompt_of(model.picker, ask)) for _ in range(4)]
     assert {p.name for p in picks} == set("abcd")
     for pick in picks:
         pick.release()
     again = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
     assert again is model
-    picks = [model.pick(model.key(ask)) for _ in range(2)]
-    assert {p.name for p in picks} == {model.ring.lookup(model.key(ask))}
+    prompt = prompt_of(model.picker, ask)
+    picks = [model.pick(prompt) for _ in range(2)]
+    assert {p.name for p in picks} == {model.ring.lookup(prompt.key)}
     for pick in picks:
         pick.release()
 
@@ -256,7 +261,7 @@ def test_the_strategy_may_change_at_runtime(publisher, worker):
 def test_audio_requests_have_no_prefix_and_use_least_load(publisher, worker):
     pods = [endpoint(name) for name in "abcd"]
     model = publish(publisher, worker, "m", route(*pods, strategy="PrefixHash"))
-    picks = [model.pick(model.key(named(Kind.TRANSCRIPTIONS, "m"))) for _ in range(4)]
+    picks = [model.pick(Prompt()) for _ in range(4)]
     assert {p.name for p in picks} == set("abcd")
     for pick in picks:
         pick.release()
@@ -269,7 +274,7 @@ def test_a_new_load_factor_applies_to_the_next_pick(publisher, worker):
         model = publish(
             publisher, worker, "m", route(*pods, strategy="PrefixHash", mean_load_factor=factor)
         )
-        picks = [model.pick(42) for _ in range(20)]
+        picks = [model.pick(hashed(42)) for _ in range(20)]
         loads = {}
         for pick in picks:
             loads[pick.name] = loads.get(pick.name, 0) + 1
@@ -298,7 +303,7 @@ def test_only_an_endpoint_with_the_adapter_serves_it(publisher, worker):
     assert not model.can_serve("y")
     with model_pick(model, "x") as pick:
         assert pick.name == "b"
-    assert model.pick(0, "x", ("b",)) is None
+    assert model.pick(hashed(0), "x", ("b",)) is None
     publish(publisher, worker, "m", route(endpoint("a", "x"), endpoint("b")))
     with model_pick(model, "x") as pick:
         assert pick.name == "a"
@@ -306,7 +311,7 @@ def test_only_an_endpoint_with_the_adapter_serves_it(publisher, worker):
 
 @contextlib.contextmanager
 def model_pick(model, adapter):
-    pick = model.pick(0, adapter)
+    pick = model.pick(hashed(0), adapter)
     yield pick
     pick.release()
 
@@ -468,7 +473,7 @@ class Hinge(RuleBasedStateMachine):
     @rule(column=st.integers(0, WORKERS - 1), model=MODELS, adapter=st.none() | st.just("x"))
     def pick(self, column, model, adapter):
         found = self.workers[column].routing.find(model)
-        if found is not None and (picked := found.pick(7, adapter)) is not None:
+        if found is not None and (picked := found.pick(hashed(7), adapter)) is not None:
             known = {e.name: e for e in found.route.endpoints}[picked.name]
             assert adapter is None or adapter in known.adapters
             assert picked.target.address == known.address

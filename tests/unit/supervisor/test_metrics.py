@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from repository import REPOSITORY
 
 from kubeai._load import LoadTable
+from kubeai._prompt import Prompt
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutingTable
@@ -127,7 +128,8 @@ def test_hash_lookups_are_counted_by_endpoint(replica):
     model = replica.workers[0].find("m")
     home = model.ring.lookup(7)
     (other,) = {"a", "b"} - {home}
-    picks = [model.pick(7), model.pick(7), model.pick(7, None, (home,))]
+    seven = Prompt(key=7)
+    picks = [model.pick(seven), model.pick(seven), model.pick(seven, None, (home,))]
     scraped = replica.scrape()
     prefix = "kubeai_inference_requests_hash_lookup_"
     assert scraped[prefix + "final_total", home] + scraped[prefix + "final_total", other] == 3

@@ -184,11 +184,12 @@ async def test_the_engine_has_its_time_once_it_has_the_whole_form(start):
 
     async def script(wire: Wire, request: Message) -> None:
         left = int(request.one("content-length"))
-        while left:
+        for _ in range(pieces_count):
             await asyncio.sleep(pause_s)
-            for _ in range(-(-LARGE_BYTES // pieces_count) // 65_536 + 2):
-                if left:
-                    left -= len(await wire.reader.read(min(left, 65_536)))
+            piece_bytes = min(left, LARGE_BYTES // pieces_count)
+            await wire.reader.readexactly(piece_bytes)
+            left -= piece_bytes
+        await wire.reader.readexactly(left)
         await wire.send(answer(200, b"good"))
 
     world = await start(first_byte_timeout_s=pieces_count * pause_s * 0.8, retries=0)

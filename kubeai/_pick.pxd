@@ -1,0 +1,50 @@
+"""Declarations of ``_pick.pyx``."""
+
+from kubeai._counts cimport Reservation
+from kubeai._load cimport Speed
+from kubeai._prefix cimport PrefixIndex
+from kubeai._prompt cimport Known, Prompt
+from kubeai._members cimport Members
+from kubeai._ring cimport Ring, Survey
+
+from libc.stdint cimport int32_t, int64_t, uint32_t
+
+
+cdef enum Strategy:
+    LEAST_LOAD
+    PREFIX_HASH
+    PREFIX_CACHE
+
+
+cdef struct Choice:
+    int32_t at  # of the members; -1: none yet
+    uint32_t new_tokens
+    double cost
+
+
+cdef class Picker:
+    cdef readonly Ring ring
+    cdef PrefixIndex index
+    cdef Strategy strategy
+    cdef readonly int64_t prefix_char_length
+    cdef int64_t load_factor  # of PrefixCache, in percent; 0: no bound
+    cdef object estimated  # deque of (when its prefill is believed to end, Reservation)
+
+    cpdef Reservation pick(self, Prompt prompt, str adapter=*, object exclude=*)
+    cdef Reservation _pick_cached(self, Prompt prompt, str adapter, object exclude)
+    cdef void _believe(self, Prompt prompt, Known *known) noexcept
+    cdef void _cheapest(
+        self,
+        Members members,
+        const Survey *survey,
+        Prompt prompt,
+        const Known *known,
+        int32_t start,
+        int32_t end,
+        Choice *choice,
+    ) noexcept
+    cdef bint _exceeds(self, const Survey *survey, int32_t row, int64_t own) noexcept
+    cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept
+    cdef double _slowness(self, int32_t row) noexcept
+    cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1
+    cpdef int expire(self) except -1

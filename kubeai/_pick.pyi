@@ -1,0 +1,40 @@
+"""The pick of an endpoint for a request, by the strategy of its Model."""
+
+from collections.abc import Iterable
+from typing import Literal, final
+
+from kubeai._counts import Reservation
+from kubeai._prefix import PrefixIndex
+from kubeai._prompt import Prompt
+from kubeai._ring import Ring
+
+Strategy = Literal["LeastLoad", "PrefixHash", "PrefixCache"]
+STRATEGIES: tuple[Strategy, ...]
+
+@final
+class Picker:
+    """Picks among one model's endpoints. Single-threaded, like its ring."""
+
+    ring: Ring
+    hashes: bool  # whether the strategy uses the hash key of a prompt
+    prefix_char_length: int
+
+    def __init__(self, ring: Ring, index: PrefixIndex | None = None) -> None:
+        """Picks by LeastLoad until configured. Without an index every prompt is new."""
+    def configure(
+        self, strategy: Strategy, prefix_char_length: int = 0, load_factor: int = 0
+    ) -> None:
+        """Change the strategy; applies from the next pick on.
+
+        ``load_factor``: PrefixCache avoids endpoints whose load would exceed this percentage of
+        the mean, if others can serve; 0: it does not.
+        """
+    def pick(
+        self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
+    ) -> Reservation | None:
+        """Pick an endpoint and count the request there; None if no endpoint can serve it.
+
+        ``exclude``: names of endpoints already tried.
+        """
+    def expire(self) -> int:
+        """Stop counting the prompts that are believed to be computed by now as pending."""

@@ -1,0 +1,223 @@
+"""The pick of an endpoint for a request, by the strategy of its Model.
+
+``LeastLoad`` and ``PrefixHash`` are in ``_ring``. ``PrefixCache`` picks the endpoint where a request
+costs all requests the least time. In tokens of prefill, that cost is
+
+    pending + new + in flight × (new + STEP_TOKENS) / 8
+
+``pending``: tokens of prompts that were sent there and have not led to the first byte of a body.
+``new``: tokens of this prompt that the prefix index does not know there. The first two are what the
+request waits for. Those in flight wait for its prefill, and with each of them a step takes longer.
+The cost is multiplied by the endpoint's slowness, its time per token relative to that of the model's
+endpoints together. It is learned from the times to the first byte of streamed responses, and bounded
+by ``SLOWNESS_MAX``, because an engine may lie.
+
+A response that is not streamed has its first byte when it is complete. For those, the end of the
+prefill is estimated with the learned time per token, and applied at the next pick or ``expire``.
+"""
+
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+from collections import deque
+
+from kubeai._counts cimport Reservation
+from kubeai._load cimport REQUEST_TOKENS, Speed, get_time, get_u64
+from kubeai._members cimport Members
+from kubeai._prefix cimport PrefixIndex
+from kubeai._nodes cimport slot_of
+from kubeai._prompt cimport Known, Prompt, add_known, known_tokens
+from kubeai._ring cimport Ring, Survey
+
+cdef enum:
+    # A decode step takes about as long as this many tokens of a prompt: 110 to 250 for the engines
+    # in simulation/presets.py.
+    STEP_TOKENS = 200
+    # An endpoint's slowness has half its weight when this many samples per endpoint came after its
+    # last one: an endpoint that seemed slow is tried again.
+    FADE_SAMPLES = 8
+
+cdef double SLOWNESS_MAX = 4.0
+cdef double NOISE_MAX = 1.25  # endpoints that differ by less are equal, and take turns
+cdef double UNKNOWN_S_PER_TOKEN = 2e-4
+cdef double BELIEF = 0.9  # how much of a beginning the ring's endpoint is believed to have
+cdef int *BELIEF_DEPTHS = [4, 16, 28]  # samples that end after 1, 4 and 16 KiB of conversation
+cdef double ESTIMATE_MAX_S = 60.0
+
+STRATEGIES = ("LeastLoad", "PrefixHash", "PrefixCache")
+
+
+cdef inline int64_t per_request(int64_t new_tokens) noexcept:
+    """What a request in flight adds to the cost: an eighth of a prefill, and of a decode step."""
+    return 1 + ((new_tokens + STEP_TOKENS) >> 3)
+
+
+@cython.final
+cdef class Picker:
+    """See the stub."""
+
+    def __init__(self, Ring ring not None, PrefixIndex index=None):
+        self.ring = ring
+        self.index = index
+        self.estimated = deque()
+        self.configure("LeastLoad")
+
+    def configure(self, str strategy, prefix_char_length=0, load_factor=0):
+        """See the stub."""
+        self.strategy = STRATEGIES.index(strategy)
+        self.prefix_char_length = prefix_char_length
+        self.load_factor = load_factor
+
+    @property
+    def hashes(self):
+        """Whether the strategy uses the hash key of a prompt."""
+        return self.strategy == PREFIX_HASH
+
+    cpdef Reservation pick(self, Prompt prompt, str adapter=None, object exclude=()):
+        """See the stub."""
+        cdef Reservation reservation
+        if self.estimated:
+            self.expire()
+        if self.strategy == PREFIX_CACHE:
+            return self._pick_cached(prompt, adapter, exclude)
+        if self.strategy == PREFIX_HASH and prompt.has_key:
+            reservation = self.ring.pick_hashed(prompt.key, adapter, exclude, prompt, self.index)
+        else:
+            reservation = self.ring.pick_least(adapter, exclude, prompt.tokens)
+        if reservation is not None and reservation.pending:
+            self._expect(reservation, reservation.pending, prompt.streams)
+        return reservation
+
+    cdef Reservation _pick_cached(self, Prompt prompt, str adapter, object exclude):
+        cdef Ring ring = self.ring
+        cdef Members members
+        cdef Survey survey
+        cdef Known known
+        cdef Choice choice
+        cdef Reservation reservation
+        cdef int32_t row
+        cdef int64_t ahead
+        ring._begin()
+        members = ring._members(adapter)
+        survey.per_request = REQUEST_TOKENS
+        if members is None or not ring._survey(&survey, members, exclude, self.load_factor != 0):
+            return None
+        ring._turn(members)
+        prompt.look_up(self.index, &known)
+        if self.index is not None and get_u64(&self.index.header.silent) and prompt.n:
+            self._believe(prompt, &known)
+        choice.at = -1
+        self._cheapest(members, &survey, prompt, &known, members.cursor, members.n, &choice)
+        self._cheapest(members, &survey, prompt, &known, 0, members.cursor, &choice)
+        if choice.at < 0:
+            choice.at = ring._any(members)
+            choice.new_tokens = prompt.tokens - known_tokens(&known, members.rows[choice.at])
+        row = members.rows[choice.at]
+        members.cursor = choice.at + 1 if choice.at + 1 < members.n else 0
+        ahead = choice.new_tokens + ring._work(row, 0)
+        reservation = ring._reserve(
+            members.slots[choice.at], members.slots[choice.at], choice.new_tokens, &survey
+        )
+        if self.index is not None:
+            self.index.send(row, prompt.blocks, prompt.n, choice.new_tokens)
+        if prompt.tokens:
+            self._expect(reservation, ahead, prompt.streams)
+        return reservation
+
+    cdef void _believe(self, Prompt prompt, Known *known) noexcept:
+        """Add what other replicas may have sent without having told it yet.
+
+        A replica that sends a prompt that is new to it prefers the ring's endpoint for it, and so
+        do the others: that is where the prompt's beginning is believed to be.
+        """
+        cdef Ring ring = self.ring
+        cdef size_t at
+        cdef int32_t slot
+        cdef int depth, which
+        for which in range(3):
+            depth = BELIEF_DEPTHS[which]
+            if depth > prompt.n:
+                break
+            at = ring.nodes.first_at(prompt.blocks[depth - 1])
+            slot = slot_of(ring.nodes.nodes[at])
+            add_known(
+                known, ring.slots[slot].row, <uint32_t> (prompt.depths[depth - 1] * BELIEF)
+            )
+
+    cdef void _cheapest(
+        self,
+        Members members,
+        const Survey *survey,
+        Prompt prompt,
+        const Known *known,
+        int32_t start,
+        int32_t end,
+        Choice *choice,
+    ) noexcept:
+        """Update the choice with members in [start, end)."""
+        cdef bint all_open = survey.open == members.n
+        cdef int32_t at, row
+        cdef uint32_t new_tokens
+        cdef double cost
+        for at in range(start, end):
+            row = members.rows[at]
+            if not all_open and not self.ring._is_open(members.slots[at], survey.now_s):
+                continue
+            new_tokens = prompt.tokens - known_tokens(known, row)
+            if self.load_factor and self._exceeds(survey, row, REQUEST_TOKENS + new_tokens):
+                continue
+            cost = self._cost(row, new_tokens)
+            if choice.at < 0 or cost < choice.cost:
+                choice.at = at
+                choice.cost = cost
+                choice.new_tokens = new_tokens
+
+    cdef bint _exceeds(self, const Survey *survey, int32_t row, int64_t own) noexcept:
+        """Whether an endpoint's load, with ``own`` of this request, would be over the bound."""
+        cdef int64_t bound = self.ring._bound(survey, self.load_factor, own)
+        return self.ring._work(row, REQUEST_TOKENS) + own > bound
+
+    cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept:
+        return self._slowness(row) * <double> (
+            new_tokens + self.ring._expected(row, per_request(new_tokens))
+        )
+
+    # -- learned times ---------------------------------------------------------------------------
+
+    cdef double _slowness(self, int32_t row) noexcept:
+        """An endpoint's time per token, relative to that of the model's endpoints together."""
+        cdef Speed *own = &self.ring.table.speeds[row]
+        cdef uint64_t learned_at = get_u64(&own.samples)
+        if learned_at == 0:
+            return 1.0
+        cdef uint64_t samples = get_u64(&self.ring.table.speeds[self.ring.row].samples)
+        cdef double age = <double> (samples - learned_at)
+        cdef double slowness = get_time(&own.slowness)
+        slowness = min(max(slowness, 1 / SLOWNESS_MAX), SLOWNESS_MAX)
+        age /= FADE_SAMPLES * self.ring.everyone.n
+        slowness = 1 + (slowness - 1) / (1 + age * age)
+        return slowness if slowness > NOISE_MAX or slowness < 1 / NOISE_MAX else 1.0
+
+    cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1:
+        """Note what a reservation waits for: to learn from it, or to estimate when it ends."""
+        cdef double now_s = self.ring._now_s()
+        cdef double s_per_token
+        if streams:
+            reservation.ahead_tokens = <double> (ahead + STEP_TOKENS)
+            reservation.picked_s = now_s
+        elif reservation.pending:
+            s_per_token = get_time(&self.ring.table.speeds[self.ring.row].slowness)
+            s_per_token = s_per_token if s_per_token > 0 else UNKNOWN_S_PER_TOKEN
+            ends_s = now_s + min(ESTIMATE_MAX_S, s_per_token * (ahead + STEP_TOKENS))
+            self.estimated.append((ends_s, reservation))
+        return 0
+
+    cpdef int expire(self) except -1:
+        """See the stub."""
+        cdef double now_s = self.ring._now_s()
+        cdef Reservation reservation
+        while self.estimated and self.estimated[0][0] <= now_s:
+            _, reservation = self.estimated.popleft()
+            if not reservation._released:
+                reservation._computed()
+        return 0
