@@ -19,8 +19,10 @@ from typing_extensions import override
 
 from kubeai._counts import Reservation
 from kubeai._load import LoadTable
+from kubeai._pick import Picker
+from kubeai._prefix import PrefixIndex
+from kubeai._prompt import Prompt, sample_ends
 from kubeai._ring import Ring
-from kubeai.openai.request import key_of
 from kubeai.openai.request import read as read_request
 from kubeai.openai.routes import Kind
 from kubeai.simulation import text
@@ -28,9 +30,21 @@ from kubeai.simulation.engine import Engine, EngineConfig, Sequence
 from kubeai.simulation.results import Gaps, Measurement
 from kubeai.simulation.traffic import Conversation
 
-Strategy = Literal["Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle"]
-STRATEGIES: tuple[Strategy, ...] = ("Service", "RoundRobin", "LeastLoad", "PrefixHash", "Oracle")
+Strategy = Literal["Service", "RoundRobin", "LeastLoad", "PrefixHash", "PrefixCache", "Oracle"]
+STRATEGIES: tuple[Strategy, ...] = (
+    "Service",
+    "RoundRobin",
+    "LeastLoad",
+    "PrefixHash",
+    "PrefixCache",
+    "Oracle",
+)
+GATEWAY_STRATEGIES = ("LeastLoad", "PrefixHash", "PrefixCache")
 MODEL_ROW = 0
+INDEX_ENTRIES = 1 << 20
+SENT_MAX = 512  # prompts per report
+Sent = tuple[int, int, bytes]  # row, new tokens, blocks
+Load = tuple[int, int]  # requests in flight, prompt tokens pending
 REPLY_TOKENS = 48  # for turns without a length
 
 
@@ -45,6 +59,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     prefix_char_length: int = 100
     replicas: int = 1  # of KubeAI; a pick counts at once locally, and in others when they hear it
     shared: bool = True  # whether the replicas exchange their loads
+    told: bool = True  # whether they tell each other which prompts they have sent
     expected: bool = True  # whether a replica assumes that its peers pick as it does itself
     share_interval_s: float = msgspec.field(default=0.05, name="tell_interval_s")
     concurrency: int = 32  # concurrent conversations, for those without a start time
@@ -59,7 +74,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         name: str = self.strategy
         if self.strategy == "PrefixHash":
             name += f" {self.mean_load_factor} % x{self.replication}"
-        if self.replicas > 1 and self.strategy in ("LeastLoad", "PrefixHash"):
+        if self.replicas > 1 and self.strategy in GATEWAY_STRATEGIES:
             name += f", {self.replicas} replicas"
         return name
 
@@ -90,10 +105,18 @@ class Clock(Protocol):
         """Call ``callback`` at ``when_s`` with that time."""
 
 
+class Request(NamedTuple):
+    """What a router may know of a request."""
+
+    key: int
+    tokens: int  # of the prompt
+    hashes: list[int]  # of its full blocks
+
+
 class Router:
     """Selects the engine for each request."""
 
-    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+    def pick(self, request: Request) -> tuple[int, Reservation | None]:
         """An engine's number, and the reservation to release when it has responded."""
         raise NotImplementedError
 
@@ -114,7 +137,7 @@ class Service(Router):
         self._in_turn = setting.strategy == "RoundRobin"
 
     @override
-    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+    def pick(self, request: Request) -> tuple[int, Reservation | None]:
         if self._in_turn:
             return next(self._turns), None
         return self._random.randrange(self._engines), None
@@ -123,7 +146,7 @@ class Service(Router):
 class Replica:
     """One KubeAI replica: a ring and a load table, with the other replicas' last reported loads."""
 
-    def __init__(self, setting: Setting, phase: int) -> None:
+    def __init__(self, setting: Setting, phase: int, now_s: Callable[[], float]) -> None:
         self._supervisor = LoadTable.create(setting.engines + 1, 1)
         self._supervisor.phase = phase
         if setting.shared and setting.expected:
@@ -136,27 +159,71 @@ class Replica:
             self._lives[MODEL_ROW],
             replication=setting.replication,
             mean_load_factor=setting.mean_load_factor,
+            clock=now_s,
         )
         for row, name in enumerate(setting.pod_names, 1):
             self._ring.set(name, row, self._lives[row], target=row - 1)
-        hashes = setting.strategy == "PrefixHash"
-        self.pick = self._ring.pick_hashed if hashes else self._pick_least
-        self._peer_loads: dict[int, list[int]] = {}
+        self._block_tokens = setting.engine.block_tokens
+        self._told_index = PrefixIndex.create(setting.engines + 1, INDEX_ENTRIES)
+        self._index = PrefixIndex.attach(self._told_index.fd, 0)
+        for row in range(1, setting.engines + 1):
+            self._index.set_cache(row, setting.engine.cache_blocks * self._block_tokens)
+        if setting.shared and not setting.told:
+            self._told_index.silent = setting.replicas - 1
+        self._picker = Picker(self._ring, self._index)
+        strategy = setting.strategy
+        assert strategy in ("LeastLoad", "PrefixHash", "PrefixCache"), "the gateway's"
+        self._picker.configure(strategy, setting.prefix_char_length)
+        self._peer_loads: dict[int, list[Load]] = {}
 
-    def _pick_least(self, _key: int) -> Reservation | None:
-        return self._ring.pick_least()
+    def pick(self, request: Request) -> Reservation | None:
+        """Pick an engine with the gateway's own code."""
+        return self._picker.pick(self._prompt(request))
 
-    def in_flight(self) -> list[int]:
-        """This replica's in-flight requests per engine."""
-        return [self._table.in_flight_here(row) for row in range(1, len(self._lives))]
+    def _prompt(self, request: Request) -> Prompt:
+        """The prompt with its sampled blocks, as the gateway finds them in a text."""
+        block_bytes = self._block_tokens * text.TOKEN_BYTES
+        ends = sample_ends(len(request.hashes) * block_bytes)
+        counts = sorted({end // block_bytes for end in ends} - {0})
+        hashes = [request.hashes[count - 1] for count in counts]
+        depths = [count * self._block_tokens for count in counts]
+        return Prompt(request.tokens, hashes, depths, key=request.key, streams=True)
 
-    def set_peer_loads(self, number: int, loads: list[int]) -> None:
-        """Measurement another replica's in-flight requests per engine."""
+    def loads(self) -> list[Load]:
+        """This replica's load per engine."""
+        return [
+            (self._table.in_flight_here(row), self._table.pending_here(row))
+            for row in range(1, len(self._lives))
+        ]
+
+    def hear(self, number: int, loads: list[Load], sent: list[Sent]) -> None:
+        """Take a report of another replica."""
+        self.set_peer_loads(number, loads)
+        self.note_sent(sent)
+
+    def set_peer_loads(self, number: int, loads: list[Load]) -> None:
+        """Record another replica's load per engine."""
         self._peer_loads[number] = loads
-        sums = [sum(counts) for counts in zip(*self._peer_loads.values(), strict=True)]
-        for row, count in enumerate(sums, 1):
-            self._supervisor.set_peers(row, self._lives[row], count)
-        self._supervisor.set_peers(MODEL_ROW, self._lives[MODEL_ROW], sum(sums))
+        total_in_flight = total_pending = 0
+        for row, counts in enumerate(zip(*self._peer_loads.values(), strict=True), 1):
+            in_flight = sum(count for count, _ in counts)
+            pending = sum(tokens for _, tokens in counts)
+            self._supervisor.set_peers(row, self._lives[row], in_flight, pending)
+            total_in_flight += in_flight
+            total_pending += pending
+        self._supervisor.set_peers(
+            MODEL_ROW, self._lives[MODEL_ROW], total_in_flight, total_pending
+        )
+
+    def take_sent(self) -> list[Sent]:
+        """The prompts sent since the last call."""
+        entries, _ = self._told_index.take_log(SENT_MAX)
+        return entries
+
+    def note_sent(self, sent: list[Sent]) -> None:
+        """Note what another replica has sent."""
+        for row, new_tokens, blocks in sent:
+            self._told_index.note(row, blocks, new_tokens)
 
     def settle(self) -> None:
         """Move the settled counts, which predict the peers' loads, towards the current loads."""
@@ -164,6 +231,8 @@ class Replica:
 
     def close(self) -> None:
         """Close the load table."""
+        self._index.close()
+        self._told_index.close()
         self._table.close()
         self._supervisor.close()
 
@@ -171,18 +240,20 @@ class Replica:
 class Replicas(Router):
     """KubeAI's replicas; each request goes to a random one."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, now_s: Callable[[], float]) -> None:
         self._random = random.Random(f"{setting.seed} gateway")
         self._replicas = [
-            Replica(setting, self._random.getrandbits(32)) for _ in range(setting.replicas)
+            Replica(setting, self._random.getrandbits(32), now_s) for _ in range(setting.replicas)
         ]
         self._shares_loads = setting.shared and setting.replicas > 1
+        self._tells = setting.told
         self._interval_s, self._network_delay_s = setting.share_interval_s, setting.network_s
 
     @override
-    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+    def pick(self, request: Request) -> tuple[int, Reservation | None]:
         several = len(self._replicas) > 1
-        pick = (self._random.choice(self._replicas) if several else self._replicas[0]).pick(key)
+        replica = self._random.choice(self._replicas) if several else self._replicas[0]
+        pick = replica.pick(request)
         assert pick is not None, "there are engines"
         return pick.target, pick  # type: ignore[return-value]
 
@@ -197,11 +268,12 @@ class Replicas(Router):
             _repeat(at, self._random.random() * settle_s, settle_s, lambda _, r=replica: r.settle())  # type: ignore[misc]
 
     def _share_loads(self, at: Clock, number: int, now_s: float) -> None:
-        loads = self._replicas[number].in_flight()
+        loads = self._replicas[number].loads()
+        sent = self._replicas[number].take_sent() if self._tells else []
         for other in self._replicas:
             if other is not self._replicas[number]:
                 arrival_s = now_s + self._network_delay_s
-                at(arrival_s, lambda _, to=other: to.set_peer_loads(number, loads))  # type: ignore[misc]
+                at(arrival_s, lambda _, to=other: to.hear(number, loads, sent))  # type: ignore[misc]
 
     @override
     def close(self) -> None:
@@ -231,26 +303,26 @@ class Oracle(Router):
         self._block = setting.engine.block_tokens
 
     @override
-    def pick(self, key: int, hashes: list[int]) -> tuple[int, Reservation | None]:
+    def pick(self, request: Request) -> tuple[int, Reservation | None]:
         loads = [engine.running + engine.waiting for engine in self._engines]
         bound = max(2.0, self._factor * (sum(loads) + 1) / len(loads))
         within = [number for number, load in enumerate(loads) if load + 1 <= bound]
 
         def rank(number: int) -> tuple[int, int]:
-            found = self._engines[number].cache.match(hashes, len(hashes))
+            found = self._engines[number].cache.match(request.hashes, len(request.hashes))
             return found, -loads[number]
 
         return max(within or range(len(loads)), key=rank), None
 
 
-def _router(setting: Setting, engines: list[Engine]) -> Router:
+def _router(setting: Setting, engines: list[Engine], now_s: Callable[[], float]) -> Router:
     match setting.strategy:
         case "Service" | "RoundRobin":
             return Service(setting)
         case "Oracle":
             return Oracle(setting, engines)
         case _:
-            return Replicas(setting)
+            return Replicas(setting, now_s)
 
 
 # -- conversations ---------------------------------------------------------------------------------
@@ -305,7 +377,7 @@ def _key(conversation: Conversation, prefix_char_length: int) -> int:
         body = {"messages": [{"role": role, "content": content} for role, content in messages]}
         kind = Kind.CHAT
     request = read_request(kind, msgspec.json.encode({"model": "m"} | body))
-    return key_of(request, prefix_char_length)
+    return request.key(prefix_char_length)
 
 
 class _Pace:
@@ -343,7 +415,8 @@ class Cluster:
         self._watch = watch
         self._engines = [Engine(setting.engine) for _ in range(setting.engines)]
         self._names = [f"engine-{number}" for number in range(setting.engines)]
-        self._router = _router(setting, self._engines)
+        self._now_s = 0.0
+        self._router = _router(setting, self._engines, lambda: self._now_s)
         self._stepping = [False] * setting.engines
         self._ended_s = [0.0] * setting.engines  # end of the last step
         self._events: list[tuple[float, int, int, Any]] = []  # heap of (time, order, kind, subject)
@@ -368,6 +441,7 @@ class Cluster:
         try:
             while self._active:
                 now_s, _, kind, subject = heapq.heappop(events)
+                self._now_s = now_s
                 if kind == STEP:
                     self._step(subject, now_s)
                 elif kind == SEND:
@@ -410,7 +484,8 @@ class Cluster:
     def _send(self, subject: tuple[_Session, Measurement], now_s: float) -> None:
         session, measurement = subject
         prompt, output, hashes = session.next_request()
-        number, reservation = self._router.pick(session.key, hashes[: prompt // self._block])
+        blocks = hashes[: prompt // self._block]
+        number, reservation = self._router.pick(Request(session.key, prompt, blocks))
         measurement.prompt_tokens, measurement.endpoint = prompt, self._names[number]
         request = _InFlight(session, measurement, reservation)
         try:
@@ -444,6 +519,8 @@ class Cluster:
             self._gaps.add(now_s - self._ended_s[number], decoded)
         self._ended_s[number] = now_s
         for sequence in step.advanced:
+            if sequence.produced == 1 and (reservation := sequence.owner.reservation) is not None:  # type: ignore[attr-defined]
+                reservation.prefilled(now_s)
             if sequence.done:
                 self._complete(sequence, now_s)
 

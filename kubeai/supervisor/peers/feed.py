@@ -7,12 +7,13 @@ are listeners. A slow listener gets fewer and larger frames, never a longer queu
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection
 
 from aiohttp import web
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai._readings import Readings
 from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
@@ -20,19 +21,28 @@ from kubeai.supervisor.peers import wire
 TICK_S = 0.05
 LISTENERS_MAX = 64
 WRITE_TIMEOUT_S = 5.0
+# Prompts that are told: of each worker the newest in a tick, which is 1,280 a second and, at 10
+# blocks each, some 130 KB. A listener that is late or new gets the newest SENT_MAX. What is left
+# out costs worse picks until a replica sends such a prompt itself.
+SENT_PER_TICK_MAX = 64
+SENT_MAX = 2048
 GONE_MAX_ENDPOINTS = 10_000  # removed endpoints kept, so that listeners can be sent GONE
 
 
 class Feed:
     """This replica's loads by name, and in which frame each last changed."""
 
-    def __init__(self, identity: str, table: LoadTable, publisher: Publisher) -> None:
+    def __init__(
+        self, identity: str, table: LoadTable, index: PrefixIndex, publisher: Publisher
+    ) -> None:
         self._identity = identity
         self._table = table
+        self._index = index
         self._publisher = publisher
         self._readings = Readings(table)
         self._frames = 0  # number of the latest frame with changes
         self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
+        self._sent: deque[tuple[int, wire.SentPrompt]] = deque(maxlen=SENT_MAX)  # (frame, prompt)
         self._memo = (-1, -1, b"")  # (since, until, bytes), shared by listeners that keep up
         self._listeners = 0
         self._somebody = asyncio.Event()
@@ -57,6 +67,13 @@ class Feed:
         """Read the table now and send changes to the listeners."""
         owners = self._publisher.owners
         changed = [row for row, *_ in self._readings.changed()]
+        sent, _ = self._index.take_log(SENT_PER_TICK_MAX)
+        if sent:
+            self._frames += 1
+            for row, new_tokens, blocks in sent:
+                if row in owners:
+                    prompt = wire.SentPrompt(owners[row].endpoint, new_tokens, blocks)
+                    self._sent.append((self._frames, prompt))
         self._note({owners[row] for row in changed if row in owners})  # other rows are free
 
     def freed(self, owners: Collection[Owner]) -> None:
@@ -86,16 +103,26 @@ class Feed:
 
     def since(self, frame: int) -> wire.Loads:
         """The changes since a frame; since frame 0, everything."""
-        loads = wire.Loads({}, {})
+        loads = wire.Loads({}, {}, {}, self._sent_since(frame))
         for owner in reversed(self._changed):
             if self._changed[owner] <= frame:
                 break
             rows = self._publisher.rows_of.get(owner)
             if owner.endpoint:
                 loads.endpoints[owner.endpoint] = self._in_flight(rows) if rows else wire.GONE
+                if rows and (pending := self._pending(rows)):
+                    loads.pending[owner.endpoint] = pending
             else:
                 loads.models[owner.model] = self._counts(rows) if rows else None
         return loads
+
+    def _sent_since(self, frame: int) -> list[wire.SentPrompt]:
+        prompts = []
+        for sent_in, prompt in reversed(self._sent):
+            if sent_in <= frame:
+                break
+            prompts.append(prompt)
+        return prompts[::-1]
 
     def _encoded_since(self, frame: int) -> bytes:
         if self._memo[:2] != (frame, self._frames):
@@ -104,6 +131,9 @@ class Feed:
 
     def _in_flight(self, rows: set[int]) -> int:
         return min(sum(self._table.in_flight_here(row) for row in rows), wire.COUNT_MAX)
+
+    def _pending(self, rows: set[int]) -> int:
+        return min(sum(self._table.pending_here(row) for row in rows), wire.TOKENS_MAX)
 
     def _counts(self, rows: set[int]) -> tuple[int, int]:
         active = sum(self._table.active(row) for row in rows)

@@ -18,6 +18,7 @@ import aiohttp
 from aiohttp import web
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
@@ -53,6 +54,7 @@ class Peers:
         namespace: str,
         identity: str,
         table: LoadTable,
+        index: PrefixIndex,
         publisher: Publisher,
         *,
         pod: str = "",
@@ -61,15 +63,17 @@ class Peers:
     ) -> None:
         self._identity = identity
         self._table = table
+        self._index = index
         self._publisher = publisher
         self._fixed = frozenset(addresses)
         self._clock = clock
         self._port = 0
-        self._feed = Feed(identity, table, publisher)
+        self._feed = Feed(identity, table, index, publisher)
         self._view = View(self._put)
         self._discovery = Discovery(kube, namespace, pod, self._found)
         self._routed: dict[str, set[str]] = {}  # model → its endpoints
         self._models: dict[str, set[str]] = {}  # endpoint → models that route to it
+        self._rows: dict[str, int] = {}  # endpoint → its row
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by address
         self._session: aiohttp.ClientSession | None = None
         self._began_s = clock()
@@ -113,16 +117,18 @@ class Peers:
     def rerouted(self, model: str) -> None:
         """The model's route has changed: write the peers' counts for its new endpoints."""
         route = self._publisher.route(model)
-        names = set() if route is None else {endpoint.name for endpoint in route.endpoints}
+        rows = {} if route is None else {each.name: each.row for each in route.endpoints}
+        names = rows.keys()
+        self._rows |= rows
         known = self._routed.pop(model, set())
         for name in known - names:
             self._models[name].remove(model)
             if not self._models[name]:
-                del self._models[name]
+                del self._models[name], self._rows[name]
         for name in names - known:
             self._models.setdefault(name, set()).add(model)
         if names:
-            self._routed[model] = names
+            self._routed[model] = set(names)
         self._put_model(model)
 
     def freed(self, owners: Collection[Owner]) -> None:
@@ -186,6 +192,7 @@ class Peers:
                 async with contextlib.aclosing(words):
                     async for loads, whole in words:
                         self._view.take(peer, loads, self._clock(), whole)
+                        self._note(loads.prompts or ())
                         if logged != CONNECTED:
                             logged = CONNECTED
                             log.info(logged, peer=address)
@@ -202,6 +209,7 @@ class Peers:
     async def _settle(self) -> None:
         while True:
             self._table.peers = self._view.speaking
+            self._index.silent = self._view.silent
             if self._table.peers:
                 self._table.settle()
             await asyncio.sleep(SETTLE_INTERVAL_S if self._table.peers else AGE_INTERVAL_S)
@@ -211,6 +219,15 @@ class Peers:
             await asyncio.sleep(AGE_INTERVAL_S)
             for address in self._view.age(self._clock()):
                 log.warning("peer silent: its requests are no longer counted", peer=address)
+
+    # -- the prefix index ------------------------------------------------------------------------
+
+    def _note(self, prompts: Iterable[wire.SentPrompt]) -> None:
+        """Note what a peer has sent, for endpoints that this replica routes to as well."""
+        for prompt in prompts:
+            row = self._rows.get(prompt.endpoint)
+            if row is not None:
+                self._index.note(row, prompt.blocks, prompt.new_tokens)
 
     # -- the load table's column -------------------------------------------------------------------
 
@@ -223,12 +240,14 @@ class Peers:
         route = self._publisher.route(model)
         if route is None:
             return
-        total = 0
+        total = total_pending = 0
         for endpoint in route.endpoints:
             in_flight = min(self._view.in_flight(endpoint.name), CELL_MAX)
-            self._table.set_peers(endpoint.row, endpoint.generation, in_flight)
+            pending = self._view.pending(endpoint.name)
+            self._table.set_peers(endpoint.row, endpoint.generation, in_flight, pending)
             total += in_flight
-        self._table.set_peers(route.row, route.generation, min(total, CELL_MAX))
+            total_pending += pending
+        self._table.set_peers(route.row, route.generation, min(total, CELL_MAX), total_pending)
 
 
 __all__ = ["LOADS_PATH", "METRICS_HEADERS", "Peers"]

@@ -26,6 +26,8 @@ class Peer(msgspec.Struct):
     ourselves: bool = False  # an address that turned out to be our own
     models: dict[str, tuple[int, int]] = {}
     endpoints: dict[str, int] = {}
+    pending: dict[str, int] = {}
+    tells: bool = False  # it tells which prompts it sends
 
     def silent_s(self, now_s: float) -> float:
         """Time since the last frame, or since the peer was discovered."""
@@ -40,6 +42,7 @@ class View:
         self._touched: set[str] = set()
         self.peers: dict[str, Peer] = {}  # by address
         self._in_flight: Counter[str] = Counter()
+        self._pending: Counter[str] = Counter()
         self._active: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
 
@@ -48,6 +51,10 @@ class View:
     def in_flight(self, endpoint: str) -> int:
         """The peers' in-flight requests at an endpoint."""
         return self._in_flight[endpoint]
+
+    def pending(self, endpoint: str) -> int:
+        """The peers' pending prompt tokens at an endpoint."""
+        return self._pending[endpoint]
 
     def active(self, model: str) -> int:
         """A model's requests that the peers have in flight or hold."""
@@ -61,6 +68,11 @@ class View:
     def speaking(self) -> int:
         """The number of peers that have reported endpoints."""
         return sum(bool(peer.endpoints) for peer in self.peers.values())
+
+    @property
+    def silent(self) -> int:
+        """The number of peers that have reported endpoints but do not tell what they send."""
+        return sum(bool(peer.endpoints) and not peer.tells for peer in self.peers.values())
 
     def routes(self, endpoint: str) -> bool:
         """Whether any peer may still send requests to the endpoint or has some there."""
@@ -111,7 +123,8 @@ class View:
         for model, counts in models.items():
             self._take_model(peer, model, counts)
         for endpoint, in_flight in endpoints.items():
-            self._take_endpoint(peer, endpoint, in_flight)
+            self._take_endpoint(peer, endpoint, in_flight, loads.pending.get(endpoint, 0))
+        peer.tells = loads.prompts is not None
         self._tell()
         if len(peer.models) + len(peer.endpoints) > NAMES_MAX:
             raise wire.BadFrame(f"more than {NAMES_MAX} names")
@@ -127,8 +140,14 @@ class View:
         if not any(model in other.models for other in self.peers.values()):
             del self._ended[model]
 
-    def _take_endpoint(self, peer: Peer, endpoint: str, in_flight: int) -> None:
+    def _take_endpoint(self, peer: Peer, endpoint: str, in_flight: int, pending: int = 0) -> None:
         before = peer.endpoints.get(endpoint, 0)
+        pending_before = peer.pending.pop(endpoint, 0)
+        if pending:
+            peer.pending[endpoint] = pending
+        if pending != pending_before:
+            _shift(self._pending, endpoint, pending - pending_before)
+            self._touched.add(endpoint)
         if in_flight == wire.GONE:
             peer.endpoints.pop(endpoint, None)
         else:

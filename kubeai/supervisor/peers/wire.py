@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 
 from kubeai import framing
+from kubeai._prefix import BLOCKS_MAX
 from kubeai.errors import KubeAIError
 
 PATH = "/loads"
@@ -22,9 +23,21 @@ FRAME_MAX_BYTES = 8 << 20  # 1,000 Models with 10,000 endpoints take 0.6 MB
 COUNT_MAX = 1 << 20  # a replica never has more open requests
 GONE = -1
 
+TOKENS_MAX = 1 << 26
+PROMPTS_MAX = 4096  # in a frame
+
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 InFlight = Annotated[int, msgspec.Meta(ge=GONE, le=COUNT_MAX)]
 Active = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 Ended = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class SentPrompt(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt that the sender has sent to an endpoint, for the prefix index."""
+
+    endpoint: str
+    new_tokens: Tokens  # those that the endpoint's cache was not believed to hold
+    blocks: Annotated[bytes, msgspec.Meta(max_length=8 * BLOCKS_MAX)]  # hashes, 8 bytes each
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
@@ -43,6 +56,9 @@ class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
 
     models: dict[str, tuple[Active, Ended] | None] = {}  # (in flight or held, ended) requests
     endpoints: dict[str, InFlight] = {}
+    pending: dict[str, Tokens] = {}  # prompt tokens by endpoint; of those above, 0 if missing
+    # Prompts since the previous frame, the newest ones; None: the sender's version has no index.
+    prompts: Annotated[list[SentPrompt], msgspec.Meta(max_length=PROMPTS_MAX)] | None = None
 
 
 class BadFrame(KubeAIError):

@@ -29,11 +29,12 @@ def test_eight_replicas_with_delayed_reports_do_not_herd():
     assert herding.imbalance_mean > 1.4, "otherwise this test shows nothing"
 
 
-@pytest.mark.parametrize(("replicas", "gained"), [(2, 0.1), (8, 0.4)])
+@pytest.mark.parametrize(("replicas", "gained"), [(2, 0.03), (8, 0.3)])
 def test_replicas_with_shared_loads_balance_nearly_as_well_as_one(replicas, gained):
+    # Work is balanced, and requests, which are counted here, only as far as they have equal work.
     one, shared = FEW.run(), FEW.run(replicas=replicas)
     alone = FEW.run(replicas=replicas, shared=False)
-    assert shared.imbalance_mean < one.imbalance_mean + 0.15
+    assert shared.imbalance_mean < one.imbalance_mean + 0.2
     assert alone.imbalance_mean > shared.imbalance_mean + gained
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kubeai._counts import admit
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai._ring import Ring
 from kubeai.framing import frame, read_frame
 from kubeai.kube.errors import ApiError
@@ -73,12 +74,14 @@ class Replica:
         self.clock = Clock()
         self.table = LoadTable.create(64, 1)
         self.worker = LoadTable.attach(self.table.fd, 0)
-        self.publisher = Publisher(self.table)
+        self.index = PrefixIndex.create(64, 1024)
+        self.publisher = Publisher(self.table, self.index)
         self.peers = Peers(
             kube or Kube(),
             "ns",
             name,
             self.table,
+            self.index,
             self.publisher,
             pod=pod,
             addresses=addresses,
