@@ -104,10 +104,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except EOFError:
         raise TrafficError(
-            f"{path}: after line {number}: the gzip data is truncated: copy the file again"
+            f"{path}: line {number + 1}: the gzip data is truncated: copy the file again"
         ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise TrafficError(f"{path}: after line {number}: invalid gzip data: {error}") from None
+        raise TrafficError(f"{path}: line {number + 1}: invalid gzip data: {error}") from None
     except OSError as error:
         raise TrafficError(f"{path}: {error.strerror}") from None
 
@@ -164,7 +164,7 @@ class _Reader:
             raise TrafficError(f"{where}: is a Git LFS pointer: get the file with `git lfs pull`")
         try:
             line = _decoder.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise TrafficError(f"{where}: {error}") from None
         kind = _format(where, line)
         self._first = self._first or (number, kind)
@@ -222,9 +222,10 @@ def _entry(
 ) -> TraceEntry:
     timestamp = _milliseconds(where, line, kind)
     messages = _messages(where, line)
-    length = _either(where, line, "input_length", "input_tokens") or 0
-    if messages and length:
-        raise TrafficError(f"{where}: input_length: cannot be combined with the text of a prompt")
+    length = 0 if messages else _either(where, line, "input_length", "input_tokens") or 0
+    output = _either(where, line, "output_length", "output_tokens")
+    if messages and line.max_tokens is not None:
+        output = line.max_tokens
     if not messages and length < 1:
         raise TrafficError(
             f"{where}: has neither messages nor text_input nor an input_length of 1 or more"
@@ -233,8 +234,8 @@ def _entry(
     return TraceEntry(
         timestamp,
         length,
-        _either(where, line, "output_length", "output_tokens", "max_tokens") or 0,
-        _hash_ids(where, line.hash_ids or [], length, block),
+        output or 0,
+        _hash_ids(where, line.hash_ids or [], length, block) if length else array("Q"),
         block,
         number,
         messages,

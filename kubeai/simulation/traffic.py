@@ -208,7 +208,7 @@ def _parsed(path: Path) -> Any:
         return msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise TrafficError(f"{path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrafficError(f"{path}: is not JSON: {error}") from None
 
 
