@@ -60,7 +60,22 @@ Sharegpt = Annotated[Path | None, _option("Read conversations from a ShareGPT fi
 MessagesMin = Annotated[
     int, _option("Skip --sharegpt conversations with fewer messages.", TRAFFIC, min=2)
 ]
-Trace = Annotated[Path | None, _option("Replay a trace file of timestamped requests.", TRAFFIC)]
+Trace = Annotated[
+    Path | None,
+    _option("Replay a trace file of timestamped requests (Mooncake's or Bailian's).", TRAFFIC),
+]
+TraceBlockTokens = Annotated[
+    int | None,
+    _option(
+        "Tokens per entry of the trace's hash_ids. Default: 512; 16 in Bailian's format.",
+        TRAFFIC,
+        min=1,
+        max=4096,
+    ),
+]
+TraceRequests = Annotated[
+    int | None, _option("Replay only the first requests of the trace.", TRAFFIC, min=1)
+]
 Speed = Annotated[float, _option("Trace replay speed; 2 replays twice as fast.", TRAFFIC)]
 Rate = Annotated[
     float | None,
@@ -105,6 +120,8 @@ def run(
     sharegpt: Sharegpt = None,
     messages_min: MessagesMin = 2,
     trace: Trace = None,
+    trace_block_tokens: TraceBlockTokens = None,
+    trace_requests: TraceRequests = None,
     speed: Speed = 1.0,
     # load
     concurrency: Annotated[
@@ -200,6 +217,8 @@ def run(
             sharegpt=sharegpt,
             messages_min=messages_min,
             trace=trace,
+            trace_block_tokens=trace_block_tokens,
+            trace_requests=trace_requests,
             speed=speed,
         ),
         load=options.load(
@@ -285,6 +304,8 @@ def simulate(
     sharegpt: Sharegpt = None,
     messages_min: MessagesMin = 2,
     trace: Trace = None,
+    trace_block_tokens: TraceBlockTokens = None,
+    trace_requests: TraceRequests = None,
     speed: Speed = 1.0,
     # load
     concurrency: Annotated[
@@ -335,6 +356,8 @@ def simulate(
             sharegpt=sharegpt,
             messages_min=messages_min,
             trace=trace,
+            trace_block_tokens=trace_block_tokens,
+            trace_requests=trace_requests,
             speed=speed,
         ),
         load=options.load(
@@ -377,6 +400,8 @@ def _traffic(
     sharegpt: Path | None,
     messages_min: int,
     trace: Path | None,
+    trace_block_tokens: int | None,
+    trace_requests: int | None,
     speed: float,
     think_time: str | None,
     **lengths: int | None,
@@ -393,6 +418,8 @@ def _traffic(
         messages_min=messages_min,
         trace=trace,
         speed=speed,
+        trace_block_tokens=trace_block_tokens,
+        trace_requests=trace_requests,
     )
 
 

@@ -75,6 +75,8 @@ def traffic(
     messages_min: int,
     trace: Path | None,
     speed: float,
+    trace_block_tokens: int | None = None,
+    trace_requests: int | None = None,
 ) -> Synthetic | ShareGpt | TraceReplay:
     """``changes`` override the shape's fields; None keeps a field. ``endless`` means that the load
     is bounded by other options."""
@@ -82,6 +84,10 @@ def traffic(
     sources = {"--shape": shape, "--sharegpt": sharegpt, "--trace": trace}
     if len(named := [name for name, value in sources.items() if value is not None]) > 1:
         raise OptionError(f"{named[1]}: cannot be combined with {named[0]}")
+    of_trace = {"trace-block-tokens": trace_block_tokens, "trace-requests": trace_requests}
+    for option, value in of_trace.items():
+        if value is not None and trace is None:
+            raise OptionError(f"--{option}: requires --trace")
     if sharegpt is None and trace is None:
         name = shape or "chat"
         if name not in SHAPES:
@@ -96,7 +102,7 @@ def traffic(
         return ShareGpt(str(sharegpt), messages_min)
     if speed <= 0:
         raise OptionError("--speed: must be more than 0")
-    return TraceReplay(str(trace), speed)
+    return TraceReplay(str(trace), speed, trace_block_tokens, trace_requests)
 
 
 def load(

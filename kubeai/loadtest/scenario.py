@@ -14,14 +14,8 @@ from typing import Any
 
 import msgspec
 
-from kubeai.simulation.traffic import (
-    Arrivals,
-    Conversation,
-    Shape,
-    generate,
-    read_sharegpt,
-    read_trace,
-)
+from kubeai.simulation.trace_files import read_trace
+from kubeai.simulation.traffic import Arrivals, Conversation, Shape, generate, read_sharegpt
 
 ENDLESS = 1 << 40  # conversations
 
@@ -46,6 +40,8 @@ class TraceReplay(msgspec.Struct, frozen=True, tag="trace"):
 
     path: str
     speed: float = 1.0  # 2: twice as many requests a second
+    block_tokens: int | None = None  # per entry of `hash_ids`; None: as in the file's format
+    requests_max: int | None = None
 
 
 class ClosedLoop(msgspec.Struct, frozen=True, tag="closed"):
@@ -112,7 +108,11 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
             every = read_sharegpt(Path(traffic.path), messages_min=traffic.messages_min)
             mine = iter(every[self.generator :: self.generators])
         else:
-            requests = read_trace(Path(traffic.path))
+            requests = read_trace(
+                Path(traffic.path),
+                block_tokens=traffic.block_tokens,
+                requests_max=traffic.requests_max,
+            )
             first = requests[0].timestamp  # is sent immediately
             mine = (
                 one.conversation((one.timestamp - first) / 1000 / traffic.speed)

@@ -7,6 +7,7 @@ history has the same tokens as when it was generated and hits the same KV blocks
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import re
@@ -29,6 +30,14 @@ _NOUNS = (
     "owl pan pea pen pie pig pin pot red run sea sky sun tea ten tin toy two van web"
 )
 _WORDS = tuple(f" {noun}" for noun in _NOUNS.split())
+_WORD_OF_BYTE = [_WORDS[byte % len(_WORDS)] for byte in range(256)]
+# Words that encode a number in `spelled`. 80 words to the power of 11 are more than 2^69 numbers.
+_SPELLING_TOKENS = 11
+_SPELLINGS = len(_WORDS) ** _SPELLING_TOKENS
+_SPELLING_MULTIPLIER = (
+    0x9E3779B97F4A7C17  # coprime with `_SPELLINGS`, so that each number has its own
+)
+_SPELLING_OFFSET = 0x5851F42D4C957F2D
 
 
 class Reply(NamedTuple):
@@ -148,6 +157,29 @@ def reply(
 def words(source: random.Random, tokens: int) -> str:
     """Three-letter words, one token each, also in most real tokenizers."""
     return "".join(source.choices(_WORDS, k=tokens))
+
+
+def spelled(number: int, tokens: int) -> str:
+    """Words that depend only on the number; a longer text starts with each shorter one.
+
+    Texts of ``tokens`` words differ for all numbers below ``spellings(tokens)``. Consecutive
+    numbers differ in the first word.
+    """
+    digits = (number * _SPELLING_MULTIPLIER + _SPELLING_OFFSET) % _SPELLINGS
+    found = []
+    for _ in range(min(tokens, _SPELLING_TOKENS)):
+        digits, digit = divmod(digits, len(_WORDS))
+        found.append(_WORDS[digit])
+    more = tokens - len(found)
+    if more:
+        source = hashlib.shake_128(number.to_bytes(16, "little")).digest(more)
+        found.extend(map(_WORD_OF_BYTE.__getitem__, source))
+    return "".join(found)
+
+
+def spellings(tokens: int) -> int:
+    """How many consecutive numbers ``spelled`` gives different texts of this length."""
+    return int(len(_WORDS) ** min(tokens, _SPELLING_TOKENS))
 
 
 def embed(text: str, dimensions: int = EMBEDDING_DIMENSIONS) -> array[float]:

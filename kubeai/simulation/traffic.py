@@ -8,7 +8,6 @@ number of tokens.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
@@ -23,7 +22,6 @@ from kubeai.simulation import text
 
 Role = Literal["system", "user", "assistant"]
 Message = tuple[str, str]  # role, text
-TRACE_BLOCK_TOKENS = 512  # tokens per entry of a trace's `hash_ids`
 FILE_MAX_BYTES = 8 << 30
 
 
@@ -203,68 +201,6 @@ def _turns(messages: list[Message], tokens_max: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-class TraceEntry(msgspec.Struct):
-    """A request of a trace, as in its line."""
-
-    timestamp: float  # milliseconds
-    messages: list[dict[str, Any]] | None = None
-    max_tokens: int = 0
-    input_length: int = 0
-    output_length: int = 0
-    hash_ids: list[int] = []
-
-    def conversation(self, at_s: float) -> Conversation:
-        """The request as a conversation of one turn that starts at ``at_s``."""
-        if self.messages:
-            *before, last = (
-                (str(m.get("role", "user")), str(m.get("content") or "")) for m in self.messages
-            )
-            return Conversation((Turn(last[1], self.max_tokens),), tuple(before), at_s)
-        blocks = itertools.cycle(self.hash_ids)
-        count = -(-self.input_length // TRACE_BLOCK_TOKENS)
-        prompt = "".join(_block(next(blocks)) for _ in range(count))
-        prompt = prompt[: self.input_length * text.TOKEN_BYTES]
-        return Conversation((Turn(prompt, self.output_length),), (), at_s)
-
-
-def read_trace(path: Path) -> list[TraceEntry]:
-    """Requests ordered by time, from a file with one JSON object per line, in one of two forms.
-
-    ``{"timestamp": <ms>, "messages": [{"role", "content"}, …], "max_tokens": <n>}``, or, as in
-    published traces without text, ``{"timestamp": <ms>, "input_length": <tokens>,
-    "output_length": <tokens>, "hash_ids": [<block>, …]}``, where equal IDs stand for equal blocks
-    of 512 tokens. The text of an hour would be gigabytes, so it is generated per request on demand.
-    TrafficError names an invalid line.
-    """
-    requests = []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    requests.append(_trace_entry(f"{path}: line {number}", line))
-    except OSError as error:
-        raise TrafficError(f"{path}: {error.strerror}") from None
-    if not requests:
-        raise TrafficError(f"{path}: is empty")
-    return sorted(requests, key=lambda one: one.timestamp)
-
-
-def _trace_entry(where: str, line: bytes) -> TraceEntry:
-    try:
-        one = msgspec.json.decode(line, type=TraceEntry)
-    except msgspec.DecodeError as error:
-        raise TrafficError(f"{where}: {error}") from None
-    if not one.messages and one.input_length < 1:
-        raise TrafficError(f"{where}: has neither messages nor an input_length")
-    one.hash_ids = one.hash_ids or [random.Random(where).getrandbits(48)]
-    return one
-
-
-@functools.lru_cache(maxsize=4096)  # 2 KiB each: common prefixes
-def _block(number: int) -> str:
-    return text.words(random.Random(f"block {number}"), TRACE_BLOCK_TOKENS)
-
-
 def _parsed(path: Path) -> Any:
     try:
         if path.stat().st_size > FILE_MAX_BYTES:
@@ -272,7 +208,7 @@ def _parsed(path: Path) -> Any:
         return msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise TrafficError(f"{path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrafficError(f"{path}: is not JSON: {error}") from None
 
 

@@ -134,6 +134,23 @@ def test_a_trace_starts_at_once_and_is_replayed_at_the_given_speed(tmp_path):
     assert [(number, one.at_s) for number, one in traced.conversations()] == [(1, 0.25), (3, 0.75)]
 
 
+def test_a_traces_limit_on_requests_holds_for_all_generators_together(tmp_path):
+    file = tmp_path / "trace"
+    lines = [{"timestamp": at, "input_length": 3, "hash_ids": [at, 1]} for at in range(5)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    traffic = options.traffic(**TRAFFIC, trace=file, trace_requests=3, trace_block_tokens=2)
+    found = [
+        pair
+        for number in range(2)
+        for pair in scenario(
+            traffic=traffic, load=OpenLoop(), generator=number, generators=2
+        ).conversations()
+    ]
+    assert sorted(number for number, _ in found) == [0, 1, 2]
+    assert len({one.turns[0].text for _, one in found}) == 3
+    assert len({one.turns[0].text[8:] for _, one in found}) == 1, "the second block"
+
+
 def test_messages_pass_through_a_pipe_unchanged():
     first = scenario(traffic=ShareGpt("/x", 2), load=OpenLoop(Arrivals(per_s=1.0)))
     for message, kind in ((first, Scenario), (Go(5.0), Go | Stop), (Stop(), Go | Stop)):
@@ -145,10 +162,19 @@ def test_messages_pass_through_a_pipe_unchanged():
 # -- options ---------------------------------------------------------------------------------------
 
 
+TRAFFIC: dict[str, Any] = {
+    "shape": None,
+    "changes": {},
+    "seed": 1,
+    "endless": False,
+    "sharegpt": None,
+    "messages_min": 2,
+    "speed": 1.0,
+}
+
+
 def made(**fields: Any) -> Synthetic | ShareGpt | TraceReplay:
-    defaults = {"shape": None, "changes": {}, "seed": 1, "endless": False, "sharegpt": None}
-    more = {"messages_min": 2, "trace": None, "speed": 1.0}
-    return options.traffic(**(defaults | more | fields))
+    return options.traffic(**(TRAFFIC | {"trace": None} | fields))
 
 
 def test_options_override_the_preset_shape():
@@ -166,6 +192,13 @@ def test_only_one_source_of_traffic_may_be_given():
         made(sharegpt=Path("a"), trace=Path("b"))
     with pytest.raises(OptionError, match="--speed: must be more than 0"):
         made(trace=Path("b"), speed=0.0)
+
+
+@pytest.mark.parametrize("option", ["trace_block_tokens", "trace_requests"])
+def test_options_of_a_trace_require_one(option):
+    assert made(trace=Path("b"), **{option: 3}).path == "b"
+    with pytest.raises(OptionError, match=f"--{option.replace('_', '-')}: requires --trace"):
+        made(**{option: 3})
 
 
 def load(**fields: Any) -> ClosedLoop | OpenLoop:

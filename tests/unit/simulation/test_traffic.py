@@ -19,7 +19,6 @@ from kubeai.simulation.traffic import (
     Turn,
     generate,
     read_sharegpt,
-    read_trace,
     unrolled,
 )
 
@@ -113,6 +112,7 @@ def test_sharegpt_gives_turns_with_the_replies_in_the_file(tmp_path):
     [
         (None, "No such file"),
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("{}", "is not a list"),
         ("[]", "has no conversation"),
         ('[{"conversations": [{"from": "human"}]}]', "entry 0 is not"),
@@ -126,44 +126,6 @@ def test_an_invalid_sharegpt_file_is_reported_with_the_path(tmp_path, content, w
     with pytest.raises(TrafficError, match=words) as caught:
         read_sharegpt(file)
     assert str(file) in str(caught.value)
-
-
-def test_a_trace_has_start_times_and_equal_blocks_become_equal_text(tmp_path):
-    file = tmp_path / "t.jsonl"
-    lines = [
-        {"timestamp": 2000, "input_length": 700, "output_length": 9, "hash_ids": [1, 2]},
-        {"timestamp": 500, "input_length": 600, "output_length": 5, "hash_ids": [1, 3]},
-        {
-            "timestamp": 900.5,
-            "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
-            "max_tokens": 7,
-        },
-    ]
-    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    early, middle, late = (one.conversation(one.timestamp / 1000) for one in read_trace(file))
-    assert [one.at_s for one in (early, middle, late)] == [0.5, 0.9005, 2.0]
-    assert middle == Conversation((Turn("u", 7),), (("system", "s"),), 0.9005)
-    first, second = early.turns[0].text, late.turns[0].text
-    assert (tokens(first), tokens(second)) == (600, 700)
-    shared = 512 * text.TOKEN_BYTES
-    assert first[:shared] == second[:shared]
-    assert first[shared:] != second[shared : len(first)]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", "is empty"),
-        ('{"timestamp": 1}', "line 1: has neither"),
-        ('{"timestamp": 1, "input_length": 4}\nx', "line 2"),
-        ('{"input_length": 4}', "line 1.*timestamp"),
-    ],
-)
-def test_an_invalid_trace_is_reported_with_the_line(tmp_path, content, words):
-    file = tmp_path / "t.jsonl"
-    file.write_text(content)
-    with pytest.raises(TrafficError, match=words):
-        read_trace(file)
 
 
 # -- arrival times -------------------------------------------------------------------------------
