@@ -79,6 +79,9 @@ bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
 		$(BIN)/python bench/control_plane.py --json build/bench/control.json
 	$(BIN)/python bench/report.py build/bench docs/performance.md
 
+bench-routing: .venv/installed-test  ## compare the strategies on simulated engines; TRACE=FILE
+	$(BIN)/python bench/routing.py $(if $(TRACE),--trace $(TRACE))
+
 bench-headline: .venv/installed-test  ## simulate the gain of prefix routing
 	$(BIN)/python bench/headline.py
 

@@ -45,7 +45,7 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
     make_ends = ends.__wrapped__ if hasattr(ends, "__wrapped__") else ends
     made = {}
     keep = []
-    for strategy in ("LeastLoad", "PrefixHash"):
+    for strategy in ("LeastLoad", "PrefixHash", "PrefixCache"):
         request = type("Request", (), {"param": strategy})
         generator = make_ends(request)
         keep.append(generator)
@@ -67,6 +67,8 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
         if strategy == "PrefixHash":
             made["400 KB prompt"] = (10, lambda f=whole, r=large: f(r))
             made["stream of 64 chunks"] = (30, lambda f=stream, r=small: f(r))
+        elif strategy == "PrefixCache":
+            made["400 KB prompt, PrefixCache"] = (10, lambda f=whole, r=large: f(r))
     scenarios.keep = keep  # garbage-collecting a generator would close its connections
     return made
 

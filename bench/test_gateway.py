@@ -9,6 +9,8 @@ import json
 import pytest
 
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
+from kubeai._prompt import Prompt
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.relay._downstream import Downstream
@@ -49,19 +51,20 @@ class Transport:
         pass
 
 
-@pytest.fixture(params=["LeastLoad", "PrefixHash"])
+@pytest.fixture(params=["LeastLoad", "PrefixHash", "PrefixCache"])
 def ends(request):
     """The callbacks that the event loop calls with data from the client and from the engine."""
     supervisors = LoadTable.create(8, 1)
-    publisher = Publisher(supervisors)
+    index = PrefixIndex.create(8, 1 << 16)
+    publisher = Publisher(supervisors, index)
     config = GatewayConfig()
     context = Context(config, lambda model: None)
-    server = Server(context, LoadTable.attach(supervisors.fd, 0))
+    server = Server(context, LoadTable.attach(supervisors.fd, 0), PrefixIndex.attach(index.fd, 0))
     table = server.routes
     endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
     route = Route("m", "VLLM", strategy=request.param, endpoints=endpoints)
     table.apply(publisher.update("m", route))
-    reservation = table.find("m").pick(0)
+    reservation = table.find("m").pick(Prompt())
     pool = reservation.target
     reservation.release()
     upstream = Upstream(pool)

@@ -35,6 +35,10 @@ cdef class Reservation:
     cdef readonly int iterations
     cdef readonly bint is_probe  # a probe of an ejected endpoint
     cdef readonly bint failing  # the endpoint has failed since its last complete response
+    cdef readonly uint32_t cached  # tokens of the prompt that the endpoint was believed to have
+    cdef readonly uint32_t first_cached  # tokens that ``first`` was believed to have
+    cdef readonly double cost  # PrefixCache: of this pick, in tokens
+    cdef readonly double first_cost
     cdef readonly double first_load
     cdef readonly double own_load
     cdef readonly int64_t bound

@@ -20,6 +20,11 @@ class Reservation:
     first_load: float  # load of ``first`` before this pick, in requests of ``REQUEST_TOKENS``
     own_load: float  # what this request would have added there (0 for LeastLoad)
     bound: int  # maximum load per endpoint, including this pick (0: no bound)
+    cached: int  # prompt tokens that the endpoint was believed to have cached
+    # PrefixCache only: ``first`` is the endpoint that was believed to have the most of the prompt.
+    first_cached: int
+    cost: float  # in tokens
+    first_cost: float
     pending: int  # prompt tokens that the endpoint is believed to have yet to compute
 
     @property

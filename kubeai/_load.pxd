@@ -166,8 +166,18 @@ cdef struct Settled:  # the local load that peers know of, in 2^-SETTLED_BITS
 cdef struct Speed:  # of an endpoint, or of a model's endpoints together; any worker writes
     double took_s  # recent times to the first byte
     double expected  # of a model, the tokens ahead of those bytes; of an endpoint, their time in s
+    double n  # how many of them there are, older ones counting less
     double slowness  # took_s / expected: a model's time per token; an endpoint's, relative to it
     uint64_t samples  # of the model, as of the last one here
+
+
+cdef enum:  # what a worker counts of a model's picks by prefix; same order as PICK_NAMES
+    PROMPT_TOKENS  # of all prompts
+    CACHED_TOKENS  # those that the picked endpoints were believed to have
+    PICKED_CACHED  # no endpoint was believed to have more of the prompt
+    PICKED_AWAY  # another had more, but there the request would have cost more
+    PICKED_NEW  # none had any of it
+    PICKS = 8  # a cache line
 
 
 cdef class LoadTable(SharedMemory):
@@ -186,6 +196,7 @@ cdef class LoadTable(SharedMemory):
     cdef int32_t *held_cells  # [columns][rows]
     cdef uint64_t *lookup_cells  # [columns][rows][3]
     cdef uint64_t *outcome_cells  # [columns][rows][OUTCOMES]
+    cdef uint64_t *pick_cells  # [columns][rows of models][PICKS]
 
     cdef void _lay_out(self, int rows, int columns) noexcept
     cdef int _check_row(self, Py_ssize_t row) except -1

@@ -57,6 +57,7 @@ cdef struct Layout:
     size_t held
     size_t lookups
     size_t outcomes
+    size_t picks
     size_t end
     int stride
 
@@ -78,7 +79,8 @@ cdef Layout _layout(size_t rows, size_t columns) noexcept:
     layout.held = layout.active + lines(2 * columns * rows * sizeof(int32_t))
     layout.lookups = layout.held + lines(columns * rows * sizeof(int32_t))
     layout.outcomes = layout.lookups + lines(columns * rows * 3 * sizeof(uint64_t))
-    layout.end = layout.outcomes + columns * rows * OUTCOMES * sizeof(uint64_t)
+    layout.picks = layout.outcomes + columns * rows * OUTCOMES * sizeof(uint64_t)
+    layout.end = layout.picks + columns * rows * PICKS * sizeof(uint64_t)
     return layout
 
 
@@ -95,6 +97,7 @@ cdef void learn_one(
 ) noexcept:
     cdef double all_took_s = get_time(&speed.took_s) * decay + took_s
     cdef double all_expected = get_time(&speed.expected) * decay + expected
+    put_time(&speed.n, get_time(&speed.n) * decay + 1)
     put_time(&speed.took_s, all_took_s)
     put_time(&speed.expected, all_expected)
     put_time(&speed.slowness, all_took_s / all_expected)
@@ -184,6 +187,7 @@ cdef class LoadTable(SharedMemory):
         self.held_cells = <int32_t *> (base + layout.held)
         self.lookup_cells = <uint64_t *> (base + layout.lookups)
         self.outcome_cells = <uint64_t *> (base + layout.outcomes)
+        self.pick_cells = <uint64_t *> (base + layout.picks)
 
     def close(self):
         """Unmap. Open counts stay in the table; releasing them later has no effect."""
@@ -245,6 +249,7 @@ cdef class LoadTable(SharedMemory):
             put_u64(&self.lookup_cells[3 * cell + 1], 0)
             put_u64(&self.lookup_cells[3 * cell + 2], 0)
             memset(&self.outcome_cells[OUTCOMES * cell], 0, OUTCOMES * sizeof(uint64_t))
+            memset(&self.pick_cells[PICKS * cell], 0, PICKS * sizeof(uint64_t))
         return generation
 
     def generation(self, Py_ssize_t row):

@@ -43,6 +43,10 @@ cdef class Picker:
         int32_t end,
         Choice *choice,
     ) noexcept
+    cdef int32_t _most_cached(
+        self, Members members, const Survey *survey, const Known *known, int32_t chosen
+    ) noexcept
+    cdef void _count(self, Prompt prompt, Reservation reservation, int known_n) noexcept
     cdef bint _exceeds(self, const Survey *survey, int32_t row, int64_t own) noexcept
     cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept
     cdef double _slowness(self, int32_t row) noexcept

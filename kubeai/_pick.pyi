@@ -1,7 +1,7 @@
 """The pick of an endpoint for a request, by the strategy of its Model."""
 
 from collections.abc import Iterable
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from kubeai._counts import Reservation
 from kubeai._prefix import PrefixIndex
@@ -35,6 +35,14 @@ class Picker:
         """Pick an endpoint and count the request there; None if no endpoint can serve it.
 
         ``exclude``: names of endpoints already tried.
+        """
+    def explain(
+        self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Each endpoint that could serve now, with what a pick by PrefixCache compares.
+
+        Keys: ``endpoint``, ``cached``, ``pending`` (tokens), ``in_flight`` (requests), ``slowness``
+        (1: as the model's others), ``cost`` (tokens). Counts nothing.
         """
     def expire(self) -> int:
         """Stop counting the prompts that are believed to be computed by now as pending."""

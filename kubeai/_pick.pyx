@@ -12,8 +12,9 @@ The cost is multiplied by the endpoint's slowness, its time per token relative t
 endpoints together. It is learned from the times to the first byte of streamed responses, and bounded
 by ``SLOWNESS_MAX``, because an engine may lie.
 
-A response that is not streamed has its first byte when it is complete. For those, the end of the
-prefill is estimated with the learned time per token, and applied at the next pick or ``expire``.
+A response that is not streamed has its first byte when it is complete. The end of its prefill is
+estimated with the learned time per token, and applied at the next pick or ``expire``; that of a short
+prompt is not, because its tokens hardly count beside its request.
 """
 
 cimport cython
@@ -22,12 +23,25 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from collections import deque
 
 from kubeai._counts cimport Reservation
-from kubeai._load cimport REQUEST_TOKENS, Speed, get_time, get_u64
+from kubeai._load cimport (
+    CACHED_TOKENS,
+    PICKED_AWAY,
+    PICKED_CACHED,
+    PICKED_NEW,
+    PICKS,
+    PROMPT_TOKENS,
+    REQUEST_TOKENS,
+    LoadTable,
+    Speed,
+    count,
+    get_time,
+    get_u64,
+)
 from kubeai._members cimport Members
 from kubeai._prefix cimport PrefixIndex
 from kubeai._nodes cimport slot_of
 from kubeai._prompt cimport Known, Prompt, add_known, known_tokens
-from kubeai._ring cimport Ring, Survey
+from kubeai._ring cimport Ring, Survey, _Endpoint
 
 cdef enum:
     # A decode step takes about as long as this many tokens of a prompt: 110 to 250 for the engines
@@ -36,6 +50,7 @@ cdef enum:
     # An endpoint's slowness has half its weight when this many samples per endpoint came after its
     # last one: an endpoint that seemed slow is tried again.
     FADE_SAMPLES = 8
+    FEW_SAMPLES = 10  # the slowness that 10 samples show has half its weight
 
 cdef double SLOWNESS_MAX = 4.0
 cdef double NOISE_MAX = 1.25  # endpoints that differ by less are equal, and take turns
@@ -82,9 +97,11 @@ cdef class Picker:
             return self._pick_cached(prompt, adapter, exclude)
         if self.strategy == PREFIX_HASH and prompt.has_key:
             reservation = self.ring.pick_hashed(prompt.key, adapter, exclude, prompt, self.index)
+            if reservation is not None:
+                self._count(prompt, reservation, reservation.cached)
         else:
             reservation = self.ring.pick_least(adapter, exclude, prompt.tokens)
-        if reservation is not None and reservation.pending:
+        if reservation is not None and (reservation.pending > REQUEST_TOKENS or prompt.streams):
             self._expect(reservation, reservation.pending, prompt.streams)
         return reservation
 
@@ -95,7 +112,7 @@ cdef class Picker:
         cdef Known known
         cdef Choice choice
         cdef Reservation reservation
-        cdef int32_t row
+        cdef int32_t row, first
         cdef int64_t ahead
         ring._begin()
         members = ring._members(adapter)
@@ -112,15 +129,25 @@ cdef class Picker:
         if choice.at < 0:
             choice.at = ring._any(members)
             choice.new_tokens = prompt.tokens - known_tokens(&known, members.rows[choice.at])
+            choice.cost = self._cost(members.rows[choice.at], choice.new_tokens)
         row = members.rows[choice.at]
         members.cursor = choice.at + 1 if choice.at + 1 < members.n else 0
         ahead = choice.new_tokens + ring._work(row, 0)
+        first = self._most_cached(members, &survey, &known, choice.at)
         reservation = ring._reserve(
-            members.slots[choice.at], members.slots[choice.at], choice.new_tokens, &survey
+            members.slots[choice.at], members.slots[first], choice.new_tokens, &survey
         )
+        reservation.cached = prompt.tokens - choice.new_tokens
+        reservation.cost = choice.cost
+        if first != choice.at:
+            reservation.first_cached = known_tokens(&known, members.rows[first])
+            reservation.first_cost = self._cost(
+                members.rows[first], prompt.tokens - reservation.first_cached
+            )
+        self._count(prompt, reservation, known.n)
         if self.index is not None:
             self.index.send(row, prompt.blocks, prompt.n, choice.new_tokens)
-        if prompt.tokens:
+        if reservation.pending > REQUEST_TOKENS or prompt.streams:
             self._expect(reservation, ahead, prompt.streams)
         return reservation
 
@@ -172,6 +199,70 @@ cdef class Picker:
                 choice.cost = cost
                 choice.new_tokens = new_tokens
 
+    cdef int32_t _most_cached(
+        self, Members members, const Survey *survey, const Known *known, int32_t chosen
+    ) noexcept:
+        """The member that could serve and has the most of the prompt; the chosen one on a tie."""
+        cdef uint32_t most_tokens = known_tokens(known, members.rows[chosen])
+        cdef int32_t at, row = -1
+        for at in range(known.n):
+            if known.tokens[at] > most_tokens:
+                most_tokens = known.tokens[at]
+                row = known.found[at].row
+        if row >= 0:
+            for at in range(members.n):
+                if members.rows[at] == row and self.ring._is_open(members.slots[at], survey.now_s):
+                    return at
+        return chosen
+
+    cdef void _count(self, Prompt prompt, Reservation reservation, int known_n) noexcept:
+        cdef LoadTable table = self.ring.table
+        cdef uint64_t *cells = &table.pick_cells[
+            PICKS * (<size_t> table._column * table.rows + self.ring.row)
+        ]
+        if not table.lives(self.ring.row, self.ring.generation):
+            return
+        count(&cells[PROMPT_TOKENS], prompt.tokens)
+        count(&cells[CACHED_TOKENS], reservation.cached)
+        if known_n == 0:
+            count(&cells[PICKED_NEW], 1)
+        elif reservation.first_cached > reservation.cached:
+            count(&cells[PICKED_AWAY], 1)
+        else:
+            count(&cells[PICKED_CACHED], 1)
+
+    def explain(self, Prompt prompt not None, str adapter=None, object exclude=()):
+        """See the stub."""
+        cdef Ring ring = self.ring
+        cdef Members members
+        cdef Survey survey
+        cdef Known known
+        cdef int32_t at, row
+        cdef uint32_t cached
+        cdef list candidates = []
+        ring._begin()
+        members = ring._members(adapter)
+        survey.per_request = REQUEST_TOKENS
+        if members is None or not ring._survey(&survey, members, exclude, True):
+            return candidates
+        prompt.look_up(self.index, &known)
+        for at in range(members.n):
+            if not ring._is_open(members.slots[at], survey.now_s):
+                continue
+            row = members.rows[at]
+            cached = known_tokens(&known, row)
+            candidates.append(
+                {
+                    "endpoint": (<_Endpoint> ring.by_slot[members.slots[at]]).name,
+                    "cached": cached,
+                    "pending": ring._work(row, 0),
+                    "in_flight": ring._work(row, 1) - ring._work(row, 0),
+                    "slowness": self._slowness(row),
+                    "cost": self._cost(row, prompt.tokens - cached),
+                }
+            )
+        return candidates
+
     cdef bint _exceeds(self, const Survey *survey, int32_t row, int64_t own) noexcept:
         """Whether an endpoint's load, with ``own`` of this request, would be over the bound."""
         cdef int64_t bound = self.ring._bound(survey, self.load_factor, own)
@@ -195,7 +286,8 @@ cdef class Picker:
         cdef double slowness = get_time(&own.slowness)
         slowness = min(max(slowness, 1 / SLOWNESS_MAX), SLOWNESS_MAX)
         age /= FADE_SAMPLES * self.ring.everyone.n
-        slowness = 1 + (slowness - 1) / (1 + age * age)
+        cdef double n = get_time(&own.n)
+        slowness = 1 + (slowness - 1) * n / (n + FEW_SAMPLES) / (1 + age * age)
         return slowness if slowness > NOISE_MAX or slowness < 1 / NOISE_MAX else 1.0
 
     cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1:
@@ -205,7 +297,7 @@ cdef class Picker:
         if streams:
             reservation.ahead_tokens = <double> (ahead + STEP_TOKENS)
             reservation.picked_s = now_s
-        elif reservation.pending:
+        else:
             s_per_token = get_time(&self.ring.table.speeds[self.ring.row].slowness)
             s_per_token = s_per_token if s_per_token > 0 else UNKNOWN_S_PER_TOKEN
             ends_s = now_s + min(ESTIMATE_MAX_S, s_per_token * (ahead + STEP_TOKENS))

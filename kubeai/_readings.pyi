@@ -6,3 +6,13 @@ from kubeai._load import LoadTable
 class Readings:
     def __init__(self, table: LoadTable) -> None: ...
     def changed(self) -> list[tuple[int, int, int, int]]: ...
+
+PICK_NAMES: tuple[str, ...]
+
+def picks(table: LoadTable, row: int) -> dict[str, int]:
+    """What has been counted of a model's picks by PrefixHash and PrefixCache, by ``PICK_NAMES``.
+
+    Tokens of all prompts, and of those the ones that the picked endpoints were believed to have
+    cached; picks of an endpoint that had the most of the prompt (cached), of another one because
+    that cost less (away), and for prompts of which none had anything (new).
+    """

@@ -1,10 +1,31 @@
-"""The changes in the load table since the last reading: what this replica reports to its peers."""
+"""Readings of the load table by the supervisor.
+
+:class:`Readings` finds the changes since the last reading, which this replica reports to its peers;
+:func:`picks` what has been counted of a model's picks.
+"""
 
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kubeai._load cimport LoadTable, get_u32, get_u64, in_flight_of
+from kubeai._load cimport PICKED_NEW, PICKS, LoadTable, get_u32, get_u64, in_flight_of
+
+
+PICK_NAMES = ("prompt_tokens", "cached_tokens", "cached", "away", "new")
+
+
+def picks(LoadTable table not None, Py_ssize_t row):
+    """See the stub."""
+    table._check_row(row)
+    cdef int which, column
+    cdef uint64_t total
+    cdef dict counts = {}
+    for which in range(PICKED_NEW + 1):
+        total = 0
+        for column in range(table.columns):
+            total += get_u64(&table.pick_cells[PICKS * (<size_t> column * table.rows + row) + which])
+        counts[PICK_NAMES[which]] = total
+    return counts
 
 
 cdef struct Reading:

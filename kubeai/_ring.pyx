@@ -336,6 +336,7 @@ cdef class Ring:
         if index is not None:
             index.send(self.slots[chosen].row, prompt.blocks, prompt.n, new_tokens)
         cdef Reservation reservation = self._reserve(chosen, first, new_tokens, &survey)
+        reservation.cached = prompt.tokens - new_tokens
         reservation.first_load = <double> first_work / survey.per_request
         reservation.own_load = <double> first_own / survey.per_request
         reservation.bound = bound // survey.per_request

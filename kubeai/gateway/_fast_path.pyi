@@ -1,5 +1,5 @@
 import asyncio
-from typing import final
+from typing import Any, final
 
 from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
@@ -18,6 +18,7 @@ class FastPathContext:
     config: GatewayConfig
     routes: routing.RoutingTable
     observers: Observers | None
+    explains: bool
     json_routes: dict[bytes, JsonRoute]
 
 @final
@@ -38,6 +39,7 @@ class FastPath(Exchange):
     _prompt: Prompt  # None until the body is read
     _admission: Admission | None
     _reservation: Reservation | None
+    _candidates: list[dict[str, Any]] | None  # None: the pick is not explained
     _task: asyncio.Task[None] | None  # while the request waits
     _retries: Retries | None  # set once an attempt has failed
     _lost: bool  # the last failed attempt lost its connection
@@ -51,5 +53,7 @@ class FastPath(Exchange):
     def wait_for_endpoint(self) -> None: ...
     def send_upload(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...
+    def note_candidates(self) -> None: ...
+    def explain(self, reservation: Reservation) -> None: ...
     def observe(self, observers: Observers) -> None: ...
     def observed(self) -> None: ...

@@ -25,6 +25,7 @@ cdef class FastPathContext:
     cdef public object config  # GatewayConfig
     cdef public object routes  # RoutingTable
     cdef public object observers  # None: requests are not observed
+    cdef public bint explains  # clients may ask why an endpoint was picked
     cdef public dict json_routes  # request target -> JsonRoute
 
 
@@ -53,6 +54,7 @@ cdef class FastPath(Exchange):
     cdef public Prompt _prompt
     cdef public Admission _admission
     cdef public Reservation _reservation
+    cdef public list _candidates  # None: the pick is not explained
     cdef public object _task  # while the request waits
     cdef public object _retries  # set once an attempt has failed
     cdef public bint _lost  # the last failed attempt lost its connection
@@ -92,6 +94,8 @@ cdef class FastPath(Exchange):
         self._prompt = prompt_for(picker, request)
         self._payload = self.body
         self._admission = routed.admit("http")
+        if (<FastPathContext> self.downstream.relay.context).explains:
+            self.note_candidates()
         self._place(picker.pick(self._prompt))
         return 0
 
@@ -112,6 +116,8 @@ cdef class FastPath(Exchange):
         cdef Pool pool = <Pool?> reservation.target
         if reservation.first != reservation.name:
             self.moved(reservation)
+        if self._candidates is not None:
+            self.explain(reservation)
         if reservation.is_probe:
             pool.probing = True
         if reservation.failing:
@@ -163,6 +169,14 @@ cdef class FastPath(Exchange):
 
     def moved(self, reservation):
         """Log that a request goes to another endpoint than the one its key maps to."""
+        raise NotImplementedError
+
+    def note_candidates(self):
+        """If the client asks for it, note what the pick will compare in ``_candidates``."""
+        raise NotImplementedError
+
+    def explain(self, reservation):
+        """Tell the client why an endpoint was picked, in a header of the response."""
         raise NotImplementedError
 
     def observe(self, observers):

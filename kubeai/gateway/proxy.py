@@ -28,6 +28,7 @@ from typing_extensions import override
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.endpoint_pool import EndpointPool
+from kubeai.gateway.explanation import explanation, why_moved
 from kubeai.gateway.holding import advice, hold
 from kubeai.gateway.observation import RequestEnd, RequestStart
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
@@ -254,6 +255,8 @@ class Proxy(FastPath):
         self._admission = routed.admit("http")
         if self._prompt is None:  # an upload's
             self._prompt = Prompt()
+        if self.context.explains:
+            self.note_candidates()
         return routed.pick(self._prompt, request.adapter)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
@@ -273,6 +276,18 @@ class Proxy(FastPath):
         self._wait(self._hold)
 
     @override
+    def note_candidates(self) -> None:
+        if self.headers(b"x-kubeai-explain") == [b"1"]:
+            picker = self._routed.picker
+            self._candidates = picker.explain(self._prompt, self._request.adapter)
+
+    @override
+    def explain(self, reservation: Reservation) -> None:
+        assert self._candidates is not None, "asked for"
+        text = explanation(self._routed.route.strategy, self._prompt, reservation, self._candidates)
+        self.add_response_header(b"X-KubeAI-Explain", text)
+
+    @override
     def moved(self, reservation: Reservation) -> None:
         left_out = _moves.take(time.monotonic())
         if left_out is None:
@@ -283,10 +298,8 @@ class Proxy(FastPath):
             model=self._request.name,
             endpoint=reservation.name,
             first=reservation.first,
-            first_load=round(reservation.first_load, 2),
-            own_load=round(reservation.own_load, 2),
-            bound=reservation.bound,
             left_out=left_out,
+            **why_moved(self._routed.route.strategy, reservation),
         )
 
     # -- observers ---------------------------------------------------------------------------------

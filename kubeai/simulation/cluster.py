@@ -40,6 +40,8 @@ STRATEGIES: tuple[Strategy, ...] = (
     "Oracle",
 )
 GATEWAY_STRATEGIES = ("LeastLoad", "PrefixHash", "PrefixCache")
+# Parts of PrefixCache: what was sent where, the pending tokens, the learned slowness of endpoints.
+Part = Literal["index", "work", "rates"]
 MODEL_ROW = 0
 INDEX_ENTRIES = 1 << 20
 SENT_MAX = 512  # prompts per report
@@ -60,6 +62,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 1  # of KubeAI; a pick counts at once locally, and in others when they hear it
     shared: bool = True  # whether the replicas exchange their loads
     told: bool = True  # whether they tell each other which prompts they have sent
+    without: tuple[Part, ...] = ()  # parts of PrefixCache that are left out, to measure their worth
     expected: bool = True  # whether a replica assumes that its peers pick as it does itself
     share_interval_s: float = msgspec.field(default=0.05, name="tell_interval_s")
     concurrency: int = 32  # concurrent conversations, for those without a start time
@@ -170,7 +173,8 @@ class Replica:
             self._index.set_cache(row, setting.engine.cache_blocks * self._block_tokens)
         if setting.shared and not setting.told:
             self._told_index.silent = setting.replicas - 1
-        self._picker = Picker(self._ring, self._index)
+        self._without = setting.without
+        self._picker = Picker(self._ring, None if "index" in setting.without else self._index)
         strategy = setting.strategy
         assert strategy in ("LeastLoad", "PrefixHash", "PrefixCache"), "the gateway's"
         self._picker.configure(strategy, setting.prefix_char_length)
@@ -178,7 +182,10 @@ class Replica:
 
     def pick(self, request: Request) -> Reservation | None:
         """Pick an engine with the gateway's own code."""
-        return self._picker.pick(self._prompt(request))
+        reservation = self._picker.pick(self._prompt(request))
+        if reservation is not None and "work" in self._without:
+            reservation.prefilled(0.0)
+        return reservation
 
     def _prompt(self, request: Request) -> Prompt:
         """The prompt with its sampled blocks, as the gateway finds them in a text."""
@@ -187,7 +194,8 @@ class Replica:
         counts = sorted({end // block_bytes for end in ends} - {0})
         hashes = [request.hashes[count - 1] for count in counts]
         depths = [count * self._block_tokens for count in counts]
-        return Prompt(request.tokens, hashes, depths, key=request.key, streams=True)
+        learns = not {"rates", "work"} & set(self._without)
+        return Prompt(request.tokens, hashes, depths, key=request.key, streams=learns)
 
     def loads(self) -> list[Load]:
         """This replica's load per engine."""

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 import kubeai
 from kubeai._load import ITERATION_BUCKETS, LoadTable
+from kubeai._readings import picks
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
 
@@ -97,7 +98,41 @@ class LoadCollector(Collector):
             for kind in _REQUEST_TYPES:
                 active.add_metric((route.model, kind), self._table.active(route.row, kind))
             held.add_metric((route.model,), self._table.held(route.row))
-        return active, held, *self._outcomes(routes)
+        return active, held, *self._outcomes(routes), *self._picks(routes)
+
+    def _picks(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
+        prompts = CounterMetricFamily(
+            "kubeai_prompt_tokens",
+            "Total number of prompt tokens of requests that were routed by prefix, as estimated.",
+            labels=("request_model",),
+        )
+        cached = CounterMetricFamily(
+            "kubeai_prompt_tokens_expected_cached",
+            "Total number of these tokens that the picked endpoint was believed to have cached.",
+            labels=("request_model",),
+        )
+        reasons = CounterMetricFamily(
+            "kubeai_picks",
+            "Total number of picks by prefix: cached, away from a cached prefix, or new.",
+            labels=("request_model", "reason"),
+        )
+        slowness = GaugeMetricFamily(
+            "kubeai_endpoint_slowness",
+            "Learned time per prompt token of an endpoint, relative to its model's endpoints.",
+            labels=("request_model", "endpoint"),
+        )
+        for route in routes:
+            counts = picks(self._table, route.row)
+            if route.strategy == "LeastLoad" and not any(counts.values()):
+                continue
+            prompts.add_metric((route.model,), counts["prompt_tokens"])
+            cached.add_metric((route.model,), counts["cached_tokens"])
+            for reason in ("cached", "away", "new"):
+                reasons.add_metric((route.model, reason), counts[reason])
+            for endpoint in route.endpoints:
+                if learned := self._table.slowness(endpoint.row):
+                    slowness.add_metric((route.model, endpoint.name), learned)
+        return prompts, cached, reasons, slowness
 
     def _outcomes(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         ended = CounterMetricFamily(
@@ -129,6 +164,11 @@ class LoadCollector(Collector):
             "Number of the other replicas' in-flight requests, as last reported, by endpoint.",
             labels=("request_model", "endpoint"),
         )
+        pending = GaugeMetricFamily(
+            "kubeai_endpoint_pending_tokens",
+            "Prompt tokens that await the first byte of a response, of all replicas, by endpoint.",
+            labels=("request_model", "endpoint"),
+        )
         choices = [
             CounterMetricFamily(
                 f"{REQUESTS}_hash_lookup_{choice}",
@@ -154,6 +194,7 @@ class LoadCollector(Collector):
                 peers.add_metric(
                     (route.model, endpoint.name), self._table.in_flight(endpoint.row) - here
                 )
+                pending.add_metric((route.model, endpoint.name), self._table.pending(endpoint.row))
                 ejected.add_metric(
                     (route.model, endpoint.name), float(self._table.ejected_until(endpoint.row) > 0)
                 )
@@ -161,7 +202,7 @@ class LoadCollector(Collector):
                 if hashed or any(counts):
                     for family, count in zip(choices, counts, strict=True):
                         family.add_metric((endpoint.name,), count)
-        return in_flight, peers, ejected, *choices
+        return in_flight, peers, pending, ejected, *choices
 
     def _iterations(self) -> Metric:
         counts, total = self._table.iterations()

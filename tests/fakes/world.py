@@ -10,6 +10,7 @@ from aiohttp import web
 
 from fakes.wire import Engine, Script, Wire, connect, until
 from kubeai._load import LoadTable
+from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.context import Context
@@ -24,6 +25,7 @@ class World:
 
     supervisors: LoadTable
     loads: LoadTable
+    index: PrefixIndex
     publisher: Publisher
     config: GatewayConfig
     demanded: list[str]
@@ -50,11 +52,13 @@ class World:
         world = cls()
         world.supervisors = LoadTable.create(64, 1)
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
-        world.publisher = Publisher(world.supervisors)
+        world.index = PrefixIndex.create(64, 4096)
+        world.publisher = Publisher(world.supervisors, world.index)
         world.config = GatewayConfig(**config)
         world.demanded = []
         world.context = Context(world.config, world.demanded.append, observers)
-        world.server = Server(world.context, world.loads, tick_s=tick_s)
+        workers_index = PrefixIndex.attach(world.index.fd, 0)
+        world.server = Server(world.context, world.loads, workers_index, tick_s=tick_s)
         world.table = world.server.routes
         if local_routes is not None:
             app = local_routes(world.context)
@@ -109,6 +113,9 @@ class World:
     def in_flight(self, model: str) -> int:
         return self.loads.in_flight(self.publisher.row(model))
 
+    def pending(self, model: str) -> int:
+        return self.loads.pending(self.publisher.row(model))
+
     def outcomes(self, model: str) -> dict[str, int]:
         return self.loads.outcomes(self.publisher.row(model))
 
@@ -124,6 +131,7 @@ class World:
             assert self.active(model) == 0
             assert self.held(model) == 0
             assert self.in_flight(model) == 0
+            assert self.pending(model) == 0
             assert set(self.endpoint_loads(model).values()) <= {0}
             # The place is given back by the task that waited, which ends a turn later.
             await until(lambda: self.context.held(model) == 0)  # noqa: B023 (awaited here)

@@ -319,6 +319,9 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     eject_max_time_s: PositiveDuration = field(name="ejectMaxTime", default=300.0)
     # The share of requests in the access log (failures are always logged); 0 disables the log.
     access_log_sample: Share = 0.0
+    # Whether clients may ask, with a header, why an endpoint was picked. The answer names endpoints
+    # and says how much of the prompt was sent to them before, by whomever.
+    explain: bool = False
     # On SIGTERM: how long new requests are still accepted, and how long in-flight ones may take.
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)

@@ -125,6 +125,7 @@ cdef class Exchange:
     cdef readonly int status  # of that response
     cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
+    cdef bytes extra_headers  # lines that are added to the upstream's response
     cdef bint body_came  # the first byte of the response's body has been received
     cdef readonly bint broken  # the response was cut short
     cdef readonly bint whole  # the response has been written completely

@@ -320,6 +320,10 @@ cdef class Exchange:
         self.downstream._drop({name})
         text_add_header(&self.downstream.text, view(name), view(value))
 
+    def add_response_header(self, bytes name not None, bytes value not None):
+        """Add a header to the upstream's response. Replaces one that was added before."""
+        self.extra_headers = b"%b: %b\r\n" % (name, value)
+
     def drop_header(self, bytes name):
         """Remove a header from the upstream request; ``name`` in lower case."""
         self.downstream._drop({name})

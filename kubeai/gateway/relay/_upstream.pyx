@@ -342,10 +342,12 @@ cdef class Upstream(UpstreamEnd):
         cdef Py_ssize_t line_size = PyBytes_AS_STRING(data) + self.scan.first_end - line
         cdef char framing[96]
         cdef char *end = framing
-        cdef Py_ssize_t size
+        cdef Py_ssize_t size, extra_size = 0
         cdef bint keep_alive
-        cdef bytes out
+        cdef bytes out, extra = self.exchange.extra_headers
         cdef char *to
+        if extra is not None:
+            extra_size = PyBytes_GET_SIZE(extra)
         self.rechunk = self.framing == UNTIL_CLOSE and not downstream.http10
         self.unchunk = self.framing == CHUNKED and downstream.http10
         keep_alive = downstream._settle()
@@ -365,6 +367,7 @@ cdef class Upstream(UpstreamEnd):
             8 + line_size + 2
             + self.text.size
             + PyBytes_GET_SIZE(downstream.request_id)
+            + extra_size
             + size,
         )
         to = put(PyBytes_AS_STRING(out), b"HTTP/1.1", 8)
@@ -372,6 +375,8 @@ cdef class Upstream(UpstreamEnd):
         to = put(to, b"\r\n", 2)
         to = put(to, self.text.at, self.text.size)
         to = put_bytes(to, downstream.request_id)
+        if extra is not None:
+            to = put_bytes(to, extra)
         put(to, framing, size)
         self.exchange.answered = True
         self.exchange.status = self.status

@@ -180,13 +180,14 @@ async def test_a_connection_with_half_a_form_on_it_is_not_used_again(start, stat
 
 async def test_the_engine_has_its_time_once_it_has_the_whole_form(start):
     """``firstByteTimeout`` begins again with each piece that is sent."""
-    pieces_count, pause_s = 6, 0.5
+    # Three times what the buffers hold: the gateway has nothing to send for the last third only.
+    pieces_count, pause_s, form_bytes = 12, 0.25, 2 * LARGE_BYTES
 
     async def script(wire: Wire, request: Message) -> None:
         left = int(request.one("content-length"))
         for _ in range(pieces_count):
             await asyncio.sleep(pause_s)
-            piece_bytes = min(left, LARGE_BYTES // pieces_count)
+            piece_bytes = min(left, form_bytes // pieces_count)
             await wire.reader.readexactly(piece_bytes)
             left -= piece_bytes
         await wire.reader.readexactly(left)
@@ -195,7 +196,7 @@ async def test_the_engine_has_its_time_once_it_has_the_whole_form(start):
     world = await start(first_byte_timeout_s=pieces_count * pause_s * 0.8, retries=0)
     world.route("w", {"a": await world.added(HeadReader(script))})
     wire = await world.client()
-    await wire.send(post(PATH, form(b"x" * LARGE_BYTES), MULTIPART))
+    await wire.send(post(PATH, form(b"x" * form_bytes), MULTIPART))
     assert (await wire.answer()).body == b"good"
 
 
