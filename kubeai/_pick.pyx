@@ -3,7 +3,7 @@
 ``LeastLoad`` and ``PrefixHash`` are in ``_ring``. ``PrefixCache`` picks the endpoint where a request
 costs all requests the least time. In tokens of prefill, that cost is
 
-    pending + new + in flight × (new + STEP_TOKENS) / 16
+    pending + new + in flight × (new + STEP_TOKENS) / 8
 
 ``pending``: tokens of prompts that were sent there and have not led to the first byte of a body.
 ``new``: tokens of this prompt that the prefix index does not know there. The first two are what the
@@ -63,8 +63,8 @@ STRATEGIES = ("LeastLoad", "PrefixHash", "PrefixCache")
 
 
 cdef inline int64_t per_request(int64_t new_tokens) noexcept:
-    """What a request in flight adds to the cost: a sixteenth of a prefill, and of a decode step."""
-    return 1 + ((new_tokens + STEP_TOKENS) >> 4)
+    """What a request in flight adds to the cost: an eighth of a prefill, and of a decode step."""
+    return 1 + ((new_tokens + STEP_TOKENS) >> 3)
 
 
 @cython.final

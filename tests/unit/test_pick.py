@@ -183,7 +183,7 @@ def test_the_pick_has_the_least_cost(loads, words, caches):
         for row, tokens in enumerate(loads, 1):
             found = model.index.find(blocks_of(words)).get(row, 0)
             new = 700 * (len(words) - found)
-            costs[NAMES[row - 1]] = sum(tokens) + new + len(tokens) * (1 + (new + 200) // 16)
+            costs[NAMES[row - 1]] = sum(tokens) + new + len(tokens) * (1 + (new + 200) // 8)
         pick = model.pick(wanted)
         assert costs[pick.name] == min(costs.values())
         for each in (pick, *held):
