@@ -1,4 +1,4 @@
-"""What a pick is told of a prompt, compared with an oracle that says which bytes a hash covers.
+"""What a pick must know of a prompt, compared with an oracle that says which bytes a hash covers.
 
 Two hashes must be equal exactly if they cover the same bytes.
 """
@@ -394,7 +394,7 @@ def test_prompts_that_no_engine_caches_have_a_length_only(strategy):
             assert found.key == read(kind, body).key(100)
 
 
-@pytest.mark.parametrize("strategy", ["LeastLoad", "PrefixCache"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_upload_has_an_empty_prompt(strategy):
     found = prompt_of(PICKERS[strategy], named(Kind.TRANSCRIPTIONS, "m_a"))
     assert (found.tokens, found.samples, found.has_key, found.streams) == (0, (), False, False)
