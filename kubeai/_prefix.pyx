@@ -40,14 +40,19 @@ cdef extern from *:
     #define kb_prefetch(address) __builtin_prefetch(address)
     /* Of the cells of one endpoint several workers add tokens. */
     #define kb_add(cell, value) __atomic_fetch_add((cell), (value), __ATOMIC_RELAXED)
-    /* An entry of a log is written before the count that announces it. */
+    /* An entry of a log is written before the count that announces it, and after the count that
+       announces the entry before it: from that a reader sees that the place is being reused. */
     #define kb_acquire(cell) __atomic_load_n((cell), __ATOMIC_ACQUIRE)
     #define kb_release(cell, value) __atomic_store_n((cell), (value), __ATOMIC_RELEASE)
+    #define kb_read_fence() __atomic_thread_fence(__ATOMIC_ACQUIRE)
+    #define kb_write_fence() __atomic_thread_fence(__ATOMIC_RELEASE)
     """
     void prefetch "kb_prefetch"(const void *address) nogil
     uint64_t fetch_add "kb_add"(uint64_t *cell, uint64_t value) nogil
     uint64_t acquire "kb_acquire"(const uint64_t *cell) nogil
     void release "kb_release"(uint64_t *cell, uint64_t value) nogil
+    void read_fence "kb_read_fence"() nogil
+    void write_fence "kb_write_fence"() nogil
 
 cdef enum:
     LAYOUT_VERSION = 2
@@ -130,11 +135,15 @@ cdef class PrefixIndex(SharedMemory):
             raise ValueError(
                 f"prefix index has layout {header.version}, this program has {LAYOUT_VERSION}"
             )
-        if not 1 <= header.rows <= <uint64_t> ROWS_MAX or header.buckets & (header.buckets - 1):
+        if (
+            not 1 <= header.rows <= <uint64_t> ROWS_MAX
+            or not 1 <= header.buckets <= <uint64_t> ENTRIES_MAX // BUCKET_ENTRIES
+            or header.buckets & (header.buckets - 1)
+        ):
             raise ValueError(f"prefix index has {header.rows} rows, {header.buckets} buckets")
         if not 1 <= header.columns <= COLUMNS_MAX:
             raise ValueError(f"prefix index has {header.columns} columns")
-        if not header.buckets or size != _size_of(header.rows, header.columns, header.buckets):
+        if size != _size_of(header.rows, header.columns, header.buckets):
             raise ValueError(f"prefix index's size of {size} bytes does not match its header")
         if not -1 <= column < <int> header.columns:
             raise ValueError(f"column must be -1 to {header.columns - 1}, not {column}")
@@ -226,6 +235,7 @@ cdef class PrefixIndex(SharedMemory):
                 entry = log.entries[self.taken[column] % LOG_ENTRIES]
                 self.taken[column] += 1
                 # Whether the worker has come round to it meanwhile.
+                read_fence()
                 if acquire(&log.written) - self.taken[column] >= LOG_ENTRIES - 1:
                     skipped += 1
                 elif 0 <= entry.row < self.rows and entry.n <= SAMPLES_MAX:
@@ -310,6 +320,7 @@ cdef class PrefixIndex(SharedMemory):
         log = &self.logs[self._column]
         written = get_u64(&log.written)
         entry = &log.entries[written % LOG_ENTRIES]
+        write_fence()
         entry.row = row
         entry.new_tokens = new_tokens
         entry.n = n

@@ -23,7 +23,7 @@ cdef inline uint32_t known_tokens(const Known *known, int32_t row) noexcept:
 
 
 cdef inline void add_known(Known *known, int32_t row, uint32_t tokens) noexcept:
-    """Believe at least that part of the prompt to be in an endpoint's cache."""
+    """Believe at least this number of the prompt's tokens to be in an endpoint's cache."""
     cdef int at
     for at in range(known.n):
         if known.found[at].row == row:

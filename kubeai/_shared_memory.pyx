@@ -1,5 +1,7 @@
 """Memory that several processes map: a memfd of fixed size, passed on by descriptor."""
 
+from posix.unistd cimport close as close_fd
+
 import fcntl
 import os
 
@@ -62,10 +64,10 @@ cdef class SharedMemory:
         self._unmap()
         if self._owns_fd:
             self._owns_fd = False
-            os.close(self.fd)
+            close_fd(self.fd)
         self.fd = -1
 
     def __dealloc__(self):
         self._unmap()
         if self._owns_fd:
-            os.close(self.fd)
+            close_fd(self.fd)  # at the end of the interpreter, os is None

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil, inf
 
 import mmh3
 
 MASK = (1 << 64) - 1
+REQUEST_TOKENS = 256  # what a request in flight counts as
+PENDING_MAX = (1 << 26) - 1  # tokens of a cell
+
+
+Cells = list[tuple[int, int]]  # row and generation, of an endpoint and of its model
 
 
 class OracleTable:
@@ -22,6 +28,7 @@ class OracleTable:
         self.columns = workers + 1
         self.generations: Counter[int] = Counter()
         self.in_flight: Counter[tuple[int, int]] = Counter()
+        self.pending: Counter[tuple[int, int]] = Counter()
         self.active: Counter[tuple[int, int, str]] = Counter()
         self.held: Counter[tuple[int, int]] = Counter()
         self.lookups: Counter[tuple[int, str]] = Counter()
@@ -29,16 +36,16 @@ class OracleTable:
         self.column_active: Counter[int] = Counter()
         self.ejected: dict[int, float] = {}
         self.peers = 0
-        self.settled: Counter[int] = Counter()  # in 256ths
+        self.settled: Counter[tuple[int, str]] = Counter()  # in 256ths
         self.ended: Counter[int] = Counter()
 
     def gauges(self) -> tuple[Counter, ...]:
-        return (self.in_flight, self.active, self.held)
+        return (self.in_flight, self.pending, self.active, self.held)
 
     def open_row(self, row: int) -> int:
         self.generations[row] += 1
         self.ejected.pop(row, None)
-        self.settled[row] = self.ended[row] = 0
+        self.settled[row, "in flight"] = self.settled[row, "pending"] = self.ended[row] = 0
         for gauge in self.gauges():
             for cell in [cell for cell in gauge if cell[0] == row]:
                 del gauge[cell]
@@ -55,40 +62,62 @@ class OracleTable:
     def row_sum(self, gauge: Counter, row: int) -> int:
         return sum(count for cell, count in gauge.items() if cell[0] == row)
 
-    def load(self, row: int) -> int:
-        return self.row_sum(self.in_flight, row)
+    def here(self, gauge: Counter, row: int) -> int:
+        return self.row_sum(gauge, row) - gauge[row, self.columns - 1]
 
-    def here(self, row: int) -> int:
-        return self.load(row) - self.in_flight[row, self.columns - 1]
+    def work(self, row: int, per_request: int = REQUEST_TOKENS) -> int:
+        return self.row_sum(self.pending, row) + per_request * self.row_sum(self.in_flight, row)
 
-    def expected(self, row: int) -> int:
-        untold = 256 * self.here(row) - self.settled[row]
-        return self.load(row) + self.peers * untold // 256
+    def expected(self, row: int, per_request: int = REQUEST_TOKENS) -> int:
+        here = self.here(self.pending, row) + per_request * self.here(self.in_flight, row)
+        told = self.settled[row, "pending"] + per_request * self.settled[row, "in flight"]
+        return self.work(row, per_request) + self.peers * (256 * here - told) // 256
 
-    def set_peers(self, row: int, generation: int, count: int) -> None:
+    def set_peers(self, row: int, generation: int, in_flight: int, pending: int) -> None:
         if self.generations[row] == generation > 0:
-            self.in_flight[row, self.columns - 1] = count
+            self.in_flight[row, self.columns - 1] = in_flight
+            self.pending[row, self.columns - 1] = min(pending, PENDING_MAX)
 
     def settle(self, steps: int) -> None:
         for row in self.generations:
-            difference = 256 * self.here(row) - self.settled[row]
-            step = int(difference / steps)  # towards zero
-            self.settled[row] += step or difference
+            for which, gauge in (("in flight", self.in_flight), ("pending", self.pending)):
+                difference = 256 * self.here(gauge, row) - self.settled[row, which]
+                step = abs(difference) // steps * (1 if difference > 0 else -1)  # towards zero
+                self.settled[row, which] += step or difference
 
-    def up(self, gauge: Counter, cell: tuple, generation: int) -> None:
-        if self.generations[cell[0]] == generation > 0:
-            gauge[cell] += 1
+    def pick(self, cells: Cells, column: int, tokens: int) -> int:
+        """Count a pick in its endpoint's row and its model's; returns the tokens counted."""
+        model_row, _ = cells[1]
+        counted = min(tokens, PENDING_MAX - min(PENDING_MAX, self.pending[model_row, column]))
+        for row, generation in cells:
+            self.up(self.in_flight, (row, column), generation)
+            self.up(self.pending, (row, column), generation, counted)
+        return counted
 
-    def down(self, gauge: Counter, cell: tuple, generation: int) -> None:
+    def prefilled(self, cells: Cells, column: int, tokens: int) -> None:
+        for row, generation in cells:
+            self.down(self.pending, (row, column), generation, tokens)
+
+    def release(self, cells: Cells, column: int, tokens: int) -> None:
+        self.prefilled(cells, column, tokens)
+        for row, generation in cells:
+            self.down(self.in_flight, (row, column), generation)
+
+    def up(self, gauge: Counter, cell: tuple, generation: int, by: int = 1) -> None:
         if self.generations[cell[0]] == generation > 0:
-            gauge[cell] = max(0, gauge[cell] - 1)
+            gauge[cell] += by
+
+    def down(self, gauge: Counter, cell: tuple, generation: int, by: int = 1) -> None:
+        if self.generations[cell[0]] == generation > 0:
+            gauge[cell] = max(0, gauge[cell] - by)
 
 
 @dataclass
 class OraclePick:
     name: str
     first: str
-    first_load: int
+    first_load: float
+    own_load: float
     bound: int
     iterations: int
     initial: str
@@ -142,8 +171,8 @@ class OracleRing:
         behind = [name for place, name in ring if place < start]
         return list(dict.fromkeys(ahead + behind))
 
-    def load(self, name: str) -> int:
-        return self.table.load(self.endpoints[name].row)
+    def work(self, name: str) -> int:
+        return self.table.work(self.endpoints[name].row)
 
     def able(self, adapter: str | None) -> Names:
         return {
@@ -161,29 +190,40 @@ class OracleRing:
         return able, able - exclude
 
     def pick_hashed(
-        self, key: int, adapter: str | None, exclude: frozenset[str], now_s: float
+        self, key: int, adapter: str | None, exclude: frozenset[str], now_s: float, tokens: int
     ) -> OraclePick | None:
         counted, allowed = self.who_can_serve(adapter, exclude, now_s)
         if not allowed:
             return None
-        total = sum(self.load(name) for name in counted)
-        mean = (total + 1) / len(counted)
-        bound = max(self.floor, ceil(round(self.mean_load_factor * mean / 100, 9)))
+        own = Fraction(REQUEST_TOKENS + tokens, REQUEST_TOKENS)  # all loads in requests
+        loads = {name: Fraction(self.work(name), REQUEST_TOKENS) for name in counted | allowed}
+        mean = (sum(loads[name] for name in counted) + own) / len(counted)
+        bound = max(self.floor - 1 + ceil(own), ceil(self.mean_load_factor * mean / 100))
         walk = self.clockwise(key)
         on_the_way = [name for name in walk if name in allowed]
-        within = [name for name in on_the_way if self.load(name) + 1 <= bound]
+        within = [name for name in on_the_way if loads[name] + own <= bound]
         chosen = within[0] if within else on_the_way[0]
         looked_at = walk.index(chosen if within else on_the_way[-1]) + 1
         first = on_the_way[0]
         return OraclePick(
-            chosen, first, self.load(first), bound, looked_at, walk[0], defaulted=not within
+            chosen,
+            first,
+            float(loads[first]),
+            float(own),
+            bound,
+            looked_at,
+            walk[0],
+            defaulted=not within,
         )
 
     def least(self, adapter: str | None, exclude: frozenset[str], now_s: float) -> Names:
         """All endpoints that a least-load pick may choose."""
         _, allowed = self.who_can_serve(adapter, exclude, now_s)
-        least = min((self.load(name) for name in allowed), default=0)
-        return {name for name in allowed if self.load(name) == least}
+        least = min((self.expected(name) for name in allowed), default=0)
+        return {name for name in allowed if self.expected(name) == least}
+
+    def expected(self, name: str) -> int:
+        return self.table.expected(self.endpoints[name].row)
 
     def lookup(self, key: int, adapter: str | None) -> str | None:
         able = self.able(adapter)

@@ -65,7 +65,7 @@ cdef class InferenceRequest:
     cdef Place systems_few[SYSTEMS_FEW_COUNT]  # storage for ``systems`` while they are few
     cdef int systems_n
     cdef int systems_room
-    cdef bint has_parts  # some message's content is a list
+    cdef bint has_parts  # some message's content or output is not just text
     cdef bint is_cached  # the engine keeps the keys and values of prompts of this kind
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed

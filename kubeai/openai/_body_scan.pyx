@@ -334,6 +334,8 @@ cdef class InferenceRequest:
                     content.after = at
                     if value[0] == c"[":
                         self.has_parts = True
+                elif is_word(&key, b"output", 6) and value[0] != c'"':  # a tool's, may have an image
+                    self.has_parts = True
             if at is NULL:
                 return NULL
             at = next_member(at, c"}")

@@ -145,6 +145,8 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request):
     cdef Files files
     cdef Length length
     cdef Prompt prompt
+    if request.begin == request.end:  # an upload
+        return new_prompt(request.stream)
     files.n = length.files_n = 0
     length.file_bytes = 0
     if request.has_parts:

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from oracles import OracleTable
+from oracles import PENDING_MAX, OracleTable
 
 from examples import some
 from kubeai._counts import admit, live
@@ -37,11 +39,11 @@ def worker(table):
     worker.close()
 
 
-def reserve(table: LoadTable, row: int, model_row: int = 0):
+def reserve(table: LoadTable, row: int, model_row: int = 0, tokens: int = 0):
     """A pick of the endpoint in ``row``, counted on the model in ``model_row`` too."""
     ring = Ring(table, model_row, table.generation(model_row))
     ring.set("pod", row, table.generation(row))
-    return ring.pick_least()
+    return ring.pick_least(tokens=tokens)
 
 
 def test_a_new_table_is_all_zero(table):
@@ -152,6 +154,51 @@ def test_counters_survive_a_cleared_column_and_are_reset_with_the_row(table, wor
     assert table.iterations() == ([5] + [0] * len(ITERATION_BUCKETS), 5)
     table.open_row(1)
     assert table.lookups(1) == (0, 0, 0)
+
+
+def test_pending_tokens_end_with_the_first_byte_or_the_request(table, worker):
+    table.open_row(0), table.open_row(1)
+    first, second = (reserve(worker, 1, tokens=tokens) for tokens in (1000, 300))
+    assert (table.pending(0), table.pending(1), first.pending) == (1300, 1300, 1000)
+    first.prefilled(1.0)
+    first.prefilled(2.0)
+    assert (table.pending(0), table.pending(1), table.in_flight(1)) == (300, 300, 2)
+    second.release()
+    second.prefilled(3.0)
+    assert (table.pending(0), table.pending(1), table.in_flight(1)) == (0, 0, 1)
+    first.release()
+
+
+def test_pending_tokens_go_with_their_column_and_their_row(table, worker):
+    other = LoadTable.attach(table.fd, 1)
+    table.open_row(0), table.open_row(1)
+    lost, kept = reserve(worker, 1, tokens=1000), reserve(other, 1, tokens=300)
+    table.clear_column(0)
+    assert table.pending(0) == table.pending(1) == 300
+    lost.prefilled(1.0)
+    lost.release()
+    assert table.pending(0) == table.pending(1) == 300
+    table.open_row(1)
+    assert (table.pending(0), table.pending(1)) == (300, 0)
+    again = reserve(other, 1, tokens=50)
+    kept.prefilled(1.0)
+    assert (table.pending(0), table.pending(1)) == (50, 50)
+    kept.release()
+    again.release()
+    assert table.pending(0) == table.pending(1) == 0
+    other.close()
+
+
+def test_pending_tokens_never_spill_into_another_count(table, worker):
+    table.open_row(0), table.open_row(1)
+    held = [reserve(worker, 1, tokens=tokens) for tokens in (PENDING_MAX - 1, 2**32 - 1, 5)]
+    assert [each.pending for each in held] == [PENDING_MAX - 1, 1, 0]
+    assert (table.pending(1), table.in_flight(1)) == (PENDING_MAX, 3)
+    table.set_peers(1, table.generation(1), 2**31 - 1, 2**60)
+    assert (table.pending(1), table.in_flight(1)) == (2 * PENDING_MAX, 2**31 + 2)
+    for each in held:
+        each.release()
+    assert (table.pending_here(1), table.in_flight_here(1)) == (0, 0)
 
 
 def test_a_row_has_a_generation(table):
@@ -349,6 +396,17 @@ def test_a_file_that_is_not_a_load_table_is_rejected(table, tmp_path: Path):
             LoadTable.attach(f.fileno(), 99)
 
 
+@pytest.mark.parametrize("module", ["__main__", "kubeai", "os", "sys"])
+def test_a_table_that_a_module_holds_until_the_exit_is_closed_silently(module):
+    code = f"""
+import os, sys, kubeai, __main__
+from kubeai._load import LoadTable
+{module}.table = LoadTable.create(1, 1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 def test_a_mapped_table_cannot_be_truncated(table):
     with pytest.raises(PermissionError):
         os.ftruncate(table.fd, 0)
@@ -421,13 +479,15 @@ def test_neither_counting_nor_mapping_leaks():
 def test_the_load_of_peers_counts_for_picks_but_not_as_our_own(table, worker):
     model, pod = table.open_row(0), table.open_row(1)
     mine = reserve(worker, 1)
-    table.set_peers(1, pod, 4)
-    table.set_peers(0, model, 4)
+    table.set_peers(1, pod, 4, 900)
+    table.set_peers(0, model, 4, 900)
     table.set_peers(1, pod - 1, 9)  # an old generation
     assert (table.in_flight(1), table.in_flight_here(1)) == (5, 1)
+    assert (table.pending(1), table.pending_here(1)) == (900, 0)
     assert worker.in_flight(0) == 5
-    with pytest.raises(ValueError, match="negative"):
-        table.set_peers(1, pod, -1)
+    for load in ((-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match="negative"):
+            table.set_peers(1, pod, *load)
     mine.release()
     assert (table.in_flight(1), table.in_flight_here(1)) == (4, 0)
 
@@ -489,6 +549,9 @@ def test_readings_report_each_changed_row_once(table, worker):
     assert readings.changed() == [(1, 0, 0, 0)], "the row has a new generation"
 
 
+TOKENS = st.one_of(st.integers(0, 3000), st.integers(PENDING_MAX - 9, PENDING_MAX + 9))
+
+
 class Tables(RuleBasedStateMachine):
     """The table, seen from two workers and their supervisor, compared with its oracle."""
 
@@ -506,6 +569,8 @@ class Tables(RuleBasedStateMachine):
         if hasattr(self, "table"):
             self.admissions.clear()
             self.reservations.clear()
+            for row in range(ROWS):
+                assert self.table.in_flight_here(row) == self.table.pending_here(row) == 0
             self.table.close()
             assert live() == (0, 0)
 
@@ -569,39 +634,52 @@ class Tables(RuleBasedStateMachine):
         model=st.integers(0, ROWS - 1),
         column=st.integers(0, WORKERS - 1),
         stale=st.booleans(),
+        tokens=TOKENS,
     )
-    def reserve(self, row, model, column, stale):
+    def reserve(self, row, model, column, stale, tokens):
         generations = self.oracle.generations
-        lives = (max(0, generations[row] - stale), generations[model])
-        ring = Ring(self.workers[column], model, lives[1])
-        ring.set("pod", row, lives[0])
-        self.reservations.append((ring.pick_least(), column, row, model, lives))
-        self.oracle.up(self.oracle.in_flight, (row, column), lives[0])
-        self.oracle.up(self.oracle.in_flight, (model, column), lives[1])
+        cells = [(row, max(0, generations[row] - stale)), (model, generations[model])]
+        ring = Ring(self.workers[column], model, cells[1][1])
+        ring.set("pod", *cells[0])
+        reservation = ring.pick_least(tokens=tokens)
+        counted = self.oracle.pick(cells, column, tokens)
+        assert reservation.pending == counted
+        self.reservations.append([reservation, cells, column, counted])
+
+    @rule(which=st.integers(0, 99), again=st.booleans())
+    def prefilled(self, which, again):
+        if self.reservations:
+            entry = self.reservations[which % len(self.reservations)]
+            for _ in range(1 + again):
+                entry[0].prefilled(0.0)
+            assert entry[0].pending == 0
+            self.oracle.prefilled(*entry[1:])
+            entry[-1] = 0
 
     @rule(which=st.integers(0, 99), drop=st.booleans())
     def release(self, which, drop):
         if self.reservations:
             entry = self.reservations.pop(which % len(self.reservations))
-            reservation, column, row, model, lives = entry
+            self.oracle.release(*entry[1:])
             if not drop:
-                reservation.release()
-                assert reservation.released
-            del reservation, entry
-            self.oracle.down(self.oracle.in_flight, (row, column), lives[0])
-            self.oracle.down(self.oracle.in_flight, (model, column), lives[1])
+                entry[0].release()
+                assert entry[0].released
+                entry[0].prefilled(0.0)
+                entry[0].release()
+            entry.clear()
 
     @rule(
         row=st.integers(0, ROWS - 1),
         count=st.integers(0, 9),
+        pending=TOKENS,
         peers=st.integers(0, 8),
         stale=st.booleans(),
     )
-    def peers_tell(self, row, count, peers, stale):
+    def peers_tell(self, row, count, pending, peers, stale):
         generation = max(0, self.oracle.generations[row] - stale)
         self.table.peers = self.oracle.peers = peers
-        self.table.set_peers(row, generation, count)
-        self.oracle.set_peers(row, generation, count)
+        self.table.set_peers(row, generation, count, pending)
+        self.oracle.set_peers(row, generation, count, pending)
 
     @rule(steps=st.integers(1, 8))
     def settle(self, steps):
@@ -618,7 +696,7 @@ class Tables(RuleBasedStateMachine):
         """A worker dies with its counts; a successor takes its column."""
         self.workers[column].close()
         self.admissions = [entry for entry in self.admissions if entry[1] != column]
-        self.reservations = [entry for entry in self.reservations if entry[1] != column]
+        self.reservations = [entry for entry in self.reservations if entry[2] != column]
         self.clear_column(column)
         self.workers[column] = LoadTable.attach(self.table.fd, column)
 
@@ -629,9 +707,12 @@ class Tables(RuleBasedStateMachine):
         oracle = self.oracle
         for row in range(ROWS):
             assert self.table.generation(row) == oracle.generations[row]
-            assert self.table.in_flight(row) == oracle.load(row)
-            assert self.table.in_flight_here(row) == oracle.here(row)
-            assert self.table.expected(row) == oracle.expected(row)
+            assert self.table.in_flight(row) == oracle.row_sum(oracle.in_flight, row)
+            assert self.table.in_flight_here(row) == oracle.here(oracle.in_flight, row)
+            assert self.table.pending(row) == oracle.row_sum(oracle.pending, row)
+            assert self.table.pending_here(row) == oracle.here(oracle.pending, row)
+            for per_request in (1, 256):
+                assert self.table.expected(row, per_request) == oracle.expected(row, per_request)
             assert self.table.held(row) == oracle.row_sum(oracle.held, row)
             assert self.table.active(row) == oracle.row_sum(oracle.active, row)
             for kind in ("http", "message"):
@@ -639,7 +720,10 @@ class Tables(RuleBasedStateMachine):
                     oracle.active[row, column, kind] for column in range(WORKERS)
                 )
             assert self.table.row_is_zero(row) == (
-                not any(oracle.row_sum(gauge, row) for gauge in oracle.gauges())
+                not any(
+                    oracle.row_sum(gauge, row)
+                    for gauge in (oracle.in_flight, oracle.active, oracle.held)
+                )
             )
         assert self.table.active_total() == sum(oracle.column_active.values())
         assert live() == (len(self.admissions), len(self.reservations))

@@ -73,7 +73,7 @@ def make():
 
 
 def prompt(*words, tokens_each=1000, key=None, streams=True):
-    """A prompt with a sampled block for each word; those that begin with the same words share blocks."""
+    """A prompt with a sampled block per word; those that begin with the same words share blocks."""
     hashes, chain = [], 0
     for word in words:
         chain = hash((chain, word)) & (1 << 64) - 1
