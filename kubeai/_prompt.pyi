@@ -22,6 +22,9 @@ class Prompt:
     ) -> None:
         """``blocks``: 64-bit hashes of the sampled blocks, in order, at most ``BLOCKS_MAX``.
         ``depths``: the tokens up to the end of each. ``key``: where the ring's walk begins."""
+    @property
+    def samples(self) -> tuple[tuple[int, int], ...]:
+        """Of each sampled block, its hash and the tokens up to its end."""
 
 def sample_ends(size_bytes: int) -> list[int]:
     """Where the sampled blocks of a conversation of this size end, in bytes from its beginning."""

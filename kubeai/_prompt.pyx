@@ -51,6 +51,12 @@ cdef class Prompt:
     def __dealloc__(self):
         free(self.blocks)
 
+    @property
+    def samples(self):
+        """See the stub."""
+        cdef int at
+        return tuple([(self.blocks[at], self.depths[at]) for at in range(self.n)])
+
     cdef int reserve(self, int n) except -1:
         """Make room for ``n`` blocks. Called once."""
         if n == 0:

@@ -18,6 +18,7 @@ class FastPathContext:
     config: GatewayConfig
     routes: routing.RoutingTable
     observers: Observers | None
+    logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]
 
 @final
