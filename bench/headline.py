@@ -30,8 +30,8 @@ from autoscaling import filled
 
 from kubeai.loadtest.report import report
 from kubeai.simulation import cluster, results, traffic
-from kubeai.simulation.cluster import Setting
 from kubeai.simulation.presets import PRESETS
+from kubeai.simulation.setting import Setting
 from kubeai.simulation.traffic import Conversation, Shape
 
 ROOT = Path(__file__).parents[1]

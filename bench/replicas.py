@@ -17,9 +17,9 @@ from pathlib import Path
 
 from autoscaling import filled
 
-from kubeai.simulation.cluster import Strategy
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.replicas import Experiment
+from kubeai.simulation.setting import Strategy
 from kubeai.simulation.traffic import Shape
 
 SEEDS = (1, 2, 3, 4)

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import msgspec
 from autoscaling import filled
 
-from kubeai.simulation.cluster import Setting, Strategy, simulate
+from kubeai.simulation.cluster import simulate
 from kubeai.simulation.presets import PRESETS
+from kubeai.simulation.setting import Setting, Strategy
 from kubeai.simulation.trace_files import TraceEntry, read_trace
 from kubeai.simulation.traffic import SHAPES, Arrivals, Conversation, Shape, generate, timed
 

@@ -32,8 +32,8 @@ import msgspec
 
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.simulation import cluster, results, traffic
-from kubeai.simulation.cluster import Setting
 from kubeai.simulation.engine import EngineConfig
+from kubeai.simulation.setting import Setting
 from kubeai.simulation.traffic import Shape
 
 FLEET = Path(__file__).parents[1] / "tests" / "fakes" / "fleet.py"

@@ -19,6 +19,7 @@ class FastPathContext:
     routes: routing.RoutingTable
     observers: Observers | None
     explains: bool
+    logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]
 
 @final

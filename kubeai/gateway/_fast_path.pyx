@@ -26,6 +26,7 @@ cdef class FastPathContext:
     cdef public object routes  # RoutingTable
     cdef public object observers  # None: requests are not observed
     cdef public bint explains  # clients may ask why an endpoint was picked
+    cdef public bint logs_prompts  # the access log contains the hashes of prompts
     cdef public dict json_routes  # request target -> JsonRoute
 
 
@@ -81,20 +82,21 @@ cdef class FastPath(Exchange):
         cdef InferenceRequest request = None
         cdef object routed = None
         cdef Picker picker
+        cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
         if request is not None and request.adapter is None and not self._has(b"x-label-selector"):
-            routed = (<FastPathContext> self.downstream.relay.context).routes.find(request.name)
+            routed = context.routes.find(request.name)
         self._request = request
         if routed is None:
             self.on_body()
             return 0
         picker = <Picker?> routed.picker
         self._routed = routed
-        self._prompt = prompt_for(picker, request)
+        self._prompt = prompt_for(picker, request, context.logs_prompts)
         self._payload = self.body
         self._admission = routed.admit("http")
-        if (<FastPathContext> self.downstream.relay.context).explains:
+        if context.explains:
             self.note_candidates()
         self._place(picker.pick(self._prompt))
         return 0

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from queue import Full, Queue
 from select import PIPE_BUF
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kubeai._prompt import Prompt
 from kubeai.gateway.tracing import Tracing, make_tracing
 from kubeai.logs import get_logger
 
@@ -52,7 +53,18 @@ class Line(msgspec.Struct, omit_defaults=True):
     model: str | None = None
     endpoint: str | None = None
     retries: int = 0
+    prompt: Prompt | None = None  # with `accessLogPrompts`; written by `_prompt_fields`
     left_out: int = 0  # lines dropped before this one because the queue was full
+
+
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """A prompt in the log: hashes in hexadecimal, and the depth of each block in tokens."""
+    fields: dict[str, Any] = {"tokens": prompt.tokens, "stream": prompt.streams}
+    if prompt.has_key:
+        fields["key"] = f"{prompt.key:016x}"
+    fields["blocks"] = [f"{block:016x}" for block, _ in prompt.samples]
+    fields["depths"] = [depth for _, depth in prompt.samples]
+    return fields
 
 
 def _write_out(text: bytes) -> None:
@@ -105,7 +117,8 @@ class AccessLog:
         self._thread.join(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
-        encode = msgspec.json.Encoder().encode
+        # Prompts are encoded here, in the thread: 64 hashes take longer than the rest of a line.
+        encode = msgspec.json.Encoder(enc_hook=_prompt_fields).encode
         text = b""
         while (line := self._lines.get()) is not None:
             encoded = encode(line) + b"\n"
@@ -195,4 +208,5 @@ class Observation:
             model=ending.model,
             endpoint=ending.endpoint,
             retries=ending.retry_count,
+            prompt=ending.prompt if ending.prompt is not None and ending.prompt.tokens else None,
         )

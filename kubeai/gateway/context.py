@@ -48,6 +48,7 @@ class Context(FastPathContext):
         self.demand = demand
         self.observers = observers
         self.explains = config.explain
+        self.logs_prompts = config.access_log_prompts and observers is not None
         self.json_routes = JSON_ROUTES
         self.ready = False  # the first routing table has arrived
         self.draining = False

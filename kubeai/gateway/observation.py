@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from kubeai._prompt import Prompt
 
 # "whole", "left" (the client disconnected), "broken" (the engine's response was cut short).
 End = Literal["whole", "left", "broken"]
@@ -30,3 +33,4 @@ class RequestEnd(NamedTuple):
     model: str | None  # the requested model, if it exists
     endpoint: str | None  # of the last attempt
     retry_count: int
+    prompt: Prompt | None = None  # None: unknown, or not to be recorded

@@ -112,7 +112,7 @@ class Proxy(FastPath):
         except BadRequest as error:
             self._refuse(error)
             return
-        self._prompt = openai.prompt_of(routed.picker, request)
+        self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
         self._payload = openai.body_for(request, self.body)
         self._place(self._admit(request, routed))
 
@@ -243,7 +243,8 @@ class Proxy(FastPath):
         run = asyncio.get_running_loop().run_in_executor
         request = await run(_readers, openai.read, self._kind, self.body)
         routed = self._find(request)
-        self._prompt = await run(_readers, openai.prompt_of, routed.picker, request)
+        complete = self.context.logs_prompts
+        self._prompt = await run(_readers, openai.prompt_of, routed.picker, request, complete)
         self._payload = await run(_readers, openai.body_for, request, self.body)
         # The model may have been deleted or created again meanwhile.
         return self._admit(request, self._find(request)) or await self._hold()
@@ -334,6 +335,7 @@ class Proxy(FastPath):
             model=None if self._admission is None else self._request.model,
             endpoint=None if self._reservation is None else self._reservation.name,
             retry_count=self.retry_count,
+            prompt=self._prompt if self.context.logs_prompts else None,
         )
         cast("Observation", self._observed).ended(end)
 

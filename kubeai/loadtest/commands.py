@@ -7,8 +7,48 @@ from typing import Annotated, Any
 
 import typer
 
-TRAFFIC, LOAD, SENDING, JUDGING = "Traffic", "Load", "Requests", "Results"
-ENGINES, ROUTING = "Engines", "Routing"
+from kubeai.loadtest.arguments import (
+    ENGINES,
+    JUDGING,
+    LOAD,
+    ROUTING,
+    SENDING,
+    TRAFFIC,
+    Arrivals,
+    Burst,
+    CacheBlocks,
+    Conversations,
+    Html,
+    JsonFolder,
+    MeanLoadFactor,
+    MessagesMin,
+    PrefixCharLength,
+    Preset,
+    PromptTokens,
+    RampTime,
+    Rate,
+    Replicas,
+    Replication,
+    ReplyTokens,
+    Requests,
+    Seed,
+    Shape,
+    Sharegpt,
+    SloToken,
+    SloTotal,
+    SloTtft,
+    Speed,
+    SystemTokens,
+    ThinkTime,
+    Trace,
+    TraceBlockTokens,
+    TraceRequests,
+    Turns,
+    TurnTokens,
+    UntilRate,
+    WarmUp,
+    option,
+)
 
 
 def app() -> typer.Typer:
@@ -16,88 +56,9 @@ def app() -> typer.Typer:
     bench = typer.Typer(help="Benchmark an OpenAI-compatible endpoint.", no_args_is_help=True)
     bench.command("run")(run)
     bench.command("simulate")(simulate)
+    bench.command("replay")(replay)
     bench.command("compare")(compare)
     return bench
-
-
-def _option(help: str, panel: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
-
-
-# Options of both `run` and `simulate`.
-Shape = Annotated[
-    str | None,
-    _option("Synthetic traffic: chat (default), assistant, rag, agent or embeddings.", TRAFFIC),
-]
-Conversations = Annotated[
-    int | None,
-    _option(
-        "Number of conversations. Default: 1000; unlimited with --duration or --requests.",
-        TRAFFIC,
-        min=1,
-    ),
-]
-Turns = Annotated[int | None, _option("Turns per conversation.", TRAFFIC, min=1)]
-SystemTokens = Annotated[
-    int | None, _option("Length of the shared system prompt, in tokens.", TRAFFIC, min=0)
-]
-PromptTokens = Annotated[
-    int | None, _option("Mean length of the first user message, in tokens.", TRAFFIC, min=1)
-]
-TurnTokens = Annotated[
-    int | None, _option("Mean length of later user messages, in tokens.", TRAFFIC, min=1)
-]
-ReplyTokens = Annotated[
-    int | None, _option("Mean max_tokens; 0 leaves it to the engine.", TRAFFIC, min=0)
-]
-ThinkTime = Annotated[
-    str | None, _option("Mean pause between a response and the next turn.", TRAFFIC)
-]
-Seed = Annotated[
-    int, _option("Random seed; the same seed gives the same traffic. Default: 1.", TRAFFIC)
-]
-Sharegpt = Annotated[Path | None, _option("Read conversations from a ShareGPT file.", TRAFFIC)]
-MessagesMin = Annotated[
-    int, _option("Skip --sharegpt conversations with fewer messages.", TRAFFIC, min=2)
-]
-Trace = Annotated[
-    Path | None,
-    _option("Replay a trace file of timestamped requests (Mooncake's or Bailian's).", TRAFFIC),
-]
-TraceBlockTokens = Annotated[
-    int | None,
-    _option(
-        "Tokens per entry of the trace's hash_ids. Default: 512; 16 in Bailian's format.",
-        TRAFFIC,
-        min=1,
-        max=4096,
-    ),
-]
-TraceRequests = Annotated[
-    int | None, _option("Replay only the first requests of the trace.", TRAFFIC, min=1)
-]
-Speed = Annotated[float, _option("Trace replay speed; 2 replays twice as fast.", TRAFFIC)]
-Rate = Annotated[
-    float | None,
-    _option(
-        "Open loop: start this many conversations per second, regardless of completions.",
-        LOAD,
-    ),
-]
-Arrivals = Annotated[
-    str | None, _option("Arrivals: poisson (default), constant, bursts or ramp.", LOAD)
-]
-Burst = Annotated[int | None, _option("Conversations per burst. Default: 10.", LOAD, min=1)]
-UntilRate = Annotated[float | None, _option("Final rate of the ramp.", LOAD)]
-RampTime = Annotated[str | None, _option("Duration of the ramp. Default: 60s.", LOAD)]
-Requests = Annotated[int | None, _option("Maximum number of requests.", LOAD, min=1)]
-WarmUp = Annotated[
-    str | None, _option("Send but do not count requests due within this time.", LOAD)
-]
-SloTtft = Annotated[str | None, _option("SLO: maximum time to first token.", JUDGING)]
-SloToken = Annotated[str | None, _option("SLO: maximum mean time per output token.", JUDGING)]
-SloTotal = Annotated[str | None, _option("SLO: maximum end-to-end time.", JUDGING)]
-Html = Annotated[Path | None, _option("Write an HTML report to this file.", JUDGING)]
 
 
 def run(
@@ -105,7 +66,7 @@ def run(
         str, typer.Argument(help="Base URL of the endpoint, such as http://host:port/openai/v1.")
     ],
     model: Annotated[
-        str, _option("Model to request. Default: the endpoint's only model.", SENDING)
+        str, option("Model to request. Default: the endpoint's only model.", SENDING)
     ] = "",
     # traffic
     shape: Shape = None,
@@ -126,7 +87,7 @@ def run(
     # load
     concurrency: Annotated[
         int | None,
-        _option(
+        option(
             "Closed loop: number of concurrent conversations; the next starts when one ends. "
             "Default: 32.",
             LOAD,
@@ -140,7 +101,7 @@ def run(
     ramp_time: RampTime = None,
     duration: Annotated[
         str | None,
-        _option(
+        option(
             "Start no request later than this after the warm-up; in-flight requests complete.",
             LOAD,
         ),
@@ -149,38 +110,36 @@ def run(
     warm_up: WarmUp = None,
     processes: Annotated[
         int,
-        _option(
+        option(
             "Number of processes that generate load (default 1). Warns if they are the bottleneck.",
             LOAD,
             min=1,
         ),
     ] = 1,
     # requests
-    timeout: Annotated[str | None, _option("Request timeout. Default: 300s.", SENDING)] = None,
+    timeout: Annotated[str | None, option("Request timeout. Default: 300s.", SENDING)] = None,
     api_key: Annotated[
-        str | None, _option("API key, sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
+        str | None, option("API key, sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
     ] = None,
     header: Annotated[
         list[str] | None,
-        _option("'Name: value' to add to each request; may be repeated.", SENDING),
+        option("'Name: value' to add to each request; may be repeated.", SENDING),
     ] = None,
     body: Annotated[
         str | None,
-        _option('JSON fields to add to each request body, such as {"temperature": 0}.', SENDING),
+        option('JSON fields to add to each request body, such as {"temperature": 0}.', SENDING),
     ] = None,
-    stream: Annotated[bool, _option("Request streaming responses (default).", SENDING)] = True,
+    stream: Annotated[bool, option("Request streaming responses (default).", SENDING)] = True,
     endpoint_header: Annotated[
         str,
-        _option("Response header that identifies the endpoint. Default: X-Mock-Replica.", SENDING),
+        option("Response header that identifies the endpoint. Default: X-Mock-Replica.", SENDING),
     ] = "X-Mock-Replica",
     # results
     slo_ttft: SloTtft = None,
     slo_token: SloToken = None,
     slo_total: SloTotal = None,
-    name: Annotated[str, _option("Name of this run in comparisons.", JUDGING)] = "",
-    json: Annotated[
-        Path | None, _option("Write the results to this file as JSON.", JUDGING)
-    ] = None,
+    name: Annotated[str, option("Name of this run in comparisons.", JUDGING)] = "",
+    json: Annotated[Path | None, option("Write the results to this file as JSON.", JUDGING)] = None,
     html: Html = None,
 ) -> None:
     """Send load to an OpenAI-compatible endpoint and report latency and throughput.
@@ -251,46 +210,25 @@ def run(
 
 def simulate(
     # engines
-    preset: Annotated[
-        str,
-        _option(
-            "Model and GPU whose speed and memory engines have. Default: llama-3.1-8b-fp8-l4.",
-            ENGINES,
-        ),
-    ] = "llama-3.1-8b-fp8-l4",
+    preset: Preset = "llama-3.1-8b-fp8-l4",
     engines: Annotated[
-        int, _option("Number of engines. Default: 8.", ENGINES, min=1, max=20_000)
+        int, option("Number of engines. Default: 8.", ENGINES, min=1, max=20_000)
     ] = 8,
-    cache_blocks: Annotated[
-        int | None, _option("KV-cache blocks per engine, of 16 tokens each.", ENGINES, min=1)
-    ] = None,
+    cache_blocks: CacheBlocks = None,
     # routing
     strategies: Annotated[
         str,
-        _option(
+        option(
             "Comma-separated list of Service (random, like a Kubernetes Service), RoundRobin, "
-            "LeastLoad, PrefixHash and Oracle (knows every cache). "
+            "LeastLoad, PrefixHash, PrefixCache and Oracle (knows every cache). "
             "Default: Service,LeastLoad,PrefixHash.",
             ROUTING,
         ),
     ] = "Service,LeastLoad,PrefixHash",
-    replication: Annotated[
-        int | None,
-        _option("PrefixHash: virtual nodes per engine. Default: 20.", ROUTING, min=1, max=10_000),
-    ] = None,
-    mean_load_factor: Annotated[
-        int | None,
-        _option(
-            "PrefixHash: load limit, in percent of the mean load. Default: 125.", ROUTING, min=100
-        ),
-    ] = None,
-    prefix_char_length: Annotated[
-        int | None,
-        _option("PrefixHash: prefix length in characters. Default: 100.", ROUTING, min=0),
-    ] = None,
-    replicas: Annotated[
-        int, _option("Number of KubeAI replicas, which share loads. Default: 1.", ROUTING, min=1)
-    ] = 1,
+    replication: Replication = None,
+    mean_load_factor: MeanLoadFactor = None,
+    prefix_char_length: PrefixCharLength = None,
+    replicas: Replicas = 1,
     # traffic
     shape: Shape = None,
     conversations: Conversations = None,
@@ -310,7 +248,7 @@ def simulate(
     # load
     concurrency: Annotated[
         str | None,
-        _option(
+        option(
             "Closed loop: number of concurrent conversations; a list such as 100,200,400 gives "
             "one run each. Default: 32.",
             LOAD,
@@ -327,9 +265,7 @@ def simulate(
     slo_ttft: SloTtft = None,
     slo_token: SloToken = None,
     slo_total: SloTotal = None,
-    json: Annotated[
-        Path | None, _option("Write each run's results as JSON to this folder.", JUDGING)
-    ] = None,
+    json: JsonFolder = None,
     html: Html = None,
 ) -> None:
     """Compare routing strategies on simulated engines, without a GPU and in virtual time.
@@ -390,6 +326,94 @@ def simulate(
     json_folder = options.folder("--json", json)
     html_path = options.writable("--html", html)
     raise typer.Exit(simulating.run(simulation, json_folder, html_path))
+
+
+def replay(
+    file: Annotated[
+        Path,
+        typer.Argument(help="KubeAI's access log with accessLogPrompts, or a trace file."),
+    ],
+    # engines
+    preset: Preset = "llama-3.1-8b-fp8-l4",
+    engines: Annotated[
+        int | None,
+        option(
+            "Number of engines. Default: the log's endpoints; 8 for a trace.",
+            ENGINES,
+            min=1,
+            max=20_000,
+        ),
+    ] = None,
+    cache_blocks: CacheBlocks = None,
+    # routing
+    strategies: Annotated[
+        str,
+        option(
+            "Comma-separated list, as for simulate. Default: LeastLoad,PrefixHash,PrefixCache.",
+            ROUTING,
+        ),
+    ] = "LeastLoad,PrefixHash,PrefixCache",
+    replication: Replication = None,
+    mean_load_factor: MeanLoadFactor = None,
+    prefix_char_length: PrefixCharLength = None,
+    replicas: Replicas = 1,
+    # traffic
+    model: Annotated[
+        str | None,
+        option("The Model whose requests to replay. Default: the log's only one.", TRAFFIC),
+    ] = None,
+    output_tokens: Annotated[
+        int | None,
+        option(
+            "Length of each response of a log. Default: estimated from its size.", TRAFFIC, min=1
+        ),
+    ] = None,
+    trace_block_tokens: TraceBlockTokens = None,
+    speed: Speed = 1.0,
+    requests: Annotated[
+        int | None, option("Replay only the first requests.", TRAFFIC, min=1)
+    ] = None,
+    warm_up: WarmUp = None,
+    # results
+    slo_ttft: SloTtft = None,
+    slo_token: SloToken = None,
+    slo_total: SloTotal = None,
+    json: JsonFolder = None,
+    html: Html = None,
+) -> None:
+    """Replay an access log or a trace on simulated engines, with each routing strategy.
+
+    Shows what each strategy would have done with the same requests at the same times and, for an
+    access log, what was measured.
+    """
+    from kubeai.loadtest import options
+    from kubeai.loadtest import replay as replaying
+
+    status = replaying.run(
+        replaying.Replay(
+            path=file,
+            model=model,
+            output_tokens=output_tokens,
+            block_tokens=trace_block_tokens,
+            speed=speed,
+            requests_max=requests,
+            preset=preset,
+            engines=engines,
+            strategies=strategies,
+            objective=_objective(slo_ttft, slo_token, slo_total),
+            warm_up_s=options.seconds("--warm-up", warm_up),
+            engine_and_ring={
+                "cache_blocks": cache_blocks,
+                "replication": replication,
+                "mean_load_factor": mean_load_factor,
+                "prefix_char_length": prefix_char_length,
+                "replicas": replicas,
+            },
+        ),
+        options.folder("--json", json),
+        options.writable("--html", html),
+    )
+    raise typer.Exit(status)
 
 
 def _traffic(

@@ -62,6 +62,7 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
     "Cache and balance": (
         Figure("cache hit rate, %", ("hit_rate",), MORE, 100),
         Figure("spread (busiest ÷ mean)", ("spread",), LESS),
+        Figure("requests on the busiest endpoint", ("busiest_requests",), LESS),
     ),
     "Time to first token, ms": _times("ttft_ms", LESS),
     "Time per output token, ms": _times("token_ms", LESS),

@@ -1,4 +1,7 @@
-"""``kubeai bench simulate``: the same traffic on simulated engines, with the real hash ring."""
+"""Runs traffic on simulated engines with the gateway's own routing, once per setting.
+
+For ``kubeai bench simulate`` and, with the requests of an access log, ``kubeai bench replay``.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,38 @@ from kubeai.loadtest.scenario import (
     TraceReplay,
 )
 from kubeai.simulation import cluster, results
-from kubeai.simulation.cluster import Setting, Strategy
+from kubeai.simulation.access_logs import LoggedRequest, read_access_log
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.results import Objective, Results
+from kubeai.simulation.sessions import Traffic
+from kubeai.simulation.setting import Setting, Strategy
 from kubeai.simulation.traffic import Conversation
 
 RUNS_MAX = 100
 
 
+class LogReplay(msgspec.Struct, frozen=True, tag="access log"):
+    """Requests from an access log, at its times."""
+
+    path: str
+    model: str
+    speed: float = 1.0  # 2: twice as many requests a second
+    output_tokens: int | None = None  # of each response; None: estimated from its size
+
+    def requests(self) -> Iterator[LoggedRequest]:
+        """The requests in order; TrafficError if the file cannot be used."""
+        for one in read_access_log(Path(self.path), self.model).requests:
+            one.at_s /= self.speed
+            # Embeddings and the like generate no tokens.
+            if self.output_tokens is not None and one.output_tokens:
+                one.output_tokens = self.output_tokens
+            yield one
+
+
 class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     """Traffic and the settings to run it with."""
 
-    traffic: Synthetic | ShareGpt | TraceReplay
+    traffic: Synthetic | ShareGpt | TraceReplay | LogReplay
     load: ClosedLoop | OpenLoop  # a setting's own concurrency overrides it
     preset: str
     settings: tuple[Setting, ...]
@@ -45,8 +68,10 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     requests_max: int | None = None
     objective: Objective = Objective()
 
-    def conversations(self) -> Iterator[Conversation]:
+    def conversations(self) -> Iterator[Traffic]:
         """The traffic, the same for every setting."""
+        if isinstance(self.traffic, LogReplay):
+            return itertools.islice(self.traffic.requests(), self.requests_max)
         scenario = Scenario(url="", model="", traffic=self.traffic, load=self.load, seed=self.seed)
         every = (conversation for _, conversation in scenario.conversations())
         if isinstance(self.load, ClosedLoop):  # ignores a trace's timestamps
@@ -54,7 +79,7 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
         return _first(every, self.requests_max)
 
 
-def _first(every: Iterator[Conversation], requests: int | None) -> Iterator[Conversation]:
+def _first(every: Iterator[Conversation], requests: int | None) -> Iterator[Traffic]:
     """Conversations with ``requests`` turns in total; the last one may be truncated."""
     left = sys.maxsize if requests is None else requests
     for one in every:
@@ -96,10 +121,16 @@ def settings(
     return found
 
 
-def run(simulation: Simulation, json_folder: Path | None, html_path: Path | None) -> int:
+def run(
+    simulation: Simulation,
+    json_folder: Path | None,
+    html_path: Path | None,
+    measured: Results | None = None,
+) -> int:
     """Run all settings in parallel on all cores, then print and write the results.
 
-    Exits the process after Ctrl-C.
+    ``measured``: results of the real requests, shown beside the simulated ones. Exits the process
+    after Ctrl-C.
     """
     found: list[Results] = []
     jobs = [(simulation, number) for number in range(len(simulation.settings))]
@@ -126,6 +157,8 @@ def run(simulation: Simulation, json_folder: Path | None, html_path: Path | None
     finally:
         if not interrupted:
             pool.shutdown()
+    if measured is not None:
+        found.append(measured)
     _report(simulation, found)
     _write(found, json_folder, html_path)
     if interrupted:

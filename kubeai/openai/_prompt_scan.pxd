@@ -7,4 +7,4 @@ from kubeai._prompt cimport Prompt
 from kubeai.openai._body_scan cimport InferenceRequest
 
 
-cdef Prompt prompt_for(Picker picker, InferenceRequest request)
+cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete)

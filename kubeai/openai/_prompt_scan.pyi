@@ -4,9 +4,10 @@ from kubeai._pick import Picker
 from kubeai._prompt import Prompt
 from kubeai.openai._body_scan import InferenceRequest
 
-def prompt_of(picker: Picker, request: InferenceRequest) -> Prompt:
-    """The prompt of a request, with what the picker's strategy uses.
+def prompt_of(picker: Picker, request: InferenceRequest, complete: bool = False) -> Prompt:
+    """The prompt of a request, with what the picker's strategy uses, or what any strategy uses.
 
     Under LeastLoad only the length, under PrefixHash the hash key and the blocks, under PrefixCache
-    the blocks. An upload has an empty prompt without a key.
+    the blocks. An upload has an empty prompt without a key. ``complete``: the hash key and the
+    blocks under each strategy, for the access log.
     """

@@ -137,8 +137,8 @@ cdef uint32_t tokens_of(Length *length, const Files *files, const char *begin, i
     )
 
 
-cdef Prompt prompt_for(Picker picker, InferenceRequest request):
-    """See the stub."""
+cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
+    """See the stub of ``prompt_of``."""
     cdef Place *conversation = &request.conversation
     cdef int64_t size = size_of(conversation)
     cdef int64_t head_bytes = size_of(&request.tools) + size_of(&request.system_field)
@@ -159,8 +159,8 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request):
     if not request.is_cached:  # embeddings, reranking: all of the body, and nothing is found again
         size = request.end - request.begin
         conversation = NULL
-    if picker.strategy != LEAST_LOAD:
-        if picker.strategy == PREFIX_HASH:
+    if complete or picker.strategy != LEAST_LOAD:
+        if complete or picker.strategy == PREFIX_HASH:
             prompt.key = request.key(picker.prefix_char_length)
             prompt.has_key = True
         if request.is_cached:
@@ -210,6 +210,6 @@ cdef int _add_blocks(
     return 0
 
 
-def prompt_of(Picker picker not None, InferenceRequest request not None):
+def prompt_of(Picker picker not None, InferenceRequest request not None, bint complete=False):
     """See the stub."""
-    return prompt_for(picker, request)
+    return prompt_for(picker, request, complete)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from kubeai.simulation.cluster import Setting, Strategy, simulate
+from kubeai.simulation.cluster import simulate
 from kubeai.simulation.engine import Engine, EngineConfig
+from kubeai.simulation.setting import Setting, Strategy
 from kubeai.simulation.traffic import Conversation, Shape, generate
 
 

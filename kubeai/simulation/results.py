@@ -215,6 +215,7 @@ def _summary(
         "took_ms": _figures_ms([r.took_s for r in good]),
         "late_ms": _figures_ms([r.sent_s - r.due_s for r in kept]),
         "spread": _unevenness(kept),
+        "busiest_requests": _busiest(kept),
     }
 
 
@@ -229,6 +230,12 @@ def _figures_ms(values_s: Iterable[float]) -> dict[str, float]:
 
 def _name(quantile: float) -> str:
     return f"p{quantile * 100:g}"
+
+
+def _busiest(measurements: list[Measurement]) -> int | None:
+    """The number of requests on the busiest endpoint."""
+    counts = Counter(measurement.endpoint for measurement in measurements if measurement.endpoint)
+    return max(counts.values(), default=None)
 
 
 def _unevenness(measurements: list[Measurement]) -> float | None:

@@ -11,25 +11,19 @@ only on the ``hash_ids``, so that prompts begin alike exactly as far as the real
 from __future__ import annotations
 
 import functools
-import gzip
-import io
-import zlib
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from kubeai.simulation import text
+from kubeai.simulation.json_lines import read_lines
 from kubeai.simulation.traffic import Conversation, Message, TrafficError, Turn
 
-TRACE_MAX_BYTES = 4 << 30  # decompressed
-LINE_MAX_BYTES = 64 << 20
 LENGTH_MAX_TOKENS = 10_000_000  # of a prompt or a reply
 MOONCAKE_BLOCK_TOKENS = 512
 BAILIAN_BLOCK_TOKENS = 16
-GZIP_MAGIC = b"\x1f\x8b"
 GIT_LFS_POINTER = b"version https://git-lfs"
 
 _Format = Literal["Mooncake", "Bailian"]
@@ -80,36 +74,10 @@ def read_trace(
     and the field that cannot be used.
     """
     reader = _Reader(path, block_tokens)
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if line.strip():
             reader.add(number, line)
     return reader.entries()[:requests_max]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = size = 0
-    try:
-        with path.open("rb") as file:
-            packed = file.peek(2)[:2] == GZIP_MAGIC
-            lines = io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file
-            while line := lines.readline(LINE_MAX_BYTES + 1):
-                number += 1
-                size += len(line)
-                if len(line) > LINE_MAX_BYTES:
-                    limit = f"{LINE_MAX_BYTES:,} bytes (LINE_MAX_BYTES)"
-                    raise TrafficError(f"{path}: line {number}: is longer than {limit}")
-                if size > TRACE_MAX_BYTES:
-                    limit = f"{TRACE_MAX_BYTES:,} decompressed bytes (TRACE_MAX_BYTES)"
-                    raise TrafficError(f"{path}: line {number}: the file exceeds {limit}")
-                yield number, line
-    except EOFError:
-        raise TrafficError(
-            f"{path}: line {number + 1}: the gzip data is truncated: copy the file again"
-        ) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise TrafficError(f"{path}: line {number + 1}: invalid gzip data: {error}") from None
-    except OSError as error:
-        raise TrafficError(f"{path}: {error.strerror}") from None
 
 
 # -- lines -----------------------------------------------------------------------------------------

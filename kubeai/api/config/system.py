@@ -322,6 +322,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     # Whether clients may ask, with a header, why an endpoint was picked. The answer names endpoints
     # and says how much of the prompt was sent to them before, by whomever.
     explain: bool = False
+    access_log_prompts: bool = False  # log the hashes of prompts, for `kubeai bench replay`
     # On SIGTERM: how long new requests are still accepted, and how long in-flight ones may take.
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
@@ -400,6 +401,8 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
         raise ConfigError("gateway.drainAccept", "must not be longer than gateway.drainTimeout")
     if config.gateway.eject_max_time_s < config.gateway.eject_time_s:
         raise ConfigError("gateway.ejectMaxTime", "must not be shorter than gateway.ejectTime")
+    if config.gateway.access_log_prompts and not config.gateway.access_log_sample:
+        raise ConfigError("gateway.accessLogPrompts", "requires gateway.accessLogSample above 0")
     if config.gateway.buffer_max_bytes < config.gateway.body_max_bytes:
         raise ConfigError("gateway.bufferMaxBytes", "must not be less than gateway.bodyMaxBytes")
     if config.gateway.spool_max_bytes < config.gateway.multipart_max_bytes:

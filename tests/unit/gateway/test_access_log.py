@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says
 from fakes.world import World
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from kubeai._prompt import BLOCKS_MAX, Prompt
 from kubeai.errors import ConfigError
 from kubeai.gateway import access_log as observers
 from kubeai.gateway import tracing
@@ -43,10 +45,10 @@ class Lines:
 async def start():
     worlds = []
 
-    async def start(watching, script=None, **config) -> World:
+    async def start(watching, script=None, strategy="LeastLoad", **config) -> World:
         world = await World.start(observers=watching, **config)
         worlds.append(world)
-        world.route("m", {"pod-1": await world.engine(script or says(b"{}"))})
+        world.route("m", {"pod-1": await world.engine(script or says(b"{}"))}, strategy=strategy)
         return world
 
     yield start
@@ -137,6 +139,67 @@ async def test_retries_are_logged(start):
     await world.at_rest()
     log.close()
     assert [(told["retries"], told["status"]) for told in lines.read()] == [(1, 503)]
+
+
+@pytest.mark.parametrize("strategy", ["LeastLoad", "PrefixHash", "PrefixCache"])
+async def test_prompts_are_logged_under_each_strategy_if_enabled(start, strategy):
+    lines = Lines()
+    log = AccessLog(1.0, lines.write)
+    world = await start(Observers(log, None), access_log_prompts=True, strategy=strategy)
+    wire = await world.client()
+    large = "x" * (1 << 20)  # takes the path of large bodies
+    for text in ("a" * 300, "a" * 300 + "b" * 300, large):
+        message = {"role": "user", "content": text}
+        await wire.send(
+            post(CHAT, json.dumps({"model": "m", "stream": True, "messages": [message]}).encode())
+        )
+        await wire.answer()
+    await world.at_rest()
+    log.close()
+    first, second, last = (told["prompt"] for told in lines.read())
+    assert first["tokens"] == len(json.dumps([{"role": "user", "content": "a" * 300}])) // 4
+    assert first["stream"]
+    assert first["key"] == second["key"] != last["key"], "they begin alike"
+    assert (first["depths"], second["depths"]) == ([64], [64, 128])
+    assert first["blocks"] == second["blocks"][:1]
+    assert len(last["blocks"]) == len(last["depths"]) > 30
+    assert all(re.fullmatch("[0-9a-f]{16}", block) for block in last["blocks"])
+
+
+async def test_prompts_are_not_logged_by_default(start):
+    lines = Lines()
+    log = AccessLog(1.0, lines.write)
+    world = await start(Observers(log, None), strategy="PrefixHash")
+    wire = await world.client()
+    await wire.send(post(CHAT, b'{"model":"m","messages":[{"role":"user","content":"hello"}]}'))
+    await wire.answer()
+    await world.at_rest()
+    log.close()
+    assert ["prompt" in told for told in lines.read()] == [False]
+
+
+def test_the_longest_line_is_written_at_once():
+    written = []
+    log = AccessLog(1.0, written.append)
+    deepest = [(1 << 32) - 1] * BLOCKS_MAX
+    longest = Prompt((1 << 32) - 1, [(1 << 64) - 1] * BLOCKS_MAX, deepest, (1 << 64) - 1)
+    log.add(
+        line(
+            time="2026-11-29T13:00:00.000+00:00",
+            request_id='"' * 128,
+            client="f" * 45,
+            path='"' * observers.PATH_MAX_CHARS,
+            model="m" * 127,
+            endpoint="p" * 253,
+            duration_s=1234567.123456,
+            first_byte_s=1234567.123456,
+            request_bytes=1 << 40,
+            answer_bytes=1 << 40,
+            prompt=longest,
+        )
+    )
+    log.close()
+    assert [len(text) <= select.PIPE_BUF for text in written] == [True]
 
 
 def test_successful_requests_are_sampled():

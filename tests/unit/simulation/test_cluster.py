@@ -8,9 +8,10 @@ from collections import defaultdict
 import pytest
 
 from kubeai.simulation import results, traffic
-from kubeai.simulation.cluster import STRATEGIES, Setting, simulate
+from kubeai.simulation.cluster import simulate
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.presets import PRESETS
+from kubeai.simulation.setting import STRATEGIES, Setting
 from kubeai.simulation.traffic import Conversation, Shape, Turn
 
 ENGINE = EngineConfig(cache_blocks=1200, decode_tokens_per_s=0.0, weights_s=0.02)

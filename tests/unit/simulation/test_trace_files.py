@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kubeai.simulation import text, trace_files
+from kubeai.simulation import json_lines, text
 from kubeai.simulation.trace_files import TraceEntry, read_trace
 from kubeai.simulation.traffic import Conversation, TrafficError, Turn
 
@@ -242,11 +242,11 @@ def test_the_decompressed_size_is_limited(tmp_path, monkeypatch):
     file = tmp_path / "t.gz"
     line = json.dumps(mooncake(1, 600, 1, 2)).encode() + b"\n"
     file.write_bytes(gzip.compress(line * 100))
-    monkeypatch.setattr(trace_files, "TRACE_MAX_BYTES", len(line) * 100)
+    monkeypatch.setattr(json_lines, "FILE_MAX_BYTES", len(line) * 100)
     assert len(read_trace(file)) == 100
-    monkeypatch.setattr(trace_files, "TRACE_MAX_BYTES", len(line) * 50)
+    monkeypatch.setattr(json_lines, "FILE_MAX_BYTES", len(line) * 50)
     assert refusal(file).startswith("line 51: the file exceeds ")
-    monkeypatch.setattr(trace_files, "LINE_MAX_BYTES", len(line) - 1)
+    monkeypatch.setattr(json_lines, "LINE_MAX_BYTES", len(line) - 1)
     assert refusal(file).startswith("line 1: is longer than ")
 
 

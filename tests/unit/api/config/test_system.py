@@ -126,6 +126,7 @@ MISTAKES = [
     ("gateway: {accessLogSample: -0.1}", "gateway.accessLogSample", "must be at least 0, not -0.1"),
     ("gateway: {accessLogSample: .nan}", "gateway.accessLogSample", "must be at least 0, not nan"),
     ("gateway: {accessLogSample: often}", "gateway.accessLogSample", "must be a number"),
+    ("gateway: {accessLogPrompts: true}", "gateway.accessLogPrompts", "accessLogSample above 0"),
     ("gateway: {accessLogSample: true}", "gateway.accessLogSample", "must be a number"),
     ("gateway: {ejectTime: 1m, ejectMaxTime: 30s}", "gateway.ejectMaxTime", "gateway.ejectTime"),
     ("gateway: {bufferMaxBytes: 1Mi}", "gateway.bufferMaxBytes", "gateway.bodyMaxBytes"),
