@@ -48,7 +48,7 @@ class Case(NamedTuple):
     preset: str = L4
 
     def traffic(self, trace: list[TraceEntry], spread_s: float = 0.0) -> Iterable[Conversation]:
-        """``spread_s``: the trace's times are rounded down to so many seconds; spread them."""
+        """``spread_s``: spread the times, which the trace rounds down, over this interval."""
         if self.shape is None:
             return _spread(trace, self.speed, spread_s)
         conversations = generate(self.shape, SEED)
