@@ -7,10 +7,10 @@ exchange, routing and counting are real, but there are no sockets and no event l
 warm-up, counts the instructions of a few hundred requests and divides by their number, in total
 and per library. The interpreter's share includes the cost of driving the connections.
 
-``--against`` builds another revision in a separate folder and counts there too; the exit status is
-1 if this tree needs over 5 % more in any scenario, or more than ``accepted_increases.json`` says for
-it. Needs valgrind (Debian: apt install valgrind)
-and gcc; without valgrind it prints a notice and exits with status 0.
+``--against`` builds another revision in a separate folder and counts there too. The exit status is
+1 if a scenario needs over 5 % more in this tree, or more than ``accepted_increases.json`` accepts.
+Needs valgrind (Debian: apt install valgrind) and gcc; without valgrind it prints a notice and exits
+with status 0.
 """
 
 from __future__ import annotations
