@@ -289,6 +289,15 @@ class Report:
             1e6,
             " µs",
         )
+        self.pick(
+            "`pick` + `release`, PrefixCache, 800-byte chat, 1,000 endpoints",
+            "≤ 5 µs",
+            "test_pick_cached_and_release",
+            5,
+            1e6,
+            " µs",
+        )
+        self.pick("hashes of a 400 KB prompt", "≤ 60 µs", "test_prompt_of_a_body", 60, 1e6, " µs")
         self.pick("build a ring of 1,000 endpoints × 256", "≤ 60 ms", "test_build", 60, 1e3, " ms")
         self.pick(
             "add and remove one endpoint of that ring",
@@ -442,7 +451,15 @@ class Report:
 
 
 # Calls per round of a micro-benchmark, if more than one.
-PER_ROUND = {"test_pick_hashed_and_release": 1000, "test_pick_least_and_release": 1000}
+PER_ROUND = dict.fromkeys(
+    (
+        "test_pick_hashed_and_release",
+        "test_pick_least_and_release",
+        "test_pick_cached_and_release",
+        "test_prompt_of_a_body",
+    ),
+    1000,
+)
 
 
 def outside(found: dict, proxy: str) -> float:
