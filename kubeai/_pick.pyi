@@ -16,7 +16,6 @@ class Picker:
     """Picks among one model's endpoints. Single-threaded, like its ring."""
 
     ring: Ring
-    hashes: bool  # whether the strategy uses the hash key of a prompt
     prefix_char_length: int
 
     def __init__(self, ring: Ring, index: PrefixIndex | None = None) -> None:

@@ -83,11 +83,6 @@ cdef class Picker:
         self.prefix_char_length = prefix_char_length
         self.load_factor = load_factor
 
-    @property
-    def hashes(self):
-        """Whether the strategy uses the hash key of a prompt."""
-        return self.strategy == PREFIX_HASH
-
     cpdef Reservation pick(self, Prompt prompt, str adapter=None, object exclude=()):
         """See the stub."""
         cdef Reservation reservation
