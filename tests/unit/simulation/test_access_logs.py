@@ -5,13 +5,20 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from kubeai._load import LoadTable
+from kubeai._pick import Picker
 from kubeai._prompt import BLOCKS_MAX
+from kubeai._ring import Ring
+from kubeai.openai.request import prompt_of, read
+from kubeai.openai.routes import Kind
 from kubeai.simulation import results
 from kubeai.simulation.access_logs import (
     OUTPUT_MAX_TOKENS,
@@ -19,10 +26,10 @@ from kubeai.simulation.access_logs import (
     is_access_log,
     read_access_log,
 )
-from kubeai.simulation.cluster import simulate
+from kubeai.simulation.cluster import SimulationRun, simulate
 from kubeai.simulation.sessions import make_session
 from kubeai.simulation.setting import Setting
-from kubeai.simulation.traffic import TrafficError
+from kubeai.simulation.traffic import Conversation, Shape, TrafficError, Turn, generate
 
 BLOCK = 16
 CHAT = "/openai/v1/chat/completions"
@@ -179,6 +186,57 @@ def test_requests_of_a_conversation_meet_on_one_engine(written, strategy):
     ]
     run = simulate(Setting(engines=4, strategy=strategy), read_access_log(written(*lines)).requests)
     assert sum(one.cached_tokens for one in run.measurements) == 8 * 2 * 64
+
+
+@pytest.mark.parametrize("strategy", ["LeastLoad", "PrefixHash", "PrefixCache"])
+def test_a_replay_finds_nearly_as_much_in_caches_as_a_simulation_of_the_text(tmp_path, strategy):
+    """What it misses: the end of each common beginning, and replies that become history."""
+    talks = sorted(
+        (one for number in range(80) for one in turns_of(number)), key=lambda one: one.at_s
+    )
+    path = tmp_path / "access.log"
+    path.write_text("".join(json.dumps(logged(one)) + "\n" for one in talks))
+    setting = Setting(engines=4, strategy=strategy)
+    of_text, of_log = (
+        summarized(simulate(setting, traffic))
+        for traffic in (talks, read_access_log(path).requests)
+    )
+    assert of_log["requests"] == of_text["requests"] == 80 * 6
+    assert of_log["output_tokens"] == of_text["output_tokens"]
+    assert 0.3 < of_text["hit_rate"] < 0.95
+    assert of_text["hit_rate"] - 0.09 < of_log["hit_rate"] < of_text["hit_rate"] + 0.01
+
+
+def turns_of(number: int) -> Iterator[Conversation]:
+    """The turns of a conversation, as requests at fixed times."""
+    shape = Shape(conversations=80, turns=6, system_tokens=400, systems=3, replies=True)
+    talk = next(iter(generate(shape, 1, first=number)))
+    for turn, last in enumerate(talk.turns):
+        *history, _ = talk.prompt(turn, [""] * turn)
+        sent = Turn(last.text, reply_tokens=100)
+        yield Conversation((sent,), tuple(history), at_s=number * 0.7 + turn * 9)
+
+
+def logged(one: Conversation) -> dict:
+    """The request in an access log, with its prompt as the gateway reads it."""
+    messages = [{"role": role, "content": content} for role, content in one.prompt(0, ())]
+    body = json.dumps({"model": "m", "stream": True, "messages": messages}).encode()
+    supervisor = LoadTable.create(2, 1)
+    table = LoadTable.attach(supervisor.fd, 0)
+    picker = Picker(Ring(table, 0, supervisor.open_row(0), replication=1, mean_load_factor=125))
+    picker.configure("LeastLoad", 100)
+    found = prompt_of(picker, read(Kind.CHAT, body), complete=True)
+    table.close()
+    supervisor.close()
+    hashes = [block for block, _ in found.samples]
+    depths = [depth for _, depth in found.samples]
+    made = prompt(*hashes, tokens=found.tokens, depths=depths, key=f"{found.key:016x}")
+    time = datetime.fromtimestamp(1.8e9 + one.at_s, UTC).isoformat()
+    return line(time=time, answer_bytes=800 + 100 * 234, prompt=made)
+
+
+def summarized(run: SimulationRun) -> dict:
+    return results.summarize("", {}, run.measurements, run.gaps).summary
 
 
 # -- what is skipped -------------------------------------------------------------------------------
