@@ -86,6 +86,8 @@ cdef class Picker:
     cpdef Reservation pick(self, Prompt prompt, str adapter=None, object exclude=()):
         """See the stub."""
         cdef Reservation reservation
+        if prompt is None:
+            raise TypeError("a pick needs a prompt")
         if self.estimated:
             self.expire()
         if self.strategy == PREFIX_CACHE:

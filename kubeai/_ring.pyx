@@ -284,6 +284,8 @@ cdef class Ring:
     ):
         """See the stub."""
         cdef Known known
+        if prompt is None:
+            raise TypeError("a pick needs a prompt")
         prompt.look_up(index, &known)
         self._begin()
         if self.everyone.n == 0:

@@ -416,6 +416,14 @@ def test_samples_lie_where_the_offset_says():
         assert sample_ends(size) == [end for end in ends if end <= size]
 
 
+def test_a_pick_needs_a_prompt(make):
+    model = make()
+    with pytest.raises(TypeError):
+        model.pick(None)
+    with pytest.raises(TypeError):
+        model.ring.pick_hashed(1, prompt=None)
+
+
 def test_a_prompt_with_unequal_blocks_and_depths_is_rejected():
     with pytest.raises(ValueError, match="2 blocks, but 1 depths"):
         Prompt(10, [1, 2], [3])
