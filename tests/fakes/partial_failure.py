@@ -203,8 +203,8 @@ class Cluster:
                     break
                 reservation = (
                     moved_to
-                    or retries.elsewhere(routed, None, None)
-                    or await retries.later(routed, None, None)
+                    or retries.elsewhere(routed, Prompt(), None)
+                    or await retries.later(routed, Prompt(), None)
                 )
         except BadRequest:
             status = 503
@@ -223,7 +223,7 @@ class Cluster:
 
         def move() -> None:
             nonlocal moved_to
-            moved_to = retries.move(reservation, routed, None, None)
+            moved_to = retries.move(reservation, routed, Prompt(), None)
             if moved_to is not None:
                 serving.cancel()
 

@@ -11,6 +11,7 @@ import pytest
 from fakes.time import FAKE_TIME
 
 from kubeai._load import LoadTable
+from kubeai._prompt import Prompt
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice, hold
@@ -65,7 +66,7 @@ class Worker:
         admission = routed.admit()
         ask = named(Kind.CHAT, model)
         try:
-            reservation = await hold(self.context, routed, ask, None, admission)
+            reservation = await hold(self.context, routed, ask, Prompt(), admission)
         except BadRequest as error:
             return error, loop.time() - began_s
         finally:
