@@ -219,6 +219,9 @@ cdef class LoadTable(SharedMemory):
         cdef int64_t untold = <int64_t> get_u64(&self.header.peers) * (here - told)
         return work_of(self._load(row), per_request) + (untold >> SETTLED_BITS)
 
+    cdef uint64_t _counted(
+        self, const uint64_t *cells, size_t width, size_t row, int which
+    ) noexcept
     cdef uint64_t _ended(self, size_t row) noexcept
     cdef inline bint lives(self, size_t row, uint32_t generation) noexcept:
         """Whether this is the row's current generation; 0 (never opened) is never current."""

@@ -28,7 +28,7 @@ from libc.string cimport memset
 
 import os
 
-from kubeai._shared_memory cimport SharedMemory, lines
+from kubeai._shared_memory cimport SharedMemory, lines, read_header
 
 cdef enum:
     ROWS_MAX = 1 << 20
@@ -149,16 +149,8 @@ cdef class LoadTable(SharedMemory):
         cdef LoadTable table = LoadTable.__new__(LoadTable)
         cdef size_t size = os.fstat(fd).st_size
         cdef Header header
-        cdef bytes start = os.pread(fd, sizeof(Header), 0)
-        if len(start) < <Py_ssize_t> sizeof(Header):
-            raise ValueError("not a load table: too short")
+        cdef bytes start = read_header(fd, "load table", sizeof(Header), MAGIC, LAYOUT_VERSION)
         header = (<Header *> <const char *> start)[0]
-        if header.magic != MAGIC:
-            raise ValueError("not a load table: wrong magic")
-        if header.version != LAYOUT_VERSION:
-            raise ValueError(
-                f"load table has layout {header.version}, this program has {LAYOUT_VERSION}"
-            )
         if not (1 <= header.rows <= ROWS_MAX and 2 <= header.columns <= WORKERS_MAX + 1):
             raise ValueError(f"load table has {header.rows} rows × {header.columns} columns")
         if size != _layout(header.rows, header.columns).end:
@@ -372,15 +364,22 @@ cdef class LoadTable(SharedMemory):
         self._check_row(row)
         return self._expected(row, per_request)
 
+    cdef uint64_t _counted(
+        self, const uint64_t *cells, size_t width, size_t row, int which
+    ) noexcept:
+        """The sum over all columns of one of the ``width`` counters that a row has in ``cells``."""
+        cdef uint64_t total = 0
+        cdef int column
+        for column in range(self.columns):
+            total += get_u64(&cells[width * (<size_t> column * self.rows + row) + which])
+        return total
+
     cdef uint64_t _ended(self, size_t row) noexcept:
         """A model's requests that have ended, with any outcome."""
         cdef uint64_t total = 0
-        cdef int column, outcome
-        for column in range(self.columns - 1):
-            for outcome in range(RETRIED):
-                total += get_u64(
-                    &self.outcome_cells[OUTCOMES * (<size_t> column * self.rows + row) + outcome]
-                )
+        cdef int outcome
+        for outcome in range(RETRIED):
+            total += self._counted(self.outcome_cells, OUTCOMES, row, outcome)
         return total
 
     def ended(self, Py_ssize_t row):
@@ -391,15 +390,7 @@ cdef class LoadTable(SharedMemory):
     def lookups(self, Py_ssize_t row):
         """Hash lookups in which an endpoint was the (initial, final, default) choice."""
         self._check_row(row)
-        cdef uint64_t initial = 0, chosen = 0, default = 0
-        cdef uint64_t *cell
-        cdef int column
-        for column in range(self.columns):
-            cell = &self.lookup_cells[3 * (<size_t> column * self.rows + row)]
-            initial += get_u64(&cell[0])
-            chosen += get_u64(&cell[1])
-            default += get_u64(&cell[2])
-        return initial, chosen, default
+        return tuple([self._counted(self.lookup_cells, 3, row, which) for which in range(3)])
 
     def outcomes(self, Py_ssize_t row, column=None):
         """A model's request counts by outcome (``OUTCOME_NAMES``), for one column or all."""

@@ -88,8 +88,7 @@ cdef class Picker:
         cdef Reservation reservation
         if prompt is None:
             raise TypeError("a pick needs a prompt")
-        if self.estimated:
-            self.expire()
+        self.expire()
         if self.strategy == PREFIX_CACHE:
             return self._pick_cached(prompt, adapter, exclude)
         if self.strategy == PREFIX_HASH and prompt.has_key:
@@ -303,8 +302,11 @@ cdef class Picker:
 
     cpdef int expire(self) except -1:
         """See the stub."""
-        cdef double now_s = self.ring._now_s()
+        cdef double now_s
         cdef Reservation reservation
+        if not self.estimated:
+            return 0
+        now_s = self.ring._now_s()
         while self.estimated and self.estimated[0][0] <= now_s:
             _, reservation = self.estimated.popleft()
             if not reservation._released:

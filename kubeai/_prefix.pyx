@@ -32,7 +32,7 @@ from libc.string cimport memcpy
 
 import os
 
-from kubeai._shared_memory cimport SharedMemory, lines
+from kubeai._shared_memory cimport SharedMemory, lines, read_header
 from kubeai._load cimport get_u32, get_u64, put_u32, put_u64
 
 cdef extern from *:
@@ -125,16 +125,8 @@ cdef class PrefixIndex(SharedMemory):
         cdef PrefixIndex index = PrefixIndex.__new__(PrefixIndex)
         cdef size_t size = os.fstat(fd).st_size
         cdef Header header
-        cdef bytes start = os.pread(fd, sizeof(Header), 0)
-        if len(start) < <Py_ssize_t> sizeof(Header):
-            raise ValueError("not a prefix index: too short")
+        cdef bytes start = read_header(fd, "prefix index", sizeof(Header), MAGIC, LAYOUT_VERSION)
         header = (<Header *> <const char *> start)[0]
-        if header.magic != MAGIC:
-            raise ValueError("not a prefix index: wrong magic")
-        if header.version != LAYOUT_VERSION:
-            raise ValueError(
-                f"prefix index has layout {header.version}, this program has {LAYOUT_VERSION}"
-            )
         if (
             not 1 <= header.rows <= <uint64_t> ROWS_MAX
             or not 1 <= header.buckets <= <uint64_t> ENTRIES_MAX // BUCKET_ENTRIES

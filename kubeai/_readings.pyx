@@ -17,14 +17,10 @@ PICK_NAMES = ("prompt_tokens", "cached_tokens", "cached", "away", "new")
 def picks(LoadTable table not None, Py_ssize_t row):
     """See the stub."""
     table._check_row(row)
-    cdef int which, column
-    cdef uint64_t total
+    cdef int which
     cdef dict counts = {}
     for which in range(PICKED_NEW + 1):
-        total = 0
-        for column in range(table.columns):
-            total += get_u64(&table.pick_cells[PICKS * (<size_t> column * table.rows + row) + which])
-        counts[PICK_NAMES[which]] = total
+        counts[PICK_NAMES[which]] = table._counted(table.pick_cells, PICKS, row, which)
     return counts
 
 

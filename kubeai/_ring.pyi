@@ -66,9 +66,10 @@ class Ring:
         this pick, is at most max(floor, ceil(factor × (total + own) / n)). If there is none, takes
         the first that can serve. Loads are counted in requests of ``REQUEST_TOKENS``, to which
         pending tokens add; ``own`` includes the tokens of ``prompt`` that the index does not know
-        at the endpoint. The pick is recorded in the index. ``exclude``: names of endpoints already tried. Ejected
-        endpoints are skipped unless no other can serve; a half-open one gets one pick per
-        ``HALF_OPEN_PROBE_S``.
+        at the endpoint. The pick is recorded in the index.
+
+        ``exclude``: names of endpoints already tried. Ejected endpoints are skipped unless no other
+        can serve; a half-open one gets one pick per ``HALF_OPEN_PROBE_S``.
         """
     def pick_least(
         self, adapter: str | None = None, exclude: Iterable[str] = (), tokens: int = 0

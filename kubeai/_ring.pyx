@@ -298,8 +298,7 @@ cdef class Ring:
         if members is None or not self._survey(&survey, members, exclude, True):
             self.table.count_lookup(initial, -1, False, 0)
             return None
-        cdef int64_t own = survey.per_request + prompt.tokens
-        cdef int64_t bound = self._bound(&survey, self.factor, own)
+        cdef int64_t own, bound = 0
         cdef uint32_t new_tokens
         cdef int32_t slot, chosen = -1, first = -1
         cdef int64_t work, first_work = 0, first_own = 0
@@ -329,6 +328,8 @@ cdef class Ring:
         if first < 0:
             first = members.slots[self._any(members)]
             first_work = self._work(self.slots[first].row, survey.per_request)
+            first_own = survey.per_request + prompt.tokens
+            bound = self._bound(&survey, self.factor, first_own)
         if chosen < 0:
             self.table.count_lookup(initial, self.slots[first].row, True, iterations)
             chosen = first

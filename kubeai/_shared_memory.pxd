@@ -1,5 +1,7 @@
 """Declarations of ``_shared_memory.pyx``."""
 
+from libc.stdint cimport uint64_t
+
 
 cdef class SharedMemory:
     cdef readonly int fd
@@ -13,3 +15,6 @@ cdef class SharedMemory:
 
 
 cdef size_t lines(size_t size) noexcept
+
+
+cdef bytes read_header(int fd, str what, size_t size, uint64_t magic, uint64_t version)

@@ -2,6 +2,8 @@
 
 from posix.unistd cimport close as close_fd
 
+from libc.stdint cimport uint64_t
+
 import fcntl
 import os
 
@@ -20,6 +22,19 @@ cdef enum:
 cdef size_t lines(size_t size) noexcept:
     """Round a size up to whole cache lines."""
     return (size + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
+
+
+cdef bytes read_header(int fd, str what, size_t size, uint64_t magic, uint64_t version):
+    """The first ``size`` bytes, which begin with magic and version; ValueError if those differ."""
+    cdef bytes start = os.pread(fd, size, 0)
+    cdef const uint64_t *words = <const uint64_t *> <const char *> start
+    if <size_t> len(start) < size:
+        raise ValueError(f"not a {what}: too short")
+    if words[0] != magic:
+        raise ValueError(f"not a {what}: wrong magic")
+    if words[1] != version:
+        raise ValueError(f"{what} has layout {words[1]}, this program has {version}")
+    return start
 
 
 cdef class SharedMemory:
