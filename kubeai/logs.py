@@ -25,7 +25,7 @@ class RateLimit:
         self._per_s = per_s
         self._left = float(burst_max)
         self._at_s = 0.0
-        self._left_out = 0
+        self._suppressed = 0
 
     def take(self, now_s: float) -> int | None:
         """How many events were suppressed before this one; None if this one is suppressed too."""
@@ -33,11 +33,11 @@ class RateLimit:
             self._left = min(self._burst_max, self._left + (now_s - self._at_s) * self._per_s)
             self._at_s = now_s
             if self._left < 1:
-                self._left_out += 1
+                self._suppressed += 1
                 return None
         self._left -= 1
-        left_out, self._left_out = self._left_out, 0
-        return left_out
+        suppressed, self._suppressed = self._suppressed, 0
+        return suppressed
 
 
 class _Lines(structlog.WriteLogger):

@@ -54,7 +54,7 @@ class Line(msgspec.Struct, omit_defaults=True):
     endpoint: str | None = None
     retries: int = 0
     prompt: Prompt | None = None  # with `accessLogPrompts`; written by `_prompt_fields`
-    left_out: int = 0  # lines dropped before this one because the queue was full
+    dropped: int = 0  # lines dropped before this one because the queue was full
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class AccessLog:
         self._sample = sample
         self._write = write
         self._random = random
-        self._left_out = 0
+        self._dropped = 0
         self._lines: Queue[Line | None] = Queue(QUEUE_MAX_LINES)
         self._thread = threading.Thread(target=self._run, name="access log", daemon=True)
         self._thread.start()
@@ -101,12 +101,12 @@ class AccessLog:
 
     def add(self, line: Line) -> None:
         """Queue a line; dropped and counted if the queue is full."""
-        line.left_out = self._left_out
+        line.dropped = self._dropped
         try:
             self._lines.put_nowait(line)
-            self._left_out = 0
+            self._dropped = 0
         except Full:
-            self._left_out += 1
+            self._dropped += 1
 
     def close(self) -> None:
         """Write the queued lines, but do not wait for a stalled reader."""

@@ -89,10 +89,13 @@ async def hold(
 
 
 def _blocked(request: InferenceRequest, block: Block) -> BadRequest:
-    left_out = _refusals.take(time.monotonic())
-    if left_out is not None:
+    suppressed = _refusals.take(time.monotonic())
+    if suppressed is not None:
         log.warning(
-            "model cannot be served", model=request.model, reason=block.reason, left_out=left_out
+            "model cannot be served",
+            model=request.model,
+            reason=block.reason,
+            suppressed=suppressed,
         )
     return BadRequest(
         f"The model {request.model!r} cannot be served. {block.reason}: {block.message}",

@@ -290,8 +290,8 @@ class Proxy(FastPath):
 
     @override
     def moved(self, reservation: Reservation) -> None:
-        left_out = _moves.take(time.monotonic())
-        if left_out is None:
+        suppressed = _moves.take(time.monotonic())
+        if suppressed is None:
             return
         log.info(
             "request moved off its first endpoint",
@@ -299,7 +299,7 @@ class Proxy(FastPath):
             model=self._request.name,
             endpoint=reservation.name,
             first=reservation.first,
-            left_out=left_out,
+            suppressed=suppressed,
             **why_moved(self._routed.route.strategy, reservation),
         )
 

@@ -4,8 +4,10 @@ from libc.stdint cimport uint64_t
 
 from kubeai.openai._json cimport Text
 
+cpdef enum:
+    LARGE_BYTES = 1 << 20  # larger bodies are parsed in a thread; smaller ones take 2 ms at most
+
 cdef enum:
-    LARGE_BYTES = 1 << 20  # same as in request.py
     SYSTEMS_FEW_COUNT = 8
 
 
@@ -69,7 +71,7 @@ cdef class InferenceRequest:
     cdef bint is_cached  # the engine keeps the keys and values of prompts of this kind
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed
-    cdef bint odd  # there are messages that an engine would reject
+    cdef bint malformed  # there are messages that an engine would reject
     cdef Fault fault
     cdef const char *fault_at
     cdef char fault_key[5]

@@ -4,6 +4,8 @@ from typing import final
 
 from kubeai.openai.routes import Kind
 
+LARGE_BYTES: int  # larger bodies are parsed in a thread
+
 @final
 class Shape:
     """The top-level members that a kind of request is hashed by.

@@ -267,7 +267,7 @@ cdef class InferenceRequest:
         self.first.at = self.first.after = NULL
         self.systems_n = 0
         self.has_parts = False
-        self.odd = self.crowded = False
+        self.malformed = self.crowded = False
         if begin[0] == c"[":
             after = self._read_messages(begin)
         else:
@@ -278,7 +278,7 @@ cdef class InferenceRequest:
         self.conversation.after = after
         if after is not NULL and is_crowded(begin, after):
             self.crowded = True
-            self.odd = False
+            self.malformed = False
             self.first.at = begin
             self.first.after = begin + CROWDED_BYTES
             self.systems_n = 0
@@ -300,7 +300,7 @@ cdef class InferenceRequest:
                 elif role == SYSTEM and not self._add_system(&content):
                     return NULL
             else:
-                self.odd = True
+                self.malformed = True
                 at = skip_value(at, self.end)
             if at is NULL:
                 return NULL
@@ -325,7 +325,7 @@ cdef class InferenceRequest:
                     if at is not NULL:
                         role[0] = role_of(&word)
                 else:
-                    self.odd = True
+                    self.malformed = True
                     at = skip_value(value, self.end)
             else:
                 at = skip_value(value, self.end)
@@ -400,7 +400,7 @@ cdef class InferenceRequest:
         cdef int i
         text.size = 0
         text.left = PY_SSIZE_T_MAX
-        if self.odd:
+        if self.malformed:
             return False
         if self.system_field.at is not NULL:
             if not put_content(text, self.system_field.at, self.end):

@@ -24,7 +24,7 @@ import msgspec
 from kubeai.api.labels import Selector, label_selector
 from kubeai.errors import quoted
 from kubeai.openai import _body_scan
-from kubeai.openai._body_scan import InferenceRequest, Shape, named
+from kubeai.openai._body_scan import LARGE_BYTES, InferenceRequest, Shape, named
 from kubeai.openai._prompt_scan import prompt_of
 from kubeai.openai.errors import BadRequest
 from kubeai.openai.routes import Kind
@@ -41,8 +41,6 @@ __all__ = [
     "read",
     "split_model",
 ]
-
-LARGE_BYTES = 1 << 20  # larger bodies are parsed in a thread; smaller ones take 2 ms at most
 
 SHAPES: dict[Kind, Shape] = {
     shape.kind: shape

@@ -98,7 +98,7 @@ class AccessLog(NamedTuple):
     model: str
     requests: list[LoggedRequest]
     skipped: dict[str, int]  # reason → lines
-    left_out: int  # requests that the gateway could not log in time
+    dropped: int  # requests that the gateway could not log in time
 
     @property
     def endpoints(self) -> int:
@@ -112,8 +112,8 @@ class AccessLog(NamedTuple):
         if self.skipped:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
             found.append(f"skipped {sum(self.skipped.values()):,} lines: {reasons}")
-        if self.left_out:
-            found.append(f"the log lacks {self.left_out:,} requests that could not be written")
+        if self.dropped:
+            found.append(f"the log lacks {self.dropped:,} requests that could not be written")
         return found
 
 
@@ -149,7 +149,7 @@ class _Line(msgspec.Struct):
     model: str | None = None
     endpoint: str | None = None
     prompt: _Prompt | None = None
-    left_out: _Count = 0
+    dropped: _Count = 0
 
 
 _line = msgspec.json.Decoder(_Line)
@@ -206,7 +206,7 @@ class _Reader:
         self._path = path
         self._model = model
         self._skipped: Counter[str] = Counter()
-        self._left_out = 0
+        self._dropped = 0
         self._requests: dict[str, list[LoggedRequest]] = {}  # by Model
 
     def add(self, where: str, data: bytes) -> None:
@@ -217,7 +217,7 @@ class _Reader:
                 self._skipped[_OTHER_LOG] += 1
                 return
             raise TrafficError(f"{where}: {error}") from None
-        self._left_out += line.left_out
+        self._dropped += line.dropped
         if reason := self._unfit(line):
             self._skipped[reason] += 1
             return
@@ -257,7 +257,7 @@ class _Reader:
         for request in requests:
             request.at_s = round(request.at_s - first_s, 6)
         skipped = dict(self._skipped.most_common())
-        return AccessLog(model, requests, skipped, self._left_out)
+        return AccessLog(model, requests, skipped, self._dropped)
 
     def _nothing(self) -> str:
         if self._skipped["without hashes of the prompt"]:

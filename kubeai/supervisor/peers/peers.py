@@ -109,7 +109,7 @@ class Peers:
         return {
             address: peer.silent_s(now_s)
             for address, peer in self._view.peers.items()
-            if not peer.ourselves
+            if not peer.is_self
         }
 
     # -- callbacks of the supervisor -------------------------------------------------------------
@@ -198,7 +198,7 @@ class Peers:
                             log.info(logged, peer=address)
                             backoff.reset()
             except OwnIdentity:
-                peer.ourselves = True
+                peer.is_self = True
                 return
             except (PeerLost, wire.BadFrame) as error:
                 if str(error) != logged:

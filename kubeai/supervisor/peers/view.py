@@ -23,7 +23,7 @@ class Peer(msgspec.Struct):
 
     known_s: float  # when we started to follow it
     reported_s: float | None = None  # when its last report arrived
-    ourselves: bool = False  # an address that turned out to be our own
+    is_self: bool = False  # an address that turned out to be our own
     models: dict[str, tuple[int, int]] = {}
     endpoints: dict[str, int] = {}
     pending: dict[str, int] = {}
@@ -83,7 +83,7 @@ class View:
         return not any(
             (peer.reported_s is None or peer.silent_s(now_s) > STALE_S)
             and peer.silent_s(now_s) <= HOLD_S
-            and not peer.ourselves
+            and not peer.is_self
             for peer in self.peers.values()
         )
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from kubeai import framing
-from kubeai._prefix import BLOCKS_MAX
+from kubeai._prompt import BLOCKS_MAX
 from kubeai.errors import KubeAIError
 
 PATH = "/loads"

@@ -232,7 +232,7 @@ def test_lines_that_cannot_be_written_in_time_are_counted():
     log.close()
     told = lines.read()
     assert len(told) == observers.QUEUE_MAX_LINES + 2
-    assert (told[-1]["request_id"], told[-1]["left_out"]) == ("last", 7)
+    assert (told[-1]["request_id"], told[-1]["dropped"]) == ("last", 7)
 
 
 def test_a_full_disk_does_not_end_the_log():

@@ -256,7 +256,7 @@ def test_lines_that_cannot_be_replayed_are_counted_by_reason(written):
         line(prompt=None),
         line(path="/openai/v1/models", model=None, prompt=None),
         line(path="/openai/v1/audio/transcriptions", prompt=None),
-        line(left_out=4),
+        line(dropped=4),
     )
     log = read_access_log(path, "m")
     assert len(log.requests) == 3
