@@ -2,10 +2,10 @@
 
 It inherits file descriptors for the load table, the prefix index, a listening socket and its end of
 the channel to the supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has
-their numbers and its column of the load table (JSON, :class:`Settings`). It serves once it has
-received the first routing table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a
-worker whose supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which
-the supervisor handles.
+their numbers and its column of the load table (JSON, :class:`.WorkerSettings`). It serves once it
+has received the first routing table. It drains on ``Drain``, on SIGTERM, and when the channel
+closes: a worker whose supervisor is gone finishes its open requests, then exits 0. It ignores
+SIGINT, which the supervisor handles.
 """
 
 from __future__ import annotations
@@ -26,38 +26,33 @@ from aiohttp import web
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
-from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.logs import get_logger, setup_logging
-from kubeai.routing.channel import Channel, Demand, Down, Drain, Ready
+from kubeai.routing.channel import (
+    SETTINGS_VARIABLE,
+    Channel,
+    Demand,
+    Down,
+    Drain,
+    Ready,
+    WorkerSettings,
+)
 from kubeai.routing.routes import Delta, Snapshot
 
 log = get_logger(__name__)
 
-ENVIRONMENT = "KUBEAI_WORKER"
 KEPT_MAX_BYTES = 64 << 20  # free memory at the end of the heap
 KEPT_BLOCK_MAX_BYTES = 4 << 20  # larger blocks are mapped, and unmapped when freed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-class Settings(msgspec.Struct, frozen=True):
-    """What the supervisor passes to a worker when it starts it."""
-
-    column: int  # of the load table
-    table_fd: int
-    index_fd: int  # of the prefix index
-    listen_fd: int
-    channel_fd: int
-    gateway: GatewayConfig
-
-
 class Worker:
     """The components of the process and its lifecycle."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._table = LoadTable.attach(settings.table_fd, settings.column)
         observers = make_observers(settings.gateway)
@@ -150,14 +145,14 @@ def main() -> int:
     _keep_memory()
     _raise_descriptors()
     setup_logging()
-    text = os.environ.pop(ENVIRONMENT, None)
+    text = os.environ.pop(SETTINGS_VARIABLE, None)
     if text is None:
         print(
-            f"{ENVIRONMENT} is not set: only kubeai serve and kubeai local start this module",
+            f"{SETTINGS_VARIABLE} is not set: only kubeai serve and kubeai local start this module",
             file=sys.stderr,
         )
         return 2
-    settings = msgspec.json.decode(text, type=Settings)
+    settings = msgspec.json.decode(text, type=WorkerSettings)
 
     async def run() -> None:
         await Worker(settings).run()

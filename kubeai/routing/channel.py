@@ -14,11 +14,34 @@ from typing import Any, cast
 import msgspec
 from typing_extensions import override
 
+from kubeai.api.config.system import GatewayConfig
 from kubeai.framing import FrameTooLong, frame, take_frames
 from kubeai.routing.routes import Delta as Delta
 from kubeai.routing.routes import Snapshot as Snapshot
 
 MESSAGE_MAX_BYTES = 256 << 20
+SETTINGS_VARIABLE = "KUBEAI_WORKER"  # the environment variable with a worker's settings, JSON
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """What the supervisor passes to a worker when it starts it. It inherits the descriptors."""
+
+    column: int  # of the load table
+    table_fd: int
+    index_fd: int  # of the prefix index
+    listen_fd: int
+    channel_fd: int
+    gateway: GatewayConfig
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The file descriptors to inherit."""
+        return self.table_fd, self.index_fd, self.listen_fd, self.channel_fd
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variable from which the worker reads them."""
+        return {SETTINGS_VARIABLE: msgspec.json.encode(self).decode()}
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):

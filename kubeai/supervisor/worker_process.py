@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 from collections.abc import Callable
-
-import msgspec
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
@@ -16,7 +13,7 @@ from kubeai.api.config.system import GatewayConfig
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
-from kubeai.routing.channel import Channel, Demand, Down, Ready, Up
+from kubeai.routing.channel import Channel, Demand, Down, Ready, Up, WorkerSettings
 from kubeai.routing.routes import Snapshot
 
 log = get_logger(__name__)
@@ -79,19 +76,19 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            spec = {
-                "column": self.column,
-                "table_fd": self._table.fd,
-                "index_fd": self._index.fd,
-                "listen_fd": self.listener.fileno(),
-                "channel_fd": theirs.fileno(),
-                "gateway": msgspec.to_builtins(self._config),
-            }
+            settings = WorkerSettings(
+                column=self.column,
+                table_fd=self._table.fd,
+                index_fd=self._index.fd,
+                listen_fd=self.listener.fileno(),
+                channel_fd=theirs.fileno(),
+                gateway=self._config,
+            )
             process = await self._spawn(
                 Command(
                     "kubeai.gateway.worker",
-                    env={**os.environ, "KUBEAI_WORKER": json.dumps(spec)},
-                    pass_fds=tuple(number for name, number in spec.items() if name.endswith("_fd")),
+                    env={**os.environ, **settings.environment},
+                    pass_fds=settings.descriptors,
                 )
             )
             self._process = process

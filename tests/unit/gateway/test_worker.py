@@ -9,14 +9,13 @@ import socket
 import sys
 from typing import Any
 
-import msgspec
 import pytest
 from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, connect, post, until
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig
-from kubeai.routing.channel import Channel, Delta, Demand, Drain, Ready, Up
+from kubeai.routing.channel import Channel, Delta, Demand, Drain, Ready, Up, WorkerSettings
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 
@@ -43,21 +42,21 @@ class Supervised:
         self.received = []
         self.ended = asyncio.Event()
         ours, theirs = socket.socketpair()
-        settings = {
-            "column": 0,
-            "table_fd": self.table.fd,
-            "index_fd": self.index.fd,
-            "listen_fd": self.listener.fileno(),
-            "channel_fd": theirs.fileno(),
-            "gateway": msgspec.to_builtins(self.config),
-        }
+        settings = WorkerSettings(
+            column=0,
+            table_fd=self.table.fd,
+            index_fd=self.index.fd,
+            listen_fd=self.listener.fileno(),
+            channel_fd=theirs.fileno(),
+            gateway=self.config,
+        )
         with theirs:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "kubeai.gateway.worker",
-                env={**os.environ, "KUBEAI_WORKER": json.dumps(settings)},
-                pass_fds=tuple(fd for name, fd in settings.items() if name.endswith("_fd")),
+                env={**os.environ, **settings.environment},
+                pass_fds=settings.descriptors,
                 stderr=asyncio.subprocess.DEVNULL,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, self.descriptors),
             )
