@@ -45,6 +45,9 @@ OUTCOME_NAMES = ("left", "2xx", "3xx", "4xx", "5xx", "broken", "retried")
 # Older samples count less: an endpoint's mean is of about 50, its model's of about 200.
 cdef double ENDPOINT_DECAY = 0.98
 cdef double MODEL_DECAY = 0.995
+# A first byte that comes later than this many times what is usual counts as if it came then: among
+# few samples, one of a stalled process or network would outweigh all others.
+cdef double LATE_MAX = 4.0
 
 cdef struct Layout:
     size_t column_headers
@@ -542,6 +545,8 @@ cdef class LoadTable(SharedMemory):
         """
         cdef Speed *model = &self.speeds[model_row]
         cdef uint64_t samples = get_u64(&model.samples) + 1
+        if samples > 1:
+            took_s = min(took_s, LATE_MAX * get_time(&model.slowness) * tokens)
         learn_one(model, MODEL_DECAY, took_s, tokens, samples)
         # Relative to the model's time at this moment: in a burst all its endpoints become slower.
         cdef double expected_s = get_time(&model.slowness) * tokens

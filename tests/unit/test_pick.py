@@ -354,6 +354,15 @@ def test_equal_endpoints_get_equal_work(make):
     assert max(counts.values()) <= 1.2 * min(counts.values())
 
 
+@pytest.mark.parametrize("late", range(12))
+def test_one_late_response_moves_no_conversation(make, late):
+    model, homes = make(4), {}
+    for number, (words, conversation) in enumerate(itertools.product((1, 5, 8), range(4))):
+        pick = model.pick(prompt(*(f"{conversation} {n}" for n in range(words))))
+        model.answer(pick, after_s=0.5 if number == late else 0.001)
+        assert pick.name == homes.setdefault(conversation, pick.name)
+
+
 def test_an_engine_that_lies_about_its_speed_is_believed_only_to_a_limit(make):
     model = make(2)
     for n in range(100):
