@@ -6,7 +6,6 @@ from typing import final
 from kubeai._shared_memory import SharedMemory
 
 CACHE_UNITS: int  # parts of a cache in which the age of an entry is counted
-BLOCKS_MAX: int  # sampled blocks of a prompt
 ENTRIES_MAX: int
 ROWS_MAX: int
 
@@ -40,7 +39,7 @@ class PrefixIndex(SharedMemory):
     def set_cache(self, row: int, tokens: int) -> None:
         """Set how many tokens an endpoint's cache holds; a change forgets what it holds.
 
-        Until it is set, nothing counts as evicted.
+        0: it keeps nothing, so it is never found. Until it is set, nothing counts as evicted.
         """
     def forget(self, row: int) -> None:
         """The endpoint has lost its cache, or the row has another endpoint."""

@@ -64,12 +64,12 @@ cdef enum:
     FORGOTTEN = 1 << 20  # staler than any stamp
 
 cdef uint64_t MAGIC = 0x6B75626561695058  # "kubeaiPX"
+cdef uint32_t KEEPS_NOTHING = 0xFFFFFFFF  # in place of a cache's size
 cdef uint64_t STAMP_MASK = (1 << STAMP_BITS) - 1
 cdef uint64_t EPOCH_MASK = (1 << EPOCH_BITS) - 1
 cdef uint64_t ROW_MASK = (1 << ROW_BITS) - 1
 
 CACHE_UNITS = _CACHE_UNITS
-BLOCKS_MAX = SAMPLES_MAX
 ENTRIES_MAX = 1 << 30
 ROWS_MAX = 1 << ROW_BITS
 
@@ -179,7 +179,7 @@ cdef class PrefixIndex(SharedMemory):
         """See the stub."""
         self._check_row(row)
         if tokens == 0:
-            raise ValueError("a cache holds at least one token")
+            tokens = KEEPS_NOTHING
         if get_u32(&self.row_states[row].cache_tokens) != tokens:  # stamps have another unit now
             put_u32(&self.row_states[row].cache_tokens, tokens)
             self.forget(row)
@@ -280,6 +280,8 @@ cdef class PrefixIndex(SharedMemory):
         cdef uint64_t entry
         cdef uint32_t staleness, stalest
         cdef int block, at, place
+        if get_u32(&state.cache_tokens) == KEEPS_NOTHING:
+            return
         value = (<uint64_t> row << EPOCH_BITS | (get_u32(&state.epoch) & EPOCH_MASK)) << STAMP_BITS
         value |= self._advance(state, new_tokens) & STAMP_MASK
         for block in range(n):

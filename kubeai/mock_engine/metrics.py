@@ -27,6 +27,7 @@ class Collector(Base):
         yield self._gauge("num_requests_running", "Requests in the batch.", engine.running)
         yield self._gauge("num_requests_waiting", "Requests in the queue.", engine.waiting)
         yield self._gauge("kv_cache_usage_perc", "KV-cache usage; 1 means 100 %.", used)
+        yield self._cache_config()
         for name, meaning, value in (
             (
                 "prefix_cache_queries",
@@ -46,6 +47,19 @@ class Collector(Base):
         for path, value in self._request_log.received.items():
             received.add_metric((path,), value)
         yield received
+
+    def _cache_config(self) -> Metric:
+        config = self._engine.config
+        labels = {
+            "engine": "0",
+            "block_size": str(config.block_tokens),
+            "num_gpu_blocks": str(config.cache_blocks),
+            "enable_prefix_caching": "True",
+            "kv_cache_size_tokens": str(config.cache_blocks * config.block_tokens),
+        }
+        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=list(labels))
+        info.add_metric(list(labels.values()), 1)
+        return info
 
     def _gauge(self, name: str, meaning: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(f"vllm:{name}", meaning, labels=("engine", "model_name"))

@@ -27,6 +27,7 @@ from kubeai.processes import Spawn, spawn_by_exec
 from kubeai.routing.channel import Drain
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route, Snapshot
+from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.metrics import Metrics
@@ -97,6 +98,7 @@ class Supervisor:
             pod=pod,
             addresses=config.fixed_self_metric_addrs,
         )
+        self._cache_sizes = CacheSizes(self.index, self.publisher)
         self.operator = Operator(
             kube,
             config,
@@ -142,6 +144,7 @@ class Supervisor:
         if delta is None:
             return
         self.peers.rerouted(model)
+        self._cache_sizes.rerouted(model)
         if self.synced:
             for worker in self._workers:
                 worker.send(delta)
@@ -195,6 +198,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(operator, *lives, *background, return_exceptions=True)
             self.peers.close()
+            await self._cache_sizes.close()
             await runner.cleanup()
             for worker in self._workers:
                 worker.listener.close()

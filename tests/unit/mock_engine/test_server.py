@@ -11,6 +11,7 @@ import pytest
 from fakes.mock_engine import FAST, HELLO, serving
 
 from kubeai.mock_engine.formats.transcriptions import audio_seconds
+from kubeai.supervisor.cache_sizes import cache_tokens
 
 # -- chat --------------------------------------------------------------------------------------
 
@@ -451,6 +452,7 @@ async def test_metrics_have_vllms_names(served):
     hits = float(values[f"vllm:prefix_cache_hits_total{labels}"])
     assert 0 < hits < queries == float(values[f"vllm:prompt_tokens_total{labels}"])
     assert values['mock_requests_total{path="/v1/chat/completions"}'] == "2.0"
+    assert cache_tokens(text) == 4_096 * 16
 
 
 # -- faults ------------------------------------------------------------------------------------

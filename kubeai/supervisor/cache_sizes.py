@@ -1,0 +1,135 @@
+"""Reads how many tokens each engine's KV cache holds, so that the prefix index knows evictions.
+
+vLLM reports it at ``/metrics`` and does not change it while it runs, so it is read once for each
+endpoint. Promises: an endpoint whose size cannot be read keeps the Publisher's default; an engine
+that hangs or misreports affects nothing but its own entries in the index.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
+from prometheus_client.parser import text_string_to_metric_families
+
+from kubeai._prefix import PrefixIndex
+from kubeai.kube.backoff import Backoff
+from kubeai.logs import get_logger
+from kubeai.routing.publisher import Publisher
+from kubeai.routing.routes import Endpoint
+
+log = get_logger(__name__)
+
+ENGINE = "VLLM"  # the engine that reports its size
+METRIC = "vllm:cache_config_info"
+READS_MAX = 16  # at a time
+READ_TIMEOUT_S = 5.0
+METRICS_MAX_BYTES = 8 << 20
+ATTEMPTS_MAX = 5
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0
+CACHE_MAX_TOKENS = 1 << 31
+
+_Lease = tuple[int, int]  # an endpoint's row and generation: those of a new pod are new
+
+
+class Unknown(Exception):
+    """Why an engine's cache size could not be read."""
+
+
+class CacheSizes:
+    """Reads the size of each new endpoint's cache and sets it in the index."""
+
+    def __init__(self, index: PrefixIndex, publisher: Publisher) -> None:
+        self._index = index
+        self._publisher = publisher
+        self._reads: dict[str, dict[_Lease, asyncio.Task[None]]] = {}  # model → its endpoints'
+        self._slots = asyncio.Semaphore(READS_MAX)
+        self._session: aiohttp.ClientSession | None = None
+
+    def rerouted(self, model: str) -> None:
+        """The model's route has changed: read its new endpoints, forget those that are gone."""
+        route = self._publisher.route(model)
+        endpoints = () if route is None or route.engine != ENGINE else route.endpoints
+        known = self._reads.pop(model, {})
+        reads = {}
+        for each in endpoints:
+            lease = each.row, each.generation
+            read = known.pop(lease) if lease in known else asyncio.create_task(self._read(each))
+            reads[lease] = read
+        for task in known.values():
+            task.cancel()
+        if reads:
+            self._reads[model] = reads
+
+    async def close(self) -> None:
+        """Stop reading."""
+        tasks = [task for reads in self._reads.values() for task in reads.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def _read(self, endpoint: Endpoint) -> None:
+        backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
+        while True:
+            try:
+                async with self._slots:
+                    tokens = await self._ask(endpoint.address)
+            except Unknown as error:
+                wait_s = backoff.next_s()
+                if backoff.failures == ATTEMPTS_MAX:
+                    log.info("cache size unknown", endpoint=endpoint.name, error=str(error))
+                    return
+                await asyncio.sleep(wait_s)
+            else:
+                self._index.set_cache(endpoint.row, tokens)
+                log.info("cache size read", endpoint=endpoint.name, tokens=tokens)
+                return
+
+    async def _ask(self, address: str) -> int:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=READ_TIMEOUT_S), raise_for_status=True
+            )
+        lines, read_bytes = [], 0
+        try:
+            async with self._session.get(f"http://{address}/metrics") as response:
+                async for line in response.content:
+                    read_bytes += len(line)
+                    if read_bytes > METRICS_MAX_BYTES:
+                        raise Unknown(f"/metrics has more than {METRICS_MAX_BYTES:,} bytes")
+                    if line.startswith(METRIC.encode()):
+                        lines.append(line.decode(errors="replace"))
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError) as error:
+            raise Unknown(f"/metrics: {error!r}") from None
+        return cache_tokens("".join(lines))
+
+
+def cache_tokens(text: str) -> int:
+    """How many tokens a vLLM server's KV caches keep, from its metrics; or Unknown.
+
+    0: prefix caching is off. A server with data parallelism has a line for each of its engines.
+    """
+    sizes, blocks_tokens = {}, 0
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name != METRIC:
+                    continue
+                labels = sample.labels
+                if labels.get("enable_prefix_caching") == "False":
+                    return 0
+                # That of one engine, in recent versions. Older ones have only the blocks, those of
+                # all engines on each line, which are too many where layers differ in their cache.
+                size = labels.get("kv_cache_size_tokens", "None")
+                if size != "None":
+                    sizes[labels.get("engine")] = int(size)
+                blocks_tokens = int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+    except (KeyError, ValueError) as error:
+        raise Unknown(f"{METRIC}: {error!r}") from None
+    tokens = sum(sizes.values()) or blocks_tokens
+    if not 1 <= tokens <= CACHE_MAX_TOKENS:
+        raise Unknown(f"{METRIC}: {tokens:,} tokens" if tokens else f"/metrics has no {METRIC}")
+    return tokens
