@@ -15,7 +15,8 @@ import argparse
 import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+
+from pages import DOCS, filled, plot
 
 from kubeai.operator.scaling import autoscaler
 from kubeai.operator.scaling.autoscaler import Autoscaler, Sample
@@ -23,7 +24,6 @@ from kubeai.simulation.fleet import Figures, Fleet, Observation, Rule, Tick, run
 from kubeai.simulation.rules import Knative, MovingAverage
 from kubeai.simulation.traces import Trace, traces
 
-DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "autoscaling.md"
 INTERVAL_S, WINDOW_S, DELAY_S = 10.0, 600.0, 30.0
 PLOTTED_EVERY = 15  # ticks
@@ -164,48 +164,28 @@ def constants_table(groups: dict[tuple[str, float], list[Figures]]) -> list[str]
     return lines
 
 
-def filled(page: str, part: str, lines: list[str]) -> str:
-    begin, end = f"<!-- {part}: begin -->\n", f"<!-- {part}: end -->"
-    before, rest = page.split(begin)
-    _, after = rest.split(end)
-    return before + begin + "\n".join(lines) + "\n" + end + after
-
-
 # -- plots -----------------------------------------------------------------------------------------
 
 
-def plot(name: str, runs: dict[str, list[Tick]]) -> None:
+def plot_replicas(name: str, runs: dict[str, list[Tick]]) -> None:
     """Plot needed, desired and ready replicas, and below them the waiting requests, per rule."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "kubeai", "svg.fonttype": "none", "font.size": 8})
-    mpl.rcParams.update({"path.simplify_threshold": 0.5})
-    figure, axes = plt.subplots(
-        2, len(runs), figsize=(11, 3.4), sharex=True, sharey="row", height_ratios=(3, 1)
-    )
     # Clip rules that are far off: they would flatten the others.
     top = 2.2 * max(2.0, *(tick.needed for tick in runs["KubeAI"]))
-    for (rule, ticks), upper, lower in zip(runs.items(), *axes, strict=True):
-        minutes = [tick.now_s / 60 for tick in ticks]
-        needed = [t.needed for t in ticks]
-        upper.plot(minutes, needed, lw=0.8, color="#999999", label="needed")
-        upper.step(minutes, [t.replicas for t in ticks], where="post", lw=1, label="wanted")
-        upper.step(minutes, [t.ready for t in ticks], where="post", lw=1, label="ready")
-        upper.set_title(rule, fontsize=9)
-        upper.set_ylim(0, top)
-        lower.plot(minutes, [t.waiting for t in ticks], lw=0.8, color="#c44e52")
-        lower.set_xlabel("minutes")
-    axes[0][0].set_ylabel("replicas")
-    axes[0][0].legend(loc="upper left", frameon=False)
-    axes[1][0].set_ylabel("waiting")
-    figure.tight_layout()
-    path = DOCS / "autoscaling" / f"{name}.svg"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+    shared = {"sharex": True, "sharey": "row", "height_ratios": (3, 1)}
+    with plot(f"autoscaling/{name}", (11, 3.4), 2, len(runs), font_size=8, **shared) as axes:
+        for (rule, ticks), upper, lower in zip(runs.items(), *axes, strict=True):
+            minutes = [tick.now_s / 60 for tick in ticks]
+            needed = [t.needed for t in ticks]
+            upper.plot(minutes, needed, lw=0.8, color="#999999", label="needed")
+            upper.step(minutes, [t.replicas for t in ticks], where="post", lw=1, label="wanted")
+            upper.step(minutes, [t.ready for t in ticks], where="post", lw=1, label="ready")
+            upper.set_title(rule, fontsize=9)
+            upper.set_ylim(0, top)
+            lower.plot(minutes, [t.waiting for t in ticks], lw=0.8, color="#c44e52")
+            lower.set_xlabel("minutes")
+        axes[0][0].set_ylabel("replicas")
+        axes[0][0].legend(loc="upper left", frameon=False)
+        axes[1][0].set_ylabel("waiting")
 
 
 # -- command line ----------------------------------------------------------------------------------
@@ -242,7 +222,7 @@ def main() -> int:
         return int(page != before)
     PAGE.write_text(page)
     for name in names:
-        plot(name, {rule: runs[name, rule][1] for rule in kinds})
+        plot_replicas(name, {rule: runs[name, rule][1] for rule in kinds})
     return 0
 
 

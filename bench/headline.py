@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from autoscaling import filled
+from pages import filled, plot
 
 from kubeai.loadtest.report import report
 from kubeai.simulation import cluster, results, traffic
@@ -271,28 +271,19 @@ LABELS = {
 }
 
 
-def plot(name: str, title: str, x: list[int], curves: dict[str, list[float]], unit: str) -> None:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "kubeai", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(figsize=(6.4, 3.4))
-    for label, values in curves.items():
-        axes.plot(x, values, marker="o", ms=3, lw=1.2, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [f"{value:,}" for value in x])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("concurrent conversations")
-    axes.set_ylabel(unit)
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    path = PAGE.parent / "benchmarks" / f"{name}.svg"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+def plot_levels(
+    name: str, title: str, x: list[int], curves: dict[str, list[float]], unit: str
+) -> None:
+    with plot(f"benchmarks/{name}", (6.4, 3.4)) as axes:
+        for label, values in curves.items():
+            axes.plot(x, values, marker="o", ms=3, lw=1.2, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x, [f"{value:,}" for value in x])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("concurrent conversations")
+        axes.set_ylabel(unit)
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False)
 
 
 def plots(rows: list[dict[str, Any]], threads: list[dict[str, Any]]) -> None:
@@ -301,12 +292,16 @@ def plots(rows: list[dict[str, Any]], threads: list[dict[str, Any]]) -> None:
         return {s: [one[key] * scale for one in found if one["strategy"] == s] for s in strategies}
 
     levels = list(PACED_PER_S)
-    plot("ttft", "Published scenario", levels, curves(rows, "ttft_mean_ms", 1e-3), "mean TTFT, s")
-    plot("tokens", "Published scenario", levels, curves(rows, "tokens_per_s"), "tokens a second")
+    plot_levels(
+        "ttft", "Published scenario", levels, curves(rows, "ttft_mean_ms", 1e-3), "mean TTFT, s"
+    )
+    plot_levels(
+        "tokens", "Published scenario", levels, curves(rows, "tokens_per_s"), "tokens a second"
+    )
     title = "Conversations of ten turns"
     x = list(THREADS)
-    plot("edge-ttft", title, x, curves(threads, "ttft_mean_ms", 1e-3), "mean TTFT, s")
-    plot("edge-hits", title, x, curves(threads, "hit_rate", 100), "hit rate, %")
+    plot_levels("edge-ttft", title, x, curves(threads, "ttft_mean_ms", 1e-3), "mean TTFT, s")
+    plot_levels("edge-hits", title, x, curves(threads, "hit_rate", 100), "hit rate, %")
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ import looptime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from autoscaling import filled
 from fakes.partial_failure import Cluster, Report
+from pages import filled
 
 from kubeai.logs import setup_logging
 

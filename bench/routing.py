@@ -1,6 +1,6 @@
 """Compare the strategies on simulated engines: bench/results/routing.json and docs/routing.md.
 
-    python bench/routing.py [--trace FILE] [--full] [--check]        # make bench-routing
+    python bench/routing.py [--trace FILE] [--full] [--plots] [--check]        # make bench-routing
 
 The picks are made by the gateway's own compiled code, in virtual time (kubeai/simulation): the same
 code writes the same figures on every machine. ``--trace``: an hour of requests in Mooncake's format
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from autoscaling import filled
+from pages import filled, plot
 
 from kubeai.simulation.cluster import simulate
 from kubeai.simulation.presets import PRESETS
@@ -283,10 +283,41 @@ def write(figures: list[Figures], judged: list[tuple[bool, str]]) -> None:
     PAGE.write_text(page)
 
 
+# -- plots -----------------------------------------------------------------------------------------
+
+
+def plots(figures: list[Figures]) -> None:
+    """Mean times to the first token: of all traffic, and against the load. Needs matplotlib."""
+    by = {(one.part, one.case, one.strategy): one.mean / 1e3 for one in figures if not one.label}
+    cases = list(dict.fromkeys(one.case for one in figures if one.part == "table"))
+    with plot("routing/traffic", (8, 3.8)) as axes:
+        for at, strategy in enumerate(STRATEGIES):
+            places = [number + (at - 1) * 0.27 for number in range(len(cases))]
+            axes.barh(places, [by["table", case, strategy] for case in cases], 0.25, label=strategy)
+        axes.set_yticks(range(len(cases)), cases)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("mean time to first token, s (logarithmic)")
+        axes.legend(frameon=False)
+    with plot("routing/levels", (9, 2.8), 1, len(SHAPED)) as panels:
+        for name, axes in zip(SHAPED, panels, strict=True):
+            for strategy in STRATEGIES:
+                means = [by["levels", f"{name}, {level:.0%}", strategy] for level in LEVELS]
+                x = [level * 100 for level in LEVELS]
+                axes.plot(x, means, marker="o", ms=3, lw=1.2, label=strategy)
+            axes.set_yscale("log")
+            axes.set_xticks(x)
+            axes.set_title(name, fontsize=10)
+            axes.set_xlabel("% of saturation")
+        panels[0].set_ylabel("mean time to first token, s")
+        panels[0].legend(frameon=False)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trace", type=Path, help="an hour of requests in Mooncake's format")
     parser.add_argument("--full", action="store_true", help="also simulate 1,000 endpoints")
+    parser.add_argument("--plots", action="store_true", help="draw docs/routing/*.svg too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a criterion is missed")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -304,6 +335,8 @@ def main() -> int:
     for met, what in judged:
         print("met   " if met else "MISSED", what)
     write(figures, judged)
+    if options.plots:
+        plots(figures)
     return 0 if all(met for met, _ in judged) or not options.check else 1
 
 

@@ -1,18 +1,17 @@
-"""Run one small scenario in real time and in simulation, and check that they agree.
+"""Run traffic in real time and in simulation, with each strategy, and check that they agree.
 
     python bench/simulated_and_real.py
-    python bench/simulated_and_real.py --vllm 127.0.0.1:8801 127.0.0.1:8802 \\
-        --block-tokens 32 --cache-blocks 199 --prefill-tokens-per-second 1800 --weights-s 0.062
+    python bench/simulated_and_real.py --vllm 127.0.0.1:8801 127.0.0.1:8802 127.0.0.1:8803
 
 The real run puts engines behind the gateway (a worker under the real supervisor) and drives them
 with ``kubeai bench run``. The simulated run uses ``kubeai.simulation.cluster`` with the same engine
 parameters, strategy and traffic. By default the engines are four mock engines, started here; the
 exit status is 1 if a mean time to first token of 200 ms or more differs by more than 10 %, or a hit
 rate by more than 2 percentage points. With ``--vllm``, the engines are running vLLM servers with
-the model name ``m`` and the given parameters (``--num-gpu-blocks-override`` is one more than
-``--cache-blocks``), and the difference is only printed.
+the model name ``m`` and the speed of ``--preset``, whose caches have the preset's size
+(``--num-gpu-blocks-override`` is one more), and the difference is only printed.
 
-Takes two minutes, most of it waiting. Run it on an idle machine.
+Takes three minutes, most of it waiting; ten with vLLM. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import msgspec
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.engine import EngineConfig
+from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.setting import Setting
 from kubeai.simulation.traffic import Shape
 
@@ -40,18 +40,45 @@ FLEET = Path(__file__).parents[1] / "tests" / "fakes" / "fleet.py"
 MOCK = EngineConfig(
     prefill_tokens_per_s=1_500.0, decode_tokens_per_s=40.0, cache_blocks=700, max_batch=16
 )
-SHAPE = Shape(conversations=160, turns=4, prompt_tokens=600, turn_tokens=150, reply_tokens=24)
 CONCURRENCY_PER_ENGINE = 6
 # Latency from a client to an engine through the gateway, and half of it for the response.
 NETWORK_S = 0.001
-SEEDS = {
+SEEDS = {  # different, since running engines have cached the others' prompts
     "LeastLoad": 7,
     "PrefixHash": 8,
-}  # different, since running engines have cached the other's prompts
+    "PrefixCache": 9,
+}
+CHAT = Shape(conversations=160, turns=4, prompt_tokens=600, turn_tokens=150, reply_tokens=24)
+# What small engines on CPUs can do: a cache holds 6,368 tokens, and they compute 1,800 a second.
+SHAPES = {
+    "chat": msgspec.structs.replace(CHAT, conversations=60),
+    "assistant": Shape(
+        conversations=60, turns=4, system_tokens=600, prompt_tokens=60, reply_tokens=24
+    ),
+    "rag": Shape(
+        conversations=90,
+        turns=2,
+        documents=12,
+        document_tokens=800,
+        prompt_tokens=40,
+        reply_tokens=24,
+    ),
+    "agent": Shape(
+        conversations=24,
+        turns=8,
+        systems=4,
+        system_tokens=600,
+        prompt_tokens=60,
+        turn_tokens=80,
+        reply_tokens=12,
+    ),
+}
+OPTIONS = ("conversations", "turns", "systems", "system_tokens", "documents", "document_tokens")
+OPTIONS += ("prompt_tokens", "turn_tokens", "reply_tokens")
 TTFT_FLOOR_MS, TTFT_SHARE, HITS_POINTS = 200.0, 0.10, 2.0
 RUN_TIMEOUT_S = 300
-COLUMNS = (("ttft_ms", "mean", 0), ("ttft_ms", "p90", 0), ("token_ms", "mean", 1))
-COLUMNS += (("hit_rate", "", 3), ("tokens_per_s", "", 0))
+COLUMNS = (("ttft_ms", "mean", 0), ("ttft_ms", "p50", 0), ("ttft_ms", "p90", 0))
+COLUMNS += (("token_ms", "mean", 1), ("hit_rate", "", 3), ("tokens_per_s", "", 0))
 
 
 @contextlib.contextmanager
@@ -117,9 +144,7 @@ def real(setting: Setting, addresses: Sequence[str], shape: Shape) -> dict[str, 
                 *(sys.executable, "-m", "kubeai", "bench", "run", url, "--model=m"),
                 *("--shape=chat", f"--seed={setting.seed}"),
                 *(f"--concurrency={setting.concurrency}", "--json", str(path)),
-                *(f"--conversations={shape.conversations}", f"--turns={shape.turns}"),
-                *(f"--prompt-tokens={shape.prompt_tokens}", f"--turn-tokens={shape.turn_tokens}"),
-                f"--reply-tokens={shape.reply_tokens}",
+                *(f"--{name.replace('_', '-')}={getattr(shape, name)}" for name in OPTIONS),
                 '--body={"ignore_eos": true, "temperature": 0}',
             ),
             check=True,
@@ -143,28 +168,34 @@ def agree(of_real: dict[str, Any], of_simulated: dict[str, Any]) -> bool:
     return near and abs(of_real["hit_rate"] - of_simulated["hit_rate"]) * 100 <= HITS_POINTS
 
 
-def compare(addresses: Sequence[str], config: EngineConfig, shape: Shape) -> bool:
+def compare(addresses: Sequence[str], config: EngineConfig, shapes: dict[str, Shape]) -> bool:
     alike = True
-    print("| strategy | TTFT mean, ms | TTFT p90, ms | time per token, ms | hit rate | tokens/s |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for strategy, seed in SEEDS.items():
-        setting = Setting(
-            engines=len(addresses),
-            engine=config,
-            strategy=strategy,
-            concurrency=CONCURRENCY_PER_ENGINE * len(addresses),
-            network_s=NETWORK_S,
-            seed=seed,
-        )
-        pair = real(setting, addresses, shape), simulated(setting, shape)
-        cells = []
-        for key, part, places in COLUMNS:
-            values = (one[key][part] if part else one[key] for one in pair)
-            cells.append(" / ".join(f"{value:,.{places}f}" for value in values))
-        print(f"| {strategy} | {' | '.join(cells)} |", flush=True)
-        alike &= agree(*pair)
+    print(
+        "| traffic | strategy | TTFT mean, ms | TTFT p50, ms | TTFT p90, ms | time per token, ms "
+        "| hit rate | tokens/s |"
+    )
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    for name, shape in shapes.items():
+        for strategy, seed in SEEDS.items():
+            setting = Setting(
+                engines=len(addresses),
+                engine=config,
+                strategy=strategy,
+                concurrency=CONCURRENCY_PER_ENGINE * len(addresses),
+                network_s=NETWORK_S,
+                seed=seed,
+            )
+            pair = real(setting, addresses, shape), simulated(setting, shape)
+            print(f"| {name} | {strategy} | {' | '.join(_cells(*pair))} |", flush=True)
+            alike &= agree(*pair)
     print("real / simulated")
     return alike
+
+
+def _cells(*pair: dict[str, Any]) -> Iterator[str]:
+    for key, part, places in COLUMNS:
+        values = (one[key][part] if part else one[key] for one in pair)
+        yield " / ".join(f"{value:,.{places}f}" for value in values)
 
 
 def main() -> int:
@@ -172,23 +203,15 @@ def main() -> int:
     parser.add_argument(
         "--vllm", nargs="+", metavar="ADDRESS", help="host:port of running vLLM servers"
     )
-    parser.add_argument("--block-tokens", type=int, default=16)
-    parser.add_argument("--cache-blocks", type=int, default=4096)
-    parser.add_argument("--prefill-tokens-per-second", type=float, default=8000.0)
-    parser.add_argument("--weights-s", type=float, default=0.02)
+    parser.add_argument("--preset", default="tiny-cpu", help="the speed of the vLLM servers")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="traffic for the vLLM servers")
     asked = parser.parse_args()
     if asked.vllm:
-        config = EngineConfig(
-            block_tokens=asked.block_tokens,
-            cache_blocks=asked.cache_blocks,
-            prefill_tokens_per_s=asked.prefill_tokens_per_second,
-            weights_s=asked.weights_s,
-            decode_tokens_per_s=0.0,
-        )
-        compare(asked.vllm, config, msgspec.structs.replace(SHAPE, conversations=40))
+        shapes = {name: SHAPES[name] for name in asked.shapes.split(",")}
+        compare(asked.vllm, PRESETS[asked.preset], shapes)
         return 0
     with mock_engines(MOCK, 4) as addresses:
-        alike = compare(addresses, MOCK, SHAPE)
+        alike = compare(addresses, MOCK, {"chat": CHAT})
     print("they agree" if alike else "THEY DO NOT AGREE")
     return 0 if alike else 1
 

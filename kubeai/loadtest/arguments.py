@@ -32,6 +32,14 @@ Turns = Annotated[int | None, option("Turns per conversation.", TRAFFIC, min=1)]
 SystemTokens = Annotated[
     int | None, option("Length of the shared system prompt, in tokens.", TRAFFIC, min=0)
 ]
+Systems = Annotated[int | None, option("Number of different system prompts.", TRAFFIC, min=1)]
+Documents = Annotated[
+    int | None,
+    option("Number of documents, one of which precedes each conversation.", TRAFFIC, min=0),
+]
+DocumentTokens = Annotated[
+    int | None, option("Length of each document, in tokens.", TRAFFIC, min=0)
+]
 PromptTokens = Annotated[
     int | None, option("Mean length of the first user message, in tokens.", TRAFFIC, min=1)
 ]

@@ -47,13 +47,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode_tokens_per_s: float = 50.0  # of each sequence in the batch
     weights_s: float = 0.0  # minimum step time; if set, decoded tokens also cost compute time
     context_tokens_per_s: float = 0.0  # rate of reading the context of decoding sequences
+    # Rate of attention in prefill, in pairs of a prompt token and a token before it. What long
+    # prompts cost more than in proportion.
+    attention_pairs_per_s: float = 0.0
     cache_blocks: int = 4096
     block_tokens: int = 16
 
-    def step_s(self, prefill_tokens: int, decodes: int, context_tokens: int = 0) -> float:
+    def step_s(
+        self, prefill_tokens: int, decodes: int, context_tokens: int = 0, pairs: int = 0
+    ) -> float:
         """The duration of a step with these prompt tokens and decoding sequences.
 
-        ``context_tokens``: total context length of the decoding sequences.
+        ``context_tokens``: total context length of the decoding sequences. ``pairs``: of a prompt
+        token and a token before it.
         """
         duration = 0.0
         computed = prefill_tokens + (decodes if self.weights_s else 0)
@@ -64,6 +70,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             duration += 1.0 / self.decode_tokens_per_s
         if context_tokens and self.context_tokens_per_s:
             duration += context_tokens / self.context_tokens_per_s
+        if pairs and self.attention_pairs_per_s:
+            duration += pairs / self.attention_pairs_per_s
         return duration
 
 
@@ -215,7 +223,18 @@ class Engine:
             index += 1
         if preemptions == self.preemptions:  # else memory is short: admit no more sequences
             prefill += self._enter(budget)
-        return now + self.config.step_s(prefill, decodes, context) if self._batch else None
+        if not self._batch:
+            return None
+        pairs = self._pairs() if self.config.attention_pairs_per_s else 0
+        return now + self.config.step_s(prefill, decodes, context, pairs)
+
+    def _pairs(self) -> int:
+        """Pairs of a prompt token that this step computes and a token before it."""
+        return sum(
+            sequence.scheduled * (2 * sequence.computed + sequence.scheduled) // 2
+            for sequence in self._batch
+            if not sequence.produced or sequence.scheduled > 1
+        )
 
     def _enter(self, budget: int) -> int:
         """Admit waiting sequences to the step; returns the number of their tokens it computes."""
