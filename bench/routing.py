@@ -57,12 +57,13 @@ class Case(NamedTuple):
         return conversations
 
 
-def _spread(trace: list[TraceEntry], speed: float, spread_s: float) -> Iterator[Conversation]:
-    entries = trace[:TRACE_REQUESTS]
-    for number, entry in enumerate(entries):
+def _spread(trace: list[TraceEntry], speed: float, spread_s: float) -> list[Conversation]:
+    conversations = []
+    for number, entry in enumerate(trace[:TRACE_REQUESTS]):
         # A fixed fraction of the interval, in an order that has nothing to do with the trace's.
         later_s = spread_s * (number * 0.618034 % 1.0)
-        yield entry.conversation((entry.timestamp / 1000 + later_s) / speed)
+        conversations.append(entry.conversation((entry.timestamp / 1000 + later_s) / speed))
+    return sorted(conversations, key=lambda each: each.at_s or 0.0)
 
 
 def shape(name: str, conversations: int, **more: Any) -> Shape:
@@ -105,6 +106,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without the index": {"without": ("index",)},
     "without pending work": {"without": ("work",)},
     "without learned rates": {"without": ("rates",)},
+}
+
+
+# Four replicas that pick without the ring's candidates, or do not tell each other their prompts.
+UNTOLD: dict[str, dict[str, Any]] = {
+    "4, without the ring": {"expected": False},
+    "4, untold": {"told": False},
 }
 
 
@@ -193,11 +201,11 @@ def runs(with_trace: bool, full: bool, rates: dict[str, float]) -> list[Run]:
             for replicas in (1, 2, 4, 8):
                 more = {"replicas": replicas}
                 planned.append(Run("replicas", case, "PrefixCache", more, str(replicas), 3.0))
-    silent = {"replicas": 4, "told": False}
     planned += [
-        Run("replicas", case, "PrefixCache", silent, "4, untold", 3.0)
+        Run("replicas", case, "PrefixCache", {"replicas": 4, **more}, label, 3.0)
         for case in REPLICATED
         if case.shape or with_trace
+        for label, more in UNTOLD.items()
     ]
     for case in (TABLE[1], TABLE[4], TABLE[5], TABLE[7]):
         if case.shape or with_trace:
@@ -271,7 +279,7 @@ def write(figures: list[Figures], judged: list[tuple[bool, str]]) -> None:
     plain = [(strategy, "") for strategy in STRATEGIES]
     page = filled(page, "table", table(figures, "table", [*plain, ("Oracle", "")]))
     page = filled(page, "levels", table(figures, "levels", plain))
-    labels = ["1", "2", "4", "8", "4, untold"]
+    labels = ["1", "2", "4", "8", *UNTOLD]
     page = filled(
         page, "replicas", table(figures, "replicas", [("PrefixCache", n) for n in labels])
     )
@@ -297,20 +305,22 @@ def plots(figures: list[Figures]) -> None:
         axes.set_yticks(range(len(cases)), cases)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("mean time to first token, s (logarithmic)")
         axes.legend(frameon=False)
-    with plot("routing/levels", (9, 2.8), 1, len(SHAPED)) as panels:
+    with plot("routing/levels", (9, 2.8), 1, len(SHAPED), sharey=True) as panels:
         for name, axes in zip(SHAPED, panels, strict=True):
             for strategy in STRATEGIES:
                 means = [by["levels", f"{name}, {level:.0%}", strategy] for level in LEVELS]
                 x = [level * 100 for level in LEVELS]
                 axes.plot(x, means, marker="o", ms=3, lw=1.2, label=strategy)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xticks(x)
             axes.set_title(name, fontsize=10)
             axes.set_xlabel("% of saturation")
         panels[0].set_ylabel("mean time to first token, s")
-        panels[0].legend(frameon=False)
+        panels[0].legend(frameon=False, loc="upper left")
 
 
 def main() -> int:

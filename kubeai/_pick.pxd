@@ -32,6 +32,7 @@ cdef class Picker:
 
     cpdef Reservation pick(self, Prompt prompt, str adapter=*, object exclude=*)
     cdef Reservation _pick_cached(self, Prompt prompt, str adapter, object exclude)
+    cdef bint _is_untold(self, const Known *known) noexcept
     cdef void _believe(self, Prompt prompt, Known *known) noexcept
     cdef void _cheapest(
         self,

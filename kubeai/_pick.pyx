@@ -3,14 +3,17 @@
 ``LeastLoad`` and ``PrefixHash`` are in ``_ring``. ``PrefixCache`` picks the endpoint where a request
 costs all requests the least time. In tokens of prefill, that cost is
 
-    pending + new + in flight × (new + STEP_TOKENS) / 8
+    pending + new + in flight × (min(new, DELAY_TOKENS) + STEP_TOKENS) / 8
 
 ``pending``: tokens of prompts that were sent there and have not led to the first byte of a body.
 ``new``: tokens of this prompt that the prefix index does not know there. The first two are what the
-request waits for. Those in flight wait for its prefill, and with each of them a step takes longer.
-The cost is multiplied by the endpoint's slowness, its time per token relative to that of the model's
+request waits for. Those in flight wait for its prefill, but not longer than they run, and with each
+of them a step takes longer. The cost is multiplied by the endpoint's slowness, its time per token relative to that of the model's
 endpoints together. It is learned from the times to the first byte of streamed responses, and bounded
 by ``SLOWNESS_MAX``, because an engine may lie.
+
+A prompt of which the index knows nothing may have been sent by another replica that has not told it
+yet. Its beginning is therefore believed to be at the ring's endpoint for it, so that replicas agree.
 
 A response that is not streamed has its first byte when it is complete. The end of its prefill is
 estimated with the learned time per token, and applied at the next pick or ``expire``; that of a short
@@ -18,6 +21,7 @@ prompt is not, because its tokens hardly count beside its request.
 """
 
 cimport cython
+from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from collections import deque
@@ -47,13 +51,17 @@ cdef enum:
     # A decode step takes about as long as this many tokens of a prompt: 110 to 250 for the engines
     # in simulation/presets.py.
     STEP_TOKENS = 200
+    # With more, the long prompts of a trace wait in queues elsewhere to spare the requests in flight,
+    # which makes its 99th percentile half as long again. With less, it has fewer hits in overload.
+    DELAY_TOKENS = 16384
     # An endpoint's slowness has half its weight when this many samples per endpoint came after its
     # last one: an endpoint that seemed slow is tried again.
     FADE_SAMPLES = 8
-    FEW_SAMPLES = 10  # the slowness that 10 samples show has half its weight
 
 cdef double SLOWNESS_MAX = 4.0
-cdef double NOISE_MAX = 1.25  # endpoints that differ by less are equal, and take turns
+# Times to the first byte vary about as much as their mean. An endpoint whose mean of n differs from
+# the model's by less than this many standard errors is not slower, but had other requests.
+cdef double NOISE_ERRORS = 2.5
 cdef double UNKNOWN_S_PER_TOKEN = 2e-4
 cdef double BELIEF = 0.9  # how much of a beginning the ring's endpoint is believed to have
 cdef int *BELIEF_DEPTHS = [4, 16, 28]  # samples that end after 1, 4 and 16 KiB of conversation
@@ -64,7 +72,7 @@ STRATEGIES = ("LeastLoad", "PrefixHash", "PrefixCache")
 
 cdef inline int64_t per_request(int64_t new_tokens) noexcept:
     """What a request in flight adds to the cost: an eighth of a prefill, and of a decode step."""
-    return 1 + ((new_tokens + STEP_TOKENS) >> 3)
+    return 1 + ((min(new_tokens, DELAY_TOKENS) + STEP_TOKENS) >> 3)
 
 
 @cython.final
@@ -117,7 +125,7 @@ cdef class Picker:
             return None
         ring._turn(members)
         prompt.look_up(self.index, &known)
-        if self.index is not None and get_u64(&self.index.header.silent) and prompt.n:
+        if prompt.n and self._is_untold(&known):
             self._believe(prompt, &known)
         choice.at = -1
         self._cheapest(members, &survey, prompt, &known, members.cursor, members.n, &choice)
@@ -147,12 +155,16 @@ cdef class Picker:
             self._expect(reservation, ahead, prompt.streams)
         return reservation
 
-    cdef void _believe(self, Prompt prompt, Known *known) noexcept:
-        """Add what other replicas may have sent without having told it yet.
+    cdef bint _is_untold(self, const Known *known) noexcept:
+        """Whether other replicas may have sent this prompt's beginning without having told it."""
+        if self.index is None:
+            return False
+        if get_u64(&self.index.header.silent):
+            return True
+        return known.n == 0 and get_u64(&self.ring.table.header.peers) != 0
 
-        A replica that sends a prompt that is new to it prefers the ring's endpoint for it, and so
-        do the others: that is where the prompt's beginning is believed to be.
-        """
+    cdef void _believe(self, Prompt prompt, Known *known) noexcept:
+        """Add what other replicas may have sent: they prefer the ring's endpoints, as this one."""
         cdef Ring ring = self.ring
         cdef size_t at
         cdef int32_t slot
@@ -266,7 +278,7 @@ cdef class Picker:
 
     cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept:
         return self._slowness(row) * <double> (
-            new_tokens + self.ring._expected(row, per_request(new_tokens))
+            new_tokens + self.ring._work(row, per_request(new_tokens))
         )
 
     # -- learned times ---------------------------------------------------------------------------
@@ -282,9 +294,8 @@ cdef class Picker:
         cdef double slowness = get_time(&own.slowness)
         slowness = min(max(slowness, 1 / SLOWNESS_MAX), SLOWNESS_MAX)
         age /= FADE_SAMPLES * self.ring.everyone.n
-        cdef double n = get_time(&own.n)
-        slowness = 1 + (slowness - 1) * n / (n + FEW_SAMPLES) / (1 + age * age)
-        return slowness if slowness > NOISE_MAX or slowness < 1 / NOISE_MAX else 1.0
+        slowness = 1 + (slowness - 1) / (1 + age * age)
+        return slowness if fabs(slowness - 1) > NOISE_ERRORS / sqrt(get_time(&own.n)) else 1.0
 
     cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1:
         """Note what a reservation waits for: to learn from it, or to estimate when it ends."""

@@ -160,6 +160,25 @@ def test_a_long_queue_at_the_cached_endpoint_outweighs_the_cache(make):
     back.release()
 
 
+def test_a_long_prompt_does_not_wait_in_a_queue_to_spare_the_requests_elsewhere(make):
+    model = make(2)
+    first = model.pick(prompt("first", tokens_each=100))
+    busy = [model.pick(prompt("first", tokens_each=100)) for _ in range(4)]
+    for pick in (first, *busy):
+        pick.prefilled(model.now_s)
+    (queued,) = (
+        p for p in [model.pick(prompt("queue", tokens_each=20_000))] if p.name != first.name
+    )
+    long = model.pick(prompt("long", tokens_each=100_000))
+    short = model.pick(prompt("short", tokens_each=50_000))
+    assert long.name == first.name, (
+        "four requests in flight cost it less than 20,000 tokens pending"
+    )
+    assert short.name == queued.name, "100,000 tokens pending cost more"
+    for pick in (first, *busy, queued, long, short):
+        pick.release()
+
+
 @settings(max_examples=200)
 @given(
     loads=st.lists(st.lists(st.integers(0, 4000), max_size=5), min_size=2, max_size=6),
@@ -178,12 +197,13 @@ def test_the_pick_has_the_least_cost(loads, words, caches):
         for at, cached in caches:
             if at < len(loads):
                 model.index.note(at + 1, blocks_of(cached), 0)
-        wanted = prompt(*words, tokens_each=700)
+        wanted = prompt(*words, tokens_each=6000)
         costs = {}
         for row, tokens in enumerate(loads, 1):
             found = model.index.find(blocks_of(words)).get(row, 0)
-            new = 700 * (len(words) - found)
-            costs[NAMES[row - 1]] = sum(tokens) + new + len(tokens) * (1 + (new + 200) // 8)
+            new = 6000 * (len(words) - found)
+            delay = 1 + (min(new, 16_384) + 200) // 8
+            costs[NAMES[row - 1]] = sum(tokens) + new + len(tokens) * delay
         pick = model.pick(wanted)
         assert costs[pick.name] == min(costs.values())
         for each in (pick, *held):
@@ -272,19 +292,33 @@ def test_without_an_index_every_prompt_is_new(make):
     assert [picker.pick(prompt("a")).pending for _ in range(2)] == [1000, 1000]
 
 
-def test_while_peers_are_silent_replicas_agree_by_the_ring():
+@pytest.mark.parametrize("silent", [0, 1])
+def test_replicas_agree_by_the_ring_on_prompts_that_none_of_them_knows(silent):
     picks = {}
     for words in [[f"{n} {block}" for block in range(4)] for n in range(20)]:
         names = []
         for replica in range(2):
-            model = Model(8)
-            model.index.silent = 1
+            model = Model(8, peers=1)
+            model.index.silent = silent
             model.table.phase = 3 * replica
             names.append(model.pick(prompt(*words)).name)
             model.close()
         picks[words[0]] = names
     assert all(one == other for one, other in picks.values())
     assert len({one for one, _ in picks.values()}) > 3
+
+
+def test_a_known_prompt_goes_where_it_is_known_and_not_to_the_rings_endpoint():
+    for n in range(20):
+        words = [f"{n} {block}" for block in range(4)]
+        model = Model(8, peers=1)
+        ring = model.pick(prompt(*words))
+        model.answer(ring)
+        other = next(name for name in NAMES if name != ring.name)
+        model.index.forget(model.row(ring.name))
+        model.index.note(model.row(other), blocks_of(words), 0)
+        assert model.pick(prompt(*words)).name == other
+        model.close()
 
 
 # -- the other strategies --------------------------------------------------------------------------
