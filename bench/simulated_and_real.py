@@ -9,7 +9,9 @@ parameters, strategy and traffic. By default the engines are four mock engines, 
 exit status is 1 if a mean time to first token of 200 ms or more differs by more than 10 %, or a hit
 rate by more than 2 percentage points. With ``--vllm``, the engines are running vLLM servers with
 the model name ``m`` and the speed of ``--preset``, whose caches have the preset's size
-(``--num-gpu-blocks-override`` is one more), and the difference is only printed.
+(``--num-gpu-blocks-override`` is one more), and the difference is only printed. They need
+``VLLM_SERVER_DEV_MODE=1``, so that their caches can be emptied before each run: each strategy then
+has the same traffic.
 
 Takes three minutes, most of it waiting; ten with vLLM. Run it on an idle machine.
 """
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from kubeai.routing.routes import Endpoint, Route
 from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.presets import PRESETS
-from kubeai.simulation.setting import Setting
+from kubeai.simulation.setting import Setting, Strategy
 from kubeai.simulation.traffic import Shape
 
 FLEET = Path(__file__).parents[1] / "tests" / "fakes" / "fleet.py"
@@ -43,13 +45,10 @@ MOCK = EngineConfig(
 CONCURRENCY_PER_ENGINE = 6
 # Latency from a client to an engine through the gateway, and half of it for the response.
 NETWORK_S = 0.001
-SEEDS = {  # different, since running engines have cached the others' prompts
-    "LeastLoad": 7,
-    "PrefixHash": 8,
-    "PrefixCache": 9,
-}
+STRATEGIES: tuple[Strategy, ...] = ("LeastLoad", "PrefixHash", "PrefixCache")
+SEED = 7
 CHAT = Shape(conversations=160, turns=4, prompt_tokens=600, turn_tokens=150, reply_tokens=24)
-# What small engines on CPUs can do: a cache holds 6,368 tokens, and they compute 1,800 a second.
+# What small engines on CPUs can do: a cache holds 12,800 tokens, and they compute 3,000 a second.
 SHAPES = {
     "chat": msgspec.structs.replace(CHAT, conversations=60),
     "assistant": Shape(
@@ -58,8 +57,8 @@ SHAPES = {
     "rag": Shape(
         conversations=90,
         turns=2,
-        documents=12,
-        document_tokens=800,
+        documents=24,
+        document_tokens=1000,
         prompt_tokens=40,
         reply_tokens=24,
     ),
@@ -168,7 +167,30 @@ def agree(of_real: dict[str, Any], of_simulated: dict[str, Any]) -> bool:
     return near and abs(of_real["hit_rate"] - of_simulated["hit_rate"]) * 100 <= HITS_POINTS
 
 
-def compare(addresses: Sequence[str], config: EngineConfig, shapes: dict[str, Shape]) -> bool:
+def forget(addresses: Sequence[str]) -> None:
+    """Empty the caches of vLLM servers."""
+    for address in addresses:
+        reset = urllib.request.Request(f"http://{address}/reset_prefix_cache", method="POST")
+        urllib.request.urlopen(reset, timeout=30).close()
+
+
+def slower(config: EngineConfig, factor: float) -> EngineConfig:
+    return msgspec.structs.replace(
+        config,
+        prefill_tokens_per_s=config.prefill_tokens_per_s / factor,
+        attention_pairs_per_s=config.attention_pairs_per_s / factor,
+        weights_s=config.weights_s * factor,
+    )
+
+
+def compare(
+    addresses: Sequence[str],
+    config: EngineConfig,
+    shapes: dict[str, Shape],
+    seeds: Sequence[int],
+    start: Callable[[Sequence[str]], None] = lambda _: None,
+) -> bool:
+    """Print a table of all shapes and strategies. ``start`` is called before each real run."""
     alike = True
     print(
         "| traffic | strategy | TTFT mean, ms | TTFT p50, ms | TTFT p90, ms | time per token, ms "
@@ -176,7 +198,7 @@ def compare(addresses: Sequence[str], config: EngineConfig, shapes: dict[str, Sh
     )
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     for name, shape in shapes.items():
-        for strategy, seed in SEEDS.items():
+        for strategy, seed in zip(STRATEGIES, seeds, strict=True):
             setting = Setting(
                 engines=len(addresses),
                 engine=config,
@@ -185,6 +207,7 @@ def compare(addresses: Sequence[str], config: EngineConfig, shapes: dict[str, Sh
                 network_s=NETWORK_S,
                 seed=seed,
             )
+            start(addresses)
             pair = real(setting, addresses, shape), simulated(setting, shape)
             print(f"| {name} | {strategy} | {' | '.join(_cells(*pair))} |", flush=True)
             alike &= agree(*pair)
@@ -204,14 +227,24 @@ def main() -> int:
         "--vllm", nargs="+", metavar="ADDRESS", help="host:port of running vLLM servers"
     )
     parser.add_argument("--preset", default="tiny-cpu", help="the speed of the vLLM servers")
+    parser.add_argument(
+        "--slowdown",
+        type=float,
+        default=1.0,
+        help="how much slower than the preset the servers are, because they share the cores",
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="for other traffic of the same kind")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="traffic for the vLLM servers")
     asked = parser.parse_args()
     if asked.vllm:
         shapes = {name: SHAPES[name] for name in asked.shapes.split(",")}
-        compare(asked.vllm, PRESETS[asked.preset], shapes)
+        config = slower(PRESETS[asked.preset], asked.slowdown)
+        compare(asked.vllm, config, shapes, [asked.seed] * len(STRATEGIES), forget)
         return 0
     with mock_engines(MOCK, 4) as addresses:
-        alike = compare(addresses, MOCK, {"chat": CHAT})
+        # Different seeds, because the engines have cached the prompts of the runs before.
+        seeds = [SEED + number for number in range(len(STRATEGIES))]
+        alike = compare(addresses, MOCK, {"chat": CHAT}, seeds)
     print("they agree" if alike else "THEY DO NOT AGREE")
     return 0 if alike else 1
 

@@ -35,15 +35,16 @@ PRESETS: dict[str, EngineConfig] = {
         context_tokens_per_s=35e6,
         cache_blocks=28_000,
     ),
-    # Measured with vLLM 0.32 on CPUs: a Llama with 2 layers of width 256, one shared core per
-    # engine. The step time is vLLM's own overhead; docs/benchmarks.md has the comparison.
+    # Measured with vLLM 0.32 on CPUs: a Llama with 4 layers of width 768, one core per engine, and
+    # prompts of 100 to 6,000 tokens. docs/benchmarks.md has the comparison.
     "tiny-cpu": EngineConfig(
         max_batch=32,
         step_tokens=2_048,
-        prefill_tokens_per_s=1_800.0,
+        prefill_tokens_per_s=3_770.0,
+        attention_pairs_per_s=6.06e6,
         decode_tokens_per_s=0.0,
-        weights_s=0.062,
-        cache_blocks=199,
+        weights_s=0.0065,
+        cache_blocks=400,
         block_tokens=32,
     ),
 }

@@ -22,6 +22,7 @@ from unittest import mock
 import msgspec
 
 from kubeai.api.config.system import GatewayConfig, SystemConfig
+from kubeai.logs import setup_logging
 from kubeai.routing.routes import Route
 from kubeai.supervisor import supervisor
 
@@ -154,4 +155,5 @@ async def _main(spec: dict) -> None:
 
 
 if __name__ == "__main__":
+    setup_logging()  # to standard error: standard output has the answers
     asyncio.run(_main(json.loads(sys.argv[1])))
