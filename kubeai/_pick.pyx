@@ -8,8 +8,8 @@ costs all requests the least time. In tokens of prefill, that cost is
 ``pending``: tokens of prompts that were sent there and have not led to the first byte of a body.
 ``new``: tokens of this prompt that the prefix index does not know there. The first two are what the
 request waits for. Those in flight wait for its prefill, but not longer than they run, and with each
-of them a step takes longer. The cost is multiplied by the endpoint's slowness, its time per token relative to that of the model's
-endpoints together. It is learned from the times to the first byte of streamed responses, and bounded
+of them a step takes longer. The cost is multiplied by the endpoint's slowness, its time per token
+relative to that of the model's endpoints together. It is learned from the times to the first byte of streamed responses, and bounded
 by ``SLOWNESS_MAX``, because an engine may lie.
 
 A prompt of which the index knows nothing may have been sent by another replica that has not told it
@@ -113,7 +113,8 @@ cdef class Picker:
         cdef Ring ring = self.ring
         cdef Members members
         cdef Survey survey
-        cdef Known known
+        cdef Known known, believed
+        cdef const Known *held = &known
         cdef Choice choice
         cdef Reservation reservation
         cdef int32_t row, first
@@ -126,15 +127,18 @@ cdef class Picker:
         ring._turn(members)
         prompt.look_up(self.index, &known)
         if prompt.n and self._is_untold(&known):
-            self._believe(prompt, &known)
+            believed = known
+            held = &believed
+            self._believe(prompt, &believed)
         choice.at = -1
-        self._cheapest(members, &survey, prompt, &known, members.cursor, members.n, &choice)
-        self._cheapest(members, &survey, prompt, &known, 0, members.cursor, &choice)
+        self._cheapest(members, &survey, prompt, held, members.cursor, members.n, &choice)
+        self._cheapest(members, &survey, prompt, held, 0, members.cursor, &choice)
         if choice.at < 0:
             choice.at = ring._any(members)
-            choice.new_tokens = prompt.tokens - known_tokens(&known, members.rows[choice.at])
-            choice.cost = self._cost(members.rows[choice.at], choice.new_tokens)
         row = members.rows[choice.at]
+        # What is only believed does not count as cached: it would hide work from the next picks.
+        choice.new_tokens = prompt.tokens - known_tokens(&known, row)
+        choice.cost = self._cost(row, choice.new_tokens)
         members.cursor = choice.at + 1 if choice.at + 1 < members.n else 0
         ahead = choice.new_tokens + ring._work(row, 0)
         first = self._most_cached(members, &survey, &known, choice.at)
@@ -164,7 +168,10 @@ cdef class Picker:
         return known.n == 0 and get_u64(&self.ring.table.header.peers) != 0
 
     cdef void _believe(self, Prompt prompt, Known *known) noexcept:
-        """Add what other replicas may have sent: they prefer the ring's endpoints, as this one."""
+        """Add what other replicas may have sent, to the ring's endpoints for the prompt.
+
+        All replicas prefer those for a prompt that is new to them.
+        """
         cdef Ring ring = self.ring
         cdef size_t at
         cdef int32_t slot
