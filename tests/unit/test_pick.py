@@ -308,6 +308,16 @@ def test_replicas_agree_by_the_ring_on_prompts_that_none_of_them_knows(silent):
     assert len({one for one, _ in picks.values()}) > 3
 
 
+@pytest.mark.parametrize("silent", [0, 1])
+def test_what_is_only_believed_to_be_cached_is_still_work(silent):
+    model = Model(8, peers=1)
+    model.index.silent = silent
+    pick = model.pick(prompt("a", "b", "c", "d"))
+    assert (pick.cached, model.pending(pick.name)) == (0, 4000)
+    pick.release()
+    model.close()
+
+
 def test_a_known_prompt_goes_where_it_is_known_and_not_to_the_rings_endpoint():
     for n in range(20):
         words = [f"{n} {block}" for block in range(4)]
