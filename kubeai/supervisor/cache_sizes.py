@@ -33,7 +33,7 @@ CACHE_MAX_TOKENS = 1 << 31
 _Lease = tuple[int, int]  # an endpoint's row and generation: those of a new pod are new
 
 
-class Unknown(Exception):
+class SizeUnknown(Exception):
     """Why an engine's cache size could not be read."""
 
 
@@ -55,7 +55,9 @@ class CacheSizes:
         reads = {}
         for each in endpoints:
             lease = each.row, each.generation
-            read = known.pop(lease) if lease in known else asyncio.create_task(self._read(each))
+            read = (
+                known.pop(lease) if lease in known else asyncio.create_task(self._read_size(each))
+            )
             reads[lease] = read
         for task in known.values():
             task.cancel()
@@ -71,13 +73,13 @@ class CacheSizes:
         if self._session is not None:
             await self._session.close()
 
-    async def _read(self, endpoint: Endpoint) -> None:
+    async def _read_size(self, endpoint: Endpoint) -> None:
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             try:
                 async with self._slots:
-                    tokens = await self._ask(endpoint.address)
-            except Unknown as error:
+                    tokens = await self._read_metrics(endpoint.address)
+            except SizeUnknown as error:
                 wait_s = backoff.next_s()
                 if backoff.failures == ATTEMPTS_MAX:
                     log.info("cache size unknown", endpoint=endpoint.name, error=str(error))
@@ -88,27 +90,28 @@ class CacheSizes:
                 log.info("cache size read", endpoint=endpoint.name, tokens=tokens)
                 return
 
-    async def _ask(self, address: str) -> int:
+    async def _read_metrics(self, address: str) -> int:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=READ_TIMEOUT_S), raise_for_status=True
-            )
-        lines, read_bytes = [], 0
+            timeout = aiohttp.ClientTimeout(total=READ_TIMEOUT_S)
+            self._session = aiohttp.ClientSession(timeout=timeout)
+        url, lines, read_bytes = f"http://{address}/metrics", [], 0
         try:
-            async with self._session.get(f"http://{address}/metrics") as response:
+            async with self._session.get(url, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise SizeUnknown(f"/metrics: status {response.status}")
                 async for line in response.content:
                     read_bytes += len(line)
                     if read_bytes > METRICS_MAX_BYTES:
-                        raise Unknown(f"/metrics has more than {METRICS_MAX_BYTES:,} bytes")
+                        raise SizeUnknown(f"/metrics has more than {METRICS_MAX_BYTES:,} bytes")
                     if line.startswith(METRIC.encode()):
                         lines.append(line.decode(errors="replace"))
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError) as error:
-            raise Unknown(f"/metrics: {error!r}") from None
+            raise SizeUnknown(f"/metrics: {error!r}") from None
         return cache_tokens("".join(lines))
 
 
 def cache_tokens(text: str) -> int:
-    """How many tokens a vLLM server's KV caches keep, from its metrics; or Unknown.
+    """How many tokens a vLLM server's KV caches keep, from its metrics; or SizeUnknown.
 
     0: prefix caching is off. A server with data parallelism has a line for each of its engines.
     """
@@ -128,8 +131,8 @@ def cache_tokens(text: str) -> int:
                     sizes[labels.get("engine")] = int(size)
                 blocks_tokens = int(labels["num_gpu_blocks"]) * int(labels["block_size"])
     except (KeyError, ValueError) as error:
-        raise Unknown(f"{METRIC}: {error!r}") from None
+        raise SizeUnknown(f"{METRIC}: {error!r}") from None
     tokens = sum(sizes.values()) or blocks_tokens
     if not 1 <= tokens <= CACHE_MAX_TOKENS:
-        raise Unknown(f"{METRIC}: {tokens:,} tokens" if tokens else f"/metrics has no {METRIC}")
+        raise SizeUnknown(f"{METRIC}: {tokens:,} tokens" if tokens else f"/metrics has no {METRIC}")
     return tokens

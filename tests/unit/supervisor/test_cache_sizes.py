@@ -10,7 +10,7 @@ from kubeai._prefix import PrefixIndex
 from kubeai.routing.publisher import CACHE_TOKENS, Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.supervisor import cache_sizes
-from kubeai.supervisor.cache_sizes import CacheSizes, Unknown, cache_tokens
+from kubeai.supervisor.cache_sizes import CacheSizes, SizeUnknown, cache_tokens
 
 BLOCK = 7  # the hash of a block
 
@@ -128,6 +128,7 @@ async def test_a_failed_read_is_repeated(world):
     [
         ("", 200),
         ("vllm:cache_config_info{", 200),
+        (PAGE, 302),
         (PAGE, 404),
         (PAGE, 500),
         ("vllm:cache_config_info" + "x" * (1 << 20), 200),
@@ -208,5 +209,5 @@ def test_the_size_follows_from_the_metric(text, tokens):
 
 
 def test_no_metric_is_no_size():
-    with pytest.raises(Unknown, match="has no vllm:cache_config_info"):
+    with pytest.raises(SizeUnknown, match="has no vllm:cache_config_info"):
         cache_tokens("")
