@@ -10,12 +10,12 @@ standard input closes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 from unittest import mock
 
@@ -70,8 +70,10 @@ class Fleet:
         *,
         workers: int,
         demanded: Callable[[str], None] = lambda model: None,
+        reads_cache_sizes: bool = False,
         **gateway: Any,
     ) -> Fleet:
+        """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster."""
         fleet = cls()
         fleet._script = _Script(routes, demanded)
         ready = asyncio.Event()
@@ -80,7 +82,10 @@ class Fleet:
             metrics_addr="127.0.0.1:0",
             health_address="127.0.0.1:0",
         )
-        with mock.patch.object(supervisor, "Operator", fleet._script):
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(supervisor, "Operator", fleet._script))
+            if not reads_cache_sizes:
+                patches.enter_context(mock.patch.object(supervisor, "CacheSizes", autospec=True))
             fleet.supervisor = supervisor.Supervisor(
                 mock.Mock(),
                 config,
@@ -119,7 +124,7 @@ class Fleet:
         worker = self.supervisor._workers[column]
         if not worker.ready:
             return False
-        with suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGKILL)
         return True
 
@@ -144,7 +149,7 @@ class Fleet:
 async def _main(spec: dict) -> None:
     routes = msgspec.convert(spec["routes"], list[Route])
     gateway = {"drain_accept_s": 0.0, "drain_timeout_s": 1.0, **spec.get("gateway", {})}
-    fleet = await Fleet.start(routes, workers=spec["workers"], **gateway)
+    fleet = await Fleet.start(routes, workers=spec["workers"], reads_cache_sizes=True, **gateway)
     print(json.dumps({"port": fleet.port, "pids": [os.getpid(), *fleet.pids]}), flush=True)
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
