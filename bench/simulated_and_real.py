@@ -171,7 +171,9 @@ def forget(addresses: Sequence[str]) -> None:
     """Empty the caches of vLLM servers."""
     for address in addresses:
         reset = urllib.request.Request(f"http://{address}/reset_prefix_cache", method="POST")
-        urllib.request.urlopen(reset, timeout=30).close()
+        with urllib.request.urlopen(reset, timeout=30) as answer:
+            if json.loads(answer.read() or b"{}").get("success") is False:
+                sys.exit(f"{address} has requests in flight: its cache cannot be emptied")
 
 
 def slower(config: EngineConfig, factor: float) -> EngineConfig:
