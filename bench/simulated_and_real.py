@@ -114,7 +114,7 @@ def gateway(setting: Setting, addresses: Sequence[str]) -> Iterator[str]:
     """Run a gateway with these engines under the simulated pods' names; yields its URL."""
     endpoints = tuple(map(Endpoint, setting.pod_names, addresses))
     route = Route("m", "VLLM", ("TextGeneration",), strategy=setting.strategy, endpoints=endpoints)
-    spec = {"workers": 1, "routes": [msgspec.to_builtins(route)]}
+    spec = {"workers": 1, "routes": [msgspec.to_builtins(route)], "reads_cache_sizes": True}
     command = (sys.executable, str(FLEET), json.dumps(spec))
     quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with program(*command, **quiet) as fleet:

@@ -18,7 +18,6 @@ cdef enum Strategy:
 
 cdef struct Choice:
     int32_t at  # of the members; -1: none yet
-    uint32_t new_tokens
     double cost
 
 

@@ -9,8 +9,8 @@ costs all requests the least time. In tokens of prefill, that cost is
 ``new``: tokens of this prompt that the prefix index does not know there. The first two are what the
 request waits for. Those in flight wait for its prefill, but not longer than they run, and with each
 of them a step takes longer. The cost is multiplied by the endpoint's slowness, its time per token
-relative to that of the model's endpoints together. It is learned from the times to the first byte of streamed responses, and bounded
-by ``SLOWNESS_MAX``, because an engine may lie.
+relative to that of the model's endpoints together. It is learned from the times to the first byte of
+streamed responses, and bounded by ``SLOWNESS_MAX``, because an engine may lie.
 
 A prompt of which the index knows nothing may have been sent by another replica that has not told it
 yet. Its beginning is therefore believed to be at the ring's endpoint for it, so that replicas agree.
@@ -21,7 +21,6 @@ prompt is not, because its tokens hardly count beside its request.
 """
 
 cimport cython
-from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from collections import deque
@@ -118,6 +117,7 @@ cdef class Picker:
         cdef Choice choice
         cdef Reservation reservation
         cdef int32_t row, first
+        cdef uint32_t new_tokens
         cdef int64_t ahead
         ring._begin()
         members = ring._members(adapter)
@@ -137,15 +137,15 @@ cdef class Picker:
             choice.at = ring._any(members)
         row = members.rows[choice.at]
         # What is only believed does not count as cached: it would hide work from the next picks.
-        choice.new_tokens = prompt.tokens - known_tokens(&known, row)
-        choice.cost = self._cost(row, choice.new_tokens)
+        new_tokens = prompt.tokens - known_tokens(&known, row)
+        choice.cost = self._cost(row, new_tokens)
         members.cursor = choice.at + 1 if choice.at + 1 < members.n else 0
-        ahead = choice.new_tokens + ring._work(row, 0)
+        ahead = new_tokens + ring._work(row, 0)
         first = self._most_cached(members, &survey, &known, choice.at)
         reservation = ring._reserve(
-            members.slots[choice.at], members.slots[first], choice.new_tokens, &survey
+            members.slots[choice.at], members.slots[first], new_tokens, &survey
         )
-        reservation.cached = prompt.tokens - choice.new_tokens
+        reservation.cached = prompt.tokens - new_tokens
         reservation.cost = choice.cost
         if first != choice.at:
             reservation.first_cached = known_tokens(&known, members.rows[first])
@@ -154,7 +154,7 @@ cdef class Picker:
             )
         self._count(prompt, reservation, known.n)
         if self.index is not None:
-            self.index.send(row, prompt.blocks, prompt.n, choice.new_tokens)
+            self.index.send(row, prompt.blocks, prompt.n, new_tokens)
         if reservation.pending > REQUEST_TOKENS or prompt.streams:
             self._expect(reservation, ahead, prompt.streams)
         return reservation
@@ -212,7 +212,6 @@ cdef class Picker:
             if choice.at < 0 or cost < choice.cost:
                 choice.at = at
                 choice.cost = cost
-                choice.new_tokens = new_tokens
 
     cdef int32_t _most_cached(
         self, Members members, const Survey *survey, const Known *known, int32_t chosen
@@ -302,7 +301,8 @@ cdef class Picker:
         slowness = min(max(slowness, 1 / SLOWNESS_MAX), SLOWNESS_MAX)
         age /= FADE_SAMPLES * self.ring.everyone.n
         slowness = 1 + (slowness - 1) / (1 + age * age)
-        return slowness if fabs(slowness - 1) > NOISE_ERRORS / sqrt(get_time(&own.n)) else 1.0
+        cdef double errors_squared = (slowness - 1) * (slowness - 1) * get_time(&own.n)
+        return slowness if errors_squared > NOISE_ERRORS * NOISE_ERRORS else 1.0
 
     cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1:
         """Note what a reservation waits for: to learn from it, or to estimate when it ends."""

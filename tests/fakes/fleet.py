@@ -149,7 +149,12 @@ class Fleet:
 async def _main(spec: dict) -> None:
     routes = msgspec.convert(spec["routes"], list[Route])
     gateway = {"drain_accept_s": 0.0, "drain_timeout_s": 1.0, **spec.get("gateway", {})}
-    fleet = await Fleet.start(routes, workers=spec["workers"], reads_cache_sizes=True, **gateway)
+    fleet = await Fleet.start(
+        routes,
+        workers=spec["workers"],
+        reads_cache_sizes=spec.get("reads_cache_sizes", False),
+        **gateway,
+    )
     print(json.dumps({"port": fleet.port, "pids": [os.getpid(), *fleet.pids]}), flush=True)
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()

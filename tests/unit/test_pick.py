@@ -166,9 +166,8 @@ def test_a_long_prompt_does_not_wait_in_a_queue_to_spare_the_requests_elsewhere(
     busy = [model.pick(prompt("first", tokens_each=100)) for _ in range(4)]
     for pick in (first, *busy):
         pick.prefilled(model.now_s)
-    (queued,) = (
-        p for p in [model.pick(prompt("queue", tokens_each=20_000))] if p.name != first.name
-    )
+    queued = model.pick(prompt("queue", tokens_each=20_000))
+    assert queued.name != first.name
     long = model.pick(prompt("long", tokens_each=100_000))
     short = model.pick(prompt("short", tokens_each=50_000))
     assert long.name == first.name, (

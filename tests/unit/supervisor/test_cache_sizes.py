@@ -29,6 +29,11 @@ PAGE = (
 )
 
 
+async def hang(wire, _):
+    """An engine that never answers."""
+    await asyncio.Event().wait()
+
+
 class World:
     """The prefix index of a supervisor, and engines with ``/metrics``."""
 
@@ -157,9 +162,6 @@ async def test_a_page_without_an_end_is_given_up(world, monkeypatch):
 
 
 async def test_a_hung_engine_does_not_keep_another_from_being_read(world):
-    async def hang(wire, _):
-        await asyncio.Event().wait()
-
     hung = [await Engine(hang).start() for _ in range(cache_sizes.READS_MAX - 1)]
     world.engines += hung
     *_, row = world.route(*hung, await world.engine(PAGE))
@@ -168,9 +170,6 @@ async def test_a_hung_engine_does_not_keep_another_from_being_read(world):
 
 
 async def test_an_endpoint_that_is_gone_is_no_longer_read(world):
-    async def hang(wire, _):
-        await asyncio.Event().wait()
-
     engine = await Engine(hang).start()
     world.engines.append(engine)
     world.route(engine)
