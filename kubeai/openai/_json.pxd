@@ -15,6 +15,8 @@ cdef enum:
 
 cdef extern from *:
     """
+    #include <stdint.h>
+    #include <string.h>
     __attribute__((unused)) static const signed char kb_hex[256] = {  /* -1: not a hex digit */
         [0 ... 47] = -1, ['0'] = 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, [58 ... 64] = -1,
         ['A'] = 10, 11, 12, 13, 14, 15, [71 ... 96] = -1,
@@ -28,6 +30,29 @@ cdef extern from *:
         for (int i = 0; i < 64; i++)
             special |= (at[i] < 0x20) | (at[i] == '"') | (at[i] == '\\\\');
         return !special;
+    }
+    /* The same for 8 bytes: 0, or a word whose lowest set bit is in the first byte that is not. */
+    static inline uint64_t kb_special(const char *at) {
+        const uint64_t ones = 0x0101010101010101u;
+        uint64_t word, quote, backslash;
+        memcpy(&word, at, 8);
+        quote = word ^ ones * '"';
+        backslash = word ^ ones * '\\\\';
+        return (word | ((word - ones * 0x20) & ~word) | ((quote - ones) & ~quote)
+                | ((backslash - ones) & ~backslash)) & ones * 0x80;
+    }
+    /* Skip plain bytes: up to the first that is not, or to less than 8 bytes before the end. */
+    static inline const char *kb_skip_plain(const char *at, const char *end) {
+        uint64_t special;
+        if (end - at >= 72 && !kb_special(at)) {  /* most strings end within the first 8 bytes */
+            at += 8;
+            while (end - at >= 64 && kb_is_plain(at))
+                at += 64;
+        }
+        for (; end - at >= 8; at += 8)
+            if ((special = kb_special(at)))
+                return at + (__builtin_ctzll(special) >> 3);
+        return at;
     }
     /* Skip three-byte code points that need no further checks: Chinese, Japanese, Thai. */
     static inline const char *kb_skip_threes(const char *text) {
@@ -55,7 +80,7 @@ cdef extern from *:
     """
     const signed char kb_hex[256]
     const char *kb_skip_threes(const char *text) noexcept nogil
-    bint kb_is_plain(const char *text) noexcept nogil
+    const char *kb_skip_plain(const char *at, const char *end) noexcept nogil
     long kb_members(const char *at, const char *end) noexcept nogil
 
 
@@ -143,9 +168,8 @@ cdef inline const char *skip_string(const char *at, const char *end, bint *escap
     cdef uint32_t code = 0
     cdef char c
     while True:
-        while end - at >= 64 and kb_is_plain(at):
-            at += 64
-        block = at + 64
+        at = kb_skip_plain(at, end)
+        block = at + 32  # special bytes often come together
         while at < block:  # the NUL at the end of the body stops the loop
             c = at[0]
             if c == c'"':
@@ -315,22 +339,21 @@ cdef inline void put_string(Text *text, const char *at, const char *end) noexcep
     """
     cdef const char *after
     cdef uint32_t code = 0
-    while text.left >= 64 and end - at >= 64 and kb_is_plain(at):
-        memcpy(text.at + text.size, at, 64)
-        text.size += 64
-        text.left -= 64
-        at += 64
     while text.left and at[0] != c'"':
         if at[0] == c"\\":
             at = skip_escape(at, &code)
             put_utf8(text, code)
+            text.left -= 1
+            continue
+        if <unsigned char> at[0] < 0x80:
+            after = kb_skip_plain(at + 1, at + min(end - at, text.left))
+            text.left -= after - at
         else:
-            after = at + 1 if <unsigned char> at[0] < 0x80 else skip_utf8(at)
-            while at < after:
-                text.at[text.size] = at[0]
-                text.size += 1
-                at += 1
-        text.left -= 1
+            after = skip_utf8(at)
+            text.left -= 1
+        memcpy(text.at + text.size, at, after - at)
+        text.size += after - at
+        at = after
 
 
 cdef struct Word:
