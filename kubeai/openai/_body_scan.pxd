@@ -91,8 +91,10 @@ cdef class InferenceRequest:
     cdef Py_ssize_t _room(self, Py_ssize_t limit, Py_ssize_t name_size) noexcept nogil
     cdef bint _put_system(self, Text *text) noexcept nogil
     cdef bint _put_prefix(self, Text *text, Py_ssize_t limit) noexcept nogil
-    cdef uint64_t _key(self, Text *text, bytes name, Py_ssize_t limit) except? 0
-    cpdef key(self, Py_ssize_t prefix_char_length)
+    cdef uint64_t _put_and_hash(
+        self, Text *text, const char *name, Py_ssize_t name_size, Py_ssize_t limit
+    ) noexcept nogil
+    cdef uint64_t hash_key(self, Py_ssize_t prefix_char_length) except? 0
 
 
 cdef InferenceRequest scan(Shape shape, bytes body)

@@ -12,9 +12,7 @@ thread it blocks nothing.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport uint64_t
@@ -25,8 +23,7 @@ from kubeai.openai._json cimport (
     TOKEN_MAX_BYTES, Text, Word, is_word, kb_members, next_member, put_bytes, put_content,
     put_input, put_string, put_utf8, read_key, read_word, skip_space, skip_value,
 )
-
-from mmh3 import mmh3_x64_128_digest
+from kubeai.openai._murmur3 cimport murmur3
 
 from kubeai.openai.errors import BadRequest
 
@@ -113,17 +110,6 @@ cdef bint is_crowded(const char *begin, const char *after) noexcept nogil:
 
 
 cdef const char *NOTHING = b"null"
-
-
-cdef uint64_t hash_of(const Text *text) except? 0:
-    cdef bytes digest
-    cdef uint64_t hashed
-    if text.size > LARGE_BYTES:  # without a copy
-        digest = mmh3_x64_128_digest(PyMemoryView_FromMemory(text.at, text.size, PyBUF_READ))
-    else:
-        digest = mmh3_x64_128_digest(PyBytes_FromStringAndSize(text.at, text.size))
-    memcpy(&hashed, PyBytes_AS_STRING(digest), sizeof(hashed))
-    return hashed
 
 
 @cython.final
@@ -424,52 +410,55 @@ cdef class InferenceRequest:
             return put_content(text, self.first.at, self.end)
         return True
 
-    cdef uint64_t _key(self, Text *text, bytes name, Py_ssize_t limit) except? 0:
-        cdef bint large = self._is_large()
-        cdef Py_ssize_t head_size = 9 + PyBytes_GET_SIZE(name)
+    cdef uint64_t _put_and_hash(
+        self, Text *text, const char *name, Py_ssize_t name_size, Py_ssize_t limit
+    ) noexcept nogil:
+        cdef Py_ssize_t head_size = 8 + name_size + 1
         cdef uint64_t system_hash = 0
-        cdef bint well
+        cdef bint well = self._put_system(text)
         cdef int i
-        if large:
-            with nogil:
-                well = self._put_system(text)
-        else:
-            well = self._put_system(text)
         if well and text.size:  # without system text the hash is 0
-            system_hash = hash_of(text)
+            system_hash = murmur3(text.at, text.size)
         for i in range(8):  # little-endian
             text.at[i] = <char> (system_hash >> 8 * i & 0xFF)
-        memcpy(text.at + 8, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name) + 1)
+        memcpy(text.at + 8, name, name_size)
+        text.at[head_size - 1] = 0
         text.size = head_size
         if well:
-            if large:
-                with nogil:
-                    well = self._put_prefix(text, limit)
-            else:
-                well = self._put_prefix(text, limit)
+            well = self._put_prefix(text, limit)
         if not well:  # hash as if empty
             memset(text.at, 0, 8)
             text.size = head_size
-        return hash_of(text)
+        return murmur3(text.at, text.size)
 
-    cpdef key(self, Py_ssize_t prefix_char_length):
-        """See the stub."""
+    cdef uint64_t hash_key(self, Py_ssize_t prefix_char_length) except? 0:
+        """See ``key`` in the stub."""
         cdef bytes name = b"" if self.adapter is None else self.adapter.encode()
+        cdef const char *name_at = PyBytes_AS_STRING(name)
         cdef Py_ssize_t limit = min(max(prefix_char_length, 0), <Py_ssize_t> 1 << 40)
-        cdef Py_ssize_t room = self._room(limit, PyBytes_GET_SIZE(name))
+        cdef Py_ssize_t name_size = PyBytes_GET_SIZE(name)
+        cdef Py_ssize_t room = self._room(limit, name_size)
         cdef char few[2048]
+        cdef uint64_t hashed
         cdef Text text
         text.at = few
-        if room > <Py_ssize_t> sizeof(few):
-            text.at = <char *> malloc(room)
-            if text.at is NULL:
-                raise MemoryError()
-        try:
-            return self._key(&text, name, limit)
-        finally:
-            if text.at is not few:
-                with nogil:  # freeing tens of MiB takes some milliseconds
-                    free(text.at)
+        if room <= <Py_ssize_t> sizeof(few):
+            return self._put_and_hash(&text, name_at, name_size, limit)
+        text.at = <char *> malloc(room)
+        if text.at is NULL:
+            raise MemoryError()
+        if not self._is_large():
+            hashed = self._put_and_hash(&text, name_at, name_size, limit)
+            free(text.at)
+            return hashed
+        with nogil:  # freeing tens of MiB takes some milliseconds too
+            hashed = self._put_and_hash(&text, name_at, name_size, limit)
+            free(text.at)
+        return hashed
+
+    def key(self, Py_ssize_t prefix_char_length):
+        """See the stub."""
+        return self.hash_key(prefix_char_length)
 
     def with_model(self, bytes value not None):
         """The body with the value of ``model`` replaced; all other bytes are unchanged."""

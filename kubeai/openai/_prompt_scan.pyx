@@ -161,7 +161,7 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
         conversation = NULL
     if complete or picker.strategy != LEAST_LOAD:
         if complete or picker.strategy == PREFIX_HASH:
-            prompt.key = request.key(picker.prefix_char_length)
+            prompt.key = request.hash_key(picker.prefix_char_length)
             prompt.has_key = True
         if request.is_cached:
             _add_blocks(prompt, request, &files, &length)
