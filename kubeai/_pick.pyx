@@ -39,6 +39,7 @@ from kubeai._load cimport (
     count,
     get_time,
     get_u64,
+    work_of,
 )
 from kubeai._members cimport Members
 from kubeai._prefix cimport PrefixIndex
@@ -283,9 +284,9 @@ cdef class Picker:
         return self.ring._work(row, REQUEST_TOKENS) + own > bound
 
     cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept:
-        return self._slowness(row) * <double> (
-            new_tokens + self.ring._work(row, per_request(new_tokens))
-        )
+        # Not ``ring._work``: a call for each of 1,000 endpoints.
+        cdef uint64_t load = self.ring.table._load(row)
+        return self._slowness(row) * <double> (new_tokens + work_of(load, per_request(new_tokens)))
 
     # -- learned times ---------------------------------------------------------------------------
 
