@@ -20,6 +20,9 @@ cdef class Admission:
     cdef void _count(self, int outcome) noexcept
 
 
+cpdef Admission admit(LoadTable table, Py_ssize_t row, uint32_t generation, str kind=*)
+
+
 cdef class Reservation:
     cdef LoadTable table
     cdef uint64_t *cell

@@ -33,8 +33,12 @@ def live():
     return live_admissions, live_reservations
 
 
-def admit(LoadTable table not None, Py_ssize_t row, uint32_t generation, kind="http"):
+cpdef Admission admit(
+    LoadTable table, Py_ssize_t row, uint32_t generation, str kind="http"
+):
     """Count one request as active for the model in ``row`` until the Admission is closed."""
+    if table is None:
+        raise TypeError("an Admission needs a load table")
     global live_admissions
     table._check_row(row)
     table._check_writer()

@@ -17,6 +17,8 @@ from kubeai.gateway.uploads.upload import Upload
 class FastPathContext:
     config: GatewayConfig
     routes: routing.RoutingTable
+    models: dict[str, routing.RoutedModel]
+    body_max_bytes: int
     observers: Observers | None
     explains: bool
     logs_prompts: bool  # the access log contains the hashes of prompts

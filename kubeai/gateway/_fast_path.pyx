@@ -8,10 +8,11 @@ models without a ready endpoint, and failures. Its decisions are the same as the
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
+from libc.stdint cimport int64_t
 
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai._clock cimport now
-from kubeai._counts cimport Admission, Reservation
+from kubeai._counts cimport Admission, Reservation, admit
 from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT
 from kubeai.gateway.relay._exchange cimport Exchange, Pool
 from kubeai._pick cimport Picker
@@ -24,6 +25,8 @@ cdef class FastPathContext:
 
     cdef public object config  # GatewayConfig
     cdef public object routes  # RoutingTable
+    cdef public dict models  # name -> RoutedModel: the routing table's
+    cdef public int64_t body_max_bytes  # the config's
     cdef public object observers  # None: requests are not observed
     cdef public bint explains  # clients may ask why an endpoint was picked
     cdef public bint logs_prompts  # the access log contains the hashes of prompts
@@ -73,7 +76,7 @@ cdef class FastPath(Exchange):
             self.json_route = json_route
             self._kind = json_route.kind
             self._path = json_route.path
-            self.collect(context.config.body_max_bytes)
+            self.collect(context.body_max_bytes)
         if context.observers is not None:
             self.observe(context.observers)
         return 0
@@ -86,7 +89,7 @@ cdef class FastPath(Exchange):
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
         if request is not None and request.adapter is None and not self._has(b"x-label-selector"):
-            routed = context.routes.find(request.name)
+            routed = context.models.get(request.name)
         self._request = request
         if routed is None:
             self.on_body()
@@ -95,7 +98,7 @@ cdef class FastPath(Exchange):
         self._routed = routed
         self._prompt = prompt_for(picker, request, context.logs_prompts)
         self._payload = self.body
-        self._admission = routed.admit("http")
+        self._admission = admit(picker.ring.table, picker.ring.row, picker.ring.generation)
         if context.explains:
             self.note_candidates()
         self._place(picker.pick(self._prompt))

@@ -32,7 +32,7 @@ JSON_ROUTES = {
 
 
 class Context(FastPathContext):
-    """See the module. The Server sets ``routes`` and ``local_routes``."""
+    """See the module. The Server sets ``routes``, ``models`` and ``local_routes``."""
 
     routes: RoutingTable
     local_routes: LocalRoutesPool  # serves what is not proxied
@@ -45,6 +45,7 @@ class Context(FastPathContext):
     ) -> None:
         """``demand``: notifies the supervisor that a request is held for a model."""
         self.config = config
+        self.body_max_bytes = config.body_max_bytes
         self.demand = demand
         self.observers = observers
         self.explains = config.explain

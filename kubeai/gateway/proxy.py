@@ -97,7 +97,7 @@ class Proxy(FastPath):
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
         if kind.is_json:
-            self.collect(self.context.config.body_max_bytes)
+            self.collect(self.context.body_max_bytes)
         else:
             self._receive_upload()
 

@@ -74,6 +74,7 @@ class Server:
             tick_s=tick_s,
         )
         self.routes = context.routes = RoutingTable(loads, self._endpoint_pool, index=index)
+        context.models = self.routes.models
         self._tick_s = tick_s
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None

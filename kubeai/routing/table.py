@@ -91,7 +91,7 @@ class RoutingTable:
         self._target = target
         self._clock = clock
         self._index = index
-        self._models: dict[str, RoutedModel] = {}
+        self.models: dict[str, RoutedModel] = {}  # by name; the same dict for as long as it lives
         self._health_events = 0  # of the load table, at the last check for ejected endpoints
         self._any_ejected = False  # at that check
 
@@ -117,13 +117,13 @@ class RoutingTable:
 
     def find(self, model: str) -> RoutedModel | None:
         """The model with this name, if it exists."""
-        return self._models.get(model)
+        return self.models.get(model)
 
     def __iter__(self) -> Iterator[RoutedModel]:
-        return iter(self._models.values())
+        return iter(self.models.values())
 
     def __len__(self) -> int:
-        return len(self._models)
+        return len(self.models)
 
     def move_off_ejected(self) -> None:
         """Move requests off endpoints that any worker has ejected; see `RoutedModel`.
@@ -134,38 +134,38 @@ class RoutingTable:
         if health_events != self._health_events or self._any_ejected:
             self._health_events = health_events
             self._any_ejected = False
-            for routed in self._models.values():
+            for routed in self.models.values():
                 if routed.ring.ejected_count():
                     self._any_ejected = True
                     routed.move_off_ejected()
 
     def expire(self) -> None:
         """Stop counting prompts as pending that are believed to be computed by now."""
-        for routed in self._models.values():
+        for routed in self.models.values():
             routed.picker.expire()
 
     def close(self) -> None:
         """Remove all models and close their endpoints' upstreams."""
-        for model in list(self._models):
+        for model in list(self.models):
             self._set(model, None)
 
     def _replace(self, snapshot: Snapshot) -> None:
-        for gone in self._models.keys() - {route.model for route in snapshot.routes}:
+        for gone in self.models.keys() - {route.model for route in snapshot.routes}:
             self._set(gone, None)
         for route in snapshot.routes:
             self._set(route.model, route)
         self.version = snapshot.version
 
     def _set(self, model: str, route: Route | None) -> None:
-        known = self._models.get(model)
+        known = self.models.get(model)
         if known is not None and (route is None or not known.is_life_of(route)):
-            del self._models[model]
+            del self.models[model]
             known.end()
             known = None
         if route is None:
             return
         if known is None:
-            self._models[model] = RoutedModel(
+            self.models[model] = RoutedModel(
                 self._table, route, self._target, self._clock, self._index
             )
         else:

@@ -408,7 +408,7 @@ async def test_an_exception_in_the_gateway_fails_one_request_only(start, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(world.table, "find", lambda *_: 1 / 0)
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-        await wire.send(ask())
+        await wire.send(ask("m", "X-Label-Selector: a=b"))
         assert (await error_of(wire, 500))["type"] == "server_error"
         assert await wire.ended() is False
     other = await world.client()
