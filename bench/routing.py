@@ -93,8 +93,8 @@ PROTOTYPE = {
     "agent, 100": 186,
 }
 REPLICATED = [TABLE[1], TABLE[3], TABLE[5], TABLE[7]]
+TRACE = "trace"
 LEVELS = (0.25, 0.5, 0.75, 0.9, 1.1)
-# Conversations per second at which eight engines are saturated: see ``saturation``.
 SHAPED = {
     "chat": CHAT,
     "assistant": shape("assistant", 1000),
@@ -178,7 +178,14 @@ def measure(run: Run) -> Figures:
 
 
 def saturation(name: str) -> float:
-    """Conversations per second that eight engines complete while all are busy."""
+    """What eight engines can do: conversations per second, or for the trace, its speed.
+
+    A shape's is measured while all engines are busy. The trace's is the generated tokens per second
+    of its overload, in proportion to those at its own speed.
+    """
+    if name == TRACE:
+        slow, fast = (measure(Run("", case, "PrefixCache", {})) for case in (TABLE[0], TABLE[2]))
+        return fast.tokens_per_s / slow.tokens_per_s
     one = SHAPED[name]
     busy = Setting(engine=PRESETS[L4], strategy="PrefixCache", concurrency=400, seed=SEED)
     done = simulate(busy, generate(msgspec.structs.replace(one, think_s=0.0), SEED))
@@ -194,7 +201,10 @@ def runs(with_trace: bool, full: bool, rates: dict[str, float]) -> list[Run]:
     ]
     for name, rate in rates.items():
         for level in LEVELS:
-            case = Case(f"{name}, {level:.0%}", SHAPED[name], per_s=rate * level)
+            if name == TRACE:
+                case = Case(f"{name}, {level:.0%}", speed=rate * level, preset=H100)
+            else:
+                case = Case(f"{name}, {level:.0%}", SHAPED[name], per_s=rate * level)
             planned += [Run("levels", case, strategy, {}) for strategy in STRATEGIES]
     for case in REPLICATED:
         if case.shape or with_trace:
@@ -308,8 +318,9 @@ def plots(figures: list[Figures]) -> None:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("mean time to first token, s (logarithmic)")
         axes.legend(frameon=False)
-    with plot("routing/levels", (9, 2.8), 1, len(SHAPED), sharey=True) as panels:
-        for name, axes in zip(SHAPED, panels, strict=True):
+    names = dict.fromkeys(one.case.split(",")[0] for one in figures if one.part == "levels")
+    with plot("routing/levels", (9, 2.8), 1, len(names), sharey=True) as panels:
+        for name, axes in zip(names, panels, strict=True):
             for strategy in STRATEGIES:
                 means = [by["levels", f"{name}, {level:.0%}", strategy] for level in LEVELS]
                 x = [level * 100 for level in LEVELS]
@@ -334,7 +345,8 @@ def main() -> int:
     with ProcessPoolExecutor(
         options.processes, initializer=_load, initargs=(options.trace,)
     ) as pool:
-        rates = dict(zip(SHAPED, pool.map(saturation, SHAPED), strict=True))
+        names = [*SHAPED, *((TRACE,) if options.trace else ())]
+        rates = dict(zip(names, pool.map(saturation, names), strict=True))
         figures = []
         for one in pool.map(measure, runs(options.trace is not None, options.full, rates)):
             what = f"{one.part:10} {one.case:26} {one.strategy:12} {one.label:22}"
