@@ -14,6 +14,7 @@ const models = {
   anthropic: () => createAnthropic(options)("m"),
 };
 
+globalThis.AI_SDK_LOG_WARNINGS = false; // they would be printed beside the result
 let text = "";
 let error = null;
 const result = streamText({
