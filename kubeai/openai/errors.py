@@ -169,25 +169,24 @@ def engine_error(status: int, content_type: str, body: bytes) -> BadRequest:
     of vLLM's (``message`` at the top) and FastAPI's (``detail``). Otherwise, its text.
     """
     if status < 300:
-        message = (
-            f"The engine did not send an event stream, but {quoted(content_type or 'no type')}."
-        )
+        shown = quoted(content_type or "no type")
+        message = f"The engine did not send an event stream, but {shown}."
         return BadRequest(message, status=502, code="bad_gateway")
     detail: Any = body.decode("utf-8", "replace")[:ENGINE_TEXT_MAX_CHARS].strip()
-    with contextlib.suppress(msgspec.DecodeError):
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
         detail = msgspec.json.decode(body)
     if isinstance(detail, dict):
         detail = detail.get("error") or detail.get("detail") or detail
     found = detail if isinstance(detail, dict) else {"message": detail}
-    message, kind, code, param = (found.get(key) for key in ("message", "type", "code", "param"))
-    if not isinstance(message, str) or not message:
-        message = f"The engine responded with status {status}."
+    said = found.get("message")
+    if not isinstance(said, str) or not said:
+        said = f"The engine responded with status {status}."
     return BadRequest(
-        message,
-        _text(param),
+        said,
+        _text(found.get("param")),
         status,
-        _text(code),
-        kind=_text(kind),
+        _text(found.get("code")),
+        kind=_text(found.get("type")),
     )
 
 
