@@ -14,7 +14,7 @@ import anthropic
 import openai
 import pytest
 import uvloop
-from fakes.wire import CHUNKED, Message, Wire, chunk, until
+from fakes.wire import CHUNKED, Message, Wire, chunk, post, until
 from fakes.world import World
 
 from kubeai.gateway.local_routes import make_app
@@ -24,6 +24,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 TIMEOUT_S = 45.0
 # Many comments, so that each client reads some before, between and together with other data.
 CONFIG = {"hold_comment_after_s": 0.01, "hold_comment_interval_s": 0.005, "hold_timeout_s": 20.0}
+COMMENTS = 20
 HERE = Path(__file__).parent
 
 
@@ -163,9 +164,12 @@ def base(world):
 async def while_held(world: World, asking, *, ready: bool):
     """The result of a client's request that is held at first; then a replica is ready or none."""
     task = asyncio.ensure_future(asking)
+    other = await world.client()
     try:
         await until(lambda: world.held("m") == 1 or task.done(), "held", TIMEOUT_S)
-        await asyncio.sleep(0.1)  # of comments
+        await other.send(post("/v1/completions", b'{"model":"m","stream":true}'))
+        for _ in range(COMMENTS):
+            await other.reader.readuntil(b": waiting for a replica")
         if ready:
             world.route("m", {"a": await world.engine(streams)})
         else:
