@@ -24,6 +24,7 @@ from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
+from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.routing.routes import Route
 
@@ -58,6 +59,7 @@ class Operator:
             event.set()  # until `run` starts, there is nothing to wait for
         self.store = Store(self._changed, address_override=config.allow_pod_address_override)
         self._blocks = BlockTracker(config.gateway)
+        self._starts = StartTracker()
         lease = config.leader_election
         self.leader = Leader(
             kube,
@@ -161,10 +163,12 @@ class Operator:
         model = self.store.models.get(name)
         if model is None:
             self._blocks.forget(name)
+            self._starts.forget(name)
             self._publish(name, None)
             return
         pods = self.store.observed_pods(name)
-        self._publish(name, route_of(model, pods, self._blocks.observe(model, pods)))
+        blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
+        self._publish(name, route_of(model, pods, blocks, start))
 
     def _turn(self, leads: bool) -> None:
         if leads:

@@ -27,6 +27,7 @@ _UNITS: dict[str, Schema] = {
     "quantity": {"type": ["string", "number"], "pattern": _QUANTITY, "minimum": 0},
     "bytes": {"type": ["string", "integer"], "pattern": f"^$|{_QUANTITY}", "minimum": 0},
     "address": {"type": "string", "pattern": r"^$|^.*:[0-9]{1,5}$"},
+    "origin": {"type": "string", "pattern": r"^(\*|[a-zA-Z][a-zA-Z0-9+.-]*://[^/]+)$"},
 }
 
 

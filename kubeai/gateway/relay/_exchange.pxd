@@ -55,6 +55,7 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
     cdef bytes target
     cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto header lines
     cdef bytes request_id  # the X-Request-Id header line
+    cdef bytes cors  # header lines for all responses to it; None: there are none
     cdef bint asks_websocket
     cdef bint keep_alive
     cdef bint http10
@@ -121,7 +122,8 @@ cdef class Exchange:
     cdef bint in_pieces  # the upstream request's body: written with ``write``
     cdef int64_t sending_bytes  # its size
     cdef bint replayed
-    cdef readonly bint answered  # a response head has been written
+    cdef readonly bint begun  # an event stream was begun before there is a response; see _early
+    cdef readonly bint answered  # a response head has been written; if begun, a response's body
     cdef readonly int status  # of that response
     cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
@@ -135,7 +137,6 @@ cdef class Exchange:
     cdef int _collected(self) except -1
     cdef int _body_came(self) except -1
     cdef int _ended(self) except -1
-    cdef bint _has(self, bytes name) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)
     cdef bint _accept_body(self, int64_t max_bytes) except -1

@@ -26,6 +26,7 @@ ZERO_IS_A_VALUE = {
     "modelServerPods.jsonPatches[].from",
     "modelRollouts.surge",  # no extra pods
     "modelRollouts.drainTimeout",  # delete at once
+    "gateway.holdCommentAfter",  # no comments
     "gateway.holdTimeout",  # fail at once
     "gateway.holdMaxRequests",
     "gateway.startFailureGrace",  # fail as soon as it is seen
