@@ -5,6 +5,7 @@ field they leave alone. The exceptions are listed here; a new key is either cove
 """
 
 import json
+from copy import deepcopy
 
 import jsonschema_rs
 import msgspec
@@ -144,7 +145,7 @@ def test_all_zero_values_together_are_the_default_config():
             *sections, key = path.split(".")
             for name in sections:
                 section = section.setdefault(name, {})
-            section[key] = section.get(key) or written[0]
+            section[key] = section.get(key) or deepcopy(written[0])
     assert parse(config) == SystemConfig()
 
 
