@@ -69,6 +69,8 @@ def _or_zero(schema: Schema) -> Schema:
         return {"enum": [*schema["enum"], "", None]}
     if schema.get("minimum", 0) > 0:
         schema = schema | {"minimum": 0}
+    if schema.get("required"):
+        return {"anyOf": [schema, {"type": ["object", "null"], "maxProperties": 0}]}
     return _or_null(schema)
 
 
