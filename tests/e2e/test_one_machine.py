@@ -1,4 +1,4 @@
-"""`kubeai local --model`: local weights, an engine in its own environment, one GPU for two Models."""
+"""`kubeai local --model`: local weights, an engine environment, one GPU for two Models."""
 
 import sys
 
