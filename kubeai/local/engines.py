@@ -204,11 +204,13 @@ def _pythons(module: str, path: str) -> Iterator[str]:
         yield python
 
 
-_module_paths: dict[tuple[str, str], tuple[str, ...]] = {}  # (interpreter, module) → its path
+ModulePath = tuple[str, ...]  # the directories in which a Python looks for modules
+_module_paths: dict[tuple[str, str], ModulePath] = {}  # (interpreter, module) → its path
+_questions: dict[str, asyncio.Task[tuple[list[str], ModulePath]]] = {}  # under way
 
 
-async def _module_path(python: str, module: str) -> tuple[str, ...] | None:
-    """The directories in which an interpreter looks for modules; None if it lacks ``module``."""
+async def _module_path(python: str, module: str) -> ModulePath | None:
+    """An interpreter's module path; None if it lacks ``module``."""
     if not os.access(python, os.X_OK):
         return None
     if (known := _module_paths.get((python, module))) is not None:
@@ -216,15 +218,26 @@ async def _module_path(python: str, module: str) -> tuple[str, ...] | None:
     folders = _site_packages(python)
     if any(_holds(folder, module) for folder in folders):
         return tuple(map(str, folders))
+    if python not in _questions:
+        task = _questions[python] = asyncio.create_task(_ask(python))
+        task.add_done_callback(lambda _: _questions.pop(python, None))
+    modules, path = await asyncio.shield(_questions[python])
+    if module not in modules:
+        return None  # not remembered: it may be installed later
+    _module_paths[python, module] = path
+    return path
+
+
+async def _ask(python: str) -> tuple[list[str], ModulePath]:
+    """Ask an interpreter which of the engines' modules it has, and for its module path."""
+    modules = [*filter(None, (known.module for known in PROGRAMS.values())), *_ALIASES]
     question = (
-        f"import importlib.util,sys;sys.exit(1) if not importlib.util.find_spec({module!r}) "
-        "else print(*sys.path,sep='\\n')"
+        "import importlib.util,sys;"
+        f"print(*filter(importlib.util.find_spec,{modules!r}));print(*sys.path,sep='\\n')"
     )
-    code, output = await run_helper([python, "-c", question], ASK_TIMEOUT_S)
-    if code != 0:
-        return None
-    found = _module_paths[python, module] = tuple(filter(None, output.splitlines()))
-    return found
+    _, output = await run_helper([python, "-c", question], ASK_TIMEOUT_S)
+    found, *path = output.splitlines() or [""]
+    return found.split(), tuple(filter(None, path))
 
 
 def _site_packages(python: str) -> list[Path]:

@@ -366,5 +366,12 @@ def test_pods_have_gpus_of_their_own_also_after_a_kill_of_the_kubelet(
         assert not pods.get("c")["spec"].get("nodeName")
         pods.delete("a")
         assert until(lambda: devices("c")) != kept
+        kubelet.kill()
+        kubelet.command += ["--capacity", "nvidia.com/gpu=1"]
+        kubelet.start()
+        had = {"b": kept, "c": devices("c")}
+        (lost,) = (name for name, device in had.items() if device == "1")
+        until(lambda: pods.get(lost)["status"].get("reason") == "UnexpectedAdmissionError")
+        assert pods.get(lost)["status"]["phase"] == "Failed"
     finally:
         kubelet.clean_up()

@@ -88,10 +88,23 @@ async def test_a_script_on_path_leads_to_its_environment(tmp_path):
 
 async def test_a_python_on_path_is_asked_for_its_modules(tmp_path):
     packages = environment(tmp_path / "env", "vllm", "vllm", "0.8") / "lib/python3.12/site-packages"
-    python = f"#!/bin/sh\ncase \"$2\" in *'vllm'*) echo {packages} ;; *) exit 1 ;; esac\n"
+    asked = tmp_path / "asked"
+    python = f'#!/bin/sh\necho $1 >> {asked}\nprintf "vllm\\n\\n{packages}\\n"\n'
     program(tmp_path / "bin" / "python3", python)
     one = await listed("VLLM", path=str(tmp_path / "bin"))
     assert (one.program, one.version) == (str(tmp_path / "bin" / "python3"), "0.8")
+    assert asked.read_text() == "-c\n", "once for all engines"
+
+
+async def test_a_real_python_says_which_modules_it_has(monkeypatch):
+    path = engines._module_path
+    assert await path(sys.executable, "vllm") is None
+    monkeypatch.setitem(
+        engines.PROGRAMS, "VLLM", engines.Program("", "", module="msgspec", package="msgspec")
+    )
+    monkeypatch.setattr(engines, "_site_packages", lambda python: [])
+    found = await path(sys.executable, "msgspec")
+    assert engines.package_version(found, "msgspec") == engines.metadata.version("msgspec")
 
 
 @pytest.mark.parametrize(

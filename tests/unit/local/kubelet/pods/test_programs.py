@@ -51,14 +51,17 @@ async def test_the_loader_runs_from_this_installation_unless_another_is_installe
     assert await resolve("registry.example/kubeai:v1", ["load"], argv) == [theirs, *argv]
 
 
+MODULES = "#!/bin/sh\necho vllm faster_whisper_server\n"  # a Python that has them
+
+
 async def test_vllm_listens_on_the_pods_address(tools):
-    python = tools("python3")  # reports that it has every module
+    python = tools("python3", MODULES)
     argv = await resolve("vllm/vllm-openai:v1", VLLM, ["--model=m"])
     assert argv == [python, *VLLM[1:], "--model=m", f"--host={IP}"]
 
 
 async def test_a_host_argument_for_vllm_in_the_manifest_is_kept(tools):
-    tools("python3")
+    tools("python3", MODULES)
     argv = await resolve("vllm/vllm-openai", VLLM, ["--host=0.0.0.0"])
     assert argv[3:] == [f"--host={IP}"]
 
@@ -67,7 +70,7 @@ async def test_vllm_in_its_own_environment_is_found_by_its_script(tools, tmp_pat
     own = tmp_path / "tool" / "bin"
     own.mkdir(parents=True)
     for name in ("vllm", "python3"):
-        (own / name).write_text("#!/bin/sh\n")
+        (own / name).write_text(MODULES)
         (own / name).chmod(0o755)
     (tmp_path / "vllm").symlink_to(own / "vllm")
     assert (await resolve("vllm/vllm-openai", VLLM))[0] == str(own / "python3")
@@ -93,7 +96,7 @@ async def test_infinity_listens_on_the_pods_address(tools):
 
 
 async def test_faster_whisper_runs_its_uvicorn_application(tools):
-    python = tools("python3")
+    python = tools("python3", MODULES)
     argv = await resolve("fedirz/faster-whisper-server:latest-cpu")
     assert argv[0] == python
     assert argv[-1] == "faster_whisper_server.main:create_app"
