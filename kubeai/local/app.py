@@ -39,6 +39,7 @@ from kubeai.local.engines import (
 from kubeai.local.jobs.controller import JobController
 from kubeai.local.kubelet.capacity import allocatable
 from kubeai.local.kubelet.gpus import check_gpus
+from kubeai.local.kubelet.pods.pod import GPU
 from kubeai.local.locks import lock_data_dir
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.local.unserved import Unserved
@@ -177,7 +178,7 @@ async def run(options: Options, spawn: Spawn) -> None:
             await kubelet.start()
             node = await client.get(NODES, NODE_NAME)
             resources = allocatable(node["status"]["allocatable"])
-            gpus = resources.get("nvidia.com/gpu", 0) // 10**9
+            gpus = resources.get(GPU, 0) // 10**9
             if options.swap:
                 supervisor.operator.enable_swap(resources)
             await _apply(client, manifests + await _models(client, drafts, gpus, config))
@@ -242,7 +243,8 @@ async def _models(
         if live["spec"]["url"] != draft.url.original:
             raise KubeAIError(
                 f"{draft.source}: the Model {draft.name} exists, with the url "
-                f"{live['spec']['url']}; delete it first, or write a manifest with another name"
+                f"{live['spec']['url']}; delete it first (kubectl delete model {draft.name}), or "
+                f"write a manifest with another name"
             )
     return manifests
 

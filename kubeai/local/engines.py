@@ -13,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
+import math
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +32,7 @@ from kubeai.errors import KubeAIError, quoted
 from kubeai.local.kubelet.runtime.children import run_helper
 
 ASK_TIMEOUT_S = 3.0  # for a program to report its version or its module path
+ANSWER_AGE_MAX_S = 1.0  # then the interpreter is asked again: more may be installed
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 MOCK_IMAGE = "kubeai/mock-engine"
 
@@ -57,7 +60,7 @@ PROGRAMS: dict[Engine, Program] = {
         "Infinity", "pip install 'infinity-emb[all]'", "infinity_emb", package="infinity_emb"
     ),
 }
-# FasterWhisper's server has been renamed; its newer images have this module.
+# FasterWhisper's server has been renamed. Models choose the newer one by its image of this name.
 _ALIASES: dict[str, Engine] = {"speaches": "FasterWhisper"}
 
 EngineEnvs = Mapping[Engine, Path]  # from --engine-env
@@ -72,6 +75,7 @@ class Found(msgspec.Struct, frozen=True):
     program: str = ""  # path of the program, or of the Python that has it
     version: str = ""  # empty if unknown
     source: str = ""  # where it was found: an option, PATH, or a Model's PATH
+    image: str = ""  # the image by which a Model must choose it; empty: the default one runs it
 
 
 class ModelPath(msgspec.Struct, frozen=True):
@@ -206,7 +210,8 @@ def _pythons(module: str, path: str) -> Iterator[str]:
 
 ModulePath = tuple[str, ...]  # the directories in which a Python looks for modules
 _module_paths: dict[tuple[str, str], ModulePath] = {}  # (interpreter, module) → its path
-_questions: dict[str, asyncio.Task[tuple[list[str], ModulePath]]] = {}  # under way
+# The last question to each interpreter, and when it was asked.
+_questions: dict[str, tuple[float, asyncio.Task[tuple[list[str], ModulePath]]]] = {}
 
 
 async def _module_path(python: str, module: str) -> ModulePath | None:
@@ -218,12 +223,13 @@ async def _module_path(python: str, module: str) -> ModulePath | None:
     folders = _site_packages(python)
     if any(_holds(folder, module) for folder in folders):
         return tuple(map(str, folders))
-    if python not in _questions:
-        task = _questions[python] = asyncio.create_task(_ask(python))
-        task.add_done_callback(lambda _: _questions.pop(python, None))
-    modules, path = await asyncio.shield(_questions[python])
+    asked_s, question = _questions.get(python, (-math.inf, None))
+    if question is None or time.monotonic() - asked_s > ANSWER_AGE_MAX_S:
+        question = asyncio.create_task(_ask(python))
+        _questions[python] = time.monotonic(), question
+    modules, path = await asyncio.shield(question)
     if module not in modules:
-        return None  # not remembered: it may be installed later
+        return None
     _module_paths[python, module] = path
     return path
 
@@ -232,8 +238,9 @@ async def _ask(python: str) -> tuple[list[str], ModulePath]:
     """Ask an interpreter which of the engines' modules it has, and for its module path."""
     modules = [*filter(None, (known.module for known in PROGRAMS.values())), *_ALIASES]
     question = (
-        "import importlib.util,sys;"
-        f"print(*filter(importlib.util.find_spec,{modules!r}));print(*sys.path,sep='\\n')"
+        "import importlib.util as u,sys;"
+        f"print(*(m for m in {modules!r} if (s:=u.find_spec(m)) and s.origin));"
+        "print(*sys.path,sep='\\n')"
     )
     _, output = await run_helper([python, "-c", question], ASK_TIMEOUT_S)
     found, *path = output.splitlines() or [""]
@@ -307,18 +314,25 @@ async def _find(engine: Engine, envs: EngineEnvs, path: str, model_path: str = "
         where = await locate_module(known.module, envs, path, model_path)
     else:
         where = locate_script(known.script, envs, path, model_path)
+    package, image = known.package, ""
+    for alias in (name for name, of in _ALIASES.items() if of == engine and where is None):
+        where = await locate_module(alias, envs, path, model_path)
+        package = image = alias
     if where is None:
         return Found(engine, known.title, known.install)
-    if known.package:
-        version = package_version(where.module_path, known.package)
+    if package:
+        version = package_version(where.module_path, package)
     else:
         version = await _ollama_version(where.program)
-    return Found(engine, known.title, known.install, where.program, version, where.source)
+    source = f"{where.source}; for Models with image: {image}" if image else where.source
+    return Found(engine, known.title, known.install, where.program, version, source, image)
 
 
 async def _find_for(model: ModelPath) -> Found | None:
     """The engine on a Model's own PATH."""
     found = await _find(model.engine, {}, "", model.path)
-    if found.source != "spec.env.PATH":
+    where, *more = found.source.partition(";")
+    if where != "spec.env.PATH":
         return None
-    return msgspec.structs.replace(found, source=f"spec.env.PATH of Model {model.name}")
+    source = "".join((f"{where} of Model {model.name}", *more))
+    return msgspec.structs.replace(found, source=source)

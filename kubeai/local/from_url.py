@@ -79,7 +79,7 @@ def draft(url: str, installed: Sequence[Found]) -> Draft:
             f"download the weights with `kubeai load` and use --volume and pvc://"
         )
     feature, engines = _purpose(parsed)
-    found = {one.engine: one for one in installed if one.program}
+    found = {one.engine: one for one in installed if one.program and not one.image}
     engine = next((found[one] for one in engines if one in found), None)
     if engine is None:
         raise KubeAIError(f"{_option(url)}: {_missing(parsed, engines, found.keys())}")

@@ -17,6 +17,7 @@ NOTHING = "#!/bin/sh\nexit 1\n"
 def no_other_engines(monkeypatch):
     """KubeAI's own environment has none, and nothing is remembered from other tests."""
     monkeypatch.setattr(engines, "_module_paths", {})
+    monkeypatch.setattr(engines, "_questions", {})
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
 
 
@@ -99,6 +100,7 @@ async def test_a_python_on_path_is_asked_for_its_modules(tmp_path):
 async def test_a_real_python_says_which_modules_it_has(monkeypatch):
     path = engines._module_path
     assert await path(sys.executable, "vllm") is None
+    monkeypatch.setattr(engines, "_questions", {})  # as if that was a second ago
     monkeypatch.setitem(
         engines.PROGRAMS, "VLLM", engines.Program("", "", module="msgspec", package="msgspec")
     )
@@ -142,6 +144,13 @@ async def test_an_engine_that_only_a_model_has_on_its_path_is_listed_with_the_mo
     one = await listed("OLlama", models=[ModelPath("gemma", "OLlama", str(tmp_path))])
     assert (one.program, one.version) == (ollama, "1.2")
     assert one.source == "spec.env.PATH of Model gemma"
+
+
+async def test_the_renamed_server_of_faster_whisper_is_listed_with_its_image(tmp_path):
+    env = environment(tmp_path / "env", "speaches", "speaches", "0.8")
+    one = await listed("FasterWhisper", envs=[f"FasterWhisper={env}"])
+    assert (one.version, one.image) == ("0.8", "speaches")
+    assert one.source == "--engine-env; for Models with image: speaches"
 
 
 async def test_ollamas_folder_needs_no_python(tmp_path):
