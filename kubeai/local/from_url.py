@@ -102,10 +102,11 @@ def _purpose(url: ModelURL) -> tuple[Feature, tuple[Engine, ...]]:
 
 def _missing(url: ModelURL, engines: Sequence[Engine], found: Any) -> str:
     programs = [PROGRAMS[engine] for engine in engines]
-    titles = " or ".join(program.title for program in programs)
+    first, *others = (program.title for program in programs)
+    which = f"{first} is not" if not others else f"neither {first} nor {others[0]} is"
     text = (
-        f"needs {titles}, not installed on this machine; install {programs[0].title} "
-        f"({programs[0].install}), or name its environment with --engine-env {engines[0]}=DIR"
+        f"{which} installed on this machine; install {first} ({programs[0].install}), or name its "
+        f"environment with --engine-env {engines[0]}=DIR"
     )
     if url.scheme == "hf" and engines == ("VLLM",) and "OLlama" in found:
         text += f"; Ollama, which is installed, runs GGUF weights: ollama://hf.co/{url.ref}"

@@ -66,9 +66,13 @@ def test_vllm_serves_embeddings_where_infinity_is_not_installed():
 @pytest.mark.parametrize(
     ("url", "found", "message"),
     [
-        ("hf://org/x", (), "needs vLLM, .*pip install vllm.*--engine-env VLLM=DIR"),
-        ("hf://org/x-embed", (), "needs Infinity or vLLM, .*infinity-emb.*--engine-env Infinity"),
-        ("ollama://x", ("VLLM",), "needs Ollama, .*ollama.com/download.*--engine-env OLlama=DIR"),
+        ("hf://org/x", (), "vLLM is not installed.*pip install vllm.*--engine-env VLLM=DIR"),
+        (
+            "hf://org/x-embed",
+            (),
+            "neither Infinity nor vLLM is installed.*infinity-emb.*--engine-env Inf",
+        ),
+        ("ollama://x", ("VLLM",), "Ollama is not installed.*ollama.com.*--engine-env OLlama=DIR"),
         ("hf://org/x", ("OLlama",), "Ollama, which is installed, .*ollama://hf.co/org/x"),
         ("gs://bucket/x", ENGINES, "gs:// needs a cacheProfile"),
         ("hf://org/…", ENGINES, "must start with|no letter or digit"),
