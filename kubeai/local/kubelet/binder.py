@@ -33,10 +33,6 @@ TAINT = "node.kubernetes.io/unschedulable"  # the taint of a cordoned node, for 
 CORDONED = "0/1 nodes are available: 1 node(s) were unschedulable."
 
 
-def _nothing() -> Iterable[Amounts]:
-    return ()
-
-
 class Binder:
     """Runs one task per unbound pod. Run `run` concurrently."""
 
@@ -45,7 +41,7 @@ class Binder:
         kube: Kube,
         node: str,
         capacity: Amounts,
-        used: Callable[[], Iterable[Amounts]] = _nothing,
+        used: Callable[[], Iterable[Amounts]],
     ) -> None:
         """``capacity``: of the Node; ``used``: what each of its pods has of that now."""
         self._kube = kube
