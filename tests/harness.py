@@ -87,7 +87,9 @@ class Local:
         config: dict[str, Any] | None = None,
         workers: int = 1,
         arguments: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
     ) -> None:
+        self._env = os.environ | {"COLUMNS": "200"} | (env or {})
         self.data_dir = data_dir
         self.out: list[str] = []
         self.log: list[str] = []
@@ -115,7 +117,7 @@ class Local:
             *self._command,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=os.environ | {"COLUMNS": "200"},
+            env=self._env,
             limit=1 << 20,
             start_new_session=True,
         )

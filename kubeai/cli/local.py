@@ -37,6 +37,46 @@ def local(
     namespace: Annotated[
         str, typer.Option(help="Namespace whose Models are served; created if missing.")
     ] = "default",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Serve these weights, without a manifest, on the best engine that is installed: "
+            "hf://, ollama://, pvc:// or s3://. Repeatable.",
+        ),
+    ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Directory that serves as the volume of the claim NAME, for pvc://NAME/<path>. "
+            "Repeatable.",
+        ),
+    ] = None,
+    engine_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Virtual environment that holds an engine: VLLM, OLlama, FasterWhisper or "
+            "Infinity. Repeatable.",
+        ),
+    ] = None,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            metavar="all|none|N|UUIDs",
+            help="NVIDIA GPUs to assign to replicas: all that are found, none, the first N, or "
+            "those with these UUIDs, separated by commas.",
+        ),
+    ] = "all",
+    swap: Annotated[
+        bool,
+        typer.Option(
+            "--swap",
+            help="Scale down the least recently used idle Model when another one is requested "
+            "and does not fit.",
+        ),
+    ] = False,
 ) -> None:
     """Run on this machine without a cluster, with the same manifests and plain kubectl."""
     from kubeai.local.app import PROCESSES, Options, run
@@ -52,6 +92,11 @@ def local(
         config=config,
         api_port=api_port,
         namespace=namespace,
+        models=tuple(model or ()),
+        engine_envs=tuple(engine_env or ()),
+        volumes=tuple(volume or ()),
+        gpus=gpus,
+        swap=swap,
     )
     fork_server = ForkServer(*PROCESSES)
     try:

@@ -1,8 +1,9 @@
 """The main process of ``kubeai local``.
 
 It owns the data directory, runs the embedded API and the process kubelet as child processes
-(restarted when they exit), applies the CRD and the given manifests, runs the supervisor and the Job
-controller, and prints what happens to the terminal. Everything stops with it.
+(restarted when they exit), applies the CRD, the given manifests and the Models of ``--model``,
+runs the supervisor and the Job controller, and prints what happens to the terminal. Everything
+stops with it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,37 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from kubeai.api.config.system import load_config
+from kubeai.api.config.system import SystemConfig, load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, PODS, Resource
-from kubeai.local import ports
+from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, NODES, PODS, PVCS, Resource
+from kubeai.local import from_url, ports
 from kubeai.local.child import Child
+from kubeai.local.engines import (
+    ENGINES,
+    MOCK_IMAGE,
+    EngineEnvs,
+    Found,
+    ModelPath,
+    read_engine_envs,
+    survey,
+)
 from kubeai.local.jobs.controller import JobController
+from kubeai.local.kubelet.capacity import allocatable
+from kubeai.local.kubelet.gpus import check_gpus
+from kubeai.local.kubelet.pods.pod import GPU
 from kubeai.local.locks import lock_data_dir
 from kubeai.local.manifests import Manifest, apply, read_manifests
 from kubeai.local.unserved import Unserved
+from kubeai.local.volumes import check_claim, read_volumes
 from kubeai.logs import get_logger
 from kubeai.processes import Spawn
 from kubeai.supervisor.supervisor import Supervisor
@@ -73,6 +87,19 @@ class Options(msgspec.Struct, frozen=True):
     config: Path | None
     api_port: int
     namespace: str
+    models: tuple[str, ...] = ()  # URLs of weights
+    engine_envs: tuple[str, ...] = ()  # NAME=DIR
+    volumes: tuple[str, ...] = ()  # NAME=DIR
+    gpus: str = "all"
+    swap: bool = False
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What was found on this machine, for the greeting."""
+
+    engines: list[Found]
+    gpus: int
+    models: list[from_url.Draft]  # of --model
 
 
 def _check_host(options: Options) -> None:
@@ -96,9 +123,16 @@ async def run(options: Options, spawn: Spawn) -> None:
     """Run ``kubeai local`` until Ctrl-C or SIGTERM. ``spawn`` starts its processes."""
     _check_host(options)
     _check_namespace(options)
-    config = load_config(options.config, defaults=LOCAL_DEFAULTS)
+    check_gpus(options.gpus)
+    config = _load_config(options.config)
     manifests = read_manifests(options.manifests)
     _check_namespaces(manifests, options.namespace)
+    volumes = read_volumes(options.volumes)
+    envs = await read_engine_envs(options.engine_envs)
+    # Concurrently with the start of the API: it may have to ask the programs on PATH.
+    surveying = asyncio.create_task(survey(envs, _path()))
+    drafts = [from_url.draft(url, await surveying) for url in options.models]
+    _check_drafts(options, drafts, manifests, volumes)
     lock = _lock(options.data_dir)
     kubeconfig = options.data_dir / "kubeconfig"
     api = Child(
@@ -114,6 +148,9 @@ async def run(options: Options, spawn: Spawn) -> None:
             f"--kubeconfig={kubeconfig}",
             f"--data-dir={options.data_dir}",
             f"--node-name={NODE_NAME}",
+            f"--gpus={options.gpus}",
+            *(f"--engine-env={engine}={directory}" for engine, directory in envs.items()),
+            *(f"--volume={claim}={directory}" for claim, directory in volumes.items()),
         ],
         options.data_dir / "kubelet.log",
         spawn,
@@ -134,21 +171,95 @@ async def run(options: Options, spawn: Spawn) -> None:
                 port=options.port,
                 workers=options.workers,
                 spawn=spawn,
-                started=lambda: _greet(options, supervisor, api.port),
+                started=lambda: _greet(options, supervisor, api.port, machine),
             )
             await _install_crd(client)
             await _create_namespace(client)
             await kubelet.start()
-            await _apply(client, manifests)
+            node = await client.get(NODES, NODE_NAME)
+            resources = allocatable(node["status"]["allocatable"])
+            gpus = resources.get(GPU, 0) // 10**9
+            if options.swap:
+                supervisor.operator.enable_swap(resources)
+            await _apply(client, manifests + await _models(client, drafts, gpus, config))
+            machine = Machine(await _engines(client, envs, surveying), gpus, drafts)
             beside = JobController(client).run(), Unserved(client, _print).run(), _report(client)
             async with _beside(supervisor.stop, *beside):
                 await supervisor.run()
         finally:
             await client.close()
     finally:
+        surveying.cancel()
         await kubelet.stop()
         await api.stop()
         lock.close()
+
+
+def _load_config(path: Path | None) -> SystemConfig:
+    """The config, with a profile for Models of ``--model`` on a GPU."""
+    config = load_config(path, defaults=LOCAL_DEFAULTS)
+    profiles = {from_url.GPU_PROFILE: from_url.ONE_GPU, **config.resource_profiles}
+    return msgspec.structs.replace(config, resource_profiles=profiles)
+
+
+def _path() -> str:
+    return os.environ.get("PATH", os.defpath)
+
+
+def _check_drafts(
+    options: Options,
+    drafts: Sequence[from_url.Draft],
+    manifests: Sequence[Manifest],
+    volumes: dict[str, Path],
+) -> None:
+    """Check that each Model of ``--model`` has a name of its own, and its weights a directory."""
+    taken = {one.name: one.source for one in manifests if one.resource is MODELS}
+    claims = {one.name for one in manifests if one.resource is PVCS}
+    for draft in drafts:
+        if draft.name in taken:
+            raise KubeAIError(
+                f"{draft.source}: its Model would be named {draft.name}, like that of "
+                f"{taken[draft.name]}; write a manifest with another name"
+            )
+        taken[draft.name] = draft.source
+        kept = options.data_dir / "volumes" / options.namespace
+        check_claim(draft.url, volumes, kept, claims)
+
+
+async def _models(
+    client: Kube, drafts: Sequence[from_url.Draft], gpus: int, config: SystemConfig
+) -> list[Manifest]:
+    """The Models of ``--model``. An existing one must be for the same weights."""
+    manifests = []
+    for draft in drafts:
+        wanted = from_url.manifest(draft, gpus, config)
+        manifests.append(Manifest(draft.source, MODELS, wanted))
+        try:
+            live = await client.get(MODELS, draft.name, client.namespace)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            continue
+        if live["spec"]["url"] != draft.url.original:
+            raise KubeAIError(
+                f"{draft.source}: the Model {draft.name} exists, with the url "
+                f"{live['spec']['url']}; delete it first (kubectl delete model {draft.name}), or "
+                f"write a manifest with another name"
+            )
+    return manifests
+
+
+async def _engines(
+    client: Kube, envs: EngineEnvs, surveying: asyncio.Task[list[Found]]
+) -> list[Found]:
+    """The engines of this machine, with those that only Models have on their PATH."""
+    models, _ = await client.list(MODELS, client.namespace)
+    paths = [
+        ModelPath(model["metadata"]["name"], model["spec"]["engine"], model["spec"]["env"]["PATH"])
+        for model in models
+        if model["spec"].get("engine") in ENGINES and model["spec"].get("env", {}).get("PATH")
+    ]
+    return await survey(envs, _path(), paths) if paths else await surveying
 
 
 @contextlib.asynccontextmanager
@@ -245,18 +356,40 @@ def _print(text: str) -> None:
         print(text, flush=True)
 
 
-def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
+def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Machine) -> None:
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    endpoint = f"http://{host}:{supervisor.port}/openai/v1"
     _print("")
-    _print(f"OpenAI endpoint  http://{host}:{supervisor.port}/openai/v1")
+    for line in _machine_lines(machine):
+        _print(line)
+    _print("")
+    _print(f"OpenAI endpoint  {endpoint}")
     _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
     if options.namespace != DEFAULT_NAMESPACE:
         _print(f"Namespace        {options.namespace}")
     _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
     kubeconfig = shlex.quote(str(options.data_dir / "kubeconfig"))
     _print(f"kubectl          export KUBECONFIG={kubeconfig}")
+    for draft in machine.models:
+        _print(f"Model            {draft.name}, on {draft.engine.title}. Its first request:")
+        _print(f"    {from_url.curl(draft, endpoint)}")
     _print("Press Ctrl-C to stop. Models are kept in the data directory.")
     _print("")
+
+
+def _machine_lines(machine: Machine) -> list[str]:
+    """One line for each engine, installed or not, and one for the GPUs, if there are any."""
+    lines = []
+    for found in machine.engines:
+        if found.program:
+            what = f"{found.version or 'unknown version'}  {found.program} ({found.source})"
+        else:
+            what = f"not installed; to install it: {found.hint}"
+        lines.append(f"{found.title:<16} {what}")
+    lines.append(f"{'Mock engine':<16} built in; for Models with image: {MOCK_IMAGE}")
+    if machine.gpus:
+        lines.append(f"{'GPUs':<16} {machine.gpus}")
+    return lines
 
 
 async def _report(client: Kube) -> None:

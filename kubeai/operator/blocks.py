@@ -39,8 +39,10 @@ AT_ONCE = frozenset(
     ("InvalidFile", "InvalidModel", "InvalidPatch", "InvalidProfile", "InvalidURL", "NoImage")
 )
 POD_REFUSED = "PodRefused"  # the leader retries: a quota may have room by then
-# Reasons of pods. UnknownImage, InvalidPod and EngineNotInstalled come from `kubeai local`.
-POD_AT_ONCE = frozenset(("EngineNotInstalled", "InvalidImageName", "InvalidPod", "UnknownImage"))
+# Reasons of pods. Except for InvalidImageName, they come from `kubeai local`.
+POD_AT_ONCE = frozenset(
+    ("EngineNotInstalled", "InvalidImageName", "InvalidPod", "UnknownImage", "VolumeNotFound")
+)
 NEEDS_NODE = frozenset(("Unschedulable", "SchedulingGated"))
 # A container that has exited once is restarted; its start may take minutes.
 STARTS_AGAIN = frozenset(("ContainerExited",))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
+from kubeai.api.config.profiles import replica_requests
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
 from kubeai.kube.client import Kube
@@ -24,6 +26,7 @@ from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
+from kubeai.operator.scaling.swap import Swap
 from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.routing.routes import Route
@@ -49,6 +52,7 @@ class Operator:
     ) -> None:
         self.synced = asyncio.Event()
         self._kube = kube
+        self._config = config
         self._namespace = namespace
         self._publish = publish
         self._stop = asyncio.Event()
@@ -85,6 +89,13 @@ class Operator:
             loads,
             self._events,
         )
+
+    def enable_swap(self, allocatable: Mapping[str, int]) -> None:
+        """Let idle Models make room for demanded ones, on a machine with these resources.
+
+        ``allocatable``: in billionths, by resource; others are not counted.
+        """
+        self._scaler.enable_swap(Swap(allocatable, partial(replica_requests, self._config)))
 
     @property
     def leads(self) -> bool:

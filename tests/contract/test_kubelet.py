@@ -317,3 +317,61 @@ def test_logs_and_exec_require_authentication(api_server, kubelet, pods, path):
     request = urllib.request.Request(url, headers={"Authorization": "Bearer guess"})
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(request, timeout=5, context=context)
+
+
+SHOW_GPUS = """
+import os, time
+print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+time.sleep(600)
+"""
+
+
+def test_pods_have_gpus_of_their_own_also_after_a_kill_of_the_kubelet(
+    api_server, kube_api, namespace, pods, tmp_path
+):
+    options = ("--capacity", "nvidia.com/gpu=2")
+    kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, *options, bind=True)
+    kubelet.start()
+
+    def place(name: str) -> None:
+        resources = {"limits": {"nvidia.com/gpu": 1}}
+        command = [*PYTHON, SHOW_GPUS]
+        container = {"name": "server", "image": "i", "command": command, "resources": resources}
+        pods.create(name, containers=[container])
+
+    def devices(name: str, run: int = 0) -> str:
+        folder = next((kubelet.directory / "data" / "pods").glob(f"*_{name}_*"), None)
+        log = folder and folder / "server" / f"{run}.log"
+        text = log.read_text() if log and log.exists() else ""
+        return text.partition("gpus ")[2].strip()
+
+    def why_pending(name: str) -> str:
+        conditions = pods.get(name)["status"].get("conditions") or []
+        return next((c.get("message", "") for c in conditions if c["type"] == "PodScheduled"), "")
+
+    try:
+        code, node = api_server.request("GET", f"/api/v1/nodes/{namespace}")
+        assert (code, node["status"]["capacity"]["nvidia.com/gpu"]) == (200, "2")
+        for name in ("a", "b"):
+            place(name)
+            until(lambda: devices(name))  # noqa: B023 (called at once)
+        kept = devices("b")
+        assert {devices("a"), kept} == {"0", "1"}
+        place("c")
+        until(lambda: "1 Insufficient nvidia.com/gpu." in why_pending("c"))
+        kubelet.kill()
+        kubelet.start()
+        assert until(lambda: devices("b", run=1)) == kept
+        assert until(lambda: devices("a", run=1)) != kept
+        assert not pods.get("c")["spec"].get("nodeName")
+        pods.delete("a")
+        assert until(lambda: devices("c")) != kept
+        kubelet.kill()
+        kubelet.command += ["--capacity", "nvidia.com/gpu=1"]
+        kubelet.start()
+        had = {"b": kept, "c": devices("c")}
+        (lost,) = (name for name, device in had.items() if device == "1")
+        until(lambda: pods.get(lost)["status"].get("reason") == "UnexpectedAdmissionError")
+        assert pods.get(lost)["status"]["phase"] == "Failed"
+    finally:
+        kubelet.clean_up()

@@ -231,13 +231,14 @@ async def test_crashing_engine_is_reported_with_where_to_look(tmp_path):
 async def test_missing_engine_is_reported_in_one_line(tmp_path):
     real = model("real", engine="OLlama", minReplicas=1)
     del real["spec"]["image"]
-    path = "/usr/bin:/bin"
-    async with running(tmp_path, real) as local:
+    async with running(tmp_path, real, env={"PATH": "/nonexistent"}) as local:
+        assert any(line.startswith("Ollama") and "ollama.com" in line for line in local.out)
         line = await until(
-            f"ollama is not on {path}",
-            lambda: [line for line in local.out if "ollama" in line and "not installed" in line],
+            "the pod has no Ollama",
+            lambda: [line for line in local.out if "EngineNotInstalled" in line],
         )
-        assert "real" in line[0]
+        assert line[0].startswith("pod model-real-")
+        assert "ollama is not installed" in line[0]
         async with local.kube() as kube:
 
             async def told():

@@ -15,9 +15,10 @@ CLIENT_TIMEOUT_S = 60.0
 async def local(tmp_path):
     async with running(
         tmp_path,
-        model("missing", engine="OLlama", image="ollama/ollama", env={"PATH": "/nonexistent"}),
+        model("missing", engine="OLlama", image="ollama/ollama"),
         model("misnamed", resourceProfile="no-such-profile:1"),
         model("crashing", args=("--max-batch=none",)),
+        env={"PATH": "/nonexistent"},  # without Ollama
         config={"gateway": {"startFailureGrace": "1s", "drainAccept": "0s"}},
     ) as local:
         yield local

@@ -7,7 +7,7 @@ import msgspec
 from kubeai.api.config.quantity import parse_quantity
 from kubeai.api.config.strict import did_you_mean
 from kubeai.api.config.system import ResourceProfile, SystemConfig
-from kubeai.api.model import Engine
+from kubeai.api.model import Engine, Model
 from kubeai.errors import ModelError
 
 PROFILE_COUNT_MAX = 10_000
@@ -36,6 +36,19 @@ def resolve_profile(config: SystemConfig, wanted: str) -> ResourceProfile:
         requests=_multiply(profile.requests, count),
         limits=_multiply(profile.limits, count),
     )
+
+
+def replica_requests(config: SystemConfig, model: Model) -> dict[str, int]:
+    """What one replica requests, in billionths; a limit without a request is one.
+
+    Nothing if the Model's profile is unknown, because it has no replicas then.
+    """
+    try:
+        profile = resolve_profile(config, model.spec.resource_profile)
+    except ModelError:
+        return {}
+    amounts = profile.limits | profile.requests
+    return {name: parse_quantity(amount).nanos for name, amount in amounts.items()}
 
 
 def _multiply(amounts: dict[str, str], count: int) -> dict[str, str]:

@@ -22,8 +22,10 @@ from kubeai.errors import KubeAIError
 from kubeai.kube.auth import UNREADABLE, current_context
 from kubeai.kube.client import Kube
 from kubeai.local.kubelet.agent import Agent, KubeObjects
+from kubeai.local.kubelet.gpus import ALL, find_gpus
 from kubeai.local.kubelet.node import Node
 from kubeai.local.kubelet.pods.host import Host
+from kubeai.local.kubelet.pods.pod import GPU
 from kubeai.local.kubelet.pods.probes import Prober
 from kubeai.local.kubelet.runtime.children import become_subreaper
 from kubeai.local.kubelet.runtime.memory import MemoryGuard
@@ -92,6 +94,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="resource=quantity: capacity of the Node, such as nvidia.com/gpu=2; overrides what "
         "was detected",
     )
+    parser.add_argument(
+        "--gpus",
+        default=ALL,
+        help="GPUs to assign to pods: all (default), none, a number, or UUIDs",
+    )
+    parser.add_argument(
+        "--engine-env",
+        action="append",
+        default=[],
+        type=_pair,
+        help="engine=directory: a virtual environment that holds the engine",
+    )
+    parser.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        type=_pair,
+        help="claim=directory: serves as the volume of a claim",
+    )
     options = parser.parse_args(arguments)
     if options.client_name and not options.client_ca_file:
         parser.error("--client-name requires --client-ca-file")
@@ -100,6 +121,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             parse_quantity(quantity)
         except ValueError:
             parser.error(f"argument --capacity: {resource}: {quantity!r} is not a quantity")
+        if resource == GPU:  # so that the number of devices is that of the Node
+            options.gpus = quantity
     return options
 
 
@@ -128,13 +151,12 @@ async def _run(options: argparse.Namespace) -> None:
             prober=prober,
             memory=MemoryGuard(),
             ip=HOST_IP,
+            engine_envs={engine: Path(path) for engine, path in options.engine_env},
+            volumes={claim: Path(path) for claim, path in options.volume},
+            devices=await find_gpus(options.gpus),
         )
         if killed := kill_leftovers(host.marker):
             log.warning("killed processes of an earlier kubelet", count=killed)
-        agent = Agent(kube, host, options.node_name, bind=not options.no_bind)
-        server = KubeletServer(agent, _access(options))
-        stack.push_async_callback(server.close)
-        port = await server.start()
         node = Node(
             kube,
             options.node_name,
@@ -142,7 +164,12 @@ async def _run(options: argparse.Namespace) -> None:
             lease=options.no_bind,
             labels=dict(options.label),
             capacity=dict(options.capacity),
+            gpus=len(host.devices.ids),
         )
+        agent = Agent(kube, host, options.node_name, node.capacity, bind=not options.no_bind)
+        server = KubeletServer(agent, _access(options))
+        stack.push_async_callback(server.close)
+        port = await server.start()
         await node.register(port)
         tasks = [asyncio.create_task(agent.run()), asyncio.create_task(node.run())]
         tasks.append(asyncio.create_task(_report_ready(agent, port, options.ready_fd, stopping)))

@@ -23,6 +23,7 @@ from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, PODS, PVCS, SECRETS, Resource
 from kubeai.local.kubelet.binder import Binder
+from kubeai.local.kubelet.capacity import Amounts, allocatable, requests_of
 from kubeai.local.kubelet.pods.addresses import PodAddress
 from kubeai.local.kubelet.pods.container import ContainerRunner
 from kubeai.local.kubelet.pods.environment import Data
@@ -88,12 +89,15 @@ class KubeObjects:
 class Agent:
     """All pods of one Node. ``synced`` is set once all pods found at the start have a status."""
 
-    def __init__(self, kube: Kube, host: Host, node: str, *, bind: bool) -> None:
+    def __init__(
+        self, kube: Kube, host: Host, node: str, capacity: Mapping[str, str], *, bind: bool
+    ) -> None:
+        """``capacity``: of the Node, for binding pods to it."""
         self.kube = kube
         self.host = host
         self.synced = asyncio.Event()
         self._node = node
-        self._binder = Binder(kube, node) if bind else None
+        self._binder = Binder(kube, node, allocatable(capacity), self._used) if bind else None
         self._pods: dict[str, _PodSync] = {}
         self._sync: asyncio.Task[None] | None = None
 
@@ -125,6 +129,15 @@ class Agent:
             raise Refusal(404, f'pod "{pod}" is not on this node')
         return found[-1]
 
+    def _used(self) -> list[Amounts]:
+        return [pod_sync.requests for pod_sync in self._pods.values()]
+
+    def pod_ended(self, uid: str) -> None:
+        """No process of the pod is left: others may have its resources."""
+        self.host.devices.release(uid)
+        if self._binder:
+            self._binder.room_changed()
+
     # -- watch events ----------------------------------------------------------------------------
 
     def _replaced(self, pods: list[Object]) -> None:
@@ -136,6 +149,7 @@ class Agent:
             self._binder.keep_only(uids)
         if self._sync is None:
             self._remove_old_directories(uids)
+            self._restore_devices(pods)
         for pod in pods:
             self._changed("ADDED", pod)
         if self._sync is None:
@@ -157,9 +171,22 @@ class Agent:
                 pod_sync.object_deleted()
         elif node == self._node:
             if pod_sync is None:
-                self._pods[uid] = _PodSync(self, obj, lambda: self._pods.pop(uid, None))
+                self._pods[uid] = _PodSync(self, obj, lambda: self._forget(uid))
             else:
                 pod_sync.observe(obj)
+
+    def _forget(self, uid: str) -> None:
+        self._pods.pop(uid, None)
+        self.pod_ended(uid)
+
+    def _restore_devices(self, pods: list[Object]) -> None:
+        """Let the pods that an earlier kubelet ran keep their devices, before any gets others."""
+        for pod in pods:
+            phase = (pod.get("status") or {}).get("phase")
+            if (pod.get("spec") or {}).get("nodeName") == self._node and phase not in TERMINAL:
+                meta = msgspec.convert(_metadata(pod), ObjectMeta)
+                if meta.deletion_timestamp is None:
+                    self.host.devices.restore(meta.uid, self.host.pod_directory(meta))
 
     async def _wait_for_statuses(self) -> None:
         written = [asyncio.create_task(p.written.wait()) for p in self._pods.values()]
@@ -197,6 +224,9 @@ class _PodSync:
             self._pod = decode_pod(obj)
         except PodError as error:
             self._override = {"phase": "Failed", "reason": error.reason, "message": str(error)}
+        # What it has of the Node's resources: until its processes are gone.
+        runs = self._pod is not None and self._phase not in TERMINAL
+        self.requests: Amounts = requests_of(self._pod) if runs and self._pod else {}
         self._task = asyncio.create_task(self._sync(), name=f"pod {self._meta.name}")
         self._task.add_done_callback(lambda task: self._finished(task, done))
 
@@ -302,14 +332,22 @@ class _PodSync:
         return self._object_deleted.is_set()
 
     async def _run(self, pod: Pod) -> None:
+        try:
+            devices = self._agent.host.devices.assign(pod, self._directory)
+        except PodError as error:
+            self._ended()
+            self._override = {"phase": "Failed", "reason": error.reason, "message": str(error)}
+            await self._write_until(lambda: False)
+            return
         address = await self._claim_address(pod)
         if address is None:
             return
         running = None
         try:
-            runner = PodRunner(pod, address.ip, self._agent.host, self._dirty.set)
+            runner = PodRunner(pod, address.ip, self._agent.host, self._dirty.set, devices)
             running = asyncio.create_task(runner.run(), name=f"runner {pod.key}")
             running.add_done_callback(lambda _: address.release())
+            running.add_done_callback(lambda _: self._ended())
             self._runner = runner
             log.info("pod started", pod=pod.key, ip=address.ip)
             self._handle_deletion()
@@ -318,6 +356,10 @@ class _PodSync:
         finally:
             if running is not None:
                 await asyncio.wait({running})
+
+    def _ended(self) -> None:
+        self.requests = {}
+        self._agent.pod_ended(self._meta.uid)
 
     async def _write_until(self, is_running: Callable[[], bool]) -> None:
         """Write changes until the object can be deleted (or is gone) and no process is left."""

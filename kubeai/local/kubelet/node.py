@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import shutil
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -21,8 +20,8 @@ from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import LEASES, NODES
+from kubeai.local.kubelet.pods.pod import GPU
 from kubeai.local.kubelet.pods.status import timestamp
-from kubeai.local.kubelet.runtime.children import run_helper
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -54,6 +53,7 @@ class Node:
         lease: bool,
         labels: dict[str, str],
         capacity: dict[str, str],
+        gpus: int = 0,
     ) -> None:
         """``labels`` and ``capacity`` extend or override the detected ones."""
         self._kube = kube
@@ -61,15 +61,19 @@ class Node:
         self._ip = host_ip
         self._lease = lease
         self._labels = labels
-        self._capacity = capacity
+        self.capacity = {
+            "cpu": str(os.cpu_count() or 1),
+            "memory": f"{_memory_kib()}Ki",
+            "pods": str(PODS_MAX),
+            **({GPU: str(gpus)} if gpus else {}),
+            **capacity,
+        }
         self._since = timestamp(time.time())
         self._port = 0
-        self._gpus = 0
 
     async def register(self, port: int) -> None:
         """Create or adopt the Node; ``port`` serves logs and exec."""
         self._port = port
-        self._gpus = await _gpu_count()
         labels = {
             "kubernetes.io/hostname": self._name,
             "kubernetes.io/os": "linux",
@@ -109,19 +113,11 @@ class Node:
 
     def _status(self) -> dict[str, Any]:
         now = timestamp(time.time())
-        capacity = {
-            "cpu": str(os.cpu_count() or 1),
-            "memory": f"{_memory_kib()}Ki",
-            "pods": str(PODS_MAX),
-        }
-        if self._gpus:
-            capacity["nvidia.com/gpu"] = str(self._gpus)
-        capacity |= self._capacity
         return {
             # No Hostname: API servers would prefer it, and it does not resolve to loopback.
             "addresses": [{"type": "InternalIP", "address": self._ip}],
-            "capacity": capacity,
-            "allocatable": capacity,
+            "capacity": self.capacity,
+            "allocatable": self.capacity,
             "declaredFeatures": DECLARED_FEATURES,
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self._port}},
             "conditions": [
@@ -163,14 +159,6 @@ class Node:
                 raise
             lease = {"metadata": {"name": self._name}, "spec": spec}
             await self._kube.create(LEASES, lease, LEASE_NAMESPACE)
-
-
-async def _gpu_count() -> int:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
-    code, output = await run_helper([program, "-L"])
-    return sum(line.startswith("GPU ") for line in output.splitlines()) if code == 0 else 0
 
 
 def _memory_kib() -> int:

@@ -227,6 +227,10 @@ class Autoscaler:
         if (track := self._tracks.get(model)) is not None:
             track.replicas = replicas
 
+    def forget(self, model: str) -> None:
+        """Drop a Model's history: it was scaled down for another reason than its load."""
+        self._tracks.pop(model, None)
+
     def observe(self, samples: Mapping[str, Sample], now_s: float) -> None:
         """Record a sample of every Model. Models without a sample are forgotten."""
         for gone in self._tracks.keys() - samples.keys():

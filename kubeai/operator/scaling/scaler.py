@@ -2,7 +2,8 @@
 
 :class:`Activator` scales a Model up from zero on demand. This is the only write that needs no
 leadership: the patch carries the Model's resourceVersion, so only a real 0 → 1 transition is
-accepted, even if several replicas try or one has stale data. :class:`Scaler` runs the autoscaler.
+accepted, even if several replicas try or one has stale data. :class:`Scaler` runs the autoscaler
+and, on one machine, swaps Models.
 Every replica collects samples, so that it has a history when it becomes the leader. Only the leader
 writes, and it stores its averages in a ConfigMap for a next leader that has just started.
 """
@@ -29,6 +30,7 @@ from kubeai.operator.events import Events
 from kubeai.operator.leader import Leader, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
+from kubeai.operator.scaling.swap import Swap, View
 from kubeai.operator.store import Store
 
 log = get_logger(__name__)
@@ -190,6 +192,11 @@ class Scaler:
         self._next_s = clock()  # when the next interval's decisions are due
         self._saved: dict[str, float] | None = None  # None: not read in this leadership
         self._version = ""  # the ConfigMap's resourceVersion; empty if there is none
+        self._swap: Swap | None = None
+
+    def enable_swap(self, swap: Swap) -> None:
+        """Scale idle Models down when another one is demanded and does not fit."""
+        self._swap = swap
 
     async def run(self) -> None:
         """Take several samples per interval and decide at its end, forever."""
@@ -214,6 +221,8 @@ class Scaler:
             await self._restore()
             self._next_s = self._clock()
         now_s = self._clock()
+        if self._swap is not None and self._saved is not None:
+            await self._make_room(self._swap, now_s)
         if now_s < self._next_s - self._look_s / 2:
             self._core.observe(self._samples(), now_s)
             return
@@ -231,8 +240,27 @@ class Scaler:
                 continue  # the controller is about to set it
             if decision.replicas == 0 and self._loads.active(name):
                 continue  # a request has arrived since the sample was taken
-            await self._scale(model, decision.replicas, decision.average)
+            average = f"{decision.average:g} active requests on average"
+            await self._scale(model, decision.replicas, average)
         await self._save({name: decision.average for name, decision in decisions.items()})
+
+    async def _make_room(self, swap: Swap, now_s: float) -> None:
+        views = [
+            View(
+                model,
+                [p for p in self._store.pods_of(name) if p.owner == model.metadata.uid],
+                self._loads.active(name),
+                self._loads.ended(name),
+            )
+            for name, model in self._store.models.items()
+        ]
+        for eviction in swap.step(views, now_s):
+            model = self._store.models.get(eviction.model)
+            if model is None or self._loads.active(eviction.model):
+                continue  # a request has arrived since the sample was taken
+            why = f"to make room for {eviction.room_for}"
+            await self._scale(model, model.spec.min_replicas, why)
+            self._core.forget(eviction.model)
 
     def _samples(self) -> dict[str, Sample]:
         complete = self._loads.complete()
@@ -257,7 +285,7 @@ class Scaler:
             complete=complete,
         )
 
-    async def _scale(self, model: Model, replicas: int, average: float) -> None:
+    async def _scale(self, model: Model, replicas: int, why: str) -> None:
         name = model.metadata.name
         patch = {
             "metadata": {"resourceVersion": model.metadata.resource_version},
@@ -274,7 +302,7 @@ class Scaler:
             model=name,
             before=model.spec.replicas,
             replicas=replicas,
-            average=average,
+            why=why,
         )
         before = model.spec.replicas or 0
         if replicas < before:
@@ -282,7 +310,7 @@ class Scaler:
         self._events.emit(
             answer,
             "ScaledUp" if replicas > before else "ScaledDown",
-            f"scaled from {before} to {replicas} replicas: {average:g} active requests on average",
+            f"scaled from {before} to {replicas} replicas: {why}",
         )
         self._store.model_written(answer)
 

@@ -1,16 +1,103 @@
-"""The config of `kubeai local`."""
+"""What `kubeai local` checks and prints at start, and its config."""
+
+from pathlib import Path
+
+import pytest
+from fakes.kube import FakeKube
 
 from kubeai.api.config.system import load_config
+from kubeai.errors import KubeAIError
 from kubeai.gateway.cors import CorsPolicy
-from kubeai.local.app import LOCAL_DEFAULTS
+from kubeai.kube.resources import MODELS, PVCS
+from kubeai.local import app, from_url
+from kubeai.local.engines import ENGINES, PROGRAMS, Found
+from kubeai.local.manifests import Manifest
+
+ENGINES_FOUND = [Found(e, PROGRAMS[e].title, PROGRAMS[e].install, f"/bin/{e}") for e in ENGINES]
+URL = "hf://org/name"
+DRAFT = from_url.draft(URL, ENGINES_FOUND)
+
+
+def options(tmp_path):
+    return app.Options(
+        manifests=(), host="127.0.0.1", port=0, workers=1, data_dir=tmp_path, config=None,
+        api_port=0, namespace="default",
+    )  # fmt: skip
+
+
+def manifest(resource, name):
+    return Manifest("models.yaml", resource, {"metadata": {"name": name}})
+
+
+def check(tmp_path, *drafts, manifests=(), volumes=None):
+    app._check_drafts(options(tmp_path), drafts, manifests, volumes or {})
+
+
+def test_a_model_from_a_url_has_a_name_of_its_own(tmp_path):
+    check(tmp_path, DRAFT, manifests=[manifest(PVCS, "name"), manifest(MODELS, "other")])
+    with pytest.raises(KubeAIError, match=r"--model hf://org/name: .* named name, like that of mo"):
+        check(tmp_path, DRAFT, manifests=[manifest(MODELS, "name")])
+    other = from_url.draft("hf://elsewhere/Name", ENGINES_FOUND)
+    with pytest.raises(KubeAIError, match=r"named name, like that of --model hf://org/name"):
+        check(tmp_path, DRAFT, other)
+
+
+def test_a_claim_of_a_manifest_is_enough_for_a_model_from_it(tmp_path):
+    draft = from_url.draft("pvc://weights/small", ENGINES_FOUND)
+    check(tmp_path, draft, manifests=[manifest(PVCS, "weights")])
+    with pytest.raises(KubeAIError, match="add --volume weights=DIR"):
+        check(tmp_path, draft)
+
+
+class Kube(FakeKube):
+    namespace = "default"
+
+    def __init__(self, **models):
+        super().__init__()
+        for name, url in models.items():
+            obj = {"metadata": {"name": name}, "spec": {"url": url, "engine": "VLLM"}}
+            self._keep(MODELS, obj, "ADDED")
+
+
+async def test_an_existing_model_for_other_weights_is_not_overwritten():
+    config = app._load_config(None)
+    for kube in (Kube(), Kube(name=URL), Kube(other="hf://elsewhere/x")):
+        (one,) = await app._models(kube, [DRAFT], 0, config)
+        assert (one.name, one.object["spec"]["url"]) == ("name", URL)
+    with pytest.raises(KubeAIError, match=r"--model hf://org/name: .*with the url hf://else"):
+        await app._models(Kube(name="hf://elsewhere/name"), [DRAFT], 0, config)
+
+
+def test_each_engine_has_a_line_with_its_version_or_with_what_to_install():
+    found = [
+        Found("OLlama", "Ollama", "see there", "/usr/bin/ollama", "0.17.4", "PATH"),
+        Found("VLLM", "vLLM", "pip install vllm"),
+    ]
+    assert app._machine_lines(app.Machine(found, 2, [])) == [
+        "Ollama           0.17.4  /usr/bin/ollama (PATH)",
+        "vLLM             not installed; to install it: pip install vllm",
+        "Mock engine      built in; for Models with image: kubeai/mock-engine",
+        "GPUs             2",
+    ]
+    assert len(app._machine_lines(app.Machine(found, 0, []))) == 3
+
+
+def test_a_profile_of_one_gpu_is_added_unless_the_config_has_it(tmp_path: Path):
+    profiles = app._load_config(None).resource_profiles
+    assert profiles["nvidia-gpu"].limits == {"nvidia.com/gpu": "1"}
+    assert "cpu" in profiles
+    file = tmp_path / "config.yaml"
+    file.write_text("resourceProfiles: {nvidia-gpu: {limits: {nvidia.com/gpu: 2}}}")
+    profiles = app._load_config(file).resource_profiles
+    assert profiles["nvidia-gpu"].limits == {"nvidia.com/gpu": "2"}
 
 
 def test_pages_from_this_machine_may_use_the_api_unless_the_config_says_otherwise(tmp_path):
-    policy = CorsPolicy(load_config(None, defaults=LOCAL_DEFAULTS).gateway.cors_origins)
+    policy = CorsPolicy(load_config(None, defaults=app.LOCAL_DEFAULTS).gateway.cors_origins)
     for host in ("localhost", "127.0.0.1"):
         for origin in (f"http://{host}:3000", f"https://{host}:8443", f"http://{host}"):
             assert policy.allows(origin)
     assert not policy.allows("https://chat.example.com")
     (tmp_path / "config.yaml").write_text("gateway: {corsOrigins: []}")
-    config = load_config(tmp_path / "config.yaml", defaults=LOCAL_DEFAULTS)
+    config = load_config(tmp_path / "config.yaml", defaults=app.LOCAL_DEFAULTS)
     assert config.gateway.cors_origins == ()

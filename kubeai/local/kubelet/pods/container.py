@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,7 @@ class PodContext(Protocol):
     ip: str
     host: Host
     volume_paths: dict[str, Path]
+    devices: Mapping[str, tuple[str, ...]]  # of each container that requests GPUs
 
     def changed(self) -> None:
         """The pod's status may differ."""
@@ -251,13 +252,19 @@ class ContainerRunner:
             POD_UID_VARIABLE: pod.metadata.uid,
             name: value,
         }
+        if spec.name in self._pod.devices:
+            self._env |= self._host.devices.environment(self._pod.devices[spec.name], declared)
         cwd = spec.working_dir
         if not cwd:
             scratch = directory / ".work" / spec.name
             scratch.mkdir(parents=True, exist_ok=True)
             cwd = str(scratch)
         return Launch(
-            argv=tuple(await programs.resolve(spec.image, command, args, self._env, ip)),
+            argv=tuple(
+                await programs.resolve(
+                    spec.image, command, args, self._env, ip, self._host.engine_envs
+                )
+            ),
             env=self._env,
             cwd=cwd,
             log=self._log_path(self.record.restarts + self._has_run),
@@ -311,7 +318,8 @@ class ContainerRunner:
         if (process := self.process) is None:
             raise PodError(f"container {self.spec.name} is not running")
         words = [programs.bind_to_pod(word, self.ip) for word in command]
-        return process.open(await programs.locate(words, self._env), self._env)
+        argv = await programs.locate(words, self._env, self._host.engine_envs)
+        return process.open(argv, self._env)
 
     async def exec(self, command: tuple[str, ...], timeout_s: float) -> ExecResult:
         """Run a command to completion (for an exec probe or a hook)."""

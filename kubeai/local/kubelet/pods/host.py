@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from kubeai.local.engines import EngineEnvs
+from kubeai.local.kubelet.pods.devices import Devices
 from kubeai.local.kubelet.pods.pod import ObjectMeta
 from kubeai.local.kubelet.pods.probes import Prober
 from kubeai.local.kubelet.pods.volumes import Objects
@@ -34,6 +37,9 @@ class Host(msgspec.Struct):
     timing: Timing = Timing()
     ip: str = "127.0.0.1"
     namespace: str = "auto"  # of mounts; see runtime/shim/mounts.py
+    engine_envs: EngineEnvs = {}
+    volumes: Mapping[str, Path] = {}  # claim → the directory that serves as its volume
+    devices: Devices = msgspec.field(default_factory=Devices)
 
     def pod_directory(self, meta: ObjectMeta) -> Path:
         """The directory of a pod's logs and volumes."""

@@ -178,6 +178,7 @@ class VolumeMount(_Camel, frozen=True):
     read_only: bool = False
 
 
+GPU = "nvidia.com/gpu"
 TERMINATION_LOG = "/dev/termination-log"  # the API's default for terminationMessagePath
 
 
@@ -215,6 +216,18 @@ class Container(_Camel, frozen=True):
         """The memory limit, rounded down; PodError if it is not a quantity."""
         limit = self.resources.limits.get("memory")
         return None if limit is None else quantity_nanos(limit) // 10**9
+
+    def requests(self) -> dict[str, int]:
+        """The requests in billionths; a limit without a request is one. PodError if invalid."""
+        amounts = self.resources.limits | self.resources.requests
+        return {name: quantity_nanos(amount) for name, amount in amounts.items()}
+
+    def gpus(self) -> int:
+        """The number of NVIDIA GPUs; PodError if it is not a whole number."""
+        count, fraction = divmod(self.requests().get(GPU, 0), 10**9)
+        if fraction or count < 0:
+            raise PodError(f"{GPU}: must be a whole number of GPUs", "InvalidPod")
+        return count
 
 
 class EmptyDir(_Camel, frozen=True):
@@ -382,6 +395,30 @@ class Pod(_Camel, frozen=True):
         """``namespace/name``, as logs show it."""
         return f"{self.metadata.namespace}/{self.metadata.name}"
 
+    def requests(self) -> dict[str, int]:
+        """What the pod needs at the same time, in billionths, by kube-scheduler's rules.
+
+        Sidecars run beside all containers that start after them, other init containers alone.
+        """
+        most: dict[str, int] = {}
+        beside: dict[str, int] = {}
+        for container in self.spec.init_containers:
+            now = _plus(beside, container.requests())
+            most = {n: max(most.get(n, 0), now.get(n, 0)) for n in most | now}
+            if container.restart_policy == "Always":
+                beside = now
+        for container in self.spec.containers:
+            beside = _plus(beside, container.requests())
+        return {name: max(most.get(name, 0), beside.get(name, 0)) for name in most | beside}
+
+    def gpus(self) -> int:
+        """The number of NVIDIA GPUs that the pod needs."""
+        return self.requests().get(GPU, 0) // 10**9
+
+
+def _plus(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
+
 
 def decode_pod(obj: Object) -> Pod:
     """Decode a Pod from the API; PodError names an invalid field."""
@@ -400,6 +437,7 @@ def decode_pod(obj: Object) -> Pod:
     for container in (*pod.spec.init_containers, *pod.spec.containers):
         try:
             container.memory_limit_bytes()  # report an invalid quantity now, not during the run
+            container.gpus()
         except PodError as error:
             raise PodError(f"container {container.name}: {error}", "InvalidPod") from None
     if not pod.spec.containers:

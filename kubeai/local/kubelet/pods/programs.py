@@ -6,8 +6,6 @@ process, exec probes and hooks. Never runs a shell in between.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
 import shutil
@@ -15,15 +13,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kubeai.local.engines import (
+    MOCK_IMAGE,
+    PROGRAMS,
+    EngineEnvs,
+    engine_of,
+    locate_module,
+    locate_script,
+)
 from kubeai.local.kubelet.pods.pod import PodError
-from kubeai.local.kubelet.runtime.children import run_helper
 
 ENGINE_NOT_INSTALLED = "EngineNotInstalled"
 UNKNOWN_IMAGE = "UnknownImage"
 
 _ANY_ADDRESS = re.compile(r"(?<![\d.])0\.0\.0\.0(?![\d.])")
 _PYTHON = re.compile(r"python(3(\.\d+)?)?")
-_MOCK_HINT = "or set image: kubeai/mock-engine to run the mock engine"
+NO_ENVS: EngineEnvs = {}
+_MOCK_HINT = f"or set image: {MOCK_IMAGE} to run the mock engine"
 _VLLM_SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
 
 # The last part of an image's name → the command of such an image.
@@ -40,14 +46,6 @@ _IMAGE_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (r"speaches", ("python3", "-m", "uvicorn", "--factory", "speaches.main:create_app")),
 )
-_INSTALL = {
-    "vllm": "pip install vllm",
-    "ollama": "see https://ollama.com/download",
-    "infinity_emb": "pip install 'infinity-emb[all]'",
-    "faster_whisper_server": "see https://github.com/speaches-ai/speaches",
-    "speaches": "see https://github.com/speaches-ai/speaches",
-}
-_interpreters: dict[str, str] = {}  # Python module → an interpreter that has it
 
 
 def bind_to_pod(text: str, ip: str) -> str:
@@ -69,30 +67,70 @@ def engine_environment(image: str, command: Sequence[str], ip: str) -> dict[str,
 
 
 async def resolve(
-    image: str, command: Sequence[str], args: Sequence[str], env: dict[str, str], ip: str
+    image: str,
+    command: Sequence[str],
+    args: Sequence[str],
+    env: dict[str, str],
+    ip: str,
+    engine_envs: EngineEnvs = NO_ENVS,
 ) -> list[str]:
-    """The argv to execute for a container; PodError if the program is not installed."""
+    """The argv to execute for a container; PodError if the program is not installed.
+
+    The directory of an engine's program is added to PATH in ``env``, so that the engine finds its
+    tools there and probes find the engine.
+    """
     if not command:
         command = _image_command(image)
     argv = [bind_to_pod(word, ip) for word in (*command, *args)]
     if _is_vllm(argv) and not any(word.split("=")[0] == "--host" for word in argv):
         argv.append(f"--host={ip}")
-    return await locate(argv, env)
+    found = await locate(argv, env, engine_envs)
+    if _engine_name(argv):
+        folder, path = str(Path(found[0]).parent), env.get("PATH", os.defpath)
+        if folder not in path.split(os.pathsep):
+            env["PATH"] = f"{folder}{os.pathsep}{path}"
+    return found
 
 
-async def locate(argv: Sequence[str], env: dict[str, str]) -> list[str]:
-    """``argv`` with its program resolved on this machine; PodError if it is not found."""
+async def locate(
+    argv: Sequence[str], env: dict[str, str], engine_envs: EngineEnvs = NO_ENVS
+) -> list[str]:
+    """``argv`` with its program resolved on this machine; PodError if it is not found.
+
+    The PATH in ``env`` is searched first. If it is not the kubelet's own, engines are also looked
+    up there.
+    """
     program = Path(argv[0]).name
     if program == "kubeai":
         return [sys.executable, "-m", "kubeai", *argv[1:]]
+    path, own_path = env.get("PATH", os.defpath), os.environ.get("PATH", os.defpath)
+    model_path = path if path != own_path else ""
+    name = _engine_name(argv)
+    if os.sep in argv[0] and name == program and os.access(argv[0], os.X_OK):
+        return list(argv)
+    if name and name == program:
+        script = locate_script(name, engine_envs, own_path, model_path)
+        if script is None:
+            raise _not_installed(name)
+        return [script.program, *argv[1:]]
+    if name:
+        module = await locate_module(name, engine_envs, own_path, model_path)
+        if module is None:
+            raise _not_installed(name)
+        return [module.program, *argv[1:]]
+    if argv[0] == "load" and not shutil.which("load", path=path):
+        return [sys.executable, "-m", "kubeai", *argv]
+    return [_program(argv[0], path), *argv[1:]]
+
+
+def _engine_name(argv: Sequence[str]) -> str:
+    """The script or module of the engine that a command runs; empty if it runs none."""
+    program = Path(argv[0]).name
     module = argv[2].split(".")[0] if _PYTHON.fullmatch(program) and argv[1:2] == ["-m"] else ""
     if module == "uvicorn":  # check for the application instead
         module = next((word.split(".")[0] for word in argv[3:] if ":" in word), module)
-    if module in _INSTALL:
-        return [await _interpreter(module), *argv[1:]]
-    if argv[0] == "load" and not shutil.which("load", path=env.get("PATH", os.defpath)):
-        return [sys.executable, "-m", "kubeai", *argv]
-    return [_program(argv[0], env), *argv[1:]]
+    name = module or program
+    return name if engine_of(name) else ""
 
 
 def _image_name(image: str) -> str:
@@ -118,44 +156,19 @@ def _is_vllm(argv: Sequence[str]) -> bool:
     return bool(_PYTHON.fullmatch(words[0])) and words[1:] == list(_VLLM_SERVER[1:])
 
 
-def _program(wanted: str, env: dict[str, str]) -> str:
-    path = env.get("PATH", os.defpath)
-    # A path inside an image, such as /bin/ollama, may differ on this machine.
+def _program(wanted: str, path: str) -> str:
+    # A path inside an image, such as /bin/sh, may differ on this machine.
     found = shutil.which(wanted, path=path) or shutil.which(Path(wanted).name, path=path)
     if found is None:
         raise _not_installed(Path(wanted).name)
     return found
 
 
-async def _interpreter(module: str) -> str:
-    """A Python interpreter with ``module``: ours, its console script's, or the one on PATH."""
-    known = _interpreters.get(module)
-    if known is not None and os.access(known, os.X_OK):
-        return known
-    importlib.invalidate_caches()  # it may have been installed in the meantime
-    if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
-        return sys.executable
-    for candidate in (_beside_script(module), shutil.which("python3")):
-        if candidate is None or candidate == sys.executable or not os.access(candidate, os.X_OK):
-            continue
-        question = f"import importlib.util,sys;sys.exit(not importlib.util.find_spec({module!r}))"
-        code, _ = await run_helper([candidate, "-c", question])
-        if code == 0:
-            _interpreters[module] = candidate
-            return candidate
-    raise _not_installed(module)
-
-
-def _beside_script(module: str) -> str | None:
-    """The interpreter of a tool that is installed in its own environment."""
-    script = shutil.which(module)
-    return str(Path(script).resolve().parent / "python3") if script else None
-
-
-def _not_installed(program: str) -> PodError:
-    how = _INSTALL.get(program)
-    return PodError(
-        f"{program} is not installed on this machine: "
-        + (f"install it ({how}), {_MOCK_HINT}" if how else f"put it on PATH, {_MOCK_HINT}"),
-        ENGINE_NOT_INSTALLED,
-    )
+def _not_installed(name: str) -> PodError:
+    engine = engine_of(name)
+    if engine is None:
+        how = f"put it on PATH, {_MOCK_HINT}"
+    else:
+        how = f"install it ({PROGRAMS[engine].install}), name its environment with --engine-env "
+        how += f"{engine}=DIR, {_MOCK_HINT}"
+    return PodError(f"{name} is not installed on this machine: {how}", ENGINE_NOT_INSTALLED)

@@ -22,10 +22,11 @@ import msgspec
 
 from kubeai.errors import KubeAIError
 from kubeai.local.kubelet.pods.container import ContainerRunner, log_failure
+from kubeai.local.kubelet.pods.devices import NO_DEVICES
 from kubeai.local.kubelet.pods.host import Host
 from kubeai.local.kubelet.pods.pod import Condition, Pod, PodError, Terminated, Waiting
 from kubeai.local.kubelet.pods.status import PhaseOverride, pod_status, timestamp
-from kubeai.local.kubelet.pods.volumes import prepare_volumes
+from kubeai.local.kubelet.pods.volumes import Claims, prepare_volumes
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -34,10 +35,19 @@ log = get_logger(__name__)
 class PodRunner:
     """A pod on this machine. ``changed`` is called whenever :meth:`status` may differ."""
 
-    def __init__(self, pod: Pod, ip: str, host: Host, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pod: Pod,
+        ip: str,
+        host: Host,
+        changed: Callable[[], None],
+        devices: Mapping[str, tuple[str, ...]] = NO_DEVICES,
+    ) -> None:
+        """``devices``: the GPUs of each container that requests some."""
         self.pod = pod
         self.ip = ip
         self.host = host
+        self.devices = devices
         self._changed = changed
         self.volume_paths: dict[str, Path] = {}
         self.terminated = asyncio.Event()  # no process is left, and none will be started
@@ -128,8 +138,9 @@ class PodRunner:
             try:
                 directory = self.host.pod_directory(self.pod.metadata)
                 directory.mkdir(parents=True, exist_ok=True)
+                claims = Claims(self.host.data_dir / "volumes", self.host.volumes)
                 self.volume_paths = await prepare_volumes(
-                    self.pod, directory, self.host.data_dir / "volumes", self.host.objects
+                    self.pod, directory, claims, self.host.objects
                 )
                 return True
             except (KubeAIError, OSError) as error:

