@@ -25,6 +25,7 @@ EXACT = "Traffic: random lengths"
 
 RENAMED = {
     "--requests": "--num-prompts",
+    "--output-tokens": "--output-len",
     "--slo-ttft": "--goodput ttft:<duration>",
     "--slo-token": "--goodput tpot:<duration>",
     "--slo-total": "--goodput e2el:<duration>",

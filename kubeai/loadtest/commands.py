@@ -221,7 +221,6 @@ def replay(
         option(
             "Length of each response of a log. Default: estimated from its size.",
             TRAFFIC,
-            *("--output-len", "--output-tokens"),
             min=1,
         ),
     ] = None,
@@ -296,7 +295,7 @@ def demo(
     files: arguments.Files,
     engines: Annotated[int, option("Engines per strategy. Default: 4.", ENGINES, min=2)] = 4,
     duration: Annotated[
-        str | None, option("How long conversations start, per strategy. Default: 15s.", LOAD)
+        str | None, option("How long conversations start, per strategy. Default: 14s.", LOAD)
     ] = None,
     seed: Annotated[int, option("Random seed. Default: 1.", TRAFFIC)] = 1,
 ) -> None:
@@ -310,7 +309,7 @@ def demo(
 
     found = demonstration.Demo(
         engines=engines,
-        duration_s=options.seconds("--duration", duration, 15.0, positive=True),
+        duration_s=options.seconds("--duration", duration, 14.0, positive=True),
         seed=seed,
     )
     _run(demonstration.run(found, output.outputs(files)))

@@ -114,7 +114,10 @@ def traffic(given: arguments.Traffic, *, endless: bool = False) -> Traffic:
     if changes.get("think_s") is not None:
         changes["think_s"] = seconds("--think-time", changes["think_s"])
     of_shape = [_flag(name) for name in _OF_SHAPE if getattr(given, name) is not None]
-    if given.shape == RANDOM or (lengths and given.shape in (None, "embeddings")):
+    of_files = given.sharegpt is not None or given.trace is not None
+    if given.shape == RANDOM or (
+        lengths and given.shape in (None, "embeddings") and not of_files
+    ):
         if of_shape:
             why = _flag(lengths[0]) if lengths else f"--shape {RANDOM}"
             raise OptionError(f"{of_shape[0]}: cannot be combined with {why}")
@@ -122,7 +125,7 @@ def traffic(given: arguments.Traffic, *, endless: bool = False) -> Traffic:
     if lengths:
         other = named[0] if given.shape is None else f"--shape {given.shape}"
         raise OptionError(f"{_flag(lengths[0])}: cannot be combined with {other}")
-    if given.sharegpt is None and given.trace is None:
+    if not of_files:
         return _synthetic(given, changes, endless=endless)
     if of_shape:
         raise OptionError(f"{of_shape[0]}: cannot be combined with {named[0]}")

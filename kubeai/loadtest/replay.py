@@ -61,7 +61,7 @@ def run(replay: Replay, outputs: Outputs) -> int:
         )
         measured, engines = _measured(replay, log), replay.engines or log.endpoints
     else:
-        of_log = (("--model", replay.model), ("--output-tokens", replay.output_tokens))
+        of_log = (("--model", replay.model), ("--output-len", replay.output_tokens))
         _refuse("an access log", *of_log)
         traffic = TraceReplay(
             str(replay.path), replay.speed, replay.block_tokens, replay.requests_max
