@@ -115,9 +115,7 @@ def traffic(given: arguments.Traffic, *, endless: bool = False) -> Traffic:
         changes["think_s"] = seconds("--think-time", changes["think_s"])
     of_shape = [_flag(name) for name in _OF_SHAPE if getattr(given, name) is not None]
     of_files = given.sharegpt is not None or given.trace is not None
-    if given.shape == RANDOM or (
-        lengths and given.shape in (None, "embeddings") and not of_files
-    ):
+    if given.shape == RANDOM or (lengths and given.shape in (None, "embeddings") and not of_files):
         if of_shape:
             why = _flag(lengths[0]) if lengths else f"--shape {RANDOM}"
             raise OptionError(f"{of_shape[0]}: cannot be combined with {why}")
@@ -350,7 +348,7 @@ def _limit(text: str) -> Limit:
         return Limit(name, least=percent) if name == "goodput" else Limit(name, most=percent)
     figure, _, value = rest.rpartition(":")
     figure = figure or "p99"
-    if name not in METRICS or not re.fullmatch(r"mean|p\d{1,2}(\.\d+)?", figure):
+    if not (name in METRICS and value and re.fullmatch(r"mean|p\d{1,2}(\.\d+)?", figure)):
         raise OptionError(
             f"--slo: {text!r} is not a metric ({', '.join(METRICS)}), mean or a percentile, and a "
             "limit, such as ttft:p99:500ms"
