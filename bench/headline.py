@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 from pages import filled, plot
 
-from kubeai.loadtest.report import report
+from kubeai.loadtest.reports.report import report
 from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.setting import Setting

@@ -11,13 +11,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import typer
 from typer.core import TyperCommand
 from typing_extensions import override
 
 from kubeai.errors import KubeAIError
+
+T = TypeVar("T")
 
 TRAFFIC, LOAD, SENDING, JUDGING = "Traffic", "Load", "Requests", "Results"
 ENGINES, ROUTING = "Engines", "Routing"
@@ -41,7 +43,10 @@ def option(help: str, panel: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
 
 
-group = dataclasses.dataclass(frozen=True, kw_only=True)  # a class of options
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def group(cls: type[T]) -> type[T]:
+    """Make a class of options, whose fields are annotated with `option`."""
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
 class Command(TyperCommand):

@@ -60,8 +60,9 @@ def run(
     """
     import math
 
-    from kubeai.loadtest import options, output
+    from kubeai.loadtest import options
     from kubeai.loadtest import run as running
+    from kubeai.loadtest.reports import output
 
     bounded = duration is not None or traffic.conversations is not None
     exact = options.is_exact(traffic)
@@ -118,10 +119,11 @@ def sweep(
     Doubles the rate until an SLO breaks, then narrows the interval down. Exit status 1 if they hold
     at none.
     """
-    from kubeai.loadtest import options, output
+    from kubeai.loadtest import options
     from kubeai.loadtest import run as running
     from kubeai.loadtest import simulate as simulating
     from kubeai.loadtest import sweep as sweeping
+    from kubeai.loadtest.reports import output
 
     objective, limits = options.objective(judging), options.limits(rates.slo or ())
     if not objective and any(limit.metric == "goodput" for limit in limits):
@@ -177,8 +179,9 @@ def simulate(
     The hash ring and load table are the gateway's own code. The same options give the same figures
     on every machine.
     """
-    from kubeai.loadtest import options, output
+    from kubeai.loadtest import options
     from kubeai.loadtest import simulate as simulating
+    from kubeai.loadtest.reports import output
 
     levels = options.counts("--concurrency", load.concurrency)
     exact = options.is_exact(traffic)
@@ -242,8 +245,9 @@ def replay(
     Shows what each strategy would have done with the same requests at the same times and, for an
     access log, what was measured.
     """
-    from kubeai.loadtest import options, output
+    from kubeai.loadtest import options
     from kubeai.loadtest import replay as replaying
+    from kubeai.loadtest.reports import output
 
     status = replaying.run(
         replaying.Replay(
@@ -280,8 +284,8 @@ def compare(
     files: arguments.Files,
 ) -> None:
     """Compare runs, in the terminal and in files."""
-    from kubeai.loadtest import output
-    from kubeai.loadtest.compare import table
+    from kubeai.loadtest.reports import output
+    from kubeai.loadtest.reports.compare import table
     from kubeai.simulation.results import read
 
     outputs = output.outputs(files)
@@ -305,7 +309,8 @@ def demo(
     past the gateway through a Service as kube-proxy implements it. Writes an HTML report.
     """
     from kubeai.loadtest import demo as demonstration
-    from kubeai.loadtest import options, output
+    from kubeai.loadtest import options
+    from kubeai.loadtest.reports import output
 
     found = demonstration.Demo(
         engines=engines,

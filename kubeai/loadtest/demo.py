@@ -27,9 +27,9 @@ import yaml
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import MODELS, PODS
-from kubeai.loadtest import compare, verdict
 from kubeai.loadtest import run as running
-from kubeai.loadtest.output import Outputs
+from kubeai.loadtest.reports import compare, verdict
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import OpenLoop, Scenario, Synthetic
 from kubeai.processes import set_death_signal
 from kubeai.simulation.results import Results

@@ -13,7 +13,7 @@ import msgspec
 
 from kubeai.loadtest import simulate
 from kubeai.loadtest.arguments import OptionError
-from kubeai.loadtest.output import Outputs
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import OpenLoop, TraceReplay
 from kubeai.loadtest.simulate import LogReplay, Simulation
 from kubeai.simulation import results

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kubeai.errors import KubeAIError
-from kubeai.loadtest import compare, endpoint, environment, saturation
+from kubeai.loadtest import endpoint, environment, saturation
 from kubeai.loadtest.client import Address
 from kubeai.loadtest.endpoint import Prepared
 from kubeai.loadtest.messages import Batch, Failed, FromGenerator, Go, Ready, Stop, frame, receive
-from kubeai.loadtest.output import Outputs
 from kubeai.loadtest.progress import Progress
+from kubeai.loadtest.reports import compare
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import ENDLESS, ClosedLoop, Exact, Scenario
 from kubeai.simulation import results
 from kubeai.simulation.results import Gaps, Measurement, Objective, Results, Selection

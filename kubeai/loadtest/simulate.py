@@ -17,9 +17,10 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import msgspec
 
-from kubeai.loadtest import compare, environment
+from kubeai.loadtest import environment
 from kubeai.loadtest.arguments import OptionError
-from kubeai.loadtest.output import Outputs
+from kubeai.loadtest.reports import compare
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import ClosedLoop, Load, RequestLoop, Scenario
 from kubeai.loadtest.scenario import Traffic as Sent
 from kubeai.simulation import cluster, results

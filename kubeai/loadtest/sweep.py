@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from kubeai.loadtest import arguments, compare, environment, options, verdict
+from kubeai.loadtest import arguments, environment, options
 from kubeai.loadtest import run as running
 from kubeai.loadtest import simulate as simulating
 from kubeai.loadtest.arguments import OptionError
-from kubeai.loadtest.output import Outputs
+from kubeai.loadtest.reports import compare, verdict
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import Exact, RequestLoop, Synthetic, Traffic
 from kubeai.loadtest.simulate import Simulation
 from kubeai.simulation.results import Limit, Results, Sweep

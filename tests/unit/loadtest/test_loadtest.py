@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from kubeai.loadtest import arguments, options, output, saturation
+from kubeai.loadtest import arguments, options, saturation
 from kubeai.loadtest.arguments import OptionError
 from kubeai.loadtest.messages import Batch, Go, Stop, frame
 from kubeai.loadtest.progress import Progress
+from kubeai.loadtest.reports import output
 from kubeai.loadtest.run import client_line
 from kubeai.loadtest.saturation import Usage
 from kubeai.loadtest.scenario import (

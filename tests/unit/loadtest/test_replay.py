@@ -15,8 +15,8 @@ from fakes.world import World
 from kubeai.gateway.access_log import AccessLog, Observers
 from kubeai.loadtest import replay
 from kubeai.loadtest.arguments import OptionError
-from kubeai.loadtest.output import Outputs
 from kubeai.loadtest.replay import Replay
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.simulation.results import read
 
 COMMAND = (sys.executable, "-m", "kubeai", "bench", "replay")

@@ -11,7 +11,7 @@ import pytest
 
 from kubeai.loadtest import arguments, options, simulate, sweep
 from kubeai.loadtest.arguments import OptionError
-from kubeai.loadtest.output import Outputs
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import Exact
 from kubeai.loadtest.simulate import Simulation
 from kubeai.loadtest.sweep import POINTS_MAX, Plan, Search

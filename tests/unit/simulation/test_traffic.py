@@ -198,7 +198,7 @@ def test_prompts_and_outputs_have_exactly_the_given_lengths():
 
 def test_random_lengths_are_even_between_their_bounds():
     found = exact(3000, input_len=100, output_len=10, input_ratio=0.25, output_ratio=0.5)
-    prompts, outputs = ({one[place] for one in found} for place in (1, 2))
+    prompts, outputs = {one[1] for one in found}, {one[2] for one in found}
     assert (min(prompts), max(prompts)) == (75, 125)
     assert (min(outputs), max(outputs)) == (5, 15)
     assert statistics.fmean(one[1] for one in found) == pytest.approx(100, abs=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from kubeai.loadtest import compare
+from kubeai.loadtest.reports import compare
 from kubeai.simulation.results import Limit, Results, Sweep
 
 ALIKE = 1.05  # runs whose figures differ by less than 5 % are called alike

@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from kubeai.loadtest import compare, output, verdict
-from kubeai.loadtest.output import Outputs
-from kubeai.loadtest.page import COLOURS
-from kubeai.loadtest.report import ENDPOINTS_MAX, report
+from kubeai.loadtest.reports import compare, output, verdict
+from kubeai.loadtest.reports.output import Outputs
+from kubeai.loadtest.reports.page import COLOURS
+from kubeai.loadtest.reports.report import ENDPOINTS_MAX, report
 from kubeai.simulation.results import (
     Gaps,
     Limit,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from kubeai.loadtest.page import COLOURS, text
+from kubeai.loadtest.reports.page import COLOURS, text
 
 # Plot dimensions; the width fits a phone at text size.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 50, 16, 8, 26

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 
-from kubeai.loadtest.compare import printable
+from kubeai.loadtest.reports.compare import printable
 
 COLOURS = 6  # Okabe and Ito's colour-blind-safe palette; a seventh run reuses the first colour
 

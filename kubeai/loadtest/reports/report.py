@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from kubeai.loadtest import charts, compare, verdict
-from kubeai.loadtest.charts import Axis, Bar, Point
-from kubeai.loadtest.compare import Cell, Row
-from kubeai.loadtest.page import key, page, text
+from kubeai.loadtest.reports import charts, compare, verdict
+from kubeai.loadtest.reports.charts import Axis, Bar, Point
+from kubeai.loadtest.reports.compare import Cell, Row
+from kubeai.loadtest.reports.page import key, page, text
 from kubeai.simulation.results import Results, Sweep
 
 ENDPOINTS_MAX = 24  # bars; with more endpoints, only the busiest are drawn

@@ -12,7 +12,7 @@ import msgspec
 
 from kubeai.errors import KubeAIError
 from kubeai.loadtest import arguments, options
-from kubeai.loadtest.compare import flat
+from kubeai.loadtest.reports.compare import flat
 from kubeai.simulation import results
 from kubeai.simulation.results import Results, ResultsFile, Sweep
 
@@ -36,7 +36,7 @@ class Outputs(msgspec.Struct, frozen=True):
             if self.csv is not None:
                 self.csv.write_text(table(runs), encoding="utf-8")
             if self.html is not None:
-                from kubeai.loadtest.report import report
+                from kubeai.loadtest.reports.report import report
 
                 self.html.write_text(report(runs, sweep), encoding="utf-8")
         except OSError as error:
