@@ -14,8 +14,8 @@ from typing import NamedTuple
 from kubeai.loadtest.reports.page import COLOURS, text
 
 # Plot dimensions; the width fits a phone at text size.
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 50, 16, 8, 26
-LABEL_CHARS, LABEL_WIDTH, BAR, GAP = 19, 116, 9, 7
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 250, 50, 24, 8, 26
+LABEL_CHARS, LABEL_WIDTH, BAR, GAP = 19, 132, 9, 7
 LADDER = [step * 10.0**power for power in range(-6, 13) for step in (1, 2, 5)]
 
 Point = tuple[float, float]

@@ -20,6 +20,8 @@ from kubeai.simulation.results import Results, Sweep
 
 ENDPOINTS_MAX = 24  # bars; with more endpoints, only the busiest are drawn
 SPREAD_TITLE = "Requests per endpoint"
+# Parts of a run's setting that were measured, not chosen.
+MEASURED = ("client", "said", "preemptions")
 
 
 def report(runs: Sequence[Results], sweep: Sweep | None = None) -> str:
@@ -30,6 +32,7 @@ def report(runs: Sequence[Results], sweep: Sweep | None = None) -> str:
     names = list(sweep.held) if sweep is not None else [run.name for run in runs]
     title = "kubeai bench: " + ", ".join(text(name) for name in names)
     plots = "".join(_sweep_plots(runs, sweep) if sweep is not None else _plots(runs))
+    columns = _columns(runs, sweep)
     differed, shared = _settings(runs)
     figures = "".join(_group(*group) for group in compare.figures(runs).items())
     errors = compare.errors(runs)
@@ -40,17 +43,17 @@ def report(runs: Sequence[Results], sweep: Sweep | None = None) -> str:
         _warnings(runs),
         _tiles(runs, sweep),
         f'<h2>Charts</h2><div class="plots">{plots}</div>' if plots else "",
-        f"<h2>What differed</h2>{_table(runs, 'settings', differed)}" if differed else "",
+        f"<h2>What differed</h2>{_table(columns, 'settings', differed)}" if differed else "",
         _folded(
             "All figures",
-            (f"<p>{several}</p>" if len(runs) > 1 else "") + _table(runs, "figures", figures),
+            (f"<p>{several}</p>" if len(runs) > 1 else "") + _table(columns, "figures", figures),
         ),
-        _folded("Errors", _table(runs, "errors", f"<tbody>{_rows(errors)}</tbody>"), opened=True)
+        _folded("Errors", _table(columns, "errors", f"<tbody>{_rows(errors)}</tbody>"), opened=True)
         if errors
         else "",
-        _folded("Settings" if len(runs) == 1 else "Settings of all runs",
-                _table(runs, "settings", shared)) if shared else "",
-        _folded("Environment", _table(runs, "settings", _environment(runs))),
+        _folded("Settings" if len(runs) == 1 else "Other settings",
+                _table(columns, "settings", shared)) if shared else "",
+        _folded("Environment", _table(columns, "settings", _environment(runs))),
     ]  # fmt: skip
     return page(title, "\n".join(filter(None, parts)))
 
@@ -85,12 +88,21 @@ def _folded(title: str, body: str, *, opened: bool = False) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _table(runs: Sequence[Results], kind: str, body: str) -> str:
-    heads = "".join(
-        f'<th scope="col">{key(at)}{text(run.name)}</th>' for at, run in enumerate(runs)
-    )
+def _table(names: Sequence[tuple[int, str]], kind: str, body: str) -> str:
+    """A table with a column for each run; ``names`` has their colours and names."""
+    heads = "".join(f'<th scope="col">{key(at)}{text(name)}</th>' for at, name in names)
     head = f"<thead><tr><td></td>{heads}</tr></thead>"
     return f'<div class="wide"><table class="{kind}">{head}{body}</table></div>'
+
+
+def _columns(runs: Sequence[Results], sweep: Sweep | None) -> list[tuple[int, str]]:
+    """The colour and name of each run. The runs of a sweep have the colours of their targets."""
+    colours = list(range(len(runs)))
+    if sweep is not None:
+        for colour, positions in enumerate(sweep.runs.values()):
+            for at in positions:
+                colours[at] = colour
+    return [(colour, run.name) for colour, run in zip(colours, runs, strict=True)]
 
 
 def _group(title: str, rows: list[Row]) -> str:
@@ -112,11 +124,17 @@ def _cell(cell: Cell) -> str:
 
 
 def _settings(runs: Sequence[Results]) -> tuple[str, str]:
-    """The rows of settings that differ, and of those that all runs share."""
-    rows = list(_value_rows([_shown(run.setting) for run in runs]))
-    bodies = ["".join(row for row, alike in rows if alike == wanted) for wanted in (False, True)]
-    differed, shared = (f"<tbody>{body}</tbody>" if body else "" for body in bodies)
-    return differed, shared
+    """The rows of settings that differ; those that all runs share, and what was measured."""
+    chosen = [{k: v for k, v in run.setting.items() if k not in MEASURED} for run in runs]
+    measured = [{k: v for k, v in run.setting.items() if k in MEASURED} for run in runs]
+    rows = list(_value_rows(list(map(_shown, chosen))))
+    differed = "".join(row for row, alike in rows if not alike)
+    others = [row for row, alike in rows if alike]
+    others += [row for row, _ in _value_rows(list(map(_shown, measured)))]
+    return (
+        f"<tbody>{differed}</tbody>" if differed else "",
+        f"<tbody>{''.join(others)}</tbody>" if others else "",
+    )
 
 
 def _environment(runs: Sequence[Results]) -> str:
@@ -263,6 +281,8 @@ def _figure(names: Sequence[str], title: str, about: str, svg: str) -> str:
 def _sweep_plots(runs: Sequence[Results], sweep: Sweep) -> Iterator[str]:
     """What each SLO limits, then hit rate and throughput, over the request rate."""
     for limit in sweep.limits:
+        if limit.metric == "errors" and not any(run.errors for run in runs):
+            continue
         percent = limit.metric in ("goodput", "errors")
         y = charts.in_percent if percent else charts.log_ms
         bound = limit.most if limit.least is None else limit.least

@@ -89,7 +89,7 @@ def tiles(runs: Sequence[Results], sweep: Sweep | None = None) -> list[Tile]:
     """The main figures; of several runs, the best ones."""
     if sweep is not None:
         return [
-            Tile(name, _rate(held), _broke(sweep, name), at)
+            Tile(name, "none" if held is None else f"{held:g}/s", _broke(sweep, name), at)
             for at, (name, held) in enumerate(sweep.held.items())
         ]
     return list(_best_tiles(runs) if len(runs) > 1 else _tiles(runs[0]))
@@ -144,6 +144,8 @@ def _compared(runs: Sequence[Results]) -> Iterator[str]:
     best = _best(runs, latency)
     if best is not None:
         yield _against(runs, latency, best)
+    if any(_is_paced(run) for run in runs):
+        return
     fastest = _best(runs, _OUTPUT)
     base = _OUTPUT.value(first)
     if fastest and base and (value := _OUTPUT.value(runs[fastest])) and value > ALIKE * base:
@@ -151,6 +153,14 @@ def _compared(runs: Sequence[Results]) -> Iterator[str]:
             f"{runs[fastest].name} generates the most output tokens: {_per_s(value)}, "
             f"{value / base:.2g} times those of {first.name}."
         )
+
+
+def _is_paced(run: Results) -> bool:
+    """Whether the load came at a rate, so that its throughput says nothing about the target."""
+    load = run.setting.get("load")
+    return isinstance(load, dict) and (
+        load.get("type") == "open" or load.get("arrivals") is not None
+    )
 
 
 def _against(runs: Sequence[Results], latency: _Main, best: int) -> str:
@@ -228,10 +238,10 @@ def limit_value(limit: Limit, run: Results) -> str:
     return f"{value:.3g} %" if limit.metric in ("goodput", "errors") else milliseconds(value)
 
 
-def _rate(held: float | None) -> str:
-    return "none" if held is None else f"{held:g} requests/s"
+def _rate(rate: float) -> str:
+    return f"{rate:g} requests/s"
 
 
 def _broke(sweep: Sweep, target: str) -> str:
     broke = sweep.broke[target]
-    return "the highest that was tried" if broke is None else f"breaks at {_rate(broke)}"
+    return "requests; none higher tried" if broke is None else f"requests; breaks at {broke:g}/s"

@@ -342,6 +342,7 @@ def test_a_sweeps_page_has_the_highest_rates_and_each_slo_over_the_rate():
     lower, upper = (y for _, y in curve_points(plot)[0])
     assert upper < float(re.search(r"M50 ([\d.]+)h", limit.attrib["d"])[1]) < lower
     assert "4 requests/s" in page
+    assert verdict.tiles(runs, sweep)[0] == ("LeastLoad", "4/s", "requests; breaks at 8/s", 0)
     sweep.held["LeastLoad"] = None
     assert "does not hold TTFT p99 ≤ 500 ms at any rate" in verdict.sentences(runs, sweep)[0]
 
