@@ -5,7 +5,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test coverage check bench bench-headline asan soak clean
+.PHONY: help build run test coverage check bench bench-routing bench-headline demo asan soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,10 @@ bench-routing: .venv/installed-test  ## compare the strategies on simulated engi
 
 bench-headline: .venv/installed-test  ## simulate the gain of prefix routing
 	$(BIN)/python bench/headline.py
+
+DEMO_HTML ?= build/demo.html
+demo: .venv/installed  ## show what prefix routing gains, in two minutes on mock engines; writes a page
+	$(BIN)/kubeai bench demo --html $(DEMO_HTML)
 
 asan: .venv/installed-test  ## run the compiled core's tests under AddressSanitizer
 	tests/asan.sh

@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 from pages import filled, plot
 
-from kubeai.loadtest.report import report
+from kubeai.loadtest.reports.report import report
 from kubeai.simulation import cluster, results, traffic
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.setting import Setting
@@ -187,7 +187,7 @@ def row(setting: Setting, found: results.Results) -> dict[str, Any]:
         "ttft_p99_ms": summary["ttft_ms"]["p99"],
         "tokens_per_s": summary["tokens_per_s"],
         "hit_rate": summary["hit_rate"],
-        "token_mean_ms": summary["token_ms"]["mean"],
+        "token_mean_ms": summary["tpot_ms"]["mean"],
         "duration_s": summary["duration_s"],
         "ttft_sent_mean_ms": summary["ttft_sent_ms"]["mean"],
         "spread": summary["spread"],
@@ -256,7 +256,7 @@ def h100_table(found: list[results.Results]) -> list[str]:
         summary = one.summary
         lines.append(
             f"| {concurrency} | {summary['ttft_ms']['mean']:,.0f} ms | {ttft:,} ms "
-            f"| {summary['token_ms']['mean']:.1f} ms | {token} ms "
+            f"| {summary['tpot_ms']['mean']:.1f} ms | {token} ms "
             f"| {summary['output_tokens_per_s']:,.0f} | {tokens} |"
         )
     return lines

@@ -77,7 +77,7 @@ OPTIONS += ("prompt_tokens", "turn_tokens", "reply_tokens")
 TTFT_FLOOR_MS, TTFT_SHARE, HITS_POINTS = 200.0, 0.10, 2.0
 RUN_TIMEOUT_S = 300
 COLUMNS = (("ttft_ms", "mean", 0), ("ttft_ms", "p50", 0), ("ttft_ms", "p90", 0))
-COLUMNS += (("token_ms", "mean", 1), ("hit_rate", "", 3), ("tokens_per_s", "", 0))
+COLUMNS += (("tpot_ms", "mean", 1), ("hit_rate", "", 3), ("tokens_per_s", "", 0))
 
 
 @contextlib.contextmanager
@@ -151,9 +151,9 @@ def real(setting: Setting, addresses: Sequence[str], shape: Shape) -> dict[str, 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        summary = results.read(path).summary
+        (run,) = results.read(path).runs
     after = prefixes(addresses)
-    return summary | {"hit_rate": (after[1] - before[1]) / (after[0] - before[0])}
+    return run.summary | {"hit_rate": (after[1] - before[1]) / (after[0] - before[0])}
 
 
 def simulated(setting: Setting, shape: Shape) -> dict[str, Any]:

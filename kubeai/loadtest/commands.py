@@ -2,65 +2,34 @@
 
 # No `from __future__ import annotations`: typer evaluates the annotations.
 import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kubeai.loadtest import arguments
 from kubeai.loadtest.arguments import (
     ENGINES,
     JUDGING,
     LOAD,
-    ROUTING,
-    SENDING,
     TRAFFIC,
-    Arrivals,
-    Burst,
-    CacheBlocks,
-    Conversations,
-    Documents,
-    DocumentTokens,
-    Html,
-    JsonFolder,
-    MeanLoadFactor,
-    MessagesMin,
-    PrefixCharLength,
-    Preset,
-    PromptTokens,
-    RampTime,
-    Rate,
-    Replicas,
-    Replication,
-    ReplyTokens,
-    Requests,
-    Seed,
-    Shape,
-    Sharegpt,
-    SloToken,
-    SloTotal,
-    SloTtft,
-    Speed,
-    Systems,
-    SystemTokens,
-    ThinkTime,
-    Trace,
-    TraceBlockTokens,
-    TraceRequests,
-    Turns,
-    TurnTokens,
-    UntilRate,
+    Command,
+    NumPrompts,
+    OptionError,
     WarmUp,
+    grouped,
     option,
 )
+
+SIMULATED_ENGINES = 8
 
 
 def app() -> typer.Typer:
     """The ``kubeai bench`` command group."""
     bench = typer.Typer(help="Benchmark an OpenAI-compatible endpoint.", no_args_is_help=True)
-    bench.command("run")(run)
-    bench.command("simulate")(simulate)
-    bench.command("replay")(replay)
-    bench.command("compare")(compare)
+    for command in (run, sweep, simulate, replay, compare, demo):
+        bench.command(command.__name__, cls=Command)(grouped(command))
     return bench
 
 
@@ -68,43 +37,12 @@ def run(
     url: Annotated[
         str, typer.Argument(help="Base URL of the endpoint, such as http://host:port/openai/v1.")
     ],
-    model: Annotated[
-        str, option("Model to request. Default: the endpoint's only model.", SENDING)
-    ] = "",
-    # traffic
-    shape: Shape = None,
-    conversations: Conversations = None,
-    turns: Turns = None,
-    system_tokens: SystemTokens = None,
-    systems: Systems = None,
-    documents: Documents = None,
-    document_tokens: DocumentTokens = None,
-    prompt_tokens: PromptTokens = None,
-    turn_tokens: TurnTokens = None,
-    reply_tokens: ReplyTokens = None,
-    think_time: ThinkTime = None,
-    seed: Seed = 1,
-    sharegpt: Sharegpt = None,
-    messages_min: MessagesMin = 2,
-    trace: Trace = None,
-    trace_block_tokens: TraceBlockTokens = None,
-    trace_requests: TraceRequests = None,
-    speed: Speed = 1.0,
-    # load
-    concurrency: Annotated[
-        int | None,
-        option(
-            "Closed loop: number of concurrent conversations; the next starts when one ends. "
-            "Default: 32.",
-            LOAD,
-            min=1,
-        ),
-    ] = None,
-    rate: Rate = None,
-    arrivals: Arrivals = None,
-    burst: Burst = None,
-    until_rate: UntilRate = None,
-    ramp_time: RampTime = None,
+    traffic: arguments.Traffic,
+    load: arguments.Load,
+    sending: arguments.Sending,
+    judging: arguments.Judging,
+    files: arguments.Files,
+    model: arguments.Model = "",
     duration: Annotated[
         str | None,
         option(
@@ -112,235 +50,160 @@ def run(
             LOAD,
         ),
     ] = None,
-    requests: Requests = None,
-    warm_up: WarmUp = None,
-    processes: Annotated[
-        int,
-        option(
-            "Number of processes that generate load (default 1). Warns if they are the bottleneck.",
-            LOAD,
-            min=1,
-        ),
-    ] = 1,
-    # requests
-    timeout: Annotated[str | None, option("Request timeout. Default: 300s.", SENDING)] = None,
-    api_key: Annotated[
-        str | None, option("API key, sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
-    ] = None,
-    header: Annotated[
-        list[str] | None,
-        option("'Name: value' to add to each request; may be repeated.", SENDING),
-    ] = None,
-    body: Annotated[
-        str | None,
-        option('JSON fields to add to each request body, such as {"temperature": 0}.', SENDING),
-    ] = None,
-    stream: Annotated[bool, option("Request streaming responses (default).", SENDING)] = True,
-    endpoint_header: Annotated[
-        str,
-        option("Response header that identifies the endpoint. Default: X-Mock-Replica.", SENDING),
-    ] = "X-Mock-Replica",
-    # results
-    slo_ttft: SloTtft = None,
-    slo_token: SloToken = None,
-    slo_total: SloTotal = None,
+    processes: arguments.Processes = 1,
     name: Annotated[str, option("Name of this run in comparisons.", JUDGING)] = "",
-    json: Annotated[Path | None, option("Write the results to this file as JSON.", JUDGING)] = None,
-    html: Html = None,
 ) -> None:
     """Send load to an OpenAI-compatible endpoint and report latency and throughput.
 
-    Durations are written 500ms, 60s or 1m30s. Ctrl-C keeps what was measured so far.
+    Options with the names of vLLM's `vllm bench serve` mean the same. Durations are written 500ms,
+    60s or 1m30s. Ctrl-C keeps what was measured so far.
     """
     import math
 
-    import uvloop
-
     from kubeai.loadtest import options
     from kubeai.loadtest import run as running
-    from kubeai.loadtest.scenario import Scenario
+    from kubeai.loadtest.reports import output
 
-    warm_up_s = options.seconds("--warm-up", warm_up)
-    scenario = Scenario(
-        url=url,
-        model=model,
-        headers=options.headers(header or [], api_key),
-        endpoint_header=endpoint_header,
-        stream=stream,
-        extra_body=options.fields("--body", body),
-        traffic=_traffic(
-            shape=shape,
-            conversations=conversations,
-            turns=turns,
-            system_tokens=system_tokens,
-            systems=systems,
-            documents=documents,
-            document_tokens=document_tokens,
-            prompt_tokens=prompt_tokens,
-            turn_tokens=turn_tokens,
-            reply_tokens=reply_tokens,
-            think_time=think_time,
-            seed=seed,
-            endless=duration is not None or requests is not None,
-            sharegpt=sharegpt,
-            messages_min=messages_min,
-            trace=trace,
-            trace_block_tokens=trace_block_tokens,
-            trace_requests=trace_requests,
-            speed=speed,
-        ),
-        load=options.load(
-            concurrency=concurrency,
-            rate=rate,
-            arrivals=arrivals,
-            burst=burst,
-            until_rate=until_rate,
-            ramp_time=ramp_time,
-            timed=trace is not None,
-        ),
-        seed=seed,
+    bounded = duration is not None or traffic.conversations is not None
+    exact = options.is_exact(traffic)
+    if len(options.counts("--concurrency", load.concurrency)) > 1:
+        raise OptionError("--concurrency: a list is only for simulate")
+    prompts = options.num_prompts(load, bounded=bounded, exact=exact)
+    warm_up_s = options.seconds("--warm-up", load.warm_up)
+    scenario = _scenario(url, model, sending)(
+        traffic=options.traffic(traffic, endless=duration is not None or prompts is not None),
+        load=options.load(load, timed=traffic.trace is not None, exact=exact),
+        in_flight_max=load.max_concurrency,
+        seed=traffic.seed,
         warm_up_s=warm_up_s,
         begin_until_s=warm_up_s + options.seconds("--duration", duration, math.inf, positive=True),
-        requests_max=requests,
-        timeout_s=options.seconds("--timeout", timeout, 300.0, positive=True),
+        requests_max=prompts,
+    )
+    options.check_bounds(scenario)
+    _run(
+        running.run(
+            running.RunOptions(
+                scenario=scenario,
+                processes=processes,
+                shape_given=options.is_shape_given(traffic),
+                ignore_eos=sending.ignore_eos,
+                objective=options.objective(judging),
+                selection=options.selection(judging),
+                name=name,
+            ),
+            output.outputs(files),
+        )
+    )
+
+
+def sweep(
+    traffic: arguments.Traffic,
+    rates: arguments.Rates,
+    sending: arguments.Sending,
+    engines: arguments.Engines,
+    routing: arguments.Routing,
+    judging: arguments.Judging,
+    files: arguments.Files,
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="Base URL of the endpoint. Without one, each strategy on simulated engines."
+        ),
+    ] = "",
+    model: arguments.Model = "",
+    processes: arguments.Processes = 1,
+    name: Annotated[str, option("Name of the endpoint in the results.", JUDGING)] = "",
+) -> None:
+    """Find the highest request rate at which SLOs hold.
+
+    Doubles the rate until an SLO breaks, then narrows the interval down. Exit status 1 if they hold
+    at none.
+    """
+    from kubeai.loadtest import options
+    from kubeai.loadtest import run as running
+    from kubeai.loadtest import simulate as simulating
+    from kubeai.loadtest import sweep as sweeping
+    from kubeai.loadtest.reports import output
+
+    objective, limits = options.objective(judging), options.limits(rates.slo or ())
+    if not objective and any(limit.metric == "goodput" for limit in limits):
+        raise OptionError("--slo: goodput requires --goodput, which says what counts")
+    plan = sweeping.plan(rates, limits)
+    selection = options.with_limits(options.selection(judging), limits)
+    sent = options.traffic(traffic, endless=traffic.conversations is None)
+    warm_up_s = options.seconds("--warm-up", rates.warm_up)
+    outputs = output.outputs(files)
+    if not url:
+        simulation = simulating.Simulation(
+            traffic=sent,
+            load=plan.load(plan.start),
+            preset=engines.preset,
+            settings=_settings(
+                engines, routing, traffic.seed, in_flight_max=rates.max_concurrency or 0
+            ),
+            seed=traffic.seed,
+            warm_up_s=warm_up_s,
+            objective=objective,
+            selection=selection,
+        )
+        raise typer.Exit(sweeping.simulate(plan, simulation, outputs))
+    scenario = _scenario(url, model, sending)(
+        traffic=sent,
+        load=plan.load(plan.start),
+        in_flight_max=rates.max_concurrency,
+        seed=traffic.seed,
+        warm_up_s=warm_up_s,
     )
     run_options = running.RunOptions(
         scenario=scenario,
         processes=processes,
-        objective=_objective(slo_ttft, slo_token, slo_total),
+        shape_given=options.is_shape_given(traffic),
+        ignore_eos=sending.ignore_eos,
+        objective=objective,
+        selection=selection,
         name=name,
-        json_path=options.writable("--json", json),
-        html_path=options.writable("--html", html),
     )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(running.run(run_options))
-    raise typer.Exit(status)
+    _run(sweeping.run(plan, run_options, outputs))
 
 
 def simulate(
-    # engines
-    preset: Preset = "llama-3.1-8b-fp8-l4",
-    engines: Annotated[
-        int, option("Number of engines. Default: 8.", ENGINES, min=1, max=20_000)
-    ] = 8,
-    cache_blocks: CacheBlocks = None,
-    # routing
-    strategies: Annotated[
-        str,
-        option(
-            "Comma-separated list of Service (random, like a Kubernetes Service), RoundRobin, "
-            "LeastLoad, PrefixHash, PrefixCache and Oracle (knows every cache). "
-            "Default: Service,LeastLoad,PrefixHash.",
-            ROUTING,
-        ),
-    ] = "Service,LeastLoad,PrefixHash",
-    replication: Replication = None,
-    mean_load_factor: MeanLoadFactor = None,
-    prefix_char_length: PrefixCharLength = None,
-    replicas: Replicas = 1,
-    # traffic
-    shape: Shape = None,
-    conversations: Conversations = None,
-    turns: Turns = None,
-    system_tokens: SystemTokens = None,
-    systems: Systems = None,
-    documents: Documents = None,
-    document_tokens: DocumentTokens = None,
-    prompt_tokens: PromptTokens = None,
-    turn_tokens: TurnTokens = None,
-    reply_tokens: ReplyTokens = None,
-    think_time: ThinkTime = None,
-    seed: Seed = 1,
-    sharegpt: Sharegpt = None,
-    messages_min: MessagesMin = 2,
-    trace: Trace = None,
-    trace_block_tokens: TraceBlockTokens = None,
-    trace_requests: TraceRequests = None,
-    speed: Speed = 1.0,
-    # load
-    concurrency: Annotated[
-        str | None,
-        option(
-            "Closed loop: number of concurrent conversations; a list such as 100,200,400 gives "
-            "one run each. Default: 32.",
-            LOAD,
-        ),
-    ] = None,
-    rate: Rate = None,
-    arrivals: Arrivals = None,
-    burst: Burst = None,
-    until_rate: UntilRate = None,
-    ramp_time: RampTime = None,
-    requests: Requests = None,
-    warm_up: WarmUp = None,
-    # results
-    slo_ttft: SloTtft = None,
-    slo_token: SloToken = None,
-    slo_total: SloTotal = None,
-    json: JsonFolder = None,
-    html: Html = None,
+    engines: arguments.Engines,
+    routing: arguments.Routing,
+    traffic: arguments.Traffic,
+    load: arguments.Load,
+    judging: arguments.Judging,
+    files: arguments.Files,
 ) -> None:
     """Compare routing strategies on simulated engines, without a GPU and in virtual time.
 
-    The hash ring and load table are the gateway's own code. The same options give the same results
+    The hash ring and load table are the gateway's own code. The same options give the same figures
     on every machine.
     """
     from kubeai.loadtest import options
     from kubeai.loadtest import simulate as simulating
+    from kubeai.loadtest.reports import output
 
-    levels = options.counts("--concurrency", concurrency)
+    levels = options.counts("--concurrency", load.concurrency)
+    exact = options.is_exact(traffic)
+    prompts = options.num_prompts(load, bounded=traffic.conversations is not None, exact=exact)
     simulation = simulating.Simulation(
-        traffic=_traffic(
-            shape=shape,
-            conversations=conversations,
-            turns=turns,
-            system_tokens=system_tokens,
-            systems=systems,
-            documents=documents,
-            document_tokens=document_tokens,
-            prompt_tokens=prompt_tokens,
-            turn_tokens=turn_tokens,
-            reply_tokens=reply_tokens,
-            think_time=think_time,
-            seed=seed,
-            endless=requests is not None,
-            sharegpt=sharegpt,
-            messages_min=messages_min,
-            trace=trace,
-            trace_block_tokens=trace_block_tokens,
-            trace_requests=trace_requests,
-            speed=speed,
-        ),
-        load=options.load(
-            concurrency=levels[0] if levels else None,
-            rate=rate,
-            arrivals=arrivals,
-            burst=burst,
-            until_rate=until_rate,
-            ramp_time=ramp_time,
-            timed=trace is not None,
-        ),
-        settings=simulating.settings(
-            preset=preset,
-            cache_blocks=cache_blocks,
-            engines=engines,
-            strategies=strategies,
+        traffic=options.traffic(traffic, endless=prompts is not None),
+        load=options.load(load, timed=traffic.trace is not None, exact=exact),
+        preset=engines.preset,
+        settings=_settings(
+            engines,
+            routing,
+            traffic.seed,
             concurrencies=levels or [options.CONCURRENCY],
-            replication=replication,
-            mean_load_factor=mean_load_factor,
-            replicas=replicas,
-            prefix_char_length=prefix_char_length,
-            seed=seed,
+            in_flight_max=load.max_concurrency or 0,
         ),
-        preset=preset,
-        seed=seed,
-        warm_up_s=options.seconds("--warm-up", warm_up),
-        requests_max=requests,
-        objective=_objective(slo_ttft, slo_token, slo_total),
+        seed=traffic.seed,
+        warm_up_s=options.seconds("--warm-up", load.warm_up),
+        requests_max=prompts,
+        objective=options.objective(judging),
+        selection=options.selection(judging),
     )
-    json_folder = options.folder("--json", json)
-    html_path = options.writable("--html", html)
-    raise typer.Exit(simulating.run(simulation, json_folder, html_path))
+    raise typer.Exit(simulating.run(simulation, output.outputs(files)))
 
 
 def replay(
@@ -348,53 +211,34 @@ def replay(
         Path,
         typer.Argument(help="KubeAI's access log with accessLogPrompts, or a trace file."),
     ],
-    # engines
-    preset: Preset = "llama-3.1-8b-fp8-l4",
-    engines: Annotated[
-        int | None,
-        option(
-            "Number of engines. Default: the log's endpoints; 8 for a trace.",
-            ENGINES,
-            min=1,
-            max=20_000,
-        ),
-    ] = None,
-    cache_blocks: CacheBlocks = None,
-    # routing
-    strategies: Annotated[
-        str,
-        option(
-            "Comma-separated list, as for simulate. Default: LeastLoad,PrefixHash,PrefixCache.",
-            ROUTING,
-        ),
-    ] = "LeastLoad,PrefixHash,PrefixCache",
-    replication: Replication = None,
-    mean_load_factor: MeanLoadFactor = None,
-    prefix_char_length: PrefixCharLength = None,
-    replicas: Replicas = 1,
-    # traffic
+    engines: arguments.Engines,
+    routing: arguments.Routing,
+    judging: arguments.Judging,
+    files: arguments.Files,
     model: Annotated[
         str | None,
         option("The Model whose requests to replay. Default: the log's only one.", TRAFFIC),
     ] = None,
-    output_tokens: Annotated[
+    output_len: Annotated[
         int | None,
         option(
-            "Length of each response of a log. Default: estimated from its size.", TRAFFIC, min=1
+            "Length of each response of a log. Default: estimated from its size.",
+            TRAFFIC,
+            min=1,
         ),
     ] = None,
-    trace_block_tokens: TraceBlockTokens = None,
-    speed: Speed = 1.0,
-    requests: Annotated[
-        int | None, option("Replay only the first requests.", TRAFFIC, min=1)
+    trace_block_tokens: Annotated[
+        int | None,
+        option(
+            "Tokens per entry of the trace's hash_ids. Default: 512; 16 in Bailian's format.",
+            TRAFFIC,
+            min=1,
+            max=4096,
+        ),
     ] = None,
+    speed: Annotated[float, option("2 replays twice as fast.", TRAFFIC)] = 1.0,
+    num_prompts: NumPrompts = None,
     warm_up: WarmUp = None,
-    # results
-    slo_ttft: SloTtft = None,
-    slo_token: SloToken = None,
-    slo_total: SloTotal = None,
-    json: JsonFolder = None,
-    html: Html = None,
 ) -> None:
     """Replay an access log or a trace on simulated engines, with each routing strategy.
 
@@ -403,92 +247,124 @@ def replay(
     """
     from kubeai.loadtest import options
     from kubeai.loadtest import replay as replaying
+    from kubeai.loadtest.reports import output
 
     status = replaying.run(
         replaying.Replay(
             path=file,
             model=model,
-            output_tokens=output_tokens,
+            output_tokens=output_len,
             block_tokens=trace_block_tokens,
             speed=speed,
-            requests_max=requests,
-            preset=preset,
-            engines=engines,
-            strategies=strategies,
-            objective=_objective(slo_ttft, slo_token, slo_total),
+            requests_max=num_prompts,
+            preset=engines.preset,
+            engines=engines.engines,
+            strategies=routing.strategies,
+            objective=options.objective(judging),
+            selection=options.selection(judging),
             warm_up_s=options.seconds("--warm-up", warm_up),
             engine_and_ring={
-                "cache_blocks": cache_blocks,
-                "replication": replication,
-                "mean_load_factor": mean_load_factor,
-                "prefix_char_length": prefix_char_length,
-                "replicas": replicas,
+                "cache_blocks": engines.cache_blocks,
+                "replication": routing.replication,
+                "mean_load_factor": routing.mean_load_factor,
+                "prefix_char_length": routing.prefix_char_length,
+                "replicas": routing.replicas,
             },
         ),
-        options.folder("--json", json),
-        options.writable("--html", html),
+        output.outputs(files),
     )
     raise typer.Exit(status)
 
 
-def _traffic(
-    *,
-    shape: str | None,
-    seed: int,
-    endless: bool,
-    sharegpt: Path | None,
-    messages_min: int,
-    trace: Path | None,
-    trace_block_tokens: int | None,
-    trace_requests: int | None,
-    speed: float,
-    think_time: str | None,
-    **lengths: int | None,
-) -> Any:
-    from kubeai.loadtest import options
-
-    think_s = None if think_time is None else options.seconds("--think-time", think_time)
-    return options.traffic(
-        shape=shape,
-        changes={**lengths, "think_s": think_s},
-        seed=seed,
-        endless=endless,
-        sharegpt=sharegpt,
-        messages_min=messages_min,
-        trace=trace,
-        speed=speed,
-        trace_block_tokens=trace_block_tokens,
-        trace_requests=trace_requests,
-    )
-
-
-def _objective(ttft: str | None, token: str | None, total: str | None) -> Any:
-    from kubeai.loadtest import options
-    from kubeai.simulation.results import Objective
-
-    return Objective(
-        options.seconds("--slo-ttft", ttft),
-        options.seconds("--slo-token", token),
-        options.seconds("--slo-total", total),
-    )
-
-
 def compare(
-    runs: Annotated[
+    results: Annotated[
         list[Path],
-        typer.Argument(help="Result files written with --json; the first is the baseline."),
+        typer.Argument(help="Result files written with --json; the first run is the baseline."),
     ],
-    html: Annotated[Path | None, typer.Option(help="Write an HTML report to this file.")] = None,
+    files: arguments.Files,
 ) -> None:
-    """Compare runs in the terminal and, with --html, in an HTML report."""
-    from kubeai.loadtest import options
-    from kubeai.loadtest.compare import table
+    """Compare runs, in the terminal and in files."""
+    from kubeai.loadtest.reports import output
+    from kubeai.loadtest.reports.compare import table
     from kubeai.simulation.results import read
 
-    options.writable("--html", html)
-    found = [read(path) for path in runs]
-    print(table(found))
-    if html is not None:
-        from kubeai.loadtest.report import report
+    outputs = output.outputs(files)
+    found = [read(path) for path in results]
+    runs = [run for each in found for run in each.runs]
+    print(table(runs))
+    outputs.write(runs, found[0].sweep if len(found) == 1 else None)
 
-        html.write_text(report(found), encoding="utf-8")
+
+def demo(
+    files: arguments.Files,
+    engines: Annotated[int, option("Engines per strategy. Default: 4.", ENGINES, min=2)] = 4,
+    duration: Annotated[
+        str | None, option("How long conversations start, per strategy. Default: 14s.", LOAD)
+    ] = None,
+    seed: Annotated[int, option("Random seed. Default: 1.", TRAFFIC)] = 1,
+) -> None:
+    """Show what routing by prefix gains, in two minutes, on mock engines behind a real gateway.
+
+    Starts `kubeai local` with a Model for each strategy and sends the same traffic to all, first
+    past the gateway through a Service as kube-proxy implements it. Writes an HTML report.
+    """
+    from kubeai.loadtest import demo as demonstration
+    from kubeai.loadtest import options
+    from kubeai.loadtest.reports import output
+
+    found = demonstration.Demo(
+        engines=engines,
+        duration_s=options.seconds("--duration", duration, 14.0, positive=True),
+        seed=seed,
+    )
+    _run(demonstration.run(found, output.outputs(files)))
+
+
+# -- shared ----------------------------------------------------------------------------------------
+
+
+def _scenario(url: str, model: str, sending: arguments.Sending) -> Any:
+    """A scenario for this endpoint, as a function of its traffic and load."""
+    import functools
+
+    from kubeai.loadtest import options
+    from kubeai.loadtest.scenario import Scenario
+
+    return functools.partial(
+        Scenario,
+        url=url,
+        model=model,
+        headers=options.headers(sending.header or [], sending.api_key),
+        endpoint_header=sending.endpoint_header,
+        stream=sending.stream,
+        extra_body=options.fields("--body", sending.body),
+        timeout_s=options.seconds("--timeout", sending.timeout, 300.0, positive=True),
+    )
+
+
+def _settings(
+    engines: arguments.Engines, routing: arguments.Routing, seed: int, **more: Any
+) -> Any:
+    from kubeai.loadtest import simulate as simulating
+
+    return simulating.settings(
+        preset=engines.preset,
+        cache_blocks=engines.cache_blocks,
+        engines=engines.engines or SIMULATED_ENGINES,
+        strategies=routing.strategies,
+        replication=routing.replication,
+        mean_load_factor=routing.mean_load_factor,
+        replicas=routing.replicas,
+        prefix_char_length=routing.prefix_char_length,
+        seed=seed,
+        **{"concurrencies": [1], **more},
+    )
+
+
+def _run(work: Coroutine[Any, Any, int]) -> None:
+    """Run the coroutine and exit with its status."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(work)
+    raise typer.Exit(status)

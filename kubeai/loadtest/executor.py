@@ -1,14 +1,16 @@
-"""Starts a generator's conversations when they are due and measures the responses.
+"""Starts a generator's conversations or requests when they are due and measures the responses.
 
-In a closed loop each slot runs one conversation at a time; in an open loop each conversation starts
-at its scheduled time, however many are in flight. Latencies are measured from when a request was
-due, so that delays in this process are included (no coordinated omission). Times in measurements
-are seconds since the start.
+In a closed loop each slot runs one conversation at a time; in an open loop each conversation, or
+each request, starts at its scheduled time, however many are in flight. Latencies are measured from
+when a request was due, so that delays in this process are included (no coordinated omission). A
+request that waits for the limit on requests in flight is due when a place becomes free. Times in
+measurements are seconds since the start.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import resource
 from collections import Counter, deque
@@ -20,16 +22,18 @@ import msgspec
 
 from kubeai.loadtest import client, sse
 from kubeai.loadtest.messages import Batch
-from kubeai.loadtest.scenario import ClosedLoop, Scenario
+from kubeai.loadtest.scenario import ClosedLoop, RequestLoop, Scenario
 from kubeai.simulation.results import Gaps, Measurement
-from kubeai.simulation.traffic import Conversation
+from kubeai.simulation.traffic import Conversation, Turn
+from kubeai.simulation.turns import WaitingTurns
 
 AHEAD = 512  # conversations generated before they are due
 REFILL_INTERVAL_S = 0.02
 BEAT_S = 0.1
 # Timers have a resolution of 1 ms: a request is sent up to half of that early or late.
 EARLY_S = 0.0005
-# Slots start staggered: 2,000 simultaneous connections would exceed a server's backlog.
+# Slots, and requests that all start at once, are staggered: 2,000 simultaneous connections would
+# exceed a server's backlog.
 SLOT_STAGGER_S = 0.0005
 # Pause after a failure: without it, a slot whose requests fail immediately would spin.
 FAILED_PAUSE_S = 0.5
@@ -41,6 +45,48 @@ class Prepared(NamedTuple):
     number: int
     conversation: Conversation
     request: bytes  # the first turn's
+
+
+class Talk:
+    """A conversation in progress."""
+
+    __slots__ = ("one", "ready_s", "replies", "turn")
+
+    def __init__(self, one: Prepared) -> None:
+        self.one = one
+        self.turn = 0  # number of the next turn
+        self.replies: list[str] = []
+        self.ready_s = 0.0  # when the next turn may be sent
+
+    @property
+    def next_turn(self) -> Turn | None:
+        """The next turn; None when the conversation is over."""
+        turns = self.one.conversation.turns
+        return turns[self.turn] if self.turn < len(turns) else None
+
+
+class Places:
+    """A limit on requests in flight; None: no limit. Places are granted in the order of calls."""
+
+    def __init__(self, free_s: list[float] | None) -> None:
+        self._free: asyncio.Queue[float] | None = None
+        if free_s is not None:
+            self._free = asyncio.Queue()
+            for each_s in free_s:
+                self._free.put_nowait(each_s)
+
+    async def take(self) -> float:
+        """Wait for a place; returns since when it is free."""
+        return 0.0 if self._free is None else await self._free.get()
+
+    async def release(self, ended_s: float, *, failed: bool) -> None:
+        """Free a place, after a pause if its request failed."""
+        if self._free is None:
+            return
+        if failed:
+            await asyncio.sleep(FAILED_PAUSE_S)
+            ended_s += FAILED_PAUSE_S
+        self._free.put_nowait(ended_s)
 
 
 class Executor:
@@ -58,6 +104,10 @@ class Executor:
         self._left = (
             None if scenario.requests_max is None else scenario.share(scenario.requests_max)
         )
+        self._places = Places(self._free_places())
+        self._turns: WaitingTurns[Talk] = WaitingTurns(self._begin)
+        self._turn_ready = asyncio.Event()
+        self._talks = 0  # conversations with a request in flight, in a `RequestLoop`
         self._in_flight = 0
         self._dropped = 0
         self._used_up = False
@@ -83,11 +133,9 @@ class Executor:
             async with asyncio.TaskGroup() as group:
                 if isinstance(self._scenario.load, ClosedLoop):
                     for slot in range(self._scenario.share(self._scenario.load.concurrency)):
-                        group.create_task(
-                            self._run_slot(
-                                slot * self._scenario.generators + self._scenario.generator
-                            )
-                        )
+                        group.create_task(self._run_slot(self._number(slot)))
+                elif isinstance(self._scenario.load, RequestLoop):
+                    await self._run_requests(group, at_once=self._scenario.load.arrivals is None)
                 else:
                     await self._run_open_loop(group)
         finally:
@@ -122,18 +170,69 @@ class Executor:
 
     # -- schedule ----------------------------------------------------------------------------------
 
+    def _number(self, number: int) -> int:
+        """The number of this generator's slot or request among those of all generators."""
+        return number * self._scenario.generators + self._scenario.generator
+
+    def _free_places(self) -> list[float] | None:
+        if self._scenario.in_flight_max is None:
+            return None
+        count = self._scenario.share(self._scenario.in_flight_max)
+        return [self._number(place) * SLOT_STAGGER_S for place in range(count)]
+
     async def _run_slot(self, number: int) -> None:
         due_s = number * SLOT_STAGGER_S
-        while self._may_start(due_s) and (one := self._next()) is not None:
-            due_s = await self._run_conversation(one, due_s)
+        while self._may_start(due_s) and (talk := self._begin()) is not None:
+            due_s = await self._run_conversation(talk, due_s)
 
     async def _run_open_loop(self, group: asyncio.TaskGroup) -> None:
-        while (one := self._next()) is not None:
-            due_s = one.conversation.at_s or 0.0
+        while (talk := self._begin()) is not None:
+            due_s = talk.one.conversation.at_s or 0.0
             if not self._may_start(due_s):
                 break
             await self._sleep_until(due_s)
-            group.create_task(self._run_conversation(one, due_s))
+            group.create_task(self._run_conversation(talk, due_s))
+
+    async def _run_requests(self, group: asyncio.TaskGroup, *, at_once: bool) -> None:
+        staggered = at_once and self._scenario.in_flight_max is None
+        for number, time_s in enumerate(self._scenario.request_times()):
+            arrival_s = self._number(number) * SLOT_STAGGER_S if staggered else time_s
+            if not self._may_start(arrival_s):
+                break
+            await self._sleep_until(arrival_s)
+            free_s = await self._places.take()
+            talk = await self._next_talk()
+            if talk is None:
+                break
+            due_s = max(arrival_s, free_s, talk.ready_s)
+            if not self._may_start(due_s):
+                break
+            self._talks += 1
+            group.create_task(self._run_request(talk, due_s, due_s - arrival_s))
+
+    async def _run_request(self, talk: Talk, due_s: float, queued_s: float) -> None:
+        """Send a conversation's next turn and make the one after it available."""
+        await self._sleep_until(due_s)
+        measurement = await self._send_turn(talk, due_s, queued_s)
+        self._talks -= 1
+        if not measurement.error and (turn := talk.next_turn) is not None:
+            talk.ready_s = measurement.ended_s + turn.think_s
+            self._turns.add(talk, talk.ready_s)
+        self._turn_ready.set()
+        await self._places.release(measurement.ended_s, failed=bool(measurement.error))
+
+    async def _next_talk(self) -> Talk | None:
+        """The conversation that the next request belongs to; None if there are no more."""
+        while (talk := self._turns.take(monotonic() - self._start_s)) is None:
+            next_s = self._turns.next_s
+            if next_s is None and not self._talks:
+                return None
+            self._turn_ready.clear()
+            delay_s = None if next_s is None else self._start_s + next_s - monotonic()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._turn_ready.wait()
+        return talk
 
     def _may_start(self, due_s: float) -> bool:
         return due_s < self._scenario.begin_until_s and self._left != 0
@@ -142,12 +241,13 @@ class Executor:
         while (left_s := self._start_s + due_s - monotonic()) > EARLY_S:  # noqa: ASYNC110
             await asyncio.sleep(left_s)
 
-    def _next(self) -> Prepared | None:
+    def _begin(self) -> Talk | None:
+        """The next conversation; None if there are no more."""
         if self._ahead:
-            return self._ahead.popleft()
+            return Talk(self._ahead.popleft())
         one = next(self._source, None)
         self._used_up = one is None
-        return None if one is None else self._prepared(one)
+        return None if one is None else Talk(self._prepared(one))
 
     async def _refill(self) -> None:
         while True:
@@ -167,27 +267,38 @@ class Executor:
 
     # -- requests ----------------------------------------------------------------------------------
 
-    async def _run_conversation(self, one: Prepared, due_s: float) -> float:
+    async def _run_conversation(self, talk: Talk, due_s: float) -> float:
         """Run all turns, until one fails. Returns the time at which the next one may start."""
-        replies: list[str] = []
-        turns = one.conversation.turns
-        for number, turn in enumerate(turns):
-            if number:
+        while (turn := talk.next_turn) is not None:
+            if talk.turn:
                 due_s += turn.think_s
             if not self._may_start(due_s):
                 break
             await self._sleep_until(due_s)
-            if self._left is not None:
-                if not self._left:
-                    break
-                self._left -= 1
-            keep = number + 1 < len(turns) and turn.reply is None
-            measurement, reply = await self._send_request(one, number, due_s, replies, keep)
+            free_s = await self._places.take()
+            if not self._may_start(max(due_s, free_s)):  # the limit was reached meanwhile
+                await self._places.release(free_s, failed=False)
+                break
+            queued_s = max(0.0, free_s - due_s)
+            measurement = await self._send_turn(talk, due_s + queued_s, queued_s)
             due_s = measurement.ended_s
+            await self._places.release(due_s, failed=bool(measurement.error))
             if measurement.error:
                 return due_s + FAILED_PAUSE_S
-            replies.append(reply)
         return due_s
+
+    async def _send_turn(self, talk: Talk, due_s: float, queued_s: float) -> Measurement:
+        """Send a conversation's next turn and move on to the one after it."""
+        if self._left is not None:
+            self._left -= 1
+        number, turn = talk.turn, talk.next_turn
+        talk.turn += 1
+        assert turn is not None
+        keep = talk.next_turn is not None and turn.reply is None
+        measurement, reply = await self._send_request(talk.one, number, due_s, talk.replies, keep)
+        measurement.queued_s = queued_s
+        talk.replies.append(reply)
+        return measurement
 
     async def _send_request(
         self, one: Prepared, turn: int, due_s: float, replies: list[str], keep: bool
@@ -211,7 +322,7 @@ class Executor:
             self._note_stream(measurement, reader)
             reply = reader.text if keep else ""
         else:
-            reply = self._note_response(measurement, response.body, chat)
+            reply = self._note_response(measurement, response.body)
         self._measurements.append(measurement)
         if measurement.error and measurement.error not in self._known:
             self._known.add(measurement.error)
@@ -229,7 +340,7 @@ class Executor:
             self._gaps.add_stream(times_s)
         self._note_usage(measurement, reader.usage)
 
-    def _note_response(self, measurement: Measurement, body: bytes, chat: bool) -> str:
+    def _note_response(self, measurement: Measurement, body: bytes) -> str:
         self._counts["chunks"] += 1
         if measurement.error:
             return ""
@@ -240,8 +351,6 @@ class Executor:
             return ""
         if completion.error is not None:
             measurement.error = "error"
-        if not chat:
-            measurement.first_s = measurement.ended_s
         self._note_usage(measurement, completion.usage)
         self._counts["tokens"] += measurement.output_tokens
         return completion.text

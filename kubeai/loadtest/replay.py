@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 
 from kubeai.loadtest import simulate
-from kubeai.loadtest.options import OptionError
+from kubeai.loadtest.arguments import OptionError
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.loadtest.scenario import OpenLoop, TraceReplay
 from kubeai.loadtest.simulate import LogReplay, Simulation
 from kubeai.simulation import results
 from kubeai.simulation.access_logs import AccessLog, is_access_log, read_access_log
-from kubeai.simulation.results import Gaps, Objective, Results
+from kubeai.simulation.results import Gaps, Objective, Results, Selection
 
 ENGINES = 8  # of a trace; a log has its own number
 
@@ -35,12 +36,13 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     engines: int | None = None
     strategies: str
     objective: Objective = Objective()
+    selection: Selection = Selection()
     warm_up_s: float = 0.0
     seed: int = 1
     engine_and_ring: dict[str, Any] = {}  # further arguments of `simulate.settings`
 
 
-def run(replay: Replay, json_folder: Path | None, html_path: Path | None) -> int:
+def run(replay: Replay, outputs: Outputs) -> int:
     """Simulate each strategy, then print and write the results.
 
     TrafficError if the file cannot be used, OptionError if an option does not fit it.
@@ -59,7 +61,7 @@ def run(replay: Replay, json_folder: Path | None, html_path: Path | None) -> int
         )
         measured, engines = _measured(replay, log), replay.engines or log.endpoints
     else:
-        of_log = (("--model", replay.model), ("--output-tokens", replay.output_tokens))
+        of_log = (("--model", replay.model), ("--output-len", replay.output_tokens))
         _refuse("an access log", *of_log)
         traffic = TraceReplay(
             str(replay.path), replay.speed, replay.block_tokens, replay.requests_max
@@ -81,8 +83,9 @@ def run(replay: Replay, json_folder: Path | None, html_path: Path | None) -> int
         warm_up_s=replay.warm_up_s,
         requests_max=replay.requests_max,
         objective=replay.objective,
+        selection=replay.selection,
     )
-    return simulate.run(simulation, json_folder, html_path, measured)
+    return simulate.run(simulation, outputs, measured)
 
 
 def _refuse(what: str, *options: tuple[str, object]) -> None:
@@ -101,5 +104,6 @@ def _measured(replay: Replay, log: AccessLog) -> Results:
         Gaps(),
         warm_up_s=replay.warm_up_s,
         objective=replay.objective,
+        selection=replay.selection,
         warnings=log.warnings,
     )

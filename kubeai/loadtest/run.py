@@ -1,7 +1,8 @@
-"""The main process of ``kubeai bench run``: starts generators, shows progress and reports results.
+"""Sends load to a real endpoint: starts generators, shows progress and summarises the results.
 
 Generator processes create the load, so that counting and printing here do not affect the
 measurement. Generators report every 0.25 s; neither Ctrl-C nor the death of a generator loses more.
+For ``kubeai bench run``, and for the commands that send several loads one after the other.
 """
 
 from __future__ import annotations
@@ -12,26 +13,26 @@ import math
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kubeai.errors import KubeAIError
-from kubeai.loadtest import compare, saturation
-from kubeai.loadtest.client import Address, Client, EndpointError, Response
+from kubeai.loadtest import endpoint, environment, saturation
+from kubeai.loadtest.client import Address
+from kubeai.loadtest.endpoint import Prepared
 from kubeai.loadtest.messages import Batch, Failed, FromGenerator, Go, Ready, Stop, frame, receive
 from kubeai.loadtest.progress import Progress
-from kubeai.loadtest.scenario import ENDLESS, ClosedLoop, Scenario
+from kubeai.loadtest.reports import compare
+from kubeai.loadtest.reports.output import Outputs
+from kubeai.loadtest.scenario import ENDLESS, ClosedLoop, Exact, Scenario
 from kubeai.simulation import results
-from kubeai.simulation.results import Gaps, Measurement, Objective, Results
+from kubeai.simulation.results import Gaps, Measurement, Objective, Results, Selection
 
-PROBE_TIMEOUT_S = 10.0
 START_DELAY_S = 0.05  # so that all generators know the start time before it passes
 PROGRESS_INTERVAL_S = 0.25
 STOP_TIMEOUT_S = 5.0
-MODELS_SHOWN = 10
 FAILED = 1
 INTERRUPTED = 128  # plus the signal's number
 
@@ -40,15 +41,28 @@ class GeneratorError(KubeAIError):
     """A generator process failed."""
 
 
+class Interrupted(Exception):
+    """A signal arrived before anything was sent."""
+
+
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The load to send, and what to do with the results."""
+    """The load to send, and what to report."""
 
     scenario: Scenario
     processes: int = 1
+    shape_given: bool = False  # whether the user chose the kind of traffic
+    ignore_eos: bool | None = None  # None: with exact lengths, if the engine knows it
     objective: Objective = Objective()
+    selection: Selection = Selection()
     name: str = ""
-    json_path: Path | None = None
-    html_path: Path | None = None
+
+
+class Measured(NamedTuple):
+    """A run's results, and whether a generator failed or a signal ended it."""
+
+    results: Results
+    error_messages: dict[str, str]  # by kind of failure: the endpoint's first message
+    failed: bool
 
 
 class Collector:
@@ -157,105 +171,71 @@ class Signals:
             signalled.cancel()
         return task
 
+    async def finish(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """The coroutine's result; a signal cancels it and raises `Interrupted`."""
+        task = await self.run_until_signal(work)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise Interrupted
 
-async def run(run_options: RunOptions) -> int:
+
+async def run(run_options: RunOptions, outputs: Outputs) -> int:
     """Send the load, then print and write the results; returns the exit status.
 
     KubeAIError if nothing could be sent: the endpoint is down or lacks the model, or a traffic
     file is invalid.
     """
     signals = Signals()
-    preparing = await signals.run_until_signal(_find_model(run_options.scenario))
-    if not preparing.done():
-        return await _interrupted(preparing, signals)
-    scenario: Scenario = preparing.result()
-    collector = Collector()
-    async with _start_generators(scenario, run_options.processes) as generators:
-        preparing = await signals.run_until_signal(_ready(generators))
-        if not preparing.done():
-            return await _interrupted(preparing, signals)
-        preparing.result()
-        with Progress() as progress:
-            await _measure(generators, collector, progress, signals)
-    found = _summarize(
-        run_options,
-        scenario,
-        collector,
-        [generator.usage for generator in generators],
-        signals.number,
-    )
-    _print_results(found, collector)
-    _write(run_options, found)
+    try:
+        prepared = await prepare(run_options, signals)
+        measured = await measure(run_options, prepared, signals)
+    except Interrupted:
+        return interrupted(signals)
+    found = measured.results
+    _print_results(found, measured.error_messages)
+    outputs.write([found])
     if signals.number:
         return INTERRUPTED + signals.number
     succeeded = found.summary["requests"] > found.summary["failed"]
-    return 0 if succeeded and not collector.problems else FAILED
+    return 0 if succeeded and not measured.failed else FAILED
 
 
-async def _interrupted(task: asyncio.Task[Any], signals: Signals) -> int:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+def interrupted(signals: Signals) -> int:
+    """Report that a signal arrived before anything was sent; returns the exit status."""
     print("interrupted before anything was sent", file=sys.stderr)
     return INTERRUPTED + signals.number
 
 
-# -- preparation -----------------------------------------------------------------------------------
-
-
-async def _find_model(scenario: Scenario) -> Scenario:
-    """List the endpoint's models and set the scenario's model if there is only one.
-
-    An endpoint without a model list is assumed to have the model. EndpointError if the endpoint is
-    down, denies access or does not list the model.
-    """
-    address = Address(scenario.url)
-    client = Client(address, scenario.headers, timeout_s=min(PROBE_TIMEOUT_S, scenario.timeout_s))
-    try:
-        await client.resolve()
-        response = await client.send(client.request("GET", "/models"))
-    finally:
-        client.close()
-    models = _models(address, response)
-    if models is None:
-        if not scenario.model:
-            raise EndpointError(f"{address.url}: does not list its models: set --model")
-    elif not scenario.model and len(models) == 1:
-        return msgspec.structs.replace(scenario, model=models[0])
-    elif scenario.model not in models:
-        raise EndpointError(f"{address.url}: {_missing_model(scenario.model, models)}")
-    return scenario
-
-
-def _missing_model(model: str, models: list[str]) -> str:
-    if not models:
-        return "has no models"
-    more = f", and {len(models) - MODELS_SHOWN} more" if len(models) > MODELS_SHOWN else ""
-    problem = (
-        f"has no model {model!r}, but" if model else "has several models: set --model to one of"
-    )
-    return f"{problem} {', '.join(models[:MODELS_SHOWN])}{more}"
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-def _models(address: Address, response: Response) -> list[str] | None:
-    """The endpoint's models; None if it has no model list."""
-    if not response.status or response.error == "timeout":
-        raise EndpointError(f"{address.url}/models: {response.error}")
-    if response.status in (401, 403) or (response.status >= 500 and response.status != 501):
-        raise EndpointError(
-            f"{address.url}/models: {response.error}: {response.error_message}".rstrip(": ")
+async def prepare(run_options: RunOptions, signals: Signals) -> Prepared:
+    """Complete the scenario with what the endpoint tells; `Interrupted` by a signal."""
+    prepared: Prepared = await signals.finish(
+        endpoint.prepare(
+            run_options.scenario,
+            shape_given=run_options.shape_given,
+            ignore_eos=run_options.ignore_eos,
         )
-    try:
-        return [model.id for model in msgspec.json.decode(response.body, type=_Models).data]
-    except msgspec.DecodeError:
-        return None
+    )
+    return prepared
+
+
+async def measure(run_options: RunOptions, prepared: Prepared, signals: Signals) -> Measured:
+    """Send the load of ``prepared``; `Interrupted` if a signal arrives before that."""
+    scenario = prepared.scenario
+    described = environment.describe(prepared.server)
+    collector = Collector()
+    async with _start_generators(scenario, run_options.processes) as generators:
+        await signals.finish(_ready(generators))
+        with Progress() as progress:
+            await _measure(generators, collector, progress, signals)
+    usages = [generator.usage for generator in generators]
+    found = _summarize(run_options, prepared, collector, usages, signals.number)
+    found.environment = described
+    return Measured(found, collector.error_messages, bool(collector.problems))
+
+
+# -- preparation -----------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
@@ -264,6 +244,8 @@ async def _start_generators(
 ) -> AsyncIterator[list[GeneratorProcess]]:
     if isinstance(scenario.load, ClosedLoop):
         processes = min(processes, scenario.load.concurrency)
+    if scenario.in_flight_max is not None:
+        processes = min(processes, scenario.in_flight_max)
     generators: list[GeneratorProcess] = []
     try:
         for number in range(processes):
@@ -335,29 +317,13 @@ async def _show(progress: Progress, start_s: float) -> None:
 
 def _summarize(
     run_options: RunOptions,
-    scenario: Scenario,
+    prepared: Prepared,
     collector: Collector,
     usages: Sequence[saturation.Usage],
     interrupted: int,
 ) -> Results:
-    kept = [
-        measurement
-        for measurement in collector.measurements
-        if measurement.due_s >= scenario.warm_up_s
-    ]
+    scenario = prepared.scenario
     ended_s = max((usage.wall_s for usage in usages), default=0.0)
-    warnings = list(collector.problems)
-    if interrupted:
-        warnings.append(
-            f"interrupted after {ended_s:.1f} s: {collector.dropped} in-flight requests are not "
-            "counted"
-        )
-    if not kept and collector.measurements:
-        warnings.append(f"all {len(collector.measurements)} requests were part of the warm-up")
-    if collector.used_up and ended_s < scenario.begin_until_s < math.inf:
-        warnings.append(f"ran out of conversations {ended_s:.1f} s after the start")
-    late_s = [measurement.sent_s - measurement.due_s for measurement in kept]
-    warnings += saturation.warnings(usages, late_s, warm_up_s=scenario.warm_up_s)
     return results.summarize(
         run_options.name or f"{scenario.model} at {Address(scenario.url).authority}",
         _setting(run_options, scenario, collector, usages),
@@ -365,8 +331,47 @@ def _summarize(
         collector.gaps,
         warm_up_s=scenario.warm_up_s,
         objective=run_options.objective,
-        warnings=warnings,
+        selection=run_options.selection,
+        warnings=[
+            *prepared.warnings,
+            *_warnings(scenario, collector, ended_s, interrupted=bool(interrupted)),
+            *_client_warnings(scenario, collector, usages),
+        ],
     )
+
+
+def _warnings(
+    scenario: Scenario, collector: Collector, ended_s: float, *, interrupted: bool
+) -> list[str]:
+    found = list(collector.problems)
+    kept = [one for one in collector.measurements if one.due_s >= scenario.warm_up_s]
+    if interrupted:
+        found.append(
+            f"interrupted after {ended_s:.1f} s: {collector.dropped} in-flight requests are not "
+            "counted"
+        )
+    if not kept and collector.measurements:
+        found.append(f"all {len(collector.measurements)} requests were part of the warm-up")
+    if collector.used_up and ended_s < scenario.begin_until_s < math.inf:
+        found.append(f"ran out of conversations {ended_s:.1f} s after the start")
+    if isinstance(scenario.traffic, Exact):
+        counted = [
+            (one.conversation, one.prompt_tokens, one.output_tokens)
+            for one in kept
+            if not one.error
+        ]
+        traffic = scenario.traffic
+        found += endpoint.length_warnings(traffic.lengths, traffic.seed, counted)
+    return found
+
+
+def _client_warnings(
+    scenario: Scenario, collector: Collector, usages: Sequence[saturation.Usage]
+) -> list[str]:
+    late_s = [
+        one.sent_s - one.due_s for one in collector.measurements if one.due_s >= scenario.warm_up_s
+    ]
+    return saturation.warnings(usages, late_s, warm_up_s=scenario.warm_up_s)
 
 
 def _setting(
@@ -379,29 +384,32 @@ def _setting(
     traffic = msgspec.to_builtins(scenario.traffic)
     if traffic.get("shape", {}).get("conversations") == ENDLESS:
         del traffic["shape"]["conversations"]
+    if "lengths" in traffic:
+        traffic["lengths"]["words"] = len(traffic["lengths"]["words"])
     endless = math.isinf(scenario.begin_until_s)
     return {
         "url": scenario.url,
         "model": scenario.model,
         "traffic": traffic,
         "load": msgspec.to_builtins(scenario.load),
+        "max_concurrency": scenario.in_flight_max,
         "seed": scenario.seed,
         "stream": scenario.stream,
         "body": scenario.extra_body,
         "warm_up_s": scenario.warm_up_s,
         "duration_s": None if endless else scenario.begin_until_s - scenario.warm_up_s,
-        "requests_max": scenario.requests_max,
+        "num_prompts": scenario.requests_max,
         "timeout_s": scenario.timeout_s,
         "headers": [name for name, _ in scenario.headers],
-        "objective": msgspec.to_builtins(run_options.objective),
+        "goodput": msgspec.to_builtins(run_options.objective),
         "client": saturation.cost(usages),
         "said": collector.error_messages,
     }
 
 
-def _print_results(found: Results, collector: Collector) -> None:
+def _print_results(found: Results, error_messages: dict[str, str]) -> None:
     print(compare.table([found]))
-    for error, message in collector.error_messages.items():
+    for error, message in error_messages.items():
         if message and error in found.errors:
             print(f"{error}: first message: {compare.printable(message)}")
     print(client_line(found.setting["client"]))
@@ -417,15 +425,3 @@ def client_line(cost: dict[str, Any]) -> str:
     parts.append(f"{cost['cpu_share']:.0%} of a core".replace("%", " %"))
     parts.append(f"{cost['processes']} process" + ("es" if cost["processes"] > 1 else ""))
     return "client: " + ", ".join(parts)
-
-
-def _write(run_options: RunOptions, found: Results) -> None:
-    try:
-        if run_options.json_path is not None:
-            results.write(found, run_options.json_path)
-        if run_options.html_path is not None:
-            from kubeai.loadtest.report import report
-
-            run_options.html_path.write_text(report([found]), encoding="utf-8")
-    except OSError as error:
-        raise KubeAIError(f"{error.filename}: {error.strerror}") from None

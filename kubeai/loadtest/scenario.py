@@ -15,7 +15,15 @@ from typing import Any
 import msgspec
 
 from kubeai.simulation.trace_files import read_trace
-from kubeai.simulation.traffic import Arrivals, Conversation, Shape, generate, read_sharegpt
+from kubeai.simulation.traffic import (
+    Arrivals,
+    Conversation,
+    RandomLengths,
+    Shape,
+    generate,
+    generate_exact,
+    read_sharegpt,
+)
 
 ENDLESS = 1 << 40  # conversations
 
@@ -25,6 +33,13 @@ class Synthetic(msgspec.Struct, frozen=True, tag="made up"):
 
     name: str  # of the shape, before overrides
     shape: Shape
+    seed: int
+
+
+class Exact(msgspec.Struct, frozen=True, tag="random lengths"):
+    """Independent requests with lengths in tokens."""
+
+    lengths: RandomLengths
     seed: int
 
 
@@ -59,8 +74,25 @@ class OpenLoop(msgspec.Struct, frozen=True, tag="open"):
     arrivals: Arrivals | None = None
 
 
+class RequestLoop(msgspec.Struct, frozen=True, tag="requests"):
+    """Requests start at their scheduled times, like those of vLLM's benchmark.
+
+    Each is the next turn of the conversation that has waited longest for it, or the first turn of
+    another conversation. ``arrivals``: None starts all requests at once.
+    """
+
+    arrivals: Arrivals | None = None
+
+
+Traffic = Synthetic | Exact | ShareGpt | TraceReplay
+Load = ClosedLoop | OpenLoop | RequestLoop
+
+
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """A run. No request starts more than ``begin_until_s`` after the start (infinite: no limit)."""
+    """A run. No request starts more than ``begin_until_s`` after the start (infinite: no limit).
+
+    ``in_flight_max`` limits the requests in flight, whatever the load.
+    """
 
     url: str
     model: str
@@ -68,8 +100,9 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_header: str = ""
     stream: bool = True
     extra_body: dict[str, Any] = {}  # extra fields of each request's body
-    traffic: Synthetic | ShareGpt | TraceReplay
-    load: ClosedLoop | OpenLoop
+    traffic: Traffic
+    load: Load
+    in_flight_max: int | None = None
     seed: int = 0
     warm_up_s: float = 0.0
     begin_until_s: float = math.inf
@@ -78,9 +111,31 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     generator: int = 0
     generators: int = 1
 
+    @property
+    def embeds(self) -> bool:
+        """Whether the requests are for embeddings."""
+        traffic = self.traffic
+        if isinstance(traffic, Synthetic):
+            return traffic.shape.kind == "embeddings"
+        return isinstance(traffic, Exact) and traffic.lengths.kind == "embeddings"
+
     def share(self, amount: int) -> int:
         """This generator's share of an amount that is split among all generators."""
         return amount // self.generators + (self.generator < amount % self.generators)
+
+    def request_times(self) -> Iterator[float]:
+        """The start times of this generator's requests, for a `RequestLoop`.
+
+        With a limit on requests, the times are scaled as described in `Arrivals.times`.
+        """
+        assert isinstance(self.load, RequestLoop)
+        if self.load.arrivals is None:
+            times: Iterator[float] = itertools.repeat(0.0)
+            if self.requests_max is not None:
+                times = itertools.islice(times, self.requests_max)
+        else:
+            times = self.load.arrivals.times(self.seed, self.requests_max)
+        return itertools.islice(times, self.generator, None, self.generators)
 
     def conversations(self) -> Iterator[tuple[int, Conversation]]:
         """This generator's conversations with their global numbers.
@@ -90,20 +145,26 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
         TrafficError if a traffic file cannot be used.
         """
         everyone = self._everyone()
+        if isinstance(self.load, OpenLoop) and self.load.arrivals is None:
+            yield from everyone
+            return
+        times: Iterator[float | None] = itertools.repeat(None)  # ignores those of a trace
         if isinstance(self.load, OpenLoop) and self.load.arrivals is not None:
             times = itertools.islice(
                 self.load.arrivals.times(self.seed), self.generator, None, self.generators
             )
-            for (number, one), at_s in zip(everyone, times, strict=False):
-                yield number, msgspec.structs.replace(one, at_s=at_s)
-        else:
-            yield from everyone
+        for (number, one), at_s in zip(everyone, times, strict=False):
+            yield number, msgspec.structs.replace(one, at_s=at_s)
 
     def _everyone(self) -> Iterator[tuple[int, Conversation]]:
         numbers = itertools.count(self.generator, self.generators)
         traffic = self.traffic
         if isinstance(traffic, Synthetic):
             mine = generate(traffic.shape, traffic.seed, first=self.generator, step=self.generators)
+        elif isinstance(traffic, Exact):
+            mine = generate_exact(
+                traffic.lengths, traffic.seed, first=self.generator, step=self.generators
+            )
         elif isinstance(traffic, ShareGpt):
             every = read_sharegpt(Path(traffic.path), messages_min=traffic.messages_min)
             mine = iter(every[self.generator :: self.generators])

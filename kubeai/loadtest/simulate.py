@@ -9,33 +9,32 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import msgspec
 
-from kubeai.loadtest import compare
-from kubeai.loadtest.options import OptionError
-from kubeai.loadtest.scenario import (
-    ClosedLoop,
-    OpenLoop,
-    Scenario,
-    ShareGpt,
-    Synthetic,
-    TraceReplay,
-)
+from kubeai.loadtest import environment
+from kubeai.loadtest.arguments import OptionError
+from kubeai.loadtest.reports import compare
+from kubeai.loadtest.reports.output import Outputs
+from kubeai.loadtest.scenario import ClosedLoop, Load, RequestLoop, Scenario
+from kubeai.loadtest.scenario import Traffic as Sent
 from kubeai.simulation import cluster, results
 from kubeai.simulation.access_logs import LoggedRequest, read_access_log
 from kubeai.simulation.presets import PRESETS
-from kubeai.simulation.results import Objective, Results
+from kubeai.simulation.results import Objective, Results, Selection
 from kubeai.simulation.sessions import Traffic
 from kubeai.simulation.setting import Setting, Strategy
 from kubeai.simulation.traffic import Conversation
 
+T = TypeVar("T")
+
 RUNS_MAX = 100
+INTERRUPTED = 130  # exit status
 
 
 class LogReplay(msgspec.Struct, frozen=True, tag="access log"):
@@ -59,24 +58,41 @@ class LogReplay(msgspec.Struct, frozen=True, tag="access log"):
 class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     """Traffic and the settings to run it with."""
 
-    traffic: Synthetic | ShareGpt | TraceReplay | LogReplay
-    load: ClosedLoop | OpenLoop  # a setting's own concurrency overrides it
+    traffic: Sent | LogReplay
+    load: Load  # a setting's own concurrency overrides it
     preset: str
     settings: tuple[Setting, ...]
     seed: int
     warm_up_s: float = 0.0
     requests_max: int | None = None
     objective: Objective = Objective()
+    selection: Selection = Selection()
+
+    @property
+    def scenario(self) -> Scenario:
+        """The traffic and load, as for a real endpoint."""
+        assert not isinstance(self.traffic, LogReplay)
+        return Scenario(
+            url="",
+            model="",
+            traffic=self.traffic,
+            load=self.load,
+            seed=self.seed,
+            requests_max=self.requests_max,
+        )
+
+    @property
+    def request_times(self) -> Iterator[float] | None:
+        """The start times of requests, if the load is a rate of requests."""
+        return self.scenario.request_times() if isinstance(self.load, RequestLoop) else None
 
     def conversations(self) -> Iterator[Traffic]:
         """The traffic, the same for every setting."""
         if isinstance(self.traffic, LogReplay):
             return itertools.islice(self.traffic.requests(), self.requests_max)
-        scenario = Scenario(url="", model="", traffic=self.traffic, load=self.load, seed=self.seed)
-        every = (conversation for _, conversation in scenario.conversations())
-        if isinstance(self.load, ClosedLoop):  # ignores a trace's timestamps
-            every = (msgspec.structs.replace(one, at_s=None) for one in every)
-        return _first(every, self.requests_max)
+        every = (conversation for _, conversation in self.scenario.conversations())
+        # A rate of requests has as many times as there are requests.
+        return every if isinstance(self.load, RequestLoop) else _first(every, self.requests_max)
 
 
 def _first(every: Iterator[Conversation], requests: int | None) -> Iterator[Traffic]:
@@ -121,19 +137,34 @@ def settings(
     return found
 
 
-def run(
-    simulation: Simulation,
-    json_folder: Path | None,
-    html_path: Path | None,
-    measured: Results | None = None,
-) -> int:
+def run(simulation: Simulation, outputs: Outputs, measured: Results | None = None) -> int:
     """Run all settings in parallel on all cores, then print and write the results.
 
     ``measured``: results of the real requests, shown beside the simulated ones. Exits the process
     after Ctrl-C.
     """
-    found: list[Results] = []
+    described = environment.describe()
     jobs = [(simulation, number) for number in range(len(simulation.settings))]
+    found, interrupted = in_processes(simulate_one, jobs, lambda one: f"{one.name}: done")
+    if measured is not None:
+        found.append(measured)
+    for one in found:
+        one.environment = described
+    _print_results(simulation, found)
+    outputs.write(found)
+    if interrupted:
+        exit_interrupted()
+    return 0
+
+
+def in_processes(
+    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], done: Callable[[T], str]
+) -> tuple[list[T], bool]:
+    """Call a function with each job's arguments, in parallel on all cores.
+
+    Returns the results in order, and whether Ctrl-C ended it early. ``done``: a line for stderr.
+    """
+    found: list[T] = []
     # Spawn: a forked process would inherit locks held by this process's threads.
     pool = ProcessPoolExecutor(
         min(len(jobs), os.cpu_count() or 1),
@@ -141,46 +172,47 @@ def run(
         initializer=signal.signal,  # only this process handles Ctrl-C; it terminates the others
         initargs=(signal.SIGINT, signal.SIG_IGN),
     )
-    interrupted = False
     try:
-        for future in [pool.submit(_simulate, job) for job in jobs]:
-            one = future.result()
-            found.append(one)
-            print(f"{one.name}: done", file=sys.stderr, flush=True)
+        for future in [pool.submit(function, *job) for job in jobs]:
+            found.append(future.result())
+            print(done(found[-1]), file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        interrupted = True
         # The futures fail with their processes. Cancelled ones would make the pool's thread print a
         # traceback when it finds that its processes are gone.
         for child in active_children():
             child.terminate()
         print(f"interrupted: {len(found)} of {len(jobs)} runs completed", file=sys.stderr)
-    finally:
-        if not interrupted:
-            pool.shutdown()
-    if measured is not None:
-        found.append(measured)
-    _report(simulation, found)
-    _write(found, json_folder, html_path)
-    if interrupted:
-        # If a process was terminated while it sent its results, the pool's thread waits for the
-        # rest of them forever, and the end of the interpreter waits for that thread.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
-    return 0
+        return found, True
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+    return found, False
 
 
-def _report(simulation: Simulation, found: list[Results]) -> None:
+def exit_interrupted() -> NoReturn:
+    """Exit after `in_processes` was interrupted.
+
+    If a process was terminated while it sent its results, the pool's thread waits for the rest of
+    them forever, and the end of the interpreter waits for that thread.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
+def _print_results(simulation: Simulation, found: list[Results]) -> None:
     for concurrency in dict.fromkeys(setting.concurrency for setting in simulation.settings):
         group = [one for one in found if one.setting.get("concurrency", concurrency) == concurrency]
         if group:
             print(compare.table(group))
 
 
-def _simulate(job: tuple[Simulation, int]) -> Results:
-    simulation, number = job
+def simulate_one(simulation: Simulation, number: int) -> Results:
+    """Run one of the settings, in this process."""
     setting = simulation.settings[number]
-    run = cluster.simulate(setting, simulation.conversations())
+    times = simulation.request_times
+    run = cluster.simulate(setting, simulation.conversations(), request_times=times)
     closed = isinstance(simulation.load, ClosedLoop)
     described = msgspec.to_builtins(setting)
     if not closed:
@@ -191,6 +223,7 @@ def _simulate(job: tuple[Simulation, int]) -> Results:
             "simulated": simulation.preset,
             "traffic": msgspec.to_builtins(simulation.traffic),
             "load": "closed" if closed else msgspec.to_builtins(simulation.load),
+            "num_prompts": simulation.requests_max,
             **described,
             "preemptions": run.preemptions,
         },
@@ -198,15 +231,5 @@ def _simulate(job: tuple[Simulation, int]) -> Results:
         run.gaps,
         warm_up_s=simulation.warm_up_s,
         objective=simulation.objective,
+        selection=simulation.selection,
     )
-
-
-def _write(found: list[Results], json_folder: Path | None, html_path: Path | None) -> None:
-    if json_folder is not None:
-        for number, one in enumerate(found, 1):
-            name = "".join(c if c.isalnum() else "-" for c in one.name.lower())
-            results.write(one, json_folder / f"{number:02}-{name}.json")
-    if html_path is not None and found:
-        from kubeai.loadtest.report import report
-
-        html_path.write_text(report(found), encoding="utf-8")

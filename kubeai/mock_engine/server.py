@@ -84,6 +84,7 @@ class MockEngine:
         post("/v1/unload_lora_adapter", self.unload_adapter)
         get("/v1/models", self.models)
         get("/health", self.health)
+        get("/version", self.version)
         get("/metrics", self.metrics)
         get("/mock/requests", self.requests)
         return app
@@ -310,6 +311,12 @@ class MockEngine:
     async def health(self, request: web.Request) -> web.Response:
         """``GET /health``: 503 while the engine is starting."""
         return web.Response(status=503 if self.starting else 200)
+
+    async def version(self, request: web.Request) -> web.Response:
+        """``GET /version``: KubeAI's version."""
+        from kubeai import __version__  # 40 ms to import
+
+        return _json({"version": __version__})
 
     async def requests(self, request: web.Request) -> web.Response:
         """``GET /mock/requests``: the request log."""

@@ -39,6 +39,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     expected: bool = True  # whether a replica assumes that its peers pick as it does itself
     share_interval_s: float = msgspec.field(default=0.05, name="tell_interval_s")
     concurrency: int = 32  # concurrent conversations, for those without a start time
+    in_flight_max: int = 0  # limit on requests in flight at the client; 0: unlimited
     paced_per_s: float = 0.0  # maximum rate at which requests are due; 0: unlimited
     client_per_s: float = 0.0  # maximum rate at which the client can send; 0: unlimited
     network_s: float = 0.0005  # one way: between client and engine, and between replicas

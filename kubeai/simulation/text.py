@@ -29,11 +29,11 @@ _NOUNS = (
     "ice ink ivy jam jar jet joy key kit lap leg log map mud net nut oak oil old one "
     "owl pan pea pen pie pig pin pot red run sea sky sun tea ten tin toy two van web"
 )
-_WORDS = tuple(f" {noun}" for noun in _NOUNS.split())
-_WORD_OF_BYTE = [_WORDS[byte % len(_WORDS)] for byte in range(256)]
+WORDS = tuple(f" {noun}" for noun in _NOUNS.split())  # one token each
+_WORD_OF_BYTE = [WORDS[byte % len(WORDS)] for byte in range(256)]
 # Words that encode a number in `spelled`. 80 words to the power of 11 are more than 2^69 numbers.
 _SPELLING_TOKENS = 11
-_SPELLINGS = len(_WORDS) ** _SPELLING_TOKENS
+_SPELLINGS = len(WORDS) ** _SPELLING_TOKENS
 _SPELLING_MULTIPLIER = (
     0x9E3779B97F4A7C17  # coprime with `_SPELLINGS`, so that each number has its own
 )
@@ -75,6 +75,10 @@ def render(messages: Iterable[tuple[str, str]]) -> bytes:
     prompt's and the reply's tokens.
     """
     return b"".join([*(message(role, text) for role, text in messages), OPENING])
+
+
+# What `render` adds to the text of a single message from the user.
+CHAT_TOKENS = len(render([("user", "")])) // TOKEN_BYTES
 
 
 def count(tokens: bytes) -> int:
@@ -154,9 +158,12 @@ def reply(
     return Reply(text[:at], -(-(at + len(stop)) // TOKEN_BYTES), "stop", stop)
 
 
-def words(source: random.Random, tokens: int) -> str:
-    """Three-letter words, one token each, also in most real tokenizers."""
-    return "".join(source.choices(_WORDS, k=tokens))
+def words(source: random.Random, tokens: int, vocabulary: Sequence[str] = ()) -> str:
+    """Three-letter words, one token each, also in most real tokenizers.
+
+    ``vocabulary``: of `WORDS`, those to use; () uses all.
+    """
+    return "".join(source.choices(vocabulary or WORDS, k=tokens))
 
 
 def spelled(number: int, tokens: int) -> str:
@@ -168,8 +175,8 @@ def spelled(number: int, tokens: int) -> str:
     digits = (number * _SPELLING_MULTIPLIER + _SPELLING_OFFSET) % _SPELLINGS
     found = []
     for _ in range(min(tokens, _SPELLING_TOKENS)):
-        digits, digit = divmod(digits, len(_WORDS))
-        found.append(_WORDS[digit])
+        digits, digit = divmod(digits, len(WORDS))
+        found.append(WORDS[digit])
     more = tokens - len(found)
     if more:
         source = hashlib.shake_128(number.to_bytes(16, "little")).digest(more)
@@ -179,7 +186,7 @@ def spelled(number: int, tokens: int) -> str:
 
 def spellings(tokens: int) -> int:
     """How many consecutive numbers ``spelled`` gives different texts of this length."""
-    return int(len(_WORDS) ** min(tokens, _SPELLING_TOKENS))
+    return int(len(WORDS) ** min(tokens, _SPELLING_TOKENS))
 
 
 def embed(text: str, dimensions: int = EMBEDDING_DIMENSIONS) -> array[float]:

@@ -158,6 +158,77 @@ def unrolled(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
             yield Conversation((last,), tuple(history), kind=one.kind)
 
 
+# -- exact lengths ---------------------------------------------------------------------------------
+
+
+class RandomLengths(msgspec.Struct, frozen=True, kw_only=True):
+    """Independent requests with lengths in tokens, like those of vLLM's random dataset.
+
+    An input has ``prefix_len`` tokens that all share, then between ``input_len`` × (1 −
+    ``input_ratio``) and ``input_len`` × (1 + ``input_ratio``), evenly distributed; an output
+    likewise. ``overhead`` is what an engine adds to the text, such as its chat template: that many
+    tokens fewer are generated. None: what the simulated engine adds.
+    """
+
+    input_len: int = 1024
+    output_len: int = 128
+    input_ratio: float = 0.0
+    output_ratio: float = 0.0
+    prefix_len: int = 0
+    kind: Literal["chat", "embeddings"] = "chat"
+    overhead: int | None = None
+    words: tuple[str, ...] = ()  # one token each for the engine; (): for the simulated one
+
+    @property
+    def added_tokens(self) -> int:
+        """What the engine adds to the text, in tokens."""
+        if self.overhead is not None:
+            return self.overhead
+        return text.CHAT_TOKENS if self.kind == "chat" else 0
+
+    @property
+    def shortest(self) -> int:
+        """The length of the shortest input, in tokens."""
+        return self.prefix_len + _around(self.input_len, self.input_ratio)[0]
+
+    @property
+    def mean_length(self) -> float:
+        """The mean length of an input, in tokens."""
+        return self.prefix_len + sum(_around(self.input_len, self.input_ratio)) / 2
+
+    def lengths(self, seed: int, number: int) -> tuple[int, int]:
+        """The lengths of a request's input and output, in tokens; embeddings have no output."""
+        source = random.Random(f"{seed} lengths {number}")
+        given = source.randint(*_around(self.input_len, self.input_ratio))
+        if self.kind == "embeddings":
+            return self.prefix_len + given, 0
+        return self.prefix_len + given, source.randint(*_around(self.output_len, self.output_ratio))
+
+
+def _around(mean: int, ratio: float) -> tuple[int, int]:
+    """The range of lengths: integers from mean × (1 − ratio) to mean × (1 + ratio)."""
+    return max(1, math.floor(mean * (1 - ratio))), max(1, math.ceil(mean * (1 + ratio)))
+
+
+def generate_exact(
+    lengths: RandomLengths, seed: int, *, first: int = 0, step: int = 1
+) -> Iterator[Conversation]:
+    """Endless requests with these lengths; ``first`` and ``step`` as for :func:`generate`.
+
+    All texts begin with the same word, because chat templates strip the space before it, and some
+    tokenizers then split it. A request of at most ``added_tokens`` tokens has only that word.
+    """
+    start = (lengths.words or text.WORDS)[0]
+    prefix = text.words(random.Random(f"{seed} prefix"), lengths.prefix_len, lengths.words)
+    for number in itertools.count(first, step):
+        input_tokens, output_tokens = lengths.lengths(seed, number)
+        count = max(1, input_tokens - lengths.added_tokens)
+        own = text.words(random.Random(f"{seed} input {number}"), count, lengths.words)
+        # All words have the same length, so that characters count tokens.
+        content = start + (prefix + own[len(prefix) :])[len(start) : count * len(start)]
+        yield Conversation((Turn(content, output_tokens),), kind=lengths.kind)
+
+
 # -- from files ------------------------------------------------------------------------------------
 
 
@@ -216,16 +287,34 @@ def _parsed(path: Path) -> Any:
 
 
 class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
-    """Start times of conversations, regardless of completions (open loop)."""
+    """Start times of conversations or requests, regardless of completions (open loop).
+
+    ``poisson`` has gaps with a gamma distribution whose shape is ``burstiness``, like vLLM's
+    benchmark: 1 is a Poisson process, less is burstier, more is more even, infinity is constant.
+    """
 
     per_s: float
     kind: Literal["poisson", "constant", "bursts", "ramp"] = "poisson"
-    burst: int = 10  # conversations per burst
+    burstiness: float = 1.0
+    burst: int = 10  # arrivals per burst
     until_per_s: float = 0.0  # final rate of a ramp
     ramp_s: float = 60.0
 
-    def times(self, seed: int) -> Iterator[float]:
-        """An endless sequence of times, in seconds since the start."""
+    def times(self, seed: int, count: int | None = None) -> Iterator[float]:
+        """An endless sequence of times, in seconds since the start.
+
+        With ``count``, that many times. Those of a Poisson or gamma process are then scaled so that
+        the last one is at ``count / per_s``, and the mean rate does not depend on the seed.
+        """
+        if count is None:
+            return self._endless(seed)
+        times = list(itertools.islice(self._endless(seed), count))
+        if self.kind == "poisson" and times and times[-1]:
+            scale = count / self.per_s / times[-1]
+            times = [at_s * scale for at_s in times]
+        return iter(times)
+
+    def _endless(self, seed: int) -> Iterator[float]:
         source = random.Random(f"{seed} arrivals")
         at_s = 0.0
         while True:
@@ -236,14 +325,18 @@ class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
                 yield at_s
                 at_s += 1 / self.per_s
             else:
-                at_s += source.expovariate(self._rate(at_s))
+                at_s += self._gap_s(source, at_s)
                 yield at_s
 
-    def _rate(self, at_s: float) -> float:
-        if self.kind == "poisson":
-            return self.per_s
-        share = min(1.0, at_s / self.ramp_s)
-        return self.per_s + (self.until_per_s - self.per_s) * share
+    def _gap_s(self, source: random.Random, at_s: float) -> float:
+        if self.kind == "ramp":
+            share = min(1.0, at_s / self.ramp_s)
+            return source.expovariate(self.per_s + (self.until_per_s - self.per_s) * share)
+        if self.burstiness == 1.0:
+            return source.expovariate(self.per_s)
+        if math.isinf(self.burstiness):
+            return 1 / self.per_s
+        return source.gammavariate(self.burstiness, 1 / (self.per_s * self.burstiness))
 
 
 def timed(conversations: Iterable[Conversation], times: Iterable[float]) -> Iterator[Conversation]:

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ class Bench:
         return await self.ended(process)
 
     def found(self) -> dict[str, Any]:
-        return json.loads(self.json.read_bytes())
+        (found,) = json.loads(self.json.read_bytes())["runs"]
+        return found
 
 
 class Engine:
@@ -149,7 +152,7 @@ async def test_a_closed_loop_of_conversations_is_measured(bench):
     assert found["spread"] == {one.address: 40}
     # What a turn carries of the turns before it is in the engine's cache.
     assert 0.2 < summary["hit_rate"] < 0.8
-    for times in ("ttft_ms", "token_ms", "gap_ms", "took_ms", "late_ms"):
+    for times in ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms", "late_ms"):
         assert summary[times]["p99"] >= summary[times]["p50"] >= 0
     assert found["name"] == "mine"
     assert found["setting"]["client"]["processes"] == 1
@@ -170,6 +173,90 @@ async def test_an_open_loop_begins_conversations_at_their_times(bench):
     # The last one begins after 59 / 40 s, although answers take longer than the 25 ms between them.
     assert found["summary"]["duration_s"] > 59 / 40
     assert max(count for _, count in found["curves"]["in_flight"]) > 3
+
+
+async def test_requests_start_at_a_rate_and_a_limit_on_those_in_flight_holds(bench):
+    async with engine(*SLOW) as one:
+        ran = await bench.run(
+            *(one.url, "--num-prompts", "60", "--request-rate", "60", "--max-concurrency", "4"),
+            *("--processes", "2", "--goodput", "ttft:5000", "--metric-percentiles", "50,99.9"),
+            *("--percentile-metrics", "ttft,client_queue_time", *SMALL),
+        )
+        assert ran.code == 0
+        assert (await one.received())["total"] == 60
+    found = bench.found()
+    summary = found["summary"]
+    assert (summary["requests"], summary["failed"], summary["good_share"]) == (60, 0, 1.0)
+    # A response takes 8 / 50 s, so that 4 at a time are slower than the rate.
+    assert max(count for _, count in found["curves"]["in_flight"]) <= 4
+    assert summary["duration_s"] > 60 / 4 * 8 / 50
+    assert summary["client_queue_time_ms"]["p99.9"] > 100
+    assert summary["ttft_ms"].keys() == {"mean", "p50", "p99.9"}
+    assert not {"tpot_ms", "itl_ms", "e2el_ms"} & summary.keys()
+
+
+async def test_all_requests_start_at_once_without_a_rate(bench):
+    async with engine(*SLOW) as one:
+        ran = await bench.run(one.url, "--num-prompts", "30", *SMALL)
+    assert ran.code == 0
+    found = bench.found()
+    assert found["summary"]["requests"] == 30
+    assert max(count for _, count in found["curves"]["in_flight"]) > 25
+
+
+async def test_prompts_and_responses_have_the_lengths_that_the_engine_counts(bench, shared_engine):
+    ran = await bench.run(
+        *(shared_engine.url, "--input-len", "200", "--output-len", "20", "--num-prompts", "30"),
+        *("--random-prefix-len", "100", "--random-range-ratio", "0.5"),
+    )
+    assert ran.code == 0
+    found = bench.found()
+    # The run checks each request, and warns of others.
+    assert not [warning for warning in found["warnings"] if "length" in warning]
+    lengths = found["setting"]["traffic"]["lengths"]
+    assert (lengths["overhead"], lengths["words"]) == (7, 80)
+    assert found["setting"]["body"] == {"ignore_eos": True}
+    assert found["summary"]["prompt_tokens"] == pytest.approx(30 * 300, rel=0.15)
+    assert found["summary"]["hit_rate"] > 0.2, "of the prefix"
+
+
+async def test_results_say_what_they_were_measured_with(bench, shared_engine):
+    files = {"--csv": bench.folder / "r.csv", "--html": bench.folder / "r.html"}
+    ran = await bench.run(
+        *(shared_engine.url, "--conversations", "2", *SMALL, "--api-key", "secret"),
+        *(str(word) for pair in files.items() for word in pair),
+    )
+    assert ran.code == 0
+    environment = bench.found()["environment"]
+    assert datetime.fromisoformat(environment["date"]).tzinfo is not None
+    assert environment["command"].startswith(f"kubeai bench run {shared_engine.url} ")
+    assert environment["versions"]["kubeai"] == environment["versions"]["server"]
+    assert environment["versions"]["python"] == platform.python_version()
+    assert environment["hardware"]["cores"] >= 1
+    assert environment["hardware"]["memory_bytes"] > 1 << 28
+    assert environment["hardware"]["cpu"]
+    for text in (*(path.read_text() for path in files.values()), bench.json.read_text()):
+        assert "secret" not in text
+        assert environment["date"] in text
+
+
+async def test_the_highest_rate_at_which_slos_hold_is_found(bench):
+    """The engine computes 2,000 tokens per second: 20 prompts of 100."""
+    flags = ("--prefill-tokens-per-second=2000", "--decode-tokens-per-second=0", "--max-batch=1")
+    async with engine(*flags) as one:
+        process = await bench.start(
+            *("sweep", one.url, "--slo", "ttft:p50:400ms", "--request-rates", "5,40,80"),
+            *("--input-len", "100", "--output-len", "1", "--num-prompts", "40"),
+            *("--json", str(bench.json), "--html", str(bench.folder / "r.html")),
+        )
+        ran = await bench.ended(process)
+    assert ran.code == 0
+    assert "m holds TTFT p50 ≤ 400 ms and errors ≤ 1 % up to 5 requests/s. At 40 " in ran.out
+    found = json.loads(bench.json.read_bytes())
+    assert found["sweep"]["rates"] == {"m": [5.0, 40.0]}
+    assert (found["sweep"]["held"], found["sweep"]["broke"]) == ({"m": 5.0}, {"m": 40.0})
+    assert [run["summary"]["requests"] for run in found["runs"]] == [40, 40]
+    assert "up to 5 requests/s" in (bench.folder / "r.html").read_text()
 
 
 async def test_warm_up_requests_are_sent_but_not_counted(bench):
@@ -198,7 +285,9 @@ async def test_two_processes_send_what_one_sends(bench, shared_engine):
 
 async def test_request_limit_is_respected(bench):
     async with engine(*FAST) as one:
-        ran = await bench.run(one.url, "--requests", "17", "--processes", "2", *SMALL)
+        ran = await bench.run(
+            *(one.url, "--concurrency", "32", "--num-prompts", "17"), *("--processes", "2"), *SMALL
+        )
         assert ran.code == 0
         assert (await one.received())["total"] == 17
     assert bench.found()["summary"]["requests"] == 17
@@ -238,7 +327,8 @@ async def test_embeddings_report_a_single_latency(bench, shared_engine):
     assert ran.code == 0
     summary = bench.found()["summary"]
     assert (summary["requests"], summary["failed"]) == (10, 0)
-    assert summary["ttft_ms"] == summary["took_ms"]
+    assert summary["ttft_ms"] == {}
+    assert summary["e2el_ms"]["mean"] > 0
     assert summary["prompt_tokens"] > 0
 
 
@@ -293,7 +383,7 @@ async def test_unknown_model_is_reported_in_one_line(bench):
     ("arguments", "said"),
     [
         (["--rate", "5", "--concurrency", "3"], "--rate: cannot be combined with --concurrency"),
-        (["--arrivals", "ramp"], "--arrivals: requires --rate"),
+        (["--arrivals", "ramp"], "--arrivals: requires --request-rate or --rate"),
         (["--rate", "5", "--arrivals", "ramp"], "--until-rate: a ramp requires"),
         (["--shape", "round"], "--shape: 'round' is not one of chat,"),
         (["--duration", "5"], "--duration: '5' has no unit"),
@@ -301,6 +391,9 @@ async def test_unknown_model_is_reported_in_one_line(bench):
         (["--body", "[1]"], "--body: '[1]' is not a JSON object"),
         (["--trace", "t", "--turns", "3"], "--turns: cannot be combined with --trace"),
         (["--html", "/proc/x/y"], "--html: /proc/x: "),
+        (["--slo-ttft", "1s"], "--slo-ttft: is called --goodput ttft:<duration> now"),
+        (["--concurrency", "1,2"], "--concurrency: a list is only for simulate"),
+        (["--duration", "5s", "--request-rate", "inf"], "--duration: requires a finite"),
     ],
 )
 async def test_an_invalid_option_is_reported_in_one_line(bench, arguments, said):

@@ -14,13 +14,14 @@ from fakes.world import World
 
 from kubeai.gateway.access_log import AccessLog, Observers
 from kubeai.loadtest import replay
-from kubeai.loadtest.options import OptionError
+from kubeai.loadtest.arguments import OptionError
 from kubeai.loadtest.replay import Replay
+from kubeai.loadtest.reports.output import Outputs
 from kubeai.simulation.results import read
 
 COMMAND = (sys.executable, "-m", "kubeai", "bench", "replay")
 CHAT = "/openai/v1/chat/completions"
-STRATEGIES = ["LeastLoad", "PrefixHash 125 % x20", "PrefixCache"]
+STRATEGIES = ["Service", "LeastLoad", "PrefixHash 125 % x20", "PrefixCache"]
 TIMEOUT_S = 100
 
 
@@ -69,9 +70,9 @@ async def test_a_log_of_the_gateway_is_replayed_with_each_strategy_beside_what_w
     log = tmp_path / "access.log"
     await recorded(log)
     page = tmp_path / "r.html"
-    done = await asyncio.to_thread(run, log, "--json", tmp_path / "json", "--html", page)
+    done = await asyncio.to_thread(run, log, "--json", tmp_path / "r.json", "--html", page)
     assert done.returncode == 0, done.stderr
-    *simulated, measured = (read(path) for path in sorted((tmp_path / "json").iterdir()))
+    *simulated, measured = read(tmp_path / "r.json").runs
     assert [one.name for one in simulated] == STRATEGIES
     for one in simulated:
         assert (one.summary["requests"], one.summary["failed"]) == (24, 0)
@@ -80,7 +81,7 @@ async def test_a_log_of_the_gateway_is_replayed_with_each_strategy_beside_what_w
         assert one.summary["ttft_ms"]["p99"] > 0
         assert one.name in done.stdout
     # Each turn repeats the earlier ones, so that an engine that served them has their samples.
-    assert simulated[2].summary["hit_rate"] > 0.3
+    assert simulated[3].summary["hit_rate"] > 0.3
     assert measured.name == "measured"
     assert measured.summary["requests"] == 24
     assert measured.summary["ttft_ms"]["mean"] > 0
@@ -109,12 +110,12 @@ def test_a_trace_is_replayed_without_a_measured_column(tmp_path):
         for n in range(40)
     ]
     trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ("--engines=3", "--requests=30", "--prefix-char-length=2100")
-    done = run(trace, *options, "--json", tmp_path / "json")
+    options = ("--engines=3", "--num-prompts=30", "--prefix-char-length=2100")
+    done = run(trace, *options, "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
-    found = [read(path) for path in sorted((tmp_path / "json").iterdir())]
+    found = read(tmp_path / "r.json").runs
     assert [one.name for one in found] == STRATEGIES
-    assert [one.summary["requests"] for one in found] == [30, 30, 30]
+    assert [one.summary["requests"] for one in found] == [30] * 4
 
 
 @pytest.mark.parametrize("text", ["hello\n", '{"a": 1}\n', '{"time": 1, \n'])
@@ -135,7 +136,7 @@ def made(path: Path, **fields: object) -> Replay:
     ("fields", "words"),
     [
         ({"model": "m"}, "--model: is only for an access log"),
-        ({"output_tokens": 5}, "--output-tokens: is only for an access log"),
+        ({"output_tokens": 5}, "--output-len: is only for an access log"),
         ({"speed": 0.0}, "--speed: must be more than 0"),
     ],
 )
@@ -143,7 +144,7 @@ def test_options_that_do_not_fit_a_trace_are_refused(tmp_path, fields, words):
     path = tmp_path / "t.jsonl"
     path.write_text('{"timestamp": 0, "input_length": 5, "output_length": 1}\n')
     with pytest.raises(OptionError, match=words):
-        replay.run(made(path, **fields), None, None)
+        replay.run(made(path, **fields), Outputs())
 
 
 @pytest.mark.parametrize(
@@ -160,4 +161,4 @@ async def test_options_that_do_not_fit_a_log_are_refused(tmp_path, fields, words
     path = tmp_path / "access.log"
     await recorded(path)
     with pytest.raises(OptionError, match=words):
-        replay.run(made(path, **fields), None, None)
+        replay.run(made(path, **fields), Outputs())

@@ -134,7 +134,7 @@ def test_measurements_have_the_time_to_the_first_byte_of_streams_only(written):
     found = [one.measurement(n) for n, one in enumerate(read_access_log(path).requests)]
     summary = results.summarize("measured", {}, found, results.Gaps()).summary
     assert summary["ttft_ms"]["mean"] == 250
-    assert summary["took_ms"]["mean"] == 2000
+    assert summary["e2el_ms"]["mean"] == 2000
     assert summary["busiest_requests"] == 2
     assert summary["hit_rate"] is None
 

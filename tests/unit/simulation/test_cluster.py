@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 
@@ -18,9 +19,16 @@ ENGINE = EngineConfig(cache_blocks=1200, decode_tokens_per_s=0.0, weights_s=0.02
 TALKS = Shape(conversations=60, turns=4, reply_tokens=30)
 
 
-def run(conversations=None, **setting):
+def run(conversations=None, request_times=None, **setting):
     setting = Setting(**({"engine": ENGINE, "engines": 4, "concurrency": 20} | setting))
-    return simulate(setting, conversations or traffic.generate(TALKS, 1))
+    conversations = conversations or traffic.generate(TALKS, 1)
+    return simulate(setting, conversations, request_times=request_times)
+
+
+def in_flight_most(result):
+    changes = [(one.sent_s, 1) for one in result.measurements]
+    changes += [(one.ended_s, -1) for one in result.measurements]
+    return max(itertools.accumulate(change for _, change in sorted(changes)))
 
 
 def figures(result):
@@ -113,7 +121,7 @@ def test_embeddings_generate_no_tokens_and_share_no_cache():
             0,
             "",
         )
-        assert measurement.ended_s == measurement.first_s
+        assert math.isnan(measurement.first_s)
 
 
 def test_gaps_add_up_to_the_time_from_first_to_last_token():
@@ -133,5 +141,63 @@ def test_a_preset_reproduces_the_latencies_of_its_source():
     engine = PRESETS["llama-3.3-70b-fp8-h100x2"]
     found = figures(run(traffic.generate(shape, 1), engine=engine, engines=1, concurrency=1))
     assert found["ttft_ms"]["mean"] == pytest.approx(407, rel=0.1)
-    assert found["token_ms"]["mean"] == pytest.approx(18.6, rel=0.03)
+    assert found["tpot_ms"]["mean"] == pytest.approx(18.6, rel=0.03)
     assert not math.isnan(found["tokens_per_s"])
+
+
+# -- rates of requests -----------------------------------------------------------------------------
+
+
+def test_requests_start_at_their_times_as_the_next_turn_that_waits_or_another_conversation():
+    times = [0.5 * number for number in range(100)]
+    result = run(request_times=iter(times))
+    assert [one.due_s for one in result.measurements] == times
+    assert {one.queued_s for one in result.measurements} == {0.0}
+    turns = defaultdict(list)
+    for one in result.measurements:
+        turns[one.conversation].append(one)
+    assert max(map(len, turns.values())) == 4
+    for ones in turns.values():
+        assert [one.turn for one in ones] == list(range(len(ones)))
+        for before, after in itertools.pairwise(ones):
+            assert before.ended_s <= after.due_s
+    # With responses of about a second, each conversation is continued before another one starts.
+    assert len(turns) < 40
+
+
+def test_all_requests_start_at_once_without_a_rate():
+    result = run(request_times=itertools.repeat(0.0, 50))
+    assert [(one.due_s, one.turn) for one in result.measurements] == [(0.0, 0)] * 50
+
+
+def test_the_limit_on_requests_in_flight_holds_for_any_load():
+    rate = run(request_times=iter([0.01 * n for n in range(200)]), in_flight_max=7)
+    at_once = run(request_times=itertools.repeat(0.0, 200), in_flight_max=7)
+    closed = run(concurrency=20, in_flight_max=7)
+    for result, count in ((rate, 200), (at_once, 200), (closed, 240)):
+        assert len(result.measurements) == count
+        assert in_flight_most(result) == 7
+    waited = [one for one in rate.measurements if one.queued_s]
+    assert len(waited) > 100
+    for one in waited:  # it is due when a place is free, not before
+        assert one.due_s - one.queued_s == pytest.approx(0.01 * rate.measurements.index(one))
+        assert one.sent_s == one.due_s
+
+
+def test_a_rate_of_requests_ends_with_the_conversations():
+    result = run(request_times=itertools.repeat(0.0), in_flight_max=5)
+    assert len(result.measurements) == 240
+    assert in_flight_most(result) == 5
+
+
+def test_think_time_keeps_a_conversation_from_the_next_request():
+    turns = (Turn("a", 1), Turn("b", 1, think_s=10.0))
+    result = run(
+        [Conversation(turns), Conversation(turns)], request_times=iter([0.0, 5.0, 6.0, 30.0])
+    )
+    due = [(one.conversation, one.turn, one.due_s) for one in result.measurements]
+    assert due[:2] == [(0, 0, 0.0), (1, 0, 5.0)]
+    (_, _, third_s), (_, _, fourth_s) = due[2:]
+    assert [one[:2] for one in due[2:]] == [(0, 1), (1, 1)]
+    assert third_s == pytest.approx(10.0, abs=0.2), "no other conversation is left"
+    assert fourth_s == 30.0

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from kubeai.simulation.results import (
     Gaps,
+    Limit,
     Measurement,
     Objective,
     ResultsError,
+    ResultsFile,
+    Selection,
     read,
     summarize,
     write,
@@ -40,7 +43,13 @@ def test_the_summary_of_a_run():
     assert summary["requests_per_s"] == 1.0
     assert (summary["output_tokens"], summary["tokens_per_s"]) == (100, 110.0)
     assert summary["hit_rate"] == 0.5
-    assert summary["ttft_ms"] == {"mean": 550.0, "p50": 600.0, "p90": 1000.0, "p99": 1000.0}
+    assert summary["ttft_ms"] == {
+        "mean": 550.0,
+        "p50": 600.0,
+        "p90": 1000.0,
+        "p95": 1000.0,
+        "p99": 1000.0,
+    }
     assert found.errors == {"status 503": 1}
     assert found.spread == {"a": 6, "b": 5}
     assert summary["spread"] == pytest.approx(12 / 11, abs=1e-3)
@@ -70,13 +79,57 @@ def test_goodput_counts_the_requests_that_meet_every_objective():
         measurement(error="cut"),
     ]
     for objective, good in (
-        (Objective(), 3),
         (Objective(ttft_s=0.5), 2),
-        (Objective(ttft_s=0.5, took_s=2.0), 1),
-        (Objective(token_s=0.2), 2),
+        (Objective(ttft_s=0.5, e2el_s=2.0), 1),
+        (Objective(tpot_s=0.2), 2),
     ):
         found = summarize("r", {}, measurements, Gaps(), objective=objective).summary
         assert found["good_requests_per_s"] == pytest.approx(good / 5.0, abs=1e-3)
+        assert found["good_share"] == good / 4
+    found = summarize("r", {}, measurements, Gaps()).summary
+    assert found["good_requests_per_s"] is found["good_share"] is None
+
+
+def test_a_response_of_one_token_meets_any_limit_on_the_time_per_token():
+    found = summarize(
+        "r", {}, [measurement(tokens=1, took_s=9.0)], Gaps(), objective=Objective(tpot_s=0.01)
+    )
+    assert found.summary["good_share"] == 1.0
+
+
+def test_the_selected_metrics_and_percentiles_are_summarized():
+    gaps = Gaps()
+    gaps.add(0.02, 100)
+    measurements = [measurement(ttft_s=0.01 * n, queued_s=0.1) for n in range(1, 1001)]
+    default = summarize("r", {}, measurements, gaps).summary
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms"):
+        assert list(default[name]) == ["mean", "p50", "p90", "p95", "p99"]
+    assert "client_queue_time_ms" not in default
+    selection = Selection(("itl", "client_queue_time"), (25.0, 99.9))
+    found = summarize("r", {}, measurements, gaps, selection=selection).summary
+    assert not {"ttft_ms", "tpot_ms", "e2el_ms"} & found.keys()
+    assert list(found["itl_ms"]) == ["mean", "p25", "p99.9"]
+    assert found["client_queue_time_ms"] == {"mean": 100.0, "p25": 100.0, "p99.9": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("limit", "met", "name"),
+    [
+        (Limit("ttft", "p99", most=1000.0), True, "TTFT p99 ≤ 1000 ms"),
+        (Limit("ttft", "mean", most=499.0), False, "TTFT mean ≤ 499 ms"),
+        (Limit("ttft", "p75", most=9e9), False, "TTFT p75 ≤ 9e+09 ms"),
+        (Limit("errors", most=9.0), False, "errors ≤ 9 %"),
+        (Limit("errors", most=10.0), True, "errors ≤ 10 %"),
+        (Limit("goodput", least=50.0), True, "goodput ≥ 50 %"),
+        (Limit("goodput", least=51.0), False, "goodput ≥ 51 %"),
+    ],
+)
+def test_a_limit_holds_for_a_run_that_has_the_figure_and_keeps_it(limit, met, name):
+    measurements = [measurement(ttft_s=0.1 * n) for n in range(1, 10)]
+    measurements.append(Measurement(0, 0, 0.0, 0.0, ended_s=4.0, error="cut"))
+    objective = Objective(ttft_s=0.501)
+    found = summarize("r", {}, measurements, Gaps(), objective=objective).summary
+    assert (limit.met(found), limit.name) == (met, name)
 
 
 def test_a_run_without_responses_has_a_summary(tmp_path):
@@ -85,8 +138,9 @@ def test_a_run_without_responses_has_a_summary(tmp_path):
         found = summarize("r", {}, measurements, Gaps())
         assert found.summary["ttft_ms"] == {}
         assert found.summary["hit_rate"] is None
-        write(found, tmp_path / "r.json")
-        assert read(tmp_path / "r.json") == found
+        file = ResultsFile(runs=[found])
+        write(file, tmp_path / "r.json")
+        assert read(tmp_path / "r.json") == file
 
 
 @given(st.lists(st.floats(1e-5, 100), min_size=1, max_size=200))
@@ -135,8 +189,6 @@ def test_a_file_without_results_is_reported(tmp_path, content, words):
 
 def test_results_in_another_format_are_rejected(tmp_path):
     path = tmp_path / "r.json"
-    found = summarize("r", {}, [], Gaps())
-    found.format = 99
-    write(found, path)
-    with pytest.raises(ResultsError, match="has format 99"):
+    write(ResultsFile(format=1, runs=[]), path)
+    with pytest.raises(ResultsError, match="has format 1, this version reads 2: run"):
         read(path)

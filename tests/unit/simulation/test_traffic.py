@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 
 import msgspec
@@ -14,10 +15,12 @@ from kubeai.simulation.traffic import (
     SHAPES,
     Arrivals,
     Conversation,
+    RandomLengths,
     Shape,
     TrafficError,
     Turn,
     generate,
+    generate_exact,
     read_sharegpt,
     unrolled,
 )
@@ -144,3 +147,89 @@ def test_arrivals_have_the_given_rate():
     ramp = until(Arrivals(per_s=10, kind="ramp", until_per_s=50, ramp_s=100), 200)
     assert len([at_s for at_s in ramp if at_s < 20]) == pytest.approx(20 * 14, rel=0.2)
     assert len([at_s for at_s in ramp if at_s >= 100]) == pytest.approx(100 * 50, rel=0.1)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_the_gaps_between_arrivals_have_the_gamma_distribution_of_the_burstiness(burstiness):
+    """Its coefficient of variation is one over the square root of the shape."""
+    times = list(itertools.islice(Arrivals(per_s=10.0, burstiness=burstiness).times(1), 20_000))
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert statistics.fmean(gaps) == pytest.approx(0.1, rel=0.05)
+    variation = statistics.pstdev(gaps) / statistics.fmean(gaps)
+    assert variation == pytest.approx(burstiness**-0.5, rel=0.05)
+
+
+def test_infinite_burstiness_gives_constant_gaps():
+    times = Arrivals(per_s=4.0, burstiness=math.inf).times(1)
+    assert list(itertools.islice(times, 3)) == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_number_of_arrivals_takes_as_long_as_the_rate_says(seed):
+    times = list(Arrivals(per_s=4.0).times(seed, 100))
+    assert len(times) == 100
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(25.0)
+    assert len(list(Arrivals(per_s=4.0, kind="bursts", burst=7).times(seed, 100))) == 100
+
+
+# -- exact lengths ---------------------------------------------------------------------------------
+
+
+def exact(count: int, **lengths) -> list[tuple[Conversation, int, int]]:
+    """Requests, with the lengths of their prompts and outputs for a simulated engine."""
+    many = itertools.islice(generate_exact(RandomLengths(**lengths), 1), count)
+    return [
+        (
+            one,
+            text.count(text.render(one.prompt(0, ()))),
+            one.turns[0].reply_tokens,
+        )
+        for one in many
+    ]
+
+
+def test_prompts_and_outputs_have_exactly_the_given_lengths():
+    for one, prompt, output in exact(50, input_len=100, output_len=9):
+        assert (prompt, output) == (100, 9)
+        assert len(one.turns) == 1
+    assert len({one.turns[0].text for one, _, _ in exact(50)}) == 50
+
+
+def test_random_lengths_are_even_between_their_bounds():
+    found = exact(3000, input_len=100, output_len=10, input_ratio=0.25, output_ratio=0.5)
+    prompts, outputs = {one[1] for one in found}, {one[2] for one in found}
+    assert (min(prompts), max(prompts)) == (75, 125)
+    assert (min(outputs), max(outputs)) == (5, 15)
+    assert statistics.fmean(one[1] for one in found) == pytest.approx(100, abs=1)
+
+
+def test_all_prompts_begin_with_the_prefix_which_is_in_addition_to_the_input():
+    found = exact(20, input_len=40, prefix_len=60)
+    texts = [one.turns[0].text for one, _, _ in found]
+    assert {prompt for _, prompt, _ in found} == {100}
+    assert len({text[: 4 * 60] for text in texts}) == 1
+    assert len({text[4 * 60 :] for text in texts}) == 20
+
+
+def test_lengths_allow_for_what_an_engine_adds_and_for_its_words():
+    lengths = RandomLengths(input_len=50, overhead=23, words=(" cat", " dog"))
+    (one,) = itertools.islice(generate_exact(lengths, 1), 1)
+    words = one.turns[0].text.split()
+    assert len(words) == 27
+    assert set(words) == {"cat", "dog"}
+
+
+def test_an_embeddings_input_has_its_length_without_a_chat_template():
+    (one,) = itertools.islice(generate_exact(RandomLengths(input_len=50, kind="embeddings"), 1), 1)
+    assert (one.kind, tokens(one.turns[0].text), one.turns[0].reply_tokens) == ("embeddings", 50, 0)
+
+
+def test_exact_requests_are_split_among_processes():
+    lengths = RandomLengths(input_len=50, input_ratio=0.5)
+    alone = list(itertools.islice(generate_exact(lengths, 3), 10))
+    for first in (0, 1):
+        assert (
+            list(itertools.islice(generate_exact(lengths, 3, first=first, step=2), 5))
+            == (alone[first::2])
+        )

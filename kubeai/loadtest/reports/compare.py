@@ -1,16 +1,17 @@
 """Compares runs of ``kubeai bench``: which figures to show, the best value and the ratios.
 
 Owns the rows of both the terminal table (:func:`table`) and the HTML report (``report``). Figures
-that no run has are omitted; a missing value is shown as a dash.
+that no run has are omitted, such as metrics and percentiles that were not selected; a missing value
+is shown as a dash.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from kubeai.simulation.results import Results
+from kubeai.simulation.results import METRICS, Results
 
 MISSING = "–"
 MORE, LESS, NEITHER = 1, -1, 0  # which direction is better
@@ -43,11 +44,7 @@ class Row(NamedTuple):
     cells: list[Cell]  # one per run
 
 
-def _times(key: str, better: int) -> tuple[Figure, ...]:
-    return tuple(Figure(name, (key, name), better) for name in ("mean", "p50", "p90", "p99"))
-
-
-FIGURES: dict[str, tuple[Figure, ...]] = {
+COUNTS: dict[str, tuple[Figure, ...]] = {
     "Requests": (
         Figure("all", ("requests",)),
         Figure("failed", ("failed",), LESS),
@@ -55,7 +52,7 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
     ),
     "Throughput, per second": (
         Figure("requests", ("requests_per_s",), MORE),
-        Figure("good requests", ("good_requests_per_s",), MORE),
+        Figure("goodput, requests", ("good_requests_per_s",), MORE),
         Figure("output tokens", ("output_tokens_per_s",), MORE),
         Figure("tokens", ("tokens_per_s",), MORE),
     ),
@@ -64,18 +61,25 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("spread (busiest ÷ mean)", ("spread",), LESS),
         Figure("requests on the busiest endpoint", ("busiest_requests",), LESS),
     ),
-    "Time to first token, ms": _times("ttft_ms", LESS),
-    "Time per output token, ms": _times("token_ms", LESS),
-    "Gap between tokens, ms": _times("gap_ms", LESS),
-    "End to end, ms": _times("took_ms", LESS),
-    "Sent late by, ms": _times("late_ms", NEITHER),  # caused by the load generator
 }
+TIMES = {f"{title}, ms": (f"{name}_ms", LESS) for name, title in METRICS.items()}
+TIMES["Sent late by, ms"] = ("late_ms", NEITHER)  # caused by the load generator
 
 
 def figures(runs: Sequence[Results]) -> dict[str, list[Row]]:
     """Rows by group title; groups without rows are omitted."""
-    found = {title: _rows(runs, group) for title, group in FIGURES.items()}
+    found = {title: _rows(runs, group) for title, group in COUNTS.items()}
+    for title, (key, better) in TIMES.items():
+        found[title] = _rows(
+            runs, [Figure(name, (key, name), better) for name in _figure_names(runs, key)]
+        )
     return {title: rows for title, rows in found.items() if rows}
+
+
+def _figure_names(runs: Sequence[Results], key: str) -> list[str]:
+    """The mean, and the percentiles that any run has, in ascending order."""
+    names = {name for run in runs for name in run.summary.get(key) or ()}
+    return sorted(names, key=lambda name: 0.0 if name == "mean" else float(name[1:]))
 
 
 def errors(runs: Sequence[Results]) -> list[Row]:
@@ -121,6 +125,15 @@ def table(runs: Sequence[Results]) -> str:
 def printable(text: str) -> str:
     """Replace control characters, which could move a terminal's cursor or are invalid in XML."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects, with the path as their name: ``load.arrivals.per_s``."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _plain(cells: Sequence[Cell]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import random
 import re
@@ -12,9 +14,19 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 
-from kubeai.loadtest import compare
-from kubeai.loadtest.report import COLOURS, ENDPOINTS_MAX, report
-from kubeai.simulation.results import Gaps, Measurement, Results, summarize
+from kubeai.loadtest.reports import compare, output, verdict
+from kubeai.loadtest.reports.output import Outputs
+from kubeai.loadtest.reports.page import COLOURS
+from kubeai.loadtest.reports.report import ENDPOINTS_MAX, report
+from kubeai.simulation.results import (
+    Gaps,
+    Limit,
+    Measurement,
+    Results,
+    Sweep,
+    read,
+    summarize,
+)
 
 EVIL = "<script>alert('1')</script>&\"\x1b[31m\n"
 
@@ -135,9 +147,13 @@ def test_a_saved_and_reloaded_run_gives_the_same_page(runs):
     assert report(read) == report(runs)
 
 
-def test_a_run_has_a_curve_in_each_plot_and_a_bar_per_endpoint():
-    *lines, last = plots(report([run("a"), run("b")]))
-    assert [len(curve_points(plot)) for plot in lines] == [2, 2, 2, 2]
+def test_a_run_has_a_bar_of_each_main_figure_a_curve_in_each_plot_and_a_bar_per_endpoint():
+    *first, one, two, three, four, last = plots(report([run("a"), run("b")]))
+    assert [plot.attrib["aria-label"] for plot in first] == [
+        *("Mean TTFT", "Cache hit rate", "Output tokens"),
+    ]
+    assert [len(bars(plot)) for plot in first] == [2, 2, 2]
+    assert [len(curve_points(plot)) for plot in (one, two, three, four)] == [2, 2, 2, 2]
     assert len(bars(last)) == 2 * 4
 
 
@@ -197,8 +213,10 @@ def test_external_text_is_escaped():
     page = report([evil, calm])
     seen, plain = Page(page), Page(report([run("calm"), calm]))
     assert "script" not in seen.tags
-    assert {name for name, _ in seen.attributes} == {name for name, _ in plain.attributes}
-    assert set(seen.tags) <= set(plain.tags) | {"ul", "li"}
+    assert {name for name, _ in seen.attributes} - {"open"} == {
+        name for name, _ in plain.attributes
+    }
+    assert set(seen.tags) <= set(plain.tags) | {"ul", "li", "p"}
     assert "<script>alert('1')</script>" in "".join(seen.text)
     assert "\x1b" not in page + compare.table([evil, calm])
     assert plots(page)
@@ -214,18 +232,22 @@ def test_the_page_loads_no_resources_and_runs_no_scripts():
     assert "default-src 'none'" in page
 
 
-def test_settings_common_to_all_runs_are_shown_once():
+def test_settings_that_differ_are_shown_and_those_of_all_runs_are_folded_away_as_one():
     page = report(
         [run("a", setting={"rate": 1, "x": {"y": 2}}), run("b", setting={"rate": 3, "x": {"y": 2}})]
     )
     assert '<th scope="row">rate</th><td>1</td><td>3</td>' in page
     assert '<th scope="row">x.y</th><td colspan="2">2</td>' in page
+    shown, _, folded = page.partition("<details>")
+    assert "What differed" in shown
+    assert '<th scope="row">rate</th>' in shown
+    assert '<th scope="row">x.y</th>' in folded
 
 
 def test_warnings_are_above_the_pages_figures_and_below_the_table():
     runs = [run("a", warnings=("the client was late",)), run("b", error="timeout")]
     page = report(runs)
-    assert page.index("the client was late") < page.index("<h2>Results")
+    assert page.index("the client was late") < page.index('<div class="tiles">')
     assert "none of 300 requests succeeded" in page
     assert "! a: the client was late" in compare.table(runs)
     assert "! b: none of 300 requests succeeded" in compare.table(runs)
@@ -237,6 +259,114 @@ def test_failures_and_an_empty_run_cause_a_warning():
     some = run()
     some.summary |= {"failed": 2}
     assert compare.warnings(some) == ["2 of 300 requests failed: latencies exclude them"]
+
+
+# -- the verdict -----------------------------------------------------------------------------------
+
+
+def test_the_page_opens_with_the_verdict_and_tiles_then_charts_then_what_differed():
+    page = report([run("a", setting={"x": 1}), run("b", pace=0.5, setting={"x": 2})])
+    parts = ["<h1>", 'class="verdict"', 'class="tiles"', ">Charts<", ">What differed<", "<details>"]
+    assert [page.index(part) for part in parts] == sorted(page.index(part) for part in parts)
+    for title in ("All figures", "Environment"):
+        assert f"<summary>{title}</summary>" in page.partition("<details>")[2]
+
+
+def test_the_verdict_names_the_best_run_and_compares_it_to_the_first():
+    runs = [
+        with_summary(requests=9, ttft_ms={"mean": 200.0}, hit_rate=0.25, output_tokens_per_s=50.0),
+        with_summary(requests=9, ttft_ms={"mean": 50.0}, hit_rate=0.75, output_tokens_per_s=100.0),
+    ]
+    runs[0].name, runs[1].name = "Service", "PrefixCache"
+    assert verdict.sentences(runs) == [
+        "PrefixCache has the lowest mean TTFT: 50 ms, 25 % of that of Service (200 ms). Its "
+        "engines found 75 % of the prompt tokens in their caches, instead of 25 %.",
+        "PrefixCache generates the most output tokens: 100/s, 2 times those of Service.",
+    ]
+    tiles = {tile.label: tile for tile in verdict.tiles(runs)}
+    assert tiles["Mean TTFT"] == ("Mean TTFT", "50 ms", "PrefixCache, ×0.25", 1)
+    assert tiles["Cache hit rate"].value == "75 %"
+    assert verdict.sentences(runs[::-1])[0].startswith(
+        "PrefixCache has the lowest mean TTFT: 50 ms."
+    )
+
+
+def test_runs_that_hardly_differ_are_called_alike():
+    runs = [with_summary(requests=9, ttft_ms={"mean": value}) for value in (100.0, 103.0)]
+    assert verdict.sentences(runs) == ["All runs have about the same mean TTFT: 100 ms."]
+
+
+def test_the_verdict_on_one_run_is_its_rate_and_its_last_percentile():
+    one = with_summary(
+        requests=100,
+        failed=4,
+        requests_per_s=12.5,
+        good_share=0.9,
+        ttft_ms={"mean": 80.0, "p50": 70.0, "p99": 1234.0},
+        good_requests_per_s=11.0,
+    )
+    assert verdict.sentences([one]) == [
+        "96 requests succeeded, 12.5 per second.",
+        "The first token came within 1.23 s for 99 % of them.",
+        "90 % of all requests count towards goodput.",
+    ]
+    assert ("TTFT mean", "80 ms", "p50 70 ms, p99 1.23 s", None) in verdict.tiles([one])
+    assert verdict.sentences([run(error="cut")]) == ["No request succeeded."]
+
+
+def swept() -> tuple[list[Results], Sweep]:
+    runs = [
+        with_summary(requests=9, failed=0, ttft_ms={"p99": value}) for value in (100.0, 900.0, 50.0)
+    ]
+    return runs, Sweep(
+        limits=[Limit("ttft", "p99", most=500.0)],
+        rates={"LeastLoad": [4.0, 8.0], EVIL: [8.0]},
+        runs={"LeastLoad": [0, 1], EVIL: [2]},
+        held={"LeastLoad": 4.0, EVIL: 8.0},
+        broke={"LeastLoad": 8.0, EVIL: None},
+    )
+
+
+def test_a_sweeps_page_has_the_highest_rates_and_each_slo_over_the_rate():
+    runs, sweep = swept()
+    first, second = verdict.sentences(runs, sweep)
+    assert first == (
+        "LeastLoad holds TTFT p99 ≤ 500 ms up to 4 requests/s. At 8 requests/s, TTFT p99 is 900 ms."
+    )
+    assert second.endswith("up to 8 requests/s, the highest rate that was tried.")
+    page = report(runs, sweep)
+    assert "script" not in Page(page).tags
+    (plot,) = plots(page)
+    assert [len(curve) for curve in curve_points(plot)] == [2, 2], "a point is drawn as a line"
+    (limit,) = plot.findall("path[@class='limit']")
+    lower, upper = (y for _, y in curve_points(plot)[0])
+    assert upper < float(re.search(r"M50 ([\d.]+)h", limit.attrib["d"])[1]) < lower
+    assert "4 requests/s" in page
+    assert verdict.tiles(runs, sweep)[0] == ("LeastLoad", "4/s", "requests; breaks at 8/s", 0)
+    sweep.held["LeastLoad"] = None
+    assert "does not hold TTFT p99 ≤ 500 ms at any rate" in verdict.sentences(runs, sweep)[0]
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_all_files_have_all_runs(tmp_path):
+    runs = [run("a"), run("b", error="cut", setting={"x": {"y": [1]}})]
+    files = Outputs(tmp_path / "r.json", tmp_path / "r.csv", tmp_path / "r.html")
+    files.write(runs)
+    assert read(files.json).runs == runs
+    assert "kubeai bench: a, b" in files.html.read_text()
+    one, other = csv.DictReader(io.StringIO(files.csv.read_text()))
+    assert float(one["e2el_ms.p95"]) == runs[0].summary["e2el_ms"]["p95"]
+    assert (other["e2el_ms.p95"], other["errors.cut"], other["setting.x.y"]) == ("", "300", "[1]")
+    assert one["errors.cut"] == one["setting.x.y"] == ""
+
+
+def test_a_spreadsheet_takes_no_cell_for_a_formula():
+    evil = run('=HYPERLINK("x")', setting={"@x": "-1"})
+    (row,) = csv.DictReader(io.StringIO(output.table([evil])))
+    assert row["name"] == '\'=HYPERLINK("x")'
+    assert row["setting.@x"] == "'-1"
 
 
 def cells(runs: list[Results], group: str, label: str) -> list[compare.Cell]:
@@ -253,7 +383,7 @@ def test_the_best_run_has_the_lowest_times_and_the_highest_throughput():
         with_summary(ttft_ms={"mean": 50.0}, requests_per_s=4.0, hit_rate=None),
         with_summary(ttft_ms={}, requests_per_s=5.0, hit_rate=0.75),
     ]
-    assert cells(runs, "Time to first token, ms", "mean") == [
+    assert cells(runs, "TTFT (time to first token), ms", "mean") == [
         ("100.0", "", False),
         ("50.0", "×0.50", True),
         ("–", "", False),
@@ -284,7 +414,7 @@ def test_no_run_is_best_if_all_are_equal_or_the_figure_has_no_better_direction()
 
 
 def test_figures_that_no_run_has_are_omitted():
-    assert compare.figures([with_summary(gap_ms={}, hit_rate=None, spread=1.2)]).keys() == {
+    assert compare.figures([with_summary(itl_ms={}, hit_rate=None, spread=1.2)]).keys() == {
         "Cache and balance"
     }
 
@@ -307,7 +437,7 @@ def test_the_terminal_table():
         "Requests",
         "  all          1,200    600   ×0.50",
         "  failed          *0      3",
-        "Time to first token, ms",
+        "TTFT (time to first token), ms",
         "  mean         12.34  *6.17   ×0.50",
         "  p99         *1,234  2,469   ×2.00",
         "Errors",
