@@ -5,6 +5,7 @@ from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
 from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
+from kubeai._journal import Journal
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -20,6 +21,7 @@ class FastPathContext:
     models: dict[str, routing.RoutedModel]
     body_max_bytes: int
     observers: Observers | None
+    journal: Journal | None  # None: requests are not recorded
     explains: bool
     logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]
@@ -47,6 +49,7 @@ class FastPath(Exchange):
     _retries: Retries | None  # set once an attempt has failed
     _lost: bool  # the last failed attempt lost its connection
     _observed: object  # None: this request is not observed
+    _waited_s: float  # for an endpoint
 
     @property
     def context(self) -> Context: ...

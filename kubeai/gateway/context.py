@@ -20,7 +20,7 @@ from kubeai.openai.routes import route_table
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
     from kubeai.gateway.access_log import Observers
-    from kubeai.gateway.endpoint_pool import LocalRoutesPool
+    from kubeai.gateway.endpoint_pool import ConsolePool, LocalRoutesPool
     from kubeai.routing.table import RoutedModel, RoutingTable
 
 # The request targets that the fast path serves.
@@ -36,6 +36,7 @@ class Context(FastPathContext):
 
     routes: RoutingTable
     local_routes: LocalRoutesPool  # serves what is not proxied
+    console: ConsolePool | None = None  # None: not served
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Context(FastPathContext):
         self.explains = config.explain
         self.logs_prompts = config.access_log_prompts and observers is not None
         self.json_routes = JSON_ROUTES
+        self.journal = None  # set by the worker
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

@@ -50,7 +50,7 @@ LOCAL_DEFAULTS: dict[str, Any] = {
     "metricsAddr": "127.0.0.1:0",
     "healthAddress": "127.0.0.1:0",
     "modelAutoscaling": {"interval": "1s", "timeWindow": "10s"},
-    "gateway": {"drainAccept": "0s", "drainTimeout": "10s"},
+    "gateway": {"drainAccept": "0s", "drainTimeout": "10s", "ui": {"enabled": True}},
 }
 
 
@@ -127,6 +127,7 @@ async def run(options: Options, spawn: Spawn) -> None:
                 workers=options.workers,
                 spawn=spawn,
                 started=lambda: _greet(options, supervisor, api.port),
+                local=True,
             )
             await _install_crd(client)
             await _create_namespace(client)
@@ -241,6 +242,8 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int) -> None:
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     _print("")
     _print(f"OpenAI endpoint  http://{host}:{supervisor.port}/openai/v1")
+    if supervisor.config.gateway.ui.enabled:
+        _print(f"Console          http://{host}:{supervisor.port}/")
     _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
     if options.namespace != DEFAULT_NAMESPACE:
         _print(f"Namespace        {options.namespace}")

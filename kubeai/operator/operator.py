@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from kubeai.api.config.system import SystemConfig
@@ -24,7 +25,9 @@ from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
+from kubeai.operator.scaling.timeline import Step, Timeline
 from kubeai.operator.store import Store
+from kubeai.operator.view import ModelView, view_of
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
@@ -73,7 +76,10 @@ class Operator:
         self.controller = Controller(
             fenced, config, namespace, self.store, self.leader, loads, self._events
         )
-        self._activator = Activator(kube, namespace, self.store, loads, self._events)
+        self._timeline = Timeline()
+        self._activator = Activator(
+            kube, namespace, self.store, loads, self._events, self._timeline
+        )
         self._scaler = Scaler(
             fenced,
             namespace,
@@ -82,6 +88,7 @@ class Operator:
             self.leader,
             loads,
             self._events,
+            self._timeline,
         )
 
     @property
@@ -139,6 +146,25 @@ class Operator:
         self._stop.set()
         await self._ended.wait()
 
+    # -- what people see (view.py) ---------------------------------------------------------------
+
+    def models(self) -> Iterable[ModelView]:
+        """All Models."""
+        now_s = time.time()
+        for name, model in self.store.models.items():
+            yield view_of(model, self.store.observed_pods(name), now_s)
+
+    def model(self, name: str) -> ModelView | None:
+        """One Model, if it exists."""
+        model = self.store.models.get(name)
+        if model is None:
+            return None
+        return view_of(model, self.store.observed_pods(name), time.time())
+
+    def timeline(self, name: str) -> Sequence[Step]:
+        """The last changes of a Model's spec.replicas, the newest first."""
+        return self._timeline.steps(name)
+
     # -- callbacks of the store and the leader ---------------------------------------------------
 
     def _changed(self, name: str) -> None:
@@ -161,8 +187,10 @@ class Operator:
         model = self.store.models.get(name)
         if model is None:
             self._blocks.forget(name)
+            self._timeline.forget(name)
             self._publish(name, None)
             return
+        self._timeline.observed(model)
         pods = self.store.observed_pods(name)
         self._publish(name, route_of(model, pods, self._blocks.observe(model, pods)))
 

@@ -294,6 +294,16 @@ cdef class Exchange:
         return self.downstream.peer.decode("ascii")
 
     @property
+    def host(self):
+        """See the stub."""
+        return None if self.downstream.host is None else self.downstream.host.decode("latin-1")
+
+    @property
+    def is_forwarded(self):
+        """See the stub."""
+        return self.downstream.forwarded_for is not None
+
+    @property
     def request_bytes(self):
         """Size of the request body."""
         if self.body is not None:
@@ -344,22 +354,6 @@ cdef class Exchange:
                 values.append(at[size + 1:line_end - at].strip(b" \t"))
             at = line_end + 2
         return values
-
-    cdef bint _has(self, bytes name) except -1:
-        """Whether ``headers(name)`` is not empty."""
-        cdef Text *text = &self.downstream.text
-        cdef const char *at = text.at
-        cdef const char *end = text.at + text.size
-        cdef const char *line_end
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
-        while at < end:
-            line_end = <const char *> memchr(at, c"\r", end - at)
-            if line_end - at > size and at[size] == c":" and is_name(
-                at, PyBytes_AS_STRING(name), size
-            ):
-                return True
-            at = line_end + 2
-        return False
 
     # actions
 
@@ -540,6 +534,10 @@ cdef class Exchange:
 
     cdef int _body_came(self) except -1:
         """The first byte of the response's body has been received."""
+        return 0
+
+    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
+        """The response is complete. ``data[at:at + size]``: the last bytes of its body at hand."""
         return 0
 
     cdef int _ended(self) except -1:
