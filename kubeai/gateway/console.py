@@ -36,9 +36,9 @@ def check_client(
 ) -> None:
     """BadRequest if the client may not see the console.
 
-    ``peer``: its address. ``host``, ``origins``: its Host and Origin headers. ``forwarded``: whether
-    a proxy has passed the request on. ``hosts``: allowed names in Host, besides IP addresses and
-    localhost.
+    ``peer``: its address. ``host``, ``origins``: its Host and Origin headers. ``forwarded``:
+    whether a proxy has passed the request on. ``hosts``: allowed names in Host, besides IP
+    addresses and localhost.
     """
     if forwarded or not _is_loopback(peer):
         raise BadRequest(

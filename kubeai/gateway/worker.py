@@ -1,11 +1,11 @@
 """One data-plane process: ``python -m kubeai.gateway.worker``, started by the supervisor.
 
-It inherits file descriptors for the load table, the prefix index, the journal, a listening socket and
-its end of the channel to the supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has
-their numbers and its column of the load table (JSON, :class:`.WorkerSettings`). It serves once it
-has received the first routing table. It drains on ``Drain``, on SIGTERM, and when the channel
-closes: a worker whose supervisor is gone finishes its open requests, then exits 0. It ignores
-SIGINT, which the supervisor handles.
+It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
+and its end of the channel to the supervisor (routing/channel.py). The environment variable
+``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
+:class:`.WorkerSettings`). It serves once it has received the first routing table. It drains on
+``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is gone finishes its
+open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
 """
 
 from __future__ import annotations

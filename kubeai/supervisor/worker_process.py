@@ -40,7 +40,9 @@ class WorkerProcess:
         on_demand: Callable[[str], None],
         spawn: Spawn,
     ) -> None:
-        """``journal_fd``, ``console_path``: see :class:`WorkerSettings`. ``snapshot``: the routes for a new process; None: they are not known yet.
+        """``journal_fd``, ``console_path``: see :class:`WorkerSettings`.
+
+        ``snapshot``: the routes for a new process; None: they are not known yet.
 
         ``on_ready``: called when the process accepts requests. ``on_demand``: called with the name
         of a model for which it holds a request.

@@ -1,8 +1,9 @@
 """The last steps of each Model's spec.replicas, with the reason for each.
 
-Kept in memory, for people: a restart forgets it. :class:`Timeline` sees every observed Model. A writer
-of spec.replicas says why before it writes; a change that no writer has announced was made by someone
-else: a user, another controller, or another replica of KubeAI. The operator owns one Timeline.
+Kept in memory, for people: a restart forgets it. :class:`Timeline` sees every observed Model. A
+writer of spec.replicas says why before it writes; a change that no writer has announced was made by
+someone else: a user, another controller, or another replica of KubeAI. The operator owns one
+Timeline.
 """
 
 from __future__ import annotations

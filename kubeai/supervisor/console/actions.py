@@ -177,12 +177,11 @@ def _documents(text: str) -> Iterator[Any]:
     try:
         for event in yaml.parse(text, Loader=_Loader):
             if isinstance(event, yaml.AliasEvent):  # nested ones grow exponentially
-                line = event.start_mark.line + 1
-                raise _invalid(f"line {line}: aliases (*name) are not supported")
+                raise _invalid(f"*{event.anchor}: aliases are not supported")
         for node in yaml.compose_all(text, Loader=_Loader):
             for path, line in repeated_keys(node):
                 raise _invalid(f"{path}: duplicate key (line {line})")
-        for value in yaml.load_all(text, Loader=_Loader):  # noqa: S506 (a safe loader)
+        for value in yaml.load_all(text, Loader=_Loader):
             yield msgspec.to_builtins(value)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark

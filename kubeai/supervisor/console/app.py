@@ -1,8 +1,8 @@
 """The console's HTTP application: the page, its API, and the checks of changes.
 
-The supervisor serves it on a Unix socket that only its own workers can reach (:class:`Console`). The
-workers have checked who the client is (gateway/console.py). What changes something must have a header
-that no other site can make a browser send, and a body of a type that no form has.
+The supervisor serves it on a Unix socket that only its own workers can reach (:class:`Console`).
+The workers have checked who the client is (gateway/console.py). What changes something must have a
+header that no other site can make a browser send, and a body of a type that no form has.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class Console:
 
 
 def _check_change(request: web.Request, content_type: str = "") -> None:
-    """BadRequest unless a page of ours has sent it. ``content_type``: of the body, if it has one."""
+    """BadRequest unless a page of ours has sent it. ``content_type``: of the body, if any."""
     if request.headers.get(CHANGE_HEADER) != "1":
         message = f"Changes need the header {CHANGE_HEADER}: 1."
         raise BadRequest(message, status=403, code="missing_header")

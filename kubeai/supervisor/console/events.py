@@ -1,7 +1,7 @@
 """The console's event stream: the state and the last requests, to all that look.
 
-While there is a stream, :class:`Hub` reads the state once a second. A stream that cannot keep up skips
-states, and requests that :class:`Traffic` no longer keeps. Nothing is queued.
+While there is a stream, :class:`Hub` reads the state once a second. A stream that cannot keep up
+skips states, and requests that :class:`Traffic` no longer keeps. Nothing is queued.
 """
 
 from __future__ import annotations

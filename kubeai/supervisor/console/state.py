@@ -1,7 +1,7 @@
 """What the console shows of workers, Models and replicas: its JSON values, and how they are made.
 
-:class:`Fleet` reads the operator's view, the routes, the load table and the traffic when someone looks.
-docs/console.md describes the values. All times are Unix seconds.
+:class:`Fleet` reads the operator's view, the routes, the load table and the traffic when someone
+looks. All times are Unix seconds.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Fleet:
     def models(self) -> list[ModelSummary]:
         """All Models, sorted by name."""
         views = sorted(self._operator.models(), key=lambda view: view.name)
-        return [ModelSummary(**self._summary(view)) for view in views]
+        return [self._summary(view) for view in views]
 
     def model(self, name: str) -> ModelView | None:
         """The operator's view of one Model, if it exists."""
@@ -144,34 +144,34 @@ class Fleet:
         rows = self._publisher.endpoint_rows(view.name)
         shares = _ring_shares(self._table, route)
         return ModelDetails(
-            **self._summary(view),
+            **msgspec.structs.asdict(self._summary(view)),
             conditions=[_condition(c) for c in view.model.status.conditions],
             pods=[self._replica(view, pod, rows.get(pod.name), shares) for pod in view.pods],
             timeline=self._operator.timeline(view.name),
             yaml=yaml,
         )
 
-    def _summary(self, view: ModelView) -> dict[str, object]:
+    def _summary(self, view: ModelView) -> ModelSummary:
         name, spec = view.name, view.model.spec
         row = self._publisher.row(name)
         word, reason, message = state_of(view.model)
-        return {
-            "name": name,
-            "state": word,
-            "reason": reason,
-            "message": message,
-            "engine": spec.engine,
-            "url": spec.url,
-            "features": spec.features,
-            "owner": spec.owner,
-            "strategy": spec.load_balancing.strategy,
-            "adapters": tuple(adapter.name for adapter in spec.adapters),
-            "replicas": Replicas(view.ready, view.desired, spec.min_replicas, spec.max_replicas),
-            "in_flight": 0 if row is None else self._table.in_flight(row),
-            "held": 0 if row is None else self._table.held(row),
-            "rates": self._traffic.rates(name),
-            "ttft_s": self._traffic.times_to_first_token(name),
-        }
+        return ModelSummary(
+            name=name,
+            state=word,
+            reason=reason,
+            message=message,
+            engine=spec.engine,
+            url=spec.url,
+            features=spec.features,
+            owner=spec.owner,
+            strategy=spec.load_balancing.strategy,
+            adapters=tuple(adapter.name for adapter in spec.adapters),
+            replicas=Replicas(view.ready, view.desired, spec.min_replicas, spec.max_replicas),
+            in_flight=0 if row is None else self._table.in_flight(row),
+            held=0 if row is None else self._table.held(row),
+            rates=self._traffic.rates(name),
+            ttft_s=self._traffic.times_to_first_token(name),
+        )
 
     def _replica(
         self, view: ModelView, pod: PodView, row: int | None, shares: dict[str, float]

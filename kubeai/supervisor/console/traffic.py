@@ -1,8 +1,8 @@
 """What the console shows of requests: the last ones, and rates and percentiles by Model.
 
-:class:`Traffic` reads the workers' journals when someone looks, and keeps bounded sums. Rates are over
-the last ``RATES_WINDOW_S`` seconds, or less if older requests are no longer in the journals: each rate
-says its window. Times to the first token are those of streamed responses.
+:class:`Traffic` reads the workers' journals when someone looks, and keeps bounded sums. Rates are
+over the last ``RATES_WINDOW_S`` seconds, or less if older requests are no longer in the journals:
+each rate says its window. Times to the first token are those of streamed responses.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class _Model:
 
 
 class Traffic:
-    """See the module. ``clock``: CLOCK_MONOTONIC, the journals' clock; ``unix_clock``: Unix time."""
+    """See the module. ``clock``: CLOCK_MONOTONIC, as in the journals; ``unix_clock``: Unix time."""
 
     def __init__(
         self,

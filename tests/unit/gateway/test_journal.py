@@ -1,4 +1,4 @@
-"""Each inference request is in the journal when it has ended, with the tokens that were reported."""
+"""Each inference request is in the journal when it has ended, with the reported tokens."""
 
 import json
 

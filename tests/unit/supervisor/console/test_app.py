@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-import os
 import stat
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -73,14 +73,18 @@ async def test_nothing_else_is_served(world, path):
         assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_only_this_user_can_reach_the_socket(world):
-    assert stat.S_IMODE(os.stat(world.console.path).st_mode) == 0o600
-    assert stat.S_IMODE(os.stat(os.path.dirname(world.console.path)).st_mode) == 0o700
+def test_only_this_user_can_reach_the_socket():
+    world = World()
+    path = Path(world.console.path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    asyncio.run(world.console.close())
 
 
 async def test_the_socket_goes_away(world):
+    directory = Path(world.console.path).parent
     await world.console.close()
-    assert not os.path.exists(os.path.dirname(world.console.path))
+    assert not directory.exists()
 
 
 # -- values ----------------------------------------------------------------------------------------
