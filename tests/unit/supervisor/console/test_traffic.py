@@ -49,7 +49,11 @@ async def test_why_a_replica_was_picked(world, pick, word, why):
 async def test_what_the_engine_does_not_report_is_estimated_or_unknown(world):
     world.request(prompt_tokens=None, cached_tokens=None, output_tokens=None, streamed=False)
     (request,) = newest(world)
-    assert (request.prompt_tokens, request.cached_tokens, request.output_tokens) == (100, None, None)
+    assert (request.prompt_tokens, request.cached_tokens, request.output_tokens) == (
+        100,
+        None,
+        None,
+    )
     assert request.ttft_s is None
     assert world.traffic.times_to_first_token("m").count == 0
     assert world.traffic.cached_share("m", "pod-a") is None
