@@ -17,14 +17,37 @@ from kubeai.openai._json cimport skip_number, skip_space, skip_string, skip_valu
 cdef extern from "<string.h>" nogil:
     const void *memrchr(const void *text, int c, size_t size)
 
+cdef extern from *:
+    """
+    /* What a key consists of that is looked for; what matters after a value. */
+    enum { KB_WORD = 1, KB_MARK = 2 };
+    static const unsigned char kb_classes[256] = {
+        ['a' ... 'z'] = KB_WORD, ['_'] = KB_WORD,
+        ['"'] = KB_MARK, ['{'] = KB_MARK, ['}'] = KB_MARK, ['['] = KB_MARK, [']'] = KB_MARK,
+    };
+    static inline int kb_class(const char *at) { return kb_classes[(unsigned char) *at]; }
+    """
+    int class_of "kb_class"(const char *at) nogil
+    enum: WORD "KB_WORD"
+    enum: MARK "KB_MARK"
+
 cdef enum:
     TAIL_MAX_BYTES = 2048
     TOKENS_MAX = 1 << 30
     OPEN_MAX = 2
+    DETAILS_BYTES = 24  # of the key that has the details
+    QUICK_BYTES = 32  # more than the longest member that ``_quick`` knows, with a number
 
 
-cdef inline bint _is(const char *key, Py_ssize_t size, const char *name, Py_ssize_t length) noexcept nogil:
-    return size == length and memcmp(key, name, length) == 0
+cdef struct Reported:
+    Usage usage
+    uint32_t read  # Anthropic's: tokens that were read from the cache …
+    uint32_t written  # … and written to it; ``input_tokens`` has neither
+    uint32_t other  # not used
+
+
+cdef inline const char *_to_text(const char *at) noexcept nogil:
+    return at if <unsigned char> at[0] > 32 else skip_space(at)
 
 
 cdef const char *_key(const char *begin, const char *end) noexcept nogil:
@@ -37,83 +60,143 @@ cdef const char *_key(const char *begin, const char *end) noexcept nogil:
         if last is NULL:
             return NULL
         if last - begin >= 4 and end - last >= 4 and memcmp(last - 4, b'"usage"', 7) == 0:
-            at = skip_space(last + 3)
+            at = _to_text(last + 3)
             if at < end and at[0] == c":":
-                return skip_space(at + 1)
+                return _to_text(at + 1)
     return NULL
 
 
-cdef const char *_number(const char *at, uint32_t *tokens) noexcept nogil:
-    """Read a number of tokens; anything else is left unknown. NULL: not a number."""
-    cdef const char *after = skip_number(at)
+cdef inline const char *_number(const char *at, uint32_t *tokens) noexcept nogil:
+    """Read a number of tokens; any other number is left unknown. NULL: malformed."""
+    cdef const char *begin = at
     cdef uint64_t value = 0
-    if after is NULL:
-        return NULL
-    while at < after and c"0" <= at[0] <= c"9" and value < TOKENS_MAX:
+    while c"0" <= at[0] <= c"9" and value < TOKENS_MAX:
         value = 10 * value + <uint64_t> (at[0] - c"0")
         at += 1
-    if at == after and value < TOKENS_MAX:
+    if value < TOKENS_MAX and (
+        at[0] == c"," or at[0] == c"}" or <unsigned char> at[0] <= 32
+    ):
         tokens[0] = <uint32_t> value
-    return after
+        return at
+    return skip_number(begin)
 
 
-cdef struct Reported:
-    Usage usage
-    uint32_t read  # Anthropic's: tokens that were read from the cache …
-    uint32_t written  # … and written to it; ``input_tokens`` has neither
+cdef inline bint _is(const char *key, const char *name, size_t size) noexcept nogil:
+    return memcmp(key, name, size) == 0
 
 
-cdef const char *_members(const char *at, const char *end, Reported *found, int depth) noexcept nogil:
-    """Read an object's members, starting at its brace; returns the place after it, or NULL."""
-    cdef const char *key
+cdef inline uint32_t *_place(const char *key, Py_ssize_t size, Reported *found) noexcept nogil:
+    """Where the value of a member of ``usage`` belongs; NULL: nowhere."""
+    if size == 13:
+        if _is(key, b"prompt_tokens", 13):
+            return &found.usage.prompt_tokens
+        if _is(key, b"output_tokens", 13):
+            return &found.usage.output_tokens
+    elif size == 17:
+        if _is(key, b"completion_tokens", 17):
+            return &found.usage.output_tokens
+    elif size == 12:
+        if _is(key, b"input_tokens", 12):
+            return &found.usage.prompt_tokens
+    elif size == 23:
+        if _is(key, b"cache_read_input_tokens", 23):
+            return &found.read
+    elif size == 27:
+        if _is(key, b"cache_creation_input_tokens", 27):
+            return &found.written
+    return NULL
+
+
+cdef inline bint _has_details(const char *key, Py_ssize_t size) noexcept nogil:
+    return (size == 21 and _is(key, b"prompt_tokens_details", 21)) or (
+        size == 20 and _is(key, b"input_tokens_details", 20)
+    )
+
+
+cdef inline uint32_t *_quick(
+    const char *at, bint details, Reported *found, Py_ssize_t *size
+) noexcept nogil:
+    """Like ``_place``, for the members of nearly every response, compared as a whole.
+
+    At least ``QUICK_BYTES`` follow. ``size``: of the key with its quotes and colon; without a place
+    it is ``DETAILS_BYTES`` if the value is an object with details.
+    """
+    size[0] = 16
+    if details:
+        return &found.usage.cached_tokens if _is(at, b'"cached_tokens":', 16) else NULL
+    if _is(at, b'"prompt_tokens":', 16):
+        return &found.usage.prompt_tokens
+    if _is(at, b'"output_tokens":', 16):
+        return &found.usage.output_tokens
+    size[0] = 15
+    if _is(at, b'"total_tokens":', 15):
+        return &found.other
+    if _is(at, b'"input_tokens":', 15):
+        return &found.usage.prompt_tokens
+    size[0] = 20
+    if _is(at, b'"completion_tokens":', 20):
+        return &found.usage.output_tokens
+    size[0] = DETAILS_BYTES if _is(at, b'"prompt_tokens_details":', 24) else 0
+    return NULL
+
+
+cdef inline const char *_any(
+    const char *at, const char *end, bint details, Reported *found
+) noexcept nogil:
+    """Read any member, from its quote on; returns the place after its value, or NULL."""
+    cdef const char *key = at + 1
     cdef Py_ssize_t size
-    cdef bint escaped = False
-    at = skip_space(at + 1)
+    cdef uint32_t *tokens = NULL
+    cdef bint escaped
+    at = skip_string(key, end, &escaped)
+    if at is NULL:
+        return NULL
+    size = at - 1 - key
+    at = _to_text(at)
+    if at[0] != c":":
+        return NULL
+    at = _to_text(at + 1)
+    if not details:
+        tokens = _place(key, size, found)
+    elif size == 13 and _is(key, b"cached_tokens", 13):
+        tokens = &found.usage.cached_tokens
+    if tokens is not NULL and c"0" <= at[0] <= c"9":
+        return _number(at, tokens)
+    if at[0] == c"{" and not details and _has_details(key, size):
+        return _members(at, end, found, True)
+    return skip_value(at, end)
+
+
+cdef const char *_members(
+    const char *at, const char *end, Reported *found, bint details
+) noexcept nogil:
+    """Read the members of ``usage``, or of its details, from the brace on.
+
+    Returns the place after the object, or NULL if it is malformed or not complete.
+    """
+    cdef Py_ssize_t size
+    cdef uint32_t *tokens
+    at = _to_text(at + 1)
     if at[0] == c"}":
         return at + 1
     while at < end and at[0] == c'"':
-        key = at + 1
-        at = skip_string(key, end, &escaped)
+        size = 0
+        tokens = _quick(at, details, found, &size) if end - at >= QUICK_BYTES else NULL
+        if tokens is not NULL and c"0" <= at[size] <= c"9":
+            at = _number(at + size, tokens)
+        elif size == DETAILS_BYTES and at[size] == c"{":
+            at = _members(at + size, end, found, True)
+        else:
+            at = _any(at, end, details, found)
         if at is NULL:
             return NULL
-        size = at - 1 - key
-        at = skip_space(at)
-        if at[0] != c":":
-            return NULL
-        at = _member(key, size, skip_space(at + 1), end, found, depth)
-        if at is NULL:
-            return NULL
-        at = skip_space(at)
+        at = _to_text(at)
         if at[0] == c"}":
             return at + 1
         if at[0] != c",":
             return NULL
-        at = skip_space(at + 1)
+        at = _to_text(at + 1)
     return NULL
-
-
-cdef const char *_member(
-    const char *key, Py_ssize_t size, const char *at, const char *end, Reported *found, int depth
-) noexcept nogil:
-    cdef uint32_t *tokens = NULL
-    if depth == 1:
-        if _is(key, size, b"cached_tokens", 13):
-            tokens = &found.usage.cached_tokens
-    elif _is(key, size, b"prompt_tokens", 13) or _is(key, size, b"input_tokens", 12):
-        tokens = &found.usage.prompt_tokens
-    elif _is(key, size, b"completion_tokens", 17) or _is(key, size, b"output_tokens", 13):
-        tokens = &found.usage.output_tokens
-    elif _is(key, size, b"cache_read_input_tokens", 23):
-        tokens = &found.read
-    elif _is(key, size, b"cache_creation_input_tokens", 27):
-        tokens = &found.written
-    elif at[0] == c"{" and (
-        _is(key, size, b"prompt_tokens_details", 21) or _is(key, size, b"input_tokens_details", 20)
-    ):
-        return _members(at, end, found, 1)
-    if tokens is not NULL and c"0" <= at[0] <= c"9":
-        return _number(at, tokens)
-    return skip_value(at, end)
 
 
 cdef bint _is_outer(const char *at, const char *end) noexcept nogil:
@@ -121,20 +204,26 @@ cdef bint _is_outer(const char *at, const char *end) noexcept nogil:
     cdef int depth = 0, closed = 0
     cdef bint escaped = False
     while at < end:
-        if at[0] == c'"':
-            at = skip_string(at + 1, end, &escaped)
-            if at is NULL:
-                return False
+        if class_of(at) != MARK:
+            at += 1
             continue
-        if at[0] == c"{" or at[0] == c"[":
+        if at[0] == c'"':
+            at += 1
+            while class_of(at) == WORD:
+                at += 1
+            if at[0] != c'"':
+                at = skip_string(at, end, &escaped)
+                if at is NULL:
+                    return False
+                continue
+        elif at[0] == c"{" or at[0] == c"[":
             depth += 1
-        elif at[0] == c"}" or at[0] == c"]":
-            if depth:
-                depth -= 1
-            elif at[0] == c"]":
-                return False
-            else:
-                closed += 1
+        elif depth:
+            depth -= 1
+        elif at[0] == c"]":
+            return False
+        else:
+            closed += 1
         at += 1
     return 1 <= closed <= OPEN_MAX
 
@@ -159,7 +248,7 @@ cdef bint find_usage(const char *begin, Py_ssize_t size, Usage *usage) noexcept 
         return False
     forget_usage(&found.usage)
     found.read = found.written = <uint32_t> UNKNOWN_TOKENS
-    at = _members(at, end, &found, 0)
+    at = _members(at, end, &found, False)
     if at is NULL or at > end or not _is_outer(at, end):
         return False
     usage[0] = found.usage
