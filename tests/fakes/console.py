@@ -107,6 +107,8 @@ class FakeKube:
 
 
 class World:
+    client: aiohttp.ClientSession  # of a console that runs
+
     def __init__(self, **options):
         self.kube = FakeKube()
         self.operator = FakeOperator()
