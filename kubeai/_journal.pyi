@@ -1,4 +1,4 @@
-"""The journal: the last requests of each worker, in memory shared by the processes of one replica."""
+"""The journal: the last requests of each worker, in memory that all processes share."""
 
 from typing import Literal, NamedTuple, final
 
@@ -40,7 +40,7 @@ class Journal(SharedMemory):
 
     @staticmethod
     def create(workers: int, entries: int = 4096) -> Journal:
-        """Create an empty journal of 128 bytes per entry. ``workers`` ≤ 64, ``entries`` ≤ 2^20."""
+        """Create an empty journal, 128 bytes per entry; ``workers`` ≤ 64, ``entries`` ≤ 2^20."""
     @staticmethod
     def attach(fd: int, column: int) -> Journal:
         """Map an existing journal, to write a column; ValueError if its header does not match.

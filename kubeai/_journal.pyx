@@ -1,12 +1,12 @@
 """The journal: the last requests of each worker, in memory shared by the processes of one replica.
 
-It is one memfd of a fixed size, which all processes map. Each worker has a column, of which it is the
-only writer: a ring of entries, two cache lines each. A request is entered when it has ended. The
-supervisor reads the entries when someone looks at its console; otherwise nobody does.
+It is one memfd of a fixed size, which all processes map. Each worker has a column, of which it is
+the only writer: a ring of entries, two cache lines each. A request is entered when it has ended.
+The supervisor reads the entries when someone looks at its console; otherwise nobody does.
 
-An entry has a number, from 1. Its writer sets the number to 0, writes the entry, then sets the number.
-A reader that finds the expected number before and after its copy has a whole entry. A worker that is
-killed while it writes leaves a 0, which the next process of that column overwrites.
+An entry has a number, from 1. Its writer sets the number to 0, writes the entry, then sets the
+number. A reader that finds the expected number before and after its copy has a whole entry. A
+worker that is killed while it writes leaves a 0, which the next process of that column overwrites.
 
 An entry says which model and endpoint by their rows in the load table and the rows' generations, so
 that a row that has been reused is not taken for its former owner. The contents of a request or a
@@ -14,8 +14,8 @@ response are never in it.
 """
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import os
@@ -45,7 +45,8 @@ PICKS = (None, "cached", "away", "new", "least")
 Entry = namedtuple(
     "Entry",
     "began_s waited_s first_s duration_s model_row model_generation row generation status end pick "
-    "retries streamed estimated_tokens expected_tokens prompt_tokens cached_tokens output_tokens id",
+    "retries streamed estimated_tokens expected_tokens prompt_tokens cached_tokens output_tokens "
+    "id",
 )
 
 
@@ -62,7 +63,7 @@ cdef uint32_t _stored(object tokens) except *:
 
 
 cdef object _entry(const Slot *slot):
-    """A copy of a slot as a Python value. Numbers out of range cannot come from a writer of ours."""
+    """A copy of a slot as a Python value."""
     cdef Py_ssize_t size = min(<int> slot.id_size, <int> ID_MAX_BYTES)
     return Entry(
         slot.began_s,

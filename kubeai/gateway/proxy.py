@@ -116,7 +116,7 @@ class Proxy(FastPath):
                 self.peer,
                 self.host,
                 [value.decode("latin-1") for value in self.headers(b"origin")],
-                forwarded=self.is_forwarded,
+                forwarded=self.is_forwarded or any(map(self.headers, (b"forwarded", b"via"))),
                 hosts=self.context.config.ui.hosts,
             )
         except BadRequest as error:

@@ -1,12 +1,12 @@
 """The tokens that an engine reports at the end of a response: the last member ``usage``.
 
 Responses are not parsed. :func:`find_usage` is given the last bytes of a body that the relay has in
-hand and searches them backwards for ``"usage"``: OpenAI's chat, completions, embeddings and responses,
-and Anthropic's messages, streamed or not. What is not found there is unknown.
+hand and searches them backwards for ``"usage"``: in OpenAI's chat, completions, embeddings and
+responses, and in Anthropic's messages, streamed or not. What is not found there is unknown.
 
-Contents cannot pass for it. In a JSON string, quotes are escaped, so ``"usage"`` with a colon is a key.
-A key inside of a tool's input or of another value is not taken: after its object, one object must end
-before the end of the body, or two (the event in a stream of responses), and no list.
+Contents cannot pass for it. In a JSON string, quotes are escaped, so ``"usage"`` with a colon is a
+key. A key inside of a tool's input or of another value is not taken: after its object, one object
+must end before the end of the body, or two (the event in a stream of responses), and no list.
 """
 
 from libc.stdint cimport uint32_t, uint64_t

@@ -135,3 +135,8 @@ async def test_a_cold_start_is_shown_and_models_are_changed(local):
                 return not (await response.json())["models"]
 
         await until("the Model is gone", gone)
+
+        async with client.get("/ui/api/events") as response:
+            await Events(response).next()
+            assert await local.stop() == 0
+            assert not any("drain timed out" in line for line in local.log), "it waits for nobody"

@@ -123,6 +123,8 @@ async def test_other_paths_are_not_relayed(start, supervisor, path):
         (("Origin: null",), "localhost", 403, "foreign_origin"),
         (("Origin: http://localhost:1",), "localhost:2", 403, "foreign_origin"),
         (("X-Forwarded-For: 192.0.2.1",), "localhost", 403, "not_loopback"),
+        (("Forwarded: for=192.0.2.1",), "localhost", 403, "not_loopback"),
+        (("Via: 1.1 proxy",), "localhost", 403, "not_loopback"),
     ],
 )
 async def test_other_sites_and_proxies_are_refused(start, supervisor, headers, host, status, code):
