@@ -124,7 +124,7 @@ class Supervisor:
         self._console: Console | None = None
         if config.gateway.ui.enabled:
             self._journal = Journal.create(workers)
-            self._traffic = Traffic(self._journal)
+            self._traffic = Traffic(self._journal, self.table)
             self._console = Console(
                 kube,
                 namespace,

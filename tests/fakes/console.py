@@ -117,7 +117,9 @@ class World:
         self.journal = Journal.create(1, 64)
         self.writer = Journal.attach(self.journal.fd, 0)
         self.now_s = 1000.0
-        self.traffic = Traffic(self.journal, lambda: self.now_s, lambda: self.now_s + 1e9)
+        self.traffic = Traffic(
+            self.journal, self.table, lambda: self.now_s, lambda: self.now_s + 1e9
+        )
         self.workers = [Worker(0, True, 0)]
         self.console = Console(
             self.kube,

@@ -5,6 +5,7 @@ follows logs. Errors are :class:`BadRequest`, with the API's message. Called by 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from kubeai.supervisor.console.state import Can
 MANAGER = "kubeai-console"
 DOCUMENTS_MAX = 100
 CAN_CACHED_S = 60.0
+CAN_TIMEOUT_S = 2.0
 # What the API server writes in metadata. Without these, the manifest can be applied again.
 _SERVER_FIELDS = (
     "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation",
@@ -62,13 +64,15 @@ class Actions:
         """The changes that are allowed, as of the last minute."""
         if not self._local and time.monotonic() >= self._can_until_s:
             self._can_until_s = time.monotonic() + CAN_CACHED_S
-            scale, patch, create, delete = await asyncio.gather(
-                self._allows("patch", "scale"),
-                self._allows("patch"),
-                self._allows("create"),
-                self._allows("delete"),
-            )
-            self._can = Can(scale, patch and create, delete)
+            with contextlib.suppress(ApiError, TimeoutError):  # what was known stays
+                async with asyncio.timeout(CAN_TIMEOUT_S):
+                    scale, patch, create, delete = await asyncio.gather(
+                        self._allows("patch", "scale"),
+                        self._allows("patch"),
+                        self._allows("create"),
+                        self._allows("delete"),
+                    )
+                self._can = Can(scale, patch and create, delete)
         return self._can
 
     async def _allows(self, verb: str, subresource: str = "") -> bool:
@@ -80,10 +84,7 @@ class Actions:
             "subresource": subresource,
         }
         review = {"metadata": {}, "spec": {"resourceAttributes": attributes}}
-        try:
-            answer = await self._kube.create(ACCESS_REVIEWS, review)
-        except ApiError:
-            return False
+        answer = await self._kube.create(ACCESS_REVIEWS, review)
         return bool(answer.get("status", {}).get("allowed"))
 
     async def manifest(self, name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -86,14 +85,15 @@ class Console:
         self._actions = Actions(kube, namespace, local=local)
         self._hub = Hub(self.state, traffic)
         self._logs: set[asyncio.Task[object]] = set()
-        self._directory = ""
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._runner: web.AppRunner | None = None
         self._socket = self._listen()
 
     @property
     def path(self) -> str:
         """The path of the Unix socket."""
-        return os.path.join(self._directory, "console")
+        assert self._directory is not None, "the socket exists"
+        return os.path.join(self._directory.name, "console")
 
     # -- lifecycle -------------------------------------------------------------------------------
 
@@ -101,7 +101,10 @@ class Console:
         """A socket in a directory that only this user can enter."""
         sock = socket.socket(socket.AF_UNIX)
         try:
-            self._directory = tempfile.mkdtemp(prefix="kubeai-")
+            # Also removed at exit, if KubeAI does not start.
+            self._directory = tempfile.TemporaryDirectory(
+                prefix="kubeai-", ignore_cleanup_errors=True
+            )
             sock.bind(self.path)
             os.chmod(self.path, 0o600)
         except OSError as error:
@@ -115,8 +118,8 @@ class Console:
         return sock
 
     def _remove(self) -> None:
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory is not None:
+            self._directory.cleanup()
 
     async def start(self) -> None:
         """Accept connections."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from kubeai._journal import Entry, Journal
+from kubeai._load import LoadTable
 from kubeai.routing.routes import Route
 
 RATES_WINDOW_S = 60
@@ -73,7 +74,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class Names:
     """Which Model or endpoint a row of the load table belongs to or belonged to, by generation."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: LoadTable) -> None:
+        self._table = table
         self._names: dict[tuple[int, int], str] = {}
 
     def note(self, route: Route) -> None:
@@ -81,12 +83,18 @@ class Names:
         self._names[route.row, route.generation] = route.model
         for endpoint in route.endpoints:
             self._names[endpoint.row, endpoint.generation] = endpoint.name
-        while len(self._names) > NAMES_MAX:
-            del self._names[next(iter(self._names))]
+        if len(self._names) > NAMES_MAX:
+            self._forget()
 
     def find(self, row: int, generation: int) -> str | None:
         """The name; None if it is unknown or long ago."""
         return self._names.get((row, generation))
+
+    def _forget(self) -> None:
+        """Drop the older half of those whose rows have been reused."""
+        past = [key for key in self._names if self._table.generation(key[0]) != key[1]]
+        for key in past[: len(past) // 2 + 1]:
+            del self._names[key]
 
 
 class _Second(msgspec.Struct):
@@ -155,10 +163,11 @@ class Traffic:
     def __init__(
         self,
         journal: Journal,
+        table: LoadTable,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.names = Names()
+        self.names = Names(table)
         self.count = 0  # requests read so far
         self._journal = journal
         self._clock = clock

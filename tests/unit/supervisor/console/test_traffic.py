@@ -3,6 +3,8 @@
 import pytest
 from fakes.console import World
 
+from kubeai.supervisor.console import traffic
+
 
 @pytest.fixture
 async def world():
@@ -135,3 +137,14 @@ async def test_the_share_of_cached_tokens_counts_responses_that_leave_out_a_zero
     world.traffic.read()
     assert world.traffic.cached_share("m", "pod-a") == 0.4
     assert world.traffic.cached_share("m", "pod-b") is None
+
+
+async def test_names_of_current_rows_outlast_all_others(world, monkeypatch):
+    monkeypatch.setattr(traffic, "NAMES_MAX", 10)
+    world.request("m", "pod-a")
+    for number in range(20):
+        world.model("other", f"pod-{number}")
+        world.publisher.reclaim([])
+    (request,) = newest(world)
+    assert (request.model, request.endpoint) == ("m", "pod-a")
+    assert len(world.traffic.names._names) <= 10
