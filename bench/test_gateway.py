@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
@@ -28,6 +29,12 @@ HEAD = (
 )
 CHUNK = b"24\r\ndata: " + b"x" * 28 + b"\n\n\r\n"
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 300\r\n\r\n"
+USAGE = (
+    b',"usage":{"prompt_tokens":179,"total_tokens":195,"completion_tokens":16,'
+    b'"prompt_tokens_details":{"cached_tokens":160}},"prompt_logprobs":null}'
+)
+ANSWER = b'{"choices":[{"message":{"content":"' + b"x" * 300
+ANSWER = ANSWER[: 300 - len(USAGE) - 4] + b'"}}]' + USAGE
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -59,6 +66,8 @@ def ends(request):
     publisher = Publisher(supervisors, index)
     config = GatewayConfig()
     context = Context(config, lambda model: None)
+    journal = Journal.create(1)
+    context.journal = Journal.attach(journal.fd, 0)
     server = Server(context, LoadTable.attach(supervisors.fd, 0), PrefixIndex.attach(index.fd, 0))
     table = server.routes
     endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
@@ -89,7 +98,7 @@ def chat(prompt_bytes: int) -> bytes:
 @pytest.mark.parametrize("prompt_bytes", [560, 400_000])
 def test_a_request_and_its_answer(benchmark, ends, prompt_bytes):
     to_gateway, from_engine = ends
-    request, answer = chat(prompt_bytes), WHOLE + b"x" * 300
+    request, answer = chat(prompt_bytes), WHOLE + ANSWER
 
     def thousand():
         for _ in TIMES:

@@ -37,6 +37,7 @@ cdef class Reservation:
     cdef double ahead_tokens  # what its first byte waits for; 0: nothing is learned from it
     cdef readonly int iterations
     cdef readonly bint is_probe  # a probe of an ejected endpoint
+    cdef readonly int reason  # why it was picked: PICKED_CACHED to PICKED_NEW; 0: by least load
     cdef readonly bint failing  # the endpoint has failed since its last complete response
     cdef readonly uint32_t cached  # tokens of the prompt that the endpoint was believed to have
     cdef readonly uint32_t first_cached  # tokens that ``first`` was believed to have
@@ -51,6 +52,7 @@ cdef class Reservation:
     cdef void _subtract(self, uint64_t load) noexcept
     cdef void _computed(self) noexcept
     cdef void _prefilled(self, double now_s) noexcept
+    cdef void _count_reported(self, uint64_t prompt, uint64_t cached, uint64_t output) noexcept
     cdef void _release(self) noexcept
 
 

@@ -14,6 +14,7 @@ class Reservation:
     name: str  # the endpoint's (pod's) name
     target: object  # as passed to Ring.set
     is_probe: bool  # the endpoint is ejected: a good response restores it
+    reason: int  # why it was picked, as counted; 0: by least load
     failing: bool  # the endpoint has failed since its last complete response
     iterations: int  # distinct endpoints examined (0 for LeastLoad)
     first: str  # name of the first endpoint on the ring that can serve; == name if not moved

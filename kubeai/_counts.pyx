@@ -7,6 +7,10 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from kubeai._load cimport (
     OUTCOMES,
     PENDING_MAX,
+    PICKS,
+    REPORTED_CACHED_TOKENS,
+    REPORTED_OUTPUT_TOKENS,
+    REPORTED_PROMPT_TOKENS,
     LoadTable,
     add_load,
     count,
@@ -155,6 +159,18 @@ cdef class Reservation:
                 self.row, self.model_row, max(0.0, now_s - self.picked_s), self.ahead_tokens
             )
             self.ahead_tokens = 0
+
+    cdef void _count_reported(self, uint64_t prompt, uint64_t cached, uint64_t output) noexcept:
+        """Count the tokens that the engine has reported, for the model."""
+        cdef LoadTable table = self.table
+        if table.header == NULL or not table.lives(self.model_row, self.model_generation):
+            return
+        cdef uint64_t *cells = &table.pick_cells[
+            PICKS * (<size_t> table._column * table.rows + self.model_row)
+        ]
+        count(&cells[REPORTED_PROMPT_TOKENS], prompt)
+        count(&cells[REPORTED_CACHED_TOKENS], cached)
+        count(&cells[REPORTED_OUTPUT_TOKENS], output)
 
     def prefilled(self, double now_s):
         """See the stub."""

@@ -171,12 +171,15 @@ cdef struct Speed:  # of an endpoint, or of a model's endpoints together; any wo
     uint64_t samples  # of the model, as of the last one here
 
 
-cdef enum:  # what a worker counts of a model's picks by prefix; same order as PICK_NAMES
+cdef enum:  # what a worker counts of a model's tokens and picks; same order as PICK_NAMES
     PROMPT_TOKENS  # of all prompts
     CACHED_TOKENS  # those that the picked endpoints were believed to have
     PICKED_CACHED  # no endpoint was believed to have more of the prompt
     PICKED_AWAY  # another had more, but there the request would have cost more
     PICKED_NEW  # none had any of it
+    REPORTED_PROMPT_TOKENS  # by engines, of responses with any strategy
+    REPORTED_CACHED_TOKENS
+    REPORTED_OUTPUT_TOKENS
     PICKS = 8  # a cache line
 
 

@@ -33,7 +33,7 @@ from kubeai._shared_memory cimport SharedMemory, lines, read_header
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 6
+    LAYOUT_VERSION = 7
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 

@@ -40,6 +40,7 @@ cdef class VirtualNodes:
     cdef int bucket_shift
     cdef int add(self, list slots, list name_hashes, int64_t replication) except -1
     cdef int index(self) except -1
+    cdef list shares(self)
     cdef inline size_t first_at(self, uint64_t key) noexcept:
         """The first node at or after the key's position, wrapping around."""
         cdef Node place = mix(key) >> SLOT_BITS << SLOT_BITS

@@ -109,6 +109,20 @@ cdef class VirtualNodes:
         self.n = total
         return 0
 
+    cdef list shares(self):
+        """By slot, the share of the ring's positions whose next node is of that slot."""
+        cdef list shares = [0.0] * len(self.names)
+        cdef size_t at
+        cdef uint64_t before = self.nodes[self.n - 1] if self.n else 0
+        cdef double whole = 2.0**64
+        for at in range(self.n):
+            # Unsigned: the first node's distance from the last one wraps around.
+            shares[slot_of(self.nodes[at])] += (self.nodes[at] - before) / whole
+            before = self.nodes[at]
+        if self.n == 1:
+            shares[slot_of(self.nodes[0])] = 1.0
+        return shares
+
     cdef int index(self) except -1:
         """Record where each range of positions begins in the array."""
         cdef int shift = 63

@@ -235,16 +235,17 @@ cdef class Picker:
         cdef uint64_t *cells = &table.pick_cells[
             PICKS * (<size_t> table._column * table.rows + self.ring.row)
         ]
+        if known_n == 0:
+            reservation.reason = PICKED_NEW
+        elif reservation.first_cached > reservation.cached:
+            reservation.reason = PICKED_AWAY
+        else:
+            reservation.reason = PICKED_CACHED
         if not table.lives(self.ring.row, self.ring.generation):
             return
         count(&cells[PROMPT_TOKENS], prompt.tokens)
         count(&cells[CACHED_TOKENS], reservation.cached)
-        if known_n == 0:
-            count(&cells[PICKED_NEW], 1)
-        elif reservation.first_cached > reservation.cached:
-            count(&cells[PICKED_AWAY], 1)
-        else:
-            count(&cells[PICKED_CACHED], 1)
+        count(&cells[reservation.reason], 1)
 
     def explain(self, Prompt prompt not None, str adapter=None, object exclude=()):
         """See the stub."""

@@ -32,7 +32,15 @@ from libc.string cimport memcpy
 
 import os
 
-from kubeai._shared_memory cimport SharedMemory, lines, read_header
+from kubeai._shared_memory cimport (
+    SharedMemory,
+    acquire,
+    lines,
+    read_fence,
+    read_header,
+    release,
+    write_fence,
+)
 from kubeai._load cimport get_u32, get_u64, put_u32, put_u64
 
 cdef extern from *:
@@ -40,19 +48,9 @@ cdef extern from *:
     #define kb_prefetch(address) __builtin_prefetch(address)
     /* Of the cells of one endpoint several workers add tokens. */
     #define kb_add(cell, value) __atomic_fetch_add((cell), (value), __ATOMIC_RELAXED)
-    /* An entry of a log is written before the count that announces it, and after the count that
-       announces the entry before it: from that a reader sees that the place is being reused. */
-    #define kb_acquire(cell) __atomic_load_n((cell), __ATOMIC_ACQUIRE)
-    #define kb_release(cell, value) __atomic_store_n((cell), (value), __ATOMIC_RELEASE)
-    #define kb_read_fence() __atomic_thread_fence(__ATOMIC_ACQUIRE)
-    #define kb_write_fence() __atomic_thread_fence(__ATOMIC_RELEASE)
     """
     void prefetch "kb_prefetch"(const void *address) nogil
     uint64_t fetch_add "kb_add"(uint64_t *cell, uint64_t value) nogil
-    uint64_t acquire "kb_acquire"(const uint64_t *cell) nogil
-    void release "kb_release"(uint64_t *cell, uint64_t value) nogil
-    void read_fence "kb_read_fence"() nogil
-    void write_fence "kb_write_fence"() nogil
 
 cdef enum:
     LAYOUT_VERSION = 2

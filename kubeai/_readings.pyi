@@ -10,9 +10,10 @@ class Readings:
 PICK_NAMES: tuple[str, ...]
 
 def picks(table: LoadTable, row: int) -> dict[str, int]:
-    """What has been counted of a model's picks by PrefixHash and PrefixCache, by ``PICK_NAMES``.
+    """What has been counted of a model's tokens and picks, by ``PICK_NAMES``.
 
-    Tokens of all prompts, and of those the ones that the picked endpoints were believed to have
+    Of picks by PrefixHash and PrefixCache: tokens of all prompts, and of those the ones that the picked endpoints were believed to have
     cached; picks of an endpoint that had the most of the prompt (cached), of another one because
-    that cost less (away), and for prompts of which none had anything (new).
+    that cost less (away), and for prompts of which none had anything (new). Of all responses: the tokens that
+    engines have reported (``reported_…``).
     """

@@ -8,10 +8,19 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from kubeai._load cimport PICKED_NEW, PICKS, LoadTable, get_u32, get_u64, in_flight_of
+from kubeai._load cimport PICKS, LoadTable, get_u32, get_u64, in_flight_of
 
 
-PICK_NAMES = ("prompt_tokens", "cached_tokens", "cached", "away", "new")
+PICK_NAMES = (
+    "prompt_tokens",
+    "cached_tokens",
+    "cached",
+    "away",
+    "new",
+    "reported_prompt_tokens",
+    "reported_cached_tokens",
+    "reported_output_tokens",
+)
 
 
 def picks(LoadTable table not None, Py_ssize_t row):
@@ -19,7 +28,7 @@ def picks(LoadTable table not None, Py_ssize_t row):
     table._check_row(row)
     cdef int which
     cdef dict counts = {}
-    for which in range(PICKED_NEW + 1):
+    for which in range(PICKS):
         counts[PICK_NAMES[which]] = table._counted(table.pick_cells, PICKS, row, which)
     return counts
 

@@ -192,6 +192,13 @@ cdef class Ring:
         """Whether any endpoint has the adapter (None: whether there are any endpoints)."""
         return self._members(adapter) is not None
 
+    def shares(self):
+        """See the stub."""
+        if self.new_slots or self.gone_slots:
+            self._merge()
+        cdef list shares = self.nodes.shares()
+        return {name: shares[(<_Endpoint> e).slot] for name, e in self.endpoints.items()}
+
     cdef Members _members(self, str adapter):
         if adapter is not None:
             return <Members> self.adapters.get(adapter)

@@ -8,7 +8,8 @@ python=${PYTHON:-$root/.venv/bin/python}
 case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/${python##*/} ;; esac
 [ $# -gt 0 ] || set -- tests/unit/test_load.py tests/unit/test_ring.py tests/unit/test_prefix.py \
     tests/unit/test_pick.py tests/unit/openai/test_prompt_scan.py \
-    tests/unit/test_core_hammer.py \
+    tests/unit/test_core_hammer.py tests/unit/test_journal.py tests/unit/openai/test_usage.py \
+    tests/unit/gateway/test_journal.py \
     tests/unit/gateway/test_prefix_cache.py tests/unit/openai/test_body_scan.py tests/unit/gateway/relay \
     tests/unit/gateway/test_hold_comments.py tests/unit/gateway/test_cors.py \
     tests/unit/gateway/test_proxy.py tests/unit/gateway/test_large_bodies.py \

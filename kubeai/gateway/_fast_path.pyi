@@ -5,6 +5,7 @@ from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
 from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
+from kubeai._journal import Journal
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -22,6 +23,7 @@ class FastPathContext:
     models: dict[str, routing.RoutedModel]
     body_max_bytes: int
     observers: Observers | None
+    journal: Journal | None  # None: requests are not recorded
     explains: bool
     logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]

@@ -8,20 +8,57 @@ a request is handled, models without a ready endpoint, and failures. Its decisio
 the subclass's.
 """
 
-from cpython.bytes cimport PyBytes_GET_SIZE
-from libc.stdint cimport int64_t
-from libc.string cimport memchr
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memchr, memcpy
 
-from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai._clock cimport now
 from kubeai._counts cimport Admission, Reservation, admit
-from kubeai._load cimport ANSWERED_2XX, BROKEN, LEFT
+from kubeai._journal cimport (
+    ID_MAX_BYTES,
+    NOT_PICKED,
+    PICK_AWAY,
+    PICK_CACHED,
+    PICK_LEAST,
+    PICK_NEW,
+    UNKNOWN_TOKENS,
+    Journal,
+    Slot,
+)
+from kubeai._load cimport (
+    ANSWERED_2XX,
+    BROKEN,
+    LEFT,
+    PICKED_AWAY,
+    PICKED_CACHED,
+    PICKED_NEW,
+)
+from kubeai._pick cimport Picker
+from kubeai._prompt cimport Prompt
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport Pool
 from kubeai.gateway.relay._http1 cimport Text, is_name
-from kubeai._pick cimport Picker
-from kubeai._prompt cimport Prompt
+from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
+from kubeai.openai._usage cimport Usage, find_usage, forget_usage
+
+cdef enum:
+    REQUEST_ID_AT = 14  # in the line "X-Request-Id: …\r\n"
+    RETRIES_MAX = 255  # that an entry of the journal can say
+
+
+cdef inline uint32_t known(uint32_t tokens) noexcept:
+    """A number of tokens; 0 if it is unknown."""
+    return 0 if tokens == <uint32_t> UNKNOWN_TOKENS else tokens
+
+
+cdef inline uint8_t pick_of(int reason) noexcept:
+    """A Reservation's reason in the journal."""
+    if reason == PICKED_CACHED:
+        return PICK_CACHED
+    if reason == PICKED_AWAY:
+        return PICK_AWAY
+    return PICK_NEW if reason == PICKED_NEW else PICK_LEAST
 
 
 cdef class FastPathContext:
@@ -32,6 +69,7 @@ cdef class FastPathContext:
     cdef public dict models  # name -> RoutedModel: the routing table's
     cdef public int64_t body_max_bytes  # the config's
     cdef public object observers  # None: requests are not observed
+    cdef public Journal journal  # None: requests are not recorded
     cdef public bint explains  # clients may ask why an endpoint was picked
     cdef public bint logs_prompts  # the access log contains the hashes of prompts
     cdef public dict json_routes  # request target -> JsonRoute
@@ -89,6 +127,10 @@ cdef class FastPath(EarlyStream):
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double waited_s  # for an endpoint so far
     cdef JsonRoute json_route
+    # For the journal.
+    cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
+    cdef double first_s  # when the first byte of the response's body came; 0: not yet
+    cdef Usage usage
 
     cdef int _begun(self) except -1:
         cdef JsonRoute json_route = None
@@ -104,6 +146,9 @@ cdef class FastPath(EarlyStream):
             self._kind = json_route.kind
             self._path = json_route.path
             self.collect(context.body_max_bytes)
+        if context.journal is not None:
+            self.began_s = now()
+            forget_usage(&self.usage)
         if context.observers is not None:
             self.observe(context.observers)
         return 0
@@ -165,12 +210,28 @@ cdef class FastPath(EarlyStream):
 
     cdef int _body_came(self) except -1:
         if self._reservation is not None and not self._reservation._released:
-            self._reservation._prefilled(now())
+            self.first_s = now()
+            self._reservation._prefilled(self.first_s)
+        return 0
+
+    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
+        cdef Usage usage
+        if self._reservation is None or self.status != 200:
+            return 0
+        if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
+            return 0
+        if self.upstream._has(b"content-encoding"):  # then it was found by chance
+            return 0
+        self.usage = usage
+        self._reservation._count_reported(
+            known(usage.prompt_tokens), known(usage.cached_tokens), known(usage.output_tokens)
+        )
         return 0
 
     cdef int _ended(self) except -1:
         cdef object task = self._task
         cdef Reservation reservation = self._reservation
+        cdef FastPathContext context
         if task is not None:
             self._task = None
             task.cancel()
@@ -182,8 +243,50 @@ cdef class FastPath(EarlyStream):
             self._admission._count(self._outcome())
             if self._admission._open:
                 self._admission._close()
+            context = <FastPathContext> self.downstream.relay.context
+            if self.began_s and context.journal is not None:
+                self._record(context.journal)
         if self._observed is not None:
             self.observed()
+        return 0
+
+    cdef int _record(self, Journal journal) except -1:
+        """Enter the request in the journal."""
+        cdef Reservation reservation = self._reservation
+        cdef bytes line = self.downstream.request_id
+        cdef Py_ssize_t id_size = PyBytes_GET_SIZE(line) - REQUEST_ID_AT - 2
+        cdef int retries = 0 if self._retries is None else min(self._retries.count, RETRIES_MAX)
+        cdef Slot *slot = journal.begin()
+        slot.began_s = self.began_s
+        slot.duration_s = <float> (now() - self.began_s)
+        slot.waited_s = <float> self.waited_s
+        slot.first_s = <float> (self.first_s - self.began_s if self.first_s else -1)
+        slot.model_row = self._admission.row
+        slot.model_generation = self._admission.generation
+        slot.row = -1
+        slot.generation = 0
+        slot.expected_tokens = 0
+        slot.pick = NOT_PICKED
+        if reservation is not None:
+            slot.row = reservation.row
+            slot.generation = reservation.generation
+            slot.expected_tokens = reservation.cached
+            slot.pick = pick_of(reservation.reason)
+        slot.status = <uint16_t> self.status
+        slot.end = 2 if self.broken else 1 if self.whole else 0
+        slot.retries = <uint8_t> retries
+        slot.estimated_tokens = 0
+        slot.streamed = False
+        if self._prompt is not None:
+            slot.estimated_tokens = self._prompt.tokens
+            slot.streamed = self._prompt.streams
+        slot.prompt_tokens = self.usage.prompt_tokens
+        slot.cached_tokens = self.usage.cached_tokens
+        slot.output_tokens = self.usage.output_tokens
+        id_size = max(0, min(id_size, ID_MAX_BYTES))
+        slot.id_size = <uint8_t> id_size
+        memcpy(slot.id, PyBytes_AS_STRING(line) + REQUEST_ID_AT, id_size)
+        journal.commit(slot)
         return 0
 
     cdef int _outcome(self) noexcept:

@@ -21,7 +21,7 @@ from kubeai.openai.routes import route_table
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
     from kubeai.gateway.access_log import Observers
-    from kubeai.gateway.endpoint_pool import LocalRoutesPool
+    from kubeai.gateway.endpoint_pool import ConsolePool, LocalRoutesPool
     from kubeai.routing.table import RoutedModel, RoutingTable
 
 # The request targets that the fast path serves.
@@ -37,6 +37,7 @@ class Context(FastPathContext):
 
     routes: RoutingTable
     local_routes: LocalRoutesPool  # serves what is not proxied
+    console: ConsolePool | None = None  # None: not served
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Context(FastPathContext):
         self.logs_prompts = config.access_log_prompts and observers is not None
         self.json_routes = JSON_ROUTES
         self.cors = CorsPolicy(config.cors_origins) if config.cors_origins else None
+        self.journal = None  # set by the worker
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

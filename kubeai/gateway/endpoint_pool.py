@@ -1,7 +1,8 @@
 """Connection pools: open a connection if none is idle. ``ConnectionPool`` keeps idle ones.
 
 An endpoint's :class:`EndpointPool` is the target of its Reservations. The worker's aiohttp
-application is another upstream (:class:`LocalRoutesPool`). Idle connections are reused last in,
+application is another upstream (:class:`LocalRoutesPool`), and so is the supervisor's console
+(:class:`ConsolePool`). Idle connections are reused last in,
 first out, so that surplus ones stay idle. The relay's timer closes them after ``idle_timeout_s``,
 before an engine would. Called by the relay and the exchange.
 """
@@ -204,6 +205,22 @@ class LocalRoutesPool(_DialingPool):
         theirs.setblocking(False)
         await _hand_over(loop.connect_accepted_socket(self._serve, theirs), theirs, ours)
         await _hand_over(loop.create_unix_connection(lambda: upstream, sock=ours), ours)
+
+
+class ConsolePool(_DialingPool):
+    """Connections to the console, which the supervisor serves on a Unix socket at ``path``.
+
+    There are no response timeouts: its streams may be silent.
+    """
+
+    def __init__(self, relay: Relay, path: str) -> None:
+        super().__init__(relay, "localhost", idle_timeout_s=30.0, max_idle=8)
+        self._connect_timeout_s = 5.0
+        self._path = path
+
+    async def _dial(self, upstream: Upstream) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: upstream, self._path)
 
 
 async def _hand_over(connecting: Awaitable[object], *sockets: socket.socket) -> None:

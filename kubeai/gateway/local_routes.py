@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from kubeai.errors import QUOTED_MAX_CHARS
+from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice
 from kubeai.logs import get_logger
@@ -89,6 +90,8 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
             return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)
+    if request.path == "/" and request.app[CONTEXT].console is not None:
+        return web.Response(status=307, headers={"Location": CONSOLE_PATH + "/"})
     target = classify(request.method, request.raw_path)
     if request.method == "OPTIONS" and target.status == 405:
         return web.Response(status=204, headers={"Allow": ", ".join((*target.allow, "OPTIONS"))})

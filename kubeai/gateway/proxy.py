@@ -3,7 +3,8 @@
 The relay calls :class:`Proxy` at each step. An inference POST is read completely, counted for
 its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
 can serve yet is held. An upload takes the same path, except that its body, a multipart form, waits
-on disk (uploads). All other requests are streamed to the worker's local routes (local_routes.py).
+on disk (uploads). All other requests are streamed: to the supervisor's console if they are for it
+(console.py), else to the worker's local routes (local_routes.py).
 Only waits, uploads and large bodies need a task; large bodies are parsed in a thread so that they
 do not block the event loop.
 
@@ -28,6 +29,8 @@ from typing_extensions import override
 
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
+from kubeai.gateway.console import BODY_MAX_BYTES as CONSOLE_BODY_MAX_BYTES
+from kubeai.gateway.console import check_client, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.explanation import explanation, why_moved
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
@@ -84,6 +87,8 @@ class Proxy(FastPath):
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
+        if kind is None and self._relay_to_console():
+            return
         if kind is None or kind is Kind.MODELS or target.status != 200:
             self.stream(
                 self.context.local_routes,
@@ -104,6 +109,25 @@ class Proxy(FastPath):
             self.collect(self.context.body_max_bytes)
         else:
             self._receive_upload()
+
+    def _relay_to_console(self) -> bool:
+        """Stream the request to the console, or refuse it, if it is for the console."""
+        pool, target = self.context.console, _origin_form(self.target)
+        if pool is None or not is_console(target.decode("latin-1")):
+            return False
+        try:
+            check_client(
+                self.peer,
+                self.host,
+                [value.decode("latin-1") for value in self.headers(b"origin")],
+                forwarded=self.is_forwarded or any(map(self.headers, (b"forwarded", b"via"))),
+                hosts=self.context.config.ui.hosts,
+            )
+        except BadRequest as error:
+            self._refuse(error)
+        else:
+            self.stream(pool, target, CONSOLE_BODY_MAX_BYTES)
+        return True
 
     @override
     def on_body(self) -> None:
@@ -184,6 +208,10 @@ class Proxy(FastPath):
     @override
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
+        if self._reservation is None and is_console(self.target):
+            log.error("console did not respond", reason=reason)
+            self._say(502, "The supervisor, which serves the console, did not respond.")
+            return
         if self._reservation is None:
             log.error("local routes did not respond", reason=reason)
             self._say(502, "The gateway's local routes did not respond.")

@@ -18,7 +18,7 @@ from functools import partial
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.gateway.context import Context
-from kubeai.gateway.endpoint_pool import EndpointPool, LocalRoutesPool
+from kubeai.gateway.endpoint_pool import ConsolePool, EndpointPool, LocalRoutesPool
 from kubeai.gateway.proxy import Proxy
 from kubeai.gateway.relay._downstream import Downstream
 from kubeai.gateway.relay._exchange import Relay
@@ -83,12 +83,17 @@ class Server:
         return EndpointPool(self.relay, routed, endpoint, self._context.config)
 
     async def serve(
-        self, local_routes: Callable[[], asyncio.BaseProtocol], sock: socket.socket
+        self,
+        local_routes: Callable[[], asyncio.BaseProtocol],
+        sock: socket.socket,
+        console_path: str = "",
     ) -> None:
         """Accept on a listening socket. ``local_routes``: creates the protocol of a connection to
-        the aiohttp application."""
+        the aiohttp application. ``console_path``: of the console's socket; empty: not served."""
         loop = asyncio.get_running_loop()
         self._context.local_routes = LocalRoutesPool(self.relay, local_routes)
+        if console_path:
+            self._context.console = ConsolePool(self.relay, console_path)
         self.relay.start(loop)
         self._server = await loop.create_server(
             partial(Downstream, self.relay), sock=sock, backlog=LISTEN_BACKLOG
@@ -125,6 +130,8 @@ class Server:
         if self._server is not None:
             self._server.close()
         self._context.local_routes.close()
+        if self._context.console is not None:
+            self._context.console.close()
         self.relay.stop()
         self.routes.close()
         if self._context.observers is not None:

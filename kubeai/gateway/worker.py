@@ -1,11 +1,11 @@
 """One data-plane process: ``python -m kubeai.gateway.worker``, started by the supervisor.
 
-It inherits file descriptors for the load table, the prefix index, a listening socket and its end of
-the channel to the supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has
-their numbers and its column of the load table (JSON, :class:`.WorkerSettings`). It serves once it
-has received the first routing table. It drains on ``Drain``, on SIGTERM, and when the channel
-closes: a worker whose supervisor is gone finishes its open requests, then exits 0. It ignores
-SIGINT, which the supervisor handles.
+It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
+and its end of the channel to the supervisor (routing/channel.py). The environment variable
+``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
+:class:`.WorkerSettings`). It serves once it has received the first routing table. It drains on
+``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is gone finishes its
+open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.gateway.access_log import make_observers
@@ -57,6 +58,8 @@ class Worker:
         self._table = LoadTable.attach(settings.table_fd, settings.column)
         observers = make_observers(settings.gateway)
         self._context = Context(settings.gateway, self._demand, observers)
+        if settings.journal_fd >= 0:
+            self._context.journal = Journal.attach(settings.journal_fd, settings.column)
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
         self._server = Server(self._context, self._table, self._index)
         self._channel = Channel(Down, self._received, self._channel_ended)
@@ -88,7 +91,7 @@ class Worker:
         assert runner.server is not None, "set up"
         listener = socket.socket(fileno=self._settings.listen_fd)
         listener.setblocking(False)
-        await self._server.serve(runner.server, listener)
+        await self._server.serve(runner.server, listener, self._settings.console_path)
         self._context.ready = True
         self._channel.send(Ready(os.getpid()))
         # Objects created at start-up live as long as the process, so exclude them from collections.

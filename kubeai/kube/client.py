@@ -182,6 +182,26 @@ class Kube:
         answer = await self._call("PATCH", path, body=patch, content_type=_CONTENT_TYPE[kind])
         return decode(answer, type)
 
+    async def apply(
+        self,
+        r: Resource,
+        obj: Object,
+        namespace: str = "",
+        *,
+        manager: str,
+        type: type[T] = dict,  # type: ignore[assignment]
+    ) -> T:
+        """Create or update an object by server-side apply. Unknown fields are an error.
+
+        Takes over fields that other managers own.
+        """
+        path = r.path(self._namespace_of(obj, namespace), obj["metadata"]["name"])
+        query = {"fieldManager": manager, "force": "true", "fieldValidation": "Strict"}
+        answer = await self._call(
+            "PATCH", path, query, body=r.typed(obj), content_type="application/apply-patch+yaml"
+        )
+        return decode(answer, type)
+
     async def delete(
         self,
         r: Resource,
@@ -234,6 +254,26 @@ class Kube:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._recheck()
             raise no_response("exec", name, error) from error
+
+    @contextlib.asynccontextmanager
+    async def log(
+        self, name: str, *, container: str, namespace: str = "", tail_lines: int
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Follow a container's log: ``async with kube.log(…) as blocks``, until the container ends.
+
+        ApiError 400 if the container has not started. ``tail_lines``: how many old ones to begin
+        with.
+        """
+        path = PODS.path(namespace or self.namespace, name, "log")
+        query = {"container": container, "follow": "true", "tailLines": str(tail_lines)}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_TIMEOUT_S)
+        try:
+            async with await self._send("GET", path, query, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise api_error(response, await response.read())
+                yield response.content.iter_any()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise no_response("GET", path, error) from error
 
     # -- watching --------------------------------------------------------------------------------
 

@@ -72,6 +72,7 @@ LOCAL_DEFAULTS: dict[str, Any] = {
             for scheme in ("http", "https")
             for host in ("localhost", "127.0.0.1")
         ],
+        "ui": {"enabled": True},
     },
 }
 
@@ -172,6 +173,7 @@ async def run(options: Options, spawn: Spawn) -> None:
                 workers=options.workers,
                 spawn=spawn,
                 started=lambda: _greet(options, supervisor, api.port, machine),
+                local=True,
             )
             await _install_crd(client)
             await _create_namespace(client)
@@ -364,6 +366,8 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Mac
         _print(line)
     _print("")
     _print(f"OpenAI endpoint  {endpoint}")
+    if supervisor.config.gateway.ui.enabled:
+        _print(f"Console          http://{host}:{supervisor.port}/")
     _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
     if options.namespace != DEFAULT_NAMESPACE:
         _print(f"Namespace        {options.namespace}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,9 @@ from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
 from kubeai.operator.scaling.swap import Swap
 from kubeai.operator.starting import StartTracker
+from kubeai.operator.scaling.timeline import Step, Timeline
 from kubeai.operator.store import Store
+from kubeai.operator.view import ModelView, view_of
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
@@ -79,7 +82,10 @@ class Operator:
         self.controller = Controller(
             fenced, config, namespace, self.store, self.leader, loads, self._events
         )
-        self._activator = Activator(kube, namespace, self.store, loads, self._events)
+        self._timeline = Timeline()
+        self._activator = Activator(
+            kube, namespace, self.store, loads, self._events, self._timeline
+        )
         self._scaler = Scaler(
             fenced,
             namespace,
@@ -88,6 +94,7 @@ class Operator:
             self.leader,
             loads,
             self._events,
+            self._timeline,
         )
 
     def enable_swap(self, allocatable: Mapping[str, int]) -> None:
@@ -152,6 +159,25 @@ class Operator:
         self._stop.set()
         await self._ended.wait()
 
+    # -- what people see (view.py) ---------------------------------------------------------------
+
+    def models(self) -> Iterable[ModelView]:
+        """All Models."""
+        now_s = time.time()
+        for name, model in self.store.models.items():
+            yield view_of(model, self.store.observed_pods(name), now_s)
+
+    def model(self, name: str) -> ModelView | None:
+        """One Model, if it exists."""
+        model = self.store.models.get(name)
+        if model is None:
+            return None
+        return view_of(model, self.store.observed_pods(name), time.time())
+
+    def timeline(self, name: str) -> Sequence[Step]:
+        """The last changes of a Model's spec.replicas, the newest first."""
+        return self._timeline.steps(name)
+
     # -- callbacks of the store and the leader ---------------------------------------------------
 
     def _changed(self, name: str) -> None:
@@ -175,8 +201,10 @@ class Operator:
         if model is None:
             self._blocks.forget(name)
             self._starts.forget(name)
+            self._timeline.forget(name)
             self._publish(name, None)
             return
+        self._timeline.observed(model)
         pods = self.store.observed_pods(name)
         blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
         self._publish(name, route_of(model, pods, blocks, start))

@@ -169,6 +169,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     terminating: bool = False
     draining_since_s: float = 0.0  # Unix time; 0: not draining
     finished: bool = False  # Failed or Succeeded: it will never be ready again
+    phase: str = ""
     address: str = ""  # "ip:port", or empty while it has none
     adapters: tuple[tuple[str, str], ...] = ()  # from its labels: (adapter name, hash of its URL)
     adapters_current: bool = True  # False: the engine has restarted and lost its adapters
@@ -232,6 +233,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         terminating=meta.deletion_timestamp is not None,
         draining_since_s=_number(meta.annotations.get(DRAINING_ANNOTATION)),
         finished=status.phase in ("Failed", "Succeeded"),
+        phase=status.phase,
         address=_address(obj, address_override),
         adapters=tuple(sorted(adapters)),
         adapters_current=meta.annotations.get(RESTARTS_ANNOTATION, "0") == str(restarts),

@@ -32,11 +32,14 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     listen_fd: int
     channel_fd: int
     gateway: GatewayConfig
+    journal_fd: int = -1  # -1: requests are not recorded
+    console_path: str = ""  # of the Unix socket where the supervisor serves the console; "": none
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors to inherit."""
-        return self.table_fd, self.index_fd, self.listen_fd, self.channel_fd
+        always = self.table_fd, self.index_fd, self.listen_fd, self.channel_fd
+        return (*always, self.journal_fd) if self.journal_fd >= 0 else always
 
     @property
     def environment(self) -> dict[str, str]:

@@ -121,9 +121,23 @@ class LoadCollector(Collector):
             "Learned time per prompt token of an endpoint, relative to its model's endpoints.",
             labels=("request_model", "endpoint"),
         )
+        reported = [
+            CounterMetricFamily(
+                f"kubeai_reported_{name}",
+                f"Total number of {what} tokens that engines have reported in responses.",
+                labels=("request_model",),
+            )
+            for name, what in (
+                ("prompt_tokens", "prompt"),
+                ("prompt_tokens_cached", "cached prompt"),
+                ("output_tokens", "output"),
+            )
+        ]
         for route in routes:
             counts = picks(self._table, route.row)
-            if route.strategy == "LeastLoad" and not any(counts.values()):
+            for family, key in zip(reported, ("prompt", "cached", "output"), strict=True):
+                family.add_metric((route.model,), counts[f"reported_{key}_tokens"])
+            if route.strategy == "LeastLoad" and not counts["prompt_tokens"]:
                 continue
             prompts.add_metric((route.model,), counts["prompt_tokens"])
             cached.add_metric((route.model,), counts["cached_tokens"])
@@ -132,7 +146,7 @@ class LoadCollector(Collector):
             for endpoint in route.endpoints:
                 if learned := self._table.slowness(endpoint.row):
                     slowness.add_metric((route.model, endpoint.name), learned)
-        return prompts, cached, reasons, slowness
+        return prompts, cached, reasons, slowness, *reported
 
     def _outcomes(self, routes: tuple[Route, ...]) -> Iterable[Metric]:
         ended = CounterMetricFamily(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import SystemConfig
@@ -28,6 +29,9 @@ from kubeai.routing.channel import Drain
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route, Snapshot
 from kubeai.supervisor.cache_sizes import CacheSizes
+from kubeai.supervisor.console.app import Console
+from kubeai.supervisor.console.state import Fleet, Worker
+from kubeai.supervisor.console.traffic import Traffic
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.metrics import Metrics
@@ -62,7 +66,7 @@ class Supervisor:
 
     ``identity`` names this KubeAI replica as the lease holder. ``pod`` is the name of its pod,
     whose labels select the other replicas (empty: there are none). ``started`` is called once, when
-    every worker accepts requests.
+    every worker accepts requests. ``local``: the Kubernetes API is this machine's own.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Supervisor:
         workers: int = 1,
         spawn: Spawn = spawn_by_exec,
         started: Callable[[], None] = lambda: None,
+        local: bool = False,
     ) -> None:
         if not 1 <= workers <= WORKERS_MAX:
             raise KubeAIError(f"--workers: {workers} is not between 1 and {WORKERS_MAX}")
@@ -114,6 +119,21 @@ class Supervisor:
         self._started = started
         self._announced = False
         listeners = listen(host, port, workers)
+        self._journal: Journal | None = None
+        self._traffic: Traffic | None = None
+        self._console: Console | None = None
+        if config.gateway.ui.enabled:
+            self._journal = Journal.create(workers)
+            self._traffic = Traffic(self._journal, self.table)
+            self._console = Console(
+                kube,
+                namespace,
+                Fleet(self.operator, self.publisher, self.table, self._traffic),
+                self._traffic,
+                workers=self._worker_states,
+                synced=lambda: self.synced,
+                local=local,
+            )
         self.port: int = listeners[0].getsockname()[1]
         self._workers = [
             WorkerProcess(
@@ -122,6 +142,8 @@ class Supervisor:
                 self.table,
                 self.index,
                 config.gateway,
+                journal_fd=-1 if self._journal is None else self._journal.fd,
+                console_path="" if self._console is None else self._console.path,
                 snapshot=self._snapshot,
                 on_ready=self._worker_ready,
                 on_demand=self.operator.demand,
@@ -143,6 +165,8 @@ class Supervisor:
             return
         if delta is None:
             return
+        if self._traffic is not None and delta.route is not None:
+            self._traffic.names.note(delta.route)
         self.peers.rerouted(model)
         self._cache_sizes.rerouted(model)
         if self.synced:
@@ -153,6 +177,9 @@ class Supervisor:
         if self.ready and not self._announced:
             self._announced = True
             self._started()
+
+    def _worker_states(self) -> list[Worker]:
+        return [Worker(w.column, w.ready, w.restarts) for w in self._workers]
 
     @property
     def ready(self) -> bool:
@@ -167,6 +194,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         runner = await self._serve_pages()
+        if self._console is not None:
+            await self._console.start()
         operator = asyncio.create_task(self.operator.run(), name="operator")
         operator.add_done_callback(lambda _: self._stop.set())
         lives = [asyncio.create_task(worker.run()) for worker in self._workers]
@@ -185,6 +214,8 @@ class Supervisor:
             self.stopping = True
             for worker in self._workers:
                 worker.stopping = True
+            if self._console is not None:
+                await self._console.stop()  # the workers would wait for its streams
             # Release the lease now: the drain may last as long as the longest request.
             resigned = asyncio.create_task(self.operator.resign())
             await self._drain(lives)
@@ -200,6 +231,8 @@ class Supervisor:
             self.peers.close()
             await self._cache_sizes.close()
             await runner.cleanup()
+            if self._console is not None:
+                await self._console.close()
             for worker in self._workers:
                 worker.listener.close()
             self.table.close()

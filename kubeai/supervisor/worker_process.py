@@ -33,12 +33,16 @@ class WorkerProcess:
         index: PrefixIndex,
         config: GatewayConfig,
         *,
+        journal_fd: int,
+        console_path: str,
         snapshot: Callable[[], Snapshot | None],
         on_ready: Callable[[], None],
         on_demand: Callable[[str], None],
         spawn: Spawn,
     ) -> None:
-        """``snapshot``: the routes for a new process; None: they are not known yet.
+        """``journal_fd``, ``console_path``: see :class:`WorkerSettings`.
+
+        ``snapshot``: the routes for a new process; None: they are not known yet.
 
         ``on_ready``: called when the process accepts requests. ``on_demand``: called with the name
         of a model for which it holds a request.
@@ -47,10 +51,13 @@ class WorkerProcess:
         self.listener = listener
         self.ready = False
         self.pid = 0
+        self.restarts = 0
         self.stopping = False  # the process is not restarted when it exits
         self._table = table
         self._index = index
         self._config = config
+        self._journal_fd = journal_fd
+        self._console_path = console_path
         self._snapshot = snapshot
         self._on_ready = on_ready
         self._on_demand = on_demand
@@ -71,6 +78,7 @@ class WorkerProcess:
                 return
             log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
             await asyncio.sleep(backoff.next_s(loop.time() - started))
+            self.restarts += 1
 
     async def _run_once(self) -> int:
         loop = asyncio.get_running_loop()
@@ -83,6 +91,8 @@ class WorkerProcess:
                 listen_fd=self.listener.fileno(),
                 channel_fd=theirs.fileno(),
                 gateway=self._config,
+                journal_fd=self._journal_fd,
+                console_path=self._console_path,
             )
             process = await self._spawn(
                 Command(

@@ -48,6 +48,8 @@ from kubeai.operator.refusals import Refusals
 from kubeai.operator.scaling.scaler import Scaler
 from kubeai.podspec import build_pod, files
 from kubeai.podspec.cache import evict_job, load_job
+from kubeai.supervisor.console.actions import Actions
+from kubeai.supervisor.console.app import Console
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}
@@ -219,6 +221,40 @@ def test_each_operator_permission_is_used_and_documented():
         assert call in source, right
     by_resource = lambda rules: sorted(rules, key=lambda rule: rule["resources"])  # noqa: E731
     assert by_resource(chart_role()) == by_resource(documented_role())
+
+
+# What the console's rights are for.
+CONSOLE_NEEDS = {
+    "models create": (Actions.apply, "apply(MODELS"),
+    "models delete": (Actions.delete, "delete(MODELS"),
+    "models/scale patch": (Actions.scale, 'subresource="scale"'),
+    "pods/log get": (Console._copy_log, "log("),
+}
+
+
+def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(helm):
+    def of_console(rendered):
+        return [obj for obj in rendered if obj["metadata"]["name"] == "kubeai-console"]
+
+    assert not of_console(helm.render("kubeai"))
+    assert not parse_config(config_of(helm.render("kubeai"))).gateway.ui.enabled
+    rendered = helm.render("kubeai", values={"gateway": {"ui": {"enabled": True}}})
+    assert parse_config(config_of(rendered)).gateway.ui.enabled
+    role, binding = of_console(rendered)
+    assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
+    rights = {
+        f"{resource} {verb}"
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert rights == CONSOLE_NEEDS.keys()
+    for right, (function, call) in CONSOLE_NEEDS.items():
+        source = re.sub(r"\s", "", inspect.getsource(function))
+        assert call in source, right
+    documented = (CHARTS.parent / "docs/console.md").read_text()
+    for resource in ("models", "models/scale", "pods/log"):
+        assert f"| `{resource}`" in documented
 
 
 def test_dashboard_uses_existing_metrics(helm):

@@ -43,7 +43,7 @@ def test_the_source_package_holds_all_sources_and_nothing_that_was_built(sdist):
     held = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
     assert set(tracked("kubeai")) <= held
     assert {"README.md", "LICENSE", "pyproject.toml", "setup.py"} <= held
-    assert not [name for name in held if name.endswith(BUILT)]
+    assert not [name for name in held if name.endswith(BUILT) and "/static/" not in name]
 
 
 def test_a_wheel_of_it_has_the_compiled_core_and_the_types_and_starts(sdist, tmp_path):
@@ -56,6 +56,9 @@ def test_a_wheel_of_it_has_the_compiled_core_and_the_types_and_starts(sdist, tmp
     for core in cores:
         assert any(name.startswith(f"{core}.cpython") for name in names), core
         assert f"{core}.pyi" in names
+    static = [path for path in tracked("kubeai") if "/console/static/" in path]
+    assert "kubeai/supervisor/console/static/index.html" in static
+    assert set(static) <= set(names), "the console's files are in the package"
     assert not [name for name in names if name.endswith(".c")]
     code = (
         "import kubeai.cli, kubeai.gateway.worker, sys; print(kubeai.__file__); kubeai.cli.main()"

@@ -16,6 +16,7 @@ from kubeai.operator.controller import Controller
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.scaling.scaler import Scaler
+from kubeai.operator.scaling.timeline import Timeline
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
@@ -291,6 +292,7 @@ class World:
         return Scaler(
             *(self.kube, "default", CONFIG.model_autoscaling, self.store, self.leader, self.loads),
             self.events,
+            Timeline(),
             clock=now_s,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from fakes.wire import Engine, Script, Wire, connect, until
+from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig
@@ -26,6 +27,7 @@ class World:
     supervisors: LoadTable
     loads: LoadTable
     index: PrefixIndex
+    journal: Journal
     publisher: Publisher
     config: GatewayConfig
     demanded: list[str]
@@ -46,9 +48,13 @@ class World:
         local_routes: Callable[[Context], web.Application] | None = None,
         tick_s: float = 0.01,
         observers: Observers | None = None,
+        console_path: str = "",
         **config: Any,
     ) -> "World":
-        """``app`` replaces the local routes; ``local_routes`` creates them."""
+        """``app`` replaces the local routes; ``local_routes`` creates them.
+
+        ``console_path``: of the socket where something serves the console; empty: nothing does.
+        """
         world = cls()
         world.supervisors = LoadTable.create(64, 1)
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
@@ -57,6 +63,8 @@ class World:
         world.config = GatewayConfig(**config)
         world.demanded = []
         world.context = Context(world.config, world.demanded.append, observers)
+        world.journal = Journal.create(1)
+        world.context.journal = Journal.attach(world.journal.fd, 0)
         workers_index = PrefixIndex.attach(world.index.fd, 0)
         world.server = Server(world.context, world.loads, workers_index, tick_s=tick_s)
         world.table = world.server.routes
@@ -68,7 +76,7 @@ class World:
         await world.runner.setup()
         listener = socket.create_server(("127.0.0.1", 0))
         world.port = listener.getsockname()[1]
-        await world.server.serve(world.runner.server, listener)
+        await world.server.serve(world.runner.server, listener, console_path)
         world.engines = {}
         world.routes = {}
         world.wires = []
@@ -151,6 +159,8 @@ class World:
         relay = self.server.relay
         await until(lambda: not relay.downstreams and not relay.upstreams, "no connection left")
         await asyncio.sleep(0)
+        self.context.journal = None
+        self.journal.close()
         self.loads.close()
         self.supervisors.close()
 

@@ -14,6 +14,7 @@ workers its `gateway` section (as msgspec builtins, through their environment).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 
+_HOST_NAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?")
 CONFIG_MAX_BYTES = 4 << 20  # a ConfigMap holds 1 MiB
 
 # "zero": 0 or an empty string is a meaningful value. Everywhere else it means the default.
@@ -280,6 +282,13 @@ class LeaderElection(_Section, frozen=True, kw_only=True):
     retry_period_s: PositiveDuration = field(name="retryPeriod", default=2.0)
 
 
+class ConsoleConfig(_Section, frozen=True, kw_only=True):
+    """The console: a web page below ``/ui/`` for clients on loopback addresses."""
+
+    enabled: bool = False
+    hosts: tuple[str, ...] = ()  # names in Host besides IP addresses and localhost
+
+
 class GatewayConfig(_Section, frozen=True, kw_only=True):
     """Limits of the gateway's workers. All counts are per worker."""
 
@@ -336,6 +345,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     # On SIGTERM: how long new requests are still accepted, and how long in-flight ones may take.
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
+    ui: ConsoleConfig = ConsoleConfig()
 
 
 class SystemConfig(_Section, frozen=True, kw_only=True):
@@ -419,6 +429,10 @@ def _config(value: dict[str, Any], defaults: Mapping[str, Any] | None) -> System
         raise ConfigError(
             "gateway.spoolMaxBytes", "must not be less than gateway.multipartMaxBytes"
         )
+    for i, host in enumerate(config.gateway.ui.hosts):
+        if not _HOST_NAME.fullmatch(host):
+            problem = f"must be a host name without scheme and port, not {host!r}"
+            raise ConfigError(f"gateway.ui.hosts[{i}]", problem)
     return config
 
 

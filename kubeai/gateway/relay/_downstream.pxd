@@ -12,8 +12,6 @@ cdef class Downstream(DownstreamEnd):
     cdef bint reading
     cdef bint pumping
     # of the request
-    cdef bytes host
-    cdef bytes forwarded_for
     cdef bint has_host
     cdef bint has_proto
     cdef bint expects

@@ -53,6 +53,8 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
     # of the request
     cdef bytes method
     cdef bytes target
+    cdef bytes host  # the Host header; None: there is none
+    cdef bytes forwarded_for  # the client's X-Forwarded-For; None: there is none
     cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto header lines
     cdef bytes request_id  # the X-Request-Id header line
     cdef bytes cors  # header lines for all responses to it; None: there are none
@@ -136,6 +138,7 @@ cdef class Exchange:
     cdef int _begun(self) except -1
     cdef int _collected(self) except -1
     cdef int _body_came(self) except -1
+    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1
     cdef int _ended(self) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)

@@ -293,6 +293,16 @@ cdef class Exchange:
         return self.downstream.peer.decode("ascii")
 
     @property
+    def host(self):
+        """See the stub."""
+        return None if self.downstream.host is None else self.downstream.host.decode("latin-1")
+
+    @property
+    def is_forwarded(self):
+        """See the stub."""
+        return self.downstream.forwarded_for is not None
+
+    @property
     def request_bytes(self):
         """Size of the request body."""
         if self.body is not None:
@@ -518,6 +528,10 @@ cdef class Exchange:
 
     cdef int _body_came(self) except -1:
         """The first byte of the response's body has been received."""
+        return 0
+
+    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
+        """The response is complete. ``data[at:at + size]``: the last bytes of its body at hand."""
         return 0
 
     cdef int _ended(self) except -1:

@@ -27,6 +27,9 @@ cdef class Upstream(UpstreamEnd):
     # of the response
     cdef bytes input  # an incomplete head
     cdef bint head_done
+    cdef bytes tail  # the last buffer with part of the body that is not short; None: there is none
+    cdef Py_ssize_t tail_at  # where the body's part in it begins
+    cdef Py_ssize_t tail_size
     cdef bint reusable
     cdef int status
     cdef Framing framing

@@ -30,6 +30,8 @@ from kubeai.gateway.relay._exchange import TIMEOUT as _TIMEOUT
 cdef enum:
     BODY_IN_HEAD_WRITE_MAX_BYTES = 65536  # above it, a second buffer is cheaper than a copy
     REFUSAL_MAX_BYTES = 65536  # kept of a response that becomes an error event
+    # The end of a stream ("data: [DONE]", an empty chunk) often comes in buffers of its own.
+    SHORT_BYTES = 96
 
 # Removed from responses if the gateway adds its own.
 cdef set CORS_NAMES = {
@@ -134,7 +136,7 @@ cdef class Upstream(UpstreamEnd):
         exchange.upstream = self
         self.idle = False
         self.touched = self.head_done = False
-        self.refusal = None
+        self.refusal = self.tail = None
         if exchange.streaming:
             body = downstream._piece()
             if exchange.finished:  # the piece was invalid
@@ -431,6 +433,10 @@ cdef class Upstream(UpstreamEnd):
             if not self.exchange.body_came:
                 self.exchange.body_came = True
                 self.exchange._body_came()
+            if size >= SHORT_BYTES or self.tail is None:
+                self.tail = data
+                self.tail_at = at
+                self.tail_size = size
             piece = cut(data, at, size)
             if self.framing == LENGTH and self.parser is not None:
                 self.parser.feed_data(piece)
@@ -478,6 +484,9 @@ cdef class Upstream(UpstreamEnd):
         if self.refusal is not None:
             self._abort()
             return self._refuse(self.exchange)
+        if self.tail is not None:
+            self.exchange._body_ended(self.tail, self.tail_at, self.tail_size)
+            self.tail = None
         if self.rechunk:
             downstream._write(b"0\r\n\r\n")
         self.exchange.answered = True

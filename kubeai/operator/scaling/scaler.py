@@ -31,6 +31,7 @@ from kubeai.operator.leader import Leader, NotLeader
 from kubeai.operator.plan import bounded
 from kubeai.operator.scaling.autoscaler import Autoscaler, Decision, Sample
 from kubeai.operator.scaling.swap import Swap, View
+from kubeai.operator.scaling.timeline import Timeline
 from kubeai.operator.store import Store
 
 log = get_logger(__name__)
@@ -77,8 +78,15 @@ class Activator:
     """Scales from zero: at most one in-flight write per model, however many requests wait."""
 
     def __init__(
-        self, kube: Kube, namespace: str, store: Store, loads: Loads, events: Events
+        self,
+        kube: Kube,
+        namespace: str,
+        store: Store,
+        loads: Loads,
+        events: Events,
+        timeline: Timeline,
     ) -> None:
+        self._timeline = timeline
         self._kube = kube
         self._namespace = namespace
         self._store = store
@@ -129,10 +137,12 @@ class Activator:
         for _ in range(SCALE_UP_ATTEMPTS_MAX):
             if not scaled_to_zero(model):
                 return
+            replicas = bounded(model, 1)
             patch = {
                 "metadata": {"resourceVersion": model.metadata.resource_version},
-                "spec": {"replicas": bounded(model, 1)},
+                "spec": {"replicas": replicas},
             }
+            self._timeline.announce(name, replicas, "a request is waiting")
             try:
                 scaled = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
             except ApiError as error:
@@ -174,9 +184,11 @@ class Scaler:
         leader: Leader,
         loads: Loads,
         events: Events,
+        timeline: Timeline,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kube = kube
+        self._timeline = timeline
         self._namespace = namespace
         self._config = config
         self._store = store
@@ -292,6 +304,8 @@ class Scaler:
             "spec": {"replicas": replicas},
         }
         self._leader.check()
+        before = model.spec.replicas or 0
+        self._timeline.announce(name, replicas, self._reason(model, replicas, average))
         try:
             answer = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
         except ApiError as error:  # the next interval decides again
@@ -304,7 +318,6 @@ class Scaler:
             replicas=replicas,
             why=why,
         )
-        before = model.spec.replicas or 0
         if replicas < before:
             self._core.shrunk(name, replicas)
         self._events.emit(
@@ -313,6 +326,17 @@ class Scaler:
             f"scaled from {before} to {replicas} replicas: {why}",
         )
         self._store.model_written(answer)
+
+    def _reason(self, model: Model, replicas: int, average: float) -> str:
+        """Why the Model is scaled, for people."""
+        spec = model.spec
+        reason = (
+            f"average of {average:g} active requests over {self._config.time_window_s:g} s, "
+            f"target {spec.target_requests} per replica"
+        )
+        if replicas < (spec.replicas or 0):
+            reason += f", for longer than the scale-down delay of {spec.scale_down_delay_seconds} s"
+        return reason
 
     # -- state for the next leader -----------------------------------------------------------------
 

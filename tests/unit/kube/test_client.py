@@ -53,6 +53,32 @@ async def test_verbs_send_the_requests_that_kubernetes_expects(kube, server):
     assert {h["Authorization"] for _, _, h, _ in server.requests} == {"Bearer secret"}
 
 
+async def test_server_side_apply_names_its_manager_and_takes_fields_over(kube, server):
+    server.answer = 200, orjson.dumps(thing("a", 1)), {}
+    await kube.apply(MODELS, {"metadata": {"name": "a"}}, "other", manager="me")
+    ((method, path, headers, body),) = server.requests
+    base, _, query = path.partition("?")
+    assert (method, base) == ("PATCH", "/apis/kubeai.org/v1/namespaces/other/models/a")
+    assert set(query.split("&")) == {"fieldManager=me", "force=true", "fieldValidation=Strict"}
+    assert headers["Content-Type"] == "application/apply-patch+yaml"
+    assert orjson.loads(body)["kind"] == "Model"
+
+
+async def test_a_log_is_followed_and_its_errors_are_api_errors(kube, server):
+    server.answer = 200, b"one\ntwo\n", {}
+    async with kube.log("p", container="c", tail_lines=7) as blocks:
+        assert b"".join([block async for block in blocks]) == b"one\ntwo\n"
+    ((_, path, _, _),) = server.requests
+    base, _, query = path.partition("?")
+    assert base == "/api/v1/namespaces/ns/pods/p/log"
+    assert set(query.split("&")) == {"container=c", "follow=true", "tailLines=7"}
+    server.answer = 400, b'{"reason":"BadRequest","message":"c is waiting to start"}', {}
+    with pytest.raises(ApiError, match="is waiting to start") as failed:
+        async with kube.log("p", container="c", tail_lines=7):
+            pass
+    assert failed.value.status == 400
+
+
 async def test_responses_are_decoded_as_the_requested_type(kube, server):
     class Data(msgspec.Struct):
         data: dict[str, str]

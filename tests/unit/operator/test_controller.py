@@ -22,6 +22,7 @@ from kubeai.kube.workqueue import ERROR_BACKOFF_MAX_S, Queue
 from kubeai.operator.apply import CREATES_AT_FIRST_MAX
 from kubeai.operator.pods import DRAINING_ANNOTATION, PodObject
 from kubeai.operator.scaling.scaler import Activator
+from kubeai.operator.scaling.timeline import Timeline
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S
 
 pytestmark = FAKE_TIME
@@ -433,7 +434,7 @@ class Held(dict):
 async def activator(world):
     world.start()
     world.held = Held()
-    activator = Activator(world.kube, "default", world.store, world.held, world.events)
+    activator = Activator(world.kube, "default", world.store, world.held, world.events, Timeline())
     yield activator
     await activator.stop()
 

@@ -196,3 +196,9 @@ def test_a_thousand_models_are_scraped_in_a_fraction_of_a_second():
     start = time.thread_time()
     replica.metrics.render("")
     assert time.thread_time() - start < 2
+
+
+def test_tokens_that_engines_report_are_counted_for_all_strategies(replica):
+    replica.publish("m", "pod")
+    assert replica.scrape()["kubeai_reported_prompt_tokens_total", "m"] == 0
+    assert ("kubeai_prompt_tokens_total", "m") not in replica.scrape(), "it is not routed by prefix"

@@ -473,3 +473,10 @@ def test_published_cache_profiles_for_clusters_without_a_shared_file_system_are_
 
 def test_the_local_example_is_a_valid_config():
     load_config(REPOSITORY / "examples/config/local.yaml")
+
+
+@pytest.mark.parametrize("host", ["https://box", "box:8000", "", "-box", "a b"])
+def test_a_host_of_the_console_is_a_name(host):
+    with pytest.raises(ConfigError, match="host name") as caught:
+        parse_config(yaml.safe_dump({"gateway": {"ui": {"hosts": ["ok.example", host]}}}))
+    assert caught.value.path == "gateway.ui.hosts[1]"
