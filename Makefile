@@ -5,7 +5,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test coverage check bench bench-routing bench-headline demo asan soak clean
+.PHONY: help build run test browser coverage check screenshots bench bench-routing bench-headline demo \
+	asan soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,6 +21,10 @@ help:  ## list the targets
 # Installs only what the extra adds to the installed distribution: -e would compile the core again.
 .venv/installed-test: .venv/installed
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[test]'
+	touch $@
+
+.venv/installed-browser: .venv/installed-test
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[browser]'
 	touch $@
 
 .venv/installed-check: .venv/installed-test
@@ -39,7 +44,7 @@ run: build  ## run kubeai local with the manifests in examples/
 # with the files with most tests, which are not those that take longest. Each process would compile all
 # tests where the environment sets PYTHONDONTWRITEBYTECODE, which takes 10 s or more of CPU.
 TESTS := tests -n 4 --dist loadfile --no-loadscope-reorder -rfE \
-	-m "not clients and not image and not package and not nginx and not slow"
+	-m "not browser and not clients and not image and not package and not nginx and not slow"
 
 test: .venv/installed-test  ## run the tests that need only Python; .ci/run adds the slow ones
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(TESTS)
@@ -67,6 +72,12 @@ check: .venv/installed-check  ## fast checks: style, types, import layers, C war
 	$(BIN)/python charts/values_schema.py fields open-webui \
 		| diff charts/kubeai/charts/open-webui/files/fields.json -
 	$(BIN)/python charts/models_schema.py | diff charts/models/values.schema.json -
+
+screenshots: .venv/installed-browser  ## make the pictures in docs/console; needs Chromium
+	$(BIN)/python docs/screenshots.py
+
+browser: .venv/installed-browser  ## test the console in Chromium
+	$(BIN)/pytest tests/browser -n 2 --dist loadfile
 
 bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
 	mkdir -p build/bench
