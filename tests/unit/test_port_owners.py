@@ -53,5 +53,5 @@ def test_a_port_in_use_is_an_error_that_names_the_setting_and_the_process(settin
 
 
 def test_an_address_of_another_machine_is_an_error_that_names_the_host_option():
-    with pytest.raises(KubeAIError, match="has the address 192.0.2.1; change --host"):
+    with pytest.raises(KubeAIError, match=r"has the address 192\.0\.2\.1; change --host"):
         listen("192.0.2.1", 0, 1, "--port")

@@ -20,22 +20,26 @@ from kubeai.local.doctor import Check, Setting
 @pytest.fixture
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return port
+        return server.getsockname()[1]
 
 
 def by_name(checks):
     return {check.name: check for check in checks}
 
 
-def test_on_this_machine_nothing_that_the_tests_need_is_a_problem(tmp_path, free_port):
-    done = subprocess.run(
-        [sys.executable, "-m", "kubeai", "doctor", "-o", "json"]
-        + ["--port", str(free_port), "--data-dir", str(tmp_path / "data")],
+def run_doctor(port, data_dir, *arguments):
+    options = ("--port", str(port), "--data-dir", str(data_dir), *arguments)
+    return subprocess.run(
+        [sys.executable, "-m", "kubeai", "doctor", *options],
         capture_output=True,
         env=os.environ | {"KUBECONFIG": ""},
+        text=True,
         timeout=50,
     )
+
+
+def test_on_this_machine_nothing_that_the_tests_need_is_a_problem(tmp_path, free_port):
+    done = run_doctor(free_port, tmp_path / "data", "-o", "json")
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     for name in ("Python", "compiled core", "system", f"port {free_port}", "data directory"):
@@ -43,20 +47,14 @@ def test_on_this_machine_nothing_that_the_tests_need_is_a_problem(tmp_path, free
     problems = [check for check in report["checks"] if check["status"] == "problem"]
     assert report["ok"] == (not problems)
     assert done.returncode == (1 if problems else 0)
-    assert done.stderr == b""
+    assert done.stderr == ""
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
 def test_a_port_in_use_is_a_problem_and_the_exit_status_says_so(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "kubeai", "doctor", "--port", str(port)]
-            + ["--data-dir", str(tmp_path)],
-            capture_output=True,
-            text=True,
-            timeout=50,
-        )
+        done = run_doctor(port, tmp_path)
     assert done.returncode == 1
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("problem  port ")]
     assert f"in use by {Path('/proc/self/comm').read_text().strip()}" in line
