@@ -101,7 +101,7 @@ class Local:
         self.kubeconfig = str(data_dir / "state" / "kubeconfig")
         data_dir.mkdir(parents=True, exist_ok=True)
         (data_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG | (config or {})))
-        self._command = [
+        self.command = [
             *(sys.executable, "-m", "kubeai", "local"),
             *("--port", "0"),
             *("--workers", str(workers)),
@@ -111,13 +111,13 @@ class Local:
         ]
         if models:
             (data_dir / "models.yaml").write_text(yaml.safe_dump_all(models))
-            self._command.append(str(data_dir / "models.yaml"))
+            self.command.append(str(data_dir / "models.yaml"))
         self.process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            *self._command,
+            *self.command,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._env,
