@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import select
+import termios
 from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import Any
@@ -38,6 +39,7 @@ class Display:
         self._get_size = size
         self._size = self._current_size()
         self._colours = colours_wanted()
+        self._had_echo = set_echo(terminal, None)
         self._models: Sequence[Summary] | None = None
         self._drawn: list[int] = []  # the widths of the block's rows on the terminal, in columns
 
@@ -51,16 +53,15 @@ class Display:
         """Replace the block by a table of these Models; None removes it."""
         if models == self._models:
             return
+        # Keys that are typed, such as Enter, would move the block.
+        set_echo(self._terminal, models is None and self._had_echo)
         self._models = models
         self._write(self._erased() + self._block() + (_SHOW_CURSOR if models is None else ""))
 
     def check_size(self) -> None:
         """Draw the block again if the terminal has been resized."""
-        size = self._current_size()
-        if size != self._size:
-            erased = self._erased(size)
-            self._size = size
-            self._write(erased + self._block())
+        if self._current_size() != self._size:
+            self._write(self._erased() + self._block())
 
     def _current_size(self) -> os.terminal_size:
         try:
@@ -82,14 +83,15 @@ class Display:
         text = line.decode(errors="replace").rstrip("\r")
         return "    ".join(printable(part) for part in text.split("\t"))
 
-    def _erased(self, size: os.terminal_size | None = None) -> str:
-        """Erase the block. ``size``: the new one, if the terminal has wrapped the rows again."""
+    def _erased(self) -> str:
+        """Erase the block. If the terminal has become narrower, it has wrapped the block's rows."""
+        self._size = self._current_size()
         if not self._drawn:
             return ""
-        columns = (size or self._size).columns
-        rows = sum(max(1, math.ceil(width / columns)) for width in self._drawn)
+        columns = self._size.columns
+        above = sum(max(1, math.ceil(width / columns)) for width in self._drawn[:-1])
         self._drawn = []
-        return (f"\x1b[{rows - 1}A" if rows > 1 else "") + _ERASE_BELOW
+        return (f"\x1b[{above}A" if above else "") + _ERASE_BELOW
 
     def _block(self) -> str:
         if not self._models:
@@ -109,7 +111,8 @@ class Display:
             console.print(models_table(self._models, rows_max=height - 1))
         rows = [row.rstrip() for row in captured.get().splitlines()][:height]
         self._drawn = [Text.from_ansi(row).cell_len for row in rows]
-        return _HIDE_CURSOR + "\r\n".join(rows)
+        # The cursor is at the margin: what is typed before echo is off does not wrap.
+        return _HIDE_CURSOR + "\r\n".join(rows) + "\r"
 
     def _write(self, text: str) -> None:
         data = f"{_BEGIN_UPDATE}{text}{_END_UPDATE}".encode(errors="replace")
@@ -119,6 +122,19 @@ class Display:
                     data = data[os.write(self._terminal, data) :]
                 except BlockingIOError:  # another program has made it non-blocking
                     select.select([], [self._terminal], [])
+
+
+def set_echo(terminal: int, on: bool | None) -> bool:
+    """Set whether a terminal shows what is typed; returns whether it did. None: leave it."""
+    try:
+        attributes = termios.tcgetattr(terminal)
+        before = bool(attributes[3] & termios.ECHO)
+        if on is not None and on != before and os.tcgetpgrp(terminal) == os.getpgrp():
+            attributes[3] ^= termios.ECHO
+            termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+    except (OSError, termios.error):  # no terminal, or not the one that controls this process
+        return False
+    return before
 
 
 def _access_line(line: dict[str, Any]) -> str:

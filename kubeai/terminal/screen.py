@@ -21,9 +21,11 @@ import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 from setproctitle import setproctitle
@@ -40,8 +42,8 @@ CLOSE_TIMEOUT_S = 2.0
 RESIZE_CHECK_S = 0.5
 SHOW_CURSOR = "\x1b[?25h"
 # Ctrl-C and the signals that end a process group reach the drawing process too; it ends when the
-# other processes have ended.
-_IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+# other processes have ended. SIGTTOU would stop it when the job is sent to the background.
+_IGNORED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTOU
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ def open_screen() -> Iterator[Screen | None]:
     Enter it before the first thread and before any event loop.
     """
     dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown")
-    if dumb or not sys.stderr.isatty() or not is_console():
+    if dumb or not sys.stderr.isatty() or not is_console() or _is_in_background():
         yield None
         return
     screen = Screen()
@@ -71,6 +73,7 @@ class Screen:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _flush()
         self._terminal = os.dup(2)
+        self._attributes = _attributes(self._terminal)
         self._replaced = [fd for fd in (1, 2) if fd == 2 or _same_terminal(1, 2)]
         self.pid = os.fork()
         if self.pid == 0:
@@ -93,7 +96,9 @@ class Screen:
     def _wait(self) -> None:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, termios.error):
+            if self._attributes is not None:
+                termios.tcsetattr(self._terminal, termios.TCSANOW, self._attributes)
             os.write(self._terminal, f"{SHOW_CURSOR}\r\n".encode())
             while piece := os.read(self._pipe, READ_MAX_BYTES):
                 os.write(self._terminal, piece)
@@ -125,6 +130,21 @@ class Screen:
 def _short(model: Summary) -> Summary:
     """What the table shows of a Model, with a message that fits on a line."""
     return {**model, "message": str(model.get("message") or "")[:300]}
+
+
+def _is_in_background() -> bool:
+    """Whether this process is a background job, which must not draw on the shell's terminal."""
+    try:
+        return os.tcgetpgrp(2) != os.getpgrp()
+    except OSError:  # it is not the terminal that controls this process
+        return False
+
+
+def _attributes(terminal: int) -> list[Any] | None:
+    try:
+        return termios.tcgetattr(terminal)
+    except termios.error:
+        return None
 
 
 def _same_terminal(one: int, other: int) -> bool:

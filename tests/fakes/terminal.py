@@ -20,15 +20,19 @@ class Terminal:
     """Interprets the control sequences that KubeAI and rich use; fails on any other.
 
     Lines are kept unwrapped, so that they can be wrapped again when the width changes, as terminals
-    do. The cursor is an offset in one of them.
+    do. The cursor is in a row of one of them. Its column is the width if the next character wraps.
     """
 
     def __init__(self, columns: int = 100) -> None:
-        self.columns = columns
+        self._columns = columns
         self.lines = [""]
         self.cursor_shown = True
-        self._line = self._at = 0
+        self._line = self._row = self._column = 0
         self._rest = ""
+
+    def resize(self, columns: int) -> None:
+        self._row, self._column = divmod(self._row * self._columns + self._column, columns)
+        self._columns = columns
 
     def feed(self, text: str) -> None:
         text, self._rest = self._rest + text, ""
@@ -51,24 +55,22 @@ class Terminal:
 
     def _put(self, char: str) -> None:
         if char == "\r":
-            self._at = self._row_start()
+            self._column = 0
         elif char == "\n":
             self._line += 1
-            self._at = 0
+            self._row = self._column = 0
             if self._line == len(self.lines):
                 self.lines.append("")
         elif char == "\x07":
             pass
         else:
             assert char.isprintable() or char == "\t", repr(char)
-            line = self.lines[self._line].ljust(self._at)
-            self.lines[self._line] = line[: self._at] + char + line[self._at + 1 :]
-            self._at += 1
-
-    def _row_start(self) -> int:
-        """The offset of the cursor's row in its line. At the margin, the wrap is still pending."""
-        pending = self._at and self._at % self.columns == 0
-        return (self._at - (1 if pending else 0)) // self.columns * self.columns
+            if self._column == self._columns:
+                self._row, self._column = self._row + 1, 0
+            at = self._row * self._columns + self._column
+            line = self.lines[self._line].ljust(at)
+            self.lines[self._line] = line[:at] + char + line[at + 1 :]
+            self._column += 1
 
     def _obey(self, private: str, number: str, letter: str) -> None:
         if private:
@@ -79,7 +81,7 @@ class Terminal:
                 self._up()
         elif letter in "JK":
             assert number in ("", "0", "2"), number
-            start = 0 if number == "2" else self._at
+            start = 0 if number == "2" else self._row * self._columns + self._column
             self.lines[self._line] = self.lines[self._line][:start]
             if letter == "J":
                 del self.lines[self._line + 1 :]
@@ -87,13 +89,11 @@ class Terminal:
             assert letter == "m", (private, number, letter)
 
     def _up(self) -> None:
-        start = self._row_start()
-        if start:
-            self._at -= self.columns
+        if self._row:
+            self._row -= 1
         elif self._line:
             self._line -= 1
-            rows = max(0, len(self.lines[self._line]) - 1) // self.columns
-            self._at = rows * self.columns
+            self._row = max(0, len(self.lines[self._line]) - 1) // self._columns
 
 
 class PtyProcess:
@@ -157,7 +157,7 @@ class PtyProcess:
         os.write(self._master, text.encode())
 
     def resize(self, columns: int, rows: int) -> None:
-        self.terminal.columns = columns
+        self.terminal.resize(columns)
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def sees(self, text: str) -> bool:

@@ -30,7 +30,7 @@ def test_a_worker_does_not_look_up_its_version():
 
 @pytest.mark.parametrize(
     "module",
-    ["kubeai.gateway.worker", "kubeai.local.kubelet.__main__", "kubeai.local.apiserver.__main__"],
+    ["kubeai.gateway.worker", "kubeai.local.kubelet.__main__", "kubeai.supervisor.supervisor"],
 )
 def test_a_process_that_draws_no_terminal_does_not_import_rich(module):
     _run(f"import sys, {module}; assert 'rich' not in sys.modules")

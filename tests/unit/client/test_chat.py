@@ -90,7 +90,7 @@ async def test_an_invalid_url_is_an_error_that_names_the_option(gateway):
 
 async def test_a_conversation_keeps_its_history_until_it_is_cleared(gateway):
     async with on_terminal(gateway, "chat") as ran:
-        await until("the prompt", lambda: ran.sees(">>> "))
+        await until("the prompt", lambda: ran.sees(">>>"))
         ran.type("one\n")
         await until("the answer", lambda: ran.sees("Hello there"))
         await until("the next prompt", lambda: ran.terminal.seen().count(">>>") == 2)
@@ -120,7 +120,7 @@ async def test_a_cold_start_is_shown_and_removed_when_the_answer_arrives(gateway
 async def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(gateway):
     gateway.script = ["Once upon", None]
     async with on_terminal(gateway, "chat") as ran:
-        await until("the prompt", lambda: ran.sees(">>> "))
+        await until("the prompt", lambda: ran.sees(">>>"))
         ran.type("tell me\n")
         await until("the answer begins", lambda: ran.sees("Once upon"))
         ran.type("\x03")
@@ -134,7 +134,7 @@ async def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(gateway):
 async def test_an_error_does_not_end_the_conversation_and_control_characters_are_escaped(gateway):
     gateway.script = [500]
     async with on_terminal(gateway, "chat") as ran:
-        await until("the prompt", lambda: ran.sees(">>> "))
+        await until("the prompt", lambda: ran.sees(">>>"))
         ran.type("one\n")
         await until("the error", lambda: ran.sees("error: it failed (HTTP status 500)"))
         gateway.script = ["a\x1b[2Jb"]

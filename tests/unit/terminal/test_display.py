@@ -34,7 +34,7 @@ class Shown:
     def resize(self, columns, rows=20):
         self.seen()
         self.size = os.terminal_size((columns, rows))
-        self.terminal.columns = columns
+        self.terminal.resize(columns)
         self.display.check_size()
 
     def close(self):
