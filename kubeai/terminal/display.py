@@ -47,7 +47,7 @@ class Display:
         """Print the lines of a log above the block."""
         if lines:
             text = "".join(self._rendered(line) + "\n" for line in lines)
-            self._write(self._erased() + text.replace("\n", "\r\n") + self._block())
+            self._write(self._erased() + text + self._block())
 
     def show(self, models: Sequence[Summary] | None) -> None:
         """Replace the block by a table of these Models; None removes it."""
@@ -112,7 +112,7 @@ class Display:
         rows = [row.rstrip() for row in captured.get().splitlines()][:height]
         self._drawn = [Text.from_ansi(row).cell_len for row in rows]
         # The cursor is at the margin: what is typed before echo is off does not wrap.
-        return _HIDE_CURSOR + "\r\n".join(rows) + "\r"
+        return _HIDE_CURSOR + "\n".join(rows) + "\r"
 
     def _write(self, text: str) -> None:
         data = f"{_BEGIN_UPDATE}{text}{_END_UPDATE}".encode(errors="replace")

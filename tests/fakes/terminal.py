@@ -76,6 +76,8 @@ class Terminal:
         if private:
             if number == "25":
                 self.cursor_shown = letter == "h"
+        elif letter == "H":
+            self._line = self._row = self._column = 0
         elif letter == "A":
             for _ in range(int(number or 1)):
                 self._up()

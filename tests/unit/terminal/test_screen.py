@@ -72,7 +72,8 @@ async def test_every_line_of_every_process_is_shown_and_the_table_removed(tmp_pa
 async def test_when_the_main_process_is_killed_the_others_still_have_a_terminal(tmp_path):
     # The kernel takes the terminal away when the leader of its session ends: that is the shell,
     # which must not write about the killed process.
-    shell = ("sh", "-c", 'exec 3>&2 2>/dev/null; "$@" 2>&3; exec sleep 60', "sh")
+    code = "import subprocess, sys, time; subprocess.run(sys.argv[1:]); time.sleep(60)"
+    shell = (sys.executable, "-c", code)
     async with program(tmp_path, 1, 5, "wait", shell=shell) as ran:
         shown = ("MODEL", "worker0-4", "drawn-by=")
         await until("the table", lambda: all(map(ran.sees, shown)))
