@@ -104,6 +104,6 @@ def local(
         try:
             if screen is not None:
                 screen.guard()
-            run_async(run(options, fork_server.spawn, screen and screen.show))
+            run_async(run(options, fork_server.spawn, screen.show if screen else None))
         finally:
             fork_server.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from kubeai.api.model import POD_MODEL_LABEL
 from kubeai.kube.client import Kube
-from kubeai.kube.resources import MODELS, PODS
+from kubeai.kube.resources import MODELS, PODS, Resource
 from kubeai.local.kubelet.runtime.logs import last_lines
 from kubeai.logs import get_logger
 from kubeai.podspec.cache import JOB_LABEL, LOAD_JOB_PREFIX
@@ -45,23 +45,24 @@ class Report:
 
     async def run(self) -> None:
         """Log changes and update the table until cancelled."""
-        namespace = self._kube.namespace
-        label = f"{JOB_LABEL}={LOAD_JOB_PREFIX.rstrip('-')}"
-        followed = [
-            self._kube.follow(
-                resource,
-                namespace,
-                labels=labels,
-                replaced=lambda objects, changed=changed: [changed("ADDED", o) for o in objects],
-                changed=changed,
-            )
-            for resource, labels, changed in (
-                (PODS, "app=model", self._pod_changed),
-                (PODS, label, self._loader_changed),
-                (MODELS, "", self._model_changed),
-            )
-        ]
-        await asyncio.gather(*followed, self._update_table())
+        loads = f"{JOB_LABEL}={LOAD_JOB_PREFIX.rstrip('-')}"
+        await asyncio.gather(
+            self._follow(PODS, "app=model", self._pod_changed),
+            self._follow(PODS, loads, self._loader_changed),
+            self._follow(MODELS, "", self._model_changed),
+            self._update_table(),
+        )
+
+    async def _follow(
+        self, resource: Resource, labels: str, changed: Callable[[str, Object], None]
+    ) -> None:
+        def replaced(objects: list[Object]) -> None:
+            for obj in objects:
+                changed("ADDED", obj)
+
+        await self._kube.follow(
+            resource, self._kube.namespace, labels=labels, replaced=replaced, changed=changed
+        )
 
     def _pod_changed(self, kind: str, pod: Object) -> None:
         self._log("pod", kind, pod, pod_state(pod))

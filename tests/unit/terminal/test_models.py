@@ -18,9 +18,9 @@ BUSY = {
 
 
 def rows(*models, width=120, rows_max=None):
-    console = Console(file=StringIO(), width=width)
-    console.print(models_table(models, rows_max))
-    return [line.split("  ") for line in console.file.getvalue().splitlines()]
+    out = StringIO()
+    Console(file=out, width=width).print(models_table(models, rows_max))
+    return [line.split("  ") for line in out.getvalue().splitlines()]
 
 
 def cells(row):
