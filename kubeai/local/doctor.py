@@ -30,6 +30,7 @@ import msgspec
 import kubeai
 from kubeai.errors import KubeAIError, install_hint
 from kubeai.local import ports
+from kubeai.local.engines import survey
 from kubeai.local.kubelet.runtime.children import run_helper
 from kubeai.port_owners import port_owner
 
@@ -46,12 +47,6 @@ PYTHON_MIN = (3, 11)
 CORE = "_load", "_ring", "_pick", "_prefix", "gateway._fast_path", "gateway.relay._exchange"
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-_ENGINES = {
-    "vLLM": "vllm",
-    "Ollama": "ollama",
-    "Infinity": "infinity",
-    "FasterWhisper": "speaches",
-}
 _MOUNT = """
 import os, sys
 from kubeai.local.kubelet.runtime.shim.mounts import mount_volumes
@@ -318,21 +313,14 @@ async def check_kubectl() -> list[Check]:
 
 async def check_engines() -> list[Check]:
     """The engines that are installed; without any, only the mock engine can run."""
-    from kubeai.local.kubelet.pods.pod import PodError
-    from kubeai.local.kubelet.pods.programs import resolve
-
-    found: dict[str, str] = {}
-    missing: dict[str, tuple[str, str]] = {}
-    for engine, image in _ENGINES.items():
-        try:
-            argv = await resolve(image, (), (), dict(os.environ), "127.0.0.1")
-            found[engine] = argv[0]
-        except PodError as error:
-            message, _, how = str(error).partition(": ")
-            missing[engine] = message, how
-    checks = [Check(engine, "ok", f"is installed: {program}") for engine, program in found.items()]
-    status: Status = "ok" if found else "warning"
-    return checks + [Check(engine, status, *why) for engine, why in missing.items()]
+    engines = await survey({}, os.environ.get("PATH", os.defpath))
+    missing: Status = "ok" if any(one.program for one in engines) else "warning"
+    return [
+        Check(one.title, "ok", f"{one.version} at {one.program} ({one.source})".strip())
+        if one.program
+        else Check(one.title, missing, f"is not installed; to install it: {one.hint}")
+        for one in engines
+    ]
 
 
 async def check_gpus() -> list[Check]:

@@ -106,7 +106,8 @@ class PtyProcess:
         self.raw = b""
         self._command = command
         self._size = columns, rows
-        self._env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        # pytest-xdist sets COLUMNS, which rich believes.
+        self._env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
         self._env |= {"TERM": "xterm-256color"} | env
 
     async def __aenter__(self) -> PtyProcess:
@@ -127,6 +128,7 @@ class PtyProcess:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        print(self.terminal.seen())  # pytest shows it with a failure
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await self.process.wait()

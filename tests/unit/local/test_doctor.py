@@ -144,12 +144,12 @@ async def test_without_engines_each_is_a_warning_with_how_to_install_it(monkeypa
     checks = by_name(await doctor.check_engines())
     assert set(checks) == {"vLLM", "Ollama", "Infinity", "FasterWhisper"}
     assert {check.status for check in checks.values()} == {"warning"}
-    assert "pip install vllm" in checks["vLLM"].hint
+    assert "pip install vllm" in checks["vLLM"].message
     program = tmp_path / "ollama"
-    program.write_text("#!/bin/sh\n")
+    program.write_text("#!/bin/sh\necho ollama version is 0.17.4\n")
     program.chmod(0o755)
     checks = by_name(await doctor.check_engines())
-    assert checks["Ollama"] == Check("Ollama", "ok", f"is installed: {program}")
+    assert checks["Ollama"] == Check("Ollama", "ok", f"0.17.4 at {program} (PATH)")
     assert checks["vLLM"].status == "ok", "one engine is enough"
 
 
