@@ -62,4 +62,8 @@ def _print_checks(checks: "list[Check]") -> None:
             print(f"{'':8} {'':{width}}  -> {check.hint}")
     warnings = sum(check.status == "warning" for check in checks)
     problems = sum(check.status == "problem" for check in checks)
-    print(f"\n{problems} problems, {warnings} warnings")
+    print(f"\n{_counted(problems, 'problem')}, {_counted(warnings, 'warning')}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -47,16 +47,21 @@ class Report:
         """Log changes and update the table until cancelled."""
         loads = f"{JOB_LABEL}={LOAD_JOB_PREFIX.rstrip('-')}"
         await asyncio.gather(
-            self._follow(PODS, "app=model", self._pod_changed),
-            self._follow(PODS, loads, self._loader_changed),
-            self._follow(MODELS, "", self._model_changed),
+            self._follow(PODS, "app=model", self._pod_changed, {}),
+            self._follow(PODS, loads, self._loader_changed, self._loaders),
+            self._follow(MODELS, "", self._model_changed, self._models),
             self._update_table(),
         )
 
     async def _follow(
-        self, resource: Resource, labels: str, changed: Callable[[str, Object], None]
+        self,
+        resource: Resource,
+        labels: str,
+        changed: Callable[[str, Object], None],
+        known: dict[str, Object],
     ) -> None:
         def replaced(objects: list[Object]) -> None:
+            known.clear()  # some may have been deleted meanwhile
             for obj in objects:
                 changed("ADDED", obj)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kubeai.logs import colours_wanted, console_line, printable
-from kubeai.terminal.models import Summary, models_table
+from kubeai.terminal.models import Shown, models_table
 
 TABLE_MAX_SHARE = 0.5  # of the terminal's rows
 DEFAULT_SIZE = os.terminal_size((80, 24))
@@ -40,7 +40,7 @@ class Display:
         self._size = self._current_size()
         self._colours = colours_wanted()
         self._had_echo = set_echo(terminal, None)
-        self._models: Sequence[Summary] | None = None
+        self._shown: Shown | None = None
         self._drawn: list[int] = []  # the widths of the block's rows on the terminal, in columns
 
     def print(self, lines: Sequence[bytes]) -> None:
@@ -49,14 +49,14 @@ class Display:
             text = "".join(self._rendered(line) + "\n" for line in lines)
             self._write(self._erased() + text + self._block())
 
-    def show(self, models: Sequence[Summary] | None) -> None:
+    def show(self, shown: Shown | None) -> None:
         """Replace the block by a table of these Models; None removes it."""
-        if models == self._models:
+        if shown == self._shown:
             return
         # Keys that are typed, such as Enter, would move the block.
-        set_echo(self._terminal, models is None and self._had_echo)
-        self._models = models
-        self._write(self._erased() + self._block() + (_SHOW_CURSOR if models is None else ""))
+        set_echo(self._terminal, shown is None and self._had_echo)
+        self._shown = shown
+        self._write(self._erased() + self._block() + (_SHOW_CURSOR if shown is None else ""))
 
     def check_size(self) -> None:
         """Draw the block again if the terminal has been resized."""
@@ -94,7 +94,7 @@ class Display:
         return (f"\x1b[{above}A" if above else "") + _ERASE_BELOW
 
     def _block(self) -> str:
-        if not self._models:
+        if self._shown is None or not self._shown.models:
             return ""
         height = max(2, int(self._size.lines * TABLE_MAX_SHARE))
         # A row as wide as the terminal would leave the cursor on the row below in some terminals.
@@ -108,7 +108,7 @@ class Display:
             legacy_windows=False,
         )
         with console.capture() as captured:
-            console.print(models_table(self._models, rows_max=height - 1))
+            console.print(models_table(self._shown.models, height - 1, self._shown.count))
         rows = [row.rstrip() for row in captured.get().splitlines()][:height]
         self._drawn = [Text.from_ansi(row).cell_len for row in rows]
         # The cursor is at the margin: what is typed before echo is off does not wrap.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from kubeai.logs import printable
 
 if TYPE_CHECKING:
@@ -26,17 +28,32 @@ _STYLES = {
 }
 
 
-def models_table(models: Sequence[Summary], rows_max: int | None = None) -> Table:
-    """A table with a row for each Model; with more than ``rows_max``, the last row counts the rest.
+class Shown(msgspec.Struct, frozen=True):
+    """Models that a table shows, and how many there are. Others are only counted."""
 
-    Models with requests or with a problem come first when some are left out.
+    models: list[dict[str, Any]]
+    count: int
+
+
+def attention_first(models: Sequence[Summary]) -> list[Summary]:
+    """The Models that have requests or a problem, then the others; each in the given order."""
+    return sorted(models, key=_is_quiet)
+
+
+def models_table(
+    models: Sequence[Summary], rows_max: int | None = None, count: int | None = None
+) -> Table:
+    """A table with a row for each Model, in the given order.
+
+    ``count``: of Models, if ``models`` are not all. With more than ``rows_max``, those that need no
+    attention are left out first, and the last row counts those that are left out.
     """
     from rich.table import Table
     from rich.text import Text
 
-    shown = list(models)
-    if rows_max is not None and len(shown) > rows_max:
-        shown = sorted(shown, key=_is_quiet)[: max(rows_max - 1, 0)]
+    shown, count = list(models), count or len(models)
+    if rows_max is not None and count > rows_max:
+        shown = attention_first(shown)[: max(rows_max - 1, 0)]
     # The reason takes what the other columns leave: a narrow terminal cuts it off first.
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=True)
     names = ("MODEL", "STATE", "READY", "IN FLIGHT", "HELD", "REQ/S", "TOKENS/S", "TTFT", "P99")
@@ -49,8 +66,8 @@ def models_table(models: Sequence[Summary], rows_max: int | None = None) -> Tabl
         state = Text(row[1], style=_STYLES.get(row[1], ""))
         cells = [state if n == 1 else Text(row[n]) for n in used]
         table.add_row(*cells, Text(_why(model), style="dim"))
-    if len(shown) < len(models):
-        table.add_row(Text(f"… and {len(models) - len(shown)} more", style="dim"))
+    if len(shown) < count:
+        table.add_row(Text(f"… and {count - len(shown)} more", style="dim"))
     return table
 
 

@@ -31,13 +31,14 @@ import msgspec
 from setproctitle import setproctitle
 
 from kubeai.logs import is_console
-from kubeai.terminal.models import Summary
+from kubeai.terminal.models import Shown, Summary, attention_first
 
 PIPE_BYTES = 1 << 20
 READ_MAX_BYTES = 64 << 10
 LINE_MAX_BYTES = 256 << 10  # longer lines are shown in parts
 TABLE_MAX_BYTES = 128 << 10
 TABLE_MAX_MODELS = 100  # more do not fit on a terminal
+MESSAGE_MAX_CHARS = 300
 CLOSE_TIMEOUT_S = 2.0
 RESIZE_CHECK_S = 0.5
 SHOW_CURSOR = "\x1b[?25h"
@@ -86,6 +87,7 @@ class Screen:
         for fd in self._replaced:
             os.dup2(write_end, fd)
         os.close(write_end)
+        self._sent = b""
         self._guard: threading.Thread | None = None
 
     def guard(self) -> None:
@@ -105,10 +107,13 @@ class Screen:
 
     def show(self, models: Sequence[Summary]) -> None:
         """Show these Models in the table; dropped if the terminal has not shown the last ones."""
-        data = msgspec.json.encode([_short(model) for model in models[:TABLE_MAX_MODELS]])
-        if len(data) <= TABLE_MAX_BYTES:
+        fit = len(models) <= TABLE_MAX_MODELS
+        chosen = models if fit else attention_first(models)[:TABLE_MAX_MODELS]
+        data = msgspec.json.encode(Shown([_short(model) for model in chosen], len(models)))
+        if data != self._sent and len(data) <= TABLE_MAX_BYTES:
             with contextlib.suppress(OSError):  # its buffer is full, or the process has ended
                 self._socket.send(data)
+                self._sent = data
 
     def close(self) -> None:
         """Remove the table, give the terminal back, and wait until every line has been shown.
@@ -127,9 +132,9 @@ class Screen:
         os.close(pidfd)
 
 
-def _short(model: Summary) -> Summary:
-    """What the table shows of a Model, with a message that fits on a line."""
-    return {**model, "message": str(model.get("message") or "")[:300]}
+def _short(model: Summary) -> dict[str, Any]:
+    """A Model with a message that is no longer than a line."""
+    return {**model, "message": str(model.get("message") or "")[:MESSAGE_MAX_CHARS]}
 
 
 def _is_in_background() -> bool:
@@ -185,7 +190,7 @@ def _draw(pipe: int, tables: socket.socket, terminal: int) -> None:
         ready, _, _ = select.select(waiting, [], [], RESIZE_CHECK_S)
         if tables in ready:
             data = tables.recv(TABLE_MAX_BYTES)
-            display.show(msgspec.json.decode(data) if data else None)
+            display.show(msgspec.json.decode(data, type=Shown) if data else None)
             if not data:  # the main process has ended
                 waiting.remove(tables)
         if pipe in ready:

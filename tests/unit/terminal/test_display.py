@@ -8,12 +8,13 @@ import pytest
 from fakes.terminal import Terminal
 
 from kubeai.terminal.display import Display
+from kubeai.terminal.models import Shown
 
 READY = {"name": "chat", "state": "Ready", "replicas": {"ready": 1, "desired": 1}}
 FAILED = {"name": "bad", "state": "Failed", "message": "no such engine"}
 
 
-class Shown:
+class Screen:
     """A display and the terminal that it draws on."""
 
     def __init__(self, columns=60, rows=20):
@@ -21,6 +22,9 @@ class Shown:
         self.size = os.terminal_size((columns, rows))
         self._read, self._write = os.pipe()
         self.display = Display(self._write, lambda _: self.size)
+
+    def show(self, *models, count=None):
+        self.display.show(Shown(list(models), count or len(models)))
 
     def seen(self):
         os.set_blocking(self._read, False)
@@ -46,13 +50,13 @@ class Shown:
 def shown(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    shown = Shown()
+    shown = Screen()
     yield shown
     shown.close()
 
 
 def test_lines_are_printed_above_the_table(shown):
-    shown.display.show([READY])
+    shown.show(READY)
     shown.display.print([b"one"])
     shown.display.print([b"two", b"three"])
     *above, head, row = shown.seen()
@@ -63,8 +67,8 @@ def test_lines_are_printed_above_the_table(shown):
 
 
 def test_the_table_is_replaced_and_in_the_end_removed(shown):
-    shown.display.show([READY, FAILED])
-    shown.display.show([FAILED])
+    shown.show(READY, FAILED)
+    shown.show(FAILED)
     _, row = shown.seen()
     assert row.split() == ["bad", "Failed", "no", "such", "engine"]
     shown.display.print([b"bye"])
@@ -76,7 +80,7 @@ def test_the_table_is_replaced_and_in_the_end_removed(shown):
 @pytest.mark.parametrize("columns", [30, 45, 200])
 def test_after_a_resize_nothing_is_left_of_the_table_at_its_former_width(shown, columns):
     long = READY | {"state": "Starting", "message": "pulling the image " * 10}
-    shown.display.show([long, FAILED])
+    shown.show(long, FAILED)
     shown.display.print([b"one"])
     shown.resize(columns)
     shown.display.print([b"two"])
@@ -89,11 +93,11 @@ def test_after_a_resize_nothing_is_left_of_the_table_at_its_former_width(shown, 
 
 def test_a_table_of_many_models_takes_half_of_the_screen_and_counts_the_rest(shown):
     models = [READY | {"name": f"m-{n}"} for n in range(50)]
-    shown.display.show([*models, FAILED | {"name": "z"}])
+    shown.show(*models, FAILED | {"name": "z"}, count=60)
     seen = shown.seen()
     assert len(seen) == 10
     assert any(line.startswith("z ") for line in seen), "a Model with a problem is shown"
-    assert seen[-1] == "… and 43 more"
+    assert seen[-1] == "… and 52 more"
 
 
 def test_events_are_rendered_and_other_text_is_shown_as_it_is(shown):
@@ -112,6 +116,6 @@ def test_events_are_rendered_and_other_text_is_shown_as_it_is(shown):
 def test_no_color_leaves_out_all_styles(shown, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     display = Display(shown._write, lambda _: shown.size)
-    display.show([READY])
+    display.show(Shown([READY], 1))
     display.print([json.dumps({"event": "e", "level": "error"}).encode()])
     assert b"m" not in re.findall(rb"\x1b\[[?0-9;]*([A-Za-z])", os.read(shown._read, 1 << 16))
