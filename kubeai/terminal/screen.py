@@ -39,7 +39,7 @@ LINE_MAX_BYTES = 256 << 10  # longer lines are shown in parts
 TABLE_MAX_BYTES = 128 << 10
 TABLE_MAX_MODELS = 100  # more do not fit on a terminal
 MESSAGE_MAX_CHARS = 300
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 5.0
 RESIZE_CHECK_S = 0.5
 SHOW_CURSOR = "\x1b[?25h"
 # Ctrl-C and the signals that end a process group reach the drawing process too; it ends when the

@@ -46,8 +46,10 @@ class Terminal:
                 self._obey(*match.groups())
                 text = text[match.end() :]
             else:
-                self._put(text[0])
-                text = text[1:]
+                run = text.partition("\x1b")[0]
+                for char in run:
+                    self._put(char)
+                text = text[len(run) :]
 
     def seen(self) -> str:
         """The text, without trailing spaces."""

@@ -53,7 +53,7 @@ def pid(ran, label):
 
 
 async def test_every_line_of_every_process_is_shown_and_the_table_removed(tmp_path):
-    count = 2000
+    count = 500
     async with program(tmp_path, 2, count, "go") as ran:
         assert await ran.end(60) == 0
         seen = ran.terminal.seen()
