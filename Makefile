@@ -13,7 +13,9 @@ help:  ## list the targets
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(CORE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the build tools"
 	$(PIP) install -q -c constraints.txt "setuptools>=77" cython wheel
+	@echo "Compiling the core and installing KubeAI, which takes about two minutes at first"
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
 	$(BIN)/python -m compileall -q kubeai  # for systems with PYTHONDONTWRITEBYTECODE
 	touch $@
@@ -37,8 +39,8 @@ help:  ## list the targets
 
 build: .venv/installed  ## create the virtual environment and compile the core
 
-run: build  ## run kubeai local with the manifests in examples/
-	$(BIN)/kubeai local examples --data-dir .kubeai
+run: build  ## run kubeai local with examples/; PORT=9000 ARGS="--workers 2"
+	$(BIN)/kubeai local examples --data-dir .kubeai $(if $(PORT),--port $(PORT)) $(ARGS)
 
 # Four processes on two cores, because many tests wait for child processes. By default, xdist begins
 # with the files with most tests, which are not those that take longest. Each process would compile all

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -78,7 +77,10 @@ async def until(
 
 
 class Local:
-    """One `kubeai local` process; ``log`` collects its stderr, ``out`` its stdout."""
+    """One `kubeai local` process.
+
+    ``log`` collects the lines of its stderr, ``events`` the log events in it, ``out`` its stdout.
+    """
 
     def __init__(
         self,
@@ -93,12 +95,13 @@ class Local:
         self.data_dir = data_dir
         self.out: list[str] = []
         self.log: list[str] = []
+        self.events: list[dict[str, Any]] = []
         self.endpoint = ""
         self.metrics = ""
         self.kubeconfig = str(data_dir / "state" / "kubeconfig")
         data_dir.mkdir(parents=True, exist_ok=True)
         (data_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG | (config or {})))
-        self._command = [
+        self.command = [
             *(sys.executable, "-m", "kubeai", "local"),
             *("--port", "0"),
             *("--workers", str(workers)),
@@ -108,13 +111,13 @@ class Local:
         ]
         if models:
             (data_dir / "models.yaml").write_text(yaml.safe_dump_all(models))
-            self._command.append(str(data_dir / "models.yaml"))
+            self.command.append(str(data_dir / "models.yaml"))
         self.process: asyncio.subprocess.Process | None = None
         self._readers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            *self._command,
+            *self.command,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=self._env,
@@ -127,22 +130,25 @@ class Local:
         ]
         await until(
             "kubeai local says where it listens",
-            lambda: self.process.returncode is not None or self._said("Ctrl-C"),
+            lambda: self.process.returncode is not None or self.said("serving"),
             START_TIMEOUT_S,
         )
         if self.process.returncode is not None:
             raise AssertionError(f"kubeai local ended: {self.out} {self.log}")
-        self.endpoint = self._said(r"OpenAI endpoint\s+(\S+)")
-        self.metrics = self._said(r"Metrics\s+(\S+)")
+        (serving,) = self.said("serving")
+        self.endpoint, self.metrics = serving["endpoint"], serving["metrics"]
 
-    def _said(self, pattern: str) -> str:
-        match = re.search(pattern, "\n".join(self.out))
-        return "" if match is None else match.group(match.re.groups and 1)
+    def said(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """The log events with this name and these fields so far."""
+        wanted = {"event": event, **fields}.items()
+        return [logged for logged in self.events if wanted <= logged.items()]
 
-    @staticmethod
-    async def _read(stream: asyncio.StreamReader, lines: list[str]) -> None:
+    async def _read(self, stream: asyncio.StreamReader, lines: list[str]) -> None:
         async for line in stream:
-            lines.append(line.decode(errors="replace").rstrip())  # noqa: PERF401 (read live)
+            lines.append(line.decode(errors="replace").rstrip())
+            if lines is self.log:
+                with contextlib.suppress(json.JSONDecodeError):
+                    self.events.append(json.loads(line))
 
     async def stop(self, number: int = signal.SIGINT) -> int:
         """Send the signal and wait; returns the exit status."""

@@ -1,4 +1,5 @@
-"""The command line: serve · local · load · bench · uninstall · mock-engine · crd.
+"""The command line: serve · local · chat · top · doctor · load · bench · uninstall · crd ·
+mock-engine.
 
 A user error is reported as one line on stderr with exit status 2, never as a traceback.
 """
@@ -30,10 +31,13 @@ def main() -> None:
 def _app() -> Any:
     import typer
 
+    from kubeai.cli.chat import chat
     from kubeai.cli.crd import crd
+    from kubeai.cli.doctor import doctor
     from kubeai.cli.load import load
     from kubeai.cli.local import local
     from kubeai.cli.serve import serve
+    from kubeai.cli.top import top
     from kubeai.cli.uninstall import uninstall
     from kubeai.loadtest.commands import app as bench  # imports only typer
 
@@ -62,7 +66,7 @@ def _app() -> Any:
     ) -> None:
         pass
 
-    for command in (serve, local, load, uninstall, crd):
+    for command in (serve, local, chat, top, doctor, load, uninstall, crd):
         app.command()(command)
 
     @app.command("mock-engine", add_help_option=False)

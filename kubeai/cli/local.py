@@ -1,13 +1,12 @@
 """``kubeai local``: the same on one machine, without a cluster."""
 
 # No postponed annotations: typer evaluates those of the command.
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kubeai.cli.options import Port, Workers, run_async
+from kubeai.cli.options import LogFormat, Port, Workers, default_data_dir, run_async, set_log_format
 
 
 def local(
@@ -77,18 +76,20 @@ def local(
             "and does not fit.",
         ),
     ] = False,
+    log_format: LogFormat = "auto",
 ) -> None:
     """Run on this machine without a cluster, with the same manifests and plain kubectl."""
     from kubeai.local.app import PROCESSES, Options, run
     from kubeai.processes import ForkServer
+    from kubeai.terminal.screen import open_screen
 
-    data_home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    set_log_format(log_format)
     options = Options(
         manifests=tuple(manifests or ()),
         host=host,
         port=port,
         workers=workers,
-        data_dir=(data_dir or data_home / "kubeai").absolute(),
+        data_dir=(data_dir or default_data_dir()).absolute(),
         config=config,
         api_port=api_port,
         namespace=namespace,
@@ -98,8 +99,11 @@ def local(
         gpus=gpus,
         swap=swap,
     )
-    fork_server = ForkServer(*PROCESSES)
-    try:
-        run_async(run(options, fork_server.spawn))
-    finally:
-        fork_server.close()
+    with open_screen() as screen:
+        fork_server = ForkServer(*PROCESSES)
+        try:
+            if screen is not None:
+                screen.guard()
+            run_async(run(options, fork_server.spawn, screen.show if screen else None))
+        finally:
+            fork_server.close()

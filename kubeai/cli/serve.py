@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kubeai.cli.options import Port, Workers, run_async
+from kubeai.cli.options import LogFormat, Port, Workers, run_async, set_log_format
 
 
 def serve(
@@ -21,6 +21,7 @@ def serve(
     ] = "0.0.0.0",
     port: Port = 8000,
     workers: Workers = 1,
+    log_format: LogFormat = "auto",
 ) -> None:
     """Run the gateway and the operator for a Kubernetes cluster.
 
@@ -28,6 +29,7 @@ def serve(
     is the identity for leader election. Connects with $KUBECONFIG, or else with the pod's
     service account.
     """
+    set_log_format(log_format)
     run_async(_serve(host, port, workers))
 
 

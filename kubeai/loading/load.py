@@ -17,6 +17,7 @@ from kubeai.loading.files import LoadError, RemoteFile, check_paths
 from kubeai.loading.staging import Staging, staged
 
 PROGRESS_INTERVAL_S = 5.0
+BAR_INTERVAL_S = 0.5
 PARALLEL = 8
 SCHEMES = ("hf", "s3", "gs", "oss")
 
@@ -85,12 +86,38 @@ def _source(url: str, parallel: int, staging: Staging) -> Source:
 
 @contextlib.asynccontextmanager
 async def _progress(staging: Staging, size: int) -> AsyncIterator[None]:
-    task = asyncio.create_task(_print_progress(staging, size))
+    show = _show_bar if _on_terminal() else _print_progress
+    task = asyncio.create_task(show(staging, size))
     try:
         yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+async def _show_bar(staging: Staging, size: int) -> None:
+    """Show a bar on the terminal, which disappears at the end."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        held = await asyncio.to_thread(staging.held_bytes)
+        bar = progress.add_task("", total=size, completed=held)
+        while True:
+            await asyncio.sleep(BAR_INTERVAL_S)
+            held = await asyncio.to_thread(staging.held_bytes)
+            progress.update(bar, completed=min(size, held))
 
 
 async def _print_progress(staging: Staging, size: int) -> None:

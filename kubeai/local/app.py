@@ -2,8 +2,8 @@
 
 It owns the data directory, runs the embedded API and the process kubelet as child processes
 (restarted when they exit), applies the CRD, the given manifests and the Models of ``--model``,
-runs the supervisor and the Job controller, and prints what happens to the terminal. Everything
-stops with it.
+runs the supervisor and the Job controller, and reports what happens (report.py). Everything stops
+with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kubeai.api.crd import model_crd
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, NODES, PODS, PVCS, Resource
+from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, NODES, PVCS
 from kubeai.local import from_url, ports
 from kubeai.local.child import Child
 from kubeai.local.engines import (
@@ -42,9 +42,11 @@ from kubeai.local.kubelet.gpus import check_gpus
 from kubeai.local.kubelet.pods.pod import GPU
 from kubeai.local.locks import lock_data_dir
 from kubeai.local.manifests import Manifest, apply, read_manifests
+from kubeai.local.report import Report, Show
 from kubeai.local.unserved import Unserved
 from kubeai.local.volumes import check_claim, read_volumes
 from kubeai.logs import get_logger
+from kubeai.port_owners import port_owner
 from kubeai.processes import Spawn
 from kubeai.supervisor.supervisor import Supervisor
 
@@ -120,8 +122,11 @@ def _check_namespace(options: Options) -> None:
         )
 
 
-async def run(options: Options, spawn: Spawn) -> None:
-    """Run ``kubeai local`` until Ctrl-C or SIGTERM. ``spawn`` starts its processes."""
+async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
+    """Run ``kubeai local`` until Ctrl-C or SIGTERM.
+
+    ``spawn`` starts its processes. ``show`` shows the table of Models, if there is a terminal.
+    """
     _check_host(options)
     _check_namespace(options)
     check_gpus(options.gpus)
@@ -185,7 +190,8 @@ async def run(options: Options, spawn: Spawn) -> None:
                 supervisor.operator.enable_swap(resources)
             await _apply(client, manifests + await _models(client, drafts, gpus, config))
             machine = Machine(await _engines(client, envs, surveying), gpus, drafts)
-            beside = JobController(client).run(), Unserved(client, _print).run(), _report(client)
+            report = Report(client, options.data_dir, show, supervisor.requests)
+            beside = JobController(client).run(), Unserved(client).run(), report.run()
             async with _beside(supervisor.stop, *beside):
                 await supervisor.run()
         finally:
@@ -320,11 +326,14 @@ async def _install_crd(client: Kube) -> None:
 
 
 def _say_if_moved(options: Options, kept_port: int, port: int) -> None:
-    """Print a note when the API's port changed, as copies of the kubeconfig contain it."""
+    """Log when the API's port changed, as copies of the kubeconfig contain it."""
     if kept_port and not options.api_port and port != kept_port:
-        _print(
-            f"Kubernetes API: the previous port {kept_port} is in use by another program. It now "
-            f"listens on port {port}. Update copies of the kubeconfig, or set --api-port"
+        owner = port_owner(kept_port) or "another program"
+        log.warning(
+            "port of the Kubernetes API changed",
+            message=f"the previous port {kept_port} is in use by {owner}. Update copies of the "
+            f"kubeconfig, or set --api-port",
+            port=port,
         )
 
 
@@ -350,105 +359,46 @@ def _check_namespaces(manifests: list[Manifest], served: str) -> None:
 async def _apply(client: Kube, manifests: list[Manifest]) -> None:
     for manifest in manifests:
         outcome = await apply(client, manifest)
-        _print(f"{manifest.resource.kind.lower()} {manifest.name} {outcome}")
-
-
-def _print(text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk must not stop the server
-        print(text, flush=True)
+        log.info(f"{manifest.resource.kind.lower()} {outcome}", name=manifest.name)
 
 
 def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Machine) -> None:
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     endpoint = f"http://{host}:{supervisor.port}/openai/v1"
-    _print("")
-    for line in _machine_lines(machine):
-        _print(line)
-    _print("")
-    _print(f"OpenAI endpoint  {endpoint}")
-    if supervisor.config.gateway.ui.enabled:
-        _print(f"Console          http://{host}:{supervisor.port}/")
-    _print(f"Kubernetes API   https://127.0.0.1:{api_port}")
-    if options.namespace != DEFAULT_NAMESPACE:
-        _print(f"Namespace        {options.namespace}")
-    _print(f"Metrics          http://{supervisor.metrics_address}/metrics")
-    kubeconfig = shlex.quote(str(options.data_dir / "kubeconfig"))
-    _print(f"kubectl          export KUBECONFIG={kubeconfig}")
+    kubeconfig = options.data_dir / "kubeconfig"
+    namespace = options.namespace if options.namespace != DEFAULT_NAMESPACE else ""
+    shows_console = supervisor.config.gateway.ui.enabled
+    log.info("machine", **_found(machine))
     for draft in machine.models:
-        _print(f"Model            {draft.name}, on {draft.engine.title}. Its first request:")
-        _print(f"    {from_url.curl(draft, endpoint)}")
-    _print("Press Ctrl-C to stop. Models are kept in the data directory.")
-    _print("")
+        log.info(
+            "first request",
+            model=draft.name,
+            engine=draft.engine.title,
+            command=from_url.curl(draft, endpoint),
+        )
+    log.info(
+        "serving",
+        message="Ctrl-C stops it. Models are kept in the data directory.",
+        endpoint=endpoint,
+        **({"console": f"http://{host}:{supervisor.port}/"} if shows_console else {}),
+        kubernetes_api=f"https://127.0.0.1:{api_port}",
+        **({"namespace": namespace} if namespace else {}),
+        metrics=f"http://{supervisor.metrics_address}/metrics",
+        kubectl=f"export KUBECONFIG={shlex.quote(str(kubeconfig))}",
+    )
 
 
-def _machine_lines(machine: Machine) -> list[str]:
-    """One line for each engine, installed or not, and one for the GPUs, if there are any."""
-    lines = []
+def _found(machine: Machine) -> dict[str, str]:
+    """By title, what was found of each engine, installed or not, and the GPUs, if there are any."""
+    fields: dict[str, str] = {}
     for found in machine.engines:
         if found.program:
             what = f"{found.version or 'unknown version'}  {found.program} ({found.source})"
         else:
             what = f"not installed; to install it: {found.hint}"
-        lines.append(f"{found.title:<16} {what}")
-    lines.append(f"{'Mock engine':<16} built in; for Models with image: {MOCK_IMAGE}")
+        # A Model's own PATH may have a second one.
+        fields[found.title] = "; ".join(filter(None, (fields.get(found.title), what)))
+    fields["Mock engine"] = f"built in; for Models with image: {MOCK_IMAGE}"
     if machine.gpus:
-        lines.append(f"{'GPUs':<16} {machine.gpus}")
-    return lines
-
-
-async def _report(client: Kube) -> None:
-    """Print a line for each change of a pod's state, and for Models that cannot run."""
-    printed: dict[tuple[str, str], str] = {}
-
-    async def follow(resource: Resource, labels: str, line_of: Callable[[Any], str]) -> None:
-        def report(kind: str, obj: dict[str, Any]) -> None:
-            key = resource.kind.lower(), obj["metadata"]["name"]
-            line = "gone" if kind == "DELETED" else line_of(obj)
-            if line and printed.get(key) != line:
-                _print(f"{' '.join(key)}: {line}")
-            printed[key] = line
-            if kind == "DELETED":
-                del printed[key]
-
-        def replaced(objects: list[dict[str, Any]]) -> None:
-            for obj in objects:
-                report("ADDED", obj)
-
-        await client.follow(
-            resource, client.namespace, labels=labels, replaced=replaced, changed=report
-        )
-
-    await asyncio.gather(follow(PODS, "app=model", _pod_line), follow(MODELS, "", _model_line))
-
-
-def _model_line(model: dict[str, Any]) -> str:
-    """Describe why a Model is neither ready nor progressing; empty otherwise."""
-    conditions = {c["type"]: c for c in model.get("status", {}).get("conditions", [])}
-    ready, progressing = conditions.get("Ready"), conditions.get("Progressing")
-    if not ready or not progressing or "True" in (ready["status"], progressing["status"]):
-        return ""
-    return f"{ready['reason']}: {ready['message']}"
-
-
-def _pod_line(pod: dict[str, Any]) -> str:
-    status = pod.get("status", {})
-    mock = (
-        " (mock engine)"
-        if pod["metadata"].get("annotations", {}).get("kubeai.org/mock-engine") == "true"
-        else ""
-    )
-    if pod["metadata"].get("deletionTimestamp"):
-        return "terminating"
-    for container in status.get("containerStatuses", []):
-        waiting = container.get("state", {}).get("waiting")
-        last = container.get("lastState", {}).get("terminated")
-        if waiting and last and waiting.get("reason") == "CrashLoopBackOff":
-            return f"exits with {last['exitCode']}; kubectl logs {pod['metadata']['name']}"
-        if waiting and waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
-    for condition in status.get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"{condition['reason']}: {condition['message']}"
-        if condition["type"] == "Ready" and condition["status"] == "True":
-            return f"ready at {status.get('podIP', '?')}{mock}"
-    return f"starting{mock}"
+        fields["GPUs"] = str(machine.gpus)
+    return fields

@@ -1,4 +1,4 @@
-"""Report Models in namespaces that `kubeai local` does not serve, in their status and on stdout.
+"""Report Models in namespaces that `kubeai local` does not serve, in their status and in the log.
 
 The operator serves one namespace, because requests are routed by the Model's name. This module is
 the only writer of Models in other namespaces, so the two never write the same object; the lock on
@@ -9,7 +9,6 @@ the data directory ensures there is only one. If an earlier start served a Model
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,10 +31,8 @@ REASON = "NamespaceNotServed"
 class Unserved:
     """Watches the Models of all namespaces. `run` runs until it is cancelled."""
 
-    def __init__(self, kube: Kube, report: Callable[[str], None]) -> None:
-        """``report`` is called once per Model with a line for the terminal."""
+    def __init__(self, kube: Kube) -> None:
         self._kube = kube
-        self._report = report
         self._seen: set[str] = set()  # uids of Models whose replicas are gone
         self._pending: dict[Key, Object] = {}  # as last seen
         self._wake = asyncio.Event()
@@ -84,7 +81,8 @@ class Unserved:
         if meta["uid"] not in self._seen:
             await self._delete_replicas(meta)
             self._seen.add(meta["uid"])
-            self._report(f"model {meta['namespace']}/{meta['name']}: {REASON}: {message(served)}")
+            name = f"{meta['namespace']}/{meta['name']}"
+            log.warning("model not served", model=name, reason=REASON, message=message(served))
         patch = status_patch(model, served, datetime.now(UTC))
         if patch is not None:
             namespace = meta["namespace"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from kubeai.errors import KubeAIError
+from kubeai.port_owners import port_owner
 
 LISTEN_BACKLOG = 4_096
 
@@ -15,9 +17,10 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
-def listen(host: str, port: int, count: int) -> list[socket.socket]:
+def listen(host: str, port: int, count: int, setting: str) -> list[socket.socket]:
     """``count`` listening sockets on one port; the kernel spreads connections over them.
 
+    KubeAIError if that fails. It names ``setting``: the option, or the key of the system config.
     A probe socket is bound without SO_REUSEPORT first, so that a port in use by another program is
     an error even if that program set SO_REUSEPORT.
     """
@@ -40,5 +43,23 @@ def listen(host: str, port: int, count: int) -> list[socket.socket]:
     except OSError as error:
         for sock in sockets:
             sock.close()
-        raise KubeAIError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise KubeAIError(
+            f"{setting}: cannot listen on {host}:{port}: {_why(error, host, port, setting)}"
+        ) from None
     return sockets
+
+
+def _why(error: OSError, host: str, port: int, setting: str) -> str:
+    """The reason, and what to change."""
+    is_option = setting.startswith("--")
+    if error.errno == errno.EADDRINUSE:
+        owner = port_owner(port)
+        by = f" by {owner}" if owner else ""
+        choose = "choose another port (0: any free one)" if is_option else "set another address"
+        return f"address already in use{by}; {choose}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        where = "--host" if is_option else setting
+        return f"no interface of this machine has the address {host}; change {where}"
+    if error.errno == errno.EACCES:
+        return "permission denied; ports below 1024 need root, choose another one"
+    return error.strerror or str(error)

@@ -118,7 +118,6 @@ class Supervisor:
         self.health_address = ""
         self._started = started
         self._announced = False
-        listeners = listen(host, port, workers)
         self._journal: Journal | None = None
         self._traffic: Traffic | None = None
         self._console: Console | None = None
@@ -134,6 +133,7 @@ class Supervisor:
                 synced=lambda: self.synced,
                 local=local,
             )
+        listeners = listen(host, port, workers, "--port")
         self.port: int = listeners[0].getsockname()[1]
         self._workers = [
             WorkerProcess(
@@ -186,6 +186,11 @@ class Supervisor:
         """Whether every worker serves requests, with all Models known."""
         return self.synced and not self.stopping and all(w.ready for w in self._workers)
 
+    def requests(self, model: str) -> tuple[int, int]:
+        """A Model's requests at endpoints, and those that are held, of this KubeAI replica."""
+        row = self.publisher.row(model)
+        return (0, 0) if row is None else (self.table.in_flight(row), self.table.held(row))
+
     # -- lifecycle -------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -210,7 +215,7 @@ class Supervisor:
             task.add_done_callback(self._background_ended)
         try:
             await self._stop.wait()
-            log.info("stopping")
+            self._log_drain()
             self.stopping = True
             for worker in self._workers:
                 worker.stopping = True
@@ -252,8 +257,22 @@ class Supervisor:
         self._signals += 1
         self._stop.set()
         if self._signals > 1:  # a second signal ends the drain
+            if self._signals == 2:
+                log.warning("stopping now", message="requests in flight are cut off")
             for worker in self._workers:
                 worker.kill()
+
+    def _log_drain(self) -> None:
+        """Say how long the drain may take, and how to end it."""
+        gateway = self.config.gateway
+        drain_max_s = gateway.drain_accept_s + gateway.drain_timeout_s
+        log.info(
+            "stopping",
+            message=f"waiting up to {drain_max_s:g} s for requests in flight. Ctrl-C or SIGTERM "
+            f"again ends them now.",
+            drain_max_s=drain_max_s,
+            active=self.table.active_total(),
+        )
 
     def _snapshot(self) -> Snapshot | None:
         return self.publisher.snapshot() if self.synced else None
@@ -336,10 +355,10 @@ async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
     """Serve on an address, and return the bound one. ``key``: of the config, for errors."""
     host, port = parse_address(address)
     try:
-        (sock,) = listen(host, port, 1)
-    except KubeAIError as error:
+        (sock,) = listen(host, port, 1, key)
+    except KubeAIError:
         await runner.cleanup()
-        raise KubeAIError(f"{key}: {error}") from None
+        raise
     await web.SockSite(runner, sock).start()
     name = sock.getsockname()
     return f"{name[0]}:{name[1]}"

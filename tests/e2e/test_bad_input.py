@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import re
 import socket
 import sys
 
@@ -115,17 +114,20 @@ async def test_a_wrong_config(tmp_path, config, named):
 async def test_a_port_in_use_and_a_data_directory_in_use(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in await refused(tmp_path, "--port", port)
+        line = await refused(tmp_path, "--port", port)
+        assert f"--port: cannot listen on 127.0.0.1:{port}: address already in use by " in line
+        assert f"(process {os.getpid()}); choose another port" in line
         line = await refused(tmp_path, "--port", "0", "--api-port", port)
-        assert "address already in use" in line
+        assert f"--api-port: cannot listen on 127.0.0.1:{port}: address already in use by" in line
         # The port that an earlier start kept is somebody else's now.
         (tmp_path / "state").mkdir(exist_ok=True)
         cluster = {"cluster": {"server": f"https://127.0.0.1:{port}"}}
         (tmp_path / "state" / "kubeconfig").write_text(yaml.safe_dump({"clusters": [cluster]}))
         async with running(tmp_path) as local, local.kube() as kube:
             assert await kube.list(PODS)
-            (line,) = (line for line in local.out if f"port {port}" in line)
-            assert "in use by another program" in line
+            (said,) = local.said("port of the Kubernetes API changed")
+            assert f"port {port} is in use by " in said["message"]
+            assert f"(process {os.getpid()})" in said["message"]
             assert "in use by another" in await refused(tmp_path)
 
 
@@ -161,13 +163,13 @@ async def test_one_namespace_is_served_and_models_of_others_say_so(tmp_path):
     arguments = ("--namespace", "team")
     async with running(tmp_path, chosen, arguments=arguments) as local, local.kube() as kube:
         assert kube.namespace == "team"
-        assert any(re.fullmatch(r"Namespace\s+team", line) for line in local.out)
+        assert local.said("serving", namespace="team")
         await settles(kube, "chosen", "team", served)
         await kube.create(MODELS, other, "default")
         await settles(kube, "other", "default", unserved)
         assert not await pods(kube, "other")
-        (line,) = [line for line in local.out if line.startswith("model default/other: ")]
-        assert "serves Models in the namespace team only" in line
+        (said,) = local.said("model not served", model="default/other")
+        assert "serves Models in the namespace team only" in said["message"]
     async with running(tmp_path) as local, local.kube() as kube:
         assert kube.namespace == "default"
         await settles(kube, "other", "default", served)
@@ -211,7 +213,7 @@ async def test_a_profile_that_does_not_exist_is_reported_in_the_models_condition
         assert "spec.resourceProfile" in condition["message"]
         await until(
             "the terminal says so",
-            lambda: [line for line in local.out if "model wrong: InvalidProfile: " in line],
+            lambda: local.said("model cannot run", model="wrong", reason="InvalidProfile"),
         )
         assert await pods(kube, "wrong") == []
         async with aiohttp.ClientSession() as session:
@@ -224,7 +226,11 @@ async def test_crashing_engine_is_reported_with_where_to_look(tmp_path):
     async with running(tmp_path, model("bad", args=("--max-batch=frog",), minReplicas=1)) as local:
         await until(
             "the terminal says how it ended",
-            lambda: [line for line in local.out if "exits with 2; kubectl logs model-bad" in line],
+            lambda: [
+                said
+                for said in local.said("pod crashes")
+                if said["message"].startswith("exits with 2; kubectl logs model-bad")
+            ],
         )
 
 
@@ -232,13 +238,13 @@ async def test_missing_engine_is_reported_in_one_line(tmp_path):
     real = model("real", engine="OLlama", minReplicas=1)
     del real["spec"]["image"]
     async with running(tmp_path, real, env={"PATH": "/nonexistent"}) as local:
-        assert any(line.startswith("Ollama") and "ollama.com" in line for line in local.out)
-        line = await until(
-            "the pod has no Ollama",
-            lambda: [line for line in local.out if "EngineNotInstalled" in line],
+        (machine,) = local.said("machine")
+        assert "ollama.com" in machine["Ollama"]
+        said = await until(
+            "the pod has no Ollama", lambda: local.said("pod waits", reason="EngineNotInstalled")
         )
-        assert line[0].startswith("pod model-real-")
-        assert "ollama is not installed" in line[0]
+        assert said[0]["pod"].startswith("model-real-")
+        assert "ollama is not installed" in said[0]["message"]
         async with local.kube() as kube:
 
             async def told():

@@ -122,7 +122,10 @@ async def test_exec_scale_patch_and_delete(tmp_path):
         assert (await kubectl.row("get", "nodes"))["STATUS"] == "Ready,SchedulingDisabled"
         why = "Unschedulable: 0/1 nodes are available: 1 node(s) were unschedulable."
         await until("the Model says so", lambda: kubectl.says(why, "describe", "model", "chat"))
-        await until("the terminal says so", lambda: any(why in line for line in local.out))
+        reason, _, message = why.partition(": ")
+        await until(
+            "the log says so", lambda: local.said("pod waits", reason=reason, message=message)
+        )
         assert not local.engines()
         await kubectl("uncordon", "local")
         await until("two replicas", lambda: kubectl.counts("2"))

@@ -65,10 +65,11 @@ def logs(local, name):
 
 
 async def test_two_models_share_a_gpu_and_local_weights(local, tmp_path):
-    greeting = "\n".join(local.out)
-    assert f"vLLM             0.10.2  {tmp_path}/env/bin/python3 (--engine-env)" in greeting
-    assert "GPUs             1" in greeting
-    assert f"curl {local.endpoint}/chat/completions" in greeting
+    (machine,) = local.said("machine")
+    assert machine["vLLM"] == f"0.10.2  {tmp_path}/env/bin/python3 (--engine-env)"
+    assert machine["GPUs"] == "1"
+    first, _ = local.said("first request")
+    assert f"curl {local.endpoint}/chat/completions" in first["command"]
 
     async with local.kube() as kube, aiohttp.ClientSession() as session:
         answer = await chat(session, local.endpoint, "first", "Hello!")

@@ -1,11 +1,17 @@
-"""Rate limits for repeated log events; a failure to log must not stop the program."""
+"""Log formats and rate limits; a failure to log must not stop the program."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
-from kubeai.logs import RateLimit
+import pytest
+from fakes.terminal import PtyProcess
+
+from kubeai.errors import KubeAIError
+from kubeai.logs import RateLimit, console_line, is_console
 
 PROGRAM = """
 import structlog
@@ -41,3 +47,57 @@ def test_a_pause_allows_at_most_one_burst():
     for _ in range(4):
         events.take(0.0)
     assert [events.take(1e6) for _ in range(5)] == [1, 0, 0, None, None]
+
+
+LOG_ONE = "from kubeai.logs import *; setup_logging(); get_logger().warning('high', a='b c')"
+
+
+def logged(**env):
+    done = subprocess.run(
+        [sys.executable, "-c", LOG_ONE], capture_output=True, env=os.environ | env, timeout=30
+    )
+    assert done.stdout == b""
+    return done.stderr.decode()
+
+
+def test_without_a_terminal_logs_are_json_lines_unless_the_environment_says_console():
+    (line,) = logged().splitlines()
+    event = json.loads(line)
+    assert event.pop("timestamp")
+    assert event == {"event": "high", "level": "warning", "a": "b c"}
+    assert logged(KUBEAI_LOG_FORMAT="console").endswith('warning high a="b c"\n')
+
+
+async def test_on_a_terminal_logs_are_lines_for_people_with_colours_unless_no_color_is_set():
+    for env, expected in (
+        ({}, b"\x1b[33mwarning\x1b[0m \x1b[1mhigh\x1b[0m"),
+        ({"NO_COLOR": "1"}, b" warning high a="),
+        ({"TERM": "dumb"}, b" warning high a="),
+        ({"KUBEAI_LOG_FORMAT": "json"}, b'"event": "high"'),
+    ):
+        async with PtyProcess(sys.executable, "-c", LOG_ONE, **env) as ran:
+            assert await ran.end() == 0
+            assert expected in ran.raw
+
+
+def test_an_unknown_log_format_is_an_error_that_names_the_variable(monkeypatch):
+    monkeypatch.setenv("KUBEAI_LOG_FORMAT", "xml")
+    with pytest.raises(KubeAIError, match="KUBEAI_LOG_FORMAT: 'xml' is not a log format"):
+        is_console()
+
+
+def test_a_line_for_people_begins_with_the_message_and_escapes_control_characters():
+    event = {"event": "stopping", "message": "wait\n\x1b[31m", "drain_max_s": 10.0, "model": "a b"}
+    line = console_line(event, colours=False)
+    assert line == r'stopping: wait\n\x1b[31m drain_max_s=10 model="a b"'
+
+
+def test_addresses_to_copy_get_a_line_each_and_so_do_the_lines_of_a_traceback():
+    serving = {"event": "serving", "endpoint": "http://a", "kubernetes_api": "https://b"}
+    assert [line.split() for line in console_line(serving, colours=False).splitlines()] == [
+        ["serving"],
+        ["endpoint", "http://a"],
+        ["kubernetes", "api", "https://b"],
+    ]
+    failed = {"event": "e", "level": "error", "exception": "Traceback:\n  line"}
+    assert console_line(failed, colours=False) == "error e\n  Traceback:\n    line"

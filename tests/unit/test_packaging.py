@@ -28,6 +28,18 @@ def test_a_hint_names_an_extra_of_this_distribution(extra):
     assert f"-e '.[{extra}]'" in install_hint(extra)
 
 
+def test_make_run_passes_its_port_and_arguments_to_kubeai_local():
+    def command(*variables):
+        done = subprocess.run(
+            ["make", "-n", "run", *variables], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        return done.stdout.splitlines()[-1].strip()
+
+    assert command().endswith("kubeai local examples --data-dir .kubeai")
+    passed = command("PORT=9000", "ARGS=--workers 2")
+    assert passed.endswith("kubeai local examples --data-dir .kubeai --port 9000 --workers 2")
+
+
 def test_no_file_asks_pip_for_the_unrelated_distribution_kubeai():
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],

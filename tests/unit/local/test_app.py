@@ -68,18 +68,21 @@ async def test_an_existing_model_for_other_weights_is_not_overwritten():
         await app._models(Kube(name="hf://elsewhere/name"), [DRAFT], 0, config)
 
 
-def test_each_engine_has_a_line_with_its_version_or_with_what_to_install():
+def test_each_engine_is_logged_with_its_version_or_with_what_to_install():
     found = [
         Found("OLlama", "Ollama", "see there", "/usr/bin/ollama", "0.17.4", "PATH"),
         Found("VLLM", "vLLM", "pip install vllm"),
     ]
-    assert app._machine_lines(app.Machine(found, 2, [])) == [
-        "Ollama           0.17.4  /usr/bin/ollama (PATH)",
-        "vLLM             not installed; to install it: pip install vllm",
-        "Mock engine      built in; for Models with image: kubeai/mock-engine",
-        "GPUs             2",
-    ]
-    assert len(app._machine_lines(app.Machine(found, 0, []))) == 3
+    assert app._found(app.Machine(found, 2, [])) == {
+        "Ollama": "0.17.4  /usr/bin/ollama (PATH)",
+        "vLLM": "not installed; to install it: pip install vllm",
+        "Mock engine": "built in; for Models with image: kubeai/mock-engine",
+        "GPUs": "2",
+    }
+    further = Found("OLlama", "Ollama", "see there", "/x/ollama", "1", "spec.env.PATH of Model m")
+    fields = app._found(app.Machine([*found, further], 0, []))
+    assert fields["Ollama"].endswith("; 1  /x/ollama (spec.env.PATH of Model m)")
+    assert "GPUs" not in fields
 
 
 def test_a_profile_of_one_gpu_is_added_unless_the_config_has_it(tmp_path: Path):

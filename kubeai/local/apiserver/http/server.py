@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from kubeai.errors import KubeAIError
 from kubeai.local.apiserver import errors
 from kubeai.local.apiserver.apply.patch import APPLY
 from kubeai.local.apiserver.credentials import LOOPBACK
@@ -38,6 +39,7 @@ from kubeai.local.apiserver.storage.registry import Registry
 from kubeai.local.apiserver.storage.watching import ListOptions
 from kubeai.local.sockets import REQUEST_LINE_MAX_BYTES
 from kubeai.logs import get_logger
+from kubeai.port_owners import port_owner
 
 log = get_logger(__name__)
 Object = dict[str, Any]
@@ -71,7 +73,10 @@ class Server:
         self._runner: web.AppRunner | None = None
 
     async def start(self, ports: Sequence[int], tls: ssl.SSLContext) -> int:
-        """Listen on 127.0.0.1, on the first free port of `ports` (0: any). Returns the port."""
+        """Listen on 127.0.0.1, on the first free port of `ports` (0: any). Returns the port.
+
+        KubeAIError if none is free.
+        """
         app = web.Application(client_max_size=BODY_MAX_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(
@@ -88,8 +93,10 @@ class Server:
                 await web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls).start()
                 break
             except OSError as error:
-                if error.errno != errno.EADDRINUSE or index == len(ports) - 1:
+                if error.errno != errno.EADDRINUSE:
                     raise
+                if index == len(ports) - 1:
+                    raise _in_use(port) from None
         port = int(self._runner.addresses[0][1])
         self._hosts = {f"[{h}]:{port}" if ":" in h else f"{h}:{port}" for h in LOOPBACK}
         return port
@@ -389,6 +396,14 @@ class Server:
         finally:
             self._watches -= 1
         return response
+
+
+def _in_use(port: int) -> KubeAIError:
+    owner = port_owner(port)
+    return KubeAIError(
+        f"--api-port: cannot listen on 127.0.0.1:{port}: address already in use"
+        f"{' by ' if owner else ''}{owner}; choose another port (0: any free one)"
+    )
 
 
 def _own_origins(host: str) -> tuple[str, ...]:

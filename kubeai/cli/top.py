@@ -1,0 +1,37 @@
+"""``kubeai top``: the Models of a gateway, in a table."""
+
+# No postponed annotations: typer evaluates those of the command.
+import asyncio
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from kubeai.cli.options import ApiKey, BaseUrl, Output, check_output
+
+
+def top(
+    base_url: BaseUrl = "http://127.0.0.1:8000/openai/v1",
+    api_key: ApiKey = "",
+    interval: Annotated[
+        float, typer.Option(help="Seconds between two updates.", min=0.2, max=3600)
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one plain table and exit.")] = False,
+    output: Output = "table",
+) -> None:
+    """Show the Models of a gateway: state, replicas, requests, rates and times to first token.
+
+    Live on a terminal, otherwise once. Reads the gateway's console, which is served to this machine
+    only; on a cluster, enable it (gateway.ui.enabled) and use kubectl port-forward.
+    """
+    from kubeai.client.gateway import Gateway
+    from kubeai.client.top import print_once, show_live
+
+    as_json = check_output(output)
+    gateway = Gateway(base_url, api_key)
+    if once or as_json or not sys.stdout.isatty():
+        asyncio.run(print_once(gateway, as_json=as_json, out=sys.stdout))
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(show_live(gateway, interval))

@@ -1,0 +1,1 @@
+"""Clients of a gateway for the terminal: ``kubeai chat`` and ``kubeai top``."""
