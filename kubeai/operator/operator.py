@@ -28,8 +28,8 @@ from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
 from kubeai.operator.scaling.swap import Swap
-from kubeai.operator.starting import StartTracker
 from kubeai.operator.scaling.timeline import Step, Timeline
+from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.operator.view import ModelView, view_of
 from kubeai.routing.routes import Route

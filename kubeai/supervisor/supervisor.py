@@ -118,6 +118,7 @@ class Supervisor:
         self.health_address = ""
         self._started = started
         self._announced = False
+        listeners = listen(host, port, workers, "--port")
         self._journal: Journal | None = None
         self._traffic: Traffic | None = None
         self._console: Console | None = None
@@ -133,7 +134,6 @@ class Supervisor:
                 synced=lambda: self.synced,
                 local=local,
             )
-        listeners = listen(host, port, workers, "--port")
         self.port: int = listeners[0].getsockname()[1]
         self._workers = [
             WorkerProcess(

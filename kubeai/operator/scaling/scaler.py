@@ -252,8 +252,8 @@ class Scaler:
                 continue  # the controller is about to set it
             if decision.replicas == 0 and self._loads.active(name):
                 continue  # a request has arrived since the sample was taken
-            average = f"{decision.average:g} active requests on average"
-            await self._scale(model, decision.replicas, average)
+            why = self._reason(model, decision.replicas, decision.average)
+            await self._scale(model, decision.replicas, why)
         await self._save({name: decision.average for name, decision in decisions.items()})
 
     async def _make_room(self, swap: Swap, now_s: float) -> None:
@@ -305,7 +305,7 @@ class Scaler:
         }
         self._leader.check()
         before = model.spec.replicas or 0
-        self._timeline.announce(name, replicas, self._reason(model, replicas, average))
+        self._timeline.announce(name, replicas, why)
         try:
             answer = await self._kube.patch(MODELS, name, patch, self._namespace, type=Model)
         except ApiError as error:  # the next interval decides again
@@ -328,7 +328,7 @@ class Scaler:
         self._store.model_written(answer)
 
     def _reason(self, model: Model, replicas: int, average: float) -> str:
-        """Why the Model is scaled, for people."""
+        """Why the averages lead to this number of replicas, for people."""
         spec = model.spec
         reason = (
             f"average of {average:g} active requests over {self._config.time_window_s:g} s, "

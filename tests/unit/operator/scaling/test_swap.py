@@ -16,6 +16,7 @@ from kubeai.api.config.system import parse_config
 from kubeai.kube.resources import PODS
 from kubeai.operator.scaling.scaler import Activator, Scaler
 from kubeai.operator.scaling.swap import IDLE_S, Eviction, Swap, _Tenant, make_room
+from kubeai.operator.scaling.timeline import Timeline
 
 GPU = "nvidia.com/gpu"
 CONFIG = parse_config(
@@ -52,10 +53,11 @@ class Machine(World):
 
     def begin(self, swap=True):
         self.start(CONFIG)
-        self.activator = Activator(self.kube, "default", self.store, self.loads, self.events)
+        parts = (self.store, self.loads, self.events, Timeline())
+        self.activator = Activator(self.kube, "default", *parts)
         settings = CONFIG.model_autoscaling
-        parts = (self.kube, "default", settings, self.store, self.leader, self.loads, self.events)
-        scaler = Scaler(*parts, clock=now_s)
+        parts = (self.store, self.leader, self.loads, self.events, Timeline())
+        scaler = Scaler(self.kube, "default", settings, *parts, clock=now_s)
         if swap:
             needs = partial(replica_requests, CONFIG)
             scaler.enable_swap(Swap({GPU: self.gpus * 10**9}, needs))
