@@ -429,22 +429,7 @@ class Proxy(FastPath):
 
     @override
     def allow_origin(self, policy: CorsPolicy) -> None:
-        if _is_console(self.target):  # it is only for its own pages, and checks the Origin
-            self.set_cors_headers(None)
-            return
-        origins, asked, requested = (
-            [value.decode("latin-1") for value in self.headers(name)]
-            for name in (
-                b"origin",
-                b"access-control-request-method",
-                b"access-control-request-headers",
-            )
-        )
-        origin = origins[0] if len(origins) == 1 else None
-        preflight = self.method == "OPTIONS" and bool(asked)
-        self.set_cors_headers(policy.headers(origin, preflight, ", ".join(requested)))
-        if origins:
-            self.drop_header(b"origin")  # engines with a policy of their own would reject it
+        policy.apply(self)
 
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         if self.begun:
@@ -470,11 +455,6 @@ def _no_websocket() -> BadRequest:
 
 def _waited(waited_s: float) -> dict[str, str]:
     return {WAITED: f"{waited_s:.3f}"}
-
-
-def _is_console(target: str) -> bool:
-    path = _origin_form(target).partition(b"?")[0]
-    return path == b"/ui" or path.startswith(b"/ui/")
 
 
 def _origin_form(target: str) -> bytes:
