@@ -394,14 +394,14 @@ class Proxy(FastPath):
             self._request,
             self._prompt,
             self._admission,
-            max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self.waited_s,
+            max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
             during=self._wait_counted(),
         )
 
     @contextlib.contextmanager
     def _wait_counted(self) -> Iterator[None]:
-        """Add the time of a wait to ``waited_s``, and send comments meanwhile."""
-        before_s = self.waited_s
+        """Add the time of a wait to ``_waited_s``, and send comments meanwhile."""
+        before_s = self._waited_s
         loop = asyncio.get_running_loop()
         began_s = loop.time()
 
@@ -420,9 +420,9 @@ class Proxy(FastPath):
         finally:
             if comments is not None:
                 comments.stop()
-            self.waited_s = before_s + loop.time() - began_s
-            self.comment(f"waited {self.waited_s:.3f} s".encode())
-            for name, value in _waited(self.waited_s).items():
+            self._waited_s = before_s + loop.time() - began_s
+            self.comment(f"waited {self._waited_s:.3f} s".encode())
+            for name, value in _waited(self._waited_s).items():
                 self.add_response_header(name.encode(), value.encode())
 
     # -- the gateway's own responses ---------------------------------------------------------------
@@ -436,8 +436,8 @@ class Proxy(FastPath):
             self.end(error.status, error_event(error, self._kind, self.request_id))
             return
         body, more = error_answer(error, self.target, self.request_id)
-        if self.waited_s:
-            more |= _waited(self.waited_s)
+        if self._waited_s:
+            more |= _waited(self._waited_s)
         self.answer(error.status, body, header_lines({**advice(error), **more, **(headers or {})}))
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
