@@ -53,7 +53,7 @@ class FastPath(EarlyStream):
     _lost: bool  # the last failed attempt lost its connection
     _observed: object  # None: this request is not observed
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
-    waited_s: float  # for an endpoint so far
+    _waited_s: float  # for an endpoint so far
 
     @property
     def context(self) -> Context: ...

@@ -125,7 +125,7 @@ cdef class FastPath(EarlyStream):
     cdef public bint _lost  # the last failed attempt lost its connection
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
-    cdef public double waited_s  # for an endpoint so far
+    cdef public double _waited_s  # for an endpoint so far
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded

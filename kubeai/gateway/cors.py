@@ -1,7 +1,8 @@
 """Cross-origin resource sharing (CORS): which web pages may use the API from a browser.
 
-:class:`CorsPolicy` makes the header lines of responses, preflight responses included. They follow
-the Fetch standard. Created by context.py from ``gateway.corsOrigins``, called by proxy.py.
+:class:`CorsPolicy` adds the headers of the Fetch standard to responses, preflight responses
+included. Created by context.py from ``gateway.corsOrigins``, called by proxy.py. The relay removes
+CORS headers of engines where it adds these.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from kubeai.gateway._fast_path import FastPath
+
+CONSOLE_PATH = "/ui"  # only for its own pages
 PREFLIGHT_MAX_AGE_S = 600
 METHODS = "GET, HEAD, POST, OPTIONS"
 # Browsers hide all other headers from scripts, except those that every response may have.
@@ -26,18 +32,38 @@ class CorsPolicy:
         self._any_port = frozenset(
             origin.removesuffix(":*") for origin in origins if origin.endswith(":*")
         )
-        self.headers = lru_cache(maxsize=256)(self._headers)
+        self._headers = lru_cache(maxsize=256)(self._make_headers)
 
     def allows(self, origin: str) -> bool:
         """Whether pages of an origin may use the API."""
         origin = origin.lower()
         return self._all or origin in self._exact or _PORT.sub("", origin) in self._any_port
 
-    def _headers(self, origin: str | None, preflight: bool, requested: str | None) -> bytes:
+    def apply(self, exchange: FastPath) -> None:
+        """Add the headers to all responses to a request, and hide its origin from engines.
+
+        An engine with a policy of its own would reject the request. The console sees the origin,
+        which it checks, and gets no headers.
+        """
+        if is_console(exchange.target):
+            exchange.set_cors_headers(None)
+            return
+        origins = exchange.headers(b"origin")
+        asked = exchange.headers(b"access-control-request-method")
+        wanted = exchange.headers(b"access-control-request-headers")
+        origin = origins[0].decode("latin-1") if len(origins) == 1 else None
+        preflight = exchange.method == "OPTIONS" and bool(asked)
+        exchange.set_cors_headers(
+            self._headers(origin, preflight, b", ".join(wanted).decode("latin-1"))
+        )
+        if origins:
+            exchange.drop_header(b"origin")
+
+    def _make_headers(self, origin: str | None, preflight: bool, requested: str) -> bytes:
         """The header lines of a response, each ending in CRLF.
 
         ``origin``: of the request; None if it has none. ``requested``: the headers that a preflight
-        request asks for.
+        request asks for; may be empty.
         """
         if self._all:
             lines = ["Access-Control-Allow-Origin: *"]
@@ -55,3 +81,11 @@ class CorsPolicy:
         else:
             lines.append(f"Access-Control-Expose-Headers: {EXPOSED}")
         return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+
+
+def is_console(target: str) -> bool:
+    """Whether a request target, in origin or absolute form, is the console's."""
+    if not target.startswith("/"):
+        target = "/" + target.partition("://")[2].partition("/")[2]
+    path = target.partition("?")[0]
+    return path == CONSOLE_PATH or path.startswith(CONSOLE_PATH + "/")

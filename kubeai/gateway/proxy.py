@@ -422,14 +422,14 @@ class Proxy(FastPath):
             self._request,
             self._prompt,
             self._admission,
-            max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self.waited_s,
+            max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
             during=self._wait_counted(),
         )
 
     @contextlib.contextmanager
     def _wait_counted(self) -> Iterator[None]:
-        """Add the time of a wait to ``waited_s``, and send comments meanwhile."""
-        before_s = self.waited_s
+        """Add the time of a wait to ``_waited_s``, and send comments meanwhile."""
+        before_s = self._waited_s
         loop = asyncio.get_running_loop()
         began_s = loop.time()
 
@@ -448,39 +448,24 @@ class Proxy(FastPath):
         finally:
             if comments is not None:
                 comments.stop()
-            self.waited_s = before_s + loop.time() - began_s
-            self.comment(f"waited {self.waited_s:.3f} s".encode())
-            for name, value in _waited(self.waited_s).items():
+            self._waited_s = before_s + loop.time() - began_s
+            self.comment(f"waited {self._waited_s:.3f} s".encode())
+            for name, value in _waited(self._waited_s).items():
                 self.add_response_header(name.encode(), value.encode())
 
     # -- the gateway's own responses ---------------------------------------------------------------
 
     @override
     def allow_origin(self, policy: CorsPolicy) -> None:
-        if _is_console(self.target):  # it is only for its own pages, and checks the Origin
-            self.set_cors_headers(None)
-            return
-        origins, asked, requested = (
-            [value.decode("latin-1") for value in self.headers(name)]
-            for name in (
-                b"origin",
-                b"access-control-request-method",
-                b"access-control-request-headers",
-            )
-        )
-        origin = origins[0] if len(origins) == 1 else None
-        preflight = self.method == "OPTIONS" and bool(asked)
-        self.set_cors_headers(policy.headers(origin, preflight, ", ".join(requested)))
-        if origins:
-            self.drop_header(b"origin")  # engines with a policy of their own would reject it
+        policy.apply(self)
 
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         if self.begun:
             self.end(error.status, error_event(error, self._kind, self.request_id))
             return
         body, more = error_answer(error, self.target, self.request_id)
-        if self.waited_s:
-            more |= _waited(self.waited_s)
+        if self._waited_s:
+            more |= _waited(self._waited_s)
         self.answer(error.status, body, header_lines({**advice(error), **more, **(headers or {})}))
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
@@ -498,11 +483,6 @@ def _no_websocket() -> BadRequest:
 
 def _waited(waited_s: float) -> dict[str, str]:
     return {WAITED: f"{waited_s:.3f}"}
-
-
-def _is_console(target: str) -> bool:
-    path = _origin_form(target).partition(b"?")[0]
-    return path == b"/ui" or path.startswith(b"/ui/")
 
 
 def _origin_form(target: str) -> bytes:
