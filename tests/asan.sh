@@ -11,6 +11,7 @@ case $python in */*) python=$(CDPATH='' cd -- "$(dirname -- "$python")" && pwd)/
     tests/unit/test_core_hammer.py tests/unit/test_journal.py tests/unit/openai/test_usage.py \
     tests/unit/gateway/test_journal.py \
     tests/unit/gateway/test_prefix_cache.py tests/unit/openai/test_body_scan.py tests/unit/gateway/relay \
+    tests/unit/gateway/test_hold_comments.py tests/unit/gateway/test_cors.py \
     tests/unit/gateway/test_proxy.py tests/unit/gateway/test_large_bodies.py \
     tests/unit/gateway/test_attempts.py tests/unit/gateway/test_ejection.py \
     tests/unit/gateway/test_moves.py tests/unit/gateway/test_draining.py \

@@ -10,7 +10,9 @@ from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
-from kubeai.gateway.relay._exchange import Exchange, Pool
+from kubeai.gateway.cors import CorsPolicy
+from kubeai.gateway.relay._early import EarlyStream
+from kubeai.gateway.relay._exchange import Pool
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
@@ -25,6 +27,7 @@ class FastPathContext:
     explains: bool
     logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]
+    cors: CorsPolicy | None  # None: responses have no CORS headers
 
 @final
 class JsonRoute:
@@ -34,7 +37,7 @@ class JsonRoute:
 
     def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
 
-class FastPath(Exchange):
+class FastPath(EarlyStream):
     _kind: Kind
     _path: bytes  # the engine's
     _payload: bytes | None  # the body sent to the engine; None for an upload
@@ -49,16 +52,19 @@ class FastPath(Exchange):
     _retries: Retries | None  # set once an attempt has failed
     _lost: bool  # the last failed attempt lost its connection
     _observed: object  # None: this request is not observed
-    _waited_s: float  # for an endpoint
+    _max_wait_s: float | None  # the client's limit on the wait for an endpoint
+    waited_s: float  # for an endpoint so far
 
     @property
     def context(self) -> Context: ...
+    def set_cors_headers(self, lines: bytes | None) -> None: ...
     def _place(self, reservation: Reservation | None) -> None: ...
     def _attempt(self, reservation: Reservation) -> None: ...
     # implemented by the subclass
     def wait_for_endpoint(self) -> None: ...
     def send_upload(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...
+    def allow_origin(self, policy: CorsPolicy) -> None: ...
     def note_candidates(self) -> None: ...
     def explain(self, reservation: Reservation) -> None: ...
     def observe(self, observers: Observers) -> None: ...

@@ -3,14 +3,14 @@
 
 :class:`FastPath` is the base class of Proxy in proxy.py. It handles what nearly every request
 needs, from its head to the end of its response, and leaves everything else to its subclass: other
-paths and methods, bodies that are large or that ``scan`` rejects, adapters and label selectors,
-models without a ready endpoint, and failures. Its decisions are the same as the subclass's.
+paths and methods, bodies that are large or that ``scan`` rejects, adapters, headers that change how
+a request is handled, models without a ready endpoint, and failures. Its decisions are the same as
+the subclass's.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy
+from libc.string cimport memchr, memcpy
 
 from kubeai._clock cimport now
 from kubeai._counts cimport Admission, Reservation, admit
@@ -35,7 +35,9 @@ from kubeai._load cimport (
 )
 from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
-from kubeai.gateway.relay._exchange cimport Exchange, Pool
+from kubeai.gateway.relay._early cimport EarlyStream
+from kubeai.gateway.relay._exchange cimport Pool
+from kubeai.gateway.relay._http1 cimport Text, is_name, text_values
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
@@ -71,6 +73,7 @@ cdef class FastPathContext:
     cdef public bint explains  # clients may ask why an endpoint was picked
     cdef public bint logs_prompts  # the access log contains the hashes of prompts
     cdef public dict json_routes  # request target -> JsonRoute
+    cdef public object cors  # CorsPolicy; None: responses have no CORS headers
 
 
 cdef class JsonRoute:
@@ -86,7 +89,25 @@ cdef class JsonRoute:
         self.shape = shape
 
 
-cdef class FastPath(Exchange):
+cdef bint is_special(const Text *text) noexcept:
+    """Whether header lines have one that the fast path does not handle."""
+    cdef const char *at = text.at
+    cdef const char *end = text.at + text.size
+    cdef const char *line_end
+    cdef Py_ssize_t size
+    while at < end:
+        line_end = <const char *> memchr(at, c"\r", end - at)
+        size = line_end - at
+        if size > 16 and at[16] == c":":
+            if is_name(at, b"content-encoding", 16) or is_name(at, b"x-label-selector", 16):
+                return True
+        elif size > 17 and at[17] == c":" and is_name(at, b"x-kubeai-max-wait", 17):
+            return True
+        at = line_end + 2
+    return False
+
+
+cdef class FastPath(EarlyStream):
     """See the module docstring. The relay's context is a FastPathContext."""
 
     cdef public object _kind
@@ -103,7 +124,8 @@ cdef class FastPath(Exchange):
     cdef public object _retries  # set once an attempt has failed
     cdef public bint _lost  # the last failed attempt lost its connection
     cdef public object _observed  # None: this request is not observed
-    cdef public double _waited_s  # for an endpoint
+    cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
+    cdef public double waited_s  # for an endpoint so far
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
@@ -113,7 +135,9 @@ cdef class FastPath(Exchange):
     cdef int _begun(self) except -1:
         cdef JsonRoute json_route = None
         cdef FastPathContext context = <FastPathContext?> self.downstream.relay.context
-        if self.downstream.method == b"POST" and not self.downstream._has(b"content-encoding"):
+        if context.cors is not None:
+            self.allow_origin(context.cors)
+        if self.downstream.method == b"POST" and not is_special(&self.downstream.text):
             json_route = context.json_routes.get(self.downstream.target)
         if json_route is None:
             self.on_head()
@@ -136,11 +160,7 @@ cdef class FastPath(Exchange):
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
-        if (
-            request is not None
-            and request.adapter is None
-            and not self.downstream._has(b"x-label-selector")
-        ):
+        if request is not None and request.adapter is None:
             routed = context.models.get(request.name)
         self._request = request
         if routed is None:
@@ -160,6 +180,10 @@ cdef class FastPath(Exchange):
     def context(self):
         """The worker's context."""
         return self.downstream.relay.context
+
+    def set_cors_headers(self, bytes lines):
+        """Add header lines, each ending in CRLF, to every response to this request; None: none."""
+        self.downstream.cors = lines
 
     cpdef _place(self, Reservation reservation):
         """Start an attempt, or hold the request if no endpoint can serve it."""
@@ -196,7 +220,7 @@ cdef class FastPath(Exchange):
             return 0
         if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
             return 0
-        if self.upstream._has(b"content-encoding"):  # then it was found by chance
+        if text_values(&self.upstream.text, b"content-encoding"):  # then it was found by chance
             return 0
         self.usage = usage
         self._reservation._count_reported(
@@ -235,7 +259,7 @@ cdef class FastPath(Exchange):
         cdef Slot *slot = journal.begin()
         slot.began_s = self.began_s
         slot.duration_s = <float> (now() - self.began_s)
-        slot.waited_s = <float> self._waited_s
+        slot.waited_s = <float> self.waited_s
         slot.first_s = <float> (self.first_s - self.began_s if self.first_s else -1)
         slot.model_row = self._admission.row
         slot.model_generation = self._admission.generation
@@ -284,6 +308,10 @@ cdef class FastPath(Exchange):
 
     def moved(self, reservation):
         """Log that a request goes to another endpoint than the one its key maps to."""
+        raise NotImplementedError
+
+    def allow_origin(self, policy):
+        """Set the response's CORS headers."""
         raise NotImplementedError
 
     def note_candidates(self):

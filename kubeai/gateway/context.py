@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
+from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import route_table
@@ -52,6 +53,7 @@ class Context(FastPathContext):
         self.explains = config.explain
         self.logs_prompts = config.access_log_prompts and observers is not None
         self.json_routes = JSON_ROUTES
+        self.cors = CorsPolicy(config.cors_origins) if config.cors_origins else None
         self.journal = None  # set by the worker
         self.ready = False  # the first routing table has arrived
         self.draining = False

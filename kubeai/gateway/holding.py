@@ -1,13 +1,17 @@
 """Holds requests that no endpoint can serve yet.
 
-:func:`hold` waits for an endpoint. :func:`advice` returns headers that tell a client whether and
-when to retry. Called by proxy.py and local_routes.py.
+:func:`hold` waits for an endpoint. :class:`HoldComments` meanwhile sends the client of a streaming
+request the head of the response, and comments that say what the model waits for. :func:`advice`
+returns headers that tell a client whether and when to retry. Called by proxy.py and
+local_routes.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kubeai.gateway.relay._exchange import RETRY_AFTER_S
@@ -19,7 +23,9 @@ from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
 if TYPE_CHECKING:
     from kubeai._counts import Admission, Reservation
     from kubeai._prompt import Prompt
+    from kubeai.api.config.system import GatewayConfig
     from kubeai.gateway.context import Context
+    from kubeai.gateway.relay._early import EarlyStream
     from kubeai.openai.request import InferenceRequest
     from kubeai.routing.routes import Block
     from kubeai.routing.table import RoutedModel
@@ -31,6 +37,9 @@ log = get_logger(__name__)
 CANNOT_START = "model_cannot_start"
 UNAVAILABLE = "model_unavailable"
 
+WAITED = "X-KubeAI-Waited"
+RETRY_AFTER_MAX_S = 600
+
 # Requests that are rejected at once may be frequent.
 _refusals = RateLimit(burst_max=50, per_s=1)
 
@@ -39,6 +48,8 @@ def advice(error: BadRequest) -> dict[str, str]:
     """Headers of an error response that say whether the client should retry, and when."""
     if error.code in (ENGINE_DIED, CANNOT_START):
         return {"x-should-retry": "false"}  # OpenAI's clients would retry a 502 or 503
+    if error.retry_after_s is not None:
+        return {"Retry-After": str(error.retry_after_s)}
     return {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
 
 
@@ -48,39 +59,44 @@ async def hold(
     request: InferenceRequest,
     prompt: Prompt,
     admission: Admission,
+    *,
+    max_wait_s: float | None = None,
+    during: contextlib.AbstractContextManager[None] | None = None,
 ) -> Reservation:
     """Wait until an endpoint can serve the request; BadRequest if none can in time.
 
     The request is counted as held while it waits, and a replica of the model is demanded. A model
-    that is known to be unable to start is neither waited for nor scaled up.
+    that is known to be unable to start is neither waited for nor scaled up. ``max_wait_s``: the
+    client's own limit, below ``holdTimeout``. ``during``: entered while the request waits.
     """
     loop = asyncio.get_running_loop()
     block = routed.block(request.adapter)
     if block is not None and block.fails_at_s <= loop.time():
-        raise _blocked(request, block)
+        raise _blocked(routed, request, block)
     if not context.hold(request.name):
         log.warning("too many held requests", model=request.name)
         raise BadRequest(
             f"Too many requests are waiting for the model {request.model!r}.",
             status=503,
             code="overloaded",
+            retry_after_s=_retry_after_s(routed),
         )
     admission.hold()
     context.demand(request.name)
-    deadline_s = loop.time() + context.config.hold_timeout_s
+    timeout_s = context.config.hold_timeout_s
+    if max_wait_s is not None:
+        timeout_s = min(timeout_s, max(0.0, max_wait_s))
+    deadline_s = loop.time() + timeout_s
     try:
-        while True:
-            await routed.wait(request.adapter, max(0.0, deadline_s - loop.time()))
-            if reservation := routed.pick(prompt, request.adapter):
-                return reservation
+        with during or contextlib.nullcontext():
+            while True:
+                await routed.wait(request.adapter, max(0.0, deadline_s - loop.time()))
+                if reservation := routed.pick(prompt, request.adapter):
+                    return reservation
     except Blocked as blocked:
-        raise _blocked(request, blocked.block) from None
+        raise _blocked(routed, request, blocked.block) from None
     except NoEndpoint:
-        message = f"No replica of the model {request.model!r} became ready in time."
-        if block := routed.block(request.adapter):
-            message += f" {block.reason}: {block.message}"
-        log.warning("no endpoint became ready", model=request.model, reason=block and block.reason)
-        raise BadRequest(message, status=504, code="timeout") from None
+        raise _timed_out(routed, request) from None
     except ModelGone:
         raise model_not_found(request.model) from None
     finally:
@@ -88,7 +104,17 @@ async def hold(
         context.unhold(request.name)
 
 
-def _blocked(request: InferenceRequest, block: Block) -> BadRequest:
+def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+    message = f"No replica of the model {request.model!r} became ready in time."
+    block = routed.block(request.adapter)
+    if block is not None:
+        message += f" {block.reason}: {block.message}"
+    log.warning("no endpoint became ready", model=request.model, reason=block and block.reason)
+    retry_after_s = _retry_after_s(routed)
+    return BadRequest(message, status=504, code="timeout", retry_after_s=retry_after_s)
+
+
+def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> BadRequest:
     suppressed = _refusals.take(time.monotonic())
     if suppressed is not None:
         log.warning(
@@ -101,4 +127,60 @@ def _blocked(request: InferenceRequest, block: Block) -> BadRequest:
         f"The model {request.model!r} cannot be served. {block.reason}: {block.message}",
         status=503,
         code=UNAVAILABLE if block.retry else CANNOT_START,
+        retry_after_s=_retry_after_s(routed),
     )
+
+
+def _retry_after_s(routed: RoutedModel) -> int | None:
+    """How long a replica of the model takes to start; None while that is not known."""
+    start_s = routed.route.start_s
+    return min(start_s, RETRY_AFTER_MAX_S) if start_s > 0 else None
+
+
+# -- comments --------------------------------------------------------------------------------------
+
+
+def progress(routed: RoutedModel, request: InferenceRequest) -> str:
+    """What a held request waits for, as a short phrase."""
+    if request.adapter is not None and routed.route.endpoints:
+        return "loading the adapter"
+    return routed.route.progress or "starting"
+
+
+class HoldComments:
+    """Comments on a streaming request's response during one wait.
+
+    The first one follows the head of the response, after ``holdCommentAfter``; the others come at
+    ``holdCommentInterval``. A request that has been held before continues with the interval.
+    """
+
+    def __init__(
+        self,
+        stream: EarlyStream,
+        config: GatewayConfig,
+        headers: Callable[[], bytes],
+        phrase: Callable[[], str],
+    ) -> None:
+        """``headers``: makes extra lines of the response's head, each ending in CRLF."""
+        self._stream = stream
+        self._config = config
+        self._headers = headers
+        self._phrase = phrase
+        after_s = config.hold_comment_interval_s if stream.begun else config.hold_comment_after_s
+        self._timer = asyncio.get_running_loop().call_later(after_s, self._comment)
+
+    @staticmethod
+    def suit(request: InferenceRequest, config: GatewayConfig) -> bool:
+        """Whether the response to a request may begin with comments."""
+        return request.stream and request.kind.has_streams and config.hold_comment_after_s > 0
+
+    def stop(self) -> None:
+        """The wait is over."""
+        self._timer.cancel()
+
+    def _comment(self) -> None:
+        self._stream.begin(self._headers())
+        text = f"waiting for a replica: {self._phrase()}"
+        self._stream.comment(" ".join(text.split()).encode("utf-8", "replace"))
+        interval_s = self._config.hold_comment_interval_s
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._comment)

@@ -21,13 +21,13 @@ from kubeai.gateway.holding import advice
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
 from kubeai.openai.request import parse_selector, split_model
-from kubeai.openai.routes import Kind, RouteMatch, classify
+from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
 
 CONTEXT = web.AppKey("context", Context)
-DEFAULT_FEATURE = "TextGeneration"
+DEFAULT_FEATURE = "TextGeneration"  # of the list below /openai/v1, as in KubeAI in Go
 
 
 def make_runner(context: Context) -> web.AppRunner:
@@ -101,7 +101,12 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         return _models(request, target)
     # Echo the raw path: decoded, it could look like a path that exists.
     path = request.raw_path.partition("?")[0][:QUOTED_MAX_CHARS]
-    message = f"Invalid URL ({request.method} {path})"
+    scheme = "https" if request.headers.get("X-Forwarded-Proto") == "https" else "http"
+    base = f"{scheme}://{request.host}"[:QUOTED_MAX_CHARS]
+    message = (
+        f"Invalid URL ({request.method} {path}). Use the base URL {base}/v1 or {base}{PREFIX}/v1; "
+        f"Anthropic's clients need {base}"
+    )
     return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
 
 
@@ -153,13 +158,14 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
     context = request.app[CONTEXT]
     if target.model_id is not None:
         return _json(msgspec.json.encode(_one_model(request, target.model_id)))
-    features = set(request.query.getall("feature", [DEFAULT_FEATURE]))
+    default = [DEFAULT_FEATURE] if request.raw_path.startswith(PREFIX) else []
+    features = set(request.query.getall("feature", default))
     selected = _selection(request)
     routes = (model.route for model in context.routes)
     items = [
         item
         for route in sorted(routes, key=lambda route: route.model)
-        if features.intersection(route.features) and selected(route)
+        if (not features or features.intersection(route.features)) and selected(route)
         for item in _items(route)
     ]
     return _json(msgspec.json.encode(_List("list", items)))

@@ -18,8 +18,9 @@ Admission and the Reservation exactly once in all cases. This module handles eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -29,10 +30,10 @@ from typing_extensions import override
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.console import BODY_MAX_BYTES as CONSOLE_BODY_MAX_BYTES
-from kubeai.gateway.console import check_client, is_console
+from kubeai.gateway.console import check_request, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.explanation import explanation, why_moved
-from kubeai.gateway.holding import advice, hold
+from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
 from kubeai.gateway.observation import RequestEnd, RequestStart
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
@@ -42,7 +43,9 @@ from kubeai.openai import request as openai
 from kubeai.openai.errors import (
     BadRequest,
     compressed_body,
+    engine_error,
     error_answer,
+    error_event,
     header_lines,
     model_not_found,
 )
@@ -51,6 +54,7 @@ from kubeai.openai.routes import Kind, classify
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
     from kubeai.gateway.access_log import Observation, Observers
+    from kubeai.gateway.cors import CorsPolicy
     from kubeai.gateway.relay._exchange import Pool
     from kubeai.openai.request import InferenceRequest
     from kubeai.routing.table import RoutedModel
@@ -83,7 +87,8 @@ class Proxy(FastPath):
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
-        if kind is None and self._relay_to_console():
+        if kind is None and is_console(self.target) and self.context.console is not None:
+            self._relay_to_console(self.context.console)
             return
         if kind is None or kind is Kind.MODELS or target.status != 200:
             self.stream(
@@ -106,24 +111,13 @@ class Proxy(FastPath):
         else:
             self._receive_upload()
 
-    def _relay_to_console(self) -> bool:
-        """Stream the request to the console, or refuse it, if it is for the console."""
-        pool, target = self.context.console, _origin_form(self.target)
-        if pool is None or not is_console(target.decode("latin-1")):
-            return False
+    def _relay_to_console(self, pool: Pool) -> None:
         try:
-            check_client(
-                self.peer,
-                self.host,
-                [value.decode("latin-1") for value in self.headers(b"origin")],
-                forwarded=self.is_forwarded or any(map(self.headers, (b"forwarded", b"via"))),
-                hosts=self.context.config.ui.hosts,
-            )
+            check_request(self, self.context.config.ui.hosts)
         except BadRequest as error:
             self._refuse(error)
         else:
-            self.stream(pool, target, CONSOLE_BODY_MAX_BYTES)
-        return True
+            self.stream(pool, self.target.encode("latin-1"), CONSOLE_BODY_MAX_BYTES)
 
     @override
     def on_body(self) -> None:
@@ -204,13 +198,10 @@ class Proxy(FastPath):
     @override
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
-        if self._reservation is None and is_console(self.target):
-            log.error("console did not respond", reason=reason)
-            self._say(502, "The supervisor, which serves the console, did not respond.")
-            return
         if self._reservation is None:
-            log.error("local routes did not respond", reason=reason)
-            self._say(502, "The gateway's local routes did not respond.")
+            who = "supervisor" if is_console(self.target) else "gateway's local routes"
+            log.error(f"{who} did not respond", reason=reason)
+            self._say(502, f"The {who} did not respond.")
             return
         endpoint = self._reservation.name
         log.warning("request failed", model=self._request.name, endpoint=endpoint, reason=reason)
@@ -222,6 +213,10 @@ class Proxy(FastPath):
                 f"No replica of the model {self._request.model!r} could be reached: {reason}.",
                 "bad_gateway",
             )
+
+    @override
+    def on_refusal(self, status: int, content_type: str, body: bytes) -> None:
+        self._refuse(engine_error(status, content_type, body))
 
     # -- uploads -----------------------------------------------------------------------------------
 
@@ -289,7 +284,10 @@ class Proxy(FastPath):
         return routed.pick(self._prompt, request.adapter)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
-        """The requested model, if it matches the request's label selectors."""
+        """The requested model, if it matches the request's label selectors.
+
+        Also reads the client's limit on the wait for an endpoint.
+        """
         routed = self.context.routes.find(request.name)
         if routed is None or (
             request.adapter is not None and request.adapter not in routed.route.adapters
@@ -298,6 +296,7 @@ class Proxy(FastPath):
         for selector in self.headers(b"x-label-selector"):
             if not openai.parse_selector(selector.decode("latin-1"))(routed.route.labels):
                 raise model_not_found(request.model)
+        self._max_wait_s = openai.parse_max_wait(self.headers(b"x-kubeai-max-wait"))
         return routed
 
     @override
@@ -404,18 +403,71 @@ class Proxy(FastPath):
 
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
-        began_s = time.monotonic()
+        return await hold(
+            self.context,
+            self._routed,
+            self._request,
+            self._prompt,
+            self._admission,
+            max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self.waited_s,
+            during=self._wait_counted(),
+        )
+
+    @contextlib.contextmanager
+    def _wait_counted(self) -> Iterator[None]:
+        """Add the time of a wait to ``waited_s``, and send comments meanwhile."""
+        before_s = self.waited_s
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+
+        def head() -> bytes:
+            headers = _waited(before_s + loop.time() - began_s)
+            if self._kind is Kind.MESSAGES:
+                headers["request-id"] = self.request_id  # which Anthropic's clients read
+            return header_lines(headers)
+
+        comments = None
+        if HoldComments.suit(self._request, self.context.config):
+            phrase = partial(progress, self._routed, self._request)
+            comments = HoldComments(self, self.context.config, head, phrase)
         try:
-            return await hold(
-                self.context, self._routed, self._request, self._prompt, self._admission
-            )
+            yield
         finally:
-            self._waited_s += time.monotonic() - began_s
+            if comments is not None:
+                comments.stop()
+            self.waited_s = before_s + loop.time() - began_s
+            self.comment(f"waited {self.waited_s:.3f} s".encode())
+            for name, value in _waited(self.waited_s).items():
+                self.add_response_header(name.encode(), value.encode())
 
     # -- the gateway's own responses ---------------------------------------------------------------
 
+    @override
+    def allow_origin(self, policy: CorsPolicy) -> None:
+        if _is_console(self.target):  # it is only for its own pages, and checks the Origin
+            self.set_cors_headers(None)
+            return
+        origins, asked, requested = (
+            [value.decode("latin-1") for value in self.headers(name)]
+            for name in (
+                b"origin",
+                b"access-control-request-method",
+                b"access-control-request-headers",
+            )
+        )
+        origin = origins[0] if len(origins) == 1 else None
+        preflight = self.method == "OPTIONS" and bool(asked)
+        self.set_cors_headers(policy.headers(origin, preflight, ", ".join(requested)))
+        if origins:
+            self.drop_header(b"origin")  # engines with a policy of their own would reject it
+
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
+        if self.begun:
+            self.end(error.status, error_event(error, self._kind, self.request_id))
+            return
         body, more = error_answer(error, self.target, self.request_id)
+        if self.waited_s:
+            more |= _waited(self.waited_s)
         self.answer(error.status, body, header_lines({**advice(error), **more, **(headers or {})}))
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
@@ -429,6 +481,15 @@ def _no_websocket() -> BadRequest:
         status=426,
         code="upgrade_required",
     )
+
+
+def _waited(waited_s: float) -> dict[str, str]:
+    return {WAITED: f"{waited_s:.3f}"}
+
+
+def _is_console(target: str) -> bool:
+    path = _origin_form(target).partition(b"?")[0]
+    return path == b"/ui" or path.startswith(b"/ui/")
 
 
 def _origin_form(target: str) -> bytes:

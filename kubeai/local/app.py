@@ -45,12 +45,21 @@ PROCESSES = "kubeai.local.apiserver", "kubeai.local.kubelet", "kubeai.gateway.wo
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 # Defaults for interactive use on one machine: scale down soon after the last request, and stop
-# quickly. A config file overrides each key.
+# quickly. Web pages from this machine may use the API. A config file overrides each key.
 LOCAL_DEFAULTS: dict[str, Any] = {
     "metricsAddr": "127.0.0.1:0",
     "healthAddress": "127.0.0.1:0",
     "modelAutoscaling": {"interval": "1s", "timeWindow": "10s"},
-    "gateway": {"drainAccept": "0s", "drainTimeout": "10s", "ui": {"enabled": True}},
+    "gateway": {
+        "drainAccept": "0s",
+        "drainTimeout": "10s",
+        "corsOrigins": [
+            f"{scheme}://{host}:*"
+            for scheme in ("http", "https")
+            for host in ("localhost", "127.0.0.1")
+        ],
+        "ui": {"enabled": True},
+    },
 }
 
 

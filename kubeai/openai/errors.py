@@ -1,19 +1,25 @@
 """The gateway's own error responses, in the format of the API that the client uses.
 
-The request's path decides: ``/openai/v1/messages`` and paths below it get Anthropic's format, all
-other paths OpenAI's. Every error of the gateway goes through :func:`error_answer`, whether the
-relay, the proxy or the aiohttp application rejects the request. Errors from engines are forwarded
-unchanged. Pure: no I/O.
+The request's path decides: ``/v1/messages`` and paths below it get Anthropic's format, all other
+paths OpenAI's. Every error of the gateway goes through :func:`error_answer`, whether the relay, the
+proxy or the aiohttp application rejects the request. Errors from engines are forwarded unchanged.
+
+If an event stream has begun while the request was held, :func:`error_event` formats the error as an
+event of that stream, and :func:`engine_error` reads the engine's error for it. Pure: no I/O.
 """
 
 from __future__ import annotations
+
+import contextlib
+from typing import Any
 
 import msgspec
 
 from kubeai.errors import quoted
 from kubeai.openai.routes import PREFIX, Kind
 
-_MESSAGES_PATH = PREFIX + Kind.MESSAGES.value
+_MESSAGES_PATHS = (PREFIX + Kind.MESSAGES.value, Kind.MESSAGES.value)
+ENGINE_TEXT_MAX_CHARS = 500  # of an engine's error that is not JSON
 # The error types in Anthropic's API reference by status. Its other 4xx are invalid_request_error,
 # its other 5xx api_error. Here 503 always means that the gateway or the model cannot accept the
 # request now, which Anthropic's API reports as 529 overloaded_error.
@@ -31,20 +37,33 @@ _ANTHROPIC_TYPES = {
 
 
 class BadRequest(Exception):
-    """An error response by the gateway itself, with ``status`` and ``body()``."""
+    """An error response by the gateway itself, with ``status`` and ``body()``.
+
+    ``kind``: the error's type in OpenAI's format, if the status does not determine it.
+    ``retry_after_s``: when the client should try again; None: as for the status.
+    """
 
     def __init__(
-        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        *,
+        kind: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.status = status
         self.code = code
+        self.kind = kind
+        self.retry_after_s = retry_after_s
 
     def body(self) -> bytes:
         """The response's body in OpenAI's format."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = self.kind or ("invalid_request_error" if self.status < 500 else "server_error")
         return error_body(self.message, kind, self.code, self.param)
 
 
@@ -66,8 +85,7 @@ def error_body(
     param: str | None = None,
 ) -> bytes:
     """OpenAI's error object as JSON. Lone surrogates in ``message`` are replaced."""
-    message = message.encode("utf-8", "replace").decode()
-    return msgspec.json.encode(_ErrorBody(_ErrorDetail(message, type, param, code)))
+    return msgspec.json.encode(_ErrorBody(_ErrorDetail(_sendable(message), type, param, code)))
 
 
 def model_not_found(model: str) -> BadRequest:
@@ -113,10 +131,73 @@ def error_answer(
         return error.body(), headers
     if request_id is not None:
         headers["request-id"] = request_id  # the header that Anthropic's clients read
+    return _anthropic_body(error, request_id), headers
+
+
+def _anthropic_body(error: BadRequest, request_id: str | None) -> bytes:
     default = "invalid_request_error" if error.status < 500 else "api_error"
-    message = error.message.encode("utf-8", "replace").decode()
-    detail = _Detail(_ANTHROPIC_TYPES.get(error.status, default), message)
-    return msgspec.json.encode(_AnthropicBody(error=detail, request_id=request_id)), headers
+    detail = _Detail(_ANTHROPIC_TYPES.get(error.status, default), _sendable(error.message))
+    return msgspec.json.encode(_AnthropicBody(error=detail, request_id=request_id))
+
+
+# -- errors in an event stream that has begun ------------------------------------------------------
+
+
+class _ResponsesError(msgspec.Struct, tag="error"):
+    """The ``error`` event of OpenAI's Responses API."""
+
+    code: str | None
+    message: str
+    param: str | None
+    sequence_number: int = 0
+
+
+def error_event(error: BadRequest, kind: Kind, request_id: str | None) -> bytes:
+    """The error as the last server-sent event of a response to a request of this kind."""
+    if kind is Kind.MESSAGES:
+        return b"event: error\ndata: " + _anthropic_body(error, request_id) + b"\n\n"
+    if kind is Kind.RESPONSES:
+        event = _ResponsesError(error.code, _sendable(error.message), error.param)
+        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    return b"data: " + error.body() + b"\n\n"
+
+
+def engine_error(status: int, content_type: str, body: bytes) -> BadRequest:
+    """The error event's content for an engine's response that is not an event stream.
+
+    The engine's own message, type and code if its body has them, in either API's format or in one
+    of vLLM's (``message`` at the top) and FastAPI's (``detail``). Otherwise, its text.
+    """
+    if status < 300:
+        shown = quoted(content_type or "no type")
+        message = f"The engine did not send an event stream, but {shown}."
+        return BadRequest(message, status=502, code="bad_gateway")
+    detail: Any = body.decode("utf-8", "replace")[:ENGINE_TEXT_MAX_CHARS].strip()
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        detail = msgspec.json.decode(body)
+    if isinstance(detail, dict):
+        detail = detail.get("error") or detail.get("detail") or detail
+    found = detail if isinstance(detail, dict) else {"message": detail}
+    said = found.get("message")
+    if not isinstance(said, str) or not said:
+        said = f"The engine responded with status {status}."
+    return BadRequest(
+        said,
+        _text(found.get("param")),
+        status,
+        _text(found.get("code")),
+        kind=_text(found.get("type")),
+    )
+
+
+def _text(value: object) -> str | None:
+    """A member of an engine's error; some engines send numbers."""
+    return str(value) if isinstance(value, str | int) else None
+
+
+def _sendable(message: str) -> str:
+    """The message without lone surrogates, which JSON cannot contain."""
+    return message.encode("utf-8", "replace").decode()
 
 
 def relay_error(
@@ -137,4 +218,4 @@ def _speaks_anthropic(target: str) -> bool:
     path = target.partition("?")[0]
     if not path.startswith("/"):
         path = "/" + path.partition("://")[2].partition("/")[2]
-    return path == _MESSAGES_PATH or path.startswith(_MESSAGES_PATH + "/")
+    return any(path == one or path.startswith(one + "/") for one in _MESSAGES_PATHS)

@@ -1,7 +1,7 @@
 """Reads inference requests as far as routing needs it. Pure: no I/O.
 
 Owns the reading of JSON bodies, the hash key, the replacement of ``model`` for adapters, and the
-X-Label-Selector header. Called by the gateway for every request.
+X-Label-Selector and X-KubeAI-Max-Wait headers. Called by the gateway for every request.
 
 The gateway and the engine must read the same ``model``, so a body that two JSON parsers may
 interpret differently is rejected with 400. Required are strict JSON (no NaN, no trailing comma, no
@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import msgspec
 
+from kubeai.api.config.duration import parse_duration
 from kubeai.api.labels import Selector, label_selector
 from kubeai.errors import quoted
 from kubeai.openai import _body_scan
@@ -36,6 +37,7 @@ __all__ = [
     "body_for",
     "is_identity",
     "named",
+    "parse_max_wait",
     "parse_selector",
     "prompt_of",
     "read",
@@ -92,3 +94,23 @@ def parse_selector(text: str) -> Selector:
             f"X-Label-Selector {quoted(text)} is not a valid label selector: {error}.",
             param="X-Label-Selector",
         ) from None
+
+
+def parse_max_wait(values: list[bytes]) -> float | None:
+    """Parse the X-KubeAI-Max-Wait headers of a request to seconds; None if there is none.
+
+    BadRequest if there are several, or the value is not a duration as in the config.
+    """
+    if not values:
+        return None
+    text = values[0].decode("latin-1")
+    problem = "is given more than once" if len(values) > 1 else ""
+    try:
+        wait_s = parse_duration(text)
+    except ValueError:
+        wait_s, problem = 0.0, problem or "is not a duration such as 30s or 1m30s"
+    if wait_s < 0:
+        problem = problem or "is negative"
+    if problem:
+        raise BadRequest(f"X-KubeAI-Max-Wait {quoted(text)} {problem}.", param="X-KubeAI-Max-Wait")
+    return wait_s

@@ -1,10 +1,12 @@
 """The routes of the OpenAI-compatible API: which paths and methods the gateway serves.
 
+Each route has two paths, below ``/openai/v1`` (as in KubeAI in Go) and below ``/v1``.
+
 Nothing is decoded, normalized or repaired. Scheme and authority of a target in absolute form are
 removed, everything after the first ``?`` is the query, and the rest must match a listed path
 *exactly*: ``%63hat``, ``//``, ``/./``, ``..``, ``;x``, a trailing slash or different case all get
 404. An engine receives the path from the table, never the client's spelling. The only variable
-path, ``/openai/v1/models/{id}``, is served by the gateway and never reaches an engine.
+path, ``/v1/models/{id}``, is served by the gateway and never reaches an engine.
 """
 
 from __future__ import annotations
@@ -32,9 +34,15 @@ class Kind(StrEnum):
         """Whether the request is a POST with a JSON body."""
         return self not in (Kind.TRANSCRIPTIONS, Kind.MODELS)
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether ``"stream": true`` in the body asks for server-sent events."""
+        return self in (Kind.CHAT, Kind.COMPLETIONS, Kind.RESPONSES, Kind.MESSAGES)
 
-route_table: dict[str, Kind] = {PREFIX + kind.value: kind for kind in Kind}
-_MODEL_PATH = PREFIX + Kind.MODELS.value + "/"
+
+_PREFIXES = (PREFIX, "")
+route_table: dict[str, Kind] = {prefix + kind.value: kind for prefix in _PREFIXES for kind in Kind}
+_MODEL_PATHS = tuple(f"{prefix}{Kind.MODELS.value}/" for prefix in _PREFIXES)
 _GET = ("GET", "HEAD")
 _POST = ("POST",)
 
@@ -45,7 +53,7 @@ class RouteMatch(NamedTuple):
     status: int
     kind: Kind | None = None
     query: str = ""  # without the "?", unchanged
-    model_id: str | None = None  # of GET /openai/v1/models/{id}, still percent-encoded
+    model_id: str | None = None  # of GET /v1/models/{id}, still percent-encoded
     allow: tuple[str, ...] = ()
 
 
@@ -70,11 +78,20 @@ def classify(method: str, target: str) -> RouteMatch:
     kind = route_table.get(path)
     model_id = None
     if kind is None:
-        model_id = path.removeprefix(_MODEL_PATH)
-        if model_id == path or not model_id or "/" in model_id:
+        model_id = _model_id(path)
+        if not model_id:
             return RouteMatch(404)
         kind = Kind.MODELS
     allow = _GET if kind is Kind.MODELS else _POST
     if method not in allow:
         return RouteMatch(405, allow=allow)
     return RouteMatch(200, kind, query, model_id)
+
+
+def _model_id(path: str) -> str:
+    """The ID in the path of one model; empty for other paths."""
+    for prefix in _MODEL_PATHS:
+        if path.startswith(prefix):
+            model_id = path[len(prefix) :]
+            return "" if "/" in model_id else model_id
+    return ""

@@ -26,6 +26,7 @@ from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
 from kubeai.operator.scaling.timeline import Step, Timeline
+from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.operator.view import ModelView, view_of
 from kubeai.routing.routes import Route
@@ -61,6 +62,7 @@ class Operator:
             event.set()  # until `run` starts, there is nothing to wait for
         self.store = Store(self._changed, address_override=config.allow_pod_address_override)
         self._blocks = BlockTracker(config.gateway)
+        self._starts = StartTracker()
         lease = config.leader_election
         self.leader = Leader(
             kube,
@@ -188,11 +190,13 @@ class Operator:
         if model is None:
             self._blocks.forget(name)
             self._timeline.forget(name)
+            self._starts.forget(name)
             self._publish(name, None)
             return
         self._timeline.observed(model)
         pods = self.store.observed_pods(name)
-        self._publish(name, route_of(model, pods, self._blocks.observe(model, pods)))
+        blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
+        self._publish(name, route_of(model, pods, blocks, start))
 
     def _turn(self, leads: bool) -> None:
         if leads:

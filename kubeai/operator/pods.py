@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import datetime
+from typing import Literal, get_args
 
 import msgspec
 
@@ -39,6 +40,10 @@ PORT_NAME, PORT_DEFAULT = "http", 8000
 MESSAGE_MAX_CHARS = 500
 OUTPUT_MAX_CHARS = 500  # of a container's last lines
 RECOVERED_AFTER_S = 600.0  # of running, after which the kubelet's back-off restarts at 10 s
+
+# What a pod does until it is ready, in order.
+Step = Literal["Pending", "Preparing", "PullingImage", "Initializing", "Loading"]
+STEPS: tuple[Step, ...] = get_args(Step)
 
 # Waiting reasons that are not a trouble, unless they have a message.
 _STARTING = ("", "ContainerCreating", "PodInitializing")
@@ -173,6 +178,8 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     job: str = ""  # the Job's purpose, if this is a Job's pod and not a replica
     version: int = 0  # resourceVersion
     created_s: float = 0.0  # Unix time
+    ready_since_s: float = 0.0  # Unix time; 0: it is not ready, or since when is unknown
+    step: Step = "Pending"  # what it does until it is ready
     mounts_files: bool = False  # whether it mounts the ConfigMap with the Model's files
     # Why it is not ready. A ready pod has one only if it is crash looping.
     trouble: Trouble | None = None
@@ -235,6 +242,8 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         job=meta.labels.get(JOB_LABEL, ""),
         version=meta.version,
         created_s=_seconds(meta.creation_timestamp),
+        ready_since_s=_ready_since_s(obj),
+        step=_step(obj),
         mounts_files=any(
             volume.config_map is not None and volume.config_map.name == config_map_name(name)
             for volume in obj.spec.volumes
@@ -257,6 +266,23 @@ def _number(text: str | None) -> float:
 
 def _is_true(obj: PodObject, condition: str) -> bool:
     return any(c.type == condition and c.status == "True" for c in obj.status.conditions)
+
+
+def _ready_since_s(obj: PodObject) -> float:
+    ready = (c for c in obj.status.conditions if c.type == "Ready" and c.status == "True")
+    return max((_seconds(condition.last_transition_time) for condition in ready), default=0.0)
+
+
+def _step(obj: PodObject) -> Step:
+    """How far the pod is. A kubelet before 1.29 does not report that it pulls images."""
+    status = obj.status
+    if not obj.spec.node_name:
+        return "Pending"
+    if any(container.state.running is not None for container in status.container_statuses):
+        return "Loading"
+    if any(container.state.running is not None for container in status.init_container_statuses):
+        return "Initializing"
+    return "PullingImage" if _is_true(obj, "PodReadyToStartContainers") else "Preparing"
 
 
 def _address(obj: PodObject, override: bool) -> str:

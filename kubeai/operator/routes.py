@@ -7,16 +7,19 @@ from collections.abc import Iterable
 from kubeai.api.model import Model
 from kubeai.operator.blocks import NO_BLOCKS, Blocks
 from kubeai.operator.pods import Pod
+from kubeai.operator.starting import NO_START, Start
 from kubeai.routing.routes import Endpoint, Route
 
 
-def route_of(model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS) -> Route | None:
+def route_of(
+    model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS, start: Start = NO_START
+) -> Route | None:
     """The Model's route, with endpoints sorted by name; None while the Model is being deleted.
 
     Endpoints are the pods of this very Model (by uid) that are ready, not terminating and not
     draining. Only adapters that the Model still declares are offered. Draining and terminating pods
     are listed separately, and may finish their in-flight requests. ``blocks``: why the Model has
-    no endpoint.
+    no endpoint. ``start``: what its starting replicas do, and how long that takes.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
@@ -52,4 +55,6 @@ def route_of(model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS) -> R
         draining=tuple(sorted(draining)),
         block=blocks.model,
         adapter_blocks=blocks.adapters,
+        progress=start.progress,
+        start_s=start.start_s,
     )

@@ -61,6 +61,8 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     block: Block | None = None  # why the model has no endpoint
     adapter_blocks: dict[str, Block] = {}  # why no endpoint serves an adapter, by adapter
     cache_load_factor: int = 0  # bound of PrefixCache, in percent of the mean load; 0: none
+    progress: str = ""  # what a replica that starts does now; empty while one serves, or unknown
+    start_s: int = 0  # how long a replica takes from its creation until it is ready; 0: unknown
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):

@@ -8,11 +8,12 @@ import wave
 import aiohttp
 import openai
 import pytest
-from harness import chat, model, pods, replicas, running, scrape, until
+from harness import CONFIG, chat, model, pods, replicas, running, scrape, until
 
 DELAY_S = 1.0
 ARGS = (f"--startup-delay={DELAY_S:.0f}s", "--decode-tokens-per-second=50")
 LONG_TOKENS = 1000  # 20 s
+SOON = {"holdCommentAfter": "100ms", "holdCommentInterval": "100ms"}
 # A cold model may take what its engine takes, and this.
 OVERHEAD_S = 10.0
 
@@ -26,6 +27,7 @@ async def local(tmp_path):
         model("vectors", engine="Infinity", features=("TextEmbedding",), args=ARGS),
         model("ears", engine="FasterWhisper", features=("SpeechToText",), args=ARGS),
         workers=2,
+        config={"gateway": CONFIG["gateway"] | SOON},
     ) as local:
         yield local
 
@@ -70,6 +72,9 @@ async def test_models_at_zero_answer_every_kind_of_request(local):
         (pod,) = await pods(kube, "chat")
         assert pod["metadata"]["annotations"]["kubeai.org/mock-engine"] == "true"
 
+        comments, data = await cold_stream(local, "text")
+        assert ": waiting for a replica: loading the model" in comments
+        assert data[-1] == "data: [DONE]"
         started = time.monotonic()
         completion = await client.completions.create(model="text", prompt="Once", max_tokens=5)
         assert completion.choices[0].text
@@ -91,6 +96,28 @@ async def test_models_at_zero_answer_every_kind_of_request(local):
             await until(
                 f"{name} is at zero again", lambda name=name: _gone(kube, name), timeout_s=30
             )
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.chat.completions.create(
+                model="chat",
+                messages=[{"role": "user", "content": "Hello!"}],
+                extra_headers={"X-KubeAI-Max-Wait": "0s"},
+            )
+        assert caught.value.status_code == 504
+        retry_after_s = int(caught.value.response.headers["Retry-After"])
+        assert DELAY_S <= retry_after_s <= DELAY_S + OVERHEAD_S
+
+
+async def cold_stream(local, name):
+    """The comments and the other lines of a streamed completion of a model without a replica."""
+    body = {"model": name, "prompt": "Once", "max_tokens": 5, "stream": True}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{local.endpoint}/completions", json=body) as response,
+    ):
+        assert response.status == 200
+        lines = [line for line in (await response.text()).split("\n") if line]
+    comments = [line for line in lines if line.startswith(":")]
+    return comments, lines[len(comments) :]
 
 
 async def active(local, name):

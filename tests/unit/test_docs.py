@@ -1,6 +1,6 @@
 """docs/fields.md: every field, value and condition has a row, and every test it cites exists.
 
-docs/http-api.md: every route has a row.
+docs/http-api.md: every route has a row, for both of its paths.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_every_condition_that_the_operator_writes_has_a_row():
 def test_every_route_has_a_row():
     rows = (REPOSITORY / "docs/http-api.md").read_text().splitlines()
     for path in route_table:
-        assert any(row.startswith(f"| `{path}`") for row in rows), path
+        assert any(row.startswith("| ") and f"`{path}`" in row for row in rows), path
 
 
 @cache

@@ -27,6 +27,7 @@ _UNITS: dict[str, Schema] = {
     "quantity": {"type": ["string", "number"], "pattern": _QUANTITY, "minimum": 0},
     "bytes": {"type": ["string", "integer"], "pattern": f"^$|{_QUANTITY}", "minimum": 0},
     "address": {"type": "string", "pattern": r"^$|^.*:[0-9]{1,5}$"},
+    "origin": {"type": "string", "pattern": r"^(\*|[a-zA-Z][a-zA-Z0-9+.-]*://[^/]+)$"},
 }
 
 
@@ -68,6 +69,8 @@ def _or_zero(schema: Schema) -> Schema:
         return {"enum": [*schema["enum"], "", None]}
     if schema.get("minimum", 0) > 0:
         schema = schema | {"minimum": 0}
+    if schema.get("required"):
+        return {"anyOf": [schema, {"type": ["object", "null"], "maxProperties": 0}]}
     return _or_null(schema)
 
 

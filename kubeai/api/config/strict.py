@@ -3,7 +3,7 @@
 msgspec's own errors omit the keys of maps, and msgspec supports neither durations nor quantities.
 This reader uses the same type information and gives each error a dotted path. A field's unit is set
 in the ``extra`` of its Meta: ``{"unit": "duration"}`` turns ``1m30s`` into seconds, ``bytes`` turns
-``64Mi`` into an integer, ``quantity`` and ``address`` validate a string.
+``64Mi`` into an integer, ``quantity``, ``address`` and ``origin`` validate a string.
 
 A key counts as not given, and keeps its default, if it is ``null`` or has Go's zero value for its
 type (``0``, ``0s``, ``""``, ``{}``, ``[]``), because Go programs write those for unset fields. If
@@ -32,6 +32,9 @@ from kubeai.errors import ConfigError
 T = TypeVar("T", bound=msgspec.Struct)
 # Go reads a number as nanoseconds. A smaller number is rejected as a missing unit.
 NANOSECONDS_MIN = 100_000_000
+_ORIGIN = re.compile(
+    r"\*|[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:(?P<port>\d{1,5}|\*))?", re.I | re.A
+)
 _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/\s]*):(?P<port>\d{1,5})")
 
 
@@ -228,7 +231,7 @@ def _zeros(type_: inspect.Type, unit: Mapping[str, Any]) -> tuple[Any, ...]:
         case inspect.StructType() | inspect.DictType():
             return ({},)
         case inspect.VarTupleType():
-            return ([],)
+            return () if zero else ([],)
         case inspect.StrType() | inspect.LiteralType():
             return () if zero else ("",)
         case inspect.IntType() | inspect.FloatType():
@@ -305,9 +308,22 @@ def check_address(value: Any, path: str) -> str:
     return value
 
 
+def _origin(value: Any, path: str) -> str:
+    """The origin of a web page in lower case, or "*"."""
+    example = "https://chat.example.com, http://localhost:* or *"
+    if not isinstance(value, str):
+        raise _wrong(path, f"an origin such as {example}", value)
+    match = _ORIGIN.fullmatch(value)
+    if match is None or int((match["port"] or "0").replace("*", "0")) > 65535:
+        hint = "; an origin has no path" if value.partition("://")[2].count("/") else ""
+        raise ConfigError(path, f"must be an origin such as {example}, not {value!r}{hint}")
+    return value.lower()
+
+
 _UNITS: dict[str, Callable[[Any, str], Any]] = {
     "duration": _duration,
     "bytes": _bytes,
     "quantity": _quantity,
     "address": check_address,
+    "origin": _origin,
 }

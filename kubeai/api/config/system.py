@@ -38,6 +38,7 @@ PositiveDuration = Annotated[float, Meta(extra={"unit": "duration"})]
 Bytes = Annotated[int, Meta(extra={"unit": "bytes"})]
 Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
 Address = Annotated[str, Meta(extra={"unit": "address"})]
+Origin = Annotated[str, Meta(extra={"unit": "origin"})]
 Count = Annotated[int, Meta(ge=0, extra={"zero": True})]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1, extra={"zero": True})]
@@ -299,6 +300,15 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     # seen. Nodes are added within minutes; many clients time out after ten.
     start_failure_grace_s: Duration = field(name="startFailureGrace", default=30.0)
     unschedulable_grace_s: Duration = field(name="unschedulableGrace", default=540.0)
+    # A held streaming request gets the head of its response and a comment after the first time (0:
+    # never), then a comment at this interval, so that clients and proxies do not time out.
+    hold_comment_after_s: Duration = field(name="holdCommentAfter", default=2.0)
+    hold_comment_interval_s: PositiveDuration = field(name="holdCommentInterval", default=5.0)
+    # Origins of web pages whose scripts may use the API (CORS): scheme://host, with a port, with
+    # the port * (any), or without. "*": all origins. None: no response has CORS headers.
+    cors_origins: Annotated[tuple[Origin, ...], Meta(extra={"zero": True})] = field(
+        name="corsOrigins", default=()
+    )
     # Limits on the size and duration of client requests.
     body_max_bytes: Bytes = 64 << 20
     buffer_max_bytes: Bytes = 1 << 30  # for all JSON bodies together

@@ -20,28 +20,9 @@ from kubeai.gateway.relay._exchange cimport (
     write_at_once,
 )
 from kubeai.gateway.relay._http1 cimport (
-    DROPPED,
-    EXPECT,
-    FORWARDED_FOR,
-    FORWARDED_HOST,
-    FORWARDED_PROTO,
-    HOST,
-    PLAIN,
-    REQUEST_ID,
-    Bytes,
-    HeaderKind,
-    cut,
-    find_head_end,
-    forwarded_lines,
-    id_in,
-    is_request_id,
-    is_same,
-    is_value,
-    json_response,
-    new_request_id,
-    scan_reset,
-    target_in,
-    text_add_header,
+    DROPPED, EXPECT, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PROTO, HOST, PLAIN, REQUEST_ID,
+    Bytes, HeaderKind, cut, find_head_end, forwarded_lines, id_in, is_request_id, is_same,
+    is_value, json_response, new_request_id, scan_reset, target_in, text_add_header,
 )
 
 from httptools import HttpParserUpgrade, HttpRequestParser
@@ -474,6 +455,8 @@ cdef class Downstream(DownstreamEnd):
         """A JSON response from the relay or the Exchange itself."""
         if self.request_id is not None:
             headers += self.request_id
+        if self.cors is not None:
+            headers += self.cors
         if not keep_alive:
             headers += b"Connection: close\r\n"
         elif self.http10:
@@ -482,7 +465,9 @@ cdef class Downstream(DownstreamEnd):
 
     cdef bint _refuse(self, int status, str message) except -1:
         """Respond with an error and close the connection. Returns False."""
-        cdef bint answered = self.exchange is not None and self.exchange.answered
+        cdef bint answered = self.exchange is not None and (
+            self.exchange.answered or self.exchange.begun
+        )
         if self.exchange is not None:
             if not answered:
                 self.exchange.status = status
@@ -491,12 +476,12 @@ cdef class Downstream(DownstreamEnd):
         if self.state >= LEAVING:
             return False
         if answered:
-            self._abort()
+            self._cut(self.http10)
             return False
         if self.state == IDLE:
             self.method = b""
             self.target = self._target_so_far()
-            self.request_id = None
+            self.request_id = self.cors = None
         body, headers = self.relay.refusal(
             status, message, self.target, id_in(self.request_id)
         )

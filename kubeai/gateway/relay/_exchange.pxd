@@ -57,6 +57,7 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
     cdef bytes forwarded_for  # the client's X-Forwarded-For; None: there is none
     cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto header lines
     cdef bytes request_id  # the X-Request-Id header line
+    cdef bytes cors  # header lines for all responses to it; None: there are none
     cdef bint asks_websocket
     cdef bint keep_alive
     cdef bint http10
@@ -123,7 +124,8 @@ cdef class Exchange:
     cdef bint in_pieces  # the upstream request's body: written with ``write``
     cdef int64_t sending_bytes  # its size
     cdef bint replayed
-    cdef readonly bint answered  # a response head has been written
+    cdef readonly bint begun  # an event stream was begun before there is a response; see _early
+    cdef readonly bint answered  # a response head has been written; if begun, a response's body
     cdef readonly int status  # of that response
     cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing

@@ -6,12 +6,11 @@ its response. The ends of its path (``DownstreamEnd``, ``UpstreamEnd`` and the `
 connections) are abstract here, so that this module imports none of those that implement them.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
-from libc.string cimport memchr
 
 from kubeai._clock cimport now
-from kubeai.gateway.relay._http1 cimport Head, Text, id_in, is_name, text_add_header, view
+from kubeai.gateway.relay._http1 cimport Head, id_in, text_add_header, text_values, view
 
 from os import urandom
 
@@ -331,8 +330,10 @@ cdef class Exchange:
         text_add_header(&self.downstream.text, view(name), view(value))
 
     def add_response_header(self, bytes name not None, bytes value not None):
-        """Add a header to the upstream's response. Replaces one that was added before."""
-        self.extra_headers = b"%b: %b\r\n" % (name, value)
+        """Add a header to the upstream's response. Replaces one of this name added before."""
+        cdef bytes kept = b"" if self.extra_headers is None else self.extra_headers
+        cdef list lines = [line for line in kept.splitlines(True) if not line.startswith(name)]
+        self.extra_headers = b"%b%b: %b\r\n" % (b"".join(lines), name, value)
 
     def drop_header(self, bytes name):
         """Remove a header from the upstream request; ``name`` in lower case."""
@@ -340,20 +341,7 @@ cdef class Exchange:
 
     def headers(self, bytes name):
         """The values of a header, in order; ``name`` in lower case. Excludes hop-by-hop ones."""
-        cdef Text *text = &self.downstream.text
-        cdef const char *at = text.at
-        cdef const char *end = text.at + text.size
-        cdef const char *line_end
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
-        cdef list values = []
-        while at < end:
-            line_end = <const char *> memchr(at, c"\r", end - at)
-            if line_end - at > size and at[size] == c":" and is_name(
-                at, PyBytes_AS_STRING(name), size
-            ):
-                values.append(at[size + 1:line_end - at].strip(b" \t"))
-            at = line_end + 2
-        return values
+        return text_values(&self.downstream.text, name)
 
     # actions
 
@@ -515,6 +503,12 @@ cdef class Exchange:
 
     def give_up(self, int failure):
         """Respond with an error."""
+
+    def on_refusal(self, int status, str content_type, bytes body):
+        """The response cannot continue the event stream that has begun: end it with an error.
+
+        ``body``: up to 64 KiB of the response's.
+        """
 
     def attempt_elsewhere(self):
         """The upstream is not expected to respond: make another attempt if possible."""

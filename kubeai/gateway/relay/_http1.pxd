@@ -41,6 +41,7 @@ cdef bint is_name(const char *name, const char *lower, Py_ssize_t size) noexcept
 cdef int text_grow(Text *text, Py_ssize_t size) except -1
 cdef int text_add(Text *text, const char *data, Py_ssize_t size) except -1
 cdef int text_add_header(Text *text, Bytes name, Bytes value) except -1
+cdef list text_values(const Text *text, bytes name)
 cdef void text_free(Text *text) noexcept
 
 
@@ -87,6 +88,7 @@ cdef str id_in(bytes line)
 cdef bytes forwarded_lines(bytes forwarded_for, bytes peer, bytes host, bint has_proto)
 cdef bytes target_in(bytes line)
 cdef bytes json_response(int status, bytes headers, bytes body, bint is_head)
+cdef bytes event_stream_head(bytes headers, bint is_chunked, bint keep_alive)
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept
 cdef bint is_line(const char *at) noexcept
 cdef void scan_reset(Scan *scan, Py_ssize_t at) noexcept
@@ -108,7 +110,6 @@ cdef class Head:
     cdef int _framing(self, HeaderKind kind, Bytes value) except -1
     cdef int _take_tokens(self, bytes value) except -1
     cdef int _drop(self, set names) except -1
-    cdef bint _has(self, bytes name) noexcept
 
 
 cdef enum ChunkState:

@@ -60,6 +60,23 @@ cdef int text_add_header(Text *text, Bytes name, Bytes value) except -1:
     return 0
 
 
+cdef list text_values(const Text *text, bytes name):
+    """The values of a header in header lines, in order; ``name`` in lower case."""
+    cdef const char *at = text.at
+    cdef const char *end = text.at + text.size
+    cdef const char *line_end
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
+    cdef list values = []
+    while at < end:
+        line_end = <const char *> memchr(at, c"\r", end - at)
+        if line_end - at > size and at[size] == c":" and is_name(
+            at, PyBytes_AS_STRING(name), size
+        ):
+            values.append(at[size + 1:line_end - at].strip(b" \t"))
+        at = line_end + 2
+    return values
+
+
 cdef void text_free(Text *text) noexcept:
     free(text.at)
     text.at = NULL
@@ -218,6 +235,19 @@ cdef bytes json_response(int status, bytes headers, bytes body, bint is_head):
     )
 
 
+cdef bytes event_stream_head(bytes headers, bint is_chunked, bint keep_alive):
+    """The head of an event stream of the gateway's own. ``headers``: as of ``json_response``."""
+    return (
+        b"HTTP/1.1 200 OK\r\nDate: %s\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+        b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n%s%s%s\r\n"
+    ) % (
+        formatdate(usegmt=True).encode(),
+        headers,
+        b"Transfer-Encoding: chunked\r\n" if is_chunked else b"",
+        b"" if keep_alive else b"Connection: close\r\n",
+    )
+
+
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept:
     """The offset after a head's empty line; 0 if it has not been received; -1 if malformed.
 
@@ -338,21 +368,6 @@ cdef class Head:
             elif token:
                 self.named = token if self.named is None else self.named + b"," + token
         return 0
-
-    cdef bint _has(self, bytes name) noexcept:
-        """Whether there is such a header; ``name`` in lower case. Excludes hop-by-hop ones."""
-        cdef const char *at = self.text.at
-        cdef const char *end = self.text.at + self.text.size
-        cdef const char *line_end
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
-        while at < end:
-            line_end = <const char *> memchr(at, c"\r", end - at)
-            if line_end - at > size and at[size] == c":" and is_name(
-                at, PyBytes_AS_STRING(name), size
-            ):
-                return True
-            at = line_end + 2
-        return False
 
     cdef int _drop(self, set names) except -1:
         """Remove headers; ``names`` in lower case."""

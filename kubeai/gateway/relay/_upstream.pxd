@@ -35,6 +35,7 @@ cdef class Upstream(UpstreamEnd):
     cdef Framing framing
     cdef bint unchunk  # for an HTTP/1.0 client, which does not support chunked encoding
     cdef bint rechunk  # for a response that is delimited by the end of its connection
+    cdef bytes refusal  # the body so far of a response that cannot continue an event stream
     cdef int64_t left
     cdef Chunks chunks
     cdef Text grown
@@ -45,6 +46,9 @@ cdef class Upstream(UpstreamEnd):
     cdef bint _parse_head(self, bytes head, const char *line, const char *line_end) except -1
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1
     cdef bytes _response_head(self, bytes data)
+    cdef int _continue_stream(self) except -1
+    cdef str _content_type(self)
+    cdef int _refuse(self, Exchange exchange) except -1
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1
     cdef int _forward(self, DownstreamEnd downstream, bytes prefix, bytes piece) except -1
     cdef int _complete(self) except -1

@@ -15,27 +15,9 @@ from kubeai.gateway.relay._exchange cimport (
     write_at_once,
 )
 from kubeai.gateway.relay._http1 cimport (
-    CHUNKS_BAD,
-    CHUNKS_END,
-    CONNECTION,
-    CONTENT_LENGTH,
-    DROPPED,
-    REQUEST_ID,
-    TRANSFER_ENCODING,
-    Bytes,
-    HeaderKind,
-    chunks_reset,
-    chunks_scan,
-    cut,
-    find_head_end,
-    is_line,
-    one_chunk,
-    put,
-    put_bytes,
-    put_length,
-    scan_reset,
-    text_add_header,
-    text_free,
+    CHUNKS_BAD, CHUNKS_END, CONNECTION, CONTENT_LENGTH, DROPPED, REQUEST_ID, TRANSFER_ENCODING,
+    Bytes, HeaderKind, chunks_reset, chunks_scan, cut, find_head_end, is_line, one_chunk, put,
+    put_bytes, put_length, scan_reset, text_add_header, text_free, text_values,
 )
 
 from httptools import HttpResponseParser
@@ -49,6 +31,17 @@ cdef enum:
     BODY_IN_HEAD_WRITE_MAX_BYTES = 65536  # above it, a second buffer is cheaper than a copy
     # The end of a stream ("data: [DONE]", an empty chunk) often comes in buffers of its own.
     SHORT_BYTES = 96
+    REFUSAL_MAX_BYTES = 65536  # kept of a response that becomes an error event
+
+# Removed from responses if the gateway adds its own.
+cdef set CORS_NAMES = {
+    b"access-control-allow-origin",
+    b"access-control-allow-methods",
+    b"access-control-allow-headers",
+    b"access-control-allow-credentials",
+    b"access-control-expose-headers",
+    b"access-control-max-age",
+}
 
 
 cdef class Upstream(UpstreamEnd):
@@ -143,6 +136,7 @@ cdef class Upstream(UpstreamEnd):
         exchange.upstream = self
         self.idle = False
         self.touched = self.head_done = False
+        self.refusal = None
         self.tail = None
         if exchange.streaming:
             body = downstream._piece()
@@ -154,6 +148,8 @@ cdef class Upstream(UpstreamEnd):
         self.deadline = self.sent_s + self.first_byte_timeout_s if self.first_byte_timeout_s else 0
         if exchange.in_pieces:
             exchange._hook(exchange.on_send)
+        elif exchange.begun and downstream.write_paused:
+            self._pause()
         return 0
 
     cdef int _write_request(self, Exchange exchange, DownstreamEnd downstream, bytes body) except -1:
@@ -240,7 +236,10 @@ cdef class Upstream(UpstreamEnd):
             at = self._take_head(data)
             if at <= 0:
                 return 0
-            prefix = self._response_head(data)
+            if self.exchange.begun:
+                self._continue_stream()
+            else:
+                prefix = self._response_head(data)
             came_s = self.exchange.answered_s = now()
         if self.between_bytes_timeout_s and not self.paused:
             self.deadline = (came_s or now()) + self.between_bytes_timeout_s
@@ -349,6 +348,9 @@ cdef class Upstream(UpstreamEnd):
         cdef bint keep_alive
         cdef bytes out, extra = self.exchange.extra_headers
         cdef char *to
+        if downstream.cors is not None:
+            self._drop(CORS_NAMES)
+            extra = downstream.cors if extra is None else extra + downstream.cors
         if extra is not None:
             extra_size = PyBytes_GET_SIZE(extra)
         self.rechunk = self.framing == UNTIL_CLOSE and not downstream.http10
@@ -384,6 +386,24 @@ cdef class Upstream(UpstreamEnd):
         self.exchange.answered = True
         self.exchange.status = self.status
         return out
+
+    cdef int _continue_stream(self) except -1:
+        """Decide how the body continues the event stream that has begun, if it can."""
+        cdef bint http10 = self.exchange.downstream.http10
+        cdef list codings = text_values(&self.text, b"content-encoding")
+        if (
+            self.status != 200
+            or codings not in ([], [b"identity"])
+            or not self._content_type().lower().startswith("text/event-stream")
+        ):
+            self.refusal = b""
+        self.unchunk = self.framing == CHUNKED and (http10 or self.refusal is not None)
+        self.rechunk = self.framing != CHUNKED and not http10 and self.refusal is None
+        return 0
+
+    cdef str _content_type(self):
+        cdef list values = text_values(&self.text, b"content-type")
+        return values[0].decode("latin-1") if values else ""
 
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
         """Pass on the received part of the response body, after ``prefix``."""
@@ -427,7 +447,14 @@ cdef class Upstream(UpstreamEnd):
         elif self.rechunk and size:
             piece = one_chunk(prefix, piece, 0, size)
             prefix = None
-        self._forward(downstream, prefix, piece)
+        if self.refusal is not None:
+            if piece is not None:
+                self.refusal += piece
+            complete = complete or PyBytes_GET_SIZE(self.refusal) >= REFUSAL_MAX_BYTES
+        else:
+            if size:
+                self.exchange.answered = True
+            self._forward(downstream, prefix, piece)
         if self.framing == CHUNKED and self.chunks.state == CHUNKS_BAD:
             self._broken(_INVALID)
         elif complete:
@@ -455,11 +482,15 @@ cdef class Upstream(UpstreamEnd):
         """The response is complete."""
         cdef DownstreamEnd downstream = self.exchange.downstream
         self.pool.note_end(self.status)
+        if self.refusal is not None:
+            self._abort()
+            return self._refuse(self.exchange)
         if self.tail is not None:
             self.exchange._body_ended(self.tail, self.tail_at, self.tail_size)
             self.tail = None
         if self.rechunk:
             downstream._write(b"0\r\n\r\n")
+        self.exchange.answered = True
         self.exchange.upstream = None
         self.exchange = None
         if self._is_clean() and downstream.state != BODY:
@@ -499,12 +530,26 @@ cdef class Upstream(UpstreamEnd):
         self.exchange = None
         exchange.upstream = None
         downstream = exchange.downstream
-        if exchange.answered:
+        if self.refusal is not None:
+            self.pool.note_failure(failure)
+            self._refuse(exchange)
+        elif exchange.answered:
             exchange.broken = True
             self.pool.note_failure(failure)
-            downstream._cut(downstream.http10 and self.framing != LENGTH)
+            downstream._cut(downstream.http10 and (self.framing != LENGTH or exchange.begun))
         else:
             exchange._failed(failure)
+        return 0
+
+    cdef int _refuse(self, Exchange exchange) except -1:
+        """End an event stream that has begun, because this response cannot continue it."""
+        cdef bytes body = self.refusal
+        self.exchange = None
+        exchange.upstream = None
+        try:
+            exchange.on_refusal(self.status, self._content_type(), body[:REFUSAL_MAX_BYTES])
+        except Exception as error:
+            exchange.downstream._crashed(exchange, error)
         return 0
 
     cdef int _lose(self) except -1:

@@ -14,9 +14,9 @@ from kubeai._load import LoadTable
 from kubeai._prompt import Prompt
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
-from kubeai.gateway.holding import advice, hold
+from kubeai.gateway.holding import HoldComments, advice, hold
 from kubeai.openai.errors import BadRequest
-from kubeai.openai.request import named
+from kubeai.openai.request import named, read
 from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Block, Endpoint, Route
@@ -221,3 +221,92 @@ async def test_a_request_is_dropped_when_its_client_disconnects_in_the_grace(wor
     with contextlib.suppress(asyncio.CancelledError):
         await asking
     assert worker.held == 0
+
+
+# -- comments, measured starts ---------------------------------------------------------------------
+
+
+class Stream:
+    """What a held request's response consists of: (time, text)."""
+
+    begun = False
+
+    def __init__(self):
+        self.written = []
+
+    def begin(self, headers):
+        if not self.begun:
+            self.begun = True
+            self.written.append((now_s(), headers))
+
+    def comment(self, text):
+        self.written.append((now_s(), text))
+
+
+def comments_on(stream, phrase=lambda: "pulling image"):
+    return HoldComments(stream, GatewayConfig(), lambda: b"head", phrase)
+
+
+async def test_the_first_comment_comes_after_two_seconds_and_then_one_every_five():
+    stream, began_s = Stream(), now_s()
+    comments = comments_on(stream)
+    await asyncio.sleep(13)
+    comments.stop()
+    await asyncio.sleep(60)
+    times = [at_s - began_s for at_s, _ in stream.written]
+    assert times == pytest.approx([2, 2, 7, 12])
+    assert [text for _, text in stream.written[:2]] == [
+        b"head",
+        b"waiting for a replica: pulling image",
+    ]
+
+
+async def test_a_wait_that_ends_within_two_seconds_sends_nothing():
+    stream = Stream()
+    comments = comments_on(stream)
+    await asyncio.sleep(1.9)
+    comments.stop()
+    await asyncio.sleep(60)
+    assert stream.written == []
+
+
+async def test_a_second_wait_of_a_request_continues_with_the_interval():
+    stream = Stream()
+    stream.begun = True
+    began_s = now_s()
+    comments = comments_on(stream)
+    await asyncio.sleep(6)
+    comments.stop()
+    assert [at_s - began_s for at_s, _ in stream.written] == pytest.approx([5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stream", "after_s", "comments"),
+    [
+        (Kind.CHAT, True, 2.0, True),
+        (Kind.MESSAGES, True, 2.0, True),
+        (Kind.CHAT, False, 2.0, False),
+        (Kind.CHAT, True, 0.0, False),
+        (Kind.EMBEDDINGS, True, 2.0, False),
+    ],
+)
+def test_only_streams_have_comments_and_only_if_the_config_does_not_forbid_it(
+    kind, stream, after_s, comments
+):
+    request = read(kind, b'{"model": "m", "stream": %s}' % (b"true" if stream else b"false"))
+    config = GatewayConfig(hold_comment_after_s=after_s)
+    assert HoldComments.suit(request, config) is comments
+
+
+async def test_errors_of_held_requests_say_when_to_retry_once_starts_were_measured(worker):
+    worker.route(start_s=42)
+    error, took_s = await worker.ask()
+    check(error, 504, "timeout")
+    assert took_s == pytest.approx(HOLD_S)
+    assert advice(error) == {"Retry-After": "42"}
+    worker.route(start_s=10_000, block=failing_in(0))
+    error, _ = await worker.ask()
+    assert advice(error) == {"Retry-After": "600"}
+    worker.route(start_s=42, block=Block("InvalidURL", "spec.url: wrong", 0.0, retry=False))
+    error, _ = await worker.ask()
+    assert advice(error) == {"x-should-retry": "false"}

@@ -83,9 +83,9 @@ def publish_three(replica):
     replica.publish("both", features=("TextEmbedding", "TextGeneration"), labels={"tenant": "b"})
 
 
-async def ids(client, query="", selectors=()):
+async def ids(client, query="", selectors=(), base="/openai/v1"):
     headers = [("X-Label-Selector", selector) for selector in selectors]
-    async with client.get("/openai/v1/models" + query, headers=headers) as response:
+    async with client.get(f"{base}/models{query}", headers=headers) as response:
         assert response.status == 200
         body = await response.json()
         assert body["object"] == "list"
@@ -113,6 +113,24 @@ async def test_models_are_filtered_by_feature_with_text_generation_as_the_defaul
     assert await ids(client, "?feature=SpeechToText") == []
     assert await ids(client, "?feature=no-feature") == []
     assert len(await ids(client, "?feature=TextEmbedding&feature=TextGeneration")) == 5
+
+
+async def test_the_short_path_lists_models_of_all_features_by_default(replica, client):
+    publish_three(replica)
+    replica.publish("bare")
+    assert await ids(client, base="/v1") == [
+        "bare",
+        "both",
+        "chat",
+        "chat_fin",
+        "chat_law",
+        "embed",
+    ]
+    assert await ids(client, "?feature=TextEmbedding", base="/v1") == ["both", "embed"]
+    assert await ids(client, selectors=["tenant=b"], base="/v1") == ["both", "embed"]
+    response = await client.get("/v1/models/chat_fin")
+    assert (await response.json())["id"] == "chat_fin"
+    assert (await client.get("/v1/models/nope")).status == 404
 
 
 async def test_every_selector_must_match_on_top_of_the_feature(replica, client):
@@ -179,7 +197,7 @@ async def test_an_unlisted_path_is_not_found(client, method, path):
     assert response.status == 404
     error = await error_of(response)
     assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")
-    assert len(error["message"]) < 300
+    assert len(error["message"]) < 500
 
 
 @pytest.mark.parametrize(
@@ -190,7 +208,20 @@ async def test_a_404_names_the_path_as_it_was_sent(client, path):
     url = client._build_url("/").human_repr().rstrip("/") + path
     response = await client.post(aiohttp.client.URL(url + "?key=secret", encoded=True))
     assert response.status == 404
-    assert (await error_of(response))["message"] == f"Invalid URL (POST {path})"
+    message = (await error_of(response))["message"]
+    assert message.startswith(f"Invalid URL (POST {path}). ")
+    assert "secret" not in message
+
+
+async def test_a_404_names_the_base_urls(client):
+    headers = {"Host": "llm.example:8000"}
+    for forwarded, scheme in (({}, "http"), ({"X-Forwarded-Proto": "https"}, "https")):
+        response = await client.post("/chat/completions", headers=headers | forwarded)
+        message = (await error_of(response))["message"]
+        for url in ("/v1 ", "/openai/v1;"):
+            assert f"{scheme}://llm.example:8000{url}" in message
+    response = await client.post("/", headers={"Host": "x" * 5000, "X-Forwarded-Proto": "evil"})
+    assert len((await error_of(response))["message"]) < 700
 
 
 @pytest.mark.parametrize(

@@ -19,19 +19,21 @@ from kubeai.openai.routes import Kind, classify, route_table
         "messages",
     ],
 )
-def test_listed_paths_accept_only_post(path):
-    target = classify("POST", f"/openai/v1/{path}")
+@pytest.mark.parametrize("base", ["/openai/v1", "/v1"])
+def test_listed_paths_accept_only_post(base, path):
+    target = classify("POST", f"{base}/{path}")
     assert (target.status, target.kind) == (200, Kind(f"/v1/{path}"))
     for method in ("GET", "PUT", "DELETE", "OPTIONS", "post", "PATCH", "CONNECT", ""):
-        assert classify(method, f"/openai/v1/{path}") == (405, None, "", None, ("POST",))
+        assert classify(method, f"{base}/{path}") == (405, None, "", None, ("POST",))
 
 
-def test_models_are_read_only():
-    assert classify("GET", "/openai/v1/models").kind is Kind.MODELS
-    assert classify("HEAD", "/openai/v1/models").kind is Kind.MODELS
-    assert classify("GET", "/openai/v1/models/m_a?x=1") == (200, Kind.MODELS, "x=1", "m_a", ())
-    assert classify("POST", "/openai/v1/models").status == 405
-    assert classify("DELETE", "/openai/v1/models/m").allow == ("GET", "HEAD")
+@pytest.mark.parametrize("base", ["/openai/v1", "/v1"])
+def test_models_are_read_only(base):
+    assert classify("GET", f"{base}/models").kind is Kind.MODELS
+    assert classify("HEAD", f"{base}/models").kind is Kind.MODELS
+    assert classify("GET", f"{base}/models/m_a?x=1") == (200, Kind.MODELS, "x=1", "m_a", ())
+    assert classify("POST", f"{base}/models").status == 405
+    assert classify("DELETE", f"{base}/models/m").allow == ("GET", "HEAD")
 
 
 def test_the_query_is_separated_from_the_path():
@@ -58,7 +60,12 @@ def test_an_absolute_target_is_reduced_to_its_path():
         "",
         "*",
         "/",
-        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1",
+        "/v1/load_lora_adapter",
+        "/v1/openai/v1/chat/completions",
+        "/v1/models/",
+        "/v1/models/a/b",
         "/openai/v1",
         "/openai/v1/",
         "/openai/v1/chat",
@@ -93,8 +100,11 @@ def test_every_other_spelling_is_not_found(target):
     assert classify("GET", target).status == 404
 
 
-@given(st.text(alphabet="/openaivchtmpls%2Ff.?#;1", max_size=40))
-def test_only_the_table_reaches_an_engine(target):
-    found = classify("POST", "/openai/v1/" + target)
+@given(
+    st.sampled_from(["/openai/v1/", "/v1/", "/"]),
+    st.text(alphabet="/openaivchtmpls%2Ff.?#;1", max_size=40),
+)
+def test_only_the_table_reaches_an_engine(base, target):
+    found = classify("POST", base + target)
     if found.status == 200:
-        assert "/openai/v1/" + target.partition("?")[0] in route_table
+        assert base + target.partition("?")[0] in route_table

@@ -99,6 +99,16 @@ def test_every_key_is_read():
     assert config.gateway.retries == 0
 
 
+def test_origins_are_read_in_lower_case_and_may_be_none():
+    text = "gateway: {corsOrigins: ['*', 'HTTPS://A.Example:8443', 'http://[::1]:*'], %s}"
+    config = parse_config(text % "holdCommentAfter: 0, holdCommentInterval: 1s").gateway
+    assert config.cors_origins == ("*", "https://a.example:8443", "http://[::1]:*")
+    assert (config.hold_comment_after_s, config.hold_comment_interval_s) == (0, 1)
+    defaults = {"gateway": {"corsOrigins": ["*"]}}
+    assert parse_config("gateway: {corsOrigins: []}", defaults=defaults).gateway.cors_origins == ()
+    assert parse_config("", defaults=defaults).gateway.cors_origins == ("*",)
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "modelRollouts:\n", "null"])
 def test_an_empty_config_has_all_defaults(text):
     assert parse_config(text) == SystemConfig() == load_config(None)
@@ -129,6 +139,13 @@ MISTAKES = [
     ("gateway: {accessLogPrompts: true}", "gateway.accessLogPrompts", "accessLogSample above 0"),
     ("gateway: {accessLogSample: true}", "gateway.accessLogSample", "must be a number"),
     ("gateway: {ejectTime: 1m, ejectMaxTime: 30s}", "gateway.ejectMaxTime", "gateway.ejectTime"),
+    ("gateway: {corsOrigins: [a.example]}", "gateway.corsOrigins[0]", "such as https://chat"),
+    ("gateway: {corsOrigins: ['*', 5]}", "gateway.corsOrigins[1]", "an origin such as"),
+    ("gateway: {corsOrigins: ['https://a/']}", "gateway.corsOrigins[0]", "has no path"),
+    ("gateway: {corsOrigins: ['https://*.a']}", "gateway.corsOrigins[0]", "an origin such as"),
+    ("gateway: {corsOrigins: ['http://a:99999']}", "gateway.corsOrigins[0]", "an origin such as"),
+    ("gateway: {corsOrigins: '*'}", "gateway.corsOrigins", "must be a list"),
+    ("gateway: {holdCommentAfter: 2}", "gateway.holdCommentAfter", 'unit, as "2s"'),
     ("gateway: {bufferMaxBytes: 1Mi}", "gateway.bufferMaxBytes", "gateway.bodyMaxBytes"),
     ("modelAutoscalling: {}", "modelAutoscalling", "did you mean 'modelAutoscaling'?"),
     ("gateway: {bodyMaxSize: 1}", "gateway.bodyMaxSize", "did you mean 'bodyMaxBytes'?"),

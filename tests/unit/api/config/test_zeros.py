@@ -5,6 +5,7 @@ field they leave alone. The exceptions are listed here; a new key is either cove
 """
 
 import json
+from copy import deepcopy
 
 import jsonschema_rs
 import msgspec
@@ -26,6 +27,7 @@ ZERO_IS_A_VALUE = {
     "modelServerPods.jsonPatches[].from",
     "modelRollouts.surge",  # no extra pods
     "modelRollouts.drainTimeout",  # delete at once
+    "gateway.holdCommentAfter",  # no comments
     "gateway.holdTimeout",  # fail at once
     "gateway.holdMaxRequests",
     "gateway.startFailureGrace",  # fail as soon as it is seen
@@ -143,7 +145,7 @@ def test_all_zero_values_together_are_the_default_config():
             *sections, key = path.split(".")
             for name in sections:
                 section = section.setdefault(name, {})
-            section[key] = section.get(key) or written[0]
+            section[key] = section.get(key) or deepcopy(written[0])
     assert parse(config) == SystemConfig()
 
 

@@ -9,7 +9,7 @@ import pytest
 from repository import REPOSITORY
 
 FOLDER = REPOSITORY / "kubeai/gateway/relay"
-LAYERS = [{"_http1"}, {"_body"}, {"_exchange"}, {"_downstream", "_upstream", "_pool"}]
+LAYERS = [{"_http1"}, {"_body"}, {"_exchange"}, {"_downstream", "_early", "_pool", "_upstream"}]
 IMPORT = re.compile(r"^ *from kubeai\.([\w.]+) c?import", re.MULTILINE)
 
 

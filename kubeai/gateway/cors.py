@@ -1,0 +1,57 @@
+"""Cross-origin resource sharing (CORS): which web pages may use the API from a browser.
+
+:class:`CorsPolicy` makes the header lines of responses, preflight responses included. They follow
+the Fetch standard. Created by context.py from ``gateway.corsOrigins``, called by proxy.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+PREFLIGHT_MAX_AGE_S = 600
+METHODS = "GET, HEAD, POST, OPTIONS"
+# Browsers hide all other headers from scripts, except those that every response may have.
+EXPOSED = "X-Request-Id, request-id, Retry-After, x-should-retry, X-KubeAI-Waited, X-KubeAI-Explain"
+_PORT = re.compile(r":\d+$")
+
+
+class CorsPolicy:
+    """The allowed origins: exact ones, ``scheme://host:*`` for any port, or ``*`` for all."""
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        self._all = "*" in origins
+        self._exact = frozenset(origins)
+        self._any_port = frozenset(
+            origin.removesuffix(":*") for origin in origins if origin.endswith(":*")
+        )
+        self.headers = lru_cache(maxsize=256)(self._headers)
+
+    def allows(self, origin: str) -> bool:
+        """Whether pages of an origin may use the API."""
+        origin = origin.lower()
+        return self._all or origin in self._exact or _PORT.sub("", origin) in self._any_port
+
+    def _headers(self, origin: str | None, preflight: bool, requested: str | None) -> bytes:
+        """The header lines of a response, each ending in CRLF.
+
+        ``origin``: of the request; None if it has none. ``requested``: the headers that a preflight
+        request asks for.
+        """
+        if self._all:
+            lines = ["Access-Control-Allow-Origin: *"]
+        elif origin is not None and self.allows(origin):
+            lines = ["Vary: Origin", f"Access-Control-Allow-Origin: {origin}"]
+        else:
+            return b"Vary: Origin\r\n"
+        if preflight:
+            lines += [
+                f"Access-Control-Allow-Methods: {METHODS}",
+                f"Access-Control-Max-Age: {PREFLIGHT_MAX_AGE_S}",
+            ]
+            if requested:
+                lines.append(f"Access-Control-Allow-Headers: {requested}")
+        else:
+            lines.append(f"Access-Control-Expose-Headers: {EXPOSED}")
+        return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
