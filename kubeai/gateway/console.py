@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kubeai.gateway.relay._exchange import Exchange
 
 PATH = "/ui"
-BODY_MAX_BYTES = 4 << 20  # of manifests
+CONSOLE_BODY_MAX_BYTES = 4 << 20  # of manifests
 
 
 def is_console(path: str) -> bool:

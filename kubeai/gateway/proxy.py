@@ -29,8 +29,7 @@ from typing_extensions import override
 
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
-from kubeai.gateway.console import BODY_MAX_BYTES as CONSOLE_BODY_MAX_BYTES
-from kubeai.gateway.console import check_request, is_console
+from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.explanation import explanation, why_moved
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
