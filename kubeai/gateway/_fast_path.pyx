@@ -37,7 +37,7 @@ from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport Pool
-from kubeai.gateway.relay._http1 cimport Text, is_name
+from kubeai.gateway.relay._http1 cimport Text, is_name, text_values
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
@@ -220,7 +220,7 @@ cdef class FastPath(EarlyStream):
             return 0
         if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
             return 0
-        if self.upstream._has(b"content-encoding"):  # then it was found by chance
+        if text_values(&self.upstream.text, b"content-encoding"):  # then it was found by chance
             return 0
         self.usage = usage
         self._reservation._count_reported(
@@ -259,7 +259,7 @@ cdef class FastPath(EarlyStream):
         cdef Slot *slot = journal.begin()
         slot.began_s = self.began_s
         slot.duration_s = <float> (now() - self.began_s)
-        slot.waited_s = <float> self.waited_s
+        slot.waited_s = <float> self._waited_s
         slot.first_s = <float> (self.first_s - self.began_s if self.first_s else -1)
         slot.model_row = self._admission.row
         slot.model_generation = self._admission.generation

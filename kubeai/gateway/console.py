@@ -4,26 +4,41 @@ Until there are keys, only clients on this machine may: the TCP peer is a loopba
 proxy has passed the request on. A page of another site must not use the browser of such a client
 either: the Host must not be a name that an attacker can point here (DNS rebinding), and an Origin
 must be the console's own. The supervisor checks the rest, such as the headers of changes. Called by
-proxy.py. Pure.
+proxy.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from kubeai.errors import quoted
 from kubeai.openai.errors import BadRequest
 
+if TYPE_CHECKING:
+    from kubeai.gateway.relay._exchange import Exchange
+
 PATH = "/ui"
-BODY_MAX_BYTES = 4 << 20  # of manifests
+CONSOLE_BODY_MAX_BYTES = 4 << 20  # of manifests
 
 
 def is_console(path: str) -> bool:
     """Whether a request target in origin form belongs to the console."""
     path = path.partition("?")[0]
     return path == PATH or path.startswith(PATH + "/")
+
+
+def check_request(request: Exchange, hosts: Collection[str]) -> None:
+    """:func:`check_client` for a request whose head is complete."""
+    check_client(
+        request.peer,
+        request.host,
+        [origin.decode("latin-1") for origin in request.headers(b"origin")],
+        forwarded=request.is_forwarded or any(map(request.headers, (b"forwarded", b"via"))),
+        hosts=hosts,
+    )
 
 
 def check_client(

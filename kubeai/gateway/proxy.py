@@ -29,8 +29,7 @@ from typing_extensions import override
 
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
-from kubeai.gateway.console import BODY_MAX_BYTES as CONSOLE_BODY_MAX_BYTES
-from kubeai.gateway.console import check_client, is_console
+from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.explanation import explanation, why_moved
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
@@ -87,7 +86,8 @@ class Proxy(FastPath):
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
-        if kind is None and self._relay_to_console():
+        if kind is None and is_console(self.target) and self.context.console is not None:
+            self._relay_to_console(self.context.console)
             return
         if kind is None or kind is Kind.MODELS or target.status != 200:
             self.stream(
@@ -110,24 +110,13 @@ class Proxy(FastPath):
         else:
             self._receive_upload()
 
-    def _relay_to_console(self) -> bool:
-        """Stream the request to the console, or refuse it, if it is for the console."""
-        pool, target = self.context.console, _origin_form(self.target)
-        if pool is None or not is_console(target.decode("latin-1")):
-            return False
+    def _relay_to_console(self, pool: Pool) -> None:
         try:
-            check_client(
-                self.peer,
-                self.host,
-                [value.decode("latin-1") for value in self.headers(b"origin")],
-                forwarded=self.is_forwarded or any(map(self.headers, (b"forwarded", b"via"))),
-                hosts=self.context.config.ui.hosts,
-            )
+            check_request(self, self.context.config.ui.hosts)
         except BadRequest as error:
             self._refuse(error)
         else:
-            self.stream(pool, target, CONSOLE_BODY_MAX_BYTES)
-        return True
+            self.stream(pool, self.target.encode("latin-1"), CONSOLE_BODY_MAX_BYTES)
 
     @override
     def on_body(self) -> None:
@@ -208,13 +197,10 @@ class Proxy(FastPath):
     @override
     def give_up(self, failure: int) -> None:
         reason = _FAILURES[failure]
-        if self._reservation is None and is_console(self.target):
-            log.error("console did not respond", reason=reason)
-            self._say(502, "The supervisor, which serves the console, did not respond.")
-            return
         if self._reservation is None:
-            log.error("local routes did not respond", reason=reason)
-            self._say(502, "The gateway's local routes did not respond.")
+            who = "supervisor" if is_console(self.target) else "gateway's local routes"
+            log.error(f"{who} did not respond", reason=reason)
+            self._say(502, f"The {who} did not respond.")
             return
         endpoint = self._reservation.name
         log.warning("request failed", model=self._request.name, endpoint=endpoint, reason=reason)

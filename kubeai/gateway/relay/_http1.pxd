@@ -110,7 +110,6 @@ cdef class Head:
     cdef int _framing(self, HeaderKind kind, Bytes value) except -1
     cdef int _take_tokens(self, bytes value) except -1
     cdef int _drop(self, set names) except -1
-    cdef bint _has(self, bytes name) noexcept
 
 
 cdef enum ChunkState:

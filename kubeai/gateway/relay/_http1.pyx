@@ -369,21 +369,6 @@ cdef class Head:
                 self.named = token if self.named is None else self.named + b"," + token
         return 0
 
-    cdef bint _has(self, bytes name) noexcept:
-        """Whether there is such a header; ``name`` in lower case. Excludes hop-by-hop ones."""
-        cdef const char *at = self.text.at
-        cdef const char *end = self.text.at + self.text.size
-        cdef const char *line_end
-        cdef Py_ssize_t size = PyBytes_GET_SIZE(name)
-        while at < end:
-            line_end = <const char *> memchr(at, c"\r", end - at)
-            if line_end - at > size and at[size] == c":" and is_name(
-                at, PyBytes_AS_STRING(name), size
-            ):
-                return True
-            at = line_end + 2
-        return False
-
     cdef int _drop(self, set names) except -1:
         """Remove headers; ``names`` in lower case."""
         cdef bytes line
