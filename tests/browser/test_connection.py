@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from fakes.scripted_console import record
+from browsers import go
+from fakes.scripted_console import Chat, record
 from harness import until
 from playwright.async_api import expect
 
@@ -53,6 +54,24 @@ async def test_requests_are_not_repeated_after_reconnecting(page, console):
     console.served(record(3))
     await console.start()
     await expect(rows).to_have_count(3)
+
+
+async def test_a_chat_that_is_cut_off_keeps_its_text_and_can_be_tried_again(page, console):
+    console.chat = Chat()
+    console.chat.go.set()
+    await go(page, "playground/chat")
+    await page.get_by_role("textbox", name="Message").fill("Hello?")
+    await page.get_by_role("textbox", name="Message").press("Enter")
+    answer = page.get_by_role("article", name="chat")
+    await expect(answer).to_contain_text("Hello there.")
+    await console.stop()
+    await expect(answer.get_by_role("alert")).to_contain_text("The connection was cut off.")
+    await expect(answer).to_contain_text("Hello there.")
+    console.chat.end.set()
+    await console.start()
+    await answer.get_by_role("button", name="Try again").click()
+    await expect(answer).to_contain_text("2 output tokens")
+    await expect(answer.get_by_role("alert")).to_have_count(0)
 
 
 async def test_a_stream_that_is_silent_for_too_long_is_given_up(page, console):

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="session"),
     pytest.mark.timeout(180),
 ]
-SLOW_START = ("--startup-delay=2s",)
+SLOW_START = ("--startup-delay=5s",)  # comments begin after two seconds
 PROMPT = 'It\'s "quoted", $HOME `id`\nand <b>more</b>'
 MANIFEST = """\
 apiVersion: kubeai.org/v1
@@ -79,11 +79,13 @@ async def test_a_cold_start_in_the_playground_ends_with_an_answer(page):
     await expect(page.get_by_role("combobox", name="Model")).to_have_value("cold")
     await say(page, "Hello?")
     progress = page.locator(".progress:visible")
-    await expect(progress).to_contain_text("aiting for a replica")
+    # From the comments of the stream.
+    await expect(progress).to_contain_text("Waiting for a replica: loading the model")
     await expect(progress.locator(".elapsed")).to_have_text(re.compile(r"[1-9]\.\d s"))
     answer = page.get_by_role("article", name="cold")
     await expect(answer).to_contain_text("mock", timeout=30_000)
     await expect(answer).to_contain_text("output tokens", timeout=30_000)
+    await expect(answer).to_contain_text(re.compile(r"held for \d"))
     # The request, its endpoint and why it was chosen.
     await page.get_by_role("link", name="Requests").click()
     request = page.get_by_role("region", name="Requests").get_by_role("row").nth(1)
@@ -97,7 +99,7 @@ async def test_a_cold_start_in_the_playground_ends_with_an_answer(page):
     await page.get_by_role("link", name="Log").click()
     await expect(page.get_by_role("log")).to_contain_text("mock engine listens")
     await page.get_by_role("link", name="YAML").click()
-    await expect(page.get_by_role("region", name="YAML")).to_contain_text("--startup-delay=2s")
+    await expect(page.get_by_role("region", name="YAML")).to_contain_text("--startup-delay=5s")
 
 
 async def test_a_model_is_scaled_within_its_bounds(page, local):

@@ -113,7 +113,7 @@ async def test_stop_ends_the_request_and_keeps_what_has_arrived(page, console):
 async def test_a_cold_start_shows_what_it_waits_for_and_for_how_long(page, console):
     console.put("chat", state="Scaled to zero", replicas={
         "ready": 0, "desired": 0, "min": 0, "max": 3})  # fmt: skip
-    console.chat = Chat(comments=("waiting for a replica: pulling image, 1 of 3",))
+    console.chat = Chat(comments=("waiting for a replica: pulling image, 1 of 3",), held_s=41.37)
     console.chat.end.set()
     await open_playground(page)
     await say(page, "Hello?")
@@ -123,6 +123,7 @@ async def test_a_cold_start_shows_what_it_waits_for_and_for_how_long(page, conso
     await expect(progress.locator(".elapsed")).not_to_have_text(before)
     console.chat.go.set()
     await expect(page.get_by_role("article", name="chat")).to_contain_text("Hello there.")
+    await expect(page.get_by_role("article", name="chat")).to_contain_text("held for 41.4 s")
     await expect(progress).to_have_count(0)
 
 

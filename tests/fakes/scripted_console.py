@@ -36,6 +36,7 @@ class Chat:
     """How chats are answered. The comments are sent until ``go`` is set, then the pieces."""
 
     comments: tuple[str, ...] = ()
+    held_s: float = 0.0  # a comment before the pieces says so
     pieces: tuple[str, ...] = ("Hello ", "there.")
     refusal: tuple[int, str] | None = None  # status and message, instead of a stream
     error: str = ""  # an error event after the pieces, instead of [DONE]
@@ -308,6 +309,8 @@ class ScriptedConsole:
             for comment in chat.comments:
                 await response.write(f": {comment}\n\n".encode())
             await chat.go.wait()
+            if chat.held_s:
+                await response.write(f": waited {chat.held_s:.3f} s\n\n".encode())
             for piece in chat.pieces:
                 await asyncio.sleep(chat.pace_s)
                 delta = {"choices": [{"index": 0, "delta": {"content": piece}}]}

@@ -11,6 +11,8 @@ import { events } from "./sse.js";
 const IMAGES_MAX = 4;
 const IMAGE_MAX_BYTES = 8 << 20;
 const PATH = "/chat/completions";
+const HELD = "X-KubeAI-Waited"; // on a stream that began with comments, the last one has the total
+const HELD_COMMENT = /^waited ([\d.]+) s$/;
 
 /** The chat as `{root, settings, request()}`; `model()` is the chosen model's ID. */
 export function createChat({ model, changed }) {
@@ -106,11 +108,15 @@ async function stream(body, reply, progress, stay, signal) {
     method: "POST", body: JSON.stringify(body), signal,
     headers: { "Content-Type": "application/json" },
   });
-  const figures = { first_s: null, whole_s: 0, usage: null };
+  const figures = { held_s: Number(response.headers.get(HELD)), first_s: null, whole_s: 0,
+    usage: null };
   let whole = false;
   for await (const { comment, event, data } of events(response.body)) {
     if (comment !== undefined) {
-      if (comment && figures.first_s === null) progress.say(comment);
+      const held = HELD_COMMENT.exec(comment);
+      if (held) figures.held_s = Number(held[1]);
+      const news = held ? "waiting for the answer" : comment;
+      if (news && figures.first_s === null) progress.say(news);
       continue;
     }
     if (data === "[DONE]") {
@@ -171,8 +177,9 @@ function createReply(name) {
   };
 }
 
-function describe({ first_s, whole_s, usage }) {
-  const parts = [`first token after ${seconds(first_s)}`, `${seconds(whole_s)} in all`];
+function describe({ held_s, first_s, whole_s, usage }) {
+  const held = held_s ? [`held for ${seconds(held_s)}`] : [];
+  const parts = [...held, `first token after ${seconds(first_s)}`, `${seconds(whole_s)} in all`];
   if (usage) {
     const output = usage.completion_tokens;
     const cached = usage.prompt_tokens_details?.cached_tokens;
