@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ async def test_a_real_python_says_which_modules_it_has(monkeypatch):
     )
     monkeypatch.setattr(engines, "_site_packages", lambda python: [])
     found = await path(sys.executable, "msgspec")
-    assert engines.package_version(found, "msgspec") == engines.metadata.version("msgspec")
+    assert engines.package_version(found, "msgspec") == metadata.version("msgspec")
 
 
 @pytest.mark.parametrize(
@@ -190,5 +191,5 @@ async def test_kubeais_own_environment_is_searched(monkeypatch):
     )
     one = await listed("VLLM", path="")
     assert (one.program, one.source) == (sys.executable, "KubeAI's environment")
-    assert one.version == engines.metadata.version("msgspec")
+    assert one.version == metadata.version("msgspec")
     assert os.access(one.program, os.X_OK)
