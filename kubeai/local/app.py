@@ -190,7 +190,7 @@ async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
                 supervisor.operator.enable_swap(resources)
             await _apply(client, manifests + await _models(client, drafts, gpus, config))
             machine = Machine(await _engines(client, envs, surveying), gpus, drafts)
-            report = Report(client, options.data_dir, show, supervisor.requests)
+            report = Report(client, options.data_dir, show, supervisor.models)
             beside = JobController(client).run(), Unserved(client).run(), report.run()
             async with _beside(supervisor.stop, *beside):
                 await supervisor.run()

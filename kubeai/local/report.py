@@ -11,18 +11,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kubeai.api.model import POD_MODEL_LABEL
 from kubeai.kube.client import Kube
 from kubeai.kube.resources import MODELS, PODS, Resource
 from kubeai.local.kubelet.runtime.logs import last_lines
 from kubeai.logs import get_logger
 from kubeai.podspec.cache import JOB_LABEL, LOAD_JOB_PREFIX
+from kubeai.supervisor.console.state import ModelSummary
 
 log = get_logger(__name__)
 
 Object = dict[str, Any]
 Show = Callable[[Sequence[Object]], None]
-Loads = Callable[[str], tuple[int, int]]  # a Model's requests in flight, and those held
+Models = Callable[[], Sequence[ModelSummary]]
 
 TABLE_INTERVAL_S = 0.5
 _MOCK_ENGINE = "kubeai.org/mock-engine"
@@ -33,13 +36,15 @@ _STARTING = (None, "ContainerCreating", "PodInitializing")
 class Report:
     """See the module. :meth:`run` runs until it is cancelled."""
 
-    def __init__(self, kube: Kube, data_dir: Path, show: Show | None, loads: Loads) -> None:
-        """``show`` is called with a summary of each Model; None: there is no table."""
+    def __init__(self, kube: Kube, data_dir: Path, show: Show | None, models: Models) -> None:
+        """``show`` is called with a summary of each Model; None: there is no table.
+
+        ``models`` returns the summaries.
+        """
         self._kube = kube
         self._data_dir = data_dir
         self._show = show
-        self._loads = loads
-        self._models: dict[str, Object] = {}
+        self._models = models
         self._loaders: dict[str, Object] = {}  # Model → the pod that downloads its files
         self._logged: dict[tuple[str, str], tuple[str, Object]] = {}
 
@@ -47,21 +52,16 @@ class Report:
         """Log changes and update the table until cancelled."""
         loads = f"{JOB_LABEL}={LOAD_JOB_PREFIX.rstrip('-')}"
         await asyncio.gather(
-            self._follow(PODS, "app=model", self._pod_changed, {}),
-            self._follow(PODS, loads, self._loader_changed, self._loaders),
-            self._follow(MODELS, "", self._model_changed, self._models),
+            self._follow(PODS, "app=model", self._pod_changed),
+            self._follow(PODS, loads, self._loader_changed),
+            self._follow(MODELS, "", self._model_changed),
             self._update_table(),
         )
 
     async def _follow(
-        self,
-        resource: Resource,
-        labels: str,
-        changed: Callable[[str, Object], None],
-        known: dict[str, Object],
+        self, resource: Resource, labels: str, changed: Callable[[str, Object], None]
     ) -> None:
         def replaced(objects: list[Object]) -> None:
-            known.clear()  # some may have been deleted meanwhile
             for obj in objects:
                 changed("ADDED", obj)
 
@@ -80,11 +80,6 @@ class Report:
             self._loaders[model] = pod
 
     def _model_changed(self, kind: str, model: Object) -> None:
-        name = model["metadata"]["name"]
-        if kind == "DELETED":
-            self._models.pop(name, None)
-        else:
-            self._models[name] = model
         self._log("model", kind, model, model_problem(model))
 
     def _log(self, what: str, kind: str, obj: Object, state: tuple[str, Object]) -> None:
@@ -100,15 +95,14 @@ class Report:
     async def _update_table(self) -> None:
         while self._show is not None:
             await asyncio.sleep(TABLE_INTERVAL_S)
-            self._show([self._summary(name) for name in sorted(self._models)])
+            self._show([self._row(summary) for summary in self._models()])
 
-    def _summary(self, name: str) -> Object:
-        summary = summary_of(self._models[name])
-        summary["in_flight"], summary["held"] = self._loads(name)
-        loader = self._loaders.get(name)
-        if loader is not None and summary["state"] == "Starting":
-            summary["message"] = self._download(loader) or summary["message"]
-        return summary
+    def _row(self, summary: ModelSummary) -> Object:
+        row: Object = msgspec.to_builtins(summary)
+        loader = self._loaders.get(summary.name)
+        if loader is not None and summary.state == "Starting":
+            row["message"] = self._download(loader) or summary.message
+        return row
 
     def _download(self, loader: Object) -> str:
         """The last line of a loader's log, which is its progress; empty if there is none yet."""
@@ -150,38 +144,6 @@ def pod_state(pod: Object) -> tuple[str, Object]:
         if condition["type"] == "Ready" and condition["status"] == "True":
             return "ready", {"address": status.get("podIP", ""), **mock}
     return "starting", mock
-
-
-def summary_of(model: Object) -> Object:
-    """A Model's row in the table: ``GET /ui/api/state`` without what only the gateway knows."""
-    spec, status = model.get("spec", {}), model.get("status", {})
-    state, condition = _state(model)
-    return {
-        "name": model["metadata"]["name"],
-        "state": state,
-        "reason": condition.get("reason", ""),
-        "message": condition.get("message", ""),
-        "replicas": {
-            "ready": status.get("replicas", {}).get("ready", 0),
-            "desired": spec.get("replicas") or 0,
-        },
-    }
-
-
-def _state(model: Object) -> tuple[str, Object]:
-    """The state in a word, and the condition that explains it."""
-    conditions = _conditions(model)
-    ready, degraded = conditions.get("Ready", {}), conditions.get("Degraded", {})
-    if model["metadata"].get("deletionTimestamp"):
-        return "Deleting", ready
-    if degraded.get("status") == "True":
-        serves = model.get("status", {}).get("replicas", {}).get("ready", 0)
-        return "Degraded" if serves else "Failed", degraded
-    if ready.get("reason") == "ScaledToZero":
-        return "Scaled to zero", ready
-    if ready.get("status") == "True":
-        return "Ready", ready
-    return "Failed" if model_problem(model)[0] else "Starting", ready
 
 
 def _conditions(model: Object) -> dict[str, Object]:

@@ -30,7 +30,7 @@ from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route, Snapshot
 from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.console.app import Console
-from kubeai.supervisor.console.state import Fleet, Worker
+from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
@@ -119,16 +119,15 @@ class Supervisor:
         self._started = started
         self._announced = False
         listeners = listen(host, port, workers, "--port")
-        self._journal: Journal | None = None
-        self._traffic: Traffic | None = None
+        journal = Journal.create(workers)
+        self._traffic = Traffic(journal, self.table)
+        self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
         self._console: Console | None = None
         if config.gateway.ui.enabled:
-            self._journal = Journal.create(workers)
-            self._traffic = Traffic(self._journal, self.table)
             self._console = Console(
                 kube,
                 namespace,
-                Fleet(self.operator, self.publisher, self.table, self._traffic),
+                self._fleet,
                 self._traffic,
                 workers=self._worker_states,
                 synced=lambda: self.synced,
@@ -142,7 +141,7 @@ class Supervisor:
                 self.table,
                 self.index,
                 config.gateway,
-                journal_fd=-1 if self._journal is None else self._journal.fd,
+                journal_fd=-1 if self._console is None else journal.fd,
                 console_path="" if self._console is None else self._console.path,
                 snapshot=self._snapshot,
                 on_ready=self._worker_ready,
@@ -165,7 +164,7 @@ class Supervisor:
             return
         if delta is None:
             return
-        if self._traffic is not None and delta.route is not None:
+        if delta.route is not None:
             self._traffic.names.note(delta.route)
         self.peers.rerouted(model)
         self._cache_sizes.rerouted(model)
@@ -186,10 +185,10 @@ class Supervisor:
         """Whether every worker serves requests, with all Models known."""
         return self.synced and not self.stopping and all(w.ready for w in self._workers)
 
-    def requests(self, model: str) -> tuple[int, int]:
-        """A Model's requests at endpoints, and those that are held, of this KubeAI replica."""
-        row = self.publisher.row(model)
-        return (0, 0) if row is None else (self.table.in_flight(row), self.table.held(row))
+    def models(self) -> list[ModelSummary]:
+        """What is shown of each Model, sorted by name. Without the console, rates are 0."""
+        self._traffic.read()
+        return self._fleet.models()
 
     # -- lifecycle -------------------------------------------------------------------------------
 

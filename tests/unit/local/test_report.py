@@ -7,7 +7,9 @@ from fakes.kube import FakeKube
 from harness import until
 from structlog.testing import capture_logs
 
-from kubeai.local.report import Report, model_problem, pod_state, summary_of
+from kubeai.local.report import Report, model_problem, pod_state
+from kubeai.supervisor.console.state import ModelSummary, Replicas
+from kubeai.supervisor.console.traffic import Rates, TimesToFirstToken
 
 
 def condition(kind, status, reason="", message=""):
@@ -26,53 +28,6 @@ def pod(*conditions, containers=(), **meta):
         "podIP": "127.1.0.1",
     }
     return {"metadata": {"name": "p", **meta}, "status": status}
-
-
-TROUBLE = condition("Degraded", True, "EngineNotInstalled", "vllm is not installed")
-
-
-@pytest.mark.parametrize(
-    ("object", "state", "message"),
-    [
-        (model(condition("Ready", True, "AllReplicasReady"), ready=1), "Ready", ""),
-        (
-            model(condition("Ready", True, "ScaledToZero", "the next…")),
-            "Scaled to zero",
-            "the next…",
-        ),
-        (model(condition("Ready", False, "ScaledToZero", "is 0")), "Scaled to zero", "is 0"),
-        (
-            model(
-                condition("Ready", False, "ReplicasStarting", "0 of 1"),
-                condition("Progressing", True),
-            ),
-            "Starting",
-            "0 of 1",
-        ),
-        (
-            model(
-                condition("Ready", False, "InvalidProfile", "no profile"),
-                condition("Progressing", False),
-            ),
-            "Failed",
-            "no profile",
-        ),
-        (model(TROUBLE), "Failed", "vllm is not installed"),
-        (model(condition("Ready", True), TROUBLE, ready=1), "Degraded", "vllm is not installed"),
-        (model(), "Starting", ""),
-    ],
-)
-def test_a_models_state_and_its_reason(object, state, message):
-    summary = summary_of(object)
-    assert (summary["state"], summary["message"]) == (state, message)
-
-
-def test_a_deleted_model_is_deleting_and_replicas_are_counted():
-    deleted = model(condition("Ready", False, "Deleting", "is deleted"), ready=2, replicas=3)
-    deleted["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-    summary = summary_of(deleted)
-    assert summary["state"] == "Deleting"
-    assert summary["replicas"] == {"ready": 2, "desired": 3}
 
 
 CRASHED = {
@@ -147,16 +102,22 @@ async def test_each_state_is_logged_once_and_the_end_of_a_pod_as_well(tmp_path):
     ready = pod(condition("Ready", True))
     changes = [("MODIFIED", ready), ("MODIFIED", ready), ("DELETED", ready)]
     kube = Followed(pods=[pod()], pods_changes=changes)
-    report = Report(kube, tmp_path, None, lambda name: (0, 0))
+    report = Report(kube, tmp_path, None, list)
     with capture_logs() as logs:
         await run_until(report, "the end", lambda: "pod gone" in [log["event"] for log in logs])
     assert [log["event"] for log in logs] == ["pod starting", "pod ready", "pod gone"]
 
 
-async def test_the_table_has_requests_and_the_progress_of_a_download(tmp_path):
-    starting = model(
-        condition("Ready", False, "CacheNotLoaded", "loading"), condition("Progressing", True)
-    )
+def summary(state):
+    return ModelSummary(
+        name="m", state=state, reason="CacheNotLoaded", message="loading", engine="VLLM",
+        url="hf://a/m", features=(), owner="", strategy="LeastLoad", adapters=(),
+        replicas=Replicas(0, 1, 0, None), in_flight=3, held=1, rates=Rates(),
+        ttft_s=TimesToFirstToken(),
+    )  # fmt: skip
+
+
+async def test_the_table_has_the_summaries_and_the_progress_of_a_download(tmp_path):
     status = {"containerStatuses": [{"name": "loader", "restartCount": 1}]}
     meta = {"name": "load", "namespace": "ns", "uid": "u", "labels": {"model": "m"}}
     logs = tmp_path / "pods" / "ns_load_u" / "loader"
@@ -164,9 +125,12 @@ async def test_the_table_has_requests_and_the_progress_of_a_download(tmp_path):
     (logs / "1.log").write_text(
         "2026-01-01T00:00:00Z stderr F 0.1 of 2 GB\n2026-01-01T00:00:05Z stderr F 0.5 of 2 GB\n"
     )
-    kube = Followed(models=[starting], loaders=[{"metadata": meta, "status": status}])
-    shown = []
-    report = Report(kube, tmp_path, shown.append, lambda name: (3, 1))
+    kube = Followed(loaders=[{"metadata": meta, "status": status}])
+    models, shown = [summary("Starting")], []
+    report = Report(kube, tmp_path, shown.append, lambda: models)
     await run_until(report, "the table", lambda: shown and shown[-1])
     (row,) = shown[-1]
     assert (row["in_flight"], row["held"], row["message"]) == (3, 1, "0.5 of 2 GB")
+    models[0] = summary("Ready")
+    await run_until(report, "the change", lambda: shown[-1][0]["state"] == "Ready")
+    assert shown[-1][0]["message"] == "loading"
