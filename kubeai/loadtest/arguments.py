@@ -9,6 +9,7 @@ names.
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
@@ -34,6 +35,10 @@ RENAMED = {
 }
 
 
+SEVERAL = ("--goodput", "--slo")
+LIMIT = re.compile(r"(ttft|tpot|itl|e2el|client_queue_time|goodput|errors):\S+")
+
+
 class OptionError(KubeAIError):
     """An option is invalid; the message begins with its name."""
 
@@ -50,7 +55,10 @@ def group(cls: type[T]) -> type[T]:
 
 
 class Command(TyperCommand):
-    """A command that says what a former option is called now."""
+    """A command that says what a former option is called now.
+
+    Like vLLM's, `--goodput` (and `--slo`) may be followed by several values.
+    """
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -58,7 +66,18 @@ class Command(TyperCommand):
             name = argument.partition("=")[0]
             if name in RENAMED:
                 raise OptionError(f"{name}: is called {RENAMED[name]} now")
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, joined(args))
+
+
+def joined(args: list[str]) -> list[str]:
+    """The arguments, with all values after an option of `SEVERAL` in one."""
+    found: list[str] = []
+    for argument in args:
+        if len(found) > 1 and found[-2] in SEVERAL and LIMIT.fullmatch(argument):
+            found[-1] += f" {argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

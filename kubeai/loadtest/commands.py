@@ -306,7 +306,8 @@ def demo(
     """Show what routing by prefix gains, in two minutes, on mock engines behind a real gateway.
 
     Starts `kubeai local` with a Model for each strategy and sends the same traffic to all, first
-    past the gateway through a Service as kube-proxy implements it. Writes an HTML report.
+    past the gateway through a Service as kube-proxy implements it. Writes an HTML report, to
+    kubeai-demo.html unless --html names another file.
     """
     from kubeai.loadtest import demo as demonstration
     from kubeai.loadtest import options

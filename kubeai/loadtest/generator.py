@@ -22,7 +22,7 @@ from kubeai.errors import KubeAIError
 from kubeai.loadtest.client import Address, Client
 from kubeai.loadtest.executor import Executor
 from kubeai.loadtest.messages import Failed, FromGenerator, Go, Ready, Stop, frame, receive
-from kubeai.loadtest.scenario import ClosedLoop, Scenario
+from kubeai.loadtest.scenario import ClosedLoop, RequestLoop, Scenario
 
 BATCH_INTERVAL_S = 0.25
 SPARE_FILES = 64  # in addition to one connection per conversation
@@ -126,12 +126,23 @@ def _raise_file_limit(scenario: Scenario) -> None:
     most = FILES_MAX if hard == resource.RLIM_INFINITY else hard
     if soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if isinstance(scenario.load, ClosedLoop):
-        wanted = scenario.share(scenario.load.concurrency) + SPARE_FILES
-        if wanted > most:
-            raise KubeAIError(
-                f"--concurrency: needs {wanted} open files, the limit is {most} (ulimit -n)"
-            )
+    option, connections = _connections(scenario)
+    wanted = scenario.share(connections) + SPARE_FILES
+    if wanted > most:
+        raise KubeAIError(f"{option}: needs {wanted} open files, the limit is {most} (ulimit -n)")
+
+
+def _connections(scenario: Scenario) -> tuple[str, int]:
+    """How many connections the load is known to need, and the option that says so."""
+    load, known = scenario.load, []
+    if scenario.in_flight_max is not None:
+        known.append((scenario.in_flight_max, "--max-concurrency"))
+    if isinstance(load, ClosedLoop):
+        known.append((load.concurrency, "--concurrency"))
+    elif isinstance(load, RequestLoop) and load.arrivals is None and scenario.requests_max:
+        known.append((scenario.requests_max, "--num-prompts"))
+    count, option = min(known, default=(0, ""))
+    return option, count
 
 
 def main() -> None:

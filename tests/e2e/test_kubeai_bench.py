@@ -179,7 +179,15 @@ async def test_requests_start_at_a_rate_and_a_limit_on_those_in_flight_holds(ben
     async with engine(*SLOW) as one:
         ran = await bench.run(
             *(one.url, "--num-prompts", "60", "--request-rate", "60", "--max-concurrency", "4"),
-            *("--processes", "2", "--goodput", "ttft:5000", "--metric-percentiles", "50,99.9"),
+            *(
+                "--processes",
+                "2",
+                "--goodput",
+                "ttft:5000",
+                "e2el:9s",
+                "--metric-percentiles",
+                "50,99.9",
+            ),
             *("--percentile-metrics", "ttft,client_queue_time", *SMALL),
         )
         assert ran.code == 0
@@ -193,6 +201,17 @@ async def test_requests_start_at_a_rate_and_a_limit_on_those_in_flight_holds(ben
     assert summary["client_queue_time_ms"]["p99.9"] > 100
     assert summary["ttft_ms"].keys() == {"mean", "p50", "p99.9"}
     assert not {"tpot_ms", "itl_ms", "e2el_ms"} & summary.keys()
+
+
+async def test_a_limit_on_requests_in_flight_holds_for_conversations_too(bench, shared_engine):
+    ran = await bench.run(
+        *(shared_engine.url, "--conversations", "12", "--concurrency", "8"),
+        *("--max-concurrency", "2", *SMALL),
+    )
+    assert ran.code == 0
+    found = bench.found()
+    assert (found["summary"]["requests"], found["summary"]["failed"]) == (24, 0)
+    assert max(count for _, count in found["curves"]["in_flight"]) <= 2
 
 
 async def test_all_requests_start_at_once_without_a_rate(bench):

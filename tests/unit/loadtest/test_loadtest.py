@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import typer
 
-from kubeai.loadtest import arguments, options, saturation
+from kubeai.loadtest import arguments, commands, options, saturation
 from kubeai.loadtest.arguments import OptionError
 from kubeai.loadtest.messages import Batch, Go, Stop, frame
 from kubeai.loadtest.progress import Progress
@@ -361,6 +362,45 @@ def test_a_key_is_sent_as_a_bearer_token_unless_a_header_is_given():
     for line in ("x", ": y", "a: b\r\nc: d"):
         with pytest.raises(OptionError, match="--header"):
             options.headers([line], None)
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def flags() -> dict[str, set[str]]:
+    """The options of each command."""
+    group: Any = typer.main.get_command(commands.app())
+    return {
+        name: {flag for parameter in command.params for flag in parameter.opts}
+        for name, command in group.commands.items()
+    }
+
+
+def test_all_commands_write_the_same_files():
+    found = flags()
+    assert found.keys() == {"run", "sweep", "simulate", "replay", "compare", "demo"}
+    for options_of in found.values():
+        assert {"--json", "--csv", "--html"} <= options_of
+    for name in ("run", "sweep", "simulate", "replay"):
+        assert {"--percentile-metrics", "--metric-percentiles", "--goodput"} <= found[name]
+        assert {"--num-prompts", "--warm-up"} <= found[name]
+    assert not any(set(arguments.RENAMED) & options_of for options_of in found.values())
+
+
+def test_options_have_the_names_of_vllms_benchmark():
+    names = ("num-prompts", "request-rate", "burstiness", "max-concurrency", "input-len")
+    names += ("output-len", "random-input-len", "random-output-len", "random-range-ratio")
+    names += ("random-prefix-len", "percentile-metrics", "metric-percentiles", "goodput", "seed")
+    names += ("model", "header", "extra-body", "ignore-eos")
+    assert {f"--{name}" for name in names} <= flags()["run"]
+
+
+def test_several_limits_may_follow_one_option_but_an_argument_stays_one():
+    words = ["--goodput", "ttft:500", "tpot:50ms", "http://x/v1", "--name", "ttft:1", "itl:2"]
+    assert arguments.joined(words) == [
+        *("--goodput", "ttft:500 tpot:50ms", "http://x/v1"),
+        *("--name", "ttft:1", "itl:2"),
+    ]
 
 
 # -- progress --------------------------------------------------------------------------------------
