@@ -53,11 +53,21 @@ class Machine(World):
 
     def begin(self, swap=True):
         self.start(CONFIG)
-        parts = (self.store, self.loads, self.events, Timeline())
-        self.activator = Activator(self.kube, "default", *parts)
-        settings = CONFIG.model_autoscaling
-        parts = (self.store, self.leader, self.loads, self.events, Timeline())
-        scaler = Scaler(self.kube, "default", settings, *parts, clock=now_s)
+        timeline = Timeline()
+        self.activator = Activator(
+            self.kube, "default", self.store, self.loads, self.events, timeline
+        )
+        scaler = Scaler(
+            self.kube,
+            "default",
+            CONFIG.model_autoscaling,
+            self.store,
+            self.leader,
+            self.loads,
+            self.events,
+            timeline,
+            clock=now_s,
+        )
         if swap:
             needs = partial(replica_requests, CONFIG)
             scaler.enable_swap(Swap({GPU: self.gpus * 10**9}, needs))
