@@ -31,7 +31,10 @@ def test_a_hint_names_an_extra_of_this_distribution(extra):
 def test_make_run_passes_its_port_and_arguments_to_kubeai_local():
     def command(*variables):
         done = subprocess.run(
-            ["make", "-n", "run", *variables], cwd=REPOSITORY, capture_output=True, text=True
+            ["make", "-n", "--no-print-directory", "run", *variables],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
         )
         return done.stdout.splitlines()[-1].strip()
 
