@@ -23,13 +23,18 @@ cdef extern from *:
         ['a'] = 10, 11, 12, 13, 14, 15, [103 ... 255] = -1,
     };
     /* Whether 64 bytes of a string are all ASCII without quotes, backslashes or control characters.
-       As signed bytes, non-ASCII bytes also compare below the space. The compiler vectorises it. */
+       As signed bytes, non-ASCII bytes also compare below the space. With vectors of GCC and clang:
+       a plain loop was vectorised to twice as many instructions. */
+    typedef signed char kb_bytes __attribute__((vector_size(16)));
     static inline int kb_is_plain(const char *text) {
-        const signed char *at = (const signed char *) text;
-        unsigned char special = 0;
-        for (int i = 0; i < 64; i++)
-            special |= (at[i] < 0x20) | (at[i] == '"') | (at[i] == '\\\\');
-        return !special;
+        kb_bytes bytes, special = {0};
+        uint64_t words[2];
+        for (int i = 0; i < 64; i += 16) {
+            memcpy(&bytes, text + i, 16);
+            special |= (bytes < 0x20) | (bytes == '"') | (bytes == '\\\\');
+        }
+        memcpy(words, &special, 16);
+        return !(words[0] | words[1]);
     }
     /* The same for 8 bytes: 0, or a word whose lowest set bit is in the first byte that is not. */
     static inline uint64_t kb_special(const char *at) {
