@@ -26,7 +26,7 @@ def chat(
 ) -> None:
     """Chat with a model of a gateway, or of any OpenAI-compatible endpoint.
 
-    Without PROMPT, a conversation on a terminal; if stdin is not a terminal, it is the prompt.
+    Without PROMPT, a conversation on a terminal; elsewhere, stdin is the prompt.
     """
     from kubeai.client.chat import Conversation, ask_once, read_prompt, talk
     from kubeai.client.gateway import Gateway
@@ -35,7 +35,7 @@ def chat(
     conversation = Conversation(
         gateway, model, system=system, max_tokens=max_tokens, temperature=temperature
     )
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
         talk(gateway, conversation)
     else:
         ask_once(gateway, conversation, read_prompt() if prompt is None else prompt)

@@ -3,6 +3,7 @@
 # No postponed annotations: typer evaluates those of the command.
 import asyncio
 import contextlib
+import os
 import sys
 from typing import Annotated
 
@@ -30,7 +31,8 @@ def top(
 
     as_json = check_output(output)
     gateway = Gateway(base_url, api_key)
-    if once or as_json or not sys.stdout.isatty():
+    is_terminal = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if once or as_json or not is_terminal:
         asyncio.run(print_once(gateway, as_json=as_json, out=sys.stdout))
     else:
         with contextlib.suppress(KeyboardInterrupt):
