@@ -135,6 +135,15 @@ async def test_other_sites_and_proxies_are_refused(start, supervisor, headers, h
     assert supervisor.requests == []
 
 
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+async def test_origins_that_may_use_the_api_may_not_use_the_console(start, supervisor, method):
+    world = await start(console_path=supervisor.path, cors_origins=("*",))
+    asks = ("Origin: http://localhost:1", "Access-Control-Request-Method: POST")
+    answer = await ask(await world.client(), "/ui/api/apply", *asks, method=method)
+    assert answer.status == 403
+    assert supervisor.requests == []
+
+
 @pytest.mark.parametrize(
     "host", ["localhost", "LocalHost:8000", "a.localhost", "127.0.0.1:80", "[::1]:80", "Box:80"]
 )
