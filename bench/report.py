@@ -206,30 +206,30 @@ class Report:
         chat = f"{VS_NGINX} --only "
         self.bar(
             "CPU per chat request of 800 bytes, 32 connections",
-            "≤ 1.5 × nginx",
+            "≤ 1.15 × nginx",
             ratio("chat"),
-            1.5,
+            1.15,
             chat + "chat",
         )
         self.bar(
             "CPU per stream of 64 chunks back to back",
-            "≤ 1.1 × nginx",
+            "≤ 1.05 × nginx",
             ratio("burst"),
-            1.1,
+            1.05,
             chat + "burst",
         )
         self.bar(
             "CPU per stream of 64 chunks, one every 20 ms",
-            "≤ 1.25 × nginx",
+            "≤ 1.15 × nginx",
             ratio("paced"),
-            1.25,
+            1.15,
             chat + "paced",
         )
         self.bar(
             "CPU per request with a 400 KB prompt",
-            "≤ 2 × nginx",
+            "≤ 1.5 × nginx",
             ratio("prompt"),
-            2.0,
+            1.5,
             chat + "prompt",
         )
         latency, streams, workers = (scale.get(k, {}) for k in ("latency", "streams", "workers"))
