@@ -8,7 +8,7 @@ warm-up, counts the instructions of a few hundred requests and divides by their 
 and per library. The interpreter's share includes the cost of driving the connections.
 
 ``--against`` builds another revision in a separate folder and counts there too. The exit status is
-1 if a scenario needs over 5 % more in this tree, or more than ``accepted_increases.json`` accepts.
+1 if a scenario needs over 5 % more in this tree.
 Needs valgrind (Debian: apt install valgrind) and gcc; without valgrind it prints a notice and exits
 with status 0.
 """
@@ -30,8 +30,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 0.05
-# Increases that a feature is worth: scenario → share, for comparisons with ``since`` or older.
-ACCEPTED = ROOT / "bench" / "accepted_increases.json"
 WARMUP = 50
 # valgrind's client requests are instruction sequences that are only available from C.
 MARKS = r"""
@@ -169,28 +167,14 @@ def shares(libraries: dict[str, float]) -> str:
     return ", ".join(f"{name} {n / total:.0%}" for name, n in libraries.items() if n > 0.01 * total)
 
 
-def accepted(revision: str) -> dict[str, float]:
-    """The accepted increases since a revision, by scenario."""
-    noted = json.loads(ACCEPTED.read_text())
-    older = ["git", "merge-base", "--is-ancestor", revision, noted["since"]]
-    if subprocess.run(older, cwd=ROOT, capture_output=True, check=False).returncode:
-        return {}
-    increases: dict[str, float] = noted["scenarios"]
-    return increases
-
-
-def show(
-    here: dict[str, dict[str, float]],
-    there: dict[str, dict[str, float]],
-    allowed: dict[str, float],
-) -> bool:
+def show(here: dict[str, dict[str, float]], there: dict[str, dict[str, float]]) -> bool:
     """Print the counts; returns whether all are within the limits."""
     well = True
     print(f"{'instructions':24}{'before':>12}{'now':>12}{'change':>9}")
     for name, libraries in here.items():
         now, before = sum(libraries.values()), sum(there.get(name, {}).values())
         change = now / before - 1 if before else 0.0
-        slower = change > allowed.get(name, TOLERANCE)
+        slower = change > TOLERANCE
         well = well and not slower
         told = f"{before:12.0f}{now:12.0f}{change:+9.1%}" if before else f"{'':12}{now:12.0f}"
         print(f"{name:24}{told}{'  slower' if slower else ''}")
@@ -220,7 +204,7 @@ def main() -> int:
                 print(f"{options.against} cannot be compared with: {error}")
     if options.json:
         options.json.write_text(json.dumps(here, indent=1))
-    return 0 if show(here, there, accepted(options.against) if options.against else {}) else 1
+    return 0 if show(here, there) else 1
 
 
 if __name__ == "__main__":
