@@ -27,6 +27,7 @@ cdef class Picker:
     cdef Strategy strategy
     cdef readonly int64_t prefix_char_length
     cdef int64_t load_factor  # of PrefixCache, in percent; 0: no bound
+    cdef readonly double tokens_per_byte  # of prompts' text
     cdef object estimated  # deque of (when its prefill is believed to end, Reservation)
 
     cpdef Reservation pick(self, Prompt prompt, str adapter=*, object exclude=*)
@@ -50,5 +51,6 @@ cdef class Picker:
     cdef bint _exceeds(self, const Survey *survey, int32_t row, int64_t own) noexcept
     cdef double _cost(self, int32_t row, uint32_t new_tokens) noexcept
     cdef double _slowness(self, int32_t row) noexcept
+    cdef void learn_tokens(self, Prompt prompt, uint32_t reported) noexcept
     cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1
     cpdef int expire(self) except -1

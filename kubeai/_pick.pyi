@@ -17,6 +17,7 @@ class Picker:
 
     ring: Ring
     prefix_char_length: int
+    tokens_per_byte: float  # of prompts' text: 1/4 until engines have reported numbers of tokens
 
     def __init__(self, ring: Ring, index: PrefixIndex | None = None) -> None:
         """Picks by LeastLoad until configured. Without an index every prompt is new."""

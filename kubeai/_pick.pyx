@@ -57,6 +57,8 @@ cdef enum:
     # An endpoint's slowness has half its weight when this many samples per endpoint came after its
     # last one: an endpoint that seemed slow is tried again.
     FADE_SAMPLES = 8
+    # Of a shorter prompt, the tokens that the chat template adds would count.
+    LEARNED_MIN_BYTES = 1024
 
 cdef double SLOWNESS_MAX = 4.0
 # Times to the first byte vary about as much as their mean. An endpoint whose mean of n differs from
@@ -66,6 +68,10 @@ cdef double UNKNOWN_S_PER_TOKEN = 2e-4
 cdef double BELIEF = 0.9  # how much of a beginning the ring's endpoint is believed to have
 cdef int *BELIEF_DEPTHS = [4, 16, 28]  # samples that end after 1, 4 and 16 KiB of conversation
 cdef double ESTIMATE_MAX_S = 60.0
+cdef double TOKENS_PER_BYTE = 0.25  # English
+cdef double TOKENS_PER_BYTE_MIN = 1 / 16.0  # what is learned is bounded, because an engine may lie
+cdef double TOKENS_PER_BYTE_MAX = 1.0
+cdef double LEARNED_SHARE = 1 / 32.0  # of one report, in what is learned
 
 STRATEGIES = ("LeastLoad", "PrefixHash", "PrefixCache")
 
@@ -83,6 +89,7 @@ cdef class Picker:
         self.ring = ring
         self.index = index
         self.estimated = deque()
+        self.tokens_per_byte = TOKENS_PER_BYTE
         self.configure("LeastLoad")
 
     def configure(self, str strategy, prefix_char_length=0, load_factor=0):
@@ -305,6 +312,15 @@ cdef class Picker:
         slowness = 1 + (slowness - 1) / (1 + age * age)
         cdef double errors_squared = (slowness - 1) * (slowness - 1) * get_time(&own.n)
         return slowness if errors_squared > NOISE_ERRORS * NOISE_ERRORS else 1.0
+
+    cdef void learn_tokens(self, Prompt prompt, uint32_t reported) noexcept:
+        """Correct the estimate of tokens by how many an engine has reported for a prompt."""
+        cdef double per_byte
+        if prompt.text_bytes < LEARNED_MIN_BYTES:
+            return
+        per_byte = <double> reported / <double> prompt.text_bytes
+        per_byte = min(max(per_byte, TOKENS_PER_BYTE_MIN), TOKENS_PER_BYTE_MAX)
+        self.tokens_per_byte += (per_byte - self.tokens_per_byte) * LEARNED_SHARE
 
     cdef int _expect(self, Reservation reservation, int64_t ahead, bint streams) except -1:
         """Note what a reservation waits for: to learn from it, or to estimate when it ends."""

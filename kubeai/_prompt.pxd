@@ -41,6 +41,7 @@ cdef class Prompt:
     cdef readonly uint64_t key  # of PrefixHash
     cdef readonly bint has_key
     cdef readonly bint streams  # the response is streamed
+    cdef int64_t text_bytes  # of the text that ``tokens`` was estimated from; 0: it has files too
     cdef int n
     cdef uint64_t *blocks  # hashes of the sampled blocks
     cdef uint32_t *depths  # tokens up to each block's end

@@ -223,6 +223,8 @@ cdef class FastPath(EarlyStream):
         if text_values(&self.upstream.text, b"content-encoding"):  # then it was found by chance
             return 0
         self.usage = usage
+        if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
+            (<Picker?> self._routed.picker).learn_tokens(self._prompt, usage.prompt_tokens)
         self._reservation._count_reported(
             known(usage.prompt_tokens), known(usage.cached_tokens), known(usage.output_tokens)
         )

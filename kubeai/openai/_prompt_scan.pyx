@@ -9,8 +9,8 @@ The first samples end with the tools and with the system text outside the conver
 follow lie in the conversation, as ``_prompt`` says. Each hash covers all before it, beginning with
 the model's name and that of its adapter, because adapters share no cached blocks.
 
-A token is taken to be ``TOKEN_BYTES`` long. An image or another file in a message counts as
-``FILE_TOKENS``, whatever its size.
+Tokens are estimated from bytes, with the picker's ``tokens_per_byte``. An image or another file in a
+message counts as ``FILE_TOKENS``, whatever its size.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
@@ -67,7 +67,6 @@ cdef extern from *:
     uint64_t hash_text "kb_hash"(uint64_t before, const char *at, size_t size) nogil
 
 cdef enum:
-    TOKEN_BYTES = 4
     FILE_TOKENS = 1000
     FILE_MIN_BYTES = 1024  # a shorter one is counted as text
     FILES_MAX = 16  # further ones are counted as text
@@ -120,8 +119,13 @@ cdef inline int64_t size_of(const Place *place) noexcept nogil:
 
 
 cdef struct Length:  # of a beginning of a conversation, as files are passed
+    double tokens_per_byte
     int64_t file_bytes
     int files_n
+
+
+cdef inline uint32_t text_tokens(double tokens_per_byte, int64_t text_bytes) noexcept:
+    return <uint32_t> min(<int64_t> (tokens_per_byte * <double> text_bytes), <int64_t> TOKENS_MAX)
 
 
 cdef uint32_t tokens_of(Length *length, const Files *files, const char *begin, int64_t size) noexcept:
@@ -132,9 +136,7 @@ cdef uint32_t tokens_of(Length *length, const Files *files, const char *begin, i
     cdef int64_t text_bytes = size - length.file_bytes
     if length.files_n < files.n and files.places[length.files_n].at < begin + size:
         text_bytes -= begin + size - files.places[length.files_n].at
-    return <uint32_t> min(
-        text_bytes // TOKEN_BYTES + <int64_t> length.files_n * FILE_TOKENS, <int64_t> TOKENS_MAX
-    )
+    return text_tokens(length.tokens_per_byte, text_bytes) + <uint32_t> length.files_n * FILE_TOKENS
 
 
 cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
@@ -149,6 +151,7 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
         return new_prompt(request.stream)
     files.n = length.files_n = 0
     length.file_bytes = 0
+    length.tokens_per_byte = picker.tokens_per_byte
     if request.has_parts:
         if request._is_large():
             with nogil:
@@ -166,10 +169,12 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
         if request.is_cached:
             _add_blocks(prompt, request, &files, &length)
     if conversation is NULL:
-        prompt.tokens = <uint32_t> min(size // TOKEN_BYTES, <int64_t> TOKENS_MAX)
+        prompt.tokens = text_tokens(picker.tokens_per_byte, size)
     else:
-        prompt.tokens = <uint32_t> (head_bytes // TOKEN_BYTES)
+        prompt.tokens = text_tokens(picker.tokens_per_byte, head_bytes)
         prompt.tokens += tokens_of(&length, &files, conversation.at, size)
+    if not files.n:
+        prompt.text_bytes = head_bytes + size
     return prompt
 
 
@@ -192,7 +197,7 @@ cdef int _add_blocks(
     for head in range(2):
         if heads[head].at is not NULL:
             hashed = hash_text(hashed, heads[head].at, size_of(heads[head]))
-            head_tokens += <uint32_t> (size_of(heads[head]) // TOKEN_BYTES)
+            head_tokens += text_tokens(length.tokens_per_byte, size_of(heads[head]))
             blocks[n] = hashed
             depths[n] = head_tokens
             n += 1

@@ -165,3 +165,37 @@ async def test_without_a_journal_requests_are_served(start):
     await client.send(post(body=PROMPT))
     assert (await client.answer()).status == 200
     assert reported(world) == (12, 8, 7)
+
+
+def conversation(size, **more):
+    content = [{"type": "text", "text": "x" * size}, *more.get("parts", ())]
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}).encode()
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 2000}}
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens", "per_byte"),
+    [
+        (conversation(4000), 2000, 0.5),
+        (conversation(4000), 10**8, 1.0),  # an engine that lies
+        (conversation(4000), 1, 1 / 16),
+        (conversation(100), 1000, 0.25),  # the chat template's tokens would count
+        (conversation(4000, parts=[IMAGE]), 4000, 0.25),
+    ],
+)
+async def test_estimates_follow_the_tokens_that_engines_report(start, body, tokens, per_byte):
+    usage = {"prompt_tokens": tokens, "completion_tokens": 1}
+    world = await start()
+    world.route("m", {"pod": await world.engine(says(json.dumps({"usage": usage}).encode()))})
+    picker = world.table.find("m").picker
+    assert picker.tokens_per_byte == 0.25
+    client = await world.client()
+    for _ in range(150):
+        await client.send(post("/openai/v1/chat/completions", body))
+        assert (await client.answer()).status == 200
+    assert picker.tokens_per_byte == pytest.approx(per_byte, rel=0.03)
+    if IMAGE not in json.loads(body)["messages"][0]["content"]:
+        last = (await entries(world, 150))[-1]
+        assert last.estimated_tokens == pytest.approx(per_byte * len(body), rel=0.1, abs=15)
