@@ -319,6 +319,14 @@ def test_logs_and_exec_require_authentication(api_server, kubelet, pods, path):
         urllib.request.urlopen(request, timeout=5, context=context)
 
 
+def _delete_pods_of_other_tests(api_server) -> None:
+    """The kubelet would bind those without a Node, and give them its GPUs."""
+    _, listed = api_server.request("GET", "/api/v1/pods")
+    for pod in listed["items"]:
+        path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
+        api_server.request("DELETE", f"{path}?gracePeriodSeconds=0")
+
+
 SHOW_GPUS = """
 import os, time
 print("gpus", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
@@ -329,6 +337,7 @@ time.sleep(600)
 def test_pods_have_gpus_of_their_own_also_after_a_kill_of_the_kubelet(
     api_server, kube_api, namespace, pods, tmp_path
 ):
+    _delete_pods_of_other_tests(api_server)
     options = ("--capacity", "nvidia.com/gpu=2")
     kubelet = Kubelet(api_server, kube_api, tmp_path / "kubelet", namespace, *options, bind=True)
     kubelet.start()
