@@ -17,11 +17,11 @@ import yaml
 
 from kubeai.api.config.strict import closest, repeated_keys
 from kubeai.api.crd import model_crd
+from kubeai.api.kubernetes_yaml import RESOLVERS
 from kubeai.errors import KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS, JOBS, MODELS, NAMESPACES, PVCS, SECRETS, Resource
-from kubeai.local.apiserver.http.bodies import RESOLVERS
 
 if TYPE_CHECKING:
     from kubeai.local.apiserver.schema.structural import Schema, UnknownField

@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from kubeai.api.config.strict import repeated_keys
+from kubeai.api.kubernetes_yaml import Loader, check_structure
 from kubeai.api.model import API_VERSION, KIND
 from kubeai.errors import quoted
 from kubeai.kube.client import Kube
@@ -33,10 +34,6 @@ _SERVER_FIELDS = (
     "managedFields", "resourceVersion", "selfLink", "uid",
 )  # fmt: skip
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
-
-
-# libyaml's, where PyYAML has been built with it: ten times as fast.
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -174,15 +171,13 @@ class Actions:
 
 
 def _documents(text: str) -> Iterator[Any]:
-    """The values of YAML documents. A key that a map has twice, or an alias, is an error."""
+    """The values of YAML documents. A key that a map has twice is an error."""
     try:
-        for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.AliasEvent):  # nested ones grow exponentially
-                raise _invalid(f"*{event.anchor}: aliases are not supported")
-        for node in yaml.compose_all(text, Loader=_Loader):
+        check_structure(text)
+        for node in yaml.compose_all(text, Loader=Loader):
             for path, line in repeated_keys(node):
                 raise _invalid(f"{path}: duplicate key (line {line})")
-        for value in yaml.load_all(text, Loader=_Loader):
+        for value in yaml.load_all(text, Loader=Loader):
             yield msgspec.to_builtins(value)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark

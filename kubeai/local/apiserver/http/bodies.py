@@ -12,13 +12,7 @@ from typing import Any
 import orjson
 import yaml
 
-DEPTH_MAX = 100  # of YAML
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
-# Like Kubernetes, decode what looks like a date as a string.
-RESOLVERS = {
-    first: [pair for pair in pairs if pair[0] != _TIMESTAMP]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+from kubeai.api.kubernetes_yaml import Loader, check_structure
 
 
 def read_json(raw: bytes, duplicates: bool = False) -> tuple[Any, list[str]]:
@@ -52,26 +46,16 @@ def _find_repeated(value: Any, path: str, found: list[str]) -> None:
             _find_repeated(item, f"{path}[{index}]", found)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Decodes YAML as Kubernetes does."""
-
-    yaml_implicit_resolvers = RESOLVERS
-
-
 def read_yaml(raw: bytes) -> tuple[Any, list[str]]:
-    """Return the value as JSON types, and the paths of duplicate keys. Raises ValueError.
-
-    Rejects aliases, because nested ones expand a few bytes without bound, and deep nesting, before
-    anything recurses into it, because the C library would overflow the stack.
-    """
+    """Return the value as JSON types, and the paths of duplicate keys. Raises ValueError."""
     try:
         return read_json(raw, duplicates=True)  # kubectl sends JSON
     except ValueError:
         pass
     found: list[str] = []
     try:
-        _check_events(raw)
-        loader = _Loader(raw)
+        check_structure(raw)
+        loader = Loader(raw)
         try:
             node = loader.get_single_node()
             _find_repeated_nodes(node, "", found)
@@ -81,17 +65,6 @@ def read_yaml(raw: bytes) -> tuple[Any, list[str]]:
         return orjson.loads(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)), found
     except (yaml.YAMLError, TypeError, RecursionError) as error:
         raise ValueError(f"not YAML: {error}") from None
-
-
-def _check_events(raw: bytes) -> None:
-    depth = 0
-    for event in yaml.parse(raw, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("YAML aliases are not supported")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEPTH_MAX:
-            raise ValueError(f"YAML is nested more than {DEPTH_MAX} levels deep")
 
 
 def _find_repeated_nodes(node: yaml.Node | None, path: str, found: list[str]) -> None:

@@ -328,6 +328,13 @@ async def test_manifests_are_applied(world):
     assert world.kube.calls[0][4:] == ("default", "kubeai-console")
 
 
+async def test_what_looks_like_a_date_is_text_as_in_kubernetes(world):
+    text = MANIFEST.replace("name: m", "name: m, labels: {day: 2026-01-02}")
+    async with world.client.post("/ui/api/apply", data=text, headers=YAML) as response:
+        assert response.status == 200
+    assert world.kube.calls[0][3]["metadata"]["labels"] == {"day": "2026-01-02"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -339,6 +346,7 @@ async def test_manifests_are_applied(world):
         (MANIFEST.replace("name: m", "name: m, namespace: kube-system"), "metadata.namespace"),
         (MANIFEST + "kind: Model\n", "duplicate key"),
         ("a: &a [1]\nb: *a\n", "aliases"),
+        ("- " * 100_000, "nested"),  # the C library would overflow the stack
         ("a: !!python/object/apply:os.system [ls]", "invalid YAML"),
         ("\0", "invalid YAML"),
     ],

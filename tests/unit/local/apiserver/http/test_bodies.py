@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kubeai.local.apiserver.http.bodies import DEPTH_MAX, read_json, read_yaml
+from kubeai.api.kubernetes_yaml import DEPTH_MAX
+from kubeai.local.apiserver.http.bodies import read_json, read_yaml
 
 values = st.recursive(
     st.none()
