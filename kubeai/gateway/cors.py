@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from kubeai.gateway.console import is_console
+from kubeai.openai.routes import origin_form
+
 if TYPE_CHECKING:
     from kubeai.gateway._fast_path import FastPath
 
-CONSOLE_PATH = "/ui"  # only for its own pages
 PREFLIGHT_MAX_AGE_S = 600
 METHODS = "GET, HEAD, POST, OPTIONS"
 # Browsers hide all other headers from scripts, except those that every response may have.
@@ -45,7 +47,7 @@ class CorsPolicy:
         An engine with a policy of its own would reject the request. The console sees the origin,
         which it checks, and gets no headers.
         """
-        if is_console(exchange.target):
+        if is_console(origin_form(exchange.target)):
             exchange.set_cors_headers(None)
             return
         origins = exchange.headers(b"origin")
@@ -81,11 +83,3 @@ class CorsPolicy:
         else:
             lines.append(f"Access-Control-Expose-Headers: {EXPOSED}")
         return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
-
-
-def is_console(target: str) -> bool:
-    """Whether a request target, in origin or absolute form, is the console's."""
-    if not target.startswith("/"):
-        target = "/" + target.partition("://")[2].partition("/")[2]
-    path = target.partition("?")[0]
-    return path == CONSOLE_PATH or path.startswith(CONSOLE_PATH + "/")

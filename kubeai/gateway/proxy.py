@@ -48,7 +48,7 @@ from kubeai.openai.errors import (
     header_lines,
     model_not_found,
 )
-from kubeai.openai.routes import Kind, classify
+from kubeai.openai.routes import Kind, classify, origin_form
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
@@ -92,7 +92,7 @@ class Proxy(FastPath):
         if kind is None or kind is Kind.MODELS or target.status != 200:
             self.stream(
                 self.context.local_routes,
-                _origin_form(self.target),
+                origin_form(self.target).encode("latin-1"),
                 self.context.config.multipart_max_bytes,
             )
             return
@@ -469,12 +469,3 @@ def _no_websocket() -> BadRequest:
 
 def _waited(waited_s: float) -> dict[str, str]:
     return {WAITED: f"{waited_s:.3f}"}
-
-
-def _origin_form(target: str) -> bytes:
-    """The request target without scheme and authority."""
-    if not target.startswith("/"):
-        _, separator, rest = target.partition("://")
-        if separator:
-            target = "/" + rest.partition("/")[2]
-    return target.encode("latin-1")

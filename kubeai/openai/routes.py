@@ -88,6 +88,15 @@ def classify(method: str, target: str) -> RouteMatch:
     return RouteMatch(200, kind, query, model_id)
 
 
+def origin_form(target: str) -> str:
+    """A request target without scheme and authority."""
+    if not target.startswith("/"):
+        _, separator, rest = target.partition("://")
+        if separator:
+            return "/" + rest.partition("/")[2]
+    return target
+
+
 def _model_id(path: str) -> str:
     """The ID in the path of one model; empty for other paths."""
     for prefix in _MODEL_PATHS:
