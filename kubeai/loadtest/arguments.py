@@ -109,6 +109,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+TraceBlockTokens = Annotated[
+    int | None,
+    option(
+        "Tokens per entry of the trace's hash_ids. Default: 512; 16 in Bailian's format.",
+        TRAFFIC,
+        min=1,
+        max=4096,
+    ),
+]
+
+
 @group
 class Traffic:
     """What is sent."""
@@ -194,15 +205,7 @@ class Traffic:
         Path | None,
         option("Replay a trace file of timestamped requests (Mooncake's or Bailian's).", TRAFFIC),
     ] = None
-    trace_block_tokens: Annotated[
-        int | None,
-        option(
-            "Tokens per entry of the trace's hash_ids. Default: 512; 16 in Bailian's format.",
-            TRAFFIC,
-            min=1,
-            max=4096,
-        ),
-    ] = None
+    trace_block_tokens: TraceBlockTokens = None
     trace_requests: Annotated[
         int | None, option("Replay only the first requests of the trace.", TRAFFIC, min=1)
     ] = None
