@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -31,13 +30,15 @@ from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
-from kubeai.gateway.explanation import explanation, why_moved
+from kubeai.gateway.explanation import explanation, log_move
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
 from kubeai.gateway.observation import RequestEnd, RequestStart
+from kubeai.gateway.ollama import check_engine
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
-from kubeai.gateway.uploads.upload import Upload
-from kubeai.logs import RateLimit, get_logger
+from kubeai.gateway.stored_responses import find_owner, not_stored
+from kubeai.gateway.uploads.upload import Upload, is_form
+from kubeai.logs import get_logger
 from kubeai.openai import request as openai
 from kubeai.openai.errors import (
     BadRequest,
@@ -56,12 +57,11 @@ if TYPE_CHECKING:
     from kubeai.gateway.cors import CorsPolicy
     from kubeai.gateway.relay._exchange import Pool
     from kubeai.openai.request import InferenceRequest
+    from kubeai.routing.routes import Route
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
 
-# Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
-_moves = RateLimit(burst_max=500, per_s=20)
 # Two threads for large bodies, so that a slow one does not block all others. Started on demand.
 _readers = ThreadPoolExecutor(2, "bodies")
 _FAILURES = {
@@ -89,7 +89,10 @@ class Proxy(FastPath):
         if kind is None and is_console(self.target) and self.context.console is not None:
             self._relay_to_console(self.context.console)
             return
-        if kind is None or kind is Kind.MODELS or target.status != 200:
+        if kind is Kind.REALTIME:
+            self._refuse(_no_websocket())
+            return
+        if kind is None or kind.is_local or target.status != 200:
             self.stream(
                 self.context.local_routes,
                 origin_form(self.target).encode("latin-1"),
@@ -102,13 +105,13 @@ class Proxy(FastPath):
             return
         if codings:
             self.drop_header(b"content-encoding")  # "identity", which some engines do not know
-        path = kind.value.encode()
+        path = kind.value.replace("{id}", target.id or "").encode()
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
-        if kind.is_json:
-            self.collect(self.context.body_max_bytes)
-        else:
+        if is_form(self, kind):
             self._receive_upload()
+        else:
+            self.collect(self.context.body_max_bytes)
 
     def _relay_to_console(self, pool: Pool) -> None:
         try:
@@ -120,6 +123,9 @@ class Proxy(FastPath):
 
     @override
     def on_body(self) -> None:
+        if self._kind.is_stored:
+            self._wait(self._find_stored)
+            return
         if len(self.body) > openai.LARGE_BYTES:
             self._wait(self._read)
             return
@@ -137,6 +143,8 @@ class Proxy(FastPath):
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
         assert reservation is not None, "an attempt has a reservation"
+        if self._kind.is_stored:
+            return False
         self._lost = failure == LOST
         if failure == TIMEOUT:
             status = TIMED_OUT
@@ -153,7 +161,7 @@ class Proxy(FastPath):
 
     @override
     def attempt_elsewhere(self) -> None:
-        if self.answered or self._reservation is None:
+        if self.answered or self._reservation is None or self._kind.is_stored:
             return
         other = self._attempts.move(
             self._reservation, self._routed, self._prompt, self._request.adapter
@@ -271,8 +279,10 @@ class Proxy(FastPath):
         # The model may have been deleted or created again meanwhile.
         return self._admit(request, self._find(request)) or await self._hold()
 
-    def _admit(self, request: InferenceRequest, routed: RoutedModel) -> Reservation | None:
-        """Count the request for its model, and pick an endpoint if one can serve it."""
+    def _admit(
+        self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
+    ) -> Reservation | None:
+        """Count the request for its model, and pick an endpoint if one (``only``) can serve it."""
         self._request = request
         self._routed = routed
         self._admission = routed.admit("http")
@@ -280,6 +290,8 @@ class Proxy(FastPath):
             self._prompt = Prompt()
         if self.context.explains:
             self.note_candidates()
+        if only is not None:
+            return routed.pick_only(only, self._prompt)
         return routed.pick(self._prompt, request.adapter)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
@@ -292,11 +304,27 @@ class Proxy(FastPath):
             request.adapter is not None and request.adapter not in routed.route.adapters
         ):
             raise model_not_found(request.model)
-        for selector in self.headers(b"x-label-selector"):
-            if not openai.parse_selector(selector.decode("latin-1"))(routed.route.labels):
-                raise model_not_found(request.model)
+        if not self._selects(routed.route):
+            raise model_not_found(request.model)
+        check_engine(request.kind, routed.route)
         self._max_wait_s = openai.parse_max_wait(self.headers(b"x-kubeai-max-wait"))
         return routed
+
+    def _selects(self, route: Route) -> bool:
+        """Whether a Model's labels match all selectors of the request."""
+        texts = [text.decode("latin-1") for text in self.headers(b"x-label-selector")]
+        return all(openai.parse_selector(text)(route.labels) for text in texts)
+
+    async def _find_stored(self) -> Reservation:
+        """Find the replica that has the stored response of the path, and count the request."""
+        response_id = classify(self.method, self.target).id or ""
+        routed, endpoint = await find_owner(self.context, self, response_id, self._selects)
+        self._payload = self.body
+        request = openai.named(self._kind, routed.route.model)
+        reservation = self._admit(request, routed, only=endpoint)
+        if reservation is None:
+            raise not_stored(response_id)
+        return reservation
 
     @override
     def wait_for_endpoint(self) -> None:
@@ -316,18 +344,7 @@ class Proxy(FastPath):
 
     @override
     def moved(self, reservation: Reservation) -> None:
-        suppressed = _moves.take(time.monotonic())
-        if suppressed is None:
-            return
-        log.info(
-            "request moved off its first endpoint",
-            request_id=self.request_id,
-            model=self._request.name,
-            endpoint=reservation.name,
-            first=reservation.first,
-            suppressed=suppressed,
-            **why_moved(self._routed.route.strategy, reservation),
-        )
+        log_move(self.request_id, self._routed.route, reservation)
 
     # -- observers ---------------------------------------------------------------------------------
 

@@ -22,8 +22,13 @@ from kubeai.openai.errors import BadRequest
 from kubeai.openai.request import LARGE_BYTES, SHAPES, named, prompt_of, read
 from kubeai.openai.routes import Kind
 
-CONVERSATIONS = {Kind.CHAT: "messages", Kind.RESPONSES: "input", Kind.MESSAGES: "messages"}
-CACHED = [kind for kind in SHAPES if kind not in (Kind.EMBEDDINGS, Kind.RERANK)]
+CONVERSATIONS = {
+    Kind.CHAT: "messages",
+    Kind.RESPONSES: "input",
+    Kind.MESSAGES: "messages",
+    Kind.OLLAMA_CHAT: "messages",
+}
+CACHED = [*CONVERSATIONS, Kind.COMPLETIONS, Kind.SYSTEM_ONE, Kind.OLLAMA_GENERATE]
 
 
 def picker(strategy="PrefixCache", prefix_char_length=100):
