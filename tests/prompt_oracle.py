@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 import msgspec
-
 from json_oracle import SYSTEMS
+
 from kubeai._prompt import BLOCKS_MAX
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import Kind
@@ -28,7 +28,8 @@ FILE_TOKENS = 1000
 
 
 FILE = re.compile(
-    rb'"(?:image_url|source|input_audio|file|file_data|audio_url|video_url|images)"[ \n\r\t]*:[ \n\r\t]*'
+    rb'"(?:image_url|source|input_audio|file|file_data|audio_url|video_url|images)"'
+    rb"[ \n\r\t]*:[ \n\r\t]*"
 )
 
 

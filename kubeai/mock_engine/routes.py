@@ -5,10 +5,10 @@ from __future__ import annotations
 from kubeai.mock_engine.formats.base import ApiFormat
 from kubeai.mock_engine.formats.completions import Chat, ChatBatch, Completions
 from kubeai.mock_engine.formats.computed import ComputedRequest
+from kubeai.mock_engine.formats.decisions import DecisionRequest
 from kubeai.mock_engine.formats.embeddings import (
     ClassifyRequest,
     CohereEmbedRequest,
-    DecisionRequest,
     EmbeddingRequest,
     GenerativeScoringRequest,
     PoolingRequest,

@@ -100,7 +100,6 @@ _FORMS = frozenset(
 )
 _STORED = frozenset((Kind.STORED_RESPONSE, Kind.CANCEL_RESPONSE))
 _STREAMED = frozenset((Kind.CHAT, Kind.COMPLETIONS, Kind.RESPONSES, Kind.MESSAGES))
-_READ_ONLY = (_LOCAL - {Kind.OLLAMA_SHOW}) | {Kind.STORED_RESPONSE}
 
 # Further paths of a route. Jina's and Cohere's clients send to some of them, and vLLM serves the
 # same at them; the engine gets the path of the Kind.
@@ -128,9 +127,9 @@ _POST = ("POST",)
 
 
 def _methods(kind: Kind) -> tuple[str, ...]:
-    if kind is Kind.REALTIME:
+    if kind is Kind.REALTIME or kind is Kind.STORED_RESPONSE:
         return ("GET",)
-    return _GET if kind in _READ_ONLY else _POST
+    return _GET if kind in _LOCAL and kind is not Kind.OLLAMA_SHOW else _POST
 
 
 class RouteMatch(NamedTuple):

@@ -65,7 +65,7 @@ async def test_an_unknown_model_is_a_not_found_error(start):
 async def test_an_unsupported_path_is_a_not_found_error(start):
     _, client = await start()
     with pytest.raises(anthropic.NotFoundError) as caught:
-        await client.messages.count_tokens(model="m", messages=MESSAGES)
+        await client.messages.batches.list()
     assert caught.value.type == "not_found_error"
     assert caught.value.request_id == ID
 
