@@ -171,6 +171,12 @@ def classify(method: str, target: str) -> RouteMatch:
     return RouteMatch(200, kind, query, id)
 
 
+def path_template(path: str) -> str:
+    """A path, with ``{id}`` instead of the ID of a stored response: one of few, for telemetry."""
+    found = _RESPONSE_PATH.fullmatch(path)
+    return path if found is None else f"{path[: found.start(1)]}{{id}}{path[found.end(1) :]}"
+
+
 def origin_form(target: str) -> str:
     """A request target without scheme and authority."""
     if not target.startswith("/"):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeai.openai.request import SHAPES
-from kubeai.openai.routes import Kind, classify, route_table
+from kubeai.openai.routes import Kind, classify, path_template, route_table
 
 INFERENCE = [kind for kind in Kind if kind.is_json or kind.is_form]
 LISTS = [Kind.MODELS, Kind.OLLAMA_TAGS, Kind.OLLAMA_PS, Kind.OLLAMA_VERSION]
@@ -65,6 +65,12 @@ def test_stored_responses_are_read_and_cancelled_by_their_id(base):
     for method in ("POST", "DELETE", "PUT", "HEAD"):
         assert classify(method, f"{base}/responses/resp_1").allow == ("GET",)
     assert classify("GET", f"{base}/responses/resp_1/cancel").allow == ("POST",)
+
+
+def test_the_id_of_a_response_is_no_part_of_the_paths_template():
+    assert path_template("/v1/responses/v1/cancel") == "/v1/responses/{id}/cancel"
+    assert path_template("/openai/v1/responses/a") == "/openai/v1/responses/{id}"
+    assert path_template("/v1/chat/completions") == "/v1/chat/completions"
 
 
 @pytest.mark.parametrize(
