@@ -42,8 +42,8 @@ CLIENTS = (
     "POST /v1/audio/translations",
     "WEBSOCKET /v1/realtime",
 )
-# The gateway answers these itself, about all models.
-GATEWAY = ("GET /v1/models",)
+# The gateway answers these itself: about all models, and about its own readiness.
+GATEWAY = ("GET /v1/models", "GET /readyz")
 # An operator's: they change the engine, or say what it does.
 OPERATORS = (
     "GET /health",
@@ -53,7 +53,6 @@ OPERATORS = (
     "GET /ping",
     "POST /ping",
     "GET /ready",
-    "GET /readyz",
     "GET /server_info",
     "GET /tokenizer_info",
     "GET /kv_event_sources",

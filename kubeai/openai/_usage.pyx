@@ -249,7 +249,7 @@ cdef bint _find_counts(const char *begin, const char *end, Usage *usage) noexcep
             at = _number(at, &tokens)
         if at is NULL or at >= end or not _is_outer(at, end):
             break
-        if last[-2] == c'"' and usage.output_tokens == <uint32_t> UNKNOWN_TOKENS:
+        if (last - 2)[0] == c'"' and usage.output_tokens == <uint32_t> UNKNOWN_TOKENS:
             usage.output_tokens = tokens
             found = True
         elif last - begin >= 9 and memcmp(last - 9, b'"prompt_', 8) == 0:

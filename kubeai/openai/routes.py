@@ -9,8 +9,8 @@ Nothing is decoded, normalized or repaired. Scheme and authority of a target in 
 removed, everything after the first ``?`` is the query, and the rest must match a listed path
 *exactly*: ``%63hat``, ``//``, ``/./``, ``..``, ``;x``, a trailing slash or different case all get
 404. An engine receives the path from the table, never the client's spelling. Paths with an ID are
-``/v1/models/{id}``, which is served by the gateway, and those below ``/v1/responses/``, whose ID
-has only letters, digits, ``-`` and ``_``.
+``/v1/models/{id}``, which is served by the gateway, and those below ``/v1/responses/``. The ID of a
+response is ``resp_`` and letters, digits, ``-`` and ``_``: ``/v1/responses/render`` has none.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ route_table: dict[str, Kind] = {
     for path in (kind.value, *_ALIASES.get(kind, ()))
 }
 _MODEL_PATHS = tuple(f"{prefix}{Kind.MODELS.value}/" for prefix in _PREFIXES)
-_RESPONSE_PATH = re.compile(r"(?:/openai)?/v1/responses/([A-Za-z0-9_-]{1,128})(/cancel)?")
+_RESPONSE_PATH = re.compile(r"(?:/openai)?/v1/responses/(resp_[A-Za-z0-9_-]{1,128})(/cancel)?")
 _GET = ("GET", "HEAD")
 _POST = ("POST",)
 

@@ -68,14 +68,27 @@ def test_stored_responses_are_read_and_cancelled_by_their_id(base):
 
 
 def test_the_id_of_a_response_is_no_part_of_the_paths_template():
-    assert path_template("/v1/responses/v1/cancel") == "/v1/responses/{id}/cancel"
-    assert path_template("/openai/v1/responses/a") == "/openai/v1/responses/{id}"
+    assert path_template("/v1/responses/resp_v1/cancel") == "/v1/responses/{id}/cancel"
+    assert path_template("/openai/v1/responses/resp_a") == "/openai/v1/responses/{id}"
     assert path_template("/v1/chat/completions") == "/v1/chat/completions"
 
 
 @pytest.mark.parametrize(
     "id",
-    ["", "a/b", "a.b", "..", "a%2Fcancel", "a/input_items", "a/cancel/", "a;b", "é", "a" * 129],
+    [
+        "",
+        "render",
+        "resp_",
+        "resp_a/b",
+        "resp_a.b",
+        "..",
+        "resp_a%2Fcancel",
+        "resp_a/input_items",
+        "resp_a/cancel/",
+        "resp_a;b",
+        "resp_é",
+        "resp_" + "a" * 129,
+    ],
 )
 def test_an_odd_id_of_a_response_is_not_found(id):
     for method in ("GET", "POST"):
