@@ -11,8 +11,8 @@ from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.cors import CorsPolicy
-from kubeai.gateway.relay._early import EarlyStream
 from kubeai.gateway.relay._exchange import Pool
+from kubeai.gateway.relay._tunnel import UpgradableStream
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
@@ -37,10 +37,10 @@ class JsonRoute:
 
     def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
 
-class FastPath(EarlyStream):
+class FastPath(UpgradableStream):
     _kind: Kind
     _path: bytes  # the engine's
-    _payload: bytes | None  # the body sent to the engine; None for an upload
+    _payload: bytes | None  # the body sent to the engine; None: an upload, or no body
     _upload: Upload | None  # of a request with a multipart form
     _request: InferenceRequest  # None until the body is read
     _routed: routing.RoutedModel
@@ -62,7 +62,7 @@ class FastPath(EarlyStream):
     def _attempt(self, reservation: Reservation) -> None: ...
     # implemented by the subclass
     def wait_for_endpoint(self) -> None: ...
-    def send_upload(self, pool: Pool) -> None: ...
+    def send_other(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...
     def allow_origin(self, policy: CorsPolicy) -> None: ...
     def note_candidates(self) -> None: ...

@@ -3,10 +3,9 @@
 The relay calls :class:`Proxy` at each step. An inference POST is read completely, counted for
 its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
 can serve yet is held. An upload takes the same path, except that its body, a multipart form, waits
-on disk (uploads). All other requests are streamed: to the supervisor's console if they are for it
-(console.py), else to the worker's local routes (local_routes.py).
-Only waits, uploads and large bodies need a task; large bodies are parsed in a thread so that they
-do not block the event loop.
+on disk (uploads); a WebSocket's handshake has none (realtime.py). All other requests are streamed:
+to the supervisor's console (console.py) or the worker's local routes (local_routes.py). Only waits,
+uploads, and large or compressed bodies (bodies.py) need a task.
 
 retries.py decides which attempts are retried and where, holding.py how long a request waits. The
 Reservation of a failed attempt is released before the next pick.
@@ -20,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,13 +26,24 @@ from typing_extensions import override
 
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
+from kubeai.gateway.bodies import check_coding, read_body
 from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.explanation import explanation, log_move
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
-from kubeai.gateway.observation import RequestEnd, RequestStart
+from kubeai.gateway.observation import request_end, request_start
 from kubeai.gateway.ollama import check_engine
+from kubeai.gateway.realtime import (
+    Session,
+    check_handshake,
+    engines_query,
+    last_event,
+    model_in,
+    no_websocket,
+    websocket_required,
+)
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
+from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
 from kubeai.gateway.stored_responses import find_owner, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
@@ -42,10 +51,8 @@ from kubeai.logs import get_logger
 from kubeai.openai import request as openai
 from kubeai.openai.errors import (
     BadRequest,
-    compressed_body,
     engine_error,
     error_answer,
-    error_event,
     header_lines,
     model_not_found,
 )
@@ -62,8 +69,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Two threads for large bodies, so that a slow one does not block all others. Started on demand.
-_readers = ThreadPoolExecutor(2, "bodies")
 _FAILURES = {
     CONNECT: "cannot connect",
     LOST: "connection lost",
@@ -84,13 +89,10 @@ class Proxy(FastPath):
         target = classify(self.method, self.target)
         kind = target.kind
         if self.asks_websocket and self.method == "GET" and target.status == 405:
-            self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+            self._refuse(no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
         if kind is None and is_console(self.target) and self.context.console is not None:
             self._relay_to_console(self.context.console)
-            return
-        if kind is Kind.REALTIME:
-            self._refuse(_no_websocket())
             return
         if kind is None or kind.is_local or target.status != 200:
             self.stream(
@@ -99,19 +101,50 @@ class Proxy(FastPath):
                 self.context.config.multipart_max_bytes,
             )
             return
-        codings = [value.decode("latin-1") for value in self.headers(b"content-encoding")]
-        if not openai.is_identity(codings):
-            self._refuse(compressed_body())
+        if kind is Kind.REALTIME:
+            self._open_websocket(target.query)
             return
-        if codings:
-            self.drop_header(b"content-encoding")  # "identity", which some engines do not know
+        is_upload = is_form(self, kind)
+        try:
+            check_coding(self, is_form=is_upload)
+        except BadRequest as error:
+            self._refuse(error)
+            return
         path = kind.value.replace("{id}", target.id or "").encode()
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
-        if is_form(self, kind):
+        if is_upload:
             self._receive_upload()
         else:
             self.collect(self.context.body_max_bytes)
+
+    def _open_websocket(self, query: str) -> None:
+        self._kind = Kind.REALTIME
+        if not self.asks_websocket:
+            self._refuse(websocket_required(), {"Upgrade": "websocket", "Connection": "Upgrade"})
+            return
+        try:
+            check_handshake(self, self.context.cors)
+            model = model_in(query)
+            self.upgrade(self.context.config.websocket_idle_timeout_s)
+            if model is None:
+                self._path = f"{self._kind.value}?{query}".rstrip("?").encode("latin-1")
+                self._wait(partial(self._read_session, Session(self)))
+                return
+            request = openai.named(self._kind, model)
+            routed = self._find(request)
+        except BadRequest as error:
+            self._refuse(error)
+            return
+        self._path = f"{self._kind.value}?{engines_query(query, request)}".encode("latin-1")
+        self._place(self._admit(request, routed))
+
+    async def _read_session(self, session: Session) -> Reservation:
+        request = openai.named(self._kind, await session.model())
+        routed = self._find(request)
+        if request.adapter is not None:
+            session.name_model(request.adapter)
+        return self._admit(request, routed) or await self._hold()
 
     def _relay_to_console(self, pool: Pool) -> None:
         try:
@@ -126,7 +159,7 @@ class Proxy(FastPath):
         if self._kind.is_stored:
             self._wait(self._find_stored)
             return
-        if len(self.body) > openai.LARGE_BYTES:
+        if len(self.body) > openai.LARGE_BYTES or self.headers(b"content-encoding"):
             self._wait(self._read)
             return
         try:
@@ -245,7 +278,10 @@ class Proxy(FastPath):
         return self._admit(request, self._find(request)) or await self._hold()
 
     @override
-    def send_upload(self, pool: Pool) -> None:
+    def send_other(self, pool: Pool) -> None:
+        if self._upload is None:  # a WebSocket handshake
+            self.send(pool, self._path, None)
+            return
         size_bytes = self._uploaded.length_bytes(self._request, self._routed.route)
         self.send_in_pieces(pool, self._path, size_bytes)
 
@@ -269,13 +305,10 @@ class Proxy(FastPath):
     # -- routing -----------------------------------------------------------------------------------
 
     async def _read(self) -> Reservation:
-        """Like ``on_body`` for a large body, with the slow steps in a thread."""
-        run = asyncio.get_running_loop().run_in_executor
-        request = await run(_readers, openai.read, self._kind, self.body)
-        routed = self._find(request)
-        complete = self.context.logs_prompts
-        self._prompt = await run(_readers, openai.prompt_of, routed.picker, request, complete)
-        self._payload = await run(_readers, openai.body_for, request, self.body)
+        """Like ``on_body`` for a large or compressed body."""
+        request, self._prompt, self._payload = await read_body(
+            self, self.context, self._kind, self._find
+        )
         # The model may have been deleted or created again meanwhile.
         return self._admit(request, self._find(request)) or await self._hold()
 
@@ -286,6 +319,8 @@ class Proxy(FastPath):
         self._request = request
         self._routed = routed
         self._admission = routed.admit("http")
+        if request.adapter is not None:
+            self.renaming = Renaming(*map(openai.json_string, (request.adapter, request.model)))
         if self._prompt is None:  # an upload's
             self._prompt = Prompt()
         if self.context.explains:
@@ -350,30 +385,15 @@ class Proxy(FastPath):
 
     @override
     def observe(self, observers: Observers) -> None:
-        start = RequestStart(
-            request_id=self.request_id,
-            peer=self.peer,
-            method=self.method,
-            target=self.target,
-            is_inference=self._kind is not None,
-            trace_headers={
-                name: values[0].decode("latin-1")
-                for name in ("traceparent", "tracestate")
-                if (values := self.headers(name.encode()))
-            },
-        )
+        start = request_start(self, is_inference=self._kind is not None)
         self._observed = observation = observers.began(start)
         for name, value in observation.upstream_headers.items():
             self.set_header(name.encode(), value.encode("latin-1"))
 
     @override
     def observed(self) -> None:
-        end = RequestEnd(
-            status=self.status,
-            end="broken" if self.broken else "whole" if self.whole else "left",
-            answered_s=self.answered_s,
-            request_bytes=self.request_bytes,
-            response_bytes=self.answer_bytes,
+        end = request_end(
+            self,
             # Names that clients make up are not recorded.
             model=None if self._admission is None else self._request.model,
             endpoint=None if self._reservation is None else self._reservation.name,
@@ -464,7 +484,7 @@ class Proxy(FastPath):
 
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         if self.begun:
-            self.end(error.status, error_event(error, self._kind, self.request_id))
+            self.end(error.status, last_event(error, self._kind, self.request_id))
             return
         body, more = error_answer(error, self.target, self.request_id)
         if self._waited_s:
@@ -473,15 +493,6 @@ class Proxy(FastPath):
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
         self._refuse(BadRequest(message, status=status, code=code))
-
-
-def _no_websocket() -> BadRequest:
-    """426, after which clients such as Codex fall back to HTTP at once."""
-    return BadRequest(
-        "WebSocket is not supported. Send a POST request over HTTP/1.1.",
-        status=426,
-        code="upgrade_required",
-    )
 
 
 def _waited(waited_s: float) -> dict[str, str]:

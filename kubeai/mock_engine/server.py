@@ -32,6 +32,7 @@ from kubeai.mock_engine.formats.transcriptions import audio_seconds, transcript,
 from kubeai.mock_engine.forms import read_form
 from kubeai.mock_engine.options import Options
 from kubeai.mock_engine.pacing import Job, Pacer, SequenceGroup, StreamingGroup
+from kubeai.mock_engine.realtime import Realtime
 from kubeai.mock_engine.request_log import RequestLog
 from kubeai.mock_engine.routes import COMPUTED, GENERATED
 from kubeai.simulation import text
@@ -79,6 +80,9 @@ class MockEngine:
             post(path, self._generator(api))
         for path, kind in COMPUTED.items():
             post(path, self._computer(kind))
+        realtime = Realtime(self._served, self._run)
+        app.on_shutdown.append(realtime.close)
+        get("/v1/realtime", realtime.serve)
         get("/v1/responses/{id}", self.stored_response)
         post("/v1/responses/{id}/cancel", self.cancel_response)
         post("/v1/audio/transcriptions", self.transcribe)
@@ -112,7 +116,7 @@ class MockEngine:
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        counted = request.method == "POST"
+        counted = request.method == "POST" or request.path == "/v1/realtime"
         try:
             if counted:
                 self.request_log.add(request)
@@ -377,6 +381,9 @@ class MockEngine:
         )
 
     # -- helpers -----------------------------------------------------------------------------------
+
+    async def _run(self, prompt_tokens: int, output_tokens: int) -> None:
+        await SequenceGroup(self._running()).run([Job(prompt_tokens, output_tokens)])
 
     def _running(self) -> Pacer:
         assert self._pacer is not None

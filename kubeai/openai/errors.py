@@ -68,6 +68,15 @@ class BadRequest(Exception):
         return error_body(self.message, kind, self.code, self.param)
 
 
+class UnsupportedCoding(BadRequest):
+    """415 for a body in a content coding that is not supported (RFC 9110, section 15.5.16)."""
+
+    def __init__(self, message: str, accepted: str) -> None:
+        """``accepted``: the value of the response's Accept-Encoding."""
+        super().__init__(message, param="Content-Encoding", status=415)
+        self.accepted = accepted
+
+
 class _ErrorDetail(msgspec.Struct):
     message: str
     type: str
@@ -99,13 +108,6 @@ def model_not_found(model: str) -> BadRequest:
     )
 
 
-def compressed_body() -> BadRequest:
-    """415 for a body in another content coding."""
-    return BadRequest(
-        "Compressed request bodies are not supported. Send the body uncompressed.", status=415
-    )
-
-
 class _Detail(msgspec.Struct):
     type: str
     message: str
@@ -126,8 +128,8 @@ def error_answer(
     of the response's X-Request-Id header, None if it has none.
     """
     headers = {}
-    if error.status == 415:  # only used for content codings; RFC 9110, section 15.5.16
-        headers["Accept-Encoding"] = "identity"
+    if isinstance(error, UnsupportedCoding):
+        headers["Accept-Encoding"] = error.accepted
     path = origin_form(target).partition("?")[0]
     if path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
         return msgspec.json.encode({"error": _sendable(error.message)}), headers

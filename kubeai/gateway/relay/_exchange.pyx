@@ -368,6 +368,15 @@ cdef class Exchange:
             self.downstream._set_reading()
         return piece
 
+    def reserve(self, int64_t size_bytes):
+        """Count more memory as buffered until the exchange ends; False if there is no room."""
+        cdef Relay relay = self.downstream.relay
+        if self.finished or relay.buffered_bytes + size_bytes > relay.buffer_max_bytes:
+            return False
+        relay.buffered_bytes += size_bytes
+        self.downstream.buffered_bytes += size_bytes
+        return True
+
     @property
     def received(self):
         """Whether the last piece of the body has been taken."""
@@ -390,7 +399,7 @@ cdef class Exchange:
             upstream._start(self)
 
     cpdef send(self, Pool pool, bytes path, bytes body):
-        """Start an attempt: send the request with this body and relay the response."""
+        """Start an attempt: send the request and relay the response. ``body``: None for none."""
         self.sending = body
         self._attempt_at(pool, path)
 
@@ -533,6 +542,10 @@ cdef class Exchange:
     cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
         """The response is complete. ``data[at:at + size]``: the last bytes of its body at hand."""
         return 0
+
+    cdef int _upgraded(self, bytes data) except -1:
+        """The upstream has accepted the upgrade; ``data`` follows its response."""
+        raise NotImplementedError
 
     cdef int _ended(self) except -1:
         self.on_end()

@@ -1,0 +1,34 @@
+"""Declarations of ``_tunnel.pyx``."""
+
+from kubeai.gateway.relay._early cimport EarlyStream
+from kubeai.gateway.relay._exchange cimport DownstreamEnd, UpstreamEnd
+
+
+cdef class Tunnel
+
+
+cdef class UpgradableStream(EarlyStream):
+    cdef double idle_timeout_s
+    cdef Tunnel tunnel  # None: the client has no 101 yet
+    cdef public object session  # what reads ``early``: its ``wake()`` is called
+    cdef public bytes early  # frames that came before there is an engine
+    cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
+    cdef int _open_tunnel(self, bytes head) except -1
+
+
+cdef class Tunnel:
+    cdef UpgradableStream exchange
+    cdef DownstreamEnd downstream
+    cdef UpstreamEnd upstream  # None: there is no engine yet
+    cdef object client  # the transports
+    cdef object engine
+    cdef int _connect(self, UpstreamEnd upstream) except -1
+    cdef int _touch(self) except -1
+    cdef bint _stalls(self) noexcept
+    cdef int _from_client(self, bytes data) except -1
+    cdef int _from_engine(self, bytes data) except -1
+    cdef int _client_left(self, bint is_reset) except -1
+    cdef int _engine_left(self, bint is_reset) except -1
+    cdef int _client_stalls(self, bint stalls) except -1
+    cdef int _engine_stalls(self, bint stalls) except -1
+    cdef int _set_deadline(self) except -1

@@ -1,0 +1,322 @@
+# cython: language_level=3, nonecheck=True
+"""A request that turns its connections into a WebSocket: a handshake, and then bytes both ways.
+
+The handshake is a request like any other: attempts are made and retried, and any response but 101
+is passed on as it is. After 101, the two connections get the protocols :class:`ClientSide` and
+:class:`EngineSide`, which pass on what they receive and parse no frames; neither is used for another
+request. The exchange lasts until one side ends:
+
+- the other side is closed at once, after what was written to it has been flushed;
+- a slow reader pauses the other side. A side that does not read for the relay's
+  ``stall_timeout_s``, or on which both are silent for ``idle_timeout_s``, ends the exchange;
+- when the relay stops, both are aborted.
+
+A connection that is lost without a FIN counts as left by the client, or as broken by the engine.
+
+If only the client's first message says where the request goes, :meth:`UpgradableStream.accept`
+answers the handshake before there is an engine. As for an event stream that begins early, attempts
+then remain possible until an engine accepts the handshake.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+
+from kubeai._clock cimport now
+from kubeai.gateway.relay._early cimport EarlyStream
+from kubeai.gateway.relay._exchange cimport DownstreamEnd, UpstreamEnd
+from kubeai.gateway.relay._http1 cimport Bytes, response_head, view
+
+from kubeai.gateway.relay._exchange import LOST as _LOST
+
+cdef enum:
+    SWITCHING = 101
+    LINGER_MAX_S = 2  # to flush what a client has sent before it left
+    EARLY_MAX_BYTES = 1 << 20  # then a client is not read before there is an engine
+    GREETING_MAX_BYTES = 4096  # the longest first frame of an engine that is dropped
+
+cdef bytes LINE = b" 101 Switching Protocols"
+cdef bytes UPGRADE = b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+
+
+cdef class UpgradableStream(EarlyStream):
+    """An Exchange that can turn its connections into a WebSocket."""
+
+    def upgrade(self, double idle_timeout_s):
+        """Have the next attempts ask for the upgrade. Follow with ``send``, without a body."""
+        self.upgrades = self.decided = True
+        self.idle_timeout_s = idle_timeout_s
+        self.set_header(b"upgrade", b"websocket")
+        self.set_header(b"connection", b"Upgrade")
+
+    def accept(self, bytes headers not None, bytes greeting not None):
+        """Accept the handshake before there is an engine. Call ``upgrade`` before.
+
+        ``headers``: extra lines, each ending in CRLF. ``greeting``: the first frame to the client,
+        in place of the engine's. What the client sends is collected in ``early``.
+        """
+        if self.finished or self.answered or self.begun:
+            return
+        self.begun = self.decided = True
+        self.status = SWITCHING
+        self.greeting = b""
+        self.early = b""
+        self._open_tunnel(
+            b"HTTP/1.1" + LINE + b"\r\n" + headers + self.downstream.request_id + UPGRADE
+        )
+        self.downstream._write(greeting)
+        if self.downstream.input is not None:  # the client did not wait for the response
+            self.tunnel._from_client(self.downstream.input[self.downstream.used:])
+            self.downstream.input = None
+            self.downstream._set_reading()
+
+    def write_frame(self, bytes frame not None):
+        """Write to a client whose handshake was accepted before there is an engine."""
+        if self.begun and not (self.finished or self.answered):
+            self.downstream._write(frame)
+
+    def comment(self, bytes text not None):
+        """See EarlyStream. A WebSocket has no comments."""
+        if self.tunnel is None:
+            EarlyStream.comment(self, text)
+
+    def end(self, int status, bytes event not None):
+        """See EarlyStream. ``event``: of a WebSocket, its last frames."""
+        if self.tunnel is None:
+            EarlyStream.end(self, status, event)
+        elif not (self.finished or self.answered):
+            self.answered = True
+            self.status = status
+            self.answered_s = now()
+            self._detach()
+            self.downstream._write(event)
+            self.downstream.input = b""  # so that the connection lingers
+            self.downstream._response_ended()
+
+    cdef int _open_tunnel(self, bytes head) except -1:
+        """Send the client's 101, and hand its connection over."""
+        cdef DownstreamEnd downstream = self.downstream
+        cdef Tunnel tunnel = Tunnel.__new__(Tunnel)
+        self.tunnel = tunnel
+        tunnel.exchange = self
+        tunnel.downstream = downstream
+        tunnel.client = downstream.transport
+        tunnel.client.set_protocol(ClientSide(tunnel))
+        downstream.keep_alive = False
+        downstream._write(head)
+        return 0
+
+    cdef int _upgraded(self, bytes data) except -1:
+        cdef DownstreamEnd downstream = self.downstream
+        cdef Bytes line = view(LINE)
+        cdef Bytes framing = view(UPGRADE)
+        cdef bytes early = self.early
+        self.answered = True
+        self.status = SWITCHING
+        self.answered_s = now()
+        self.pool.note_end(SWITCHING)
+        if self.tunnel is None:
+            self._open_tunnel(
+                response_head(
+                    line,
+                    &self.upstream.text,
+                    downstream.request_id,
+                    self.extra_headers,
+                    framing.at,
+                    framing.size,
+                )
+            )
+        self.tunnel._connect(self.upstream)
+        self.body_came = True
+        self._body_came()
+        self.early = None
+        if early:
+            self.tunnel._from_client(early)
+        if downstream.input is not None:  # the client did not wait for the response
+            self.tunnel._from_client(downstream.input[downstream.used:])
+            downstream.input = None
+        downstream._set_reading()
+        if data:
+            self.tunnel._from_engine(data)
+        return 0
+
+
+cdef Py_ssize_t frame_end(bytes data) noexcept:
+    """The end of the frame of a server that data begins with; 0: it is incomplete; -1: too long."""
+    cdef const unsigned char *at = <const unsigned char *> PyBytes_AS_STRING(data)
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+    cdef Py_ssize_t end
+    if size < 2:
+        return 0
+    end = 2 + at[1]
+    if at[1] == 126:
+        if size < 4:
+            return 0
+        end = 4 + (at[2] << 8 | at[3])
+    if at[1] > 126 or end > GREETING_MAX_BYTES:
+        return -1
+    return end if size >= end else 0
+
+
+cdef class Tunnel:
+    """The two connections of a WebSocket."""
+
+    cdef int _connect(self, UpstreamEnd upstream) except -1:
+        self.upstream = upstream
+        self.engine = upstream.transport
+        self.engine.set_protocol(EngineSide(self))
+        upstream.deadline = 0
+        set_reading(self.engine, not self.downstream.write_paused)
+        set_reading(self.client, True)
+        return self._set_deadline()
+
+    cdef int _touch(self) except -1:
+        """A side has received data: begin the idle timeout again."""
+        if not self._stalls():
+            self.downstream.deadline = now() + self.exchange.idle_timeout_s
+        return 0
+
+    cdef bint _stalls(self) noexcept:
+        """Whether a side does not read what is written to it."""
+        return self.downstream.write_paused or (
+            self.upstream is not None and self.upstream.write_paused
+        )
+
+    cdef int _from_client(self, bytes data) except -1:
+        cdef UpgradableStream exchange = self.exchange
+        if exchange.finished:
+            return 0
+        if self.upstream is not None:
+            self.downstream.body.received_bytes += PyBytes_GET_SIZE(data)
+            self._touch()
+            self.upstream._write(data)
+            return 0
+        exchange.early += data
+        if PyBytes_GET_SIZE(exchange.early) > EARLY_MAX_BYTES:
+            set_reading(self.client, False)
+        return exchange._hook(exchange.session.wake)
+
+    cdef int _from_engine(self, bytes data) except -1:
+        cdef Py_ssize_t end
+        if self.exchange.finished:
+            return 0
+        self._touch()
+        if self.exchange.greeting is not None:
+            data = self.exchange.greeting + data
+            end = frame_end(data)
+            self.exchange.greeting = None if end else data
+            if end > 0 and b'"session.created"' in data[:end]:  # the client has had one
+                data = data[end:]
+        if data and self.exchange.greeting is None:
+            self.downstream._write(data)
+        return 0
+
+    cdef int _client_left(self, bint is_reset) except -1:
+        cdef UpstreamEnd upstream = self.upstream
+        if self.exchange.finished:
+            return 0
+        self.exchange.whole = not is_reset
+        if upstream is not None:
+            self.exchange.upstream = None  # it is closed, not aborted
+            upstream.exchange = None
+            upstream.deadline = now() + LINGER_MAX_S
+            self.engine.close()
+        self.downstream._abort()
+        return 0
+
+    cdef int _engine_left(self, bint is_reset) except -1:
+        cdef DownstreamEnd downstream = self.downstream
+        if self.exchange.finished:
+            return 0
+        if is_reset:
+            self.exchange.broken = True
+            self.exchange.pool.note_failure(_LOST)
+        set_reading(self.client, True)  # until it ends: a reset would discard what it was sent
+        downstream.input = b""  # so that the connection lingers
+        downstream._response_ended()
+        return 0
+
+    cdef int _client_stalls(self, bint stalls) except -1:
+        self.downstream.write_paused = stalls
+        if self.exchange.finished:
+            return 0
+        if self.upstream is not None:
+            set_reading(self.engine, not stalls)
+        elif self.exchange.upstream is not None and not stalls:
+            self.exchange.upstream._resume()
+        return self._set_deadline()
+
+    cdef int _engine_stalls(self, bint stalls) except -1:
+        self.upstream.write_paused = stalls
+        if self.exchange.finished:
+            return 0
+        set_reading(self.client, not stalls)
+        return self._set_deadline()
+
+    cdef int _set_deadline(self) except -1:
+        if self._stalls():
+            self.downstream.deadline = now() + self.downstream.relay.stall_timeout_s
+        elif self.upstream is not None:
+            self._touch()
+        else:
+            self.downstream.deadline = 0  # the Exchange limits the wait for an engine
+        return 0
+
+
+cdef int set_reading(object transport, bint reading) except -1:
+    if not transport.is_closing():
+        if reading:
+            transport.resume_reading()
+        else:
+            transport.pause_reading()
+    return 0
+
+
+cdef class ClientSide:
+    """The protocol of a client's connection after the handshake."""
+
+    cdef Tunnel tunnel
+
+    def __cinit__(self, Tunnel tunnel):
+        self.tunnel = tunnel
+
+    def data_received(self, bytes data):
+        self.tunnel._from_client(data)
+
+    def eof_received(self):
+        self.tunnel._client_left(False)
+        return False
+
+    def connection_lost(self, error):
+        self.tunnel._client_left(True)
+        (<object> self.tunnel.downstream).connection_lost(error)
+
+    def pause_writing(self):
+        self.tunnel._client_stalls(True)
+
+    def resume_writing(self):
+        self.tunnel._client_stalls(False)
+
+
+cdef class EngineSide:
+    """The protocol of an engine's connection after the handshake."""
+
+    cdef Tunnel tunnel
+
+    def __cinit__(self, Tunnel tunnel):
+        self.tunnel = tunnel
+
+    def data_received(self, bytes data):
+        self.tunnel._from_engine(data)
+
+    def eof_received(self):
+        self.tunnel._engine_left(False)
+        return False
+
+    def connection_lost(self, error):
+        self.tunnel._engine_left(True)
+        (<object> self.tunnel.upstream).connection_lost(error)
+
+    def pause_writing(self):
+        self.tunnel._engine_stalls(True)
+
+    def resume_writing(self):
+        self.tunnel._engine_stalls(False)
