@@ -18,6 +18,7 @@ Scheme = Literal["hf", "pvc", "ollama", "s3", "gs", "oss"]
 
 MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "pvc", "ollama", "s3", "gs", "oss")
 CACHE_SCHEMES: tuple[Scheme, ...] = ("hf", "s3", "gs", "oss")  # supported by the loader
+ADAPTER_SCHEMES: tuple[Scheme, ...] = (*CACHE_SCHEMES, "pvc")
 
 
 def listed(schemes: tuple[str, ...]) -> str:
@@ -33,7 +34,7 @@ class ModelURL(Struct, frozen=True):
     ref: str  # everything between :// and ?
     name: str  # ref up to its first slash: organisation, bucket or claim
     path: str = ""  # ref after its first slash
-    model: str = ""  # ?model=, the name of the model on a claim (OLlama)
+    model: str = ""  # ?model=, the model on a claim: a name (OLlama) or a file (LlamaCpp)
     insecure: bool = False  # ?insecure=true, pull without TLS
     pull: bool = True  # ?pull=false, the model is already in the image
 

@@ -42,7 +42,15 @@ from kubeai.podspec.container import (
     container_resources,
     http_probe,
 )
-from kubeai.podspec.engines import faster_whisper, infinity, mock, ollama, vllm
+from kubeai.podspec.engines import (
+    faster_whisper,
+    infinity,
+    llama_cpp,
+    mock,
+    ollama,
+    sglang,
+    vllm,
+)
 from kubeai.podspec.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
 
 GRACE_MIN_S = 10  # as in KubeAI in Go
@@ -56,11 +64,13 @@ _PATCH_ERRORS = (
     ValueError,
 )
 
-_SERVERS: dict[Engine, Callable[[Model, ModelURL], Server]] = {
+_SERVERS: dict[Engine, Callable[[Model, ModelURL, str], Server]] = {
     "VLLM": vllm.server,
     "OLlama": ollama.server,
     "FasterWhisper": faster_whisper.server,
     "Infinity": infinity.server,
+    "SGLang": sglang.server,
+    "LlamaCpp": llama_cpp.server,
 }
 
 
@@ -69,7 +79,7 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     profile = resolve_profile(config, model.spec.resource_profile)
     url = sources.model_url(model.spec)
     image = model.spec.image or server_image(config, model.spec.engine, profile)
-    server = _SERVERS[model.spec.engine](model, url)
+    server = _SERVERS[model.spec.engine](model, url, image)
     annotations = _annotations(model)
     if mock.is_mock(image):
         server = mock.server(model, url, server)
@@ -83,7 +93,11 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
         "spec": {
             **_pod_settings(model, config, profile),
             "containers": [container],
-            "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory"}}, *source.volumes],
+            "volumes": [
+                {"name": "dshm", "emptyDir": {"medium": "Memory"}},
+                *source.volumes,
+                *server.volumes,
+            ],
         },
     }
     _add_cache(model, config, pod, container)
@@ -95,6 +109,19 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     hash_ = pod_hash(pod)
     _finish(pod, model, hash_)
     return pod
+
+
+def form_model(model: Model, config: SystemConfig) -> str:
+    """The ``model`` of forms at the engine, if it is not the one that clients send; else empty."""
+    if model.spec.engine != "FasterWhisper":
+        return ""
+    try:
+        image = model.spec.image or server_image(
+            config, model.spec.engine, resolve_profile(config, model.spec.resource_profile)
+        )
+        return faster_whisper.form_model(model, sources.model_url(model.spec), image)
+    except ModelError:
+        return ""  # it gets no pods either
 
 
 def _finish(pod: Object, model: Model, hash_: str) -> None:
@@ -183,7 +210,11 @@ def _container(
         "startupProbe": server.startup_probe,
         "readinessProbe": http_probe(server.health_path, period_s=10, failures=3, timeout_s=2),
         "livenessProbe": http_probe(server.health_path, period_s=30, failures=3, timeout_s=3),
-        "volumeMounts": [{"name": "dshm", "mountPath": "/dev/shm"}, *source.mounts],
+        "volumeMounts": [
+            {"name": "dshm", "mountPath": "/dev/shm"},
+            *source.mounts,
+            *server.mounts,
+        ],
     }
 
 
