@@ -53,7 +53,7 @@ class CacheSizes:
         """The model's route has changed: read its new endpoints, forget those that are gone."""
         route = self._publisher.route(model)
         engine = route.engine if route is not None else ""
-        endpoints = route.endpoints if route is not None and engine in _READERS else ()
+        endpoints = route.endpoints if route is not None and engine in READERS else ()
         known = self._reads.pop(model, {})
         reads = {}
         for each in endpoints:
@@ -93,7 +93,7 @@ class CacheSizes:
                 return
 
     async def _read_metrics(self, address: str, engine: str) -> int:
-        metric, read = _READERS[engine]
+        metric, read = READERS[engine]
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=READ_TIMEOUT_S)
             self._session = aiohttp.ClientSession(timeout=timeout)
@@ -162,7 +162,8 @@ def _checked(tokens: int, metric: str) -> int:
     return tokens
 
 
-_READERS: dict[str, tuple[str, Callable[[str], int]]] = {
+# By engine: the metric, and what reads it.
+READERS: dict[str, tuple[str, Callable[[str], int]]] = {
     "VLLM": (METRIC, cache_tokens),
     "SGLang": (SGLANG_METRIC, sglang_cache_tokens),
 }
