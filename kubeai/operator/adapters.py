@@ -109,8 +109,8 @@ class Adapters:
             return None
         now_s = self._clock()
         backing_off = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
-        # Files are fetched while the engine is still starting. A pod without a loader or without the
-        # adapter's claim was created before the Model had such an adapter and will be replaced.
+        # Files are fetched while the engine is still starting. A pod without a loader, or without
+        # the adapter's claim, is older than the Model's first such adapter and will be replaced.
         due = [one for one in todo.load if one.name not in backing_off]
         fetch = [
             one

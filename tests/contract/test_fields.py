@@ -868,6 +868,7 @@ async def test_values_at_the_bounds_are_accepted(world):
         {"loadBalancing": {"prefixHash": {"meanLoadFactor": 100, "prefixCharLength": 0}}},
         {"files": [FILE | {"path": f"/{n}", "content": "x" * 100_000} for n in range(10)]},
         {"features": []},
+        {"adapters": [ADAPTER | {"url": "pvc://claim/path"}]},
         {"adapters": [ADAPTER | {"name": "a" * 63}]},
     ):
         await world.create(**{"name": f"m-{secrets.token_hex(4)}", **change})

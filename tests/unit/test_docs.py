@@ -1,7 +1,7 @@
 """docs/fields.md: every field, value and condition has a row, and every test it cites exists.
 
-docs/http-api.md: every route has a row, for both of its paths. docs/engines: every engine has a page, and
-the tables agree with the code.
+docs/http-api.md: every route has a row, for both of its paths. docs/engines: every engine has a
+page, and the tables agree with the code.
 """
 
 from __future__ import annotations
