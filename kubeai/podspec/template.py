@@ -18,7 +18,8 @@ from typing import Any
 import jsonpatch
 import msgspec
 
-from kubeai.api.config.profiles import resolve_profile, server_image
+from kubeai.api.config.images import DEFAULT_IMAGES
+from kubeai.api.config.profiles import DEFAULT_IMAGE, resolve_profile, server_image
 from kubeai.api.config.system import JSONPatch, ResourceProfile, SystemConfig
 from kubeai.api.model import (
     POD_HASH_LABEL,
@@ -79,9 +80,11 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     profile = resolve_profile(config, model.spec.resource_profile)
     url = sources.model_url(model.spec)
     image = model.spec.image or server_image(config, model.spec.engine, profile)
-    server = _SERVERS[model.spec.engine](model, url, image)
+    mocked = mock.is_mock(image)
+    played = DEFAULT_IMAGES[model.spec.engine][DEFAULT_IMAGE] if mocked else image
+    server = _SERVERS[model.spec.engine](model, url, played)
     annotations = _annotations(model)
-    if mock.is_mock(image):
+    if mocked:
         server = mock.server(model, url, server)
         annotations[mock.ANNOTATION] = "true"
     source = sources.source(url, config.secret_names)

@@ -46,9 +46,7 @@ def test_ollama_pulls_and_loads_the_model_in_its_startup_probe(url, features, ar
 )  # fmt: skip
 def test_the_startup_script_executes_nothing_from_a_model_name(tmp_path, arguments, calls):
     fake = tmp_path / "ollama"
-    # As Ollama does: what comes from stdin is the prompt.
-    script = f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{tmp_path}/calls"\n'
-    fake.write_text(script + f'[ "$1" != run ] || cat >> "{tmp_path}/prompt"\n')
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{tmp_path}/calls"\n')
     fake.chmod(0o755)
     subprocess.run(
         ["sh", "-ec", STARTUP_SCRIPT, "startup", *arguments],
