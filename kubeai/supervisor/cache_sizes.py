@@ -58,8 +58,10 @@ class CacheSizes:
         reads = {}
         for each in endpoints:
             lease = each.row, each.generation
-            reads[lease] = known.pop(lease, None) or asyncio.create_task(
-                self._read_size(each, engine)
+            reads[lease] = (
+                known.pop(lease)
+                if lease in known
+                else asyncio.create_task(self._read_size(each, engine))
             )
         for task in known.values():
             task.cancel()
