@@ -189,7 +189,12 @@ def own() -> dict[str, Schema]:
             enabled=FLAG, clients=ANY_LIST, gateways=ANY_LIST, monitoring=ANY_LIST
         ),
         "metrics": section(
-            prometheusOperator=section(vLLMPodMonitor=monitor(), podMonitor=monitor()),
+            prometheusOperator=section(
+                vLLMPodMonitor=monitor(),
+                sGLangPodMonitor=monitor(),
+                llamaCppPodMonitor=monitor(),
+                podMonitor=monitor(),
+            ),
             grafanaDashboard=section(enabled=FLAG, labels=STRING_MAP, annotations=STRING_MAP),
         ),
         "open-webui": open_webui(),

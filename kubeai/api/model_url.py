@@ -18,6 +18,7 @@ Scheme = Literal["hf", "pvc", "ollama", "s3", "gs", "oss", "oci"]
 
 MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "pvc", "ollama", "s3", "gs", "oss", "oci")
 CACHE_SCHEMES: tuple[Scheme, ...] = ("hf", "s3", "gs", "oss")  # supported by the loader
+ADAPTER_SCHEMES: tuple[Scheme, ...] = (*CACHE_SCHEMES, "pvc")
 # What KubeAI in Go (0.23) accepts as the url of a Model. Valid for CEL (RE2) and for Python.
 URL_PATTERN = "^[a-z0-9]+://[a-zA-Z0-9._:/-]+([?].*)?$"
 
@@ -35,7 +36,7 @@ class ModelURL(Struct, frozen=True):
     ref: str  # everything between :// and ?
     name: str  # ref up to its first slash: organisation, bucket or claim
     path: str = ""  # ref after its first slash
-    model: str = ""  # ?model=, the name of the model on a claim or in an image
+    model: str = ""  # ?model=, on a claim or in an image: a name (OLlama) or a file (LlamaCpp)
     insecure: bool = False  # ?insecure=true, pull without TLS
     pull: bool = True  # ?pull=false, the model is already in the image
 

@@ -109,10 +109,16 @@ class Adapters:
             return None
         now_s = self._clock()
         backing_off = {name: f.until_s for name, f in work.failures.items() if f.until_s > now_s}
-        # Files are fetched while the engine is still starting. A pod without a loader was created
-        # before the Model had adapters and will be replaced.
+        # Files are fetched while the engine is still starting. A pod without a loader, or without
+        # the adapter's claim, is older than the Model's first such adapter and will be replaced.
         due = [one for one in todo.load if one.name not in backing_off]
-        fetch = [one for one in due if work.fetched.get(one.name) != one.hash and pod.has_loader]
+        fetch = [
+            one
+            for one in due
+            if work.fetched.get(one.name) != one.hash
+            and pod.has_loader
+            and engine.claim_of(one.url) in ("", *pod.claims)
+        ]
         load = [one for one in due if work.fetched.get(one.name) == one.hash and pod.ready]
         drop = [name for name in todo.drop if name not in backing_off and pod.ready]
         if fetch or load or drop:

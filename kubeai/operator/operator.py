@@ -33,6 +33,7 @@ from kubeai.operator.scaling.timeline import Step, Timeline
 from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.operator.view import ModelView, view_of
+from kubeai.podspec import form_model
 from kubeai.routing.routes import Route
 
 log = get_logger(__name__)
@@ -233,7 +234,8 @@ class Operator:
         self._timeline.observed(model)
         pods = self.store.observed_pods(name)
         blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
-        self._publish(name, route_of(model, pods, blocks, start))
+        route = route_of(model, pods, blocks, start, form_model(model, self._config))
+        self._publish(name, route)
 
     def _turn(self, leads: bool) -> None:
         if leads:

@@ -78,8 +78,13 @@ class _ConfigMap(_Part):
     name: str = ""
 
 
+class _Claim(_Part):
+    claim_name: str = ""
+
+
 class _Volume(_Part):
     config_map: _ConfigMap | None = None
+    persistent_volume_claim: _Claim | None = None
 
 
 class _Spec(_Part):
@@ -183,6 +188,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     adapters_current: bool = True  # False: the engine has restarted and lost its adapters
     restarts: int = 0  # of the engine's container
     has_loader: bool = False  # whether the adapter loader is running
+    claims: frozenset[str] = frozenset()  # that it mounts
     job: str = ""  # the Job's purpose, if this is a Job's pod and not a replica
     version: int = 0  # resourceVersion
     created_s: float = 0.0  # Unix time
@@ -266,6 +272,11 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         adapters_current=meta.annotations.get(RESTARTS_ANNOTATION, "0") == str(restarts),
         restarts=restarts,
         has_loader=loader is not None and loader.state.running is not None,
+        claims=frozenset(
+            volume.persistent_volume_claim.claim_name
+            for volume in obj.spec.volumes
+            if volume.persistent_volume_claim is not None
+        ),
         job=meta.labels.get(JOB_LABEL, ""),
         version=meta.version,
         created_s=seconds(meta.creation_timestamp),

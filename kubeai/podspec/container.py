@@ -26,6 +26,8 @@ class Server(msgspec.Struct, kw_only=True):
     more_args: list[str] = []
     env: dict[str, str] = {}
     pod_fields: dict[str, str] = {}  # variable → field path of the pod (downward API)
+    volumes: list[Object] = []
+    mounts: list[Object] = []
     startup_probe: Object
     health_path: str = "/health"
 

@@ -19,7 +19,14 @@ from typing import Any
 import jsonpatch
 import msgspec
 
-from kubeai.api.config.profiles import device_claims, resolve_profile, server_image, size_of
+from kubeai.api.config.images import DEFAULT_IMAGES
+from kubeai.api.config.profiles import (
+    DEFAULT_IMAGE,
+    device_claims,
+    resolve_profile,
+    server_image,
+    size_of,
+)
 from kubeai.api.config.system import ResourceProfile, SystemConfig
 from kubeai.api.json_patch import JSONPatch
 from kubeai.api.model import (
@@ -46,7 +53,15 @@ from kubeai.podspec.container import (
     container_resources,
     http_probe,
 )
-from kubeai.podspec.engines import faster_whisper, infinity, mock, ollama, vllm
+from kubeai.podspec.engines import (
+    faster_whisper,
+    infinity,
+    llama_cpp,
+    mock,
+    ollama,
+    sglang,
+    vllm,
+)
 from kubeai.podspec.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
 from kubeai.podspec.groups import leader_worker_set, parallel
 
@@ -63,11 +78,13 @@ _PATCH_ERRORS = (
     ValueError,
 )
 
-_SERVERS: dict[Engine, Callable[[Model, ModelURL], Server]] = {
+_SERVERS: dict[Engine, Callable[[Model, ModelURL, str], Server]] = {
     "VLLM": vllm.server,
     "OLlama": ollama.server,
     "FasterWhisper": faster_whisper.server,
     "Infinity": infinity.server,
+    "SGLang": sglang.server,
+    "LlamaCpp": llama_cpp.server,
 }
 
 
@@ -90,10 +107,12 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     profile = resolve_profile(config, model.spec.resource_profile)
     url = sources.model_url(model.spec)
     image = model.spec.image or server_image(config, model.spec.engine, profile)
+    mocked = mock.is_mock(image)
+    played = DEFAULT_IMAGES[model.spec.engine][DEFAULT_IMAGE] if mocked else image
     size = size_of(model.spec.resource_profile)
-    server = parallel(model, _SERVERS[model.spec.engine](model, url), size)
+    server = parallel(model, _SERVERS[model.spec.engine](model, url, played), size)
     annotations = _annotations(model)
-    if mock.is_mock(image):
+    if mocked:
         server = mock.server(model, url, server)
         annotations[mock.ANNOTATION] = "true"
     source = sources.source(url, config.secret_names)
@@ -105,7 +124,11 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
         "spec": {
             **_pod_settings(model, config, profile, source),
             "containers": [container],
-            "volumes": [{"name": "dshm", "emptyDir": {"medium": "Memory"}}, *source.volumes],
+            "volumes": [
+                {"name": "dshm", "emptyDir": {"medium": "Memory"}},
+                *source.volumes,
+                *server.volumes,
+            ],
         },
     }
     _add_devices(model, profile, pod, container)
@@ -119,6 +142,19 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     hash_ = pod_hash(pod)
     _finish(pod, model, hash_)
     return pod
+
+
+def form_model(model: Model, config: SystemConfig) -> str:
+    """The ``model`` of forms at the engine, if it is not the one that clients send; else empty."""
+    if model.spec.engine != "FasterWhisper":
+        return ""
+    try:
+        image = model.spec.image or server_image(
+            config, model.spec.engine, resolve_profile(config, model.spec.resource_profile)
+        )
+        return faster_whisper.form_model(model, sources.model_url(model.spec), image)
+    except ModelError:
+        return ""  # it gets no pods either
 
 
 def _finish(pod: Object, model: Model, hash_: str) -> None:
@@ -216,7 +252,11 @@ def _container(
         "startupProbe": server.startup_probe,
         "readinessProbe": http_probe(server.health_path, period_s=10, failures=3, timeout_s=2),
         "livenessProbe": http_probe(server.health_path, period_s=30, failures=3, timeout_s=3),
-        "volumeMounts": [{"name": "dshm", "mountPath": "/dev/shm"}, *source.mounts],
+        "volumeMounts": [
+            {"name": "dshm", "mountPath": "/dev/shm"},
+            *source.mounts,
+            *server.mounts,
+        ],
     }
 
 

@@ -83,6 +83,8 @@ ALL_ON = {
     "metrics": {
         "prometheusOperator": {
             "vLLMPodMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+            "sGLangPodMonitor": {"enabled": True},
+            "llamaCppPodMonitor": {"enabled": True},
             "podMonitor": {"enabled": True},
         },
         "grafanaDashboard": {"enabled": True, "annotations": {"grafana_folder": "LLM"}},
@@ -437,6 +439,8 @@ WARNED = {
     "OLlama": ("ollama://m", {}),
     "FasterWhisper": ("hf://o/m", {}),
     "Infinity": ("hf://o/m", {}),
+    "SGLang": ("hf://o/m", {}),
+    "LlamaCpp": ("hf://o/m", {}),
 }
 
 

@@ -24,7 +24,7 @@ from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
 from kubeai.routing.publisher import Publisher
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))
-ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")
+ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity", "SGLang", "LlamaCpp")
 URLS = {"OLlama": "ollama://gemma2:2b"}
 
 
@@ -75,10 +75,12 @@ EVERYTHING = (
     + """
 secretNames: {huggingface: hub}
 modelServers:
-  VLLM: {images: {default: wrong, gpu: vllm-gpu}}
+  VLLM: {images: {default: wrong, gpu: "vllm/vllm-openai:v0.33.0"}}
   OLlama: {images: {default: wrong, gpu: ollama-gpu}}
   FasterWhisper: {images: {default: wrong, gpu: whisper-gpu}}
   Infinity: {images: {default: wrong, gpu: infinity-gpu}}
+  SGLang: {images: {default: wrong, gpu: sglang-gpu}}
+  LlamaCpp: {images: {default: wrong, gpu: llama-cpp-gpu}}
 modelServerPods:
   serviceAccountName: models
   podSecurityContext: {fsGroup: 7, runAsNonRoot: true}
@@ -131,9 +133,9 @@ TOKEN = {"HF_TOKEN": {"secretKeyRef": {"name": "hub", "key": "token", "optional"
 # What is the engine's own: image, command, args, variables, the path of its probes.
 EACH = {
     "VLLM": (
-        "vllm-gpu",
-        ["python3", "-m", "vllm.entrypoints.openai.api_server"],
-        ["--model=org/name", "--served-model-name=m", "--one", "--two=2"],
+        "vllm/vllm-openai:v0.33.0",
+        ["vllm", "serve"],
+        ["org/name", "--served-model-name=m", "--one", "--two=2"],
         TOKEN,
         "/health",
     ),
@@ -163,6 +165,30 @@ EACH = {
             "INFINITY_PORT": "8000",
             **TOKEN,
         },
+        "/health",
+    ),
+    "SGLang": (
+        "sglang-gpu",
+        ["python3", "-m", "sglang.launch_server"],
+        [
+            "--model-path=org/name",
+            "--served-model-name=m",
+            "--host=0.0.0.0",
+            "--port=8000",
+            "--one",
+            "--two=2",
+        ],
+        TOKEN,
+        "/health",
+    ),
+    "LlamaCpp": (
+        "llama-cpp-gpu",
+        None,
+        [
+            *("--host", "0.0.0.0", "--port", "8000", "--alias", "m", "--metrics"),
+            *("-hf", "org/name", "--one", "--two=2"),
+        ],
+        {"LLAMA_CACHE": "/llama-cache", **TOKEN},
         "/health",
     ),
 }
@@ -309,11 +335,11 @@ resourceProfiles: {gpu: {imageName: gpu}, tpu: {imageName: not-listed}, cpu: {}}
 
 # What comes of a scheme on an engine. "told": in the Model's conditions; "refused": by the API.
 SCHEMES = {
-    "hf": {"VLLM": "pod", "OLlama": "told", "FasterWhisper": "pod", "Infinity": "pod"},
+    "hf": dict.fromkeys(ENGINES, "pod") | {"OLlama": "told"},
     "pvc": dict.fromkeys(ENGINES, "pod"),
-    "ollama": {"VLLM": "told", "OLlama": "pod", "FasterWhisper": "told", "Infinity": "told"},
-    "s3": {"VLLM": "pod", "OLlama": "told", "FasterWhisper": "told", "Infinity": "told"},
-    "oci": {"VLLM": "pod", "OLlama": "told", "FasterWhisper": "pod", "Infinity": "pod"},
+    "ollama": dict.fromkeys(ENGINES, "told") | {"OLlama": "pod"},
+    "s3": dict.fromkeys(ENGINES, "told") | {"VLLM": "pod", "SGLang": "pod"},
+    "oci": dict.fromkeys(ENGINES, "pod") | {"OLlama": "told"},
     "gs": dict.fromkeys(ENGINES, "refused"),  # these two need a cache
     "oss": dict.fromkeys(ENGINES, "refused"),
 }
@@ -322,6 +348,10 @@ SCHEMES = {
 def url_of(scheme, engine):
     if (scheme, engine) == ("pvc", "OLlama"):
         return "pvc://claim/sub/path?model=qwen:0.5b"
+    if (scheme, engine) == ("pvc", "LlamaCpp"):
+        return "pvc://claim/sub/path?model=a.gguf"
+    if (scheme, engine) == ("oci", "LlamaCpp"):
+        return "oci://org/name?model=a.gguf"
     return f"{scheme}://{'claim/sub/path' if scheme == 'pvc' else 'org/name'}"
 
 
@@ -332,8 +362,13 @@ def source_in(pod, engine):
             return server(pod)["args"][0].removeprefix("--model=")
         case "OLlama":
             return server(pod)["startupProbe"]["exec"]["command"][4]
-        case "FasterWhisper":
-            return env(pod)["WHISPER__MODEL"]
+        case "SGLang":
+            return server(pod)["args"][0].removeprefix("--model-path=")
+        case "LlamaCpp":
+            return server(pod)["args"][8]
+        case "FasterWhisper":  # speaches: the name in a hub, or a folder
+            name, folder = server(pod)["startupProbe"]["exec"]["command"][3:]
+            return folder or name
         case "Infinity":
             return env(pod)["INFINITY_MODEL_ID"]
 
@@ -341,7 +376,7 @@ def source_in(pod, engine):
 async def test_each_engine_accepts_only_its_url_schemes(world):
     world.start(config=FAST)
     cases = [(s, e, comes) for s, by_engine in SCHEMES.items() for e, comes in by_engine.items()]
-    assert len(cases) == 7 * 4
+    assert len(cases) == 7 * len(ENGINES)
     for scheme, engine, comes in cases:
         wanted = {"engine": engine, "url": url_of(scheme, engine), "minReplicas": 1}
         wanted |= {"name": f"{engine}-{scheme}".lower(), "image": "", "resourceProfile": ""}
@@ -365,6 +400,8 @@ def assert_source(pod, engine, scheme):
     if (engine, scheme) == ("OLlama", "pvc"):
         expected = "qwen:0.5b"
         assert env(pod)["OLLAMA_MODELS"] == "/model"
+    if engine == "LlamaCpp" and scheme in ("pvc", "oci"):
+        expected = "/model/a.gguf"
     assert source_in(pod, engine) == expected
     claims = [v for v in pod["spec"]["volumes"] if "persistentVolumeClaim" in v]
     mounts = [m for m in server(pod)["volumeMounts"] if m["name"] == "model"]
@@ -409,6 +446,7 @@ PARAMETERS = {
     "name": ("OLlama", "pvc://claim?model=q;id", "'q;id' is not a valid name of a model"),
     "llmman": ("VLLM", "oci://r/a:1?via=llmman", "the parameter 'via' is not supported"),
     "registry": ("VLLM", "oci://a", "must be an image with its registry"),
+    "llama-file": ("LlamaCpp", "pvc://claim/folder", "LlamaCpp needs the GGUF file"),
 }
 
 
@@ -922,7 +960,11 @@ LIMITS = [
     ({"jsonPatches": [ENV] * 65}, "spec.jsonPatches"),
     ({"adapters": [ADAPTER | {"name": "A_1"}]}, "spec.adapters[0].name"),
     ({"adapters": [ADAPTER | {"name": "a" * 64}]}, "spec.adapters[0].name"),
-    ({"adapters": [ADAPTER | {"url": "pvc://claim"}]}, "spec.adapters[0].url"),
+    ({"adapters": [ADAPTER | {"url": "ollama://q"}]}, "spec.adapters[0].url"),
+    (
+        {"cacheProfile": "c", "engine": "LlamaCpp"},
+        "cacheProfile is not possible with the LlamaCpp engine",
+    ),
     (
         {"adapters": [ADAPTER], "engine": "Infinity"},
         "adapters are only possible with the VLLM engine",
@@ -945,6 +987,7 @@ async def test_values_at_the_bounds_are_accepted(world):
         {"loadBalancing": {"prefixHash": {"meanLoadFactor": 100, "prefixCharLength": 0}}},
         {"files": [FILE | {"path": f"/{n}", "content": "x" * 100_000} for n in range(10)]},
         {"features": []},
+        {"adapters": [ADAPTER | {"url": "pvc://claim/path"}]},
         {"adapters": [ADAPTER | {"name": "a" * 63}]},
     ):
         await world.create(**{"name": f"m-{secrets.token_hex(4)}", **change})

@@ -15,13 +15,14 @@ workers its `gateway` section (as msgspec builtins, through their environment).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, field
 from msgspec.structs import replace
 
+from kubeai.api.config.images import DEFAULT_IMAGES
 from kubeai.api.config.strict import check_address, read, read_yaml
 from kubeai.api.json_patch import JSONPatch
 from kubeai.api.model import Engine
@@ -67,59 +68,31 @@ class ModelServer(_Section, frozen=True, kw_only=True):
     images: dict[str, str]
 
 
-def _vllm() -> ModelServer:
-    release = "vllm/vllm-openai:v0.10.2"
-    images = {
-        "default": release,
-        "nvidia-gpu": release,
-        "gh200": release,
-        "cpu": "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo:v0.10.2",
-        "google-tpu": "vllm/vllm-tpu:23194d83e8f2a6783b0d8c275f5f8a22faab9aec",
-        "amd-gpu": "rocm/vllm/rocm6.4.1_vllm_0.10.1_20250909",
-    }
-    return ModelServer(images=images)
-
-
-def _ollama() -> ModelServer:
-    release = "ollama/ollama:0.11.11"
-    images = {"default": release, "nvidia-gpu": release, "amd-gpu": f"{release}-rocm"}
-    return ModelServer(images=images)
-
-
-def _faster_whisper() -> ModelServer:
-    images = {
-        "default": "fedirz/faster-whisper-server:latest-cpu",
-        "nvidia-gpu": "fedirz/faster-whisper-server:latest-cuda",
-    }
-    return ModelServer(images=images)
-
-
-def _infinity() -> ModelServer:
-    release = "michaelf34/infinity:0.0.77"
-    images = {
-        "default": release,
-        "nvidia-gpu": release,
-        "cpu": f"{release}-cpu",
-        "amd-gpu": f"{release}-rocm",
-    }
-    return ModelServer(images=images)
+def _defaults(engine: Engine) -> Callable[[], ModelServer]:
+    return lambda: ModelServer(images=dict(DEFAULT_IMAGES[engine]))
 
 
 class ModelServers(_Section, frozen=True, kw_only=True):
     """The images of each engine. Setting an engine's ``images`` replaces all its defaults."""
 
-    ollama: ModelServer = field(name="OLlama", default_factory=_ollama)
-    vllm: ModelServer = field(name="VLLM", default_factory=_vllm)
-    faster_whisper: ModelServer = field(name="FasterWhisper", default_factory=_faster_whisper)
-    infinity: ModelServer = field(name="Infinity", default_factory=_infinity)
+    ollama: ModelServer = field(name="OLlama", default_factory=_defaults("OLlama"))
+    vllm: ModelServer = field(name="VLLM", default_factory=_defaults("VLLM"))
+    faster_whisper: ModelServer = field(
+        name="FasterWhisper", default_factory=_defaults("FasterWhisper")
+    )
+    infinity: ModelServer = field(name="Infinity", default_factory=_defaults("Infinity"))
+    sglang: ModelServer = field(name="SGLang", default_factory=_defaults("SGLang"))
+    llama_cpp: ModelServer = field(name="LlamaCpp", default_factory=_defaults("LlamaCpp"))
 
     def images(self, engine: Engine) -> dict[str, str]:
         """The engine's images by image name; the Model's ``engine`` selects the section."""
-        servers = {
+        servers: dict[Engine, ModelServer] = {
             "OLlama": self.ollama,
             "VLLM": self.vllm,
             "FasterWhisper": self.faster_whisper,
             "Infinity": self.infinity,
+            "SGLang": self.sglang,
+            "LlamaCpp": self.llama_cpp,
         }
         return servers[engine].images
 

@@ -148,6 +148,9 @@ GOOD = {
     "reranking": model(engine="Infinity", features=["Reranking"]),
     "name of 40": model("a" * 40),
     "adapters": model(adapters=[LORA]),
+    "adapter on a claim": model(adapters=[LORA | {"url": "pvc://claim/path"}]),
+    "SGLang": model(engine="SGLang", cacheProfile="c"),
+    "LlamaCpp": model(engine="LlamaCpp"),
     "no adapters on OLlama": model(engine="OLlama", url="ollama://x", adapters=[]),
     "hf cached": model(cacheProfile="c"),
     "s3 cached": model(url="s3://a/b", cacheProfile="c"),
@@ -200,7 +203,11 @@ BAD = {
         model(engine="Infinity", adapters=[LORA]),
         "only possible with the VLLM engine",
     ),
-    "adapter url": (model(adapters=[LORA | {"url": "pvc://x"}]), "adapter's url must start with"),
+    "adapter url": (model(adapters=[LORA | {"url": "oci://x"}]), "adapter's url must start with"),
+    "llama.cpp cached": (
+        model(engine="LlamaCpp", cacheProfile="c"),
+        "not possible with the LlamaCpp engine",
+    ),
     "adapter name": (model(adapters=[LORA | {"name": "A_1"}]), "does not match"),
     "adapter name of 64": (model(adapters=[LORA | {"name": "a" * 64}]), "longer than 63"),
     "eleven files": (
