@@ -39,8 +39,8 @@ STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encodi
 
 
 class Transport:
-    def get_extra_info(self, name: str) -> tuple[str, int]:
-        return ("10.0.0.1", 1)
+    def get_extra_info(self, name: str) -> tuple[str, int] | None:
+        return ("10.0.0.1", 1) if name == "peername" else None
 
     def get_write_buffer_size(self) -> int:
         return 0

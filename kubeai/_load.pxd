@@ -31,13 +31,20 @@ cdef extern from *:
     }
     static inline void kb_count(uint64_t *cell, uint64_t by) { kb_put(cell, kb_get(cell) + by); }
 
-    /* A load: requests in flight in the low half of a cell, and prompt tokens that are pending in
-       the high half. Cells are added as they are: no half of the sum of a row reaches 2^32. */
-    #define KB_PENDING_MAX ((1u << 26) - 1)
+    /* What a request in flight counts as, in prompt tokens, besides those that it has pending.
+       Between 64 and 1,024 the simulated times to the first token hardly depend on it. */
+    #define KB_REQUEST_TOKENS 256
+    /* A load: requests in flight in the low half of a cell, and their work in the high half: their
+       pending prompt tokens, and KB_REQUEST_TOKENS for each. Cells are added as they are: no half
+       of the sum of a row reaches 2^32. */
+    #define KB_PENDING_MAX ((1u << 25) - 1)  /* of a worker; of the peers, as the next one */
+    #define KB_IN_FLIGHT_MAX ((1u << 22) - 1)
     static inline uint32_t kb_in_flight(uint64_t load) { return (uint32_t) load; }
-    static inline uint32_t kb_pending(uint64_t load) { return (uint32_t) (load >> 32); }
+    static inline uint32_t kb_pending(uint64_t load) {
+        return (uint32_t) (load >> 32) - KB_REQUEST_TOKENS * (uint32_t) load;
+    }
     static inline uint64_t kb_load(uint32_t in_flight, uint32_t pending) {
-        return (uint64_t) pending << 32 | in_flight;
+        return (uint64_t) (pending + KB_REQUEST_TOKENS * in_flight) << 32 | in_flight;
     }
     static inline uint64_t kb_sum(const uint64_t *cells, int columns) {
         uint64_t sum = kb_get(cells);
@@ -55,36 +62,41 @@ cdef extern from *:
 
     /* A load in tokens of work, if a request counts as much as ``per_request`` pending tokens. */
     static inline int64_t kb_work(uint64_t load, int64_t per_request) {
-        return (int64_t) kb_pending(load) + per_request * (int64_t) kb_in_flight(load);
+        int64_t more = per_request - KB_REQUEST_TOKENS;
+        return (int64_t) (load >> 32) + more * (int64_t) kb_in_flight(load);
     }
-
-    /* The first of rows[from:to] with the least work below *least, or -1. Specialised for
-       common numbers of columns: a thousand rows take about a microsecond. */
+    /* The first of rows[from:to] with the least work below *least, or -1. Specialised for common
+       numbers of columns: a thousand rows take about a microsecond, unless one has no work. */
     static inline __attribute__((always_inline)) int kb_least_of(
         const uint64_t *cells, size_t stride, int columns,
-        const int32_t *rows, int from, int to, int64_t per_request, int64_t *least)
+        const int32_t *rows, int from, int to, int64_t *least)
     {
         int64_t smallest = *least;
         int at = -1;
         #pragma GCC unroll 4
         for (int i = from; i < to; i++) {
-            int64_t work = kb_work(kb_sum(cells + (size_t) rows[i] * stride, columns), per_request);
-            if (__builtin_expect(work < smallest, 0)) { smallest = work; at = i; }
+            uint64_t load = kb_sum(cells + (size_t) rows[i] * stride, columns);
+            int64_t work = kb_work(load, KB_REQUEST_TOKENS);
+            if (__builtin_expect(work < smallest, 0)) {
+                smallest = work;
+                at = i;
+                if (work == 0) break;
+            }
         }
         *least = smallest;
         return at;
     }
     static inline int kb_least(
         const uint64_t *cells, int stride, int columns,
-        const int32_t *rows, int from, int to, int64_t per_request, int64_t *least)
+        const int32_t *rows, int from, int to, int64_t *least)
     {
+        if (*least == 0) return -1;
         switch (columns) {
-            case 2: return kb_least_of(cells, 2, 2, rows, from, to, per_request, least);
-            case 3: return kb_least_of(cells, 4, 3, rows, from, to, per_request, least);
-            case 5: return kb_least_of(cells, 8, 5, rows, from, to, per_request, least);
-            case 9: return kb_least_of(cells, 16, 9, rows, from, to, per_request, least);
-            default: return kb_least_of(
-                cells, (size_t) stride, columns, rows, from, to, per_request, least);
+            case 2: return kb_least_of(cells, 2, 2, rows, from, to, least);
+            case 3: return kb_least_of(cells, 4, 3, rows, from, to, least);
+            case 5: return kb_least_of(cells, 8, 5, rows, from, to, least);
+            case 9: return kb_least_of(cells, 16, 9, rows, from, to, least);
+            default: return kb_least_of(cells, (size_t) stride, columns, rows, from, to, least);
         }
     }
     """
@@ -102,6 +114,8 @@ cdef extern from *:
     void down "kb_down"(int32_t *cell) nogil
     void count "kb_count"(uint64_t *cell, uint64_t by) nogil
     enum: PENDING_MAX "KB_PENDING_MAX"
+    enum: IN_FLIGHT_MAX "KB_IN_FLIGHT_MAX"
+    enum: REQUEST_TOKENS "KB_REQUEST_TOKENS"
     uint32_t in_flight_of "kb_in_flight"(uint64_t load) nogil
     uint32_t pending_of "kb_pending"(uint64_t load) nogil
     uint64_t load_of "kb_load"(uint32_t in_flight, uint32_t pending) nogil
@@ -111,7 +125,7 @@ cdef extern from *:
     uint64_t sum_row "kb_sum"(const uint64_t *cells, int columns) nogil
     int least_row "kb_least"(
         const uint64_t *cells, int stride, int columns,
-        const int32_t *rows, int start, int end, int64_t per_request, int64_t *least
+        const int32_t *rows, int start, int end, int64_t *least
     ) nogil
 
 
@@ -122,12 +136,6 @@ cdef enum:
     SETTLED_BITS = 8
     BUCKETS = 12  # 1, 2, 4 … 1024, +Inf
     OUTCOMES = 8  # a cache line
-
-
-cdef enum:
-    # What a request in flight counts as, in prompt tokens, besides those that it has pending.
-    # Between 64 and 1,024 the simulated times to the first token hardly depend on it.
-    REQUEST_TOKENS = 256
 
 
 cdef struct Header:

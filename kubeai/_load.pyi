@@ -40,7 +40,7 @@ class LoadTable(SharedMemory):
     def set_peers(self, row: int, generation: int, in_flight: int, pending: int = 0) -> None:
         """Record the other replicas' load. No effect for another generation.
 
-        ``pending``: prompt tokens; counted up to 2^26.
+        ``in_flight`` counts up to 2^22, and ``pending``, in prompt tokens, up to 2^25.
         """
     def settle(self, steps: int = 4) -> None:
         """Move each settled load towards the local load by 1/``steps`` of the difference."""

@@ -33,7 +33,7 @@ from kubeai._shared_memory cimport SharedMemory, lines, read_header
 cdef enum:
     ROWS_MAX = 1 << 20
     WORKERS_MAX = 63
-    LAYOUT_VERSION = 7
+    LAYOUT_VERSION = 8
 
 cdef uint64_t MAGIC = 0x6B75626561694C54  # "kubeaiLT"
 
@@ -253,11 +253,11 @@ cdef class LoadTable(SharedMemory):
         return get_u32(&self.generations[row])
 
     def set_peers(
-        self, Py_ssize_t row, uint32_t generation, int32_t in_flight, int64_t pending=0
+        self, Py_ssize_t row, uint32_t generation, int64_t in_flight, int64_t pending=0
     ):
         """Record the other replicas' load. No effect for another generation.
 
-        ``pending``: in tokens; counts up to 2^26.
+        ``in_flight`` counts up to 2^22, and ``pending``, in tokens, up to 2^25.
         """
         self._check_row(row)
         if in_flight < 0 or pending < 0:
@@ -265,7 +265,10 @@ cdef class LoadTable(SharedMemory):
         if self.lives(row, generation):
             put_u64(
                 &self.load_cells[row * self.stride + self.columns - 1],
-                load_of(in_flight, <uint32_t> min(pending, <int64_t> PENDING_MAX)),
+                load_of(
+                    <uint32_t> min(in_flight, <int64_t> IN_FLIGHT_MAX),
+                    <uint32_t> min(pending, <int64_t> PENDING_MAX),
+                ),
             )
 
     @property

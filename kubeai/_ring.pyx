@@ -406,7 +406,6 @@ cdef class Ring:
                 members.rows,
                 start,
                 end,
-                survey.per_request,
                 least,
             )
         for at in range(start, end):

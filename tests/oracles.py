@@ -15,7 +15,8 @@ import mmh3
 
 MASK = (1 << 64) - 1
 REQUEST_TOKENS = 256  # what a request in flight counts as
-PENDING_MAX = (1 << 26) - 1  # tokens of a cell
+PENDING_MAX = (1 << 25) - 1  # tokens of a cell
+IN_FLIGHT_MAX = (1 << 22) - 1  # requests of the peers
 
 
 Cells = list[tuple[int, int]]  # row and generation, of an endpoint and of its model
@@ -75,7 +76,7 @@ class OracleTable:
 
     def set_peers(self, row: int, generation: int, in_flight: int, pending: int) -> None:
         if self.generations[row] == generation > 0:
-            self.in_flight[row, self.columns - 1] = in_flight
+            self.in_flight[row, self.columns - 1] = min(in_flight, IN_FLIGHT_MAX)
             self.pending[row, self.columns - 1] = min(pending, PENDING_MAX)
 
     def settle(self, steps: int) -> None:

@@ -102,7 +102,9 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
     # Echo the raw path: decoded, it could look like a path that exists.
     path = request.raw_path.partition("?")[0][:QUOTED_MAX_CHARS]
     scheme = "https" if request.headers.get("X-Forwarded-Proto") == "https" else "http"
-    base = f"{scheme}://{request.host}"[:QUOTED_MAX_CHARS]
+    # The relay's own Host header is not the client's.
+    host = request.headers.get("X-Forwarded-Host", request.host)
+    base = f"{scheme}://{host}"[:QUOTED_MAX_CHARS]
     message = (
         f"Invalid URL ({request.method} {path}). Use the base URL {base}/v1 or {base}{PREFIX}/v1; "
         f"Anthropic's clients need {base}"

@@ -7,6 +7,8 @@ from kubeai.gateway.relay._http1 cimport Chunks, Text
 
 cdef enum:
     EXACT_BODY_MAX_BYTES = 1 << 20  # larger buffers grow with the data: a length is only a claim
+    RECEIVE_MIN_BYTES = 1 << 15  # less is not worth a system call of its own
+    RECEIVE_MAX_BYTES = 1 << 22  # at a time, so that other connections get their turn
 
 
 cdef enum BodyState:
@@ -29,11 +31,13 @@ cdef class RequestBody:
     cdef void begin(self, int64_t length, bint chunked) noexcept
     cdef void clear(self) noexcept
     cdef Py_ssize_t collect(self, bytes data, Py_ssize_t at) except -1
+    cdef int receive(self, int fd) except -1
     cdef bytes take(self)
     cdef int64_t buffered_bytes(self) noexcept
     cdef bytes next_piece(self, bytes data, Py_ssize_t at, Py_ssize_t *size, bint decode)
     cdef Py_ssize_t _collect_chunks(self, const char *data, Py_ssize_t size) except -1
     cdef int _fill(self, const char *data, Py_ssize_t size) except -1
+    cdef int _make_room(self, Py_ssize_t size) except -1
     cdef int _resize(self, Py_ssize_t room) except -1
     cdef int _gather(self) except -1
     cdef int _finish_chunks(self) except -1

@@ -25,6 +25,8 @@ from kubeai.gateway.relay._http1 cimport (
     is_value, json_response, new_request_id, scan_reset, target_in, text_add_header,
 )
 
+from kubeai.gateway.relay._socket cimport descriptor, write_now
+
 from httptools import HttpParserUpgrade, HttpRequestParser
 
 from kubeai.gateway.relay._exchange import RETRY_AFTER_S as _RETRY_AFTER_S
@@ -51,6 +53,7 @@ cdef class Downstream(DownstreamEnd):
     def __cinit__(self, Relay relay):
         self.relay = relay
         self.state = IDLE
+        self.fd = -1
         self.reading = True
         self.body = RequestBody.__new__(RequestBody)
 
@@ -59,6 +62,7 @@ cdef class Downstream(DownstreamEnd):
     def connection_made(self, transport):
         self.transport = transport
         write_at_once(transport)
+        self.fd = descriptor(transport)
         address = transport.get_extra_info("peername")
         self.peer = address[0].encode() if isinstance(address, tuple) else b"unknown"
         self.relay.downstreams.add(self)
@@ -90,6 +94,7 @@ cdef class Downstream(DownstreamEnd):
         self.relay.downstreams.discard(self)
         self.state = CLOSED
         self.transport = None
+        self.fd = -1
         self.input = None
         self.body.clear()
         if self.exchange is not None:
@@ -372,6 +377,8 @@ cdef class Downstream(DownstreamEnd):
         if self.body.state > COMPLETE:
             return self._refuse_body()
         self._use(self.used + size)
+        if self.body.state != COMPLETE and not self.chunked and self.fd >= 0:
+            self.body.receive(self.fd)
         if self._buffer(self.body.buffered_bytes()) and self.body.state == COMPLETE:
             body = self.body.take()
             self._body_whole(body)
@@ -426,10 +433,10 @@ cdef class Downstream(DownstreamEnd):
     # responses
 
     cdef int _write(self, bytes data) except -1:
-        if self.state < CLOSED and self.transport is not None:
+        if self.state < LEAVING and self.transport is not None:
             if self.exchange is not None:
                 self.exchange.answer_bytes += PyBytes_GET_SIZE(data)
-            self.transport.write(data)
+            write_now(-1 if self.write_paused else self.fd, self.transport, data)
         return 0
 
     cdef bint _settle(self) except -1:

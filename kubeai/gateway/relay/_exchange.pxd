@@ -48,7 +48,8 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
     cdef double deadline
     cdef Exchange exchange
     cdef bytes input  # received data; not yet consumed from ``used`` on
-    cdef bint write_paused
+    cdef int fd  # of the socket; -1: the transport writes by itself
+    cdef bint write_paused  # the transport has unsent data
     cdef bytes peer
     # of the request
     cdef bytes method
@@ -84,7 +85,8 @@ cdef class UpstreamEnd(Head):  # implemented by _upstream
     cdef double deadline
     cdef double sent_s  # when the request was written (CLOCK_MONOTONIC)
     cdef bint touched  # a byte of a response has been received
-    cdef bint write_paused
+    cdef int fd  # of the socket; -1: the transport writes by itself
+    cdef bint write_paused  # the transport has unsent data
     cpdef bint usable(self)
     cpdef close(self)
     cdef int _start(self, Exchange exchange) except -1

@@ -20,6 +20,8 @@ from kubeai.gateway.relay._http1 cimport (
     put_bytes, put_length, scan_reset, text_add_header, text_free, text_values,
 )
 
+from kubeai.gateway.relay._socket cimport descriptor, write_now
+
 from httptools import HttpResponseParser
 
 from kubeai.gateway.relay._exchange import INVALID as _INVALID
@@ -48,6 +50,7 @@ cdef class Upstream(UpstreamEnd):
     """One connection to an engine; idle in its pool, or serving one Exchange."""
 
     def __init__(self, Pool pool not None):
+        self.fd = -1
         self.pool = pool
         self.relay = pool.relay
         self.host_line = b"Host: " + pool.host.encode("ascii") + b"\r\n"
@@ -72,6 +75,7 @@ cdef class Upstream(UpstreamEnd):
     def connection_made(self, transport):
         self.transport = transport
         write_at_once(transport)
+        self.fd = descriptor(transport)
         self.relay.upstreams.add(self)
 
     def data_received(self, bytes data):
@@ -96,6 +100,7 @@ cdef class Upstream(UpstreamEnd):
         self.relay.upstreams.discard(self)
         self.ended = True
         self.transport = None
+        self.fd = -1
         self._lose()
         if self.exchange is None:
             return
@@ -192,14 +197,14 @@ cdef class Upstream(UpstreamEnd):
         if body_size and together:
             put_bytes(to, body)
         if together:
-            self.transport.write(out)
+            write_now(self.fd, self.transport, out)
         else:
             self.transport.writelines((out, body))
         return 0
 
     cdef int _write(self, bytes data) except -1:
         if self.transport is not None and not self.ended:
-            self.transport.write(data)
+            write_now(-1 if self.write_paused else self.fd, self.transport, data)
             self.unsent_bytes -= PyBytes_GET_SIZE(data)
             if self.first_byte_timeout_s and not self.touched:
                 self.deadline = now() + self.first_byte_timeout_s

@@ -38,7 +38,6 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.1, 2.0
 AGE_INTERVAL_S = 1.0
 # Each settling step (see _load) closes a quarter of the gap: a lag of 50 ms, like peers' reports.
 SETTLE_INTERVAL_S = TICK_S / 4
-CELL_MAX = 1 << 30
 
 
 class Peers:
@@ -242,12 +241,12 @@ class Peers:
             return
         total = total_pending = 0
         for endpoint in route.endpoints:
-            in_flight = min(self._view.in_flight(endpoint.name), CELL_MAX)
+            in_flight = self._view.in_flight(endpoint.name)
             pending = self._view.pending(endpoint.name)
             self._table.set_peers(endpoint.row, endpoint.generation, in_flight, pending)
             total += in_flight
             total_pending += pending
-        self._table.set_peers(route.row, route.generation, min(total, CELL_MAX), total_pending)
+        self._table.set_peers(route.row, route.generation, total, total_pending)
 
 
 __all__ = ["LOADS_PATH", "METRICS_HEADERS", "Peers"]

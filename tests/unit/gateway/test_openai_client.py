@@ -51,11 +51,13 @@ async def test_a_model_that_does_not_exist_is_a_not_found_error(start):
         assert "'nope'" in error.message
 
 
-async def test_an_unsupported_path_is_a_not_found_error(start):
+async def test_an_unsupported_path_is_a_not_found_error_that_names_the_base_url(start):
     _, client = await start()
     with pytest.raises(openai.NotFoundError) as caught:
-        await client.images.generate(prompt="a cat")
+        await client.fine_tuning.jobs.list()
     assert (caught.value.type, caught.value.code) == ("invalid_request_error", "unknown_url")
+    base_url = f"http://{client.base_url.host}:{client.base_url.port}"
+    assert f"Use the base URL {base_url}/v1 or {base_url}/openai/v1;" in caught.value.message
 
 
 async def test_an_invalid_request_is_a_bad_request_error_with_the_cause(start):

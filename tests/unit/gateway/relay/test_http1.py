@@ -89,8 +89,8 @@ class _Transport:
         self.written = b""
         self.closed = False
 
-    def get_extra_info(self, name: str) -> tuple[str, int]:
-        return ("10.0.0.1", 1)
+    def get_extra_info(self, name: str) -> tuple[str, int] | None:
+        return ("10.0.0.1", 1) if name == "peername" else None
 
     def set_write_buffer_limits(self, high: int) -> None:
         pass

@@ -9,17 +9,23 @@ import pytest
 from repository import REPOSITORY
 
 FOLDER = REPOSITORY / "kubeai/gateway/relay"
-LAYERS = [{"_http1"}, {"_body"}, {"_exchange"}, {"_downstream", "_early", "_pool", "_upstream"}]
+LAYERS = [
+    {"_http1", "_socket"},
+    {"_body"},
+    {"_exchange"},
+    {"_downstream", "_early", "_pool", "_upstream"},
+]
 IMPORT = re.compile(r"^ *from kubeai\.([\w.]+) c?import", re.MULTILINE)
 
 
 def test_every_module_has_a_layer():
-    assert {path.stem for path in FOLDER.glob("*.pyx")} == set().union(*LAYERS)
+    modules = {path.stem for end in ("pyx", "pxd") for path in FOLDER.glob(f"*.{end}")}
+    assert modules == set().union(*LAYERS)
 
 
 @pytest.mark.parametrize("layer", range(len(LAYERS)))
 def test_a_module_imports_only_lower_layers(layer):
     allowed = {f"gateway.relay.{name}" for lower in LAYERS[:layer] for name in lower} | {"_clock"}
     for name in LAYERS[layer]:
-        text = "".join(FOLDER.joinpath(name + end).read_text() for end in (".pyx", ".pxd"))
+        text = "".join(path.read_text() for path in FOLDER.glob(f"{name}.p[yx][xd]"))
         assert set(IMPORT.findall(text)) - {f"gateway.relay.{name}"} <= allowed

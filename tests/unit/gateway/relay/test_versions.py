@@ -112,6 +112,21 @@ async def test_pipelined_requests_are_answered_in_order_one_at_a_time(start):
     assert most == 1
 
 
+@pytest.mark.parametrize("size", [300_000, 1_500_000, 6_000_000])
+async def test_a_request_pipelined_after_a_large_body_is_not_read_as_part_of_it(start, size):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(200, request.body[-9:]))
+
+    running = await start(script)
+    wire = await running.client()
+    large = b'{"model":"m","n":"' + b"x" * size + b'LARGE-1"}'
+    small = b'{"model":"m","n":"SMALL-2"}'
+    await wire.send(post(body=large) + post(body=small))
+    assert (await wire.answer()).body == b'LARGE-1"}'
+    assert (await wire.answer()).body == b'SMALL-2"}'
+    assert [request.body for request in running.engine.requests] == [large, small]
+
+
 async def test_a_thousand_pipelined_bad_requests_are_answered_one_by_one(start):
     running = await start()
     wire = await running.client()
