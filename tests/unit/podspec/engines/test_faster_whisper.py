@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 from fakes.engine_pods import env, model, pod, server
@@ -95,7 +96,7 @@ class Speaches(BaseHTTPRequestHandler):
     """Answers as speaches does: 404 for a model that is not there, 409 for one that is loaded."""
 
     def answer(self):
-        state = self.server.state
+        state: dict[str, Any] = vars(self.server)["state"]
         call = f"{self.command} {self.path}"
         state["calls"].append((call, self.headers.get("Authorization")))
         status = 200
@@ -115,7 +116,7 @@ class Speaches(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def speaches():
-    web = HTTPServer(("127.0.0.1", 0), Speaches)
+    web: Any = HTTPServer(("127.0.0.1", 0), Speaches)
     web.state = {"calls": [], "there": False, "load": 201}
     thread = threading.Thread(target=web.serve_forever)
     thread.start()
