@@ -16,7 +16,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from kubeai.api.model_url import CACHE_SCHEMES, MODEL_SCHEMES, listed
+from kubeai.api.json_patch import JSON_PATCHES_MAX, JSONPatch
+from kubeai.api.model_url import (
+    ADAPTER_SCHEMES,
+    CACHE_SCHEMES,
+    MODEL_SCHEMES,
+    URL_PATTERN,
+    listed,
+)
 from kubeai.api.objects import ApiValue, Condition, ObjectMeta, Rule, doc
 from kubeai.errors import ModelError
 
@@ -32,8 +39,9 @@ FILES_MAX = 10
 FILE_PATH_MAX_CHARS = 1024
 FILE_CONTENT_MAX_CHARS = 100_000
 REPLICATION_MAX = 10_000
+TARGET_REQUESTS_DEFAULT = 100
 
-Engine = Literal["OLlama", "VLLM", "FasterWhisper", "Infinity"]
+Engine = Literal["OLlama", "VLLM", "FasterWhisper", "Infinity", "SGLang", "LlamaCpp"]
 Feature = Literal["TextGeneration", "TextEmbedding", "Reranking", "SpeechToText"]
 Strategy = Literal["LeastLoad", "PrefixHash", "PrefixCache"]
 
@@ -42,6 +50,9 @@ POD_IP_ANNOTATION = "model-pod-ip"
 POD_PORT_ANNOTATION = "model-pod-port"
 POD_MODEL_LABEL = "model"
 POD_HASH_LABEL = "pod-hash"
+# On the pods that serve requests, for the Services of `proxy.mode: external`. As in KubeAI in Go.
+MODEL_LABEL = "kubeai.org/model"
+MODEL_UID_LABEL = "kubeai.org/model-uid"
 FEATURE_LABEL_PREFIX = "features.kubeai.org/"
 
 
@@ -69,12 +80,13 @@ class Adapter(ApiValue, frozen=True, kw_only=True):
     url: Annotated[
         str,
         doc(
-            f"Where the adapter's weights are: {listed(CACHE_SCHEMES)}.",
+            f"Where the adapter's weights are: {listed(ADAPTER_SCHEMES)}. From "
+            "pvc://<claim>/<path> they are used in place.",
             maxLength=URL_MAX_CHARS,
             rules=(
                 Rule(
-                    _one_of(CACHE_SCHEMES),
-                    f"an adapter's url must start with one of {listed(CACHE_SCHEMES)}",
+                    _one_of(ADAPTER_SCHEMES),
+                    f"an adapter's url must start with one of {listed(ADAPTER_SCHEMES)}",
                 ),
             ),
         ),
@@ -209,6 +221,10 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "adapters are only possible with the VLLM engine",
         ),
         Rule(
+            f"!({_HAS_CACHE}) || self.engine != 'LlamaCpp'",
+            "cacheProfile is not possible with the LlamaCpp engine",
+        ),
+        Rule(
             f"!({_HAD_CACHE}) || ({_HAS_CACHE} && self.cacheProfile == oldSelf.cacheProfile)",
             "cacheProfile is immutable once it is set",
         ),
@@ -226,19 +242,29 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         str,
         doc(
             "Where the model's weights come from.\n\n"
-            "VLLM, FasterWhisper and Infinity:\n"
+            "VLLM, SGLang, FasterWhisper and Infinity:\n"
             "hf://<org>/<name>, pvc://<claim>, pvc://<claim>/<path>, s3://<bucket>/<path>,\n"
             "gs://<bucket>/<path> and oss://<bucket>/<path>. gs and oss need a cacheProfile; s3\n"
-            "needs one except with VLLM.\n\n"
+            "needs one except with VLLM and SGLang.\n\n"
+            "LlamaCpp:\n"
+            "hf://<org>/<name>[:<quantization>], pvc://<claim>[/<path>]?model=<file>.gguf, and\n"
+            "pvc://<claim>/<path>.gguf.\n\n"
             "OLlama:\n"
             "ollama://<name>[:<tag>], with ?insecure=true for a registry without TLS and\n"
             "?pull=false for a model that is already in the image;\n"
-            "pvc://<claim>?model=<name>[:<tag>].",
+            "pvc://<claim>?model=<name>[:<tag>].\n\n"
+            "oci://<registry>/<repository>:<tag> is a container image with the weights, which is\n"
+            "mounted as an image volume; not for OLlama. LlamaCpp needs ?model=<file>.gguf.",
             maxLength=URL_MAX_CHARS,
             rules=(
                 Rule(
                     _one_of(MODEL_SCHEMES),
                     f"url must start with one of {listed(MODEL_SCHEMES)}",
+                ),
+                Rule(
+                    f"self.matches('{URL_PATTERN}')",
+                    "between the scheme and the parameters, url may contain only letters, digits, "
+                    "'.', '_', ':', '/' and '-'",
                 ),
             ),
         ),
@@ -255,7 +281,10 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         str,
         doc(
             "Resources of one replica, as <profile>:<count>: a resource profile of the system "
-            "config and its multiple. For example, nvidia-gpu-l4:2 is two L4 GPUs."
+            "config and its multiple. For example, nvidia-gpu-l4:2 is two L4 GPUs.\n\n"
+            "VLLM: <profile>:<count>:<nodes> runs a replica on several nodes, each with <count>\n"
+            "units. Tensor parallelism uses the units of a node, pipeline parallelism the nodes.\n"
+            "It needs the LeaderWorkerSet API."
         ),
     ] = ""
     cache_profile: Annotated[
@@ -316,11 +345,12 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         int,
         doc(
             "Target for the average number of active requests per replica. The autoscaler scales "
-            "the replicas to meet it.",
+            "the replicas to meet it. OLlama serves this number in parallel, unless it is the "
+            "default or env sets OLLAMA_NUM_PARALLEL.",
             format="int32",
             minimum=1,
         ),
-    ] = 100
+    ] = TARGET_REQUESTS_DEFAULT
     scale_down_delay_seconds: Annotated[
         int,
         doc(
@@ -347,6 +377,15 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "lower priority are preempted by pods of higher priority."
         ),
     ] = ""
+    json_patches: Annotated[
+        tuple[JSONPatch, ...],
+        doc(
+            "Experimental. JSON Patch operations (RFC 6902) on the Model's pods, applied after "
+            "those of the system config. Labels that KubeAI needs and the container server cannot "
+            "be removed.",
+            maxItems=JSON_PATCHES_MAX,
+        ),
+    ] = ()
 
 
 class ModelStatusReplicas(ApiValue, frozen=True, kw_only=True):

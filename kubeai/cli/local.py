@@ -56,8 +56,8 @@ def local(
         list[str] | None,
         typer.Option(
             metavar="NAME=DIR",
-            help="Virtual environment that holds an engine: VLLM, OLlama, FasterWhisper or "
-            "Infinity. Repeatable.",
+            help="Virtual environment that holds an engine: VLLM, OLlama, FasterWhisper, Infinity, "
+            "SGLang or LlamaCpp. Repeatable.",
         ),
     ] = None,
     gpus: Annotated[

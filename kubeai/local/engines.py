@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import msgspec
 
@@ -51,16 +51,37 @@ PROGRAMS: dict[Engine, Program] = {
     "OLlama": Program("Ollama", "see https://ollama.com/download", "ollama"),
     "FasterWhisper": Program(
         "FasterWhisper",
-        "see https://github.com/speaches-ai/speaches",
-        module="faster_whisper_server",
-        package="faster_whisper_server",
+        "see https://speaches.ai/installation; pip's faster-whisper-server is another program",
+        module="speaches",
+        package="speaches",
     ),
     "Infinity": Program(
         "Infinity", "pip install 'infinity-emb[all]'", "infinity_emb", package="infinity_emb"
     ),
+    "SGLang": Program("SGLang", "pip install sglang", "sglang", module="sglang", package="sglang"),
+    "LlamaCpp": Program(
+        "llama.cpp",
+        "see https://github.com/ggml-org/llama.cpp/blob/master/docs/install.md",
+        "llama-server",
+    ),
 }
-# FasterWhisper's server has been renamed. Models choose the newer one by its image of this name.
-_ALIASES: dict[str, Engine] = {"speaches": "FasterWhisper"}
+
+
+class _Former(NamedTuple):
+    """A server's former name, under which it can still be installed."""
+
+    engine: Engine
+    image: str  # by whose name Models choose it
+
+
+# By module. FasterWhisper's server was renamed to speaches.
+_FORMER = {"faster_whisper_server": _Former("FasterWhisper", "faster-whisper-server")}
+# The file that shows that a folder is the engine's module and no other of that name.
+_MARKERS = {"faster_whisper_server": "main.py"}
+_MARKER = "__init__.py"
+
+# "ollama version is 0.17.4"; "version: 6400 (8f3a2bc)" or "version: 0.4.1 (build 11434, commit …".
+_REPORTED = re.compile(r"version is v?(\S+)|^version: .*?\bbuild (\d+)|^version: (\d+) ", re.M)
 
 EngineEnvs = Mapping[Engine, Path]  # from --engine-env
 
@@ -90,7 +111,8 @@ def engine_of(program: str) -> Engine | None:
     for engine, known in PROGRAMS.items():
         if program and program in (known.module, known.script):
             return engine
-    return _ALIASES.get(program)
+    former = _FORMER.get(program)
+    return former.engine if former else None
 
 
 # -- --engine-env ----------------------------------------------------------------------------------
@@ -133,12 +155,16 @@ async def _check_engine_env(engine: Engine, directory: Path) -> None:
             what = f"{directory} has no program bin/{program.script}"
             raise _bad(value, f"{what}; install it there ({program.install})")
         return
-    names = (program.module, *(name for name, of in _ALIASES.items() if of == engine))
+    names = (program.module, *_former_modules(engine))
     for name in names:
         if await _module_path(python, name) is not None:
             return
     what = f"{program.title} (module {' or '.join(names)}) is not installed in {directory}"
     raise _bad(value, f"{what}; install it there ({program.install})")
+
+
+def _former_modules(engine: Engine) -> list[str]:
+    return [module for module, former in _FORMER.items() if former.engine == engine]
 
 
 def _bad(value: str, problem: str) -> KubeAIError:
@@ -189,7 +215,8 @@ async def locate_module(
         if (module_path := await _module_path(python, module)) is not None:
             return Location(python, "--engine-env", module_path)
     importlib.invalidate_caches()  # it may have been installed in the meantime
-    if (spec := importlib.util.find_spec(module)) is not None and spec.origin is not None:
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.origin is not None and _is_engine(Path(spec.origin), module):
         return Location(sys.executable, "KubeAI's environment", tuple(sys.path))
     for python in _pythons(module, path):
         if (module_path := await _module_path(python, module)) is not None:
@@ -235,10 +262,12 @@ async def _module_path(python: str, module: str) -> ModulePath | None:
 
 async def _ask(python: str) -> tuple[list[str], ModulePath]:
     """Ask an interpreter which of the engines' modules it has, and for its module path."""
-    modules = [*filter(None, (known.module for known in PROGRAMS.values())), *_ALIASES]
+    modules = [*filter(None, (known.module for known in PROGRAMS.values())), *_FORMER]
+    markers = {module: _MARKERS.get(module, _MARKER) for module in modules}
     question = (
-        "import importlib.util as u,sys;"
-        f"print(*(m for m in {modules!r} if (s:=u.find_spec(m)) and s.origin));"
+        "import importlib.util as u,os,sys;"
+        f"print(*(m for m,f in {markers!r}.items() if (s:=u.find_spec(m)) and s.origin"
+        " and os.path.exists(os.path.join(os.path.dirname(s.origin),f))));"
         "print(*sys.path,sep='\\n')"
     )
     _, output = await run_helper([python, "-c", question], ASK_TIMEOUT_S)
@@ -255,7 +284,12 @@ def _site_packages(python: str) -> list[Path]:
 
 
 def _holds(folder: Path, module: str) -> bool:
-    return (folder / module / "__init__.py").is_file()
+    return _is_engine(folder / module / _MARKER, module)
+
+
+def _is_engine(init: Path, module: str) -> bool:
+    """Whether a module is an engine's, from its ``__init__.py``."""
+    return init.with_name(_MARKERS.get(module, _MARKER)).is_file()
 
 
 # -- versions --------------------------------------------------------------------------------------
@@ -284,11 +318,15 @@ def _contains(info: Path, module: str) -> bool:
         return False
 
 
-async def _ollama_version(program: str) -> str:
-    """The version that ``ollama --version`` reports, whether or not a server is running."""
-    code, output = await run_helper([program, "--version"], ASK_TIMEOUT_S)
-    found = re.search(r"version is v?(\S+)", output) if code == 0 else None
-    return found[1] if found else ""
+async def _reported_version(program: str) -> str:
+    """The version that ``ollama --version`` or ``llama-server --version`` reports.
+
+    Ollama's comes with a warning if no server is running; llama.cpp's is the number of its build.
+    """
+    argv = [program, "--version"]
+    code, output = await run_helper(argv, ASK_TIMEOUT_S, with_stderr=True)
+    found = _REPORTED.search(output) if code == 0 else None
+    return next(filter(None, found.groups())) if found else ""
 
 
 # -- the list --------------------------------------------------------------------------------------
@@ -318,15 +356,15 @@ async def _find(engine: Engine, envs: EngineEnvs, path: str, model_path: str = "
     else:
         where = locate_script(known.script, envs, path, model_path)
     package, image = known.package, ""
-    for alias in (name for name, of in _ALIASES.items() if of == engine and where is None):
-        where = await locate_module(alias, envs, path, model_path)
-        package = image = alias
+    for former in _former_modules(engine) if where is None else ():
+        where = await locate_module(former, envs, path, model_path)
+        package, image = former, _FORMER[former].image
     if where is None:
         return Found(engine, known.title, known.install)
     if package:
         version = package_version(where.module_path, package)
     else:
-        version = await _ollama_version(where.program)
+        version = await _reported_version(where.program)
     source = f"{where.source}; for Models with image: {image}" if image else where.source
     return Found(engine, known.title, known.install, where.program, version, source, image)
 

@@ -37,11 +37,18 @@ _PURPOSES: tuple[tuple[Feature, re.Pattern[str]], ...] = (
         re.compile(r"embed|minilm|sentence-transformers|(^|[/_-])(bge|gte|e5)([-_]|$)"),
     ),
 )
+# llama.cpp loads only GGUF, which the names of files and repositories say.
+_GGUF = re.compile(r"gguf")
 # FasterWhisper loads only weights in CTranslate2's format, which their names say.
 _CTRANSLATE2 = re.compile(r"faster-(distil-)?whisper|ctranslate2|ct2")
 # Requests that one replica serves well at the same time.
-_TARGET_REQUESTS: dict[Engine, int] = {"OLlama": 4, "FasterWhisper": 4, "Infinity": 100}
-_VLLM_TARGET_GPU, _VLLM_TARGET_CPU = 32, 8
+_TARGET_REQUESTS: dict[Engine, int] = {
+    "OLlama": 4,
+    "FasterWhisper": 4,
+    "Infinity": 100,
+    "LlamaCpp": 4,  # the number of its slots
+}
+_TARGET_GPU, _TARGET_CPU = 32, 8  # of vLLM and SGLang
 _VLLM_AUTO_LENGTH = (0, 14)  # the first version that fits the context length to its memory
 _CACHED: tuple[Scheme, ...] = ("gs", "oss")
 
@@ -78,9 +85,16 @@ def draft(url: str, installed: Sequence[Found]) -> Draft:
             f"{_option(url)}: {parsed.scheme}:// needs a cacheProfile; write a manifest, or "
             f"download the weights with `kubeai load` and use --volume and pvc://"
         )
+    if parsed.scheme == "oci":
+        raise KubeAIError(
+            f"{_option(url)}: there is no container runtime on this machine that could mount the "
+            f"image; copy its files into a directory, and use --volume NAME=DIR and pvc://NAME"
+        )
     feature, engines = _purpose(parsed)
     found = {one.engine: one for one in installed if one.program and not one.image}
-    engine = next((found[one] for one in engines if one in found), None)
+    # SGLang serves what vLLM serves, where it alone is installed.
+    also: tuple[Engine, ...] = ("SGLang",) if engines[-1] == "VLLM" and _sglang(feature) else ()
+    engine = next((found[one] for one in (*engines, *also) if one in found), None)
     if engine is None:
         raise KubeAIError(f"{_option(url)}: {_missing(parsed, engines, found.keys())}")
     return Draft(parsed, _name(parsed), feature, engine)
@@ -90,6 +104,8 @@ def _purpose(url: ModelURL) -> tuple[Feature, tuple[Engine, ...]]:
     """What the model is for, and the engines for that, the best first."""
     name = f"{url.ref} {url.model}".lower()
     feature: Feature = next((f for f, hint in _PURPOSES if hint.search(name)), "TextGeneration")
+    if url.scheme != "ollama" and _GGUF.search(name):
+        return feature, ("LlamaCpp",)
     if url.scheme == "ollama" or url.model:
         # Ollama serves nothing else.
         return feature if feature == "TextEmbedding" else "TextGeneration", ("OLlama",)
@@ -100,6 +116,10 @@ def _purpose(url: ModelURL) -> tuple[Feature, tuple[Engine, ...]]:
     return feature, ("VLLM",)
 
 
+def _sglang(feature: Feature) -> bool:
+    return feature != "SpeechToText"
+
+
 def _missing(url: ModelURL, engines: Sequence[Engine], found: Any) -> str:
     programs = [PROGRAMS[engine] for engine in engines]
     first, *others = (program.title for program in programs)
@@ -108,7 +128,7 @@ def _missing(url: ModelURL, engines: Sequence[Engine], found: Any) -> str:
         f"{which} installed on this machine; install {first} ({programs[0].install}), or name its "
         f"environment with --engine-env {engines[0]}=DIR"
     )
-    if url.scheme == "hf" and engines == ("VLLM",) and "OLlama" in found:
+    if url.scheme == "hf" and engines[0] in ("VLLM", "LlamaCpp") and "OLlama" in found:
         text += f"; Ollama, which is installed, runs GGUF weights: ollama://hf.co/{url.ref}"
     return text
 
@@ -130,7 +150,7 @@ def manifest(one: Draft, gpus: int, config: SystemConfig) -> dict[str, Any]:
     """The Model for a machine with ``gpus`` GPUs. KubeAIError names the option."""
     profile = GPU_PROFILE if gpus else CPU_PROFILE
     engine = one.engine.engine
-    target = _VLLM_TARGET_GPU if gpus else _VLLM_TARGET_CPU
+    target = _TARGET_GPU if gpus else _TARGET_CPU
     spec: dict[str, Any] = {
         "url": one.url.original,
         "engine": engine,

@@ -1,4 +1,7 @@
-"""The mock engine's ``/metrics``, with vLLM's metric names. Imported on the first scrape."""
+"""The mock engine's ``/metrics``, with vLLM's metric names. Imported on the first scrape.
+
+For SGLang it also has the size of the cache by SGLang's name, which KubeAI reads.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from kubeai.simulation.engine import Engine
 class Collector(Base):
     """Reads the engine's own counters on each scrape."""
 
-    def __init__(self, engine: Engine, request_log: RequestLog, model: str) -> None:
+    def __init__(
+        self, engine: Engine, request_log: RequestLog, model: str, emulated: str = "VLLM"
+    ) -> None:
+        self._emulated = emulated  # an engine of kubeai.mock_engine.options
         self._engine = engine
         self._request_log = request_log
         self._model = model
@@ -28,6 +34,8 @@ class Collector(Base):
         yield self._gauge("num_requests_waiting", "Requests in the queue.", engine.waiting)
         yield self._gauge("kv_cache_usage_perc", "KV-cache usage; 1 means 100 %.", used)
         yield self._cache_config()
+        if self._emulated == "SGLang":
+            yield self._sglang_cache()
         for name, meaning, value in (
             (
                 "prefix_cache_queries",
@@ -47,6 +55,15 @@ class Collector(Base):
         for path, value in self._request_log.received.items():
             received.add_metric((path,), value)
         yield received
+
+    def _sglang_cache(self) -> Metric:
+        config = self._engine.config
+        tokens = config.cache_blocks * config.block_tokens
+        gauge = GaugeMetricFamily(
+            "sglang:max_total_num_tokens", "Tokens that the KV cache holds.", labels=["model_name"]
+        )
+        gauge.add_metric((self._model,), tokens)
+        return gauge
 
     def _cache_config(self) -> Metric:
         config = self._engine.config

@@ -14,7 +14,7 @@ from kubeai.errors import KubeAIError
 from kubeai.simulation.engine import EngineConfig
 from kubeai.simulation.presets import PRESETS
 
-ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")
+ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity", "SGLang", "LlamaCpp")
 MAX_MODEL_LEN = 32_768
 
 

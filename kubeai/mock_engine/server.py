@@ -373,7 +373,12 @@ class MockEngine:
         if self._metrics is None:
             self._metrics = CollectorRegistry()
             self._metrics.register(
-                Collector(self.engine, self.request_log, self.options.served_model_names[0])
+                Collector(
+                    self.engine,
+                    self.request_log,
+                    self.options.served_model_names[0],
+                    self.options.engine,
+                )
             )
         return web.Response(
             body=generate_latest(self._metrics),

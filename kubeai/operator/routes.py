@@ -12,7 +12,11 @@ from kubeai.routing.routes import Endpoint, Route
 
 
 def route_of(
-    model: Model, pods: Iterable[Pod], blocks: Blocks = NO_BLOCKS, start: Start = NO_START
+    model: Model,
+    pods: Iterable[Pod],
+    blocks: Blocks = NO_BLOCKS,
+    start: Start = NO_START,
+    form_model: str = "",
 ) -> Route | None:
     """The Model's route, with endpoints sorted by name; None while the Model is being deleted.
 
@@ -20,6 +24,7 @@ def route_of(
     draining. Only adapters that the Model still declares are offered. Draining and terminating pods
     are listed separately, and may finish their in-flight requests. ``blocks``: why the Model has
     no endpoint. ``start``: what its starting replicas do, and how long that takes.
+    ``form_model``: as in the Route.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
@@ -57,4 +62,5 @@ def route_of(
         adapter_blocks=blocks.adapters,
         progress=start.progress,
         start_s=start.start_s,
+        form_model=form_model,
     )

@@ -5,14 +5,17 @@ Pure. The operator runs the commands and sends the requests (`kubeai.operator.ad
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import msgspec
 
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
+from kubeai.api.model_url import parse_url
+from kubeai.errors import ModelError
 from kubeai.podspec.container import Object, container_resources
-from kubeai.podspec.sources import environment, every_source
+from kubeai.podspec.sources import every_source
 
 LABEL_PREFIX = "adapter.kubeai.org/"  # + an adapter's name, on a pod
 LOADING = "loading"  # the label's value while it is unknown what the engine has loaded
@@ -20,7 +23,21 @@ LOADING = "loading"  # the label's value while it is unknown what the engine has
 RESTARTS_ANNOTATION = "kubeai.org/adapters-loaded-at-restart"
 LOADER_CONTAINER = "loader"
 ROOT = "/adapters"
-_VOLUME = "adapters"
+CLAIMS_ROOT = "/adapter-claims"  # + a claim's name: where adapters from claims are, read-only
+_VOLUME, _CLAIM_VOLUME = "adapters", "adapter-claim-"
+_CLAIM_SCHEME = "pvc://"
+# The variables of the Model that the loader gets: credentials, endpoints, proxies, certificates.
+# Others are meant for the engine and could stop the loader (HF_HUB_OFFLINE, PATH, HOME).
+_LOADER_VARIABLE = re.compile(
+    r"(AWS|GOOGLE|OSS)_.*|HF_(TOKEN|ENDPOINT|HUB_(DOWNLOAD|ETAG)_TIMEOUT)"
+    r"|HUGGING_FACE_HUB_TOKEN|(HTTP|HTTPS|ALL|NO)_PROXY|SSL_CERT_(FILE|DIR)"
+    r"|(REQUESTS|CURL)_CA_BUNDLE",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"\$\(([^)]+)\)")
+# Adapters from a claim are used where they are: the engine follows the link. $1: the adapter in the
+# claim; $2: its folder.
+_LINK = '[ -d "$1" ] || { echo "$1 is not a folder of the claim" >&2; exit 1; }; ln -s "$1" "$2"'
 # Sleeps until SIGTERM. A bare `sleep` ignores SIGTERM as a container's first process, and would
 # keep a deleted pod and its GPUs for the whole grace period.
 _SLEEP = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"
@@ -53,34 +70,83 @@ def adapter_directory(name: str) -> str:
 
 
 def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) -> None:
-    """Add the loader container to the pod of a Model with adapters.
+    """Add the loader container to the pod of a Model with adapters, and the adapters' claims.
 
-    It does not depend on which adapters there are: they come and go without a new pod.
+    Apart from the claims, it does not depend on which adapters there are: they come and go without
+    a new pod. ModelError names the adapter whose claim cannot be mounted.
     """
     if not model.spec.adapters:
         return
     source = every_source(config.secret_names)
+    claims, claim_mounts = _claims(model)
     mount = {"name": _VOLUME, "mountPath": ROOT}
     loader: dict[str, Any] = {
         "name": LOADER_CONTAINER,
         "image": config.model_loading.image,
         "command": ["sh", "-c", _SLEEP],
-        "env": environment(model, {}, {}, source),
-        "envFrom": msgspec.to_builtins(model.spec.env_from),
+        "env": _loader_environment(model, source.env),
+        # Secrets are credentials. A ConfigMap may have anything, and it is meant for the engine.
+        "envFrom": msgspec.to_builtins([one for one in model.spec.env_from if one.secret_ref]),
         "resources": container_resources(config.model_loading.resources),
         "securityContext": config.model_server_pods.security_context,
-        "volumeMounts": [mount, *source.mounts],
+        "volumeMounts": [mount, *source.mounts, *claim_mounts],
     }
     spec = pod["spec"]
     spec["containers"].append({key: value for key, value in loader.items() if value})
-    server["volumeMounts"].append(mount | {"readOnly": True})
+    server["volumeMounts"] += [mount | {"readOnly": True}, *claim_mounts]
     have = {volume["name"] for volume in spec["volumes"]}
-    volumes = [{"name": _VOLUME, "emptyDir": {}}, *source.volumes]
+    volumes = [{"name": _VOLUME, "emptyDir": {}}, *source.volumes, *claims]
     spec["volumes"] += [volume for volume in volumes if volume["name"] not in have]
 
 
+def _loader_environment(model: Model, credentials: list[Object]) -> list[Object]:
+    """Credentials, overridden by the Model's variables that concern the loader, and what these
+    refer to as ``$(NAME)``."""
+    given = model.spec.env
+    chosen = {name for name in given if _LOADER_VARIABLE.fullmatch(name)}
+    unread = list(chosen)
+    while unread:
+        referred = set(_REFERENCE.findall(given[unread.pop()])) & given.keys() - chosen
+        chosen |= referred
+        unread += referred
+    env = [variable for variable in credentials if variable["name"] not in chosen]
+    return env + [{"name": name, "value": given[name]} for name in sorted(chosen)]
+
+
+def claim_of(url: str) -> str:
+    """The claim that an adapter is on; empty if it is downloaded."""
+    return _place(url).partition("/")[0] if url.startswith(_CLAIM_SCHEME) else ""
+
+
+def _place(url: str) -> str:
+    """``<claim>/<path>`` of an adapter on a claim."""
+    return url.removeprefix(_CLAIM_SCHEME).partition("?")[0].rstrip("/")
+
+
+def _claims(model: Model) -> tuple[list[Object], list[Object]]:
+    """The volumes and mounts of the claims that adapters are on."""
+    names = set()
+    for i, adapter in enumerate(model.spec.adapters):
+        if adapter.url.startswith(_CLAIM_SCHEME):
+            field = f"spec.adapters[{i}].url"
+            url = parse_url(adapter.url, field)
+            if url.model:
+                raise ModelError(field, "an adapter does not support 'model'", "InvalidURL")
+            names.add(url.name)
+    volumes, mounts = [], []
+    for i, name in enumerate(sorted(names)):
+        volume = f"{_CLAIM_VOLUME}{i}"
+        volumes.append({"name": volume, "persistentVolumeClaim": {"claimName": name}})
+        path = f"{CLAIMS_ROOT}/{name}"
+        mounts.append({"name": volume, "mountPath": path, "readOnly": True})
+    return volumes, mounts
+
+
 def fetch_command(name: str, url: str) -> list[str]:
-    """The loader's command to fetch an adapter."""
+    """The loader's command that puts an adapter into its folder."""
+    if claim_of(url):
+        place = f"{CLAIMS_ROOT}/{_place(url)}"
+        return ["sh", "-ec", _LINK, "link", place, adapter_directory(name)]
     return ["load", url, adapter_directory(name)]
 
 

@@ -11,7 +11,7 @@ from kubeai.api.config.system import ResourceProfile, Resources
 PORT = 8000
 PORT_NAME = "http"
 SERVER_CONTAINER = "server"
-MODEL_MOUNT = "/model"  # where a claim is mounted
+MODEL_MOUNT = "/model"  # where a claim or an image with the weights is mounted
 # A failing container leaves the end of its log in the pod's status, for the Model's conditions.
 TERMINATION_MESSAGE = "terminationMessagePolicy", "FallbackToLogsOnError"
 
@@ -26,6 +26,8 @@ class Server(msgspec.Struct, kw_only=True):
     more_args: list[str] = []
     env: dict[str, str] = {}
     pod_fields: dict[str, str] = {}  # variable → field path of the pod (downward API)
+    volumes: list[Object] = []
+    mounts: list[Object] = []
     startup_probe: Object
     health_path: str = "/health"
 

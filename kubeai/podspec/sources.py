@@ -20,13 +20,16 @@ from kubeai.podspec.container import MODEL_MOUNT, Object
 GCP_DIRECTORY = "/secrets/gcp-credentials"
 GCP_FILE = "credentials.json"
 
-# What an engine loads by itself. Through a cache, all except OLlama support hf, s3, gs and oss.
+# What an engine loads by itself. Through a cache, all others support hf, s3, gs and oss.
 _DIRECT: dict[Engine, tuple[Scheme, ...]] = {
-    "VLLM": ("hf", "pvc", "s3"),
+    "VLLM": ("hf", "pvc", "s3", "oci"),
     "OLlama": ("ollama", "pvc"),
-    "FasterWhisper": ("hf", "pvc"),
-    "Infinity": ("hf", "pvc"),
+    "FasterWhisper": ("hf", "pvc", "oci"),
+    "Infinity": ("hf", "pvc", "oci"),
+    "SGLang": ("hf", "pvc", "s3", "oci"),
+    "LlamaCpp": ("hf", "pvc", "oci"),
 }
+_WITHOUT_CACHE: tuple[Engine, ...] = ("OLlama", "LlamaCpp")
 _CACHED: tuple[Scheme, ...] = ("s3", "gs", "oss")
 
 
@@ -37,17 +40,18 @@ class Source:
         self.env: list[Object] = []
         self.volumes: list[Object] = []
         self.mounts: list[Object] = []
+        self.pull_secrets: list[str] = []  # for images with weights
 
 
 def model_url(spec: ModelSpec) -> ModelURL:
     """The Model's parsed URL. ModelError on ``spec.url`` if its engine does not support it."""
     url = parse_url(spec.url)
-    direct = _DIRECT[spec.engine]
-    through_cache = bool(spec.cache_profile) and spec.engine != "OLlama"
+    direct, cacheable = _DIRECT[spec.engine], spec.engine not in _WITHOUT_CACHE
+    through_cache = bool(spec.cache_profile) and cacheable
     if url.scheme not in direct and not through_cache:
         can = ", ".join(f"{scheme}://" for scheme in direct)
         hint = ""
-        if url.scheme in _CACHED and spec.engine != "OLlama":
+        if url.scheme in _CACHED and cacheable:
             hint = f", and {url.scheme}:// with a cacheProfile"
         raise ModelError(
             "spec.url",
@@ -60,18 +64,26 @@ def model_url(spec: ModelSpec) -> ModelURL:
             "OLlama needs the model's name on the claim: pvc://<claim>?model=<name>[:<tag>]",
             "InvalidURL",
         )
-    if url.model and spec.engine != "OLlama":
+    if url.model and spec.engine not in ("OLlama", "LlamaCpp"):
         raise ModelError(
             "spec.url", f"{spec.engine} does not support the parameter 'model'", "InvalidURL"
+        )
+    if spec.engine == "LlamaCpp" and spec.cache_profile:
+        raise ModelError(
+            "spec.cacheProfile",
+            "LlamaCpp does not support caches; it downloads the file that it needs by itself",
+            "InvalidProfile",
         )
     return url
 
 
 def source(url: ModelURL, secrets: SecretNames) -> Source:
-    """The credentials or the claim's volume for one URL."""
+    """The credentials for one URL, or the volume of its claim or image."""
     result = Source()
     if url.scheme == "pvc":
         _add_claim(result, url)
+    elif url.scheme == "oci":
+        _add_image(result, url, secrets.oci)
     else:
         _add_credentials(result, url.scheme, secrets)
     return result
@@ -152,3 +164,10 @@ def _add_claim(result: Source, url: ModelURL) -> None:
     if sub_path:
         mount["subPath"] = sub_path
     result.mounts = [mount]
+
+
+def _add_image(result: Source, url: ModelURL, secret: str) -> None:
+    """An image volume is read-only by itself; saying so in the mount makes it visible."""
+    result.volumes = [{"name": "model", "image": {"reference": url.ref}}]
+    result.mounts = [{"name": "model", "mountPath": MODEL_MOUNT, "readOnly": True}]
+    result.pull_secrets = [secret] if secret else []

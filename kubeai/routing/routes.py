@@ -63,6 +63,8 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     cache_load_factor: int = 0  # bound of PrefixCache, in percent of the mean load; 0: none
     progress: str = ""  # what a replica that starts does now; empty while one serves, or unknown
     start_s: int = 0  # how long a replica takes from its creation until it is ready; 0: unknown
+    # The `model` of forms at FasterWhisper; empty: forms have none. Others get the requested name.
+    form_model: str = ""
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):

@@ -1,13 +1,15 @@
 """Reads how many tokens each engine's KV cache holds, so that the prefix index knows evictions.
 
-vLLM reports it at ``/metrics`` and does not change it while it runs, so it is read once for each
-endpoint. Promises: an endpoint whose size cannot be read keeps the Publisher's default; an engine
+vLLM reports it at ``/metrics``, and so does SGLang with ``--enable-metrics``. Neither changes it
+while it runs, so it is read once for each endpoint. The metrics of llama.cpp and Ollama do not have
+it. Promises: an endpoint whose size cannot be read keeps the Publisher's default; an engine
 that hangs or misreports affects nothing but its own entries in the index.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -21,8 +23,8 @@ from kubeai.routing.routes import Endpoint
 
 log = get_logger(__name__)
 
-ENGINE = "VLLM"  # the engine that reports its size
 METRIC = "vllm:cache_config_info"
+SGLANG_METRIC = "sglang:max_total_num_tokens"
 READS_MAX = 16  # at a time
 READ_TIMEOUT_S = 5.0
 METRICS_MAX_BYTES = 8 << 20
@@ -50,15 +52,17 @@ class CacheSizes:
     def rerouted(self, model: str) -> None:
         """The model's route has changed: read its new endpoints, forget those that are gone."""
         route = self._publisher.route(model)
-        endpoints = () if route is None or route.engine != ENGINE else route.endpoints
+        engine = route.engine if route is not None else ""
+        endpoints = route.endpoints if route is not None and engine in READERS else ()
         known = self._reads.pop(model, {})
         reads = {}
         for each in endpoints:
             lease = each.row, each.generation
-            read = (
-                known.pop(lease) if lease in known else asyncio.create_task(self._read_size(each))
+            reads[lease] = (
+                known.pop(lease)
+                if lease in known
+                else asyncio.create_task(self._read_size(each, engine))
             )
-            reads[lease] = read
         for task in known.values():
             task.cancel()
         if reads:
@@ -73,12 +77,12 @@ class CacheSizes:
         if self._session is not None:
             await self._session.close()
 
-    async def _read_size(self, endpoint: Endpoint) -> None:
+    async def _read_size(self, endpoint: Endpoint, engine: str) -> None:
         backoff = Backoff(RETRY_FIRST_S, RETRY_MAX_S)
         while True:
             try:
                 async with self._slots:
-                    tokens = await self._read_metrics(endpoint.address)
+                    tokens = await self._read_metrics(endpoint.address, engine)
             except SizeUnknown as error:
                 wait_s = backoff.next_s()
                 if backoff.failures == ATTEMPTS_MAX:
@@ -90,7 +94,8 @@ class CacheSizes:
                 log.info("cache size read", endpoint=endpoint.name, tokens=tokens)
                 return
 
-    async def _read_metrics(self, address: str) -> int:
+    async def _read_metrics(self, address: str, engine: str) -> int:
+        metric, read = READERS[engine]
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=READ_TIMEOUT_S)
             self._session = aiohttp.ClientSession(timeout=timeout)
@@ -103,11 +108,11 @@ class CacheSizes:
                     read_bytes += len(line)
                     if read_bytes > METRICS_MAX_BYTES:
                         raise SizeUnknown(f"/metrics has more than {METRICS_MAX_BYTES:,} bytes")
-                    if line.startswith(METRIC.encode()):
+                    if line.startswith(metric.encode()):
                         lines.append(line.decode(errors="replace"))
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError) as error:
             raise SizeUnknown(f"/metrics: {error!r}") from None
-        return cache_tokens("".join(lines))
+        return read("".join(lines))
 
 
 def cache_tokens(text: str) -> int:
@@ -132,7 +137,35 @@ def cache_tokens(text: str) -> int:
                 blocks_tokens = int(labels["num_gpu_blocks"]) * int(labels["block_size"])
     except (KeyError, ValueError) as error:
         raise SizeUnknown(f"{METRIC}: {error!r}") from None
-    tokens = sum(sizes.values()) or blocks_tokens
+    return _checked(sum(sizes.values()) or blocks_tokens, METRIC)
+
+
+def sglang_cache_tokens(text: str) -> int:
+    """How many tokens an SGLang server's KV caches keep, from its metrics; or SizeUnknown.
+
+    A server with data parallelism has a line for each of its ranks. Those of tensor parallelism
+    share one cache.
+    """
+    sizes: dict[str | None, int] = {}
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == SGLANG_METRIC:
+                    rank = sample.labels.get("dp_rank")
+                    sizes[rank] = max(sizes.get(rank, 0), int(sample.value))
+    except (ValueError, OverflowError) as error:
+        raise SizeUnknown(f"{SGLANG_METRIC}: {error!r}") from None
+    return _checked(sum(sizes.values()), SGLANG_METRIC)
+
+
+def _checked(tokens: int, metric: str) -> int:
     if not 1 <= tokens <= CACHE_MAX_TOKENS:
-        raise SizeUnknown(f"{METRIC}: {tokens:,} tokens" if tokens else f"/metrics has no {METRIC}")
+        raise SizeUnknown(f"{metric}: {tokens:,} tokens" if tokens else f"/metrics has no {metric}")
     return tokens
+
+
+# By engine: the metric, and what reads it.
+READERS: dict[str, tuple[str, Callable[[str], int]]] = {
+    "VLLM": (METRIC, cache_tokens),
+    "SGLang": (SGLANG_METRIC, sglang_cache_tokens),
+}

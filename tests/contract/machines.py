@@ -26,10 +26,10 @@ from kubeai.local.jobs.controller import JobController
 
 EXEC_TIMEOUT_S = 20.0
 # Stands for the loader's image: leaves a file that says what was fetched. It waits while the file
-# $GATE exists, and fails for URLs that say so.
+# GATE exists, and fails for URLs that say so.
 LOAD = """#!/bin/sh
 set -e
-while [ -n "$GATE" ] && [ -e "$GATE" ]; do sleep 0.02; done
+while [ -e 'GATE' ]; do sleep 0.02; done
 case "$1" in *missing*) echo "no such repository: $1" >&2; exit 1;; esac
 mkdir -p "$2"
 echo "$1" > "$2/url"
@@ -291,9 +291,9 @@ async def machine(api: ApiServer, directory: Path, kind: type[Machine] = Machine
         await one.close()
 
 
-def install_load(directory: Path) -> None:
-    """Put the program `load` into a folder."""
+def install_load(directory: Path, gate: Path) -> None:
+    """Put the program `load` into a folder. It waits while there is a file ``gate``."""
     directory.mkdir()
     program = directory / "load"
-    program.write_text(LOAD)
+    program.write_text(LOAD.replace("GATE", str(gate)))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from harness import CONFIG, model, until
@@ -48,7 +49,7 @@ def whole_api(request, tmp_path_factory) -> Iterator[ApiServer]:
 
 @pytest.fixture
 async def box(whole_api, tmp_path, monkeypatch) -> AsyncIterator[Machine]:
-    install_load(tmp_path / "bin")
+    install_load(tmp_path / "bin", tmp_path / "gate")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     async with machine(whole_api, tmp_path) as one:
         yield one
@@ -56,8 +57,7 @@ async def box(whole_api, tmp_path, monkeypatch) -> AsyncIterator[Machine]:
 
 def with_adapters(box: Machine, **urls: str):
     adapters = [{"name": name, "url": url} for name, url in urls.items()]
-    env = {"GATE": str(box.gate)}
-    return model("m", adapters=adapters, minReplicas=1, maxReplicas=1, env=env)
+    return model("m", adapters=adapters, minReplicas=1, maxReplicas=1)
 
 
 async def set_adapters(box: Machine, **urls: str) -> None:
@@ -70,6 +70,11 @@ async def labels(box: Machine) -> dict[str, str]:
     prefix = "adapter.kubeai.org/"
     found = [item for pod in await box.pods() for item in pod["metadata"]["labels"].items()]
     return {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
+
+
+def claim_folder(box: Machine, claim: str) -> Path:
+    """The volume of a claim, on the kubelet's disk."""
+    return box.directory / "kubelet" / "data" / "volumes" / box.namespace / claim
 
 
 async def has(box: Machine, **urls: str) -> bool:
@@ -112,6 +117,34 @@ async def test_adapters_come_change_and_go_in_a_running_pod(box):
     assert await box.read("/adapters/a/url") == ""
     (after,) = await box.pods()
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
+
+
+async def test_an_adapter_on_a_claim_is_used_where_it_is_in_a_new_pod(box):
+    spec = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": "1Gi"}},
+        "storageClassName": box.namespace,
+    }
+    await box.kube.create(PVCS, {"metadata": {"name": "loras"}, "spec": spec})
+    law = claim_folder(box, "loras") / "law"
+    law.mkdir(parents=True)
+    (law / "url").write_text("on the claim")
+    await box.create(with_adapters(box, a=A))
+    await until("a", lambda: has(box, a=A))
+    (before,) = await box.pods()
+    await set_adapters(box, a=A, law="pvc://loras/law")
+
+    async def moved():
+        (*_, after) = await box.pods()
+        return len(await box.pods()) == 1 and after["metadata"]["uid"] != before["metadata"]["uid"]
+
+    await until("a new pod", moved, 60)
+    await until("a and law", lambda: has(box, a=A, law="pvc://loras/law"))
+    assert await box.read("/adapters/law/url") == "on the claim"
+    assert (await box.ask("m_law"))[0] == 200
+    await set_adapters(box, a=A)
+    await until("a alone", lambda: has(box, a=A))
+    assert (law / "url").read_text() == "on the claim"
 
 
 async def test_an_engine_that_crashed_gets_its_adapters_again(box):
@@ -167,8 +200,7 @@ CLAIM = "shared-model-cache-shared"
 
 
 def cached(box: Machine, url: str = "hf://org/name", **spec):
-    env = {"GATE": str(box.gate)}
-    return model("m", url=url, cacheProfile="shared", maxReplicas=1, env=env, **spec)
+    return model("m", url=url, cacheProfile="shared", maxReplicas=1, **spec)
 
 
 async def claim(box: Machine):
@@ -183,8 +215,7 @@ async def note(box: Machine) -> str:
 
 def folder(box: Machine, uid: str):
     """The Model's folder, on the kubelet's disk."""
-    claims = box.directory / "kubelet" / "data" / "volumes" / box.namespace / CLAIM
-    return claims / "models" / f"m-{uid}"
+    return claim_folder(box, CLAIM) / "models" / f"m-{uid}"
 
 
 async def is_gone(box: Machine, name: str = "m") -> bool:

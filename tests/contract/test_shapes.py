@@ -132,7 +132,7 @@ SHAPES = {
         {
             "image": IMAGES.vllm.images["cpu"],
             "args": [
-                "--model=org/model-8b",
+                "org/model-8b",
                 "--served-model-name=vllm-cpu",
                 "--max-model-len=32768",
                 "--max-num-batched-token=32768",
@@ -225,7 +225,7 @@ SHAPES = {
         minReplicas: 2
         """,
         {
-            "args": ["--model=/model", "--served-model-name=vllm-claim"],
+            "args": ["/model", "--served-model-name=vllm-claim"],
             "claim": ("model-pvc", "org/model"),
             "count": 2,
         },
@@ -245,7 +245,7 @@ SHAPES = {
         """,
         {
             "args": [
-                "--model=s3://models/org/model-1b",
+                "s3://models/org/model-1b",
                 "--served-model-name=vllm-bucket",
                 "--load-format=runai_streamer",
             ],
@@ -256,6 +256,20 @@ SHAPES = {
             },
             "envFrom": [{"secretRef": {"name": "store-keys"}}],
             "resources": {},
+        },
+    ),
+    # The model in a container image.
+    "vllm-image": (
+        """
+        features: [TextGeneration]
+        url: oci://registry.example:5000/somebody/model-8b:latest
+        engine: VLLM
+        resourceProfile: nvidia-gpu-l4:1
+        """,
+        {
+            "args": ["--model=/model", "--served-model-name=vllm-image"],
+            "claim": ("registry.example:5000/somebody/model-8b:latest", None),
+            "resources": gpus(1, cpu="6", memory="24Gi"),
         },
     ),
     # A chat template beside other files, quoted paths, a block of text.
@@ -334,7 +348,67 @@ SHAPES = {
         {
             "image": IMAGES.faster_whisper.images["default"],
             "args": [],
-            "env": hub(WHISPER__MODEL="Org/whisper-medium.en", ENABLE_UI="false"),
+            "env": hub(
+                PRELOAD_MODELS='["Org/whisper-medium.en"]',
+                STT_MODEL_TTL="-1",
+                WHISPER__TTL="-1",
+                ENABLE_UI="false",
+                UVICORN_HOST="0.0.0.0",
+                UVICORN_PORT="8000",
+            ),
+        },
+    ),
+    # The engines that came later, as its documentation shows them.
+    "sglang": (
+        """
+        features: [TextGeneration]
+        url: hf://org/model-8b
+        engine: SGLang
+        args: [--tp-size=2]
+        resourceProfile: nvidia-gpu-l4:2
+        """,
+        {
+            "image": IMAGES.sglang.images["nvidia-gpu"],
+            "args": [
+                "--model-path=org/model-8b",
+                "--served-model-name=sglang",
+                "--host=0.0.0.0",
+                "--port=8000",
+                "--tp-size=2",
+            ],
+            "env": hub(),
+            "resources": gpus(2, cpu="12", memory="48Gi"),
+        },
+    ),
+    "llamacpp": (
+        """
+        features: [TextGeneration]
+        url: hf://org/model-GGUF:Q4_K_M
+        engine: LlamaCpp
+        resourceProfile: cpu:2
+        """,
+        {
+            "image": IMAGES.llama_cpp.images["cpu"],
+            "args": [
+                *("--host", "0.0.0.0", "--port", "8000", "--alias", "llamacpp", "--metrics"),
+                *("-hf", "org/model-GGUF:Q4_K_M"),
+            ],
+            "env": hub(LLAMA_CACHE="/llama-cache"),
+        },
+    ),
+    "llamacpp-claim": (
+        """
+        features: [TextEmbedding]
+        url: pvc://model-pvc/embed?model=embed-q8_0.gguf
+        engine: LlamaCpp
+        resourceProfile: cpu:1
+        """,
+        {
+            "args": [
+                *("--host", "0.0.0.0", "--port", "8000", "--alias", "llamacpp-claim"),
+                *("--metrics", "-m", "/model/embed-q8_0.gguf", "--embedding"),
+            ],
+            "claim": ("model-pvc", "embed"),
         },
     ),
     # As a client in Go sends it: fields that are not set are null or empty, not absent.
@@ -350,7 +424,7 @@ SHAPES = {
         loadBalancing: {prefixHash: {}}
         resourceProfile: cpu:1
         """,
-        {"args": ["--model=org/model", "--served-model-name=from-go"]},
+        {"args": ["org/model", "--served-model-name=from-go"]},
     ),
 }
 
@@ -419,12 +493,14 @@ def value_of(variable):
 
 
 def claim_of(spec):
-    """The claim with the weights, and the folder of it that is mounted."""
+    """The claim or image with the weights, and the folder of it that is mounted."""
     volumes = [volume for volume in spec["volumes"] if volume["name"] == "model"]
     mounts = [m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "model"]
     if not volumes:
         return None
     assert [m["mountPath"] for m in mounts] == ["/model"]
+    if "image" in volumes[0]:
+        return volumes[0]["image"]["reference"], mounts[0].get("subPath")
     return volumes[0]["persistentVolumeClaim"]["claimName"], mounts[0].get("subPath")
 
 

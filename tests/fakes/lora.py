@@ -55,6 +55,8 @@ class Engine:
         name = command[-1].removeprefix("/adapters/")
         if command[0] == "rm":
             self.folder.pop(name, None)
+        elif command[0] == "sh":  # a link to a folder of a claim
+            self.folder[name] = command[-2]
         elif "missing" in command[1]:
             return ExecResult(1, f"no such repository: {command[1]}")
         else:

@@ -1,6 +1,7 @@
 """docs/fields.md: every field, value and condition has a row, and every test it cites exists.
 
-docs/http-api.md: every route has a row, for both of its paths.
+docs/http-api.md: every route has a row, for both of its paths. docs/engines: every engine has a
+page, and the tables agree with the code.
 """
 
 from __future__ import annotations
@@ -9,13 +10,23 @@ import ast
 import re
 from collections import Counter
 from functools import cache
+from typing import get_args
 
 import pytest
+import yaml
+from fakes.engine_pods import pod
 from repository import REPOSITORY
 
+from kubeai.api.config.system import SystemConfig
 from kubeai.api.crd import model_crd
-from kubeai.openai.routes import route_table
+from kubeai.api.model import Engine, Feature, decode_model
+from kubeai.errors import ModelError
+from kubeai.local.apiserver.schema.structural import Schema
+from kubeai.openai.routes import Kind, route_table
 from kubeai.operator.conditions import OURS
+from kubeai.podspec import build_pod
+from kubeai.podspec.sources import model_url
+from kubeai.supervisor import cache_sizes
 
 SCHEMA = model_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 TEST = re.compile(r"`([^`]+\.py)::(\w+)`")
@@ -99,3 +110,76 @@ def test_each_row_has_a_one_line_description_and_cites_existing_tests(row):
     assert TEST.sub("", shown).strip(", ") == "", f"{name}: {shown}"
     for file, test in tests:
         assert test in names_in(file), f"{name}: {file} has no {test}"
+
+
+# -- docs/engines ----------------------------------------------------------------------------------
+
+ENGINES = get_args(Engine)
+
+
+def table(title):
+    """A table of docs/engines/README.md: its head, and its rows."""
+    text = (REPOSITORY / "docs/engines/README.md").read_text().split(f"\n## {title}\n")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return head, rows
+
+
+def test_every_engine_has_a_page_and_a_column():
+    text = (REPOSITORY / "docs/engines/README.md").read_text()
+    for engine in ENGINES:
+        (page,) = re.findall(rf"^\| \[`{engine}`\]\(([\w-]+\.md)\)", text, re.MULTILINE)
+        page = (REPOSITORY / "docs/engines" / page).read_text()
+        assert f"  engine: {engine}\n" in page
+        for section in ("## What KubeAI starts", "## On one machine", "## Limits"):
+            assert section in page, (engine, section)
+    for title, columns in (("Features", 1), ("Routes", 2)):
+        head, rows = table(title)
+        assert set(head[columns:]) == set(ENGINES)
+        assert {cell for row in rows for cell in row[columns:]} <= {"yes", ""}
+
+
+def test_the_manifest_of_every_engine_gives_a_pod():
+    for page in (REPOSITORY / "docs/engines").glob("*.md"):
+        for block in re.findall(r"```yaml\n(apiVersion:.*?)```", page.read_text(), re.DOTALL):
+            assert build_pod(decode_model(yaml.safe_load(block)), SystemConfig()), page
+
+
+@pytest.mark.parametrize("feature", get_args(Feature))
+def test_engines_get_pods_for_the_features_that_the_docs_list(feature):
+    head, rows = table("Features")
+    (row,) = (row for row in rows if row[0] == feature)
+    for engine, cell in zip(head[1:], row[1:], strict=True):
+        if cell:
+            assert pod(engine, features=[feature])
+    assert feature in {row[0] for row in table("Routes")[1]}
+
+
+def test_the_docs_say_which_engines_have_adapters_and_caches():
+    head, rows = table("Features")
+    cells = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    schema = Schema(SCHEMA)
+    adapter = {"name": "a", "url": "hf://o/a"}
+    for engine in ENGINES:
+        spec = {"url": "hf://o/n", "engine": engine, "features": []}
+        root = {"apiVersion": "kubeai.org/v1", "kind": "Model", "metadata": {"name": "m"}}
+        with_adapter = root | {"spec": spec | {"adapters": [adapter]}}
+        assert (not schema.validate(with_adapter)) == (cells["adapters"][engine] == "yes")
+        cached = decode_model({"metadata": {"name": "m"}, "spec": spec | {"cacheProfile": "c"}})
+        try:
+            cacheable = bool(model_url(cached.spec))
+        except ModelError:
+            cacheable = False
+        assert cacheable == (cells["`cacheProfile`"][engine] == "yes")
+        reads = cells["size of the cache, for `PrefixCache`"][engine] == "yes"
+        assert (engine in cache_sizes.READERS) == reads
+
+
+# Routes that the gateway serves by itself.
+OWN_ROUTES = {"/v1/models", "/api/tags", "/api/ps", "/api/show", "/api/version"}
+
+
+def test_every_route_to_an_engine_has_a_row_of_the_engines_that_serve_it():
+    named = Counter(row[1] for row in table("Routes")[1])
+    assert [name for name, count in named.items() if count > 1] == []
+    assert {f"`{kind.value}`" for kind in Kind if kind.value not in OWN_ROUTES} <= set(named)

@@ -7,7 +7,8 @@ retries) is the business of the Proxy, which creates the Upload. A form is limit
 ``multipart_max_bytes`` and 100 parts (multipart.py), its ``model`` to ``MODEL_MAX_BYTES``, and all
 forms of a worker together to ``spool_max_bytes``.
 
-``model`` is removed for FasterWhisper, and replaced by the engine's name of the model for others.
+``model`` is replaced by the engine's name of the model, and removed if its one model has none there
+(faster-whisper-server).
 The content of every other part reaches the engine unchanged, in a form with a new boundary
 (multipart.py says why).
 """
@@ -112,6 +113,9 @@ class Upload:
 def _engines_model(request: InferenceRequest, route: Route) -> str | None:
     """The name by which the engine knows the model; None if the form must not have one.
 
-    FasterWhisper serves a single model, and rejects any other name for it.
+    faster-whisper-server serves a single model, and rejects any other name for it. speaches knows
+    its model by another name than clients do.
     """
-    return None if route.engine == "FasterWhisper" else request.adapter or request.name
+    if route.engine == "FasterWhisper":
+        return route.form_model or None
+    return request.adapter or request.name

@@ -10,7 +10,7 @@ from kubeai.podspec.container import PORT, Server, startup_probe
 STARTUP_FAILURES = 600  # 20 minutes
 
 
-def server(model: Model, url: ModelURL) -> Server:
+def server(model: Model, url: ModelURL, image: str = "") -> Server:
     """``infinity_emb v2``, configured by its environment."""
     return Server(
         args=["v2"],

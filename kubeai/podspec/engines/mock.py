@@ -1,4 +1,4 @@
-"""The mock engine, in place of any of the four: made-up responses, real timing, no weights.
+"""The mock engine, in place of any engine: made-up responses, real timing, no weights.
 
 It runs only if a manifest or the config names its image. An annotation marks its pods.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from kubeai.api.model import Model
 from kubeai.api.model_url import ModelURL
 from kubeai.podspec.container import PORT, Server, literal, startup_probe
+from kubeai.podspec.images import parse_image
 
 IMAGE_NAME = "mock-engine"  # the last part of the image's path, whatever its registry and tag
 ANNOTATION = "kubeai.org/mock-engine"
@@ -16,8 +17,7 @@ STARTUP_FAILURES = 600
 
 def is_mock(image: str) -> bool:
     """Whether an image is the mock engine's: ``kubeai/mock-engine``, ``host/mock-engine:v1``."""
-    path = image.partition("@")[0]
-    return path.rpartition("/")[2].partition(":")[0] == IMAGE_NAME
+    return parse_image(image).name == IMAGE_NAME
 
 
 def server(model: Model, url: ModelURL, played: Server) -> Server:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kubeai.api.model import Model
+from kubeai.api.model import TARGET_REQUESTS_DEFAULT, Model
 from kubeai.api.model_url import ModelURL
 from kubeai.podspec.container import MODEL_MOUNT, PORT, Object, Server
 
@@ -10,24 +10,29 @@ PULL_TIMEOUT_S = 10_800
 
 # Ollama pulls through its running server, so the startup probe does it. The script is the same for
 # every Model. Values from the Model are passed as arguments ($1 to $4), which the shell does not
-# interpret as code. `cp` gives the model its served name without copying weights; `run` loads it
-# into memory, which is not possible for an embedding model.
+# interpret as code. `cp` gives the model its served name without copying weights. `run` with an
+# empty prompt loads it into memory and generates nothing; it refuses that for an embedding model.
+# The prompt is that of stdin: older versions join it with the prompt of the command line.
 STARTUP_SCRIPT = """\
 case "$3" in
   pull) ollama pull "$1" ;;
   pull-insecure) ollama pull --insecure "$1" ;;
 esac
 ollama cp "$1" "$2"
-if [ "$4" = load ]; then ollama run "$2" hi; fi
+if [ "$4" = load ]; then ollama run "$2" </dev/null; fi
 """
 
 
-def server(model: Model, url: ModelURL) -> Server:
+def server(model: Model, url: ModelURL, image: str = "") -> Server:
     """``ollama serve``, which the image starts by itself."""
     env = {
         "OLLAMA_HOST": f"0.0.0.0:{PORT}",
         "OLLAMA_KEEP_ALIVE": "999999h",  # a pod has one model, which stays loaded
     }
+    # Ollama reserves a context for each of these, so the default, which nobody chose and which
+    # suits other engines, leaves Ollama's own number.
+    if model.spec.target_requests != TARGET_REQUESTS_DEFAULT:
+        env["OLLAMA_NUM_PARALLEL"] = str(model.spec.target_requests)
     if url.scheme == "pvc":
         env["OLLAMA_MODELS"] = MODEL_MOUNT
     return Server(env=env, startup_probe=_startup_probe(model, url), health_path="/")

@@ -142,7 +142,14 @@ async def test_a_cluster_that_does_not_answer_is_a_warning_with_the_kubeconfig(t
 async def test_without_engines_each_is_a_warning_with_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     checks = by_name(await doctor.check_engines())
-    assert set(checks) == {"vLLM", "Ollama", "Infinity", "FasterWhisper"}
+    assert set(checks) == {
+        "vLLM",
+        "Ollama",
+        "Infinity",
+        "FasterWhisper",
+        "SGLang",
+        "llama.cpp",
+    }
     assert {check.status for check in checks.values()} == {"warning"}
     assert "pip install vllm" in checks["vLLM"].message
     program = tmp_path / "ollama"

@@ -60,7 +60,9 @@ async def test_every_engine_that_is_missing_is_listed_with_what_to_install():
     assert hints["VLLM"] == "pip install vllm"
     assert "infinity-emb" in hints["Infinity"]
     assert "ollama.com" in hints["OLlama"]
-    assert hints["FasterWhisper"]
+    assert "speaches" in hints["FasterWhisper"]
+    assert hints["SGLang"] == "pip install sglang"
+    assert "llama.cpp" in hints["LlamaCpp"]
 
 
 async def test_an_engines_environment_is_found_with_its_version_and_without_running_it(tmp_path):
@@ -147,11 +149,56 @@ async def test_an_engine_that_only_a_model_has_on_its_path_is_listed_with_the_mo
     assert one.source == "spec.env.PATH of Model gemma"
 
 
-async def test_the_renamed_server_of_faster_whisper_is_listed_with_its_image(tmp_path):
+@pytest.mark.parametrize(
+    ("output", "version"),
+    [
+        ("version: 0.4.1-dev (build 11434, commit e6ab7c1a4)\\nbuilt with GNU", "11434"),
+        ("version: 6400 (8f3a2bc)\\nbuilt with cc", "6400"),
+        ("error", ""),
+    ],
+)
+async def test_llama_cpp_reports_its_build_on_stderr(tmp_path, output, version):
+    server = program(tmp_path / "llama-server", f"#!/bin/sh\nprintf '{output}\\n' >&2\n")
+    one = await listed("LlamaCpp", path=str(tmp_path))
+    assert (one.program, one.version, one.title) == (server, version, "llama.cpp")
+
+
+async def test_sglang_is_a_module_of_its_environment(tmp_path):
+    env = environment(tmp_path / "env", "sglang", "sglang", "0.5.23")
+    one = await listed("SGLang", envs=[f"sglang={env}"])
+    assert (one.program, one.version) == (str(env / "bin" / "python3"), "0.5.23")
+
+
+async def test_speaches_is_the_server_of_faster_whisper(tmp_path):
     env = environment(tmp_path / "env", "speaches", "speaches", "0.8")
     one = await listed("FasterWhisper", envs=[f"FasterWhisper={env}"])
-    assert (one.version, one.image) == ("0.8", "speaches")
-    assert one.source == "--engine-env; for Models with image: speaches"
+    assert (one.version, one.image, one.source) == ("0.8", "", "--engine-env")
+
+
+async def test_its_former_server_is_listed_with_its_image(tmp_path):
+    env = environment(tmp_path / "env", "faster_whisper_server", "faster_whisper_server", "0.5")
+    packages = env / "lib" / "python3.12" / "site-packages"
+    (packages / "faster_whisper_server" / "main.py").write_text("")
+    one = await listed("FasterWhisper", envs=[f"FasterWhisper={env}"])
+    assert (one.version, one.image) == ("0.5", "faster-whisper-server")
+    assert one.source == "--engine-env; for Models with image: faster-whisper-server"
+
+
+async def test_another_program_of_that_name_is_not_taken_for_it(tmp_path, monkeypatch):
+    """PyPI's faster-whisper-server has no `main.py`."""
+    env = environment(tmp_path / "env", "faster_whisper_server", "faster_whisper_server", "0.0.3")
+    with pytest.raises(KubeAIError, match=r"speaches or faster_whisper_server.* is not installed"):
+        await read_engine_envs([f"FasterWhisper={env}"])
+    python = f'#!/bin/sh\nexec {sys.executable} -S "$@"\n'
+    program(tmp_path / "bin" / "python3", python)
+    packages = env / "lib" / "python3.12" / "site-packages"
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    one = await listed("FasterWhisper", path=str(tmp_path / "bin"))
+    assert one.program == ""
+    assert "another program" in one.hint
+    (packages / "faster_whisper_server" / "main.py").write_text("")
+    engines._questions.clear()
+    assert (await listed("FasterWhisper", path=str(tmp_path / "bin"))).program
 
 
 async def test_ollamas_folder_needs_no_python(tmp_path):

@@ -46,6 +46,10 @@ def draft(url, found=ALL):
         ("hf://Systran/faster-whisper-small", "FasterWhisper", "SpeechToText",
          "faster-whisper-small"),
         ("hf://openai/whisper-large-v3", "VLLM", "SpeechToText", "whisper-large-v3"),
+        ("hf://org/Name-GGUF:Q4_K_M", "LlamaCpp", "TextGeneration", "name-gguf-q4-k-m"),
+        ("hf://org/Nomic-Embed-GGUF", "LlamaCpp", "TextEmbedding", "nomic-embed-gguf"),
+        ("pvc://weights/small.gguf", "LlamaCpp", "TextGeneration", "small.gguf"),
+        ("pvc://weights?model=a/b.gguf", "LlamaCpp", "TextGeneration", "b.gguf"),
         ("hf://org/a__b.-c..d-", "VLLM", "TextGeneration", "a-b.c.d"),
         ("hf://org/" + 39 * "x" + ".yz", "VLLM", "TextGeneration", 39 * "x"),
     ],
@@ -63,6 +67,14 @@ def test_vllm_serves_embeddings_where_infinity_is_not_installed():
     assert (one.engine.engine, one.feature) == ("VLLM", "TextEmbedding")
 
 
+@pytest.mark.parametrize("url", ["hf://Qwen/Qwen3-0.6B", "hf://BAAI/bge-small-en-v1.5"])
+def test_sglang_serves_what_vllm_would_where_it_alone_is_installed(url):
+    assert draft(url, installed("SGLang")).engine.engine == "SGLang"
+    assert draft(url, installed("SGLang", "VLLM")).engine.engine == "VLLM"
+    with pytest.raises(KubeAIError, match="vLLM is not installed"):
+        draft("hf://openai/whisper-large-v3", installed("SGLang"))
+
+
 @pytest.mark.parametrize(
     ("url", "found", "message"),
     [
@@ -73,9 +85,11 @@ def test_vllm_serves_embeddings_where_infinity_is_not_installed():
             "neither Infinity nor vLLM is installed.*infinity-emb.*--engine-env Inf",
         ),
         ("ollama://x", ("VLLM",), "Ollama is not installed.*ollama.com.*--engine-env OLlama=DIR"),
+        ("hf://org/x-GGUF", ("VLLM",), "llama.cpp is not installed.*--engine-env LlamaCpp=DIR"),
         ("hf://org/x", ("OLlama",), "Ollama, which is installed, .*ollama://hf.co/org/x"),
         ("gs://bucket/x", ENGINES, "gs:// needs a cacheProfile"),
-        ("hf://org/…", ENGINES, "must start with|no letter or digit"),
+        ("oci://r.io/x:1", ENGINES, "no container runtime.*--volume NAME=DIR and pvc://NAME"),
+        ("hf://org/---", ENGINES, "no letter or digit"),
     ],
 )
 def test_what_cannot_be_served_is_an_error_with_a_remedy(url, found, message):

@@ -210,6 +210,22 @@ async def test_adapters_are_added_and_removed_without_a_new_pod(world):
     assert one.adapters == one.folder == {"b": B}
 
 
+async def test_an_adapter_on_a_claim_is_loaded_from_where_it_is_in_new_pods(world):
+    """A pod mounts its claims when it is created."""
+    world.apply(replicas=1, adapters=both(a=A))
+    await world.until(lambda: world.labels() == [{"a": HASH_A}])
+    (former,) = world.engines
+    claim = "pvc://loras/law"
+    world.set_adapters(a=A, law=claim)
+    await world.until(lambda: world.labels() == [{"a": HASH_A, "law": url_hash(claim)}])
+    (name,) = world.pods()
+    assert name != former
+    assert world.engines[name].adapters == {"a": A, "law": "/adapter-claims/loras/law"}
+    assert "law" not in world.engines[former].folder
+    assert not any("law" in line for line in world.engines[former].log)
+    assert "failedAdapters" not in world.model()["status"]
+
+
 async def test_a_changed_url_is_reloaded_one_pod_at_a_time(world):
     world.apply(replicas=3, adapters=both(a=A))
     await world.until(lambda: world.labels() == [{"a": HASH_A}] * 3)

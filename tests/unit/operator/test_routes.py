@@ -101,6 +101,8 @@ def test_a_route_has_the_models_routing_settings():
     assert (route.labels, route.owner, route.created_s) == ({"team": "a"}, "me", 1767225600)
     assert (route.strategy, route.mean_load_factor, route.replication) == ("PrefixHash", 150, 20)
     assert route.prefix_char_length == 100
+    assert route.form_model == ""
+    assert route_of(model, [], form_model="org/x").form_model == "org/x"
 
 
 def test_only_loaded_and_still_declared_adapters_are_routed():

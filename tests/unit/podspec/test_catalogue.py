@@ -136,7 +136,7 @@ def test_only_chat_models_are_routed_by_prefix(name):
     entry = CATALOG[name]
     if entry.get("loadBalancing") == {"strategy": "PrefixHash"}:
         assert entry["features"] == ["TextGeneration"]
-        assert entry["engine"] == "VLLM"
+        assert entry["engine"] in ("VLLM", "SGLang")
 
 
 def test_the_schema_accepts_all_fields_and_rejects_unknown_ones():

@@ -1,67 +1,24 @@
 """The engines' pods as built from a Model and the system config."""
 
 import copy
-import subprocess
 
 import msgspec
 import pytest
 import yaml
+from fakes.engine_pods import CONFIG, ENGINES, URLS, env, hash_label, model, pod, server
 from repository import REPOSITORY
 
-from kubeai.api.config.system import SystemConfig, parse_config
+from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
 from kubeai.api.model_url import parse_url
 from kubeai.errors import ModelError
 from kubeai.podspec import build_pod, files_config_map, pod_hash, sources
-from kubeai.podspec.engines import vllm
-from kubeai.podspec.engines.ollama import STARTUP_SCRIPT
-
-CONFIG = SystemConfig()
-URLS = {"OLlama": "ollama://gemma2:2b"}
-
-
-def model(engine="VLLM", annotations=None, **spec):
-    return decode_model(
-        {
-            "metadata": {
-                "name": "m",
-                "namespace": "ns",
-                "uid": "u-1",
-                "annotations": annotations or {},
-            },
-            "spec": {
-                "url": URLS.get(engine, "hf://org/name"),
-                "engine": engine,
-                "features": ["TextGeneration"],
-                **spec,
-            },
-        }
-    )
-
-
-def pod(engine="VLLM", config=CONFIG, **spec):
-    return build_pod(model(engine, **spec), config)
-
-
-def hash_label(built):
-    return built["metadata"]["labels"]["pod-hash"]
-
-
-def server(built):
-    (container,) = built["spec"]["containers"]
-    assert container["name"] == "server"
-    return container
-
-
-def env(built):
-    return {variable["name"]: variable.get("value") for variable in server(built)["env"]}
 
 
 def patched(*patches):
     return parse_config(msgspec.json.encode({"modelServerPods": {"jsonPatches": patches}}).decode())
 
 
-ENGINES = ("VLLM", "OLlama", "FasterWhisper", "Infinity")
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -78,6 +35,8 @@ def test_labels_name_the_model_and_engine_of_a_pod(engine):
         "app.kubernetes.io/name": engine.lower(),
         "app.kubernetes.io/instance": f"{engine.lower()}-m",
         "app.kubernetes.io/managed-by": "kubeai",
+        "kubeai.org/model": "m",
+        "kubeai.org/model-uid": "u-1",
     }
     assert hash_ == pod(engine)["metadata"]["labels"]["pod-hash"]
     assert "name" not in metadata
@@ -103,10 +62,17 @@ def test_a_pod_has_port_8000_shared_memory_and_probes(engine):
 
 
 @pytest.mark.parametrize(
-    ("engine", "failures"), [("VLLM", 5400), ("FasterWhisper", 900), ("Infinity", 600)]
+    ("engine", "image", "failures"),
+    [
+        ("VLLM", "", 5400),
+        ("SGLang", "", 5400),
+        ("LlamaCpp", "", 5400),
+        ("FasterWhisper", "fedirz/faster-whisper-server:latest-cpu", 900),
+        ("Infinity", "", 600),
+    ],
 )
-def test_each_engine_has_its_startup_timeout(engine, failures):
-    probe = server(pod(engine))["startupProbe"]
+def test_each_engine_has_its_startup_timeout(engine, image, failures):
+    probe = server(pod(engine, image=image))["startupProbe"]
     assert probe["httpGet"] == {"path": "/health", "port": "http"}
     assert (probe["periodSeconds"], probe["failureThreshold"]) == (2, failures)
 
@@ -215,116 +181,6 @@ def test_annotations_with_the_endpoints_address_reach_the_pod():
     assert pod()["metadata"]["annotations"] == {"model-pod-port": "8000"}
 
 
-# -- the engines ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "args"),
-    [
-        ("hf://org/name", ["--model=org/name", "--served-model-name=m"]),
-        ("pvc://claim/x", ["--model=/model", "--served-model-name=m"]),
-        (
-            "s3://bucket/x",
-            ["--model=s3://bucket/x", "--served-model-name=m", "--load-format=runai_streamer"],
-        ),
-    ],
-)
-def test_vllm_gets_the_location_of_its_weights_followed_by_the_users_args(url, args):
-    container = server(pod(url=url, args=["--max-model-len=9", "--x"]))
-    assert container["command"] == ["python3", "-m", "vllm.entrypoints.openai.api_server"]
-    assert container["args"] == [*args, "--max-model-len=9", "--x"]
-
-
-def test_vllm_with_adapters_is_started_with_lora_enabled():
-    with_lora = model(adapters=[{"name": "a", "url": "hf://x/y"}])
-    container = vllm.server(with_lora, parse_url(with_lora.spec.url))
-    assert container.more_args == ["--enable-lora"]
-    assert container.env == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-
-
-def startup(built):
-    return server(built)["startupProbe"]["exec"]["command"][4:]
-
-
-@pytest.mark.parametrize(
-    ("url", "features", "arguments"),
-    [
-        ("ollama://q:1b", ["TextGeneration"], ["q:1b", "m", "pull", "load"]),
-        ("ollama://q", ["TextEmbedding"], ["q", "m", "pull", "no-load"]),
-        ("ollama://h:5/q?insecure=true", [], ["h:5/q", "m", "pull-insecure", "no-load"]),
-        ("ollama://q?pull=false", [], ["q", "m", "present", "no-load"]),
-        ("pvc://claim?model=q:1b", ["TextGeneration"], ["q:1b", "m", "present", "load"]),
-    ],
-)
-def test_ollama_pulls_and_loads_the_model_in_its_startup_probe(url, features, arguments):
-    built = pod("OLlama", url=url, features=features)
-    assert startup(built) == arguments
-    probe = server(built)["startupProbe"]
-    assert (probe["initialDelaySeconds"], probe["periodSeconds"]) == (1, 3)
-    assert (probe["failureThreshold"], probe["timeoutSeconds"]) == (10, 10800)
-    assert env(built)["OLLAMA_HOST"] == "0.0.0.0:8000"
-    assert env(built)["OLLAMA_KEEP_ALIVE"] == "999999h"
-    assert env(built).get("OLLAMA_MODELS") == ("/model" if url.startswith("pvc") else None)
-    assert "command" not in server(built)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "calls"),
-    [
-        (["q", "m", "pull", "load"], ["pull q", "cp q m", "run m hi"]),
-        (["q", "m", "pull-insecure", "no-load"], ["pull --insecure q", "cp q m"]),
-        (["q", "m", "present", "no-load"], ["cp q m"]),
-        (["q;touch x `id` $(id)", "m", "pull", "no-load"],
-         ["pull q;touch x `id` $(id)", "cp q;touch x `id` $(id) m"]),
-    ],
-)  # fmt: skip
-def test_the_startup_script_executes_nothing_from_a_model_name(tmp_path, arguments, calls):
-    fake = tmp_path / "ollama"
-    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{tmp_path}/calls"\n')
-    fake.chmod(0o755)
-    subprocess.run(
-        ["sh", "-ec", STARTUP_SCRIPT, "startup", *arguments],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
-        cwd=tmp_path,
-        check=True,
-    )
-    assert (tmp_path / "calls").read_text().splitlines() == calls
-    assert {path.name for path in tmp_path.iterdir()} == {"ollama", "calls"}
-
-
-def test_the_startup_script_fails_if_any_step_fails(tmp_path):
-    fake = tmp_path / "ollama"
-    fake.write_text('#!/bin/sh\n[ "$1" != pull ]\n')
-    fake.chmod(0o755)
-    command = ["sh", "-ec", STARTUP_SCRIPT, "startup", "q", "m", "pull", "no-load"]
-    done = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False)
-    assert done.returncode != 0
-
-
-def test_faster_whisper_is_configured_by_its_environment():
-    assert env(pod("FasterWhisper", args=["--x"])) == {
-        "WHISPER__MODEL": "org/name",
-        "ENABLE_UI": "false",
-        "HF_TOKEN": None,
-    }
-    assert server(pod("FasterWhisper", args=["--x"]))["args"] == ["--x"]
-    assert env(pod("FasterWhisper", url="pvc://claim"))["WHISPER__MODEL"] == "/model"
-
-
-def test_infinity_is_configured_by_its_environment():
-    built = pod("Infinity", args=["--x"])
-    assert server(built)["args"] == ["v2", "--x"]
-    assert env(built) == {
-        "INFINITY_MODEL_ID": "org/name",
-        "INFINITY_SERVED_MODEL_NAME": "m",
-        "INFINITY_URL_PREFIX": "/v1",
-        "INFINITY_ENGINE": "torch",
-        "INFINITY_PORT": "8000",
-        "HF_TOKEN": None,
-    }
-    assert env(pod("Infinity", url="pvc://claim"))["INFINITY_MODEL_ID"] == "/model"
-
-
 # -- where weights come from ---------------------------------------------------------------------
 
 
@@ -341,6 +197,10 @@ def test_infinity_is_configured_by_its_environment():
         ("Infinity", "s3://b/x", "and s3:// with a cacheProfile"),
         ("FasterWhisper", "oss://b/x", "and oss:// with a cacheProfile"),
         ("FasterWhisper", "pvc://c?model=x", "does not support the parameter 'model'"),
+        ("SGLang", "ollama://x", "SGLang cannot load from ollama://"),
+        ("SGLang", "pvc://c?model=x", "SGLang does not support the parameter 'model'"),
+        ("LlamaCpp", "ollama://x", "LlamaCpp cannot load from ollama://"),
+        ("LlamaCpp", "s3://b/x", "LlamaCpp cannot load from s3://; it loads from hf://, pvc://"),
     ],
 )
 def test_a_url_that_the_engine_cannot_load_is_rejected(engine, url, reason):
@@ -351,15 +211,20 @@ def test_a_url_that_the_engine_cannot_load_is_rejected(engine, url, reason):
 
 
 @pytest.mark.parametrize("scheme", ["hf", "s3", "gs", "oss"])
-def test_with_a_cache_all_engines_but_ollama_accept_every_scheme_of_the_loader(scheme):
+def test_with_a_cache_most_engines_accept_every_scheme_of_the_loader(scheme):
     for engine in ENGINES:
         spec = model(engine, url=f"{scheme}://bucket/path", cacheProfile="c").spec
-        if engine != "OLlama":
+        if engine not in ("OLlama", "LlamaCpp"):
             assert sources.model_url(spec).scheme == scheme
             continue
-        with pytest.raises(ModelError, match=f"OLlama cannot load from {scheme}://") as caught:
+        with pytest.raises(ModelError) as caught:
             sources.model_url(spec)
-        assert (caught.value.field, caught.value.reason) == ("spec.url", "InvalidURL")
+        if engine == "LlamaCpp" and scheme == "hf":
+            assert "LlamaCpp does not support caches" in str(caught.value)
+            assert caught.value.field == "spec.cacheProfile"
+        else:
+            assert f"{engine} cannot load from {scheme}://" in str(caught.value)
+            assert (caught.value.field, caught.value.reason) == ("spec.url", "InvalidURL")
 
 
 def secret(name, key):
@@ -442,10 +307,10 @@ def test_a_token_in_the_models_env_replaces_the_secrets():
     ]
 
 
-@pytest.mark.parametrize("engine", ["VLLM", "OLlama", "FasterWhisper", "Infinity"])
+@each_engine
 @pytest.mark.parametrize(("path", "sub_path"), [("", None), ("/", None), ("/a/b/", "a/b")])
 def test_a_claim_is_mounted_at_slash_model(engine, path, sub_path):
-    query = "?model=q" if engine == "OLlama" else ""
+    query = "?model=q" if engine in ("OLlama", "LlamaCpp") else ""
     built = pod(engine, url=f"pvc://claim{path}{query}")
     assert {"name": "model", "persistentVolumeClaim": {"claimName": "claim"}} in built["spec"][
         "volumes"
@@ -454,11 +319,9 @@ def test_a_claim_is_mounted_at_slash_model(engine, path, sub_path):
     assert (mount["mountPath"], mount.get("subPath")) == ("/model", sub_path)
 
 
-@pytest.mark.parametrize("engine", ["VLLM", "FasterWhisper", "Infinity"])
-def test_variable_references_in_a_url_are_escaped(engine):
-    text = msgspec.json.encode(server(pod(engine, url="hf://org/$(HF_TOKEN)"))).decode()
-    assert "org/$$(HF_TOKEN)" in text
-    assert "org/$(HF_TOKEN)" not in text
+def test_a_url_cannot_refer_to_variables_of_the_container():
+    with pytest.raises(ModelError, match="may only contain letters"):
+        pod(url="hf://org/$(HF_TOKEN)")
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -567,6 +430,80 @@ def test_a_patch_that_cannot_be_applied_is_reported_with_its_path(bad):
     assert f"{bad['op']} {bad['path']!r}" in str(caught.value)
 
 
+def test_a_models_patches_may_move_and_replace():
+    patches = [
+        {"op": "move", "from": "/spec/containers/0/livenessProbe", "path": "/spec/probe"},
+        {"op": "replace", "path": "/spec/probe/periodSeconds", "value": 7},
+        {"op": "move", "from": "/spec/probe", "path": "/spec/containers/0/livenessProbe"},
+    ]
+    built = pod(jsonPatches=patches)
+    assert server(built)["livenessProbe"]["periodSeconds"] == 7
+    assert hash_label(built) != hash_label(pod())
+    assert built == pod(jsonPatches=patches)  # the patches themselves are unchanged
+
+
+COPY = {"op": "copy", "from": "/spec", "path": "/spec/x"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"op": "remove", "path": "/spec/nosuch"}, "remove '/spec/nosuch' cannot be applied"),
+        ({"op": "remove", "path": "/metadata/annotations"}, "not the manifest of a pod"),
+        ({"op": "replace", "path": "/metadata/labels", "value": []}, "a label that KubeAI needs"),
+        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "KubeAI needs"),
+        ({"op": "add", "path": "/spec/initContainers", "value": [{}]}, "not the manifest of a pod"),
+        ({"op": "add", "path": "/spec/x", "value": "y" * (1 << 20)}, "larger than 1048576 bytes"),
+    ],
+)
+def test_a_models_patch_that_cannot_be_applied_is_reported_with_its_path(bad, why):
+    with pytest.raises(ModelError) as caught:
+        pod(config=patched(OK), jsonPatches=[OK, bad])
+    assert caught.value.field == "spec.jsonPatches[1]"
+    assert caught.value.reason == "InvalidPatch"
+    assert why in str(caught.value)
+
+
+def test_patches_that_double_the_pod_again_and_again_are_stopped():
+    with pytest.raises(ModelError, match="jsonPatches"):
+        pod(jsonPatches=[COPY, *({**COPY, "path": f"/spec/x{n}"} for n in range(60))])
+
+
+# -- weights in an image -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["VLLM", "SGLang", "FasterWhisper", "Infinity"])
+def test_an_image_with_weights_is_mounted_read_only(engine):
+    built = pod(engine, url="oci://registry.example/org/name:1")
+    (volume,) = (v for v in built["spec"]["volumes"] if v["name"] == "model")
+    assert volume["image"] == {"reference": "registry.example/org/name:1"}
+    mount = {"name": "model", "mountPath": "/model", "readOnly": True}
+    assert mount in server(built)["volumeMounts"]
+    container = {k: v for k, v in server(built).items() if k != "volumeMounts"}
+    assert "/model" in str(container)
+
+
+def test_an_image_with_weights_is_pulled_with_its_secret_once():
+    config = parse_config("""
+secretNames: {oci: weights}
+modelServerPods: {imagePullSecrets: [{name: engines}, {name: weights}]}
+""")
+    built = pod(config=config, url="oci://r/a:1")
+    assert built["spec"]["imagePullSecrets"] == [{"name": "engines"}, {"name": "weights"}]
+    assert "imagePullSecrets" not in pod()["spec"]
+    assert "imagePullSecrets" not in pod(url="oci://r/a:1")["spec"]
+
+
+def test_an_image_with_weights_needs_no_cache_and_no_parameters():
+    for url, engine, why in (
+        ("oci://r/a:1", "OLlama", "OLlama cannot load from oci://"),
+        ("oci://r/a:1?model=q", "VLLM", "does not support the parameter 'model'"),
+        ("oci://r/a:1", "LlamaCpp", "LlamaCpp needs the GGUF file"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            pod(engine, url=url)
+
+
 # -- hash ----------------------------------------------------------------------------------------
 
 
@@ -584,11 +521,17 @@ ADAPTERS = [{"name": "a", "url": "hf://a/b"}]
 
 
 @pytest.mark.parametrize(
-    ("spec", "hash_"), [({}, "tgolajh2"), ({"adapters": ADAPTERS}, "cjamrdus")]
+    ("engine", "image", "hash_"),
+    [
+        ("VLLM", "registry.example/engine:v1", "pim5cbv6"),
+        ("VLLM", "vllm/vllm-openai:v0.5.5", "caqyp5lm"),
+        ("FasterWhisper", "fedirz/faster-whisper-server:latest-cpu", "iy6nxgjx"),
+        ("Infinity", "", "gxrnzvcd"),
+    ],
 )
-def test_an_upgrade_does_not_replace_existing_pods(spec, hash_):
-    """These are the hashes from before containers had a terminationMessagePolicy."""
-    assert hash_label(pod(**spec)) == hash_
+def test_an_upgrade_does_not_replace_existing_pods(engine, image, hash_):
+    """These hashes are older than `vllm serve`, and than a terminationMessagePolicy."""
+    assert hash_label(pod(engine, image=image)) == hash_
 
 
 def test_a_failing_container_leaves_the_end_of_its_log_in_the_pods_status():

@@ -10,7 +10,12 @@ from kubeai._prefix import PrefixIndex
 from kubeai.routing.publisher import CACHE_TOKENS, Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.supervisor import cache_sizes
-from kubeai.supervisor.cache_sizes import CacheSizes, SizeUnknown, cache_tokens
+from kubeai.supervisor.cache_sizes import (
+    CacheSizes,
+    SizeUnknown,
+    cache_tokens,
+    sglang_cache_tokens,
+)
 
 BLOCK = 7  # the hash of a block
 
@@ -113,9 +118,42 @@ async def test_an_endpoint_without_prefix_caching_is_never_found(world):
     assert not world.holds(row, 0)
 
 
-async def test_other_engines_are_not_asked(world):
+SGLANG = 'sglang:max_total_num_tokens{model_name="m",tp_rank="0"} 1600.0\n'
+
+
+async def test_sglang_reports_its_size_by_another_name(world):
+    (row,) = world.route(await world.engine(SGLANG), kind="SGLang")
+    await world.read(row)
+    assert world.holds(row, 1_500)
+    assert not world.holds(row, 1_700)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens"),
+    [
+        ([("0", "0", 100)], 100),
+        ([("0", "0", 100), ("0", "1", 100)], 100),  # tensor parallelism
+        ([("0", "0", 100), ("1", "0", 200)], 300),  # data parallelism
+    ],
+)
+def test_the_ranks_of_sglang_share_a_cache_or_have_their_own(samples, tokens):
+    text = "".join(
+        f'sglang:max_total_num_tokens{{dp_rank="{dp}",tp_rank="{tp}"}} {value}.0\n'
+        for dp, tp, value in samples
+    )
+    assert sglang_cache_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "sglang:max_total_num_tokens NaN\n", SGLANG[:30]])
+def test_a_page_of_sglang_without_the_size_is_unknown(text):
+    with pytest.raises(SizeUnknown, match="sglang:max_total_num_tokens"):
+        sglang_cache_tokens(text)
+
+
+@pytest.mark.parametrize("kind", ["OLlama", "LlamaCpp", "Infinity"])
+async def test_other_engines_are_not_asked(world, kind):
     engine = await world.engine(PAGE)
-    world.route(engine, kind="OLlama")
+    world.route(engine, kind=kind)
     await asyncio.sleep(0)
     assert engine.connections == 0
 

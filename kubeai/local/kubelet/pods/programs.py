@@ -22,6 +22,7 @@ from kubeai.local.engines import (
     locate_script,
 )
 from kubeai.local.kubelet.pods.pod import PodError
+from kubeai.podspec.images import parse_image
 
 ENGINE_NOT_INSTALLED = "EngineNotInstalled"
 UNKNOWN_IMAGE = "UnknownImage"
@@ -31,6 +32,7 @@ _PYTHON = re.compile(r"python(3(\.\d+)?)?")
 NO_ENVS: EngineEnvs = {}
 _MOCK_HINT = f"or set image: {MOCK_IMAGE} to run the mock engine"
 _VLLM_SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
+_VLLM_CLI = "vllm.entrypoints.cli.main"  # what the script `vllm` runs
 
 # The last part of an image's name → the command of such an image.
 _IMAGE_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -44,7 +46,9 @@ _IMAGE_COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
         r"faster-whisper-server",
         ("python3", "-m", "uvicorn", "--factory", "faster_whisper_server.main:create_app"),
     ),
-    (r"speaches", ("python3", "-m", "uvicorn", "--factory", "speaches.main:create_app")),
+    (r".*speaches.*", ("python3", "-m", "uvicorn", "--factory", "speaches.main:create_app")),
+    (r"sglang.*", ("python3", "-m", "sglang.launch_server")),
+    (r"llama\.cpp", ("llama-server",)),
 )
 
 
@@ -56,12 +60,12 @@ def bind_to_pod(text: str, ip: str) -> str:
 def engine_environment(image: str, command: Sequence[str], ip: str) -> dict[str, str]:
     """Variables that make a known engine listen on ``ip``; the manifest overrides them."""
     program = Path(command[0]).name if command else ""
-    name = _image_name(image)
+    name = parse_image(image).name
     if program == "ollama" or (not command and name == "ollama"):
         return {"OLLAMA_HOST": f"{ip}:11434"}
     if program == "infinity_emb" or (not command and name.startswith("infinity")):
         return {"INFINITY_HOST": ip}
-    if not command and name in ("faster-whisper-server", "speaches"):
+    if not command and (name == "faster-whisper-server" or "speaches" in name):
         return {"UVICORN_HOST": ip, "UVICORN_PORT": "8000"}
     return {}
 
@@ -110,9 +114,13 @@ async def locate(
         return list(argv)
     if name and name == program:
         script = locate_script(name, engine_envs, own_path, model_path)
-        if script is None:
+        if script is not None:
+            return [script.program, *argv[1:]]
+        # A Python that has vLLM may have its script in a folder that is not on PATH.
+        module = await locate_module(name, engine_envs, own_path, model_path)
+        if name != "vllm" or module is None:
             raise _not_installed(name)
-        return [script.program, *argv[1:]]
+        return [module.program, "-m", _VLLM_CLI, *argv[1:]]
     if name:
         module = await locate_module(name, engine_envs, own_path, model_path)
         if module is None:
@@ -133,12 +141,8 @@ def _engine_name(argv: Sequence[str]) -> str:
     return name if engine_of(name) else ""
 
 
-def _image_name(image: str) -> str:
-    return image.split("@")[0].rsplit("/", 1)[-1].split(":")[0]
-
-
 def _image_command(image: str) -> tuple[str, ...]:
-    name = _image_name(image)
+    name = parse_image(image).name
     for pattern, command in _IMAGE_COMMANDS:
         if re.fullmatch(pattern, name):
             return command

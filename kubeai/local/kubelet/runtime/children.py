@@ -89,7 +89,9 @@ async def kill_orphans() -> None:
     log.error("failed to kill orphans", pids=orphans)
 
 
-async def run_helper(argv: list[str], timeout_s: float = HELPER_TIMEOUT_S) -> tuple[int, str]:
+async def run_helper(
+    argv: list[str], timeout_s: float = HELPER_TIMEOUT_S, *, with_stderr: bool = False
+) -> tuple[int, str]:
     """Run a short program; its exit code (-1: could not be run, or timeout) and its output."""
     try:
         # Started on this thread, so that kill_orphans never sees it before it is known.
@@ -97,7 +99,7 @@ async def run_helper(argv: list[str], timeout_s: float = HELPER_TIMEOUT_S) -> tu
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT if with_stderr else subprocess.DEVNULL,
             cwd="/",
         )
     except OSError:

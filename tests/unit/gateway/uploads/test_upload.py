@@ -161,6 +161,15 @@ async def test_the_model_part_is_omitted_for_fasterwhisper(stack, replica, clien
     assert replica.in_flight() == replica.active() == 0
 
 
+async def test_speaches_gets_its_own_name_of_the_model(stack, replica, client):
+    engine, address = await started(stack, 200)
+    replica.publish("w", address, form_model="Systran/faster-whisper-small")
+    form = form_of(("model", "w"), ("file", io.BytesIO(b"RIFF")))
+    assert (await client.post(TRANSCRIPTIONS, data=form)).status == 200
+    names = [content for name, _, content in await engine.form() if name == "model"]
+    assert names == [b"Systran/faster-whisper-small"]
+
+
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize(("asked", "sent"), [("w", b"w"), ("w_fin", b"fin")])
 async def test_other_engines_receive_the_model_name_that_they_serve(

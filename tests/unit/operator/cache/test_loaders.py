@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
 from kubeai.errors import ModelError
 from kubeai.podspec import build_pod
+from kubeai.podspec.adapters import fetch_command
 from kubeai.podspec.cache import claim, directory, evict_job, job_hash, load_job
 
 CONFIG = parse_config("""
 cacheProfiles:
   fast: {sharedFilesystem: {storageClassName: nfs}}
   fixed: {sharedFilesystem: {persistentVolumeName: volume-1}}
+  large: {sharedFilesystem: {storageClassName: nfs, storageSize: 2048Gi}}
 modelLoading: {image: loader:1}
 modelServerPods:
   serviceAccountName: models
@@ -46,20 +50,21 @@ def environment(container):
 
 
 @pytest.mark.parametrize(
-    ("profile", "expected"),
+    ("profile", "expected", "size"),
     [
-        ("fast", {"storageClassName": "nfs"}),
-        ("fixed", {"storageClassName": "", "volumeName": "volume-1"}),
+        ("fast", {"storageClassName": "nfs"}, "10Gi"),
+        ("fixed", {"storageClassName": "", "volumeName": "volume-1"}, "10Gi"),
+        ("large", {"storageClassName": "nfs"}, "2Ti"),
     ],
 )
-def test_the_claim_follows_its_cache_profile_and_has_no_owner(profile, expected):
+def test_the_claim_follows_its_cache_profile_and_has_no_owner(profile, expected, size):
     made = claim(model(cacheProfile=profile), CONFIG)
     assert made["metadata"]["name"] == f"shared-model-cache-{profile}"
     assert made["metadata"]["namespace"] == "ns"
     assert "ownerReferences" not in made["metadata"]
     assert made["spec"] == expected | {
         "accessModes": ["ReadWriteMany"],
-        "resources": {"requests": {"storage": "10Gi"}},
+        "resources": {"requests": {"storage": size}},
     }
 
 
@@ -84,7 +89,8 @@ def test_an_incomplete_cache_profile_is_an_error_of_the_models_using_it(profile)
     ("engine", "where"),
     [
         ("VLLM", lambda c: c["args"][0].removeprefix("--model=")),
-        ("FasterWhisper", lambda c: environment(c)["WHISPER__MODEL"]),
+        ("SGLang", lambda c: c["args"][0].removeprefix("--model-path=")),
+        ("FasterWhisper", lambda c: c["startupProbe"]["exec"]["command"][-1]),
         ("Infinity", lambda c: environment(c)["INFINITY_MODEL_ID"]),
     ],
 )
@@ -209,24 +215,16 @@ def test_the_adapters_loader_has_the_configured_resources():
     assert loader["resources"] == {"requests": {"cpu": "1"}}
 
 
-def test_variable_references_in_a_load_jobs_url_are_escaped():
-    job = load_job(model(url="s3://b/$(HOME)", cacheProfile="fast"), CONFIG)
-    (loader,) = containers(job["spec"]["template"]).values()
-    assert loader["args"][0] == "s3://b/$$(HOME)"
-
-
 # -- adapters ------------------------------------------------------------------------------------
 
 
 def test_a_model_with_adapters_has_a_loader_container_beside_its_engine():
-    env_from = [{"configMapRef": {"name": "more"}}]
-    pod = build_pod(model(adapters=ADAPTERS, env={"A": "1"}, envFrom=env_from), CONFIG)
+    pod = build_pod(model(adapters=ADAPTERS), CONFIG)
     server, loader = containers(pod).values()
     assert loader["name"] == "loader"
     assert loader["image"] == "loader:1"
     assert loader["securityContext"] == {"runAsUser": 7}
-    assert loader["envFrom"] == env_from
-    assert {"HF_TOKEN", "AWS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_ID", "A"} < set(environment(loader))
+    assert {"HF_TOKEN", "AWS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_ID"} < set(environment(loader))
     assert {"name": "adapters", "mountPath": "/adapters"} in loader["volumeMounts"]
     assert {
         "name": "adapters", "mountPath": "/adapters", "readOnly": True,
@@ -234,6 +232,105 @@ def test_a_model_with_adapters_has_a_loader_container_beside_its_engine():
     assert {"name": "adapters", "emptyDir": {}} in pod["spec"]["volumes"]
     assert "--enable-lora" in server["args"]
     assert environment(server)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+
+
+def test_the_loader_gets_credentials_endpoints_and_proxies_and_nothing_of_the_engine():
+    ours = {
+        "HF_TOKEN": "t",
+        "HF_ENDPOINT": "https://hub.example",
+        "AWS_ENDPOINT_URL": "$(STORE)/x",
+        "AWS_REGION": "eu",
+        "OSS_REGION": "eu",
+        "GOOGLE_APPLICATION_CREDENTIALS": "/k",
+        "https_proxy": "http://proxy",
+        "NO_PROXY": "*",
+        "SSL_CERT_FILE": "/ca",
+        "STORE": "$(HOST)",  # referred to by another
+        "HOST": "https://store.example",
+    }
+    engines = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HOME": "/x",
+        "PATH": "/opt/vllm/bin",
+        "HOME": "/root",
+        "VLLM_API_KEY": "secret",
+        "LD_PRELOAD": "x.so",
+    }
+    env_from = [{"configMapRef": {"name": "settings"}}, {"secretRef": {"name": "keys"}}]
+    pod = build_pod(model(adapters=ADAPTERS, env=ours | engines, envFrom=env_from), CONFIG)
+    server, loader = containers(pod).values()
+    credentials = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "OSS_ACCESS_KEY_ID"}
+    credentials |= {"OSS_ACCESS_KEY_SECRET"}
+    assert set(environment(loader)) == ours.keys() | credentials
+    assert {name: environment(loader)[name] for name in ours} == ours
+    assert loader["envFrom"] == env_from[1:]
+    assert engines.keys() <= environment(server).keys()
+    assert server["envFrom"] == env_from
+
+
+CLAIMS = [
+    {"name": "law", "url": "pvc://loras/law/v2/"},
+    {"name": "fin", "url": "pvc://loras/fin"},
+    {"name": "own", "url": "pvc://a.claim"},
+]
+
+
+def test_adapters_on_claims_are_mounted_read_only_and_linked_where_the_engine_looks():
+    pod = build_pod(model(adapters=[*CLAIMS, *ADAPTERS]), CONFIG)
+    mounts = [
+        {"name": "adapter-claim-0", "mountPath": "/adapter-claims/a.claim", "readOnly": True},
+        {"name": "adapter-claim-1", "mountPath": "/adapter-claims/loras", "readOnly": True},
+    ]
+    for container in containers(pod).values():
+        found = [m for m in container["volumeMounts"] if m["name"].startswith("adapter-claim")]
+        assert found == mounts
+    volumes = {v["name"]: v.get("persistentVolumeClaim") for v in pod["spec"]["volumes"]}
+    assert volumes["adapter-claim-0"] == {"claimName": "a.claim"}
+    assert volumes["adapter-claim-1"] == {"claimName": "loras"}
+    *_, place, folder = fetch_command("law", "pvc://loras/law/v2/")
+    assert (place, folder) == ("/adapter-claims/loras/law/v2", "/adapters/law")
+    assert fetch_command("own", "pvc://a.claim")[-2] == "/adapter-claims/a.claim"
+
+
+def test_only_the_claims_of_adapters_change_the_pods():
+    def built(*adapters):
+        return build_pod(model(adapters=[*ADAPTERS, *adapters]), CONFIG)
+
+    law, fin, own = CLAIMS
+    assert built(law) == built(law, fin) == built(fin)
+    assert built(law) != built(law, own)
+    assert built(law) != built()
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("pvc://claim/../x", "must not contain"),
+        ("pvc://No_Claim/x", "not a valid PersistentVolumeClaim name"),
+        ("pvc://claim/x?model=y", "does not support 'model'"),
+    ],
+)
+def test_an_adapter_that_cannot_be_mounted_is_named(url, why):
+    with pytest.raises(ModelError, match=why) as caught:
+        build_pod(model(adapters=[*ADAPTERS, {"name": "b", "url": url}]), CONFIG)
+    assert caught.value.field == "spec.adapters[1].url"
+
+
+def test_an_adapters_link_leads_to_its_folder_and_needs_one(tmp_path):
+    (tmp_path / "there").mkdir()
+
+    def link(place):
+        command = fetch_command("a", "pvc://claim/x")[:-2]
+        paths = [str(tmp_path / place), str(tmp_path / f"{place}-link")]
+        return subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
+
+    assert link("there").returncode == 0
+    assert (tmp_path / "there-link").resolve() == tmp_path / "there"
+    failed = link("missing")
+    assert failed.returncode == 1
+    assert "missing is not a folder of the claim" in failed.stderr
+    assert not (tmp_path / "missing-link").is_symlink()
 
 
 def test_the_list_of_adapters_does_not_change_the_pods():

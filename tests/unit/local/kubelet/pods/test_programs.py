@@ -52,7 +52,7 @@ async def test_the_loader_runs_from_this_installation_unless_another_is_installe
     assert await resolve("registry.example/kubeai:v1", ["load"], argv) == [theirs, *argv]
 
 
-MODULES = "#!/bin/sh\necho vllm faster_whisper_server\n"  # a Python that has them
+MODULES = "#!/bin/sh\necho vllm faster_whisper_server speaches sglang\n"  # a Python that has them
 
 
 async def test_vllm_listens_on_the_pods_address(tools):
@@ -75,6 +75,35 @@ async def test_vllm_in_its_own_environment_is_found_by_its_script(tools, tmp_pat
         (own / name).chmod(0o755)
     (tmp_path / "vllm").symlink_to(own / "vllm")
     assert (await resolve("vllm/vllm-openai", VLLM))[0] == str(own / "python3")
+
+
+async def test_vllm_serve_runs_the_script_and_listens_on_the_pods_address(tools):
+    vllm = tools("vllm")
+    argv = await resolve("vllm/vllm-openai:v0.33.0", ["vllm", "serve"], ["org/m"])
+    assert argv == [vllm, "serve", "org/m", f"--host={IP}"]
+
+
+async def test_vllm_serve_runs_without_its_script_on_path(tools):
+    python = tools("python3", MODULES)
+    argv = await resolve("vllm/vllm-openai:v0.33.0", ["vllm", "serve"], ["org/m"])
+    assert argv == [
+        python,
+        *("-m", "vllm.entrypoints.cli.main", "serve", "org/m", f"--host={IP}"),
+    ]
+
+
+async def test_sglang_listens_on_the_pods_address(tools):
+    python = tools("python3", MODULES)
+    command = ["python3", "-m", "sglang.launch_server"]
+    argv = await resolve("lmsysorg/sglang:v0.5.23", command, ["--host=0.0.0.0"])
+    assert argv == [python, *command[1:], f"--host={IP}"]
+    assert (await resolve("lmsysorg/sglang:v0.5.23"))[1:] == command[1:]
+
+
+async def test_a_llama_cpp_image_runs_llama_server_on_the_pods_address(tools):
+    server = tools("llama-server")
+    image = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11429"
+    assert await resolve(image, (), ["--host", "0.0.0.0"]) == [server, "--host", IP]
 
 
 async def test_an_ollama_image_runs_ollama_serve(tools):
@@ -103,6 +132,8 @@ async def test_faster_whisper_runs_its_uvicorn_application(tools):
     assert argv[-1] == "faster_whisper_server.main:create_app"
     env = programs.engine_environment("fedirz/faster-whisper-server:latest-cpu", (), IP)
     assert env == {"UVICORN_HOST": IP, "UVICORN_PORT": "8000"}
+    argv = await resolve("ghcr.io/speaches-ai/speaches:0.8.3-cpu")
+    assert argv[-1] == "speaches.main:create_app"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +143,9 @@ async def test_faster_whisper_runs_its_uvicorn_application(tools):
         ("ollama/ollama", (), "ollama is not installed"),
         ("michaelf34/infinity", (), "infinity_emb is not installed"),
         ("fedirz/faster-whisper-server", (), "faster_whisper_server is not installed"),
+        ("vllm/vllm-openai", ["vllm", "serve"], "vllm is not installed"),
+        ("ghcr.io/ggml-org/llama.cpp:server", (), "llama-server is not installed"),
+        ("lmsysorg/sglang", (), "sglang is not installed"),
         ("x", ["my-tool"], "my-tool is not installed"),
     ],
 )
