@@ -371,11 +371,11 @@ cdef class Exchange:
     def reserve(self, int64_t size_bytes):
         """Count more memory as buffered until the exchange ends; False if there is no room."""
         cdef Relay relay = self.downstream.relay
-        if self.finished or relay.buffered_bytes + size_bytes > relay.buffer_max_bytes:
-            return False
-        relay.buffered_bytes += size_bytes
-        self.downstream.buffered_bytes += size_bytes
-        return True
+        cdef bint has_room = relay.buffered_bytes + size_bytes <= relay.buffer_max_bytes
+        if has_room and not self.finished:
+            relay.buffered_bytes += size_bytes
+            self.downstream.buffered_bytes += size_bytes
+        return has_room
 
     @property
     def received(self):
