@@ -102,7 +102,9 @@ async def _ask(places: Iterable[Place], response_id: str, headers: dict[str, str
                 each.cancel()
 
 
-async def _first_owner(asked: list[asyncio.Future[tuple[Place, int]]], response_id: str) -> Place:
+async def _first_owner(
+    asked: Iterable[asyncio.Future[tuple[Place, int]]], response_id: str
+) -> Place:
     silent = []
     for answer in asyncio.as_completed(asked):
         place, status = await answer
