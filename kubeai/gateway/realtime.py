@@ -157,10 +157,8 @@ class Session:
             "id": f"sess-{self._stream.request_id}",
             "created": int(time.time()),
         }
-        self._stream.session = self
-        self._stream.accept(
-            b"Sec-WebSocket-Accept: %b\r\n" % self._accept, _frame(_TEXT, _encode(created))
-        )
+        accept = b"Sec-WebSocket-Accept: %b\r\n" % self._accept
+        self._stream.accept(self, accept, _frame(_TEXT, _encode(created)))
         try:
             async with asyncio.timeout(MODEL_TIMEOUT_S):
                 _, frame = await self._update

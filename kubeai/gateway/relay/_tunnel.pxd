@@ -8,11 +8,8 @@ cdef class Tunnel
 
 
 cdef class UpgradableStream(EarlyStream):
-    cdef double idle_timeout_s
-    cdef Tunnel tunnel  # None: the client has no 101 yet
-    cdef public object session  # what reads ``early``: its ``wake()`` is called
-    cdef public bytes early  # frames that came before there is an engine
-    cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
+    cdef Tunnel tunnel  # None: the request is no handshake
+    cdef bint _is_open(self) noexcept
     cdef int _open_tunnel(self, bytes head) except -1
 
 
@@ -20,8 +17,12 @@ cdef class Tunnel:
     cdef UpgradableStream exchange
     cdef DownstreamEnd downstream
     cdef UpstreamEnd upstream  # None: there is no engine yet
-    cdef object client  # the transports
-    cdef object engine
+    cdef object client  # its transport; None: it has no 101 yet
+    cdef object engine  # its transport
+    cdef double idle_timeout_s
+    cdef object session  # what reads ``early``: its ``wake()`` is called
+    cdef bytes early  # frames that came before there is an engine
+    cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
     cdef int _connect(self, UpstreamEnd upstream) except -1
     cdef int _touch(self) except -1
     cdef bint _stalls(self) noexcept

@@ -42,23 +42,37 @@ cdef class UpgradableStream(EarlyStream):
 
     def upgrade(self, double idle_timeout_s):
         """Have the next attempts ask for the upgrade. Follow with ``send``, without a body."""
+        cdef Tunnel tunnel = Tunnel.__new__(Tunnel)
+        tunnel.exchange = self
+        tunnel.downstream = self.downstream
+        tunnel.idle_timeout_s = idle_timeout_s
+        self.tunnel = tunnel
         self.upgrades = self.decided = True
-        self.idle_timeout_s = idle_timeout_s
         self.set_header(b"upgrade", b"websocket")
         self.set_header(b"connection", b"Upgrade")
 
-    def accept(self, bytes headers not None, bytes greeting not None):
+    @property
+    def early(self):
+        """See the stub."""
+        return self.tunnel.early
+
+    @early.setter
+    def early(self, bytes frames not None):
+        self.tunnel.early = frames
+
+    def accept(self, session, bytes headers not None, bytes greeting not None):
         """Accept the handshake before there is an engine. Call ``upgrade`` before.
 
         ``headers``: extra lines, each ending in CRLF. ``greeting``: the first frame to the client,
-        in place of the engine's. What the client sends is collected in ``early``.
+        in place of the engine's. What the client sends is collected in ``early``, and ``session``
+        is notified by ``wake()``.
         """
         if self.finished or self.answered or self.begun:
             return
         self.begun = self.decided = True
         self.status = SWITCHING
-        self.greeting = b""
-        self.early = b""
+        self.tunnel.session = session
+        self.tunnel.greeting = self.tunnel.early = b""
         self._open_tunnel(
             b"HTTP/1.1" + LINE + b"\r\n" + headers + self.downstream.request_id + UPGRADE
         )
@@ -75,12 +89,12 @@ cdef class UpgradableStream(EarlyStream):
 
     def comment(self, bytes text not None):
         """See EarlyStream. A WebSocket has no comments."""
-        if self.tunnel is None:
+        if not self._is_open():
             EarlyStream.comment(self, text)
 
     def end(self, int status, bytes event not None):
         """See EarlyStream. ``event``: of a WebSocket, its last frames."""
-        if self.tunnel is None:
+        if not self._is_open():
             EarlyStream.end(self, status, event)
         elif not (self.finished or self.answered):
             self.answered = True
@@ -91,15 +105,15 @@ cdef class UpgradableStream(EarlyStream):
             self.downstream.input = b""  # so that the connection lingers
             self.downstream._response_ended()
 
+    cdef bint _is_open(self) noexcept:
+        """Whether the client has a 101."""
+        return self.tunnel is not None and self.tunnel.client is not None
+
     cdef int _open_tunnel(self, bytes head) except -1:
         """Send the client's 101, and hand its connection over."""
         cdef DownstreamEnd downstream = self.downstream
-        cdef Tunnel tunnel = Tunnel.__new__(Tunnel)
-        self.tunnel = tunnel
-        tunnel.exchange = self
-        tunnel.downstream = downstream
-        tunnel.client = downstream.transport
-        tunnel.client.set_protocol(ClientSide(tunnel))
+        self.tunnel.client = downstream.transport
+        self.tunnel.client.set_protocol(ClientSide(self.tunnel))
         downstream.keep_alive = False
         downstream._write(head)
         return 0
@@ -108,12 +122,12 @@ cdef class UpgradableStream(EarlyStream):
         cdef DownstreamEnd downstream = self.downstream
         cdef Bytes line = view(LINE)
         cdef Bytes framing = view(UPGRADE)
-        cdef bytes early = self.early
+        cdef bytes early = self.tunnel.early
         self.answered = True
         self.status = SWITCHING
         self.answered_s = now()
         self.pool.note_end(SWITCHING)
-        if self.tunnel is None:
+        if not self._is_open():
             self._open_tunnel(
                 response_head(
                     line,
@@ -127,7 +141,7 @@ cdef class UpgradableStream(EarlyStream):
         self.tunnel._connect(self.upstream)
         self.body_came = True
         self._body_came()
-        self.early = None
+        self.tunnel.early = None
         if early:
             self.tunnel._from_client(early)
         if downstream.input is not None:  # the client did not wait for the response
@@ -171,7 +185,7 @@ cdef class Tunnel:
     cdef int _touch(self) except -1:
         """A side has received data: begin the idle timeout again."""
         if not self._stalls():
-            self.downstream.deadline = now() + self.exchange.idle_timeout_s
+            self.downstream.deadline = now() + self.idle_timeout_s
         return 0
 
     cdef bint _stalls(self) noexcept:
@@ -189,23 +203,23 @@ cdef class Tunnel:
             self._touch()
             self.upstream._write(data)
             return 0
-        exchange.early += data
-        if PyBytes_GET_SIZE(exchange.early) > EARLY_MAX_BYTES:
+        self.early += data
+        if PyBytes_GET_SIZE(self.early) > EARLY_MAX_BYTES:
             set_reading(self.client, False)
-        return exchange._hook(exchange.session.wake)
+        return exchange._hook(self.session.wake)
 
     cdef int _from_engine(self, bytes data) except -1:
         cdef Py_ssize_t end
         if self.exchange.finished:
             return 0
         self._touch()
-        if self.exchange.greeting is not None:
-            data = self.exchange.greeting + data
+        if self.greeting is not None:
+            data = self.greeting + data
             end = frame_end(data)
-            self.exchange.greeting = None if end else data
+            self.greeting = None if end else data
             if end > 0 and b'"session.created"' in data[:end]:  # the client has had one
                 data = data[end:]
-        if data and self.exchange.greeting is None:
+        if data and self.greeting is None:
             self.downstream._write(data)
         return 0
 
