@@ -247,7 +247,7 @@ cdef class ClientSide:
 
     cdef Tunnel tunnel
 
-    def __cinit__(self, Tunnel tunnel):
+    def __init__(self, Tunnel tunnel not None):
         self.tunnel = tunnel
 
     def data_received(self, bytes data):
@@ -273,7 +273,7 @@ cdef class EngineSide:
 
     cdef Tunnel tunnel
 
-    def __cinit__(self, Tunnel tunnel):
+    def __init__(self, Tunnel tunnel not None):
         self.tunnel = tunnel
 
     def data_received(self, bytes data):
