@@ -14,7 +14,7 @@ of them, and ``LOOKUPS_MAX_COUNT`` such requests at a time in each worker. Calle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -102,7 +102,9 @@ async def _ask(places: Iterable[Place], response_id: str, headers: dict[str, str
                 each.cancel()
 
 
-async def _first_owner(asked: list[asyncio.Future[tuple[Place, int]]], response_id: str) -> Place:
+async def _first_owner(
+    asked: Sequence[asyncio.Future[tuple[Place, int]]], response_id: str
+) -> Place:
     silent = []
     for answer in asyncio.as_completed(asked):
         place, status = await answer
