@@ -14,7 +14,7 @@ of them, and ``LOOKUPS_MAX_COUNT`` such requests at a time in each worker. Calle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -103,7 +103,7 @@ async def _ask(places: Iterable[Place], response_id: str, headers: dict[str, str
 
 
 async def _first_owner(
-    asked: Iterable[asyncio.Future[tuple[Place, int]]], response_id: str
+    asked: Sequence[asyncio.Future[tuple[Place, int]]], response_id: str
 ) -> Place:
     silent = []
     for answer in asyncio.as_completed(asked):
