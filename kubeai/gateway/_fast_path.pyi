@@ -11,8 +11,8 @@ from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.cors import CorsPolicy
+from kubeai.gateway.relay._early import EarlyStream
 from kubeai.gateway.relay._exchange import Pool
-from kubeai.gateway.relay._tunnel import UpgradableStream
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
@@ -37,7 +37,7 @@ class JsonRoute:
 
     def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
 
-class FastPath(UpgradableStream):
+class FastPath(EarlyStream):
     _kind: Kind
     _path: bytes  # the engine's
     _payload: bytes | None  # the body sent to the engine; None: an upload, or no body

@@ -35,9 +35,9 @@ from kubeai._load cimport (
 )
 from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
+from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport Pool
 from kubeai.gateway.relay._http1 cimport Text, is_name, text_values
-from kubeai.gateway.relay._tunnel cimport UpgradableStream
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
@@ -107,7 +107,7 @@ cdef bint is_special(const Text *text) noexcept:
     return False
 
 
-cdef class FastPath(UpgradableStream):
+cdef class FastPath(EarlyStream):
     """See the module docstring. The relay's context is a FastPathContext."""
 
     cdef public object _kind

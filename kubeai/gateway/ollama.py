@@ -109,8 +109,9 @@ def shown(body: bytes, routes: Iterable[Route]) -> bytes:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"The body is not a JSON object with a model: {error}.") from None
     name = request.model or request.name
-    for route in _usable(routes):
+    for route in routes:
         if route.model == name.removesuffix(LATEST):
+            check_engine(Kind.OLLAMA_SHOW, route)
             able = tuple(_CAPABILITIES[each] for each in route.features if each in _CAPABILITIES)
             return msgspec.json.encode(_Shown(_Details(), {}, able, _time(route)))
     raise model_not_found(name)

@@ -44,6 +44,7 @@ from kubeai.gateway.realtime import (
 )
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.relay._renaming import Renaming
+from kubeai.gateway.relay._tunnel import Tunnel
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
 from kubeai.gateway.stored_responses import find_owner, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
-
 _FAILURES = {
     CONNECT: "cannot connect",
     LOST: "connection lost",
@@ -126,10 +126,10 @@ class Proxy(FastPath):
         try:
             check_handshake(self, self.context.cors)
             model = model_in(query)
-            self.upgrade(self.context.config.websocket_idle_timeout_s)
+            tunnel = Tunnel(self, self.context.config.websocket_idle_timeout_s)
             if model is None:
                 self._path = f"{self._kind.value}?{query}".rstrip("?").encode("latin-1")
-                self._wait(partial(self._read_session, Session(self)))
+                self._wait(partial(self._read_session, Session(self, tunnel)))
                 return
             request = openai.named(self._kind, model)
             routed = self._find(request)

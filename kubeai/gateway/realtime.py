@@ -27,8 +27,9 @@ from kubeai.openai.routes import Kind
 
 if TYPE_CHECKING:
     from kubeai.gateway.cors import CorsPolicy
+    from kubeai.gateway.relay._early import EarlyStream
     from kubeai.gateway.relay._exchange import Exchange
-    from kubeai.gateway.relay._tunnel import UpgradableStream
+    from kubeai.gateway.relay._tunnel import Tunnel
     from kubeai.openai.request import InferenceRequest
 
 
@@ -132,15 +133,16 @@ class _Event(msgspec.Struct):
 class Session:
     """The client's side of a WebSocket until its model is known and an engine has accepted it."""
 
-    def __init__(self, stream: UpgradableStream) -> None:
+    def __init__(self, exchange: EarlyStream, tunnel: Tunnel) -> None:
         """BadRequest if the handshake is invalid."""
-        keys = stream.headers(b"sec-websocket-key")
-        if stream.headers(b"sec-websocket-version") != [b"13"] or not _is_key(keys):
+        keys = exchange.headers(b"sec-websocket-key")
+        if exchange.headers(b"sec-websocket-version") != [b"13"] or not _is_key(keys):
             raise BadRequest(
                 "The WebSocket handshake needs Sec-WebSocket-Version: 13 and a Sec-WebSocket-Key."
             )
-        self._stream = stream
-        self._read_bytes = 0  # frames up to here in ``stream.early`` have been read
+        self._exchange = exchange
+        self._tunnel = tunnel
+        self._read_bytes = 0  # frames up to here in ``tunnel.early`` have been read
         self._update: asyncio.Future[tuple[int, _Frame]] = (
             asyncio.get_running_loop().create_future()
         )
@@ -150,17 +152,15 @@ class Session:
     async def model(self) -> str:
         """Accept the handshake, and wait for the event with the model. BadRequest if none comes."""
         # What the client offers is between it and the engine, which is not known yet.
-        self._stream.drop_header(b"sec-websocket-extensions")
-        self._stream.drop_header(b"sec-websocket-protocol")
+        self._exchange.drop_header(b"sec-websocket-extensions")
+        self._exchange.drop_header(b"sec-websocket-protocol")
         created = {
             "type": "session.created",
-            "id": f"sess-{self._stream.request_id}",
+            "id": f"sess-{self._exchange.request_id}",
             "created": int(time.time()),
         }
-        self._stream.session = self
-        self._stream.accept(
-            b"Sec-WebSocket-Accept: %b\r\n" % self._accept, _frame(_TEXT, _encode(created))
-        )
+        accept = b"Sec-WebSocket-Accept: %b\r\n" % self._accept
+        self._tunnel.accept(self, accept, _frame(_TEXT, _encode(created)))
         try:
             async with asyncio.timeout(MODEL_TIMEOUT_S):
                 _, frame = await self._update
@@ -178,14 +178,14 @@ class Session:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _violation(f"session.update is not valid JSON: {error}.") from None
         changed = _frame(_TEXT, _encode({**event, "model": name}), is_masked=True)
-        early = self._stream.early
-        self._stream.early = early[:begin] + changed + early[frame.end :]
+        early = self._tunnel.early
+        self._tunnel.early = early[:begin] + changed + early[frame.end :]
         self._read_bytes += len(changed) - (frame.end - begin)
 
     def wake(self) -> None:
         """Read the frames that have come."""
         try:
-            while frame := _read_frame(self._stream.early, self._read_bytes):
+            while frame := _read_frame(self._tunnel.early, self._read_bytes):
                 self._take(frame)
             if self._read_bytes > EVENTS_MAX_BYTES and not self._update.done():
                 raise _violation("No session.update with a model was received first.")
@@ -194,13 +194,13 @@ class Session:
                 self._update.set_exception(error)
 
     def _take(self, frame: _Frame) -> None:
-        early, begin = self._stream.early, self._read_bytes
+        early, begin = self._tunnel.early, self._read_bytes
         if frame.opcode in (_PING, _CLOSE):
-            self._stream.early = early[:begin] + early[frame.end :]
+            self._tunnel.early = early[:begin] + early[frame.end :]
             if frame.opcode == _CLOSE:
-                self._stream.end(101, _frame(_CLOSE, frame.payload[:2]))
+                self._exchange.end(101, _frame(_CLOSE, frame.payload[:2]))
             else:
-                self._stream.write_frame(_frame(_PONG, frame.payload))
+                self._tunnel.write(_frame(_PONG, frame.payload))
             return
         if frame.opcode == _TEXT and not self._update.done():
             if not frame.is_final:

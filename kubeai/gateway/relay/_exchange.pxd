@@ -130,13 +130,13 @@ cdef class Exchange:
     cdef bint receiving
     cdef bint in_pieces  # the upstream request's body: written with ``write``
     cdef int64_t sending_bytes  # its size
-    cdef bint upgrades  # the request is a WebSocket handshake
     cdef bint replayed
     cdef readonly bint begun  # an event stream was begun before there is a response; see _early
     cdef readonly bint answered  # a response head has been written; if begun, a response's body
     cdef readonly int status  # of that response
     cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
+    cdef object tunnel  # of a WebSocket handshake; see _tunnel
     cdef public Renaming renaming  # of the model in the response; None: it is not renamed
     cdef bytes extra_headers  # lines that are added to the upstream's response
     cdef bint body_came  # the first byte of the response's body has been received
@@ -148,7 +148,6 @@ cdef class Exchange:
     cdef int _collected(self) except -1
     cdef int _body_came(self) except -1
     cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1
-    cdef int _upgraded(self, bytes data) except -1
     cdef int _ended(self) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)

@@ -543,10 +543,6 @@ cdef class Exchange:
         """The response is complete. ``data[at:at + size]``: the last bytes of its body at hand."""
         return 0
 
-    cdef int _upgraded(self, bytes data) except -1:
-        """The upstream has accepted the upgrade; ``data`` follows its response."""
-        raise NotImplementedError
-
     cdef int _ended(self) except -1:
         self.on_end()
         return 0

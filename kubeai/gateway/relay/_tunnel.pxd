@@ -1,27 +1,20 @@
 """Declarations of ``_tunnel.pyx``."""
 
-from kubeai.gateway.relay._early cimport EarlyStream
-from kubeai.gateway.relay._exchange cimport DownstreamEnd, UpstreamEnd
-
-
-cdef class Tunnel
-
-
-cdef class UpgradableStream(EarlyStream):
-    cdef double idle_timeout_s
-    cdef Tunnel tunnel  # None: the client has no 101 yet
-    cdef public object session  # what reads ``early``: its ``wake()`` is called
-    cdef public bytes early  # frames that came before there is an engine
-    cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
-    cdef int _open_tunnel(self, bytes head) except -1
+from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, UpstreamEnd
 
 
 cdef class Tunnel:
-    cdef UpgradableStream exchange
+    cdef Exchange exchange
     cdef DownstreamEnd downstream
     cdef UpstreamEnd upstream  # None: there is no engine yet
-    cdef object client  # the transports
-    cdef object engine
+    cdef object client  # its transport; None: it has no 101 yet
+    cdef object engine  # its transport
+    cdef double idle_timeout_s
+    cdef object session  # what reads ``early``: its ``wake()`` is called
+    cdef public bytes early  # frames that came before there is an engine
+    cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
+    cdef int _open(self, bytes head) except -1
+    cdef int _take_input(self) except -1
     cdef int _connect(self, UpstreamEnd upstream) except -1
     cdef int _touch(self) except -1
     cdef bint _stalls(self) noexcept

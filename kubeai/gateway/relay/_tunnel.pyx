@@ -13,16 +13,14 @@ request. The exchange lasts until one side ends:
 
 A connection that is lost without a FIN counts as left by the client, or as broken by the engine.
 
-If only the client's first message says where the request goes, :meth:`UpgradableStream.accept`
-answers the handshake before there is an engine. As for an event stream that begins early, attempts
-then remain possible until an engine accepts the handshake.
+If only the client's first message says where the request goes, :meth:`Tunnel.accept` the handshake before there is an engine. As for an event stream that begins early, attempts then
+remain possible until an engine accepts the handshake.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 
 from kubeai._clock cimport now
-from kubeai.gateway.relay._early cimport EarlyStream
-from kubeai.gateway.relay._exchange cimport DownstreamEnd, UpstreamEnd
+from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, UpstreamEnd
 from kubeai.gateway.relay._http1 cimport Bytes, response_head, view
 
 from kubeai.gateway.relay._exchange import LOST as _LOST
@@ -35,108 +33,6 @@ cdef enum:
 
 cdef bytes LINE = b" 101 Switching Protocols"
 cdef bytes UPGRADE = b"Upgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
-
-
-cdef class UpgradableStream(EarlyStream):
-    """An Exchange that can turn its connections into a WebSocket."""
-
-    def upgrade(self, double idle_timeout_s):
-        """Have the next attempts ask for the upgrade. Follow with ``send``, without a body."""
-        self.upgrades = self.decided = True
-        self.idle_timeout_s = idle_timeout_s
-        self.set_header(b"upgrade", b"websocket")
-        self.set_header(b"connection", b"Upgrade")
-
-    def accept(self, bytes headers not None, bytes greeting not None):
-        """Accept the handshake before there is an engine. Call ``upgrade`` before.
-
-        ``headers``: extra lines, each ending in CRLF. ``greeting``: the first frame to the client,
-        in place of the engine's. What the client sends is collected in ``early``.
-        """
-        if self.finished or self.answered or self.begun:
-            return
-        self.begun = self.decided = True
-        self.status = SWITCHING
-        self.greeting = b""
-        self.early = b""
-        self._open_tunnel(
-            b"HTTP/1.1" + LINE + b"\r\n" + headers + self.downstream.request_id + UPGRADE
-        )
-        self.downstream._write(greeting)
-        if self.downstream.input is not None:  # the client did not wait for the response
-            self.tunnel._from_client(self.downstream.input[self.downstream.used:])
-            self.downstream.input = None
-            self.downstream._set_reading()
-
-    def write_frame(self, bytes frame not None):
-        """Write to a client whose handshake was accepted before there is an engine."""
-        if self.begun and not (self.finished or self.answered):
-            self.downstream._write(frame)
-
-    def comment(self, bytes text not None):
-        """See EarlyStream. A WebSocket has no comments."""
-        if self.tunnel is None:
-            EarlyStream.comment(self, text)
-
-    def end(self, int status, bytes event not None):
-        """See EarlyStream. ``event``: of a WebSocket, its last frames."""
-        if self.tunnel is None:
-            EarlyStream.end(self, status, event)
-        elif not (self.finished or self.answered):
-            self.answered = True
-            self.status = status
-            self.answered_s = now()
-            self._detach()
-            self.downstream._write(event)
-            self.downstream.input = b""  # so that the connection lingers
-            self.downstream._response_ended()
-
-    cdef int _open_tunnel(self, bytes head) except -1:
-        """Send the client's 101, and hand its connection over."""
-        cdef DownstreamEnd downstream = self.downstream
-        cdef Tunnel tunnel = Tunnel.__new__(Tunnel)
-        self.tunnel = tunnel
-        tunnel.exchange = self
-        tunnel.downstream = downstream
-        tunnel.client = downstream.transport
-        tunnel.client.set_protocol(ClientSide(tunnel))
-        downstream.keep_alive = False
-        downstream._write(head)
-        return 0
-
-    cdef int _upgraded(self, bytes data) except -1:
-        cdef DownstreamEnd downstream = self.downstream
-        cdef Bytes line = view(LINE)
-        cdef Bytes framing = view(UPGRADE)
-        cdef bytes early = self.early
-        self.answered = True
-        self.status = SWITCHING
-        self.answered_s = now()
-        self.pool.note_end(SWITCHING)
-        if self.tunnel is None:
-            self._open_tunnel(
-                response_head(
-                    line,
-                    &self.upstream.text,
-                    downstream.request_id,
-                    self.extra_headers,
-                    framing.at,
-                    framing.size,
-                )
-            )
-        self.tunnel._connect(self.upstream)
-        self.body_came = True
-        self._body_came()
-        self.early = None
-        if early:
-            self.tunnel._from_client(early)
-        if downstream.input is not None:  # the client did not wait for the response
-            self.tunnel._from_client(downstream.input[downstream.used:])
-            downstream.input = None
-        downstream._set_reading()
-        if data:
-            self.tunnel._from_engine(data)
-        return 0
 
 
 cdef Py_ssize_t frame_end(bytes data) noexcept:
@@ -157,7 +53,84 @@ cdef Py_ssize_t frame_end(bytes data) noexcept:
 
 
 cdef class Tunnel:
-    """The two connections of a WebSocket."""
+    """The two connections of an Exchange whose request is a WebSocket handshake."""
+
+    def __init__(self, Exchange exchange not None, double idle_timeout_s):
+        self.exchange = exchange
+        self.downstream = exchange.downstream
+        self.idle_timeout_s = idle_timeout_s
+        exchange.tunnel = self
+        exchange.decided = True
+        exchange.set_header(b"upgrade", b"websocket")
+        exchange.set_header(b"connection", b"Upgrade")
+
+    def accept(self, session, bytes headers not None, bytes greeting not None):
+        """See the stub."""
+        cdef Exchange exchange = self.exchange
+        if exchange.finished or exchange.answered or exchange.begun:
+            return
+        exchange.begun = exchange.decided = True
+        exchange.status = SWITCHING
+        self.session = session
+        self.greeting = self.early = b""
+        self._open(b"HTTP/1.1" + LINE + b"\r\n" + headers + self.downstream.request_id + UPGRADE)
+        self.downstream._write(greeting)
+        self._take_input()
+
+    def write(self, bytes frame not None):
+        """See the stub."""
+        if not (self.exchange.finished or self.exchange.answered):
+            self.downstream._write(frame)
+
+    def upgraded(self, bytes data not None):
+        """The engine has accepted the handshake; ``data`` follows its response."""
+        cdef Exchange exchange = self.exchange
+        cdef Bytes line = view(LINE)
+        cdef Bytes framing = view(UPGRADE)
+        cdef bytes early = self.early
+        exchange.answered = True
+        exchange.status = SWITCHING
+        exchange.answered_s = now()
+        exchange.pool.note_end(SWITCHING)
+        if self.client is None:
+            self._open(
+                response_head(
+                    line,
+                    &exchange.upstream.text,
+                    self.downstream.request_id,
+                    exchange.extra_headers,
+                    framing.at,
+                    framing.size,
+                )
+            )
+        self._connect(exchange.upstream)
+        exchange.body_came = True
+        exchange._body_came()
+        self.early = None
+        if early:
+            self._from_client(early)
+        self._take_input()
+        if data:
+            self._from_engine(data)
+
+    cdef int _open(self, bytes head) except -1:
+        """Send the client's 101, and take its connection over."""
+        self.client = self.downstream.transport
+        self.client.set_protocol(ClientSide(self))
+        self.downstream.keep_alive = False
+        self.downstream._write(head)
+        return 0
+
+    cdef int _take_input(self) except -1:
+        """Take what the client has sent without waiting for the response."""
+        cdef DownstreamEnd downstream = self.downstream
+        cdef bytes input = downstream.input
+        if input is not None:
+            downstream.input = None
+            self._from_client(input[downstream.used:])
+        if not self.exchange.finished:
+            downstream._set_reading()
+        return 0
 
     cdef int _connect(self, UpstreamEnd upstream) except -1:
         self.upstream = upstream
@@ -171,7 +144,7 @@ cdef class Tunnel:
     cdef int _touch(self) except -1:
         """A side has received data: begin the idle timeout again."""
         if not self._stalls():
-            self.downstream.deadline = now() + self.exchange.idle_timeout_s
+            self.downstream.deadline = now() + self.idle_timeout_s
         return 0
 
     cdef bint _stalls(self) noexcept:
@@ -181,31 +154,30 @@ cdef class Tunnel:
         )
 
     cdef int _from_client(self, bytes data) except -1:
-        cdef UpgradableStream exchange = self.exchange
-        if exchange.finished:
+        if self.exchange.finished:
             return 0
         if self.upstream is not None:
             self.downstream.body.received_bytes += PyBytes_GET_SIZE(data)
             self._touch()
             self.upstream._write(data)
             return 0
-        exchange.early += data
-        if PyBytes_GET_SIZE(exchange.early) > EARLY_MAX_BYTES:
+        self.early += data
+        if PyBytes_GET_SIZE(self.early) > EARLY_MAX_BYTES:
             set_reading(self.client, False)
-        return exchange._hook(exchange.session.wake)
+        return self.exchange._hook(self.session.wake)
 
     cdef int _from_engine(self, bytes data) except -1:
         cdef Py_ssize_t end
         if self.exchange.finished:
             return 0
         self._touch()
-        if self.exchange.greeting is not None:
-            data = self.exchange.greeting + data
+        if self.greeting is not None:
+            data = self.greeting + data
             end = frame_end(data)
-            self.exchange.greeting = None if end else data
+            self.greeting = None if end else data
             if end > 0 and b'"session.created"' in data[:end]:  # the client has had one
                 data = data[end:]
-        if data and self.exchange.greeting is None:
+        if data and self.greeting is None:
             self.downstream._write(data)
         return 0
 
@@ -275,7 +247,7 @@ cdef class ClientSide:
 
     cdef Tunnel tunnel
 
-    def __cinit__(self, Tunnel tunnel):
+    def __init__(self, Tunnel tunnel not None):
         self.tunnel = tunnel
 
     def data_received(self, bytes data):
@@ -301,7 +273,7 @@ cdef class EngineSide:
 
     cdef Tunnel tunnel
 
-    def __cinit__(self, Tunnel tunnel):
+    def __init__(self, Tunnel tunnel not None):
         self.tunnel = tunnel
 
     def data_received(self, bytes data):

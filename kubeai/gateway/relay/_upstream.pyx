@@ -232,7 +232,8 @@ cdef class Upstream(UpstreamEnd):
             if at <= 0:
                 return 0
             if self.status == 101:
-                return self.exchange._upgraded(cut(data, at, PyBytes_GET_SIZE(data) - at))
+                self.exchange.tunnel.upgraded(cut(data, at, PyBytes_GET_SIZE(data) - at))
+                return 0
             if self.exchange.begun:
                 self._continue_stream()
             else:
@@ -313,7 +314,7 @@ cdef class Upstream(UpstreamEnd):
         else:
             self.framing = UNTIL_CLOSE
             self.reusable = False
-        return self.status >= 100 and (self.status != 101 or self.exchange.upgrades)
+        return self.status >= 100 and (self.status != 101 or self.exchange.tunnel is not None)
 
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1:
         """Ask the Exchange about a 5xx; True if it is not passed on but retried."""
@@ -372,7 +373,7 @@ cdef class Upstream(UpstreamEnd):
     cdef int _continue_stream(self) except -1:
         """Decide how the body continues the event stream that has begun, if it can."""
         cdef bint http10 = self.exchange.downstream.http10
-        if self.status != 200 or self.exchange.upgrades or self._is_compressed() or not (
+        if self.status != 200 or self.exchange.tunnel is not None or self._is_compressed() or not (
             self._content_type().lower().startswith("text/event-stream")
         ):
             self.refusal = b""

@@ -100,7 +100,7 @@ async def test_models_are_listed_under_names_that_requests_may_use(start, mock):
         assert shown.capabilities == ["completion"]
         assert shown.modified_at == listed[0].modified_at
     assert (await client.show("embed")).capabilities == ["embedding"]
-    for name in ("nope", "other", "chat:7b", ":latest"):
+    for name in ("nope", "chat:7b", ":latest"):
         with pytest.raises(ollama.ResponseError) as caught:
             await client.show(name)
         assert caught.value.status_code == 404
@@ -149,6 +149,7 @@ async def test_a_model_of_another_engine_is_an_error_that_says_so(start):
         client.chat("m", HELLO),
         client.generate("m", "Hello"),
         client.embed("m", "Hello"),
+        client.show("m"),
     ):
         with pytest.raises(ollama.ResponseError, match="served by VLLM") as caught:
             await asking
