@@ -36,6 +36,7 @@ PLURAL = "models"
 NAME_MAX_CHARS = 40
 URL_MAX_CHARS = 2048
 FILES_MAX = 10
+ADAPTERS_MAX = 1000  # the API server rejects the rules of an unlimited list as too costly
 FILE_PATH_MAX_CHARS = 1024
 FILE_CONTENT_MAX_CHARS = 100_000
 REPLICATION_MAX = 10_000
@@ -275,7 +276,11 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         doc("Capabilities of the model. They determine which APIs serve and list it."),
     ]
     adapters: Annotated[
-        tuple[Adapter, ...], doc("LoRA adapters served alongside the base model (VLLM only).")
+        tuple[Adapter, ...],
+        doc(
+            "LoRA adapters served alongside the base model (VLLM only).",
+            maxItems=ADAPTERS_MAX,
+        ),
     ] = ()
     resource_profile: Annotated[
         str,

@@ -299,7 +299,8 @@ async def test_a_model_that_sets_nothing_gets_a_pod_of_each_engine(world):
         assert server(pod).get("securityContext", {}) == {}
         assert server(pod).get("envFrom", []) == []
         assert "priorityClassName" not in pod["spec"]
-        assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["dshm"]
+        cache = ["llama-cache"] if engine == "LlamaCpp" else []
+        assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["dshm", *cache]
 
 
 # -- image ---------------------------------------------------------------------------------------
