@@ -38,6 +38,7 @@ SECTIONS = (
     "messaging",
     "leaderElection",
     "gateway",
+    "proxy",
 )
 Schema = dict[str, Any]
 STRING: Schema = {"type": "string"}
@@ -135,6 +136,7 @@ def own() -> dict[str, Schema]:
             aws=secret("accessKeyID", "secretAccessKey"),
             gcp=secret("jsonKeyfile"),
             huggingface=secret("token"),
+            oci=section(name=STRING),
         ),
         "replicaCount": COUNT,
         "workers": {"type": "integer", "minimum": 1, "maximum": 63},
@@ -183,7 +185,9 @@ def own() -> dict[str, Schema]:
             rules=ANY_LIST,
             tls=ANY_LIST,
         ),
-        "networkPolicy": section(enabled=FLAG, clients=ANY_LIST, monitoring=ANY_LIST),
+        "networkPolicy": section(
+            enabled=FLAG, clients=ANY_LIST, gateways=ANY_LIST, monitoring=ANY_LIST
+        ),
         "metrics": section(
             prometheusOperator=section(
                 vLLMPodMonitor=monitor(),

@@ -118,6 +118,8 @@ def _schema(type_: inspect.Type) -> Schema:
         case inspect.UnionType(types=types):
             (inner,) = (t for t in types if not isinstance(t, inspect.NoneType))
             return _schema(inner)
+        case inspect.AnyType():
+            return {"x-kubernetes-preserve-unknown-fields": True, "nullable": True}
         case inspect.StructType():
             return _object(type_)
         case inspect.VarTupleType(item_type=item):
@@ -162,7 +164,9 @@ def _default(field: inspect.Field) -> Any:
     if field.default_factory is not msgspec.NODEFAULT and field.default_factory not in (list, dict):
         return {}
     default = field.default
-    if default is msgspec.NODEFAULT or default is None or default is False:
+    if default is msgspec.NODEFAULT or default is msgspec.UNSET:
+        return None
+    if default is None or default is False:
         return None
     return default if isinstance(default, int) or default else None
 

@@ -16,7 +16,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from kubeai.api.model_url import ADAPTER_SCHEMES, CACHE_SCHEMES, MODEL_SCHEMES, listed
+from kubeai.api.json_patch import JSON_PATCHES_MAX, JSONPatch
+from kubeai.api.model_url import (
+    ADAPTER_SCHEMES,
+    CACHE_SCHEMES,
+    MODEL_SCHEMES,
+    URL_PATTERN,
+    listed,
+)
 from kubeai.api.objects import ApiValue, Condition, ObjectMeta, Rule, doc
 from kubeai.errors import ModelError
 
@@ -44,6 +51,9 @@ POD_IP_ANNOTATION = "model-pod-ip"
 POD_PORT_ANNOTATION = "model-pod-port"
 POD_MODEL_LABEL = "model"
 POD_HASH_LABEL = "pod-hash"
+# On the pods that serve requests, for the Services of `proxy.mode: external`. As in KubeAI in Go.
+MODEL_LABEL = "kubeai.org/model"
+MODEL_UID_LABEL = "kubeai.org/model-uid"
 FEATURE_LABEL_PREFIX = "features.kubeai.org/"
 
 
@@ -243,12 +253,19 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "OLlama:\n"
             "ollama://<name>[:<tag>], with ?insecure=true for a registry without TLS and\n"
             "?pull=false for a model that is already in the image;\n"
-            "pvc://<claim>?model=<name>[:<tag>].",
+            "pvc://<claim>?model=<name>[:<tag>].\n\n"
+            "oci://<registry>/<repository>:<tag> is a container image with the weights, which is\n"
+            "mounted as an image volume; not for OLlama. LlamaCpp needs ?model=<file>.gguf.",
             maxLength=URL_MAX_CHARS,
             rules=(
                 Rule(
                     _one_of(MODEL_SCHEMES),
                     f"url must start with one of {listed(MODEL_SCHEMES)}",
+                ),
+                Rule(
+                    f"self.matches('{URL_PATTERN}')",
+                    "between the scheme and the parameters, url may contain only letters, digits, "
+                    "'.', '_', ':', '/' and '-'",
                 ),
             ),
         ),
@@ -269,7 +286,10 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         str,
         doc(
             "Resources of one replica, as <profile>:<count>: a resource profile of the system "
-            "config and its multiple. For example, nvidia-gpu-l4:2 is two L4 GPUs."
+            "config and its multiple. For example, nvidia-gpu-l4:2 is two L4 GPUs.\n\n"
+            "VLLM: <profile>:<count>:<nodes> runs a replica on several nodes, each with <count>\n"
+            "units. Tensor parallelism uses the units of a node, pipeline parallelism the nodes.\n"
+            "It needs the LeaderWorkerSet API."
         ),
     ] = ""
     cache_profile: Annotated[
@@ -362,6 +382,15 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "lower priority are preempted by pods of higher priority."
         ),
     ] = ""
+    json_patches: Annotated[
+        tuple[JSONPatch, ...],
+        doc(
+            "Experimental. JSON Patch operations (RFC 6902) on the Model's pods, applied after "
+            "those of the system config. Labels that KubeAI needs and the container server cannot "
+            "be removed.",
+            maxItems=JSON_PATCHES_MAX,
+        ),
+    ] = ()
 
 
 class ModelStatusReplicas(ApiValue, frozen=True, kw_only=True):

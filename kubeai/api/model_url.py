@@ -1,7 +1,7 @@
 """The URL of a Model's or an adapter's weights: its schemes, and how it is parsed.
 
-The schema in `kubeai.api.model` checks only its scheme and length; `parse_url` checks the rest and
-raises a ModelError, which the Model's conditions then name.
+The schema in `kubeai.api.model` checks a Model's URL against `URL_PATTERN`, its scheme and its
+length; `parse_url` checks the rest and raises a ModelError, which the Model's conditions then name.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from msgspec import Struct
 
 from kubeai.errors import ModelError
 
-Scheme = Literal["hf", "pvc", "ollama", "s3", "gs", "oss"]
+Scheme = Literal["hf", "pvc", "ollama", "s3", "gs", "oss", "oci"]
 
-MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "pvc", "ollama", "s3", "gs", "oss")
+MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "pvc", "ollama", "s3", "gs", "oss", "oci")
 CACHE_SCHEMES: tuple[Scheme, ...] = ("hf", "s3", "gs", "oss")  # supported by the loader
 ADAPTER_SCHEMES: tuple[Scheme, ...] = (*CACHE_SCHEMES, "pvc")
+# What KubeAI in Go (0.23) accepts as the url of a Model. Valid for CEL (RE2) and for Python.
+URL_PATTERN = "^[a-z0-9]+://[a-zA-Z0-9._:/-]+([?].*)?$"
 
 
 def listed(schemes: tuple[str, ...]) -> str:
@@ -34,7 +36,7 @@ class ModelURL(Struct, frozen=True):
     ref: str  # everything between :// and ?
     name: str  # ref up to its first slash: organisation, bucket or claim
     path: str = ""  # ref after its first slash
-    model: str = ""  # ?model=, the model on a claim: a name (OLlama) or a file (LlamaCpp)
+    model: str = ""  # ?model=, on a claim or in an image: a name (OLlama) or a file (LlamaCpp)
     insecure: bool = False  # ?insecure=true, pull without TLS
     pull: bool = True  # ?pull=false, the model is already in the image
 
@@ -44,14 +46,17 @@ class ModelURL(Struct, frozen=True):
         return f"{self.scheme}://{self.ref}"
 
 
-_URL = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<ref>[^?]+)(?:\?(?P<params>.*))?", re.DOTALL)
-_REF = re.compile(r"[A-Za-z0-9_][^\s\x00-\x1f\x7f]*")
+_URL = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<ref>[^?]+)(?:\?(?P<params>.*))?")
+_REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:/-]*")
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-_OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@-]*")
+# No leading dash, which a program would read as an option.
+_MODEL = re.compile(r"[a-zA-Z0-9._:/][a-zA-Z0-9._:/-]*")
+_IMAGE = re.compile(r"[^/:]+(:[0-9]+)?/[^:]+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?")
 # Supported parameters by scheme.
 _PARAMS: dict[str, frozenset[str]] = {
     "pvc": frozenset({"model"}),
     "ollama": frozenset({"insecure", "pull"}),
+    "oci": frozenset({"model"}),
 }
 
 
@@ -69,18 +74,20 @@ def parse_url(url: str, field: str = "spec.url") -> ModelURL:
     if not _REF.fullmatch(ref):
         raise ModelError(
             field,
-            f"{url!r}: the part after {scheme}:// must start with a letter or digit and must not "
-            "contain white space or control characters",
+            f"{url!r}: the part after {scheme}:// must start with a letter or digit and may only "
+            "contain letters, digits, '.', '_', ':', '/' and '-'",
             "InvalidURL",
         )
     name, _, path = ref.partition("/")
     if scheme == "pvc":
         _check_claim(url, name, path, field)
-    if scheme == "ollama":
-        _check_ollama_name(url, ref, field)
+    if scheme == "oci":
+        _check_image(url, ref, field)
     params = _params(url, scheme, match["params"], field)
-    if "model" in params:
-        _check_ollama_name(url, params["model"], field)
+    if "model" in params and not _MODEL.fullmatch(params["model"]):
+        raise ModelError(
+            field, f"{url!r}: {params['model']!r} is not a valid name of a model", "InvalidURL"
+        )
     return ModelURL(
         original=url,
         scheme=scheme,
@@ -102,15 +109,27 @@ def _check_claim(url: str, claim: str, path: str, field: str) -> None:
         raise ModelError(field, f"{url!r}: the path must not contain '..'", "InvalidURL")
 
 
-def _check_ollama_name(url: str, name: str, field: str) -> None:
-    if not _OLLAMA_NAME.fullmatch(name):
-        raise ModelError(field, f"{url!r}: {name!r} is not a valid Ollama model name", "InvalidURL")
+def _check_image(url: str, image: str, field: str) -> None:
+    if not _IMAGE.fullmatch(image):
+        raise ModelError(
+            field,
+            f"{url!r}: {image!r} must be an image with its registry: "
+            "oci://<registry>/<repository>:<tag>",
+            "InvalidURL",
+        )
 
 
 def _params(url: str, scheme: str, query: str | None, field: str) -> dict[str, str]:
     params: dict[str, str] = {}
     known = _PARAMS.get(scheme, frozenset())
     for key, value in parse_qsl(query or "", keep_blank_values=True):
+        if scheme == "oci" and key == "via":
+            raise ModelError(
+                field,
+                f"{url!r}: the parameter 'via' is not supported: the image is mounted as an image "
+                "volume, which Kubernetes pulls; remove the parameter",
+                "InvalidURL",
+            )
         if key not in known:
             means = f"known: {', '.join(sorted(known))}" if known else "none are known"
             raise ModelError(

@@ -50,7 +50,7 @@ async def _serve(host: str, port: int, workers: int) -> None:
     def started() -> None:
         log.info(
             "serving",
-            endpoint=f"http://{host}:{supervisor.port}/openai/v1",
+            endpoint=f"http://{host}:{supervisor.port}/openai/v1" if supervisor.port else "none",
             metrics=f"http://{supervisor.metrics_address}/metrics",
             health=f"http://{supervisor.health_address}",
             workers=workers,

@@ -62,7 +62,7 @@ def decode(data: bytes | msgspec.Raw, type_: type[T]) -> T:
     try:
         decoded: T = _decoder(type_).decode(data)
         return decoded
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(0, "Undecodable", f"cannot decode the response: {error}") from error
 
 
@@ -70,7 +70,7 @@ def decode_leniently(r: Resource, raw: msgspec.Raw, type_: Any) -> Any:
     """Decode an object of a collection; log it and return None if it is not of this type."""
     try:
         return _decoder(type_).decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         log.error("object skipped", resource=r.plural, error=str(error), start=bytes(raw)[:200])
         return None
 

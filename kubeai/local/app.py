@@ -21,7 +21,7 @@ import msgspec
 
 from kubeai.api.config.system import SystemConfig, load_config
 from kubeai.api.crd import model_crd
-from kubeai.errors import KubeAIError
+from kubeai.errors import ConfigError, KubeAIError
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CRDS, MODELS, NAMESPACES, NODES, PVCS
@@ -206,6 +206,10 @@ async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
 def _load_config(path: Path | None) -> SystemConfig:
     """The config, with a profile for Models of ``--model`` on a GPU."""
     config = load_config(path, defaults=LOCAL_DEFAULTS)
+    if config.external:
+        raise ConfigError(
+            "proxy.mode", "external is for clusters: `kubeai local` serves the requests itself"
+        )
     profiles = {from_url.GPU_PROFILE: from_url.ONE_GPU, **config.resource_profiles}
     return msgspec.structs.replace(config, resource_profiles=profiles)
 

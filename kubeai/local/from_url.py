@@ -85,6 +85,11 @@ def draft(url: str, installed: Sequence[Found]) -> Draft:
             f"{_option(url)}: {parsed.scheme}:// needs a cacheProfile; write a manifest, or "
             f"download the weights with `kubeai load` and use --volume and pvc://"
         )
+    if parsed.scheme == "oci":
+        raise KubeAIError(
+            f"{_option(url)}: there is no container runtime on this machine that could mount the "
+            f"image; copy its files into a directory, and use --volume NAME=DIR and pvc://NAME"
+        )
     feature, engines = _purpose(parsed)
     found = {one.engine: one for one in installed if one.program and not one.image}
     # SGLang serves what vLLM serves, where it alone is installed.

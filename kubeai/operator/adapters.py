@@ -79,7 +79,7 @@ class Adapters:
         self._writes = writes
         self._changed = changed
         self._clock = clock
-        self._works: dict[str, dict[str, _Work]] = {}  # model → pod uid → work
+        self._works: dict[str, dict[str, _Work]] = {}  # model → incarnation → work
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
@@ -88,11 +88,11 @@ class Adapters:
         pods = [pod for pod in pods if pod.counts and pod.uid]
         name = model.metadata.name
         works = self._works.setdefault(name, {})
-        for uid in works.keys() - {pod.uid for pod in pods}:
-            _cancel(works.pop(uid))
+        for gone in works.keys() - {pod.incarnation for pod in pods}:
+            _cancel(works.pop(gone))
         wait_s: float | None = None
         for pod in pods:
-            left_s = self._begin(model, pod, pods, works.setdefault(pod.uid, _Work()))
+            left_s = self._begin(model, pod, pods, works.setdefault(pod.incarnation, _Work()))
             wait_s = left_s if wait_s is None else min(wait_s, left_s or wait_s)
         if not pods:
             del self._works[name]
@@ -137,7 +137,7 @@ class Adapters:
             if other is pod:
                 continue
             busy |= {name for name, value in other.adapters if value == engine.LOADING}
-            work = works.get(other.uid)
+            work = works.get(other.incarnation)
             if work is not None and (work.task is not None or other.version < work.version):
                 busy |= work.loading
         return busy
@@ -242,15 +242,23 @@ class Adapters:
     async def _label(self, pod: Pod, work: _Work, values: Mapping[str, str | None]) -> None:
         labels = {engine.LABEL_PREFIX + name: value for name, value in values.items()}
         annotations = {engine.RESTARTS_ANNOTATION: str(pod.restarts)}
-        patch = {"metadata": {"uid": pod.uid, "labels": labels, "annotations": annotations}}
+        name, uid = pod.pods[0]
+        patch = {"metadata": {"uid": uid, "labels": labels, "annotations": annotations}}
         async with self._writes:
-            obj = await self._kube.patch(PODS, pod.name, patch, self._namespace, type=PodObject)
+            obj = await self._kube.patch(PODS, name, patch, self._namespace, type=PodObject)
         work.version = obj.metadata.version
 
     async def _exec(self, pod: Pod, command: list[str], timeout_s: float) -> None:
+        """Run a command in each of the replica's pods, whose engines all read the files."""
+        runs = (self._exec_in(name, command, timeout_s) for name, _ in pod.pods)
+        for outcome in await asyncio.gather(*runs, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _exec_in(self, name: str, command: list[str], timeout_s: float) -> None:
         self._writes.check()
         result = await self._kube.exec(
-            pod.name,
+            name,
             command,
             container=engine.LOADER_CONTAINER,
             namespace=self._namespace,

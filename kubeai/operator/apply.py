@@ -16,15 +16,17 @@ from typing import Any
 
 import msgspec
 
-from kubeai.api.model import Model, ModelStatus
+from kubeai.api.model import MODEL_LABEL, MODEL_UID_LABEL, Model, ModelStatus
+from kubeai.api.objects import ObjectMeta
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import MODELS, PODS
+from kubeai.kube.resources import MODELS, PODS, SETS, Resource
 from kubeai.logs import get_logger
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.cache.plan import CacheAction
 from kubeai.operator.conditions import only_counts, timeless
 from kubeai.operator.events import Events
+from kubeai.operator.groups import SetObject
 from kubeai.operator.leader import Writes
 from kubeai.operator.plan import (
     Action,
@@ -32,6 +34,7 @@ from kubeai.operator.plan import (
     CreatePod,
     DeletePod,
     DrainPod,
+    LabelPod,
     PatchModel,
     UndrainPod,
 )
@@ -49,6 +52,12 @@ MODEL_WRITES_INTERVAL_S = 1.05
 COUNTING_INTERVAL_S = 5.0
 CONFLICT_BACKOFF_S = 0.5
 NAMES_MAX = 8  # in one Event
+
+
+class _Owned(msgspec.Struct):
+    """The part of a pod or a LeaderWorkerSet that says whose it is."""
+
+    metadata: ObjectMeta
 
 
 class WriteState(msgspec.Struct):
@@ -105,6 +114,8 @@ class Applier:
         for action in actions:
             if isinstance(action, AdoptPod):
                 first.append(self._adopt(action))
+            elif isinstance(action, LabelPod):
+                first.append(self._label(model, action))
             elif isinstance(action, DrainPod | UndrainPod):
                 first.append(self._drain(action))
                 again_s = 0.0
@@ -138,13 +149,15 @@ class Applier:
             hash=create.hash,
             created_s=time.time(),
             mounts_files=bool(model.spec.files),
+            grouped=create.grouped,
         )
+        kind = SETS if create.grouped else PODS
         try:
             async with self._writes:
                 self._store.creating(pod)
-                await self._kube.create(PODS, manifest, self._namespace, type=PodObject)
+                await self._kube.create(kind, manifest, self._namespace)
         except ApiError as error:
-            if error.status == 409 and await self._is_ours(model, create.name):
+            if error.status == 409 and await self._is_ours(model, kind, create.name):
                 state.create_error = None
                 return
             self._store.not_created(pod)
@@ -156,12 +169,12 @@ class Applier:
             self._store.not_created(pod)
             raise
         state.create_error = None
-        log.info("pod created", model=model.metadata.name, pod=create.name)
+        log.info("pod created", model=model.metadata.name, pod=create.name, kind=kind.kind)
 
-    async def _is_ours(self, model: Model, name: str) -> bool:
-        """Whether the existing pod of this name belongs to the Model and is not terminating."""
+    async def _is_ours(self, model: Model, kind: Resource, name: str) -> bool:
+        """Whether the existing object of this name belongs to the Model and is not terminating."""
         try:
-            obj = await self._kube.get(PODS, name, self._namespace, type=PodObject)
+            obj = await self._kube.get(kind, name, self._namespace, type=_Owned)
         except ApiError as error:
             if error.status == 404:
                 return False
@@ -170,11 +183,12 @@ class Applier:
         return model.metadata.uid in owners and obj.metadata.deletion_timestamp is None
 
     async def delete(self, delete: DeletePod) -> None:
-        """Delete exactly the pod with this uid. It is fine if it no longer exists."""
+        """Delete exactly the pod or set with this uid. It is fine if it no longer exists."""
+        kind = SETS if delete.grouped else PODS
         try:
             async with self._writes:
                 self._store.deleting(delete.uid)
-                await self._kube.delete(PODS, delete.name, self._namespace, uid=delete.uid)
+                await self._kube.delete(kind, delete.name, self._namespace, uid=delete.uid)
         except ApiError as error:
             if error.status == 404:
                 return
@@ -186,21 +200,31 @@ class Applier:
         log.info("pod deleted", pod=delete.name, why=delete.why)
 
     async def _adopt(self, adopt: AdoptPod) -> None:
-        if await self._annotate(adopt.name, adopt.uid, HASH_ANNOTATION, adopt.hash):
+        if await self._patch_pod(adopt.name, adopt.uid, annotations={HASH_ANNOTATION: adopt.hash}):
             log.info("pod adopted", pod=adopt.name)
+
+    async def _label(self, model: Model, action: LabelPod) -> None:
+        labels: dict[str, str | None] = {
+            MODEL_LABEL: model.metadata.name,
+            MODEL_UID_LABEL: model.metadata.uid,
+        }
+        if await self._patch_pod(action.name, action.uid, labels=labels):
+            log.info("pod labelled", pod=action.name)
 
     async def _drain(self, action: DrainPod | UndrainPod) -> None:
         since = f"{time.time():.0f}" if isinstance(action, DrainPod) else None
-        if not await self._annotate(action.name, action.uid, DRAINING_ANNOTATION, since):
+        annotations = {DRAINING_ANNOTATION: since}
+        patch = self._patch_set if action.grouped else self._patch_pod
+        if not await patch(action.name, action.uid, annotations=annotations):
             return
         if isinstance(action, DrainPod):
             log.info("pod draining", pod=action.name, why=action.why)
         else:
             log.info("pod no longer draining", pod=action.name)
 
-    async def _annotate(self, name: str, uid: str, annotation: str, value: str | None) -> bool:
-        """Set an annotation of a pod; False if the pod is gone or has been replaced."""
-        patch = {"metadata": {"uid": uid, "annotations": {annotation: value}}}
+    async def _patch_pod(self, name: str, uid: str, **metadata: dict[str, str | None]) -> bool:
+        """Patch metadata of a pod; False if the pod is gone or has been replaced."""
+        patch = {"metadata": {"uid": uid, **metadata}}
         try:
             async with self._writes:
                 answer = await self._kube.patch(PODS, name, patch, self._namespace, type=PodObject)
@@ -209,6 +233,19 @@ class Applier:
                 raise
             return False
         self._store.pod_written(answer)
+        return True
+
+    async def _patch_set(self, name: str, uid: str, **metadata: dict[str, str | None]) -> bool:
+        """The same for a LeaderWorkerSet."""
+        patch = {"metadata": {"uid": uid, **metadata}}
+        try:
+            async with self._writes:
+                answer = await self._kube.patch(SETS, name, patch, self._namespace, type=SetObject)
+        except ApiError as error:
+            if error.status not in (404, 409, 422):
+                raise
+            return False
+        self._store.set_changed("MODIFIED", answer)
         return True
 
     async def _patch_model(self, model: Model, state: WriteState, action: PatchModel) -> None:

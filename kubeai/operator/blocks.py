@@ -36,12 +36,28 @@ from kubeai.routing.routes import Block
 
 # Reasons of a ModelError: only a change to the Model or to the system config helps.
 AT_ONCE = frozenset(
-    ("InvalidFile", "InvalidModel", "InvalidPatch", "InvalidProfile", "InvalidURL", "NoImage")
+    (
+        "InvalidFeatures",
+        "InvalidFile",
+        "InvalidModel",
+        "InvalidPatch",
+        "InvalidProfile",
+        "InvalidURL",
+        "NoImage",
+        "NoLeaderWorkerSets",
+    )
 )
 POD_REFUSED = "PodRefused"  # the leader retries: a quota may have room by then
 # Reasons of pods. Except for InvalidImageName, they come from `kubeai local`.
 POD_AT_ONCE = frozenset(
-    ("EngineNotInstalled", "InvalidImageName", "InvalidPod", "UnknownImage", "VolumeNotFound")
+    (
+        "EngineNotInstalled",
+        "InvalidImageName",
+        "InvalidPod",
+        "UnknownImage",
+        "UnsupportedVolume",
+        "VolumeNotFound",
+    )
 )
 NEEDS_NODE = frozenset(("Unschedulable", "SchedulingGated"))
 # A container that has exited once is restarted; its start may take minutes.

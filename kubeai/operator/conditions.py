@@ -46,6 +46,7 @@ class Facts(msgspec.Struct, kw_only=True):
     create_error: Trouble | None = None  # why the API rejected the last pod creation
     cache: CachePlan | None = None
     adapters: AdaptersView | None = None
+    external: bool = False  # gateways of others send the requests
     now_s: float = 0.0  # Unix time
 
     @property
@@ -132,6 +133,9 @@ def _ready(model: Model, facts: Facts) -> Condition:
         return _condition("Ready", True, "SomeReplicasReady", _of(ready, wanted))
     if wanted == 0 and model.spec.autoscaling_disabled:
         message = "replicas is 0 and autoscaling is disabled: requests wait for a replica"
+        return _condition("Ready", False, "ScaledToZero", message)
+    if wanted == 0 and facts.external:
+        message = "replicas is 0, and KubeAI does not see the requests (proxy.mode: external)"
         return _condition("Ready", False, "ScaledToZero", message)
     if wanted == 0:
         return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")

@@ -49,6 +49,7 @@ from kubeai.operator.pods import (
     Pod,
     Trouble,
 )
+from kubeai.operator.services import Services
 from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 
 log = get_logger(__name__)
@@ -98,7 +99,9 @@ class Controller:
         loads: PodLoads,
         events: Events,
         clock: Callable[[], float] = time.monotonic,
+        no_sets: Callable[[], str] = lambda: "",
     ) -> None:
+        self.no_sets = no_sets  # why there are no LeaderWorkerSets, if there are none
         self._kube = kube
         self._config = config
         self._namespace = namespace
@@ -114,6 +117,14 @@ class Controller:
         )
         self._applier = Applier(kube, namespace, store, self._writes, self.claims, events, clock)
         self._files = Files(kube, namespace, self._writes)
+        self.services = Services(
+            kube,
+            namespace,
+            self._writes,
+            external=config.external,
+            changed=self.changed,
+            all_changed=self.all_changed,
+        )
         self._adapters = Adapters(kube, namespace, self._writes, self.changed, clock)
 
     def changed(self, name: str) -> None:
@@ -136,6 +147,7 @@ class Controller:
         self._adapters.stopped_leading()
         self.claims.stopped_leading()
         self._files.stopped_leading()
+        self.services.stopped_leading()
 
     async def stop(self) -> None:
         """End the reconciles and the loading of adapters, and close its connections."""
@@ -191,6 +203,8 @@ class Controller:
         for action in actions:
             if isinstance(action, PatchStatus):
                 again_s = await self._applier.patch_status(model, memory.writes, action.status)
+        if not leaving:  # last: a Service that cannot be written delays nothing else
+            await self.services.ensure(model)
         if not model.spec.files and not leaving:
             await self._files.remove(model, self._store.pods_of(model.metadata.name))
         expected_s = self._store.oldest_expectation_s(model.metadata.name)
@@ -222,9 +236,10 @@ class Controller:
                 wait_s, replace_finished = memory.finished_until_s - now_s, False
         unix_s = time.time()
         for pod in pods:
-            if pod.trouble is not None and unix_s < pod.trouble_until_s < math.inf:
-                # The plan's `now` is in whole seconds.
-                wait_s = sooner(wait_s, pod.trouble_until_s - unix_s + 1.0)
+            for turn_s in (pod.trouble_from_s, pod.trouble_until_s):
+                if pod.trouble is not None and unix_s < turn_s < math.inf:
+                    # The plan's `now` is in whole seconds.
+                    wait_s = sooner(wait_s, turn_s - unix_s + 1.0)
         if any(pod.draining_since_s and not pod.terminating for pod in pods):
             wait_s = sooner(wait_s, DRAINED_INTERVAL_S)
         cache, cache_wait_s = self._observe_cache(model, pods)
@@ -236,6 +251,7 @@ class Controller:
             create_error=memory.writes.create_error,
             in_flight=partial(self._loads.in_flight, name),
             in_use=partial(self._loads.in_use, name),
+            no_sets=self.no_sets(),
             cache=cache,
             adapters=adapters,
         )
@@ -290,6 +306,6 @@ class Controller:
         for pod in orphans:
             if pod.owner != uid:
                 await self._applier.delete(
-                    DeletePod(pod.name, pod.uid, "its Model no longer exists")
+                    DeletePod(pod.name, pod.uid, "its Model no longer exists", pod.grouped)
                 )
         return EXPECTATION_TIMEOUT_S

@@ -23,6 +23,7 @@ from kubeai.logs import get_logger
 from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
+from kubeai.operator.groups import SetObject, Sets, needs_set
 from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
@@ -65,7 +66,11 @@ class Operator:
         self._resigned = asyncio.Event()
         for event in (self._ended, self._resigned):
             event.set()  # until `run` starts, there is nothing to wait for
-        self.store = Store(self._changed, address_override=config.allow_pod_address_override)
+        self.store = Store(
+            self._changed,
+            address_override=config.allow_pod_address_override,
+            follows_sets=True,
+        )
         self._blocks = BlockTracker(config.gateway)
         self._starts = StartTracker()
         lease = config.leader_election
@@ -80,8 +85,24 @@ class Operator:
         )
         self._events = Events(kube, namespace)
         fenced = kube.fenced(self.leader.check)  # for all writes that are reserved to the leader
+        self._sets = Sets(
+            kube,
+            namespace,
+            POD_SELECTOR,
+            replaced=self._replace_sets,
+            changed=self.store.set_changed,
+            needed=lambda: any(map(needs_set, self.store.models.values())),
+            changed_problem=self._sets_came_or_went,
+        )
         self.controller = Controller(
-            fenced, config, namespace, self.store, self.leader, loads, self._events
+            fenced,
+            config,
+            namespace,
+            self.store,
+            self.leader,
+            loads,
+            self._events,
+            no_sets=lambda: self._sets.problem,
         )
         self._timeline = Timeline()
         self._activator = Activator(
@@ -117,14 +138,16 @@ class Operator:
 
     async def run(self) -> None:
         """Run until :meth:`stop`. Raises only on a programming error."""
-        jobs = (
+        jobs = [
             self._follow_models(),
             self._follow_pods(),
+            self._sets.run(),
             self._events.run(),
-            self._activator.run(),
             self._lead(),
             self._stop.wait(),
-        )
+        ]
+        if not self._config.external:  # else no request is seen here
+            jobs.append(self._activator.run())
         self._ended.clear()
         try:
             await _first_of(*jobs)
@@ -137,12 +160,15 @@ class Operator:
         """Run the leader's part until :meth:`resign`, then release the lease."""
         self._resigned.clear()
         try:
-            await _first_of(
+            jobs = [
                 self.leader.run(),
                 self.controller.claims.run(),
-                self._scaler.run(),
+                self.controller.services.run(),
                 self._resign.wait(),
-            )
+            ]
+            if not self._config.external:
+                jobs.append(self._scaler.run())
+            await _first_of(*jobs)
         finally:
             await self.controller.stop()
             with contextlib.suppress(Exception):
@@ -188,7 +214,7 @@ class Operator:
         self.controller.changed(name)
 
     def _begin(self) -> None:
-        """Once both collections are listed, publish all routes, then reconcile all Models."""
+        """Once all collections are listed, publish all routes, then reconcile all Models."""
         if self.synced.is_set() or not self.store.listed:
             return
         for name in self.store.models:
@@ -224,6 +250,15 @@ class Operator:
     def _replace_pods(self, pods: list[PodObject]) -> None:
         self.store.replace_pods(pods)
         self._begin()
+
+    def _replace_sets(self, sets: list[SetObject]) -> None:
+        self.store.replace_sets(sets)
+        self._begin()
+
+    def _sets_came_or_went(self) -> None:
+        if self.synced.is_set():
+            for name in [n for n, model in self.store.models.items() if needs_set(model)]:
+                self.controller.changed(name)
 
     async def _follow_models(self) -> None:
         await self._kube.follow(

@@ -22,7 +22,6 @@ No pod is created before the Model's files are in its cache.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -44,11 +43,10 @@ from kubeai.operator.cache.plan import (
 )
 from kubeai.operator.conditions import Facts, dated, status_of
 from kubeai.operator.pods import HASH_ANNOTATION, POD_HASH_LABEL, Pod, Trouble
-from kubeai.podspec import build_pod
+from kubeai.podspec import build_replica
+from kubeai.podspec.groups import set_name, suffix
 
 MANAGED_BY_LABEL, MANAGED_BY = "app.kubernetes.io/managed-by", "kubeai"
-SUFFIX_CHARS = 5
-_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words by accident
 
 
 def _idle(_: str) -> int:
@@ -69,16 +67,21 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: Callable[[str], int] = _idle  # in-flight requests by pod name
     # Whether any worker of any KubeAI replica may still send requests to a pod or has some there.
     in_use: Callable[[str], bool] = _unused
+    no_sets: str = ""  # why replicas on several nodes cannot be created, if they cannot
     cache: CacheView = CacheView(unknown="the cache has not been observed yet")
     adapters: AdaptersView | None = None  # None: the Model has none
 
 
 class CreatePod(msgspec.Struct, frozen=True):
-    """Create a replica under a name that is available; ``hash`` is of its template."""
+    """Create a replica under a name that is available; ``hash`` is of its template.
+
+    ``grouped``, here and below: it is a LeaderWorkerSet rather than a pod.
+    """
 
     name: str
     manifest: dict[str, Any]
     hash: str
+    grouped: bool = False
 
 
 class DeletePod(msgspec.Struct, frozen=True):
@@ -87,6 +90,7 @@ class DeletePod(msgspec.Struct, frozen=True):
     name: str
     uid: str
     why: str
+    grouped: bool = False
 
 
 class DrainPod(msgspec.Struct, frozen=True):
@@ -95,6 +99,7 @@ class DrainPod(msgspec.Struct, frozen=True):
     name: str
     uid: str
     why: str
+    grouped: bool = False
 
 
 class UndrainPod(msgspec.Struct, frozen=True):
@@ -102,6 +107,7 @@ class UndrainPod(msgspec.Struct, frozen=True):
 
     name: str
     uid: str
+    grouped: bool = False
 
 
 class AdoptPod(msgspec.Struct, frozen=True):
@@ -110,6 +116,13 @@ class AdoptPod(msgspec.Struct, frozen=True):
     name: str
     uid: str
     hash: str
+
+
+class LabelPod(msgspec.Struct, frozen=True):
+    """Give a pod of an earlier version the labels that the Model's Service selects."""
+
+    name: str
+    uid: str
 
 
 class PatchModel(msgspec.Struct, frozen=True):
@@ -125,14 +138,15 @@ class PatchStatus(msgspec.Struct, frozen=True):
 
 
 PodAction = DrainPod | UndrainPod | DeletePod
-Action = CreatePod | PodAction | AdoptPod | PatchModel | PatchStatus | CacheAction
+Action = CreatePod | PodAction | AdoptPod | LabelPod | PatchModel | PatchStatus | CacheAction
 
 
 class Template(msgspec.Struct, frozen=True):
-    """The manifest and hash of the Model's new pods."""
+    """The manifest and hash of the Model's new pods, or LeaderWorkerSets."""
 
     manifest: dict[str, Any]
     hash: str
+    grouped: bool = False  # whether it is a LeaderWorkerSet
 
 
 def plan(
@@ -148,7 +162,7 @@ def plan(
     """
     if model.metadata.deletion_timestamp is not None:
         return _end(model, config, observed, now)
-    template = template or template_of(model, config)
+    template = _creatable(template or template_of(model, config), observed)
     error = template if isinstance(template, ModelError) else None
     hash_ = template.hash if isinstance(template, Template) else None
     cache = plan_cache(model, config, observed.cache, now) if has_cache(model) else None
@@ -168,8 +182,11 @@ def plan(
     else:
         actions += _adopt(change.left, template.hash)
         used = observed.taken | {pod.name for pod in observed.pods}
-        for name in free_names(model, template.hash, used, creates):
-            actions.append(CreatePod(name, template.manifest, template.hash))
+        for name in free_names(model, template, used, creates):
+            actions.append(CreatePod(name, template.manifest, template.hash, template.grouped))
+    if config.external:
+        unlabelled = (pod for pod in change.left if pod.uid and not pod.selected)
+        actions += [LabelPod(pod.name, pod.uid) for pod in unlabelled]
     facts = Facts(
         pods=observed.pods,
         left=change.left,
@@ -180,6 +197,7 @@ def plan(
         create_error=observed.create_error,
         cache=cache,
         adapters=observed.adapters,
+        external=config.external,
         now_s=now.timestamp(),
     )
     return actions + _patch_status(model, facts, now)
@@ -189,7 +207,7 @@ def _end(model: Model, config: SystemConfig, observed: Observed, now: datetime) 
     """For a Model being deleted: remove its pods, then its cached files, then our finalizer."""
     doomed = [pod for pod in observed.pods if not pod.terminating and pod.uid]
     actions: list[Action] = [
-        DeletePod(pod.name, pod.uid, "its Model is being deleted") for pod in doomed
+        DeletePod(pod.name, pod.uid, "its Model is being deleted", pod.grouped) for pod in doomed
     ]
     if FINALIZER not in model.metadata.finalizers:
         return actions
@@ -224,17 +242,18 @@ def bounded(model: Model, replicas: int) -> int:
     return replicas if spec.max_replicas is None else min(replicas, spec.max_replicas)
 
 
-def free_names(model: Model, hash_: str, used: frozenset[str], count: int) -> list[str]:
-    """The first ``count`` unused pod names.
+def free_names(model: Model, template: Template, used: frozenset[str], count: int) -> list[str]:
+    """The first ``count`` unused names of replicas.
 
     Names depend only on the Model's uid, the hash and an ordinal, so if two leaders create the same
     replica they use the same name and the API rejects one. A recreated replica also gets its former
     place on the hash ring.
     """
+    name_of = set_name if template.grouped else pod_name
     names: list[str] = []
     ordinal = 0
     while len(names) < count:
-        name = pod_name(model, hash_, ordinal)
+        name = name_of(model, template.hash, ordinal)
         if name not in used and name not in names:
             names.append(name)
         ordinal += 1
@@ -243,13 +262,7 @@ def free_names(model: Model, hash_: str, used: frozenset[str], count: int) -> li
 
 def pod_name(model: Model, hash_: str, ordinal: int) -> str:
     """``model-<name>-<hash>-<suffix>``; the suffix is derived from uid and ordinal."""
-    digest = hashlib.blake2b(f"{model.metadata.uid}/{ordinal}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "big")
-    suffix = ""
-    for _ in range(SUFFIX_CHARS):
-        number, index = divmod(number, len(_ALPHABET))
-        suffix += _ALPHABET[index]
-    return f"model-{model.metadata.name}-{hash_}-{suffix}"
+    return f"model-{model.metadata.name}-{hash_}-{suffix(model, ordinal)}"
 
 
 # -- pods ----------------------------------------------------------------------------------------
@@ -258,15 +271,22 @@ def pod_name(model: Model, hash_: str, ordinal: int) -> str:
 def template_of(model: Model, config: SystemConfig) -> Template | ModelError:
     """The pod template from the Model's spec and annotations, or why there can be none."""
     try:
-        pod = build_pod(model, config)
+        manifest = build_replica(model, config)
     except ModelError as error:
         return error
-    meta = pod["metadata"]
+    meta = manifest["metadata"]
     hash_: str = meta["labels"][POD_HASH_LABEL]
     # The operator's watch selects by these, so set them whatever the config's patches have done.
     meta["labels"] |= {POD_MODEL_LABEL: model.metadata.name, MANAGED_BY_LABEL: MANAGED_BY}
     meta["annotations"][HASH_ANNOTATION] = hash_
-    return Template(pod, hash_)
+    return Template(manifest, hash_, manifest["kind"] != "Pod")
+
+
+def _creatable(template: Template | ModelError, observed: Observed) -> Template | ModelError:
+    """An error for a replica on several nodes where there are no LeaderWorkerSets."""
+    if not isinstance(template, Template) or not template.grouped or not observed.no_sets:
+        return template
+    return ModelError("spec.resourceProfile", observed.no_sets, "NoLeaderWorkerSets")
 
 
 class _Change(msgspec.Struct):
@@ -316,7 +336,7 @@ def _remove(change: _Change, pod: Pod, why: str, observed: Observed) -> None:
     """Delete the pod, or drain it first if it is still in use."""
     change.left.remove(pod)
     action = DrainPod if observed.in_use(pod.name) else DeletePod
-    change.actions.append(action(pod.name, pod.uid, why))
+    change.actions.append(action(pod.name, pod.uid, why, pod.grouped))
 
 
 def _go_on_draining(
@@ -337,13 +357,13 @@ def _go_on_draining(
     count = 0
     for pod in sorted(draining, key=lambda pod: pod.name):
         if pod.ready and not _outdated(pod, hash_) and len(change.left) < wanted:
-            change.actions.append(UndrainPod(pod.name, pod.uid))
+            change.actions.append(UndrainPod(pod.name, pod.uid, pod.grouped))
             change.left.append(pod)
         elif not observed.in_use(pod.name):
-            change.actions.append(DeletePod(pod.name, pod.uid, "drained"))
+            change.actions.append(DeletePod(pod.name, pod.uid, "drained", pod.grouped))
         elif pod.draining_since_s < latest_s:
             why = f"not drained within {rollouts.drain_timeout_s:g} s"
-            change.actions.append(DeletePod(pod.name, pod.uid, why))
+            change.actions.append(DeletePod(pod.name, pod.uid, why, pod.grouped))
         else:
             count += _outdated(pod, hash_)
     return count
@@ -391,7 +411,7 @@ def _clear_finished(observed: Observed) -> list[DeletePod]:
 
 
 def _adopt(left: Sequence[Pod], hash_: str) -> list[AdoptPod]:
-    foreign = (pod for pod in left if pod.hash is None and pod.uid)
+    foreign = (pod for pod in left if pod.hash is None and pod.uid and not pod.grouped)
     return [AdoptPod(pod.name, pod.uid, hash_) for pod in foreign]
 
 

@@ -19,7 +19,14 @@ from typing import Literal, get_args
 
 import msgspec
 
-from kubeai.api.model import POD_HASH_LABEL, POD_IP_ANNOTATION, POD_MODEL_LABEL, POD_PORT_ANNOTATION
+from kubeai.api.model import (
+    MODEL_LABEL,
+    MODEL_UID_LABEL,
+    POD_HASH_LABEL,
+    POD_IP_ANNOTATION,
+    POD_MODEL_LABEL,
+    POD_PORT_ANNOTATION,
+)
 from kubeai.api.objects import ObjectMeta
 from kubeai.podspec import SERVER_CONTAINER
 from kubeai.podspec.adapters import (
@@ -30,6 +37,7 @@ from kubeai.podspec.adapters import (
 )
 from kubeai.podspec.cache import JOB_LABEL
 from kubeai.podspec.files import config_map_name
+from kubeai.podspec.groups import SET_LABEL, WORKER_LABEL
 
 # Set in addition to the pod-hash label: it marks hashes computed by *our* function. A pod without
 # it was created by KubeAI in Go, whose hashes are not comparable.
@@ -109,7 +117,7 @@ class _Exit(_Part):
     @property
     def ran_s(self) -> float:
         """How long the container ran; 0 if unknown."""
-        return max(0.0, _seconds(self.finished_at) - _seconds(self.started_at))
+        return max(0.0, seconds(self.finished_at) - seconds(self.started_at))
 
 
 class _Running(_Part):
@@ -187,13 +195,31 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     ready_since_s: float = 0.0  # Unix time; 0: it is not ready, or since when is unknown
     step: Step = "Pending"  # what it does until it is ready
     mounts_files: bool = False  # whether it mounts the ConfigMap with the Model's files
+    selected: bool = True  # whether it has the labels that the Model's Service selects
+    # Of a pod of a LeaderWorkerSet: the set's name, and which of its pods this is. 0 is the leader.
+    set: str = ""
+    worker: int = 0
+    # Of a whole LeaderWorkerSet (see `kubeai.operator.groups`): its pods by name and uid.
+    grouped: bool = False
+    members: tuple[tuple[str, str], ...] = ()
     # Why it is not ready. A ready pod has one only if it is crash looping.
     trouble: Trouble | None = None
     trouble_until_s: float = math.inf  # Unix time; finite while the container runs again
+    trouble_from_s: float = 0.0  # Unix time; later than now if it may still go well
 
     def trouble_at(self, now_s: float) -> Trouble | None:
         """The pod's trouble at a Unix time: None once the container has run for long enough."""
-        return self.trouble if now_s < self.trouble_until_s else None
+        return self.trouble if self.trouble_from_s <= now_s < self.trouble_until_s else None
+
+    @property
+    def pods(self) -> tuple[tuple[str, str], ...]:
+        """Name and uid of its pods, the one that serves requests first."""
+        return self.members if self.grouped else ((self.name, self.uid),)
+
+    @property
+    def incarnation(self) -> str:
+        """Another value once any of its pods has been replaced."""
+        return ",".join(uid for _, uid in self.pods)
 
     @property
     def counts(self) -> bool:
@@ -216,7 +242,8 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
 def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
     """Convert a decoded pod. ``address_override``: its annotations may override its address."""
     meta, status = obj.metadata, obj.status
-    owner = next((o.uid for o in meta.owner_references if o.kind == "Model" and o.controller), "")
+    set_ = meta.labels.get(SET_LABEL, "")
+    owner = owner_of(meta) or (meta.labels.get(MODEL_UID_LABEL, "") if set_ else "")
     adapters = (
         (label.removeprefix(LABEL_PREFIX), value)
         for label, value in meta.labels.items()
@@ -237,7 +264,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         ready=ready,
         scheduled=bool(obj.spec.node_name),
         terminating=meta.deletion_timestamp is not None,
-        draining_since_s=_number(meta.annotations.get(DRAINING_ANNOTATION)),
+        draining_since_s=seconds_of(meta.annotations.get(DRAINING_ANNOTATION)),
         finished=status.phase in ("Failed", "Succeeded"),
         phase=status.phase,
         address=_address(obj, address_override),
@@ -252,23 +279,33 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         ),
         job=meta.labels.get(JOB_LABEL, ""),
         version=meta.version,
-        created_s=_seconds(meta.creation_timestamp),
+        created_s=seconds(meta.creation_timestamp),
         ready_since_s=_ready_since_s(obj),
         step=_step(obj),
         mounts_files=any(
             volume.config_map is not None and volume.config_map.name == config_map_name(name)
             for volume in obj.spec.volumes
         ),
+        set=set_,
+        worker=int(index) if (index := meta.labels.get(WORKER_LABEL, "")).isdecimal() else 0,
+        selected=MODEL_LABEL in meta.labels and MODEL_UID_LABEL in meta.labels,
         trouble=trouble,
         trouble_until_s=trouble_until_s,
     )
 
 
-def _seconds(when: datetime | None) -> float:
+def owner_of(meta: ObjectMeta) -> str:
+    """The uid of the Model that owns an object; empty if none does."""
+    owners = meta.owner_references
+    return next((one.uid for one in owners if one.kind == "Model" and one.controller), "")
+
+
+def seconds(when: datetime | None) -> float:
+    """A time as Unix time; 0 if there is none."""
     return when.timestamp() if when is not None else 0.0
 
 
-def _number(text: str | None) -> float:
+def seconds_of(text: str | None) -> float:
     """An annotation as a Unix time; an invalid value counts as a time long ago."""
     if text is None:
         return 0.0
@@ -281,7 +318,7 @@ def _is_true(obj: PodObject, condition: str) -> bool:
 
 def _ready_since_s(obj: PodObject) -> float:
     ready = (c for c in obj.status.conditions if c.type == "Ready" and c.status == "True")
-    return max((_seconds(condition.last_transition_time) for condition in ready), default=0.0)
+    return max((seconds(condition.last_transition_time) for condition in ready), default=0.0)
 
 
 def _step(obj: PodObject) -> Step:
@@ -408,10 +445,10 @@ def _is_looping(obj: PodObject, container: _ContainerStatus, last: _Exit | None)
         return True
     # Ready became False when the last run ended if that run was ready, otherwise before it began.
     since_s = max(
-        (_seconds(c.last_transition_time) for c in obj.status.conditions if c.type == "Ready"),
+        (seconds(c.last_transition_time) for c in obj.status.conditions if c.type == "Ready"),
         default=0.0,
     )
-    return not container.ready and since_s <= _seconds(last.started_at)
+    return not container.ready and since_s <= seconds(last.started_at)
 
 
 def _last_lines(message: str) -> str:

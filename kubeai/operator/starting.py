@@ -29,6 +29,7 @@ _PHRASES = {
     "Loading": "loading the model",
 }
 _TROUBLES = dict.fromkeys(NEEDS_NODE, "waiting for a node") | {
+    "NoLeaderPod": "waiting for the pods of the replica",
     "ImagePullBackOff": "image cannot be pulled, trying again",
     "ContainerExited": "engine exited, restarting",
     "CrashLoopBackOff": "engine keeps exiting, restarting",

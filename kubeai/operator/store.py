@@ -1,21 +1,23 @@
 """The operator's cache of the cluster: all Models and their pods, as reported by the watches.
 
-Owns the two collections, an index of pods by model name, and the expectations: writes that were
-sent and not yet observed. Promises: ``changed(name)`` is called synchronously for each model
-that an event affects; :meth:`Store.pods_of` includes a pod from the moment its create is sent and
-shows a deleted one as terminating, so that no plan repeats a write; an expectation that is never
-observed expires after ``EXPECTATION_TIMEOUT_S``, and the next plan sees the observed state.
+Owns the collections (LeaderWorkerSets too, where there are any), an index of pods by model name,
+and the expectations: writes that were sent and not yet observed. Promises: ``changed(name)`` is
+called synchronously for each model that an event affects; :meth:`Store.pods_of` includes a pod from
+the moment its create is sent and shows a deleted one as terminating, so that no plan repeats a
+write; an expectation that is never observed expires after ``EXPECTATION_TIMEOUT_S``, and the next
+plan sees the observed state.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
 from kubeai.api.model import Model
+from kubeai.operator.groups import SetObject, compose
 from kubeai.operator.pods import Pod, PodObject, observe
 
 EXPECTATION_TIMEOUT_S = 30.0
@@ -34,6 +36,7 @@ class Store:
         changed: Callable[[str], None],
         *,
         address_override: bool = False,
+        follows_sets: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._changed = changed
@@ -44,6 +47,10 @@ class Store:
         self.pods_listed = False
         self._pods: dict[str, dict[str, Pod]] = {}  # model → pod name → pod
         self._model_of: dict[str, str] = {}  # pod name → model
+        # LeaderWorkerSets: model → name → set, with those of no Model of ours.
+        self._sets: dict[str, dict[str, SetObject]] = {}
+        self.sets_listed = not follows_sets
+        self._have_sets = False  # whether a set or a pod of one has been seen
         self._creating: dict[str, dict[str, _Expected]] = {}  # model → pod name → expected pod
         self._deleting: dict[str, float] = {}  # pod uid → expires at
 
@@ -120,6 +127,7 @@ class Store:
 
     def _put_pod(self, obj: PodObject) -> str:
         pod = observe(obj, address_override=self._address_override)
+        self._have_sets = self._have_sets or bool(pod.set)
         before = self._model_of.get(pod.name)
         if before is not None and before != pod.model:
             self._pods[before].pop(pod.name, None)
@@ -149,24 +157,62 @@ class Store:
                 del self._creating[pod.model]
 
     def _uids(self) -> set[str]:
-        return {pod.uid for pods in self._pods.values() for pod in pods.values()}
+        sets = {one.metadata.uid for sets in self._sets.values() for one in sets.values()}
+        return sets | {pod.uid for pods in self._pods.values() for pod in pods.values()}
+
+    # -- LeaderWorkerSets ------------------------------------------------------------------------
+
+    def replace_sets(self, sets: list[SetObject]) -> None:
+        """Replace the collection with a complete list; an empty one if there is no such API."""
+        touched = set(self._sets)
+        self._sets.clear()
+        self.sets_listed = True
+        for one in sets:
+            self._put_set(one)
+            touched.add(one.model)
+        for name in touched:
+            self._changed(name)
+
+    def set_changed(self, kind: str, one: SetObject) -> None:
+        """Apply one watch event, or the API's response to our own write."""
+        known = self._sets.get(one.model, {}).get(one.metadata.name)
+        if known is not None and 0 < one.metadata.version < known.metadata.version:
+            return
+        if kind == "DELETED":
+            self._sets.get(one.model, {}).pop(one.metadata.name, None)
+            if not self._sets.get(one.model):
+                self._sets.pop(one.model, None)
+            self._deleting.pop(one.metadata.uid, None)
+        else:
+            self._put_set(one)
+        self._changed(one.model)
+
+    def _put_set(self, one: SetObject) -> None:
+        self._have_sets = True
+        self._sets.setdefault(one.model, {})[one.metadata.name] = one
+        self._observed(compose(one, ()))
 
     # -- reading ---------------------------------------------------------------------------------
 
     @property
     def listed(self) -> bool:
-        """Whether both collections have been listed."""
-        return self.models_listed and self.pods_listed
+        """Whether all collections have been listed."""
+        return self.models_listed and self.pods_listed and self.sets_listed
 
     def observed_pods(self, model: str) -> Iterable[Pod]:
-        """Pods with the model's label, as last observed."""
-        return self._pods.get(model, {}).values()
+        """Pods with the model's label, as last observed; those of a LeaderWorkerSet as one."""
+        pods = self._pods.get(model, {}).values()
+        sets = self._sets.get(model, {})
+        if not self._have_sets or (not sets and not any(pod.set for pod in pods)):
+            return pods
+        return _with_sets(pods, sets)
 
     def pods_of(self, model: str) -> Iterator[Pod]:
         """The same with unobserved writes applied: created pods included, deleted terminating."""
         now_s = self._clock()
-        observed = self._pods.get(model, {})
-        for pod in observed.values():
+        observed = set()
+        for pod in self.observed_pods(model):
+            observed.add(pod.name)
             if not pod.terminating and self._deleting.get(pod.uid, now_s) > now_s:
                 yield msgspec.structs.replace(pod, terminating=True)
             else:
@@ -177,7 +223,7 @@ class Store:
 
     def names(self) -> set[str]:
         """All names that have a Model or a pod."""
-        return self.models.keys() | self._pods.keys()
+        return self.models.keys() | self._pods.keys() | self._sets.keys()
 
     # -- expectations ----------------------------------------------------------------------------
 
@@ -206,8 +252,7 @@ class Store:
         """Seconds until the model's oldest expectation expires; None if it has none."""
         self._expire(model)
         untils = [expected.until_s for expected in self._creating.get(model, {}).values()]
-        pods = self._pods.get(model, {}).values()
-        untils += [self._deleting[pod.uid] for pod in pods if pod.uid in self._deleting]
+        untils += [self._deleting[uid] for uid in self._uids_of(model) if uid in self._deleting]
         return max(0.0, min(untils) - self._clock()) if untils else None
 
     def _expire(self, model: str) -> None:
@@ -215,9 +260,30 @@ class Store:
         creating = self._creating.get(model, {})
         for name in [name for name, expected in creating.items() if expected.until_s <= now_s]:
             del creating[name]
-        for pod in self._pods.get(model, {}).values():
-            if self._deleting.get(pod.uid, math.inf) <= now_s:
-                del self._deleting[pod.uid]
+        for uid in self._uids_of(model):
+            if self._deleting.get(uid, math.inf) <= now_s:
+                del self._deleting[uid]
+
+    def _uids_of(self, model: str) -> list[str]:
+        uids = [pod.uid for pod in self._pods.get(model, {}).values()]
+        return uids + [one.metadata.uid for one in self._sets.get(model, {}).values()]
+
+
+def _with_sets(pods: Iterable[Pod], sets: Mapping[str, SetObject]) -> list[Pod]:
+    """The pods, with those of a LeaderWorkerSet as one replica.
+
+    The pods of a set that is gone are on their way out, whether they are being deleted yet or not.
+    """
+    members: dict[str, list[Pod]] = {name: [] for name in sets}
+    replicas: list[Pod] = []
+    for pod in pods:
+        if pod.set in members:
+            members[pod.set].append(pod)
+        elif pod.set:
+            replicas.append(msgspec.structs.replace(pod, terminating=True))
+        else:
+            replicas.append(pod)
+    return replicas + [compose(one, members[name]) for name, one in sets.items()]
 
 
 def _older(new: Model, old: Model) -> bool:

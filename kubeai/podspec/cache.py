@@ -27,7 +27,6 @@ from kubeai.podspec.sources import environment, source
 
 ROOT = "/models"
 CLAIM_PREFIX = "shared-model-cache-"
-CLAIM_SIZE = "10Gi"  # required by the API, but ignored by most shared file systems
 LOAD_JOB_PREFIX, EVICT_JOB_PREFIX = "load-cache-", "evict-cache-"
 ANNOTATION_PREFIX = "models.kubeai.org/"  # on the claim: this Model's files are complete
 JOB_TTL_S = 60
@@ -55,7 +54,7 @@ def weights(model: Model, url: ModelURL) -> str:
     """Where the engine finds the weights, as the value of an argument or variable."""
     if model.spec.cache_profile:
         return directory(model)
-    return MODEL_MOUNT if url.scheme == "pvc" else literal(url.ref)
+    return MODEL_MOUNT if url.scheme in ("pvc", "oci") else literal(url.ref)
 
 
 def cache_profile(model: Model, config: SystemConfig) -> CacheProfile:
@@ -90,7 +89,7 @@ def claim(model: Model, config: SystemConfig) -> Object:
         "accessModes": ["ReadWriteMany"],
         # An empty class disables dynamic provisioning: the claim binds to volumeName.
         "storageClassName": shared.storage_class_name,
-        "resources": {"requests": {"storage": CLAIM_SIZE}},
+        "resources": {"requests": {"storage": shared.storage_size}},
     }
     if shared.persistent_volume_name:
         spec["volumeName"] = shared.persistent_volume_name

@@ -11,7 +11,7 @@ from kubeai.api.config.system import ResourceProfile, Resources
 PORT = 8000
 PORT_NAME = "http"
 SERVER_CONTAINER = "server"
-MODEL_MOUNT = "/model"  # where a claim is mounted
+MODEL_MOUNT = "/model"  # where a claim or an image with the weights is mounted
 # A failing container leaves the end of its log in the pod's status, for the Model's conditions.
 TERMINATION_MESSAGE = "terminationMessagePolicy", "FallbackToLogsOnError"
 

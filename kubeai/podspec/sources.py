@@ -22,12 +22,12 @@ GCP_FILE = "credentials.json"
 
 # What an engine loads by itself. Through a cache, all others support hf, s3, gs and oss.
 _DIRECT: dict[Engine, tuple[Scheme, ...]] = {
-    "VLLM": ("hf", "pvc", "s3"),
+    "VLLM": ("hf", "pvc", "s3", "oci"),
     "OLlama": ("ollama", "pvc"),
-    "FasterWhisper": ("hf", "pvc"),
-    "Infinity": ("hf", "pvc"),
-    "SGLang": ("hf", "pvc", "s3"),
-    "LlamaCpp": ("hf", "pvc"),
+    "FasterWhisper": ("hf", "pvc", "oci"),
+    "Infinity": ("hf", "pvc", "oci"),
+    "SGLang": ("hf", "pvc", "s3", "oci"),
+    "LlamaCpp": ("hf", "pvc", "oci"),
 }
 _WITHOUT_CACHE: tuple[Engine, ...] = ("OLlama", "LlamaCpp")
 _CACHED: tuple[Scheme, ...] = ("s3", "gs", "oss")
@@ -40,6 +40,7 @@ class Source:
         self.env: list[Object] = []
         self.volumes: list[Object] = []
         self.mounts: list[Object] = []
+        self.pull_secrets: list[str] = []  # for images with weights
 
 
 def model_url(spec: ModelSpec) -> ModelURL:
@@ -77,10 +78,12 @@ def model_url(spec: ModelSpec) -> ModelURL:
 
 
 def source(url: ModelURL, secrets: SecretNames) -> Source:
-    """The credentials or the claim's volume for one URL."""
+    """The credentials for one URL, or the volume of its claim or image."""
     result = Source()
     if url.scheme == "pvc":
         _add_claim(result, url)
+    elif url.scheme == "oci":
+        _add_image(result, url, secrets.oci)
     else:
         _add_credentials(result, url.scheme, secrets)
     return result
@@ -161,3 +164,10 @@ def _add_claim(result: Source, url: ModelURL) -> None:
     if sub_path:
         mount["subPath"] = sub_path
     result.mounts = [mount]
+
+
+def _add_image(result: Source, url: ModelURL, secret: str) -> None:
+    """An image volume is read-only by itself; saying so in the mount makes it visible."""
+    result.volumes = [{"name": "model", "image": {"reference": url.ref}}]
+    result.mounts = [{"name": "model", "mountPath": MODEL_MOUNT, "readOnly": True}]
+    result.pull_secrets = [secret] if secret else []

@@ -1,9 +1,10 @@
 """Builds the pod that serves a Model, from the Model and the system config. Pure.
 
 A pod combines the engine's `Server` (one module per engine) with what all engines share: probes,
-resources, credentials, files, labels, and finally the system config's JSON patches. Its hash covers
-all of that, so a pod whose hash differs from the Model's is outdated. The hash does not cover what
-`_finish` adds, so pods created before KubeAI added it are not restarted. Called by the operator.
+resources, credentials, files, labels, and finally the JSON patches of the system config and of the
+Model. Its hash covers all of that, so a pod whose hash differs from the Model's is outdated. The
+hash does not cover what `_finish` adds, so pods created before KubeAI added it are not restarted.
+Called by the operator.
 """
 
 from __future__ import annotations
@@ -19,9 +20,18 @@ import jsonpatch
 import msgspec
 
 from kubeai.api.config.images import DEFAULT_IMAGES
-from kubeai.api.config.profiles import DEFAULT_IMAGE, resolve_profile, server_image
-from kubeai.api.config.system import JSONPatch, ResourceProfile, SystemConfig
+from kubeai.api.config.profiles import (
+    DEFAULT_IMAGE,
+    device_claims,
+    resolve_profile,
+    server_image,
+    size_of,
+)
+from kubeai.api.config.system import ResourceProfile, SystemConfig
+from kubeai.api.json_patch import JSONPatch
 from kubeai.api.model import (
+    MODEL_LABEL,
+    MODEL_UID_LABEL,
     POD_HASH_LABEL,
     POD_IP_ANNOTATION,
     POD_MODEL_LABEL,
@@ -53,14 +63,17 @@ from kubeai.podspec.engines import (
     vllm,
 )
 from kubeai.podspec.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
+from kubeai.podspec.groups import leader_worker_set, parallel
 
 GRACE_MIN_S = 10  # as in KubeAI in Go
+PATCHED_MAX_BYTES = 1 << 20  # of a pod's manifest: each `copy` may double it
 _HASH_BYTES = 5  # 8 characters of base32
 # Besides its own errors, jsonpatch leaks Python's errors for a path into a value of another type.
 _PATCH_ERRORS = (
     jsonpatch.JsonPatchException,
     jsonpatch.JsonPointerException,
     LookupError,
+    RecursionError,
     TypeError,
     ValueError,
 )
@@ -75,14 +88,29 @@ _SERVERS: dict[Engine, Callable[[Model, ModelURL, str], Server]] = {
 }
 
 
+def build_replica(model: Model, config: SystemConfig) -> Object:
+    """The manifest of one replica, without a name: a Pod, or a LeaderWorkerSet for several nodes.
+
+    ModelError names the invalid field. Both have the label `POD_HASH_LABEL`.
+    """
+    pod = build_pod(model, config)
+    size = size_of(model.spec.resource_profile)
+    if size.nodes == 1:
+        return pod
+    return leader_worker_set(
+        model, pod, size, mock=mock.ANNOTATION in pod["metadata"]["annotations"]
+    )
+
+
 def build_pod(model: Model, config: SystemConfig) -> Object:
-    """The manifest of one replica, without a name. ModelError names the invalid field."""
+    """The manifest of the pod that serves requests, without a name. ModelError as above."""
     profile = resolve_profile(config, model.spec.resource_profile)
     url = sources.model_url(model.spec)
     image = model.spec.image or server_image(config, model.spec.engine, profile)
     mocked = mock.is_mock(image)
     played = DEFAULT_IMAGES[model.spec.engine][DEFAULT_IMAGE] if mocked else image
-    server = _SERVERS[model.spec.engine](model, url, played)
+    size = size_of(model.spec.resource_profile)
+    server = parallel(model, _SERVERS[model.spec.engine](model, url, played), size)
     annotations = _annotations(model)
     if mocked:
         server = mock.server(model, url, server)
@@ -94,7 +122,7 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
         "kind": "Pod",
         "metadata": {"labels": _labels(model), "annotations": annotations},
         "spec": {
-            **_pod_settings(model, config, profile),
+            **_pod_settings(model, config, profile, source),
             "containers": [container],
             "volumes": [
                 {"name": "dshm", "emptyDir": {"medium": "Memory"}},
@@ -103,12 +131,14 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
             ],
         },
     }
+    _add_devices(model, profile, pod, container)
     _add_cache(model, config, pod, container)
     _add_files(model, pod, container)
     add_loader(model, config, pod, container)
     # A deep copy: parts of it belong to the config and must not be changed through the pod.
     pod = msgspec.json.decode(msgspec.json.encode(pod))
-    pod = _patched(pod, model, config.model_server_pods.json_patches)
+    pod = _patched(pod, model, config.model_server_pods.json_patches, "modelServerPods")
+    pod = _patched(pod, model, model.spec.json_patches, "spec")
     hash_ = pod_hash(pod)
     _finish(pod, model, hash_)
     return pod
@@ -130,7 +160,11 @@ def form_model(model: Model, config: SystemConfig) -> str:
 def _finish(pod: Object, model: Model, hash_: str) -> None:
     """Add the parts that the hash does not cover."""
     metadata, spec = pod["metadata"], pod["spec"]
-    metadata["labels"][POD_HASH_LABEL] = hash_
+    metadata["labels"] |= {
+        POD_HASH_LABEL: hash_,
+        MODEL_LABEL: model.metadata.name,
+        MODEL_UID_LABEL: model.metadata.uid,
+    }
     metadata["namespace"] = model.metadata.namespace
     metadata["ownerReferences"] = [owner_reference(model)]
     for container in (*(spec.get("initContainers") or ()), *spec["containers"]):
@@ -143,7 +177,8 @@ def pod_hash(pod: Object) -> str:
     For a manifest from `build_pod`, not for a pod to which the API server has applied defaults.
     """
     metadata = pod["metadata"]
-    labels = {k: v for k, v in metadata.get("labels", {}).items() if k != POD_HASH_LABEL}
+    added = (POD_HASH_LABEL, MODEL_LABEL, MODEL_UID_LABEL)
+    labels = {k: v for k, v in metadata.get("labels", {}).items() if k not in added}
     covered = [pod["spec"], labels, metadata.get("annotations", {})]
     digest = hashlib.sha256(msgspec.json.encode(covered, order="sorted")).digest()
     return base64.b32encode(digest[:_HASH_BYTES]).decode().lower()
@@ -169,13 +204,17 @@ def _annotations(model: Model) -> dict[str, str]:
     return annotations
 
 
-def _pod_settings(model: Model, config: SystemConfig, profile: ResourceProfile) -> Object:
+def _pod_settings(
+    model: Model, config: SystemConfig, profile: ResourceProfile, source: sources.Source
+) -> Object:
     """The pod's spec without containers and volumes. Empty settings are left out."""
     pods = config.model_server_pods
+    secrets = list(msgspec.to_builtins(pods.image_pull_secrets))
+    secrets += [{"name": n} for n in source.pull_secrets if {"name": n} not in secrets]
     spec: dict[str, Any] = {
         "serviceAccountName": pods.service_account_name,
         "securityContext": pods.pod_security_context,
-        "imagePullSecrets": msgspec.to_builtins(pods.image_pull_secrets),
+        "imagePullSecrets": secrets,
         "priorityClassName": model.spec.priority_class_name,
         "nodeSelector": profile.node_selector,
         "affinity": msgspec.to_builtins(profile.affinity),
@@ -221,6 +260,14 @@ def _container(
     }
 
 
+def _add_devices(model: Model, profile: ResourceProfile, pod: Object, container: Object) -> None:
+    """Claim devices by dynamic resource allocation."""
+    claims = device_claims(profile, model.spec.resource_profile)
+    if claims is not None:
+        pod["spec"]["resourceClaims"] = claims.of_pod
+        container["resources"] = container.get("resources", {}) | {"claims": claims.of_container}
+
+
 def _add_cache(model: Model, config: SystemConfig, pod: Object, container: Object) -> None:
     """Mount the Model's cache folder, which the load Job has already filled."""
     if model.spec.cache_profile:
@@ -248,35 +295,40 @@ def _add_files(model: Model, pod: Object, container: Object) -> None:
     pod["metadata"]["annotations"][HASH_ANNOTATION] = files_hash(model)
 
 
-def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...]) -> Object:
-    """Apply the config's patches one by one, so that an error names the failing one."""
+def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...], where: str) -> Object:
+    """Apply patches one by one, so that an error names the failing one: ``<where>.jsonPatches``."""
     for i, patch in enumerate(patches):
-        operation = copy.deepcopy(patch.operation())  # the patch's value becomes part of the pod
         try:
+            operation = copy.deepcopy(patch.operation())  # the value becomes part of the pod
             pod = jsonpatch.apply_patch(pod, [operation], in_place=True)
+            why = _why_unusable(pod, model)
         except _PATCH_ERRORS as error:
-            raise _bad_patch(i, patch, str(error) or type(error).__name__) from None
-        _check_patched(pod, model, i, patch)
+            why = str(error) or type(error).__name__
+        if why:
+            raise ModelError(
+                f"{where}.jsonPatches[{i}]",
+                f"{patch.op} {patch.path!r} cannot be applied to the pod: {why}",
+                "InvalidPatch",
+            )
     return pod
 
 
-def _check_patched(pod: Any, model: Model, index: int, patch: JSONPatch) -> None:
-    """Check what the operator relies on: the pod's labels and its server container."""
+def _why_unusable(pod: Any, model: Model) -> str:
+    """What a patch broke: the labels, the server container, or the manifest's structure."""
+    if len(msgspec.json.encode(pod)) > PATCHED_MAX_BYTES:
+        return f"the manifest would be larger than {PATCHED_MAX_BYTES} bytes"
     try:
-        labels = pod["metadata"]["labels"]
-        kept = all(labels[key] == value for key, value in _labels(model).items())
-        named = any(c["name"] == SERVER_CONTAINER for c in pod["spec"]["containers"])
-    except (LookupError, TypeError):
-        kept = named = False
+        metadata, spec = pod["metadata"], pod["spec"]
+        labels = metadata["labels"]
+        kept = all(labels.get(key) == value for key, value in _labels(model).items())
+        names = [container.get("name") for container in spec.get("containers", ())]
+        others = [container.get("name") for container in spec.get("initContainers") or ()]
+        sound = {type(metadata.get("annotations")), type(labels)} == {dict} and None not in others
+    except (LookupError, TypeError, AttributeError):
+        kept = sound = False
+        names = [SERVER_CONTAINER]
     if not kept:
-        raise _bad_patch(index, patch, "it removes or changes a label that KubeAI needs")
-    if not named:
-        raise _bad_patch(index, patch, f"it removes the container {SERVER_CONTAINER!r}")
-
-
-def _bad_patch(index: int, patch: JSONPatch, why: str) -> ModelError:
-    return ModelError(
-        f"modelServerPods.jsonPatches[{index}]",
-        f"{patch.op} {patch.path!r} cannot be applied to the pod: {why}",
-        "InvalidPatch",
-    )
+        return "it removes or changes a label that KubeAI needs"
+    if SERVER_CONTAINER not in names:
+        return f"it removes the container {SERVER_CONTAINER!r}"
+    return "" if sound else "the result is not the manifest of a pod"

@@ -118,7 +118,8 @@ class Supervisor:
         self.health_address = ""
         self._started = started
         self._announced = False
-        listeners = listen(host, port, workers, "--port")
+        # Gateways of others send the requests: then there is nothing to serve here.
+        listeners = [] if config.external else listen(host, port, workers, "--port")
         journal = Journal.create(workers)
         self._traffic = Traffic(journal, self.table)
         self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
@@ -133,7 +134,7 @@ class Supervisor:
                 synced=lambda: self.synced,
                 local=local,
             )
-        self.port: int = listeners[0].getsockname()[1]
+        self.port: int = listeners[0].getsockname()[1] if listeners else 0
         self._workers = [
             WorkerProcess(
                 column,
@@ -173,6 +174,7 @@ class Supervisor:
                 worker.send(delta)
 
     def _worker_ready(self) -> None:
+        """Announce that requests are served, once all workers are ready."""
         if self.ready and not self._announced:
             self._announced = True
             self._started()
@@ -282,6 +284,8 @@ class Supervisor:
         snapshot = self.publisher.snapshot()
         for worker in self._workers:
             worker.send(snapshot)
+        if not self._workers:
+            self._worker_ready()
         # Objects created at start-up live as long as the process. A collection that scans them
         # again blocks the event loop for 50 ms.
         gc.collect()
@@ -305,6 +309,8 @@ class Supervisor:
                     self.operator.demand(model)
 
     async def _drain(self, lives: list[asyncio.Task[None]]) -> None:
+        if not lives:
+            return
         gateway = self.config.gateway
         message = Drain(gateway.drain_accept_s, gateway.drain_timeout_s)
         for worker in self._workers:

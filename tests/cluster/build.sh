@@ -47,4 +47,10 @@ if ! complete "$folder" "${binaries[@]}"; then
     } >&2
     mv "$partial" "$folder"
 fi
+# Not built: the CustomResourceDefinition of LeaderWorkerSet. Without it, tests use one of their own.
+if [[ ! -f "$folder/leaderworkersets.yaml" ]]; then
+    module=$(cd lws && go mod download -json sigs.k8s.io/lws | sed -n 's|^.*"Dir": "\(.*\)".*|\1|p') || true
+    install -m 644 "$module/config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml" \
+        "$folder/leaderworkersets.yaml" || echo "there is no definition of LeaderWorkerSet" >&2
+fi
 echo "$folder"

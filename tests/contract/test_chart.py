@@ -42,10 +42,12 @@ from kubeai.operator.apply import Applier
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
+from kubeai.operator.groups import Sets
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
 from kubeai.operator.refusals import Refusals
 from kubeai.operator.scaling.scaler import Scaler
+from kubeai.operator.services import Services
 from kubeai.podspec import build_pod, files
 from kubeai.podspec.cache import evict_job, load_job
 from kubeai.supervisor.console.actions import Actions
@@ -61,7 +63,12 @@ ACCOUNT = "spec.serviceAccountName"
 FOREIGN = ("PodMonitor",)
 ALL_ON = {
     "replicaCount": 3,
-    "secrets": {"huggingface": {"token": "t"}, "aws": {"create": False, "name": "mine"}},
+    "secrets": {
+        "huggingface": {"token": "t"},
+        "aws": {"create": False, "name": "mine"},
+        "oci": {"name": "weights"},
+    },
+    "proxy": {"mode": "external"},
     "cacheProfiles": {"fast": {"sharedFilesystem": {"storageClassName": "nfs"}}},
     "podDisruptionBudget": {"maxUnavailable": "50%"},
     "autoscaling": {"enabled": True},
@@ -70,6 +77,7 @@ ALL_ON = {
     "networkPolicy": {
         "enabled": True,
         "clients": [{"namespaceSelector": {}}],
+        "gateways": [{"podSelector": {"matchLabels": {"app": "envoy"}}}],
         "monitoring": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
     },
     "metrics": {
@@ -177,14 +185,25 @@ NEEDS = {
     "models/status patch": (Applier.patch_status, "patch(MODELS"),
     # For `blockOwnerDeletion`, where OwnerReferencesPermissionEnforcement runs.
     "models/finalizers update": (files.owner_reference, "blockOwnerDeletion"),
-    "pods get": (Applier._is_ours, "get(PODS"),
+    "pods get": (Applier._is_ours, "get(kind"),
     "pods list": (Operator._follow_pods, "follow(PODS"),
     "pods watch": (Operator._follow_pods, "follow(PODS"),
-    "pods create": (Applier._create, "create(PODS"),
-    "pods patch": (Applier._annotate, "patch(PODS"),
-    "pods delete": (Applier.delete, "delete(PODS"),
-    "pods/exec get": (Adapters._exec, "exec("),
-    "pods/exec create": (Adapters._exec, "exec("),
+    "pods create": (Applier._create, "create(kind"),
+    "pods patch": (Applier._patch_pod, "patch(PODS"),
+    "pods delete": (Applier.delete, "delete(kind"),
+    "pods/exec get": (Adapters._exec_in, "exec("),
+    "pods/exec create": (Adapters._exec_in, "exec("),
+    "leaderworkersets get": (Applier._is_ours, "get(kind"),
+    "leaderworkersets list": (Sets._follow, "follow(SETS"),
+    "leaderworkersets watch": (Sets._follow, "follow(SETS"),
+    "leaderworkersets create": (Applier._create, "create(kind"),
+    "leaderworkersets patch": (Applier._patch_set, "patch(SETS"),
+    "leaderworkersets delete": (Applier.delete, "delete(kind"),
+    "services list": (Services.run, "follow(SERVICES"),
+    "services watch": (Services.run, "follow(SERVICES"),
+    "services create": (Services._write, "create(SERVICES"),
+    "services patch": (Services._write, "patch(SERVICES"),
+    "services delete": (Services._delete, "delete(SERVICES"),
     "configmaps get": (Files._find, "get(CONFIGMAPS"),
     "configmaps list": (Files._list, "list(CONFIGMAPS"),
     "configmaps create": (Files._write, "create(CONFIGMAPS"),

@@ -20,7 +20,7 @@ from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
+from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS, PVCS
 from kubeai.routing.publisher import Publisher
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))
@@ -340,6 +340,7 @@ SCHEMES = {
     "pvc": dict.fromkeys(ENGINES, "pod"),
     "ollama": dict.fromkeys(ENGINES, "told") | {"OLlama": "pod"},
     "s3": dict.fromkeys(ENGINES, "told") | {"VLLM": "pod", "SGLang": "pod"},
+    "oci": dict.fromkeys(ENGINES, "pod") | {"OLlama": "told"},
     "gs": dict.fromkeys(ENGINES, "refused"),  # these two need a cache
     "oss": dict.fromkeys(ENGINES, "refused"),
 }
@@ -350,6 +351,8 @@ def url_of(scheme, engine):
         return "pvc://claim/sub/path?model=qwen:0.5b"
     if (scheme, engine) == ("pvc", "LlamaCpp"):
         return "pvc://claim/sub/path?model=a.gguf"
+    if (scheme, engine) == ("oci", "LlamaCpp"):
+        return "oci://org/name?model=a.gguf"
     return f"{scheme}://{'claim/sub/path' if scheme == 'pvc' else 'org/name'}"
 
 
@@ -374,7 +377,7 @@ def source_in(pod, engine):
 async def test_each_engine_accepts_only_its_url_schemes(world):
     world.start(config=FAST)
     cases = [(s, e, comes) for s, by_engine in SCHEMES.items() for e, comes in by_engine.items()]
-    assert len(cases) == 6 * len(ENGINES)
+    assert len(cases) == 7 * len(ENGINES)
     for scheme, engine, comes in cases:
         wanted = {"engine": engine, "url": url_of(scheme, engine), "minReplicas": 1}
         wanted |= {"name": f"{engine}-{scheme}".lower(), "image": "", "resourceProfile": ""}
@@ -394,15 +397,21 @@ async def test_each_engine_accepts_only_its_url_schemes(world):
 
 
 def assert_source(pod, engine, scheme):
-    expected = {"pvc": "/model", "s3": "s3://org/name"}.get(scheme, "org/name")
+    expected = {"pvc": "/model", "oci": "/model", "s3": "s3://org/name"}.get(scheme, "org/name")
     if (engine, scheme) == ("OLlama", "pvc"):
         expected = "qwen:0.5b"
         assert env(pod)["OLLAMA_MODELS"] == "/model"
-    if (engine, scheme) == ("LlamaCpp", "pvc"):
+    if engine == "LlamaCpp" and scheme in ("pvc", "oci"):
         expected = "/model/a.gguf"
     assert source_in(pod, engine) == expected
     claims = [v for v in pod["spec"]["volumes"] if "persistentVolumeClaim" in v]
     mounts = [m for m in server(pod)["volumeMounts"] if m["name"] == "model"]
+    if scheme == "oci":
+        (volume,) = (v for v in pod["spec"]["volumes"] if v["name"] == "model")
+        assert volume["image"]["reference"] == "org/name"
+        assert [(m["mountPath"], m["readOnly"]) for m in mounts] == [("/model", True)]
+        assert claims == []
+        return
     if scheme != "pvc":
         assert claims == mounts == []
         return
@@ -415,6 +424,10 @@ async def test_api_rejects_unloadable_urls(world):
     for url in ("", "name", "http://host/name", "HF://org/name", "file:///x"):
         assert "spec.url" in (said := await refusal(world, url=url)), said
         assert "url must start with one of hf://" in said
+    # As in KubeAI in Go since 0.23.
+    for url in ("hf://", "hf://org/name@main", "hf://a b", "ollama://q;id", "hf://a?x\ny"):
+        said = await refusal(world, url=url)
+        assert "between the scheme and the parameters, url may contain only" in said, said
     assert "spec.url" in await refusal(world, url="hf://" + "x" * 2048)
     for engine in ENGINES:
         for scheme in ("pvc", "ollama"):
@@ -431,7 +444,9 @@ PARAMETERS = {
     "vllm-revision": ("VLLM", "hf://org/name?revision=1", "unknown parameter 'revision' for hf://"),
     "no-claim": ("Infinity", "pvc://No_Claim", "not a valid PersistentVolumeClaim name"),
     "outside": ("FasterWhisper", "pvc://claim/../other", "must not contain '..'"),
-    "shell": ("OLlama", "ollama://q;id", "not a valid Ollama model name"),
+    "name": ("OLlama", "pvc://claim?model=q;id", "'q;id' is not a valid name of a model"),
+    "llmman": ("VLLM", "oci://r/a:1?via=llmman", "the parameter 'via' is not supported"),
+    "registry": ("VLLM", "oci://a", "must be an image with its registry"),
     "llama-file": ("LlamaCpp", "pvc://claim/folder", "LlamaCpp needs the GGUF file"),
 }
 
@@ -473,6 +488,70 @@ async def test_credentials_come_from_the_secrets_that_the_config_names(world):
         )
     }
     assert env(await pod_of(world, "hub")) == {}
+
+
+async def test_images_with_weights_are_pulled_with_the_configured_secret(world):
+    pull = "modelServerPods: {imagePullSecrets: [{name: engines}]}"
+    world.start(config=FAST + "secretNames: {oci: weights}\n" + pull)
+    for name, url in (("image", "oci://registry.example/org/name:1"), ("hub", "hf://org/name")):
+        await world.create(name, url=url, image="", resourceProfile="", minReplicas=1)
+    secrets = {"image": ["engines", "weights"], "hub": ["engines"]}
+    for name, expected in secrets.items():
+        spec = (await pod_of(world, name))["spec"]
+        assert [secret["name"] for secret in spec["imagePullSecrets"]] == expected
+
+
+async def test_the_claim_of_a_cache_has_the_size_of_its_profile(world):
+    shared = "sharedFilesystem: {storageClassName: nfs"
+    profiles = f"a: {{{shared}, storageSize: 500Gi}}}}, b: {{{shared}}}}}"
+    world.start(config=CONFIG + f"cacheProfiles: {{{profiles}}}")
+    for profile, size in (("a", "500Gi"), ("b", "10Gi")):
+        await world.create(profile, cacheProfile=profile)
+        name = f"shared-model-cache-{profile}"
+
+        async def claimed(name=name):
+            claims, _ = await world.kube.list(PVCS, world.kube.namespace)
+            return name in [claim["metadata"]["name"] for claim in claims]
+
+        await until(claimed, f"claim {name}")
+        claim = await world.kube.get(PVCS, name)
+        assert claim["spec"]["resources"]["requests"]["storage"] == size
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+async def test_a_profile_with_dra_claims_devices_for_each_unit(world):
+    config = """
+resourceProfiles:
+  own: {dra: {resourceClaimTemplateName: one-gpu, claimRequest: gpu}}
+  shared: {dra: {resourceClaimName: all-gpus, claimName: gpus}, limits: {memory: 1Gi}}
+  both: {dra: {resourceClaimTemplateName: a, resourceClaimName: b}}
+  none: {dra: {claimName: a}}
+"""
+    world.start(config=FAST + config)
+    for name, profile in (("own", "own:2"), ("shared", "shared:1")):
+        await world.create(name, resourceProfile=profile, minReplicas=1)
+    pod = await pod_of(world, "own")
+    assert pod["spec"]["resourceClaims"] == [
+        {"name": name, "resourceClaimTemplateName": "one-gpu"}
+        for name in ("devices-0", "devices-1")
+    ]
+    assert server(pod)["resources"] == {
+        "claims": [{"name": name, "request": "gpu"} for name in ("devices-0", "devices-1")]
+    }
+    pod = await pod_of(world, "shared")
+    assert pod["spec"]["resourceClaims"] == [{"name": "gpus", "resourceClaimName": "all-gpus"}]
+    assert server(pod)["resources"]["claims"] == [{"name": "gpus"}]
+    assert server(pod)["resources"]["limits"] == {"memory": "1Gi"}
+    for name, profile, why in (
+        ("both", "both:1", "needs one of resourceClaimTemplateName and resourceClaimName"),
+        ("none", "none:1", "needs one of resourceClaimTemplateName and resourceClaimName"),
+        ("twice", "shared:2", "names one claim, which cannot be multiplied"),
+        ("many", "own:33", "the count must be at most 32"),
+    ):
+        await world.create(name, resourceProfile=profile, minReplicas=1)
+        assert why in await told(world, "InvalidProfile", name)
 
 
 # -- files, patches, priority --------------------------------------------------------------------
@@ -533,6 +612,57 @@ async def test_a_patch_that_cannot_be_applied_is_named_in_the_conditions(world, 
     await world.create(minReplicas=1)
     said = await told(world, "InvalidPatch")
     assert said.startswith("modelServerPods.jsonPatches[1]: ")
+    assert why in said
+    assert await world.pods() == []
+
+
+ENV = {"op": "add", "path": "/spec/containers/0/env/-", "value": {"name": "A", "value": "1"}}
+
+
+async def test_a_models_patches_are_applied_after_those_of_the_config(world):
+    hostname = "{op: add, path: /spec/hostname, value: config}"
+    world.start(config=CONFIG + f"modelServerPods: {{jsonPatches: [{hostname}]}}")
+    patches = [
+        ENV,
+        {"op": "replace", "path": "/spec/hostname", "value": "model"},
+        {"op": "copy", "from": "/spec/hostname", "path": "/metadata/annotations/host"},
+        {"op": "add", "path": "/spec/terminationGracePeriodSeconds", "value": 7},
+        {"op": "remove", "path": "/spec/containers/0/livenessProbe"},
+        {"op": "test", "path": "/spec/containers/0/name", "value": "server"},
+    ]
+    created = await world.create(jsonPatches=patches, minReplicas=1)
+    assert created["spec"]["jsonPatches"] == patches
+    await world.create("plain", minReplicas=1)
+    pod = await pod_of(world)
+    assert env(pod)["A"] == "1"
+    assert pod["spec"]["hostname"] == pod["metadata"]["annotations"]["host"] == "model"
+    assert pod["spec"]["terminationGracePeriodSeconds"] == 7
+    assert "livenessProbe" not in server(pod)
+    assert (await pod_of(world, "plain"))["spec"]["hostname"] == "config"
+    # A patch is a new version of the pods.
+    await world.kube.patch(MODELS, "m", {"spec": {"jsonPatches": None}})
+
+    async def replaced():
+        pods = await world.pods()
+        return len(pods) == 1 and pods[0]["spec"]["hostname"] == "config"
+
+    await until(replaced, "replaced")
+
+
+@pytest.mark.parametrize(
+    ("patch", "why"),
+    [
+        ({"op": "remove", "path": "/spec/nothing"}, "remove '/spec/nothing' cannot be applied"),
+        ({"op": "remove", "path": "/metadata/labels/model"}, "a label that KubeAI needs"),
+        ({"op": "replace", "path": "/spec/containers", "value": []}, "the container 'server'"),
+        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "KubeAI needs"),
+    ],
+)
+async def test_a_models_patch_that_cannot_be_applied_is_named_in_the_conditions(world, patch, why):
+    world.start()
+    await world.create(jsonPatches=[ENV, patch], minReplicas=1)
+    said = await told(world, "InvalidPatch")
+    assert said.startswith("spec.jsonPatches[1]: ")
     assert why in said
     assert await world.pods() == []
 
@@ -840,6 +970,12 @@ LIMITS = [
     ({"files": [FILE, FILE]}, "each path in files must be unique"),
     ({"files": [FILE | {"path": f"/{n}"} for n in range(11)]}, "spec.files"),
     ({"priorityClassName": 1}, "spec.priorityClassName"),
+    ({"jsonPatches": [{"op": "merge", "path": "/a"}]}, "spec.jsonPatches[0].op"),
+    ({"jsonPatches": [{"op": "add", "value": 1}]}, "spec.jsonPatches[0].path"),
+    ({"jsonPatches": [{"op": "add", "path": "a"}]}, "a JSON pointer must start with '/'"),
+    ({"jsonPatches": [{"op": "move", "path": "/a"}]}, "from is required"),
+    ({"jsonPatches": [{"op": "copy", "path": "/a", "from": "b"}]}, "a JSON pointer must start"),
+    ({"jsonPatches": [ENV] * 65}, "spec.jsonPatches"),
     ({"adapters": [ADAPTER | {"name": "A_1"}]}, "spec.adapters[0].name"),
     ({"adapters": [ADAPTER | {"name": "a" * 64}]}, "spec.adapters[0].name"),
     ({"adapters": [ADAPTER | {"url": "ollama://q"}]}, "spec.adapters[0].url"),

@@ -13,10 +13,10 @@ import aiohttp
 import pytest
 from harness import chat, model, until
 from machines import serving
-from operators import as_operator
+from operators import as_operator, is_ready
 
 from kubeai.kube.client import Kube
-from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS
+from kubeai.kube.resources import CONFIGMAPS, LEASES, MODELS, PODS
 
 STREAMS = 50
 TOKENS = 40  # 2 s at the model's rate
@@ -150,3 +150,29 @@ async def test_a_configured_address_of_another_replica_is_followed_and_a_bad_one
             assert two.said("part of the config is ignored")["path"] == "fixedSelfMetricAddrs[0]"
             await until("the other is heard", lambda: two.said("peer connected"))
             assert two.said("peer connected")["peer"] == peer
+
+
+async def test_with_gateways_of_others_kubeai_serves_no_requests_but_runs_models(
+    account, cluster, namespace, tmp_path
+):
+    await apply(cluster, namespace, model("chat", args=ARGS, minReplicas=1))
+    async with (
+        serving(tmp_path, account, namespace, proxy={"mode": "external"}) as serve,
+        aiohttp.ClientSession() as session,
+    ):
+        up = serve.said("serving")
+        assert up["endpoint"] == "none"
+        async with session.get(f"{up['health']}/readyz") as response:
+            assert response.status == 200
+
+        async def serves():
+            pods, _ = await cluster.list(PODS, namespace, labels="kubeai.org/model=chat")
+            ready = [pod for pod in pods if is_ready(pod)]
+            return ready and ready[0]["status"]["podIP"]
+
+        await until("a pod is ready", serves)
+        answer = await chat(session, f"http://{await serves()}:8000/v1", "chat", "hi")
+        assert answer.whole, answer
+        serve.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            assert await serve.process.wait() == 0

@@ -258,6 +258,20 @@ SHAPES = {
             "resources": {},
         },
     ),
+    # The model in a container image.
+    "vllm-image": (
+        """
+        features: [TextGeneration]
+        url: oci://registry.example:5000/somebody/model-8b:latest
+        engine: VLLM
+        resourceProfile: nvidia-gpu-l4:1
+        """,
+        {
+            "args": ["--model=/model", "--served-model-name=vllm-image"],
+            "claim": ("registry.example:5000/somebody/model-8b:latest", None),
+            "resources": gpus(1, cpu="6", memory="24Gi"),
+        },
+    ),
     # A chat template beside other files, quoted paths, a block of text.
     "vllm-files": (
         """
@@ -479,12 +493,14 @@ def value_of(variable):
 
 
 def claim_of(spec):
-    """The claim with the weights, and the folder of it that is mounted."""
+    """The claim or image with the weights, and the folder of it that is mounted."""
     volumes = [volume for volume in spec["volumes"] if volume["name"] == "model"]
     mounts = [m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "model"]
     if not volumes:
         return None
     assert [m["mountPath"] for m in mounts] == ["/model"]
+    if "image" in volumes[0]:
+        return volumes[0]["image"]["reference"], mounts[0].get("subPath")
     return volumes[0]["persistentVolumeClaim"]["claimName"], mounts[0].get("subPath")
 
 

@@ -13,6 +13,7 @@ from kubeai.api.model import Model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import EVENTS, JOBS, MODELS, PODS
 from kubeai.operator.controller import Controller
+from kubeai.operator.groups import SetObject
 from kubeai.operator.leader import NotLeader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.scaling.scaler import Scaler
@@ -154,8 +155,9 @@ class FakeKube:
             path, _, value = wanted.partition("=")
             found = [obj for obj in found if field(obj, path) == value]
         for wanted in filter(None, labels.split(",")):
-            key, _, value = wanted.partition("=")
-            found = [o for o in found if o["metadata"].get("labels", {}).get(key) == value]
+            key, equals, value = wanted.partition("=")
+            labels_of = ((o, o["metadata"].get("labels", {})) for o in found)
+            found = [o for o, has in labels_of if key in has and value == (equals and has[key])]
         return [self._as(copy.deepcopy(obj), type) for obj in found], str(self.version)
 
     async def create(self, r, obj, namespace="", *, type=dict):
@@ -265,6 +267,7 @@ class World:
         self.scaling: asyncio.Task[None] | None = None
         self.events = FakeEvents()
         self.loads = FakeLoads()
+        self.no_sets = ""  # why there are no LeaderWorkerSets
 
     def start(self, config=CONFIG):
         """A controller that has just listed everything."""
@@ -281,10 +284,11 @@ class World:
             self.loads,
             self.events,
             clock=now_s,
+            no_sets=lambda: self.no_sets,
         )
         self.relist()
         self.kube.listeners.append(self._event)
-        self._claims = asyncio.create_task(self.controller.claims.run())
+        self._claims = asyncio.gather(self.controller.claims.run(), self.controller.services.run())
         self.controller.all_changed()
 
     def scaler(self):
@@ -302,6 +306,8 @@ class World:
         pods = [o for (plural, _), o in objects.items() if plural == "pods"]
         self.store.replace_models(msgspec.convert(models, list[Model]))
         self.store.replace_pods(msgspec.convert(pods, list[PodObject]))
+        sets = [o for (plural, _), o in objects.items() if plural == "leaderworkersets"]
+        self.store.replace_sets(msgspec.convert(sets, list[SetObject]))
 
     async def stop(self):
         if self._event in self.kube.listeners:
@@ -316,6 +322,8 @@ class World:
             self.store.model_changed(kind, msgspec.convert(obj, Model))
         elif plural == "pods":
             self.store.pod_changed(kind, msgspec.convert(obj, PodObject))
+        elif plural == "leaderworkersets":
+            self.store.set_changed(kind, msgspec.convert(obj, SetObject))
 
     def _node(self, plural, kind, obj):
         if plural == "pods" and kind == "ADDED" and self.auto_ready:

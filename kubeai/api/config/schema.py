@@ -25,6 +25,7 @@ _UNITS: dict[str, Schema] = {
         "not": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": NANOSECONDS_MIN},
     },
     "quantity": {"type": ["string", "number"], "pattern": _QUANTITY, "minimum": 0},
+    "size": {"type": ["string", "number"], "pattern": f"^$|{_QUANTITY}", "minimum": 0},
     "bytes": {"type": ["string", "integer"], "pattern": f"^$|{_QUANTITY}", "minimum": 0},
     "address": {"type": "string", "pattern": r"^$|^.*:[0-9]{1,5}$"},
     "origin": {"type": "string", "pattern": r"^(\*|[a-zA-Z][a-zA-Z0-9+.-]*://[^/]+)$"},

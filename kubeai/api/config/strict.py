@@ -3,7 +3,7 @@
 msgspec's own errors omit the keys of maps, and msgspec supports neither durations nor quantities.
 This reader uses the same type information and gives each error a dotted path. A field's unit is set
 in the ``extra`` of its Meta: ``{"unit": "duration"}`` turns ``1m30s`` into seconds, ``bytes`` turns
-``64Mi`` into an integer, ``quantity``, ``address`` and ``origin`` validate a string.
+``64Mi`` into an integer, ``quantity``, ``size``, ``address`` and ``origin`` validate a string.
 
 A key counts as not given, and keeps its default, if it is ``null`` or has Go's zero value for its
 type (``0``, ``0s``, ``""``, ``{}``, ``[]``), because Go programs write those for unset fields. If
@@ -208,7 +208,7 @@ def _given(value: Any, type_: inspect.Type, path: str, default: Any) -> Any:
     if value is None or any(type(value) is type(z) and value == z for z in _zeros(kind, unit)):
         return UNSET
     result = _value(value, type_, path, {}, default)
-    parsed_to_zero = unit.get("unit") in ("duration", "bytes") and result == 0
+    parsed_to_zero = unit.get("unit") in ("duration", "bytes", "size") and not result
     return UNSET if parsed_to_zero and not unit.get("zero") else result
 
 
@@ -298,6 +298,12 @@ def _quantity(value: Any, path: str) -> str:
     return str(quantity)
 
 
+def _size(value: Any, path: str) -> str:
+    """A quantity; 0 means that it is not given."""
+    text = _quantity(value, path)
+    return "" if text == "0" else text
+
+
 def check_address(value: Any, path: str) -> str:
     """Check for ``host:port``, where the host may be empty. ConfigError otherwise."""
     if not isinstance(value, str):
@@ -324,6 +330,7 @@ _UNITS: dict[str, Callable[[Any, str], Any]] = {
     "duration": _duration,
     "bytes": _bytes,
     "quantity": _quantity,
+    "size": _size,
     "address": check_address,
     "origin": _origin,
 }

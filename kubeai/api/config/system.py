@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec import UNSET, Meta, Struct, field
 from msgspec.structs import replace
 
 from kubeai.api.config.images import DEFAULT_IMAGES
 from kubeai.api.config.strict import check_address, read, read_yaml
+from kubeai.api.json_patch import JSONPatch
 from kubeai.api.model import Engine
 from kubeai.errors import ConfigError
 from kubeai.logs import get_logger
@@ -38,13 +39,13 @@ Duration = Annotated[float, Meta(extra={"unit": "duration", "zero": True})]
 PositiveDuration = Annotated[float, Meta(extra={"unit": "duration"})]
 Bytes = Annotated[int, Meta(extra={"unit": "bytes"})]
 Quantity = Annotated[str, Meta(extra={"unit": "quantity"})]  # in canonical form
+Size = Annotated[str, Meta(extra={"unit": "size"})]  # a quantity above 0, in canonical form
 Address = Annotated[str, Meta(extra={"unit": "address"})]
 Origin = Annotated[str, Meta(extra={"unit": "origin"})]
 Count = Annotated[int, Meta(ge=0, extra={"zero": True})]
 PositiveCount = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1, extra={"zero": True})]
 SecretName = Annotated[str, Meta(extra={"zero": True})]  # empty: no Secret
-Pointer = Annotated[str, Meta(extra={"zero": True})]  # RFC 6901; empty: the whole document
 
 
 class _Section(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -58,6 +59,7 @@ class SecretNames(_Section, frozen=True, kw_only=True):
     aws: SecretName = "kubeai-aws"
     gcp: SecretName = "kubeai-gcp"
     huggingface: SecretName = "kubeai-huggingface"
+    oci: SecretName = ""  # of type kubernetes.io/dockerconfigjson
 
 
 class ModelServer(_Section, frozen=True, kw_only=True):
@@ -127,6 +129,15 @@ class Affinity(_Section, frozen=True, kw_only=True, omit_defaults=True):
     pod_anti_affinity: dict[str, Any] | None = None
 
 
+class ResourceClaims(_Section, frozen=True, kw_only=True):
+    """Experimental. Devices by dynamic resource allocation: one of the first two is set."""
+
+    resource_claim_template_name: str = ""  # each pod gets claims of its own
+    resource_claim_name: str = ""  # all pods share this claim
+    claim_name: str = "devices"  # of the claim inside the pod
+    claim_request: str = ""  # of the requests in the claim; empty: all
+
+
 class ResourceProfile(_Section, frozen=True, kw_only=True):
     """Resources and scheduling of a replica. A Model requests a multiple of the resources."""
 
@@ -138,6 +149,7 @@ class ResourceProfile(_Section, frozen=True, kw_only=True):
     tolerations: tuple[Toleration, ...] = ()
     scheduler_name: str = ""
     runtime_class_name: str = ""
+    dra: ResourceClaims = ResourceClaims()  # unchanged: no claims
 
 
 def _default_profiles() -> dict[str, ResourceProfile]:
@@ -175,6 +187,8 @@ class SharedFilesystem(_Section, frozen=True, kw_only=True):
 
     storage_class_name: str = ""
     persistent_volume_name: str = ""
+    # Required by the API, but ignored by most shared file systems.
+    storage_size: Size = "10Gi"
 
 
 class CacheProfile(_Section, frozen=True, kw_only=True):
@@ -210,24 +224,6 @@ class LocalObjectReference(_Section, frozen=True, kw_only=True):
     """An object in the same namespace."""
 
     name: str = ""  # optional as in Kubernetes, which ignores a pull secret without a name
-
-
-class JSONPatch(_Section, frozen=True, kw_only=True, omit_defaults=True):
-    """One JSON Patch operation (RFC 6902), applied to the pods of every Model."""
-
-    op: Literal["add", "remove", "replace", "move", "copy", "test"]
-    path: Pointer
-    value: Any = None
-    from_: Pointer | UnsetType = field(name="from", default=UNSET)
-
-    def operation(self) -> dict[str, Any]:
-        """The operation in the jsonpatch package's format."""
-        operation: dict[str, Any] = {"op": self.op, "path": self.path}
-        if self.op in ("add", "replace", "test"):
-            operation["value"] = self.value
-        if self.from_ is not UNSET:
-            operation["from"] = self.from_
-        return operation
 
 
 class ModelServerPods(_Section, frozen=True, kw_only=True):
@@ -321,6 +317,12 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     ui: ConsoleConfig = ConsoleConfig()
 
 
+class ProxyConfig(_Section, frozen=True, kw_only=True):
+    """Who routes requests to the engines: KubeAI's gateway, or gateways of others."""
+
+    mode: Literal["internal", "external"] = "internal"
+
+
 class SystemConfig(_Section, frozen=True, kw_only=True):
     """The whole config."""
 
@@ -339,6 +341,12 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
     allow_pod_address_override: bool = False
     fixed_self_metric_addrs: tuple[str, ...] = ()
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+
+    @property
+    def external(self) -> bool:
+        """Whether requests reach the engines through gateways of others."""
+        return self.proxy.mode == "external"
 
     def listening_on(self, host: str) -> SystemConfig:
         """The config with this host in those of our listen addresses that have only a port."""

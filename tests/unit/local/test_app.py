@@ -6,7 +6,7 @@ import pytest
 from fakes.kube import FakeKube
 
 from kubeai.api.config.system import load_config
-from kubeai.errors import KubeAIError
+from kubeai.errors import ConfigError, KubeAIError
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.kube.resources import MODELS, PVCS
 from kubeai.local import app, from_url
@@ -93,6 +93,13 @@ def test_a_profile_of_one_gpu_is_added_unless_the_config_has_it(tmp_path: Path):
     file.write_text("resourceProfiles: {nvidia-gpu: {limits: {nvidia.com/gpu: 2}}}")
     profiles = app._load_config(file).resource_profiles
     assert profiles["nvidia-gpu"].limits == {"nvidia.com/gpu": "2"}
+
+
+def test_gateways_of_others_are_for_clusters(tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text("proxy: {mode: external}")
+    with pytest.raises(ConfigError, match=r"^proxy\.mode: external is for clusters"):
+        app._load_config(file)
 
 
 def test_pages_from_this_machine_may_use_the_api_unless_the_config_says_otherwise(tmp_path):

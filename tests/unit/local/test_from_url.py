@@ -88,7 +88,8 @@ def test_sglang_serves_what_vllm_would_where_it_alone_is_installed(url):
         ("hf://org/x-GGUF", ("VLLM",), "llama.cpp is not installed.*--engine-env LlamaCpp=DIR"),
         ("hf://org/x", ("OLlama",), "Ollama, which is installed, .*ollama://hf.co/org/x"),
         ("gs://bucket/x", ENGINES, "gs:// needs a cacheProfile"),
-        ("hf://org/…", ENGINES, "must start with|no letter or digit"),
+        ("oci://r.io/x:1", ENGINES, "no container runtime.*--volume NAME=DIR and pvc://NAME"),
+        ("hf://org/---", ENGINES, "no letter or digit"),
     ],
 )
 def test_what_cannot_be_served_is_an_error_with_a_remedy(url, found, message):

@@ -31,6 +31,7 @@ from kubeai.operator.plan import (
     Observed,
     PatchModel,
     PatchStatus,
+    Template,
     UndrainPod,
     free_names,
     plan,
@@ -294,7 +295,7 @@ def test_pod_names_are_deterministic_and_avoid_taken_ones():
 def test_free_names_are_unused(count, used):
     model = make_model()
     taken = frozenset(pod_name(model, "h", ordinal) for ordinal in used)
-    names = free_names(model, "h", taken, count)
+    names = free_names(model, Template({}, "h"), taken, count)
     assert len(names) == len(set(names)) == count
     assert not set(names) & taken
 

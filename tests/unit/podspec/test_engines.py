@@ -35,6 +35,8 @@ def test_labels_name_the_model_and_engine_of_a_pod(engine):
         "app.kubernetes.io/name": engine.lower(),
         "app.kubernetes.io/instance": f"{engine.lower()}-m",
         "app.kubernetes.io/managed-by": "kubeai",
+        "kubeai.org/model": "m",
+        "kubeai.org/model-uid": "u-1",
     }
     assert hash_ == pod(engine)["metadata"]["labels"]["pod-hash"]
     assert "name" not in metadata
@@ -317,11 +319,9 @@ def test_a_claim_is_mounted_at_slash_model(engine, path, sub_path):
     assert (mount["mountPath"], mount.get("subPath")) == ("/model", sub_path)
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "OLlama"])
-def test_variable_references_in_a_url_are_escaped(engine):
-    text = msgspec.json.encode(server(pod(engine, url="hf://org/$(HF_TOKEN)"))).decode()
-    assert "org/$$(HF_TOKEN)" in text
-    assert "org/$(HF_TOKEN)" not in text
+def test_a_url_cannot_refer_to_variables_of_the_container():
+    with pytest.raises(ModelError, match="may only contain letters"):
+        pod(url="hf://org/$(HF_TOKEN)")
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -428,6 +428,80 @@ def test_a_patch_that_cannot_be_applied_is_reported_with_its_path(bad):
     assert caught.value.field == "modelServerPods.jsonPatches[1]"
     assert caught.value.reason == "InvalidPatch"
     assert f"{bad['op']} {bad['path']!r}" in str(caught.value)
+
+
+def test_a_models_patches_may_move_and_replace():
+    patches = [
+        {"op": "move", "from": "/spec/containers/0/livenessProbe", "path": "/spec/probe"},
+        {"op": "replace", "path": "/spec/probe/periodSeconds", "value": 7},
+        {"op": "move", "from": "/spec/probe", "path": "/spec/containers/0/livenessProbe"},
+    ]
+    built = pod(jsonPatches=patches)
+    assert server(built)["livenessProbe"]["periodSeconds"] == 7
+    assert hash_label(built) != hash_label(pod())
+    assert built == pod(jsonPatches=patches)  # the patches themselves are unchanged
+
+
+COPY = {"op": "copy", "from": "/spec", "path": "/spec/x"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"op": "remove", "path": "/spec/nosuch"}, "remove '/spec/nosuch' cannot be applied"),
+        ({"op": "remove", "path": "/metadata/annotations"}, "not the manifest of a pod"),
+        ({"op": "replace", "path": "/metadata/labels", "value": []}, "a label that KubeAI needs"),
+        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "KubeAI needs"),
+        ({"op": "add", "path": "/spec/initContainers", "value": [{}]}, "not the manifest of a pod"),
+        ({"op": "add", "path": "/spec/x", "value": "y" * (1 << 20)}, "larger than 1048576 bytes"),
+    ],
+)
+def test_a_models_patch_that_cannot_be_applied_is_reported_with_its_path(bad, why):
+    with pytest.raises(ModelError) as caught:
+        pod(config=patched(OK), jsonPatches=[OK, bad])
+    assert caught.value.field == "spec.jsonPatches[1]"
+    assert caught.value.reason == "InvalidPatch"
+    assert why in str(caught.value)
+
+
+def test_patches_that_double_the_pod_again_and_again_are_stopped():
+    with pytest.raises(ModelError, match="jsonPatches"):
+        pod(jsonPatches=[COPY, *({**COPY, "path": f"/spec/x{n}"} for n in range(60))])
+
+
+# -- weights in an image -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["VLLM", "SGLang", "FasterWhisper", "Infinity"])
+def test_an_image_with_weights_is_mounted_read_only(engine):
+    built = pod(engine, url="oci://registry.example/org/name:1")
+    (volume,) = (v for v in built["spec"]["volumes"] if v["name"] == "model")
+    assert volume["image"] == {"reference": "registry.example/org/name:1"}
+    mount = {"name": "model", "mountPath": "/model", "readOnly": True}
+    assert mount in server(built)["volumeMounts"]
+    container = {k: v for k, v in server(built).items() if k != "volumeMounts"}
+    assert "/model" in str(container)
+
+
+def test_an_image_with_weights_is_pulled_with_its_secret_once():
+    config = parse_config("""
+secretNames: {oci: weights}
+modelServerPods: {imagePullSecrets: [{name: engines}, {name: weights}]}
+""")
+    built = pod(config=config, url="oci://r/a:1")
+    assert built["spec"]["imagePullSecrets"] == [{"name": "engines"}, {"name": "weights"}]
+    assert "imagePullSecrets" not in pod()["spec"]
+    assert "imagePullSecrets" not in pod(url="oci://r/a:1")["spec"]
+
+
+def test_an_image_with_weights_needs_no_cache_and_no_parameters():
+    for url, engine, why in (
+        ("oci://r/a:1", "OLlama", "OLlama cannot load from oci://"),
+        ("oci://r/a:1?model=q", "VLLM", "does not support the parameter 'model'"),
+        ("oci://r/a:1", "LlamaCpp", "LlamaCpp needs the GGUF file"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            pod(engine, url=url)
 
 
 # -- hash ----------------------------------------------------------------------------------------

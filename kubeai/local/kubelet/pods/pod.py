@@ -276,6 +276,12 @@ class ClaimVolume(_Camel, frozen=True):
     read_only: bool = False
 
 
+class ImageVolume(_Camel, frozen=True):
+    """An image whose files are the volume. Not supported; it is decoded for the error message."""
+
+    reference: str = ""
+
+
 class Volume(_Camel, frozen=True):
     """A volume; one source is set."""
 
@@ -285,12 +291,19 @@ class Volume(_Camel, frozen=True):
     secret: SecretVolume | None = None
     host_path: HostPath | None = None
     persistent_volume_claim: ClaimVolume | None = None
+    image: ImageVolume | None = None
 
 
 class ReadinessGate(_Camel, frozen=True):
     """A condition that others set, and that the pod's readiness requires."""
 
     condition_type: str
+
+
+class ResourceClaim(_Camel, frozen=True):
+    """A claim of devices (dynamic resource allocation), which is not supported."""
+
+    name: str = ""
 
 
 class PodSpec(_Camel, frozen=True):
@@ -305,6 +318,7 @@ class PodSpec(_Camel, frozen=True):
     termination_grace_period_seconds: int = 30
     active_deadline_seconds: int | None = None
     readiness_gates: tuple[ReadinessGate, ...] = ()
+    resource_claims: tuple[ResourceClaim, ...] = ()
 
 
 class ObjectMeta(_Camel, frozen=True):
@@ -442,6 +456,12 @@ def decode_pod(obj: Object) -> Pod:
             raise PodError(f"container {container.name}: {error}", "InvalidPod") from None
     if not pod.spec.containers:
         raise PodError("spec.containers: is empty", "InvalidPod")
+    if pod.spec.resource_claims:
+        raise PodError(
+            "spec.resourceClaims: this kubelet has no dynamic resource allocation; use a resource "
+            f"profile with limits, such as {GPU}",
+            "InvalidPod",
+        )
     return pod
 
 

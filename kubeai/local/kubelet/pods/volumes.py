@@ -28,6 +28,7 @@ from kubeai.local.kubelet.runtime.process import Mount
 
 CONFIG_MAP_MODE, SECRET_MODE = 0o644, 0o400
 VOLUME_NOT_FOUND = "VolumeNotFound"
+UNSUPPORTED_VOLUME = "UnsupportedVolume"
 
 
 class Objects(Protocol):
@@ -129,11 +130,20 @@ async def _prepare(
             place.mkdir(parents=True, exist_ok=True)
         if not place.exists():
             raise _failed(volume, f"hostPath {place} does not exist")
+    elif volume.image is not None:
+        raise _failed(
+            volume,
+            f"the image {volume.image.reference} cannot be mounted, because there is no container "
+            "runtime; copy its files into a directory, start with --volume NAME=DIR, and set the "
+            "Model's url to pvc://NAME",
+            UNSUPPORTED_VOLUME,
+        )
     else:
         raise _failed(
             volume,
             "unsupported type (supported: emptyDir, configMap, secret, persistentVolumeClaim, "
             "hostPath)",
+            UNSUPPORTED_VOLUME,
         )
     return place
 

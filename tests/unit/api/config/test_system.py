@@ -240,6 +240,19 @@ MISTAKES = [
         "leaderElection.renewDeadline",
         "longer than leaderElection.retryPeriod",
     ),
+    ("proxy: {mode: outside}", "proxy.mode", "must be one of external, internal"),
+    *(
+        (
+            f"cacheProfiles: {{c: {{sharedFilesystem: {{storageSize: {size}}}}}}}",
+            "cacheProfiles.c.sharedFilesystem.storageSize",
+            why,
+        )
+        for size, why in (
+            ("-1Gi", "must not be negative"),
+            ("1Xi", "has the unknown suffix 'Xi'"),
+            ("[1]", "must be a quantity"),
+        )
+    ),
     ("a: 1\na: 2", "a", "duplicate key (line 2)"),
 ]
 
@@ -316,7 +329,8 @@ def test_no_profile_requests_no_resources():
         ("cpu:", "must be <profile>:<count>"),
         ("cpu:two", "must be <profile>:<count>"),
         ("cpu:-1", "must be <profile>:<count>"),
-        ("cpu:1:2", "must be <profile>:<count>"),
+        ("cpu:1:2:3", "must be <profile>:<count>"),
+        ("cpu:1:0", "the nodes of 'cpu:1:0' must be from 1 to"),
         ("cpu:0", "from 1 to"),
         ("cpu:" + "9" * 5000, "from 1 to"),
     ],

