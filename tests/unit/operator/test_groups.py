@@ -15,9 +15,10 @@ from kubeai.api.model import decode_model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.exec import ExecResult
 from kubeai.kube.resources import PODS, SETS
-from kubeai.operator.groups import PROBE_INTERVAL_S, SetObject, Sets, compose, needs_set
+from kubeai.operator.groups import SetObject, compose, needs_set
 from kubeai.operator.pods import DRAINING_ANNOTATION, Pod, Trouble
 from kubeai.operator.routes import route_of
+from kubeai.operator.sets import PROBE_INTERVAL_S, Sets
 
 pytestmark = FAKE_TIME
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
