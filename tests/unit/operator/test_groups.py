@@ -15,9 +15,10 @@ from kubeai.api.model import decode_model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.exec import ExecResult
 from kubeai.kube.resources import PODS, SETS
-from kubeai.operator.groups import PROBE_INTERVAL_S, SetObject, Sets, compose, needs_set
+from kubeai.operator.groups import SetObject, compose, needs_set
 from kubeai.operator.pods import DRAINING_ANNOTATION, Pod, Trouble
 from kubeai.operator.routes import route_of
+from kubeai.operator.sets import PROBE_INTERVAL_S, Sets
 
 pytestmark = FAKE_TIME
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
@@ -32,7 +33,8 @@ def a_set(size=2, **meta):
     annotations = {"kubeai.org/pod-hash": "h"}
     owner = {"apiVersion": "v1", "kind": "Model", "name": "m", "uid": "u", "controller": True}
     whole = {"name": "s", "uid": "set", "labels": labels, "annotations": annotations}
-    whole |= {"ownerReferences": [owner], "creationTimestamp": "2026-01-01T00:00:00Z", **meta}
+    whole = {**whole, "ownerReferences": [owner], "creationTimestamp": "2026-01-01T00:00:00Z"}
+    whole |= meta
     spec = {"leaderWorkerTemplate": {"size": size}}
     return msgspec.convert({"metadata": whole, "spec": spec}, SetObject)
 
