@@ -359,6 +359,8 @@ async def _find(engine: Engine, envs: EngineEnvs, path: str, model_path: str = "
     for former in _former_modules(engine) if where is None else ():
         where = await locate_module(former, envs, path, model_path)
         package, image = former, _FORMER[former].image
+    if where is None and known.module and known.script:
+        where = locate_script(known.script, envs, path, model_path)
     if where is None:
         return Found(engine, known.title, known.install)
     if package:

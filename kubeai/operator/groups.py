@@ -1,15 +1,13 @@
-"""Replicas on several nodes: a LeaderWorkerSet and its pods as one `Pod`; the watch of the sets.
+"""Replicas on several nodes: a LeaderWorkerSet and its pods as one `Pod`. Pure.
 
 :func:`compose` turns a set and its pods into the value that plan, routes and status handle like any
 other replica: ready while its leader is, with the leader's address, and in trouble if one of its
-pods is. Pure. :class:`Sets` follows the collection where the API is installed, and notices when
-that changes. Used by the store and the operator.
+pods is. Used by the store; `kubeai.operator.sets` follows the sets.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -17,10 +15,6 @@ from kubeai.api.config.profiles import size_of
 from kubeai.api.model import POD_MODEL_LABEL, Model
 from kubeai.api.objects import ObjectMeta
 from kubeai.errors import ModelError
-from kubeai.kube.client import Kube
-from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import SETS
-from kubeai.logs import get_logger
 from kubeai.operator.pods import (
     DRAINING_ANNOTATION,
     HASH_ANNOTATION,
@@ -32,13 +26,7 @@ from kubeai.operator.pods import (
     seconds_of,
 )
 
-log = get_logger(__name__)
-PROBE_INTERVAL_S = 10.0  # while a Model needs the API and it is not installed
 NO_LEADER_AFTER_S = 30.0  # from the creation of a set until it is in trouble without a leader
-_NOT_INSTALLED = (
-    "a replica on several nodes needs the LeaderWorkerSet API (leaderworkerset.x-k8s.io/v1), which "
-    "is not installed; install LeaderWorkerSet, or use <profile>:<count>"
-)
 
 
 class _LeaderWorkerTemplate(msgspec.Struct):
@@ -104,97 +92,6 @@ def compose(one: SetObject, members: Sequence[Pod]) -> Pod:
         trouble_from_s=from_s,
         trouble_until_s=until_s,
     )
-
-
-class Sets:
-    """Follows the LeaderWorkerSets of a namespace, where their API is installed.
-
-    ``replaced`` and ``changed`` are those of :meth:`Kube.follow`. ``needed`` says whether a Model
-    asks for several nodes; only then is an API that is not installed looked for again. `problem`
-    says why sets cannot be created, if they cannot; `changed_problem` is called when it changes.
-    """
-
-    def __init__(
-        self,
-        kube: Kube,
-        namespace: str,
-        labels: str,
-        *,
-        replaced: Callable[[list[SetObject]], None],
-        changed: Callable[[str, SetObject], None],
-        needed: Callable[[], bool],
-        changed_problem: Callable[[], None],
-    ) -> None:
-        self._kube = kube
-        self._namespace = namespace
-        self._labels = labels
-        self._replaced = replaced
-        self._changed = changed
-        self._needed = needed
-        self._changed_problem = changed_problem
-        self._known = False
-        self._gone = asyncio.Event()
-        self.problem = "the LeaderWorkerSets have not been listed yet"
-
-    async def run(self) -> None:
-        """Look for the API and follow the sets, forever."""
-        looks = True
-        while True:
-            if looks:
-                if await self._installed():
-                    await self._follow()
-                self._replaced([])
-                self._set_problem(_NOT_INSTALLED)
-            await asyncio.sleep(PROBE_INTERVAL_S)
-            looks = self._needed()
-
-    async def _installed(self) -> bool:
-        """Whether the API may be there: only a 404 says that it is not."""
-        try:
-            await self._kube.list(SETS, self._namespace, metadata_only=True)
-        except ApiError as error:
-            return error.status != 404
-        return True
-
-    async def _follow(self) -> None:
-        """Follow the sets until their API is gone."""
-        self._gone.clear()
-        follow = asyncio.create_task(
-            self._kube.follow(
-                SETS,
-                self._namespace,
-                labels=self._labels,
-                type=SetObject,
-                replaced=self._listed,
-                changed=self._changed,
-                failed=self._failed,
-            )
-        )
-        gone = asyncio.create_task(self._gone.wait())
-        try:
-            await asyncio.wait((follow, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (follow, gone):
-                task.cancel()
-            await asyncio.gather(follow, gone, return_exceptions=True)
-
-    def _listed(self, sets: list[SetObject]) -> None:
-        self._replaced(sets)
-        self._known = True
-        self._set_problem("")
-
-    def _failed(self, error: ApiError) -> None:
-        """Without this API, or the permission to use it, everything else works."""
-        if error.status == 404:
-            self._gone.set()
-        elif not self._known:
-            self._replaced([])
-            self._set_problem(f"the LeaderWorkerSets cannot be listed: {error}")
-
-    def _set_problem(self, problem: str) -> None:
-        if problem != self.problem:
-            self.problem = problem
-            self._changed_problem()
 
 
 def needs_set(model: Model) -> bool:

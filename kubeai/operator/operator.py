@@ -23,13 +23,14 @@ from kubeai.logs import get_logger
 from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
-from kubeai.operator.groups import SetObject, Sets, needs_set
+from kubeai.operator.groups import SetObject, needs_set
 from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
 from kubeai.operator.scaling.scaler import Activator, Loads, Scaler
 from kubeai.operator.scaling.swap import Swap
 from kubeai.operator.scaling.timeline import Step, Timeline
+from kubeai.operator.sets import Sets
 from kubeai.operator.starting import StartTracker
 from kubeai.operator.store import Store
 from kubeai.operator.view import ModelView, view_of

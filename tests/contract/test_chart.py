@@ -42,12 +42,12 @@ from kubeai.operator.apply import Applier
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
-from kubeai.operator.groups import Sets
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
 from kubeai.operator.refusals import Refusals
 from kubeai.operator.scaling.scaler import Scaler
 from kubeai.operator.services import Services
+from kubeai.operator.sets import Sets
 from kubeai.podspec import build_pod, files
 from kubeai.podspec.cache import evict_job, load_job
 from kubeai.supervisor.console.actions import Actions

@@ -20,7 +20,7 @@ from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS
+from kubeai.kube.resources import CONFIGMAPS, MODELS, PODS, PVCS
 from kubeai.routing.publisher import Publisher
 
 FAST = "".join(line for line in CONFIG.splitlines(True) if not line.startswith("resourceProfiles"))
@@ -499,6 +499,23 @@ async def test_images_with_weights_are_pulled_with_the_configured_secret(world):
     for name, expected in secrets.items():
         spec = (await pod_of(world, name))["spec"]
         assert [secret["name"] for secret in spec["imagePullSecrets"]] == expected
+
+
+async def test_the_claim_of_a_cache_has_the_size_of_its_profile(world):
+    shared = "sharedFilesystem: {storageClassName: nfs"
+    profiles = f"a: {{{shared}, storageSize: 500Gi}}}}, b: {{{shared}}}}}"
+    world.start(config=CONFIG + f"cacheProfiles: {{{profiles}}}")
+    for profile, size in (("a", "500Gi"), ("b", "10Gi")):
+        await world.create(profile, cacheProfile=profile)
+        name = f"shared-model-cache-{profile}"
+
+        async def claimed(name=name):
+            claims, _ = await world.kube.list(PVCS, world.kube.namespace)
+            return name in [claim["metadata"]["name"] for claim in claims]
+
+        await until(claimed, f"claim {name}")
+        claim = await world.kube.get(PVCS, name)
+        assert claim["spec"]["resources"]["requests"]["storage"] == size
 
 
 # -- devices -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from operators import until
 
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import MODELS, PODS, SETS
-from kubeai.operator import groups
+from kubeai.operator import sets as followed
 
 TWO_NODES = {"resourceProfile": "cpu:4:2", "image": "vllm:1"}
 
@@ -114,7 +114,7 @@ async def test_a_deleted_model_takes_its_sets_and_their_pods_along(world, contro
 async def test_without_the_api_a_condition_says_so_until_it_is_installed(
     world, api_server, monkeypatch
 ):
-    monkeypatch.setattr(groups, "PROBE_INTERVAL_S", 0.2)
+    monkeypatch.setattr(followed, "PROBE_INTERVAL_S", 0.2)
     with pytest.raises(ApiError) as caught:
         await world.kube.list(SETS, world.kube.namespace)
     assert caught.value.status == 404

@@ -90,6 +90,12 @@ async def test_a_script_on_path_leads_to_its_environment(tmp_path):
     assert (one.program, one.version, one.source) == (str(env / "bin/python3"), "0.9", "PATH")
 
 
+async def test_a_script_whose_python_is_elsewhere_is_listed_without_a_version(tmp_path):
+    script = program(tmp_path / "bin" / "vllm")
+    one = await listed("VLLM", path=str(tmp_path / "bin"))
+    assert (one.program, one.version, one.source) == (script, "", "PATH")
+
+
 async def test_a_python_on_path_is_asked_for_its_modules(tmp_path):
     packages = environment(tmp_path / "env", "vllm", "vllm", "0.8") / "lib/python3.12/site-packages"
     asked = tmp_path / "asked"

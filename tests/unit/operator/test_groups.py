@@ -15,9 +15,10 @@ from kubeai.api.model import decode_model
 from kubeai.kube.errors import ApiError
 from kubeai.kube.exec import ExecResult
 from kubeai.kube.resources import PODS, SETS
-from kubeai.operator.groups import PROBE_INTERVAL_S, SetObject, Sets, compose, needs_set
+from kubeai.operator.groups import SetObject, compose, needs_set
 from kubeai.operator.pods import DRAINING_ANNOTATION, Pod, Trouble
 from kubeai.operator.routes import route_of
+from kubeai.operator.sets import PROBE_INTERVAL_S, Sets
 
 pytestmark = FAKE_TIME
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
@@ -31,7 +32,8 @@ def a_set(size=2, **meta):
     labels = {"model": "m", "app.kubernetes.io/managed-by": "kubeai"}
     annotations = {"kubeai.org/pod-hash": "h"}
     owner = {"apiVersion": "v1", "kind": "Model", "name": "m", "uid": "u", "controller": True}
-    whole = {"name": "s", "uid": "set", "labels": labels, "annotations": annotations}
+    whole: dict[str, object] = {"name": "s", "uid": "set"}
+    whole |= {"labels": labels, "annotations": annotations}
     whole |= {"ownerReferences": [owner], "creationTimestamp": "2026-01-01T00:00:00Z", **meta}
     spec = {"leaderWorkerTemplate": {"size": size}}
     return msgspec.convert({"metadata": whole, "spec": spec}, SetObject)
