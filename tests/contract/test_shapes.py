@@ -267,7 +267,7 @@ SHAPES = {
         resourceProfile: nvidia-gpu-l4:1
         """,
         {
-            "args": ["--model=/model", "--served-model-name=vllm-image"],
+            "args": ["/model", "--served-model-name=vllm-image"],
             "claim": ("registry.example:5000/somebody/model-8b:latest", None),
             "resources": gpus(1, cpu="6", memory="24Gi"),
         },
