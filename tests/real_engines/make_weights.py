@@ -13,7 +13,7 @@ embeddings mean something, so their order can be checked. Each directory that ex
 | ``minilm`` | safetensors | Infinity, vLLM |
 | ``reranker`` | safetensors, a cross-encoder | Infinity, vLLM |
 | ``gguf/llama.gguf``, ``gguf/minilm.gguf``, ``gguf/reranker.gguf`` | GGUF | llama.cpp, Ollama |
-| ``hub`` | a Hugging Face cache with ``kubeai/tiny-whisper``, CTranslate2 | FasterWhisper |
+| ``whisper`` | CTranslate2 | FasterWhisper |
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ CORPUS = [
 ]
 LORA_RANK = 8
 WHISPER_HIDDEN, WHISPER_HEADS = 64, 2
-WHISPER_REPOSITORY, WHISPER_REVISION = "kubeai/tiny-whisper", "0" * 40
 
 
 def random_values(seed: int) -> Callable[..., np.ndarray]:
@@ -432,20 +431,6 @@ def fill_whisper(spec: Any, vocabulary: int) -> None:
         attention(layer.attention, size, 2 * size, size)
 
 
-def whisper_in_hub(hub: Path) -> None:
-    """The tiny Whisper as a repository in a Hugging Face cache, as speaches expects it."""
-    repository = hub / f"models--{WHISPER_REPOSITORY.replace('/', '--')}"
-    snapshot = repository / "snapshots" / WHISPER_REVISION
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(WHISPER_REVISION)
-    (snapshot / "README.md").write_text(
-        "---\nlibrary_name: ctranslate2\npipeline_tag: automatic-speech-recognition\n"
-        "language: [en]\ntags: [audio, automatic-speech-recognition]\n---\n# Tiny Whisper\n"
-    )
-    whisper(snapshot)
-
-
 # -- all of them -----------------------------------------------------------------------------------
 
 
@@ -476,7 +461,7 @@ def main() -> None:
     embedding = make(root / "minilm", minilm)
     ranking = make(root / "reranker", lambda directory: reranker(directory, embedding))
     make(root / "gguf", lambda directory: ggufs(directory, embedding, ranking))
-    make(root / "hub", whisper_in_hub)
+    make(root / "whisper", whisper)
 
 
 if __name__ == "__main__":

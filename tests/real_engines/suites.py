@@ -304,20 +304,14 @@ def infinity(_: Path) -> list[Stage]:
     ]
 
 
-def faster_whisper(weights: Path) -> list[Stage]:
-    manifest = example(
-        "whisper-cpu.yaml",
-        "",
-        url="hf://kubeai/tiny-whisper",
-        env={"HF_HUB_CACHE": str(weights / "hub"), "HF_HUB_OFFLINE": "1"},
-    )
+def faster_whisper(_: Path) -> list[Stage]:
     checks = {
         "transcription": c.transcription,
         "transcription, formats": c.transcription_formats,
         "translation": c.translation,
         **EVERY_ENGINE,
     }
-    return [Stage(manifest, c.transcription, checks, rollout=True)]
+    return [Stage(example("whisper-cpu.yaml", "whisper"), c.transcription, checks, rollout=True)]
 
 
 SUITES: dict[str, Suite] = {

@@ -131,6 +131,18 @@ async def locate(
     return [_program(argv[0], path), *argv[1:]]
 
 
+def working_directory(argv: Sequence[str]) -> str:
+    """The directory in which a program must run; empty if it runs anywhere.
+
+    speaches opens files of its repository by relative paths. The repository is the directory with
+    its virtual environment, as `uv sync` creates it. ``argv``: the result of `resolve`.
+    """
+    if _engine_name(argv) != "speaches":
+        return ""
+    repository = Path(argv[0]).parent.parent.parent  # of .venv/bin/python3
+    return str(repository) if (repository / "model_aliases.json").is_file() else ""
+
+
 def _engine_name(argv: Sequence[str]) -> str:
     """The script or module of the engine that a command runs; empty if it runs none."""
     program = Path(argv[0]).name

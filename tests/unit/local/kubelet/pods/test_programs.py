@@ -136,6 +136,15 @@ async def test_faster_whisper_runs_its_uvicorn_application(tools):
     assert argv[-1] == "speaches.main:create_app"
 
 
+def test_speaches_runs_in_its_repository_whose_files_it_opens(tmp_path):
+    python = str(tmp_path / ".venv" / "bin" / "python3")
+    argv = [python, "-m", "uvicorn", "--factory", "speaches.main:create_app"]
+    assert programs.working_directory(argv) == ""
+    (tmp_path / "model_aliases.json").write_text("{}")
+    assert programs.working_directory(argv) == str(tmp_path)
+    assert programs.working_directory([python, "-m", "vllm.entrypoints.openai.api_server"]) == ""
+
+
 @pytest.mark.parametrize(
     ("image", "command", "names"),
     [
