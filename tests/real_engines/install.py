@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class Installer:
         if "go" in entry:
             return entry["go"].partition("@")[2].removeprefix("v")
         if "revision" in entry:
-            return f"revision {entry['revision']}"
+            return str(entry["revision"]).removeprefix("v")
         return entry["packages"][0].rpartition("==")[2]
 
     def source(self, engine: str) -> str:
@@ -92,6 +94,8 @@ class Installer:
         self._run(home, [self.uv, "venv", "--python", self._python, str(environment)])
         install = [self.uv, "pip", "install", "--python", str(environment / "bin" / "python")]
         command = [*install, *entry["packages"]]
+        if "source" in entry:
+            command += ["--requirement", str(self._locked(home, where, entry["skip"]))]
         for option in ("overrides", "constraints"):
             if option in entry:
                 path = home / f"{option}.txt"
@@ -99,7 +103,7 @@ class Installer:
                 command += [f"--{option.removesuffix('s')}", str(path)]
         self._run(home, command, cwd=where)
         if "without_dependencies" in entry:
-            self._run(home, [*install, "--no-deps", *entry["without_dependencies"]])
+            self._run(home, [*install, "--no-deps", *entry["without_dependencies"]], cwd=where)
         for program, path in entry.get("programs", {}).items():
             (packages,) = environment.glob("lib/python3*/site-packages")
             (packages / path).chmod(0o755)
@@ -112,6 +116,17 @@ class Installer:
         source = os.environ.get(f"{entry['package'].upper()}_SOURCE", entry["source"])
         self._run(home, ["git", "clone", "--quiet", source, str(where)])
         self._run(home, ["git", "-C", str(where), "checkout", "--quiet", entry["revision"]])
+
+    def _locked(self, home: Path, source: Path, skip: list[str]) -> Path:
+        """The requirements of a repository's uv.lock, in a file, without some packages."""
+        path = home / "requirements.txt"
+        export = ["export", "--frozen", "--no-dev", "--no-emit-project", "--no-hashes", "--quiet"]
+        python = ["--python", self._python]
+        self._run(home, [self.uv, *export, *python, "--output-file", str(path)], cwd=source)
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if re.split(r"[ =@;\[]", line)[0] not in skip]
+        path.write_text("\n".join(kept) + "\n")
+        return path
 
     @property
     def uv(self) -> str:
@@ -139,27 +154,33 @@ class Installer:
         for program in ("go", "gcc", "g++"):
             if not shutil.which(program):
                 raise InstallError(f"{program} is not on PATH; Ollama is compiled with it")
-        home.mkdir(parents=True, exist_ok=True)
-        missing = [
-            header
-            for header in ("nlohmann/json.hpp", "stb/stb_image.h")
-            if not Path("/usr/include", header).exists()
-        ]
-        if missing:
-            packages = " ".join(entry["debian"])
-            raise InstallError(f"{', '.join(missing)} missing; apt-get install {packages}")
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary"]
         headers = home / "headers"
-        for package in entry["headers"]:
-            self._run(home, [*download, ":all:", "-d", str(headers), package])
-        for archive in headers.glob("*.tar.gz"):
-            shutil.unpack_archive(archive, headers)
-        include = {str(path.parent) for path in headers.rglob("miniaudio.h")}
-        flags = " ".join(f"-I{path}" for path in (*sorted(include), "/usr/include/stb"))
-        environment = {"GOBIN": str(home / "bin"), "CGO_CPPFLAGS": flags, "CGO_CXXFLAGS": "-O1"}
-        self._run(home, ["go", "install", entry["go"]], environment | {"CGO_CFLAGS": "-O1"})
+        shutil.rmtree(headers, ignore_errors=True)
+        headers.mkdir(parents=True)
+        flags = " ".join(f"-I{path}" for path in self._headers(home, headers, entry))
+        environment = {"GOBIN": str(home / "bin"), "CGO_CFLAGS": f"-O1 {flags}"}
+        environment |= {"CGO_CXXFLAGS": f"-O1 {flags}"}
+        self._run(home, ["go", "install", entry["go"]], environment)
         self._stamp(home, entry)
         return home
+
+    def _headers(self, home: Path, headers: Path, entry: Versions) -> Iterator[Path]:
+        """Fetch headers that Ollama's module lacks; yields the directories to search."""
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+        for package in entry["headers"]:
+            self._run(home, [*pip, "-d", str(headers), package])
+        for archive in headers.glob("*.tar.gz"):
+            shutil.unpack_archive(archive, headers, filter="data")
+        for header in headers.rglob("miniaudio/miniaudio.h"):
+            yield header.parent.parent
+        for package, header in entry["debian"].items():
+            if Path("/usr/include", header).exists():
+                continue
+            # Unpacked here instead of installed, which would need root.
+            self._run(home, ["apt-get", "download", "-q", package], cwd=headers)
+            (archive,) = headers.glob(f"{package}_*.deb")
+            self._run(home, ["dpkg", "-x", str(archive), str(headers)])
+            yield headers / "usr" / "include"
 
     # -- commands ----------------------------------------------------------------------------------
 
