@@ -66,7 +66,9 @@ class Installer:
             return entry["go"].partition("@")[2].removeprefix("v")
         if "revision" in entry:
             return str(entry["revision"]).removeprefix("v")
-        return entry["packages"][0].rpartition("==")[2]
+        packages = [*entry["packages"], *entry.get("without_dependencies", ())]
+        (pinned,) = (one for one in packages if re.split(r"[\[=]", one)[0] == entry["package"])
+        return pinned.rpartition("==")[2]
 
     def source(self, engine: str) -> str:
         """Where an engine comes from, in words."""

@@ -36,7 +36,12 @@ CLAIM = "weights"  # its directory is that of the tiny models
 # Scales to zero a few seconds after the last request; requests wait for slow engines.
 CONFIG = {
     "modelAutoscaling": {"interval": "1s", "timeWindow": "5s"},
-    "gateway": {"drainAccept": "0s", "drainTimeout": "10s", "holdTimeout": "10m"},
+    "gateway": {
+        "drainAccept": "0s",
+        "drainTimeout": "10s",
+        "holdTimeout": "10m",
+        "decompressBodies": True,
+    },
 }
 
 Check = Callable[["Session"], Awaitable[str | None]]

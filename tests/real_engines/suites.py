@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import checks as c
+import lifecycle as life
 import yaml
 from repository import REPOSITORY
 from session import CLAIM, START_TIMEOUT_S, Check, Session
@@ -81,6 +82,7 @@ OPENAI_CHAT: dict[str, Check] = {
     "chat": c.chat,
     "chat, streamed": c.chat_streamed,
     "completions": c.completions,
+    "compressed request": c.compressed,
 }
 EVERY_ENGINE: dict[str, Check] = {
     "list of models": c.listed,
@@ -137,12 +139,12 @@ def vllm(_: Path) -> list[Stage]:
                 "tokenize, detokenize": c.vllm_tokens,
                 "errors pass through": c.errors,
                 **EVERY_ENGINE,
-                "adapter from a claim": c.adapter,
-                "adapters come and go": c.adapters_change,
-                "client disconnects": c.disconnect("vllm:num_requests_running", 1500, n=16),
+                "adapter from a claim": life.adapter,
+                "adapters come and go": life.adapters_change,
+                "client disconnects": life.disconnect("vllm:num_requests_running", 1500, n=16),
             },
             rollout=True,
-            last={"prefix cache, two replicas": c.prefix_cache},
+            last={"prefix cache, two replicas": life.prefix_cache},
         ),
         Stage(
             embedding,
@@ -185,7 +187,7 @@ def ollama(_: Path) -> list[Stage]:
                 "Ollama's list": c.ollama_list,
                 "errors pass through": c.errors,
                 **EVERY_ENGINE,
-                "client disconnects": c.disconnect_by_queue,
+                "client disconnects": life.disconnect_by_queue,
             },
             rollout=True,
         ),
@@ -267,7 +269,7 @@ def llama_cpp(_: Path) -> list[Stage]:
                 "count_tokens (Anthropic)": c.count_tokens,
                 "tokenize, detokenize": c.llama_cpp_tokens,
                 **EVERY_ENGINE,
-                "client disconnects": c.disconnect("llamacpp:requests_processing", 8000),
+                "client disconnects": life.disconnect("llamacpp:requests_processing", 8000),
             },
             rollout=True,
         ),
@@ -309,6 +311,7 @@ def faster_whisper(_: Path) -> list[Stage]:
         "transcription": c.transcription,
         "transcription, formats": c.transcription_formats,
         "translation": c.translation,
+        "realtime (WebSocket)": c.realtime,
         **EVERY_ENGINE,
     }
     return [Stage(example("whisper-cpu.yaml", "whisper"), c.transcription, checks, rollout=True)]
@@ -338,7 +341,7 @@ async def run_stage(s: Session, stage: Stage) -> None:
         for name, check in stage.checks.items():
             await s.check(name, check)
         if stage.rollout:
-            await s.check("rollout under traffic", c.rollout(stage.send), 2 * START_TIMEOUT_S)
+            await s.check("rollout under traffic", life.rollout(stage.send), 2 * START_TIMEOUT_S)
         for name, check in stage.last.items():
             await s.check(name, check, 2 * START_TIMEOUT_S)
-    await s.check(f"scale to zero{kind}", c.scale_to_zero)
+    await s.check(f"scale to zero{kind}", life.scale_to_zero)
