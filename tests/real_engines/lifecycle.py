@@ -1,4 +1,4 @@
-"""What is checked of an engine's replicas: adapters, disconnects, rollouts, scale, prefix caches."""
+"""What is checked of an engine's replicas: adapters, disconnects, rollouts, scale, prefix cache."""
 
 from __future__ import annotations
 
