@@ -78,13 +78,18 @@ def long_chat(s: Session, *, stream: bool, tokens: int, **more: Any) -> dict[str
     }
 
 
-def disconnect(metric: str, tokens: int, **more: Any) -> Check:
-    """The engine stops generating when its client leaves. ``metric``: its requests in flight."""
+def disconnect(
+    metric: str, tokens: int, *, streams: tuple[bool, ...] = (True, False), **more: Any
+) -> Check:
+    """The engine stops generating when its client leaves. ``metric``: its requests in flight.
+
+    ``streams``: for which requests, streamed or not, the engine notices that its client has left.
+    """
 
     async def check(s: Session) -> str:
         (address,) = await s.addresses()
         took = []
-        for stream in (True, False):
+        for stream in streams:
             body = long_chat(s, stream=stream, tokens=tokens, **more)
             task = asyncio.create_task(s.http.post("/openai/v1/chat/completions", json=body))
 
@@ -97,8 +102,9 @@ def disconnect(metric: str, tokens: int, **more: Any) -> Check:
             task.cancel()
             started = time.monotonic()
             await until("the engine has stopped", lambda: running(False), ABORT_TIMEOUT_S)
-            took.append(time.monotonic() - started)
-        return f"streamed: stopped after {took[0]:.2f} s; not streamed: {took[1]:.2f} s"
+            kind = "streamed" if stream else "not streamed"
+            took.append(f"{kind}: stopped after {time.monotonic() - started:.2f} s")
+        return "; ".join(took)
 
     return check
 

@@ -269,7 +269,10 @@ def llama_cpp(_: Path) -> list[Stage]:
                 "count_tokens (Anthropic)": c.count_tokens,
                 "tokenize, detokenize": c.llama_cpp_tokens,
                 **EVERY_ENGINE,
-                "client disconnects": life.disconnect("llamacpp:requests_processing", 8000),
+                # b10434 completes a response that is not streamed, with and without a gateway.
+                "client disconnects": life.disconnect(
+                    "llamacpp:requests_processing", 8000, streams=(True,)
+                ),
             },
             rollout=True,
         ),
