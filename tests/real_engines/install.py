@@ -103,7 +103,7 @@ class Installer:
                 path = home / f"{option}.txt"
                 path.write_text("\n".join(entry[option]) + "\n")
                 command += [f"--{option.removesuffix('s')}", str(path)]
-        self._run(home, command, cwd=where)
+        self._run(home, command, cwd=home)  # not in a repository, whose overrides would apply
         if "without_dependencies" in entry:
             self._run(home, [*install, "--no-deps", *entry["without_dependencies"]], cwd=where)
         for program, path in entry.get("programs", {}).items():
