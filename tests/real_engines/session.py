@@ -32,6 +32,7 @@ STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 90.0
 BETWEEN_REQUESTS_S = 0.3
 KILL_TIMEOUT_S = 10.0
+LOG_LINES_SHOWN = 40
 CLAIM = "weights"  # its directory is that of the tiny models
 # Scales to zero a few seconds after the last request; requests wait for slow engines.
 CONFIG = {
@@ -124,6 +125,13 @@ class Session:
             return everything == ready == count == len(await self.pods())
 
         await until(f"{count} replicas of {self.model} are ready", reached, timeout_s)
+
+    def show_logs(self) -> None:
+        """Print the ends of the engines' logs, which are deleted with their pods."""
+        for path in sorted(self.local.data_dir.glob("state/pods/*/server/*.log")):
+            print(f"  {path}:")
+            for line in path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]:
+                print(f"    {line[:300]}", flush=True)
 
     async def metrics(self, address: str, *names: str) -> list[float]:
         """The sums of an engine's Prometheus series with these names."""

