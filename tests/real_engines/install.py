@@ -70,6 +70,10 @@ class Installer:
         (pinned,) = (one for one in packages if re.split(r"[\[=]", one)[0] == entry["package"])
         return pinned.rpartition("==")[2]
 
+    def unavailable(self, engine: str) -> str:
+        """Why an engine cannot be installed; empty if it can."""
+        return str(self.versions[engine].get("unavailable", ""))
+
     def source(self, engine: str) -> str:
         """Where an engine comes from, in words."""
         entry = self.versions[engine]
