@@ -65,10 +65,6 @@ def run_engine(engine: str, installer: Installer, options: argparse.Namespace) -
     version, source = installer.version(engine), installer.source(engine)
     result = report.Result(engine, suite.title, version, source, date)
     print(f"== {suite.title} {version}", flush=True)
-    if engine not in options.environments and (reason := installer.unavailable(engine)):
-        result.problem, result.unavailable = reason, True
-        print(f"  {reason}", flush=True)
-        return result
     try:
         environment = options.environments.get(engine) or installer.engine(engine)
         weights = installer.weights()

@@ -70,10 +70,6 @@ class Installer:
         (pinned,) = (one for one in packages if re.split(r"[\[=]", one)[0] == entry["package"])
         return pinned.rpartition("==")[2]
 
-    def unavailable(self, engine: str) -> str:
-        """Why an engine cannot be installed; empty if it can."""
-        return str(self.versions[engine].get("unavailable", ""))
-
     def source(self, engine: str) -> str:
         """Where an engine comes from, in words."""
         entry = self.versions[engine]
@@ -110,8 +106,10 @@ class Installer:
         self._run(home, command, cwd=home)  # not in a repository, whose overrides would apply
         if "without_dependencies" in entry:
             self._run(home, [*install, "--no-deps", *entry["without_dependencies"]], cwd=where)
+        (packages,) = environment.glob("lib/python3*/site-packages")
+        for module in entry.get("modules", ()):
+            shutil.copy(HERE / module, packages)
         for program, path in entry.get("programs", {}).items():
-            (packages,) = environment.glob("lib/python3*/site-packages")
             (packages / path).chmod(0o755)
             (environment / "bin" / program).symlink_to(packages / path)
         self._stamp(home, entry)

@@ -21,7 +21,6 @@ class Result(msgspec.Struct):
     date: str
     outcomes: list[Outcome] = []
     problem: str = ""  # why nothing could be checked
-    unavailable: bool = False  # as `versions.toml` says; not a failure
 
 
 def save(directory: Path, result: Result) -> None:
@@ -39,7 +38,7 @@ def failures(results: Sequence[Result]) -> list[str]:
     """What failed, one line each."""
     lines = []
     for result in results:
-        if result.problem and not result.unavailable:
+        if result.problem:
             lines.append(f"{result.title}: {result.problem.splitlines()[0]}")
         failed = (one for one in result.outcomes if not one.passed)
         lines += [f"{result.title}: {one.check}: {one.note}" for one in failed]

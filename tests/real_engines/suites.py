@@ -162,7 +162,13 @@ def sglang(_: Path) -> list[Stage]:
     generation = example(
         "qwen-sglang-l4.yaml",
         "llama",
-        args=("--device=cpu", "--attention-backend=torch_native", "--context-length=2048"),
+        args=(
+            "--device=cpu",
+            "--attention-backend=torch_native",
+            "--context-length=2048",
+            "--max-total-tokens=16384",
+            "--enable-metrics",
+        ),
         env={"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"},
     )
     checks = {**OPENAI_CHAT, "messages (Anthropic)": c.messages, **EVERY_ENGINE}
