@@ -138,6 +138,12 @@ async def vllm_tokens(s: Session) -> None:
     assert "Hello world" in (await s.post("/v1/detokenize", {"tokens": tokens}))["prompt"]
 
 
+async def sglang_tokens(s: Session) -> None:
+    """SGLang's /tokenize and /detokenize give the text back."""
+    tokens = (await s.post("/v1/tokenize", {"prompt": "Hello world"}))["tokens"]
+    assert "Hello world" in (await s.post("/v1/detokenize", {"tokens": tokens}))["text"]
+
+
 async def llama_cpp_tokens(s: Session) -> None:
     """llama.cpp's /tokenize and /detokenize give the text back."""
     tokens = (await s.post("/v1/tokenize", {"content": "Hello world"}))["tokens"]

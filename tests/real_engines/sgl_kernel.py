@@ -1,8 +1,8 @@
-"""Stands in for SGLang's compiled kernels on a CPU without AMX, where SGLang computes with PyTorch.
+"""Stands in for SGLang's compiled kernels on a CPU without AMX, where SGLang uses PyTorch.
 
-SGLang's CPU engine imports functions of ``sgl_kernel`` when it starts, even those that it calls only
-on CPUs with AMX. The CPU build of that package is in no package registry, so the installer puts this
-module in its place. A function that is called after all raises NotImplementedError.
+SGLang's CPU engine imports functions of ``sgl_kernel`` when it starts, even those that it calls
+only on CPUs with AMX. No package registry has the CPU build of that package, so the installer puts
+this module in its place. A function that is called after all raises NotImplementedError.
 """
 
 from __future__ import annotations

@@ -171,7 +171,18 @@ def sglang(_: Path) -> list[Stage]:
         ),
         env={"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"},
     )
-    checks = {**OPENAI_CHAT, "messages (Anthropic)": c.messages, **EVERY_ENGINE}
+    checks = {
+        **OPENAI_CHAT,
+        "structured output": c.structured_output,
+        "responses": c.responses,
+        "messages (Anthropic)": c.messages,
+        "count_tokens (Anthropic)": c.count_tokens,
+        "tokenize, detokenize": c.sglang_tokens,
+        "Ollama's chat and generate": c.ollama_chat,
+        "errors pass through": c.errors,
+        **EVERY_ENGINE,
+        "client disconnects": life.disconnect("sglang:num_running_reqs", 1900),
+    }
     return [Stage(generation, c.chat, checks, rollout=True)]
 
 
