@@ -6,7 +6,7 @@ CORE := $(shell find kubeai -name '*.pyx' -o -name '*.pxd')
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test browser coverage check screenshots bench bench-routing bench-headline demo \
-	asan soak clean
+	real-engines asan soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,10 @@ help:  ## list the targets
 
 .venv/installed-check: .venv/installed-test
 	$(PIP) install -q -c constraints.txt 'kubeai-gateway[check]'
+	touch $@
+
+.venv/installed-clients: .venv/installed-test
+	$(PIP) install -q -c constraints.txt 'kubeai-gateway[clients]'
 	touch $@
 
 .venv/installed-coverage: .venv/installed-test
@@ -101,6 +105,9 @@ bench-headline: .venv/installed-test  ## simulate the gain of prefix routing
 DEMO_HTML ?= build/demo.html
 demo: .venv/installed  ## show what prefix routing gains, in two minutes on mock engines; writes a page
 	$(BIN)/kubeai bench demo --html $(DEMO_HTML)
+
+real-engines: .venv/installed-clients  ## run vLLM, Ollama, … for real; ENGINES="VLLM OLlama"; writes docs
+	PYTHONPATH=tests $(BIN)/python tests/real_engines $(ENGINES) $(ARGS)
 
 asan: .venv/installed-test  ## run the compiled core's tests under AddressSanitizer
 	tests/asan.sh

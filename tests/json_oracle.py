@@ -35,28 +35,53 @@ class Parsed(msgspec.Struct, frozen=True):
     hash_input: dict[str, Raw] = {}  # the fields that hash_key reads, still JSON
 
 
-_HASH_FIELDS: dict[Kind, frozenset[str]] = {
-    Kind.CHAT: frozenset({"messages"}),
-    Kind.COMPLETIONS: frozenset({"prompt"}),
-    Kind.EMBEDDINGS: frozenset({"input"}),
-    Kind.RERANK: frozenset({"query"}),
-    Kind.RESPONSES: frozenset({"instructions", "input"}),
-    Kind.MESSAGES: frozenset({"system", "messages"}),
+_TEXTS: dict[Kind, str] = {  # the member that is hashed, if it is not a conversation
+    Kind.COMPLETIONS: "prompt",
+    Kind.SYSTEM_ONE: "state",
+    Kind.EMBEDDINGS: "input",
+    Kind.EMBED_V2: "texts",
+    Kind.RERANK: "query",
+    Kind.SCORE: "queries",
+    Kind.GENERATIVE_SCORING: "query",
+    Kind.POOLING: "input",
+    Kind.CLASSIFY: "input",
+    Kind.SPEECH: "input",
+    Kind.OLLAMA_GENERATE: "prompt",
+    Kind.OLLAMA_EMBED: "input",
+    Kind.OLLAMA_EMBEDDINGS: "prompt",
 }
+_CONVERSATIONS: dict[Kind, str] = {
+    Kind.CHAT: "messages",
+    Kind.CHAT_BATCH: "messages",
+    Kind.RESPONSES: "input",
+    Kind.MESSAGES: "messages",
+    Kind.OLLAMA_CHAT: "messages",
+}
+SYSTEMS: dict[Kind, str] = {
+    Kind.RESPONSES: "instructions",
+    Kind.MESSAGES: "system",
+    Kind.SYSTEM_ONE: "instructions",
+    Kind.OLLAMA_GENERATE: "system",
+}
+_STREAMS = (Kind.OLLAMA_CHAT, Kind.OLLAMA_GENERATE)  # unless the body says otherwise
+
+
+def _hash_fields(kind: Kind) -> set[str]:
+    return {fields[kind] for fields in (_TEXTS, _CONVERSATIONS, SYSTEMS) if kind in fields}
 
 
 def parse(kind: Kind, body: bytes) -> Parsed:
     """Parse a request's JSON body. BadRequest if it is invalid or ambiguous; see request.py."""
     model: Raw | None = None
-    stream = False
+    stream = kind in _STREAMS
     hashed: dict[str, Raw] = {}
-    wanted = _HASH_FIELDS[kind]
+    wanted = _hash_fields(kind)
     for key, value in _top_level(body).items():
         text = key.text
         if text in wanted:
             hashed[text] = value
         elif text == "stream":
-            stream = len(memoryview(value)) == 4 and bytes(value) == b"true"
+            stream = bytes(value) == b"true" or (kind in _STREAMS and bytes(value) != b"false")
         elif len(text) == 5 and text.lower() == "model":
             if model is not None or text != "model":
                 raise BadRequest(
@@ -69,6 +94,8 @@ def parse(kind: Kind, body: bytes) -> Parsed:
     if model is None:
         raise BadRequest("You must provide a model parameter.", param="model")
     model_text = _model_value(model)
+    if kind.is_ollama and model_text != ":latest":
+        model_text = model_text.removesuffix(":latest")
     name, adapter = split_model(model_text)
     return Parsed(kind, model_text, name, adapter, stream, hashed)
 
@@ -200,16 +227,15 @@ def hash_key(adapter: str | None, parsed: Parsed, prefix_char_length: int) -> in
 def _hash_text(parsed: Parsed, limit: int) -> tuple[list[str], str]:
     """(all system texts, the first ``limit`` code points of the first user input)."""
     fields, kind = parsed.hash_input, parsed.kind
-    if kind is Kind.CHAT:
-        return _conversation(fields.get("messages", _EMPTY), limit)
-    if kind is Kind.MESSAGES or kind is Kind.RESPONSES:
-        messages = fields.get("messages" if kind is Kind.MESSAGES else "input", _EMPTY)
-        system, prefix = _conversation(messages, limit)
+    system: list[str] = []
+    if kind in _CONVERSATIONS:
+        system, prefix = _conversation(fields.get(_CONVERSATIONS[kind], _EMPTY), limit)
     else:
-        return [], _first_input(memoryview(next(iter(fields.values()), _EMPTY)), limit)
-    for name in ("instructions", "system"):
-        if name in fields and not _is_crowded(fields[name]):
-            system.insert(0, _text(fields[name], None))
+        text = fields.get(_TEXTS[kind], _EMPTY) if kind in _TEXTS else _EMPTY
+        prefix = _first_input(memoryview(text), limit)
+    name = SYSTEMS.get(kind, "")
+    if name in fields and not _is_crowded(fields[name]):
+        system.insert(0, _text(fields[name], None))
     return system, prefix
 
 

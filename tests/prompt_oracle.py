@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 
 import msgspec
+from json_oracle import SYSTEMS
 
 from kubeai._prompt import BLOCKS_MAX
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import Kind
 
-SYSTEMS = {Kind.RESPONSES: "instructions", Kind.MESSAGES: "system"}
 # Where the sampled blocks of a conversation end.
 ENDS = [
     *range(256, 4096 + 1, 256),
@@ -28,7 +28,8 @@ FILE_TOKENS = 1000
 
 
 FILE = re.compile(
-    rb'"(?:image_url|source|input_audio|file|file_data|audio_url|video_url)"[ \n\r\t]*:[ \n\r\t]*'
+    rb'"(?:image_url|source|input_audio|file|file_data|audio_url|video_url|images)"'
+    rb"[ \n\r\t]*:[ \n\r\t]*"
 )
 
 

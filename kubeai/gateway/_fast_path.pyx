@@ -112,7 +112,7 @@ cdef class FastPath(EarlyStream):
 
     cdef public object _kind
     cdef public bytes _path  # the engine's
-    cdef public bytes _payload  # the body sent to the engine; None for an upload
+    cdef public bytes _payload  # the body sent to the engine; None: an upload, or no body
     cdef public object _upload  # of a request with a multipart form
     cdef public object _request
     cdef public object _routed
@@ -204,7 +204,7 @@ cdef class FastPath(EarlyStream):
         if reservation.failing:
             pool.failing = True
         if self._payload is None:
-            self.send_upload(pool)
+            self.send_other(pool)
         else:
             self.send(pool, self._path, self._payload)
 
@@ -294,6 +294,8 @@ cdef class FastPath(EarlyStream):
     cdef int _outcome(self) noexcept:
         if self.broken:
             return BROKEN
+        if self.whole and self.status == 101:
+            return ANSWERED_2XX
         if not self.whole or not 200 <= self.status < 600:
             return LEFT
         return ANSWERED_2XX + self.status // 100 - 2
@@ -304,8 +306,8 @@ cdef class FastPath(EarlyStream):
         """Hold the request."""
         raise NotImplementedError
 
-    def send_upload(self, pool):
-        """Send an upload's form to an endpoint."""
+    def send_other(self, pool):
+        """Send a request to an endpoint whose body is not in ``_payload``."""
         raise NotImplementedError
 
     def moved(self, reservation):

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from kubeai.gateway.endpoint_pool import ConsolePool, LocalRoutesPool
     from kubeai.routing.table import RoutedModel, RoutingTable
 
-# The request targets that the fast path serves.
+# The request targets that the fast path serves. Ollama's API is not among them, because only some
+# engines have it.
 JSON_ROUTES = {
     path.encode(): JsonRoute(kind, kind.value.encode(), SHAPES[kind])
     for path, kind in route_table.items()
-    if kind.is_json
+    if kind.is_json and not kind.is_ollama
 }
 
 
@@ -59,6 +60,7 @@ class Context(FastPathContext):
         self.draining = False
         self._held: dict[str, int] = {}
         self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
+        self.lookups = 0  # of stored responses that are in progress
         self.spooled_bytes = 0  # of multipart forms that are being received or sent
 
     def hold(self, model: str) -> bool:

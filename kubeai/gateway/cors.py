@@ -58,7 +58,8 @@ class CorsPolicy:
         exchange.set_cors_headers(
             self._headers(origin, preflight, b", ".join(wanted).decode("latin-1"))
         )
-        if origins:
+        # realtime.py checks that of a WebSocket handshake.
+        if origins and not (exchange.asks_websocket and exchange.method == "GET"):
             exchange.drop_header(b"origin")
 
     def _make_headers(self, origin: str | None, preflight: bool, requested: str) -> bytes:

@@ -1,8 +1,9 @@
 """The local routes: all requests except inference POSTs.
 
 The relay forwards those requests to this aiohttp application, one at a time on each connection. It
-serves the list of models, health, and 404 and 405 responses for everything that is not in the route
-table (formatted by errors.py). The worker runs it with :func:`make_runner`.
+serves the list of models (also in the format of Ollama's API), health, and 404 and 405 responses
+for everything that is not in the route table (formatted by errors.py). The worker runs it with
+:func:`make_runner`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import msgspec
 from aiohttp import web
 
 from kubeai.errors import QUOTED_MAX_CHARS
+from kubeai.gateway import ollama
 from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway.context import Context
 from kubeai.gateway.holding import advice
@@ -90,6 +92,8 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
             return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)
+    if request.path == "/" and request.method == "HEAD":  # how Ollama's clients look for a server
+        return web.Response()
     if request.path == "/" and request.app[CONTEXT].console is not None:
         return web.Response(status=307, headers={"Location": CONSOLE_PATH + "/"})
     target = classify(request.method, request.raw_path)
@@ -99,8 +103,12 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         return _not_allowed(request, target.allow)
     if target.kind is Kind.MODELS:
         return _models(request, target)
+    if target.kind is not None and target.kind.is_ollama:
+        return await _describe(request, target.kind)
     # Echo the raw path: decoded, it could look like a path that exists.
     path = request.raw_path.partition("?")[0][:QUOTED_MAX_CHARS]
+    if error := ollama.not_served(request.method, path):
+        return _refusal(request, error)
     scheme = "https" if request.headers.get("X-Forwarded-Proto") == "https" else "http"
     # The relay's own Host header is not the client's.
     host = request.headers.get("X-Forwarded-Host", request.host)
@@ -158,8 +166,8 @@ class _List(msgspec.Struct):
 
 def _models(request: web.Request, target: RouteMatch) -> web.Response:
     context = request.app[CONTEXT]
-    if target.model_id is not None:
-        return _json(msgspec.json.encode(_one_model(request, target.model_id)))
+    if target.id is not None:
+        return _json(msgspec.json.encode(_one_model(request, target.id)))
     default = [DEFAULT_FEATURE] if request.raw_path.startswith(PREFIX) else []
     features = set(request.query.getall("feature", default))
     selected = _selection(request)
@@ -193,3 +201,14 @@ def _items(route: Route) -> Iterable[_Item]:
     """One item for the model, and one for each adapter that it declares."""
     for name in (route.model, *(f"{route.model}_{adapter}" for adapter in route.adapters)):
         yield _Item(name, route.created_s, "model", route.owner, route.features)
+
+
+async def _describe(request: web.Request, kind: Kind) -> web.Response:
+    """The models, in the format of Ollama's API."""
+    selected = _selection(request)
+    routes = [model.route for model in request.app[CONTEXT].routes if selected(model.route)]
+    if kind is Kind.OLLAMA_SHOW:
+        return _json(ollama.shown(await request.read(), routes))
+    if kind is Kind.OLLAMA_TAGS:
+        return _json(ollama.tags(routes))
+    return _json(ollama.running(routes) if kind is Kind.OLLAMA_PS else ollama.version())

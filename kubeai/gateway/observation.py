@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from kubeai._prompt import Prompt
+    from kubeai.gateway.relay._exchange import Exchange
 
 # "whole", "left" (the client disconnected), "broken" (the engine's response was cut short).
 End = Literal["whole", "left", "broken"]
@@ -34,3 +35,41 @@ class RequestEnd(NamedTuple):
     endpoint: str | None  # of the last attempt
     retry_count: int
     prompt: Prompt | None = None  # None: unknown, or not to be recorded
+
+
+def request_start(exchange: Exchange, *, is_inference: bool) -> RequestStart:
+    """The record of a request whose head is complete."""
+    return RequestStart(
+        request_id=exchange.request_id,
+        peer=exchange.peer,
+        method=exchange.method,
+        target=exchange.target,
+        is_inference=is_inference,
+        trace_headers={
+            name: values[0].decode("latin-1")
+            for name in ("traceparent", "tracestate")
+            if (values := exchange.headers(name.encode()))
+        },
+    )
+
+
+def request_end(
+    exchange: Exchange,
+    *,
+    model: str | None,
+    endpoint: str | None,
+    retry_count: int,
+    prompt: Prompt | None,
+) -> RequestEnd:
+    """The record of a request that has ended."""
+    return RequestEnd(
+        status=exchange.status,
+        end="broken" if exchange.broken else "whole" if exchange.whole else "left",
+        answered_s=exchange.answered_s,
+        request_bytes=exchange.request_bytes,
+        response_bytes=exchange.answer_bytes,
+        model=model,
+        endpoint=endpoint,
+        retry_count=retry_count,
+        prompt=prompt,
+    )

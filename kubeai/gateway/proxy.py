@@ -3,10 +3,9 @@
 The relay calls :class:`Proxy` at each step. An inference POST is read completely, counted for
 its model (Admission), assigned an endpoint (Reservation) and sent there; a request that no endpoint
 can serve yet is held. An upload takes the same path, except that its body, a multipart form, waits
-on disk (uploads). All other requests are streamed: to the supervisor's console if they are for it
-(console.py), else to the worker's local routes (local_routes.py).
-Only waits, uploads and large bodies need a task; large bodies are parsed in a thread so that they
-do not block the event loop.
+on disk (uploads); a WebSocket's handshake has none (realtime.py). All other requests are streamed:
+to the supervisor's console (console.py) or the worker's local routes (local_routes.py). Only waits,
+uploads, and large or compressed bodies (bodies.py) need a task.
 
 retries.py decides which attempts are retried and where, holding.py how long a request waits. The
 Reservation of a failed attempt is released before the next pick.
@@ -19,9 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,22 +26,34 @@ from typing_extensions import override
 
 from kubeai._prompt import Prompt
 from kubeai.gateway._fast_path import FastPath
+from kubeai.gateway.bodies import check_coding, read_body
 from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
 from kubeai.gateway.endpoint_pool import EndpointPool
-from kubeai.gateway.explanation import explanation, why_moved
+from kubeai.gateway.explanation import explanation, log_move
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
-from kubeai.gateway.observation import RequestEnd, RequestStart
+from kubeai.gateway.observation import request_end, request_start
+from kubeai.gateway.ollama import check_engine
+from kubeai.gateway.realtime import (
+    Session,
+    check_handshake,
+    engines_query,
+    last_event,
+    model_in,
+    no_websocket,
+    websocket_required,
+)
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
+from kubeai.gateway.relay._renaming import Renaming
+from kubeai.gateway.relay._tunnel import Tunnel
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
-from kubeai.gateway.uploads.upload import Upload
-from kubeai.logs import RateLimit, get_logger
+from kubeai.gateway.stored_responses import find_owner, not_stored
+from kubeai.gateway.uploads.upload import Upload, is_form
+from kubeai.logs import get_logger
 from kubeai.openai import request as openai
 from kubeai.openai.errors import (
     BadRequest,
-    compressed_body,
     engine_error,
     error_answer,
-    error_event,
     header_lines,
     model_not_found,
 )
@@ -56,14 +65,10 @@ if TYPE_CHECKING:
     from kubeai.gateway.cors import CorsPolicy
     from kubeai.gateway.relay._exchange import Pool
     from kubeai.openai.request import InferenceRequest
+    from kubeai.routing.routes import Route
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
-
-# Under load many requests move, and logging a line (10 µs) adds half to the cost of a request.
-_moves = RateLimit(burst_max=500, per_s=20)
-# Two threads for large bodies, so that a slow one does not block all others. Started on demand.
-_readers = ThreadPoolExecutor(2, "bodies")
 _FAILURES = {
     CONNECT: "cannot connect",
     LOST: "connection lost",
@@ -84,31 +89,62 @@ class Proxy(FastPath):
         target = classify(self.method, self.target)
         kind = target.kind
         if self.asks_websocket and self.method == "GET" and target.status == 405:
-            self._refuse(_no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+            self._refuse(no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
         if kind is None and is_console(self.target) and self.context.console is not None:
             self._relay_to_console(self.context.console)
             return
-        if kind is None or kind is Kind.MODELS or target.status != 200:
+        if kind is None or kind.is_local or target.status != 200:
             self.stream(
                 self.context.local_routes,
                 origin_form(self.target).encode("latin-1"),
                 self.context.config.multipart_max_bytes,
             )
             return
-        codings = [value.decode("latin-1") for value in self.headers(b"content-encoding")]
-        if not openai.is_identity(codings):
-            self._refuse(compressed_body())
+        if kind is Kind.REALTIME:
+            self._open_websocket(target.query)
             return
-        if codings:
-            self.drop_header(b"content-encoding")  # "identity", which some engines do not know
-        path = kind.value.encode()
+        is_upload = is_form(self, kind)
+        try:
+            check_coding(self, is_form=is_upload)
+        except BadRequest as error:
+            self._refuse(error)
+            return
+        path = kind.value.replace("{id}", target.id or "").encode()
         self._kind = kind
         self._path = path + b"?" + target.query.encode("latin-1") if target.query else path
-        if kind.is_json:
-            self.collect(self.context.body_max_bytes)
-        else:
+        if is_upload:
             self._receive_upload()
+        else:
+            self.collect(self.context.body_max_bytes)
+
+    def _open_websocket(self, query: str) -> None:
+        self._kind = Kind.REALTIME
+        if not self.asks_websocket:
+            self._refuse(websocket_required(), {"Upgrade": "websocket", "Connection": "Upgrade"})
+            return
+        try:
+            check_handshake(self, self.context.cors)
+            model = model_in(query)
+            tunnel = Tunnel(self, self.context.config.websocket_idle_timeout_s)
+            if model is None:
+                self._path = f"{self._kind.value}?{query}".rstrip("?").encode("latin-1")
+                self._wait(partial(self._read_session, Session(self, tunnel)))
+                return
+            request = openai.named(self._kind, model)
+            routed = self._find(request)
+        except BadRequest as error:
+            self._refuse(error)
+            return
+        self._path = f"{self._kind.value}?{engines_query(query, request)}".encode("latin-1")
+        self._place(self._admit(request, routed))
+
+    async def _read_session(self, session: Session) -> Reservation:
+        request = openai.named(self._kind, await session.model())
+        routed = self._find(request)
+        if request.adapter is not None:
+            session.name_model(request.adapter)
+        return self._admit(request, routed) or await self._hold()
 
     def _relay_to_console(self, pool: Pool) -> None:
         try:
@@ -120,7 +156,10 @@ class Proxy(FastPath):
 
     @override
     def on_body(self) -> None:
-        if len(self.body) > openai.LARGE_BYTES:
+        if self._kind.is_stored:
+            self._wait(self._find_stored)
+            return
+        if len(self.body) > openai.LARGE_BYTES or self.headers(b"content-encoding"):
             self._wait(self._read)
             return
         try:
@@ -137,6 +176,8 @@ class Proxy(FastPath):
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
         assert reservation is not None, "an attempt has a reservation"
+        if self._kind.is_stored:
+            return False
         self._lost = failure == LOST
         if failure == TIMEOUT:
             status = TIMED_OUT
@@ -153,7 +194,7 @@ class Proxy(FastPath):
 
     @override
     def attempt_elsewhere(self) -> None:
-        if self.answered or self._reservation is None:
+        if self.answered or self._reservation is None or self._kind.is_stored:
             return
         other = self._attempts.move(
             self._reservation, self._routed, self._prompt, self._request.adapter
@@ -237,7 +278,10 @@ class Proxy(FastPath):
         return self._admit(request, self._find(request)) or await self._hold()
 
     @override
-    def send_upload(self, pool: Pool) -> None:
+    def send_other(self, pool: Pool) -> None:
+        if self._upload is None:  # a WebSocket handshake
+            self.send(pool, self._path, None)
+            return
         size_bytes = self._uploaded.length_bytes(self._request, self._routed.route)
         self.send_in_pieces(pool, self._path, size_bytes)
 
@@ -261,25 +305,28 @@ class Proxy(FastPath):
     # -- routing -----------------------------------------------------------------------------------
 
     async def _read(self) -> Reservation:
-        """Like ``on_body`` for a large body, with the slow steps in a thread."""
-        run = asyncio.get_running_loop().run_in_executor
-        request = await run(_readers, openai.read, self._kind, self.body)
-        routed = self._find(request)
-        complete = self.context.logs_prompts
-        self._prompt = await run(_readers, openai.prompt_of, routed.picker, request, complete)
-        self._payload = await run(_readers, openai.body_for, request, self.body)
+        """Like ``on_body`` for a large or compressed body."""
+        request, self._prompt, self._payload = await read_body(
+            self, self.context, self._kind, self._find
+        )
         # The model may have been deleted or created again meanwhile.
         return self._admit(request, self._find(request)) or await self._hold()
 
-    def _admit(self, request: InferenceRequest, routed: RoutedModel) -> Reservation | None:
-        """Count the request for its model, and pick an endpoint if one can serve it."""
+    def _admit(
+        self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
+    ) -> Reservation | None:
+        """Count the request for its model, and pick an endpoint if one (``only``) can serve it."""
         self._request = request
         self._routed = routed
         self._admission = routed.admit("http")
+        if request.adapter is not None:
+            self.renaming = Renaming(*map(openai.json_string, (request.adapter, request.model)))
         if self._prompt is None:  # an upload's
             self._prompt = Prompt()
         if self.context.explains:
             self.note_candidates()
+        if only is not None:
+            return routed.pick_only(only, self._prompt)
         return routed.pick(self._prompt, request.adapter)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
@@ -292,11 +339,27 @@ class Proxy(FastPath):
             request.adapter is not None and request.adapter not in routed.route.adapters
         ):
             raise model_not_found(request.model)
-        for selector in self.headers(b"x-label-selector"):
-            if not openai.parse_selector(selector.decode("latin-1"))(routed.route.labels):
-                raise model_not_found(request.model)
+        if not self._selects(routed.route):
+            raise model_not_found(request.model)
+        check_engine(request.kind, routed.route)
         self._max_wait_s = openai.parse_max_wait(self.headers(b"x-kubeai-max-wait"))
         return routed
+
+    def _selects(self, route: Route) -> bool:
+        """Whether a Model's labels match all selectors of the request."""
+        texts = [text.decode("latin-1") for text in self.headers(b"x-label-selector")]
+        return all(openai.parse_selector(text)(route.labels) for text in texts)
+
+    async def _find_stored(self) -> Reservation:
+        """Find the replica that has the stored response of the path, and count the request."""
+        response_id = classify(self.method, self.target).id or ""
+        routed, endpoint = await find_owner(self.context, self, response_id, self._selects)
+        self._payload = self.body
+        request = openai.named(self._kind, routed.route.model)
+        reservation = self._admit(request, routed, only=endpoint)
+        if reservation is None:
+            raise not_stored(response_id)
+        return reservation
 
     @override
     def wait_for_endpoint(self) -> None:
@@ -316,47 +379,21 @@ class Proxy(FastPath):
 
     @override
     def moved(self, reservation: Reservation) -> None:
-        suppressed = _moves.take(time.monotonic())
-        if suppressed is None:
-            return
-        log.info(
-            "request moved off its first endpoint",
-            request_id=self.request_id,
-            model=self._request.name,
-            endpoint=reservation.name,
-            first=reservation.first,
-            suppressed=suppressed,
-            **why_moved(self._routed.route.strategy, reservation),
-        )
+        log_move(self.request_id, self._routed.route, reservation)
 
     # -- observers ---------------------------------------------------------------------------------
 
     @override
     def observe(self, observers: Observers) -> None:
-        start = RequestStart(
-            request_id=self.request_id,
-            peer=self.peer,
-            method=self.method,
-            target=self.target,
-            is_inference=self._kind is not None,
-            trace_headers={
-                name: values[0].decode("latin-1")
-                for name in ("traceparent", "tracestate")
-                if (values := self.headers(name.encode()))
-            },
-        )
+        start = request_start(self, is_inference=self._kind is not None)
         self._observed = observation = observers.began(start)
         for name, value in observation.upstream_headers.items():
             self.set_header(name.encode(), value.encode("latin-1"))
 
     @override
     def observed(self) -> None:
-        end = RequestEnd(
-            status=self.status,
-            end="broken" if self.broken else "whole" if self.whole else "left",
-            answered_s=self.answered_s,
-            request_bytes=self.request_bytes,
-            response_bytes=self.answer_bytes,
+        end = request_end(
+            self,
             # Names that clients make up are not recorded.
             model=None if self._admission is None else self._request.model,
             endpoint=None if self._reservation is None else self._reservation.name,
@@ -447,7 +484,7 @@ class Proxy(FastPath):
 
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         if self.begun:
-            self.end(error.status, error_event(error, self._kind, self.request_id))
+            self.end(error.status, last_event(error, self._kind, self.request_id))
             return
         body, more = error_answer(error, self.target, self.request_id)
         if self._waited_s:
@@ -456,15 +493,6 @@ class Proxy(FastPath):
 
     def _say(self, status: int, message: str, code: str | None = None) -> None:
         self._refuse(BadRequest(message, status=status, code=code))
-
-
-def _no_websocket() -> BadRequest:
-    """426, after which clients such as Codex fall back to HTTP at once."""
-    return BadRequest(
-        "WebSocket is not supported. Send a POST request over HTTP/1.1.",
-        status=426,
-        code="upgrade_required",
-    )
 
 
 def _waited(waited_s: float) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import kubeai
 from kubeai.errors import ConfigError, install_hint
+from kubeai.openai.routes import path_template
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -92,7 +93,7 @@ class Tracing:
         """
         path = request.target.partition("?")[0]
         span = self._tracer.start_span(
-            f"{request.method} {path}" if request.is_inference else request.method,
+            f"{request.method} {path_template(path)}" if request.is_inference else request.method,
             context=self._context.extract(request.trace_headers),
             kind=self._server,
             attributes={

@@ -214,17 +214,16 @@ class _Calibration:
         lengths = self._traffic.lengths
         if ignore_eos is None and lengths.kind == "chat":
             await self._try_ignore_eos()
-        alone = await self._count(WORDS[0])
-        if alone < 0:
+        first_word_tokens = await self._count(WORDS[0])
+        if first_word_tokens < 0:
             self._warnings.append(
                 "the endpoint reports no usage: the lengths of prompts are approximate"
             )
             return self._scenario, self._warnings
-        words = await self._single(
-            alone, [WORDS[at : at + GROUP] for at in range(0, len(WORDS), GROUP)]
-        )
+        groups = [WORDS[at : at + GROUP] for at in range(0, len(WORDS), GROUP)]
+        words = await self._one_token_words(first_word_tokens, groups)
         if len(words) < WORDS_MIN:
-            words = await self._single(alone, [(word,) for word in WORDS])
+            words = await self._one_token_words(first_word_tokens, [(word,) for word in WORDS])
         if not words:
             self._warnings.append(
                 "the engine's tokenizer splits all words of the generated text: prompts are longer "
@@ -248,11 +247,17 @@ class _Calibration:
                 "the engine rejects ignore_eos: responses may be shorter than --output-len"
             )
 
-    async def _single(self, alone: int, groups: Sequence[Sequence[str]]) -> list[str]:
-        """The words of those groups whose words are one token each, after the first word."""
+    async def _one_token_words(
+        self, first_word_tokens: int, groups: Sequence[Sequence[str]]
+    ) -> list[str]:
+        """The words of the groups in which each word adds one token to a text.
+
+        ``first_word_tokens``: the length of a prompt that is only ``WORDS[0]``.
+        """
         kept: list[str] = []
         for group in groups:
-            if await self._count(WORDS[0] + "".join(group)) == alone + len(group):
+            text = WORDS[0] + "".join(group)
+            if await self._count(text) == first_word_tokens + len(group):
                 kept += group
         return kept
 

@@ -1,4 +1,4 @@
-"""Reads the multipart form of a transcription request, without keeping the audio in memory."""
+"""Reads a multipart form without keeping its files in memory."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ WAV_HEAD_MAX_BYTES = 64 << 10
 
 
 async def read_form(request: web.Request) -> tuple[dict[str, str], bytes | None, bytes, int]:
-    """The form fields, and the file's digest (None if there is no file), first bytes and size."""
+    """The form fields, and the files' digest (None if there is none), first bytes and size."""
     fields: dict[str, str] = {}
-    digest: bytes | None = None
+    whole = hashlib.sha256()
+    has_file = False
     head, size = b"", 0
     async for part in await request.multipart():
         if not isinstance(part, aiohttp.BodyPartReader):
             raise ApiError("nested multipart bodies are not supported")
-        if part.name != "file":
+        if part.name != "file" and part.filename is None:
             fields[part.name or ""] = await _read_field(part)
             continue
-        whole = hashlib.sha256()
+        has_file = True
         while chunk := await part.read_chunk(1 << 16):
             whole.update(chunk)
             size += len(chunk)
             head += chunk[: WAV_HEAD_MAX_BYTES - len(head)]
             if size > AUDIO_MAX_BYTES:
                 raise ApiError("file: is too large", 413)
-        digest = whole.digest()
-    return fields, digest, head, size
+    return fields, whole.digest() if has_file else None, head, size
 
 
 async def _read_field(part: aiohttp.BodyPartReader) -> str:

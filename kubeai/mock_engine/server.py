@@ -25,15 +25,16 @@ from aiohttp import web
 from kubeai.errors import KubeAIError
 from kubeai.logs import get_logger
 from kubeai.mock_engine.formats.base import ApiError, ApiFormat, GenerationRequest, Meta, decode
-from kubeai.mock_engine.formats.completions import Chat, Completions
-from kubeai.mock_engine.formats.embeddings import EmbeddingRequest, RerankRequest
-from kubeai.mock_engine.formats.messages import AnthropicMessages
+from kubeai.mock_engine.formats.computed import ComputedRequest, Media
+from kubeai.mock_engine.formats.media import ImageRequest, images
 from kubeai.mock_engine.formats.responses import Responses
 from kubeai.mock_engine.formats.transcriptions import audio_seconds, transcript, transcription
 from kubeai.mock_engine.forms import read_form
 from kubeai.mock_engine.options import Options
 from kubeai.mock_engine.pacing import Job, Pacer, SequenceGroup, StreamingGroup
+from kubeai.mock_engine.realtime import Realtime
 from kubeai.mock_engine.request_log import RequestLog
+from kubeai.mock_engine.routes import COMPUTED, GENERATED
 from kubeai.simulation import text
 from kubeai.simulation.engine import Engine
 from kubeai.simulation.text import Reply
@@ -48,6 +49,8 @@ AUDIO_WINDOW_S = 30.0
 AUDIO_TOKENS_PER_S = 50
 DIED = 70  # exit status of --die-after-requests
 
+STORED_MAX = 1000  # responses of the responses API
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -60,6 +63,7 @@ class MockEngine:
         self.engine = Engine(options.config)
         self.request_log = RequestLog()
         self.adapters: dict[str, str] = {}  # name → path
+        self.stored: dict[str, dict[str, Any]] = {}  # responses by ID, oldest first
         self._pacer: Pacer | None = None
         self._created = int(time.time())
         self._ready_s = 0.0
@@ -72,14 +76,19 @@ class MockEngine:
         app.on_startup.append(self._started)
         app.on_response_prepare.append(self._sign)
         post, get = app.router.add_post, app.router.add_get
-        post("/v1/chat/completions", self._generator(Chat))
-        post("/v1/completions", self._generator(Completions))
-        post("/v1/responses", self._generator(Responses))
-        post("/v1/messages", self._generator(AnthropicMessages))
-        post("/v1/embeddings", self.embeddings)
-        post("/v1/rerank", self.rerank)
-        post("/rerank", self.rerank)
+        for path, api in GENERATED.items():
+            post(path, self._generator(api))
+        for path, kind in COMPUTED.items():
+            post(path, self._computer(kind))
+        realtime = Realtime(self._served, self._run)
+        app.on_shutdown.append(realtime.close)
+        get("/v1/realtime", realtime.serve)
+        get("/v1/responses/{id}", self.stored_response)
+        post("/v1/responses/{id}/cancel", self.cancel_response)
         post("/v1/audio/transcriptions", self.transcribe)
+        post("/v1/audio/translations", self.transcribe)
+        post("/v1/images/edits", self.edit_image)
+        post("/v1/images/variations", self.edit_image)
         post("/v1/load_lora_adapter", self.load_adapter)
         post("/v1/unload_lora_adapter", self.unload_adapter)
         get("/v1/models", self.models)
@@ -107,7 +116,7 @@ class MockEngine:
 
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        counted = request.method == "POST"
+        counted = request.method == "POST" or request.path == "/v1/realtime"
         try:
             if counted:
                 self.request_log.add(request)
@@ -150,7 +159,9 @@ class MockEngine:
                 return await self._stream(request, formatted, replies, jobs)
             group = SequenceGroup(self._running())
             await group.run(jobs)
-            return _json(formatted.response(replies, group.usage()))
+            response = formatted.response(replies, group.usage())
+            self._store(formatted, response)
+            return _json(response)
 
         return generate
 
@@ -183,7 +194,7 @@ class MockEngine:
         self, request: web.Request, api: ApiFormat, replies: list[Reply], jobs: list[Job]
     ) -> web.StreamResponse:
         chunked = request.version >= aiohttp.HttpVersion11
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        response = web.StreamResponse(headers={"Content-Type": api.stream_type})
         response.headers["Cache-Control"] = "no-cache"
         if chunked:
             response.enable_chunked_encoding()
@@ -193,31 +204,47 @@ class MockEngine:
             raise ConnectionResetError("the client disconnected")
         stream = StreamingGroup(self._running(), api, replies, transport, chunked)
         await stream.run(jobs)
+        self._store(api, api.response(replies, stream.usage()))
         await response.write_eof(stream.last_event + api.closing(replies, stream.usage()))
         return response
 
-    # -- embeddings, rerank, audio -----------------------------------------------------------------
+    def _store(self, api: ApiFormat, response: dict[str, Any]) -> None:
+        if isinstance(api, Responses):
+            self.stored[response["id"]] = response
+            if len(self.stored) > STORED_MAX:
+                del self.stored[next(iter(self.stored))]
 
-    async def embeddings(self, request: web.Request) -> web.Response:
-        """``POST /v1/embeddings``."""
-        parsed = decode(await request.read(), EmbeddingRequest)
-        model, _ = self._served(parsed.model)
-        prompts = parsed.prompts()
-        tokens = await self._compute([text.count(prompt) for prompt in prompts])
-        return _json(parsed.response(self._meta(request, "embd-", model), prompts, tokens))
+    async def stored_response(self, request: web.Request) -> web.Response:
+        """``GET /v1/responses/{id}``."""
+        response_id = request.match_info["id"]
+        if response_id not in self.stored:
+            message = f"Response with id '{response_id}' not found."
+            raise ApiError(message, 404, "invalid_request_error")
+        return _json(self.stored[response_id])
 
-    async def rerank(self, request: web.Request) -> web.Response:
-        """``POST /v1/rerank`` and ``/rerank``."""
-        parsed = decode(await request.read(), RerankRequest)
-        model, _ = self._served(parsed.model)
-        query = text.count(text.pack(parsed.query))
-        tokens = await self._compute(
-            [query + text.count(text.pack(document)) for document in parsed.texts()]
-        )
-        return _json(parsed.response(self._meta(request, "rerank-", model), tokens))
+    async def cancel_response(self, request: web.Request) -> web.Response:
+        """``POST /v1/responses/{id}/cancel``. Responses are stored when they are complete."""
+        await self.stored_response(request)
+        raise ApiError("Cannot cancel a synchronous response.", param="response_id")
+
+    # -- embeddings, scores, audio, images ---------------------------------------------------------
+
+    def _computer(self, kind: type[ComputedRequest]) -> Handler:
+        async def compute(request: web.Request) -> web.StreamResponse:
+            parsed = decode(await request.read(), kind)
+            model, _ = self._served(parsed.model and parsed.model.removesuffix(":latest"))
+            tokens = await self._compute(parsed.lengths())
+            answer = parsed.response(self._meta(request, kind.prefix, model), tokens)
+            if isinstance(answer, Media):
+                return web.Response(body=answer.body, content_type=answer.content_type)
+            return _json(answer)
+
+        return compute
 
     async def _compute(self, prompts: Sequence[int]) -> int:
         """Compute prompts of these lengths without output; returns the total number of tokens."""
+        if not prompts:
+            return 0
         jobs = [Job(max(1, tokens)) for tokens in prompts]
         for job in jobs:
             self._room(job.prompt_tokens - 1)
@@ -226,14 +253,8 @@ class MockEngine:
         return sum(job.prompt_tokens for job in jobs)
 
     async def transcribe(self, request: web.Request) -> web.Response:
-        """``POST /v1/audio/transcriptions``. Does not stream."""
-        if not request.content_type.startswith("multipart/form-data"):
-            raise ApiError("the body is not multipart/form-data")
-        try:
-            fields, digest, head, size = await read_form(request)
-        except ValueError as error:  # a missing boundary or a malformed part
-            raise ApiError(f"multipart: {error}") from None
-        self._served(fields.get("model"))
+        """``POST /v1/audio/transcriptions`` and ``translations``. Does not stream."""
+        fields, digest, head, size = await self._form(request)
         if fields.get("stream", "").lower() == "true":
             raise ApiError("stream: the mock engine does not stream transcriptions", param="stream")
         if digest is None:
@@ -243,6 +264,27 @@ class MockEngine:
         kind, body = transcription(fields.get("response_format", "json"), content, seconds)
         await SequenceGroup(self._running()).run(self._windows(seconds, content))
         return web.Response(body=body, content_type=kind, charset="utf-8")
+
+    async def edit_image(self, request: web.Request) -> web.StreamResponse:
+        """``POST /v1/images/edits`` (a form or JSON) and ``variations``."""
+        if request.content_type == "application/json":
+            return await self._computer(ImageRequest)(request)
+        fields, digest, _, _ = await self._form(request)
+        if digest is None:
+            raise ApiError("image: is required", param="image")
+        tokens = text.count(text.pack(fields.get("prompt", "")))
+        await self._compute([tokens])
+        return _json(images(self._meta(request, "", ""), digest, 1))
+
+    async def _form(self, request: web.Request) -> tuple[dict[str, str], bytes | None, bytes, int]:
+        if not request.content_type.startswith("multipart/form-data"):
+            raise ApiError("the body is not multipart/form-data")
+        try:
+            form = await read_form(request)
+        except ValueError as error:  # a missing boundary or a malformed part
+            raise ApiError(f"multipart: {error}") from None
+        self._served(form[0].get("model"))
+        return form
 
     def _windows(self, seconds: float, content: str) -> list[Job]:
         windows = max(1, -int(-seconds // AUDIO_WINDOW_S))
@@ -345,6 +387,9 @@ class MockEngine:
 
     # -- helpers -----------------------------------------------------------------------------------
 
+    async def _run(self, prompt_tokens: int, output_tokens: int) -> None:
+        await SequenceGroup(self._running()).run([Job(prompt_tokens, output_tokens)])
+
     def _running(self) -> Pacer:
         assert self._pacer is not None
         return self._pacer
@@ -381,7 +426,9 @@ def _json(value: Any, status: int = 200) -> web.Response:
 
 
 def _error_response(request: web.Request, error: ApiError) -> web.Response:
-    if request.path != "/v1/messages":
+    if request.path.startswith("/api/"):
+        return _json({"error": error.message}, error.status)
+    if not request.path.startswith("/v1/messages"):
         return _json(error.body(), error.status)
     kinds = {400: "invalid_request_error", 404: "not_found_error"}
     kind = kinds.get(error.status, "api_error")

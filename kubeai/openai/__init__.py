@@ -1,1 +1,1 @@
-"""The formats of OpenAI's and Anthropic's APIs: requests, routes and errors. Pure: no I/O."""
+"""The formats of OpenAI's, Anthropic's and Ollama's APIs: requests, routes, errors. No I/O."""

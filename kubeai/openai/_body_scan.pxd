@@ -47,6 +47,9 @@ cdef class Shape:
     cdef readonly bytes system  # holds system text outside the conversation
     cdef Name names[3]  # of the above
     cdef bint is_cached
+    cdef bint has_prompt
+    cdef bint streams
+    cdef bint is_ollama
 
 
 cdef class InferenceRequest:
@@ -69,6 +72,9 @@ cdef class InferenceRequest:
     cdef int systems_room
     cdef bint has_parts  # some message's content or output is not just text
     cdef bint is_cached  # the engine keeps the keys and values of prompts of this kind
+    cdef bint has_prompt  # the engine computes a prompt
+    cdef bint streams  # unless the body says otherwise
+    cdef bint is_ollama  # ``model`` may have the tag "latest"
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed
     cdef bint malformed  # there are messages that an engine would reject

@@ -11,8 +11,10 @@ class Shape:
     """The top-level members that a kind of request is hashed by.
 
     ``conversation`` is a list of messages or a string, ``text`` a string or a list that begins with
-    one; one of these two is set. ``system`` is system text outside the conversation. ``is_cached``:
-    whether an engine keeps what it computes for such a prompt, and finds it again.
+    one; at most one of these two is set. ``system`` is system text outside the conversation.
+    ``is_cached``: whether an engine keeps what it computes for such a prompt, and finds it again.
+    ``has_prompt``: whether it computes one at all. ``streams``: whether the response is a stream
+    unless the body has ``"stream": false``.
     """
 
     kind: Kind
@@ -27,6 +29,8 @@ class Shape:
         text: bytes | None = None,
         system: bytes | None = None,
         is_cached: bool = True,
+        has_prompt: bool = True,
+        streams: bool = False,
     ) -> None: ...
 
 @final
@@ -34,7 +38,7 @@ class InferenceRequest:
     """The routing data of one request. Created by :func:`read` and :func:`named`."""
 
     kind: Kind
-    model: str  # as the client wrote it
+    model: str  # as the client wrote it, but without the tag "latest" in Ollama's API
     name: str  # the Model's name
     adapter: str | None  # "" if the first "_" is the last character: matches no adapter
     stream: bool

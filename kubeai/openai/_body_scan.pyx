@@ -36,6 +36,7 @@ cdef enum:
     MEMBERS_MAX_COUNT = 200_000
     # Hashed instead of a longer one: later turns of a conversation begin with the same bytes.
     CROWDED_BYTES = 4096
+    LATEST_BYTES = 7  # of ":latest", the tag of Ollama's that a Model answers to
 
 cdef dict FAULTS = {
     <int> MALFORMED: (
@@ -55,7 +56,7 @@ cdef dict FAULTS = {
 
 @cython.final
 cdef class Shape:
-    """The top-level members that a kind of request is hashed by: one of the first two is set."""
+    """The top-level members that a kind of request is hashed by: at most one of the first two."""
 
     def __init__(
         self,
@@ -64,6 +65,8 @@ cdef class Shape:
         bytes text=None,
         bytes system=None,
         bint is_cached=True,
+        bint has_prompt=True,
+        bint streams=False,
     ):
         self.kind = kind
         self.conversation = conversation
@@ -72,7 +75,10 @@ cdef class Shape:
         self.names[0] = name_of(conversation)
         self.names[1] = name_of(text)
         self.names[2] = name_of(system)
-        self.is_cached = is_cached
+        self.is_cached = is_cached and has_prompt
+        self.has_prompt = has_prompt
+        self.streams = streams
+        self.is_ollama = kind.is_ollama
 
 
 cdef Name name_of(bytes text) noexcept:
@@ -167,7 +173,7 @@ cdef class InferenceRequest:
             else:
                 at = skip_value(value, self.end)
                 if is_word(&key, b"stream", 6):
-                    self.stream = value[0] == c"t"
+                    self.stream = value[0] == c"t" or (self.streams and value[0] != c"f")
                 elif key.size == 5 and is_word(&key, b"tools", 5):
                     self.tools.at = value
                     self.tools.after = at
@@ -218,6 +224,9 @@ cdef class InferenceRequest:
             put_string(&text, at, self.end)
             at = text.at
             size = text.size
+        if self.is_ollama and size > LATEST_BYTES:
+            if memcmp(at + size - LATEST_BYTES, b":latest", LATEST_BYTES) == 0:
+                size -= LATEST_BYTES
         self.model = PyUnicode_DecodeUTF8(at, size, NULL)
         split = <const char *> memchr(at, c"_", size)
         if split is NULL:
@@ -321,6 +330,8 @@ cdef class InferenceRequest:
                     if value[0] == c"[":
                         self.has_parts = True
                 elif is_word(&key, b"output", 6) and value[0] != c'"':  # a tool's, may have an image
+                    self.has_parts = True
+                elif is_word(&key, b"images", 6):  # Ollama's
                     self.has_parts = True
             if at is NULL:
                 return NULL
@@ -489,10 +500,18 @@ cdef InferenceRequest new_request(object kind, bytes body):
     return request
 
 
-cdef InferenceRequest scan(Shape shape, bytes body):
-    """Parse a body of this shape; None if it is rejected: ``read`` then reports why."""
+cdef inline InferenceRequest request_of(Shape shape, bytes body):
     cdef InferenceRequest request = new_request(shape.kind, body)
     request.is_cached = shape.is_cached
+    request.has_prompt = shape.has_prompt
+    request.streams = request.stream = shape.streams
+    request.is_ollama = shape.is_ollama
+    return request
+
+
+cdef InferenceRequest scan(Shape shape, bytes body):
+    """Parse a body of this shape; None if it is rejected: ``read`` then reports why."""
+    cdef InferenceRequest request = request_of(shape, body)
     if not request._read(shape.names, request.begin):
         return None
     request._take_model()
@@ -501,9 +520,8 @@ cdef InferenceRequest scan(Shape shape, bytes body):
 
 def read(Shape shape not None, bytes body not None):
     """Like ``scan``, but raises BadRequest if the body is rejected."""
-    cdef InferenceRequest request = new_request(shape.kind, body)
+    cdef InferenceRequest request = request_of(shape, body)
     cdef bint accepted
-    request.is_cached = shape.is_cached
     if request._is_large():
         with nogil:
             accepted = request._read(shape.names, request.begin)

@@ -8,6 +8,6 @@ def prompt_of(picker: Picker, request: InferenceRequest, complete: bool = False)
     """The prompt of a request, with what the picker's strategy uses, or what any strategy uses.
 
     Under LeastLoad only the length, under PrefixHash the hash key and the blocks, under PrefixCache
-    the blocks. An upload has an empty prompt without a key. ``complete``: the hash key and the
-    blocks under each strategy, for the access log.
+    the blocks. An upload, and a request for which an engine computes no prompt, has an empty prompt
+    without a key. ``complete``: the hash key and the blocks under each strategy, for the access log.
     """

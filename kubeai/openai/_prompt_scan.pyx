@@ -88,6 +88,7 @@ cdef bint is_file(const Word *key) noexcept nogil:
         or is_word(key, b"file_data", 9)
         or is_word(key, b"audio_url", 9)
         or is_word(key, b"video_url", 9)
+        or is_word(key, b"images", 6)  # Ollama's
     )
 
 
@@ -147,7 +148,7 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
     cdef Files files
     cdef Length length
     cdef Prompt prompt
-    if request.begin == request.end:  # an upload
+    if not request.has_prompt:
         return new_prompt(request.stream)
     files.n = length.files_n = 0
     length.file_bytes = 0
@@ -163,7 +164,10 @@ cdef Prompt prompt_for(Picker picker, InferenceRequest request, bint complete):
         size = request.end - request.begin
         conversation = NULL
     if complete or picker.strategy != LEAST_LOAD:
-        if complete or picker.strategy == PREFIX_HASH:
+        # Without the text, all requests would have the same key and go to the same endpoint.
+        if (complete or picker.strategy == PREFIX_HASH) and (
+            request.is_cached or request.first.at is not NULL
+        ):
             prompt.key = request.hash_key(picker.prefix_char_length)
             prompt.has_key = True
         if request.is_cached:

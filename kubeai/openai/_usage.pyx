@@ -6,7 +6,9 @@ responses, and in Anthropic's messages, streamed or not. What is not found there
 
 Contents cannot pass for it. In a JSON string, quotes are escaped, so ``"usage"`` with a colon is a
 key. A key inside of a tool's input or of another value is not taken: after its object, one object
-must end before the end of the body, or two (the event in a stream of responses), and no list.
+must end before the end of the body, or two (the event in a stream of responses), and no list. The
+same holds for the last members ``prompt_eval_count`` and ``eval_count`` of Ollama's API, which are
+looked for if there is no ``usage``.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -36,6 +38,7 @@ cdef enum:
     TOKENS_MAX = 1 << 30
     OPEN_MAX = 2
     DETAILS_BYTES = 24  # of the key that has the details
+    COUNT_BYTES = 12  # of ``eval_count":``
     QUICK_BYTES = 32  # more than the longest member that ``_quick`` knows, with a number
 
 
@@ -228,6 +231,34 @@ cdef bint _is_outer(const char *at, const char *end) noexcept nogil:
     return 1 <= closed <= OPEN_MAX
 
 
+cdef bint _find_counts(const char *begin, const char *end, Usage *usage) noexcept nogil:
+    """Find what Ollama reports. False if there is nothing."""
+    cdef const char *last = end
+    cdef const char *at
+    cdef uint32_t tokens
+    cdef bint found = False
+    while last - begin > 2:
+        last = <const char *> memrchr(begin, c"v", last - begin)
+        if last is NULL or last - begin < 2:
+            break
+        if end - last < COUNT_BYTES or memcmp(last - 1, b'eval_count":', COUNT_BYTES) != 0:
+            continue
+        tokens = <uint32_t> UNKNOWN_TOKENS
+        at = _to_text(last - 1 + COUNT_BYTES)
+        if c"0" <= at[0] <= c"9":
+            at = _number(at, &tokens)
+        if at is NULL or at >= end or not _is_outer(at, end):
+            break
+        if (last - 2)[0] == c'"' and usage.output_tokens == <uint32_t> UNKNOWN_TOKENS:
+            usage.output_tokens = tokens
+            found = True
+        elif last - begin >= 9 and memcmp(last - 9, b'"prompt_', 8) == 0:
+            usage.prompt_tokens = tokens
+            found = True
+            break
+    return found
+
+
 cdef void forget_usage(Usage *usage) noexcept nogil:
     usage.prompt_tokens = usage.cached_tokens = usage.output_tokens = <uint32_t> UNKNOWN_TOKENS
 
@@ -244,7 +275,9 @@ cdef bint find_usage(const char *begin, Py_ssize_t size, Usage *usage) noexcept 
     if size > TAIL_MAX_BYTES:
         begin = end - TAIL_MAX_BYTES
     at = _key(begin, end)
-    if at is NULL or at >= end or at[0] != c"{":
+    if at is NULL:
+        return _find_counts(begin, end, usage)
+    if at >= end or at[0] != c"{":
         return False
     forget_usage(&found.usage)
     found.read = found.written = <uint32_t> UNKNOWN_TOKENS

@@ -1,8 +1,9 @@
 """The gateway's own error responses, in the format of the API that the client uses.
 
-The request's path decides: ``/v1/messages`` and paths below it get Anthropic's format, all other
-paths OpenAI's. Every error of the gateway goes through :func:`error_answer`, whether the relay, the
-proxy or the aiohttp application rejects the request. Errors from engines are forwarded unchanged.
+The request's path decides: ``/v1/messages`` and paths below it get Anthropic's format, paths below
+``/api/`` Ollama's, all other paths OpenAI's. Every error of the gateway goes through
+:func:`error_answer`, whether the relay, the proxy or the aiohttp application rejects the request.
+Errors from engines are forwarded unchanged.
 
 If an event stream has begun while the request was held, :func:`error_event` formats the error as an
 event of that stream, and :func:`engine_error` reads the engine's error for it. Pure: no I/O.
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kubeai.errors import quoted
-from kubeai.openai.routes import PREFIX, Kind
+from kubeai.openai.routes import OLLAMA_PREFIX, PREFIX, Kind, origin_form
 
 _MESSAGES_PATHS = (PREFIX + Kind.MESSAGES.value, Kind.MESSAGES.value)
 ENGINE_TEXT_MAX_CHARS = 500  # of an engine's error that is not JSON
@@ -67,6 +68,15 @@ class BadRequest(Exception):
         return error_body(self.message, kind, self.code, self.param)
 
 
+class UnsupportedCoding(BadRequest):
+    """415 for a body in a content coding that is not supported (RFC 9110, section 15.5.16)."""
+
+    def __init__(self, message: str, accepted: str) -> None:
+        """``accepted``: the value of the response's Accept-Encoding."""
+        super().__init__(message, param="Content-Encoding", status=415)
+        self.accepted = accepted
+
+
 class _ErrorDetail(msgspec.Struct):
     message: str
     type: str
@@ -98,13 +108,6 @@ def model_not_found(model: str) -> BadRequest:
     )
 
 
-def compressed_body() -> BadRequest:
-    """415 for a body in another content coding."""
-    return BadRequest(
-        "Compressed request bodies are not supported. Send the body uncompressed.", status=415
-    )
-
-
 class _Detail(msgspec.Struct):
     type: str
     message: str
@@ -125,9 +128,12 @@ def error_answer(
     of the response's X-Request-Id header, None if it has none.
     """
     headers = {}
-    if error.status == 415:  # only used for content codings; RFC 9110, section 15.5.16
-        headers["Accept-Encoding"] = "identity"
-    if not _speaks_anthropic(target):
+    if isinstance(error, UnsupportedCoding):
+        headers["Accept-Encoding"] = error.accepted
+    path = origin_form(target).partition("?")[0]
+    if path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
+        return msgspec.json.encode({"error": _sendable(error.message)}), headers
+    if not _speaks_anthropic(path):
         return error.body(), headers
     if request_id is not None:
         headers["request-id"] = request_id  # the header that Anthropic's clients read
@@ -214,8 +220,5 @@ def header_lines(headers: dict[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 
-def _speaks_anthropic(target: str) -> bool:
-    path = target.partition("?")[0]
-    if not path.startswith("/"):
-        path = "/" + path.partition("://")[2].partition("/")[2]
+def _speaks_anthropic(path: str) -> bool:
     return any(path == one or path.startswith(one + "/") for one in _MESSAGES_PATHS)

@@ -16,7 +16,6 @@ Reading is one compiled pass (``_body_scan``). For a body above ``LARGE_BYTES``,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import lru_cache
 
 import msgspec
@@ -35,7 +34,7 @@ __all__ = [
     "SHAPES",
     "InferenceRequest",
     "body_for",
-    "is_identity",
+    "json_string",
     "named",
     "parse_max_wait",
     "parse_selector",
@@ -48,11 +47,28 @@ SHAPES: dict[Kind, Shape] = {
     shape.kind: shape
     for shape in (
         Shape(Kind.CHAT, conversation=b"messages"),
+        Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False),
         Shape(Kind.COMPLETIONS, text=b"prompt"),
-        Shape(Kind.EMBEDDINGS, text=b"input", is_cached=False),
-        Shape(Kind.RERANK, text=b"query", is_cached=False),
         Shape(Kind.RESPONSES, conversation=b"input", system=b"instructions"),
         Shape(Kind.MESSAGES, conversation=b"messages", system=b"system"),
+        Shape(Kind.COUNT_TOKENS, has_prompt=False),
+        Shape(Kind.SYSTEM_ONE, text=b"state", system=b"instructions"),
+        Shape(Kind.EMBEDDINGS, text=b"input", is_cached=False),
+        Shape(Kind.EMBED_V2, text=b"texts", is_cached=False),
+        Shape(Kind.RERANK, text=b"query", is_cached=False),
+        Shape(Kind.SCORE, text=b"queries", is_cached=False),
+        Shape(Kind.GENERATIVE_SCORING, text=b"query", is_cached=False),
+        Shape(Kind.POOLING, text=b"input", is_cached=False),
+        Shape(Kind.CLASSIFY, text=b"input", is_cached=False),
+        Shape(Kind.TOKENIZE, has_prompt=False),
+        Shape(Kind.DETOKENIZE, has_prompt=False),
+        Shape(Kind.SPEECH, text=b"input", is_cached=False),
+        Shape(Kind.IMAGES, has_prompt=False),
+        Shape(Kind.IMAGE_EDITS, has_prompt=False),  # unless it is a form
+        Shape(Kind.OLLAMA_CHAT, conversation=b"messages", streams=True),
+        Shape(Kind.OLLAMA_GENERATE, text=b"prompt", system=b"system", streams=True),
+        Shape(Kind.OLLAMA_EMBED, text=b"input", is_cached=False),
+        Shape(Kind.OLLAMA_EMBEDDINGS, text=b"prompt", is_cached=False),
     )
 }
 
@@ -66,22 +82,18 @@ def read(kind: Kind, body: bytes) -> InferenceRequest:
 
 def body_for(request: InferenceRequest, body: bytes) -> bytes:
     """The body to send to the engine; for an adapter, ``model`` is replaced by its name."""
-    return body if request.adapter is None else request.with_model(_encode(request.adapter))
+    return body if request.adapter is None else request.with_model(json_string(request.adapter))
+
+
+def json_string(text: str) -> bytes:
+    """Text as a JSON string, with its quotes."""
+    return _encode(text)
 
 
 def split_model(model: str) -> tuple[str, str | None]:
     """Split ``<model>_<adapter>`` at the first ``_``, which no Model's name contains."""
     name, separator, adapter = model.partition("_")
     return name, adapter if separator else None
-
-
-def is_identity(codings: Iterable[str]) -> bool:
-    """Whether the Content-Encoding values are all empty or "identity"."""
-    return all(
-        coding.strip(" \t").lower() in ("", "identity")
-        for value in codings
-        for coding in value.split(",")
-    )
 
 
 @lru_cache(maxsize=256)

@@ -225,6 +225,11 @@ class RoutedModel:
         unfit = [name for name, upstream in self._upstreams.items() if not fits(upstream)]
         return self.pick(prompt, adapter, (*exclude, *unfit))
 
+    def pick_only(self, endpoint: str, prompt: Prompt) -> Reservation | None:
+        """Like ``pick``, but only this endpoint; None if it is not in the route."""
+        others = [name for name in self._endpoints if name != endpoint]
+        return self.pick(prompt, None, others)
+
     def first(
         self,
         fits: Callable[[EndpointConnections], bool],

@@ -228,7 +228,7 @@ class _Reader:
     def _unfit(self, line: _Line) -> str:
         """Why the request cannot be replayed; "" if it can."""
         kind = _kind(line.path)
-        if kind is None or kind is Kind.MODELS:
+        if kind is None or kind.is_local:
             return "of other paths than inference"
         if not 200 <= line.status < 300:
             return f"with status {line.status}"

@@ -57,7 +57,7 @@ class Metrics:
 
 
 class LoadCollector(Collector):
-    """The load table's cells as metric families."""
+    """The load table's cells as metric families. Arguments: see :class:`Metrics`."""
 
     def __init__(
         self,

@@ -221,6 +221,19 @@ async def test_embeddings_show_dimensions_values_and_similarity(page, console):
     await expect(result).to_contain_text("[1.0000, 0.0000, 0.0000]")
 
 
+async def test_documents_are_ranked(page, console):
+    console.put("rank", features=["Reranking"])
+    await open_playground(page, "rank")
+    await page.get_by_label("Query").fill("sea")
+    await page.get_by_label("Documents").fill("the hills\n\n  the sea  \n")
+    await page.get_by_role("button", name="Rerank", exact=True).click()
+    result = page.locator(".result:visible")
+    await expect(result.locator("li")).to_have_text(["0.5000 the sea", "0.0000 the hills"])
+    await expect(result).to_contain_text("2 documents")
+    expected = {"model": "rank", "query": "sea", "documents": ["the hills", "the sea"]}
+    assert console.asked == [expected]
+
+
 async def test_an_audio_file_is_transcribed(page, console):
     console.put("whisper", features=["SpeechToText"])
     await open_playground(page, "whisper")
@@ -301,6 +314,20 @@ async def test_the_copied_programs_for_embeddings_send_exactly_the_request(page,
     assert await javascript_call(program, tmp_path) == ["embeddings", expected]
 
 
+async def test_the_copied_programs_for_reranking_send_exactly_the_request(page, console, tmp_path):
+    console.put("rank", features=["Reranking"])
+    await open_playground(page, "rank")
+    await page.get_by_label("Query").fill(NASTY)
+    await page.get_by_label("Documents").fill("a\nb")
+    expected = {"model": "rank", "query": NASTY.strip(), "documents": ["a", "b"]}
+    await execute("sh", "-c", await copied(page, "curl"))
+    printed = await execute(sys.executable, "-c", await copied(page, "Python"))
+    assert printed == "0 0.0\n1 0.0\n"
+    assert console.asked == [expected, expected]
+    program = await copied(page, "JavaScript")
+    assert await javascript_call(program, tmp_path) == ["/rerank", {"body": expected}]
+
+
 async def test_the_copied_programs_for_a_file_send_exactly_the_request(
     page, console, tmp_path, monkeypatch
 ):
@@ -326,13 +353,14 @@ async def javascript_call(program, tmp_path):
     (package / "index.js").write_text("""
         const call = (name) => ({ create: async (body) => {
             console.log(JSON.stringify([name, body]));
-            const empty = { data: [] };
+            const empty = { data: [], results: [] };
             empty[Symbol.asyncIterator] = async function* () {};
             return empty;
         } });
         export default class {
             chat = { completions: call("chat.completions") };
             embeddings = call("embeddings");
+            post = (path, options) => call(path).create(options);
         }""")
     (tmp_path / "program.mjs").write_text(program)
     printed = await execute("node", os.fspath(tmp_path / "program.mjs"))

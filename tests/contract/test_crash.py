@@ -324,7 +324,8 @@ def _has_args(pod, args: list[str]) -> bool:
 def _timeless(item) -> dict:
     """The parts that must be the same, whoever was killed when."""
     meta = item["metadata"]
-    labels = {k: v for k, v in (meta.get("labels") or {}).items() if k != "pod-hash"}
+    timely = ("pod-hash", "kubeai.org/model-uid")
+    labels = {k: v for k, v in (meta.get("labels") or {}).items() if k not in timely}
     conditions = (item.get("status") or {}).get("conditions") or []
     return {
         "labels": labels,

@@ -95,7 +95,7 @@ async def test_a_request_for_an_adapter_waits_until_it_is_loaded_and_is_answered
     assert not await has(box, a=A)
     box.gate.unlink()
     status, answer = await asked
-    assert (status, answer["model"]) == (200, "a")
+    assert (status, answer["model"]) == (200, "m_a")
     assert await has(box, a=A)
     await until("loaded", lambda: box.is_so("AdaptersLoaded", "True", "Loaded"))
     assert (await box.ask("m_b"))[0] == 404
@@ -154,7 +154,7 @@ async def test_an_engine_that_crashed_gets_its_adapters_again(box):
     status, answer = await box.ask("m_a")
     if status == 502:  # it was sent before anybody knew
         status, answer = await box.ask("m_a")
-    assert (status, answer["model"]) == (200, "a")
+    assert (status, answer["model"]) == (200, "m_a")
 
 
 async def test_failed_adapter_is_reported_and_the_model_serves(box):

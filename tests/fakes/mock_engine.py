@@ -18,9 +18,10 @@ HELLO = [{"role": "user", "content": "Hello there, engine"}]
 
 
 class Served:
-    def __init__(self, mock: MockEngine, url: str) -> None:
+    def __init__(self, mock: MockEngine, url: str, runner: web.AppRunner) -> None:
         self.mock = mock
         self.url = url
+        self.runner = runner
         self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         self.session = aiohttp.ClientSession(url)
 
@@ -56,7 +57,7 @@ async def serving(*flags: str):
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host, port = runner.addresses[0][:2]
-    served = Served(mock, f"http://{host}:{port}")
+    served = Served(mock, f"http://{host}:{port}", runner)
     try:
         yield served
         assert mock.engine.cache.used == 0, "a sequence was left in the engine"

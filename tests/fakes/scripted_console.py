@@ -163,6 +163,7 @@ class ScriptedConsole:
         app.router.add_post("/ui/api/apply", self._apply)
         app.router.add_post("/openai/v1/chat/completions", self._chat)
         app.router.add_post("/openai/v1/embeddings", self._embeddings)
+        app.router.add_post("/openai/v1/rerank", self._rerank)
         app.router.add_post("/openai/v1/audio/transcriptions", self._transcriptions)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
@@ -333,6 +334,15 @@ class ScriptedConsole:
             for index, text in enumerate(body["input"])
         ]
         return web.json_response({"data": data, "usage": {"prompt_tokens": 2}})
+
+    async def _rerank(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.asked.append(body)
+        scores = (body["query"] in document for document in body["documents"])
+        results = [
+            {"index": index, "relevance_score": score / 2} for index, score in enumerate(scores)
+        ]
+        return web.json_response({"results": results})
 
     async def _transcriptions(self, request: web.Request) -> web.Response:
         form = await request.post()

@@ -98,7 +98,7 @@ class World:
             where, adapters = where if isinstance(where, tuple) else (where, ())
             address = where if isinstance(where, str) else where.address
             made.append(Endpoint(name, address, tuple(adapters)))
-        route = Route(model=model, engine="VLLM", endpoints=tuple(made), **fields)
+        route = Route(**{"model": model, "engine": "VLLM", "endpoints": tuple(made), **fields})
         self.routes[model] = route
         delta = self.publisher.update(model, route)
         if delta is not None:

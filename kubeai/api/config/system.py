@@ -282,6 +282,8 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     body_max_bytes: Bytes = 64 << 20
     buffer_max_bytes: Bytes = 1 << 30  # for all JSON bodies together
     multipart_max_bytes: Bytes = 1 << 30
+    # Whether compressed JSON bodies are sent to engines uncompressed. Many engines read no others.
+    decompress_bodies: bool = False
     spool_max_bytes: Bytes = 2 << 30  # for all forms together
     head_max_bytes: Bytes = 64 << 10
     head_max_count: PositiveCount = 100
@@ -294,6 +296,8 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     upstream_max_idle: Count = 256
     first_byte_timeout_s: PositiveDuration = field(name="firstByteTimeout", default=600.0)
     between_bytes_timeout_s: PositiveDuration = field(name="betweenBytesTimeout", default=120.0)
+    # After this time without data in either direction, a WebSocket is closed. Pings count as data.
+    websocket_idle_timeout_s: PositiveDuration = field(name="websocketIdleTimeout", default=600.0)
     # Retries before the first byte of a response. The budget, per model, limits retries without
     # proof that another endpoint works: a count per ten seconds, and a percentage of the requests
     # answered in that time.

@@ -24,11 +24,14 @@ Guarantees:
 One thread, one event loop (uvloop). Each module imports only those above it:
 
     _http1        message heads and chunked framing; sans I/O
-    _body         a request's body under its limits; sans I/O
+    _body         a request's body under its limits
+    _renaming     the model's name in a response's body; sans I/O
     _exchange     the relay, one request and its response, the abstract ends of its path
     _downstream   a client's connection: one per connection
     _upstream     a connection to an engine: pooled when idle
+    _early        a response that begins before there is an upstream
     _pool         the idle connections to one upstream
+    _tunnel       a WebSocket: bytes both ways, once an upstream has accepted the handshake
 
         client ── Downstream ── Exchange ── Upstream ── engine
 """

@@ -6,8 +6,6 @@ from kubeai.gateway.relay._exchange cimport DownstreamEnd
 
 
 cdef class Downstream(DownstreamEnd):
-    cdef object transport
-    cdef Py_ssize_t used  # consumed bytes of ``input``
     cdef bint head_started  # a head is incomplete and its timeout is running
     cdef bint reading
     cdef bint pumping
@@ -15,7 +13,6 @@ cdef class Downstream(DownstreamEnd):
     cdef bint has_host
     cdef bint has_proto
     cdef bint expects
-    cdef int64_t buffered_bytes  # its body's share of the relay's
     # of the connection
     cdef bytes usual_host
     cdef bytes usual_forwarded  # ``forwarded`` for ``usual_host``

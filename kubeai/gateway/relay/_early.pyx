@@ -37,12 +37,15 @@ cdef class EarlyStream(Exchange):
         )
 
     def comment(self, bytes text not None):
-        """Write a comment of one line, unless the client is slow to read."""
-        if self.begun and not (self.finished or self.answered or self.downstream.write_paused):
+        """Write a comment of one line, unless the client is slow to read. WebSockets have none."""
+        if self.begun and self.tunnel is None and not (self.finished or self.answered or self.downstream.write_paused):
             self._part(b": " + text + b"\n\n", b"")
 
     def end(self, int status, bytes event not None):
-        """End the stream with an event. ``status``: what the request is recorded to end with."""
+        """End the stream with an event, or a WebSocket with frames.
+
+        ``status``: what the request is recorded to end with.
+        """
         cdef DownstreamEnd downstream = self.downstream
         if self.finished or self.answered or not self.begun:
             return
@@ -50,7 +53,11 @@ cdef class EarlyStream(Exchange):
         self.status = status
         self.answered_s = now()
         self._detach()
-        self._part(event, b"" if downstream.http10 else b"0\r\n\r\n")
+        if self.tunnel is not None:
+            downstream._write(event)
+            downstream.input = b""  # so that the connection lingers
+        else:
+            self._part(event, b"" if downstream.http10 else b"0\r\n\r\n")
         downstream._response_ended()
 
     cdef int _part(self, bytes data, bytes after) except -1:

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from kubeai.gateway.relay._body cimport RequestBody
 from kubeai.gateway.relay._http1 cimport Head
+from kubeai.gateway.relay._renaming cimport Renaming
 
 
 cdef int write_at_once(object transport) except -1
@@ -44,10 +45,12 @@ cdef enum State:
 
 cdef class DownstreamEnd(Head):  # implemented by _downstream
     cdef Relay relay
+    cdef object transport
     cdef State state
     cdef double deadline
     cdef Exchange exchange
     cdef bytes input  # received data; not yet consumed from ``used`` on
+    cdef Py_ssize_t used
     cdef int fd  # of the socket; -1: the transport writes by itself
     cdef bint write_paused  # the transport has unsent data
     cdef bytes peer
@@ -63,6 +66,7 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
     cdef bint keep_alive
     cdef bint http10
     cdef RequestBody body
+    cdef int64_t buffered_bytes  # the request's share of the relay's
     cdef int _set_reading(self) except -1
     cdef int _expect_body(self) except -1
     cdef int _take_body(self) except -1
@@ -82,6 +86,7 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
 cdef class UpstreamEnd(Head):  # implemented by _upstream
     cdef Exchange exchange
     cdef Pool pool
+    cdef object transport
     cdef double deadline
     cdef double sent_s  # when the request was written (CLOCK_MONOTONIC)
     cdef bint touched  # a byte of a response has been received
@@ -131,6 +136,8 @@ cdef class Exchange:
     cdef readonly int status  # of that response
     cdef readonly double answered_s  # when its head was written (CLOCK_MONOTONIC); 0: not yet
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
+    cdef object tunnel  # of a WebSocket handshake; see _tunnel
+    cdef public Renaming renaming  # of the model in the response; None: it is not renamed
     cdef bytes extra_headers  # lines that are added to the upstream's response
     cdef bint body_came  # the first byte of the response's body has been received
     cdef readonly bint broken  # the response was cut short

@@ -368,6 +368,15 @@ cdef class Exchange:
             self.downstream._set_reading()
         return piece
 
+    def reserve(self, int64_t size_bytes):
+        """Count more memory as buffered until the exchange ends; False if there is no room."""
+        cdef Relay relay = self.downstream.relay
+        cdef bint has_room = relay.buffered_bytes + size_bytes <= relay.buffer_max_bytes
+        if has_room and not self.finished:
+            relay.buffered_bytes += size_bytes
+            self.downstream.buffered_bytes += size_bytes
+        return has_room
+
     @property
     def received(self):
         """Whether the last piece of the body has been taken."""
@@ -390,7 +399,7 @@ cdef class Exchange:
             upstream._start(self)
 
     cpdef send(self, Pool pool, bytes path, bytes body):
-        """Start an attempt: send the request with this body and relay the response."""
+        """Start an attempt: send the request and relay the response. ``body``: None for none."""
         self.sending = body
         self._attempt_at(pool, path)
 

@@ -88,6 +88,14 @@ cdef str id_in(bytes line)
 cdef bytes forwarded_lines(bytes forwarded_for, bytes peer, bytes host, bint has_proto)
 cdef bytes target_in(bytes line)
 cdef bytes json_response(int status, bytes headers, bytes body, bint is_head)
+cdef bytes response_head(
+    Bytes line,
+    const Text *text,
+    bytes request_id,
+    bytes extra,
+    const char *framing,
+    Py_ssize_t framing_size,
+)
 cdef bytes event_stream_head(bytes headers, bint is_chunked, bint keep_alive)
 cdef Py_ssize_t find_head_end(Scan *scan, const char *data, Py_ssize_t size) noexcept
 cdef bint is_line(const char *at) noexcept
@@ -110,6 +118,9 @@ cdef class Head:
     cdef int _framing(self, HeaderKind kind, Bytes value) except -1
     cdef int _take_tokens(self, bytes value) except -1
     cdef int _drop(self, set names) except -1
+    cdef int _drop_cors(self) except -1
+    cdef str _content_type(self)
+    cdef bint _is_compressed(self)
 
 
 cdef enum ChunkState:

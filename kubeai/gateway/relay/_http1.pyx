@@ -26,6 +26,16 @@ cdef enum:
     REQUEST_ID_MAX_BYTES = 128
 
 
+cdef set CORS_NAMES = {
+    b"access-control-allow-origin",
+    b"access-control-allow-methods",
+    b"access-control-allow-headers",
+    b"access-control-allow-credentials",
+    b"access-control-expose-headers",
+    b"access-control-max-age",
+}
+
+
 # -- growing text ----------------------------------------------------------------------------------
 
 cdef int text_grow(Text *text, Py_ssize_t size) except -1:
@@ -235,6 +245,34 @@ cdef bytes json_response(int status, bytes headers, bytes body, bint is_head):
     )
 
 
+cdef bytes response_head(
+    Bytes line,
+    const Text *text,
+    bytes request_id,
+    bytes extra,
+    const char *framing,
+    Py_ssize_t framing_size,
+):
+    """The head of an engine's response. ``line``: the first one, after the version.
+
+    ``extra``: further lines, or None. ``framing``: the last lines, with the empty one.
+    """
+    cdef Py_ssize_t extra_size = 0 if extra is None else PyBytes_GET_SIZE(extra)
+    cdef bytes head = PyBytes_FromStringAndSize(
+        NULL,
+        8 + line.size + 2 + text.size + PyBytes_GET_SIZE(request_id) + extra_size + framing_size,
+    )
+    cdef char *to = put(PyBytes_AS_STRING(head), b"HTTP/1.1", 8)
+    to = put(to, line.at, line.size)
+    to = put(to, b"\r\n", 2)
+    to = put(to, text.at, text.size)
+    to = put_bytes(to, request_id)
+    if extra is not None:
+        to = put_bytes(to, extra)
+    put(to, framing, framing_size)
+    return head
+
+
 cdef bytes event_stream_head(bytes headers, bint is_chunked, bint keep_alive):
     """The head of an event stream of the gateway's own. ``headers``: as of ``json_response``."""
     return (
@@ -379,6 +417,19 @@ cdef class Head:
                 text_add(&self.text, PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line))
                 text_add(&self.text, b"\r\n", 2)
         return 0
+
+    cdef int _drop_cors(self) except -1:
+        """Remove the headers of an engine's own CORS policy."""
+        return self._drop(CORS_NAMES)
+
+    cdef str _content_type(self):
+        """The Content-Type; empty if there is none."""
+        cdef list values = text_values(&self.text, b"content-type")
+        return values[0].decode("latin-1") if values else ""
+
+    cdef bint _is_compressed(self):
+        """Whether the body has a content coding."""
+        return text_values(&self.text, b"content-encoding") not in ([], [b"identity"])
 
 
 # -- chunked framing -------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ cdef enum Framing:
 
 cdef class Upstream(UpstreamEnd):
     cdef Relay relay
-    cdef object transport
     cdef bytes host_line
     cdef double first_byte_timeout_s
     cdef double between_bytes_timeout_s
@@ -33,8 +32,9 @@ cdef class Upstream(UpstreamEnd):
     cdef bint reusable
     cdef int status
     cdef Framing framing
-    cdef bint unchunk  # for an HTTP/1.0 client, which does not support chunked encoding
-    cdef bint rechunk  # for a response that is delimited by the end of its connection
+    cdef bint unchunk  # for an HTTP/1.0 client, which does not support chunked encoding, or to rename
+    cdef bint rechunk  # for a response that is delimited by the end of its connection, or to rename
+    cdef bint renames  # the Exchange's renaming applies to this response
     cdef bytes refusal  # the body so far of a response that cannot continue an event stream
     cdef int64_t left
     cdef Chunks chunks
@@ -47,7 +47,8 @@ cdef class Upstream(UpstreamEnd):
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1
     cdef bytes _response_head(self, bytes data)
     cdef int _continue_stream(self) except -1
-    cdef str _content_type(self)
+    cdef int _rename(self) except -1
+    cdef bytes _recoded(self, bytes piece, bint complete)
     cdef int _refuse(self, Exchange exchange) except -1
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1
     cdef int _forward(self, DownstreamEnd downstream, bytes prefix, bytes piece) except -1

@@ -17,12 +17,11 @@ from kubeai.gateway.relay._exchange cimport (
 from kubeai.gateway.relay._http1 cimport (
     CHUNKS_BAD, CHUNKS_END, CONNECTION, CONTENT_LENGTH, DROPPED, REQUEST_ID, TRANSFER_ENCODING,
     Bytes, HeaderKind, chunks_reset, chunks_scan, cut, find_head_end, is_line, one_chunk, put,
-    put_bytes, put_length, scan_reset, text_add_header, text_free, text_values,
+    put_bytes, put_length, response_head, scan_reset, text_add_header, text_free, text_values,
 )
-
 from kubeai.gateway.relay._socket cimport descriptor, write_now
 
-from httptools import HttpResponseParser
+from httptools import HttpParserUpgrade, HttpResponseParser
 
 from kubeai.gateway.relay._exchange import INVALID as _INVALID
 from kubeai.gateway.relay._exchange import LOST as _LOST
@@ -34,16 +33,6 @@ cdef enum:
     REFUSAL_MAX_BYTES = 65536  # kept of a response that becomes an error event
     # The end of a stream ("data: [DONE]", an empty chunk) often comes in buffers of its own.
     SHORT_BYTES = 96
-
-# Removed from responses if the gateway adds its own.
-cdef set CORS_NAMES = {
-    b"access-control-allow-origin",
-    b"access-control-allow-methods",
-    b"access-control-allow-headers",
-    b"access-control-allow-credentials",
-    b"access-control-expose-headers",
-    b"access-control-max-age",
-}
 
 
 cdef class Upstream(UpstreamEnd):
@@ -91,6 +80,8 @@ cdef class Upstream(UpstreamEnd):
     def eof_received(self):
         self.ended = True
         if self.exchange is not None and self.head_done and self.framing == UNTIL_CLOSE:
+            if self.unchunk:
+                self._forward(self.exchange.downstream, None, self._recoded(None, True))
             self._complete()
         else:
             self._abort()  # pending writes have no reader
@@ -166,7 +157,7 @@ cdef class Upstream(UpstreamEnd):
         cdef char *to
         if exchange.in_pieces:
             end = put_length(end, exchange.sending_bytes)
-        elif not exchange.streaming:
+        elif exchange.sending is not None:
             end = put_length(end, body_size)
         elif downstream.chunked:
             end = put(end, b"Transfer-Encoding: chunked\r\n", 28)
@@ -240,6 +231,9 @@ cdef class Upstream(UpstreamEnd):
             at = self._take_head(data)
             if at <= 0:
                 return 0
+            if self.status == 101:
+                self.exchange.tunnel.upgraded(cut(data, at, PyBytes_GET_SIZE(data) - at))
+                return 0
             if self.exchange.begun:
                 self._continue_stream()
             else:
@@ -276,7 +270,7 @@ cdef class Upstream(UpstreamEnd):
             ):
                 self._broken(_INVALID)
                 return -1
-            if self.status >= 200:
+            if self.status >= 200 or self.status == 101:
                 break
             begin = end  # an interim (1xx) response: skipped
             scan_reset(&self.scan, begin)
@@ -294,6 +288,8 @@ cdef class Upstream(UpstreamEnd):
             self.parser = HttpResponseParser(None)
         try:
             self.parser.feed_data(head)
+        except HttpParserUpgrade:
+            self.parser = None
         except Exception:
             return False
         if memcmp(line, b"HTTP/1.", 7) != 0 or not is_line(line):
@@ -318,7 +314,7 @@ cdef class Upstream(UpstreamEnd):
         else:
             self.framing = UNTIL_CLOSE
             self.reusable = False
-        return 100 <= self.status != 101
+        return self.status >= 100 and (self.status != 101 or self.exchange.tunnel is not None)
 
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1:
         """Ask the Exchange about a 5xx; True if it is not passed on but retried."""
@@ -344,21 +340,20 @@ cdef class Upstream(UpstreamEnd):
     cdef bytes _response_head(self, bytes data):
         """Build the head for the client and decide how the body is framed."""
         cdef DownstreamEnd downstream = self.exchange.downstream
-        cdef const char *line = PyBytes_AS_STRING(data) + self.scan.line + 8
-        cdef Py_ssize_t line_size = PyBytes_AS_STRING(data) + self.scan.first_end - line
+        cdef Bytes line  # after the version
         cdef char framing[96]
         cdef char *end = framing
-        cdef Py_ssize_t size, extra_size = 0
         cdef bint keep_alive
-        cdef bytes out, extra = self.exchange.extra_headers
-        cdef char *to
+        cdef bytes extra = self.exchange.extra_headers
+        line.at = PyBytes_AS_STRING(data) + self.scan.line + 8
+        line.size = PyBytes_AS_STRING(data) + self.scan.first_end - line.at
         if downstream.cors is not None:
-            self._drop(CORS_NAMES)
+            self._drop_cors()
             extra = downstream.cors if extra is None else extra + downstream.cors
-        if extra is not None:
-            extra_size = PyBytes_GET_SIZE(extra)
         self.rechunk = self.framing == UNTIL_CLOSE and not downstream.http10
         self.unchunk = self.framing == CHUNKED and downstream.http10
+        if self.exchange.renaming is not None:
+            self._rename()
         keep_alive = downstream._settle()
         if downstream.http10 and (self.framing == UNTIL_CLOSE or self.unchunk):
             keep_alive = downstream.keep_alive = False
@@ -370,44 +365,49 @@ cdef class Upstream(UpstreamEnd):
             end = put(end, b"Connection: close\r\n", 19)
         elif downstream.http10:
             end = put(end, b"Connection: keep-alive\r\n", 24)
-        size = put(end, b"\r\n", 2) - framing
-        out = PyBytes_FromStringAndSize(
-            NULL,
-            8 + line_size + 2
-            + self.text.size
-            + PyBytes_GET_SIZE(downstream.request_id)
-            + extra_size
-            + size,
-        )
-        to = put(PyBytes_AS_STRING(out), b"HTTP/1.1", 8)
-        to = put(to, line, line_size)
-        to = put(to, b"\r\n", 2)
-        to = put(to, self.text.at, self.text.size)
-        to = put_bytes(to, downstream.request_id)
-        if extra is not None:
-            to = put_bytes(to, extra)
-        put(to, framing, size)
+        end = put(end, b"\r\n", 2)
         self.exchange.answered = True
         self.exchange.status = self.status
-        return out
+        return response_head(line, &self.text, downstream.request_id, extra, framing, end - framing)
 
     cdef int _continue_stream(self) except -1:
         """Decide how the body continues the event stream that has begun, if it can."""
         cdef bint http10 = self.exchange.downstream.http10
-        cdef list codings = text_values(&self.text, b"content-encoding")
-        if (
-            self.status != 200
-            or codings not in ([], [b"identity"])
-            or not self._content_type().lower().startswith("text/event-stream")
+        if self.status != 200 or self.exchange.tunnel is not None or self._is_compressed() or not (
+            self._content_type().lower().startswith("text/event-stream")
         ):
             self.refusal = b""
         self.unchunk = self.framing == CHUNKED and (http10 or self.refusal is not None)
         self.rechunk = self.framing != CHUNKED and not http10 and self.refusal is None
+        if self.exchange.renaming is not None:
+            self._rename()
         return 0
 
-    cdef str _content_type(self):
-        cdef list values = text_values(&self.text, b"content-type")
-        return values[0].decode("latin-1") if values else ""
+    cdef int _rename(self) except -1:
+        """Replace the model's name in the body if it can be read: decode it, and frame it again."""
+        cdef str kind = self._content_type().lower()
+        cdef bint is_events = kind.startswith("text/event-stream")
+        cdef bint is_json = kind.startswith("application/json")
+        self.renames = self.refusal is None and self.framing != NOTHING and (
+            is_events or is_json or kind.startswith("application/x-ndjson")
+        ) and not self._is_compressed()
+        if self.renames:
+            self.exchange.renaming.begin(is_events, is_json)
+            self.unchunk = True
+            self.rechunk = not self.exchange.downstream.http10
+            self.length = -1
+        return 0
+
+    cdef bytes _recoded(self, bytes piece, bint complete):
+        """The next part of a body that is decoded, or None."""
+        if self.framing == CHUNKED:
+            piece = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
+            self.grown.size = 0
+        if self.exchange.renaming is not None and self.renames:
+            piece = self.exchange.renaming.feed(piece or b"", complete)
+            if piece and self.rechunk:
+                piece = one_chunk(None, piece, 0, PyBytes_GET_SIZE(piece))
+        return piece or None
 
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
         """Pass on the received part of the response body, after ``prefix``."""
@@ -446,8 +446,7 @@ cdef class Upstream(UpstreamEnd):
             if self.framing == LENGTH and self.parser is not None:
                 self.parser.feed_data(piece)
         if self.unchunk:
-            piece = PyBytes_FromStringAndSize(self.grown.at, self.grown.size)
-            self.grown.size = 0
+            piece = self._recoded(piece, complete)
         elif self.rechunk and size:
             piece = one_chunk(prefix, piece, 0, size)
             prefix = None
@@ -540,7 +539,9 @@ cdef class Upstream(UpstreamEnd):
         elif exchange.answered:
             exchange.broken = True
             self.pool.note_failure(failure)
-            downstream._cut(downstream.http10 and (self.framing != LENGTH or exchange.begun))
+            downstream._cut(
+                downstream.http10 and (self.framing != LENGTH or exchange.begun or self.unchunk)
+            )
         else:
             exchange._failed(failure)
         return 0

@@ -21,12 +21,20 @@ from typing import TYPE_CHECKING
 from kubeai.gateway.uploads.multipart import boundary_of
 from kubeai.gateway.uploads.spool import SpooledForm, no_room
 from kubeai.openai.errors import BadRequest
+from kubeai.openai.routes import Kind
 
 if TYPE_CHECKING:
     from kubeai.gateway.context import Context
     from kubeai.gateway.relay._exchange import Exchange
     from kubeai.openai.request import InferenceRequest
     from kubeai.routing.routes import Route
+
+
+def is_form(exchange: Exchange, kind: Kind) -> bool:
+    """Whether a request's body is a form. Edits of images come as JSON too, with URLs of images."""
+    if kind is Kind.IMAGE_EDITS:
+        return not any(b"json" in each.lower() for each in exchange.headers(b"content-type"))
+    return kind.is_form
 
 
 class Upload:

@@ -131,6 +131,7 @@ class ApiFormat:
     """
 
     prefix: ClassVar[str]  # of the response's id
+    stream_type: ClassVar[str] = "text/event-stream; charset=utf-8"
 
     def __init__(self, meta: Meta, request: GenerationRequest) -> None:
         self.meta = meta

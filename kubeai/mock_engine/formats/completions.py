@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from kubeai.mock_engine.formats.base import (
     DONE,
+    PROMPTS_MAX,
     ApiError,
     ApiFormat,
     GenerationRequest,
@@ -104,6 +105,48 @@ class Chat(ApiFormat):
         meta = self.meta
         head = {"id": meta.id, "object": kind, "created": meta.created, "model": meta.model}
         return head | {"choices": choices, "system_fingerprint": meta.replica}
+
+
+class BatchRequest(msgspec.Struct):
+    """The supported fields of ``POST /v1/chat/completions/batch``."""
+
+    messages: Annotated[
+        list[Annotated[list[Message], msgspec.Meta(min_length=1)]],
+        msgspec.Meta(min_length=1, max_length=PROMPTS_MAX),
+    ]
+    model: str | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    stop: str | list[str] | None = None
+
+
+class ChatBatch(Chat):
+    """vLLM's batch of conversations: a choice for each."""
+
+    @staticmethod
+    @override
+    def parse(body: bytes) -> GenerationRequest:
+        request = decode(body, BatchRequest)
+        return GenerationRequest(
+            request.model,
+            [text.render(each.rendered() for each in one) for one in request.messages],
+            stop_strings(request.stop),
+            request.max_completion_tokens or request.max_tokens,
+            False,
+            False,
+        )
+
+    @override
+    def response(self, replies: list[Reply], usage: Usage) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": reply.text},
+                "finish_reason": reply.finish,
+            }
+            for index, reply in enumerate(replies)
+        ]
+        return self._object("chat.completion", choices) | {"usage": usage.openai()}
 
 
 def require_n_1(count: int | None) -> None:

@@ -41,7 +41,9 @@ if folder:
         link = snapshot / file.name
         if not link.exists():
             link.symlink_to(file)
-host = os.environ["UVICORN_HOST"].replace("0.0.0.0", "127.0.0.1")
+host = os.environ["UVICORN_HOST"]
+if set(host) == {"0", "."}:  # spelled like this because `kubeai local` replaces that address
+    host = "127.0.0.1"
 key = os.environ.get("API_KEY")
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def ask(method, path, *fine):

@@ -128,6 +128,7 @@ class Console:
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=0.5,
+            auto_decompress=False,
             max_line_size=HEAD_MAX_BYTES,
             max_field_size=HEAD_MAX_BYTES,
         )
@@ -274,6 +275,12 @@ def _check_change(request: web.Request, content_type: str = "") -> None:
         raise BadRequest(message, status=403, code="missing_header")
     if content_type and request.content_type != content_type:
         raise BadRequest(f"The Content-Type must be {content_type}.", status=415)
+    if request.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+        raise BadRequest(
+            "Compressed bodies are not supported here. Send the body uncompressed.",
+            param="Content-Encoding",
+            status=415,
+        )
 
 
 def _lines(text: str) -> int:

@@ -65,7 +65,7 @@ async def test_an_unknown_model_is_a_not_found_error(start):
 async def test_an_unsupported_path_is_a_not_found_error(start):
     _, client = await start()
     with pytest.raises(anthropic.NotFoundError) as caught:
-        await client.messages.count_tokens(model="m", messages=MESSAGES)
+        await client.messages.batches.list()
     assert caught.value.type == "not_found_error"
     assert caught.value.request_id == ID
 
@@ -86,12 +86,12 @@ async def test_a_body_over_the_limit_is_a_content_too_large_error(start):
     assert error.type == "request_too_large"
 
 
-async def test_a_compressed_body_is_a_415(start):
+async def test_a_body_in_an_unsupported_coding_is_a_415(start):
     _, client = await start()
-    gzip = {"Content-Encoding": "gzip"}
-    error = await error_of(client, anthropic.APIStatusError, extra_headers=gzip)
+    brotli = {"Content-Encoding": "br"}
+    error = await error_of(client, anthropic.APIStatusError, extra_headers=brotli)
     assert (error.status_code, error.type) == (415, "invalid_request_error")
-    assert error.response.headers["Accept-Encoding"] == "identity"
+    assert error.response.headers["Accept-Encoding"] == "gzip, zstd"
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,27 @@
 """The exceptions that the openai client raises for the gateway's own error responses."""
 
 import contextlib
+import gzip
+import json
+import sys
 
+import httpx2
 import openai
 import pytest
 import uvloop
-from fakes.wire import Broken, Message, Wire
+from fakes.wire import Broken, Message, Wire, says
 from fakes.world import World
 
 from kubeai.gateway.local_routes import make_app
 from kubeai.routing.routes import Block
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+DATA = [{"object": "embedding", "index": 0, "embedding": [0.5]}]
+COMPRESS = {"gzip": gzip.compress, "zstd": zstd.compress}
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -135,3 +146,24 @@ async def test_a_model_that_cannot_start_is_an_internal_server_error_with_the_re
         assert error.response.headers.get("Retry-After") == retry_after
         assert error.response.headers.get("x-should-retry") == should_retry
     assert world.demanded == []
+
+
+@pytest.mark.parametrize("coding", ["gzip", "zstd"])
+async def test_a_client_that_compresses_its_requests_is_answered(start, coding):
+    world, _ = await start()
+    reply = {"id": "1", "object": "list", "model": "m", "data": DATA, "usage": None}
+    engine = await world.engine(says(json.dumps(reply).encode()))
+    world.route("m", {"pod-1": engine})
+
+    async def compress(request: httpx2.Request) -> None:
+        body = COMPRESS[coding](await request.aread())
+        request.stream = httpx2.ByteStream(body)
+        request.headers |= {"Content-Encoding": coding, "Content-Length": str(len(body))}
+
+    async with httpx2.AsyncClient(event_hooks={"request": [compress]}) as transport:
+        client = openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{world.port}/v1", api_key="none", http_client=transport
+        )
+        assert (await client.embeddings.create(model="m", input="x")).model == "m"
+    (request,) = engine.requests
+    assert request.one("content-encoding") == coding

@@ -11,6 +11,7 @@ import pytest
 from fakes.mock_engine import FAST, HELLO, serving
 
 from kubeai.mock_engine.formats.transcriptions import audio_seconds
+from kubeai.openai.routes import Kind
 from kubeai.supervisor.cache_sizes import cache_tokens
 
 # -- chat --------------------------------------------------------------------------------------
@@ -463,3 +464,24 @@ async def test_every_nth_request_fails_if_configured():
         body = {"messages": HELLO, "max_tokens": 1}
         statuses = [(await served.post("/v1/chat/completions", body))[0] for _ in range(6)]
         assert statuses == [200, 200, 500, 200, 200, 500]
+
+
+# -- the gateway's routes ------------------------------------------------------------------------
+
+
+async def test_every_inference_route_of_the_gateway_is_served(served):
+    for kind in Kind:
+        if kind.is_json or kind.is_form:
+            status, _ = await served.post(kind.value, {"model": "m"})
+            assert status != 404, kind
+
+
+async def test_a_response_is_stored_whole_or_streamed(served):
+    whole = await served.client.responses.create(model="m", input="Hello")
+    events = await served.events("/v1/responses", {"model": "m", "input": "Hello"})
+    streamed = events[-1][1]["response"]
+    for response_id in (whole.id, streamed["id"]):
+        stored = await served.client.responses.retrieve(response_id)
+        assert stored.output_text == whole.output_text
+    with pytest.raises(openai.NotFoundError):
+        await served.client.responses.retrieve("resp_unknown")

@@ -22,8 +22,13 @@ from kubeai.openai.errors import BadRequest
 from kubeai.openai.request import LARGE_BYTES, SHAPES, named, prompt_of, read
 from kubeai.openai.routes import Kind
 
-CONVERSATIONS = {Kind.CHAT: "messages", Kind.RESPONSES: "input", Kind.MESSAGES: "messages"}
-CACHED = [kind for kind in SHAPES if kind not in (Kind.EMBEDDINGS, Kind.RERANK)]
+CONVERSATIONS = {
+    Kind.CHAT: "messages",
+    Kind.RESPONSES: "input",
+    Kind.MESSAGES: "messages",
+    Kind.OLLAMA_CHAT: "messages",
+}
+CACHED = [*CONVERSATIONS, Kind.COMPLETIONS, Kind.SYSTEM_ONE, Kind.OLLAMA_GENERATE]
 
 
 def picker(strategy="PrefixCache", prefix_char_length=100):
@@ -309,6 +314,14 @@ def test_files_count_wherever_they_lie_relative_to_the_samples(content, indent):
     agrees(Kind.CHAT, body_of(model="m", messages=said))
 
 
+def test_the_images_of_a_message_in_ollamas_api_count_as_one_file():
+    for size in (2_000, 100_000):
+        said = [{"role": "user", "content": words(700), "images": [data(size), data(size)]}]
+        body = body_of(model="m", messages=said)
+        agrees(Kind.OLLAMA_CHAT, body)
+        assert FILE_TOKENS < prompt(Kind.OLLAMA_CHAT, body).tokens < FILE_TOKENS + 250
+
+
 def test_only_the_first_sixteen_files_count_as_such():
     for count in (15, 16, 17, 20):
         said = [{"role": "user", "content": [PARTS["chat"](8000) for _ in range(count)]}]
@@ -385,6 +398,10 @@ def test_prompts_that_no_engine_caches_have_a_length_only(strategy):
     for kind, members in (
         (Kind.EMBEDDINGS, {"input": [words(9000), words(9000, 1)]}),
         (Kind.RERANK, {"query": "q", "documents": [words(9000)] * 3}),
+        (Kind.SCORE, {"queries": ["q"], "documents": [words(9000)] * 3}),
+        (Kind.EMBED_V2, {"texts": [words(9000)]}),
+        (Kind.SPEECH, {"input": words(900)}),
+        (Kind.OLLAMA_EMBED, {"input": words(900)}),
     ):
         body = body_of(model="m", **members)
         found = prompt(kind, body, strategy)
@@ -397,6 +414,22 @@ def test_prompts_that_no_engine_caches_have_a_length_only(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_upload_has_an_empty_prompt(strategy):
     found = prompt_of(PICKERS[strategy], named(Kind.TRANSCRIPTIONS, "m_a"))
+    assert (found.tokens, found.samples, found.has_key, found.streams) == (0, (), False, False)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_prompt_without_the_text_that_is_hashed_has_no_key(strategy):
+    body = body_of(model="m", text_1="q", text_2=[words(9000)])
+    found = prompt(Kind.SCORE, body, strategy)
+    assert (found.tokens, found.samples, found.has_key) == (len(body) // 4, (), False)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "kind", [Kind.TOKENIZE, Kind.DETOKENIZE, Kind.COUNT_TOKENS, Kind.IMAGES, Kind.IMAGE_EDITS]
+)
+def test_a_request_for_which_no_prompt_is_computed_has_an_empty_prompt(kind, strategy):
+    found = prompt(kind, chat(words(9000), prompt=words(9000), input=words(9000)), strategy)
     assert (found.tokens, found.samples, found.has_key, found.streams) == (0, (), False, False)
 
 
@@ -420,6 +453,14 @@ def test_a_prompt_knows_whether_its_response_is_streamed():
     for value, streams in ((b"true", True), (b"false", False), (b"null", False), (b"1", False)):
         assert prompt(Kind.CHAT, chat("hello", stream=value)).streams is streams
     assert not prompt(Kind.CHAT, chat("hello")).streams
+
+
+@pytest.mark.parametrize("kind", [Kind.OLLAMA_CHAT, Kind.OLLAMA_GENERATE])
+def test_ollamas_responses_are_streamed_unless_the_body_says_otherwise(kind):
+    for value, streams in ((b"true", True), (b"false", False), (b"null", True)):
+        assert prompt(kind, body_of(model="m", stream=value)).streams is streams
+    assert prompt(kind, body_of(model="m")).streams
+    assert not prompt(Kind.OLLAMA_EMBED, body_of(model="m")).streams
 
 
 # -- large, crowded and malformed bodies -----------------------------------------------------------

@@ -46,6 +46,24 @@ def test_a_body_is_parsed_into_model_adapter_and_stream():
 
 
 @pytest.mark.parametrize(
+    ("model", "name", "adapter"),
+    [
+        ("m:latest", "m", None),
+        ("m", "m", None),
+        ("m_a:latest", "m", "a"),
+        ("m:7b", "m:7b", None),
+        ("m:latest:latest", "m:latest", None),
+        (":latest", ":latest", None),
+        ("latest", "latest", None),
+    ],
+)
+def test_the_tag_latest_is_no_part_of_a_name_in_ollamas_api(model, name, adapter):
+    request = chat({"model": model}, Kind.OLLAMA_CHAT)
+    assert (request.name, request.adapter) == (name, adapter)
+    assert chat({"model": model}).model == model
+
+
+@pytest.mark.parametrize(
     "body",
     [{}, {"messages": []}, {"model": None}, {"model": 5}, {"model": ""}, {"model": ["m"]},
      {"Model": "m"}, {"x": {"model": "m"}}, {"model": {"model": "m"}}],

@@ -57,6 +57,20 @@ def test_the_end_of_a_stream():
     assert usage_in(event(done, "response.completed")) == (9, None, 1)
 
 
+def test_the_counts_of_ollamas_api():
+    counts = {"prompt_eval_count": 12, "prompt_eval_duration": 5, "eval_count": 7}
+    call = {"function": {"name": "f", "arguments": {"eval_count": 666, "prompt_eval_count": 666}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    done = {"model": "m", "message": message, "done": True, "context": [1, 2]}
+    first = body({"model": "m", "response": "eval_count", "done": False}) + b"\n"
+    for options in ({}, {"separators": (",", ":")}):
+        assert usage_in(body({**done, **counts, "eval_duration": 1}, **options)) == (12, None, 7)
+        assert usage_in(first + body({**done, **counts}, **options) + b"\n") == (12, None, 7)
+    assert usage_in(body({"embeddings": [[0.1]], "prompt_eval_count": 4})) == (4, None, None)
+    for odd in (done, {**done, "eval_count": -1}, {**done, "eval_count": "7"}, {"x": [counts]}):
+        assert usage_in(body(odd)) in (None, (None, None, None))
+
+
 def test_chunked_framing_is_passed_over():
     text = event({"choices": [], "usage": CHAT})
     framed = b"%x\r\n%b\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n" % (len(text), text)

@@ -32,15 +32,9 @@ def a_set(size=2, **meta):
     labels = {"model": "m", "app.kubernetes.io/managed-by": "kubeai"}
     annotations = {"kubeai.org/pod-hash": "h"}
     owner = {"apiVersion": "v1", "kind": "Model", "name": "m", "uid": "u", "controller": True}
-    whole: dict = {
-        "name": "s",
-        "uid": "set",
-        "labels": labels,
-        "annotations": annotations,
-        "ownerReferences": [owner],
-        "creationTimestamp": "2026-01-01T00:00:00Z",
-    }
-    whole |= meta
+    whole: dict[str, object] = {"name": "s", "uid": "set"}
+    whole |= {"labels": labels, "annotations": annotations}
+    whole |= {"ownerReferences": [owner], "creationTimestamp": "2026-01-01T00:00:00Z", **meta}
     spec = {"leaderWorkerTemplate": {"size": size}}
     return msgspec.convert({"metadata": whole, "spec": spec}, SetObject)
 

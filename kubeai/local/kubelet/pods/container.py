@@ -254,17 +254,16 @@ class ContainerRunner:
         }
         if spec.name in self._pod.devices:
             self._env |= self._host.devices.environment(self._pod.devices[spec.name], declared)
-        cwd = spec.working_dir
+        argv = await programs.resolve(
+            spec.image, command, args, self._env, ip, self._host.engine_envs
+        )
+        cwd = spec.working_dir or programs.working_directory(argv)
         if not cwd:
             scratch = directory / ".work" / spec.name
             scratch.mkdir(parents=True, exist_ok=True)
             cwd = str(scratch)
         return Launch(
-            argv=tuple(
-                await programs.resolve(
-                    spec.image, command, args, self._env, ip, self._host.engine_envs
-                )
-            ),
+            argv=tuple(argv),
             env=self._env,
             cwd=cwd,
             log=self._log_path(self.record.restarts + self._has_run),

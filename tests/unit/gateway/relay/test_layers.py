@@ -11,9 +11,10 @@ from repository import REPOSITORY
 FOLDER = REPOSITORY / "kubeai/gateway/relay"
 LAYERS = [
     {"_http1", "_socket"},
-    {"_body"},
+    {"_body", "_renaming"},
     {"_exchange"},
     {"_downstream", "_early", "_pool", "_upstream"},
+    {"_tunnel"},
 ]
 IMPORT = re.compile(r"^ *from kubeai\.([\w.]+) c?import", re.MULTILINE)
 

@@ -11,6 +11,7 @@ import pytest
 from fakes.engine_pods import env, model, pod, server
 
 from kubeai.api.config.system import SystemConfig, parse_config
+from kubeai.local.kubelet.pods.programs import bind_to_pod
 from kubeai.podspec import form_model
 from kubeai.podspec.engines.faster_whisper import STARTUP_SCRIPT, is_speaches
 
@@ -139,6 +140,10 @@ def start(web, *arguments, **more):
 
 def calls(web):
     return [call for call, _ in web.state["calls"]]
+
+
+def test_the_kubelet_of_kubeai_local_leaves_the_script_alone():
+    assert bind_to_pod(STARTUP_SCRIPT, "127.9.9.9") == STARTUP_SCRIPT
 
 
 def test_the_probe_fetches_and_loads_the_model(speaches):

