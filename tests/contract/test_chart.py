@@ -359,6 +359,7 @@ def test_an_entry_may_have_every_field_of_a_model(helm):
         "priorityClassName": "p",
         "loadBalancing": {"strategy": "PrefixHash", "prefixHash": {"replication": 256}},
         "files": [{"path": "/a", "content": "b"}],
+        "jsonPatches": [{"op": "add", "path": "/spec/hostIPC", "value": False}],
     }
     assert spec.keys() == set(model_crd_spec())
     mine = {"enabled": True, "labels": {"l": "1"}, "annotations": {"a": "1"}, **spec}
