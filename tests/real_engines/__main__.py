@@ -38,6 +38,13 @@ def arguments() -> argparse.Namespace:
         metavar="NAME=DIR",
         help="use an engine that is installed in DIR instead of installing it; repeatable",
     )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run only these Models, and keep the last results of the others; repeatable",
+    )
     parser.add_argument("--python", default="", help="interpreter of the engines' environments")
     parser.add_argument("--install-only", action="store_true", help="install, and check nothing")
     parser.add_argument("--report-only", action="store_true", help="only write the document again")
@@ -72,18 +79,31 @@ def run_engine(engine: str, installer: Installer, options: argparse.Namespace) -
             return result
         if suite.prepare is not None:
             suite.prepare(environment, weights)
-        result.outcomes = asyncio.run(check_engine(engine, environment, weights))
+        outcomes = asyncio.run(check_engine(engine, environment, weights, options.model))
+        result.outcomes = kept(engine, outcomes) if options.model else outcomes
     except (InstallError, AssertionError, OSError) as error:
         result.problem = str(error)
         print(f"  FAILED: {error}", flush=True)
     return result
 
 
-async def check_engine(engine: str, environment: Path, weights: Path) -> list[report.Outcome]:
+def kept(engine: str, outcomes: list[report.Outcome]) -> list[report.Outcome]:
+    """The last results of an engine with new ones in the place of those of the same checks."""
+    old = [one for result in report.load(ROOT / "results", [engine]) for one in result.outcomes]
+    by_name = {one.check: one for one in old} | {one.check: one for one in outcomes}
+    return list(by_name.values())
+
+
+async def check_engine(
+    engine: str, environment: Path, weights: Path, models: list[str]
+) -> list[report.Outcome]:
+    """Run an engine's Models, or only those named."""
     stop_at_sigterm()
     directory = ROOT / "run" / engine
     shutil.rmtree(directory, ignore_errors=True)
-    stages = SUITES[engine].stages(weights)
+    stages = [
+        stage for stage in SUITES[engine].stages(weights) if not models or stage.name in models
+    ]
     manifests = [stage.manifest for stage in stages]
     async with running(directory, manifests, engine, environment, weights) as session:
         for stage in stages:

@@ -215,7 +215,7 @@ def similarity(a: list[float], b: list[float]) -> float:
 
 
 async def embed_v2(s: Session) -> str:
-    body = {"texts": SENTENCES, "input_type": "search_document", "embedding_types": ["float"]}
+    body = {"texts": SENTENCES, "embedding_types": ["float"]}
     return in_order((await s.post("/v2/embed", body))["embeddings"]["float"])
 
 
