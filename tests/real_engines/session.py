@@ -75,7 +75,7 @@ class Session:
             max_retries=0,
             timeout=REQUEST_TIMEOUT_S,
         )
-        self.http = httpx2.AsyncClient(base_url=self.root_url, timeout=REQUEST_TIMEOUT_S)
+        self.http = httpx2.AsyncClient(base_url=self.root_url, timeout=START_TIMEOUT_S)
 
     async def close(self) -> None:
         await self.openai.close()
