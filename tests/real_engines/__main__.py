@@ -25,6 +25,7 @@ from session import running
 from suites import SUITES, run_stage
 
 ROOT = REPOSITORY / "build" / "real-engines"
+WEIGHTS = ROOT / "weights"
 DOCUMENT = REPOSITORY / "docs" / "real-engines.md"
 
 
@@ -50,6 +51,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="only write the document again")
     options = parser.parse_args()
     options.engines = [_engine(parser, name) for name in options.engines] or list(SUITES)
+    names = {stage.name for each in options.engines for stage in SUITES[each].stages(WEIGHTS)}
+    if unknown := set(options.model) - names:
+        parser.error(
+            f"--model: no Model of these engines is called {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(sorted(names))}"
+        )
     environments = {}
     for value in options.engine_env:
         name, _, directory = value.partition("=")
