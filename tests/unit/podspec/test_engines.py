@@ -450,9 +450,31 @@ COPY = {"op": "copy", "from": "/spec", "path": "/spec/x"}
     [
         ({"op": "remove", "path": "/spec/nosuch"}, "remove '/spec/nosuch' cannot be applied"),
         ({"op": "remove", "path": "/metadata/annotations"}, "not the manifest of a pod"),
-        ({"op": "replace", "path": "/metadata/labels", "value": []}, "a label that KubeAI needs"),
-        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "KubeAI needs"),
-        ({"op": "add", "path": "/spec/initContainers", "value": [{}]}, "not the manifest of a pod"),
+        ({"op": "replace", "path": "/metadata/labels", "value": []}, "$.metadata.labels"),
+        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "$.spec.initContainers[0]"),
+        ({"op": "add", "path": "/spec/initContainers", "value": [{}]}, "$.spec.initContainers[0]"),
+        ({"op": "replace", "path": "/spec/containers/0", "value": 1}, "$.spec.containers[0]"),
+        ({"op": "replace", "path": "/spec/containers/0/args", "value": "x"}, "containers[0].args"),
+        ({"op": "add", "path": "/spec/containers/0/ports/-", "value": "x"}, "[0].ports[1]"),
+        ({"op": "remove", "path": "/kind"}, "`kind`"),
+        ({"op": "replace", "path": "/kind", "value": "Service"}, "$.kind"),
+        ({"op": "add", "path": "/metadata/labels/x", "value": 3}, "$.metadata.labels[...]"),
+        (
+            {
+                "op": "add",
+                "path": "/metadata/labels/leaderworkerset.sigs.k8s.io~1name",
+                "value": "x",
+            },
+            "'leaderworkerset.sigs.k8s.io/name' is reserved",
+        ),
+        (
+            {"op": "add", "path": "/metadata/labels/kubeai.org~1job", "value": "x"},
+            "'kubeai.org/job' is reserved",
+        ),
+        (
+            {"op": "add", "path": "/metadata/annotations/kubeai.org~1draining-since", "value": "1"},
+            "'kubeai.org/draining-since' is reserved",
+        ),
         ({"op": "add", "path": "/spec/x", "value": "y" * (1 << 20)}, "larger than 1048576 bytes"),
     ],
 )
