@@ -1,6 +1,7 @@
 """The engines' pods as built from a Model and the system config."""
 
 import copy
+import re
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from repository import REPOSITORY
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
-from kubeai.api.model_url import parse_url
+from kubeai.api.model_url import URL_PATTERN, parse_url
 from kubeai.errors import ModelError
 from kubeai.podspec import build_pod, files_config_map, pod_hash, sources
 
@@ -319,9 +320,19 @@ def test_a_claim_is_mounted_at_slash_model(engine, path, sub_path):
     assert (mount["mountPath"], mount.get("subPath")) == ("/model", sub_path)
 
 
-def test_a_url_cannot_refer_to_variables_of_the_container():
-    with pytest.raises(ModelError, match="may only contain letters"):
-        pod(url="hf://org/$(HF_TOKEN)")
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a=1/b+c~d", "pvc://claim/a@b", "hf://org/$(HF_TOKEN)"]
+)
+def test_a_stored_model_whose_url_would_be_refused_today_still_gets_pods(url):
+    assert not re.match(URL_PATTERN, url)
+    assert server(pod(url=url))["image"]
+
+
+@pytest.mark.parametrize("engine", ["VLLM", "SGLang", "FasterWhisper", "Infinity", "LlamaCpp"])
+def test_variable_references_in_a_url_are_escaped(engine):
+    text = msgspec.json.encode(server(pod(engine, url="hf://org/$(HF_TOKEN)"))).decode()
+    assert "org/$$(HF_TOKEN)" in text
+    assert "org/$(HF_TOKEN)" not in text
 
 
 # -- files ---------------------------------------------------------------------------------------
