@@ -18,7 +18,7 @@ from kubeai.kube.resources import PODS, SETS
 from kubeai.operator.groups import SetObject, compose, needs_set
 from kubeai.operator.pods import DRAINING_ANNOTATION, Pod, Trouble
 from kubeai.operator.routes import route_of
-from kubeai.operator.sets import PROBE_INTERVAL_S, Sets
+from kubeai.operator.sets import FAILURES_MAX, PROBE_INTERVAL_S, Sets
 
 pytestmark = FAKE_TIME
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
@@ -361,6 +361,18 @@ async def test_a_missing_permission_does_not_keep_kubeai_from_starting():
     await asyncio.sleep(1)
     assert listed == [[]]
     assert "may not list leaderworkersets" in sets.problem
+    await ended(task)
+
+
+async def test_an_api_that_is_overloaded_at_first_is_waited_for_but_not_forever():
+    api = Api(ApiError(503, "ServiceUnavailable", "try again"))
+    sets, listed, _, task = followed(api, needed=False)
+    await asyncio.sleep(1)
+    assert listed == []  # pods of sets must not be taken for pods of no set
+    for _ in range(FAILURES_MAX - 1):
+        sets._failed(api.error)
+    assert listed == [[]]
+    assert "try again" in sets.problem
     await ended(task)
 
 

@@ -10,6 +10,7 @@ from fakes.kube import World, merge
 from fakes.time import FAKE_TIME
 
 from kubeai.api.config.system import parse_config
+from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import PODS, SERVICES
 
 pytestmark = FAKE_TIME
@@ -71,6 +72,24 @@ async def test_without_external_gateways_there_are_none_and_former_ones_are_dele
     await world.until(lambda: not services(world))
     assert world.replicas() == {"all": 1, "ready": 1}
     assert world.kube.count("delete", "pods") == 0
+
+
+async def test_a_former_service_that_cannot_be_deleted_is_tried_again(world):
+    world.start(EXTERNAL)
+    world.apply(replicas=0)
+    await world.until(lambda: services(world))
+    await world.stop()
+    fails = 2
+
+    def before(verb, plural, name):
+        nonlocal fails
+        if (verb, plural) == ("delete", "services") and fails:
+            fails -= 1
+            raise ApiError(500, "InternalError", "try again")
+
+    world.kube.before = before
+    world.start(INTERNAL)
+    await world.until(lambda: not services(world))
 
 
 async def test_services_that_may_not_be_listed_do_not_stop_the_reconciles(world):
