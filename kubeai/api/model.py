@@ -54,6 +54,8 @@ POD_HASH_LABEL = "pod-hash"
 # On the pods that serve requests, for the Services of `proxy.mode: external`. As in KubeAI in Go.
 MODEL_LABEL = "kubeai.org/model"
 MODEL_UID_LABEL = "kubeai.org/model-uid"
+# On pods. When the leader began to drain it (Unix seconds). It gets no new requests from then on.
+DRAINING_ANNOTATION = "kubeai.org/draining-since"
 FEATURE_LABEL_PREFIX = "features.kubeai.org/"
 
 

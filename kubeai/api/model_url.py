@@ -2,6 +2,8 @@
 
 The schema in `kubeai.api.model` checks a Model's URL against `URL_PATTERN`, its scheme and its
 length; `parse_url` checks the rest and raises a ModelError, which the Model's conditions then name.
+It accepts characters that the pattern does not, because Models that are older than the pattern may
+have them in paths.
 """
 
 from __future__ import annotations
@@ -47,11 +49,14 @@ class ModelURL(Struct, frozen=True):
 
 
 _URL = re.compile(r"(?P<scheme>[a-z0-9]+)://(?P<ref>[^?]+)(?:\?(?P<params>.*))?")
-_REF = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:/-]*")
+_REF = re.compile(r"[A-Za-z0-9_][^\s\x00-\x1f\x7f]*")
+_OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@-]*")
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 # No leading dash, which a program would read as an option.
 _MODEL = re.compile(r"[a-zA-Z0-9._:/][a-zA-Z0-9._:/-]*")
-_IMAGE = re.compile(r"[^/:]+(:[0-9]+)?/[^:]+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?")
+_IMAGE = re.compile(
+    r"[A-Za-z0-9._-]+(:[0-9]+)?/[A-Za-z0-9._/-]+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
+)
 # Supported parameters by scheme.
 _PARAMS: dict[str, frozenset[str]] = {
     "pvc": frozenset({"model"}),
@@ -74,13 +79,15 @@ def parse_url(url: str, field: str = "spec.url") -> ModelURL:
     if not _REF.fullmatch(ref):
         raise ModelError(
             field,
-            f"{url!r}: the part after {scheme}:// must start with a letter or digit and may only "
-            "contain letters, digits, '.', '_', ':', '/' and '-'",
+            f"{url!r}: the part after {scheme}:// must start with a letter or digit and must not "
+            "contain white space or control characters",
             "InvalidURL",
         )
     name, _, path = ref.partition("/")
     if scheme == "pvc":
         _check_claim(url, name, path, field)
+    if scheme == "ollama" and not _OLLAMA_NAME.fullmatch(ref):
+        raise ModelError(field, f"{url!r}: {ref!r} is not a valid Ollama model name", "InvalidURL")
     if scheme == "oci":
         _check_image(url, ref, field)
     params = _params(url, scheme, match["params"], field)

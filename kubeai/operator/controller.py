@@ -56,6 +56,7 @@ log = get_logger(__name__)
 PARALLEL_MODELS_MAX = 64
 PARALLEL_WRITES_MAX = 32
 DRAINED_INTERVAL_S = 0.5  # between checks of draining pods
+SERVICE_RETRY_S = 10.0
 FINISHED_FIRST_S, FINISHED_MAX_S = 2.0, 300.0  # back-off before finished pods are replaced
 
 
@@ -108,6 +109,7 @@ class Controller:
         self._store = store
         self._leader = leader
         self._loads = loads
+        self._events = events
         self._clock = clock
         self._memories: dict[str, _Memory] = {}
         self._writes = Writes(leader, PARALLEL_WRITES_MAX)
@@ -203,12 +205,27 @@ class Controller:
         for action in actions:
             if isinstance(action, PatchStatus):
                 again_s = await self._applier.patch_status(model, memory.writes, action.status)
-        if not leaving:  # last: a Service that cannot be written delays nothing else
-            await self.services.ensure(model)
         if not model.spec.files and not leaving:
             await self._files.remove(model, self._store.pods_of(model.metadata.name))
+        if not leaving:
+            again_s = sooner(again_s, await self._ensure_service(model))
         expected_s = self._store.oldest_expectation_s(model.metadata.name)
         return sooner(again_s, sooner(wait_s, expected_s))
+
+    async def _ensure_service(self, model: Model) -> float | None:
+        """Write the Model's Service. One that the API refuses is reported, and delays nothing else.
+
+        Returns seconds until the next try, or None if none is needed.
+        """
+        try:
+            await self.services.ensure(model)
+        except ApiError as error:
+            log.info("service not written", model=model.metadata.name, error=str(error))
+            if 400 <= error.status < 500 and error.status not in (404, 429):
+                text = f"the Model's Service cannot be written: {error}"
+                self._events.emit(model, "ServiceRefused", text, warning=True)
+            return SERVICE_RETRY_S
+        return None
 
     def _plan(self, model: Model, memory: _Memory, observed: Observed) -> list[Action]:
         kept = memory.template

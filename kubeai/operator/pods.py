@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import msgspec
 
 from kubeai.api.model import (
+    DRAINING_ANNOTATION,
     MODEL_LABEL,
     MODEL_UID_LABEL,
     POD_HASH_LABEL,
@@ -42,8 +43,6 @@ from kubeai.podspec.groups import SET_LABEL, WORKER_LABEL
 # Set in addition to the pod-hash label: it marks hashes computed by *our* function. A pod without
 # it was created by KubeAI in Go, whose hashes are not comparable.
 HASH_ANNOTATION = "kubeai.org/pod-hash"
-# When the leader began to drain the pod (Unix seconds). It gets no new requests from then on.
-DRAINING_ANNOTATION = "kubeai.org/draining-since"
 PORT_NAME, PORT_DEFAULT = "http", 8000
 MESSAGE_MAX_CHARS = 500
 OUTPUT_MAX_CHARS = 500  # of a container's last lines
@@ -464,4 +463,12 @@ def _word(reason: str) -> str:
     return "".join(c for c in reason if c.isascii() and (c.isalnum() or c in "_,:")).strip("_,:")
 
 
-__all__ = ["HASH_ANNOTATION", "POD_HASH_LABEL", "Pod", "PodObject", "Trouble", "observe"]
+__all__ = [
+    "DRAINING_ANNOTATION",
+    "HASH_ANNOTATION",
+    "POD_HASH_LABEL",
+    "Pod",
+    "PodObject",
+    "Trouble",
+    "observe",
+]

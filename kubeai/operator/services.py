@@ -101,9 +101,10 @@ class Services:
                 await self._write(model)
             return
         await self._list()
-        found = self._found.pop(model.metadata.uid, None)
+        found = self._found.get(model.metadata.uid)
         if found is not None:
             await self._delete(found)
+            self._found.pop(model.metadata.uid, None)
 
     async def _write(self, model: Model) -> None:
         wanted = headless_service(model)

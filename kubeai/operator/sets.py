@@ -14,6 +14,9 @@ from kubeai.kube.resources import SETS
 from kubeai.operator.groups import SetObject
 
 PROBE_INTERVAL_S = 10.0  # while a Model needs the API and it is not installed
+# Lists that fail, one after the other, until KubeAI starts without them. A missing permission is no
+# reason to wait; an API server that is just starting is.
+FAILURES_MAX = 6
 _NOT_INSTALLED = (
     "a replica on several nodes needs the LeaderWorkerSet API (leaderworkerset.x-k8s.io/v1), which "
     "is not installed; install LeaderWorkerSet, or use <profile>:<count>"
@@ -47,6 +50,7 @@ class Sets:
         self._needed = needed
         self._changed_problem = changed_problem
         self._known = False
+        self._failures = 0
         self._gone = asyncio.Event()
         self.problem = "the LeaderWorkerSets have not been listed yet"
 
@@ -98,10 +102,16 @@ class Sets:
         self._set_problem("")
 
     def _failed(self, error: ApiError) -> None:
-        """Without this API, or the permission to use it, everything else works."""
+        """Without this API, or the permission to use it, everything else works.
+
+        While it is unknown which sets there are, their pods get no requests. So KubeAI waits for
+        the list while another try may succeed, but not forever.
+        """
         if error.status == 404:
             self._gone.set()
-        elif not self._known:
+            return
+        self._failures += 1
+        if not self._known and (error.status == 403 or self._failures >= FAILURES_MAX):
             self._replaced([])
             self._set_problem(f"the LeaderWorkerSets cannot be listed: {error}")
 

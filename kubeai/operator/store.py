@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -205,7 +205,7 @@ class Store:
         sets = self._sets.get(model, {})
         if not self._have_sets or (not sets and not any(pod.set for pod in pods)):
             return pods
-        return _with_sets(pods, sets)
+        return _with_sets(pods, sets, self._creating.get(model, {}))
 
     def pods_of(self, model: str) -> Iterator[Pod]:
         """The same with unobserved writes applied: created pods included, deleted terminating."""
@@ -269,10 +269,14 @@ class Store:
         return uids + [one.metadata.uid for one in self._sets.get(model, {}).values()]
 
 
-def _with_sets(pods: Iterable[Pod], sets: Mapping[str, SetObject]) -> list[Pod]:
+def _with_sets(
+    pods: Iterable[Pod], sets: Mapping[str, SetObject], expected: Collection[str]
+) -> list[Pod]:
     """The pods, with those of a LeaderWorkerSet as one replica.
 
     The pods of a set that is gone are on their way out, whether they are being deleted yet or not.
+    Its leader has the name of the set, which is still in use, by requests too. ``expected``: names
+    of sets that have been created and are not seen yet, unlike their pods perhaps.
     """
     members: dict[str, list[Pod]] = {name: [] for name in sets}
     replicas: list[Pod] = []
@@ -280,7 +284,9 @@ def _with_sets(pods: Iterable[Pod], sets: Mapping[str, SetObject]) -> list[Pod]:
         if pod.set in members:
             members[pod.set].append(pod)
         elif pod.set:
-            replicas.append(msgspec.structs.replace(pod, terminating=True))
+            leads = pod.worker == 0 and pod.set not in expected
+            name = pod.set if leads else pod.name
+            replicas.append(msgspec.structs.replace(pod, name=name, terminating=True))
         else:
             replicas.append(pod)
     return replicas + [compose(one, members[name]) for name, one in sets.items()]

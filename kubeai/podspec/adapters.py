@@ -29,7 +29,7 @@ _CLAIM_SCHEME = "pvc://"
 # The variables of the Model that the loader gets: credentials, endpoints, proxies, certificates.
 # Others are meant for the engine and could stop the loader (HF_HUB_OFFLINE, PATH, HOME).
 _LOADER_VARIABLE = re.compile(
-    r"(AWS|GOOGLE|OSS)_.*|HF_(TOKEN|ENDPOINT|HUB_(DOWNLOAD|ETAG)_TIMEOUT)"
+    r"(AWS|GOOGLE|OSS|HF_XET)_.*|HF_(TOKEN|ENDPOINT|HUB_(DISABLE_XET|(DOWNLOAD|ETAG)_TIMEOUT))"
     r"|HUGGING_FACE_HUB_TOKEN|(HTTP|HTTPS|ALL|NO)_PROXY|SSL_CERT_(FILE|DIR)"
     r"|(REQUESTS|CURL)_CA_BUNDLE",
     re.IGNORECASE,

@@ -34,6 +34,10 @@ EVICT_LIMIT_S = 900  # then the Model may be deleted although its files remain
 JOB_HASH_ANNOTATION = "kubeai.org/job-hash"  # hash of the Job's manifest
 JOB_LABEL = "kubeai.org/job"  # on the pods of Jobs, which are not replicas
 _VOLUME = "models"
+# Variables of the Model that would keep a load Job from loading, or from starting at all.
+_ENGINE_ONLY = frozenset(
+    ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PATH", "PYTHONPATH", "PYTHONHOME", "LD_PRELOAD")
+)
 # Jobs mount all folders rather than the Model's own: a mount point can neither be put in place by a
 # single rename once the files are complete, nor be removed.
 _ALL_FOLDERS = {"name": _VOLUME, "mountPath": ROOT, "subPath": ROOT.lstrip("/")}
@@ -119,7 +123,11 @@ def load_job(model: Model, config: SystemConfig) -> Object:
         "name": "loader",
         "command": ["load"],
         "args": [literal(model.spec.url), directory(model)],
-        "env": environment(model, {}, {}, files),
+        "env": [
+            variable
+            for variable in environment(model, {}, {}, files)
+            if variable["name"] not in _ENGINE_ONLY
+        ],
         "envFrom": msgspec.to_builtins(model.spec.env_from),
         "volumeMounts": [_ALL_FOLDERS, *files.mounts],
     }

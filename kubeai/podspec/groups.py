@@ -70,14 +70,13 @@ def leader_worker_set(model: Model, leader: Object, size: Size, *, mock: bool) -
     ``mock``: the workers run the mock engine like the leader; it needs no other pod.
     """
     worker = _worker(leader, mock=mock)
-    given = model.metadata.annotations
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {
             "namespace": model.metadata.namespace,
             "labels": dict(leader["metadata"]["labels"]),
-            "annotations": {k: v for k, v in given.items() if k.startswith(PREFIX)},
+            "annotations": set_annotations(model),
             "ownerReferences": [owner_reference(model)],
         },
         "spec": {
@@ -92,6 +91,12 @@ def leader_worker_set(model: Model, leader: Object, size: Size, *, mock: bool) -
             },
         },
     }
+
+
+def set_annotations(model: Model) -> dict[str, str]:
+    """The Model's annotations that configure its sets."""
+    given = model.metadata.annotations
+    return {key: value for key, value in given.items() if key.startswith(PREFIX)}
 
 
 def set_name(model: Model, hash_: str, ordinal: int) -> str:
@@ -126,12 +131,12 @@ def _worker(leader: Object, *, mock: bool) -> Object:
     server = next(c for c in pod["spec"]["containers"] if c["name"] == SERVER_CONTAINER)
     for probe in _PROBES:
         server.pop(probe, None)
-    ports = [port for port in server.get("ports", ()) if port.get("name") != PORT_NAME]
+    ports = [port for port in server.get("ports") or () if port.get("name") != PORT_NAME]
     server["ports"] = ports
     if not ports:
         del server["ports"]
     if not mock:
         rank = f"--node-rank={WORKER_INDEX}"
-        args = [rank if arg == "--node-rank=0" else arg for arg in server.get("args", ())]
+        args = [rank if arg == "--node-rank=0" else arg for arg in server.get("args") or ()]
         server["args"] = [*args, _HEADLESS]
     return pod

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jsonpatch
 import msgspec
@@ -30,6 +30,7 @@ from kubeai.api.config.profiles import (
 from kubeai.api.config.system import ResourceProfile, SystemConfig
 from kubeai.api.json_patch import JSONPatch
 from kubeai.api.model import (
+    DRAINING_ANNOTATION,
     MODEL_LABEL,
     MODEL_UID_LABEL,
     POD_HASH_LABEL,
@@ -63,10 +64,19 @@ from kubeai.podspec.engines import (
     vllm,
 )
 from kubeai.podspec.files import HASH_ANNOTATION, files_hash, files_volume, owner_reference
-from kubeai.podspec.groups import leader_worker_set, parallel
+from kubeai.podspec.groups import (
+    SET_LABEL,
+    WORKER_LABEL,
+    leader_worker_set,
+    parallel,
+    set_annotations,
+)
 
 GRACE_MIN_S = 10  # as in KubeAI in Go
 PATCHED_MAX_BYTES = 1 << 20  # of a pod's manifest: each `copy` may double it
+# By these, the operator knows what a pod is and does. A patch that sets them would have it create
+# pods without end, none of which it counts as a replica.
+_RESERVED = frozenset((SET_LABEL, WORKER_LABEL, cache.JOB_LABEL, DRAINING_ANNOTATION))
 _HASH_BYTES = 5  # 8 characters of base32
 # Besides its own errors, jsonpatch leaks Python's errors for a path into a value of another type.
 _PATCH_ERRORS = (
@@ -139,7 +149,8 @@ def build_pod(model: Model, config: SystemConfig) -> Object:
     pod = msgspec.json.decode(msgspec.json.encode(pod))
     pod = _patched(pod, model, config.model_server_pods.json_patches, "modelServerPods")
     pod = _patched(pod, model, model.spec.json_patches, "spec")
-    hash_ = pod_hash(pod)
+    group = (size.nodes, set_annotations(model)) if size.nodes > 1 else None
+    hash_ = pod_hash(pod, group)
     _finish(pod, model, hash_)
     return pod
 
@@ -171,15 +182,18 @@ def _finish(pod: Object, model: Model, hash_: str) -> None:
         container.setdefault(*TERMINATION_MESSAGE)
 
 
-def pod_hash(pod: Object) -> str:
+def pod_hash(pod: Object, group: tuple[int, dict[str, str]] | None = None) -> str:
     """Eight letters and digits that depend on the pod's spec, labels and annotations.
 
+    ``group``: the number of nodes and the annotations of its set, for a replica on several nodes.
     For a manifest from `build_pod`, not for a pod to which the API server has applied defaults.
     """
     metadata = pod["metadata"]
     added = (POD_HASH_LABEL, MODEL_LABEL, MODEL_UID_LABEL)
     labels = {k: v for k, v in metadata.get("labels", {}).items() if k not in added}
     covered = [pod["spec"], labels, metadata.get("annotations", {})]
+    if group is not None:
+        covered += group
     digest = hashlib.sha256(msgspec.json.encode(covered, order="sorted")).digest()
     return base64.b32encode(digest[:_HASH_BYTES]).decode().lower()
 
@@ -313,22 +327,43 @@ def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...], where: s
     return pod
 
 
+class _Container(msgspec.Struct):
+    name: str
+    args: list[str] | None = None
+    ports: list[dict[str, Any]] | None = None
+
+
+class _Metadata(msgspec.Struct):
+    labels: dict[str, str | None]
+    annotations: dict[str, str | None]
+
+
+class _Spec(msgspec.Struct, rename="camel"):
+    containers: list[_Container]
+    init_containers: list[_Container] | None = None
+
+
+class _Manifest(msgspec.Struct, rename="camel"):
+    """What KubeAI relies on in a patched pod. The API server checks everything else."""
+
+    api_version: Literal["v1"]
+    kind: Literal["Pod"]
+    metadata: _Metadata
+    spec: _Spec
+
+
 def _why_unusable(pod: Any, model: Model) -> str:
     """What a patch broke: the labels, the server container, or the manifest's structure."""
     if len(msgspec.json.encode(pod)) > PATCHED_MAX_BYTES:
         return f"the manifest would be larger than {PATCHED_MAX_BYTES} bytes"
     try:
-        metadata, spec = pod["metadata"], pod["spec"]
-        labels = metadata["labels"]
-        kept = all(labels.get(key) == value for key, value in _labels(model).items())
-        names = [container.get("name") for container in spec.get("containers", ())]
-        others = [container.get("name") for container in spec.get("initContainers") or ()]
-        sound = {type(metadata.get("annotations")), type(labels)} == {dict} and None not in others
-    except (LookupError, TypeError, AttributeError):
-        kept = sound = False
-        names = [SERVER_CONTAINER]
-    if not kept:
+        manifest = msgspec.convert(pod, _Manifest)
+    except msgspec.ValidationError as error:
+        return f"the result is not the manifest of a pod: {error}"
+    labels, annotations = manifest.metadata.labels, manifest.metadata.annotations
+    if not _labels(model).items() <= labels.items():
         return "it removes or changes a label that KubeAI needs"
-    if SERVER_CONTAINER not in names:
+    if SERVER_CONTAINER not in (container.name for container in manifest.spec.containers):
         return f"it removes the container {SERVER_CONTAINER!r}"
-    return "" if sound else "the result is not the manifest of a pod"
+    reserved = sorted(_RESERVED & (labels.keys() | annotations.keys()))
+    return f"{reserved[0]!r} is reserved" if reserved else ""

@@ -655,7 +655,7 @@ async def test_a_models_patches_are_applied_after_those_of_the_config(world):
         ({"op": "remove", "path": "/spec/nothing"}, "remove '/spec/nothing' cannot be applied"),
         ({"op": "remove", "path": "/metadata/labels/model"}, "a label that KubeAI needs"),
         ({"op": "replace", "path": "/spec/containers", "value": []}, "the container 'server'"),
-        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "KubeAI needs"),
+        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "$.spec.initContainers[0]"),
     ],
 )
 async def test_a_models_patch_that_cannot_be_applied_is_named_in_the_conditions(world, patch, why):

@@ -32,7 +32,8 @@ def size_of(wanted: str) -> Size:
     if not wanted:
         return Size()
     name, *numbers = wanted.split(":")
-    if len(numbers) not in (1, 2) or not all(n.isascii() and n.isdigit() for n in numbers):
+    whole = all(number.isascii() and number.isdigit() for number in numbers)
+    if not name or len(numbers) not in (1, 2) or not whole:
         raise _bad_profile(
             f"{wanted!r} must be <profile>:<count>, such as nvidia-gpu-l4:2, or "
             "<profile>:<count>:<nodes>"

@@ -20,6 +20,7 @@ SERVE_SINCE = (0, 6)
 # (rocm7.0.0_vllm_0.11.1_20251103).
 _TAG_VERSION = re.compile(r"v?(\d+)\.(\d+)(?![\d])")
 _NAMED_VERSION = re.compile(r"vllm[-_:]v?(\d+)\.(\d+)(?![\d])")
+_MODEL_OPTION = re.compile(r"--model(=|$)")
 _NEWEST = re.compile(r"(^|[-_.])(latest|nightly)([-_.]|$)")
 
 
@@ -42,11 +43,11 @@ def has_serve(image: str) -> bool:
 
 
 def server(model: Model, url: ModelURL, image: str = "") -> Server:
-    """vLLM's own OpenAI server, started by ``vllm serve`` if the image has it."""
+    """vLLM's own OpenAI server, started by ``vllm serve`` if image and arguments allow it."""
     streamed = url.scheme == "s3" and not model.spec.cache_profile
     source = literal(url.base) if streamed else weights(model, url)
-    serve = has_serve(image)
-    # `vllm serve` warns about --model, and takes the model as its first argument.
+    # `vllm serve` takes the model as its first argument, and refuses it beside the user's --model.
+    serve = has_serve(image) and not any(_MODEL_OPTION.match(arg) for arg in model.spec.args)
     args = [source if serve else f"--model={source}", f"--served-model-name={model.metadata.name}"]
     if streamed:
         args.append("--load-format=runai_streamer")  # streams weights from the bucket

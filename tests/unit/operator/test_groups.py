@@ -16,9 +16,10 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.exec import ExecResult
 from kubeai.kube.resources import PODS, SETS
 from kubeai.operator.groups import SetObject, compose, needs_set
-from kubeai.operator.pods import DRAINING_ANNOTATION, Pod, Trouble
+from kubeai.operator.pods import DRAINING_ANNOTATION, Pod, PodObject, Trouble
 from kubeai.operator.routes import route_of
-from kubeai.operator.sets import PROBE_INTERVAL_S, Sets
+from kubeai.operator.sets import FAILURES_MAX, PROBE_INTERVAL_S, Sets
+from kubeai.operator.store import Store
 
 pytestmark = FAKE_TIME
 CONFIG = parse_config("resourceProfiles: {cpu: {requests: {cpu: 1}}}")
@@ -99,6 +100,25 @@ def test_a_draining_set_is_no_replica_but_keeps_its_requests():
     )
     route = route_of(model, [replica])
     assert (route.endpoints, route.draining) == ((), ("s",))
+
+
+def a_pod_object(name, index):
+    labels = {"model": "m", f"{LWS}name": "s", f"{LWS}worker-index": str(index)}
+    return msgspec.convert({"metadata": {"name": name, "uid": name, "labels": labels}}, PodObject)
+
+
+def test_the_pods_of_a_deleted_set_finish_as_the_replica_that_they_were():
+    store = Store(lambda name: None)
+    store.replace_pods([a_pod_object("s-0", 0), a_pod_object("s-0-1", 1)])
+    # The name is in use until the leader is gone, and requests there are those of an endpoint.
+    assert {pod.name: pod.terminating for pod in store.pods_of("m")} == {"s": True, "s-0-1": True}
+
+
+def test_a_set_whose_pods_are_seen_before_it_is_still_expected():
+    store = Store(lambda name: None)
+    store.creating(Pod(name="s", model="m", grouped=True))
+    store.replace_pods([a_pod_object("s-0", 0)])
+    assert [pod.name for pod in store.pods_of("m") if not pod.terminating] == ["s"]
 
 
 # -- in a world ----------------------------------------------------------------------------------
@@ -361,6 +381,18 @@ async def test_a_missing_permission_does_not_keep_kubeai_from_starting():
     await asyncio.sleep(1)
     assert listed == [[]]
     assert "may not list leaderworkersets" in sets.problem
+    await ended(task)
+
+
+async def test_an_api_that_is_overloaded_at_first_is_waited_for_but_not_forever():
+    api = Api(ApiError(503, "ServiceUnavailable", "try again"))
+    sets, listed, _, task = followed(api, needed=False)
+    await asyncio.sleep(1)
+    assert listed == []  # pods of sets must not be taken for pods of no set
+    for _ in range(FAILURES_MAX - 1):
+        sets._failed(api.error)
+    assert listed == [[]]
+    assert "try again" in sets.problem
     await ended(task)
 
 

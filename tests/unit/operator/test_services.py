@@ -10,6 +10,7 @@ from fakes.kube import World, merge
 from fakes.time import FAKE_TIME
 
 from kubeai.api.config.system import parse_config
+from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import PODS, SERVICES
 
 pytestmark = FAKE_TIME
@@ -71,6 +72,49 @@ async def test_without_external_gateways_there_are_none_and_former_ones_are_dele
     await world.until(lambda: not services(world))
     assert world.replicas() == {"all": 1, "ready": 1}
     assert world.kube.count("delete", "pods") == 0
+
+
+async def test_a_former_service_that_cannot_be_deleted_is_tried_again(world):
+    world.start(EXTERNAL)
+    world.apply(replicas=0)
+    await world.until(lambda: services(world))
+    await world.stop()
+    fails = 2
+
+    def before(verb, plural, name):
+        nonlocal fails
+        if (verb, plural) == ("delete", "services") and fails:
+            fails -= 1
+            raise ApiError(500, "InternalError", "try again")
+
+    world.kube.before = before
+    world.start(INTERNAL)
+    await world.until(lambda: not services(world))
+
+
+async def test_a_service_that_the_api_refuses_is_reported_and_delays_nothing_else(world):
+    def before(verb, plural, name):
+        if (verb, plural) == ("create", "services"):
+            raise ApiError(403, "Forbidden", "exceeded quota: services")
+
+    world.kube.before = before
+    world.start(EXTERNAL)
+    world.apply(replicas=1)
+    await world.until(lambda: world.replicas() == {"all": 1, "ready": 1})
+    await asyncio.sleep(300)
+    reports = {message for _, reason, message in world.events.emitted if reason == "ServiceRefused"}
+    assert len(reports) == 1
+    assert "exceeded quota: services" in reports.pop()
+    (name,) = world.pods()
+    world.loads.used.add(name)
+    world.apply(replicas=0)
+    await asyncio.sleep(60)
+    assert world.pods() == [name]  # it is being drained
+    world.loads.used.clear()
+    await asyncio.sleep(2)
+    assert world.pods() == []
+    world.kube.before = lambda *_: None
+    await world.until(lambda: services(world))
 
 
 async def test_services_that_may_not_be_listed_do_not_stop_the_reconciles(world):

@@ -1,6 +1,7 @@
 """The engines' pods as built from a Model and the system config."""
 
 import copy
+import re
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from repository import REPOSITORY
 
 from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
-from kubeai.api.model_url import parse_url
+from kubeai.api.model_url import URL_PATTERN, parse_url
 from kubeai.errors import ModelError
 from kubeai.podspec import build_pod, files_config_map, pod_hash, sources
 
@@ -319,9 +320,19 @@ def test_a_claim_is_mounted_at_slash_model(engine, path, sub_path):
     assert (mount["mountPath"], mount.get("subPath")) == ("/model", sub_path)
 
 
-def test_a_url_cannot_refer_to_variables_of_the_container():
-    with pytest.raises(ModelError, match="may only contain letters"):
-        pod(url="hf://org/$(HF_TOKEN)")
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a=1/b+c~d", "pvc://claim/a@b", "hf://org/$(HF_TOKEN)"]
+)
+def test_a_stored_model_whose_url_would_be_refused_today_still_gets_pods(url):
+    assert not re.match(URL_PATTERN, url)
+    assert server(pod(url=url))["image"]
+
+
+@pytest.mark.parametrize("engine", ["VLLM", "SGLang", "FasterWhisper", "Infinity", "LlamaCpp"])
+def test_variable_references_in_a_url_are_escaped(engine):
+    text = msgspec.json.encode(server(pod(engine, url="hf://org/$(HF_TOKEN)"))).decode()
+    assert "org/$$(HF_TOKEN)" in text
+    assert "org/$(HF_TOKEN)" not in text
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -450,9 +461,31 @@ COPY = {"op": "copy", "from": "/spec", "path": "/spec/x"}
     [
         ({"op": "remove", "path": "/spec/nosuch"}, "remove '/spec/nosuch' cannot be applied"),
         ({"op": "remove", "path": "/metadata/annotations"}, "not the manifest of a pod"),
-        ({"op": "replace", "path": "/metadata/labels", "value": []}, "a label that KubeAI needs"),
-        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "KubeAI needs"),
-        ({"op": "add", "path": "/spec/initContainers", "value": [{}]}, "not the manifest of a pod"),
+        ({"op": "replace", "path": "/metadata/labels", "value": []}, "$.metadata.labels"),
+        ({"op": "add", "path": "/spec/initContainers", "value": ["x"]}, "$.spec.initContainers[0]"),
+        ({"op": "add", "path": "/spec/initContainers", "value": [{}]}, "$.spec.initContainers[0]"),
+        ({"op": "replace", "path": "/spec/containers/0", "value": 1}, "$.spec.containers[0]"),
+        ({"op": "replace", "path": "/spec/containers/0/args", "value": "x"}, "containers[0].args"),
+        ({"op": "add", "path": "/spec/containers/0/ports/-", "value": "x"}, "[0].ports[1]"),
+        ({"op": "remove", "path": "/kind"}, "`kind`"),
+        ({"op": "replace", "path": "/kind", "value": "Service"}, "$.kind"),
+        ({"op": "add", "path": "/metadata/labels/x", "value": 3}, "$.metadata.labels[...]"),
+        (
+            {
+                "op": "add",
+                "path": "/metadata/labels/leaderworkerset.sigs.k8s.io~1name",
+                "value": "x",
+            },
+            "'leaderworkerset.sigs.k8s.io/name' is reserved",
+        ),
+        (
+            {"op": "add", "path": "/metadata/labels/kubeai.org~1job", "value": "x"},
+            "'kubeai.org/job' is reserved",
+        ),
+        (
+            {"op": "add", "path": "/metadata/annotations/kubeai.org~1draining-since", "value": "1"},
+            "'kubeai.org/draining-since' is reserved",
+        ),
         ({"op": "add", "path": "/spec/x", "value": "y" * (1 << 20)}, "larger than 1048576 bytes"),
     ],
 )

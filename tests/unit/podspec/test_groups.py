@@ -141,6 +141,8 @@ def test_a_change_of_the_nodes_is_a_new_version():
         ("gpu:8:2:1", "must be <profile>:<count>"),
         ("gpu:8:", "must be <profile>:<count>"),
         ("gpu::2", "must be <profile>:<count>"),
+        (":2", "must be <profile>:<count>"),
+        (":2:2", "must be <profile>:<count>"),
         ("none:8:2", "no resource profile 'none'"),
     ],
 )
@@ -148,6 +150,27 @@ def test_an_invalid_number_of_nodes_is_an_error_of_the_profile(profile, why):
     with pytest.raises(ModelError, match=re.escape(why)) as caught:
         build_replica(model(profile), CONFIG)
     assert (caught.value.field, caught.value.reason) == ("spec.resourceProfile", "InvalidProfile")
+
+
+def test_nodes_and_topology_are_covered_by_the_hash_whatever_the_arguments():
+    rack = {"leaderworkerset.sigs.k8s.io/exclusive-topology": "rack"}
+    hashes = [
+        build_replica(model(profile, annotations=given, image="kubeai/mock-engine"), CONFIG)[
+            "metadata"
+        ]["labels"]["pod-hash"]
+        for profile in ("gpu:8", "gpu:8:2", "gpu:8:3")
+        for given in ({}, rack)
+    ]
+    assert hashes[0] == hashes[1]  # there is no set
+    assert len(set(hashes)) == 5
+
+
+def test_arguments_and_ports_may_be_null_as_in_kubernetes():
+    for what in ("args", "ports"):
+        patch = {"op": "replace", "path": f"/spec/containers/0/{what}", "value": None}
+        leader, worker = templates(jsonPatches=[patch])
+        assert server(leader)[what] is None
+        assert not server(worker).get("ports")
 
 
 def test_an_engine_that_runs_on_one_node_says_so():

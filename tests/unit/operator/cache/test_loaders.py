@@ -125,7 +125,9 @@ def test_ollama_has_no_cache():
 )
 def test_the_load_job_uses_the_credentials_for_its_url(url, variables):
     env_from = [{"secretRef": {"name": "more"}}]
-    job = load_job(model(url=url, cacheProfile="fast", env={"A": "1"}, envFrom=env_from), CONFIG)
+    # The last two are meant for the engine, and would keep the loader from loading.
+    env = {"A": "1", "HF_HUB_OFFLINE": "1", "PATH": "/opt/vllm/bin"}
+    job = load_job(model(url=url, cacheProfile="fast", env=env, envFrom=env_from), CONFIG)
     assert job["metadata"]["name"] == "load-cache-m"
     assert job["metadata"]["ownerReferences"][0]["uid"] == "u1"
     assert job["spec"]["ttlSecondsAfterFinished"] == 60
@@ -238,6 +240,7 @@ def test_the_loader_gets_credentials_endpoints_and_proxies_and_nothing_of_the_en
     ours = {
         "HF_TOKEN": "t",
         "HF_ENDPOINT": "https://hub.example",
+        "HF_HUB_DISABLE_XET": "1",  # as mirrors of the hub need it
         "AWS_ENDPOINT_URL": "$(STORE)/x",
         "AWS_REGION": "eu",
         "OSS_REGION": "eu",

@@ -87,3 +87,11 @@ def test_adapters_are_enabled_after_the_users_args():
     container = vllm.server(with_lora, parse_url(with_lora.spec.url))
     assert container.more_args == ["--enable-lora"]
     assert container.env == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+
+
+@pytest.mark.parametrize("args", [["--model=/files/other"], ["--x", "--model", "/files/other"]])
+def test_a_model_that_the_arguments_choose_needs_the_module(args):
+    # `vllm serve` has one model, and takes ours for an unrecognized argument beside this one.
+    container = server(pod(image=DEFAULT_IMAGES["VLLM"]["default"], args=args))
+    assert container["command"] == MODULE
+    assert container["args"] == ["--model=org/name", "--served-model-name=m", *args]
