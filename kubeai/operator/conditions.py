@@ -46,7 +46,7 @@ class Facts(msgspec.Struct, kw_only=True):
     create_error: Trouble | None = None  # why the API rejected the last pod creation
     cache: CachePlan | None = None
     adapters: AdaptersView | None = None
-    external: bool = False  # gateways of others send the requests
+    external: bool = False  # another gateway sends the requests (proxy.mode)
     now_s: float = 0.0  # Unix time
 
     @property
