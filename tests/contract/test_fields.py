@@ -545,8 +545,8 @@ resourceProfiles:
     assert server(pod)["resources"]["claims"] == [{"name": "gpus"}]
     assert server(pod)["resources"]["limits"] == {"memory": "1Gi"}
     for name, profile, why in (
-        ("both", "both:1", "needs one of resourceClaimTemplateName and resourceClaimName"),
-        ("none", "none:1", "needs one of resourceClaimTemplateName and resourceClaimName"),
+        ("both", "both:1", "must set either resourceClaimTemplateName or resourceClaimName"),
+        ("none", "none:1", "must set either resourceClaimTemplateName or resourceClaimName"),
         ("twice", "shared:2", "names one claim, which cannot be multiplied"),
         ("many", "own:33", "the count must be at most 32"),
     ):
@@ -981,7 +981,7 @@ LIMITS = [
     ({"adapters": [ADAPTER | {"url": "ollama://q"}]}, "spec.adapters[0].url"),
     (
         {"cacheProfile": "c", "engine": "LlamaCpp"},
-        "cacheProfile is not possible with the LlamaCpp engine",
+        "cacheProfile is not possible with the engine LlamaCpp",
     ),
     (
         {"adapters": [ADAPTER], "engine": "Infinity"},
