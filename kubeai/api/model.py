@@ -223,7 +223,7 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         ),
         Rule(
             f"!({_HAS_CACHE}) || self.engine != 'LlamaCpp'",
-            "cacheProfile is not possible with the engine LlamaCpp",
+            "cacheProfile is not possible with the LlamaCpp engine",
         ),
         Rule(
             f"!({_HAD_CACHE}) || ({_HAS_CACHE} && self.cacheProfile == oldSelf.cacheProfile)",

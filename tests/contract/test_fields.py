@@ -547,7 +547,7 @@ resourceProfiles:
     for name, profile, why in (
         ("both", "both:1", "must set either resourceClaimTemplateName or resourceClaimName"),
         ("none", "none:1", "must set either resourceClaimTemplateName or resourceClaimName"),
-        ("twice", "shared:2", "names one claim, which cannot be multiplied"),
+        ("twice", "shared:2", "names a single claim, which cannot be multiplied"),
         ("many", "own:33", "the count must be at most 32"),
     ):
         await world.create(name, resourceProfile=profile, minReplicas=1)
@@ -981,7 +981,7 @@ LIMITS = [
     ({"adapters": [ADAPTER | {"url": "ollama://q"}]}, "spec.adapters[0].url"),
     (
         {"cacheProfile": "c", "engine": "LlamaCpp"},
-        "cacheProfile is not possible with the engine LlamaCpp",
+        "cacheProfile is not possible with the LlamaCpp engine",
     ),
     (
         {"adapters": [ADAPTER], "engine": "Infinity"},

@@ -206,7 +206,7 @@ BAD = {
     "adapter url": (model(adapters=[LORA | {"url": "oci://x"}]), "adapter's url must start with"),
     "llama.cpp cached": (
         model(engine="LlamaCpp", cacheProfile="c"),
-        "not possible with the engine LlamaCpp",
+        "not possible with the LlamaCpp engine",
     ),
     "adapter name": (model(adapters=[LORA | {"name": "A_1"}]), "does not match"),
     "adapter name of 64": (model(adapters=[LORA | {"name": "a" * 64}]), "longer than 63"),
