@@ -106,7 +106,7 @@ DEMO_HTML ?= build/demo.html
 demo: .venv/installed  ## show what prefix routing gains, in two minutes on mock engines; writes a page
 	$(BIN)/kubeai bench demo --html $(DEMO_HTML)
 
-real-engines: .venv/installed-clients  ## run vLLM, Ollama, … for real; ENGINES="VLLM OLlama"; writes docs
+real-engines: .venv/installed-clients  ## check real engines behind kubeai local; ENGINES="VLLM OLlama"; writes docs
 	PYTHONPATH=tests $(BIN)/python tests/real_engines $(ENGINES) $(ARGS)
 
 asan: .venv/installed-test  ## run the compiled core's tests under AddressSanitizer

@@ -1,7 +1,7 @@
-"""A JSON Patch operation (RFC 6902) on a pod, in a Model and in the system config.
+"""A JSON Patch operation (RFC 6902) on a pod: the type of those in Models and in the system config.
 
-Both have the same type. That of a Model is decoded by msgspec, after the API server has checked the
-rules; that of the system config by `kubeai.api.config.strict`.
+Those in a Model are decoded by msgspec, after the API server has checked the rules; those in the
+system config by `kubeai.api.config.strict`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class JSONPatch(ApiValue, frozen=True, kw_only=True):
     )
 
     op: Annotated[
-        Literal["add", "remove", "replace", "move", "copy", "test"], doc("The operation.")
+        Literal["add", "remove", "replace", "move", "copy", "test"], doc("Operation to apply.")
     ]
     path: Annotated[
         _Pointer,
         doc(
-            "Where in the pod, as a JSON pointer, e.g. /spec/containers/0/env/-.",
+            "Path in the pod, as a JSON pointer, e.g. /spec/containers/0/env/-.",
             maxLength=POINTER_MAX_CHARS,
             rules=(_IS_POINTER,),
         ),
     ]
-    value: Annotated[Any, doc("Any JSON value, for add, replace and test.")] = None
+    value: Annotated[Any, doc("Value of add, replace and test; any JSON.")] = None
     from_: Annotated[
         _Pointer | UnsetType,
         doc(
@@ -53,10 +53,10 @@ class JSONPatch(ApiValue, frozen=True, kw_only=True):
     ] = field(name="from", default=UNSET)
 
     def __post_init__(self) -> None:
-        """Drop a value that is nested too deeply. One such Model must not fail the whole list."""
+        """Drop a value that is nested too deeply. One such Model must not break the whole list."""
         level = [self.value]
         for _ in range(VALUE_MAX_LEVELS):
-            level = [below for one in level for below in _members(one)]
+            level = [below for each in level for below in _members(each)]
             if not level:
                 return
         force_setattr(self, "value", UNSET)
@@ -64,7 +64,7 @@ class JSONPatch(ApiValue, frozen=True, kw_only=True):
     def operation(self) -> dict[str, Any]:
         """The operation in the jsonpatch package's format. ValueError if its value was dropped."""
         if self.value is UNSET:
-            raise ValueError(f"its value has more than {VALUE_MAX_LEVELS} levels")
+            raise ValueError(f"its value is nested more than {VALUE_MAX_LEVELS} levels deep")
         operation: dict[str, Any] = {"op": self.op, "path": self.path}
         if self.op in ("add", "replace", "test"):
             operation["value"] = self.value

@@ -83,8 +83,8 @@ class Adapter(ApiValue, frozen=True, kw_only=True):
     url: Annotated[
         str,
         doc(
-            f"Where the adapter's weights are: {listed(ADAPTER_SCHEMES)}. From "
-            "pvc://<claim>/<path> they are used in place.",
+            f"URL of the adapter's weights: {listed(ADAPTER_SCHEMES)}. Weights at "
+            "pvc://<claim>/<path> are used in place.",
             maxLength=URL_MAX_CHARS,
             rules=(
                 Rule(
@@ -256,8 +256,9 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "ollama://<name>[:<tag>], with ?insecure=true for a registry without TLS and\n"
             "?pull=false for a model that is already in the image;\n"
             "pvc://<claim>?model=<name>[:<tag>].\n\n"
-            "oci://<registry>/<repository>:<tag> is a container image with the weights, which is\n"
-            "mounted as an image volume; not for OLlama. LlamaCpp needs ?model=<file>.gguf.",
+            "All except OLlama:\n"
+            "oci://<registry>/<repository>:<tag>, a container image with the weights, which is\n"
+            "mounted as an image volume. LlamaCpp needs ?model=<file>.gguf.",
             maxLength=URL_MAX_CHARS,
             rules=(
                 Rule(
@@ -291,7 +292,7 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
             "config and its multiple. For example, nvidia-gpu-l4:2 is two L4 GPUs.\n\n"
             "VLLM: <profile>:<count>:<nodes> runs a replica on several nodes, each with <count>\n"
             "units. Tensor parallelism uses the units of a node, pipeline parallelism the nodes.\n"
-            "It needs the LeaderWorkerSet API."
+            "This requires the LeaderWorkerSet API."
         ),
     ] = ""
     cache_profile: Annotated[
@@ -352,8 +353,8 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         int,
         doc(
             "Target for the average number of active requests per replica. The autoscaler scales "
-            "the replicas to meet it. OLlama serves this number in parallel, unless it is the "
-            "default or env sets OLLAMA_NUM_PARALLEL.",
+            "the replicas to meet it. OLlama also serves this number in parallel, unless it is "
+            "the default or env sets OLLAMA_NUM_PARALLEL.",
             format="int32",
             minimum=1,
         ),
@@ -388,8 +389,8 @@ class ModelSpec(ApiValue, frozen=True, kw_only=True):
         tuple[JSONPatch, ...],
         doc(
             "Experimental. JSON Patch operations (RFC 6902) on the Model's pods, applied after "
-            "those of the system config. Labels that KubeAI needs and the container server cannot "
-            "be removed.",
+            "those of the system config. They cannot remove KubeAI's labels or the container "
+            "named server.",
             maxItems=JSON_PATCHES_MAX,
         ),
     ] = ()

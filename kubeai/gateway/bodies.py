@@ -1,9 +1,9 @@
-"""Reads JSON bodies whose reading takes long, in threads: large and compressed ones.
+"""Reads JSON bodies that take long to read, large and compressed ones, in threads.
 
 The event loop keeps serving other requests meanwhile. A compressed body is decoded up to the limit
 of all bodies, and sent to the engine as it came, with its Content-Encoding. There are two
-exceptions, in which it is sent uncompressed, because every engine reads that: if the model in it is
-replaced, and with ``gateway.decompressBodies``. Called by proxy.py.
+exceptions, in which it is sent uncompressed: if the model in it is replaced, and with
+``gateway.decompressBodies``. Called by proxy.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _threads = ThreadPoolExecutor(2, "bodies")
 
 
 class ReadBody(NamedTuple):
-    """What a body says, and what of it to send."""
+    """The request that a body contains, its prompt, and the bytes to send to the engine."""
 
     request: InferenceRequest
     prompt: Prompt

@@ -115,7 +115,7 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
     base = f"{scheme}://{host}"[:QUOTED_MAX_CHARS]
     message = (
         f"Invalid URL ({request.method} {path}). Use the base URL {base}/v1 or {base}{PREFIX}/v1; "
-        f"Anthropic's clients need {base}"
+        f"clients of Anthropic and Ollama need {base}"
     )
     return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
 

@@ -1,10 +1,9 @@
-"""Ollama's own API, as far as the gateway itself answers it.
+"""Ollama's own API: the routes that the gateway itself answers.
 
-Requests to chat, to generate and to embed go to engines that have this API; :func:`check_engine`
-rejects those for other Models. What describes models is answered here, from the routes, so that a
-client that lists models starts no replica: they are Models, and Ollama's clients call each of them
-``<Model>:latest``. Models are created and deleted with Kubernetes' API only. Called by
-proxy.py and local_routes.py.
+Chats, generation and embeddings go to engines that have this API; :func:`check_engine` rejects
+requests for other Models. The routes that describe models are answered here, so that listing models
+starts no replica. Ollama's clients name a Model ``<Model>:latest``. Models are created and deleted
+only through the Kubernetes API. Called by proxy.py and local_routes.py.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ ENGINES = frozenset(("OLlama", "SGLang"))  # that have Ollama's API
 VERSION = "0.17.4"  # of the API
 LATEST = ":latest"
 _CAPABILITIES: dict[Feature, str] = {"TextGeneration": "completion", "TextEmbedding": "embedding"}
-# Until when a replica keeps its model: as long as Ollama's clients can say.
+# `/api/ps` says when a model will be unloaded. Replicas never unload theirs.
 _KEPT = timedelta(days=365)
 
 
@@ -42,8 +41,8 @@ def not_served(method: str, path: str) -> BadRequest | None:
     if not path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
         return None
     return BadRequest(
-        f"{method} {path} is not available: models are Models in Kubernetes here, which clients of "
-        "Ollama can use but not pull, push, create, copy or delete. Use kubectl or Helm.",
+        f"{method} {path} is not supported. The models are Models in Kubernetes; use kubectl or "
+        "Helm to create, change or delete them.",
         status=404,
     )
 

@@ -4,9 +4,9 @@ OpenAI's clients name the model in the query. vLLM's name it in an event (``sess
 they send once they have received ``session.created``. For them, :class:`Session` accepts the
 handshake in the place of the engine, which then gets the events with its own name of the model.
 
-Browsers let any page open a WebSocket to any host, and only tell the server where the page is from.
-So a handshake with an ``Origin`` must come from a page that may use the API: of
-``gateway.corsOrigins``, or of the gateway's own host. Called by proxy.py.
+Browsers let any page open a WebSocket to any host, and send the page's origin. A handshake with an
+``Origin`` must therefore come from a page that may use the API: of ``gateway.corsOrigins``, or of
+the gateway's own host. Called by proxy.py.
 """
 
 from __future__ import annotations

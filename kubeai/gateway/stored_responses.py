@@ -3,9 +3,8 @@
 An engine keeps responses that it stores in its own memory. The ID in a request's path was made by
 the engine, and names neither the Model nor the replica. Therefore :func:`find_owner` asks all
 endpoints that may have it, and the one that has it gets the request. Nothing is remembered, so it
-works for every worker and every replica of KubeAI, also for responses from before a restart of
-these. Only endpoints are asked whose engine stores responses and whose Model matches the request's
-selectors.
+works for every worker and every replica of KubeAI, also after they have restarted. Only endpoints
+are asked whose engine stores responses and whose Model matches the request's selectors.
 
 Limits: ``ASKED_AT_ONCE_MAX_COUNT`` endpoints at a time for each request, ``ASK_TIMEOUT_S`` for all
 of them, and ``LOOKUPS_MAX_COUNT`` such requests at a time in each worker. Called by proxy.py.
@@ -46,7 +45,7 @@ async def find_owner(
     """The model and the name of the endpoint that has the response.
 
     ``selects``: whether a Model may be asked. BadRequest: 404 if no endpoint has the response, 503
-    if one of them did not say.
+    if one of them did not answer.
     """
     if context.lookups >= LOOKUPS_MAX_COUNT:
         message = "Too many stored responses are being looked up."
@@ -71,7 +70,7 @@ def not_stored(response_id: str) -> BadRequest:
 
 
 def _headers(exchange: Exchange) -> dict[str, str]:
-    """What an engine needs to answer: its key, if it has one."""
+    """The headers of the lookup, with the client's key for the engine, if there is one."""
     headers = {"X-Request-Id": exchange.request_id}
     for value in exchange.headers(b"authorization"):
         headers["Authorization"] = value.decode("latin-1")
@@ -113,7 +112,9 @@ async def _first_owner(
         if not status or (status >= 500 and status != 501):  # 501: the model has no such API
             silent.append(place[1].name)
     if silent:
-        log.warning("endpoints did not say whether they have a response", endpoints=silent[:10])
+        log.warning(
+            "endpoints did not answer the lookup of a stored response", endpoints=silent[:10]
+        )
         raise BadRequest(
             f"No replica that answered has a response with the ID {quoted(response_id)}, but "
             f"{len(silent)} did not answer.",

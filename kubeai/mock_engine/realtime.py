@@ -1,8 +1,8 @@
-"""The mock engine's ``/v1/realtime``: audio goes in over a WebSocket, the words of it come out.
+"""The mock engine's ``/v1/realtime``: it receives audio over a WebSocket and sends its words.
 
 The events are vLLM's. A client names the model (``session.update``), begins an utterance
-(``input_audio_buffer.commit``) and appends audio. Each piece gets a ``transcription.delta`` with as
-many words as it is long; ``final`` ends the utterance with ``transcription.done``.
+(``input_audio_buffer.commit``) and appends audio. Each piece gets a ``transcription.delta`` whose
+number of words depends on its length; ``final`` ends the utterance with ``transcription.done``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The inference routes: which paths and methods the gateway serves.
 
 The APIs are OpenAI's, Anthropic's, those that vLLM adds to them, and Ollama's. Each route has its
-path at the root and below ``/openai`` (as in KubeAI in Go). Routes that the APIs of others have in
-another place have that path too, so that each is below ``/v1``, where an OpenAI client sends
-everything: ``/v1/tokenize`` and ``/tokenize`` are one route.
+path at the root and below ``/openai`` (as in KubeAI in Go). Routes that vLLM has at the root are
+served below ``/v1``, too, where an OpenAI client sends everything: ``/v1/tokenize`` and
+``/tokenize`` are one route.
 
 Nothing is decoded, normalized or repaired. Scheme and authority of a target in absolute form are
 removed, everything after the first ``?`` is the query, and the rest must match a listed path
@@ -33,7 +33,7 @@ class Kind(StrEnum):
     CANCEL_RESPONSE = "/v1/responses/{id}/cancel"
     MESSAGES = "/v1/messages"
     COUNT_TOKENS = "/v1/messages/count_tokens"
-    SYSTEM_ONE = "/v1/systemone"
+    SYSTEM_ONE = "/v1/systemone"  # structured decisions
     EMBEDDINGS = "/v1/embeddings"
     EMBED_V2 = "/v2/embed"  # Cohere's
     RERANK = "/v1/rerank"
@@ -101,8 +101,8 @@ _FORMS = frozenset(
 _STORED = frozenset((Kind.STORED_RESPONSE, Kind.CANCEL_RESPONSE))
 _STREAMED = frozenset((Kind.CHAT, Kind.COMPLETIONS, Kind.RESPONSES, Kind.MESSAGES))
 
-# Further paths of a route. Jina's and Cohere's clients send to some of them, and vLLM serves the
-# same at them; the engine gets the path of the Kind.
+# Further paths of a route, which vLLM has too and to which Jina's and Cohere's clients send. The
+# engine gets the path of the Kind.
 _ALIASES: dict[Kind, tuple[str, ...]] = {
     Kind.RERANK: ("/rerank", "/v2/rerank"),
     Kind.SCORE: ("/score",),

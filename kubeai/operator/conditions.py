@@ -46,7 +46,7 @@ class Facts(msgspec.Struct, kw_only=True):
     create_error: Trouble | None = None  # why the API rejected the last pod creation
     cache: CachePlan | None = None
     adapters: AdaptersView | None = None
-    external: bool = False  # gateways of others send the requests
+    external: bool = False  # another gateway sends the requests (proxy.mode)
     now_s: float = 0.0  # Unix time
 
     @property
@@ -135,7 +135,7 @@ def _ready(model: Model, facts: Facts) -> Condition:
         message = "replicas is 0 and autoscaling is disabled: requests wait for a replica"
         return _condition("Ready", False, "ScaledToZero", message)
     if wanted == 0 and facts.external:
-        message = "replicas is 0, and KubeAI does not see the requests (proxy.mode: external)"
+        message = "replicas is 0, and KubeAI does not scale it (proxy.mode: external); set replicas"
         return _condition("Ready", False, "ScaledToZero", message)
     if wanted == 0:
         return _condition("Ready", True, "ScaledToZero", "the next request starts a replica")

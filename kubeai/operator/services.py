@@ -1,4 +1,4 @@
-"""The headless Services of Models, for gateways of others; maintained by the leader.
+"""The headless Services of Models, for external gateways; maintained by the leader.
 
 With `proxy.mode: external`, each Model has one. They are watched, so that one that is deleted or
 edited is restored. With ``internal`` there are none: those that an earlier configuration left are

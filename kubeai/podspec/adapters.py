@@ -35,8 +35,8 @@ _LOADER_VARIABLE = re.compile(
     re.IGNORECASE,
 )
 _REFERENCE = re.compile(r"\$\(([^)]+)\)")
-# Adapters from a claim are used where they are: the engine follows the link. $1: the adapter in the
-# claim; $2: its folder.
+# Adapters on a claim are used in place: the engine follows the link. $1: the adapter's path on the
+# claim; $2: the link.
 _LINK = '[ -d "$1" ] || { echo "$1 is not a folder of the claim" >&2; exit 1; }; ln -s "$1" "$2"'
 # Sleeps until SIGTERM. A bare `sleep` ignores SIGTERM as a container's first process, and would
 # keep a deleted pod and its GPUs for the whole grace period.
@@ -85,7 +85,7 @@ def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) 
         "image": config.model_loading.image,
         "command": ["sh", "-c", _SLEEP],
         "env": _loader_environment(model, source.env),
-        # Secrets are credentials. A ConfigMap may have anything, and it is meant for the engine.
+        # Secrets have credentials. ConfigMaps are meant for the engine and could stop the loader.
         "envFrom": msgspec.to_builtins([one for one in model.spec.env_from if one.secret_ref]),
         "resources": container_resources(config.model_loading.resources),
         "securityContext": config.model_server_pods.security_context,
@@ -131,7 +131,9 @@ def _claims(model: Model) -> tuple[list[Object], list[Object]]:
             field = f"spec.adapters[{i}].url"
             url = parse_url(adapter.url, field)
             if url.model:
-                raise ModelError(field, "an adapter does not support 'model'", "InvalidURL")
+                raise ModelError(
+                    field, "an adapter does not support 'model'; remove the parameter", "InvalidURL"
+                )
             names.add(url.name)
     volumes, mounts = [], []
     for i, name in enumerate(sorted(names)):

@@ -2,8 +2,8 @@
 
 The leader is the pod that `kubeai.podspec.template` builds: it has the API server and the probes,
 and requests are sent to it alone. The workers run the same engine without an API server. vLLM's own
-multiprocessing connects them: each pod is told how many there are, which one it is, and where the
-leader is. The last two come from variables that LWS sets in every container.
+multiprocessing connects them. Each pod gets the number of pods, its own index and the leader's
+address as arguments; the last two come from variables that LWS sets in every container.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HEADLESS = "--headless"
 
 
 def parallel(model: Model, server: Server, size: Size) -> Server:
-    """The engine's container, told how to divide the model.
+    """The engine's container, with arguments that divide the model.
 
     Tensor parallelism within a node, pipeline parallelism between nodes; the Model's own arguments
     follow these and override them. ModelError if the engine cannot be divided like this.
@@ -67,7 +67,7 @@ def parallel(model: Model, server: Server, size: Size) -> Server:
 def leader_worker_set(model: Model, leader: Object, size: Size, *, mock: bool) -> Object:
     """The manifest of one replica, without a name. ``leader``: the leader's pod.
 
-    ``mock``: the workers run the mock engine like the leader; it needs no other pod.
+    ``mock``: the workers run the mock engine like the leader, independently of it.
     """
     worker = _worker(leader, mock=mock)
     return {
@@ -84,7 +84,7 @@ def leader_worker_set(model: Model, leader: Object, size: Size, *, mock: bool) -
             "startupPolicy": "LeaderCreated",
             "leaderWorkerTemplate": {
                 "size": size.nodes,
-                # An engine that has lost one of its pods cannot go on.
+                # An engine that has lost one of its pods cannot continue.
                 "restartPolicy": "RecreateGroupOnPodRestart",
                 "leaderTemplate": _template(leader),
                 "workerTemplate": _template(worker),

@@ -1,6 +1,6 @@
-"""The headless Service of a Model, through which gateways of others find its pods. Pure.
+"""The headless Service of a Model, through which external gateways find its pods. Pure.
 
-Made where `proxy.mode` of the system config is ``external``. Name, port and selector are those of
+Created if `proxy.mode` in the system config is ``external``. Name, port and selector are those of
 KubeAI in Go.
 """
 

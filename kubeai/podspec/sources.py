@@ -71,7 +71,7 @@ def model_url(spec: ModelSpec) -> ModelURL:
     if spec.engine == "LlamaCpp" and spec.cache_profile:
         raise ModelError(
             "spec.cacheProfile",
-            "LlamaCpp does not support caches; it downloads the file that it needs by itself",
+            "LlamaCpp does not support caches; remove cacheProfile, or put the file on a claim",
             "InvalidProfile",
         )
     return url
@@ -167,7 +167,7 @@ def _add_claim(result: Source, url: ModelURL) -> None:
 
 
 def _add_image(result: Source, url: ModelURL, secret: str) -> None:
-    """An image volume is read-only by itself; saying so in the mount makes it visible."""
+    """Mount the image as a volume. Image volumes are always read-only; the mount only shows it."""
     result.volumes = [{"name": "model", "image": {"reference": url.ref}}]
     result.mounts = [{"name": "model", "mountPath": MODEL_MOUNT, "readOnly": True}]
     result.pull_secrets = [secret] if secret else []

@@ -317,7 +317,7 @@ def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...], where: s
             pod = jsonpatch.apply_patch(pod, [operation], in_place=True)
             why = _why_unusable(pod, model)
         except _PATCH_ERRORS as error:
-            why = str(error) or type(error).__name__
+            why = _why_failed(error)
         if why:
             raise ModelError(
                 f"{where}.jsonPatches[{i}]",
@@ -325,6 +325,19 @@ def _patched(pod: Object, model: Model, patches: tuple[JSONPatch, ...], where: s
                 "InvalidPatch",
             )
     return pod
+
+
+def _why_failed(error: Exception) -> str:
+    """Why a patch failed, without content of the pod: clients see the error, and may not see that.
+
+    jsonpatch's own messages quote the value, or the whole object in which a member was not found.
+    """
+    if isinstance(error, jsonpatch.JsonPatchTestFailed) and "is not equal to" in str(error):
+        return "the value is different"
+    text, found, _ = str(error).partition(" not found in ")
+    if text.startswith("'"):  # only the name of the member
+        return f"member {text} not found"
+    return f"{text} not found" if found else text or type(error).__name__
 
 
 class _Container(msgspec.Struct):

@@ -118,7 +118,7 @@ class Supervisor:
         self.health_address = ""
         self._started = started
         self._announced = False
-        # Gateways of others send the requests: then there is nothing to serve here.
+        # Another gateway sends the requests: there is nothing to serve here.
         listeners = [] if config.external else listen(host, port, workers, "--port")
         journal = Journal.create(workers)
         self._traffic = Traffic(journal, self.table)

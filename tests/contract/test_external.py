@@ -105,7 +105,7 @@ async def test_pods_without_the_labels_get_them_and_are_not_replaced(world):
     assert still["metadata"]["uid"] == pod["metadata"]["uid"]
 
 
-async def test_replicas_are_what_others_say_within_their_bounds(world):
+async def test_replicas_set_by_others_are_kept_within_their_bounds(world):
     replica = world.start(config=EXTERNAL)
     await world.create(minReplicas=0, maxReplicas=2, targetRequests=1)
     replica.loads.active_by_model["m"] = 9  # there is no autoscaler to see it

@@ -545,9 +545,9 @@ resourceProfiles:
     assert server(pod)["resources"]["claims"] == [{"name": "gpus"}]
     assert server(pod)["resources"]["limits"] == {"memory": "1Gi"}
     for name, profile, why in (
-        ("both", "both:1", "needs one of resourceClaimTemplateName and resourceClaimName"),
-        ("none", "none:1", "needs one of resourceClaimTemplateName and resourceClaimName"),
-        ("twice", "shared:2", "names one claim, which cannot be multiplied"),
+        ("both", "both:1", "must set either resourceClaimTemplateName or resourceClaimName"),
+        ("none", "none:1", "must set either resourceClaimTemplateName or resourceClaimName"),
+        ("twice", "shared:2", "names a single claim, which cannot be multiplied"),
         ("many", "own:33", "the count must be at most 32"),
     ):
         await world.create(name, resourceProfile=profile, minReplicas=1)

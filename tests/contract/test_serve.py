@@ -152,7 +152,7 @@ async def test_a_configured_address_of_another_replica_is_followed_and_a_bad_one
             assert two.said("peer connected")["peer"] == peer
 
 
-async def test_with_gateways_of_others_kubeai_serves_no_requests_but_runs_models(
+async def test_with_an_external_gateway_kubeai_serves_no_requests_but_runs_models(
     account, cluster, namespace, tmp_path
 ):
     await apply(cluster, namespace, model("chat", args=ARGS, minReplicas=1))

@@ -24,11 +24,11 @@ class Size(NamedTuple):
     profile: str = ""
     units: int = 1  # of the profile, for each node
     nodes: int = 1
-    parallel: bool = False  # whether nodes was given: the engine is told how to divide the model
+    parallel: bool = False  # whether nodes was given: KubeAI adds arguments that divide the model
 
 
 def size_of(wanted: str) -> Size:
-    """Take a resourceProfile apart. ModelError if it is malformed; an empty one is one node."""
+    """Parse a resourceProfile. ModelError if it is malformed; an empty one is one node."""
     if not wanted:
         return Size()
     name, *numbers = wanted.split(":")
@@ -85,9 +85,12 @@ def device_claims(profile: ResourceProfile, wanted: str) -> DeviceClaims | None:
     }
     source = {key: name for key, name in sources.items() if name}
     if len(source) != 1:
-        raise _bad_profile(f"{path} needs one of resourceClaimTemplateName and resourceClaimName")
+        keys = "resourceClaimTemplateName or resourceClaimName"
+        raise _bad_profile(f"{path} must set either {keys}")
     if size.units > 1 and dra.resource_claim_name:
-        raise _bad_profile(f"{path} names one claim, which cannot be multiplied: use a count of 1")
+        raise _bad_profile(
+            f"{path} names a single claim, which cannot be multiplied; use a count of 1"
+        )
     if size.units > DEVICE_CLAIMS_MAX:
         raise _bad_profile(f"the count must be at most {DEVICE_CLAIMS_MAX}, because of {path}")
     numbers = range(size.units)

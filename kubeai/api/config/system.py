@@ -130,7 +130,7 @@ class Affinity(_Section, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ResourceClaims(_Section, frozen=True, kw_only=True):
-    """Experimental. Devices by dynamic resource allocation: one of the first two is set."""
+    """Experimental. Devices by dynamic resource allocation. One of the first two must be set."""
 
     resource_claim_template_name: str = ""  # each pod gets claims of its own
     resource_claim_name: str = ""  # all pods share this claim
@@ -282,7 +282,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     body_max_bytes: Bytes = 64 << 20
     buffer_max_bytes: Bytes = 1 << 30  # for all JSON bodies together
     multipart_max_bytes: Bytes = 1 << 30
-    # Whether compressed JSON bodies are sent to engines uncompressed. Many engines read no others.
+    # Whether compressed JSON bodies are sent to engines uncompressed. Few engines accept them.
     decompress_bodies: bool = False
     spool_max_bytes: Bytes = 2 << 30  # for all forms together
     head_max_bytes: Bytes = 64 << 10
@@ -322,7 +322,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
 
 
 class ProxyConfig(_Section, frozen=True, kw_only=True):
-    """Who routes requests to the engines: KubeAI's gateway, or gateways of others."""
+    """Whether KubeAI's gateway routes requests to the engines, or another gateway."""
 
     mode: Literal["internal", "external"] = "internal"
 
@@ -349,7 +349,7 @@ class SystemConfig(_Section, frozen=True, kw_only=True):
 
     @property
     def external(self) -> bool:
-        """Whether requests reach the engines through gateways of others."""
+        """Whether requests reach the engines through another gateway."""
         return self.proxy.mode == "external"
 
     def listening_on(self, host: str) -> SystemConfig:

@@ -13,8 +13,9 @@ request. The exchange lasts until one side ends:
 
 A connection that is lost without a FIN counts as left by the client, or as broken by the engine.
 
-If only the client's first message says where the request goes, :meth:`Tunnel.accept` the handshake before there is an engine. As for an event stream that begins early, attempts then
-remain possible until an engine accepts the handshake.
+If only a message of the client says where the request goes, :meth:`Tunnel.accept` accepts the
+handshake before there is an engine. As for an event stream that begins early, attempts then remain
+possible until an engine accepts the handshake.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE

@@ -1,4 +1,4 @@
-"""What requests without a generated text have in common: they are parsed, computed and answered."""
+"""The base of requests that generate no text: they are parsed, computed and answered."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _KEEP_LOADED = "-1"
 
 # The script is the same for every Model. $1: the model's name in speaches; $2: the folder of its
 # weights, if they are not on a hub. speaches knows only models in a Hugging Face cache with a model
-# card, so the folder's files are linked into one. The image has Python; that it has curl is luck.
+# card, so the folder's files are linked into one. Its images have Python, but not always curl.
 STARTUP_SCRIPT = """\
 import os, pathlib, sys, urllib.error, urllib.parse, urllib.request
 name, folder = sys.argv[1:3]
@@ -112,7 +112,7 @@ def _is_local(model: Model, url: ModelURL) -> bool:
 
 
 def _speaches_name(model: Model, url: ModelURL) -> str:
-    """The model's name in speaches: that of its repository, or a made-up one for a folder."""
+    """The model's name in speaches: that of its repository, or one of KubeAI's for a folder."""
     return f"kubeai/{model.metadata.name}" if _is_local(model, url) else url.ref
 
 

@@ -13,9 +13,9 @@ _VOLUME = "llama-cache"
 
 
 def server(model: Model, url: ModelURL, image: str = "") -> Server:
-    """``llama-server``, which the image starts by itself. The user's arguments win: they are last.
+    """``llama-server``, which the image starts by itself. The user's arguments override these.
 
-    What it downloads from a hub is in an emptyDir, so that no home directory must be writable.
+    Downloads from a hub go to an emptyDir, because the home directory may not be writable.
     ModelError if it cannot serve the weights or the features.
     """
     _check(model.spec, url)

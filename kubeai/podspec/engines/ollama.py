@@ -29,8 +29,8 @@ def server(model: Model, url: ModelURL, image: str = "") -> Server:
         "OLLAMA_HOST": f"0.0.0.0:{PORT}",
         "OLLAMA_KEEP_ALIVE": "999999h",  # a pod has one model, which stays loaded
     }
-    # Ollama reserves a context for each of these, so the default, which nobody chose and which
-    # suits other engines, leaves Ollama's own number.
+    # Ollama reserves memory for each of these. The default is meant for engines that batch, so with
+    # it, Ollama's own number applies.
     if model.spec.target_requests != TARGET_REQUESTS_DEFAULT:
         env["OLLAMA_NUM_PARALLEL"] = str(model.spec.target_requests)
     if url.scheme == "pvc":

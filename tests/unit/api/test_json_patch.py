@@ -37,7 +37,7 @@ def test_a_value_that_is_nested_too_deeply_is_an_error_of_its_operation_alone():
         for levels in (VALUE_MAX_LEVELS - 1, VALUE_MAX_LEVELS)
     )
     assert good.operation()["value"] == nested(VALUE_MAX_LEVELS - 1)
-    with pytest.raises(ValueError, match="more than 32 levels"):
+    with pytest.raises(ValueError, match="more than 32 levels deep"):
         bad.operation()
 
 

@@ -218,7 +218,7 @@ async def test_a_404_names_the_base_urls(client):
     for forwarded, scheme in (({}, "http"), ({"X-Forwarded-Proto": "https"}, "https")):
         response = await client.post("/chat/completions", headers=headers | forwarded)
         message = (await error_of(response))["message"]
-        for url in ("/v1 ", "/openai/v1;"):
+        for url in ("/v1 ", "/openai/v1; clients of Anthropic and Ollama need "):
             assert f"{scheme}://llm.example:8000{url}" in message
     response = await client.post("/", headers={"Host": "x" * 5000, "X-Forwarded-Proto": "evil"})
     assert len((await error_of(response))["message"]) < 700

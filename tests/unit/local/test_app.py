@@ -95,7 +95,7 @@ def test_a_profile_of_one_gpu_is_added_unless_the_config_has_it(tmp_path: Path):
     assert profiles["nvidia-gpu"].limits == {"nvidia.com/gpu": "2"}
 
 
-def test_gateways_of_others_are_for_clusters(tmp_path: Path):
+def test_external_gateways_are_for_clusters(tmp_path: Path):
     file = tmp_path / "config.yaml"
     file.write_text("proxy: {mode: external}")
     with pytest.raises(ConfigError, match=r"^proxy\.mode: external is for clusters"):

@@ -497,6 +497,25 @@ def test_a_models_patch_that_cannot_be_applied_is_reported_with_its_path(bad, wh
     assert why in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"op": "add", "path": "/spec/nosuch/x", "value": 1}, "member 'nosuch' not found"),
+        ({"op": "test", "path": "/spec/nosuch", "value": 1}, "member 'nosuch' not found"),
+        ({"op": "test", "path": "/spec/containers/0/env", "value": []}, "the value is different"),
+        ({"op": "copy", "from": "/spec/containers/0/env/x/y", "path": "/spec/x"}, "'x' is not"),
+        ({"op": "move", "from": "/spec/nosuch", "path": "/spec/x"}, "member 'nosuch' not found"),
+    ],
+)
+def test_a_patch_that_cannot_be_applied_does_not_show_the_content_of_the_pod(bad, why):
+    # Clients of the API get this message.
+    with pytest.raises(ModelError) as caught:
+        pod(env={"TOKEN": "secret"}, jsonPatches=[bad])
+    assert why in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
 def test_patches_that_double_the_pod_again_and_again_are_stopped():
     with pytest.raises(ModelError, match="jsonPatches"):
         pod(jsonPatches=[COPY, *({**COPY, "path": f"/spec/x{n}"} for n in range(60))])

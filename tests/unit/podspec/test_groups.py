@@ -61,7 +61,7 @@ def test_each_pod_has_the_resources_of_one_node():
     assert replica_requests(CONFIG, model()) == {"nvidia.com/gpu": 16 * 10**9}
 
 
-def test_the_pods_of_vllm_find_each_other_by_what_lws_tells_them():
+def test_the_pods_of_vllm_find_each_other_by_the_variables_of_lws():
     leader, worker = map(server, templates(args=["--max-model-len=9"]))
     shared = [
         "org/name",
@@ -112,7 +112,7 @@ def test_files_cache_adapters_and_patches_are_in_every_pod():
         assert "--enable-lora" in server(template)["args"]
 
 
-def test_one_node_needs_no_set_but_is_told_how_to_use_its_gpus():
+def test_one_node_needs_no_set_but_gets_arguments_to_use_its_gpus():
     pod = build_replica(model("gpu:4:1"), CONFIG)
     assert pod["kind"] == "Pod"
     assert server(pod)["args"][-2:] == ["--tensor-parallel-size=4", "--pipeline-parallel-size=1"]
