@@ -13,8 +13,9 @@ request. The exchange lasts until one side ends:
 
 A connection that is lost without a FIN counts as left by the client, or as broken by the engine.
 
-If only the client's first message says where the request goes, :meth:`Tunnel.accept` the handshake before there is an engine. As for an event stream that begins early, attempts then
-remain possible until an engine accepts the handshake.
+If only the client's first message says where the request goes, :meth:`Tunnel.accept` the handshake
+before there is an engine. As for an event stream that begins early, attempts then remain possible
+until an engine accepts the handshake.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -125,11 +126,10 @@ cdef class Tunnel:
         """Take what the client has sent without waiting for the response."""
         cdef DownstreamEnd downstream = self.downstream
         cdef bytes input = downstream.input
+        downstream.input = None
+        downstream._set_reading()  # first: an engine that stalls on the input pauses the client
         if input is not None:
-            downstream.input = None
             self._from_client(input[downstream.used:])
-        if not self.exchange.finished:
-            downstream._set_reading()
         return 0
 
     cdef int _connect(self, UpstreamEnd upstream) except -1:

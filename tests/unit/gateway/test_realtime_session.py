@@ -93,6 +93,15 @@ async def closed_with(wire: Wire, code: int) -> dict:
     return error
 
 
+async def unsent(wire: Wire) -> int:
+    """Wait until nothing more of what was written is read. The bytes that are left."""
+    left, size = -1, 0
+    while left != size:
+        await asyncio.sleep(0.1)
+        left, size = size, wire.writer.transport.get_write_buffer_size()
+    return size
+
+
 @pytest.fixture
 async def serving(start):
     world = await start()
@@ -193,6 +202,32 @@ async def test_pings_are_answered_before_there_is_an_engine(serving):
     assert script.frames == [(PONG, b""), (TEXT, UPDATE)]
 
 
+async def test_endless_pings_without_a_model_are_an_error_event(serving, monkeypatch):
+    monkeypatch.setattr(realtime, "FRAMES_MAX_COUNT", 10)
+    world, _, _ = serving
+    wire = await opened(world)
+    await wire.send(masked(b"", PING) * 20)
+    for _ in range(10):
+        assert await frame(wire) == (PONG, b"")
+    await closed_with(wire, 1008)
+    await world.at_rest()
+
+
+async def test_the_engine_gets_pings_that_were_not_answered(start, monkeypatch):
+    monkeypatch.setattr(realtime, "FRAMES_MAX_COUNT", 3)
+    world = await start()
+    script = RecordingEngine()
+    world.route("m", {})
+    wire = await opened(world)
+    pings = [masked(b"%d" % n, PING) for n in range(4)]
+    await wire.send(pings[0] + masked(UPDATE) + pings[1] + pings[2])
+    await until(lambda: world.held("m") == 1)
+    await wire.send(pings[3] + masked(b"later"))
+    world.route("m", {"pod-1": await world.engine(script)})
+    await until(lambda: len(script.frames) == 4)
+    assert script.frames == [(TEXT, UPDATE), (PING, b"2"), (PING, b"3"), (TEXT, b"later")]
+
+
 async def test_a_close_before_there_is_an_engine_is_answered(serving):
     world, _, engine = serving
     wire = await opened(world)
@@ -246,11 +281,7 @@ async def test_a_client_that_sends_much_while_it_is_held_is_paused(start):
     await until(lambda: world.held("m") == 1)
     sent = masked(bytes(60_000)) * 500
     wire.writer.write(sent)
-    left, size = -1, len(sent)
-    while left != size:  # until nothing more is read
-        await asyncio.sleep(0.1)
-        left, size = size, wire.writer.transport.get_write_buffer_size()
-    assert size > len(sent) // 2
+    assert await unsent(wire) > len(sent) // 2
     world.route("m", {"pod-1": engine})
     await until(lambda: got == len(masked(UPDATE)) + len(sent), within_s=20)
 
@@ -330,8 +361,9 @@ async def test_the_engines_handshake_is_retried(start):
         masked(b"{}", first=0x00),  # the first of several fragments
         masked(b"{}", first=0xC0),  # compressed
         b"\x81\x02{}",  # not masked
+        masked(bytes(126), PING),
     ],
-    ids=["fragment", "reserved bit", "unmasked"],
+    ids=["fragment", "reserved bit", "unmasked", "long ping"],
 )
 async def test_an_invalid_frame_is_an_error_event(serving, data):
     world, _, _ = serving
