@@ -131,10 +131,11 @@ async def test_a_handshake_without_a_model_that_exists_is_refused(echoing, targe
     assert not engine.requests
 
 
-async def test_a_selector_that_does_not_match_is_a_404(echoing):
+@pytest.mark.parametrize("more", [[], ["Connection: X-Label-Selector"]])
+async def test_a_selector_that_does_not_match_is_a_404(echoing, more):
     world, _ = echoing
     wire = await world.client()
-    await wire.send(handshake(PATH, "X-Label-Selector: a=b"))
+    await wire.send(handshake(PATH, "X-Label-Selector: a=b", *more))
     assert (await wire.answer()).status == 404
 
 

@@ -1,6 +1,7 @@
 """Stored responses are read and cancelled at the replica that has them."""
 
 import json
+import time
 
 import openai
 import pytest
@@ -221,3 +222,9 @@ async def test_the_openai_client_retrieves_what_a_replica_has_made(world):
             with pytest.raises(openai.NotFoundError):
                 await client.responses.retrieve("resp_unknown")
         assert len(one.mock.stored) + len(other.mock.stored) == 4
+
+
+async def test_an_ejected_replica_still_serves_its_stored_responses(world):
+    world.route("m", {"0": await world.engine(stores("resp_x")), "1": await world.engine(stores())})
+    assert world.server.routes.find("m").eject("0", time.monotonic() + 60)
+    assert (await ask(world, GET % b"resp_x")).status == 200
