@@ -286,6 +286,22 @@ async def test_a_client_that_sends_much_while_it_is_held_is_paused(start):
     await until(lambda: got == len(masked(UPDATE)) + len(sent), within_s=20)
 
 
+async def test_what_comes_before_there_is_an_engine_counts_as_buffered(start):
+    world = await start(buffer_max_bytes=100_000)
+    script = RecordingEngine()
+    world.route("m", {})
+    first, second = await opened(world), await opened(world)
+    relay = world.server.relay
+    await first.send(masked(UPDATE) + masked(bytes(60_000)))
+    await until(lambda: relay.buffered_bytes > 60_000)
+    second.writer.write((masked(UPDATE) + masked(bytes(60_000))) * 100)
+    assert await unsent(second) > 2_000_000
+    assert relay.buffered_bytes < 100_000
+    world.route("m", {"pod-1": await world.engine(script)})
+    await until(lambda: len(script.frames) == 202, within_s=20)
+    assert relay.buffered_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("update", "code"),
     [
