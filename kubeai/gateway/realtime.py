@@ -165,6 +165,10 @@ class Session:
         }
         accept = b"Sec-WebSocket-Accept: %b\r\n" % self._accept
         self._tunnel.accept(self, accept, _frame(_TEXT, _encode(created)))
+        if self._exchange.finished:
+            # By a close frame that came with the handshake. This task has been cancelled, which has
+            # no effect while it does not wait.
+            raise asyncio.CancelledError
         try:
             async with asyncio.timeout(MODEL_TIMEOUT_S):
                 _, frame = await self._update

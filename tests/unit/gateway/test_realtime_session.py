@@ -238,6 +238,18 @@ async def test_a_close_before_there_is_an_engine_is_answered(serving):
     await world.at_rest()
 
 
+async def test_a_close_right_after_the_model_leaves_nothing_counted(serving):
+    world, _, engine = serving
+    wire = await world.client()
+    await wire.send(handshake() + masked(UPDATE) + masked(struct.pack(">H", 1000), CLOSE))
+    assert (await wire.head()).status == 101
+    await frame(wire)
+    assert await frame(wire) == (CLOSE, struct.pack(">H", 1000))
+    await wire.ended()
+    await world.at_rest()
+    assert not engine.requests
+
+
 async def test_it_is_held_until_a_replica_is_ready(start):
     world = await start(hold_comment_after_s=0.01)
     script = RecordingEngine()
