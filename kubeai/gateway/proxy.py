@@ -353,10 +353,10 @@ class Proxy(FastPath):
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
-        routed, endpoint = await find_owner(self.context, self, response_id, self._selects)
+        owner = await find_owner(self.context, self, response_id, self._selects)
         self._payload = self.body
-        request = openai.named(self._kind, routed.route.model)
-        reservation = self._admit(request, routed, only=endpoint)
+        request = openai.named(self._kind, owner.model)
+        reservation = self._admit(request, owner.routed, only=owner.endpoint)
         if reservation is None:
             raise not_stored(response_id)
         return reservation

@@ -110,6 +110,9 @@ def _parameters(query: str) -> list[tuple[str, str]]:
 
 MODEL_TIMEOUT_S = 60.0  # for the event with the model
 EVENTS_MAX_BYTES = 256 << 10  # before the event with the model
+# That are read before there is an engine. Beyond it, pings are not answered, but collected as well.
+FRAMES_MAX_COUNT = 10_000
+CONTROL_MAX_BYTES = 125  # of a ping or a close frame; RFC 6455, section 5.5
 _ACCEPT_SUFFIX = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, section 1.3
 _TEXT, _CLOSE, _PING = 1, 8, 9
 _PONG = 10
@@ -122,7 +125,7 @@ class _Frame(NamedTuple):
     is_final: bool
     opcode: int
     payload: bytes
-    end: int  # in the data that it was read from
+    size: int  # with its head
 
 
 class _Event(msgspec.Struct):
@@ -143,6 +146,7 @@ class Session:
         self._exchange = exchange
         self._tunnel = tunnel
         self._read_bytes = 0  # frames up to here in ``tunnel.early`` have been read
+        self._frames_count = 0  # of those that have been read
         self._update: asyncio.Future[tuple[int, _Frame]] = (
             asyncio.get_running_loop().create_future()
         )
@@ -161,6 +165,10 @@ class Session:
         }
         accept = b"Sec-WebSocket-Accept: %b\r\n" % self._accept
         self._tunnel.accept(self, accept, _frame(_TEXT, _encode(created)))
+        if self._exchange.finished:
+            # By a close frame that came with the handshake. This task has been cancelled, which has
+            # no effect while it does not wait.
+            raise asyncio.CancelledError
         try:
             async with asyncio.timeout(MODEL_TIMEOUT_S):
                 _, frame = await self._update
@@ -179,36 +187,47 @@ class Session:
             raise _violation(f"session.update is not valid JSON: {error}.") from None
         changed = _frame(_TEXT, _encode({**event, "model": name}), is_masked=True)
         early = self._tunnel.early
-        self._tunnel.early = early[:begin] + changed + early[frame.end :]
-        self._read_bytes += len(changed) - (frame.end - begin)
+        self._tunnel.early = early[:begin] + changed + early[begin + frame.size :]
+        self._read_bytes += len(changed) - frame.size
 
     def wake(self) -> None:
-        """Read the frames that have come."""
+        """Read the frames that have come: answer and remove pings, and look for the model."""
+        data, at = self._tunnel.early, self._read_bytes
+        kept: list[bytes] = []
+        kept_to = 0
         try:
-            while frame := _read_frame(self._tunnel.early, self._read_bytes):
-                self._take(frame)
-            if self._read_bytes > EVENTS_MAX_BYTES and not self._update.done():
+            while self._frames_count < FRAMES_MAX_COUNT and (frame := _read_frame(data, at)):
+                self._frames_count += 1
+                if frame.opcode in (_PING, _CLOSE):
+                    self._answer(frame)
+                    kept.append(data[kept_to:at])
+                    kept_to = at + frame.size
+                else:
+                    self._take(frame)
+                at += frame.size
+            is_long = self._read_bytes > EVENTS_MAX_BYTES or self._frames_count == FRAMES_MAX_COUNT
+            if is_long and not self._update.done():
                 raise _violation("No session.update with a model was received first.")
         except BadRequest as error:
             if not self._update.done():
                 self._update.set_exception(error)
+        if kept:
+            self._tunnel.early = b"".join((*kept, data[kept_to:]))
+
+    def _answer(self, frame: _Frame) -> None:
+        if frame.opcode == _CLOSE:
+            self._exchange.end(101, _frame(_CLOSE, frame.payload[:2]))
+        else:
+            self._tunnel.write(_frame(_PONG, frame.payload))
 
     def _take(self, frame: _Frame) -> None:
-        early, begin = self._tunnel.early, self._read_bytes
-        if frame.opcode in (_PING, _CLOSE):
-            self._tunnel.early = early[:begin] + early[frame.end :]
-            if frame.opcode == _CLOSE:
-                self._exchange.end(101, _frame(_CLOSE, frame.payload[:2]))
-            else:
-                self._tunnel.write(_frame(_PONG, frame.payload))
-            return
         if frame.opcode == _TEXT and not self._update.done():
             if not frame.is_final:
                 raise _violation("A message before session.update is fragmented.")
             event = _decode(frame.payload)
             if event.type == "session.update" and event.model:
-                self._update.set_result((begin, frame))
-        self._read_bytes = frame.end
+                self._update.set_result((self._read_bytes, frame))
+        self._read_bytes += frame.size
 
 
 def last_event(error: BadRequest, kind: Kind, request_id: str) -> bytes:
@@ -267,6 +286,8 @@ def _read_frame(data: bytes, at: int) -> _Frame | None:
     if first & 0x70 or not data[at + 1] & 0x80:
         raise _violation("A frame uses an extension that was not agreed on, or is not masked.")
     body = at + 2
+    if size > CONTROL_MAX_BYTES and first & 0x08:
+        raise _violation(f"A control frame is longer than {CONTROL_MAX_BYTES} bytes.")
     if size > 125:
         width = 2 if size == 126 else 8
         size = int.from_bytes(data[body : body + width], "big")
@@ -279,4 +300,4 @@ def _read_frame(data: bytes, at: int) -> _Frame | None:
     payload = data[body + 4 : end]
     mask = data[body : body + 4] * (size // 4 + 1)
     unmasked = int.from_bytes(payload, "big") ^ int.from_bytes(mask[:size], "big")
-    return _Frame(bool(first & 0x80), first & 0x0F, unmasked.to_bytes(size, "big"), end)
+    return _Frame(bool(first & 0x80), first & 0x0F, unmasked.to_bytes(size, "big"), end - at)

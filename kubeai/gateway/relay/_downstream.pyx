@@ -46,6 +46,10 @@ cdef extern from *:
 cdef enum:
     LINGER_MAX_S = 2  # after responding to a request that was not read completely
 
+# A proxy may add it to limit what its clients can use. It must not be theirs to remove by naming it
+# in Connection, which some proxies pass on for WebSockets.
+cdef set END_TO_END = {b"x-label-selector"}
+
 
 cdef class Downstream(DownstreamEnd):
     """One client connection."""
@@ -299,7 +303,7 @@ cdef class Downstream(DownstreamEnd):
         """The head is complete and valid: create the Exchange, which decides what to do next."""
         cdef Exchange exchange
         if self.named is not None:
-            self._drop(set(self.named.split(b",")))  # hop-by-hop
+            self._drop(set(self.named.split(b",")) - END_TO_END)  # hop-by-hop
         self.forwarded = self._forwarded()
         self.relay.requests += 1
         if self.request_id is None:

@@ -38,7 +38,8 @@ cdef class EarlyStream(Exchange):
 
     def comment(self, bytes text not None):
         """Write a comment of one line, unless the client is slow to read. WebSockets have none."""
-        if self.begun and self.tunnel is None and not (self.finished or self.answered or self.downstream.write_paused):
+        cdef bint ended = self.finished or self.answered
+        if self.begun and self.tunnel is None and not (ended or self.downstream.write_paused):
             self._part(b": " + text + b"\n\n", b"")
 
     def end(self, int status, bytes event not None):

@@ -12,6 +12,7 @@ cdef class Tunnel:
     cdef double idle_timeout_s
     cdef object session  # what reads ``early``: its ``wake()`` is called
     cdef public bytes early  # frames that came before there is an engine
+    cdef Py_ssize_t reserved  # of ``early``, as buffered
     cdef bytes greeting  # the engine's first frame, so far; None: frames are passed on
     cdef int _open(self, bytes head) except -1
     cdef int _take_input(self) except -1
@@ -19,6 +20,7 @@ cdef class Tunnel:
     cdef int _touch(self) except -1
     cdef bint _stalls(self) noexcept
     cdef int _from_client(self, bytes data) except -1
+    cdef bint _reserve(self, Py_ssize_t size) except -1
     cdef int _from_engine(self, bytes data) except -1
     cdef int _client_left(self, bint is_reset) except -1
     cdef int _engine_left(self, bint is_reset) except -1

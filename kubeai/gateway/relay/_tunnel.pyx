@@ -3,8 +3,8 @@
 
 The handshake is a request like any other: attempts are made and retried, and any response but 101
 is passed on as it is. After 101, the two connections get the protocols :class:`ClientSide` and
-:class:`EngineSide`, which pass on what they receive and parse no frames; neither is used for another
-request. The exchange lasts until one side ends:
+:class:`EngineSide`, which pass on what they receive and parse no frames; neither is used for
+another request. The exchange lasts until one side ends:
 
 - the other side is closed at once, after what was written to it has been flushed;
 - a slow reader pauses the other side. A side that does not read for the relay's
@@ -108,6 +108,8 @@ cdef class Tunnel:
         exchange.body_came = True
         exchange._body_came()
         self.early = None
+        if self.reserved:
+            self._reserve(0)
         if early:
             self._from_client(early)
         self._take_input()
@@ -126,11 +128,10 @@ cdef class Tunnel:
         """Take what the client has sent without waiting for the response."""
         cdef DownstreamEnd downstream = self.downstream
         cdef bytes input = downstream.input
+        downstream.input = None
+        downstream._set_reading()  # first: an engine that stalls on the input pauses the client
         if input is not None:
-            downstream.input = None
             self._from_client(input[downstream.used:])
-        if not self.exchange.finished:
-            downstream._set_reading()
         return 0
 
     cdef int _connect(self, UpstreamEnd upstream) except -1:
@@ -163,9 +164,16 @@ cdef class Tunnel:
             self.upstream._write(data)
             return 0
         self.early += data
-        if PyBytes_GET_SIZE(self.early) > EARLY_MAX_BYTES:
+        if not self._reserve(PyBytes_GET_SIZE(self.early)):
             set_reading(self.client, False)
         return self.exchange._hook(self.session.wake)
+
+    cdef bint _reserve(self, Py_ssize_t size) except -1:
+        """Count ``early`` with this size as buffered; False if it must not grow further."""
+        if not self.exchange.reserve(size - self.reserved):
+            return False
+        self.reserved = size
+        return size <= EARLY_MAX_BYTES
 
     cdef int _from_engine(self, bytes data) except -1:
         cdef Py_ssize_t end

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 def is_form(exchange: Exchange, kind: Kind) -> bool:
     """Whether a request's body is a form. Edits of images come as JSON too, with URLs of images."""
     if kind is Kind.IMAGE_EDITS:
-        return not any(b"json" in each.lower() for each in exchange.headers(b"content-type"))
+        types = exchange.headers(b"content-type")
+        return len(types) != 1 or b"json" not in types[0].partition(b";")[0].lower()
     return kind.is_form
 
 

@@ -94,6 +94,22 @@ async def test_an_edit_may_be_json(http, mock):
     assert (missing.status_code, missing.json()["error"]["param"]) == (400, "model")
 
 
+async def test_an_edit_is_a_form_whatever_its_boundary_is(http):
+    lines = (b"--json", b'Content-Disposition: form-data; name="model"', b"", b"nope", b"--json--")
+    headers = {"Content-Type": "multipart/form-data; boundary=json"}
+    body = b"\r\n".join((*lines, b""))
+    found = await http.post("/v1/images/edits", content=body, headers=headers)
+    assert (found.status_code, found.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_an_edit_with_two_content_types_is_refused(http):
+    types = ("multipart/form-data; boundary=b", "application/json")
+    headers = [("Content-Type", each) for each in types]
+    found = await http.post("/v1/images/edits", content=b'{"model":"m"}', headers=headers)
+    assert found.status_code == 400
+    assert "more than one Content-Type" in found.json()["error"]["message"]
+
+
 async def test_a_large_image_is_streamed_to_the_engine(client, mock):
     large = ("image.png", PNG + bytes(3 << 20), "image/png")
     edited = await client.images.edit(model="m", image=large, prompt="a hat")

@@ -1,6 +1,7 @@
 """``/v1/realtime``: a handshake that is routed like other requests, and then bytes both ways."""
 
 import asyncio
+import socket
 
 import pytest
 import uvloop
@@ -9,8 +10,10 @@ from fakes.world import World
 from typing_extensions import override
 
 from kubeai.gateway.access_log import Observation, Observers
+from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.local_routes import make_app
 from kubeai.gateway.observation import RequestEnd, RequestStart
+from kubeai.gateway.relay._upstream import Upstream
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the workers
 SWITCHED = (
@@ -128,10 +131,11 @@ async def test_a_handshake_without_a_model_that_exists_is_refused(echoing, targe
     assert not engine.requests
 
 
-async def test_a_selector_that_does_not_match_is_a_404(echoing):
+@pytest.mark.parametrize("more", [[], ["Connection: X-Label-Selector"]])
+async def test_a_selector_that_does_not_match_is_a_404(echoing, more):
     world, _ = echoing
     wire = await world.client()
-    await wire.send(handshake(PATH, "X-Label-Selector: a=b"))
+    await wire.send(handshake(PATH, "X-Label-Selector: a=b", *more))
     assert (await wire.answer()).status == 404
 
 
@@ -352,6 +356,41 @@ async def test_a_slow_engine_pauses_its_client(start):
     await wire.writer.drain()
     wire.close()
     await until(lambda: got == 64 << 20)
+
+
+async def test_an_engine_that_does_not_read_what_came_early_pauses_its_client(start, monkeypatch):
+    async def dial(pool: EndpointPool, upstream: Upstream) -> None:
+        loop = asyncio.get_running_loop()
+        sock = socket.create_connection(pool.host.split(":"))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sock.setblocking(False)
+        await loop.create_connection(lambda: upstream, sock=sock)
+
+    monkeypatch.setattr(EndpointPool, "_dial", dial)
+    world = await start()
+    reading = asyncio.Event()
+
+    async def slow(wire: Wire, request: Message) -> None:
+        wire.writer.transport.pause_reading()
+        await wire.send(SWITCHED)
+        await reading.wait()
+        wire.writer.transport.resume_reading()
+        while await wire.reader.read(1 << 20):
+            pass
+        wire.close()
+
+    engine = await world.engine(slow)
+    world.route("m", {})
+    wire = await world.client()
+    await wire.send(handshake() + bytes(200_000))
+    await until(lambda: world.held("m") == 1)
+    world.route("m", {"pod-1": engine})
+    assert (await wire.head()).status == 101
+    for _ in range(64):
+        wire.writer.write(bytes(1 << 20))
+    assert await stalled(wire.writer) > 32 << 20
+    wire.writer.transport.abort()
+    reading.set()
 
 
 async def test_a_slow_client_pauses_its_engine(start):

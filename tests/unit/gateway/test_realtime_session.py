@@ -93,6 +93,15 @@ async def closed_with(wire: Wire, code: int) -> dict:
     return error
 
 
+async def unsent(wire: Wire) -> int:
+    """Wait until nothing more of what was written is read. The bytes that are left."""
+    left, size = -1, 0
+    while left != size:
+        await asyncio.sleep(0.1)
+        left, size = size, wire.writer.transport.get_write_buffer_size()
+    return size
+
+
 @pytest.fixture
 async def serving(start):
     world = await start()
@@ -193,6 +202,32 @@ async def test_pings_are_answered_before_there_is_an_engine(serving):
     assert script.frames == [(PONG, b""), (TEXT, UPDATE)]
 
 
+async def test_endless_pings_without_a_model_are_an_error_event(serving, monkeypatch):
+    monkeypatch.setattr(realtime, "FRAMES_MAX_COUNT", 10)
+    world, _, _ = serving
+    wire = await opened(world)
+    await wire.send(masked(b"", PING) * 20)
+    for _ in range(10):
+        assert await frame(wire) == (PONG, b"")
+    await closed_with(wire, 1008)
+    await world.at_rest()
+
+
+async def test_the_engine_gets_pings_that_were_not_answered(start, monkeypatch):
+    monkeypatch.setattr(realtime, "FRAMES_MAX_COUNT", 3)
+    world = await start()
+    script = RecordingEngine()
+    world.route("m", {})
+    wire = await opened(world)
+    pings = [masked(b"%d" % n, PING) for n in range(4)]
+    await wire.send(pings[0] + masked(UPDATE) + pings[1] + pings[2])
+    await until(lambda: world.held("m") == 1)
+    await wire.send(pings[3] + masked(b"later"))
+    world.route("m", {"pod-1": await world.engine(script)})
+    await until(lambda: len(script.frames) == 4)
+    assert script.frames == [(TEXT, UPDATE), (PING, b"2"), (PING, b"3"), (TEXT, b"later")]
+
+
 async def test_a_close_before_there_is_an_engine_is_answered(serving):
     world, _, engine = serving
     wire = await opened(world)
@@ -201,6 +236,18 @@ async def test_a_close_before_there_is_an_engine_is_answered(serving):
     await wire.ended()
     assert not engine.requests
     await world.at_rest()
+
+
+async def test_a_close_right_after_the_model_leaves_nothing_counted(serving):
+    world, _, engine = serving
+    wire = await world.client()
+    await wire.send(handshake() + masked(UPDATE) + masked(struct.pack(">H", 1000), CLOSE))
+    assert (await wire.head()).status == 101
+    await frame(wire)
+    assert await frame(wire) == (CLOSE, struct.pack(">H", 1000))
+    await wire.ended()
+    await world.at_rest()
+    assert not engine.requests
 
 
 async def test_it_is_held_until_a_replica_is_ready(start):
@@ -246,13 +293,25 @@ async def test_a_client_that_sends_much_while_it_is_held_is_paused(start):
     await until(lambda: world.held("m") == 1)
     sent = masked(bytes(60_000)) * 500
     wire.writer.write(sent)
-    left, size = -1, len(sent)
-    while left != size:  # until nothing more is read
-        await asyncio.sleep(0.1)
-        left, size = size, wire.writer.transport.get_write_buffer_size()
-    assert size > len(sent) // 2
+    assert await unsent(wire) > len(sent) // 2
     world.route("m", {"pod-1": engine})
     await until(lambda: got == len(masked(UPDATE)) + len(sent), within_s=20)
+
+
+async def test_what_comes_before_there_is_an_engine_counts_as_buffered(start):
+    world = await start(buffer_max_bytes=100_000)
+    script = RecordingEngine()
+    world.route("m", {})
+    first, second = await opened(world), await opened(world)
+    relay = world.server.relay
+    await first.send(masked(UPDATE) + masked(bytes(60_000)))
+    await until(lambda: relay.buffered_bytes > 60_000)
+    second.writer.write((masked(UPDATE) + masked(bytes(60_000))) * 100)
+    assert await unsent(second) > 2_000_000
+    assert relay.buffered_bytes < 100_000
+    world.route("m", {"pod-1": await world.engine(script)})
+    await until(lambda: len(script.frames) == 202, within_s=20)
+    assert relay.buffered_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -330,8 +389,9 @@ async def test_the_engines_handshake_is_retried(start):
         masked(b"{}", first=0x00),  # the first of several fragments
         masked(b"{}", first=0xC0),  # compressed
         b"\x81\x02{}",  # not masked
+        masked(bytes(126), PING),
     ],
-    ids=["fragment", "reserved bit", "unmasked"],
+    ids=["fragment", "reserved bit", "unmasked", "long ping"],
 )
 async def test_an_invalid_frame_is_an_error_event(serving, data):
     world, _, _ = serving

@@ -1,6 +1,7 @@
 """Stored responses are read and cancelled at the replica that has them."""
 
 import json
+import time
 
 import openai
 import pytest
@@ -27,7 +28,8 @@ def stores(*ids: str, body: bytes = b'{"id":"stored"}'):
 
     async def script(wire: Wire, request: Message) -> None:
         response_id = request.target.partition("?")[0].split("/")[3]
-        await wire.send(answer(200, body) if response_id in ids else MISSING)
+        stored = answer(200, body, "Content-Type: application/json")
+        await wire.send(stored if response_id in ids else MISSING)
 
     return script
 
@@ -59,6 +61,30 @@ async def test_a_cancellation_reaches_only_the_replica_that_has_the_response(wor
     assert (await ask(world, CANCEL % b"resp_x")).status == 200
     posts = [[r.target for r in engine.requests if r.method == "POST"] for engine in engines]
     assert posts == [[], ["/v1/responses/resp_x/cancel"], []]
+
+
+@pytest.mark.parametrize(
+    ("stored", "sent"),
+    [
+        (b'{"id":"resp_x","model":"a"}', b'{"id":"resp_x","model":"m_a"}'),
+        (b'{"id":"resp_x","model":"m"}', b'{"id":"resp_x","model":"m"}'),
+        (b'{"id":"resp_x","model":"other"}', b'{"id":"resp_x","model":"other"}'),
+        (b"not JSON", b"not JSON"),
+    ],
+)
+async def test_a_response_made_by_an_adapter_names_it_as_clients_do(world, stored, sent):
+    engine = await world.engine(stores("resp_x", body=stored))
+    world.route("m", {"0": (engine, ["a"])}, adapters=("a",))
+    assert (await ask(world, GET % b"resp_x")).body == sent
+    assert (await ask(world, CANCEL % b"resp_x")).body == sent
+
+
+async def test_a_long_response_of_an_adapter_is_passed_on_unchanged(world, monkeypatch):
+    monkeypatch.setattr(stored_responses, "MODEL_IN_MAX_BYTES", 20)
+    body = b'{"id":"resp_x","model":"a"}'
+    engine = await world.engine(stores("resp_x", body=body))
+    world.route("m", {"0": (engine, ["a"])}, adapters=("a",))
+    assert (await ask(world, GET % b"resp_x")).body == body
 
 
 async def test_a_response_that_no_replica_has_is_not_found(world):
@@ -196,3 +222,9 @@ async def test_the_openai_client_retrieves_what_a_replica_has_made(world):
             with pytest.raises(openai.NotFoundError):
                 await client.responses.retrieve("resp_unknown")
         assert len(one.mock.stored) + len(other.mock.stored) == 4
+
+
+async def test_an_ejected_replica_still_serves_its_stored_responses(world):
+    world.route("m", {"0": await world.engine(stores("resp_x")), "1": await world.engine(stores())})
+    assert world.server.routes.find("m").eject("0", time.monotonic() + 60)
+    assert (await ask(world, GET % b"resp_x")).status == 200
