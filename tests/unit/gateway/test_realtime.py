@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from typing import cast
 
 import pytest
 import uvloop
@@ -371,8 +372,7 @@ async def test_an_engine_that_does_not_read_what_came_early_pauses_its_client(st
     reading = asyncio.Event()
 
     async def slow(wire: Wire, request: Message) -> None:
-        transport = wire.writer.transport
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, wire.writer.transport)
         transport.pause_reading()
         await wire.send(SWITCHED)
         await reading.wait()
