@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from typing import cast
 
 import pytest
 import uvloop
@@ -371,10 +372,11 @@ async def test_an_engine_that_does_not_read_what_came_early_pauses_its_client(st
     reading = asyncio.Event()
 
     async def slow(wire: Wire, request: Message) -> None:
-        wire.writer.transport.pause_reading()
+        transport = cast(asyncio.Transport, wire.writer.transport)
+        transport.pause_reading()
         await wire.send(SWITCHED)
         await reading.wait()
-        wire.writer.transport.resume_reading()
+        transport.resume_reading()
         while await wire.reader.read(1 << 20):
             pass
         wire.close()
