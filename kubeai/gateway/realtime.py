@@ -211,6 +211,7 @@ class Session:
         except BadRequest as error:
             if not self._update.done():
                 self._update.set_exception(error)
+                self._update.exception()  # so that it is not logged if the client has left
         if kept:
             self._tunnel.early = b"".join((*kept, data[kept_to:]))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import json
 import struct
 
@@ -248,6 +249,21 @@ async def test_a_close_right_after_the_model_leaves_nothing_counted(serving):
     await wire.ended()
     await world.at_rest()
     assert not engine.requests
+
+
+async def test_an_invalid_frame_after_a_close_is_not_an_error_of_the_gateway(serving):
+    world, _, _ = serving
+    reported = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    wire = await world.client()
+    await wire.send(handshake() + masked(b"", CLOSE) + b"\x81\x02{}")
+    await wire.head()
+    assert [(await frame(wire))[0] for _ in range(2)] == [TEXT, CLOSE]
+    await wire.ended()
+    wire.close()
+    await until(lambda: world.server.relay.connections == 0)
+    gc.collect()
+    assert reported == []
 
 
 async def test_it_is_held_until_a_replica_is_ready(start):
