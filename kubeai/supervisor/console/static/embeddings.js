@@ -1,9 +1,8 @@
 // The Playground's embeddings: the vector of a text, and how similar a second text is.
 
-import { publicUrl, send } from "./api.js";
-import { h, setAttribute, setText } from "./dom.js";
+import { h } from "./dom.js";
+import { createForm } from "./form.js";
 import { count, plural, seconds } from "./format.js";
-import { createProgress } from "./progress.js";
 
 const PATH = "/embeddings";
 const VALUES_SHOWN = 8;
@@ -12,11 +11,6 @@ const VALUES_SHOWN = 8;
 export function createEmbeddings({ model, changed }) {
   const text = h("textarea", { id: "text", rows: "5", oninput: changed });
   const other = h("textarea", { id: "text-2", rows: "5", oninput: changed });
-  const submit = h("button", { type: "button", class: "primary", onclick: embed }, "Embed");
-  const failure = h("div", { class: "error", role: "alert", hidden: true });
-  const result = h("div", { class: "result", role: "status" });
-  const progress = createProgress();
-  let busy = false;
 
   function request() {
     const texts = [text.value, other.value].filter((each) => each.trim());
@@ -24,39 +18,8 @@ export function createEmbeddings({ model, changed }) {
       encoding_format: "float" } };
   }
 
-  async function embed() {
-    if (busy || !model()) return;
-    if (!text.value.trim()) {
-      text.focus();
-      return;
-    }
-    busy = true;
-    setAttribute(submit, "aria-disabled", "true");
-    setAttribute(failure, "hidden", true);
-    const began = performance.now();
-    const { body } = request();
-    progress.start(body.model);
-    try {
-      const response = await send(publicUrl(PATH), {
-        method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
-      });
-      result.replaceChildren(...describe(await response.json(),
-        (performance.now() - began) / 1000));
-    } catch (error) {
-      result.replaceChildren();
-      setText(failure, error.message);
-      setAttribute(failure, "hidden", false);
-    }
-    progress.stop();
-    busy = false;
-    setAttribute(submit, "aria-disabled", null);
-  }
-
-  const root = h("div", { class: "form" },
-    h("label", {}, "Text", text),
-    h("label", {}, "Compare with (optional)", other),
-    h("div", { class: "tools" }, submit), progress.root, failure, result);
-  return { root, settings: null, request };
+  return createForm({ action: "Embed", required: [text], model, request, describe,
+    fields: [["Text", text], ["Compare with (optional)", other]] });
 }
 
 function describe({ data, usage }, took_s) {
