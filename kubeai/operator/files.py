@@ -21,6 +21,7 @@ from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import CONFIGMAPS
 from kubeai.logs import get_logger
 from kubeai.operator.leader import Writes
+from kubeai.operator.leftovers import delete_unchanged, list_permitted
 from kubeai.operator.pods import Pod
 from kubeai.podspec import config_map_name, files_config_map
 
@@ -78,12 +79,10 @@ class Files:
             return
         name = config_map_name(model.metadata.name)
         async with self._writes:
-            try:
-                await self._kube.delete(CONFIGMAPS, name, self._namespace, uid=self._uids[uid])
+            if await delete_unchanged(
+                self._kube, CONFIGMAPS, name, self._namespace, uid=self._uids[uid]
+            ):
                 log.info("files deleted", config_map=name)
-            except ApiError as error:
-                if error.status not in (404, 409):  # else it is gone or has been replaced
-                    raise
         self.forget(uid)
 
     async def _find(self, name: str) -> dict[str, Any]:
@@ -119,15 +118,9 @@ class Files:
         async with self._listing:
             if self._listed:
                 return
-            try:
-                found, _ = await self._kube.list(
-                    CONFIGMAPS, self._namespace, metadata_only=True, type=_ConfigMap
-                )
-            except ApiError as error:
-                if error.status != 403:
-                    raise
-                log.warning("cannot list ConfigMaps; stale ones may remain", error=str(error))
-                found = []
+            found = await list_permitted(
+                self._kube, CONFIGMAPS, self._namespace, metadata_only=True, type=_ConfigMap
+            )
             self._listed = True
             for one in found:
                 self._note(one.metadata)

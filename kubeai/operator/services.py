@@ -15,10 +15,10 @@ import msgspec
 from kubeai.api.model import KIND, Model
 from kubeai.api.objects import ObjectMeta
 from kubeai.kube.client import Kube
-from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import SERVICES
 from kubeai.logs import get_logger
 from kubeai.operator.leader import Writes
+from kubeai.operator.leftovers import delete_unchanged, list_permitted
 from kubeai.podspec.service import SELECTOR, headless_service
 
 log = get_logger(__name__)
@@ -129,27 +129,17 @@ class Services:
 
     async def _delete(self, found: ServiceObject) -> None:
         meta = found.metadata
-        try:
-            async with self._writes:
-                await self._kube.delete(SERVICES, meta.name, self._namespace, uid=meta.uid)
-        except ApiError as error:
-            if error.status not in (404, 409):  # else it is gone or has been replaced
-                raise
+        async with self._writes:
+            await delete_unchanged(self._kube, SERVICES, meta.name, self._namespace, uid=meta.uid)
         log.info("service deleted", service=meta.name)
 
     async def _list(self) -> None:
         async with self._listing:
             if self._listed:
                 return
-            try:
-                found, _ = await self._kube.list(
-                    SERVICES, self._namespace, labels=SELECTOR, type=ServiceObject
-                )
-            except ApiError as error:
-                if error.status != 403:
-                    raise
-                log.warning("cannot list Services; stale ones may remain", error=str(error))
-                found = []
+            found = await list_permitted(
+                self._kube, SERVICES, self._namespace, labels=SELECTOR, type=ServiceObject
+            )
             self._replace(found)
 
     def _replace(self, found: list[ServiceObject]) -> None:

@@ -33,6 +33,7 @@ from kubeai.operator.cache.plan import (
     Job,
 )
 from kubeai.operator.leader import Writes
+from kubeai.operator.leftovers import delete_unchanged
 from kubeai.operator.pods import MESSAGE_MAX_CHARS, Trouble
 from kubeai.operator.refusals import Refusals
 from kubeai.podspec import cache as manifests
@@ -276,17 +277,14 @@ class Claims:
 
     async def _delete_job(self, action: DeleteJob) -> None:
         async with self._writes:
-            try:
-                await self._kube.delete(
-                    JOBS,
-                    action.name,
-                    self._namespace,
-                    uid=action.uid,
-                    propagation="Foreground",  # the Job remains until its pods are gone
-                )
-            except ApiError as error:
-                if error.status not in (404, 409):
-                    raise
+            await delete_unchanged(
+                self._kube,
+                JOBS,
+                action.name,
+                self._namespace,
+                uid=action.uid,
+                propagation="Foreground",  # the Job remains until its pods are gone
+            )
         version, job = self._jobs.get(action.name, (0, None))
         if job is not None and job.uid == action.uid:
             self._jobs[action.name] = version, msgspec.structs.replace(job, terminating=True)
