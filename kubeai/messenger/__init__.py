@@ -1,0 +1,1 @@
+"""The messenger: a process that takes requests from message brokers and publishes the responses."""
