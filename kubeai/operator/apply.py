@@ -24,7 +24,7 @@ from kubeai.kube.resources import MODELS, PODS, SETS, Resource
 from kubeai.logs import get_logger
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.cache.plan import CacheAction
-from kubeai.operator.conditions import only_counts, timeless
+from kubeai.operator.conditions import is_growing, only_counts, timeless
 from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject
 from kubeai.operator.leader import Writes
@@ -44,6 +44,8 @@ from kubeai.operator.store import EXPECTATION_TIMEOUT_S, Store
 log = get_logger(__name__)
 CREATES_AT_FIRST_MAX = 8
 STATUS_SETTLE_S = 0.1  # changes come in bursts: batch them into one status write
+# The same where some replicas are ready and others start: they often follow within half a second.
+STATUS_GROWING_SETTLE_S = 0.5
 # Between a write to a Model or its status and the second write after it: two writes per interval.
 MODEL_WRITES_INTERVAL_S = 1.05
 # Between any write to a Model and a status write that only updates replica counts. With 50 Models
@@ -277,7 +279,8 @@ class Applier:
             state.status_due_s = math.inf  # the next real change settles from the start
             due_s = state.sent_s[1] + COUNTING_INTERVAL_S
         else:
-            state.status_due_s = min(state.status_due_s, now_s + STATUS_SETTLE_S)
+            settle_s = STATUS_GROWING_SETTLE_S if is_growing(status) else STATUS_SETTLE_S
+            state.status_due_s = min(state.status_due_s, now_s + settle_s)
             due_s = max(state.status_due_s, state.sent_s[0] + MODEL_WRITES_INTERVAL_S)
         if now_s < due_s:
             return due_s - now_s

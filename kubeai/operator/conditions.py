@@ -123,6 +123,13 @@ def only_counts(new: ModelStatus, old: ModelStatus) -> bool:
     return status_stays and all(before.get(t, now[t]) == now[t] for t in others)
 
 
+def is_growing(status: ModelStatus) -> bool:
+    """Whether some replicas are ready and others, which may follow soon, are starting."""
+    reasons = {c.type: (c.status, c.reason) for c in status.conditions}
+    progressing = reasons.get("Progressing", ("False", ""))[0]
+    return reasons["Ready"][1] == "SomeReplicasReady" and progressing == "True"
+
+
 def _ready(model: Model, facts: Facts) -> Condition:
     ready, wanted = facts.ready, facts.wanted
     if facts.error is not None:

@@ -248,7 +248,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         for label, value in meta.labels.items()
         if label.startswith(LABEL_PREFIX)
     )
-    ready = _is_true(obj, "Ready")
+    ready, ready_since_s = _readiness(obj)
     containers = {container.name: container for container in status.container_statuses}
     server, loader = containers.get(SERVER_CONTAINER), containers.get(LOADER_CONTAINER)
     restarts = server.restart_count if server is not None else 0
@@ -279,7 +279,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         job=meta.labels.get(JOB_LABEL, ""),
         version=meta.version,
         created_s=seconds(meta.creation_timestamp),
-        ready_since_s=_ready_since_s(obj),
+        ready_since_s=ready_since_s,
         step=_step(obj),
         mounts_files=any(
             volume.config_map is not None and volume.config_map.name == config_map_name(name)
@@ -315,9 +315,12 @@ def _is_true(obj: PodObject, condition: str) -> bool:
     return any(c.type == condition and c.status == "True" for c in obj.status.conditions)
 
 
-def _ready_since_s(obj: PodObject) -> float:
-    ready = (c for c in obj.status.conditions if c.type == "Ready" and c.status == "True")
-    return max((seconds(condition.last_transition_time) for condition in ready), default=0.0)
+def _readiness(obj: PodObject) -> tuple[bool, float]:
+    """Whether the pod is ready, and since when (Unix time; 0 if that is unknown)."""
+    for condition in obj.status.conditions:
+        if condition.type == "Ready" and condition.status == "True":
+            return True, seconds(condition.last_transition_time)
+    return False, 0.0
 
 
 def _step(obj: PodObject) -> Step:

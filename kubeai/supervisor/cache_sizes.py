@@ -1,9 +1,10 @@
 """Reads how many tokens each engine's KV cache holds, so that the prefix index knows evictions.
 
 vLLM reports it at ``/metrics``, and so does SGLang with ``--enable-metrics``. Neither changes it
-while it runs, so it is read once for each endpoint. The metrics of llama.cpp and Ollama do not have
-it. Promises: an endpoint whose size cannot be read keeps the Publisher's default; an engine
-that hangs or misreports affects nothing but its own entries in the index.
+while it runs, so it is read once for each endpoint. Only Models with the strategy PrefixCache use
+the index, so only their endpoints are read. The metrics of llama.cpp and Ollama do not have it.
+Promises: an endpoint whose size cannot be read keeps the Publisher's default; an engine that hangs
+or misreports affects nothing but its own entries in the index.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class CacheSizes:
     def rerouted(self, model: str) -> None:
         """The model's route has changed: read its new endpoints, forget those that are gone."""
         route = self._publisher.route(model)
-        engine = route.engine if route is not None else ""
+        indexed = route is not None and route.strategy == "PrefixCache"
+        engine = route.engine if route is not None and indexed else ""
         endpoints = route.endpoints if route is not None and engine in READERS else ()
         known = self._reads.pop(model, {})
         reads = {}

@@ -166,6 +166,20 @@ async def test_the_final_status_is_written_without_delay(world):
     assert rates(world.kube.writes) <= 2
 
 
+async def test_replicas_that_become_ready_together_cause_one_status_write(world):
+    world.auto_ready = False
+    world.start()
+    world.apply(minReplicas=5)
+    await world.until(lambda: len(world.pods()) == 5)
+    await asyncio.sleep(5)
+    written = world.kube.count("patch status")
+    for name in world.pods():
+        world.make_ready(name)
+        await asyncio.sleep(0.08)
+    await world.until(lambda: world.replicas() == {"all": 5, "ready": 5})
+    assert world.kube.count("patch status") == written + 1
+
+
 async def test_a_rejected_pod_is_reported_in_the_status_and_retried(world):
     def quota(verb, plural, name):
         if (verb, plural) == ("create", "pods") and full:

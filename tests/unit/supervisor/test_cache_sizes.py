@@ -64,10 +64,10 @@ class World:
         self.engines.append(engine)
         return engine
 
-    def route(self, *engines, kind="VLLM"):
+    def route(self, *engines, kind="VLLM", strategy="PrefixCache"):
         """Route a model to pods with these engines; return their rows."""
         endpoints = tuple(Endpoint(f"pod-{n}", e.address) for n, e in enumerate(engines))
-        self.publisher.update("m", Route("m", kind, endpoints=endpoints))
+        self.publisher.update("m", Route("m", kind, strategy=strategy, endpoints=endpoints))
         self.sizes.rerouted("m")
         rows = self.publisher.endpoint_rows("m")
         return [rows[each.name] for each in endpoints]
@@ -156,6 +156,15 @@ async def test_other_engines_are_not_asked(world, kind):
     world.route(engine, kind=kind)
     await asyncio.sleep(0)
     assert engine.connections == 0
+
+
+async def test_an_endpoint_is_asked_once_its_model_has_the_strategy_prefix_cache(world):
+    engine = await world.engine(PAGE)
+    world.route(engine, strategy="PrefixHash")
+    assert not world.sizes._reads
+    (row,) = world.route(engine)
+    await world.read(row)
+    assert world.holds(row, 1_500)
 
 
 async def test_a_failed_read_is_repeated(world):
