@@ -1,4 +1,4 @@
-"""How one stream treats messages, on virtual time, between a broker in memory and a fake gateway."""
+"""How one stream treats messages, on virtual time, between a fake broker and a fake gateway."""
 
 import asyncio
 
@@ -279,10 +279,6 @@ async def test_the_deadline_is_extended_as_long_as_a_message_is_in_hand():
 
 async def test_a_redelivery_of_a_message_in_hand_is_acknowledged_with_it():
     broker = MemoryBroker(ack_deadline_s=30)
-
-    def fault(operation):
-        assert operation != "extend" or broker.ack_deadline_s is None
-
     async with Scene(broker).running() as scene:
         cold = scene.gateway.cold["cold"] = asyncio.Event()
         scene.ask("cold")
