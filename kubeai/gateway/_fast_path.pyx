@@ -37,7 +37,7 @@ from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport Pool
-from kubeai.gateway.relay._http1 cimport Text, is_name, text_values
+from kubeai.gateway.relay._text cimport Text, is_name
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
@@ -138,8 +138,8 @@ cdef class FastPath(EarlyStream):
         cdef FastPathContext context = <FastPathContext?> self.downstream.relay.context
         if context.cors is not None:
             self.allow_origin(context.cors)
-        if self.downstream.method == b"POST" and not is_special(&self.downstream.text):
-            json_route = context.json_routes.get(self.downstream.target)
+        if self.downstream.head.method == b"POST" and not is_special(&self.downstream.head.text):
+            json_route = context.json_routes.get(self.downstream.head.target)
         if json_route is None:
             self.on_head()
         else:
@@ -223,7 +223,7 @@ cdef class FastPath(EarlyStream):
             return 0
         if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
             return 0
-        if text_values(&self.upstream.text, b"content-encoding"):  # then it was found by chance
+        if self.upstream.head.values(b"content-encoding"):  # then it was found by chance
             return 0
         self.usage = usage
         if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
@@ -258,7 +258,7 @@ cdef class FastPath(EarlyStream):
     cdef int _record(self, Journal journal) except -1:
         """Enter the request in the journal."""
         cdef Reservation reservation = self._reservation
-        cdef bytes line = self.downstream.request_id
+        cdef bytes line = self.downstream.head.request_id
         cdef Py_ssize_t id_size = PyBytes_GET_SIZE(line) - REQUEST_ID_AT - 2
         cdef int retries = 0 if self._retries is None else min(self._retries.count, RETRIES_MAX)
         cdef Slot *slot = journal.begin()

@@ -27,7 +27,8 @@ from kubeai.routing.table import EndpointConnections
 
 if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
-    from kubeai.gateway.relay._exchange import Exchange, Relay
+    from kubeai.gateway.relay._exchange import Exchange
+    from kubeai.gateway.relay._relay import Relay
     from kubeai.routing.routes import Endpoint
     from kubeai.routing.table import RoutedModel
 

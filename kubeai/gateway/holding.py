@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kubeai.gateway.relay._exchange import RETRY_AFTER_S
+from kubeai.gateway.relay._relay import RETRY_AFTER_S
 from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import RateLimit, get_logger
 from kubeai.openai.errors import BadRequest, model_not_found

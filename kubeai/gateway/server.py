@@ -27,7 +27,7 @@ from kubeai.gateway.endpoint_pool import (
 )
 from kubeai.gateway.proxy import Proxy
 from kubeai.gateway.relay._downstream import Downstream
-from kubeai.gateway.relay._exchange import Relay
+from kubeai.gateway.relay._relay import Relay
 from kubeai.logs import get_logger
 from kubeai.openai.errors import relay_error
 from kubeai.routing.routes import Endpoint

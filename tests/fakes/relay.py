@@ -7,7 +7,7 @@ from aiohttp import web
 
 from fakes.wire import Engine, Wire
 from fakes.world import World
-from kubeai.gateway.relay._exchange import Relay
+from kubeai.gateway.relay._relay import Relay
 
 HEAD = b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: h\r\n"
 BODY = b'{"model":"m"}'

@@ -23,15 +23,20 @@ Guarantees:
 
 One thread, one event loop (uvloop). Each module imports only those above it:
 
-    _http1        message heads and chunked framing; sans I/O
-    _body         a request's body under its limits
-    _renaming     the model's name in a response's body; sans I/O
-    _exchange     the relay, one request and its response, the abstract ends of its path
-    _downstream   a client's connection: one per connection
-    _upstream     a connection to an engine: pooled when idle
-    _early        a response that begins before there is an upstream
-    _pool         the idle connections to one upstream
-    _tunnel       a WebSocket: bytes both ways, once an upstream has accepted the handshake
+    _text           text as C memory
+    _socket         reading and writing without the event loop's buffers
+    _chunked        chunked framing; sans I/O, like the heads and a response's body
+    _head           what the heads of requests and responses have in common
+    _request_head   a request's head, and _request_body, its body under its limits
+    _response_head  a response's head, and _response_body, its body from one framing to another
+    _renaming       the model's name in a response's body
+    _relay          all connections, their limits and timers
+    _exchange       one request and its response, the abstract ends of its path
+    _downstream     a client's connection: one per connection
+    _upstream       a connection to an engine: pooled when idle
+    _early          a response that begins before there is an upstream
+    _pool           the idle connections to one upstream
+    _tunnel         a WebSocket: bytes both ways, once an upstream has accepted the handshake
 
         client ── Downstream ── Exchange ── Upstream ── engine
 """

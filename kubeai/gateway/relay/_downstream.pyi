@@ -1,7 +1,8 @@
 import asyncio
 from typing import final
 
-from kubeai.gateway.relay._exchange import DownstreamEnd, Relay
+from kubeai.gateway.relay._exchange import DownstreamEnd
+from kubeai.gateway.relay._relay import Relay
 
 @final
 class Downstream(DownstreamEnd, asyncio.Protocol):

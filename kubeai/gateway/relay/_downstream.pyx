@@ -3,10 +3,8 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
-from libc.string cimport memchr, memcmp
 
 from kubeai._clock cimport now
-from kubeai.gateway.relay._body cimport COMPLETE, TOO_LONG, RequestBody
 from kubeai.gateway.relay._exchange cimport (
     BODY,
     BUSY,
@@ -15,21 +13,17 @@ from kubeai.gateway.relay._exchange cimport (
     LEAVING,
     DownstreamEnd,
     Exchange,
-    Relay,
     UpstreamEnd,
-    write_at_once,
 )
-from kubeai.gateway.relay._http1 cimport (
-    DROPPED, EXPECT, FORWARDED_FOR, FORWARDED_HOST, FORWARDED_PROTO, HOST, PLAIN, REQUEST_ID,
-    Bytes, HeaderKind, cut, find_head_end, forwarded_lines, id_in, is_request_id, is_same,
-    is_value, json_response, new_request_id, scan_reset, target_in, text_add_header,
-)
+from kubeai.gateway.relay._head cimport find_head_end
+from kubeai.gateway.relay._relay cimport Relay
+from kubeai.gateway.relay._request_body cimport COMPLETE, TOO_LONG, RequestBody
+from kubeai.gateway.relay._request_head cimport RequestHead, id_in
+from kubeai.gateway.relay._response_head cimport json_response
+from kubeai.gateway.relay._socket cimport descriptor, write_at_once, write_now
+from kubeai.gateway.relay._text cimport cut
 
-from kubeai.gateway.relay._socket cimport descriptor, write_now
-
-from httptools import HttpParserUpgrade, HttpRequestParser
-
-from kubeai.gateway.relay._exchange import RETRY_AFTER_S as _RETRY_AFTER_S
+from kubeai.gateway.relay._relay import RETRY_AFTER_S as _RETRY_AFTER_S
 
 cdef extern from *:
     """
@@ -46,10 +40,6 @@ cdef extern from *:
 cdef enum:
     LINGER_MAX_S = 2  # after responding to a request that was not read completely
 
-# A proxy may add it to limit what its clients can use. It must not be theirs to remove by naming it
-# in Connection, which some proxies pass on for WebSockets.
-cdef set END_TO_END = {b"x-label-selector"}
-
 
 cdef class Downstream(DownstreamEnd):
     """One client connection."""
@@ -59,6 +49,7 @@ cdef class Downstream(DownstreamEnd):
         self.state = IDLE
         self.fd = -1
         self.reading = True
+        self.head = RequestHead.__new__(RequestHead)
         self.body = RequestBody.__new__(RequestBody)
 
     # called by the event loop
@@ -122,47 +113,12 @@ cdef class Downstream(DownstreamEnd):
             self._pump()
         self._set_reading()
 
-    cdef int _header(self, HeaderKind kind, Bytes name, Bytes value) except -1:
-        cdef bytes copied
-        cdef bint usual
-        if kind == PLAIN:
-            text_add_header(&self.text, name, value)
-        elif kind == HOST:
-            if self.host is not None:
-                self.fault = "There is more than one Host header."
-            usual = is_same(self.usual_host, value)
-            self.host = self.usual_host if usual else value.at[:value.size]
-        elif kind == EXPECT:
-            self.expects = True
-            if not is_value(value, b"100-continue", 12):
-                self.fault = "Expect: only 100-continue is supported."
-        elif kind == FORWARDED_FOR:
-            copied = value.at[:value.size]
-            self.forwarded_for = (
-                copied if self.forwarded_for is None else self.forwarded_for + b", " + copied
-            )
-        elif kind == REQUEST_ID:
-            if self.request_id is None and is_request_id(value):
-                self.request_id = b"X-Request-Id: %b\r\n" % value.at[:value.size]
-        elif kind == FORWARDED_PROTO or kind == FORWARDED_HOST:
-            self.has_proto = self.has_proto or kind == FORWARDED_PROTO
-            self.has_host = self.has_host or kind == FORWARDED_HOST
-            text_add_header(&self.text, name, value)
-        elif kind != DROPPED:
-            self._framing(kind, value)
-        elif is_value(name, b"upgrade", 7):
-            if b"websocket" in value.at[:value.size].lower().replace(b",", b" ").split():
-                self.asks_websocket = True
-        return 0
-
     # the input
 
     cdef int _append(self, bytes data) except -1:
         if self.used:
             self.input = self.input[self.used:]
-            self.scan.at -= self.used
-            self.scan.line -= self.used
-            self.scan.first_end -= self.used
+            self.head.shift_scan(self.used)
             self.used = 0
         self.input += data
         return 0
@@ -225,11 +181,12 @@ cdef class Downstream(DownstreamEnd):
         cdef const char *data = PyBytes_AS_STRING(self.input)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(self.input)
         cdef Py_ssize_t end
+        cdef RequestHead head = self.head
         if not self.head_started:
-            scan_reset(&self.scan, self.used)
+            head.begin_scan(self.used)
             if not (c"A" <= data[self.used] <= c"Z" or data[self.used] == c"\r"):
                 return self._refuse(400, "This is not an HTTP request.")
-        end = find_head_end(&self.scan, data, size)
+        end = find_head_end(&head.scan, data, size)
         if end < 0:
             return self._refuse(
                 400, "A line of the request head does not end in CRLF, or is folded."
@@ -238,79 +195,31 @@ cdef class Downstream(DownstreamEnd):
             return self._refuse(
                 431, f"The request head is longer than {self.relay.head_max_bytes} bytes."
             )
-        if self.scan.lines - 1 > self.relay.head_max_count:
+        if head.scan.lines - 1 > self.relay.head_max_count:
             return self._refuse(
                 431, f"The request has more than {self.relay.head_max_count} headers."
             )
         if end == 0:
-            if self.scan.lines == 0 and self.scan.line == size:
+            if head.scan.lines == 0 and head.scan.line == size:
                 self._use(size)  # only empty lines, which some old clients send after a body
             elif not self.head_started:
                 self.head_started = True
                 self.deadline = now() + self.relay.head_timeout_s
             return False
         self.head_started = False
-        return self._parse_head(end) and self._begin(end)
-
-    cdef bint _parse_head(self, Py_ssize_t end) except -1:
-        cdef bytes head = cut(self.input, self.used, end - self.used)
-        cdef const char *data = PyBytes_AS_STRING(self.input)
-        self._clear()
-        self.target = self.host = self.forwarded_for = self.request_id = None
-        self.has_proto = self.has_host = self.expects = self.asks_websocket = False
-        if self.parser is None:
-            self.parser = HttpRequestParser(None)
-        try:
-            self.parser.feed_data(head)
-        except HttpParserUpgrade:
-            self.parser = None  # upgrades are not supported: treat it as an ordinary request
-        except Exception as error:
-            return self._refuse(400, f"The request head is malformed: {error}.")
-        self._take_lines(data + self.scan.first_end + 2, data + end - 2)
-        self._judge_line(data + self.scan.first_end)
-        if self.fault is not None:
-            return self._refuse(417 if self.fault.startswith("Expect") else 400, self.fault)
-        return True
-
-    cdef int _judge_line(self, const char *end) except -1:
-        """Parse the request line and reject what llhttp tolerates; ``end``: of that line."""
-        cdef const char *begin = PyBytes_AS_STRING(self.input) + self.used
-        cdef const char *space
-        while begin[0] == c"\r" or begin[0] == c"\n":
-            begin += 1
-        space = <const char *> memchr(begin, c" ", end - begin)
-        if space is NULL or end - space < 10 or memcmp(end - 9, b" HTTP/1.", 8) != 0:
-            self.fault = "Only HTTP/1.1 and HTTP/1.0 are supported."
-            return 0
-        if space - begin == 4 and memcmp(begin, b"POST", 4) == 0:
-            self.method = b"POST"
-        else:
-            self.method = begin[:space - begin]
-        self.target = space[1:end - 9 - space]
-        self.http10 = (end - 1)[0] == c"0"
-        if self.method == b"CONNECT":
-            self.fault = "CONNECT is not supported."
-        elif memchr(space + 1, c" ", end - 10 - space) is not NULL:
-            self.fault = "There is more than one space between the parts of the request line."
-        elif self.chunked and self.http10:
-            self.fault = "Transfer-Encoding is not allowed in an HTTP/1.0 request."
-        elif self.host is None and not self.http10:
-            self.fault = "The Host header is missing."
-        self.keep_alive = not self.says_close and (self.says_keep or not self.http10)
-        return 0
+        if not head.parse(self.input, self.used, end):
+            return self._refuse(417 if head.fault.startswith("Expect") else 400, head.fault)
+        return self._begin(end)
 
     cdef bint _begin(self, Py_ssize_t end) except -1:
         """The head is complete and valid: create the Exchange, which decides what to do next."""
         cdef Exchange exchange
-        if self.named is not None:
-            self._drop(set(self.named.split(b",")) - END_TO_END)  # hop-by-hop
-        self.forwarded = self._forwarded()
         self.relay.requests += 1
-        if self.request_id is None:
-            self.request_id = new_request_id(self.relay.id_high, self.relay.requests)
+        self.head.complete(self.peer, self.relay.id_high, self.relay.requests)
+        self.keep_alive = self.head.keep_alive
         self._use(end)
         self.deadline = 0
-        self.body.begin(self.length, self.chunked)
+        self.body.begin(self.head.length, self.head.chunked)
         self.state = BUSY if self.body.state == COMPLETE else BODY
         exchange = self.relay.exchange(self)
         self.exchange = exchange
@@ -327,20 +236,6 @@ cdef class Downstream(DownstreamEnd):
             elif exchange.body is None:
                 self._body_whole(b"")
         return True
-
-    cdef bytes _forwarded(self):
-        """The X-Forwarded-* lines; cached, as they rarely change within a connection."""
-        cdef bint usual = self.forwarded_for is None and not self.has_host and not self.has_proto
-        cdef bytes lines
-        if usual and self.usual_forwarded is not None and self.host == self.usual_host:
-            return self.usual_forwarded
-        lines = forwarded_lines(
-            self.forwarded_for, self.peer, None if self.has_host else self.host, self.has_proto
-        )
-        if usual:
-            self.usual_host = self.host
-            self.usual_forwarded = lines
-        return lines
 
     # bodies
 
@@ -371,7 +266,7 @@ cdef class Downstream(DownstreamEnd):
         return 0
 
     cdef int _expect_body(self) except -1:
-        if self.expects and self.state == BODY and self.input is None and not self.http10:
+        if self.head.expects and self.state == BODY and self.input is None and not self.head.http10:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return 0
 
@@ -381,7 +276,7 @@ cdef class Downstream(DownstreamEnd):
         if self.body.state > COMPLETE:
             return self._refuse_body()
         self._use(self.used + size)
-        if self.body.state != COMPLETE and not self.chunked and self.fd >= 0:
+        if self.body.state != COMPLETE and not self.head.chunked and self.fd >= 0:
             self.body.receive(self.fd)
         if self._buffer(self.body.buffered_bytes()) and self.body.state == COMPLETE:
             body = self.body.take()
@@ -392,10 +287,8 @@ cdef class Downstream(DownstreamEnd):
         cdef Exchange exchange = self.exchange
         self.state = BUSY
         self.deadline = 0
-        # llhttp must consume a body before the next head. It does not inspect one of known length,
-        # and of a chunked one it is given only the end.
-        if self.parser is not None and (body or self.chunked):
-            self.parser.feed_data(b"0\r\n\r\n" if self.chunked else body)
+        if body or self.head.chunked:
+            self.head.skip_body(b"0\r\n\r\n" if self.head.chunked else body)
         exchange.body = body
         try:
             exchange._collected()
@@ -413,11 +306,10 @@ cdef class Downstream(DownstreamEnd):
             self._refuse_body()
             return None
         self._use(self.used + size)
-        if self.parser is not None:
-            if not self.chunked:
-                self.parser.feed_data(piece)
-            elif self.body.state == COMPLETE:
-                self.parser.feed_data(b"0\r\n\r\n")
+        if not self.head.chunked:
+            self.head.skip_body(piece)
+        elif self.body.state == COMPLETE:
+            self.head.skip_body(b"0\r\n\r\n")
         if self.body.state == COMPLETE:
             self.state = BUSY
             if not self.write_paused:
@@ -447,11 +339,11 @@ cdef class Downstream(DownstreamEnd):
         if (
             self.state == BODY
             and self.input is not None
-            and not self.chunked
-            and self.parser is not None
+            and not self.head.chunked
+            and self.head.parser is not None
             and PyBytes_GET_SIZE(self.input) - self.used >= self.body.left
         ):  # the body is not needed, but has been received
-            self.parser.feed_data(cut(self.input, self.used, <Py_ssize_t> self.body.left))
+            self.head.skip_body(cut(self.input, self.used, <Py_ssize_t> self.body.left))
             self._use(self.used + <Py_ssize_t> self.body.left)
             self.state = BUSY
         if self.relay.draining or self.state == BODY:
@@ -464,15 +356,15 @@ cdef class Downstream(DownstreamEnd):
 
     cdef bytes _own_response(self, int status, bytes body, bytes headers, bint keep_alive):
         """A JSON response from the relay or the Exchange itself."""
-        if self.request_id is not None:
-            headers += self.request_id
+        if self.head.request_id is not None:
+            headers += self.head.request_id
         if self.cors is not None:
             headers += self.cors
         if not keep_alive:
             headers += b"Connection: close\r\n"
-        elif self.http10:
+        elif self.head.http10:
             headers += b"Connection: keep-alive\r\n"
-        return json_response(status, headers, body, self.method == b"HEAD")
+        return json_response(status, headers, body, self.head.method == b"HEAD")
 
     cdef bint _refuse(self, int status, str message) except -1:
         """Respond with an error and close the connection. Returns False."""
@@ -487,26 +379,19 @@ cdef class Downstream(DownstreamEnd):
         if self.state >= LEAVING:
             return False
         if answered:
-            self._cut(self.http10)
+            self._cut(self.head.http10)
             return False
         if self.state == IDLE:
-            self.method = b""
-            self.target = self._target_so_far()
-            self.request_id = self.cors = None
+            self.head.abandon(self.input, self.used)
+            self.cors = None
         body, headers = self.relay.refusal(
-            status, message, self.target, id_in(self.request_id)
+            status, message, self.head.target, id_in(self.head.request_id)
         )
         if status == 503:
             headers += b"Retry-After: %d\r\n" % _RETRY_AFTER_S
         self._write(self._own_response(status, body, headers, False))
         self._linger()
         return False
-
-    cdef bytes _target_so_far(self):
-        """The target of an incomplete or malformed head; empty before its first line ends."""
-        if self.input is None or not self.scan.lines:
-            return b""
-        return target_in(self.input[self.used:self.scan.first_end])
 
     cdef int _crashed(self, Exchange exchange, object error) except -1:
         self.relay._report("an exchange failed", error)
@@ -549,6 +434,7 @@ cdef class Downstream(DownstreamEnd):
         return 0
 
     cdef int _close(self) except -1:
+        """Flush pending writes, then close."""
         if self.input is not None:  # closing now would send RST and could discard the response
             return self._linger()
         self.state = LEAVING
@@ -581,6 +467,13 @@ cdef class Downstream(DownstreamEnd):
         if looks_complete and self.transport is not None:
             kb_reset_on_close(self.transport.get_extra_info("socket").fileno())
         return self._abort()
+
+    cdef int _drain(self, double sooner_s) except -1:
+        if self.state == IDLE and self.input is None and not self.write_paused:
+            self.deadline -= sooner_s
+            if self.deadline <= now():
+                self._close()
+        return 0
 
     cdef int _expired(self) except -1:
         self.deadline = 0

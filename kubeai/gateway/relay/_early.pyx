@@ -3,15 +3,14 @@
 
 Its head and comments keep the client and the proxies between from timing out. Attempts are then
 made, and retried, as for other requests, because nothing of an engine's response has reached the
-client. ``_upstream.pyx`` continues the stream with the body of the engine's event stream, whose head
-is dropped. Any other end is an event that :meth:`EarlyStream.end` writes.
+client. ``_upstream.pyx`` continues the stream with the body of the engine's event stream, and drops
+its head. Any other end is an event that :meth:`EarlyStream.end` writes.
 """
 
-from cpython.bytes cimport PyBytes_GET_SIZE
-
 from kubeai._clock cimport now
+from kubeai.gateway.relay._chunked cimport one_chunk
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange
-from kubeai.gateway.relay._http1 cimport event_stream_head, one_chunk
+from kubeai.gateway.relay._response_head cimport event_stream_head
 
 
 cdef class EarlyStream(Exchange):
@@ -24,7 +23,7 @@ cdef class EarlyStream(Exchange):
         if self.finished or self.answered or self.begun:
             return
         keep_alive = downstream._settle()
-        if downstream.http10:  # the end of the connection ends the stream
+        if downstream.head.http10:  # the end of the connection ends the stream
             keep_alive = downstream.keep_alive = False
         # The stream is not compressed, so the engine's part of it must not be, either.
         self.set_header(b"accept-encoding", b"identity")
@@ -33,7 +32,9 @@ cdef class EarlyStream(Exchange):
         self.begun = self.decided = True
         self.status = 200
         downstream._write(
-            event_stream_head(headers + downstream.request_id, not downstream.http10, keep_alive)
+            event_stream_head(
+                headers + downstream.head.request_id, not downstream.head.http10, keep_alive
+            )
         )
 
     def comment(self, bytes text not None):
@@ -58,11 +59,11 @@ cdef class EarlyStream(Exchange):
             downstream._write(event)
             downstream.input = b""  # so that the connection lingers
         else:
-            self._part(event, b"" if downstream.http10 else b"0\r\n\r\n")
+            self._part(event, b"" if downstream.head.http10 else b"0\r\n\r\n")
         downstream._response_ended()
 
     cdef int _part(self, bytes data, bytes after) except -1:
-        if not self.downstream.http10:
-            data = one_chunk(None, data, 0, PyBytes_GET_SIZE(data))
+        if not self.downstream.head.http10:
+            data = one_chunk(data)
         self.downstream._write(data + after)
         return 0

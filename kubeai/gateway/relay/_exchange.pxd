@@ -1,38 +1,12 @@
-"""Declarations of ``_exchange.pyx``: the relay, a request, and the abstract ends of its path."""
+"""Declarations of ``_exchange.pyx``: a request, and the abstract ends of its path."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 
-from kubeai.gateway.relay._body cimport RequestBody
-from kubeai.gateway.relay._http1 cimport Head
+from kubeai.gateway.relay._relay cimport Connection, Relay
 from kubeai.gateway.relay._renaming cimport Renaming
-
-
-cdef int write_at_once(object transport) except -1
-
-
-cdef class Relay:
-    cdef readonly object context
-    cdef readonly set downstreams
-    cdef readonly set upstreams
-    cdef readonly Py_ssize_t exchanges
-    cdef readonly uint64_t requests  # since the start
-    cdef public bint draining  # responses carry Connection: close
-    cdef object exchange
-    cdef object refusal
-    cdef object loop
-    cdef object timer
-    cdef double tick_s
-    cdef Py_ssize_t head_max_bytes
-    cdef int head_max_count
-    cdef double head_timeout_s
-    cdef double body_timeout_s
-    cdef double keep_alive_timeout_s
-    cdef double stall_timeout_s
-    cdef Py_ssize_t connections_max
-    cdef int64_t buffer_max_bytes
-    cdef readonly int64_t buffered_bytes  # by request bodies that are collected or being collected
-    cdef uint64_t id_high  # random; prefix of generated request ids
-    cdef void _report(self, str what, object error) noexcept
+from kubeai.gateway.relay._request_body cimport RequestBody
+from kubeai.gateway.relay._request_head cimport RequestHead
+from kubeai.gateway.relay._response_head cimport ResponseHead
 
 
 cdef enum State:
@@ -43,29 +17,17 @@ cdef enum State:
     CLOSED
 
 
-cdef class DownstreamEnd(Head):  # implemented by _downstream
-    cdef Relay relay
-    cdef object transport
+cdef class DownstreamEnd(Connection):  # implemented by _downstream
     cdef State state
-    cdef double deadline
     cdef Exchange exchange
     cdef bytes input  # received data; not yet consumed from ``used`` on
     cdef Py_ssize_t used
-    cdef int fd  # of the socket; -1: the transport writes by itself
-    cdef bint write_paused  # the transport has unsent data
     cdef bytes peer
     # of the request
-    cdef bytes method
-    cdef bytes target
-    cdef bytes host  # the Host header; None: there is none
-    cdef bytes forwarded_for  # the client's X-Forwarded-For; None: there is none
-    cdef bytes forwarded  # X-Forwarded-For, -Host and -Proto header lines
-    cdef bytes request_id  # the X-Request-Id header line
-    cdef bytes cors  # header lines for all responses to it; None: there are none
-    cdef bint asks_websocket
-    cdef bint keep_alive
-    cdef bint http10
+    cdef RequestHead head
     cdef RequestBody body
+    cdef bytes cors  # header lines for all responses to it; None: there are none
+    cdef bint keep_alive  # the connection, after the response
     cdef int64_t buffered_bytes  # the request's share of the relay's
     cdef int _set_reading(self) except -1
     cdef int _expect_body(self) except -1
@@ -77,29 +39,21 @@ cdef class DownstreamEnd(Head):  # implemented by _downstream
     cdef int _refuse_length(self) except -1
     cdef int _crashed(self, Exchange exchange, object error) except -1
     cdef int _response_ended(self) except -1
-    cdef int _close(self) except -1
-    cdef int _abort(self) except -1
     cdef int _cut(self, bint looks_complete) except -1
-    cdef int _expired(self) except -1
 
 
-cdef class UpstreamEnd(Head):  # implemented by _upstream
+cdef class UpstreamEnd(Connection):  # implemented by _upstream
     cdef Exchange exchange
     cdef Pool pool
-    cdef object transport
-    cdef double deadline
+    cdef ResponseHead head
     cdef double sent_s  # when the request was written (CLOCK_MONOTONIC)
     cdef bint touched  # a byte of a response has been received
-    cdef int fd  # of the socket; -1: the transport writes by itself
-    cdef bint write_paused  # the transport has unsent data
     cpdef bint usable(self)
     cpdef close(self)
     cdef int _start(self, Exchange exchange) except -1
     cdef int _write(self, bytes data) except -1
     cdef int _pause(self) except -1
     cdef int _resume(self) except -1
-    cdef int _abort(self) except -1
-    cdef int _expired(self) except -1
 
 
 cdef class Pool:  # implemented by _pool

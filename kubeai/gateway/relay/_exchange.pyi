@@ -1,8 +1,6 @@
-import asyncio
-from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import Protocol
 
-from kubeai.gateway.relay._http1 import Head
+from kubeai.gateway.relay._relay import Connection, Relay
 from kubeai.gateway.relay._renaming import Renaming
 
 CONNECT: int  # why an attempt failed: the connection failed or timed out
@@ -11,14 +9,12 @@ INVALID: int  # the response is not valid HTTP
 TIMEOUT: int  # no first byte in time
 STATUS: int  # a response that the Exchange may not want to pass on
 
-RETRY_AFTER_S: int  # Retry-After of the relay's own 503 responses
-
 class Connecting(Protocol):
     def cancel(self) -> object: ...
 
-class DownstreamEnd(Head): ...
+class DownstreamEnd(Connection): ...
 
-class UpstreamEnd(Head):
+class UpstreamEnd(Connection):
     def usable(self) -> bool: ...
     def close(self) -> None: ...
 
@@ -37,38 +33,6 @@ class Pool:
     def note_failure(self, failure: int) -> None: ...
     def note_answer(self, status: int) -> None: ...
     def note_end(self, status: int) -> None: ...
-
-@final
-class Relay:
-    context: Any  # shared by all exchanges; opaque to the relay
-    downstreams: set[DownstreamEnd]
-    upstreams: set[UpstreamEnd]
-    exchanges: int  # requests between their head and the end of their response
-    requests: int  # since the start
-    buffered_bytes: int  # by request bodies that are collected or being collected
-    draining: bool  # responses carry Connection: close
-
-    def __init__(
-        self,
-        context: Any,
-        exchange: Callable[[DownstreamEnd], Exchange],
-        refusal: Callable[[int, str, bytes, str | None], tuple[bytes, bytes]],
-        *,
-        head_max_bytes: int,
-        head_max_count: int,
-        head_timeout_s: float,
-        body_timeout_s: float,
-        keep_alive_timeout_s: float,
-        stall_timeout_s: float,
-        connections_max: int,
-        buffer_max_bytes: int,
-        tick_s: float = 0.25,
-    ) -> None: ...
-    @property
-    def connections(self) -> int: ...
-    def start(self, loop: asyncio.AbstractEventLoop) -> None: ...
-    def stop(self) -> None: ...
-    def close_idle(self) -> None: ...
 
 class Exchange:
     method: str

@@ -1,18 +1,16 @@
 # cython: language_level=3, nonecheck=True
-"""The relay of one worker, and the exchange of one request between its two ends.
+"""One request and its response, between the two ends of their path.
 
-:class:`Relay` holds all connections, their limits and timers. :class:`Exchange` is one request and
-its response. The ends of its path (``DownstreamEnd``, ``UpstreamEnd`` and the ``Pool`` of upstream
-connections) are abstract here, so that this module imports none of those that implement them.
+The ends (``DownstreamEnd``, ``UpstreamEnd`` and the ``Pool`` of upstream connections) are abstract
+here, so that this module imports none of those that implement them.
 """
 
 from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
 
 from kubeai._clock cimport now
-from kubeai.gateway.relay._http1 cimport Head, id_in, text_add_header, text_values, view
-
-from os import urandom
+from kubeai.gateway.relay._relay cimport Connection, Relay
+from kubeai.gateway.relay._request_head cimport RequestHead, id_in
 
 # Why an attempt failed: passed to Exchange.wants_retry and give_up.
 CONNECT = 1  # the connection failed or timed out
@@ -21,129 +19,10 @@ INVALID = 3  # the response is not valid HTTP
 TIMEOUT = 4  # no first byte in time
 STATUS = 5  # a response that the Exchange may not want to pass on
 
-RETRY_AFTER_S = 5  # Retry-After of the relay's own 503 responses
-
-cdef enum:
-    CLOSING_IDLE_MAX_S = 1  # clients often send the next request right after a response
-
-
-cdef int write_at_once(object transport) except -1:
-    """Pass each write to the kernel immediately.
-
-    By default uvloop holds writes until it has handled everything that is ready: after a stall, it
-    would process a whole backlog before sending the first of it. Writing is paused when the kernel
-    does not accept all the data.
-    """
-    transport.set_write_buffer_limits(0)
-    return 0
-
-
-cdef class Relay:
-    """All connections of one worker, their limits and timers.
-
-    ``exchange(downstream)`` creates the Exchange of a request. ``context`` is for the exchanges;
-    the relay does not use it. ``refusal(status, message, target, request_id)`` returns the JSON
-    body and extra header lines of an error response of the relay's own. ``target`` is empty and
-    ``request_id`` None if the request head was not read that far.
-
-    ``stall_timeout_s``: how long a client may leave pending response data unread.
-    ``connections_max``: client connections; further ones get 503. ``buffer_max_bytes``: of all
-    collected request bodies; requests beyond it get 503. ``tick_s``: how late an expired deadline
-    may be noticed.
-    """
-
-    def __init__(
-        self,
-        context,
-        exchange,
-        refusal,
-        *,
-        Py_ssize_t head_max_bytes,
-        int head_max_count,
-        double head_timeout_s,
-        double body_timeout_s,
-        double keep_alive_timeout_s,
-        double stall_timeout_s,
-        Py_ssize_t connections_max,
-        int64_t buffer_max_bytes,
-        double tick_s=0.25,
-    ):
-        self.context = context
-        self.exchange = exchange
-        self.refusal = refusal
-        self.head_max_bytes = head_max_bytes
-        self.head_max_count = head_max_count
-        self.head_timeout_s = head_timeout_s
-        self.body_timeout_s = body_timeout_s
-        self.keep_alive_timeout_s = keep_alive_timeout_s
-        self.stall_timeout_s = stall_timeout_s
-        self.connections_max = connections_max
-        self.buffer_max_bytes = buffer_max_bytes
-        self.id_high = int.from_bytes(urandom(8), "little")
-        self.tick_s = tick_s
-        self.downstreams = set()
-        self.upstreams = set()
-
-    def start(self, loop):
-        """Start the timers."""
-        self.loop = loop
-        self.timer = loop.call_later(self.tick_s, self._tick)
-
-    def stop(self):
-        """Abort all open connections and stop the timers."""
-        cdef DownstreamEnd downstream
-        cdef UpstreamEnd upstream
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        for downstream in list(self.downstreams):
-            downstream._abort()
-        for upstream in list(self.upstreams):
-            upstream._abort()
-
-    def close_idle(self):
-        """Start draining: close connections once they have been idle for a second.
-
-        Not at once: after a response without ``Connection: close`` the client may be about to send
-        its next request, and the response to that one carries the header.
-        """
-        cdef DownstreamEnd downstream
-        cdef double sooner_s = max(0.0, self.keep_alive_timeout_s - CLOSING_IDLE_MAX_S)
-        self.draining = True
-        self.keep_alive_timeout_s -= sooner_s
-        for downstream in list(self.downstreams):
-            if downstream.state == IDLE and downstream.input is None and not downstream.write_paused:
-                downstream.deadline -= sooner_s
-                if downstream.deadline <= now():
-                    downstream._close()
-
-    @property
-    def connections(self):
-        """Number of open downstream connections."""
-        return len(self.downstreams)
-
-    def _tick(self):
-        cdef DownstreamEnd downstream
-        cdef UpstreamEnd upstream
-        cdef double time = now()
-        for downstream in list(self.downstreams):
-            if 0 < downstream.deadline < time:
-                downstream._expired()
-        for upstream in list(self.upstreams):
-            if 0 < upstream.deadline < time:
-                upstream._expired()
-        self.timer = self.loop.call_later(self.tick_s, self._tick)
-
-    cdef void _report(self, str what, object error) noexcept:
-        try:
-            self.loop.call_exception_handler({"message": what, "exception": error})
-        except BaseException:  # a failing handler must not break the relay
-            pass
-
 
 # -- the abstract ends -----------------------------------------------------------------------------
 
-cdef class DownstreamEnd(Head):
+cdef class DownstreamEnd(Connection):
     """A client's connection; see ``_downstream.pyx``."""
 
     cdef int _set_reading(self) except -1:
@@ -189,24 +68,12 @@ cdef class DownstreamEnd(Head):
         """The last byte of a response has been written."""
         raise NotImplementedError
 
-    cdef int _close(self) except -1:
-        """Flush pending writes, then close."""
-        raise NotImplementedError
-
-    cdef int _abort(self) except -1:
-        """Close at once, discarding unsent data."""
-        raise NotImplementedError
-
     cdef int _cut(self, bint looks_complete) except -1:
         """Abort a broken response so that the client can tell that it is incomplete."""
         raise NotImplementedError
 
-    cdef int _expired(self) except -1:
-        """The deadline has passed."""
-        raise NotImplementedError
 
-
-cdef class UpstreamEnd(Head):
+cdef class UpstreamEnd(Connection):
     """A connection to an engine; see ``_upstream.pyx``."""
 
     cpdef bint usable(self):
@@ -231,14 +98,6 @@ cdef class UpstreamEnd(Head):
 
     cdef int _resume(self) except -1:
         """Read the response again."""
-        raise NotImplementedError
-
-    cdef int _abort(self) except -1:
-        """Close at once."""
-        raise NotImplementedError
-
-    cdef int _expired(self) except -1:
-        """The deadline has passed."""
         raise NotImplementedError
 
 
@@ -281,11 +140,11 @@ cdef class Exchange:
 
     @property
     def method(self):
-        return self.downstream.method.decode("ascii")
+        return self.downstream.head.method.decode("ascii")
 
     @property
     def target(self):
-        return self.downstream.target.decode("latin-1")
+        return self.downstream.head.target.decode("latin-1")
 
     @property
     def peer(self):
@@ -295,12 +154,13 @@ cdef class Exchange:
     @property
     def host(self):
         """See the stub."""
-        return None if self.downstream.host is None else self.downstream.host.decode("latin-1")
+        cdef bytes host = self.downstream.head.host
+        return None if host is None else host.decode("latin-1")
 
     @property
     def is_forwarded(self):
         """See the stub."""
-        return self.downstream.forwarded_for is not None
+        return self.downstream.head.forwarded_for is not None
 
     @property
     def request_bytes(self):
@@ -312,22 +172,21 @@ cdef class Exchange:
     @property
     def announced_bytes(self):
         """The Content-Length of the request; -1 if it has none."""
-        return self.downstream.length
+        return self.downstream.head.length
 
     @property
     def request_id(self):
         """The client's X-Request-Id, or a generated one."""
-        return id_in(self.downstream.request_id)
+        return id_in(self.downstream.head.request_id)
 
     @property
     def asks_websocket(self):
         """Whether the client requests a WebSocket upgrade. HTTP/1.0 has no upgrades."""
-        return self.downstream.asks_websocket and not self.downstream.http10
+        return self.downstream.head.asks_websocket and not self.downstream.head.http10
 
     def set_header(self, bytes name, bytes value):
         """Replace a header in the upstream request; ``name`` in lower case."""
-        self.downstream._drop({name})
-        text_add_header(&self.downstream.text, view(name), view(value))
+        self.downstream.head.replace(name, value)
 
     def add_response_header(self, bytes name not None, bytes value not None):
         """Add a header to the upstream's response. Replaces one of this name added before."""
@@ -337,11 +196,11 @@ cdef class Exchange:
 
     def drop_header(self, bytes name):
         """Remove a header from the upstream request; ``name`` in lower case."""
-        self.downstream._drop({name})
+        self.downstream.head.drop({name})
 
     def headers(self, bytes name):
         """The values of a header, in order; ``name`` in lower case. Excludes hop-by-hop ones."""
-        return text_values(&self.downstream.text, name)
+        return self.downstream.head.values(name)
 
     # actions
 
@@ -425,7 +284,7 @@ cdef class Exchange:
         """Have the body sent; False if it is announced to be too long, and the request rejected."""
         self.decided = True
         self.downstream.body.max_bytes = max_bytes
-        if self.downstream.length > max_bytes:
+        if self.downstream.head.length > max_bytes:
             self.downstream._refuse_length()
             return False
         self.downstream._expect_body()

@@ -1,4 +1,5 @@
-from kubeai.gateway.relay._exchange import Exchange, Pool, Relay, UpstreamEnd
+from kubeai.gateway.relay._exchange import Exchange, Pool, UpstreamEnd
+from kubeai.gateway.relay._relay import Relay
 
 class ConnectionPool(Pool):
     answered_s: float  # start of the last good response (CLOCK_MONOTONIC); 0: never

@@ -2,7 +2,8 @@
 """The idle connections to one upstream, and what its responses say about its health."""
 
 from kubeai._clock cimport now
-from kubeai.gateway.relay._exchange cimport Pool, Relay, UpstreamEnd
+from kubeai.gateway.relay._exchange cimport Pool, UpstreamEnd
+from kubeai.gateway.relay._relay cimport Relay
 
 from kubeai.gateway.relay._exchange import STATUS as _STATUS
 

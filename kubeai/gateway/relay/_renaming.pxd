@@ -1,6 +1,6 @@
 """Declarations of ``_renaming.pyx``."""
 
-from kubeai.gateway.relay._http1 cimport Text
+from kubeai.gateway.relay._text cimport Text
 
 
 cdef enum Mode:

@@ -18,7 +18,7 @@ bounded by a piece's size. About 2 ns per byte, and none once a JSON body's mode
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
-from kubeai.gateway.relay._http1 cimport text_add, text_free
+from kubeai.gateway.relay._text cimport text_add, text_free
 
 cdef enum:
     MODEL = 1

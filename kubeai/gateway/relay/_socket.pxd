@@ -34,6 +34,17 @@ cdef inline int descriptor(object transport) except -2:
     return -1 if sock is None else sock.fileno()
 
 
+cdef inline int write_at_once(object transport) except -1:
+    """Pass each write to the kernel immediately.
+
+    By default uvloop holds writes until it has handled everything that is ready: after a stall, it
+    would process a whole backlog before sending the first of it. Writing is paused when the kernel
+    does not accept all the data.
+    """
+    transport.set_write_buffer_limits(0)
+    return 0
+
+
 cdef inline int write_now(int fd, object transport, bytes data) except -1:
     """Write to a transport that has nothing buffered: at once, and buffer only the rest.
 

@@ -22,7 +22,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 
 from kubeai._clock cimport now
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, UpstreamEnd
-from kubeai.gateway.relay._http1 cimport Bytes, response_head, view
+from kubeai.gateway.relay._response_head cimport response_head
+from kubeai.gateway.relay._text cimport Bytes, view
 
 from kubeai.gateway.relay._exchange import LOST as _LOST
 
@@ -74,7 +75,8 @@ cdef class Tunnel:
         exchange.status = SWITCHING
         self.session = session
         self.greeting = self.early = b""
-        self._open(b"HTTP/1.1" + LINE + b"\r\n" + headers + self.downstream.request_id + UPGRADE)
+        headers += self.downstream.head.request_id
+        self._open(b"HTTP/1.1" + LINE + b"\r\n" + headers + UPGRADE)
         self.downstream._write(greeting)
         self._take_input()
 
@@ -97,8 +99,8 @@ cdef class Tunnel:
             self._open(
                 response_head(
                     line,
-                    &exchange.upstream.text,
-                    self.downstream.request_id,
+                    &exchange.upstream.head.text,
+                    self.downstream.head.request_id,
                     exchange.extra_headers,
                     framing.at,
                     framing.size,

@@ -10,8 +10,9 @@ from repository import REPOSITORY
 
 FOLDER = REPOSITORY / "kubeai/gateway/relay"
 LAYERS = [
-    {"_http1", "_socket"},
-    {"_body", "_renaming"},
+    {"_socket", "_text"},
+    {"_chunked", "_head", "_relay", "_renaming"},
+    {"_request_body", "_request_head", "_response_body", "_response_head"},
     {"_exchange"},
     {"_downstream", "_early", "_pool", "_upstream"},
     {"_tunnel"},

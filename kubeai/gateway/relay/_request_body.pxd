@@ -2,7 +2,8 @@
 
 from libc.stdint cimport int64_t
 
-from kubeai.gateway.relay._http1 cimport Chunks, Text
+from kubeai.gateway.relay._chunked cimport Chunks
+from kubeai.gateway.relay._text cimport Text
 
 
 cdef enum:

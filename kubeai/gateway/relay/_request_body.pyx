@@ -17,15 +17,9 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
-from kubeai.gateway.relay._http1 cimport (
-    CHUNKS_BAD,
-    CHUNKS_END,
-    chunks_reset,
-    chunks_scan,
-    cut,
-    text_free,
-)
+from kubeai.gateway.relay._chunked cimport CHUNKS_BAD, CHUNKS_END, chunks_reset, chunks_scan
 from kubeai.gateway.relay._socket cimport kb_receive
+from kubeai.gateway.relay._text cimport cut, text_free
 
 
 cdef class RequestBody:

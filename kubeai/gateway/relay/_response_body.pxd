@@ -1,0 +1,34 @@
+"""Declarations of ``_response_body.pyx``."""
+
+from libc.stdint cimport int64_t
+
+from kubeai.gateway.relay._chunked cimport Chunks
+from kubeai.gateway.relay._renaming cimport Renaming
+from kubeai.gateway.relay._text cimport Text
+
+
+cdef enum Framing:
+    NOTHING
+    LENGTH
+    CHUNKED
+    UNTIL_CLOSE
+
+
+cdef class ResponseBody:
+    cdef Framing framing  # the engine's
+    cdef bint ended
+    cdef bint malformed  # its chunked framing
+    cdef bint recoded  # what is sent differs from what is received: see ``recode``
+    cdef bint rechunks  # what is sent is chunked, and what is received is not or is decoded
+    cdef bytes tail  # the last buffer with part of the body that is not short; None: there is none
+    cdef Py_ssize_t tail_at  # where the body's part in it begins
+    cdef Py_ssize_t tail_size
+    cdef int64_t left  # of a body of known length
+    cdef bint decodes  # its chunked framing
+    cdef Chunks chunks
+    cdef Text grown  # the data of the chunks in the last input
+    cdef Renaming renaming  # None: nothing is renamed
+    cdef void begin(self, bint has_body, bint chunked, int64_t length) noexcept
+    cdef int send_as(self, bint chunked, Renaming renaming) except -1
+    cdef Py_ssize_t take(self, bytes data, Py_ssize_t at) except -1
+    cdef bytes recode(self, bytes piece)

@@ -1,0 +1,6 @@
+from typing import final
+
+from kubeai.gateway.relay._head import Head
+
+@final
+class ResponseHead(Head): ...
