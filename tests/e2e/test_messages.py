@@ -4,13 +4,20 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
+from fakes import tcp_broker
 from fakes.broker import MemoryBroker
+from fakes.fleet import Fleet
 from fakes.tcp_broker import Server
 from harness import chat, model, replicas, running, scrape, until
+
+from kubeai.api.config.system import MessageStream, Messaging
+from kubeai.brokers import urls
+from kubeai.supervisor import message_streams
 
 SITE = str(Path(__file__).parents[1] / "fakes" / "broker_site")
 SLOW = ("--decode-tokens-per-second=20", "--max-batch=64")
@@ -61,6 +68,10 @@ class Scene:
             return response.status, await response.text()
 
 
+def environment():
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [SITE, os.environ.get("PYTHONPATH")]))}
+
+
 @contextlib.asynccontextmanager
 async def messaging(tmp_path, *models):
     broker = MemoryBroker(ack_deadline_s=30)
@@ -71,9 +82,8 @@ async def messaging(tmp_path, *models):
             "maxHandlers": HANDLERS,
         }
         config = {"messaging": {"errorMaxBackoff": "500ms", "streams": [stream]}}
-        env = {"PYTHONPATH": os.pathsep.join(filter(None, [SITE, os.environ.get("PYTHONPATH")]))}
         async with (
-            running(tmp_path, *models, config=config, env=env) as local,
+            running(tmp_path, *models, config=config, env=environment()) as local,
             local.kube() as kube,
         ):
             yield Scene(broker, server, local, kube)
@@ -168,3 +178,28 @@ async def test_nothing_is_lost_and_http_is_undisturbed(tmp_path):
         assert len(scene.responses) == before + 1 + HANDLERS
         assert len(scene.broker.queue("requests").waiting) == 5
         assert not scene.broker.queue("requests").unacknowledged
+
+
+@pytest.mark.slow
+async def test_a_messenger_that_hangs_is_replaced(monkeypatch):
+    """Its rows of the load table could not be reused otherwise."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    monkeypatch.setitem(sys.modules, "kubeai.brokers.test", tcp_broker)
+    implementation = urls.Implementation("test", "Client", "asyncio", "test")
+    monkeypatch.setitem(urls.IMPLEMENTATIONS, "test", implementation)
+    monkeypatch.setattr(message_streams, "SILENCE_MAX_S", 3.0)
+    broker = MemoryBroker()
+    async with Server(broker).running() as server:
+        stream = MessageStream(
+            requests_url=server.url("requests"), responses_url=server.url("responses")
+        )
+        fleet = await Fleet.start([], workers=1, messaging=Messaging(streams=(stream,)))
+        try:
+            hanging = await until("there is a messenger", lambda: fleet.messenger)
+            os.kill(hanging, signal.SIGSTOP)
+            await until("it was replaced", lambda: fleet.messenger not in (0, hanging), 30)
+            assert fleet.ready
+            broker.put("requests", b"malformed")
+            await until("its successor answers", lambda: broker.queue("responses").published)
+        finally:
+            await fleet.close()
