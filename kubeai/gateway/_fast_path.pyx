@@ -1,11 +1,11 @@
 # cython: language_level=3, nonecheck=True
 """The fast path of a request in C: read, count, pick an endpoint, send.
 
-:class:`FastPath` is the base class of Proxy in proxy.py. It handles what nearly every request
-needs, from its head to the end of its response, and leaves everything else to its subclass: other
-paths and methods, bodies that are large or that ``scan`` rejects, adapters, headers that change how
-a request is handled, models without a ready endpoint, and failures. Its decisions are the same as
-the subclass's.
+:class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py. It
+handles what nearly every request needs, from its head to the end of its response, and leaves
+everything else to its subclasses: other paths and methods, bodies that are large or that ``scan``
+rejects, adapters, headers that change how a request is handled, models without a ready endpoint,
+and failures. Its decisions are the same as the subclasses'.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
