@@ -134,7 +134,9 @@ cdef class ResponseHead(Head):
 
     cdef bint _parse(self, bytes head, const char *line, const char *line_end) except -1:
         self._clear()
-        self._feed(HttpResponseParser, head)
+        if self.parser is None:
+            self.parser = HttpResponseParser(None)
+        self._feed(head)
         if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0 or not is_line(line):
             return False
         self._take_lines(line_end + 2, line + PyBytes_GET_SIZE(head) - 2)
