@@ -4,8 +4,8 @@
 :class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py. It
 handles what nearly every request needs, from its head to the end of its response, and leaves
 everything else to its subclasses: other paths and methods, bodies that are large or that ``scan``
-rejects, adapters, headers that change how a request is handled, models without a ready endpoint,
-and failures. Its decisions are the same as the subclasses'.
+rejects, adapters, stored responses, headers that change how a request is handled, models without a
+ready endpoint, and failures. Its decisions are the same as the subclasses'.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -122,6 +122,7 @@ cdef class FastPath(EarlyStream):
     cdef public list _candidates  # None: the pick is not explained
     cdef public object _task  # while the request waits
     cdef public object _retries  # set once an attempt has failed
+    cdef public bint _is_pinned  # to its endpoint: no other can serve it
     cdef public bint _lost  # the last failed attempt lost its connection
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
@@ -160,7 +161,7 @@ cdef class FastPath(EarlyStream):
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
-        if request is not None and request.adapter is None:
+        if request is not None and request.adapter is None and request.previous.at is NULL:
             routed = context.models.get(request.name)
         self._request = request
         if routed is None:

@@ -53,7 +53,7 @@ class AdmittedRequest(FastPath):
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
         assert reservation is not None, "an attempt has a reservation"
-        if self._kind.is_stored:
+        if self._is_pinned:
             return False
         self._lost = failure == LOST
         if failure == TIMEOUT:
@@ -71,7 +71,7 @@ class AdmittedRequest(FastPath):
 
     @override
     def attempt_elsewhere(self) -> None:
-        if self.answered or self._reservation is None or self._kind.is_stored:
+        if self.answered or self._reservation is None or self._is_pinned:
             return
         other = self._attempts.move(
             self._reservation, self._routed, self._prompt, self._request.adapter

@@ -34,7 +34,7 @@ from kubeai.gateway.realtime import (
 )
 from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.relay._tunnel import Tunnel
-from kubeai.gateway.stored_responses import find_owner, not_stored
+from kubeai.gateway.stored_responses import not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
 from kubeai.openai import request as openai
 from kubeai.openai.errors import BadRequest, model_not_found
@@ -143,7 +143,10 @@ class Proxy(AdmittedRequest):
             return
         self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
         self._payload = openai.body_for(request, self.body)
-        self._place(self._admit(request, routed))
+        if request.previous_response_id is None:
+            self._place(self._admit(request, routed))
+        else:
+            self._wait(partial(self._continue, request))
 
     # -- uploads -----------------------------------------------------------------------------------
 
@@ -175,8 +178,21 @@ class Proxy(AdmittedRequest):
         request, self._prompt, self._payload = await read_body(
             self, self.context, self._kind, self._find
         )
+        return await self._continue(request)
+
+    async def _continue(self, request: InferenceRequest) -> Reservation:
+        """Admit a request whose body has been read; wait for an endpoint if necessary.
+
+        If it continues a stored response, only the replica that has that response can serve it. If
+        no replica has it, any may say so.
+        """
+        only = None
+        if request.previous_response_id is not None:
+            only = await self.context.stored_responses.endpoint_of(
+                self._find(request), self, request.previous_response_id
+            )
         # The model may have been deleted or created again meanwhile.
-        return self._admit(request, self._find(request)) or await self._hold()
+        return self._admit(request, self._find(request), only=only) or await self._hold()
 
     def _admit(
         self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
@@ -192,7 +208,9 @@ class Proxy(AdmittedRequest):
         if self.context.explains:
             self.note_candidates()
         if only is not None:
-            return routed.pick_only(only, self._prompt)
+            reservation = routed.pick_only(only, self._prompt)
+            self._is_pinned = reservation is not None
+            return reservation
         return routed.pick(self._prompt, request.adapter)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
@@ -219,7 +237,9 @@ class Proxy(AdmittedRequest):
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
-        owner = await find_owner(self.context, self, response_id, self._selects)
+        owner = await self.context.stored_responses.find(
+            self.context.routes, self, response_id, self._selects
+        )
         self._payload = self.body
         request = openai.named(self._kind, owner.model)
         reservation = self._admit(request, owner.routed, only=owner.endpoint)
