@@ -221,7 +221,7 @@ cdef class FastPath(EarlyStream):
             return 0
         if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
             return 0
-        if self.upstream.head.values(b"content-encoding"):  # then it was found by chance
+        if self.upstream.head.is_compressed():  # then it was found by chance
             return 0
         self.usage = usage
         if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:

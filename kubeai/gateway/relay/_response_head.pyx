@@ -195,5 +195,11 @@ cdef class ResponseHead(Head):
         return values[0].decode("latin-1") if values else ""
 
     cdef bint is_compressed(self):
-        """Whether the body has a content coding."""
-        return self.values(b"content-encoding") not in ([], [b"identity"])
+        """Whether the body has a content coding other than "identity"."""
+        cdef list values = self.values(b"content-encoding")
+        cdef bytes coding
+        if values:
+            for coding in b",".join(values).lower().split(b","):
+                if coding.strip(b" \t") not in (b"", b"identity"):
+                    return True
+        return False
