@@ -52,6 +52,7 @@ class FastPath(EarlyStream):
     _candidates: list[dict[str, Any]] | None  # None: the pick is not explained
     _task: asyncio.Task[None] | None  # while the request waits
     _retries: Retries | None  # set once an attempt has failed
+    _is_pinned: bool  # to its endpoint: no other can serve it
     _lost: bool  # the last failed attempt lost its connection
     _observed: object  # None: this request is not observed
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint

@@ -1,11 +1,11 @@
 # cython: language_level=3, nonecheck=True
 """The fast path of a request in C: read, count, pick an endpoint, send.
 
-:class:`FastPath` is the base class of Proxy in proxy.py. It handles what nearly every request
-needs, from its head to the end of its response, and leaves everything else to its subclass: other
-paths and methods, bodies that are large or that ``scan`` rejects, adapters, headers that change how
-a request is handled, models without a ready endpoint, and failures. Its decisions are the same as
-the subclass's.
+:class:`FastPath` is the base class of AdmittedRequest in attempts.py and so of Proxy in proxy.py. It
+handles what nearly every request needs, from its head to the end of its response, and leaves
+everything else to its subclasses: other paths and methods, bodies that are large or that ``scan``
+rejects, adapters, stored responses, headers that change how a request is handled, models without a
+ready endpoint, and failures. Its decisions are the same as the subclasses'.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -123,6 +123,7 @@ cdef class FastPath(EarlyStream):
     cdef public list _candidates  # None: the pick is not explained
     cdef public object _task  # while the request waits
     cdef public object _retries  # set once an attempt has failed
+    cdef public bint _is_pinned  # to its endpoint: no other can serve it
     cdef public bint _lost  # the last failed attempt lost its connection
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
@@ -161,7 +162,7 @@ cdef class FastPath(EarlyStream):
         cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
         if self.json_route is not None and PyBytes_GET_SIZE(self.body) <= LARGE_BYTES:
             request = scan(self.json_route.shape, self.body)
-        if request is not None and request.adapter is None:
+        if request is not None and request.adapter is None and request.previous.at is NULL:
             routed = context.models.get(request.name)
         self._request = request
         if routed is None:
@@ -223,7 +224,7 @@ cdef class FastPath(EarlyStream):
             return 0
         if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
             return 0
-        if self.upstream.head.values(b"content-encoding"):  # then it was found by chance
+        if self.upstream.head.is_compressed():  # then it was found by chance
             return 0
         self.usage = usage
         if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:

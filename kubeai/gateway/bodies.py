@@ -38,15 +38,21 @@ class ReadBody(NamedTuple):
 
 
 def check_coding(exchange: Exchange, *, is_form: bool) -> None:
-    """BadRequest if the content coding of the body is not supported."""
+    """BadRequest if the content coding of the body is not supported.
+
+    The engine gets the coding's standard name. Engines know few others: neither "identity", which
+    RFC 9110 reserves for Accept-Encoding, nor "x-gzip", which it has recipients read as "gzip".
+    """
     values = _content_encoding(exchange)
     if not codings_in(values):
         if values:
-            exchange.drop_header(b"content-encoding")  # "identity", which some engines do not know
-    elif is_form:
+            exchange.drop_header(b"content-encoding")
+        return
+    if is_form:
         raise compressed_form()
-    else:
-        content_coding(values)
+    coding = content_coding(values)
+    if coding is not None and values != [coding]:
+        exchange.set_header(b"content-encoding", coding.encode())
 
 
 def _content_encoding(exchange: Exchange) -> list[str]:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.retries import Retries, RetryBudget
+from kubeai.gateway.stored_responses import StoredResponses
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import route_table
 
@@ -78,7 +79,7 @@ class Context(FastPathContext):
         self.draining = False
         self._held: dict[str, int] = {}
         self._budgets: WeakKeyDictionary[RoutedModel, RetryBudget] = WeakKeyDictionary()
-        self.lookups = 0  # of stored responses that are in progress
+        self.stored_responses = StoredResponses()
         self.spooled_bytes = 0  # of multipart forms that are being received or sent
 
     def hold(self, model: str) -> bool:

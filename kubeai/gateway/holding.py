@@ -2,7 +2,7 @@
 
 :func:`hold` waits for an endpoint. :class:`HoldComments` meanwhile sends the client of a streaming
 request the head of the response, and comments that say what the model waits for. :func:`advice`
-returns headers that tell a client whether and when to retry. Called by proxy.py and
+returns headers that tell a client whether and when to retry. Called by attempts.py and
 local_routes.py.
 """
 

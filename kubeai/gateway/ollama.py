@@ -88,14 +88,14 @@ class _ShowRequest(msgspec.Struct):
 
 def tags(routes: Iterable[Route]) -> bytes:
     """The response of ``/api/tags``: all Models that Ollama's API can use."""
-    return _list(_listed(route, size=0, modified_at=_time(route)) for route in _usable(routes))
+    return _list(_listed(route, modified_at=_time(route)) for route in _usable(routes))
 
 
 def running(routes: Iterable[Route]) -> bytes:
     """The response of ``/api/ps``: those that have a ready replica."""
     until = (datetime.now(UTC) + _KEPT).isoformat(timespec="seconds")
     return _list(
-        _listed(route, size=0, expires_at=until, size_vram=0, context_length=0)
+        _listed(route, expires_at=until, size_vram=0, context_length=0)
         for route in _usable(routes)
         if route.endpoints
     )
@@ -126,11 +126,18 @@ def _usable(routes: Iterable[Route]) -> list[Route]:
     return sorted(usable, key=lambda route: route.model)
 
 
-def _listed(route: Route, **more: str | int) -> _Listed:
+def _listed(
+    route: Route,
+    *,
+    modified_at: str = "",
+    expires_at: str = "",
+    size_vram: int | None = None,
+    context_length: int | None = None,
+) -> _Listed:
     name = route.model + LATEST
     digest = hashlib.sha256(f"{name} {route.created_s}".encode()).hexdigest()
-    return msgspec.convert(
-        {"name": name, "model": name, "digest": digest, "details": _Details(), **more}, _Listed
+    return _Listed(
+        name, name, digest, _Details(), 0, modified_at, expires_at, size_vram, context_length
     )
 
 

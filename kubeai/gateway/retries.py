@@ -3,7 +3,7 @@
 :class:`Retries` decides whether a failed attempt is retried, on which endpoint, and after what
 back-off; it holds no connections. :class:`RetryBudget` limits the retries of all of a model's
 requests in a worker. :func:`check_loss` determines whether a request crashed its engine. Used by
-proxy.py; holding.py waits for an endpoint when there is none.
+attempts.py; holding.py waits for an endpoint when there is none.
 """
 
 from __future__ import annotations

@@ -1,20 +1,30 @@
 """Finds the replica that has a stored response of OpenAI's Responses API.
 
-An engine keeps responses that it stores in its own memory. The ID in a request's path was made by
-the engine, and names neither the Model nor the replica. Therefore :func:`find_owner` asks all
-endpoints that may have it, and the one that has it gets the request. Nothing is remembered, so it
-works for every worker and every replica of KubeAI, also after they have restarted. Only endpoints
-are asked whose engine stores responses and whose Model matches the request's selectors. If an
-adapter made the response, the client gets its name as clients call it.
+An engine keeps responses that it stores in its own memory. The ID of a response was made by the
+engine, and names neither the Model nor the replica. Therefore :class:`StoredResponses` asks all
+endpoints that may have it, and the one that has it gets the request. That works for every worker
+and every replica of KubeAI, also after they have restarted. A worker remembers the endpoints that
+it has found, because clients poll responses that are generated in the background: a response never
+moves, so as long as its endpoint is there, no other one can have it. Endpoints that made a response
+are not remembered before they are asked for it: the ID would have to be read from every body.
 
-Limits: ``ASKED_AT_ONCE_MAX_COUNT`` endpoints at a time for each request, ``ASK_TIMEOUT_S`` for all
-of them, and ``LOOKUPS_MAX_COUNT`` such requests at a time in each worker. Called by proxy.py.
+A request that continues a stored response (``previous_response_id``) names its Model, so only that
+Model's endpoints are asked, and none if there is only one.
+
+Only endpoints are asked whose engine stores responses and whose Model matches the request's
+selectors. If an adapter made the response, the client gets its name as clients call it.
+
+Limits: ``ASKED_AT_ONCE_MAX_COUNT`` endpoints at a time for each request, ``ASK_TIMEOUT_S`` for each
+of them and ``LOOKUP_TIMEOUT_S`` for all, ``LOOKUPS_MAX_COUNT`` such requests at a time and
+``REMEMBERED_MAX_COUNT`` remembered responses in each worker. Created by context.py, called by
+proxy.py, closed by the worker.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
@@ -23,20 +33,22 @@ import msgspec
 from kubeai.errors import quoted
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest
-from kubeai.openai.routes import Kind
+from kubeai.openai.routes import RESPONSE_ID, Kind
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutedModel
 
 if TYPE_CHECKING:
-    from kubeai.gateway.context import Context
     from kubeai.gateway.relay._exchange import Exchange
 
 log = get_logger(__name__)
 
 STORING_ENGINES = frozenset(("VLLM", "SGLang"))  # the others have no such routes
-ASK_TIMEOUT_S = 5.0
+LOOKUP_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S = 2.0
 ASKED_AT_ONCE_MAX_COUNT = 32
 LOOKUPS_MAX_COUNT = 16
+CONNECTIONS_MAX_COUNT = 96  # of all lookups; each takes a descriptor
+REMEMBERED_MAX_COUNT = 4096
 MODEL_IN_MAX_BYTES = 1 << 20  # the longest response of which the model is read
 
 Place = tuple[RoutedModel, Endpoint]
@@ -50,6 +62,14 @@ class Owner(NamedTuple):
     model: str  # that made it, as clients call it
 
 
+class _Remembered(NamedTuple):
+    """An Owner without the objects of the routing table, which changes."""
+
+    name: str  # of the Model
+    endpoint: str
+    model: str
+
+
 class _Answer(NamedTuple):
     """What an endpoint said. ``status`` 0: nothing."""
 
@@ -57,38 +77,183 @@ class _Answer(NamedTuple):
     status: int = 0
     model: str | None = None  # in the response, if the Model has adapters
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether the endpoint may have the response nevertheless."""
+        return not self.status or (self.status >= 500 and self.status != 501)  # 501: no such API
+
 
 class _Response(msgspec.Struct):
     model: str | None = None
 
 
-async def find_owner(
-    context: Context, exchange: Exchange, response_id: str, selects: Callable[[Route], bool]
-) -> Owner:
-    """The endpoint that has the response.
+class StoredResponses:
+    """The lookups of one worker."""
 
-    ``selects``: whether a Model may be asked. BadRequest: 404 if no endpoint has the response, 503
-    if one of them did not answer.
-    """
-    if context.lookups >= LOOKUPS_MAX_COUNT:
-        message = "Too many stored responses are being looked up."
-        raise BadRequest(message, status=503, code="overloaded")
-    places = [
-        (routed, endpoint)
-        for routed in context.routes
-        if routed.route.engine in STORING_ENGINES and selects(routed.route)
-        for endpoint in routed.route.endpoints
-    ]
-    context.lookups += 1
-    try:
-        found = await _ask(places, response_id, _headers(exchange))
-    finally:
-        context.lookups -= 1
-    routed, endpoint = found.place
-    model = routed.route.model
-    if found.model in routed.route.adapters:
-        model = f"{model}_{found.model}"
-    return Owner(routed, endpoint.name, model)
+    def __init__(self) -> None:
+        self.lookups = 0  # in progress
+        self._session: aiohttp.ClientSession | None = None  # made for the first lookup
+        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()  # by ID, oldest use first
+
+    async def close(self) -> None:
+        """Close the connections; a lookup in progress fails."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def find(
+        self,
+        models: Iterable[RoutedModel],
+        exchange: Exchange,
+        response_id: str,
+        selects: Callable[[Route], bool],
+    ) -> Owner:
+        """The endpoint of one of these models that has the response.
+
+        ``selects``: whether the client may use a Model. BadRequest: 404 if no endpoint has the
+        response, 503 if one of them did not answer.
+        """
+        able = [
+            routed
+            for routed in models
+            if routed.route.engine in STORING_ENGINES and selects(routed.route)
+        ]
+        owner = await self._find(able, exchange, response_id)
+        if owner is None:
+            raise not_stored(response_id)
+        return owner
+
+    async def endpoint_of(
+        self, routed: RoutedModel, exchange: Exchange, response_id: str
+    ) -> str | None:
+        """The endpoint of a model that has the response, for a request that continues it.
+
+        None if every endpoint may serve the request as well: none has the response, which the
+        engine then says best, or there is only one. BadRequest: 503 if one did not answer.
+        """
+        route = routed.route
+        if route.engine not in STORING_ENGINES or len(route.endpoints) < 2:
+            return None
+        if not RESPONSE_ID.fullmatch(response_id):
+            return None
+        owner = await self._find([routed], exchange, response_id)
+        return None if owner is None else owner.endpoint
+
+    async def _find(
+        self, models: list[RoutedModel], exchange: Exchange, response_id: str
+    ) -> Owner | None:
+        return self._recall(models, response_id) or await self._look_up(
+            models, exchange, response_id
+        )
+
+    def _recall(self, models: Iterable[RoutedModel], response_id: str) -> Owner | None:
+        found = self._remembered.get(response_id)
+        if found is None:
+            return None
+        for routed in models:
+            route = routed.route
+            if route.model == found.name and found.endpoint in (e.name for e in route.endpoints):
+                self._remembered.move_to_end(response_id)
+                return Owner(routed, found.endpoint, found.model)
+        return None
+
+    def _remember(self, response_id: str, owner: Owner) -> None:
+        found = _Remembered(owner.routed.route.model, owner.endpoint, owner.model)
+        self._remembered[response_id] = found
+        self._remembered.move_to_end(response_id)
+        if len(self._remembered) > REMEMBERED_MAX_COUNT:
+            self._remembered.popitem(last=False)
+
+    async def _look_up(
+        self, models: Iterable[RoutedModel], exchange: Exchange, response_id: str
+    ) -> Owner | None:
+        if self.lookups >= LOOKUPS_MAX_COUNT:
+            message = "Too many stored responses are being looked up."
+            raise BadRequest(message, status=503, code="overloaded")
+        places = [(routed, endpoint) for routed in models for endpoint in routed.route.endpoints]
+        self.lookups += 1
+        try:
+            found = await self._ask_all(places, response_id, _headers(exchange))
+        finally:
+            self.lookups -= 1
+        if found is None:
+            return None
+        routed, endpoint = found.place
+        model = routed.route.model
+        if found.model in routed.route.adapters:
+            model = f"{model}_{found.model}"
+        owner = Owner(routed, endpoint.name, model)
+        self._remember(response_id, owner)
+        return owner
+
+    async def _ask_all(
+        self, places: list[Place], response_id: str, headers: dict[str, str]
+    ) -> _Answer | None:
+        """Ask the endpoints, a few at a time, until one has the response; None if none has it."""
+        path = Kind.STORED_RESPONSE.value.replace("{id}", response_id)
+        left = iter(places)
+        silent = {place[1].name for place in places}  # until they answer
+        found: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+
+        async def ask() -> None:
+            for place in left:
+                answer = await self._ask(place, path, headers)
+                if 200 <= answer.status < 300:
+                    if not found.done():
+                        found.set_result(answer)
+                    return
+                if not answer.is_silent:
+                    silent.discard(place[1].name)
+
+        count = min(len(places), ASKED_AT_ONCE_MAX_COUNT)
+        asking = asyncio.gather(*(ask() for _ in range(count)))
+        try:
+            await asyncio.wait(
+                (found, asking), timeout=LOOKUP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if found.done():
+                return found.result()
+            if asking.done():
+                asking.result()  # raises what is not an answer
+            if silent:
+                raise _unsure(response_id, sorted(silent))
+            return None
+        finally:
+            asking.cancel()
+            found.cancel()
+
+    async def _ask(self, place: Place, path: str, headers: dict[str, str]) -> _Answer:
+        if self._session is None:
+            self._session = _new_session()
+        routed, endpoint = place
+        url = f"http://{endpoint.address}{path}"
+        try:
+            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                if response.status < 300 and routed.route.adapters:
+                    return _Answer(place, response.status, await _model_in(response))
+                return _Answer(place, response.status)
+        except (aiohttp.ClientError, TimeoutError):
+            return _Answer(place)
+
+
+def _new_session() -> aiohttp.ClientSession:
+    # Connections are not kept: there are more endpoints than descriptors. Cookies are not kept:
+    # the lookups of all clients share the session.
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX_COUNT, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=ASK_TIMEOUT_S),
+    )
+
+
+def _unsure(response_id: str, silent: list[str]) -> BadRequest:
+    log.warning("endpoints did not answer the lookup of a stored response", endpoints=silent[:10])
+    return BadRequest(
+        f"No replica that answered has a response with the ID {quoted(response_id)}, but "
+        f"{len(silent)} did not answer.",
+        status=503,
+        code="model_unavailable",
+    )
 
 
 def not_stored(response_id: str) -> BadRequest:
@@ -104,32 +269,6 @@ def _headers(exchange: Exchange) -> dict[str, str]:
     return headers
 
 
-async def _ask(places: Iterable[Place], response_id: str, headers: dict[str, str]) -> _Answer:
-    path = Kind.STORED_RESPONSE.value.replace("{id}", response_id)
-    connector = aiohttp.TCPConnector(limit=ASKED_AT_ONCE_MAX_COUNT)
-    timeout = aiohttp.ClientTimeout(total=ASK_TIMEOUT_S)
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, headers=headers
-    ) as session:
-
-        async def ask(place: Place) -> _Answer:
-            url = f"http://{place[1].address}{path}"
-            try:
-                async with session.get(url, allow_redirects=False) as response:
-                    if response.status < 300 and place[0].route.adapters:
-                        return _Answer(place, response.status, await _model_in(response))
-                    return _Answer(place, response.status)
-            except (aiohttp.ClientError, TimeoutError):
-                return _Answer(place)
-
-        asked = [asyncio.ensure_future(ask(place)) for place in places]
-        try:
-            return await _first_owner(asked, response_id)
-        finally:
-            for each in asked:
-                each.cancel()
-
-
 async def _model_in(response: aiohttp.ClientResponse) -> str | None:
     """The model in a stored response; None if it is too long or not one."""
     body = bytearray()
@@ -141,25 +280,3 @@ async def _model_in(response: aiohttp.ClientResponse) -> str | None:
         return msgspec.json.decode(body, type=_Response).model
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-
-
-async def _first_owner(asked: Sequence[asyncio.Future[_Answer]], response_id: str) -> _Answer:
-    silent = []
-    for each in asyncio.as_completed(asked):
-        answer = await each
-        status = answer.status
-        if 200 <= status < 300:
-            return answer
-        if not status or (status >= 500 and status != 501):  # 501: the model has no such API
-            silent.append(answer.place[1].name)
-    if silent:
-        log.warning(
-            "endpoints did not answer the lookup of a stored response", endpoints=silent[:10]
-        )
-        raise BadRequest(
-            f"No replica that answered has a response with the ID {quoted(response_id)}, but "
-            f"{len(silent)} did not answer.",
-            status=503,
-            code="model_unavailable",
-        )
-    raise not_stored(response_id)

@@ -92,6 +92,7 @@ class Worker:
             await self._serve(runner.server)
         finally:
             self._server.close()
+            await self._context.stored_responses.close()
             await runner.cleanup()
             self._channel.close()
 

@@ -22,6 +22,10 @@ from kubeai.mock_engine.formats.base import ApiError
 from kubeai.simulation import text
 
 MESSAGE_MAX_BYTES = 16 << 20
+# Of audio that waits for its utterance to begin. vLLM's limit of a clip, which is all that bounds
+# its own queue of them.
+WAITING_AUDIO_MAX_BYTES = 25 << 20
+WAITING_AUDIO_MAX_PIECES = 10_000
 BYTES_PER_S = 32_000  # of audio: 16 kHz, 16 bits, one channel
 WORDS_PER_S = 2
 AUDIO_TOKENS_PER_S = 50
@@ -95,7 +99,7 @@ class _Session:
         if event.type == "session.update":
             self._update(event.model)
         elif event.type == "input_audio_buffer.append":
-            self._audio.append(_decoded(event.audio))
+            self._append(_decoded(event.audio))
             if self._started:
                 await self._transcribe()
         elif event.type == "input_audio_buffer.commit":
@@ -117,6 +121,13 @@ class _Session:
         except ApiError as error:
             raise ApiError(error.message, kind="model_not_found") from None
         self._has_model = True
+
+    def _append(self, audio: bytes) -> None:
+        """Collect a piece of audio; one that is too much is dropped, and the session goes on."""
+        size = sum(map(len, self._audio)) + len(audio)
+        if size > WAITING_AUDIO_MAX_BYTES or len(self._audio) >= WAITING_AUDIO_MAX_PIECES:
+            raise ApiError("Maximum file size exceeded", kind="invalid_audio")
+        self._audio.append(audio)
 
     async def _transcribe(self) -> None:
         audio, self._audio = self._audio, []

@@ -149,6 +149,8 @@ class MockEngine:
         async def generate(request: web.Request) -> web.StreamResponse:
             generation = api.parse(await request.read())
             model, adapter = self._served(generation.model)
+            if generation.previous is not None:
+                self._stored_response(generation.previous)
             replies, jobs = [], []
             for prompt in generation.prompts:
                 reply, job = self._plan(prompt or bytes(text.TOKEN_BYTES), generation, adapter)
@@ -216,11 +218,13 @@ class MockEngine:
 
     async def stored_response(self, request: web.Request) -> web.Response:
         """``GET /v1/responses/{id}``."""
-        response_id = request.match_info["id"]
+        return _json(self._stored_response(request.match_info["id"]))
+
+    def _stored_response(self, response_id: str) -> dict[str, Any]:
         if response_id not in self.stored:
             message = f"Response with id '{response_id}' not found."
             raise ApiError(message, 404, "invalid_request_error")
-        return _json(self.stored[response_id])
+        return self.stored[response_id]
 
     async def cancel_response(self, request: web.Request) -> web.Response:
         """``POST /v1/responses/{id}/cancel``. Responses are stored when they are complete."""

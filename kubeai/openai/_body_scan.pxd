@@ -45,7 +45,8 @@ cdef class Shape:
     cdef readonly bytes conversation  # holds a list of messages, or a string
     cdef readonly bytes text  # holds a string, or a list that begins with one
     cdef readonly bytes system  # holds system text outside the conversation
-    cdef Name names[3]  # of the above
+    cdef readonly bytes previous  # holds the ID of a stored response
+    cdef Name names[4]  # of the above
     cdef bint is_cached
     cdef bint has_prompt
     cdef bint streams
@@ -64,6 +65,7 @@ cdef class InferenceRequest:
     cdef Place model_value
     cdef Place conversation  # all of it, or the text
     cdef Place tools
+    cdef Place previous  # the ID of the stored response that the request continues
     cdef Place first  # the conversation's first user text, or the text
     cdef Place system_field  # the system text outside the conversation
     cdef Place *systems  # the system texts in the conversation

@@ -8,10 +8,11 @@ LARGE_BYTES: int  # larger bodies are parsed in a thread
 
 @final
 class Shape:
-    """The top-level members that a kind of request is hashed by.
+    """The top-level members that a kind of request is routed by.
 
     ``conversation`` is a list of messages or a string, ``text`` a string or a list that begins with
-    one; at most one of these two is set. ``system`` is system text outside the conversation.
+    one; at most one of these two is set. ``system`` is system text outside the conversation, and
+    ``previous`` the ID of a stored response.
     ``is_cached``: whether an engine keeps what it computes for such a prompt, and finds it again.
     ``has_prompt``: whether it computes one at all. ``streams``: whether the response is a stream
     unless the body has ``"stream": false``.
@@ -21,6 +22,7 @@ class Shape:
     conversation: bytes | None
     text: bytes | None
     system: bytes | None
+    previous: bytes | None
 
     def __init__(
         self,
@@ -28,6 +30,7 @@ class Shape:
         conversation: bytes | None = None,
         text: bytes | None = None,
         system: bytes | None = None,
+        previous: bytes | None = None,
         is_cached: bool = True,
         has_prompt: bool = True,
         streams: bool = False,
@@ -43,6 +46,9 @@ class InferenceRequest:
     adapter: str | None  # "" if the first "_" is the last character: matches no adapter
     stream: bool
 
+    @property
+    def previous_response_id(self) -> str | None:
+        """The stored response that the request continues; None if it is not a non-empty string."""
     def key(self, prefix_char_length: int) -> int:
         """The 64-bit key of the request on the ring; the same in every process and release.
 

@@ -25,6 +25,8 @@ from kubeai.openai._json cimport (
 )
 from kubeai.openai._murmur3 cimport murmur3
 
+from msgspec.json import decode
+
 from kubeai.openai.errors import BadRequest
 
 cdef enum:
@@ -56,7 +58,7 @@ cdef dict FAULTS = {
 
 @cython.final
 cdef class Shape:
-    """The top-level members that a kind of request is hashed by: at most one of the first two."""
+    """The top-level members that a kind of request is routed by: at most one of the first two."""
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ cdef class Shape:
         bytes conversation=None,
         bytes text=None,
         bytes system=None,
+        bytes previous=None,
         bint is_cached=True,
         bint has_prompt=True,
         bint streams=False,
@@ -72,9 +75,11 @@ cdef class Shape:
         self.conversation = conversation
         self.text = text
         self.system = system
+        self.previous = previous
         self.names[0] = name_of(conversation)
         self.names[1] = name_of(text)
         self.names[2] = name_of(system)
+        self.names[3] = name_of(previous)
         self.is_cached = is_cached and has_prompt
         self.has_prompt = has_prompt
         self.streams = streams
@@ -184,6 +189,9 @@ cdef class InferenceRequest:
                     elif not self.fault:
                         self.fault = MODEL_CASE if self.model_value.at is NULL else MODEL_TWICE
                         memcpy(self.fault_key, key.at, 5)
+                elif is_key(&key, &names[3]):
+                    self.previous.at = value
+                    self.previous.after = at
             if at is NULL:
                 return NULL
             at = next_member(at, c"}")
@@ -470,6 +478,14 @@ cdef class InferenceRequest:
     def key(self, Py_ssize_t prefix_char_length):
         """See the stub."""
         return self.hash_key(prefix_char_length)
+
+    @property
+    def previous_response_id(self):
+        """See the stub."""
+        cdef const char *at = self.previous.at
+        if at is NULL or at[0] != c'"':
+            return None
+        return decode(at[:self.previous.after - at]) or None
 
     def with_model(self, bytes value not None):
         """The body with the value of ``model`` replaced; all other bytes are unchanged."""

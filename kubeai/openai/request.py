@@ -49,7 +49,12 @@ SHAPES: dict[Kind, Shape] = {
         Shape(Kind.CHAT, conversation=b"messages"),
         Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False),
         Shape(Kind.COMPLETIONS, text=b"prompt"),
-        Shape(Kind.RESPONSES, conversation=b"input", system=b"instructions"),
+        Shape(
+            Kind.RESPONSES,
+            conversation=b"input",
+            system=b"instructions",
+            previous=b"previous_response_id",
+        ),
         Shape(Kind.MESSAGES, conversation=b"messages", system=b"system"),
         Shape(Kind.COUNT_TOKENS, has_prompt=False),
         Shape(Kind.SYSTEM_ONE, text=b"state", system=b"instructions"),

@@ -121,7 +121,8 @@ route_table: dict[str, Kind] = {
     for path in (kind.value, *_ALIASES.get(kind, ()))
 }
 _MODEL_PATHS = tuple(f"{prefix}{Kind.MODELS.value}/" for prefix in _PREFIXES)
-_RESPONSE_PATH = re.compile(r"(?:/openai)?/v1/responses/(resp_[A-Za-z0-9_-]{1,128})(/cancel)?")
+RESPONSE_ID = re.compile("resp_[A-Za-z0-9_-]{1,128}")
+_RESPONSE_PATH = re.compile(rf"(?:/openai)?/v1/responses/({RESPONSE_ID.pattern})(/cancel)?")
 _GET = ("GET", "HEAD")
 _POST = ("POST",)
 

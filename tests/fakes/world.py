@@ -49,16 +49,19 @@ class World:
         tick_s: float = 0.01,
         observers: Observers | None = None,
         console_path: str = "",
+        rows: int = 64,
         **config: Any,
     ) -> "World":
         """``app`` replaces the local routes; ``local_routes`` creates them.
 
+        ``rows``: of models and endpoints together.
+
         ``console_path``: of the socket where something serves the console; empty: nothing does.
         """
         world = cls()
-        world.supervisors = LoadTable.create(64, 1)
+        world.supervisors = LoadTable.create(rows, 1)
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
-        world.index = PrefixIndex.create(64, 4096)
+        world.index = PrefixIndex.create(rows, 4096)
         world.publisher = Publisher(world.supervisors, world.index)
         world.config = GatewayConfig(**config)
         world.demanded = []
@@ -153,6 +156,7 @@ class World:
             wire.close()
         await self.at_rest()
         self.server.close()
+        await self.context.stored_responses.close()
         await self.runner.cleanup()
         for engine in self.engines.values():
             await engine.stop()

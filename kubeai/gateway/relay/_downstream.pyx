@@ -215,7 +215,7 @@ cdef class Downstream(DownstreamEnd):
         """The head is complete and valid: create the Exchange, which decides what to do next."""
         cdef Exchange exchange
         self.relay.requests += 1
-        self.head.complete(self.peer, self.relay.id_high, self.relay.requests)
+        self.head.complete(self.peer, self.relay.id_prefix, self.relay.requests)
         self.keep_alive = self.head.keep_alive
         self._use(end)
         self.deadline = 0

@@ -42,7 +42,7 @@ cdef class Head:
     cdef list values(self, bytes name)
     cdef int drop(self, set names) except -1
     cdef int replace(self, bytes name, bytes value) except -1
-    cdef int _feed(self, object make, bytes head) except -1
+    cdef int _feed(self, bytes head) except -1
     cdef void _clear(self) noexcept
     cdef int _take_lines(self, const char *at, const char *end) except -1
     cdef int _header(self, HeaderKind kind, Bytes name, Bytes value) except -1

@@ -187,10 +187,8 @@ cdef class Head:
         self.named = None
         self.fault = None
 
-    cdef int _feed(self, object make, bytes head) except -1:
-        """Have llhttp validate a head; ``make``: the type of its parser."""
-        if self.parser is None:
-            self.parser = make(None)
+    cdef int _feed(self, bytes head) except -1:
+        """Have llhttp validate a head."""
         try:
             self.parser.feed_data(head)
         except HttpParserUpgrade:

@@ -35,5 +35,5 @@ cdef class Relay:
     cdef Py_ssize_t connections_max
     cdef int64_t buffer_max_bytes
     cdef readonly int64_t buffered_bytes  # by request bodies that are collected or being collected
-    cdef uint64_t id_high  # random; prefix of generated request ids
+    cdef bytes id_prefix  # random; 16 hexadecimal digits that generated request ids begin with
     cdef void _report(self, str what, object error) noexcept

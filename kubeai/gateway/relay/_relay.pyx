@@ -74,7 +74,7 @@ cdef class Relay:
         self.stall_timeout_s = stall_timeout_s
         self.connections_max = connections_max
         self.buffer_max_bytes = buffer_max_bytes
-        self.id_high = int.from_bytes(urandom(8), "little")
+        self.id_prefix = urandom(8).hex().encode("ascii")
         self.tick_s = tick_s
         self.downstreams = set()
         self.upstreams = set()

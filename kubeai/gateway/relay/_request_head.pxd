@@ -22,7 +22,7 @@ cdef class RequestHead(Head):
     cdef bytes usual_host
     cdef bytes usual_forwarded  # ``forwarded`` for ``usual_host``
     cdef bint parse(self, bytes data, Py_ssize_t at, Py_ssize_t end) except -1
-    cdef int complete(self, bytes peer, uint64_t id_high, uint64_t id_low) except -1
+    cdef int complete(self, bytes peer, bytes id_prefix, uint64_t number) except -1
     cdef int abandon(self, bytes data, Py_ssize_t at) except -1
     cdef bytes for_upstream(self, bytes path, bytes host_line, int64_t length, bytes body)
     cdef int _judge_line(self, const char *begin, const char *end) except -1

@@ -53,16 +53,15 @@ cdef bint is_request_id(Bytes value) noexcept:
     return True
 
 
-cdef bytes new_request_id(uint64_t high, uint64_t low):
-    """A header line: 16 hexadecimal digits of this relay, 12 of the request number."""
+cdef bytes new_request_id(bytes prefix, uint64_t number):
+    """A header line: the prefix, 16 hexadecimal digits, and 12 of the number."""
     cdef bytes line = PyBytes_FromStringAndSize(NULL, 14 + 16 + 12 + 2)
     cdef char *to = put(PyBytes_AS_STRING(line), b"X-Request-Id: ", 14)
     cdef int i
-    for i in range(16):
-        to[i] = b"0123456789abcdef"[(high >> (60 - 4 * i)) & 15]
+    to = put(to, PyBytes_AS_STRING(prefix), 16)
     for i in range(12):
-        to[16 + i] = b"0123456789abcdef"[(low >> (44 - 4 * i)) & 15]
-    memcpy(to + 28, b"\r\n", 2)
+        to[i] = b"0123456789abcdef"[(number >> (44 - 4 * i)) & 15]
+    memcpy(to + 12, b"\r\n", 2)
     return line
 
 
@@ -97,7 +96,9 @@ cdef class RequestHead(Head):
         self._clear()
         self.target = self.host = self.forwarded_for = self.request_id = None
         self.has_proto = self.has_host = self.expects = self.asks_websocket = False
-        self._feed(HttpRequestParser, cut(data, at, end - at))
+        if self.parser is None:
+            self.parser = HttpRequestParser(None)
+        self._feed(cut(data, at, end - at))
         if self.fault is not None:
             self.fault = f"The request head is malformed: {self.fault}."
             return False
@@ -105,13 +106,16 @@ cdef class RequestHead(Head):
         self._judge_line(text + at, text + self.scan.first_end)
         return self.fault is None
 
-    cdef int complete(self, bytes peer, uint64_t id_high, uint64_t id_low) except -1:
-        """Prepare a valid head for forwarding: drop and add what a proxy must."""
+    cdef int complete(self, bytes peer, bytes id_prefix, uint64_t number) except -1:
+        """Prepare a valid head for forwarding: drop and add what a proxy must.
+
+        ``id_prefix``, ``number``: of the request id, if the client has sent none.
+        """
         if self.named is not None:
             self.drop(set(self.named.split(b",")) - END_TO_END)  # hop-by-hop
         self.forwarded = self._forwarded(peer)
         if self.request_id is None:
-            self.request_id = new_request_id(id_high, id_low)
+            self.request_id = new_request_id(id_prefix, number)
         return 0
 
     cdef int abandon(self, bytes data, Py_ssize_t at) except -1:

@@ -134,7 +134,9 @@ cdef class ResponseHead(Head):
 
     cdef bint _parse(self, bytes head, const char *line, const char *line_end) except -1:
         self._clear()
-        self._feed(HttpResponseParser, head)
+        if self.parser is None:
+            self.parser = HttpResponseParser(None)
+        self._feed(head)
         if self.fault is not None or memcmp(line, b"HTTP/1.", 7) != 0 or not is_line(line):
             return False
         self._take_lines(line_end + 2, line + PyBytes_GET_SIZE(head) - 2)
@@ -193,5 +195,11 @@ cdef class ResponseHead(Head):
         return values[0].decode("latin-1") if values else ""
 
     cdef bint is_compressed(self):
-        """Whether the body has a content coding."""
-        return self.values(b"content-encoding") not in ([], [b"identity"])
+        """Whether the body has a content coding other than "identity"."""
+        cdef list values = self.values(b"content-encoding")
+        cdef bytes coding
+        if values:
+            for coding in b",".join(values).lower().split(b","):
+                if coding.strip(b" \t") not in (b"", b"identity"):
+                    return True
+        return False

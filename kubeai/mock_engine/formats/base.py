@@ -54,6 +54,7 @@ class GenerationRequest(NamedTuple):
     limit: int | None  # tokens of each reply
     stream: bool
     usage: bool  # whether the stream ends with the usage
+    previous: str | None = None  # the ID of the stored response that it continues
 
 
 class Meta(NamedTuple):

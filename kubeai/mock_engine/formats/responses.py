@@ -45,6 +45,7 @@ class ResponsesRequest(msgspec.Struct):
     instructions: str | None = None
     stream: bool | None = False
     max_output_tokens: Positive | None = None
+    previous_response_id: str | None = None
 
 
 class Responses(ApiFormat):
@@ -63,7 +64,13 @@ class Responses(ApiFormat):
             messages += [item.rendered() for item in request.input]
         limit = request.max_output_tokens
         return GenerationRequest(
-            request.model, [text.render(messages)], [], limit, bool(request.stream), True
+            request.model,
+            [text.render(messages)],
+            [],
+            limit,
+            bool(request.stream),
+            True,
+            request.previous_response_id,
         )
 
     @override

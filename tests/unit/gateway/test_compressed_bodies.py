@@ -57,6 +57,26 @@ async def test_a_compressed_body_reaches_the_engine_as_it_came(start, coding, si
     assert int(request.one("content-length")) == len(request.body)
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ("Content-Encoding: x-gzip",),
+        ("Content-Encoding: GZip",),
+        ("Content-Encoding: gzip, identity",),
+        ("Content-Encoding: Identity", "Content-Encoding: X-GZIP,"),
+    ],
+)
+@pytest.mark.parametrize("size", [10, 3 << 20], ids=["small", "large"])
+async def test_an_engine_gets_the_standard_name_of_the_coding(start, headers, size):
+    world = await start()
+    engine = await world.engine(ok)
+    world.route("m", {"pod-1": engine})
+    body = gzip.compress(chat(content="x" * size))
+    assert (await sent(world, post(CHAT, body, *headers))).status == 200
+    (request,) = engine.requests
+    assert (request.body, request.one("content-encoding")) == (body, "gzip")
+
+
 async def test_a_chunked_compressed_body_is_read(start):
     world = await start()
     engine = await world.engine(ok)

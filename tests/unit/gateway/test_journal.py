@@ -97,6 +97,19 @@ async def test_tokens_that_are_not_reported_are_unknown(start, sent, status):
     assert reported(world) == (0, 0, 0)
 
 
+async def test_tokens_of_a_response_with_the_coding_identity_are_known(start):
+    async def script(wire, request):
+        await wire.send(answer(200, CHAT, "Content-Encoding: Identity"))
+
+    world = await start()
+    world.route("m", {"pod": await world.engine(script)})
+    client = await world.client()
+    await client.send(post(body=PROMPT))
+    await client.answer()
+    (entry,) = await entries(world)
+    assert entry.prompt_tokens is not None
+
+
 async def test_a_response_that_breaks_off_reports_nothing(start):
     async def script(wire, request):
         await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + CHAT)

@@ -141,6 +141,20 @@ async def test_a_response_that_cannot_be_read_is_unchanged(adapters, headers):
     assert answered.one("content-length") == str(len(body))
 
 
+@pytest.mark.parametrize("coding", ["identity", "Identity", "identity, identity", ""])
+async def test_a_response_that_is_not_compressed_is_renamed(adapters, coding):
+    world = await adapters(answer(200, REPLY, JSON, f"Content-Encoding: {coding}"))
+    assert b'"m_a"' in (await got(world, ask())).body
+
+
+@pytest.mark.parametrize("coding", ["x-gzip", "identity, gzip", "gzip, identity"])
+async def test_a_compressed_response_is_unchanged(adapters, coding):
+    body = gzip.compress(REPLY)
+    world = await adapters(answer(200, body, JSON, f"Content-Encoding: {coding}"))
+    answered = await got(world, ask())
+    assert (answered.body, answered.one("content-encoding")) == (body, coding)
+
+
 async def test_an_error_of_the_engine_is_passed_on(adapters):
     body = b'{"error":{"message":"The model `a` is busy","model":"a"}}'
     world = await adapters(answer(400, body, JSON, reason="Bad Request"))

@@ -6,7 +6,7 @@ import time
 import openai
 import pytest
 from fakes.mock_engine import FAST, serving
-from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, until
+from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, until
 from fakes.world import World
 
 from kubeai.gateway import stored_responses
@@ -184,11 +184,190 @@ async def test_a_stored_stream_is_relayed_and_counted_until_it_ends(world):
 
 async def test_lookups_are_limited(world):
     world.route("m", {"0": await world.engine(stores("resp_x"))})
-    world.context.lookups = LOOKUPS_MAX_COUNT
+    world.context.stored_responses.lookups = LOOKUPS_MAX_COUNT
     found = await ask(world, GET % b"resp_x")
     assert (found.status, found.one("retry-after")) == (503, "5")
-    world.context.lookups = 0
+    world.context.stored_responses.lookups = 0
     assert (await ask(world, GET % b"resp_x")).status == 200
+
+
+async def test_endpoints_are_asked_a_few_at_a_time(world, monkeypatch):
+    monkeypatch.setattr(stored_responses, "ASKED_AT_ONCE_MAX_COUNT", 3)
+    asking = most = 0
+
+    async def script(wire: Wire, request: Message) -> None:
+        nonlocal asking, most
+        asking += 1
+        most = max(most, asking)
+        await until(lambda: most == 3, "three are asked")
+        asking -= 1
+        await wire.send(MISSING)
+
+    engines = [await world.engine(script) for _ in range(8)]
+    world.route("m", {str(n): engine for n, engine in enumerate(engines)})
+    assert (await ask(world, GET % b"resp_x")).status == 404
+    assert most == 3
+    assert [len(engine.requests) for engine in engines] == [1] * 8
+
+
+async def test_one_silent_replica_does_not_keep_the_others_from_being_asked(world, monkeypatch):
+    async def silent(wire: Wire, request: Message) -> None:
+        await wire.reader.read()
+
+    monkeypatch.setattr(stored_responses, "ASKED_AT_ONCE_MAX_COUNT", 1)
+    monkeypatch.setattr(stored_responses, "ASK_TIMEOUT_S", 0.05)
+    world.route("m", {"0": await world.engine(silent), "1": await world.engine(stores("resp_x"))})
+    assert (await ask(world, GET % b"resp_x")).status == 200
+
+
+async def test_a_response_that_was_found_is_not_looked_up_again(world):
+    engine, other = await world.engine(stores("resp_x")), await world.engine(stores())
+    world.route("m", {"0": engine, "1": other})
+    for _ in range(3):
+        assert (await ask(world, GET % b"resp_x")).status == 200
+    assert len(engine.requests) == 4
+    assert len(other.requests) <= 1
+
+
+async def test_a_response_that_was_found_stays_hidden_from_clients_that_may_not_see_its_model(
+    world,
+):
+    engine, other = await world.engine(stores("resp_x")), await world.engine(stores())
+    world.route("m", {"0": engine}, labels={"team": "a"})
+    world.route("n", {"0": other}, labels={"team": "b"})
+    assert (await ask(world, GET % b"resp_x")).status == 200
+    selector = GET.replace(b"Authorization: Bearer k", b"X-Label-Selector: team=b")
+    assert (await ask(world, selector % b"resp_x")).status == 404
+    assert (await ask(world, GET % b"resp_x")).status == 200
+
+
+async def test_a_response_is_looked_up_again_when_its_replica_is_gone(world):
+    engine, other = await world.engine(stores("resp_x")), await world.engine(stores("resp_x"))
+    world.route("m", {"0": engine})
+    assert (await ask(world, GET % b"resp_x")).status == 200
+    world.route("m", {"1": other})
+    assert (await ask(world, GET % b"resp_x")).status == 200
+    assert len(other.requests) == 2
+    world.unroute("m")
+    assert (await ask(world, GET % b"resp_x")).status == 404
+
+
+async def test_only_the_responses_used_last_are_remembered(world, monkeypatch):
+    monkeypatch.setattr(stored_responses, "REMEMBERED_MAX_COUNT", 2)
+    engine = await world.engine(stores("resp_1", "resp_2", "resp_3"))
+    world.route("m", {"0": engine})
+    asked = []
+    for n in (1, 2, 1, 3, 1, 2):  # 3 displaces 2, which was not used since
+        before = len(engine.requests)
+        assert (await ask(world, GET % f"resp_{n}".encode())).status == 200
+        asked.append(len(engine.requests) - before)
+    assert asked == [2, 2, 1, 2, 1, 2]
+
+
+async def test_cookies_of_an_engine_are_not_kept_for_the_next_lookup(world):
+    async def script(wire: Wire, request: Message) -> None:
+        await wire.send(answer(200, b"{}", "Set-Cookie: session=1"))
+
+    engine = await world.engine(script)
+    world.route("m", {"0": engine})
+    for n in range(2):
+        assert (await ask(world, GET % f"resp_{n}".encode())).status == 200
+    assert all(request.all("cookie") == [] for request in engine.requests)
+
+
+# -- requests that continue a stored response ------------------------------------------------------
+
+
+def following(response_id: object, model: str = "m", padding: str = "") -> bytes:
+    body = {"model": model, "input": "more" + padding, "previous_response_id": response_id}
+    return post("/v1/responses", json.dumps(body).encode())
+
+
+def continues(*ids: str):
+    """A script of a replica that has these responses, and answers requests that continue them."""
+
+    async def script(wire: Wire, request: Message) -> None:
+        if request.method == "GET":
+            await stores(*ids)(wire, request)
+            return
+        wanted = json.loads(request.body).get("previous_response_id")
+        known = wanted is None or wanted in ids
+        await wire.send(answer(200, b'{"id":"new"}') if known else MISSING)
+
+    return script
+
+
+@pytest.mark.parametrize("padding", ["", "x" * (1 << 20)])
+async def test_a_request_that_continues_a_response_goes_to_its_replica(world, padding):
+    engines = [await world.engine(continues(f"resp_{n}")) for n in range(3)]
+    world.route("m", {str(n): engine for n, engine in enumerate(engines)}, strategy="LeastLoad")
+    for n in (2, 0, 0, 1, 2):
+        assert (await ask(world, following(f"resp_{n}", padding=padding))).body == b'{"id":"new"}'
+        assert engines[n].requests[-1].method == "POST"
+    assert world.outcomes("m")["2xx"] == 5
+
+
+async def test_a_request_that_continues_nothing_is_not_looked_up(world):
+    engine, other = await world.engine(continues()), await world.engine(continues())
+    world.route("m", {"0": engine, "1": other})
+    for nothing in (None, "", 7, ["resp_x"]):
+        assert (await ask(world, following(nothing))).status in (200, 404)  # the engine judges
+    assert {request.method for request in engine.requests + other.requests} == {"POST"}
+
+
+async def test_a_model_with_one_replica_is_not_asked(world):
+    engine = await world.engine(continues("resp_x"))
+    world.route("m", {"0": engine})
+    assert (await ask(world, following("resp_x"))).status == 200
+    assert [request.method for request in engine.requests] == ["POST"]
+
+
+async def test_only_the_replicas_of_the_requested_model_are_asked(world):
+    engines = [await world.engine(continues()) for _ in range(2)]
+    other = await world.engine(continues("resp_x"))
+    world.route("m", {str(n): engine for n, engine in enumerate(engines)})
+    world.route("other", {"0": other})
+    assert (await ask(world, following("resp_x"))).status == 404
+    assert other.requests == []
+
+
+async def test_the_engine_says_that_no_replica_has_the_response_to_continue(world):
+    engines = [await world.engine(continues()) for _ in range(2)]
+    world.route("m", {str(n): engine for n, engine in enumerate(engines)})
+    found = await ask(world, following("resp_x"))
+    assert (found.status, found.body) == (404, b'{"error":{"message":"engine"}}')
+    assert world.active("m") == 0
+
+
+async def test_a_response_whose_replica_may_be_silent_cannot_be_continued_for_now(world):
+    async def drop(wire: Wire, request: Message) -> None:
+        raise Broken(b"", False)
+
+    world.route("m", {"0": await world.engine(continues()), "1": await world.engine(drop)})
+    found = await ask(world, following("resp_x"))
+    assert (found.status, found.one("retry-after")) == (503, "5")
+
+
+async def test_a_request_that_continues_a_response_is_not_retried_at_another_replica(world):
+    async def fails(wire: Wire, request: Message) -> None:
+        if request.method == "POST":
+            raise Broken(b"", False)
+        await wire.send(answer())
+
+    engine, other = await world.engine(fails), await world.engine(continues())
+    world.route("m", {"0": engine, "1": other})
+    assert (await ask(world, following("resp_x"))).status == 502
+    assert all(request.method == "GET" for request in other.requests)
+
+
+@pytest.mark.parametrize(
+    "response_id", ["../../metrics", "a/b", "a?b", "a b", "a\n", "é", "x" * 300]
+)
+async def test_an_id_that_no_engine_makes_is_left_to_the_engine(world, response_id):
+    engines = [await world.engine(continues()) for _ in range(2)]
+    world.route("m", {str(n): engine for n, engine in enumerate(engines)})
+    assert (await ask(world, following(response_id))).status == 404
+    assert [request.method for engine in engines for request in engine.requests] == ["POST"]
 
 
 async def test_a_client_that_leaves_ends_the_lookup(world):
@@ -204,7 +383,7 @@ async def test_a_client_that_leaves_ends_the_lookup(world):
     await client.send(GET % b"resp_x")
     await until(lambda: asked, "the replica is asked")
     client.close()
-    await until(lambda: world.context.lookups == 0, "no lookup in progress")
+    await until(lambda: world.context.stored_responses.lookups == 0, "no lookup in progress")
 
 
 async def test_the_openai_client_retrieves_what_a_replica_has_made(world):
@@ -217,11 +396,15 @@ async def test_the_openai_client_retrieves_what_a_replica_has_made(world):
             made = [await client.responses.create(model="m", input=f"{n}") for n in range(4)]
             for each in made:
                 assert (await client.responses.retrieve(each.id)).output == each.output
+                new = await client.responses.create(
+                    model="m", input="more", previous_response_id=each.id
+                )
+                assert (await client.responses.retrieve(new.id)).output == new.output
             with pytest.raises(openai.BadRequestError, match="synchronous"):
                 await client.responses.cancel(made[0].id)
             with pytest.raises(openai.NotFoundError):
                 await client.responses.retrieve("resp_unknown")
-        assert len(one.mock.stored) + len(other.mock.stored) == 4
+        assert len(one.mock.stored) + len(other.mock.stored) == 8
 
 
 async def test_an_ejected_replica_still_serves_its_stored_responses(world):

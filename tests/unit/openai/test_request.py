@@ -145,6 +145,23 @@ def test_an_escaped_key_equals_the_plain_key():
     assert chat(b'{"model":"a\\u0000"}').model == "a\0"
 
 
+@pytest.mark.parametrize(
+    ("value", "read_as"),
+    [
+        ('"resp_1"', "resp_1"),
+        (r'"\u0072esp_1"', "resp_1"),
+        ('""', None),
+        ("null", None),
+        ("1", None),
+    ],
+)
+def test_a_request_for_responses_says_which_one_it_continues(value, read_as):
+    body = f'{{"previous_response_id": "resp_0", "model": "m", "previous_response_id": {value}}}'
+    assert chat(body.encode(), Kind.RESPONSES).previous_response_id == read_as
+    assert chat(body.encode(), Kind.CHAT).previous_response_id is None
+    assert chat(b'{"model": "m"}', Kind.RESPONSES).previous_response_id is None
+
+
 def test_too_many_keys_are_rejected():
     many = {f"k{n}": n for n in range(KEYS_MAX_COUNT - 1)}
     assert chat({**many, "model": "m"}).model == "m"
