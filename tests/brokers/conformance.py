@@ -25,8 +25,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
-
 from brokers.servers import BrokerServer
+from harness import until
+
 from kubeai.brokers.base import (
     REQUEST_MESSAGE_ID,
     TIMEOUT_S,
@@ -102,7 +103,7 @@ async def receive_one(subscription: Subscription) -> Delivery:
 
 
 async def assert_nothing_arrives(subscription: Subscription, seconds: float) -> None:
-    with pytest.raises(TimeoutError):
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             got = await subscription.receive(10)
             pytest.fail(f"received {[delivery.body[:80] for delivery in got]}")
@@ -126,7 +127,7 @@ def _json_of(size_bytes: int) -> bytes:
 class Conformance:
     """Tests of a broker. See the module's docstring."""
 
-    pytestmark = (pytest.mark.broker, pytest.mark.timeout(240))
+    pytestmark: ClassVar = [pytest.mark.broker, pytest.mark.timeout(240)]
 
     # Test (without "test_") → why the broker cannot pass it.
     cannot: ClassVar[dict[str, str]] = {}
@@ -332,10 +333,11 @@ class Conformance:
             tasks = [asyncio.create_task(consume(subscription)) for subscription in (one, two)]
             try:
                 await asyncio.gather(*(topic.publish(body, {}) for body in bodies))
-                async with asyncio.timeout(WAIT_S):
-                    while len(received) < len(bodies):
-                        assert not any(task.done() for task in tasks)
-                        await asyncio.sleep(0.05)
+                await until(
+                    "all have arrived",
+                    lambda: len(received) >= len(bodies) or any(task.done() for task in tasks),
+                    WAIT_S,
+                )
             finally:
                 for task in tasks:
                     task.cancel()
@@ -451,9 +453,11 @@ class Conformance:
         ):
             assert await subscription.lag() == 0
             await asyncio.gather(*(topic.publish(body, {}) for body in numbered(5)))
-            async with asyncio.timeout(WAIT_S):
-                while await subscription.lag() != 5:
-                    await asyncio.sleep(0.05)
+
+            async def lag_is_five() -> bool:
+                return await subscription.lag() == 5
+
+            await until("the lag is 5", lag_is_five, WAIT_S)
             for delivery in await receive(subscription, 5):
                 await delivery.acknowledge()
 
