@@ -136,6 +136,9 @@ class Conformance:
     # The longest time until a message comes again after its connection was closed without an
     # acknowledgement. With an ack deadline, make it short (1 to 3 s) in `make`, and this longer.
     redelivery_s: ClassVar[float] = ABSENCE_S
+    # Whether an acknowledged message cannot come again after the broker was killed by SIGKILL. If
+    # the broker stores acknowledgements late, say so where this is set to False.
+    keeps_acknowledgements: ClassVar[bool] = True
     bad_urls: ClassVar[dict[str, str]] = {}  # URL → a part of the error
     variables: ClassVar[tuple[str, ...]] = ()  # that the broker's URLs need
     # An environment in which the broker cannot be reached, with PASSWORD if there can be one.
@@ -404,7 +407,8 @@ class Conformance:
         async with asyncio.timeout(WAIT_S):
             while left:
                 for delivery in await subscription.receive(5):
-                    assert delivery.body not in {delivery.body for delivery in done}
+                    if self.keeps_acknowledgements:
+                        assert delivery.body not in {delivery.body for delivery in done}
                     left.discard(delivery.body)
                     await delivery.acknowledge()
         await subscription.close()
@@ -421,8 +425,8 @@ class Conformance:
                 await topic.close()
         finally:
             server.resume()
-        async with asyncio.timeout(WAIT_S):
-            await until_available(open_broker(pair.topic, CONFIG_PATH, environment).open_topic)
+        topic = await until_available(open_broker(pair.topic, CONFIG_PATH, environment).open_topic)
+        await topic.close()
 
     async def test_closing_twice_does_not_raise(self, pair, environment):
         subscription = await open_broker(pair.subscription, CONFIG_PATH, environment).subscribe()

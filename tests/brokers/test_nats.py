@@ -63,6 +63,8 @@ class TestCoreWithGoHeaders(TestCore):
 class TestJetStream(Conformance):
     too_large_bytes = MAX_PAYLOAD_BYTES + 1
     redelivery_s = ACK_WAIT_S + 1
+    # The server writes a consumer's acknowledgements to its disk a moment after confirming them.
+    keeps_acknowledgements = False
     bad_urls = {"nats://subject?jetstream=maybe": "true or false"}
     variables = ("NATS_SERVER_URL",)
     unreachable = unreachable()
