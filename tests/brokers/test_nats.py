@@ -41,6 +41,7 @@ GO_MESSAGE = bytes.fromhex(
 )
 ACK_WAIT_S = 2.0
 _numbers = itertools.count()
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,6 @@ async def stream_of(server, **options):
         await client.close()
 
 
-@pytest.mark.broker
 class TestJetStreamOptions:
     async def test_missing_consumer_is_created_and_shared(self, server):
         async with stream_of(server) as (name, subject, js):
@@ -211,7 +211,6 @@ def pulls_of(js, stream):
     return check
 
 
-@pytest.mark.broker
 class TestCoreOptions:
     async def test_closed_subscription_hands_over_what_it_has_not_handled(self, server):
         url, bodies = f"nats://subject.{next(_numbers)}?queue=q", set(numbered(100))
@@ -301,7 +300,6 @@ def guarded(tmp_path_factory):
     server.kill()
 
 
-@pytest.mark.broker
 class TestAuthentication:
     async def test_user_and_authority_are_taken_from_the_environment(self, guarded):
         async with (
