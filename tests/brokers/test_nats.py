@@ -170,12 +170,27 @@ class TestJetStreamOptions:
             with pytest.raises(BrokerUnavailable, match="Consumer Deleted"):
                 await waiting
 
-    async def test_duplicate_response_is_dropped_by_the_stream(self, server):
+    async def test_response_that_is_published_again_is_dropped_by_the_stream(self, server):
         async with stream_of(server) as (name, subject, js):
             async with topic_of(f"nats://{subject}?jetstream", server.environment) as topic:
-                for request in ("a", "a", "b"):
-                    await topic.publish(b"{}", {REQUEST_MESSAGE_ID: request})
-            assert (await js.stream_info(name)).state.messages == 2
+                for request, body in (("a", b"1"), ("a", b"1"), ("a", b"2"), ("b", b"1")):
+                    await topic.publish(body, {REQUEST_MESSAGE_ID: request})
+            assert (await js.stream_info(name)).state.messages == 3
+
+    async def test_closed_subscription_gives_back_what_it_has_requested(self, server):
+        """At once, not after the acknowledgement deadline of a minute."""
+        async with stream_of(server) as (_name, subject, _js):
+            url = f"nats://{subject}?jetstream"
+            async with topic_of(url, server.environment) as topic:
+                async with subscribed(url, server.environment) as one:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(ABSENCE_S):
+                            await one.receive(5)
+                    await asyncio.gather(*(topic.publish(body, {}) for body in numbered(5)))
+                    await until("it has arrived", lambda: len(one._ready) == 5)
+                async with subscribed(url, server.environment) as two:
+                    deliveries = await receive(two, 5)
+            assert {delivery.body for delivery in deliveries} == set(numbered(5))
 
     async def test_limit_of_the_stream_is_a_limit(self, server):
         async with (
