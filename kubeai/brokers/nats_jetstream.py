@@ -163,6 +163,9 @@ class JetStreamSubscription(Subscription):
             if self._requested < count_max:
                 await self._request(count_max - self._requested)
             self._arrived.clear()
+            self.connection.lifetime.check()  # it may have ended during the request
+            if self._ready or self._problem:
+                continue
             try:
                 async with asyncio.timeout(3 * HEARTBEAT_S):
                     await self._arrived.wait()

@@ -290,11 +290,11 @@ class _RabbitSubscription(Subscription):
         self._lifetime.check()
         while not self._ready:
             await self._lifetime.run("consume", self._adjust(count_max))
-            if self._ready:
-                break
             self._arrived.clear()
-            await self._arrived.wait()
-            self._lifetime.check()
+            self._lifetime.check()  # it may have ended in the meantime
+            if not self._ready:
+                await self._arrived.wait()
+                self._lifetime.check()
         deliveries: list[Delivery] = []
         while self._ready and len(deliveries) < count_max:
             message = self._ready.popleft()

@@ -30,7 +30,7 @@ from nats.js.api import AckPolicy
 
 from kubeai.brokers import nats_core
 from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable, MessageTooLarge
-from kubeai.brokers.nats_jetstream import CREATED_ACK_WAIT_S
+from kubeai.brokers.nats_jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
 from kubeai.brokers.urls import open_broker
 from kubeai.local import certificates
 
@@ -169,6 +169,19 @@ class TestJetStreamOptions:
             await js.delete_consumer(name, "kubeai")
             with pytest.raises(BrokerUnavailable, match="Consumer Deleted"):
                 await waiting
+
+    async def test_end_during_a_request_is_noticed_at_once(self, server):
+        """Not when a heartbeat is missing."""
+        async with stream_of(server) as (_, subject, _js):
+            url = f"nats://{subject}?jetstream"
+            async with subscribed(url, server.environment) as subscription:
+                server.kill()
+                try:
+                    with pytest.raises(BrokerUnavailable, match="closed the connection"):
+                        async with asyncio.timeout(2 * HEARTBEAT_S):
+                            await subscription.receive(1)
+                finally:
+                    server.start()
 
     async def test_response_that_is_published_again_is_dropped_by_the_stream(self, server):
         async with stream_of(server) as (name, subject, js):
