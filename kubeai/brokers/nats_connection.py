@@ -98,6 +98,7 @@ class Connection:
         try:
             await self.lifetime.run("connect", self._connect())
         except BaseException:
+            self.lifetime.end("it has not been opened")
             await self.close()
             raise
         self.lifetime.start(self._watch())

@@ -174,6 +174,7 @@ class _Connection:
         try:
             await self.lifetime.run("connect", self._library.connect(CONNECT_TIMEOUT_S))
         except BaseException:
+            self.lifetime.end("it has not been opened")
             await self.close()
             raise
         return self

@@ -181,7 +181,7 @@ class TestOptions:
             await delivery.message.channel.basic_ack(delivery.message.delivery_tag + 1)
             with pytest.raises(BrokerUnavailable, match="PRECONDITION_FAILED"):
                 await subscription.receive(1)
-            with pytest.raises(BrokerUnavailable, match="PRECONDITION_FAILED"):
+            with pytest.raises(BrokerUnavailable):
                 await delivery.acknowledge()
 
 

@@ -91,3 +91,15 @@ async def test_close_aborts_a_connection_that_does_not_close():
     assert aborted == [1]
     with pytest.raises(BrokerUnavailable, match="the connection is closed"):
         await running
+
+
+async def test_close_after_a_fault_aborts_at_once():
+    lifetime = Lifetime("Broker", ())
+    events = []
+    lifetime.end("the server has closed the connection")
+
+    async def closing() -> None:
+        events.append("close")
+
+    await lifetime.close(closing(), lambda: events.append("abort"))
+    assert events[:2] == ["abort", "close"]
