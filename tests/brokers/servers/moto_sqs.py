@@ -7,8 +7,11 @@ sent message. Its long polls go on after their client has closed the connection,
 message for its visibility timeout. Here requests run one after the other, and a long poll is a
 series of short ones that ends with its connection, as in AWS.
 
-Prints a line when it serves. Ends with its parent. Everything is in memory, so a restart loses it.
-What this proves: the requests that are sent, the encoding of messages, visibility timeouts, receive
+Everything is in memory, so a restart would lose it. SIGUSR1 therefore closes all connections and
+the port, and SIGUSR2 opens the port again: that is what an outage of SQS looks like, which keeps
+its messages. Messages are not lost by a broken connection, but a batch may be stored unanswered.
+
+Prints a line when it serves. Ends with its parent. What this proves: the requests that are sent, the encoding of messages, visibility timeouts, receive
 counts, FIFO groups, and the error codes that moto implements. What it does not prove: credentials
 (none are checked), throttling, standard queues that deliver twice or out of order, and the
 durability of a real queue.
@@ -22,16 +25,20 @@ import json
 import os
 import signal
 import sys
+import time
 
 from aiohttp import web
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from moto.sqs.models import sqs_backends
+from moto.sqs import models
 from werkzeug.test import Client, TestResponse
 
 ACCOUNT, REGION = "123456789012", "us-east-1"  # the account is moto's own
 POLL_S = 0.02
 BODY_MAX_BYTES = 16 << 20
 PR_SET_PDEATHSIG = 1
+
+# moto looks at each message of a queue several times per request, and reads its clock twice each time.
+models.unix_time_millis = lambda: time.time() * 1000
 
 
 class Server:
@@ -73,18 +80,30 @@ class Server:
 def create_queue(text: str) -> None:
     name, *attributes = text.split(",")
     pairs = dict(attribute.split("=") for attribute in attributes)
-    sqs_backends[ACCOUNT][REGION].create_queue(name, **pairs)
+    models.sqs_backends[ACCOUNT][REGION].create_queue(name, **pairs)
 
 
 async def serve(port: int) -> None:
-    application = web.Application(client_max_size=BODY_MAX_BYTES)
-    application.router.add_route("*", "/{path:.*}", Server().handle)
-    runner = web.AppRunner(application, handler_cancellation=True, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port)
-    await site.start()
-    print("serving", runner.addresses[0][1], flush=True)
-    await asyncio.Event().wait()
+    loop = asyncio.get_running_loop()
+    server = Server()
+    outage, repair = asyncio.Event(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGUSR1, outage.set)
+    loop.add_signal_handler(signal.SIGUSR2, repair.set)
+    while True:
+        application = web.Application(client_max_size=BODY_MAX_BYTES)
+        application.router.add_route("*", "/{path:.*}", server.handle)
+        runner = web.AppRunner(
+            application, handler_cancellation=True, access_log=None, shutdown_timeout=0
+        )
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        port = runner.addresses[0][1]
+        print("serving", port, flush=True)
+        await outage.wait()
+        await runner.cleanup()
+        await repair.wait()
+        outage.clear()
+        repair.clear()
 
 
 def main(port: str, *queues: str) -> None:

@@ -1,63 +1,77 @@
-"""An SQS server in a process of its own. It needs only Python, and starts in less than a second."""
+"""An SQS server: ``moto_sqs.py`` in a process of its own. It needs only Python.
+
+It starts in less than a second on an idle machine. What it proves is in ``moto_sqs.py``.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from brokers.servers import START_TIMEOUT_S, BrokerServer, accepts, free_port
 
 PROGRAM = Path(__file__).with_name("moto_sqs.py")
-START_TIMEOUT_S = 40.0
 ACCOUNT, REGION = "123456789012", "us-east-1"  # of moto_sqs.py
 
 
-class SqsServer:
-    """The server, with its queues: ``"requests"``, or ``"requests,VisibilityTimeout=5"``."""
+class SqsServer(BrokerServer):
+    """The server, with queues: ``"requests"``, or ``"requests,VisibilityTimeout=5"``.
 
-    def __init__(self, *queues: str) -> None:
+    ``kill`` and ``stop`` only close the port and the connections, because SQS loses no messages in
+    an outage. ``end`` ends the process.
+    """
+
+    def __init__(self, folder: Path, *queues: str) -> None:
+        super().__init__(folder)
+        self.port = free_port()
         self._queues = queues
-        self._process: asyncio.subprocess.Process | None = None
-        self.port = 0  # until it has started
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a client needs beside the URL."""
-        return {
+        self.environment = {
             "AWS_ENDPOINT_URL_SQS": f"http://127.0.0.1:{self.port}",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    def command(self) -> list[str]:
+        return [sys.executable, str(PROGRAM), str(self.port), *self._queues]
+
     def url(self, queue: str, options: str = "waittime=1s") -> str:
+        """The URL of a queue, for requests and for responses."""
         return f"awssqs://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{queue}?region={REGION}&{options}"
 
-    async def start(self) -> None:
-        """Start on the port of before, or on a free one. The queues are empty."""
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(PROGRAM), str(self.port), *self._queues),
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert self._process.stdout is not None
-        line = await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT_S)
-        assert line.startswith(b"serving "), line
-        self.port = int(line.split()[1])
+    def start(self) -> None:
+        """Start the process, or end the outage."""
+        if self._process is None:
+            super().start()
+        else:
+            self._signal(signal.SIGUSR2)
+            self._until("it serves again", self._serves, START_TIMEOUT_S)
 
-    async def stop(self) -> None:
-        """Kill it. There is nothing to save."""
-        if self._process is not None:
-            self._process.kill()
-            await self._process.wait()
-            self._process = None
+    def kill(self) -> None:
+        """Begin an outage."""
+        self._signal(signal.SIGUSR1)
+        self._until("it serves nobody", lambda: not accepts(self.port), START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Begin an outage."""
+        self.kill()
+
+    def end(self) -> None:
+        """End the process. No effect if it does not run."""
+        self._end(signal.SIGKILL)
 
 
 @asynccontextmanager
 async def running_sqs(*queues: str) -> AsyncIterator[SqsServer]:
-    server = SqsServer(*queues)
-    await server.start()
-    try:
-        yield server
-    finally:
-        await server.stop()
+    """A server in a temporary folder."""
+    with TemporaryDirectory() as folder:
+        server = SqsServer(Path(folder), *queues)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.end()
