@@ -47,6 +47,7 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
+from kubeai.brokers.polling import Poller
 from kubeai.brokers.sqs_batch import Batch, Entry, Refused
 from kubeai.brokers.sqs_messages import decode, encode, size_bytes
 from kubeai.brokers.urls import BrokerUrl
@@ -283,17 +284,14 @@ class SqsDelivery(Delivery):
 
     async def release(self) -> None:
         """Make the message visible, unless the URL says to wait for its visibility timeout."""
-        if self._release_lazily:
-            self._subscription.check_open()
-        else:
-            await self._own(self.set_visibility(0))
+        if not self._release_lazily:
+            await self._own(self._set_visibility(0))
 
     async def extend(self) -> None:
         """Restart the visibility timeout."""
-        await self._own(self.set_visibility(self._subscription.visibility_s))
+        await self._own(self._set_visibility(self._subscription.visibility_s))
 
-    def set_visibility(self, seconds: int) -> asyncio.Future[None]:
-        """Hide the message from other receivers for a time from now."""
+    def _set_visibility(self, seconds: int) -> asyncio.Future[None]:
         entry = {"ReceiptHandle": self._receipt, "VisibilityTimeout": seconds}
         return self._subscription.visibilities.add(entry)
 
@@ -308,11 +306,7 @@ class SqsDelivery(Delivery):
 
 
 class SqsSubscription(Subscription):
-    """Receives from a queue by long polls, one at a time.
-
-    A poll outlives the ``receive`` that has begun it, because SQS hides the messages of a poll
-    whose answer is not read; the next ``receive`` gets them.
-    """
+    """Receives from a queue by long polls, one at a time."""
 
     def __init__(self, client: Client, visibility_s: int, options: SubscriptionOptions) -> None:
         self._client = client
@@ -321,41 +315,13 @@ class SqsSubscription(Subscription):
         self._options = options
         self.deletions = Batch(client, "delete_message_batch")
         self.visibilities = Batch(client, "change_message_visibility_batch")
-        self._poll: asyncio.Task[list[SqsDelivery]] | None = None
-        self._ready: list[SqsDelivery] = []  # of a poll, not yet received
-        self._ready_at_s = 0.0  # when the poll ended
-        self._closed = False
-
-    def check_open(self) -> None:
-        """BrokerUnavailable after ``close``."""
-        if self._closed:
-            raise BrokerUnavailable("SQS: the subscription is closed")
+        self._poller = Poller(self._poll)
 
     async def receive(self, count_max: int) -> list[Delivery]:
         """Wait for messages. At most 10 of them, as many as SQS returns at once."""
-        while not self._fresh():
-            self.check_open()
-            if self._poll is None:
-                count = min(count_max, RECEIVE_MAX_COUNT)
-                self._poll = asyncio.create_task(self._receive(count))
-            poll = self._poll
-            await asyncio.wait({poll})
-            self.check_open()
-            self._poll = None
-            self._ready = poll.result()
-            if not self._ready and self._options.wait_s < 1:
-                await asyncio.sleep(EMPTY_PAUSE_S)
-        received, self._ready = self._ready[:count_max], self._ready[count_max:]
-        return list(received)
+        return await self._poller.receive(min(count_max, RECEIVE_MAX_COUNT))
 
-    def _fresh(self) -> bool:
-        """Whether messages are ready. They are dropped when SQS will soon deliver them again."""
-        now_s = asyncio.get_running_loop().time()
-        if now_s > self._ready_at_s + self.visibility_s / 2:
-            self._ready.clear()
-        return bool(self._ready)
-
-    async def _receive(self, count: int) -> list[SqsDelivery]:
+    async def _poll(self, count: int) -> list[SqsDelivery]:
         answer = await self._client.request(
             "receive_message",
             timeout_s=self._options.wait_s + TIMEOUT_S,
@@ -365,8 +331,9 @@ class SqsSubscription(Subscription):
             MessageAttributeNames=["All"],
             AttributeNames=["ApproximateReceiveCount"],
         )
-        self._ready_at_s = asyncio.get_running_loop().time()
         messages = answer.get("Messages", [])
+        if not messages and self._options.wait_s < 1:
+            await asyncio.sleep(EMPTY_PAUSE_S)
         return [SqsDelivery(self, message, self._options) for message in messages]
 
     async def lag(self) -> int | None:
@@ -375,18 +342,8 @@ class SqsSubscription(Subscription):
         return int(next(iter(waiting))) if waiting else None
 
     async def close(self) -> None:
-        """Return what no ``receive`` has taken, and close the connections."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._poll is not None:
-            self._poll.cancel()
-            await asyncio.wait({self._poll})
-            if not self._poll.cancelled() and self._poll.exception() is None:
-                self._ready = self._poll.result()
-        returned = [delivery.set_visibility(0) for delivery in self._ready]
-        self._ready = []
-        await asyncio.gather(*returned, return_exceptions=True)
+        """Release what no ``receive`` has taken, and close the connections."""
+        await self._poller.close()
         await asyncio.gather(self.deletions.close(), self.visibilities.close())
         await self._client.close()
 
