@@ -6,9 +6,8 @@ import itertools
 
 import boto3
 import pytest
-
 from brokers.conformance import PASSWORD, Conformance, Pair
-from brokers.servers.sqs import ACCOUNT, REGION, SqsServer
+from brokers.servers.sqs import REGION, SqsServer
 
 numbers = itertools.count()
 # Of queues whose messages come again in a test, and of those that a slow machine must not redeliver.

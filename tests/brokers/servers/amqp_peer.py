@@ -144,12 +144,13 @@ class Peer(Handler):
     # The port and the connections
 
     def on_reactor_init(self, event: Any) -> None:
-        event.container.selectable(self.injector)
-        event.container.schedule(TICK_S, self)
-        self._listen(event.container)
+        self._container = event.container
+        self._container.selectable(self.injector)
+        self._container.schedule(TICK_S, self)
+        self._listen()
 
-    def _listen(self, container: Container) -> None:
-        self._acceptor = container.listen(f"amqp://127.0.0.1:{self._port}")
+    def _listen(self) -> None:
+        self._acceptor = self._container.listen(f"amqp://127.0.0.1:{self._port}")
         print("serving", self._port, flush=True)
 
     def on_outage(self, event: Any) -> None:
@@ -163,13 +164,13 @@ class Peer(Handler):
         self._connections.clear()
 
     def on_repair(self, event: Any) -> None:
-        self._listen(event.container)
+        self._listen()
 
     def on_timer_task(self, event: Any) -> None:
         for queue in self._queues.values():
             queue.expire()
             queue.dispatch()
-        event.container.schedule(TICK_S, self)
+        self._container.schedule(TICK_S, self)
 
     def on_connection_remote_open(self, event: Any) -> None:
         self._connections.add(event.connection)
@@ -268,11 +269,9 @@ class Peer(Handler):
         message.decode(data)
         entity: str = link.context
         if len(data) > MESSAGE_MAX_BYTES and "$" not in entity:
-            delivery.local.condition = Condition(
-                "amqp:link:message-size-exceeded", f"The limit is {MESSAGE_MAX_BYTES} bytes."
-            )
-            delivery.update(Delivery.REJECTED)
-            delivery.settle()
+            description = f"The received message exceeds the limit ({MESSAGE_MAX_BYTES} bytes)."
+            link.condition = Condition("amqp:link:message-size-exceeded", description)
+            link.close()
             return
         delivery.update(Delivery.ACCEPTED)
         delivery.settle()
@@ -299,7 +298,9 @@ class Peer(Handler):
         if queue.settle(token, keep, failed=state == Delivery.MODIFIED):
             delivery.update(state)
         else:
-            delivery.local.condition = Condition(LOCK_LOST, "The lock supplied is invalid.")
+            # The client needs the map, although AMQP does not.
+            info = {symbol("com.microsoft:tracking-id"): str(token)}
+            delivery.local.condition = Condition(LOCK_LOST, "The lock supplied is invalid.", info)
             delivery.update(Delivery.REJECTED)
         delivery.settle()
         queue.dispatch()

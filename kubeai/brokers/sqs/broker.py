@@ -3,7 +3,7 @@
 A URL is that of the Go CDK: ``awssqs://`` and the URL of the queue without its scheme, such as
 ``awssqs://sqs.us-east-2.amazonaws.com/123456789012/requests?region=us-east-2``. Credentials, and
 what else the AWS SDKs configure, come from the SDK's default chain: the environment, the files in
-``~/.aws``, a web identity, the instance. ``sqs_messages.py`` has the encoding of messages.
+``~/.aws``, a web identity, the instance. ``messages.py`` has the encoding of messages.
 
 Requests to SQS cost money, so an empty receive waits for 20 s unless the option ``waittime`` says
 otherwise, and messages are sent, deleted and extended in batches of up to 10 that collect for
@@ -48,8 +48,8 @@ from kubeai.brokers.base import (
     Topic,
 )
 from kubeai.brokers.polling import Poller
-from kubeai.brokers.sqs_batch import Batch, Entry, Refused
-from kubeai.brokers.sqs_messages import decode, encode, size_bytes
+from kubeai.brokers.sqs.batch import Batch, Entry, Refused
+from kubeai.brokers.sqs.messages import decode, encode, size_bytes
 from kubeai.brokers.urls import BrokerUrl
 from kubeai.logs import get_logger
 
@@ -269,7 +269,10 @@ class SqsDelivery(Delivery):
     """A message that is invisible to other receivers until its visibility timeout."""
 
     def __init__(
-        self, subscription: SqsSubscription, message: Mapping[str, Any], options: SubscriptionOptions
+        self,
+        subscription: SqsSubscription,
+        message: Mapping[str, Any],
+        options: SubscriptionOptions,
     ) -> None:
         self.id = message["MessageId"]
         self.body, self.attributes = decode(message, options.raw, options.topic_arn)
