@@ -5,9 +5,9 @@ for requests. ``azuresb://queue`` is a queue, for both. The namespace and the cr
 ``SERVICEBUS_CONNECTION_STRING``, or else the namespace from ``AZURE_SERVICEBUS_HOSTNAME`` and the
 credentials from azure-identity's default chain (workload identity, managed identity, environment).
 
-Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. A receiver
-that has lost the lock has lost the message; ``acknowledge``, ``release`` and ``extend`` then log a
-warning, and Service Bus delivers the message again. It counts a released message as a failed
+Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. When the
+lock is lost, ``acknowledge``, ``release`` and ``extend`` log a warning, and Service Bus delivers the
+message again. It counts a released message as a failed
 delivery, and moves a message to the dead-letter queue after the entity's maximum delivery count.
 ``lag`` is unknown: the service tells it only to clients that may manage the entity.
 
@@ -322,7 +322,7 @@ class ServiceBusTopic(Topic):
             raise MessageTooLarge(
                 f"Service Bus: the message has more than {size} bytes; the limit is {limit}"
             )
-        message = ServiceBusMessage(body, application_properties=dict(attributes))
+        message = ServiceBusMessage(body, application_properties={**attributes})
         identity = attributes.get(REQUEST_MESSAGE_ID, "")
         if identity and len(identity) <= MESSAGE_ID_MAX_CHARS:
             message.message_id = identity

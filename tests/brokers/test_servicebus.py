@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import pytest
 from brokers.conformance import PASSWORD, Conformance, Pair
@@ -30,12 +31,12 @@ RECEIVES_MANY = {
 
 
 class TestServiceBus(Conformance):
-    cannot = {
+    cannot: ClassVar = {
         "lag_counts_waiting_messages": "the service tells only clients that may manage the entity",
     }
     too_large_bytes = (1 << 20) + 1
     redelivery_s = LOCK_S + 2
-    bad_urls = {
+    bad_urls: ClassVar = {
         "azuresb://": "names no topic",
         "azuresb://topic?subscription=": "empty option subscription",
         "azuresb://topic?session=a": "unknown option session",
@@ -44,7 +45,7 @@ class TestServiceBus(Conformance):
         "azuresb://topic?subscription=a&max_recv_batch_size=0": "max_recv_batch_size",
     }
     variables = ("SERVICEBUS_CONNECTION_STRING",)
-    unreachable = {
+    unreachable: ClassVar = {
         "SERVICEBUS_CONNECTION_STRING": "Endpoint=sb://127.0.0.1:9;SharedAccessKeyName=a;"
         f"SharedAccessKey={PASSWORD};UseDevelopmentEmulator=true"
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import boto3
 import pytest
@@ -10,7 +11,7 @@ from brokers.conformance import PASSWORD, Conformance, Pair
 from brokers.servers.sqs import REGION, SqsServer
 
 numbers = itertools.count()
-# Of queues whose messages come again in a test, and of those that a slow machine must not redeliver.
+# The second is for tests in which a slow machine must not redeliver.
 VISIBILITY_S, LONG_VISIBILITY_S = 4, 20
 RECEIVES_MANY = {
     "test_concurrent_publishing_loses_nothing",
@@ -50,7 +51,7 @@ class TestSQS(Conformance):
     body_bytes = 900_000
     too_large_bytes = (1 << 20) + 1
     redelivery_s = VISIBILITY_S + 3
-    bad_urls = {
+    bad_urls: ClassVar = {
         "awssqs://sqs.us-east-1.amazonaws.com": "awssqs://HOST/ACCOUNT/QUEUE",
         "awssqs:///123456789012/queue": "awssqs://HOST/ACCOUNT/QUEUE",
         "awssqs://localhost/1/queue": "AWS_REGION",
@@ -61,7 +62,7 @@ class TestSQS(Conformance):
         "awssqs://localhost/1/queue?region=a&role=arn:aws:iam::1:role/a": "unknown option role",
         "awssqs://localhost/1/queue?profile=nobody": "nobody",
     }
-    unreachable = {
+    unreachable: ClassVar = {
         "AWS_ENDPOINT_URL_SQS": "http://127.0.0.1:9",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": PASSWORD,

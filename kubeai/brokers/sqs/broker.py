@@ -15,8 +15,8 @@ receiver that is later than that has lost the message; ``acknowledge``, ``releas
 then log a warning, and SQS delivers the message again.
 
 On a FIFO queue, a response is in a message group of its own and deduplicated by the id of its
-request, unless the attributes ``MessageGroupId`` and ``DeduplicationId`` say otherwise, which the Go
-CDK reads as well. SQS thereby drops the second response to a request within 5 minutes.
+request, unless it has the attributes ``MessageGroupId`` and ``DeduplicationId``, which the Go CDK
+reads as well. SQS thereby drops the second response to a request within 5 minutes.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
     python tests/brokers/servers/amqp_peer.py PORT QUEUE[,ATTRIBUTE=VALUE]…
 
-A queue is created when it is first used; its attributes are ``lock_s`` and ``sessions``. The name of
-a subscription is TOPIC/Subscriptions/NAME; what is sent to the topic reaches its subscriptions.
+A queue is created when it is first used, unless its name begins with ``missing``; its attributes
+are ``lock_s`` and ``sessions``. The name of a subscription is TOPIC/Subscriptions/NAME; what is sent
+to a topic reaches its subscriptions.
 
-What this proves: that the client speaks AMQP 1.0 with an implementation that is not its own, that
-it presents a token at ``$cbs``, how it grants credit, sends single messages and batches, and settles
-deliveries (accepted, modified, released) and waits for the outcome, that it renews locks and settles
-at ``$management`` of the queue, what it does when a lock is lost, when a message is too large, when
-the entity is missing or has sessions, and when the connection is cut or silent.
+What this proves: that the client speaks AMQP 1.0 with an implementation that is not its own; that it
+presents a token at ``$cbs``, grants credit, sends single messages and batches, settles deliveries
+(accepted, modified, released) and waits for the outcome, and renews locks at ``$management``; what
+it does when a lock is lost, a message is too large, the entity is missing or has sessions, and the
+connection is cut or silent.
 
 What it does not prove: all that only Microsoft's service knows. Tokens are not checked, so neither
 are SAS signatures nor Entra ID; there is no TLS; throttling, the limits of the tiers, dead-letter
@@ -317,7 +318,8 @@ class Peer(Handler):
             body = {"expirations": Array(Data.NULL, Data.TIMESTAMP, *times)}
         else:
             completed = request.body["disposition-status"] == "completed"
-            done = all([queue.settle(token, not completed, failed=True) for token in tokens])
+            settled = [queue.settle(token, not completed, failed=True) for token in tokens]
+            done = all(settled)
             body = {}
             queue.dispatch()
         if done:
