@@ -6,10 +6,10 @@ for requests. ``azuresb://queue`` is a queue, for both. The namespace and the cr
 credentials from azure-identity's default chain (workload identity, managed identity, environment).
 
 Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. When the
-lock is lost, ``acknowledge``, ``release`` and ``extend`` log a warning, and Service Bus delivers the
-message again. It counts a released message as a failed
-delivery, and moves a message to the dead-letter queue after the entity's maximum delivery count.
-``lag`` is unknown: the service tells it only to clients that may manage the entity.
+lock is lost, ``acknowledge``, ``release`` and ``extend`` log a warning, and the service delivers
+the message again. It counts a release and a lost lock as failed deliveries, and moves a message to
+the dead-letter queue after the entity's maximum delivery count. Entities with sessions are refused
+by the service. ``lag`` is unknown, because only clients that may manage the entity can read it.
 
 The library states that its clients are not to be used from several tasks at once. Its receivers do
 allow settling and renewing during a receive (its own lock renewal does that); senders do not, so
@@ -27,6 +27,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from azure.servicebus import (
@@ -259,7 +260,7 @@ class ServiceBusDelivery(Delivery):
 
     async def _own(self, operation: Callable[[ServiceBusReceivedMessage], Awaitable[Any]]) -> None:
         try:
-            await self._link.run(lambda: operation(self._message))
+            await self._link.run(partial(operation, self._message))
         except _LOST as error:
             log.warning("lost a message of Service Bus", id=self.id, reason=_text(error))
 
@@ -285,7 +286,7 @@ class ServiceBusSubscription(Subscription):
 
     async def _poll(self, count: int) -> list[ServiceBusDelivery]:
         messages = await self._link.run(
-            lambda: self._receiver.receive_messages(count, max_wait_time=self._poll_s),
+            partial(self._receiver.receive_messages, count, max_wait_time=self._poll_s),
             self._poll_s + TIMEOUT_S,
         )
         return [ServiceBusDelivery(self._link, self._receiver, message) for message in messages]
@@ -322,7 +323,8 @@ class ServiceBusTopic(Topic):
             raise MessageTooLarge(
                 f"Service Bus: the message has more than {size} bytes; the limit is {limit}"
             )
-        message = ServiceBusMessage(body, application_properties={**attributes})
+        properties = cast("dict[str | bytes, Any]", dict(attributes))
+        message = ServiceBusMessage(body, application_properties=properties)
         identity = attributes.get(REQUEST_MESSAGE_ID, "")
         if identity and len(identity) <= MESSAGE_ID_MAX_CHARS:
             message.message_id = identity
@@ -337,7 +339,7 @@ class ServiceBusTopic(Topic):
             publications: list[_Publication] = []
             try:
                 content = await self._take(publications)
-                await self._link.run(lambda content=content: self._sender.send_messages(content))  # type: ignore[misc]
+                await self._link.run(partial(self._sender.send_messages, content))
             except (BrokerUnavailable, MessageTooLarge) as error:
                 outcome: Exception | None = error
             else:
