@@ -103,7 +103,10 @@ class SQS(Broker):
         self._release_lazily = self._boolean("nacklazy")
         self._profile = url.options.get("profile") or None
         try:
-            configured = AioSession(profile=self._profile).get_config_variable("region")
+            self._session = AioSession(
+                profile=self._profile
+            )  # caches credentials and the API model
+            configured = self._session.get_config_variable("region")
         except BotoCoreError as error:
             raise url.error(f"cannot be used: {error}") from None
         named = _HOST_REGION.fullmatch(host)
@@ -150,7 +153,7 @@ class SQS(Broker):
         """A client and the queue's attributes, which are empty where they may not be read."""
         client = Client(self._queue_url)
         try:
-            await client.open(self._profile, self._client_arguments())
+            await client.open(self._session, self._client_arguments())
             yield client, await client.attributes("VisibilityTimeout", "MaximumMessageSize")
         except BaseException:
             await client.close()
@@ -217,11 +220,11 @@ class Client:
         self._stack = AsyncExitStack()
         self._client: Any = None
 
-    async def open(self, profile: str | None, arguments: dict[str, Any]) -> None:
+    async def open(self, session: AioSession, arguments: dict[str, Any]) -> None:
         """Load the credentials. No request to the queue yet."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                context = AioSession(profile=profile).create_client("sqs", **arguments)
+                context = session.create_client("sqs", **arguments)
                 self._client = await self._stack.enter_async_context(context)
         except (*_FAILURES, ValueError) as error:  # ValueError: an invalid endpoint
             raise self._unavailable("connect", error) from error
