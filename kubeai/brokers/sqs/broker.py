@@ -103,9 +103,8 @@ class SQS(Broker):
         self._release_lazily = self._boolean("nacklazy")
         self._profile = url.options.get("profile") or None
         try:
-            self._session = AioSession(
-                profile=self._profile
-            )  # caches credentials and the API model
+            # Has the credentials and the description of the API, for all connections.
+            self._session = AioSession(profile=self._profile)
             configured = self._session.get_config_variable("region")
         except BotoCoreError as error:
             raise url.error(f"cannot be used: {error}") from None

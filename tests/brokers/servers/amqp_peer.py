@@ -3,14 +3,14 @@
     python tests/brokers/servers/amqp_peer.py PORT QUEUE[,ATTRIBUTE=VALUE]…
 
 A queue is created when it is first used, unless its name begins with ``missing``; its attributes
-are ``lock_s`` and ``sessions``. The name of a subscription is TOPIC/Subscriptions/NAME; what is sent
-to a topic reaches its subscriptions.
+are ``lock_s`` and ``sessions``. The name of a subscription is TOPIC/Subscriptions/NAME; what is
+sent to a topic reaches its subscriptions.
 
-What this proves: that the client speaks AMQP 1.0 with an implementation that is not its own; that it
-presents a token at ``$cbs``, grants credit, sends single messages and batches, settles deliveries
-(accepted, modified, released) and waits for the outcome, and renews locks at ``$management``; what
-it does when a lock is lost, a message is too large, the entity is missing or has sessions, and the
-connection is cut or silent.
+What this proves: that the client speaks AMQP 1.0 with an implementation that is not its own; that
+it presents a token at ``$cbs``, grants credit, sends single messages and batches, settles
+deliveries (accepted, modified, released) and waits for the outcome, and renews locks at
+``$management``; what it does when a lock is lost, a message is too large, the entity is missing or
+has sessions, and the connection is cut or silent.
 
 What it does not prove: all that only Microsoft's service knows. Tokens are not checked, so neither
 are SAS signatures nor Entra ID; there is no TLS; throttling, the limits of the tiers, dead-letter
@@ -19,8 +19,8 @@ service's own behaviour is taken from Microsoft's description of the protocol an
 client library expects.
 
 Everything is in memory. SIGUSR1 closes the port and all connections, SIGUSR2 opens the port again:
-an outage that keeps the messages, as the service does. Prints a line when it serves; ends with its
-parent.
+an outage that keeps the messages, as the service does. SIGHUP breaks all locks. Prints a line when
+it serves; ends with its parent.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from proton import (
     Handler,
     Link,
     Message,
+    Terminus,
     symbol,
     timestamp,
     ulong,
@@ -167,6 +168,12 @@ class Peer(Handler):
     def on_repair(self, event: Any) -> None:
         self._listen()
 
+    def on_break_locks(self, event: Any) -> None:
+        for queue in self._queues.values():
+            for token in list(queue.locked):
+                queue.settle(token, keep=True, failed=True)
+            queue.dispatch()
+
     def on_timer_task(self, event: Any) -> None:
         for queue in self._queues.values():
             queue.expire()
@@ -223,6 +230,7 @@ class Peer(Handler):
             self._queue(entity).links.append(link)
 
     def _refuse(self, link: Link, condition: str, description: str) -> None:
+        link.source.type = link.target.type = Terminus.UNSPECIFIED  # AMQP 1.0, part 2.6.3
         link.open()
         link.condition = Condition(condition, description)
         link.close()
@@ -390,7 +398,8 @@ def main(port: str, *texts: str) -> None:
         pairs = dict(attribute.split("=") for attribute in attributes)
         queues[name.lower()] = Queue(float(pairs.get("lock_s", LOCK_S)), "sessions" in pairs)
     peer = Peer(int(port), queues)
-    for number, name in ((signal.SIGUSR1, "outage"), (signal.SIGUSR2, "repair")):
+    events = {signal.SIGUSR1: "outage", signal.SIGUSR2: "repair", signal.SIGHUP: "break_locks"}
+    for number, name in events.items():
         event = ApplicationEvent(name)
         signal.signal(number, lambda *_, event=event: peer.injector.trigger(event))
     Container(peer).run()
