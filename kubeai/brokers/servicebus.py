@@ -110,7 +110,7 @@ class ServiceBus(Broker):
             receiver = client.get_subscription_receiver(self._entity, self._subscription)
         else:
             receiver = client.get_queue_receiver(self._entity)
-        link = Link(client, receiver)
+        link = Link(client, receiver, self._entity)
         await link.open()
         return ServiceBusSubscription(link, receiver, self._poll_s, self._batch_max_count)
 
@@ -120,7 +120,7 @@ class ServiceBus(Broker):
             raise self._url.error("names a subscription, which takes no messages")
         client = self._client()
         sender = client.get_queue_sender(self._entity)  # a topic's has the same address
-        link = Link(client, sender)
+        link = Link(client, sender, self._entity)
         await link.open()
         return ServiceBusTopic(link, sender)
 
@@ -168,9 +168,15 @@ class Link:
     The library would connect again by itself, with other locks and delivery tags.
     """
 
-    def __init__(self, client: ServiceBusClient, handler: ServiceBusReceiver | ServiceBusSender):
+    def __init__(
+        self,
+        client: ServiceBusClient,
+        handler: ServiceBusReceiver | ServiceBusSender,
+        entity: str,
+    ) -> None:
         self._client = client
         self._handler = handler
+        self._entity = entity
         self.failure = ""  # empty while the connection lasts
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -205,15 +211,19 @@ class Link:
         except _LOST:
             raise
         except MessageSizeExceededError as error:
-            self.failure = self.failure or _text(error)  # the service detaches the link
-            raise MessageTooLarge(_text(error)) from error
+            self.failure = self.failure or self._text(error)  # the service detaches the link
+            raise MessageTooLarge(self._text(error)) from error
         except Exception as error:  # also AttributeError and the like, when the connection ends
-            self.failure = self.failure or _text(error)
+            self.failure = self.failure or self._text(error)
             raise BrokerUnavailable(self.failure) from error
+
+    def _text(self, error: Exception) -> str:
+        reason = str(error) or type(error).__name__
+        return f"Service Bus: {self._entity}: {reason}"[:ERROR_MAX_CHARS]
 
     async def close(self) -> None:
         """Close the connection. Does not raise."""
-        self.failure = self.failure or "Service Bus: the connection is closed"
+        self.failure = self.failure or f"Service Bus: {self._entity}: it is closed"
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -262,7 +272,7 @@ class ServiceBusDelivery(Delivery):
         try:
             await self._link.run(partial(operation, self._message))
         except _LOST as error:
-            log.warning("lost a message of Service Bus", id=self.id, reason=_text(error))
+            log.warning("lost a message of Service Bus", id=self.id, reason=str(error))
 
 
 class ServiceBusSubscription(Subscription):
@@ -374,10 +384,6 @@ class ServiceBusTopic(Topic):
         await self._link.close()
         if self._sending is not None:
             await asyncio.wait({self._sending})
-
-
-def _text(error: BaseException) -> str:
-    return f"Service Bus: {str(error) or type(error).__name__}"[:ERROR_MAX_CHARS]
 
 
 def _body(message: ServiceBusReceivedMessage) -> bytes:
