@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from azure.servicebus.aio import ServiceBusClient
@@ -15,6 +15,7 @@ from brokers.conformance import (
     Conformance,
     Pair,
     receive,
+    receive_one,
     subscribed,
     topic_of,
 )
@@ -206,7 +207,7 @@ async def test_lock_is_renewed_only_when_half_of_it_is_over(server, url):
         topic_of(url, server.environment) as topic,
     ):
         await topic.publish(b"{}", {})
-        (delivery,) = await subscription.receive(1)
+        delivery: Any = await receive_one(subscription)
         end = delivery._message.locked_until_utc
         await delivery.extend()
         assert delivery._message.locked_until_utc == end
