@@ -32,6 +32,12 @@ build_rabbitmq() {
         "$1/usr/lib/erlang/bin/erl"
 }
 
+# Apache Qpid Proton for Python, compiled, for the peer that behaves as Service Bus does.
+build_servicebus() {
+    ../../.venv/bin/pip --disable-pip-version-check install -q --no-deps --target "$1" \
+        -r servicebus/requirements.txt
+}
+
 versions() { # the version of each NAME, a line each: NAME-digest
     local name
     for name; do
