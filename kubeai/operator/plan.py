@@ -7,7 +7,9 @@ empty list means that there is nothing to do.
 Replacing outdated pods keeps these promises, which the tests check on random histories:
 
 - never more than replicas + surge pods (terminating pods are not counted);
-- outdated pods that are not ready are deleted at once: they serve nobody;
+- outdated pods that are not ready are deleted at once: they serve nobody. If there is a surge, one
+  that has served is kept while no pod is ready: it may only be overloaded, and serve again before
+  the new ones do;
 - outdated pods that are ready are removed one at a time, and only while the wanted number is ready
   without them (with surge 0: while all wanted pods are ready); so the rollout of a broken version
   stops after ``surge`` pods, and the old pods keep serving;
@@ -310,7 +312,10 @@ def _change_pods(
     change = _Change([pod for pod in observed.pods if pod.counts], [])
     left = change.left
     draining = _go_on_draining(observed, change, wanted, rollouts, hash_, now)
-    for pod in [pod for pod in left if _outdated(pod, hash_) and not pod.ready and pod.uid]:
+    idle = [pod for pod in left if _outdated(pod, hash_) and not pod.ready and pod.uid]
+    if surge and not any(pod.ready for pod in left):
+        idle = _without_last_that_served(idle, hash_, observed.in_flight)
+    for pod in idle:
         _remove(change, pod, "outdated and not ready", observed)
     limit = wanted + (surge if wanted and any(_outdated(pod, hash_) for pod in left) else 0)
     if len(left) > limit:
@@ -330,6 +335,18 @@ def _change_pods(
     room = wanted + (surge if outdated and wanted else 0) - min(draining, max(surge, 1))
     change.creates = max(0, min(wanted - current, room - len(left)))
     return change
+
+
+def _without_last_that_served(
+    pods: Sequence[Pod], hash_: str | None, in_flight: Callable[[str], int]
+) -> list[Pod]:
+    """The pods without the least expendable of those whose engine runs and has been up.
+
+    An engine that hangs is not kept for long: its liveness probe restarts it.
+    """
+    served = [pod for pod in pods if pod.started and pod.trouble is None]
+    kept = _removal_order(served, hash_, in_flight)[-1:]
+    return [pod for pod in pods if pod not in kept]
 
 
 def _remove(change: _Change, pod: Pod, why: str, observed: Observed) -> None:

@@ -132,6 +132,7 @@ class _State(_Part):
 class _ContainerStatus(_Part):
     name: str = ""
     ready: bool = False
+    started: bool | None = None
     restart_count: int = 0
     state: _State = msgspec.field(default_factory=_State)
     last_state: _State = msgspec.field(default_factory=_State)
@@ -177,6 +178,7 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = ""  # uid of the Model that it belongs to
     hash: str | None = None  # None: created by KubeAI in Go
     ready: bool = False
+    started: bool = False  # the engine has passed its startup probe since it last started
     scheduled: bool = False
     terminating: bool = False
     draining_since_s: float = 0.0  # Unix time; 0: not draining
@@ -261,6 +263,7 @@ def observe(obj: PodObject, *, address_override: bool = False) -> Pod:
         owner=owner,
         hash=meta.annotations.get(HASH_ANNOTATION),
         ready=ready,
+        started=server is not None and server.state.running is not None and bool(server.started),
         scheduled=bool(obj.spec.node_name),
         terminating=meta.deletion_timestamp is not None,
         draining_since_s=seconds_of(meta.annotations.get(DRAINING_ANNOTATION)),

@@ -34,6 +34,19 @@ _LOADER_VARIABLE = re.compile(
     r"|(REQUESTS|CURL)_CA_BUNDLE",
     re.IGNORECASE,
 )
+# Of ConfigMaps in the Model's envFrom, whose keys are not known here, the loader gets these: how to
+# reach what it loads. Paths, such as those of certificates, may not exist in the loader.
+SHARED_VARIABLES = (
+    *(f"{protocol}_PROXY" for protocol in ("HTTP", "HTTPS", "ALL", "NO")),
+    *(f"{protocol}_proxy" for protocol in ("http", "https", "all", "no")),
+    "HF_ENDPOINT",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "OSS_ENDPOINT",
+    "OSS_REGION",
+)
 _REFERENCE = re.compile(r"\$\(([^)]+)\)")
 # Adapters on a claim are used in place: the engine follows the link. $1: the adapter's path on the
 # claim; $2: the link.
@@ -85,7 +98,8 @@ def add_loader(model: Model, config: SystemConfig, pod: Object, server: Object) 
         "image": config.model_loading.image,
         "command": ["sh", "-c", _SLEEP],
         "env": _loader_environment(model, source.env),
-        # Secrets have credentials. ConfigMaps are meant for the engine and could stop the loader.
+        # Secrets have credentials. Other keys of ConfigMaps than those that `env` refers to are
+        # meant for the engine and could stop the loader.
         "envFrom": msgspec.to_builtins([one for one in model.spec.env_from if one.secret_ref]),
         "resources": container_resources(config.model_loading.resources),
         "securityContext": config.model_server_pods.security_context,
@@ -109,8 +123,29 @@ def _loader_environment(model: Model, credentials: list[Object]) -> list[Object]
         referred = set(_REFERENCE.findall(given[unread.pop()])) & given.keys() - chosen
         chosen |= referred
         unread += referred
-    env = [variable for variable in credentials if variable["name"] not in chosen]
+    env = [*_from_config_maps(model), *credentials]
+    env = [variable for variable in env if variable["name"] not in chosen]
     return env + [{"name": name, "value": given[name]} for name in sorted(chosen)]
+
+
+def _from_config_maps(model: Model) -> list[Object]:
+    """References to the variables that ConfigMaps may have; as in envFrom, later ones count."""
+    return [
+        {
+            "name": name,
+            "valueFrom": {
+                "configMapKeyRef": {
+                    "name": source.config_map_ref.name,
+                    "key": name.removeprefix(source.prefix),
+                    "optional": True,
+                }
+            },
+        }
+        for source in model.spec.env_from
+        if source.config_map_ref is not None
+        for name in SHARED_VARIABLES
+        if name.startswith(source.prefix) and name != source.prefix
+    ]
 
 
 def claim_of(url: str) -> str:

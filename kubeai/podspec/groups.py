@@ -18,6 +18,7 @@ from kubeai.api.config.profiles import Size
 from kubeai.api.model import MODEL_LABEL, MODEL_UID_LABEL, Model
 from kubeai.errors import ModelError
 from kubeai.podspec.container import PORT_NAME, SERVER_CONTAINER, Object, Server
+from kubeai.podspec.engines.vllm import names_model
 from kubeai.podspec.files import owner_reference
 
 API_VERSION, KIND = "leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"
@@ -53,7 +54,14 @@ def parallel(model: Model, server: Server, size: Size) -> Server:
     if size.nodes == 1:
         return msgspec.structs.replace(server, args=[*server.args, *args])
     args += [f"--nnodes={size.nodes}", f"--master-addr={LEADER_ADDRESS}"]
-    # Only `vllm serve` starts an engine without an API server. Its model is an argument of its own.
+    # Only `vllm serve` starts an engine without an API server. Its model is an argument of its own,
+    # and it refuses the option.
+    if names_model(model.spec.args):
+        raise ModelError(
+            "spec.args",
+            "--model is not supported with several nodes; use spec.url for the weights",
+            "InvalidArgs",
+        )
     served, *others = server.args
     first = [served.removeprefix("--model="), *others]
     return msgspec.structs.replace(

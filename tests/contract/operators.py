@@ -146,7 +146,18 @@ class Nodes:
         self._wake.set()
 
     async def set_ready(self, name, ready=True, ip="127.1.0.1"):
+        """Write the status of a pod whose engine has started."""
+        server = {
+            "name": "server",
+            "image": "x",
+            "imageID": "",
+            "ready": ready,
+            "started": True,
+            "restartCount": 0,
+            "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}},
+        }
         status = {
+            "containerStatuses": [server],
             "phase": "Running",
             "podIP": ip,
             "podIPs": [{"ip": ip}],

@@ -208,6 +208,37 @@ async def test_a_broken_version_stops_after_the_surge_and_the_old_one_serves(wor
     assert world.nodes.most <= 4
 
 
+async def test_an_overloaded_replica_is_kept_until_the_new_version_is_ready(world):
+    replica = world.start()
+    await world.create(minReplicas=1)
+    await world.replicas_are(1, 1)
+    (old,) = replica.endpoints("m")
+    world.nodes.ready = lambda pod: False
+    await world.nodes.set_ready(old, ready=False)
+    await until(lambda: replica.endpoints("m") == [], "unready")
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--new"]}})
+    await world.replicas_are(2, 0)
+    assert old in world.nodes.pods
+    await world.nodes.set_ready(old)
+    await until(lambda: replica.endpoints("m") == [old], "the old version serves again")
+    await world.nodes.set_ready(old, ready=False)
+    world.nodes.ready = lambda pod: "--new" in pod["spec"]["containers"][0]["args"]
+    world.nodes.look_again()
+    await until(lambda: old not in world.nodes.pods, "the old pod is gone")
+    await world.replicas_are(1, 1)
+    assert world.nodes.most == 2
+
+
+async def test_a_version_that_was_never_ready_is_replaced_at_once(world):
+    world.start()
+    world.nodes.ready = lambda pod: False
+    await world.create(minReplicas=1)
+    (broken,) = await world.pods_once(1)
+    await world.kube.patch(MODELS, "m", {"spec": {"args": ["--repaired"]}})
+    await until(lambda: broken["metadata"]["name"] not in world.nodes.pods, "it is gone")
+    await world.replicas_are(1, 0)
+
+
 async def test_a_deleted_model_takes_its_pods_with_it_though_its_profile_is_gone(world):
     replica = world.start()
     await world.create(minReplicas=2)

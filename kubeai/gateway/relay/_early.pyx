@@ -58,6 +58,9 @@ cdef class EarlyStream(Exchange):
         if self.tunnel is not None:
             downstream._write(event)
             downstream.input = b""  # so that the connection lingers
+            # A client that had to wait for an engine has much left to send. Unread, it would reset
+            # the connection, and the client could lose the event.
+            downstream.transport.resume_reading()
         else:
             self._part(event, b"" if downstream.head.http10 else b"0\r\n\r\n")
         downstream._response_ended()

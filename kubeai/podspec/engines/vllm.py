@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from kubeai.api.model import Model
 from kubeai.api.model_url import ModelURL
@@ -42,12 +43,17 @@ def has_serve(image: str) -> bool:
     return bool(_NEWEST.search(tag)) if tag else not digest
 
 
+def names_model(args: Iterable[str]) -> bool:
+    """Whether a Model's arguments have vLLM's option for the model."""
+    return any(_MODEL_OPTION.match(arg) for arg in args)
+
+
 def server(model: Model, url: ModelURL, image: str = "") -> Server:
     """vLLM's own OpenAI server, started by ``vllm serve`` if image and arguments allow it."""
     streamed = url.scheme == "s3" and not model.spec.cache_profile
     source = literal(url.base) if streamed else weights(model, url)
     # `vllm serve` takes the model as its first argument, and refuses it beside the user's --model.
-    serve = has_serve(image) and not any(_MODEL_OPTION.match(arg) for arg in model.spec.args)
+    serve = has_serve(image) and not names_model(model.spec.args)
     args = [source if serve else f"--model={source}", f"--served-model-name={model.metadata.name}"]
     if streamed:
         args.append("--load-format=runai_streamer")  # streams weights from the bucket

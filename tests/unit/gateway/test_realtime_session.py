@@ -355,6 +355,23 @@ async def test_a_deleted_model_is_an_error_event(start):
     assert (await closed_with(wire, 1008))["code"] == "model_not_found"
 
 
+async def test_a_paused_client_gets_the_error_and_may_leave_without_a_reset(start):
+    world = await start()
+    world.route("m", {})
+    wire = await opened(world)
+    await wire.send(masked(UPDATE))
+    await until(lambda: world.held("m") == 1)
+    wire.writer.write(masked(bytes(60_000)) * 150)
+    assert await unsent(wire) > 1_000_000
+    world.unroute("m")
+    event, closing = await frame(wire), await frame(wire)
+    assert json.loads(event[1])["code"] == "model_not_found"
+    assert closing[0] == CLOSE
+    await until(lambda: wire.writer.transport.get_write_buffer_size() == 0, "all of it is taken")
+    await wire.send(masked(closing[1], CLOSE))
+    await wire.ended()
+
+
 async def test_after_the_hold_timeout_the_client_may_try_again(start):
     world = await start(hold_timeout_s=0.05)
     world.route("m", {})

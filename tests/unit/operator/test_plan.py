@@ -86,6 +86,7 @@ def plan_of(model, *pods, surge=1, **observed):
 
 
 CURRENT = "current"
+DRAINING = {"draining_since_s": NOW.timestamp() - 10}
 
 
 def make_pod(name, **facts):
@@ -188,6 +189,37 @@ def test_pods_are_created_and_deleted_to_match_the_spec(
     assert (len(got_creates), sorted(got_deletes)) == (creates, sorted(deletes))
 
 
+def old(name, **facts):
+    return make_pod(name, **{"hash": "o", "ready": False, "started": True} | facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "surge", "pods", "creates", "deletes"),
+    [
+        ("it is the only one", 1, 1, [old("a")], 1, []),
+        ("the new one is not ready", 1, 1, [old("a"), make_pod("b", ready=False)], 0, []),
+        ("the new one is ready", 1, 1, [old("a"), make_pod("b")], 0, ["a"]),
+        ("one of several is enough", 3, 1, [old("a"), old("b"), old("c")], 3, ["a", "b"]),
+        ("the one with the most requests", 2, 1, [old("a"), old("busy"), old("c")], 2, ["a", "c"]),
+        ("another outdated one is ready", 2, 1, [old("a"), old("b", ready=True)], 2, ["a"]),
+        ("it never served", 1, 1, [old("a", started=False)], 1, ["a"]),
+        ("one never served", 2, 1, [old("a", started=False), old("b")], 2, ["a"]),
+        ("it crashes", 1, 1, [old("a", trouble=Trouble("Error", "exited"))], 1, ["a"]),
+        ("there is no room for two", 1, 0, [old("a")], 1, ["a"]),
+        ("none is wanted", 0, 1, [old("a")], 0, ["a"]),
+        ("the ready one is draining", 1, 1, [old("a"), old("b", ready=True, **DRAINING)], 1, ["b"]),
+    ],
+)  # fmt: skip
+def test_the_last_replica_that_served_is_kept_until_a_new_one_is_ready(
+    name, replicas, surge, pods, creates, deletes
+):
+    loads = {"busy": 3}
+    got_creates, got_deletes, *_ = plan_of(
+        make_model(replicas=replicas), *pods, surge=surge, in_flight=lambda pod: loads.get(pod, 0)
+    )
+    assert (len(got_creates), sorted(got_deletes)) == (creates, deletes)
+
+
 def test_among_equal_replicas_the_least_loaded_is_deleted():
     pods = [make_pod("a", created_s=1), make_pod("b", created_s=2), make_pod("c", created_s=3)]
     loads = {"a": 4, "b": 0, "c": 7}
@@ -196,9 +228,6 @@ def test_among_equal_replicas_the_least_loaded_is_deleted():
     old = [msgspec.structs.replace(pod, hash="old") for pod in pods]
     _, deletes, *_ = plan_of(make_model(replicas=2), *old, in_flight=loads.__getitem__)
     assert deletes == ["b"]
-
-
-DRAINING = {"draining_since_s": NOW.timestamp() - 10}
 
 
 def changes_of(model, *pods, surge=1, **observed):
@@ -690,6 +719,9 @@ class History:
                 self.model = msgspec.structs.replace(self.model, status=action.status)
         alive = [pod for pod in self.pods.values() if pod.counts]
         assert len(alive) <= self.wanted() + self.surge
+        scaled = any(a.why == "more replicas than wanted" for a in actions if hasattr(a, "why"))
+        if self.surge and self.wanted() and not scaled and any(pod.started for pod in before):
+            assert any(pod.started for pod in alive)
         assert self.model.status.replicas.all == len(alive)
         assert self.model.status.replicas.ready == sum(pod.ready for pod in alive)
         return [a for a in actions if not isinstance(a, PatchStatus)]
@@ -707,10 +739,12 @@ class History:
             if pod.terminating:
                 del self.pods[name]
             elif what == "ready" and not pod.finished:
-                pod = msgspec.structs.replace(pod, scheduled=True, ready=True)
+                pod = msgspec.structs.replace(pod, scheduled=True, ready=True, started=True)
                 self.pods[name] = pod
             elif what == "unready":
                 self.pods[name] = msgspec.structs.replace(pod, ready=False)
+            elif what == "restart":
+                self.pods[name] = msgspec.structs.replace(pod, ready=False, started=False)
             elif what == "fail":
                 self.pods[name] = msgspec.structs.replace(pod, ready=False, finished=True)
             elif what == "lose":
@@ -724,7 +758,19 @@ class History:
 
 EVENTS = st.tuples(
     st.sampled_from(
-        ["scale", "edit", "ready", "ready", "use", "use", "unready", "fail", "lose", "delete"]
+        [
+            "scale",
+            "edit",
+            "ready",
+            "ready",
+            "use",
+            "use",
+            "unready",
+            "restart",
+            "fail",
+            "lose",
+            "delete",
+        ]
     ),
     st.integers(0, 9),
     st.integers(0, 5),

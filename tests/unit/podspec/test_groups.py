@@ -178,6 +178,16 @@ def test_an_engine_that_runs_on_one_node_says_so():
         build_replica(model(engine="Infinity"), CONFIG)
 
 
+@pytest.mark.parametrize("args", [["--model=org/other"], ["-x", "--model", "org/other"]])
+def test_a_model_among_the_arguments_is_an_error_that_says_what_to_do(args):
+    with pytest.raises(ModelError, match=r"use spec\.url") as caught:
+        build_replica(model(args=args), CONFIG)
+    assert (caught.value.field, caught.value.reason) == ("spec.args", "InvalidArgs")
+    for profile in ("gpu:8:1", "gpu:8"):
+        build_replica(model(profile, args=args), CONFIG)
+    build_replica(model(args=["--model-impl=vllm"]), CONFIG)
+
+
 @pytest.mark.parametrize(
     "name", ["m", "llama-3.1-8b", "a" * 40, "deepseek-r1-671b.with-a-long-name"]
 )

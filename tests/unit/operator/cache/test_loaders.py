@@ -10,7 +10,7 @@ from kubeai.api.config.system import parse_config
 from kubeai.api.model import decode_model
 from kubeai.errors import ModelError
 from kubeai.podspec import build_pod
-from kubeai.podspec.adapters import fetch_command
+from kubeai.podspec.adapters import SHARED_VARIABLES, fetch_command
 from kubeai.podspec.cache import claim, directory, evict_job, job_hash, load_job
 
 CONFIG = parse_config("""
@@ -265,11 +265,41 @@ def test_the_loader_gets_credentials_endpoints_and_proxies_and_nothing_of_the_en
     server, loader = containers(pod).values()
     credentials = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "OSS_ACCESS_KEY_ID"}
     credentials |= {"OSS_ACCESS_KEY_SECRET"}
+    credentials |= set(SHARED_VARIABLES)  # of the ConfigMap
     assert set(environment(loader)) == ours.keys() | credentials
     assert {name: environment(loader)[name] for name in ours} == ours
     assert loader["envFrom"] == env_from[1:]
     assert engines.keys() <= environment(server).keys()
     assert server["envFrom"] == env_from
+
+
+def test_the_loader_gets_proxies_and_endpoints_of_config_maps():
+    env_from = [
+        {"configMapRef": {"name": "settings"}},
+        {"configMapRef": {"name": "more", "optional": True}, "prefix": "AWS_"},
+        {"configMapRef": {"name": "none"}, "prefix": "VLLM_"},
+    ]
+    env = {"NO_PROXY": "*"}
+    pod = build_pod(model(adapters=ADAPTERS, env=env, envFrom=env_from), CONFIG)
+    loader = containers(pod)["loader"]
+    references = [
+        (variable["name"], found["name"], found["key"], found["optional"])
+        for variable in loader["env"]
+        if (found := variable.get("valueFrom", {}).get("configMapKeyRef"))
+    ]
+    assert ("HTTPS_PROXY", "settings", "HTTPS_PROXY", True) in references
+    assert ("https_proxy", "settings", "https_proxy", True) in references
+    assert ("HF_ENDPOINT", "settings", "HF_ENDPOINT", True) in references
+    # Later ones override earlier ones, if they have the key.
+    regions = [reference for reference in references if reference[0] == "AWS_REGION"]
+    assert regions == [
+        ("AWS_REGION", "settings", "AWS_REGION", True),
+        ("AWS_REGION", "more", "REGION", True),
+    ]
+    # A variable of the Model overrides those of ConfigMaps.
+    assert "NO_PROXY" not in {name for name, *_ in references}
+    assert {place for _, place, *_ in references} == {"settings", "more"}
+    assert not {"PATH", "HF_HUB_OFFLINE", "HF_TOKEN", "SSL_CERT_FILE"} & set(SHARED_VARIABLES)
 
 
 CLAIMS = [
