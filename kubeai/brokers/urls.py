@@ -29,7 +29,7 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "nats": Implementation("nats", "Nats", "nats", "nats"),
-    "kafka": Implementation("kafka", "Kafka", "aiokafka", "kafka", ("topic",)),
+    "kafka": Implementation("kafka.broker", "Kafka", "aiokafka", "kafka", ("topic",)),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
     "awssqs": Implementation("sqs", "SQS", "aiobotocore", "sqs"),
     "gcppubsub": Implementation("pubsub", "PubSub", "google.cloud.pubsub_v1", "pubsub"),

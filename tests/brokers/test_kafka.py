@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from brokers.conformance import PASSWORD, Conformance, Pair
+from brokers.conformance import PASSWORD, WAIT_S, Conformance, Pair
 from brokers.servers.kafka import MESSAGE_MAX_BYTES, KafkaServer
+from harness import until
 
 names = (f"requests-{number}" for number in itertools.count())
 
@@ -17,8 +19,16 @@ async def create_topic(server: KafkaServer, partitions: int = 2) -> str:
     name = next(names)
     admin = AIOKafkaAdminClient(bootstrap_servers=server.environment["KAFKA_BROKERS"])
     await admin.start()
-    try:
+
+    async def created() -> bool:
         await admin.create_topics([NewTopic(name, partitions, 1)])
+        (topic,) = [each for each in await admin.describe_topics() if each["topic"] == name] or [{}]
+        leaders = [each["leader"] for each in topic.get("partitions", ())]
+        return len(leaders) == partitions and min(leaders) >= 0
+
+    try:
+        # A broker that was suspended does not take part for a while.
+        await until(f"{name} has leaders", created, WAIT_S)
     finally:
         await admin.close()
     return name
@@ -33,13 +43,13 @@ def server(tmp_path_factory):
 
 
 class TestKafka(Conformance):
-    cannot = {
+    cannot: ClassVar = {
         "extended_message_stays_beyond_the_deadline": "Kafka has no deadline",
         "message_comes_again_after_its_deadline": "Kafka has no deadline",
         "count_max_leaves_the_rest_to_others": "the messages of a partition have one receiver",
     }
     too_large_bytes = MESSAGE_MAX_BYTES + 1
-    bad_urls = {
+    bad_urls: ClassVar = {
         "kafka://": "has no name",
         "kafka://group?topic=a&topic=": "names the topic ''",
         "kafka://group?topic=a&offset=middle": "offset=middle",
@@ -50,7 +60,7 @@ class TestKafka(Conformance):
         "kafka://a/topic": "names the topic 'a/topic'",
     }
     variables = ("KAFKA_BROKERS",)
-    unreachable = {
+    unreachable: ClassVar = {
         "KAFKA_BROKERS": "127.0.0.1:1",
         "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
         "KAFKA_SASL_USERNAME": "kubeai",

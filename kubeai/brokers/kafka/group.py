@@ -1,4 +1,4 @@
-"""A member of a Kafka consumer group, as a subscription. See ``kafka`` for what it promises."""
+"""A member of a Kafka consumer group, as a subscription. See ``broker`` for what it promises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from kubeai.brokers.base import TIMEOUT_S, BrokerUnavailable, Delivery, Subscription
-from kubeai.brokers.kafka_client import (
+from kubeai.brokers.kafka.client import (
     REQUEST_TIMEOUT_S,
     attempt,
     check_topics,
@@ -22,7 +22,7 @@ from kubeai.brokers.kafka_client import (
     milliseconds,
     reason_of,
 )
-from kubeai.brokers.kafka_progress import Progress, undelivered
+from kubeai.brokers.kafka.progress import Progress, undelivered
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import InconsistentGroupProtocolError, KafkaError, ProducerClosed
+from aiokafka.errors import InconsistentGroupProtocolError, KafkaError
 
 from kubeai.brokers.base import TIMEOUT_S, BrokerUnavailable
 
@@ -20,10 +20,10 @@ CLOSE_TIMEOUT_S = 3.0  # of each step
 logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
-def reason_of(error: BaseException) -> str:
-    """An error for people."""
+def reason_of(error: BaseException, timeout_s: float = TIMEOUT_S) -> str:
+    """An error for people. ``timeout_s``: the limit, if the error is that it has passed."""
     if isinstance(error, TimeoutError):
-        return f"no answer within {TIMEOUT_S:g} s"
+        return f"no answer within {timeout_s:g} s"
     if isinstance(error, InconsistentGroupProtocolError):
         return "the group has members that are not KubeAI's (they do not use sticky assignment)"
     return str(error) or type(error).__name__
@@ -54,8 +54,8 @@ def milliseconds(seconds: float) -> int:
     return int(seconds * 1000)
 
 
-# The library's `stop` waits for a broker that does not answer, without a limit if messages are
-# pending. It has no public way to end its tasks.
+# The library's `stop` waits for a broker that does not answer, and it has no public way to end its
+# tasks.
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:
@@ -73,11 +73,10 @@ async def close_consumer(consumer: AIOKafkaConsumer) -> None:
 
 
 async def close_producer(producer: AIOKafkaProducer) -> None:
-    """Close a producer. Messages that have not been confirmed fail."""
-    producer._message_accumulator.fail_all(ProducerClosed())
-    if not await attempt(producer.stop()):
-        await _cancel([producer._sender.sender_task])
-        await attempt(producer.client.close())
+    """Close a producer without sending what is pending, for which `stop` would wait."""
+    await _cancel([producer._sender.sender_task])  # ends after the requests that are on the way
+    await attempt(producer.client.close())
+    producer._closed = True
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any] | None]) -> None:

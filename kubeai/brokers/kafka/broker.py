@@ -2,7 +2,7 @@
 
 Kafka delivers partitions, not messages. Each partition belongs to one member of the group, so at
 most as many replicas take part as there are partitions. Within a partition, messages are
-acknowledged in any order; ``kafka_progress`` describes what is stored. At most ``WINDOW_MAX_COUNT``
+acknowledged in any order; :mod:`kubeai.brokers.kafka.progress` describes what is stored. At most ``WINDOW_MAX_COUNT``
 messages of a partition follow one that is not acknowledged; then the partition is paused.
 
 - ``release`` gives a message back to this subscription, which returns it from ``receive`` again, or
@@ -22,9 +22,10 @@ messages of a partition follow one that is not acknowledged; then the partition 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -40,7 +41,7 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
-from kubeai.brokers.kafka_client import (
+from kubeai.brokers.kafka.client import (
     REQUEST_TIMEOUT_S,
     attempt,
     check_topics,
@@ -48,7 +49,7 @@ from kubeai.brokers.kafka_client import (
     milliseconds,
     reason_of,
 )
-from kubeai.brokers.kafka_group import GroupSubscription
+from kubeai.brokers.kafka.group import GroupSubscription
 from kubeai.brokers.urls import BrokerUrl
 
 PUBLISH_TIMEOUT_S = 15.0  # enough for the election of a partition's new leader
@@ -169,6 +170,7 @@ class _Topic(Topic):
         self._producer = AIOKafkaProducer(
             **common, acks="all", enable_idempotence=True, max_request_size=PUBLISH_MAX_BYTES
         )
+        self._limits: set[asyncio.Timeout] = set()  # of the messages on the way
         self._ended = ""  # why
 
     async def open(self) -> None:
@@ -184,7 +186,7 @@ class _Topic(Topic):
             (name, value.encode()) for name, value in attributes.items() if name != self._key_name
         ]
         try:
-            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+            async with self._limit():
                 await self._producer.send_and_wait(
                     self._name, body, key=key.encode() if key else None, headers=headers
                 )
@@ -194,8 +196,18 @@ class _Topic(Topic):
                 f"{self._name}, or than {PUBLISH_MAX_BYTES} bytes"
             ) from None
         except (KafkaError, TimeoutError) as error:
-            self._ended = self._ended or reason_of(error)
+            self._ended = self._ended or reason_of(error, PUBLISH_TIMEOUT_S)
             self._check()
+
+    @contextlib.asynccontextmanager
+    async def _limit(self) -> AsyncIterator[None]:
+        """TimeoutError after PUBLISH_TIMEOUT_S, or when the topic is closed."""
+        async with asyncio.timeout(PUBLISH_TIMEOUT_S) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.discard(limit)
 
     def _check(self) -> None:
         if self._ended:
@@ -203,5 +215,7 @@ class _Topic(Topic):
 
     async def close(self) -> None:
         self._ended = self._ended or "it is closed"
+        for limit in self._limits:
+            limit.reschedule(0)
         await close_producer(self._producer)
         await attempt(self._admin.close())
