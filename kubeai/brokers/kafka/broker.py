@@ -2,7 +2,7 @@
 
 Kafka delivers partitions, not messages. Each partition belongs to one member of the group, so at
 most as many replicas take part as there are partitions. Within a partition, messages are
-acknowledged in any order; :mod:`kubeai.brokers.kafka.progress` describes what is stored. At most ``WINDOW_MAX_COUNT``
+acknowledged in any order; ``progress`` describes what is stored. At most ``WINDOW_MAX_COUNT``
 messages of a partition follow one that is not acknowledged; then the partition is paused.
 
 - ``release`` gives a message back to this subscription, which returns it from ``receive`` again, or
