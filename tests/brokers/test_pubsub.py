@@ -2,7 +2,7 @@
 
 The fake keeps everything in memory. Where another broker is killed and started again, here the
 network is cut and healed. It proves nothing about exactly-once delivery, credentials and limits of
-the real service; tests/unit/brokers/test_pubsub.py covers what KubeAI does about them.
+the real service; tests/unit/brokers/pubsub/test_broker.py covers what KubeAI does about them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
 from google.pubsub_v1.services.publisher.transports import PublisherGrpcAsyncIOTransport
 from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncIOTransport
 
-from kubeai.brokers.pubsub import MESSAGE_MAX_BYTES
+from kubeai.brokers.pubsub.broker import MESSAGE_MAX_BYTES
 
 ACK_DEADLINE_S = 2
 numbers = itertools.count()

@@ -160,7 +160,7 @@ async def test_commit_that_a_rebalance_refuses_is_repeated(kafka, member):
 async def test_commit_that_is_refused_for_good_ends_the_subscription(kafka, member):
     (delivery,) = await member.receive(1)
     kafka.failures.append(KafkaConnectionError("not authorized"))
-    with pytest.raises(BrokerUnavailable, match="cannot commit an offset: .*not authorized"):
+    with pytest.raises(BrokerUnavailable, match="cannot commit an offset"):
         await delivery.acknowledge()
     with pytest.raises(BrokerUnavailable):
         await member.receive(1)
@@ -183,8 +183,10 @@ async def test_released_message_is_received_again_and_counted(kafka, member):
 
 async def test_cancelled_receive_returns_its_messages_next_time(kafka, member):
     receiving = asyncio.create_task(member.receive(2))
-    while not member._waiting and not kafka.positions[ONE]:
+    for _ in range(3):  # the messages have been fetched, and are not counted so far
         await asyncio.sleep(0)
+    assert kafka.positions[ONE] == 2
+    assert not receiving.done()
     receiving.cancel()
     await asyncio.gather(receiving, return_exceptions=True)
     deliveries = await member.receive(2)

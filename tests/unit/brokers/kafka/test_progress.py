@@ -60,8 +60,11 @@ class Consumer:
             for offset in self.offsets
             if offset >= self.progress.next and offset not in self.acknowledged
         ]
-        gaps = max(self.offsets) + 1 - self.progress.next - len(
-            [offset for offset in self.offsets if offset >= self.progress.next]
+        gaps = (
+            max(self.offsets)
+            + 1
+            - self.progress.next
+            - len([offset for offset in self.offsets if offset >= self.progress.next])
         )
         assert self.progress.waiting(max(self.offsets) + 1) == len(unseen) + gaps
 

@@ -19,7 +19,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes to stderr; failed calls are errors here
 
@@ -52,6 +52,7 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
+from kubeai.brokers.pubsub.batches import BATCH_MAX_COUNT, Batches
 from kubeai.brokers.urls import BrokerUrl
 
 RETRY_S = 10.0  # in which a call that fails is repeated
@@ -60,8 +61,6 @@ PULL_TIMEOUT_S = 15.0
 PULL_PAUSE_S = 1.0  # after a pull that has failed
 ACK_DEADLINE_MIN_S = 10.0  # that a subscription can have
 MESSAGE_MAX_BYTES = 10_000_000
-BATCH_MAX_COUNT = 1000  # of messages or acknowledgements in a call
-BATCH_MAX_BYTES = 9_000_000  # of messages in a call; the limit is 10 MB with everything around them
 _ENDPOINT = "pubsub.googleapis.com:443"
 _NAME = re.compile(r"projects/([^/]+)/(topics|subscriptions)/([^/]+)|([^/]+)/([^/]+)")
 _BOOLEANS = {  # as Go's strconv.ParseBool
@@ -76,8 +75,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 _TRANSIENT = Aborted, InternalServerError, ServiceUnavailable, TooManyRequests
-
-T = TypeVar("T")
 
 logging.getLogger("google").setLevel(logging.WARNING)
 
@@ -176,59 +173,6 @@ def _is_transient(error: BaseException) -> bool:
 _RETRY = AsyncRetry(predicate=_is_transient, initial=0.1, maximum=2.0, timeout=RETRY_S)
 
 
-class _Batches(Generic[T]):
-    """Sends items in batches, one batch at a time. The next one fills while one is on the way."""
-
-    def __init__(
-        self,
-        send: Callable[[list[T]], Awaitable[None]],
-        count_max: int = BATCH_MAX_COUNT,
-        size_of: Callable[[T], int] = lambda item: 0,
-    ) -> None:
-        self._send = send
-        self._count_max = count_max
-        self._size_of = size_of
-        self._waiting: deque[tuple[T, asyncio.Future[None]]] = deque()
-        self._task: asyncio.Task[None] | None = None
-
-    async def add(self, item: T) -> None:
-        """Send an item. Raises what its batch has raised."""
-        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, sent))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-        await sent
-
-    async def wait(self) -> None:
-        """Wait until nothing is on the way; after the connection has been closed."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
-
-    async def _run(self) -> None:
-        while self._waiting:
-            batch = self._next()
-            try:
-                await self._send([item for item, _ in batch])
-            except Exception as error:
-                for _, sent in batch:
-                    if not sent.done():
-                        sent.set_exception(error)
-            else:
-                for _, sent in batch:
-                    if not sent.done():
-                        sent.set_result(None)
-
-    def _next(self) -> list[tuple[T, asyncio.Future[None]]]:
-        batch = [self._waiting.popleft()]
-        size = self._size_of(batch[0][0])
-        while self._waiting and len(batch) < self._count_max:
-            size += self._size_of(self._waiting[0][0])
-            if size > BATCH_MAX_BYTES:
-                break
-            batch.append(self._waiting.popleft())
-        return batch
-
-
 class _Connection:
     """A channel to the service, and why it is not to be used any more."""
 
@@ -244,13 +188,15 @@ class _Connection:
         method: Callable[..., Awaitable[Any]],
         *,
         raises: tuple[type[GoogleAPICallError], ...] = (),
-        retry: AsyncRetry | None = _RETRY,
+        retry: bool = True,
         **fields: Any,
     ) -> Any:
         """Call a method of the service. Errors but those of ``raises`` end the connection."""
         self.check()
         try:
-            return await method(request=fields, retry=retry, timeout=CALL_TIMEOUT_S)
+            return await method(
+                request=fields, retry=_RETRY if retry else None, timeout=CALL_TIMEOUT_S
+            )
         except raises:
             raise
         except GoogleAPIError as error:
@@ -322,13 +268,13 @@ class _Subscription(Subscription):
         self._release_by_deadline = release_by_deadline
         self._waiting: deque[_Delivery] = deque()  # pulled, but not received so far
         self._pulling: asyncio.Task[None] | None = None
-        self.acknowledgements = _Batches(self._acknowledge)
-        self.extensions = _Batches(self._extend)
-        self._releases = _Batches(self._release)
+        self.acknowledgements = Batches(self._acknowledge)
+        self.extensions = Batches(self._extend)
+        self._releases = Batches(self._release)
 
     async def open(self) -> None:
         with contextlib.suppress(PermissionDenied):
-            info = await self._describe(retry=None)
+            info = await self._describe(retry=False)
             self.ack_deadline_s = float(info.ack_deadline_seconds)
 
     async def _describe(self, **settings: Any) -> Any:
@@ -451,14 +397,14 @@ class _Topic(Topic):
     ) -> None:
         self._connection = _Connection(channel, path)
         self._client = client
-        self._messages = _Batches(self._send, send_max_count, _size_of)
+        self._messages = Batches(self._send, send_max_count, _size_of)
 
     async def open(self) -> None:
         with contextlib.suppress(PermissionDenied):  # a publisher need not read the topic
             await self._connection.call(
                 self._client.get_topic,
                 raises=(PermissionDenied,),
-                retry=None,
+                retry=False,
                 topic=self._connection.path,
             )
 
