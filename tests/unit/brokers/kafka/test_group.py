@@ -233,3 +233,19 @@ async def test_closing_does_not_wait_for_a_broker_that_does_not_answer(kafka, me
     before = loop.time()
     await member.close()
     assert loop.time() - before <= 3 * CLOSE_TIMEOUT_S
+
+
+async def test_closing_survives_a_library_that_is_cancelled_by_itself(kafka, member):
+    closed = []
+
+    async def stop():
+        raise asyncio.CancelledError  # of one of its tasks
+
+    async def close():
+        closed.append(True)
+
+    kafka.stop, kafka.close = stop, close
+    kafka._coordinator = kafka._fetcher = None
+    kafka._client = kafka
+    await member.close()
+    assert len(closed) == 2  # the consumer's connections, and the admin client
