@@ -99,6 +99,13 @@ async def close_consumer(consumer: AIOKafkaConsumer) -> None:
     await attempt(consumer._client.close())
 
 
+def is_running(consumer: AIOKafkaConsumer) -> bool:
+    """Whether the tasks of a started consumer run. It does not report that one has failed."""
+    return not (
+        consumer._fetcher.error_future.done() or consumer._coordinator._coordination_task.done()
+    )
+
+
 async def close_producer(producer: AIOKafkaProducer) -> None:
     """Close a producer without sending what is pending, for which `stop` would wait."""
     await _cancel([producer._sender.sender_task])  # ends after the requests that are on the way
