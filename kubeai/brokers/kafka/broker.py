@@ -33,7 +33,7 @@ from urllib.parse import unquote
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaConnectionError, KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import MessageSizeTooLargeError
 
 from kubeai.brokers.base import (
     TIMEOUT_S,
@@ -54,6 +54,7 @@ from kubeai.brokers.kafka.client import (
 )
 from kubeai.brokers.kafka.group import GroupSubscription
 from kubeai.brokers.urls import BrokerUrl
+from kubeai.errors import KubeAIError
 
 PUBLISH_TIMEOUT_S = 15.0  # enough for the election of a partition's new leader
 PUBLISH_MAX_BYTES = 64 << 20  # the broker's limit is usually 1 MiB; it closes the connection at 100
@@ -160,11 +161,11 @@ async def _open(
             await connect()
     except BaseException as error:
         await close()
-        if isinstance(error, TimeoutError):
-            error = KafkaConnectionError(f"no answer within {TIMEOUT_S:g} s")
-        if isinstance(error, (KafkaError, OSError)):
-            raise BrokerUnavailable(f"{what}: {reason_of(error)}") from None
-        raise
+        if isinstance(error, KubeAIError) or not isinstance(error, Exception):
+            raise
+        timed_out = f"no answer within {TIMEOUT_S:g} s"
+        reason = reason_of(timed_out if isinstance(error, TimeoutError) else error)
+        raise BrokerUnavailable(f"{what}: {reason}") from None
 
 
 class _Topic(Topic):
@@ -205,7 +206,7 @@ class _Topic(Topic):
         except TimeoutError:
             self._ended = self._ended or reason_of(f"no answer within {PUBLISH_TIMEOUT_S:g} s")
             self._check()
-        except KafkaError as error:
+        except Exception as error:
             self._ended = self._ended or reason_of(error)
             self._check()
 
