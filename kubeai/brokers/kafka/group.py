@@ -237,7 +237,6 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
     async def _commit_changes(self) -> None:
         while True:
             await self._uncommitted.wait()
-            await self._settled.wait()
             self._uncommitted.clear()
             try:
                 await self._commit()
@@ -248,6 +247,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
                 self._end(f"cannot commit an offset: {reason_of(error)}")
 
     async def _commit(self) -> None:
+        """Commit what has changed, unless a rebalance is going on; its end calls for a commit."""
         async with self._committing:
             commits = {
                 partition: (partition.version, partition.progress.commit())
