@@ -46,6 +46,7 @@ from kubeai.brokers.base import (
 from kubeai.brokers.kafka.client import (
     REQUEST_TIMEOUT_S,
     attempt,
+    cancelled,
     check_topics,
     close_producer,
     collect_failures,
@@ -161,7 +162,7 @@ async def _open(
             await connect()
     except BaseException as error:
         await close()
-        if isinstance(error, KubeAIError) or not isinstance(error, Exception):
+        if isinstance(error, KubeAIError) or not (isinstance(error, Exception) or cancelled(error)):
             raise
         timed_out = f"no answer within {TIMEOUT_S:g} s"
         reason = reason_of(timed_out if isinstance(error, TimeoutError) else error)
@@ -228,7 +229,8 @@ class _Topic(Topic):
         if self._closing is None:
             self._ended = self._ended or "it is closed"
             for limit in self._limits:
-                limit.reschedule(0)
+                if not limit.expired():
+                    limit.reschedule(0)
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
 

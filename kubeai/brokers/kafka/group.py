@@ -124,6 +124,8 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             asyncio.create_task(self._commit_changes()),
             asyncio.create_task(self._watch()),
         ]
+        for task in self._tasks:  # the library can cancel it, too
+            task.add_done_callback(lambda _: self._end("the client has failed"))
         await self._settled.wait()
         await self._flush(set(self._partitions.values()))
         self._check()
