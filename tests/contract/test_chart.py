@@ -60,7 +60,7 @@ DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
 SERVICES = Resource("", "v1", "services", "Service")
 ACCOUNT = "spec.serviceAccountName"
 # Kinds of others, which a bare API does not have.
-FOREIGN = ("PodMonitor",)
+FOREIGN = ("PodMonitor", "PrometheusRule")
 ALL_ON = {
     "replicaCount": 3,
     "secrets": {
@@ -86,6 +86,7 @@ ALL_ON = {
             "sGLangPodMonitor": {"enabled": True},
             "llamaCppPodMonitor": {"enabled": True},
             "podMonitor": {"enabled": True},
+            "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
         },
         "grafanaDashboard": {"enabled": True, "annotations": {"grafana_folder": "LLM"}},
     },
@@ -98,11 +99,12 @@ ALL_ON = {
     "tolerations": [{"operator": "Exists"}],
     "affinity": {"nodeAffinity": {}},
     "env": [{"name": "A", "value": "b"}],
+    "envFrom": [{"secretRef": {"name": "message-broker"}}],
     "volumes": [{"name": "v", "emptyDir": {}}],
     "volumeMounts": [{"name": "v", "mountPath": "/v"}],
     "gateway": {"holdTimeout": "5m", "bodyMaxBytes": "128Mi"},
     "leaderElection": {"leaseDuration": "20s"},
-    "messaging": {"streams": []},
+    "messaging": {"streams": [{"requestsURL": "nats://a?queue=k", "responsesURL": "nats://b"}]},
     "uninstall": {"deleteModels": True},
     "modelServerPods": {"jsonPatches": [{"op": "add", "path": "/spec/hostNetwork", "value": True}]},
 }
@@ -278,9 +280,25 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
         assert f"| `{resource}`" in documented
 
 
-def test_dashboard_uses_existing_metrics(helm):
+def test_message_streams_and_the_credentials_of_their_brokers_reach_kubeai(helm):
+    streams = [{"requestsURL": "kafka://group?topic=a", "responsesURL": "kafka://b"}]
+    secret = [{"secretRef": {"name": "message-broker"}}]
+    values = {"messaging": {"errorMaxBackoff": "1m", "streams": streams}, "envFrom": secret}
+    rendered = helm.render("kubeai", values=values)
+    messaging = parse_config(config_of(rendered)).messaging
+    assert messaging.error_max_backoff_s == 60
+    assert [each.requests_url for each in messaging.streams] == ["kafka://group?topic=a"]
+    (container,) = one(rendered, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == secret
+
+
+def test_dashboard_and_alerts_use_existing_metrics(helm):
     """KubeAI's by its docs; vLLM's are its own."""
-    rendered = helm.render("kubeai", values={"metrics": {"grafanaDashboard": {"enabled": True}}})
+    metrics = {
+        "grafanaDashboard": {"enabled": True},
+        "prometheusOperator": {"prometheusRule": {"enabled": True}},
+    }
+    rendered = helm.render("kubeai", values={"metrics": metrics})
     (found,) = [obj for obj in rendered if "kubeai.json" in obj.get("data", {})]
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
     panels = json.loads(found["data"]["kubeai.json"])["panels"]
@@ -290,6 +308,11 @@ def test_dashboard_uses_existing_metrics(helm):
         for target in panel.get("targets", ())
         for name in re.findall(r"kubeai_\w+", target["expr"])
     }
+    (group,) = one(rendered, "PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        assert "{{" not in rule["expr"]
+        shown |= set(re.findall(r"kubeai_\w+", rule["expr"]))
+    assert "{{ $labels.stream }}" in group["rules"][0]["annotations"]["summary"]
     told = re.findall(r"`(kubeai_\w+)`", (CHARTS.parent / "docs/metrics.md").read_text())
     of_histograms = {f"{name}_{part}" for name in told for part in ("bucket", "sum", "count")}
     assert shown
