@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from typing import Any, NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from brokers.servers.proxy import Proxy
-from chaos.brokers import NAMES, BrokerUnderTest, broker_named
+from chaos.brokers import BROKERS, DURABLE, BrokerUnderTest, client_environment
 from chaos.load import PROBLEMS_MAX_SHOWN, Account, Publisher, read
 from chaos.site import Site
 
@@ -77,6 +76,9 @@ class Chaos:
     def __init__(self, options: Options, folder: Path) -> None:
         self.options = options
         self._folder = folder
+        self._broker: BrokerUnderTest = BROKERS[options.broker](folder / "broker")
+        self._proxy = Proxy(self._broker.proxied_port)
+        self._sites: list[Site] = []
         self._random = random.Random(options.seed)
         self._account = Account()
         self._done: Counter[str] = Counter()  # faults
@@ -87,9 +89,6 @@ class Chaos:
 
     async def run(self) -> Report:
         """Run it all; raises only if the run itself cannot be carried out."""
-        self._broker = broker_named(self.options.broker, self._folder / "broker")
-        self._proxy = Proxy(self._broker.proxied_port)
-        self._sites: list[Site] = []
         await self._proxy.start()
         try:
             self._broker.advertise(self._proxy.port)
@@ -122,7 +121,7 @@ class Chaos:
     # -- the run -----------------------------------------------------------------------------------
 
     async def _measure(self) -> Report:
-        under, environment = self._broker, os.environ | self._broker.server.environment
+        under, environment = self._broker, client_environment(self._broker)
         publisher = Publisher(
             open_broker(under.requests_topic, "requests", environment), self._account
         )
@@ -194,8 +193,7 @@ class Chaos:
 
     def _faults(self) -> Iterator[tuple[str, str, Fault, int]]:
         """Each fault's name, what it breaks, how, and how often."""
-        if self._broker.survives_kill:
-            yield "broker killed", "broker", self._kill_broker, 2
+        yield "broker killed", "broker", self._kill_broker, 2
         yield "connections cut", "network", self._cut, 4
         yield "connections stalled", "network", self._stall, 3
         for at, site in enumerate(self._sites):
@@ -256,7 +254,7 @@ async def run(options: Options, folder: Path) -> Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--broker", choices=NAMES, required=True)
+    parser.add_argument("--broker", choices=DURABLE, required=True)
     parser.add_argument("--messages", type=int, default=Options._field_defaults["messages"])
     parser.add_argument("--rate", type=float, default=Options._field_defaults["per_s"])
     parser.add_argument("--seed", type=int, default=Options._field_defaults["seed"])

@@ -292,6 +292,17 @@ def test_message_streams_and_the_credentials_of_their_brokers_reach_kubeai(helm)
     assert container["envFrom"] == secret
 
 
+def test_the_pods_condition_may_be_written_only_if_there_are_message_streams(helm):
+    def of_messaging(rendered):
+        return [obj for obj in rendered if obj["metadata"]["name"] == "kubeai-messaging"]
+
+    assert not of_messaging(helm.render("kubeai"))
+    streams = [{"requestsURL": "nats://a", "responsesURL": "nats://b"}]
+    role, binding = of_messaging(helm.render("kubeai", values={"messaging": {"streams": streams}}))
+    assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"]}]
+
+
 def test_dashboard_and_alerts_use_existing_metrics(helm):
     """KubeAI's by its docs; vLLM's are its own."""
     metrics = {

@@ -1,0 +1,145 @@
+"""The brokers of the chaos test, each with two topics, and the URLs of their four ends."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from brokers.servers import BrokerServer
+from brokers.servers.kafka import KafkaServer
+from brokers.servers.nats import NatsServer
+from brokers.servers.rabbitmq import RabbitMQServer
+from brokers.servers.sqs import SqsServer
+
+PARTITIONS = 4
+
+
+class BrokerUnderTest(ABC):
+    """A broker that has not started. The URLs are KubeAI's, and those of its users."""
+
+    requests_topic: str  # where users publish
+    requests: str  # what KubeAI receives
+    responses_topic: str  # where KubeAI publishes
+    responses: str  # what users receive
+    server: BrokerServer
+
+    @abstractmethod
+    async def create_topics(self) -> None:
+        """Create what the URLs name, on the server that has started."""
+
+    @property
+    def proxied_port(self) -> int:
+        """Where the proxy connects to."""
+        return self.server.port
+
+    def advertise(self, port: int) -> None:  # noqa: B027
+        """Before the start: the proxy's port, for a broker that must know it."""
+
+    def proxied_environment(self, port: int) -> dict[str, str]:
+        """The environment of a client that uses the proxy."""
+        direct, proxied = f":{self.server.port}", f":{port}"
+        return {
+            name: value.replace(direct, proxied) for name, value in self.server.environment.items()
+        }
+
+
+class Nats(BrokerUnderTest):
+    """NATS without JetStream: nothing is stored."""
+
+    requests_topic, requests = "nats://requests", "nats://requests?queue=kubeai"
+    responses_topic, responses = "nats://responses", "nats://responses?queue=reader"
+
+    def __init__(self, folder: Path) -> None:
+        self.server = NatsServer(folder)
+
+    async def create_topics(self) -> None:
+        """There is nothing to create."""
+
+
+class JetStream(Nats):
+    requests_topic = "nats://requests?jetstream"
+    requests = f"{requests_topic}&queue=kubeai"
+    responses_topic = "nats://responses?jetstream"
+    responses = f"{responses_topic}&queue=reader"
+
+    async def create_topics(self) -> None:
+        import nats
+
+        client = await nats.connect(self.server.environment["NATS_SERVER_URL"])
+        stream = client.jetstream()
+        for name in ("requests", "responses"):
+            await stream.add_stream(name=name, subjects=[name])
+        await client.close()
+
+
+class Kafka(BrokerUnderTest):
+    requests_topic, requests = "kafka://requests", "kafka://kubeai?topic=requests"
+    responses_topic, responses = "kafka://responses", "kafka://reader?topic=responses"
+
+    def __init__(self, folder: Path) -> None:
+        self.server: KafkaServer = KafkaServer(folder)
+
+    async def create_topics(self) -> None:
+        from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.server.environment["KAFKA_BROKERS"])
+        await admin.start()
+        topics = [NewTopic(name, PARTITIONS, 1) for name in ("requests", "responses")]
+        await admin.create_topics(topics)
+        await admin.close()
+
+    @property
+    def proxied_port(self) -> int:
+        return self.server.proxied_port
+
+    def advertise(self, port: int) -> None:
+        self.server.advertise(port)
+
+    def proxied_environment(self, port: int) -> dict[str, str]:
+        return self.server.proxied_environment
+
+
+class RabbitMQ(BrokerUnderTest):
+    requests_topic, requests = "rabbit://requests", "rabbit://requests"
+    responses_topic, responses = "rabbit://responses", "rabbit://responses"
+
+    def __init__(self, folder: Path) -> None:
+        self.server = RabbitMQServer(folder)
+
+    async def create_topics(self) -> None:
+        import aio_pika
+
+        connection = await aio_pika.connect(self.server.environment["RABBIT_SERVER_URL"])
+        channel = await connection.channel()
+        for name in ("requests", "responses"):
+            exchange = await channel.declare_exchange(name, "fanout", durable=True)
+            queue = await channel.declare_queue(name, durable=True)
+            await queue.bind(exchange)
+        await connection.close()
+
+
+class SQS(BrokerUnderTest):
+    def __init__(self, folder: Path) -> None:
+        self.server = SqsServer(folder, "requests,VisibilityTimeout=15", "responses")
+        self.requests_topic = self.requests = self.server.url("requests")
+        self.responses_topic = self.responses = self.server.url("responses")
+
+    async def create_topics(self) -> None:
+        """The server has them from its start."""
+
+
+BROKERS: dict[str, type[BrokerUnderTest]] = {
+    "nats": Nats,
+    "jetstream": JetStream,
+    "kafka": Kafka,
+    "rabbitmq": RabbitMQ,
+    "sqs": SQS,
+}
+# Without NATS's own, which stores nothing.
+DURABLE = tuple(name for name in BROKERS if name != "nats")
+
+
+def client_environment(under: BrokerUnderTest) -> dict[str, str]:
+    """The environment of a client that uses the broker directly."""
+    return os.environ | under.server.environment
