@@ -146,9 +146,7 @@ class Chaos:
                 task.cancel()
             ends = await asyncio.gather(chaos, *background, return_exceptions=True)
         broken = [
-            f"the test's own task failed: {end!r}"
-            for end in ends
-            if isinstance(end, Exception)
+            f"the test's own task failed: {end!r}" for end in ends if isinstance(end, Exception)
         ]
         return self._report(published_s, answered_s, broken)
 
