@@ -84,7 +84,7 @@ async def measure(
             status = await bench.wait()
         if status:
             raise SystemExit(f"kubeai bench run {' '.join(target)} failed")
-        (run,) = json.loads(Path(file.name).read_bytes())["runs"]
+        (run,) = json.load(file)["runs"]
     after = {name: cpu_s(pids) for name, pids in processes(local).items()}
     summary = run["summary"]
     if summary["failed"] or summary.get("lost") or summary.get("duplicates"):

@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 HEADING = "## Requests by message"
-INTRODUCTION = """`BROKERS=$(tests/brokers/build.sh) python bench/messages.py`: non-streamed chats of 16 tokens, 32 at a
-time, on two mock engines that take no time; the same over HTTP and by message. KubeAI, the broker, the
-engines and the load generator share {cores} cores, so the requests per second are those of all of them
-together. The CPU is KubeAI's alone. A broker that writes each message to the disk before it confirms it
-(NATS JetStream and Kafka, as they are configured here) has the disk's latency twice in each request.
+INTRODUCTION = """`BROKERS=$(tests/brokers/build.sh) python bench/messages.py`: non-streamed
+chats of 16 tokens, 32 at a time, on two mock engines that take no time; the same over HTTP and by
+message. KubeAI, the broker, the engines and the load generator share {cores} cores, so the requests
+per second are those of all of them together. The CPU is KubeAI's alone. A broker that writes each
+message to the disk before it confirms it (NATS JetStream and Kafka, as they are configured here)
+has the disk's latency twice in each request.
 
 """
 TITLES = {

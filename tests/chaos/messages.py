@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path[:0] = [str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from brokers.servers.proxy import Proxy
 from chaos.brokers import BROKERS, DURABLE, BrokerUnderTest, client_environment
