@@ -42,6 +42,9 @@ class Delivery(ABC):
     """
 
     id: str  # of the message; the same in every delivery of it, and unique in the subscription
+    # False: another message may have the same ID. The messenger then answers redeliveries again,
+    # rather than recognise them by it.
+    id_is_unique: bool = True
     body: bytes
     attributes: Mapping[str, str]  # also called headers, metadata or properties
     deliveries: int  # of this message so far, this one included; 0: the broker does not count

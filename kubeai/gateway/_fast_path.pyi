@@ -5,6 +5,7 @@ from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
 from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
+from kubeai.routing.routes import RequestType
 from kubeai._journal import Journal
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
@@ -28,6 +29,7 @@ class FastPathContext:
     logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]
     cors: CorsPolicy | None  # None: responses have no CORS headers
+    request_type: RequestType
 
 @final
 class JsonRoute:

@@ -74,6 +74,7 @@ cdef class FastPathContext:
     cdef public bint logs_prompts  # the access log contains the hashes of prompts
     cdef public dict json_routes  # request target -> JsonRoute
     cdef public object cors  # CorsPolicy; None: responses have no CORS headers
+    cdef public str request_type  # "http" or "message": what the process's requests count as
 
 
 cdef class JsonRoute:
@@ -170,7 +171,9 @@ cdef class FastPath(EarlyStream):
         self._routed = routed
         self._prompt = prompt_for(picker, request, context.logs_prompts)
         self._payload = self.body
-        self._admission = admit(picker.ring.table, picker.ring.row, picker.ring.generation)
+        self._admission = admit(
+            picker.ring.table, picker.ring.row, picker.ring.generation, context.request_type
+        )
         if context.explains:
             self.note_candidates()
         self._place(picker.pick(self._prompt))

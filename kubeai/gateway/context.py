@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kubeai.api.config.system import GatewayConfig
     from kubeai.gateway.access_log import Observers
     from kubeai.gateway.endpoint_pool import ConsolePool, LocalRoutesPool
+    from kubeai.routing.routes import RequestType
     from kubeai.routing.table import RoutedModel, RoutingTable
 
 # The request targets that the fast path serves. Ollama's API is not among them, because only some
@@ -33,20 +34,37 @@ JSON_ROUTES = {
 }
 
 
+class HoldWatcher(Protocol):
+    """Follows the holds of requests, by request ID; see :attr:`Context.hold_watcher`."""
+
+    def on_hold(self, request_id: str) -> None:
+        """The request has no endpoint, and is about to be held or rejected."""
+
+    async def on_endpoint(self, request_id: str) -> None:
+        """An endpoint can serve the held request. Returns when the request may be sent there.
+
+        If no endpoint is left by then, :meth:`on_hold` is called again.
+        """
+
+
 class Context(FastPathContext):
     """See the module. The Server sets ``routes``, ``models`` and ``local_routes``."""
 
     routes: RoutingTable
     local_routes: LocalRoutesPool  # serves what is not proxied
     console: ConsolePool | None = None  # None: not served
+    hold_watcher: HoldWatcher | None = None  # set by a process that sends the requests itself
 
     def __init__(
         self,
         config: GatewayConfig,
         demand: Callable[[str], None],
         observers: Observers | None = None,
+        *,
+        request_type: RequestType = "http",
     ) -> None:
         """``demand``: notifies the supervisor that a request is held for a model."""
+        self.request_type = request_type
         self.config = config
         self.body_max_bytes = config.body_max_bytes
         self.demand = demand

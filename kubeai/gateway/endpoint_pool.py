@@ -14,7 +14,7 @@ import math
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from typing_extensions import override
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kubeai.routing.table import RoutedModel
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 # The connections that a crashing engine loses are all noticed within this time.
 LOST_TOGETHER_S = 1.0
@@ -203,8 +204,8 @@ class LocalRoutesPool(_DialingPool):
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
-        await _hand_over(loop.connect_accepted_socket(self._serve, theirs), theirs, ours)
-        await _hand_over(loop.create_unix_connection(lambda: upstream, sock=ours), ours)
+        await hand_over(loop.connect_accepted_socket(self._serve, theirs), theirs, ours)
+        await hand_over(loop.create_unix_connection(lambda: upstream, sock=ours), ours)
 
 
 class ConsolePool(_DialingPool):
@@ -223,10 +224,10 @@ class ConsolePool(_DialingPool):
         await loop.create_unix_connection(lambda: upstream, self._path)
 
 
-async def _hand_over(connecting: Awaitable[object], *sockets: socket.socket) -> None:
+async def hand_over(connecting: Awaitable[T], *sockets: socket.socket) -> T:
     """Attach a socket to the event loop; close all given sockets if that fails."""
     try:
-        await connecting
+        return await connecting
     except BaseException:
         for each in sockets:
             each.close()

@@ -62,14 +62,19 @@ async def hold(
     *,
     max_wait_s: float | None = None,
     during: contextlib.AbstractContextManager[None] | None = None,
+    request_id: str = "",
 ) -> Reservation:
     """Wait until an endpoint can serve the request; BadRequest if none can in time.
 
     The request is counted as held while it waits, and a replica of the model is demanded. A model
     that is known to be unable to start is neither waited for nor scaled up. ``max_wait_s``: the
     client's own limit, below ``holdTimeout``. ``during``: entered while the request waits.
+    ``request_id``: for the context's ``hold_watcher``.
     """
     loop = asyncio.get_running_loop()
+    watcher = context.hold_watcher
+    if watcher is not None:
+        watcher.on_hold(request_id)
     block = routed.block(request.adapter)
     if block is not None and block.fails_at_s <= loop.time():
         raise _blocked(routed, request, block)
@@ -91,8 +96,12 @@ async def hold(
         with during or contextlib.nullcontext():
             while True:
                 await routed.wait(request.adapter, max(0.0, deadline_s - loop.time()))
+                if watcher is not None:
+                    await watcher.on_endpoint(request_id)
                 if reservation := routed.pick(prompt, request.adapter):
                     return reservation
+                if watcher is not None:
+                    watcher.on_hold(request_id)
     except Blocked as blocked:
         raise _blocked(routed, request, blocked.block) from None
     except NoEndpoint:

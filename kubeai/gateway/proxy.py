@@ -318,7 +318,7 @@ class Proxy(FastPath):
         """Count the request for its model, and pick an endpoint if one (``only``) can serve it."""
         self._request = request
         self._routed = routed
-        self._admission = routed.admit("http")
+        self._admission = routed.admit(self.context.request_type)
         if request.adapter is not None:
             self.renaming = Renaming(*map(openai.json_string, (request.adapter, request.model)))
         if self._prompt is None:  # an upload's
@@ -447,6 +447,7 @@ class Proxy(FastPath):
             self._admission,
             max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
             during=self._wait_counted(),
+            request_id=self.request_id,
         )
 
     @contextlib.contextmanager

@@ -14,11 +14,17 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.gateway.context import Context
-from kubeai.gateway.endpoint_pool import ConsolePool, EndpointPool, LocalRoutesPool
+from kubeai.gateway.endpoint_pool import (
+    ConsolePool,
+    EndpointPool,
+    LocalRoutesPool,
+    hand_over,
+)
 from kubeai.gateway.proxy import Proxy
 from kubeai.gateway.relay._downstream import Downstream
 from kubeai.gateway.relay._exchange import Relay
@@ -28,6 +34,8 @@ from kubeai.routing.routes import Endpoint
 from kubeai.routing.table import RoutedModel, RoutingTable
 
 log = get_logger(__name__)
+
+T = TypeVar("T", bound=asyncio.BaseProtocol)
 
 LISTEN_BACKLOG = 4_096
 DRAIN_POLL_S = 0.02
@@ -85,20 +93,38 @@ class Server:
     async def serve(
         self,
         local_routes: Callable[[], asyncio.BaseProtocol],
-        sock: socket.socket,
+        sock: socket.socket | None,
         console_path: str = "",
     ) -> None:
-        """Accept on a listening socket. ``local_routes``: creates the protocol of a connection to
-        the aiohttp application. ``console_path``: of the console's socket; empty: not served."""
+        """Accept on a listening socket; None: only the connections of :meth:`connect`.
+
+        ``local_routes``: creates the protocol of a connection to the aiohttp application.
+        ``console_path``: of the console's socket; empty: not served.
+        """
         loop = asyncio.get_running_loop()
         self._context.local_routes = LocalRoutesPool(self.relay, local_routes)
         if console_path:
             self._context.console = ConsolePool(self.relay, console_path)
         self.relay.start(loop)
-        self._server = await loop.create_server(
-            partial(Downstream, self.relay), sock=sock, backlog=LISTEN_BACKLOG
-        )
+        if sock is not None:
+            self._server = await loop.create_server(
+                partial(Downstream, self.relay), sock=sock, backlog=LISTEN_BACKLOG
+            )
         self._tick()
+
+    async def connect(self, client: Callable[[], T]) -> T:
+        """Connect a client of this process to the relay, and return the client's protocol.
+
+        The connection is a socket pair, so there is no address that others could connect to.
+        """
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        served = loop.connect_accepted_socket(partial(Downstream, self.relay), theirs)
+        await hand_over(served, theirs, ours)
+        _, protocol = await hand_over(loop.create_unix_connection(client, sock=ours), ours)
+        return protocol
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

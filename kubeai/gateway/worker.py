@@ -1,5 +1,7 @@
 """One data-plane process: ``python -m kubeai.gateway.worker``, started by the supervisor.
 
+:class:`Worker` is also the base class of the messenger's process (messenger/).
+
 It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
 and its end of the channel to the supervisor (routing/channel.py). The environment variable
 ``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
@@ -19,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 import msgspec
 import uvloop
@@ -41,7 +44,7 @@ from kubeai.routing.channel import (
     Ready,
     WorkerSettings,
 )
-from kubeai.routing.routes import Delta, Snapshot
+from kubeai.routing.routes import Delta, RequestType, Snapshot
 
 log = get_logger(__name__)
 
@@ -53,16 +56,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 class Worker:
     """The components of the process and its lifecycle."""
 
+    request_type: RequestType = "http"  # what its requests count as
+
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._table = LoadTable.attach(settings.table_fd, settings.column)
         observers = make_observers(settings.gateway)
-        self._context = Context(settings.gateway, self._demand, observers)
+        self._context = Context(
+            settings.gateway, self._demand, observers, request_type=self.request_type
+        )
         if settings.journal_fd >= 0:
             self._context.journal = Journal.attach(settings.journal_fd, settings.column)
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
         self._server = Server(self._context, self._table, self._index)
-        self._channel = Channel(Down, self._received, self._channel_ended)
+        self._channel = Channel(Down, self._on_message, self._channel_ended)
         self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
@@ -80,30 +87,35 @@ class Worker:
             return
         runner = make_runner(self._context)
         await runner.setup()
+        assert runner.server is not None, "set up"
         try:
-            await self._serve(runner)
+            await self._serve(runner.server)
         finally:
             self._server.close()
             await runner.cleanup()
             self._channel.close()
 
-    async def _serve(self, runner: web.AppRunner) -> None:
-        assert runner.server is not None, "set up"
+    async def _serve(self, local_routes: web.Server) -> None:
+        """Serve requests until told to drain, then drain."""
         listener = socket.socket(fileno=self._settings.listen_fd)
         listener.setblocking(False)
-        await self._server.serve(runner.server, listener, self._settings.console_path)
+        await self._server.serve(local_routes, listener, self._settings.console_path)
+        self._announce()
+        drain = await self._stopped
+        await self._server.drain(drain.accept_s, drain.timeout_s)
+
+    def _announce(self) -> None:
+        """Report that the process is ready."""
         self._context.ready = True
         self._channel.send(Ready(os.getpid()))
         # Objects created at start-up live as long as the process, so exclude them from collections.
         gc.collect()
         gc.freeze()
-        drain = await self._stopped
-        await self._server.drain(drain.accept_s, drain.timeout_s)
 
     def _demand(self, model: str) -> None:
         self._channel.send(Demand(model))
 
-    def _received(self, message: object) -> None:
+    def _on_message(self, message: object) -> None:
         if isinstance(message, Drain):
             self._stop(message)
         else:
@@ -142,8 +154,8 @@ def _raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def main() -> int:
-    """Run a worker; returns the exit status."""
+def run_worker(make: Callable[[WorkerSettings], Worker]) -> int:
+    """Run a worker process; returns the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _keep_memory()
     _raise_descriptors()
@@ -158,12 +170,17 @@ def main() -> int:
     settings = msgspec.json.decode(text, type=WorkerSettings)
 
     async def run() -> None:
-        await Worker(settings).run()
+        await make(settings).run()
 
     began = time.monotonic()
     uvloop.run(run())
     log.info("worker ended", worker=settings.column, lived_s=round(time.monotonic() - began, 1))
     return 0
+
+
+def main() -> int:
+    """Run a worker; returns the exit status."""
+    return run_worker(Worker)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The channel between the supervisor and one worker, over a socket pair.
 
 The supervisor sends routes; the worker reports that it is ready and which models have held
-requests. Loads are shared through the load table instead. Messages are msgpack, each preceded by
+requests. The messenger, which is a worker without a listener, also reports the state of its
+streams. Loads are shared through the load table instead. Messages are msgpack, each preceded by
 its length (4 bytes, big-endian). A worker that loses the channel drains.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, cast
 import msgspec
 from typing_extensions import override
 
-from kubeai.api.config.system import GatewayConfig
+from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.framing import FrameTooLong, frame, take_frames
 from kubeai.routing.routes import Delta as Delta
 from kubeai.routing.routes import Snapshot as Snapshot
@@ -29,17 +30,18 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     column: int  # of the load table
     table_fd: int
     index_fd: int  # of the prefix index
-    listen_fd: int
+    listen_fd: int  # -1: the process has no listener
     channel_fd: int
     gateway: GatewayConfig
     journal_fd: int = -1  # -1: requests are not recorded
     console_path: str = ""  # of the Unix socket where the supervisor serves the console; "": none
+    messaging: Messaging | None = None  # the messenger's
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors to inherit."""
-        always = self.table_fd, self.index_fd, self.listen_fd, self.channel_fd
-        return (*always, self.journal_fd) if self.journal_fd >= 0 else always
+        numbers = self.table_fd, self.index_fd, self.channel_fd, self.listen_fd, self.journal_fd
+        return tuple(number for number in numbers if number >= 0)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -70,8 +72,40 @@ class Demand(msgspec.Struct, frozen=True, tag="demand", array_like=True):
     model: str
 
 
+class Side(msgspec.Struct, frozen=True, array_like=True):
+    """The state of a stream's connection to the broker of its requests, or of its responses."""
+
+    connected: bool = False
+    connections: int = 0  # made so far
+    problem: str = ""  # why it is not connected; without credentials
+
+
+class StreamReport(msgspec.Struct, frozen=True, array_like=True):
+    """A message stream's counts since the messenger started, and its state."""
+
+    requests: Side = Side()
+    responses: Side = Side()
+    received: int = 0  # deliveries
+    redelivered: int = 0  # those of messages that had been delivered before
+    retried: int = 0  # attempts that failed and were repeated
+    dead: int = 0  # messages given up: answered with the last attempt's error
+    publish_failures: int = 0
+    answered: dict[str, int] = {}  # by class of status: "2xx" to "5xx"
+    in_hand: int = 0  # received, and not yet answered
+    held: int = 0  # those that wait for an endpoint of their model
+    lag: int | None = None  # messages that wait in the broker; None: unknown
+
+
+class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
+    """The messenger's streams, in the config's order. Sent at least every REPORT_INTERVAL_S."""
+
+    reports: tuple[StreamReport, ...]
+
+
+REPORT_INTERVAL_S = 1.0
+
 Down = Snapshot | Delta | Drain
-Up = Ready | Demand
+Up = Ready | Demand | Streams
 
 
 class Channel(asyncio.Protocol):

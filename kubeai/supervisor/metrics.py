@@ -37,7 +37,8 @@ _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
 class Metrics:
     """All metrics of this KubeAI replica.
 
-    ``peers``: seconds since each other replica last reported its loads, by address.
+    ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
+    of the message streams; None: there are none.
     """
 
     def __init__(
@@ -45,9 +46,12 @@ class Metrics:
         table: LoadTable,
         publisher: Publisher,
         peers: Callable[[], Mapping[str, float]] = dict,
+        streams: Collector | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
+        if streams is not None:
+            self._registry.register(streams)
         ProcessCollector(registry=self._registry)  # the supervisor's process
 
     def render(self, accept: str) -> tuple[bytes, str]:

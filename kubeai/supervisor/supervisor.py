@@ -12,6 +12,7 @@ import gc
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -19,6 +20,7 @@ from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import SystemConfig
+from kubeai.brokers.streams import open_streams
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.gateway.tracing import check_tracing
 from kubeai.kube.client import Kube
@@ -34,9 +36,11 @@ from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
+from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
-from kubeai.supervisor.worker_process import WorkerProcess
+from kubeai.supervisor.pod_condition import PodCondition
+from kubeai.supervisor.worker_process import MESSENGER, WorkerProcess
 
 log = get_logger(__name__)
 
@@ -50,15 +54,15 @@ SWEEP_INTERVAL_S = 0.5
 EXIT_GRACE_S = 5.0
 
 
-def refuse_unserved(config: SystemConfig) -> None:
-    """ConfigError if the config enables a feature that this version does not support.
-
-    Ignoring the setting would leave a queue without a consumer.
-    """
-    if config.messaging.streams:
+def check_streams(config: SystemConfig) -> None:
+    """ConfigError if the message streams cannot be served."""
+    if config.messaging.streams and config.external:
         raise ConfigError(
-            "messaging.streams", "this version does not support message streams; remove them"
+            "proxy.mode",
+            "external and messaging.streams exclude each other: KubeAI does not "
+            "know the loads of another gateway, nor may it scale the Models; remove one of them",
         )
+    open_streams(config.messaging)
 
 
 class Supervisor:
@@ -84,14 +88,17 @@ class Supervisor:
         started: Callable[[], None] = lambda: None,
         local: bool = False,
     ) -> None:
-        if not 1 <= workers <= WORKERS_MAX:
-            raise KubeAIError(f"--workers: {workers} is not between 1 and {WORKERS_MAX}")
-        refuse_unserved(config)
+        has_streams = bool(config.messaging.streams)
+        workers_max = WORKERS_MAX - has_streams
+        if not 1 <= workers <= workers_max:
+            raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
+        check_streams(config)
         check_tracing()
         self.config = config
-        self.table = LoadTable.create(TABLE_ROWS, workers)
+        columns = workers + has_streams
+        self.table = LoadTable.create(TABLE_ROWS, columns)
         self.table.phase = random.getrandbits(32)
-        self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, workers)
+        self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
         self.publisher = Publisher(self.table, self.index)
         self.peers = Peers(
             kube,
@@ -120,7 +127,7 @@ class Supervisor:
         self._announced = False
         # Another gateway sends the requests: there is nothing to serve here.
         listeners = [] if config.external else listen(host, port, workers, "--port")
-        journal = Journal.create(workers)
+        journal = Journal.create(columns)
         self._traffic = Traffic(journal, self.table)
         self._fleet = Fleet(self.operator, self.publisher, self.table, self._traffic)
         self._console: Console | None = None
@@ -135,23 +142,43 @@ class Supervisor:
                 local=local,
             )
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
-        self._workers = [
-            WorkerProcess(
-                column,
-                sock,
-                self.table,
-                self.index,
-                config.gateway,
-                journal_fd=-1 if self._console is None else journal.fd,
-                console_path="" if self._console is None else self._console.path,
-                snapshot=self._snapshot,
-                on_ready=self._worker_ready,
-                on_demand=self.operator.demand,
-                spawn=spawn,
+        start = partial(
+            WorkerProcess,
+            table=self.table,
+            index=self.index,
+            config=config.gateway,
+            journal_fd=-1 if self._console is None else journal.fd,
+            console_path="" if self._console is None else self._console.path,
+            snapshot=self._snapshot,
+            on_ready=self._worker_ready,
+            on_demand=self.operator.demand,
+            spawn=spawn,
+        )
+        self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
+        self._streams = MessageStreams(config.messaging)
+        # None: the config has no message streams.
+        self._messenger: WorkerProcess | None = None
+        self._pod_condition: PodCondition | None = None
+        if has_streams:
+            self._messenger = start(
+                workers,
+                None,
+                module=MESSENGER,
+                messaging=config.messaging,
+                on_streams=self._streams.report,
+                on_end=self._streams.ended,
             )
-            for column, sock in enumerate(listeners)
-        ]
-        self._metrics = Metrics(self.table, self.publisher, self.peers.silences_s)
+            if pod:
+                self._pod_condition = PodCondition(
+                    kube, namespace, pod, lambda: self._streams.problems
+                )
+        self._processes = [*self._workers, *filter(None, [self._messenger])]
+        self._metrics = Metrics(
+            self.table,
+            self.publisher,
+            self.peers.silences_s,
+            self._streams if has_streams else None,
+        )
         self._stop = asyncio.Event()
         self._signals = 0
 
@@ -170,8 +197,8 @@ class Supervisor:
         self.peers.rerouted(model)
         self._cache_sizes.rerouted(model)
         if self.synced:
-            for worker in self._workers:
-                worker.send(delta)
+            for process in self._processes:
+                process.send(delta)
 
     def _worker_ready(self) -> None:
         """Announce that requests are served, once all workers are ready."""
@@ -184,7 +211,10 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """Whether every worker serves requests, with all Models known."""
+        """Whether every worker serves requests, with all Models known.
+
+        The messenger does not count: without it, messages wait in their broker.
+        """
         return self.synced and not self.stopping and all(w.ready for w in self._workers)
 
     def models(self) -> list[ModelSummary]:
@@ -204,7 +234,7 @@ class Supervisor:
             await self._console.start()
         operator = asyncio.create_task(self.operator.run(), name="operator")
         operator.add_done_callback(lambda _: self._stop.set())
-        lives = [asyncio.create_task(worker.run()) for worker in self._workers]
+        lives = [asyncio.create_task(process.run()) for process in self._processes]
         for life in lives:
             life.add_done_callback(lambda _: self._stop.set())
         background = [
@@ -212,14 +242,16 @@ class Supervisor:
             asyncio.create_task(self._sweep()),
             asyncio.create_task(self.peers.run(parse_address(self.metrics_address)[1])),
         ]
+        if self._pod_condition is not None:
+            background.append(asyncio.create_task(self._pod_condition.run()))
         for task in background:
             task.add_done_callback(self._background_ended)
         try:
             await self._stop.wait()
             self._log_drain()
             self.stopping = True
-            for worker in self._workers:
-                worker.stopping = True
+            for process in self._processes:
+                process.stopping = True
             if self._console is not None:
                 await self._console.stop()  # the workers would wait for its streams
             # Release the lease now: the drain may last as long as the longest request.
@@ -229,8 +261,8 @@ class Supervisor:
             await self.operator.stop()
             await asyncio.gather(operator, return_exceptions=True)
         finally:
-            for worker in self._workers:
-                worker.kill()
+            for process in self._processes:
+                process.kill()
             for task in (operator, *lives, *background):
                 task.cancel()
             await asyncio.gather(operator, *lives, *background, return_exceptions=True)
@@ -240,7 +272,7 @@ class Supervisor:
             if self._console is not None:
                 await self._console.close()
             for worker in self._workers:
-                worker.listener.close()
+                worker.close_listener()
             self.table.close()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -260,8 +292,8 @@ class Supervisor:
         if self._signals > 1:  # a second signal ends the drain
             if self._signals == 2:
                 log.warning("stopping now", message="requests in flight are cut off")
-            for worker in self._workers:
-                worker.kill()
+            for process in self._processes:
+                process.kill()
 
     def _log_drain(self) -> None:
         """Say how long the drain may take, and how to end it."""
@@ -282,8 +314,8 @@ class Supervisor:
         await self.operator.synced.wait()
         self.synced = True
         snapshot = self.publisher.snapshot()
-        for worker in self._workers:
-            worker.send(snapshot)
+        for process in self._processes:
+            process.send(snapshot)
         if not self._workers:
             self._worker_ready()
         # Objects created at start-up live as long as the process. A collection that scans them
@@ -292,11 +324,15 @@ class Supervisor:
         gc.freeze()
 
     async def _sweep(self) -> None:
-        """Free unused rows. Signal demand again, in case a worker's message was lost."""
+        """Free unused rows. Signal demand again, in case a worker's message was lost. End a
+        messenger that hangs, which would keep rows from being freed."""
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
+            if self._messenger is not None and self._streams.is_silent:
+                log.error("messenger hangs, killing it", silent_s=SILENCE_MAX_S)
+                self._messenger.kill()
             freed = self.publisher.reclaim(
-                self.table.acknowledged(worker.column) for worker in self._workers if worker.alive
+                self.table.acknowledged(each.column) for each in self._processes if each.alive
             )
             self.peers.freed(freed)
             for model in self.publisher.models():
@@ -313,14 +349,14 @@ class Supervisor:
             return
         gateway = self.config.gateway
         message = Drain(gateway.drain_accept_s, gateway.drain_timeout_s)
-        for worker in self._workers:
-            worker.send(message)
+        for process in self._processes:
+            process.send(message)
         if any(worker.alive for worker in self._workers):
             await asyncio.wait(lives, timeout=gateway.drain_accept_s)
         # The workers close their copies of the listeners now. Close the originals too, or the
         # kernel would keep queueing connections that nobody accepts.
         for worker in self._workers:
-            worker.listener.close()
+            worker.close_listener()
         _, late = await asyncio.wait(lives, timeout=gateway.drain_timeout_s + EXIT_GRACE_S)
         if late:
             log.error("workers did not drain in time, killing them", count=len(late))
@@ -350,10 +386,12 @@ class Supervisor:
     async def _get_healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
-    async def _get_readyz(self, _: web.Request) -> web.Response:
-        if self.ready:
-            return web.Response(text="ok\n")
-        return web.Response(status=503, text="stopping\n" if self.stopping else "not synced\n")
+    async def _get_readyz(self, request: web.Request) -> web.Response:
+        text = "ok\n" if self.ready else "stopping\n" if self.stopping else "not synced\n"
+        if "verbose" in request.query and self._messenger is not None:
+            problems = [f"message stream {problem}\n" for problem in self._streams.problems]
+            text += "".join(problems) or "message streams connected\n"
+        return web.Response(status=200 if self.ready else 503, text=text)
 
 
 async def _serve(runner: web.AppRunner, key: str, address: str) -> str:

@@ -1,4 +1,7 @@
-"""The supervisor's handle of one worker process: starts it, restarts it, talks to it."""
+"""The supervisor's handle of one worker process: starts it, restarts it, talks to it.
+
+The messenger is such a process too, without a listener.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from collections.abc import Callable
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
-from kubeai.api.config.system import GatewayConfig
+from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
-from kubeai.routing.channel import Channel, Demand, Down, Ready, Up, WorkerSettings
+from kubeai.routing.channel import Channel, Demand, Down, Ready, Streams, Up, WorkerSettings
 from kubeai.routing.routes import Snapshot
 
 log = get_logger(__name__)
@@ -22,13 +25,17 @@ RESPAWN_BACKOFF_FIRST_S, RESPAWN_BACKOFF_MAX_S = 0.2, 5.0
 RESPAWN_SETTLED_S = 10.0  # a worker that ran this long is restarted at once
 
 
+WORKER = "kubeai.gateway.worker"
+MESSENGER = "kubeai.messenger"
+
+
 class WorkerProcess:
     """One column of the load table, one listener, and the process that currently uses them."""
 
     def __init__(
         self,
         column: int,
-        listener: socket.socket,
+        listener: socket.socket | None,
         table: LoadTable,
         index: PrefixIndex,
         config: GatewayConfig,
@@ -39,13 +46,22 @@ class WorkerProcess:
         on_ready: Callable[[], None],
         on_demand: Callable[[str], None],
         spawn: Spawn,
+        module: str = WORKER,
+        messaging: Messaging | None = None,
+        on_streams: Callable[[Streams], None] = lambda _: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """``journal_fd``, ``console_path``: see :class:`WorkerSettings`.
+        """``listener``: None for the messenger.
+
+        ``journal_fd``, ``console_path``, ``messaging``: see :class:`WorkerSettings`.
 
         ``snapshot``: the routes for a new process; None: they are not known yet.
 
         ``on_ready``: called when the process accepts requests. ``on_demand``: called with the name
         of a model for which it holds a request.
+
+        ``module``: what the process runs. ``on_streams``: called with the messenger's reports.
+        ``on_end``: called when the process has ended.
         """
         self.column = column
         self.listener = listener
@@ -62,6 +78,10 @@ class WorkerProcess:
         self._on_ready = on_ready
         self._on_demand = on_demand
         self._spawn = spawn
+        self._module = module
+        self._messaging = messaging
+        self._on_streams = on_streams
+        self._on_end = on_end
         self._channel: Channel | None = None
         self._process: Process | None = None
 
@@ -74,9 +94,11 @@ class WorkerProcess:
             code = await self._run_once()
             # The process has been reaped, so it can no longer write to its column.
             self._table.clear_column(self.column)
+            self._on_end()
             if self.stopping:
                 return
-            log.error("worker died", worker=self.column, pid=self.pid, exit_code=code)
+            name = "worker" if self._module == WORKER else "messenger"
+            log.error(f"{name} died", worker=self.column, pid=self.pid, exit_code=code)
             await asyncio.sleep(backoff.next_s(loop.time() - started))
             self.restarts += 1
 
@@ -88,15 +110,16 @@ class WorkerProcess:
                 column=self.column,
                 table_fd=self._table.fd,
                 index_fd=self._index.fd,
-                listen_fd=self.listener.fileno(),
+                listen_fd=-1 if self.listener is None else self.listener.fileno(),
                 channel_fd=theirs.fileno(),
                 gateway=self._config,
                 journal_fd=self._journal_fd,
                 console_path=self._console_path,
+                messaging=self._messaging,
             )
             process = await self._spawn(
                 Command(
-                    "kubeai.gateway.worker",
+                    self._module,
                     env={**os.environ, **settings.environment},
                     pass_fds=settings.descriptors,
                 )
@@ -124,6 +147,8 @@ class WorkerProcess:
             self._on_ready()
         elif isinstance(message, Demand):
             self._on_demand(message.model)
+        elif isinstance(message, Streams):
+            self._on_streams(message)
 
     def send(self, message: Down) -> None:
         """Send a message to the process; dropped if it does not run."""
@@ -134,6 +159,11 @@ class WorkerProcess:
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None
+
+    def close_listener(self) -> None:
+        """Close the listener, if there is one."""
+        if self.listener is not None:
+            self.listener.close()
 
     def kill(self) -> None:
         """Send SIGKILL to the process, if it runs."""

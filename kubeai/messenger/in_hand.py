@@ -1,0 +1,179 @@
+"""A message in hand: the attempts to get its response, and when it has a handler.
+
+:class:`InHand` makes the attempts of one message. A handler is a permit to have an engine serve a
+request; a message whose request the gateway holds gives it back, and takes one again before the
+request goes to an endpoint. Created by the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+from typing_extensions import override
+
+from kubeai.brokers.base import Delivery
+from kubeai.logs import get_logger
+from kubeai.messenger.message import Answer, Malformed, Request, read_request, refusal
+from kubeai.messenger.policy import DELIVERIES_MAX_COUNT, Attempts, Verdict, judge
+from kubeai.messenger.relay_client import Gate
+from kubeai.openai.errors import BadRequest
+
+log = get_logger(__name__)
+
+Send = Callable[[str, Request, Gate], Awaitable[Answer]]  # see RelayClient.send
+
+
+class Phase(Enum):
+    """What a message does. In the first two, it counts for ``maxHandlers``."""
+
+    READY = "waits for a handler"
+    RUNNING = "is being served"
+    HELD = "waits for an endpoint of its model"
+    BACKING_OFF = "waits for its next attempt"
+    PUBLISHING = "is being answered"
+    RELEASING = "is given back to the broker"
+
+
+class Shared(NamedTuple):
+    """What the messages of a stream share."""
+
+    handlers: asyncio.Semaphore
+    phases: Counter[Phase]  # messages in each phase
+    changed: Callable[[], None]  # called when one has changed its phase
+    retried: Callable[[], None]  # called before an attempt is repeated because one has failed
+    send: Send
+    backoff_max_s: float
+
+
+class InHand(Gate):
+    """One message. ``size_bytes``: of its request, and of its response once there is one."""
+
+    def __init__(self, delivery: Delivery, shared: Shared) -> None:
+        self.id = delivery.id
+        self.id_is_unique = delivery.id_is_unique
+        self.task: asyncio.Task[None] | None = None  # set by the stream
+        # Usually one. The broker has delivered the message again if there are more.
+        self.deliveries = [delivery]
+        self.size_bytes = len(delivery.body)
+        self.metadata = msgspec.Raw(b"null")  # of the request
+        self.path = ""
+        self.given_up = False  # the response is the last attempt's error
+        self.phase = Phase.READY
+        self._shared = shared
+        self._count = delivery.deliveries
+        self._attempt = 0  # the current one
+        self._held_since_s = 0.0
+        self._held_s = 0.0  # in the current attempt
+        self._body = delivery.body
+        shared.phases[self.phase] += 1
+
+    def enter(self, phase: Phase) -> None:
+        """Change the phase."""
+        self._shared.phases[self.phase] -= 1
+        self._shared.phases[phase] += 1
+        self.phase = phase
+        self._shared.changed()
+
+    def leave(self) -> None:
+        """The message is no longer in hand."""
+        self._shared.phases[self.phase] -= 1
+        self._shared.changed()
+
+    @property
+    def key(self) -> object:
+        """Its identity among the messages in hand."""
+        return self.id if self.id_is_unique else self
+
+    @property
+    def can_be_released(self) -> bool:
+        """Whether no work is lost if another process serves the message instead."""
+        return self.phase in (Phase.READY, Phase.HELD, Phase.BACKING_OFF)
+
+    async def respond(self, attributes: dict[str, str]) -> Answer:
+        """Get the response. ``attributes``: the message's."""
+        try:
+            request = read_request(self._body, attributes)
+        except Malformed as malformed:
+            self.metadata = malformed.metadata
+            return malformed.answer
+        self.metadata, self.path = request.metadata, request.path
+        self._body = b""
+        if self._count > DELIVERIES_MAX_COUNT:
+            self.given_up = True
+            message = f"The message was delivered {self._count} times without being answered."
+            return refusal(BadRequest(message, status=500, code="delivered_too_often"), self.path)
+        try:
+            return await self._try(request)
+        except Exception:
+            log.exception("message failed", message_id=self.id)
+            message = "Internal error in the messenger. See its log."
+            return refusal(BadRequest(message, status=500), self.path)
+
+    async def _try(self, request: Request) -> Answer:
+        attempts = Attempts(self._shared.backoff_max_s)
+        request_id = uuid.uuid4().hex
+        clock = asyncio.get_running_loop().time
+        while True:
+            await self._shared.handlers.acquire()
+            self.enter(Phase.RUNNING)
+            self._held_s = 0.0
+            began_s = clock()
+            try:
+                answer = await self._shared.send(request_id, request, self)
+            except OSError as error:  # no file descriptor is left for the connection
+                error_message = f"The messenger cannot connect to the gateway: {error}."
+                answer = refusal(BadRequest(error_message, status=503), self.path)
+            finally:
+                held = self._end_attempt()
+            verdict = judge(answer, held)
+            if verdict is Verdict.DONE:
+                return answer
+            took_s = clock() - began_s - self._held_s
+            wait_s = attempts.next_s(verdict, answer, took_s, self._held_s)
+            if wait_s is None:
+                self.given_up = True
+                return answer
+            if verdict is Verdict.FAILED:
+                self._shared.retried()
+            self.enter(Phase.BACKING_OFF)
+            await asyncio.sleep(wait_s)
+            self.enter(Phase.READY)
+
+    def _end_attempt(self) -> bool:
+        """Give back what the attempt has. Returns whether it ended while it was held."""
+        self._attempt += 1
+        if self.phase is Phase.RUNNING:
+            self._shared.handlers.release()
+            return False
+        if self.phase is Phase.HELD:
+            self._count_hold()
+        return True
+
+    def _count_hold(self) -> None:
+        self._held_s += asyncio.get_running_loop().time() - self._held_since_s
+
+    # -- called by the gateway ---------------------------------------------------------------------
+
+    @override
+    def on_hold(self) -> None:
+        if self.phase is Phase.RUNNING:
+            self._shared.handlers.release()
+        self._held_since_s = asyncio.get_running_loop().time()
+        self.enter(Phase.HELD)
+
+    @override
+    async def on_endpoint(self) -> None:
+        attempt = self._attempt
+        self._count_hold()
+        self.enter(Phase.READY)
+        await self._shared.handlers.acquire()
+        if self._attempt != attempt:  # it has ended meanwhile, without this handler
+            self._shared.handlers.release()
+        else:
+            self.enter(Phase.RUNNING)

@@ -1,0 +1,85 @@
+"""When a message is tried again, and when it is given up.
+
+An attempt is one request through the gateway, which itself retries on other endpoints. It counts as
+failed if an engine has had it and its status is 429 or 5xx. A request that ended while it was held
+for a model without an endpoint has not failed: it waits on, up to a limit of its own. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from kubeai.kube.backoff import Backoff
+from kubeai.messenger.message import Answer
+
+ATTEMPTS_MAX_COUNT = 8  # failed ones; with errorMaxBackoff 30s, about a minute and what they took
+FAILED_MAX_S = 1800.0  # that failed attempts may take together: engines that time out waste GPUs
+HELD_MAX_S = 6 * 3600.0  # that a message waits for endpoints of its model, in one process
+BACKOFF_FIRST_S = 1.0
+# Deliveries of a message that this process has not in hand. A message that kills the process is
+# delivered again and again; some brokers also count those that were given back in a drain.
+DELIVERIES_MAX_COUNT = 25
+
+
+class Verdict(Enum):
+    """What follows from an attempt's response."""
+
+    DONE = "done"  # it is the message's response
+    FAILED = "failed"  # the attempt has failed: try again
+    WAIT = "wait"  # no endpoint could take the request: try again, uncounted
+
+
+def judge(answer: Answer, held: bool) -> Verdict:
+    """Judge a response. ``held``: the gateway gave it while it held the request.
+
+    ``x-should-retry: false`` marks a crash of the engine that the request caused, and a model that
+    cannot start until a user fixes it. The latter may be fixed while the message is tried again.
+    """
+    status = answer.status
+    hopeless = answer.headers.get("x-should-retry") == "false"
+    if held:
+        if status not in (503, 504):
+            return Verdict.DONE  # the model was deleted
+        return Verdict.FAILED if hopeless else Verdict.WAIT
+    if hopeless or status in (501, 505) or (status < 500 and status != 429):
+        return Verdict.DONE
+    return Verdict.FAILED
+
+
+class Attempts:
+    """The attempts of one message."""
+
+    def __init__(self, backoff_max_s: float) -> None:
+        """``backoff_max_s``: the config's ``errorMaxBackoff``."""
+        self.failed = 0
+        self._failed_s = 0.0
+        self._held_s = 0.0
+        self._backoff_max_s = backoff_max_s
+        self._backoff = Backoff(BACKOFF_FIRST_S, backoff_max_s)
+
+    def next_s(
+        self, verdict: Verdict, answer: Answer, took_s: float, held_s: float
+    ) -> float | None:
+        """The wait before the next attempt; None if the message is given up.
+
+        ``took_s``: how long this attempt took, without ``held_s``, the time for which it was held.
+        """
+        self._held_s += held_s
+        if verdict is Verdict.FAILED:
+            self.failed += 1
+            self._failed_s += took_s
+        elif held_s >= self._backoff_max_s:
+            self._backoff.reset()  # it has waited enough
+        if (
+            self.failed >= ATTEMPTS_MAX_COUNT
+            or self._failed_s >= FAILED_MAX_S
+            or self._held_s >= HELD_MAX_S
+        ):
+            return None
+        return max(self._backoff.next_s(), min(_retry_after_s(answer), self._backoff_max_s))
+
+
+def _retry_after_s(answer: Answer) -> float:
+    """Retry-After in seconds; 0 if it is missing or a date."""
+    text = answer.headers.get("retry-after", "")
+    return float(text) if text.isascii() and text.isdigit() else 0.0

@@ -1,0 +1,106 @@
+"""Publishes the responses of one stream, across losses of the connection to the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+
+from kubeai.brokers.base import TIMEOUT_S, Broker, MessageTooLarge, Subscription, Topic
+from kubeai.kube.backoff import Backoff
+from kubeai.messenger.counts import Counts
+
+RECONNECT_FIRST_S = 0.5
+# Brokers limit each operation to TIMEOUT_S themselves; this is for an implementation that hangs.
+OPERATION_MAX_S = 2 * TIMEOUT_S
+
+
+class Publisher:
+    """Keeps a topic open while :meth:`run` runs."""
+
+    def __init__(
+        self, broker: Broker, counts: Counts, backoff_max_s: float, changed: Callable[[], None]
+    ) -> None:
+        """``changed``: called when ``connected`` has become true."""
+        self._broker = broker
+        self._counts = counts
+        self._backoff_max_s = backoff_max_s
+        self._changed = changed
+        self._backoff = self._new_backoff()
+        self._topic: Topic | None = None  # the open one
+        self._opened = asyncio.Event()
+        self._failed = asyncio.Event()
+
+    def _new_backoff(self) -> Backoff:
+        return Backoff(RECONNECT_FIRST_S, self._backoff_max_s)
+
+    @property
+    def connected(self) -> bool:
+        """Whether a topic is open, as far as is known."""
+        return self._topic is not None
+
+    async def run(self) -> None:
+        """Open the topic, and again whenever it fails; closes it when cancelled."""
+        while True:
+            topic = await self._open()
+            self._topic = topic
+            self._failed.clear()
+            self._opened.set()
+            self._counts.responses.note_connected()
+            self._changed()
+            try:
+                await self._failed.wait()
+            finally:
+                if self._topic is not None:
+                    self._counts.responses.note_closed()
+                self._topic = None
+                self._opened.clear()
+                await close_quietly(topic)
+            await asyncio.sleep(self._backoff.next_s())
+
+    async def _open(self) -> Topic:
+        while True:
+            try:
+                async with asyncio.timeout(OPERATION_MAX_S):
+                    return await self._broker.open_topic()
+            except Exception as error:  # a library's, too: nothing may end this task
+                self._counts.responses.note_problem(error)
+            await asyncio.sleep(self._backoff.next_s())
+
+    async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
+        """Publish a message; returns when the broker has confirmed it, however long that takes.
+
+        MessageTooLarge if it never will.
+        """
+        own = self._new_backoff()  # for a message that fails alone
+        while True:
+            await self._opened.wait()
+            topic = self._topic
+            assert topic is not None, "opened"
+            try:
+                async with asyncio.timeout(OPERATION_MAX_S):
+                    await topic.publish(body, attributes)
+            except MessageTooLarge:
+                raise
+            except Exception as error:
+                self._counts.publish_failures += 1
+                self._fail(topic, error)
+            else:
+                self._backoff.reset()
+                return
+            await asyncio.sleep(own.next_s())
+
+    def _fail(self, topic: Topic, error: Exception) -> None:
+        """Stop using a topic; no effect if that has happened already."""
+        if topic is self._topic:
+            self._topic = None
+            self._opened.clear()
+            self._failed.set()
+            self._counts.responses.note_problem(error)
+
+
+async def close_quietly(connection: Topic | Subscription) -> None:
+    """Close a connection, and wait for at most OPERATION_MAX_S."""
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(OPERATION_MAX_S):
+            await connection.close()
