@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import _pytest.outcomes
-from chaos.brokers import BROKERS, BrokerUnderTest
+from chaos.under_test import BROKERS, BrokerUnderTest
 from harness import Local, model, running, until
 
 HTTP = "HTTP"

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from brokers.servers.proxy import Proxy
-from chaos.brokers import BROKERS, DURABLE, BrokerUnderTest, client_environment
+from chaos.under_test import BROKERS, DURABLE, BrokerUnderTest, client_environment
 from chaos.load import PROBLEMS_MAX_SHOWN, Account, Publisher, read
 from chaos.site import Site
 

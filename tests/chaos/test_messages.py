@@ -1,7 +1,7 @@
 """A sample of the chaos test for each broker: every message has its response, none is lost."""
 
 import pytest
-from chaos.brokers import DURABLE
+from chaos.under_test import DURABLE
 from chaos.messages import Options, run
 
 # JetStream's server is the quickest; the others only show that they differ in nothing.

@@ -9,10 +9,12 @@ from pathlib import Path
 from brokers.servers import BrokerServer
 from brokers.servers.kafka import KafkaServer
 from brokers.servers.nats import NatsServer
-from brokers.servers.rabbitmq import RabbitMQServer
+from brokers.servers.rabbitmq import RabbitServer
 from brokers.servers.sqs import SqsServer
 
 PARTITIONS = 4
+# After which a broker delivers the messages of a killed messenger again, where that is a time.
+REDELIVERY_S = 15
 
 
 class BrokerUnderTest(ABC):
@@ -70,6 +72,7 @@ class JetStream(Nats):
         stream = client.jetstream()
         for name in ("requests", "responses"):
             await stream.add_stream(name=name, subjects=[name])
+        await stream.add_consumer("requests", durable_name="kubeai", ack_wait=REDELIVERY_S)
         await client.close()
 
 
@@ -105,7 +108,7 @@ class RabbitMQ(BrokerUnderTest):
     responses_topic, responses = "rabbit://responses", "rabbit://responses"
 
     def __init__(self, folder: Path) -> None:
-        self.server = RabbitMQServer(folder)
+        self.server = RabbitServer(folder)
 
     async def create_topics(self) -> None:
         import aio_pika
@@ -121,7 +124,7 @@ class RabbitMQ(BrokerUnderTest):
 
 class SQS(BrokerUnderTest):
     def __init__(self, folder: Path) -> None:
-        self.server = SqsServer(folder, "requests,VisibilityTimeout=15", "responses")
+        self.server = SqsServer(folder, f"requests,VisibilityTimeout={REDELIVERY_S}", "responses")
         self.requests_topic = self.requests = self.server.url("requests")
         self.responses_topic = self.responses = self.server.url("responses")
 
