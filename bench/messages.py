@@ -25,9 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import _pytest.outcomes
 from chaos.under_test import BROKERS, BrokerUnderTest
 from harness import Local, model, running, until
 
@@ -102,7 +103,7 @@ def brokers(names: list[str], folder: Path) -> Iterator[dict[str, BrokerUnderTes
         for name in names:
             try:
                 found[name] = BROKERS[name](folder / name)
-            except _pytest.outcomes.Skipped as skipped:
+            except pytest.skip.Exception as skipped:
                 print(f"{name}: {skipped}", file=sys.stderr)
                 continue
             found[name].server.start()

@@ -30,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from brokers.servers.proxy import Proxy
@@ -259,7 +261,10 @@ def main() -> int:
     given = parser.parse_args()
     options = Options(given.broker, given.messages, given.rate, given.seed)
     with tempfile.TemporaryDirectory(prefix="kubeai-chaos-") as folder:
-        report = asyncio.run(run(options, Path(folder)))
+        try:
+            report = asyncio.run(run(options, Path(folder)))
+        except pytest.skip.Exception as missing:
+            parser.error(str(missing))
     print(f"{options.broker}, seed {options.seed}")
     print(report.table())
     return 1 if report.faults else 0
