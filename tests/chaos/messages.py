@@ -35,9 +35,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from brokers.servers.proxy import Proxy
-from chaos.under_test import BROKERS, DURABLE, BrokerUnderTest, client_environment
 from chaos.load import PROBLEMS_MAX_SHOWN, Account, Publisher, read
 from chaos.site import Site
+from chaos.under_test import BROKERS, DURABLE, BrokerUnderTest, client_environment
 
 from kubeai.brokers.urls import open_broker
 

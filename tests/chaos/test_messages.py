@@ -1,8 +1,8 @@
 """A sample of the chaos test for each broker: every message has its response, none is lost."""
 
 import pytest
-from chaos.under_test import DURABLE
 from chaos.messages import Options, run
+from chaos.under_test import DURABLE
 
 # JetStream's server is the quickest; the others only show that they differ in nothing.
 SAMPLES = {name: Options(name, messages=1000 if name == "jetstream" else 500) for name in DURABLE}

@@ -52,6 +52,7 @@ from kubeai.podspec import build_pod, files
 from kubeai.podspec.cache import evict_job, load_job
 from kubeai.supervisor.console.actions import Actions
 from kubeai.supervisor.console.app import Console
+from kubeai.supervisor.pod_condition import PodCondition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}
@@ -301,6 +302,9 @@ def test_the_pods_condition_may_be_written_only_if_there_are_message_streams(hel
     role, binding = of_messaging(helm.render("kubeai", values={"messaging": {"streams": streams}}))
     assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
     assert role["rules"] == [{"apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"]}]
+    source = re.sub(r"\s", "", inspect.getsource(PodCondition._write))
+    assert "patch(PODS" in source
+    assert 'subresource="status"' in source
 
 
 def test_dashboard_and_alerts_use_existing_metrics(helm):
