@@ -81,7 +81,7 @@ class _CoreDelivery(Delivery):
 
     async def acknowledge(self) -> None:
         """Check the connection; there is nothing to acknowledge."""
-        self._subscription.connection.check()
+        self._subscription.connection.lifetime.check()
 
     async def release(self) -> None:
         """Publish the message again, for the queue group; without one, receive it again here."""
@@ -104,7 +104,7 @@ class CoreSubscription(Subscription):
         self._room = asyncio.Event()
         self._dropped = 0
         self._closing = False
-        connection.on_end(self._arrived.set)
+        connection.lifetime.on_end(self._arrived.set)
 
     @classmethod
     async def open(
@@ -112,7 +112,7 @@ class CoreSubscription(Subscription):
     ) -> CoreSubscription:
         """Subscribe. BrokerUnavailable if the server refuses."""
         self = cls(connection, headers, queue)
-        self._subscription = await connection.run(
+        self._subscription = await connection.lifetime.run(
             "subscribe",
             connection.client.subscribe(
                 subject,
@@ -122,9 +122,9 @@ class CoreSubscription(Subscription):
                 pending_bytes_limit=PENDING_MAX_BYTES,
             ),
         )
-        await connection.run("subscribe", connection.client.rtt(RTT_TIMEOUT_S))
-        if connection.refusals:
-            raise BrokerUnavailable(f"NATS: {connection.refusals[0]}")
+        await connection.lifetime.run("subscribe", connection.client.rtt(RTT_TIMEOUT_S))
+        if connection.refusal:
+            raise connection.lifetime.error(connection.refusal)
         return self
 
     async def _on_message(self, message: Msg) -> None:
@@ -137,7 +137,7 @@ class CoreSubscription(Subscription):
     async def receive(self, count_max: int) -> list[Delivery]:
         """Wait for messages. After the connection has ended, those that had arrived come first."""
         while not self._ready or self._closing:
-            self.connection.check()
+            self.connection.lifetime.check()
             self._arrived.clear()
             await self._arrived.wait()
         self._warn_of_dropped()
@@ -155,7 +155,7 @@ class CoreSubscription(Subscription):
 
     async def release(self, delivery: _CoreDelivery) -> None:
         """See :meth:`_CoreDelivery.release`."""
-        self.connection.check()
+        self.connection.lifetime.check()
         if self._queue and not self._closing:
             await self._publish_again(delivery)
             return
@@ -166,12 +166,12 @@ class CoreSubscription(Subscription):
         message, client = delivery.message, self.connection.client
         headers = {**(message.headers or {}), MESSAGE_ID: delivery.id}
         publishing = client.publish(message.subject, message.data, message.reply, headers)
-        await self.connection.run("publish again", publishing)
-        await self.connection.run("publish again", client.rtt(RTT_TIMEOUT_S))
+        await self.connection.lifetime.run("publish again", publishing)
+        await self.connection.lifetime.run("publish again", client.rtt(RTT_TIMEOUT_S))
 
     async def lag(self) -> int | None:
         """None: the server keeps no messages."""
-        self.connection.check()
+        self.connection.lifetime.check()
         return None
 
     async def close(self) -> None:
@@ -181,7 +181,7 @@ class CoreSubscription(Subscription):
             self._room.set()
             with contextlib.suppress(BrokerUnavailable):
                 if self._subscription is not None:
-                    await self.connection.run("unsubscribe", self._subscription.drain())  # type: ignore[no-untyped-call]
+                    await self.connection.lifetime.run("unsubscribe", self._subscription.drain())  # type: ignore[no-untyped-call]
                 while self._queue and self._ready:
                     await self._publish_again(self._ready.popleft())
         await self.connection.close()
@@ -197,9 +197,11 @@ class CoreTopic(Topic):
 
     async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
         """Publish, and wait until the server has processed it."""
-        await self._connection.run("publish", self._publish(body, self._encode(body, attributes)))
-        for refusal in self._connection.refusals:
-            raise BrokerUnavailable(f"NATS: {refusal}")
+        await self._connection.lifetime.run(
+            "publish", self._publish(body, self._encode(body, attributes))
+        )
+        if self._connection.refusal:
+            raise self._connection.lifetime.error(self._connection.refusal)
 
     async def _publish(self, body: bytes, headers: dict[str, str]) -> None:
         client = self._connection.client

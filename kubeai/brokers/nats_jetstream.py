@@ -76,7 +76,7 @@ class _JetStreamDelivery(Delivery):
     async def _reply(self, text: bytes) -> None:
         client = self._connection.client
         request = client.request(self._message.reply, text, timeout=TIMEOUT_S)
-        await self._connection.run("acknowledge", request)
+        await self._connection.lifetime.run("acknowledge", request)
 
 
 class JetStreamSubscription(Subscription):
@@ -102,7 +102,7 @@ class JetStreamSubscription(Subscription):
         self._problem = ""  # that the server has reported instead of messages
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        connection.on_end(self._arrived.set)
+        connection.lifetime.on_end(self._arrived.set)
 
     @classmethod
     async def open(
@@ -112,7 +112,7 @@ class JetStreamSubscription(Subscription):
         js = connection.client.jetstream(timeout=TIMEOUT_S)
         finding = _find_or_create(js, subject, consumer or CONSUMER, stream)
         try:
-            info = await connection.run("find the consumer", finding, raises=(APIError,))
+            info = await connection.lifetime.run("find the consumer", finding, raises=(APIError,))
         except NotFoundError:
             wanted = f"named {stream}" if stream else f"with the subject {subject}"
             raise BrokerUnavailable(f"JetStream: there is no stream {wanted}") from None
@@ -128,7 +128,7 @@ class JetStreamSubscription(Subscription):
             pending_msgs_limit=0,
             pending_bytes_limit=0,
         )
-        await connection.run("subscribe", subscribing)
+        await connection.lifetime.run("subscribe", subscribing)
         return self
 
     async def _on_message(self, message: Msg) -> None:
@@ -145,7 +145,7 @@ class JetStreamSubscription(Subscription):
 
     async def receive(self, count_max: int) -> list[Delivery]:
         """Wait for messages; a heartbeat shows that the server still has the request."""
-        self.connection.check()
+        self.connection.lifetime.check()
         while not self._ready:
             if self._problem:
                 raise BrokerUnavailable(f"JetStream consumer {self._consumer}: {self._problem}")
@@ -158,8 +158,8 @@ class JetStreamSubscription(Subscription):
                 async with asyncio.timeout(3 * HEARTBEAT_S):
                     await self._arrived.wait()
             except TimeoutError:
-                self.connection.end(f"no heartbeat within {3 * HEARTBEAT_S:g} s")
-            self.connection.check()
+                self.connection.lifetime.end(f"no heartbeat within {3 * HEARTBEAT_S:g} s")
+            self.connection.lifetime.check()
         count = min(count_max, len(self._ready))
         return [_JetStreamDelivery(self, self._ready.popleft()) for _ in range(count)]
 
@@ -174,12 +174,12 @@ class JetStreamSubscription(Subscription):
         publishing = self.connection.client.publish(
             self._requests, json.dumps(request).encode(), self._inbox
         )
-        await self.connection.run("request messages", publishing)
+        await self.connection.lifetime.run("request messages", publishing)
 
     async def lag(self) -> int | None:
         """Messages of the stream that the consumer has not delivered yet."""
         reading = self._js.consumer_info(self._stream, self._consumer)
-        info: ConsumerInfo = await self.connection.run("read the consumer", reading)
+        info: ConsumerInfo = await self.connection.lifetime.run("read the consumer", reading)
         return info.num_pending
 
     async def close(self) -> None:
@@ -244,7 +244,7 @@ class JetStreamTopic(CoreTopic):
         js = self._connection.client.jetstream()
         publishing = js.publish(self._subject, body, timeout=TIMEOUT_S, headers=headers or None)
         try:
-            await self._connection.run("publish", publishing, raises=(nats.errors.Error,))
+            await self._connection.lifetime.run("publish", publishing, raises=(nats.errors.Error,))
         except NoStreamResponseError:
             raise BrokerUnavailable(
                 f"JetStream: there is no stream with the subject {self._subject}"

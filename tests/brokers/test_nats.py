@@ -1,10 +1,10 @@
 """NATS, without and with JetStream, against a real server."""
 
 import itertools
+from typing import ClassVar
 
 import nats
 import pytest
-
 from brokers.conformance import PASSWORD, Conformance, Pair
 from brokers.servers import free_port
 from brokers.servers.nats import MAX_PAYLOAD_BYTES, NatsServer
@@ -28,14 +28,14 @@ def unreachable() -> dict[str, str]:
 class TestCore(Conformance):
     too_large_bytes = MAX_PAYLOAD_BYTES + 1
     variables = ("NATS_SERVER_URL",)
-    bad_urls = {
+    bad_urls: ClassVar = {
         "nats://subject?quue=q": "unknown option quue",
         "nats://?queue=q": "does not name a subject",
         "nats://subject?natsv2=yes": "true or false",
         "nats://subject?stream=S": "needs the option jetstream",
     }
-    unreachable = unreachable()
-    cannot = dict.fromkeys(
+    unreachable: ClassVar = unreachable()
+    cannot: ClassVar = dict.fromkeys(
         [
             "acknowledged_message_never_comes_again",
             "unacknowledged_message_comes_again_with_the_same_id",
@@ -54,20 +54,14 @@ class TestCore(Conformance):
         return Pair(f"nats://{subject}", f"nats://{subject}?queue=workers")
 
 
-class TestCoreWithGoHeaders(TestCore):
-    async def make(self, server):
-        subject = f"subject.{next(_numbers)}"
-        return Pair(f"nats://{subject}?natsv2", f"nats://{subject}?queue=workers&natsv2=true")
-
-
 class TestJetStream(Conformance):
     too_large_bytes = MAX_PAYLOAD_BYTES + 1
     redelivery_s = ACK_WAIT_S + 1
     # The server writes a consumer's acknowledgements to its disk a moment after confirming them.
     keeps_acknowledgements = False
-    bad_urls = {"nats://subject?jetstream=maybe": "true or false"}
+    bad_urls: ClassVar = {"nats://subject?jetstream=maybe": "true or false"}
     variables = ("NATS_SERVER_URL",)
-    unreachable = unreachable()
+    unreachable: ClassVar = unreachable()
 
     async def make(self, server):
         number = next(_numbers)

@@ -7,6 +7,7 @@ from the main thread only, because the kernel ends a server with the thread that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -79,9 +80,15 @@ class BrokerServer(ABC):
     def start(self) -> None:
         """Start the server, and wait until it serves clients."""
         assert self._process is None, "the server runs already"
+        self._process = self.spawn(self.command())
+        self._until("it serves clients", self._serves, START_TIMEOUT_S)
+
+    def spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start a process that ends with this one, in a process group of its own."""
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.command(),
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
                 env=self.process_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -89,7 +96,6 @@ class BrokerServer(ABC):
                 start_new_session=True,
                 preexec_fn=lambda: set_death_signal(signal.SIGKILL),
             )
-        self._until("it serves clients", self._serves, START_TIMEOUT_S)
 
     def stop(self) -> None:
         """End the server in an orderly way. No effect if it does not run."""
@@ -107,6 +113,7 @@ class BrokerServer(ABC):
     def suspend(self) -> None:
         """Stop the server's processes (SIGSTOP), like a network that loses every packet."""
         self._signal(signal.SIGSTOP)
+        self._until("all threads have stopped", self._stopped, STOP_TIMEOUT_S)
 
     def resume(self) -> None:
         """Continue after ``suspend``."""
@@ -115,6 +122,11 @@ class BrokerServer(ABC):
     def _signal(self, number: int) -> None:
         assert self._process is not None, "the server does not run"
         os.killpg(self._process.pid, number)
+
+    def _stopped(self) -> bool:
+        assert self._process is not None
+        stats = Path(f"/proc/{self._process.pid}/task").glob("*/stat")
+        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
 
     def _serves(self) -> bool:
         assert self._process is not None
@@ -126,7 +138,8 @@ class BrokerServer(ABC):
         if self._process is None:
             return
         process, self._process = self._process, None
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
