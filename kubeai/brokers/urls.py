@@ -24,11 +24,12 @@ class Implementation(NamedTuple):
     name: str
     library: str  # the module that the extra installs
     extra: str
+    repeatable: tuple[str, ...] = ()  # options that a URL may give several times
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "nats": Implementation("nats", "Nats", "nats", "nats"),
-    "kafka": Implementation("kafka", "Kafka", "aiokafka", "kafka"),
+    "kafka": Implementation("kafka.broker", "Kafka", "aiokafka", "kafka", ("topic",)),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
     "awssqs": Implementation("sqs", "SQS", "aiobotocore", "sqs"),
     "gcppubsub": Implementation("pubsub", "PubSub", "google.cloud.pubsub_v1", "pubsub"),
@@ -43,7 +44,7 @@ class BrokerUrl(NamedTuple):
     text: str
     path: str  # in the config, for errors
     parts: SplitResult
-    options: dict[str, str]  # the query
+    options: dict[str, str]  # the query; of a repeated option, the first value
     environment: Mapping[str, str]
 
     def error(self, problem: str) -> ConfigError:
@@ -57,6 +58,11 @@ class BrokerUrl(NamedTuple):
                 allowed = f"the options are {', '.join(known)}" if known else "there are no options"
                 raise self.error(f"has the unknown option {option}; {allowed}")
 
+    def values(self, option: str) -> list[str]:
+        """All values of an option."""
+        query = parse_qsl(self.parts.query, keep_blank_values=True)
+        return [value for name, value in query if name == option]
+
     def variable(self, name: str) -> str:
         """The value of an environment variable; ConfigError if it is not set."""
         if value := self.environment.get(name, ""):
@@ -65,16 +71,16 @@ class BrokerUrl(NamedTuple):
 
 
 def parse_broker_url(text: str, path: str, environment: Mapping[str, str]) -> BrokerUrl:
-    """Parse a broker's URL. ConfigError if it is not one, or repeats an option."""
+    """Parse a broker's URL. ConfigError if it is not one, or repeats an option that it must not."""
     parts = urlsplit(text)
     options: dict[str, str] = {}
     url = BrokerUrl(text, path, parts, options, environment)
     if parts.scheme not in IMPLEMENTATIONS:
         raise url.error(f"does not begin with one of {SCHEMES}")
     for option, value in parse_qsl(parts.query, keep_blank_values=True):
-        if option in options:
+        if option in options and option not in IMPLEMENTATIONS[parts.scheme].repeatable:
             raise url.error(f"gives the option {option} twice")
-        options[option] = value
+        options.setdefault(option, value)
     return url
 
 
