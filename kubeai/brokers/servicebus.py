@@ -1,0 +1,391 @@
+"""Azure Service Bus, by azure-servicebus.
+
+A URL is that of the Go CDK: ``azuresb://topic`` for responses, ``azuresb://topic?subscription=name``
+for requests. ``azuresb://queue`` is a queue, for both. The namespace and the credentials come from
+``SERVICEBUS_CONNECTION_STRING``, or else the namespace from ``AZURE_SERVICEBUS_HOSTNAME`` and the
+credentials from azure-identity's default chain (workload identity, managed identity, environment).
+
+Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. A receiver
+that has lost the lock has lost the message; ``acknowledge``, ``release`` and ``extend`` then log a
+warning, and Service Bus delivers the message again. It counts a released message as a failed
+delivery, and moves a message to the dead-letter queue after the entity's maximum delivery count.
+``lag`` is unknown: the service tells it only to clients that may manage the entity.
+
+The library states that its clients are not to be used from several tasks at once. Its receivers do
+allow settling and renewing during a receive (its own lock renewal does that); senders do not, so
+one task sends what others publish meanwhile, as one batch.
+
+A response has its request's id as message id, so that duplicate detection, where the entity has it,
+drops the second response to a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime, timezone
+from typing import Any, NamedTuple, TypeVar, cast
+
+from azure.servicebus import (
+    ServiceBusMessage,
+    ServiceBusMessageBatch,
+    ServiceBusReceivedMessage,
+    parse_connection_string,
+)
+from azure.servicebus.aio import ServiceBusClient, ServiceBusReceiver, ServiceBusSender
+from azure.servicebus.amqp import AmqpMessageBodyType
+from azure.servicebus.exceptions import (
+    MessageAlreadySettled,
+    MessageLockLostError,
+    MessageNotFoundError,
+    MessageSizeExceededError,
+)
+
+from kubeai.api.config.duration import parse_duration
+from kubeai.brokers.base import (
+    REQUEST_MESSAGE_ID,
+    TIMEOUT_S,
+    Broker,
+    BrokerUnavailable,
+    Delivery,
+    MessageTooLarge,
+    Subscription,
+    Topic,
+)
+from kubeai.brokers.polling import Poller
+from kubeai.brokers.urls import BrokerUrl
+from kubeai.errors import install_hint
+from kubeai.logs import get_logger
+
+log = get_logger(__name__)
+# The library reports each failure at warning level with a traceback, and raises it as well.
+logging.getLogger("azure").setLevel(logging.ERROR)
+
+CONNECTION_STRING, HOSTNAME = "SERVICEBUS_CONNECTION_STRING", "AZURE_SERVICEBUS_HOSTNAME"
+LISTENER_TIMEOUT_S = 2.0  # of one poll; the Go CDK's default
+BATCH_MAX_COUNT = 50  # messages of one poll or one batch; the Go CDK's default
+LOCK_S = 60.0  # the service's default; the lock of a message tells the entity's
+LOCK_MIN_S, LOCK_MAX_S = 1.0, 300.0  # the service's limits, the lower one with a margin for tests
+MESSAGE_ID_MAX_CHARS = 128  # of the service
+CLOSE_TIMEOUT_S = 5.0
+ERROR_MAX_CHARS = 300
+
+T = TypeVar("T")
+_LOST = (MessageLockLostError, MessageNotFoundError, MessageAlreadySettled)
+
+
+class ServiceBus(Broker):
+    """A queue, a topic, or a subscription of a topic."""
+
+    def __init__(self, url: BrokerUrl) -> None:
+        url.check_options("subscription", "listener_timeout", "max_recv_batch_size")
+        self._url = url
+        self._entity = (url.parts.netloc.rpartition("@")[2] + url.parts.path).strip("/")
+        if not self._entity:
+            raise url.error("names no topic or queue")
+        self._subscription = url.options.get("subscription", "")
+        if "subscription" in url.options and not self._subscription:
+            raise url.error("has an empty option subscription")
+        self._poll_s = self._listener_timeout()
+        self._batch_max_count = self._count_option("max_recv_batch_size", BATCH_MAX_COUNT)
+        self._connection_string = url.environment.get(CONNECTION_STRING, "")
+        self._hostname = url.environment.get(HOSTNAME, "")
+        if self._connection_string:
+            try:
+                parse_connection_string(self._connection_string)
+            except ValueError as error:
+                raise url.error(f"needs a valid {CONNECTION_STRING}: {error}") from None
+        elif not self._hostname:
+            raise url.error(f"needs the environment variable {CONNECTION_STRING} or {HOSTNAME}")
+        else:
+            self._credential()
+
+    async def subscribe(self) -> Subscription:
+        """Connect to receive messages."""
+        client = self._client()
+        if self._subscription:
+            receiver = client.get_subscription_receiver(self._entity, self._subscription)
+        else:
+            receiver = client.get_queue_receiver(self._entity)
+        link = Link(client, receiver)
+        await link.open()
+        return ServiceBusSubscription(link, receiver, self._poll_s, self._batch_max_count)
+
+    async def open_topic(self) -> Topic:
+        """Connect to publish messages."""
+        if self._subscription:
+            raise self._url.error("names a subscription, which takes no messages")
+        client = self._client()
+        sender = client.get_queue_sender(self._entity)  # a topic's has the same address
+        link = Link(client, sender)
+        await link.open()
+        return ServiceBusTopic(link, sender)
+
+    def _client(self) -> ServiceBusClient:
+        options: dict[str, Any] = {"retry_total": 0}
+        if self._connection_string:
+            if "usedevelopmentemulator=true" not in self._connection_string.lower():
+                options["ssl_context"] = ssl.create_default_context()
+            return ServiceBusClient.from_connection_string(self._connection_string, **options)
+        options["ssl_context"] = ssl.create_default_context()
+        return ServiceBusClient(self._hostname, self._credential(), **options)
+
+    def _credential(self) -> Any:
+        try:
+            from azure.identity.aio import DefaultAzureCredential
+        except ImportError:
+            hint = install_hint("servicebus")
+            raise self._url.error(f"needs azure-identity for {HOSTNAME}; run {hint}") from None
+        return DefaultAzureCredential()
+
+    def _listener_timeout(self) -> float:
+        text = self._url.options.get("listener_timeout")
+        if text is None:
+            return LISTENER_TIMEOUT_S
+        try:
+            poll_s = parse_duration(text)
+        except ValueError as error:
+            raise self._url.error(f"has an invalid listener_timeout: {error}") from None
+        if not 0 < poll_s <= TIMEOUT_S:
+            raise self._url.error(
+                f"has a listener_timeout that is not above 0s and up to {TIMEOUT_S:.0f}s"
+            )
+        return poll_s
+
+    def _count_option(self, option: str, default: int) -> int:
+        text = self._url.options.get(option, str(default))
+        if not text.isdecimal() or not int(text):
+            raise self._url.error(f"has {text!r} for the option {option}, not a number from 1")
+        return int(text)
+
+
+class Link:
+    """A connection with one receiver or sender, which has failed for good once an operation has.
+
+    The library would connect again by itself, with other locks and delivery tags.
+    """
+
+    def __init__(self, client: ServiceBusClient, handler: ServiceBusReceiver | ServiceBusSender):
+        self._client = client
+        self._handler = handler
+        self._failure = ""
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        """Connect. BrokerUnavailable if that fails."""
+        try:
+            await self.run(self._handler.__aenter__)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def run(self, operation: Callable[[], Awaitable[T]], timeout_s: float = TIMEOUT_S) -> T:
+        """Run an operation of the library, to its end even if this is cancelled.
+
+        BrokerUnavailable if it fails; MessageTooLarge, and the library's errors for a lost lock.
+        """
+        if self._failure:
+            raise BrokerUnavailable(self._failure)
+        task = asyncio.create_task(self._attempt(operation, timeout_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise BrokerUnavailable(self._failure)
+        return task.result()
+
+    async def _attempt(self, operation: Callable[[], Awaitable[T]], timeout_s: float) -> T:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await operation()
+        except _LOST:
+            raise
+        except MessageSizeExceededError as error:
+            raise MessageTooLarge(_text(error)) from error
+        except Exception as error:  # also AttributeError and the like, when the connection ends
+            self._failure = self._failure or _text(error)
+            raise BrokerUnavailable(self._failure) from error
+
+    async def close(self) -> None:
+        """Close the connection. Does not raise."""
+        self._failure = self._failure or "Service Bus: the connection is closed"
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._client.close()
+
+
+class ServiceBusDelivery(Delivery):
+    """A locked message."""
+
+    def __init__(
+        self, link: Link, receiver: ServiceBusReceiver, message: ServiceBusReceivedMessage
+    ) -> None:
+        self.id = message.message_id or str(message.sequence_number)
+        self.body = _body(message)
+        self.attributes = _attributes(message.application_properties or {})
+        self.deliveries = (message.delivery_count or 0) + 1  # the header has the failed ones
+        self._link = link
+        self._receiver = receiver
+        self._message = message
+
+    async def acknowledge(self) -> None:
+        """Complete the message, and wait for the confirmation."""
+        await self._own(self._receiver.complete_message)
+
+    async def release(self) -> None:
+        """Abandon the message."""
+        await self._own(self._receiver.abandon_message)
+
+    async def extend(self) -> None:
+        """Renew the lock."""
+        await self._own(self._receiver.renew_message_lock)
+
+    async def _own(self, operation: Callable[[ServiceBusReceivedMessage], Awaitable[Any]]) -> None:
+        try:
+            await self._link.run(lambda: operation(self._message))
+        except _LOST as error:
+            log.warning("lost a message of Service Bus", id=self.id, reason=_text(error))
+
+
+class ServiceBusSubscription(Subscription):
+    """Receives by granting credit for as many messages as are asked for."""
+
+    def __init__(
+        self, link: Link, receiver: ServiceBusReceiver, poll_s: float, batch_max_count: int
+    ) -> None:
+        self._link = link
+        self._receiver = receiver
+        self._poll_s = poll_s
+        self._batch_max_count = batch_max_count
+        self._poller = Poller(self._poll)
+        self.ack_deadline_s = LOCK_S
+
+    async def receive(self, count_max: int) -> list[Delivery]:
+        """Wait for messages. Afterwards ``ack_deadline_s`` is their lock duration."""
+        return await self._poller.receive(min(count_max, self._batch_max_count))
+
+    async def _poll(self, count: int) -> list[ServiceBusDelivery]:
+        messages = await self._link.run(
+            lambda: self._receiver.receive_messages(count, max_wait_time=self._poll_s),
+            self._poll_s + TIMEOUT_S,
+        )
+        ends = [message.locked_until_utc for message in messages]
+        if locks_s := [_remaining_s(end) for end in ends if end is not None]:
+            self.ack_deadline_s = min(max(min(locks_s), LOCK_MIN_S), LOCK_MAX_S)
+        return [ServiceBusDelivery(self._link, self._receiver, message) for message in messages]
+
+    async def lag(self) -> int | None:
+        """Unknown."""
+        return None
+
+    async def close(self) -> None:
+        """Abandon what no ``receive`` has taken, and close the connection."""
+        await self._poller.close()
+        await self._link.close()
+
+
+class _Publication(NamedTuple):
+    message: ServiceBusMessage
+    done: asyncio.Future[None]
+
+
+class ServiceBusTopic(Topic):
+    """Sends to a topic or a queue: one batch at a time, with what was published meanwhile."""
+
+    def __init__(self, link: Link, sender: ServiceBusSender) -> None:
+        self._link = link
+        self._sender = sender
+        self._waiting: list[_Publication] = []  # bounded by the callers, which wait
+        self._sending: asyncio.Task[None] | None = None
+
+    async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
+        """Publish a message; returns once Service Bus has accepted it."""
+        message = ServiceBusMessage(body, application_properties=dict(attributes))
+        identity = attributes.get(REQUEST_MESSAGE_ID, "")
+        if identity and len(identity) <= MESSAGE_ID_MAX_CHARS:
+            message.message_id = identity
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Publication(message, done))
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_all())
+        await done
+
+    async def _send_all(self) -> None:
+        while self._waiting:
+            publications: list[_Publication] = []
+            try:
+                content = await self._take(publications)
+                await self._link.run(lambda content=content: self._sender.send_messages(content))  # type: ignore[misc]
+            except (BrokerUnavailable, MessageTooLarge) as error:
+                outcome: Exception | None = error
+            else:
+                outcome = None
+            for publication in publications:
+                if publication.done.done():
+                    continue  # the caller was cancelled
+                if outcome is None:
+                    publication.done.set_result(None)
+                else:
+                    publication.done.set_exception(outcome)
+        self._sending = None
+
+    async def _take(
+        self, publications: list[_Publication]
+    ) -> ServiceBusMessage | ServiceBusMessageBatch:
+        """Move the first publications that fit into one batch to ``publications``."""
+        publications.append(self._waiting.pop(0))
+        if not self._waiting:
+            return publications[0].message
+        batch = await self._link.run(self._sender.create_message_batch)
+        with contextlib.suppress(MessageSizeExceededError):
+            batch.add_message(publications[0].message)
+            while self._waiting and len(publications) < BATCH_MAX_COUNT:
+                batch.add_message(self._waiting[0].message)
+                publications.append(self._waiting.pop(0))
+        # A message that fits into no batch may still be sent alone.
+        return batch if len(publications) > 1 else publications[0].message
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._link.close()
+        if self._sending is not None:
+            await asyncio.wait({self._sending})
+
+
+def _text(error: BaseException) -> str:
+    return f"Service Bus: {str(error) or type(error).__name__}"[:ERROR_MAX_CHARS]
+
+
+def _remaining_s(end: datetime) -> float:
+    return (end - datetime.now(timezone.utc)).total_seconds()
+
+
+def _body(message: ServiceBusReceivedMessage) -> bytes:
+    """The body; empty if it is a structure of AMQP other than a text."""
+    if message.body_type is AmqpMessageBodyType.DATA:
+        return b"".join(cast("list[bytes]", message.body))
+    body = message.body if message.body_type is AmqpMessageBodyType.VALUE else b""
+    if isinstance(body, str):
+        return body.encode()
+    return body if isinstance(body, bytes) else b""
+
+
+def _attributes(properties: Mapping[str | bytes, Any]) -> dict[str, str]:
+    """The properties with a text, as in the Go CDK."""
+    return {
+        _decoded(name): _decoded(value)
+        for name, value in properties.items()
+        if isinstance(value, (str, bytes))
+    }
+
+
+def _decoded(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode(errors="replace")
