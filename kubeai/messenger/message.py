@@ -12,6 +12,7 @@ Pure: no I/O.
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -115,18 +116,30 @@ def read_request(body: bytes, attributes: Mapping[str, str]) -> Request:
 
 def _read_message(body: bytes) -> _Message:
     try:
+        body.decode()  # msgspec does not check the strings in a Raw
         return _decode_message(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = str(error)
-    try:
-        metadata = _decode_metadata(body).metadata.copy()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        metadata = NULL
     message = (
         "The message is not a request. It must be a JSON object with the members path (a string) "
         f"and body (an object): {problem}"
     )
-    raise Malformed(BadRequest(message), metadata)
+    raise Malformed(BadRequest(message), _salvage_metadata(body))
+
+
+def _salvage_metadata(body: bytes) -> msgspec.Raw:
+    """The metadata of a message that is not a request; null if it cannot be read."""
+    try:
+        metadata = _decode_metadata(body).metadata
+        bytes(metadata).decode()
+        return metadata.copy()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:  # accepts lone surrogates, which clients send that cut a text in two
+        loose = json.loads(body)
+        return msgspec.Raw(json.dumps(loose["metadata"], allow_nan=False).encode())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return NULL
 
 
 def _check_path(path: str) -> Kind:

@@ -107,6 +107,7 @@ class Stream:
         self._receiving: asyncio.Task[None] | None = None
         self._stopping = False
         self._errors = 0  # in a row
+        self._succeeded = asyncio.Event()
         self._backoff = Backoff(RECONNECT_FIRST_S, settings.backoff_max_s)
 
     def report(self) -> StreamReport:
@@ -204,6 +205,7 @@ class Stream:
 
     async def _receive(self, connection: _Connection) -> None:
         while True:
+            await self._wait_for_room()
             await self._pause_after_errors()
             count = await self._wait_for_room()
             try:
@@ -238,7 +240,10 @@ class Stream:
         errors = self._errors - ERRORS_FREE_COUNT
         if errors >= 0:
             pause_s = ERROR_PAUSE_FIRST_S * 2.0 ** min(errors, 32)
-            await asyncio.sleep(min(pause_s, self._settings.backoff_max_s))
+            self._succeeded.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(pause_s, self._settings.backoff_max_s)):
+                    await self._succeeded.wait()
 
     def _take(self, connection: _Connection, delivery: Delivery) -> None:
         self.counts.received += 1
@@ -268,7 +273,11 @@ class Stream:
     async def _handle(self, message: InHand, attributes: dict[str, str]) -> None:
         try:
             answer = await message.respond(attributes)
-            self._errors = 0 if answer.status < 400 else self._errors + 1
+            if answer.status < 400:
+                self._errors = 0
+                self._succeeded.set()
+            else:
+                self._errors += 1
             if message.given_up:
                 self._note_dead(message, answer)
             message.enter(Phase.PUBLISHING)
