@@ -110,7 +110,7 @@ def brokers(names: list[str], folder: Path) -> Iterator[dict[str, BrokerUnderTes
         yield found
     finally:
         for under in found.values():
-            getattr(under.server, "end", under.server.stop)()
+            under.end()
 
 
 async def run(names: list[str], requests: int, rounds: int, folder: Path) -> dict[str, Any]:

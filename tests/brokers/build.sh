@@ -42,6 +42,12 @@ build_pstest() {
     (cd pstest && go build -ldflags "-s -w" -o "$1/pstest" .)
 }
 
+# Apache Qpid Proton for Python, compiled, for the peer that behaves as Service Bus does.
+build_servicebus() {
+    ../../.venv/bin/pip --disable-pip-version-check install -q --no-deps --target "$1" \
+        -r servicebus/requirements.txt
+}
+
 versions() { # the version of each NAME, a line each: NAME-digest
     local name
     for name; do

@@ -135,26 +135,27 @@ class Publisher:
         message = {"metadata": {ID: number}, "path": "/v1/chat/completions", "body": asked.body}
         encoded = msgspec.json.encode(message)
         while True:
-            topic = None
+            topic = await self._open()
+            self._account.publications[number] += 1
             try:
-                topic = await self._open()
-                self._account.publications[number] += 1
                 await topic.publish(encoded, {})
             except BrokerUnavailable:
                 await self._drop(topic)
-                await asyncio.sleep(RECONNECT_PAUSE_S)
             else:
                 self._account.confirmed += 1
                 return
 
     async def _open(self) -> Topic:
         async with self._opening:
-            if self._topic is None:
-                self._topic = await self._broker.open_topic()
+            while self._topic is None:
+                try:
+                    self._topic = await self._broker.open_topic()
+                except BrokerUnavailable:
+                    await asyncio.sleep(RECONNECT_PAUSE_S)
             return self._topic
 
-    async def _drop(self, topic: Topic | None) -> None:
-        if topic is not None and self._topic is topic:
+    async def _drop(self, topic: Topic) -> None:
+        if self._topic is topic:
             self._topic = None
             await topic.close()
 

@@ -101,7 +101,7 @@ class Chaos:
         finally:
             await asyncio.gather(*(site.stop() for site in self._sites), return_exceptions=True)
             await self._proxy.close()
-            await self._blocking(self._broker.server.stop)
+            await self._blocking(self._broker.end)
             self._thread.shutdown()
 
     async def _blocking(self, call: Callable[[], Any]) -> Any:
@@ -233,8 +233,10 @@ class Chaos:
         server = self._broker.server
         await self._blocking(server.kill)
         await asyncio.sleep(source.uniform(0, 3))
+        begin_s = time.monotonic()
         await self._blocking(server.start)
-        await asyncio.sleep(5)  # otherwise a slow broker is never up
+        # Otherwise, a broker that starts slowly would be down most of the time.
+        await asyncio.sleep(5 + time.monotonic() - begin_s)
 
     async def _cut(self, source: random.Random) -> None:
         self._proxy.cut()

@@ -10,6 +10,7 @@ from brokers.servers import BrokerServer
 from brokers.servers.kafka import KafkaServer
 from brokers.servers.nats import NatsServer
 from brokers.servers.rabbitmq import RabbitServer
+from brokers.servers.servicebus import ServiceBusServer
 from brokers.servers.sqs import SqsServer
 
 PARTITIONS = 4
@@ -29,6 +30,10 @@ class BrokerUnderTest(ABC):
     @abstractmethod
     async def create_topics(self) -> None:
         """Create what the URLs name, on the server that has started."""
+
+    def end(self) -> None:
+        """End the server."""
+        self.server.kill()
 
     @property
     def proxied_port(self) -> int:
@@ -124,12 +129,33 @@ class RabbitMQ(BrokerUnderTest):
 
 class SQS(BrokerUnderTest):
     def __init__(self, folder: Path) -> None:
-        self.server = SqsServer(folder, f"requests,VisibilityTimeout={REDELIVERY_S}", "responses")
+        self.server: SqsServer = SqsServer(
+            folder, f"requests,VisibilityTimeout={REDELIVERY_S}", "responses"
+        )
         self.requests_topic = self.requests = self.server.url("requests")
         self.responses_topic = self.responses = self.server.url("responses")
 
     async def create_topics(self) -> None:
         """The server has them from its start."""
+
+    def end(self) -> None:
+        self.server.end()
+
+
+class ServiceBus(BrokerUnderTest):
+    requests_topic = requests = "azuresb://requests"
+    responses_topic = responses = "azuresb://responses"
+
+    def __init__(self, folder: Path) -> None:
+        self.server: ServiceBusServer = ServiceBusServer(
+            folder, f"requests,lock_s={REDELIVERY_S}", "responses"
+        )
+
+    async def create_topics(self) -> None:
+        """The server has them from its start."""
+
+    def end(self) -> None:
+        self.server.end()
 
 
 BROKERS: dict[str, type[BrokerUnderTest]] = {
@@ -138,6 +164,7 @@ BROKERS: dict[str, type[BrokerUnderTest]] = {
     "kafka": Kafka,
     "rabbitmq": RabbitMQ,
     "sqs": SQS,
+    "servicebus": ServiceBus,
 }
 # Without NATS's own, which stores nothing.
 DURABLE = tuple(name for name in BROKERS if name != "nats")

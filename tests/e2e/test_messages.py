@@ -45,9 +45,10 @@ async def test_a_message_scales_a_model_from_zero_and_is_answered(tmp_path):
     broker = MemoryBroker()
     async with Server(broker).running() as server:
         sent = model("chat", minReplicas=0, maxReplicas=2)
-        async with running(
-            tmp_path, sent, config=streams(server), env=environment()
-        ) as local, local.kube() as kube:
+        async with (
+            running(tmp_path, sent, config=streams(server), env=environment()) as local,
+            local.kube() as kube,
+        ):
             assert await replicas(kube, "chat") == (0, 0, 0)
             message = broker.put("requests", completion("chat", 7))
             await until("it is answered", lambda: answers(broker), 30)
