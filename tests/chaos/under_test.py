@@ -28,6 +28,10 @@ class BrokerUnderTest(ABC):
     server: BrokerServer
 
     @abstractmethod
+    def __init__(self, folder: Path) -> None:
+        """``folder``: for the server's data."""
+
+    @abstractmethod
     async def create_topics(self) -> None:
         """Create what the URLs name, on the server that has started."""
 

@@ -127,8 +127,8 @@ def encoded(client: MessageClient, text: str = "hello") -> bytes:
 
 
 async def test_responses_are_matched_by_metadata_whatever_their_order():
-    held: list[Any] = []
-    broker = FakeBroker(lambda request: held.append(request) or [])
+    broker = FakeBroker(lambda _: [])
+    held = broker.published
     async with connected(broker) as client:
         requests = [encoded(client, str(number)) for number in range(3)]
         sending = [asyncio.create_task(client.send(request)) for request in requests]
