@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from kubeai.api.config.system import Messaging
 from kubeai.brokers.base import Broker
-from kubeai.brokers.urls import open_broker
+from kubeai.brokers.urls import open_broker, public_url
 
 
 class OpenStream(NamedTuple):
@@ -40,10 +39,3 @@ def open_streams(
         )
         for i, stream in enumerate(messaging.streams)
     ]
-
-
-def public_url(url: str) -> str:
-    """A broker's URL without user and password."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=host).geturl()

@@ -49,7 +49,7 @@ class BrokerUrl(NamedTuple):
 
     def error(self, problem: str) -> ConfigError:
         """A ConfigError about the URL. ``problem`` completes a sentence that begins with it."""
-        return ConfigError(self.path, f"{quoted(self.text)} {problem}")
+        return ConfigError(self.path, f"{quoted(public_url(self.text))} {problem}")
 
     def check_options(self, *known: str) -> None:
         """ConfigError if the query has an option that is not among ``known``."""
@@ -68,6 +68,12 @@ class BrokerUrl(NamedTuple):
         if value := self.environment.get(name, ""):
             return value
         raise self.error(f"needs the environment variable {name}")
+
+
+def public_url(text: str) -> str:
+    """A URL without user and password, for logs, errors and metrics."""
+    parts = urlsplit(text)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def parse_broker_url(text: str, path: str, environment: Mapping[str, str]) -> BrokerUrl:

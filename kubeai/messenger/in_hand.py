@@ -52,15 +52,18 @@ class Shared(NamedTuple):
 
 
 class InHand(Gate):
-    """One message. ``size_bytes``: of its request, and of its response once there is one."""
+    """One message. ``key`` identifies it among the messages in hand; ``task`` handles it. The
+    stream sets both, and ``response_bytes`` once there is a response."""
 
     def __init__(self, delivery: Delivery, shared: Shared) -> None:
         self.id = delivery.id
         self.id_is_unique = delivery.id_is_unique
-        self.task: asyncio.Task[None] | None = None  # set by the stream
+        self.key: object = self
+        self.task: asyncio.Task[None] | None = None
+        self.response_bytes = 0
         # Usually one. The broker has delivered the message again if there are more.
         self.deliveries = [delivery]
-        self.size_bytes = len(delivery.body)
+        self._request_bytes = len(delivery.body)
         self.metadata = msgspec.Raw(b"null")  # of the request
         self.path = ""
         self.given_up = False  # the response is the last attempt's error
@@ -86,9 +89,9 @@ class InHand(Gate):
         self._shared.changed()
 
     @property
-    def key(self) -> object:
-        """Its identity among the messages in hand."""
-        return self.id if self.id_is_unique else self
+    def size_bytes(self) -> int:
+        """Of its request and its response."""
+        return self._request_bytes + self.response_bytes
 
     @property
     def can_be_released(self) -> bool:

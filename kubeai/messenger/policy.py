@@ -76,7 +76,10 @@ class Attempts:
             or self._held_s >= HELD_MAX_S
         ):
             return None
-        return max(self._backoff.next_s(), min(_retry_after_s(answer), self._backoff_max_s))
+        wait_s = max(self._backoff.next_s(), min(_retry_after_s(answer), self._backoff_max_s))
+        if verdict is Verdict.WAIT:
+            self._held_s += wait_s  # a model that is known to be unavailable holds no request
+        return wait_s
 
 
 def _retry_after_s(answer: Answer) -> float:

@@ -106,6 +106,7 @@ class Stream:
         self._connection: _Connection | None = None
         self._receiving: asyncio.Task[None] | None = None
         self._stopping = False
+        self._drained = asyncio.Event()
         self._errors = 0  # in a row
         self._succeeded = asyncio.Event()
         self._backoff = Backoff(RECONNECT_FIRST_S, settings.backoff_max_s)
@@ -131,6 +132,8 @@ class Stream:
                 if loop.time() - began_s > self._settings.backoff_max_s:
                     self._backoff.reset()
                 await asyncio.sleep(self._backoff.next_s())
+            # The connection has failed during the drain. Responses can still be published.
+            await self._drained.wait()
         finally:
             tasks = [publishing, *self._tasks]
             for task in tasks:
@@ -162,9 +165,9 @@ class Stream:
             self._connection = None
             for work in works:
                 work.cancel()
-            await asyncio.gather(*works, return_exceptions=True)
             for message in self._in_hand.values():
                 message.deliveries.clear()
+            await asyncio.gather(*works, return_exceptions=True)
             await close_quietly(connection.subscription)
 
     async def _extend(self, connection: _Connection) -> None:
@@ -249,16 +252,19 @@ class Stream:
         self.counts.received += 1
         if delivery.deliveries > 1:
             self.counts.redelivered += 1
-        if delivery.id_is_unique:
-            known = self._in_hand.get(delivery.id)
+        known = self._in_hand.get(delivery.id)
+        # The first delivery is of another message, whose publisher has used the ID again.
+        if delivery.id_is_unique and delivery.deliveries != 1:
             if known is not None:
                 known.deliveries.append(delivery)
                 del known.deliveries[:-REDELIVERIES_MAX_COUNT]
                 return
-            if delivery.id in self._answered and delivery.deliveries != 1:
+            if delivery.id in self._answered:
                 self._start(self._acknowledge(connection, delivery))
                 return
         message = InHand(delivery, self._shared)
+        if delivery.id_is_unique and known is None:
+            message.key = delivery.id
         self._in_hand[message.key] = message
         message.task = self._start(self._handle(message, dict(delivery.attributes)))
 
@@ -296,16 +302,13 @@ class Stream:
 
     def _note_dead(self, message: InHand, answer: Answer) -> None:
         self.counts.dead += 1
+        self._warn("message given up", message, path=message.path, status=answer.status)
+
+    def _warn(self, event: str, message: InHand, **fields: object) -> None:
         suppressed = _warnings.take(time.monotonic())
         if suppressed is not None:
-            log.warning(
-                "message given up",
-                stream=self._settings.name,
-                message_id=message.id,
-                path=message.path,
-                status=answer.status,
-                suppressed=suppressed,
-            )
+            name = self._settings.name
+            log.warning(event, stream=name, message_id=message.id, suppressed=suppressed, **fields)
 
     async def _publish(self, message: InHand, answer: Answer) -> None:
         """Publish the response, or an error that says why it cannot be published."""
@@ -314,17 +317,11 @@ class Stream:
         replaced = False
         while True:
             body = write_response(metadata, answer)
-            message.size_bytes = len(body)
+            message.response_bytes = len(body)
             try:
                 await self._publisher.publish(body, attributes)
             except MessageTooLarge as error:
-                log.warning(
-                    "response too large",
-                    stream=self._settings.name,
-                    message_id=message.id,
-                    size_bytes=len(body),
-                    error=str(error),
-                )
+                self._warn("response too large", message, size_bytes=len(body), error=str(error))
                 if metadata is NULL and replaced:  # the limit is below the size of an error
                     await asyncio.sleep(self._settings.backoff_max_s)
                 if replaced:
@@ -370,6 +367,7 @@ class Stream:
         self._stopping = True
         if self._receiving is not None:
             self._receiving.cancel()
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun releases nothing
         try:
             async with asyncio.timeout(timeout_s):
                 while self._in_hand:
@@ -380,6 +378,7 @@ class Stream:
             log.warning("drain timed out", stream=self._settings.name, in_hand=len(self._in_hand))
             self._cancel(lambda message: message.phase is not Phase.RELEASING)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._drained.set()
 
     def _cancel(self, select: Callable[[InHand], bool]) -> None:
         for message in self._in_hand.values():

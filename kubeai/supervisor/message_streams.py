@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from kubeai.api.config.system import Messaging
-from kubeai.brokers.streams import public_url
+from kubeai.brokers.urls import public_url
 from kubeai.routing.channel import Side, StreamReport, Streams
 
 CLASSES = ("2xx", "3xx", "4xx", "5xx")
@@ -40,7 +40,11 @@ class MessageStreams(Collector):
         self._clock = clock
         self._before = [Counter[str]() for _ in self._urls]  # counted by earlier messengers
         self._reports = [StreamReport() for _ in self._urls]
-        self._reported_s: float | None = None  # None: not since the process was started
+        self._reported_s: float | None = None  # the last report; None: the process is not ready
+
+    def ready(self) -> None:
+        """The messenger's process is ready."""
+        self._reported_s = self._clock()
 
     def report(self, streams: Streams) -> None:
         """Take in a report of the messenger."""
@@ -56,7 +60,7 @@ class MessageStreams(Collector):
 
     @property
     def is_silent(self) -> bool:
-        """Whether a messenger that had reported does so no more."""
+        """Whether a messenger that was ready does not report any more."""
         return self._reported_s is not None and self._clock() - self._reported_s > SILENCE_MAX_S
 
     @property

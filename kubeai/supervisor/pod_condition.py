@@ -50,7 +50,7 @@ class PodCondition:
                     await self._write(*wanted)
                     self._written = wanted
                     backoff.reset()
-                except (ApiError, OSError, TimeoutError) as error:
+                except ApiError as error:
                     if not backoff.failures:
                         log.warning("cannot write the pod's condition", error=str(error))
                     wait_s = backoff.next_s()

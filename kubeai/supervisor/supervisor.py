@@ -163,6 +163,7 @@ class Supervisor:
             self._messenger = start(
                 workers,
                 None,
+                on_ready=self._streams.ready,
                 module=MESSENGER,
                 messaging=config.messaging,
                 on_streams=self._streams.report,

@@ -21,7 +21,7 @@ from unittest import mock
 
 import msgspec
 
-from kubeai.api.config.system import GatewayConfig, SystemConfig
+from kubeai.api.config.system import GatewayConfig, Messaging, SystemConfig
 from kubeai.logs import setup_logging
 from kubeai.routing.routes import Route
 from kubeai.supervisor import supervisor
@@ -71,6 +71,7 @@ class Fleet:
         workers: int,
         demanded: Callable[[str], None] = lambda model: None,
         reads_cache_sizes: bool = False,
+        messaging: Messaging | None = None,
         **gateway: Any,
     ) -> Fleet:
         """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster."""
@@ -79,6 +80,7 @@ class Fleet:
         ready = asyncio.Event()
         config = SystemConfig(
             gateway=GatewayConfig(**gateway),
+            messaging=messaging or Messaging(),
             metrics_addr="127.0.0.1:0",
             health_address="127.0.0.1:0",
         )
@@ -118,6 +120,12 @@ class Fleet:
     def pids(self) -> list[int]:
         """Of the workers that live."""
         return [worker.pid for worker in self.supervisor._workers if worker.alive]
+
+    @property
+    def messenger(self) -> int:
+        """The pid of the messenger; 0 if there is none."""
+        process = self.supervisor._messenger
+        return process.pid if process is not None and process.ready else 0
 
     def kill(self, column: int) -> bool:
         """SIGKILL a worker that serves; False when it does not just now."""

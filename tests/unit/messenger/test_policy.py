@@ -65,7 +65,15 @@ def test_holds_use_up_no_attempts_until_their_own_limit():
     held_s = 0.0
     while attempts.next_s(Verdict.WAIT, answer(504), 0.0, 600.0) is not None:
         held_s += 600.0
-    assert HELD_MAX_S - 600 <= held_s <= HELD_MAX_S
+    assert HELD_MAX_S - 700 <= held_s <= HELD_MAX_S
+
+
+def test_a_model_that_is_known_to_be_unavailable_is_given_up_after_the_same_time():
+    attempts = Attempts(30.0)
+    waited_s = 0.0
+    while (wait_s := attempts.next_s(Verdict.WAIT, answer(503), 0.0, 0.0)) is not None:
+        waited_s += wait_s
+    assert HELD_MAX_S <= waited_s <= HELD_MAX_S + 30
 
 
 def test_back_off_grows_to_the_configured_limit_and_has_jitter():

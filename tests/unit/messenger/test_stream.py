@@ -1,4 +1,4 @@
-"""How one stream treats messages, on virtual time, between a broker in memory and a fake gateway."""
+"""How one stream treats messages, on virtual time, between a fake broker and a fake gateway."""
 
 import asyncio
 
@@ -279,10 +279,6 @@ async def test_the_deadline_is_extended_as_long_as_a_message_is_in_hand():
 
 async def test_a_redelivery_of_a_message_in_hand_is_acknowledged_with_it():
     broker = MemoryBroker(ack_deadline_s=30)
-
-    def fault(operation):
-        assert operation != "extend" or broker.ack_deadline_s is None
-
     async with Scene(broker).running() as scene:
         cold = scene.gateway.cold["cold"] = asyncio.Event()
         scene.ask("cold")
@@ -309,6 +305,7 @@ async def test_a_lost_connection_costs_a_redelivery_but_no_second_request():
         await scene.done(1)
         assert len(scene.gateway.requests) == 1
         assert scene.answered == {message: 1}
+        assert scene.stream.report().requests.connections == 2
 
 
 async def test_a_response_that_was_computed_while_the_broker_was_away_is_published_then():
@@ -420,6 +417,14 @@ async def test_an_answered_id_that_is_used_again_is_a_new_message():
             scene.broker.put("requests", b'{"body":{"model":"m"}}', id="same")
             await scene.until("it is acknowledged", lambda: scene.broker.is_empty("requests"))
         assert scene.answered == {"same": 2}
+
+
+async def test_an_id_that_is_used_again_while_it_is_in_hand_is_a_new_message():
+    async with Scene(MemoryBroker()).running() as scene:
+        for _ in range(2):
+            scene.broker.put("requests", b'{"body":{"model":"m"}}', id="same")
+        await scene.until("both are answered", lambda: scene.answered == {"same": 2})
+        await scene.until("both are acknowledged", lambda: scene.broker.is_empty("requests"))
 
 
 async def test_equal_messages_of_a_broker_without_ids_are_all_answered():
@@ -550,6 +555,36 @@ async def test_a_drain_waits_for_the_confirmation_of_a_response():
         assert scene.broker.is_empty("requests")
 
 
+async def test_a_drain_publishes_even_if_the_requests_connection_is_lost_meanwhile():
+    async with Scene(MemoryBroker(ack_deadline_s=30)).running() as scene:
+        scene.gateway.serves["slow"] = lambda *_: asyncio.sleep(100, ok())
+        message = scene.ask("slow")
+        await scene.until("it is served", lambda: scene.gateway.serving)
+        drain = asyncio.create_task(scene.stream.drain(300))
+        await asyncio.sleep(1)
+        scene.broker.cut()
+        await drain
+        assert scene.answered == {message: 1}
+
+
+async def test_a_drain_gives_back_what_has_only_just_been_received():
+    async with Scene(MemoryBroker()).running() as scene:
+        await scene.until("it is connected", lambda: scene.stream.report().responses.connected)
+        taken = scene.stream._take
+
+        def take(connection, delivery):
+            drains.append(asyncio.create_task(scene.stream.drain(60)))  # its turn comes first
+            taken(connection, delivery)
+
+        drains = []
+        scene.stream._take = take
+        scene.ask("m")
+        began_s = now()
+        await scene.until("it is drained", lambda: drains and drains[0].done())
+        assert now() - began_s < 10
+        assert scene.broker.queue("requests").waiting or scene.answers
+
+
 async def test_a_drain_without_a_connection_ends():
     broker = MemoryBroker()
     broker.fault = faults(*["subscribe"] * 1000)
@@ -561,26 +596,25 @@ async def test_a_drain_without_a_connection_ends():
 async def test_a_handler_that_is_granted_to_an_ended_attempt_is_not_lost():
     """The gateway notices later than the message that its request has ended."""
     scene = Scene(MemoryBroker(), handlers=1)
+    blocker = asyncio.Event()
     granted = []
 
     async def held(body, gate: InHand):
-        gate.on_hold()
-
         async def go_on():
             await gate.on_endpoint()
             granted.append(True)
 
-        asyncio.create_task(go_on())  # noqa: RUF006 (as the gateway's task, it goes on by itself)
+        gate.on_hold()
+        await scene.until("the other has the handler", lambda: scene.gateway.serving == 2)
+        asyncio.create_task(go_on())  # noqa: RUF006 (like the gateway's task, it ends by itself)
         await asyncio.sleep(0.1)
         return error(400)
 
+    async def blocks(*_):
+        await blocker.wait()
+        return ok()
+
     async with scene.running():
-        blocker = asyncio.Event()
-
-        async def blocks(*_):
-            await blocker.wait()
-            return ok()
-
         scene.gateway.serves |= {"held": held, "blocks": blocks}
         scene.ask("held")
         scene.ask("blocks")

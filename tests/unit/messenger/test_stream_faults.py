@@ -9,11 +9,11 @@ import json
 import random
 
 import pytest
-from examples import some
 from fakes.broker import MemoryBroker
 from fakes.messenger import Scene, error, ok
 from fakes.time import FAKE_TIME
 
+from examples import some
 from kubeai.brokers.base import BrokerUnavailable
 
 pytestmark = FAKE_TIME

@@ -11,9 +11,12 @@ from repository import REPOSITORY
 
 from kubeai._load import LoadTable
 from kubeai._prompt import Prompt
+from kubeai.api.config.system import MessageStream, Messaging
+from kubeai.routing.channel import StreamReport, Streams
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutingTable
+from kubeai.supervisor.message_streams import MessageStreams
 from kubeai.supervisor.metrics import Metrics
 
 ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_retries_total"
@@ -166,7 +169,11 @@ def test_the_routing_table_version_of_each_worker_is_shown(replica):
 
 def test_exactly_the_existing_metrics_are_documented(replica):
     replica.publish("m", "a", strategy="PrefixHash")
-    body, _ = replica.metrics.render("")
+    stream = MessageStream(requests_url="nats://requests", responses_url="nats://responses")
+    streams = MessageStreams(Messaging(streams=(stream,)))
+    streams.report(Streams((StreamReport(lag=0),)))
+    metrics = Metrics(replica.table, replica.publisher, streams=streams)
+    body, _ = metrics.render("")
     families = text_string_to_metric_families(body.decode())
     ours = {
         family.name + ("_total" if family.type == "counter" else "")

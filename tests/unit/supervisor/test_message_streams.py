@@ -1,0 +1,124 @@
+"""What the supervisor makes of the messenger's reports."""
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from kubeai.api.config.system import parse_config
+from kubeai.errors import ConfigError, KubeAIError
+from kubeai.routing.channel import Side, StreamReport, Streams
+from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
+from kubeai.supervisor.supervisor import WORKERS_MAX, Supervisor, check_streams
+
+UP, DOWN = Side(True, 1), Side(False, 1, "connection refused")
+CONFIG = """
+messaging:
+  streams:
+  - {requestsURL: "nats://me:secret@jobs?queue=q", responsesURL: "nats://results"}
+  - {requestsURL: "nats://other", responsesURL: "nats://results"}
+"""
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def streams(clock):
+    return MessageStreams(parse_config(CONFIG).messaging, clock)
+
+
+def scrape(streams):
+    registry = CollectorRegistry()
+    registry.register(streams)
+    return {
+        (sample.name, *(v for k, v in sample.labels.items() if k != "requests_url")): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+    }
+
+
+def report(**first):
+    return Streams((StreamReport(requests=UP, responses=UP, **first), StreamReport(UP, UP)))
+
+
+def test_a_report_is_shown_as_metrics(streams):
+    streams.report(
+        report(received=5, redelivered=1, answered={"2xx": 3, "4xx": 1}, in_hand=2, held=1, lag=9)
+    )
+    samples = scrape(streams)
+    assert samples["kubeai_messages_received_total", "0"] == 5
+    assert samples["kubeai_messages_received_total", "1"] == 0
+    assert samples["kubeai_messages_redelivered_total", "0"] == 1
+    assert samples["kubeai_messages_answered_total", "0", "2xx"] == 3
+    assert samples["kubeai_messages_answered_total", "0", "5xx"] == 0
+    assert samples["kubeai_messages_in_hand", "0"] == 2
+    assert samples["kubeai_messages_held", "0"] == 1
+    assert samples["kubeai_messages_lag", "0"] == 9
+    assert ("kubeai_messages_lag", "1") not in samples, "unknown"
+    assert samples["kubeai_message_stream_connected", "0", "requests"] == 1
+
+
+def test_counts_outlive_the_messenger_and_gauges_do_not(streams):
+    streams.report(report(received=5, answered={"2xx": 3}, in_hand=2, held=1))
+    streams.ended()
+    samples = scrape(streams)
+    assert samples["kubeai_messages_received_total", "0"] == 5
+    assert samples["kubeai_messages_in_hand", "0"] == 0
+    assert samples["kubeai_message_stream_connected", "0", "requests"] == 0
+    streams.report(report(received=2, answered={"2xx": 1}))
+    samples = scrape(streams)
+    assert samples["kubeai_messages_received_total", "0"] == 7
+    assert samples["kubeai_messages_answered_total", "0", "2xx"] == 4
+    assert samples["kubeai_message_stream_connections_total", "0", "requests"] == 2
+
+
+def test_problems_name_the_side_and_no_credentials(streams):
+    assert len(streams.problems) == 4, "nothing is known yet"
+    streams.report(Streams((StreamReport(UP, DOWN), StreamReport(UP, UP))))
+    assert streams.problems == ["nats://jobs?queue=q: responses: connection refused"]
+    streams.report(report())
+    assert streams.problems == []
+    assert "secret" not in repr(list(streams.collect()))
+
+
+def test_a_messenger_that_reports_no_more_is_silent(streams, clock):
+    clock.now_s = 1000
+    assert not streams.is_silent, "it may still be starting"
+    streams.ready()
+    clock.now_s += SILENCE_MAX_S
+    streams.report(report())
+    clock.now_s += SILENCE_MAX_S
+    assert not streams.is_silent
+    clock.now_s += 1
+    assert streams.is_silent
+    streams.ended()
+    assert not streams.is_silent
+
+
+def test_streams_are_refused_behind_another_gateway():
+    config = parse_config(CONFIG + "proxy: {mode: external}\n")
+    with pytest.raises(ConfigError, match=r"messaging\.streams") as caught:
+        check_streams(config)
+    assert caught.value.path == "proxy.mode"
+
+
+def test_a_bad_url_is_a_config_error_that_names_it():
+    config = parse_config(CONFIG.replace("nats://me", "mqtt://me"))
+    with pytest.raises(ConfigError, match="does not begin with one of") as caught:
+        check_streams(config)
+    assert caught.value.path == "messaging.streams[0].requestsURL"
+    assert "secret" not in str(caught.value)
+
+
+def test_the_messenger_counts_for_the_limit_on_workers():
+    config = parse_config(CONFIG)
+    with pytest.raises(KubeAIError, match=f"between 1 and {WORKERS_MAX - 1}"):
+        Supervisor(None, config, namespace="n", identity="i", workers=WORKERS_MAX)
