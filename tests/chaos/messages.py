@@ -134,19 +134,25 @@ class Chaos:
             *(asyncio.create_task(site.send_http(at)) for at, site in enumerate(self._sites)),
         ]
         chaos = asyncio.create_task(self._break_things())
-        try:
-            await publisher.run(
+        publishing = asyncio.create_task(
+            publisher.run(
                 self.options.messages, self.options.per_s, random.Random(self.options.seed)
             )
+        )
+        try:
+            await asyncio.wait((publishing, chaos), return_when=asyncio.FIRST_COMPLETED)
+            if chaos.done():
+                chaos.result()  # raises: something could not be repaired
+            publishing.result()
             published_s = time.monotonic() - begin_s
             await self._settle(chaos)
             await self._until_answered()
             answered_s = time.monotonic() - begin_s
             await asyncio.sleep(LATE_DUPLICATES_S)
         finally:
-            for task in (chaos, *background):
+            for task in (chaos, publishing, *background):
                 task.cancel()
-            ends = await asyncio.gather(chaos, *background, return_exceptions=True)
+            ends = await asyncio.gather(chaos, publishing, *background, return_exceptions=True)
         broken = [
             f"the test's own task failed: {end!r}" for end in ends if isinstance(end, Exception)
         ]
