@@ -30,7 +30,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from chaos.under_test import BROKERS, BrokerUnderTest
-from harness import Local, model, running, until
+from harness import Local, model, until
 
 HTTP = "HTTP"
 CONCURRENCY = 32
@@ -154,16 +154,18 @@ async def one(under: BrokerUnderTest | None, requests: int, folder: Path) -> Run
         )
     engines = model("m", args=FAST, minReplicas=2, maxReplicas=2)
     with tempfile.TemporaryDirectory(dir=folder) as data:
-        async with running(
-            Path(data), engines, config={"messaging": {"streams": streams}}, env=environment
-        ) as local:
+        config = {"messaging": {"streams": streams}}
+        local = Local(Path(data), engines, config=config, env=environment)
+        await local.start()
+        try:
+            target = [local.endpoint]
             if under is not None:
                 await until("the messenger runs", lambda: processes(local)["messenger"])
-            warm_up, target = CONCURRENCY * 2, [local.endpoint]
-            if under is not None:
                 target = ["--via", under.requests_topic, "--via-responses", under.responses]
-            await measure(local, target, warm_up, environment)
+            await measure(local, target, 2 * CONCURRENCY, environment)  # warm-up
             return await measure(local, target, requests, environment)
+        finally:
+            await local.stop()
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ chats of 16 tokens, 32 at a time, on two mock engines that take no time; the sam
 message. KubeAI, the broker, the engines and the load generator share {cores} cores, so the requests
 per second are those of all of them together. The CPU is KubeAI's alone. A broker that writes each
 message to the disk before it confirms it (NATS JetStream and Kafka, as they are configured here)
-has the disk's latency twice in each request.
+has the disk's latency twice in each request. The servers for SQS, Pub/Sub and Service Bus are for
+tests, and slower than the services.
 
 """
 TITLES = {
@@ -21,6 +22,8 @@ TITLES = {
     "kafka": "Kafka",
     "rabbitmq": "RabbitMQ",
     "sqs": "SQS (moto)",
+    "pubsub": "Pub/Sub (Google's fake)",
+    "servicebus": "Service Bus (a peer for tests)",
 }
 
 
