@@ -32,7 +32,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "kafka": Implementation("kafka.broker", "Kafka", "aiokafka", "kafka", ("topic",)),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
     "awssqs": Implementation("sqs", "SQS", "aiobotocore", "sqs"),
-    "gcppubsub": Implementation("pubsub", "PubSub", "google.cloud.pubsub_v1", "pubsub"),
+    "gcppubsub": Implementation("pubsub.broker", "PubSub", "google.cloud.pubsub_v1", "pubsub"),
     "azuresb": Implementation("servicebus", "ServiceBus", "azure.servicebus", "servicebus"),
 }
 SCHEMES = ", ".join(f"{scheme}://" for scheme in IMPLEMENTATIONS)

@@ -2,7 +2,7 @@
 
 Kafka delivers partitions, not messages. Each partition belongs to one member of the group, so at
 most as many replicas take part as there are partitions. Within a partition, messages are
-acknowledged in any order; :mod:`kubeai.brokers.kafka.progress` describes what is stored. At most ``WINDOW_MAX_COUNT``
+acknowledged in any order; ``progress`` describes what is stored. At most ``WINDOW_MAX_COUNT``
 messages of a partition follow one that is not acknowledged; then the partition is paused.
 
 - ``release`` gives a message back to this subscription, which returns it from ``receive`` again, or
@@ -13,7 +13,9 @@ messages of a partition follow one that is not acknowledged; then the partition 
 - There is no deadline: heartbeats keep the partitions, however long a message is in hand.
 - A group that has never committed an offset begins as gocloud's: with the newest message, or with
   ``offset=oldest`` the oldest one. The first offset is committed at once, so that no message is
-  skipped later. If Kafka has deleted messages that were waiting, it goes on with the oldest one.
+  skipped later, except those that are published to a partition before KubeAI knows that it has been
+  added: ``offset=oldest`` includes them. If Kafka has deleted messages that were waiting, it goes
+  on with the oldest one.
 - The client fails over between the brokers of a cluster by itself. BrokerUnavailable means that
   the group's coordinator has not answered for ``UNREACHABLE_S``.
 - Topics are not created. Kafka itself may create one that is deleted while it is in use.
@@ -31,7 +33,7 @@ from urllib.parse import unquote
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaConnectionError, KafkaError, MessageSizeTooLargeError
 
 from kubeai.brokers.base import (
     TIMEOUT_S,
@@ -46,6 +48,7 @@ from kubeai.brokers.kafka.client import (
     attempt,
     check_topics,
     close_producer,
+    collect_failures,
     milliseconds,
     reason_of,
 )
@@ -151,12 +154,15 @@ def _one_of(url: BrokerUrl, name: str, values: tuple[str, ...]) -> str:
 async def _open(
     connect: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]], what: str
 ) -> None:
+    collect_failures()
     try:
         async with asyncio.timeout(TIMEOUT_S):
             await connect()
     except BaseException as error:
         await close()
-        if isinstance(error, (KafkaError, TimeoutError, OSError)):
+        if isinstance(error, TimeoutError):
+            error = KafkaConnectionError(f"no answer within {TIMEOUT_S:g} s")
+        if isinstance(error, (KafkaError, OSError)):
             raise BrokerUnavailable(f"{what}: {reason_of(error)}") from None
         raise
 
@@ -195,8 +201,11 @@ class _Topic(Topic):
                 f"a message of {len(body)} bytes is larger than max.message.bytes of Kafka's topic "
                 f"{self._name}, or than {PUBLISH_MAX_BYTES} bytes"
             ) from None
-        except (KafkaError, TimeoutError) as error:
-            self._ended = self._ended or reason_of(error, PUBLISH_TIMEOUT_S)
+        except TimeoutError:
+            self._ended = self._ended or reason_of(f"no answer within {PUBLISH_TIMEOUT_S:g} s")
+            self._check()
+        except KafkaError as error:
+            self._ended = self._ended or reason_of(error)
             self._check()
 
     @contextlib.asynccontextmanager

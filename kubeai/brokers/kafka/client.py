@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import InconsistentGroupProtocolError, KafkaError
+from aiokafka.errors import InconsistentGroupProtocolError, KafkaConnectionError, KafkaError
 
-from kubeai.brokers.base import TIMEOUT_S, BrokerUnavailable
+from kubeai.brokers.base import BrokerUnavailable
 
 REQUEST_TIMEOUT_S = 20.0  # longer than a rebalance, which waits for members that have vanished
 CLOSE_TIMEOUT_S = 3.0  # of each step
 
-# It logs every failed attempt. What does not succeed in the end is an error here.
-logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+# The last failure that the library has logged, in the tasks of one connection.
+_logged: ContextVar[deque[str]] = ContextVar("_logged")
 
 
-def reason_of(error: BaseException, timeout_s: float = TIMEOUT_S) -> str:
-    """An error for people. ``timeout_s``: the limit, if the error is that it has passed."""
-    if isinstance(error, TimeoutError):
-        return f"no answer within {timeout_s:g} s"
+class _Failures(logging.Handler):
+    """Collects what the library logs about every attempt, instead of writing it.
+
+    It repeats attempts by itself. When it gives up, its exception often lacks the cause.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (messages := _logged.get(None)) is not None:
+            messages.append(record.getMessage())
+
+
+_log = logging.getLogger("aiokafka")
+_log.addHandler(_Failures(logging.WARNING))
+_log.propagate = False
+
+
+def collect_failures() -> None:
+    """Let :func:`reason_of` know about this task, and the tasks that it creates from now on."""
+    _logged.set(deque(maxlen=1))
+
+
+def reason_of(error: BaseException | str) -> str:
+    """An error for people, with the library's last failure if that says more."""
     if isinstance(error, InconsistentGroupProtocolError):
         return "the group has members that are not KubeAI's (they do not use sticky assignment)"
-    return str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
+    if isinstance(error, (str, KafkaConnectionError)) and (failures := _logged.get(None)):
+        return f"{reason} ({failures[-1]})"
+    return reason
 
 
 async def attempt(step: Awaitable[Any]) -> bool:

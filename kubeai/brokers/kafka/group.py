@@ -31,9 +31,10 @@ SESSION_TIMEOUT_S = 10.0  # until the group gives up a member that has vanished
 HEARTBEAT_S = 1.0  # members notice a rebalance with their next heartbeat
 REBALANCE_TIMEOUT_S = 8.0  # less than the session timeout: no heartbeat is sent meanwhile
 PROBE_S = 2.0
-UNREACHABLE_S = 10.0
+UNREACHABLE_S = 15.0  # enough for another broker to become the group's coordinator
 RETRY_S = 0.1
-FETCH_WAIT_S = 10.0
+FETCH_WAIT_S = 10.0  # for messages, before the wait begins again
+POLL_S = 0.25  # for which the broker waits for messages; a resumed partition waits for that as well
 FETCH_MAX_BYTES = 16 << 20  # of one response; a single larger message is returned nevertheless
 _NEVER_MS = 2**31 - 1
 
@@ -96,6 +97,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             session_timeout_ms=milliseconds(SESSION_TIMEOUT_S),
             heartbeat_interval_ms=milliseconds(HEARTBEAT_S),
             max_poll_interval_ms=_NEVER_MS,  # a message may be in hand for as long as it takes
+            fetch_max_wait_ms=milliseconds(POLL_S),
             fetch_max_bytes=FETCH_MAX_BYTES,
             # The library keeps an assignor's state in its class.
             partition_assignment_strategy=[type("_Sticky", (StickyPartitionAssignor,), {})],
@@ -123,6 +125,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             asyncio.create_task(self._watch_coordinator()),
         ]
         await self._settled.wait()
+        await self._flush(set(self._partitions.values()))
         self._check()
 
     async def receive(self, count_max: int) -> list[Delivery]:
@@ -249,7 +252,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             commits = {
                 partition: (partition.version, partition.progress.commit())
                 for partition in self._partitions.values()
-                if partition.version != partition.committed_version
+                if partition.version != partition.committed_version and self._settled.is_set()
             }
             if commits:
                 await self._consumer.commit(
@@ -365,10 +368,10 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
         while time() < answered_s + UNREACHABLE_S:
             await asyncio.sleep(PROBE_S)
             with contextlib.suppress(KafkaError, TimeoutError):
-                async with asyncio.timeout(UNREACHABLE_S / 2):
+                async with asyncio.timeout(UNREACHABLE_S / 3):
                     await self._admin.list_consumer_group_offsets(self._group, partitions=[key])
                 answered_s = time()
-        self._end(f"its coordinator has not answered for {UNREACHABLE_S:g} s")
+        self._end(reason_of(f"its coordinator has not answered for {UNREACHABLE_S:g} s"))
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason

@@ -10,6 +10,11 @@ from brokers.servers import BrokerServer, free_port, program
 MESSAGE_MAX_BYTES = 1_048_588  # the broker's default
 # Fast to start rather than fast, and small.
 JAVA = "java -Xmx256m -Xss512k -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -Djava.awt.headless=true"
+SASL_PASSWORD = "hunter2-do-not-print"
+LOGIN_MODULE = (
+    "org.apache.kafka.common.security.plain.PlainLoginModule required "
+    f'user_kubeai="{SASL_PASSWORD}";'
+)
 CLUSTER_ID = "kubeai-tests-0000000000"
 
 
@@ -26,6 +31,13 @@ class KafkaServer(BrokerServer):
         self._options = {name.replace("_", "."): value for name, value in options.items()}
         self.port, self.proxied_port, self._controller_port = (free_port() for _ in range(3))
         self.environment = {"KAFKA_BROKERS": f"127.0.0.1:{self.port}"}
+        self._sasl_port = free_port()
+        self.sasl_environment = {
+            "KAFKA_BROKERS": f"127.0.0.1:{self._sasl_port}",
+            "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+            "KAFKA_SASL_USERNAME": "kubeai",
+            "KAFKA_SASL_PASSWORD": SASL_PASSWORD,
+        }
         self.advertise(self.proxied_port)
 
     def advertise(self, port: int) -> None:
@@ -42,11 +54,13 @@ class KafkaServer(BrokerServer):
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "CLIENTS",
             "listeners": f"CLIENTS://127.0.0.1:{self.port},PROXIED://127.0.0.1:{self.proxied_port},"
-            f"CONTROLLER://127.0.0.1:{self._controller_port}",
+            f"SASL://127.0.0.1:{self._sasl_port},CONTROLLER://127.0.0.1:{self._controller_port}",
             "advertised.listeners": f"CLIENTS://127.0.0.1:{self.port},"
-            f"PROXIED://127.0.0.1:{self._advertised}",
+            f"PROXIED://127.0.0.1:{self._advertised},SASL://127.0.0.1:{self._sasl_port}",
             "listener.security.protocol.map": "CLIENTS:PLAINTEXT,PROXIED:PLAINTEXT,"
-            "CONTROLLER:PLAINTEXT",
+            "SASL:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listener.name.sasl.sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl.plain.sasl.jaas.config": LOGIN_MODULE,
             "log.dirs": str(self.folder / "data"),
             "offsets.topic.num.partitions": "1",
             "offsets.topic.replication.factor": "1",

@@ -1,0 +1,65 @@
+import pytest
+
+from kubeai.brokers.urls import open_broker
+from kubeai.errors import ConfigError
+
+PATH = "messaging.streams[0].requestsURL"
+BROKERS = {"KAFKA_BROKERS": "one:9092, two:9092"}
+
+
+def refusal(url: str, environment: dict[str, str]) -> str:
+    with pytest.raises(ConfigError) as raised:
+        open_broker(url, PATH, environment)
+    assert raised.value.path == PATH
+    return str(raised.value)
+
+
+def test_brokers_are_separated_by_commas():
+    broker = open_broker("kafka://requests", PATH, BROKERS)
+    assert broker._client["bootstrap_servers"] == ["one:9092", "two:9092"]
+
+
+@pytest.mark.parametrize("brokers", ["one:port", ":9092", "one:9092,,two:9092", "one:9092,"])
+def test_malformed_brokers_are_refused(brokers):
+    assert "KAFKA_BROKERS as host:port" in refusal("kafka://requests", {"KAFKA_BROKERS": brokers})
+
+
+def test_upper_case_names_are_kept():
+    broker = open_broker("kafka://My-Group?topic=My.Topic&topic=b_2", PATH, BROKERS)
+    assert (broker._name, broker._topics) == ("My-Group", ["My.Topic", "b_2"])
+
+
+def test_only_the_topic_may_be_repeated():
+    assert "offset twice" in refusal("kafka://g?topic=a&offset=oldest&offset=oldest", BROKERS)
+
+
+def test_sasl_needs_a_user_and_a_password():
+    environment = {**BROKERS, "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}
+    assert "KAFKA_SASL_USERNAME" in refusal("kafka://requests", environment)
+    environment["KAFKA_SASL_USERNAME"] = "kubeai"
+    assert "KAFKA_SASL_PASSWORD" in refusal("kafka://requests", environment)
+
+
+def test_unknown_protocols_and_mechanisms_are_refused():
+    environment = {**BROKERS, "KAFKA_SECURITY_PROTOCOL": "TLS"}
+    assert "PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL" in refusal("kafka://requests", environment)
+    environment = {
+        **BROKERS,
+        "KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+        "KAFKA_SASL_MECHANISM": "GSSAPI",
+    }
+    assert "SCRAM-SHA-512" in refusal("kafka://requests", environment)
+
+
+def test_missing_ca_file_is_named(tmp_path):
+    environment = {
+        **BROKERS,
+        "KAFKA_SECURITY_PROTOCOL": "SSL",
+        "KAFKA_TLS_CA_FILE": str(tmp_path / "ca.crt"),
+    }
+    assert f"{tmp_path}/ca.crt" in refusal("kafka://requests", environment)
+
+
+def test_tls_without_files_trusts_the_systems_authorities():
+    broker = open_broker("kafka://requests", PATH, {**BROKERS, "KAFKA_SECURITY_PROTOCOL": "SSL"})
+    assert broker._client["ssl_context"].check_hostname
