@@ -24,7 +24,7 @@ class Poller:
         self._poll = poll
         self._polling: asyncio.Task[None] | None = None
         self._ready: list[Delivery] = []
-        self._error: BrokerUnavailable | None = None
+        self._error: Exception | None = None
         self._is_receiving = False
         self._timer: asyncio.TimerHandle | None = None
         self._releasing: set[asyncio.Task[None]] = set()
@@ -51,7 +51,7 @@ class Poller:
     async def _run(self, count: int) -> None:
         try:
             self._ready = list(await self._poll(count))
-        except BrokerUnavailable as error:
+        except Exception as error:  # whatever it is, `receive` raises it
             self._error = error
         self._polling = None
         self._watch()

@@ -5,11 +5,11 @@ for requests. ``azuresb://queue`` is a queue, for both. The namespace and the cr
 ``SERVICEBUS_CONNECTION_STRING``, or else the namespace from ``AZURE_SERVICEBUS_HOSTNAME`` and the
 credentials from azure-identity's default chain (workload identity, managed identity, environment).
 
-Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. A receiver
-that has lost the lock has lost the message; ``acknowledge``, ``release`` and ``extend`` then log a
-warning, and Service Bus delivers the message again. It counts a released message as a failed
-delivery, and moves a message to the dead-letter queue after the entity's maximum delivery count.
-``lag`` is unknown: the service tells it only to clients that may manage the entity.
+Messages are locked for the entity's lock duration (peek-lock), which ``extend`` restarts. When the
+lock is lost, ``acknowledge``, ``release`` and ``extend`` log a warning, and the service delivers
+the message again. It counts a release and a lost lock as failed deliveries, and moves a message to
+the dead-letter queue after the entity's maximum delivery count. Entities with sessions are refused
+by the service. ``lag`` is unknown, because only clients that may manage the entity can read it.
 
 The library states that its clients are not to be used from several tasks at once. Its receivers do
 allow settling and renewing during a receive (its own lock renewal does that); senders do not, so
@@ -26,7 +26,8 @@ import contextlib
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from azure.servicebus import (
@@ -67,8 +68,7 @@ logging.getLogger("azure").setLevel(logging.ERROR)
 CONNECTION_STRING, HOSTNAME = "SERVICEBUS_CONNECTION_STRING", "AZURE_SERVICEBUS_HOSTNAME"
 LISTENER_TIMEOUT_S = 2.0  # of one poll; the Go CDK's default
 BATCH_MAX_COUNT = 50  # messages of one poll or one batch; the Go CDK's default
-LOCK_S = 60.0  # the service's default; the lock of a message tells the entity's
-LOCK_MIN_S, LOCK_MAX_S = 1.0, 300.0  # the service's limits, the lower one with a margin for tests
+LOCK_MIN_S = 5.0  # of the service, whose default is 60 s
 MESSAGE_ID_MAX_CHARS = 128  # of the service
 CLOSE_TIMEOUT_S = 5.0
 ERROR_MAX_CHARS = 300
@@ -171,7 +171,7 @@ class Link:
     def __init__(self, client: ServiceBusClient, handler: ServiceBusReceiver | ServiceBusSender):
         self._client = client
         self._handler = handler
-        self._failure = ""
+        self.failure = ""  # empty while the connection lasts
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
@@ -187,15 +187,15 @@ class Link:
 
         BrokerUnavailable if it fails; MessageTooLarge, and the library's errors for a lost lock.
         """
-        if self._failure:
-            raise BrokerUnavailable(self._failure)
+        if self.failure:
+            raise BrokerUnavailable(self.failure)
         task = asyncio.create_task(self._attempt(operation, timeout_s))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         await asyncio.wait({task})
         if task.cancelled():
-            raise BrokerUnavailable(self._failure)
+            raise BrokerUnavailable(self.failure)
         return task.result()
 
     async def _attempt(self, operation: Callable[[], Awaitable[T]], timeout_s: float) -> T:
@@ -205,14 +205,15 @@ class Link:
         except _LOST:
             raise
         except MessageSizeExceededError as error:
+            self.failure = self.failure or _text(error)  # the service detaches the link
             raise MessageTooLarge(_text(error)) from error
         except Exception as error:  # also AttributeError and the like, when the connection ends
-            self._failure = self._failure or _text(error)
-            raise BrokerUnavailable(self._failure) from error
+            self.failure = self.failure or _text(error)
+            raise BrokerUnavailable(self.failure) from error
 
     async def close(self) -> None:
         """Close the connection. Does not raise."""
-        self._failure = self._failure or "Service Bus: the connection is closed"
+        self.failure = self.failure or "Service Bus: the connection is closed"
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -235,6 +236,7 @@ class ServiceBusDelivery(Delivery):
         self._link = link
         self._receiver = receiver
         self._message = message
+        self._lock_s = self._remaining_s()
 
     async def acknowledge(self) -> None:
         """Complete the message, and wait for the confirmation."""
@@ -245,12 +247,20 @@ class ServiceBusDelivery(Delivery):
         await self._own(self._receiver.abandon_message)
 
     async def extend(self) -> None:
-        """Renew the lock."""
-        await self._own(self._receiver.renew_message_lock)
+        """Renew the lock, if half of it is over."""
+        if self._remaining_s() < self._lock_s / 2 + LOCK_MIN_S / 3:
+            await self._own(self._receiver.renew_message_lock)
+        elif self._link.failure:
+            raise BrokerUnavailable(self._link.failure)
+
+    def _remaining_s(self) -> float:
+        """Until the lock expires, by this machine's clock."""
+        end = self._message.locked_until_utc
+        return (end - datetime.now(UTC)).total_seconds() if end is not None else 0.0
 
     async def _own(self, operation: Callable[[ServiceBusReceivedMessage], Awaitable[Any]]) -> None:
         try:
-            await self._link.run(lambda: operation(self._message))
+            await self._link.run(partial(operation, self._message))
         except _LOST as error:
             log.warning("lost a message of Service Bus", id=self.id, reason=_text(error))
 
@@ -266,20 +276,19 @@ class ServiceBusSubscription(Subscription):
         self._poll_s = poll_s
         self._batch_max_count = batch_max_count
         self._poller = Poller(self._poll)
-        self.ack_deadline_s = LOCK_S
+        # Only a message tells the lock duration, which is when the caller has to know already. So
+        # this is the shortest that there is, and `extend` does nothing until it is needed.
+        self.ack_deadline_s = LOCK_MIN_S
 
     async def receive(self, count_max: int) -> list[Delivery]:
-        """Wait for messages. Afterwards ``ack_deadline_s`` is their lock duration."""
+        """Wait for messages."""
         return await self._poller.receive(min(count_max, self._batch_max_count))
 
     async def _poll(self, count: int) -> list[ServiceBusDelivery]:
         messages = await self._link.run(
-            lambda: self._receiver.receive_messages(count, max_wait_time=self._poll_s),
+            partial(self._receiver.receive_messages, count, max_wait_time=self._poll_s),
             self._poll_s + TIMEOUT_S,
         )
-        ends = [message.locked_until_utc for message in messages]
-        if locks_s := [_remaining_s(end) for end in ends if end is not None]:
-            self.ack_deadline_s = min(max(min(locks_s), LOCK_MIN_S), LOCK_MAX_S)
         return [ServiceBusDelivery(self._link, self._receiver, message) for message in messages]
 
     async def lag(self) -> int | None:
@@ -308,7 +317,14 @@ class ServiceBusTopic(Topic):
 
     async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
         """Publish a message; returns once Service Bus has accepted it."""
-        message = ServiceBusMessage(body, application_properties=dict(attributes))
+        size = len(body) + sum(len(name) + len(value) for name, value in attributes.items())
+        # What the service states about the link. The library has no public name for it.
+        if 0 < (limit := self._sender._max_message_size_on_link) < size:
+            raise MessageTooLarge(
+                f"Service Bus: the message has more than {size} bytes; the limit is {limit}"
+            )
+        properties = cast("dict[str | bytes, Any]", dict(attributes))
+        message = ServiceBusMessage(body, application_properties=properties)
         identity = attributes.get(REQUEST_MESSAGE_ID, "")
         if identity and len(identity) <= MESSAGE_ID_MAX_CHARS:
             message.message_id = identity
@@ -323,7 +339,7 @@ class ServiceBusTopic(Topic):
             publications: list[_Publication] = []
             try:
                 content = await self._take(publications)
-                await self._link.run(lambda content=content: self._sender.send_messages(content))  # type: ignore[misc]
+                await self._link.run(partial(self._sender.send_messages, content))
             except (BrokerUnavailable, MessageTooLarge) as error:
                 outcome: Exception | None = error
             else:
@@ -362,10 +378,6 @@ class ServiceBusTopic(Topic):
 
 def _text(error: BaseException) -> str:
     return f"Service Bus: {str(error) or type(error).__name__}"[:ERROR_MAX_CHARS]
-
-
-def _remaining_s(end: datetime) -> float:
-    return (end - datetime.now(timezone.utc)).total_seconds()
 
 
 def _body(message: ServiceBusReceivedMessage) -> bytes:

@@ -20,7 +20,7 @@ from kubeai.errors import ConfigError, install_hint, quoted
 class Implementation(NamedTuple):
     """Where a scheme is implemented, and what has to be installed for it."""
 
-    module: str  # of kubeai.brokers, with a class of this name
+    module: str  # in kubeai.brokers
     name: str
     library: str  # the module that the extra installs
     extra: str
@@ -31,7 +31,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "nats": Implementation("nats", "Nats", "nats", "nats"),
     "kafka": Implementation("kafka.broker", "Kafka", "aiokafka", "kafka", ("topic",)),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
-    "awssqs": Implementation("sqs", "SQS", "aiobotocore", "sqs"),
+    "awssqs": Implementation("sqs.broker", "SQS", "aiobotocore", "sqs"),
     "gcppubsub": Implementation("pubsub.broker", "PubSub", "google.cloud.pubsub_v1", "pubsub"),
     "azuresb": Implementation("servicebus", "ServiceBus", "azure.servicebus", "servicebus"),
 }

@@ -2,14 +2,15 @@
 
     python tests/brokers/servers/amqp_peer.py PORT QUEUE[,ATTRIBUTE=VALUE]…
 
-A queue is created when it is first used; its attributes are ``lock_s`` and ``sessions``. The name of
-a subscription is TOPIC/Subscriptions/NAME; what is sent to the topic reaches its subscriptions.
+A queue is created when it is first used, unless its name begins with ``missing``; its attributes
+are ``lock_s`` and ``sessions``. The name of a subscription is TOPIC/Subscriptions/NAME; what is
+sent to a topic reaches its subscriptions.
 
-What this proves: that the client speaks AMQP 1.0 with an implementation that is not its own, that
-it presents a token at ``$cbs``, how it grants credit, sends single messages and batches, and settles
-deliveries (accepted, modified, released) and waits for the outcome, that it renews locks and settles
-at ``$management`` of the queue, what it does when a lock is lost, when a message is too large, when
-the entity is missing or has sessions, and when the connection is cut or silent.
+What this proves: that the client speaks AMQP 1.0 with an implementation that is not its own; that
+it presents a token at ``$cbs``, grants credit, sends single messages and batches, settles
+deliveries (accepted, modified, released) and waits for the outcome, and renews locks at
+``$management``; what it does when a lock is lost, a message is too large, the entity is missing or
+has sessions, and the connection is cut or silent.
 
 What it does not prove: all that only Microsoft's service knows. Tokens are not checked, so neither
 are SAS signatures nor Entra ID; there is no TLS; throttling, the limits of the tiers, dead-letter
@@ -18,8 +19,8 @@ service's own behaviour is taken from Microsoft's description of the protocol an
 client library expects.
 
 Everything is in memory. SIGUSR1 closes the port and all connections, SIGUSR2 opens the port again:
-an outage that keeps the messages, as the service does. Prints a line when it serves; ends with its
-parent.
+an outage that keeps the messages, as the service does. SIGHUP breaks all locks. Prints a line when
+it serves; ends with its parent.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from proton import (
     Handler,
     Link,
     Message,
+    Terminus,
     symbol,
     timestamp,
     ulong,
@@ -144,12 +146,13 @@ class Peer(Handler):
     # The port and the connections
 
     def on_reactor_init(self, event: Any) -> None:
-        event.container.selectable(self.injector)
-        event.container.schedule(TICK_S, self)
-        self._listen(event.container)
+        self._container = event.container
+        self._container.selectable(self.injector)
+        self._container.schedule(TICK_S, self)
+        self._listen()
 
-    def _listen(self, container: Container) -> None:
-        self._acceptor = container.listen(f"amqp://127.0.0.1:{self._port}")
+    def _listen(self) -> None:
+        self._acceptor = self._container.listen(f"amqp://127.0.0.1:{self._port}")
         print("serving", self._port, flush=True)
 
     def on_outage(self, event: Any) -> None:
@@ -163,13 +166,19 @@ class Peer(Handler):
         self._connections.clear()
 
     def on_repair(self, event: Any) -> None:
-        self._listen(event.container)
+        self._listen()
+
+    def on_break_locks(self, event: Any) -> None:
+        for queue in self._queues.values():
+            for token in list(queue.locked):
+                queue.settle(token, keep=True, failed=True)
+            queue.dispatch()
 
     def on_timer_task(self, event: Any) -> None:
         for queue in self._queues.values():
             queue.expire()
             queue.dispatch()
-        event.container.schedule(TICK_S, self)
+        self._container.schedule(TICK_S, self)
 
     def on_connection_remote_open(self, event: Any) -> None:
         self._connections.add(event.connection)
@@ -221,6 +230,7 @@ class Peer(Handler):
             self._queue(entity).links.append(link)
 
     def _refuse(self, link: Link, condition: str, description: str) -> None:
+        link.source.type = link.target.type = Terminus.UNSPECIFIED  # AMQP 1.0, part 2.6.3
         link.open()
         link.condition = Condition(condition, description)
         link.close()
@@ -268,11 +278,9 @@ class Peer(Handler):
         message.decode(data)
         entity: str = link.context
         if len(data) > MESSAGE_MAX_BYTES and "$" not in entity:
-            delivery.local.condition = Condition(
-                "amqp:link:message-size-exceeded", f"The limit is {MESSAGE_MAX_BYTES} bytes."
-            )
-            delivery.update(Delivery.REJECTED)
-            delivery.settle()
+            description = f"The received message exceeds the limit ({MESSAGE_MAX_BYTES} bytes)."
+            link.condition = Condition("amqp:link:message-size-exceeded", description)
+            link.close()
             return
         delivery.update(Delivery.ACCEPTED)
         delivery.settle()
@@ -299,7 +307,9 @@ class Peer(Handler):
         if queue.settle(token, keep, failed=state == Delivery.MODIFIED):
             delivery.update(state)
         else:
-            delivery.local.condition = Condition(LOCK_LOST, "The lock supplied is invalid.")
+            # The client needs the map, although AMQP does not.
+            info = {symbol("com.microsoft:tracking-id"): str(token)}
+            delivery.local.condition = Condition(LOCK_LOST, "The lock supplied is invalid.", info)
             delivery.update(Delivery.REJECTED)
         delivery.settle()
         queue.dispatch()
@@ -316,7 +326,8 @@ class Peer(Handler):
             body = {"expirations": Array(Data.NULL, Data.TIMESTAMP, *times)}
         else:
             completed = request.body["disposition-status"] == "completed"
-            done = all([queue.settle(token, not completed, failed=True) for token in tokens])
+            settled = [queue.settle(token, not completed, failed=True) for token in tokens]
+            done = all(settled)
             body = {}
             queue.dispatch()
         if done:
@@ -387,7 +398,8 @@ def main(port: str, *texts: str) -> None:
         pairs = dict(attribute.split("=") for attribute in attributes)
         queues[name.lower()] = Queue(float(pairs.get("lock_s", LOCK_S)), "sessions" in pairs)
     peer = Peer(int(port), queues)
-    for number, name in ((signal.SIGUSR1, "outage"), (signal.SIGUSR2, "repair")):
+    events = {signal.SIGUSR1: "outage", signal.SIGUSR2: "repair", signal.SIGHUP: "break_locks"}
+    for number, name in events.items():
         event = ApplicationEvent(name)
         signal.signal(number, lambda *_, event=event: peer.injector.trigger(event))
     Container(peer).run()

@@ -7,11 +7,11 @@ sent message. Its long polls go on after their client has closed the connection,
 message for its visibility timeout. Here requests run one after the other, and a long poll is a
 series of short ones that ends with its connection, as in AWS.
 
-Everything is in memory, so a restart would lose it. SIGUSR1 therefore closes all connections and
-the port, and SIGUSR2 opens the port again: that is what an outage of SQS looks like, which keeps
-its messages. Messages are not lost by a broken connection, but a batch may be stored unanswered.
+Everything is in memory, so a restart would lose it. SIGUSR1 therefore closes the port and all
+connections, and SIGUSR2 opens the port again: that is what an outage of SQS looks like, which keeps
+its messages. Prints a line when it serves. Ends with its parent.
 
-Prints a line when it serves. Ends with its parent. What this proves: the requests that are sent, the encoding of messages, visibility timeouts, receive
+What this proves: the requests that are sent, the encoding of messages, visibility timeouts, receive
 counts, FIFO groups, and the error codes that moto implements. What it does not prove: credentials
 (none are checked), throttling, standard queues that deliver twice or out of order, and the
 durability of a real queue.
@@ -37,7 +37,7 @@ POLL_S = 0.02
 BODY_MAX_BYTES = 16 << 20
 PR_SET_PDEATHSIG = 1
 
-# moto looks at each message of a queue several times per request, and reads its clock twice each time.
+# moto looks at each message of a queue several times per request, and each time reads its clock.
 models.unix_time_millis = lambda: time.time() * 1000
 
 

@@ -56,6 +56,10 @@ class ServiceBusServer(BrokerServer):
         """Begin an outage."""
         self.kill()
 
+    def break_locks(self) -> None:
+        """Take all locked messages back, as an overloaded service may do."""
+        self._signal(signal.SIGHUP)
+
     def end(self) -> None:
         """End the process. No effect if it does not run."""
         self._end(signal.SIGKILL)

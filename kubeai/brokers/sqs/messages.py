@@ -1,6 +1,6 @@
 """How a message is written in SQS, which takes text and a few attributes with restricted names.
 
-The encoding is that of the Go CDK (gocloud.dev/pubsub/awssnssqs), so that both sides may use either:
+The encoding is that of the Go CDK (gocloud.dev/pubsub/awssnssqs), so that clients may use either:
 
 - A body that SQS does not take as text is in base64, and marked by the attribute ``base64encoded``.
 - In the name of an attribute, each character that SQS does not allow is ``__0x<hex>__``.

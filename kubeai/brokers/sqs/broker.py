@@ -3,7 +3,7 @@
 A URL is that of the Go CDK: ``awssqs://`` and the URL of the queue without its scheme, such as
 ``awssqs://sqs.us-east-2.amazonaws.com/123456789012/requests?region=us-east-2``. Credentials, and
 what else the AWS SDKs configure, come from the SDK's default chain: the environment, the files in
-``~/.aws``, a web identity, the instance. ``sqs_messages.py`` has the encoding of messages.
+``~/.aws``, a web identity, the instance. ``messages.py`` has the encoding of messages.
 
 Requests to SQS cost money, so an empty receive waits for 20 s unless the option ``waittime`` says
 otherwise, and messages are sent, deleted and extended in batches of up to 10 that collect for
@@ -15,8 +15,8 @@ receiver that is later than that has lost the message; ``acknowledge``, ``releas
 then log a warning, and SQS delivers the message again.
 
 On a FIFO queue, a response is in a message group of its own and deduplicated by the id of its
-request, unless the attributes ``MessageGroupId`` and ``DeduplicationId`` say otherwise, which the Go
-CDK reads as well. SQS thereby drops the second response to a request within 5 minutes.
+request, unless it has the attributes ``MessageGroupId`` and ``DeduplicationId``, which the Go CDK
+reads as well. SQS thereby drops the second response to a request within 5 minutes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from kubeai.brokers.base import (
     Topic,
 )
 from kubeai.brokers.polling import Poller
-from kubeai.brokers.sqs_batch import Batch, Entry, Refused
-from kubeai.brokers.sqs_messages import decode, encode, size_bytes
+from kubeai.brokers.sqs.batch import Batch, Entry, Refused
+from kubeai.brokers.sqs.messages import decode, encode, size_bytes
 from kubeai.brokers.urls import BrokerUrl
 from kubeai.logs import get_logger
 
@@ -103,7 +103,9 @@ class SQS(Broker):
         self._release_lazily = self._boolean("nacklazy")
         self._profile = url.options.get("profile") or None
         try:
-            configured = AioSession(profile=self._profile).get_config_variable("region")
+            # Has the credentials and the description of the API, for all connections.
+            self._session = AioSession(profile=self._profile)
+            configured = self._session.get_config_variable("region")
         except BotoCoreError as error:
             raise url.error(f"cannot be used: {error}") from None
         named = _HOST_REGION.fullmatch(host)
@@ -150,7 +152,7 @@ class SQS(Broker):
         """A client and the queue's attributes, which are empty where they may not be read."""
         client = Client(self._queue_url)
         try:
-            await client.open(self._profile, self._client_arguments())
+            await client.open(self._session, self._client_arguments())
             yield client, await client.attributes("VisibilityTimeout", "MaximumMessageSize")
         except BaseException:
             await client.close()
@@ -217,11 +219,11 @@ class Client:
         self._stack = AsyncExitStack()
         self._client: Any = None
 
-    async def open(self, profile: str | None, arguments: dict[str, Any]) -> None:
+    async def open(self, session: AioSession, arguments: dict[str, Any]) -> None:
         """Load the credentials. No request to the queue yet."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                context = AioSession(profile=profile).create_client("sqs", **arguments)
+                context = session.create_client("sqs", **arguments)
                 self._client = await self._stack.enter_async_context(context)
         except (*_FAILURES, ValueError) as error:  # ValueError: an invalid endpoint
             raise self._unavailable("connect", error) from error
@@ -269,7 +271,10 @@ class SqsDelivery(Delivery):
     """A message that is invisible to other receivers until its visibility timeout."""
 
     def __init__(
-        self, subscription: SqsSubscription, message: Mapping[str, Any], options: SubscriptionOptions
+        self,
+        subscription: SqsSubscription,
+        message: Mapping[str, Any],
+        options: SubscriptionOptions,
     ) -> None:
         self.id = message["MessageId"]
         self.body, self.attributes = decode(message, options.raw, options.topic_arn)

@@ -1,4 +1,4 @@
-"""Collects entries for SQS's batch requests, of which each costs as much as a request for one entry.
+"""Collects entries for SQS's batch requests. Each costs as much as a request for one entry.
 
 Entries that are added within ``LINGER_S`` go together. The number of entries that wait is bounded
 by the callers, each of which waits for its own.
@@ -89,28 +89,22 @@ class Batch:
 
     async def _send(self, batch: list[_Waiting]) -> None:
         entries = [{"Id": str(n), **waiting.entry} for n, waiting in enumerate(batch)]
-        failed: dict[str, BrokerUnavailable]
         try:
             answer = await self._client.request(self._operation, Entries=entries)
         except BrokerUnavailable as error:
-            failed = {entry["Id"]: error for entry in entries}
-        except asyncio.CancelledError:
-            error = BrokerUnavailable(f"SQS: {self._operation}: it was closed meanwhile")
-            failed = {entry["Id"]: error for entry in entries}
+            failed = dict.fromkeys((entry["Id"] for entry in entries), error)
         else:
-            failed = {
-                failure["Id"]: Refused(
-                    self._operation, failure.get("Code", ""), failure.get("Message", "")
-                )
-                for failure in answer.get("Failed", [])
-            }
+            failed = {failure["Id"]: self._refused(failure) for failure in answer.get("Failed", [])}
         for entry, waiting in zip(entries, batch, strict=True):
             if waiting.done.done():
-                continue
+                continue  # the caller was cancelled
             if failure := failed.get(entry["Id"]):
                 waiting.done.set_exception(failure)
             else:
                 waiting.done.set_result(None)
+
+    def _refused(self, failure: Entry) -> BrokerUnavailable:
+        return Refused(self._operation, failure.get("Code", ""), failure.get("Message", ""))
 
     async def close(self) -> None:
         """Send what waits, and wait for it; the client's timeout bounds that."""
