@@ -34,19 +34,19 @@ class Gate:
 
 @pytest.fixture
 async def start():
-    worlds = []
+    worlds = {}
 
     async def start(**config):
         world = await World.start(**config)
-        worlds.append(world)
+        worlds[world] = RelayClient(world.server)
         world.context.request_type = "message"
-        world.context.hold_watcher = RelayClient(world.server)
+        world.context.hold_watcher = worlds[world]
         return world
 
     yield start
-    for world in worlds:
+    for world, client in worlds.items():
         await world.close()
-        assert not world.context.hold_watcher._gates
+        assert not client._gates
 
 
 def request(model="m", path="/v1/completions", prompt="hi", **headers):
