@@ -89,7 +89,12 @@ class Lifetime:
             task.exception()  # nobody may wait for it any more
 
     async def close(self, closing: Awaitable[Any], abort: Callable[[], None]) -> None:
-        """End; close the library's connection, by ``abort`` after CLOSE_TIMEOUT_S. Never raises."""
+        """End, and close the library's connection. Does not raise.
+
+        ``abort`` closes the socket: at once after a fault, else after CLOSE_TIMEOUT_S.
+        """
+        if self._reason:
+            abort()
         self.end("the connection is closed")
         for task in self._tasks:
             task.cancel()

@@ -88,6 +88,7 @@ class Connection:
         self.lifetime = Lifetime(f"NATS at {addresses}", (nats.errors.Error,))
         self.refusal = ""  # the latest one of the server's permissions
         self.dropped = 0  # messages that did not fit into a subscription's queue
+        self._last_error: Exception | None = None
         self._settings = settings
 
     @classmethod
@@ -97,6 +98,7 @@ class Connection:
         try:
             await self.lifetime.run("connect", self._connect())
         except BaseException:
+            self.lifetime.end("it has not been opened")
             await self.close()
             raise
         self.lifetime.start(self._watch())
@@ -118,8 +120,8 @@ class Connection:
                 closed_cb=self._on_end,
                 **self._options(),
             )
-        except nats.errors.NoServersError:
-            raise self.client.last_error or nats.errors.NoServersError() from None
+        except nats.errors.NoServersError as error:
+            raise self._last_error or error from None
         self._require_tls()
 
     def _options(self) -> dict[str, Any]:
@@ -167,6 +169,7 @@ class Connection:
     # Called by nats-py
 
     async def _on_error(self, error: Exception) -> None:
+        self._last_error = error
         if isinstance(error, nats.errors.SlowConsumerError):
             self.dropped += 1
         elif "permissions violation" in str(error).lower():

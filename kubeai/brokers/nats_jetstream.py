@@ -10,20 +10,28 @@ used as it is. Processes with the same consumer share its messages.
 
 A message is acknowledged with a confirmation of the server. Its id is made of the stream's name,
 the message's sequence number and its time, because a stream that is deleted and created again
-begins at 1. A response is published with the request's id in the header Nats-Msg-Id, so that the
-stream drops a duplicate within its duplicate window (2 minutes by default).
+begins at 1. A response is published with the request's id and a digest of its body in the header
+Nats-Msg-Id: a stream drops a response that is published again because its confirmation was lost,
+within the stream's duplicate window (2 minutes by default). It keeps a response that was generated
+again, with another body, because the ids of other brokers need not be unique.
+
+A server that stands alone confirms messages before they are on its disk, unless its configuration
+has ``sync_interval: always``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 from collections import deque
 from collections.abc import Mapping
+from urllib.parse import quote_plus
 
 import nats.errors
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as LibrarySubscription
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
 from nats.js.client import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
@@ -97,6 +105,7 @@ class JetStreamSubscription(Subscription):
         self._requests = f"{js._prefix}.CONSUMER.MSG.NEXT.{info.stream_name}.{info.name}"
         self._inbox = connection.client.new_inbox()
         self._ready: deque[Msg] = deque()
+        self._subscription: LibrarySubscription | None = None
         self._requested = 0  # messages that the server may still send
         self._requests_end_s = 0.0  # time of the loop; when the last request has expired
         self._problem = ""  # that the server has reported instead of messages
@@ -128,7 +137,7 @@ class JetStreamSubscription(Subscription):
             pending_msgs_limit=0,
             pending_bytes_limit=0,
         )
-        await connection.lifetime.run("subscribe", subscribing)
+        self._subscription = await connection.lifetime.run("subscribe", subscribing)
         return self
 
     async def _on_message(self, message: Msg) -> None:
@@ -154,6 +163,9 @@ class JetStreamSubscription(Subscription):
             if self._requested < count_max:
                 await self._request(count_max - self._requested)
             self._arrived.clear()
+            self.connection.lifetime.check()  # it may have ended during the request
+            if self._ready or self._problem:
+                continue
             try:
                 async with asyncio.timeout(3 * HEARTBEAT_S):
                     await self._arrived.wait()
@@ -185,6 +197,9 @@ class JetStreamSubscription(Subscription):
     async def close(self) -> None:
         """Give back what has not been received, and close the connection."""
         with contextlib.suppress(BrokerUnavailable):
+            if self._subscription is not None:
+                draining = self._subscription.drain()  # type: ignore[no-untyped-call]
+                await self.connection.lifetime.run("unsubscribe", draining)
             while self._ready:
                 await _JetStreamDelivery(self, self._ready.popleft()).release()
         await self.connection.close()
@@ -239,8 +254,9 @@ class JetStreamTopic(CoreTopic):
     async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
         """Publish, and wait until the stream has stored the message."""
         headers = self._encode(body, attributes)
-        if message_id := attributes.get(REQUEST_MESSAGE_ID):
-            headers.setdefault(MESSAGE_ID, message_id)
+        if request_id := attributes.get(REQUEST_MESSAGE_ID):
+            digest = hashlib.sha256(body).hexdigest()[:16]
+            headers.setdefault(MESSAGE_ID, f"{quote_plus(request_id)}.{digest}")
         js = self._connection.client.jetstream()
         publishing = js.publish(self._subject, body, timeout=TIMEOUT_S, headers=headers or None)
         try:

@@ -174,6 +174,7 @@ class _Connection:
         try:
             await self.lifetime.run("connect", self._library.connect(CONNECT_TIMEOUT_S))
         except BaseException:
+            self.lifetime.end("it has not been opened")
             await self.close()
             raise
         return self
@@ -224,11 +225,11 @@ class _RabbitDelivery(Delivery):
 
     async def acknowledge(self) -> None:
         """Acknowledge. AMQP has no confirmation of this."""
-        await self._subscription.settle(self, accept=True)
+        await self._subscription.settle(self.message, accept=True)
 
     async def release(self) -> None:
         """Put the message back to its place in the queue."""
-        await self._subscription.settle(self, accept=False)
+        await self._subscription.settle(self.message, accept=False)
 
     async def extend(self) -> None:
         """Nothing: RabbitMQ's consumer_timeout cannot be extended."""
@@ -261,6 +262,7 @@ class _RabbitSubscription(Subscription):
         self._consumer: str | None = None  # its tag
         self._prefetch_count = 0  # of the consumer
         self._in_hand = 0  # of its messages
+        self._in_hand_before = 0  # of messages of earlier consumers
         self._adjusting = asyncio.Lock()
         self._arrived = asyncio.Event()
         self._lifetime.on_end(self._arrived.set)
@@ -289,53 +291,57 @@ class _RabbitSubscription(Subscription):
         self._lifetime.check()
         while not self._ready:
             await self._lifetime.run("consume", self._adjust(count_max))
-            if self._ready:
-                break
             self._arrived.clear()
-            await self._arrived.wait()
-            self._lifetime.check()
+            self._lifetime.check()  # it may have ended in the meantime
+            if not self._ready:
+                await self._arrived.wait()
+                self._lifetime.check()
         deliveries: list[Delivery] = []
         while self._ready and len(deliveries) < count_max:
             message = self._ready.popleft()
-            self._in_hand += message.consumer_tag == self._consumer
+            if message.consumer_tag == self._consumer:
+                self._in_hand += 1
+            else:
+                self._in_hand_before += 1
             deliveries.append(_RabbitDelivery(self, message))
         return deliveries
 
     async def _adjust(self, count: int) -> None:
         """Let the consumer receive up to ``count`` messages more than the caller has in hand."""
         async with self._adjusting:
-            limit = min(self._in_hand + count, self._prefetch_max_count)
+            limit = min(self._in_hand + count, self._prefetch_max_count - self._in_hand_before)
             starved = self._in_hand >= self._prefetch_count < limit
             if self._ready or (self._prefetch_count <= limit and not starved):
                 return
-            if self._consumer is not None:
-                await self._cancel()
-                if self._ready:
-                    return  # it had received something in the meantime
-            await self._channel.set_qos(prefetch_count=min(count, self._prefetch_max_count))
+            prefetch_count = limit - self._in_hand
             queue = await self._channel.get_queue(self._queue_name, ensure=False)
-            self._prefetch_count = min(count, self._prefetch_max_count)
+            if (tag := self._consumer) is not None:
+                self._consumer, self._prefetch_count = None, 0
+                self._in_hand_before += self._in_hand
+                self._in_hand = 0
+                await queue.cancel(tag)
+                await asyncio.sleep(0)  # aiormq calls back in tasks
+            if self._ready or prefetch_count <= 0:
+                return  # the cancelled one had received something; or enough is in hand
+            await self._channel.set_qos(prefetch_count=prefetch_count)
+            self._prefetch_count = prefetch_count
             self._consumer = await queue.consume(self._on_message)
-
-    async def _cancel(self) -> None:
-        queue = await self._channel.get_queue(self._queue_name, ensure=False)
-        tag, self._consumer = self._consumer, None
-        self._prefetch_count = self._in_hand = 0
-        if tag is not None:
-            await queue.cancel(tag)
-            await asyncio.sleep(0)  # aiormq calls back in tasks
 
     async def _on_message(self, message: AbstractIncomingMessage) -> None:
         self._ready.append(message)
         self._arrived.set()
 
-    async def settle(self, delivery: _RabbitDelivery, accept: bool) -> None:
-        """Acknowledge a delivery, or put it back."""
-        message = delivery.message
-        settling = message.ack() if accept else message.nack(requeue=True)
-        await self._lifetime.run("acknowledge", settling)
-        if message.consumer_tag == self._consumer and self._consumer is not None:
+    async def settle(self, message: AbstractIncomingMessage, accept: bool) -> None:
+        """Acknowledge a message, or put it back."""
+        await self._lifetime.run("acknowledge", self._settle(message, accept))
+
+    async def _settle(self, message: AbstractIncomingMessage, accept: bool) -> None:
+        await (message.ack() if accept else message.nack(requeue=True))
+        if message.consumer_tag == self._consumer:
             self._in_hand -= 1
+        else:
+            self._in_hand_before -= 1
+            self._arrived.set()  # the consumer may have more now
 
     async def lag(self) -> int | None:
         """Messages in the queue that no consumer has."""

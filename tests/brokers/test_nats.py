@@ -1,16 +1,47 @@
 """NATS, without and with JetStream, against a real server."""
 
+import asyncio
+import contextlib
+import ipaddress
 import itertools
+from pathlib import Path
 from typing import ClassVar
 
 import nats
 import pytest
-from brokers.conformance import PASSWORD, Conformance, Pair
+from brokers.conformance import (
+    ABSENCE_S,
+    CONFIG_PATH,
+    PASSWORD,
+    Conformance,
+    Pair,
+    numbered,
+    receive,
+    subscribed,
+    topic_of,
+)
 from brokers.servers import free_port
 from brokers.servers.nats import MAX_PAYLOAD_BYTES, NatsServer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from harness import until
+from nats.js.api import AckPolicy
 
+from kubeai.brokers import nats_core
+from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable, MessageTooLarge
+from kubeai.brokers.nats_jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
+from kubeai.brokers.urls import open_broker
+from kubeai.local import certificates
+
+# Encoded by Go 1.26's encoding/gob, as the Go CDK does.
+GO_MESSAGE = bytes.fromhex(
+    "0d7f040102ff8000010c010c000019ff80000112726571756573745f6d6573736167655f69640131"
+    "1e0a001b7b2270617468223a20222f76312f636f6d706c6574696f6e73227d"
+)
 ACK_WAIT_S = 2.0
 _numbers = itertools.count()
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +103,269 @@ class TestJetStream(Conformance):
         await client.close()
         url = f"nats://requests.{number}?jetstream"
         return Pair(url, f"{url}&queue=workers")
+
+
+@contextlib.asynccontextmanager
+async def stream_of(server, **options):
+    """A new stream; yields its name, its subject and JetStream."""
+    number = next(_numbers)
+    name, subject = f"STREAM-{number}", f"requests.{number}"
+    client = await nats.connect(server.environment["NATS_SERVER_URL"])
+    try:
+        js = client.jetstream()
+        await js.add_stream(name=name, subjects=[subject], **options)
+        yield name, subject, js
+    finally:
+        await client.close()
+
+
+class TestJetStreamOptions:
+    async def test_missing_consumer_is_created_and_shared(self, server):
+        async with stream_of(server) as (name, subject, js):
+            url, environment = f"nats://{subject}?jetstream", server.environment
+            async with (
+                subscribed(url, environment) as one,
+                subscribed(f"{url}&stream={name}&queue=kubeai", environment) as two,
+                topic_of(url, environment) as topic,
+            ):
+                assert one.ack_deadline_s == two.ack_deadline_s == CREATED_ACK_WAIT_S
+                await topic.publish(b"1", {})
+                await topic.publish(b"2", {})
+                first, second = await receive(one, 1), await receive(two, 1)
+                assert {first[0].body, second[0].body} == {b"1", b"2"}
+            info = await js.consumer_info(name, "kubeai")
+            assert info.config.max_deliver == -1
+
+    @pytest.mark.parametrize("option", ["", "&stream=NONE"])
+    async def test_missing_stream_is_named(self, server, option):
+        url = f"nats://no.such.subject?jetstream{option}"
+        with pytest.raises(BrokerUnavailable, match=r"no stream .*(NONE|no\.such\.subject)"):
+            await open_broker(url, CONFIG_PATH, server.environment).subscribe()
+        async with topic_of(url, server.environment) as topic:
+            with pytest.raises(BrokerUnavailable, match=r"no stream .*no\.such\.subject"):
+                await topic.publish(b"{}", {})
+
+    @pytest.mark.parametrize(
+        ("config", "part"),
+        [
+            ({"ack_policy": AckPolicy.NONE}, "explicit acknowledgements"),
+            ({"deliver_subject": "inbox"}, "push consumer"),
+        ],
+    )
+    async def test_unfit_consumer_is_refused(self, server, config, part):
+        async with stream_of(server) as (name, subject, js):
+            await js.add_consumer(name, durable_name="kubeai", **config)
+            broker = open_broker(f"nats://{subject}?jetstream", CONFIG_PATH, server.environment)
+            with pytest.raises(BrokerUnavailable, match=part):
+                await broker.subscribe()
+
+    async def test_deleted_consumer_ends_the_subscription(self, server):
+        async with (
+            stream_of(server) as (name, subject, js),
+            subscribed(f"nats://{subject}?jetstream", server.environment) as one,
+        ):
+            waiting = asyncio.create_task(one.receive(1))
+            await until("the request waits", pulls_of(js, name))
+            await js.delete_consumer(name, "kubeai")
+            with pytest.raises(BrokerUnavailable, match="Consumer Deleted"):
+                await waiting
+
+    async def test_end_during_a_request_is_noticed_at_once(self, server):
+        """Not when a heartbeat is missing."""
+        async with stream_of(server) as (_, subject, _js):
+            url = f"nats://{subject}?jetstream"
+            async with subscribed(url, server.environment) as subscription:
+                server.kill()
+                try:
+                    with pytest.raises(BrokerUnavailable, match="closed the connection|Connection lost"):
+                        async with asyncio.timeout(2 * HEARTBEAT_S):
+                            await subscription.receive(1)
+                finally:
+                    server.start()
+
+    async def test_response_that_is_published_again_is_dropped_by_the_stream(self, server):
+        async with stream_of(server) as (name, subject, js):
+            async with topic_of(f"nats://{subject}?jetstream", server.environment) as topic:
+                for request, body in (("a", b"1"), ("a", b"1"), ("a", b"2"), ("b", b"1")):
+                    await topic.publish(body, {REQUEST_MESSAGE_ID: request})
+            assert (await js.stream_info(name)).state.messages == 3
+
+    async def test_closed_subscription_gives_back_what_it_has_requested(self, server):
+        """At once, not after the acknowledgement deadline of a minute."""
+        async with stream_of(server) as (_name, subject, _js):
+            url = f"nats://{subject}?jetstream"
+            async with topic_of(url, server.environment) as topic:
+                async with subscribed(url, server.environment) as one:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(ABSENCE_S):
+                            await one.receive(5)
+                    await asyncio.gather(*(topic.publish(body, {}) for body in numbered(5)))
+                    await until("it has arrived", lambda: len(one._ready) == 5)
+                async with subscribed(url, server.environment) as two:
+                    deliveries = await receive(two, 5)
+            assert {delivery.body for delivery in deliveries} == set(numbered(5))
+
+    async def test_limit_of_the_stream_is_a_limit(self, server):
+        async with (
+            stream_of(server, max_msg_size=1000) as (_, subject, _js),
+            topic_of(f"nats://{subject}?jetstream", server.environment) as topic,
+        ):
+            with pytest.raises(MessageTooLarge, match="max_msg_size"):
+                await topic.publish(b"x" * 1001, {})
+            await topic.publish(b"x", {})
+
+    async def test_stream_that_begins_again_gives_new_ids(self, server):
+        async with stream_of(server) as (name, subject, js):
+            url, ids = f"nats://{subject}?jetstream", []
+            for _ in range(2):
+                async with (
+                    subscribed(url, server.environment) as subscription,
+                    topic_of(url, server.environment) as topic,
+                ):
+                    await topic.publish(b"{}", {})
+                    (delivery,) = await receive(subscription, 1)
+                    ids.append(delivery.id)
+                    await delivery.acknowledge()
+                await js.delete_stream(name)
+                await js.add_stream(name=name, subjects=[subject])
+            assert ids[0] != ids[1]
+            assert {delivery_id.split(".")[1] for delivery_id in ids} == {"1"}
+
+
+def pulls_of(js, stream):
+    async def check() -> bool:
+        return (await js.consumer_info(stream, "kubeai")).num_waiting == 1
+
+    return check
+
+
+class TestCoreOptions:
+    async def test_closed_subscription_hands_over_what_it_has_not_handled(self, server):
+        url, bodies = f"nats://subject.{next(_numbers)}?queue=q", set(numbered(100))
+        async with (
+            topic_of(url.partition("?")[0], server.environment) as topic,
+            subscribed(url, server.environment) as one,
+        ):
+            for body in bodies:
+                await topic.publish(body, {"a": "b"})
+            in_hand = await receive(one, 1)
+            async with subscribed(url, server.environment) as two:
+                await in_hand[0].release()  # to either of them
+                await one.close()
+                deliveries = await receive(two, len(bodies))
+        assert {delivery.body for delivery in deliveries} == bodies
+        assert {delivery.attributes["a"] for delivery in deliveries} == {"b"}
+
+    async def test_flood_is_bounded_and_reported(self, server, monkeypatch, caplog):
+        monkeypatch.setattr(nats_core, "PENDING_MAX_COUNT", 100)
+        warnings = []
+        monkeypatch.setattr(nats_core.log, "warning", lambda *_, **fields: warnings.append(fields))
+        url = f"nats://subject.{next(_numbers)}"
+        async with (
+            topic_of(url, server.environment) as topic,
+            subscribed(url, server.environment) as subscription,
+        ):
+            await asyncio.gather(*(topic.publish(body, {}) for body in numbered(1000)))
+            await until("messages were dropped", lambda: subscription.connection.dropped > 0)
+            kept = 0
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    async with asyncio.timeout(ABSENCE_S):
+                        kept += len(await subscription.receive(50))
+            assert 100 <= kept <= 100 + nats_core.BUFFER_MAX_COUNT + 2
+            assert sum(fields["count"] for fields in warnings) == 1000 - kept
+
+    async def test_message_of_go_without_natsv2_is_decoded(self, server):
+        subject = f"subject.{next(_numbers)}"
+        async with subscribed(f"nats://{subject}", server.environment) as subscription:
+            client = await nats.connect(server.environment["NATS_SERVER_URL"])
+            await client.publish(subject, GO_MESSAGE)
+            await client.close()
+            (delivery,) = await receive(subscription, 1)
+        assert delivery.attributes == {"request_message_id": "1"}
+        assert delivery.body == b'{"path": "/v1/completions"}'
+
+
+# -- authentication and TLS ------------------------------------------------------------------------
+
+
+def server_certificate(folder: Path) -> tuple[Path, Path]:
+    """Files of a self-signed certificate for 127.0.0.1, and of its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = certificates.name("nats")
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = (
+        certificates.builder(name, name, key.public_key())
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "tls.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    (folder / "tls.key").write_bytes(certificates.pem_of(key))
+    return folder / "tls.crt", folder / "tls.key"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A server with TLS; its user may neither publish to nor subscribe to "forbidden"."""
+    folder = tmp_path_factory.mktemp("guarded")
+    certificate, key = server_certificate(folder)
+    allowed = {"deny": ["forbidden"]}
+    user = {
+        "user": "us@er",
+        "password": PASSWORD,
+        "permissions": {"publish": allowed, "subscribe": allowed},
+    }
+    server = NatsServer(
+        folder,
+        scheme="tls",
+        login=f"us%40er:{PASSWORD}@",
+        authorization={"users": [user]},
+        tls={"cert_file": str(certificate), "key_file": str(key)},
+    )
+    server.environment["NATS_CA"] = str(certificate)
+    server.start()
+    yield server
+    server.kill()
+
+
+class TestAuthentication:
+    async def test_user_and_authority_are_taken_from_the_environment(self, guarded):
+        async with (
+            subscribed("nats://allowed", guarded.environment) as subscription,
+            topic_of("nats://allowed", guarded.environment) as topic,
+        ):
+            await topic.publish(b"{}", {})
+            assert (await receive(subscription, 1))[0].body == b"{}"
+
+    async def test_forbidden_subject_is_unavailable(self, guarded):
+        with pytest.raises(BrokerUnavailable, match=r"(?i)permissions violation.*forbidden"):
+            await open_broker("nats://forbidden", CONFIG_PATH, guarded.environment).subscribe()
+        async with topic_of("nats://forbidden", guarded.environment) as topic:
+            with pytest.raises(BrokerUnavailable, match=r"(?i)permissions violation.*forbidden"):
+                await topic.publish(b"{}", {})
+
+    @pytest.mark.parametrize(
+        ("changes", "part"),
+        [
+            ({"NATS_SERVER_URL": "tls://us%40er:{other}@127.0.0.1:{port}"}, "uthorization"),
+            ({"NATS_CA": ""}, "certificate verify failed"),
+            ({"NATS_CA": "/no/such/file"}, "No such file"),
+        ],
+    )
+    async def test_refused_connection_is_unavailable_without_credentials(
+        self, guarded, changes, part
+    ):
+        changes = {
+            name: text.format(other=f"{PASSWORD}-other", port=guarded.port)
+            for name, text in changes.items()
+        }
+        broker = open_broker("nats://allowed", CONFIG_PATH, guarded.environment | changes)
+        with pytest.raises(BrokerUnavailable, match=part) as raised:
+            await broker.subscribe()
+        assert PASSWORD not in str(raised.value)
+
+    async def test_tls_is_not_given_up(self, server):
+        """The server has no TLS, so nothing may be sent to it."""
+        environment = {"NATS_SERVER_URL": f"tls://user:{PASSWORD}@127.0.0.1:{server.port}"}
+        with pytest.raises(BrokerUnavailable, match="does not support TLS"):
+            await open_broker("nats://allowed", CONFIG_PATH, environment).subscribe()

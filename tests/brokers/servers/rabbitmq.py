@@ -39,6 +39,7 @@ class RabbitServer(BrokerServer):
 
     def process_environment(self) -> dict[str, str]:
         # With RABBITMQ_ALLOW_INPUT, the shell script becomes Erlang instead of starting it.
+        arguments = "-noinput -kernel inet_dist_use_interface {127,0,0,1}"
         return os.environ | {
             "PATH": f"{self._erlang}:{os.environ['PATH']}",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -51,7 +52,7 @@ class RabbitServer(BrokerServer):
             "RABBITMQ_LOG_BASE": str(self.folder / "logs"),
             "RABBITMQ_MNESIA_BASE": str(self.folder / "data"),
             "RABBITMQ_NODENAME": f"kubeai-{self.port}@localhost",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": arguments,
         }
 
     def start(self) -> None:
