@@ -43,7 +43,7 @@ from kubeai.brokers.urls import open_broker
 
 SITES = 2
 HANDLERS = 16  # per stream and site
-FAULT_PAUSES_S = (0.5, 3.0)
+FAULT_PAUSES_S = (0.5, 2.5)
 # A suspended messenger's messages come back after the broker's deadline, which is 60 s at most.
 NO_PROGRESS_MAX_S = 150.0
 LATE_DUPLICATES_S = 3.0
@@ -197,9 +197,20 @@ class Chaos:
 
     # -- faults ------------------------------------------------------------------------------------
 
+    def _schedule(self) -> Iterator[tuple[str, str, Fault]]:
+        """Random faults. The first ones are one of each name, so that short runs have them."""
+        faults = list(self._faults())
+        self._random.shuffle(faults)
+        first = {name: (name, what, fault) for name, what, fault, _ in faults}
+        yield from first.values()
+        weights = [weight for *_, weight in faults]
+        while True:
+            ((name, what, fault, _),) = self._random.choices(faults, weights)
+            yield name, what, fault
+
     def _faults(self) -> Iterator[tuple[str, str, Fault, int]]:
         """Each fault's name, what it breaks, how, and how often."""
-        yield "broker killed", "broker", self._kill_broker, 2
+        yield "broker down", "broker", self._kill_broker, 2
         yield "connections cut", "network", self._cut, 4
         yield "connections stalled", "network", self._stall, 3
         for at, site in enumerate(self._sites):
@@ -211,11 +222,10 @@ class Chaos:
             yield "KubeAI killed", where, site.restart_supervisor, 1
 
     async def _break_things(self) -> None:
-        faults = list(self._faults())
-        weights = [weight for *_, weight in faults]
+        schedule = self._schedule()
         async with asyncio.TaskGroup() as group:
             while not self._ending.is_set():
-                ((name, what, fault, _),) = self._random.choices(faults, weights)
+                name, what, fault = next(schedule)
                 seed = self._random.getrandbits(32)
                 group.create_task(self._break(name, what, fault, random.Random(seed)))
                 pause_s = self._random.uniform(*FAULT_PAUSES_S)
@@ -236,11 +246,10 @@ class Chaos:
             await fault(source)
 
     async def _kill_broker(self, source: random.Random) -> None:
-        server = self._broker.server
-        await self._blocking(server.kill)
+        await self._blocking(self._broker.go_down)
         await asyncio.sleep(source.uniform(0, 3))
         begin_s = time.monotonic()
-        await self._blocking(server.start)
+        await self._blocking(self._broker.come_up)
         # Otherwise, a broker that starts slowly would be down most of the time.
         await asyncio.sleep(5 + time.monotonic() - begin_s)
 

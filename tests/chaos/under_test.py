@@ -9,6 +9,7 @@ from pathlib import Path
 from brokers.servers import BrokerServer
 from brokers.servers.kafka import KafkaServer
 from brokers.servers.nats import NatsServer
+from brokers.servers.pstest import PstestServer
 from brokers.servers.rabbitmq import RabbitServer
 from brokers.servers.servicebus import ServiceBusServer
 from brokers.servers.sqs import SqsServer
@@ -34,6 +35,14 @@ class BrokerUnderTest(ABC):
     @abstractmethod
     async def create_topics(self) -> None:
         """Create what the URLs name, on the server that has started."""
+
+    def go_down(self) -> None:
+        """Begin an outage, without losing messages."""
+        self.server.kill()
+
+    def come_up(self) -> None:
+        """End the outage."""
+        self.server.start()
 
     def end(self) -> None:
         """End the server."""
@@ -146,6 +155,48 @@ class SQS(BrokerUnderTest):
         self.server.end()
 
 
+class PubSub(BrokerUnderTest):
+    """The fake keeps everything in memory, so it is suspended rather than killed."""
+
+    requests_topic = "gcppubsub://projects/chaos/topics/requests"
+    requests = "gcppubsub://projects/chaos/subscriptions/requests"
+    responses_topic = "gcppubsub://projects/chaos/topics/responses"
+    responses = "gcppubsub://projects/chaos/subscriptions/responses"
+
+    def __init__(self, folder: Path) -> None:
+        self.server = PstestServer(folder)
+
+    async def create_topics(self) -> None:
+        import grpc
+        from google.pubsub_v1 import PublisherAsyncClient, SubscriberAsyncClient
+        from google.pubsub_v1.services.publisher.transports import PublisherGrpcAsyncIOTransport
+        from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcAsyncIOTransport
+
+        address = self.server.environment["PUBSUB_EMULATOR_HOST"]
+        async with grpc.aio.insecure_channel(address) as channel:
+            publisher = PublisherAsyncClient(
+                transport=PublisherGrpcAsyncIOTransport(channel=channel)
+            )
+            subscriber = SubscriberAsyncClient(
+                transport=SubscriberGrpcAsyncIOTransport(channel=channel)
+            )
+            for name in ("requests", "responses"):
+                topic = f"projects/chaos/topics/{name}"
+                await publisher.create_topic(request={"name": topic})
+                subscription = {
+                    "name": f"projects/chaos/subscriptions/{name}",
+                    "topic": topic,
+                    "ack_deadline_seconds": REDELIVERY_S,
+                }
+                await subscriber.create_subscription(request=subscription)
+
+    def go_down(self) -> None:
+        self.server.suspend()
+
+    def come_up(self) -> None:
+        self.server.resume()
+
+
 class ServiceBus(BrokerUnderTest):
     requests_topic = requests = "azuresb://requests"
     responses_topic = responses = "azuresb://responses"
@@ -168,6 +219,7 @@ BROKERS: dict[str, type[BrokerUnderTest]] = {
     "kafka": Kafka,
     "rabbitmq": RabbitMQ,
     "sqs": SQS,
+    "pubsub": PubSub,
     "servicebus": ServiceBus,
 }
 # Without NATS's own, which stores nothing.
