@@ -45,7 +45,7 @@ SITES = 2
 HANDLERS = 16  # per stream and site
 FAULT_PAUSES_S = (0.5, 2.5)
 # A suspended messenger's messages come back after the broker's deadline, which is 60 s at most.
-NO_PROGRESS_MAX_S = 150.0
+NO_PROGRESS_MAX_S = 120.0
 LATE_DUPLICATES_S = 3.0
 POLL_S = 0.2
 Fault = Callable[[random.Random], Awaitable[None]]
@@ -148,6 +148,9 @@ class Chaos:
             await self._settle(chaos)
             await self._until_answered()
             answered_s = time.monotonic() - begin_s
+            if self._account.missing:
+                for site in self._sites:
+                    print(await site.describe(), file=sys.stderr, flush=True)
             await asyncio.sleep(LATE_DUPLICATES_S)
         finally:
             for task in (chaos, publishing, *background):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
-from harness import Local, model, until
+from harness import Local, model, scrape, until
 
 from kubeai.simulation.text import render, reply
 
@@ -187,6 +187,13 @@ class Site:
             yield
         finally:
             self._outages[at] = Outage(begin_s, time.monotonic() + GRACE_S)
+
+    async def describe(self) -> str:
+        """What the site says about its messages, for people."""
+        samples = await scrape(self.local.metrics)
+        series = [f"{name} {value:g}" for name, value in samples.items() if "_message" in name]
+        said = [line for line in self.local.log if "message" in line]
+        return "\n".join([self.local.metrics, *series, *said[-10:]])
 
     # -- HTTP load ---------------------------------------------------------------------------------
 
