@@ -178,6 +178,7 @@ class _Topic(Topic):
         )
         self._limits: set[asyncio.Timeout] = set()  # of the messages on the way
         self._ended = ""  # why
+        self._closing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         await self._admin.start()
@@ -223,8 +224,13 @@ class _Topic(Topic):
             raise BrokerUnavailable(f"Kafka's topic {self._name}: {self._ended}")
 
     async def close(self) -> None:
-        self._ended = self._ended or "it is closed"
-        for limit in self._limits:
-            limit.reschedule(0)
+        if self._closing is None:
+            self._ended = self._ended or "it is closed"
+            for limit in self._limits:
+                limit.reschedule(0)
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         await close_producer(self._producer)
         await attempt(self._admin.close())

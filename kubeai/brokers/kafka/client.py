@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Iterable
+from collections.abc import Coroutine, Iterable
 from contextvars import ContextVar
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import InconsistentGroupProtocolError, KafkaConnectionError, KafkaError
+from aiokafka.errors import InconsistentGroupProtocolError, KafkaConnectionError
 
 from kubeai.brokers.base import BrokerUnavailable
 
@@ -53,16 +53,19 @@ def reason_of(error: BaseException | str) -> str:
     return reason
 
 
-async def attempt(step: Awaitable[Any]) -> bool:
-    """Do a step of closing, and ignore its errors; whether it has ended within its time."""
+async def attempt(step: Coroutine[Any, Any, None]) -> bool:
+    """Do a step of closing; whether it has succeeded within CLOSE_TIMEOUT_S.
+
+    It has a task of its own: the library may raise CancelledError although nobody is cancelled.
+    """
+    task = asyncio.create_task(step)
     try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await step
-    except TimeoutError:
-        return False
-    except (KafkaError, OSError):
-        pass
-    return True
+        await asyncio.wait({task}, timeout=CLOSE_TIMEOUT_S)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=CLOSE_TIMEOUT_S)
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 async def check_topics(admin: AIOKafkaAdminClient, topics: Iterable[str]) -> None:
@@ -96,6 +99,13 @@ async def close_consumer(consumer: AIOKafkaConsumer) -> None:
     await attempt(consumer._client.close())
 
 
+def is_running(consumer: AIOKafkaConsumer) -> bool:
+    """Whether the tasks of a started consumer run. It does not report that one has failed."""
+    return not (
+        consumer._fetcher.error_future.done() or consumer._coordinator._coordination_task.done()
+    )
+
+
 async def close_producer(producer: AIOKafkaProducer) -> None:
     """Close a producer without sending what is pending, for which `stop` would wait."""
     await _cancel([producer._sender.sender_task])  # ends after the requests that are on the way
@@ -105,7 +115,8 @@ async def close_producer(producer: AIOKafkaProducer) -> None:
 
 async def _cancel(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
     left = {task for task in tasks if task is not None and not task.done()}
-    while left:  # some of the library's tasks wait for others when they are cancelled
+    for _ in range(2):  # a task that waits for others when it is cancelled is cancelled again
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=CLOSE_TIMEOUT_S)
+        if left:
+            _, left = await asyncio.wait(left, timeout=CLOSE_TIMEOUT_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from kubeai.brokers.kafka.client import (
     attempt,
     check_topics,
     close_consumer,
+    is_running,
     milliseconds,
     reason_of,
 )
@@ -112,7 +112,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
         self._fetching: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._ended: str | None = None  # why
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Join the group, and wait for the first assignment. KafkaError, OSError."""
@@ -122,7 +122,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
         await self._consumer.start()
         self._tasks = [
             asyncio.create_task(self._commit_changes()),
-            asyncio.create_task(self._watch_coordinator()),
+            asyncio.create_task(self._watch()),
         ]
         await self._settled.wait()
         await self._flush(set(self._partitions.values()))
@@ -166,7 +166,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
                 for key, batch in records.items():
                     if partition := self._partitions.get(key):
                         self._accept(partition, batch)
-        except KafkaError as error:
+        except Exception as error:
             self._end(reason_of(error))
         finally:
             self._changed.set()
@@ -244,7 +244,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             except (CommitFailedError, IllegalStateError):  # the listener is called next
                 self._uncommitted.set()
                 await asyncio.sleep(RETRY_S)
-            except KafkaError as error:
+            except Exception as error:
                 self._end(f"cannot commit an offset: {reason_of(error)}")
 
     async def _commit(self) -> None:
@@ -361,17 +361,31 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
                 waiting += undelivered(*stored[key], end)
         return waiting
 
-    async def _watch_coordinator(self) -> None:
-        """End the subscription when the group's coordinator has not answered for a while."""
+    async def _watch(self) -> None:
+        """End the subscription when it cannot receive any more, which the library hides."""
         time = asyncio.get_running_loop().time
-        key, answered_s = TopicPartition(self._topics[0], 0), time()
-        while time() < answered_s + UNREACHABLE_S:
+        answered_s = settled_s = time()
+        while not self._ended:
             await asyncio.sleep(PROBE_S)
-            with contextlib.suppress(KafkaError, TimeoutError):
-                async with asyncio.timeout(UNREACHABLE_S / 3):
-                    await self._admin.list_consumer_group_offsets(self._group, partitions=[key])
+            if await self._coordinator_answers():
                 answered_s = time()
-        self._end(reason_of(f"its coordinator has not answered for {UNREACHABLE_S:g} s"))
+            if self._settled.is_set():
+                settled_s = time()
+            if time() > answered_s + UNREACHABLE_S:
+                self._end(reason_of(f"no answer of its coordinator for {UNREACHABLE_S:g} s"))
+            elif time() > settled_s + TIMEOUT_S:
+                self._end(reason_of(f"no partitions for {TIMEOUT_S:g} s, in a rebalance"))
+            elif not is_running(self._consumer):
+                self._end(reason_of("the client has failed"))
+
+    async def _coordinator_answers(self) -> bool:
+        partitions = [TopicPartition(self._topics[0], 0)]
+        try:
+            async with asyncio.timeout(UNREACHABLE_S / 3):
+                await self._admin.list_consumer_group_offsets(self._group, partitions=partitions)
+        except Exception:
+            return False
+        return True
 
     def _end(self, reason: str) -> None:
         self._ended = self._ended or reason
@@ -383,11 +397,13 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             raise BrokerUnavailable(f"Kafka's group {self._group}: {self._ended}")
 
     async def close(self) -> None:
-        """Leave the group."""
-        if self._closed:
-            return
-        self._closed = True
-        self._end("the subscription is closed")
+        """Leave the group. It ends even if the caller is cancelled."""
+        if self._closing is None:
+            self._end("the subscription is closed")
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         tasks = [*self._tasks, *([self._fetching] if self._fetching else [])]
         for task in tasks:
             task.cancel()

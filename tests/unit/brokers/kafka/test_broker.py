@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from kubeai.brokers.urls import open_broker
@@ -5,6 +7,10 @@ from kubeai.errors import ConfigError
 
 PATH = "messaging.streams[0].requestsURL"
 BROKERS = {"KAFKA_BROKERS": "one:9092, two:9092"}
+
+
+def opened(url: str, environment: dict[str, str]) -> Any:
+    return open_broker(url, PATH, environment)
 
 
 def refusal(url: str, environment: dict[str, str]) -> str:
@@ -15,7 +21,7 @@ def refusal(url: str, environment: dict[str, str]) -> str:
 
 
 def test_brokers_are_separated_by_commas():
-    broker = open_broker("kafka://requests", PATH, BROKERS)
+    broker = opened("kafka://requests", BROKERS)
     assert broker._client["bootstrap_servers"] == ["one:9092", "two:9092"]
 
 
@@ -25,7 +31,7 @@ def test_malformed_brokers_are_refused(brokers):
 
 
 def test_upper_case_names_are_kept():
-    broker = open_broker("kafka://My-Group?topic=My.Topic&topic=b_2", PATH, BROKERS)
+    broker = opened("kafka://My-Group?topic=My.Topic&topic=b_2", BROKERS)
     assert (broker._name, broker._topics) == ("My-Group", ["My.Topic", "b_2"])
 
 
@@ -61,5 +67,5 @@ def test_missing_ca_file_is_named(tmp_path):
 
 
 def test_tls_without_files_trusts_the_systems_authorities():
-    broker = open_broker("kafka://requests", PATH, {**BROKERS, "KAFKA_SECURITY_PROTOCOL": "SSL"})
+    broker = opened("kafka://requests", {**BROKERS, "KAFKA_SECURITY_PROTOCOL": "SSL"})
     assert broker._client["ssl_context"].check_hostname

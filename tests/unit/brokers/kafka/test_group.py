@@ -1,6 +1,7 @@
 """A member of a group, with the library's consumer and admin client replaced."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from aiokafka import TopicPartition
@@ -24,6 +25,9 @@ class Kafka:
         self.commits = 0
         self.failures: list[Exception] = []  # of the next commits
         self.reachable = True
+        # The tasks of the library that are looked after.
+        self._fetcher = SimpleNamespace(error_future=asyncio.Future())
+        self._coordinator = SimpleNamespace(_coordination_task=asyncio.Future())
 
     def seek(self, key, offset):
         self.positions[key] = offset
@@ -76,7 +80,7 @@ def record(key, offset):
 
 
 @pytest.fixture
-def kafka():
+async def kafka():
     return Kafka({ONE: 10, TWO: 10})
 
 
@@ -212,12 +216,30 @@ async def test_partition_whose_log_begins_again_is_read_from_its_beginning(kafka
 
 @pytest.mark.looptime
 async def test_subscription_ends_when_the_coordinator_has_not_answered_for_long(kafka, member):
-    watching = asyncio.create_task(member._watch_coordinator())
+    watching = asyncio.create_task(member._watch())
     await asyncio.sleep(10 * UNREACHABLE_S)
     await member.lag()
     kafka.reachable = False
     await watching
-    with pytest.raises(BrokerUnavailable, match="its coordinator has not answered"):
+    with pytest.raises(BrokerUnavailable, match="no answer of its coordinator"):
+        await member.receive(1)
+
+
+@pytest.mark.looptime
+async def test_subscription_ends_when_a_rebalance_never_ends(kafka, member):
+    watching = asyncio.create_task(member._watch())
+    await member.on_partitions_revoked([ONE, TWO])
+    with pytest.raises(BrokerUnavailable, match="in a rebalance"):
+        await member.receive(1)
+    await watching
+
+
+@pytest.mark.looptime
+async def test_subscription_ends_when_the_library_has_failed(kafka, member):
+    watching = asyncio.create_task(member._watch())
+    kafka._fetcher.error_future.set_result(None)
+    await watching
+    with pytest.raises(BrokerUnavailable, match="the client has failed"):
         await member.receive(1)
 
 
@@ -233,3 +255,19 @@ async def test_closing_does_not_wait_for_a_broker_that_does_not_answer(kafka, me
     before = loop.time()
     await member.close()
     assert loop.time() - before <= 3 * CLOSE_TIMEOUT_S
+
+
+async def test_closing_survives_a_library_that_is_cancelled_by_itself(kafka, member):
+    closed = []
+
+    async def stop():
+        raise asyncio.CancelledError  # of one of its tasks
+
+    async def close():
+        closed.append(True)
+
+    kafka.stop, kafka.close = stop, close
+    kafka._coordinator = kafka._fetcher = None
+    kafka._client = kafka
+    await member.close()
+    assert len(closed) == 2  # the consumer's connections, and the admin client
