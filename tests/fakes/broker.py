@@ -246,3 +246,15 @@ class MemoryClient(Broker):
     async def open_topic(self) -> Topic:
         self._broker.fault("open_topic")
         return MemoryTopic(self._broker, self._name)
+
+
+def faults(*operations: str) -> Callable[[str], None]:
+    """A fault for each of these operations, once, in this order."""
+    left = list(operations)
+
+    def fault(operation: str) -> None:
+        if left and operation == left[0]:
+            left.pop(0)
+            raise BrokerUnavailable(f"{operation} failed")
+
+    return fault
