@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,13 +140,14 @@ class Chaos:
             )
         )
         try:
-            await asyncio.wait((publishing, chaos), return_when=asyncio.FIRST_COMPLETED)
-            if chaos.done():
-                chaos.result()  # raises: something could not be repaired
+            await asyncio.wait(
+                (publishing, chaos, *background), return_when=asyncio.FIRST_COMPLETED
+            )
+            _check([chaos, *background])
             publishing.result()
             published_s = time.monotonic() - begin_s
             await self._settle(chaos)
-            await self._until_answered()
+            await self._until_answered(background)
             answered_s = time.monotonic() - begin_s
             if self._account.missing:
                 for site in self._sites:
@@ -155,28 +156,26 @@ class Chaos:
         finally:
             for task in (chaos, publishing, *background):
                 task.cancel()
-            ends = await asyncio.gather(chaos, publishing, *background, return_exceptions=True)
-        broken = [
-            f"the test's own task failed: {end!r}" for end in ends if isinstance(end, Exception)
-        ]
-        return self._report(published_s, answered_s, broken)
+            await asyncio.gather(chaos, publishing, *background, return_exceptions=True)
+        return self._report(published_s, answered_s)
 
     async def _settle(self, chaos: asyncio.Task[None]) -> None:
         """End the faults, each after its repair."""
         self._ending.set()
         await chaos
 
-    async def _until_answered(self) -> None:
+    async def _until_answered(self, background: list[asyncio.Task[None]]) -> None:
         """Wait until every message has a response, or no more arrive."""
         progress_s, had = time.monotonic(), -1
         while self._account.missing:
+            _check(background)
             if len(self._account.latencies_s) != had:
                 progress_s, had = time.monotonic(), len(self._account.latencies_s)
             if time.monotonic() - progress_s > NO_PROGRESS_MAX_S:
                 return
             await asyncio.sleep(POLL_S)
 
-    def _report(self, published_s: float, answered_s: float, broken: list[str]) -> Report:
+    def _report(self, published_s: float, answered_s: float) -> Report:
         account, sites = self._account, self._sites
         unexplained = [failure for site in sites for failure in site.unexplained()]
         rows: list[tuple[str, Any]] = [
@@ -189,7 +188,7 @@ class Chaos:
             ("of these, without a reason", len(unexplained)),
             *((f"fault: {name}", count) for name, count in sorted(self._done.items())),
         ]
-        faults = [*broken, *account.problems[:PROBLEMS_MAX_SHOWN]]
+        faults = account.problems[:PROBLEMS_MAX_SHOWN]
         if missing := account.missing:
             faults.append(f"{len(missing)} messages without a response, such as {missing[:10]}")
         faults += [
@@ -265,6 +264,15 @@ class Chaos:
         self._proxy.stall()
         await asyncio.sleep(source.uniform(1, 8))
         self._proxy.heal()
+
+
+def _check(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Raise if one has ended, for example because a fault could not be repaired."""
+    for task in tasks:
+        if task.done():
+            if not task.cancelled():
+                task.result()
+            raise AssertionError(f"{task} has ended")
 
 
 async def run(options: Options, folder: Path) -> Report:
