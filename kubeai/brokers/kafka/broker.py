@@ -33,7 +33,7 @@ from urllib.parse import unquote
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaConnectionError, KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import MessageSizeTooLargeError
 
 from kubeai.brokers.base import (
     TIMEOUT_S,
@@ -46,6 +46,7 @@ from kubeai.brokers.base import (
 from kubeai.brokers.kafka.client import (
     REQUEST_TIMEOUT_S,
     attempt,
+    cancelled,
     check_topics,
     close_producer,
     collect_failures,
@@ -54,6 +55,7 @@ from kubeai.brokers.kafka.client import (
 )
 from kubeai.brokers.kafka.group import GroupSubscription
 from kubeai.brokers.urls import BrokerUrl
+from kubeai.errors import KubeAIError
 
 PUBLISH_TIMEOUT_S = 15.0  # enough for the election of a partition's new leader
 PUBLISH_MAX_BYTES = 64 << 20  # the broker's limit is usually 1 MiB; it closes the connection at 100
@@ -160,11 +162,11 @@ async def _open(
             await connect()
     except BaseException as error:
         await close()
-        if isinstance(error, TimeoutError):
-            error = KafkaConnectionError(f"no answer within {TIMEOUT_S:g} s")
-        if isinstance(error, (KafkaError, OSError)):
-            raise BrokerUnavailable(f"{what}: {reason_of(error)}") from None
-        raise
+        if isinstance(error, KubeAIError) or not (isinstance(error, Exception) or cancelled(error)):
+            raise
+        timed_out = f"no answer within {TIMEOUT_S:g} s"
+        reason = reason_of(timed_out if isinstance(error, TimeoutError) else error)
+        raise BrokerUnavailable(f"{what}: {reason}") from None
 
 
 class _Topic(Topic):
@@ -205,7 +207,7 @@ class _Topic(Topic):
         except TimeoutError:
             self._ended = self._ended or reason_of(f"no answer within {PUBLISH_TIMEOUT_S:g} s")
             self._check()
-        except KafkaError as error:
+        except Exception as error:
             self._ended = self._ended or reason_of(error)
             self._check()
 
@@ -227,7 +229,8 @@ class _Topic(Topic):
         if self._closing is None:
             self._ended = self._ended or "it is closed"
             for limit in self._limits:
-                limit.reschedule(0)
+                if not limit.expired():
+                    limit.reschedule(0)
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
 

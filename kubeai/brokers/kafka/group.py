@@ -124,6 +124,8 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
             asyncio.create_task(self._commit_changes()),
             asyncio.create_task(self._watch()),
         ]
+        for task in self._tasks:  # the library can cancel it, too
+            task.add_done_callback(lambda _: self._end("the client has failed"))
         await self._settled.wait()
         await self._flush(set(self._partitions.values()))
         self._check()
@@ -237,7 +239,6 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
     async def _commit_changes(self) -> None:
         while True:
             await self._uncommitted.wait()
-            await self._settled.wait()
             self._uncommitted.clear()
             try:
                 await self._commit()
@@ -248,6 +249,7 @@ class GroupSubscription(Subscription, ConsumerRebalanceListener):  # type: ignor
                 self._end(f"cannot commit an offset: {reason_of(error)}")
 
     async def _commit(self) -> None:
+        """Commit what has changed, unless a rebalance is going on; its end calls for a commit."""
         async with self._committing:
             commits = {
                 partition: (partition.version, partition.progress.commit())

@@ -29,7 +29,6 @@ from google.api_core.exceptions import (
     Aborted,
     DeadlineExceeded,
     GoogleAPICallError,
-    GoogleAPIError,
     InternalServerError,
     InvalidArgument,
     PermissionDenied,
@@ -199,7 +198,7 @@ class _Connection:
             )
         except raises:
             raise
-        except GoogleAPIError as error:
+        except Exception as error:  # of the service, of credentials, of gRPC
             raise self.end(str(error)) from None
         except asyncio.CancelledError:
             self.check_cancelled()
@@ -321,7 +320,7 @@ class _Subscription(Subscription):
         except _TRANSIENT:
             await asyncio.sleep(PULL_PAUSE_S)
             await self._probe()
-        except GoogleAPIError as error:
+        except Exception as error:
             connection.end(str(error))
         finally:
             connection.changed.set()

@@ -1,7 +1,11 @@
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from kubeai.brokers.base import BrokerUnavailable
+from kubeai.brokers.kafka.broker import _Topic
 from kubeai.brokers.urls import open_broker
 from kubeai.errors import ConfigError
 
@@ -69,3 +73,49 @@ def test_missing_ca_file_is_named(tmp_path):
 def test_tls_without_files_trusts_the_systems_authorities():
     broker = opened("kafka://requests", {**BROKERS, "KAFKA_SECURITY_PROTOCOL": "SSL"})
     assert broker._client["ssl_context"].check_hostname
+
+
+class Producer:
+    """A producer whose broker answers nothing."""
+
+    _sender = SimpleNamespace(sender_task=None)
+
+    def __init__(self) -> None:
+        self.client = self
+
+    async def send_and_wait(self, topic, value, key, headers):
+        await asyncio.Event().wait()
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+async def topic():
+    topic = _Topic({}, "responses", None)
+    await topic._producer.stop()
+    topic._producer = Producer()
+    yield topic
+    await topic.close()
+
+
+@pytest.mark.looptime
+async def test_topic_can_be_closed_when_several_messages_have_failed_at_once(topic):
+    async def publish() -> None:
+        with pytest.raises(BrokerUnavailable, match="no answer within 15 s"):
+            await topic.publish(b"{}", {})
+        await topic.close()
+
+    await asyncio.gather(publish(), publish())
+
+
+@pytest.mark.looptime
+async def test_closing_fails_messages_that_are_not_confirmed(topic):
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    publishing = asyncio.create_task(topic.publish(b"{}", {}))
+    await asyncio.sleep(1)
+    await topic.close()
+    with pytest.raises(BrokerUnavailable, match="it is closed"):
+        await publishing
+    assert loop.time() - before < 2
