@@ -8,6 +8,7 @@ Wraps nats-py's client, without the library's own reconnection. Its operations r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 import nats.errors
 from nats.aio.client import Client
+from nats.aio.subscription import Subscription
 
-from kubeai.brokers.base import TIMEOUT_S
+from kubeai.brokers.base import TIMEOUT_S, BrokerUnavailable
 from kubeai.brokers.lifetime import Lifetime, text_of
 from kubeai.brokers.urls import BrokerUrl
 
@@ -155,6 +157,25 @@ class Connection:
         required = any(server.startswith("tls:") for server in self._settings.servers)
         if required and not self.client._server_info.get("tls_required"):
             raise nats.errors.Error("the server does not support TLS")
+
+    async def flush(self) -> None:
+        """Wait until the server has processed all that was sent. To be run in the lifetime.
+
+        nats-py queues commands, and its ``flush`` and ``rtt`` send a PING ahead of them, so that
+        its answer confirms nothing.
+        """
+        await self.client._flush_pending(force_flush=True)
+        await self.client.rtt(RTT_TIMEOUT_S)
+
+    async def drain(self, subscription: Subscription) -> None:
+        """Unsubscribe, and wait until what the server had sent has been received."""
+        with contextlib.suppress(BrokerUnavailable):
+            await self.lifetime.run("unsubscribe", self._drain(subscription))
+
+    async def _drain(self, subscription: Subscription) -> None:
+        await self.client._send_unsubscribe(subscription._id)
+        await self.flush()
+        await subscription.drain()  # type: ignore[no-untyped-call]
 
     async def close(self) -> None:
         """Close the connection. Does not raise."""

@@ -36,7 +36,7 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
-from kubeai.brokers.nats_connection import RTT_TIMEOUT_S, Connection
+from kubeai.brokers.nats_connection import Connection
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -122,7 +122,7 @@ class CoreSubscription(Subscription):
                 pending_bytes_limit=PENDING_MAX_BYTES,
             ),
         )
-        await connection.lifetime.run("subscribe", connection.client.rtt(RTT_TIMEOUT_S))
+        await connection.lifetime.run("subscribe", connection.flush())
         if connection.refusal:
             raise connection.lifetime.error(connection.refusal)
         return self
@@ -167,7 +167,7 @@ class CoreSubscription(Subscription):
         headers = {**(message.headers or {}), MESSAGE_ID: delivery.id}
         publishing = client.publish(message.subject, message.data, message.reply, headers)
         await self.connection.lifetime.run("publish again", publishing)
-        await self.connection.lifetime.run("publish again", client.rtt(RTT_TIMEOUT_S))
+        await self.connection.lifetime.run("publish again", self.connection.flush())
 
     async def lag(self) -> int | None:
         """None: the server keeps no messages."""
@@ -179,9 +179,9 @@ class CoreSubscription(Subscription):
         if not self._closing:
             self._closing = True
             self._room.set()
+            if self._subscription is not None:
+                await self.connection.drain(self._subscription)
             with contextlib.suppress(BrokerUnavailable):
-                if self._subscription is not None:
-                    await self.connection.lifetime.run("unsubscribe", self._subscription.drain())  # type: ignore[no-untyped-call]
                 while self._queue and self._ready:
                     await self._publish_again(self._ready.popleft())
         await self.connection.close()
@@ -206,7 +206,7 @@ class CoreTopic(Topic):
     async def _publish(self, body: bytes, headers: dict[str, str]) -> None:
         client = self._connection.client
         await client.publish(self._subject, body, headers=headers or None)
-        await client.rtt(RTT_TIMEOUT_S)
+        await self._connection.flush()
 
     def _encode(self, body: bytes, attributes: Mapping[str, str]) -> dict[str, str]:
         """The headers. MessageTooLarge if the server will not take the message with them."""

@@ -196,10 +196,9 @@ class JetStreamSubscription(Subscription):
 
     async def close(self) -> None:
         """Give back what has not been received, and close the connection."""
+        if self._subscription is not None:
+            await self.connection.drain(self._subscription)
         with contextlib.suppress(BrokerUnavailable):
-            if self._subscription is not None:
-                draining = self._subscription.drain()  # type: ignore[no-untyped-call]
-                await self.connection.lifetime.run("unsubscribe", draining)
             while self._ready:
                 await _JetStreamDelivery(self, self._ready.popleft()).release()
         await self.connection.close()

@@ -132,8 +132,9 @@ class TestOptions:
             await topic.publish(b"{}", {"route": "key", REQUEST_MESSAGE_ID: "1"})
             (delivery,) = await receive(subscription, 1)
             assert delivery.attributes == {REQUEST_MESSAGE_ID: "1"}
-            assert delivery.message.correlation_id == "1"
-            assert delivery.message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
+            message: aio_pika.abc.AbstractIncomingMessage = vars(delivery)["message"]
+            assert message.correlation_id == "1"
+            assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
 
     async def test_id_is_the_message_id_and_attributes_are_texts(self, server, queue):
         message = aio_pika.Message(b"{}", message_id="mine", headers={"number": 1})
@@ -178,7 +179,8 @@ class TestOptions:
         ):
             await channel.default_exchange.publish(aio_pika.Message(b"{}"), queue)
             (delivery,) = await receive(subscription, 1)
-            await delivery.message.channel.basic_ack(delivery.message.delivery_tag + 1)
+            message: aio_pika.abc.AbstractIncomingMessage = vars(delivery)["message"]
+            await message.channel.basic_ack(message.delivery_tag + 1)
             with pytest.raises(BrokerUnavailable, match="PRECONDITION_FAILED"):
                 await subscription.receive(1)
             with pytest.raises(BrokerUnavailable):

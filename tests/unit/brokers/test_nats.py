@@ -3,6 +3,7 @@
 import pytest
 from nats.aio.msg import Msg
 
+from kubeai.brokers.nats import Nats
 from kubeai.brokers.nats_connection import read_settings
 from kubeai.brokers.nats_core import Headers
 from kubeai.brokers.urls import open_broker, parse_broker_url
@@ -26,7 +27,7 @@ def settings(**environment: str):
     ],
 )
 def test_host_and_path_are_the_subject(url, subject):
-    assert open_broker(url, PATH, SERVER)._subject == subject
+    assert Nats(parse_broker_url(url, PATH, SERVER))._subject == subject
 
 
 @pytest.mark.parametrize(

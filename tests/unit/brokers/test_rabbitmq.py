@@ -8,8 +8,8 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from kubeai.brokers.rabbitmq import _RabbitDelivery
-from kubeai.brokers.urls import open_broker
+from kubeai.brokers.rabbitmq import RabbitMQ, _RabbitDelivery
+from kubeai.brokers.urls import open_broker, parse_broker_url
 from kubeai.errors import ConfigError
 
 PATH = "messaging.streams[0].requestsURL"
@@ -21,7 +21,7 @@ SERVER = {"RABBIT_SERVER_URL": "amqp://guest:guest@127.0.0.1"}
     [("rabbit://Requests?prefetch_count=0", "Requests"), ("rabbit://a/b%20c", "a/b c")],
 )
 def test_host_and_path_are_the_name(url, name):
-    assert open_broker(url, PATH, SERVER)._name == name
+    assert RabbitMQ(parse_broker_url(url, PATH, SERVER))._name == name
 
 
 @pytest.mark.parametrize(
