@@ -28,7 +28,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from azure.servicebus import (
     ServiceBusMessage,
@@ -105,12 +105,12 @@ class ServiceBus(Broker):
 
     async def subscribe(self) -> Subscription:
         """Connect to receive messages."""
-        client = self._client()
+        client, credential = self._client()
         if self._subscription:
             receiver = client.get_subscription_receiver(self._entity, self._subscription)
         else:
             receiver = client.get_queue_receiver(self._entity)
-        link = Link(client, receiver)
+        link = Link(self._entity, receiver, client, credential)
         await link.open()
         return ServiceBusSubscription(link, receiver, self._poll_s, self._batch_max_count)
 
@@ -118,28 +118,31 @@ class ServiceBus(Broker):
         """Connect to publish messages."""
         if self._subscription:
             raise self._url.error("names a subscription, which takes no messages")
-        client = self._client()
+        client, credential = self._client()
         sender = client.get_queue_sender(self._entity)  # a topic's has the same address
-        link = Link(client, sender)
+        link = Link(self._entity, sender, client, credential)
         await link.open()
         return ServiceBusTopic(link, sender)
 
-    def _client(self) -> ServiceBusClient:
+    def _client(self) -> tuple[ServiceBusClient, Closable | None]:
+        """A client, and the credential that has to be closed after it."""
         options: dict[str, Any] = {"retry_total": 0}
+        if "usedevelopmentemulator=true" not in self._connection_string.lower():
+            options["ssl_context"] = ssl.create_default_context()  # the system's authorities
         if self._connection_string:
-            if "usedevelopmentemulator=true" not in self._connection_string.lower():
-                options["ssl_context"] = ssl.create_default_context()
-            return ServiceBusClient.from_connection_string(self._connection_string, **options)
-        options["ssl_context"] = ssl.create_default_context()
-        return ServiceBusClient(self._hostname, self._credential(), **options)
+            client = ServiceBusClient.from_connection_string(self._connection_string, **options)
+            return client, None
+        credential = self._credential()()
+        return ServiceBusClient(self._hostname, credential, **options), credential
 
     def _credential(self) -> Any:
+        """The class of the default credential."""
         try:
             from azure.identity.aio import DefaultAzureCredential
         except ImportError:
             hint = install_hint("servicebus")
             raise self._url.error(f"needs azure-identity for {HOSTNAME}; run {hint}") from None
-        return DefaultAzureCredential()
+        return DefaultAzureCredential
 
     def _listener_timeout(self) -> float:
         text = self._url.options.get("listener_timeout")
@@ -162,15 +165,29 @@ class ServiceBus(Broker):
         return int(text)
 
 
+class Closable(Protocol):
+    """A client or a credential."""
+
+    async def close(self) -> None:
+        """Close its connections."""
+
+
 class Link:
     """A connection with one receiver or sender, which has failed for good once an operation has.
 
     The library would connect again by itself, with other locks and delivery tags.
     """
 
-    def __init__(self, client: ServiceBusClient, handler: ServiceBusReceiver | ServiceBusSender):
-        self._client = client
+    def __init__(
+        self,
+        entity: str,
+        handler: ServiceBusReceiver | ServiceBusSender,
+        *resources: Closable | None,
+    ) -> None:
+        """``resources``: closed with the link, in this order."""
+        self._entity = entity
         self._handler = handler
+        self._resources = resources
         self.failure = ""  # empty while the connection lasts
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -205,22 +222,28 @@ class Link:
         except _LOST:
             raise
         except MessageSizeExceededError as error:
-            self.failure = self.failure or _text(error)  # the service detaches the link
-            raise MessageTooLarge(_text(error)) from error
+            self.failure = self.failure or self._text(error)  # the service detaches the link
+            raise MessageTooLarge(self._text(error)) from error
         except Exception as error:  # also AttributeError and the like, when the connection ends
-            self.failure = self.failure or _text(error)
+            self.failure = self.failure or self._text(error)
             raise BrokerUnavailable(self.failure) from error
+
+    def _text(self, error: Exception) -> str:
+        reason = str(error) or type(error).__name__
+        return f"Service Bus: {self._entity}: {reason}"[:ERROR_MAX_CHARS]
 
     async def close(self) -> None:
         """Close the connection. Does not raise."""
-        self.failure = self.failure or "Service Bus: the connection is closed"
+        self.failure = self.failure or f"Service Bus: {self._entity}: it is closed"
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._client.close()
+        for resource in self._resources:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    if resource is not None:
+                        await resource.close()
 
 
 class ServiceBusDelivery(Delivery):
@@ -262,7 +285,7 @@ class ServiceBusDelivery(Delivery):
         try:
             await self._link.run(partial(operation, self._message))
         except _LOST as error:
-            log.warning("lost a message of Service Bus", id=self.id, reason=_text(error))
+            log.warning("lost a message of Service Bus", id=self.id, reason=str(error))
 
 
 class ServiceBusSubscription(Subscription):
@@ -340,8 +363,11 @@ class ServiceBusTopic(Topic):
             try:
                 content = await self._take(publications)
                 await self._link.run(partial(self._sender.send_messages, content))
-            except (BrokerUnavailable, MessageTooLarge) as error:
-                outcome: Exception | None = error
+            except MessageTooLarge as error:  # of a batch, it says nothing about a message
+                alone = len(publications) == 1
+                outcome: Exception | None = error if alone else BrokerUnavailable(str(error))
+            except Exception as error:  # whatever it is, the callers raise it
+                outcome = error
             else:
                 outcome = None
             for publication in publications:
@@ -374,10 +400,6 @@ class ServiceBusTopic(Topic):
         await self._link.close()
         if self._sending is not None:
             await asyncio.wait({self._sending})
-
-
-def _text(error: BaseException) -> str:
-    return f"Service Bus: {str(error) or type(error).__name__}"[:ERROR_MAX_CHARS]
 
 
 def _body(message: ServiceBusReceivedMessage) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import boto3
 import pytest
@@ -17,6 +17,7 @@ from brokers.conformance import (
     PASSWORD,
     Conformance,
     Pair,
+    receive_one,
     subscribed,
     topic_of,
 )
@@ -25,6 +26,7 @@ from harness import until
 from structlog.testing import capture_logs
 
 from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable, MessageTooLarge
+from kubeai.brokers.sqs.broker import SqsSubscription
 from kubeai.brokers.urls import open_broker
 
 numbers = itertools.count()
@@ -182,7 +184,7 @@ async def test_message_that_is_no_longer_ours_is_reported_and_does_no_harm(serve
         subscribed(server.url(queue), server.environment) as subscription,
     ):
         await topic.publish(b"{}", {})
-        (delivery,) = await subscription.receive(1)
+        delivery: Any = await receive_one(subscription)
         delivery._receipt = "of-another-delivery"
         with capture_logs() as logs:
             await delivery.acknowledge()
@@ -199,7 +201,8 @@ async def test_message_cannot_be_extended_beyond_twelve_hours(server, queue):
         subscribed(server.url(queue), server.environment) as subscription,
     ):
         await topic.publish(b"{}", {})
-        (delivery,) = await subscription.receive(1)
+        delivery = await receive_one(subscription)
+        assert isinstance(subscription, SqsSubscription)
         subscription.visibility_s = 12 * 60 * 60
         with capture_logs() as logs:
             await delivery.extend()

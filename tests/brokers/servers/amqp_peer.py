@@ -43,7 +43,6 @@ from proton import (
     Handler,
     Link,
     Message,
-    Terminus,
     symbol,
     timestamp,
     ulong,
@@ -201,19 +200,16 @@ class Peer(Handler):
     # Links
 
     def on_link_remote_open(self, event: Any) -> None:
-        self._prepare(event.link)
-        event.link.open()
-
-    def _prepare(self, link: Link) -> None:
+        link = event.link
         link.source.copy(link.remote_source)
         link.target.copy(link.remote_target)
         link.context = entity = self._entity(link)
         if entity.rpartition("/")[2] in ("$cbs", "$management"):
             if link.is_receiver:
                 link.flow(CREDIT)
-            return
-        if entity.startswith("missing"):
+        elif entity.startswith("missing"):
             self._refuse(link, "amqp:not-found", f"The messaging entity {entity!r} is not there.")
+            return
         elif link.is_receiver:
             link.max_message_size = ulong(MESSAGE_MAX_BYTES)
             link.flow(CREDIT)
@@ -224,13 +220,14 @@ class Peer(Handler):
                 "It is not possible for an entity that requires sessions to create a non-sessionful"
                 " message receiver.",
             )
+            return
         else:
             link.snd_settle_mode = Link.SND_UNSETTLED
             link.rcv_settle_mode = Link.RCV_SECOND
             self._queue(entity).links.append(link)
+        link.open()
 
     def _refuse(self, link: Link, condition: str, description: str) -> None:
-        link.source.type = link.target.type = Terminus.UNSPECIFIED  # AMQP 1.0, part 2.6.3
         link.open()
         link.condition = Condition(condition, description)
         link.close()
