@@ -492,7 +492,8 @@ def test_docs_list_pod_security_violations_of_engines(helm, api, namespace):
     ]
     text = (CHARTS.parent / "docs/helm.md").read_text()
     assert [line for line in text.splitlines() if line in rows] == rows, "\n".join(rows)
-    restricted = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    section = text[text.index("\n## Pod Security\n") :]
+    restricted = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
     config = parse_config(config_of(helm.render("kubeai", values=CACHED | restricted)))
     for pod in _pods_of(config).values():
         assert _violations(api, namespace, pod) == []
