@@ -192,7 +192,7 @@ class StoredResponses:
         """Ask the endpoints, a few at a time, until one has the response; None if none has it."""
         path = Kind.STORED_RESPONSE.value.replace("{id}", response_id)
         left = iter(places)
-        silent = {place[1].name for place in places}  # until they answer
+        silent = {endpoint.address: endpoint.name for _, endpoint in places}  # until they answer
         found: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
 
         async def ask() -> None:
@@ -203,23 +203,25 @@ class StoredResponses:
                         found.set_result(answer)
                     return
                 if not answer.is_silent:
-                    silent.discard(place[1].name)
+                    silent.pop(place[1].address, None)
 
         count = min(len(places), ASKED_AT_ONCE_MAX_COUNT)
-        asking = asyncio.gather(*(ask() for _ in range(count)))
+        tasks = [asyncio.ensure_future(ask()) for _ in range(count)]
+        all_asked = asyncio.gather(*tasks)
         try:
             await asyncio.wait(
-                (found, asking), timeout=LOOKUP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+                (found, all_asked), timeout=LOOKUP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
             )
             if found.done():
                 return found.result()
-            if asking.done():
-                asking.result()  # raises what is not an answer
+            if all_asked.done():
+                all_asked.result()  # raises what is not an answer
             if silent:
-                raise _unsure(response_id, sorted(silent))
+                raise _unsure(response_id, sorted(silent.values()))
             return None
         finally:
-            asking.cancel()
+            for task in tasks:
+                task.cancel()
             found.cancel()
 
     async def _ask(self, place: Place, path: str, headers: dict[str, str]) -> _Answer:

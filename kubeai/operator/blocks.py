@@ -37,6 +37,7 @@ from kubeai.routing.routes import Block
 # Reasons of a ModelError: only a change to the Model or to the system config helps.
 AT_ONCE = frozenset(
     (
+        "InvalidArgs",
         "InvalidFeatures",
         "InvalidFile",
         "InvalidModel",
