@@ -43,7 +43,9 @@ from kubeai.routing.channel import StreamReport
 log = get_logger(__name__)
 
 PARKED_MAX_COUNT = 256  # messages in hand beyond maxHandlers
-IN_HAND_MAX_BYTES = 64 << 20  # of their requests and responses; then no more are received
+# Of their requests and responses; then no more are received. The process takes about three times as
+# much: the broker's library, the messenger and the gateway each have a copy of a request.
+IN_HAND_MAX_BYTES = 64 << 20
 RECEIVE_MAX_COUNT = 32  # at once: by as much may these limits be exceeded
 EXTEND_MAX_COUNT = 32  # deadlines that are extended at once
 REDELIVERIES_MAX_COUNT = 8  # of one message that are remembered, to be acknowledged too
@@ -64,6 +66,7 @@ class StreamSettings(NamedTuple):
     responses: Broker
     max_handlers: int
     backoff_max_s: float
+    in_hand_max_bytes: int = IN_HAND_MAX_BYTES
 
 
 class _Connection:
@@ -207,7 +210,9 @@ class Stream:
     # -- receiving ---------------------------------------------------------------------------------
 
     async def _receive(self, connection: _Connection) -> None:
-        while True:
+        # A library may return a result although it was cancelled, as asyncio.wait_for does in
+        # Python 3.11. So the cancellation alone does not end this loop.
+        while not self._stopping:
             await self._wait_for_room()
             await self._pause_after_errors()
             count = await self._wait_for_room()
@@ -216,6 +221,8 @@ class Stream:
             except Exception as error:
                 connection.fail(error)
                 return
+            if connection.failed.is_set():
+                return  # they come again
             self._backoff.reset()
             for delivery in deliveries:
                 self._take(connection, delivery)
@@ -224,12 +231,14 @@ class Stream:
         """How many more messages may be received now."""
         if not self._publisher.connected:
             return 0  # other replicas may be able to answer
-        if sum(message.size_bytes for message in self._in_hand.values()) >= IN_HAND_MAX_BYTES:
-            return 0
         phases, max_handlers = self._shared.phases, self._settings.max_handlers
         free = max_handlers - phases[Phase.READY] - phases[Phase.RUNNING]
         left = max_handlers + PARKED_MAX_COUNT - len(self._in_hand)
-        return min(free, left, RECEIVE_MAX_COUNT)
+        count = min(free, left, RECEIVE_MAX_COUNT)
+        if count <= 0:
+            return 0
+        in_hand_bytes = sum(message.size_bytes for message in self._in_hand.values())
+        return count if in_hand_bytes < self._settings.in_hand_max_bytes else 0
 
     async def _wait_for_room(self) -> int:
         while (count := self._room()) <= 0:
@@ -266,18 +275,21 @@ class Stream:
         if delivery.id_is_unique and known is None:
             message.key = delivery.id
         self._in_hand[message.key] = message
-        message.task = self._start(self._handle(message, dict(delivery.attributes)))
+        self._start(self._handle(message, dict(delivery.attributes)))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
     # -- one message -------------------------------------------------------------------------------
 
     async def _handle(self, message: InHand, attributes: dict[str, str]) -> None:
+        message.task = asyncio.current_task()
         try:
+            if self._stopping:  # it was received while the drain began
+                await self._release(message)
+                return
             answer = await message.respond(attributes)
             if answer.status < 400:
                 self._errors = 0
@@ -295,6 +307,10 @@ class Stream:
                 assert connection is not None, "deliveries are dropped with their connection"
                 await self._acknowledge(connection, delivery)
         except asyncio.CancelledError:
+            await self._release(message)
+        except Exception:
+            log.exception("message failed, releasing it", message_id=message.id)
+            self._errors += 1
             await self._release(message)
         finally:
             del self._in_hand[message.key]
@@ -367,7 +383,6 @@ class Stream:
         self._stopping = True
         if self._receiving is not None:
             self._receiving.cancel()
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun releases nothing
         try:
             async with asyncio.timeout(timeout_s):
                 while self._in_hand:

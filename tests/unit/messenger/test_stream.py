@@ -90,6 +90,18 @@ async def test_a_fault_of_the_messenger_itself_loses_no_message():
         assert scene.answers[0]["metadata"] == {"prompt": "hi"}
 
 
+async def test_a_fault_after_the_response_gives_the_message_back(monkeypatch):
+    def broken(metadata, answer):
+        monkeypatch.undo()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(streams, "write_response", broken)
+    async with Scene(MemoryBroker()).running() as scene:
+        scene.ask()
+        await scene.done(1, within_s=60)
+        assert scene.stream.report().requests.connections == 1
+
+
 # -- attempts --------------------------------------------------------------------------------------
 
 
@@ -238,9 +250,8 @@ async def test_messages_in_hand_are_limited(monkeypatch):
         await scene.done(50)
 
 
-async def test_bytes_in_hand_are_limited(monkeypatch):
-    monkeypatch.setattr(streams, "IN_HAND_MAX_BYTES", 10_000)
-    async with Scene(MemoryBroker(), handlers=1).running() as scene:
+async def test_bytes_in_hand_are_limited():
+    async with Scene(MemoryBroker(), handlers=1, in_hand_max_bytes=10_000).running() as scene:
         cold = scene.gateway.cold["cold"] = asyncio.Event()
         for _ in range(10):
             scene.ask("cold", "x" * 2500)
