@@ -52,10 +52,11 @@ class Shared(NamedTuple):
 
 
 class InHand(Gate):
-    """One message. The stream sets ``key``, which identifies it among the messages in hand, ``task``
-    once that handles it, and ``response_bytes`` once there is a response.
+    """One message. ``key`` identifies it among the messages in hand.
 
-    A task that is cancelled before it has begun would not give its message back."""
+    The stream sets ``key``, ``response_bytes`` once there is a response, and ``task`` when the task
+    that handles the message has begun: cancelled before, it would not give the message back.
+    """
 
     def __init__(self, delivery: Delivery, shared: Shared) -> None:
         self.id = delivery.id

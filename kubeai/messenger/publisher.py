@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 
-from kubeai.brokers.base import TIMEOUT_S, Broker, MessageTooLarge, Subscription, Topic
+from kubeai.brokers.base import Broker, MessageTooLarge, Topic
 from kubeai.kube.backoff import Backoff
 from kubeai.messenger.counts import Counts
+from kubeai.messenger.operation import close_quietly, operate
 
 RECONNECT_FIRST_S = 0.5
-# Brokers limit each operation to TIMEOUT_S themselves; this is for an implementation that hangs.
-OPERATION_MAX_S = 2 * TIMEOUT_S
 
 
 class Publisher:
@@ -61,8 +59,7 @@ class Publisher:
     async def _open(self) -> Topic:
         while True:
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    return await self._broker.open_topic()
+                return await operate(self._broker.open_topic())
             except Exception as error:  # a library's, too: nothing may end this task
                 self._counts.responses.note_problem(error)
             await asyncio.sleep(self._backoff.next_s())
@@ -78,8 +75,7 @@ class Publisher:
             topic = self._topic
             assert topic is not None, "opened"
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    await topic.publish(body, attributes)
+                await operate(topic.publish(body, attributes))
             except MessageTooLarge:
                 raise
             except Exception as error:
@@ -98,9 +94,3 @@ class Publisher:
             self._failed.set()
             self._counts.responses.note_problem(error)
 
-
-async def close_quietly(connection: Topic | Subscription) -> None:
-    """Close a connection, and wait for at most OPERATION_MAX_S."""
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(OPERATION_MAX_S):
-            await connection.close()

@@ -28,15 +28,11 @@ from kubeai.brokers.base import (
 )
 from kubeai.kube.backoff import Backoff
 from kubeai.logs import RateLimit, get_logger
-from kubeai.messenger.counts import Counts, SideState, class_of
+from kubeai.messenger.counts import Counts, SideState, outcome_of
 from kubeai.messenger.in_hand import InHand, Phase, Send, Shared
 from kubeai.messenger.message import NULL, Answer, refusal, write_response
-from kubeai.messenger.publisher import (
-    OPERATION_MAX_S,
-    RECONNECT_FIRST_S,
-    Publisher,
-    close_quietly,
-)
+from kubeai.messenger.operation import close_quietly, operate
+from kubeai.messenger.publisher import RECONNECT_FIRST_S, Publisher
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.channel import StreamReport
 
@@ -146,8 +142,7 @@ class Stream:
     async def _connect(self) -> _Connection:
         while True:
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    subscription = await self._settings.requests.subscribe()
+                subscription = await operate(self._settings.requests.subscribe())
                 self.counts.requests.note_connected()
                 return _Connection(subscription, self.counts.requests)
             except Exception as error:  # a library's, too: nothing may end the stream
@@ -185,8 +180,7 @@ class Stream:
                 if delivery not in message.deliveries:
                     return
                 try:
-                    async with asyncio.timeout(OPERATION_MAX_S):
-                        await delivery.extend()
+                    await operate(delivery.extend())
                 except Exception as error:
                     if delivery in message.deliveries:  # not acknowledged meanwhile
                         connection.fail(error)
@@ -200,8 +194,7 @@ class Stream:
         """Ask the broker for its lag, as long as the connection lasts."""
         while True:
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    self.counts.lag = await connection.subscription.lag()
+                self.counts.lag = await operate(connection.subscription.lag())
             except Exception as error:  # receiving notices if the connection has failed
                 self.counts.lag = None
                 log.debug("lag unknown", stream=self._settings.name, error=str(error))
@@ -217,7 +210,7 @@ class Stream:
             await self._pause_after_errors()
             count = await self._wait_for_room()
             try:
-                deliveries = await connection.subscription.receive(count)
+                deliveries = await operate(connection.subscription.receive(count), None)
             except Exception as error:
                 connection.fail(error)
                 return
@@ -300,7 +293,7 @@ class Stream:
                 self._note_dead(message, answer)
             message.enter(Phase.PUBLISHING)
             await self._publish(message, answer)
-            self.counts.answered[class_of(answer.status)] += 1
+            self.counts.answered[outcome_of(answer.status)] += 1
             self._remember(message)
             while message.deliveries:
                 connection, delivery = self._connection, message.deliveries.pop(0)
@@ -359,8 +352,7 @@ class Stream:
     async def _acknowledge(self, connection: _Connection, delivery: Delivery) -> None:
         """Acknowledge a delivery. If that fails, the message comes again, and is recognised."""
         try:
-            async with asyncio.timeout(OPERATION_MAX_S):
-                await delivery.acknowledge()
+            await operate(delivery.acknowledge())
         except Exception as error:
             connection.fail(error)
 
@@ -369,8 +361,7 @@ class Stream:
         message.enter(Phase.RELEASING)
         while message.deliveries:
             with contextlib.suppress(Exception):  # then the end of the connection releases it
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    await message.deliveries.pop().release()
+                await operate(message.deliveries.pop().release())
 
     # -- drain -------------------------------------------------------------------------------------
 
