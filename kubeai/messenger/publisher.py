@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from kubeai.brokers.base import Broker, MessageTooLarge, Topic
+from kubeai.brokers.base import Broker, BrokerUnavailable, MessageTooLarge, Topic
 from kubeai.kube.backoff import Backoff
 from kubeai.messenger.counts import Counts
 from kubeai.messenger.operation import close_quietly, operate
@@ -28,6 +28,7 @@ class Publisher:
         self._topic: Topic | None = None  # the open one
         self._opened = asyncio.Event()
         self._failed = asyncio.Event()
+        self._publishing = 0  # messages
 
     def _new_backoff(self) -> Backoff:
         return Backoff(RECONNECT_FIRST_S, self._backoff_max_s)
@@ -74,6 +75,7 @@ class Publisher:
             await self._opened.wait()
             topic = self._topic
             assert topic is not None, "opened"
+            self._publishing += 1
             try:
                 await operate(topic.publish(body, attributes))
             except MessageTooLarge:
@@ -84,7 +86,19 @@ class Publisher:
             else:
                 self._backoff.reset()
                 return
+            finally:
+                self._publishing -= 1
             await asyncio.sleep(own.next_s())
+
+    def check(self) -> None:
+        """Open the topic again, unless a message is being published, which shows its state.
+
+        Called when the connection for requests is lost: the broker may have gone, which an idle
+        topic does not notice.
+        """
+        if self._topic is not None and not self._publishing:
+            self._backoff.reset()
+            self._fail(self._topic, BrokerUnavailable("checking the connection"))
 
     def _fail(self, topic: Topic, error: Exception) -> None:
         """Stop using a topic; no effect if that has happened already."""
@@ -93,4 +107,3 @@ class Publisher:
             self._opened.clear()
             self._failed.set()
             self._counts.responses.note_problem(error)
-

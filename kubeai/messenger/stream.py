@@ -158,6 +158,7 @@ class Stream:
         self._connection = connection
         try:
             await connection.failed.wait()
+            self._publisher.check()
         finally:
             self.counts.requests.note_closed()
             self._connection = None

@@ -50,9 +50,7 @@ class PodCondition:
             wanted = ("False" if problems else "True", "; ".join(problems)[:MESSAGE_MAX_CHARS])
             wait_s = INTERVAL_S
             is_new = self._written is None or wanted[0] != self._written[0]
-            if is_new or (
-                wanted != self._written and clock() - written_s >= MESSAGE_INTERVAL_S
-            ):
+            if is_new or (wanted != self._written and clock() - written_s >= MESSAGE_INTERVAL_S):
                 try:
                     await self._write(*wanted)
                     self._written, written_s = wanted, clock()

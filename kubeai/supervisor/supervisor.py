@@ -153,6 +153,7 @@ class Supervisor:
                 self._fleet,
                 self._traffic,
                 workers=self._worker_states,
+                stream_problems=lambda: self._streams.problems,
                 synced=lambda: self.synced,
                 local=local,
             )

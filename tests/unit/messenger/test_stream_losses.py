@@ -56,6 +56,24 @@ async def test_a_response_that_was_computed_while_the_broker_was_away_is_publish
         assert len(scene.gateway.requests) == 1
 
 
+async def test_an_idle_stream_reports_that_the_broker_has_gone_on_both_sides():
+    def away(_):
+        raise BrokerUnavailable("away")
+
+    async with Scene(MemoryBroker()).running() as scene:
+        await scene.until("it is connected", lambda: scene.stream.report().responses.connected)
+        scene.broker.fault = away
+        scene.broker.cut()
+        await asyncio.sleep(5)
+        report = scene.stream.report()
+        assert not report.requests.connected
+        assert (report.responses.connected, report.responses.problem) == (False, "away")
+        scene.broker.fault = lambda _: None
+        scene.ask()
+        await scene.done(1, within_s=60)
+        assert scene.stream.report().publish_failures == 0
+
+
 @pytest.mark.parametrize(
     "operation",
     ["subscribe", "open_topic", "receive", "publish", "confirm", "acknowledge", "extend", "lag"],
