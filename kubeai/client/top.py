@@ -10,12 +10,14 @@ import msgspec
 
 from kubeai.client.gateway import Gateway
 from kubeai.errors import KubeAIError
+from kubeai.logs import printable
 from kubeai.terminal.models import models_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PLAIN_COLUMNS = 200  # of a table that is not for a terminal
+STREAM_PROBLEMS_MAX = 5  # shown above the live table
 
 
 async def print_once(gateway: Gateway, *, as_json: bool, out: IO[str]) -> None:
@@ -30,6 +32,8 @@ async def print_once(gateway: Gateway, *, as_json: bool, out: IO[str]) -> None:
     width = None if out.isatty() else PLAIN_COLUMNS
     console = Console(file=out, width=width, highlight=False)
     with console.capture() as captured:
+        for problem in _stream_problems(state):
+            console.print(problem, markup=False, soft_wrap=True)
         console.print(models_table(state.get("models", [])))
     out.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
@@ -67,5 +71,13 @@ def _view(gateway: Gateway, state: dict[str, Any], problem: str, rows: int) -> R
         f"{ready} of {len(workers)} workers ready  Ctrl-C leaves"
     )
     head = Text(problem, style="red") if problem else Text(line, style="dim")
-    head.no_wrap, head.overflow = True, "ellipsis"
-    return Group(head, Text(""), models_table(models, rows_max=max(1, rows - 4)))
+    streams = [Text(text, style="red") for text in _stream_problems(state)[:STREAM_PROBLEMS_MAX]]
+    for text in (head, *streams):
+        text.no_wrap, text.overflow = True, "ellipsis"
+    table = models_table(models, rows_max=max(1, rows - 4 - len(streams)))
+    return Group(head, *streams, Text(""), table)
+
+
+def _stream_problems(state: dict[str, Any]) -> list[str]:
+    problems = state.get("stream_problems", [])
+    return [f"message stream not connected: {printable(str(problem))}" for problem in problems]

@@ -21,11 +21,13 @@ from kubeai.brokers.streams import open_streams
 from kubeai.gateway.worker import Worker, run_worker
 from kubeai.logs import get_logger
 from kubeai.messenger.relay_client import RelayClient
-from kubeai.messenger.stream import Stream, StreamSettings
+from kubeai.messenger.stream import IN_HAND_MAX_BYTES, Stream, StreamSettings
 from kubeai.routing.channel import REPORT_INTERVAL_S, Drain, Streams, WorkerSettings
 from kubeai.routing.routes import RequestType
 
 log = get_logger(__name__)
+
+ALL_IN_HAND_MAX_BYTES = 256 << 20  # of the messages in hand of all streams, shared equally
 
 
 class Messenger(Worker):
@@ -38,6 +40,8 @@ class Messenger(Worker):
         messaging = settings.messaging or Messaging()
         client = RelayClient(self._server)
         self._context.hold_watcher = client
+        streams = open_streams(messaging)
+        in_hand_max_bytes = min(IN_HAND_MAX_BYTES, ALL_IN_HAND_MAX_BYTES // max(1, len(streams)))
         self._streams = [
             Stream(
                 StreamSettings(
@@ -46,10 +50,11 @@ class Messenger(Worker):
                     stream.responses,
                     stream.max_handlers,
                     messaging.error_max_backoff_s,
+                    in_hand_max_bytes,
                 ),
                 client.send,
             )
-            for stream in open_streams(messaging)
+            for stream in streams
         ]
 
     @override

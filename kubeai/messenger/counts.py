@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from kubeai.brokers.base import BrokerUnavailable
 from kubeai.errors import QUOTED_MAX_CHARS
 from kubeai.logs import get_logger
-from kubeai.routing.channel import Side, StreamReport
+from kubeai.routing.channel import OUTCOMES, Side, StreamReport
 
 log = get_logger(__name__)
 
-CLASSES = ("2xx", "3xx", "4xx", "5xx")
 
-
-def class_of(status: int) -> str:
-    """The class of a status, one of ``CLASSES``."""
+def outcome_of(status: int) -> str:
+    """The class of a status, one of ``OUTCOMES``."""
     return f"{min(max(status // 100, 2), 5)}xx"
 
 
@@ -68,7 +66,7 @@ class Counts:
     retried: int = 0
     dead: int = 0
     publish_failures: int = 0
-    answered: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLASSES, 0))
+    answered: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     lag: int | None = None
 
     def report(self, in_hand: int, held: int) -> StreamReport:

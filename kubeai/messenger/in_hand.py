@@ -21,7 +21,7 @@ from kubeai.brokers.base import Delivery
 from kubeai.logs import get_logger
 from kubeai.messenger.message import Answer, Malformed, Request, read_request, refusal
 from kubeai.messenger.policy import DELIVERIES_MAX_COUNT, Attempts, Verdict, judge
-from kubeai.messenger.relay_client import Gate
+from kubeai.messenger.relay_client import Gate, Overloaded
 from kubeai.openai.errors import BadRequest
 
 log = get_logger(__name__)
@@ -52,8 +52,11 @@ class Shared(NamedTuple):
 
 
 class InHand(Gate):
-    """One message. ``key`` identifies it among the messages in hand; ``task`` handles it. The
-    stream sets both, and ``response_bytes`` once there is a response."""
+    """One message. ``key`` identifies it among the messages in hand.
+
+    The stream sets ``key``, ``response_bytes`` once there is a response, and ``task`` when the task
+    that handles the message has begun: cancelled before, it would not give the message back.
+    """
 
     def __init__(self, delivery: Delivery, shared: Shared) -> None:
         self.id = delivery.id
@@ -71,13 +74,15 @@ class InHand(Gate):
         self._shared = shared
         self._count = delivery.deliveries
         self._attempt = 0  # the current one
-        self._held_since_s = 0.0
+        self._counted_s = 0.0  # until when the time in the current phase is counted
+        self._ran_s = 0.0  # in the current attempt
         self._held_s = 0.0  # in the current attempt
         self._body = delivery.body
         shared.phases[self.phase] += 1
 
     def enter(self, phase: Phase) -> None:
         """Change the phase."""
+        self._count_time()
         self._shared.phases[self.phase] -= 1
         self._shared.phases[phase] += 1
         self.phase = phase
@@ -121,24 +126,21 @@ class InHand(Gate):
     async def _try(self, request: Request) -> Answer:
         attempts = Attempts(self._shared.backoff_max_s)
         request_id = uuid.uuid4().hex
-        clock = asyncio.get_running_loop().time
         while True:
             await self._shared.handlers.acquire()
             self.enter(Phase.RUNNING)
-            self._held_s = 0.0
-            began_s = clock()
+            self._ran_s = self._held_s = 0.0
+            was_sent = True
             try:
                 answer = await self._shared.send(request_id, request, self)
-            except OSError as error:  # no file descriptor is left for the connection
-                error_message = f"The messenger cannot connect to the gateway: {error}."
-                answer = refusal(BadRequest(error_message, status=503), self.path)
+            except Overloaded as overloaded:
+                was_sent, answer = False, overloaded.answer
             finally:
                 held = self._end_attempt()
-            verdict = judge(answer, held)
+            verdict = judge(answer, held or not was_sent)
             if verdict is Verdict.DONE:
                 return answer
-            took_s = clock() - began_s - self._held_s
-            wait_s = attempts.next_s(verdict, answer, took_s, self._held_s)
+            wait_s = attempts.next_s(verdict, answer, self._ran_s, self._held_s)
             if wait_s is None:
                 self.given_up = True
                 return answer
@@ -151,15 +153,19 @@ class InHand(Gate):
     def _end_attempt(self) -> bool:
         """Give back what the attempt has. Returns whether it ended while it was held."""
         self._attempt += 1
+        self._count_time()
         if self.phase is Phase.RUNNING:
             self._shared.handlers.release()
             return False
-        if self.phase is Phase.HELD:
-            self._count_hold()
         return True
 
-    def _count_hold(self) -> None:
-        self._held_s += asyncio.get_running_loop().time() - self._held_since_s
+    def _count_time(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self.phase is Phase.RUNNING:
+            self._ran_s += now_s - self._counted_s
+        elif self.phase is Phase.HELD:
+            self._held_s += now_s - self._counted_s
+        self._counted_s = now_s
 
     # -- called by the gateway ---------------------------------------------------------------------
 
@@ -167,13 +173,11 @@ class InHand(Gate):
     def on_hold(self) -> None:
         if self.phase is Phase.RUNNING:
             self._shared.handlers.release()
-        self._held_since_s = asyncio.get_running_loop().time()
         self.enter(Phase.HELD)
 
     @override
     async def on_endpoint(self) -> None:
         attempt = self._attempt
-        self._count_hold()
         self.enter(Phase.READY)
         await self._shared.handlers.acquire()
         if self._attempt != attempt:  # it has ended meanwhile, without this handler

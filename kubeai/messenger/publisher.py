@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 
-from kubeai.brokers.base import TIMEOUT_S, Broker, MessageTooLarge, Subscription, Topic
+from kubeai.brokers.base import Broker, BrokerUnavailable, MessageTooLarge, Topic
 from kubeai.kube.backoff import Backoff
 from kubeai.messenger.counts import Counts
+from kubeai.messenger.operation import close_quietly, operate
 
 RECONNECT_FIRST_S = 0.5
-# Brokers limit each operation to TIMEOUT_S themselves; this is for an implementation that hangs.
-OPERATION_MAX_S = 2 * TIMEOUT_S
 
 
 class Publisher:
@@ -30,6 +28,7 @@ class Publisher:
         self._topic: Topic | None = None  # the open one
         self._opened = asyncio.Event()
         self._failed = asyncio.Event()
+        self._publishing = 0  # messages
 
     def _new_backoff(self) -> Backoff:
         return Backoff(RECONNECT_FIRST_S, self._backoff_max_s)
@@ -61,8 +60,7 @@ class Publisher:
     async def _open(self) -> Topic:
         while True:
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    return await self._broker.open_topic()
+                return await operate(self._broker.open_topic())
             except Exception as error:  # a library's, too: nothing may end this task
                 self._counts.responses.note_problem(error)
             await asyncio.sleep(self._backoff.next_s())
@@ -77,9 +75,9 @@ class Publisher:
             await self._opened.wait()
             topic = self._topic
             assert topic is not None, "opened"
+            self._publishing += 1
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    await topic.publish(body, attributes)
+                await operate(topic.publish(body, attributes))
             except MessageTooLarge:
                 raise
             except Exception as error:
@@ -88,7 +86,19 @@ class Publisher:
             else:
                 self._backoff.reset()
                 return
+            finally:
+                self._publishing -= 1
             await asyncio.sleep(own.next_s())
+
+    def check(self) -> None:
+        """Open the topic again, unless a message is being published, which shows its state.
+
+        Called when the connection for requests is lost: the broker may have gone, which an idle
+        topic does not notice.
+        """
+        if self._topic is not None and not self._publishing:
+            self._backoff.reset()
+            self._fail(self._topic, BrokerUnavailable("checking the connection"))
 
     def _fail(self, topic: Topic, error: Exception) -> None:
         """Stop using a topic; no effect if that has happened already."""
@@ -97,10 +107,3 @@ class Publisher:
             self._opened.clear()
             self._failed.set()
             self._counts.responses.note_problem(error)
-
-
-async def close_quietly(connection: Topic | Subscription) -> None:
-    """Close a connection, and wait for at most OPERATION_MAX_S."""
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(OPERATION_MAX_S):
-            await connection.close()

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 RESPONSE_MAX_BYTES = 64 << 20
 
 
+class Overloaded(Exception):
+    """The gateway has no room for the request: no engine has had it. ``answer`` says why."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
 class Gate(Protocol):
     """Decides when a request that was held may go on."""
 
@@ -43,15 +51,31 @@ class RelayClient:
         """Send a request and return the response. A response that is cut off counts as a 502.
 
         ``request_id``: its X-Request-Id, which no other request in progress has. A cancellation
-        ends the request at the engine, too.
+        ends the request at the engine, too. Overloaded if a limit of the gateway or of the process
+        on connections or on buffered bodies is reached.
         """
         self._gates[request_id] = gate
-        exchange = await self._server.connect(lambda: _Exchange(_encode(request_id, request)))
         try:
-            return await exchange.answer
+            try:
+                exchange = await self._server.connect(
+                    lambda: _Exchange(_encode(request_id, request))
+                )
+            except OSError as error:  # no file descriptor is left
+                message = f"The messenger cannot connect to the gateway: {error}."
+                raise Overloaded(
+                    refusal(BadRequest(message, status=503, code="overloaded"), request.path)
+                ) from None
+            try:
+                answer = await exchange.answer
+            finally:
+                exchange.close()
         finally:
-            exchange.close()
             del self._gates[request_id]
+        # The relay closes the connection after its own refusals, and only then: the Server of a
+        # messenger does not drain.
+        if answer.status == 503 and answer.headers.get("connection") == "close":
+            raise Overloaded(answer)
+        return answer
 
     def on_hold(self, request_id: str) -> None:
         """See :class:`.HoldWatcher`."""
@@ -69,6 +93,7 @@ def _encode(request_id: str, request: Request) -> bytes:
         f"POST {request.path} HTTP/1.1",
         "Host: kubeai",
         "Content-Type: application/json",
+        "Accept-Encoding: identity",
         f"Content-Length: {len(request.body)}",
         f"X-Request-Id: {request_id}",
         *(f"{name}: {value}" for name, value in request.headers.items()),

@@ -28,22 +28,20 @@ from kubeai.brokers.base import (
 )
 from kubeai.kube.backoff import Backoff
 from kubeai.logs import RateLimit, get_logger
-from kubeai.messenger.counts import Counts, SideState, class_of
+from kubeai.messenger.counts import Counts, SideState, outcome_of
 from kubeai.messenger.in_hand import InHand, Phase, Send, Shared
 from kubeai.messenger.message import NULL, Answer, refusal, write_response
-from kubeai.messenger.publisher import (
-    OPERATION_MAX_S,
-    RECONNECT_FIRST_S,
-    Publisher,
-    close_quietly,
-)
+from kubeai.messenger.operation import close_quietly, operate
+from kubeai.messenger.publisher import RECONNECT_FIRST_S, Publisher
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.channel import StreamReport
 
 log = get_logger(__name__)
 
 PARKED_MAX_COUNT = 256  # messages in hand beyond maxHandlers
-IN_HAND_MAX_BYTES = 64 << 20  # of their requests and responses; then no more are received
+# Of their requests and responses; then no more are received. The process takes about three times as
+# much: the broker's library, the messenger and the gateway each have a copy of a request.
+IN_HAND_MAX_BYTES = 64 << 20
 RECEIVE_MAX_COUNT = 32  # at once: by as much may these limits be exceeded
 EXTEND_MAX_COUNT = 32  # deadlines that are extended at once
 REDELIVERIES_MAX_COUNT = 8  # of one message that are remembered, to be acknowledged too
@@ -64,6 +62,7 @@ class StreamSettings(NamedTuple):
     responses: Broker
     max_handlers: int
     backoff_max_s: float
+    in_hand_max_bytes: int = IN_HAND_MAX_BYTES
 
 
 class _Connection:
@@ -143,8 +142,7 @@ class Stream:
     async def _connect(self) -> _Connection:
         while True:
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    subscription = await self._settings.requests.subscribe()
+                subscription = await operate(self._settings.requests.subscribe())
                 self.counts.requests.note_connected()
                 return _Connection(subscription, self.counts.requests)
             except Exception as error:  # a library's, too: nothing may end the stream
@@ -160,6 +158,7 @@ class Stream:
         self._connection = connection
         try:
             await connection.failed.wait()
+            self._publisher.check()
         finally:
             self.counts.requests.note_closed()
             self._connection = None
@@ -182,8 +181,7 @@ class Stream:
                 if delivery not in message.deliveries:
                     return
                 try:
-                    async with asyncio.timeout(OPERATION_MAX_S):
-                        await delivery.extend()
+                    await operate(delivery.extend())
                 except Exception as error:
                     if delivery in message.deliveries:  # not acknowledged meanwhile
                         connection.fail(error)
@@ -197,8 +195,7 @@ class Stream:
         """Ask the broker for its lag, as long as the connection lasts."""
         while True:
             try:
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    self.counts.lag = await connection.subscription.lag()
+                self.counts.lag = await operate(connection.subscription.lag())
             except Exception as error:  # receiving notices if the connection has failed
                 self.counts.lag = None
                 log.debug("lag unknown", stream=self._settings.name, error=str(error))
@@ -207,15 +204,19 @@ class Stream:
     # -- receiving ---------------------------------------------------------------------------------
 
     async def _receive(self, connection: _Connection) -> None:
-        while True:
+        # A library may return a result although it was cancelled, as asyncio.wait_for does in
+        # Python 3.11. So the cancellation alone does not end this loop.
+        while not self._stopping:
             await self._wait_for_room()
             await self._pause_after_errors()
             count = await self._wait_for_room()
             try:
-                deliveries = await connection.subscription.receive(count)
+                deliveries = await operate(connection.subscription.receive(count), None)
             except Exception as error:
                 connection.fail(error)
                 return
+            if connection.failed.is_set():
+                return  # they come again
             self._backoff.reset()
             for delivery in deliveries:
                 self._take(connection, delivery)
@@ -224,12 +225,14 @@ class Stream:
         """How many more messages may be received now."""
         if not self._publisher.connected:
             return 0  # other replicas may be able to answer
-        if sum(message.size_bytes for message in self._in_hand.values()) >= IN_HAND_MAX_BYTES:
-            return 0
         phases, max_handlers = self._shared.phases, self._settings.max_handlers
         free = max_handlers - phases[Phase.READY] - phases[Phase.RUNNING]
         left = max_handlers + PARKED_MAX_COUNT - len(self._in_hand)
-        return min(free, left, RECEIVE_MAX_COUNT)
+        count = min(free, left, RECEIVE_MAX_COUNT)
+        if count <= 0:
+            return 0
+        in_hand_bytes = sum(message.size_bytes for message in self._in_hand.values())
+        return count if in_hand_bytes < self._settings.in_hand_max_bytes else 0
 
     async def _wait_for_room(self) -> int:
         while (count := self._room()) <= 0:
@@ -266,18 +269,21 @@ class Stream:
         if delivery.id_is_unique and known is None:
             message.key = delivery.id
         self._in_hand[message.key] = message
-        message.task = self._start(self._handle(message, dict(delivery.attributes)))
+        self._start(self._handle(message, dict(delivery.attributes)))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
     # -- one message -------------------------------------------------------------------------------
 
     async def _handle(self, message: InHand, attributes: dict[str, str]) -> None:
+        message.task = asyncio.current_task()
         try:
+            if self._stopping:  # it was received while the drain began
+                await self._release(message)
+                return
             answer = await message.respond(attributes)
             if answer.status < 400:
                 self._errors = 0
@@ -288,13 +294,17 @@ class Stream:
                 self._note_dead(message, answer)
             message.enter(Phase.PUBLISHING)
             await self._publish(message, answer)
-            self.counts.answered[class_of(answer.status)] += 1
+            self.counts.answered[outcome_of(answer.status)] += 1
             self._remember(message)
             while message.deliveries:
                 connection, delivery = self._connection, message.deliveries.pop(0)
                 assert connection is not None, "deliveries are dropped with their connection"
                 await self._acknowledge(connection, delivery)
         except asyncio.CancelledError:
+            await self._release(message)
+        except Exception:
+            log.exception("message failed, releasing it", message_id=message.id)
+            self._errors += 1
             await self._release(message)
         finally:
             del self._in_hand[message.key]
@@ -343,8 +353,7 @@ class Stream:
     async def _acknowledge(self, connection: _Connection, delivery: Delivery) -> None:
         """Acknowledge a delivery. If that fails, the message comes again, and is recognised."""
         try:
-            async with asyncio.timeout(OPERATION_MAX_S):
-                await delivery.acknowledge()
+            await operate(delivery.acknowledge())
         except Exception as error:
             connection.fail(error)
 
@@ -353,8 +362,7 @@ class Stream:
         message.enter(Phase.RELEASING)
         while message.deliveries:
             with contextlib.suppress(Exception):  # then the end of the connection releases it
-                async with asyncio.timeout(OPERATION_MAX_S):
-                    await message.deliveries.pop().release()
+                await operate(message.deliveries.pop().release())
 
     # -- drain -------------------------------------------------------------------------------------
 
@@ -367,7 +375,6 @@ class Stream:
         self._stopping = True
         if self._receiving is not None:
             self._receiving.cancel()
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun releases nothing
         try:
             async with asyncio.timeout(timeout_s):
                 while self._in_hand:

@@ -22,6 +22,8 @@ from kubeai.routing.routes import Snapshot as Snapshot
 
 MESSAGE_MAX_BYTES = 256 << 20
 SETTINGS_VARIABLE = "KUBEAI_WORKER"  # the environment variable with a worker's settings, JSON
+# Linux limits a variable, with its name, to 128 KiB. The rest is for the numbers of descriptors.
+SETTINGS_MAX_BYTES = 127 << 10
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):
@@ -72,6 +74,10 @@ class Demand(msgspec.Struct, frozen=True, tag="demand", array_like=True):
     model: str
 
 
+# The outcomes by which answered messages are counted: classes of status.
+OUTCOMES = ("2xx", "3xx", "4xx", "5xx")
+
+
 class Side(msgspec.Struct, frozen=True, array_like=True):
     """The state of a stream's connection to the broker of its requests, or of its responses."""
 
@@ -90,7 +96,7 @@ class StreamReport(msgspec.Struct, frozen=True, array_like=True):
     retried: int = 0  # attempts that failed and were repeated
     dead: int = 0  # messages given up: answered with the last attempt's error
     publish_failures: int = 0
-    answered: dict[str, int] = {}  # by class of status: "2xx" to "5xx"
+    answered: dict[str, int] = {}  # by outcome
     in_hand: int = 0  # received, and not yet answered
     held: int = 0  # those that wait for an endpoint of their model
     lag: int | None = None  # messages that wait in the broker; None: unknown

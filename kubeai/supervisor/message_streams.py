@@ -17,9 +17,8 @@ from typing_extensions import override
 
 from kubeai.api.config.system import Messaging
 from kubeai.brokers.urls import public_url
-from kubeai.routing.channel import Side, StreamReport, Streams
+from kubeai.routing.channel import OUTCOMES, Side, StreamReport, Streams
 
-CLASSES = ("2xx", "3xx", "4xx", "5xx")
 # A messenger that reports nothing for this long is killed: its event loop hangs.
 SILENCE_MAX_S = 60.0
 _SIDES = ("requests", "responses")
@@ -110,7 +109,7 @@ class MessageStreams(Collector):
             total = self._before[i] + Counter(_counts(report))
             for name, counter in counters.items():
                 counter.add_metric(labels, total[name])
-            for outcome in CLASSES:
+            for outcome in OUTCOMES:
                 answered.add_metric((*labels, outcome), total[outcome])
             gauges["in_hand"].add_metric(labels, report.in_hand)
             gauges["held"].add_metric(labels, report.held)

@@ -21,6 +21,8 @@ log = get_logger(__name__)
 
 TYPE = "kubeai.org/MessagingConnected"
 INTERVAL_S = 5.0
+# Between writes that change only the message: an error may have another text at each attempt.
+MESSAGE_INTERVAL_S = 60.0
 MESSAGE_MAX_CHARS = 1024
 BACKOFF_MAX_S = 300.0  # after a failed write, such as without the permission for it
 
@@ -41,14 +43,17 @@ class PodCondition:
     async def run(self) -> None:
         """Write the condition at most every ``INTERVAL_S``, and at once if it is new."""
         backoff = Backoff(INTERVAL_S, BACKOFF_MAX_S)
+        clock = asyncio.get_running_loop().time
+        written_s = 0.0
         while True:
             problems = self._problems()
             wanted = ("False" if problems else "True", "; ".join(problems)[:MESSAGE_MAX_CHARS])
             wait_s = INTERVAL_S
-            if wanted != self._written:
+            is_new = self._written is None or wanted[0] != self._written[0]
+            if is_new or (wanted != self._written and clock() - written_s >= MESSAGE_INTERVAL_S):
                 try:
                     await self._write(*wanted)
-                    self._written = wanted
+                    self._written, written_s = wanted, clock()
                     backoff.reset()
                 except ApiError as error:
                     if not backoff.failures:

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from kubeai._journal import Journal
@@ -27,7 +28,7 @@ from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator
 from kubeai.processes import Spawn, spawn_by_exec
-from kubeai.routing.channel import Drain
+from kubeai.routing.channel import SETTINGS_MAX_BYTES, Drain
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route, Snapshot
 from kubeai.supervisor.cache_sizes import CacheSizes
@@ -65,6 +66,19 @@ def check_streams(config: SystemConfig) -> None:
     open_streams(config.messaging)
 
 
+def check_settings(config: SystemConfig) -> None:
+    """ConfigError if what a process gets of the config does not fit into its environment."""
+    gateway = msgspec.json.encode(config.gateway)
+    messaging = msgspec.json.encode(config.messaging)
+    size_bytes = len(gateway) + len(messaging)
+    if size_bytes > SETTINGS_MAX_BYTES:
+        raise ConfigError(
+            "messaging.streams" if len(messaging) > len(gateway) else "gateway",
+            f"the sections gateway and messaging have {size_bytes >> 10} KiB together as JSON, at "
+            f"most {SETTINGS_MAX_BYTES >> 10} KiB are possible; shorten them",
+        )
+
+
 class Supervisor:
     """Connects the operator to the workers and keeps the worker processes running.
 
@@ -93,6 +107,7 @@ class Supervisor:
         if not 1 <= workers <= workers_max:
             raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
         check_streams(config)
+        check_settings(config)
         check_tracing()
         self.config = config
         columns = workers + has_streams
@@ -138,6 +153,7 @@ class Supervisor:
                 self._fleet,
                 self._traffic,
                 workers=self._worker_states,
+                stream_problems=lambda: self._streams.problems,
                 synced=lambda: self.synced,
                 local=local,
             )

@@ -116,7 +116,7 @@ async def test_a_refusal_is_shown_with_its_message(page, console):
     await expect(banner).to_contain_text("The console is only served to loopback addresses.")
 
 
-async def test_workers_that_are_not_ready_are_shown(page, console):
+async def test_workers_and_message_streams_that_are_not_ready_are_shown(page, console):
     console.workers = [
         {"worker": 0, "ready": True, "restarts": 0},
         {"worker": 1, "ready": False, "restarts": 3},
@@ -126,6 +126,10 @@ async def test_workers_that_are_not_ready_are_shown(page, console):
     await expect(banner).to_contain_text("Worker 1 of 2 is not ready.")
     await expect(page.locator("#workers")).to_have_text("1 of 2 workers ready")
     console.workers[1]["ready"] = True
+    console.stream_problems = ["nats://jobs: requests: refused"]
+    console.push()
+    await expect(banner).to_contain_text("streams not connected: nats://jobs: requests: refused.")
+    console.stream_problems = []
     console.push()
     await expect(banner).to_be_hidden()
     await expect(page.locator("#workers")).to_have_text("2 workers")

@@ -127,6 +127,7 @@ class World:
             Fleet(self.operator, self.publisher, self.table, self.traffic),
             self.traffic,
             lambda: self.workers,
+            lambda: ["nats://jobs: requests: refused"],
             lambda: True,
             **{"local": True, **options},
         )

@@ -69,7 +69,14 @@ class FakeGateway:
 class Scene:
     """A stream between a broker's queues ``requests`` and ``responses``, and a fake gateway."""
 
-    def __init__(self, broker: MemoryBroker, *, handlers: int = 4, backoff_max_s: float = 30.0):
+    def __init__(
+        self,
+        broker: MemoryBroker,
+        *,
+        handlers: int = 4,
+        backoff_max_s: float = 30.0,
+        in_hand_max_bytes: int = 64 << 20,
+    ):
         self.broker = broker
         self.gateway = FakeGateway()
         self.settings = StreamSettings(
@@ -78,6 +85,7 @@ class Scene:
             broker.client("responses"),
             handlers,
             backoff_max_s,
+            in_hand_max_bytes,
         )
         self.stream = Stream(self.settings, self.gateway.send)
 

@@ -135,6 +135,7 @@ class ScriptedConsole:
         self.logs: dict[str, list[str]] = {}
         self.requests: list[dict[str, Any]] = []
         self.workers = [{"worker": 0, "ready": True, "restarts": 0}]
+        self.stream_problems: list[str] = []
         self.can = {"scale": True, "apply": True, "delete": True}
         self.refusals: dict[str, tuple[int, str]] = {}  # path below /ui/api → status, message
         self.chat = Chat.at_once()
@@ -213,6 +214,7 @@ class ScriptedConsole:
             "synced": True,
             "can": self.can,
             "workers": self.workers,
+            "stream_problems": self.stream_problems,
             "models": [self.models[name] for name in sorted(self.models)],
         }
 

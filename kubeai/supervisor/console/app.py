@@ -60,7 +60,9 @@ class _Scale(msgspec.Struct, forbid_unknown_fields=True):
 class Console:
     """The application and its socket. ``path``: of the socket, for the workers.
 
-    ``workers`` and ``synced`` are called for each state. ``local``: on one machine.
+    ``workers``, ``stream_problems`` and ``synced`` are called for each state.
+
+    ``local``: on one machine.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Console:
         fleet: Fleet,
         traffic: Traffic,
         workers: Callable[[], Iterable[Worker]],
+        stream_problems: Callable[[], list[str]],
         synced: Callable[[], bool],
         *,
         local: bool,
@@ -80,6 +83,7 @@ class Console:
         self._fleet = fleet
         self._traffic = traffic
         self._workers = workers
+        self._stream_problems = stream_problems
         self._synced = synced
         self._local = local
         self._actions = Actions(kube, namespace, local=local)
@@ -179,6 +183,7 @@ class Console:
             synced=self._synced(),
             can=await self._actions.can(),
             workers=list(self._workers()),
+            stream_problems=self._stream_problems(),
             models=self._fleet.models(),
         )
 

@@ -69,7 +69,7 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """The list of Models and workers."""
+    """The list of Models and workers. ``stream_problems``: what is not connected, and why."""
 
     version: str
     time_s: float
@@ -78,6 +78,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     synced: bool
     can: Can
     workers: Sequence[Worker]
+    stream_problems: Sequence[str]
     models: Sequence[ModelSummary]
 
 

@@ -36,6 +36,13 @@ async def test_once_prints_a_plain_table(gateway):
     assert embed.endswith("pulling image, 1 of 3")
 
 
+async def test_message_streams_that_are_not_connected_are_named(gateway):
+    gateway.state = STATE | {"stream_problems": ["nats://jobs: requests: [Errno 111] refused"]}
+    first, *table = (await once(gateway)).splitlines()
+    assert first == "message stream not connected: nats://jobs: requests: [Errno 111] refused"
+    assert len(table) == 3
+
+
 async def test_json_is_the_state(gateway):
     assert json.loads(await once(gateway, as_json=True)) == STATE
 

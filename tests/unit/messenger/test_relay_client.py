@@ -1,6 +1,7 @@
 """Requests of the messenger, through a real server in this process."""
 
 import asyncio
+import errno
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from fakes.world import World
 
 from kubeai.messenger import relay_client
 from kubeai.messenger.message import NULL, Request
-from kubeai.messenger.relay_client import RelayClient
+from kubeai.messenger.relay_client import Overloaded, RelayClient
 
 LOOP_FACTORIES = {"uvloop": uvloop.new_event_loop}  # the event loop of the messenger
 
@@ -139,6 +140,66 @@ async def test_the_gateways_limit_on_bodies_applies(start):
     world = await start(body_max_bytes=1000)
     world.route("m", {"pod": await world.engine(says(b"{}"))})
     assert (await send(world, request(prompt="x" * 2000))).status == 413
+
+
+@pytest.mark.parametrize("mib", [1, 8])
+async def test_a_body_beyond_the_limit_is_a_413_even_if_most_of_it_was_not_read(start, mib):
+    world = await start(body_max_bytes=1000)
+    assert (await send(world, request(prompt="x" * (mib << 20)))).status == 413
+
+
+async def test_a_request_for_which_the_gateway_has_no_connection_left_was_not_sent(start):
+    world = await start(connections_max=1)
+    world.route("m", {"pod": await world.engine(lambda wire, message: asyncio.sleep(60))})
+    first = sending(world)
+    await until(lambda: active(world, "message") == 1)
+    with pytest.raises(Overloaded) as caught:
+        await send(world, request_id="id-2")
+    assert caught.value.answer.status == 503
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_a_request_that_the_gateway_cannot_buffer_was_not_sent(start):
+    world = await start(buffer_max_bytes=300_000)
+    world.route("m", {})
+    first = sending(world, request(prompt="x" * 200_000))
+    await until(lambda: world.held("m") == 1)
+    with pytest.raises(Overloaded):
+        await send(world, request(prompt="x" * 200_000), request_id="id-2")
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_an_engines_503_is_an_answer(start):
+    world = await start(retries=0)
+
+    async def script(wire, message):
+        await wire.send(answer(503, b"{}", "Connection: close"))
+        wire.close()
+
+    world.route("m", {"pod": await world.engine(script)})
+    assert (await send(world)).status == 503
+
+
+async def test_a_request_that_cannot_connect_was_not_sent(start, monkeypatch):
+    world = await start()
+
+    async def connect(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(world.server, "connect", connect)
+    with pytest.raises(Overloaded) as caught:
+        await send(world)
+    assert b"Too many open files" in caught.value.answer.body
+
+
+async def test_the_engine_is_asked_for_a_response_without_compression(start):
+    world = await start()
+    engine = await world.engine(says(b"{}"))
+    world.route("m", {"pod": engine})
+    await send(world)
+    assert engine.requests[0].one("accept-encoding") == "identity"
 
 
 async def test_a_response_in_chunks_is_collected(start):

@@ -1,6 +1,7 @@
 """How one stream treats messages, on virtual time, between a fake broker and a fake gateway."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 from fakes.broker import MemoryBroker
@@ -90,6 +91,18 @@ async def test_a_fault_of_the_messenger_itself_loses_no_message():
         assert scene.answers[0]["metadata"] == {"prompt": "hi"}
 
 
+async def test_a_fault_after_the_response_gives_the_message_back(monkeypatch):
+    def broken(metadata, answer):
+        monkeypatch.undo()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(streams, "write_response", broken)
+    async with Scene(MemoryBroker()).running() as scene:
+        scene.ask()
+        await scene.done(1, within_s=60)
+        assert scene.stream.report().requests.connections == 1
+
+
 # -- attempts --------------------------------------------------------------------------------------
 
 
@@ -158,6 +171,27 @@ async def test_messages_of_a_cold_model_do_not_block_others():
         cold.set()
         await scene.done(6, within_s=6)
         assert scene.gateway.serving_max == 1, "those that were held took turns"
+
+
+async def test_a_cold_model_is_asked_for_no_more_messages_at_a_time_than_there_are_handlers():
+    """What the gateway holds counts as load: more would add replicas that the stream cannot use."""
+    async with Scene(MemoryBroker(), handlers=2).running() as scene:
+        cold = scene.gateway.cold["cold"] = asyncio.Event()
+        for name in ("cold", "cold_adapter", "other"):
+            scene.gateway.cold[name] = cold
+        for prompt in range(20):
+            scene.ask("cold_adapter" if prompt % 2 else "cold", prompt)
+        scene.ask("other")
+        await scene.until("all are in hand", lambda: scene.stream.report().held == 21)
+        assert Counter(body["model"] for body in scene.gateway.requests) == {
+            "cold": 1,
+            "cold_adapter": 1,
+            "other": 1,
+        }
+        cold.set()
+        await scene.done(21)
+        assert scene.gateway.serving_max == 2
+        assert set(scene.answered.values()) == {1}
 
 
 async def test_a_retry_that_is_held_again_gives_its_handler_back():
@@ -238,9 +272,8 @@ async def test_messages_in_hand_are_limited(monkeypatch):
         await scene.done(50)
 
 
-async def test_bytes_in_hand_are_limited(monkeypatch):
-    monkeypatch.setattr(streams, "IN_HAND_MAX_BYTES", 10_000)
-    async with Scene(MemoryBroker(), handlers=1).running() as scene:
+async def test_bytes_in_hand_are_limited():
+    async with Scene(MemoryBroker(), handlers=1, in_hand_max_bytes=10_000).running() as scene:
         cold = scene.gateway.cold["cold"] = asyncio.Event()
         for _ in range(10):
             scene.ask("cold", "x" * 2500)

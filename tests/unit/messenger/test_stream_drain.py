@@ -2,9 +2,11 @@
 
 import asyncio
 
-from fakes.broker import MemoryBroker, faults
+from fakes import broker as broker_module
+from fakes.broker import MemoryBroker, MemorySubscription, faults
 from fakes.messenger import Scene, error, ok
 from fakes.time import FAKE_TIME
+from typing_extensions import override
 
 from kubeai.messenger.in_hand import InHand
 
@@ -86,6 +88,33 @@ async def test_a_drain_gives_back_what_has_only_just_been_received():
         await scene.until("it is drained", lambda: drains and drains[0].done())
         assert now() - began_s < 10
         assert scene.broker.queue("requests").waiting or scene.answers
+
+
+class StubbornSubscription(MemorySubscription):
+    """Returns what has arrived although it is cancelled, like asyncio.wait_for in Python 3.11."""
+
+    @override
+    async def receive(self, count_max):
+        try:
+            return await super().receive(count_max)
+        except asyncio.CancelledError:
+            self.queue.arrived.set()
+            return await super().receive(count_max)
+
+
+async def test_a_drain_ends_even_if_the_cancellation_of_receive_gets_lost(monkeypatch):
+    monkeypatch.setattr(broker_module, "MemorySubscription", StubbornSubscription)
+    async with Scene(MemoryBroker(), handlers=2).running() as scene:
+        await scene.until("it receives", lambda: scene.broker.received_max)
+        queue = scene.broker.queue("requests")
+        for number in range(20):  # unnoticed, until the receiver is cancelled
+            scene.ask("m", number)
+        queue.arrived.clear()
+        drain = asyncio.create_task(scene.stream.drain(60))
+        await drain
+        await asyncio.sleep(10)
+        assert len(queue.waiting) + len(scene.answers) == 20
+        assert len(scene.answers) <= 2, "nothing is received after the drain has begun"
 
 
 async def test_a_drain_without_a_connection_ends():

@@ -2,8 +2,9 @@
 
 import asyncio
 
-from fakes.broker import MemoryBroker, faults
-from fakes.messenger import Scene
+import pytest
+from fakes.broker import Connection, MemoryBroker, faults
+from fakes.messenger import Scene, ok
 from fakes.time import FAKE_TIME
 
 from kubeai.brokers.base import BrokerUnavailable
@@ -53,6 +54,60 @@ async def test_a_response_that_was_computed_while_the_broker_was_away_is_publish
         away = False
         await scene.done(1, within_s=60)
         assert len(scene.gateway.requests) == 1
+
+
+async def test_an_idle_stream_reports_that_the_broker_has_gone_on_both_sides():
+    def away(_):
+        raise BrokerUnavailable("away")
+
+    async with Scene(MemoryBroker()).running() as scene:
+        await scene.until("it is connected", lambda: scene.stream.report().responses.connected)
+        scene.broker.fault = away
+        scene.broker.cut()
+        await asyncio.sleep(5)
+        report = scene.stream.report()
+        assert not report.requests.connected
+        assert (report.responses.connected, report.responses.problem) == (False, "away")
+        scene.broker.fault = lambda _: None
+        scene.ask()
+        await scene.done(1, within_s=60)
+        assert scene.stream.report().publish_failures == 0
+
+
+@pytest.mark.parametrize(
+    "operation",
+    ["subscribe", "open_topic", "receive", "publish", "confirm", "acknowledge", "extend", "lag"],
+)
+async def test_a_cancellation_that_a_library_makes_up_is_an_error_like_others(operation):
+    """aiokafka, for one, awaits a task that it has itself cancelled."""
+    left = [operation] * 3
+
+    def fault(current):
+        if current in left:
+            left.remove(current)
+            raise asyncio.CancelledError
+
+    broker = MemoryBroker(ack_deadline_s=3)
+    broker.fault = fault
+    async with Scene(broker).running() as scene:
+        scene.gateway.serves["slow"] = lambda *_: asyncio.sleep(60, ok())
+        for number in range(5):
+            scene.ask("slow", number)
+        await scene.done(5, within_s=600)
+        assert not left
+
+
+async def test_a_cancellation_that_a_library_makes_up_in_close_is_ignored(monkeypatch):
+    async def close(connection):
+        connection.end()
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Connection, "close", close)
+    async with Scene(MemoryBroker()).running() as scene:
+        for number in range(3):
+            scene.ask(prompt=number)
+            await scene.done(number + 1, within_s=60)
+            scene.broker.cut()
 
 
 async def test_a_message_whose_acknowledgement_was_lost_is_not_served_again():

@@ -7,7 +7,7 @@ from kubeai.api.config.system import parse_config
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.routing.channel import Side, StreamReport, Streams
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
-from kubeai.supervisor.supervisor import WORKERS_MAX, Supervisor, check_streams
+from kubeai.supervisor.supervisor import WORKERS_MAX, Supervisor, check_settings, check_streams
 
 UP, DOWN = Side(True, 1), Side(False, 1, "connection refused")
 CONFIG = """
@@ -116,6 +116,23 @@ def test_a_bad_url_is_a_config_error_that_names_it():
         check_streams(config)
     assert caught.value.path == "messaging.streams[0].requestsURL"
     assert "secret" not in str(caught.value)
+
+
+def test_what_is_no_url_is_a_config_error_without_its_text():
+    config = parse_config(CONFIG.replace("nats://me:secret@jobs?queue=q", "nats://me:secret@[jobs"))
+    with pytest.raises(ConfigError, match="is not a URL") as caught:
+        check_streams(config)
+    assert caught.value.path == "messaging.streams[0].requestsURL"
+    assert "secret" not in str(caught.value)
+
+
+def test_more_streams_than_fit_into_the_messengers_settings_are_a_config_error():
+    stream = f'  - {{requestsURL: "nats://{"j" * 200}", responsesURL: "nats://{"r" * 200}"}}\n'
+    config = parse_config("messaging:\n  streams:\n" + stream * 300)
+    with pytest.raises(ConfigError, match="KiB") as caught:
+        check_settings(config)
+    assert caught.value.path == "messaging.streams"
+    check_settings(parse_config("messaging:\n  streams:\n" + stream * 200))
 
 
 def test_the_messenger_counts_for_the_limit_on_workers():

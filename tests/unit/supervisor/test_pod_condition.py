@@ -52,6 +52,18 @@ async def test_it_is_written_when_it_changes():
         assert kube.conditions[1:] == [("True", "")]
 
 
+async def test_a_message_that_keeps_changing_is_written_once_a_minute():
+    kube, problems = FakeKube(), ["0"]
+    async with running(kube, problems):
+        for number in range(600):
+            problems[0] = str(number)
+            await asyncio.sleep(1)
+        assert 9 <= len(kube.conditions) <= 12
+        problems[0] = "last"
+        await asyncio.sleep(70)
+        assert kube.conditions[-1] == ("False", "last")
+
+
 @pytest.mark.parametrize("status", [403, 0], ids=["forbidden", "no response"])
 async def test_a_failure_is_repeated_with_back_off(status):
     kube = FakeKube()

@@ -87,7 +87,7 @@ function showConnection() {
 
 function showBanner() {
   const { kind, message, retryAt, outage_s: outage } = store.connection;
-  const problems = kind === "live" ? workerProblems() : "";
+  const problems = kind === "live" ? `${workerProblems()} ${streamProblems()}`.trim() : "";
   const back = kind === "live" && Date.now() < recovered;
   setAttribute(banner, "hidden", !(kind === "lost" || back || problems));
   setAttribute(banner, "data-kind", kind === "lost" ? "lost" : back ? "back" : "warning");
@@ -111,6 +111,13 @@ function workerProblems() {
   const names = down.map((worker) => worker.worker).join(", ");
   return `${down.length === 1 ? "Worker" : "Workers"} ${names} of ${store.state.workers.length} `
     + `${down.length === 1 ? "is" : "are"} not ready.`;
+}
+
+function streamProblems() {
+  const problems = store.state.stream_problems ?? [];
+  if (problems.length === 0) return "";
+  const more = problems.length > 3 ? ` and ${problems.length - 3} more` : "";
+  return `Message streams not connected: ${problems.slice(0, 3).join("; ")}${more}.`;
 }
 
 function showState() {

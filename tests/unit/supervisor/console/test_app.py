@@ -103,6 +103,7 @@ async def test_the_state(world):
     assert (state["local"], state["namespace"], state["synced"]) == (True, "default", True)
     assert state["can"] == {"scale": True, "apply": True, "delete": True}
     assert state["workers"] == [{"worker": 0, "ready": True, "restarts": 0}]
+    assert state["stream_problems"] == ["nats://jobs: requests: refused"]
     first, second = state["models"]
     assert (first["name"], first["state"], first["reason"]) == (
         "a",
