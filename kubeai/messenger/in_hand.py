@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 from typing_extensions import override
@@ -34,16 +35,36 @@ class Phase(Enum):
 
     READY = "waits for a handler"
     RUNNING = "is being served"
-    HELD = "waits for an endpoint of its model"
+    HELD = "waits for an endpoint of its model, or behind others that do"
     BACKING_OFF = "waits for its next attempt"
     PUBLISHING = "is being answered"
     RELEASING = "is given back to the broker"
+
+
+class Turns:
+    """Limits the requests that the gateway has at a time for each Model of a stream.
+
+    What the gateway holds counts as load of the Model. If it held more requests than the stream has
+    handlers, the autoscaler would add replicas that the stream cannot use.
+    """
+
+    def __init__(self, max_handlers: int) -> None:
+        self._max_handlers = max_handlers
+        self._by_model: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def of(self, model: str) -> asyncio.Semaphore:
+        """The semaphore of a Model. It exists as long as a message uses it."""
+        turns = self._by_model.get(model)
+        if turns is None:
+            turns = self._by_model[model] = asyncio.Semaphore(self._max_handlers)
+        return turns
 
 
 class Shared(NamedTuple):
     """What the messages of a stream share."""
 
     handlers: asyncio.Semaphore
+    turns: Turns
     phases: Counter[Phase]  # messages in each phase
     changed: Callable[[], None]  # called when one has changed its phase
     retried: Callable[[], None]  # called before an attempt is repeated because one has failed
@@ -73,7 +94,7 @@ class InHand(Gate):
         self.phase = Phase.READY
         self._shared = shared
         self._count = delivery.deliveries
-        self._attempt = 0  # the current one
+        self._attempts = 0  # that have ended
         self._counted_s = 0.0  # until when the time in the current phase is counted
         self._ran_s = 0.0  # in the current attempt
         self._held_s = 0.0  # in the current attempt
@@ -125,19 +146,14 @@ class InHand(Gate):
 
     async def _try(self, request: Request) -> Answer:
         attempts = Attempts(self._shared.backoff_max_s)
+        turns = self._shared.turns.of(request.model)
         request_id = uuid.uuid4().hex
         while True:
-            await self._shared.handlers.acquire()
-            self.enter(Phase.RUNNING)
             self._ran_s = self._held_s = 0.0
-            was_sent = True
-            try:
-                answer = await self._shared.send(request_id, request, self)
-            except Overloaded as overloaded:
-                was_sent, answer = False, overloaded.answer
-            finally:
-                held = self._end_attempt()
-            verdict = judge(answer, held or not was_sent)
+            if turns.locked():
+                self.enter(Phase.HELD)
+            async with turns:
+                answer, verdict = await self._attempt(request_id, request)
             if verdict is Verdict.DONE:
                 return answer
             wait_s = attempts.next_s(verdict, answer, self._ran_s, self._held_s)
@@ -150,9 +166,22 @@ class InHand(Gate):
             await asyncio.sleep(wait_s)
             self.enter(Phase.READY)
 
+    async def _attempt(self, request_id: str, request: Request) -> tuple[Answer, Verdict]:
+        self.enter(Phase.READY)
+        await self._shared.handlers.acquire()
+        self.enter(Phase.RUNNING)
+        was_sent = True
+        try:
+            answer = await self._shared.send(request_id, request, self)
+        except Overloaded as overloaded:
+            was_sent, answer = False, overloaded.answer
+        finally:
+            held = self._end_attempt()
+        return answer, judge(answer, held or not was_sent)
+
     def _end_attempt(self) -> bool:
         """Give back what the attempt has. Returns whether it ended while it was held."""
-        self._attempt += 1
+        self._attempts += 1
         self._count_time()
         if self.phase is Phase.RUNNING:
             self._shared.handlers.release()
@@ -177,10 +206,10 @@ class InHand(Gate):
 
     @override
     async def on_endpoint(self) -> None:
-        attempt = self._attempt
+        attempts = self._attempts
         self.enter(Phase.READY)
         await self._shared.handlers.acquire()
-        if self._attempt != attempt:  # it has ended meanwhile, without this handler
+        if self._attempts != attempts:  # it has ended meanwhile, without this handler
             self._shared.handlers.release()
         else:
             self.enter(Phase.RUNNING)

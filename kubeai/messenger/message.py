@@ -21,6 +21,7 @@ import msgspec
 
 from kubeai.errors import quoted
 from kubeai.openai.errors import BadRequest, error_answer
+from kubeai.openai.request import split_model
 from kubeai.openai.routes import Kind, classify
 
 DEFAULT_PATH = Kind.COMPLETIONS.value
@@ -41,6 +42,7 @@ class Request(msgspec.Struct, frozen=True):
     path: str
     body: bytes
     headers: dict[str, str]  # names in lower case
+    model: str = ""  # the Model that the body names, without an adapter
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -70,7 +72,10 @@ class _Metadata(msgspec.Struct):
     metadata: msgspec.Raw = NULL
 
 
-class _Streaming(msgspec.Struct):
+class _Fields(msgspec.Struct):
+    """What is read of a request's body."""
+
+    model: Any = None
     stream: Any = None
 
 
@@ -84,7 +89,7 @@ class _Response(msgspec.Struct, omit_defaults=True):
 
 _decode_message = msgspec.json.Decoder(_Message).decode
 _decode_metadata = msgspec.json.Decoder(_Metadata).decode
-_decode_streaming = msgspec.json.Decoder(_Streaming).decode
+_decode_fields = msgspec.json.Decoder(_Fields).decode
 _decode_raw = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -108,8 +113,10 @@ def read_request(body: bytes, attributes: Mapping[str, str]) -> Request:
         payload = bytes(message.body)
         if not payload:
             raise BadRequest("The message has no body.", param="body")
-        _check_stream(kind, payload)
-        return Request(metadata, path, payload, _headers(attributes))
+        fields = _read_fields(payload)
+        _check_stream(kind, fields.stream)
+        model = split_model(fields.model)[0] if isinstance(fields.model, str) else ""
+        return Request(metadata, path, payload, _headers(attributes), model)
     except BadRequest as error:
         raise Malformed(error, metadata, path) from None
 
@@ -164,15 +171,16 @@ def _check_path(path: str) -> Kind:
     return target.kind
 
 
-def _check_stream(kind: Kind, body: bytes) -> None:
-    """Refuse a request for a streamed response: the answer is one message.
-
-    Whether the body is otherwise valid is for the gateway to say.
-    """
+def _read_fields(body: bytes) -> _Fields:
+    """Whether the body is otherwise valid is for the gateway to say."""
     try:
-        stream = _decode_streaming(body).stream
+        return _decode_fields(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return
+        return _Fields()
+
+
+def _check_stream(kind: Kind, stream: object) -> None:
+    """Refuse a request for a streamed response: the answer is one message."""
     if stream is True or (stream is None and kind in _STREAM_BY_DEFAULT):
         raise BadRequest(
             'The answer to a message is not streamed. Set "stream" to false.',

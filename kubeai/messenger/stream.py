@@ -29,7 +29,7 @@ from kubeai.brokers.base import (
 from kubeai.kube.backoff import Backoff
 from kubeai.logs import RateLimit, get_logger
 from kubeai.messenger.counts import Counts, SideState, outcome_of
-from kubeai.messenger.in_hand import InHand, Phase, Send, Shared
+from kubeai.messenger.in_hand import InHand, Phase, Send, Shared, Turns
 from kubeai.messenger.message import NULL, Answer, refusal, write_response
 from kubeai.messenger.operation import close_quietly, operate
 from kubeai.messenger.publisher import RECONNECT_FIRST_S, Publisher
@@ -93,6 +93,7 @@ class Stream:
         )
         self._shared = Shared(
             asyncio.Semaphore(settings.max_handlers),
+            Turns(settings.max_handlers),
             Counter(),
             self._changed.set,
             self._count_retry,
