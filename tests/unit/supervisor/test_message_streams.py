@@ -120,7 +120,7 @@ def test_a_bad_url_is_a_config_error_that_names_it():
 
 def test_what_is_no_url_is_a_config_error_without_its_text():
     config = parse_config(CONFIG.replace("nats://me:secret@jobs?queue=q", "nats://me:secret@[jobs"))
-    with pytest.raises(ConfigError, match="is not a URL") as caught:
+    with pytest.raises(ConfigError, match="is not a valid URL") as caught:
         check_streams(config)
     assert caught.value.path == "messaging.streams[0].requestsURL"
     assert "secret" not in str(caught.value)
