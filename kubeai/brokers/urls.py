@@ -27,7 +27,7 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "nats": Implementation("nats", "Nats", "nats", "nats"),
+    "nats": Implementation("nats.broker", "Nats", "nats", "nats"),
     "kafka": Implementation("kafka", "Kafka", "aiokafka", "kafka"),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
     "awssqs": Implementation("sqs.broker", "SQS", "aiobotocore", "sqs"),

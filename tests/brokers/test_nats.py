@@ -33,9 +33,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from harness import until
 from nats.js.api import AckPolicy
 
-from kubeai.brokers import nats_core
 from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable, MessageTooLarge
-from kubeai.brokers.nats_jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
+from kubeai.brokers.nats import core as nats_core
+from kubeai.brokers.nats.jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
 from kubeai.brokers.urls import open_broker
 from kubeai.local import certificates
 

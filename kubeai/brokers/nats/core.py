@@ -28,7 +28,6 @@ from urllib.parse import quote_plus, unquote_plus
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as LibrarySubscription
 
-from kubeai.brokers import gob
 from kubeai.brokers.base import (
     BrokerUnavailable,
     Delivery,
@@ -36,7 +35,8 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
-from kubeai.brokers.nats_connection import Connection
+from kubeai.brokers.nats import gob
+from kubeai.brokers.nats.connection import Connection
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

@@ -44,8 +44,8 @@ from kubeai.brokers.base import (
     MessageTooLarge,
     Subscription,
 )
-from kubeai.brokers.nats_connection import Connection
-from kubeai.brokers.nats_core import MESSAGE_ID, CoreTopic, Headers
+from kubeai.brokers.nats.connection import Connection
+from kubeai.brokers.nats.core import MESSAGE_ID, CoreTopic, Headers
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)

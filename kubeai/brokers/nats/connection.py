@@ -2,7 +2,7 @@
 
 Wraps nats-py's client, without the library's own reconnection. Its operations run in a
 :class:`~kubeai.brokers.lifetime.Lifetime`: a cancelled PING breaks the library's read loop. Used by
-``nats_core.py`` and ``nats_jetstream.py``.
+``core.py`` and ``jetstream.py``.
 """
 
 from __future__ import annotations
