@@ -53,6 +53,8 @@ class Poller:
             self._ready = list(await self._poll(count))
         except Exception as error:  # whatever it is, `receive` raises it
             self._error = error
+        except asyncio.CancelledError:  # by the library, unless `close` has done it
+            self._error = BrokerUnavailable("the broker's library has cancelled the receive")
         self._polling = None
         self._watch()
 

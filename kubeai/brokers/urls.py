@@ -66,13 +66,19 @@ class BrokerUrl(NamedTuple):
 
 def public_url(text: str) -> str:
     """A URL without user and password, for logs, errors and metrics."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # its error has the URL
+        return f"{text.partition(':')[0]}://…"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def parse_broker_url(text: str, path: str, environment: Mapping[str, str]) -> BrokerUrl:
     """Parse a broker's URL. ConfigError if it is not one, or repeats an option."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # a bracket without its counterpart, for example
+        raise ConfigError(path, f"{quoted(public_url(text))} is not a valid URL") from None
     options: dict[str, str] = {}
     url = BrokerUrl(text, path, parts, options, environment)
     if parts.scheme not in IMPLEMENTATIONS:
