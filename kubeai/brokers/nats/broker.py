@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from kubeai.brokers.base import Broker, Subscription, Topic
 from kubeai.brokers.nats.connection import Connection, read_settings
-from kubeai.brokers.nats.core import CoreSubscription, CoreTopic, Headers
+from kubeai.brokers.nats.core import Backlog, CoreSubscription, CoreTopic, Headers
 from kubeai.brokers.nats.jetstream import JetStreamSubscription, JetStreamTopic
 from kubeai.brokers.urls import BrokerUrl
 
@@ -46,6 +46,7 @@ class Nats(Broker):
             if set(url.options.get(option, "")) & set(" \t.*>/\\" if self._jetstream else " \t"):
                 raise url.error(f"has an invalid character in the option {option}")
         self._settings = read_settings(url)
+        self._backlog = Backlog()
 
     async def subscribe(self) -> Subscription:
         """Connect, and join the queue group or bind to the consumer."""
@@ -56,7 +57,7 @@ class Nats(Broker):
                     connection, self._headers, self._subject, self._queue, self._stream
                 )
             return await CoreSubscription.open(
-                connection, self._headers, self._subject, self._queue
+                connection, self._headers, self._subject, self._queue, self._backlog
             )
         except BaseException:
             await connection.close()

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from kubeai.brokers.base import BrokerUnavailable, Delivery
-from kubeai.brokers.polling import UNCLAIMED_S, Poller
+from kubeai.brokers.inbox import UNCLAIMED_S
+from kubeai.brokers.polling import Poller
 
 pytestmark = pytest.mark.looptime
 
