@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from kubeai.brokers.base import BrokerUnavailable, Delivery
+from kubeai.brokers.base import Delivery
 
 UNCLAIMED_S = 1.0
 
@@ -73,5 +73,5 @@ class Inbox:
 
 
 async def _release(delivery: Delivery) -> None:
-    with contextlib.suppress(BrokerUnavailable):
+    with contextlib.suppress(Exception):  # then the broker redelivers it by itself
         await delivery.release()

@@ -116,7 +116,7 @@ async def stream_of(server, **options):
     """A new stream; yields its name, its subject and JetStream."""
     number = next(_numbers)
     name, subject = f"STREAM-{number}", f"requests.{number}"
-    client = await nats.connect(server.environment["NATS_SERVER_URL"])
+    client = await nats.connect(server.environment["NATS_SERVER_URL"], allow_reconnect=False)
     try:
         js = client.jetstream()
         await js.add_stream(name=name, subjects=[subject], **options)
@@ -317,6 +317,7 @@ class TestCoreOptions:
         await until("all have arrived", lambda: len(inner._backlog.messages) == 500)
         (in_hand,) = await one.receive(1)
         server.restart()
+        await until("the end is noticed", lambda: inner.connection.lifetime._reason)
         with pytest.raises(BrokerUnavailable):
             await in_hand.acknowledge()
         await one.close()
