@@ -91,6 +91,8 @@ bench: .venv/installed-test  ## run all benchmarks and write docs/performance.md
 	$(BIN)/python bench/gateway_vs_nginx.py --json build/bench/gateway.json
 	$(BIN)/python bench/gateway_at_scale.py --json build/bench/scale.json
 	$(BIN)/python bench/stall.py --json build/bench/stall.json
+	BROKERS=$$(tests/brokers/build.sh || true) \
+		$(BIN)/python bench/messages.py --json build/bench/messages.json
 	$(BIN)/python bench/instructions.py --json build/bench/instructions.json
 	KUBEBUILDER_ASSETS=$$(tests/cluster/build.sh || true) \
 		$(BIN)/python bench/control_plane.py --json build/bench/control.json

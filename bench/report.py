@@ -1,10 +1,10 @@
 """Write docs/performance.md from the benchmarks' results.
 
-    python bench/report.py build/bench docs/performance.md [--only-control-plane]
+    python bench/report.py build/bench docs/performance.md [--only-control-plane | --only-messages]
 
 The folder holds ``micro.json`` (pytest-benchmark) and ``gateway.json``, ``scale.json``,
-``stall.json``, ``instructions.json`` and ``control.json``; a part that was not measured is named
-as missing. With the option, all but the control plane's section stays as it was.
+``stall.json``, ``instructions.json``, ``messages.json`` and ``control.json``; a part that was not
+measured is named as missing. With an option, all but its section stays as it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import messages_report
 from instructions import shares
 
 MICRO = "pytest bench --benchmark-enable --benchmark-only"
@@ -185,7 +186,7 @@ SAFETY = (
 class Report:
     def __init__(self, folder: Path) -> None:
         self.found = {}
-        for name in ("micro", "gateway", "scale", "instructions", "stall", "control"):
+        for name in ("micro", "gateway", "scale", "instructions", "stall", "messages", "control"):
             path = folder / f"{name}.json"
             self.found[name] = json.loads(path.read_text()) if path.exists() else {}
         micro = self.found["micro"].get("benchmarks", [])
@@ -340,7 +341,7 @@ class Report:
             table(("what", "bar", "measured", "met", "command"), [self.cells(r) for r in self.rows])
         )
         parts += [self.gateway(), self.connections(), self.latency(), self.instructions()]
-        parts += [self.control(), safety()]
+        parts += [messages_report.section(self.found["messages"]), self.control(), safety()]
         return "\n".join(part for part in parts if part).rstrip() + "\n"
 
     @staticmethod
@@ -533,15 +534,18 @@ def main() -> int:
     folder, out = map(Path, sys.argv[1:3])
     report = Report(folder)
     if "--only-control-plane" in sys.argv[3:]:
-        out.write_text(with_section(out.read_text(), report.control()))
+        out.write_text(with_section(out.read_text(), CONTROL_HEADING, report.control()))
+    elif "--only-messages" in sys.argv[3:]:
+        section = messages_report.section(report.found["messages"])
+        out.write_text(with_section(out.read_text(), messages_report.HEADING, section))
     else:
         out.write_text(report.text())
     return 0
 
 
-def with_section(text: str, section: str) -> str:
-    """Replace the control plane section of ``text``, or insert it before the safety section."""
-    old = re.compile(rf"^{CONTROL_HEADING}\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
+def with_section(text: str, heading: str, section: str) -> str:
+    """Replace the section with this heading, or insert it before the safety section."""
+    old = re.compile(rf"^{heading}\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
     text = old.sub("", text)
     return text.replace("## Safety\n", section + "\n## Safety\n", 1)
 

@@ -53,7 +53,9 @@ class Delivery(ABC):
     async def acknowledge(self) -> None:
         """Tell the broker that the message is done. Returns once the broker has been told.
 
-        The broker must not deliver the message again after it has processed this.
+        The broker must not deliver the message again after it has processed this. The exception is
+        a message that the broker has already given to another receiver, because its deadline has
+        passed or its partition has moved: then neither this nor ``release`` has an effect.
         """
 
     @abstractmethod

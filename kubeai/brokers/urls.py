@@ -24,14 +24,15 @@ class Implementation(NamedTuple):
     name: str
     library: str  # the module that the extra installs
     extra: str
+    repeatable: tuple[str, ...] = ()  # options that a URL may give several times
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "nats": Implementation("nats.broker", "Nats", "nats", "nats"),
-    "kafka": Implementation("kafka", "Kafka", "aiokafka", "kafka"),
+    "kafka": Implementation("kafka.broker", "Kafka", "aiokafka", "kafka", ("topic",)),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
     "awssqs": Implementation("sqs.broker", "SQS", "aiobotocore", "sqs"),
-    "gcppubsub": Implementation("pubsub", "PubSub", "google.cloud.pubsub_v1", "pubsub"),
+    "gcppubsub": Implementation("pubsub.broker", "PubSub", "google.cloud.pubsub_v1", "pubsub"),
     "azuresb": Implementation("servicebus", "ServiceBus", "azure.servicebus", "servicebus"),
 }
 SCHEMES = ", ".join(f"{scheme}://" for scheme in IMPLEMENTATIONS)
@@ -43,7 +44,7 @@ class BrokerUrl(NamedTuple):
     text: str
     path: str  # in the config, for errors
     parts: SplitResult
-    options: dict[str, str]  # the query
+    options: dict[str, str]  # the query; of a repeated option, the first value
     environment: Mapping[str, str]
 
     def error(self, problem: str) -> ConfigError:
@@ -56,6 +57,11 @@ class BrokerUrl(NamedTuple):
             if option not in known:
                 allowed = f"the options are {', '.join(known)}" if known else "there are no options"
                 raise self.error(f"has the unknown option {option}; {allowed}")
+
+    def values(self, option: str) -> list[str]:
+        """All values of an option."""
+        query = parse_qsl(self.parts.query, keep_blank_values=True)
+        return [value for name, value in query if name == option]
 
     def variable(self, name: str) -> str:
         """The value of an environment variable; ConfigError if it is not set."""
@@ -74,7 +80,7 @@ def public_url(text: str) -> str:
 
 
 def parse_broker_url(text: str, path: str, environment: Mapping[str, str]) -> BrokerUrl:
-    """Parse a broker's URL. ConfigError if it is not one, or repeats an option."""
+    """Parse a broker's URL. ConfigError if it is not one, or repeats an option that it must not."""
     try:
         parts = urlsplit(text)
     except ValueError:  # a bracket without its counterpart, for example
@@ -84,9 +90,9 @@ def parse_broker_url(text: str, path: str, environment: Mapping[str, str]) -> Br
     if parts.scheme not in IMPLEMENTATIONS:
         raise url.error(f"does not begin with one of {SCHEMES}")
     for option, value in parse_qsl(parts.query, keep_blank_values=True):
-        if option in options:
+        if option in options and option not in IMPLEMENTATIONS[parts.scheme].repeatable:
             raise url.error(f"gives the option {option} twice")
-        options[option] = value
+        options.setdefault(option, value)
     return url
 
 

@@ -330,7 +330,30 @@ Processes = Annotated[
 class Sending:
     """How requests to a real endpoint are sent."""
 
-    timeout: Annotated[str | None, option("Request timeout. Default: 300s.", SENDING)] = None
+    via: Annotated[
+        str | None,
+        option(
+            "Send requests as messages to this topic, such as nats://requests; see messaging.md. "
+            "Responses are not streamed. The endpoint's URL is then optional, with --model.",
+            SENDING,
+        ),
+    ] = None
+    via_responses: Annotated[
+        str | None,
+        option(
+            "Subscription that receives the responses, such as nats://responses; no other consumer "
+            "may share it.",
+            SENDING,
+        ),
+    ] = None
+    timeout: Annotated[
+        str | None,
+        option(
+            "Request timeout. By message, a request without a response is then lost. "
+            "Default: 300s.",
+            SENDING,
+        ),
+    ] = None
     api_key: Annotated[
         str | None, option("API key, sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
     ] = None

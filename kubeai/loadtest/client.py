@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, cast
 
@@ -147,7 +147,7 @@ class Response:
         reader = self.reader
         self.body = b"".join(self._parts) if reader is None else reader.body
         if self.status >= 300:
-            self.end(f"status {self.status}", _one_line(self.body))
+            self.end(f"status {self.status}", one_line(self.body))
         elif reader is None:
             self.end("")
         else:
@@ -198,6 +198,7 @@ class Client:
         self.idle: list[Connection] = []
         self.open: set[Connection] = set()
         self.readers: set[Reader] = set()  # of streams in flight
+        self.counts: Mapping[str, int] = {}  # none that only this client knows
         self.poller: Poller | None = None  # None with TLS
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if address.tls else None
@@ -426,7 +427,8 @@ def _handle_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
         loop.default_exception_handler(context)
 
 
-def _one_line(body: bytes) -> str:
+def one_line(body: bytes) -> str:
+    """The beginning of a response's body, without line breaks."""
     return " ".join(body.decode(errors="replace").split())[:500]
 
 

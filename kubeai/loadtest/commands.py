@@ -35,14 +35,19 @@ def app() -> typer.Typer:
 
 
 def run(
-    url: Annotated[
-        str, typer.Argument(help="Base URL of the endpoint, such as http://host:port/openai/v1.")
-    ],
     traffic: arguments.Traffic,
     load: arguments.Load,
     sending: arguments.Sending,
     judging: arguments.Judging,
     files: arguments.Files,
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="Base URL of the endpoint, such as http://host:port/openai/v1. Required without "
+            "--via.",
+            show_default=False,
+        ),
+    ] = "",
     model: arguments.Model = "",
     duration: Annotated[
         str | None,
@@ -65,6 +70,9 @@ def run(
     from kubeai.loadtest import run as running
     from kubeai.loadtest.reports import output
 
+    if not url and sending.via is None:
+        raise OptionError("URL: required without --via")
+    options.check_by_message(sending, judging, processes)
     bounded = duration is not None or traffic.conversations is not None
     exact = options.is_exact(traffic)
     if len(options.counts("--concurrency", load.concurrency)) > 1:
@@ -89,7 +97,7 @@ def run(
                 shape_given=options.is_shape_given(traffic),
                 ignore_eos=sending.ignore_eos,
                 objective=options.objective(judging),
-                selection=options.selection(judging),
+                selection=options.selection(judging, by_message=sending.via is not None),
                 name=name,
             ),
             output.outputs(files),
@@ -127,14 +135,16 @@ def sweep(
     from kubeai.loadtest.reports import output
 
     objective, limits = options.objective(judging), options.limits(rates.slo or ())
+    options.check_by_message(sending, judging, processes, limits)
     if not objective and any(limit.metric == "goodput" for limit in limits):
         raise OptionError("--slo: goodput requires --goodput, which says what counts")
     plan = sweeping.plan(rates, limits)
-    selection = options.with_limits(options.selection(judging), limits)
+    by_message = sending.via is not None
+    selection = options.with_limits(options.selection(judging, by_message=by_message), limits)
     sent = options.traffic(traffic, endless=traffic.conversations is None)
     warm_up_s = options.seconds("--warm-up", rates.warm_up)
     outputs = output.outputs(files)
-    if not url:
+    if not url and not by_message:
         simulation = simulating.Simulation(
             traffic=sent,
             load=plan.load(plan.start),
@@ -328,9 +338,10 @@ def _scenario(url: str, model: str, sending: arguments.Sending) -> Any:
         Scenario,
         url=url,
         model=model,
+        via=options.via(url, model, sending),
         headers=options.headers(sending.header or [], sending.api_key),
         endpoint_header=sending.endpoint_header,
-        stream=sending.stream,
+        stream=sending.stream and sending.via is None,
         extra_body=options.fields("--body", sending.body),
         timeout_s=options.seconds("--timeout", sending.timeout, 300.0, positive=True),
     )

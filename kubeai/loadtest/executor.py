@@ -14,13 +14,14 @@ import contextlib
 import itertools
 import resource
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
-from kubeai.loadtest import client, sse
+from kubeai.loadtest import sse
+from kubeai.loadtest.client import Response
 from kubeai.loadtest.messages import Batch
 from kubeai.loadtest.scenario import ClosedLoop, RequestLoop, Scenario
 from kubeai.simulation.results import Gaps, Measurement
@@ -37,6 +38,24 @@ EARLY_S = 0.0005
 SLOT_STAGGER_S = 0.0005
 # Pause after a failure: without it, a slot whose requests fail immediately would spin.
 FAILED_PAUSE_S = 0.5
+
+
+class Sender(Protocol):
+    """What sends requests: over HTTP or by message."""
+
+    @property
+    def readers(self) -> set[sse.Reader]:
+        """Of streams in flight."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What only the sender knows, such as duplicate responses, since the start."""
+
+    def request(self, method: str, path: str, body: bytes = b"") -> bytes:
+        """Encode a request; ``path`` is relative to the endpoint's."""
+
+    async def send(self, request: bytes, reader: sse.Reader | None = None) -> Response:
+        """Send a request and wait for its response or failure, which `Response.error` reports."""
 
 
 class Prepared(NamedTuple):
@@ -95,7 +114,7 @@ class Executor:
     Call `prepare`, then `run` once; `take` returns the measurements since the previous call.
     """
 
-    def __init__(self, scenario: Scenario, to: client.Client) -> None:
+    def __init__(self, scenario: Scenario, to: Sender) -> None:
         self._scenario, self._client = scenario, to
         self._source: Iterator[tuple[int, Conversation]] = iter(())
         self._ahead: deque[Prepared] = deque()
@@ -163,6 +182,7 @@ class Executor:
             last=last,
             dropped=self._dropped,
             used_up=self._used_up,
+            message_counts=dict(self._client.counts),
         )
         self._measurements, self._gaps = [], Gaps()
         self._beats_late_s, self._error_messages = [], {}

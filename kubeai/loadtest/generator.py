@@ -18,9 +18,11 @@ import msgspec
 import uvloop
 from typing_extensions import override
 
+from kubeai.brokers.urls import open_broker
 from kubeai.errors import KubeAIError
 from kubeai.loadtest.client import Address, Client
 from kubeai.loadtest.executor import Executor
+from kubeai.loadtest.message_client import MessageClient
 from kubeai.loadtest.messages import Failed, FromGenerator, Go, Ready, Stop, frame, receive
 from kubeai.loadtest.scenario import ClosedLoop, RequestLoop, Scenario
 
@@ -74,14 +76,7 @@ async def _generate(out_fd: int) -> None:
     with contextlib.suppress(asyncio.IncompleteReadError):
         scenario = msgspec.msgpack.decode(await receive(inbox), type=Scenario)
         try:
-            _raise_file_limit(scenario)
-            client = Client(
-                Address(scenario.url),
-                scenario.headers,
-                timeout_s=scenario.timeout_s,
-                endpoint_header=scenario.endpoint_header,
-            )
-            await client.resolve()
+            client = await _connect(scenario)
             executor = Executor(scenario, client)
             executor.prepare()
         except KubeAIError as error:
@@ -92,8 +87,37 @@ async def _generate(out_fd: int) -> None:
             gc.set_threshold(GC_THRESHOLD)
             outbox.send(Ready())
             await _execute(executor, inbox, outbox)
-            client.close()
+            await _close(client)
     await outbox.close()
+
+
+async def _connect(scenario: Scenario) -> Client | MessageClient:
+    """A client of the endpoint or the broker; KubeAIError if it cannot be reached."""
+    if scenario.via is not None:
+        by_message = MessageClient(
+            open_broker(scenario.via.requests_url, "--via"),
+            open_broker(scenario.via.responses_url, "--via-responses"),
+            timeout_s=scenario.timeout_s,
+            run=os.urandom(8).hex(),
+        )
+        await by_message.open()
+        return by_message
+    _raise_file_limit(scenario)
+    client = Client(
+        Address(scenario.url),
+        scenario.headers,
+        timeout_s=scenario.timeout_s,
+        endpoint_header=scenario.endpoint_header,
+    )
+    await client.resolve()
+    return client
+
+
+async def _close(client: Client | MessageClient) -> None:
+    if isinstance(client, MessageClient):
+        await client.close()
+    else:
+        client.close()
 
 
 async def _execute(executor: Executor, inbox: asyncio.StreamReader, outbox: Outbox) -> None:

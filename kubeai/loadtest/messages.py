@@ -46,6 +46,9 @@ class Batch(msgspec.Struct, tag="batch"):
     last: bool = False
     dropped: int = 0  # in the last batch: requests in flight when the generator was stopped
     used_up: bool = False  # in the last batch: no conversations were left
+    message_counts: dict[
+        str, int
+    ] = {}  # by message: lost, duplicates and the like, since the start
 
 
 class Go(msgspec.Struct, tag="go"):

@@ -19,6 +19,7 @@ from kubeai.loadtest.scenario import (
     ClosedLoop,
     Exact,
     Load,
+    MessageStream,
     OpenLoop,
     RequestLoop,
     Scenario,
@@ -33,6 +34,7 @@ from kubeai.simulation.traffic import SHAPES, Arrivals, RandomLengths
 CONCURRENCY = 32
 NUM_PROMPTS = 1000
 RANDOM = "random"  # the shape of exact lengths
+STREAMED = ("ttft", "tpot", "itl")  # metrics of streamed responses
 ERRORS_MAX_PERCENT = 1.0  # of a sweep's runs, unless an SLO says otherwise
 Arrival = Literal["poisson", "constant", "bursts", "ramp"]
 
@@ -280,9 +282,49 @@ def _arrivals(option: str, rate: float, given: arguments.Load) -> Arrivals:
     )
 
 
-def selection(given: arguments.Judging) -> Selection:
+def via(url: str, model: str, given: arguments.Sending) -> MessageStream | None:
+    """Where requests are sent by message; None: over HTTP."""
+    if given.via is None:
+        if given.via_responses is not None:
+            raise OptionError("--via-responses: requires --via")
+        return None
+    if given.via_responses is None:
+        raise OptionError("--via: requires --via-responses, which receives the responses")
+    if not (url or model):
+        raise OptionError("--via: requires --model, or the endpoint's URL to find its model")
+    return MessageStream(given.via, given.via_responses)
+
+
+def check_by_message(
+    sending: arguments.Sending,
+    judging: arguments.Judging,
+    processes: int,
+    limits: Sequence[Limit] = (),
+) -> None:
+    """OptionError if an option needs what messages lack. No effect without ``--via``."""
+    if sending.via is None:
+        return
+    if processes > 1:
+        raise OptionError("--processes: must be 1 with --via, whose responses arrive at one place")
+    if sending.header:
+        raise OptionError("--header: cannot be combined with --via, because messages have none")
+    found = objective(judging)
+    streamed = {"--goodput": found.ttft_s or found.tpot_s}
+    streamed["--slo"] = any(limit.metric in STREAMED for limit in limits)
+    streamed["--percentile-metrics"] = judging.percentile_metrics is not None and any(
+        name in STREAMED for name in selection(judging).metrics
+    )
+    for option, is_streamed in streamed.items():
+        if is_streamed:
+            raise OptionError(
+                f"{option}: {', '.join(STREAMED)} cannot be measured with --via, because a message "
+                "has the whole response; use e2el"
+            )
+
+
+def selection(given: arguments.Judging, *, by_message: bool = False) -> Selection:
     """The metrics and percentiles to report. A metric that the traffic lacks is left out."""
-    metrics: tuple[str, ...] = DEFAULT_METRICS
+    metrics: tuple[str, ...] = ("e2el",) if by_message else DEFAULT_METRICS
     if given.percentile_metrics is not None:
         metrics = tuple(part.strip() for part in given.percentile_metrics.split(","))
         for name in metrics:

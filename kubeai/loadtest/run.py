@@ -74,6 +74,7 @@ class Collector:
         self.error_messages: dict[str, str] = {}
         self.dropped = 0
         self.used_up = False
+        self.message_counts: dict[str, int] = {}
         self.problems: list[str] = []
 
     def note(self, batch: Batch) -> None:
@@ -81,6 +82,7 @@ class Collector:
         self.measurements += batch.measurements
         self.gaps.merge(batch.gaps)
         self.error_messages = batch.error_messages | self.error_messages
+        self.message_counts = batch.message_counts  # there is one generator, by message
         if batch.last:
             self.dropped += batch.dropped
             self.used_up = self.used_up or batch.used_up
@@ -210,6 +212,9 @@ def interrupted(signals: Signals) -> int:
 
 async def prepare(run_options: RunOptions, signals: Signals) -> Prepared:
     """Complete the scenario with what the endpoint tells; `Interrupted` by a signal."""
+    scenario = run_options.scenario
+    if scenario.via is not None and not scenario.url:
+        return Prepared(scenario, None, _unmeasured_lengths(scenario))
     prepared: Prepared = await signals.finish(
         endpoint.prepare(
             run_options.scenario,
@@ -324,8 +329,8 @@ def _summarize(
 ) -> Results:
     scenario = prepared.scenario
     ended_s = max((usage.wall_s for usage in usages), default=0.0)
-    return results.summarize(
-        run_options.name or f"{scenario.model} at {Address(scenario.url).authority}",
+    found = results.summarize(
+        run_options.name or f"{scenario.model} at {_target(scenario)}",
         _setting(run_options, scenario, collector, usages),
         collector.measurements,
         collector.gaps,
@@ -338,12 +343,27 @@ def _summarize(
             *_client_warnings(scenario, collector, usages),
         ],
     )
+    found.summary |= collector.message_counts
+    return found
+
+
+def _target(scenario: Scenario) -> str:
+    return scenario.via.requests_url if scenario.via else Address(scenario.url).authority
+
+
+def _unmeasured_lengths(scenario: Scenario) -> list[str]:
+    """The warning about exact lengths without an endpoint that counts tokens."""
+    if not isinstance(scenario.traffic, Exact):
+        return []
+    return ["no endpoint's URL is given to count tokens: the lengths of prompts are approximate"]
 
 
 def _warnings(
     scenario: Scenario, collector: Collector, ended_s: float, *, interrupted: bool
 ) -> list[str]:
     found = list(collector.problems)
+    if scenario.via is not None:
+        found.append("sent by message: responses arrive whole, without TTFT, TPOT and ITL")
     kept = [one for one in collector.measurements if one.due_s >= scenario.warm_up_s]
     if interrupted:
         found.append(
@@ -389,6 +409,7 @@ def _setting(
     endless = math.isinf(scenario.begin_until_s)
     return {
         "url": scenario.url,
+        "via": msgspec.to_builtins(scenario.via),
         "model": scenario.model,
         "traffic": traffic,
         "load": msgspec.to_builtins(scenario.load),

@@ -88,14 +88,22 @@ Traffic = Synthetic | Exact | ShareGpt | TraceReplay
 Load = ClosedLoop | OpenLoop | RequestLoop
 
 
+class MessageStream(msgspec.Struct, frozen=True):
+    """Where requests are published as messages, and where their responses are received."""
+
+    requests_url: str  # of a topic
+    responses_url: str  # of a subscription
+
+
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """A run. No request starts more than ``begin_until_s`` after the start (infinite: no limit).
 
     ``in_flight_max`` limits the requests in flight, whatever the load.
     """
 
-    url: str
+    url: str  # with ``via``: only for what the endpoint tells about the model; "" if unknown
     model: str
+    via: MessageStream | None = None
     headers: tuple[tuple[str, str], ...] = ()
     endpoint_header: str = ""
     stream: bool = True

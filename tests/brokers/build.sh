@@ -42,6 +42,16 @@ build_rabbitmq() {
         "$1/usr/lib/erlang/bin/erl"
 }
 
+# Needs a JDK and Maven. The broker's logs are discarded: no logging backend is among its jars.
+build_kafka() {
+    mvn -q -B -f kafka/pom.xml dependency:copy-dependencies "-DoutputDirectory=$1/lib"
+}
+
+# Google's fake of Pub/Sub, which its client library for Go is tested with.
+build_pstest() {
+    (cd pstest && go build -ldflags "-s -w" -o "$1/pstest" .)
+}
+
 # Apache Qpid Proton for Python, compiled, for the peer that behaves as Service Bus does.
 build_servicebus() {
     ../../.venv/bin/pip --disable-pip-version-check install -q --no-deps --target "$1" \

@@ -52,6 +52,7 @@ from kubeai.podspec import build_pod, files
 from kubeai.podspec.cache import evict_job, load_job
 from kubeai.supervisor.console.actions import Actions
 from kubeai.supervisor.console.app import Console
+from kubeai.supervisor.pod_condition import PodCondition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 CACHED = {"cacheProfiles": {"c": {"sharedFilesystem": {"storageClassName": "nfs"}}}}
@@ -60,7 +61,7 @@ DEPLOYMENTS = Resource("apps", "v1", "deployments", "Deployment")
 SERVICES = Resource("", "v1", "services", "Service")
 ACCOUNT = "spec.serviceAccountName"
 # Kinds of others, which a bare API does not have.
-FOREIGN = ("PodMonitor",)
+FOREIGN = ("PodMonitor", "PrometheusRule")
 ALL_ON = {
     "replicaCount": 3,
     "secrets": {
@@ -86,6 +87,7 @@ ALL_ON = {
             "sGLangPodMonitor": {"enabled": True},
             "llamaCppPodMonitor": {"enabled": True},
             "podMonitor": {"enabled": True},
+            "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
         },
         "grafanaDashboard": {"enabled": True, "annotations": {"grafana_folder": "LLM"}},
     },
@@ -98,11 +100,12 @@ ALL_ON = {
     "tolerations": [{"operator": "Exists"}],
     "affinity": {"nodeAffinity": {}},
     "env": [{"name": "A", "value": "b"}],
+    "envFrom": [{"secretRef": {"name": "message-broker"}}],
     "volumes": [{"name": "v", "emptyDir": {}}],
     "volumeMounts": [{"name": "v", "mountPath": "/v"}],
     "gateway": {"holdTimeout": "5m", "bodyMaxBytes": "128Mi"},
     "leaderElection": {"leaseDuration": "20s"},
-    "messaging": {"streams": []},
+    "messaging": {"streams": [{"requestsURL": "nats://a?queue=k", "responsesURL": "nats://b"}]},
     "uninstall": {"deleteModels": True},
     "modelServerPods": {"jsonPatches": [{"op": "add", "path": "/spec/hostNetwork", "value": True}]},
 }
@@ -278,9 +281,39 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
         assert f"| `{resource}`" in documented
 
 
-def test_dashboard_uses_existing_metrics(helm):
+def test_message_streams_and_the_credentials_of_their_brokers_reach_kubeai(helm):
+    streams = [{"requestsURL": "kafka://group?topic=a", "responsesURL": "kafka://b"}]
+    secret = [{"secretRef": {"name": "message-broker"}}]
+    values = {"messaging": {"errorMaxBackoff": "1m", "streams": streams}, "envFrom": secret}
+    rendered = helm.render("kubeai", values=values)
+    messaging = parse_config(config_of(rendered)).messaging
+    assert messaging.error_max_backoff_s == 60
+    assert [each.requests_url for each in messaging.streams] == ["kafka://group?topic=a"]
+    (container,) = one(rendered, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == secret
+
+
+def test_the_pods_condition_may_be_written_only_if_there_are_message_streams(helm):
+    def of_messaging(rendered):
+        return [obj for obj in rendered if obj["metadata"]["name"] == "kubeai-messaging"]
+
+    assert not of_messaging(helm.render("kubeai"))
+    streams = [{"requestsURL": "nats://a", "responsesURL": "nats://b"}]
+    role, binding = of_messaging(helm.render("kubeai", values={"messaging": {"streams": streams}}))
+    assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"]}]
+    source = re.sub(r"\s", "", inspect.getsource(PodCondition._write))
+    assert "patch(PODS" in source
+    assert 'subresource="status"' in source
+
+
+def test_dashboard_and_alerts_use_existing_metrics(helm):
     """KubeAI's by its docs; vLLM's are its own."""
-    rendered = helm.render("kubeai", values={"metrics": {"grafanaDashboard": {"enabled": True}}})
+    metrics = {
+        "grafanaDashboard": {"enabled": True},
+        "prometheusOperator": {"prometheusRule": {"enabled": True}},
+    }
+    rendered = helm.render("kubeai", values={"metrics": metrics})
     (found,) = [obj for obj in rendered if "kubeai.json" in obj.get("data", {})]
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
     panels = json.loads(found["data"]["kubeai.json"])["panels"]
@@ -290,6 +323,11 @@ def test_dashboard_uses_existing_metrics(helm):
         for target in panel.get("targets", ())
         for name in re.findall(r"kubeai_\w+", target["expr"])
     }
+    (group,) = one(rendered, "PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        assert "{{" not in rule["expr"]
+        shown |= set(re.findall(r"kubeai_\w+", rule["expr"]))
+    assert "{{ $labels.stream }}" in group["rules"][0]["annotations"]["summary"]
     told = re.findall(r"`(kubeai_\w+)`", (CHARTS.parent / "docs/metrics.md").read_text())
     of_histograms = {f"{name}_{part}" for name in told for part in ("bucket", "sum", "count")}
     assert shown
@@ -454,7 +492,8 @@ def test_docs_list_pod_security_violations_of_engines(helm, api, namespace):
     ]
     text = (CHARTS.parent / "docs/helm.md").read_text()
     assert [line for line in text.splitlines() if line in rows] == rows, "\n".join(rows)
-    restricted = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    section = text[text.index("\n## Pod Security\n") :]
+    restricted = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
     config = parse_config(config_of(helm.render("kubeai", values=CACHED | restricted)))
     for pod in _pods_of(config).values():
         assert _violations(api, namespace, pod) == []

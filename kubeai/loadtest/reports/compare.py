@@ -56,6 +56,12 @@ COUNTS: dict[str, tuple[Figure, ...]] = {
         Figure("output tokens", ("output_tokens_per_s",), MORE),
         Figure("tokens", ("tokens_per_s",), MORE),
     ),
+    "Messages": (
+        Figure("lost (no response)", ("lost",), LESS),
+        Figure("duplicate responses", ("duplicates",), LESS),
+        Figure("late responses", ("late",), LESS),
+        Figure("responses of other runs", ("foreign",)),
+    ),
     "Cache and balance": (
         Figure("cache hit rate, %", ("hit_rate",), MORE, 100),
         Figure("spread (busiest ÷ mean)", ("spread",), LESS),

@@ -61,7 +61,7 @@ def test_options_are_decoded():
     assert url.parts.netloc == "group"
 
 
-@pytest.mark.parametrize("scheme", ["awssqs", "azuresb"])
+@pytest.mark.parametrize("scheme", IMPLEMENTATIONS)
 def test_each_scheme_names_a_class_that_exists(scheme):
     implementation = IMPLEMENTATIONS[scheme]
     module = importlib.import_module(f"kubeai.brokers.{implementation.module}")
