@@ -34,7 +34,12 @@ from harness import until
 from nats.js.api import AckPolicy
 
 from kubeai.brokers import inbox
-from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable, MessageTooLarge
+from kubeai.brokers.base import (
+    REQUEST_MESSAGE_ID,
+    TIMEOUT_S,
+    BrokerUnavailable,
+    MessageTooLarge,
+)
 from kubeai.brokers.nats import core as nats_core
 from kubeai.brokers.nats.jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
 from kubeai.brokers.urls import open_broker
@@ -406,9 +411,11 @@ class TestAuthentication:
     async def test_forbidden_subject_is_unavailable(self, guarded):
         with pytest.raises(BrokerUnavailable, match=r"(?i)permissions violation.*forbidden"):
             await open_broker("nats://forbidden", CONFIG_PATH, guarded.environment).subscribe()
-        async with topic_of("nats://forbidden", guarded.environment) as topic:
-            with pytest.raises(BrokerUnavailable, match=r"(?i)permissions violation.*forbidden"):
-                await topic.publish(b"{}", {})
+        for url in ("nats://forbidden", "nats://forbidden?jetstream"):
+            async with topic_of(url, guarded.environment) as topic, asyncio.timeout(TIMEOUT_S / 2):
+                refusal = r"(?i)permissions violation.*forbidden"
+                with pytest.raises(BrokerUnavailable, match=refusal):
+                    await topic.publish(b"{}", {})
 
     @pytest.mark.parametrize(
         ("changes", "part"),
