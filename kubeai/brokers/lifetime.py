@@ -99,10 +99,12 @@ class Lifetime:
         for task in self._tasks:
             task.cancel()
         tasks = {*self._tasks, asyncio.ensure_future(closing)}
-        await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-        abort()
-        for task in tasks:
-            task.cancel()
+        try:
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+        finally:  # also if the caller is cancelled
+            abort()
+            for task in tasks:
+                task.cancel()
         await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
         await asyncio.gather(*(task for task in tasks if task.done()), return_exceptions=True)
 

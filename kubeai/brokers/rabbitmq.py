@@ -15,7 +15,8 @@ kinds of queues, quorum queues are replicated, and count deliveries.
   again later: bind a queue to the exchange. Without ``key_name``, the routing key is empty, so use
   a fanout exchange. The property correlation_id has the id of the request's message.
 - AMQP gives messages no identity. A message's id is its property message_id; without one, it is
-  a hash of the message, so that equal messages have the same id. Set message_id on requests.
+  a hash of the message, so that equal messages have the same id, and a message that is redelivered
+  after its response is answered again. Set message_id on requests.
 - Messages are redelivered when the connection ends, and there is no deadline that could be
   extended. But RabbitMQ closes a channel that has a message for longer than its consumer_timeout
   (30 minutes by default), which redelivers all messages in hand. If models take longer to start
@@ -217,6 +218,7 @@ class _RabbitDelivery(Delivery):
         self.body = message.body
         self.attributes = {name: str(value) for name, value in message.headers.items()}
         self.id = message.message_id or _hash_of(message)
+        self.id_is_unique = bool(message.message_id)
         count = message.headers.get(_DELIVERY_COUNT)
         if isinstance(count, int):
             self.deliveries = count + 1

@@ -227,8 +227,11 @@ class Link:
         except Exception as error:  # also AttributeError and the like, when the connection ends
             self.failure = self.failure or self._text(error)
             raise BrokerUnavailable(self.failure) from error
+        except asyncio.CancelledError as error:  # by the library, unless `close` has done it
+            self.failure = self.failure or self._text(error)
+            raise
 
-    def _text(self, error: Exception) -> str:
+    def _text(self, error: BaseException) -> str:
         reason = str(error) or type(error).__name__
         return f"Service Bus: {self._entity}: {reason}"[:ERROR_MAX_CHARS]
 

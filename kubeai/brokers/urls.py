@@ -28,7 +28,7 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "nats": Implementation("nats", "Nats", "nats", "nats"),
+    "nats": Implementation("nats.broker", "Nats", "nats", "nats"),
     "kafka": Implementation("kafka.broker", "Kafka", "aiokafka", "kafka", ("topic",)),
     "rabbit": Implementation("rabbitmq", "RabbitMQ", "aio_pika", "rabbitmq"),
     "awssqs": Implementation("sqs.broker", "SQS", "aiobotocore", "sqs"),
@@ -74,8 +74,8 @@ def public_url(text: str) -> str:
     """A URL without user and password, for logs, errors and metrics."""
     try:
         parts = urlsplit(text)
-    except ValueError:  # it is no URL, so it is not known where a password ends
-        return "…"
+    except ValueError:  # its error has the URL
+        return f"{text.partition(':')[0]}://…"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
@@ -83,8 +83,8 @@ def parse_broker_url(text: str, path: str, environment: Mapping[str, str]) -> Br
     """Parse a broker's URL. ConfigError if it is not one, or repeats an option that it must not."""
     try:
         parts = urlsplit(text)
-    except ValueError:  # its text may contain a password
-        raise ConfigError(path, "is not a valid URL") from None
+    except ValueError:  # a bracket without its counterpart, for example
+        raise ConfigError(path, f"{quoted(public_url(text))} is not a valid URL") from None
     options: dict[str, str] = {}
     url = BrokerUrl(text, path, parts, options, environment)
     if parts.scheme not in IMPLEMENTATIONS:

@@ -22,9 +22,19 @@ build_rabbitmq() {
     (
         mkdir "$1/packages"
         cd "$1/packages"
-        apt-get -qq download rabbitmq-server $(apt-cache depends --recurse --no-recommends \
-            --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances rabbitmq-server |
-            grep -oE '^erlang-[a-z0-9-]+' | sort -u)
+        download() {
+            apt-get -qq download rabbitmq-server $(apt-cache depends --recurse --no-recommends \
+                --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
+                rabbitmq-server | grep -oE '^erlang-[a-z0-9-]+' | sort -u)
+        }
+        if ! download; then # the system's package lists are missing or old, and stay as they are
+            mkdir -p lists/partial cache/archives/partial
+            printf '%s "%s";\n' Dir::State::Lists "$PWD/lists" Dir::Cache "$PWD/cache" \
+                APT::Sandbox::User "$(id -un)" >apt.conf
+            export APT_CONFIG=$PWD/apt.conf
+            apt-get -qq update
+            download
+        fi
         for package in *.deb; do dpkg-deb -x "$package" "$1"; done
         rm -r "$1/packages"
     )

@@ -33,9 +33,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from harness import until
 from nats.js.api import AckPolicy
 
-from kubeai.brokers import nats_core
-from kubeai.brokers.base import REQUEST_MESSAGE_ID, BrokerUnavailable, MessageTooLarge
-from kubeai.brokers.nats_jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
+from kubeai.brokers import inbox
+from kubeai.brokers.base import (
+    REQUEST_MESSAGE_ID,
+    TIMEOUT_S,
+    BrokerUnavailable,
+    MessageTooLarge,
+)
+from kubeai.brokers.nats import core as nats_core
+from kubeai.brokers.nats.jetstream import CREATED_ACK_WAIT_S, HEARTBEAT_S
 from kubeai.brokers.urls import open_broker
 from kubeai.local import certificates
 
@@ -115,7 +121,7 @@ async def stream_of(server, **options):
     """A new stream; yields its name, its subject and JetStream."""
     number = next(_numbers)
     name, subject = f"STREAM-{number}", f"requests.{number}"
-    client = await nats.connect(server.environment["NATS_SERVER_URL"])
+    client = await nats.connect(server.environment["NATS_SERVER_URL"], allow_reconnect=False)
     try:
         js = client.jetstream()
         await js.add_stream(name=name, subjects=[subject], **options)
@@ -195,21 +201,42 @@ class TestJetStreamOptions:
                     await topic.publish(body, {REQUEST_MESSAGE_ID: request})
             assert (await js.stream_info(name)).state.messages == 3
 
-    async def test_closed_subscription_gives_back_what_it_has_requested(self, server):
-        """At once, not after the acknowledgement deadline of a minute."""
+    @pytest.mark.parametrize("unclaimed_s", [0.1, 60])
+    async def test_what_was_requested_and_is_not_received_is_given_back(
+        self, server, monkeypatch, unclaimed_s
+    ):
+        """Soon, or when the subscription is closed; not after the deadline of a minute."""
+        monkeypatch.setattr(inbox, "UNCLAIMED_S", unclaimed_s)
         async with stream_of(server) as (_name, subject, _js):
             url = f"nats://{subject}?jetstream"
             async with topic_of(url, server.environment) as topic:
-                async with subscribed(url, server.environment) as one:
+                one = await open_broker(url, CONFIG_PATH, server.environment).subscribe()
+                try:
                     inner: Any = one
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(ABSENCE_S):
                             await one.receive(5)
                     await asyncio.gather(*(topic.publish(body, {}) for body in numbered(5)))
-                    await until("it has arrived", lambda: len(inner._ready) == 5)
-                async with subscribed(url, server.environment) as two:
-                    deliveries = await receive(two, 5)
+                    if unclaimed_s == 60:
+                        await until("it has arrived", lambda: len(inner._inbox) == 5)
+                        await one.close()
+                    async with subscribed(url, server.environment) as two:
+                        deliveries = await receive(two, 5)
+                finally:
+                    await one.close()
             assert {delivery.body for delivery in deliveries} == set(numbered(5))
+
+    async def test_headers_count_towards_the_limit_of_the_server(self, server):
+        """It ends the connection of a client that exceeds it, and so of other messages."""
+        async with (
+            stream_of(server) as (_, subject, _js),
+            topic_of(f"nats://{subject}?jetstream", server.environment) as topic,
+        ):
+            for spare in range(0, 120, 10):
+                body = b"x" * (MAX_PAYLOAD_BYTES - spare)
+                with pytest.raises(MessageTooLarge, match="max_payload"):
+                    await topic.publish(body, {REQUEST_MESSAGE_ID: "a" * 30})
+            await topic.publish(b"x" * (MAX_PAYLOAD_BYTES - 200), {REQUEST_MESSAGE_ID: "a" * 30})
 
     async def test_limit_of_the_stream_is_a_limit(self, server):
         async with (
@@ -273,14 +300,51 @@ class TestCoreOptions:
         ):
             await asyncio.gather(*(topic.publish(body, {}) for body in numbered(1000)))
             inner: Any = subscription
-            await until("messages were dropped", lambda: inner.connection.dropped > 0)
+            backlog = inner._backlog
+            await until(
+                "all have arrived", lambda: len(backlog.messages) + backlog._dropped == 1000
+            )
             kept = 0
             with contextlib.suppress(TimeoutError):
                 while True:
                     async with asyncio.timeout(ABSENCE_S):
                         kept += len(await subscription.receive(50))
-            assert 100 <= kept <= 100 + nats_core.BUFFER_MAX_COUNT + 2
-            assert sum(fields["count"] for fields in warnings) == 1000 - kept
+            assert kept == 100
+            assert sum(fields["count"] for fields in warnings) == 900
+
+    async def test_what_has_arrived_outlives_the_connection(self, server):
+        url = f"nats://subject.{next(_numbers)}?queue=q"
+        broker = open_broker(url, CONFIG_PATH, server.environment)
+        one = await broker.subscribe()
+        async with topic_of(url.partition("?")[0], server.environment) as topic:
+            await asyncio.gather(*(topic.publish(body, {}) for body in numbered(500)))
+        inner: Any = one
+        await until("all have arrived", lambda: len(inner._backlog.messages) == 500)
+        (in_hand,) = await one.receive(1)
+        server.restart()
+        await until("the end is noticed", lambda: inner.connection.lifetime._reason)
+        with pytest.raises(BrokerUnavailable):
+            await in_hand.acknowledge()
+        await one.close()
+        two = await broker.subscribe()
+        try:
+            rest = await receive(two, 499)
+        finally:
+            await two.close()
+        assert {in_hand.body, *(delivery.body for delivery in rest)} == set(numbered(500))
+
+    async def test_message_of_go_that_is_released_is_still_decoded(self, server):
+        subject = f"subject.{next(_numbers)}"
+        async with subscribed(f"nats://{subject}?queue=q", server.environment) as subscription:
+            client = await nats.connect(server.environment["NATS_SERVER_URL"])
+            await client.publish(subject, GO_MESSAGE)
+            await client.close()
+            (first,) = await receive(subscription, 1)
+            await first.release()
+            (again,) = await receive(subscription, 1)
+        assert again.id == first.id
+        assert again.body == first.body == b'{"path": "/v1/completions"}'
+        assert again.attributes["request_message_id"] == "1"
 
     async def test_message_of_go_without_natsv2_is_decoded(self, server):
         subject = f"subject.{next(_numbers)}"
@@ -347,9 +411,11 @@ class TestAuthentication:
     async def test_forbidden_subject_is_unavailable(self, guarded):
         with pytest.raises(BrokerUnavailable, match=r"(?i)permissions violation.*forbidden"):
             await open_broker("nats://forbidden", CONFIG_PATH, guarded.environment).subscribe()
-        async with topic_of("nats://forbidden", guarded.environment) as topic:
-            with pytest.raises(BrokerUnavailable, match=r"(?i)permissions violation.*forbidden"):
-                await topic.publish(b"{}", {})
+        for url in ("nats://forbidden", "nats://forbidden?jetstream"):
+            async with topic_of(url, guarded.environment) as topic, asyncio.timeout(TIMEOUT_S / 2):
+                refusal = r"(?i)permissions violation.*forbidden"
+                with pytest.raises(BrokerUnavailable, match=refusal):
+                    await topic.publish(b"{}", {})
 
     @pytest.mark.parametrize(
         ("changes", "part"),

@@ -207,7 +207,9 @@ class _Topic(Topic):
         except TimeoutError:
             self._ended = self._ended or reason_of(f"no answer within {PUBLISH_TIMEOUT_S:g} s")
             self._check()
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not cancelled(error):
+                raise
             self._ended = self._ended or reason_of(error)
             self._check()
 

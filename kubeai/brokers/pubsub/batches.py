@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from kubeai.brokers.base import BrokerUnavailable
+
 BATCH_MAX_COUNT = 1000  # of messages or acknowledgements in a call
 BATCH_MAX_BYTES = 9_000_000  # of messages in a call; the limit is 10 MB with everything around them
 
@@ -46,7 +48,9 @@ class Batches(Generic[T]):
             batch = self._next()
             try:
                 await self._send([item for item, _ in batch])
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError):  # of a library; the callers wait
+                    error = BrokerUnavailable("the broker's library has cancelled the call")
                 for _, sent in batch:
                     if not sent.done():
                         sent.set_exception(error)

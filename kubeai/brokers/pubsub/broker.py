@@ -17,7 +17,6 @@ import contextlib
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -51,12 +50,14 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
+from kubeai.brokers.polling import Poller
 from kubeai.brokers.pubsub.batches import BATCH_MAX_COUNT, Batches
 from kubeai.brokers.urls import BrokerUrl
 
 RETRY_S = 10.0  # in which a call that fails is repeated
 CALL_TIMEOUT_S = 12.0
 PULL_TIMEOUT_S = 15.0
+CLOSE_TIMEOUT_S = 5.0  # of giving back what was not received
 PULL_PAUSE_S = 1.0  # after a pull that has failed
 ACK_DEADLINE_MIN_S = 10.0  # that a subscription can have
 MESSAGE_MAX_BYTES = 10_000_000
@@ -180,7 +181,6 @@ class _Connection:
         self._channel = channel
         self._ended: str | None = None
         self._closed = False
-        self.changed = asyncio.Event()  # set when it ends
 
     async def call(
         self,
@@ -207,7 +207,6 @@ class _Connection:
     def end(self, reason: str) -> BrokerUnavailable:
         """Every later use raises BrokerUnavailable, which is returned."""
         self._ended = self._ended or reason
-        self.changed.set()
         return BrokerUnavailable(f"Pub/Sub, {self.path}: {self._ended}")
 
     def check(self) -> None:
@@ -216,10 +215,10 @@ class _Connection:
             raise self.end(self._ended)
 
     def check_cancelled(self) -> None:
-        """BrokerUnavailable if closing the channel has cancelled a call, and nobody the task."""
+        """BrokerUnavailable if gRPC has cancelled a call, and nobody the task."""
         task = asyncio.current_task()
         if task is not None and not task.cancelling():
-            self.check()
+            raise self.end("gRPC has cancelled the call") from None
 
     async def close(self) -> None:
         """Cancel all calls, and close the channel."""
@@ -233,7 +232,6 @@ class _Delivery(Delivery):
     def __init__(self, subscription: _Subscription, received: ReceivedMessage) -> None:
         self._subscription = subscription
         self.ack_id: str = received.ack_id
-        self.expires_s = asyncio.get_running_loop().time() + subscription.ack_deadline_s
         message = received.message
         self.id = message.message_id
         self.body = message.data
@@ -265,8 +263,7 @@ class _Subscription(Subscription):
         self._client = client
         self._receive_max_count = receive_max_count
         self._release_by_deadline = release_by_deadline
-        self._waiting: deque[_Delivery] = deque()  # pulled, but not received so far
-        self._pulling: asyncio.Task[None] | None = None
+        self._poller = Poller(self._pull)
         self.acknowledgements = Batches(self._acknowledge)
         self.extensions = Batches(self._extend)
         self._releases = Batches(self._release)
@@ -285,45 +282,28 @@ class _Subscription(Subscription):
         )
 
     async def receive(self, count_max: int) -> list[Delivery]:
-        changed = self._connection.changed
-        while True:
-            self._connection.check()
-            if deliveries := self._hand_out(count_max):
-                return deliveries
-            if self._pulling is None or self._pulling.done():
-                count = min(count_max, self._receive_max_count)
-                self._pulling = asyncio.create_task(self._pull(count))
-            changed.clear()
-            await changed.wait()
+        self._connection.check()
+        return await self._poller.receive(min(count_max, self._receive_max_count))
 
-    def _hand_out(self, count_max: int) -> list[Delivery]:
-        now_s = asyncio.get_running_loop().time()
-        deliveries: list[Delivery] = []
-        while self._waiting and len(deliveries) < count_max:
-            delivery = self._waiting.popleft()
-            if now_s < delivery.expires_s:
-                deliveries.append(delivery)
-        return deliveries
-
-    async def _pull(self, count_max: int) -> None:
-        """One pull. It is not cancelled with ``receive``, so that no message is in limbo."""
+    async def _pull(self, count: int) -> list[_Delivery]:
         connection = self._connection
+        connection.check()
         try:
             response = await self._client.pull(
-                request={"subscription": connection.path, "max_messages": count_max},
+                request={"subscription": connection.path, "max_messages": count},
                 retry=None,
                 timeout=PULL_TIMEOUT_S,
             )
-            self._waiting += (_Delivery(self, each) for each in response.received_messages)
         except DeadlineExceeded:
             await self._probe()  # there are no messages, or there is no answer
         except _TRANSIENT:
             await asyncio.sleep(PULL_PAUSE_S)
             await self._probe()
         except Exception as error:
-            connection.end(str(error))
-        finally:
-            connection.changed.set()
+            raise connection.end(str(error)) from None
+        else:
+            return [_Delivery(self, each) for each in response.received_messages]
+        return []
 
     async def _probe(self) -> None:
         """End the connection if the service does not answer."""
@@ -378,10 +358,10 @@ class _Subscription(Subscription):
         return None
 
     async def close(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._poller.close()
         await self._connection.close()
-        if self._pulling is not None:
-            self._pulling.cancel()
-            await asyncio.wait([self._pulling])
         for batches in (self.acknowledgements, self.extensions, self._releases):
             await batches.wait()
 

@@ -93,6 +93,9 @@ class Batch:
             answer = await self._client.request(self._operation, Entries=entries)
         except BrokerUnavailable as error:
             failed = dict.fromkeys((entry["Id"] for entry in entries), error)
+        except (Exception, asyncio.CancelledError) as error:  # of the library; the callers wait
+            problem = f"SQS: {self._operation}: {str(error) or type(error).__name__}"
+            failed = dict.fromkeys((entry["Id"] for entry in entries), BrokerUnavailable(problem))
         else:
             failed = {failure["Id"]: self._refused(failure) for failure in answer.get("Failed", [])}
         for entry, waiting in zip(entries, batch, strict=True):

@@ -49,7 +49,7 @@ from kubeai.brokers.base import (
 )
 from kubeai.brokers.polling import Poller
 from kubeai.brokers.sqs.batch import Batch, Entry, Refused
-from kubeai.brokers.sqs.messages import decode, encode, size_bytes
+from kubeai.brokers.sqs.messages import decode, encode, fifo_id, size_bytes
 from kubeai.brokers.urls import BrokerUrl
 from kubeai.logs import get_logger
 
@@ -377,7 +377,7 @@ class SqsTopic(Topic):
             )
         entry: Entry = {"MessageBody": text, "MessageAttributes": encoded}
         if self._is_fifo:
-            identity = attributes.get(REQUEST_MESSAGE_ID) or str(uuid.uuid4())
+            identity = fifo_id(attributes.get(REQUEST_MESSAGE_ID) or str(uuid.uuid4()))
             entry["MessageGroupId"] = attributes.get("MessageGroupId") or identity
             entry["MessageDeduplicationId"] = attributes.get("DeduplicationId") or identity
         try:

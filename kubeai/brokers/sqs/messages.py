@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ _REFUSED = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # What is escaped in a name. An underscore that begins what looks like an escape is escaped as well.
 _ESCAPED = re.compile(r"[^A-Za-z0-9_.-]|^\.|(?<=\.)\.|_(?=_0x)")
 _ESCAPE = re.compile(r"__0x([0-9A-Fa-f]{1,6})__")
+_FIFO_ID = re.compile("[!-~]{1,128}")
 _VALUE_SAFE = "$&+=:@~"  # unescaped in a path, and so in Go's url.PathEscape
 
 
@@ -73,6 +75,13 @@ def size_bytes(text: str, attributes: Mapping[str, Mapping[str, str]]) -> int:
         len(name) + len(value["DataType"]) + len(value["StringValue"])
         for name, value in attributes.items()
     )
+
+
+def fifo_id(request_id: str) -> str:
+    """A request's id, or a digest of it if SQS does not take it as a group or deduplication id."""
+    if _FIFO_ID.fullmatch(request_id):
+        return request_id
+    return hashlib.sha256(request_id.encode()).hexdigest()
 
 
 def decode(message: Mapping[str, Any], raw: bool, topic_arn: str) -> tuple[bytes, dict[str, str]]:

@@ -103,3 +103,12 @@ async def test_close_after_a_fault_aborts_at_once():
 
     await lifetime.close(closing(), lambda: events.append("abort"))
     assert events[:2] == ["abort", "close"]
+
+
+async def test_close_that_is_cancelled_aborts():
+    lifetime = Lifetime("Broker", ())
+    aborted = []
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await lifetime.close(silent(), lambda: aborted.append(1))
+    assert aborted == [1]

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from kubeai.brokers.base import BrokerUnavailable, Delivery
-from kubeai.brokers.polling import UNCLAIMED_S, Poller
+from kubeai.brokers.inbox import UNCLAIMED_S
+from kubeai.brokers.polling import Poller
 
 pytestmark = pytest.mark.looptime
 
@@ -128,4 +129,16 @@ async def test_failed_poll_is_raised_by_each_receive(error):
     for _ in range(2):
         with pytest.raises(type(error)):
             await poller.receive(1)
+    await poller.close()
+
+
+async def test_poll_that_the_library_cancels_is_a_failed_one():
+    async def poll(count: int) -> list[Delivery]:
+        raise asyncio.CancelledError
+
+    poller = Poller(poll)
+    for _ in range(2):
+        with pytest.raises(BrokerUnavailable, match="cancelled"):
+            async with asyncio.timeout(1):
+                await poller.receive(1)
     await poller.close()

@@ -69,6 +69,9 @@ def test_id_is_the_message_id_or_else_a_hash_of_the_message():
     assert first.id == again.id
     assert len({first.id, *(other.id for other in others)}) == 5
     assert delivery_of(message_id="mine").id == "mine"
+    # Otherwise an equal message would count as a redelivery of one that has been answered.
+    assert not first.id_is_unique
+    assert delivery_of(message_id="mine").id_is_unique
 
 
 def test_deliveries_are_known_for_quorum_queues_and_for_the_first_one():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from typing import Any
 
 import pytest
 
 from kubeai.brokers.base import BrokerUnavailable
-from kubeai.brokers.servicebus import LISTENER_TIMEOUT_S, ServiceBus
+from kubeai.brokers.servicebus import LISTENER_TIMEOUT_S, Link, ServiceBus
 from kubeai.brokers.urls import parse_broker_url
 from kubeai.errors import ConfigError
 
@@ -93,3 +95,15 @@ async def test_refused_connection_is_unavailable():
         with pytest.raises(BrokerUnavailable, match="Service Bus: requests: ") as raised:
             await connect()
         assert "secret" not in str(raised.value)
+
+
+async def test_operation_that_the_library_cancels_ends_the_connection():
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    handler: Any = None
+    link = Link("requests", handler)
+    for _ in range(2):
+        with pytest.raises(BrokerUnavailable, match="Service Bus: requests: CancelledError"):
+            await link.run(cancelled)
+    await link.close()

@@ -61,8 +61,15 @@ def test_options_are_decoded():
     assert url.parts.netloc == "group"
 
 
-@pytest.mark.parametrize("scheme", ["awssqs", "azuresb"])
+@pytest.mark.parametrize("scheme", IMPLEMENTATIONS)
 def test_each_scheme_names_a_class_that_exists(scheme):
     implementation = IMPLEMENTATIONS[scheme]
     module = importlib.import_module(f"kubeai.brokers.{implementation.module}")
     assert issubclass(getattr(module, implementation.name), Broker)
+
+
+def test_url_that_cannot_be_parsed_is_refused_without_its_credentials():
+    with pytest.raises(ConfigError, match="is not a valid URL") as raised:
+        open_broker("nats://user:secret@[requests", PATH, {})
+    assert raised.value.path == PATH
+    assert "secret" not in str(raised.value)

@@ -119,3 +119,12 @@ async def test_closing_fails_messages_that_are_not_confirmed(topic):
     with pytest.raises(BrokerUnavailable, match="it is closed"):
         await publishing
     assert loop.time() - before < 2
+
+
+async def test_message_that_the_library_cancels_is_a_failed_one(topic, monkeypatch):
+    async def cancelled(*args: Any, **kwargs: Any) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(topic._producer, "send_and_wait", cancelled)
+    with pytest.raises(BrokerUnavailable, match="CancelledError"):
+        await topic.publish(b"{}", {})

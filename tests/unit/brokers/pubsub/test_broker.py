@@ -16,6 +16,7 @@ from google.pubsub_v1.types import PubsubMessage, ReceivedMessage
 from google.rpc.error_details_pb2 import ErrorInfo
 
 from kubeai.brokers.base import BrokerUnavailable, MessageTooLarge
+from kubeai.brokers.inbox import UNCLAIMED_S
 from kubeai.brokers.pubsub import broker as module
 from kubeai.brokers.pubsub.batches import BATCH_MAX_BYTES
 from kubeai.brokers.pubsub.broker import (
@@ -40,7 +41,7 @@ class Service:
     """The methods of both clients. ``answers``: method → what its next calls raise, or None."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, list[Exception | None]] = {}
+        self.answers: dict[str, list[BaseException | None]] = {}
         self.calls: list[tuple[str, dict]] = []
         self.messages: list[ReceivedMessage] = []
 
@@ -209,16 +210,22 @@ async def test_failures_for_long_end_the_subscription(service, subscription, mon
 
 
 @pytest.mark.looptime
-async def test_message_that_has_waited_beyond_its_deadline_is_left_to_others(service, subscription):
+@pytest.mark.parametrize("closed", [False, True])
+async def test_message_that_nobody_receives_is_given_back(service, subscription, closed):
+    service.messages.append(ReceivedMessage(ack_id="a", message=PubsubMessage(data=b"{}")))
     receiving = asyncio.create_task(subscription.receive(1))
-    await asyncio.sleep(1)
+    while not service.called("pull"):  # noqa: ASYNC110
+        await asyncio.sleep(0)
     receiving.cancel()
     await asyncio.gather(receiving, return_exceptions=True)
-    service.messages.append(ReceivedMessage(ack_id="old", message=PubsubMessage(data=b"{}")))
-    await subscription._pull(1)
-    await asyncio.sleep(31)
-    service.messages.append(ReceivedMessage(ack_id="new", message=PubsubMessage(data=b"{}")))
-    assert [each.ack_id for each in await subscription.receive(5)] == ["new"]
+    await asyncio.sleep(UNCLAIMED_S / 2)
+    assert not service.called("modify_ack_deadline")
+    if closed:
+        await subscription.close()
+    else:
+        await asyncio.sleep(UNCLAIMED_S)
+    (released,) = service.called("modify_ack_deadline")
+    assert (released["ack_ids"], released["ack_deadline_seconds"]) == (["a"], 0)
 
 
 async def test_messages_at_once_share_calls_up_to_their_size(service, topic):
@@ -251,3 +258,13 @@ async def test_without_credentials_the_service_is_unavailable(monkeypatch, tmp_p
     broker = open_broker("gcppubsub://p/t", PATH, {})
     with pytest.raises(BrokerUnavailable, match="no credentials"):
         await broker.open_topic()
+
+
+async def test_call_that_grpc_cancels_ends_the_connection(service, subscription):
+    (delivery,) = await received(service, subscription)
+    service.answers["acknowledge"] = [asyncio.CancelledError()]
+    async with asyncio.timeout(10):
+        with pytest.raises(BrokerUnavailable, match="gRPC has cancelled the call"):
+            await delivery.acknowledge()
+        with pytest.raises(BrokerUnavailable, match="gRPC has cancelled the call"):
+            await subscription.receive(1)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.looptime
 class Sqs:
     """Answers batch requests after a second."""
 
-    def __init__(self, *outcomes: dict[str, Any] | Exception) -> None:
+    def __init__(self, *outcomes: dict[str, Any] | BaseException) -> None:
         self.requests: list[list[Any]] = []
         self._outcomes = list(outcomes)
 
@@ -26,7 +26,7 @@ class Sqs:
         self.requests.append([entry["n"] for entry in Entries])
         await asyncio.sleep(1)
         outcome = self._outcomes.pop(0) if self._outcomes else {}
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -103,3 +103,11 @@ async def test_closing_sends_what_waits_and_refuses_more():
 def test_error_shows_only_the_first_line():
     refused = Refused("send", "SignatureDoesNotMatch", "it differs\nx-amz-security-token:secret")
     assert str(refused) == "SQS: send: SignatureDoesNotMatch: it differs"
+
+
+@pytest.mark.parametrize("error", [KeyError("a defect"), asyncio.CancelledError()])
+async def test_any_failure_of_the_library_is_unavailable(error):
+    batch = batch_of(Sqs(error))
+    async with asyncio.timeout(10):
+        with pytest.raises(BrokerUnavailable, match="send_message_batch: "):
+            await batch.add({"n": 1})

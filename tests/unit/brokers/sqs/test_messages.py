@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.brokers.sqs.messages import decode, encode, size_bytes
+from kubeai.brokers.sqs.messages import decode, encode, fifo_id, size_bytes
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 # Names that contain what an escape looks like.
@@ -142,3 +143,11 @@ def test_envelope_is_not_opened_if_it_must_not_be():
 
 def test_size_counts_the_body_and_the_attributes():
     assert size_bytes("é", {"ab": attribute("c")}) == 2 + 2 + len("String") + 1
+
+
+def test_id_that_a_fifo_queue_does_not_take_is_a_digest():
+    assert fifo_id("topic/1/2") == "topic/1/2"
+    refused = ["a" * 129, "a b", "é", "b" * 129]  # Kafka's topics, message ids of RabbitMQ
+    digests = [fifo_id(request_id) for request_id in refused]
+    assert len(set(digests)) == 4
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)

@@ -22,10 +22,8 @@ has ``sync_interval: always``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
-from collections import deque
 from collections.abc import Mapping
 from urllib.parse import quote_plus
 
@@ -44,8 +42,9 @@ from kubeai.brokers.base import (
     MessageTooLarge,
     Subscription,
 )
-from kubeai.brokers.nats_connection import Connection
-from kubeai.brokers.nats_core import MESSAGE_ID, CoreTopic, Headers
+from kubeai.brokers.inbox import Inbox
+from kubeai.brokers.nats.connection import Connection
+from kubeai.brokers.nats.core import MESSAGE_ID, CoreTopic, Headers
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
@@ -91,7 +90,7 @@ class JetStreamSubscription(Subscription):
     """A durable pull consumer.
 
     The server sends messages for a pull request until it has sent as many as that asks for, so
-    what one call of ``receive`` has asked for may arrive during the next one. Nothing else does.
+    what one call of ``receive`` has asked for may arrive during the next one, or without one.
     """
 
     def __init__(
@@ -103,8 +102,8 @@ class JetStreamSubscription(Subscription):
         self._js = js
         self._stream, self._consumer = info.stream_name, info.name
         self._requests = f"{js._prefix}.CONSUMER.MSG.NEXT.{info.stream_name}.{info.name}"
-        self._inbox = connection.client.new_inbox()
-        self._ready: deque[Msg] = deque()
+        self._reply_subject = connection.client.new_inbox()
+        self._inbox = Inbox()
         self._subscription: LibrarySubscription | None = None
         self._requested = 0  # messages that the server may still send
         self._requests_end_s = 0.0  # time of the loop; when the last request has expired
@@ -131,7 +130,7 @@ class JetStreamSubscription(Subscription):
             raise BrokerUnavailable(f"JetStream: {error.description}") from None
         self = cls(connection, headers, js, info)
         subscribing = connection.client.subscribe(
-            self._inbox,
+            self._reply_subject,
             cb=self._on_message,
             # What arrives is bounded by what has been requested.
             pending_msgs_limit=0,
@@ -145,7 +144,7 @@ class JetStreamSubscription(Subscription):
         status = headers.get("Status")
         if status is None or message.reply:
             self._requested = max(0, self._requested - 1)
-            self._ready.append(message)
+            self._inbox.add([_JetStreamDelivery(self, message)])
         elif status == "408":  # the request has expired
             self._requested = max(0, self._requested - _int(headers.get("Nats-Pending-Messages")))
         elif status != "100":  # a heartbeat
@@ -155,7 +154,12 @@ class JetStreamSubscription(Subscription):
     async def receive(self, count_max: int) -> list[Delivery]:
         """Wait for messages; a heartbeat shows that the server still has the request."""
         self.connection.lifetime.check()
-        while not self._ready:
+        with self._inbox.receiving():
+            await self._wait_for_messages(count_max)
+            return self._inbox.take(count_max)
+
+    async def _wait_for_messages(self, count_max: int) -> None:
+        while not self._inbox:
             if self._problem:
                 raise BrokerUnavailable(f"JetStream consumer {self._consumer}: {self._problem}")
             if self._loop.time() > self._requests_end_s:
@@ -164,7 +168,7 @@ class JetStreamSubscription(Subscription):
                 await self._request(count_max - self._requested)
             self._arrived.clear()
             self.connection.lifetime.check()  # it may have ended during the request
-            if self._ready or self._problem:
+            if self._inbox or self._problem:
                 continue
             try:
                 async with asyncio.timeout(3 * HEARTBEAT_S):
@@ -172,8 +176,6 @@ class JetStreamSubscription(Subscription):
             except TimeoutError:
                 self.connection.lifetime.end(f"no heartbeat within {3 * HEARTBEAT_S:g} s")
             self.connection.lifetime.check()
-        count = min(count_max, len(self._ready))
-        return [_JetStreamDelivery(self, self._ready.popleft()) for _ in range(count)]
 
     async def _request(self, count: int) -> None:
         self._requested += count
@@ -184,7 +186,7 @@ class JetStreamSubscription(Subscription):
             "idle_heartbeat": int(HEARTBEAT_S * _NANOSECONDS),
         }
         publishing = self.connection.client.publish(
-            self._requests, json.dumps(request).encode(), self._inbox
+            self._requests, json.dumps(request).encode(), self._reply_subject
         )
         await self.connection.lifetime.run("request messages", publishing)
 
@@ -198,9 +200,7 @@ class JetStreamSubscription(Subscription):
         """Give back what has not been received, and close the connection."""
         if self._subscription is not None:
             await self.connection.drain(self._subscription)
-        with contextlib.suppress(BrokerUnavailable):
-            while self._ready:
-                await _JetStreamDelivery(self, self._ready.popleft()).release()
+        await self._inbox.close()
         await self.connection.close()
 
 
@@ -252,10 +252,11 @@ class JetStreamTopic(CoreTopic):
 
     async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
         """Publish, and wait until the stream has stored the message."""
-        headers = self._encode(body, attributes)
+        headers = self._headers.encode(attributes)
         if request_id := attributes.get(REQUEST_MESSAGE_ID):
             digest = hashlib.sha256(body).hexdigest()[:16]
             headers.setdefault(MESSAGE_ID, f"{quote_plus(request_id)}.{digest}")
+        self._check_size(body, headers)
         js = self._connection.client.jetstream()
         publishing = js.publish(self._subject, body, timeout=TIMEOUT_S, headers=headers or None)
         try:

@@ -3,9 +3,9 @@
 import pytest
 from nats.aio.msg import Msg
 
-from kubeai.brokers.nats import Nats
-from kubeai.brokers.nats_connection import read_settings
-from kubeai.brokers.nats_core import Headers
+from kubeai.brokers.nats.broker import Nats
+from kubeai.brokers.nats.connection import read_settings
+from kubeai.brokers.nats.core import Headers
 from kubeai.brokers.urls import open_broker, parse_broker_url
 from kubeai.errors import ConfigError
 

@@ -5,7 +5,7 @@ KubeAI does what is possible:
 - A message that a process has received is lost if the process is killed. So is one that arrives
   while no process is connected.
 - Messages arrive whether or not KubeAI asks for them. Up to PENDING_MAX_COUNT messages or
-  PENDING_MAX_BYTES wait here; more are dropped, with a warning in the log.
+  PENDING_MAX_BYTES wait here, across reconnections; more are dropped, with a warning in the log.
 - A process that shuts down publishes what it has received and not handled once more, for the other
   members of its queue group. The same holds for a released message. Without a queue group, every
   process receives every message.
@@ -22,13 +22,12 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from urllib.parse import quote_plus, unquote_plus
 
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as LibrarySubscription
 
-from kubeai.brokers import gob
 from kubeai.brokers.base import (
     BrokerUnavailable,
     Delivery,
@@ -36,14 +35,14 @@ from kubeai.brokers.base import (
     Subscription,
     Topic,
 )
-from kubeai.brokers.nats_connection import Connection
+from kubeai.brokers.nats import gob
+from kubeai.brokers.nats.connection import Connection
 from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 
 PENDING_MAX_COUNT = 65_536
 PENDING_MAX_BYTES = 64 << 20
-BUFFER_MAX_COUNT = 64  # received messages between nats-py's queue and `receive`
 MESSAGE_ID = "Nats-Msg-Id"  # the header that identifies a message, for NATS as well
 
 
@@ -61,12 +60,47 @@ class Headers:
 
     def decode(self, message: Msg) -> tuple[dict[str, str], bytes]:
         """The attributes and the body of a message."""
-        if message.headers:
-            headers = dict(message.headers)
-            if self._go:
-                headers = {unquote_plus(key): unquote_plus(text) for key, text in headers.items()}
+        headers = dict(message.headers or {})
+        if self._go and headers:
+            headers = {unquote_plus(key): unquote_plus(text) for key, text in headers.items()}
             return headers, message.data
-        return gob.decode(message.data) or ({}, message.data)
+        # One that was published again has headers as well.
+        attributes, body = gob.decode(message.data) or ({}, message.data)
+        return {**headers, **attributes}, body
+
+
+class Backlog:
+    """Messages that have arrived and that nobody has received. Only KubeAI has them."""
+
+    def __init__(self) -> None:
+        self.messages: deque[Msg] = deque()
+        self._size_bytes = 0
+        self._dropped = 0
+
+    def add(self, message: Msg) -> None:
+        """Add a message; drops it if there are too many."""
+        size = self._size_bytes + len(message.data)
+        if len(self.messages) >= PENDING_MAX_COUNT or size > PENDING_MAX_BYTES:
+            self._dropped += 1
+            return
+        self.messages.append(message)
+        self._size_bytes = size
+
+    def take(self) -> Msg:
+        """Remove the first message."""
+        message = self.messages.popleft()
+        self._size_bytes -= len(message.data)
+        return message
+
+    def warn_of_dropped(self) -> None:
+        """Log how many messages have been dropped since the last warning."""
+        if self._dropped:
+            log.warning(
+                "NATS messages dropped",
+                count=self._dropped,
+                message="they arrived faster than they were handled; use JetStream to keep them",
+            )
+            self._dropped = 0
 
 
 class _CoreDelivery(Delivery):
@@ -94,80 +128,72 @@ class _CoreDelivery(Delivery):
 class CoreSubscription(Subscription):
     """A member of a queue group, or a subscriber of its own if ``queue`` is empty."""
 
-    def __init__(self, connection: Connection, headers: Headers, queue: str) -> None:
+    def __init__(
+        self, connection: Connection, headers: Headers, queue: str, backlog: Backlog
+    ) -> None:
         self.connection = connection
         self.headers = headers
         self._queue = queue
+        self._backlog = backlog
         self._subscription: LibrarySubscription | None = None
-        self._ready: deque[_CoreDelivery] = deque()
         self._arrived = asyncio.Event()
-        self._room = asyncio.Event()
-        self._dropped = 0
         self._closing = False
         connection.lifetime.on_end(self._arrived.set)
 
     @classmethod
     async def open(
-        cls, connection: Connection, headers: Headers, subject: str, queue: str
+        cls, connection: Connection, headers: Headers, subject: str, queue: str, backlog: Backlog
     ) -> CoreSubscription:
-        """Subscribe. BrokerUnavailable if the server refuses."""
-        self = cls(connection, headers, queue)
+        """Subscribe. BrokerUnavailable if the server refuses.
+
+        ``backlog``: what arrives is added to it, and what an earlier subscription has left is
+        received first.
+        """
+        self = cls(connection, headers, queue, backlog)
         self._subscription = await connection.lifetime.run(
             "subscribe",
             connection.client.subscribe(
                 subject,
                 queue=queue,
                 cb=self._on_message,
-                pending_msgs_limit=PENDING_MAX_COUNT,
-                pending_bytes_limit=PENDING_MAX_BYTES,
+                pending_msgs_limit=0,  # the backlog is limited
+                pending_bytes_limit=0,
             ),
         )
         await connection.lifetime.run("subscribe", connection.flush())
-        if connection.refusal:
-            raise connection.lifetime.error(connection.refusal)
         return self
 
     async def _on_message(self, message: Msg) -> None:
-        while len(self._ready) >= BUFFER_MAX_COUNT and not self._closing:
-            self._room.clear()
-            await self._room.wait()
-        self._ready.append(_CoreDelivery(self, message))
+        self._backlog.add(message)
         self._arrived.set()
 
     async def receive(self, count_max: int) -> list[Delivery]:
         """Wait for messages. After the connection has ended, those that had arrived come first."""
-        while not self._ready or self._closing:
+        while not self._backlog.messages or self._closing:
             self.connection.lifetime.check()
             self._arrived.clear()
             await self._arrived.wait()
-        self._warn_of_dropped()
-        self._room.set()
-        return [self._ready.popleft() for _ in range(min(count_max, len(self._ready)))]
-
-    def _warn_of_dropped(self) -> None:
-        if (dropped := self.connection.dropped - self._dropped) > 0:
-            self._dropped += dropped
-            log.warning(
-                "NATS messages dropped",
-                count=dropped,
-                message="they arrived faster than they were handled; use JetStream to keep them",
-            )
+        self._backlog.warn_of_dropped()
+        count = min(count_max, len(self._backlog.messages))
+        return [_CoreDelivery(self, self._backlog.take()) for _ in range(count)]
 
     async def release(self, delivery: _CoreDelivery) -> None:
         """See :meth:`_CoreDelivery.release`."""
         self.connection.lifetime.check()
+        message = delivery.message
+        message.headers = {**(message.headers or {}), MESSAGE_ID: delivery.id}
         if self._queue and not self._closing:
-            await self._publish_again(delivery)
-            return
-        self._ready.append(delivery)
-        self._arrived.set()
+            await self.connection.lifetime.run("publish again", self._publish_again([message]))
+        else:
+            self._backlog.add(message)
+            self._arrived.set()
 
-    async def _publish_again(self, delivery: _CoreDelivery) -> None:
-        message, client = delivery.message, self.connection.client
-        headers = {**(message.headers or {}), MESSAGE_ID: delivery.id}
-        publishing = client.publish(message.subject, message.data, message.reply, headers)
-        await self.connection.lifetime.run("publish again", publishing)
-        await self.connection.lifetime.run("publish again", self.connection.flush())
+    async def _publish_again(self, messages: Collection[Msg]) -> None:
+        for message in messages:
+            await self.connection.client.publish(
+                message.subject, message.data, message.reply, message.headers or None
+            )
+        await self.connection.flush()
 
     async def lag(self) -> int | None:
         """None: the server keeps no messages."""
@@ -175,15 +201,21 @@ class CoreSubscription(Subscription):
         return None
 
     async def close(self) -> None:
-        """Leave the queue group, publish again what has arrived and not been received."""
+        """Leave the queue group, and publish again for it what has not been received.
+
+        Where that is not possible, it stays in the backlog, for the next subscription.
+        """
         if not self._closing:
             self._closing = True
-            self._room.set()
             if self._subscription is not None:
                 await self.connection.drain(self._subscription)
-            with contextlib.suppress(BrokerUnavailable):
-                while self._queue and self._ready:
-                    await self._publish_again(self._ready.popleft())
+            messages = self._backlog.messages
+            if self._queue and messages:
+                with contextlib.suppress(BrokerUnavailable):
+                    publishing = self._publish_again(messages)
+                    await self.connection.lifetime.run("publish again", publishing)
+                    while messages:
+                        self._backlog.take()
         await self.connection.close()
 
 
@@ -197,20 +229,17 @@ class CoreTopic(Topic):
 
     async def publish(self, body: bytes, attributes: Mapping[str, str]) -> None:
         """Publish, and wait until the server has processed it."""
-        await self._connection.lifetime.run(
-            "publish", self._publish(body, self._encode(body, attributes))
-        )
-        if self._connection.refusal:
-            raise self._connection.lifetime.error(self._connection.refusal)
+        headers = self._headers.encode(attributes)
+        self._check_size(body, headers)
+        await self._connection.lifetime.run("publish", self._publish(body, headers))
 
     async def _publish(self, body: bytes, headers: dict[str, str]) -> None:
         client = self._connection.client
         await client.publish(self._subject, body, headers=headers or None)
         await self._connection.flush()
 
-    def _encode(self, body: bytes, attributes: Mapping[str, str]) -> dict[str, str]:
-        """The headers. MessageTooLarge if the server will not take the message with them."""
-        headers = self._headers.encode(attributes)
+    def _check_size(self, body: bytes, headers: dict[str, str]) -> None:
+        """MessageTooLarge if the server will not take the message: it would end the connection."""
         size = len(body) + 14  # of "NATS/1.0" and two ends of lines, roughly
         size += sum(len(f"{name}: {text}\r\n".encode()) for name, text in headers.items())
         limit = self._connection.client.max_payload
@@ -218,7 +247,6 @@ class CoreTopic(Topic):
             raise MessageTooLarge(
                 f"the message has {size} bytes, and the NATS server's max_payload is {limit}"
             )
-        return headers
 
     async def close(self) -> None:
         """Close the connection."""

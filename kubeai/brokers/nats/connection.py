@@ -2,7 +2,7 @@
 
 Wraps nats-py's client, without the library's own reconnection. Its operations run in a
 :class:`~kubeai.brokers.lifetime.Lifetime`: a cancelled PING breaks the library's read loop. Used by
-``nats_core.py`` and ``nats_jetstream.py``.
+``core.py`` and ``jetstream.py``.
 """
 
 from __future__ import annotations
@@ -88,8 +88,6 @@ class Connection:
         self.client = Client()
         addresses = ", ".join(settings.servers)
         self.lifetime = Lifetime(f"NATS at {addresses}", (nats.errors.Error,))
-        self.refusal = ""  # the latest one of the server's permissions
-        self.dropped = 0  # messages that did not fit into a subscription's queue
         self._last_error: Exception | None = None
         self._settings = settings
 
@@ -161,11 +159,13 @@ class Connection:
     async def flush(self) -> None:
         """Wait until the server has processed all that was sent. To be run in the lifetime.
 
+        BrokerUnavailable if the server has refused any of it.
         nats-py queues commands, and its ``flush`` and ``rtt`` send a PING ahead of them, so that
         its answer confirms nothing.
         """
         await self.client._flush_pending(force_flush=True)
         await self.client.rtt(RTT_TIMEOUT_S)
+        self.lifetime.check()
 
     async def drain(self, subscription: Subscription) -> None:
         """Unsubscribe, and wait until what the server had sent has been received."""
@@ -191,10 +191,8 @@ class Connection:
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = error
-        if isinstance(error, nats.errors.SlowConsumerError):
-            self.dropped += 1
-        elif "permissions violation" in str(error).lower():
-            self.refusal = text_of(error)
+        if "permissions violation" in str(error).lower():
+            self.lifetime.end(text_of(error))
         elif isinstance(error, nats.errors.UnexpectedEOF):
             self.lifetime.end("the server has closed the connection")
 

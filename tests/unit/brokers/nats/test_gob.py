@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubeai.brokers import gob
+from kubeai.brokers.nats import gob
 
 REQUEST = bytes.fromhex(
     "0d7f040102ff8000010c010c000019ff80000112726571756573745f6d6573736167655f69640131"

@@ -11,7 +11,7 @@ The server is in the environment variable NATS_SERVER_URL: one URL, or several w
 addition; the Go CDK has none. So are the variables NATS_CREDS (a credentials file), NATS_CA,
 NATS_CERT and NATS_KEY, which NATS's own command-line tool reads as well.
 
-Use JetStream (``nats_jetstream.py``) where each request matters: core NATS (``nats_core.py``) keeps
+Use JetStream (``jetstream.py``) where each request matters: core NATS (``core.py``) keeps
 no messages.
 """
 
@@ -21,9 +21,9 @@ import posixpath
 from urllib.parse import unquote
 
 from kubeai.brokers.base import Broker, Subscription, Topic
-from kubeai.brokers.nats_connection import Connection, read_settings
-from kubeai.brokers.nats_core import CoreSubscription, CoreTopic, Headers
-from kubeai.brokers.nats_jetstream import JetStreamSubscription, JetStreamTopic
+from kubeai.brokers.nats.connection import Connection, read_settings
+from kubeai.brokers.nats.core import Backlog, CoreSubscription, CoreTopic, Headers
+from kubeai.brokers.nats.jetstream import JetStreamSubscription, JetStreamTopic
 from kubeai.brokers.urls import BrokerUrl
 
 _TRUE = ("", "1", "t", "T", "true", "TRUE", "True")  # as Go parses a boolean; "" is the bare option
@@ -46,6 +46,7 @@ class Nats(Broker):
             if set(url.options.get(option, "")) & set(" \t.*>/\\" if self._jetstream else " \t"):
                 raise url.error(f"has an invalid character in the option {option}")
         self._settings = read_settings(url)
+        self._backlog = Backlog()
 
     async def subscribe(self) -> Subscription:
         """Connect, and join the queue group or bind to the consumer."""
@@ -56,7 +57,7 @@ class Nats(Broker):
                     connection, self._headers, self._subject, self._queue, self._stream
                 )
             return await CoreSubscription.open(
-                connection, self._headers, self._subject, self._queue
+                connection, self._headers, self._subject, self._queue, self._backlog
             )
         except BaseException:
             await connection.close()
