@@ -49,6 +49,7 @@ async def channel_of(server):
 class TestQuorumQueues(Conformance):
     kind: ClassVar = "quorum"
     too_large_bytes = MAX_MESSAGE_BYTES + 1
+    keeps_acknowledgements = False  # AMQP does not confirm them
     variables = ("RABBIT_SERVER_URL",)
     bad_urls: ClassVar = {
         "rabbit://queue?prefetch=1": "unknown option prefetch",
@@ -87,7 +88,6 @@ class TestQuorumQueues(Conformance):
 
 class TestClassicQueues(TestQuorumQueues):
     kind = "classic"
-    keeps_acknowledgements = False  # the server writes them to its disk later
     test_silent_broker_is_noticed = None  # same as with quorum queues
     cannot: ClassVar = TestQuorumQueues.cannot | {
         "deliveries_are_counted": "a classic queue only marks a message as redelivered",
