@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -156,3 +157,42 @@ class BrokerServer(ABC):
             if time.monotonic() > deadline:
                 raise AssertionError(f"not within {timeout_s} s: {what}\n{self.log_tail()}")
             time.sleep(POLL_S)
+
+
+class QueueServer(BrokerServer):
+    """A program of this folder, with queues, that keeps its messages in memory.
+
+    ``kill`` and ``stop`` only close the port and the connections, because the service that it
+    stands for loses no messages in an outage. ``end`` ends the process.
+    """
+
+    script: Path  # its arguments are the port and the queues
+
+    def __init__(self, folder: Path, *queues: str) -> None:
+        super().__init__(folder)
+        self.port = free_port()
+        self._queues = queues
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(self.script), str(self.port), *self._queues]
+
+    def start(self) -> None:
+        """Start the process, or end the outage."""
+        if self._process is None:
+            super().start()
+        else:
+            self._signal(signal.SIGUSR2)
+            self._until("it serves again", self._serves, START_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """Begin an outage."""
+        self._signal(signal.SIGUSR1)
+        self._until("it serves nobody", lambda: not accepts(self.port), START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Begin an outage."""
+        self.kill()
+
+    def end(self) -> None:
+        """End the process. No effect if it does not run."""
+        self._end(signal.SIGKILL)

@@ -5,30 +5,23 @@ It starts in less than a second on an idle machine. What it proves is in ``moto_
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from brokers.servers import START_TIMEOUT_S, BrokerServer, accepts, free_port
+from brokers.servers import QueueServer
 
-PROGRAM = Path(__file__).with_name("moto_sqs.py")
 ACCOUNT, REGION = "123456789012", "us-east-1"  # of moto_sqs.py
 
 
-class SqsServer(BrokerServer):
-    """The server, with queues: ``"requests"``, or ``"requests,VisibilityTimeout=5"``.
+class SqsServer(QueueServer):
+    """The server, with queues: ``"requests"``, or ``"requests,VisibilityTimeout=5"``."""
 
-    ``kill`` and ``stop`` only close the port and the connections, because SQS loses no messages in
-    an outage. ``end`` ends the process.
-    """
+    script = Path(__file__).with_name("moto_sqs.py")
 
     def __init__(self, folder: Path, *queues: str) -> None:
-        super().__init__(folder)
-        self.port = free_port()
-        self._queues = queues
+        super().__init__(folder, *queues)
         self.environment = {
             "AWS_ENDPOINT_URL_SQS": f"http://127.0.0.1:{self.port}",
             "AWS_ACCESS_KEY_ID": "test",
@@ -36,33 +29,9 @@ class SqsServer(BrokerServer):
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def command(self) -> list[str]:
-        return [sys.executable, str(PROGRAM), str(self.port), *self._queues]
-
     def url(self, queue: str, options: str = "waittime=1s") -> str:
         """The URL of a queue, for requests and for responses."""
         return f"awssqs://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{queue}?region={REGION}&{options}"
-
-    def start(self) -> None:
-        """Start the process, or end the outage."""
-        if self._process is None:
-            super().start()
-        else:
-            self._signal(signal.SIGUSR2)
-            self._until("it serves again", self._serves, START_TIMEOUT_S)
-
-    def kill(self) -> None:
-        """Begin an outage."""
-        self._signal(signal.SIGUSR1)
-        self._until("it serves nobody", lambda: not accepts(self.port), START_TIMEOUT_S)
-
-    def stop(self) -> None:
-        """Begin an outage."""
-        self.kill()
-
-    def end(self) -> None:
-        """End the process. No effect if it does not run."""
-        self._end(signal.SIGKILL)
 
 
 @asynccontextmanager
