@@ -7,6 +7,7 @@ from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
 from kubeai.routing.routes import RequestType
 from kubeai._journal import Journal
+from kubeai._keys import Key
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -29,6 +30,7 @@ class FastPathContext:
     logs_prompts: bool  # the access log contains the hashes of prompts
     json_routes: dict[bytes, JsonRoute]
     cors: CorsPolicy | None  # None: responses have no CORS headers
+    keys: dict[bytes, Key] | None  # by digest; None: requests need no key
     request_type: RequestType
 
 @final
@@ -57,6 +59,7 @@ class FastPath(EarlyStream):
     _observed: object  # None: this request is not observed
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far
+    _key: Key | None  # the client's; None: it has none, and needs none
 
     @property
     def context(self) -> Context: ...

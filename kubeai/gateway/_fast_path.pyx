@@ -25,6 +25,7 @@ from kubeai._journal cimport (
     Journal,
     Slot,
 )
+from kubeai._keys cimport Key
 from kubeai._load cimport (
     ANSWERED_2XX,
     BROKEN,
@@ -74,6 +75,7 @@ cdef class FastPathContext:
     cdef public bint logs_prompts  # the access log contains the hashes of prompts
     cdef public dict json_routes  # request target -> JsonRoute
     cdef public object cors  # CorsPolicy; None: responses have no CORS headers
+    cdef public dict keys  # digest -> Key; None: requests need no key
     cdef public str request_type  # "http" or "message": what the process's requests count as
 
 
@@ -128,6 +130,7 @@ cdef class FastPath(EarlyStream):
     cdef public object _observed  # None: this request is not observed
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double _waited_s  # for an endpoint so far
+    cdef public Key _key  # the client's; None: it has none, and needs none
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded

@@ -75,6 +75,9 @@ class Context(FastPathContext):
         self.json_routes = JSON_ROUTES
         self.cors = CorsPolicy(config.cors_origins) if config.cors_origins else None
         self.journal = None  # set by the worker
+        # The messenger's requests come from a broker that has its own credentials.
+        needs_keys = config.keys.required and request_type == "http"
+        self.keys = {} if needs_keys else None
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

@@ -258,6 +258,12 @@ class ConsoleConfig(_Section, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()  # names in Host besides IP addresses and localhost
 
 
+class KeysConfig(_Section, frozen=True, kw_only=True):
+    """API keys of clients. See docs/keys.md."""
+
+    required: bool = False
+
+
 class GatewayConfig(_Section, frozen=True, kw_only=True):
     """Limits of the gateway's workers. All counts are per worker."""
 
@@ -319,6 +325,7 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
     ui: ConsoleConfig = ConsoleConfig()
+    keys: KeysConfig = KeysConfig()
 
 
 class ProxyConfig(_Section, frozen=True, kw_only=True):

@@ -1,0 +1,19 @@
+"""Declarations of ``_keys.pyx``."""
+
+from libc.stdint cimport int64_t, uint32_t
+
+
+cdef class Key:
+    cdef readonly str name  # of the Secret
+    cdef readonly bytes digest
+    cdef readonly str tenant
+    cdef readonly object record  # the KeyRecord
+    cdef readonly int row  # in the key table
+    cdef readonly uint32_t generation
+    cdef readonly int64_t requests_per_minute  # 0: no limit, as below
+    cdef readonly int64_t tokens_per_minute
+    cdef readonly int64_t in_flight_max
+    cdef readonly int priority
+    cdef readonly double expires_s  # Unix time; 0: never
+    cdef readonly bint is_admin
+    cdef public bint is_revoked  # its Secret is gone, or has another key

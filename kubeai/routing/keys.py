@@ -1,0 +1,41 @@
+"""An API key as the data plane sees it, and the messages that distribute it to the workers.
+
+Only digests are distributed: no worker learns a key that no client has sent it. A worker gets a
+:class:`KeySnapshot` when it starts, then one :class:`KeyDelta` per change, both after the routes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PRIORITY_MIN, PRIORITY_MAX = -1000, 1000
+
+
+class KeyRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One valid key. Limits hold for all workers and replicas together; 0: no limit."""
+
+    name: str  # of the Secret
+    digest: bytes  # SHA-256 of the key
+    tenant: str
+    models: str = ""  # a label selector for the Models that the key may use; empty: all
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    in_flight_max: int = 0
+    priority: int = 0  # PRIORITY_MIN to PRIORITY_MAX; requests with a higher one are served first
+    expires_s: float = 0.0  # Unix time; 0: never
+    is_admin: bool = False  # may see and use the console
+    row: int = -1  # in the key table; assigned by the publisher
+    generation: int = 0
+
+
+class KeySnapshot(msgspec.Struct, frozen=True, tag="keys", array_like=True):
+    """All keys, sent when a worker starts."""
+
+    keys: tuple[KeyRecord, ...]
+
+
+class KeyDelta(msgspec.Struct, frozen=True, tag="key", array_like=True):
+    """One Secret's new key, or None if it has none any more."""
+
+    name: str
+    key: KeyRecord | None
