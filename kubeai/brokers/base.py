@@ -12,6 +12,7 @@ the unacknowledged ones of a connection that has ended.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -32,6 +33,16 @@ class BrokerUnavailable(KubeAIError):
 
 class MessageTooLarge(KubeAIError):
     """The broker will never accept a message of this size. The message gives the limit."""
+
+
+def is_library_cancellation(error: BaseException) -> bool:
+    """Whether a client library has raised CancelledError although nobody has cancelled the task.
+
+    A library may await a task that it has itself cancelled. Passed on, the error would end the
+    caller's task without a trace.
+    """
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
 
 
 class Delivery(ABC):

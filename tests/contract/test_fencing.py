@@ -204,6 +204,7 @@ async def freeze_in_the_midst_of_writes(replica, rand):
     await until(stopped.is_set, f"{replica.name} writes")
 
 
+@pytest.mark.slow
 async def test_leader_frozen_during_writes_stops_writing_after_it_thaws(fleet, world):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -244,6 +245,7 @@ async def test_leader_frozen_during_writes_stops_writing_after_it_thaws(fleet, w
     assert fleet.faults() == []
 
 
+@pytest.mark.slow
 async def test_killed_or_stopped_leader_is_replaced_in_time(fleet, world):
     await world.create(autoscalingDisabled=True, replicas=1)
     for name in ("one", "two", "three"):

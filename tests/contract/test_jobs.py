@@ -247,6 +247,7 @@ async def test_without_completions_one_success_is_enough(world):
     await world.numbers_are(0, 1, 1)
 
 
+@pytest.mark.slow
 async def test_failed_pod_is_replaced_with_back_off_up_to_the_limit(world):
     await world.create(backoffLimit=1)
     (first,) = await world.some_active(1)

@@ -143,6 +143,7 @@ async def says(replica: Replica, status: int, text: str) -> bool:
 # -- one view of load ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_what_one_replica_serves_counts_for_all(small_fleet):
     """Picks, the autoscaler, and which pod goes, when and how."""
     fleet = small_fleet

@@ -126,7 +126,11 @@ async def served(session, local):
     return (await chat(session, local.endpoint, "chat", "hello")).whole
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["the-parent", "every-process"])
+@pytest.mark.parametrize(
+    "everything",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["the-parent", "every-process"],
+)
 async def test_killing_everything_leaves_no_orphan_and_restarts(tmp_path, session, everything):
     one = model("chat", args=SLOW, minReplicas=1, maxReplicas=2)
     async with running(tmp_path, one) as local, local.kube() as kube:

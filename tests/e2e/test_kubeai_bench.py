@@ -259,6 +259,7 @@ async def test_results_say_what_they_were_measured_with(bench, shared_engine):
         assert environment["date"] in text
 
 
+@pytest.mark.slow
 async def test_the_highest_rate_at_which_slos_hold_is_found(bench):
     """The engine computes 2,000 tokens per second: 20 prompts of 100."""
     flags = ("--prefill-tokens-per-second=2000", "--decode-tokens-per-second=0", "--max-batch=1")
@@ -441,6 +442,7 @@ async def test_ctrl_c_keeps_what_was_measured(bench):
     assert not [pid for pid in workers if is_alive(pid)]
 
 
+@pytest.mark.slow
 async def test_killed_engine_counts_as_errors_and_other_results_are_kept(bench):
     async with engine(*SLOW) as one:
         process = await bench.start(

@@ -79,7 +79,8 @@ class Fleet:
         fleet._script = _Script(routes, demanded)
         ready = asyncio.Event()
         config = SystemConfig(
-            gateway=GatewayConfig(**gateway),
+            # Nothing has to learn that the fleet stops, unless a test says so.
+            gateway=GatewayConfig(**{"drain_accept_s": 0.0, **gateway}),
             messaging=messaging or Messaging(),
             metrics_addr="127.0.0.1:0",
             health_address="127.0.0.1:0",

@@ -42,11 +42,11 @@ from kubeai.brokers.base import (
     MessageTooLarge,
     Subscription,
     Topic,
+    is_library_cancellation,
 )
 from kubeai.brokers.kafka.client import (
     REQUEST_TIMEOUT_S,
     attempt,
-    cancelled,
     check_topics,
     close_producer,
     collect_failures,
@@ -162,7 +162,9 @@ async def _open(
             await connect()
     except BaseException as error:
         await close()
-        if isinstance(error, KubeAIError) or not (isinstance(error, Exception) or cancelled(error)):
+        if isinstance(error, KubeAIError) or not (
+            isinstance(error, Exception) or is_library_cancellation(error)
+        ):
             raise
         timed_out = f"no answer within {TIMEOUT_S:g} s"
         reason = reason_of(timed_out if isinstance(error, TimeoutError) else error)
@@ -208,7 +210,7 @@ class _Topic(Topic):
             self._ended = self._ended or reason_of(f"no answer within {PUBLISH_TIMEOUT_S:g} s")
             self._check()
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and not cancelled(error):
+            if isinstance(error, asyncio.CancelledError) and not is_library_cancellation(error):
                 raise
             self._ended = self._ended or reason_of(error)
             self._check()

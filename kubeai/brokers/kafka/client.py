@@ -53,16 +53,10 @@ def reason_of(error: BaseException | str) -> str:
     return reason
 
 
-def cancelled(error: BaseException) -> bool:
-    """Whether the library has raised CancelledError although nobody has cancelled the task."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
-
-
 async def attempt(step: Coroutine[Any, Any, None]) -> bool:
     """Do a step of closing; whether it has succeeded within CLOSE_TIMEOUT_S.
 
-    It has a task of its own, because of what :func:`cancelled` describes.
+    It has a task of its own, because of what :func:`.is_library_cancellation` describes.
     """
     task = asyncio.create_task(step)
     try:

@@ -49,6 +49,7 @@ from kubeai.brokers.base import (
     MessageTooLarge,
     Subscription,
     Topic,
+    is_library_cancellation,
 )
 from kubeai.brokers.polling import Poller
 from kubeai.brokers.pubsub.batches import BATCH_MAX_COUNT, Batches
@@ -200,8 +201,9 @@ class _Connection:
             raise
         except Exception as error:  # of the service, of credentials, of gRPC
             raise self.end(str(error)) from None
-        except asyncio.CancelledError:
-            self.check_cancelled()
+        except asyncio.CancelledError as error:
+            if is_library_cancellation(error):
+                raise self.end("gRPC has cancelled the call") from None
             raise
 
     def end(self, reason: str) -> BrokerUnavailable:
@@ -213,12 +215,6 @@ class _Connection:
         """BrokerUnavailable after the end."""
         if self._ended:
             raise self.end(self._ended)
-
-    def check_cancelled(self) -> None:
-        """BrokerUnavailable if gRPC has cancelled a call, and nobody the task."""
-        task = asyncio.current_task()
-        if task is not None and not task.cancelling():
-            raise self.end("gRPC has cancelled the call") from None
 
     async def close(self) -> None:
         """Cancel all calls, and close the channel."""

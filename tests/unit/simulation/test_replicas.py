@@ -29,7 +29,9 @@ def test_eight_replicas_with_delayed_reports_do_not_herd():
     assert herding.imbalance_mean > 1.4, "otherwise this test shows nothing"
 
 
-@pytest.mark.parametrize(("replicas", "gained"), [(2, 0.03), (8, 0.3)])
+@pytest.mark.parametrize(
+    ("replicas", "gained"), [(2, 0.03), pytest.param(8, 0.3, marks=pytest.mark.slow)]
+)
 def test_replicas_with_shared_loads_balance_nearly_as_well_as_one(replicas, gained):
     # Work is balanced, and requests, which are counted here, only as far as they have equal work.
     one, shared = FEW.run(), FEW.run(replicas=replicas)
@@ -38,6 +40,7 @@ def test_replicas_with_shared_loads_balance_nearly_as_well_as_one(replicas, gain
     assert alone.imbalance_mean > shared.imbalance_mean + gained
 
 
+@pytest.mark.slow
 def test_bounds_on_shared_loads_keep_conversations_on_their_cached_endpoint():
     one, eight = (MANY.run(replicas=n, strategy="PrefixHash") for n in (1, 8))
     alone = MANY.run(replicas=8, strategy="PrefixHash", shared=False)
