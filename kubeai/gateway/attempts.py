@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
 
-from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway._credentials import Problem
+from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.console import is_console
 from kubeai.gateway.denials import no_valid_key
 from kubeai.gateway.endpoint_pool import EndpointPool

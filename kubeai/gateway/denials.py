@@ -78,7 +78,7 @@ def admin_required() -> BadRequest:
     """403 for the console."""
     return BadRequest(
         "The console needs the key of an administrator: one whose Secret has the annotation "
-        "kubeai.org/admin: \"true\".",
+        'kubeai.org/admin: "true".',
         status=403,
         code=ADMIN_REQUIRED,
     )

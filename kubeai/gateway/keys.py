@@ -25,6 +25,7 @@ from kubeai.gateway.denials import COOKIE, AuditLog, no_valid_key, too_many_fail
 from kubeai.openai.errors import BadRequest
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
+HEALTH_PATHS = frozenset(("/healthz", "/readyz"))  # for GET and HEAD, without a key
 FAILING_ADDRESSES_MAX_COUNT = 10_000
 IPV6_PREFIX_BITS = 64  # what one client has at its disposal
 
@@ -53,7 +54,8 @@ class Keys:
         records = {record.name: record for record in message.keys}
         gone = [name for name in self.by_name if name not in records]
         changes = [(name, None) for name in gone] + list(records.items())
-        return any([self._set(name, record) for name, record in changes])
+        revoked = [self._set(name, record) for name, record in changes]
+        return any(revoked)
 
     def _set(self, name: str, record: KeyRecord | None) -> bool:
         old = self.by_name.pop(name, None)

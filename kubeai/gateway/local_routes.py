@@ -18,12 +18,13 @@ from aiohttp import web
 
 from kubeai.errors import QUOTED_MAX_CHARS
 from kubeai.gateway import ollama
-from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway._credentials import Problem
+from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway.context import Context
 from kubeai.gateway.denials import model_not_allowed, no_valid_key
 from kubeai.gateway.holding import advice
 from kubeai.gateway.internal_headers import KEY_HEADER
+from kubeai.gateway.keys import HEALTH_PATHS
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
 from kubeai.openai.request import parse_selector, split_model
@@ -96,7 +97,7 @@ async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
 
 
 async def _dispatch(request: web.Request) -> web.StreamResponse:
-    if request.path in ("/healthz", "/readyz"):
+    if request.path in HEALTH_PATHS:
         if request.method not in ("GET", "HEAD"):
             return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)

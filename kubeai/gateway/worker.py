@@ -5,10 +5,10 @@
 It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
 and its end of the channel to the supervisor (routing/channel.py). The environment variable
 ``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
-:class:`.WorkerSettings`). It serves once it has received the first routing table, and the API keys if they are
-required. It drains on
-``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is gone finishes its
-open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
+:class:`.WorkerSettings`). It serves once it has received the first routing table, and the API keys
+if they are required. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker
+whose supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which the
+supervisor handles.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Worker:
         self._server = Server(self._context, self._table, self._index)
         self._channel = Channel(Down, self._on_message, self._channel_ended)
         # What has not arrived yet: the worker serves once it has routes, and keys if it needs any.
-        self._awaited = {Snapshot} if self._context.keys is None else {Snapshot, KeySnapshot}
+        self._awaited: set[type] = {Snapshot}
+        if self._context.keys is not None:
+            self._awaited.add(KeySnapshot)
         self._started = asyncio.Event()  # nothing is awaited
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 

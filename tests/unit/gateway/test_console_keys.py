@@ -1,0 +1,143 @@
+"""The console where keys are required: administrators may come from anywhere."""
+
+import json
+
+import pytest
+from aiohttp import web
+from fakes.keys import ask, bearer, change, error, get, keyed, record
+from fakes.wire import says
+
+ADMIN, USER = "sk-admin", "sk-user"
+KEYS = record("admin", ADMIN, is_admin=True), record("user", USER)
+FORWARDED = "X-Forwarded-For: 192.0.2.1"
+
+
+class Supervisor:
+    """Serves everything on a Unix socket."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.requests = []
+
+    async def say(self, request):
+        self.requests.append(request)
+        return web.json_response({})
+
+
+@pytest.fixture
+async def supervisor(tmp_path):
+    supervisor = Supervisor(tmp_path / "console")
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", supervisor.say)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.UnixSite(runner, supervisor.path).start()
+    yield supervisor
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def world(start, supervisor):
+    world = await keyed(start, *KEYS, console_path=supervisor.path)
+    world.route("m", {"pod-1": await world.engine(says(b"served"))})
+    return world
+
+
+def cookie(key: str) -> str:
+    return f"Cookie: theme=dark; kubeai_key={key}"
+
+
+@pytest.mark.parametrize("header", [bearer(ADMIN), f"x-api-key: {ADMIN}", cookie(ADMIN)])
+async def test_an_admin_is_served_from_anywhere_and_the_key_is_not_passed_on(
+    world, supervisor, header
+):
+    response = await get(await world.client(), "/ui/api/state", FORWARDED, header)
+    assert response.status == 200
+    (request,) = supervisor.requests
+    assert ADMIN not in str(request.headers)
+    if header.startswith("Cookie"):
+        assert request.headers["Cookie"] == "theme=dark"
+
+
+@pytest.mark.parametrize("header", [bearer(USER), cookie(USER)])
+async def test_other_keys_are_403(world, supervisor, header):
+    response = await get(await world.client(), "/ui/api/state", header)
+    assert (response.status, error(response)["code"]) == (403, "admin_required")
+    assert supervisor.requests == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        (cookie("wrong"),),
+        (cookie(""),),
+        (cookie(ADMIN), f"Cookie: kubeai_key={USER}"),
+        (f"Cookie: KUBEAI_KEY={ADMIN}",),
+        (f"Cookie: x=kubeai_key={ADMIN}",),
+        (cookie(ADMIN), bearer("wrong")),
+    ],
+)
+async def test_without_a_valid_key_it_is_401_also_on_this_machine(world, supervisor, headers):
+    wire = await world.client()
+    for path in ("/ui", "/ui/", "/ui/api/state", "/ui/static/app.js", "/ui/login"):
+        response = await get(wire, path, *headers)
+        assert (response.status, error(response)["code"]) == (401, "invalid_api_key")
+    assert supervisor.requests == []
+
+
+async def test_the_cookie_is_no_key_outside_the_console(world):
+    wire = await world.client()
+    for path in ("/v1/models", "/", "/uix", "/healthz/", "/openai/v1/models"):
+        assert (await get(wire, path, cookie(ADMIN))).status == 401
+
+
+async def test_pages_of_other_sites_may_not_use_the_cookie(world, supervisor):
+    wire = await world.client()
+    for origin in ("http://evil.example", "null", "http://gateway:81"):
+        response = await ask(wire, f"Origin: {origin}", cookie(ADMIN), path="/ui/api/apply")
+        assert (response.status, error(response)["code"]) == (403, "foreign_origin")
+    assert supervisor.requests == []
+    assert (
+        await ask(wire, "Origin: http://gateway", cookie(ADMIN), path="/ui/api/apply")
+    ).status == 200
+
+
+async def test_an_admin_that_is_none_any_more_is_403(world):
+    change(world, "admin", record("admin", ADMIN))
+    assert (await get(await world.client(), "/ui/", bearer(ADMIN))).status == 403
+
+
+async def test_the_playground_uses_the_api_with_the_cookie(world):
+    wire = await world.client()
+    path = "/ui/openai/v1/chat/completions"
+    ours, origin = "X-KubeAI-UI: 1", "Origin: http://gateway"
+    response = await ask(wire, ours, origin, cookie(USER), path=path)
+    assert response.body == b"served"
+    (engine,) = world.engines.values()
+    (request,) = engine.requests
+    assert request.target == "/v1/chat/completions"
+    assert USER not in str(request.headers)
+    assert (await ask(wire, ours, path=path)).status == 401
+    assert (await ask(wire, ours, cookie("wrong"), path=path)).status == 401
+    assert (await ask(wire, ours, "Origin: http://evil", cookie(USER), path=path)).status == 403
+    assert (await ask(wire, cookie(USER), path=path)).status == 403  # not from the console's page
+    assert len(engine.requests) == 1
+    models = await get(wire, "/ui/openai/v1/models", ours, cookie(USER))
+    assert [item["id"] for item in json.loads(models.body)["data"]] == ["m"]
+
+
+async def test_without_keys_the_playgrounds_path_is_the_consoles(start, supervisor):
+    world = await start(console_path=supervisor.path)
+    path = "/ui/openai/v1/chat/completions"
+    response = await ask(await world.client(), "X-KubeAI-UI: 1", host="localhost", path=path)
+    assert response.status == 200
+    assert [request.path for request in supervisor.requests] == [path]
+
+
+async def test_where_the_console_is_not_served_its_paths_need_a_key_like_all_others(start):
+    world = await keyed(start, *KEYS)
+    wire = await world.client()
+    assert (await get(wire, "/ui/", cookie(ADMIN))).status == 404
+    assert (await ask(wire, path="/ui/login")).status == 401
+    assert (await get(wire, "/ui/", bearer(ADMIN))).status == 404
