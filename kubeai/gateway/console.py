@@ -62,8 +62,12 @@ def check_admin(request: Exchange, key: Key | None) -> None:
 
 
 def check_origin(request: Exchange) -> None:
-    """BadRequest if a page of another site has made a request."""
-    host = (request.host or "").lower()
+    """BadRequest if a page of another site has made a request.
+
+    A proxy in front may have replaced the Host. No page can make a browser send X-Forwarded-Host.
+    """
+    forwarded = request.headers(b"x-forwarded-host")
+    host = (forwarded[-1].decode("latin-1") if forwarded else request.host or "").lower()
     for origin in request.headers(b"origin"):
         if _authority(origin.decode("latin-1")) != host:
             raise _foreign()

@@ -9,6 +9,7 @@ for everything that is not in the route table (formatted by errors.py). The work
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -17,14 +18,14 @@ import msgspec
 from aiohttp import web
 
 from kubeai.errors import QUOTED_MAX_CHARS
-from kubeai.gateway import ollama
+from kubeai.gateway import login, ollama
 from kubeai.gateway._credentials import Problem
 from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway.context import Context
 from kubeai.gateway.denials import model_not_allowed, no_valid_key
 from kubeai.gateway.holding import advice
-from kubeai.gateway.internal_headers import KEY_HEADER
-from kubeai.gateway.keys import HEALTH_PATHS
+from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
+from kubeai.gateway.keys import HEALTH_PATHS, check_credential
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
 from kubeai.openai.request import parse_selector, split_model
@@ -97,13 +98,20 @@ async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
 
 
 async def _dispatch(request: web.Request) -> web.StreamResponse:
+    context = request.app[CONTEXT]
+    if context.key_table is not None:
+        if denied := request.headers.get(DENIED_HEADER.decode()):
+            status, _, message = denied.partition(" ")
+            return login.login_response(int(status), message)
+        if login.is_login(request.method, request.path) and context.console is not None:
+            return await login.answer(request, partial(check_credential, context))
     if request.path in HEALTH_PATHS:
         if request.method not in ("GET", "HEAD"):
             return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)
     if request.path == "/" and request.method == "HEAD":  # how Ollama's clients look for a server
         return web.Response()
-    if request.path == "/" and request.app[CONTEXT].console is not None:
+    if request.path == "/" and context.console is not None:
         return web.Response(status=307, headers={"Location": CONSOLE_PATH + "/"})
     target = classify(request.method, request.raw_path)
     if request.method == "OPTIONS" and target.status == 405:

@@ -35,8 +35,8 @@ from kubeai.gateway.console import (
 )
 from kubeai.gateway.denials import AUDITED, COOKIE, check_model
 from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
-from kubeai.gateway.observation import request_end, request_start
 from kubeai.gateway.keys import HEALTH_PATHS
+from kubeai.gateway.observation import request_end, request_start
 from kubeai.gateway.ollama import check_engine
 from kubeai.gateway.realtime import (
     Session,

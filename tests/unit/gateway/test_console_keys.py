@@ -103,6 +103,36 @@ async def test_pages_of_other_sites_may_not_use_the_cookie(world, supervisor):
     ).status == 200
 
 
+async def test_a_browser_without_a_valid_key_gets_the_login_page(world, supervisor):
+    wire, page = await world.client(), "Accept: text/html,*/*"
+    for path in ("/", "/ui", "/ui/", "/ui/?x=1"):
+        for headers in ((), (cookie("wrong"),)):
+            response = await get(wire, path, page, *headers)
+            assert (response.status, response.one("www-authenticate")) == (401, None)
+            assert response.one("content-type").startswith("text/html")
+            assert b"<form" in response.body
+    response = await get(wire, "/ui/", page, cookie(USER))
+    assert (response.status, b"administrator" in response.body) == (403, True)
+    assert (await get(wire, "/v1/models", page)).one("content-type") == "application/json"
+    assert supervisor.requests == []
+
+
+async def test_a_login_needs_no_key_and_gives_the_cookie(world):
+    wire, form = await world.client(), "Content-Type: application/x-www-form-urlencoded"
+    response = await ask(wire, form, path="/ui/login", body=f"key={ADMIN}".encode())
+    assert (response.status, response.one("location")) == (303, "/ui/")
+    given = response.one("set-cookie").partition(";")[0]
+    assert (await get(wire, "/ui/api/state", f"Cookie: {given}")).status == 200
+    for key, status in (("wrong", 401), (USER, 403)):
+        response = await ask(wire, form, path="/ui/login", body=f"key={key}".encode())
+        assert (response.status, response.all("set-cookie")) == (status, [])
+    evil = "Origin: http://evil.example"
+    response = await ask(wire, form, evil, path="/ui/login", body=f"key={ADMIN}".encode())
+    assert response.status == 403
+    assert (await ask(wire, form, path="/ui/logout", body=b"")).status == 303
+    assert (await ask(wire, form, path="/ui/login?x", body=f"key={ADMIN}".encode())).status == 401
+
+
 async def test_an_admin_that_is_none_any_more_is_403(world):
     change(world, "admin", record("admin", ADMIN))
     assert (await get(await world.client(), "/ui/", bearer(ADMIN))).status == 403
