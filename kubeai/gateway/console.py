@@ -3,11 +3,12 @@
 If keys are required, their administrators may, from anywhere; the key comes in a header, or in the
 cookie of the login (login.py), which is accepted here only and never passed on. Without keys, only
 clients on this machine may: the TCP peer is a loopback address, and no proxy has passed the request
-on. The Host must then not be a name that an attacker can point here (DNS rebinding); with keys, a
-page below such a name has no key to send.
+on.
 
-A page of another site must not use a client's browser in either case: an Origin must be the
-console's own. The supervisor checks the rest, such as the headers of changes. Called by proxy.py.
+A page of another site must not use a client's browser in either case: the Host must not be a name
+that an attacker can point here (DNS rebinding), and an Origin must be the console's own. The Host
+does not matter if the key is in a header, which browsers do not add. The supervisor checks the
+rest, such as the headers of changes. Called by proxy.py.
 
 The console's playground has no key, because scripts cannot read the cookie. It sends its requests
 to the paths of the API below ``/ui``, with a header that other sites cannot make a browser send.
@@ -127,6 +128,17 @@ def check_client(
             status=403,
             code="not_loopback",
         )
+    check_host(host, hosts)
+    for origin in origins:
+        if _authority(origin) != (host or "").lower():
+            raise _foreign()
+
+
+def check_host(host: str | None, hosts: Collection[str]) -> None:
+    """BadRequest if the console has another name than the Host of a browser's request.
+
+    ``hosts``: as of :func:`check_client`.
+    """
     name = _host_name(host or "")
     if not (_is_address(name) or _is_localhost(name) or name in map(str.lower, hosts)):
         raise BadRequest(
@@ -135,9 +147,6 @@ def check_client(
             status=421,
             code="unknown_host",
         )
-    for origin in origins:
-        if _authority(origin) != (host or "").lower():
-            raise _foreign()
 
 
 def _foreign() -> BadRequest:

@@ -26,6 +26,7 @@ from kubeai.gateway.console import (
     CONSOLE_BODY_MAX_BYTES,
     LOGIN_PATHS,
     check_admin,
+    check_host,
     check_origin,
     check_request,
     is_console,
@@ -142,6 +143,7 @@ class Proxy(AdmittedRequest):
         is_login = self.context.keys is not None and self._is_login
         try:
             if is_login:
+                check_host(self.host, self.context.config.ui.hosts)
                 check_origin(self)
             elif self.context.keys is not None:
                 check_admin(self, self._key)
@@ -166,6 +168,8 @@ class Proxy(AdmittedRequest):
             if cookie is not None and problem == Problem.MISSING and is_console(self.target):
                 self._key, problem = check(keys.by_digest, cookie)
                 sources = COOKIE
+                if problem == Problem.NO_PROBLEM:
+                    check_host(self.host, self.context.config.ui.hosts)
                 if (target := playground_target(self)) is not None:
                     self.set_target(target.encode("latin-1"))
             if problem != Problem.NO_PROBLEM and not self._needs_no_key():
@@ -194,11 +198,16 @@ class Proxy(AdmittedRequest):
 
     def _deny(self, error: BadRequest) -> None:
         """Respond with an error; to a browser that opens the console, with the login page."""
-        if error.code in AUDITED and self.context.console is not None and wants_page(self):
+        if error.code not in AUDITED or self.context.console is None or not wants_page(self):
+            self._refuse(error)
+            return
+        try:
+            check_host(self.host, self.context.config.ui.hosts)
+        except BadRequest as unknown:
+            self._refuse(unknown)
+        else:
             self._note_denial(error)
             self._serve_locally(self.target, error)
-        else:
-            self._refuse(error)
 
     @override
     def on_body(self) -> None:

@@ -7,6 +7,8 @@ from aiohttp import web
 from fakes.keys import ask, bearer, change, error, get, keyed, record
 from fakes.wire import says
 
+from kubeai.api.config.system import ConsoleConfig
+
 ADMIN, USER = "sk-admin", "sk-user"
 KEYS = record("admin", ADMIN, is_admin=True), record("user", USER)
 FORWARDED = "X-Forwarded-For: 192.0.2.1"
@@ -38,7 +40,8 @@ async def supervisor(tmp_path):
 
 @pytest.fixture
 async def world(start, supervisor):
-    world = await keyed(start, *KEYS, console_path=supervisor.path)
+    ui = ConsoleConfig(hosts=("gateway",))
+    world = await keyed(start, *KEYS, console_path=supervisor.path, ui=ui)
     world.route("m", {"pod-1": await world.engine(says(b"served"))})
     return world
 
@@ -84,6 +87,21 @@ async def test_without_a_valid_key_it_is_401_also_on_this_machine(world, supervi
         response = await get(wire, path, *headers)
         assert (response.status, error(response)["code"]) == (401, "invalid_api_key")
     assert supervisor.requests == []
+
+
+async def test_a_browser_must_know_the_console_by_its_name_and_a_program_need_not(
+    world, supervisor
+):
+    wire, evil = await world.client(), "Host: evil.example"
+    lines = "GET /ui/ HTTP/1.1", evil
+    for header, status in ((cookie(ADMIN), 421), ("Accept: text/html", 421), (bearer(ADMIN), 200)):
+        await wire.send(("\r\n".join((*lines, header)) + "\r\n\r\n").encode())
+        assert (await wire.answer()).status == status
+    form = "Content-Type: application/x-www-form-urlencoded"
+    body = f"key={ADMIN}".encode()
+    response = await ask(wire, form, path="/ui/login", body=body, host="evil.example")
+    assert (response.status, response.all("set-cookie")) == (421, [])
+    assert len(supervisor.requests) == 1
 
 
 async def test_the_cookie_is_no_key_outside_the_console(world):
