@@ -551,3 +551,10 @@ async def test_a_worker_without_its_keys_rejects_everything(start):
     assert (await ask(await world.client(), bearer(ALICE))).status == 401
     give(world, record("alice", ALICE))
     assert (await ask(await world.client(), bearer(ALICE))).status == 404
+
+
+async def test_a_process_without_keys_of_its_own_acknowledges_their_changes(start):
+    world = await start()
+    change(world, "alice", record("alice", ALICE))
+    assert world.context.key_table is None
+    assert world.supervisors.acknowledged(0) == world.publisher.version == 1
