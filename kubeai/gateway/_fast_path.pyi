@@ -62,6 +62,7 @@ class FastPath(EarlyStream):
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far
     _key: Key | None  # the client's; None: it has none, and needs none
+    _needs_admin: bool  # only an administrator's key may have it answered
 
     @property
     def context(self) -> Context: ...
@@ -87,7 +88,7 @@ class FastPath(EarlyStream):
     def observed(self) -> None: ...
 
 def end_revoked(relay: Relay) -> None:
-    """End the requests whose keys have been revoked.
+    """End the requests whose keys have been revoked, or are no longer an administrator's.
 
     A request that has not been answered gets 401, or the error as the end of its event stream; the
     connection of any other is cut, so that the response does not look complete.

@@ -137,6 +137,7 @@ cdef class FastPath(EarlyStream):
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double _waited_s  # for an endpoint so far
     cdef public Key _key  # the client's; None: it has none, and needs none
+    cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
@@ -395,5 +396,7 @@ def end_revoked(Relay relay not None):
         exchange = (<DownstreamEnd?> downstream).exchange
         if isinstance(exchange, FastPath):
             key = (<FastPath> exchange)._key
-            if key is not None and key.is_revoked:
+            if key is not None and (
+                key.is_revoked or ((<FastPath> exchange)._needs_admin and not key.is_admin)
+            ):
                 (<FastPath> exchange)._end_revoked()

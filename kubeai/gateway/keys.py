@@ -48,20 +48,24 @@ class Keys:
         self.retired: Callable[[Key], None] | None = None
 
     def apply(self, message: KeySnapshot | KeyDelta) -> bool:
-        """Apply a change. Returns whether keys were revoked; their requests must be ended."""
+        """Apply a change. Returns whether keys were revoked, or are no longer an administrator's.
+
+        Requests that have them must then be ended.
+        """
         if isinstance(message, KeyDelta):
             return self._set(message.name, message.key)
         records = {record.name: record for record in message.keys}
         gone = [name for name in self.by_name if name not in records]
         changes = [(name, None) for name in gone] + list(records.items())
-        revoked = [self._set(name, record) for name, record in changes]
-        return any(revoked)
+        lost = [self._set(name, record) for name, record in changes]
+        return any(lost)
 
     def _set(self, name: str, record: KeyRecord | None) -> bool:
         old = self.by_name.pop(name, None)
+        was_admin = old is not None and old.is_admin
         if old is not None and record is not None and old.update(record):
             self.by_name[name] = old
-            return False
+            return was_admin and not old.is_admin
         is_revoked = old is not None and (record is None or record.digest != old.digest)
         if old is not None:
             # Another Secret may have the same key: then it is the other's entry.

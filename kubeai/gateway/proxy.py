@@ -147,6 +147,7 @@ class Proxy(AdmittedRequest):
                 check_origin(self)
             elif self.context.keys is not None:
                 check_admin(self, self._key)
+                self._needs_admin = True
             else:
                 check_request(self, self.context.config.ui.hosts)
         except BadRequest as error:

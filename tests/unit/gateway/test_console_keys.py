@@ -1,5 +1,6 @@
 """The console where keys are required: administrators may come from anywhere."""
 
+import asyncio
 import json
 
 import pytest
@@ -20,9 +21,15 @@ class Supervisor:
     def __init__(self, path):
         self.path = str(path)
         self.requests = []
+        self.holds = False  # its responses do not end
 
     async def say(self, request):
         self.requests.append(request)
+        if self.holds:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(b"data: 1\n\n")
+            await asyncio.Event().wait()
         return web.json_response({})
 
 
@@ -31,7 +38,7 @@ async def supervisor(tmp_path):
     supervisor = Supervisor(tmp_path / "console")
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", supervisor.say)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     await web.UnixSite(runner, supervisor.path).start()
     yield supervisor
@@ -154,6 +161,21 @@ async def test_a_login_needs_no_key_and_gives_the_cookie(world):
 async def test_an_admin_that_is_none_any_more_is_403(world):
     change(world, "admin", record("admin", ADMIN))
     assert (await get(await world.client(), "/ui/", bearer(ADMIN))).status == 403
+
+
+@pytest.mark.parametrize("key", [record("admin", ADMIN), None], ids=["no admin", "revoked"])
+async def test_the_consoles_events_end_when_the_key_loses_its_rights(world, supervisor, key):
+    supervisor.holds = True
+    wire = await world.client()
+    await wire.send(
+        f"GET /ui/api/events HTTP/1.1\r\nHost: gateway\r\n{bearer(ADMIN)}\r\n\r\n".encode()
+    )
+    assert (await wire.head()).status == 200
+    change(world, "user", record("user", USER, priority=1))
+    assert world.server.relay.exchanges == 1
+    change(world, "admin", key)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await wire.reader.readexactly(1000)
 
 
 async def test_the_playground_uses_the_api_with_the_cookie(world):
