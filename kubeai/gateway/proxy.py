@@ -79,7 +79,7 @@ class Proxy(AdmittedRequest):
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
-        if kind is None and is_console(self.target) and self.context.console is not None:
+        if kind is None and self.context.console is not None and is_console(self.target):
             self._relay_to_console(self.context.console)
             return
         if kind is None or kind.is_local or target.status != 200:
@@ -166,7 +166,7 @@ class Proxy(AdmittedRequest):
         assert keys is not None, "keys are required"
         try:
             cookie = take_cookie(self)
-            if cookie is not None and problem == Problem.MISSING and is_console(self.target):
+            if cookie is not None and problem == Problem.MISSING and self._is_consoles:
                 self._key, problem = check(keys.by_digest, cookie)
                 sources = COOKIE
                 if problem == Problem.NO_PROBLEM:
@@ -194,8 +194,11 @@ class Proxy(AdmittedRequest):
 
     @property
     def _is_login(self) -> bool:
-        has_console = self.context.console is not None
-        return self.method == "POST" and has_console and self.target in LOGIN_PATHS
+        return self._is_consoles and self.method == "POST" and self.target in LOGIN_PATHS
+
+    @property
+    def _is_consoles(self) -> bool:
+        return self.context.console is not None and is_console(self.target)
 
     def _deny(self, error: BadRequest) -> None:
         """Respond with an error; to a browser that opens the console, with the login page."""

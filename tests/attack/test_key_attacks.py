@@ -371,15 +371,13 @@ async def test_no_key_or_digest_is_in_a_log_or_an_error(start):
             for header in (bearer(ALICE), f"x-api-key: {BOB}", bearer("sk-guessed-key")):
                 response = await ask(wire, header, path=path, body=b'{"model":"b"}')
                 seen.append(response)
-    await world.close()
+    observers.close()  # so that all lines are written
     written = str(logs) + b"".join(lines).decode() + "".join(m.body.decode() for m in seen)
     assert '"status":401' in written
     assert "request denied" in written
     for secret in (ALICE, BOB, "sk-guessed-key"):
         assert secret not in written
         assert record("x", secret).digest.hex() not in written
-    start_again = await attacked(start)  # the fixture closes the last one
-    assert reached(start_again) == 0
 
 
 async def test_two_keys_in_two_requests_at_once_are_not_mixed_up(world):

@@ -49,7 +49,8 @@ async def supervisor(tmp_path):
 async def world(start, supervisor):
     ui = ConsoleConfig(hosts=("gateway",))
     world = await keyed(start, *KEYS, console_path=supervisor.path, ui=ui)
-    world.route("m", {"pod-1": await world.engine(says(b"served"))})
+    endpoints = {"pod-1": await world.engine(says(b"served"))}
+    world.route("m", endpoints, features=("TextGeneration",))
     return world
 
 
@@ -208,6 +209,6 @@ async def test_without_keys_the_playgrounds_path_is_the_consoles(start, supervis
 async def test_where_the_console_is_not_served_its_paths_need_a_key_like_all_others(start):
     world = await keyed(start, *KEYS)
     wire = await world.client()
-    assert (await get(wire, "/ui/", cookie(ADMIN))).status == 404
+    assert (await get(wire, "/ui/", cookie(ADMIN))).status == 401
     assert (await ask(wire, path="/ui/login")).status == 401
     assert (await get(wire, "/ui/", bearer(ADMIN))).status == 404
