@@ -18,7 +18,7 @@ from libc.string cimport memchr, memmove, memset
 from kubeai._clock cimport wall_s
 from kubeai._keys cimport Key
 from kubeai.gateway.relay._request_head cimport RequestHead
-from kubeai.gateway.relay._text cimport Bytes, Text, is_name
+from kubeai.gateway.relay._text cimport Bytes, Text, is_name, text_add
 
 # CPython's own SHA-256: OpenSSL's takes 0.8 µs for 48 bytes, most of it to set up; this one 0.3 µs.
 try:
@@ -156,3 +156,14 @@ def check(dict keys not None, bytes credential not None):
     cdef Problem problem
     cdef Key key = find(keys, credential, &problem)
     return key, problem
+
+
+def read(dict keys not None, bytes lines not None):
+    """See the stub."""
+    cdef Credential credential
+    cdef RequestHead head = RequestHead.__new__(RequestHead)
+    cdef Key key
+    text_add(&head.text, PyBytes_AS_STRING(lines), PyBytes_GET_SIZE(lines))
+    key = take_key(head, keys, &credential)
+    left = head.text.at[:head.text.size] if head.text.size else b""
+    return key, credential.problem, credential.sources, bool(credential.has_cookie), left

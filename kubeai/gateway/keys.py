@@ -114,7 +114,7 @@ def check_credential(
     key, problem = check(keys.by_digest, credential)
     if key is not None and problem == Problem.NO_PROBLEM:
         return key
-    error = keys.rejection(problem if credential else Problem.MISSING, COOKIE, address)
+    error = keys.rejection(problem, COOKIE, address)
     keys.audit.note(
         error, client=address, method=method, target=path, request_id=request_id, key=key
     )

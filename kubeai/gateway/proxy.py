@@ -130,12 +130,11 @@ class Proxy(AdmittedRequest):
             session.name_model(request.adapter)
         return self._admit(request, routed) or await self._hold()
 
-    def _serve_locally(self, target: str, denied: BadRequest | None = None) -> None:
-        """Pass the request to the local routes. ``denied``: for the login page to say."""
+    def _serve_locally(self, target: str, denied: str = "") -> None:
+        """Pass the request to the local routes. ``denied``: see DENIED_HEADER."""
         if self.context.keys is not None:  # both are set here, and so never the client's
             self.set_header(KEY_HEADER, (self._key.name if self._key is not None else "").encode())
-            said = "" if denied is None else f"{denied.status} {denied.message}"
-            self.set_header(DENIED_HEADER, said.encode("latin-1", "replace"))
+            self.set_header(DENIED_HEADER, denied.encode("latin-1", "replace"))
         max_bytes = self.context.config.multipart_max_bytes
         self.stream(self.context.local_routes, target.encode("latin-1"), max_bytes)
 
@@ -180,7 +179,7 @@ class Proxy(AdmittedRequest):
                 self.observe(self.context.observers)
             if error.status == 429:
                 self.close_after()  # which slows down guessing
-            self._deny(error)
+            self._deny(error, is_news=problem != Problem.MISSING)
             return False
         if problem != Problem.NO_PROBLEM:
             self._key = None
@@ -200,8 +199,11 @@ class Proxy(AdmittedRequest):
     def _is_consoles(self) -> bool:
         return self.context.console is not None and is_console(self.target)
 
-    def _deny(self, error: BadRequest) -> None:
-        """Respond with an error; to a browser that opens the console, with the login page."""
+    def _deny(self, error: BadRequest, *, is_news: bool = True) -> None:
+        """Respond with an error; to a browser that opens the console, with the login page.
+
+        ``is_news``: False if the page is all that needs to be said.
+        """
         if error.code not in AUDITED or self.context.console is None or not wants_page(self):
             self._refuse(error)
             return
@@ -211,7 +213,8 @@ class Proxy(AdmittedRequest):
             self._refuse(unknown)
         else:
             self._note_denial(error)
-            self._serve_locally(self.target, error)
+            said = error.message if is_news else ""
+            self._serve_locally(self.target, f"{error.status} {said}")
 
     @override
     def on_body(self) -> None:

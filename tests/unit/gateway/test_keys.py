@@ -540,8 +540,8 @@ def test_a_credential_from_elsewhere_is_checked_and_counted():
             with pytest.raises(BadRequest) as refused:
                 check_credential(context, b"wrong", "192.0.2.1")
             assert refused.value.status == status
-        with pytest.raises(BadRequest, match="needs a key"):
-            check_credential(context, b"", "192.0.2.1")
+        with pytest.raises(BadRequest, match="The API key in the login is not valid"):
+            check_credential(context, b"", "192.0.2.2")
         assert check_credential(context, b"ka", "192.0.2.1").name == "a"
     assert [line["path"] for line in logs] == ["/ui/login"] * 3
 
