@@ -3,6 +3,14 @@
 from libc.stdint cimport int64_t, uint32_t
 
 
+cdef class Selection:
+    cdef readonly str text
+    cdef object selector
+    cdef dict answers  # Model -> (its labels, whether it is selected)
+    cdef object __weakref__
+    cdef bint has(self, object route) except -1
+
+
 cdef class Key:
     cdef readonly str name  # of the Secret
     cdef readonly bytes digest
@@ -17,3 +25,6 @@ cdef class Key:
     cdef readonly double expires_s  # Unix time; 0: never
     cdef readonly bint is_admin
     cdef public bint is_revoked  # its Secret is gone, or has another key
+    cdef readonly Selection selection  # of the Models that it may use; None: all
+    cdef int take(self, record) except -1
+    cpdef bint allows(self, object route) except -1

@@ -15,6 +15,7 @@ from kubeai.gateway.context import Context
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.relay._early import EarlyStream
 from kubeai.gateway.relay._exchange import Pool
+from kubeai.gateway.relay._relay import Relay
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
@@ -38,6 +39,7 @@ class JsonRoute:
     kind: Kind
     path: bytes  # the engine's
     shape: Shape
+    stores: bool  # engines may keep the response; see stored_responses.py
 
     def __init__(self, kind: Kind, path: bytes, shape: Shape) -> None: ...
 
@@ -60,18 +62,34 @@ class FastPath(EarlyStream):
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far
     _key: Key | None  # the client's; None: it has none, and needs none
+    _needs_admin: bool  # only an administrator's key may have it answered
 
     @property
     def context(self) -> Context: ...
     def set_cors_headers(self, lines: bytes | None) -> None: ...
+    def set_target(self, target: bytes) -> None:
+        """Replace the request target, before the request is handled."""
+
+    def close_after(self) -> None:
+        """Close the client's connection after the response."""
+
     def _place(self, reservation: Reservation | None) -> None: ...
     def _attempt(self, reservation: Reservation) -> None: ...
     # implemented by the subclass
     def wait_for_endpoint(self) -> None: ...
     def send_other(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...
+    def judge_key(self, problem: int, sources: int) -> bool: ...
+    def revoked(self) -> None: ...
     def allow_origin(self, policy: CorsPolicy) -> None: ...
     def note_candidates(self) -> None: ...
     def explain(self, reservation: Reservation) -> None: ...
     def observe(self, observers: Observers) -> None: ...
     def observed(self) -> None: ...
+
+def end_revoked(relay: Relay) -> None:
+    """End the requests whose keys have been revoked, or are no longer an administrator's.
+
+    A request that has not been answered gets 401, or the error as the end of its event stream; the
+    connection of any other is cut, so that the response does not look complete.
+    """

@@ -36,12 +36,16 @@ from kubeai._load cimport (
 )
 from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
+from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, take_key
 from kubeai.gateway.relay._early cimport EarlyStream
-from kubeai.gateway.relay._exchange cimport Pool
+from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, Pool
+from kubeai.gateway.relay._relay cimport Relay
 from kubeai.gateway.relay._text cimport Text, is_name
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
+
+from kubeai.openai.routes import Kind
 
 cdef enum:
     REQUEST_ID_AT = 14  # in the line "X-Request-Id: …\r\n"
@@ -85,11 +89,13 @@ cdef class JsonRoute:
     cdef readonly object kind
     cdef readonly bytes path  # the engine's
     cdef readonly Shape shape
+    cdef readonly bint stores  # engines may keep the response; see stored_responses.py
 
     def __init__(self, kind, bytes path not None, Shape shape not None):
         self.kind = kind
         self.path = path
         self.shape = shape
+        self.stores = kind is Kind.RESPONSES
 
 
 cdef bint is_special(const Text *text) noexcept:
@@ -131,6 +137,7 @@ cdef class FastPath(EarlyStream):
     cdef public object _max_wait_s  # the client's limit on the wait for an endpoint; None: none
     cdef public double _waited_s  # for an endpoint so far
     cdef public Key _key  # the client's; None: it has none, and needs none
+    cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
@@ -142,6 +149,8 @@ cdef class FastPath(EarlyStream):
         cdef FastPathContext context = <FastPathContext?> self.downstream.relay.context
         if context.cors is not None:
             self.allow_origin(context.cors)
+        if context.keys is not None and not self._take_key(context.keys):
+            return 0
         if self.downstream.head.method == b"POST" and not is_special(&self.downstream.head.text):
             json_route = context.json_routes.get(self.downstream.head.target)
         if json_route is None:
@@ -158,6 +167,14 @@ cdef class FastPath(EarlyStream):
             self.observe(context.observers)
         return 0
 
+    cdef bint _take_key(self, dict keys) except -1:
+        """Find the client's key, and keep it from engines; False: the request is rejected."""
+        cdef Credential credential
+        self._key = take_key(self.downstream.head, keys, &credential)
+        if credential.problem == NO_PROBLEM and not credential.has_cookie:
+            return True
+        return self.judge_key(<int> credential.problem, credential.sources)
+
     cdef int _collected(self) except -1:
         cdef InferenceRequest request = None
         cdef object routed = None
@@ -167,6 +184,9 @@ cdef class FastPath(EarlyStream):
             request = scan(self.json_route.shape, self.body)
         if request is not None and request.adapter is None and request.previous.at is NULL:
             routed = context.models.get(request.name)
+        if self._key is not None and routed is not None:
+            if self.json_route.stores or not self._key.allows(routed.route):
+                routed = None
         self._request = request
         if routed is None:
             self.on_body()
@@ -191,6 +211,21 @@ cdef class FastPath(EarlyStream):
     def set_cors_headers(self, bytes lines):
         """Add header lines, each ending in CRLF, to every response to this request; None: none."""
         self.downstream.cors = lines
+
+    def set_target(self, bytes target not None):
+        """Replace the request target, before the request is handled."""
+        self.downstream.head.target = target
+
+    def close_after(self):
+        """Close the client's connection after the response."""
+        self.downstream.keep_alive = False
+
+    cdef int _end_revoked(self) except -1:
+        if self.answered:
+            self.downstream._cut(self.downstream.head.http10)
+        else:
+            self._hook(self.revoked)
+        return 0
 
     cpdef _place(self, Reservation reservation):
         """Start an attempt, or hold the request if no endpoint can serve it."""
@@ -321,6 +356,17 @@ cdef class FastPath(EarlyStream):
         """Log that a request goes to another endpoint than the one its key maps to."""
         raise NotImplementedError
 
+    def judge_key(self, problem, sources):
+        """The request has no valid key in a header, or has cookies: whether it may go on.
+
+        Respond with an error otherwise.
+        """
+        raise NotImplementedError
+
+    def revoked(self):
+        """The request's key has been revoked, and nothing has been answered: respond with 401."""
+        raise NotImplementedError
+
     def allow_origin(self, policy):
         """Set the response's CORS headers."""
         raise NotImplementedError
@@ -340,3 +386,17 @@ cdef class FastPath(EarlyStream):
     def observed(self):
         """Notify observers that the request has ended."""
         raise NotImplementedError
+
+
+def end_revoked(Relay relay not None):
+    """See the stub."""
+    cdef Exchange exchange
+    cdef Key key
+    for downstream in list(relay.downstreams):
+        exchange = (<DownstreamEnd?> downstream).exchange
+        if isinstance(exchange, FastPath):
+            key = (<FastPath> exchange)._key
+            if key is not None and (
+                key.is_revoked or ((<FastPath> exchange)._needs_admin and not key.is_admin)
+            ):
+                (<FastPath> exchange)._end_revoked()

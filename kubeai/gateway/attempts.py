@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import override
 
+from kubeai.gateway._credentials import Problem
 from kubeai.gateway._fast_path import FastPath
 from kubeai.gateway.console import is_console
+from kubeai.gateway.denials import no_valid_key
 from kubeai.gateway.endpoint_pool import EndpointPool
 from kubeai.gateway.explanation import explanation, log_move
 from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
@@ -255,7 +257,24 @@ class AdmittedRequest(FastPath):
 
     # -- the gateway's own responses ---------------------------------------------------------------
 
+    @override
+    def revoked(self) -> None:
+        self._refuse(no_valid_key(Problem.INVALID, 0))
+
+    def _note_denial(self, error: BadRequest) -> None:
+        """Write the audit log's line, if the error denies something to a client."""
+        if self.context.key_table is not None:
+            self.context.key_table.audit.note(
+                error,
+                client=self.peer,
+                method=self.method,
+                target=self.target,
+                request_id=self.request_id,
+                key=self._key,
+            )
+
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
+        self._note_denial(error)
         if self.begun:
             self.end(error.status, last_event(error, self._kind, self.request_id))
             return

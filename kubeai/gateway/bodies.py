@@ -2,7 +2,7 @@
 
 The event loop keeps serving other requests meanwhile. A compressed body is decoded up to the limit
 of all bodies, and sent to the engine as it came, with its Content-Encoding. There are two
-exceptions, in which it is sent uncompressed: if the model in it is replaced, and with
+exceptions, in which it is sent uncompressed: if something in it is replaced, and with
 ``gateway.decompressBodies``. Called by proxy.py.
 """
 
@@ -64,8 +64,12 @@ async def read_body(
     context: Context,
     kind: Kind,
     find: Callable[[InferenceRequest], RoutedModel],
+    *,
+    changes: bool = False,
 ) -> ReadBody:
     """Read the body that an exchange has collected. ``find``: looks its model up.
+
+    ``changes``: the caller will change the payload, so it must not be compressed.
 
     BadRequest if the body is invalid, or too long once it is decompressed. Its decompressed form
     counts as buffered until the exchange ends. Content-Encoding is removed from the request to the
@@ -82,7 +86,7 @@ async def read_body(
     picker = find(request).picker
     prompt = await run(_threads, openai.prompt_of, picker, request, context.logs_prompts)
     if coding is not None:
-        if request.adapter is None and not context.config.decompress_bodies:
+        if request.adapter is None and not (changes or context.config.decompress_bodies):
             return ReadBody(request, prompt, exchange.body)
         exchange.drop_header(b"content-encoding")
     return ReadBody(request, prompt, await run(_threads, openai.body_for, request, body))

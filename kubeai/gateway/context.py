@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
 from kubeai.gateway.cors import CorsPolicy
+from kubeai.gateway.keys import Keys
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
 from kubeai.openai.request import SHAPES
@@ -78,6 +79,9 @@ class Context(FastPathContext):
         # The messenger's requests come from a broker that has its own credentials.
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None
+        self.key_table = (
+            None if self.keys is None else Keys(self.keys, config.keys.failures_per_minute)
+        )
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

@@ -9,6 +9,8 @@ for everything that is not in the route table (formatted by errors.py). The work
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import aiohttp
@@ -16,15 +18,22 @@ import msgspec
 from aiohttp import web
 
 from kubeai.errors import QUOTED_MAX_CHARS
-from kubeai.gateway import ollama
+from kubeai.gateway import login, ollama
+from kubeai.gateway._credentials import Problem
 from kubeai.gateway.console import PATH as CONSOLE_PATH
 from kubeai.gateway.context import Context
+from kubeai.gateway.denials import model_not_allowed, no_valid_key
 from kubeai.gateway.holding import advice
+from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
+from kubeai.gateway.keys import HEALTH_PATHS, check_credential
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, error_answer, model_not_found
 from kubeai.openai.request import parse_selector, split_model
 from kubeai.openai.routes import PREFIX, Kind, RouteMatch, classify
 from kubeai.routing.routes import Route
+
+if TYPE_CHECKING:
+    from kubeai._keys import Key
 
 log = get_logger(__name__)
 
@@ -67,6 +76,7 @@ async def _errors(
     try:
         return await handler(request)
     except BadRequest as error:
+        _note_denial(request, error)
         return _refusal(request, error, advice(error))
     except web.HTTPException as error:
         return _refusal(request, BadRequest(error.reason, status=error.status))
@@ -88,13 +98,20 @@ async def _unsigned(_: web.Request, response: web.StreamResponse) -> None:
 
 
 async def _dispatch(request: web.Request) -> web.StreamResponse:
-    if request.path in ("/healthz", "/readyz"):
+    context = request.app[CONTEXT]
+    if context.key_table is not None:
+        if denied := request.headers.get(DENIED_HEADER.decode()):
+            status, _, message = denied.partition(" ")
+            return login.login_response(int(status), message)
+        if login.is_login(request.method, request.path) and context.console is not None:
+            return await login.answer(request, partial(check_credential, context))
+    if request.path in HEALTH_PATHS:
         if request.method not in ("GET", "HEAD"):
             return _not_allowed(request, ("GET", "HEAD"))
         return _health(request)
     if request.path == "/" and request.method == "HEAD":  # how Ollama's clients look for a server
         return web.Response()
-    if request.path == "/" and request.app[CONTEXT].console is not None:
+    if request.path == "/" and context.console is not None:
         return web.Response(status=307, headers={"Location": CONSOLE_PATH + "/"})
     target = classify(request.method, request.raw_path)
     if request.method == "OPTIONS" and target.status == 405:
@@ -118,6 +135,31 @@ async def _dispatch(request: web.Request) -> web.StreamResponse:
         f"clients of Anthropic and Ollama need {base}"
     )
     return _refusal(request, BadRequest(message, status=404, code="unknown_url"))
+
+
+def _client_key(request: web.Request) -> Key | None:
+    """The client's key; None if keys are not required. BadRequest if it has just been revoked."""
+    keys = request.app[CONTEXT].key_table
+    if keys is None:
+        return None
+    key = keys.by_name.get(request.headers.get(KEY_HEADER.decode(), ""))
+    if key is None:
+        raise no_valid_key(Problem.INVALID, 0)
+    return key
+
+
+def _note_denial(request: web.Request, error: BadRequest) -> None:
+    keys = request.app[CONTEXT].key_table
+    if keys is not None:
+        keys.audit.note(
+            error,
+            # The relay has appended the client's address.
+            client=request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip(),
+            method=request.method,
+            target=request.raw_path,
+            request_id=request.headers.get("X-Request-Id"),
+            key=keys.by_name.get(request.headers.get(KEY_HEADER.decode(), "")),
+        )
 
 
 def _refusal(
@@ -182,9 +224,18 @@ def _models(request: web.Request, target: RouteMatch) -> web.Response:
 
 
 def _selection(request: web.Request) -> Callable[[Route], bool]:
-    """A predicate for routes whose labels match every X-Label-Selector of the request."""
+    """A predicate for routes that the client's key and every X-Label-Selector allow."""
+    key = _client_key(request)
     selectors = [parse_selector(text) for text in request.headers.getall("X-Label-Selector", [])]
+    if key is not None:
+        selectors.append(key.selects)
     return lambda route: all(selector(route.labels) for selector in selectors)
+
+
+def _missing(request: web.Request) -> Callable[[str], BadRequest]:
+    """The error for a model that does not exist, or that the client may not use."""
+    key = _client_key(request)
+    return model_not_allowed if key is not None and key.restricted else model_not_found
 
 
 def _one_model(request: web.Request, encoded_id: str) -> _Item:
@@ -194,7 +245,7 @@ def _one_model(request: web.Request, encoded_id: str) -> _Item:
         for item in _items(found.route):
             if item.id == model_id:
                 return item
-    raise model_not_found(model_id)
+    raise _missing(request)(model_id)
 
 
 def _items(route: Route) -> Iterable[_Item]:
@@ -208,7 +259,7 @@ async def _describe(request: web.Request, kind: Kind) -> web.Response:
     selected = _selection(request)
     routes = [model.route for model in request.app[CONTEXT].routes if selected(model.route)]
     if kind is Kind.OLLAMA_SHOW:
-        return _json(ollama.shown(await request.read(), routes))
+        return _json(ollama.shown(await request.read(), routes, _missing(request)))
     if kind is Kind.OLLAMA_TAGS:
         return _json(ollama.tags(routes))
     return _json(ollama.running(routes) if kind is Kind.OLLAMA_PS else ollama.version())

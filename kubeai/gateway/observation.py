@@ -37,13 +37,18 @@ class RequestEnd(NamedTuple):
     prompt: Prompt | None = None  # None: unknown, or not to be recorded
 
 
-def request_start(exchange: Exchange, *, is_inference: bool) -> RequestStart:
-    """The record of a request whose head is complete."""
+def request_start(
+    exchange: Exchange, *, is_inference: bool, keeps_query: bool = True
+) -> RequestStart:
+    """The record of a request whose head is complete.
+
+    ``keeps_query``: False if the query may have a secret, such as an API key in the wrong place.
+    """
     return RequestStart(
         request_id=exchange.request_id,
         peer=exchange.peer,
         method=exchange.method,
-        target=exchange.target,
+        target=exchange.target if keeps_query else exchange.target.partition("?")[0],
         is_inference=is_inference,
         trace_headers={
             name: values[0].decode("latin-1")

@@ -9,7 +9,7 @@ only through the Kubernetes API. Called by proxy.py and local_routes.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -101,8 +101,13 @@ def running(routes: Iterable[Route]) -> bytes:
     )
 
 
-def shown(body: bytes, routes: Iterable[Route]) -> bytes:
-    """The response of ``/api/show`` to a request with this body."""
+def shown(
+    body: bytes, routes: Iterable[Route], missing: Callable[[str], BadRequest] = model_not_found
+) -> bytes:
+    """The response of ``/api/show`` to a request with this body.
+
+    ``routes``: those that the client may use; ``missing``: the error for the name of another model.
+    """
     try:
         request = msgspec.json.decode(body, type=_ShowRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -113,7 +118,7 @@ def shown(body: bytes, routes: Iterable[Route]) -> bytes:
             check_engine(Kind.OLLAMA_SHOW, route)
             able = tuple(_CAPABILITIES[each] for each in route.features if each in _CAPABILITIES)
             return msgspec.json.encode(_Shown(_Details(), {}, able, _time(route)))
-    raise model_not_found(name)
+    raise missing(name)
 
 
 def version() -> bytes:

@@ -19,9 +19,24 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import override
 
 from kubeai._prompt import Prompt
+from kubeai.gateway._credentials import Problem, check
 from kubeai.gateway.attempts import AdmittedRequest
 from kubeai.gateway.bodies import check_coding, read_body
-from kubeai.gateway.console import CONSOLE_BODY_MAX_BYTES, check_request, is_console
+from kubeai.gateway.console import (
+    CONSOLE_BODY_MAX_BYTES,
+    LOGIN_PATHS,
+    check_admin,
+    check_host,
+    check_origin,
+    check_request,
+    is_console,
+    playground_target,
+    take_cookie,
+    wants_page,
+)
+from kubeai.gateway.denials import AUDITED, COOKIE, check_model
+from kubeai.gateway.internal_headers import DENIED_HEADER, KEY_HEADER
+from kubeai.gateway.keys import HEALTH_PATHS
 from kubeai.gateway.observation import request_end, request_start
 from kubeai.gateway.ollama import check_engine
 from kubeai.gateway.realtime import (
@@ -34,7 +49,7 @@ from kubeai.gateway.realtime import (
 )
 from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.relay._tunnel import Tunnel
-from kubeai.gateway.stored_responses import not_stored
+from kubeai.gateway.stored_responses import check_owner, not_stored, owned
 from kubeai.gateway.uploads.upload import Upload, is_form
 from kubeai.openai import request as openai
 from kubeai.openai.errors import BadRequest, model_not_found
@@ -64,15 +79,11 @@ class Proxy(AdmittedRequest):
         if self.asks_websocket and self.method == "GET" and target.status == 405:
             self._refuse(no_websocket(), {"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
             return
-        if kind is None and is_console(self.target) and self.context.console is not None:
+        if kind is None and self.context.console is not None and is_console(self.target):
             self._relay_to_console(self.context.console)
             return
         if kind is None or kind.is_local or target.status != 200:
-            self.stream(
-                self.context.local_routes,
-                origin_form(self.target).encode("latin-1"),
-                self.context.config.multipart_max_bytes,
-            )
+            self._serve_locally(origin_form(self.target))
             return
         if kind is Kind.REALTIME:
             self._open_websocket(target.query)
@@ -119,13 +130,91 @@ class Proxy(AdmittedRequest):
             session.name_model(request.adapter)
         return self._admit(request, routed) or await self._hold()
 
+    def _serve_locally(self, target: str, denied: str = "") -> None:
+        """Pass the request to the local routes. ``denied``: see DENIED_HEADER."""
+        if self.context.keys is not None:  # both are set here, and so never the client's
+            self.set_header(KEY_HEADER, (self._key.name if self._key is not None else "").encode())
+            self.set_header(DENIED_HEADER, denied.encode("latin-1", "replace"))
+        max_bytes = self.context.config.multipart_max_bytes
+        self.stream(self.context.local_routes, target.encode("latin-1"), max_bytes)
+
     def _relay_to_console(self, pool: Pool) -> None:
+        is_login = self.context.keys is not None and self._is_login
         try:
-            check_request(self, self.context.config.ui.hosts)
+            if is_login:
+                check_host(self.host, self.context.config.ui.hosts)
+                check_origin(self)
+            elif self.context.keys is not None:
+                check_admin(self, self._key)
+                self._needs_admin = True
+            else:
+                check_request(self, self.context.config.ui.hosts)
         except BadRequest as error:
-            self._refuse(error)
+            self._deny(error)
+            return
+        if is_login:
+            self._serve_locally(self.target)
         else:
             self.stream(pool, self.target.encode("latin-1"), CONSOLE_BODY_MAX_BYTES)
+
+    # -- keys --------------------------------------------------------------------------------------
+
+    @override
+    def judge_key(self, problem: int, sources: int) -> bool:
+        keys = self.context.key_table
+        assert keys is not None, "keys are required"
+        try:
+            cookie = take_cookie(self)
+            if cookie is not None and problem == Problem.MISSING and self._is_consoles:
+                self._key, problem = check(keys.by_digest, cookie)
+                sources = COOKIE
+                if problem == Problem.NO_PROBLEM:
+                    check_host(self.host, self.context.config.ui.hosts)
+                if (target := playground_target(self)) is not None:
+                    self.set_target(target.encode("latin-1"))
+            if problem != Problem.NO_PROBLEM and not self._needs_no_key():
+                raise keys.rejection(problem, sources, self.peer)
+        except BadRequest as error:
+            if self.context.observers is not None:
+                self.observe(self.context.observers)
+            if error.status == 429:
+                self.close_after()  # which slows down guessing
+            self._deny(error, is_news=problem != Problem.MISSING)
+            return False
+        if problem != Problem.NO_PROBLEM:
+            self._key = None
+        return True
+
+    def _needs_no_key(self) -> bool:
+        path = origin_form(self.target).partition("?")[0]
+        if self.method == "OPTIONS":  # a preflight request, to which browsers add no key
+            return bool(self.headers(b"access-control-request-method")) and not is_console(path)
+        return self._is_login or (self.method in ("GET", "HEAD") and path in HEALTH_PATHS)
+
+    @property
+    def _is_login(self) -> bool:
+        return self._is_consoles and self.method == "POST" and self.target in LOGIN_PATHS
+
+    @property
+    def _is_consoles(self) -> bool:
+        return self.context.console is not None and is_console(self.target)
+
+    def _deny(self, error: BadRequest, *, is_news: bool = True) -> None:
+        """Respond with an error; to a browser that opens the console, with the login page.
+
+        ``is_news``: False if the page is all that needs to be said.
+        """
+        if error.code not in AUDITED or self.context.console is None or not wants_page(self):
+            self._refuse(error)
+            return
+        try:
+            check_host(self.host, self.context.config.ui.hosts)
+        except BadRequest as unknown:
+            self._refuse(unknown)
+        else:
+            self._note_denial(error)
+            said = error.message if is_news else ""
+            self._serve_locally(self.target, f"{error.status} {said}")
 
     @override
     def on_body(self) -> None:
@@ -142,7 +231,7 @@ class Proxy(AdmittedRequest):
             self._refuse(error)
             return
         self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
-        self._payload = openai.body_for(request, self.body)
+        self._payload = owned(openai.body_for(request, self.body), self._kind, self._key)
         if request.previous_response_id is None:
             self._place(self._admit(request, routed))
         else:
@@ -175,9 +264,12 @@ class Proxy(AdmittedRequest):
 
     async def _read(self) -> Reservation:
         """Like ``on_body`` for a large or compressed body."""
-        request, self._prompt, self._payload = await read_body(
-            self, self.context, self._kind, self._find
+        # The engine gets a body that is changed uncompressed.
+        changes = self._key is not None and self._kind is Kind.RESPONSES
+        request, self._prompt, payload = await read_body(
+            self, self.context, self._kind, self._find, changes=changes
         )
+        self._payload = owned(payload, self._kind, self._key)
         return await self._continue(request)
 
     async def _continue(self, request: InferenceRequest) -> Reservation:
@@ -188,6 +280,7 @@ class Proxy(AdmittedRequest):
         """
         only = None
         if request.previous_response_id is not None:
+            check_owner(request.previous_response_id, self._key)
             only = await self.context.stored_responses.endpoint_of(
                 self._find(request), self, request.previous_response_id
             )
@@ -219,26 +312,30 @@ class Proxy(AdmittedRequest):
         Also reads the client's limit on the wait for an endpoint.
         """
         routed = self.context.routes.find(request.name)
+        check_model(self._key, routed, request.model)
         if routed is None or (
             request.adapter is not None and request.adapter not in routed.route.adapters
         ):
             raise model_not_found(request.model)
-        if not self._selects(routed.route):
+        if not self._may_use(routed.route):
             raise model_not_found(request.model)
         check_engine(request.kind, routed.route)
         self._max_wait_s = openai.parse_max_wait(self.headers(b"x-kubeai-max-wait"))
         return routed
 
-    def _selects(self, route: Route) -> bool:
-        """Whether a Model's labels match all selectors of the request."""
+    def _may_use(self, route: Route) -> bool:
+        """Whether the client's key and all selectors of the request allow a Model."""
+        if self._key is not None and not self._key.allows(route):
+            return False
         texts = [text.decode("latin-1") for text in self.headers(b"x-label-selector")]
         return all(openai.parse_selector(text)(route.labels) for text in texts)
 
     async def _find_stored(self) -> Reservation:
         """Find the replica that has the stored response of the path, and count the request."""
         response_id = classify(self.method, self.target).id or ""
+        check_owner(response_id, self._key)
         owner = await self.context.stored_responses.find(
-            self.context.routes, self, response_id, self._selects
+            self.context.routes, self, response_id, self._may_use
         )
         self._payload = self.body
         request = openai.named(self._kind, owner.model)
@@ -251,7 +348,11 @@ class Proxy(AdmittedRequest):
 
     @override
     def observe(self, observers: Observers) -> None:
-        start = request_start(self, is_inference=self._kind is not None)
+        start = request_start(
+            self,
+            is_inference=self._kind is not None,
+            keeps_query=self.context.keys is None,
+        )
         self._observed = observation = observers.began(start)
         for name, value in observation.upstream_headers.items():
             self.set_header(name.encode(), value.encode("latin-1"))

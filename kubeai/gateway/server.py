@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai.gateway._fast_path import end_revoked
 from kubeai.gateway.context import Context
 from kubeai.gateway.endpoint_pool import (
     ConsolePool,
@@ -30,6 +31,7 @@ from kubeai.gateway.relay._downstream import Downstream
 from kubeai.gateway.relay._relay import Relay
 from kubeai.logs import get_logger
 from kubeai.openai.errors import relay_error
+from kubeai.routing.keys import KeyDelta, KeySnapshot
 from kubeai.routing.routes import Endpoint
 from kubeai.routing.table import RoutedModel, RoutingTable
 
@@ -125,6 +127,13 @@ class Server:
         await hand_over(served, theirs, ours)
         _, protocol = await hand_over(loop.create_unix_connection(client, sock=ours), ours)
         return protocol
+
+    def apply_keys(self, message: KeySnapshot | KeyDelta) -> None:
+        """Apply a change of the API keys and acknowledge it. Ends requests with revoked keys."""
+        keys = self._context.key_table
+        if keys is not None and keys.apply(message):
+            end_revoked(self.relay)
+        self.routes.advance(message.version)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

@@ -14,6 +14,13 @@ Model's endpoints are asked, and none if there is only one.
 Only endpoints are asked whose engine stores responses and whose Model matches the request's
 selectors. If an adapter made the response, the client gets its name as clients call it.
 
+If keys are required, a response belongs to the tenant whose key made it: no other one can read,
+cancel or continue it, and to others it does not exist. Its ID says whose it is. Both engines that
+store responses take the ID from the request's ``request_id``, so :func:`owned` has it begin with a
+hash of the tenant's name, and :func:`check_owner` compares that before anything is looked up. This
+needs no memory, and holds for all workers and replicas and after restarts. What was made without a
+key belongs to nobody.
+
 Limits: ``ASKED_AT_ONCE_MAX_COUNT`` endpoints at a time for each request, ``ASK_TIMEOUT_S`` for each
 of them and ``LOOKUP_TIMEOUT_S`` for all, ``LOOKUPS_MAX_COUNT`` such requests at a time and
 ``REMEMBERED_MAX_COUNT`` remembered responses in each worker. Created by context.py, called by
@@ -23,8 +30,11 @@ proxy.py, closed by the worker.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
@@ -38,6 +48,7 @@ from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutedModel
 
 if TYPE_CHECKING:
+    from kubeai._keys import Key
     from kubeai.gateway.relay._exchange import Exchange
 
 log = get_logger(__name__)
@@ -50,6 +61,7 @@ LOOKUPS_MAX_COUNT = 16
 CONNECTIONS_MAX_COUNT = 96  # of all lookups; each takes a descriptor
 REMEMBERED_MAX_COUNT = 4096
 MODEL_IN_MAX_BYTES = 1 << 20  # the longest response of which the model is read
+_OWNER_CHARS = 16  # of an ID, in hexadecimal: 64 bits
 
 Place = tuple[RoutedModel, Endpoint]
 
@@ -256,6 +268,30 @@ def _unsure(response_id: str, silent: list[str]) -> BadRequest:
         status=503,
         code="model_unavailable",
     )
+
+
+def owned(payload: bytes, kind: Kind, key: Key | None) -> bytes:
+    """The body of a request, so that a response that the engine stores belongs to the tenant.
+
+    ``payload``: a JSON object. A ``request_id`` of the client's loses, wherever it is: engines use
+    the last member of a name. Bodies of other kinds, and without a key, are unchanged.
+    """
+    if key is None or kind is not Kind.RESPONSES:
+        return payload
+    end = payload.rindex(b"}")
+    response_id = f"resp_{_owner(key.tenant)}{uuid.uuid4().hex}"
+    return b'%b,"request_id":"%b"}' % (payload[:end], response_id.encode())
+
+
+def check_owner(response_id: str, key: Key | None) -> None:
+    """404 if a stored response belongs to another tenant than the client's, or to none."""
+    if key is not None and not response_id.startswith(f"resp_{_owner(key.tenant)}"):
+        raise not_stored(response_id)
+
+
+@lru_cache(maxsize=1024)
+def _owner(tenant: str) -> str:
+    return hashlib.sha256(f"response of {tenant}".encode()).hexdigest()[:_OWNER_CHARS]
 
 
 def not_stored(response_id: str) -> BadRequest:

@@ -5,9 +5,10 @@
 It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
 and its end of the channel to the supervisor (routing/channel.py). The environment variable
 ``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
-:class:`.WorkerSettings`). It serves once it has received the first routing table. It drains on
-``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is gone finishes its
-open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
+:class:`.WorkerSettings`). It serves once it has received the first routing table, and the API keys
+if they are required. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker
+whose supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which the
+supervisor handles.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from kubeai.routing.channel import (
     Demand,
     Down,
     Drain,
+    KeyDelta,
+    KeySnapshot,
     Ready,
     WorkerSettings,
 )
@@ -70,7 +73,11 @@ class Worker:
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
         self._server = Server(self._context, self._table, self._index)
         self._channel = Channel(Down, self._on_message, self._channel_ended)
-        self._started = asyncio.Event()  # the first routing table has arrived
+        # What has not arrived yet: the worker serves once it has routes, and keys if it needs any.
+        self._awaited: set[type] = {Snapshot}
+        if self._context.keys is not None:
+            self._awaited.add(KeySnapshot)
+        self._started = asyncio.Event()  # nothing is awaited
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -119,9 +126,14 @@ class Worker:
     def _on_message(self, message: object) -> None:
         if isinstance(message, Drain):
             self._stop(message)
+            return
+        if isinstance(message, KeySnapshot | KeyDelta):
+            self._server.apply_keys(message)
         else:
             assert isinstance(message, Snapshot | Delta)
             self._server.routes.apply(message)
+        self._awaited.discard(type(message))
+        if not self._awaited:
             self._started.set()
 
     def _channel_ended(self) -> None:

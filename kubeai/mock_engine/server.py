@@ -156,7 +156,10 @@ class MockEngine:
                 reply, job = self._plan(prompt or bytes(text.TOKEN_BYTES), generation, adapter)
                 replies.append(reply)
                 jobs.append(job)
-            formatted = api(self._meta(request, api.prefix, model), generation)
+            meta = self._meta(request, api.prefix, model)
+            if generation.response_id is not None:
+                meta = meta._replace(id=generation.response_id)
+            formatted = api(meta, generation)
             if generation.stream:
                 return await self._stream(request, formatted, replies, jobs)
             group = SequenceGroup(self._running())

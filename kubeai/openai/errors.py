@@ -130,6 +130,8 @@ def error_answer(
     headers = {}
     if isinstance(error, UnsupportedCoding):
         headers["Accept-Encoding"] = error.accepted
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110, section 15.5.2
     path = origin_form(target).partition("?")[0]
     if path.removeprefix(PREFIX).startswith(OLLAMA_PREFIX):
         return msgspec.json.encode({"error": _sendable(error.message)}), headers

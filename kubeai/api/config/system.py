@@ -262,6 +262,9 @@ class KeysConfig(_Section, frozen=True, kw_only=True):
     """API keys of clients. See docs/keys.md."""
 
     required: bool = False
+    # Requests with a wrong key, per client address and worker. Beyond it they get 429 and their
+    # connection is closed. 0: no limit.
+    failures_per_minute: Count = 60
 
 
 class GatewayConfig(_Section, frozen=True, kw_only=True):

@@ -55,6 +55,7 @@ class GenerationRequest(NamedTuple):
     stream: bool
     usage: bool  # whether the stream ends with the usage
     previous: str | None = None  # the ID of the stored response that it continues
+    response_id: str | None = None  # that the response gets; None: one of the engine's
 
 
 class Meta(NamedTuple):

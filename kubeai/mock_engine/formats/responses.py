@@ -46,6 +46,7 @@ class ResponsesRequest(msgspec.Struct):
     stream: bool | None = False
     max_output_tokens: Positive | None = None
     previous_response_id: str | None = None
+    request_id: str | None = None  # vLLM's and SGLang's: the response's ID
 
 
 class Responses(ApiFormat):
@@ -71,6 +72,7 @@ class Responses(ApiFormat):
             bool(request.stream),
             True,
             request.previous_response_id,
+            request.request_id,
         )
 
     @override

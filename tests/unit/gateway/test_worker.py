@@ -10,14 +10,38 @@ import sys
 from typing import Any
 
 import pytest
-from fakes.wire import CHUNKED, Engine, Message, Wire, answer, chunk, connect, post, until
+from fakes.keys import ALICE, bearer, record
+from fakes.wire import (
+    CHUNKED,
+    WAIT_S,
+    Engine,
+    Message,
+    Wire,
+    answer,
+    chunk,
+    connect,
+    post,
+    until,
+)
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
-from kubeai.api.config.system import GatewayConfig
-from kubeai.routing.channel import Channel, Delta, Demand, Drain, Ready, Up, WorkerSettings
+from kubeai.api.config.system import GatewayConfig, KeysConfig
+from kubeai.routing.channel import (
+    Channel,
+    Delta,
+    Demand,
+    Drain,
+    KeyDelta,
+    KeySnapshot,
+    Ready,
+    Up,
+    WorkerSettings,
+)
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
+
+START_MAX_S = 20  # of a process, on a busy machine
 
 
 class Supervised:
@@ -71,7 +95,7 @@ class Supervised:
 
     async def ready(self) -> None:
         self.channel.send(self.publisher.snapshot())
-        await until(lambda: Ready(self.process.pid) in self.received, within_s=20)
+        await until(lambda: Ready(self.process.pid) in self.received, within_s=START_MAX_S)
 
     async def exits(self) -> int:
         async with asyncio.timeout(10):
@@ -143,6 +167,35 @@ async def test_it_serves_once_it_has_routes_and_follows_their_changes(start, eng
     await wire.send(b"GET /openai/v1/models HTTP/1.1\r\nHost: h\r\n\r\n")
     assert json.loads((await wire.answer()).body)["object"] == "list"
     wire.close()
+
+
+async def test_it_serves_once_it_has_the_keys_that_it_requires_and_follows_their_changes(
+    start, engine
+):
+    worker = await start(keys=KeysConfig(required=True))
+    worker.route("m", engine)
+    wire = await connect(worker.port)
+    stream = post("/openai/v1/chat/completions", b'{"model":"m","stream":true}', bearer(ALICE))
+    await wire.send(stream)
+    worker.channel.send(worker.publisher.snapshot())
+    await until(
+        lambda: worker.table.acknowledged(0) == worker.publisher.version, within_s=START_MAX_S
+    )
+    assert worker.received == []
+    worker.channel.send(KeySnapshot(worker.publisher.version, (record("alice", ALICE),)))
+    await until(lambda: Ready(worker.process.pid) in worker.received)
+    assert (await wire.head()).status == 200
+    version = worker.publisher.advance()
+    worker.channel.send(KeyDelta(version, "alice", None))
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        async with asyncio.timeout(WAIT_S):
+            await wire.reader.readuntil(b"0\r\n\r\n")
+    await until(lambda: worker.table.acknowledged(0) == version)
+    again = await connect(worker.port)
+    await again.send(stream)
+    assert (await again.answer()).status == 401
+    wire.close()
+    again.close()
 
 
 def by_signal(worker: Supervised) -> None:

@@ -1,0 +1,90 @@
+"""The compiled search for a request's key agrees with a plain one, whatever the headers are."""
+
+import time
+from hashlib import sha256
+
+from fakes.keys import ALICE, BOB, record
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kubeai._keys import Key
+from kubeai.gateway._credentials import Problem, Source, check, read
+
+EXPIRED = "sk-expired"
+RECORDS = [record("a", ALICE), record("b", BOB), record("e", EXPIRED, expires_s=time.time() - 9)]
+KEYS = {key.digest: key for key in map(Key, RECORDS)}
+SOURCES = {
+    "authorization": Source.AUTHORIZATION,
+    "x-api-key": Source.X_API_KEY,
+    "api-key": Source.API_KEY,
+}
+NAMES = [
+    *SOURCES,
+    *("cookie", "accept-encoding", "accept", "x-api-keys", "api_key", "api-ke", "authorization2"),
+    *("a", "xauthorization", "x-api-ke", "cookies", "accept-encodings", "proxy-authorization"),
+]
+# As the relay writes them: a name, a colon, a space, and a value without white space at its ends.
+values = st.tuples(
+    st.sampled_from(("", "Bearer ", "bearer\t ", "BEARER", "Bearer", "Basic ", "Bearers ")),
+    st.sampled_from((ALICE, BOB, EXPIRED, "", "x", ALICE + " ", f"{ALICE},{BOB}")),
+).map(lambda parts: "".join(parts).strip(" \t"))
+spelled = st.sampled_from(NAMES).flatmap(
+    lambda name: st.sampled_from((name, name.upper(), name.title()))
+)
+headers = st.lists(st.tuples(spelled, values), max_size=6)
+
+
+def token_in(value: str) -> str | None:
+    """The key in an Authorization header; None: it has another scheme."""
+    if not value:
+        return ""
+    if value[:6].lower() != "bearer" or value[6:7] not in ("", " ", "\t"):
+        return None
+    return value[6:].strip(" \t")
+
+
+def oracle(lines: list[tuple[str, str]]):
+    found, sources, other_scheme = [], 0, False
+    for name, value in lines:
+        source = SOURCES.get(name.lower())
+        if source is None:
+            continue
+        token = token_in(value) if source is Source.AUTHORIZATION else value
+        if token is None:
+            other_scheme = True
+        elif token:
+            found.append(token)
+            sources |= source
+    if not found:
+        return None, Problem.NOT_BEARER if other_scheme else Problem.MISSING, sources
+    if len(set(found)) > 1:
+        return None, Problem.DIFFERENT, sources
+    key = KEYS.get(sha256(found[0].encode()).digest())
+    if key is None:
+        return None, Problem.INVALID, sources
+    return key, Problem.EXPIRED if found[0] == EXPIRED else Problem.NO_PROBLEM, sources
+
+
+def text(lines: list[tuple[str, str]]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in lines).encode()
+
+
+@given(headers)
+def test_the_key_and_the_remaining_headers_are_those_of_the_oracle(lines):
+    key, problem, sources, has_cookie, left = read(KEYS, text(lines))
+    assert (key, problem, sources) == oracle(lines)
+    names = [name.lower() for name, _ in lines]
+    assert has_cookie is ("cookie" in names)
+    dropped = {*SOURCES, "accept-encoding"}
+    assert left == text([line for line in lines if line[0].lower() not in dropped])
+
+
+@given(st.binary(max_size=200))
+def test_any_other_text_is_no_key(credential):
+    assert check(KEYS, credential) == (None, Problem.INVALID)
+
+
+def test_a_revoked_key_is_none_even_while_it_is_in_the_table():
+    key = Key(record("a", ALICE))
+    key.is_revoked = True
+    assert check({key.digest: key}, ALICE.encode()) == (None, Problem.INVALID)
