@@ -1,6 +1,6 @@
 """The channel between the supervisor and one worker, over a socket pair.
 
-The supervisor sends routes; the worker reports that it is ready and which models have held
+The supervisor sends routes and keys; the worker reports that it is ready and which models have held
 requests. The messenger, which is a worker without a listener, also reports the state of its
 streams. Loads are shared through the load table instead. Messages are msgpack, each preceded by
 its length (4 bytes, big-endian). A worker that loses the channel drains.
@@ -17,6 +17,8 @@ from typing_extensions import override
 
 from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.framing import FrameTooLong, frame, take_frames
+from kubeai.routing.keys import KeyDelta as KeyDelta
+from kubeai.routing.keys import KeySnapshot as KeySnapshot
 from kubeai.routing.routes import Delta as Delta
 from kubeai.routing.routes import Snapshot as Snapshot
 
@@ -110,7 +112,7 @@ class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
 
 REPORT_INTERVAL_S = 1.0
 
-Down = Snapshot | Delta | Drain
+Down = Snapshot | Delta | KeySnapshot | KeyDelta | Drain
 Up = Ready | Demand | Streams
 
 

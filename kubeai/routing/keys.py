@@ -1,14 +1,17 @@
 """An API key as the data plane sees it, and the messages that distribute it to the workers.
 
 Only digests are distributed: no worker learns a key that no client has sent it. A worker gets a
-:class:`KeySnapshot` when it starts, then one :class:`KeyDelta` per change, both after the routes.
+:class:`KeySnapshot` after its first routes, then one :class:`KeyDelta` per change. Versions are
+those of the routing table: routes and keys share one sequence, so a worker that has acknowledged
+version v has applied every change of both up to v.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-PRIORITY_MIN, PRIORITY_MAX = -1000, 1000
+from kubeai.api.api_key import PRIORITY_MAX as PRIORITY_MAX
+from kubeai.api.api_key import PRIORITY_MIN as PRIORITY_MIN
 
 
 class KeyRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -31,11 +34,13 @@ class KeyRecord(msgspec.Struct, frozen=True, array_like=True):
 class KeySnapshot(msgspec.Struct, frozen=True, tag="keys", array_like=True):
     """All keys, sent when a worker starts."""
 
+    version: int
     keys: tuple[KeyRecord, ...]
 
 
 class KeyDelta(msgspec.Struct, frozen=True, tag="key", array_like=True):
     """One Secret's new key, or None if it has none any more."""
 
+    version: int
     name: str
     key: KeyRecord | None

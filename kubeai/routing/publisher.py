@@ -70,6 +70,11 @@ class Publisher:
             self._dropped.append((row, self.version))
         return Delta(self.version, model, new)
 
+    def advance(self) -> int:
+        """Assign the next version to a change of something else that workers apply in order."""
+        self.version += 1
+        return self.version
+
     def snapshot(self) -> Snapshot:
         """All routes, for a worker that starts."""
         return Snapshot(self.version, tuple(self._routes.values()))

@@ -101,14 +101,24 @@ class RoutingTable:
             if message.version >= self.version:
                 self._replace(message)
         elif message.version > self.version:
-            if message.version != self.version + 1:
-                raise RuntimeError(
-                    f"routing table is at version {self.version} but the next delta is "
-                    f"{message.version}: a delta was lost"
-                )
+            self._check_next(message.version)
             self._set(message.model, message.route)
             self.version = message.version
         self._table.acknowledge(self.version)
+
+    def advance(self, version: int) -> None:
+        """Acknowledge a change of the keys, which has been applied. It has the next version."""
+        if version > self.version:
+            self._check_next(version)
+            self.version = version
+        self._table.acknowledge(self.version)
+
+    def _check_next(self, version: int) -> None:
+        if version != self.version + 1:
+            raise RuntimeError(
+                f"routing table is at version {self.version} but the next delta is "
+                f"{version}: a delta was lost"
+            )
 
     @property
     def workers(self) -> int:

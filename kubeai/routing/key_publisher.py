@@ -1,0 +1,117 @@
+"""The supervisor's side of the API keys.
+
+:class:`KeyPublisher` assigns each key a row of the key table, and each change a version from the
+sequence of the routing table, so that workers acknowledge routes and keys together.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from msgspec.structs import asdict
+
+from kubeai.api.api_key import ApiKey
+from kubeai.errors import KubeAIError
+from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
+
+
+class KeyRows(Protocol):
+    """What the publisher needs of the key table."""
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        ...
+
+    def open_row(self, row: int) -> int:
+        """Give a row to another key, and return its new generation."""
+        ...
+
+    def row_is_zero(self, row: int) -> bool:
+        """Whether no request is counted as in flight in a row."""
+        ...
+
+
+class KeyPublisher:
+    """Assigns rows and versions to keys.
+
+    A key keeps its row while its Secret has a valid key, also when its limits or the key itself
+    change. The row is reused only once every live worker has acknowledged the version that dropped
+    it and no request is in flight in it.
+    """
+
+    def __init__(self, table: KeyRows, advance: Callable[[], int]) -> None:
+        """``advance``: assigns the next version; see :meth:`.Publisher.advance`."""
+        self._table = table
+        self._advance = advance
+        self._keys: dict[str, KeyRecord] = {}
+        self._unused = 0  # the first row that never had a key
+        self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
+        self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def update(self, name: str, key: ApiKey | None) -> KeyDelta | None:
+        """Set the key of a Secret, or remove it (None). Returns None if nothing changed.
+
+        KubeAIError if the table is full; nothing is changed then.
+        """
+        old = self._keys.get(name)
+        if key is None:
+            if old is None:
+                return None
+            del self._keys[name]
+            version = self._advance()
+            self._dropped.append((old.row, version))
+            return KeyDelta(version, name, None)
+        row, generation = (old.row, old.generation) if old is not None else self._open_row()
+        new = KeyRecord(**asdict(key), row=row, generation=generation)
+        if new == old:
+            return None
+        self._keys[name] = new
+        return KeyDelta(self._advance(), name, new)
+
+    def snapshot(self, version: int) -> KeySnapshot:
+        """All keys, for a worker that starts. ``version``: the last one assigned."""
+        return KeySnapshot(version, tuple(self._keys.values()))
+
+    def record(self, name: str) -> KeyRecord | None:
+        """The key of a Secret as published, with its row."""
+        return self._keys.get(name)
+
+    def records(self) -> Iterable[KeyRecord]:
+        """All keys."""
+        return self._keys.values()
+
+    def reclaim(self, acknowledged: Iterable[int], version: int) -> None:
+        """Free dropped rows that are no longer used.
+
+        ``acknowledged``: the version that each live worker has applied; ``version``: the last one
+        assigned.
+        """
+        if not self._dropped:
+            return
+        safe = min(acknowledged, default=version)
+        waiting = []
+        for row, dropped in self._dropped:
+            if dropped <= safe and self._table.row_is_zero(row):
+                heapq.heappush(self._free, row)
+            else:
+                waiting.append((row, dropped))
+        self._dropped = waiting
+
+    def _open_row(self) -> tuple[int, int]:
+        if self._free:
+            row = heapq.heappop(self._free)
+        elif self._unused < self._table.rows:
+            row = self._unused
+            self._unused += 1
+        else:
+            raise KubeAIError(
+                f"the key table is full: of {self._table.rows} rows, {len(self._dropped)} belong "
+                "to removed keys that workers may still use"
+            )
+        return row, self._table.open_row(row)
