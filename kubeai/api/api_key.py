@@ -45,6 +45,7 @@ KEY_MAX_BYTES = 512
 TENANT_MAX_CHARS = 128
 LIMIT_MAX = 1_000_000_000  # per minute, or in flight
 PRIORITY_MIN, PRIORITY_MAX = -1000, 1000
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
 _DIGITS = re.compile(r"[0-9]{1,10}")
 _SIGNED = re.compile(r"-?[0-9]{1,4}")
 _KEY = re.compile(rb"[!-~]+")  # what every client can send in a header
@@ -122,6 +123,11 @@ def read_key(secret: KeySecret) -> ApiKey:
     if problems:
         raise ApiKeyError("; ".join(problems))
     return key
+
+
+def age(metadata: ObjectMeta) -> tuple[datetime, str]:
+    """Sorts the older of two Secrets first: of several with the same key, the oldest has it."""
+    return metadata.creation_timestamp or _EARLIEST, metadata.name
 
 
 def digest_of(key: bytes) -> bytes:

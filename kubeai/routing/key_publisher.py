@@ -7,7 +7,7 @@ sequence of the routing table, so that workers acknowledge routes and keys toget
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from msgspec.structs import asdict
@@ -39,7 +39,7 @@ class KeyPublisher:
 
     A key keeps its row while its Secret has a valid key, also when its limits or the key itself
     change. The row is reused only once every live worker has acknowledged the version that dropped
-    it and no request is in flight in it.
+    it and no request is in flight in it. A key for which there is no row waits for one.
     """
 
     def __init__(self, table: KeyRows, advance: Callable[[], int]) -> None:
@@ -50,6 +50,7 @@ class KeyPublisher:
         self._unused = 0  # the first row that never had a key
         self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
         self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
+        self._waiting: dict[str, ApiKey] = {}  # by Secret, in order: keys without a row
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -57,9 +58,10 @@ class KeyPublisher:
     def update(self, name: str, key: ApiKey | None) -> KeyDelta | None:
         """Set the key of a Secret, or remove it (None). Returns None if nothing changed.
 
-        KubeAIError if the table is full; nothing is changed then.
+        KubeAIError if the table is full: the key then waits; see :meth:`reclaim`.
         """
         old = self._keys.get(name)
+        self._waiting.pop(name, None)
         if key is None:
             if old is None:
                 return None
@@ -67,7 +69,11 @@ class KeyPublisher:
             version = self._advance()
             self._dropped.append((old.row, version))
             return KeyDelta(version, name, None)
-        row, generation = (old.row, old.generation) if old is not None else self._open_row()
+        try:
+            row, generation = (old.row, old.generation) if old is not None else self._open_row()
+        except KubeAIError:
+            self._waiting[name] = key
+            raise
         new = KeyRecord(**asdict(key), row=row, generation=generation)
         if new == old:
             return None
@@ -82,18 +88,22 @@ class KeyPublisher:
         """The key of a Secret as published, with its row."""
         return self._keys.get(name)
 
-    def records(self) -> Iterable[KeyRecord]:
+    def records(self) -> Collection[KeyRecord]:
         """All keys."""
         return self._keys.values()
 
-    def reclaim(self, acknowledged: Iterable[int], version: int) -> None:
-        """Free dropped rows that are no longer used.
+    def names(self) -> Collection[str]:
+        """The names of all keys' Secrets."""
+        return self._keys.keys()
+
+    def reclaim(self, acknowledged: Iterable[int], version: int) -> list[KeyDelta]:
+        """Free dropped rows that are no longer used, and give them to keys that wait for one.
 
         ``acknowledged``: the version that each live worker has applied; ``version``: the last one
-        assigned.
+        assigned. Returns the changes, in order.
         """
         if not self._dropped:
-            return
+            return []
         safe = min(acknowledged, default=version)
         waiting = []
         for row, dropped in self._dropped:
@@ -102,6 +112,8 @@ class KeyPublisher:
             else:
                 waiting.append((row, dropped))
         self._dropped = waiting
+        ready = list(self._waiting.items())[: len(self._free)]
+        return [delta for name, key in ready if (delta := self.update(name, key)) is not None]
 
     def _open_row(self) -> tuple[int, int]:
         if self._free:
