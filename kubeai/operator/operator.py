@@ -1,8 +1,8 @@
 """The control plane of one KubeAI replica: wires store, routes, leader, controller and scaling.
 
-Every replica watches Models, pods and API keys, publishes routes and keys, and scales Models up from zero on demand.
-Only the leader reconciles and autoscales. The supervisor creates one Operator, runs it, and reads
-`synced`.
+Every replica watches Models, pods and API keys, publishes routes and keys, and scales Models up
+from zero on demand. Only the leader reconciles and autoscales. The supervisor creates one Operator,
+runs it, and reads `synced`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from kubeai.errors import KubeAIError
 from kubeai.routing.keys import KeyDelta, KeyRecord, KeySnapshot
 
 
-class KeyRows(Protocol):
+class RowTable(Protocol):
     """What the publisher needs of the key table."""
 
     @property
@@ -42,7 +42,7 @@ class KeyPublisher:
     it and no request is in flight in it. A key for which there is no row waits for one.
     """
 
-    def __init__(self, table: KeyRows, advance: Callable[[], int]) -> None:
+    def __init__(self, table: RowTable, advance: Callable[[], int]) -> None:
         """``advance``: assigns the next version; see :meth:`.Publisher.advance`."""
         self._table = table
         self._advance = advance
@@ -51,6 +51,8 @@ class KeyPublisher:
         self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
         self._dropped: list[tuple[int, int]] = []  # (row, version that dropped it)
         self._waiting: dict[str, ApiKey] = {}  # by Secret, in order: keys without a row
+        self.rows: dict[str, tuple[int, int]] = {}  # row and generation, by Secret of a key
+        self.owners: dict[int, str] = {}  # the Secret, by row in use
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -65,7 +67,7 @@ class KeyPublisher:
         if key is None:
             if old is None:
                 return None
-            del self._keys[name]
+            del self._keys[name], self.rows[name]
             version = self._advance()
             self._dropped.append((old.row, version))
             return KeyDelta(version, name, None)
@@ -78,19 +80,13 @@ class KeyPublisher:
         if new == old:
             return None
         self._keys[name] = new
+        self.rows[name] = row, generation
+        self.owners[row] = name
         return KeyDelta(self._advance(), name, new)
 
     def snapshot(self, version: int) -> KeySnapshot:
         """All keys, for a worker that starts. ``version``: the last one assigned."""
         return KeySnapshot(version, tuple(self._keys.values()))
-
-    def record(self, name: str) -> KeyRecord | None:
-        """The key of a Secret as published, with its row."""
-        return self._keys.get(name)
-
-    def records(self) -> Collection[KeyRecord]:
-        """All keys."""
-        return self._keys.values()
 
     def names(self) -> Collection[str]:
         """The names of all keys' Secrets."""
@@ -109,6 +105,7 @@ class KeyPublisher:
         for row, dropped in self._dropped:
             if dropped <= safe and self._table.row_is_zero(row):
                 heapq.heappush(self._free, row)
+                del self.owners[row]
             else:
                 waiting.append((row, dropped))
         self._dropped = waiting

@@ -1,7 +1,8 @@
 """The control-plane process: owns the listeners, the load table and the worker processes.
 
-It publishes routes and API keys to the workers, is notified of held requests, restarts workers that die, serves
-``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It handles no inference requests.
+It publishes routes and API keys to the workers, is notified of held requests, restarts workers that
+die, serves ``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It handles no
+inference requests.
 ``kubeai serve`` and ``kubeai local`` both run :class:`Supervisor`.
 """
 
@@ -175,6 +176,7 @@ class Supervisor:
                 stream_problems=lambda: self._streams.problems,
                 synced=lambda: self.synced,
                 local=local,
+                keys=self.keys is not None,
             )
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         start = partial(
