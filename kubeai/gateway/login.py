@@ -13,8 +13,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
+from types import MappingProxyType
 from urllib.parse import parse_qsl, urlsplit
 
 from aiohttp import web
@@ -83,6 +84,17 @@ def login_page(message: str = "") -> str:
     )
 
 
+def login_response(
+    status: int, message: str, headers: Mapping[str, str] = MappingProxyType({})
+) -> web.Response:
+    """The form as the response to a browser without a valid key. ``message``: why."""
+    return web.Response(
+        text=login_page(message),
+        status=status,
+        headers={**HEADERS, **headers, "Content-Type": HTML_TYPE},
+    )
+
+
 def is_login(method: str, path: str) -> bool:
     """Whether a request needs no key because it logs in or out. ``path``: without a query."""
     return method == "POST" and path in (LOGIN_PATH, LOGOUT_PATH)
@@ -110,11 +122,7 @@ async def answer(request: web.Request, check: Check) -> web.Response:
             )
     except BadRequest as error:
         retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-        return web.Response(
-            text=login_page(error.message),
-            status=error.status,
-            headers={**HEADERS, **retry, "Content-Type": HTML_TYPE},
-        )
+        return login_response(error.status, error.message, retry)
     return _redirect(request, text, "")
 
 

@@ -107,7 +107,9 @@ def test_the_key_or_its_sha256_identifies_it(data):
 def test_a_key_may_have_every_visible_character(length):
     key = "".join(map(chr, range(0x21, 0x7F)))
     key = (key * 6)[:length]
-    assert read_key(secret({"api_key": encoded(key)})).digest == hashlib.sha256(key.encode()).digest()
+    assert (
+        read_key(secret({"api_key": encoded(key)})).digest == hashlib.sha256(key.encode()).digest()
+    )
 
 
 @pytest.mark.parametrize(
