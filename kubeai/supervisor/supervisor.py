@@ -32,6 +32,7 @@ from kubeai.operator import Operator
 from kubeai.processes import Spawn, spawn_by_exec
 from kubeai.routing.channel import SETTINGS_MAX_BYTES, Down, Drain
 from kubeai.routing.key_publisher import KeyPublisher
+from kubeai.routing.keys import KeyDelta
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Route
 from kubeai.supervisor.cache_sizes import CacheSizes
@@ -51,7 +52,7 @@ log = get_logger(__name__)
 # 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
 # allocated once a row is touched.
 TABLE_ROWS = 32_768
-KEY_ROWS = 32_768  # 10,000 keys, each replaced twice before its row is freed
+KEY_ROWS = 16_384  # 10,000 keys, and those whose rows are not free yet
 INDEX_ENTRIES = 1 << 20  # 8 MiB
 WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
@@ -244,7 +245,10 @@ class Supervisor:
             log.error("API key not published", secret=name, error=str(error))
             return
         if delta is not None:
-            self._send(delta)
+            self._key_changed(delta)
+
+    def _key_changed(self, delta: KeyDelta) -> None:
+        self._send(delta)
 
     def _send(self, message: Down) -> None:
         """Send a change to all processes that have the state before it."""
@@ -391,7 +395,7 @@ class Supervisor:
             self.peers.freed(self.publisher.reclaim(acknowledged))
             if self.keys is not None:
                 for delta in self.keys.reclaim(acknowledged, self.publisher.version):
-                    self._send(delta)
+                    self._key_changed(delta)
             for model in self.publisher.models():
                 row = self.publisher.row(model)
                 if (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
@@ -192,10 +194,8 @@ class Life(RuleBasedStateMachine):
     @rule(name=names, limit=st.integers(0, 2))
     def put(self, name, limit):
         self.wanted[name] = key(name, requests_per_minute=limit)
-        try:
+        with contextlib.suppress(KubeAIError):
             self.send(self.publisher.update(name, self.wanted[name]))
-        except KubeAIError:
-            pass
 
     @rule(name=names)
     def remove(self, name):
