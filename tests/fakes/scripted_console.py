@@ -384,7 +384,8 @@ class ScriptedConsole:
 
 
 async def _headers(_: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)  # the login form has a policy of its own
 
 
 async def _stream(request: web.Request, kind: str) -> web.StreamResponse:

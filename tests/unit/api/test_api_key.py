@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from datetime import UTC, datetime
 
 import msgspec
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from repository import REPOSITORY
 
 from kubeai.api.api_key import (
     ANNOTATIONS,
+    ENTRY_KEY,
+    ENTRY_SHA256,
     KEY_MAX_BYTES,
     LIMIT_MAX,
     PRIORITY_MAX,
@@ -222,3 +227,23 @@ def test_the_older_of_two_secrets_sorts_first_and_names_decide_between_equals():
         ObjectMeta(name="a", creation_timestamp=datetime(2026, 1, 2, tzinfo=UTC)),
     ]
     assert [meta.name for meta in sorted(metas, key=age)] == ["b", "a", "c"]
+
+
+# -- docs/keys.md ----------------------------------------------------------------------------------
+
+DOCS = (REPOSITORY / "docs/keys.md").read_text()
+
+
+def test_the_docs_list_every_annotation_and_entry():
+    rows = re.findall(r"^\| `([^`]+)` \|", DOCS, re.MULTILINE)
+    assert [row for row in rows if row.startswith("kubeai.org/")] == list(ANNOTATIONS)
+    assert {ENTRY_KEY, ENTRY_SHA256} <= set(rows)
+
+
+def test_the_secret_in_the_docs_has_a_key():
+    (block,) = re.findall(r"```yaml\n(apiVersion: v1\nkind: Secret.*?)```", DOCS, re.DOTALL)
+    manifest = yaml.safe_load(block)
+    text = manifest.pop("stringData")
+    manifest["data"] = {name: encoded(value) for name, value in text.items()}
+    key = read_key(msgspec.convert(manifest, KeySecret))
+    assert (key.tenant, key.requests_per_minute, key.priority) == ("search", 600, 10)
