@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -191,6 +190,8 @@ def _unknown(annotations: Mapping[str, str]) -> Iterator[str]:
     """Problems with annotations of ours that do not exist: a misspelt limit would be no limit."""
     for name in annotations:
         if name.startswith(PREFIX) and name not in ANNOTATIONS:
+            import difflib  # every worker imports this module, and none reads a Secret
+
             similar = difflib.get_close_matches(name, ANNOTATIONS, 1)
             hint = f"; did you mean {similar[0]}?" if similar else ""
             yield f"annotation {quoted(name)[1:-1]}: is unknown{hint}"

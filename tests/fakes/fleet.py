@@ -22,7 +22,7 @@ from unittest import mock
 import msgspec
 
 from kubeai.api.api_key import ApiKey
-from kubeai.api.config.system import GatewayConfig, Messaging, SystemConfig
+from kubeai.api.config.system import GatewayConfig, KeysConfig, Messaging, SystemConfig
 from kubeai.logs import setup_logging
 from kubeai.routing.routes import Route
 from kubeai.supervisor import supervisor
@@ -59,7 +59,7 @@ class _Script:
         for route in self._routes:
             self.publish(route.model, route)
         for key in self._keys:
-            assert self.publish_key is not None, "gateway.keys.required is not set"
+            assert self.publish_key is not None, "keys are required"
             self.publish_key(key.name, key)
         self.synced.set()
         await self._ended.wait()
@@ -93,8 +93,10 @@ class Fleet:
     ) -> Fleet:
         """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster.
 
-        ``keys``: those at the start; they also need ``gateway``'s ``keys``.
+        ``keys``: those at the start; None: requests need no key.
         """
+        if keys is not None:
+            gateway["keys"] = KeysConfig(required=True)
         fleet = cls()
         fleet._script = _Script(routes, demanded, keys or [])
         ready = asyncio.Event()
@@ -134,7 +136,7 @@ class Fleet:
 
     def key(self, name: str, key: ApiKey | None) -> None:
         """Publish the key of a Secret; None: it has none."""
-        assert self._script.publish_key is not None, "gateway.keys.required is not set"
+        assert self._script.publish_key is not None, "the fleet was started with keys"
         self._script.publish_key(name, key)
 
     @property
