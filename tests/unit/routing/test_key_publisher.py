@@ -17,7 +17,7 @@ from kubeai.routing.channel import Down
 from kubeai.routing.key_publisher import KeyPublisher
 from kubeai.routing.keys import KeyDelta, KeyRecord
 from kubeai.routing.publisher import Publisher
-from kubeai.routing.routes import Endpoint, Route
+from kubeai.routing.routes import Route
 from kubeai.routing.table import RoutingTable
 
 
@@ -163,8 +163,7 @@ def test_a_worker_acknowledges_routes_and_keys_in_one_sequence():
     keys = KeyPublisher(Rows(), publisher.advance)
     routes = RoutingTable(worker, lambda model, endpoint: None)
     routes.apply(publisher.snapshot())
-    route = Route("m", "VLLM", endpoints=(Endpoint("m-0", "127.0.0.1:1"),))
-    routes.apply(publisher.update("m", route))
+    routes.apply(publisher.update("m", Route("m", "VLLM")))
     routes.advance(keys.update("a", key()).version)
     assert table.acknowledged(0) == 2
     routes.apply(publisher.update("m", None))
