@@ -136,7 +136,8 @@ async def _key_in(request: web.Request) -> str:
         if len(body) > BODY_MAX_BYTES:
             raise BadRequest(f"The form is longer than {BODY_MAX_BYTES} bytes.", status=413)
     try:
-        fields = parse_qsl(body.decode("ascii"), strict_parsing=True, keep_blank_values=True)
+        text = body.decode("ascii")
+        fields = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict")
         ((name, text),) = fields
         if name != "key":
             raise ValueError
