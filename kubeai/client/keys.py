@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from kubeai.api.api_key import (
     ADMIN,
@@ -180,27 +181,29 @@ def rows(secrets: Sequence[KeySecret], now_s: float) -> list[ListedKey]:
 
 
 def _row(secret: KeySecret, key: ApiKey | str, now_s: float) -> ListedKey:
-    created = secret.metadata.creation_timestamp
-    is_deleting = secret.metadata.deletion_timestamp is not None
-    common = {
-        "name": secret.metadata.name,
-        "created": "" if created is None else created.astimezone(UTC).strftime("%Y-%m-%d"),
-    }
-    if isinstance(key, str):
-        return ListedKey(**common, state="Deleting" if is_deleting else "Unusable", problem=key)
-    is_expired = 0 < key.expires_s <= now_s
-    return ListedKey(
-        **common,
-        state="Deleting" if is_deleting else "Expired" if is_expired else "Active",
-        tenant=key.tenant,
-        models=key.models,
-        rpm=key.requests_per_minute,
-        tpm=key.tokens_per_minute,
-        max_in_flight=key.in_flight_max,
-        priority=key.priority,
-        expires=time_text(key.expires_s) if key.expires_s else "",
-        admin=key.is_admin,
+    metadata = secret.metadata
+    created = metadata.creation_timestamp
+    row = ListedKey(
+        name=metadata.name,
+        state="Unusable",
+        created="" if created is None else created.astimezone(UTC).strftime("%Y-%m-%d"),
     )
+    if isinstance(key, str):
+        row = replace(row, problem=key)
+    else:
+        row = replace(
+            row,
+            state="Expired" if 0 < key.expires_s <= now_s else "Active",
+            tenant=key.tenant,
+            models=key.models,
+            rpm=key.requests_per_minute,
+            tpm=key.tokens_per_minute,
+            max_in_flight=key.in_flight_max,
+            priority=key.priority,
+            expires=time_text(key.expires_s) if key.expires_s else "",
+            admin=key.is_admin,
+        )
+    return row if metadata.deletion_timestamp is None else replace(row, state="Deleting")
 
 
 async def revoke(kube: Kube, namespace: str, name: str) -> None:
