@@ -53,8 +53,7 @@ def make(monkeypatch):
         one = Supervisor(
             None, parse_config(text), namespace="n", identity="i", host="127.0.0.1", port=0
         )
-        one.process = Process()
-        one._processes = [one.process]
+        one._processes = [Process()]
         made.append(one)
         return one
 
@@ -74,7 +73,7 @@ def test_a_worker_gets_routes_then_keys_then_each_change_in_one_sequence(make):
     one.operator.publish("m", Route("m", "VLLM"))
     one.operator.publish_key("a", key())
     assert one._snapshot() == ()  # nothing before everything is listed
-    assert one.process.sent == []
+    assert one._processes[0].sent == []
     one.synced = True
     routes, keys = one._snapshot()
     assert isinstance(routes, Snapshot)
@@ -85,7 +84,7 @@ def test_a_worker_gets_routes_then_keys_then_each_change_in_one_sequence(make):
     one.operator.publish("m", None)
     one.operator.publish_key("a", None)
     one.operator.publish_key("a", None)
-    assert [(type(each), each.version) for each in one.process.sent] == [
+    assert [(type(each), each.version) for each in one._processes[0].sent] == [
         (KeyDelta, 3), (Delta, 4), (KeyDelta, 5),
     ]  # fmt: skip
 
@@ -106,7 +105,7 @@ def test_a_key_beyond_the_table_is_reported_and_the_others_stay(make, monkeypatc
     one.operator.publish_key("a", key())
     one.operator.publish_key("b", key("b", b"e" * 32))
     assert list(one.keys.names()) == ["a"]
-    assert len(one.process.sent) == 1
+    assert len(one._processes[0].sent) == 1
 
 
 def test_keys_are_refused_where_another_gateway_serves():
