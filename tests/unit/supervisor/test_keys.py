@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 
 from kubeai.api.api_key import ApiKey
@@ -53,7 +55,7 @@ def make(monkeypatch):
         one = Supervisor(
             None, parse_config(text), namespace="n", identity="i", host="127.0.0.1", port=0
         )
-        one._processes = [Process()]
+        one._processes = [cast(Any, Process())]
         made.append(one)
         return one
 
