@@ -1,4 +1,4 @@
-"""The command line: serve · local · chat · top · doctor · load · bench · uninstall · crd ·
+"""The command line: serve · local · chat · top · key · doctor · load · bench · uninstall · crd ·
 mock-engine.
 
 A user error is reported as one line on stderr with exit status 2, never as a traceback.
@@ -34,6 +34,7 @@ def _app() -> Any:
     from kubeai.cli.chat import chat
     from kubeai.cli.crd import crd
     from kubeai.cli.doctor import doctor
+    from kubeai.cli.key import key
     from kubeai.cli.load import load
     from kubeai.cli.local import local
     from kubeai.cli.serve import serve
@@ -74,5 +75,6 @@ def _app() -> Any:
         """Run a mock vLLM server: generated text, realistic timing, no GPU needed."""
         raise AssertionError("main() handles this command before typer is imported")
 
+    app.add_typer(key(), name="key")
     app.add_typer(bench(), name="bench")
     return app

@@ -76,6 +76,14 @@ def local(
             "and does not fit.",
         ),
     ] = False,
+    require_keys: Annotated[
+        bool,
+        typer.Option(
+            "--require-keys",
+            help="Require an API key of every client, as gateway.keys.required does. Create one "
+            "with kubeai key create.",
+        ),
+    ] = False,
     log_format: LogFormat = "auto",
 ) -> None:
     """Run on this machine without a cluster, with the same manifests and plain kubectl."""
@@ -98,6 +106,7 @@ def local(
         volumes=tuple(volume or ()),
         gpus=gpus,
         swap=swap,
+        require_keys=require_keys,
     )
     with open_screen() as screen:
         fork_server = ForkServer(*PROCESSES)

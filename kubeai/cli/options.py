@@ -20,7 +20,9 @@ BaseUrl = Annotated[
 ApiKey = Annotated[
     str,
     typer.Option(
-        help="API key, if the endpoint needs one.", envvar="OPENAI_API_KEY", show_default=False
+        help="API key, if the endpoint needs one.",
+        envvar=["KUBEAI_API_KEY", "OPENAI_API_KEY"],
+        show_default=False,
     ),
 ]
 Output = Annotated[

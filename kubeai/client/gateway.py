@@ -119,7 +119,8 @@ def error_text(response: aiohttp.ClientResponse, body: bytes) -> str:
         message = msgspec.json.decode(body)["error"]["message"]
     except (msgspec.DecodeError, KeyError, TypeError):
         message = body.decode(errors="replace").strip() or response.reason
-    return f"{str(message)[:MESSAGE_MAX_CHARS]} (HTTP status {response.status})"
+    hint = ". Give a key with KUBEAI_API_KEY or --api-key" if response.status == 401 else ""
+    return f"{str(message)[:MESSAGE_MAX_CHARS]} (HTTP status {response.status}){hint}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kubeai.kube.errors import ApiError
-from kubeai.kube.resources import Object, Resource
+from kubeai.kube.resources import SECRETS, Object, Resource
 from kubeai.logs import get_logger
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def decode_leniently(r: Resource, raw: msgspec.Raw, type_: Any) -> Any:
     try:
         return _decoder(type_).decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        log.error("object skipped", resource=r.plural, error=str(error), start=bytes(raw)[:200])
+        start = b"" if r is SECRETS else bytes(raw)[:200]
+        log.error("object skipped", resource=r.plural, error=str(error), start=start)
         return None
 
 

@@ -34,7 +34,7 @@ RENAMED = {
     "--slo-total": "--goodput e2el:<duration>",
 }
 
-
+API_KEY_VARIABLES = ["KUBEAI_API_KEY", "OPENAI_API_KEY"]
 SEVERAL = ("--goodput", "--slo")
 LIMIT = re.compile(r"(ttft|tpot|itl|e2el|client_queue_time|goodput|errors):\S+")
 
@@ -355,7 +355,7 @@ class Sending:
         ),
     ] = None
     api_key: Annotated[
-        str | None, option("API key, sent as a bearer token.", SENDING, envvar="OPENAI_API_KEY")
+        str | None, option("API key, sent as a bearer token.", SENDING, envvar=API_KEY_VARIABLES)
     ] = None
     header: Annotated[
         list[str] | None,

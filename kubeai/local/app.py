@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import msgspec
 
-from kubeai.api.config.system import SystemConfig, load_config
+from kubeai.api.config.system import KeysConfig, SystemConfig, load_config
 from kubeai.api.crd import model_crd
 from kubeai.errors import ConfigError, KubeAIError
 from kubeai.kube.client import Kube
@@ -48,6 +48,7 @@ from kubeai.local.volumes import check_claim, read_volumes
 from kubeai.logs import get_logger
 from kubeai.port_owners import port_owner
 from kubeai.processes import Spawn
+from kubeai.supervisor.listeners import is_loopback
 from kubeai.supervisor.supervisor import Supervisor
 
 log = get_logger(__name__)
@@ -95,6 +96,7 @@ class Options(msgspec.Struct, frozen=True):
     volumes: tuple[str, ...] = ()  # NAME=DIR
     gpus: str = "all"
     swap: bool = False
+    require_keys: bool = False
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -131,6 +133,9 @@ async def run(options: Options, spawn: Spawn, show: Show | None = None) -> None:
     _check_namespace(options)
     check_gpus(options.gpus)
     config = _load_config(options.config)
+    if options.require_keys:
+        gateway = msgspec.structs.replace(config.gateway, keys=KeysConfig(required=True))
+        config = msgspec.structs.replace(config, gateway=gateway)
     manifests = read_manifests(options.manifests)
     _check_namespaces(manifests, options.namespace)
     volumes = read_volumes(options.volumes)
@@ -372,6 +377,7 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Mac
     kubeconfig = options.data_dir / "kubeconfig"
     namespace = options.namespace if options.namespace != DEFAULT_NAMESPACE else ""
     shows_console = supervisor.config.gateway.ui.enabled
+    _advise_on_keys(options, supervisor)
     log.info("machine", **_found(machine))
     for draft in machine.models:
         log.info(
@@ -390,6 +396,24 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Mac
         metrics=f"http://{supervisor.metrics_address}/metrics",
         kubectl=f"export KUBECONFIG={shlex.quote(str(kubeconfig))}",
     )
+
+
+def _advise_on_keys(options: Options, supervisor: Supervisor) -> None:
+    """Warn if everybody in the network may send requests, and say how to create a first key."""
+    if supervisor.keys is None:
+        if not is_loopback(options.host):
+            log.warning(
+                "no keys are required",
+                message=f"everybody who can reach {options.host} may use the Models. Restart with "
+                "--require-keys, and create keys with `kubeai key create`",
+            )
+    elif not len(supervisor.keys):
+        kubeconfig = shlex.quote(str(options.data_dir / "kubeconfig"))
+        log.warning(
+            "there are no keys yet",
+            message="all requests are refused until there is one",
+            command=f"kubeai key create NAME --admin --kubeconfig {kubeconfig}",
+        )
 
 
 def _found(machine: Machine) -> dict[str, str]:

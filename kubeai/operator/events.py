@@ -1,8 +1,8 @@
-"""Kubernetes Events of Models, as shown by ``kubectl describe model`` below the conditions.
+"""Kubernetes Events of Models and of API keys' Secrets, as shown by ``kubectl describe``.
 
 Owns a bounded queue and one sender. Delivery is best effort: emitting never blocks, Events are
 dropped when there are too many, and a repeated Event increments the count of the existing one.
-Used by the controller and the scaler; may be called from any callback.
+Used by the controller, the scaler and the watch of keys; may be called from any callback.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from kubeai.api.model import Model
+from kubeai.api.objects import ObjectMeta
 from kubeai.kube.client import Kube
 from kubeai.kube.errors import ApiError
 from kubeai.kube.resources import EVENTS
@@ -30,7 +30,26 @@ MESSAGE_MAX_CHARS = 1000  # the API's limit is 1024
 DELAY_S = 5.0  # before an Event is written, so that it does not delay the writes it reports
 REPEAT_INTERVAL_S = 60.0  # between two updates of an Event's count
 FORGET_S = 600.0  # after which the same message is a new Event
-BURST_MAX_EVENTS, REFILL_S = 25, 30.0  # per Model: a burst of 25, then one every 30 s
+BURST_MAX_EVENTS, REFILL_S = 25, 30.0  # per object: a burst of 25, then one every 30 s
+
+
+class Subject(Protocol):
+    """The object that an Event is about."""
+
+    @property
+    def api_version(self) -> str:
+        """Its apiVersion."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Its kind."""
+        ...
+
+    @property
+    def metadata(self) -> ObjectMeta:
+        """Its metadata."""
+        ...
 
 
 class _Emitted(msgspec.Struct):
@@ -63,22 +82,22 @@ class Events:
         self._emitted: OrderedDict[tuple[str, str, str], _Emitted] = OrderedDict()
         self._allowances: OrderedDict[str, _Allowance] = OrderedDict()
 
-    def emit(self, model: Model, reason: str, message: str, *, warning: bool = False) -> None:
-        """Emit an Event for the Model. ``reason``: one word; ``message``: a sentence."""
+    def emit(self, about: Subject, reason: str, message: str, *, warning: bool = False) -> None:
+        """Emit an Event about an object. ``reason``: one word; ``message``: a sentence."""
         message, now_s = message[:MESSAGE_MAX_CHARS], self._clock()
-        key = model.metadata.uid, reason, message
+        key = about.metadata.uid, reason, message
         emitted = self._emitted.get(key)
         if emitted is not None and now_s - emitted.first_s < FORGET_S:
             emitted.count += 1
             if now_s - emitted.written_s >= REPEAT_INTERVAL_S and self._put(emitted, None):
                 emitted.written_s = now_s
             return
-        if not self._allowed(model.metadata.uid, now_s):
+        if not self._allowed(about.metadata.uid, now_s):
             return
         # Named as client-go does: unique, and prefixed with the object's name.
-        name = f"{model.metadata.name}.{secrets.token_hex(8)}"
-        emitted = _Emitted(name, model.metadata.namespace or self._namespace, now_s, now_s)
-        if self._put(emitted, _event(emitted, model, reason, message, warning)):
+        name = f"{about.metadata.name}.{secrets.token_hex(8)}"
+        emitted = _Emitted(name, about.metadata.namespace or self._namespace, now_s, now_s)
+        if self._put(emitted, _event(emitted, about, reason, message, warning)):
             self._emitted[key] = emitted
             if len(self._emitted) > REMEMBERED_MAX_EVENTS:
                 self._emitted.popitem(last=False)
@@ -122,18 +141,18 @@ class Events:
 
 
 def _event(
-    emitted: _Emitted, model: Model, reason: str, message: str, warning: bool
+    emitted: _Emitted, about: Subject, reason: str, message: str, warning: bool
 ) -> dict[str, Any]:
     now = _now()
     return {
         "metadata": {"name": emitted.name, "namespace": emitted.namespace},
         "involvedObject": {
-            "apiVersion": model.api_version,
-            "kind": model.kind,
+            "apiVersion": about.api_version,
+            "kind": about.kind,
             "namespace": emitted.namespace,
-            "name": model.metadata.name,
-            "uid": model.metadata.uid,
-            "resourceVersion": model.metadata.resource_version,
+            "name": about.metadata.name,
+            "uid": about.metadata.uid,
+            "resourceVersion": about.metadata.resource_version,
         },
         "type": "Warning" if warning else "Normal",
         "reason": reason,

@@ -1,8 +1,8 @@
 """The control plane of one KubeAI replica: wires store, routes, leader, controller and scaling.
 
-Every replica watches Models and pods, publishes routes and scales Models up from zero on demand.
-Only the leader reconciles and autoscales. The supervisor creates one Operator, runs it, and reads
-`synced`.
+Every replica watches Models, pods and API keys, publishes routes and keys, and scales Models up
+from zero on demand. Only the leader reconciles and autoscales. The supervisor creates one Operator,
+runs it, and reads `synced`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from kubeai.api.api_key import ApiKey
 from kubeai.api.config.profiles import replica_requests
 from kubeai.api.config.system import SystemConfig
 from kubeai.api.model import Model
@@ -24,6 +25,7 @@ from kubeai.operator.blocks import BlockTracker
 from kubeai.operator.controller import Controller
 from kubeai.operator.events import Events
 from kubeai.operator.groups import SetObject, needs_set
+from kubeai.operator.keys import Keys, Known
 from kubeai.operator.leader import Leader
 from kubeai.operator.pods import PodObject
 from kubeai.operator.routes import route_of
@@ -44,7 +46,8 @@ POD_SELECTOR = "app.kubernetes.io/managed-by=kubeai,model"
 class Operator:
     """``publish(model, route)`` is called from watch callbacks and must not block.
 
-    ``synced`` is set once all Models and pods are listed and all routes are published.
+    So is ``publish_key(secret, key)``; without it, keys are not watched. ``synced`` is set once
+    all Models, pods and keys are listed and all routes are published.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Operator:
         identity: str,
         publish: Callable[[str, Route | None], None],
         loads: Loads,
+        publish_key: Callable[[str, ApiKey | None], None] | None = None,
     ) -> None:
         self.synced = asyncio.Event()
         self._kube = kube
@@ -85,6 +89,9 @@ class Operator:
             changed=self._turn,
         )
         self._events = Events(kube, namespace)
+        self._keys: Keys | None = None
+        if publish_key is not None:
+            self._keys = Keys(publish_key, self._emit_about_key, self._begin)
         fenced = kube.fenced(self.leader.check)  # for all writes that are reserved to the leader
         self._sets = Sets(
             kube,
@@ -149,6 +156,8 @@ class Operator:
         ]
         if not self._config.external:  # else no request is seen here
             jobs.append(self._activator.run())
+        if self._keys is not None:
+            jobs.append(self._keys.run(self._kube, self._namespace))
         self._ended.clear()
         try:
             await _first_of(*jobs)
@@ -218,6 +227,8 @@ class Operator:
         """Once all collections are listed, publish all routes, then reconcile all Models."""
         if self.synced.is_set() or not self.store.listed:
             return
+        if self._keys is not None and not self._keys.listed:
+            return
         for name in self.store.models:
             self._route(name)
         self.synced.set()
@@ -241,8 +252,14 @@ class Operator:
     def _turn(self, leads: bool) -> None:
         if leads:
             self.controller.all_changed()
+            if self._keys is not None:
+                self._keys.report()
         else:
             self.controller.stopped_leading()
+
+    def _emit_about_key(self, subject: Known, reason: str, message: str, *, warning: bool) -> None:
+        if self.leader.leads:
+            self._events.emit(subject, reason, message, warning=warning)
 
     def _replace_models(self, models: list[Model]) -> None:
         self.store.replace_models(models)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
-PRIORITY_MIN, PRIORITY_MAX = -1000, 1000
+from kubeai.api.api_key import PRIORITY_MAX as PRIORITY_MAX
+from kubeai.api.api_key import PRIORITY_MIN as PRIORITY_MIN
 
 
 class KeyRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from ipaddress import ip_address
 
 from kubeai.errors import KubeAIError
 from kubeai.port_owners import port_owner
@@ -15,6 +16,14 @@ def parse_address(address: str) -> tuple[str, int]:
     """``host:port`` or ``:port`` (all interfaces), as the system config writes it."""
     host, _, port = address.rpartition(":")
     return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on a host, an address or a name."""
+    try:
+        return ip_address(host if ":" in host else socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):
+        return False
 
 
 def listen(host: str, port: int, count: int, setting: str) -> list[socket.socket]:

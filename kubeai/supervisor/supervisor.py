@@ -1,7 +1,8 @@
 """The control-plane process: owns the listeners, the load table and the worker processes.
 
-It publishes routes to the workers, is notified of held requests, restarts workers that die, serves
-``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It handles no inference requests.
+It publishes routes and API keys to the workers, is notified of held requests, restarts workers that
+die, serves ``/metrics``, ``/healthz`` and ``/readyz``, and runs the operator. It handles no
+inference requests.
 ``kubeai serve`` and ``kubeai local`` both run :class:`Supervisor`.
 """
 
@@ -11,7 +12,7 @@ import asyncio
 import gc
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -20,6 +21,7 @@ from aiohttp import web
 from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import SystemConfig
 from kubeai.brokers.streams import open_streams
 from kubeai.errors import ConfigError, KubeAIError
@@ -28,9 +30,11 @@ from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
 from kubeai.operator import Operator
 from kubeai.processes import Spawn, spawn_by_exec
-from kubeai.routing.channel import SETTINGS_MAX_BYTES, Drain
+from kubeai.routing.channel import SETTINGS_MAX_BYTES, Down, Drain
+from kubeai.routing.key_publisher import KeyPublisher
+from kubeai.routing.keys import KeyDelta
 from kubeai.routing.publisher import Publisher
-from kubeai.routing.routes import Route, Snapshot
+from kubeai.routing.routes import Route
 from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
@@ -48,6 +52,7 @@ log = get_logger(__name__)
 # 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
 # allocated once a row is touched.
 TABLE_ROWS = 32_768
+KEY_ROWS = 16_384  # 10,000 keys, and those whose rows are not free yet
 INDEX_ENTRIES = 1 << 20  # 8 MiB
 WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
@@ -64,6 +69,16 @@ def check_streams(config: SystemConfig) -> None:
             "know the loads of another gateway, nor may it scale the Models; remove one of them",
         )
     open_streams(config.messaging)
+
+
+def check_keys(config: SystemConfig) -> None:
+    """ConfigError if keys are required where KubeAI does not serve the requests."""
+    if config.gateway.keys.required and config.external:
+        raise ConfigError(
+            "gateway.keys.required",
+            "with proxy.mode external, another gateway serves the requests and KubeAI checks no "
+            "keys; remove it, and have that gateway check them",
+        )
 
 
 def check_settings(config: SystemConfig) -> None:
@@ -107,6 +122,7 @@ class Supervisor:
         if not 1 <= workers <= workers_max:
             raise KubeAIError(f"--workers: {workers} is not between 1 and {workers_max}")
         check_streams(config)
+        check_keys(config)
         check_settings(config)
         check_tracing()
         self.config = config
@@ -115,6 +131,10 @@ class Supervisor:
         self.table.phase = random.getrandbits(32)
         self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
         self.publisher = Publisher(self.table, self.index)
+        self.keys: KeyPublisher | None = None  # None: requests need no key
+        if config.gateway.keys.required:
+            key_table = LoadTable.create(KEY_ROWS, columns)
+            self.keys = KeyPublisher(key_table, self.publisher.advance)
         self.peers = Peers(
             kube,
             namespace,
@@ -133,6 +153,7 @@ class Supervisor:
             identity=identity,
             publish=self._publish,
             loads=AllLoads(self.table, self.publisher, self.peers),
+            publish_key=None if self.keys is None else self._publish_key,
         )
         self.synced = False
         self.stopping = False
@@ -156,6 +177,7 @@ class Supervisor:
                 stream_problems=lambda: self._streams.problems,
                 synced=lambda: self.synced,
                 local=local,
+                keys=self.keys is not None,
             )
         self.port: int = listeners[0].getsockname()[1] if listeners else 0
         start = partial(
@@ -213,9 +235,26 @@ class Supervisor:
             self._traffic.names.note(delta.route)
         self.peers.rerouted(model)
         self._cache_sizes.rerouted(model)
+        self._send(delta)
+
+    def _publish_key(self, name: str, key: ApiKey | None) -> None:
+        assert self.keys is not None, "keys are watched only if they are required"
+        try:
+            delta = self.keys.update(name, key)
+        except KubeAIError as error:  # the key table is full: the key does not exist for workers
+            log.error("API key not published", secret=name, error=str(error))
+            return
+        if delta is not None:
+            self._key_changed(delta)
+
+    def _key_changed(self, delta: KeyDelta) -> None:
+        self._send(delta)
+
+    def _send(self, message: Down) -> None:
+        """Send a change to all processes that have the state before it."""
         if self.synced:
             for process in self._processes:
-                process.send(delta)
+                process.send(message)
 
     def _worker_ready(self) -> None:
         """Announce that requests are served, once all workers are ready."""
@@ -324,15 +363,17 @@ class Supervisor:
             active=self.table.active_total(),
         )
 
-    def _snapshot(self) -> Snapshot | None:
-        return self.publisher.snapshot() if self.synced else None
+    def _snapshot(self) -> Sequence[Down]:
+        if not self.synced:
+            return ()
+        routes = self.publisher.snapshot()
+        return (routes,) if self.keys is None else (routes, self.keys.snapshot(routes.version))
 
     async def _hand_out_routes(self) -> None:
         await self.operator.synced.wait()
         self.synced = True
-        snapshot = self.publisher.snapshot()
-        for process in self._processes:
-            process.send(snapshot)
+        for message in self._snapshot():
+            self._send(message)
         if not self._workers:
             self._worker_ready()
         # Objects created at start-up live as long as the process. A collection that scans them
@@ -348,10 +389,13 @@ class Supervisor:
             if self._messenger is not None and self._streams.is_silent:
                 log.error("messenger hangs, killing it", silent_s=SILENCE_MAX_S)
                 self._messenger.kill()
-            freed = self.publisher.reclaim(
+            acknowledged = [
                 self.table.acknowledged(each.column) for each in self._processes if each.alive
-            )
-            self.peers.freed(freed)
+            ]
+            self.peers.freed(self.publisher.reclaim(acknowledged))
+            if self.keys is not None:
+                for delta in self.keys.reclaim(acknowledged, self.publisher.version):
+                    self._key_changed(delta)
             for model in self.publisher.models():
                 row = self.publisher.row(model)
                 if (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
@@ -17,7 +17,6 @@ from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
 from kubeai.routing.channel import Channel, Demand, Down, Ready, Streams, Up, WorkerSettings
-from kubeai.routing.routes import Snapshot
 
 log = get_logger(__name__)
 
@@ -42,7 +41,7 @@ class WorkerProcess:
         *,
         journal_fd: int,
         console_path: str,
-        snapshot: Callable[[], Snapshot | None],
+        snapshot: Callable[[], Sequence[Down]],
         on_ready: Callable[[], None],
         on_demand: Callable[[str], None],
         spawn: Spawn,
@@ -55,7 +54,7 @@ class WorkerProcess:
 
         ``journal_fd``, ``console_path``, ``messaging``: see :class:`WorkerSettings`.
 
-        ``snapshot``: the routes for a new process; None: they are not known yet.
+        ``snapshot``: the routes and keys for a new process; empty: they are not known yet.
 
         ``on_ready``: called when the process accepts requests. ``on_demand``: called with the name
         of a model for which it holds a request.
@@ -130,9 +129,8 @@ class WorkerProcess:
             channel = Channel(Up, self._received, lambda: None)
             await loop.create_connection(lambda: channel, sock=ours.dup())
         self._channel = channel
-        snapshot = self._snapshot()
-        if snapshot is not None:
-            self.send(snapshot)
+        for message in self._snapshot():
+            self.send(message)
         try:
             return await process.wait()
         finally:

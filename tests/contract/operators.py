@@ -62,8 +62,16 @@ class Replica:
         self.routes = {}
         self.published = []  # (model, names of its endpoints), one after the other
         self.loads = FakeLoads(self.routes)
+        self.keys = {}
+        parsed = parse_config(config)
         self.operator = Operator(
-            kube, parse_config(config), kube.namespace, identity, self._publish, self.loads
+            kube,
+            parsed,
+            kube.namespace,
+            identity,
+            self._publish,
+            self.loads,
+            self._publish_key if parsed.gateway.keys.required else None,
         )
         self.task = asyncio.create_task(self.operator.run())
 
@@ -73,6 +81,12 @@ class Replica:
         else:
             self.routes[model] = route
         self.published.append((model, self.endpoints(model)))
+
+    def _publish_key(self, name, key):
+        if key is None:
+            del self.keys[name]
+        else:
+            self.keys[name] = key
 
     def endpoints(self, model):
         route = self.routes.get(model)
@@ -288,11 +302,21 @@ def chart_role() -> list[dict]:
     return yaml.safe_load(text[text.index("rules:") : text.index("---")])["rules"]
 
 
-def as_operator(api, namespace: str):
-    """The API for the chart's account, which is made there; the embedded one knows one user."""
+def keys_role() -> list[dict]:
+    """The rules that the chart adds if keys are required."""
+    text = (REPOSITORY / "charts/kubeai/templates/keys.yaml").read_text()
+    return yaml.safe_load(text[text.index("rules:") : text.index("---\n")])["rules"]
+
+
+def as_operator(api, namespace: str, *, keys: bool = False):
+    """The API for the chart's account, which is made there; the embedded one knows one user.
+
+    ``keys``: as the chart has it if keys are required.
+    """
     if api.kind == "embedded":
         return api
-    return api._replace(token=_account_with(api, namespace, chart_role()))
+    rules = chart_role() + (keys_role() if keys else [])
+    return api._replace(token=_account_with(api, namespace, rules))
 
 
 def _account_with(api, namespace: str, rules: list[dict]) -> str:

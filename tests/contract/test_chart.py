@@ -42,6 +42,7 @@ from kubeai.operator.apply import Applier
 from kubeai.operator.cache.claims import Claims
 from kubeai.operator.events import Events
 from kubeai.operator.files import Files
+from kubeai.operator.keys import Keys
 from kubeai.operator.leader import Leader
 from kubeai.operator.operator import Operator
 from kubeai.operator.refusals import Refusals
@@ -279,6 +280,37 @@ def test_the_console_is_off_by_default_and_gets_only_the_rights_that_it_uses(hel
     documented = (CHARTS.parent / "docs/console.md").read_text()
     for resource in ("models", "models/scale", "pods/log"):
         assert f"| `{resource}`" in documented
+
+
+# What the right to read Secrets is for. `Kube.follow` lists and watches.
+KEYS_NEED = {
+    "secrets list": (Keys.run, "follow(SECRETS"),
+    "secrets watch": (Keys.run, "follow(SECRETS"),
+}
+
+
+@pytest.mark.parametrize("value", [True, "true"])
+def test_secrets_may_be_read_only_if_keys_are_required(helm, value):
+    def of_keys(rendered):
+        return [obj for obj in rendered if obj["metadata"]["name"] == "kubeai-keys"]
+
+    for values in ({}, {"gateway": {"keys": {"required": "false"}}}):
+        rendered = helm.render("kubeai", values=values)
+        assert not of_keys(rendered)
+        assert not parse_config(config_of(rendered)).gateway.keys.required
+    rendered = helm.render("kubeai", values={"gateway": {"keys": {"required": value}}})
+    assert parse_config(config_of(rendered)).gateway.keys.required
+    role, binding = of_keys(rendered)
+    assert (role["kind"], binding["kind"]) == ("Role", "RoleBinding")
+    rights = {
+        f"{resource} {verb}"
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert rights == KEYS_NEED.keys()
+    for right, (function, call) in KEYS_NEED.items():
+        assert call in re.sub(r"\s", "", inspect.getsource(function)), right
 
 
 def test_message_streams_and_the_credentials_of_their_brokers_reach_kubeai(helm):

@@ -21,7 +21,8 @@ from unittest import mock
 
 import msgspec
 
-from kubeai.api.config.system import GatewayConfig, Messaging, SystemConfig
+from kubeai.api.api_key import ApiKey
+from kubeai.api.config.system import GatewayConfig, KeysConfig, Messaging, SystemConfig
 from kubeai.logs import setup_logging
 from kubeai.routing.routes import Route
 from kubeai.supervisor import supervisor
@@ -30,21 +31,36 @@ START_TIMEOUT_S = 30.0
 
 
 class _Script:
-    """Stands in for the operator: the routes it was given, and word of demand."""
+    """Stands in for the operator: the routes and keys it was given, and word of demand."""
 
-    def __init__(self, routes: list[Route], demanded: Callable[[str], None]) -> None:
+    publish_key: Callable[[str, ApiKey | None], None] | None = None
+
+    def __init__(
+        self, routes: list[Route], demanded: Callable[[str], None], keys: list[ApiKey]
+    ) -> None:
         self._routes = routes
+        self._keys = keys
         self._ended = asyncio.Event()
         self.demand = demanded
         self.synced = asyncio.Event()
 
-    def __call__(self, *_: object, publish: Callable[[str, Route | None], None], **__: Any):
+    def __call__(
+        self,
+        *_: object,
+        publish: Callable[[str, Route | None], None],
+        publish_key: Callable[[str, ApiKey | None], None] | None = None,
+        **__: Any,
+    ):
         self.publish = publish
+        self.publish_key = publish_key
         return self
 
     async def run(self) -> None:
         for route in self._routes:
             self.publish(route.model, route)
+        for key in self._keys:
+            assert self.publish_key is not None, "keys are required"
+            self.publish_key(key.name, key)
         self.synced.set()
         await self._ended.wait()
 
@@ -72,11 +88,17 @@ class Fleet:
         demanded: Callable[[str], None] = lambda model: None,
         reads_cache_sizes: bool = False,
         messaging: Messaging | None = None,
+        keys: list[ApiKey] | None = None,
         **gateway: Any,
     ) -> Fleet:
-        """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster."""
+        """``reads_cache_sizes``: whether engines are asked for ``/metrics``, as in a cluster.
+
+        ``keys``: those at the start; None: requests need no key.
+        """
+        if keys is not None:
+            gateway["keys"] = KeysConfig(required=True)
         fleet = cls()
-        fleet._script = _Script(routes, demanded)
+        fleet._script = _Script(routes, demanded, keys or [])
         ready = asyncio.Event()
         config = SystemConfig(
             # Nothing has to learn that the fleet stops, unless a test says so.
@@ -112,6 +134,11 @@ class Fleet:
     def route(self, model: str, route: Route | None) -> None:
         """Publish a model's new route; None: the model is gone."""
         self._script.publish(model, route)
+
+    def key(self, name: str, key: ApiKey | None) -> None:
+        """Publish the key of a Secret; None: it has none."""
+        assert self._script.publish_key is not None, "the fleet was started with keys"
+        self._script.publish_key(name, key)
 
     @property
     def ready(self) -> bool:

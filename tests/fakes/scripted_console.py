@@ -19,6 +19,10 @@ import yaml
 from aiohttp import web
 
 import kubeai
+from kubeai._keys import Key
+from kubeai.gateway import login
+from kubeai.openai.errors import BadRequest
+from kubeai.routing.keys import KeyRecord
 
 STATIC = Path(kubeai.__file__).parent / "supervisor" / "console" / "static"
 HEADERS = {
@@ -141,6 +145,7 @@ class ScriptedConsole:
         self.chat = Chat.at_once()
         self.calls: list[tuple[str, str, Any]] = []  # method, path, body of requests that change
         self.asked: list[dict[str, Any]] = []  # bodies of requests to the public API
+        self.admins_key = ""  # empty: no keys are required
         self.left = asyncio.Event()  # a client left before its chat was answered
         self.port = 0
         self._streams: set[asyncio.Queue[tuple[str, Any]]] = set()
@@ -152,7 +157,7 @@ class ScriptedConsole:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        app = web.Application(client_max_size=64 << 20)
+        app = web.Application(client_max_size=64 << 20, middlewares=[self._check_key])
         app.on_response_prepare.append(_headers)
         app.router.add_get("/ui/", self._index)
         app.router.add_static("/ui/static", STATIC)
@@ -162,6 +167,7 @@ class ScriptedConsole:
         app.router.add_post("/ui/api/models/{name}/scale", self._scale)
         app.router.add_delete("/ui/api/models/{name}", self._delete)
         app.router.add_post("/ui/api/apply", self._apply)
+        app.router.add_post("/ui/openai/v1/chat/completions", self._chat)  # with keys
         app.router.add_post("/openai/v1/chat/completions", self._chat)
         app.router.add_post("/openai/v1/embeddings", self._embeddings)
         app.router.add_post("/openai/v1/rerank", self._rerank)
@@ -216,12 +222,35 @@ class ScriptedConsole:
             "workers": self.workers,
             "stream_problems": self.stream_problems,
             "models": [self.models[name] for name in sorted(self.models)],
+            "keys": bool(self.admins_key),
         }
 
     @property
     def pages(self) -> int:
         """How many pages read the events."""
         return len(self._streams)
+
+    # -- keys, as a gateway's worker checks them ---------------------------------------------------
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if not self.admins_key:
+            return await handler(request)
+        if login.is_login(request.method, request.path):
+            return await login.answer(request, self._find_key)
+        is_own = request.path.startswith("/ui") and (
+            "/openai/" not in request.path or request.headers.get("X-KubeAI-UI") == "1"
+        )
+        if is_own and request.cookies.get(login.COOKIE) == self.admins_key:
+            return await handler(request)
+        if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
+            return login.login_response(401, "" if not request.cookies else "No longer valid.")
+        return error(401, "This API needs a key.")
+
+    def _find_key(self, credential: bytes, _: str) -> Key:
+        if credential.decode() != self.admins_key:
+            raise BadRequest("The API key is not valid.", status=401)
+        return Key(KeyRecord("admin", b"", "admin", is_admin=True))
 
     # -- the page and its API --------------------------------------------------------------------
 
@@ -355,7 +384,8 @@ class ScriptedConsole:
 
 
 async def _headers(_: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)  # the login form has a policy of its own
 
 
 async def _stream(request: web.Request, kind: str) -> web.StreamResponse:

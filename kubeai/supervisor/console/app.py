@@ -62,7 +62,7 @@ class Console:
 
     ``workers``, ``stream_problems`` and ``synced`` are called for each state.
 
-    ``local``: on one machine.
+    ``local``: on one machine. ``keys``: clients need an API key.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Console:
         synced: Callable[[], bool],
         *,
         local: bool,
+        keys: bool = False,
     ) -> None:
         """KubeAIError if no socket can be created."""
         self._kube = kube
@@ -86,6 +87,7 @@ class Console:
         self._stream_problems = stream_problems
         self._synced = synced
         self._local = local
+        self._keys = keys
         self._actions = Actions(kube, namespace, local=local)
         self._hub = Hub(self.state, traffic)
         self._logs: set[asyncio.Task[object]] = set()
@@ -185,6 +187,7 @@ class Console:
             workers=list(self._workers()),
             stream_problems=self._stream_problems(),
             models=self._fleet.models(),
+            keys=self._keys,
         )
 
     async def _get_state(self, _: web.Request) -> web.Response:

@@ -69,7 +69,10 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """The list of Models and workers. ``stream_problems``: what is not connected, and why."""
+    """The list of Models and workers. ``stream_problems``: what is not connected, and why.
+
+    ``keys``: whether clients need an API key.
+    """
 
     version: str
     time_s: float
@@ -80,6 +83,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     workers: Sequence[Worker]
     stream_problems: Sequence[str]
     models: Sequence[ModelSummary]
+    keys: bool
 
 
 class ConditionView(msgspec.Struct, frozen=True):

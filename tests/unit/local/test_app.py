@@ -1,7 +1,9 @@
 """What `kubeai local` checks and prints at start, and its config."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from fakes.kube import FakeKube
 
@@ -100,6 +102,33 @@ def test_external_gateways_are_for_clusters(tmp_path: Path):
     file.write_text("proxy: {mode: external}")
     with pytest.raises(ConfigError, match=r"^proxy\.mode: external is for clusters"):
         app._load_config(file)
+
+
+class Keys:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "words"),
+    [
+        ("127.0.0.1", None, ""),
+        ("::1", None, ""),
+        ("localhost", None, ""),
+        ("0.0.0.0", None, "everybody who can reach 0.0.0.0 may use the Models"),
+        ("192.0.2.1", None, "--require-keys"),
+        ("0.0.0.0", Keys(1), ""),
+        ("127.0.0.1", Keys(0), "kubeai key create NAME --admin --kubeconfig"),
+    ],
+)
+def test_who_may_use_the_models_is_said_at_start(tmp_path, capsys, host, keys, words):
+    chosen = msgspec.structs.replace(options(tmp_path), host=host)
+    app._advise_on_keys(chosen, SimpleNamespace(keys=keys))
+    said = capsys.readouterr()
+    assert (words in said.out + said.err) if words else (said.out + said.err == "")
 
 
 def test_pages_from_this_machine_may_use_the_api_unless_the_config_says_otherwise(tmp_path):

@@ -12,6 +12,31 @@ export function publicUrl(path = "") {
   return `${location.origin}/openai/v1${path}`;
 }
 
+let needsKey = false;
+
+/** Whether clients of the public API need a key; the page learns it with the state. */
+export function requireKey(needed) {
+  needsKey = needed;
+}
+
+export function isKeyRequired() {
+  return needsKey;
+}
+
+/** `send` a request to the public API. With keys, it goes through the console's path, where the
+ * gateway takes the key from the cookie, which this page cannot read. */
+export function infer(path, options) {
+  if (!needsKey) return send(publicUrl(path), options);
+  const headers = { ...options.headers, "X-KubeAI-UI": "1" };
+  return send(`${location.origin}/ui/openai/v1${path}`, { ...options, headers });
+}
+
+/** Remove the cookie with the key; the gateway then answers with the login form. */
+export async function logOut() {
+  await fetch(new URL("logout", document.baseURI), { method: "POST", redirect: "manual" });
+  location.reload();
+}
+
 /** A request that failed; `message` is the API's, `status` is 0 without an answer. */
 export class ApiError extends Error {
   constructor(message, status = 0) {
@@ -51,6 +76,8 @@ export async function change(method, path, body, type = "application/json") {
 }
 
 async function refusal(response) {
+  // The key has been revoked or has expired. The gateway answers a reload with the login form.
+  if (needsKey && response.status === 401) location.reload();
   const text = await response.text().catch(() => "");
   return new ApiError(messageOf(text) || `HTTP status ${response.status}`, response.status);
 }

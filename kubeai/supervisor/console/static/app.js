@@ -1,5 +1,6 @@
 // The page: which view is shown, the header, and the banner about the connection.
 
+import { logOut } from "./api.js";
 import { setUpDialogs } from "./dialogs.js";
 import { setAttribute, setText } from "./dom.js";
 import { age, plural, seconds } from "./format.js";
@@ -18,6 +19,7 @@ const bannerText = document.getElementById("banner-text");
 const retry = document.getElementById("retry");
 const link = document.getElementById("connection");
 const workers = document.getElementById("workers");
+const logout = document.getElementById("logout");
 
 // -- views ----------------------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ function showState() {
   setAttribute(workers, "data-kind", ready === all.length ? "ok" : "warn");
   setAttribute(workers, "title", all.map(({ worker, ready: up, restarts }) =>
     `Worker ${worker}: ${up ? "ready" : "not ready"}, ${plural(restarts, "restart")}`).join("\n"));
+  setAttribute(logout, "hidden", !store.state.keys);
   setText(document.getElementById("version"), `KubeAI ${version}`);
   setText(document.getElementById("namespace"), local ? "on this machine"
     : `namespace ${namespace}`);
@@ -138,6 +141,7 @@ store.addEventListener("connection", showConnection);
 store.addEventListener("state", showState);
 setInterval(() => store.connection.kind === "lost" && showBanner(), 1000);
 retry.addEventListener("click", () => store.retry());
+logout.addEventListener("click", () => logOut());
 document.getElementById("skip").addEventListener("click", (event) => {
   event.preventDefault();
   main.querySelector("h1").focus();

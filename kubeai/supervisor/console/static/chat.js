@@ -1,6 +1,6 @@
 // The Playground's chat: streamed answers, with images, a stop button and the progress of a start.
 
-import { messageOf, publicUrl, send } from "./api.js";
+import { infer, messageOf } from "./api.js";
 import { Answer } from "./answer.js";
 import { h, iconButton, ICONS, setAttribute, setText } from "./dom.js";
 import { count, plural, rate, seconds } from "./format.js";
@@ -104,7 +104,7 @@ export function createChat({ model, changed }) {
 async function stream(body, reply, progress, stay, signal) {
   const began = performance.now();
   const passed = () => (performance.now() - began) / 1000;
-  const response = await send(publicUrl(PATH), {
+  const response = await infer(PATH, {
     method: "POST", body: JSON.stringify(body), signal,
     headers: { "Content-Type": "application/json" },
   });

@@ -1,6 +1,6 @@
 // A form of the Playground that sends one JSON request and shows its response.
 
-import { publicUrl, send } from "./api.js";
+import { infer } from "./api.js";
 import { h, setAttribute, setText } from "./dom.js";
 import { createProgress } from "./progress.js";
 
@@ -29,7 +29,7 @@ export function createForm({ action, fields, required, model, request, describe 
     const { path, body } = request();
     progress.start(body.model);
     try {
-      const response = await send(publicUrl(path), {
+      const response = await infer(path, {
         method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
       });
       result.replaceChildren(

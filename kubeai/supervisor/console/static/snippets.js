@@ -3,11 +3,12 @@
 // A request is `{path, body}` with a JSON body, or `{path, form}` with the fields of a form, in
 // which `file` is a file's name. JSON strings are valid in Python and JavaScript as they are.
 
-import { publicUrl } from "./api.js";
+import { isKeyRequired, publicUrl } from "./api.js";
 
 // Linux limits one argument of a program to 128 KiB.
 const ARGUMENT_MAX_BYTES = 100_000;
-const KEY = "none"; // clients insist on a key
+const NO_KEY = '"none"'; // clients insist on a key
+const KEY_VARIABLE = "KUBEAI_API_KEY";
 
 const CALLS = {
   "/chat/completions": { python: "chat.completions", javascript: "chat.completions" },
@@ -25,17 +26,18 @@ export function shellQuote(text) {
 
 export function curl({ path, body, form }) {
   const url = shellQuote(publicUrl(path));
+  const key = isKeyRequired() ? [`-H "Authorization: Bearer $${KEY_VARIABLE}"`] : [];
   if (form) {
     const { file, ...fields } = form;
     // In `file=@"…"`, curl unescapes backslashes and double quotes.
     const name = file.replaceAll("\\", "\\\\").replaceAll('"', '\\"');
     const parts = Object.entries(fields).map(([key, value]) =>
       `--form-string ${shellQuote(`${key}=${value}`)}`);
-    return [`curl ${url}`, ...parts, `-F ${shellQuote(`file=@"${name}"`)}`].join(" \\\n  ");
+    return [`curl ${url}`, ...key, ...parts, `-F ${shellQuote(`file=@"${name}"`)}`].join(" \\\n  ");
   }
   const json = JSON.stringify(body, null, 2);
-  const start = `curl ${body.stream ? "-N " : ""}${url} \\\n`
-    + "  -H 'Content-Type: application/json' \\\n";
+  const start = [`curl ${body.stream ? "-N " : ""}${url}`, ...key,
+    "-H 'Content-Type: application/json' \\\n"].join(" \\\n  ");
   if (new TextEncoder().encode(json).length < ARGUMENT_MAX_BYTES) {
     return `${start}  -d ${shellQuote(json)}`;
   }
@@ -48,9 +50,10 @@ function isPosted(path) {
 }
 
 export function python({ path, body, form }) {
-  const start = `from openai import OpenAI
+  const key = isKeyRequired() ? `os.environ["${KEY_VARIABLE}"]` : NO_KEY;
+  const start = `${isKeyRequired() ? "import os\n\n" : ""}from openai import OpenAI
 
-client = OpenAI(base_url=${JSON.stringify(publicUrl())}, api_key="${KEY}")
+client = OpenAI(base_url=${JSON.stringify(publicUrl())}, api_key=${key})
 `;
   if (isPosted(path)) {
     return `${start}answer = client.post(
@@ -103,7 +106,8 @@ function pythonLiteral(value, indent) {
 }
 
 export function javascript({ path, body, form }) {
-  const options = `{ baseURL: ${JSON.stringify(publicUrl())}, apiKey: "${KEY}" }`;
+  const key = isKeyRequired() ? `process.env.${KEY_VARIABLE}` : NO_KEY;
+  const options = `{ baseURL: ${JSON.stringify(publicUrl())}, apiKey: ${key} }`;
   const start = `import OpenAI from "openai";
 
 const client = new OpenAI(${options});

@@ -3,7 +3,7 @@
 // Views listen to the events "state", "requests", "connection" and "sample". The stream is opened
 // again with back-off when it breaks; until then the data stays, marked as stale.
 
-import { ApiError, consoleUrl, send } from "./api.js";
+import { ApiError, consoleUrl, requireKey, send } from "./api.js";
 import { events } from "./sse.js";
 
 export const REQUESTS_MAX = 200;
@@ -131,6 +131,7 @@ class Store extends EventTarget {
 
   #takeState(state, connected) {
     this.state = state;
+    requireKey(state.keys);
     this.skew = state.time_s - Date.now() / 1000;
     const names = new Set(state.models.map((model) => model.name));
     for (const name of this.#samples.keys()) if (!names.has(name)) this.#samples.delete(name);

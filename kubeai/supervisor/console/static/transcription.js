@@ -1,6 +1,6 @@
 // The Playground's transcription of an audio file.
 
-import { publicUrl, send } from "./api.js";
+import { infer } from "./api.js";
 import { h, setAttribute, setText } from "./dom.js";
 import { count, seconds } from "./format.js";
 import { createProgress } from "./progress.js";
@@ -47,7 +47,7 @@ export function createTranscription({ model, changed }) {
     form.append("file", file);
     progress.start(model());
     try {
-      const response = await send(publicUrl(PATH), {
+      const response = await infer(PATH, {
         method: "POST", body: form, signal: current.signal,
       });
       setText(text, (await response.json()).text);
