@@ -17,3 +17,4 @@ cdef class Key:
     cdef readonly double expires_s  # Unix time; 0: never
     cdef readonly bint is_admin
     cdef public bint is_revoked  # its Secret is gone, or has another key
+    cdef public double mean_output_tokens  # of responses to this worker's requests; 0: none yet

@@ -19,5 +19,6 @@ class Key:
     expires_s: float
     is_admin: bool
     is_revoked: bool
+    mean_output_tokens: float  # of responses to this worker's requests; 0: none yet
 
     def __init__(self, record: KeyRecord) -> None: ...

@@ -1,13 +1,16 @@
 import asyncio
 from typing import Any, final
 
+from kubeai.openai.errors import BadRequest
 from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
 from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
 from kubeai.routing.routes import RequestType
 from kubeai._journal import Journal
+from kubeai._key_table import KeyTable
 from kubeai._keys import Key
+from kubeai._limits import Charge
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -31,6 +34,7 @@ class FastPathContext:
     json_routes: dict[bytes, JsonRoute]
     cors: CorsPolicy | None  # None: responses have no CORS headers
     keys: dict[bytes, Key] | None  # by digest; None: requests need no key
+    limits: KeyTable | None  # what keys have used of their limits; None: they have none
     request_type: RequestType
 
 @final
@@ -60,13 +64,16 @@ class FastPath(EarlyStream):
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far
     _key: Key | None  # the client's; None: it has none, and needs none
+    _charge: Charge | None  # to the key; None: it has no limits
 
     @property
     def context(self) -> Context: ...
     def set_cors_headers(self, lines: bytes | None) -> None: ...
     def _place(self, reservation: Reservation | None) -> None: ...
     def _attempt(self, reservation: Reservation) -> None: ...
+    def _charge_key(self) -> None: ...
     # implemented by the subclass
+    def _refuse(self, error: BadRequest) -> None: ...
     def wait_for_endpoint(self) -> None: ...
     def send_other(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...

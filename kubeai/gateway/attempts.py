@@ -255,6 +255,7 @@ class AdmittedRequest(FastPath):
 
     # -- the gateway's own responses ---------------------------------------------------------------
 
+    @override
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         if self.begun:
             self.end(error.status, last_event(error, self._kind, self.request_id))

@@ -78,6 +78,7 @@ class Context(FastPathContext):
         # The messenger's requests come from a broker that has its own credentials.
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None
+        self.limits = None  # set by the worker
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

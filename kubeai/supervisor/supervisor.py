@@ -18,6 +18,7 @@ import msgspec
 from aiohttp import web
 
 from kubeai._journal import Journal
+from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import SystemConfig
@@ -49,6 +50,7 @@ log = get_logger(__name__)
 # allocated once a row is touched.
 TABLE_ROWS = 32_768
 INDEX_ENTRIES = 1 << 20  # 8 MiB
+KEY_ROWS = 16_384  # API keys, those included whose last requests have not ended yet
 WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
@@ -115,6 +117,10 @@ class Supervisor:
         self.table.phase = random.getrandbits(32)
         self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
         self.publisher = Publisher(self.table, self.index)
+        # None: keys are not required.
+        self.key_table: KeyTable | None = None
+        if config.gateway.keys.required:
+            self.key_table = KeyTable.create(KEY_ROWS, columns)
         self.peers = Peers(
             kube,
             namespace,
@@ -164,6 +170,7 @@ class Supervisor:
             index=self.index,
             config=config.gateway,
             journal_fd=-1 if self._console is None else journal.fd,
+            key_table=self.key_table,
             console_path="" if self._console is None else self._console.path,
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
@@ -291,6 +298,8 @@ class Supervisor:
             for worker in self._workers:
                 worker.close_listener()
             self.table.close()
+            if self.key_table is not None:
+                self.key_table.close()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
