@@ -211,7 +211,7 @@ class Client(asyncio.Protocol):
             raise SystemExit(f"a connection was closed unexpectedly: {exc}")
 
 
-def make_requests(scenario: Scenario, port: int, keys: int) -> list[bytes]:
+def make_requests(scenario: Scenario, port: int, keys: int = 0) -> list[bytes]:
     requests = []
     for conversation in range(max(BODIES, keys) if scenario.body_bytes < 10_000 else 16):
         text = f"Conversation {conversation}: "
@@ -453,11 +453,18 @@ class Run:
     rate: float  # per second
 
 
-def measure(scenario: Scenario, pids: list[int], port: int, options: argparse.Namespace) -> Run:
+def measure(
+    scenario: Scenario,
+    pids: list[int],
+    port: int,
+    core: int,
+    connections: int,
+    seconds: float,
+    keys: int = 0,
+) -> Run:
     command = [sys.executable, __file__, "--load", scenario.name, "--load-port", str(port)]
-    command += ["--connections", str(options.connections), "--seconds", str(options.seconds)]
-    command += ["--keys", str(options.keys)]
-    with process(command, options.cores[1], stdout=subprocess.PIPE, text=True) as load:
+    command += ["--connections", str(connections), "--seconds", str(seconds), "--keys", str(keys)]
+    with process(command, core, stdout=subprocess.PIPE, text=True) as load:
         if load.stdout.readline() != "begin\n":
             raise SystemExit(f"{scenario.name}: the load generator failed")
         before = usage(pids)
@@ -498,7 +505,15 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
             for scenario in scenarios:
                 for name in sorted(proxies, reverse=turn % 2 == 0):
                     pids, ports = proxies[name]
-                    run = measure(scenario, pids, ports[scenario.engine], options)
+                    run = measure(
+                        scenario,
+                        pids,
+                        ports[scenario.engine],
+                        load_core,
+                        options.connections,
+                        options.seconds,
+                        options.keys,
+                    )
                     runs.setdefault((scenario.name, name), []).append(run)
     return {
         scenario.name: summary(runs[scenario.name, "nginx"], runs[scenario.name, "kubeai"])

@@ -63,5 +63,7 @@ class KeyTable(SharedMemory):
         """What a key has used, at all replicas."""
     def use_here(self, row: int) -> Use:
         """Like ``use``, without the other replicas."""
+    def is_counted(self, row: int) -> bool:
+        """Whether a worker of this replica has ever counted a request of a key."""
     def refused(self, row: int) -> int:
         """Requests of a key that exceeded a limit at this replica, since the row was opened."""

@@ -299,6 +299,16 @@ cdef class KeyTable(SharedMemory):
         """See the stub."""
         return self._use(row, self.columns - 1)
 
+    def is_counted(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        cdef int column, slot
+        for column in range(self.columns - 1):
+            for slot in range(SLOTS):  # a request leaves its interval there, however old it is
+                if get_u64(&self.cells[row * self.columns + column].requests[slot]):
+                    return True
+        return False
+
     def refused(self, Py_ssize_t row):
         """See the stub."""
         self._check_row(row)

@@ -14,7 +14,7 @@ from libc.stdio cimport snprintf
 
 from kubeai._key_table cimport KeyTable
 from kubeai._keys cimport Key
-from kubeai._limits cimport IN_FLIGHT, REQUESTS, TOKENS, TOO_LARGE, WITHIN, Charge, Quota, take
+from kubeai._limits cimport REQUESTS, TOKENS, TOO_LARGE, Charge, Quota, take
 from kubeai._prompt cimport Prompt
 from kubeai.openai._body_scan cimport InferenceRequest
 from kubeai.openai._output cimport asked_tokens
