@@ -27,6 +27,7 @@ cdef enum:
     # Of responses without reported usage. A streamed token comes in an event of its own.
     BYTES_PER_TOKEN = 5
     BYTES_PER_STREAMED_TOKEN = 200
+    HEAD_BYTES = 200  # of what a client is sent, the response's head
     LINES_MAX_BYTES = 512
     TOO_LARGE_RETRY_S = 60
 
@@ -186,7 +187,7 @@ cdef int settle(
                     <double> output_tokens - key.mean_output_tokens
                 )
     elif request.generates:
-        output_tokens = answer_bytes // (
+        output_tokens = max(<int64_t> 0, answer_bytes - HEAD_BYTES) // (
             BYTES_PER_STREAMED_TOKEN if request.stream else BYTES_PER_TOKEN
         )
     if not (request.generates or request.has_prompt) and request.kind.is_stored:

@@ -231,13 +231,14 @@ class Peers:
     async def _age(self) -> None:
         while True:
             await asyncio.sleep(AGE_INTERVAL_S)
-            silent = self._view.age(self._clock())
-            for address in silent:
+            now_s = self._clock()
+            for address in self._view.age(now_s):
                 log.warning("peer silent: its requests are no longer counted", peer=address)
             if self._uses is not None:
-                for address in silent:
-                    self._uses.leave(address, self._clock())
-                self._uses.age(self._clock())
+                for address, peer in self._view.peers.items():
+                    if peer.silent_s(now_s) > HOLD_S:
+                        self._uses.leave(address, now_s)
+                self._uses.age(now_s)
 
     # -- the prefix index ------------------------------------------------------------------------
 

@@ -57,12 +57,15 @@ class Replica:
     async def serve(self) -> str:
         """Serve the loads, of the Peers that are started later; returns the address."""
         app = web.Application()
-        app.router.add_get(LOADS_PATH, lambda request: self.peers.serve(request))
+        app.router.add_get(LOADS_PATH, self._serve)
         app.router.add_get("/metrics", announce)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         return f"127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        return await self.peers.serve(request)
 
     async def vanish(self) -> None:
         """Stop to exchange anything."""
