@@ -1,6 +1,7 @@
 """Compare the CPU that a KubeAI worker and an nginx worker spend on the same requests.
 
     python bench/gateway_vs_nginx.py [--rounds 5] [--seconds 3] [--only chat] [--keys 10000]
+        [--json FILE]
 
 Both proxies run on one core, the load generator and the mock engines on another. Both proxy to
 four engines (on 127.0.0.1 to 127.0.0.4). nginx uses ``proxy_pass`` with keep-alive upstream
@@ -9,10 +10,12 @@ the supervisor and one worker with a PrefixHash model and all limits and counter
 supervisor's CPU is included. There is no operator: a script provides the routes.
 
 A closed loop of connections sends the same bodies to each proxy in turn, nginx first in even
-rounds. With ``--keys``, KubeAI requires a key, and each request has another one of so many that have
-all limits; nginx is sent the same requests and checks nothing. CPU is the on-CPU time of all the proxy's processes from /proc/PID/task/*/schedstat, and the
+rounds. CPU is the on-CPU time of all the proxy's processes from /proc/PID/task/*/schedstat, and the
 kernel's share is from /proc/PID/stat; figures are medians over the rounds. Streams are counted by
 their chunks, so that a stream which is open at the start or end of the measurement counts in part.
+
+With ``--keys N``, KubeAI requires an API key, and each request has the next one of N keys that have
+all limits. nginx gets the same requests and checks nothing.
 """
 
 from __future__ import annotations

@@ -297,12 +297,15 @@ class Supervisor:
                 await self._console.close()
             for worker in self._workers:
                 worker.close_listener()
-            self.table.close()
-            if self.key_table is not None:
-                self.key_table.close()
+            self._close_tables()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
+
+    def _close_tables(self) -> None:
+        self.table.close()
+        if self.key_table is not None:
+            self.key_table.close()
 
     def stop(self) -> None:
         """Start draining; ``run`` returns when all workers have exited."""

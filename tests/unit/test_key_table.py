@@ -139,9 +139,7 @@ def test_absurd_numbers_of_tokens_are_bounded(table, worker, tokens):
 # -- limits ------------------------------------------------------------------------------------
 
 
-def test_requests_beyond_the_limit_are_refused_until_one_has_left_the_minute(
-    table, workers, clock
-):
+def test_requests_beyond_the_limit_are_refused_until_one_has_left_the_minute(table, workers, clock):
     generation = table.open_row(0)
     left = []
     for count in range(6):

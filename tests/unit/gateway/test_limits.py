@@ -236,7 +236,7 @@ async def test_tokens_are_reserved_from_the_body_and_settled_from_the_reported_u
     reserved = keyed.use("k").tokens
     assert 900 <= reserved < 910
     await other.send(ask_as("k", max_tokens=200))
-    error, answered = await refused(other)
+    error, _ = await refused(other)
     assert error["type"] == "tokens"
     assert f"{1000 - reserved} are left, and the request may use " in error["message"]
     release.set()

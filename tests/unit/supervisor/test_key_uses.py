@@ -1,7 +1,7 @@
 """Limits of API keys at several replicas: what they report to each other, and what that bounds.
 
-Each replica has two workers, which count in a key table of their own, and the real exchange of loads
-with the other one, over HTTP.
+Each replica has two workers, which count in a key table of their own, and the real exchange of
+loads with the other one, over HTTP.
 """
 
 import asyncio
