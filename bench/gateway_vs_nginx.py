@@ -1,6 +1,7 @@
 """Compare the CPU that a KubeAI worker and an nginx worker spend on the same requests.
 
-    python bench/gateway_vs_nginx.py [--rounds 5] [--seconds 3] [--only chat] [--json FILE]
+    python bench/gateway_vs_nginx.py [--rounds 5] [--seconds 3] [--only chat] [--keys 10000]
+        [--json FILE]
 
 Both proxies run on one core, the load generator and the mock engines on another. Both proxy to
 four engines (on 127.0.0.1 to 127.0.0.4). nginx uses ``proxy_pass`` with keep-alive upstream
@@ -12,6 +13,9 @@ A closed loop of connections sends the same bodies to each proxy in turn, nginx 
 rounds. CPU is the on-CPU time of all the proxy's processes from /proc/PID/task/*/schedstat, and the
 kernel's share is from /proc/PID/stat; figures are medians over the rounds. Streams are counted by
 their chunks, so that a stream which is open at the start or end of the measurement counts in part.
+
+With ``--keys N``, KubeAI requires an API key, and each request has the next one of N keys that have
+all limits. nginx gets the same requests and checks nothing.
 """
 
 from __future__ import annotations
@@ -210,9 +214,9 @@ class Client(asyncio.Protocol):
             raise SystemExit(f"a connection was closed unexpectedly: {exc}")
 
 
-def make_requests(scenario: Scenario, port: int) -> list[bytes]:
+def make_requests(scenario: Scenario, port: int, keys: int = 0) -> list[bytes]:
     requests = []
-    for conversation in range(BODIES if scenario.body_bytes < 10_000 else 16):
+    for conversation in range(max(BODIES, keys) if scenario.body_bytes < 10_000 else 16):
         text = f"Conversation {conversation}: "
         request = {
             "model": scenario.engine,
@@ -230,17 +234,20 @@ def make_requests(scenario: Scenario, port: int) -> list[bytes]:
         requests.append(
             b"POST /openai/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n"
             b"Content-Type: application/json\r\nAccept: application/json\r\n"
-            b"User-Agent: OpenAI/Python 2.0.0\r\nAuthorization: Bearer sk-none\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (port, len(body), body)
+            b"User-Agent: OpenAI/Python 2.0.0\r\nAuthorization: Bearer sk-%s\r\n"
+            b"Content-Length: %d\r\n\r\n%s"
+            % (port, b"%d" % (conversation % keys) if keys else b"none", len(body), body)
         )
     return requests
 
 
-async def run_load(scenario: Scenario, port: int, connections: int, seconds: float) -> None:
+async def run_load(
+    scenario: Scenario, port: int, connections: int, seconds: float, keys: int
+) -> None:
     """Print a line when the measurement begins, and one with the counts when it ends."""
     loop = asyncio.get_running_loop()
     tally: dict[str, float] = {"answers": 0, "chunks": 0, "over": 0}
-    requests = make_requests(scenario, port)
+    requests = make_requests(scenario, port, keys)
 
     def some_requests(start: int) -> Iterator[bytes]:
         while True:
@@ -373,7 +380,11 @@ class Kubeai:
 
 @contextmanager
 def kubeai(
-    core: int, engines: dict[str, int], mean_load_factor: int = 125, workers: int = 1
+    core: int,
+    engines: dict[str, int],
+    mean_load_factor: int = 125,
+    workers: int = 1,
+    keys: int = 0,
 ) -> Iterator[Kubeai]:
     """Run the supervisor and its workers as `kubeai serve` does, without the operator."""
     from kubeai.routing.routes import Endpoint, Route
@@ -391,7 +402,7 @@ def kubeai(
         )
         for answer, port in engines.items()
     ]
-    spec = {"workers": workers, "routes": msgspec.to_builtins(routes)}
+    spec = {"workers": workers, "routes": msgspec.to_builtins(routes), "keys": keys}
     with (
         tempfile.TemporaryFile() as log,
         process(
@@ -446,10 +457,16 @@ class Run:
 
 
 def measure(
-    scenario: Scenario, pids: list[int], port: int, core: int, connections: int, seconds: float
+    scenario: Scenario,
+    pids: list[int],
+    port: int,
+    core: int,
+    connections: int,
+    seconds: float,
+    keys: int = 0,
 ) -> Run:
     command = [sys.executable, __file__, "--load", scenario.name, "--load-port", str(port)]
-    command += ["--connections", str(connections), "--seconds", str(seconds)]
+    command += ["--connections", str(connections), "--seconds", str(seconds), "--keys", str(keys)]
     with process(command, core, stdout=subprocess.PIPE, text=True) as load:
         if load.stdout.readline() != "begin\n":
             raise SystemExit(f"{scenario.name}: the load generator failed")
@@ -480,7 +497,9 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
         mock = stack.enter_context(process(command, load_core, stdout=subprocess.PIPE, text=True))
         if mock.stdout.readline() != "ready\n":
             raise SystemExit("the mock engines did not start")
-        ours = stack.enter_context(kubeai(proxy_core, engines, options.mean_load_factor))
+        ours = stack.enter_context(
+            kubeai(proxy_core, engines, options.mean_load_factor, keys=options.keys)
+        )
         proxies = {
             "nginx": stack.enter_context(nginx(proxy_core, engines)),
             "kubeai": (ours.pids, ours.ports),
@@ -496,6 +515,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict]:
                         load_core,
                         options.connections,
                         options.seconds,
+                        options.keys,
                     )
                     runs.setdefault((scenario.name, name), []).append(run)
     return {
@@ -537,6 +557,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="duration of each run")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument(
+        "--keys",
+        type=int,
+        default=0,
+        metavar="N",
+        help="require an API key of KubeAI's clients, and use N keys with all limits",
+    )
+    parser.add_argument(
         "--mean-load-factor",
         type=int,
         default=125,
@@ -567,7 +594,9 @@ def main() -> int:
         return 0
     if options.load:
         scenario = next(s for s in SCENARIOS if s.name == options.load)
-        load = run_load(scenario, options.load_port, options.connections, options.seconds)
+        load = run_load(
+            scenario, options.load_port, options.connections, options.seconds, options.keys
+        )
         uvloop.run(load)
         return 0
     if find_nginx() is None:

@@ -49,7 +49,8 @@ def scenarios() -> dict[str, tuple[int, Callable[[], None]]]:
     make_ends = ends.__wrapped__ if hasattr(ends, "__wrapped__") else ends
     made = {}
     keep = []
-    for strategy in ("LeastLoad", "PrefixHash", "PrefixCache"):
+    keyed = ["LeastLoad" + test_gateway.KEYED] if hasattr(test_gateway, "KEYED") else []
+    for strategy in ("LeastLoad", "PrefixHash", "PrefixCache", *keyed):
         request = type("Request", (), {"param": strategy})
         generator = make_ends(request)
         keep.append(generator)

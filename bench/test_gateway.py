@@ -4,23 +4,28 @@ Each round is 1,000 requests: divide the reported time by 1,000. A real worker a
 the event loop and the kernel (``gateway_vs_nginx.py`` measures the total).
 """
 
+import hashlib
 import json
 
 import pytest
 
 from kubeai._journal import Journal
+from kubeai._key_table import KeyTable
+from kubeai._keys import Key
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
-from kubeai.api.config.system import GatewayConfig
+from kubeai.api.config.system import GatewayConfig, KeysConfig
 from kubeai.gateway.context import Context
 from kubeai.gateway.relay._downstream import Downstream
 from kubeai.gateway.relay._upstream import Upstream
 from kubeai.gateway.server import Server
+from kubeai.routing.keys import KeyRecord
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 
 TIMES = range(1000)
+KEYED = ", key with limits"
 HEAD = (
     "POST /openai/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n"
     "User-Agent: OpenAI/Python 3.54.0\r\nAccept: application/json\r\n"
@@ -60,18 +65,30 @@ class Transport:
 
 @pytest.fixture(params=["LeastLoad", "PrefixHash", "PrefixCache"])
 def ends(request):
-    """The callbacks that the event loop calls with data from the client and from the engine."""
+    """The callbacks that the event loop calls with data from the client and from the engine.
+
+    The parameter is a strategy, followed by ``KEYED`` if requests have a key with all limits.
+    """
+    strategy = request.param.removesuffix(KEYED)
     supervisors = LoadTable.create(8, 1)
     index = PrefixIndex.create(8, 1 << 16)
     publisher = Publisher(supervisors, index)
-    config = GatewayConfig()
+    is_keyed = strategy != request.param
+    config = GatewayConfig(keys=KeysConfig(required=is_keyed))
     context = Context(config, lambda model: None)
     journal = Journal.create(1)
     context.journal = Journal.attach(journal.fd, 0)
     server = Server(context, LoadTable.attach(supervisors.fd, 0), PrefixIndex.attach(index.fd, 0))
+    if is_keyed:
+        keys = KeyTable.create(8, 1)
+        limits = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "in_flight_max"), 10**9)
+        digest = hashlib.sha256(b"none").digest()  # of the key in HEAD
+        key = Key(KeyRecord("key", digest, "tenant", row=0, generation=keys.open_row(0), **limits))
+        context.keys[digest] = key
+        context.limits = KeyTable.attach(keys.fd, 0)
     table = server.routes
     endpoints = (Endpoint("pod-0", "10.0.0.2:8000"),)
-    route = Route("m", "VLLM", strategy=request.param, endpoints=endpoints)
+    route = Route("m", "VLLM", strategy=strategy, endpoints=endpoints)
     table.apply(publisher.update("m", route))
     reservation = table.find("m").pick(Prompt())
     pool = reservation.target

@@ -39,6 +39,7 @@ class Key:
     is_admin: bool
     is_revoked: bool
     selection: Selection | None
+    mean_output_tokens: float  # of responses to this worker's requests; 0: none yet
 
     def __init__(self, record: KeyRecord) -> None: ...
     def update(self, record: KeyRecord) -> bool:

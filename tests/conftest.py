@@ -19,13 +19,14 @@ settings.load_profile("untimed")
 
 @pytest.fixture(autouse=True)
 def nothing_in_flight():
-    """Check that a test has closed every Admission and released every Reservation."""
-    from kubeai import _counts
+    """Check that a test has closed every Admission and Charge, and released every Reservation."""
+    from kubeai import _counts, _limits
 
     yield
-    if _counts.live() != (0, 0):
+    if (_counts.live(), _limits.live()) != ((0, 0), 0):
         gc.collect()
         assert _counts.live() == (0, 0), "leaked (Admissions, Reservations)"
+        assert _limits.live() == 0, "leaked Charges"
 
 
 def _end_by_timeout(loop, context):

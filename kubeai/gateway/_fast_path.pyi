@@ -1,13 +1,16 @@
 import asyncio
 from typing import Any, final
 
+from kubeai.openai.errors import BadRequest
 from kubeai.openai.request import InferenceRequest
 from kubeai.openai._body_scan import Shape
 from kubeai.openai.routes import Kind
 from kubeai.routing import table as routing
 from kubeai.routing.routes import RequestType
 from kubeai._journal import Journal
+from kubeai._key_table import KeyTable
 from kubeai._keys import Key
+from kubeai._limits import Charge
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -32,6 +35,7 @@ class FastPathContext:
     json_routes: dict[bytes, JsonRoute]
     cors: CorsPolicy | None  # None: responses have no CORS headers
     keys: dict[bytes, Key] | None  # by digest; None: requests need no key
+    limits: KeyTable | None  # what keys have used of their limits; None: they have none
     request_type: RequestType
 
 @final
@@ -63,6 +67,7 @@ class FastPath(EarlyStream):
     _waited_s: float  # for an endpoint so far
     _key: Key | None  # the client's; None: it has none, and needs none
     _needs_admin: bool  # only an administrator's key may have it answered
+    _charge: Charge | None  # to the key; None: it has no limits
 
     @property
     def context(self) -> Context: ...
@@ -75,7 +80,9 @@ class FastPath(EarlyStream):
 
     def _place(self, reservation: Reservation | None) -> None: ...
     def _attempt(self, reservation: Reservation) -> None: ...
+    def _charge_key(self) -> None: ...
     # implemented by the subclass
+    def _refuse(self, error: BadRequest) -> None: ...
     def wait_for_endpoint(self) -> None: ...
     def send_other(self, pool: Pool) -> None: ...
     def moved(self, reservation: Reservation) -> None: ...

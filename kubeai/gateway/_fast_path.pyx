@@ -25,7 +25,9 @@ from kubeai._journal cimport (
     Journal,
     Slot,
 )
+from kubeai._key_table cimport KeyTable
 from kubeai._keys cimport Key
+from kubeai._limits cimport WITHIN, Charge
 from kubeai._load cimport (
     ANSWERED_2XX,
     BROKEN,
@@ -37,6 +39,7 @@ from kubeai._load cimport (
 from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
 from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, take_key
+from kubeai.gateway._key_limits cimport charge_for, limit_lines, settle
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, Pool
 from kubeai.gateway.relay._relay cimport Relay
@@ -46,6 +49,8 @@ from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
 
 from kubeai.openai.routes import Kind
+from kubeai.gateway._key_limits import refusal
+from kubeai.openai.errors import BadRequest
 
 cdef enum:
     REQUEST_ID_AT = 14  # in the line "X-Request-Id: …\r\n"
@@ -80,6 +85,7 @@ cdef class FastPathContext:
     cdef public dict json_routes  # request target -> JsonRoute
     cdef public object cors  # CorsPolicy; None: responses have no CORS headers
     cdef public dict keys  # digest -> Key; None: requests need no key
+    cdef public KeyTable limits  # what keys have used of their limits; None: they have none
     cdef public str request_type  # "http" or "message": what the process's requests count as
 
 
@@ -138,6 +144,7 @@ cdef class FastPath(EarlyStream):
     cdef public double _waited_s  # for an endpoint so far
     cdef public Key _key  # the client's; None: it has none, and needs none
     cdef public bint _needs_admin  # only an administrator's key may have it answered
+    cdef public Charge _charge  # to the key; None: it has no limits
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
@@ -160,9 +167,9 @@ cdef class FastPath(EarlyStream):
             self._kind = json_route.kind
             self._path = json_route.path
             self.collect(context.body_max_bytes)
+        forget_usage(&self.usage)
         if context.journal is not None:
             self.began_s = now()
-            forget_usage(&self.usage)
         if context.observers is not None:
             self.observe(context.observers)
         return 0
@@ -195,6 +202,8 @@ cdef class FastPath(EarlyStream):
         self._routed = routed
         self._prompt = prompt_for(picker, request, context.logs_prompts)
         self._payload = self.body
+        if self._key is not None and not self._is_within_limits():
+            return 0
         self._admission = admit(
             picker.ring.table, picker.ring.row, picker.ring.generation, context.request_type
         )
@@ -202,6 +211,29 @@ cdef class FastPath(EarlyStream):
             self.note_candidates()
         self._place(picker.pick(self._prompt))
         return 0
+
+    cdef bint _is_within_limits(self) except -1:
+        try:
+            self._charge_key()
+        except BadRequest as error:
+            self._refuse(error)
+            return False
+        return True
+
+    cpdef _charge_key(self):
+        """Count the request for its key, once. BadRequest if it exceeds a limit."""
+        cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
+        cdef bytes lines
+        if self._key is None or self._charge is not None or context.limits is None:
+            return
+        self._charge = charge_for(context.limits, self._key, self._prompt, self._request)
+        if self._charge is None:
+            return
+        lines = limit_lines(self._key, self._charge)
+        if lines is not None:
+            self._add_common_headers(lines)
+        if self._charge._excess != WITHIN:
+            raise refusal(self._key, self._charge)
 
     @property
     def context(self):
@@ -290,6 +322,17 @@ cdef class FastPath(EarlyStream):
             context = <FastPathContext> self.downstream.relay.context
             if self.began_s and context.journal is not None:
                 self._record(context.journal)
+        if self._charge is not None and self._charge._open:
+            settle(
+                self._charge,
+                self._key,
+                self._prompt,
+                self._request,
+                &self.usage,
+                self.status if self.answered else 0,
+                self.answer_bytes,
+                reservation is not None,
+            )
         if self._observed is not None:
             self.observed()
         return 0
@@ -343,6 +386,10 @@ cdef class FastPath(EarlyStream):
         return ANSWERED_2XX + self.status // 100 - 2
 
     # implemented by the subclass
+
+    def _refuse(self, error):
+        """Respond with an error of the gateway."""
+        raise NotImplementedError
 
     def wait_for_endpoint(self):
         """Hold the request."""

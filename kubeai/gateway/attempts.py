@@ -273,6 +273,7 @@ class AdmittedRequest(FastPath):
                 key=self._key,
             )
 
+    @override
     def _refuse(self, error: BadRequest, headers: dict[str, str] | None = None) -> None:
         self._note_denial(error)
         if self.begun:

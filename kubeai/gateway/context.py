@@ -82,6 +82,7 @@ class Context(FastPathContext):
         self.key_table = (
             None if self.keys is None else Keys(self.keys, config.keys.failures_per_minute)
         )
+        self.limits = None  # set by the worker
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

@@ -49,7 +49,8 @@ def advice(error: BadRequest) -> dict[str, str]:
     if error.code in (ENGINE_DIED, CANNOT_START):
         return {"x-should-retry": "false"}  # OpenAI's clients would retry a 502 or 503
     if error.retry_after_s is not None:
-        return {"Retry-After": str(error.retry_after_s)}
+        headers = {"Retry-After": str(error.retry_after_s)}
+        return headers if error.is_retryable else {**headers, "x-should-retry": "false"}
     return {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
 
 

@@ -116,12 +116,12 @@ class Proxy(AdmittedRequest):
                 self._wait(partial(self._read_session, Session(self, tunnel)))
                 return
             request = openai.named(self._kind, model)
-            routed = self._find(request)
+            reservation = self._admit(request, self._find(request))
         except BadRequest as error:
             self._refuse(error)
             return
         self._path = f"{self._kind.value}?{engines_query(query, request)}".encode("latin-1")
-        self._place(self._admit(request, routed))
+        self._place(reservation)
 
     async def _read_session(self, session: Session) -> Reservation:
         request = openai.named(self._kind, await session.model())
@@ -227,15 +227,16 @@ class Proxy(AdmittedRequest):
         try:
             request = self._request or openai.read(self._kind, self.body)
             routed = self._find(request)
+            self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
+            self._payload = owned(openai.body_for(request, self.body), self._kind, self._key)
+            if request.previous_response_id is not None:
+                self._wait(partial(self._continue, request))
+                return
+            reservation = self._admit(request, routed)
         except BadRequest as error:
             self._refuse(error)
             return
-        self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
-        self._payload = owned(openai.body_for(request, self.body), self._kind, self._key)
-        if request.previous_response_id is None:
-            self._place(self._admit(request, routed))
-        else:
-            self._wait(partial(self._continue, request))
+        self._place(reservation)
 
     # -- uploads -----------------------------------------------------------------------------------
 
@@ -290,14 +291,18 @@ class Proxy(AdmittedRequest):
     def _admit(
         self, request: InferenceRequest, routed: RoutedModel, *, only: str | None = None
     ) -> Reservation | None:
-        """Count the request for its model, and pick an endpoint if one (``only``) can serve it."""
+        """Count the request for its model, and pick an endpoint if one (``only``) can serve it.
+
+        BadRequest if it exceeds a limit of its key.
+        """
         self._request = request
         self._routed = routed
+        if self._prompt is None:  # an upload's
+            self._prompt = Prompt()
+        self._charge_key()
         self._admission = routed.admit(self.context.request_type)
         if request.adapter is not None:
             self.renaming = Renaming(*map(openai.json_string, (request.adapter, request.model)))
-        if self._prompt is None:  # an upload's
-            self._prompt = Prompt()
         if self.context.explains:
             self.note_candidates()
         if only is not None:

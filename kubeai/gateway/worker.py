@@ -29,6 +29,7 @@ import uvloop
 from aiohttp import web
 
 from kubeai._journal import Journal
+from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.gateway.access_log import make_observers
@@ -70,6 +71,8 @@ class Worker:
         )
         if settings.journal_fd >= 0:
             self._context.journal = Journal.attach(settings.journal_fd, settings.column)
+        if settings.key_table_fd >= 0:
+            self._context.limits = KeyTable.attach(settings.key_table_fd, settings.column)
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
         self._server = Server(self._context, self._table, self._index)
         self._channel = Channel(Down, self._on_message, self._channel_ended)

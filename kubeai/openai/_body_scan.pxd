@@ -3,6 +3,7 @@
 from libc.stdint cimport uint64_t
 
 from kubeai.openai._json cimport Text
+from kubeai.openai._output cimport Asked
 
 cpdef enum:
     LARGE_BYTES = 1 << 20  # larger bodies are parsed in a thread; smaller ones take 2 ms at most
@@ -50,6 +51,7 @@ cdef class Shape:
     cdef bint is_cached
     cdef bint has_prompt
     cdef bint streams
+    cdef bint generates
     cdef bint is_ollama
 
 
@@ -76,6 +78,8 @@ cdef class InferenceRequest:
     cdef bint is_cached  # the engine keeps the keys and values of prompts of this kind
     cdef bint has_prompt  # the engine computes a prompt
     cdef bint streams  # unless the body says otherwise
+    cdef bint generates  # the response is text that the engine generates
+    cdef Asked asked  # how much of it at most
     cdef bint is_ollama  # ``model`` may have the tag "latest"
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed

@@ -15,7 +15,7 @@ class Shape:
     ``previous`` the ID of a stored response.
     ``is_cached``: whether an engine keeps what it computes for such a prompt, and finds it again.
     ``has_prompt``: whether it computes one at all. ``streams``: whether the response is a stream
-    unless the body has ``"stream": false``.
+    unless the body has ``"stream": false``. ``generates``: whether the engine generates text.
     """
 
     kind: Kind
@@ -34,6 +34,7 @@ class Shape:
         is_cached: bool = True,
         has_prompt: bool = True,
         streams: bool = False,
+        generates: bool = False,
     ) -> None: ...
 
 @final
@@ -49,6 +50,14 @@ class InferenceRequest:
     @property
     def previous_response_id(self) -> str | None:
         """The stored response that the request continues; None if it is not a non-empty string."""
+    @property
+    def output_tokens(self) -> int:
+        """How many tokens the response may have, as the body limits it; -1: it does not.
+
+        The members ``max_tokens``, ``max_completion_tokens`` and ``max_output_tokens``, and Ollama's
+        ``options.num_predict``, of several the largest, times ``n``. Values that are no positive
+        whole numbers count as missing.
+        """
     def key(self, prefix_char_length: int) -> int:
         """The 64-bit key of the request on the ring; the same in every process and release.
 

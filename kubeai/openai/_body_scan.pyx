@@ -24,6 +24,7 @@ from kubeai.openai._json cimport (
     put_input, put_string, put_utf8, read_key, read_word, skip_space, skip_value,
 )
 from kubeai.openai._murmur3 cimport murmur3
+from kubeai.openai._output cimport asked_tokens, note_asked
 
 from msgspec.json import decode
 
@@ -70,6 +71,7 @@ cdef class Shape:
         bint is_cached=True,
         bint has_prompt=True,
         bint streams=False,
+        bint generates=False,
     ):
         self.kind = kind
         self.conversation = conversation
@@ -83,6 +85,7 @@ cdef class Shape:
         self.is_cached = is_cached and has_prompt
         self.has_prompt = has_prompt
         self.streams = streams
+        self.generates = generates
         self.is_ollama = kind.is_ollama
 
 
@@ -192,6 +195,8 @@ cdef class InferenceRequest:
                 elif is_key(&key, &names[3]):
                     self.previous.at = value
                     self.previous.after = at
+                elif self.generates and at is not NULL:
+                    note_asked(&self.asked, &key, value, self.end)
             if at is NULL:
                 return NULL
             at = next_member(at, c"}")
@@ -487,6 +492,11 @@ cdef class InferenceRequest:
             return None
         return decode(at[:self.previous.after - at]) or None
 
+    @property
+    def output_tokens(self):
+        """See the stub."""
+        return asked_tokens(&self.asked)
+
     def with_model(self, bytes value not None):
         """The body with the value of ``model`` replaced; all other bytes are unchanged."""
         cdef const char *begin = self.begin
@@ -521,6 +531,7 @@ cdef inline InferenceRequest request_of(Shape shape, bytes body):
     request.is_cached = shape.is_cached
     request.has_prompt = shape.has_prompt
     request.streams = request.stream = shape.streams
+    request.generates = shape.generates
     request.is_ollama = shape.is_ollama
     return request
 

@@ -42,6 +42,7 @@ class BadRequest(Exception):
 
     ``kind``: the error's type in OpenAI's format, if the status does not determine it.
     ``retry_after_s``: when the client should try again; None: as for the status.
+    ``is_retryable``: False if the same request will fail again.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class BadRequest(Exception):
         *,
         kind: str | None = None,
         retry_after_s: int | None = None,
+        is_retryable: bool = True,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -61,6 +63,7 @@ class BadRequest(Exception):
         self.code = code
         self.kind = kind
         self.retry_after_s = retry_after_s
+        self.is_retryable = is_retryable
 
     def body(self) -> bytes:
         """The response's body in OpenAI's format."""

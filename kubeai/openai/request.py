@@ -46,18 +46,19 @@ __all__ = [
 SHAPES: dict[Kind, Shape] = {
     shape.kind: shape
     for shape in (
-        Shape(Kind.CHAT, conversation=b"messages"),
-        Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False),
-        Shape(Kind.COMPLETIONS, text=b"prompt"),
+        Shape(Kind.CHAT, conversation=b"messages", generates=True),
+        Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False, generates=True),
+        Shape(Kind.COMPLETIONS, text=b"prompt", generates=True),
         Shape(
             Kind.RESPONSES,
             conversation=b"input",
             system=b"instructions",
             previous=b"previous_response_id",
+            generates=True,
         ),
-        Shape(Kind.MESSAGES, conversation=b"messages", system=b"system"),
+        Shape(Kind.MESSAGES, conversation=b"messages", system=b"system", generates=True),
         Shape(Kind.COUNT_TOKENS, has_prompt=False),
-        Shape(Kind.SYSTEM_ONE, text=b"state", system=b"instructions"),
+        Shape(Kind.SYSTEM_ONE, text=b"state", system=b"instructions", generates=True),
         Shape(Kind.EMBEDDINGS, text=b"input", is_cached=False),
         Shape(Kind.EMBED_V2, text=b"texts", is_cached=False),
         Shape(Kind.RERANK, text=b"query", is_cached=False),
@@ -70,8 +71,14 @@ SHAPES: dict[Kind, Shape] = {
         Shape(Kind.SPEECH, text=b"input", is_cached=False),
         Shape(Kind.IMAGES, has_prompt=False),
         Shape(Kind.IMAGE_EDITS, has_prompt=False),  # unless it is a form
-        Shape(Kind.OLLAMA_CHAT, conversation=b"messages", streams=True),
-        Shape(Kind.OLLAMA_GENERATE, text=b"prompt", system=b"system", streams=True),
+        Shape(Kind.OLLAMA_CHAT, conversation=b"messages", streams=True, generates=True),
+        Shape(
+            Kind.OLLAMA_GENERATE,
+            text=b"prompt",
+            system=b"system",
+            streams=True,
+            generates=True,
+        ),
         Shape(Kind.OLLAMA_EMBED, text=b"input", is_cached=False),
         Shape(Kind.OLLAMA_EMBEDDINGS, text=b"prompt", is_cached=False),
     )

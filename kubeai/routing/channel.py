@@ -38,13 +38,17 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     channel_fd: int
     gateway: GatewayConfig
     journal_fd: int = -1  # -1: requests are not recorded
+    key_table_fd: int = -1  # -1: keys are not required
     console_path: str = ""  # of the Unix socket where the supervisor serves the console; "": none
     messaging: Messaging | None = None  # the messenger's
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors to inherit."""
-        numbers = self.table_fd, self.index_fd, self.channel_fd, self.listen_fd, self.journal_fd
+        numbers = (
+            *(self.table_fd, self.index_fd, self.channel_fd),
+            *(self.listen_fd, self.journal_fd, self.key_table_fd),
+        )
         return tuple(number for number in numbers if number >= 0)
 
     @property

@@ -19,6 +19,7 @@ import msgspec
 from aiohttp import web
 
 from kubeai._journal import Journal
+from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.api_key import ApiKey
@@ -39,6 +40,7 @@ from kubeai.supervisor.cache_sizes import CacheSizes
 from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
+from kubeai.supervisor.key_metrics import KeyLimits
 from kubeai.supervisor.listeners import listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
@@ -52,8 +54,8 @@ log = get_logger(__name__)
 # 1,000 Models and 10,000 pods, each replaced twice before its rows are freed. Memory is only
 # allocated once a row is touched.
 TABLE_ROWS = 32_768
-KEY_ROWS = 16_384  # 10,000 keys, and those whose rows are not free yet
 INDEX_ENTRIES = 1 << 20  # 8 MiB
+KEY_ROWS = 16_384  # API keys, those included whose last requests have not ended yet
 WORKERS_MAX = 63
 SWEEP_INTERVAL_S = 0.5
 # Between the drain timeout and SIGKILL.
@@ -131,10 +133,14 @@ class Supervisor:
         self.table.phase = random.getrandbits(32)
         self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
         self.publisher = Publisher(self.table, self.index)
-        self.keys: KeyPublisher | None = None  # None: requests need no key
+        # None: requests need no key.
+        self.key_table: KeyTable | None = None
+        self.keys: KeyPublisher | None = None
+        peers_keys = None
         if config.gateway.keys.required:
-            key_table = LoadTable.create(KEY_ROWS, columns)
-            self.keys = KeyPublisher(key_table, self.publisher.advance)
+            self.key_table = KeyTable.create(KEY_ROWS, columns)
+            self.keys = KeyPublisher(self.key_table, self.publisher.advance)
+            peers_keys = self.key_table, self.keys
         self.peers = Peers(
             kube,
             namespace,
@@ -144,6 +150,7 @@ class Supervisor:
             self.publisher,
             pod=pod,
             addresses=config.fixed_self_metric_addrs,
+            keys=peers_keys,
         )
         self._cache_sizes = CacheSizes(self.index, self.publisher)
         self.operator = Operator(
@@ -186,6 +193,7 @@ class Supervisor:
             index=self.index,
             config=config.gateway,
             journal_fd=-1 if self._console is None else journal.fd,
+            key_table=self.key_table,
             console_path="" if self._console is None else self._console.path,
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
@@ -217,6 +225,7 @@ class Supervisor:
             self.publisher,
             self.peers.silences_s,
             self._streams if has_streams else None,
+            limits=None if peers_keys is None else KeyLimits(*peers_keys),
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -248,6 +257,7 @@ class Supervisor:
             self._key_changed(delta)
 
     def _key_changed(self, delta: KeyDelta) -> None:
+        self.peers.key_changed(delta.name)
         self._send(delta)
 
     def _send(self, message: Down) -> None:
@@ -329,10 +339,15 @@ class Supervisor:
                 await self._console.close()
             for worker in self._workers:
                 worker.close_listener()
-            self.table.close()
+            self._close_tables()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
+
+    def _close_tables(self) -> None:
+        self.table.close()
+        if self.key_table is not None:
+            self.key_table.close()
 
     def stop(self) -> None:
         """Start draining; ``run`` returns when all workers have exited."""

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.api.config.system import GatewayConfig, Messaging
@@ -40,6 +41,7 @@ class WorkerProcess:
         config: GatewayConfig,
         *,
         journal_fd: int,
+        key_table: KeyTable | None,
         console_path: str,
         snapshot: Callable[[], Sequence[Down]],
         on_ready: Callable[[], None],
@@ -53,6 +55,7 @@ class WorkerProcess:
         """``listener``: None for the messenger.
 
         ``journal_fd``, ``console_path``, ``messaging``: see :class:`WorkerSettings`.
+        ``key_table``: None: keys are not required.
 
         ``snapshot``: the routes and keys for a new process; empty: they are not known yet.
 
@@ -72,6 +75,7 @@ class WorkerProcess:
         self._index = index
         self._config = config
         self._journal_fd = journal_fd
+        self._key_table = key_table
         self._console_path = console_path
         self._snapshot = snapshot
         self._on_ready = on_ready
@@ -93,6 +97,8 @@ class WorkerProcess:
             code = await self._run_once()
             # The process has been reaped, so it can no longer write to its column.
             self._table.clear_column(self.column)
+            if self._key_table is not None:
+                self._key_table.clear_column(self.column)
             self._on_end()
             if self.stopping:
                 return
@@ -113,6 +119,7 @@ class WorkerProcess:
                 channel_fd=theirs.fileno(),
                 gateway=self._config,
                 journal_fd=self._journal_fd,
+                key_table_fd=-1 if self._key_table is None else self._key_table.fd,
                 console_path=self._console_path,
                 messaging=self._messaging,
             )

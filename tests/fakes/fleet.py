@@ -2,15 +2,16 @@
 
 Everything but the control plane is what `kubeai serve` runs: listeners, load table, supervisor,
 workers and their successors. :class:`Fleet` is for tests; as a program it serves ``bench/``:
-``fleet.py '{"workers": 2, "gateway": {…}, "routes": […]}'`` prints ``{"port": …, "pids": […]}``
-once it serves, answers each line on standard input with the gauges that are not 0, and exits when
-standard input closes.
+``fleet.py '{"workers": 2, "gateway": {…}, "routes": […], "keys": 0}'`` (of keys, their number)
+prints ``{"port": …, "pids": […]}`` once it serves, answers each line on standard input with the
+gauges that are not 0, and exits when standard input closes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -182,9 +183,26 @@ class Fleet:
         await self._life
 
 
+def limited_keys(count: int) -> list[Any]:
+    """Keys ``sk-0``, ``sk-1`` … with all limits, none of which is reached."""
+    from kubeai.api.api_key import ApiKey
+
+    limits = {
+        "requests_per_minute": 10**9,
+        "tokens_per_minute": 10**9,
+        "in_flight_max": 10**9,
+    }
+    return [
+        ApiKey(f"key-{n}", hashlib.sha256(f"sk-{n}".encode()).digest(), f"tenant-{n}", **limits)
+        for n in range(count)
+    ]
+
+
 async def _main(spec: dict) -> None:
     routes = msgspec.convert(spec["routes"], list[Route])
     gateway = {"drain_accept_s": 0.0, "drain_timeout_s": 1.0, **spec.get("gateway", {})}
+    if spec.get("keys"):  # their number
+        gateway |= {"keys": limited_keys(spec["keys"])}
     fleet = await Fleet.start(
         routes,
         workers=spec["workers"],

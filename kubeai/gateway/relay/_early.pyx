@@ -27,6 +27,8 @@ cdef class EarlyStream(Exchange):
             keep_alive = downstream.keep_alive = False
         # The stream is not compressed, so the engine's part of it must not be, either.
         self.set_header(b"accept-encoding", b"identity")
+        if self.common_headers is not None:
+            headers = headers + self.common_headers
         if downstream.cors is not None:
             headers = headers + downstream.cors
         self.begun = self.decided = True

@@ -93,6 +93,7 @@ cdef class Exchange:
     cdef object tunnel  # of a WebSocket handshake; see _tunnel
     cdef public Renaming renaming  # of the model in the response; None: it is not renamed
     cdef bytes extra_headers  # lines that are added to the upstream's response
+    cdef bytes common_headers  # lines that are added to the gateway's own responses, too
     cdef bint body_came  # the first byte of the response's body has been received
     cdef readonly bint broken  # the response was cut short
     cdef readonly bint whole  # the response has been written completely
@@ -105,6 +106,7 @@ cdef class Exchange:
     cdef int _ended(self) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)
+    cdef int _add_common_headers(self, bytes lines) except -1
     cdef bint _accept_body(self, int64_t max_bytes) except -1
     cdef int _attempt_at(self, Pool pool, bytes path) except -1
     cdef int _hook(self, hook) except -1

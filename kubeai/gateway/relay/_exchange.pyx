@@ -194,6 +194,12 @@ cdef class Exchange:
         cdef list lines = [line for line in kept.splitlines(True) if not line.startswith(name)]
         self.extra_headers = b"%b%b: %b\r\n" % (b"".join(lines), name, value)
 
+    cdef int _add_common_headers(self, bytes lines) except -1:
+        """Add header lines, each ending in CRLF, to all responses. Called once."""
+        self.common_headers = lines
+        self.extra_headers = lines if self.extra_headers is None else self.extra_headers + lines
+        return 0
+
     def drop_header(self, bytes name):
         """Remove a header from the upstream request; ``name`` in lower case."""
         self.downstream.head.drop({name})
@@ -314,6 +320,8 @@ cdef class Exchange:
         self.status = status
         self.answered_s = now()
         self._detach()
+        if self.common_headers is not None:
+            headers += self.common_headers
         downstream._respond(status, body, headers)
 
     def fail(self, error):

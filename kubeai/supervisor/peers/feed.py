@@ -17,6 +17,7 @@ from kubeai._prefix import PrefixIndex
 from kubeai._readings import Readings
 from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
+from kubeai.supervisor.peers.key_uses import KeyFeed
 
 TICK_S = 0.05
 LISTENERS_MAX = 64
@@ -33,12 +34,19 @@ class Feed:
     """This replica's loads by name, and in which frame each last changed."""
 
     def __init__(
-        self, identity: str, table: LoadTable, index: PrefixIndex, publisher: Publisher
+        self,
+        identity: str,
+        table: LoadTable,
+        index: PrefixIndex,
+        publisher: Publisher,
+        keys: KeyFeed | None = None,
     ) -> None:
+        """``keys``: None: keys are not required."""
         self._identity = identity
         self._table = table
         self._index = index
         self._publisher = publisher
+        self._keys = keys
         self._readings = Readings(table)
         self._frames = 0  # number of the latest frame with changes
         self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
@@ -74,6 +82,9 @@ class Feed:
                 if row in owners:
                     prompt = wire.SentPrompt(owners[row].endpoint, new_tokens, blocks)
                     self._sent.append((self._frames, prompt))
+        if self._keys is not None and self._keys.read(self._frames + 1):
+            self._frames += 1
+            self._wake()
         self._note({owners[row] for row in changed if row in owners})  # other rows are free
 
     def freed(self, owners: Collection[Owner]) -> None:
@@ -103,7 +114,8 @@ class Feed:
 
     def since(self, frame: int) -> wire.Loads:
         """The changes since a frame; since frame 0, everything."""
-        loads = wire.Loads({}, {}, {}, self._sent_since(frame))
+        keys = {} if self._keys is None else self._keys.since(frame)
+        loads = wire.Loads({}, {}, {}, self._sent_since(frame), keys)
         for owner in reversed(self._changed):
             if self._changed[owner] <= frame:
                 break

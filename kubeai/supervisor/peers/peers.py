@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 import aiohttp
 from aiohttp import web
 
+from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
 from kubeai.kube.backoff import Backoff
@@ -26,6 +27,7 @@ from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
 from kubeai.supervisor.peers.discovery import Discovery
 from kubeai.supervisor.peers.feed import TICK_S, Feed
+from kubeai.supervisor.peers.key_uses import KeyFeed, KeyRows, PeerUses
 from kubeai.supervisor.peers.listener import OwnIdentity, PeerLost, listen
 from kubeai.supervisor.peers.view import HOLD_S, Peer, View
 
@@ -43,6 +45,8 @@ SETTLE_INTERVAL_S = TICK_S / 4
 class Peers:
     """``pod``: our own pod, whose labels select the other replicas; empty outside a cluster.
 
+    ``keys``: the key table and the rows of keys; None: keys are not required.
+
     ``addresses``: further peers (``host:port``). They may include our own address, and servers that
     only have ``/metrics``.
     """
@@ -58,6 +62,7 @@ class Peers:
         *,
         pod: str = "",
         addresses: Iterable[str] = (),
+        keys: tuple[KeyTable, KeyRows] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -67,8 +72,9 @@ class Peers:
         self._fixed = frozenset(addresses)
         self._clock = clock
         self._port = 0
-        self._feed = Feed(identity, table, index, publisher)
+        self._feed = Feed(identity, table, index, publisher, keys and KeyFeed(*keys))
         self._view = View(self._put)
+        self._uses = keys and PeerUses(*keys)
         self._discovery = Discovery(kube, namespace, pod, self._found)
         self._routed: dict[str, set[str]] = {}  # model → its endpoints
         self._models: dict[str, set[str]] = {}  # endpoint → models that route to it
@@ -130,6 +136,11 @@ class Peers:
             self._routed[model] = set(names)
         self._put_model(model)
 
+    def key_changed(self, name: str) -> None:
+        """A key was added or changed: write what the peers have counted for it."""
+        if self._uses is not None:
+            self._uses.put(name)
+
     def freed(self, owners: Collection[Owner]) -> None:
         """A load table row of each of these owners has been freed."""
         self._feed.freed(owners)
@@ -170,6 +181,8 @@ class Peers:
         for address in self._tasks.keys() - wanted:
             self._tasks.pop(address).cancel()
             self._view.leave(address)
+            if self._uses is not None:
+                self._uses.leave(address, self._clock())
         for address in wanted - self._tasks.keys():
             self._join(address)
 
@@ -191,6 +204,8 @@ class Peers:
                 async with contextlib.aclosing(words):
                     async for loads, whole in words:
                         self._view.take(peer, loads, self._clock(), whole)
+                        if self._uses is not None:
+                            self._uses.take(address, loads.keys, whole=whole)
                         self._note(loads.prompts or ())
                         if logged != CONNECTED:
                             logged = CONNECTED
@@ -216,8 +231,14 @@ class Peers:
     async def _age(self) -> None:
         while True:
             await asyncio.sleep(AGE_INTERVAL_S)
-            for address in self._view.age(self._clock()):
+            now_s = self._clock()
+            for address in self._view.age(now_s):
                 log.warning("peer silent: its requests are no longer counted", peer=address)
+            if self._uses is not None:
+                for address, peer in self._view.peers.items():
+                    if peer.silent_s(now_s) > HOLD_S:
+                        self._uses.leave(address, now_s)
+                self._uses.age(now_s)
 
     # -- the prefix index ------------------------------------------------------------------------
 

@@ -24,12 +24,17 @@ COUNT_MAX = 1 << 20  # a replica never has more open requests
 GONE = -1
 
 TOKENS_MAX = 1 << 26
+USE_MAX = 1 << 38  # of a key, within a minute
+KEYS_MAX = 65_536  # per peer
 PROMPTS_MAX = 4096  # in a frame
 
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 InFlight = Annotated[int, msgspec.Meta(ge=GONE, le=COUNT_MAX)]
 Active = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 Ended = Annotated[int, msgspec.Meta(ge=0)]
+KeyInFlight = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
+Used = Annotated[int, msgspec.Meta(ge=0, le=USE_MAX)]
+KeyUse = tuple[KeyInFlight, Used, Used]  # in flight; requests and tokens of the last minute
 
 
 class SentPrompt(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +64,7 @@ class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
     pending: dict[str, Tokens] = {}  # prompt tokens by endpoint; of those above, 0 if missing
     # Prompts since the previous frame, the newest ones; None: the sender's version has no index.
     prompts: Annotated[list[SentPrompt], msgspec.Meta(max_length=PROMPTS_MAX)] | None = None
+    keys: dict[str, KeyUse] = {}  # by name. Versions before this field ignore it
 
 
 class BadFrame(KubeAIError):

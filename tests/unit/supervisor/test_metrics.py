@@ -5,10 +5,13 @@ import re
 import time
 
 import pytest
+from fakes.key_rows import Rows
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from repository import REPOSITORY
 
+from kubeai._key_table import KeyTable
+from kubeai._limits import charge
 from kubeai._load import LoadTable
 from kubeai._prompt import Prompt
 from kubeai.api.config.system import MessageStream, Messaging
@@ -16,6 +19,7 @@ from kubeai.routing.channel import StreamReport, Streams
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutingTable
+from kubeai.supervisor.key_metrics import KeyLimits
 from kubeai.supervisor.message_streams import MessageStreams
 from kubeai.supervisor.metrics import Metrics
 
@@ -172,7 +176,12 @@ def test_exactly_the_existing_metrics_are_documented(replica):
     stream = MessageStream(requests_url="nats://requests", responses_url="nats://responses")
     streams = MessageStreams(Messaging(streams=(stream,)))
     streams.report(Streams((StreamReport(lag=0),)))
-    metrics = Metrics(replica.table, replica.publisher, streams=streams)
+    keys = KeyTable.create(1, 1)
+    rows = Rows(keys)
+    charge(KeyTable.attach(keys.fd, 0), *rows.add("k")).end()
+    metrics = Metrics(
+        replica.table, replica.publisher, streams=streams, limits=KeyLimits(keys, rows)
+    )
     body, _ = metrics.render("")
     families = text_string_to_metric_families(body.decode())
     ours = {
@@ -182,6 +191,25 @@ def test_exactly_the_existing_metrics_are_documented(replica):
     }
     table = (REPOSITORY / "docs/metrics.md").read_text()
     assert set(re.findall(r"^\| `(kubeai_\w+)`", table, re.MULTILINE)) == ours
+
+
+def test_requests_of_keys_are_shown_once_they_were_counted(replica):
+    keys = KeyTable.create(4, 1)
+    worker, rows = KeyTable.attach(keys.fd, 0), Rows(keys)
+    metrics = Metrics(replica.table, replica.publisher, limits=KeyLimits(keys, rows))
+    rows.add("unused")
+    held = charge(worker, *rows.add("k"), in_flight=1)
+    for _ in range(2):
+        assert charge(worker, *rows.add("k"), in_flight=1).excess == "in flight"
+    text = metrics.render("")[0].decode()
+    assert 'kubeai_key_requests_in_flight{key="k"} 1.0' in text
+    assert 'kubeai_key_requests_limited_total{key="k"} 2.0' in text
+    assert "unused" not in text
+    held.end()
+    rows.remove("k")
+    assert 'key="k"' not in metrics.render("")[0].decode()
+    worker.close()
+    keys.close()
 
 
 def test_openmetrics_is_served_on_request(replica):

@@ -1,0 +1,319 @@
+"""The key table: what API keys have used of their limits, in memory shared by all processes.
+
+It is one memfd, laid out as the load table (``_load.pyx``): a row is a key, a column belongs to one
+worker, its only writer, and the last one to the supervisor. There the supervisor records what the
+other replicas of KubeAI have counted. What a key has used is the sum of its row, so counting takes
+no lock. Two workers that check a limit at the same instant do not see each other's request.
+
+A cell has the requests in flight, and the requests and tokens of the last minute in slots of
+``INTERVAL_S``. A slot is overwritten when its interval is a minute gone. The interval that is
+leaving the minute counts with the share of it that is still within, so that a client that sends
+evenly can use all of its limit. Six intervals, and so any 50 s, never have more than the limit. A
+minute that begins within an interval can have more: what was sent at the end of that interval may
+be sent again up to 10 s early.
+
+Intervals are numbered on CLOCK_MONOTONIC, which all processes on a machine share; a jump of the
+wall clock changes nothing. When a worker is killed, its requests in flight are cleared; what it has
+counted stays until it is a minute old.
+
+The supervisor creates the table and opens rows; ``_limits`` counts requests in it, and
+``_key_readings`` finds what has changed.
+"""
+
+cimport cython
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+import os
+from collections import namedtuple
+from math import ceil
+
+from kubeai._clock cimport now
+from kubeai._load cimport get_i64, get_u32, get_u64, put_i64, put_u32, put_u64
+from kubeai._shared_memory cimport SharedMemory, lines, read_header
+
+cdef enum:
+    ROWS_MAX = 1 << 20
+    WORKERS_MAX = 63
+    LAYOUT_VERSION = 1
+
+cdef uint64_t MAGIC = 0x6B75626561694B54  # "kubeaiKT"
+
+Use = namedtuple("Use", "in_flight requests tokens")
+
+
+cdef struct Layout:
+    size_t generations
+    size_t stamps
+    size_t cells
+    size_t end
+
+
+cdef Layout _layout(size_t rows, size_t columns) noexcept:
+    cdef Layout layout
+    layout.generations = lines(sizeof(Header))
+    layout.stamps = layout.generations + lines(rows * sizeof(uint32_t))
+    layout.cells = layout.stamps + lines(columns * rows * sizeof(uint32_t))
+    layout.end = layout.cells + rows * columns * sizeof(Cell)
+    return layout
+
+
+cdef double used_of(const Window *window, const Moment *moment) noexcept:
+    """How much of the counts is within the last minute."""
+    cdef uint64_t whole = 0
+    cdef int age
+    for age in range(INTERVALS):
+        whole += window.counts[age]
+    return <double> whole + moment.share * <double> window.counts[INTERVALS]
+
+
+cdef double wait_s_for(const Window *window, const Moment *moment, double excess) noexcept:
+    """How long it takes until ``excess`` of what is used has left the minute."""
+    cdef double left_s = moment.share * INTERVAL_S  # until the interval has left
+    cdef double leaving = moment.share * <double> window.counts[INTERVALS]
+    cdef double waited_s = 0
+    cdef int age = INTERVALS
+    while excess > leaving and age > 0:
+        excess -= leaving
+        waited_s += left_s
+        age -= 1
+        left_s = INTERVAL_S
+        leaving = <double> window.counts[age]
+    if excess > 0 and leaving > 0:
+        waited_s += left_s * min(1.0, excess / leaving)
+    return waited_s
+
+
+@cython.final
+cdef class KeyTable(SharedMemory):
+    """See the module and the stub."""
+
+    def __init__(self):
+        raise TypeError("use KeyTable.create or KeyTable.attach")
+
+    def __cinit__(self):
+        self._column = -1
+
+    @staticmethod
+    def create(int rows, int workers):
+        """See the stub."""
+        if not 1 <= rows <= ROWS_MAX:
+            raise ValueError(f"rows must be 1 to {ROWS_MAX}, not {rows}")
+        if not 1 <= workers <= WORKERS_MAX:
+            raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
+        cdef KeyTable table = KeyTable.__new__(KeyTable)
+        table._create("kubeai-keys", _layout(rows, workers + 1).end)
+        table._lay_out(rows, workers + 1)
+        table.header.version = LAYOUT_VERSION
+        table.header.rows = rows
+        table.header.columns = workers + 1
+        table.header.magic = MAGIC
+        return table
+
+    @staticmethod
+    def attach(int fd, int column):
+        """See the stub."""
+        cdef KeyTable table = KeyTable.__new__(KeyTable)
+        cdef size_t size = os.fstat(fd).st_size
+        cdef Header header
+        cdef bytes start = read_header(fd, "key table", sizeof(Header), MAGIC, LAYOUT_VERSION)
+        header = (<Header *> <const char *> start)[0]
+        if not (1 <= header.rows <= ROWS_MAX and 2 <= header.columns <= WORKERS_MAX + 1):
+            raise ValueError(f"key table has {header.rows} rows × {header.columns} columns")
+        if size != _layout(header.rows, header.columns).end:
+            raise ValueError(f"key table's size of {size} bytes does not match its header")
+        if not 0 <= column < <int> header.columns:
+            raise ValueError(f"column must be 0 to {header.columns - 1}, not {column}")
+        table._attach(fd, size)
+        table._lay_out(<int> header.rows, <int> header.columns)
+        table._column = column
+        return table
+
+    cdef void _lay_out(self, int rows, int columns) noexcept:
+        cdef Layout layout = _layout(rows, columns)
+        self.rows = rows
+        self.columns = columns
+        self.header = <Header *> self.base
+        self.generations = <uint32_t *> (self.base + layout.generations)
+        self.stamps = <uint32_t *> (self.base + layout.stamps)
+        self.cells = <Cell *> (self.base + layout.cells)
+
+    def close(self):
+        """See the stub."""
+        self.header = NULL
+        SharedMemory.close(self)
+
+    @property
+    def column(self):
+        """The column that this process writes; -1 in the supervisor."""
+        return self._column
+
+    cdef int _check_row(self, Py_ssize_t row) except -1:
+        if self.header == NULL:
+            raise ValueError("the key table is closed")
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row must be 0 to {self.rows - 1}, not {row}")
+        return 0
+
+    cdef int _check_writer(self) except -1:
+        if self._column < 0:
+            raise ValueError("this process has no column in the key table")
+        return 0
+
+    cdef int _check_column(self, int column) except -1:
+        if self.header == NULL:
+            raise ValueError("the key table is closed")
+        if not 0 <= column < self.columns:
+            raise IndexError(f"column must be 0 to {self.columns - 1}, not {column}")
+        return 0
+
+    cdef double now_s(self) except? -1:
+        return now() if self.clock is None else self.clock()
+
+    cdef bint lives(self, int row, uint32_t generation) noexcept:
+        """Whether this is the row's current generation; 0 (never opened) is never current."""
+        return (
+            self.header != NULL
+            and 0 <= row < self.rows
+            and generation != 0
+            and get_u32(&self.generations[row]) == generation
+        )
+
+    # -- rows: supervisor only ---------------------------------------------------------------
+
+    def open_row(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        cdef uint32_t generation = get_u32(&self.generations[row]) + 1
+        if generation == 0:
+            generation = 1
+        # The generation first: holders of the old one then stop counting.
+        put_u32(&self.generations[row], generation)
+        if self.header.rows_used < <uint64_t> row + 1:
+            put_u64(&self.header.rows_used, row + 1)
+        memset(&self.cells[row * self.columns], 0, self.columns * sizeof(Cell))
+        return generation
+
+    def generation(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        return get_u32(&self.generations[row])
+
+    def row_is_zero(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        return self._in_flight(row, self.columns - 1) == 0
+
+    def set_peers(
+        self, int row, uint32_t generation, int64_t in_flight, int64_t requests, int64_t tokens
+    ):
+        """See the stub."""
+        self._check_row(row)
+        if in_flight < 0 or requests < 0 or tokens < 0:
+            raise ValueError(
+                f"a use must not be negative, but is {in_flight}, {requests}, {tokens}"
+            )
+        if not self.lives(row, generation):
+            return
+        cdef Cell *cell = &self.cells[<size_t> row * self.columns + self.columns - 1]
+        cdef uint64_t interval = moment_of(self.now_s()).interval
+        cdef int current = <int> (interval % SLOTS)
+        cdef int slot
+        put_i64(&cell.in_flight, in_flight)
+        # The new sum first: a reader in between counts too much rather than too little.
+        put_u64(&cell.requests[current], slot_of(interval, requests))
+        put_u64(&cell.tokens[current], slot_of(interval, tokens))
+        for slot in range(SLOTS):
+            if slot != current:
+                put_u64(&cell.requests[slot], 0)
+                put_u64(&cell.tokens[slot], 0)
+
+    def clear_column(self, int column):
+        """See the stub."""
+        self._check_column(column)
+        cdef size_t row
+        for row in range(get_u64(&self.header.rows_used)):
+            put_i64(&self.cells[row * self.columns + column].in_flight, 0)
+            put_u32(
+                &self.stamps[<size_t> column * self.rows + row],
+                get_u32(&self.stamps[<size_t> column * self.rows + row]) + 1,
+            )
+
+    # -- reads: any process ------------------------------------------------------------------
+
+    cdef int64_t _in_flight(self, size_t row, int columns) noexcept:
+        cdef const Cell *cells = &self.cells[row * self.columns]
+        cdef int64_t total = 0
+        cdef int column
+        for column in range(columns):
+            total += get_i64(&cells[column].in_flight)
+        return total
+
+    cdef void read_requests(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept:
+        """Sum the requests of the last minute over the first ``columns``."""
+        cdef const Cell *cells = &self.cells[row * self.columns]
+        cdef int slot = <int> (moment.interval % SLOTS)
+        cdef int age, column
+        for age in range(SLOTS):
+            window.counts[age] = 0
+            for column in range(columns):
+                window.counts[age] += counted_in(
+                    get_u64(&cells[column].requests[slot]), moment.interval - age
+                )
+            slot = slot - 1 if slot else SLOTS - 1
+
+    cdef void read_tokens(
+        self, size_t row, int columns, const Moment *moment, Window *window
+    ) noexcept:
+        """Sum the tokens of the last minute over the first ``columns``."""
+        cdef const Cell *cells = &self.cells[row * self.columns]
+        cdef int slot = <int> (moment.interval % SLOTS)
+        cdef int age, column
+        for age in range(SLOTS):
+            window.counts[age] = 0
+            for column in range(columns):
+                window.counts[age] += counted_in(
+                    get_u64(&cells[column].tokens[slot]), moment.interval - age
+                )
+            slot = slot - 1 if slot else SLOTS - 1
+
+    def _use(self, Py_ssize_t row, int columns):
+        self._check_row(row)
+        cdef Moment moment = moment_of(self.now_s())
+        cdef Window requests, tokens
+        self.read_requests(row, columns, &moment, &requests)
+        self.read_tokens(row, columns, &moment, &tokens)
+        return Use(
+            self._in_flight(row, columns),
+            ceil(used_of(&requests, &moment)),
+            ceil(used_of(&tokens, &moment)),
+        )
+
+    def use(self, Py_ssize_t row):
+        """See the stub."""
+        return self._use(row, self.columns)
+
+    def use_here(self, Py_ssize_t row):
+        """See the stub."""
+        return self._use(row, self.columns - 1)
+
+    def is_counted(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        cdef int column, slot
+        for column in range(self.columns - 1):
+            for slot in range(SLOTS):  # a request leaves its interval there, however old it is
+                if get_u64(&self.cells[row * self.columns + column].requests[slot]):
+                    return True
+        return False
+
+    def refused(self, Py_ssize_t row):
+        """See the stub."""
+        self._check_row(row)
+        cdef uint64_t total = 0
+        cdef int column
+        for column in range(self.columns):
+            total += get_u64(&self.cells[row * self.columns + column].refused)
+        return total

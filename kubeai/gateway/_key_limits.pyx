@@ -1,0 +1,197 @@
+# cython: language_level=3, nonecheck=True
+"""The limits of API keys, as the gateway applies them to a request. Called by the fast path.
+
+A request is charged once, before it is admitted: its own request, and the tokens that it is expected
+to use. The charge is settled when the request has ended, with what the engine has reported, or else
+with the prompt's estimate and what was sent to the client. Responses to keys with a limit have the
+``x-ratelimit-`` headers of OpenAI's API.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.math cimport ceil
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdio cimport snprintf
+
+from kubeai._key_table cimport KeyTable
+from kubeai._keys cimport Key
+from kubeai._limits cimport REQUESTS, TOKENS, TOO_LARGE, Charge, Quota, take
+from kubeai._prompt cimport Prompt
+from kubeai.openai._body_scan cimport InferenceRequest
+from kubeai.openai._output cimport asked_tokens
+from kubeai.openai._usage cimport UNKNOWN_TOKENS, Usage
+
+from kubeai.openai.errors import BadRequest
+
+cdef enum:
+    OUTPUT_TOKENS_FIRST = 256
+    # Of responses without reported usage. A streamed token comes in an event of its own.
+    BYTES_PER_TOKEN = 5
+    BYTES_PER_STREAMED_TOKEN = 200
+    HEAD_BYTES = 200  # of what a client is sent, the response's head
+    LINES_MAX_BYTES = 512
+    TOO_LARGE_RETRY_S = 60
+
+OUTPUT_TOKENS = OUTPUT_TOKENS_FIRST
+
+cdef double LEARNED_SHARE = 0.05  # of a new response in the mean
+
+
+cdef int64_t expected(Key key, Prompt prompt, InferenceRequest request) noexcept:
+    """See ``expected_tokens`` in the stub."""
+    cdef int64_t tokens = 0 if prompt is None else prompt.tokens
+    cdef int64_t asked
+    if not request.generates:
+        return tokens
+    asked = asked_tokens(&request.asked)
+    if asked >= 0:
+        return tokens + asked
+    if key is not None and key.mean_output_tokens > 0:
+        return tokens + <int64_t> ceil(key.mean_output_tokens)
+    return tokens + OUTPUT_TOKENS_FIRST
+
+
+def expected_tokens(Key key, Prompt prompt not None, InferenceRequest request not None):
+    """See the stub."""
+    return expected(key, prompt, request)
+
+
+cdef Charge charge_for(KeyTable table, Key key, Prompt prompt, InferenceRequest request):
+    """Charge a request to its key; None if the key has no limits."""
+    cdef Quota quota
+    quota.requests = key.requests_per_minute
+    quota.tokens = key.tokens_per_minute
+    quota.in_flight = key.in_flight_max
+    if not (quota.requests or quota.tokens or quota.in_flight):
+        return None
+    table._check_row(key.row)
+    table._check_writer()
+    return take(table, key.row, key.generation, &quota, expected(key, prompt, request))
+
+
+def refusal(Key key not None, Charge charge not None):
+    """See the stub."""
+    cdef int64_t retry_s = max(<int64_t> 1, <int64_t> ceil(charge.retry_after_s))
+    cdef str kind = "requests"
+    cdef str text
+    if charge._excess == TOO_LARGE:
+        kind = "tokens"
+        retry_s = TOO_LARGE_RETRY_S
+        text = (
+            f"The request is too large: it may use {charge.tokens} tokens, and this API key may "
+            f"use {key.tokens_per_minute} tokens per minute. Send a shorter prompt, or a smaller "
+            "limit for the response (max_tokens)."
+        )
+    elif charge._excess == TOKENS:
+        kind = "tokens"
+        text = (
+            f"Rate limit reached: this API key may use {key.tokens_per_minute} tokens per minute. "
+            f"{charge.tokens_left} are left, and the request may use {charge.tokens}. "
+            f"Try again in {retry_s} s."
+        )
+    elif charge._excess == REQUESTS:
+        text = (
+            "Rate limit reached: this API key may send "
+            f"{key.requests_per_minute} requests per minute. Try again in {retry_s} s."
+        )
+    else:
+        text = (
+            f"Rate limit reached: this API key may have {key.in_flight_max} requests in flight. "
+            "Try again when one has ended."
+        )
+    return BadRequest(
+        text,
+        status=429,
+        code="rate_limit_exceeded",
+        kind=kind,
+        retry_after_s=retry_s,
+        is_retryable=charge._excess != TOO_LARGE,
+    )
+
+
+cdef int put_lines(
+    char *at, Py_ssize_t size, const char *what, int64_t limit, int64_t left, int64_t reset_s
+) noexcept:
+    """Write the three headers of one limit; returns their size."""
+    cdef int written = snprintf(
+        at,
+        size,
+        b"x-ratelimit-limit-%s: %lld\r\nx-ratelimit-remaining-%s: %lld\r\n"
+        b"x-ratelimit-reset-%s: %lldm%llds\r\n",
+        what,
+        <long long> limit,
+        what,
+        <long long> left,
+        what,
+        <long long> (reset_s // 60),
+        <long long> (reset_s % 60),
+    )
+    return written
+
+
+cdef bytes limit_lines(Key key, Charge charge):
+    """The header lines of a response, each ending in CRLF; None: the key has no such limit."""
+    cdef char lines[LINES_MAX_BYTES]
+    cdef int size = 0
+    cdef int64_t reset_s = <int64_t> ceil(charge.reset_s)
+    if key.requests_per_minute:
+        size += put_lines(
+            lines,
+            LINES_MAX_BYTES,
+            b"requests",
+            key.requests_per_minute,
+            charge.requests_left,
+            reset_s,
+        )
+    if key.tokens_per_minute:
+        size += put_lines(
+            lines + size,
+            LINES_MAX_BYTES - size,
+            b"tokens",
+            key.tokens_per_minute,
+            charge.tokens_left,
+            reset_s,
+        )
+    return PyBytes_FromStringAndSize(lines, size) if size else None
+
+
+cdef int settle(
+    Charge charge,
+    Key key,
+    Prompt prompt,
+    InferenceRequest request,
+    const Usage *usage,
+    int status,
+    int64_t answer_bytes,
+    bint is_sent,
+) except -1:
+    """End a request's charge with the tokens that it has used.
+
+    ``status``: of the engine's response; 0 if none began. ``answer_bytes``: sent to the client.
+    ``is_sent``: the request has reached an engine.
+    """
+    cdef int64_t prompt_tokens = 0 if prompt is None else prompt.tokens
+    cdef int64_t output_tokens = 0
+    if not 200 <= status < 300:
+        # The engine computes the prompt of a client that leaves, but not that of a bad request.
+        charge._end(prompt_tokens if is_sent and status == 0 else 0)
+        return 0
+    if usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS:
+        prompt_tokens = usage.prompt_tokens
+    if usage.output_tokens != <uint32_t> UNKNOWN_TOKENS:
+        output_tokens = usage.output_tokens
+        if request.generates:
+            if key.mean_output_tokens <= 0:
+                key.mean_output_tokens = <double> output_tokens
+            else:
+                key.mean_output_tokens += LEARNED_SHARE * (
+                    <double> output_tokens - key.mean_output_tokens
+                )
+    elif request.generates:
+        output_tokens = max(<int64_t> 0, answer_bytes - HEAD_BYTES) // (
+            BYTES_PER_STREAMED_TOKEN if request.stream else BYTES_PER_TOKEN
+        )
+    if not (request.generates or request.has_prompt) and request.kind.is_stored:
+        # The usage is that of the request which made the response.
+        prompt_tokens = output_tokens = 0
+    charge._end(prompt_tokens + output_tokens)
+    return 0
