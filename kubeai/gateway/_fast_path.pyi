@@ -8,6 +8,7 @@ from kubeai.routing import table as routing
 from kubeai.routing.routes import RequestType
 from kubeai._journal import Journal
 from kubeai._keys import Key
+from kubeai.gateway._metering import Meter
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -18,6 +19,7 @@ from kubeai.gateway.relay._exchange import Pool
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
+from kubeai.gateway.usage_refusals import UsageRefusals
 
 class FastPathContext:
     config: GatewayConfig
@@ -31,6 +33,8 @@ class FastPathContext:
     json_routes: dict[bytes, JsonRoute]
     cors: CorsPolicy | None  # None: responses have no CORS headers
     keys: dict[bytes, Key] | None  # by digest; None: requests need no key
+    meter: Meter | None  # of what keys use; None: requests need no key
+    usage_refusals: UsageRefusals  # Models whose engines reject ``stream_options``
     request_type: RequestType
 
 @final
@@ -60,6 +64,9 @@ class FastPath(EarlyStream):
     _max_wait_s: float | None  # the client's limit on the wait for an endpoint
     _waited_s: float  # for an endpoint so far
     _key: Key | None  # the client's; None: it has none, and needs none
+    _metered: bytes | None  # the payload that asks for usage where the client does not
+    _unmetered: bytes | None  # the same without; None: unknown, or it has been sent again
+    _forgoes_usage: bool  # the engine has rejected the payload that asks for usage
 
     @property
     def context(self) -> Context: ...

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
+from kubeai.gateway._metering import Meter
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
+from kubeai.gateway.usage_refusals import UsageRefusals
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import route_table
 
@@ -78,6 +80,8 @@ class Context(FastPathContext):
         # The messenger's requests come from a broker that has its own credentials.
         needs_keys = config.keys.required and request_type == "http"
         self.keys = {} if needs_keys else None
+        self.meter = Meter() if needs_keys else None
+        self.usage_refusals = UsageRefusals()
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

@@ -175,10 +175,13 @@ class Proxy(AdmittedRequest):
 
     async def _read(self) -> Reservation:
         """Like ``on_body`` for a large or compressed body."""
-        request, self._prompt, self._payload = await read_body(
-            self, self.context, self._kind, self._find
+        read = await read_body(
+            self, self.context, self._kind, self._find, is_metered=self._key is not None
         )
-        return await self._continue(request)
+        self._prompt, self._payload = read.prompt, read.payload
+        if read.asks_for_usage:
+            self._metered = read.payload
+        return await self._continue(read.request)
 
     async def _continue(self, request: InferenceRequest) -> Reservation:
         """Admit a request whose body has been read; wait for an endpoint if necessary.

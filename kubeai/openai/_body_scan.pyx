@@ -70,6 +70,7 @@ cdef class Shape:
         bint is_cached=True,
         bint has_prompt=True,
         bint streams=False,
+        bint has_usage_option=False,
     ):
         self.kind = kind
         self.conversation = conversation
@@ -83,6 +84,7 @@ cdef class Shape:
         self.is_cached = is_cached and has_prompt
         self.has_prompt = has_prompt
         self.streams = streams
+        self.has_usage_option = has_usage_option
         self.is_ollama = kind.is_ollama
 
 
@@ -179,6 +181,10 @@ cdef class InferenceRequest:
                 at = skip_value(value, self.end)
                 if is_word(&key, b"stream", 6):
                     self.stream = value[0] == c"t" or (self.streams and value[0] != c"f")
+                    self.stream_value = value
+                elif key.size == 14 and is_word(&key, b"stream_options", 14):
+                    self.stream_options.at = value
+                    self.stream_options.after = at
                 elif key.size == 5 and is_word(&key, b"tools", 5):
                     self.tools.at = value
                     self.tools.after = at
@@ -522,6 +528,7 @@ cdef inline InferenceRequest request_of(Shape shape, bytes body):
     request.has_prompt = shape.has_prompt
     request.streams = request.stream = shape.streams
     request.is_ollama = shape.is_ollama
+    request.has_usage_option = shape.has_usage_option
     return request
 
 

@@ -46,9 +46,9 @@ __all__ = [
 SHAPES: dict[Kind, Shape] = {
     shape.kind: shape
     for shape in (
-        Shape(Kind.CHAT, conversation=b"messages"),
+        Shape(Kind.CHAT, conversation=b"messages", has_usage_option=True),
         Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False),
-        Shape(Kind.COMPLETIONS, text=b"prompt"),
+        Shape(Kind.COMPLETIONS, text=b"prompt", has_usage_option=True),
         Shape(
             Kind.RESPONSES,
             conversation=b"input",

@@ -11,7 +11,7 @@ import asyncio
 import gc
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import msgspec
@@ -41,6 +41,7 @@ from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.supervisor.pod_condition import PodCondition
+from kubeai.supervisor.usage.book import UsageBook
 from kubeai.supervisor.worker_process import MESSENGER, WorkerProcess
 
 log = get_logger(__name__)
@@ -134,6 +135,11 @@ class Supervisor:
             publish=self._publish,
             loads=AllLoads(self.table, self.publisher, self.peers),
         )
+        self._usage: UsageBook | None = None  # None: requests need no key
+        if config.gateway.keys.required:
+            self._usage = UsageBook(
+                kube, namespace, identity, keys=self._key_names, models=self.publisher.models
+            )
         self.synced = False
         self.stopping = False
         self.metrics_address = ""
@@ -168,6 +174,7 @@ class Supervisor:
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
+            on_usage=lambda report: self._usage.add(report) if self._usage else None,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
@@ -195,6 +202,7 @@ class Supervisor:
             self.publisher,
             self.peers.silences_s,
             self._streams if has_streams else None,
+            None if self._usage is None else self._usage.collector,
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -216,6 +224,10 @@ class Supervisor:
         if self.synced:
             for process in self._processes:
                 process.send(delta)
+
+    def _key_names(self) -> Collection[str] | None:
+        """The names of the API keys that exist; None: not known yet."""
+        return None
 
     def _worker_ready(self) -> None:
         """Announce that requests are served, once all workers are ready."""
@@ -261,6 +273,8 @@ class Supervisor:
         ]
         if self._pod_condition is not None:
             background.append(asyncio.create_task(self._pod_condition.run()))
+        if self._usage is not None:
+            background.append(asyncio.create_task(self._usage.run()))
         for task in background:
             task.add_done_callback(self._background_ended)
         try:
@@ -283,6 +297,8 @@ class Supervisor:
             for task in (operator, *lives, *background):
                 task.cancel()
             await asyncio.gather(operator, *lives, *background, return_exceptions=True)
+            if self._usage is not None:
+                await self._usage.close()
             self.peers.close()
             await self._cache_sizes.close()
             await runner.cleanup()
