@@ -35,7 +35,7 @@ cdef class ResponseBody:
     cdef void begin(self, bint has_body, bint chunked, int64_t length) noexcept:
         """The next body, as its head announces it; ``length``: -1 if that is not known."""
         self.ended = self.malformed = self.recoded = self.rechunks = self.decodes = False
-        self.tail = self.before_tail = None
+        self.tail = self.before_tail = self.after_tail = None
         self.renaming = None
         self.usage_filter = None
         if not has_body:
@@ -89,14 +89,26 @@ cdef class ResponseBody:
         elif self.framing == NOTHING:
             size = 0
             self.ended = True
-        if size >= SHORT_BYTES or (size and self.tail is None):
-            self.before_tail = self.tail
-            self.before_tail_at = self.tail_at
-            self.before_tail_size = self.tail_size
-            self.tail = data
-            self.tail_at = at
-            self.tail_size = size
+        if size:
+            self._note_tail(data, at, size)
         return size
+
+    cdef int _note_tail(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
+        if size < SHORT_BYTES and self.tail is not None:
+            data = data[at:at + size]
+            self.after_tail = data if self.after_tail is None else (self.after_tail + data)
+            if PyBytes_GET_SIZE(self.after_tail) > TAIL_BYTES:
+                self.after_tail = self.after_tail[PyBytes_GET_SIZE(self.after_tail) - TAIL_BYTES:]
+            return 0
+        if self.after_tail is not None:
+            self.join_tail()
+        self.before_tail = self.tail
+        self.before_tail_at = self.tail_at
+        self.before_tail_size = self.tail_size
+        self.tail = data
+        self.tail_at = at
+        self.tail_size = size
+        return 0
 
     cdef bytes recode(self, bytes piece):
         """What the client gets for the part just taken, ``piece``; None: nothing yet."""
@@ -127,17 +139,23 @@ cdef class ResponseBody:
         )
 
     cdef int join_tail(self) except -1:
-        """Make ``tail`` have the last bytes of the body, if its last buffer has too few."""
-        cdef Py_ssize_t size = min(self.before_tail_size, TAIL_BYTES - self.tail_size)
-        cdef Py_ssize_t begin
-        if self.before_tail is None or size <= 0:
+        """Make ``tail`` have the last bytes of the body, also if its last buffer has too few."""
+        cdef Py_ssize_t end = self.tail_at + self.tail_size
+        cdef Py_ssize_t size = min(self.tail_size, TAIL_BYTES)
+        cdef bytes joined = b""
+        if self.after_tail is None and (self.before_tail is None or size == TAIL_BYTES):
             return 0
-        begin = self.before_tail_at + self.before_tail_size - size
-        self.tail = (
-            self.before_tail[begin:begin + size]
-            + self.tail[self.tail_at:self.tail_at + self.tail_size]
-        )
+        if self.before_tail is not None:
+            joined = self.before_tail[
+                self.before_tail_at + self.before_tail_size
+                - min(self.before_tail_size, TAIL_BYTES - size):
+                self.before_tail_at + self.before_tail_size
+            ]
+        joined = joined + self.tail[end - size:end]
+        if self.after_tail is not None:
+            joined = joined + self.after_tail
+        self.tail = joined
         self.tail_at = 0
-        self.tail_size = PyBytes_GET_SIZE(self.tail)
-        self.before_tail = None
+        self.tail_size = PyBytes_GET_SIZE(joined)
+        self.before_tail = self.after_tail = None
         return 0

@@ -395,7 +395,7 @@ cdef class Upstream(UpstreamEnd):
         if self.body.tail is not None:
             self.body.join_tail()
             self.exchange._body_ended(self.body.tail, self.body.tail_at, self.body.tail_size)
-            self.body.tail = self.body.before_tail = None
+            self.body.tail = self.body.before_tail = self.body.after_tail = None
         if self.body.rechunks:
             downstream._write(b"0\r\n\r\n")
         self.exchange.answered = True

@@ -110,11 +110,13 @@ cdef bint read_report(const char *at, const char *end, Report *report) noexcept:
                 report.after = skip_space(at + 1)
             before = at
             at = skip_space(at + 1)
+            if at[0] == c"}":
+                return False
         elif at[0] != c"}":
             return False
         elif is_usage and before[0] == c"{":
             report.at = key
-    return at < end
+    return at < end and skip_space(at + 1) >= end
 
 
 cdef class UsageFilter:
@@ -164,7 +166,7 @@ cdef class UsageFilter:
             end = self._event_end(complete)
             if end == 0:
                 break
-            if self.passes_on:
+            if self.passes_on or end - done > EVENT_MAX_BYTES:
                 self.passes_on = False
                 text_add(&self.out, self.held.at + done, end - done)
             elif not self._take_event(self.held.at + done, self.held.at + end):

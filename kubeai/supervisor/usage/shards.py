@@ -29,7 +29,7 @@ from kubeai.logs import get_logger
 
 log = get_logger(__name__)
 
-SHARDS_MAX = 64
+SHARDS_MAX = 128
 # The API server accepts 1 MiB. The rest is for counts that get longer, and for metadata.
 SHARD_MAX_BYTES = 512 << 10
 ENTRY_BYTES = 48  # of a key, besides the names

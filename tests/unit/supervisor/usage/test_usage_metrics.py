@@ -19,7 +19,10 @@ def scrape(book):
     table.close()
     families = text_string_to_metric_families(body.decode())
     return {
-        (sample.name.removeprefix("kubeai_"), *sample.labels.values()): sample.value
+        (
+            sample.name.removeprefix("kubeai_"),
+            *(sample.labels[name] for name in ("key", "tenant", "model") if sample.labels),
+        ): sample.value
         for family in families
         for sample in family.samples
         if sample.name.startswith(("kubeai_key_", "kubeai_usage_"))
