@@ -110,7 +110,7 @@ def write_table(usages: Sequence[Usage], by: str, out: IO[str]) -> None:
             cell.rjust(width) if column in _COUNTS[:-1] else cell.ljust(width)
             for column, cell, width in zip(columns, cells, widths, strict=True)
         ]
-        out.write("   ".join(aligned).rstrip() + "\n")
+        out.write("  ".join(aligned).rstrip() + "\n")
 
 
 def names_of(by: str) -> tuple[str, ...]:

@@ -135,11 +135,9 @@ class Supervisor:
             publish=self._publish,
             loads=AllLoads(self.table, self.publisher, self.peers),
         )
-        self._usage: UsageBook | None = None  # None: requests need no key
-        if config.gateway.keys.required:
-            self._usage = UsageBook(
-                kube, namespace, identity, keys=self._key_names, models=self.publisher.models
-            )
+        self._usage = UsageBook(
+            kube, namespace, identity, keys=self._key_names, models=self.publisher.models
+        )
         self.synced = False
         self.stopping = False
         self.metrics_address = ""
@@ -174,7 +172,7 @@ class Supervisor:
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
-            on_usage=lambda report: self._usage.add(report) if self._usage else None,
+            on_usage=self._usage.add,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
@@ -202,7 +200,7 @@ class Supervisor:
             self.publisher,
             self.peers.silences_s,
             self._streams if has_streams else None,
-            None if self._usage is None else self._usage.collector,
+            self._usage.collector if config.gateway.keys.required else None,
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -270,11 +268,10 @@ class Supervisor:
             asyncio.create_task(self._hand_out_routes()),
             asyncio.create_task(self._sweep()),
             asyncio.create_task(self.peers.run(parse_address(self.metrics_address)[1])),
+            asyncio.create_task(self._usage.run()),
         ]
         if self._pod_condition is not None:
             background.append(asyncio.create_task(self._pod_condition.run()))
-        if self._usage is not None:
-            background.append(asyncio.create_task(self._usage.run()))
         for task in background:
             task.add_done_callback(self._background_ended)
         try:
@@ -297,8 +294,7 @@ class Supervisor:
             for task in (operator, *lives, *background):
                 task.cancel()
             await asyncio.gather(operator, *lives, *background, return_exceptions=True)
-            if self._usage is not None:
-                await self._usage.close()
+            await self._usage.close()
             self.peers.close()
             await self._cache_sizes.close()
             await runner.cleanup()

@@ -141,7 +141,7 @@ class WorkerProcess:
             self.send(snapshot)
         try:
             code = await process.wait()
-            # What it has sent is still to be read. A process that it started could keep the other end.
+            # What it has sent is still to be read, unless another process keeps the other end open.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(channel.ended.wait(), CHANNEL_END_TIMEOUT_S)
             return code

@@ -1,4 +1,4 @@
-"""The usage that this replica's workers have reported: its sums, and what has not been stored yet."""
+"""The usage that this replica's workers have reported: sums, and what has not been stored yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class UsageLedger:
     def add(self, rows: Iterable[UsageRow], day: str) -> None:
         """Count a report. ``day``: today, UTC: YYYY-MM-DD."""
         for row in rows:
-            counts = UsageCounts(*row[3:], day)  # type: ignore[arg-type]
+            counts = UsageCounts(*row[3:], day)
             for sums in (self.totals, self._pending):
                 usage = sums.get(row.key)
                 if usage is None:

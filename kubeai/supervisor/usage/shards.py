@@ -1,8 +1,8 @@
 """Which ConfigMap has the usage of which key, and what is written to it. Pure.
 
-The usage of a key and a Model is added to the ConfigMap that has it already. New ones go to the first
-with room, so that a small installation has one ConfigMap. Several replicas may put the same key into
-different ones: readers add them up.
+The usage of a key and a Model is added to the ConfigMap that has it already. New ones go to the
+first with room, so that a small installation has one ConfigMap. Several replicas may put the same
+key into different ones: readers add them up.
 
 A write is conditional on the version that was read, and has a number by which its writer recognises
 it. A writer that does not learn whether a write succeeded can so find out, and nothing is counted

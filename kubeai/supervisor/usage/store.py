@@ -1,8 +1,8 @@
 """Keeps the usage of all replicas in ConfigMaps.
 
-Each replica adds what its own workers have reported. A write that conflicts with another replica's is
-repeated on what was read again. One whose outcome is unknown is not repeated before the ConfigMap
-has been read: it may have been made; see :mod:`.shards`.
+Each replica adds what its own workers have reported. A write that conflicts with another replica's
+is repeated on what was read again. One whose outcome is unknown is not repeated before the
+ConfigMap has been read: it may have been made; see :mod:`.shards`.
 """
 
 from __future__ import annotations
@@ -151,9 +151,7 @@ class UsageStore:
     async def _forget(self, shard: Shard, gone: dict[str, KeyUsage | None]) -> None:
         body = shard.forget(gone)
         shard.is_stale = True  # unless it succeeds
-        kept = await self._kube.patch(
-            CONFIGMAPS, shard.name, body, self._namespace, type=ConfigMap
-        )
+        kept = await self._kube.patch(CONFIGMAPS, shard.name, body, self._namespace, type=ConfigMap)
         shard.forgot(kept.metadata.resource_version, gone)
         self._shards.forgot(gone)
         log.info("old usage removed", config_map=shard.name, keys=len(gone))

@@ -54,10 +54,10 @@ async def test_the_table_is_aligned(total):
     out = io.StringIO()
     write_table(grouped(total, ""), "", out)
     assert out.getvalue().splitlines() == [
-        "KEY   TENANT   MODEL   REQUESTS   ESTIMATED      PROMPT   CACHED   COMPLETION   LAST USED",
-        "a     now      m              3           1          30        6           11   2026-02-01",
-        "a     now      n          1,000           0   1,234,567        0            0",
-        "b     now      m              1           0          10        2            5   2026-01-01",
+        "KEY  TENANT  MODEL  REQUESTS  ESTIMATED     PROMPT  CACHED  COMPLETION  LAST USED",
+        "a    now     m             3          1         30       6          11  2026-02-01",
+        "a    now     n         1,000          0  1,234,567       0           0",
+        "b    now     m             1          0         10       2           5  2026-01-01",
     ]
 
 

@@ -134,7 +134,16 @@ def test_an_event_is_passed_on_as_soon_as_it_is_complete():
 FIELDS = st.sampled_from([b": ping\n", b"id: 7\n", b"event: x\n", b""])
 ENDS = st.sampled_from([b"\n", b"\r\n"])
 VALUES = st.sampled_from(
-    ["", '"usage":null', 'data: {"choices":[],"usage":{}}\n\n', "\\", "é", ',"usage":null}', 7, None]
+    [
+        "",
+        '"usage":null',
+        'data: {"choices":[],"usage":{}}\n\n',
+        "\\",
+        "é",
+        ',"usage":null}',
+        7,
+        None,
+    ]
 )
 
 
