@@ -69,11 +69,14 @@ def test_a_client_that_asks_itself_gets_what_it_asked_for(usage):
             '{"include_usage":false,"continuous_usage_stats":1}',
             '{"include_usage":true,"continuous_usage_stats":false}',
         ),
-        ('{"include_usage":true,"include_usage":false}', '{"include_usage":true,"include_usage":true}'),
+        (
+            '{"include_usage":true,"include_usage":false}',
+            '{"include_usage":true,"include_usage":true}',
+        ),
         ('{"include_usage":false,"include_usage":true}', None),
         ('{"include\\u005fusage":false}', '{"include\\u005fusage":true}'),
     ],
-)  # fmt: skip
+)
 def test_the_clients_other_options_are_kept(options, expected):
     template = '{"stream":true,"stream_options":%s,"model":"m"}'
     got = asked((template % options).encode())
@@ -100,11 +103,13 @@ def test_a_large_body_is_asked_like_a_small_one():
     assert asked(body) == b"{%b,%b" % (OPTION, body[1:])
 
 
+SCALARS = st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3)
+NAMES = st.text(max_size=3)
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=2),
     max_leaves=4,
-)  # fmt: skip
+)
 OPTIONS = st.dictionaries(
     st.sampled_from(["include_usage", "continuous_usage_stats", "x"]), JSON_VALUES, max_size=3
 )

@@ -180,10 +180,10 @@ def test_a_stream_is_what_it_would_be_without_usage(stream, cuts):
     assert filtered(body, *cuts) == b"".join(event for _, event in stream)
 
 
+PARTS = (b"\r", b"\n", b"data:", b'{"choices":[],', b'"usage":', b"null", b"{}", b"}", b"x")
+
+
 @settings(max_examples=300)
-@given(
-    st.lists(st.sampled_from([b"\r", b"\n", b"data:", b'{"choices":[],', b'"usage":', b"null", b"{}", b"}", b"x"])).map(b"".join),
-    st.lists(st.integers(0, 60), max_size=6),
-)  # fmt: skip
+@given(st.lists(st.sampled_from(PARTS)).map(b"".join), st.lists(st.integers(0, 60), max_size=6))
 def test_the_result_does_not_depend_on_how_the_text_is_split(body, cuts):
     assert filtered(body, *cuts) == filtered(body)
