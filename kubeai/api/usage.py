@@ -1,8 +1,8 @@
 """What API keys have used, as it is stored in ConfigMaps. Pure.
 
-A ConfigMap with the label :data:`USAGE_LABEL` has one entry per key, named as the key's Secret. It is
-JSON with the tenant and, for each Model, a :class:`UsageCounts` as a list. A key may have entries
-in several of these ConfigMaps; its usage is their sum. Written by the supervisor (supervisor/usage),
+A ConfigMap with the label :data:`USAGE_LABEL` has one entry per key, named as the key's Secret. It
+is JSON with the tenant and, for each Model, a :class:`UsageCounts` as a list. A key may have
+entries in several of these ConfigMaps; its usage is their sum. Written by supervisor/usage,
 read by ``kubeai usage``.
 """
 

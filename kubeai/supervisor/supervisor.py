@@ -409,7 +409,7 @@ class Supervisor:
         return runner
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
-        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        body, content_type = await self._metrics.scrape(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type, **METRICS_HEADERS})
 
     async def _get_healthz(self, _: web.Request) -> web.Response:

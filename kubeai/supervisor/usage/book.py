@@ -1,7 +1,7 @@
 """The usage of API keys in one replica, from the workers' reports to metrics and ConfigMaps.
 
-The supervisor owns one :class:`UsageBook`. It stores what is new every ``FLUSH_INTERVAL_S`` and when
-the supervisor ends, so a replica that is killed loses at most that much.
+The supervisor owns one :class:`UsageBook`. It stores what is new every ``FLUSH_INTERVAL_S`` and
+when the supervisor ends, so a replica that is killed loses at most that much.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ the usage of a key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
@@ -15,7 +17,7 @@ from typing_extensions import override
 from kubeai.supervisor.usage.ledger import UsageLedger
 
 _LABELS = ("key", "tenant", "model")
-_FAMILIES = (
+_FAMILIES = (  # in the order of UsageCounts
     ("requests", "Total number of requests that have ended, by API key."),
     (
         "requests_estimated",
@@ -27,11 +29,28 @@ _FAMILIES = (
 )
 
 
-class UsageCollector(Collector):
+class UsageCollector:
     """A ledger's sums as metric families. ``failures``: attempts to store usage that failed."""
 
     def __init__(self, ledger: UsageLedger, failures: Callable[[], int]) -> None:
         self._ledger = ledger
+        self._failures = failures
+
+    def frozen(self) -> Collector:
+        """A collector of the present values, which a thread may use."""
+        rows = [
+            (key, usage.tenant, model, *msgspec.structs.astuple(counts)[: len(_FAMILIES)])
+            for key, usage in self._ledger.totals.items()
+            for model, counts in usage.models.items()
+        ]
+        return _Frozen(rows, self._failures())
+
+
+class _Frozen(Collector):
+    """``rows``: the labels, then the values of the families."""
+
+    def __init__(self, rows: Sequence[tuple[Any, ...]], failures: int) -> None:
+        self._rows = rows
         self._failures = failures
 
     def describe(self) -> Iterable[Metric]:
@@ -40,24 +59,13 @@ class UsageCollector(Collector):
 
     @override
     def collect(self) -> Iterable[Metric]:
-        families = [
-            CounterMetricFamily(f"kubeai_key_{name}", text, labels=_LABELS)
-            for name, text in _FAMILIES
-        ]
-        for key, usage in self._ledger.totals.items():
-            for model, counts in usage.models.items():
-                values = (
-                    counts.requests,
-                    counts.estimated_requests,
-                    counts.prompt_tokens,
-                    counts.cached_tokens,
-                    counts.completion_tokens,
-                )
-                for family, value in zip(families, values, strict=True):
-                    family.add_metric((key, usage.tenant, model), value)
-        yield from families
+        for at, (name, text) in enumerate(_FAMILIES, len(_LABELS)):
+            family = CounterMetricFamily(f"kubeai_key_{name}", text, labels=_LABELS)
+            for row in self._rows:
+                family.add_metric(row[: len(_LABELS)], row[at])
+            yield family
         yield CounterMetricFamily(
             "kubeai_usage_write_failures",
             "Total number of attempts to store the usage of keys that failed.",
-            self._failures(),
+            self._failures,
         )

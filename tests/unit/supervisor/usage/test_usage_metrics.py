@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 from fakes.kube import FakeKube
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as prometheus
 
 from kubeai._load import LoadTable
 from kubeai.routing.publisher import Publisher
@@ -13,11 +14,14 @@ from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.usage.book import FLUSH_INTERVAL_S, UsageBook
 
 
-def scrape(book):
+async def scrape(book, accept=""):
     table = LoadTable.create(8, 1)
-    body, _ = Metrics(table, Publisher(table), usage=book.collector).render("")
+    metrics = Metrics(table, Publisher(table), usage=book.collector)
+    body, content_type = await metrics.scrape(accept)
     table.close()
-    families = text_string_to_metric_families(body.decode())
+    parse = openmetrics if "openmetrics" in content_type else prometheus
+    families = list(parse(body.decode()))
+    assert {"kubeai_build", "kubeai_build_info"} & {family.name for family in families}
     return {
         (
             sample.name.removeprefix("kubeai_"),
@@ -38,7 +42,8 @@ async def test_each_key_and_model_has_series_until_the_key_is_gone():
     book.add(report)
     book.add(UsageReport((UsageRow("b", "u", "m", 1, 0, 3, 2, 1),)))
     labels = ("a", "t", "m")
-    found = scrape(book)
+    found = await scrape(book)
+    assert await scrape(book, "application/openmetrics-text; version=1.0.0") == found
     assert {name: value for (name, *has), value in found.items() if tuple(has) == labels} == {
         "key_requests_total": 4,
         "key_requests_estimated_total": 2,
@@ -53,4 +58,4 @@ async def test_each_key_and_model_has_series_until_the_key_is_gone():
     await asyncio.sleep(FLUSH_INTERVAL_S + 1)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    assert {has[0] for _, *has in scrape(book) if has} == {"b"}
+    assert {has[0] for _, *has in await scrape(book) if has} == {"b"}
