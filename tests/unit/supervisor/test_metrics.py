@@ -1,5 +1,6 @@
 """A scrape shows the load table's values, for models and endpoints that exist."""
 
+import asyncio
 import math
 import re
 import time
@@ -18,6 +19,8 @@ from kubeai.routing.routes import Endpoint, Route
 from kubeai.routing.table import RoutingTable
 from kubeai.supervisor.message_streams import MessageStreams
 from kubeai.supervisor.metrics import Metrics
+from kubeai.supervisor.usage.ledger import UsageLedger
+from kubeai.supervisor.usage.metrics import UsageCollector
 
 ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_retries_total"
 
@@ -172,8 +175,9 @@ def test_exactly_the_existing_metrics_are_documented(replica):
     stream = MessageStream(requests_url="nats://requests", responses_url="nats://responses")
     streams = MessageStreams(Messaging(streams=(stream,)))
     streams.report(Streams((StreamReport(lag=0),)))
-    metrics = Metrics(replica.table, replica.publisher, streams=streams)
-    body, _ = metrics.render("")
+    usage = UsageCollector(UsageLedger(), lambda: 0)
+    metrics = Metrics(replica.table, replica.publisher, streams=streams, usage=usage)
+    body, _ = asyncio.run(metrics.scrape(""))
     families = text_string_to_metric_families(body.decode())
     ours = {
         family.name + ("_total" if family.type == "counter" else "")
