@@ -55,11 +55,13 @@ class UsageStore:
 
     async def flush(self) -> bool:
         """Write everything that is pending; False if something is left, after logging why."""
+        done = False
         try:
             done = await self._flush()
         except ApiError as error:
             log.warning("usage not stored", status=error.status, error=str(error))
-            done = False
+        except Exception:
+            log.exception("usage not stored")
         self.failures += not done
         return done
 
@@ -147,6 +149,8 @@ class UsageStore:
                     await self._forget(shard, usage)
         except ApiError as error:  # the next time
             log.info("old usage not removed", status=error.status, error=str(error))
+        except Exception:
+            log.exception("old usage not removed")
 
     async def _forget(self, shard: Shard, gone: dict[str, KeyUsage | None]) -> None:
         body = shard.forget(gone)
