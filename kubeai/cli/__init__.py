@@ -1,5 +1,5 @@
-"""The command line: serve · local · chat · top · key · doctor · load · bench · uninstall · crd ·
-mock-engine.
+"""The command line: serve · local · chat · top · key · usage · doctor · load · bench · uninstall ·
+crd · mock-engine.
 
 A user error is reported as one line on stderr with exit status 2, never as a traceback.
 """
@@ -40,6 +40,7 @@ def _app() -> Any:
     from kubeai.cli.serve import serve
     from kubeai.cli.top import top
     from kubeai.cli.uninstall import uninstall
+    from kubeai.cli.usage import usage
     from kubeai.loadtest.commands import app as bench  # imports only typer
 
     app = typer.Typer(
@@ -67,7 +68,7 @@ def _app() -> Any:
     ) -> None:
         pass
 
-    for command in (serve, local, chat, top, doctor, load, uninstall, crd):
+    for command in (serve, local, chat, top, usage, doctor, load, uninstall, crd):
         app.command()(command)
 
     @app.command("mock-engine", add_help_option=False)

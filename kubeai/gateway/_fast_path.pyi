@@ -11,6 +11,7 @@ from kubeai._journal import Journal
 from kubeai._key_table import KeyTable
 from kubeai._keys import Key
 from kubeai._limits import Charge
+from kubeai.gateway._metering import Meter
 from kubeai._prompt import Prompt
 from kubeai._counts import Admission, Reservation
 from kubeai.api.config.system import GatewayConfig
@@ -22,6 +23,7 @@ from kubeai.gateway.relay._relay import Relay
 from kubeai.gateway.retries import Retries
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.uploads.upload import Upload
+from kubeai.gateway.usage_refusals import UsageRefusals
 
 class FastPathContext:
     config: GatewayConfig
@@ -36,6 +38,8 @@ class FastPathContext:
     cors: CorsPolicy | None  # None: responses have no CORS headers
     keys: dict[bytes, Key] | None  # by digest; None: requests need no key
     limits: KeyTable | None  # what keys have used of their limits; None: they have none
+    meter: Meter | None  # of what keys use; None: requests need no key
+    usage_refusals: UsageRefusals  # Models whose engines reject ``stream_options``
     request_type: RequestType
 
 @final
@@ -68,6 +72,9 @@ class FastPath(EarlyStream):
     _key: Key | None  # the client's; None: it has none, and needs none
     _needs_admin: bool  # only an administrator's key may have it answered
     _charge: Charge | None  # to the key; None: it has no limits
+    _metered: bytes | None  # the payload that asks for usage where the client does not
+    _unmetered: bytes | None  # the same without; None: unknown, or it has been sent again
+    _forgoes_usage: bool  # the engine has rejected the payload that asks for usage
 
     @property
     def context(self) -> Context: ...

@@ -40,13 +40,16 @@ from kubeai._pick cimport Picker
 from kubeai._prompt cimport Prompt
 from kubeai.gateway._credentials cimport NO_PROBLEM, Credential, take_key
 from kubeai.gateway._key_limits cimport charge_for, limit_lines, settle
+from kubeai.gateway._metering cimport Meter
 from kubeai.gateway.relay._early cimport EarlyStream
 from kubeai.gateway.relay._exchange cimport DownstreamEnd, Exchange, Pool
 from kubeai.gateway.relay._relay cimport Relay
 from kubeai.gateway.relay._text cimport Text, is_name
+from kubeai.gateway.relay._usage_filter cimport UsageFilter
 from kubeai.openai._body_scan cimport LARGE_BYTES, InferenceRequest, Shape, scan
 from kubeai.openai._prompt_scan cimport prompt_for
 from kubeai.openai._usage cimport Usage, find_usage, forget_usage
+from kubeai.openai._usage_option cimport with_usage
 
 from kubeai.openai.routes import Kind
 from kubeai.gateway._key_limits import refusal
@@ -55,6 +58,10 @@ from kubeai.openai.errors import BadRequest
 cdef enum:
     REQUEST_ID_AT = 14  # in the line "X-Request-Id: …\r\n"
     RETRIES_MAX = 255  # that an entry of the journal can say
+    TOKENS_MAX = 1 << 30  # of a request, as estimated
+
+# Engines whose events always have ``"usage":null``, also if nobody asks for usage.
+cdef frozenset NULL_USAGE_ENGINES = frozenset(("SGLang",))
 
 
 cdef inline uint32_t known(uint32_t tokens) noexcept:
@@ -86,6 +93,8 @@ cdef class FastPathContext:
     cdef public object cors  # CorsPolicy; None: responses have no CORS headers
     cdef public dict keys  # digest -> Key; None: requests need no key
     cdef public KeyTable limits  # what keys have used of their limits; None: they have none
+    cdef public Meter meter  # of what keys use; None: requests need no key
+    cdef public object usage_refusals  # Models whose engines reject ``stream_options``
     cdef public str request_type  # "http" or "message": what the process's requests count as
 
 
@@ -145,6 +154,9 @@ cdef class FastPath(EarlyStream):
     cdef public Key _key  # the client's; None: it has none, and needs none
     cdef public bint _needs_admin  # only an administrator's key may have it answered
     cdef public Charge _charge  # to the key; None: it has no limits
+    cdef public bytes _metered  # the payload that asks for usage where the client does not
+    cdef public bytes _unmetered  # the same without; None: unknown, or it has been sent again
+    cdef public bint _forgoes_usage  # the engine has rejected the payload that asks for usage
     cdef JsonRoute json_route
     # For the journal.
     cdef double began_s  # CLOCK_MONOTONIC; 0: not recorded
@@ -280,7 +292,30 @@ cdef class FastPath(EarlyStream):
         if self._payload is None:
             self.send_other(pool)
         else:
+            if self._key is not None:
+                self._ask_for_usage()
             self.send(pool, self._path, self._payload)
+
+    cdef int _ask_for_usage(self) except -1:
+        """Have the engine report the tokens of a stream, and the relay remove the report again."""
+        cdef FastPathContext context = <FastPathContext> self.downstream.relay.context
+        cdef bytes metered
+        if self._forgoes_usage:
+            return 0
+        if self._payload is self._metered:
+            if self.usage_filter is not None:
+                return 0
+        else:
+            self.usage_filter = None
+            if self._routed in context.usage_refusals:
+                return 0
+            metered = with_usage(<InferenceRequest?> self._request, self._payload)
+            if metered is None:
+                return 0
+            self._unmetered = self._payload
+            self._payload = self._metered = metered
+        self.usage_filter = UsageFilter(self._routed.route.engine in NULL_USAGE_ENGINES)
+        return 0
 
     cdef int _body_came(self) except -1:
         if self._reservation is not None and not self._reservation._released:
@@ -322,6 +357,10 @@ cdef class FastPath(EarlyStream):
             context = <FastPathContext> self.downstream.relay.context
             if self.began_s and context.journal is not None:
                 self._record(context.journal)
+            if self._key is not None and context.meter is not None:
+                self._meter(context.meter)
+                if self._forgoes_usage and self.status == 200:
+                    context.usage_refusals.add(self._routed)
         if self._charge is not None and self._charge._open:
             settle(
                 self._charge,
@@ -374,6 +413,34 @@ cdef class FastPath(EarlyStream):
         slot.id_size = <uint8_t> id_size
         memcpy(slot.id, PyBytes_AS_STRING(line) + REQUEST_ID_AT, id_size)
         journal.commit(slot)
+        return 0
+
+    cdef int _meter(self, Meter meter) except -1:
+        """Count the request for its key. Makes all of ``usage`` known, by estimates if necessary."""
+        cdef Usage *usage = &self.usage
+        cdef str model = self._routed.route.model
+        cdef bint streams = self._prompt is not None and self._prompt.streams
+        cdef bint knows_output = usage.output_tokens != <uint32_t> UNKNOWN_TOKENS
+        cdef bint is_reported = knows_output or usage.prompt_tokens != <uint32_t> UNKNOWN_TOKENS
+        cdef bint is_estimated = False
+        if streams and self.whole and knows_output:
+            meter.learn(model, self.answer_bytes, usage.output_tokens)
+        # A response that has begun, or a request that the client has given up at an engine.
+        if self._reservation is not None and (
+            200 <= self.status < 300 or (self.status == 0 and not self.whole)
+        ):
+            if usage.prompt_tokens == <uint32_t> UNKNOWN_TOKENS and self._prompt is not None:
+                usage.prompt_tokens = self._prompt.tokens
+                is_estimated = self._prompt.tokens != 0
+            if streams and not is_reported:
+                usage.output_tokens = <uint32_t> min(
+                    <int64_t> TOKENS_MAX, meter.tokens_in(model, self.answer_bytes)
+                )
+                is_estimated = True
+        usage.prompt_tokens = known(usage.prompt_tokens)
+        usage.cached_tokens = known(usage.cached_tokens)
+        usage.output_tokens = known(usage.output_tokens)
+        meter.count(self._key, model, usage, is_estimated)
         return 0
 
     cdef int _outcome(self) noexcept:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kubeai.gateway.uploads.upload import Upload
 
 log = get_logger(__name__)
+REFUSED_BODY = (400, 422)  # statuses of an engine that does not know a field
 _FAILURES = {
     CONNECT: "cannot connect",
     LOST: "connection lost",
@@ -55,6 +56,8 @@ class AdmittedRequest(FastPath):
     def wants_retry(self, failure: int, status: int) -> bool:
         reservation = self._reservation
         assert reservation is not None, "an attempt has a reservation"
+        if status in REFUSED_BODY:
+            return self._forgo_usage()
         if self._is_pinned:
             return False
         self._lost = failure == LOST
@@ -62,8 +65,25 @@ class AdmittedRequest(FastPath):
             status = TIMED_OUT
         return self._attempts.wants(status, reservation.name, self._routed, self._request.adapter)
 
+    def _forgo_usage(self) -> bool:
+        """Restore the client's body after an engine has rejected it; False if it was not changed.
+
+        The engine may not know the field that asks for the usage of a stream.
+        """
+        if self._unmetered is None or self._payload is not self._metered:
+            return False
+        self._payload = self._unmetered
+        self._forgoes_usage = True
+        self.usage_filter = None
+        return True
+
     @override
     def retry(self) -> None:
+        if self._forgoes_usage and self._unmetered is not None:
+            assert self._reservation is not None, "an attempt has a reservation"
+            self._unmetered = None
+            self._attempt(self._reservation)
+            return
         reservation = self._end_attempt("attempt failed, retrying")
         if self._lost:
             alone = cast(EndpointPool, reservation.target).lost_one_alone

@@ -1,9 +1,9 @@
 """Reads JSON bodies that take long to read, large and compressed ones, in threads.
 
 The event loop keeps serving other requests meanwhile. A compressed body is decoded up to the limit
-of all bodies, and sent to the engine as it came, with its Content-Encoding. There are two
-exceptions, in which it is sent uncompressed: if something in it is replaced, and with
-``gateway.decompressBodies``. Called by proxy.py.
+of all bodies, and sent to the engine as it came, with its Content-Encoding. It is sent uncompressed
+if it is changed (something in it is replaced, or the engine is asked for the usage of a stream), and
+with ``gateway.decompressBodies``. Called by proxy.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from kubeai.openai import request as openai
+from kubeai.openai._usage_option import asking_for_usage
 from kubeai.openai.content_coding import codings_in, compressed_form, content_coding, decompress
 from kubeai.openai.errors import BadRequest
 
@@ -35,6 +36,7 @@ class ReadBody(NamedTuple):
     request: InferenceRequest
     prompt: Prompt
     payload: bytes
+    asks_for_usage: bool = False  # the payload does, and the client does not
 
 
 def check_coding(exchange: Exchange, *, is_form: bool) -> None:
@@ -66,10 +68,12 @@ async def read_body(
     find: Callable[[InferenceRequest], RoutedModel],
     *,
     changes: bool = False,
+    is_metered: bool = False,
 ) -> ReadBody:
     """Read the body that an exchange has collected. ``find``: looks its model up.
 
-    ``changes``: the caller will change the payload, so it must not be compressed.
+    ``changes``: the caller will change the payload, so it must not be compressed. ``is_metered``:
+    have the engine report the usage of a stream.
 
     BadRequest if the body is invalid, or too long once it is decompressed. Its decompressed form
     counts as buffered until the exchange ends. Content-Encoding is removed from the request to the
@@ -85,8 +89,11 @@ async def read_body(
     request = await run(_threads, openai.read, kind, body)
     picker = find(request).picker
     prompt = await run(_threads, openai.prompt_of, picker, request, context.logs_prompts)
+    payload = await run(_threads, openai.body_for, request, body)
+    metered = await run(_threads, asking_for_usage, request, payload) if is_metered else None
     if coding is not None:
-        if request.adapter is None and not (changes or context.config.decompress_bodies):
+        changed = changes or metered is not None or request.adapter is not None
+        if not changed and not context.config.decompress_bodies:
             return ReadBody(request, prompt, exchange.body)
         exchange.drop_header(b"content-encoding")
-    return ReadBody(request, prompt, await run(_threads, openai.body_for, request, body))
+    return ReadBody(request, prompt, metered or payload, metered is not None)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 from kubeai.gateway._fast_path import FastPathContext, JsonRoute
+from kubeai.gateway._metering import Meter
 from kubeai.gateway.cors import CorsPolicy
 from kubeai.gateway.keys import Keys
 from kubeai.gateway.retries import Retries, RetryBudget
 from kubeai.gateway.stored_responses import StoredResponses
+from kubeai.gateway.usage_refusals import UsageRefusals
 from kubeai.openai.request import SHAPES
 from kubeai.openai.routes import route_table
 
@@ -83,6 +85,8 @@ class Context(FastPathContext):
             None if self.keys is None else Keys(self.keys, config.keys.failures_per_minute)
         )
         self.limits = None  # set by the worker
+        self.meter = Meter() if needs_keys else None
+        self.usage_refusals = UsageRefusals()
         self.ready = False  # the first routing table has arrived
         self.draining = False
         self._held: dict[str, int] = {}

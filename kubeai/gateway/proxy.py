@@ -267,11 +267,19 @@ class Proxy(AdmittedRequest):
         """Like ``on_body`` for a large or compressed body."""
         # The engine gets a body that is changed uncompressed.
         changes = self._key is not None and self._kind is Kind.RESPONSES
-        request, self._prompt, payload = await read_body(
-            self, self.context, self._kind, self._find, changes=changes
+        read = await read_body(
+            self,
+            self.context,
+            self._kind,
+            self._find,
+            changes=changes,
+            is_metered=self._key is not None,
         )
-        self._payload = owned(payload, self._kind, self._key)
-        return await self._continue(request)
+        self._prompt = read.prompt
+        self._payload = owned(read.payload, self._kind, self._key)
+        if read.asks_for_usage:
+            self._metered = read.payload
+        return await self._continue(read.request)
 
     async def _continue(self, request: InferenceRequest) -> Reservation:
         """Admit a request whose body has been read; wait for an endpoint if necessary.

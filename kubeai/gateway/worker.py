@@ -36,6 +36,7 @@ from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
 from kubeai.gateway.server import Server
+from kubeai.gateway.usage_reporter import UsageReporter
 from kubeai.logs import get_logger, setup_logging
 from kubeai.routing.channel import (
     SETTINGS_VARIABLE,
@@ -81,6 +82,8 @@ class Worker:
         if self._context.keys is not None:
             self._awaited.add(KeySnapshot)
         self._started = asyncio.Event()  # nothing is awaited
+        self._usage = UsageReporter(self._context.meter, self._channel.send)
+        self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -104,6 +107,7 @@ class Worker:
             self._server.close()
             await self._context.stored_responses.close()
             await runner.cleanup()
+            self._usage.close()
             self._channel.close()
 
     async def _serve(self, local_routes: web.Server) -> None:
@@ -118,6 +122,7 @@ class Worker:
     def _announce(self) -> None:
         """Report that the process is ready."""
         self._context.ready = True
+        self._usage.start()
         self._channel.send(Ready(os.getpid()))
         # Objects created at start-up live as long as the process, so exclude them from collections.
         gc.collect()

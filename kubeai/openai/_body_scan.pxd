@@ -53,6 +53,7 @@ cdef class Shape:
     cdef bint streams
     cdef bint generates
     cdef bint is_ollama
+    cdef bint has_usage_option
 
 
 cdef class InferenceRequest:
@@ -68,6 +69,8 @@ cdef class InferenceRequest:
     cdef Place conversation  # all of it, or the text
     cdef Place tools
     cdef Place previous  # the ID of the stored response that the request continues
+    cdef const char *stream_value  # of "stream"; NULL: there is none
+    cdef Place stream_options  # at: NULL if there are none
     cdef Place first  # the conversation's first user text, or the text
     cdef Place system_field  # the system text outside the conversation
     cdef Place *systems  # the system texts in the conversation
@@ -81,6 +84,7 @@ cdef class InferenceRequest:
     cdef bint generates  # the response is text that the engine generates
     cdef Asked asked  # how much of it at most
     cdef bint is_ollama  # ``model`` may have the tag "latest"
+    cdef bint has_usage_option  # streams report their usage only if the client asks for it
     cdef bint is_input  # the first text is a list of strings or token ids
     cdef bint crowded  # too many messages: only their first bytes are hashed
     cdef bint malformed  # there are messages that an engine would reject

@@ -16,6 +16,8 @@ class Shape:
     ``is_cached``: whether an engine keeps what it computes for such a prompt, and finds it again.
     ``has_prompt``: whether it computes one at all. ``streams``: whether the response is a stream
     unless the body has ``"stream": false``. ``generates``: whether the engine generates text.
+    ``has_usage_option``: whether a stream reports its usage only if the body has
+    ``"stream_options": {"include_usage": true}``.
     """
 
     kind: Kind
@@ -35,6 +37,7 @@ class Shape:
         has_prompt: bool = True,
         streams: bool = False,
         generates: bool = False,
+        has_usage_option: bool = False,
     ) -> None: ...
 
 @final

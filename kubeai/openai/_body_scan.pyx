@@ -72,6 +72,7 @@ cdef class Shape:
         bint has_prompt=True,
         bint streams=False,
         bint generates=False,
+        bint has_usage_option=False,
     ):
         self.kind = kind
         self.conversation = conversation
@@ -86,6 +87,7 @@ cdef class Shape:
         self.has_prompt = has_prompt
         self.streams = streams
         self.generates = generates
+        self.has_usage_option = has_usage_option
         self.is_ollama = kind.is_ollama
 
 
@@ -182,6 +184,10 @@ cdef class InferenceRequest:
                 at = skip_value(value, self.end)
                 if is_word(&key, b"stream", 6):
                     self.stream = value[0] == c"t" or (self.streams and value[0] != c"f")
+                    self.stream_value = value
+                elif key.size == 14 and is_word(&key, b"stream_options", 14):
+                    self.stream_options.at = value
+                    self.stream_options.after = at
                 elif key.size == 5 and is_word(&key, b"tools", 5):
                     self.tools.at = value
                     self.tools.after = at
@@ -533,6 +539,7 @@ cdef inline InferenceRequest request_of(Shape shape, bytes body):
     request.streams = request.stream = shape.streams
     request.generates = shape.generates
     request.is_ollama = shape.is_ollama
+    request.has_usage_option = shape.has_usage_option
     return request
 
 

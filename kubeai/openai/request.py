@@ -46,9 +46,9 @@ __all__ = [
 SHAPES: dict[Kind, Shape] = {
     shape.kind: shape
     for shape in (
-        Shape(Kind.CHAT, conversation=b"messages", generates=True),
+        Shape(Kind.CHAT, conversation=b"messages", generates=True, has_usage_option=True),
         Shape(Kind.CHAT_BATCH, conversation=b"messages", is_cached=False, generates=True),
-        Shape(Kind.COMPLETIONS, text=b"prompt", generates=True),
+        Shape(Kind.COMPLETIONS, text=b"prompt", generates=True, has_usage_option=True),
         Shape(
             Kind.RESPONSES,
             conversation=b"input",

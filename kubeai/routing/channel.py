@@ -21,6 +21,7 @@ from kubeai.routing.keys import KeyDelta as KeyDelta
 from kubeai.routing.keys import KeySnapshot as KeySnapshot
 from kubeai.routing.routes import Delta as Delta
 from kubeai.routing.routes import Snapshot as Snapshot
+from kubeai.routing.usage import UsageReport
 
 MESSAGE_MAX_BYTES = 256 << 20
 SETTINGS_VARIABLE = "KUBEAI_WORKER"  # the environment variable with a worker's settings, JSON
@@ -117,7 +118,7 @@ class Streams(msgspec.Struct, frozen=True, tag="streams", array_like=True):
 REPORT_INTERVAL_S = 1.0
 
 Down = Snapshot | Delta | KeySnapshot | KeyDelta | Drain
-Up = Ready | Demand | Streams
+Up = Ready | Demand | Streams | UsageReport
 
 
 class Channel(asyncio.Protocol):
@@ -133,6 +134,7 @@ class Channel(asyncio.Protocol):
         self._encoder = msgspec.msgpack.Encoder()
         self._received = received
         self._closed = closed
+        self.ended = asyncio.Event()  # all that the other end has sent has been received
         self._buffer = bytearray()
         self._transport: asyncio.WriteTransport | None = None
 
@@ -153,6 +155,7 @@ class Channel(asyncio.Protocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self.ended.set()
         self._closed()
 
     def send(self, message: Down | Up) -> None:

@@ -10,6 +10,7 @@ The supervisor owns one :class:`Metrics` and serves its output at ``metricsAddr`
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -29,6 +30,7 @@ from kubeai._load import ITERATION_BUCKETS, LoadTable
 from kubeai._readings import picks
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
+from kubeai.supervisor.usage.metrics import UsageCollector
 
 REQUESTS = "kubeai_inference_requests"
 _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
@@ -38,8 +40,8 @@ class Metrics:
     """All metrics of this KubeAI replica.
 
     ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
-    of the message streams; None: there are none. ``limits``: of API keys; None: keys are not
-    required.
+    of the message streams; None: there are none. ``limits`` and ``usage``: of API keys; None: keys
+    are not required.
     """
 
     def __init__(
@@ -49,17 +51,33 @@ class Metrics:
         peers: Callable[[], Mapping[str, float]] = dict,
         streams: Collector | None = None,
         limits: Collector | None = None,
+        usage: UsageCollector | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
         for collector in filter(None, (streams, limits)):
             self._registry.register(collector)
+        self._usage = usage
         ProcessCollector(registry=self._registry)  # the supervisor's process
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """(body, content type): Prometheus text or OpenMetrics, as the Accept header requests."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
+        """Like :meth:`render`, with the usage of API keys.
+
+        There may be 500,000 of its series, which take seconds. So a thread writes them.
+        """
+        body, content_type = self.render(accept)
+        if self._usage is not None:
+            registry = CollectorRegistry()
+            registry.register(self._usage.frozen())
+            encode, _ = choose_encoder(accept)
+            more = await asyncio.to_thread(encode, registry)
+            body = body.removesuffix(b"# EOF\n") + more
+        return body, content_type
 
 
 class LoadCollector(Collector):

@@ -12,7 +12,7 @@ import asyncio
 import gc
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import msgspec
@@ -47,6 +47,7 @@ from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
 from kubeai.supervisor.metrics import Metrics
 from kubeai.supervisor.peers.peers import LOADS_PATH, METRICS_HEADERS, Peers
 from kubeai.supervisor.pod_condition import PodCondition
+from kubeai.supervisor.usage.book import UsageBook
 from kubeai.supervisor.worker_process import MESSENGER, WorkerProcess
 
 log = get_logger(__name__)
@@ -162,6 +163,9 @@ class Supervisor:
             loads=AllLoads(self.table, self.publisher, self.peers),
             publish_key=None if self.keys is None else self._publish_key,
         )
+        self._usage = UsageBook(
+            kube, namespace, identity, keys=self._key_names, models=self.publisher.models
+        )
         self.synced = False
         self.stopping = False
         self.metrics_address = ""
@@ -198,6 +202,7 @@ class Supervisor:
             snapshot=self._snapshot,
             on_ready=self._worker_ready,
             on_demand=self.operator.demand,
+            on_usage=self._usage.add,
             spawn=spawn,
         )
         self._workers = [start(column, sock) for column, sock in enumerate(listeners)]
@@ -226,6 +231,7 @@ class Supervisor:
             self.peers.silences_s,
             self._streams if has_streams else None,
             limits=None if peers_keys is None else KeyLimits(*peers_keys),
+            usage=self._usage.collector if config.gateway.keys.required else None,
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -265,6 +271,10 @@ class Supervisor:
         if self.synced:
             for process in self._processes:
                 process.send(message)
+
+    def _key_names(self) -> Collection[str] | None:
+        """The names of the API keys that exist; None: not known yet."""
+        return self.keys.names() if self.keys is not None and self.synced else None
 
     def _worker_ready(self) -> None:
         """Announce that requests are served, once all workers are ready."""
@@ -307,6 +317,7 @@ class Supervisor:
             asyncio.create_task(self._hand_out_routes()),
             asyncio.create_task(self._sweep()),
             asyncio.create_task(self.peers.run(parse_address(self.metrics_address)[1])),
+            asyncio.create_task(self._usage.run()),
         ]
         if self._pod_condition is not None:
             background.append(asyncio.create_task(self._pod_condition.run()))
@@ -332,6 +343,7 @@ class Supervisor:
             for task in (operator, *lives, *background):
                 task.cancel()
             await asyncio.gather(operator, *lives, *background, return_exceptions=True)
+            await self._usage.close()
             self.peers.close()
             await self._cache_sizes.close()
             await runner.cleanup()
@@ -456,7 +468,7 @@ class Supervisor:
         return runner
 
     async def _get_metrics(self, request: web.Request) -> web.Response:
-        body, content_type = self._metrics.render(request.headers.get("Accept", ""))
+        body, content_type = await self._metrics.scrape(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type, **METRICS_HEADERS})
 
     async def _get_healthz(self, _: web.Request) -> web.Response:

@@ -6,6 +6,7 @@ The messenger is such a process too, without a listener.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -18,10 +19,12 @@ from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
 from kubeai.processes import Command, Process, Spawn
 from kubeai.routing.channel import Channel, Demand, Down, Ready, Streams, Up, WorkerSettings
+from kubeai.routing.usage import UsageReport
 
 log = get_logger(__name__)
 
 RESPAWN_BACKOFF_FIRST_S, RESPAWN_BACKOFF_MAX_S = 0.2, 5.0
+CHANNEL_END_TIMEOUT_S = 1.0
 RESPAWN_SETTLED_S = 10.0  # a worker that ran this long is restarted at once
 
 
@@ -51,6 +54,7 @@ class WorkerProcess:
         messaging: Messaging | None = None,
         on_streams: Callable[[Streams], None] = lambda _: None,
         on_end: Callable[[], None] = lambda: None,
+        on_usage: Callable[[UsageReport], None] = lambda _: None,
     ) -> None:
         """``listener``: None for the messenger.
 
@@ -63,7 +67,8 @@ class WorkerProcess:
         of a model for which it holds a request.
 
         ``module``: what the process runs. ``on_streams``: called with the messenger's reports.
-        ``on_end``: called when the process has ended.
+        ``on_end``: called when the process has ended. ``on_usage``: called with its reports of what
+        API keys use.
         """
         self.column = column
         self.listener = listener
@@ -85,6 +90,7 @@ class WorkerProcess:
         self._messaging = messaging
         self._on_streams = on_streams
         self._on_end = on_end
+        self._on_usage = on_usage
         self._channel: Channel | None = None
         self._process: Process | None = None
 
@@ -139,7 +145,11 @@ class WorkerProcess:
         for message in self._snapshot():
             self.send(message)
         try:
-            return await process.wait()
+            code = await process.wait()
+            # What it has sent is still to be read, unless another process keeps the other end open.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(channel.ended.wait(), CHANNEL_END_TIMEOUT_S)
+            return code
         finally:
             self.ready = False
             self._channel = None
@@ -154,6 +164,8 @@ class WorkerProcess:
             self._on_demand(message.model)
         elif isinstance(message, Streams):
             self._on_streams(message)
+        elif isinstance(message, UsageReport):
+            self._on_usage(message)
 
     def send(self, message: Down) -> None:
         """Send a message to the process; dropped if it does not run."""

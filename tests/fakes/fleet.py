@@ -72,6 +72,12 @@ class _Script:
         self._ended.set()
 
 
+def _api() -> mock.Mock:
+    """A Kubernetes API that has nothing, and accepts the usage of keys."""
+    accepts = mock.AsyncMock()
+    return mock.Mock(list=mock.AsyncMock(return_value=([], "")), create=accepts, patch=accepts)
+
+
 class Fleet:
     """``await Fleet.start(routes, workers=4, hold_timeout_s=2)`` … ``await fleet.close()``."""
 
@@ -113,7 +119,7 @@ class Fleet:
             if not reads_cache_sizes:
                 patches.enter_context(mock.patch.object(supervisor, "CacheSizes", autospec=True))
             fleet.supervisor = supervisor.Supervisor(
-                mock.Mock(),
+                _api(),
                 config,
                 namespace="default",
                 identity="fleet",

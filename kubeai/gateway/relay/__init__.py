@@ -30,6 +30,7 @@ One thread, one event loop (uvloop). Each module imports only those above it:
     _request_head   a request's head, and _request_body, its body under its limits
     _response_head  a response's head, and _response_body, its body from one framing to another
     _renaming       the model's name in a response's body
+    _usage_filter   the report of usage in a stream whose client has not asked for it
     _relay          all connections, their limits and timers
     _exchange       one request and its response, the abstract ends of its path
     _downstream     a client's connection: one per connection

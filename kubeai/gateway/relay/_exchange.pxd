@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t
 
 from kubeai.gateway.relay._relay cimport Connection, Relay
 from kubeai.gateway.relay._renaming cimport Renaming
+from kubeai.gateway.relay._usage_filter cimport UsageFilter
 from kubeai.gateway.relay._request_body cimport RequestBody
 from kubeai.gateway.relay._request_head cimport RequestHead
 from kubeai.gateway.relay._response_head cimport ResponseHead
@@ -92,6 +93,7 @@ cdef class Exchange:
     cdef readonly int64_t answer_bytes  # written to the client, including heads and framing
     cdef object tunnel  # of a WebSocket handshake; see _tunnel
     cdef public Renaming renaming  # of the model in the response; None: it is not renamed
+    cdef public UsageFilter usage_filter  # removes the report of usage; None: nothing is removed
     cdef bytes extra_headers  # lines that are added to the upstream's response
     cdef bytes common_headers  # lines that are added to the gateway's own responses, too
     cdef bint body_came  # the first byte of the response's body has been received

@@ -2,6 +2,7 @@ from typing import Protocol
 
 from kubeai.gateway.relay._relay import Connection, Relay
 from kubeai.gateway.relay._renaming import Renaming
+from kubeai.gateway.relay._usage_filter import UsageFilter
 
 CONNECT: int  # why an attempt failed: the connection failed or timed out
 LOST: int  # the connection ended before the response head was complete
@@ -48,6 +49,7 @@ class Exchange:
     announced_bytes: int  # Content-Length of the request, or -1
     request_bytes: int  # size of the request body
     renaming: Renaming | None  # of the model in the response; None: it is not renamed
+    usage_filter: UsageFilter | None  # removes the report of usage; None: nothing is removed
     whole: bool  # the response has been written completely
     finished: bool
 

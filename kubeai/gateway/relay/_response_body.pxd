@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t
 from kubeai.gateway.relay._chunked cimport Chunks
 from kubeai.gateway.relay._renaming cimport Renaming
 from kubeai.gateway.relay._text cimport Text
+from kubeai.gateway.relay._usage_filter cimport UsageFilter
 
 
 cdef enum Framing:
@@ -23,12 +24,23 @@ cdef class ResponseBody:
     cdef bytes tail  # the last buffer with part of the body that is not short; None: there is none
     cdef Py_ssize_t tail_at  # where the body's part in it begins
     cdef Py_ssize_t tail_size
+    cdef bytes before_tail  # the one before it, with the short ones between; None: there is none
+    cdef Py_ssize_t before_tail_at
+    cdef Py_ssize_t before_tail_size
+    cdef bytes after_tail  # the short buffers after it; None: there are none
     cdef int64_t left  # of a body of known length
     cdef bint decodes  # its chunked framing
     cdef Chunks chunks
     cdef Text grown  # the data of the chunks in the last input
+    cdef bint is_aligned  # the last input began between two chunks
     cdef Renaming renaming  # None: nothing is renamed
+    cdef UsageFilter usage_filter  # None: nothing is removed
     cdef void begin(self, bint has_body, bint chunked, int64_t length) noexcept
-    cdef int send_as(self, bint chunked, Renaming renaming) except -1
+    cdef int send_as(
+        self, bint chunked, Renaming renaming, UsageFilter usage_filter=*
+    ) except -1
     cdef Py_ssize_t take(self, bytes data, Py_ssize_t at) except -1
     cdef bytes recode(self, bytes piece)
+    cdef bint _is_unchanged(self) noexcept
+    cdef int _note_tail(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1
+    cdef int join_tail(self) except -1

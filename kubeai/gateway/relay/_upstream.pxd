@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t
 
 from kubeai.gateway.relay._exchange cimport Exchange, UpstreamEnd
 from kubeai.gateway.relay._renaming cimport Renaming
+from kubeai.gateway.relay._usage_filter cimport UsageFilter
 from kubeai.gateway.relay._response_body cimport ResponseBody
 
 
@@ -30,6 +31,8 @@ cdef class Upstream(UpstreamEnd):
     cdef bytes _response_head(self, bytes data)
     cdef int _continue_stream(self) except -1
     cdef Renaming _renaming(self)
+    cdef UsageFilter _usage_filter(self)
+    cdef bint _may_retry(self)
     cdef int _refuse(self, Exchange exchange) except -1
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1
     cdef bytes _after(self, bytes prefix, bytes piece)

@@ -11,6 +11,7 @@ from kubeai.gateway.relay._response_body cimport CHUNKED, LENGTH, NOTHING, UNTIL
 from kubeai.gateway.relay._response_head cimport ResponseHead
 from kubeai.gateway.relay._socket cimport descriptor, write_at_once, write_now
 from kubeai.gateway.relay._text cimport cut, put_bytes
+from kubeai.gateway.relay._usage_filter cimport UsageFilter
 
 from kubeai.gateway.relay._exchange import INVALID as _INVALID
 from kubeai.gateway.relay._exchange import LOST as _LOST
@@ -220,13 +221,22 @@ cdef class Upstream(UpstreamEnd):
         self.body.begin(has_body, head.chunked, head.length)
         self.reusable = head.keep_alive and self.body.framing != UNTIL_CLOSE
         self.pool.note_answer(head.status)
-        if head.status >= 500 and not self.exchange.streaming and self._diverted(data, end):
+        if self._may_retry() and self._diverted(data, end):
             return -1
         self.head_done = True
         return end
 
+    cdef bint _may_retry(self):
+        """Whether the Exchange may not want to pass the response on: a 5xx, or a body refused."""
+        cdef int status = self.head.status
+        if self.exchange.streaming or status < 400:
+            return False
+        return status >= 500 or (
+            self.exchange.usage_filter is not None and (status == 400 or status == 422)
+        )
+
     cdef bint _diverted(self, bytes data, Py_ssize_t at) except -1:
-        """Ask the Exchange about a 5xx; True if it is not passed on but retried."""
+        """Ask the Exchange about an error; True if it is not passed on but retried."""
         cdef Exchange exchange = self.exchange
         cdef Py_ssize_t left = PyBytes_GET_SIZE(data) - at
         try:
@@ -253,12 +263,13 @@ cdef class Upstream(UpstreamEnd):
         cdef bint keep_alive
         cdef bytes extra = self.exchange.extra_headers
         cdef Renaming renaming = self._renaming()
+        cdef UsageFilter usage_filter = self._usage_filter()
         if downstream.cors is not None:
             self.head.drop_cors()
             extra = downstream.cors if extra is None else extra + downstream.cors
-        if renaming is not None:
+        if renaming is not None or usage_filter is not None:
             self.head.length = -1
-            self.body.send_as(not http10, renaming)
+            self.body.send_as(not http10, renaming, usage_filter)
         else:
             self.body.send_as(not http10 and self.body.framing >= CHUNKED, None)
         keep_alive = downstream._settle()
@@ -282,7 +293,7 @@ cdef class Upstream(UpstreamEnd):
             self.refusal = b""
             self.body.send_as(False, None)
         else:
-            self.body.send_as(not http10, self._renaming())
+            self.body.send_as(not http10, self._renaming(), self._usage_filter())
         return 0
 
     cdef Renaming _renaming(self):
@@ -300,6 +311,20 @@ cdef class Upstream(UpstreamEnd):
             return None
         renaming.begin(is_events, is_json)
         return renaming
+
+    cdef UsageFilter _usage_filter(self):
+        """The Exchange's filter of the report of usage, if the body is an event stream; or None."""
+        cdef UsageFilter usage_filter = self.exchange.usage_filter
+        if (
+            usage_filter is None
+            or self.head.status != 200
+            or self.body.framing == NOTHING
+            or self.head.is_compressed()
+            or not self.head.content_type().lower().startswith("text/event-stream")
+        ):
+            return None
+        usage_filter.begin()
+        return usage_filter
 
     cdef int _take_response_body(self, bytes prefix, bytes data, Py_ssize_t at) except -1:
         """Pass on the received part of the response body, after ``prefix``."""
@@ -368,8 +393,9 @@ cdef class Upstream(UpstreamEnd):
             self._abort()
             return self._refuse(self.exchange)
         if self.body.tail is not None:
+            self.body.join_tail()
             self.exchange._body_ended(self.body.tail, self.body.tail_at, self.body.tail_size)
-            self.body.tail = None
+            self.body.tail = self.body.before_tail = self.body.after_tail = None
         if self.body.rechunks:
             downstream._write(b"0\r\n\r\n")
         self.exchange.answered = True

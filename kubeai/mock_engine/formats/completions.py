@@ -55,6 +55,7 @@ class Chat(ApiFormat):
     def parse(body: bytes) -> GenerationRequest:
         request = decode(body, ChatRequest)
         require_n_1(request.n)
+        require_stream(request)
         return GenerationRequest(
             request.model,
             [text.render(message.rendered() for message in request.messages)],
@@ -155,6 +156,12 @@ def require_n_1(count: int | None) -> None:
         raise ApiError("n: the mock engine only supports n=1", param="n")
 
 
+def require_stream(request: ChatRequest | CompletionRequest) -> None:
+    """ApiError if a request that is not for a stream has options of one."""
+    if request.stream_options is not None and not request.stream:
+        raise ApiError("stream_options: only allowed when `stream` is true", param="stream_options")
+
+
 class CompletionRequest(msgspec.Struct):
     """The supported fields of ``POST /v1/completions``."""
 
@@ -180,6 +187,7 @@ class Completions(ApiFormat):
         require_n_1(request.n)
         if request.echo:
             raise ApiError("echo: the mock engine does not support echo", param="echo")
+        require_stream(request)
         return GenerationRequest(
             request.model,
             parse_prompts(request.prompt, "prompt"),

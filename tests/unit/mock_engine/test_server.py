@@ -386,6 +386,8 @@ async def test_adapters_are_loaded_served_and_unloaded_with_vllms_responses(serv
         ("/v1/completions", {"prompt": ["a", 1]}, "prompt"),
         ("/v1/completions", {"prompt": "a", "echo": True}, "echo"),
         ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "stream_options": {}}, "stream_options"),
+        ("/v1/chat/completions", {"messages": HELLO, "stream_options": {}}, "stream_options"),
         ("/v1/embeddings", {"input": "a b" * 10**5}, "maximum context length"),
         ("/v1/rerank", {"query": "a", "documents": []}, "$.documents"),
         ("/v1/messages", {"messages": HELLO}, "max_tokens"),

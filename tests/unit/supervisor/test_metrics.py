@@ -1,5 +1,6 @@
 """A scrape shows the load table's values, for models and endpoints that exist."""
 
+import asyncio
 import math
 import re
 import time
@@ -22,6 +23,8 @@ from kubeai.routing.table import RoutingTable
 from kubeai.supervisor.key_metrics import KeyLimits
 from kubeai.supervisor.message_streams import MessageStreams
 from kubeai.supervisor.metrics import Metrics
+from kubeai.supervisor.usage.ledger import UsageLedger
+from kubeai.supervisor.usage.metrics import UsageCollector
 
 ENDED, RETRIED = "kubeai_inference_requests_total", "kubeai_inference_requests_retries_total"
 
@@ -180,9 +183,13 @@ def test_exactly_the_existing_metrics_are_documented(replica):
     rows = Rows(keys)
     charge(KeyTable.attach(keys.fd, 0), *rows.add("k")).end()
     metrics = Metrics(
-        replica.table, replica.publisher, streams=streams, limits=KeyLimits(keys, rows)
+        replica.table,
+        replica.publisher,
+        streams=streams,
+        limits=KeyLimits(keys, rows),
+        usage=UsageCollector(UsageLedger(), lambda: 0),
     )
-    body, _ = metrics.render("")
+    body, _ = asyncio.run(metrics.scrape(""))
     families = text_string_to_metric_families(body.decode())
     ours = {
         family.name + ("_total" if family.type == "counter" else "")

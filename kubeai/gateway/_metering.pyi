@@ -1,0 +1,25 @@
+"""Counts what each API key uses of each Model, between two reports to the supervisor."""
+
+from typing import final
+
+from kubeai._keys import Key
+from kubeai.routing.usage import UsageRow
+
+@final
+class Meter:
+    """The counts of one worker; see :class:`.UsageRow`."""
+
+    def __init__(self) -> None: ...
+    def take(self) -> tuple[UsageRow, ...]:
+        """What has been counted since the last call."""
+
+def counted(
+    meter: Meter,
+    key: Key,
+    model: str,
+    prompt: int,
+    cached: int,
+    completion: int,
+    is_estimated: bool = False,
+) -> None:
+    """Count a request. For tests: the fast path calls the compiled method."""

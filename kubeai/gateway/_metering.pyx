@@ -1,0 +1,112 @@
+# cython: language_level=3, nonecheck=True
+"""Counts what each API key uses of each Model, between two reports to the supervisor.
+
+A worker has one :class:`Meter` if requests need a key. The fast path counts each request in it when
+the request ends. ``take`` returns the counts and forgets them, so that memory is bounded by what is
+used between two calls, and each request is reported once.
+
+Where an engine reports no tokens, because it does not or because the client left before the end, the
+tokens of a stream are estimated from its size. What a token of a Model's streams takes is learned
+from those that report them.
+"""
+
+cimport cython
+from libc.stdint cimport int64_t
+
+from kubeai._keys cimport Key
+from kubeai.openai._usage cimport Usage
+
+from kubeai.routing.usage import UsageRow
+
+cdef enum:
+    LEARNED_MIN_TOKENS = 16  # the head of a short response would count for too much
+    MODELS_MAX_COUNT = 10_000  # whose streams are known
+cdef double STREAM_BYTES_PER_TOKEN = 220  # until one has been seen
+cdef double LEARNING_RATE = 0.05
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Counts:
+    """The sums over a key's requests to one Model."""
+
+
+@cython.final
+cdef class Meter:
+    """See the stub."""
+
+    def __init__(self):
+        self.counts = {}
+        self.bytes_per_token = {}
+
+    cdef int count(self, Key key, str model, const Usage *usage, bint is_estimated) except -1:
+        """Count a request of which all numbers of tokens are known."""
+        cdef dict models = self.counts.get(key)
+        cdef Counts counts
+        if models is None:
+            models = self.counts[key] = {}
+        counts = models.get(model)
+        if counts is None:
+            counts = models[model] = Counts.__new__(Counts)
+        counts.requests += 1
+        counts.estimated_requests += is_estimated
+        counts.prompt_tokens += usage.prompt_tokens
+        counts.cached_tokens += usage.cached_tokens
+        counts.completion_tokens += usage.output_tokens
+        return 0
+
+    cdef int learn(self, str model, int64_t size_bytes, int64_t tokens) except -1:
+        """A stream of this size had this number of tokens."""
+        cdef double known
+        cdef double seen
+        if tokens < LEARNED_MIN_TOKENS or size_bytes <= 0:
+            return 0
+        seen = <double> size_bytes / tokens
+        if model in self.bytes_per_token:
+            known = self.bytes_per_token[model]
+            self.bytes_per_token[model] = known + LEARNING_RATE * (seen - known)
+        else:
+            if len(self.bytes_per_token) >= MODELS_MAX_COUNT:
+                self.bytes_per_token.clear()
+            self.bytes_per_token[model] = seen
+        return 0
+
+    cdef int64_t tokens_in(self, str model, int64_t size_bytes) except -1:
+        """The tokens in a stream of this size, as estimated."""
+        cdef double known = self.bytes_per_token.get(model, STREAM_BYTES_PER_TOKEN)
+        return <int64_t> (size_bytes / known)
+
+    def take(self):
+        """See the stub."""
+        cdef dict taken = self.counts
+        cdef Key key
+        cdef str model
+        cdef Counts counts
+        cdef list rows = []
+        cdef object make = UsageRow._make
+        self.counts = {}
+        for key, models in taken.items():
+            for model, counts in (<dict> models).items():
+                rows.append(make((
+                    key.name,
+                    key.tenant,
+                    model,
+                    counts.requests,
+                    counts.estimated_requests,
+                    counts.prompt_tokens,
+                    counts.cached_tokens,
+                    counts.completion_tokens,
+                )))
+        return tuple(rows)
+
+
+def counted(
+    Meter meter not None, Key key not None, str model not None,
+    prompt, cached, completion, bint is_estimated=False
+):
+    """See the stub."""
+    cdef Usage usage
+    usage.prompt_tokens = prompt
+    usage.cached_tokens = cached
+    usage.output_tokens = completion
+    meter.count(key, model, &usage, is_estimated)
