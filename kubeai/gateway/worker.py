@@ -2,8 +2,8 @@
 
 :class:`Worker` is also the base class of the messenger's process (messenger/).
 
-It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
-and its end of the channel to the supervisor (routing/channel.py). The environment variable
+It inherits file descriptors for the load table, the prefix index, the journal, the queue table with
+an eventfd for each worker, a listening socket and its end of the channel to the supervisor (routing/channel.py). The environment variable
 ``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
 :class:`.WorkerSettings`). It serves once it has received the first routing table. It drains on
 ``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is gone finishes its
@@ -30,6 +30,7 @@ from aiohttp import web
 from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
@@ -68,7 +69,10 @@ class Worker:
         if settings.journal_fd >= 0:
             self._context.journal = Journal.attach(settings.journal_fd, settings.column)
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
-        self._server = Server(self._context, self._table, self._index)
+        queues = None
+        if settings.queue_fd >= 0:
+            queues = QueueTable.attach(settings.queue_fd, settings.column, settings.wake_fds)
+        self._server = Server(self._context, self._table, self._index, queues)
         self._channel = Channel(Down, self._on_message, self._channel_ended)
         self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()

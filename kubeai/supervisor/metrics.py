@@ -26,9 +26,11 @@ from typing_extensions import override
 
 import kubeai
 from kubeai._load import ITERATION_BUCKETS, LoadTable
+from kubeai._queue_table import QueueTable
 from kubeai._readings import picks
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
+from kubeai.supervisor.queue_metrics import QueueCollector
 
 REQUESTS = "kubeai_inference_requests"
 _REQUEST_TYPES: tuple[RequestType, ...] = ("http", "message")
@@ -38,7 +40,7 @@ class Metrics:
     """All metrics of this KubeAI replica.
 
     ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
-    of the message streams; None: there are none.
+    of the message streams; None: there are none. ``queues``: None: there are no queues.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class Metrics:
         publisher: Publisher,
         peers: Callable[[], Mapping[str, float]] = dict,
         streams: Collector | None = None,
+        queues: QueueTable | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
         if streams is not None:
             self._registry.register(streams)
+        if queues is not None:
+            self._registry.register(QueueCollector(queues, publisher))
         ProcessCollector(registry=self._registry)  # the supervisor's process
 
     def render(self, accept: str) -> tuple[bytes, str]:

@@ -20,6 +20,7 @@ from aiohttp import web
 from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import SystemConfig
 from kubeai.brokers.streams import open_streams
 from kubeai.errors import ConfigError, KubeAIError
@@ -114,7 +115,8 @@ class Supervisor:
         self.table = LoadTable.create(TABLE_ROWS, columns)
         self.table.phase = random.getrandbits(32)
         self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
-        self.publisher = Publisher(self.table, self.index)
+        self.queues = QueueTable.create(TABLE_ROWS, columns)
+        self.publisher = Publisher(self.table, self.index, self.queues)
         self.peers = Peers(
             kube,
             namespace,
@@ -162,6 +164,7 @@ class Supervisor:
             WorkerProcess,
             table=self.table,
             index=self.index,
+            queues=self.queues,
             config=config.gateway,
             journal_fd=-1 if self._console is None else journal.fd,
             console_path="" if self._console is None else self._console.path,
@@ -195,6 +198,7 @@ class Supervisor:
             self.publisher,
             self.peers.silences_s,
             self._streams if has_streams else None,
+            self.queues,
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -291,6 +295,7 @@ class Supervisor:
             for worker in self._workers:
                 worker.close_listener()
             self.table.close()
+            self.queues.close()
         for task in (operator, *lives, *background):
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error

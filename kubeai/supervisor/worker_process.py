@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
@@ -38,6 +39,7 @@ class WorkerProcess:
         listener: socket.socket | None,
         table: LoadTable,
         index: PrefixIndex,
+        queues: QueueTable,
         config: GatewayConfig,
         *,
         journal_fd: int,
@@ -71,6 +73,7 @@ class WorkerProcess:
         self.stopping = False  # the process is not restarted when it exits
         self._table = table
         self._index = index
+        self._queues = queues
         self._config = config
         self._journal_fd = journal_fd
         self._console_path = console_path
@@ -94,6 +97,7 @@ class WorkerProcess:
             code = await self._run_once()
             # The process has been reaped, so it can no longer write to its column.
             self._table.clear_column(self.column)
+            self._queues.clear_column(self.column)
             self._on_end()
             if self.stopping:
                 return
@@ -116,6 +120,8 @@ class WorkerProcess:
                 journal_fd=self._journal_fd,
                 console_path=self._console_path,
                 messaging=self._messaging,
+                queue_fd=self._queues.fd,
+                wake_fds=self._queues.wake_fds,
             )
             process = await self._spawn(
                 Command(
