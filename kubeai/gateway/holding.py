@@ -1,9 +1,9 @@
 """Holds requests that no endpoint can serve yet.
 
-:func:`hold` waits for an endpoint, in the model's queue (routing/queueing.py). :class:`HoldComments` meanwhile sends the client of a streaming
-request the head of the response, and comments that say what the model waits for. :func:`advice`
-returns headers that tell a client whether and when to retry. Called by attempts.py and
-local_routes.py.
+:func:`hold` waits for an endpoint, in the model's queue (routing/queueing.py).
+:class:`HoldComments` meanwhile sends the client of a streaming request the head of the response,
+and comments that say what the model waits for. :func:`advice` returns headers that tell a client
+whether and when to retry. Called by attempts.py and local_routes.py.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 :class:`Worker` is also the base class of the messenger's process (messenger/).
 
 It inherits file descriptors for the load table, the prefix index, the journal, the queue table with
-an eventfd for each worker, a listening socket and its end of the channel to the supervisor (routing/channel.py). The environment variable
-``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
-:class:`.WorkerSettings`). It serves once it has received the first routing table. It drains on
-``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is gone finishes its
-open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
+an eventfd for each worker, a listening socket, and its end of the channel to the supervisor
+(routing/channel.py). The environment variable ``KUBEAI_WORKER`` has their numbers and its column of
+the load table (JSON, :class:`.WorkerSettings`). It serves once it has received the first routing
+table. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker whose supervisor is
+gone finishes its open requests, then exits 0. It ignores SIGINT, which the supervisor handles.
 """
 
 from __future__ import annotations

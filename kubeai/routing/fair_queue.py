@@ -6,12 +6,13 @@ work is next (start-time fair queueing). It is the limit of deficit round robin 
 Work differs a thousandfold between requests, so a quantum that covers the largest request would let
 a tenant have a thousand small ones served per round, before another tenant's first.
 
-A tenant's first request starts at the virtual time at which the requests of its priority are now, so
-a tenant that did not use its share earlier has no claim to more later, and one that has waited long
-with a low priority has none against others of that priority.
+A tenant's first request starts at the virtual time at which the requests of its priority are now.
+So a tenant that did not use its share earlier has no claim to more later, and one that has waited
+long with a low priority has none against others of that priority.
 
-The :class:`Accounts` may be shared by several queues: ``queueing`` shares those of a worker's queues
-with the other workers in the queue table. Each operation takes O(log tenants), except ``place``.
+The :class:`Accounts` may be shared by several queues: ``queueing`` shares those of a worker's
+queues with the other workers in the queue table. Each operation takes O(log tenants), except
+``place``.
 """
 
 from __future__ import annotations
@@ -198,9 +199,7 @@ class FairQueue(Generic[E]):
                 return found
         return None
 
-    def _head_of(
-        self, level: _Level[E], blocked: Collection[str | None]
-    ) -> tuple[E, int] | None:
+    def _head_of(self, level: _Level[E], blocked: Collection[str | None]) -> tuple[E, int] | None:
         skipped = []
         found = None
         while level.heap and found is None:

@@ -66,7 +66,7 @@ class Waiting:
         "adapter",
         "block",
         "entered_s",
-        "is_displaced",
+        "error",
         "priority",
         "prompt",
         "reservation",
@@ -85,7 +85,7 @@ class Waiting:
         self.work = work_of(prompt)
         self.entered_s = 0.0
         self.reservation: Reservation | None = None  # once it is its turn
-        self.is_displaced = False
+        self.error: Exception | None = None  # ends the wait
         self.block: Block | None = None  # as it was when the request last looked
         self.turn: asyncio.Future[None] | None = None
 
@@ -177,8 +177,8 @@ class ModelQueue:
         """Raise if the request need not wait any longer."""
         if self._routed.is_gone:
             raise ModelGone
-        if waiting.is_displaced:
-            raise Displaced
+        if waiting.error is not None:
+            raise waiting.error
         waiting.block = self._block(waiting)
         if waiting.block is not None and waiting.block.fails_at_s <= now_s:
             raise Blocked(waiting.block)
@@ -210,10 +210,13 @@ class ModelQueue:
         lowest = self._queue.newest_of_lowest()
         if lowest is None or lowest.priority >= priority:
             return False
-        self._queue.remove(lowest)
-        lowest.is_displaced = True
-        lowest.wake()
+        self._fail(lowest, Displaced())
         return True
+
+    def _fail(self, waiting: Waiting, error: Exception) -> None:
+        self._queue.remove(waiting)
+        waiting.error = error
+        waiting.wake()
 
     def place(self, waiting: Waiting) -> tuple[int, int]:
         """A request's place, and how many wait for the model in all workers of this replica.
@@ -236,7 +239,11 @@ class ModelQueue:
             waiting, start = head
             if limited and not self._is_first(waiting, start, skip, is_tick=is_tick):
                 return
-            reservation = self._routed.pick(waiting.prompt, waiting.adapter)
+            try:
+                reservation = self._routed.pick(waiting.prompt, waiting.adapter)
+            except Exception as error:  # a fault ends this request, not the dispatch
+                self._fail(waiting, error)
+                continue
             if reservation is not None:
                 self._queue.take(waiting)
                 waiting.reservation = reservation

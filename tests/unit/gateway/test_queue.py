@@ -104,9 +104,7 @@ async def test_llm_ds_objectives_are_priorities(busy):
     lines = ["batch", "none such", "urgent"]
     wires = [await send(world, ask("m", f"{TENANT}: first"), 0)]
     for held, name in enumerate(lines, 1):
-        wires.append(
-            await send(world, ask("m", f"{TENANT}: {name}", f"{OBJECTIVE}: {name}"), held)
-        )
+        wires.append(await send(world, ask("m", f"{TENANT}: {name}", f"{OBJECTIVE}: {name}"), held))
     assert await engine.serve_all(4) == ["first", "urgent", "none such", "batch"]
     for wire in wires:
         assert (await wire.answer()).status == 200
@@ -238,7 +236,9 @@ async def test_a_form_and_a_stream_wait_their_turn_too(busy):
     )
     upload = await send(
         world,
-        post("/openai/v1/audio/transcriptions", form, "Content-Type: multipart/form-data; boundary=b"),
+        post(
+            "/openai/v1/audio/transcriptions", form, "Content-Type: multipart/form-data; boundary=b"
+        ),
         1,
     )
     await engine.serve_all(2)

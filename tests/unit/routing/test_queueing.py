@@ -373,6 +373,24 @@ async def test_an_endpoint_that_goes_before_the_request_is_sent_serves_none(site
     task.result().release()
 
 
+async def test_a_request_that_can_be_served_does_not_wait(site):
+    site.route(["a"])
+    reservation = await site.workers[0].ask(timeout_s=0.0)
+    reservation.release()
+
+
+async def test_a_wait_for_an_adapter_ends_when_an_endpoint_has_it(site):
+    site.route(capacity=0, adapters=("x",))
+    plain, adapter = site.workers[0].ask(), site.workers[0].ask(adapter="x")
+    await site.settle()
+    site.route(["a"], capacity=0, adapters=("x",))
+    assert await served(site, [plain, adapter]) == [plain]
+    site.route(["a", "x"], capacity=0, adapters=("x",))
+    assert await served(site, [adapter]) == [adapter]
+    for task in (plain, adapter):
+        task.result().release()
+
+
 async def test_a_deadline_ends_the_wait(site):
     site.route(["a"])
     first = site.workers[0].pick_new()
@@ -389,13 +407,15 @@ async def test_a_deleted_model_ends_the_wait(site):
     site.route(["a"])
     first = site.workers[0].pick_new()
     task = site.workers[0].ask()
-    row = site.publisher.row("m")
+    row, model = site.publisher.row("m"), site.workers[0].model
     await site.settle()
     site.unroute()
     with pytest.raises(ModelGone):
         await task
     assert not site.queues.is_waiting(row)
     assert sum(site.queues.waiting(row)) == 0
+    with pytest.raises(ModelGone):
+        await model.queue.wait(Waiting(Prompt()), asyncio.get_running_loop().time() + 30)
     first.release()
 
 
