@@ -32,7 +32,10 @@ REQUEST_TOKENS = 256  # of work, besides the prompt; as in the gateway
 
 
 class Tenant(msgspec.Struct, frozen=True, kw_only=True):
-    """A tenant's requests: ``at_once`` at ``from_s``, then ``per_s`` on average."""
+    """A tenant's requests: ``at_once`` at ``from_s``, then ``per_s`` on average.
+
+    Lengths are means, with a lognormal distribution.
+    """
 
     name: str
     at_once: int = 0
@@ -41,6 +44,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 500
     output_tokens: int = 100
     priority: int = 0
+    spread: float = 0.6  # standard deviation of the logarithm of lengths; 0: all equal
 
 
 class Mix(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,11 +87,16 @@ def asks_of(mix: Mix) -> list[Ask]:
         now_s = tenant.from_s
         while tenant.per_s and (now_s := now_s + source.expovariate(tenant.per_s)) < mix.until_s:
             times.append(now_s)
-        asks += [
-            Ask(tenant.name, tenant.priority, tenant.prompt_tokens, tenant.output_tokens, at_s)
-            for at_s in times
-        ]
+        for at_s in times:
+            prompt_tokens = _length(source, tenant.prompt_tokens, tenant.spread)
+            output_tokens = _length(source, tenant.output_tokens, tenant.spread)
+            asks.append(Ask(tenant.name, tenant.priority, prompt_tokens, output_tokens, at_s))
     return sorted(asks, key=lambda ask: ask.came_s)
+
+
+def _length(source: random.Random, mean: int, spread: float) -> int:
+    drawn = source.lognormvariate(math.log(mean) - spread * spread / 2, spread)
+    return max(1, min(round(drawn), 20 * mean))
 
 
 def simulate(mix: Mix, policy: Policy) -> list[Ask]:
