@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from autoscaling import filled
+from pages import filled
 
 from kubeai.simulation.presets import PRESETS
 from kubeai.simulation.tenants import Ask, Mix, Policy, Tenant, simulate
@@ -70,7 +70,7 @@ def row(name: str, policy: Policy, asks: list[Ask], tenant: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table() -> str:
+def table() -> list[str]:
     """The table and its legend."""
     lines = [
         "| mix | queue | tenant | requests | median TTFT | p99 | all served after |",
@@ -81,7 +81,7 @@ def table() -> str:
             asks = simulate(mix, policy)
             lines += [row(name, policy, asks, tenant.name) for tenant in mix.tenants]
     legend = "; ".join(f"{name}: {text}" for name, (text, _) in MIXES.items())
-    return "\n".join([*lines, "", f"Mixes: {legend}."])
+    return [*lines, "", f"Mixes: {legend}."]
 
 
 def main() -> int:
@@ -89,11 +89,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
-    text = table()
+    lines = table()
     if options.write is None:
-        print(text)
+        print("\n".join(lines))
     else:
-        options.write.write_text(filled(options.write.read_text(), "tenants", text))
+        options.write.write_text(filled(options.write.read_text(), "tenants", lines))
     return 0
 
 

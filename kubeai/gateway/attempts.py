@@ -206,6 +206,8 @@ class AdmittedRequest(FastPath):
             self._say(500, "Internal error in the gateway.", "internal_error")
 
     async def _try_later(self) -> Reservation:
+        if self._routed.is_full(self._request.adapter):
+            return await self._hold()
         later = await self._attempts.later(self._routed, self._prompt, self._request.adapter)
         return later or await self._hold()
 

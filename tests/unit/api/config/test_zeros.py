@@ -37,6 +37,7 @@ ZERO_IS_A_VALUE = {
     "gateway.retryBudgetMin",
     "gateway.retryBudgetPercent",
     "gateway.ejectAfterFailures",  # never
+    "gateway.queue.saturationPercent",  # never full
     "gateway.drainAccept",
     "gateway.drainTimeout",
 }
