@@ -54,8 +54,11 @@ class QueueTable(SharedMemory):
         """No request waits in another replica."""
     def advance(self, row: int, now: int) -> None:
         """Record that another replica's virtual time is ``now``."""
-    def first(self, row: int) -> tuple[int, int] | None:
-        """The priority and start of this replica's first request; None if none waits."""
+    def firsts(self) -> dict[int, tuple[int, int, int]]:
+        """By row, the priority and the start of this replica's first request, and the time.
+
+        Only rows for which a request waits.
+        """
     def round(self, row: int) -> int:
         """A model's virtual time: the latest start that any worker has served, in tokens."""
     def account(self, row: int, generation: int, tenant: str) -> int:

@@ -244,16 +244,23 @@ cdef class QueueTable(SharedMemory):
         if get_u64(&peers.round) < now:
             put_u64(&peers.round, min(now, TAG_MASK >> 1))
 
-    def first(self, Py_ssize_t row):
+    def firsts(self):
         """See the stub."""
+        cdef Py_ssize_t row
         cdef int best
         cdef uint64_t head
-        self._check_row(row)
-        best = self._best(row, self.columns - 1, -1)
-        if best < 0:
-            return None
-        head = get_u64(&self.head_cells[row * self.stride + best])
-        return <int> (head >> TAG_BITS) - _PRIORITY_MAX - 1, TAG_MASK - (head & TAG_MASK)
+        cdef dict firsts = {}
+        self._check_row(0)
+        for row in range(<Py_ssize_t> (<Header *> self.base).rows_used):
+            best = self._best(row, self.columns - 1, -1)
+            if best >= 0:
+                head = get_u64(&self.head_cells[row * self.stride + best])
+                firsts[row] = (
+                    <int> (head >> TAG_BITS) - _PRIORITY_MAX - 1,
+                    TAG_MASK - (head & TAG_MASK),
+                    self._round(row),
+                )
+        return firsts
 
     # -- virtual time and accounts -----------------------------------------------------------
 

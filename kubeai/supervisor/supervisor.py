@@ -126,6 +126,7 @@ class Supervisor:
             self.publisher,
             pod=pod,
             addresses=config.fixed_self_metric_addrs,
+            queues=self.queues,
         )
         self._cache_sizes = CacheSizes(self.index, self.publisher)
         self.operator = Operator(

@@ -30,6 +30,9 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 InFlight = Annotated[int, msgspec.Meta(ge=GONE, le=COUNT_MAX)]
 Active = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 Ended = Annotated[int, msgspec.Meta(ge=0)]
+# The first waiting request of a Model: its priority, its start tag, and the Model's virtual time.
+Tag = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+Head = tuple[Annotated[int, msgspec.Meta(ge=-1000, le=1000)], Tag, Tag]
 
 
 class SentPrompt(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +62,7 @@ class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
     pending: dict[str, Tokens] = {}  # prompt tokens by endpoint; of those above, 0 if missing
     # Prompts since the previous frame, the newest ones; None: the sender's version has no index.
     prompts: Annotated[list[SentPrompt], msgspec.Meta(max_length=PROMPTS_MAX)] | None = None
+    queues: dict[str, Head] = {}  # by Model; of those above, none waits if missing
 
 
 class BadFrame(KubeAIError):
