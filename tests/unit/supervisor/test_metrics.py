@@ -98,12 +98,12 @@ def test_waiting_requests_and_their_waits_are_shown_by_class_of_priority(replica
         worker.leave(row, priority, 3.0)
     found = replica.scrape()
     length = "kubeai_queue_requests"
-    assert [found[length, "m", name] for name in ("low", "normal", "high")] == [0, 1, 1]
+    assert [found[length, name, "m"] for name in ("low", "normal", "high")] == [0, 1, 1]
     wait = "kubeai_queue_wait_seconds"
-    buckets = [found[f"{wait}_bucket", "m", "high", bound] for bound in ("1.0", "10.0", "+Inf")]
+    buckets = [found[f"{wait}_bucket", bound, "high", "m"] for bound in ("1.0", "10.0", "+Inf")]
     assert buckets == [0, 1, 1]
-    assert found[f"{wait}_sum", "m", "high"] == 3.0
-    assert (f"{wait}_count", "m", "low") not in found
+    assert found[f"{wait}_sum", "high", "m"] == 3.0
+    assert (f"{wait}_count", "low", "m") not in found
     replica.publish("m", gone=True)
     assert not [name for name in replica.scrape() if name[0].startswith("kubeai_queue")]
 
