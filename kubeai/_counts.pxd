@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from kubeai._load cimport LoadTable
+from kubeai._queue_table cimport QueueTable
 
 
 cdef class Admission:
@@ -25,6 +26,7 @@ cpdef Admission admit(LoadTable table, Py_ssize_t row, uint32_t generation, str 
 
 cdef class Reservation:
     cdef LoadTable table
+    cdef QueueTable queues  # of requests that wait for this place; None: none does
     cdef uint64_t *cell
     cdef uint64_t *model_cell
     cdef int row

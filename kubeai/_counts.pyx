@@ -183,6 +183,8 @@ cdef class Reservation:
         live_reservations -= 1
         self._subtract(load_of(1, self.pending))
         self.pending = 0
+        if self.queues is not None:
+            self.queues.freed(self.model_row)
 
     def release(self):
         """Stop counting it (idempotent; also done when garbage-collected)."""

@@ -5,6 +5,7 @@ from kubeai._load cimport Speed
 from kubeai._prefix cimport PrefixIndex
 from kubeai._prompt cimport Known, Prompt
 from kubeai._members cimport Members
+from kubeai._queue_table cimport QueueTable
 from kubeai._ring cimport Ring, Survey
 
 from libc.stdint cimport int32_t, int64_t, uint32_t
@@ -28,9 +29,14 @@ cdef class Picker:
     cdef readonly int64_t prefix_char_length
     cdef int64_t load_factor  # of PrefixCache, in percent; 0: no bound
     cdef readonly double tokens_per_byte  # of prompts' text
+    cdef readonly int64_t capacity  # requests in flight per endpoint; 0: not limited
+    cdef QueueTable queues  # None: the capacity is not limited
     cdef object estimated  # deque of (when its prefill is believed to end, Reservation)
 
     cpdef Reservation pick(self, Prompt prompt, str adapter=*, object exclude=*)
+    cpdef Reservation pick_new(self, Prompt prompt, str adapter=*, str tenant=*)
+    cpdef bint has_room(self, str adapter=*, int64_t places=*)
+    cdef Reservation _pick_by_ring(self, Prompt prompt, str adapter, object exclude)
     cdef Reservation _pick_cached(self, Prompt prompt, str adapter, object exclude)
     cdef bint _is_untold(self, const Known *known) noexcept
     cdef void _believe(self, Prompt prompt, Known *known) noexcept

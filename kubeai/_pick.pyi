@@ -6,6 +6,7 @@ from typing import Any, Literal, final
 from kubeai._counts import Reservation
 from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
+from kubeai._queue_table import QueueTable
 from kubeai._ring import Ring
 
 Strategy = Literal["LeastLoad", "PrefixHash", "PrefixCache"]
@@ -17,6 +18,7 @@ class Picker:
 
     ring: Ring
     prefix_char_length: int
+    capacity: int  # requests in flight per endpoint; 0: not limited
     tokens_per_byte: float  # of prompts' text: 1/4 until engines have reported numbers of tokens
 
     def __init__(self, ring: Ring, index: PrefixIndex | None = None) -> None:
@@ -29,10 +31,29 @@ class Picker:
         ``load_factor``: PrefixCache avoids endpoints whose load would exceed this percentage of
         the mean, if others can serve; 0: it does not.
         """
+    def limit(self, capacity: int, queues: QueueTable | None) -> None:
+        """Pick no endpoint that has ``capacity`` requests in flight; 0: endpoints are never full.
+
+        ``queues``: where requests wait until one has room. ValueError if there is none.
+        """
+    def pick_new(
+        self, prompt: Prompt, adapter: str | None = None, tenant: str = ""
+    ) -> Reservation | None:
+        """Like ``pick`` for a request that has not waited; None also if others wait.
+
+        If requests wait in another replica, one place is left to them. With a capacity, the request's work is charged to the tenant's account.
+        """
+    def has_room(self, adapter: str | None = None, places: int = 1) -> bool:
+        """Whether the endpoints that serve the adapter have room for ``places`` more requests.
+
+        Ejected endpoints count too.
+        """
     def pick(
         self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
         """Pick an endpoint and count the request there; None if no endpoint can serve it.
+
+        With a capacity, an endpoint with that many requests in flight is never picked.
 
         ``exclude``: names of endpoints already tried.
         """

@@ -39,9 +39,11 @@ from kubeai._load cimport (
     count,
     get_time,
     get_u64,
+    in_flight_of,
     work_of,
 )
 from kubeai._members cimport Members
+from kubeai._queue_table cimport QueueTable
 from kubeai._prefix cimport PrefixIndex
 from kubeai._nodes cimport slot_of
 from kubeai._prompt cimport Known, Prompt, add_known, known_tokens
@@ -98,6 +100,13 @@ cdef class Picker:
         self.prefix_char_length = prefix_char_length
         self.load_factor = load_factor
 
+    def limit(self, int64_t capacity, QueueTable queues):
+        """See the stub."""
+        if queues is None and capacity:
+            raise ValueError("a capacity needs a queue table")
+        self.queues = queues if capacity else None
+        self.capacity = self.ring.capacity = capacity
+
     cpdef Reservation pick(self, Prompt prompt, str adapter=None, object exclude=()):
         """See the stub."""
         cdef Reservation reservation
@@ -105,7 +114,47 @@ cdef class Picker:
             raise TypeError("a pick needs a prompt")
         self.expire()
         if self.strategy == PREFIX_CACHE:
-            return self._pick_cached(prompt, adapter, exclude)
+            reservation = self._pick_cached(prompt, adapter, exclude)
+        else:
+            reservation = self._pick_by_ring(prompt, adapter, exclude)
+        if self.queues is not None and reservation is not None:
+            reservation.queues = self.queues
+        return reservation
+
+    cpdef Reservation pick_new(self, Prompt prompt, str adapter=None, str tenant=""):
+        """See the stub."""
+        cdef Reservation reservation
+        if self.queues is None:
+            return self.pick(prompt, adapter)
+        if self.queues.is_any_waiting(self.ring.row, adapter is not None):
+            return None
+        if self.queues.is_peer_waiting(self.ring.row) and not self.has_room(adapter, 2):
+            return None
+        reservation = self.pick(prompt, adapter)
+        if reservation is not None:
+            self.queues.charge_now(
+                self.ring.row, self.ring.generation, tenant, prompt.tokens + REQUEST_TOKENS
+            )
+        return reservation
+
+    cpdef bint has_room(self, str adapter=None, int64_t places=1):
+        """See the stub."""
+        cdef Members members = self.ring._members(adapter)
+        cdef int32_t at
+        if members is None:
+            return False
+        if not self.capacity:
+            return members.n > 0
+        for at in range(members.n):
+            places -= max(
+                0, self.capacity - in_flight_of(self.ring.table._load(members.rows[at]))
+            )
+            if places <= 0:
+                return True
+        return False
+
+    cdef Reservation _pick_by_ring(self, Prompt prompt, str adapter, object exclude):
+        cdef Reservation reservation
         if self.strategy == PREFIX_HASH and prompt.has_key:
             reservation = self.ring.pick_hashed(prompt.key, adapter, exclude, prompt, self.index)
             if reservation is not None:

@@ -3,7 +3,7 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from kubeai._counts cimport Reservation
-from kubeai._load cimport LoadTable
+from kubeai._load cimport LoadTable, get_time, in_flight_of
 from kubeai._members cimport Members
 from kubeai._nodes cimport VirtualNodes
 from kubeai._prefix cimport PrefixIndex
@@ -30,6 +30,24 @@ cdef struct Survey:  # which endpoints can serve one request
     int64_t n
     int64_t total  # work of the n
     int64_t open  # of the n, those that are not excluded
+    int32_t busy  # those that are not ejected, but full
+
+
+cdef inline int32_t exclude_full(
+    Slot *slots, Members members, LoadTable table, uint64_t walk, int64_t capacity, Survey *survey
+) noexcept:
+    """Exclude the endpoints with ``capacity`` requests in flight; returns how many."""
+    cdef int32_t at, row, full = 0
+    cdef Slot *slot
+    for at in range(members.n):
+        row = members.rows[at]
+        slot = &slots[members.slots[at]]
+        if in_flight_of(table._load(row)) < capacity or slot.excluded == walk:
+            continue
+        slot.excluded = walk
+        full += 1
+        survey.busy += get_time(&table.health[row].ejected_until_s) <= survey.now_s
+    return full
 
 
 cdef class _Endpoint:
@@ -46,6 +64,7 @@ cdef class Ring:
     cdef uint32_t generation
     cdef int64_t replication
     cdef int64_t factor
+    cdef int64_t capacity  # requests in flight per endpoint; 0: not limited
     cdef dict endpoints  # name → _Endpoint
     cdef list by_slot  # slot → _Endpoint, or None
     cdef list free_slots

@@ -460,13 +460,21 @@ cdef class Ring:
         cdef int32_t excluded = self._exclude(members, exclude) if exclude else 0
         cdef uint64_t health_events = self.table._health_events()
         survey.now_s = 0
+        survey.busy = 0
         survey.unwell = health_events != self.health_events_seen and not self._all_well()
         if not survey.unwell:
             self.health_events_seen = health_events
         elif self.ejected_count():
             survey.now_s = self._now_s()
+        if self.capacity:
+            excluded += exclude_full(
+                self.slots, members, self.table, self.walk, self.capacity, survey
+            )
+        if survey.now_s != 0:
             if self._survey_ejected(survey, members):
                 return True
+            if survey.busy:  # not panic mode: those that are not ejected will have room again
+                return False
             survey.now_s = FAR_S
         survey.n = members.n
         survey.open = members.n - excluded

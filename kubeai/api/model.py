@@ -176,6 +176,16 @@ class LoadBalancing(ApiValue, frozen=True, kw_only=True):
         default_factory=PrefixHash
     )
     prefix_cache: Annotated[PrefixCache | None, doc("Settings of PrefixCache.")] = None
+    max_requests_per_replica: Annotated[
+        int | None,
+        doc(
+            "Maximum number of requests in flight on a replica. Further requests wait in the "
+            "gateway, in a queue that is fair to tenants, until a replica has room. 0: there is no "
+            "maximum. Unset: gateway.queue.saturationPercent of targetRequests.",
+            format="int32",
+            minimum=0,
+        ),
+    ] = None
 
 
 class File(ApiValue, frozen=True, kw_only=True):

@@ -69,6 +69,11 @@ cdef inline uint32_t known(uint32_t tokens) noexcept:
     return 0 if tokens == <uint32_t> UNKNOWN_TOKENS else tokens
 
 
+cdef inline str tenant_of(Key key):
+    """Whose request it is; the headers that say so without keys are not handled here."""
+    return "" if key is None else key.tenant or key.name
+
+
 cdef inline uint8_t pick_of(int reason) noexcept:
     """A Reservation's reason in the journal."""
     if reason == PICKED_CACHED:
@@ -126,6 +131,8 @@ cdef bint is_special(const Text *text) noexcept:
             if is_name(at, b"content-encoding", 16) or is_name(at, b"x-label-selector", 16):
                 return True
         elif size > 17 and at[17] == c":" and is_name(at, b"x-kubeai-max-wait", 17):
+            return True
+        elif size > 29 and is_name(at, b"x-gateway-inference-", 20):  # llm-d's headers
             return True
         at = line_end + 2
     return False
@@ -221,7 +228,7 @@ cdef class FastPath(EarlyStream):
         )
         if context.explains:
             self.note_candidates()
-        self._place(picker.pick(self._prompt))
+        self._place(picker.pick_new(self._prompt, None, tenant_of(self._key)))
         return 0
 
     cdef bint _is_within_limits(self) except -1:

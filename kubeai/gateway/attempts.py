@@ -29,6 +29,7 @@ from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, engine_error, error_answer, header_lines
 from kubeai.openai.routes import Kind
+from kubeai.routing.queueing import Waiting
 
 if TYPE_CHECKING:
     from kubeai._counts import Reservation
@@ -227,6 +228,8 @@ class AdmittedRequest(FastPath):
             self._say(500, "Internal error in the gateway.", "internal_error")
 
     async def _try_later(self) -> Reservation:
+        if self._routed.is_full(self._request.adapter):
+            return await self._hold()
         later = await self._attempts.later(self._routed, self._prompt, self._request.adapter)
         return later or await self._hold()
 
@@ -235,21 +238,43 @@ class AdmittedRequest(FastPath):
         other = self._attempts.elsewhere(self._routed, self._prompt, self._request.adapter)
         return other or await self._try_later()
 
+    @property
+    def _tenant(self) -> str:
+        """Whose request it is: the key's tenant, or what the client says where keys are off."""
+        if self._key is not None:
+            return self._key.tenant or self._key.name
+        if self.context.keys is not None:
+            return ""
+        return next(iter(self.headers(b"x-gateway-inference-fairness-id")), b"").decode("latin-1")
+
+    @property
+    def _priority(self) -> int:
+        """The key's priority, or the objective's if that is lower or there is no key."""
+        objectives = self.context.config.queue.objectives
+        given = None if self._key is None else self._key.priority
+        for name in self.headers(b"x-gateway-inference-objective")[:1]:
+            asked = objectives.get(name.decode("latin-1"))
+            if asked is not None:
+                given = asked if given is None else min(given, asked)
+        return given or 0
+
     async def _hold(self) -> Reservation:
         assert self._admission is not None, "a request is counted before it is held"
+        waiting = Waiting(self._prompt, self._request.adapter, self._tenant, self._priority)
         return await hold(
             self.context,
             self._routed,
             self._request,
             self._prompt,
             self._admission,
+            waiting=waiting,
             max_wait_s=None if self._max_wait_s is None else self._max_wait_s - self._waited_s,
-            during=self._wait_counted(),
+            during=self._wait_counted(waiting),
             request_id=self.request_id,
         )
 
     @contextlib.contextmanager
-    def _wait_counted(self) -> Iterator[None]:
+    def _wait_counted(self, waiting: Waiting) -> Iterator[None]:
         """Add the time of a wait to ``_waited_s``, and send comments meanwhile."""
         before_s = self._waited_s
         loop = asyncio.get_running_loop()
@@ -263,7 +288,7 @@ class AdmittedRequest(FastPath):
 
         comments = None
         if HoldComments.suit(self._request, self.context.config):
-            phrase = partial(progress, self._routed, self._request)
+            phrase = partial(progress, self._routed, self._request, waiting)
             comments = HoldComments(self, self.context.config, head, phrase)
         try:
             yield

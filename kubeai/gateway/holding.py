@@ -1,9 +1,9 @@
 """Holds requests that no endpoint can serve yet.
 
-:func:`hold` waits for an endpoint. :class:`HoldComments` meanwhile sends the client of a streaming
-request the head of the response, and comments that say what the model waits for. :func:`advice`
-returns headers that tell a client whether and when to retry. Called by attempts.py and
-local_routes.py.
+:func:`hold` waits for an endpoint, in the model's queue (routing/queueing.py).
+:class:`HoldComments` meanwhile sends the client of a streaming request the head of the response,
+and comments that say what the model waits for. :func:`advice` returns headers that tell a client
+whether and when to retry. Called by attempts.py and local_routes.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kubeai.gateway.relay._relay import RETRY_AFTER_S
 from kubeai.gateway.retries import ENGINE_DIED
 from kubeai.logs import RateLimit, get_logger
 from kubeai.openai.errors import BadRequest, model_not_found
-from kubeai.routing.table import Blocked, ModelGone, NoEndpoint
+from kubeai.routing.queueing import Blocked, Displaced, ModelGone, NoEndpoint, Waiting
 
 if TYPE_CHECKING:
     from kubeai._counts import Admission, Reservation
@@ -36,6 +36,7 @@ log = get_logger(__name__)
 # now, in which case a later request may succeed.
 CANNOT_START = "model_cannot_start"
 UNAVAILABLE = "model_unavailable"
+QUEUE_FULL = "queue_full"  # of a 429: the request made room for one of a higher priority
 
 WAITED = "X-KubeAI-Waited"
 RETRY_AFTER_MAX_S = 600
@@ -51,7 +52,7 @@ def advice(error: BadRequest) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers = {"Retry-After": str(error.retry_after_s)}
         return headers if error.is_retryable else {**headers, "x-should-retry": "false"}
-    return {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
+    return {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
 
 
 async def hold(
@@ -61,25 +62,28 @@ async def hold(
     prompt: Prompt,
     admission: Admission,
     *,
+    waiting: Waiting | None = None,
     max_wait_s: float | None = None,
     during: contextlib.AbstractContextManager[None] | None = None,
     request_id: str = "",
 ) -> Reservation:
-    """Wait until an endpoint can serve the request; BadRequest if none can in time.
+    """Wait until an endpoint can serve the request and it is its turn; BadRequest if not in time.
 
-    The request is counted as held while it waits, and a replica of the model is demanded. A model
-    that is known to be unable to start is neither waited for nor scaled up. ``max_wait_s``: the
-    client's own limit, below ``holdTimeout``. ``during``: entered while the request waits.
+    The request is counted as held while it waits, and a replica of the model is demanded if it has
+    none. A model that is known to be unable to start is neither waited for nor scaled up. If too
+    many requests wait, the newest of the lowest priority gets 429, or this one 503. ``waiting``:
+    the request in the queue, with its tenant and priority. ``max_wait_s``: the client's own limit,
+    below ``holdTimeout``. ``during``: entered while the request waits.
     ``request_id``: for the context's ``hold_watcher``.
     """
     loop = asyncio.get_running_loop()
-    watcher = context.hold_watcher
-    if watcher is not None:
-        watcher.on_hold(request_id)
+    waiting = waiting or Waiting(prompt, request.adapter)
+    watcher = _Watcher(context, routed, request, request_id)
+    watcher.on_hold()
     block = routed.block(request.adapter)
     if block is not None and block.fails_at_s <= loop.time():
         raise _blocked(routed, request, block)
-    if not context.hold(request.name):
+    if not context.hold(request.name, displaces=routed.queue.displace, priority=waiting.priority):
         log.warning("too many held requests", model=request.name)
         raise BadRequest(
             f"Too many requests are waiting for the model {request.model!r}.",
@@ -88,25 +92,26 @@ async def hold(
             retry_after_s=_retry_after_s(routed),
         )
     admission.hold()
-    context.demand(request.name)
+    if not routed.can_serve(request.adapter):
+        context.demand(request.name)
     timeout_s = context.config.hold_timeout_s
     if max_wait_s is not None:
         timeout_s = min(timeout_s, max(0.0, max_wait_s))
     deadline_s = loop.time() + timeout_s
     try:
         with during or contextlib.nullcontext():
-            while True:
-                await routed.wait(request.adapter, max(0.0, deadline_s - loop.time()))
-                if watcher is not None:
-                    await watcher.on_endpoint(request_id)
-                if reservation := routed.pick(prompt, request.adapter):
-                    return reservation
-                if watcher is not None:
-                    watcher.on_hold(request_id)
+            reservation = await routed.queue.wait(waiting, deadline_s)
+            while not await watcher.permits(reservation):
+                reservation = routed.pick(prompt, request.adapter) or await routed.queue.wait(
+                    waiting, deadline_s, front=True
+                )
+            return reservation
     except Blocked as blocked:
         raise _blocked(routed, request, blocked.block) from None
     except NoEndpoint:
         raise _timed_out(routed, request) from None
+    except Displaced:
+        raise _displaced(routed, request) from None
     except ModelGone:
         raise model_not_found(request.model) from None
     finally:
@@ -114,7 +119,45 @@ async def hold(
         context.unhold(request.name)
 
 
+class _Watcher:
+    """The context's ``hold_watcher``, if any, for one request.
+
+    A request of a saturated model is not reported as held: it holds up its stream, which thereby
+    takes no more requests than it may have in progress.
+    """
+
+    def __init__(
+        self, context: Context, routed: RoutedModel, request: InferenceRequest, request_id: str
+    ) -> None:
+        self._watcher = context.hold_watcher
+        self._routed = routed
+        self._adapter = request.adapter
+        self._request_id = request_id
+        self._is_held = False
+
+    def on_hold(self) -> None:
+        if self._watcher is not None and not self._routed.can_serve(self._adapter):
+            self._watcher.on_hold(self._request_id)
+            self._is_held = True
+
+    async def permits(self, reservation: Reservation) -> bool:
+        """Whether a request that it was told to be held may use the Reservation.
+
+        If not, it has been released, because the wait for the permission may have been long, and
+        the request has permission for the next one.
+        """
+        if self._watcher is None or not self._is_held:
+            return True
+        reservation.release()
+        await self._watcher.on_endpoint(self._request_id)
+        self._is_held = False
+        self.on_hold()
+        return False
+
+
 def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+    if routed.can_serve(request.adapter):
+        return _saturated(routed, request)
     message = f"No replica of the model {request.model!r} became ready in time."
     block = routed.block(request.adapter)
     if block is not None:
@@ -122,6 +165,29 @@ def _timed_out(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
     log.warning("no endpoint became ready", model=request.model, reason=block and block.reason)
     retry_after_s = _retry_after_s(routed)
     return BadRequest(message, status=504, code="timeout", retry_after_s=retry_after_s)
+
+
+def _saturated(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+    log.warning("no endpoint had room", model=request.model, waiting=len(routed.queue))
+    return BadRequest(
+        f"All replicas of the model {request.model!r} were busy until the end of the wait.",
+        status=504,
+        code="timeout",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def _displaced(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
+    suppressed = _refusals.take(time.monotonic())
+    if suppressed is not None:
+        log.warning("request displaced", model=request.model, suppressed=suppressed)
+    return BadRequest(
+        f"Too many requests are waiting for the model {request.model!r}, and one of a higher "
+        "priority has come.",
+        status=429,
+        code=QUEUE_FULL,
+        retry_after_s=_retry_after_s(routed),
+    )
 
 
 def _blocked(routed: RoutedModel, request: InferenceRequest, block: Block) -> BadRequest:
@@ -150,11 +216,15 @@ def _retry_after_s(routed: RoutedModel) -> int | None:
 # -- comments --------------------------------------------------------------------------------------
 
 
-def progress(routed: RoutedModel, request: InferenceRequest) -> str:
+def progress(routed: RoutedModel, request: InferenceRequest, waiting: Waiting) -> str:
     """What a held request waits for, as a short phrase."""
+    place, total = routed.queue.place(waiting)
+    in_queue = f", place {place} of {total} in the queue" if total > 1 else ""
+    if routed.can_serve(request.adapter):
+        return f"all replicas are busy{in_queue}"
     if request.adapter is not None and routed.route.endpoints:
         return "loading the adapter"
-    return routed.route.progress or "starting"
+    return (routed.route.progress or "starting") + in_queue
 
 
 class HoldComments:

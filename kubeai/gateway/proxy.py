@@ -317,7 +317,7 @@ class Proxy(AdmittedRequest):
             reservation = routed.pick_only(only, self._prompt)
             self._is_pinned = reservation is not None
             return reservation
-        return routed.pick(self._prompt, request.adapter)
+        return routed.pick_new(self._prompt, request.adapter, self._tenant)
 
     def _find(self, request: InferenceRequest) -> RoutedModel:
         """The requested model, if it matches the request's label selectors.

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.gateway._fast_path import end_revoked
 from kubeai.gateway.context import Context
 from kubeai.gateway.endpoint_pool import (
@@ -64,6 +65,7 @@ class Server:
         context: Context,
         loads: LoadTable,
         index: PrefixIndex | None = None,
+        queues: QueueTable | None = None,
         *,
         tick_s: float = 0.25,
     ) -> None:
@@ -83,9 +85,12 @@ class Server:
             buffer_max_bytes=config.buffer_max_bytes,
             tick_s=tick_s,
         )
-        self.routes = context.routes = RoutingTable(loads, self._endpoint_pool, index=index)
+        self.routes = context.routes = RoutingTable(
+            loads, self._endpoint_pool, index=index, queues=queues
+        )
         context.models = self.routes.models
         self._tick_s = tick_s
+        self._wake_fd = -1 if queues is None else queues.wake_fds[queues.column]
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -108,6 +113,8 @@ class Server:
         if console_path:
             self._context.console = ConsolePool(self.relay, console_path)
         self.relay.start(loop)
+        if self._wake_fd >= 0:
+            loop.add_reader(self._wake_fd, self.routes.dispatch)
         if sock is not None:
             self._server = await loop.create_server(
                 partial(Downstream, self.relay), sock=sock, backlog=LISTEN_BACKLOG
@@ -140,7 +147,7 @@ class Server:
         self._timer = loop.call_later(self._tick_s, self._tick)
         self.routes.move_off_ejected()
         self.routes.expire()
-        self.routes.expire()
+        self.routes.dispatch(is_tick=True)
 
     async def drain(self, accept_s: float, timeout_s: float) -> None:
         """Drain as described in the module, for at most ``accept_s`` plus ``timeout_s``."""
@@ -167,6 +174,8 @@ class Server:
         self._context.local_routes.close()
         if self._context.console is not None:
             self._context.console.close()
+        if self._wake_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._wake_fd)
         self.relay.stop()
         self.routes.close()
         if self._context.observers is not None:

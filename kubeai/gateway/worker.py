@@ -2,13 +2,13 @@
 
 :class:`Worker` is also the base class of the messenger's process (messenger/).
 
-It inherits file descriptors for the load table, the prefix index, the journal, a listening socket
-and its end of the channel to the supervisor (routing/channel.py). The environment variable
-``KUBEAI_WORKER`` has their numbers and its column of the load table (JSON,
-:class:`.WorkerSettings`). It serves once it has received the first routing table, and the API keys
-if they are required. It drains on ``Drain``, on SIGTERM, and when the channel closes: a worker
-whose supervisor is gone finishes its open requests, then exits 0. It ignores SIGINT, which the
-supervisor handles.
+It inherits file descriptors for the load table, the prefix index, the journal, the key table, the
+queue table with an eventfd for each worker, a listening socket, and its end of the channel to the
+supervisor (routing/channel.py). The environment variable ``KUBEAI_WORKER`` has their numbers and
+its column of the load table (JSON, :class:`.WorkerSettings`). It serves once it has received the
+first routing table, and the API keys if they are required. It drains on ``Drain``, on SIGTERM, and
+when the channel closes: a worker whose supervisor is gone finishes its open requests, then exits 0.
+It ignores SIGINT, which the supervisor handles.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from kubeai._journal import Journal
 from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.gateway.access_log import make_observers
 from kubeai.gateway.context import Context
 from kubeai.gateway.local_routes import make_runner
@@ -75,7 +76,10 @@ class Worker:
         if settings.key_table_fd >= 0:
             self._context.limits = KeyTable.attach(settings.key_table_fd, settings.column)
         self._index = PrefixIndex.attach(settings.index_fd, settings.column)
-        self._server = Server(self._context, self._table, self._index)
+        queues = None
+        if settings.queue_fd >= 0:
+            queues = QueueTable.attach(settings.queue_fd, settings.column, settings.wake_fds)
+        self._server = Server(self._context, self._table, self._index, queues)
         self._channel = Channel(Down, self._on_message, self._channel_ended)
         # What has not arrived yet: the worker serves once it has routes, and keys if it needs any.
         self._awaited: set[type] = {Snapshot}
@@ -83,7 +87,6 @@ class Worker:
             self._awaited.add(KeySnapshot)
         self._started = asyncio.Event()  # nothing is awaited
         self._usage = UsageReporter(self._context.meter, self._channel.send)
-        self._started = asyncio.Event()  # the first routing table has arrived
         self._stopped: asyncio.Future[Drain] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:

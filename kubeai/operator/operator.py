@@ -246,7 +246,9 @@ class Operator:
         self._timeline.observed(model)
         pods = self.store.observed_pods(name)
         blocks, start = self._blocks.observe(model, pods), self._starts.observe(model, pods)
-        route = route_of(model, pods, blocks, start, form_model(model, self._config))
+        route = route_of(
+            model, pods, blocks, start, form_model(model, self._config), self._config.gateway
+        )
         self._publish(name, route)
 
     def _turn(self, leads: bool) -> None:

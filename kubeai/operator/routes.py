@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kubeai.api.config.system import GatewayConfig
 from kubeai.api.model import Model
 from kubeai.operator.blocks import NO_BLOCKS, Blocks
 from kubeai.operator.pods import Pod
@@ -17,6 +18,7 @@ def route_of(
     blocks: Blocks = NO_BLOCKS,
     start: Start = NO_START,
     form_model: str = "",
+    gateway: GatewayConfig | None = None,
 ) -> Route | None:
     """The Model's route, with endpoints sorted by name; None while the Model is being deleted.
 
@@ -24,7 +26,7 @@ def route_of(
     draining. Only adapters that the Model still declares are offered. Draining and terminating pods
     are listed separately, and may finish their in-flight requests. ``blocks``: why the Model has
     no endpoint. ``start``: what its starting replicas do, and how long that takes.
-    ``form_model``: as in the Route.
+    ``form_model``: as in the Route. ``gateway``: the config's section; None: its defaults.
     """
     meta, spec = model.metadata, model.spec
     if meta.deletion_timestamp is not None:
@@ -63,4 +65,7 @@ def route_of(
         progress=start.progress,
         start_s=start.start_s,
         form_model=form_model,
+        capacity=(gateway or GatewayConfig()).capacity(
+            spec.target_requests, balancing.max_requests_per_replica
+        ),
     )

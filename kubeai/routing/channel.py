@@ -42,13 +42,15 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     key_table_fd: int = -1  # -1: keys are not required
     console_path: str = ""  # of the Unix socket where the supervisor serves the console; "": none
     messaging: Messaging | None = None  # the messenger's
+    queue_fd: int = -1  # of the queue table; -1: the process shares no queues
+    wake_fds: tuple[int, ...] = ()  # the eventfds of all workers, by column
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors to inherit."""
         numbers = (
-            *(self.table_fd, self.index_fd, self.channel_fd),
-            *(self.listen_fd, self.journal_fd, self.key_table_fd),
+            *(self.table_fd, self.index_fd, self.channel_fd, self.listen_fd, self.journal_fd),
+            *(self.key_table_fd, self.queue_fd, *self.wake_fds),
         )
         return tuple(number for number in numbers if number >= 0)
 

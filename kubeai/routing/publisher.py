@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.errors import KubeAIError
 from kubeai.routing.routes import Delta, Route, Snapshot
 
@@ -37,10 +38,16 @@ class Publisher:
     0. Until then requests may still be counted in it, and it stays in ``owners`` and ``rows_of``.
     """
 
-    def __init__(self, table: LoadTable, index: PrefixIndex | None = None) -> None:
+    def __init__(
+        self,
+        table: LoadTable,
+        index: PrefixIndex | None = None,
+        queues: QueueTable | None = None,
+    ) -> None:
         self.version = 0
         self._table = table
         self._index = index
+        self._queues = queues
         self._routes: dict[str, Route] = {}
         self._unused = 0  # the first row that never had an owner
         self._free: list[int] = []  # a heap: low rows first, so that sweeps stay short
@@ -161,6 +168,8 @@ class Publisher:
                 row = self._unused
                 self._unused += 1
             opened.append((row, self._table.open_row(row)))
+            if self._queues is not None:
+                self._queues.open_row(row)
             if self._index is not None:
                 self._index.set_cache(row, CACHE_TOKENS)
                 self._index.forget(row)  # it was another pod's, or the engine has restarted

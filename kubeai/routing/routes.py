@@ -65,6 +65,8 @@ class Route(msgspec.Struct, frozen=True, array_like=True):
     start_s: int = 0  # how long a replica takes from its creation until it is ready; 0: unknown
     # The `model` of forms at FasterWhisper; empty: forms have none. Others get the requested name.
     form_model: str = ""
+    # Requests in flight that an endpoint serves well; more wait in the queue. 0: not limited.
+    capacity: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", array_like=True):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
@@ -17,27 +16,13 @@ from kubeai._load import LoadTable
 from kubeai._pick import Picker
 from kubeai._prefix import PrefixIndex
 from kubeai._prompt import Prompt
+from kubeai._queue_table import QueueTable
 from kubeai._ring import Ring
+from kubeai.routing.queueing import ModelQueue
 from kubeai.routing.routes import Block, Delta, Endpoint, RequestType, Route, Snapshot
 
 # After panic mode, an endpoint is not probed until this long after its last failure.
 PROBE_AFTER_FAILURE_S = 1.0
-
-
-class NoEndpoint(Exception):
-    """No endpoint could serve the request before its deadline."""
-
-
-class ModelGone(Exception):
-    """The model was deleted while the request waited."""
-
-
-class Blocked(Exception):
-    """No endpoint can serve the request, and waiting longer would not help."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__(block.message)
-        self.block = block
 
 
 class EndpointConnections(Protocol):
@@ -84,9 +69,14 @@ class RoutingTable:
         target: Callable[[RoutedModel, Endpoint], EndpointConnections],
         clock: Callable[[], float] | None = None,
         index: PrefixIndex | None = None,
+        queues: QueueTable | None = None,
     ) -> None:
-        """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC."""
+        """``clock``: seconds on the time scale of ejections; None: CLOCK_MONOTONIC.
+
+        ``queues``: shared with the other workers; None: there are none.
+        """
         self.version = 0
+        self.queues = queues or _own_queues(table)
         self._table = table
         self._target = target
         self._clock = clock
@@ -154,6 +144,14 @@ class RoutingTable:
         for routed in self.models.values():
             routed.picker.expire()
 
+    def dispatch(self, *, is_tick: bool = False) -> None:
+        """Serve waiting requests: after a wake-up, or (``is_tick``) periodically."""
+        if not is_tick:
+            self.queues.take_wakes()
+        for routed in self.models.values():
+            if routed.queue:
+                routed.queue.dispatch(is_tick=is_tick)
+
     def close(self) -> None:
         """Remove all models and close their endpoints' upstreams."""
         for model in list(self.models):
@@ -176,7 +174,7 @@ class RoutingTable:
             return
         if known is None:
             self.models[model] = RoutedModel(
-                self._table, route, self._target, self._clock, self._index
+                self._table, route, self._target, self.queues, self._clock, self._index
             )
         else:
             known.update(route)
@@ -190,6 +188,7 @@ class RoutedModel:
         table: LoadTable,
         route: Route,
         target: Callable[[RoutedModel, Endpoint], EndpointConnections],
+        queues: QueueTable,
         clock: Callable[[], float] | None = None,
         index: PrefixIndex | None = None,
     ) -> None:
@@ -203,13 +202,14 @@ class RoutedModel:
             clock=clock,
         )
         self.picker = Picker(self.ring, index)
+        self.queue = ModelQueue(self, queues, route.row, route.generation)
+        self._queues = queues
         self._table = table
         self._target = target
         self._endpoints: dict[str, Endpoint] = {}  # the route's, by name
         self._upstreams: dict[str, EndpointConnections] = {}  # by endpoint name
         # Removed, with requests still waiting.
         self._departed: list[tuple[Endpoint, EndpointConnections]] = []
-        self._waiters: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._gone = False
         self.update(route)
 
@@ -218,11 +218,28 @@ class RoutedModel:
     def pick(
         self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
     ) -> Reservation | None:
-        """Pick an endpoint and count a request on it; None if no endpoint can serve it.
+        """Pick an endpoint and count a request on it; None if no endpoint can serve it now.
 
-        ``exclude``: names of endpoints that must not be picked.
+        The request may pass waiting ones. ``exclude``: names of endpoints that must not be picked.
         """
         return self.picker.pick(prompt, adapter, exclude)
+
+    def pick_new(
+        self, prompt: Prompt, adapter: str | None = None, tenant: str = ""
+    ) -> Reservation | None:
+        """Like ``pick`` for a request that has not waited; None also if others wait."""
+        return self.picker.pick_new(prompt, adapter, tenant)
+
+    def is_saturated(self, adapter: str | None = None) -> bool:
+        """Whether a new request has to wait although an endpoint can serve it."""
+        if not self.picker.capacity or not self.can_serve(adapter):
+            return False
+        waiting = self._queues.is_waiting(self.route.row, adapter is not None)
+        return waiting or self.is_full(adapter)
+
+    def is_full(self, adapter: str | None = None) -> bool:
+        """Whether each endpoint that can serve the adapter has reached the capacity."""
+        return self.can_serve(adapter) and not self.picker.has_room(adapter)
 
     def pick_among(
         self,
@@ -368,45 +385,10 @@ class RoutedModel:
     def _find(self, endpoint: str) -> Endpoint | None:
         return self._endpoints.get(endpoint)
 
-    # -- waiting -----------------------------------------------------------------------------------
-
-    async def wait(
-        self, adapter: str | None, timeout_s: float, exclude: Collection[str] = ()
-    ) -> None:
-        """Return once :meth:`can_serve` is true; NoEndpoint after ``timeout_s``, or ModelGone.
-
-        Raises Blocked once :meth:`block` fails requests. Wakes up only when the route changes. The
-        caller limits how many requests wait.
-        """
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + timeout_s
-        # The route may change again between the wake-up and this task's turn: check again.
-        while not self._gone and not self.can_serve(adapter, exclude):
-            block, now_s = self.block(adapter), loop.time()
-            if block is not None and block.fails_at_s <= now_s:
-                raise Blocked(block)
-            if deadline_s <= now_s:
-                raise NoEndpoint
-            until_s = deadline_s if block is None else min(deadline_s, block.fails_at_s)
-            await self._change(adapter, exclude, block, until_s)
-        if self._gone:
-            raise ModelGone
-
-    async def _change(
-        self, adapter: str | None, exclude: Collection[str], block: Block | None, until_s: float
-    ) -> None:
-        """Return once an endpoint can serve, once the block has changed, or at ``until_s``."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters[waiter] = lambda: (
-            self.can_serve(adapter, exclude) or self.block(adapter) != block
-        )
-        try:
-            async with asyncio.timeout_at(until_s):
-                await waiter
-        except TimeoutError:
-            pass
-        finally:
-            del self._waiters[waiter]
+    @property
+    def is_gone(self) -> bool:
+        """Whether the model was deleted."""
+        return self._gone
 
     # -- for the routing table ---------------------------------------------------------------------
 
@@ -415,9 +397,10 @@ class RoutedModel:
         return (self.route.row, self.route.generation) == (route.row, route.generation)
 
     def update(self, route: Route) -> None:
-        """Apply the new route; wake requests that can now be served or whose block has changed."""
+        """Apply the new route; serve or wake waiting requests."""
         old, self.route = self.route, route
         self.picker.configure(route.strategy, route.prefix_char_length, route.cache_load_factor)
+        self.picker.limit(route.capacity, self._queues)
         if (old.replication, old.mean_load_factor) != (route.replication, route.mean_load_factor):
             self.ring.configure(
                 replication=route.replication, mean_load_factor=route.mean_load_factor
@@ -431,17 +414,12 @@ class RoutedModel:
         for name, gone in before.items():
             self.ring.remove(name)
             self._depart(gone)
-        for waiter, concerned in self._waiters.items():
-            if not waiter.done() and concerned():
-                waiter.set_result(None)
         self._move_off_departed()
+        self.queue.route_changed()
 
     def end(self) -> None:
         """The model was deleted: wake all waiting requests and close its connections."""
         self._gone = True
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
         for name, upstream in self._upstreams.items():
             self.ring.remove(name)
             upstream.close()
@@ -449,6 +427,7 @@ class RoutedModel:
         self._departed.clear()
         self.route = replace(self.route, endpoints=())
         self._endpoints.clear()
+        self.queue.end()
 
     def _set_endpoint(self, endpoint: Endpoint, known: Endpoint | None) -> None:
         place = (endpoint.address, endpoint.row, endpoint.generation)
@@ -476,6 +455,13 @@ class RoutedModel:
             if endpoint.name not in self.route.draining and not is_back:
                 upstream.move_waiting()
         self._departed = [each for each in self._departed if each[1].is_waited_on]
+
+
+def _own_queues(table: LoadTable) -> QueueTable:
+    """A queue table for this process alone."""
+    queues = QueueTable.create(table.rows, 1)
+    queues.column = 0
+    return queues
 
 
 def _is_same_pod(endpoint: Endpoint, other: Endpoint) -> bool:

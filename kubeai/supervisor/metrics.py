@@ -27,9 +27,11 @@ from typing_extensions import override
 
 import kubeai
 from kubeai._load import ITERATION_BUCKETS, LoadTable
+from kubeai._queue_table import QueueTable
 from kubeai._readings import picks
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import RequestType, Route
+from kubeai.supervisor.queue_metrics import QueueCollector
 from kubeai.supervisor.usage.metrics import UsageCollector
 
 REQUESTS = "kubeai_inference_requests"
@@ -41,7 +43,7 @@ class Metrics:
 
     ``peers``: seconds since each other replica last reported its loads, by address. ``streams``:
     of the message streams; None: there are none. ``limits`` and ``usage``: of API keys; None: keys
-    are not required.
+    are not required. ``queues``: None: there are no queues.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Metrics:
         streams: Collector | None = None,
         limits: Collector | None = None,
         usage: UsageCollector | None = None,
+        queues: QueueTable | None = None,
     ) -> None:
+        waiting = None if queues is None else QueueCollector(queues, publisher)
         self._registry = CollectorRegistry()
         self._registry.register(LoadCollector(table, publisher, peers))
-        for collector in filter(None, (streams, limits)):
+        for collector in filter(None, (streams, limits, waiting)):
             self._registry.register(collector)
         self._usage = usage
         ProcessCollector(registry=self._registry)  # the supervisor's process

@@ -22,6 +22,7 @@ from kubeai._journal import Journal
 from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.api.api_key import ApiKey
 from kubeai.api.config.system import SystemConfig
 from kubeai.brokers.streams import open_streams
@@ -133,7 +134,8 @@ class Supervisor:
         self.table = LoadTable.create(TABLE_ROWS, columns)
         self.table.phase = random.getrandbits(32)
         self.index = PrefixIndex.create(TABLE_ROWS, INDEX_ENTRIES, columns)
-        self.publisher = Publisher(self.table, self.index)
+        self.queues = QueueTable.create(TABLE_ROWS, columns)
+        self.publisher = Publisher(self.table, self.index, self.queues)
         # None: requests need no key.
         self.key_table: KeyTable | None = None
         self.keys: KeyPublisher | None = None
@@ -152,6 +154,7 @@ class Supervisor:
             pod=pod,
             addresses=config.fixed_self_metric_addrs,
             keys=peers_keys,
+            queues=self.queues,
         )
         self._cache_sizes = CacheSizes(self.index, self.publisher)
         self.operator = Operator(
@@ -195,6 +198,7 @@ class Supervisor:
             WorkerProcess,
             table=self.table,
             index=self.index,
+            queues=self.queues,
             config=config.gateway,
             journal_fd=-1 if self._console is None else journal.fd,
             key_table=self.key_table,
@@ -232,6 +236,7 @@ class Supervisor:
             self._streams if has_streams else None,
             limits=None if peers_keys is None else KeyLimits(*peers_keys),
             usage=self._usage.collector if config.gateway.keys.required else None,
+            queues=self.queues,
         )
         self._stop = asyncio.Event()
         self._signals = 0
@@ -358,6 +363,7 @@ class Supervisor:
 
     def _close_tables(self) -> None:
         self.table.close()
+        self.queues.close()
         if self.key_table is not None:
             self.key_table.close()
 

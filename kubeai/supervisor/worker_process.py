@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import GatewayConfig, Messaging
 from kubeai.kube.backoff import RestartBackoff
 from kubeai.logs import get_logger
@@ -41,6 +42,7 @@ class WorkerProcess:
         listener: socket.socket | None,
         table: LoadTable,
         index: PrefixIndex,
+        queues: QueueTable,
         config: GatewayConfig,
         *,
         journal_fd: int,
@@ -78,6 +80,7 @@ class WorkerProcess:
         self.stopping = False  # the process is not restarted when it exits
         self._table = table
         self._index = index
+        self._queues = queues
         self._config = config
         self._journal_fd = journal_fd
         self._key_table = key_table
@@ -105,6 +108,7 @@ class WorkerProcess:
             self._table.clear_column(self.column)
             if self._key_table is not None:
                 self._key_table.clear_column(self.column)
+            self._queues.clear_column(self.column)
             self._on_end()
             if self.stopping:
                 return
@@ -128,6 +132,8 @@ class WorkerProcess:
                 key_table_fd=-1 if self._key_table is None else self._key_table.fd,
                 console_path=self._console_path,
                 messaging=self._messaging,
+                queue_fd=self._queues.fd,
+                wake_fds=self._queues.wake_fds,
             )
             process = await self._spawn(
                 Command(

@@ -797,15 +797,21 @@ async def test_load_balancing_reaches_the_route_and_rolls_no_pod(world):
         factors = route.mean_load_factor, route.replication, route.prefix_char_length
         return (route.strategy, *factors, route.cache_load_factor)
 
+    assert replica.routes["m"].capacity == 0
     assert balancing() == ("LeastLoad", 125, 20, 100, 0)
     before = replica.endpoints("m")
     hashed = {"meanLoadFactor": 150, "replication": 256, "prefixCharLength": 0}
     wanted = {"strategy": "PrefixHash", "prefixHash": hashed}
     await world.kube.patch(MODELS, "m", {"spec": {"loadBalancing": wanted}})
     await until(lambda: balancing() == ("PrefixHash", 150, 256, 0, 0), "the route has it")
-    cached = {"strategy": "PrefixCache", "prefixCache": {"meanLoadFactor": 140}}
+    cached = {
+        "strategy": "PrefixCache",
+        "prefixCache": {"meanLoadFactor": 140},
+        "maxRequestsPerReplica": 12,
+    }
     await world.kube.patch(MODELS, "m", {"spec": {"loadBalancing": cached}})
     await until(lambda: balancing()[-1] == 140, "the route has the bound")
+    assert replica.routes["m"].capacity == 12
     await until(world.is_up_to_date, "told")
     assert replica.endpoints("m") == before
     assert world.nodes.most == 1

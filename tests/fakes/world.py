@@ -12,6 +12,7 @@ from fakes.wire import Engine, Script, Wire, connect, until
 from kubeai._journal import Journal
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import GatewayConfig
 from kubeai.gateway.access_log import Observers
 from kubeai.gateway.context import Context
@@ -27,6 +28,7 @@ class World:
     supervisors: LoadTable
     loads: LoadTable
     index: PrefixIndex
+    queues: QueueTable
     journal: Journal
     publisher: Publisher
     config: GatewayConfig
@@ -62,14 +64,16 @@ class World:
         world.supervisors = LoadTable.create(rows, 1)
         world.loads = LoadTable.attach(world.supervisors.fd, 0)
         world.index = PrefixIndex.create(rows, 4096)
-        world.publisher = Publisher(world.supervisors, world.index)
+        world.queues = QueueTable.create(rows, 1)
+        world.publisher = Publisher(world.supervisors, world.index, world.queues)
         world.config = GatewayConfig(**config)
         world.demanded = []
         world.context = Context(world.config, world.demanded.append, observers)
         world.journal = Journal.create(1)
         world.context.journal = Journal.attach(world.journal.fd, 0)
         workers_index = PrefixIndex.attach(world.index.fd, 0)
-        world.server = Server(world.context, world.loads, workers_index, tick_s=tick_s)
+        queues = QueueTable.attach(world.queues.fd, 0, world.queues.wake_fds)
+        world.server = Server(world.context, world.loads, workers_index, queues, tick_s=tick_s)
         world.table = world.server.routes
         if local_routes is not None:
             app = local_routes(world.context)
@@ -146,6 +150,7 @@ class World:
             assert set(self.endpoint_loads(model).values()) <= {0}
             # The place is given back by the task that waited, which ends a turn later.
             await until(lambda: self.context.held(model) == 0)  # noqa: B023 (awaited here)
+            assert sum(self.queues.waiting(self.publisher.row(model))) == 0
 
     def endpoint_loads(self, model: str) -> dict[str, int]:
         rows = self.publisher.endpoint_rows(model)
@@ -167,6 +172,7 @@ class World:
         self.journal.close()
         self.loads.close()
         self.supervisors.close()
+        self.queues.close()
 
 
 def unique(prefix: str = "m") -> str:

@@ -11,6 +11,9 @@
 {{- if hasKey $spec "autoscalingDisabled" }}
 {{- $_ := set $spec "autoscalingDisabled" (eq (toString $spec.autoscalingDisabled) "true") }}
 {{- end }}
+{{- with $spec.loadBalancing }}
+{{- include "models.convert" (list . "maxRequestsPerReplica") }}
+{{- end }}
 {{- with ($spec.loadBalancing | default dict).prefixHash }}
 {{- include "models.convert" (list . "meanLoadFactor" "replication" "prefixCharLength") }}
 {{- end }}

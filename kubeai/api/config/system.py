@@ -44,6 +44,7 @@ Address = Annotated[str, Meta(extra={"unit": "address"})]
 Origin = Annotated[str, Meta(extra={"unit": "origin"})]
 Count = Annotated[int, Meta(ge=0, extra={"zero": True})]
 PositiveCount = Annotated[int, Meta(ge=1)]
+Priority = Annotated[int, Meta(ge=-1000, le=1000, extra={"zero": True})]
 Share = Annotated[float, Meta(ge=0, le=1, extra={"zero": True})]
 SecretName = Annotated[str, Meta(extra={"zero": True})]  # empty: no Secret
 
@@ -258,6 +259,15 @@ class ConsoleConfig(_Section, frozen=True, kw_only=True):
     hosts: tuple[str, ...] = ()  # names in Host besides IP addresses and localhost
 
 
+class QueueConfig(_Section, frozen=True, kw_only=True):
+    """The queues of requests that wait for a saturated Model. See docs/tenants.md."""
+
+    # A replica with this percentage of targetRequests in flight is full. None: 200 if keys are
+    # required, otherwise 0: replicas are never full.
+    saturation_percent: Count | None = None
+    objectives: dict[str, Priority] = {}  # priority by the name in X-Gateway-Inference-Objective
+
+
 class KeysConfig(_Section, frozen=True, kw_only=True):
     """API keys of clients. See docs/keys.md."""
 
@@ -328,7 +338,20 @@ class GatewayConfig(_Section, frozen=True, kw_only=True):
     drain_accept_s: Duration = field(name="drainAccept", default=5.0)
     drain_timeout_s: Duration = field(name="drainTimeout", default=300.0)
     ui: ConsoleConfig = ConsoleConfig()
+    queue: QueueConfig = QueueConfig()
     keys: KeysConfig = KeysConfig()
+
+    def capacity(self, target_requests: int, given: int | None) -> int:
+        """The requests in flight with which a replica is full; 0: it never is.
+
+        ``given``: the Model's maxRequestsPerReplica.
+        """
+        if given is not None:
+            return given
+        percent = self.queue.saturation_percent
+        if percent is None:
+            percent = 200 if self.keys.required else 0
+        return -(-target_requests * percent // 100)
 
 
 class ProxyConfig(_Section, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai._readings import Readings
 from kubeai.routing.publisher import Owner, Publisher
 from kubeai.supervisor.peers import wire
@@ -40,6 +41,7 @@ class Feed:
         index: PrefixIndex,
         publisher: Publisher,
         keys: KeyFeed | None = None,
+        queues: QueueTable | None = None,
     ) -> None:
         """``keys``: None: keys are not required."""
         self._identity = identity
@@ -47,6 +49,8 @@ class Feed:
         self._index = index
         self._publisher = publisher
         self._keys = keys
+        self._queues = queues
+        self._heads: dict[int, wire.Head] = {}  # by row, as last read
         self._readings = Readings(table)
         self._frames = 0  # number of the latest frame with changes
         self._changed: OrderedDict[Owner, int] = OrderedDict()  # owner → frame, oldest first
@@ -75,6 +79,7 @@ class Feed:
         """Read the table now and send changes to the listeners."""
         owners = self._publisher.owners
         changed = [row for row, *_ in self._readings.changed()]
+        changed += self._read_heads()
         sent, _ = self._index.take_log(SENT_PER_TICK_MAX)
         if sent:
             self._frames += 1
@@ -86,6 +91,14 @@ class Feed:
             self._frames += 1
             self._wake()
         self._note({owners[row] for row in changed if row in owners})  # other rows are free
+
+    def _read_heads(self) -> list[int]:
+        """Read the queues' first requests. Returns the rows whose first one has changed."""
+        if self._queues is None:
+            return []
+        before, self._heads = self._heads, self._queues.firsts()
+        rows = before.keys() | self._heads.keys()
+        return [row for row in rows if before.get(row) != self._heads.get(row)]
 
     def freed(self, owners: Collection[Owner]) -> None:
         """A row of each owner was freed. An owner without rows is reported as gone."""
@@ -115,7 +128,7 @@ class Feed:
     def since(self, frame: int) -> wire.Loads:
         """The changes since a frame; since frame 0, everything."""
         keys = {} if self._keys is None else self._keys.since(frame)
-        loads = wire.Loads({}, {}, {}, self._sent_since(frame), keys)
+        loads = wire.Loads({}, {}, {}, self._sent_since(frame), keys, {})
         for owner in reversed(self._changed):
             if self._changed[owner] <= frame:
                 break
@@ -126,6 +139,9 @@ class Feed:
                     loads.pending[owner.endpoint] = pending
             else:
                 loads.models[owner.model] = self._counts(rows) if rows else None
+                heads = [self._heads[row] for row in rows or () if row in self._heads]
+                if heads:
+                    loads.queues[owner.model] = heads[0]
         return loads
 
     def _sent_since(self, frame: int) -> list[wire.SentPrompt]:

@@ -20,6 +20,7 @@ from aiohttp import web
 from kubeai._key_table import KeyTable
 from kubeai._load import LoadTable
 from kubeai._prefix import PrefixIndex
+from kubeai._queue_table import QueueTable
 from kubeai.kube.backoff import Backoff
 from kubeai.kube.client import Kube
 from kubeai.logs import get_logger
@@ -64,6 +65,7 @@ class Peers:
         addresses: Iterable[str] = (),
         keys: tuple[KeyTable, KeyRows] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        queues: QueueTable | None = None,
     ) -> None:
         self._identity = identity
         self._table = table
@@ -72,8 +74,9 @@ class Peers:
         self._fixed = frozenset(addresses)
         self._clock = clock
         self._port = 0
-        self._feed = Feed(identity, table, index, publisher, keys and KeyFeed(*keys))
-        self._view = View(self._put)
+        self._queues = queues
+        self._feed = Feed(identity, table, index, publisher, keys and KeyFeed(*keys), queues)
+        self._view = View(self._put, self._put_queue)
         self._uses = keys and PeerUses(*keys)
         self._discovery = Discovery(kube, namespace, pod, self._found)
         self._routed: dict[str, set[str]] = {}  # model → its endpoints
@@ -135,6 +138,7 @@ class Peers:
         if names:
             self._routed[model] = set(names)
         self._put_model(model)
+        self._put_queue(model)
 
     def key_changed(self, name: str) -> None:
         """A key was added or changed: write what the peers have counted for it."""
@@ -268,6 +272,24 @@ class Peers:
             total += in_flight
             total_pending += pending
         self._table.set_peers(route.row, route.generation, total, total_pending)
+        if self._queues is not None:
+            self._queues.notify(route.row)  # places may be free
+
+    # -- the queue table's column ------------------------------------------------------------------
+
+    def _put_queue(self, model: str) -> None:
+        """Write the first request that waits for a model at the peers."""
+        route = self._publisher.route(model)
+        if route is None or self._queues is None:
+            return
+        head = self._view.queue(model)
+        if head is None:
+            self._queues.clear_peers(route.row)
+            self._queues.notify(route.row)  # a place was left free for it
+            return
+        priority, start, now = head
+        self._queues.advance(route.row, now)
+        self._queues.set_peers(route.row, priority, start)
 
 
 __all__ = ["LOADS_PATH", "METRICS_HEADERS", "Peers"]

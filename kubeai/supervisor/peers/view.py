@@ -27,6 +27,7 @@ class Peer(msgspec.Struct):
     models: dict[str, tuple[int, int]] = {}
     endpoints: dict[str, int] = {}
     pending: dict[str, int] = {}
+    queues: dict[str, wire.Head] = {}  # by model
     tells: bool = False  # it tells which prompts it sends
 
     def silent_s(self, now_s: float) -> float:
@@ -35,10 +36,19 @@ class Peer(msgspec.Struct):
 
 
 class View:
-    """All peers together. Calls ``changed`` with the endpoints whose sums have changed."""
+    """All peers together.
 
-    def __init__(self, changed: Callable[[set[str]], None]) -> None:
+    Calls ``changed`` with the endpoints whose sums have changed, and ``queue_changed`` with each
+    model whose first waiting request has.
+    """
+
+    def __init__(
+        self,
+        changed: Callable[[set[str]], None],
+        queue_changed: Callable[[str], None] = lambda model: None,
+    ) -> None:
         self._changed = changed
+        self._queue_changed = queue_changed
         self._touched: set[str] = set()
         self.peers: dict[str, Peer] = {}  # by address
         self._in_flight: Counter[str] = Counter()
@@ -63,6 +73,14 @@ class View:
     def ended(self, model: str) -> int:
         """A model's requests that the peers have reported as ended. Never falls."""
         return self._ended[model]
+
+    def queue(self, model: str) -> wire.Head | None:
+        """A model's first waiting request at the peers, and their latest virtual time."""
+        heads = [peer.queues[model] for peer in self.peers.values() if model in peer.queues]
+        if not heads:
+            return None
+        priority, start, _ = max(heads, key=lambda head: (head[0], -head[1]))
+        return priority, start, max(head[2] for head in heads)
 
     @property
     def speaking(self) -> int:
@@ -122,6 +140,7 @@ class View:
             endpoints = dict.fromkeys(peer.endpoints, wire.GONE) | endpoints
         for model, counts in models.items():
             self._take_model(peer, model, counts)
+            self._take_queue(peer, model, loads.queues.get(model))
         for endpoint, in_flight in endpoints.items():
             self._take_endpoint(peer, endpoint, in_flight, loads.pending.get(endpoint, 0))
         peer.tells = loads.prompts is not None
@@ -139,6 +158,13 @@ class View:
         _shift(self._active, model, active - was_active)
         if not any(model in other.models for other in self.peers.values()):
             del self._ended[model]
+
+    def _take_queue(self, peer: Peer, model: str, head: wire.Head | None) -> None:
+        before = peer.queues.pop(model, None)
+        if head is not None:
+            peer.queues[model] = head
+        if head != before:
+            self._queue_changed(model)
 
     def _take_endpoint(self, peer: Peer, endpoint: str, in_flight: int, pending: int = 0) -> None:
         before = peer.endpoints.get(endpoint, 0)
@@ -165,6 +191,7 @@ class View:
     def _forget(self, peer: Peer) -> None:
         for model in list(peer.models):
             self._take_model(peer, model, None)
+            self._take_queue(peer, model, None)
         for endpoint in list(peer.endpoints):
             self._take_endpoint(peer, endpoint, wire.GONE)
 

@@ -35,6 +35,9 @@ Ended = Annotated[int, msgspec.Meta(ge=0)]
 KeyInFlight = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
 Used = Annotated[int, msgspec.Meta(ge=0, le=USE_MAX)]
 KeyUse = tuple[KeyInFlight, Used, Used]  # in flight; requests and tokens of the last minute
+# The first waiting request of a Model: its priority, its start tag, and the Model's virtual time.
+Tag = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+Head = tuple[Annotated[int, msgspec.Meta(ge=-1000, le=1000)], Tag, Tag]
 
 
 class SentPrompt(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +68,7 @@ class Loads(msgspec.Struct, frozen=True, tag="loads", array_like=True):
     # Prompts since the previous frame, the newest ones; None: the sender's version has no index.
     prompts: Annotated[list[SentPrompt], msgspec.Meta(max_length=PROMPTS_MAX)] | None = None
     keys: dict[str, KeyUse] = {}  # by name. Versions before this field ignore it
+    queues: dict[str, Head] = {}  # by Model; of those above, none waits if missing
 
 
 class BadFrame(KubeAIError):

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from kubeai.api.config.system import GatewayConfig, KeysConfig, QueueConfig
 from kubeai.api.model import decode_model
 from kubeai.operator.pods import DRAINING_ANNOTATION, HASH_ANNOTATION, PodObject, observe
 from kubeai.operator.routes import route_of
@@ -103,6 +104,22 @@ def test_a_route_has_the_models_routing_settings():
     assert route.prefix_char_length == 100
     assert route.form_model == ""
     assert route_of(model, [], form_model="org/x").form_model == "org/x"
+
+
+def test_the_capacity_is_the_models_or_a_share_of_its_target():
+    def capacity(given=None, **gateway):
+        balancing = {} if given is None else {"maxRequestsPerReplica": given}
+        model = make_model(targetRequests=30, loadBalancing=balancing)
+        return route_of(model, [], gateway=GatewayConfig(**gateway)).capacity
+
+    keys = KeysConfig(required=True)
+    assert capacity() == 0
+    assert capacity(keys=keys) == 60
+    assert capacity(keys=keys, queue=QueueConfig(saturation_percent=0)) == 0
+    assert capacity(queue=QueueConfig(saturation_percent=150)) == 45
+    assert capacity(queue=QueueConfig(saturation_percent=1)) == 1
+    assert capacity(7, keys=keys, queue=QueueConfig(saturation_percent=150)) == 7
+    assert capacity(0, keys=keys) == 0
 
 
 def test_only_loaded_and_still_declared_adapters_are_routed():

@@ -1,6 +1,5 @@
 """Routes are published as snapshots and deltas; all workers converge on the supervisor's view."""
 
-import asyncio
 import contextlib
 import functools
 import math
@@ -26,7 +25,7 @@ from kubeai.openai.request import prompt_of, read
 from kubeai.openai.routes import Kind
 from kubeai.routing.publisher import Publisher
 from kubeai.routing.routes import Delta, Endpoint, Route, Snapshot
-from kubeai.routing.table import ModelGone, NoEndpoint, RoutingTable
+from kubeai.routing.table import RoutingTable
 
 
 class Upstream:
@@ -322,91 +321,6 @@ def test_an_admitted_request_counts_for_its_model(publisher, table, worker):
     assert table.active(publisher.row("m"), "message") == 1
     admission.close()
     assert table.active(publisher.row("m")) == 0
-
-
-# -- waiting ---------------------------------------------------------------------------------------
-
-
-async def waiting(model, adapter=None, timeout_s=30.0, exclude=()):
-    """Start a task that waits; return once it does."""
-    count = len(model._waiters)
-    task = asyncio.create_task(model.wait(adapter, timeout_s, exclude))
-    for _ in range(3):  # turns of the loop; a task waits after its first
-        await asyncio.sleep(0)
-    assert len(model._waiters) == count + 1
-    return task
-
-
-async def test_a_request_that_can_be_served_does_not_wait(publisher, worker):
-    model = publish(publisher, worker, "m", route(endpoint("a")))
-    await model.wait(None, 0)
-
-
-async def test_a_new_endpoint_ends_all_waits(publisher, worker):
-    model = publish(publisher, worker, "m", route())
-    tasks = [await waiting(model) for _ in range(3)]
-    publish(publisher, worker, "m", route(endpoint("a")))
-    await asyncio.gather(*tasks)
-    assert not model._waiters
-
-
-async def test_a_wait_for_an_adapter_ends_when_an_endpoint_has_it(publisher, worker):
-    model = publish(publisher, worker, "m", route())
-    plain, adapter = await waiting(model), await waiting(model, "x")
-    publish(publisher, worker, "m", route(endpoint("a")))
-    await plain
-    await asyncio.sleep(0)
-    assert not adapter.done()
-    publish(publisher, worker, "m", route(endpoint("a", "x")))
-    await adapter
-
-
-async def test_a_wait_for_another_endpoint_skips_the_tried_ones(publisher, worker):
-    model = publish(publisher, worker, "m", route(endpoint("a")))
-    task = await waiting(model, exclude={"a"})
-    publish(publisher, worker, "m", route(endpoint("a", "x")))
-    await asyncio.sleep(0)
-    assert not task.done()
-    publish(publisher, worker, "m", route(endpoint("a"), endpoint("b")))
-    await task
-
-
-async def test_an_endpoint_removed_at_once_serves_no_request(publisher, worker):
-    model = publish(publisher, worker, "m", route())
-    task = await waiting(model)
-    publish(publisher, worker, "m", route(endpoint("a")))  # ends the wait, but
-    publish(publisher, worker, "m", route())  # this comes before the waiting task runs
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not task.done()
-    publish(publisher, worker, "m", route(endpoint("b")))
-    await task
-
-
-async def test_a_deadline_ends_the_wait(publisher, worker):
-    model = publish(publisher, worker, "m", route())
-    with pytest.raises(NoEndpoint):
-        await model.wait(None, 0.01)
-    assert not model._waiters
-
-
-async def test_a_deleted_model_ends_the_wait(publisher, worker):
-    model = publish(publisher, worker, "m", route())
-    task = await waiting(model)
-    publish(publisher, worker, "m", None)
-    with pytest.raises(ModelGone):
-        await task
-    with pytest.raises(ModelGone):
-        await model.wait(None, 30)
-
-
-async def test_a_wait_is_dropped_when_its_client_disconnects(publisher, worker):
-    model = publish(publisher, worker, "m", route())
-    task = await waiting(model)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not model._waiters
 
 
 # -- convergence ---------------------------------------------------------------------------------

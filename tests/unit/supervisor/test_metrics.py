@@ -15,6 +15,7 @@ from kubeai._key_table import KeyTable
 from kubeai._limits import charge
 from kubeai._load import LoadTable
 from kubeai._prompt import Prompt
+from kubeai._queue_table import QueueTable
 from kubeai.api.config.system import MessageStream, Messaging
 from kubeai.routing.channel import StreamReport, Streams
 from kubeai.routing.publisher import Publisher
@@ -45,8 +46,9 @@ class Target:
 class Replica:
     def __init__(self, rows=64):
         self.table = LoadTable.create(rows, 2)
-        self.publisher = Publisher(self.table)
-        self.metrics = Metrics(self.table, self.publisher)
+        self.queues = QueueTable.create(rows, 2)
+        self.publisher = Publisher(self.table, queues=self.queues)
+        self.metrics = Metrics(self.table, self.publisher, queues=self.queues)
         self.workers = [
             RoutingTable(LoadTable.attach(self.table.fd, column), Target) for column in (0, 1)
         ]
@@ -91,6 +93,26 @@ def test_a_replica_without_models_has_no_model_series(replica):
     assert replica.inference() == {}
     assert ("kubeai_routing_table_version",) in replica.scrape()
     assert ("process_resident_memory_bytes",) in replica.scrape()
+
+
+def test_waiting_requests_and_their_waits_are_shown_by_class_of_priority(replica):
+    replica.publish("m", "a")
+    row = replica.publisher.row("m")
+    workers = [QueueTable.attach(replica.queues.fd, column) for column in (0, 1)]
+    for worker, priority in zip(workers, (0, 5), strict=True):
+        worker.enter(row, priority)
+        worker.enter(row, priority)
+        worker.leave(row, priority, 3.0)
+    found = replica.scrape()
+    length = "kubeai_queue_requests"
+    assert [found[length, name, "m"] for name in ("low", "normal", "high")] == [0, 1, 1]
+    wait = "kubeai_queue_wait_seconds"
+    buckets = [found[f"{wait}_bucket", bound, "high", "m"] for bound in ("1.0", "10.0", "+Inf")]
+    assert buckets == [0, 1, 1]
+    assert found[f"{wait}_sum", "high", "m"] == 3.0
+    assert (f"{wait}_count", "low", "m") not in found
+    replica.publish("m", gone=True)
+    assert not [name for name in replica.scrape() if name[0].startswith("kubeai_queue")]
 
 
 def test_active_and_held_requests_of_all_workers_are_summed(replica):
@@ -188,6 +210,7 @@ def test_exactly_the_existing_metrics_are_documented(replica):
         streams=streams,
         limits=KeyLimits(keys, rows),
         usage=UsageCollector(UsageLedger(), lambda: 0),
+        queues=replica.queues,
     )
     body, _ = asyncio.run(metrics.scrape(""))
     families = text_string_to_metric_families(body.decode())

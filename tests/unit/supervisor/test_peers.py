@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from kubeai._counts import admit
 from kubeai._load import LoadTable
+from kubeai._pick import Picker
 from kubeai._prefix import PrefixIndex
+from kubeai._prompt import Prompt
+from kubeai._queue_table import QueueTable
 from kubeai._ring import Ring
 from kubeai.framing import frame, read_frame
 from kubeai.kube.errors import ApiError
@@ -75,7 +78,8 @@ class Replica:
         self.table = LoadTable.create(64, 1)
         self.worker = LoadTable.attach(self.table.fd, 0)
         self.index = PrefixIndex.create(64, 1024)
-        self.publisher = Publisher(self.table, self.index)
+        self.queues = QueueTable.create(64, 1)
+        self.publisher = Publisher(self.table, self.index, self.queues)
         self.peers = Peers(
             kube or Kube(),
             "ns",
@@ -86,6 +90,7 @@ class Replica:
             pod=pod,
             addresses=addresses,
             clock=self.clock,
+            queues=self.queues,
         )
         self.port = port
         self.held = []
@@ -111,11 +116,12 @@ class Replica:
         self.held.clear()
         self.worker.close()
         self.table.close()
+        self.queues.close()
 
-    def route(self, *pods, model="m"):
+    def route(self, *pods, model="m", capacity=0):
         """Set the model's endpoints."""
         endpoints = tuple(Endpoint(pod, "10.0.0.1:8000") for pod in pods)
-        route = Route(model, "VLLM", endpoints=endpoints)
+        route = Route(model, "VLLM", endpoints=endpoints, capacity=capacity)
         self.publisher.update(model, route)
         self.peers.rerouted(model)
         self.worker.acknowledge(self.publisher.version)
@@ -127,6 +133,12 @@ class Replica:
         for endpoint in route.endpoints:
             ring.set(endpoint.name, endpoint.row, endpoint.generation)
         return ring
+
+    def picker(self, model="m"):
+        queues = QueueTable.attach(self.queues.fd, 0, self.queues.wake_fds)
+        picker = Picker(self.ring(model))
+        picker.limit(self.publisher.route(model).capacity, queues)
+        return picker
 
     def serve(self, pod, count=1, model="m"):
         """Start ``count`` requests of this replica to an endpoint."""
@@ -206,6 +218,65 @@ async def test_a_hashed_pick_is_bounded_by_the_load_of_all_replicas():
         pick = ring.pick_hashed(key)
         assert (pick.first, pick.first_load, pick.name) == ("a", 8, "b")
         pick.release()
+
+
+def waiting(replica, priority, start, model="m"):
+    """The first request in the queue of the replica's worker."""
+    queue = QueueTable.attach(replica.queues.fd, 0, replica.queues.wake_fds)
+    queue.publish(replica.publisher.row(model), priority, start)
+    return queue
+
+
+async def test_a_place_is_left_free_for_a_waiting_request_of_another_replica():
+    async with two() as (one, other):
+        one.route("a", capacity=2), other.route("a", capacity=2)
+        first = waiting(one, 0, 70)
+        row = other.publisher.row("m")
+        await until("the request is seen", lambda: other.queues.best(row) == 1)
+        picker = other.picker()
+        pick = picker.pick_new(Prompt())
+        assert pick is not None
+        assert picker.pick_new(Prompt()) is None, "there is one place"
+        assert picker.pick(Prompt()) is not None, "but not for a retry"
+        first.withdraw(one.publisher.row("m"))
+        await until("nobody waits", lambda: other.queues.best(row) == -1)
+        pick.release()
+        assert picker.pick_new(Prompt()) is not None
+        first.close()
+
+
+async def test_the_first_of_the_other_replicas_requests_is_recorded():
+    async with two() as (one, other), Replica("three", [one.address, other.address]) as three:
+        for replica in (one, other, three):
+            replica.route("a")
+        row = three.publisher.row("m")
+        queues = [waiting(one, 0, 70), waiting(other, 0, 50)]
+        await until("the earlier one counts", lambda: three.queues.earliest(row, 0) == 50)
+        queues.append(waiting(other, 3, 90))
+        await until("a higher priority counts", lambda: three.queues.earliest(row, 3) == 90)
+        for queue in queues:
+            queue.close()
+
+
+async def test_the_virtual_time_of_another_replica_is_taken_over():
+    async with two() as (one, other):
+        one.route("a"), other.route("a")
+        queue = waiting(one, 0, 500)
+        queue.charge(one.publisher.row("m"), 7, 1000, 10)
+        row = other.publisher.row("m")
+        await until("it is told", lambda: other.queues.round(row) == 1000)
+        queue.close()
+
+
+async def test_a_peer_that_is_gone_waits_for_nothing():
+    async with two() as (one, other):
+        one.route("a"), other.route("a")
+        queue = waiting(one, 5, 70)
+        row = other.publisher.row("m")
+        await until("the request is seen", lambda: other.queues.best(row) == 1)
+        other.peers._view.leave(one.address)
+        assert other.queues.best(row) == -1
+        queue.close()
 
 
 async def test_active_and_completed_requests_are_reported_per_model():

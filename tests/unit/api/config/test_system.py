@@ -133,6 +133,8 @@ def test_a_json_file_is_read():
 
 MISTAKES = [
     ("gateway: {accessLogSample: 1.5}", "gateway.accessLogSample", "must be at most 1, not 1.5"),
+    ("gateway: {queue: {saturationPercent: -1}}", "gateway.queue.saturationPercent", "at least 0"),
+    ("gateway: {queue: {objectives: {a: 1001}}}", "gateway.queue.objectives.a", "at most 1000"),
     ("gateway: {accessLogSample: -0.1}", "gateway.accessLogSample", "must be at least 0, not -0.1"),
     ("gateway: {accessLogSample: .nan}", "gateway.accessLogSample", "must be at least 0, not nan"),
     ("gateway: {accessLogSample: often}", "gateway.accessLogSample", "must be a number"),

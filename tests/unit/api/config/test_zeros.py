@@ -38,6 +38,7 @@ ZERO_IS_A_VALUE = {
     "gateway.retryBudgetPercent",
     "gateway.ejectAfterFailures",  # never
     "gateway.keys.failuresPerMinute",  # no limit
+    "gateway.queue.saturationPercent",  # never full
     "gateway.drainAccept",
     "gateway.drainTimeout",
 }

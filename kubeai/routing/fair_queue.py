@@ -1,0 +1,272 @@
+"""A queue of waiting requests that is fair to tenants. Pure: no I/O, no clock.
+
+Requests are ordered by priority, the higher first, then fairly by tenant, then in order of arrival.
+Fair means: of the tenants that wait with the same priority, the one that has been served the least
+work is next (start-time fair queueing). It is the limit of deficit round robin for a small quantum.
+Work differs a thousandfold between requests, so a quantum that covers the largest request would let
+a tenant have a thousand small ones served per round, before another tenant's first.
+
+A tenant's first request starts at the virtual time at which the requests of its priority are now.
+So a tenant that did not use its share earlier has no claim to more later, and one that has waited
+long with a low priority has none against others of that priority.
+
+The :class:`Accounts` may be shared by several queues: ``queueing`` shares those of a worker's
+queues with the other workers in the queue table. Each operation takes O(log tenants), except
+``place``.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from typing import Generic, Protocol, TypeVar
+
+_STALE_MAX = 64  # outdated entries of a heap before it is rebuilt, besides one for each flow
+
+
+class Entry(Protocol):
+    """A request that waits."""
+
+    priority: int
+    tenant: str
+    work: int  # in tokens, at least 1
+    adapter: str | None  # requests of the same tenant may pass those that wait for an adapter
+
+
+class Accounts(Protocol):
+    """The work that tenants have been served, as the time until which it lasts, in tokens."""
+
+    def floor(self, priority: int) -> int:
+        """The start of a tenant that begins to wait with this priority and has no account."""
+
+    def start(self, tenant: str, floor: int) -> int:
+        """When the tenant's next request may start, at least ``floor``."""
+
+    def charge(self, tenant: str, start: int, work: int) -> int:
+        """Serve a request with this start tag. Returns when the tenant's next one may start."""
+
+
+class LocalAccounts:
+    """Accounts of one queue alone, for simulations. They are not bounded."""
+
+    def __init__(self) -> None:
+        self._round = 0
+        self._ends: dict[str, int] = {}
+
+    def floor(self, priority: int) -> int:
+        """See :class:`Accounts`."""
+        return self._round
+
+    def start(self, tenant: str, floor: int) -> int:
+        """See :class:`Accounts`."""
+        return max(floor, self._ends.get(tenant, 0))
+
+    def charge(self, tenant: str, start: int, work: int) -> int:
+        """See :class:`Accounts`."""
+        start = self.start(tenant, start)
+        self._round = max(self._round, start)
+        self._ends[tenant] = start + work
+        return start + work
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class _Flow(Generic[E]):
+    """A tenant's requests of one priority."""
+
+    __slots__ = ("number", "queues", "start", "tenant")
+
+    def __init__(self, tenant: str, start: int, number: int) -> None:
+        self.tenant = tenant
+        self.start = start  # of the first request
+        self.number = number  # in the order in which flows began
+        self.queues: dict[str | None, OrderedDict[E, int]] = {}  # request → number, by adapter
+
+    def first(self, blocked: Collection[str | None]) -> E | None:
+        """The first request whose adapter is not blocked."""
+        heads = [
+            (next(iter(queue.values())), adapter)
+            for adapter, queue in self.queues.items()
+            if adapter not in blocked
+        ]
+        if not heads:
+            return None
+        return next(iter(self.queues[min(heads, key=lambda head: head[0])[1]]))
+
+    def __iter__(self) -> Iterator[E]:
+        """The requests in their order."""
+        queues = [queue.items() for queue in self.queues.values()]
+        return (entry for entry, _ in heapq.merge(*queues, key=lambda item: item[1]))
+
+
+class _Level(Generic[E]):
+    """The requests of one priority."""
+
+    __slots__ = ("flows", "heap", "order")
+
+    def __init__(self) -> None:
+        self.flows: dict[str, _Flow[E]] = {}
+        # (start, number, flow); outdated if the flow has another start, or is not in ``flows``.
+        self.heap: list[tuple[int, int, _Flow[E]]] = []
+        self.order: OrderedDict[E, None] = OrderedDict()  # of arrival
+
+    def schedule(self, flow: _Flow[E]) -> None:
+        if len(self.heap) > 2 * len(self.flows) + _STALE_MAX:
+            self.heap = [(each.start, each.number, each) for each in self.flows.values()]
+            heapq.heapify(self.heap)
+        else:
+            heapq.heappush(self.heap, (flow.start, flow.number, flow))
+
+    def is_current(self, item: tuple[int, int, _Flow[E]]) -> bool:
+        start, _, flow = item
+        return flow.start == start and self.flows.get(flow.tenant) is flow
+
+
+class FairQueue(Generic[E]):
+    """See the module. The caller limits how many requests wait."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+        self._levels: dict[int, _Level[E]] = {}
+        self._priorities: list[int] = []  # of levels with requests, ascending
+        self._numbers = 0
+        self._fronts = 0
+
+    def __len__(self) -> int:
+        return sum(len(level.order) for level in self._levels.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._priorities)
+
+    def __iter__(self) -> Iterator[E]:
+        """All requests, by priority, then in the order of arrival."""
+        for priority in reversed(self._priorities):
+            yield from self._levels[priority].order
+
+    def __contains__(self, entry: E) -> bool:
+        level = self._levels.get(entry.priority)
+        return level is not None and entry in level.order
+
+    def push(self, entry: E, *, front: bool = False) -> None:
+        """Add a request. ``front``: it has waited before, so it is its tenant's next."""
+        level = self._levels.get(entry.priority)
+        if level is None:
+            level = self._levels[entry.priority] = _Level()
+            insort(self._priorities, entry.priority)
+        flow = level.flows.get(entry.tenant)
+        if flow is None:
+            start = self._accounts.start(entry.tenant, self._floor(entry.priority))
+            flow = level.flows[entry.tenant] = _Flow(entry.tenant, start, self._next_number())
+            level.schedule(flow)
+        queue = flow.queues.setdefault(entry.adapter, OrderedDict())
+        level.order[entry] = None
+        if front:
+            self._fronts -= 1
+            queue[entry] = self._fronts
+            queue.move_to_end(entry, last=False)
+            level.order.move_to_end(entry, last=False)
+        else:
+            queue[entry] = self._next_number()
+
+    def remove(self, entry: E) -> None:
+        """Remove a request that is not served; its tenant is not charged."""
+        level = self._levels.get(entry.priority)
+        if level is None or entry not in level.order:
+            return
+        del level.order[entry]
+        flow = level.flows[entry.tenant]
+        queue = flow.queues[entry.adapter]
+        del queue[entry]
+        if not queue:
+            del flow.queues[entry.adapter]
+        if not flow.queues:
+            del level.flows[entry.tenant]
+        if not level.order:
+            del self._levels[entry.priority]
+            self._priorities.remove(entry.priority)
+
+    def head(self, blocked: Collection[str | None] = ()) -> tuple[E, int] | None:
+        """The request that is next, and its start tag; None if there is none.
+
+        ``blocked``: adapters (None: the model itself) whose requests cannot be served now.
+        """
+        for priority in reversed(self._priorities):
+            found = self._head_of(self._levels[priority], blocked)
+            if found is not None:
+                return found
+        return None
+
+    def _head_of(self, level: _Level[E], blocked: Collection[str | None]) -> tuple[E, int] | None:
+        skipped = []
+        found = None
+        while level.heap and found is None:
+            item = level.heap[0]
+            flow = item[2]
+            if not level.is_current(item):
+                heapq.heappop(level.heap)
+                continue
+            # Other queues may have served the tenant meanwhile.
+            start = self._accounts.start(flow.tenant, flow.start)
+            if start > flow.start:
+                flow.start = start
+                heapq.heapreplace(level.heap, (start, flow.number, flow))
+                continue
+            entry = flow.first(blocked)
+            if entry is None:
+                skipped.append(heapq.heappop(level.heap))
+            else:
+                found = entry, start
+        for item in skipped:
+            heapq.heappush(level.heap, item)
+        return found
+
+    def take(self, entry: E) -> None:
+        """Remove a request that is served, and charge its tenant."""
+        level = self._levels[entry.priority]
+        flow = level.flows[entry.tenant]
+        flow.start = self._accounts.charge(entry.tenant, flow.start, entry.work)
+        self.remove(entry)
+        if level.flows.get(entry.tenant) is flow:
+            level.schedule(flow)
+
+    def newest_of_lowest(self) -> E | None:
+        """The request that is refused first: of those with the lowest priority, the newest."""
+        if not self._priorities:
+            return None
+        return next(reversed(self._levels[self._priorities[0]].order))
+
+    def place(self, entry: E) -> int:
+        """How many requests are served before this one, plus 1, if no other one comes."""
+        place = 1
+        for priority in reversed(self._priorities):
+            if priority == entry.priority:
+                break
+            place += len(self._levels[priority].order)
+        level = self._levels[entry.priority]
+        tags = [
+            (start, flow.number, each is entry)
+            for flow in level.flows.values()
+            for each, start in self._tagged(flow)
+        ]
+        own = next(tag for tag in tags if tag[2])
+        return place + sum(tag < own for tag in tags)
+
+    def _tagged(self, flow: _Flow[E]) -> Iterator[tuple[E, int]]:
+        start = flow.start
+        for entry in flow:
+            yield entry, start
+            start += entry.work
+
+    def _floor(self, priority: int) -> int:
+        floor = self._accounts.floor(priority)
+        level = self._levels[priority]
+        while level.heap and not level.is_current(level.heap[0]):
+            heapq.heappop(level.heap)
+        return min(floor, level.heap[0][0]) if level.heap else floor
+
+    def _next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
