@@ -17,6 +17,11 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
+def authority(host: str, port: int) -> str:
+    """``host:port`` as URLs and the system config write it, IPv6 addresses in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def listen(host: str, port: int, count: int, setting: str) -> list[socket.socket]:
     """``count`` listening sockets on one port; the kernel spreads connections over them.
 
@@ -44,7 +49,8 @@ def listen(host: str, port: int, count: int, setting: str) -> list[socket.socket
         for sock in sockets:
             sock.close()
         raise KubeAIError(
-            f"{setting}: cannot listen on {host}:{port}: {_why(error, host, port, setting)}"
+            f"{setting}: cannot listen on {authority(host, port)}: "
+            f"{_why(error, host, port, setting)}"
         ) from None
     return sockets
 
