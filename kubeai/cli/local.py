@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from kubeai.cli.options import LogFormat, Port, Workers, default_data_dir, run_async, set_log_format
+from kubeai.cli.options import (
+    EngineEnv,
+    LogFormat,
+    Port,
+    Workers,
+    default_data_dir,
+    run_async,
+    set_log_format,
+)
 
 
 def local(
@@ -52,14 +60,7 @@ def local(
             "Repeatable.",
         ),
     ] = None,
-    engine_env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="Virtual environment that holds an engine: VLLM, OLlama, FasterWhisper, Infinity, "
-            "SGLang or LlamaCpp. Repeatable.",
-        ),
-    ] = None,
+    engine_env: EngineEnv = None,
     gpus: Annotated[
         str,
         typer.Option(
