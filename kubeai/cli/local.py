@@ -19,7 +19,8 @@ from kubeai.cli.options import (
 
 def local(
     manifests: Annotated[
-        list[Path] | None, typer.Argument(help="Manifest files or directories to apply.")
+        list[Path] | None,
+        typer.Argument(metavar="MANIFEST", help="Manifest files or directories to apply."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Listen address of the OpenAI-compatible API.")

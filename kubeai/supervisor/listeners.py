@@ -63,8 +63,10 @@ def _why(error: OSError, host: str, port: int, setting: str) -> str:
         by = f" by {owner}" if owner else ""
         choose = "choose another port (0: any free one)" if is_option else "set another address"
         return f"address already in use{by}; {choose}"
+    where = "--host" if is_option else setting
+    if isinstance(error, socket.gaierror):
+        return f"{host} is not an address ({error.strerror}); change {where}"
     if error.errno == errno.EADDRNOTAVAIL:
-        where = "--host" if is_option else setting
         return f"no interface of this machine has the address {host}; change {where}"
     if error.errno == errno.EACCES:
         return "permission denied; ports below 1024 need root, choose another one"
