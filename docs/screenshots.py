@@ -187,7 +187,7 @@ def requests(console: ScriptedConsole) -> None:
         prompt = rng.randrange(300, 6000)
         pick = "least" if embeds else rng.choice(["cached", "cached", "cached", "away", "new"])
         cached = round(prompt * {"cached": 0.86, "away": 0.1}.get(pick, 0))
-        waited = rng.uniform(4, 9) if rng.random() < 0.08 else 0.0
+        waited = rng.uniform(4, 9) if rng.random() < 0.08 and not embeds else 0.0
         first = waited + 0.05 + (prompt - cached) / 9000
         output = rng.randrange(40, 420)
         entry = Entry(
