@@ -16,7 +16,8 @@ help:  ## list the targets
 	@echo "Installing the build tools"
 	$(PIP) install -q -c constraints.txt "setuptools>=77" cython wheel
 	@echo "Compiling the core and installing KubeAI, which takes about two minutes at first"
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	@KUBEAI_BUILD_PROGRESS=$$(test -t 2 && readlink /proc/self/fd/2) \
+		$(PIP) install -q -c constraints.txt --no-build-isolation -e .
 	$(BIN)/python -m compileall -q kubeai  # for systems with PYTHONDONTWRITEBYTECODE
 	touch $@
 

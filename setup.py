@@ -2,17 +2,49 @@
 the scanner of JSON bodies, and the reader of streams for ``kubeai bench``.
 
 ``KUBEAI_CYTHON_STRICT=1`` turns warnings of Cython and the C compiler into errors (``make check``);
-``KUBEAI_SANITIZE=address`` builds with AddressSanitizer.
+``KUBEAI_SANITIZE=address`` builds with AddressSanitizer. ``KUBEAI_BUILD_PROGRESS=/dev/pts/0`` shows
+the progress on this terminal: pip hides what a build prints.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 root = Path(__file__).parent
+terminal = os.environ.get("KUBEAI_BUILD_PROGRESS")
+
+
+def show(text: str) -> None:
+    """Replace the line at the bottom of the terminal, if there is one."""
+    if terminal:
+        with contextlib.suppress(OSError), open(terminal, "w") as out:
+            out.write(f"\r\x1b[K{text}")
+
+
+class BuildWithProgress(build_ext):
+    """Shows how many modules have been compiled. Several are compiled at a time, in threads."""
+
+    compiled = 0
+
+    def run(self) -> None:
+        """Build all modules, then remove the progress."""
+        try:
+            super().run()
+        finally:
+            show("")
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one module."""
+        show(f"  compiled {self.compiled} of {len(self.extensions)} modules")
+        super().build_extension(ext)
+        self.compiled += 1
+
+
 compile_args = ["-O3"]
 link_args = []
 if os.environ.get("KUBEAI_CYTHON_STRICT"):
@@ -35,7 +67,9 @@ modules = sorted(
     path.relative_to(root).with_suffix("").as_posix() for path in (root / "kubeai").rglob("*.pyx")
 )
 
+show("  translating the modules to C")
 setup(
+    cmdclass={"build_ext": BuildWithProgress},
     options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         [

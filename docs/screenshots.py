@@ -3,7 +3,7 @@
     make screenshots        # or: python docs/screenshots.py [NAME …]
 
 It needs Chromium, the extra `browser`, and the fonts Inter and JetBrains Mono. The page shows a
-scripted back end, so that the pictures only change with the page.
+scripted back end, so that the pictures only change with the page. Its texts are KubeAI's own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 REPOSITORY = Path(__file__).parent.parent
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "browser")]
 
 from browsers import go, open_page, running_browser  # noqa: E402
-from fakes.scripted_console import Chat, ScriptedConsole, pod, record, scripted_console  # noqa: E402
+from fakes.scripted_console import Chat, ScriptedConsole, pod, scripted_console  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.async_api import Page, expect  # noqa: E402
+
+from kubeai._journal import Entry  # noqa: E402
+from kubeai.supervisor.console.traffic import request_of  # noqa: E402
 
 FOLDER = REPOSITORY / "docs" / "console"
 NO_DITHER = Image.Dither.NONE
@@ -44,11 +49,6 @@ engine.prefill(tokens[len(hit):])
 ```
 
 That is why KubeAI sends a conversation to the replica that already has it."""
-TEXTS = {
-    "cached": "It has {} of {} prompt tokens cached.",
-    "away": "Another replica has more of the prompt cached, but is busier.",
-    "new": "No replica has any of the prompt cached; this one has the least pending.",
-}
 
 
 # -- the scripted world ----------------------------------------------------------------------------
@@ -85,13 +85,10 @@ def models(console: ScriptedConsole) -> None:
     console.put(
         "llama-3.3-70b",
         state="Starting",
-        reason="PullingImage",
-        message="pulling image vllm/vllm-openai, 1 of 3",
-        replicas=bounds(1, 3, 1, 4),
-        in_flight=18,
+        reason="ReplicasStarting",
+        message="pulling image, 1 of 3",
+        replicas=bounds(0, 3, 0, 4),
         held=7,
-        rates=rates(3.1, 6400, 410),
-        ttft_s=ttft(930, 0.61, 2.9),
     )
     console.put(
         "bge-m3",
@@ -101,12 +98,12 @@ def models(console: ScriptedConsole) -> None:
         replicas=bounds(2, 2, 1, None),
         in_flight=6,
         rates=rates(55, 9100, 0.0),
-        ttft_s=ttft(16400, 0.021, 0.09),
     )
     console.put(
         "gemma-3-4b",
         engine="OLlama",
         state="Scaled to zero",
+        reason="ScaledToZero",
         message="the next request starts a replica",
         strategy="LeastLoad",
         replicas=bounds(0, 0, 0, 2),
@@ -115,7 +112,8 @@ def models(console: ScriptedConsole) -> None:
         "qwen3-coder",
         state="Degraded",
         reason="CrashLoopBackOff",
-        message="pod model-qwen3-coder-7c9d-1: torch.OutOfMemoryError: CUDA out of memory",
+        message="container server keeps exiting (exit code 1): "
+        "torch.OutOfMemoryError: CUDA out of memory",
         replicas=bounds(1, 2, 1, 2),
         in_flight=9,
         rates=rates(1.8, 5200, 190),
@@ -129,13 +127,12 @@ def models(console: ScriptedConsole) -> None:
         replicas=bounds(1, 1, 0, 2),
         in_flight=2,
         rates=rates(0.4, 0.0, 0.0),
-        ttft_s=ttft(118, 1.42, 4.2),
     )
     console.put(
         "mixtral-8x22b",
         state="Failed",
-        reason="NoSuchProfile",
-        message='resourceProfile "nvidia-gpu-h200" is not in the system config',
+        reason="InvalidProfile",
+        message="spec.resourceProfile: the system config has no resource profile 'nvidia-gpu-h200'",
         replicas=bounds(0, 1, 1, 1),
     )
 
@@ -143,11 +140,11 @@ def models(console: ScriptedConsole) -> None:
 def llama(console: ScriptedConsole) -> None:
     """What the view of one Model shows."""
     steps = [
-        (95, 2, 3, "average of 88.1 requests in flight over 10 s, target 32"),
-        (640, 3, 2, "average of 41.7 requests in flight over 10 min, target 32"),
-        (1500, 1, 3, "average of 90.4 requests in flight over 10 s, target 32"),
-        (3900, 2, 1, "average of 20.3 requests in flight over 10 min, target 32"),
-        (5300, 0, 2, "a request was held"),
+        (95, 2, 3, average(88.1)),
+        (640, 3, 2, f"{average(41.7)}, for longer than the scale-down delay of 30 s"),
+        (1500, 2, 3, average(90.4)),
+        (3900, 1, 2, average(39.6)),
+        (5300, 0, 1, "replicas when the Model was created"),
     ]
     console.detail(
         "llama-3.1-8b",
@@ -164,10 +161,11 @@ def llama(console: ScriptedConsole) -> None:
             {"type": type_, "status": status, "reason": reason, "message": message,
              "last_transition_s": NOW - since}
             for type_, status, reason, message, since in (
-                ("Ready", "True", "ReplicasReady", "3 of 3 replicas are ready", 80),
-                ("Progressing", "False", "Complete", "all replicas are up to date", 80),
-                ("AdaptersLoaded", "True", "Loaded", "3 of 3 replicas have every adapter", 72),
-                ("Degraded", "False", "AsExpected", "", 5200),
+                ("Ready", "True", "AllReplicasReady", "3 of 3 replicas are ready", 80),
+                ("Progressing", "False", "UpToDate", "all replicas are up to date", 80),
+                ("AdaptersLoaded", "True", "Loaded", "3 of 3 ready replicas serve every adapter",
+                 72),
+                ("Degraded", "False", "AsExpected", "no problems detected", 5200),
             )
         ],
         timeline=[{"time_s": NOW - ago, "from": a, "to": b, "reason": why}
@@ -175,38 +173,57 @@ def llama(console: ScriptedConsole) -> None:
     )  # fmt: skip
 
 
+def average(requests: float) -> str:
+    """The autoscaler's reason."""
+    return f"average of {requests:g} active requests over 600 s, target 32 per replica"
+
+
 def requests(console: ScriptedConsole) -> None:
     rng = random.Random(7)
-    names = ["llama-3.1-8b"] * 5 + ["llama-3.3-70b"] * 2 + ["qwen3-coder", "bge-m3"]
+    names = ["llama-3.1-8b"] * 5 + ["qwen3-coder"] * 2 + ["bge-m3"]
     for number in range(60):
         name = rng.choice(names)
+        embeds = name == "bge-m3"
         prompt = rng.randrange(300, 6000)
-        pick = rng.choice(["cached", "cached", "cached", "away", "new"])
-        cached = round(prompt * (0.86 if pick == "cached" else 0.1 if pick == "away" else 0))
-        waited = rng.uniform(4, 9) if rng.random() < 0.08 else 0.0
+        pick = "least" if embeds else rng.choice(["cached", "cached", "cached", "away", "new"])
+        cached = round(prompt * {"cached": 0.86, "away": 0.1}.get(pick, 0))
+        waited = rng.uniform(4, 9) if rng.random() < 0.08 and not embeds else 0.0
         first = waited + 0.05 + (prompt - cached) / 9000
         output = rng.randrange(40, 420)
-        fields: dict[str, Any] = {
-            "time_s": NOW - (60 - number) * 1.7,
-            "endpoint": f"model-{name}-5f7c6d-{rng.randrange(3)}",
-            "waited_s": waited,
-            "ttft_s": first,
-            "duration_s": first + output / 70,
-            "prompt_tokens": prompt,
-            "cached_tokens": cached,
-            "output_tokens": output,
-            "pick": pick,
-            "why": TEXTS[pick].format(f"{cached:,}", f"{prompt:,}"),
-        }
-        if number == 51:
-            fields |= {"retries": 1, "why": "The first replica refused the connection."}
-        if number == 55:
-            fields |= {"status": 503, "endpoint": None, "ttft_s": None, "duration_s": 0.003,
-                       "prompt_tokens": None, "cached_tokens": None, "output_tokens": None,
-                       "waited_s": 0.0, "why": "Too many requests are held."}  # fmt: skip
-        if number == 57:
-            fields |= {"end": "left"}
-        console.served(record(number, name, **fields))
+        entry = Entry(
+            began_s=NOW - (60 - number) * 1.7,
+            waited_s=waited,
+            first_s=first,
+            duration_s=first + (0 if embeds else output / 70),
+            model_row=0,
+            model_generation=0,
+            row=0,
+            generation=0,
+            status=200,
+            end="left" if number == 57 else "whole",
+            pick=pick,
+            retries=int(number == 51),
+            streamed=not embeds,
+            estimated_tokens=prompt,
+            expected_tokens=cached,
+            prompt_tokens=prompt,
+            cached_tokens=None if embeds else cached,
+            output_tokens=None if embeds else output,
+            id=f"req-{number}",
+        )
+        endpoint = f"model-{name}-5f7c6d-{rng.randrange(3)}"
+        if number == 55:  # refused: too many requests are held
+            entry = entry._replace(
+                status=503,
+                pick=None,
+                first_s=None,
+                duration_s=0.003,
+                waited_s=0.0,
+                cached_tokens=None,
+                output_tokens=None,
+            )
+            endpoint = None
+        console.served(msgspec.to_builtins(request_of(entry, name, endpoint, 0.0)))
 
 
 async def prepare(page: Page, view: str) -> None:

@@ -20,6 +20,8 @@ cdef enum Pick:  # why an endpoint was picked; same order as PICKS
     PICK_AWAY
     PICK_NEW
     PICK_LEAST
+    PICK_HASHED
+    PICK_BOUNDED
 
 
 cdef struct Header:

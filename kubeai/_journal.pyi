@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     generation: int
     status: int  # of the response; 0: the client disconnected before it began
     end: Literal["left", "whole", "broken"]
-    pick: Literal["cached", "away", "new", "least"] | None
+    pick: Literal["cached", "away", "new", "least", "hashed", "bounded"] | None
     retries: int  # at most 255
     streamed: bool
     estimated_tokens: int  # of the prompt

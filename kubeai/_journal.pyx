@@ -40,7 +40,7 @@ cdef uint64_t MAGIC = 0x6B7562656169524A  # "kubeaiRJ"
 
 ID_BYTES = ID_MAX_BYTES
 ENDS = ("left", "whole", "broken")
-PICKS = (None, "cached", "away", "new", "least")
+PICKS = (None, "cached", "away", "new", "least", "hashed", "bounded")
 
 Entry = namedtuple(
     "Entry",
@@ -76,7 +76,7 @@ cdef object _entry(const Slot *slot):
         slot.generation,
         slot.status,
         ENDS[min(<int> slot.end, 2)],
-        PICKS[min(<int> slot.pick, 4)],
+        PICKS[min(<int> slot.pick, <int> PICK_BOUNDED)],
         slot.retries,
         bool(slot.streamed),
         slot.estimated_tokens,

@@ -151,7 +151,11 @@ def console_line(event: dict[str, Any], colours: bool) -> str:
         parts.append(styled(level, _STYLES.get(level, "")))
     message = printable(str(event.get("message", "")))
     parts.append(styled(name, _BOLD) + (f": {message}" if message else ""))
-    fields = {key: _value(value) for key, value in event.items() if key not in _KNOWN}
+    fields = {
+        key: _value(value)
+        for key, value in event.items()
+        if key not in _KNOWN and value is not None
+    }
     if name in _BLOCKS:
         lines = [" ".join(parts)]
         lines += [f"  {key.replace('_', ' '):16}{value}" for key, value in fields.items() if value]

@@ -10,9 +10,12 @@ from kubeai.cli.options import ApiKey, BaseUrl
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Name of the Model, or <model>_<adapter>.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name of the Model, or <model>_<adapter>.")
+    ],
     prompt: Annotated[
-        str | None, typer.Argument(help="Ask this, print the answer to stdout, and exit.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Ask this, print the answer to stdout, and exit."),
     ] = None,
     base_url: BaseUrl = "http://127.0.0.1:8000/openai/v1",
     api_key: ApiKey = "",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kubeai.cli.options import Output, Port, check_output, default_data_dir
+from kubeai.cli.options import EngineEnv, Output, Port, check_output, default_data_dir
 
 if TYPE_CHECKING:
     from kubeai.local.doctor import Check
@@ -25,6 +25,7 @@ def doctor(
         Path | None,
         typer.Option(help="Data directory of kubeai local (default $XDG_DATA_HOME/kubeai)."),
     ] = None,
+    engine_env: EngineEnv = None,
     output: Output = "table",
 ) -> None:
     """Check this machine: what is installed, what is missing, what would fail.
@@ -36,7 +37,9 @@ def doctor(
     from kubeai.local.doctor import Setting, examine
 
     as_json = check_output(output)
-    setting = Setting(host, port, (data_dir or default_data_dir()).absolute())
+    setting = Setting(
+        host, port, (data_dir or default_data_dir()).absolute(), tuple(engine_env or ())
+    )
     checks = asyncio.run(examine(setting))
     problems = sum(check.status == "problem" for check in checks)
     if as_json:

@@ -10,9 +10,14 @@ import typer
 
 def load(
     url: Annotated[
-        str, typer.Argument(help="hf://<owner>/<name>, or s3://, gs://, oss://<bucket>/<path>.")
+        str,
+        typer.Argument(
+            metavar="URL", help="hf://<owner>/<name>, or s3://, gs://, oss://<bucket>/<path>."
+        ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Target directory; replaced if it exists.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Target directory; replaced if it exists.")
+    ],
     parallel: Annotated[
         int,
         typer.Option(help="Number of parts (Hugging Face: files) to fetch at a time.", min=1),

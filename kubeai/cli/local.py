@@ -6,12 +6,21 @@ from typing import Annotated
 
 import typer
 
-from kubeai.cli.options import LogFormat, Port, Workers, default_data_dir, run_async, set_log_format
+from kubeai.cli.options import (
+    EngineEnv,
+    LogFormat,
+    Port,
+    Workers,
+    default_data_dir,
+    run_async,
+    set_log_format,
+)
 
 
 def local(
     manifests: Annotated[
-        list[Path] | None, typer.Argument(help="Manifest files or directories to apply.")
+        list[Path] | None,
+        typer.Argument(metavar="MANIFEST", help="Manifest files or directories to apply."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Listen address of the OpenAI-compatible API.")
@@ -52,14 +61,7 @@ def local(
             "Repeatable.",
         ),
     ] = None,
-    engine_env: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="Virtual environment that holds an engine: VLLM, OLlama, FasterWhisper, Infinity, "
-            "SGLang or LlamaCpp. Repeatable.",
-        ),
-    ] = None,
+    engine_env: EngineEnv = None,
     gpus: Annotated[
         str,
         typer.Option(

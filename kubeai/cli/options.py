@@ -25,6 +25,14 @@ ApiKey = Annotated[
         show_default=False,
     ),
 ]
+EngineEnv = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="Virtual environment that holds an engine: VLLM, OLlama, FasterWhisper, Infinity, "
+        "SGLang or LlamaCpp. Repeatable.",
+    ),
+]
 Output = Annotated[
     str, typer.Option("--output", "-o", help="Format: table or json.", metavar="FORMAT")
 ]

@@ -37,6 +37,7 @@ async def _serve(host: str, port: int, workers: int) -> None:
     from kubeai.api.config.system import load_config
     from kubeai.kube.client import Kube
     from kubeai.logs import get_logger
+    from kubeai.supervisor.listeners import authority
     from kubeai.supervisor.supervisor import Supervisor
 
     config_path = os.environ.get("CONFIG_PATH")
@@ -50,7 +51,9 @@ async def _serve(host: str, port: int, workers: int) -> None:
     def started() -> None:
         log.info(
             "serving",
-            endpoint=f"http://{host}:{supervisor.port}/openai/v1" if supervisor.port else "none",
+            endpoint=f"http://{authority(host, supervisor.port)}/openai/v1"
+            if supervisor.port
+            else "none",
             metrics=f"http://{supervisor.metrics_address}/metrics",
             health=f"http://{supervisor.health_address}",
             workers=workers,

@@ -119,6 +119,7 @@ class Conversation:
             "model": self._model,
             "messages": self.messages,
             "stream": True,
+            "stream_options": {"include_usage": True},  # for the gateway's rates of tokens
             **self._parameters,
         }
         url = f"{self._gateway.base_url}/chat/completions"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,8 +73,10 @@ class Gateway:
             raise KubeAIError(f"{self.origin}: the response ended early: {what}") from None
 
     def _unreachable(self, error: Exception) -> str:
-        os_error = getattr(error, "os_error", None)
-        why = getattr(os_error, "strerror", None) or str(error) or type(error).__name__
+        number = getattr(getattr(error, "os_error", None), "errno", None)
+        # asyncio's own text repeats the address; the numbers of lookups are negative.
+        known = number is not None and number > 0
+        why = os.strerror(number) if known else str(error) or type(error).__name__
         start = "Start one with `kubeai local`, or name another with" if self._is_local else "Check"
         return f"no gateway can be reached at {self.origin} ({why}). {start} --base-url"
 
@@ -108,7 +111,7 @@ class Gateway:
             raise KubeAIError(text)
         models = await self.models()
         if not models:
-            raise KubeAIError(f"{text} ({self.base_url} lists no models; check --base-url)")
+            raise KubeAIError(f"--base-url {self.base_url}: {text}")
         listed = ", ".join(models[:NAMES_MAX]) + (", …" if len(models) > NAMES_MAX else "")
         raise KubeAIError(f"there is no model {quoted(name)}; there are: {listed}")
 

@@ -18,7 +18,9 @@ from kubeai._journal cimport (
     ID_MAX_BYTES,
     NOT_PICKED,
     PICK_AWAY,
+    PICK_BOUNDED,
     PICK_CACHED,
+    PICK_HASHED,
     PICK_LEAST,
     PICK_NEW,
     UNKNOWN_TOKENS,
@@ -74,13 +76,15 @@ cdef inline str tenant_of(Key key):
     return "" if key is None else key.tenant or key.name
 
 
-cdef inline uint8_t pick_of(int reason) noexcept:
-    """A Reservation's reason in the journal."""
-    if reason == PICKED_CACHED:
+cdef inline uint8_t pick_of(Reservation reservation) noexcept:
+    """Why an endpoint was picked, in the journal. Only picks by hash key have a bound."""
+    if reservation.bound:
+        return PICK_HASHED if reservation.name is reservation.first else PICK_BOUNDED
+    if reservation.reason == PICKED_CACHED:
         return PICK_CACHED
-    if reason == PICKED_AWAY:
+    if reservation.reason == PICKED_AWAY:
         return PICK_AWAY
-    return PICK_NEW if reason == PICKED_NEW else PICK_LEAST
+    return PICK_NEW if reservation.reason == PICKED_NEW else PICK_LEAST
 
 
 cdef class FastPathContext:
@@ -404,7 +408,7 @@ cdef class FastPath(EarlyStream):
             slot.row = reservation.row
             slot.generation = reservation.generation
             slot.expected_tokens = reservation.cached
-            slot.pick = pick_of(reservation.reason)
+            slot.pick = pick_of(reservation)
         slot.status = <uint16_t> self.status
         slot.end = 2 if self.broken else 1 if self.whole else 0
         slot.retries = <uint8_t> retries

@@ -48,7 +48,7 @@ from kubeai.local.volumes import check_claim, read_volumes
 from kubeai.logs import get_logger
 from kubeai.port_owners import port_owner
 from kubeai.processes import Spawn
-from kubeai.supervisor.listeners import is_loopback
+from kubeai.supervisor.listeners import authority, is_loopback
 from kubeai.supervisor.supervisor import Supervisor
 
 log = get_logger(__name__)
@@ -59,6 +59,10 @@ ENGINE_PORT = 8000
 CRD_TIMEOUT_S = 10.0
 # The modules of the processes that the main process starts.
 PROCESSES = "kubeai.local.apiserver", "kubeai.local.kubelet", "kubeai.gateway.worker"
+NO_MODEL = (
+    "apply a manifest with kubectl or in the console, or start with --model URL, such as "
+    "hf://Qwen/Qwen3-0.6B or ollama://qwen2.5:0.5b"
+)
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 # Defaults for interactive use on one machine: scale down soon after the last request, and stop
@@ -373,7 +377,8 @@ async def _apply(client: Kube, manifests: list[Manifest]) -> None:
 
 def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Machine) -> None:
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    endpoint = f"http://{host}:{supervisor.port}/openai/v1"
+    gateway = f"http://{authority(host, supervisor.port)}"
+    endpoint = f"{gateway}/openai/v1"
     kubeconfig = options.data_dir / "kubeconfig"
     namespace = options.namespace if options.namespace != DEFAULT_NAMESPACE else ""
     shows_console = supervisor.config.gateway.ui.enabled
@@ -390,12 +395,14 @@ def _greet(options: Options, supervisor: Supervisor, api_port: int, machine: Mac
         "serving",
         message="Ctrl-C stops it. Models are kept in the data directory.",
         endpoint=endpoint,
-        **({"console": f"http://{host}:{supervisor.port}/"} if shows_console else {}),
+        **({"console": f"{gateway}/"} if shows_console else {}),
         kubernetes_api=f"https://127.0.0.1:{api_port}",
         **({"namespace": namespace} if namespace else {}),
         metrics=f"http://{supervisor.metrics_address}/metrics",
         kubectl=f"export KUBECONFIG={shlex.quote(str(kubeconfig))}",
     )
+    if not any(supervisor.operator.models()):
+        log.info("no Model yet", message=NO_MODEL)
 
 
 def _advise_on_keys(options: Options, supervisor: Supervisor) -> None:

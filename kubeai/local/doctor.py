@@ -30,9 +30,11 @@ import msgspec
 import kubeai
 from kubeai.errors import KubeAIError, install_hint
 from kubeai.local import ports
-from kubeai.local.engines import survey
+from kubeai.local.engines import EngineEnvs, read_engine_envs, survey
+from kubeai.local.kubelet.gpus import find_gpus
 from kubeai.local.kubelet.runtime.children import run_helper
 from kubeai.port_owners import port_owner
+from kubeai.supervisor.listeners import authority
 
 Status = Literal["ok", "warning", "problem"]
 
@@ -75,10 +77,15 @@ class Setting(msgspec.Struct, frozen=True):
     host: str
     port: int
     data_dir: Path
+    engine_envs: tuple[str, ...] = ()  # NAME=DIR
 
 
 async def examine(setting: Setting, environ: Mapping[str, str] = os.environ) -> list[Check]:
-    """Run all checks. A check that fails itself is a problem with its error as the message."""
+    """Run all checks. A check that fails itself is a problem with its error as the message.
+
+    KubeAIError names a wrong value of ``--engine-env``.
+    """
+    envs = await read_engine_envs(setting.engine_envs)
     checks: list[tuple[str, Callable[[], Awaitable[list[Check]]]]] = [
         ("Python", _plain(check_python)),
         ("compiled core", _plain(check_core)),
@@ -89,7 +96,7 @@ async def examine(setting: Setting, environ: Mapping[str, str] = os.environ) -> 
         ("descriptors", _plain(check_descriptors)),
         ("mounts", check_mounts),
         ("kubectl", check_kubectl),
-        ("engines", check_engines),
+        ("engines", lambda: check_engines(envs)),
         ("GPUs", check_gpus),
         ("loader", _plain(check_loader)),
         ("proxies", _plain(lambda: check_proxies(environ))),
@@ -154,7 +161,8 @@ def check_ports(setting: Setting) -> list[Check]:
     name = f"port {setting.port}"
     if why := _unbindable(setting.host, setting.port):
         hint = "stop that program, or use kubeai local --port with another port"
-        checks.append(Check(name, taken, f"{setting.host}:{setting.port}: {why}", hint))
+        where = authority(setting.host, setting.port)
+        checks.append(Check(name, taken, f"{where}: {why}", hint))
     else:
         checks.append(Check(name, "ok", f"is free on {setting.host}"))
     # Pods use this port on loopback addresses of their own.
@@ -311,9 +319,9 @@ async def check_kubectl() -> list[Check]:
     return [Check("kubectl", "ok", f"{version} at {program}")]
 
 
-async def check_engines() -> list[Check]:
+async def check_engines(envs: EngineEnvs) -> list[Check]:
     """The engines that are installed; without any, only the mock engine can run."""
-    engines = await survey({}, os.environ.get("PATH", os.defpath))
+    engines = await survey(envs, os.environ.get("PATH", os.defpath))
     missing: Status = "ok" if any(one.program for one in engines) else "warning"
     return [
         Check(one.title, "ok", f"{one.version} at {one.program} ({one.source})".strip())
@@ -324,17 +332,19 @@ async def check_engines() -> list[Check]:
 
 
 async def check_gpus() -> list[Check]:
-    """NVIDIA GPUs, from nvidia-smi."""
+    """The NVIDIA GPUs that `kubeai local` assigns to replicas, and what nvidia-smi reports."""
+    count = len((await find_gpus()).ids)
     program = shutil.which("nvidia-smi")
     if program is None:
-        return [Check("GPUs", "ok", "none (no nvidia-smi): engines run on the CPU")]
+        found = f"{count} (no nvidia-smi)" if count else "none: engines run on the CPU"
+        return [Check("GPUs", "ok", found)]
     query = "--query-gpu=name,memory.total,driver_version"
     code, output = await run_helper([program, query, "--format=csv,noheader"], PROGRAM_TIMEOUT_S)
     if code != 0:
         hint = "run nvidia-smi and fix what it reports, such as a driver that is not loaded"
         return [Check("GPUs", "warning", f"nvidia-smi fails with {code}", hint)]
     gpus = [line.strip() for line in output.splitlines() if line.strip()]
-    return [Check("GPUs", "ok", f"{len(gpus)}: {'; '.join(gpus)}" if gpus else "none")]
+    return [Check("GPUs", "ok", f"{count} for replicas: {'; '.join(gpus)}" if gpus else "none")]
 
 
 def check_loader() -> list[Check]:

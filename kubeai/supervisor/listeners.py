@@ -26,6 +26,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def authority(host: str, port: int) -> str:
+    """``host:port`` as URLs and the system config write it, IPv6 addresses in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def listen(host: str, port: int, count: int, setting: str) -> list[socket.socket]:
     """``count`` listening sockets on one port; the kernel spreads connections over them.
 
@@ -53,7 +58,8 @@ def listen(host: str, port: int, count: int, setting: str) -> list[socket.socket
         for sock in sockets:
             sock.close()
         raise KubeAIError(
-            f"{setting}: cannot listen on {host}:{port}: {_why(error, host, port, setting)}"
+            f"{setting}: cannot listen on {authority(host, port)}: "
+            f"{_why(error, host, port, setting)}"
         ) from None
     return sockets
 
@@ -66,8 +72,10 @@ def _why(error: OSError, host: str, port: int, setting: str) -> str:
         by = f" by {owner}" if owner else ""
         choose = "choose another port (0: any free one)" if is_option else "set another address"
         return f"address already in use{by}; {choose}"
+    where = "--host" if is_option else setting
+    if isinstance(error, socket.gaierror):
+        return f"{host} is not an address ({error.strerror}); change {where}"
     if error.errno == errno.EADDRNOTAVAIL:
-        where = "--host" if is_option else setting
         return f"no interface of this machine has the address {host}; change {where}"
     if error.errno == errno.EACCES:
         return "permission denied; ports below 1024 need root, choose another one"

@@ -42,7 +42,7 @@ from kubeai.supervisor.console.app import Console
 from kubeai.supervisor.console.state import Fleet, ModelSummary, Worker
 from kubeai.supervisor.console.traffic import Traffic
 from kubeai.supervisor.key_metrics import KeyLimits
-from kubeai.supervisor.listeners import listen, parse_address
+from kubeai.supervisor.listeners import authority, listen, parse_address
 from kubeai.supervisor.loads import AllLoads
 from kubeai.supervisor.message_streams import SILENCE_MAX_S, MessageStreams
 from kubeai.supervisor.metrics import Metrics
@@ -497,5 +497,4 @@ async def _serve(runner: web.AppRunner, key: str, address: str) -> str:
         await runner.cleanup()
         raise
     await web.SockSite(runner, sock).start()
-    name = sock.getsockname()
-    return f"{name[0]}:{name[1]}"
+    return authority(*sock.getsockname()[:2])

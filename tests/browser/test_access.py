@@ -183,6 +183,16 @@ async def test_each_view_has_a_title_a_heading_and_the_current_link(page, consol
         await expect(current).to_have_attribute("aria-current", "page")
 
 
+async def test_the_playgrounds_settings_fit_their_column(page):
+    await go(page, "playground")
+    tasks = page.get_by_role("group", name="Task").get_by_role("button")
+    await expect(tasks).to_have_text(["Chat", "Embeddings", "Reranking", "Transcription"])
+    for width in (1440, 1000, 400):
+        await page.set_viewport_size({"width": width, "height": 900})
+        wide = await page.locator(".settings").evaluate("e => e.scrollWidth - e.clientWidth")
+        assert wide <= 0, f"{wide} px too wide in a window of {width} px"
+
+
 async def test_a_narrow_window_scrolls_tables_but_not_the_page(browser, console):
     populate(console)
     async with open_page(browser, f"{console.url}/ui/") as page:

@@ -88,6 +88,7 @@ async def test_a_cold_start_is_shown_and_models_are_changed(local):
                 assert 0 < request["ttft_s"] <= request["duration_s"]
             assert last["cached_tokens"] == answers[2].cached_tokens > 0
             assert (first["pick"], last["pick"]) == ("new", "cached")
+            assert "hello" not in json.dumps(events.requests), "contents are never kept"
             await events.until("it is ready", lambda: events.state["models"][0]["state"] == "Ready")
             assert events.state["models"][0]["rates"]["requests_per_s"] > 0
 

@@ -132,7 +132,16 @@ class World:
             **{"local": True, **options},
         )
 
-    def model(self, name="m", *pods, conditions=(READY,), desired=1, strategy="LeastLoad", **spec):
+    def model(
+        self,
+        name="m",
+        *pods,
+        conditions=(READY,),
+        desired=1,
+        strategy="LeastLoad",
+        progress="",
+        **spec,
+    ):
         value = manifest(name, conditions, loadBalancing={"strategy": strategy}, **spec)
         self.kube.objects[name] = value
         views = tuple(
@@ -141,7 +150,7 @@ class World:
         )
         self.operator.views[name] = ModelView(msgspec.convert(value, Model), desired, views)
         endpoints = tuple(Endpoint(pod, f"10.0.0.{n}:80") for n, pod in enumerate(pods))
-        route = Route(name, "VLLM", strategy=strategy, endpoints=endpoints)
+        route = Route(name, "VLLM", strategy=strategy, endpoints=endpoints, progress=progress)
         delta = self.publisher.update(name, route)
         if delta is not None:
             self.traffic.names.note(delta.route)

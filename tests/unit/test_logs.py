@@ -88,6 +88,7 @@ def test_an_unknown_log_format_is_an_error_that_names_the_variable(monkeypatch):
 
 def test_a_line_for_people_begins_with_the_message_and_escapes_control_characters():
     event = {"event": "stopping", "message": "wait\n\x1b[31m", "drain_max_s": 10.0, "model": "a b"}
+    event["reason"] = None  # unknown: left out
     line = console_line(event, colours=False)
     assert line == r'stopping: wait\n\x1b[31m drain_max_s=10 model="a b"'
 

@@ -55,3 +55,8 @@ def test_a_port_in_use_is_an_error_that_names_the_setting_and_the_process(settin
 def test_an_address_of_another_machine_is_an_error_that_names_the_host_option():
     with pytest.raises(KubeAIError, match=r"has the address 192\.0\.2\.1; change --host"):
         listen("192.0.2.1", 0, 1, "--port")
+
+
+def test_a_host_that_is_no_address_is_an_error_that_names_the_host_option():
+    with pytest.raises(KubeAIError, match=r"300\.1\.1\.1 is not an address .*; change --host"):
+        listen("300.1.1.1", 0, 1, "--port")

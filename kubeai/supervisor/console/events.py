@@ -42,7 +42,7 @@ class Hub:
         self._ticker: asyncio.Task[None] | None = None
         self._ticked = asyncio.Event()  # replaced in each tick
         self._closed = False
-        self._state = b""  # empty until the first tick
+        self._state = b""  # as of the last tick; empty before the first one
         self._compared = b""  # the last state without its time
         self._version = 0  # of the state
 
@@ -104,10 +104,11 @@ class Hub:
 
     async def _tick(self) -> None:
         state = await self._read_state()
+        # Also if nothing else has changed: a new stream begins with the present time.
+        self._state = msgspec.json.encode(state)
         compared = msgspec.json.encode(msgspec.structs.replace(state, time_s=0.0))
         if compared != self._compared:
             self._compared = compared
-            self._state = msgspec.json.encode(state)
             self._version += 1
         self._wake()
 

@@ -40,12 +40,20 @@ class Worker(msgspec.Struct, frozen=True):
 
 
 class Replicas(msgspec.Struct, frozen=True):
-    """Numbers of a Model's replicas. ``max`` None: unlimited."""
+    """Numbers of a Model's replicas. ``min`` and ``max`` bound ``desired``; None: unlimited."""
 
     ready: int
     desired: int
     min: int
     max: int | None
+
+    @classmethod
+    def of(cls, view: ModelView) -> Replicas:
+        """Those of a Model. Without autoscaling, its bounds do not apply."""
+        spec = view.model.spec
+        if spec.autoscaling_disabled:
+            return cls(view.ready, view.desired, 0, None)
+        return cls(view.ready, view.desired, spec.min_replicas, spec.max_replicas)
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,8 +166,10 @@ class Fleet:
 
     def _summary(self, view: ModelView) -> ModelSummary:
         name, spec = view.name, view.model.spec
-        row = self._publisher.row(name)
+        row, route = self._publisher.row(name), self._publisher.route(name)
         word, reason, message = state_of(view.model)
+        if reason == "ReplicasStarting" and route is not None and route.progress:
+            message = route.progress  # the condition only counts replicas
         return ModelSummary(
             name=name,
             state=word,
@@ -171,7 +181,7 @@ class Fleet:
             owner=spec.owner,
             strategy=spec.load_balancing.strategy,
             adapters=tuple(adapter.name for adapter in spec.adapters),
-            replicas=Replicas(view.ready, view.desired, spec.min_replicas, spec.max_replicas),
+            replicas=Replicas.of(view),
             in_flight=0 if row is None else self._table.in_flight(row),
             held=0 if row is None else self._table.held(row),
             rates=self._traffic.rates(name),

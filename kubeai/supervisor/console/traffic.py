@@ -30,6 +30,8 @@ _WHY = {
     "away": "another replica had more of the prompt in its cache, but was too busy",
     "new": "no replica had any of the prompt in its cache",
     "least": "it had the least work",
+    "hashed": "the hash of its prompt's beginning maps to it",
+    "bounded": "the replica that the hash of its prompt's beginning maps to was too busy",
 }
 
 
@@ -187,7 +189,7 @@ class Traffic:
             endpoint = self.names.find(entry.row, entry.generation)
             if model is not None:
                 self._models.setdefault(model, _Model()).add(entry, endpoint)
-            self._newest.append(_request(entry, model, endpoint, unix_s))
+            self._newest.append(request_of(entry, model, endpoint, unix_s))
         self.count += len(entries)
         for sums in self._models.values():
             sums.forget(now_s)
@@ -253,8 +255,8 @@ def _percentile(values: list[float], share: float) -> float:
     return values[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def _request(entry: Entry, model: str | None, endpoint: str | None, unix_s: float) -> Request:
-    """``unix_s``: Unix time minus CLOCK_MONOTONIC."""
+def request_of(entry: Entry, model: str | None, endpoint: str | None, unix_s: float) -> Request:
+    """What is shown of an entry. ``unix_s``: Unix time minus CLOCK_MONOTONIC."""
     return Request(
         id=entry.id,
         time_s=entry.began_s + unix_s,
@@ -269,7 +271,7 @@ def _request(entry: Entry, model: str | None, endpoint: str | None, unix_s: floa
         cached_tokens=entry.cached_tokens,
         output_tokens=entry.output_tokens,
         retries=entry.retries,
-        pick=entry.pick if entry.pick in ("cached", "away", "new") else None,
+        pick=None if entry.pick == "least" else entry.pick,
         why=_why(entry),
     )
 
@@ -279,9 +281,10 @@ def _why(entry: Entry) -> str:
     if entry.pick is None:
         return "no replica was picked"
     why = _WHY[entry.pick]
-    if entry.pick == "cached" and entry.estimated_tokens:
+    if entry.estimated_tokens and (entry.pick == "cached" or entry.expected_tokens):
         share = f"{entry.expected_tokens} of {entry.estimated_tokens}"
-        why = f"about {share} prompt tokens were believed to be in its cache"
+        cached = f"about {share} prompt tokens were believed to be in its cache"
+        why = cached if entry.pick == "cached" else f"{why}; {cached}"
     if entry.retries:
         why += f"; {entry.retries} earlier attempt{'s' * (entry.retries > 1)} failed"
     if entry.waited_s:

@@ -50,6 +50,7 @@ async def test_a_prompt_is_answered_on_stdout_and_nothing_else_is_printed(gatewa
             {"role": "user", "content": "Hi!"},
         ],
         "stream": True,
+        "stream_options": {"include_usage": True},
         "max_tokens": 5,
     }
     assert gateway.headers[0]["Authorization"] == "Bearer secret"
@@ -78,8 +79,17 @@ async def test_without_a_gateway_the_error_says_what_to_start(gateway):
     gateway.origin = "http://127.0.0.1:9"  # the discard port: nothing listens there
     code, out, err = await chat(gateway, "chat", "Hi!")
     assert (code, out) == (2, "")
-    assert err.startswith("error: no gateway can be reached at http://127.0.0.1:9 (")
+    start = "error: no gateway can be reached at http://127.0.0.1:9 (Connection refused). "
+    assert err.startswith(start)
     assert "`kubeai local`" in err
+
+
+async def test_a_url_that_lists_no_models_is_an_error_that_names_the_option(gateway):
+    code, _, err = await chat(gateway, "chat", "Hi!", "--base-url", gateway.origin)
+    assert (code, err) == (
+        2,
+        f"error: --base-url {gateway.origin}: 404: Not Found (HTTP status 404)\n",
+    )
 
 
 async def test_an_invalid_url_is_an_error_that_names_the_option(gateway):

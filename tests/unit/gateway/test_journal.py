@@ -1,5 +1,6 @@
 """Each inference request is in the journal when it has ended, with the reported tokens."""
 
+import asyncio
 import json
 
 import pytest
@@ -47,6 +48,30 @@ async def test_a_chat(start):
     assert 0 < entry.first_s <= entry.duration_s < 5
     assert entry.waited_s == 0
     assert reported(world) == (12, 8, 7)
+
+
+async def test_why_the_hash_ring_led_to_an_endpoint(start):
+    world = await start()
+    arrived, go = [], asyncio.Event()
+
+    async def script(wire, request):
+        arrived.append(request)
+        await go.wait()
+        await wire.send(answer(200, CHAT))
+
+    engines = {name: await world.engine(script) for name in ("a", "b")}
+    world.route("m", engines, strategy="PrefixHash")
+    clients = [await world.client() for _ in range(4)]
+    for client in clients:
+        await client.send(post("/openai/v1/chat/completions", PROMPT))
+    await until(lambda: len(arrived) == 4, "the engines have them")
+    go.set()
+    found = await entries(world, 4)
+    # The first ones fill their key's endpoint up to the bound.
+    first = {entry.row for entry in found if entry.pick == "hashed"}
+    other = {entry.row for entry in found if entry.pick == "bounded"}
+    assert len(first) == len(other) == 1
+    assert first != other
 
 
 async def test_a_stream_whose_end_comes_in_pieces(start):

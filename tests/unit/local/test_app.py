@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from fakes.kube import FakeKube
+from structlog.testing import capture_logs
 
 from kubeai.api.config.system import load_config
 from kubeai.errors import ConfigError, KubeAIError
@@ -85,6 +86,41 @@ def test_each_engine_is_logged_with_its_version_or_with_what_to_install():
     fields = app._found(app.Machine([*found, further], 0, []))
     assert fields["Ollama"].endswith("; 1  /x/ollama (spec.env.PATH of Model m)")
     assert "GPUs" not in fields
+
+
+def greeting(options, *drafts, models=()):
+    """The log at start: event → fields."""
+    supervisor = SimpleNamespace(
+        port=9000,
+        metrics_address="127.0.0.1:9001",
+        config=app._load_config(None),
+        operator=SimpleNamespace(models=lambda: models),
+    )
+    with capture_logs() as logs:
+        app._greet(options, supervisor, 9002, app.Machine([], 0, list(drafts)))
+    return {log["event"]: log for log in logs}
+
+
+def test_without_a_model_the_log_says_how_to_get_one(tmp_path):
+    assert "--model URL" in greeting(options(tmp_path))["no Model yet"]["message"]
+    assert "no Model yet" not in greeting(options(tmp_path), models=["m"])
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "127.0.0.1"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("::1", "[::1]"),
+    ],
+)
+def test_the_addresses_at_start_are_urls_whatever_the_host(tmp_path, host, shown):
+    said = greeting(msgspec.structs.replace(options(tmp_path), host=host), DRAFT)
+    assert said["serving"]["endpoint"] == f"http://{shown}:9000/openai/v1"
+    assert said["serving"]["console"] == f"http://{shown}:9000/"
+    assert f"http://{shown}:9000/openai/v1/" in said["first request"]["command"]
 
 
 def test_a_profile_of_one_gpu_is_added_unless_the_config_has_it(tmp_path: Path):

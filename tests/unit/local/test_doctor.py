@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kubeai.errors import KubeAIError
 from kubeai.local import doctor
 from kubeai.local.doctor import Check, Setting
+from kubeai.local.kubelet.pods.devices import Devices
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ async def test_a_cluster_that_does_not_answer_is_a_warning_with_the_kubeconfig(t
 
 async def test_without_engines_each_is_a_warning_with_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    checks = by_name(await doctor.check_engines())
+    checks = by_name(await doctor.check_engines({}))
     assert set(checks) == {
         "vLLM",
         "Ollama",
@@ -155,9 +157,38 @@ async def test_without_engines_each_is_a_warning_with_how_to_install_it(monkeypa
     program = tmp_path / "ollama"
     program.write_text("#!/bin/sh\necho ollama version is 0.17.4\n")
     program.chmod(0o755)
-    checks = by_name(await doctor.check_engines())
+    checks = by_name(await doctor.check_engines({}))
     assert checks["Ollama"] == Check("Ollama", "ok", f"0.17.4 at {program} (PATH)")
     assert checks["vLLM"].status == "ok", "one engine is enough"
+
+
+async def test_an_engines_environment_is_looked_into_and_a_wrong_one_is_an_error(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program = tmp_path / "env" / "bin" / "llama-server"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho 'version: 6400 (8f3a2bc)'\n")
+    program.chmod(0o755)
+    checks = by_name(await doctor.check_engines({"LlamaCpp": tmp_path / "env"}))
+    found = f"6400 at {program} (--engine-env)"
+    assert checks["llama.cpp"] == Check("llama.cpp", "ok", found)
+    with pytest.raises(KubeAIError, match=r"--engine-env LlamaCpp=.* has no program bin/llama-ser"):
+        await doctor.examine(Setting("127.0.0.1", 0, tmp_path, (f"LlamaCpp={tmp_path}",)))
+
+
+async def test_gpus_are_those_that_replicas_get(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "find_gpus", lambda: found(Devices(["0"])))
+
+    async def found(devices):
+        return devices
+
+    assert (await doctor.check_gpus())[0].message == "1 (no nvidia-smi)"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA A10, 23028 MiB, 550.54\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    message = "1 for replicas: NVIDIA A10, 23028 MiB, 550.54"
+    assert await doctor.check_gpus() == [Check("GPUs", "ok", message)]
 
 
 async def test_broken_nvidia_smi_and_kubectl_are_warnings(monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ export function showModel(main, signal, name, tab) {
     reading = true;
     try {
       const model = await get(`models/${encodeURIComponent(name)}`, signal);
-      for (const part of [gone]) setAttribute(part, "hidden", true);
+      setAttribute(gone, "hidden", true);
       for (const part of [content, heading.body]) setAttribute(part, "hidden", false);
       heading.update(model);
       update(model);

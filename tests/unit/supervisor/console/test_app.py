@@ -5,17 +5,18 @@ import gzip
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 import yaml
-from fakes.console import World, running
+from fakes.console import READY, World, running
 from fakes.wire import until
 
 from kubeai.errors import KubeAIError
 from kubeai.kube.errors import ApiError
 from kubeai.operator.view import Step
-from kubeai.supervisor.console import events
+from kubeai.supervisor.console import app, events
 from kubeai.supervisor.console.app import HEADERS
 
 CHANGE = {"X-KubeAI-UI": "1"}
@@ -154,6 +155,25 @@ async def test_a_models_state_in_a_word(world, conditions, state, reason):
     assert (model["state"], model["reason"]) == (state, reason)
 
 
+STARTING = ("Ready", "False", "ReplicasStarting", "0 of 3 replicas are ready")
+LOADING = ("Ready", "False", "CacheNotLoaded", "downloading hf://a/b, attempt 2")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "progress", "message"),
+    [
+        ([STARTING], "pulling image, 1 of 3", "pulling image, 1 of 3"),
+        ([STARTING], "", "0 of 3 replicas are ready"),
+        ([LOADING], "downloading to the cache", "downloading hf://a/b, attempt 2"),
+        ([READY], "pulling image", "1 of 1 replica is ready"),
+    ],
+)
+async def test_a_model_that_starts_says_what_it_does(world, conditions, progress, message):
+    world.model(conditions=conditions, progress=progress)
+    (model,) = (await get(world, "/ui/api/state"))["models"]
+    assert model["message"] == message
+
+
 async def test_a_model_by_itself(world):
     world.model("m", "pod-a", "pod-b", strategy="PrefixCache", replicas=2)
     world.operator.steps["m"] = (Step(5.0, 1, 2, "because"),)
@@ -204,6 +224,11 @@ async def read_event(response, name):
             return json.loads(data.removeprefix(b"data: "))
 
 
+async def next_tick(world):
+    ticked = world.console._hub._ticked
+    await until(lambda: world.console._hub._ticked is not ticked, "a tick")
+
+
 async def test_events_begin_with_all_and_continue_with_what_is_new(world, monkeypatch):
     monkeypatch.setattr(world.console._hub, "_tick_s", 0.005)
     world.model("m", "pod")
@@ -220,6 +245,22 @@ async def test_events_begin_with_all_and_continue_with_what_is_new(world, monkey
         while len((await read_event(response, "state"))["models"]) == 1:
             pass
     await until(lambda: world.console._hub._ticker is None, "nobody looks")
+
+
+async def test_a_stream_begins_with_the_present_time_even_if_nothing_has_changed(
+    world, monkeypatch
+):
+    monkeypatch.setattr(world.console._hub, "_tick_s", 0.005)
+    clock = SimpleNamespace(time=lambda: clock.now_s, now_s=1000.0)
+    monkeypatch.setattr(app, "time", clock)
+    world.model("m")
+    async with world.client.get("/ui/api/events") as first:
+        assert (await read_event(first, "state"))["time_s"] == 1000.0
+        clock.now_s = 2000.0
+        await next_tick(world)
+        await next_tick(world)
+        async with world.client.get("/ui/api/events") as second:
+            assert (await read_event(second, "state"))["time_s"] == 2000.0
 
 
 async def test_there_is_a_comment_when_nothing_changes(world, monkeypatch):
@@ -316,6 +357,8 @@ async def test_bounds_are_respected(world, body, message):
 
 async def test_without_autoscaling_there_are_no_bounds(world):
     world.model(minReplicas=1, maxReplicas=3, autoscalingDisabled=True)
+    (model,) = (await get(world, "/ui/api/state"))["models"]
+    assert (model["replicas"]["min"], model["replicas"]["max"]) == (0, None)
     async with world.client.post(
         "/ui/api/models/m/scale", json={"replicas": 0}, headers=CHANGE
     ) as response:

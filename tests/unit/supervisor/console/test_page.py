@@ -42,6 +42,8 @@ def test_no_script_turns_text_into_markup_or_code(path):
 
 
 def test_every_file_that_is_named_exists_and_every_file_is_named():
+    preloaded = re.findall(r'rel="modulepreload" href="static/([^"]+)"', PAGE)
+    assert len(preloaded) == len(set(preloaded))
     named = set(re.findall(r'(?:src|href)="static/([^"]+)"', PAGE))
     imported = {
         name for path in SCRIPTS for name in re.findall(r'from "\./([^"]+)"', path.read_text())

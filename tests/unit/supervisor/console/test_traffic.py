@@ -39,13 +39,29 @@ async def test_a_request_says_what_happened_and_why(world):
         ("away", "away", "another replica had more of the prompt in its cache, but was too busy"),
         ("new", "new", "no replica had any of the prompt in its cache"),
         ("least", None, "it had the least work"),
+        ("hashed", "hashed", "the hash of its prompt's beginning maps to it"),
+        (
+            "bounded",
+            "bounded",
+            "the replica that the hash of its prompt's beginning maps to was too busy",
+        ),
         (None, None, "no replica was picked"),
     ],
 )
 async def test_why_a_replica_was_picked(world, pick, word, why):
-    world.request(pick=pick)
+    world.request(pick=pick, expected_tokens=0)
     (request,) = newest(world)
     assert (request.pick, request.why) == (word, why)
+
+
+async def test_what_its_cache_was_believed_to_have_is_said_under_every_strategy(world):
+    cached = "about 50 of 100 prompt tokens were believed to be in its cache"
+    for pick, why in {
+        "cached": cached,
+        "hashed": f"the hash of its prompt's beginning maps to it; {cached}",
+    }.items():
+        world.request(pick=pick)
+        assert newest(world)[0].why == why
 
 
 async def test_what_the_engine_does_not_report_is_estimated_or_unknown(world):
