@@ -2,7 +2,7 @@
 
 The event loop keeps serving other requests meanwhile. A compressed body is decoded up to the limit
 of all bodies, and sent to the engine as it came, with its Content-Encoding. It is sent uncompressed
-if it is changed (something in it is replaced, or the engine is asked for the usage of a stream), and
+if it is changed (something in it is replaced, or the engine is asked for a stream's usage), and
 with ``gateway.decompressBodies``. Called by proxy.py.
 """
 
