@@ -49,7 +49,7 @@ from kubeai.gateway.realtime import (
 )
 from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.relay._tunnel import Tunnel
-from kubeai.gateway.stored_responses import check_owner, not_stored, owned
+from kubeai.gateway.stored_responses import check_owner, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
 from kubeai.openai import request as openai
 from kubeai.openai.errors import BadRequest, model_not_found
@@ -231,7 +231,7 @@ class Proxy(AdmittedRequest):
             self._refuse(error)
             return
         self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
-        self._payload = owned(openai.body_for(request, self.body), self._kind, self._key)
+        self._payload = openai.body_for(request, self.body)
         if request.previous_response_id is None:
             self._place(self._admit(request, routed))
         else:
@@ -264,12 +264,13 @@ class Proxy(AdmittedRequest):
 
     async def _read(self) -> Reservation:
         """Like ``on_body`` for a large or compressed body."""
-        # The engine gets a body that is changed uncompressed.
-        changes = self._key is not None and self._kind is Kind.RESPONSES
-        request, self._prompt, payload = await read_body(
-            self, self.context, self._kind, self._find, changes=changes
+        request, self._prompt, self._payload = await read_body(
+            self,
+            self.context,
+            self._kind,
+            self._find,
+            changes=self._key is not None and self._kind is Kind.RESPONSES,  # see owned_payload
         )
-        self._payload = owned(payload, self._kind, self._key)
         return await self._continue(request)
 
     async def _continue(self, request: InferenceRequest) -> Reservation:
