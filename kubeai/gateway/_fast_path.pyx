@@ -57,6 +57,8 @@ from kubeai.openai.routes import Kind
 from kubeai.gateway._key_limits import refusal
 from kubeai.openai.errors import BadRequest
 
+cdef object RESPONSES = Kind.RESPONSES
+
 cdef enum:
     REQUEST_ID_AT = 14  # in the line "X-Request-Id: …\r\n"
     RETRIES_MAX = 255  # that an entry of the journal can say
@@ -113,13 +115,11 @@ cdef class JsonRoute:
     cdef readonly object kind
     cdef readonly bytes path  # the engine's
     cdef readonly Shape shape
-    cdef readonly bint stores  # engines may keep the response; see stored_responses.py
 
     def __init__(self, kind, bytes path not None, Shape shape not None):
         self.kind = kind
         self.path = path
         self.shape = shape
-        self.stores = kind is Kind.RESPONSES
 
 
 cdef bint is_special(const Text *text) noexcept:
@@ -214,9 +214,8 @@ cdef class FastPath(EarlyStream):
             request = scan(self.json_route.shape, self.body)
         if request is not None and request.adapter is None and request.previous.at is NULL:
             routed = context.models.get(request.name)
-        if self._key is not None and routed is not None:
-            if self.json_route.stores or not self._key.allows(routed.route):
-                routed = None
+        if routed is not None and self._key is not None and not self._key.allows(routed.route):
+            routed = None
         self._request = request
         if routed is None:
             self.on_body()
@@ -302,6 +301,8 @@ cdef class FastPath(EarlyStream):
             pool.failing = True
         if self._payload is None:
             self.send_other(pool)
+        elif self._key is not None and self._kind is RESPONSES:
+            self.send(pool, self._path, self.owned_payload())
         else:
             if self._key is not None:
                 self._ask_for_usage()
@@ -475,6 +476,10 @@ cdef class FastPath(EarlyStream):
 
     def send_other(self, pool):
         """Send a request to an endpoint whose body is not in ``_payload``."""
+        raise NotImplementedError
+
+    def owned_payload(self):
+        """The body, so that a response that the engine stores belongs to the key's tenant."""
         raise NotImplementedError
 
     def moved(self, reservation):

@@ -26,6 +26,7 @@ from kubeai.gateway.holding import WAITED, HoldComments, advice, hold, progress
 from kubeai.gateway.realtime import last_event
 from kubeai.gateway.relay._exchange import CONNECT, INVALID, LOST, TIMEOUT
 from kubeai.gateway.retries import TIMED_OUT, Retries, check_loss
+from kubeai.gateway.stored_responses import owned
 from kubeai.logs import get_logger
 from kubeai.openai.errors import BadRequest, engine_error, error_answer, header_lines
 from kubeai.openai.routes import Kind
@@ -174,6 +175,12 @@ class AdmittedRequest(FastPath):
         assert self._candidates is not None, "asked for"
         text = explanation(self._routed.route.strategy, self._prompt, reservation, self._candidates)
         self.add_response_header(b"X-KubeAI-Explain", text)
+
+    @override
+    def owned_payload(self) -> bytes:
+        assert self._payload is not None, "the request has a JSON body"
+        assert self._key is not None, "only tenants own responses"
+        return owned(self._payload, self._key)
 
     @override
     def moved(self, reservation: Reservation) -> None:

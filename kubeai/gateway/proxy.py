@@ -49,7 +49,7 @@ from kubeai.gateway.realtime import (
 )
 from kubeai.gateway.relay._renaming import Renaming
 from kubeai.gateway.relay._tunnel import Tunnel
-from kubeai.gateway.stored_responses import check_owner, not_stored, owned
+from kubeai.gateway.stored_responses import check_owner, not_stored
 from kubeai.gateway.uploads.upload import Upload, is_form
 from kubeai.openai import request as openai
 from kubeai.openai.errors import BadRequest, model_not_found
@@ -228,7 +228,7 @@ class Proxy(AdmittedRequest):
             request = self._request or openai.read(self._kind, self.body)
             routed = self._find(request)
             self._prompt = openai.prompt_of(routed.picker, request, self.context.logs_prompts)
-            self._payload = owned(openai.body_for(request, self.body), self._kind, self._key)
+            self._payload = openai.body_for(request, self.body)
             if request.previous_response_id is not None:
                 self._wait(partial(self._continue, request))
                 return
@@ -265,18 +265,15 @@ class Proxy(AdmittedRequest):
 
     async def _read(self) -> Reservation:
         """Like ``on_body`` for a large or compressed body."""
-        # The engine gets a body that is changed uncompressed.
-        changes = self._key is not None and self._kind is Kind.RESPONSES
         read = await read_body(
             self,
             self.context,
             self._kind,
             self._find,
-            changes=changes,
+            changes=self._key is not None and self._kind is Kind.RESPONSES,  # see owned_payload
             is_metered=self._key is not None,
         )
-        self._prompt = read.prompt
-        self._payload = owned(read.payload, self._kind, self._key)
+        self._prompt, self._payload = read.prompt, read.payload
         if read.asks_for_usage:
             self._metered = read.payload
         return await self._continue(read.request)

@@ -270,14 +270,12 @@ def _unsure(response_id: str, silent: list[str]) -> BadRequest:
     )
 
 
-def owned(payload: bytes, kind: Kind, key: Key | None) -> bytes:
-    """The body of a request, so that a response that the engine stores belongs to the tenant.
+def owned(payload: bytes, key: Key) -> bytes:
+    """The body of a request, so that a response that the engine stores belongs to the key's tenant.
 
     ``payload``: a JSON object. A ``request_id`` of the client's loses, wherever it is: engines use
-    the last member of a name. Bodies of other kinds, and without a key, are unchanged.
+    the last member of a name. Each attempt gets another ID.
     """
-    if key is None or kind is not Kind.RESPONSES:
-        return payload
     end = payload.rindex(b"}")
     response_id = f"resp_{_owner(key.tenant)}{uuid.uuid4().hex}"
     return b'%b,"request_id":"%b"}' % (payload[:end], response_id.encode())

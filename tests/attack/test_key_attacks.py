@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from fakes.keys import ALICE, BOB, CHAT, ask, bearer, change, error, get, keyed, record
+from fakes.api_keys import ALICE, BOB, CHAT, ask, bearer, change, error, get, keyed, record
 from fakes.wire import Broken, Message, Wire, post, says, until
 from structlog.testing import capture_logs
 

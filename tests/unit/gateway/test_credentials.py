@@ -3,7 +3,7 @@
 import time
 from hashlib import sha256
 
-from fakes.keys import ALICE, BOB, record
+from fakes.api_keys import ALICE, BOB, record
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from fakes.keys import ALICE, BOB, ask, bearer, change, error, get, give, keyed, record
+from fakes.api_keys import ALICE, BOB, ask, bearer, change, error, get, give, keyed, record
 from fakes.wire import Message, Wire, answer, says
 from structlog.testing import capture_logs
 

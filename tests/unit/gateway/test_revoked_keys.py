@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fakes.keys import ALICE, BOB, ask, bearer, change, error, keyed, record
+from fakes.api_keys import ALICE, BOB, ask, bearer, change, error, keyed, record
 from fakes.wire import CHUNKED, Broken, Message, Wire, answer, chunk, post, says, until
 
 SWITCHED = (

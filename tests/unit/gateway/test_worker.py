@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import pytest
-from fakes.keys import ALICE, bearer, record
+from fakes.api_keys import ALICE, bearer, record
 from fakes.wire import (
     CHUNKED,
     WAIT_S,
