@@ -177,6 +177,7 @@ cdef class FastPath(EarlyStream):
     cdef int _begun(self) except -1:
         cdef JsonRoute json_route = None
         cdef FastPathContext context = <FastPathContext?> self.downstream.relay.context
+        forget_usage(&self.usage)
         if context.cors is not None:
             self.allow_origin(context.cors)
         if context.keys is not None and not self._take_key(context.keys):
@@ -190,7 +191,6 @@ cdef class FastPath(EarlyStream):
             self._kind = json_route.kind
             self._path = json_route.path
             self.collect(context.body_max_bytes)
-        forget_usage(&self.usage)
         if context.journal is not None:
             self.began_s = now()
         if context.observers is not None:

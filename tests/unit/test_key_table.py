@@ -5,7 +5,7 @@ import os
 from math import floor
 
 import pytest
-from fakes.key_rows import Clock
+from fakes.limited_keys import Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule

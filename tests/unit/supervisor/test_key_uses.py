@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from aiohttp import web
-from fakes.key_rows import Clock, Rows
+from fakes.limited_keys import Clock, Rows
 from harness import until
 
 from kubeai._key_table import KeyTable, Use

@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from fakes.key_rows import Rows
+from fakes.limited_keys import Rows
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from repository import REPOSITORY
