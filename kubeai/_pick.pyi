@@ -43,6 +43,10 @@ class Picker:
 
         If requests wait in another replica, one place is left to them. With a capacity, the request's work is charged to the tenant's account.
         """
+    def pick_beyond_capacity(
+        self, prompt: Prompt, adapter: str | None = None, exclude: Iterable[str] = ()
+    ) -> Reservation | None:
+        """Like ``pick``, but full endpoints can be picked too."""
     def has_room(self, adapter: str | None = None, places: int = 1) -> bool:
         """Whether the endpoints that serve the adapter have room for ``places`` more requests.
 

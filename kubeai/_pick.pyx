@@ -137,6 +137,14 @@ cdef class Picker:
             )
         return reservation
 
+    def pick_beyond_capacity(self, Prompt prompt, str adapter=None, object exclude=()):
+        """See the stub."""
+        self.ring.capacity = 0
+        try:
+            return self.pick(prompt, adapter, exclude)
+        finally:
+            self.ring.capacity = self.capacity
+
     cpdef bint has_room(self, str adapter=None, int64_t places=1):
         """See the stub."""
         cdef Members members = self.ring._members(adapter)

@@ -98,17 +98,16 @@ class Context(FastPathContext):
         self,
         model: str,
         *,
-        displaces: Callable[[int], bool] = lambda priority: False,
-        priority: int = 0,
+        displaces: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Count a request as held for a model; False if the limit is reached.
 
         The limit is ``hold_max_requests`` per model and worker. ``displaces`` ends the wait of
-        another request, if one has a priority below ``priority``. Until the task of that request
-        has ended too, one more is counted. After True, call :meth:`unhold` exactly once.
+        another request, if that is possible. Until the task of that request has ended too, one more
+        is counted. After True, call :meth:`unhold` exactly once.
         """
         held = self._held.get(model, 0)
-        if held >= self.config.hold_max_requests and not displaces(priority):
+        if held >= self.config.hold_max_requests and not displaces():
             return False
         self._held[model] = held + 1
         return True

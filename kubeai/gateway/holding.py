@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kubeai.gateway.relay._relay import RETRY_AFTER_S
@@ -36,7 +37,7 @@ log = get_logger(__name__)
 # now, in which case a later request may succeed.
 CANNOT_START = "model_cannot_start"
 UNAVAILABLE = "model_unavailable"
-QUEUE_FULL = "queue_full"  # of a 429: the request made room for one of a higher priority
+QUEUE_FULL = "queue_full"  # of a 429: the request made room for another
 
 WAITED = "X-KubeAI-Waited"
 RETRY_AFTER_MAX_S = 600
@@ -71,7 +72,8 @@ async def hold(
 
     The request is counted as held while it waits, and a replica of the model is demanded if it has
     none. A model that is known to be unable to start is neither waited for nor scaled up. If too
-    many requests wait, the newest of the lowest priority gets 429, or this one 503. ``waiting``:
+    many requests wait, one of a lower priority or of a tenant with more requests gets 429, or this
+    one 503. ``waiting``:
     the request in the queue, with its tenant and priority. ``max_wait_s``: the client's own limit,
     below ``holdTimeout``. ``during``: entered while the request waits.
     ``request_id``: for the context's ``hold_watcher``.
@@ -83,7 +85,7 @@ async def hold(
     block = routed.block(request.adapter)
     if block is not None and block.fails_at_s <= loop.time():
         raise _blocked(routed, request, block)
-    if not context.hold(request.name, displaces=routed.queue.displace, priority=waiting.priority):
+    if not context.hold(request.name, displaces=partial(routed.queue.displace, waiting)):
         log.warning("too many held requests", model=request.name)
         raise BadRequest(
             f"Too many requests are waiting for the model {request.model!r}.",
@@ -182,8 +184,8 @@ def _displaced(routed: RoutedModel, request: InferenceRequest) -> BadRequest:
     if suppressed is not None:
         log.warning("request displaced", model=request.model, suppressed=suppressed)
     return BadRequest(
-        f"Too many requests are waiting for the model {request.model!r}, and one of a higher "
-        "priority has come.",
+        f"Too many requests are waiting for the model {request.model!r}. One of a higher priority, "
+        "or of a tenant with fewer waiting requests, has taken the place of this one.",
         status=429,
         code=QUEUE_FULL,
         retry_after_s=_retry_after_s(routed),

@@ -12,7 +12,7 @@ long with a low priority has none against others of that priority.
 
 The :class:`Accounts` may be shared by several queues: ``queueing`` shares those of a worker's
 queues with the other workers in the queue table. Each operation takes O(log tenants), except
-``place``.
+``places``.
 """
 
 from __future__ import annotations
@@ -95,6 +95,13 @@ class _Flow(Generic[E]):
         if not heads:
             return None
         return next(iter(self.queues[min(heads, key=lambda head: head[0])[1]]))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.queues.values()))
+
+    def newest(self) -> E:
+        last = [next(reversed(queue.items())) for queue in self.queues.values()]
+        return max(last, key=lambda item: item[1])[0]
 
     def __iter__(self) -> Iterator[E]:
         """The requests in their order."""
@@ -232,27 +239,37 @@ class FairQueue(Generic[E]):
         if level.flows.get(entry.tenant) is flow:
             level.schedule(flow)
 
-    def newest_of_lowest(self) -> E | None:
-        """The request that is refused first: of those with the lowest priority, the newest."""
-        if not self._priorities:
-            return None
-        return next(reversed(self._levels[self._priorities[0]].order))
+    def refusable(self, priority: int, tenant: str) -> E | None:
+        """The request that makes room for a new one of this priority and tenant; None: no one does.
 
-    def place(self, entry: E) -> int:
-        """How many requests are served before this one, plus 1, if no other one comes."""
-        place = 1
+        Of those with the lowest priority the newest, if that priority is lower. If it is the same,
+        the newest of the tenant with the most requests, if that has at least two more.
+        """
+        if not self._priorities or self._priorities[0] > priority:
+            return None
+        level = self._levels[self._priorities[0]]
+        if self._priorities[0] < priority:
+            return next(reversed(level.order))
+        own = level.flows.get(tenant)
+        most = max(level.flows.values(), key=len)
+        return most.newest() if len(most) > (0 if own is None else len(own)) + 1 else None
+
+    def places(self) -> dict[E, int]:
+        """The place of each request in the order in which they are served if no other one comes.
+
+        From 1. Takes O(n log n).
+        """
+        places: dict[E, int] = {}
         for priority in reversed(self._priorities):
-            if priority == entry.priority:
-                break
-            place += len(self._levels[priority].order)
-        level = self._levels[entry.priority]
-        tags = [
-            (start, flow.number, each is entry)
-            for flow in level.flows.values()
-            for each, start in self._tagged(flow)
-        ]
-        own = next(tag for tag in tags if tag[2])
-        return place + sum(tag < own for tag in tags)
+            tagged = [
+                (start, flow.number, number, entry)
+                for flow in self._levels[priority].flows.values()
+                for number, (entry, start) in enumerate(self._tagged(flow))
+            ]
+            tagged.sort(key=lambda tag: tag[:3])
+            for *_, entry in tagged:
+                places[entry] = len(places) + 1
+        return places
 
     def _tagged(self, flow: _Flow[E]) -> Iterator[tuple[E, int]]:
         start = flow.start

@@ -19,6 +19,7 @@ RoutedModel owns one queue; holding.py waits in it.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING
 
 from kubeai._queue_table import WORK_MAX_TOKENS, QueueTable
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # What a request counts as, besides its prompt; the same as in the load table.
 REQUEST_TOKENS = 256
+# How often the places of all requests are computed, for comments.
+PLACES_AGE_MAX_S = 1.0
 
 
 class NoEndpoint(Exception):
@@ -43,7 +46,7 @@ class ModelGone(Exception):
 
 
 class Displaced(Exception):
-    """The queue is full, and the request made room for one of a higher priority."""
+    """The queue is full, and the request made room for another."""
 
 
 class Blocked(Exception):
@@ -128,6 +131,8 @@ class ModelQueue:
         self._queue: FairQueue[Waiting] = FairQueue(_SharedAccounts(table, row, generation))
         # The worker whose head came before ours at the last tick, and that head.
         self._deferred: tuple[int, int] = (-1, 0)
+        self._places: dict[Waiting, int] = {}
+        self._places_s = -math.inf  # when they were computed
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -161,6 +166,8 @@ class ModelQueue:
             if waiting in self._queue:
                 self._queue.remove(waiting)
                 self.dispatch()
+            if not self._queue:
+                self._places = {}
 
     def _is_served(self, waiting: Waiting) -> bool:
         """Whether the request has a Reservation of an endpoint that is still in the route."""
@@ -205,12 +212,12 @@ class ModelQueue:
             return None
         return self._routed.block(waiting.adapter)
 
-    def displace(self, priority: int) -> bool:
-        """Make room for a request of this priority; False if no other has a lower one."""
-        lowest = self._queue.newest_of_lowest()
-        if lowest is None or lowest.priority >= priority:
+    def displace(self, waiting: Waiting) -> bool:
+        """Make room for a new request; False if no other one comes after it."""
+        refused = self._queue.refusable(waiting.priority, waiting.tenant)
+        if refused is None:
             return False
-        self._fail(lowest, Displaced())
+        self._fail(refused, Displaced())
         return True
 
     def _fail(self, waiting: Waiting, error: Exception) -> None:
@@ -221,12 +228,16 @@ class ModelQueue:
     def place(self, waiting: Waiting) -> tuple[int, int]:
         """A request's place, and how many wait for the model in all workers of this replica.
 
-        With several workers the place is an estimate: others are assumed to be in between evenly.
+        The place is up to ``PLACES_AGE_MAX_S`` old. With several workers it is an estimate: the
+        others' requests are assumed to be in between evenly.
         """
-        total = sum(self._table.waiting(self._row))
-        if waiting not in self._queue:
-            return 1, max(1, total)
-        return -(-self._queue.place(waiting) * total // max(1, len(self._queue))), total
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._places_s > PLACES_AGE_MAX_S:
+            self._places, self._places_s = self._queue.places(), now_s
+        total = max(1, sum(self._table.waiting(self._row)))
+        here = max(1, len(self._queue))
+        place = self._places.get(waiting, here)
+        return min(-(-place * total // here), total), total
 
     # -- dispatching -------------------------------------------------------------------------------
 

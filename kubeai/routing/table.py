@@ -253,9 +253,9 @@ class RoutedModel:
         return self.pick(prompt, adapter, (*exclude, *unfit))
 
     def pick_only(self, endpoint: str, prompt: Prompt) -> Reservation | None:
-        """Like ``pick``, but only this endpoint; None if it is not in the route."""
+        """Like ``pick``, but only this endpoint, full or not; None if it is not in the route."""
         others = [name for name in self._endpoints if name != endpoint]
-        return self.pick(prompt, None, others)
+        return self.picker.pick_beyond_capacity(prompt, None, others)
 
     def first(
         self,

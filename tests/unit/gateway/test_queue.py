@@ -131,6 +131,19 @@ async def test_a_full_queue_refuses_the_newest_of_the_lowest_priority_with_429(b
         assert (await wire.answer()).status == 200
 
 
+async def test_a_tenant_that_fills_the_queue_keeps_no_other_out(busy):
+    world, engine = await busy(hold_max_requests=3)
+    wires = [await send(world, ask("m", f"{TENANT}: many"), held) for held in range(4)]
+    wires.append(await send(world, ask("m", f"{TENANT}: one"), 3))
+    assert (await error_of(wires.pop(3), 429))["code"] == "queue_full"
+    last = await world.client()
+    await last.send(ask("m", f"{TENANT}: many"))
+    assert (await error_of(last, 503))["code"] == "overloaded"
+    assert await engine.serve_all(4) == ["many", "one", "many", "many"]
+    for wire in wires:
+        assert (await wire.answer()).status == 200
+
+
 async def test_a_429_has_the_shape_of_anthropics_api(busy):
     world, engine = await busy(hold_max_requests=1, queue=QUEUE)
     wires = [await send(world, ask("m"), 0)]

@@ -137,10 +137,28 @@ def test_of_the_lowest_priority_the_newest_is_refused_first():
     old, new, high = Ask("a", -1), Ask("b", -1), Ask("c", 3)
     queue = queue_of(old, new, high)
     refused = []
-    while (ask := queue.newest_of_lowest()) is not None:
+    while (ask := queue.refusable(4, "d")) is not None:
         queue.remove(ask)
         refused.append(ask)
     assert refused == [new, old, high]
+
+
+def test_a_request_of_a_lower_priority_makes_no_other_room():
+    assert queue_of(Ask("a", 0), Ask("a", 0), Ask("a", 0)).refusable(-1, "b") is None
+
+
+def test_of_the_same_priority_the_tenant_with_the_most_requests_makes_room():
+    """Otherwise a tenant could keep all others out by filling the queue."""
+    many = [Ask("many", tag=number, adapter="x" if number == 7 else None) for number in range(8)]
+    few = [Ask("few", tag=number) for number in range(2)]
+    queue = queue_of(*many, *few)
+    assert queue.refusable(0, "new") is many[7]
+    assert queue.refusable(0, "few") is many[7]
+    assert queue.refusable(0, "many") is None
+    for ask in many[3:]:
+        queue.remove(ask)
+    assert queue.refusable(0, "few") is None
+    assert queue.refusable(0, "new") is many[2]
 
 
 def test_the_place_says_how_many_are_served_before():
@@ -152,7 +170,7 @@ def test_the_place_says_how_many_are_served_before():
     ]
     for ask in asks:
         queue.push(ask)
-    places = {ask: queue.place(ask) for ask in asks}
+    places = queue.places()
     assert [places[ask] for ask in drained(queue)] == list(range(1, 41))
 
 
@@ -200,4 +218,4 @@ def test_every_request_is_served_once_and_the_queue_agrees_with_a_plain_one(step
             waiting.append(ask)
         assert len(queue) == len(waiting)
         assert set(queue) == set(waiting)
-        assert (queue.newest_of_lowest() is None) == (not waiting)
+        assert (queue.refusable(3, "") is None) == (not waiting)

@@ -158,6 +158,19 @@ async def test_no_pick_exceeds_the_capacity_of_an_endpoint(site, strategy):
         pick.release()
 
 
+async def test_a_request_that_only_one_endpoint_can_serve_may_exceed_its_capacity(site):
+    """A stored response is nowhere else, and its engine may be full for minutes."""
+    site.route(["a"], ["b"])
+    model = site.workers[0].model
+    picks = [site.workers[0].pick_new(), site.workers[0].pick_new()]
+    picks.append(model.pick_only("a", Prompt()))
+    assert picks[2].name == "a"
+    assert model.pick_only("gone", Prompt()) is None
+    assert site.workers[0].pick_new() is None
+    for pick in picks:
+        pick.release()
+
+
 async def test_ejected_endpoints_get_no_requests_because_the_others_are_full(site):
     site.route(["a"], ["b"])
     model = site.workers[0].model
@@ -307,6 +320,49 @@ async def test_a_worker_that_hangs_is_passed(site):
     hangs.result().release()
 
 
+async def test_one_place_is_left_for_a_request_of_another_replica_that_comes_first(site):
+    site.route(["a"], capacity=2)
+    row = site.publisher.row("m")
+    picks = [site.workers[0].pick_new(), site.workers[0].pick_new()]
+    site.queues.set_peers(row, 5, 0)
+    tasks = [site.workers[0].ask(), site.workers[1].ask(timeout_s=60.0)]
+    await site.settle()
+    picks[0].release()
+    assert await served(site, tasks) == []
+    picks[1].release()
+    assert await served(site, tasks) == [tasks[0]]
+    site.queues.clear_peers(row)
+    site.queues.notify(row)
+    assert await served(site, tasks) == tasks
+    for task in tasks:
+        task.result().release()
+
+
+async def test_a_place_is_not_left_for_longer_than_two_ticks(site):
+    site.route(["a"])
+    first = site.workers[0].pick_new()
+    site.queues.set_peers(site.publisher.row("m"), 5, 0)
+    task = site.workers[0].ask()
+    await site.settle()
+    first.release()
+    site.tick()
+    assert await served(site, [task]) == []
+    site.tick()
+    assert await served(site, [task]) == [task]
+    task.result().release()
+
+
+async def test_a_request_of_another_replica_that_comes_later_is_left_nothing(site):
+    site.route(["a"])
+    first = site.workers[0].pick_new()
+    task = site.workers[0].ask(priority=1)
+    site.queues.set_peers(site.publisher.row("m"), 0, 0)
+    await site.settle()
+    first.release()
+    assert await served(site, [task]) == [task]
+    task.result().release()
+
+
 async def test_a_killed_workers_queue_holds_up_nobody(site):
     site.route(["a"])
     first = site.workers[0].pick_new()
@@ -425,11 +481,12 @@ async def test_only_a_lower_priority_makes_room(site):
     worker = site.workers[0]
     old, new, high = worker.ask(priority=-1), worker.ask(priority=-1), worker.ask(priority=4)
     await site.settle()
-    assert not worker.model.queue.displace(-1)
-    assert worker.model.queue.displace(0)
+    queue = worker.model.queue
+    assert not queue.displace(Waiting(Prompt(), priority=-1))
+    assert queue.displace(Waiting(Prompt(), priority=0))
     with pytest.raises(Displaced):
         await new
-    assert worker.model.queue.displace(5)
+    assert queue.displace(Waiting(Prompt(), priority=5))
     with pytest.raises(Displaced):
         await old
     first.release()
