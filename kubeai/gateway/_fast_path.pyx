@@ -335,11 +335,11 @@ cdef class FastPath(EarlyStream):
             self._reservation._prefilled(self.first_s)
         return 0
 
-    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
+    cdef int _body_ended(self, const char *tail, Py_ssize_t size) except -1:
         cdef Usage usage
         if self._reservation is None or self.status != 200:
             return 0
-        if not find_usage(PyBytes_AS_STRING(data) + at, size, &usage):
+        if not find_usage(tail, size, &usage):
             return 0
         if self.upstream.head.is_compressed():  # then it was found by chance
             return 0

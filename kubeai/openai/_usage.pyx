@@ -266,7 +266,7 @@ cdef void forget_usage(Usage *usage) noexcept nogil:
 cdef bint find_usage(const char *begin, Py_ssize_t size, Usage *usage) noexcept nogil:
     """Find what was reported in the last bytes of a body that has been received whole.
 
-    The text must be part of a bytes object. False, and all unknown, if nothing was.
+    NUL must follow the text. False, and all unknown, if nothing was.
     """
     cdef const char *end = begin + size
     cdef const char *at

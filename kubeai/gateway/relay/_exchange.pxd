@@ -104,7 +104,7 @@ cdef class Exchange:
     cdef int _begun(self) except -1
     cdef int _collected(self) except -1
     cdef int _body_came(self) except -1
-    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1
+    cdef int _body_ended(self, const char *tail, Py_ssize_t size) except -1
     cdef int _ended(self) except -1
     cpdef collect(self, int64_t max_bytes)
     cpdef send(self, Pool pool, bytes path, bytes body)

@@ -406,8 +406,8 @@ cdef class Exchange:
         """The first byte of the response's body has been received."""
         return 0
 
-    cdef int _body_ended(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
-        """The response is complete. ``data[at:at + size]``: the last bytes of its body at hand."""
+    cdef int _body_ended(self, const char *tail, Py_ssize_t size) except -1:
+        """The response is complete. ``tail``: the last bytes of its body, up to NUL."""
         return 0
 
     cdef int _ended(self) except -1:

@@ -21,13 +21,7 @@ cdef class ResponseBody:
     cdef bint malformed  # its chunked framing
     cdef bint recoded  # what is sent differs from what is received: see ``recode``
     cdef bint rechunks  # what is sent is chunked, and what is received is not or is decoded
-    cdef bytes tail  # the last buffer with part of the body that is not short; None: there is none
-    cdef Py_ssize_t tail_at  # where the body's part in it begins
-    cdef Py_ssize_t tail_size
-    cdef bytes before_tail  # the one before it, with the short ones between; None: there is none
-    cdef Py_ssize_t before_tail_at
-    cdef Py_ssize_t before_tail_size
-    cdef bytes after_tail  # the short buffers after it; None: there are none
+    cdef Text tail  # the last bytes of the body as received, 2 KiB if it has as many; with NUL
     cdef int64_t left  # of a body of known length
     cdef bint decodes  # its chunked framing
     cdef Chunks chunks
@@ -42,5 +36,4 @@ cdef class ResponseBody:
     cdef Py_ssize_t take(self, bytes data, Py_ssize_t at) except -1
     cdef bytes recode(self, bytes piece)
     cdef bint _is_unchanged(self) noexcept
-    cdef int _note_tail(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1
-    cdef int join_tail(self) except -1
+    cdef int _note_tail(self, const char *data, Py_ssize_t size) except -1

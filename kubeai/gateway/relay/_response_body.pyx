@@ -7,6 +7,7 @@ what is received: then it is decoded, and framed again.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy, memmove
 
 from kubeai.gateway.relay._chunked cimport (
     CHUNKS_BAD,
@@ -17,12 +18,10 @@ from kubeai.gateway.relay._chunked cimport (
     one_chunk,
 )
 from kubeai.gateway.relay._renaming cimport Renaming
-from kubeai.gateway.relay._text cimport text_free
+from kubeai.gateway.relay._text cimport text_free, text_grow
 from kubeai.gateway.relay._usage_filter cimport UsageFilter
 
 cdef enum:
-    # The end of a stream ("data: [DONE]", an empty chunk) often comes in buffers of its own.
-    SHORT_BYTES = 96
     TAIL_BYTES = 2048  # what an engine reports at the end of a body is in the last bytes
 
 
@@ -31,11 +30,12 @@ cdef class ResponseBody:
 
     def __dealloc__(self):
         text_free(&self.grown)
+        text_free(&self.tail)
 
     cdef void begin(self, bint has_body, bint chunked, int64_t length) noexcept:
         """The next body, as its head announces it; ``length``: -1 if that is not known."""
         self.ended = self.malformed = self.recoded = self.rechunks = self.decodes = False
-        self.tail = self.before_tail = self.after_tail = None
+        self.tail.size = 0
         self.renaming = None
         self.usage_filter = None
         if not has_body:
@@ -90,24 +90,25 @@ cdef class ResponseBody:
             size = 0
             self.ended = True
         if size:
-            self._note_tail(data, at, size)
+            self._note_tail(PyBytes_AS_STRING(data) + at, size)
         return size
 
-    cdef int _note_tail(self, bytes data, Py_ssize_t at, Py_ssize_t size) except -1:
-        if size < SHORT_BYTES and self.tail is not None:
-            data = data[at:at + size]
-            self.after_tail = data if self.after_tail is None else (self.after_tail + data)
-            if PyBytes_GET_SIZE(self.after_tail) > TAIL_BYTES:
-                self.after_tail = self.after_tail[PyBytes_GET_SIZE(self.after_tail) - TAIL_BYTES:]
-            return 0
-        if self.after_tail is not None:
-            self.join_tail()
-        self.before_tail = self.tail
-        self.before_tail_at = self.tail_at
-        self.before_tail_size = self.tail_size
-        self.tail = data
-        self.tail_at = at
-        self.tail_size = size
+    cdef int _note_tail(self, const char *data, Py_ssize_t size) except -1:
+        """Keep the last bytes of the body, however many buffers they come in."""
+        cdef Py_ssize_t kept
+        if self.tail.at is NULL:
+            text_grow(&self.tail, 2 * TAIL_BYTES + 1)
+        if size >= TAIL_BYTES:
+            data += size - TAIL_BYTES
+            size = TAIL_BYTES
+            self.tail.size = 0
+        elif self.tail.size + size > 2 * TAIL_BYTES:
+            kept = TAIL_BYTES - size
+            memmove(self.tail.at, self.tail.at + self.tail.size - kept, kept)
+            self.tail.size = kept
+        memcpy(self.tail.at + self.tail.size, data, size)
+        self.tail.size += size
+        self.tail.at[self.tail.size] = 0
         return 0
 
     cdef bytes recode(self, bytes piece):
@@ -137,25 +138,3 @@ cdef class ResponseBody:
             and self.chunks.state == CHUNK_SIZE_FIRST
             and self.usage_filter.passes(self.grown.at, self.grown.size)
         )
-
-    cdef int join_tail(self) except -1:
-        """Make ``tail`` have the last bytes of the body, also if its last buffer has too few."""
-        cdef Py_ssize_t end = self.tail_at + self.tail_size
-        cdef Py_ssize_t size = min(self.tail_size, TAIL_BYTES)
-        cdef bytes joined = b""
-        if self.after_tail is None and (self.before_tail is None or size == TAIL_BYTES):
-            return 0
-        if self.before_tail is not None:
-            joined = self.before_tail[
-                self.before_tail_at + self.before_tail_size
-                - min(self.before_tail_size, TAIL_BYTES - size):
-                self.before_tail_at + self.before_tail_size
-            ]
-        joined = joined + self.tail[end - size:end]
-        if self.after_tail is not None:
-            joined = joined + self.after_tail
-        self.tail = joined
-        self.tail_at = 0
-        self.tail_size = PyBytes_GET_SIZE(joined)
-        self.before_tail = self.after_tail = None
-        return 0

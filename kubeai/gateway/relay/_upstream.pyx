@@ -392,10 +392,8 @@ cdef class Upstream(UpstreamEnd):
         if self.refusal is not None:
             self._abort()
             return self._refuse(self.exchange)
-        if self.body.tail is not None:
-            self.body.join_tail()
-            self.exchange._body_ended(self.body.tail, self.body.tail_at, self.body.tail_size)
-            self.body.tail = self.body.before_tail = self.body.after_tail = None
+        if self.body.tail.size:
+            self.exchange._body_ended(self.body.tail.at, self.body.tail.size)
         if self.body.rechunks:
             downstream._write(b"0\r\n\r\n")
         self.exchange.answered = True
